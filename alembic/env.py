@@ -1,0 +1,32 @@
+"""Runs the migrations: over the connection that tiger_db hands in, or one made from the settings."""
+
+import asyncio
+
+from sqlalchemy import Connection
+
+from alembic import context
+from tiger_db.autogenerate import OPTIONS
+
+
+def run(connection: Connection) -> None:
+    context.configure(connection=connection, **OPTIONS)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def connect_and_run() -> None:
+    from tiger_db.database import migration_engine
+    from tiger_db.settings import Settings
+
+    async with migration_engine(Settings()) as engine, engine.connect() as connection:
+        await connection.run_sync(run)
+
+
+if context.is_offline_mode():
+    context.configure(dialect_name="postgresql", literal_binds=True, **OPTIONS)
+    with context.begin_transaction():
+        context.run_migrations()
+elif context.config.attributes.get("connection") is not None:
+    run(context.config.attributes["connection"])
+else:
+    asyncio.run(connect_and_run())

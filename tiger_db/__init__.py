@@ -1,0 +1,1 @@
+"""The database of a Tiger Brokers MCP system."""

@@ -1,0 +1,82 @@
+"""What Alembic's autogenerate must know about this schema, beyond tables and columns."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import alembic_postgresql_enum  # noqa: F401  # registers its comparison of enum members
+from alembic.autogenerate import comparators
+from alembic.autogenerate.api import AutogenContext
+from alembic.operations.ops import ExecuteSQLOp, UpgradeOps
+from alembic.util import DispatchPriority
+from sqlalchemy import text
+from sqlalchemy.types import TypeDecorator
+
+from tiger_db.models import metadata
+
+_PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")
+
+
+def include_name(name: str | None, kind: str, parents: Any) -> bool:
+    """Partitions follow their parent: they are not tables to compare."""
+    return not (kind == "table" and name is not None and _PARTITION.match(name))
+
+
+def render_item(kind: str, item: object, context: AutogenContext) -> str | Literal[False]:
+    """Write our column types into a migration as what they are in the database, never by `repr`."""
+    if kind == "type" and isinstance(item, TypeDecorator):
+        return f"sa.{item.impl_instance!r}"
+    return False
+
+
+class TriggerOp(ExecuteSQLOp):
+    """Have the database keep `updated_at` of a table."""
+
+    def __init__(self, table: str, *, create: bool = True) -> None:
+        self.table = table
+        self.create = create
+        super().__init__(
+            f"CREATE TRIGGER set_updated_at BEFORE UPDATE ON {table}"
+            " FOR EACH ROW EXECUTE FUNCTION set_updated_at()"
+            if create
+            else f"DROP TRIGGER set_updated_at ON {table}"
+        )
+
+    def reverse(self) -> "TriggerOp":
+        return TriggerOp(self.table, create=not self.create)
+
+    def to_diff_tuple(self) -> tuple[str, str]:
+        return (
+            "add_trigger" if self.create else "remove_trigger",
+            f"set_updated_at on {self.table}",
+        )
+
+
+@comparators.dispatch_for("schema", priority=DispatchPriority.LAST)
+def _compare_triggers(context: AutogenContext, ops: UpgradeOps, schemas: Iterable[object]) -> None:
+    assert context.connection is not None
+    present = set(
+        context.connection.scalars(
+            text(
+                "SELECT relname FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid"
+                " WHERE tgname = 'set_updated_at'"
+                " AND relnamespace = current_schema()::regnamespace"
+            )
+        )
+    )
+    ops.ops.extend(
+        TriggerOp(table.name)
+        for table in metadata.sorted_tables
+        if "updated_at" in table.c and table.name not in present
+    )
+
+
+OPTIONS: dict[str, Any] = {
+    "target_metadata": metadata,
+    "include_name": include_name,
+    "render_item": render_item,
+    "compare_type": True,
+    "compare_server_default": True,
+    "transaction_per_migration": True,
+    "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
+}

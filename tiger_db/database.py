@@ -1,0 +1,201 @@
+"""Engines, sessions and their health."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import asyncpg
+from sqlalchemy import event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
+from sqlmodel.ext.asyncio.session import AsyncSession
+
+from tiger_db import embedded
+from tiger_db.encryption import KeyRing, generate_key
+from tiger_db.errors import DatabaseUnavailable
+from tiger_db.migrations import schema_state
+from tiger_db.settings import ConnectArgs, Settings
+
+# SQLSTATEs, whole or by class, of a server that is gone, going, full or not letting us in.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_UNAVAILABLE = ("08", "28", "3D000", "53300", "57P0")
+
+
+async def connect_args(settings: Settings) -> ConnectArgs:
+    """How to reach the database with `asyncpg.connect`; the embedded server is started if need be.
+
+    Raises:
+        EmbeddedError: the embedded server cannot be started.
+    """
+    if settings.embedded:
+        server = await asyncio.to_thread(embedded.start, settings)
+        return server.connect_args(settings)
+    return settings.connect_args()
+
+
+async def connect(settings: Settings, **overrides: Any) -> "asyncpg.Connection[asyncpg.Record]":
+    """One plain asyncpg connection; `overrides` are further arguments of `asyncpg.connect`.
+
+    Raises:
+        DatabaseUnavailable: unreachable, or it does not let us in; says where, never a credential.
+    """
+    arguments = {**await connect_args(settings), **overrides}
+    with _unavailable(settings):
+        return await asyncpg.connect(**arguments)
+
+
+@contextmanager
+def _unavailable(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except asyncpg.InvalidCatalogNameError:
+        raise DatabaseUnavailable(f"{settings.place} does not exist: run `tiger-db init`") from None
+    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise DatabaseUnavailable(f"cannot connect to {settings.place}: {reason}") from None
+
+
+def _engine(settings: Settings, **options: Any) -> AsyncEngine:
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=lambda **_: connect(settings),
+        echo=settings.db_debug,
+        hide_parameters=True,
+        **options,
+    )
+
+    @event.listens_for(engine.sync_engine, "handle_error")
+    def _typed(context: ExceptionContext) -> None:
+        error = context.original_exception
+        state = getattr(error, "sqlstate", None) or ""
+        if context.is_disconnect or state.startswith(_UNAVAILABLE) or isinstance(error, OSError):
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DatabaseUnavailable(f"lost {settings.place}: {reason}") from None
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def _alive(connection: Any, record: object, proxy: object) -> None:
+        # asyncpg has seen the end of a connection long before a ping would have: no round trip.
+        if connection.driver_connection.is_closed():
+            raise DisconnectionError("closed by the server")
+
+    return engine
+
+
+@asynccontextmanager
+async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
+    """An engine for migrations: connections of its own, no time limit on statements."""
+    engine = _engine(settings.model_copy(update={"db_query_timeout": 0}), poolclass=NullPool)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+class Database:
+    """The connections of one process to one database, in one event loop.
+
+    Raises:
+        ConfigurationError: `ENCRYPTION_KEYS` is malformed, or missing in production.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.engine = _engine(
+            self.settings,
+            pool_size=self.settings.db_pool_size,
+            max_overflow=self.settings.db_max_overflow,
+            pool_timeout=self.settings.db_pool_timeout,
+            pool_recycle=self.settings.db_pool_recycle,
+        )
+        # What CRUD functions find in session.info: the keys of the secrets.
+        self.info: dict[str, KeyRing | None] = {"key_ring": self.settings.key_ring()}
+        self.sessions = async_sessionmaker(
+            self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
+        )
+        self._checked = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.engine.dispose()
+
+    async def check(self) -> None:
+        """Make sure that the database can be used; once it could, this costs nothing.
+
+        Raises:
+            DatabaseUnavailable: it cannot be reached.
+            SchemaMismatch: its schema is missing, or older or newer than this code.
+        """
+        if self._checked:
+            return
+        if self.info["key_ring"] is None and self.settings.embedded:
+            text = await asyncio.to_thread(
+                embedded.kept_secret, self.settings, "encryption_keys", generate_key
+            )
+            self.info["key_ring"] = KeyRing.parse(text)
+        async with self.engine.connect() as connection:
+            (await schema_state(connection)).check()
+        self._checked = True
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[AsyncSession]:
+        """A session that commits on success and rolls back on an exception.
+
+        Raises:
+            DatabaseUnavailable: unreachable or lost; nothing of the transaction was saved, unless
+                the connection was lost during the commit itself.
+            SchemaMismatch: see `check`.
+        """
+        try:
+            await self.check()
+            async with self.sessions() as session:
+                yield session
+                await session.commit()
+        except PoolTimeoutError:
+            raise DatabaseUnavailable(
+                f"all connections to {self.settings.place} were in use for"
+                f" {self.settings.db_pool_timeout:g} s (DB_POOL_SIZE, DB_MAX_OVERFLOW)"
+            ) from None
+
+
+_defaults: WeakKeyDictionary[
+    asyncio.AbstractEventLoop, tuple[Database, AsyncGenerator[Database, None]]
+] = WeakKeyDictionary()
+
+
+async def _default_database() -> AsyncGenerator[Database, None]:
+    async with Database() as database:
+        yield database
+
+
+@asynccontextmanager
+async def get_session() -> AsyncIterator[AsyncSession]:
+    """A session of the process's default Database, which follows the environment's settings.
+
+    Raises:
+        ConfigurationError, DatabaseUnavailable, SchemaMismatch: see `Database`.
+    """
+    loop = asyncio.get_running_loop()
+    if loop not in _defaults:
+        # A suspended generator, because the loop closes those before it ends: no leaked pool.
+        generator = _default_database()
+        _defaults[loop] = (await anext(generator), generator)
+    async with _defaults[loop][0].session() as session:
+        yield session

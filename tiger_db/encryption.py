@@ -1,0 +1,263 @@
+"""Secrets at rest: AES-256-GCM ciphertexts that are bound to their row and decrypt when asked.
+
+A ciphertext is `version (1 byte) | length of the key id (1 byte) | key id | nonce (12) | text and
+tag (16)`. Everything before the nonce, and the place it is for (`table.column:row id`), is
+authenticated: changed, or copied to another row or column, it does not decrypt.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Mapping
+from typing import Self
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SecretStr
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from sqlalchemy import Dialect, LargeBinary
+from sqlalchemy.types import TypeDecorator
+
+from tiger_db.errors import EncryptionError
+
+MASK = "**********"
+_VERSION = 1
+_NONCE = 12  # bytes; NIST SP 800-38D, 8.2.2: a random 96-bit nonce
+_KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}", re.ASCII)
+
+
+class KeyRing:
+    """The encryption keys by id. The first one encrypts, all of them decrypt."""
+
+    def __init__(self, keys: Mapping[str, bytes]) -> None:
+        if not keys:
+            raise EncryptionError("no key is given")
+        for key_id, key in keys.items():
+            if not _KEY_ID.fullmatch(key_id):
+                raise EncryptionError("a key id is 1 to 32 letters, digits, '.', '_' or '-'")
+            if len(key) != 32:  # noqa: PLR2004  # AES-256
+                raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64")
+        self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
+        self._fingerprint_keys = {key_id: _fingerprint_key(key) for key_id, key in keys.items()}
+        self.current = next(iter(keys))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `id:base64-32-bytes[,id:…]`.
+
+        Raises:
+            EncryptionError: malformed; the message never shows a key.
+        """
+        keys: dict[str, bytes] = {}
+        for number, item in enumerate(text.strip().split(","), start=1):
+            key_id, colon, encoded = item.strip().partition(":")
+            if not colon or not _KEY_ID.fullmatch(key_id):
+                raise EncryptionError(f"key {number} is not id:base64-32-bytes")
+            if key_id in keys:
+                raise EncryptionError(f"key id {key_id!r} is given twice")
+            try:
+                keys[key_id] = base64.b64decode(encoded, validate=True)
+            except (binascii.Error, ValueError):
+                raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64") from None
+        return cls(keys)
+
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        return tuple(self._ciphers)
+
+    def encrypt(self, text: str, place: str) -> bytes:
+        """Encrypt a text for one place (`table.column:row id`)."""
+        key_id = self.current.encode("ascii")
+        header = bytes([_VERSION, len(key_id)]) + key_id
+        nonce = os.urandom(_NONCE)
+        sealed = self._ciphers[self.current].encrypt(
+            nonce, text.encode("utf-8"), header + place.encode("utf-8")
+        )
+        return header + nonce + sealed
+
+    def decrypt(self, ciphertext: bytes, place: str) -> str:
+        """Decrypt what `encrypt` made for this place.
+
+        Raises:
+            EncryptionError: not for this place, changed, or under a key that is not here.
+        """
+        header, key_id, body = _split(ciphertext, place)
+        cipher = self._ciphers.get(key_id)
+        if cipher is None:
+            raise EncryptionError(f"{place}: encryption key {key_id!r} is not configured")
+        try:
+            return cipher.decrypt(
+                body[:_NONCE], body[_NONCE:], header + place.encode("utf-8")
+            ).decode("utf-8")
+        except InvalidTag:
+            raise EncryptionError(
+                f"{place}: the ciphertext was changed, belongs to another place,"
+                f" or key {key_id!r} is not the one that made it"
+            ) from None
+
+    def fingerprint(self, text: str, column: str) -> bytes:
+        """A keyed fingerprint under the current key, by which a column can be searched."""
+        return _fingerprint(self._fingerprint_keys[self.current], text, column)
+
+    def fingerprints(self, text: str, column: str) -> list[bytes]:
+        """The fingerprints that the text may have been stored with, one per key."""
+        return [_fingerprint(key, text, column) for key in self._fingerprint_keys.values()]
+
+    def __repr__(self) -> str:
+        return f"KeyRing({', '.join(self.key_ids)})"
+
+
+def key_id_of(ciphertext: bytes) -> str:
+    """The id of the key that made a ciphertext."""
+    return _split(ciphertext, "ciphertext")[1]
+
+
+def generate_key(key_id: str = "k1") -> str:
+    """A new random key in the form that `ENCRYPTION_KEYS` takes."""
+    return f"{key_id}:{base64.b64encode(os.urandom(32)).decode('ascii')}"
+
+
+def _split(ciphertext: bytes, place: str) -> tuple[bytes, str, bytes]:
+    if len(ciphertext) < 2 or ciphertext[0] != _VERSION:  # noqa: PLR2004  # version and length
+        raise EncryptionError(f"{place}: not a ciphertext of a version known here")
+    end = 2 + ciphertext[1]
+    try:
+        key_id = ciphertext[2:end].decode("ascii")
+    except UnicodeDecodeError:
+        key_id = ""
+    if not _KEY_ID.fullmatch(key_id) or len(ciphertext) < end + _NONCE + 16:
+        raise EncryptionError(f"{place}: the ciphertext is damaged")
+    return ciphertext[:end], key_id, ciphertext[end:]
+
+
+def _fingerprint_key(key: bytes) -> bytes:
+    """A key of its own for fingerprints, so that encryption and search share none (RFC 5869)."""
+    return HKDF(SHA256(), length=32, salt=None, info=b"tiger_db fingerprint").derive(key)
+
+
+def _fingerprint(key: bytes, text: str, column: str) -> bytes:
+    return hmac.digest(key, f"{column}\0{text}".encode(), hashlib.sha256)
+
+
+class Secret(SecretStr):
+    """A text that shows only when asked: masked in `repr`, `str`, JSON and errors."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[object], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        text = core_schema.no_info_after_validator_function(
+            cls._from_text, core_schema.str_schema(strict=True)
+        )
+        return core_schema.json_or_python_schema(
+            json_schema=text,
+            python_schema=core_schema.union_schema(
+                [
+                    core_schema.is_instance_schema(Secret),
+                    core_schema.chain_schema(
+                        [
+                            core_schema.is_instance_schema(SecretStr),
+                            core_schema.no_info_plain_validator_function(
+                                lambda value: value.get_secret_value()
+                            ),
+                            text,
+                        ]
+                    ),
+                    text,
+                ],
+                custom_error_type="secret_type",
+                custom_error_message="Input should be a text",
+            ),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda _: MASK, return_schema=core_schema.str_schema(), when_used="json"
+            ),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"type": "string", "format": "password", "writeOnly": True}
+
+    @classmethod
+    def _from_text(cls, text: str) -> "Secret":
+        if not text:
+            raise PydanticCustomError("secret_empty", "Input should not be empty")
+        if text == MASK:
+            # What a response showed in its place, sent back, must not replace the secret.
+            raise PydanticCustomError("secret_masked", "Input should be the secret, not its mask")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise PydanticCustomError("string_unicode", "Input should be valid Unicode") from None
+        return Secret(text)
+
+    def _display(self) -> str:
+        return MASK
+
+
+class SealedSecret(Secret):
+    """A secret as it is stored: decrypted when `get_secret_value` is called, and not before."""
+
+    def __init__(self, ciphertext: bytes, place: str = "", ring: KeyRing | None = None) -> None:
+        self.ciphertext = ciphertext
+        self.place = place
+        self.ring = ring
+
+    @property
+    def key_id(self) -> str:
+        """The id of the encryption key it needs."""
+        return key_id_of(self.ciphertext)
+
+    def get_secret_value(self) -> str:
+        """Decrypt.
+
+        Raises:
+            EncryptionError: the key is missing or wrong, or the ciphertext is not this row's.
+        """
+        if not self.place:
+            raise EncryptionError("a secret decrypts only as part of its row: load the whole row")
+        if self.ring is None:
+            raise EncryptionError(
+                f"{self.place}: encryption key {self.key_id!r} is not configured"
+                " (set ENCRYPTION_KEYS)"
+            )
+        return self.ring.decrypt(self.ciphertext, self.place)
+
+    def __len__(self) -> int:
+        return len(self.get_secret_value())
+
+
+class Encrypted(TypeDecorator[SecretStr]):
+    """A `bytea` column of ciphertexts. A plain text is refused: it must be sealed for its row.
+
+    `fingerprint` names the column that makes this one searchable.
+    """
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def __init__(self, fingerprint: str | None = None) -> None:
+        super().__init__()
+        self.fingerprint = fingerprint
+
+    def process_bind_param(self, value: SecretStr | None, dialect: Dialect) -> bytes | None:
+        if value is None:
+            return None
+        if not isinstance(value, SealedSecret):
+            raise EncryptionError("a secret can only be written as part of its row")
+        return value.ciphertext
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> SealedSecret | None:
+        return None if value is None else SealedSecret(value)
+
+    def compare_values(self, x: object, y: object) -> bool:
+        if isinstance(x, SealedSecret) and isinstance(y, SealedSecret):
+            return x.ciphertext == y.ciphertext
+        return x is y

@@ -1,0 +1,40 @@
+"""The four entities. Importing this package maps all of them."""
+
+from tiger_db.models.accounts import (
+    AccountStatus,
+    AccountType,
+    MarketPermission,
+    PrivateKeyFormat,
+    QuotePermission,
+    TigerAccount,
+    TigerEnvironment,
+    TigerLicense,
+)
+from tiger_db.models.api_keys import APIKey, APIKeyScope, APIKeyStatus
+from tiger_db.models.audit_logs import AuditAction, AuditLog, AuditResult, AuditSeverity
+from tiger_db.models.base import Entity, MutableEntity, metadata
+from tiger_db.models.token_status import RefreshTrigger, TokenRefreshStatus, TokenStatus
+
+__all__ = [
+    "APIKey",
+    "APIKeyScope",
+    "APIKeyStatus",
+    "AccountStatus",
+    "AccountType",
+    "AuditAction",
+    "AuditLog",
+    "AuditResult",
+    "AuditSeverity",
+    "Entity",
+    "MarketPermission",
+    "MutableEntity",
+    "PrivateKeyFormat",
+    "QuotePermission",
+    "RefreshTrigger",
+    "TigerAccount",
+    "TigerEnvironment",
+    "TigerLicense",
+    "TokenRefreshStatus",
+    "TokenStatus",
+    "metadata",
+]

@@ -1,0 +1,250 @@
+"""Broker accounts and their credentials."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import AfterValidator
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, Index, LargeBinary
+from sqlalchemy import Text as SQLText
+from sqlalchemy import text
+from sqlmodel import Field, Relationship
+from typing_extensions import TypedDict  # pydantic: the standard one from Python 3.12 on
+
+from tiger_db.encryption import Encrypted, Secret
+from tiger_db.models.base import (
+    Int64,
+    JsonObject,
+    MutableEntity,
+    Text,
+    Timestamp,
+    UTCDateTime,
+    enum_type,
+    storable_json,
+    tracked_json,
+    tracked_list,
+)
+
+if TYPE_CHECKING:
+    from tiger_db.models.api_keys import APIKey
+    from tiger_db.models.token_status import TokenStatus
+
+REFRESH_AHEAD = timedelta(hours=1)
+
+
+class AccountType(StrEnum):
+    STANDARD = "standard"
+    PRIME = "prime"
+    GLOBAL = "global"
+    PAPER = "paper"
+
+
+class AccountStatus(StrEnum):
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    SUSPENDED = "suspended"
+    PENDING_VERIFICATION = "pending_verification"
+    CLOSED = "closed"
+
+
+class MarketPermission(StrEnum):
+    US = "US"
+    HK = "HK"
+    CN = "CN"
+    SG = "SG"
+
+
+class TigerLicense(StrEnum):
+    TBNZ = "TBNZ"
+    TBSG = "TBSG"
+    TBHK = "TBHK"
+    TBAU = "TBAU"
+    TBUS = "TBUS"
+
+
+class TigerEnvironment(StrEnum):
+    PROD = "PROD"
+    SANDBOX = "SANDBOX"
+
+
+class PrivateKeyFormat(StrEnum):
+    """PK1 is PKCS#1, PK8 is PKCS#8: Tiger's names."""
+
+    PK1 = "PK1"
+    PK8 = "PK8"
+    UNKNOWN = "unknown"
+
+
+class QuotePermission(TypedDict):
+    """One of Tiger's quote permissions."""
+
+    name: str
+    expire_at: int  # epoch milliseconds; -1: permanent
+
+
+def account_type_of(account_number: str) -> AccountType:
+    """The type that Tiger's numbering gives away: `U…` global, 17 digits paper, else standard."""
+    if re.fullmatch(r"U\d+", account_number, re.ASCII):
+        return AccountType.GLOBAL
+    if re.fullmatch(r"\d{17}", account_number, re.ASCII):
+        return AccountType.PAPER
+    return AccountType.STANDARD
+
+
+class TigerAccount(MutableEntity, table=True):
+    """A broker account. Its secrets are ciphertext in the database and masked everywhere else."""
+
+    __tablename__ = "tiger_accounts"
+    __table_args__ = (
+        Index(
+            "uq_tiger_accounts_is_default_trading",
+            "is_default_trading",
+            unique=True,
+            postgresql_where=text("is_default_trading"),
+        ),
+        Index(
+            "uq_tiger_accounts_is_default_data",
+            "is_default_data",
+            unique=True,
+            postgresql_where=text("is_default_data"),
+        ),
+        Index(
+            "ix_tiger_accounts_token_expires_at",
+            "token_expires_at",
+            postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
+        ),
+        CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
+        CheckConstraint(
+            "jsonb_typeof(quote_permissions) = 'array'", name="quote_permissions_array"
+        ),
+    )
+
+    account_name: Text = Field(
+        min_length=1, max_length=100, sa_type=SQLText, description="What people call the account"
+    )
+    account_number: Text = Field(
+        min_length=1,
+        max_length=50,
+        unique=True,
+        sa_type=SQLText,
+        description="Tiger's number of the account",
+    )
+    account_type: AccountType = Field(
+        default_factory=lambda data: account_type_of(data["account_number"]),
+        sa_type=enum_type(AccountType),
+        sa_column_kwargs={"default": None},
+        description="Follows from the account number where it is not given",
+    )
+    status: AccountStatus = Field(
+        default=AccountStatus.ACTIVE,
+        sa_type=enum_type(AccountStatus),
+        description="Only an active account serves requests",
+    )
+    tiger_id: Secret = Field(
+        sa_type=Encrypted(fingerprint="tiger_id_fingerprint"),
+        description="Tiger's id of the developer, encrypted; one may own several accounts",
+    )
+    # Not a field: it is derived from tiger_id when that is written.
+    tiger_id_fingerprint: ClassVar[Any] = Column(
+        LargeBinary,
+        nullable=False,
+        index=True,
+        comment="HMAC-SHA256 of tiger_id under a derived key, to search by",
+    )
+    private_key: Secret = Field(
+        sa_type=Encrypted(), description="RSA private key, base64 DER, encrypted"
+    )
+    private_key_format: PrivateKeyFormat = Field(
+        default=PrivateKeyFormat.UNKNOWN,
+        sa_type=enum_type(PrivateKeyFormat),
+        description="PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
+    )
+    secret_key: Secret | None = Field(
+        default=None, sa_type=Encrypted(), description="Institutional trader's key, encrypted"
+    )
+    license: TigerLicense | None = Field(
+        default=None, sa_type=enum_type(TigerLicense), description="Tiger's licence of the account"
+    )
+    environment: TigerEnvironment = Field(
+        default=TigerEnvironment.PROD,
+        sa_type=enum_type(TigerEnvironment),
+        description="Tiger's environment; paper trading is chosen by the account number instead",
+    )
+    server_url: Text | None = Field(
+        default=None, max_length=500, sa_type=SQLText, description="Gateway, if not the default one"
+    )
+    access_token: Secret | None = Field(
+        default=None, sa_type=Encrypted(), description="Current access token, encrypted"
+    )
+    refresh_token: Secret | None = Field(
+        default=None, sa_type=Encrypted(), description="OAuth refresh token, encrypted"
+    )
+    token_expires_at: UTCDateTime | None = Field(
+        default=None, sa_type=Timestamp, description="When the access token expires"
+    )
+    is_default_trading: bool = Field(
+        default=False,
+        sa_type=Boolean,
+        description="Serves trades that name no account; at most one",
+    )
+    is_default_data: bool = Field(
+        default=False, sa_type=Boolean, description="Serves data that names no account; at most one"
+    )
+    market_permissions: list[MarketPermission] = Field(
+        default_factory=list,
+        sa_type=tracked_list(enum_type(MarketPermission)),
+        description="Markets the account may trade in",
+    )
+    quote_permissions: Annotated[list[QuotePermission], AfterValidator(storable_json)] = Field(
+        default_factory=list,
+        sa_type=tracked_json(),
+        description="Tiger's quote permissions: name and expire_at (epoch ms, -1 permanent)",
+    )
+    error_count: Int64 = Field(
+        default=0, ge=0, sa_type=BigInteger, description="Consecutive errors since the last success"
+    )
+    last_error: Text | None = Field(
+        default=None, sa_type=SQLText, description="Message of the last error"
+    )
+    last_error_at: UTCDateTime | None = Field(
+        default=None, sa_type=Timestamp, description="When the last error happened"
+    )
+    description: Text | None = Field(
+        default=None, max_length=500, sa_type=SQLText, description="Notes"
+    )
+    tags: JsonObject = Field(
+        default_factory=dict, sa_type=tracked_json(), description="Free-form object"
+    )
+
+    api_keys: list["APIKey"] = Relationship(
+        back_populates="tiger_account",
+        passive_deletes="all",
+        sa_relationship_kwargs={"lazy": "raise"},
+    )
+    token_statuses: list["TokenStatus"] = Relationship(
+        back_populates="tiger_account",
+        passive_deletes="all",
+        sa_relationship_kwargs={"lazy": "raise"},
+    )
+
+    @property
+    def is_active(self) -> bool:
+        return self.status == AccountStatus.ACTIVE
+
+    @property
+    def has_valid_token(self) -> bool:
+        """Whether there is an access token that has not expired, by this machine's clock."""
+        if self.access_token is None:
+            return False
+        return self.token_expires_at is None or self.token_expires_at > datetime.now(UTC)
+
+    @property
+    def needs_token_refresh(self) -> bool:
+        """Whether the access token has expired or will within the hour."""
+        if self.access_token is None or self.token_expires_at is None:
+            return False
+        return self.token_expires_at <= datetime.now(UTC) + REFRESH_AHEAD
+
+    def has_market_permission(self, permission: MarketPermission) -> bool:
+        return permission in self.market_permissions

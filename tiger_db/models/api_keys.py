@@ -1,0 +1,233 @@
+"""API keys: who may do what, from where, how often."""
+
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING, Annotated, Optional
+from uuid import UUID
+
+from pydantic import AfterValidator
+from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, ForeignKey, Index, Table
+from sqlalchemy import Text as SQLText
+from sqlalchemy.dialects.postgresql import CIDR
+from sqlalchemy.dialects.postgresql import UUID as SQLUUID
+from sqlmodel import Field, Relationship
+
+from tiger_db.models.base import (
+    Int64,
+    JsonObject,
+    MutableEntity,
+    Text,
+    Timestamp,
+    UTCDateTime,
+    enum_type,
+    metadata,
+    tracked_json,
+    tracked_list,
+)
+
+if TYPE_CHECKING:
+    from tiger_db.models.accounts import TigerAccount
+
+
+class APIKeyStatus(StrEnum):
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    REVOKED = "revoked"
+    EXPIRED = "expired"
+
+
+class APIKeyScope(StrEnum):
+    """`family:level`; admin implies write, write implies read."""
+
+    MCP_READ = "mcp:read"
+    MCP_WRITE = "mcp:write"
+    MCP_ADMIN = "mcp:admin"
+    DASHBOARD_READ = "dashboard:read"
+    DASHBOARD_WRITE = "dashboard:write"
+    DASHBOARD_ADMIN = "dashboard:admin"
+    ACCOUNT_READ = "account:read"
+    ACCOUNT_WRITE = "account:write"
+    ACCOUNT_ADMIN = "account:admin"
+    TRADE_READ = "trade:read"
+    TRADE_WRITE = "trade:write"
+    TRADE_ADMIN = "trade:admin"
+    SYSTEM_READ = "system:read"
+    SYSTEM_WRITE = "system:write"
+    SYSTEM_ADMIN = "system:admin"
+
+    def implies(self, other: "APIKeyScope") -> bool:
+        """Whether who holds this scope holds the other too."""
+        family, level = self.split(":")
+        other_family, other_level = other.split(":")
+        return family == other_family and _LEVELS.index(level) >= _LEVELS.index(other_level)
+
+
+_LEVELS = ("read", "write", "admin")
+
+
+def parse_address(address: str | IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """An IP address in any spelling; an IPv4-mapped IPv6 address is the IPv4 one.
+
+    Raises:
+        ValueError: not an address.
+    """
+    parsed = ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
+    return mapped or parsed
+
+
+def _distinct(scopes: list[APIKeyScope]) -> list[APIKeyScope]:
+    return list(dict.fromkeys(scopes))
+
+
+class APIKey(MutableEntity, table=True):
+    """An API key. The key itself is known only to who created it: here is its hash."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (
+        Index("ix_api_keys_tiger_account_id_id", "tiger_account_id", "id"),
+        CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
+    )
+
+    name: Text = Field(
+        min_length=1, max_length=100, sa_type=SQLText, description="What people call the key"
+    )
+    key_prefix: Text = Field(
+        min_length=1,
+        max_length=50,
+        unique=True,
+        sa_type=SQLText,
+        description="The public part of the key, by which it is found",
+    )
+    key_hash: Text = Field(
+        min_length=1,
+        exclude=True,
+        repr=False,
+        sa_type=SQLText,
+        description="passlib hash of the secret part of the key",
+    )
+    status: APIKeyStatus = Field(
+        default=APIKeyStatus.ACTIVE,
+        sa_type=enum_type(APIKeyStatus),
+        description="Only an active key is accepted",
+    )
+    scopes: Annotated[list[APIKeyScope], AfterValidator(_distinct)] = Field(
+        min_length=1,
+        sa_type=tracked_list(enum_type(APIKeyScope)),
+        description="What the key may do",
+    )
+    tiger_account_id: UUID | None = Field(
+        default=None,
+        foreign_key="tiger_accounts.id",
+        ondelete="CASCADE",
+        sa_type=SQLUUID,
+        description="The only account it may act on; none: every account",
+    )
+    expires_at: UTCDateTime | None = Field(
+        default=None, sa_type=Timestamp, description="From when on it is refused"
+    )
+    last_used_at: UTCDateTime | None = Field(
+        default=None, sa_type=Timestamp, description="When it was last accepted"
+    )
+    usage_count: Int64 = Field(
+        default=0, ge=0, sa_type=BigInteger, description="How often it was accepted"
+    )
+    rate_limit_per_hour: Int64 | None = Field(
+        default=None, ge=1, sa_type=BigInteger, description="Uses in one clock hour (UTC)"
+    )
+    rate_limit_per_day: Int64 | None = Field(
+        default=None, ge=1, sa_type=BigInteger, description="Uses in one calendar day (UTC)"
+    )
+    allowed_ips: list[IPv4Network | IPv6Network] = Field(
+        default_factory=list,
+        sa_type=tracked_list(CIDR()),
+        description="Networks it may be used from; none: any",
+    )
+    allowed_user_agents: list[Text] = Field(
+        default_factory=list,
+        sa_type=tracked_list(SQLText()),
+        description="Clients that may use it, * for any run of characters; none: any",
+    )
+    created_by: Text | None = Field(
+        default=None, max_length=100, sa_type=SQLText, description="Who created it"
+    )
+    revoked_at: UTCDateTime | None = Field(
+        default=None, sa_type=Timestamp, description="When it was revoked"
+    )
+    revocation_reason: Text | None = Field(
+        default=None, max_length=500, sa_type=SQLText, description="Why it was revoked"
+    )
+    description: Text | None = Field(
+        default=None, max_length=500, sa_type=SQLText, description="Notes"
+    )
+    tags: JsonObject = Field(
+        default_factory=dict, sa_type=tracked_json(), description="Free-form object"
+    )
+
+    tiger_account: Optional["TigerAccount"] = Relationship(  # noqa: UP045  # SQLModel resolves it
+        back_populates="api_keys", sa_relationship_kwargs={"lazy": "raise"}
+    )
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether it has expired, by this machine's clock."""
+        return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
+
+    @property
+    def is_active(self) -> bool:
+        return self.status == APIKeyStatus.ACTIVE and not self.is_expired
+
+    def has_scope(self, scope: APIKeyScope) -> bool:
+        """Whether it holds the scope, or one that implies it."""
+        return any(held.implies(scope) for held in self.scopes)
+
+    def has_any_scope(self, scopes: Iterable[APIKeyScope]) -> bool:
+        return any(self.has_scope(scope) for scope in scopes)
+
+    def has_all_scopes(self, scopes: Iterable[APIKeyScope]) -> bool:
+        return all(self.has_scope(scope) for scope in scopes)
+
+    def is_ip_allowed(self, address: str | IPv4Address | IPv6Address | None) -> bool:
+        """Whether it may be used from an address: with networks set, only from a known one."""
+        if not self.allowed_ips:
+            return True
+        if address is None:
+            return False
+        try:
+            known = parse_address(address)
+        except ValueError:
+            return False
+        return any(known in network for network in self.allowed_ips)
+
+    def is_user_agent_allowed(self, user_agent: str | None) -> bool:
+        """Whether a client may use it: with clients set, only a known one."""
+        if not self.allowed_user_agents:
+            return True
+        return user_agent is not None and any(
+            re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), user_agent, re.DOTALL)
+            for pattern in self.allowed_user_agents
+        )
+
+    def can_access_account(self, account_id: UUID) -> bool:
+        return self.tiger_account_id is None or self.tiger_account_id == account_id
+
+
+# Not an entity but its counters, which is why it has no id and no class.
+api_key_usage = Table(
+    "api_key_usage",
+    metadata,
+    Column(
+        "api_key_id",
+        SQLUUID,
+        ForeignKey("api_keys.id", ondelete="CASCADE"),
+        primary_key=True,
+        comment="The key",
+    ),
+    Column("hour", DateTime(timezone=True), primary_key=True, comment="Start of the hour, UTC"),
+    Column("count", BigInteger, nullable=False, comment="How often the key was accepted in it"),
+    CheckConstraint("count >= 1", name="count_ge_1"),
+    comment="Accepted uses of each API key by the hour",
+)

@@ -1,0 +1,217 @@
+"""The audit trail: who did what to which account, and how it ended."""
+
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Annotated
+from uuid import UUID
+
+from pydantic import AfterValidator
+from sqlalchemy import BigInteger, Index, text
+from sqlalchemy import Text as SQLText
+from sqlalchemy.dialects.postgresql import INET
+from sqlalchemy.dialects.postgresql import UUID as SQLUUID
+from sqlmodel import Field
+
+from tiger_db.models.api_keys import parse_address
+from tiger_db.models.base import Entity, Int64, JsonObject, Text, enum_type, tracked_json
+
+
+class AuditAction(StrEnum):
+    """`family:what was done`; the trading ones bear the names of Tiger's API."""
+
+    ACCOUNT_CREATE = "account:create"
+    ACCOUNT_UPDATE = "account:update"
+    ACCOUNT_STATUS_CHANGE = "account:status_change"
+    ACCOUNT_SET_DEFAULT = "account:set_default"
+    ACCOUNT_ERROR = "account:error"
+    ACCOUNT_RESET_ERRORS = "account:reset_errors"
+    ACCOUNT_CLOSE = "account:close"
+    ACCOUNT_REOPEN = "account:reopen"
+    ACCOUNT_DELETE = "account:delete"
+    ACCOUNT_IMPORT = "account:import"
+    ACCOUNT_EXPORT = "account:export"
+
+    API_KEY_CREATE = "api_key:create"
+    API_KEY_UPDATE = "api_key:update"
+    API_KEY_ROTATE = "api_key:rotate"
+    API_KEY_REVOKE = "api_key:revoke"
+    API_KEY_USE = "api_key:use"
+    API_KEY_DENY = "api_key:deny"
+
+    TOKEN_UPDATE = "token:update"
+    TOKEN_REFRESH_SCHEDULE = "token:refresh_schedule"
+    TOKEN_REFRESH_START = "token:refresh_start"
+    TOKEN_REFRESH = "token:refresh"
+    TOKEN_REFRESH_CANCEL = "token:refresh_cancel"
+    OAUTH_LOGIN = "token:oauth_login"
+    OAUTH_REFRESH = "token:oauth_refresh"
+    OAUTH_LOGOUT = "token:oauth_logout"
+
+    TRADE_CREATE_ORDER = "trade:create_order"
+    TRADE_PREVIEW_ORDER = "trade:preview_order"
+    TRADE_PLACE_ORDER = "trade:place_order"
+    TRADE_MODIFY_ORDER = "trade:modify_order"
+    TRADE_CANCEL_ORDER = "trade:cancel_order"
+    TRADE_PLACE_FOREX_ORDER = "trade:place_forex_order"
+    TRADE_CHECK_OPTION_EXERCISE = "trade:check_option_exercise"
+    TRADE_SUBMIT_OPTION_EXERCISE = "trade:submit_option_exercise"
+    TRADE_CANCEL_OPTION_EXERCISE = "trade:cancel_option_exercise"
+    TRANSFER_SEGMENT_FUND = "trade:transfer_segment_fund"
+    CANCEL_SEGMENT_FUND = "trade:cancel_segment_fund"
+    TRANSFER_POSITION = "trade:transfer_position"
+
+    DATA_QUERY = "data:query"
+    DATA_GRAB_QUOTE_PERMISSION = "data:grab_quote_permission"
+
+    MCP_CONNECT = "mcp:connect"
+    MCP_DISCONNECT = "mcp:disconnect"
+    MCP_TOOL_CALL = "mcp:tool_call"
+
+    DASHBOARD_LOGIN = "dashboard:login"
+    DASHBOARD_LOGOUT = "dashboard:logout"
+    DASHBOARD_VIEW = "dashboard:view"
+    DASHBOARD_CHANGE = "dashboard:change"
+
+    SYSTEM_START = "system:start"
+    SYSTEM_STOP = "system:stop"
+    SYSTEM_CONFIG_CHANGE = "system:config_change"
+    SYSTEM_MIGRATE = "system:migrate"
+    SYSTEM_ENCRYPTION_KEY_ROTATE = "system:encryption_key_rotate"
+    SYSTEM_AUDIT_SEAL = "system:audit_seal"
+    SYSTEM_AUDIT_RETIRE = "system:audit_retire"
+    SYSTEM_ERROR = "system:error"
+
+    SECURITY_LOGIN_FAILURE = "security:login_failure"
+    SECURITY_ACCESS_DENIED = "security:access_denied"
+    SECURITY_RATE_LIMIT = "security:rate_limit"
+    SECURITY_SUSPICIOUS_ACTIVITY = "security:suspicious_activity"
+    SECURITY_KEY_LEAK = "security:key_leak"
+    SECURITY_TAMPERING = "security:tampering"
+
+    @property
+    def family(self) -> str:
+        return self.split(":")[0]
+
+
+class AuditResult(StrEnum):
+    SUCCESS = "success"
+    FAILURE = "failure"
+    PARTIAL = "partial"
+    ERROR = "error"
+
+
+class AuditSeverity(StrEnum):
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    CRITICAL = "critical"
+
+
+# What changes money, credentials or rights matters even when it succeeds.
+_MEDIUM_FAMILIES = {"account", "api_key", "token", "trade", "system"}
+
+
+def severity_of(action: AuditAction, result: AuditResult) -> AuditSeverity:
+    """The severity of an event that states none."""
+    if action.family == "security":
+        return AuditSeverity.HIGH
+    if action.family in _MEDIUM_FAMILIES:
+        return AuditSeverity.MEDIUM if result == AuditResult.SUCCESS else AuditSeverity.HIGH
+    return AuditSeverity.LOW if result == AuditResult.SUCCESS else AuditSeverity.MEDIUM
+
+
+class AuditLog(Entity, table=True):
+    """One event. It is never changed and outlives what it tells about: it refers by id only."""
+
+    __tablename__ = "audit_logs"
+    __table_args__ = (
+        Index(
+            "ix_audit_logs_tiger_account_id_id",
+            "tiger_account_id",
+            "id",
+            postgresql_where=text("tiger_account_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_audit_logs_api_key_id_id",
+            "api_key_id",
+            "id",
+            postgresql_where=text("api_key_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_audit_logs_user_id_id",
+            "user_id",
+            "id",
+            postgresql_where=text("user_id IS NOT NULL"),
+        ),
+        {"postgresql_partition_by": "RANGE (id)"},
+    )
+
+    action: AuditAction = Field(sa_type=enum_type(AuditAction), description="What was done")
+    result: AuditResult = Field(
+        default=AuditResult.SUCCESS, sa_type=enum_type(AuditResult), description="How it ended"
+    )
+    severity: AuditSeverity = Field(
+        default_factory=lambda data: severity_of(data["action"], data["result"]),
+        sa_type=enum_type(AuditSeverity),
+        sa_column_kwargs={"default": None},
+        description="Follows from action and result where it is not given",
+    )
+    resource_type: Text | None = Field(
+        default=None, max_length=50, sa_type=SQLText, description="Kind of thing it was done to"
+    )
+    resource_id: Text | None = Field(
+        default=None, max_length=100, sa_type=SQLText, description="Which one, e.g. an order id"
+    )
+    user_id: Text | None = Field(
+        default=None, max_length=100, sa_type=SQLText, description="Who did it"
+    )
+    user_type: Text | None = Field(
+        default=None, max_length=50, sa_type=SQLText, description="Kind of user, e.g. admin"
+    )
+    session_id: Text | None = Field(
+        default=None, max_length=100, sa_type=SQLText, description="Session it was done in"
+    )
+    ip_address: Annotated[IPv4Address | IPv6Address, AfterValidator(parse_address)] | None = Field(
+        default=None, sa_type=INET, description="Address it came from"
+    )
+    user_agent: Text | None = Field(
+        default=None, max_length=500, sa_type=SQLText, description="Client it came from"
+    )
+    request_method: Text | None = Field(
+        default=None, max_length=10, sa_type=SQLText, description="HTTP method"
+    )
+    request_path: Text | None = Field(
+        default=None, max_length=500, sa_type=SQLText, description="HTTP path"
+    )
+    request_id: Text | None = Field(
+        default=None, max_length=100, sa_type=SQLText, description="Ties the events of a request"
+    )
+    tiger_account_id: UUID | None = Field(
+        default=None,
+        sa_type=SQLUUID,
+        description="Account concerned; no foreign key: it may be gone",
+    )
+    api_key_id: UUID | None = Field(
+        default=None, sa_type=SQLUUID, description="API key used; no foreign key: it may be gone"
+    )
+    details: JsonObject | None = Field(
+        default=None, sa_type=tracked_json(), description="Whatever else is worth knowing"
+    )
+    old_values: JsonObject | None = Field(
+        default=None, sa_type=tracked_json(), description="Values before a change, secrets masked"
+    )
+    new_values: JsonObject | None = Field(
+        default=None, sa_type=tracked_json(), description="Values after a change, secrets masked"
+    )
+    error_code: Text | None = Field(
+        default=None, max_length=50, sa_type=SQLText, description="Code of the error"
+    )
+    error_message: Text | None = Field(
+        default=None, sa_type=SQLText, description="Message of the error"
+    )
+    duration_ms: Int64 | None = Field(
+        default=None, ge=0, sa_type=BigInteger, description="How long it took, in milliseconds"
+    )
+    tags: JsonObject | None = Field(
+        default=None, sa_type=tracked_json(), description="Free-form object"
+    )

@@ -1,0 +1,311 @@
+"""What every entity shares: validation, secrets, and rules that the database keeps too."""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+from uuid import UUID
+
+import annotated_types as rules
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    ValidationError,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    DateTime,
+    Enum,
+    FetchedValue,
+    MetaData,
+    Table,
+    event,
+    func,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import Mapper, Session, object_session, registry
+from sqlalchemy.orm.attributes import set_attribute
+from sqlmodel import Field, SQLModel
+from sqlmodel._compat import finish_init
+from uuid_utils.compat import uuid7
+
+from tiger_db.encryption import Encrypted, KeyRing, SealedSecret, Secret
+from tiger_db.errors import ConfigurationError
+from tiger_db.models.mutable import Tracked
+
+T = TypeVar("T")
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _to_utc(value: datetime) -> datetime:
+    return value.astimezone(UTC)
+
+
+def _storable(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def storable_json(value: T) -> T:
+    """Refuse what JSONB cannot hold. For an `AfterValidator`."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (ValueError, RecursionError):  # UnicodeEncodeError is one
+        raise ValueError("must be JSON that PostgreSQL can store: no NaN, no infinity") from None
+    if _ESCAPED_NUL.search(text):
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+def _fits_64_bits(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("must fit in 64 bits")
+    return value
+
+
+Int64 = Annotated[int, AfterValidator(_fits_64_bits)]
+UTCDateTime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
+Text = Annotated[str, AfterValidator(_storable)]
+JsonObject = Annotated[dict[str, JsonValue], AfterValidator(storable_json)]
+Timestamp = DateTime(timezone=True)
+
+
+def enum_type(enum: type[StrEnum]) -> Enum:
+    """A native PostgreSQL enum that stores the members' values."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", enum.__name__).lower()
+    return Enum(enum, name=name, metadata=metadata, values_callable=lambda e: [m.value for m in e])
+
+
+def tracked_json() -> Any:
+    """A JSONB column whose changes in place are saved."""
+    return Tracked.as_mutable(JSONB(none_as_null=True))
+
+
+def tracked_list(item: Any) -> Any:
+    """An array column whose changes in place are saved."""
+    return Tracked.as_mutable(ARRAY(item, dimensions=1))
+
+
+class Entity(SQLModel, registry=registry(metadata=metadata)):
+    """A row that is valid whenever it exists: constructing and assigning validate.
+
+    Raises:
+        ValidationError: names the field; the object stays as it was; no input is shown.
+    """
+
+    __abstract__: ClassVar[bool] = True
+    # The database's clock sets timestamps: have INSERT and UPDATE return them.
+    __mapper_args__: ClassVar[dict[str, object]] = {"eager_defaults": True}
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, validate_assignment=True)
+
+    id: UUID = Field(
+        default_factory=uuid7,
+        primary_key=True,
+        description="UUIDv7, made by the application: ordered by time of creation",
+    )
+    created_at: UTCDateTime | None = Field(
+        default=None,
+        sa_type=Timestamp,
+        nullable=False,
+        sa_column_kwargs={"server_default": func.now()},
+        description="When the row was made, by the database's clock",
+    )
+
+    def __init__(self, **data: Any) -> None:
+        if not finish_init.get():  # SQLModel.model_validate fills the instance itself
+            return
+        state = self.__dict__
+        related = {name: data.pop(name) for name in self.__sqlmodel_relationships__.keys() & data}
+        try:
+            self.__pydantic_validator__.validate_python(data, self_instance=self)
+        except ValidationError as error:
+            raise _without_input(error) from None
+        values, given = self.__dict__, self.__pydantic_fields_set__
+        object.__setattr__(self, "__dict__", state)
+        # Through SQLAlchemy's instrumentation, which pydantic bypasses.
+        for name, value in (values | related).items():
+            set_attribute(self, name, value)
+        object.__setattr__(self, "__pydantic_fields_set__", given)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_sa_instance_state":
+            self.__dict__[name] = value
+        elif name in self.__sqlmodel_relationships__:
+            set_attribute(self, name, value)
+        else:
+            self.sqlmodel_update({name: value})
+
+    def sqlmodel_update(
+        self, obj: dict[str, Any] | BaseModel, *, update: dict[str, Any] | None = None
+    ) -> Self:
+        """Assign several fields: all of them, or none if one is refused."""
+        changes = (
+            obj if isinstance(obj, dict) else {k: getattr(obj, k) for k in obj.model_fields_set}
+        )
+        changes = {**changes, **(update or {})}
+        draft = object.__new__(type(self))
+        object.__setattr__(
+            draft, "__dict__", {k: v for k, v in self.__dict__.items() if k != "_sa_instance_state"}
+        )
+        object.__setattr__(draft, "__pydantic_fields_set__", set())
+        object.__setattr__(draft, "__pydantic_extra__", None)
+        object.__setattr__(draft, "__pydantic_private__", None)
+        for name, value in changes.items():
+            try:
+                self.__pydantic_validator__.validate_assignment(draft, name, value)
+            except ValidationError as error:
+                raise _without_input(error) from None
+        for name in changes:
+            set_attribute(self, name, draft.__dict__[name])
+        self.__pydantic_fields_set__.update(changes)
+        return self
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise _without_input(error) from None
+
+
+class MutableEntity(Entity):
+    """An entity whose rows change."""
+
+    __abstract__: ClassVar[bool] = True
+
+    updated_at: UTCDateTime | None = Field(
+        default=None,
+        sa_type=Timestamp,
+        nullable=False,
+        sa_column_kwargs={"server_default": func.now(), "server_onupdate": FetchedValue()},
+        description="When the row was last changed, by the database's clock",
+    )
+
+
+def _without_input(error: ValidationError) -> ValidationError:
+    """The same error without the values that were refused: one of them may be a secret."""
+    return ValidationError.from_exception_data(
+        error.title,
+        [
+            InitErrorDetails(
+                type=PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx")),
+                loc=problem["loc"],
+                input=None,
+            )
+            for problem in error.errors(include_url=False, include_input=False)
+            # Says only that another field, which has an error of its own, was refused.
+            if problem["type"] != "default_factory_not_called"
+        ],
+        hide_input=True,
+    )
+
+
+@event.listens_for(Entity, "after_mapper_constructed", propagate=True)
+def _rules_to_constraints(mapper: Mapper[Entity], cls: type[Entity]) -> None:
+    """Give the table the fields' descriptions as comments and their limits as CHECKs.
+
+    The limit is part of a constraint's name, so that autogenerate sees it change.
+    """
+    table = mapper.local_table
+    assert isinstance(table, Table)
+    for name, field in cls.model_fields.items():
+        column = table.c[name]
+        column.comment = field.description
+        for sql, suffix in _limits(column, field.metadata):
+            table.append_constraint(CheckConstraint(sql, name=f"{name}_{suffix}"))
+
+
+def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[str, str]]:
+    size = (
+        f"cardinality({column.name})"
+        if isinstance(column.type, ARRAY)
+        else f"char_length({column.name})"
+    )
+    for rule in metadata:
+        match rule:
+            case rules.MinLen(limit):
+                yield f"{size} >= {limit}", f"min_{limit}"
+            case rules.MaxLen(limit):
+                yield f"{size} <= {limit}", f"max_{limit}"
+            case rules.Ge(limit):
+                yield f"{column.name} >= {limit}", f"ge_{limit}"
+            case rules.Le(limit):
+                yield f"{column.name} <= {limit}", f"le_{limit}"
+
+
+def _encrypted(mapper: Mapper[Any]) -> list[tuple[str, Encrypted]]:
+    return [(c.key, c.type) for c in mapper.local_table.c if isinstance(c.type, Encrypted)]
+
+
+def _place(mapper: Mapper[Any], name: str, row: Entity) -> str:
+    return f"{mapper.local_table.name}.{name}:{row.id}"
+
+
+@event.listens_for(Entity, "before_insert", propagate=True)
+@event.listens_for(Entity, "before_update", propagate=True)
+def _seal(mapper: Mapper[Any], connection: object, row: Entity) -> None:
+    """Encrypt the secrets that were set since the row was last written."""
+    for name, type_ in _encrypted(mapper):
+        secret = row.__dict__.get(name)
+        if not isinstance(secret, Secret):
+            continue
+        place = _place(mapper, name, row)
+        if isinstance(secret, SealedSecret):
+            if secret.place == place:
+                continue
+            secret = Secret(secret.get_secret_value())  # copied from another row: seal it anew
+        ring = _ring(object_session(row))
+        if ring is None:
+            raise ConfigurationError(f"{place}: ENCRYPTION_KEYS is not set, so it cannot be stored")
+        text = secret.get_secret_value()
+        sealed = SealedSecret(ring.encrypt(text, place), place, ring)
+        set_attribute(row, name, sealed)
+        if type_.fingerprint:
+            column = f"{mapper.local_table.name}.{name}"
+            set_attribute(row, type_.fingerprint, ring.fingerprint(text, column))
+
+
+@event.listens_for(Entity, "load", propagate=True)
+def _unseal_on_load(row: Entity, context: Any) -> None:
+    _bind(row, _ring(context.session))
+
+
+@event.listens_for(Entity, "refresh", propagate=True)
+def _unseal_on_refresh(row: Entity, context: Any, names: object) -> None:
+    _bind(row, _ring(context.session))
+
+
+def _bind(row: Entity, ring: KeyRing | None) -> None:
+    """Tell loaded ciphertexts where they are and who can decrypt them."""
+    mapper = type(row).__mapper__
+    for name, _ in _encrypted(mapper):
+        secret = row.__dict__.get(name)
+        if isinstance(secret, SealedSecret) and not secret.place:
+            secret.place = _place(mapper, name, row)
+            secret.ring = ring
+
+
+def _ring(session: Session | None) -> KeyRing | None:
+    ring = session.info.get("key_ring") if session is not None else None
+    return ring if isinstance(ring, KeyRing) else None

@@ -1,0 +1,276 @@
+"""What the environment says. Nothing is read before a `Settings()` is made."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypedDict
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tiger_db.encryption import KeyRing
+from tiger_db.errors import ConfigurationError, EncryptionError
+
+
+class SSLMode(StrEnum):
+    """https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION."""
+
+    DISABLE = "disable"
+    ALLOW = "allow"
+    PREFER = "prefer"
+    REQUIRE = "require"
+    VERIFY_CA = "verify-ca"
+    VERIFY_FULL = "verify-full"
+
+
+class ConnectArgs(TypedDict, total=False):
+    """Keyword arguments of `asyncpg.connect`."""
+
+    dsn: str
+    host: str
+    port: int
+    user: str
+    password: str | None
+    database: str
+    timeout: float
+    server_settings: dict[str, str]
+
+
+def _without_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+# What libpq calls itself besides the asyncpg form that SQLAlchemy users write.
+_SCHEME = re.compile(r"^(postgres|postgresql|postgresql\+asyncpg)://", re.ASCII)
+_SSL_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey"}
+# Passed on by asyncpg itself; anything else in a URL's query would become a server setting.
+_URL_PARAMETERS = _SSL_PARAMETERS | {
+    "host", "port", "user", "password", "database", "dbname", "passfile", "application_name",
+    "connect_timeout", "options", "target_session_attrs", "sslcrl", "sslpassword",
+    "sslnegotiation", "ssl_min_protocol_version", "ssl_max_protocol_version",
+}  # fmt: skip
+
+
+class Settings(BaseSettings):
+    """The settings of one process: each field is the environment variable of its name.
+
+    Raises:
+        ConfigurationError: one line that names the variable; values are never shown.
+    """
+
+    model_config = SettingsConfigDict(
+        env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    environment: Annotated[
+        Literal["development", "test", "testing", "staging", "production"],
+        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+    ] = "development"
+
+    database_url: SecretStr | None = None
+    db_host: Text | None = None
+    db_port: int = Field(default=5432, ge=1, le=65535)
+    db_name: Text = "tiger_db"
+    db_user: Text = "tiger_db"
+    db_password: SecretStr | None = None
+
+    db_ssl_mode: SSLMode | None = None
+    db_ssl_cert: Path | None = None
+    db_ssl_key: Path | None = None
+    db_ssl_ca: Path | None = None
+
+    db_pool_size: int = Field(default=5, ge=1, le=1000)
+    db_max_overflow: int = Field(default=10, ge=0, le=1000)
+    db_pool_timeout: float = Field(default=30, gt=0, le=3600, description="seconds")
+    db_pool_recycle: int = Field(default=1800, ge=-1, description="seconds; -1: never")
+    db_connect_timeout: float = Field(default=10, gt=0, le=3600, description="seconds")
+    db_query_timeout: float = Field(default=30, ge=0, le=86400, description="seconds; 0: none")
+    db_debug: bool = Field(default=False, description="log every statement, without parameters")
+
+    tiger_db_home: Path | None = Field(default=None, description="folder of the embedded server")
+
+    encryption_keys: SecretStr | None = None
+    encryption_keys_file: Path | None = None
+
+    def __init__(self, **values: object) -> None:
+        try:
+            super().__init__(**values)  # type: ignore[arg-type]  # what pydantic is there to check
+        except ValidationError as error:
+            raise ConfigurationError(_one_line(error)) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.database_url is not None:
+            _check_url(self.database_url.get_secret_value())
+        if self.production and self.embedded:
+            raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
+        if self.db_password is not None and "\0" in self.db_password.get_secret_value():
+            raise ValueError("DB_PASSWORD must not contain a NUL character")
+        if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
+            raise ValueError("DB_SSL_CERT and DB_SSL_KEY go together")
+        return self
+
+    @property
+    def production(self) -> bool:
+        return self.environment == "production"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded PostgreSQL serves, because no other server is named."""
+        return self.database_url is None and self.db_host is None
+
+    @property
+    def database(self) -> str:
+        """The name of the database."""
+        if self.database_url is None:
+            return self.db_name
+        url = urlsplit(self.database_url.get_secret_value())
+        query = dict(parse_qsl(url.query))
+        return (
+            unquote(url.path.lstrip("/"))
+            or query.get("dbname")
+            or query.get("database")
+            or query.get("user")
+            or unquote(url.username or "")
+            or self.db_name
+        )
+
+    @property
+    def place(self) -> str:
+        """Where the database is, for people: no user name and no password."""
+        if self.embedded:
+            return f"embedded/{self.database}"
+        if self.database_url is None:
+            return f"{self.db_host}:{self.db_port}/{self.db_name}"
+        url = urlsplit(self.database_url.get_secret_value())
+        query = dict(parse_qsl(url.query))
+        host = url.netloc.rpartition("@")[2] or query.get("host", "localhost")
+        return f"{host}/{self.database}"
+
+    def connect_args(self) -> ConnectArgs:
+        """How to reach the server, as keyword arguments of `asyncpg.connect`.
+
+        Not for the embedded server, whose arguments `embedded.start` returns. TLS goes in as a
+        DSN, because asyncpg gives `sslmode` and the files libpq's meaning only there.
+        """
+        tls = {
+            name: str(value)
+            for name, value in {
+                "sslmode": self.db_ssl_mode,
+                "sslrootcert": self.db_ssl_ca,
+                "sslcert": self.db_ssl_cert,
+                "sslkey": self.db_ssl_key,
+            }.items()
+            if value is not None
+        }
+        arguments = ConnectArgs(
+            timeout=self.db_connect_timeout, server_settings=self.server_settings()
+        )
+        if self.database_url is not None:
+            url = urlsplit(_SCHEME.sub("postgresql://", self.database_url.get_secret_value()))
+            query = {**tls, **dict(parse_qsl(url.query))}
+            if "connect_timeout" in query:
+                arguments["timeout"] = float(query.pop("connect_timeout"))
+            arguments["server_settings"].update(
+                {name: query.pop(name) for name in ("application_name", "options") if name in query}
+            )
+            arguments["dsn"] = urlunsplit(url._replace(query=urlencode(query)))
+            arguments["database"] = self.database
+            return arguments
+        if self.db_host is None:
+            raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
+        arguments["host"] = self.db_host
+        arguments["port"] = self.db_port
+        arguments["user"] = self.db_user
+        arguments["database"] = self.db_name
+        if self.db_password is not None:
+            arguments["password"] = self.db_password.get_secret_value()
+        if tls:
+            arguments["dsn"] = f"postgresql://?{urlencode(tls)}"
+        return arguments
+
+    def server_settings(self) -> dict[str, str]:
+        """What every session tells the server when it starts."""
+        return {
+            "application_name": "tiger_db",
+            "statement_timeout": str(round(self.db_query_timeout * 1000)),
+            "timezone": "UTC",
+        }
+
+    def key_ring(self) -> KeyRing | None:
+        """The encryption keys, or None where none is set.
+
+        Raises:
+            ConfigurationError: malformed, unreadable, or missing in production.
+        """
+        text = secret_text("ENCRYPTION_KEYS", self.encryption_keys, self.encryption_keys_file)
+        if text is None:
+            if self.production:
+                raise ConfigurationError(
+                    "ENCRYPTION_KEYS or ENCRYPTION_KEYS_FILE is required"
+                    " when ENVIRONMENT=production"
+                )
+            return None
+        try:
+            return KeyRing.parse(text)
+        except EncryptionError as error:
+            raise ConfigurationError(f"ENCRYPTION_KEYS: {error}") from None
+
+
+def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | None:
+    """A secret given either as itself or as the file that holds it."""
+    if value is not None and file is not None:
+        raise ConfigurationError(f"{name} and {name}_FILE exclude each other")
+    if value is not None:
+        return value.get_secret_value()
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
+
+
+def _check_url(text: str) -> None:
+    if not _SCHEME.match(text):
+        raise ValueError("DATABASE_URL must start with postgresql://")
+    if "\0" in unquote(text):
+        raise ValueError("DATABASE_URL must not contain a NUL character")
+    try:
+        url = urlsplit(text)
+        query = dict(parse_qsl(url.query, strict_parsing=True)) if url.query else {}
+    except ValueError:
+        raise ValueError("DATABASE_URL is not a valid URL: percent-encode its parts") from None
+    if unknown := sorted(query.keys() - _URL_PARAMETERS):
+        raise ValueError(f"DATABASE_URL has an unknown parameter: {', '.join(unknown)}")
+    if "sslmode" in query and query["sslmode"] not in list(SSLMode):
+        raise ValueError(f"DATABASE_URL: sslmode must be one of {', '.join(SSLMode)}")
+    if not re.fullmatch(r"\d+(\.\d+)?", query.get("connect_timeout", "1")):
+        raise ValueError("DATABASE_URL: connect_timeout must be a number of seconds")
+
+
+def _one_line(error: ValidationError) -> str:
+    return "; ".join(
+        ": ".join(
+            filter(
+                None,
+                (
+                    ".".join(str(part) for part in problem["loc"]).upper(),
+                    problem["msg"].removeprefix("Value error, "),
+                ),
+            )
+        )
+        for problem in error.errors(include_url=False, include_context=False, include_input=False)
+    )
