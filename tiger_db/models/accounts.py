@@ -6,9 +6,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, Index, LargeBinary
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, Index, LargeBinary, text
 from sqlalchemy import Text as SQLText
-from sqlalchemy import text
 from sqlmodel import Field, Relationship
 from typing_extensions import TypedDict  # pydantic: the standard one from Python 3.12 on
 

@@ -167,7 +167,7 @@ class APIKey(MutableEntity, table=True):
         default_factory=dict, sa_type=tracked_json(), description="Free-form object"
     )
 
-    tiger_account: Optional["TigerAccount"] = Relationship(  # noqa: UP045  # SQLModel resolves it
+    tiger_account: Optional["TigerAccount"] = Relationship(  # SQLModel resolves it
         back_populates="api_keys", sa_relationship_kwargs={"lazy": "raise"}
     )
 

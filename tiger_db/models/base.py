@@ -287,23 +287,15 @@ def _seal(mapper: Mapper[Any], connection: object, row: Entity) -> None:
 
 
 @event.listens_for(Entity, "load", propagate=True)
-def _unseal_on_load(row: Entity, context: Any) -> None:
-    _bind(row, _ring(context.session))
-
-
 @event.listens_for(Entity, "refresh", propagate=True)
-def _unseal_on_refresh(row: Entity, context: Any, names: object) -> None:
-    _bind(row, _ring(context.session))
-
-
-def _bind(row: Entity, ring: KeyRing | None) -> None:
+def _bind(row: Entity, *_: object) -> None:
     """Tell loaded ciphertexts where they are and who can decrypt them."""
     mapper = type(row).__mapper__
-    for name, _ in _encrypted(mapper):
+    for name, _type in _encrypted(mapper):
         secret = row.__dict__.get(name)
         if isinstance(secret, SealedSecret) and not secret.place:
             secret.place = _place(mapper, name, row)
-            secret.ring = ring
+            secret.ring = _ring(object_session(row))
 
 
 def _ring(session: Session | None) -> KeyRing | None:

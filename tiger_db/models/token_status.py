@@ -125,7 +125,10 @@ class TokenStatus(MutableEntity, table=True):
         default=0, ge=0, sa_type=BigInteger, description="How many attempts failed"
     )
     max_retries: Int64 = Field(
-        default=3, ge=0, sa_type=BigInteger, description="How many attempts may be repeated"
+        default=3,
+        ge=0,
+        sa_type=BigInteger,
+        description="After how many failed attempts it is given up",
     )
     api_response_code: Int64 | None = Field(
         default=None, sa_type=BigInteger, description="Tiger's code in the last answer"

@@ -1,0 +1,124 @@
+"""The PostgreSQL that the tests run on: given, in Docker, of this system, or embedded."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from tiger_db import embedded
+from tiger_db.settings import Settings
+
+# Handed from the first pytest process to its xdist workers.
+CHOSEN = "TIGER_DB_CHOSEN_TEST_SERVER"
+IMAGE = "postgres:17-alpine"
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it is (a URL without a database), what it is, and how to stop it."""
+
+    url: str
+    kind: str
+    stop: Callable[[], None] = lambda: None
+
+
+def settings_for(url: str, database: str) -> Settings:
+    """Settings of one database of the server."""
+    parts = urlsplit(url)
+    return Settings(
+        database_url=urlunsplit(parts._replace(path=f"/{database}")),
+        encryption_keys="test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+        db_pool_size=5,
+        db_max_overflow=40,
+    )
+
+
+def choose() -> Server:
+    """TIGER_DB_TEST_URL if set, else Docker if an engine answers, else the embedded server.
+
+    `TIGER_DB_TEST_URL=system` takes the `postgres` on PATH.
+    """
+    given = os.environ.get("TIGER_DB_TEST_URL")
+    if given == "system":
+        return _system()
+    if given:
+        return Server(given, "TIGER_DB_TEST_URL")
+    return _docker() or _embedded()
+
+
+def version(server: Server) -> str:
+    """What the server says it is."""
+
+    async def ask() -> str:
+        from tiger_db.database import connect
+
+        connection = await connect(settings_for(server.url, "postgres"))
+        try:
+            return str(await connection.fetchval("SHOW server_version"))
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
+
+
+def _docker() -> Server | None:
+    import docker
+    from docker.errors import DockerException
+
+    try:
+        docker.from_env().ping()
+    except DockerException:
+        return None
+    from testcontainers.community.postgres import PostgresContainer
+
+    container = PostgresContainer(IMAGE, driver=None)
+    container.start()
+    return Server(container.get_connection_url(), f"testcontainers {IMAGE}", container.stop)
+
+
+def _embedded() -> Server:
+    home = _folder()
+    settings = Settings(tiger_db_home=home, database_url=None, environment="testing")
+    server = embedded.start(settings)
+    password = server.connect_args(settings)["password"]
+
+    def stop() -> None:
+        embedded.stop(settings)
+        shutil.rmtree(home)
+
+    return Server(
+        f"postgresql://tiger_db:{password}@/?host={server.socket_folder}", "embedded", stop
+    )
+
+
+def _system() -> Server:
+    """A server of the programs on PATH, as an ordinary user: PostgreSQL refuses root."""
+    home = _folder()
+    user = {"user": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    if user:
+        shutil.chown(home, "postgres")
+
+    def run(*command: str) -> None:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=home, **user)
+
+    run("initdb", "-D", f"{home}/data", "-U", "tiger_db", "-A", "trust", "-E", "UTF8", "--locale=C")
+    options = f"-c listen_addresses='' -c unix_socket_directories={home} -c max_connections=200"
+    run("pg_ctl", "-D", f"{home}/data", "-l", f"{home}/log", "-o", options, "-w", "start")
+
+    def stop() -> None:
+        run("pg_ctl", "-D", f"{home}/data", "-m", "fast", "-w", "stop")
+        shutil.rmtree(home)
+
+    return Server(f"postgresql://tiger_db@/?host={home}", "postgres on PATH", stop)
+
+
+def _folder() -> Path:
+    """A short folder that the server's user can reach, whoever that is."""
+    folder = Path(tempfile.mkdtemp(prefix="tdb-"))
+    folder.chmod(0o755)
+    return folder

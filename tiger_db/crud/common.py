@@ -1,0 +1,174 @@
+"""What the CRUD modules share: pages, row-or-error, and constraint violations as typed errors."""
+
+import base64
+import binascii
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+from sqlalchemy import Select, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import selectinload
+from sqlalchemy.orm.interfaces import LoaderOption
+from sqlmodel import col
+
+from tiger_db.errors import (
+    AlreadyExists,
+    InvalidCursor,
+    InvalidValue,
+    MissingReference,
+    NotFound,
+    TigerDBError,
+)
+from tiger_db.models import Entity
+
+MAX_LIMIT = 1000
+# What a statement returns is what the rows are now, whatever the session remembers of them.
+FRESH = {"populate_existing": True, "synchronize_session": False}
+E_ = TypeVar("E_", bound=Entity)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """Some rows of a list, newest first. Pass `next_cursor` as `after` to go on; None: the end."""
+
+    items: list[T]
+    next_cursor: str | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+async def get_or_raise(
+    session: AsyncSession, entity: type[E_], row_id: UUID, *, lock: bool = False
+) -> E_:
+    """The row, as it is now; with `lock`, nobody else changes it before this transaction ends.
+
+    Raises:
+        NotFound: there is none.
+    """
+    statement = select(entity).where(col(entity.id) == row_id)
+    if lock:
+        statement = statement.with_for_update(key_share=True)
+    row = await session.scalar(statement, execution_options=FRESH)
+    if row is None:
+        raise NotFound(f"there is no {entity.__name__} {row_id}")
+    return row
+
+
+async def paginate(
+    session: AsyncSession,
+    statement: Select[tuple[E_]],
+    entity: type[E_],
+    *,
+    after: str | None,
+    limit: int,
+) -> Page[E_]:
+    """A page of a statement's rows, newest first, in one statement of its own.
+
+    Raises:
+        InvalidCursor: `after` is not a page's `next_cursor`.
+        InvalidValue: `limit` is not from 1 to 1000.
+    """
+    check_limit(limit)
+    if after is not None:
+        statement = statement.where(col(entity.id) < decode_cursor(after))
+    # One row more tells whether another page follows.
+    statement = statement.order_by(col(entity.id).desc()).limit(limit + 1)
+    rows = list(await session.scalars(statement, execution_options=FRESH))
+    more = len(rows) > limit
+    return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
+
+
+def check_limit(limit: int) -> None:
+    """Raise InvalidValue if a list may not be that long."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
+        raise InvalidValue(f"limit must be a whole number from 1 to {MAX_LIMIT}")
+
+
+def encode_cursor(row_id: UUID) -> str:
+    return base64.urlsafe_b64encode(row_id.bytes).rstrip(b"=").decode("ascii")
+
+
+def decode_cursor(cursor: str) -> UUID:
+    """The id in a cursor. Raises InvalidCursor for anything that `encode_cursor` does not make."""
+    try:
+        row_id = UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
+    except (binascii.Error, ValueError, TypeError, UnicodeError):
+        raise InvalidCursor from None
+    if encode_cursor(row_id) != cursor:
+        raise InvalidCursor
+    return row_id
+
+
+def aware(name: str, value: datetime | None) -> datetime | None:
+    """Refuse a naive datetime: whose noon it means cannot be known.
+
+    Raises:
+        InvalidValue: naive.
+    """
+    if value is not None and value.tzinfo is None:
+        raise InvalidValue(f"{name} must have a time zone")
+    return value
+
+
+def loading(entity: type[Entity], names: Sequence[str]) -> list[LoaderOption]:
+    """Loader options for the relationships that a caller names.
+
+    Raises:
+        InvalidValue: there is no such relationship.
+    """
+    unknown = [name for name in names if name not in entity.__sqlmodel_relationships__]
+    if unknown:
+        raise InvalidValue(f"{entity.__name__} has no relationship {', '.join(map(repr, unknown))}")
+    return [selectinload(getattr(entity, name)) for name in names]
+
+
+@asynccontextmanager
+async def constraints(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]:
+    """A savepoint around changes. If a constraint refuses them, the transaction goes on without.
+
+    The stored `rows` that were changed are then as they are in the database again.
+
+    Raises:
+        AlreadyExists, MissingReference, InvalidValue: by the violated constraint.
+    """
+    try:
+        async with session.begin_nested():
+            yield
+    except DBAPIError as error:
+        for row in rows:
+            await session.refresh(row)
+        raise constraint_error(error) or error from None
+
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_BY_SQLSTATE: dict[str, tuple[type[TigerDBError], str]] = {
+    "23505": (AlreadyExists, "the value exists already"),
+    "23503": (MissingReference, "the row referred to does not exist"),
+    "23502": (InvalidValue, "a value is missing"),
+    "23514": (InvalidValue, "a value is not allowed"),
+    "22001": (InvalidValue, "a text is too long"),
+    "22003": (InvalidValue, "a number is out of range"),
+    "22021": (InvalidValue, "a text has a character that cannot be stored"),
+    "22P05": (InvalidValue, "a text has a character that cannot be stored"),
+}
+
+
+def constraint_error(error: DBAPIError) -> TigerDBError | None:
+    """The typed error for a violation, without any value of the row; None for other errors."""
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    if sqlstate not in _BY_SQLSTATE:
+        return None
+    cause: Any = error.orig.__cause__ if error.orig is not None else None
+    kind, message = _BY_SQLSTATE[sqlstate]
+    where = getattr(cause, "constraint_name", None) or getattr(cause, "column_name", None)
+    return kind(f"{message} ({where})" if where else message)
