@@ -6,6 +6,8 @@ from sqlalchemy import Connection
 
 from alembic import context
 from tiger_db.autogenerate import OPTIONS
+from tiger_db.database import migration_engine
+from tiger_db.settings import Settings
 
 
 def run(connection: Connection) -> None:
@@ -15,9 +17,6 @@ def run(connection: Connection) -> None:
 
 
 async def connect_and_run() -> None:
-    from tiger_db.database import migration_engine
-    from tiger_db.settings import Settings
-
     async with migration_engine(Settings()) as engine, engine.connect() as connection:
         await connection.run_sync(run)
 

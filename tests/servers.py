@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,12 +68,8 @@ def version(server: Server) -> str:
 
 
 def _docker() -> Server | None:
-    import docker
-    from docker.errors import DockerException
-
-    try:
-        docker.from_env().ping()
-    except DockerException:
+    ping = "import docker; docker.from_env().ping()"
+    if subprocess.run([sys.executable, "-c", ping], capture_output=True, check=False).returncode:
         return None
     from testcontainers.community.postgres import PostgresContainer
 

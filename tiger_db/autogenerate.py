@@ -17,12 +17,12 @@ from tiger_db.models import metadata
 _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")
 
 
-def include_name(name: str | None, kind: str, parents: Any) -> bool:
+def include_name(name: str | None, kind: str, _parents: object) -> bool:
     """Partitions follow their parent: they are not tables to compare."""
     return not (kind == "table" and name is not None and _PARTITION.match(name))
 
 
-def render_item(kind: str, item: object, context: AutogenContext) -> str | Literal[False]:
+def render_item(kind: str, item: object, _context: AutogenContext) -> str | Literal[False]:
     """Write our column types into a migration as what they are in the database, never by `repr`."""
     if kind == "type" and isinstance(item, TypeDecorator):
         return f"sa.{item.impl_instance!r}"
@@ -53,7 +53,7 @@ class TriggerOp(ExecuteSQLOp):
 
 
 @comparators.dispatch_for("schema", priority=DispatchPriority.LAST)
-def _compare_triggers(context: AutogenContext, ops: UpgradeOps, schemas: Iterable[object]) -> None:
+def _compare_triggers(context: AutogenContext, ops: UpgradeOps, _schemas: Iterable[object]) -> None:
     assert context.connection is not None
     present = set(
         context.connection.scalars(

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import asyncpg
 from sqlalchemy import event
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine import AdaptedConnection, ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
@@ -40,13 +40,17 @@ async def connect_args(settings: Settings) -> ConnectArgs:
     return settings.connect_args()
 
 
-async def connect(settings: Settings, **overrides: Any) -> "asyncpg.Connection[asyncpg.Record]":
-    """One plain asyncpg connection; `overrides` are further arguments of `asyncpg.connect`.
+async def connect(
+    settings: Settings, *, database: str | None = None
+) -> "asyncpg.Connection[asyncpg.Record]":
+    """One plain asyncpg connection, to another database of the server if one is named.
 
     Raises:
         DatabaseUnavailable: unreachable, or it does not let us in; says where, never a credential.
     """
-    arguments = {**await connect_args(settings), **overrides}
+    arguments = await connect_args(settings)
+    if database is not None:
+        arguments["database"] = database
     with _unavailable(settings):
         return await asyncpg.connect(**arguments)
 
@@ -62,7 +66,7 @@ def _unavailable(settings: Settings) -> Iterator[None]:
         raise DatabaseUnavailable(f"cannot connect to {settings.place}: {reason}") from None
 
 
-def _engine(settings: Settings, **options: Any) -> AsyncEngine:
+def _engine(settings: Settings, **options: Any) -> AsyncEngine:  # noqa: ANN401  # the pool's
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=lambda **_: connect(settings),
@@ -80,7 +84,7 @@ def _engine(settings: Settings, **options: Any) -> AsyncEngine:
             raise DatabaseUnavailable(f"lost {settings.place}: {reason}") from None
 
     @event.listens_for(engine.sync_engine, "checkout")
-    def _alive(connection: Any, record: object, proxy: object) -> None:
+    def _alive(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
         # asyncpg has seen the end of a connection long before a ping would have: no round trip.
         if connection.driver_connection.is_closed():
             raise DisconnectionError("closed by the server")
@@ -99,9 +103,9 @@ async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
 
 
 class AsyncSession(SQLModelSession):
-    """SQLModel's session; `execute` is SQLAlchemy's own, which SQLModel's deprecates at run time."""
+    """SQLModel's session, with SQLAlchemy's `execute`, which SQLModel's warns of at run time."""
 
-    execute = SQLAlchemySession.execute  # type: ignore[assignment]  # its overloads differ
+    execute = SQLAlchemySession.execute
 
 
 class Database:

@@ -360,7 +360,9 @@ def _start(home: Path, package: Path, version: str) -> EmbeddedServer:
     if not data.exists():
         _make_data(home, programs, user)
     socket_folder = _make_socket_folder(home, user)
-    if _answers(socket_folder):  # no process of this machine's, as _settled has seen
+    if _answers(socket_folder):  # the server that a killed process was just starting, or
+        if server := _settled(home):
+            return server
         raise EmbeddedError(f"the server of another container or machine is using {data}")
     _drop_stale(home, data / "postmaster.pid")
     _drop_stale(home, socket_folder / f"{_SOCKET}.lock")
@@ -379,7 +381,7 @@ def _start(home: Path, package: Path, version: str) -> EmbeddedServer:
         "--pgdata=data", "--log=log", "--options", shlex.join(options),
         home=home, user=user,
     )  # fmt: skip
-    # Where pg_ctl fails, the server that a killed process was just starting may have been faster.
+    # Where pg_ctl failed, the server of a killed process may have been faster.
     if server := _settled(home):
         return server
     reason = _reason(log.read_bytes()[past:].decode(errors="replace") or started.stderr)

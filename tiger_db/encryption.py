@@ -247,14 +247,22 @@ class Encrypted(TypeDecorator[SecretStr]):
         super().__init__()
         self.fingerprint = fingerprint
 
-    def process_bind_param(self, value: SecretStr | None, dialect: Dialect) -> bytes | None:
+    def process_bind_param(
+        self,
+        value: SecretStr | None,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> bytes | None:
         if value is None:
             return None
         if not isinstance(value, SealedSecret):
             raise EncryptionError("a secret can only be written as part of its row")
         return value.ciphertext
 
-    def process_result_value(self, value: bytes | None, dialect: Dialect) -> SealedSecret | None:
+    def process_result_value(
+        self,
+        value: bytes | None,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> SealedSecret | None:
         return None if value is None else SealedSecret(value)
 
     def compare_values(self, x: object, y: object) -> bool:

@@ -91,7 +91,8 @@ async def schema_state(connection: AsyncConnection) -> SchemaState:
 def _current(connection: Connection) -> str | None:
     if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
         return None
-    return connection.scalar(text("SELECT version_num FROM alembic_version"))
+    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return revision
 
 
 async def upgrade(engine: AsyncEngine, revision: str = "head") -> SchemaState:

@@ -1,23 +1,25 @@
 """Broker accounts. Every change writes its audit event in the same transaction."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, func, null, select, text
+from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped
 from sqlmodel import col
 
 from tiger_db.crud import audit_logs
 from tiger_db.crud.common import (
-    FRESH,
     Page,
     check_limit,
     constraints,
     get_or_raise,
     loading,
+    many,
+    one,
     paginate,
 )
 from tiger_db.encryption import KeyRing
@@ -81,7 +83,7 @@ async def get_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAcc
         )
         .order_by(col(TigerAccount.id))
     )
-    return list(await session.scalars(statement, execution_options=FRESH))
+    return await many(session, statement)
 
 
 async def list_accounts(
@@ -166,7 +168,7 @@ async def set_default_data_account(session: AsyncSession, account_id: UUID) -> T
 async def get_accounts_needing_token_refresh(
     session: AsyncSession, *, within: timedelta = timedelta(hours=1), limit: int = 100
 ) -> list[TigerAccount]:
-    """The active accounts whose access token has expired or will within that time, soonest first."""
+    """The active accounts whose token has expired or will within that time, soonest first."""
     check_limit(limit)
     statement = (
         select(TigerAccount)
@@ -178,7 +180,7 @@ async def get_accounts_needing_token_refresh(
         .order_by(col(TigerAccount.token_expires_at), col(TigerAccount.id))
         .limit(limit)
     )
-    return list(await session.scalars(statement, execution_options=FRESH))
+    return await many(session, statement)
 
 
 async def update_tokens(
@@ -220,7 +222,8 @@ async def record_error(session: AsyncSession, account_id: UUID, *, message: str)
     Raises:
         NotFound: there is no such account.
     """
-    account = await session.scalar(
+    account = await one(
+        session,
         sql_update(TigerAccount)
         .where(col(TigerAccount.id) == account_id)
         .values(
@@ -229,7 +232,6 @@ async def record_error(session: AsyncSession, account_id: UUID, *, message: str)
             last_error_at=func.now(),
         )
         .returning(TigerAccount),
-        execution_options=FRESH,
     )
     if account is None:
         raise NotFound(f"there is no TigerAccount {account_id}")
@@ -278,7 +280,8 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
         }
     )
     await session.flush()
-    revoked = await session.scalars(
+    revoked = await many(
+        session,
         sql_update(APIKey)
         .where(
             col(APIKey.tiger_account_id) == account_id,
@@ -290,18 +293,17 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
             revocation_reason="the account was closed",
         )
         .returning(APIKey),
-        execution_options=FRESH,
     )
-    cancelled = await session.scalars(
+    cancelled = await many(
+        session,
         sql_update(TokenStatus)
         .where(col(TokenStatus.tiger_account_id) == account_id, col(TokenStatus.status).in_(OPEN))
         .values(
             status=TokenRefreshStatus.CANCELLED,
             completed_at=func.now(),
-            lease_expires_at=null(),
+            lease_expires_at=None,
         )
         .returning(TokenStatus),
-        execution_options=FRESH,
     )
     details: dict[str, JsonValue] = {
         "revoked_api_keys": [key.key_prefix for key in revoked],
@@ -319,11 +321,10 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
 
 
 async def _one(
-    session: AsyncSession, criterion: ColumnElement[bool] | bool, load: Sequence[str]
+    session: AsyncSession, criterion: ColumnElement[bool] | Mapped[bool], load: Sequence[str]
 ) -> TigerAccount | None:
     statement = select(TigerAccount).where(criterion).options(*loading(TigerAccount, load))
-    account: TigerAccount | None = await session.scalar(statement, execution_options=FRESH)
-    return account
+    return await one(session, statement)
 
 
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:
@@ -332,12 +333,12 @@ async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> 
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     _refuse_closed(account)
     is_default = col(getattr(TigerAccount, column))
-    replaced = await session.scalar(
+    replaced = await one(
+        session,
         sql_update(TigerAccount)
         .where(is_default, col(TigerAccount.id) != account_id)
         .values({column: False})
         .returning(TigerAccount),
-        execution_options=FRESH,
     )
     account.sqlmodel_update({column: True})
     await session.flush()
@@ -366,9 +367,9 @@ async def _log(
     action: AuditAction,
     account: TigerAccount,
     *,
-    old: dict[str, JsonValue] | None = None,
-    new: dict[str, JsonValue] | None = None,
-    details: dict[str, JsonValue] | None = None,
+    old: Mapping[str, JsonValue] | None = None,
+    new: Mapping[str, JsonValue] | None = None,
+    details: Mapping[str, JsonValue] | None = None,
 ) -> None:
     await audit_logs.log_event(
         session,

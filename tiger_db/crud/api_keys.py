@@ -2,11 +2,12 @@
 
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any
 from uuid import UUID
 
 from passlib.context import CryptContext
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud import audit_logs
-from tiger_db.crud.common import FRESH, Page, aware, constraints, get_or_raise, paginate
+from tiger_db.crud.common import FRESH, Page, aware, constraints, get_or_raise, one, paginate
 from tiger_db.errors import (
     AccessDenied,
     AccountNotActive,
@@ -70,7 +71,7 @@ async def create_api_key(
     allowed_user_agents: Iterable[str] = (),
     created_by: str | None = None,
     description: str | None = None,
-    tags: dict[str, JsonValue] | None = None,
+    tags: Mapping[str, JsonValue] | None = None,
 ) -> tuple[APIKey, str]:
     """Create a key; returns its row and the key itself, which is kept nowhere and shown only now.
 
@@ -78,7 +79,7 @@ async def create_api_key(
         ValidationError: a value is refused; it names the field.
         MissingReference: there is no such account.
     """
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "name": name,
         "scopes": list(scopes),
         "tiger_account_id": tiger_account_id,
@@ -99,15 +100,13 @@ async def create_api_key(
 async def get(session: AsyncSession, key_id: UUID) -> APIKey | None:
     """A key by its id."""
     statement = select(APIKey).where(col(APIKey.id) == key_id)
-    key: APIKey | None = await session.scalar(statement, execution_options=FRESH)
-    return key
+    return await one(session, statement)
 
 
 async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None:
     """A key by its public part."""
     statement = select(APIKey).where(col(APIKey.key_prefix) == key_prefix)
-    key: APIKey | None = await session.scalar(statement, execution_options=FRESH)
-    return key
+    return await one(session, statement)
 
 
 async def get_keys_for_account(
@@ -182,7 +181,8 @@ async def authorize_api_key(
     if found is None:
         _hashes.verify(secret, _no_hash())  # so that an unknown key takes as long as a wrong one
         raise InvalidAPIKey
-    key, account_status, now = found
+    key: APIKey = found[0]
+    account_status, now = found[1:]
     if not _hashes.verify(secret, key.key_hash):
         raise InvalidAPIKey
     _decide(key, account_status, now, list(scopes), account_id, ip_address, user_agent)
@@ -190,7 +190,7 @@ async def authorize_api_key(
     return key
 
 
-def _decide(
+def _decide(  # noqa: PLR0917  # the order of the decision
     key: APIKey,
     account_status: AccountStatus | None,
     now: datetime,
@@ -334,7 +334,7 @@ async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list
     return [HourlyUsage(hour, count) for hour, count in rows]
 
 
-async def _store(session: AsyncSession, values: dict[str, object]) -> tuple[APIKey, str]:
+async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey, str]:
     prefix = f"tdb_{secrets.token_hex(8)}"
     secret = secrets.token_hex(32)
     key = APIKey(**values, key_prefix=prefix, key_hash=_hashes.hash(secret))
@@ -358,8 +358,8 @@ async def _log(
     action: AuditAction,
     key: APIKey,
     *,
-    old: dict[str, JsonValue] | None = None,
-    new: dict[str, JsonValue] | None = None,
+    old: Mapping[str, JsonValue] | None = None,
+    new: Mapping[str, JsonValue] | None = None,
 ) -> None:
     await audit_logs.log_event(
         session,

@@ -1,6 +1,6 @@
 """The audit trail: events go in and are read; nothing here changes one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from uuid import UUID
@@ -36,13 +36,13 @@ async def log_event(
     request_id: str | None = None,
     tiger_account_id: UUID | None = None,
     api_key_id: UUID | None = None,
-    details: dict[str, JsonValue] | None = None,
-    old_values: dict[str, JsonValue] | None = None,
-    new_values: dict[str, JsonValue] | None = None,
+    details: Mapping[str, JsonValue] | None = None,
+    old_values: Mapping[str, JsonValue] | None = None,
+    new_values: Mapping[str, JsonValue] | None = None,
     error_code: str | None = None,
     error_message: str | None = None,
     duration_ms: int | None = None,
-    tags: dict[str, JsonValue] | None = None,
+    tags: Mapping[str, JsonValue] | None = None,
 ) -> AuditLog:
     """Record one event in the caller's transaction: it is stored if and when that commits.
 

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 from sqlalchemy.orm.interfaces import LoaderOption
+from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlmodel import col
 
 from tiger_db.errors import (
@@ -47,6 +48,17 @@ class Page(Generic[T]):
         return len(self.items)
 
 
+async def one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
+    """The row that a statement finds or changes, as it is now; None if there is none."""
+    row: E_ | None = await session.scalar(statement, execution_options=FRESH)
+    return row
+
+
+async def many(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
+    """The rows that a statement finds or changes, as they are now."""
+    return list(await session.scalars(statement, execution_options=FRESH))
+
+
 async def get_or_raise(
     session: AsyncSession, entity: type[E_], row_id: UUID, *, lock: bool = False
 ) -> E_:
@@ -58,7 +70,7 @@ async def get_or_raise(
     statement = select(entity).where(col(entity.id) == row_id)
     if lock:
         statement = statement.with_for_update(key_share=True)
-    row = await session.scalar(statement, execution_options=FRESH)
+    row = await one(session, statement)
     if row is None:
         raise NotFound(f"there is no {entity.__name__} {row_id}")
     return row
@@ -66,7 +78,7 @@ async def get_or_raise(
 
 async def paginate(
     session: AsyncSession,
-    statement: Select[tuple[E_]],
+    statement: Select[E_],
     entity: type[E_],
     *,
     after: str | None,
@@ -83,7 +95,7 @@ async def paginate(
         statement = statement.where(col(entity.id) < decode_cursor(after))
     # One row more tells whether another page follows.
     statement = statement.order_by(col(entity.id).desc()).limit(limit + 1)
-    rows = list(await session.scalars(statement, execution_options=FRESH))
+    rows = await many(session, statement)
     more = len(rows) > limit
     return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
 

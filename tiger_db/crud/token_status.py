@@ -10,13 +10,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import BigInteger, ColumnElement, and_, cast, func, null, or_, select, text
+from sqlalchemy import BigInteger, ColumnElement, and_, cast, func, or_, select, text
 from sqlalchemy import update as sql_update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.elements import SQLCoreOperations
 from sqlmodel import col
 
 from tiger_db.crud import audit_logs
@@ -27,6 +29,8 @@ from tiger_db.crud.common import (
     check_limit,
     constraints,
     get_or_raise,
+    many,
+    one,
     paginate,
 )
 from tiger_db.encryption import Secret
@@ -98,11 +102,11 @@ async def create_refresh_operation(
         if opened:
             await _log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, opened[0])
             return opened[0]
-        open_one: TokenStatus | None = await session.scalar(
+        open_one = await one(
+            session,
             select(TokenStatus).where(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, _IS_OPEN
             ),
-            execution_options=FRESH,
         )
         if open_one is not None:  # else it ended between the two statements
             return open_one
@@ -118,7 +122,7 @@ async def schedule_due(
     """
     check_limit(limit)
     given_up = (
-        select(TokenStatus.id)
+        select(col(TokenStatus.id))
         .where(
             col(TokenStatus.tiger_account_id) == col(TigerAccount.id),
             col(TokenStatus.status) == TokenRefreshStatus.FAILED,
@@ -127,7 +131,7 @@ async def schedule_due(
         .exists()
     )
     already_open = (
-        select(TokenStatus.id)
+        select(col(TokenStatus.id))
         .where(col(TokenStatus.tiger_account_id) == col(TigerAccount.id), _IS_OPEN)
         .exists()
     )
@@ -172,7 +176,7 @@ async def claim_due(
     check_limit(limit)
     _check_lease(lease)
     due = (
-        select(TokenStatus.id)
+        select(col(TokenStatus.id))
         .join(TigerAccount, col(TigerAccount.id) == col(TokenStatus.tiger_account_id))
         .where(
             _IS_OPEN,
@@ -188,20 +192,18 @@ async def claim_due(
         .with_for_update(of=TokenStatus, skip_locked=True)
         .cte("due")
     )
-    claims = list(
-        await session.scalars(
-            sql_update(TokenStatus)
-            .where(col(TokenStatus.id) == due.c.id)
-            .values(
-                status=TokenRefreshStatus.IN_PROGRESS,
-                worker=worker,
-                started_at=func.clock_timestamp(),
-                lease_expires_at=func.clock_timestamp() + lease,
-                fencing_token=col(TokenStatus.fencing_token) + 1,
-            )
-            .returning(TokenStatus),
-            execution_options=FRESH,
+    claims = await many(
+        session,
+        sql_update(TokenStatus)
+        .where(col(TokenStatus.id) == due.c.id)
+        .values(
+            status=TokenRefreshStatus.IN_PROGRESS,
+            worker=worker,
+            started_at=func.clock_timestamp(),
+            lease_expires_at=func.clock_timestamp() + lease,
+            fencing_token=col(TokenStatus.fencing_token) + 1,
         )
+        .returning(TokenStatus),
     )
     for claim in claims:
         session.expunge(claim)  # a claim must never pick up its successor's fencing token
@@ -250,13 +252,13 @@ async def complete(
         status=TokenRefreshStatus.SUCCESS,
         completed_at=func.clock_timestamp(),
         duration_ms=_duration(),
-        lease_expires_at=null(),
+        lease_expires_at=None,
         old_token_hash=_hash_of(account.access_token),
         new_token_expires_at=expires_at,
         new_token_hash=token_hash(access_token),
         next_refresh_at=expires_at - REFRESH_AHEAD if expires_at is not None else None,
-        error_code=null(),
-        error_message=null(),
+        error_code=None,
+        error_message=None,
         api_response_code=api_response_code,
         api_response_time_ms=api_response_time_ms,
         server_version=server_version,
@@ -302,7 +304,7 @@ async def fail(
         **ending,
         retry_count=attempts,
         duration_ms=_duration(),
-        lease_expires_at=null(),
+        lease_expires_at=None,
         error_code=error_code,
         error_message=error.replace("\0", "\ufffd"),
         api_response_code=api_response_code,
@@ -335,7 +337,7 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
             col(TokenStatus.id) == refresh_id,
             status=TokenRefreshStatus.CANCELLED,
             completed_at=func.clock_timestamp(),
-            lease_expires_at=null(),
+            lease_expires_at=None,
         )
         or refresh
     )
@@ -361,7 +363,7 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
                 col(TokenStatus.id) == refresh_id,
                 status=TokenRefreshStatus.PENDING,
                 scheduled_at=func.clock_timestamp(),
-                completed_at=null(),
+                completed_at=None,
                 retry_count=0,
             )
             or refresh
@@ -489,17 +491,15 @@ async def _open(session: AsyncSession, refreshes: Sequence[TokenStatus]) -> list
         {name: value for name, value in refresh.model_dump().items() if value is not None}
         for refresh in refreshes
     ]
-    return list(
-        await session.scalars(
-            insert(TokenStatus)
-            .values(rows)
-            .on_conflict_do_nothing(
-                index_elements=["tiger_account_id"],
-                index_where=text("status IN ('pending', 'in_progress')"),
-            )
-            .returning(TokenStatus),
-            execution_options=FRESH,
+    return await many(
+        session,
+        insert(TokenStatus)
+        .values(rows)
+        .on_conflict_do_nothing(
+            index_elements=["tiger_account_id"],
+            index_where=text("status IN ('pending', 'in_progress')"),
         )
+        .returning(TokenStatus),
     )
 
 
@@ -521,23 +521,19 @@ async def _change(session: AsyncSession, claim: TokenStatus, **values: object) -
 async def _set(
     session: AsyncSession, criterion: ColumnElement[bool], **values: object
 ) -> TokenStatus | None:
-    refresh: TokenStatus | None = await session.scalar(
-        sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus),
-        execution_options=FRESH,
+    return await one(
+        session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
     )
-    return refresh
 
 
 async def _newest(session: AsyncSession, criterion: ColumnElement[bool]) -> TokenStatus | None:
-    refresh: TokenStatus | None = await session.scalar(
-        select(TokenStatus).where(criterion).order_by(col(TokenStatus.id).desc()).limit(1),
-        execution_options=FRESH,
+    return await one(
+        session, select(TokenStatus).where(criterion).order_by(col(TokenStatus.id).desc()).limit(1)
     )
-    return refresh
 
 
 async def _counts(
-    session: AsyncSession, by: ColumnElement[str], criterion: ColumnElement[bool]
+    session: AsyncSession, by: SQLCoreOperations[Any], criterion: ColumnElement[bool]
 ) -> dict[str, int]:
     rows = await session.execute(select(by, func.count()).where(criterion).group_by(by))
     return {str(name): count for name, count in rows}
@@ -550,7 +546,8 @@ def _duration() -> ColumnElement[int]:
 
 def _backoff(attempts: int) -> timedelta:
     longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** min(attempts - 1, 20))
-    return longest * random.random()  # noqa: S311  # spreads load, protects nothing
+    share = random.random()  # noqa: S311  # spreads load, protects nothing
+    return timedelta(seconds=longest.total_seconds() * share)
 
 
 def _check_lease(lease: timedelta) -> None:

@@ -130,7 +130,7 @@ class TigerAccount(MutableEntity, table=True):
         description="Tiger's number of the account",
     )
     account_type: AccountType = Field(
-        default_factory=lambda data: account_type_of(data["account_number"]),
+        default_factory=lambda data: account_type_of(data["account_number"]),  # type: ignore[misc, arg-type]  # SQLModel's stub knows only pydantic's older form
         sa_type=enum_type(AccountType),
         sa_column_kwargs={"default": None},
         description="Follows from the account number where it is not given",

@@ -151,7 +151,7 @@ class AuditLog(Entity, table=True):
         default=AuditResult.SUCCESS, sa_type=enum_type(AuditResult), description="How it ended"
     )
     severity: AuditSeverity = Field(
-        default_factory=lambda data: severity_of(data["action"], data["result"]),
+        default_factory=lambda data: severity_of(data["action"], data["result"]),  # type: ignore[misc, arg-type]  # as in accounts.py
         sa_type=enum_type(AuditSeverity),
         sa_column_kwargs={"default": None},
         description="Follows from action and result where it is not given",

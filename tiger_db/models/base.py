@@ -13,7 +13,6 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
-    ConfigDict,
     JsonValue,
     ValidationError,
 )
@@ -30,10 +29,11 @@ from sqlalchemy import (
     func,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.orm import Mapper, Session, object_session, registry
-from sqlalchemy.orm.attributes import set_attribute
+from sqlalchemy.orm import Mapper, Session, object_mapper, object_session, registry
+from sqlalchemy.orm.attributes import instance_state, set_attribute
+from sqlalchemy.types import TypeEngine
 from sqlmodel import Field, SQLModel
-from sqlmodel._compat import finish_init
+from sqlmodel._compat import SQLModelConfig, finish_init
 from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import Encrypted, KeyRing, SealedSecret, Secret
@@ -97,12 +97,12 @@ def enum_type(enum: type[StrEnum]) -> Enum:
     return Enum(enum, name=name, metadata=metadata, values_callable=lambda e: [m.value for m in e])
 
 
-def tracked_json() -> Any:
+def tracked_json() -> Any:  # noqa: ANN401  # as SQLModel's sa_type is typed
     """A JSONB column whose changes in place are saved."""
     return Tracked.as_mutable(JSONB(none_as_null=True))
 
 
-def tracked_list(item: Any) -> Any:
+def tracked_list(item: TypeEngine[Any]) -> Any:  # noqa: ANN401  # the same
     """An array column whose changes in place are saved."""
     return Tracked.as_mutable(ARRAY(item, dimensions=1))
 
@@ -117,7 +117,9 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     __abstract__: ClassVar[bool] = True
     # The database's clock sets timestamps: have INSERT and UPDATE return them.
     __mapper_args__: ClassVar[dict[str, object]] = {"eager_defaults": True}
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, validate_assignment=True)
+    model_config = SQLModelConfig(
+        extra="forbid", hide_input_in_errors=True, validate_assignment=True
+    )
 
     id: UUID = Field(
         default_factory=uuid7,
@@ -132,7 +134,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         description="When the row was made, by the database's clock",
     )
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, **data: Any) -> None:  # noqa: ANN401  # as SQLModel has it
         if not finish_init.get():  # SQLModel.model_validate fills the instance itself
             return
         state = self.__dict__
@@ -148,7 +150,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             set_attribute(self, name, value)
         object.__setattr__(self, "__pydantic_fields_set__", given)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  # as SQLModel has it
         if name == "_sa_instance_state":
             self.__dict__[name] = value
         elif name in self.__sqlmodel_relationships__:
@@ -160,29 +162,33 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         self, obj: dict[str, Any] | BaseModel, *, update: dict[str, Any] | None = None
     ) -> Self:
         """Assign several fields: all of them, or none if one is refused."""
-        changes = (
+        fields = (
             obj if isinstance(obj, dict) else {k: getattr(obj, k) for k in obj.model_fields_set}
         )
-        changes = {**changes, **(update or {})}
-        draft = object.__new__(type(self))
-        object.__setattr__(
-            draft, "__dict__", {k: v for k, v in self.__dict__.items() if k != "_sa_instance_state"}
-        )
-        object.__setattr__(draft, "__pydantic_fields_set__", set())
-        object.__setattr__(draft, "__pydantic_extra__", None)
-        object.__setattr__(draft, "__pydantic_private__", None)
-        for name, value in changes.items():
-            try:
-                self.__pydantic_validator__.validate_assignment(draft, name, value)
-            except ValidationError as error:
-                raise _without_input(error) from None
-        for name in changes:
-            set_attribute(self, name, draft.__dict__[name])
-        self.__pydantic_fields_set__.update(changes)
+        for name, value in self._validated({**fields, **(update or {})}).items():
+            set_attribute(self, name, value)
+            self.__pydantic_fields_set__.add(name)
         return self
 
+    def _validated(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """The values as they may be assigned; validated on a draft, which bears a refusal."""
+        if not changes:
+            return {}
+        draft = object.__new__(type(self))
+        for slot in ("__pydantic_extra__", "__pydantic_private__"):
+            object.__setattr__(draft, slot, None)
+        object.__setattr__(draft, "__pydantic_fields_set__", set())
+        object.__setattr__(draft, "__dict__", self.__dict__.copy())
+        del draft.__dict__["_sa_instance_state"]
+        try:
+            for name, value in changes.items():
+                self.__pydantic_validator__.validate_assignment(draft, name, value)
+        except ValidationError as error:
+            raise _without_input(error) from None
+        return {name: draft.__dict__[name] for name in changes}
+
     @classmethod
-    def model_validate(cls, obj: Any, **options: Any) -> Self:
+    def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401  # as SQLModel has it
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:
@@ -259,38 +265,48 @@ def _encrypted(mapper: Mapper[Any]) -> list[tuple[str, Encrypted]]:
 
 
 def _place(mapper: Mapper[Any], name: str, row: Entity) -> str:
+    assert isinstance(mapper.local_table, Table)
     return f"{mapper.local_table.name}.{name}:{row.id}"
 
 
 @event.listens_for(Entity, "before_insert", propagate=True)
 @event.listens_for(Entity, "before_update", propagate=True)
-def _seal(mapper: Mapper[Any], connection: object, row: Entity) -> None:
-    """Encrypt the secrets that were set since the row was last written."""
+def _make_storable(mapper: Mapper[Any], connection: object, row: Entity) -> None:  # noqa: ARG001
+    """Validate what was changed in place, and encrypt the secrets that were set."""
+    state = instance_state(row)
+    changed = {
+        name: row.__dict__[name]
+        for name in state.committed_state
+        if isinstance(row.__dict__.get(name), Tracked)
+    }
+    for name, value in row._validated(changed).items():  # noqa: SLF001  # a friend
+        if value != changed[name]:
+            set_attribute(row, name, value)
     for name, type_ in _encrypted(mapper):
-        secret = row.__dict__.get(name)
-        if not isinstance(secret, Secret):
-            continue
-        place = _place(mapper, name, row)
-        if isinstance(secret, SealedSecret):
-            if secret.place == place:
-                continue
-            secret = Secret(secret.get_secret_value())  # copied from another row: seal it anew
-        ring = _ring(object_session(row))
-        if ring is None:
-            raise ConfigurationError(f"{place}: ENCRYPTION_KEYS is not set, so it cannot be stored")
-        text = secret.get_secret_value()
-        sealed = SealedSecret(ring.encrypt(text, place), place, ring)
-        set_attribute(row, name, sealed)
-        if type_.fingerprint:
-            column = f"{mapper.local_table.name}.{name}"
-            set_attribute(row, type_.fingerprint, ring.fingerprint(text, column))
+        _seal(mapper, name, type_, row)
+
+
+def _seal(mapper: Mapper[Any], name: str, type_: Encrypted, row: Entity) -> None:
+    secret = row.__dict__.get(name)
+    place = _place(mapper, name, row)
+    if not isinstance(secret, Secret):
+        return
+    if isinstance(secret, SealedSecret) and secret.place == place:
+        return
+    ring = _ring(object_session(row))
+    if ring is None:
+        raise ConfigurationError(f"{place}: ENCRYPTION_KEYS is not set, so it cannot be stored")
+    text = secret.get_secret_value()
+    set_attribute(row, name, SealedSecret(ring.encrypt(text, place), place, ring))
+    if type_.fingerprint:
+        set_attribute(row, type_.fingerprint, ring.fingerprint(text, place.split(":")[0]))
 
 
 @event.listens_for(Entity, "load", propagate=True)
 @event.listens_for(Entity, "refresh", propagate=True)
 def _bind(row: Entity, *_: object) -> None:
     """Tell loaded ciphertexts where they are and who can decrypt them."""
-    mapper = type(row).__mapper__
+    mapper = object_mapper(row)
     for name, _type in _encrypted(mapper):
         secret = row.__dict__.get(name)
         if isinstance(secret, SealedSecret) and not secret.place:

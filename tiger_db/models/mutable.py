@@ -7,33 +7,40 @@ from sqlalchemy.ext.mutable import Mutable
 
 
 class Tracked(Mutable):
-    """The column's value, or (with a `_root`) a part of it."""
+    """A column's value, or a part of it, whose changes are the root's."""
 
-    _root: "Tracked | None" = None
+    root: "Tracked | None" = None
 
     @classmethod
-    def coerce(cls, key: str, value: object) -> object:
-        return value if value is None else track(value)
+    def coerce(cls, key: str, value: object) -> object:  # noqa: ARG003  # SQLAlchemy's signature
+        return track(value)
 
     def changed(self) -> None:
-        if self._root is None:
+        if self.root is None:
             super().changed()
         else:
-            self._root.changed()
-
-    def _track(self, value: object) -> object:
-        return track(value, self._root or self)
+            self.root.changed()
 
 
 class TrackedDict(Tracked, dict[Any, Any]):
-    """A dict whose changes are saved."""
+    """A dict that tells when it changes."""
+
+    def adopt(self) -> None:
+        for key, value in self.items():
+            if type(value) in (dict, list):
+                dict.__setitem__(self, key, track(value, self.root or self))
 
     def __reduce__(self) -> tuple[type, tuple[dict[Any, Any]]]:
-        return dict, (dict(self),)
+        return dict, (dict(self),)  # copied or pickled, it belongs to no row
 
 
 class TrackedList(Tracked, list[Any]):
-    """A list whose changes are saved."""
+    """A list that tells when it changes."""
+
+    def adopt(self) -> None:
+        for index, value in enumerate(self):
+            if type(value) in (dict, list):
+                list.__setitem__(self, index, track(value, self.root or self))
 
     def __reduce__(self) -> tuple[type, tuple[list[Any]]]:
         return list, (list(self),)
@@ -42,42 +49,44 @@ class TrackedList(Tracked, list[Any]):
 def track(value: object, root: Tracked | None = None) -> object:
     """A copy of a JSON value in which every dict and list reports its changes to the root."""
     if isinstance(value, dict):
-        tracked: Tracked = TrackedDict()
-        dict.update(tracked, {k: track(v, root or tracked) for k, v in value.items()})
+        tracked: TrackedDict | TrackedList = TrackedDict({k: _plain(v) for k, v in value.items()})
     elif isinstance(value, list):
-        tracked = TrackedList()
-        list.extend(tracked, [track(item, root or tracked) for item in value])
+        tracked = TrackedList(map(_plain, value))
     else:
         return value
-    tracked._root = root
+    tracked.root = root
+    tracked.adopt()
     return tracked
 
 
-def _reporting(name: str, base: type) -> Callable[..., Any]:
-    method = getattr(base, name)
+def _plain(value: object) -> object:
+    """A part that belongs to another root is copied, so that `adopt` takes it in."""
+    match value:
+        case TrackedDict():
+            return dict(value)
+        case TrackedList():
+            return list(value)
+    return value
 
-    def report(self: Tracked, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        # New parts may have come in untracked: only the base class's methods know where.
-        if isinstance(self, dict):
-            for key, value in self.items():
-                if type(value) in (dict, list):
-                    dict.__setitem__(self, key, self._track(value))
-        elif isinstance(self, list):
-            for index, value in enumerate(self):
-                if type(value) in (dict, list):
-                    list.__setitem__(self, index, self._track(value))
+
+def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[..., Any]:
+    change = getattr(cls, name)
+
+    def report(self: TrackedDict | TrackedList, *args: object, **kwargs: object) -> object:
+        result = change(self, *args, **kwargs)
+        self.adopt()
         self.changed()
         return result
 
-    report.__name__ = name
     return report
 
 
-for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):  # fmt: skip
-    setattr(TrackedDict, _name, _reporting(_name, dict))
+for _name in (
+    "__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update",
+):  # fmt: skip
+    setattr(TrackedDict, _name, _reporting(TrackedDict, _name))
 for _name in (
     "__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "clear", "extend", "insert",
     "pop", "remove", "reverse", "sort",
 ):  # fmt: skip
-    setattr(TrackedList, _name, _reporting(_name, list))
+    setattr(TrackedList, _name, _reporting(TrackedList, _name))
