@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cache
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 from uuid import UUID
 
@@ -260,6 +261,7 @@ def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[s
                 yield f"{column.name} <= {limit}", f"le_{limit}"
 
 
+@cache
 def _encrypted(mapper: Mapper[Any]) -> list[tuple[str, Encrypted]]:
     return [(c.key, c.type) for c in mapper.local_table.c if isinstance(c.type, Encrypted)]
 

@@ -1,0 +1,77 @@
+# Every target sets up what it needs: Python 3.11 or later and make are enough.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+
+.PHONY: help setup demo test test-system test-wheel lint format bench lock
+.PHONY: migrate revision downgrade current history check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install everything into .venv, at the locked versions
+
+$(READY): requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "tiger_db needs Python 3.11 or later" >&2; exit 1; }
+	@echo "setting up $(VENV) with $(PYTHON) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY) ## from nothing to accounts, keys, events and refreshes in a real PostgreSQL
+	@$(RUN)/python examples/demo.py
+
+test: $(READY) ## the tests, on TIGER_DB_TEST_URL, else Docker, else the embedded PostgreSQL
+	@$(RUN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-system: $(READY) ## the same, on the PostgreSQL that is installed here
+	@TIGER_DB_TEST_URL=system $(RUN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-wheel: $(READY) ## build the wheel, install it into an empty environment, and use it there
+	@$(RUN)/python -m pytest -m wheel $(ARGS)
+
+lint: $(READY) ## check style and types; changes nothing
+	@$(RUN)/ruff format --check .
+	@$(RUN)/ruff check .
+	@$(RUN)/mypy
+
+format: $(READY) ## put the code into style
+	@$(RUN)/ruff format .
+	@$(RUN)/ruff check --fix .
+
+bench: $(READY) ## measure beside plain asyncpg, into benchmarks/RESULTS.md
+	@$(RUN)/python -m benchmarks
+
+lock: $(READY) ## pin the newest allowed dependencies, with hashes, in requirements.txt
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(RUN)/uv pip compile pyproject.toml --extra embedded --group dev --universal --upgrade \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
+		--output-file requirements.txt
+
+migrate: $(READY) ## bring the database's schema up to date
+	@$(RUN)/tiger-db migrate
+
+revision: $(READY) ## write a migration from the models: make revision m="add a column"
+	@$(RUN)/tiger-db revision -m "$(m)"
+
+downgrade: $(READY) ## undo the last migration (or back to: make downgrade r=REVISION)
+	@$(RUN)/tiger-db downgrade $(if $(r),$(r),-1)
+
+current: $(READY) ## show the revision the database is at
+	@$(RUN)/tiger-db current
+
+history: $(READY) ## show every migration
+	@$(RUN)/tiger-db history
+
+check: $(READY) ## tell whether models and database agree
+	@$(RUN)/tiger-db check
+
+clean: ## remove .venv, caches and builds; no data
+	@rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

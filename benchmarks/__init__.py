@@ -1,0 +1,1 @@
+"""What tiger_db costs, each figure beside the same work in plain asyncpg in the same run."""

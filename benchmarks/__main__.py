@@ -1,0 +1,94 @@
+"""Runs every benchmark on a server of the tests and writes RESULTS.md: `make bench`."""
+
+import asyncio
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import asyncpg
+
+from benchmarks import audit, keys
+from benchmarks.work import ROUNDS, Result, measure
+from tests import servers
+from tests.conftest import create_database, drop_database
+from tiger_db import Database
+from tiger_db.database import connect_args, migration_engine
+from tiger_db.migrations import upgrade
+
+NAME = "tiger_db_bench"
+PACKAGES = ("tiger-db", "asyncpg", "sqlalchemy", "sqlmodel", "pydantic")
+
+
+async def run(server: servers.Server) -> list[Result]:
+    settings = await create_database(server.url, NAME)
+    try:
+        async with migration_engine(settings) as engine:
+            await upgrade(engine)
+        arguments = await connect_args(settings)
+        async with (
+            Database(settings) as database,
+            asyncpg.create_pool(**arguments, init=_json, min_size=1) as pool,
+        ):
+            results = []
+            for works in (keys.works, audit.works, audit.page_works):
+                for work in await works(database, pool):
+                    result = await measure(work)
+                    print(f"{result.ratio:6.2f}  {result.name}")
+                    results.append(result)
+            return results
+    finally:
+        await drop_database(server.url, NAME)
+
+
+async def _json(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    # Binary, because COPY is; jsonb's binary form is a version byte and the text.
+    await connection.set_type_codec(
+        "jsonb",
+        schema="pg_catalog",
+        encoder=lambda value: b"\x01" + json.dumps(value).encode(),
+        decoder=lambda value: json.loads(value[1:]),
+        format="binary",
+    )
+
+
+def report(results: Sequence[Result], server: servers.Server) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    rows = "\n".join(
+        f"| {result.name} | {result.ours * 1e6:,.0f} | {result.plain * 1e6:,.0f}"
+        f" | {result.ratio:.2f} |"
+        for result in results
+        if result.name != audit.DEPTH
+    )
+    depth = next(result for result in results if result.name == audit.DEPTH)
+    return f"""# Results
+
+Microseconds per operation: the median of {ROUNDS} rounds in which ours and plain asyncpg's way of
+doing the same work take turns, over a Unix socket. A ratio above 1 is what tiger_db costs on top:
+validation, one class for row and schema, decryption on demand, typed errors.
+
+| work | tiger_db | plain asyncpg | ratio |
+|---|---:|---:|---:|
+{rows}
+
+Depth: taking turns with our first page, the deep page costs {depth.ratio:.2f} times as much.
+
+{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python \
+{platform.python_version()}, PostgreSQL {servers.version(server)} ({server.kind}); {versions}.
+Made by `make bench`.
+"""
+
+
+def main() -> None:
+    server = servers.choose()
+    try:
+        results = asyncio.run(run(server))
+        Path(__file__).with_name("RESULTS.md").write_text(report(results, server), encoding="utf-8")
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A tour on the database that the settings name; by default the embedded PostgreSQL."""
+
+import asyncio
+import base64
+import os
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from tiger_db import (
+    APIKey,
+    APIKeyScope,
+    AuditAction,
+    Settings,
+    TigerAccount,
+    crud,
+    get_session,
+)
+
+NUMBER = "20191106192858300"  # 17 digits: a paper account
+TIGER_DB = str(Path(sys.executable).with_name("tiger-db"))
+
+
+def say(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+
+
+def tiger_db(*arguments: str) -> None:
+    say(f"$ tiger-db {' '.join(arguments)}")
+    subprocess.run([TIGER_DB, *arguments], check=True)
+
+
+def tiger_token(lifetime: timedelta) -> str:
+    """A token of the form that Tiger gives out."""
+    now = round(time.time() * 1000)
+    stamps = f"{now},{now + round(lifetime.total_seconds() * 1000)}"
+    return base64.b64encode(stamps.encode() + os.urandom(16)).decode()
+
+
+async def create() -> tuple[TigerAccount, APIKey, str]:
+    expires_soon = timedelta(minutes=30)
+    async with get_session() as session:
+        account = await crud.accounts.get_by_account_number(session, NUMBER)
+        if account is None:
+            account = await crud.accounts.create(
+                session,
+                TigerAccount(
+                    account_name="Demo",
+                    account_number=NUMBER,
+                    tiger_id="20150001",
+                    private_key="demo",
+                ),
+            )
+        await crud.accounts.update_tokens(
+            session,
+            account.id,
+            access_token=tiger_token(expires_soon),
+            token_expires_at=datetime.now(UTC) + expires_soon,
+        )
+        key, raw_key = await crud.api_keys.create_api_key(
+            session,
+            name="Demo assistant",
+            scopes=[APIKeyScope.TRADE_WRITE],
+            tiger_account_id=account.id,
+            expires_at=datetime.now(UTC) + timedelta(days=30),
+        )
+    say(f"account {account.account_number} ({account.account_type}), token {account.access_token}")
+    say(f"key {key.key_prefix}, shown only this once: {raw_key}")
+    return account, key, raw_key
+
+
+async def trade(account: TigerAccount, raw_key: str) -> None:
+    async with get_session() as session:
+        key = await crud.api_keys.authorize_api_key(
+            session, raw_key, scopes=[APIKeyScope.TRADE_READ], account_id=account.id
+        )
+        await crud.audit_logs.log_event(
+            session,
+            action=AuditAction.TRADE_PLACE_ORDER,
+            tiger_account_id=account.id,
+            api_key_id=key.id,
+            resource_type="order",
+            resource_id="31318009878020096",
+            details={"symbol": "AAPL", "side": "BUY", "quantity": 100, "limit_price": "187.50"},
+            duration_ms=42,
+        )
+    say(f"the key is accepted (use number {key.usage_count}), and the trade is on record")
+
+
+async def refresh() -> None:
+    async with get_session() as session:
+        due = await crud.token_status.schedule_due(session)
+    async with get_session() as session:
+        claims = await crud.token_status.claim_due(session, worker="demo")
+    for claim in claims:  # here a worker would ask Tiger, with no transaction open
+        lifetime = timedelta(days=15)
+        async with get_session() as session:
+            done = await crud.token_status.complete(
+                session,
+                claim,
+                access_token=tiger_token(lifetime),
+                expires_at=datetime.now(UTC) + lifetime,
+            )
+        say(f"{len(due)} refresh due; completed, next one at {done.next_refresh_at:%Y-%m-%d}")
+
+
+async def tour() -> None:
+    account, _, raw_key = await create()
+    await trade(account, raw_key)
+    await refresh()
+
+
+def main() -> None:
+    if Settings().production:
+        raise SystemExit("the demo writes a made-up account: not with ENVIRONMENT=production")
+    tiger_db("init")
+    asyncio.run(tour())
+    tiger_db("list-accounts")
+    tiger_db("list-api-keys", "--limit", "5")
+    tiger_db("list-events", "--limit", "8")
+    tiger_db("list-refreshes", "--limit", "5")
+    tiger_db("health-check")
+    say("It stays up. `.venv/bin/tiger-db --help` tells what else there is;")
+    print("`.venv/bin/tiger-db stop-embedded` stops the embedded PostgreSQL.")
+
+
+if __name__ == "__main__":
+    main()
