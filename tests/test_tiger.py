@@ -1,0 +1,147 @@
+"""Private keys as people have them. The keys are made here: nobody's are in this repository."""
+
+import base64
+import subprocess
+import textwrap
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiger_db import PrivateKeyFormat
+from tiger_db.errors import InvalidValue
+from tiger_db.tiger import parse_private_key
+
+KEY = rsa.generate_private_key(65537, 2048)
+FORMS = {
+    PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
+    PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
+}
+NO_PASSWORD = NoEncryption()
+formats = pytest.mark.parametrize("form", FORMS)
+
+
+def der(form: PrivateKeyFormat) -> str:
+    """Tiger's form: base64 DER in one line."""
+    return base64.b64encode(KEY.private_bytes(Encoding.DER, FORMS[form], NO_PASSWORD)).decode()
+
+
+def pem(form: PrivateKeyFormat, encryption: KeySerializationEncryption = NO_PASSWORD) -> str:
+    return KEY.private_bytes(Encoding.PEM, FORMS[form], encryption).decode()
+
+
+def refused(text: str) -> str:
+    with pytest.raises(InvalidValue) as caught:
+        parse_private_key(text)
+    return str(caught.value)
+
+
+@formats
+def test_every_spelling_gives_tigers_form(form: PrivateKeyFormat) -> None:
+    bare, full = der(form), pem(form)
+    spellings = [
+        bare,
+        f"  {bare}\r\n",
+        "\n".join(textwrap.wrap(bare, 64)),
+        "\t".join(textwrap.wrap(bare, 7)),
+        full,
+        full.replace("\n", "\r\n"),
+        full.replace("\n", " "),
+        full.replace("\n", ""),
+        full.replace("\n", "\\n"),
+        f"Some Header: x\n\n{full}\ntrailing words",
+    ]
+    for spelling in spellings:
+        assert parse_private_key(spelling) == (bare, form)
+
+
+@formats
+def test_content_decides_the_format_not_the_label(form: PrivateKeyFormat) -> None:
+    for label in ("PRIVATE KEY", "RSA PRIVATE KEY"):
+        text = f"-----BEGIN {label}-----\n{der(form)}\n-----END {label}-----"
+        assert parse_private_key(text) == (der(form), form)
+
+
+@pytest.mark.parametrize("traditional", [True, False])
+def test_keys_of_openssl(traditional: bool) -> None:  # noqa: FBT001  # a pytest parameter
+    command = ["openssl", "genrsa", *(["-traditional"] if traditional else []), "2048"]
+    made = subprocess.run(command, capture_output=True, check=True, text=True)
+    wanted = PrivateKeyFormat.PK1 if traditional else PrivateKeyFormat.PK8
+    assert parse_private_key(made.stdout)[1] == wanted
+
+
+@formats
+def test_passphrase(form: PrivateKeyFormat) -> None:
+    assert "passphrase" in refused(pem(form, BestAvailableEncryption(b"hunter22")))
+
+
+def test_other_keys() -> None:
+    public = KEY.public_key()
+    elliptic = ec.generate_private_key(ec.SECP256R1())
+    pkcs8 = elliptic.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NO_PASSWORD).decode()
+    assert "not an RSA key" in refused(pkcs8)
+    for text in (
+        public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode(),
+        base64.b64encode(public.public_bytes(Encoding.DER, PublicFormat.PKCS1)).decode(),
+        elliptic.private_bytes(
+            Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NO_PASSWORD
+        ).decode(),
+        KEY.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NO_PASSWORD).decode(),
+    ):
+        assert "not RSA" in refused(text)
+
+
+@formats
+def test_damaged_keys_are_refused_and_not_shown(form: PrivateKeyFormat) -> None:
+    bare = der(form)
+    middle = len(bare) // 2
+    other = "A" if bare[middle] != "A" else "B"
+    for text in (
+        bare[:-8],
+        bare[8:],
+        bare[:middle] + other + bare[middle + 1 :],
+        bare[:middle] + "!" + bare[middle:],
+        bare + base64.b64encode(b"more").decode(),
+        bare + bare,
+        pem(form).replace("-----END", ""),
+        pem(form).replace("M", "\N{GRINNING FACE}", 1),
+    ):
+        message = refused(text)
+        assert "\n" not in message
+        assert not any(bare[start : start + 8] in message for start in range(0, len(bare), 8))
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.binary().map(lambda some: base64.b64encode(some).decode()),
+        st.text().map(lambda some: f"-----BEGIN PRIVATE KEY-----{some}-----END PRIVATE KEY-----"),
+    )
+)
+def test_garbage(text: str) -> None:
+    message = refused(text)
+    assert len(message) < 100
+    assert len(text.strip()) < 8 or text not in message
+
+
+@given(st.data())
+def test_one_changed_character_never_passes_for_another_key(data: st.DataObject) -> None:
+    bare = der(PrivateKeyFormat.PK8)
+    place = data.draw(st.integers(0, len(bare) - 1))
+    letter = data.draw(st.characters(codec="utf-8"))
+    text = bare[:place] + letter + bare[place + 1 :]
+    try:
+        stored, form = parse_private_key(text)
+    except InvalidValue:
+        return
+    # What is left are spellings of the very same key.
+    assert (stored, form) == (bare, PrivateKeyFormat.PK8)

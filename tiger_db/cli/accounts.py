@@ -1,0 +1,234 @@
+"""Broker accounts."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tiger_db.cli.input import (
+    After,
+    Limit,
+    Yes,
+    confirm,
+    find_account,
+    member,
+    members,
+    moment,
+    query,
+    required_secret,
+    secret,
+    settings,
+)
+from tiger_db.cli.output import AsJson, masked, show_page, show_row, talk, warn
+from tiger_db.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from tiger_db.crud import Page
+    from tiger_db.database import AsyncSession
+    from tiger_db.models import PrivateKeyFormat, TigerAccount
+
+# As the enums of tiger_db.models have them, which `--help` has no time to import.
+AccountTypes = Literal["standard", "prime", "global", "paper"]
+AccountStatuses = Literal["active", "inactive", "suspended", "pending_verification", "closed"]
+Licenses = Literal["TBNZ", "TBSG", "TBHK", "TBAU", "TBUS"]
+Environments = Literal["PROD", "SANDBOX"]
+
+app = typer.Typer()
+_PANEL = "Accounts"
+Account = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Account number or id.")]
+
+
+@app.command(rich_help_panel=_PANEL)
+def create_account(
+    *,
+    account_name: Annotated[str, typer.Option(help="What people call it.")],
+    account_number: Annotated[str, typer.Option(help="Tiger's number of it.")],
+    tiger_id: Annotated[str, typer.Option(help="Tiger's id of the developer.")],
+    private_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="RSA private key, or - to read it from standard input."),
+    ] = None,
+    private_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with the RSA private key.")
+    ] = None,
+    account_type: Annotated[
+        AccountTypes | None, typer.Option(help="Follows from the account number if not given.")
+    ] = None,
+    license: Annotated[Licenses | None, typer.Option(help="Tiger's licence of it.")] = None,  # noqa: A002  # the option's name
+    environment: Annotated[
+        Environments, typer.Option(help="Paper trading is chosen by the account number instead.")
+    ] = "PROD",
+    server_url: Annotated[str | None, typer.Option(help="Gateway, if not the usual one.")] = None,
+    market_permissions: Annotated[
+        str | None, typer.Option(metavar="US,HK", help="Markets it may trade in.")
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="Notes.")] = None,
+    default_trading: Annotated[
+        bool, typer.Option("--default-trading", help="Make it the default for trading.")
+    ] = False,
+    default_data: Annotated[
+        bool, typer.Option("--default-data", help="Make it the default for data.")
+    ] = False,
+    secret_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Institutional trader's key, or -.")
+    ] = None,
+    secret_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with that key.")
+    ] = None,
+    access_token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Current access token, or -.")
+    ] = None,
+    access_token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with that token.")
+    ] = None,
+    token_expires_at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Its end, such as 2026-01-31T12:00:00Z.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store a broker account; its secrets are encrypted.
+
+    Without --private-key and --private-key-file, the key is asked for. PEM or base64 DER, PKCS#1 or
+    PKCS#8.
+    """
+    from tiger_db import crud
+    from tiger_db.models import MarketPermission, TigerAccount
+
+    production = settings().production
+    given = {
+        "account_name": account_name,
+        "account_number": account_number,
+        "tiger_id": tiger_id,
+        "account_type": account_type,
+        "license": license,
+        "environment": environment,
+        "server_url": server_url,
+        "market_permissions": members(
+            MarketPermission, market_permissions, "--market-permissions"
+        ),
+        "description": description,
+        "token_expires_at": moment(token_expires_at, "--token-expires-at"),
+        "access_token": secret("--access-token", access_token, access_token_file),
+        "secret_key": secret("--secret-key", secret_key, secret_key_file),
+    }
+    key = required_secret("--private-key", private_key, private_key_file)
+    given["private_key"], given["private_key_format"] = _checked(key, production=production)
+    account = TigerAccount(**{name: value for name, value in given.items() if value is not None})
+
+    async def create(session: "AsyncSession") -> TigerAccount:
+        await crud.accounts.create(session, account)
+        if default_trading:
+            await crud.accounts.set_default_trading_account(session, account.id)
+        if default_data:
+            await crud.accounts.set_default_data_account(session, account.id)
+        return account
+
+    created = query(create)
+    talk(f"created account {masked(created.account_number)}")
+    show_row(created, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def list_accounts(
+    *,
+    status: Annotated[AccountStatuses | None, typer.Option(help="Only these.")] = None,
+    environment: Annotated[Environments | None, typer.Option(help="Only these.")] = None,
+    account_type: Annotated[AccountTypes | None, typer.Option(help="Only these.")] = None,
+    limit: Limit = 50,
+    after: After = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the accounts, newest first."""
+    from tiger_db import crud
+    from tiger_db.models import AccountStatus, AccountType, TigerEnvironment
+
+    page: Page[TigerAccount] = query(
+        lambda session: crud.accounts.list_accounts(
+            session,
+            status=member(AccountStatus, status),
+            environment=member(TigerEnvironment, environment),
+            account_type=member(AccountType, account_type),
+            after=after,
+            limit=limit,
+        )
+    )
+    show_page(
+        page,
+        {
+            "Number": lambda account: account.account_number,
+            "Name": lambda account: account.account_name,
+            "Type": lambda account: account.account_type,
+            "Status": lambda account: account.status,
+            "License": lambda account: account.license,
+            "Default": lambda account: ["trading"] * account.is_default_trading
+            + ["data"] * account.is_default_data,
+            "Token until (UTC)": lambda account: account.token_expires_at,
+        },
+        as_json=as_json,
+    )
+
+
+@app.command(rich_help_panel=_PANEL)
+def show_account(account: Account, *, as_json: AsJson = False) -> None:
+    """Show an account; its secrets stay hidden."""
+    show_row(query(lambda session: find_account(session, account)), as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def set_default_account(
+    account: Account,
+    *,
+    trading: Annotated[bool, typer.Option("--trading", help="For trading.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="For data.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an account the default, in place of the one that was."""
+    from tiger_db import crud
+
+    if not (trading or data):
+        raise typer.BadParameter("say for what", param_hint="--trading, --data")
+
+    async def set_default(session: "AsyncSession") -> "TigerAccount":
+        found = await find_account(session, account)
+        if trading:
+            found = await crud.accounts.set_default_trading_account(session, found.id)
+        if data:
+            found = await crud.accounts.set_default_data_account(session, found.id)
+        return found
+
+    changed = query(set_default)
+    uses = " and ".join(["trading"] * trading + ["data"] * data)
+    talk(f"account {masked(changed.account_number)} is now the default for {uses}")
+    show_row(changed, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def close_account(account: Account, *, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Close an account for good: its API keys are revoked, its tokens and refreshes end.
+
+    The account and its audit trail stay.
+    """
+    from tiger_db import crud
+
+    async def close(session: "AsyncSession") -> "TigerAccount":
+        found = await find_account(session, account)
+        return await crud.accounts.close(session, found.id)
+
+    settings()  # what is wrong with these is told before anything is asked
+    confirm(f"Close account {masked(account)} and revoke its API keys?", yes=yes)
+    closed = query(close)
+    talk(f"account {masked(closed.account_number)} is closed")
+    show_row(closed, as_json=as_json)
+
+
+def _checked(key: str, *, production: bool) -> "tuple[str, PrivateKeyFormat]":
+    """In production only what Tiger takes; elsewhere also what serves a try."""
+    from tiger_db.models import PrivateKeyFormat
+    from tiger_db.tiger import parse_private_key
+
+    try:
+        return parse_private_key(key)
+    except InvalidValue as error:
+        if production:
+            raise
+        warn(f"{error}: it is stored, but Tiger will refuse it")
+        return key, PrivateKeyFormat.UNKNOWN

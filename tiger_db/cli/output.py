@@ -1,0 +1,155 @@
+"""What the commands print: data on stdout, talk on stderr."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from tiger_db.errors import TigerDBError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tiger_db.crud import Page
+    from tiger_db.models import Entity
+
+E_ = TypeVar("E_", bound="Entity")
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+_ANY_WIDTH = 10_000  # of what is not a terminal: a row stays on its line
+
+
+def talk(message: str) -> None:
+    """Say something to the person, in one line."""
+    sys.stderr.write(_printable(" ".join(message.split())) + "\n")
+
+
+def warn(message: str) -> None:
+    talk(f"warning: {message}")
+
+
+def failure(error: Exception) -> str:
+    """Why a command failed, in one line. What is not known to be free of secrets is not shown."""
+    from pydantic import ValidationError
+    from sqlalchemy.exc import DBAPIError
+
+    from tiger_db.health import explain
+
+    if isinstance(error, (TigerDBError, DBAPIError, OSError)):
+        return explain(error)
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"--{str(problem['loc'][0]).replace('_', '-')}: " * bool(problem["loc"])
+            + problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors(include_url=False, include_input=False)
+        )
+    if os.environ.get("DB_DEBUG", "").lower() in ("1", "true", "yes", "on"):
+        sys.stderr.writelines(traceback.format_tb(error.__traceback__))  # code, no values
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"unexpected {type(error).__name__} in {os.path.basename(place.filename)}:{place.lineno}:"  # noqa: PTH119  # a name
+        " please report it, with what DB_DEBUG=1 shows"
+    )
+
+
+def masked(account_number: str) -> str:
+    """An account number for places that others may see."""
+    shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual
+    return "*" * (len(account_number) - len(shown)) + shown
+
+
+def print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def dump(row: "Entity") -> dict[str, Any]:
+    """All fields as JSON has them, in their order; secrets are masked."""
+    dumped = row.model_dump(mode="json")
+    return {name: dumped[name] for name in type(row).model_fields if name in dumped}
+
+
+def show_row(row: "Entity", *, as_json: bool) -> None:
+    if as_json:
+        print_json(dump(row))
+    else:
+        show_fields({name: getattr(row, name) for name in dump(row)})
+
+
+def show_page(
+    page: "Page[E_]", columns: Mapping[str, Callable[[E_], object]], *, as_json: bool
+) -> None:
+    """A list: each column is a heading and what it shows of a row."""
+    if as_json:
+        print_json({"items": [dump(row) for row in page], "next_cursor": page.next_cursor})
+        return
+    show_table(columns, [[show(row) for show in columns.values()] for row in page])
+    if page.next_cursor:
+        talk(f"there are more: add --after {page.next_cursor}")
+
+
+def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> None:
+    """The first column, by which a row is told to other commands, is never broken."""
+    if not rows:
+        talk("there are none")
+        return
+    table = _table(header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    _print(table)
+
+
+def show_fields(fields: Mapping[str, object]) -> None:
+    """A line each; what is empty is left out."""
+    table = _table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        if shown := _text(value):
+            table.add_row(name.replace("_", " "), shown)
+    _print(table)
+
+
+def _table(**options: Any) -> "Table":
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), **options)
+
+
+def _print(table: "Table") -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _ANY_WIDTH
+    Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case datetime():
+            return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        case Enum():
+            return str(value.value)
+        case dict():
+            return _printable(json.dumps(value, ensure_ascii=False)) if value else ""
+        case list() | tuple():
+            return ", ".join(map(_text, value))
+        case _:
+            return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """Without the control characters by which a stored text could govern the terminal."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )

@@ -1,0 +1,224 @@
+"""Whether the database is as it should be, and what to do where it is not."""
+
+import asyncio
+import os
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import asyncpg
+from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from tiger_db import embedded
+from tiger_db.database import AsyncSession, migration_engine
+from tiger_db.encryption import KeyRing, generate_key
+from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
+from tiger_db.migrations import MONTHS_AHEAD, schema_state
+from tiger_db.models import TigerAccount, metadata
+from tiger_db.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What is known of the database. None: it could not be found out, or does not apply."""
+
+    place: str
+    embedded_folder: str | None = None
+    embedded_socket_folder: str | None = None
+    embedded_pid: int | None = None
+    server_version: str | None = None
+    latency_ms: float | None = None
+    revision: str | None = None
+    head: str | None = None
+    pool: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int | None] = field(default_factory=dict)  # estimates; None: never analyzed
+    audit_months_ahead: int | None = None
+    encryption_keys: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # a line each, with what to do about it
+
+
+async def health(settings: Settings) -> Health:
+    """Look at everything, start nothing. Whatever is wrong is a problem in the report."""
+    report = Health(
+        place=settings.place,
+        pool={
+            name: getattr(settings, f"db_{name}")
+            for name in (
+                "pool_size", "max_overflow", "pool_timeout", "pool_recycle", "connect_timeout",
+                "query_timeout",
+            )
+        },
+    )  # fmt: skip
+    try:
+        if settings.embedded:
+            report = await asyncio.to_thread(_embedded, report, settings)
+        ring = await asyncio.to_thread(_key_ring, settings)
+        report = replace(report, encryption_keys=list(ring.key_ids))
+    except TigerDBError as error:
+        ring = None
+        report.problems.append(explain(error))
+    if settings.embedded and report.embedded_pid is None:
+        return report
+    try:
+        async with migration_engine(settings) as engine, engine.connect() as connection:
+            return await _look(report, connection, settings, ring)
+    except (TigerDBError, DBAPIError, OSError) as error:
+        report.problems.append(explain(error))
+        return report
+
+
+def explain(error: TigerDBError | DBAPIError | OSError) -> str:
+    """Why it failed and what to do about it, in one line."""
+    if isinstance(error, DBAPIError):
+        cause = getattr(error.orig, "__cause__", None) or error.orig
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        return f"the database refused: {reason}"
+    if isinstance(error, TigerDBError):
+        advice = _advice(error.__context__) if isinstance(error, DatabaseUnavailable) else None
+        return f"{error}: {advice}" if advice else str(error)
+    reason = error.strerror or type(error).__name__
+    return f"{reason}: {error.filename}" if error.filename else reason
+
+
+def _advice(cause: BaseException | None) -> str | None:
+    match cause:
+        case asyncpg.InvalidCatalogNameError():
+            return None  # the message says it
+        case asyncpg.InvalidAuthorizationSpecificationError():
+            return "check DATABASE_URL, or DB_USER and DB_PASSWORD"
+        case ssl.SSLError():
+            return "check DB_SSL_MODE and DB_SSL_CA"
+        case OSError():  # TimeoutError is one
+            return "is the server running? Check DATABASE_URL, or DB_HOST and DB_PORT"
+        case _:
+            return None
+
+
+def _embedded(report: Health, settings: Settings) -> Health:
+    folder = embedded.folder(settings)
+    server = embedded.running(settings)
+    if server is None:
+        report.problems.append(
+            f"the embedded PostgreSQL in {folder} is not running: run `tiger-db start-embedded`"
+        )
+        return replace(report, embedded_folder=str(folder))
+    return replace(
+        report,
+        embedded_folder=str(folder),
+        embedded_socket_folder=str(server.socket_folder),
+        embedded_pid=server.pid,
+    )
+
+
+def _key_ring(settings: Settings) -> KeyRing:
+    """The keys that are there; none is made."""
+    if ring := settings.key_ring():
+        return ring
+    if not settings.embedded:
+        raise ConfigurationError(
+            "ENCRYPTION_KEYS is not set, so accounts cannot be stored: run `tiger-db init`"
+        )
+    name = "encryption_keys"
+    if not os.path.lexists(embedded.folder(settings) / name):
+        raise ConfigurationError("there is no encryption key yet: run `tiger-db init`")
+    try:
+        return KeyRing.parse(embedded.kept_secret(settings, name, generate_key))
+    except EncryptionError as error:
+        path = embedded.folder(settings) / name
+        raise ConfigurationError(f"{path}: {error}: restore it") from None
+
+
+async def _look(
+    report: Health, connection: AsyncConnection, settings: Settings, ring: KeyRing | None
+) -> Health:
+    await connection.execute(
+        text("SELECT set_config('statement_timeout', :timeout, false)"),
+        {"timeout": str(round(settings.db_query_timeout * 1000))},
+    )
+    version = text("SHOW server_version")
+    await connection.scalar(version)  # prepares it, so that the next takes one round trip
+    start = time.perf_counter()
+    report = replace(report, server_version=await connection.scalar(version))
+    report = replace(report, latency_ms=round((time.perf_counter() - start) * 1000, 3))
+    state = await schema_state(connection)
+    report = replace(report, revision=state.current, head=state.head)
+    if state.problem:
+        report.problems.append(state.problem)
+        return report
+    report = replace(report, rows=await _rows(connection, sorted(metadata.tables)))
+    report = await _audit_months(report, connection)
+    if ring is not None:
+        report.problems.extend(await _secrets(connection, ring))
+    return report
+
+
+async def _rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int | None]:
+    """Of a table and its partitions, as of the last ANALYZE. What has no page has no rows."""
+    rows = await connection.execute(
+        text(
+            "SELECT name, CASE WHEN bool_and(reltuples >= 0 OR pg_relation_size(pg_class.oid) = 0)"
+            " THEN CAST(sum(greatest(CAST(reltuples AS float8), 0)) AS bigint) END"
+            " FROM unnest(CAST(:tables AS text[])) AS name"
+            " LEFT JOIN pg_inherits ON inhparent = to_regclass(name)"
+            " JOIN pg_class ON pg_class.oid IN (to_regclass(name), inhrelid) AND relkind = 'r'"
+            " GROUP BY name ORDER BY name"
+        ),
+        {"tables": list(tables)},
+    )
+    return {name: estimate for name, estimate in rows}  # noqa: C416  # names the two columns
+
+
+async def _audit_months(report: Health, connection: AsyncConnection) -> Health:
+    ahead = await connection.scalar(
+        text(
+            "SELECT coalesce(min(n) - 1, 120) FROM generate_series(1, 120) AS n"
+            " WHERE NOT EXISTS (SELECT FROM pg_inherits"
+            " WHERE inhparent = CAST('audit_logs' AS regclass)"
+            " AND inhrelid = to_regclass('audit_logs_' || to_char("
+            "date_trunc('month', now() AT TIME ZONE 'UTC') + make_interval(months => n), 'YYYY_MM')"
+            "))"
+        )
+    )
+    if ahead == 0:
+        report.problems.append("next month has no audit partition yet: run `tiger-db migrate`")
+    waiting, elsewhere = (
+        await connection.execute(
+            text(
+                "SELECT EXISTS (SELECT FROM audit_logs_default WHERE id >= lower AND id < upper),"
+                " EXISTS (SELECT FROM audit_logs_default WHERE id < lower OR id >= upper)"
+                " FROM date_trunc('month', now() AT TIME ZONE 'UTC') AS month,"
+                " uuid7_floor(month AT TIME ZONE 'UTC') AS lower,"
+                " uuid7_floor((month + make_interval(months => :months)) AT TIME ZONE 'UTC')"
+                " AS upper"
+            ),
+            {"months": MONTHS_AHEAD + 1},
+        )
+    ).one()
+    if waiting:
+        report.problems.append(
+            "audit_logs_default holds events whose month has no partition: run `tiger-db migrate`"
+        )
+    if elsewhere:
+        report.problems.append(
+            "audit_logs_default holds events dated before or long after this month:"
+            " check the clocks of the machines that write them"
+        )
+    return replace(report, audit_months_ahead=ahead)
+
+
+async def _secrets(connection: AsyncConnection, ring: KeyRing) -> list[str]:
+    """Whether the keys are those that the newest account was stored with."""
+    async with AsyncSession(connection, info={"key_ring": ring}) as session:
+        account = await session.scalar(
+            select(TigerAccount).order_by(col(TigerAccount.id).desc()).limit(1)
+        )
+    if account is not None:
+        try:
+            account.private_key.get_secret_value()
+        except EncryptionError as error:
+            return [f"stored secrets cannot be read: {error}: set ENCRYPTION_KEYS as it was"]
+    return []
