@@ -131,7 +131,8 @@ def stop(settings: Settings) -> bool:
             if postmaster is None:
                 return False
             _interrupt(postmaster)
-            _wait(lambda: _postmaster(home) is None, f"it did not stop; see {home / 'log'}")
+            pid = postmaster.process.pid
+            _wait(lambda: not _process(home, pid), f"it did not stop; see {home / 'log'}")
             with suppress(OSError):
                 postmaster.socket_folder.rmdir()
             return True
@@ -241,9 +242,9 @@ def _make_home(home: Path) -> None:
 
 def _make_socket_folder(home: Path, user: User) -> Path:
     """In our folder where the socket's path is short enough, else in the runtime or temp folder."""
-    bases = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")  # noqa: S108
-    name = f"tiger_db-{user[0]}-{_digest(home)}"
-    for place in (home / "socket", *(Path(base) / name for base in bases if base)):
+    bases = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108
+    outside = [Path(base, f"tiger_db-{user[0]}-{_digest(home)}") for base in bases if base]
+    for place in (home / "socket", *filter(Path.is_absolute, outside)):
         # A runtime folder may be another user's, or of a login that has ended.
         with suppress(FileNotFoundError, PermissionError):
             if len(os.fsencode(place / _SOCKET)) < _SOCKET_LIMIT and _can_reach(user, place.parent):
@@ -264,7 +265,8 @@ def _make_private_folder(path: Path, user: User) -> None:
 def _is_private(path: Path, uid: int) -> bool:
     with suppress(OSError):
         status = path.lstat()
-        return (status.st_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
+        kind_and_mode = status.st_mode & ~stat.S_ISGID  # which folders inherit
+        return (kind_and_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
     return False
 
 
@@ -273,7 +275,10 @@ def _locked(home: Path) -> Iterator[None]:
     """One process at a time; the kernel releases the lock of a killed one."""
     with open(home / "lock", "ab", opener=_private) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a fork of this process may keep the file open
 
 
 # The programs
@@ -466,7 +471,7 @@ def _postmaster(home: Path) -> _Postmaster | None:
     https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
     """
     try:
-        lines = (home / "data" / "postmaster.pid").read_bytes().splitlines()
+        lines = (home / "data" / "postmaster.pid").read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return None
     pid, _, _, _, socket_folder, _, _, status = (*lines, *[b""] * 8)[:8]
@@ -502,8 +507,9 @@ def _settled(home: Path) -> EmbeddedServer | None:
             server = _running(home)
             if server is None:  # its socket was removed, as a login's folder is at its end
                 _interrupt(postmaster)
-        in_use = pid_file.exists() and any(_process(home, pid) for pid in _psutil().pids())
-        return server is not None or not in_use
+        return server is not None or not (
+            pid_file.exists() and any(_process(home, pid) for pid in _psutil().pids())
+        )
 
     _wait(settle, f"processes of an earlier server still use {home / 'data'}")
     return server
