@@ -17,7 +17,6 @@ from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
 from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
-from tiger_db import embedded
 from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import schema_state
@@ -35,6 +34,8 @@ async def connect_args(settings: Settings) -> ConnectArgs:
         EmbeddedError: the embedded server cannot be started.
     """
     if settings.embedded:
+        from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+
         server = await asyncio.to_thread(embedded.start, settings)
         return server.connect_args(settings)
     return settings.connect_args()
@@ -78,6 +79,8 @@ def _engine(settings: Settings, **options: Any) -> AsyncEngine:  # noqa: ANN401 
     @event.listens_for(engine.sync_engine, "handle_error")
     def _typed(context: ExceptionContext) -> None:
         error = context.original_exception
+        if not isinstance(error, Exception):
+            return  # a cancelled task, say: the connection is given up, but not for lost
         state = getattr(error, "sqlstate", None) or ""
         if context.is_disconnect or state.startswith(_UNAVAILABLE) or isinstance(error, OSError):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -156,6 +159,8 @@ class Database:
         if self._checked:
             return
         if self.info["key_ring"] is None and self.settings.embedded:
+            from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+
             text = await asyncio.to_thread(
                 embedded.kept_secret, self.settings, "encryption_keys", generate_key
             )
@@ -192,7 +197,10 @@ _defaults: WeakKeyDictionary[
 
 async def _default_database() -> AsyncGenerator[Database, None]:
     async with Database() as database:
-        yield database
+        try:
+            yield database
+        finally:
+            _defaults.pop(asyncio.get_running_loop(), None)  # they refer to each other
 
 
 @asynccontextmanager

@@ -4,8 +4,9 @@ import asyncio
 import os
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import asyncpg
 from sqlalchemy import select, text
@@ -13,7 +14,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from tiger_db import embedded
 from tiger_db.database import AsyncSession, migration_engine
 from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
@@ -46,13 +46,14 @@ async def health(settings: Settings) -> Health:
     report = Health(
         place=settings.place,
         pool={
-            name: getattr(settings, f"db_{name}")
-            for name in (
-                "pool_size", "max_overflow", "pool_timeout", "pool_recycle", "connect_timeout",
-                "query_timeout",
-            )
+            "size": settings.db_pool_size,
+            "max_overflow": settings.db_max_overflow,
+            "timeout": settings.db_pool_timeout,
+            "recycle": settings.db_pool_recycle,
+            "connect_timeout": settings.db_connect_timeout,
+            "query_timeout": settings.db_query_timeout,
         },
-    )  # fmt: skip
+    )
     try:
         if settings.embedded:
             report = await asyncio.to_thread(_embedded, report, settings)
@@ -60,19 +61,22 @@ async def health(settings: Settings) -> Health:
         report = replace(report, encryption_keys=list(ring.key_ids))
     except TigerDBError as error:
         ring = None
-        report.problems.append(explain(error))
+        report.problems.append(explain(error) or str(error))
     if settings.embedded and report.embedded_pid is None:
         return report
     try:
         async with migration_engine(settings) as engine, engine.connect() as connection:
-            return await _look(report, connection, settings, ring)
-    except (TigerDBError, DBAPIError, OSError) as error:
-        report.problems.append(explain(error))
-        return report
+            async for found in _look(connection, settings, ring, report.problems):
+                report = replace(report, **found)
+    except DBAPIError as error:
+        report.problems.append(f"{explain(error)} (see `tiger-db check`)")
+    except (TigerDBError, OSError) as error:
+        report.problems.append(explain(error) or str(error))
+    return report
 
 
-def explain(error: TigerDBError | DBAPIError | OSError) -> str:
-    """Why it failed and what to do about it, in one line."""
+def explain(error: Exception) -> str | None:
+    """Why it failed and what to do about it, in one line; None: that is not known."""
     if isinstance(error, DBAPIError):
         cause = getattr(error.orig, "__cause__", None) or error.orig
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
@@ -80,6 +84,8 @@ def explain(error: TigerDBError | DBAPIError | OSError) -> str:
     if isinstance(error, TigerDBError):
         advice = _advice(error.__context__) if isinstance(error, DatabaseUnavailable) else None
         return f"{error}: {advice}" if advice else str(error)
+    if not isinstance(error, OSError):
+        return None
     reason = error.strerror or type(error).__name__
     return f"{reason}: {error.filename}" if error.filename else reason
 
@@ -99,6 +105,8 @@ def _advice(cause: BaseException | None) -> str | None:
 
 
 def _embedded(report: Health, settings: Settings) -> Health:
+    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+
     folder = embedded.folder(settings)
     server = embedded.running(settings)
     if server is None:
@@ -122,6 +130,8 @@ def _key_ring(settings: Settings) -> KeyRing:
         raise ConfigurationError(
             "ENCRYPTION_KEYS is not set, so accounts cannot be stored: run `tiger-db init`"
         )
+    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+
     name = "encryption_keys"
     if not os.path.lexists(embedded.folder(settings) / name):
         raise ConfigurationError("there is no encryption key yet: run `tiger-db init`")
@@ -133,27 +143,31 @@ def _key_ring(settings: Settings) -> KeyRing:
 
 
 async def _look(
-    report: Health, connection: AsyncConnection, settings: Settings, ring: KeyRing | None
-) -> Health:
+    connection: AsyncConnection, settings: Settings, ring: KeyRing | None, problems: list[str]
+) -> AsyncIterator[dict[str, Any]]:
+    """The report's fields, as they are found."""
     await connection.execute(
         text("SELECT set_config('statement_timeout', :timeout, false)"),
         {"timeout": str(round(settings.db_query_timeout * 1000))},
     )
     version = text("SHOW server_version")
-    await connection.scalar(version)  # prepares it, so that the next takes one round trip
+    yield {"server_version": await connection.scalar(version)}
     start = time.perf_counter()
-    report = replace(report, server_version=await connection.scalar(version))
-    report = replace(report, latency_ms=round((time.perf_counter() - start) * 1000, 3))
+    await connection.scalar(version)  # which is prepared now: one round trip
+    yield {"latency_ms": round((time.perf_counter() - start) * 1000, 3)}
     state = await schema_state(connection)
-    report = replace(report, revision=state.current, head=state.head)
+    yield {"revision": state.current, "head": state.head}
     if state.problem:
-        report.problems.append(state.problem)
-        return report
-    report = replace(report, rows=await _rows(connection, sorted(metadata.tables)))
-    report = await _audit_months(report, connection)
+        problems.append(state.problem)
+        return
+    yield {"rows": await _rows(connection, sorted(metadata.tables))}
+    ahead = await _audit_months_ahead(connection)
+    yield {"audit_months_ahead": ahead}
+    if ahead == 0:
+        problems.append("next month has no audit partition yet: run `tiger-db migrate`")
+    problems += await _strays(connection)
     if ring is not None:
-        report.problems.extend(await _secrets(connection, ring))
-    return report
+        problems += await _unreadable(connection, ring)
 
 
 async def _rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int | None]:
@@ -172,8 +186,8 @@ async def _rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str,
     return {name: estimate for name, estimate in rows}  # noqa: C416  # names the two columns
 
 
-async def _audit_months(report: Health, connection: AsyncConnection) -> Health:
-    ahead = await connection.scalar(
+async def _audit_months_ahead(connection: AsyncConnection) -> int | None:
+    ahead: int | None = await connection.scalar(
         text(
             "SELECT coalesce(min(n) - 1, 120) FROM generate_series(1, 120) AS n"
             " WHERE NOT EXISTS (SELECT FROM pg_inherits"
@@ -183,8 +197,11 @@ async def _audit_months(report: Health, connection: AsyncConnection) -> Health:
             "))"
         )
     )
-    if ahead == 0:
-        report.problems.append("next month has no audit partition yet: run `tiger-db migrate`")
+    return ahead
+
+
+async def _strays(connection: AsyncConnection) -> list[str]:
+    """Events in no month's partition; `migrate` moves those of the months that it makes."""
     waiting, elsewhere = (
         await connection.execute(
             text(
@@ -198,19 +215,20 @@ async def _audit_months(report: Health, connection: AsyncConnection) -> Health:
             {"months": MONTHS_AHEAD + 1},
         )
     ).one()
+    problems = []
     if waiting:
-        report.problems.append(
+        problems.append(
             "audit_logs_default holds events whose month has no partition: run `tiger-db migrate`"
         )
     if elsewhere:
-        report.problems.append(
+        problems.append(
             "audit_logs_default holds events dated before or long after this month:"
             " check the clocks of the machines that write them"
         )
-    return replace(report, audit_months_ahead=ahead)
+    return problems
 
 
-async def _secrets(connection: AsyncConnection, ring: KeyRing) -> list[str]:
+async def _unreadable(connection: AsyncConnection, ring: KeyRing) -> list[str]:
     """Whether the keys are those that the newest account was stored with."""
     async with AsyncSession(connection, info={"key_ring": ring}) as session:
         account = await session.scalar(

@@ -1,0 +1,75 @@
+"""The password and the secrets that are kept beside it."""
+
+import secrets
+import stat
+from functools import partial
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from tests.embedded.conftest import at_once, unfinished
+from tiger_db.embedded import kept_secret, start, stop
+from tiger_db.errors import EmbeddedError
+from tiger_db.local_postgres.private_files import UNFINISHED
+from tiger_db.settings import Settings
+
+
+def test_password_is_never_on_a_command_line(settings: Settings) -> None:
+    server = start(settings)
+    password = server.connect_args(settings)["password"]
+    assert password
+    files = [path for path in server.folder.rglob("*") if path.is_file()]
+    assert [path.name for path in files if password.encode() in path.read_bytes()] == ["password"]
+
+
+def test_lost_password(settings: Settings, home: Path) -> None:
+    server = start(settings)
+    (home / "password").unlink()
+    with pytest.raises(EmbeddedError, match="password"):
+        server.connect_args(settings)
+    stop(settings)
+    with pytest.raises(EmbeddedError, match="password is missing"):
+        start(settings)
+
+
+def _secret_at_once(settings: Settings, barrier: Barrier, results: "Queue[object]") -> None:
+    barrier.wait()
+    results.put(kept_secret(settings, "key", partial(secrets.token_hex, 32)))
+
+
+def test_kept_secret_of_ten_processes(settings: Settings, home: Path) -> None:
+    values = at_once(_secret_at_once, settings)
+    kept = (home / "key").read_text()
+    assert set(values) == {kept}
+    assert len(kept) == 64
+    assert unfinished(home) == []
+
+
+def test_kept_secret(settings: Settings, home: Path) -> None:
+    def fail() -> str:
+        raise ValueError("no entropy")
+
+    with pytest.raises(ValueError, match="no entropy"):
+        kept_secret(settings, "key", fail)
+    assert not (home / "key").exists()
+    # What a crash could leave behind.
+    (home / f"{UNFINISHED}key").write_text("hal")
+
+    assert kept_secret(settings, "key", lambda: "whole\nkey ä") == "whole\nkey ä"
+    assert kept_secret(settings, "key", fail) == "whole\nkey ä"
+    assert stat.S_IMODE((home / "key").stat().st_mode) == 0o600
+    assert unfinished(home) == []
+
+    (home / "key").chmod(0o640)
+    with pytest.raises(EmbeddedError, match="0600"):
+        kept_secret(settings, "key", fail)
+
+    (home / "link").symlink_to(home / "key")
+    (home / "binary").write_bytes(b"\xff\xfe")
+    (home / "binary").chmod(0o600)
+    for name in ("link", "binary", "data"):
+        (home / "data").mkdir(exist_ok=True)
+        with pytest.raises(EmbeddedError, match=name):
+            kept_secret(settings, name, fail)

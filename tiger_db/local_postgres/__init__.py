@@ -1,0 +1,1 @@
+"""What `tiger_db.embedded` is made of: folders, programs, processes and private files."""

