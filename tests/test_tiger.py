@@ -72,7 +72,7 @@ def test_content_decides_the_format_not_the_label(form: PrivateKeyFormat) -> Non
 
 
 @pytest.mark.parametrize("traditional", [True, False])
-def test_keys_of_openssl(traditional: bool) -> None:  # noqa: FBT001  # a pytest parameter
+def test_keys_of_openssl(traditional: bool) -> None:
     command = ["openssl", "genrsa", *(["-traditional"] if traditional else []), "2048"]
     made = subprocess.run(command, capture_output=True, check=True, text=True)
     wanted = PrivateKeyFormat.PK1 if traditional else PrivateKeyFormat.PK8

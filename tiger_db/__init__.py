@@ -1,13 +1,20 @@
 """The database of a Tiger Brokers MCP system.
 
-The names below load what they need when first asked for: `tiger-db --help` needs none of it.
+Names and modules are loaded when first asked for: `tiger-db --help` needs none of them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tiger_db import crud, errors
+    from tiger_db import crud as crud
+    from tiger_db import database as database
+    from tiger_db import embedded as embedded
+    from tiger_db import errors as errors
+    from tiger_db import health as health
+    from tiger_db import migrations as migrations
+    from tiger_db import models as models
+    from tiger_db import tiger as tiger
     from tiger_db.crud import Page
     from tiger_db.database import Database, get_session
     from tiger_db.models import (
@@ -59,6 +66,10 @@ __all__ = [
     "get_session",
 ]
 
+_MODULES = {
+    "crud", "database", "embedded", "encryption", "errors", "health", "migrations", "models",
+    "settings", "tiger", "verifier",
+}  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {
     "Database": "database",
@@ -69,15 +80,17 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("crud", "errors"):
-        return import_module(f"{__name__}.{name}")
-    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'models')}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take any name for granted
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'models')}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

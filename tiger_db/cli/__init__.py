@@ -6,6 +6,7 @@ Whatever is slow to import is imported where it is used, so that `--help` answer
 import io
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -28,14 +29,13 @@ for _panel in (database, accounts, api_keys, audit, refreshes):
 
 def _version(wanted: bool) -> None:  # noqa: FBT001  # how typer calls it
     if wanted:
-        from importlib.metadata import version
-
         typer.echo(f"tiger-db {version('tiger-db')}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
+    *,
     _: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit."),
@@ -49,7 +49,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that lack a character
-    sys.exit(_run())
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except OSError:  # which was told of; Python's own last attempt would tell again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def _run() -> int | str | None:
@@ -63,7 +68,6 @@ def _run() -> int | str | None:
             talk("interrupted")
         return end.code
     except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001  # the last resort of a program
         talk(f"error: {failure(error)}")

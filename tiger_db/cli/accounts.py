@@ -1,9 +1,10 @@
 """Broker accounts."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import tiger_db
 from tiger_db.cli.input import (
     After,
     Limit,
@@ -22,9 +23,7 @@ from tiger_db.cli.output import AsJson, masked, show_page, show_row, talk, warn
 from tiger_db.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from tiger_db.crud import Page
     from tiger_db.database import AsyncSession
-    from tiger_db.models import PrivateKeyFormat, TigerAccount
 
 # As the enums of tiger_db.models have them, which `--help` has no time to import.
 AccountTypes = Literal["standard", "prime", "global", "paper"]
@@ -87,14 +86,10 @@ def create_account(
 ) -> None:
     """Store a broker account; its secrets are encrypted.
 
-    Without --private-key and --private-key-file, the key is asked for. PEM or base64 DER, PKCS#1 or
-    PKCS#8.
+    The private key is PEM or base64 DER, PKCS#1 or PKCS#8; where none is given, it is asked for.
     """
-    from tiger_db import crud
-    from tiger_db.models import MarketPermission, TigerAccount
-
     production = settings().production
-    given = {
+    given: dict[str, Any] = {
         "account_name": account_name,
         "account_number": account_number,
         "tiger_id": tiger_id,
@@ -103,23 +98,25 @@ def create_account(
         "environment": environment,
         "server_url": server_url,
         "market_permissions": members(
-            MarketPermission, market_permissions, "--market-permissions"
+            tiger_db.MarketPermission, market_permissions, "--market-permissions"
         ),
         "description": description,
         "token_expires_at": moment(token_expires_at, "--token-expires-at"),
-        "access_token": secret("--access-token", access_token, access_token_file),
-        "secret_key": secret("--secret-key", secret_key, secret_key_file),
+        "access_token": secret("access-token", access_token, access_token_file),
+        "secret_key": secret("secret-key", secret_key, secret_key_file),
     }
-    key = required_secret("--private-key", private_key, private_key_file)
+    key = required_secret("private-key", private_key, private_key_file)
     given["private_key"], given["private_key_format"] = _checked(key, production=production)
-    account = TigerAccount(**{name: value for name, value in given.items() if value is not None})
+    account = tiger_db.TigerAccount(
+        **{name: value for name, value in given.items() if value is not None}
+    )
 
-    async def create(session: "AsyncSession") -> TigerAccount:
-        await crud.accounts.create(session, account)
+    async def create(session: "AsyncSession") -> tiger_db.TigerAccount:
+        await tiger_db.crud.accounts.create(session, account)
         if default_trading:
-            await crud.accounts.set_default_trading_account(session, account.id)
+            await tiger_db.crud.accounts.set_default_trading_account(session, account.id)
         if default_data:
-            await crud.accounts.set_default_data_account(session, account.id)
+            await tiger_db.crud.accounts.set_default_data_account(session, account.id)
         return account
 
     created = query(create)
@@ -138,15 +135,12 @@ def list_accounts(
     as_json: AsJson = False,
 ) -> None:
     """List the accounts, newest first."""
-    from tiger_db import crud
-    from tiger_db.models import AccountStatus, AccountType, TigerEnvironment
-
-    page: Page[TigerAccount] = query(
-        lambda session: crud.accounts.list_accounts(
+    page = query(
+        lambda session: tiger_db.crud.accounts.list_accounts(
             session,
-            status=member(AccountStatus, status),
-            environment=member(TigerEnvironment, environment),
-            account_type=member(AccountType, account_type),
+            status=member(tiger_db.AccountStatus, status),
+            environment=member(tiger_db.TigerEnvironment, environment),
+            account_type=member(tiger_db.AccountType, account_type),
             after=after,
             limit=limit,
         )
@@ -159,9 +153,10 @@ def list_accounts(
             "Type": lambda account: account.account_type,
             "Status": lambda account: account.status,
             "License": lambda account: account.license,
-            "Default": lambda account: ["trading"] * account.is_default_trading
-            + ["data"] * account.is_default_data,
-            "Token until (UTC)": lambda account: account.token_expires_at,
+            "Default": lambda account: (
+                ["trading"] * account.is_default_trading + ["data"] * account.is_default_data
+            ),
+            "Token until": lambda account: account.token_expires_at,
         },
         as_json=as_json,
     )
@@ -182,17 +177,15 @@ def set_default_account(
     as_json: AsJson = False,
 ) -> None:
     """Make an account the default, in place of the one that was."""
-    from tiger_db import crud
-
     if not (trading or data):
         raise typer.BadParameter("say for what", param_hint="--trading, --data")
 
-    async def set_default(session: "AsyncSession") -> "TigerAccount":
+    async def set_default(session: "AsyncSession") -> "tiger_db.TigerAccount":
         found = await find_account(session, account)
         if trading:
-            found = await crud.accounts.set_default_trading_account(session, found.id)
+            found = await tiger_db.crud.accounts.set_default_trading_account(session, found.id)
         if data:
-            found = await crud.accounts.set_default_data_account(session, found.id)
+            found = await tiger_db.crud.accounts.set_default_data_account(session, found.id)
         return found
 
     changed = query(set_default)
@@ -207,28 +200,24 @@ def close_account(account: Account, *, yes: Yes = False, as_json: AsJson = False
 
     The account and its audit trail stay.
     """
-    from tiger_db import crud
 
-    async def close(session: "AsyncSession") -> "TigerAccount":
+    async def close(session: "AsyncSession") -> "tiger_db.TigerAccount":
         found = await find_account(session, account)
-        return await crud.accounts.close(session, found.id)
+        return await tiger_db.crud.accounts.close(session, found.id)
 
     settings()  # what is wrong with these is told before anything is asked
-    confirm(f"Close account {masked(account)} and revoke its API keys?", yes=yes)
+    confirm(f"Close account {account} and revoke its API keys?", yes=yes)
     closed = query(close)
     talk(f"account {masked(closed.account_number)} is closed")
     show_row(closed, as_json=as_json)
 
 
-def _checked(key: str, *, production: bool) -> "tuple[str, PrivateKeyFormat]":
+def _checked(key: str, *, production: bool) -> "tuple[str, tiger_db.PrivateKeyFormat]":
     """In production only what Tiger takes; elsewhere also what serves a try."""
-    from tiger_db.models import PrivateKeyFormat
-    from tiger_db.tiger import parse_private_key
-
     try:
-        return parse_private_key(key)
+        return tiger_db.tiger.parse_private_key(key)
     except InvalidValue as error:
         if production:
             raise
         warn(f"{error}: it is stored, but Tiger will refuse it")
-        return key, PrivateKeyFormat.UNKNOWN
+        return key, tiger_db.PrivateKeyFormat.UNKNOWN

@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import termios
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -14,13 +14,12 @@ from uuid import UUID
 
 import typer
 
-from tiger_db.cli.output import masked, talk, warn
+import tiger_db
+from tiger_db.cli.output import warn
 from tiger_db.errors import InvalidValue, NotFound
 
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
-    from tiger_db.models import TigerAccount
-    from tiger_db.settings import Settings
 
 T = TypeVar("T")
 S = TypeVar("S", bound=StrEnum)
@@ -30,15 +29,14 @@ After = Annotated[
     typer.Option(metavar="CURSOR", help="Go on where an earlier list ended: its next_cursor."),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+_CENTURY = timedelta(days=36525)
 _SECRET_LIMIT = 1_000_000  # characters
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-def settings() -> "Settings":
+def settings() -> "tiger_db.Settings":
     """What the environment says. With DB_DEBUG, statements are logged where talk goes."""
-    from tiger_db.settings import Settings
-
-    found = Settings()
+    found = tiger_db.Settings()
     logger = logging.getLogger("sqlalchemy.engine.Engine")
     if found.db_debug and not logger.handlers:  # else SQLAlchemy adds one, to stdout
         logger.addHandler(logging.StreamHandler())
@@ -47,24 +45,48 @@ def settings() -> "Settings":
 
 def query(ask: "Callable[[AsyncSession], Coroutine[Any, Any, T]]") -> T:
     """Run one transaction; it has been committed when this returns."""
-    from tiger_db.database import Database
 
     async def run() -> T:
-        async with Database(settings()) as database, database.session() as session:
+        async with tiger_db.Database(settings()) as database, database.session() as session:
             return await ask(session)
 
     return asyncio.run(run())
 
 
-async def find_account(session: "AsyncSession", number_or_id: str) -> "TigerAccount":
-    from tiger_db import crud
-
-    account = await crud.accounts.get_by_account_number(session, number_or_id)
+async def find_account(session: "AsyncSession", number_or_id: str) -> "tiger_db.TigerAccount":
+    account = await tiger_db.crud.accounts.get_by_account_number(session, number_or_id)
     if account is None and (account_id := as_uuid(number_or_id)):
-        account = await crud.accounts.get(session, account_id)
+        account = await tiger_db.crud.accounts.get(session, account_id)
     if account is None:
-        raise NotFound(f"there is no account {masked(number_or_id)}")
+        raise NotFound("there is no account with this number or id")
     return account
+
+
+async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.APIKey":
+    key = await tiger_db.crud.api_keys.get_by_prefix(session, prefix_or_id)
+    if key is None and (key_id := as_uuid(prefix_or_id)):
+        key = await tiger_db.crud.api_keys.get(session, key_id)
+    if key is None:
+        # Not named, because it may be the whole key.
+        raise NotFound("there is no API key with this prefix or id")
+    return key
+
+
+async def account_numbers(
+    session: "AsyncSession", ids: Iterable[UUID | None]
+) -> dict[UUID | None, str]:
+    """What people know the accounts by; those that are gone, by their id."""
+    from sqlmodel import col, select  # noqa: PLC0415  # slow, and `--help` is to be fast
+
+    wanted: dict[UUID | None, str] = {
+        account_id: str(account_id) for account_id in ids if account_id is not None
+    }
+    rows = await session.execute(
+        select(col(tiger_db.TigerAccount.id), col(tiger_db.TigerAccount.account_number)).where(
+            col(tiger_db.TigerAccount.id).in_(wanted)
+        )
+    )
+    return {**wanted, **{row.id: row.account_number for row in rows}}
 
 
 def as_uuid(text: str) -> UUID | None:
@@ -92,14 +114,16 @@ def words(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
-def moment(text: str | None, option: str) -> datetime | None:
-    """A time with its zone.
+def moment(text: str | None, option: str, *, ago: bool = False) -> datetime | None:
+    """A time with its zone, or, with `ago`, a length of time before now.
 
     Raises:
         BadParameter: anything else, also a time whose zone would have to be guessed.
     """
     if text is None:
         return None
+    if ago and re.fullmatch(r"\d+[a-z]", text, re.ASCII):
+        return datetime.now(UTC) - duration(text, option)
     try:
         found = datetime.fromisoformat(text)
         if found.tzinfo is not None:
@@ -111,14 +135,20 @@ def moment(text: str | None, option: str) -> datetime | None:
     )
 
 
-def duration(text: str | None, option: str) -> timedelta | None:
-    """A length of time such as `30d`."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,6})([smhdw])", text, re.ASCII)
-    if match is None or int(match[1]) == 0:
-        raise typer.BadParameter("give a number and a unit, such as 12h or 30d", param_hint=option)
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+def duration(text: str, option: str) -> timedelta:
+    """A length of time such as `30d`.
+
+    Raises:
+        BadParameter: anything else.
+    """
+    if match := re.fullmatch(r"(\d{1,8})([smhdw])", text, re.ASCII):
+        length = timedelta(**{_UNITS[match[2]]: int(match[1])})
+        if timedelta(0) < length <= _CENTURY:
+            return length
+    raise typer.BadParameter(
+        "give a number and a unit (s, m, h, d or w), such as 30d; a century at most",
+        param_hint=option,
+    )
 
 
 def confirm(question: str, *, yes: bool) -> None:
@@ -130,7 +160,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not _at_terminal():
-        raise typer.BadParameter("nobody can be asked here: add it", param_hint="--yes")
+        raise typer.BadParameter("is needed, because nobody can be asked here", param_hint="--yes")
     typer.confirm(question, abort=True, err=True)
 
 
@@ -139,28 +169,28 @@ def secret(name: str, value: str | None, file: str | None) -> str | None:
 
     Raises:
         BadParameter: both are given.
-        InvalidValue: there is nothing in it.
+        InvalidValue: there is nothing in it, or it is not text.
     """
     if value is not None and file is not None:
-        raise typer.BadParameter(f"excludes {name}-file", param_hint=name)
+        raise typer.BadParameter("is given already", param_hint=f"--{name}-file")
     if value is None and file is None:
         return None
-    if "-" in (value, file):
-        text = _hidden_lines(name) if _at_terminal() else sys.stdin.read(_SECRET_LIMIT)
-    elif file is not None:
-        try:
+    try:
+        if "-" in (value, file):
+            text = _hidden_lines(name) if _at_terminal() else sys.stdin.read(_SECRET_LIMIT)
+        elif file is not None:
             with Path(file).open(encoding="utf-8") as stream:
                 text = stream.read(_SECRET_LIMIT)
-        except UnicodeDecodeError:
-            raise InvalidValue(f"{file} is not text") from None
-    else:
-        warn(
-            f"other users of this machine can see what follows {name}, and the shell remembers it:"
-            f" {name}-file and - (standard input) keep it to yourself"
-        )
-        text = value or ""
+        else:
+            warn(
+                "other users of this machine can see a secret on the command line, and the shell"
+                f" remembers it: --{name}-file or - (standard input) keeps it to yourself"
+            )
+            text = value or ""
+    except UnicodeDecodeError:
+        raise InvalidValue(f"the {name.replace('-', ' ')} is not text") from None
     if not text.strip():
-        raise InvalidValue(f"{name} is empty")
+        raise InvalidValue(f"the {name.replace('-', ' ')} is empty")
     return text.strip()
 
 
@@ -173,7 +203,7 @@ def required_secret(name: str, value: str | None, file: str | None) -> str:
     if value is None and file is None:
         if not _at_terminal():
             raise typer.BadParameter(
-                f"give {name}-file, or - to read standard input", param_hint=name
+                "give a file, or - to read standard input", param_hint=f"--{name}-file"
             )
         value = "-"
     found = secret(name, value, file)
@@ -191,10 +221,10 @@ def _hidden_lines(name: str) -> str:
     before = termios.tcgetattr(terminal)
     silent = [*before]
     silent[3] &= ~termios.ECHO
-    sys.stderr.write(f"{name.lstrip('-').replace('-', ' ')} (hidden): ")
-    sys.stderr.flush()
     try:
         termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
+        sys.stderr.write(f"{name.replace('-', ' ')} (hidden): ")
+        sys.stderr.flush()
         lines = [sys.stdin.readline()]
         while lines[0].startswith("-----BEGIN") and lines[-1] and "-----END" not in lines[-1]:
             lines.append(sys.stdin.readline())

@@ -10,17 +10,18 @@ from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
 
-from tiger_db.errors import TigerDBError
+import tiger_db
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from tiger_db.crud import Page
     from tiger_db.models import Entity
 
 E_ = TypeVar("E_", bound="Entity")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+_GAP = 2  # between columns
 _ANY_WIDTH = 10_000  # of what is not a terminal: a row stays on its line
 
 
@@ -35,13 +36,10 @@ def warn(message: str) -> None:
 
 def failure(error: Exception) -> str:
     """Why a command failed, in one line. What is not known to be free of secrets is not shown."""
-    from pydantic import ValidationError
-    from sqlalchemy.exc import DBAPIError
+    from pydantic import ValidationError  # noqa: PLC0415  # slow, and `--help` is to be fast
 
-    from tiger_db.health import explain
-
-    if isinstance(error, (TigerDBError, DBAPIError, OSError)):
-        return explain(error)
+    if explained := tiger_db.health.explain(error):
+        return explained
     if isinstance(error, ValidationError):
         return "; ".join(
             f"--{str(problem['loc'][0]).replace('_', '-')}: " * bool(problem["loc"])
@@ -81,7 +79,7 @@ def show_row(row: "Entity", *, as_json: bool) -> None:
 
 
 def show_page(
-    page: "Page[E_]", columns: Mapping[str, Callable[[E_], object]], *, as_json: bool
+    page: "tiger_db.Page[E_]", columns: Mapping[str, Callable[[E_], object]], *, as_json: bool
 ) -> None:
     """A list: each column is a heading and what it shows of a row."""
     if as_json:
@@ -93,16 +91,34 @@ def show_page(
 
 
 def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> None:
-    """The first column, by which a row is told to other commands, is never broken."""
+    """Empty columns are left out."""
     if not rows:
         talk("there are none")
         return
-    table = _table(header_style="bold")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, no_wrap=number == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*map(_text, row))
-    _print(table)
+    cells = [[_text(value) for value in row] for row in rows]
+    columns = [column for column in zip(headings, *cells, strict=True) if any(column[1:])]
+    console, table = _console(), _table()
+    for (heading, *_), width in zip(columns, _widths(columns, console.width), strict=True):
+        # A row is told to other commands by its first column: that stays whole.
+        rigid = width is None and heading == columns[0][0]
+        table.add_column(heading, width=width, no_wrap=rigid, overflow="fold")
+    for row in list(zip(*columns, strict=True))[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
+    """Such that no word is broken, or None where the words are too long for that."""
+    least = [max(map(cell_len, " ".join(column).split())) for column in columns]
+    room = width - sum(least) - _GAP * (len(least) - 1)
+    if room < 0:
+        return [None] * len(columns)
+    widths: list[int | None] = []
+    for column, word in zip(columns, least, strict=True):
+        more = min(room, max(map(cell_len, column)) - word)
+        widths.append(word + more)
+        room -= more
+    return widths
 
 
 def show_fields(fields: Mapping[str, object]) -> None:
@@ -113,30 +129,32 @@ def show_fields(fields: Mapping[str, object]) -> None:
     for name, value in fields.items():
         if shown := _text(value):
             table.add_row(name.replace("_", " "), shown)
-    _print(table)
+    _console().print(table)
 
 
-def _table(**options: Any) -> "Table":
-    from rich.table import Table
+def _table(*, show_header: bool = True) -> Table:
+    return Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, _GAP, 0, 0),
+        header_style="bold",
+        show_header=show_header,
+    )
 
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), **options)
 
-
-def _print(table: "Table") -> None:
-    from rich.console import Console
-
+def _console() -> Console:
     width = None if sys.stdout.isatty() else _ANY_WIDTH
-    Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _text(value: object) -> str:
+def _text(value: object) -> str:  # noqa: PLR0911  # one for each kind of value
     match value:
         case None:
             return ""
         case bool():
             return "yes" if value else "no"
         case datetime():
-            return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+            return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         case Enum():
             return str(value.value)
         case dict():

@@ -1,0 +1,284 @@
+"""Accounts by the command line."""
+
+import asyncio
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import CommandLine, Result
+from tiger_db import Database, PrivateKeyFormat, Settings, TigerAccount, crud
+from tiger_db.tiger import parse_private_key
+
+NUMBER = "51230321"
+PAPER = "20191106192858300"
+REQUIRED = ("--account-name", "Main", "--tiger-id", "20150001")
+
+
+@pytest.fixture(scope="module")
+def pem() -> str:
+    made = subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, check=True, text=True)
+    return made.stdout
+
+
+@pytest.fixture
+def key_file(pem: str, tmp_path: Path) -> str:
+    path = tmp_path / "key.pem"
+    path.write_text(pem)
+    return str(path)
+
+
+def create(cli: CommandLine, number: str = NUMBER, *options: str, **more: str) -> Result:
+    options = (*REQUIRED, "--account-number", number, *options)
+    if not any(option.startswith("--private-key") for option in options):
+        options = (*options, "--private-key", "test_key")
+    return cli.ok("create-account", *options, **more)
+
+
+def stored(cli: CommandLine, number: str = NUMBER) -> TigerAccount:
+    """The account as the library reads it."""
+
+    async def read() -> TigerAccount:
+        settings = Settings(
+            database_url=cli.env["DATABASE_URL"], encryption_keys=cli.env["ENCRYPTION_KEYS"]
+        )
+        async with Database(settings) as database, database.session() as session:
+            account = await crud.accounts.get_by_account_number(session, number)
+            assert account is not None
+            return account
+
+    return asyncio.run(read())
+
+
+def test_create_with_everything(cli: CommandLine, key_file: str, pem: str, tmp_path: Path) -> None:
+    for name, text in (("secret", "s3cret\n"), ("token", " t0ken \n")):
+        (tmp_path / name).write_text(text)
+    result = create(
+        cli, PAPER,
+        "--private-key-file", key_file, "--account-type", "prime", "--license", "TBSG",
+        "--environment", "SANDBOX", "--server-url", "https://example.com",
+        "--market-permissions", "US, HK", "--description", "notes", "--default-trading",
+        "--default-data", "--secret-key-file", str(tmp_path / "secret"),
+        "--access-token-file", str(tmp_path / "token"),
+        "--token-expires-at", "2027-01-31T20:00:00+08:00", "--json",
+    )  # fmt: skip
+    assert result.err == f"created account {'*' * 13}8300\n"
+    account = stored(cli, PAPER)
+    der, form = parse_private_key(pem)
+    assert account.private_key.get_secret_value() == der
+    assert account.private_key_format == form
+    assert account.tiger_id.get_secret_value() == "20150001"
+    assert account.secret_key is not None
+    assert account.secret_key.get_secret_value() == "s3cret"
+    assert account.access_token is not None
+    assert account.access_token.get_secret_value() == "t0ken"
+    assert account.token_expires_at == datetime(2027, 1, 31, 12, tzinfo=UTC)
+    assert result.json == account.model_dump(mode="json")
+    assert list(result.json) == list(TigerAccount.model_fields)
+    assert result.json == {
+        **result.json,
+        "account_name": "Main", "account_number": PAPER, "account_type": "prime",
+        "license": "TBSG", "environment": "SANDBOX", "server_url": "https://example.com",
+        "market_permissions": ["US", "HK"], "description": "notes", "is_default_trading": True,
+        "is_default_data": True, "private_key": "**********", "secret_key": "**********",
+        "access_token": "**********", "tiger_id": "**********",
+    }  # fmt: skip
+
+
+def test_create_for_people(cli: CommandLine) -> None:
+    result = create(cli)
+    assert NUMBER in result.out
+    assert "account type" in result.out
+    assert "standard" in result.out
+    assert "test_key" not in result.out + result.err
+    assert NUMBER not in result.err
+    assert "****0321" in result.err
+
+
+def test_plain_key_outside_production(cli: CommandLine) -> None:
+    result = create(cli)
+    assert "Tiger will refuse it" in result.err
+    assert stored(cli).private_key.get_secret_value() == "test_key"
+    assert stored(cli).private_key_format == PrivateKeyFormat.UNKNOWN
+
+
+def test_production_takes_real_keys_only(cli: CommandLine, key_file: str) -> None:
+    options = ("create-account", *REQUIRED, "--account-number", NUMBER)
+    reason = cli.fails(*options, "--private-key", "-", stdin="test_key", ENVIRONMENT="production")
+    assert "not RSA" in reason
+    assert "test_key" not in reason
+    assert cli.ok("list-accounts", "--json").json["items"] == []
+    created = cli.ok(*options, "--private-key-file", key_file, ENVIRONMENT="production")
+    assert "refuse" not in created.err
+
+
+def test_secret_from_standard_input(cli: CommandLine, pem: str) -> None:
+    for number, option in (("1", "--private-key"), ("2", "--private-key-file")):
+        result = create(cli, number, option, "-", stdin=pem)
+        assert "warning" not in result.err
+        assert stored(cli, number).private_key.get_secret_value() == parse_private_key(pem)[0]
+
+
+def test_secret_on_the_command_line_is_warned_of(cli: CommandLine, key_file: str) -> None:
+    for option in ("--private-key", "--secret-key", "--access-token"):
+        private = () if option == "--private-key" else ("--private-key-file", key_file)
+        result = create(cli, option[2:], *private, option, "hunter2")
+        assert f"{option}-file" in result.err
+        assert "other users of this machine can see" in result.err
+        assert "hunter2" not in result.out + result.err
+
+
+def test_secret_that_is_not_there(cli: CommandLine, tmp_path: Path) -> None:
+    options = ("create-account", *REQUIRED, "--account-number", NUMBER)
+    assert "--private-key-file" in cli.misused(*options)
+    given = ("--private-key", "a", "--private-key-file", "b")
+    assert "given already" in cli.misused(*options, *given)
+    assert "No such file" in cli.fails(*options, "--private-key-file", str(tmp_path / "none"))
+    assert "directory" in cli.fails(*options, "--private-key-file", str(tmp_path))
+    (tmp_path / "key.der").write_bytes(b"\x30\x82\xff")
+    assert "is not text" in cli.fails(*options, "--private-key-file", str(tmp_path / "key.der"))
+    assert "is not text" in cli.fails(*options, "--private-key", "-", stdin="\udcff\udc82")
+    assert "key is empty" in cli.fails(*options, "--private-key-file", "-", stdin="\n")
+    assert "key is empty" in cli.fails(*options, "--private-key-file", "/dev/null")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--account-name", "x" * 101),
+        ("--account-name", ""),
+        ("--account-number", "9" * 51),
+        ("--description", "x" * 501),
+        ("--server-url", "x" * 501),
+        ("--tiger-id", ""),
+    ],
+)
+def test_refused_value_names_its_option(cli: CommandLine, option: str, value: str) -> None:
+    options = dict(zip(REQUIRED[::2], REQUIRED[1::2], strict=True))
+    options |= {"--account-number": NUMBER, "--private-key-file": "-", option: value}
+    given = [part for pair in options.items() for part in pair]
+    # The warning about the plain key comes first.
+    reason = cli("create-account", *given, stdin="test_key")
+    assert reason.code == 1
+    assert f"error: {option}: " in reason.err
+    assert "test_key" not in reason.err
+    assert cli.ok("list-accounts", "--json").json["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--account-type", "gold"),
+        ("--license", "TBXX"),
+        ("--environment", "prod"),
+        ("--market-permissions", "US,XX"),
+        ("--token-expires-at", "2027-01-31T12:00:00"),
+        ("--token-expires-at", "tomorrow"),
+        ("--token-expires-at", "9999-12-31T23:59:59-12:00"),
+    ],
+)
+def test_misused_option_is_named(cli: CommandLine, option: str, value: str) -> None:
+    options = ("create-account", *REQUIRED, "--account-number", NUMBER, "--private-key", "x")
+    assert option in cli.misused(*options, option, value)
+
+
+def test_taken_number(cli: CommandLine) -> None:
+    create(cli)
+    options = ("create-account", *REQUIRED, "--account-number", NUMBER)
+    result = cli(*options, "--private-key", "test_key")
+    assert (result.code, result.out) == (1, "")
+    assert "exists already" in result.err
+
+
+def test_default_replaces_the_one_that_was(cli: CommandLine) -> None:
+    create(cli, "1", "--default-trading", "--default-data")
+    create(cli, "2", "--default-trading")
+    flags = [
+        (account["account_number"], account["is_default_trading"], account["is_default_data"])
+        for account in cli.ok("list-accounts", "--json").json["items"]
+    ]
+    assert flags == [("2", True, False), ("1", False, True)]
+
+
+def test_list(cli: CommandLine) -> None:
+    assert cli.ok("list-accounts") == Result(0, "", "there are none\n")
+    assert cli.ok("list-accounts", "--json").json == {"items": [], "next_cursor": None}
+    for number in ("1111111", "U2222222", PAPER):
+        create(cli, number)
+    listed = cli.ok("list-accounts")
+    assert listed.err == ""
+    assert [line.split()[0] for line in listed.out.splitlines()] == [
+        "Number", PAPER, "U2222222", "1111111"
+    ]  # fmt: skip
+    first = cli.ok("list-accounts", "--limit", "2", "--json").json
+    assert [account["account_number"] for account in first["items"]] == [PAPER, "U2222222"]
+    assert list(first["items"][0]) == list(TigerAccount.model_fields)
+    rest = cli.ok("list-accounts", "--limit", "2", "--json", "--after", first["next_cursor"]).json
+    assert [account["account_number"] for account in rest["items"]] == ["1111111"]
+    assert rest["next_cursor"] is None
+    hint = cli.ok("list-accounts", "--limit", "2").err
+    assert f"--after {first['next_cursor']}" in hint
+
+
+def test_list_filters(cli: CommandLine) -> None:
+    create(cli, "1111111")
+    create(cli, PAPER, "--environment", "SANDBOX")
+    cli.ok("close-account", "1111111", "--yes")
+    for option, value, number in (
+        ("--status", "closed", "1111111"),
+        ("--status", "active", PAPER),
+        ("--environment", "PROD", "1111111"),
+        ("--account-type", "paper", PAPER),
+    ):
+        items = cli.ok("list-accounts", option, value, "--json").json["items"]
+        assert [item["account_number"] for item in items] == [number]
+
+
+def test_bad_page(cli: CommandLine) -> None:
+    assert "--limit" in cli.misused("list-accounts", "--limit", "0")
+    assert "--limit" in cli.misused("list-accounts", "--limit", "1001")
+    assert "--status" in cli.misused("list-accounts", "--status", "happy")
+    assert "cursor is malformed" in cli.fails("list-accounts", "--after", "nonsense")
+
+
+def test_show_by_number_and_by_id(cli: CommandLine) -> None:
+    create(cli)
+    shown = cli.ok("show-account", NUMBER, "--json").json
+    assert shown["account_number"] == NUMBER
+    assert cli.ok("show-account", shown["id"], "--json").json == shown
+    assert "**********" in cli.ok("show-account", NUMBER).out
+    assert "no account" in cli.fails("show-account", "0")
+    assert "no account" in cli.fails("show-account", "01a2090b-d025-77ee-b352-1c8a2d49097f")
+
+
+def test_set_default(cli: CommandLine) -> None:
+    create(cli, "1", "--default-trading", "--default-data")
+    create(cli, "2")
+    result = cli.ok("set-default-account", "2", "--trading", "--data", "--json")
+    assert result.json["is_default_trading"]
+    assert result.json["is_default_data"]
+    assert "default for trading and data" in result.err
+    assert not stored(cli, "1").is_default_trading
+    assert "--trading" in cli.misused("set-default-account", "1")
+    cli.ok("close-account", "1", "--yes")
+    assert "closed" in cli.fails("set-default-account", "1", "--data")
+
+
+def test_close(cli: CommandLine) -> None:
+    create(cli)
+    assert "--yes" in cli.misused("close-account", NUMBER, stdin="y\n")
+    assert stored(cli).status == "active"
+    closed = cli.ok("close-account", NUMBER, "--yes", "--json")
+    assert closed.json["status"] == "closed"
+    assert stored(cli).status == "closed"
+    assert "no account" in cli.fails("close-account", "0", "--yes")
+
+
+def test_stored_text_cannot_govern_the_terminal(cli: CommandLine) -> None:
+    name = "[bold]:smile: \x1b[31m\u202eevil\r\n"
+    create(cli, "1", "--account-name", name)
+    for command in (("list-accounts",), ("show-account", "1")):
+        shown = cli.ok(*command).out
+        assert "[bold]:smile: \\x1b[31m\\u202eevil\\r\\n" in shown
+    assert cli.ok("show-account", "1", "--json").json["account_name"] == name

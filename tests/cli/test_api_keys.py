@@ -1,0 +1,204 @@
+"""API keys by the command line."""
+
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from uuid_utils.compat import uuid7
+
+from tests.cli.conftest import CommandLine, Result
+from tests.cli.test_accounts import create as create_account
+from tiger_db import APIKey
+
+
+def create(cli: CommandLine, *options: str) -> dict[str, Any]:
+    if "--scopes" not in options:
+        options = (*options, "--scopes", "mcp:read")
+    row: dict[str, Any] = cli.ok("create-api-key", "--name", "assistant", *options, "--json").json
+    return row
+
+
+def refusal(cli: CommandLine, key: str, *options: str) -> str:
+    result = cli("verify-api-key", "-", *options, stdin=key)
+    assert (result.code, result.out) == (1, "")
+    return result.err
+
+
+def test_create_with_everything(cli: CommandLine) -> None:
+    create_account(cli, "51230321")
+    before = datetime.now(UTC)
+    row = create(
+        cli,
+        "--scopes", "trade:read, mcp:write", "--account", "51230321", "--expires-in", "30d",
+        "--rate-limit-per-hour", "10", "--rate-limit-per-day", "100",
+        "--allowed-ips", "10.0.0.0/8,::1", "--allowed-user-agents", "claude/*,curl*",
+        "--description", "notes", "--created-by", "me",
+    )  # fmt: skip
+    assert [*row] == [*(name for name in APIKey.model_fields if name != "key_hash"), "key"]
+    account = cli.ok("show-account", "51230321", "--json").json
+    assert row == {
+        **row,
+        "scopes": ["trade:read", "mcp:write"], "tiger_account_id": account["id"],
+        "rate_limit_per_hour": 10, "rate_limit_per_day": 100,
+        "allowed_ips": ["10.0.0.0/8", "::1/128"], "allowed_user_agents": ["claude/*", "curl*"],
+        "description": "notes", "created_by": "me", "status": "active",
+    }  # fmt: skip
+    assert row["key"].startswith(row["key_prefix"])
+    ends = datetime.fromisoformat(row["expires_at"])
+    assert abs(ends - before - timedelta(days=30)) < timedelta(minutes=1)
+    by_id = create(cli, "--account", account["id"])
+    assert by_id["tiger_account_id"] == account["id"]
+
+
+def test_key_is_shown_once(cli: CommandLine) -> None:
+    result = cli.ok("create-api-key", "--name", "assistant", "--scopes", "mcp:read")
+    key = result.out.splitlines()[-1]
+    assert cli.ok("verify-api-key", "-", stdin=key)
+    assert result.out.count(key) == 1
+    assert key not in result.err
+    assert "shown only now" in result.err
+    shown = [cli.ok("list-api-keys"), cli.ok("list-api-keys", "--json"), cli.ok("list-events")]
+    shown += [cli.ok("list-events", "--json"), cli.ok("verify-api-key", "-", stdin=key)]
+    secret = key.rpartition("_")[2]
+    assert not any(secret in result.out + result.err for result in shown)
+
+
+def test_expiry(cli: CommandLine) -> None:
+    row = create(cli, "--expires-at", "2099-01-31T20:00:00+08:00")
+    assert row["expires_at"] == "2099-01-31T12:00:00Z"
+    options = ("create-api-key", "--name", "x", "--scopes", "mcp:read")
+    for option, value in (
+        ("--expires-at", "2020-01-31T12:00:00Z"),
+        ("--expires-at", "2099-01-31T12:00:00"),
+        ("--expires-at", "30d"),
+        ("--expires-in", "30"),
+        ("--expires-in", "0d"),
+        ("--expires-in", "-1d"),
+        ("--expires-in", "999999999w"),
+    ):
+        assert option in cli.misused(*options, option, value)
+    both = ("--expires-in", "1h", "--expires-at", "2099-01-31T12:00:00Z")
+    assert "excludes" in cli.misused(*options, *both)
+
+
+@pytest.mark.parametrize("text", ["90s", "90m", "36h", "2d", "3w"])
+def test_units(cli: CommandLine, text: str) -> None:
+    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[text[-1]] * int(text[:-1])
+    ends = datetime.fromisoformat(create(cli, "--expires-in", text)["expires_at"])
+    assert abs((ends - datetime.now(UTC)).total_seconds() - seconds) < 30
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--allowed-ips", "10.0.0.0/99"),
+        ("--allowed-ips", "10.0.0.1/8"),
+        ("--rate-limit-per-hour", "0"),
+        ("--rate-limit-per-day", "99999999999999999999"),
+        ("--name", ""),
+        ("--name", "x" * 101),
+        ("--scopes", ","),
+    ],
+)
+def test_refused_value_names_its_option(cli: CommandLine, option: str, value: str) -> None:
+    options = {"--name": "x", "--scopes": "mcp:read", option: value}
+    given = [part for pair in options.items() for part in pair]
+    assert f"error: {option}: " in cli.fails("create-api-key", *given)
+    assert cli.ok("list-api-keys", "--json").json["items"] == []
+
+
+def test_unknown_scope_and_account(cli: CommandLine) -> None:
+    options = ("create-api-key", "--name", "x", "--scopes")
+    reason = cli.misused(*options, "mcp:read,mcp:nope")
+    assert "--scopes" in reason
+    assert "trade:admin" in reason
+    assert "no account" in cli.fails(*options, "mcp:read", "--account", "nope")
+
+
+def test_list(cli: CommandLine) -> None:
+    create_account(cli, "51230321")
+    assert cli.ok("list-api-keys") == Result(0, "", "there are none\n")
+    bound, free = create(cli, "--account", "51230321"), create(cli)
+    listed = cli.ok("list-api-keys").out.splitlines()
+    assert [line.split()[0] for line in listed] == [
+        "Prefix", free["key_prefix"], bound["key_prefix"]
+    ]  # fmt: skip
+    assert "51230321" in listed[2]
+    assert "any" in listed[1]
+    page = cli.ok("list-api-keys", "--limit", "1", "--json").json
+    free.pop("key")
+    assert page["items"] == [free]
+    after = ("--after", page["next_cursor"], "--json")
+    assert cli.ok("list-api-keys", *after).json["items"][0]["id"] == bound["id"]
+    items = cli.ok("list-api-keys", "--account", "51230321", "--json").json["items"]
+    assert [item["id"] for item in items] == [bound["id"]]
+    cli.ok("revoke-api-key", free["key_prefix"])
+    items = cli.ok("list-api-keys", "--status", "revoked", "--json").json["items"]
+    assert [item["id"] for item in items] == [free["id"]]
+    both = ("--status", "active", "--account", "51230321")
+    assert "--status" in cli.misused("list-api-keys", *both)
+    assert "no account" in cli.fails("list-api-keys", "--account", "nope")
+
+
+def test_an_expired_key_is_listed_as_such(cli: CommandLine) -> None:
+    create(cli, "--expires-in", "1s")
+    time.sleep(1.1)
+    assert " expired " in cli.ok("list-api-keys").out
+
+
+def test_verify(cli: CommandLine, tmp_path: Path) -> None:
+    row = create(cli, "--scopes", "trade:write")
+    verified = cli.ok("verify-api-key", "-", "--scopes", "trade:read", "--json", stdin=row["key"])
+    assert verified.json["id"] == row["id"]
+    assert verified.json["usage_count"] == 1
+    assert verified.err == "accepted\n"
+    (tmp_path / "key").write_text(row["key"] + "\n")
+    assert cli.ok("verify-api-key", "--key-file", str(tmp_path / "key")).err == "accepted\n"
+    warned = cli.ok("verify-api-key", row["key"])
+    assert "--key-file" in warned.err
+    assert row["key"] not in warned.err
+    assert "--key-file" in cli.misused("verify-api-key")
+    assert "given already" in cli.misused("verify-api-key", "x", "--key-file", "y")
+
+
+def test_verify_says_why_not(cli: CommandLine) -> None:
+    for number in ("1111111", "2222222"):
+        create_account(cli, number)
+    key = create(
+        cli, "--account", "1111111", "--allowed-ips", "10.0.0.0/8", "--allowed-user-agents", "a*",
+    )["key"]  # fmt: skip
+    good = ("--ip", "10.1.2.3", "--user-agent", "abc")
+    assert cli.ok("verify-api-key", "-", *good, "--account", "1111111", stdin=key)
+    assert "AddressNotAllowed" in refusal(cli, key, "--ip", "11.1.2.3", "--user-agent", "abc")
+    assert "UserAgentNotAllowed" in refusal(cli, key, "--ip", "10.1.2.3", "--user-agent", "x")
+    assert "lacks the scope mcp:admin" in refusal(cli, key, *good, "--scopes", "mcp:admin")
+    assert "AccountNotAllowed" in refusal(cli, key, *good, "--account", "2222222")
+    assert "InvalidAPIKey" in refusal(cli, key[:-1] + "x", *good)
+    assert "InvalidAPIKey" in refusal(cli, "nonsense")
+    assert "--scopes" in cli.misused("verify-api-key", "-", "--scopes", "nope", stdin=key)
+    cli.ok("close-account", "1111111", "--yes")
+    assert "APIKeyRevoked" in refusal(cli, key, *good)
+
+
+def test_verify_tells_when_a_limit_ends(cli: CommandLine) -> None:
+    key = create(cli, "--rate-limit-per-day", "1")["key"]
+    cli.ok("verify-api-key", "-", stdin=key)
+    limited, when = refusal(cli, key).splitlines()
+    assert "RateLimited" in limited
+    assert 0 < int(when.split()[-2]) <= 86400
+
+
+def test_revoke(cli: CommandLine) -> None:
+    first, second = create(cli), create(cli)
+    revoked = cli.ok("revoke-api-key", first["key_prefix"], "--reason", "leaked", "--json").json
+    assert revoked["status"] == "revoked"
+    assert revoked["revocation_reason"] == "leaked"
+    assert "APIKeyRevoked" in refusal(cli, first["key"])
+    assert second["key_prefix"] in cli.ok("revoke-api-key", second["id"]).out
+    assert "APIKeyRevoked" in refusal(cli, second["key"])
+    assert "no API key" in cli.fails("revoke-api-key", "tdb_0000000000000000")
+    assert "no API key" in cli.fails("revoke-api-key", str(uuid7()))
+    mistaken = cli.fails("revoke-api-key", create(cli)["key"])
+    assert "tdb_" not in mistaken

@@ -1,0 +1,350 @@
+"""Making, migrating and checking the database by the command line."""
+
+import asyncio
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
+from uuid import uuid4
+
+import pytest
+
+from tests import servers
+from tests.cli.conftest import COMMAND, KEYS, CommandLine, Result
+from tests.conftest import drop_database
+from tiger_db import embedded
+from tiger_db.database import connect
+from tiger_db.settings import Settings
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def sql(settings: Settings, *statements: str) -> None:
+    async def run() -> None:
+        connection = await connect(settings)
+        try:
+            for statement in statements:
+                await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(run())
+
+
+def url_of(server_url: str, database: str, user: str | None = None) -> str:
+    parts = urlsplit(server_url)
+    if user is not None:
+        parts = parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}")
+    return urlunsplit(parts._replace(path=f"/{quote(database)}"))
+
+
+@pytest.fixture
+def new_database(server_url: str) -> Iterator[str]:
+    """The name of one that is not there yet."""
+    name = f'tiger_db_new_ä "{uuid4().hex[:12]}%'
+    yield name
+    asyncio.run(drop_database(server_url, name.replace('"', '""')))
+
+
+@pytest.fixture
+def nobody(server_url: str) -> Iterator[str]:
+    """A role that may do nothing."""
+    name = f"tiger_db_nobody_{uuid4().hex[:12]}"
+    postgres = servers.settings_for(server_url, "postgres")
+    sql(postgres, f"CREATE ROLE {name} LOGIN PASSWORD 'hunter2'")
+    yield f"{name}:hunter2"
+    sql(postgres, f"DROP ROLE {name}")
+
+
+@pytest.fixture
+def home(bare: CommandLine) -> Iterator[Path]:
+    """Of an embedded server, where its user can reach it."""
+    base = Path(tempfile.mkdtemp(prefix="tiger-")).resolve()
+    base.chmod(0o755)
+    home = base / "home"
+    bare.env["TIGER_DB_HOME"] = str(home)
+    yield home
+    embedded.stop(Settings(tiger_db_home=home))
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy to write migrations into."""
+    for part in ("tiger_db", "alembic"):
+        shutil.copytree(REPOSITORY / part, tmp_path / part)
+    return tmp_path
+
+
+def test_init_makes_what_is_missing(bare: CommandLine, server_url: str, new_database: str) -> None:
+    bare.env = {"DATABASE_URL": url_of(server_url, new_database), "ENCRYPTION_KEYS": KEYS}
+    assert "run `tiger-db init`" in bare.fails("current")
+    first = bare.ok("init")
+    assert first.out == ""
+    assert "created the database" in first.err
+    assert "migrated the schema from nothing to" in first.err
+    bare.ok("create-account", "--account-name", "x", "--account-number", "1",
+            "--tiger-id", "1", "--private-key", "x")  # fmt: skip
+    again = bare.ok("init")
+    assert "created" not in again.err
+    assert "migrated" not in again.err
+    assert "already" in again.err
+    assert bare.ok("list-accounts", "--json").json["items"]
+    assert bare.ok("health-check").err == ""
+
+
+def test_init_tells_how_to_set_a_key(empty: CommandLine) -> None:
+    del empty.env["ENCRYPTION_KEYS"]
+    told = empty.ok("init").err
+    assert "warning: no encryption key is set" in told
+    made = subprocess.run(
+        ["bash", "-c", 'echo "k1:$(openssl rand -base64 32)"'],
+        capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    assert 'echo "k1:$(openssl rand -base64 32)"' in told
+    assert "warning" not in empty.ok("init", ENCRYPTION_KEYS=made.stdout.strip()).err
+
+
+def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> None:
+    assert "ENCRYPTION_KEYS" in empty.fails("init", ENCRYPTION_KEYS="k1:nonsense")
+    del empty.env["ENCRYPTION_KEYS"]
+    assert "ENCRYPTION_KEYS" in empty.fails("init", ENVIRONMENT="production")
+    assert empty.ok("current").out == ""
+
+
+def test_inits_that_all_find_it_missing(
+    bare: CommandLine, server_url: str, new_database: str
+) -> None:
+    bare.env = {"DATABASE_URL": url_of(server_url, new_database), "ENCRYPTION_KEYS": KEYS}
+
+    async def race() -> list[tuple[int | None, str]]:
+        gate = await connect(servers.settings_for(server_url, "postgres"))
+        try:
+            async with gate.transaction():
+                await gate.execute("LOCK TABLE pg_database IN SHARE ROW EXCLUSIVE MODE")
+                inits = [
+                    await asyncio.create_subprocess_exec(
+                        *COMMAND, "init", env=bare.environment(), stderr=subprocess.PIPE
+                    )
+                    for _ in range(3)
+                ]
+                while await gate.fetchval(
+                    "SELECT count(*) FROM pg_locks"
+                    " WHERE relation = 'pg_database'::regclass AND NOT granted"
+                ) < len(inits):
+                    assert all(init.returncode is None for init in inits)
+            told = [(await init.communicate())[1].decode() for init in inits]
+            return [(init.returncode, text) for init, text in zip(inits, told, strict=True)]
+        finally:
+            await gate.close()
+
+    results = asyncio.run(race())
+    assert [code for code, _ in results] == [0] * 3, results
+    assert sum("created the database" in told for _, told in results) == 1
+    assert bare.ok("check")
+
+
+def test_init_without_the_right_to(
+    bare: CommandLine, server_url: str, new_database: str, nobody: str
+) -> None:
+    bare.env = {"DATABASE_URL": url_of(server_url, new_database, nobody)}
+    reason = bare.fails("init", ENCRYPTION_KEYS=KEYS)
+    assert "may not create it" in reason
+    assert "CREATE DATABASE" in reason
+    assert "hunter2" not in reason
+
+
+def test_migrate_without_the_right_to(
+    bare: CommandLine, server_url: str, empty_database: Settings, nobody: str
+) -> None:
+    sql(empty_database, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    bare.env = {"DATABASE_URL": url_of(server_url, empty_database.database, nobody)}
+    result = bare("migrate")
+    assert result.code == 1
+    assert "the database refused: permission denied for schema public" in result.err
+    assert "hunter2" not in result.err
+
+
+def test_migrate_and_downgrade(empty: CommandLine) -> None:
+    assert "no tiger_db schema: run `tiger-db init`" in empty.fails("list-accounts")
+    assert "no tiger_db schema: run `tiger-db init`" in empty.fails("check")
+    assert empty.ok("current") == Result(
+        0, "", "the database has no tiger_db schema: run `tiger-db init`\n"
+    )
+    assert "from nothing to" in empty.ok("migrate").err
+    assert "already" in empty.ok("migrate").err
+    state = empty.ok("current", "--json").json
+    assert state["current"] == state["head"]
+    assert empty.ok("current").out == f"{state['head']} (head)\n"
+    assert "--yes" in empty.misused("downgrade", "base")
+    assert empty.ok("current", "--json").json == state
+    assert "at base now" in empty.ok("downgrade", "base", "--yes").err
+    assert empty.ok("current", "--json").json["current"] is None
+
+
+def test_unknown_revision(cli: CommandLine) -> None:
+    for command in (("migrate", "--revision", "zzz"), ("downgrade", "zzz", "--yes")):
+        assert "zzz" in cli.fails(*command)
+
+
+def test_history(bare: CommandLine) -> None:
+    history = bare.ok("history", "--json").json
+    assert history["next_cursor"] is None
+    assert history["items"][-1]["follows"] is None
+    for script in history["items"]:
+        assert script["revision"] in bare.ok("history").out
+
+
+def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> None:
+    assert cli.ok("check").out == ""
+    assert cli.ok("check", "--json").json == {"items": [], "next_cursor": None}
+    sql(
+        clone_settings,
+        "ALTER TABLE api_keys DROP COLUMN description",
+        "DROP INDEX ix_token_statuses_failed",
+    )
+    result = cli("check")
+    assert result.code == 1
+    assert result.err.startswith("error: the schema differs")
+    lines = result.out.splitlines()
+    assert any("description" in line for line in lines)
+    assert any("ix_token_statuses_failed" in line for line in lines)
+    assert cli("check", "--json").json["items"] == lines
+
+
+def test_schema_ahead_and_behind(cli: CommandLine, clone_settings: Settings) -> None:
+    sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    for command in ("list-accounts", "migrate", "check", "init"):
+        assert "upgrade tiger_db" in cli.fails(command)
+    current = cli.ok("current")
+    assert current.out == "from_the_future\n"
+    assert "upgrade tiger_db" in current.err
+
+
+def test_revisions_in_a_checkout(
+    checkout: Path, cli: CommandLine, clone_settings: Settings
+) -> None:
+    def run(*arguments: str) -> Result:
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            capture_output=True, check=False, cwd=checkout, env=cli.environment(), text=True,
+        )  # fmt: skip
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    written = run("revision", "-m", "nothing much", "--empty")
+    assert written.code == 0, written.err
+    file = Path(written.out.strip())
+    assert file.parent == checkout / "alembic" / "versions"
+    assert "nothing_much" in file.name
+    newest, before = [item["revision"] for item in run("history", "--json").json["items"][:2]]
+    assert newest in file.name
+    behind = run("check")
+    assert (behind.code, behind.err.count("\n")) == (1, 1)
+    assert "run `tiger-db migrate`" in behind.err
+    assert f"from {before} to {newest}" in run("migrate").err
+    assert f"at {before} now" in run("downgrade", "-1", "-y").err
+    run("migrate")
+    sql(clone_settings, "ALTER TABLE api_keys DROP COLUMN description")
+    repair = run("revision", "--message", "repair")
+    assert repair.code == 0, repair.err
+    assert "add_column" in Path(repair.out.strip()).read_text()
+    assert run("migrate").code == 0
+    assert run("check").code == 0
+
+
+def test_health_check(cli: CommandLine, clone_settings: Settings) -> None:
+    healthy = cli.ok("health-check")
+    assert healthy.err == ""
+    for name in ("server version", "latency ms", "revision", "pool: size", "rows: audit logs"):
+        assert name in healthy.out
+    assert cli.ok("health-check", "--json").json["problems"] == []
+    sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    ill = cli("health-check")
+    assert ill.code == 1
+    assert ill.err.startswith("problem: ")
+    assert "upgrade tiger_db" in ill.err
+    ill = cli("health-check", "--json")
+    assert (ill.code, ill.err) == (1, "")
+    assert "upgrade tiger_db" in ill.json["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("env", "advice"),
+    [
+        ({"DB_HOST": "localhost", "DB_PORT": "1"}, "is the server running?"),
+        ({"DB_HOST": "nowhere.invalid"}, "is the server running?"),
+        ({"DATABASE_URL": "postgresql://u:hunter2@localhost:1/x"}, "is the server running?"),
+        ({"DB_HOST": "/nowhere"}, "is the server running?"),
+        ({"DB_PORT": "many"}, "DB_PORT"),
+        ({"DB_SSL_MODE": "sometimes"}, "DB_SSL_MODE"),
+        ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL"),
+        ({"ENVIRONMENT": "production"}, "DB_HOST or DATABASE_URL is required"),
+    ],
+)
+@pytest.mark.parametrize("command", ["init", "migrate", "current", "list-accounts"])
+def test_wrong_settings(bare: CommandLine, command: str, env: dict[str, str], advice: str) -> None:
+    reason = bare.fails(command, **env)
+    assert advice in reason
+    assert "hunter2" not in reason
+
+
+def test_wrong_password(bare: CommandLine, server_url: str) -> None:
+    url = url_of(server_url, "postgres", "tiger_db_unknown_role:hunter2")
+    for command in ("init", "current", "list-events"):
+        reason = bare.fails(command, DATABASE_URL=url)
+        assert "check DATABASE_URL, or DB_USER and DB_PASSWORD" in reason
+        assert "hunter2" not in reason
+
+
+def test_embedded_from_nothing(bare: CommandLine, home: Path) -> None:
+    ill = bare("health-check")
+    assert ill.code == 1
+    assert str(home) in ill.out
+    assert f"{home} is not running: run `tiger-db start-embedded`" in ill.err
+    assert not home.exists()
+
+    first = bare.ok("init")
+    for done in (f"starting the embedded PostgreSQL in {home}", "created the database",
+                 "migrated the schema", f"made an encryption key in {home}"):  # fmt: skip
+        assert done in first.err
+    key = (home / "encryption_keys").read_text()
+    assert key not in first.err
+    again = bare.ok("init").err
+    assert "is running" in again
+    assert f"the encryption key is in {home}" in again
+    assert (home / "encryption_keys").read_text() == key
+
+    bare.ok("create-account", "--account-name", "x", "--account-number", "1",
+            "--tiger-id", "1", "--private-key", "x")  # fmt: skip
+    report = bare.ok("health-check", "--json").json
+    assert report["embedded_folder"] == str(home)
+    assert Path(report["embedded_socket_folder"]).is_dir()
+    assert report["embedded_pid"] > 0
+
+    assert f"{home} is running" in bare.ok("start-embedded").err
+    assert f"{home} is stopped" in bare.ok("stop-embedded").err
+    assert f"{home} was not running" in bare.ok("stop-embedded").err
+    assert bare("health-check").code == 1
+    assert f"starting the embedded PostgreSQL in {home}" in bare.ok("start-embedded").err
+    bare.ok("stop-embedded")
+    assert bare.ok("list-accounts", "--json").json["items"], "it starts when it is needed"
+
+
+@pytest.mark.parametrize("command", ["start-embedded", "stop-embedded"])
+def test_embedded_in_production(bare: CommandLine, command: str) -> None:
+    for env in ({}, {"DB_HOST": "localhost"}):
+        assert "production" in bare.fails(command, ENVIRONMENT="production", **env)
+
+
+def test_embedded_beside_another_server(cli: CommandLine, home: Path) -> None:
+    assert "other commands do not use it" in cli.ok("start-embedded").err
+    assert "stopped" in cli.ok("stop-embedded").err
+
+
+def test_embedded_that_cannot_be(bare: CommandLine, home: Path) -> None:
+    home.write_text("a file")
+    result = bare("init")
+    assert result.code == 1
+    assert str(home) in result.err.splitlines()[-1]

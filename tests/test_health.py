@@ -1,0 +1,297 @@
+"""The health report on databases that are well, and ill in every way it knows of."""
+
+import asyncio
+import base64
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import text
+
+from tests import factories
+from tiger_db import AuditAction, AuditLog, Database, crud, embedded
+from tiger_db.database import connect, migration_engine
+from tiger_db.health import Health, health
+from tiger_db.migrations import MONTHS_AHEAD, upgrade
+from tiger_db.settings import Settings
+
+OTHER_KEY = f"other:{base64.b64encode(bytes(32)).decode()}"
+
+
+async def sql(settings: Settings, *statements: str) -> object:
+    """The first value that the last one gives."""
+    connection = await connect(settings)
+    try:
+        for statement in statements[:-1]:
+            await connection.execute(statement)
+        return await connection.fetchval(statements[-1])
+    finally:
+        await connection.close()
+
+
+def exists(path: Path) -> bool:
+    return path.exists()
+
+
+def months(first: int, last: int) -> list[str]:
+    """The partitions of these months from now."""
+    now = datetime.now(UTC)
+    return [
+        f"audit_logs_{now.year + (now.month - 1 + n) // 12}_{(now.month - 1 + n) % 12 + 1:02}"
+        for n in range(first, last + 1)
+    ]
+
+
+def uuid7_at(moment: datetime) -> UUID:
+    return UUID(int=(int(moment.timestamp() * 1000) << 80) | (7 << 76) | (1 << 63) | 1)
+
+
+def only_problem(report: Health) -> str:
+    assert len(report.problems) == 1, report.problems
+    assert "\n" not in report.problems[0]
+    return report.problems[0]
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    base = Path(tempfile.mkdtemp(prefix="tiger-")).resolve()
+    base.chmod(0o755)
+    yield base / "home"
+    embedded.stop(Settings(tiger_db_home=base / "home"))
+    shutil.rmtree(base)
+
+
+async def test_healthy(clone_settings: Settings) -> None:
+    report = await health(clone_settings)
+    assert report.problems == []
+    assert report.place == clone_settings.place
+    assert report.server_version
+    assert report.latency_ms is not None
+    assert 0 < report.latency_ms < 1000
+    assert report.revision == report.head is not None
+    assert report.pool == {
+        "size": 5, "max_overflow": 40, "timeout": 30, "recycle": 1800, "connect_timeout": 10,
+        "query_timeout": 30,
+    }  # fmt: skip
+    assert report.audit_months_ahead == MONTHS_AHEAD
+    assert report.encryption_keys == ["test"]
+    assert report.embedded_folder is None
+    assert json.loads(json.dumps(asdict(report))) == asdict(report)
+
+
+async def test_rows_are_estimates_over_all_partitions(
+    clone: Database, clone_settings: Settings
+) -> None:
+    assert set((await health(clone_settings)).rows.values()) <= {0, None}
+    async with clone.session() as session:
+        for _ in range(3):
+            await factories.account(session)
+        next_month = datetime.now(UTC).replace(day=1) + timedelta(days=40)
+        await crud.audit_logs.log_events(
+            session,
+            [
+                AuditLog(action=AuditAction.DATA_QUERY),
+                AuditLog(action=AuditAction.DATA_QUERY, id=uuid7_at(next_month)),
+            ],
+        )
+    await sql(clone_settings, "ANALYZE tiger_accounts, audit_logs")
+    await sql(clone_settings, "ALTER TABLE tiger_accounts SET (autovacuum_enabled = false)")
+    async with clone.session() as session:
+        await session.execute(text("DELETE FROM tiger_accounts"))  # which no estimate knows of
+    assert (await health(clone_settings)).rows == {
+        "api_key_usage": 0, "api_keys": 0, "audit_logs": 5, "tiger_accounts": 3,
+        "token_statuses": 0,
+    }  # fmt: skip
+
+
+async def test_rows_that_were_never_counted_are_unknown(
+    clone: Database, clone_settings: Settings
+) -> None:
+    await sql(
+        clone_settings,
+        "ALTER TABLE tiger_accounts SET (autovacuum_enabled = false)",
+        f"ALTER TABLE {months(0, 0)[0]} SET (autovacuum_enabled = false)",
+    )
+    async with clone.session() as session:
+        await factories.account(session)
+    rows = (await health(clone_settings)).rows
+    assert rows["tiger_accounts"] is None
+    assert rows["audit_logs"] is None
+    assert rows["api_keys"] == 0
+
+
+async def test_months_that_are_missing(clone: Database, clone_settings: Settings) -> None:
+    await sql(clone_settings, f"DROP TABLE {months(4, 4)[0]}")
+    report = await health(clone_settings)
+    assert (report.audit_months_ahead, report.problems) == (3, [])
+    # A table of the name that is no partition does not count.
+    await sql(clone_settings, f"ALTER TABLE audit_logs DETACH PARTITION {months(2, 2)[0]}")
+    assert (await health(clone_settings)).audit_months_ahead == 1
+    await sql(clone_settings, f"DROP TABLE {', '.join(months(1, 2))}")
+    report = await health(clone_settings)
+    assert report.audit_months_ahead == 0
+    assert "run `tiger-db migrate`" in only_problem(report)
+    async with migration_engine(clone_settings) as engine:
+        await upgrade(engine)
+    report = await health(clone_settings)
+    assert (report.audit_months_ahead, report.problems) == (MONTHS_AHEAD, [])
+
+
+async def test_strays_that_migrate_moves(clone: Database, clone_settings: Settings) -> None:
+    await sql(clone_settings, f"DROP TABLE {', '.join(months(0, 12))}")
+    async with clone.session() as session:
+        await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+    report = await health(clone_settings)
+    assert len(report.problems) == 2
+    assert all("run `tiger-db migrate`" in problem for problem in report.problems)
+    assert "audit_logs_default" in report.problems[1]
+    async with migration_engine(clone_settings) as engine:
+        await upgrade(engine)
+    assert (await health(clone_settings)).problems == []
+
+
+@pytest.mark.parametrize("days", [-400, 4000])
+async def test_strays_of_a_wrong_clock(
+    clone: Database, clone_settings: Settings, days: int
+) -> None:
+    stray = AuditLog(
+        action=AuditAction.DATA_QUERY, id=uuid7_at(datetime.now(UTC) + timedelta(days=days))
+    )
+    async with clone.session() as session:
+        await crud.audit_logs.log_events(session, [stray])
+    assert "check the clocks" in only_problem(await health(clone_settings))
+
+
+async def test_schema(empty_database: Settings) -> None:
+    report = await health(empty_database)
+    assert (report.revision, report.rows, report.audit_months_ahead) == (None, {}, None)
+    assert report.server_version
+    assert "run `tiger-db init`" in only_problem(report)
+    async with migration_engine(empty_database) as engine:
+        await upgrade(engine)
+    await sql(empty_database, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    report = await health(empty_database)
+    assert report.revision == "from_the_future"
+    assert "upgrade tiger_db" in only_problem(report)
+
+
+async def test_missing_table(clone_settings: Settings) -> None:
+    await sql(clone_settings, "DROP TABLE audit_logs CASCADE")
+    report = await health(clone_settings)
+    assert "tiger_accounts" in report.rows
+    assert "the database refused" in only_problem(report)
+
+
+async def test_unreachable(clone_settings: Settings) -> None:
+    settings = Settings(
+        database_url="postgresql://u:hunter2@localhost:1/x",
+        encryption_keys=clone_settings.encryption_keys,
+    )
+    report = await health(settings)
+    assert (report.server_version, report.latency_ms) == (None, None)
+    assert report.encryption_keys == ["test"]
+    problem = only_problem(report)
+    assert "localhost:1/x" in problem
+    assert "is the server running?" in problem
+    assert "hunter2" not in str(report)
+
+
+async def test_server_that_never_answers(clone_settings: Settings) -> None:
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(hold, "localhost", 0)
+    port = server.sockets[0].getsockname()[1]
+    report = await health(
+        Settings(
+            db_host="localhost",
+            db_port=port,
+            db_connect_timeout=0.2,
+            encryption_keys=clone_settings.encryption_keys,
+        )
+    )
+    assert "is the server running?" in only_problem(report)
+    server.close()
+    await server.wait_closed()
+
+
+async def test_missing_database(clone_settings: Settings) -> None:
+    assert clone_settings.database_url is not None
+    url = clone_settings.database_url.get_secret_value()
+    settings = clone_settings.model_copy(
+        update={"database_url": SecretStr(url.replace("_clone_", "_nowhere_"))}
+    )
+    assert "does not exist: run `tiger-db init`" in only_problem(await health(settings))
+
+
+async def test_encryption_keys(clone: Database, clone_settings: Settings) -> None:
+    def keyed(keys: str | None, **more: object) -> Settings:
+        secret = SecretStr(keys) if keys else None
+        return clone_settings.model_copy(update={"encryption_keys": secret, **more})
+
+    report = await health(keyed(None))
+    assert report.encryption_keys == []
+    assert "ENCRYPTION_KEYS is not set" in only_problem(report)
+    assert report.rows, "the rest is looked at all the same"
+    production = await health(keyed(None, environment="production"))
+    assert "ENCRYPTION_KEYS" in only_problem(production)
+    assert "ENCRYPTION_KEYS" in only_problem(await health(keyed("k1:hunter2")))
+
+    assert (await health(keyed(OTHER_KEY))).problems == []
+    async with clone.session() as session:
+        await factories.account(session)
+    assert (await health(clone_settings)).problems == []
+    assert "'test' is not configured" in only_problem(await health(keyed(OTHER_KEY)))
+    same_name = OTHER_KEY.replace("other", "test")
+    assert "cannot be read" in only_problem(await health(keyed(same_name)))
+    keys = clone_settings.encryption_keys
+    assert keys is not None
+    both = await health(keyed(f"{OTHER_KEY},{keys.get_secret_value()}"))
+    assert (both.encryption_keys, both.problems) == (["other", "test"], [])
+
+
+async def test_embedded(home: Path) -> None:
+    settings = Settings(tiger_db_home=home)
+    report = await health(settings)
+    assert report.embedded_folder == str(home)
+    assert report.embedded_pid is None
+    assert report.problems == [
+        f"the embedded PostgreSQL in {home} is not running: run `tiger-db start-embedded`",
+        "there is no encryption key yet: run `tiger-db init`",
+    ]
+    assert not exists(home), "a report makes nothing"
+
+    server = await asyncio.to_thread(embedded.start, settings)
+    report = await health(settings)
+    assert (report.embedded_folder, report.embedded_pid) == (str(home), server.pid)
+    assert report.embedded_socket_folder == str(server.socket_folder)
+    assert [problem.rpartition("run ")[2] for problem in report.problems] == ["`tiger-db init`"] * 2
+    assert not exists(home / "encryption_keys")
+
+    await sql(settings.model_copy(update={"db_name": "postgres"}), "CREATE DATABASE tiger_db")
+    async with migration_engine(settings) as engine:
+        await upgrade(engine)
+    async with Database(settings) as database:
+        await database.check()
+    report = await health(settings)
+    assert (report.problems, report.encryption_keys) == ([], ["k1"])
+
+    (home / "encryption_keys").write_text("nonsense")
+    assert str(home / "encryption_keys") in only_problem(await health(settings))
+    await asyncio.to_thread(embedded.stop, settings)
+    assert "start-embedded" in (await health(settings)).problems[0]
+    assert embedded.running(settings) is None, "a report starts nothing"
+
+
+async def test_embedded_folder_that_cannot_be(home: Path) -> None:
+    report = await health(Settings(tiger_db_home=home / "a\nb"))
+    assert all("TIGER_DB_HOME" in problem for problem in report.problems)
+    assert report.problems

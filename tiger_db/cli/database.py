@@ -1,0 +1,244 @@
+"""The database itself: making it, migrating it, and whether it is well."""
+
+import asyncio
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tiger_db
+from tiger_db.cli.input import Yes, confirm, settings
+from tiger_db.cli.output import AsJson, print_json, show_fields, show_table, talk, warn
+from tiger_db.errors import DatabaseUnavailable, SchemaMismatch
+
+app = typer.Typer()
+_PANEL = "Database"
+
+
+@app.command(rich_help_panel=_PANEL)
+def init() -> None:
+    """Make everything ready: database, schema and encryption key. What is there stays."""
+    config = settings()
+    config.key_ring()  # what is wrong with it is told before anything is made
+
+    async def make() -> None:
+        if config.embedded:
+            await asyncio.to_thread(_start, config)
+        if await _create_database(config):
+            talk(f"created the database {config.place}")
+        await _migrate(config, "head")
+        await _make_key(config)
+
+    asyncio.run(make())
+    talk(f"{config.place} is ready")
+
+
+@app.command(rich_help_panel=_PANEL)
+def migrate(
+    *,
+    revision: Annotated[str, typer.Option(metavar="ID", help="Go up to this one only.")] = "head",
+) -> None:
+    """Bring the schema up to date, and make the audit trail's partitions of the months ahead."""
+    asyncio.run(_migrate(settings(), revision))
+
+
+@app.command(rich_help_panel=_PANEL)
+def revision(
+    *,
+    message: Annotated[str, typer.Option("--message", "-m", help="What it changes.")],
+    empty: Annotated[
+        bool, typer.Option("--empty", help="Write no changes, instead of what the models need.")
+    ] = False,
+) -> None:
+    """Write a migration from the schema in the database to the models; prints its file."""
+    config = settings()
+
+    async def write() -> Path:
+        async with tiger_db.database.migration_engine(config) as engine:
+            with redirect_stdout(sys.stderr):  # Alembic's talk
+                return await tiger_db.migrations.revision(engine, message, autogenerate=not empty)
+
+    typer.echo(asyncio.run(write()))
+
+
+@app.command(rich_help_panel=_PANEL, context_settings={"ignore_unknown_options": True})
+def downgrade(
+    revision: Annotated[str, typer.Argument(help="A revision, -1 for one step, or base.")],
+    *,
+    yes: Yes = False,
+) -> None:
+    """Take the schema back to an earlier revision. Data that has no place there is lost."""
+    config = settings()
+    confirm(f"Downgrade {config.place} to {revision}? Data will be lost.", yes=yes)
+
+    async def run() -> "tiger_db.migrations.SchemaState":
+        async with tiger_db.database.migration_engine(config) as engine:
+            return await tiger_db.migrations.downgrade(engine, revision)
+
+    talk(f"{config.place} is at {asyncio.run(run()).current or 'base'} now")
+
+
+@app.command(rich_help_panel=_PANEL)
+def current(*, as_json: AsJson = False) -> None:
+    """Show which revision the database is at."""
+    state = asyncio.run(_state(settings()))
+    if as_json:
+        print_json(asdict(state))
+    elif state.current:
+        typer.echo(f"{state.current} (head)" if state.problem is None else state.current)
+    if state.problem:
+        talk(state.problem)
+
+
+@app.command(rich_help_panel=_PANEL)
+def history(*, as_json: AsJson = False) -> None:
+    """List the migrations, newest first."""
+    items = [
+        {"revision": script.revision, "follows": script.down_revision, "message": script.doc}
+        for script in tiger_db.migrations.history()
+    ]
+    if as_json:
+        print_json({"items": items, "next_cursor": None})
+    else:
+        show_table(("Revision", "Follows", "Message"), [list(item.values()) for item in items])
+
+
+@app.command(rich_help_panel=_PANEL)
+def check(*, as_json: AsJson = False) -> None:
+    """Compare the schema in the database with the models, and list the differences."""
+    config = settings()
+
+    async def compare() -> list[str]:
+        async with tiger_db.database.migration_engine(config) as engine:
+            return await tiger_db.migrations.drift(engine)
+
+    differences = [" ".join(difference.split()) for difference in asyncio.run(compare())]
+    if as_json:
+        print_json({"items": differences, "next_cursor": None})
+    else:
+        typer.echo("".join(f"{difference}\n" for difference in differences), nl=False)
+    if differences:
+        raise SchemaMismatch("the schema differs from the models: run `tiger-db revision -m ...`")
+    talk(f"{config.place} has the schema that the models need")
+
+
+@app.command(rich_help_panel=_PANEL)
+def health_check(*, as_json: AsJson = False) -> None:
+    """Tell where the database is, how it is, and what to do about what is wrong."""
+    report = asdict(asyncio.run(tiger_db.health.health(settings())))
+    if as_json:
+        print_json(report)
+    else:
+        for group in ("pool", "rows"):
+            inner = report.pop(group)
+            report |= {
+                f"{group}: {name}": "unknown" if value is None else value
+                for name, value in inner.items()
+            }
+        problems = report.pop("problems")
+        show_fields(report)
+        for problem in problems:
+            talk(f"problem: {problem}")
+        report["problems"] = problems
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=_PANEL)
+def start_embedded() -> None:
+    """Start the embedded PostgreSQL, which then stays up."""
+    config = settings()
+    _start(config)
+    if not config.embedded:
+        warn("DATABASE_URL or DB_HOST is set, so the other commands do not use it")
+
+
+@app.command(rich_help_panel=_PANEL)
+def stop_embedded() -> None:
+    """Stop the embedded PostgreSQL; its data stays."""
+    config = settings()
+    folder = tiger_db.embedded.folder(config)
+    stopped = tiger_db.embedded.stop(config)
+    talk(f"the embedded PostgreSQL in {folder} " + ("is stopped" if stopped else "was not running"))
+
+
+def _start(config: "tiger_db.Settings") -> None:
+    folder = tiger_db.embedded.folder(config)  # which refuses production
+    if tiger_db.embedded.running(config):
+        talk(f"the embedded PostgreSQL in {folder} is running")
+        return
+    talk(f"starting the embedded PostgreSQL in {folder}")
+    talk(f"started, with its socket in {tiger_db.embedded.start(config).socket_folder}")
+
+
+async def _create_database(config: "tiger_db.Settings") -> bool:
+    """Create the database if it is missing; whether that was so.
+
+    Raises:
+        DatabaseUnavailable: the server is out of reach, or does not allow it.
+    """
+    import asyncpg  # noqa: PLC0415  # slow, and `--help` is to be fast
+
+    try:
+        await (await tiger_db.database.connect(config)).close()
+    except DatabaseUnavailable as error:
+        if not isinstance(error.__context__, asyncpg.InvalidCatalogNameError):
+            raise
+    else:
+        return False
+    server = await tiger_db.database.connect(config, database="postgres")
+    try:
+        statement = await server.fetchval(
+            "SELECT format('CREATE DATABASE %I', $1::text)", config.database
+        )
+        await server.execute(statement)
+    except (asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
+        return False  # another init was faster
+    except asyncpg.InsufficientPrivilegeError:
+        raise DatabaseUnavailable(
+            f"{config.place} does not exist, and this user may not create it: have an"
+            f" administrator run {statement}"
+        ) from None
+    finally:
+        await server.close()
+    return True
+
+
+async def _state(config: "tiger_db.Settings") -> "tiger_db.migrations.SchemaState":
+    async with tiger_db.database.migration_engine(config) as engine, engine.connect() as connection:
+        return await tiger_db.migrations.schema_state(connection)
+
+
+async def _migrate(config: "tiger_db.Settings", revision: str) -> None:
+    before = await _state(config)
+    if before.current is not None and not before.known:
+        before.check()
+    if before.current != before.head:
+        talk(f"migrating {config.place}")
+    async with tiger_db.database.migration_engine(config) as engine:
+        after = await tiger_db.migrations.upgrade(engine, revision)
+    if after.current == before.current:
+        talk(f"the schema is at {after.current} already")
+    else:
+        talk(f"migrated the schema from {before.current or 'nothing'} to {after.current}")
+    if after.problem:
+        talk(after.problem)
+
+
+async def _make_key(config: "tiger_db.Settings") -> None:
+    if config.key_ring() is not None:
+        return
+    if not config.embedded:
+        warn(
+            "no encryption key is set, so accounts cannot be stored: set ENCRYPTION_KEYS to what"
+            ' echo "k1:$(openssl rand -base64 32)" prints, and keep it: nothing else decrypts them'
+        )
+        return
+    path = tiger_db.embedded.folder(config) / "encryption_keys"
+    existed = path.exists()
+    async with tiger_db.Database(config) as database:
+        await database.check()
+    talk(f"the encryption key is in {path}" if existed else f"made an encryption key in {path}")
