@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db.encryption import KeyRing, generate_key
-from tiger_db.errors import DatabaseUnavailable
+from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError
 from tiger_db.migrations import schema_state
 from tiger_db.settings import ConnectArgs, Settings
 
@@ -105,6 +105,22 @@ async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
         await engine.dispose()
 
 
+def kept_key_ring(settings: Settings) -> KeyRing:
+    """The encryption keys that the embedded server keeps beside its data, made if missing.
+
+    Raises:
+        ConfigurationError: the file was damaged; it says which.
+    """
+    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+
+    name = "encryption_keys"
+    try:
+        return KeyRing.parse(embedded.kept_secret(settings, name, generate_key))
+    except EncryptionError as error:
+        path = embedded.folder(settings) / name
+        raise ConfigurationError(f"{path}: {error}: restore it") from None
+
+
 class AsyncSession(SQLModelSession):
     """SQLModel's session, with SQLAlchemy's `execute`, which SQLModel's warns of at run time."""
 
@@ -159,12 +175,7 @@ class Database:
         if self._checked:
             return
         if self.info["key_ring"] is None and self.settings.embedded:
-            from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
-
-            text = await asyncio.to_thread(
-                embedded.kept_secret, self.settings, "encryption_keys", generate_key
-            )
-            self.info["key_ring"] = KeyRing.parse(text)
+            self.info["key_ring"] = await asyncio.to_thread(kept_key_ring, self.settings)
         async with self.engine.connect() as connection:
             (await schema_state(connection)).check()
         self._checked = True

@@ -14,8 +14,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from tiger_db.database import AsyncSession, migration_engine
-from tiger_db.encryption import KeyRing, generate_key
+from tiger_db.database import AsyncSession, kept_key_ring, migration_engine
+from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
 from tiger_db.migrations import MONTHS_AHEAD, schema_state
 from tiger_db.models import TigerAccount, metadata
@@ -35,7 +35,7 @@ class Health:
     revision: str | None = None
     head: str | None = None
     pool: dict[str, float] = field(default_factory=dict)
-    rows: dict[str, int | None] = field(default_factory=dict)  # estimates; None: never analyzed
+    rows: dict[str, int] = field(default_factory=dict)  # estimates
     audit_months_ahead: int | None = None
     encryption_keys: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # a line each, with what to do about it
@@ -132,14 +132,9 @@ def _key_ring(settings: Settings) -> KeyRing:
         )
     from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
 
-    name = "encryption_keys"
-    if not os.path.lexists(embedded.folder(settings) / name):
+    if not os.path.lexists(embedded.folder(settings) / "encryption_keys"):
         raise ConfigurationError("there is no encryption key yet: run `tiger-db init`")
-    try:
-        return KeyRing.parse(embedded.kept_secret(settings, name, generate_key))
-    except EncryptionError as error:
-        path = embedded.folder(settings) / name
-        raise ConfigurationError(f"{path}: {error}: restore it") from None
+    return kept_key_ring(settings)
 
 
 async def _look(
@@ -170,12 +165,12 @@ async def _look(
         problems += await _unreadable(connection, ring)
 
 
-async def _rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int | None]:
-    """Of a table and its partitions, as of the last ANALYZE. What has no page has no rows."""
+async def _rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int]:
+    """Of a table and its partitions, as of the last ANALYZE, or else as the statistics have it."""
     rows = await connection.execute(
         text(
-            "SELECT name, CASE WHEN bool_and(reltuples >= 0 OR pg_relation_size(pg_class.oid) = 0)"
-            " THEN CAST(sum(greatest(CAST(reltuples AS float8), 0)) AS bigint) END"
+            "SELECT name, CAST(sum(CASE WHEN reltuples >= 0 THEN reltuples"
+            " ELSE pg_stat_get_live_tuples(pg_class.oid) END) AS bigint)"
             " FROM unnest(CAST(:tables AS text[])) AS name"
             " LEFT JOIN pg_inherits ON inhparent = to_regclass(name)"
             " JOIN pg_class ON pg_class.oid IN (to_regclass(name), inhrelid) AND relkind = 'r'"

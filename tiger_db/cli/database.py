@@ -134,10 +134,7 @@ def health_check(*, as_json: AsJson = False) -> None:
     else:
         for group in ("pool", "rows"):
             inner = report.pop(group)
-            report |= {
-                f"{group}: {name}": "unknown" if value is None else value
-                for name, value in inner.items()
-            }
+            report |= {f"{group}: {name}": value for name, value in inner.items()}
         problems = report.pop("problems")
         show_fields(report)
         for problem in problems:
