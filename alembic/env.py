@@ -22,7 +22,13 @@ async def connect_and_run() -> None:
 
 
 if context.is_offline_mode():
-    context.configure(dialect_name="postgresql", literal_binds=True, **OPTIONS)
+    # Named parameters, because the dialect's own form would double every % in the SQL.
+    context.configure(
+        dialect_name="postgresql",
+        dialect_opts={"paramstyle": "named"},
+        literal_binds=True,
+        **OPTIONS,
+    )
     with context.begin_transaction():
         context.run_migrations()
 elif context.config.attributes.get("connection") is not None:

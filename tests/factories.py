@@ -1,9 +1,21 @@
 """One small factory per entity: valid defaults, and what the test is about on top."""
 
 import itertools
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tiger_db import APIKey, APIKeyScope, TigerAccount, crud
+from sqlalchemy import text
+
+from tiger_db import (
+    APIKey,
+    APIKeyScope,
+    AuditAction,
+    AuditLog,
+    RefreshTrigger,
+    TigerAccount,
+    TokenStatus,
+    crud,
+)
 from tiger_db.database import AsyncSession
 
 _numbers = itertools.count(51230321)
@@ -28,3 +40,49 @@ async def account(session: AsyncSession, **overrides: Any) -> TigerAccount:
 async def api_key(session: AsyncSession, **overrides: Any) -> tuple[APIKey, str]:
     arguments = {"name": "assistant", "scopes": [APIKeyScope.MCP_READ]} | overrides
     return await crud.api_keys.create_api_key(session, **arguments)
+
+
+async def account_with_token(session: AsyncSession, **overrides: Any) -> TigerAccount:
+    """An account whose token expires in ten minutes, so that it is due."""
+    soon = datetime.now(UTC) + timedelta(minutes=10)
+    return await account(
+        session, **{"access_token": "token-1", "token_expires_at": soon} | overrides
+    )
+
+
+async def refresh(
+    session: AsyncSession, of: TigerAccount | None = None, **overrides: Any
+) -> TokenStatus:
+    """An open refresh, of a new account if none is given."""
+    of = of or await account_with_token(session)
+    arguments: dict[str, Any] = {"tiger_account_id": of.id, "trigger": RefreshTrigger.MANUAL}
+    arguments |= overrides
+    return await crud.token_status.create_refresh_operation(session, **arguments)
+
+
+async def claim(session: AsyncSession, **overrides: Any) -> TokenStatus:
+    """A claim on a new refresh, if no other is due."""
+    await refresh(session, **overrides)
+    (claimed,) = await crud.token_status.claim_due(session, worker="worker-1")
+    return claimed
+
+
+async def events(session: AsyncSession) -> list[AuditLog]:
+    """The audit trail, oldest first."""
+    return (await crud.audit_logs.get_recent_events(session, limit=1000)).items[::-1]
+
+
+def new_event(**overrides: Any) -> AuditLog:
+    return AuditLog(**{"action": AuditAction.DASHBOARD_LOGIN} | overrides)
+
+
+async def everything(session: AsyncSession) -> str:
+    """All rows of all tables, as text; bytes are hexadecimal."""
+    tables = await session.scalars(
+        text("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY tablename")
+    )
+    rows = [
+        await session.scalars(text(f'SELECT t::text FROM "{table}" t ORDER BY 1'))
+        for table in tables
+    ]
+    return "\n".join(row for table in rows for row in table)

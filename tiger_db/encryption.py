@@ -152,28 +152,8 @@ class Secret(SecretStr):
     def __get_pydantic_core_schema__(
         cls, source: type[object], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        text = core_schema.no_info_after_validator_function(
-            cls._from_text, core_schema.str_schema(strict=True)
-        )
-        return core_schema.json_or_python_schema(
-            json_schema=text,
-            python_schema=core_schema.union_schema(
-                [
-                    core_schema.is_instance_schema(Secret),
-                    core_schema.chain_schema(
-                        [
-                            core_schema.is_instance_schema(SecretStr),
-                            core_schema.no_info_plain_validator_function(
-                                lambda value: value.get_secret_value()
-                            ),
-                            text,
-                        ]
-                    ),
-                    text,
-                ],
-                custom_error_type="secret_type",
-                custom_error_message="Input should be a text",
-            ),
+        return core_schema.no_info_plain_validator_function(
+            cls._validated,
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda _: MASK, return_schema=core_schema.str_schema(), when_used="json"
             ),
@@ -186,7 +166,12 @@ class Secret(SecretStr):
         return {"type": "string", "format": "password", "writeOnly": True}
 
     @classmethod
-    def _from_text(cls, text: str) -> "Secret":
+    def _validated(cls, value: object) -> "Secret":
+        if isinstance(value, SealedSecret):
+            return value
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if not isinstance(text, str):
+            raise PydanticCustomError("secret_type", "Input should be a text")
         if not text:
             raise PydanticCustomError("secret_empty", "Input should not be empty")
         if text == MASK:
@@ -232,6 +217,15 @@ class SealedSecret(Secret):
 
     def __len__(self) -> int:
         return len(self.get_secret_value())
+
+    def __copy__(self) -> "SealedSecret":
+        return SealedSecret(self.ciphertext, self.place, self.ring)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "SealedSecret":
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[type["SealedSecret"], tuple[bytes, str]]:
+        return SealedSecret, (self.ciphertext, self.place)  # pickled without the keys
 
 
 class Encrypted(TypeDecorator[SecretStr]):

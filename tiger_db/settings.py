@@ -1,5 +1,6 @@
 """What the environment says. Nothing is read before a `Settings()` is made."""
 
+import math
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -50,9 +51,21 @@ def _without_nul(value: str) -> str:
     return value
 
 
+def _sendable(value: SecretStr) -> SecretStr:
+    try:
+        _without_nul(value.get_secret_value()).encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8 text") from None
+    return value
+
+
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
 # What libpq calls itself besides the asyncpg form that SQLAlchemy users write.
 _SCHEME = re.compile(r"^(postgres|postgresql|postgresql\+asyncpg)://", re.ASCII)
+_NOT_A_URL = "DATABASE_URL is not a valid URL: percent-encode its parts"
+_HOST = r"(?:\[[^\[\]@]*\]|[^\[\]@:,]*)(?::\d{1,5})?"
+_HOSTS = re.compile(f"{_HOST}(?:,{_HOST})*", re.ASCII)
 _SSL_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey"}
 # Passed on by asyncpg itself; anything else in a URL's query would become a server setting.
 _URL_PARAMETERS = _SSL_PARAMETERS | {
@@ -78,12 +91,12 @@ class Settings(BaseSettings):
         BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
     ] = "development"
 
-    database_url: SecretStr | None = None
+    database_url: SecretText | None = None
     db_host: Text | None = None
     db_port: int = Field(default=5432, ge=1, le=65535)
     db_name: Text = "tiger_db"
     db_user: Text = "tiger_db"
-    db_password: SecretStr | None = None
+    db_password: SecretText | None = None
 
     db_ssl_mode: SSLMode | None = None
     db_ssl_cert: Path | None = None
@@ -115,8 +128,6 @@ class Settings(BaseSettings):
             _check_url(self.database_url.get_secret_value())
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
-        if self.db_password is not None and "\0" in self.db_password.get_secret_value():
-            raise ValueError("DB_PASSWORD must not contain a NUL character")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
             raise ValueError("DB_SSL_CERT and DB_SSL_KEY go together")
         return self
@@ -204,7 +215,7 @@ class Settings(BaseSettings):
         """What every session tells the server when it starts."""
         return {
             "application_name": "tiger_db",
-            "statement_timeout": str(round(self.db_query_timeout * 1000)),
+            "statement_timeout": str(math.ceil(self.db_query_timeout * 1000)),
             "timezone": "UTC",
         }
 
@@ -252,13 +263,21 @@ def _check_url(text: str) -> None:
         url = urlsplit(text)
         query = dict(parse_qsl(url.query, strict_parsing=True)) if url.query else {}
     except ValueError:
-        raise ValueError("DATABASE_URL is not a valid URL: percent-encode its parts") from None
+        raise ValueError(_NOT_A_URL) from None
+    login, _, hosts = url.netloc.rpartition("@")
+    # Of a password that is not percent-encoded, a part would pass for a host, and be shown.
+    if "#" in text or "@" in login + url.path + url.query or not _HOSTS.fullmatch(hosts):
+        raise ValueError(_NOT_A_URL)
+    ports = [*re.findall(r":(\d+)(?:,|$)", hosts), *query.get("port", "1").split(",")]
+    if not all(re.fullmatch(r"\d{1,5}", port) and 1 <= int(port) <= 65535 for port in ports):  # noqa: PLR2004  # TCP's
+        raise ValueError("DATABASE_URL: a port must be a number from 1 to 65535")
     if unknown := sorted(query.keys() - _URL_PARAMETERS):
         raise ValueError(f"DATABASE_URL has an unknown parameter: {', '.join(unknown)}")
     if "sslmode" in query and query["sslmode"] not in list(SSLMode):
         raise ValueError(f"DATABASE_URL: sslmode must be one of {', '.join(SSLMode)}")
-    if not re.fullmatch(r"\d+(\.\d+)?", query.get("connect_timeout", "1")):
-        raise ValueError("DATABASE_URL: connect_timeout must be a number of seconds")
+    timeout = query.get("connect_timeout", "1")
+    if not re.fullmatch(r"\d{1,4}(\.\d+)?", timeout, re.ASCII) or not float(timeout):
+        raise ValueError("DATABASE_URL: connect_timeout must be a positive number of seconds")
 
 
 def _one_line(error: ValidationError) -> str:

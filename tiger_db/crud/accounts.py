@@ -21,6 +21,7 @@ from tiger_db.crud.common import (
     many,
     one,
     paginate,
+    storable,
 )
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue, NotFound
@@ -228,7 +229,7 @@ async def record_error(session: AsyncSession, account_id: UUID, *, message: str)
         .where(col(TigerAccount.id) == account_id)
         .values(
             error_count=col(TigerAccount.error_count) + 1,
-            last_error=message.replace("\0", "\ufffd"),
+            last_error=storable(message),
             last_error_at=func.now(),
         )
         .returning(TigerAccount),
@@ -328,8 +329,9 @@ async def _one(
 
 
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:
-    # One at a time: each then sees the default that the one before it has committed.
-    await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(column))))
+    # One at a time, so that each sees the default that the one before it has committed; for both
+    # kinds, because two accounts that swap theirs would wait for each other.
+    await session.execute(select(func.pg_advisory_xact_lock(func.hashtext("set_default"))))
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     _refuse_closed(account)
     is_default = col(getattr(TigerAccount, column))

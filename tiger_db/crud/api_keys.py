@@ -12,7 +12,7 @@ from uuid import UUID
 
 from passlib.context import CryptContext
 from pydantic import JsonValue
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 from sqlalchemy import update as sql_update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -170,6 +170,17 @@ async def authorize_api_key(
     if form is None:
         raise InvalidAPIKey
     prefix, secret = form.groups()
+    while True:
+        key, account_status, now = await _find(session, prefix, secret)
+        _decide(key, account_status, now, list(scopes), account_id, ip_address, user_agent)
+        if await _count_use(session, key, now):
+            return key
+        # It was revoked, rotated or deleted since it was read.
+
+
+async def _find(
+    session: AsyncSession, prefix: str, secret: str
+) -> tuple[APIKey, AccountStatus | None, datetime]:
     found = (
         await session.execute(
             select(APIKey, col(TigerAccount.status), func.clock_timestamp())
@@ -181,13 +192,10 @@ async def authorize_api_key(
     if found is None:
         _hashes.verify(secret, _no_hash())  # so that an unknown key takes as long as a wrong one
         raise InvalidAPIKey
-    key: APIKey = found[0]
-    account_status, now = found[1:]
+    key, account_status, now = found
     if not _hashes.verify(secret, key.key_hash):
         raise InvalidAPIKey
-    _decide(key, account_status, now, list(scopes), account_id, ip_address, user_agent)
-    await _count_use(session, key, now)
-    return key
+    return key, account_status, now
 
 
 def _decide(  # noqa: PLR0917  # the order of the decision
@@ -217,12 +225,29 @@ def _decide(  # noqa: PLR0917  # the order of the decision
         raise AccountNotAllowed
 
 
-async def _count_use(session: AsyncSession, key: APIKey, now: datetime) -> None:
+async def _count_use(session: AsyncSession, key: APIKey, now: datetime) -> bool:
+    """Count one use, unless the key has stopped to be good meanwhile."""
     hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    still_good = and_(
+        col(APIKey.id) == key.id,
+        col(APIKey.status) == APIKeyStatus.ACTIVE,
+        func.coalesce(col(APIKey.expires_at) > func.clock_timestamp(), True),
+    )
     if key.rate_limit_per_hour is not None or key.rate_limit_per_day is not None:
         # Locked, so that no other use is counted between this reading and that writing.
-        await get_or_raise(session, APIKey, key.id, lock=True)
+        locked = select(APIKey).where(still_good).with_for_update(key_share=True)
+        if await one(session, locked) is None:
+            return False
         await _check_limits(session, key, hour, now)
+    used = await one(
+        session,
+        sql_update(APIKey)
+        .where(still_good)
+        .values(usage_count=col(APIKey.usage_count) + 1, last_used_at=now)
+        .returning(APIKey),
+    )
+    if used is None:
+        return False
     await session.execute(
         insert(api_key_usage)
         .values(api_key_id=key.id, hour=hour, count=1)
@@ -230,13 +255,7 @@ async def _count_use(session: AsyncSession, key: APIKey, now: datetime) -> None:
             index_elements=["api_key_id", "hour"], set_={"count": api_key_usage.c.count + 1}
         )
     )
-    await session.execute(
-        sql_update(APIKey)
-        .where(col(APIKey.id) == key.id)
-        .values(usage_count=col(APIKey.usage_count) + 1, last_used_at=now)
-        .returning(APIKey),
-        execution_options=FRESH,
-    )
+    return True
 
 
 async def _check_limits(session: AsyncSession, key: APIKey, hour: datetime, now: datetime) -> None:
@@ -268,7 +287,7 @@ async def rotate(
     Raises:
         NotFound: there is no such key.
         InvalidState: it is not active, or has expired.
-        InvalidValue: the grace is negative.
+        InvalidValue: the grace is negative, or ends after the year 9999.
     """
     if grace < timedelta(0):
         raise InvalidValue("grace must not be negative")
@@ -276,6 +295,10 @@ async def rotate(
     now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)
     if key.status != APIKeyStatus.ACTIVE or (key.expires_at is not None and key.expires_at <= now):
         raise InvalidState("only an active key can be rotated")
+    try:
+        ends = now + grace
+    except OverflowError:
+        raise InvalidValue("grace is too long") from None
     powers = key.model_dump(
         include={
             "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour",
@@ -284,7 +307,6 @@ async def rotate(
         }
     )  # fmt: skip
     successor, raw_key = await _store(session, powers)
-    ends = now + grace
     key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
     await session.flush()
     await _log(

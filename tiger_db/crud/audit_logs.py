@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from uuid import UUID
 
 from pydantic import JsonValue
@@ -11,9 +11,10 @@ from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.common import Page, aware, paginate
+from tiger_db.crud.common import Page, aware, paginate, typed_errors
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
+from tiger_db.models.api_keys import parse_network
 
 _SECURITY = [action for action in AuditAction if action.family == "security"]
 
@@ -61,12 +62,14 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
 
     Raises:
         InvalidValue: one of them is not an AuditLog; none is recorded.
+        AlreadyExists: one of them is recorded already; the transaction must be rolled back.
     """
     batch = list(events)
     if not all(isinstance(event, AuditLog) for event in batch):
         raise InvalidValue("events must be AuditLog objects")
     session.add_all(batch)
-    await session.flush()
+    with typed_errors():
+        await session.flush()
     return len(batch)
 
 
@@ -155,6 +158,6 @@ def _network(
     address: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network,
 ) -> IPv4Network | IPv6Network:
     try:
-        return ip_network(address)
+        return parse_network(address)
     except ValueError:
         raise InvalidValue("ip is neither an address nor a network") from None

@@ -3,7 +3,7 @@
 import base64
 import binascii
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
@@ -50,13 +50,15 @@ class Page(Generic[T]):
 
 async def one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
     """The row that a statement finds or changes, as it is now; None if there is none."""
-    row: E_ | None = await session.scalar(statement, execution_options=FRESH)
+    with typed_errors():
+        row: E_ | None = await session.scalar(statement, execution_options=FRESH)
     return row
 
 
 async def many(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
     """The rows that a statement finds or changes, as they are now."""
-    return list(await session.scalars(statement, execution_options=FRESH))
+    with typed_errors():
+        return list(await session.scalars(statement, execution_options=FRESH))
 
 
 async def get_or_raise(
@@ -132,6 +134,11 @@ def aware(name: str, value: datetime | None) -> datetime | None:
     return value
 
 
+def storable(text: str) -> str:
+    """A text from elsewhere, such as an error's message, with what cannot be stored replaced."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
 def loading(entity: type[Entity], names: Sequence[str]) -> list[LoaderOption]:
     """Loader options for the relationships that a caller names.
 
@@ -162,15 +169,31 @@ async def constraints(session: AsyncSession, *rows: Entity) -> AsyncIterator[Non
         raise constraint_error(error) or error from None
 
 
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """Name what the database refuses: a constraint's violation, or a value that it cannot take.
+
+    Raises:
+        AlreadyExists, MissingReference, InvalidValue: by SQLSTATE.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        raise constraint_error(error) or error from None
+
+
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _BY_SQLSTATE: dict[str, tuple[type[TigerDBError], str]] = {
     "23505": (AlreadyExists, "the value exists already"),
     "23503": (MissingReference, "the row referred to does not exist"),
     "23502": (InvalidValue, "a value is missing"),
     "23514": (InvalidValue, "a value is not allowed"),
+    "22000": (InvalidValue, "a value is not of its column's type"),
     "22001": (InvalidValue, "a text is too long"),
     "22003": (InvalidValue, "a number is out of range"),
+    "22008": (InvalidValue, "a time is out of range"),
     "22021": (InvalidValue, "a text has a character that cannot be stored"),
+    "22P02": (InvalidValue, "a value is not of its column's type"),
     "22P05": (InvalidValue, "a text has a character that cannot be stored"),
 }
 

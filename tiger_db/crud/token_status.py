@@ -32,9 +32,18 @@ from tiger_db.crud.common import (
     many,
     one,
     paginate,
+    storable,
+    typed_errors,
 )
 from tiger_db.encryption import Secret
-from tiger_db.errors import EncryptionError, InvalidState, InvalidValue, LeaseLost, MissingReference
+from tiger_db.errors import (
+    EncryptionError,
+    InvalidState,
+    InvalidValue,
+    LeaseLost,
+    MissingReference,
+    NotFound,
+)
 from tiger_db.models import (
     AccountStatus,
     AuditAction,
@@ -89,11 +98,7 @@ async def create_refresh_operation(
         InvalidState: it is closed.
         ValidationError: a value is refused.
     """
-    account = await session.get(TigerAccount, tiger_account_id, populate_existing=True)
-    if account is None:
-        raise MissingReference(f"there is no TigerAccount {tiger_account_id}")
-    if account.status == AccountStatus.CLOSED:
-        raise InvalidState("the account is closed")
+    account = await _open_account(session, tiger_account_id)
     while True:
         opened = await _open(
             session,
@@ -135,7 +140,7 @@ async def schedule_due(
         .where(col(TokenStatus.tiger_account_id) == col(TigerAccount.id), _IS_OPEN)
         .exists()
     )
-    rows = await session.execute(
+    due_accounts = (
         select(TigerAccount, col(TigerAccount.token_expires_at) <= func.now())
         .where(
             col(TigerAccount.status) == text("'active'"),  # as the partial index has it
@@ -145,9 +150,10 @@ async def schedule_due(
             ~given_up,
         )
         .order_by(col(TigerAccount.token_expires_at))
-        .limit(limit),
-        execution_options=FRESH,
+        .limit(limit)
     )
+    with typed_errors():
+        rows = await session.execute(due_accounts, execution_options=FRESH)
     due = [
         _refresh_of(account, RefreshTrigger.EXPIRED if expired else RefreshTrigger.SCHEDULED)
         for account, expired in rows
@@ -171,7 +177,8 @@ async def claim_due(
     session and stay as they are: pass them to `heartbeat`, `complete` and `fail`.
 
     Raises:
-        InvalidValue: the lease is not positive, or the limit is not from 1 to 1000.
+        InvalidValue: the lease is not positive, the limit is not from 1 to 1000, or the worker's
+            name is refused.
     """
     check_limit(limit)
     _check_lease(lease)
@@ -241,11 +248,16 @@ async def complete(
     """
     # The account first, as everyone who locks both does.
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
-    tokens: dict[str, object] = {"access_token": access_token, "token_expires_at": expires_at}
+    changes: dict[str, object] = {
+        "access_token": access_token,
+        "token_expires_at": expires_at,
+        "error_count": 0,
+        "last_error": None,
+        "last_error_at": None,
+    }
     if refresh_token is not None:
-        tokens["refresh_token"] = refresh_token
-    healthy = {"error_count": 0, "last_error": None, "last_error_at": None}
-    aware("expires_at", expires_at)
+        changes["refresh_token"] = refresh_token
+    account._validated(changes)  # noqa: SLF001  # refused before anything has changed
     refresh = await _change(
         session,
         claim,
@@ -263,7 +275,7 @@ async def complete(
         api_response_time_ms=api_response_time_ms,
         server_version=server_version,
     )
-    account.sqlmodel_update({**tokens, **healthy})
+    account.sqlmodel_update(changes)
     await session.flush()
     await _log(session, AuditAction.TOKEN_REFRESH, refresh)
     return refresh
@@ -285,6 +297,7 @@ async def fail(
 
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
+        ValidationError: a value is refused; nothing has changed.
     """
     attempts = claim.retry_count + 1
     if attempts >= claim.max_retries:
@@ -306,7 +319,7 @@ async def fail(
         duration_ms=_duration(),
         lease_expires_at=None,
         error_code=error_code,
-        error_message=error.replace("\0", "\ufffd"),
+        error_message=storable(error),
         api_response_code=api_response_code,
         api_response_time_ms=api_response_time_ms,
     )
@@ -350,9 +363,11 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
 
     Raises:
         NotFound: there is no such refresh.
-        InvalidState: it has not failed.
+        InvalidState: it has not failed, or its account is closed.
         AlreadyExists: another refresh of the account is open.
     """
+    refresh = await get_or_raise(session, TokenStatus, refresh_id)
+    await _open_account(session, refresh.tiger_account_id)
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
     if refresh.status != TokenRefreshStatus.FAILED:
         raise InvalidState(f"a {refresh.status.value} refresh cannot be tried again")
@@ -454,6 +469,17 @@ async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatis
     )
 
 
+async def _open_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
+    """An account that is not closed, and is not before this transaction ends."""
+    try:
+        account = await get_or_raise(session, TigerAccount, account_id, lock=True)
+    except NotFound as error:
+        raise MissingReference(str(error)) from None
+    if account.status == AccountStatus.CLOSED:
+        raise InvalidState("the account is closed")
+    return account
+
+
 def token_hash(token: str) -> str:
     """What the history keeps of a token: enough to tell two apart, nothing to use."""
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
@@ -504,6 +530,8 @@ async def _open(session: AsyncSession, refreshes: Sequence[TokenStatus]) -> list
 
 
 async def _change(session: AsyncSession, claim: TokenStatus, **values: object) -> TokenStatus:
+    given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
+    claim._validated(given)  # noqa: SLF001  # as if assigned
     refresh = await _set(
         session,
         and_(

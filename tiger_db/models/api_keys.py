@@ -4,7 +4,14 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+)
 from typing import TYPE_CHECKING, Annotated, Optional
 from uuid import UUID
 
@@ -79,6 +86,34 @@ def parse_address(address: str | IPv4Address | IPv6Address) -> IPv4Address | IPv
     return mapped or parsed
 
 
+def parse_network(
+    network: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network,
+) -> IPv4Network | IPv6Network:
+    """A network, or an address as one; IPv4-mapped IPv6 ones are the IPv4 ones.
+
+    Raises:
+        ValueError: not a network.
+    """
+    parsed = ip_network(network)
+    mapped = parsed.network_address.ipv4_mapped if isinstance(parsed, IPv6Network) else None
+    if mapped is None or parsed.prefixlen < _IPV4_MAPPED_BITS:
+        return parsed
+    return IPv4Network((mapped, parsed.prefixlen - _IPV4_MAPPED_BITS))
+
+
+_IPV4_MAPPED_BITS = 96  # RFC 4291, 2.5.5.2: ::ffff:0:0/96
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """Whether they are the same, where `*` stands for any run of characters."""
+    start, *middle = map(re.escape, pattern.split("*"))
+    if not middle:
+        return pattern == text
+    # Atomic: a run that was found stays, or many `*` would try each place with each other one.
+    runs = "".join(f"(?>.*?{part})" for part in middle[:-1])
+    return re.fullmatch(f"{start}{runs}.*{middle[-1]}", text, re.DOTALL) is not None
+
+
 def _distinct(scopes: list[APIKeyScope]) -> list[APIKeyScope]:
     return list(dict.fromkeys(scopes))
 
@@ -141,7 +176,7 @@ class APIKey(MutableEntity, table=True):
     rate_limit_per_day: Int64 | None = Field(
         default=None, ge=1, sa_type=BigInteger, description="Uses in one calendar day (UTC)"
     )
-    allowed_ips: list[IPv4Network | IPv6Network] = Field(
+    allowed_ips: list[Annotated[IPv4Network | IPv6Network, AfterValidator(parse_network)]] = Field(
         default_factory=list,
         sa_type=tracked_list(CIDR()),
         description="Networks it may be used from; none: any",
@@ -207,8 +242,7 @@ class APIKey(MutableEntity, table=True):
         if not self.allowed_user_agents:
             return True
         return user_agent is not None and any(
-            re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), user_agent, re.DOTALL)
-            for pattern in self.allowed_user_agents
+            _matches(pattern, user_agent) for pattern in self.allowed_user_agents
         )
 
     def can_access_account(self, account_id: UUID) -> bool:

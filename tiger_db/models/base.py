@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache
@@ -15,13 +15,16 @@ from pydantic import (
     AwareDatetime,
     BaseModel,
     JsonValue,
+    ModelWrapValidatorHandler,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Dialect,
     Enum,
     FetchedValue,
     MetaData,
@@ -32,14 +35,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapper, Session, object_mapper, object_session, registry
 from sqlalchemy.orm.attributes import instance_state, set_attribute
-from sqlalchemy.types import TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine
 from sqlmodel import Field, SQLModel
-from sqlmodel._compat import SQLModelConfig, finish_init
+from sqlmodel._compat import SQLModelConfig, finish_init, partial_init
 from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import Encrypted, KeyRing, SealedSecret, Secret
 from tiger_db.errors import ConfigurationError
-from tiger_db.models.mutable import Tracked
+from tiger_db.models.mutable import Tracked, track
 
 T = TypeVar("T")
 
@@ -55,12 +58,19 @@ metadata = MetaData(
 
 
 def _to_utc(value: datetime) -> datetime:
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must be from the year 1 to 9999 in UTC") from None
 
 
 def _storable(value: str) -> str:
     if "\0" in value:
         raise ValueError("must not contain a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode") from None
     return value
 
 
@@ -89,7 +99,21 @@ Int64 = Annotated[int, AfterValidator(_fits_64_bits)]
 UTCDateTime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
 Text = Annotated[str, AfterValidator(_storable)]
 JsonObject = Annotated[dict[str, JsonValue], AfterValidator(storable_json)]
-Timestamp = DateTime(timezone=True)
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """A `timestamptz`. Infinity comes as the first or last `datetime`, as asyncpg stores those."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(
+        self,
+        value: datetime | None,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> datetime | None:
+        # asyncpg knows them only without a time zone.
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
 
 
 def enum_type(enum: type[StrEnum]) -> Enum:
@@ -135,29 +159,52 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         description="When the row was made, by the database's clock",
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # as pydantic has it
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise _without_input(error) from None
+
     def __init__(self, **data: Any) -> None:  # noqa: ANN401  # as SQLModel has it
         if not finish_init.get():  # SQLModel.model_validate fills the instance itself
             return
         state = self.__dict__
         related = {name: data.pop(name) for name in self.__sqlmodel_relationships__.keys() & data}
-        try:
-            self.__pydantic_validator__.validate_python(data, self_instance=self)
-        except ValidationError as error:
-            raise _without_input(error) from None
+        self.__pydantic_validator__.validate_python(data, self_instance=self)
         values, given = self.__dict__, self.__pydantic_fields_set__
         object.__setattr__(self, "__dict__", state)
         # Through SQLAlchemy's instrumentation, which pydantic bypasses.
-        for name, value in (values | related).items():
+        for name, value in values.items():
             set_attribute(self, name, value)
         object.__setattr__(self, "__pydantic_fields_set__", given)
+        for name, value in related.items():
+            self._relate(name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  # as SQLModel has it
         if name == "_sa_instance_state":
             self.__dict__[name] = value
         elif name in self.__sqlmodel_relationships__:
-            set_attribute(self, name, value)
+            self._relate(name, value)
         else:
             self.sqlmodel_update({name: value})
+
+    def _relate(self, name: str, value: object) -> None:
+        relationship = object_mapper(self).relationships[name]
+        kind = relationship.mapper.class_
+        items = value if relationship.uselist else [] if value is None else [value]
+        if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+            wanted = f"a list of {kind.__name__}" if relationship.uselist else kind.__name__
+            refusal = PydanticCustomError(
+                "relationship_type", "Input should be {wanted}", {"wanted": wanted}
+            )
+            raise ValidationError.from_exception_data(
+                type(self).__name__,
+                [InitErrorDetails(type=refusal, loc=(name,), input=None)],
+                hide_input=True,
+            )
+        set_attribute(self, name, value)
 
     def sqlmodel_update(
         self, obj: dict[str, Any] | BaseModel, *, update: dict[str, Any] | None = None
@@ -181,18 +228,36 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         object.__setattr__(draft, "__pydantic_fields_set__", set())
         object.__setattr__(draft, "__dict__", self.__dict__.copy())
         del draft.__dict__["_sa_instance_state"]
-        try:
-            for name, value in changes.items():
-                self.__pydantic_validator__.validate_assignment(draft, name, value)
-        except ValidationError as error:
-            raise _without_input(error) from None
+        for name, value in changes.items():
+            self.__pydantic_validator__.validate_assignment(draft, name, value)
         return {name: draft.__dict__[name] for name in changes}
 
+    def __copy__(self) -> Self:
+        """A row with the same values, id and all, that no session knows; nothing is related."""
+        with partial_init():
+            twin = type(self)()
+        for name in object_mapper(self).column_attrs.keys() & self.__dict__.keys():
+            set_attribute(twin, name, track(self.__dict__[name]))
+        twin.__pydantic_fields_set__.update(self.__pydantic_fields_set__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self.__copy__()
+
+    def model_copy(
+        self,
+        *,
+        update: Mapping[str, Any] | None = None,
+        deep: bool = False,  # noqa: ARG002  # a copy shares nothing anyway
+    ) -> Self:
+        """A row with the same values, but for those in `update`, that no session knows."""
+        return self.__copy__().sqlmodel_update(dict(update or {}))
+
     @classmethod
-    def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401  # as SQLModel has it
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401  # as pydantic has it
         try:
-            return super().model_validate(obj, **options)
-        except ValidationError as error:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:  # it is not JSON
             raise _without_input(error) from None
 
 
@@ -282,8 +347,7 @@ def _make_storable(mapper: Mapper[Any], connection: object, row: Entity) -> None
         if isinstance(row.__dict__.get(name), Tracked)
     }
     for name, value in row._validated(changed).items():  # noqa: SLF001  # a friend
-        if value != changed[name]:
-            set_attribute(row, name, value)
+        changed[name].become(value)
     for name, type_ in _encrypted(mapper):
         _seal(mapper, name, type_, row)
 

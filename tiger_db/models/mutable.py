@@ -15,6 +15,16 @@ class Tracked(Mutable):
     def coerce(cls, key: str, value: object) -> object:  # noqa: ARG003  # SQLAlchemy's signature
         return track(value)
 
+    @property
+    def top(self) -> "Tracked":
+        return self if self.root is None else self.root
+
+    def is_foreign(self, value: object) -> bool:
+        """Whether its changes are not yet reported to where those of this one are."""
+        if isinstance(value, Tracked):
+            return value.top is not self.top
+        return isinstance(value, dict | list)
+
     def changed(self) -> None:
         if self.root is None:
             super().changed()
@@ -27,11 +37,22 @@ class TrackedDict(Tracked, dict[Any, Any]):
 
     def adopt(self) -> None:
         for key, value in self.items():
-            if type(value) in (dict, list):
-                dict.__setitem__(self, key, track(value, self.root or self))
+            if self.is_foreign(value):
+                dict.__setitem__(self, key, track(value, self.top))
 
-    def __reduce__(self) -> tuple[type, tuple[dict[Any, Any]]]:
-        return dict, (dict(self),)  # copied or pickled, it belongs to no row
+    def become(self, value: dict[Any, Any]) -> None:
+        """Take the value as validation has left it."""
+        if value != self:
+            self.clear()
+            self.update(value)
+
+    def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # as dict's
+        if key not in self:
+            self[key] = default
+        return self[key]  # which is not the default itself, but what tracks it
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[dict[Any, Any]]]:
+        return track, (dict(self),)  # copied or pickled, it belongs to no row
 
 
 class TrackedList(Tracked, list[Any]):
@@ -39,11 +60,16 @@ class TrackedList(Tracked, list[Any]):
 
     def adopt(self) -> None:
         for index, value in enumerate(self):
-            if type(value) in (dict, list):
-                list.__setitem__(self, index, track(value, self.root or self))
+            if self.is_foreign(value):
+                list.__setitem__(self, index, track(value, self.top))
 
-    def __reduce__(self) -> tuple[type, tuple[list[Any]]]:
-        return list, (list(self),)
+    def become(self, value: list[Any]) -> None:
+        """Take the value as validation has left it: texts may have become members of an enum."""
+        if value != self or not all(map(isinstance, self, map(type, value))):
+            self[:] = value
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[list[Any]]]:
+        return track, (list(self),)
 
 
 def track(value: object, root: Tracked | None = None) -> object:
@@ -72,17 +98,18 @@ def _plain(value: object) -> object:
 def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[..., Any]:
     change = getattr(cls, name)
 
-    def report(self: TrackedDict | TrackedList, *args: object, **kwargs: object) -> object:
-        result = change(self, *args, **kwargs)
-        self.adopt()
-        self.changed()
-        return result
+    def report(self: TrackedDict | TrackedList, /, *args: object, **kwargs: object) -> object:
+        try:
+            return change(self, *args, **kwargs)
+        finally:  # half of an update that failed is a change too
+            self.adopt()
+            self.changed()
 
     return report
 
 
 for _name in (
-    "__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update",
+    "__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "update",
 ):  # fmt: skip
     setattr(TrackedDict, _name, _reporting(TrackedDict, _name))
 for _name in (

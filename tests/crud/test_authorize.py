@@ -1,0 +1,254 @@
+"""Who may use a key, from where, how often."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from tests import factories
+from tests.conftest import recorded
+from tiger_db import APIKeyScope, APIKeyStatus, Database, crud
+from tiger_db.crud import api_keys
+from tiger_db.database import AsyncSession
+from tiger_db.errors import (
+    AccessDenied,
+    AccountNotActive,
+    AccountNotAllowed,
+    AddressNotAllowed,
+    APIKeyExpired,
+    APIKeyRevoked,
+    InvalidAPIKey,
+    InvalidValue,
+    RateLimited,
+    ScopeMissing,
+    UserAgentNotAllowed,
+)
+
+HOUR = timedelta(hours=1)
+
+
+async def test_the_first_reason_to_refuse_is_given_and_no_refusal_counts(
+    session: AsyncSession,
+) -> None:
+    account = await factories.account(session, status="suspended")
+    key, raw_key = await factories.api_key(
+        session,
+        tiger_account_id=account.id,
+        expires_at=datetime(2020, 1, 1, tzinfo=UTC),
+        allowed_ips=["10.0.0.0/8"],
+        allowed_user_agents=["claude/*"],
+        rate_limit_per_day=1,
+    )
+    key.status = APIKeyStatus.INACTIVE
+    await count_uses(session, key.id, 1)
+    request: dict[str, Any] = {
+        "raw_key": "nonsense",
+        "scopes": [APIKeyScope.MCP_READ, APIKeyScope.MCP_WRITE],
+        "account_id": uuid4(),
+    }
+    wrong = raw_key[:-1] + ("0" if raw_key[-1] != "0" else "1")
+    steps: list[tuple[type[AccessDenied], Callable[[], object]]] = [
+        (InvalidAPIKey, lambda: request.update(raw_key="tdb_" + "0" * 16 + "_" + "0" * 64)),
+        (InvalidAPIKey, lambda: request.update(raw_key=wrong)),
+        (InvalidAPIKey, lambda: request.update(raw_key=raw_key)),
+        (APIKeyRevoked, lambda: setattr(key, "status", APIKeyStatus.ACTIVE)),
+        (APIKeyExpired, lambda: setattr(key, "expires_at", None)),
+        (AccountNotActive, lambda: setattr(account, "status", "active")),
+        (AddressNotAllowed, lambda: request.update(ip_address="10.1.2.3")),
+        (UserAgentNotAllowed, lambda: request.update(user_agent="claude/1.0")),
+        (ScopeMissing, lambda: request.update(scopes=[APIKeyScope.MCP_READ])),
+        (AccountNotAllowed, lambda: request.update(account_id=account.id)),
+        (RateLimited, lambda: setattr(key, "rate_limit_per_day", None)),
+    ]
+    for reason, repair in steps:
+        with pytest.raises(AccessDenied) as refused:
+            await api_keys.authorize_api_key(session, **request)
+        assert type(refused.value) is reason
+        repair()
+        await session.flush()
+    assert (key.usage_count, key.last_used_at) == (0, None)
+    assert await api_keys.authorize_api_key(session, **request) is key
+    assert key.usage_count == 1
+    assert key.last_used_at is not None
+
+
+@pytest.mark.parametrize("status", ["inactive", "suspended", "pending_verification", "closed"])
+async def test_only_an_active_account_serves_its_keys(session: AsyncSession, status: str) -> None:
+    account = await factories.account(session)
+    _, raw_key = await factories.api_key(session, tiger_account_id=account.id)
+    assert await api_keys.verify_api_key(session, raw_key)
+    await crud.accounts.update(session, account.id, status=status)
+    assert await api_keys.verify_api_key(session, raw_key) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [("inactive", APIKeyRevoked), ("revoked", APIKeyRevoked), ("expired", APIKeyExpired)],
+)
+async def test_only_an_active_key_is_accepted(
+    session: AsyncSession, status: str, reason: type[AccessDenied]
+) -> None:
+    key, raw_key = await factories.api_key(session)
+    key.sqlmodel_update({"status": status})
+    with pytest.raises(reason):
+        await api_keys.authorize_api_key(session, raw_key)
+    wrong = raw_key[:-8] + "00000000"
+    with pytest.raises(InvalidAPIKey):  # so that nobody can probe a key's status
+        await api_keys.authorize_api_key(session, wrong)
+
+
+async def test_a_key_with_an_expiry_verifies_until_then(session: AsyncSession) -> None:
+    now = datetime.now(UTC)
+    _, valid = await factories.api_key(session, expires_at=now + HOUR)
+    _, expired = await factories.api_key(session, expires_at=now - timedelta(microseconds=1))
+    assert await api_keys.verify_api_key(session, valid)
+    assert await api_keys.verify_api_key(session, expired) is None
+
+
+async def test_an_unknown_key_and_a_wrong_secret_look_alike(clone: Database) -> None:
+    async with clone.session() as session:
+        key, _ = await factories.api_key(session)
+    answers = []
+    for prefix in (key.key_prefix, "tdb_0123456789abcdef"):
+        with recorded(clone) as sent:
+            async with clone.session() as session:
+                with pytest.raises(InvalidAPIKey) as refused:
+                    await api_keys.authorize_api_key(session, f"{prefix}_{'0' * 64}")
+        answers.append((str(refused.value), sent))
+    assert answers[0] == answers[1]
+    assert len(answers[0][1]) == 1
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    raw_key=st.text()
+    | st.from_regex(r"tdb_[0-9a-f]{16}_[0-9a-fA-F]{62,66}\s?")
+    | st.binary()
+    | st.none()
+)
+@example(raw_key="tdb_0123456789abcdef_" + "0" * 63 + "٣")  # a digit, but not of ASCII
+@example(raw_key="tdb_0123456789abcdef_" + "0" * 64 + "\n")
+async def test_no_malformed_key_is_accepted(session: AsyncSession, raw_key: Any) -> None:
+    assert await api_keys.verify_api_key(session, raw_key) is None
+
+
+@pytest.mark.parametrize(
+    ("allowed", "address", "accepted"),
+    [
+        ([], None, True),
+        ([], "not an address", True),
+        (["10.0.0.0/8"], "10.255.0.1", True),
+        (["10.0.0.0/8"], "::ffff:10.0.0.1", True),
+        (["::ffff:10.0.0.0/104"], "10.0.0.1", True),
+        (["::ffff:10.0.0.0/104"], "::ffff:10.0.0.1", True),
+        (["10.0.0.0/8"], "11.0.0.1", False),
+        (["10.0.0.0/8"], "::ffff:11.0.0.1", False),
+        (["10.0.0.0/8"], "::10.0.0.1", False),
+        (["0.0.0.0/0"], "2001:db8::1", False),
+        (["::/0"], "10.0.0.1", False),
+        (["192.0.2.1", "2001:db8::/32"], "2001:db8::1", True),
+        (["10.0.0.0/8"], None, False),
+        (["10.0.0.0/8"], "", False),
+        (["10.0.0.0/8"], "10.0.0.1, 10.0.0.2", False),
+        (["10.0.0.0/8"], "10.0.0.01", False),
+    ],
+)
+async def test_addresses(
+    session: AsyncSession, allowed: list[str], address: str | None, accepted: bool
+) -> None:
+    _, raw_key = await factories.api_key(session, allowed_ips=allowed)
+    found = await api_keys.verify_api_key(session, raw_key, ip_address=address)
+    assert (found is not None) == accepted
+
+
+@pytest.mark.parametrize(
+    ("allowed", "user_agent", "accepted"),
+    [
+        ([], None, True),
+        (["claude/*"], "claude/1.0", True),
+        (["claude/*"], "Mozilla claude/1.0", False),
+        (["claude.*"], "claudeX1", False),
+        (["a", "b*d"], "bcd", True),
+        (["claude/*"], None, False),
+        (["*"], "a\nb", True),
+    ],
+)
+async def test_user_agents(
+    session: AsyncSession, allowed: list[str], user_agent: str | None, accepted: bool
+) -> None:
+    _, raw_key = await factories.api_key(session, allowed_user_agents=allowed)
+    found = await api_keys.verify_api_key(session, raw_key, user_agent=user_agent)
+    assert (found is not None) == accepted
+
+
+async def test_scopes_imply_each_other_downwards_in_their_family(session: AsyncSession) -> None:
+    _, raw_key = await factories.api_key(session, scopes=[APIKeyScope.TRADE_WRITE])
+    authorize = api_keys.authorize_api_key
+    await authorize(session, raw_key, scopes=[APIKeyScope.TRADE_READ, APIKeyScope.TRADE_WRITE])
+    for scope in (APIKeyScope.TRADE_ADMIN, APIKeyScope.MCP_READ):
+        with pytest.raises(ScopeMissing, match=scope):
+            await authorize(session, raw_key, scopes=[APIKeyScope.TRADE_READ, scope])
+
+
+async def test_an_unbound_key_serves_every_account(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session)
+    assert await api_keys.authorize_api_key(session, raw_key, account_id=uuid4()) is key
+
+
+# Limits and usage
+
+
+async def count_uses(session: AsyncSession, key_id: UUID, count: int, hours_ago: int = 0) -> None:
+    await session.execute(
+        text(
+            "INSERT INTO api_key_usage VALUES (:key, date_trunc('hour', clock_timestamp(), 'UTC')"
+            " - make_interval(hours => :ago), :count)"
+        ),
+        {"key": key_id, "ago": hours_ago, "count": count},
+    )
+
+
+@pytest.mark.parametrize(("limit", "longest"), [("hour", HOUR), ("day", 24 * HOUR)])
+async def test_a_limit_passes_exactly_its_number(
+    session: AsyncSession, limit: str, longest: timedelta
+) -> None:
+    key, raw_key = await factories.api_key(session, **{f"rate_limit_per_{limit}": 3})
+    for _ in range(3):
+        await api_keys.authorize_api_key(session, raw_key)
+    for _ in range(2):
+        with pytest.raises(RateLimited) as refused:
+            await api_keys.authorize_api_key(session, raw_key)
+    until = datetime.now(UTC) + refused.value.retry_after
+    assert timedelta(0) < refused.value.retry_after <= longest
+    assert abs((until + HOUR / 2).minute - 30) <= 1  # at the turn of an hour
+    assert (refused.value.remaining, key.usage_count) == (0, 3)
+
+
+@pytest.mark.parametrize(("limit", "hours_ago"), [("hour", 1), ("day", 24)])
+async def test_earlier_uses_do_not_count(session: AsyncSession, limit: str, hours_ago: int) -> None:
+    key, raw_key = await factories.api_key(session, **{f"rate_limit_per_{limit}": 1})
+    await count_uses(session, key.id, 1, hours_ago)
+    await api_keys.authorize_api_key(session, raw_key)
+    with pytest.raises(RateLimited):
+        await api_keys.authorize_api_key(session, raw_key)
+
+
+async def test_usage_is_told_by_the_hour(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session)
+    for hours_ago, count in ((30, 7), (2, 4)):
+        await count_uses(session, key.id, count, hours_ago)
+    await api_keys.verify_api_key(session, raw_key)
+    now = datetime.now(UTC)
+    told = await api_keys.usage(session, key.id, since=now - 2 * HOUR)
+    assert [hourly.count for hourly in told] == [4, 1]
+    assert told[0].hour == (told[1].hour - 2 * HOUR)
+    assert (told[1].hour.minute, told[1].hour.utcoffset()) == (0, timedelta(0))
+    assert len(await api_keys.usage(session, key.id, since=now - 31 * HOUR)) == 3
+    assert await api_keys.usage(session, uuid4(), since=now - HOUR) == []
+    with pytest.raises(InvalidValue, match="since"):
+        await api_keys.usage(session, key.id, since=datetime(2026, 1, 1))  # noqa: DTZ001

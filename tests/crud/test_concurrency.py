@@ -1,0 +1,394 @@
+"""All callers stand at a gate until every one of them has read, or waits for the same lock."""
+
+import asyncio
+import multiprocessing
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, TypeVar
+from uuid import UUID
+
+import pytest
+from sqlalchemy import text
+
+from tests import factories
+from tiger_db import (
+    APIKey,
+    AuditAction,
+    Database,
+    KeyVerifier,
+    Settings,
+    TigerAccount,
+    TokenRefreshStatus,
+    TokenStatus,
+    crud,
+)
+from tiger_db.crud import accounts, api_keys, token_status
+from tiger_db.database import AsyncSession
+from tiger_db.errors import (
+    AccessDenied,
+    APIKeyExpired,
+    APIKeyRevoked,
+    InvalidAPIKey,
+    InvalidState,
+    LeaseLost,
+    RateLimited,
+)
+
+T = TypeVar("T")
+WAITING = text(
+    "SELECT count(*) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+)
+PROCESSES, CONNECTIONS = 4, 5
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tiger_db", "pytest", "asyncpg", "tests.crud.test_concurrency"])
+
+
+@pytest.fixture
+async def crowd(clone_settings: Settings) -> AsyncIterator[Database]:
+    """A database of this test's own, with 20 connections and no hurry."""
+    pool = {"db_pool_size": 21, "db_max_overflow": 0, "db_pool_timeout": 60}
+    async with Database(clone_settings.model_copy(update=pool)) as database:
+        await database.check()
+        yield database
+
+
+async def at_once(
+    database: Database, calls: Sequence[Callable[[AsyncSession], Awaitable[T]]]
+) -> list[T]:
+    """What they return, each called in a session of its own, once all of those have read."""
+    gate = asyncio.Barrier(len(calls))
+
+    async def one(call: Callable[[AsyncSession], Awaitable[T]]) -> T:
+        async with database.session() as session:
+            await accounts.list_accounts(session)
+            await gate.wait()
+            return await call(session)
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(call)) for call in calls]
+    return [task.result() for task in tasks]
+
+
+@asynccontextmanager
+async def nobody_passes(
+    database: Database, table: str, waiting: int
+) -> AsyncIterator[AsyncSession]:
+    """A lock on all rows of a table, let go at the end, when so many connections wait for it.
+
+    What the session does meanwhile is committed.
+    """
+    async with database.session() as session:
+        await session.execute(text(f"SELECT FROM {table} FOR UPDATE"))
+        yield session
+        async with asyncio.timeout(30):
+            while await session.scalar(WAITING) < waiting:
+                await session.execute(text("SELECT pg_stat_clear_snapshot()"))
+                await asyncio.sleep(0.01)
+
+
+# Accounts
+
+
+@pytest.mark.parametrize("which", ["trading", "data"])
+async def test_twenty_callers_leave_one_default(crowd: Database, which: str) -> None:
+    async with crowd.session() as session:
+        everyone = [await factories.account(session) for _ in range(20)]
+    set_default = getattr(accounts, f"set_default_{which}_account")
+    await at_once(crowd, [partial(set_default, account_id=a.id) for a in everyone])
+    async with crowd.session() as session:
+        column = f"is_default_{which}"
+        stored = await accounts.list_accounts(session)
+        (default,) = [account for account in stored if getattr(account, column)]
+        changes = (await factories.events(session))[20:]
+        assert {event.action for event in changes} == {AuditAction.ACCOUNT_SET_DEFAULT}
+    # One after the other: each replaced the one before, and the last one stayed.
+    replaced = {e.resource_id: e.old_values[column] for e in changes if e.old_values}
+    chain: list[Any] = [str(default.id)]
+    while (before := replaced[chain[-1]]) is not None:
+        chain.append(before)
+    assert len(chain) == 20
+
+
+async def test_two_accounts_may_swap_their_defaults(crowd: Database) -> None:
+    async with crowd.session() as session:
+        first = await factories.account(session, is_default_trading=True)
+        second = await factories.account(session, is_default_data=True)
+
+    async def swap(set_default: Any, account: TigerAccount) -> None:
+        async with crowd.session() as session:
+            await set_default(session, account.id)
+
+    gate = nobody_passes(crowd, "tiger_accounts", waiting=2)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group, gate:
+        group.create_task(swap(accounts.set_default_trading_account, second))
+        group.create_task(swap(accounts.set_default_data_account, first))
+    async with crowd.session() as session:
+        trading = await accounts.get_default_trading_account(session)
+        data = await accounts.get_default_data_account(session)
+        assert (trading and trading.id, data and data.id) == (second.id, first.id)
+
+
+async def test_fifty_errors_count_fifty(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account(session)
+
+    async def record() -> None:
+        async with crowd.session() as session:
+            await accounts.get(session, account.id)
+            await accounts.record_error(session, account.id, message="no answer")
+
+    gate = nobody_passes(crowd, "tiger_accounts", waiting=20)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group, gate:
+        for _ in range(50):
+            group.create_task(record())
+    async with crowd.session() as session:
+        stored = await accounts.get(session, account.id)
+        assert stored is not None
+        assert stored.error_count == 50
+        told = [event.new_values for event in (await factories.events(session))[1:]]
+        assert [told.count({"error_count": count}) for count in range(1, 51)] == [1] * 50
+
+
+async def test_updates_know_what_they_replace(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account(session, description="0")
+    numbers = [str(n) for n in range(1, 11)]
+    await at_once(
+        crowd, [partial(accounts.update, account_id=account.id, description=n) for n in numbers]
+    )
+    async with crowd.session() as session:
+        changes = (await factories.events(session))[1:]
+        stored = await accounts.get(session, account.id)
+    replaced = {e.new_values["description"]: e.old_values for e in changes if e.new_values}
+    assert stored is not None
+    chain: list[Any] = [stored.description]
+    while old := replaced.get(chain[-1]):
+        chain.append(old["description"])
+    assert sorted(chain, key=int) == ["0", *numbers]
+
+
+# Keys
+
+
+async def test_two_hundred_verifications_count_two_hundred(crowd: Database) -> None:
+    async with crowd.session() as session:
+        key, raw_key = await factories.api_key(session)
+    verifier = KeyVerifier(crowd)
+    gate = nobody_passes(crowd, "api_keys", waiting=20)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group, gate:
+        tasks = [group.create_task(verifier.verify(raw_key)) for _ in range(200)]
+    assert all(task.result() for task in tasks)
+    assert await uses(crowd, key) == (200, 200)
+
+
+async def uses(database: Database, key: APIKey) -> tuple[int, int]:
+    """By the key's own count, and by the hours'."""
+    async with database.session() as session:
+        stored = await api_keys.get(session, key.id)
+        assert stored is not None
+        hours = await api_keys.usage(session, key.id, since=stored.created_at or datetime.min)  # noqa: DTZ901
+        return stored.usage_count, sum(hour.count for hour in hours)
+
+
+def authorize_often(settings: Settings, raw_key: str, times: int) -> dict[str, int]:
+    """In a process of its own: how often the key was accepted, or refused why."""
+
+    async def authorize(verifier: KeyVerifier) -> str:
+        try:
+            await verifier.authorize(raw_key)
+        except AccessDenied as reason:
+            return type(reason).__name__
+        return "accepted"
+
+    async def run() -> Counter[str]:
+        async with Database(settings) as database, KeyVerifier(database) as verifier:
+            return Counter(await asyncio.gather(*(authorize(verifier) for _ in range(times))))
+
+    return asyncio.run(run())
+
+
+async def authorize_everywhere(database: Database, raw_key: str, times: int) -> Counter[str]:
+    """What the processes tell, together."""
+    pool = {"db_pool_size": CONNECTIONS, "db_max_overflow": 0, "db_pool_timeout": 60}
+    settings = database.settings.model_copy(update=pool)
+    loop = asyncio.get_running_loop()
+    with ProcessPoolExecutor(PROCESSES, mp_context=processes) as executor:
+        async with nobody_passes(database, "api_keys", waiting=PROCESSES * CONNECTIONS):
+            futures = [
+                loop.run_in_executor(executor, authorize_often, settings, raw_key, times)
+                for _ in range(PROCESSES)
+            ]
+        return sum(map(Counter, await asyncio.gather(*futures)), Counter())
+
+
+async def test_four_processes_lose_no_use(crowd: Database) -> None:
+    async with crowd.session() as session:
+        key, raw_key = await factories.api_key(session)
+    assert await authorize_everywhere(crowd, raw_key, 50) == {"accepted": 200}
+    assert await uses(crowd, key) == (200, 200)
+
+
+async def test_four_processes_pass_exactly_the_limit(crowd: Database) -> None:
+    async with crowd.session() as session:
+        key, raw_key = await factories.api_key(session, rate_limit_per_day=20)
+    told = await authorize_everywhere(crowd, raw_key, 16)
+    assert told == {"accepted": 20, RateLimited.__name__: 44}
+    assert await uses(crowd, key) == (20, 20)
+
+
+async def revoke(session: AsyncSession, key: APIKey) -> None:
+    await api_keys.revoke(session, key.id)
+
+
+async def rotate(session: AsyncSession, key: APIKey) -> None:
+    await api_keys.rotate(session, key.id, grace=timedelta(0))
+
+
+async def close_account(session: AsyncSession, key: APIKey) -> None:
+    assert key.tiger_account_id
+    await accounts.close(session, key.tiger_account_id)
+
+
+async def delete_account(session: AsyncSession, key: APIKey) -> None:
+    await session.execute(text("DELETE FROM tiger_accounts"))
+
+
+@pytest.mark.parametrize("limit", [None, 1000])
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (revoke, APIKeyRevoked),
+        (rotate, APIKeyExpired),
+        (close_account, APIKeyRevoked),
+        (delete_account, InvalidAPIKey),
+    ],
+)
+async def test_a_key_that_ends_while_it_is_checked_is_refused(
+    crowd: Database,
+    end: Callable[[AsyncSession, APIKey], Awaitable[None]],
+    reason: type[AccessDenied],
+    limit: int | None,
+) -> None:
+    async with crowd.session() as session:
+        account = await factories.account(session)
+        key, raw_key = await factories.api_key(
+            session, tiger_account_id=account.id, rate_limit_per_hour=limit
+        )
+    async with nobody_passes(crowd, "api_keys", waiting=1) as session:
+        check = asyncio.create_task(KeyVerifier(crowd).authorize(raw_key))
+        await end(session, key)
+    with pytest.raises(AccessDenied) as refused:
+        await check
+    assert type(refused.value) is reason
+    async with crowd.session() as session:
+        assert await session.scalar(text("SELECT count(*) FROM api_key_usage")) == 0
+
+
+# Refreshes
+
+
+async def test_eight_workers_claim_each_refresh_once(crowd: Database) -> None:
+    async with crowd.session() as session:
+        for _ in range(40):
+            await factories.refresh(session)
+    all_have_claimed = asyncio.Barrier(8)
+
+    async def work(session: AsyncSession, worker: str) -> list[UUID]:
+        claims = await token_status.claim_due(session, worker=worker, limit=6)
+        await all_have_claimed.wait()  # nobody commits before
+        assert {claim.worker for claim in claims} <= {worker}
+        return [claim.id for claim in claims]
+
+    claimed = await at_once(crowd, [partial(work, worker=f"worker-{n}") for n in range(8)])
+    ids = [refresh_id for claims in claimed for refresh_id in claims]
+    assert len(ids) == len(set(ids)) == 40
+    async with crowd.session() as session:
+        refreshes = await token_status.history(session)
+        assert {refresh.fencing_token for refresh in refreshes} == {1}
+
+
+async def test_many_schedulers_open_one_refresh_each(crowd: Database) -> None:
+    async with crowd.session() as session:
+        due = [await factories.account_with_token(session) for _ in range(5)]
+    opened = await at_once(crowd, [token_status.schedule_due] * 12)
+    assert sorted(r.tiger_account_id for refreshes in opened for r in refreshes) == [
+        account.id for account in due
+    ]
+
+
+async def test_many_callers_open_one_refresh(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account_with_token(session)
+    opened = await at_once(crowd, [partial(factories.refresh, of=account)] * 12)
+    assert len({refresh.id for refresh in opened}) == 1
+    async with crowd.session() as session:
+        actions = [event.action for event in await factories.events(session)]
+    assert actions.count(AuditAction.TOKEN_REFRESH_SCHEDULE) == 1
+
+
+async def test_a_claim_completes_once(crowd: Database) -> None:
+    async with crowd.session() as session:
+        claim = await factories.claim(session)
+
+    async def complete(session: AsyncSession, token: str) -> str | None:
+        try:
+            await token_status.complete(session, claim, access_token=token)
+        except LeaseLost:
+            return None
+        return token
+
+    ended = await at_once(crowd, [partial(complete, token=f"token-{n}") for n in range(8)])
+    (winner,) = [token for token in ended if token]
+    async with crowd.session() as session:
+        account = await accounts.get(session, claim.tiger_account_id)
+    assert account is not None
+    assert account.access_token is not None
+    assert account.access_token.get_secret_value() == winner
+
+
+async def test_no_refresh_is_opened_while_its_account_closes(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account_with_token(session)
+
+    async def open_one() -> TokenStatus:
+        async with crowd.session() as session:
+            return await factories.refresh(session, account)
+
+    async with nobody_passes(crowd, "tiger_accounts", waiting=1) as session:
+        opening = asyncio.create_task(open_one())
+        await accounts.close(session, account.id)
+    with pytest.raises(InvalidState, match="closed"):
+        await opening
+    async with crowd.session() as session:
+        assert (await token_status.history(session)).items == []
+
+
+async def test_completing_and_closing_wait_for_each_other(crowd: Database) -> None:
+    async with crowd.session() as session:
+        claim = await factories.claim(session)
+
+    async def complete(session: AsyncSession) -> str:
+        try:
+            await token_status.complete(session, claim, access_token="new")
+        except LeaseLost:
+            return "lost"
+        return "completed"
+
+    async def close(session: AsyncSession) -> str:
+        await accounts.close(session, claim.tiger_account_id)
+        return "closed"
+
+    ended = await at_once(crowd, [complete, close])
+    async with crowd.session() as session:
+        refresh = await token_status.get(session, claim.id)
+        account = await crud.accounts.get(session, claim.tiger_account_id)
+    assert refresh is not None
+    assert account is not None
+    expected = {"lost": TokenRefreshStatus.CANCELLED, "completed": TokenRefreshStatus.SUCCESS}
+    assert refresh.status == expected[ended[0]]
+    assert account.access_token is None

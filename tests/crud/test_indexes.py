@@ -1,0 +1,261 @@
+"""Every index serves the query that it is for, on tables that are worth an index."""
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import pytest_asyncio
+from sqlalchemy import event, text
+
+from tests.conftest import create_database, drop_database
+from tiger_db import AuditLog, Database, RefreshTrigger, Settings
+from tiger_db.crud import accounts, api_keys, audit_logs, token_status
+from tiger_db.crud.common import encode_cursor
+from tiger_db.database import AsyncSession
+
+Query = Callable[[AsyncSession], Awaitable[object]]
+Plan = list[dict[str, Any]]
+NOW = datetime.now(UTC)
+# Row n has the account number n, and 0…0n in its ids.
+ROWS = """
+CREATE FUNCTION id(n bigint) RETURNS uuid LANGUAGE sql AS
+    $$ SELECT ('0190a000-0000-7000-8000-' || lpad(n::text, 12, '0'))::uuid $$;
+
+INSERT INTO tiger_accounts (id, account_name, account_number, account_type, status, tiger_id,
+    tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
+    token_expires_at, is_default_trading, is_default_data, market_permissions, quote_permissions,
+    error_count, tags)
+SELECT id(n), 'Main', n, 'standard', 'active', '', sha256(n::text::bytea), '', 'unknown', 'PROD',
+    '', now() + make_interval(mins => n::int), n = 1, n = 2, '{}', '[]', 0, '{}'
+FROM generate_series(1, 20000) n;
+
+INSERT INTO api_keys (id, name, key_prefix, key_hash, status, scopes, tiger_account_id,
+    usage_count, allowed_ips, allowed_user_agents, tags)
+SELECT id(n), 'assistant', 'tdb_' || lpad(n::text, 16, '0'),
+    '{SSHA256}' || encode(sha256('') || '\\x0011223344556677', 'base64'), 'active', '{mcp:read}',
+    id(n), 0, '{}', '{}', '{}'
+FROM generate_series(1, 20000) n;
+
+INSERT INTO api_key_usage
+SELECT id(n), date_trunc('hour', now()) - make_interval(hours => hour), 1
+FROM generate_series(1, 2000) n, generate_series(1, 10) hour;
+
+INSERT INTO token_statuses (id, tiger_account_id, status, trigger, scheduled_at, retry_count,
+    max_retries, fencing_token)
+SELECT id(n), id(n / 2 + 1),
+    (CASE WHEN n % 200 = 0 THEN 'pending' WHEN n % 200 = 1 THEN 'failed' ELSE 'success' END
+        )::token_refresh_status,
+    'manual', now() - make_interval(secs => n), 0, 3, 0
+FROM generate_series(1, 30000) n;
+
+INSERT INTO audit_logs (id, action, result, severity, tiger_account_id, api_key_id, user_id)
+SELECT (left(uuid7_floor(date_trunc('month', now(), 'UTC') + make_interval(months => month))::text,
+    24) || lpad(n::text, 12, '0'))::uuid,
+    'data:query', 'success', 'low', id(n % 500), id(n % 500), n % 500
+FROM generate_series(1, 10000) n, generate_series(0, 3) month;
+
+ANALYZE
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def full(server_url: str, template: str) -> AsyncIterator[Settings]:
+    """A database with some ten thousand rows in every table, and those in four partitions."""
+    name = f"tiger_db_full_{uuid4().hex[:12]}"
+    settings = await create_database(server_url, name, template)
+    async with Database(settings) as database, database.engine.connect() as connection:
+        for statement in ROWS.split(";"):
+            await connection.exec_driver_sql(statement)
+        await connection.commit()
+    yield settings
+    await drop_database(server_url, name)
+
+
+async def plan_of(settings: Settings, query: Query) -> Plan:
+    """The nodes of the plans of all the statements that a query sends, and rolls back."""
+    sent: list[tuple[str, Any]] = []
+    async with Database(settings) as database:
+        await database.check()
+
+        def record(
+            _connection: object, _cursor: object, sql: str, values: object, *_: object
+        ) -> None:
+            sent.append((sql, values))
+
+        async with database.sessions() as session:
+            event.listen(database.engine.sync_engine, "before_cursor_execute", record)
+            await query(session)
+            event.remove(database.engine.sync_engine, "before_cursor_execute", record)
+        async with database.engine.connect() as connection:
+            plans = [
+                await connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values)
+                for sql, values in sent
+                if sql.startswith(("SELECT", "INSERT", "UPDATE", "WITH"))
+            ]
+            return [node for plan in plans for node in nodes(as_json(plan.scalar())[0]["Plan"])]
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for inner in plan.get("Plans", []):
+        yield from nodes(inner)
+
+
+async def used_indexes(settings: Settings, query: Query) -> set[str]:
+    """By name; an index of a partition by its parent's."""
+    plan = await plan_of(settings, query)
+    used = {node["Index Name"] for node in plan if "Index Name" in node}
+    used |= {name for node in plan for name in node.get("Conflict Arbiter Indexes", [])}
+    async with Database(settings) as database, database.session() as session:
+        parents = await session.execute(
+            text(
+                "SELECT inhrelid::regclass::text AS child, inhparent::regclass::text AS parent"
+                " FROM pg_inherits"
+                " JOIN pg_class ON oid = inhrelid AND relkind = 'i'"
+            )
+        )
+        parent_of = {row.child: row.parent for row in parents}
+    return {parent_of.get(name, name) for name in used}
+
+
+def id_of(n: int) -> UUID:
+    return UUID(f"0190a000-0000-7000-8000-{n:012}")
+
+
+def cursor_of(n: int) -> str:
+    return encode_cursor(id_of(n))
+
+
+async def wrong_secret(session: AsyncSession) -> None:
+    await api_keys.verify_api_key(session, f"tdb_{77:016}_{'0' * 64}")
+
+
+async def open_refresh(session: AsyncSession) -> None:
+    await token_status.create_refresh_operation(
+        session, tiger_account_id=id_of(9999), trigger=RefreshTrigger.MANUAL
+    )
+
+
+SERVES: list[tuple[str, Query]] = [
+    ("pk_tiger_accounts", lambda s: accounts.get(s, id_of(77))),
+    ("pk_tiger_accounts", lambda s: accounts.list_accounts(s, after=cursor_of(77))),
+    (
+        "uq_tiger_accounts_account_number",
+        lambda s: accounts.get_by_account_number(s, "77"),
+    ),
+    ("ix_tiger_accounts_tiger_id_fingerprint", lambda s: accounts.get_by_tiger_id(s, "77")),
+    ("uq_tiger_accounts_is_default_trading", accounts.get_default_trading_account),
+    ("uq_tiger_accounts_is_default_data", accounts.get_default_data_account),
+    (
+        "uq_tiger_accounts_is_default_data",
+        lambda s: accounts.set_default_data_account(s, id_of(77)),
+    ),
+    ("ix_tiger_accounts_token_expires_at", accounts.get_accounts_needing_token_refresh),
+    ("ix_tiger_accounts_token_expires_at", token_status.schedule_due),
+    ("pk_api_keys", lambda s: api_keys.get(s, id_of(77))),
+    ("pk_api_keys", lambda s: api_keys.list_api_keys(s, after=cursor_of(77))),
+    ("uq_api_keys_key_prefix", lambda s: api_keys.get_by_prefix(s, f"tdb_{77:016}")),
+    (
+        "ix_api_keys_tiger_account_id_id",
+        lambda s: api_keys.get_keys_for_account(s, id_of(77), after=cursor_of(10**9)),
+    ),
+    ("pk_api_key_usage", lambda s: api_keys.usage(s, id_of(77), since=NOW - timedelta(hours=3))),
+    ("pk_token_statuses", lambda s: token_status.get(s, id_of(77))),
+    ("pk_token_statuses", lambda s: token_status.history(s, after=cursor_of(777))),
+    ("pk_token_statuses", lambda s: token_status.statistics(s, since=NOW)),
+    ("uq_token_statuses_tiger_account_id_open", open_refresh),
+    ("ix_token_statuses_due", lambda s: token_status.claim_due(s, worker="w")),
+    ("ix_token_statuses_tiger_account_id_id", partial(token_status.history, account_id=id_of(77))),
+    (
+        "ix_token_statuses_tiger_account_id_id",
+        lambda s: token_status.get_latest_status(s, id_of(77)),
+    ),
+    ("ix_token_statuses_failed", token_status.get_failed_refreshes),
+    ("pk_audit_logs", audit_logs.get_recent_events),
+    ("ix_audit_logs_tiger_account_id_id", partial(audit_logs.search, account_id=id_of(77))),
+    ("ix_audit_logs_api_key_id_id", partial(audit_logs.search, api_key_id=id_of(77))),
+    ("ix_audit_logs_user_id_id", partial(audit_logs.search, user_id="77")),
+]
+
+
+@pytest.mark.parametrize(("index", "query"), SERVES)
+async def test_an_index_serves_its_query(full: Settings, index: str, query: Query) -> None:
+    assert index in await used_indexes(full, query)
+
+
+async def test_a_key_is_checked_by_index_alone(full: Settings) -> None:
+    assert await used_indexes(full, wrong_secret) == {"uq_api_keys_key_prefix", "pk_tiger_accounts"}
+    scans = {node["Node Type"] for node in await plan_of(full, wrong_secret)}
+    assert "Seq Scan" not in scans
+
+
+async def test_every_index_has_its_query(full: Settings) -> None:
+    async with Database(full) as database, database.session() as session:
+        indexes = await session.scalars(
+            text(
+                "SELECT indexname FROM pg_indexes WHERE schemaname = 'public'"
+                " AND tablename <> 'alembic_version' AND tablename !~ '^audit_logs_'"
+            )
+        )
+        assert set(indexes) == {index for index, _ in SERVES}
+
+
+# Partitions
+
+
+def partitions(plan: Plan) -> set[str]:
+    return {node["Relation Name"] for node in plan if "Relation Name" in node}
+
+
+def month(ahead: int) -> datetime:
+    """The start of the month that is so many months ahead."""
+    years, months = divmod(NOW.month - 1 + ahead, 12)
+    return datetime(NOW.year + years, months + 1, 1, tzinfo=UTC)
+
+
+async def test_an_id_leads_to_its_month(full: Settings) -> None:
+    milliseconds = int(month(2).timestamp() * 1000)
+    event_id = UUID(int=milliseconds << 80 | 5)
+    plan = await plan_of(full, lambda s: s.get(AuditLog, event_id))
+    assert partitions(plan) == {f"audit_logs_{month(2):%Y_%m}"}
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "expected"),
+    [
+        (month(1), month(2), {month(1)}),
+        (month(1) + timedelta(days=3), month(1) + timedelta(days=4), {month(1)}),
+        (month(1) + timedelta(days=3), month(2) + timedelta(days=3), {month(1), month(2)}),
+    ],
+)
+async def test_a_time_window_reads_only_its_months(
+    full: Settings, since: datetime, until: datetime, expected: set[datetime]
+) -> None:
+    plan = await plan_of(full, partial(audit_logs.search, since=since, until=until))
+    assert partitions(plan) == {f"audit_logs_{start:%Y_%m}" for start in expected}
+
+
+async def test_security_events_read_no_month_before(full: Settings) -> None:
+    async with Database(full) as database, database.engine.begin() as connection:
+        await connection.exec_driver_sql(
+            "CREATE TABLE audit_logs_2020_01 PARTITION OF audit_logs"
+            " FOR VALUES FROM (uuid7_floor('2020-01-01Z')) TO (uuid7_floor('2020-02-01Z'))"
+        )
+    plan = await plan_of(full, audit_logs.get_security_events)
+    assert f"audit_logs_{month(0):%Y_%m}" in partitions(plan)
+    assert "audit_logs_2020_01" not in partitions(plan)
+
+
+async def test_a_deep_page_reads_no_later_month(full: Settings) -> None:
+    after = encode_cursor(UUID(int=int(month(1).timestamp() * 1000) << 80 | 10**6))
+    plan = await plan_of(full, partial(audit_logs.get_recent_events, after=after))
+    assert f"audit_logs_{month(2):%Y_%m}" not in partitions(plan)
+    assert not [node for node in plan if node["Node Type"] in {"Seq Scan", "Sort"}]

@@ -1,0 +1,181 @@
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tests import factories
+from tests.conftest import recorded
+from tiger_db import AuditAction, AuditLog, Database, Page, crud
+from tiger_db.crud.common import decode_cursor, encode_cursor
+from tiger_db.database import AsyncSession
+from tiger_db.errors import InvalidCursor, InvalidValue
+from tiger_db.models import Entity
+
+ACCOUNT = UUID("0190a000-0000-7000-8000-000000000000")
+
+
+LEAK = AuditAction.SECURITY_KEY_LEAK
+List = Callable[..., Awaitable[Page[Any]]]
+LISTS: dict[str, List] = {
+    "list_accounts": crud.accounts.list_accounts,
+    "list_api_keys": crud.api_keys.list_api_keys,
+    "get_keys_for_account": lambda s, **p: crud.api_keys.get_keys_for_account(s, ACCOUNT, **p),
+    "get_recent_events": crud.audit_logs.get_recent_events,
+    "get_security_events": crud.audit_logs.get_security_events,
+    "search": lambda s, **p: crud.audit_logs.search(s, actions=[LEAK], **p),
+    "get_pending_refreshes": crud.token_status.get_pending_refreshes,
+    "get_failed_refreshes": crud.token_status.get_failed_refreshes,
+    "history": crud.token_status.history,
+    "history of an account": lambda s, **p: crud.token_status.history(s, account_id=ACCOUNT, **p),
+}
+LIMITED: dict[str, Callable[..., Awaitable[object]]] = {
+    **LISTS,
+    "get_accounts_needing_token_refresh": crud.accounts.get_accounts_needing_token_refresh,
+    "schedule_due": crud.token_status.schedule_due,
+    "claim_due": lambda s, **p: crud.token_status.claim_due(s, worker="w", **p),
+}
+
+
+async def one_row_for(name: str, session: AsyncSession) -> Entity:
+    """A new row that the list shows."""
+    row: Entity
+    match name:
+        case "list_accounts":
+            row = await factories.account(session)
+        case "list_api_keys":
+            row, _ = await factories.api_key(session)
+        case "get_keys_for_account":
+            row, _ = await factories.api_key(session, tiger_account_id=ACCOUNT)
+        case "get_recent_events" | "get_security_events" | "search":
+            row = await crud.audit_logs.log_event(session, action=LEAK)
+        case "get_pending_refreshes":
+            row = await factories.refresh(session)
+        case "get_failed_refreshes":
+            claim = await factories.claim(session, max_retries=1)
+            row = await crud.token_status.fail(session, claim, error="no answer")
+        case _:
+            account = await crud.accounts.get(session, ACCOUNT)
+            row = await factories.refresh(session, account)
+            await crud.token_status.cancel(session, row.id)
+    return row
+
+
+async def all_pages(session: AsyncSession, name: str, limit: int) -> list[Page[Any]]:
+    pages = [await LISTS[name](session, limit=limit)]
+    while (cursor := pages[-1].next_cursor) is not None and len(pages) < 10:
+        pages.append(await LISTS[name](session, after=cursor, limit=limit))
+    return pages
+
+
+@pytest.mark.parametrize("name", LISTS)
+async def test_pages_hold_every_row_once_newest_first(session: AsyncSession, name: str) -> None:
+    assert (await LISTS[name](session)).items == []
+    if "account" in name and name != "list_accounts":
+        await factories.account_with_token(session, id=ACCOUNT)
+    rows = [(await one_row_for(name, session)).id for _ in range(7)]
+    for limit in (1, 3, 7, 8):
+        pages = await all_pages(session, name, limit)
+        sizes = [len(page) for page in pages]
+        assert sizes == [limit] * (7 // limit) + ([7 % limit] if 7 % limit else [])
+        assert [row.id for page in pages for row in page] == rows[::-1]
+
+
+async def test_rows_inserted_meanwhile_neither_repeat_nor_hide_others(clone: Database) -> None:
+    async with clone.session() as session:
+        await crud.audit_logs.log_events(session, (AuditLog(action=LEAK) for _ in range(300)))
+    written = asyncio.Semaphore(0)
+
+    async def write() -> None:
+        while True:
+            async with clone.session() as session:
+                await crud.audit_logs.log_event(session, action=LEAK)
+            written.release()
+
+    seen: list[UUID] = []
+    async with clone.session() as session:
+        before = {event.id for event in await factories.events(session)}
+    writers = [asyncio.create_task(write()) for _ in range(3)]
+    cursor = None
+    while True:
+        await written.acquire()  # so that there is one before each page
+        async with clone.session() as session:
+            page = await crud.audit_logs.get_recent_events(session, after=cursor, limit=20)
+        seen += [event.id for event in page]
+        if (cursor := page.next_cursor) is None or len(seen) > 1000:
+            break
+    for writer in writers:
+        writer.cancel()
+    await asyncio.gather(*writers, return_exceptions=True)
+    assert seen == sorted(set(seen), reverse=True)
+    assert before <= set(seen)
+
+
+# Cursors
+
+
+@given(row_id=st.uuids())
+@example(row_id=UUID(int=0))
+@example(row_id=UUID(int=2**128 - 1))
+def test_a_cursor_leads_back(row_id: UUID) -> None:
+    cursor = encode_cursor(row_id)
+    assert decode_cursor(cursor) == row_id
+    assert cursor.isascii()
+    assert str(row_id) not in cursor
+
+
+def malformed(cursor: object) -> bool:
+    if not isinstance(cursor, str):
+        return True
+    try:
+        row_id = UUID(bytes=base64.urlsafe_b64decode(f"{cursor}==".encode()))
+    except ValueError:
+        return True
+    return base64.urlsafe_b64encode(row_id.bytes).decode() != f"{cursor}=="
+
+
+nearly = st.uuids().map(encode_cursor)
+cursors: st.SearchStrategy[object] = (
+    st.text()
+    | st.from_regex(r"[\w-]{20,24}={0,2}", fullmatch=True)
+    | st.builds(lambda c, n, x: c[:n] + x + c[n + 1 :], nearly, st.integers(0, 22), st.characters())
+    | nearly.map(lambda cursor: f"{cursor}==")
+    | nearly.map(str.encode)
+    | st.uuids()
+    | st.integers()
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cursor=cursors.filter(malformed))
+@example(cursor="")
+@example(cursor="A" * 21 + "B")  # the last character has bits to spare
+@example(cursor=encode_cursor(uuid4()) + "\n")
+@example(cursor="' OR true --")
+async def test_a_malformed_cursor_is_a_clear_error(database: Database, cursor: Any) -> None:
+    with recorded(database) as sent:
+        async with database.session() as session:
+            for list_ in LISTS.values():
+                with pytest.raises(InvalidCursor, match="pass a page's next_cursor"):
+                    await list_(session, after=cursor)
+    assert sent == []
+
+
+@pytest.mark.parametrize("name", LISTS)
+async def test_the_cursor_of_a_row_that_is_gone_still_serves(
+    session: AsyncSession, name: str
+) -> None:
+    assert (await LISTS[name](session, after=encode_cursor(uuid4()))).items == []
+
+
+@pytest.mark.parametrize("name", LIMITED)
+async def test_a_limit_is_from_1_to_1000(session: AsyncSession, name: str) -> None:
+    for limit in (1, 1000):
+        await LIMITED[name](session, limit=limit)
+    for wrong in (0, -1, 1001, True, 1.5, "5", None):
+        with pytest.raises(InvalidValue, match="limit"):
+            await LIMITED[name](session, limit=wrong)

@@ -1,0 +1,93 @@
+"""How many statements a read sends."""
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+import pytest
+
+from tests import factories
+from tests.conftest import recorded
+from tests.crud.test_pages import ACCOUNT, LISTS, one_row_for
+from tiger_db import Database
+from tiger_db.crud import accounts, api_keys, audit_logs, token_status
+from tiger_db.crud.common import encode_cursor
+from tiger_db.database import AsyncSession
+
+SINCE = datetime(2026, 1, 1, tzinfo=UTC)
+Read = Callable[[AsyncSession], Awaitable[object]]
+LOOKUPS: dict[str, Read] = {
+    "accounts.get": lambda s: accounts.get(s, ACCOUNT),
+    "get_by_account_number": lambda s: accounts.get_by_account_number(s, "1"),
+    "get_by_tiger_id": lambda s: accounts.get_by_tiger_id(s, "1"),
+    "get_default_trading_account": accounts.get_default_trading_account,
+    "get_default_data_account": accounts.get_default_data_account,
+    "get_accounts_needing_token_refresh": accounts.get_accounts_needing_token_refresh,
+    "api_keys.get": lambda s: api_keys.get(s, ACCOUNT),
+    "get_by_prefix": lambda s: api_keys.get_by_prefix(s, "tdb_1"),
+    "usage": lambda s: api_keys.usage(s, ACCOUNT, since=SINCE),
+    "token_status.get": lambda s: token_status.get(s, ACCOUNT),
+    "get_latest_status": lambda s: token_status.get_latest_status(s, ACCOUNT),
+}
+
+
+@pytest.fixture
+async def seeded(session: AsyncSession) -> AsyncSession:
+    """One account with three keys, and three refreshes that were cancelled."""
+    await factories.account_with_token(
+        session, id=ACCOUNT, account_number="1", tiger_id="1", is_default_trading=True
+    )
+    for _ in range(3):
+        await one_row_for("get_keys_for_account", session)
+        await one_row_for("history", session)
+    return session
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+async def test_a_lookup_is_one_statement(
+    database: Database, seeded: AsyncSession, name: str
+) -> None:
+    with recorded(database) as sent:
+        await LOOKUPS[name](seeded)
+    assert len(sent) == 1
+    assert sent[0].startswith("SELECT")
+
+
+@pytest.mark.parametrize("name", LISTS)
+async def test_a_page_is_one_statement_that_never_counts(
+    database: Database, seeded: AsyncSession, name: str
+) -> None:
+    cursors = [None, encode_cursor(ACCOUNT)]
+    for cursor in cursors:
+        with recorded(database) as sent:
+            await LISTS[name](seeded, after=cursor, limit=2)
+        assert len(sent) == 1
+        assert "count(" not in sent[0].lower()
+        assert "OFFSET" not in sent[0]
+
+
+@pytest.mark.parametrize(
+    "load", [(), ("api_keys",), ("token_statuses",), ("api_keys", "token_statuses")]
+)
+async def test_each_relationship_is_one_statement_more(
+    database: Database, seeded: AsyncSession, load: tuple[str, ...]
+) -> None:
+    with recorded(database) as sent:
+        account = await accounts.get(seeded, ACCOUNT, load=load)
+        same = await accounts.get_by_account_number(seeded, "1", load=load)
+        assert account is same is not None
+        for name in load:
+            assert getattr(account, name)
+    assert len(sent) == 2 * (1 + len(load))
+
+
+async def test_an_event_is_one_statement_and_many_are_few(
+    database: Database, session: AsyncSession
+) -> None:
+    events = [factories.new_event() for _ in range(1000)]
+    await audit_logs.get_recent_events(session)
+    with recorded(database) as sent:
+        await audit_logs.log_event(session, action=events[0].action)
+    assert len(sent) == 1
+    with recorded(database) as sent:
+        await audit_logs.log_events(session, events)
+    assert len(sent) <= 2

@@ -1,0 +1,91 @@
+"""What the tests of all entities are parametrized with: valid values, fields and their limits."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import annotated_types as rules
+from sqlalchemy import BigInteger, Table, Text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeEngine
+
+from tests.factories import new_account
+from tiger_db import APIKey, AuditLog, TigerAccount, TokenStatus
+from tiger_db.encryption import Encrypted
+from tiger_db.models import Entity
+from tiger_db.models.base import Timestamp
+
+ENTITIES: tuple[type[Entity], ...] = (TigerAccount, APIKey, AuditLog, TokenStatus)
+E = TypeVar("E", bound=Entity)
+Field = tuple[type[Entity], str]
+FIELDS: list[Field] = [(entity, name) for entity in ENTITIES for name in entity.model_fields]
+# What a refused value must never show.
+SECRET = "Kx9-never-shown"
+
+
+def minimal(entity: type[Entity], **values: object) -> dict[str, Any]:
+    """The required values of an entity, and what the test is about on top."""
+    required: dict[type[Entity], dict[str, Any]] = {
+        TigerAccount: {
+            "account_name": "Main",
+            "account_number": new_account().account_number,
+            "tiger_id": "20150001",
+            "private_key": "test_key",
+        },
+        APIKey: {
+            "name": "assistant",
+            "key_prefix": f"tdb_{uuid4().hex[:16]}",
+            "key_hash": "{SSHA256}hash",
+            "scopes": ["mcp:read"],
+        },
+        AuditLog: {"action": "data:query"},
+        TokenStatus: {"tiger_account_id": uuid4()},
+    }
+    return required[entity] | values
+
+
+def made(entity: type[E], **values: object) -> E:
+    """A valid row of an entity."""
+    return entity(**minimal(entity, **values))
+
+
+def table_of(entity: type[Entity]) -> Table:
+    table = entity.__table__  # type: ignore[attr-defined]  # SQLAlchemy adds it
+    assert isinstance(table, Table)
+    return table
+
+
+def fields_of(kind: type[TypeEngine[Any]]) -> list[Field]:
+    """The fields whose column is of this type."""
+    return [(e, name) for e, name in FIELDS if isinstance(table_of(e).c[name].type, kind)]
+
+
+TEXTS = fields_of(Text)
+INTEGERS = fields_of(BigInteger)
+TIMESTAMPS = fields_of(Timestamp)
+JSONS = fields_of(JSONB)
+SECRETS = fields_of(Encrypted)
+
+
+def _limits() -> Iterator[tuple[type[Entity], str, str, Any, Any]]:
+    """Each limit: entity, field, the constraint's suffix, the last value within, one beyond."""
+    for entity, name in FIELDS:
+        is_list = (entity, name) == (APIKey, "scopes")
+        for rule in entity.model_fields[name].metadata:
+            match rule:
+                case rules.MinLen(1) if is_list:
+                    yield entity, name, "min_1", ["mcp:read"], []
+                case rules.MinLen(int(n)):
+                    yield entity, name, f"min_{n}", "😀" * n, "😀" * (n - 1)
+                case rules.MaxLen(int(n)):
+                    yield entity, name, f"max_{n}", "😀" * n, "😀" * (n + 1)
+                case rules.Ge(int(n)):
+                    yield entity, name, f"ge_{n}", n, n - 1
+
+
+LIMITS = list(_limits())
+
+
+def label(value: object) -> str | None:
+    """The ids of parametrized tests: entities by their name."""
+    return value.__name__ if isinstance(value, type) else None

@@ -1,0 +1,92 @@
+"""What an event says without being told."""
+
+import itertools
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tests.models.examples import made
+from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity
+
+SEVERITIES = list(AuditSeverity)
+
+
+def severity(action: AuditAction | str, result: AuditResult | str = "success") -> AuditSeverity:
+    return made(AuditLog, action=action, result=result).severity
+
+
+@pytest.mark.parametrize(
+    ("action", "success", "otherwise"),
+    [
+        ("data:query", "low", "medium"),
+        ("mcp:tool_call", "low", "medium"),
+        ("dashboard:login", "low", "medium"),
+        ("account:update", "medium", "high"),
+        ("api_key:deny", "medium", "high"),
+        ("token:refresh", "medium", "high"),
+        ("trade:place_order", "medium", "high"),
+        ("system:encryption_key_rotate", "medium", "high"),
+        ("security:access_denied", "high", "high"),
+    ],
+)
+def test_the_severity_follows_from_action_and_result(
+    action: str, success: str, otherwise: str
+) -> None:
+    assert severity(action) == success
+    for result in ("failure", "partial", "error"):
+        assert severity(action, result) == otherwise
+
+
+def test_what_failed_is_never_less_severe_than_what_succeeded() -> None:
+    for action, result in itertools.product(AuditAction, AuditResult):
+        rank = SEVERITIES.index(severity(action, result))
+        assert rank >= SEVERITIES.index(severity(action))
+
+
+@pytest.mark.parametrize("given_", AuditSeverity)
+def test_a_given_severity_is_kept(given_: AuditSeverity) -> None:
+    event = made(AuditLog, action="security:tampering", severity=given_)
+    assert event.severity is given_
+
+
+def test_a_refused_action_is_all_that_is_refused() -> None:
+    # The severity, which follows from it, has no complaint of its own.
+    with pytest.raises(ValidationError) as caught:
+        made(AuditLog, action="trade:give_away")
+    assert [problem["loc"] for problem in caught.value.errors()] == [("action",)]
+
+
+# shared/tiger-sdk.md, "What an audit trail must be able to name"
+TRADES = {
+    "place_order", "modify_order", "cancel_order", "place_forex_order", "transfer_segment_fund",
+    "cancel_segment_fund", "transfer_position", "submit_option_exercise", "cancel_option_exercise",
+    "create_order", "preview_order", "check_option_exercise",
+}  # fmt: skip
+
+
+def test_every_order_that_tiger_takes_has_a_name() -> None:
+    assert {f"trade:{name}" for name in TRADES} <= set(AuditAction)
+    assert {"data:grab_quote_permission", "token:refresh"} <= set(AuditAction)
+    assert {f"token:oauth_{name}" for name in ("login", "refresh", "logout")} <= set(AuditAction)
+
+
+@given(st.ip_addresses(v=4))
+def test_an_ipv4_address_is_one_in_each_spelling(address: IPv4Address) -> None:
+    for spelling in (str(address), f"::ffff:{address}", IPv6Address(f"::ffff:{address}"), address):
+        assert made(AuditLog, ip_address=spelling).ip_address == address
+
+
+@given(st.ip_addresses(v=6))
+def test_an_ipv6_address_is_one_in_each_spelling(address: IPv6Address) -> None:
+    expected = address.ipv4_mapped or address
+    for spelling in (address.exploded, address.compressed.upper(), address):
+        assert made(AuditLog, ip_address=spelling).ip_address == expected
+
+
+@pytest.mark.parametrize("bad", ["", "localhost", "10.0.0.256", "10.0.0.0/8", "010.0.0.1", "::g"])
+def test_what_is_no_address_is_refused(bad: str) -> None:
+    with pytest.raises(ValidationError, match="ip_address"):
+        made(AuditLog, ip_address=bad)

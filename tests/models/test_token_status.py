@@ -1,0 +1,149 @@
+"""The state of a refresh, and the ways from one to the next."""
+
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+from pydantic import ValidationError
+
+from tests import factories
+from tests.models.examples import made
+from tiger_db import TokenRefreshStatus, TokenStatus
+from tiger_db.database import AsyncSession
+from tiger_db.errors import InvalidState
+
+SUCCESS, FAILED = TokenRefreshStatus.SUCCESS, TokenRefreshStatus.FAILED
+
+
+def refresh(**values: object) -> TokenStatus:
+    return made(TokenStatus, **values)
+
+
+def started(**values: object) -> TokenStatus:
+    row = refresh(**values)
+    row.start_refresh()
+    return row
+
+
+def test_a_new_refresh_is_pending() -> None:
+    row = refresh()
+    assert row.status is TokenRefreshStatus.PENDING
+    assert row.is_open
+    assert not row.can_retry
+    assert (row.retry_count, row.max_retries) == (0, 3)
+
+
+@pytest.mark.parametrize("status", TokenRefreshStatus)
+def test_pending_and_in_progress_are_open(status: TokenRefreshStatus) -> None:
+    assert refresh(status=status).is_open == (status in {"pending", "in_progress"})
+
+
+def test_starting_a_pending_refresh() -> None:
+    before = datetime.now(UTC)
+    row = started()
+    assert row.status is TokenRefreshStatus.IN_PROGRESS
+    assert row.started_at is not None
+    assert before <= row.started_at <= datetime.now(UTC)
+
+
+@pytest.mark.parametrize("status", [s for s in TokenRefreshStatus if s != "pending"])
+def test_nothing_else_can_be_started(status: TokenRefreshStatus) -> None:
+    row = refresh(status=status)
+    with pytest.raises(InvalidState, match=status.value):
+        row.start_refresh()
+    assert (row.status, row.started_at) == (status, None)
+
+
+def test_completing_well() -> None:
+    row = started(error_code="5", error_message="of the attempt before", retry_count=1)
+    expires_at = datetime.now(UTC) + timedelta(days=15)
+    row.complete_refresh(success=True, new_token_expires_at=expires_at, new_token_hash="ab" * 32)
+    assert row.status is SUCCESS
+    assert not row.is_open
+    assert (row.new_token_expires_at, row.new_token_hash) == (expires_at, "ab" * 32)
+    assert (row.error_code, row.error_message, row.retry_count) == (None, None, 1)
+    assert row.completed_at is not None
+    assert row.started_at is not None
+    assert row.completed_at >= row.started_at
+    assert not row.can_retry
+
+
+def test_completing_badly_counts_an_attempt() -> None:
+    row = started(max_retries=2)
+    row.complete_refresh(success=False, error_code="4", error_message="access forbidden")
+    assert row.status is FAILED
+    assert (row.error_code, row.error_message) == ("4", "access forbidden")
+    assert (row.retry_count, row.new_token_hash) == (1, None)
+    assert row.can_retry
+
+
+@pytest.mark.parametrize("seconds", [0, 1.5, -60])  # a clock may be set back meanwhile
+def test_the_duration_is_that_of_the_attempt(seconds: float) -> None:
+    row = started()
+    row.started_at = datetime.now(UTC) - timedelta(seconds=seconds)
+    row.complete_refresh(success=True)
+    assert row.duration_ms is not None
+    assert max(0, seconds) * 1000 <= row.duration_ms < max(0, seconds) * 1000 + 1000
+
+
+@pytest.mark.parametrize("status", [s for s in TokenRefreshStatus if s != "in_progress"])
+@pytest.mark.parametrize("success", [True, False])
+def test_what_is_not_in_progress_cannot_be_completed(
+    status: TokenRefreshStatus, *, success: bool
+) -> None:
+    row = refresh(status=status)
+    before = row.model_dump()
+    with pytest.raises(InvalidState, match=status.value):
+        row.complete_refresh(success=success)
+    assert row.model_dump() == before
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"success": True, "new_token_hash": "x" * 129},
+        {"success": True, "new_token_expires_at": datetime(2027, 1, 1)},  # noqa: DTZ001
+        {"success": False, "error_code": "x" * 51},
+        {"success": False, "error_message": "\0"},
+    ],
+)
+def test_a_completion_that_is_refused_changes_nothing(bad: dict[str, object]) -> None:
+    row = started()
+    before = row.model_dump()
+    with pytest.raises(ValidationError):
+        row.complete_refresh(**bad)  # type: ignore[arg-type]
+    assert row.model_dump() == before
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_count", "can_retry"),
+    [
+        ("failed", 0, True),
+        ("failed", 2, True),
+        ("failed", 3, False),
+        ("failed", 4, False),
+        *((status, 0, False) for status in TokenRefreshStatus if status != "failed"),
+    ],
+)
+def test_only_a_failed_refresh_with_attempts_left_can_be_retried(
+    status: str, retry_count: int, *, can_retry: bool
+) -> None:
+    assert refresh(status=status, retry_count=retry_count).can_retry == can_retry
+
+
+async def test_the_ways_are_saved(session: AsyncSession) -> None:
+    row = await factories.refresh(session)
+    row.start_refresh()
+    await session.flush()
+    row.complete_refresh(success=False, error_message="timeout")
+    await session.flush()
+    await session.refresh(row)
+    assert (row.status, row.error_message, row.retry_count) == (FAILED, "timeout", 1)
+    assert row.updated_at is not None
+
+
+def test_a_refresh_needs_an_account() -> None:
+    account_id = uuid4()
+    assert refresh(tiger_account_id=account_id).tiger_account_id == account_id
+    with pytest.raises(ValidationError, match="tiger_account_id"):
+        refresh(tiger_account_id=None)

@@ -1,0 +1,301 @@
+"""The `alembic` command, in this checkout and in a copy of it whose models have changed."""
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import create_database, drop_database
+from tiger_db import Settings
+from tiger_db.database import connect, migration_engine
+from tiger_db.migrations import drift, upgrade
+
+ROOT = Path(__file__).parent.parent
+MODELS = "tiger_db/models"
+NICKNAME = "nickname: Text | None = Field(default=None, max_length=7, sa_type=SQLText)"
+# Of each file of models: a text, and what takes its place.
+CHANGES = [
+    ("accounts.py", '    PAPER = "paper"', '    PAPER = "paper"\n    MARGIN = "margin"'),
+    ("accounts.py", "    account_number: Text", f"    {NICKNAME}\n    account_number: Text"),
+    ("accounts.py", "ge=0, sa_type=BigInteger", "ge=0, sa_type=__import__('sqlalchemy').Integer"),
+    (
+        "api_keys.py",
+        '500, sa_type=SQLText, description="Why',
+        '501, sa_type=SQLText, description="Why',
+    ),
+    ("api_keys.py", "args__ = (", "args__ = (\n        Index('ix_api_keys_name', 'name'),"),
+    ("api_keys.py", '"Who created it"', '"Who made it"'),
+    (
+        "token_status.py",
+        "retry_count: Int64 = Field(",
+        "retry_count: Int64 = Field(\n        le=99,",
+    ),
+    ("__init__.py", "__all__ =", "from tiger_db.models.webhooks import Webhook\n\n__all__ ="),
+]
+# What `alembic check` says of them, as regular expressions.
+FOUND = {
+    "an added column": r"'add_column', None, 'tiger_accounts', Column\('nickname'",
+    "its rule": r"'add_constraint', CheckConstraint\(.*'ck_tiger_accounts_nickname_max_7'",
+    "a new rule": r"'add_constraint', CheckConstraint\(.*'ck_token_statuses_retry_count_le_99'",
+    "a new limit": r"'add_constraint', .*'ck_api_keys_revocation_reason_max_501'",
+    "the old limit": r"'remove_constraint', .*'ck_api_keys_revocation_reason_max_500'",
+    "a changed type": r"'modify_type', None, 'tiger_accounts', 'error_count'",
+    "an added index": r"'add_index', Index\('ix_api_keys_name'",
+    "an added enum member": r"'add_enum_value', .*'margin'",
+    "a changed comment": r"'modify_comment', None, 'api_keys', 'created_by'.*'Who made it'",
+    "a new model": r"'add_table', Table\('webhooks'",
+    "its enum": r"'create_enum', 'webhook_kind'",
+    "its index": r"'add_index', Index\('ix_webhooks_tiger_account_id'",
+    "its trigger": r"'add_trigger', 'set_updated_at on webhooks'",
+}
+WEBHOOKS = '''
+from enum import StrEnum
+from uuid import UUID
+
+from sqlalchemy import Text as SQLText
+from sqlalchemy.dialects.postgresql import UUID as SQLUUID
+from sqlmodel import Field
+
+from tiger_db.encryption import Encrypted, Secret
+from tiger_db.models.base import (
+    JsonObject, MutableEntity, Text, enum_type, tracked_json, tracked_list
+)
+
+
+class WebhookKind(StrEnum):
+    ORDER = "order:new"
+    TOKEN = "token"
+
+
+class Webhook(MutableEntity, table=True):
+    """Whom to tell what happened."""
+
+    __tablename__ = "webhooks"
+
+    url: Text = Field(min_length=8, max_length=500, unique=True, sa_type=SQLText)
+    kind: WebhookKind = Field(sa_type=enum_type(WebhookKind), description="Its kind")
+    kinds: list[WebhookKind] = Field(sa_type=tracked_list(enum_type(WebhookKind)))
+    secret: Secret = Field(sa_type=Encrypted(), description="To sign with")
+    tags: JsonObject = Field(default_factory=dict, sa_type=tracked_json())
+    tiger_account_id: UUID = Field(
+        foreign_key="tiger_accounts.id", ondelete="CASCADE", index=True, sa_type=SQLUUID
+    )
+'''
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A folder with the package and its migrations, and the database it works on."""
+
+    folder: Path
+    settings: Settings
+
+    async def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(self._run, command)
+
+    def _run(self, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        assert self.settings.database_url
+        assert self.settings.encryption_keys
+        given = {
+            "DATABASE_URL": self.settings.database_url.get_secret_value(),
+            "ENCRYPTION_KEYS": self.settings.encryption_keys.get_secret_value(),
+            "PYTHONPATH": str(self.folder),
+        }
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=os.environ | given,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    async def alembic(self, *arguments: str) -> str:
+        """What a command prints, if it works."""
+        done = await self.run(str(Path(sys.executable).with_name("alembic")), *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def change(self, file: str, old: str, new: str) -> None:
+        path = self.folder / MODELS / file
+        before = path.read_text()
+        assert before.count(old) == 1
+        path.write_text(before.replace(old, new))
+
+
+def copied(folder: Path, settings: Settings) -> Checkout:
+    for name in ("tiger_db", "alembic"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("alembic.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    return Checkout(folder, settings)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, clone_settings: Settings) -> Checkout:
+    """An unchanged copy, on a migrated database."""
+    return copied(tmp_path, clone_settings)
+
+
+# In this checkout
+
+
+async def test_the_plain_command_works_with_the_same_settings(empty_database: Settings) -> None:
+    here = Checkout(ROOT, empty_database)
+    await here.alembic("upgrade", "head")
+    assert "(head)" in await here.alembic("current")
+    assert "No new upgrade operations detected" in await here.alembic("check")
+    async with migration_engine(empty_database) as engine:
+        assert (await upgrade(engine)).problem is None
+        assert await drift(engine) == []
+
+
+async def test_offline_it_prints_sql_that_works(server_url: str, empty_database: Settings) -> None:
+    sql = await Checkout(ROOT, empty_database).alembic("upgrade", "head", "--sql")
+    connection = await connect(empty_database)
+    await connection.execute(sql)
+    await connection.close()
+    async with migration_engine(empty_database) as engine:
+        assert await drift(engine) == []
+
+
+async def test_it_tells_an_unreachable_server_without_a_credential(
+    empty_database: Settings,
+) -> None:
+    url = "postgresql://tiger_db:s3cret@127.0.0.1:1/tiger_db"
+    settings = Settings(database_url=url, encryption_keys=empty_database.encryption_keys)
+    done = await Checkout(ROOT, settings).run(sys.executable, "-m", "alembic", "current")
+    assert done.returncode == 1
+    assert "DatabaseUnavailable: cannot connect to 127.0.0.1:1/tiger_db" in done.stderr
+    assert "s3cret" not in done.stderr + done.stdout
+
+
+# In a copy whose models have changed
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def changed(
+    server_url: str, template: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Checkout]:
+    """A copy with all of the changes at once, on a migrated database."""
+    name = f"tiger_db_changed_{uuid4().hex[:12]}"
+    settings = await create_database(server_url, name, template)
+    checkout = copied(tmp_path_factory.mktemp("changed"), settings)
+    (checkout.folder / MODELS / "webhooks.py").write_text(WEBHOOKS)
+    for change in CHANGES:
+        checkout.change(*change)
+    yield checkout
+    await drop_database(server_url, name)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def checked(changed: Checkout) -> str:
+    """What `alembic check` says of it."""
+    done = await changed.run(sys.executable, "-m", "alembic", "check")
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("change", FOUND)
+def test_check_finds(checked: str, change: str) -> None:
+    assert re.search(FOUND[change], checked), checked
+
+
+CYCLE = """
+import sys
+from alembic.config import main
+for command in sys.argv[1:]:
+    main(command.split())
+"""
+
+
+async def test_a_generated_migration_runs_as_it_is(server_url: str, changed: Checkout) -> None:
+    """Up, down and up again; then nothing is left to find; and no key is in it."""
+    await changed.alembic("revision", "--autogenerate", "-m", "webhooks and more")
+    (written,) = (changed.folder / "alembic" / "versions").glob("*_webhooks_and_more.py")
+    generated = written.read_text()
+    assert 'sa.Column("secret", sa.LargeBinary()' in generated
+    assert changed.settings.encryption_keys
+    key_id, key = changed.settings.encryption_keys.get_secret_value().split(":")
+    assert key not in generated
+    assert f'"{key_id}"' not in generated
+    assert "postgresql://" not in generated
+    assert "tiger_db" not in generated.replace("tiger_db_changed", "")
+
+    behind = await changed.run(sys.executable, "-c", USE)
+    assert "SchemaMismatch: the schema (revision 0001) is older" in behind.stderr
+    assert "run `tiger-db migrate`" in behind.stderr
+    cycle = ["upgrade head", "downgrade 0001", "upgrade head", "check"]
+    done = await changed.run(sys.executable, "-c", CYCLE, *cycle)
+    assert (done.returncode, done.stdout) == (0, "No new upgrade operations detected.\n")
+    ahead = await Checkout(ROOT, changed.settings).run(sys.executable, "-c", USE)
+    assert "is newer than this tiger_db (revision 0001): upgrade tiger_db" in ahead.stderr
+
+
+USE = """
+import asyncio
+from tiger_db import get_session
+
+async def main():
+    async with get_session():
+        pass
+
+asyncio.run(main())
+"""
+BROKEN = '''"""Fails half-way."""
+
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade():
+    op.execute("CREATE TABLE half_done ()")
+    op.execute("SELECT 1 / 0")
+
+
+def downgrade():
+    pass
+'''
+
+
+async def test_a_failed_migration_leaves_nothing_half_done(checkout: Checkout) -> None:
+    versions = checkout.folder / "alembic" / "versions"
+    (versions / "0003.py").write_text(BROKEN)
+    good = BROKEN.replace("half_done", "done").replace('op.execute("SELECT 1 / 0")', "pass")
+    (versions / "0002.py").write_text(good.replace('"0002"', '"0001"').replace('"0003"', '"0002"'))
+    done = await checkout.run(sys.executable, "-m", "alembic", "upgrade", "head")
+    assert "division by zero" in done.stderr
+    connection = await connect(checkout.settings)
+    assert await connection.fetchval("SELECT version_num FROM alembic_version") == "0002"
+    assert await connection.fetchval("SELECT to_regclass('done')::text") == "done"
+    assert await connection.fetchval("SELECT to_regclass('half_done')::text") is None
+    await connection.close()
+
+
+async def test_an_installed_package_writes_no_migration(
+    clone_settings: Settings, checkout: Checkout
+) -> None:
+    shutil.move(checkout.folder / "alembic", checkout.folder / "tiger_db" / "alembic")
+    script = (
+        "import asyncio\n"
+        "from tiger_db import Database, migrations\n"
+        "async def main():\n"
+        "    async with Database() as database:\n"
+        "        await database.check()\n"
+        "        await migrations.revision(database.engine, 'lost')\n"
+        "asyncio.run(main())\n"
+    )
+    done = await checkout.run(sys.executable, "-c", script)
+    assert "MigrationError: migrations are written in a checkout" in done.stderr

@@ -1,0 +1,335 @@
+"""What asyncpg makes of the settings, and that a real server agrees."""
+
+import asyncio
+import os
+import ssl
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import asyncpg
+import pytest
+from asyncpg.connect_utils import _parse_connect_arguments
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests import servers
+from tests.test_settings import SECRET, refused
+from tiger_db.database import connect
+from tiger_db.errors import ConfigurationError, DatabaseUnavailable
+from tiger_db.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable and no file of this machine's user has a say."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def parsed(chosen: Settings) -> SimpleNamespace:
+    """What asyncpg takes the settings to be."""
+    unset = (
+        "dsn host port user password passfile database command_timeout ssl direct_tls"
+        " server_settings target_session_attrs krbsrvname gsslib service servicefile"
+    )
+    caches = dict.fromkeys(
+        ["statement_cache_size", "max_cached_statement_lifetime", "max_cacheable_statement_size"], 0
+    )
+    arguments: dict[str, Any] = {**dict.fromkeys(unset.split()), **caches, **chosen.connect_args()}
+    del arguments["timeout"]
+    addresses, parameters, _ = _parse_connect_arguments(**arguments)
+    return SimpleNamespace(**parameters._asdict(), addresses=addresses)
+
+
+def test_without_a_host_the_embedded_server_serves() -> None:
+    assert Settings().embedded
+    assert not Settings(db_host="h").embedded
+    assert not Settings(database_url="postgresql://h/d").embedded
+
+
+def test_database_url_wins() -> None:
+    others = {"db_host": "other", "db_port": 1, "db_name": "o", "db_user": "o", "db_password": "o"}
+    taken = parsed(Settings(database_url="postgresql://u:p@h:6432/d", **others))
+    assert (taken.addresses, taken.user, taken.password, taken.database) == (
+        [("h", 6432)], "u", "p", "d",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("url", "database", "place"),
+    [
+        ("postgresql://u:p@h/d", "d", "h/d"),
+        ("postgres://u:p@h:1/d", "d", "h:1/d"),
+        ("postgresql+asyncpg://u:p@[::1]:1/a%20b", "a b", "[::1]:1/a b"),
+        ("postgresql://u:p@h1:1,h2:2/d?target_session_attrs=read-write", "d", "h1:1,h2:2/d"),
+        ("postgresql://u:p@/d?host=/tmp/a%20b&port=5433", "d", "/tmp/a b/d"),
+        ("postgresql://h?dbname=d&user=u&password=p", "d", "h/d"),
+        ("postgresql://u:p@h", "u", "h/u"),
+        ("postgresql://", "tiger_db", "localhost/tiger_db"),
+    ],
+)
+def test_a_url_names_database_and_place(url: str, database: str, place: str) -> None:
+    chosen = Settings(database_url=url)
+    assert (chosen.database, chosen.place) == (database, place)
+    assert parsed(chosen).database == database
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("postgresql://u:p@h:65536/d", "port"),
+        ("postgresql://u:p@h:0/d", "port"),
+        ("postgresql://u:p@h/d?port=x", "port"),
+        ("postgresql://u:p@h:x/d", "percent-encode"),
+        ("postgresql://u:p@h/d?sslmode=on", "sslmode must be one of disable, allow"),
+        ("postgresql://u:p@h/d?ssl=true", "unknown parameter: ssl"),
+        ("postgresql://u:p@h/d?connect_timeout=0", "connect_timeout"),
+        ("postgresql://u:p@h/d?connect_timeout=soon", "connect_timeout"),
+        ("postgresql://u:p%00@h/d", "NUL"),
+        ("postgresql://u:p@h/d?sslmode", "percent-encode"),
+    ],
+)
+def test_a_url_that_cannot_work_is_refused(url: str, reason: str) -> None:
+    message = refused(database_url=url)
+    assert message.startswith("DATABASE_URL")
+    assert reason in message
+
+
+@given(before=st.text(max_size=4), mark=st.sampled_from("@/?#[]:% \\"), after=st.text(max_size=4))
+@example(before="1", mark="/", after="w")
+@example(before="1", mark="#", after="x")
+@example(before="1", mark="?", after="x=")
+@example(before="", mark="@", after="")
+def test_a_password_that_is_not_percent_encoded_works_or_is_refused_but_never_shows(
+    before: str, mark: str, after: str
+) -> None:
+    password = f"{before}{mark}{SECRET}{after}"
+    try:
+        chosen = Settings(database_url=f"postgresql://user:{password}@host/data")
+    except ConfigurationError as error:
+        shown = str(error)
+    else:
+        shown = chosen.place
+        assert (shown, parsed(chosen).addresses) == ("host/data", [("host", 5432)])
+        assert SECRET in parsed(chosen).password
+    assert SECRET not in shown
+
+
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+
+
+@given(user=TEXTS, password=TEXTS, database=TEXTS)
+@example(user="u@x", password="p@s%20s:/?#[]&=+ \n'\"\\é\N{TIGER}", database="a/b?c#d")
+@example(user="u", password="%41", database="%41")
+def test_any_character_is_allowed(user: str, password: str, database: str) -> None:
+    by_parts = Settings(db_host="h", db_user=user, db_password=password, db_name=database)
+    encoded = f"{quote(user, safe='')}:{quote(password, safe='')}@h/{quote(database, safe='')}"
+    by_url = Settings(database_url=f"postgresql://{encoded}")
+    for chosen in (by_parts, by_url):
+        taken = parsed(chosen)
+        assert (taken.user, taken.password, taken.database) == (user, password, database)
+        assert taken.addresses == [("h", 5432)]
+        assert chosen.database == database
+
+
+# In whose name asyncpg sees no socket.
+FOLDERS = TEXTS.map(lambda name: f"/{name}").filter(lambda folder: ".s.PGSQL." not in folder)
+
+
+@given(folder=FOLDERS)
+@example(folder="/tmp/a b,c%d&e=f?g#h:5433")
+def test_a_host_may_be_any_socket_folder(folder: str) -> None:
+    assert parsed(Settings(db_host=folder)).addresses == [os.path.join(folder, ".s.PGSQL.5432")]  # noqa: PTH118  # as asyncpg
+
+
+@pytest.mark.parametrize(
+    ("seconds", "milliseconds"), [(30, "30000"), (0, "0"), (0.0001, "1"), (0.25, "250")]
+)
+def test_a_time_limit_of_queries_is_never_none_by_rounding(
+    seconds: float, milliseconds: str
+) -> None:
+    server = parsed(Settings(db_host="h", db_query_timeout=seconds)).server_settings
+    assert server["statement_timeout"] == milliseconds
+
+
+def test_a_url_s_connect_timeout_application_name_and_options_win() -> None:
+    url = "postgresql://h/d?connect_timeout=2.5&application_name=mine&options=-csearch_path%3Dx"
+    arguments = Settings(database_url=url).connect_args()
+    assert arguments["timeout"] == 2.5
+    server = arguments["server_settings"]
+    assert (server["application_name"], server["options"]) == ("mine", "-csearch_path=x")
+    assert server["timezone"] == "UTC"
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The certificate of an authority of our own, at a path that needs encoding."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ours")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, None)
+    )
+    path = tmp_path_factory.mktemp("tls") / "our ca&+%20.crt"
+    path.write_bytes(certificate.public_bytes(Encoding.PEM))
+    return path
+
+
+# https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION
+@pytest.mark.parametrize(
+    ("mode", "verified_with_a_ca", "host_is_checked"),
+    [
+        ("allow", False, False),
+        ("prefer", False, False),
+        ("require", True, False),  # "if a root CA file exists, ... the same as verify-ca"
+        ("verify-ca", True, False),
+        ("verify-full", True, True),
+    ],
+)
+def test_each_ssl_mode_means_what_libpq_means(
+    authority: Path, mode: str, *, verified_with_a_ca: bool, host_is_checked: bool
+) -> None:
+    url = f"postgresql://h/d?sslmode={mode}&sslrootcert={quote(str(authority), safe='')}"
+    for chosen in (
+        Settings(db_host="h", db_ssl_mode=mode, db_ssl_ca=authority),
+        Settings(database_url="postgresql://h/d", db_ssl_mode=mode, db_ssl_ca=authority),
+        Settings(database_url=url, db_ssl_mode="disable"),
+    ):
+        taken = parsed(chosen)
+        assert taken.sslmode.name == mode.replace("-", "_")
+        assert (taken.ssl.verify_mode is ssl.CERT_REQUIRED) == verified_with_a_ca
+        assert taken.ssl.check_hostname == host_is_checked
+        assert len(taken.ssl.get_ca_certs()) == verified_with_a_ca
+
+
+def test_without_a_ca_require_encrypts_and_verify_needs_one() -> None:
+    assert parsed(Settings(db_host="h", db_ssl_mode="require")).ssl.verify_mode is ssl.CERT_NONE
+    for mode in ("verify-ca", "verify-full"):
+        with pytest.raises(asyncpg.InterfaceError, match="root certificate file"):
+            parsed(Settings(db_host="h", db_ssl_mode=mode))
+
+
+def test_disable_is_no_tls_and_the_default_is_prefer() -> None:
+    assert parsed(Settings(db_host="h", db_ssl_mode="disable")).ssl is False
+    assert parsed(Settings(db_host="h")).sslmode.name == "prefer"
+
+
+def test_a_client_s_certificate_and_key_go_together() -> None:
+    for name in ("db_ssl_cert", "db_ssl_key"):
+        assert "DB_SSL_CERT and DB_SSL_KEY go together" in refused(**{name: "/x"})
+    dsn = Settings(db_host="h", db_ssl_mode="require", db_ssl_cert="/c", db_ssl_key="/k")
+    query = parse_qs(urlsplit(dsn.connect_args()["dsn"]).query)
+    assert query == {"sslmode": ["require"], "sslcert": ["/c"], "sslkey": ["/k"]}
+
+
+# A real server that asks for passwords
+
+
+ROLE = "rôle @:/%"
+
+
+async def administer(url: str, statement: str, *values: str) -> None:
+    """Run a statement that takes no parameters, with literals in place of $1 and so on."""
+    admin = await connect(servers.settings_for(url, "postgres"))
+    try:
+        for number, value in enumerate(values, start=1):
+            literal = await admin.fetchval("SELECT quote_literal($1)", value)
+            statement = statement.replace(f"${number}", literal)
+        await admin.execute(statement)
+    finally:
+        await admin.close()
+
+
+@pytest.fixture(scope="module")
+def guarded(server_url: str) -> Iterator[str]:
+    """A server in a socket folder that asks for passwords, and has a role to give one to."""
+    url = urlsplit(server_url)
+    if url.password and "host=" in url.query:
+        server = servers.Server(server_url, "the run's")
+    else:
+        server = servers._embedded()
+    asyncio.run(administer(server.url, f'CREATE ROLE "{ROLE}" LOGIN'))
+    yield server.url
+    asyncio.run(administer(server.url, f'DROP ROLE "{ROLE}"'))
+    server.stop()
+
+
+async def set_password(guarded: str, password: str) -> None:
+    await administer(guarded, f'ALTER ROLE "{ROLE}" PASSWORD $1', password)
+
+
+def folder_of(guarded: str) -> tuple[str, int]:
+    query = parse_qs(urlsplit(guarded).query)
+    return query["host"][0], int(query.get("port", ["5432"])[0])
+
+
+async def user_of(chosen: Settings) -> object:
+    connection = await connect(chosen)
+    try:
+        return await connection.fetchval("SELECT session_user")
+    finally:
+        await connection.close()
+
+
+@settings(deadline=None, max_examples=15)
+@given(password=TEXTS)
+@example(password="p@s%20s:/?#[]&=+ $1 {x} \n\t'\"\\ é \N{TIGER}")
+async def test_any_password_opens_a_real_server(guarded: str, password: str) -> None:
+    await set_password(guarded, password)
+    folder, port = folder_of(guarded)
+    by_parts = Settings(
+        db_host=folder, db_port=port, db_name="postgres", db_user=ROLE, db_password=password
+    )
+    login = f"{quote(ROLE, safe='')}:{quote(password, safe='')}"
+    by_url = Settings(
+        database_url=f"postgresql://{login}@/postgres?host={quote(folder, safe='')}&port={port}"
+    )
+    assert await user_of(by_parts) == await user_of(by_url) == ROLE
+
+
+@pytest.mark.parametrize("form", ["DB_HOST", "the URL's query", "the URL's host"])
+async def test_a_real_socket_folder_may_have_any_name(
+    guarded: str, tmp_path: Path, form: str
+) -> None:
+    folder, port = folder_of(guarded)
+    odd = tmp_path / "a b%20&c=d?é"
+    odd.mkdir()
+    (odd / f".s.PGSQL.{port}").symlink_to(Path(folder, f".s.PGSQL.{port}"))
+    await set_password(guarded, "right")
+    login, encoded = f"{quote(ROLE, safe='')}:right", quote(str(odd), safe="")
+    chosen = {
+        "DB_HOST": Settings(
+            db_host=str(odd), db_port=port, db_name="postgres", db_user=ROLE, db_password="right"
+        ),
+        "the URL's query": Settings(
+            database_url=f"postgresql://{login}@/postgres?host={encoded}&port={port}"
+        ),
+        "the URL's host": Settings(database_url=f"postgresql://{login}@{encoded}:{port}/postgres"),
+    }[form]
+    assert await user_of(chosen) == ROLE
+
+
+async def test_a_wrong_password_is_an_error_that_does_not_show_it(guarded: str) -> None:
+    await set_password(guarded, "right")
+    folder, port = folder_of(guarded)
+    wrong = Settings(
+        db_host=folder, db_port=port, db_name="postgres", db_user=ROLE, db_password=SECRET
+    )
+    with pytest.raises(DatabaseUnavailable, match="password authentication failed") as caught:
+        await user_of(wrong)
+    assert SECRET not in str(caught.value)

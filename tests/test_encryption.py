@@ -1,0 +1,360 @@
+"""Secrets at rest: nobody reads one without its key, and none shows by accident."""
+
+import base64
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import insert, select, text, update
+from sqlalchemy.exc import StatementError
+
+from tests import factories
+from tests.factories import new_account
+from tiger_db import TigerAccount, crud
+from tiger_db.database import AsyncSession
+from tiger_db.encryption import (
+    MASK,
+    Encrypted,
+    KeyRing,
+    SealedSecret,
+    Secret,
+    generate_key,
+    key_id_of,
+)
+from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.models.base import Entity
+
+PLACE = "tiger_accounts.private_key:01890a5d-ac96-774b-bcce-b302099a8057"
+RING = KeyRing({"k1": bytes(range(32))})
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
+# Five secrets, none of which is a part of another.
+SECRETS = {
+    name: f"plain-{name}-of-nobody"
+    for name in ("tiger_id", "private_key", "secret_key", "access_token", "refresh_token")
+}
+
+
+@given(secret=UNICODE, place=UNICODE)
+@example(secret="x" * 100_000, place=PLACE)
+def test_any_text_comes_back(secret: str, place: str) -> None:
+    assert RING.decrypt(RING.encrypt(secret, place), place) == secret
+
+
+def test_the_same_text_is_never_encrypted_alike() -> None:
+    assert len({RING.encrypt("text", PLACE) for _ in range(100)}) == 100
+
+
+def test_a_ciphertext_names_its_format_and_its_key() -> None:
+    ciphertext = RING.encrypt("text", PLACE)
+    assert ciphertext[:4] == b"\x01\x02k1"
+    assert key_id_of(ciphertext) == "k1"
+    assert len(ciphertext) == 4 + 12 + len("text") + 16
+
+
+@given(secret=UNICODE, position=st.integers(0), change=st.integers(1, 255))
+def test_a_changed_byte_is_an_error_and_never_another_text(
+    secret: str, position: int, change: int
+) -> None:
+    ciphertext = bytearray(RING.encrypt(secret, PLACE))
+    ciphertext[position % len(ciphertext)] ^= change
+    with pytest.raises(EncryptionError):
+        RING.decrypt(bytes(ciphertext), PLACE)
+
+
+def test_each_single_byte_counts() -> None:
+    ciphertext = RING.encrypt("text", PLACE)
+    for position in range(len(ciphertext)):
+        for changed in (
+            ciphertext[:position] + bytes([ciphertext[position] ^ 1]) + ciphertext[position + 1 :],
+            ciphertext[:position] + ciphertext[position + 1 :],
+            ciphertext[:position],
+        ):
+            with pytest.raises(EncryptionError):
+                RING.decrypt(changed, PLACE)
+
+
+@given(st.binary(max_size=80) | st.binary(max_size=60).map(lambda rest: b"\x01\x02k1" + rest))
+def test_what_is_no_ciphertext_is_an_error(garbage: bytes) -> None:
+    with pytest.raises(EncryptionError):
+        RING.decrypt(garbage, PLACE)
+
+
+@given(one=UNICODE, other=UNICODE)
+@example(one="t.a:1", other="t.a:12")
+def test_a_ciphertext_is_of_one_place(one: str, other: str) -> None:
+    assume(one != other)
+    with pytest.raises(EncryptionError):
+        RING.decrypt(RING.encrypt("text", one), other)
+
+
+def test_the_same_key_id_with_another_key_reads_nothing() -> None:
+    other = KeyRing({"k1": bytes(32)})
+    with pytest.raises(EncryptionError, match="'k1' is not the one that made it"):
+        other.decrypt(RING.encrypt("text", PLACE), PLACE)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(EncryptionError, match="key 'k1' is not configured") as caught:
+        KeyRing({"k2": bytes(32)}).decrypt(RING.encrypt("text", PLACE), PLACE)
+    assert PLACE in str(caught.value)
+
+
+def test_the_first_key_encrypts_and_every_key_decrypts() -> None:
+    old = KeyRing({"k1": bytes(32)})
+    both = KeyRing({"k2": bytes(range(32)), "k1": bytes(32)})
+    assert both.key_ids == ("k2", "k1")
+    assert both.decrypt(old.encrypt("text", PLACE), PLACE) == "text"
+    assert key_id_of(both.encrypt("text", PLACE)) == "k2"
+
+
+def test_fingerprints_depend_on_text_column_and_key() -> None:
+    other = KeyRing({"k1": bytes(32)})
+    fingerprints = [
+        RING.fingerprint("a", "t.a"),
+        RING.fingerprint("b", "t.a"),
+        RING.fingerprint("a", "t.b"),
+        RING.fingerprint("", "t.a\0a"),
+        other.fingerprint("a", "t.a"),
+    ]
+    assert len({*fingerprints}) == len(fingerprints)
+    assert RING.fingerprints("a", "t.a") == fingerprints[:1]
+
+
+# The ring's text
+
+
+def encoded(key: bytes) -> str:
+    return base64.b64encode(key).decode()
+
+
+KEY = encoded(bytes(range(100, 132)))
+
+
+def test_a_ring_is_read_from_text() -> None:
+    ring = KeyRing.parse(f" k1:{KEY} , old.key_2-x:{encoded(bytes(32))}\n")
+    assert (ring.current, ring.key_ids) == ("k1", ("k1", "old.key_2-x"))
+    assert KeyRing.parse(generate_key("k9")).current == "k9"
+    assert generate_key() != generate_key()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        ",",
+        KEY,
+        f"{KEY}:k1",
+        f":{KEY}",
+        f"k 1:{KEY}",
+        f"{'k' * 33}:{KEY}",
+        f"ключ:{KEY}",
+        f"k1:{KEY},",
+        f"k1:{KEY},k1:{KEY}",
+        f"k1:{KEY};k2:{KEY}",
+        f"k1:{KEY[:-1]}",
+        f"k1:{KEY[:-4]}",
+        f"k1:{KEY}{KEY}",
+        f"k1:{KEY[:20]}\n{KEY[20:]}",
+        f"k1:{KEY[:20]}é{KEY[20:]}",
+        f"k1:{bytes(range(100, 132)).hex()}",
+        f"k1:{encoded(bytes(range(100, 131)))}",
+        f"k1:{encoded(bytes(range(100, 133)))}",
+        "k1:",
+    ],
+)
+def test_a_malformed_ring_is_an_error_that_shows_no_key(bad: str) -> None:
+    with pytest.raises(EncryptionError) as caught:
+        KeyRing.parse(bad)
+    shown = "".join(traceback.format_exception(caught.value))
+    for part in bad.replace(",", ":").split(":"):
+        assert len(part) < 8 or part[:8] not in shown
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_ring_or_an_error(anything: str) -> None:
+    with pytest.raises(EncryptionError):
+        KeyRing.parse(anything)
+
+
+def test_a_ring_shows_only_ids() -> None:
+    ring = KeyRing.parse(f"k1:{KEY}")
+    assert (repr(ring), str(ring)) == ("KeyRing(k1)", "KeyRing(k1)")
+
+
+# In the database
+
+
+async def secret_account(session: AsyncSession, **overrides: Any) -> TigerAccount:
+    return await factories.account(session, **SECRETS | overrides)
+
+
+def values_of(account: TigerAccount) -> dict[str, str]:
+    return {name: getattr(account, name).get_secret_value() for name in SECRETS}
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(secret=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+@example(secret="\0")
+async def test_any_secret_is_stored_and_read(session: AsyncSession, secret: str) -> None:
+    account = await secret_account(session, private_key=secret)
+    session.expunge_all()
+    read = await crud.accounts.get(session, account.id)
+    assert read is not None
+    assert values_of(read) == SECRETS | {"private_key": secret}
+
+
+async def test_a_stored_row_has_no_plain_text(session: AsyncSession) -> None:
+    account = await secret_account(session)
+    row = (await session.execute(text("SELECT * FROM tiger_accounts"))).mappings().one()
+    for name, secret in SECRETS.items():
+        assert isinstance(row[name], bytes)
+        assert key_id_of(row[name]) == "test"
+        assert secret not in str(dict(row))
+        assert secret.encode() not in b"".join(v for v in row.values() if isinstance(v, bytes))
+    dump = await session.scalar(text("SELECT tiger_accounts::text FROM tiger_accounts"))
+    for secret in SECRETS.values():
+        assert secret.encode().hex() not in dump
+    assert account.private_key.get_secret_value() == SECRETS["private_key"]
+
+
+SWAPS = {
+    "rows": "UPDATE tiger_accounts AS a SET private_key = b.private_key"
+    " FROM tiger_accounts AS b WHERE a.id <> b.id",
+    "columns": "UPDATE tiger_accounts SET private_key = secret_key, secret_key = private_key",
+    "ids": "UPDATE tiger_accounts SET id = gen_random_uuid()",
+    "a byte": "UPDATE tiger_accounts"
+    " SET private_key = set_byte(private_key, 20, get_byte(private_key, 20) # 1)",
+    "everything": "UPDATE tiger_accounts SET private_key = 'plain text'",
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
+async def test_a_ciphertext_that_was_put_elsewhere_is_refused(
+    session: AsyncSession, swap: str
+) -> None:
+    for _ in range(2):
+        await secret_account(session)
+    session.expunge_all()
+    await session.execute(text(swap))
+    for account in (await session.scalars(select(TigerAccount))).all():
+        with pytest.raises(EncryptionError, match=f"tiger_accounts.private_key:{account.id}"):
+            account.private_key.get_secret_value()
+        assert account.model_dump(mode="json")["private_key"] == MASK  # shown without a key
+
+
+async def test_a_row_with_a_new_id_keeps_its_secrets(session: AsyncSession) -> None:
+    account = await secret_account(session)
+    account.id = new_account().id
+    await session.flush()
+    session.expunge_all()
+    assert values_of((await session.scalars(select(TigerAccount))).one()) == SECRETS
+
+
+async def test_a_secret_can_be_taken_over_from_another_row(session: AsyncSession) -> None:
+    one = await secret_account(session)
+    other = await factories.account(session, secret_key=one.private_key)
+    other.access_token = one.access_token
+    await session.flush()
+    session.expunge_all()
+    read = await crud.accounts.get(session, other.id)
+    assert read is not None
+    assert read.secret_key is not None
+    assert read.access_token is not None
+    assert read.secret_key.get_secret_value() == SECRETS["private_key"]
+    assert read.access_token.get_secret_value() == SECRETS["access_token"]
+
+
+async def test_a_secret_loaded_without_its_row_says_what_it_needs(session: AsyncSession) -> None:
+    await secret_account(session)
+    secret = (await session.scalars(select(TigerAccount.__table__.c.private_key))).one()  # type: ignore[attr-defined]
+    assert SECRETS["private_key"] not in repr(secret)
+    with pytest.raises(EncryptionError, match="load the whole row"):
+        secret.get_secret_value()
+
+
+@pytest.mark.parametrize("value", ["plain-secret", Secret("plain-secret"), b"plain-secret"])
+@pytest.mark.parametrize("statement", [insert, update])
+async def test_a_plain_text_is_refused_by_the_column(
+    session: AsyncSession, statement: Callable[[type[Entity]], Any], value: object
+) -> None:
+    with pytest.raises(StatementError, match="only be written as part of its row") as caught:
+        await session.execute(statement(TigerAccount).values(private_key=value))
+    assert "plain-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_column_type_shows_nothing_in_a_migration() -> None:
+    assert repr(Encrypted(fingerprint="x")) in {"Encrypted()", "Encrypted(fingerprint='x')"}
+
+
+async def test_without_keys_nothing_is_stored(session: AsyncSession) -> None:
+    session.info["key_ring"] = None
+    with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS is not set"):
+        await secret_account(session)
+    with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS is not set"):
+        await crud.accounts.get_by_tiger_id(session, "1")
+
+
+# Rotation
+
+K1, K2 = KeyRing({"k1": bytes(32)}), KeyRing({"k2": bytes(range(32)), "k1": bytes(32)})
+ONLY_K2 = KeyRing({"k2": bytes(range(32))})
+
+
+async def rotated(session: AsyncSession) -> tuple[TigerAccount, TigerAccount]:
+    """Accounts of one tiger_id, stored before and after a new key came."""
+    session.info["key_ring"] = K1
+    old = await secret_account(session)
+    session.info["key_ring"] = K2
+    new = await secret_account(session)
+    session.expunge_all()
+    return old, new
+
+
+async def test_both_keys_read_and_the_new_one_writes(session: AsyncSession) -> None:
+    old, new = await rotated(session)
+    for row, key_id in ((old, "k1"), (new, "k2")):
+        read = await crud.accounts.get(session, row.id)
+        assert read is not None
+        assert isinstance(read.private_key, SealedSecret)
+        assert read.private_key.key_id == key_id
+        assert values_of(read) == SECRETS
+    read = await crud.accounts.update(session, old.id, private_key="newer")
+    assert isinstance(read.private_key, SealedSecret)
+    assert isinstance(read.secret_key, SealedSecret)
+    assert (read.private_key.key_id, read.secret_key.key_id) == ("k2", "k1")
+
+
+async def test_an_account_is_found_by_tiger_id_under_either_key(session: AsyncSession) -> None:
+    old, new = await rotated(session)
+    found = await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
+    assert [account.id for account in found] == [old.id, new.id]
+    assert await crud.accounts.get_by_tiger_id(session, "another") == []
+
+
+async def test_a_changed_tiger_id_is_found_by_the_new_one_only(session: AsyncSession) -> None:
+    account = await secret_account(session)
+    await crud.accounts.update(session, account.id, tiger_id="another")
+    assert await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"]) == []
+    (found,) = await crud.accounts.get_by_tiger_id(session, "another")
+    assert found.id == account.id
+
+
+async def test_a_key_that_is_gone_is_named_and_nothing_else_is_lost(session: AsyncSession) -> None:
+    old, _ = await rotated(session)
+    session.info["key_ring"] = ONLY_K2
+    read = await crud.accounts.update(session, old.id, account_name="Other", access_token="new")
+    with pytest.raises(EncryptionError, match="key 'k1' is not configured"):
+        read.private_key.get_secret_value()
+    assert read.access_token is not None
+    assert read.access_token.get_secret_value() == "new"
+    session.expunge_all()
+    session.info["key_ring"] = K2
+    again = await crud.accounts.get(session, old.id)
+    assert again is not None
+    assert values_of(again) == SECRETS | {"access_token": "new"}

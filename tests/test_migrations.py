@@ -1,0 +1,341 @@
+import asyncio
+import itertools
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tests import factories
+from tests.conftest import recorded
+from tiger_db import Database, Settings, crud
+from tiger_db.database import AsyncSession, migration_engine
+from tiger_db.errors import MigrationError, SchemaMismatch
+from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, upgrade
+
+EVERYTHING = """
+SELECT 'relation', relname::text, relkind::text FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace
+UNION ALL SELECT 'type', typname, typtype::text FROM pg_type
+    WHERE typnamespace = 'public'::regnamespace
+UNION ALL SELECT 'function', proname, prosrc FROM pg_proc
+    WHERE pronamespace = 'public'::regnamespace
+UNION ALL SELECT 'schema', nspname, '' FROM pg_namespace WHERE nspname !~ '^pg_'
+"""
+
+
+async def everything(engine: AsyncEngine) -> set[tuple[Any, ...]]:
+    """What is in the database, but for Alembic's own table."""
+    async with engine.connect() as connection:
+        rows = await connection.execute(text(EVERYTHING))
+        return {tuple(row) for row in rows if "alembic_version" not in row[1]}
+
+
+# Up and down
+
+
+async def test_up_down_and_up_again_leave_nothing_behind(empty_database: Settings) -> None:
+    async with migration_engine(empty_database) as engine:
+        nothing = await everything(engine)
+        state = await upgrade(engine)
+        assert (state.current, state.problem) == (state.head, None)
+        whole = await everything(engine)
+        assert len(whole) > len(nothing) + 50
+        assert (await downgrade(engine, "base")).current is None
+        assert await everything(engine) == nothing
+        await upgrade(engine)
+        assert await everything(engine) == whole
+        assert await drift(engine) == []
+
+
+async def test_upgrading_again_changes_nothing(clone_settings: Settings) -> None:
+    async with migration_engine(clone_settings) as engine:
+        before = await everything(engine)
+        assert (await upgrade(engine)).problem is None
+        assert await everything(engine) == before
+
+
+async def test_concurrent_upgrades_wait_for_each_other(empty_database: Settings) -> None:
+    async def one() -> SchemaState:
+        async with migration_engine(empty_database) as engine:
+            return await upgrade(engine)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one()) for _ in range(4)]
+    assert [task.result().problem for task in tasks] == [None] * 4
+
+
+@pytest.mark.parametrize("revision", ["nonsense", "+7", "-3"])
+async def test_an_unknown_revision_is_refused(clone_settings: Settings, revision: str) -> None:
+    async with migration_engine(clone_settings) as engine:
+        before = await everything(engine)
+        with pytest.raises(MigrationError):
+            await upgrade(engine, revision)
+        with pytest.raises(MigrationError):
+            await downgrade(engine, revision)
+        assert await everything(engine) == before
+        assert (await upgrade(engine)).problem is None  # the lock was let go
+
+
+async def test_migrations_know_no_query_timeout(clone: Database) -> None:
+    hurried = clone.settings.model_copy(update={"db_query_timeout": 0.001})
+    async with migration_engine(hurried) as engine, engine.connect() as connection:
+        assert await connection.scalar(text("SHOW statement_timeout")) == "0"
+
+
+# Drift
+
+
+async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> None:
+    async with migration_engine(clone_settings) as engine:
+        assert await drift(engine) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("ALTER TABLE api_keys ADD extra int", "remove_column api_keys extra"),
+        ("ALTER TABLE api_keys DROP description", "add_column api_keys description"),
+        ("ALTER TABLE audit_logs DROP user_id", "add_column audit_logs user_id"),
+        ("ALTER TABLE api_keys ALTER usage_count TYPE int", "modify_type api_keys usage_count"),
+        (
+            "ALTER TABLE token_statuses ALTER details TYPE json USING details::json",
+            "modify_type token_statuses details",
+        ),
+        ("ALTER TABLE api_keys ALTER name DROP NOT NULL", "modify_nullable api_keys name"),
+        (
+            "ALTER TABLE api_keys ALTER created_at SET DEFAULT '2026-01-01'",
+            "modify_default api_keys created_at",
+        ),
+        ("COMMENT ON COLUMN api_keys.name IS 'other'", "modify_comment api_keys name"),
+        ("COMMENT ON TABLE api_key_usage IS 'other'", "add_table_comment api_key_usage"),
+        ("CREATE INDEX extra ON api_keys (name)", "remove_index extra"),
+        ("DROP INDEX ix_token_statuses_failed", "add_index ix_token_statuses_failed"),
+        (
+            "ALTER TABLE api_keys DROP CONSTRAINT ck_api_keys_name_max_100",
+            "add_constraint ck_api_keys_name_max_100",
+        ),
+        (
+            "ALTER TABLE api_keys ADD CONSTRAINT extra CHECK (name <> 'x')",
+            "remove_constraint extra",
+        ),
+        (
+            "ALTER TABLE api_keys DROP CONSTRAINT uq_api_keys_key_prefix",
+            "add_constraint uq_api_keys_key_prefix",
+        ),
+        (
+            "ALTER TABLE api_keys DROP CONSTRAINT fk_api_keys_tiger_account_id_tiger_accounts",
+            "add_fk fk_api_keys_tiger_account_id_tiger_accounts",
+        ),
+        ("ALTER TYPE audit_action ADD VALUE 'x:y'", "'x:y'"),
+        ("CREATE TYPE extra AS ENUM ('a')", "extra"),
+        ("DROP TRIGGER set_updated_at ON api_keys", "add_trigger set_updated_at on api_keys"),
+        ("DROP TABLE api_key_usage", "add_table api_key_usage"),
+        ("CREATE TABLE extra ()", "remove_table extra"),
+    ],
+)
+async def test_drift_is_found(clone_settings: Settings, change: str, found: str) -> None:
+    async with migration_engine(clone_settings) as engine:
+        async with engine.begin() as connection:
+            await connection.exec_driver_sql(change)
+        assert any(found in line for line in await drift(engine)), await drift(engine)
+
+
+async def test_partitions_are_no_drift(clone_settings: Settings) -> None:
+    async with migration_engine(clone_settings) as engine:
+        async with engine.begin() as connection:
+            await connection.exec_driver_sql("SELECT make_audit_months(30)")
+        assert await drift(engine) == []
+
+
+async def test_drift_needs_the_schema_of_this_code(empty_database: Settings) -> None:
+    async with migration_engine(empty_database) as engine:
+        with pytest.raises(SchemaMismatch, match="no tiger_db schema"):
+            await drift(engine)
+
+
+async def test_looking_for_drift_only_reads(clone: Database) -> None:
+    with recorded(clone) as sent:
+        await drift(clone.engine)
+    assert sent
+    assert not [
+        sql for sql in sent if not sql.strip().upper().startswith(("SELECT", "SHOW", "WITH"))
+    ]
+
+
+# Months of the audit trail
+
+
+def month_starts(count: int) -> list[datetime]:
+    """Of this month and those that follow, in UTC."""
+    now = datetime.now(UTC)
+    months = range(now.year * 12 + now.month - 1, now.year * 12 + now.month - 1 + count)
+    return [datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC) for month in months]
+
+
+def floor_of(moment: datetime) -> UUID:
+    """The smallest UUIDv7 of a time: RFC 9562, 5.7, without version and variant."""
+    milliseconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+    return UUID(int=min(max(milliseconds, 0), 2**48 - 1) << 80)
+
+
+async def bounds(session: AsyncSession) -> dict[str, tuple[UUID, UUID]]:
+    rows = await session.execute(
+        text(
+            "SELECT relname, pg_get_expr(relpartbound, oid) FROM pg_class"
+            " WHERE relispartition AND relkind = 'r' AND relname <> 'audit_logs_default'"
+        )
+    )
+    return {
+        name: (UUID(expression.split("'")[1]), UUID(expression.split("'")[3]))
+        for name, expression in rows
+    }
+
+
+async def make_months(session: AsyncSession, ahead: int) -> int:
+    made = await session.scalar(text("SELECT make_audit_months(:ahead)"), {"ahead": ahead})
+    return int(made)
+
+
+async def forget_months(session: AsyncSession) -> None:
+    for name in await bounds(session):
+        await session.execute(text(f"DROP TABLE {name}"))
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles"])
+async def test_months_are_utc_in_any_time_zone(clone: Database, zone: str) -> None:
+    async with clone.session() as session:
+        await forget_months(session)
+        await session.execute(text(f"SET LOCAL timezone = '{zone}'"))
+        assert await make_months(session, 25) == 26
+        starts = month_starts(27)
+        assert await bounds(session) == {
+            f"audit_logs_{start:%Y_%m}": (floor_of(start), floor_of(end))
+            for start, end in itertools.pairwise(starts)
+        }
+
+
+async def test_migrating_makes_a_year_of_months(clone: Database) -> None:
+    async with clone.session() as session:
+        assert len(await bounds(session)) == MONTHS_AHEAD + 1
+        await forget_months(session)
+    await upgrade(clone.engine)
+    async with clone.session() as session:
+        assert len(await bounds(session)) == MONTHS_AHEAD + 1
+
+
+async def test_a_pooled_connection_keeps_no_lock(clone: Database) -> None:
+    await upgrade(clone.engine)
+    async with clone.session() as session:
+        held = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database"
+        mine = "datname = current_database() AND locktype = 'advisory'"
+        assert await session.scalar(text(f"{held} WHERE {mine}")) == 0
+
+
+@pytest.mark.parametrize("ahead", [0, 12, -1])
+async def test_months_that_are_there_stay(clone: Database, ahead: int) -> None:
+    async with clone.session() as session:
+        before = await bounds(session)
+        assert await make_months(session, ahead) == 0
+        assert await bounds(session) == before
+
+
+async def test_strays_move_into_their_month(clone: Database) -> None:
+    this_month, next_month, later = month_starts(3)
+    strays = [
+        factories.new_event(id=UUID(int=floor_of(moment).int + n), details={"n": n})
+        for n, moment in enumerate(
+            (this_month, next_month, later - timedelta(milliseconds=1), later), start=1
+        )
+    ]
+    async with clone.session() as session:
+        await forget_months(session)
+        await crud.audit_logs.log_events(session, strays)
+        before = [event.model_dump() for event in await factories.events(session)]
+        assert await make_months(session, 1) == 2
+    async with clone.session() as session:
+        assert [event.model_dump() for event in await factories.events(session)] == before
+        places = await session.execute(
+            text("SELECT id, tableoid::regclass::text FROM audit_logs ORDER BY id")
+        )
+        months = [f"audit_logs_{this_month:%Y_%m}", *[f"audit_logs_{next_month:%Y_%m}"] * 2]
+        assert [place for _, place in places] == [*months, "audit_logs_default"]
+
+
+async def test_concurrent_callers_make_each_month_once(clone: Database) -> None:
+    async with clone.session() as session:
+        await forget_months(session)
+    gate = asyncio.Barrier(6)
+
+    async def make() -> int:
+        async with clone.session() as session:
+            await bounds(session)
+            await gate.wait()
+            return await make_months(session, 5)
+
+    assert sorted(await asyncio.gather(*(make() for _ in range(6)))) == [0, 0, 0, 0, 0, 6]
+
+
+async def test_a_new_month_keeps_every_rule(clone: Database) -> None:
+    """Columns, constraints and indexes are those of its parent."""
+    describe = """
+        SELECT attname || format_type(atttypid, atttypmod) || attnotnull FROM pg_attribute
+            WHERE attrelid = cast(:name as regclass) AND attnum > 0
+        UNION ALL SELECT conname || pg_get_constraintdef(oid) FROM pg_constraint
+            WHERE conrelid = cast(:name as regclass) AND contype = 'c'
+        UNION ALL SELECT split_part(pg_get_indexdef(indexrelid), 'USING', 2) FROM pg_index
+            WHERE indrelid = cast(:name as regclass)
+        ORDER BY 1
+    """
+
+    async def described(session: AsyncSession, name: str) -> Sequence[str]:
+        return (await session.scalars(text(describe), {"name": name})).all()
+
+    async with clone.session() as session:
+        whole = await described(session, "audit_logs")
+        assert len(whole) > 35
+        for name in [*await bounds(session), "audit_logs_default"]:
+            assert await described(session, name) == whole
+
+
+# The function that turns a time into an id
+
+LAST = datetime(9999, 12, 31)  # noqa: DTZ001  # for asyncpg, datetime.max is infinity
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(moment=st.datetimes(max_value=LAST, timezones=st.just(UTC)))
+@example(moment=datetime.min.replace(tzinfo=UTC))
+@example(moment=datetime(1970, 1, 1, tzinfo=UTC) - timedelta(microseconds=1))
+@example(moment=datetime(2026, 1, 1, 0, 0, 0, 999_999, tzinfo=UTC))
+async def test_uuid7_floor(session: AsyncSession, moment: datetime) -> None:
+    assert await session.scalar(text("SELECT uuid7_floor(:at)"), {"at": moment}) == floor_of(moment)
+
+
+@pytest.mark.parametrize(
+    ("moment", "floor"),
+    [
+        ("-infinity", 0),
+        ("4713-01-01 BC", 0),
+        ("10889-08-02 05:31:50.655+00", (2**48 - 1) << 80),
+        ("10889-08-02 05:31:50.654+00", (2**48 - 2) << 80),
+        ("294276-12-31", (2**48 - 1) << 80),
+        ("infinity", (2**48 - 1) << 80),
+    ],
+)
+async def test_uuid7_floor_beyond_python(session: AsyncSession, moment: str, floor: int) -> None:
+    found = await session.scalar(text(f"SELECT uuid7_floor('{moment}'::timestamptz)"))
+    assert found == UUID(int=floor)
+
+
+async def test_an_id_made_now_is_at_the_floor_of_now(session: AsyncSession) -> None:
+    before = datetime.now(UTC)
+    event = factories.new_event()
+    after = datetime.now(UTC) + timedelta(milliseconds=1)
+    assert floor_of(before) <= event.id < floor_of(after)
+    assert uuid4() > floor_of(datetime(1970, 1, 1, tzinfo=UTC))

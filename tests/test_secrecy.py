@@ -1,0 +1,96 @@
+"""A secret shows in no output, log, echo or error."""
+
+import json
+import logging
+import traceback
+from collections.abc import Iterator
+
+import pytest
+from pydantic import SecretStr, ValidationError
+from sqlalchemy import text
+
+from tests.factories import new_account
+from tests.test_encryption import PLACE, RING, SECRETS, secret_account, values_of
+from tiger_db import Database, TigerAccount, crud
+from tiger_db.database import AsyncSession
+from tiger_db.encryption import MASK, SealedSecret, Secret
+from tiger_db.errors import TigerDBError
+
+
+def outputs(account: TigerAccount) -> Iterator[str]:
+    yield from (
+        repr(account),
+        str(account),
+        f"{account}",
+        str(account.__dict__),
+        f"{vars(account)}",
+    )
+    yield from (str(account.model_dump()), account.model_dump_json())
+    yield json.dumps(account.model_dump(mode="json"))
+    for name in SECRETS:
+        secret = getattr(account, name)
+        yield from (repr(secret), str(secret), f"{secret!s:>20} {secret!a}", f"{[secret]}")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_secret_shows_in_no_output(session: AsyncSession, *, stored: bool) -> None:
+    account = await secret_account(session) if stored else new_account(**SECRETS)
+    for output in outputs(account):
+        assert not [secret for secret in SECRETS.values() if secret in output]
+    assert values_of(account) == SECRETS
+
+
+def test_its_length_does_not_show_either() -> None:
+    assert repr(Secret("a")) == repr(Secret("a" * 100))
+    assert str(Secret("")) == MASK
+
+
+def test_a_secret_is_equal_to_the_same_one_however_stored() -> None:
+    sealed = SealedSecret(RING.encrypt("text", PLACE), PLACE, RING)
+    assert sealed.get_secret_value() == "text"
+    assert len(sealed) == 4
+    assert Secret("text") == Secret("text") != Secret("other")
+
+
+@pytest.mark.parametrize("mask", [MASK, SecretStr(MASK)])
+async def test_a_mask_that_was_shown_does_not_replace_the_secret(
+    session: AsyncSession, mask: object
+) -> None:
+    account = await secret_account(session)
+    with pytest.raises(ValidationError, match="not its mask"):
+        await crud.accounts.update(session, account.id, private_key=mask)
+    assert values_of(account) == SECRETS
+
+
+async def test_nothing_is_logged_echoed_or_raised(
+    clone: Database, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    logger = logging.getLogger("sqlalchemy")
+    handlers = [*logger.handlers]
+    errors: list[BaseException] = []
+    settings = clone.settings.model_copy(update={"db_debug": True})
+    async with Database(settings) as database:
+        async with database.session() as session:
+            account = await secret_account(session, account_number="1")
+            await crud.accounts.update_tokens(session, account.id, access_token="plain-token-of-x")
+            await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
+            await crud.accounts.record_error(session, account.id, message="boom")
+        for failing in (
+            lambda s: secret_account(s, account_number="1"),  # is taken
+            lambda s: crud.accounts.update(s, account.id, **SECRETS, account_number=""),
+            lambda s: s.execute(text("UPDATE tiger_accounts SET error_count = -1")),
+        ):
+            with pytest.raises(Exception) as caught:  # noqa: PT011  # each its own
+                async with database.session() as session:
+                    await failing(session)
+            errors.append(caught.value)
+    for handler in [h for h in logger.handlers if h not in handlers]:
+        logger.removeHandler(handler)
+    written = "".join(capfd.readouterr()) + caplog.text
+    assert "INSERT INTO tiger_accounts" in written  # it was on
+    assert isinstance(errors[0], TigerDBError)
+    written += "".join("".join(traceback.format_exception(error)) for error in errors)
+    for secret in [*SECRETS.values(), "plain-token-of-x"]:
+        assert secret not in written
+        assert secret.encode().hex() not in written

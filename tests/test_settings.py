@@ -1,0 +1,228 @@
+"""What the environment may say, what it means, and what it never shows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+import tiger_db
+from tiger_db import Database
+from tiger_db.encryption import generate_key
+from tiger_db.errors import ConfigurationError
+from tiger_db.settings import Settings, SSLMode
+
+SECRET = "Kx9-never-shown"
+# design.md, "Settings", as far as this version goes.
+VARIABLES: dict[str, tuple[str, object]] = {
+    "DATABASE_URL": ("postgresql://u:p@h/d", "postgresql://u:p@h/d"),
+    "DB_HOST": ("db.example", "db.example"),
+    "DB_PORT": ("6432", 6432),
+    "DB_NAME": ("tiger one", "tiger one"),
+    "DB_USER": ("tiger", "tiger"),
+    "DB_PASSWORD": (" p@ss%20/#?é ", " p@ss%20/#?é "),
+    "DB_POOL_SIZE": ("7", 7),
+    "DB_MAX_OVERFLOW": ("0", 0),
+    "DB_POOL_TIMEOUT": ("2.5", 2.5),
+    "DB_POOL_RECYCLE": ("-1", -1),
+    "DB_SSL_MODE": ("verify-full", SSLMode.VERIFY_FULL),
+    "DB_SSL_CERT": ("/etc/ssl/a b.crt", Path("/etc/ssl/a b.crt")),
+    "DB_SSL_KEY": ("/etc/ssl/a b.key", Path("/etc/ssl/a b.key")),
+    "DB_SSL_CA": ("/etc/ssl/ca.crt", Path("/etc/ssl/ca.crt")),
+    "ENVIRONMENT": ("Staging", "staging"),
+    "DB_DEBUG": ("true", True),
+    "DB_CONNECT_TIMEOUT": ("3", 3.0),
+    "DB_QUERY_TIMEOUT": ("0", 0.0),
+    "TIGER_DB_HOME": ("/srv/tiger", Path("/srv/tiger")),
+    "ENCRYPTION_KEYS": ("k1:abc", "k1:abc"),
+    "ENCRYPTION_KEYS_FILE": ("/run/secrets/keys", Path("/run/secrets/keys")),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused(**values: object) -> str:
+    """The error's message, which is one line."""
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(**values)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Variables
+
+
+def test_there_is_a_variable_for_every_field() -> None:
+    assert {name.upper() for name in Settings.model_fields} == VARIABLES.keys()
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, value = VARIABLES[name]
+    monkeypatch.setenv(name, text)
+    if name in {"DB_SSL_CERT", "DB_SSL_KEY"}:  # which go together
+        monkeypatch.setenv("DB_SSL_CERT", VARIABLES["DB_SSL_CERT"][0])
+        monkeypatch.setenv("DB_SSL_KEY", VARIABLES["DB_SSL_KEY"][0])
+    read = getattr(Settings(), name.lower())
+    assert (read.get_secret_value() if isinstance(read, SecretStr) else read) == value
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_an_empty_variable_is_an_unset_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    assert Settings() == Settings(**dict(Settings()))
+
+
+BAD = {
+    "ENVIRONMENT": ["prod", "productive", " production"],
+    "DATABASE_URL": ["h/d", "mysql://h/d", " postgresql://h/d", "postgresql//h/d"],
+    "DB_PORT": ["0", "65536", "-1", "5432x", "1e3", "0x10"],
+    "DB_POOL_SIZE": ["0", "1001", "-5", "five", "1.5"],
+    "DB_MAX_OVERFLOW": ["-1", "1001", "ten"],
+    "DB_POOL_TIMEOUT": ["0", "-1", "nan", "inf", "1h"],
+    "DB_POOL_RECYCLE": ["-2", "never", "1.5"],
+    "DB_CONNECT_TIMEOUT": ["0", "nan", "inf", "10s"],
+    "DB_QUERY_TIMEOUT": ["-1", "nan", "inf", "86401"],
+    "DB_SSL_MODE": ["on", "true", "VERIFY-FULL", "verify_full", " require"],
+    "DB_DEBUG": ["maybe", "2"],
+    "DB_PASSWORD": ["a\udcff"],  # as a byte that is not UTF-8 comes from the environment
+    "DB_HOST": ["\udcff"],
+    "DB_NAME": ["\udcff"],
+    "DB_USER": ["\udcff"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name in BAD for text in BAD[name]])
+def test_a_bad_value_is_one_line_that_names_the_variable(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    assert name in refused()
+
+
+SHOWN = {"DB_HOST", "DB_NAME", "DB_USER", "TIGER_DB_HOME"} | {n for n in VARIABLES if "_SSL_" in n}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+@settings(max_examples=10)
+@given(text=st.text(max_size=20), scheme=st.sampled_from(["", "postgresql://", "k1:"]))
+def test_no_value_ever_shows(name: str, text: str, scheme: str) -> None:
+    for value in (scheme + text + SECRET, scheme + SECRET + text):
+        try:
+            chosen = Settings(**{name.lower(): value})
+            chosen.key_ring()
+        except ConfigurationError as error:
+            message = str(error)
+        else:
+            message = f"{name}: {'' if name in SHOWN else chosen!r}"
+        assert name in message
+        assert "\n" not in message
+        assert SECRET not in message
+
+
+def test_every_bad_variable_is_named_in_the_one_line() -> None:
+    message = refused(db_port=0, db_pool_size="x")
+    assert "DB_PORT: " in message
+    assert "DB_POOL_SIZE: " in message
+
+
+def test_an_argument_that_is_no_setting_is_refused() -> None:
+    assert "DB_HOTS" in refused(db_hots=SECRET)
+
+
+def test_settings_show_no_secret() -> None:
+    chosen = Settings(
+        database_url=f"postgresql://u:{SECRET}@h/d", db_password=SECRET, encryption_keys=SECRET
+    )
+    assert SECRET not in f"{chosen!r} {chosen} {chosen.model_dump()} {chosen.place}"
+
+
+def test_nothing_is_read_at_import_time(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("DB_PORT=nonsense\n")
+    environment = {**os.environ, **dict.fromkeys(VARIABLES, "nonsense")}
+    environment["PYTHONPATH"] = str(Path(tiger_db.__file__).parents[1])
+    modules = "tiger_db, tiger_db.settings, tiger_db.database, tiger_db.crud, tiger_db.cli"
+    subprocess.run(
+        [sys.executable, "-c", f"import {modules}; from tiger_db import *"],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
+
+
+def test_a_file_of_variables_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("DB_HOST=elsewhere\n")
+    monkeypatch.chdir(tmp_path)
+    assert Settings().db_host is None
+
+
+# Production
+
+
+def test_production_needs_a_server_of_its_own() -> None:
+    assert "DB_HOST or DATABASE_URL is required" in refused(environment="PRODUCTION")
+    assert Settings(environment="production", db_host="h").production
+
+
+@pytest.mark.parametrize("environment", ["development", "test", "testing", "staging"])
+def test_nothing_else_is_production(environment: str) -> None:
+    chosen = Settings(environment=environment)
+    assert not chosen.production
+    assert chosen.key_ring() is None
+
+
+def test_production_needs_encryption_keys() -> None:
+    chosen = Settings(environment="production", db_host="h")
+    for use in (chosen.key_ring, lambda: Database(chosen)):
+        with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS or ENCRYPTION_KEYS_FILE"):
+            use()
+    with_keys = chosen.model_copy(update={"encryption_keys": SecretStr(generate_key("k7"))})
+    assert str(with_keys.key_ring()) == "KeyRing(k7)"
+
+
+# Files
+
+
+def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"\n{generate_key('k1')},{generate_key('k2')}\r\n")
+    assert str(Settings(encryption_keys_file=path).key_ring()) == "KeyRing(k1, k2)"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "ENCRYPTION_KEYS_FILE cannot be read: No such file"),
+        (b"", "ENCRYPTION_KEYS: key 1 is not id:base64"),
+        (SECRET.encode() + b"\xff", "ENCRYPTION_KEYS_FILE cannot be read: it is not UTF-8"),
+        (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS: key 'k1' is not 32 bytes of base64"),
+    ],
+)
+def test_a_file_that_holds_no_keys_is_an_error(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(encryption_keys_file=path).key_ring()
+    assert str(caught.value).startswith(reason)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_folder_is_no_file_of_keys(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read: Is a directory"):
+        Settings(encryption_keys_file=tmp_path).key_ring()
+
+
+def test_keys_are_given_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="exclude each other"):
+        Settings(encryption_keys=generate_key(), encryption_keys_file=tmp_path).key_ring()
