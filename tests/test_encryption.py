@@ -1,6 +1,7 @@
 """Secrets at rest: nobody reads one without its key, and none shows by accident."""
 
 import base64
+import copy
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -116,7 +117,7 @@ def test_fingerprints_depend_on_text_column_and_key() -> None:
         RING.fingerprint("a", "t.a"),
         RING.fingerprint("b", "t.a"),
         RING.fingerprint("a", "t.b"),
-        RING.fingerprint("", "t.a\0a"),
+        RING.fingerprint("", "t.aa"),
         other.fingerprint("a", "t.a"),
     ]
     assert len({*fingerprints}) == len(fingerprints)
@@ -298,6 +299,14 @@ async def test_without_keys_nothing_is_stored(session: AsyncSession) -> None:
         await secret_account(session)
     with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS is not set"):
         await crud.accounts.get_by_tiger_id(session, "1")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+async def test_a_copy_of_a_stored_secret_is_readable(
+    session: AsyncSession, copied: Callable[[Any], Any]
+) -> None:
+    values = copied((await secret_account(session)).model_dump())
+    assert {name: values[name].get_secret_value() for name in SECRETS} == SECRETS
 
 
 # Rotation

@@ -253,6 +253,14 @@ def test_a_refusal_shows_no_input(entity: type[Entity], way: Callable[..., objec
         assert SECRET not in shown(error)
 
 
+@pytest.mark.parametrize(("entity", "name"), TEXTS + SECRETS, ids=label)
+def test_a_refusal_of_bad_unicode_shows_no_input(entity: type[Entity], name: str) -> None:
+    # Python's own error about it would have the whole text.
+    error = refused(made, entity, **{name: SECRET + "\ud800"})
+    assert names_of(error) == {name}
+    assert SECRET not in shown(error)
+
+
 @pytest.mark.parametrize("body", [f'"{SECRET}"', f'["{SECRET}"]', f'{{"tiger_id": "{SECRET}', "5"])
 def test_input_that_is_no_object_is_not_shown(body: str) -> None:
     assert SECRET not in shown(refused(TigerAccount.model_validate_json, body))

@@ -1,0 +1,42 @@
+"""Token refreshes: scheduling them, claiming them, and what became of them.
+
+A claim is a `TokenStatus` as `claim_due` returned it. It is good until its lease expires and
+someone else claims the refresh: the fencing token then no longer matches, and nothing can be done
+with it any more. All times are the database's.
+"""
+
+from tiger_db.crud.token_status.claims import claim_due, complete, fail, heartbeat, token_hash
+from tiger_db.crud.token_status.reading import (
+    RefreshStatistics,
+    get,
+    get_failed_refreshes,
+    get_latest_status,
+    get_pending_refreshes,
+    history,
+    statistics,
+)
+from tiger_db.crud.token_status.scheduling import (
+    cancel,
+    create_refresh_operation,
+    retry,
+    schedule_due,
+)
+
+__all__ = [
+    "RefreshStatistics",
+    "cancel",
+    "claim_due",
+    "complete",
+    "create_refresh_operation",
+    "fail",
+    "get",
+    "get_failed_refreshes",
+    "get_latest_status",
+    "get_pending_refreshes",
+    "heartbeat",
+    "history",
+    "retry",
+    "schedule_due",
+    "statistics",
+    "token_hash",
+]

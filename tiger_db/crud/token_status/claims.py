@@ -1,0 +1,252 @@
+"""Working on refreshes: claiming them, keeping the claim, and ending them well or badly."""
+
+import hashlib
+import random
+from datetime import datetime, timedelta
+
+from sqlalchemy import BigInteger, ColumnElement, and_, cast, func, or_, select
+from sqlalchemy import update as sql_update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from tiger_db.crud.common import (
+    check_limit,
+    get_or_raise,
+    many,
+    storable,
+)
+from tiger_db.crud.token_status.changes import IS_OPEN, LONGEST_BACKOFF, log, set_values
+from tiger_db.encryption import Secret
+from tiger_db.errors import (
+    EncryptionError,
+    InvalidValue,
+    LeaseLost,
+)
+from tiger_db.models import (
+    AccountStatus,
+    AuditAction,
+    AuditResult,
+    TigerAccount,
+    TokenRefreshStatus,
+    TokenStatus,
+)
+from tiger_db.models.accounts import REFRESH_AHEAD
+
+# Exponential backoff with full jitter, from this long to LONGEST_BACKOFF:
+# https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+BACKOFF = timedelta(seconds=30)
+
+
+async def claim_due(
+    session: AsyncSession,
+    *,
+    worker: str,
+    limit: int = 10,
+    lease: timedelta = timedelta(seconds=60),
+) -> list[TokenStatus]:
+    """Claim refreshes that are due, or whose lease has expired, for a worker: longest due first.
+
+    Each is claimed by one worker only. Commit before asking Tiger. The claims returned belong to no
+    session and stay as they are: pass them to `heartbeat`, `complete` and `fail`.
+
+    Raises:
+        InvalidValue: the lease is not positive, the limit is not from 1 to 1000, or the worker's
+            name is refused.
+    """
+    check_limit(limit)
+    _check_lease(lease)
+    due = (
+        select(col(TokenStatus.id))
+        .join(TigerAccount, col(TigerAccount.id) == col(TokenStatus.tiger_account_id))
+        .where(
+            IS_OPEN,
+            col(TokenStatus.scheduled_at) <= func.clock_timestamp(),
+            or_(
+                col(TokenStatus.status) == TokenRefreshStatus.PENDING,
+                col(TokenStatus.lease_expires_at) < func.clock_timestamp(),
+            ),
+            col(TigerAccount.status) == AccountStatus.ACTIVE,
+        )
+        .order_by(col(TokenStatus.scheduled_at))
+        .limit(limit)
+        .with_for_update(of=TokenStatus, skip_locked=True)
+        .cte("due")
+    )
+    claims = await many(
+        session,
+        sql_update(TokenStatus)
+        .where(col(TokenStatus.id) == due.c.id)
+        .values(
+            status=TokenRefreshStatus.IN_PROGRESS,
+            worker=worker,
+            started_at=func.clock_timestamp(),
+            lease_expires_at=func.clock_timestamp() + lease,
+            fencing_token=col(TokenStatus.fencing_token) + 1,
+        )
+        .returning(TokenStatus),
+    )
+    for claim in claims:
+        session.expunge(claim)  # a claim must never pick up its successor's fencing token
+    return sorted(claims, key=lambda claim: (claim.scheduled_at, claim.id))
+
+
+async def heartbeat(
+    session: AsyncSession, claim: TokenStatus, *, lease: timedelta = timedelta(seconds=60)
+) -> TokenStatus:
+    """Renew a claim's lease.
+
+    Raises:
+        LeaseLost: someone else has claimed it, or it has ended.
+    """
+    _check_lease(lease)
+    return await _change(session, claim, lease_expires_at=func.clock_timestamp() + lease)
+
+
+async def complete(
+    session: AsyncSession,
+    claim: TokenStatus,
+    *,
+    access_token: str,
+    refresh_token: str | None = None,
+    expires_at: datetime | None = None,
+    api_response_code: int | None = None,
+    api_response_time_ms: int | None = None,
+    server_version: str | None = None,
+) -> TokenStatus:
+    """End a refresh well: new token on the account, errors forgotten, history and event written.
+
+    Raises:
+        LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
+        ValidationError: a value is refused; nothing has changed.
+    """
+    # The account first, as everyone who locks both does.
+    account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
+    changes: dict[str, object] = {
+        "access_token": access_token,
+        "token_expires_at": expires_at,
+        "error_count": 0,
+        "last_error": None,
+        "last_error_at": None,
+    }
+    if refresh_token is not None:
+        changes["refresh_token"] = refresh_token
+    account._validated(changes)  # noqa: SLF001  # refused before anything has changed
+    refresh = await _change(
+        session,
+        claim,
+        status=TokenRefreshStatus.SUCCESS,
+        completed_at=func.clock_timestamp(),
+        duration_ms=_duration(),
+        lease_expires_at=None,
+        old_token_hash=_hash_of(account.access_token),
+        new_token_expires_at=expires_at,
+        new_token_hash=token_hash(access_token),
+        next_refresh_at=expires_at - REFRESH_AHEAD if expires_at is not None else None,
+        error_code=None,
+        error_message=None,
+        api_response_code=api_response_code,
+        api_response_time_ms=api_response_time_ms,
+        server_version=server_version,
+    )
+    account.sqlmodel_update(changes)
+    await session.flush()
+    await log(session, AuditAction.TOKEN_REFRESH, refresh)
+    return refresh
+
+
+async def fail(
+    session: AsyncSession,
+    claim: TokenStatus,
+    *,
+    error: str,
+    error_code: str | None = None,
+    retry_after: timedelta | None = None,
+    api_response_code: int | None = None,
+    api_response_time_ms: int | None = None,
+) -> TokenStatus:
+    """End an attempt badly. It is tried again later, or given up after `max_retries` attempts.
+
+    The wait is `retry_after`, else random up to 30 s, doubled with each attempt, 30 min at most.
+
+    Raises:
+        LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
+        ValidationError: a value is refused; nothing has changed.
+    """
+    attempts = claim.retry_count + 1
+    if attempts >= claim.max_retries:
+        ending: dict[str, object] = {
+            "status": TokenRefreshStatus.FAILED,
+            "completed_at": func.clock_timestamp(),
+        }
+    else:
+        wait = retry_after if retry_after is not None else _backoff(attempts)
+        ending = {
+            "status": TokenRefreshStatus.PENDING,
+            "scheduled_at": func.clock_timestamp() + wait,
+        }
+    refresh = await _change(
+        session,
+        claim,
+        **ending,
+        retry_count=attempts,
+        duration_ms=_duration(),
+        lease_expires_at=None,
+        error_code=error_code,
+        error_message=storable(error),
+        api_response_code=api_response_code,
+        api_response_time_ms=api_response_time_ms,
+    )
+    await log(
+        session,
+        AuditAction.TOKEN_REFRESH,
+        refresh,
+        result=AuditResult.FAILURE,
+        error_code=error_code,
+        error_message=refresh.error_message,
+    )
+    return refresh
+
+
+def token_hash(token: str) -> str:
+    """What the history keeps of a token: enough to tell two apart, nothing to use."""
+    return hashlib.sha256(token.encode("utf-8")).hexdigest()
+
+
+def _hash_of(token: Secret | None) -> str | None:
+    try:
+        return None if token is None else token_hash(token.get_secret_value())
+    except EncryptionError:  # a token that nobody can read any more may still be replaced
+        return None
+
+
+async def _change(session: AsyncSession, claim: TokenStatus, **values: object) -> TokenStatus:
+    given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
+    claim._validated(given)  # noqa: SLF001  # as if assigned
+    refresh = await set_values(
+        session,
+        and_(
+            col(TokenStatus.id) == claim.id,
+            col(TokenStatus.fencing_token) == claim.fencing_token,
+            col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
+        ),
+        **values,
+    )
+    if refresh is None:
+        raise LeaseLost
+    return refresh
+
+
+def _duration() -> ColumnElement[int]:
+    elapsed = func.extract("epoch", func.clock_timestamp() - col(TokenStatus.started_at))
+    return cast(func.greatest(elapsed * 1000, 0), BigInteger)
+
+
+def _backoff(attempts: int) -> timedelta:
+    longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** min(attempts - 1, 20))
+    share = random.random()  # noqa: S311  # spreads load, protects nothing
+    return timedelta(seconds=longest.total_seconds() * share)
+
+
+def _check_lease(lease: timedelta) -> None:
+    if lease <= timedelta(0):
+        raise InvalidValue("lease must be positive")

@@ -1,0 +1,134 @@
+"""What became of refreshes."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, and_, func, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.elements import SQLCoreOperations
+from sqlmodel import col
+
+from tiger_db.crud.common import (
+    Page,
+    aware,
+    one,
+    paginate,
+)
+from tiger_db.crud.token_status.changes import IS_OPEN
+from tiger_db.models import (
+    TokenRefreshStatus,
+    TokenStatus,
+)
+from tiger_db.models.token_status import OPEN
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshStatistics:
+    """How refreshes went; `success_rate` is of those that ended, None where none did."""
+
+    total: int
+    succeeded: int
+    failed: int
+    open: int
+    success_rate: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+    by_trigger: dict[str, int]
+    by_error: dict[str, int]
+
+
+async def get(session: AsyncSession, refresh_id: UUID) -> TokenStatus | None:
+    """A refresh by its id."""
+    return await _newest(session, col(TokenStatus.id) == refresh_id)
+
+
+async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenStatus | None:
+    """An account's newest refresh."""
+    return await _newest(session, col(TokenStatus.tiger_account_id) == account_id)
+
+
+async def get_pending_refreshes(
+    session: AsyncSession, *, after: str | None = None, limit: int = 50
+) -> Page[TokenStatus]:
+    """The refreshes that wait to be claimed, newest first."""
+    statement = select(TokenStatus).where(
+        IS_OPEN, col(TokenStatus.status) == TokenRefreshStatus.PENDING
+    )
+    return await paginate(session, statement, TokenStatus, after=after, limit=limit)
+
+
+async def get_failed_refreshes(
+    session: AsyncSession, *, after: str | None = None, limit: int = 50
+) -> Page[TokenStatus]:
+    """The refreshes that were given up, newest first."""
+    statement = select(TokenStatus).where(
+        text("token_statuses.status = 'failed'")
+    )  # as the partial index has it
+    return await paginate(session, statement, TokenStatus, after=after, limit=limit)
+
+
+async def history(
+    session: AsyncSession,
+    *,
+    account_id: UUID | None = None,
+    after: str | None = None,
+    limit: int = 50,
+) -> Page[TokenStatus]:
+    """All refreshes, or an account's, newest first."""
+    statement = select(TokenStatus)
+    if account_id is not None:
+        statement = statement.where(col(TokenStatus.tiger_account_id) == account_id)
+    return await paginate(session, statement, TokenStatus, after=after, limit=limit)
+
+
+async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatistics:
+    """How the refreshes opened since an aware datetime went.
+
+    Raises:
+        InvalidValue: `since` is naive.
+    """
+    recent = col(TokenStatus.id) >= func.uuid7_floor(aware("since", since))
+    succeeded = col(TokenStatus.status) == TokenRefreshStatus.SUCCESS
+    failed = col(TokenStatus.status) == TokenRefreshStatus.FAILED
+    duration = col(TokenStatus.duration_ms)
+    totals = (
+        await session.execute(
+            select(
+                func.count(),
+                func.count().filter(succeeded),
+                func.count().filter(failed),
+                func.count().filter(col(TokenStatus.status).in_(OPEN)),
+                func.percentile_cont(0.5).within_group(duration).filter(succeeded),
+                func.percentile_cont(0.95).within_group(duration).filter(succeeded),
+            ).where(recent)
+        )
+    ).one()
+    total, ok, bad, still_open, p50, p95 = totals
+    return RefreshStatistics(
+        total=total,
+        succeeded=ok,
+        failed=bad,
+        open=still_open,
+        success_rate=ok / (ok + bad) if ok + bad else None,
+        p50_ms=p50,
+        p95_ms=p95,
+        by_trigger=await _counts(session, col(TokenStatus.trigger), recent),
+        by_error=await _counts(
+            session, func.coalesce(col(TokenStatus.error_code), "unknown"), and_(recent, failed)
+        ),
+    )
+
+
+async def _newest(session: AsyncSession, criterion: ColumnElement[bool]) -> TokenStatus | None:
+    return await one(
+        session, select(TokenStatus).where(criterion).order_by(col(TokenStatus.id).desc()).limit(1)
+    )
+
+
+async def _counts(
+    session: AsyncSession, by: SQLCoreOperations[Any], criterion: ColumnElement[bool]
+) -> dict[str, int]:
+    rows = await session.execute(select(by, func.count()).where(criterion).group_by(by))
+    return {str(name): count for name, count in rows}
