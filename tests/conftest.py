@@ -134,9 +134,7 @@ def recorded(database: Database) -> Iterator[list[str]]:
     """The statements that are sent meanwhile, transaction control left out."""
     statements: list[str] = []
 
-    def record(
-        connection: object, cursor: object, statement: str, *rest: object
-    ) -> None:
+    def record(connection: object, cursor: object, statement: str, *rest: object) -> None:
         statements.append(statement)
 
     engine = database.engine.sync_engine

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from tiger_db import embedded
+from tiger_db.database import connect
 from tiger_db.settings import Settings
 
 # Handed from the first pytest process to its xdist workers.
@@ -42,7 +43,7 @@ def settings_for(url: str, database: str) -> Settings:
 def choose() -> Server:
     """TIGER_DB_TEST_URL if set, else Docker if an engine answers, else the embedded server.
 
-    `TIGER_DB_TEST_URL=system` takes the `postgres` on PATH.
+    `TIGER_DB_TEST_URL=system` takes the PostgreSQL that is installed here.
     """
     given = os.environ.get("TIGER_DB_TEST_URL")
     if given == "system":
@@ -56,8 +57,6 @@ def version(server: Server) -> str:
     """What the server says it is."""
 
     async def ask() -> str:
-        from tiger_db.database import connect
-
         connection = await connect(settings_for(server.url, "postgres"))
         try:
             return str(await connection.fetchval("SHOW server_version"))
@@ -71,7 +70,7 @@ def _docker() -> Server | None:
     ping = "import docker; docker.from_env().ping()"
     if subprocess.run([sys.executable, "-c", ping], capture_output=True, check=False).returncode:
         return None
-    from testcontainers.community.postgres import PostgresContainer
+    from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415  # slow
 
     container = PostgresContainer(IMAGE, driver=None)
     container.start()
@@ -94,24 +93,39 @@ def _embedded() -> Server:
 
 
 def _system() -> Server:
-    """A server of the programs on PATH, as an ordinary user: PostgreSQL refuses root."""
+    """A server of the programs installed here, as an ordinary user: PostgreSQL refuses root."""
     home = _folder()
-    user = {"user": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    programs = _programs()
+    user = "postgres" if os.geteuid() == 0 else None
     if user:
-        shutil.chown(home, "postgres")
+        shutil.chown(home, user)
 
-    def run(*command: str) -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=home, **user)
+    def run(program: str, *arguments: str) -> None:
+        subprocess.run(
+            [programs / program, "-D", f"{home}/data", *arguments],
+            check=True,
+            cwd=home,
+            stdout=subprocess.DEVNULL,
+            user=user,
+            extra_groups=[] if user else None,
+        )
 
-    run("initdb", "-D", f"{home}/data", "-U", "tiger_db", "-A", "trust", "-E", "UTF8", "--locale=C")
+    run("initdb", "-U", "tiger_db", "-A", "trust", "-E", "UTF8", "--locale=C")
     options = f"-c listen_addresses='' -c unix_socket_directories={home} -c max_connections=200"
-    run("pg_ctl", "-D", f"{home}/data", "-l", f"{home}/log", "-o", options, "-w", "start")
+    run("pg_ctl", "-l", f"{home}/log", "-o", options, "-w", "start")
 
     def stop() -> None:
-        run("pg_ctl", "-D", f"{home}/data", "-m", "fast", "-w", "stop")
+        run("pg_ctl", "-m", "fast", "-w", "stop")
         shutil.rmtree(home)
 
-    return Server(f"postgresql://tiger_db@/?host={home}", "postgres on PATH", stop)
+    return Server(f"postgresql://tiger_db@/?host={home}", "PostgreSQL installed here", stop)
+
+
+def _programs() -> Path:
+    """Where initdb and pg_ctl are: on PATH, else where Debian has them."""
+    if found := shutil.which("initdb"):
+        return Path(found).parent
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name))
 
 
 def _folder() -> Path:

@@ -207,7 +207,9 @@ async def forget_months(session: AsyncSession) -> None:
         await session.execute(text(f"DROP TABLE {name}"))
 
 
-@pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles", "<far>-167", "<far>+167"])
+@pytest.mark.parametrize(
+    "zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles", "<far>-167", "<far>+167"]
+)
 async def test_months_are_utc_in_any_time_zone(clone: Database, zone: str) -> None:
     async with clone.session() as session:
         await forget_months(session)

