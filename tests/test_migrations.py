@@ -132,6 +132,12 @@ async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> No
             "ALTER TABLE api_keys DROP CONSTRAINT fk_api_keys_tiger_account_id_tiger_accounts",
             "add_fk fk_api_keys_tiger_account_id_tiger_accounts",
         ),
+        (
+            "ALTER TABLE api_keys DROP CONSTRAINT fk_api_keys_tiger_account_id_tiger_accounts,"
+            " ADD CONSTRAINT fk_api_keys_tiger_account_id_tiger_accounts"
+            " FOREIGN KEY (tiger_account_id) REFERENCES tiger_accounts ON DELETE SET NULL",
+            "add_fk fk_api_keys_tiger_account_id_tiger_accounts",
+        ),
         ("ALTER TYPE audit_action ADD VALUE 'x:y'", "'x:y'"),
         ("CREATE TYPE extra AS ENUM ('a')", "extra"),
         ("DROP TRIGGER set_updated_at ON api_keys", "add_trigger set_updated_at on api_keys"),

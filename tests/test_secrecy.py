@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from tests.factories import new_account
 from tests.test_encryption import PLACE, RING, SECRETS, secret_account, values_of
-from tiger_db import Database, TigerAccount, crud
+from tiger_db import APIKeyScope, Database, TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import MASK, SealedSecret, Secret
 from tiger_db.errors import TigerDBError
@@ -72,7 +72,11 @@ async def test_nothing_is_logged_echoed_or_raised(
     settings = clone.settings.model_copy(update={"db_debug": True})
     async with Database(settings) as database:
         async with database.session() as session:
-            account = await secret_account(session, account_number="1")
+            account = await secret_account(session, account_number="1", account_name="Nobody's")
+            key, raw_key = await crud.api_keys.create_api_key(
+                session, name="key", scopes=[APIKeyScope.MCP_READ]
+            )
+            assert await crud.api_keys.verify_api_key(session, raw_key)
             await crud.accounts.update_tokens(session, account.id, access_token="plain-token-of-x")
             await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
             await crud.accounts.record_error(session, account.id, message="boom")
@@ -89,8 +93,9 @@ async def test_nothing_is_logged_echoed_or_raised(
         logger.removeHandler(handler)
     written = "".join(capfd.readouterr()) + caplog.text
     assert "INSERT INTO tiger_accounts" in written  # it was on
+    assert "Nobody's" not in written  # nor any other value
     assert isinstance(errors[0], TigerDBError)
     written += "".join("".join(traceback.format_exception(error)) for error in errors)
-    for secret in [*SECRETS.values(), "plain-token-of-x"]:
+    for secret in [*SECRETS.values(), "plain-token-of-x", raw_key[-64:], key.key_hash]:
         assert secret not in written
         assert secret.encode().hex() not in written

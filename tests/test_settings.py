@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -113,6 +113,7 @@ SHOWN = {"DB_HOST", "DB_NAME", "DB_USER", "TIGER_DB_HOME"} | {n for n in VARIABL
 
 @pytest.mark.parametrize("name", VARIABLES)
 @settings(max_examples=10)
+@example(text="\0", scheme="")
 @given(text=st.text(max_size=20), scheme=st.sampled_from(["", "postgresql://", "k1:"]))
 def test_no_value_ever_shows(name: str, text: str, scheme: str) -> None:
     for value in (scheme + text + SECRET, scheme + SECRET + text):
@@ -126,6 +127,15 @@ def test_no_value_ever_shows(name: str, text: str, scheme: str) -> None:
         assert name in message
         assert "\n" not in message
         assert SECRET not in message
+
+
+# The embedded server refuses a TIGER_DB_HOME that cannot be a folder.
+FILES = ["DB_SSL_CERT", "DB_SSL_KEY", "DB_SSL_CA", "ENCRYPTION_KEYS_FILE"]
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", *FILES])
+def test_a_nul_is_refused(name: str) -> None:
+    assert name in refused(**{name.lower(): "postgresql://h/\0"})
 
 
 def test_every_bad_variable_is_named_in_the_one_line() -> None:

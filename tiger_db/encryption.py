@@ -153,7 +153,7 @@ class Secret(SecretStr):
         cls, source: type[object], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            cls._validated,
+            cls.validated,
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda _: MASK, return_schema=core_schema.str_schema(), when_used="json"
             ),
@@ -166,7 +166,7 @@ class Secret(SecretStr):
         return {"type": "string", "format": "password", "writeOnly": True}
 
     @classmethod
-    def _validated(cls, value: object) -> "Secret":
+    def validated(cls, value: object) -> "Secret":
         if isinstance(value, SealedSecret):
             return value
         text = value.get_secret_value() if isinstance(value, SecretStr) else value

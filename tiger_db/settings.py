@@ -51,6 +51,11 @@ def _without_nul(value: str) -> str:
     return value
 
 
+def _path_without_nul(value: Path) -> Path:
+    _without_nul(str(value))
+    return value
+
+
 def _sendable(value: SecretStr) -> SecretStr:
     try:
         _without_nul(value.get_secret_value()).encode()
@@ -60,6 +65,7 @@ def _sendable(value: SecretStr) -> SecretStr:
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+File = Annotated[Path, AfterValidator(_path_without_nul)]
 SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
 # What libpq calls itself besides the asyncpg form that SQLAlchemy users write.
 _SCHEME = re.compile(r"^(postgres|postgresql|postgresql\+asyncpg)://", re.ASCII)
@@ -99,9 +105,9 @@ class Settings(BaseSettings):
     db_password: SecretText | None = None
 
     db_ssl_mode: SSLMode | None = None
-    db_ssl_cert: Path | None = None
-    db_ssl_key: Path | None = None
-    db_ssl_ca: Path | None = None
+    db_ssl_cert: File | None = None
+    db_ssl_key: File | None = None
+    db_ssl_ca: File | None = None
 
     db_pool_size: int = Field(default=5, ge=1, le=1000)
     db_max_overflow: int = Field(default=10, ge=0, le=1000)
@@ -114,7 +120,7 @@ class Settings(BaseSettings):
     tiger_db_home: Path | None = Field(default=None, description="folder of the embedded server")
 
     encryption_keys: SecretStr | None = None
-    encryption_keys_file: Path | None = None
+    encryption_keys_file: File | None = None
 
     def __init__(self, **values: object) -> None:
         try:

@@ -210,6 +210,13 @@ def test_json_that_postgres_cannot_store_is_refused(leaf: object, depth: int) ->
         assert names_of(refused(made, entity, **{name: wrapped})) == {name}
 
 
+@pytest.mark.parametrize("name", ["\0", "\ud800", "a\0b"])
+def test_the_name_of_a_quote_permission_is_storable(name: str) -> None:
+    permissions = [{"name": name, "expire_at": -1}]
+    error = refused(made, TigerAccount, quote_permissions=permissions)
+    assert names_of(error) == {"quote_permissions"}
+
+
 def test_json_of_any_depth_is_refused_or_taken_without_a_crash() -> None:
     deep: dict[str, Any] = {}
     for _ in range(100_000):

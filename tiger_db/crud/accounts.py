@@ -75,13 +75,13 @@ async def get_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAcc
     ring = session.info.get("key_ring")
     if not isinstance(ring, KeyRing):
         raise ConfigurationError("ENCRYPTION_KEYS is not set, so tiger_id cannot be searched")
+    try:
+        fingerprints = ring.fingerprints(tiger_id, "tiger_accounts.tiger_id")
+    except UnicodeEncodeError:  # half a character, which no account can have
+        return []
     statement = (
         select(TigerAccount)
-        .where(
-            col(TigerAccount.tiger_id_fingerprint).in_(
-                ring.fingerprints(tiger_id, "tiger_accounts.tiger_id")
-            )
-        )
+        .where(col(TigerAccount.tiger_id_fingerprint).in_(fingerprints))
         .order_by(col(TigerAccount.id))
     )
     return await many(session, statement)

@@ -213,12 +213,12 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         fields = (
             obj if isinstance(obj, dict) else {k: getattr(obj, k) for k in obj.model_fields_set}
         )
-        for name, value in self._validated({**fields, **(update or {})}).items():
+        for name, value in self.validated({**fields, **(update or {})}).items():
             set_attribute(self, name, value)
             self.__pydantic_fields_set__.add(name)
         return self
 
-    def _validated(self, changes: dict[str, Any]) -> dict[str, Any]:
+    def validated(self, changes: dict[str, Any]) -> dict[str, Any]:
         """The values as they may be assigned; validated on a draft, which bears a refusal."""
         if not changes:
             return {}
@@ -346,7 +346,7 @@ def _make_storable(mapper: Mapper[Any], connection: object, row: Entity) -> None
         for name in state.committed_state
         if isinstance(row.__dict__.get(name), Tracked)
     }
-    for name, value in row._validated(changed).items():  # noqa: SLF001  # a friend
+    for name, value in row.validated(changed).items():
         changed[name].become(value)
     for name, type_ in _encrypted(mapper):
         _seal(mapper, name, type_, row)

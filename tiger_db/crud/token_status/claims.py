@@ -130,7 +130,7 @@ async def complete(
     }
     if refresh_token is not None:
         changes["refresh_token"] = refresh_token
-    account._validated(changes)  # noqa: SLF001  # refused before anything has changed
+    account.validated(changes)  # refused before anything has changed
     refresh = await _change(
         session,
         claim,
@@ -221,7 +221,7 @@ def _hash_of(token: Secret | None) -> str | None:
 
 async def _change(session: AsyncSession, claim: TokenStatus, **values: object) -> TokenStatus:
     given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
-    claim._validated(given)  # noqa: SLF001  # as if assigned
+    claim.validated(given)  # as if assigned
     refresh = await set_values(
         session,
         and_(
