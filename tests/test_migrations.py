@@ -133,9 +133,9 @@ async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> No
             "add_fk fk_api_keys_tiger_account_id_tiger_accounts",
         ),
         (
-            "ALTER TABLE api_keys DROP CONSTRAINT fk_api_keys_tiger_account_id_tiger_accounts,"
-            " ADD CONSTRAINT fk_api_keys_tiger_account_id_tiger_accounts"
-            " FOREIGN KEY (tiger_account_id) REFERENCES tiger_accounts ON DELETE SET NULL",
+            """ALTER TABLE api_keys DROP CONSTRAINT fk_api_keys_tiger_account_id_tiger_accounts,
+            ADD CONSTRAINT fk_api_keys_tiger_account_id_tiger_accounts
+            FOREIGN KEY (tiger_account_id) REFERENCES tiger_accounts ON DELETE SET NULL""",
             "add_fk fk_api_keys_tiger_account_id_tiger_accounts",
         ),
         ("ALTER TYPE audit_action ADD VALUE 'x:y'", "'x:y'"),

@@ -69,6 +69,7 @@ async def test_looking_up_what_is_not_there_returns_none(session: AsyncSession) 
     assert await accounts.get_default_trading_account(session) is None
     assert await accounts.get_default_data_account(session) is None
     assert await accounts.get_by_tiger_id(session, "none") == []
+    assert await accounts.get_by_tiger_id(session, "\ud800") == []
 
 
 @pytest.mark.parametrize("change", CHANGES)
