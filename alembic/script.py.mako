@@ -9,9 +9,9 @@ locks, for how long, and whether the code that runs now can live with it.
 """
 
 import sqlalchemy as sa
-from alembic import op
-from sqlalchemy.dialects import postgresql
 ${imports if imports else ""}
+from alembic import op
+
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}

@@ -1,40 +1,24 @@
 import asyncio
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from uuid import uuid4
 
-import psutil
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tests import factories
-from tests.servers import settings_for
-from tiger_db import Database, Settings, crud, embedded
-from tiger_db.database import AsyncSession, connect, migration_engine
+from tiger_db import Database, Settings, crud
+from tiger_db.database import connect, migration_engine
 from tiger_db.encryption import MASK, generate_key
 from tiger_db.errors import (
     ConfigurationError,
-    DatabaseUnavailable,
     EncryptionError,
     SchemaMismatch,
 )
 from tiger_db.migrations import upgrade
-
-
-def assert_one_line_without_credentials(error: BaseException, *credentials: str) -> None:
-    assert "\n" not in str(error)
-    for credential in credentials:
-        assert credential not in str(error)
-
 
 # Transactions
 
@@ -163,7 +147,8 @@ async def test_malformed_keys_are_refused_without_showing_them(
 ) -> None:
     with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS") as caught:
         Database(settings.model_copy(update={"encryption_keys": SecretStr(keys)}))
-    assert_one_line_without_credentials(caught.value, "short", "A" * 43)
+    assert "short" not in str(caught.value)
+    assert "A" * 43 not in str(caught.value)
 
 
 # The default database
@@ -231,11 +216,6 @@ async def test_rows_are_usable_when_everything_is_closed(clone_settings: Setting
 # Schemas
 
 
-async def use(settings: Settings) -> None:
-    async with Database(settings) as database, database.session() as session:
-        await session.execute(text("SELECT 1"))
-
-
 async def test_a_missing_schema_is_told_and_then_found(empty_database: Settings) -> None:
     async with Database(empty_database) as database:
         for _ in range(2):
@@ -253,173 +233,5 @@ async def test_a_schema_of_a_newer_version_is_told(clone_settings: Settings) -> 
     await connection.execute("UPDATE alembic_version SET version_num = 'from the future'")
     await connection.close()
     with pytest.raises(SchemaMismatch, match=r"from the future.*newer.*upgrade tiger_db"):
-        await use(clone_settings)
-
-
-# Servers that cannot be reached
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"db_host": "127.0.0.1", "db_port": 1},
-        {"db_host": "/nowhere"},
-        {"db_host": "no-such-host.invalid"},
-    ],
-)
-async def test_an_unreachable_server(changes: dict[str, object]) -> None:
-    settings = Settings(**changes, db_password="p@ss%word", db_name="some_db")
-    with pytest.raises(DatabaseUnavailable, match=f"{changes['db_host']}.*some_db") as caught:
-        await use(settings)
-    assert_one_line_without_credentials(caught.value, "p@ss%word")
-
-
-async def test_a_silent_server_is_given_up_in_time() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        settings = Settings(db_host="127.0.0.1", db_port=port, db_connect_timeout=0.2)
-        async with asyncio.timeout(5):
-            with pytest.raises(DatabaseUnavailable, match="cannot connect") as caught:
-                await use(settings)
-    assert_one_line_without_credentials(caught.value)
-
-
-async def test_a_missing_database(server_url: str) -> None:
-    with pytest.raises(DatabaseUnavailable, match="does not exist: run `tiger-db init`") as caught:
-        await use(settings_for(server_url, f"missing-{uuid4().hex}"))
-    assert_one_line_without_credentials(caught.value)
-
-
-async def test_an_exhausted_pool(settings: Settings) -> None:
-    pool = {"db_pool_size": 1, "db_max_overflow": 1, "db_pool_timeout": 0.1}
-    async with Database(settings.model_copy(update=pool)) as database:
-        async with database.session() as first, database.session() as second:
-            await first.execute(text("SELECT 1"))
-            await second.execute(text("SELECT 1"))
-            with pytest.raises(DatabaseUnavailable, match=r"in use for 0.1 s \(DB_POOL_SIZE"):
-                async with database.session() as third:
-                    await third.execute(text("SELECT 1"))
-        async with database.session() as session:
-            assert await session.scalar(text("SELECT 1")) == 1
-
-
-@pytest.fixture(scope="module")
-def private_server() -> Iterator[Settings]:
-    """A server of our own, to stop and to kill."""
-    home = Path(tempfile.mkdtemp(prefix="tdb-"))
-    home.chmod(0o755)
-    settings = Settings(tiger_db_home=home / "home", db_query_timeout=20)
-    place = embedded.start(settings).folder
-    yield settings
-    embedded.stop(settings)
-    for folder in (home, place):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-async def private(private_server: Settings) -> AsyncIterator[Database]:
-    """A database on the private server, which it does not start by itself."""
-    server = embedded.start(private_server)
-    name = f"private_{uuid4().hex[:8]}"
-    connection = await connect(private_server, database="postgres")
-    await connection.execute(f"CREATE DATABASE {name}")
-    await connection.close()
-    settings = Settings(
-        db_host=str(server.socket_folder),
-        db_name=name,
-        db_password=server.connect_args(private_server)["password"],
-        encryption_keys=generate_key(),
-    )
-    async with migration_engine(settings) as engine:
-        await upgrade(engine)
-    async with Database(settings) as database:
-        yield database
-
-
-async def test_a_wrong_password(private_server: Settings) -> None:
-    server = embedded.start(private_server)
-    right = server.connect_args(private_server)["password"]
-    assert right
-    settings = Settings(db_host=str(server.socket_folder), db_password="my guess")
-    with pytest.raises(DatabaseUnavailable, match="password authentication failed") as caught:
-        await use(settings)
-    assert_one_line_without_credentials(caught.value, "my guess", right)
-
-
-def stop(settings: Settings) -> None:
-    embedded.stop(settings)
-
-
-def kill(settings: Settings) -> None:
-    server = embedded.running(settings)
-    assert server
-    postmaster = psutil.Process(server.pid)
-    everyone = [postmaster, *postmaster.children()]
-    postmaster.kill()
-    # Until the last of them has seen it, a transaction that is open may still be committed.
-    deadline = time.monotonic() + 20
-    while any(is_alive(process) for process in everyone):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """A zombie is not; some containers leave them for long."""
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-Act = Callable[[AsyncSession], Awaitable[object]]
-
-
-@pytest.mark.parametrize("end", [stop, kill])
-@pytest.mark.parametrize(
-    "act", [crud.accounts.list_accounts, factories.account, AsyncSession.commit]
-)
-async def test_a_restarted_server(
-    private_server: Settings, private: Database, end: Callable[[Settings], None], act: Act
-) -> None:
-    """The open session says so, nothing of it is kept, and the next session works."""
-    assert private.settings.db_password
-    password = private.settings.db_password.get_secret_value()
-    async with private.session() as idle, private.session() as idle_too:
-        await idle.execute(text("SELECT 1"))  # both stay in the pool, for later
-        await idle_too.execute(text("SELECT 1"))
-
-    async def lose_the_server() -> None:
-        async with private.session() as session:
-            await factories.account(session)
-            await asyncio.to_thread(end, private_server)
-            await act(session)
-
-    for use_it in (lose_the_server, lambda: use(private.settings)):
-        with pytest.raises(DatabaseUnavailable, match=private.settings.place) as caught:
-            await use_it()
-        assert_one_line_without_credentials(caught.value, password)
-    await asyncio.to_thread(embedded.start, private_server)
-    for _ in range(3):
-        async with private.session() as session:
-            assert (await crud.accounts.list_accounts(session)).items == []
-
-
-async def test_a_restart_between_two_sessions_goes_unnoticed(
-    private_server: Settings, private: Database
-) -> None:
-    async with private.session() as idle, private.session() as idle_too:
-        await idle.execute(text("SELECT 1"))  # both stay in the pool
-        await idle_too.execute(text("SELECT 1"))
-    await asyncio.to_thread(stop, private_server)
-    await asyncio.to_thread(embedded.start, private_server)
-    async with private.session() as first, private.session() as second:
-        assert await first.scalar(text("SELECT 1")) == await second.scalar(text("SELECT 1"))
-
-
-async def test_a_terminated_connection_is_told_and_replaced(database: Database) -> None:
-    with pytest.raises(DatabaseUnavailable, match="lost") as caught:
-        async with database.session() as session:
-            await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
-    assert_one_line_without_credentials(caught.value)
-    async with database.session() as session:
-        assert await session.scalar(text("SELECT 1")) == 1
+        async with Database(clone_settings) as database, database.session():
+            pass

@@ -206,6 +206,7 @@ async def test_an_update_changes_all_or_nothing(session: AsyncSession) -> None:
         ("id", uuid4(), InvalidValue),
         ("created_at", datetime.now(UTC), InvalidValue),
         ("updated_at", datetime.now(UTC), InvalidValue),
+        ("status", "closed", InvalidValue),
     ],
 )
 async def test_an_update_refuses(

@@ -82,7 +82,8 @@ async def test_only_an_active_account_serves_its_keys(session: AsyncSession, sta
     account = await factories.account(session)
     _, raw_key = await factories.api_key(session, tiger_account_id=account.id)
     assert await api_keys.verify_api_key(session, raw_key)
-    await crud.accounts.update(session, account.id, status=status)
+    account.sqlmodel_update({"status": status})
+    await session.flush()
     assert await api_keys.verify_api_key(session, raw_key) is None
 
 

@@ -1,4 +1,3 @@
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -24,14 +23,7 @@ from tiger_db.errors import (
     MissingReference,
 )
 
-LEASE = timedelta(microseconds=1)  # expired as soon as it is given
 S = TokenRefreshStatus
-Use = Callable[[AsyncSession, TokenStatus], Awaitable[object]]
-USES: dict[str, Use] = {
-    "heartbeat": token_status.heartbeat,
-    "complete": lambda s, c: token_status.complete(s, c, access_token="zombie"),
-    "fail": lambda s, c: token_status.fail(s, c, error="zombie"),
-}
 
 
 async def claim_due(session: AsyncSession, **arguments: Any) -> list[TokenStatus]:

@@ -112,6 +112,7 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
 
     Raises:
         NotFound: there is no such account.
+        InvalidValue: a field cannot be changed, or only by another function: `close`.
         ValidationError: a field is unknown or its value refused.
         AlreadyExists: the account number is taken, or another account is the default already.
     """
@@ -119,6 +120,8 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
     if fixed := sorted({"id", "created_at", "updated_at"} & changes.keys()):
         raise InvalidValue(f"{', '.join(fixed)} cannot be changed")
     before = _shown(account)
+    if changes.get("status") == AccountStatus.CLOSED != account.status:
+        raise InvalidValue("status: an account is closed by `close`, which ends its keys too")
     async with constraints(session, account):
         account.sqlmodel_update(changes)
     after = _shown(account)
