@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from tests import factories
 from tests.conftest import recorded
-from tiger_db import APIKeyScope, APIKeyStatus, Database, crud
+from tiger_db import APIKeyScope, APIKeyStatus, Database
 from tiger_db.crud import api_keys
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
