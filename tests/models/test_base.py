@@ -379,3 +379,12 @@ async def test_rows_are_usable_after_the_session_has_closed(clone: Database) -> 
 async def test_a_row_from_the_database_has_the_database_s_time(session: AsyncSession) -> None:
     account = await factories.account(session)
     assert account.created_at == await session.scalar(select(func.now()))
+
+
+async def test_a_loaded_row_has_its_fields_in_the_order_of_the_class(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    session.expunge_all()
+    loaded = await crud.accounts.get(session, account.id)
+    assert loaded is not None
+    assert list(loaded.model_dump()) == list(TigerAccount.model_fields)
+    assert [name for name, _ in loaded.__repr_args__()] == list(TigerAccount.model_fields)

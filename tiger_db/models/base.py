@@ -369,6 +369,15 @@ def _seal(mapper: Mapper[Any], name: str, type_: Encrypted, row: Entity) -> None
 
 
 @event.listens_for(Entity, "load", propagate=True)
+def _order(row: Entity, *_: object) -> None:
+    """Have the fields in the class's order, for `repr` and JSON: the ORM fills them in any."""
+    values = row.__dict__
+    for name in type(row).model_fields:
+        if name in values:
+            values[name] = values.pop(name)
+
+
+@event.listens_for(Entity, "load", propagate=True)
 @event.listens_for(Entity, "refresh", propagate=True)
 def _bind(row: Entity, *_: object) -> None:
     """Tell loaded ciphertexts where they are and who can decrypt them."""
