@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from uuid import uuid4
@@ -20,6 +21,8 @@ _server: servers.Server | None = None
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A run in the background ignores Ctrl-C, and so would the programs that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     global _server  # noqa: PLW0603  # one server a run, of which pytest hands nothing around
     for name in ("DATABASE_URL", "ENCRYPTION_KEYS", "ENVIRONMENT", "TIGER_DB_HOME"):
         os.environ.pop(name, None)

@@ -80,7 +80,8 @@ class Terminal:
     def end(self, program: subprocess.Popen[bytes]) -> int:
         """Read on until the program ends; its exit code."""
         os.set_blocking(self.screen, False)
-        while True:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             ended = program.poll()
             try:
                 self.read()
@@ -88,6 +89,7 @@ class Terminal:
                 if ended is not None:
                     return ended
                 time.sleep(0.01)
+        raise TimeoutError(self.seen)
 
     @property
     def echoes(self) -> bool:
