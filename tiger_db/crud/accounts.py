@@ -197,7 +197,7 @@ async def update_tokens(
 ) -> TigerAccount:
     """Replace an account's access token; the refresh token stays where none is given.
 
-    `token_expires_at` is an aware datetime; None: unknown.
+    `token_expires_at` is an aware datetime; None: unknown, and then the token is never due.
 
     Raises:
         NotFound: there is no such account.

@@ -115,6 +115,8 @@ async def complete(
 ) -> TokenStatus:
     """End a refresh well: new token on the account, errors forgotten, history and event written.
 
+    `expires_at` is an aware datetime; None: unknown, and then `schedule_due` never finds the token.
+
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
         ValidationError: a value is refused; nothing has changed.
