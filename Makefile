@@ -50,7 +50,7 @@ bench: $(READY) ## measure beside plain asyncpg, into benchmarks/RESULTS.md
 
 lock: $(READY) ## pin the newest allowed dependencies, with hashes, in requirements.txt
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(RUN)/uv pip compile pyproject.toml --extra embedded --group dev --universal --upgrade \
+	@$(RUN)/uv pip compile pyproject.toml --extra embedded --extra tiger --group dev --universal --upgrade \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
 		--output-file requirements.txt
 
