@@ -17,8 +17,15 @@ from tiger_db import (
     crud,
 )
 from tiger_db.database import AsyncSession
+from tiger_db.encryption import Secret
 
 _numbers = itertools.count(51230321)
+
+
+def plain(secret: Secret | None) -> str:
+    """The text of a secret that must be there."""
+    assert secret is not None
+    return secret.get_secret_value()
 
 
 def new_account(**overrides: Any) -> TigerAccount:

@@ -17,9 +17,10 @@ import pytest_asyncio
 from tests.conftest import create_database, drop_database
 from tiger_db import Settings
 from tiger_db.database import connect, migration_engine
-from tiger_db.migrations import drift, upgrade
+from tiger_db.migrations import drift, scripts, upgrade
 
 ROOT = Path(__file__).parent.parent
+HEAD = scripts().get_current_head()
 MODELS = "tiger_db/models"
 NICKNAME = "nickname: Text | None = Field(default=None, max_length=7, sa_type=SQLText)"
 # Of each file of models: a text, and what takes its place.
@@ -162,7 +163,7 @@ async def test_the_plain_command_works_with_the_same_settings(empty_database: Se
     here = Checkout(ROOT, empty_database)
     await here.alembic("upgrade", "head")
     done = await here.run(sys.executable, "-c", CYCLE, "current", "check")
-    assert done.stdout.splitlines() == ["0001 (head)", "No new upgrade operations detected."]
+    assert done.stdout.splitlines() == [f"{HEAD} (head)", "No new upgrade operations detected."]
     async with migration_engine(empty_database) as engine:
         assert (await upgrade(engine)).problem is None
         assert await drift(engine) == []
@@ -233,13 +234,13 @@ async def test_a_generated_migration_runs_as_it_is(server_url: str, changed: Che
     assert "tiger_db" not in generated.replace("tiger_db_changed", "")
 
     behind = await changed.run(sys.executable, "-c", USE)
-    assert "SchemaMismatch: the schema (revision 0001) is older" in behind.stderr
+    assert f"SchemaMismatch: the schema (revision {HEAD}) is older" in behind.stderr
     assert "run `tiger-db migrate`" in behind.stderr
-    cycle = ["upgrade head", "downgrade 0001", "upgrade head", "check"]
+    cycle = ["upgrade head", f"downgrade {HEAD}", "upgrade head", "check"]
     done = await changed.run(sys.executable, "-c", CYCLE, *cycle)
     assert (done.returncode, done.stdout) == (0, "No new upgrade operations detected.\n")
     ahead = await Checkout(ROOT, changed.settings).run(sys.executable, "-c", USE)
-    assert "is newer than this tiger_db (revision 0001): upgrade tiger_db" in ahead.stderr
+    assert f"is newer than this tiger_db (revision {HEAD}): upgrade tiger_db" in ahead.stderr
 
 
 USE = """
@@ -256,8 +257,8 @@ BROKEN = '''"""Fails half-way."""
 
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "later"
+down_revision = "next"
 
 
 def upgrade():
@@ -272,13 +273,14 @@ def downgrade():
 
 async def test_a_failed_migration_leaves_nothing_half_done(checkout: Checkout) -> None:
     versions = checkout.folder / "alembic" / "versions"
-    (versions / "0003.py").write_text(BROKEN)
+    (versions / "later.py").write_text(BROKEN)
     good = BROKEN.replace("half_done", "done").replace('op.execute("SELECT 1 / 0")', "pass")
-    (versions / "0002.py").write_text(good.replace('"0002"', '"0001"').replace('"0003"', '"0002"'))
+    good = good.replace('"next"', f'"{HEAD}"').replace('"later"', '"next"')
+    (versions / "next.py").write_text(good)
     done = await checkout.run(sys.executable, "-m", "alembic", "upgrade", "head")
     assert "division by zero" in done.stderr
     connection = await connect(checkout.settings)
-    assert await connection.fetchval("SELECT version_num FROM alembic_version") == "0002"
+    assert await connection.fetchval("SELECT version_num FROM alembic_version") == "next"
     assert await connection.fetchval("SELECT to_regclass('done')::text") == "done"
     assert await connection.fetchval("SELECT to_regclass('half_done')::text") is None
     await connection.close()

@@ -10,15 +10,17 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tests import factories
+from tests.factories import plain
 from tiger_db import Database, Settings, crud
 from tiger_db.database import connect, migration_engine
-from tiger_db.encryption import MASK, generate_key
+from tiger_db.encryption import generate_key
 from tiger_db.errors import (
     ConfigurationError,
     EncryptionError,
     SchemaMismatch,
 )
 from tiger_db.migrations import upgrade
+from tiger_db.redaction import MASK
 
 # Transactions
 
@@ -123,10 +125,10 @@ async def test_two_databases_in_one_process_keep_their_keys_apart(clone: Databas
             their_view = await crud.accounts.list_accounts(other_session)
     for view, readable, sealed in ((my_view, mine, theirs), (their_view, theirs, mine)):
         accounts = {account.id: account for account in view}
-        assert accounts[readable.id].private_key.get_secret_value() == "test_key"
+        assert plain(accounts[readable.id].private_key) == "test_key"
         assert str(accounts[sealed.id].private_key) == MASK
         with pytest.raises(EncryptionError, match="not configured"):
-            accounts[sealed.id].private_key.get_secret_value()
+            plain(accounts[sealed.id].private_key)
 
 
 async def test_after_a_change_of_keys_the_old_one_still_reads_and_finds(clone: Database) -> None:
@@ -138,7 +140,7 @@ async def test_after_a_change_of_keys_the_old_one_still_reads_and_finds(clone: D
     async with Database(changed) as database, database.session() as session:
         (found,) = await crud.accounts.get_by_tiger_id(session, "20159999")
         assert found.id == account.id
-        assert found.private_key.get_secret_value() == "test_key"
+        assert plain(found.private_key) == "test_key"
 
 
 @pytest.mark.parametrize("keys", ["k1:short", "no colon", "k1:" + "A" * 43 + "=,k1:" + "A" * 44])
@@ -209,7 +211,7 @@ async def test_the_default_database_serves_one_event_loop_after_another(
 async def test_rows_are_usable_when_everything_is_closed(clone_settings: Settings) -> None:
     async with Database(clone_settings) as database, database.session() as session:
         account = await factories.account(session, tags={"a": [1]})
-    assert account.private_key.get_secret_value() == "test_key"
+    assert plain(account.private_key) == "test_key"
     assert account.model_dump(mode="json")["tags"] == {"a": [1]}
 
 

@@ -13,8 +13,9 @@ from tests.factories import new_account
 from tests.test_encryption import PLACE, RING, SECRETS, secret_account, values_of
 from tiger_db import APIKeyScope, Database, TigerAccount, crud
 from tiger_db.database import AsyncSession
-from tiger_db.encryption import MASK, SealedSecret, Secret
+from tiger_db.encryption import SealedSecret, Secret, encrypt
 from tiger_db.errors import TigerDBError
+from tiger_db.redaction import MASK
 
 
 def outputs(account: TigerAccount) -> Iterator[str]:
@@ -46,7 +47,7 @@ def test_its_length_does_not_show_either() -> None:
 
 
 def test_a_secret_is_equal_to_the_same_one_however_stored() -> None:
-    sealed = SealedSecret(RING.encrypt("text", PLACE), PLACE, RING)
+    sealed = SealedSecret(encrypt(RING, "text", PLACE), PLACE, RING)
     assert sealed.get_secret_value() == "text"
     assert len(sealed) == 4
     assert Secret("text") == Secret("text") != Secret("other")

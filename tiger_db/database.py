@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
 from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
-from tiger_db.encryption import KeyRing, generate_key
+from tiger_db.encryption import KeyProvider, KeyRing, generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError
 from tiger_db.migrations import schema_state
 from tiger_db.settings import ConnectArgs, Settings
@@ -130,11 +130,15 @@ class AsyncSession(SQLModelSession):
 class Database:
     """The connections of one process to one database, in one event loop.
 
+    `key_provider` encrypts in place of `ENCRYPTION_KEYS`: a KMS, say.
+
     Raises:
         ConfigurationError: `ENCRYPTION_KEYS` is malformed, or missing in production.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(
+        self, settings: Settings | None = None, *, key_provider: KeyProvider | None = None
+    ) -> None:
         self.settings = settings or Settings()
         self.engine = _engine(
             self.settings,
@@ -144,7 +148,9 @@ class Database:
             pool_recycle=self.settings.db_pool_recycle,
         )
         # What CRUD functions find in session.info: the keys of the secrets.
-        self.info: dict[str, KeyRing | None] = {"key_ring": self.settings.key_ring()}
+        self.info: dict[str, KeyProvider | None] = {
+            "key_provider": key_provider or self.settings.key_ring()
+        }
         self.sessions = async_sessionmaker(
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
         )
@@ -174,8 +180,8 @@ class Database:
         """
         if self._checked:
             return
-        if self.info["key_ring"] is None and self.settings.embedded:
-            self.info["key_ring"] = await asyncio.to_thread(kept_key_ring, self.settings)
+        if self.info["key_provider"] is None and self.settings.embedded:
+            self.info["key_provider"] = await asyncio.to_thread(kept_key_ring, self.settings)
         async with self.engine.connect() as connection:
             (await schema_state(connection)).check()
         self._checked = True

@@ -12,7 +12,7 @@ import hmac
 import os
 import re
 from collections.abc import Mapping
-from typing import Self
+from typing import Protocol, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -25,27 +25,51 @@ from sqlalchemy import Dialect, LargeBinary
 from sqlalchemy.types import TypeDecorator
 
 from tiger_db.errors import EncryptionError
+from tiger_db.redaction import MASK
 
-MASK = "**********"
 _VERSION = 1
 _NONCE = 12  # bytes; NIST SP 800-38D, 8.2.2: a random 96-bit nonce
+_TAG = 16  # bytes
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}", re.ASCII)
 
 
+class KeyProvider(Protocol):
+    """What encrypts under keys that it knows by id: a `KeyRing`, or a KMS in its place.
+
+    It is called in the event loop's thread for every secret that is read or written: let it cache
+    what is slow. What it raises but `EncryptionError` reaches the caller as it is.
+    """
+
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """The keys, each 1 to 32 letters, digits, '.', '_' or '-'. The first one encrypts."""
+        ...
+
+    def encrypt(self, key_id: str, data: bytes, context: bytes) -> bytes:
+        """Encrypt under a fresh nonce; `context` is authenticated and not part of the result."""
+        ...
+
+    def decrypt(self, key_id: str, sealed: bytes, context: bytes) -> bytes:
+        """Decrypt; EncryptionError: not what `encrypt` made under this key for this context."""
+        ...
+
+    def fingerprint(self, key_id: str, data: bytes) -> bytes:
+        """The same bytes for the same data, which tell nothing to who lacks the key: a MAC."""
+        ...
+
+
 class KeyRing:
-    """The encryption keys by id. The first one encrypts, all of them decrypt."""
+    """The built-in `KeyProvider`: AES-256-GCM and HMAC-SHA256 under keys held in memory."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         if not keys:
             raise EncryptionError("no key is given")
         for key_id, key in keys.items():
-            if not _KEY_ID.fullmatch(key_id):
-                raise EncryptionError("a key id is 1 to 32 letters, digits, '.', '_' or '-'")
+            header_of(key_id)
             if len(key) != 32:  # noqa: PLR2004  # AES-256
                 raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64")
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
         self._fingerprint_keys = {key_id: _fingerprint_key(key) for key_id, key in keys.items()}
-        self.current = next(iter(keys))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -71,78 +95,92 @@ class KeyRing:
     def key_ids(self) -> tuple[str, ...]:
         return tuple(self._ciphers)
 
-    def encrypt(self, text: str, place: str) -> bytes:
-        """Encrypt a text for one place (`table.column:row id`)."""
-        key_id = self.current.encode("ascii")
-        header = bytes([_VERSION, len(key_id)]) + key_id
+    def encrypt(self, key_id: str, data: bytes, context: bytes) -> bytes:
         nonce = os.urandom(_NONCE)
-        sealed = self._ciphers[self.current].encrypt(
-            nonce, text.encode("utf-8"), header + place.encode("utf-8")
-        )
-        return header + nonce + sealed
+        return nonce + self._ciphers[key_id].encrypt(nonce, data, context)
 
-    def decrypt(self, ciphertext: bytes, place: str) -> str:
-        """Decrypt what `encrypt` made for this place.
-
-        Raises:
-            EncryptionError: not for this place, changed, or under a key that is not here.
-        """
-        header, key_id, body = _split(ciphertext, place)
-        cipher = self._ciphers.get(key_id)
-        if cipher is None:
-            raise EncryptionError(f"{place}: encryption key {key_id!r} is not configured")
+    def decrypt(self, key_id: str, sealed: bytes, context: bytes) -> bytes:
+        if len(sealed) < _NONCE + _TAG:
+            raise EncryptionError
         try:
-            return cipher.decrypt(
-                body[:_NONCE], body[_NONCE:], header + place.encode("utf-8")
-            ).decode("utf-8")
+            return self._ciphers[key_id].decrypt(sealed[:_NONCE], sealed[_NONCE:], context)
         except InvalidTag:
-            raise EncryptionError(
-                f"{place}: the ciphertext was changed, belongs to another place,"
-                f" or key {key_id!r} is not the one that made it"
-            ) from None
+            raise EncryptionError from None
 
-    def fingerprint(self, text: str, column: str) -> bytes:
-        """A keyed fingerprint under the current key, by which a column can be searched."""
-        return _fingerprint(self._fingerprint_keys[self.current], text, column)
-
-    def fingerprints(self, text: str, column: str) -> list[bytes]:
-        """The fingerprints that the text may have been stored with, one per key."""
-        return [_fingerprint(key, text, column) for key in self._fingerprint_keys.values()]
+    def fingerprint(self, key_id: str, data: bytes) -> bytes:
+        return hmac.digest(self._fingerprint_keys[key_id], data, hashlib.sha256)
 
     def __repr__(self) -> str:
         return f"KeyRing({', '.join(self.key_ids)})"
 
 
+def encrypt(provider: KeyProvider, text: str, place: str) -> bytes:
+    """Encrypt a text under the first key for one place (`table.column:row id`)."""
+    key_id = provider.key_ids[0]
+    header = header_of(key_id)
+    return header + provider.encrypt(key_id, text.encode(), header + place.encode())
+
+
+def decrypt(provider: KeyProvider, ciphertext: bytes, place: str, owner: str = "") -> str:
+    """Decrypt what `encrypt` made for this place; `owner` is what errors call its row.
+
+    Raises:
+        EncryptionError: not for this place, changed, or under a key that is not here.
+    """
+    where = f"{place} ({owner})" if owner else place
+    header, key_id = _header_in(ciphertext, where)
+    if key_id not in provider.key_ids:
+        raise EncryptionError(f"{where}: encryption key {key_id!r} is not configured")
+    try:
+        return provider.decrypt(key_id, ciphertext[len(header) :], header + place.encode()).decode()
+    except EncryptionError:
+        raise EncryptionError(
+            f"{where}: the ciphertext was changed, belongs to another place,"
+            f" or key {key_id!r} is not the one that made it"
+        ) from None
+
+
+def fingerprints(provider: KeyProvider, text: str, column: str) -> list[bytes]:
+    """By which a text is found in a column (`table.column`): one per key, the first key's first."""
+    data = f"{column}\0{text}".encode()
+    return [provider.fingerprint(key_id, data) for key_id in provider.key_ids]
+
+
+def header_of(key_id: str) -> bytes:
+    """What every ciphertext under this key starts with, and no other does."""
+    if not _KEY_ID.fullmatch(key_id):
+        raise EncryptionError("a key id is 1 to 32 letters, digits, '.', '_' or '-'")
+    return bytes([_VERSION, len(key_id)]) + key_id.encode("ascii")
+
+
 def key_id_of(ciphertext: bytes) -> str:
     """The id of the key that made a ciphertext."""
-    return _split(ciphertext, "ciphertext")[1]
+    return _header_in(ciphertext, "ciphertext")[1]
 
 
 def generate_key(key_id: str = "k1") -> str:
-    """A new random key in the form that `ENCRYPTION_KEYS` takes."""
+    """A new random key in the form that `ENCRYPTION_KEYS` takes.
+
+    Raises:
+        EncryptionError: the id has characters that it may not have.
+    """
+    header_of(key_id)
     return f"{key_id}:{base64.b64encode(os.urandom(32)).decode('ascii')}"
 
 
-def _split(ciphertext: bytes, place: str) -> tuple[bytes, str, bytes]:
+def _header_in(ciphertext: bytes, where: str) -> tuple[bytes, str]:
     if len(ciphertext) < 2 or ciphertext[0] != _VERSION:  # noqa: PLR2004  # version and length
-        raise EncryptionError(f"{place}: not a ciphertext of a version known here")
-    end = 2 + ciphertext[1]
-    try:
-        key_id = ciphertext[2:end].decode("ascii")
-    except UnicodeDecodeError:
-        key_id = ""
-    if not _KEY_ID.fullmatch(key_id) or len(ciphertext) < end + _NONCE + 16:
-        raise EncryptionError(f"{place}: the ciphertext is damaged")
-    return ciphertext[:end], key_id, ciphertext[end:]
+        raise EncryptionError(f"{where}: not a ciphertext of a version known here")
+    header = ciphertext[: 2 + ciphertext[1]]
+    key_id = header[2:].decode("ascii", errors="replace")
+    if not _KEY_ID.fullmatch(key_id) or len(header) != 2 + ciphertext[1]:
+        raise EncryptionError(f"{where}: the ciphertext is damaged")
+    return header, key_id
 
 
 def _fingerprint_key(key: bytes) -> bytes:
     """A key of its own for fingerprints, so that encryption and search share none (RFC 5869)."""
     return HKDF(SHA256(), length=32, salt=None, info=b"tiger_db fingerprint").derive(key)
-
-
-def _fingerprint(key: bytes, text: str, column: str) -> bytes:
-    return hmac.digest(key, f"{column}\0{text}".encode(), hashlib.sha256)
 
 
 class Secret(SecretStr):
@@ -190,10 +228,17 @@ class Secret(SecretStr):
 class SealedSecret(Secret):
     """A secret as it is stored: decrypted when `get_secret_value` is called, and not before."""
 
-    def __init__(self, ciphertext: bytes, place: str = "", ring: KeyRing | None = None) -> None:
+    def __init__(
+        self,
+        ciphertext: bytes,
+        place: str = "",
+        provider: KeyProvider | None = None,
+        owner: str = "",
+    ) -> None:
         self.ciphertext = ciphertext
         self.place = place
-        self.ring = ring
+        self.provider = provider
+        self.owner = owner
 
     @property
     def key_id(self) -> str:
@@ -208,24 +253,24 @@ class SealedSecret(Secret):
         """
         if not self.place:
             raise EncryptionError("a secret decrypts only as part of its row: load the whole row")
-        if self.ring is None:
+        if self.provider is None:
             raise EncryptionError(
                 f"{self.place}: encryption key {self.key_id!r} is not configured"
                 " (set ENCRYPTION_KEYS)"
             )
-        return self.ring.decrypt(self.ciphertext, self.place)
+        return decrypt(self.provider, self.ciphertext, self.place, self.owner)
 
     def __len__(self) -> int:
         return len(self.get_secret_value())
 
     def __copy__(self) -> "SealedSecret":
-        return SealedSecret(self.ciphertext, self.place, self.ring)
+        return SealedSecret(self.ciphertext, self.place, self.provider, self.owner)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SealedSecret":
         return self.__copy__()
 
-    def __reduce__(self) -> tuple[type["SealedSecret"], tuple[bytes, str]]:
-        return SealedSecret, (self.ciphertext, self.place)  # pickled without the keys
+    def __reduce__(self) -> tuple[type["SealedSecret"], tuple[bytes, str, None, str]]:
+        return SealedSecret, (self.ciphertext, self.place, None, self.owner)  # without the keys
 
 
 class Encrypted(TypeDecorator[SecretStr]):

@@ -58,6 +58,10 @@ class InvalidState(TigerDBError):
     """The row's status does not allow this."""
 
 
+class StaleToken(InvalidState):
+    """The account has a newer access token than this one."""
+
+
 class LeaseLost(InvalidState):
     """The claim on this refresh has ended: another worker may hold it."""
 

@@ -225,13 +225,13 @@ async def _strays(connection: AsyncConnection) -> list[str]:
 
 async def _unreadable(connection: AsyncConnection, ring: KeyRing) -> list[str]:
     """Whether the keys are those that the newest account was stored with."""
-    async with AsyncSession(connection, info={"key_ring": ring}) as session:
+    async with AsyncSession(connection, info={"key_provider": ring}) as session:
         account = await session.scalar(
             select(TigerAccount).order_by(col(TigerAccount.id).desc()).limit(1)
         )
     if account is not None:
         try:
-            account.private_key.get_secret_value()
+            account.tiger_id.get_secret_value()
         except EncryptionError as error:
             return [f"stored secrets cannot be read: {error}: set ENCRYPTION_KEYS as it was"]
     return []

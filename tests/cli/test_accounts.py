@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import CommandLine, Result
+from tests.factories import plain
 from tiger_db import Database, PrivateKeyFormat, Settings, TigerAccount, crud
 from tiger_db.tiger import parse_private_key
 
@@ -66,7 +67,7 @@ def test_create_with_everything(cli: CommandLine, key_file: str, pem: str, tmp_p
     assert result.err == f"created account {'*' * 13}8300\n"
     account = stored(cli, PAPER)
     der, form = parse_private_key(pem)
-    assert account.private_key.get_secret_value() == der
+    assert plain(account.private_key) == der
     assert account.private_key_format == form
     assert account.tiger_id.get_secret_value() == "20150001"
     assert account.secret_key is not None
@@ -99,7 +100,7 @@ def test_create_for_people(cli: CommandLine) -> None:
 def test_plain_key_outside_production(cli: CommandLine) -> None:
     result = create(cli)
     assert "Tiger will refuse it" in result.err
-    assert stored(cli).private_key.get_secret_value() == "test_key"
+    assert plain(stored(cli).private_key) == "test_key"
     assert stored(cli).private_key_format == PrivateKeyFormat.UNKNOWN
 
 
@@ -117,7 +118,7 @@ def test_secret_from_standard_input(cli: CommandLine, pem: str) -> None:
     for number, option in (("1", "--private-key"), ("2", "--private-key-file")):
         result = create(cli, number, option, "-", stdin=pem)
         assert "warning" not in result.err
-        assert stored(cli, number).private_key.get_secret_value() == parse_private_key(pem)[0]
+        assert plain(stored(cli, number).private_key) == parse_private_key(pem)[0]
 
 
 def test_secret_on_the_command_line_is_warned_of(cli: CommandLine, key_file: str) -> None:

@@ -21,6 +21,7 @@ import pytest
 from tests.cli.conftest import COMMAND, CommandLine
 from tests.cli.test_accounts import NUMBER, PAPER, REQUIRED, create, stored
 from tests.cli.test_database import sql
+from tests.factories import plain
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db import __all__ as names
 from tiger_db import models as enums
@@ -296,7 +297,7 @@ def test_secret_is_asked_for_without_echo(cli: CommandLine, terminal: Terminal, 
             terminal.type(typed)
             assert terminal.end(program) == 0, terminal.seen
         assert terminal.echoes
-        kept = stored(cli, number).private_key.get_secret_value()
+        kept = plain(stored(cli, number).private_key)
         assert kept == ("hunter2" if number == "1" else bare_key)
         os.set_blocking(terminal.screen, True)
         assert not any(line in terminal.seen for line in typed.split())

@@ -9,6 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 
 from tests import factories
+from tests.factories import plain
 from tiger_db import (
     AccountStatus,
     AccountType,
@@ -119,11 +120,11 @@ async def test_a_refused_account_can_be_corrected_and_stored(session: AsyncSessi
     await accounts.create(session, second)
     stored = await accounts.get_by_account_number(session, "another")
     assert stored is second
-    assert stored.private_key.get_secret_value() == "test_key"
+    assert plain(stored.private_key) == "test_key"
 
 
 async def test_without_keys_no_secret_is_stored(database: Database) -> None:
-    async with database.sessions(info={"key_ring": None}) as session:
+    async with database.sessions(info={"key_provider": None}) as session:
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS"):
             await factories.account(session)
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS"):
@@ -370,7 +371,8 @@ async def test_closing_takes_everything_along_but_the_row(session: AsyncSession)
     "change", ["set_default_trading_account", "set_default_data_account", "update_tokens"]
 )
 async def test_a_closed_account_refuses(session: AsyncSession, change: str) -> None:
-    account = await factories.account(session, status="closed")
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
     with pytest.raises(InvalidState, match="closed"):
         await CHANGES[change](session, account.id)
 

@@ -77,7 +77,7 @@ async def test_the_first_reason_to_refuse_is_given_and_no_refusal_counts(
     assert key.last_used_at is not None
 
 
-@pytest.mark.parametrize("status", ["inactive", "suspended", "pending_verification", "closed"])
+@pytest.mark.parametrize("status", ["inactive", "suspended", "pending_verification"])
 async def test_only_an_active_account_serves_its_keys(session: AsyncSession, status: str) -> None:
     account = await factories.account(session)
     _, raw_key = await factories.api_key(session, tiger_account_id=account.id)

@@ -223,7 +223,9 @@ async def test_a_refused_failure_changes_nothing(clone: Database, values: Any) -
 async def test_a_token_that_nobody_can_read_any_more_is_replaced(clone: Database) -> None:
     async with clone.session() as session:
         claim = await factories.claim(session)
-    async with clone.sessions(info={"key_ring": KeyRing.parse(generate_key("other"))}) as session:
+    async with clone.sessions(
+        info={"key_provider": KeyRing.parse(generate_key("other"))}
+    ) as session:
         refresh = await token_status.complete(session, claim, access_token="new")
         account = await crud.accounts.get(session, claim.tiger_account_id)
     assert refresh.old_token_hash is None

@@ -107,7 +107,11 @@ async def test_twenty_callers_leave_one_default(crowd: Database, which: str) -> 
         changes = (await factories.events(session))[20:]
         assert {event.action for event in changes} == {AuditAction.ACCOUNT_SET_DEFAULT}
     # One after the other: each replaced the one before, and the last one stayed.
-    replaced = {e.resource_id: e.old_values[column] for e in changes if e.old_values}
+    replaced = {
+        e.resource_id: e.old_values[column]
+        for e in changes
+        if e.old_values and e.new_values and e.new_values[column] == e.resource_id
+    }
     chain: list[Any] = [str(default.id)]
     while (before := replaced[chain[-1]]) is not None:
         chain.append(before)

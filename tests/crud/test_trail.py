@@ -14,6 +14,7 @@ from tiger_db import (
 )
 from tiger_db.crud import accounts
 from tiger_db.database import AsyncSession
+from tiger_db.redaction import MASK
 
 
 async def test_every_change_writes_its_event(session: AsyncSession) -> None:
@@ -25,6 +26,7 @@ async def test_every_change_writes_its_event(session: AsyncSession) -> None:
     expiry = datetime(2027, 1, 1, tzinfo=UTC)
     await accounts.update_tokens(session, account.id, access_token="t", token_expires_at=expiry)
     await accounts.record_error(session, account.id, message="no answer")
+    at = account.model_dump(mode="json")["last_error_at"]
     await accounts.reset_errors(session, account.id)
     await accounts.close(session, account.id)
     written = [e for e in await factories.events(session) if e.tiger_account_id == account.id]
@@ -38,12 +40,32 @@ async def test_every_change_writes_its_event(session: AsyncSession) -> None:
         ),
         (
             AuditAction.TOKEN_UPDATE,
-            {"token_expires_at": None},
-            {"token_expires_at": "2027-01-01T00:00:00Z"},
+            {"access_token": None, "token_expires_at": None},
+            {"access_token": MASK, "token_expires_at": "2027-01-01T00:00:00Z"},
         ),
-        (AuditAction.ACCOUNT_ERROR, None, {"error_count": 1}),
-        (AuditAction.ACCOUNT_RESET_ERRORS, {"error_count": 1}, {"error_count": 0}),
-        (AuditAction.ACCOUNT_CLOSE, {"status": "suspended"}, {"status": "closed"}),
+        (AuditAction.ACCOUNT_ERROR, {"error_count": 0}, {"error_count": 1}),
+        (
+            AuditAction.ACCOUNT_RESET_ERRORS,
+            {"error_count": 1, "last_error": "no answer", "last_error_at": at},
+            {"error_count": 0, "last_error": None, "last_error_at": None},
+        ),
+        (
+            AuditAction.ACCOUNT_CLOSE,
+            {
+                "status": "suspended",
+                "private_key": MASK,
+                "access_token": MASK,
+                "token_expires_at": "2027-01-01T00:00:00Z",
+                "is_default_data": True,
+            },
+            {
+                "status": "closed",
+                "private_key": None,
+                "access_token": None,
+                "token_expires_at": None,
+                "is_default_data": False,
+            },
+        ),
     ]
     assert written[0].action == AuditAction.ACCOUNT_CREATE
     assert written[0].new_values is not None

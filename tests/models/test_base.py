@@ -32,8 +32,9 @@ from tests.models.examples import (
 )
 from tiger_db import APIKey, AuditLog, Database, TigerAccount, TokenStatus, crud
 from tiger_db.database import AsyncSession
-from tiger_db.encryption import MASK, Secret
+from tiger_db.encryption import Secret
 from tiger_db.models import Entity
+from tiger_db.redaction import MASK
 
 STORABLE = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 in_database = settings(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from tests import factories
 from tests.conftest import recorded
+from tests.factories import plain
 from tests.models.examples import made
 from tiger_db import APIKey, APIKeyScope, Database, MarketPermission, TigerAccount, crud
 from tiger_db.database import AsyncSession
@@ -321,7 +322,7 @@ async def test_a_copy_of_a_row_is_a_row_of_its_own(
     assert (account.tags, account.market_permissions) == ({"a": [1]}, ["US"])
     await reloaded(session, twin)
     assert (twin.tags, twin.market_permissions) == ({"a": [1, 2]}, ["US", "HK"])
-    assert twin.private_key.get_secret_value() == account.private_key.get_secret_value()
+    assert plain(twin.private_key) == plain(account.private_key)
 
 
 def test_a_copy_with_changes_is_validated() -> None:
@@ -338,9 +339,9 @@ async def test_a_pickled_row_comes_back_without_the_keys(session: AsyncSession) 
     twin = pickle.loads(pickled)
     assert twin.model_dump(mode="json") == account.model_dump(mode="json")
     with pytest.raises(EncryptionError, match="'test' is not configured"):
-        twin.private_key.get_secret_value()
+        plain(twin.private_key)
     session.expunge(account)
     session.add(twin)  # it is the same row
     twin.tags["a"].append(2)
     assert (await reloaded(session, twin)).tags == {"a": [1, 2]}
-    assert twin.private_key.get_secret_value() == "test_key"
+    assert plain(twin.private_key) == "test_key"

@@ -19,8 +19,9 @@ from tiger_db.cli.input import (
     secret,
     settings,
 )
-from tiger_db.cli.output import AsJson, masked, show_page, show_row, talk, warn
+from tiger_db.cli.output import AsJson, show_page, show_row, talk, warn
 from tiger_db.errors import InvalidValue
+from tiger_db.redaction import masked
 
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession

@@ -55,12 +55,6 @@ def failure(error: Exception) -> str:
     )
 
 
-def masked(account_number: str) -> str:
-    """An account number for places that others may see."""
-    shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual
-    return "*" * (len(account_number) - len(shown)) + shown
-
-
 def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 

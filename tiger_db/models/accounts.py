@@ -5,13 +5,24 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, Index, LargeBinary, text
+from pydantic import AfterValidator, ValidationInfo
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    FetchedValue,
+    Index,
+    LargeBinary,
+    false,
+    text,
+)
 from sqlalchemy import Text as SQLText
 from sqlmodel import Field, Relationship
 from typing_extensions import TypedDict  # pydantic: the standard one from Python 3.12 on
 
 from tiger_db.encryption import Encrypted, Secret
+from tiger_db.errors import EncryptionError, StaleToken
 from tiger_db.models.base import (
     Int64,
     JsonObject,
@@ -24,6 +35,8 @@ from tiger_db.models.base import (
     tracked_json,
     tracked_list,
 )
+from tiger_db.redaction import masked
+from tiger_db.tokens import TokenTimes, token_times
 
 if TYPE_CHECKING:
     from tiger_db.models.api_keys import APIKey
@@ -62,6 +75,10 @@ class TigerLicense(StrEnum):
     TBUS = "TBUS"
 
 
+# Whose requests need an access token, by Tiger's documentation.
+LICENSES_WITH_TOKEN = (TigerLicense.TBHK,)
+
+
 class TigerEnvironment(StrEnum):
     PROD = "PROD"
     SANDBOX = "SANDBOX"
@@ -91,6 +108,12 @@ def account_type_of(account_number: str) -> AccountType:
     return AccountType.STANDARD
 
 
+def _unless_closed(value: Secret | None, info: ValidationInfo) -> Secret | None:
+    if value is None and info.data.get("status", AccountStatus.CLOSED) != AccountStatus.CLOSED:
+        raise ValueError("is missing, and only a closed account has none")
+    return value
+
+
 class TigerAccount(MutableEntity, table=True):
     """A broker account. Its secrets are ciphertext in the database and masked everywhere else."""
 
@@ -114,6 +137,14 @@ class TigerAccount(MutableEntity, table=True):
             postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
         ),
         CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
+        CheckConstraint("jsonb_typeof(client_options) = 'object'", name="client_options_object"),
+        CheckConstraint(
+            "CASE WHEN status = 'closed' THEN"
+            " num_nonnulls(private_key, secret_key, access_token, refresh_token) = 0"
+            " AND NOT is_default_trading AND NOT is_default_data"
+            " ELSE private_key IS NOT NULL END",
+            name="credentials_unless_closed",
+        ),
         CheckConstraint(
             "jsonb_typeof(quote_permissions) = 'array'", name="quote_permissions_array"
         ),
@@ -151,8 +182,10 @@ class TigerAccount(MutableEntity, table=True):
         index=True,
         comment="HMAC-SHA256 of tiger_id under a derived key, to search by",
     )
-    private_key: Secret = Field(
-        sa_type=Encrypted(), description="RSA private key, base64 DER, encrypted"
+    private_key: Annotated[Secret | None, AfterValidator(_unless_closed)] = Field(
+        sa_type=Encrypted(),
+        nullable=True,
+        description="RSA private key, base64 DER, encrypted; a closed account has none",
     )
     private_key_format: PrivateKeyFormat = Field(
         default=PrivateKeyFormat.UNKNOWN,
@@ -200,6 +233,18 @@ class TigerAccount(MutableEntity, table=True):
         sa_type=tracked_json(),
         description="Tiger's quote permissions: name and expire_at (epoch ms, -1 permanent)",
     )
+    client_options: JsonObject = Field(
+        default_factory=dict,
+        sa_type=tracked_json(),
+        sa_column_kwargs={"server_default": text("'{}'")},
+        description="What else Tiger's configuration file says: timeout, language and the like",
+    )
+    auto_suspended: bool = Field(
+        default=False,
+        sa_type=Boolean,
+        sa_column_kwargs={"server_default": false(), "server_onupdate": FetchedValue()},
+        description="Suspended after too many errors, not by a person; ends with the suspension",
+    )
     error_count: Int64 = Field(
         default=0, ge=0, sa_type=BigInteger, description="Consecutive errors since the last success"
     )
@@ -244,6 +289,40 @@ class TigerAccount(MutableEntity, table=True):
         if self.access_token is None or self.token_expires_at is None:
             return False
         return self.token_expires_at <= datetime.now(UTC) + REFRESH_AHEAD
+
+    def expiry_of_newer(
+        self, access_token: str, expires_at: datetime | None = None
+    ) -> datetime | None:
+        """When a token that is to replace this account's expires; None: that is unknown.
+
+        It is read out of the token where it is not given. Of two tokens in Tiger's format the one
+        generated later is the newer; of others, the one that expires later.
+
+        Raises:
+            StaleToken: the account's token is the newer one.
+        """
+        new, old = token_times(access_token), self._token_times()
+        if expires_at is None and new is not None:
+            expires_at = new.expires_at
+        if new is not None and old is not None:
+            stale = new.generated_at < old.generated_at
+        else:
+            held = self.token_expires_at if self.access_token is not None else None
+            stale = held is not None and expires_at is not None and expires_at < held
+        if stale:
+            raise StaleToken
+        return expires_at
+
+    def _token_times(self) -> TokenTimes | None:
+        if self.access_token is None:
+            return None
+        try:
+            return token_times(self.access_token.get_secret_value())
+        except EncryptionError:  # a token that nobody can read any more may be replaced
+            return None
+
+    def known_as(self) -> str:
+        return f"account {masked(self.__dict__.get('account_number') or '')}"
 
     def has_market_permission(self, permission: MarketPermission) -> bool:
         return permission in self.market_permissions

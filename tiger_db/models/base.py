@@ -40,7 +40,14 @@ from sqlmodel import Field, SQLModel
 from sqlmodel._compat import SQLModelConfig, finish_init, partial_init
 from uuid_utils.compat import uuid7
 
-from tiger_db.encryption import Encrypted, KeyRing, SealedSecret, Secret
+from tiger_db.encryption import (
+    Encrypted,
+    KeyProvider,
+    SealedSecret,
+    Secret,
+    encrypt,
+    fingerprints,
+)
 from tiger_db.errors import ConfigurationError
 from tiger_db.models.mutable import Tracked, track
 
@@ -232,6 +239,10 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.__pydantic_validator__.validate_assignment(draft, name, value)
         return {name: draft.__dict__[name] for name in changes}
 
+    def known_as(self) -> str:
+        """What errors may call the row, of values that are loaded already; empty: just its id."""
+        return ""
+
     def __copy__(self) -> Self:
         """A row with the same values, id and all, that no session knows; nothing is related."""
         with partial_init():
@@ -327,7 +338,8 @@ def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[s
 
 
 @cache
-def _encrypted(mapper: Mapper[Any]) -> list[tuple[str, Encrypted]]:
+def encrypted_columns(mapper: Mapper[Any]) -> list[tuple[str, Encrypted]]:
+    """The names and types of an entity's secret columns."""
     return [(c.key, c.type) for c in mapper.local_table.c if isinstance(c.type, Encrypted)]
 
 
@@ -348,7 +360,7 @@ def _make_storable(mapper: Mapper[Any], connection: object, row: Entity) -> None
     }
     for name, value in row.validated(changed).items():
         changed[name].become(value)
-    for name, type_ in _encrypted(mapper):
+    for name, type_ in encrypted_columns(mapper):
         _seal(mapper, name, type_, row)
 
 
@@ -359,13 +371,14 @@ def _seal(mapper: Mapper[Any], name: str, type_: Encrypted, row: Entity) -> None
         return
     if isinstance(secret, SealedSecret) and secret.place == place:
         return
-    ring = _ring(object_session(row))
-    if ring is None:
+    provider = key_provider(object_session(row))
+    if provider is None:
         raise ConfigurationError(f"{place}: ENCRYPTION_KEYS is not set, so it cannot be stored")
     text = secret.get_secret_value()
-    set_attribute(row, name, SealedSecret(ring.encrypt(text, place), place, ring))
+    sealed = SealedSecret(encrypt(provider, text, place), place, provider, row.known_as())
+    set_attribute(row, name, sealed)
     if type_.fingerprint:
-        set_attribute(row, type_.fingerprint, ring.fingerprint(text, place.split(":")[0]))
+        set_attribute(row, type_.fingerprint, fingerprints(provider, text, place.split(":")[0])[0])
 
 
 @event.listens_for(Entity, "load", propagate=True)
@@ -382,13 +395,20 @@ def _order(row: Entity, *_: object) -> None:
 def _bind(row: Entity, *_: object) -> None:
     """Tell loaded ciphertexts where they are and who can decrypt them."""
     mapper = object_mapper(row)
-    for name, _type in _encrypted(mapper):
+    provider, owner = key_provider(object_session(row)), row.known_as()
+    for name, _type in encrypted_columns(mapper):
         secret = row.__dict__.get(name)
         if isinstance(secret, SealedSecret) and not secret.place:
             secret.place = _place(mapper, name, row)
-            secret.ring = _ring(object_session(row))
+            secret.provider, secret.owner = provider, owner
 
 
-def _ring(session: Session | None) -> KeyRing | None:
-    ring = session.info.get("key_ring") if session is not None else None
-    return ring if isinstance(ring, KeyRing) else None
+def secrets_of(row: Entity) -> list[Secret]:
+    """The secrets that a row has."""
+    values = (row.__dict__.get(name) for name, _type in encrypted_columns(object_mapper(row)))
+    return [value for value in values if isinstance(value, Secret)]
+
+
+def key_provider(session: Session | None) -> KeyProvider | None:
+    """What encrypts and decrypts the secrets of a session's rows, if anything does."""
+    return None if session is None else session.info.get("key_provider")

@@ -13,6 +13,7 @@ from tiger_db.crud.common import (
     check_limit,
     get_or_raise,
     many,
+    one,
     storable,
 )
 from tiger_db.crud.token_status.changes import IS_OPEN, LONGEST_BACKOFF, log, set_values
@@ -21,6 +22,7 @@ from tiger_db.errors import (
     EncryptionError,
     InvalidValue,
     LeaseLost,
+    StaleToken,
 )
 from tiger_db.models import (
     AccountStatus,
@@ -31,6 +33,7 @@ from tiger_db.models import (
     TokenStatus,
 )
 from tiger_db.models.accounts import REFRESH_AHEAD
+from tiger_db.redaction import redact
 
 # Exponential backoff with full jitter, from this long to LONGEST_BACKOFF:
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
@@ -115,10 +118,13 @@ async def complete(
 ) -> TokenStatus:
     """End a refresh well: new token on the account, errors forgotten, history and event written.
 
-    `expires_at` is an aware datetime; None: unknown, and then `schedule_due` never finds the token.
+    `expires_at` is an aware datetime. None: it is read out of a token in Tiger's format; that of
+    any other is unknown, and then `schedule_due` never finds the token. An account that too many
+    errors have suspended meanwhile keeps both: `accounts.reset_errors` ends them.
 
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
+        StaleToken: the account has a newer token; nothing has changed.
         ValidationError: a value is refused; nothing has changed.
     """
     # The account first, as everyone who locks both does.
@@ -126,13 +132,18 @@ async def complete(
     changes: dict[str, object] = {
         "access_token": access_token,
         "token_expires_at": expires_at,
-        "error_count": 0,
-        "last_error": None,
-        "last_error_at": None,
     }
+    if not account.auto_suspended:
+        changes |= {"error_count": 0, "last_error": None, "last_error_at": None}
     if refresh_token is not None:
         changes["refresh_token"] = refresh_token
     account.validated(changes)  # refused before anything has changed
+    try:
+        expires_at = changes["token_expires_at"] = account.expiry_of_newer(access_token, expires_at)
+    except StaleToken:
+        if await one(session, select(TokenStatus).where(_held(claim))) is None:
+            raise LeaseLost from None
+        raise
     refresh = await _change(
         session,
         claim,
@@ -194,7 +205,7 @@ async def fail(
         duration_ms=_duration(),
         lease_expires_at=None,
         error_code=error_code,
-        error_message=storable(error),
+        error_message=storable(redact(error)),
         api_response_code=api_response_code,
         api_response_time_ms=api_response_time_ms,
     )
@@ -224,18 +235,19 @@ def _hash_of(token: Secret | None) -> str | None:
 async def _change(session: AsyncSession, claim: TokenStatus, **values: object) -> TokenStatus:
     given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
     claim.validated(given)  # as if assigned
-    refresh = await set_values(
-        session,
-        and_(
-            col(TokenStatus.id) == claim.id,
-            col(TokenStatus.fencing_token) == claim.fencing_token,
-            col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
-        ),
-        **values,
-    )
+    refresh = await set_values(session, _held(claim), **values)
     if refresh is None:
         raise LeaseLost
     return refresh
+
+
+def _held(claim: TokenStatus) -> ColumnElement[bool]:
+    """Whether the claim is still good."""
+    return and_(
+        col(TokenStatus.id) == claim.id,
+        col(TokenStatus.fencing_token) == claim.fencing_token,
+        col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
+    )
 
 
 def _duration() -> ColumnElement[int]:

@@ -1,0 +1,101 @@
+"""Closed accounts keep no credentials; automatic suspensions; options of Tiger's client.
+
+Revision: 0002
+Follows: 0001
+Made: 2026-11-25
+
+Locks tiger_accounts, which is small, for a scan of its rows. Code of revision 0001 can live with it,
+but cannot close an account: it leaves the private key where none may be.
+"""
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+END_AUTO_SUSPENSION = """
+CREATE FUNCTION end_auto_suspension() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.auto_suspended := false;
+    RETURN NEW;
+END
+$$
+"""
+
+
+def upgrade() -> None:
+    op.add_column(
+        "tiger_accounts",
+        sa.Column(
+            "client_options",
+            postgresql.JSONB(),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+            comment="What else Tiger's configuration file says: timeout, language and the like",
+        ),
+    )
+    op.add_column(
+        "tiger_accounts",
+        sa.Column(
+            "auto_suspended",
+            sa.Boolean(),
+            server_default=sa.false(),
+            nullable=False,
+            comment="Suspended after too many errors, not by a person; ends with the suspension",
+        ),
+    )
+    op.alter_column(
+        "tiger_accounts",
+        "private_key",
+        existing_type=sa.LargeBinary(),
+        nullable=True,
+        existing_comment="RSA private key, base64 DER, encrypted",
+        comment="RSA private key, base64 DER, encrypted; a closed account has none",
+    )
+    op.execute(
+        "UPDATE tiger_accounts SET private_key = NULL, secret_key = NULL, access_token = NULL,"
+        " refresh_token = NULL, token_expires_at = NULL, is_default_trading = false,"
+        " is_default_data = false WHERE status = 'closed'"
+    )
+    op.create_check_constraint(
+        op.f("ck_tiger_accounts_client_options_object"),
+        "tiger_accounts",
+        "jsonb_typeof(client_options) = 'object'",
+    )
+    op.create_check_constraint(
+        op.f("ck_tiger_accounts_credentials_unless_closed"),
+        "tiger_accounts",
+        "CASE WHEN status = 'closed' THEN"
+        " num_nonnulls(private_key, secret_key, access_token, refresh_token) = 0"
+        " AND NOT is_default_trading AND NOT is_default_data"
+        " ELSE private_key IS NOT NULL END",
+    )
+    op.execute(END_AUTO_SUSPENSION)
+    op.execute(
+        "CREATE TRIGGER end_auto_suspension BEFORE UPDATE OF status ON tiger_accounts FOR EACH ROW"
+        " WHEN (NEW.auto_suspended AND NEW.status <> 'suspended')"
+        " EXECUTE FUNCTION end_auto_suspension()"
+    )
+
+
+def downgrade() -> None:
+    op.execute("DROP TRIGGER end_auto_suspension ON tiger_accounts")
+    op.execute("DROP FUNCTION end_auto_suspension()")
+    op.drop_constraint(op.f("ck_tiger_accounts_credentials_unless_closed"), "tiger_accounts")
+    # What was destroyed stays so: no key decrypts this.
+    op.execute("UPDATE tiger_accounts SET private_key = '' WHERE private_key IS NULL")
+    op.alter_column(
+        "tiger_accounts",
+        "private_key",
+        existing_type=sa.LargeBinary(),
+        nullable=False,
+        existing_comment="RSA private key, base64 DER, encrypted; a closed account has none",
+        comment="RSA private key, base64 DER, encrypted",
+    )
+    op.drop_column("tiger_accounts", "auto_suspended")
+    op.drop_column("tiger_accounts", "client_options")

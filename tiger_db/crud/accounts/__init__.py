@@ -1,0 +1,40 @@
+"""Broker accounts. Every change writes its audit event in the same transaction."""
+
+from tiger_db.crud.accounts.closing import close, reopen
+from tiger_db.crud.accounts.editing import (
+    create,
+    set_default_data_account,
+    set_default_trading_account,
+    update,
+)
+from tiger_db.crud.accounts.operation import record_error, reset_errors, update_tokens
+from tiger_db.crud.accounts.reading import (
+    find_for_operation,
+    get,
+    get_accounts_needing_token_refresh,
+    get_by_account_number,
+    get_by_tiger_id,
+    get_default_data_account,
+    get_default_trading_account,
+    list_accounts,
+)
+
+__all__ = [
+    "close",
+    "create",
+    "find_for_operation",
+    "get",
+    "get_accounts_needing_token_refresh",
+    "get_by_account_number",
+    "get_by_tiger_id",
+    "get_default_data_account",
+    "get_default_trading_account",
+    "list_accounts",
+    "record_error",
+    "reopen",
+    "reset_errors",
+    "set_default_data_account",
+    "set_default_trading_account",
+    "update",
+    "update_tokens",
+]

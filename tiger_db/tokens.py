@@ -1,0 +1,34 @@
+"""What an access token of Tiger's says of itself."""
+
+import base64
+import binascii
+import re
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+_STAMPS = re.compile(rb"(\d{13}),(\d{13})")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class TokenTimes(NamedTuple):
+    """When a token was made and until when it is good, by Tiger's clock (UTC)."""
+
+    generated_at: datetime
+    expires_at: datetime
+
+
+def token_times(token: str) -> TokenTimes | None:
+    """Read the times out of a token; None where it is of another form, as OAuth's are.
+
+    Tiger's tokens are base64 of `<generated>,<expires>`, two stamps of 13 digits in epoch
+    milliseconds, and 16 opaque bytes (tigeropen 3.8.0, `should_token_refresh`).
+    """
+    try:
+        content = base64.b64decode(token.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    stamps = _STAMPS.match(content)
+    if stamps is None:
+        return None
+    generated, expires = (_EPOCH + timedelta(milliseconds=int(stamp)) for stamp in stamps.groups())
+    return TokenTimes(generated, expires) if generated < expires else None
