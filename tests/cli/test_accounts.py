@@ -276,6 +276,55 @@ def test_close(cli: CommandLine) -> None:
     assert "no account" in cli.fails("close-account", "0", "--yes")
 
 
+def test_a_closed_account_can_be_reopened(cli: CommandLine, key_file: str, pem: str) -> None:
+    create(cli)
+    assert "only a closed account" in cli.fails(
+        "reopen-account", NUMBER, "--private-key-file", key_file
+    )
+    cli.ok("close-account", NUMBER, "--yes")
+    assert stored(cli).private_key is None
+    again = ("--account-number", NUMBER, "--private-key-file", key_file)
+    assert "already" in cli.fails("create-account", *REQUIRED, *again)
+    opened = cli.ok("reopen-account", NUMBER, "--private-key", "-", "--json", stdin=pem)
+    assert opened.err == "account ****0321 is open again\n"
+    assert (opened.json["status"], opened.json["private_key"]) == ("active", "**********")
+    assert plain(stored(cli).private_key) == parse_private_key(pem)[0]
+
+
+def test_a_person_sets_the_status(cli: CommandLine) -> None:
+    create(cli)
+    for status in ("suspended", "pending_verification", "inactive", "active", "suspended"):
+        changed = cli.ok("set-account-status", NUMBER, status, "--json")
+        assert changed.json["status"] == status
+        assert changed.err == f"account ****0321 is {status}\n"
+    assert "suspended" in cli.ok("reset-errors", NUMBER).err
+    assert stored(cli).status == "suspended"
+    assert "closed" in cli.misused("set-account-status", NUMBER, "closed")
+    cli.ok("close-account", NUMBER, "--yes")
+    assert "reopen" in cli.fails("set-account-status", NUMBER, "active")
+
+
+def test_errors_are_forgotten(cli: CommandLine) -> None:
+    create(cli)
+
+    async def fail() -> None:
+        settings = Settings(
+            database_url=cli.env["DATABASE_URL"], encryption_keys=cli.env["ENCRYPTION_KEYS"]
+        )
+        async with Database(settings) as database, database.session() as session:
+            account = await crud.accounts.get_by_account_number(session, NUMBER)
+            assert account is not None
+            for _ in range(10):
+                await crud.accounts.record_error(session, account.id, message="boom")
+
+    asyncio.run(fail())
+    shown = cli.ok("show-account", NUMBER, "--json").json
+    assert (shown["status"], shown["error_count"], shown["last_error"]) == ("suspended", 10, "boom")
+    told = cli.ok("reset-errors", NUMBER, "--json")
+    assert told.err == "account ****0321 has no errors and is active\n"
+    assert (told.json["status"], told.json["error_count"]) == ("active", 0)
+
+
 def test_stored_text_cannot_govern_the_terminal(cli: CommandLine) -> None:
     name = "[bold]:smile: \x1b[31m\u202eevil\r\n"
     create(cli, "1", "--account-name", name)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # As the enums of tiger_db.models have them, which `--help` has no time to import.
 AccountTypes = Literal["standard", "prime", "global", "paper"]
 AccountStatuses = Literal["active", "inactive", "suspended", "pending_verification", "closed"]
+OpenStatuses = Literal["active", "inactive", "suspended", "pending_verification"]
 Licenses = Literal["TBNZ", "TBSG", "TBHK", "TBAU", "TBUS"]
 Environments = Literal["PROD", "SANDBOX"]
 
@@ -197,7 +198,7 @@ def set_default_account(
 
 @app.command(rich_help_panel=_PANEL)
 def close_account(account: Account, *, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Close an account for good: its API keys are revoked, its tokens and refreshes end.
+    """Close an account: its credentials are destroyed, its API keys revoked, its refreshes end.
 
     The account and its audit trail stay.
     """
@@ -211,6 +212,66 @@ def close_account(account: Account, *, yes: Yes = False, as_json: AsJson = False
     closed = query(close)
     talk(f"account {masked(closed.account_number)} is closed")
     show_row(closed, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def reopen_account(
+    account: Account,
+    *,
+    private_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="RSA private key, or - to read it from standard input."),
+    ] = None,
+    private_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with the RSA private key.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Open a closed account again, with a new private key. Its API keys stay revoked."""
+    production = settings().production
+    given = required_secret("private-key", private_key, private_key_file)
+    key, key_format = _checked(given, production=production)
+
+    async def reopen(session: "AsyncSession") -> "tiger_db.TigerAccount":
+        found = await find_account(session, account)
+        return await tiger_db.crud.accounts.reopen(
+            session, found.id, private_key=key, private_key_format=key_format
+        )
+
+    opened = query(reopen)
+    talk(f"account {masked(opened.account_number)} is open again")
+    show_row(opened, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def set_account_status(
+    account: Account,
+    status: Annotated[OpenStatuses, typer.Argument(help="Only an active one serves requests.")],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Suspend an account, activate it, and the like. Closing is `close-account`'s."""
+
+    async def change(session: "AsyncSession") -> "tiger_db.TigerAccount":
+        found = await find_account(session, account)
+        return await tiger_db.crud.accounts.update(session, found.id, status=status)
+
+    changed = query(change)
+    talk(f"account {masked(changed.account_number)} is {changed.status.value}")
+    show_row(changed, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def reset_errors(account: Account, *, as_json: AsJson = False) -> None:
+    """Forget an account's errors, and lift the suspension that they have caused."""
+
+    async def reset(session: "AsyncSession") -> "tiger_db.TigerAccount":
+        found = await find_account(session, account)
+        return await tiger_db.crud.accounts.reset_errors(session, found.id)
+
+    changed = query(reset)
+    talk(f"account {masked(changed.account_number)} has no errors and is {changed.status.value}")
+    show_row(changed, as_json=as_json)
 
 
 def _checked(key: str, *, production: bool) -> "tuple[str, tiger_db.PrivateKeyFormat]":

@@ -231,7 +231,7 @@ async def _make_key(config: "tiger_db.Settings") -> None:
     if not config.embedded:
         warn(
             "no encryption key is set, so accounts cannot be stored: set ENCRYPTION_KEYS to what"
-            ' echo "k1:$(openssl rand -base64 32)" prints, and keep it: nothing else decrypts them'
+            " `tiger-db generate-encryption-key` prints, and keep it: nothing else decrypts them"
         )
         return
     path = tiger_db.embedded.folder(config) / "encryption_keys"

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -53,6 +54,17 @@ def failure(error: Exception) -> str:
         f"unexpected {type(error).__name__} in {os.path.basename(place.filename)}:{place.lineno}:"  # noqa: PTH119  # a name
         " please report it, with what DB_DEBUG=1 shows"
     )
+
+
+@contextmanager
+def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if somebody looks; what is yielded is told of each step's length."""
+    from rich.progress import Progress  # noqa: PLC0415  # slow, and `--help` is to be fast
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=total)
+        yield lambda length: bar.advance(task, length)
 
 
 def print_json(value: object) -> None:

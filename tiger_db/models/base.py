@@ -343,9 +343,10 @@ def encrypted_columns(mapper: Mapper[Any]) -> list[tuple[str, Encrypted]]:
     return [(c.key, c.type) for c in mapper.local_table.c if isinstance(c.type, Encrypted)]
 
 
-def _place(mapper: Mapper[Any], name: str, row: Entity) -> str:
+def place_of(mapper: Mapper[Any], name: str, row_id: UUID) -> str:
+    """What a secret's ciphertext is bound to: `table.column:row id`."""
     assert isinstance(mapper.local_table, Table)
-    return f"{mapper.local_table.name}.{name}:{row.id}"
+    return f"{mapper.local_table.name}.{name}:{row_id}"
 
 
 @event.listens_for(Entity, "before_insert", propagate=True)
@@ -366,7 +367,7 @@ def _make_storable(mapper: Mapper[Any], connection: object, row: Entity) -> None
 
 def _seal(mapper: Mapper[Any], name: str, type_: Encrypted, row: Entity) -> None:
     secret = row.__dict__.get(name)
-    place = _place(mapper, name, row)
+    place = place_of(mapper, name, row.id)
     if not isinstance(secret, Secret):
         return
     if isinstance(secret, SealedSecret) and secret.place == place:
@@ -399,7 +400,7 @@ def _bind(row: Entity, *_: object) -> None:
     for name, _type in encrypted_columns(mapper):
         secret = row.__dict__.get(name)
         if isinstance(secret, SealedSecret) and not secret.place:
-            secret.place = _place(mapper, name, row)
+            secret.place = place_of(mapper, name, row.id)
             secret.provider, secret.owner = provider, owner
 
 
