@@ -10,7 +10,7 @@ from pathlib import Path
 
 import asyncpg
 
-from benchmarks import audit, keys
+from benchmarks import accounts, audit, keys
 from benchmarks.work import ROUNDS, Result, measure
 from tests import servers
 from tests.conftest import create_database, drop_database
@@ -33,7 +33,7 @@ async def run(server: servers.Server) -> list[Result]:
             asyncpg.create_pool(**arguments, init=_json, min_size=1) as pool,
         ):
             results = []
-            for works in (keys.works, audit.works, audit.page_works):
+            for works in (accounts.works, keys.works, audit.works, audit.page_works):
                 for work in await works(database, pool):
                     result = await measure(work)
                     print(f"{result.ratio:6.2f}  {result.name}")

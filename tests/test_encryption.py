@@ -23,7 +23,7 @@ from tiger_db.encryption import (
     Secret,
     decrypt,
     encrypt,
-    fingerprints,
+    fingerprint,
     generate_key,
     key_id_of,
 )
@@ -117,14 +117,14 @@ def test_the_first_key_encrypts_and_every_key_decrypts() -> None:
 def test_fingerprints_depend_on_text_column_and_key() -> None:
     other = KeyRing({"k1": bytes(32)})
     found = [
-        fingerprints(RING, "a", "t.a")[0],
-        fingerprints(RING, "b", "t.a")[0],
-        fingerprints(RING, "a", "t.b")[0],
-        fingerprints(RING, "", "t.aa")[0],
-        fingerprints(other, "a", "t.a")[0],
+        fingerprint(RING, "k1", "a", "t.a"),
+        fingerprint(RING, "k1", "b", "t.a"),
+        fingerprint(RING, "k1", "a", "t.b"),
+        fingerprint(RING, "k1", "", "t.aa"),
+        fingerprint(other, "k1", "a", "t.a"),
     ]
     assert len({*found}) == len(found)
-    assert fingerprints(RING, "a", "t.a") == found[:1]
+    assert fingerprint(RING, "k1", "a", "t.a") == found[0]
 
 
 # The ring's text

@@ -20,7 +20,7 @@ from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, key_ro
 from tiger_db.crud import accounts
 from tiger_db.encryption import KeyProvider, KeyRing
 from tiger_db.errors import ConfigurationError, EncryptionError
-from tiger_db.key_rotation import DAMAGED, KeyUse
+from tiger_db.key_uses import DAMAGED, KeyUse, key_uses, rows_to_rotate, sealed_entities
 from tiger_db.models.base import secrets_of
 
 TABLE = "tiger_accounts"
@@ -54,7 +54,7 @@ async def read(database: Database) -> list[TigerAccount]:
 
 async def uses(database: Database) -> list[KeyUse]:
     async with database.session() as session:
-        return await key_rotation.key_uses(session)
+        return await key_uses(session)
 
 
 async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
@@ -67,7 +67,7 @@ async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
         await store(both)
         assert await uses(both) == [KeyUse(TABLE, "k1", 5), KeyUse(TABLE, "k2", 1)]
         async with both.session() as session:
-            assert await key_rotation.rows_to_rotate(session) == 5
+            assert await rows_to_rotate(session) == 5
         steps: list[int] = []
         report = await key_rotation.rotate(both, advance=steps.append)
         assert (report.key_id, report.rotated, sum(steps), report.stuck) == ("k2", 5, 5, 0)
@@ -178,6 +178,17 @@ async def test_what_is_no_ciphertext_is_told_of(using: Using, garbage: str) -> N
         assert report.uses == [KeyUse(TABLE, DAMAGED, 1), KeyUse(TABLE, "k2", 1)]
 
 
+async def test_another_key_under_an_id_that_is_in_use_is_refused(using: Using) -> None:
+    async with using(K1) as old, using(ONLY_K2) as new:
+        await store(old, 2)
+        await store(new, refresh_token=None)
+    impostor = KeyRing({"k2": bytes(32), "k1": bytes(32)})
+    async with using(impostor) as database:
+        with pytest.raises(EncryptionError, match="'k2' is not the one that made it"):
+            await key_rotation.rotate(database)
+        assert await uses(database) == [KeyUse(TABLE, "k1", 2), KeyUse(TABLE, "k2", 1)]
+
+
 async def test_without_keys_there_is_nothing_to_rotate_to(clone_settings: Settings) -> None:
     settings = clone_settings.model_copy(update={"encryption_keys": None})
     async with Database(settings) as database:
@@ -191,7 +202,7 @@ async def test_without_keys_there_is_nothing_to_rotate_to(clone_settings: Settin
 async def test_a_change_that_came_between_wins(using: Using) -> None:
     async with using(K1) as old, using(K2) as both:
         (account,) = await store(old)
-        (mapper,) = key_rotation._entities()
+        (mapper,) = sealed_entities()
         async with both.session() as session:
             (row,) = await key_rotation._outdated_rows(session, mapper, UUID(int=0), 10)
             change = key_rotation._resealed(K2, mapper, row)

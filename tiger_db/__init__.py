@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tiger_db import errors as errors
     from tiger_db import health as health
     from tiger_db import key_rotation as key_rotation
+    from tiger_db import key_uses as key_uses
     from tiger_db import migrations as migrations
     from tiger_db import models as models
     from tiger_db import tiger as tiger
@@ -69,8 +70,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "crud", "database", "embedded", "encryption", "errors", "health", "key_rotation", "migrations",
-    "models", "settings", "tiger", "verifier",
+    "crud", "database", "embedded", "encryption", "errors", "health", "key_rotation", "key_uses",
+    "migrations", "models", "settings", "tiger", "verifier",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {

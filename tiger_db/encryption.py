@@ -12,6 +12,7 @@ import hmac
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Protocol, Self
 
 from cryptography.exceptions import InvalidTag
@@ -68,6 +69,7 @@ class KeyRing:
             header_of(key_id)
             if len(key) != 32:  # noqa: PLR2004  # AES-256
                 raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64")
+        self.key_ids = tuple(keys)
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
         self._fingerprint_keys = {key_id: _fingerprint_key(key) for key_id, key in keys.items()}
 
@@ -90,10 +92,6 @@ class KeyRing:
             except (binascii.Error, ValueError):
                 raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64") from None
         return cls(keys)
-
-    @property
-    def key_ids(self) -> tuple[str, ...]:
-        return tuple(self._ciphers)
 
     def encrypt(self, key_id: str, data: bytes, context: bytes) -> bytes:
         nonce = os.urandom(_NONCE)
@@ -140,12 +138,12 @@ def decrypt(provider: KeyProvider, ciphertext: bytes, place: str, owner: str = "
         ) from None
 
 
-def fingerprints(provider: KeyProvider, text: str, column: str) -> list[bytes]:
-    """By which a text is found in a column (`table.column`): one per key, the first key's first."""
-    data = f"{column}\0{text}".encode()
-    return [provider.fingerprint(key_id, data) for key_id in provider.key_ids]
+def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> bytes:
+    """By which a text is found in a column (`table.column`), stored while this key was first."""
+    return provider.fingerprint(key_id, f"{column}\0{text}".encode())
 
 
+@lru_cache(maxsize=256)
 def header_of(key_id: str) -> bytes:
     """What every ciphertext under this key starts with, and no other does."""
     if not _KEY_ID.fullmatch(key_id):
@@ -173,9 +171,12 @@ def _header_in(ciphertext: bytes, where: str) -> tuple[bytes, str]:
         raise EncryptionError(f"{where}: not a ciphertext of a version known here")
     header = ciphertext[: 2 + ciphertext[1]]
     key_id = header[2:].decode("ascii", errors="replace")
-    if not _KEY_ID.fullmatch(key_id) or len(header) != 2 + ciphertext[1]:
-        raise EncryptionError(f"{where}: the ciphertext is damaged")
-    return header, key_id
+    try:
+        if header_of(key_id) == header:
+            return header, key_id
+    except EncryptionError:
+        pass
+    raise EncryptionError(f"{where}: the ciphertext is damaged")
 
 
 def _fingerprint_key(key: bytes) -> bytes:

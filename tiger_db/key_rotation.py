@@ -1,60 +1,50 @@
-"""Which encryption keys the stored secrets need, and moving all of them to the first one.
+"""Moves the stored secrets to the first encryption key, on a living system.
 
 A row is moved by one statement that compares its old ciphertexts: a change that comes between
 reading and writing wins, and is moved later. The ciphertexts alone tell what has been moved: a run
 that was killed leaves nothing to clean up, and the next one goes on where it was.
 """
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
-    ColumnElement,
     LargeBinary,
     Row,
-    Table,
-    and_,
-    bindparam,
-    case,
-    column,
-    func,
-    literal,
-    or_,
+    not_,
     select,
     text,
-    true,
     type_coerce,
-    update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, array
-from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper
 
 from tiger_db.crud import audit_logs
 from tiger_db.database import Database
-from tiger_db.encryption import KeyProvider, decrypt, encrypt, fingerprints, header_of
-from tiger_db.errors import ConfigurationError, EncryptionError
-from tiger_db.models import AuditAction, Entity
-from tiger_db.models.base import encrypted_columns, key_provider, place_of, secrets_of
+from tiger_db.encryption import KeyProvider, decrypt, encrypt, fingerprint, header_of
+from tiger_db.errors import EncryptionError
+from tiger_db.key_uses import (
+    KeyUse,
+    key_uses,
+    outdated,
+    required_provider,
+    sealed_entities,
+    secret_names,
+    table_of,
+)
+from tiger_db.models import AuditAction
+from tiger_db.models.base import encrypted_columns, place_of, secrets_of
 
-DAMAGED = "(damaged)"  # in place of the key id of what is no ciphertext
+T = TypeVar("T")
+U = TypeVar("U")
 BATCH = 500  # rows in a transaction
-_HEADER = 34  # bytes at most: version, length, 32 of key id
+_SAMPLE = 10  # rows, of which one must be readable
 _SHOWN = 20  # problems that a report has in words
-_LOCKED = ("55P03", "57014")  # SQLSTATEs of lock_timeout and statement_timeout
-
-
-@dataclass(frozen=True, slots=True)
-class KeyUse:
-    """How many rows of a table have a secret under a key."""
-
-    table: str
-    key_id: str
-    rows: int
+_LOCKED = ("55P03", "57014", "40P01")  # SQLSTATEs: lock_timeout, statement_timeout, deadlock
 
 
 @dataclass(slots=True)
@@ -67,53 +57,6 @@ class Rotation:
     problems: list[str] = field(default_factory=list)  # why; a line each, of the first ones
     uses: list[KeyUse] = field(default_factory=list)
     retirable: list[str] = field(default_factory=list)  # other keys, that no row needs
-
-
-async def key_uses(session: AsyncSession) -> list[KeyUse]:
-    """The rows per table and key, as they are now; a row that needs several counts for each."""
-    uses = []
-    for mapper in _entities():
-        table = _table(mapper)
-        starts = [func.substr(table.c[name], 1, _HEADER) for name in _names(mapper)]
-        heads = (
-            func.unnest(array(starts)).table_valued(column("head", LargeBinary)).render_derived()
-        )
-        head, length = heads.c.head, func.length(heads.c.head)
-        is_ciphertext = case(
-            (length > 2, and_(func.get_byte(head, 0) == 1, length >= 2 + func.get_byte(head, 1))),  # noqa: PLR2004  # version and length come first
-            else_=False,
-        )
-        key_id = func.encode(func.substr(head, 3, func.get_byte(head, 1)), "escape")
-        keys = (
-            select(case((is_ciphertext, key_id), else_=DAMAGED).label("key_id"))
-            .where(head.is_not(None))
-            .distinct()
-            .lateral()
-        )
-        rows = await session.execute(
-            select(keys.c.key_id, func.count())
-            .select_from(table)
-            .join(keys, true())
-            .group_by(keys.c.key_id)
-            .order_by(keys.c.key_id)
-        )
-        uses += [KeyUse(table.name, key, count) for key, count in rows]
-    return uses
-
-
-async def rows_to_rotate(session: AsyncSession) -> int:
-    """How many rows have a secret that is not under the first key.
-
-    Raises:
-        ConfigurationError: there is no encryption key.
-    """
-    counts = [
-        await session.scalar(
-            select(func.count()).select_from(_table(mapper)).where(_outdated(session, mapper))
-        )
-        for mapper in _entities()
-    ]
-    return sum(filter(None, counts))
 
 
 async def rotate(
@@ -134,11 +77,14 @@ async def rotate(
 
     Raises:
         ConfigurationError: there is no encryption key.
+        EncryptionError: the first key does not decrypt what is under its id already.
         DatabaseUnavailable: lost meanwhile; what was moved stays so. Run it again.
     """
     async with database.session() as session:
-        report = Rotation(_provider(session).key_ids[0])
-    for mapper in _entities():
+        report = Rotation(required_provider(session).key_ids[0])
+        for mapper in sealed_entities():
+            await _check_first_key(session, mapper)
+    for mapper in sealed_entities():
         patient = False
         while True:
             sweep = await _sweep(database, mapper, advance, dry_run=dry_run, patient=patient)
@@ -150,9 +96,27 @@ async def rotate(
         report.problems += sweep.problems[: _SHOWN - len(report.problems)]
     async with database.session() as session:
         report.uses = await key_uses(session)
-        needed = {use.key_id for use in report.uses}
-        report.retirable = [key for key in _provider(session).key_ids[1:] if key not in needed]
+        other_keys = required_provider(session).key_ids[1:]
+    needed = {use.key_id for use in report.uses}
+    report.retirable = [key_id for key_id in other_keys if key_id not in needed]
     return report
+
+
+async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
+    """Refuse another key under an id that is in use: its rows and the old ones would mix."""
+    newest = select(mapper.class_).where(not_(outdated(session, mapper)))
+    rows = await session.scalars(newest.order_by(table_of(mapper).c.id.desc()).limit(_SAMPLE))
+    failure = None
+    for row in rows:
+        try:
+            for secret in secrets_of(row):
+                secret.get_secret_value()
+        except EncryptionError as error:
+            failure = error
+        else:
+            return
+    if failure:
+        raise failure
 
 
 @dataclass(slots=True)
@@ -174,44 +138,87 @@ async def _sweep(
     patient: bool,
 ) -> _Sweep:
     """Go through a table once. A patient one waits for locks, and so goes row by row."""
-    sweep, after = _Sweep(), UUID(int=0)
-    while True:
-        moved, changes = 0, []
-        try:
-            async with database.session() as session:
-                rows = await _outdated_rows(session, mapper, after, 1 if patient else BATCH)
-                if not rows:
-                    return sweep
-                after = rows[-1].id
-                for row in rows:
-                    try:
-                        changes.append(_resealed(_provider(session), mapper, row))
-                    except EncryptionError:
-                        sweep.stuck += 1
-                        if len(sweep.problems) < _SHOWN:
-                            sweep.problems.append(await _reason(session, mapper, row.id))
-                moved = len(changes)
-                if changes and not dry_run:
-                    moved = await _write(session, mapper, changes, patient=patient)
-        except DBAPIError as error:
-            if not patient or getattr(error.orig, "sqlstate", None) not in _LOCKED:
-                raise
+    sweep, limit = _Sweep(), 1 if patient else BATCH
+    batch = await _prepare(database, mapper, UUID(int=0), limit, sweep)
+    while batch is not None:
+        (last, changes), before = batch, sweep.moved
+        if dry_run:
+            sweep.moved += len(changes)
+            batch = await _prepare(database, mapper, last, limit, sweep)
+        else:  # the next ones are decrypted while the server stores these
+            _, batch = await _both(
+                _store(database, mapper, changes, sweep, patient=patient),
+                _prepare(database, mapper, last, limit, sweep),
+            )
+        advance(sweep.moved - before)
+    return sweep
+
+
+async def _prepare(
+    database: Database, mapper: Mapper[Any], after: UUID, limit: int, sweep: _Sweep
+) -> tuple[UUID, list[dict[str, object]]] | None:
+    """The next outdated rows: the id of the last one, and what to store; None: there are none."""
+    changes = []
+    async with database.session() as session:
+        rows = await _outdated_rows(session, mapper, after, limit)
+        for row in rows:
+            try:
+                changes.append(_resealed(required_provider(session), mapper, row))
+            except EncryptionError:
+                sweep.stuck += 1
+                if len(sweep.problems) < _SHOWN:
+                    sweep.problems.append(await _reason(session, mapper, row.id))
+    return (rows[-1].id, changes) if rows else None
+
+
+async def _store(
+    database: Database,
+    mapper: Mapper[Any],
+    changes: Sequence[dict[str, object]],
+    sweep: _Sweep,
+    *,
+    patient: bool,
+) -> None:
+    """Store what was resealed; of rows that are locked, one half after the other."""
+    if not changes:
+        return
+    try:
+        async with database.session() as session:
+            moved = await _write(session, mapper, changes, patient=patient)
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) not in _LOCKED:
+            raise
+        if half := len(changes) // 2:
+            for part in (changes[:half], changes[half:]):
+                await _store(database, mapper, part, sweep, patient=patient)
+        elif patient:
             sweep.stuck += 1
-            sweep.problems.append(f"{_table(mapper).name}:{after}: it is locked: try again later")
+            sweep.problems.append(f"{table_of(mapper).name}:{changes[0]['id']}: it stays locked")
         else:
-            sweep.moved += moved
-            sweep.left += len(changes) - moved
-            advance(moved)
+            sweep.left += 1
+    else:
+        sweep.moved += moved
+        sweep.left += len(changes) - moved
+
+
+async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:
+    """Both results, once both have ended; raises what one of them raises."""
+    one, other = await asyncio.gather(first, second, return_exceptions=True)
+    if isinstance(one, BaseException):
+        raise one
+    if isinstance(other, BaseException):
+        raise other
+    return one, other
 
 
 async def _outdated_rows(
     session: AsyncSession, mapper: Mapper[Any], after: UUID, limit: int
 ) -> Sequence[Row[Any]]:
-    table = _table(mapper)
-    secrets = [type_coerce(table.c[name], LargeBinary) for name in _names(mapper)]
+    table = table_of(mapper)
+    secrets = [type_coerce(table.c[name], LargeBinary) for name in secret_names(mapper)]
     rows = await session.execute(
         select(table.c.id, *secrets)
-        .where(table.c.id > after, _outdated(session, mapper))
+        .where(table.c.id > after, outdated(session, mapper))
         .order_by(table.c.id)
         .limit(limit)
     )
@@ -237,7 +244,9 @@ def _resealed(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict
         plain = decrypt(provider, ciphertext, place)
         change[f"new_{name}"] = encrypt(provider, plain, place)
         if type_.fingerprint:
-            change[type_.fingerprint] = fingerprints(provider, plain, place.split(":")[0])[0]
+            change[type_.fingerprint] = fingerprint(
+                provider, provider.key_ids[0], plain, place.split(":")[0]
+            )
     return change
 
 
@@ -249,7 +258,7 @@ async def _reason(session: AsyncSession, mapper: Mapper[Any], row_id: UUID) -> s
             secret.get_secret_value()
         except EncryptionError as error:
             return str(error)
-    return f"{_table(mapper).name}:{row_id}: it has changed meanwhile: try again"
+    return f"{table_of(mapper).name}:{row_id}: it has changed meanwhile: try again"
 
 
 async def _write(
@@ -261,54 +270,36 @@ async def _write(
 ) -> int:
     """Store what was resealed, with its event, where nothing has changed since; how many rows.
 
-    Locked rows are skipped: a batch that waits may wait for one who waits for another of its rows.
+    Raises:
+        DBAPIError: one of the rows is locked for longer than others may have to wait for this.
     """
-    table = _table(mapper)
-    types = {name: SQLUUID() if name == "id" else LargeBinary() for name in changes[0]}
-    given = (
-        func.unnest(
-            *(
-                bindparam(None, [change[name] for change in changes], ARRAY(type_))
-                for name, type_ in types.items()
-            )
-        )
-        .table_valued(*(column(name, type_) for name, type_ in types.items()), name="given")
-        .render_derived()
+    # Less than deadlock_timeout, whose default is a second: nobody else's transaction is ended.
+    lock_timeout = "10s" if patient else "100ms"
+    await session.execute(text(f"SET LOCAL lock_timeout = '{lock_timeout}'"))
+    names, table = secret_names(mapper), table_of(mapper).name
+    marks = [type_.fingerprint for _, type_ in encrypted_columns(mapper) if type_.fingerprint]
+    arrays = {name: [change[name] for change in changes] for name in changes[0]}
+    written = await session.scalars(
+        text(
+            f"UPDATE {table} SET"  # noqa: S608  # names of the models
+            f" {', '.join(f'{name} = new_{name}' for name in names)},"
+            f" {', '.join(f'{mark} = coalesce(given.{mark}, {table}.{mark})' for mark in marks)}"
+            f" FROM unnest({', '.join(f'CAST(:{name} AS {_array(name)})' for name in arrays)})"
+            f" AS given ({', '.join(arrays)}) WHERE {table}.id = given.id"
+            + "".join(f" AND {name} IS NOT DISTINCT FROM old_{name}" for name in names)
+            + f" RETURNING {table}.id"
+        ),
+        arrays,
     )
-    free = select(table.c.id).where(table.c.id.in_([change["id"] for change in changes]))
-    if patient:
-        await session.execute(text("SET LOCAL lock_timeout = '10s'"))
-    else:
-        free = free.with_for_update(key_share=True, skip_locked=True)
-    names = _names(mapper)
-    written = await session.execute(
-        update(table)
-        .where(
-            table.c.id == given.c.id,
-            table.c.id.in_(select(free.cte("free").c.id)),
-            *(table.c[name].is_not_distinct_from(given.c[f"old_{name}"]) for name in names),
-        )
-        .values({name: given.c[f"new_{name}"] for name in names})
-        .values(
-            {
-                type_.fingerprint: func.coalesce(
-                    given.c[type_.fingerprint], table.c[type_.fingerprint]
-                )
-                for _, type_ in encrypted_columns(mapper)
-                if type_.fingerprint
-            }
-        )
-        .returning(table.c.id)
-    )
-    ids = sorted(written.scalars())
+    ids = sorted(written)
     if ids:
         await audit_logs.log_event(
             session,
             action=AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE,
             resource_type="encryption_key",
-            resource_id=_provider(session).key_ids[0],
+            resource_id=required_provider(session).key_ids[0],
             details={
-                "table": table.name,
+                "table": table,
                 "rows": len(ids),
                 "from": str(ids[0]),
                 "to": str(ids[-1]),
@@ -317,35 +308,5 @@ async def _write(
     return len(ids)
 
 
-def _entities() -> list[Mapper[Any]]:
-    """Those that have secrets."""
-    return [mapper for mapper in Entity._sa_registry.mappers if encrypted_columns(mapper)]  # noqa: SLF001  # SQLModel's name for the registry
-
-
-def _table(mapper: Mapper[Any]) -> Table:
-    assert isinstance(mapper.local_table, Table)
-    return mapper.local_table
-
-
-def _names(mapper: Mapper[Any]) -> list[str]:
-    return [name for name, _ in encrypted_columns(mapper)]
-
-
-def _outdated(session: AsyncSession, mapper: Mapper[Any]) -> ColumnElement[bool]:
-    """Whether a row has a secret that is not under the first key."""
-    current = header_of(_provider(session).key_ids[0])
-    table = _table(mapper)
-    return or_(
-        *(
-            func.substr(table.c[name], 1, len(current), type_=LargeBinary)
-            != literal(current, LargeBinary)
-            for name in _names(mapper)
-        )
-    )
-
-
-def _provider(session: AsyncSession) -> KeyProvider:
-    provider = key_provider(session.sync_session)
-    if provider is None:
-        raise ConfigurationError("ENCRYPTION_KEYS is not set, so there is no key to rotate to")
-    return provider
+def _array(name: str) -> str:
+    return "uuid[]" if name == "id" else "bytea[]"

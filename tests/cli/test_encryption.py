@@ -21,7 +21,7 @@ def test_a_generated_key_is_one_line_and_each_is_another(bare: CommandLine) -> N
     made = [bare.ok("generate-encryption-key") for _ in range(2)]
     assert made[0].out != made[1].out
     for result in made:
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d:[A-Za-z0-9+/]{43}=\n", result.out)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d-[0-9a-f]{4}:[A-Za-z0-9+/]{43}=\n", result.out)
         assert len(KeyRing.parse(result.out).key_ids) == 1
         assert "put it first in ENCRYPTION_KEYS" in result.err
         assert result.out.strip().partition(":")[2] not in result.err

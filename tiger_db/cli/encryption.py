@@ -1,6 +1,7 @@
 """The keys under which secrets are stored."""
 
 import asyncio
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,7 +16,8 @@ from tiger_db.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
-    from tiger_db.key_rotation import KeyUse, Rotation
+    from tiger_db.key_rotation import Rotation
+    from tiger_db.key_uses import KeyUse
 
 app = typer.Typer()
 _PANEL = "Encryption keys"
@@ -25,11 +27,12 @@ _PANEL = "Encryption keys"
 def generate_encryption_key(
     *,
     key_id: Annotated[
-        str | None, typer.Option("--id", metavar="ID", help="Its id; today's date if not given.")
+        str | None,
+        typer.Option("--id", metavar="ID", help="Its id; made of today's date if not given."),
     ] = None,
 ) -> None:
     """Print a new random key, as ENCRYPTION_KEYS takes it. It is stored nowhere."""
-    typer.echo(tiger_db.encryption.generate_key(key_id or f"{datetime.now(UTC):%Y-%m-%d}"))
+    typer.echo(tiger_db.encryption.generate_key(key_id or _new_id()))
     talk(
         "put it first in ENCRYPTION_KEYS, before a comma and the keys that are there, and keep it:"
         " nothing else decrypts what it encrypts. Then run `tiger-db rotate-encryption-key`"
@@ -42,7 +45,7 @@ def list_encryption_keys(*, as_json: AsJson = False) -> None:
 
     async def count(session: "AsyncSession") -> "tuple[tuple[str, ...], list[KeyUse]]":
         provider = tiger_db.models.base.key_provider(session.sync_session)
-        uses = await tiger_db.key_rotation.key_uses(session)
+        uses = await tiger_db.key_uses.key_uses(session)
         return provider.key_ids if provider else (), uses
 
     _show_keys(*query(count), as_json=as_json)
@@ -64,7 +67,7 @@ def rotate_encryption_key(
     async def run() -> "tuple[tuple[str, ...], Rotation]":
         async with tiger_db.Database(settings()) as database:
             async with database.session() as session:
-                total = await tiger_db.key_rotation.rows_to_rotate(session)
+                total = await tiger_db.key_uses.rows_to_rotate(session)
                 provider = tiger_db.models.base.key_provider(session.sync_session)
             assert provider is not None
             with progress("Checking" if dry_run else "Encrypting", total) as advance:
@@ -92,6 +95,11 @@ def rotate_encryption_key(
     needed = sorted({use.key_id for use in report.uses} - {report.key_id})
     if report.stuck or (needed and not dry_run):
         raise ConfigurationError(f"rows still need other keys: keep {', '.join(needed)}")
+
+
+def _new_id() -> str:
+    """Today and a little chance, because an id must never stand for two keys."""
+    return f"{datetime.now(UTC):%Y-%m-%d}-{secrets.token_hex(2)}"
 
 
 def _show_keys(key_ids: Sequence[str], uses: "Sequence[KeyUse]", *, as_json: bool) -> None:

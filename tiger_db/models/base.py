@@ -46,7 +46,7 @@ from tiger_db.encryption import (
     SealedSecret,
     Secret,
     encrypt,
-    fingerprints,
+    fingerprint,
 )
 from tiger_db.errors import ConfigurationError
 from tiger_db.models.mutable import Tracked, track
@@ -379,7 +379,8 @@ def _seal(mapper: Mapper[Any], name: str, type_: Encrypted, row: Entity) -> None
     sealed = SealedSecret(encrypt(provider, text, place), place, provider, row.known_as())
     set_attribute(row, name, sealed)
     if type_.fingerprint:
-        set_attribute(row, type_.fingerprint, fingerprints(provider, text, place.split(":")[0])[0])
+        mark = fingerprint(provider, provider.key_ids[0], text, place.split(":")[0])
+        set_attribute(row, type_.fingerprint, mark)
 
 
 @event.listens_for(Entity, "load", propagate=True)

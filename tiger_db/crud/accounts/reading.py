@@ -10,7 +10,7 @@ from sqlalchemy.orm import Mapped, aliased
 from sqlmodel import col
 
 from tiger_db.crud.common import Page, check_limit, loading, many, one, paginate
-from tiger_db.encryption import fingerprints
+from tiger_db.encryption import fingerprint
 from tiger_db.errors import ConfigurationError
 from tiger_db.models import (
     AccountStatus,
@@ -51,7 +51,10 @@ async def get_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAcc
     if provider is None:
         raise ConfigurationError("ENCRYPTION_KEYS is not set, so tiger_id cannot be searched")
     try:
-        found_by = fingerprints(provider, tiger_id, "tiger_accounts.tiger_id")
+        found_by = [
+            fingerprint(provider, key_id, tiger_id, "tiger_accounts.tiger_id")
+            for key_id in provider.key_ids
+        ]
     except UnicodeEncodeError:  # half a character, which no account can have
         return []
     statement = (
