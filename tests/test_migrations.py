@@ -13,7 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests import factories
 from tests.conftest import recorded
-from tiger_db import Database, Settings, crud
+from tests.factories import plain
+from tiger_db import AccountStatus, Database, Settings, crud
 from tiger_db.database import AsyncSession, migration_engine
 from tiger_db.errors import MigrationError, SchemaMismatch
 from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, upgrade
@@ -86,6 +87,90 @@ async def test_migrations_know_no_query_timeout(clone: Database) -> None:
     hurried = clone.settings.model_copy(update={"db_query_timeout": 0.001})
     async with migration_engine(hurried) as engine, engine.connect() as connection:
         assert await connection.scalar(text("SHOW statement_timeout")) == "0"
+
+
+# 0002
+
+ACCOUNT_AT_0001 = text("""
+INSERT INTO tiger_accounts (
+    id, account_name, account_number, account_type, status, tiger_id, tiger_id_fingerprint,
+    private_key, private_key_format, secret_key, environment, access_token, refresh_token,
+    token_expires_at, is_default_trading, is_default_data, market_permissions, quote_permissions,
+    error_count, tags
+) VALUES (
+    gen_random_uuid(), 'Main', cast(:number AS text), 'standard', cast(:status AS account_status),
+    'id', 'print', 'private', 'PK8', 'secret', 'PROD', 'access', 'refresh', '2030-01-01',
+    :is_default, :is_default, '{US}', '[]', 3, '{}'
+)
+""")
+
+
+async def accounts_in(engine: AsyncEngine) -> dict[str, dict[str, Any]]:
+    """The stored accounts, by their numbers."""
+    async with engine.connect() as connection:
+        rows = await connection.execute(text("SELECT * FROM tiger_accounts"))
+        return {row["account_number"]: dict(row) for row in rows.mappings()}
+
+
+async def test_0002_destroys_the_credentials_of_closed_accounts(empty_database: Settings) -> None:
+    statuses = ["active", "inactive", "suspended", "pending_verification", "closed"]
+    async with migration_engine(empty_database) as engine:
+        await upgrade(engine, "0001")
+        async with engine.begin() as connection:
+            for status in statuses:
+                values = {"number": status, "status": status, "is_default": status == "closed"}
+                await connection.execute(ACCOUNT_AT_0001, values)
+        before = await accounts_in(engine)
+        await upgrade(engine)
+        after = await accounts_in(engine)
+        assert await drift(engine) == []
+    added: dict[str, object] = {"client_options": {}, "auto_suspended": False}
+    closed, was = after.pop("closed"), before.pop("closed")
+    assert after == {number: row | added for number, row in before.items()}
+    assert closed.pop("updated_at") > was.pop("updated_at")
+    assert closed == was | added | {
+        "private_key": None,
+        "secret_key": None,
+        "access_token": None,
+        "refresh_token": None,
+        "token_expires_at": None,
+        "is_default_trading": False,
+        "is_default_data": False,
+    }
+
+
+async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> None:
+    async with clone.session() as session:
+        used = await factories.account(session, access_token="t", client_options={"timeout": 7})
+        failed = await factories.account(session)
+        await crud.accounts.record_error(session, failed.id, message="no answer", suspend_after=1)
+        closed = await factories.account(session)
+        await crud.accounts.close(session, closed.id)
+    before = await accounts_in(clone.engine)
+    await clone.close()
+    async with migration_engine(clone.settings) as engine:
+        await downgrade(engine, "0001")
+        down = await accounts_in(engine)
+        assert down[closed.account_number]["private_key"] == b""  # no key decrypts it
+        assert down[closed.account_number]["status"] == "closed"
+        await upgrade(engine)
+        after = await accounts_in(engine)
+        assert await drift(engine) == []
+    # What 0001 has no place for is lost.
+    before[used.account_number]["client_options"] = {}
+    before[failed.account_number]["auto_suspended"] = False
+    for row in (before[closed.account_number], after[closed.account_number]):
+        del row["updated_at"]
+    assert after == before
+    async with clone.session() as session:
+        read = await crud.accounts.get(session, used.id)
+        assert read is not None
+        assert plain(read.private_key) == "test_key"
+        await crud.accounts.reset_errors(session, failed.id)
+        still = await crud.accounts.get(session, failed.id)
+        assert still is not None
+        assert still.status == AccountStatus.SUSPENDED
+        await crud.accounts.reopen(session, closed.id, private_key="new")
 
 
 # Drift

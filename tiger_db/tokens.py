@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 _STAMPS = re.compile(rb"(\d{13}),(\d{13})")
+_LENGTH = 36  # characters of base64, for these 27 bytes
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -21,13 +22,14 @@ def token_times(token: str) -> TokenTimes | None:
     """Read the times out of a token; None where it is of another form, as OAuth's are.
 
     Tiger's tokens are base64 of `<generated>,<expires>`, two stamps of 13 digits in epoch
-    milliseconds, and 16 opaque bytes (tigeropen 3.8.0, `should_token_refresh`).
+    milliseconds, and 16 opaque bytes (tigeropen 3.8.0, `should_token_refresh`), whose alphabet and
+    padding make no difference.
     """
     try:
-        content = base64.b64decode(token.strip(), validate=True)
+        content = base64.b64decode(token.strip()[:_LENGTH], validate=True)
     except (binascii.Error, ValueError):
         return None
-    stamps = _STAMPS.match(content)
+    stamps = _STAMPS.fullmatch(content)
     if stamps is None:
         return None
     generated, expires = (_EPOCH + timedelta(milliseconds=int(stamp)) for stamp in stamps.groups())

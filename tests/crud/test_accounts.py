@@ -41,6 +41,7 @@ CHANGES: dict[str, Change] = {
     "record_error": lambda s, i: accounts.record_error(s, i, message="no answer"),
     "reset_errors": accounts.reset_errors,
     "close": accounts.close,
+    "reopen": lambda s, i: accounts.reopen(s, i, private_key="new"),
 }
 SECRETS = {
     "tiger_id": "20159999",
@@ -254,9 +255,11 @@ async def test_a_default_takes_the_place_of_the_one_that_was(
     get_default: Callable[[AsyncSession], Awaitable[TigerAccount | None]],
 ) -> None:
     first, second = await factories.account(session), await factories.account(session)
-    for account in (first, second, second, first):
+    for account, events in ((first, 1), (second, 2), (second, 0), (first, 2)):
+        before = len(await factories.events(session))
         assert await set_default(session, account.id) is account
         assert await get_default(session) is account
+        assert len(await factories.events(session)) == before + events
 
 
 async def test_the_two_defaults_are_apart(session: AsyncSession) -> None:

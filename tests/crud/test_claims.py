@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from tests import factories
+from tests.test_redaction import API_KEY, JWT, PEM
+from tests.test_tokens import SOON, tiger_token
 from tiger_db import (
     AuditAction,
     AuditResult,
@@ -26,6 +28,7 @@ from tiger_db.errors import (
     InvalidValue,
     LeaseLost,
     NotFound,
+    StaleToken,
 )
 
 LEASE = timedelta(microseconds=1)  # expired as soon as it is given
@@ -232,6 +235,64 @@ async def test_a_token_that_nobody_can_read_any_more_is_replaced(clone: Database
     assert account is not None
     assert account.access_token is not None
     assert account.access_token.get_secret_value() == "new"
+
+
+async def claim_with_token(session: AsyncSession) -> TokenStatus:
+    """A claim on the refresh of an account whose token was made at `SOON`."""
+    account = await factories.account(session, access_token=tiger_token(SOON))
+    await factories.refresh(session, account)
+    (claim,) = await claim_due(session, lease=LEASE)
+    return claim
+
+
+async def test_an_older_token_leaves_the_claim_as_it_was(clone: Database) -> None:
+    async with clone.session() as session:
+        claim = await claim_with_token(session)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(StaleToken):
+            await token_status.complete(session, claim, access_token=tiger_token())
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+        newer = await token_status.complete(session, claim, access_token=tiger_token(SOON))
+        assert newer.status == S.SUCCESS
+
+
+@pytest.mark.parametrize("how", ["taken over", "cancelled", "completed", "account closed"])
+async def test_a_lost_claim_with_an_older_token_is_lost(clone: Database, how: str) -> None:
+    async with clone.session() as session:
+        zombie = await claim_with_token(session)
+    async with clone.session() as session:
+        match how:
+            case "taken over":
+                assert len(await claim_due(session, worker="alive")) == 1
+            case "cancelled":
+                await token_status.cancel(session, zombie.id)
+            case "completed":
+                await token_status.complete(session, zombie, access_token=tiger_token(SOON))
+            case "account closed":
+                await crud.accounts.close(session, zombie.tiger_account_id)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(LeaseLost):
+            await token_status.complete(session, zombie, access_token=tiger_token())
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+
+
+@pytest.mark.parametrize("secret", [tiger_token(), API_KEY, JWT, PEM, "token=hunter2"])
+async def test_a_token_in_an_error_is_not_kept(session: AsyncSession, secret: str) -> None:
+    claim = await factories.claim(session)
+    failed = await token_status.fail(session, claim, error=f"before {secret}; after")
+    event = (await factories.events(session))[-1]
+    assert failed.error_message is not None
+    assert failed.error_message.startswith("before ")
+    assert failed.error_message.endswith("; after")
+    assert event.error_message == failed.error_message
+    session.expunge_all()
+    stored = await factories.everything(session)
+    for line in secret.splitlines()[1:-1] or [secret.removeprefix("token=")[-20:]]:
+        assert line not in stored
 
 
 async def test_a_failure_is_tried_again_until_it_is_given_up(session: AsyncSession) -> None:

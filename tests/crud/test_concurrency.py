@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +16,10 @@ import pytest
 from sqlalchemy import text
 
 from tests import factories
+from tests.factories import plain
+from tests.test_tokens import MONTH, NOW, tiger_token
 from tiger_db import (
+    AccountStatus,
     APIKey,
     AuditAction,
     Database,
@@ -36,6 +40,7 @@ from tiger_db.errors import (
     InvalidState,
     LeaseLost,
     RateLimited,
+    StaleToken,
 )
 
 T = TypeVar("T")
@@ -137,7 +142,7 @@ async def test_two_accounts_may_swap_their_defaults(crowd: Database) -> None:
         assert (trading and trading.id, data and data.id) == (second.id, first.id)
 
 
-async def test_fifty_errors_count_fifty(crowd: Database) -> None:
+async def test_fifty_errors_count_fifty_and_suspend_once(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session)
 
@@ -153,9 +158,65 @@ async def test_fifty_errors_count_fifty(crowd: Database) -> None:
     async with crowd.session() as session:
         stored = await accounts.get(session, account.id)
         assert stored is not None
-        assert stored.error_count == 50
-        told = [event.new_values for event in (await factories.events(session))[1:]]
-        assert [told.count({"error_count": count}) for count in range(1, 51)] == [1] * 50
+        assert (stored.error_count, stored.status) == (50, AccountStatus.SUSPENDED)
+        events = (await factories.events(session))[1:]
+    told = [event.new_values for event in events]
+    assert [told.count({"error_count": count}) for count in range(1, 51)] == [1] * 50
+    (suspension,) = [e for e in events if e.action == AuditAction.ACCOUNT_STATUS_CHANGE]
+    assert suspension.details == {"reason": "10 consecutive errors"}
+    assert len(events) == 51
+
+
+async def test_successes_and_errors_side_by_side_lose_no_event(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account(session)
+    error: dict[str, Any] = {"message": "no answer", "suspend_after": 99}
+    fail = partial(accounts.record_error, account_id=account.id, **error)
+    succeed = partial(accounts.reset_errors, account_id=account.id)
+    calls: list[Callable[[AsyncSession], Awaitable[TigerAccount]]] = [fail, fail, fail, succeed]
+    await at_once(crowd, calls * 5)
+    async with crowd.session() as session:
+        stored = await accounts.get(session, account.id)
+        events = (await factories.events(session))[1:]
+    count: object = 0
+    for event in events:  # in the order in which they had the row
+        assert event.old_values is not None
+        assert event.new_values is not None
+        assert event.old_values["error_count"] == count
+        count = event.new_values["error_count"]
+    assert stored is not None
+    assert stored.error_count == count
+    assert sum(event.action == AuditAction.ACCOUNT_ERROR for event in events) == 15
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_newest_of_twenty_tokens_stays(crowd: Database, seed: int) -> None:
+    made = [NOW + timedelta(milliseconds=n) for n in range(1, 21)]
+    tokens = [tiger_token(at) for at in made]
+    oldest, newest = tokens[0], tokens[-1]
+    random.Random(seed).shuffle(tokens)
+    async with crowd.session() as session:
+        account = await factories.account(session)
+
+    async def update(session: AsyncSession, token: str) -> str | None:
+        try:
+            await accounts.update_tokens(session, account.id, access_token=token)
+        except StaleToken:
+            return None
+        return token
+
+    told = await at_once(crowd, [partial(update, token=token) for token in tokens])
+    async with crowd.session() as session:
+        stored = await accounts.get(session, account.id)
+        assert stored is not None
+        assert plain(stored.access_token) == newest
+        assert stored.token_expires_at == made[-1] + MONTH
+        written = (await factories.events(session))[1:]
+        assert await update(session, oldest) is None
+    assert newest in told
+    expiries = [event.new_values and event.new_values["token_expires_at"] for event in written]
+    assert len(expiries) == len([token for token in told if token])
+    assert expiries == sorted(expiries, key=str)
 
 
 async def test_updates_know_what_they_replace(crowd: Database) -> None:
@@ -370,6 +431,32 @@ async def test_no_refresh_is_opened_while_its_account_closes(crowd: Database) ->
         await opening
     async with crowd.session() as session:
         assert (await token_status.history(session)).items == []
+
+
+@pytest.mark.parametrize("closers", [1, 3])
+async def test_closing_leaves_no_refresh_open(crowd: Database, closers: int) -> None:
+    async with crowd.session() as session:
+        account = await factories.account_with_token(session)
+
+    async def open_one(session: AsyncSession) -> UUID | None:
+        try:
+            return (await factories.refresh(session, account)).id
+        except InvalidState:
+            return None
+
+    async def close(session: AsyncSession) -> None:
+        await accounts.close(session, account.id)
+
+    calls: list[Callable[[AsyncSession], Awaitable[UUID | None]]] = [*[open_one] * 4]
+    calls[2:2] = [close] * closers
+    opened = {*await at_once(crowd, calls)} - {None}
+    async with crowd.session() as session:
+        refreshes = (await token_status.history(session)).items
+        actions = [event.action for event in await factories.events(session)]
+    assert {refresh.id for refresh in refreshes} == opened
+    assert [r.status for r in refreshes] == [TokenRefreshStatus.CANCELLED] * len(refreshes)
+    assert actions.count(AuditAction.ACCOUNT_CLOSE) == 1
+    assert actions.count(AuditAction.TOKEN_REFRESH_CANCEL) == len(refreshes)
 
 
 async def test_completing_and_closing_wait_for_each_other(crowd: Database) -> None:

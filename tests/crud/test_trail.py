@@ -1,12 +1,15 @@
 """What a change leaves in the audit trail, and what it never does."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 
 from tests import factories
 from tests.crud.test_accounts import CHANGES, SECRETS
+from tests.factories import plain
+from tests.test_tokens import SOON, tiger_token
 from tiger_db import (
     AuditAction,
     Database,
@@ -17,54 +20,109 @@ from tiger_db.database import AsyncSession
 from tiger_db.redaction import MASK
 
 
+def test_every_change_is_looked_at() -> None:
+    reading = ("get", "list", "find")
+    changes = {name for name in accounts.__all__ if not name.startswith(reading)}
+    assert changes == {"create", *CHANGES}
+
+
 async def test_every_change_writes_its_event(session: AsyncSession) -> None:
     account = await factories.account(session)
     other = await factories.account(session, is_default_data=True)
     await accounts.update(session, account.id, description="new")
-    await accounts.update(session, account.id, status="suspended")
+    await accounts.update(session, account.id, status="inactive", private_key="new", tiger_id="7")
+    await accounts.update(session, account.id, status="active")
     await accounts.set_default_data_account(session, account.id)
+    await accounts.set_default_trading_account(session, account.id)
     expiry = datetime(2027, 1, 1, tzinfo=UTC)
     await accounts.update_tokens(session, account.id, access_token="t", token_expires_at=expiry)
+    await accounts.update_tokens(session, account.id, access_token="t2", refresh_token="r")
     await accounts.record_error(session, account.id, message="no answer")
+    await accounts.record_error(session, account.id, message="no answer", suspend_after=2)
     at = account.model_dump(mode="json")["last_error_at"]
     await accounts.reset_errors(session, account.id)
     await accounts.close(session, account.id)
+    await accounts.reopen(session, account.id, private_key="newer", secret_key="s")
     written = [e for e in await factories.events(session) if e.tiger_account_id == account.id]
     assert [(e.action, e.old_values, e.new_values) for e in written[1:]] == [
         (AuditAction.ACCOUNT_UPDATE, {"description": None}, {"description": "new"}),
-        (AuditAction.ACCOUNT_STATUS_CHANGE, {"status": "active"}, {"status": "suspended"}),
+        (
+            AuditAction.ACCOUNT_STATUS_CHANGE,
+            {"status": "active", "private_key": MASK, "tiger_id": MASK},
+            {"status": "inactive", "private_key": MASK, "tiger_id": MASK},
+        ),
+        (AuditAction.ACCOUNT_STATUS_CHANGE, {"status": "inactive"}, {"status": "active"}),
         (
             AuditAction.ACCOUNT_SET_DEFAULT,
             {"is_default_data": str(other.id)},
             {"is_default_data": str(account.id)},
         ),
         (
+            AuditAction.ACCOUNT_SET_DEFAULT,
+            {"is_default_trading": None},
+            {"is_default_trading": str(account.id)},
+        ),
+        (
             AuditAction.TOKEN_UPDATE,
             {"access_token": None, "token_expires_at": None},
             {"access_token": MASK, "token_expires_at": "2027-01-01T00:00:00Z"},
         ),
+        (
+            AuditAction.TOKEN_UPDATE,
+            {
+                "access_token": MASK,
+                "refresh_token": None,
+                "token_expires_at": "2027-01-01T00:00:00Z",
+            },
+            {"access_token": MASK, "refresh_token": MASK, "token_expires_at": None},
+        ),
         (AuditAction.ACCOUNT_ERROR, {"error_count": 0}, {"error_count": 1}),
+        (AuditAction.ACCOUNT_ERROR, {"error_count": 1}, {"error_count": 2}),
+        (
+            AuditAction.ACCOUNT_STATUS_CHANGE,
+            {"status": "active", "auto_suspended": False},
+            {"status": "suspended", "auto_suspended": True},
+        ),
         (
             AuditAction.ACCOUNT_RESET_ERRORS,
-            {"error_count": 1, "last_error": "no answer", "last_error_at": at},
-            {"error_count": 0, "last_error": None, "last_error_at": None},
+            {
+                "status": "suspended",
+                "auto_suspended": True,
+                "error_count": 2,
+                "last_error": "no answer",
+                "last_error_at": at,
+            },
+            {
+                "status": "active",
+                "auto_suspended": False,
+                "error_count": 0,
+                "last_error": None,
+                "last_error_at": None,
+            },
         ),
         (
             AuditAction.ACCOUNT_CLOSE,
             {
-                "status": "suspended",
+                "status": "active",
                 "private_key": MASK,
                 "access_token": MASK,
-                "token_expires_at": "2027-01-01T00:00:00Z",
+                "refresh_token": MASK,
                 "is_default_data": True,
+                "is_default_trading": True,
             },
             {
                 "status": "closed",
                 "private_key": None,
                 "access_token": None,
-                "token_expires_at": None,
+                "refresh_token": None,
                 "is_default_data": False,
+                "is_default_trading": False,
             },
+        ),
+        (
+            AuditAction.ACCOUNT_REOPEN,
+            {"status": "closed", "private_key": None, "secret_key": None},
+            {"status": "active", "private_key": MASK, "secret_key": MASK},
         ),
     ]
     assert written[0].action == AuditAction.ACCOUNT_CREATE
@@ -75,30 +133,75 @@ async def test_every_change_writes_its_event(session: AsyncSession) -> None:
     }
 
 
+async def test_the_default_that_was_is_told_of_too(session: AsyncSession) -> None:
+    first = await factories.account(session, is_default_trading=True)
+    second = await factories.account(session)
+    await accounts.set_default_trading_account(session, second.id)
+    told = (await factories.events(session))[2:]
+    assert {event.tiger_account_id for event in told} == {first.id, second.id}
+    for event in told:
+        assert event.old_values == {"is_default_trading": str(first.id)}
+        assert event.new_values == {"is_default_trading": str(second.id)}
+
+
 @pytest.mark.parametrize("change", CHANGES)
 async def test_an_event_is_gone_if_its_transaction_rolls_back(clone: Database, change: str) -> None:
     async with clone.session() as session:
         account = await factories.account(session)
         await accounts.record_error(session, account.id, message="one to forget")
+        if change == "reopen":
+            await accounts.close(session, account.id)
+        before = await factories.everything(session)
+        events = len(await factories.events(session))
     with pytest.raises(ZeroDivisionError):
         async with clone.session() as session:
             await CHANGES[change](session, account.id)
-            assert len(await factories.events(session)) == 3
+            assert len(await factories.events(session)) == events + 1
             _ = 1 / 0
     async with clone.session() as session:
-        assert len(await factories.events(session)) == 2
+        assert await factories.everything(session) == before
+
+
+async def test_an_account_is_gone_with_its_event(clone: Database) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with clone.session() as session:
+            await factories.account(session)
+            assert len(await factories.events(session)) == 1
+            _ = 1 / 0
+    async with clone.session() as session:
+        assert await factories.events(session) == []
+        assert (await accounts.list_accounts(session)).items == []
 
 
 async def test_no_secret_is_in_any_row(clone: Database) -> None:
+    newer = {name: f"new-{value}" for name, value in SECRETS.items()}
+    last: dict[str, Any] = {"private_key": "the-last-key", "secret_key": "the-last-secret"}
+    tokens = [tiger_token(), tiger_token(SOON), "newer-refresh"]
+    secrets = [*SECRETS.values(), *newer.values(), *last.values(), *tokens]
     async with clone.session() as session:
         account = await factories.account(session, **SECRETS)
-        await accounts.update(session, account.id, **{n: f"new-{v}" for n, v in SECRETS.items()})
+        _, raw_key = await factories.api_key(session, tiger_account_id=account.id)
+        secrets.append(raw_key[-64:])
+        await accounts.update(session, account.id, **newer)
+        await accounts.update(session, account.id, status="inactive", access_token=tokens[0])
+        await accounts.update(session, account.id, status="active")
+        await accounts.set_default_trading_account(session, account.id)
+        await accounts.set_default_data_account(session, account.id)
         await accounts.update_tokens(
-            session, account.id, access_token="newer-access-token", refresh_token="newer-refresh"
+            session, account.id, access_token=tokens[1], refresh_token=tokens[2]
         )
+        current = [plain(getattr(account, name)) for name in SECRETS]
+        message = f"{current} {raw_key} {tokens}"
+        await accounts.record_error(session, account.id, message=message, suspend_after=1)
+        await accounts.reset_errors(session, account.id)
+        await factories.refresh(session, account)
+        (claim,) = await crud.token_status.claim_due(session, worker="w")
+        await crud.token_status.fail(session, claim, error=f"{tokens[:2]}")
+        await accounts.close(session, account.id)
+        await accounts.reopen(session, account.id, **last)
     async with clone.session() as session:
         stored = await factories.everything(session)
-    for secret in (*SECRETS.values(), "newer-access-token", "newer-refresh"):
+    for secret in secrets:
         assert secret not in stored
         assert secret.encode().hex() not in stored
     assert account.account_number in stored

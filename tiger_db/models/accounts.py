@@ -36,7 +36,7 @@ from tiger_db.models.base import (
     tracked_list,
 )
 from tiger_db.redaction import masked
-from tiger_db.tokens import TokenTimes, token_times
+from tiger_db.tokens import token_times
 
 if TYPE_CHECKING:
     from tiger_db.models.api_keys import APIKey
@@ -296,30 +296,32 @@ class TigerAccount(MutableEntity, table=True):
         """When a token that is to replace this account's expires; None: that is unknown.
 
         It is read out of the token where it is not given. Of two tokens in Tiger's format the one
-        generated later is the newer; of others, the one that expires later.
+        generated later is the newer; of others, the one that expires later. The same one is fine.
 
         Raises:
             StaleToken: the account's token is the newer one.
         """
-        new, old = token_times(access_token), self._token_times()
+        held = self._readable_token()
+        new, old = token_times(access_token), token_times(held)
         if expires_at is None and new is not None:
             expires_at = new.expires_at
-        if new is not None and old is not None:
+        if access_token == held:
+            stale = False
+        elif new is not None and old is not None:
             stale = new.generated_at < old.generated_at
         else:
-            held = self.token_expires_at if self.access_token is not None else None
-            stale = held is not None and expires_at is not None and expires_at < held
+            until = self.token_expires_at if self.access_token is not None else None
+            stale = until is not None and expires_at is not None and expires_at < until
         if stale:
             raise StaleToken
         return expires_at
 
-    def _token_times(self) -> TokenTimes | None:
-        if self.access_token is None:
-            return None
+    def _readable_token(self) -> str:
+        """The access token; empty where there is none, or where nobody can read it any more."""
         try:
-            return token_times(self.access_token.get_secret_value())
-        except EncryptionError:  # a token that nobody can read any more may be replaced
-            return None
+            return self.access_token.get_secret_value() if self.access_token is not None else ""
+        except EncryptionError:
+            return ""
 
     def known_as(self) -> str:
         return f"account {masked(self.__dict__.get('account_number') or '')}"

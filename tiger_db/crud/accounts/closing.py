@@ -1,15 +1,16 @@
 """Closing accounts, and opening them again."""
 
+from typing import TypeVar
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import func
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud import audit_logs
-from tiger_db.crud.accounts.events import log_change, shown
+from tiger_db.crud.accounts.events import ENDED, log_change, shown
 from tiger_db.crud.common import get_or_raise, many
 from tiger_db.errors import InvalidState
 from tiger_db.models import (
@@ -26,6 +27,7 @@ from tiger_db.models import (
 from tiger_db.models.token_status import OPEN
 
 _REASON = "the account was closed"
+E_ = TypeVar("E_", APIKey, TokenStatus)
 
 
 async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
@@ -42,20 +44,7 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     if account.status == AccountStatus.CLOSED:
         return account
     before = shown(account)
-    account.sqlmodel_update(
-        {
-            "status": AccountStatus.CLOSED,
-            "auto_suspended": False,
-            "private_key": None,
-            "private_key_format": PrivateKeyFormat.UNKNOWN,
-            "secret_key": None,
-            "access_token": None,
-            "refresh_token": None,
-            "token_expires_at": None,
-            "is_default_trading": False,
-            "is_default_data": False,
-        }
-    )
+    account.sqlmodel_update({"status": AccountStatus.CLOSED, **ENDED})
     await session.flush()
     revoked = await _revoke_keys(session, account)
     cancelled = await _cancel_refreshes(session, account)
@@ -103,15 +92,14 @@ async def reopen(
 
 
 async def _revoke_keys(session: AsyncSession, account: TigerAccount) -> list[APIKey]:
-    keys = await many(
+    ended = await _end(
         session,
-        sql_update(APIKey)
-        .where(
-            col(APIKey.tiger_account_id) == account.id,
-            col(APIKey.status) != APIKeyStatus.REVOKED,
-        )
-        .values(status=APIKeyStatus.REVOKED, revoked_at=func.now(), revocation_reason=_REASON)
-        .returning(APIKey),
+        APIKey,
+        col(APIKey.tiger_account_id) == account.id,
+        col(APIKey.status) != APIKeyStatus.REVOKED,
+        status=APIKeyStatus.REVOKED,
+        revoked_at=func.now(),
+        revocation_reason=_REASON,
     )
     await audit_logs.log_events(
         session,
@@ -122,21 +110,24 @@ async def _revoke_keys(session: AsyncSession, account: TigerAccount) -> list[API
                 resource_id=str(key.id),
                 api_key_id=key.id,
                 tiger_account_id=account.id,
+                old_values={"status": old},
                 new_values={"status": key.status.value, "revocation_reason": _REASON},
             )
-            for key in keys
+            for key, old in ended
         ],
     )
-    return keys
+    return [key for key, _ in ended]
 
 
 async def _cancel_refreshes(session: AsyncSession, account: TigerAccount) -> list[TokenStatus]:
-    refreshes = await many(
+    ended = await _end(
         session,
-        sql_update(TokenStatus)
-        .where(col(TokenStatus.tiger_account_id) == account.id, col(TokenStatus.status).in_(OPEN))
-        .values(status=TokenRefreshStatus.CANCELLED, completed_at=func.now(), lease_expires_at=None)
-        .returning(TokenStatus),
+        TokenStatus,
+        col(TokenStatus.tiger_account_id) == account.id,
+        col(TokenStatus.status).in_(OPEN),
+        status=TokenRefreshStatus.CANCELLED,
+        completed_at=func.now(),
+        lease_expires_at=None,
     )
     await audit_logs.log_events(
         session,
@@ -146,10 +137,24 @@ async def _cancel_refreshes(session: AsyncSession, account: TigerAccount) -> lis
                 resource_type="token_status",
                 resource_id=str(refresh.id),
                 tiger_account_id=account.id,
+                old_values={"status": old},
                 new_values={"status": refresh.status.value},
                 details={"reason": _REASON},
             )
-            for refresh in refreshes
+            for refresh, old in ended
         ],
     )
-    return refreshes
+    return [refresh for refresh, _ in ended]
+
+
+async def _end(
+    session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool], **values: object
+) -> list[tuple[E_, str]]:
+    """Change the rows that meet the criteria; with each, the status that it had."""
+    rows = await many(session, select(entity).where(*criteria).with_for_update(key_share=True))
+    old = {row.id: row.status.value for row in rows}
+    changed = await many(
+        session,
+        sql_update(entity).where(col(entity.id).in_(old)).values(**values).returning(entity),
+    )
+    return [(row, old[row.id]) for row in changed]

@@ -1,5 +1,6 @@
 """Storing accounts, changing their fields, and choosing the defaults."""
 
+from collections.abc import Mapping
 from uuid import UUID
 
 from sqlalchemy import func, select
@@ -7,7 +8,7 @@ from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.accounts.events import log, log_change, refuse_closed, shown
+from tiger_db.crud.accounts.events import ENDED, log, log_change, refuse_closed, shown
 from tiger_db.crud.common import constraints, get_or_raise, one
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import AccountStatus, AuditAction, TigerAccount
@@ -22,8 +23,12 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
         AlreadyExists: the account number is taken (if by a closed account, `reopen` that), or
             another account is the default already.
         ConfigurationError: there is no encryption key to seal its secrets with.
-        InvalidValue: it is closed.
+        InvalidValue: it is closed, or `auto_suspended`, which only `record_error` makes it.
     """
+    if account.status == AccountStatus.CLOSED:
+        raise InvalidValue("status: an account is closed by `close`, not created so")
+    if account.auto_suspended:
+        raise InvalidValue("auto_suspended: an account is suspended so by `record_error` alone")
     if account.access_token is not None:
         account.token_expires_at = account.expiry_of_newer(
             account.access_token.get_secret_value(), account.token_expires_at
@@ -43,7 +48,7 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
     Raises:
         NotFound: there is no such account.
         InvalidValue: a field cannot be changed, or only by another function: `close`.
-        InvalidState: the account is closed and would become open: that is `reopen`'s.
+        InvalidState: the account is closed and would be open, or have credentials: see `reopen`.
         StaleToken: the account has a newer access token.
         ValidationError: a field is unknown or its value refused.
         AlreadyExists: the account number is taken, or another account is the default already.
@@ -53,7 +58,7 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
         raise InvalidValue(f"{', '.join(fixed)} cannot be changed")
     before = shown(account)
     values = account.validated(changes)
-    _check_status(account, values.get("status", account.status))
+    _check_closed(account, values)
     if values.get("access_token") is not None:
         values["token_expires_at"] = account.expiry_of_newer(
             values["access_token"].get_secret_value(), values.get("token_expires_at")
@@ -70,7 +75,7 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
 
 
 async def set_default_trading_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    """Make an account the default for trading, in place of the one that was.
+    """Make an account the default for trading, in place of the one that was, if it is not yet.
 
     Raises:
         NotFound: there is no such account.
@@ -80,7 +85,7 @@ async def set_default_trading_account(session: AsyncSession, account_id: UUID) -
 
 
 async def set_default_data_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    """Make an account the default for data, in place of the one that was.
+    """Make an account the default for data, in place of the one that was, if it is not yet.
 
     Raises:
         NotFound: there is no such account.
@@ -89,12 +94,12 @@ async def set_default_data_account(session: AsyncSession, account_id: UUID) -> T
     return await _set_default(session, account_id, "is_default_data")
 
 
-def _check_status(account: TigerAccount, status: AccountStatus) -> None:
-    if status == account.status:
-        return
-    if status == AccountStatus.CLOSED:
-        raise InvalidValue("status: an account is closed by `close`, which ends its keys too")
-    if account.status == AccountStatus.CLOSED:
+def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
+    closes = values.get("status", account.status) == AccountStatus.CLOSED
+    if account.status != AccountStatus.CLOSED:
+        if closes:
+            raise InvalidValue("status: an account is closed by `close`, which ends its keys too")
+    elif not closes or any(values.get(name, ended) != ended for name, ended in ENDED.items()):
         raise InvalidState("the account is closed: `reopen` gives it credentials again")
 
 
@@ -104,6 +109,8 @@ async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> 
     await session.execute(select(func.pg_advisory_xact_lock(func.hashtext("set_default"))))
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     refuse_closed(account)
+    if getattr(account, column):
+        return account
     is_default = col(getattr(TigerAccount, column))
     replaced = await one(
         session,

@@ -7,7 +7,26 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tiger_db.crud import audit_logs
 from tiger_db.errors import InvalidState
-from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
+from tiger_db.models import (
+    AccountStatus,
+    AuditAction,
+    AuditSeverity,
+    PrivateKeyFormat,
+    TigerAccount,
+)
+
+# What closing ends, as it is in every closed account.
+ENDED: Mapping[str, object] = {
+    "auto_suspended": False,
+    "private_key": None,
+    "private_key_format": PrivateKeyFormat.UNKNOWN,
+    "secret_key": None,
+    "access_token": None,
+    "refresh_token": None,
+    "token_expires_at": None,
+    "is_default_trading": False,
+    "is_default_data": False,
+}
 
 
 def refuse_closed(account: TigerAccount) -> None:

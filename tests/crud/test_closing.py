@@ -1,0 +1,443 @@
+"""A closed account keeps no credential, key, refresh or default; and every line of its trail."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from tests import factories
+from tests.crud.test_accounts import SECRETS
+from tests.factories import plain
+from tiger_db import (
+    AccountStatus,
+    APIKeyStatus,
+    AuditAction,
+    AuditLog,
+    Database,
+    PrivateKeyFormat,
+    TigerAccount,
+    TokenRefreshStatus,
+)
+from tiger_db.crud import accounts, api_keys, audit_logs, token_status
+from tiger_db.database import AsyncSession
+from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue
+from tiger_db.redaction import MASK
+
+S = AccountStatus
+CREDENTIALS = ("private_key", "secret_key", "access_token", "refresh_token")
+EXPIRY = "2030-01-01T00:00:00Z"
+CLOSED = {
+    "status": "closed",
+    "private_key": None,
+    "private_key_format": "unknown",
+    "secret_key": None,
+    "access_token": None,
+    "refresh_token": None,
+    "token_expires_at": None,
+    "is_default_trading": False,
+    "is_default_data": False,
+}
+REASON = "the account was closed"
+
+
+async def busy_account(session: AsyncSession) -> TigerAccount:
+    """An account with all that closing ends, and keys of every status."""
+    values = SECRETS | {"private_key_format": "PK8", "token_expires_at": EXPIRY}
+    account = await factories.account(
+        session, **values, is_default_data=True, is_default_trading=True
+    )
+    for status in APIKeyStatus:
+        key, _ = await factories.api_key(session, tiger_account_id=account.id)
+        if status == APIKeyStatus.REVOKED:
+            await api_keys.revoke(session, key.id, reason="long ago")
+        else:
+            key.status = status
+    await factories.refresh(session, account)
+    return account
+
+
+async def row_of(session: AsyncSession, account: TigerAccount) -> dict[str, Any]:
+    """As it is stored."""
+    row = await session.execute(
+        text("SELECT *, status::text AS status FROM tiger_accounts WHERE id = :id"),
+        {"id": account.id},
+    )
+    return dict(row.mappings().one())
+
+
+async def trail(session: AsyncSession) -> list[str]:
+    """Every audit row, with the transaction that wrote it and the place it is in."""
+    rows = await session.scalars(
+        text("SELECT concat_ws(' ', a.tableoid, a.ctid, a.xmin, a) FROM audit_logs a ORDER BY id")
+    )
+    return list(rows)
+
+
+async def events_since(session: AsyncSession, before: list[str]) -> list[AuditLog]:
+    return (await factories.events(session))[len(before) :]
+
+
+# Closing
+
+
+async def test_the_credentials_are_destroyed(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await busy_account(session)
+        other = await factories.account(session, **SECRETS)
+    async with clone.session() as session:
+        before, others = await row_of(session, account), await row_of(session, other)
+        await accounts.close(session, account.id)
+    async with clone.session() as session:
+        after = await row_of(session, account)
+        everything = await factories.everything(session)
+        assert await row_of(session, other) == others
+    changed = {name: value for name, value in after.items() if value != before[name]}
+    assert changed.pop("updated_at") > before["updated_at"]
+    assert changed == CLOSED
+    for name in CREDENTIALS:
+        assert before[name].hex() not in everything
+    assert after["tiger_id"].hex() in everything
+
+
+async def test_closing_writes_its_event_with_old_and_new_values(session: AsyncSession) -> None:
+    account = await busy_account(session)
+    await accounts.close(session, account.id)
+    event = (await factories.events(session))[-1]
+    assert (event.action, event.resource_id) == (AuditAction.ACCOUNT_CLOSE, str(account.id))
+    assert event.new_values == CLOSED
+    assert event.old_values == {
+        "status": "active",
+        **dict.fromkeys(CREDENTIALS, MASK),
+        "private_key_format": "PK8",
+        "token_expires_at": EXPIRY,
+        "is_default_trading": True,
+        "is_default_data": True,
+    }
+    keys = await api_keys.get_keys_for_account(session, account.id)
+    ended = {key.key_prefix for key in keys if key.revocation_reason == REASON}
+    refresh = await token_status.get_latest_status(session, account.id)
+    assert refresh is not None
+    details: Any = event.details
+    assert {*details["revoked_api_keys"]} == ended
+    assert details["cancelled_refreshes"] == [str(refresh.id)]
+
+
+async def test_each_key_is_revoked_with_its_event(session: AsyncSession) -> None:
+    account = await busy_account(session)
+    keys = (await api_keys.get_keys_for_account(session, account.id)).items
+    revoked_before, *working = sorted(keys, key=lambda k: k.status != APIKeyStatus.REVOKED)
+    was = {key.id: key.status.value for key in working}
+    unbound, raw_unbound = await factories.api_key(session)
+    await accounts.close(session, account.id)
+    for key in working:
+        assert (key.status, key.revocation_reason) == (APIKeyStatus.REVOKED, REASON)
+        assert key.revoked_at is not None
+        event = (await audit_logs.search(session, api_key_id=key.id)).items[0]
+        assert event.action == AuditAction.API_KEY_REVOKE
+        assert (event.resource_type, event.resource_id) == ("api_key", str(key.id))
+        assert event.tiger_account_id == account.id
+        assert event.old_values == {"status": was[key.id]}
+        assert event.new_values == {"status": "revoked", "revocation_reason": REASON}
+    assert {*was.values()} == {"active", "inactive", "expired"}
+    assert revoked_before.revocation_reason == "long ago"
+    assert len(await audit_logs.search(session, api_key_id=revoked_before.id)) == 2
+    assert await api_keys.verify_api_key(session, raw_unbound) is unbound
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+async def test_an_open_refresh_is_cancelled_with_its_event(
+    session: AsyncSession, *, claimed: bool
+) -> None:
+    account = await factories.account_with_token(session)
+    other = await factories.refresh(session)
+    done = await factories.refresh(session, account)
+    await token_status.cancel(session, done.id)
+    refresh = await factories.refresh(session, account)
+    ended_before = (done.status, done.completed_at, done.updated_at)
+    if claimed:
+        await token_status.claim_due(session, worker="w")
+    before = await trail(session)
+    await accounts.close(session, account.id)
+    (event, close) = await events_since(session, before)
+    assert (event.action, close.action) == (
+        AuditAction.TOKEN_REFRESH_CANCEL,
+        AuditAction.ACCOUNT_CLOSE,
+    )
+    assert (event.resource_type, event.resource_id) == ("token_status", str(refresh.id))
+    assert event.tiger_account_id == account.id
+    assert event.old_values == {"status": "in_progress" if claimed else "pending"}
+    assert event.new_values == {"status": "cancelled"}
+    assert event.details == {"reason": REASON}
+    stored = await token_status.get(session, refresh.id)
+    assert stored is not None
+    assert stored.status == TokenRefreshStatus.CANCELLED
+    assert stored.completed_at is not None
+    assert stored.lease_expires_at is None
+    assert await token_status.get(session, done.id) is done
+    assert (done.status, done.completed_at, done.updated_at) == ended_before
+    still_open = await token_status.get(session, other.id)
+    assert still_open is not None
+    assert still_open.is_open
+
+
+async def test_the_trail_before_it_stays_byte_for_byte(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await busy_account(session)
+        await accounts.record_error(session, account.id, message="no answer")
+        before = await trail(session)
+    async with clone.session() as session:
+        await accounts.close(session, account.id)
+    async with clone.session() as session:
+        after = await trail(session)
+    assert after[: len(before)] == before
+    assert len(before) == 8
+    assert len(after) == len(before) + 5  # three keys, a refresh, the account
+
+
+async def test_closing_is_one_transaction(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await busy_account(session)
+        before = await factories.everything(session)
+    with pytest.raises(ZeroDivisionError):
+        async with clone.session() as session:
+            await accounts.close(session, account.id)
+            assert await factories.everything(session) != before
+            async with clone.session() as someone_else:
+                assert await factories.everything(someone_else) == before
+            _ = 1 / 0
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+        read = await accounts.get(session, account.id)
+        assert read is not None
+        assert {name: plain(getattr(read, name)) for name in SECRETS} == SECRETS
+
+
+@pytest.mark.parametrize("status", [S.INACTIVE, S.SUSPENDED, S.PENDING_VERIFICATION])
+async def test_an_account_of_any_status_is_closed(
+    session: AsyncSession, status: AccountStatus
+) -> None:
+    account = await factories.account(session, status=status)
+    await accounts.close(session, account.id)
+    assert (await row_of(session, account))["status"] == "closed"
+
+
+async def test_a_suspension_by_errors_ends(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    await accounts.record_error(session, account.id, message="no answer", suspend_after=1)
+    await accounts.close(session, account.id)
+    event = (await factories.events(session))[-1]
+    assert event.old_values is not None
+    assert event.old_values["auto_suspended"] is True
+    await accounts.reset_errors(session, account.id)
+    row = await row_of(session, account)
+    assert (row["status"], row["auto_suspended"]) == ("closed", False)
+
+
+async def test_closing_again_changes_nothing(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await busy_account(session)
+        await accounts.close(session, account.id)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        await accounts.close(session, account.id)
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+
+
+# The database keeps it, too
+
+
+@pytest.mark.parametrize("kept", [*CREDENTIALS, "is_default_trading", "is_default_data"])
+async def test_no_sql_closes_an_account_that_keeps_something(
+    session: AsyncSession, kept: str
+) -> None:
+    account = await busy_account(session)
+    gone = [f"{name} = NULL" for name in CREDENTIALS if name != kept]
+    gone += [f"{name} = false" for name in CLOSED if name.startswith("is_") and name != kept]
+    with pytest.raises(IntegrityError, match="ck_tiger_accounts_credentials_unless_closed"):
+        await session.execute(
+            text(f"UPDATE tiger_accounts SET status = 'closed', {', '.join(gone)} WHERE id = :id"),
+            {"id": account.id},
+        )
+
+
+@pytest.mark.parametrize("status", [status for status in S if status != S.CLOSED])
+async def test_no_sql_opens_one_without_credentials(
+    session: AsyncSession, status: AccountStatus
+) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    with pytest.raises(IntegrityError, match="ck_tiger_accounts_credentials_unless_closed"):
+        await session.execute(text(f"UPDATE tiger_accounts SET status = '{status}'"))
+
+
+@pytest.mark.parametrize("name", [*CREDENTIALS, "is_default_trading", "is_default_data"])
+async def test_no_sql_gives_a_closed_one_something(session: AsyncSession, name: str) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    value = "true" if name.startswith("is_") else "tiger_id"
+    with pytest.raises(IntegrityError, match="ck_tiger_accounts_credentials_unless_closed"):
+        await session.execute(text(f"UPDATE tiger_accounts SET {name} = {value}"))
+
+
+async def test_no_sql_takes_the_key_of_an_open_one(session: AsyncSession) -> None:
+    await factories.account(session)
+    with pytest.raises(IntegrityError, match="ck_tiger_accounts_credentials_unless_closed"):
+        await session.execute(text("UPDATE tiger_accounts SET private_key = NULL"))
+
+
+# What a closed account refuses
+
+
+@pytest.mark.parametrize(
+    "values", [{"status": "closed", "private_key": None}, {"status": "closed"}]
+)
+async def test_no_account_is_created_closed(session: AsyncSession, values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue, match="closed by `close`"):
+        await factories.account(session, **values)
+    assert (await accounts.list_accounts(session)).items == []
+
+
+async def test_its_number_is_taken(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    with pytest.raises(AlreadyExists, match="account_number"):
+        await factories.account(session, account_number=account.account_number)
+    other = await factories.account(session)
+    with pytest.raises(AlreadyExists, match="account_number"):
+        await accounts.update(session, other.id, account_number=account.account_number)
+    assert await accounts.get_by_account_number(session, account.account_number) is account
+
+
+@pytest.mark.parametrize("status", [status for status in S if status != S.CLOSED])
+@pytest.mark.parametrize("rest", [{}, {"private_key": "new"}])
+async def test_no_update_opens_it(
+    session: AsyncSession, status: AccountStatus, rest: dict[str, str]
+) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    before = await factories.everything(session)
+    with pytest.raises(InvalidState, match="`reopen` gives it credentials again"):
+        await accounts.update(session, account.id, status=status, **rest)
+    assert await factories.everything(session) == before
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({name: "new"} for name in CREDENTIALS),
+        {"private_key_format": "PK8"},
+        {"token_expires_at": EXPIRY},
+        {"is_default_trading": True},
+        {"is_default_data": True},
+        {"private_key": "new", "description": "half done"},
+    ],
+)
+async def test_no_update_gives_it_something(session: AsyncSession, values: dict[str, Any]) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    before = await factories.everything(session)
+    with pytest.raises(InvalidState, match="closed"):
+        await accounts.update(session, account.id, **values)
+    assert await factories.everything(session) == before
+    assert account.private_key is None
+
+
+async def test_what_is_told_about_it_can_be_changed(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    await accounts.update(session, account.id, status="closed", description="was Tom's")
+    assert (account.status, account.description) == (S.CLOSED, "was Tom's")
+
+
+# Reopening
+
+
+async def test_reopening_takes_new_credentials(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await busy_account(session)
+        await accounts.record_error(session, account.id, message="no answer")
+        await accounts.close(session, account.id)
+    async with clone.session() as session:
+        await accounts.reopen(
+            session,
+            account.id,
+            private_key="new key",
+            private_key_format=PrivateKeyFormat.PK1,
+            secret_key="new secret",
+        )
+    async with clone.session() as session:
+        read = await accounts.get_by_account_number(session, account.account_number)
+        assert read is not None
+        assert (read.id, read.status) == (account.id, S.ACTIVE)
+        assert plain(read.private_key) == "new key"
+        assert read.private_key_format == PrivateKeyFormat.PK1
+        assert plain(read.secret_key) == "new secret"
+        assert plain(read.tiger_id) == SECRETS["tiger_id"]
+        assert (read.access_token, read.refresh_token, read.token_expires_at) == (None,) * 3
+        assert (read.error_count, read.last_error, read.last_error_at) == (0, None, None)
+        assert not read.is_default_data
+        assert not read.is_default_trading
+        keys = await api_keys.get_keys_for_account(session, account.id)
+        assert {key.status for key in keys} == {APIKeyStatus.REVOKED}
+        await accounts.update_tokens(session, account.id, access_token="new token")
+        await accounts.set_default_trading_account(session, account.id)
+        assert (await factories.refresh(session, read)).is_open
+        key, raw_key = await factories.api_key(session, tiger_account_id=account.id)
+        assert await api_keys.verify_api_key(session, raw_key) is key
+
+
+async def test_reopening_writes_its_event(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    before = await trail(session)
+    await accounts.reopen(session, account.id, private_key="new key")
+    (event,) = await events_since(session, before)
+    assert (event.action, event.resource_id) == (AuditAction.ACCOUNT_REOPEN, str(account.id))
+    assert event.old_values == {"status": "closed", "private_key": None}
+    assert event.new_values == {"status": "active", "private_key": MASK}
+
+
+@pytest.mark.parametrize("status", [status for status in S if status != S.CLOSED])
+async def test_only_a_closed_account_is_reopened(
+    session: AsyncSession, status: AccountStatus
+) -> None:
+    account = await factories.account(session, status=status)
+    with pytest.raises(InvalidState, match="only a closed account"):
+        await accounts.reopen(session, account.id, private_key="new key")
+    assert plain(account.private_key) == "test_key"
+
+
+NOTHING: Any = None
+REFUSED: list[dict[str, Any]] = [
+    {"private_key": ""},
+    {"private_key": NOTHING},
+    {"private_key": MASK},
+    {"private_key": "new", "secret_key": ""},
+    {"private_key": "new", "private_key_format": "PK2"},
+]
+
+
+@pytest.mark.parametrize("values", REFUSED)
+async def test_reopening_with_refused_values_changes_nothing(
+    session: AsyncSession, values: dict[str, Any]
+) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    before = await factories.everything(session)
+    with pytest.raises(ValidationError):
+        await accounts.reopen(session, account.id, **values)
+    await session.flush()
+    assert await factories.everything(session) == before
+
+
+async def test_closing_and_reopening_again_and_again(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    for n in range(3):
+        await accounts.close(session, account.id)
+        await accounts.reopen(session, account.id, private_key=f"key {n}")
+        assert plain(account.private_key) == f"key {n}"
+    actions = [event.action for event in await factories.events(session)]
+    assert actions[1:] == [AuditAction.ACCOUNT_CLOSE, AuditAction.ACCOUNT_REOPEN] * 3

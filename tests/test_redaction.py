@@ -1,0 +1,339 @@
+"""No token, key or password comes through; what people need to read does."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import quote
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from tigeropen.common.consts import THREAD_LOCAL
+from tigeropen.common.exceptions import RequestException, ResponseException
+from tigeropen.common.util.web_utils import do_post
+
+from tests.test_tokens import SOON, tiger_token
+from tiger_db.redaction import MASK, masked, redact
+
+KEY = rsa.generate_private_key(65537, 2048)
+PEM = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+DER = "".join(PEM.splitlines()[1:-1])
+SIGN = base64.b64encode(bytes(range(256))).decode()
+TOKEN, NEW_TOKEN = tiger_token(), tiger_token(SOON)
+SLASHED = f"{TOKEN[:40]}/a+b/{TOKEN[45:]}"
+API_KEY = f"tdb_0123456789abcdef_{bytes(range(100, 132)).hex()}"
+JWT = ".".join(
+    base64.urlsafe_b64encode(part).decode().rstrip("=")
+    for part in (b'{"alg":"HS256"}', b'{"sub":"20150001"}', bytes(range(60, 92)))
+)
+
+
+def parts(secret: str, size: int = 8) -> set[str]:
+    """Everything of a secret that is as long as that."""
+    return {secret[n : n + size] for n in range(max(len(secret) - size, 0) + 1)}
+
+
+def leaked(text: str, *secrets: str) -> list[str]:
+    shown = redact(text)
+    return [part for secret in secrets for part in parts(secret) if part in shown]
+
+
+# What Tiger's SDK says
+
+
+@contextmanager
+def gateway(answer: bytes) -> Iterator[str]:
+    """A server that refuses every request with this body; its URL."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(502)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/gateway"
+        server.shutdown()
+        thread.join()
+
+
+def asked(url: str) -> str:
+    """What the SDK's exception says when a request fails."""
+    THREAD_LOCAL.uuid = "b3f1c2d4-0a1b-4c5d-8e9f-001122334455"
+    params = {
+        "method": "user_token_refresh",
+        "tiger_id": "20150001",
+        "biz_content": '{"account":"U12300123","secret_key":"institutional"}',
+        "sign": SIGN,
+    }
+    headers = {"Authorization": TOKEN, "User-Agent": "openapi-python-sdk-3.8.0"}
+    with pytest.raises((RequestException, ResponseException)) as caught:
+        do_post(url, headers=headers, params=params)
+    return str(caught.value)
+
+
+def test_what_the_sdk_says_of_a_request_that_failed() -> None:
+    told = asked("http://127.0.0.1:1/gateway")
+    assert leaked(told, TOKEN, SIGN, "institutional") == []
+    shown = redact(told)
+    for word in (
+        "[b3f1c2d4-0a1b-4c5d-8e9f-001122334455]POST request failed. url: http://127.0.0.1:1/gateway",
+        f"'Authorization': '{MASK}', 'User-Agent': 'openapi-python-sdk-3.8.0'",
+        "'method': 'user_token_refresh', 'tiger_id': '20150001'",
+        f'{{"account":"U12300123","secret_key":"{MASK}"}}',
+        f"'sign': '{MASK}'",
+        "Connection refused",
+    ):
+        assert word in shown
+
+
+def test_what_the_sdk_says_of_an_answer_that_is_none() -> None:
+    data = json.dumps({"token": "short", "expires": 1}, separators=(",", ":"))
+    answer = json.dumps({"code": 4, "message": "access forbidden", "data": data, "sign": SIGN})
+    with gateway(answer.encode()) as url:
+        told = asked(url)
+    assert r"{\\\\" not in told
+    assert r'\\"token\\":\\"short\\"' in told  # JSON in JSON in bytes
+    assert leaked(told, TOKEN, SIGN, "institutional", '"short') == []
+    shown = redact(told)
+    assert "invalid http status 502" in shown
+    assert '"code": 4, "message": "access forbidden"' in shown
+    assert rf'\\"token\\":\\"{MASK}\\",\\"expires\\":1' in shown
+
+
+def test_what_the_sdk_logs_of_a_refresh() -> None:
+    told = f"refresh token, old:{TOKEN}, new:{NEW_TOKEN}"
+    assert redact(told) == f"refresh token, old:{MASK}, new:{MASK}"
+    told = f"load token from changed token file, old: {TOKEN}, new:{NEW_TOKEN}"
+    assert redact(told) == f"load token from changed token file, old: {MASK}, new:{MASK}"
+
+
+# Secrets by their form
+
+WRAPPED = "\n".join(textwrap.wrap(DER, 64))
+FORMS = {
+    "PEM": (PEM, DER),
+    "PEM, cut off at its end": (PEM[:-100], DER),
+    "PEM, cut off at its beginning": (PEM[20:], DER),
+    "PEM with escapes": (json.dumps({"k": PEM}), DER),
+    "PEM in a repr of a repr": (repr(repr(PEM)), DER),
+    "PEM in one line": (PEM.replace("\n", " "), DER),
+    "DER": (f"bad key {DER} in line 1", DER),
+    "DER, wrapped": (f"bad key:\n{WRAPPED}\nin file", DER),
+    "DER, wrapped and indented": (textwrap.indent(WRAPPED, "    "), DER),
+    "DER, wrapped by Windows": (WRAPPED.replace("\n", "\r\n"), DER),
+    "DER, wrapped as MIME": ("\n".join(textwrap.wrap(DER, 76)), DER),
+    "DER, wrapped with escapes": (repr(WRAPPED), DER),
+    "DER, wrapped with more escapes": (repr(repr(WRAPPED.replace("\n", "\r\n"))), DER),
+    "DER after a line of dashes": (f"{'-' * 64}\n{WRAPPED}", DER),
+    "a key in properties": (f"private_key_pk8={DER}\nlicense=TBHK", DER),
+    "a token": (f"wrong {TOKEN}", TOKEN),
+    "a token without padding": (f"wrong {TOKEN.rstrip('=')}", TOKEN.rstrip("=")),
+    "a token in a URL": (f"https://x/?a={quote(SLASHED, safe='')}&b=1", SLASHED[:40]),
+    "a token of JSON that escapes slashes": (SLASHED.replace("/", r"\/"), TOKEN[45:]),
+    "an API key": (f"used {API_KEY} twice", API_KEY[-64:]),
+    "an API key, cut off": (API_KEY[:40], API_KEY[21:40]),
+    "a JWT": (f"expired: {JWT}", JWT),
+    "a JWT without a signature": (f"{JWT.rsplit('.', 1)[0]}.", JWT.split(".")[1]),
+    "a digest": (bytes(range(32)).hex(), bytes(range(32)).hex()),
+    "capitals and digits": ("JBSWY3DPEHPK3PXP" * 3, "JBSWY3DPEHPK3PXP"),
+    "letters only": ("qJzXwVtRkPmNbYcLdGhFsQjZ" * 2, "qJzXwVtRkPmNbYcLdGhFsQjZ"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_secret_is_told_by_its_form(name: str) -> None:
+    text, secret = FORMS[name]
+    assert leaked(text, secret) == []
+
+
+NAMED = [
+    "token=hunter2",
+    "https://x/?a=1&token=hunter2&b=1",
+    "Authorization: hunter2",
+    "authorization: Token hunter2",
+    "Authorization: Bearer hunter2",
+    "'Authorization': 'Bearer hunter2'",
+    "Bearer hunter2",
+    "bearer  hunter2",
+    '{"access_token":"hunter2","token_type":"Bearer"}',
+    '{"refresh_token" : "hunter2"}',
+    "{'refreshToken': 'hunter2'}",
+    '"client_secret":"hunter2"',
+    r"{\"token\":\"hunter2\"}",
+    r"{\\\"token\\\":\\\"hunter2\\\"}",
+    r'"password":"a\"hunter2"',
+    r"{\"password\":\"a\\\"hunter2\"}",
+    '"token":"hunter2',
+    "password = hunter2",
+    "passwd:hunter2",
+    "DB_PASSWORD=hunter2",
+    "password => hunter2",
+    "pwd := hunter2",
+    "api-key: hunter2",
+    "x-api-key=hunter2",
+    "secret_key=hunter2",
+    "privateKey=hunter2",
+    "private_key_pk1=hunter2",
+    "sign=hunter2",
+    "'signature': 'hunter2'",
+    "token\uff1ahunter2",
+    "TOKEN: hunter2",
+    "token:\n  hunter2",
+    "token=nonehunter2",
+]
+
+
+@pytest.mark.parametrize("text", NAMED)
+def test_a_secret_is_told_by_its_name(text: str) -> None:
+    shown = redact(f"before {text} after")
+    assert "hunter2" not in shown
+    assert MASK in shown
+    assert shown.startswith("before ")
+
+
+ODD = st.text(st.sampled_from("AMacwz059+/=_-\"'\\nrtu:%{}[],. \n*")) | st.text()
+MOMENTS = st.integers(10**12, 10**13 - 1)
+
+
+@given(
+    before=ODD,
+    generated=MOMENTS,
+    expires=MOMENTS,
+    opaque=st.binary(min_size=16, max_size=16),
+    after=ODD,
+)
+# One that could be words, by its form.
+@example(before="", generated=6726726726720, expires=1672672672672, opaque=bytes(16), after="")
+def test_a_token_in_any_text_is_masked(
+    before: str, generated: int, expires: int, opaque: bytes, after: str
+) -> None:
+    token = base64.b64encode(f"{generated},{expires}".encode() + opaque).decode().rstrip("=")
+    shown = redact(before + token + after)
+    assert not [p for p in parts(token) if p in shown and p not in before + "\0" + after]
+
+
+# Known secrets
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "as it is": str,
+    "JSON": json.dumps,
+    "JSON with letters": lambda secret: json.dumps(secret, ensure_ascii=False),
+    "repr": repr,
+    "URL": lambda secret: quote(secret, safe=""),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    "secret",
+    ["1234", "a.*b(c[", r"\1\g<0>", "two words", "пароль🐅", "two\nlines", 'it\'s "so"', "+/=%&"],
+)
+def test_a_known_secret_of_any_form_is_masked(secret: str, spelling: str) -> None:
+    spelled = SPELLINGS[spelling](secret)
+    shown = redact(f"before {spelled} after {spelled}", "other", secret)
+    assert shown.count(MASK) == 2
+    assert not [p for p in parts(secret, 4) if p in shown]
+    assert (shown[:7], " after " in shown) == ("before ", True)
+
+
+@given(before=ODD, secret=st.text(min_size=4), after=ODD)
+def test_a_known_secret_in_any_text_is_masked(before: str, secret: str, after: str) -> None:
+    assume("*" not in secret)
+    assert secret not in redact(before + secret + after, secret)
+
+
+def test_the_longer_of_two_known_secrets_is_masked_whole() -> None:
+    assert redact("long-and-longer", "long", "long-and-longer", "and") == MASK
+
+
+def test_a_known_secret_of_a_letter_does_not_mask_every_word() -> None:
+    assert redact("nothing to see", "n", "to ") == "nothing to see"
+
+
+# What stays
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "code=4 msg=rate limit error(current limiting interface: 120/min)",
+        "code=1010 msg=biz param error(field 'account' is required)",
+        "invalid http status 502",
+        "[b3f1c2d4-0a1b-4c5d-8e9f-001122334455]POST request failed.",
+        "b3f1c2d4-0a1b-4c5d-8e9f-001122334455_b3f1c2d4-0a1b-4c5d-8e9f-001122334455",
+        "com.tigerbrokers.stock.openapi.client.https.client.TigerHttpClient.execute(312)",
+        "com/tigerbrokers/stock/openapi/client/https/request/TradeOrderRequestV2",
+        "AbstractTigerOpenApiClientRequestFactoryBeanPostProcessor2",
+        "https://openapi.tigerfintech.com/hkg/gateway",
+        "/usr/local/lib/python3.11/site-packages/tigeropen/common/util/web_utils.py",
+        "/Users/Shared/projects/trading/lib/python3/packages/tigeropen/Main",
+        "design: ok, assigned: 3, sign_type=RSA, signed: yes",
+        "order 31318851462234112 of U12300123 was rejected",
+        "token request failed: invalid_grant the refresh token has expired",
+        "no token, no secret; 3 tokens: 2 old",
+        'token: null, "token": None, token_expires_at=2027-01-01T00:00:00Z',
+        "TBHK: basic quotes only; usQuoteBasic is missing",
+        "response sign verify failed. Max retries exceeded",
+        "超时\uff1a请稍后再试 🐅",
+        f"{'-' * 60}\n{'=' * 60}\n{'a' * 60}",
+        f"ends with {MASK}",
+    ],
+)
+def test_an_ordinary_text_stays_as_it_is(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_what_is_around_a_secret_stays() -> None:
+    assert redact(f"key\n{PEM}of account 1") == f"key\n{MASK}\nof account 1"
+    assert redact(f"{API_KEY} was denied") == f"tdb_0123456789abcdef_{MASK} was denied"
+    assert redact('{"token":"a","code":4}') == f'{{"token":"{MASK}","code":4}}'
+    assert redact("x?token=a&code=4") == f"x?token={MASK}&code=4"
+    assert redact(f"old {TOKEN}\nRetrying") == f"old {MASK}\nRetrying"
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [("51230321", "****0321"), ("12345", "*2345"), ("1234", "****"), ("", "")]
+)
+def test_of_an_account_number_four_characters_show(number: str, shown: str) -> None:
+    assert masked(number) == shown
+
+
+# Long texts
+
+HOSTILE = [
+    "a", "-", "A", '"', "\\", "\\n", "\\/", "aA1/", "MDAw", "Aa", " ", "=",
+    "-----BEGIN ", "-----BEGIN A-----", "-----END ", "eyJ", "eyJ-", "eyJaaaaaaaa.", "tdb_",
+    "token", "token ", '"token":', "token:", "token='", "token\\", "token=\\", 'token:"\\',
+    "Bearer ", "token: bearer ", "a" * 60 + "\n", "aA1" * 20 + "\\n", "a" * 60 + "\\r",
+]  # fmt: skip
+TIMED = """
+from tests.test_redaction import HOSTILE
+from tiger_db.redaction import redact
+for start in ("", "token:", "token", "a" * 60, "-----BEGIN A-----"):
+    for text in HOSTILE:
+        redact(start + text * (200_000 // len(text)), "known")
+"""
+
+
+def test_a_long_text_takes_no_long_time() -> None:
+    root = Path(__file__).parent.parent
+    # Twenty seconds at most; a square of the length is hours.
+    subprocess.run([sys.executable, "-c", TIMED], check=True, timeout=300, cwd=root, env=os.environ)

@@ -1,0 +1,290 @@
+"""What a token says of itself, and that an older one never takes a newer one's place."""
+
+import base64
+import hashlib
+import itertools
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests import factories
+from tests.factories import new_account, plain
+from tiger_db import Database, TigerAccount, TokenStatus
+from tiger_db.crud import accounts, token_status
+from tiger_db.database import AsyncSession
+from tiger_db.encryption import KeyRing, generate_key
+from tiger_db.errors import StaleToken
+from tiger_db.tokens import TokenTimes, token_times
+
+NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
+SOON = NOW + timedelta(milliseconds=1)
+MONTH = timedelta(days=30)
+_made = itertools.count()
+
+
+def tiger_token(generated: datetime = NOW, lasting: timedelta = MONTH) -> str:
+    """In Tiger's format; no two are alike, and those of every run are."""
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    stamps = [(at - epoch) // timedelta(milliseconds=1) for at in (generated, generated + lasting)]
+    opaque = hashlib.sha256(str(next(_made)).encode()).digest()[:16]
+    return base64.b64encode(f"{stamps[0]},{stamps[1]}".encode() + opaque).decode()
+
+
+# Reading
+
+FIRST = datetime(2001, 9, 9, 1, 46, 40, tzinfo=UTC)  # of 13 digits
+LAST = datetime(2286, 11, 20, 17, 46, 39, 999000, tzinfo=UTC)
+
+
+@given(
+    stamps=st.lists(st.integers(10**12, 10**13 - 1), min_size=2, max_size=2, unique=True),
+    opaque=st.binary(max_size=40) | st.from_regex(rb"[0-9,]{16}"),
+)
+@example(stamps=[10**12, 10**13 - 1], opaque=bytes(16))
+@example(stamps=[10**12, 10**12 + 1], opaque=b"4,17000000000000")
+def test_a_token_tells_its_times(stamps: list[int], opaque: bytes) -> None:
+    generated, expires = sorted(stamps)
+    times = token_times(base64.b64encode(f"{generated},{expires}".encode() + opaque).decode())
+    assert times is not None
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    assert times.generated_at == epoch + timedelta(milliseconds=generated)
+    assert times.expires_at == epoch + timedelta(milliseconds=expires)
+    assert FIRST <= times.generated_at < times.expires_at <= LAST
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        str,
+        lambda token: f" \n{token}\r\n",
+        lambda token: token.rstrip("="),
+        lambda token: token.replace("+", "-").replace("/", "_"),
+        lambda token: token[:36],
+    ],
+)
+def test_spelling_makes_no_difference(spelled: Callable[[str], str]) -> None:
+    for _ in range(20):
+        assert token_times(spelled(tiger_token())) == TokenTimes(NOW, NOW + MONTH)
+
+
+def encoded(content: str) -> str:
+    return base64.b64encode(content.encode() + bytes(16)).decode()
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "",
+        " ",
+        "token-1",
+        "токен",
+        "\ud800",
+        "1764072000000,1766664000000",
+        "eyJhbGciOiJIUzI1NiJ9.eyJleHAiOjE3NjQwNzIwMDB9.c2lnbmF0dXJl",
+        "2YotnFZFEjr1zCsicMWpAA",
+        "b3f1c2d4-0a1b-4c5d-8e9f-001122334455",
+        f"Bearer {tiger_token()}",
+        f"{tiger_token()[:10]}\n{tiger_token()[10:]}",
+        tiger_token()[:35],
+        tiger_token()[4:],
+        encoded("1766664000000,1764072000000"),  # expires before it is made
+        encoded("1764072000000,1764072000000"),
+        encoded("1764072000,1766664000"),  # seconds
+        encoded("1764072000000000,1766664000000000"),
+        encoded("1764072000000;1766664000000"),
+        encoded("-764072000000,1766664000000"),
+        encoded("+764072000000,1766664000000"),
+        encoded("1_64072000000,1766664000000"),
+        encoded(" 1764072000000,1766664000000"),
+        encoded("\u0661764072000000,1766664000000"),
+        base64.b64encode(bytes(43)).decode(),
+    ],
+)
+def test_what_is_no_token_of_tigers_tells_none(token: str) -> None:
+    assert token_times(token) is None
+
+
+@given(st.text() | st.text(st.sampled_from("MNODTjzwxyAEIQ0123=")))
+def test_any_text_is_a_token_or_none(anything: str) -> None:
+    token_times(anything)
+
+
+# Which of two is newer
+
+T = tiger_token
+LATER = NOW + timedelta(days=1)
+SAME = tiger_token()
+
+
+@pytest.mark.parametrize(
+    ("held", "until", "new", "given_expiry", "expires_at"),
+    [
+        (None, None, T(), None, NOW + MONTH),
+        (None, None, T(), LATER, LATER),  # what is given wins
+        (None, None, "opaque", None, None),
+        (None, None, "opaque", LATER, LATER),
+        (None, LATER, "opaque", NOW, NOW),  # an expiry without a token is nobody's
+        (T(), None, T(SOON), None, SOON + MONTH),
+        (T(), None, T(SOON, timedelta(hours=1)), None, SOON + timedelta(hours=1)),
+        (T(), None, T(NOW), None, NOW + MONTH),  # of the same millisecond
+        (SAME, None, SAME, None, NOW + MONTH),
+        (SAME, LATER + MONTH, SAME, None, NOW + MONTH),
+        (T(NOW, MONTH), LATER + MONTH, T(SOON), None, SOON + MONTH),  # the format knows better
+        ("opaque", LATER, "newer", LATER, LATER),
+        ("opaque", LATER, "opaque", NOW, NOW),
+        ("opaque", LATER, "newer", None, None),
+        ("opaque", None, "newer", NOW, NOW),
+        ("opaque", LATER, T(), None, NOW + MONTH),
+        (T(), NOW + MONTH, "opaque", LATER + MONTH, LATER + MONTH),
+    ],
+)
+def test_a_token_that_is_not_older_is_accepted(
+    held: str | None,
+    until: datetime | None,
+    new: str,
+    given_expiry: datetime | None,
+    expires_at: datetime | None,
+) -> None:
+    account = new_account(access_token=held, token_expires_at=until)
+    assert account.expiry_of_newer(new, given_expiry) == expires_at
+
+
+@pytest.mark.parametrize(
+    ("held", "until", "new", "given_expiry"),
+    [
+        (T(SOON), None, T(), None),
+        (T(SOON), None, T(), LATER + MONTH),  # however long it lasts
+        (T(SOON, timedelta(hours=1)), None, T(NOW, 2 * MONTH), None),
+        (T(SOON), NOW, T(), None),
+        ("opaque", LATER, "older", NOW),
+        ("opaque", LATER + MONTH, T(), None),
+        (T(), NOW + MONTH, "opaque", LATER),
+    ],
+)
+def test_an_older_token_is_refused(
+    held: str, until: datetime | None, new: str, given_expiry: datetime | None
+) -> None:
+    account = new_account(access_token=held, token_expires_at=until)
+    with pytest.raises(StaleToken, match="newer access token"):
+        account.expiry_of_newer(new, given_expiry)
+
+
+# In the database
+
+Replace = Callable[[AsyncSession, UUID, str], Awaitable[object]]
+
+
+async def complete(session: AsyncSession, account_id: UUID, token: str) -> TokenStatus:
+    account = await accounts.get(session, account_id)
+    await factories.refresh(session, account)
+    (claim,) = await token_status.claim_due(session, worker="w")
+    return await token_status.complete(session, claim, access_token=token)
+
+
+REPLACE: dict[str, Replace] = {
+    "update": lambda s, i, token: accounts.update(s, i, access_token=token),
+    "update_tokens": lambda s, i, token: accounts.update_tokens(s, i, access_token=token),
+    "complete": complete,
+}
+replace = pytest.mark.parametrize("replace", REPLACE)
+
+
+async def stored(session: AsyncSession, account_id: UUID) -> TigerAccount:
+    session.expunge_all()
+    account = await accounts.get(session, account_id)
+    assert account is not None
+    return account
+
+
+async def test_creating_reads_the_expiry(session: AsyncSession) -> None:
+    token = tiger_token()
+    created = await factories.account(session, access_token=token)
+    account = await stored(session, created.id)
+    assert (plain(account.access_token), account.token_expires_at) == (token, NOW + MONTH)
+    (event,) = await factories.events(session)
+    assert event.new_values is not None
+    assert event.new_values["token_expires_at"] == "2026-12-25T12:00:00Z"
+    given = await factories.account(session, access_token=token, token_expires_at=LATER)
+    assert given.token_expires_at == LATER
+
+
+@replace
+async def test_replacing_reads_the_expiry(session: AsyncSession, replace: str) -> None:
+    created = await factories.account(session)
+    for token, expiry in (
+        (tiger_token(), NOW + MONTH),
+        (tiger_token(SOON), SOON + MONTH),
+        ("opaque", None),
+        (tiger_token(), NOW + MONTH),
+    ):
+        done = await REPLACE[replace](session, created.id, token)
+        account = await stored(session, created.id)
+        assert (plain(account.access_token), account.token_expires_at) == (token, expiry)
+        if isinstance(done, TokenStatus):
+            assert done.new_token_expires_at == expiry
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s, i: accounts.update(s, i, access_token=tiger_token(), token_expires_at=LATER),
+        lambda s, i: accounts.update_tokens(
+            s, i, access_token=tiger_token(), token_expires_at=LATER
+        ),
+    ],
+)
+async def test_a_given_expiry_wins(
+    session: AsyncSession, change: Callable[[AsyncSession, UUID], Awaitable[TigerAccount]]
+) -> None:
+    created = await factories.account(session)
+    await change(session, created.id)
+    assert (await stored(session, created.id)).token_expires_at == LATER
+
+
+OLDER: dict[str, Callable[[AsyncSession, UUID], Awaitable[object]]] = {
+    "update": lambda s, i: accounts.update(
+        s, i, access_token=tiger_token(), description="half", token_expires_at=LATER
+    ),
+    "update_tokens": lambda s, i: accounts.update_tokens(
+        s, i, access_token=tiger_token(), refresh_token="new", token_expires_at=LATER
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OLDER)
+async def test_an_older_token_changes_nothing_and_writes_no_event(
+    clone: Database, change: str
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session, access_token=tiger_token(SOON))
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(StaleToken):
+            await OLDER[change](session, account.id)
+    async with clone.session() as session:  # the refused transaction was committed
+        assert await factories.everything(session) == before
+
+
+@replace
+async def test_the_same_token_again_is_fine(session: AsyncSession, replace: str) -> None:
+    token = tiger_token()
+    account = await factories.account(session, access_token=token)
+    await REPLACE[replace](session, account.id, token)
+    assert plain((await stored(session, account.id)).access_token) == token
+
+
+@replace
+async def test_a_token_that_nobody_can_read_is_replaced(clone: Database, replace: str) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session, access_token=tiger_token(SOON, MONTH / 2))
+    info: Any = {"key_provider": KeyRing.parse(generate_key("other"))}
+    token = tiger_token()
+    async with clone.sessions(info=info) as session:
+        await REPLACE[replace](session, account.id, token)
+        read = await stored(session, account.id)
+    assert (plain(read.access_token), read.token_expires_at) == (token, NOW + MONTH)
