@@ -32,8 +32,10 @@ from tiger_db.tiger import parse_private_key
 COMMANDS = (
     "init", "migrate", "revision", "downgrade", "current", "history", "check", "health-check",
     "start-embedded", "stop-embedded", "create-account", "list-accounts", "show-account",
-    "set-default-account", "close-account", "create-api-key", "list-api-keys", "verify-api-key",
-    "revoke-api-key", "list-events", "list-refreshes",
+    "set-default-account", "close-account", "reopen-account", "set-account-status", "reset-errors",
+    "create-api-key", "list-api-keys", "verify-api-key", "revoke-api-key", "list-events",
+    "list-refreshes", "generate-encryption-key", "list-encryption-keys", "rotate-encryption-key",
+    "import-account", "export-account",
 )  # fmt: skip
 SLOW = {"sqlalchemy", "sqlmodel", "alembic", "asyncpg", "cryptography", "pydantic", "passlib"}
 LOADED = (
@@ -130,7 +132,10 @@ def test_help(bare: CommandLine) -> None:
     for name in COMMANDS:
         assert re.search(rf"│ {name} ", shown), name
         assert "Usage: tiger-db " + name in bare.ok(name, "--help").out
-    for panel in ("Database", "Accounts", "API keys", "Audit trail", "Token refreshes"):
+    for panel in (
+        "Database", "Accounts", "API keys", "Audit trail", "Token refreshes", "Encryption keys",
+        "Tiger's files",
+    ):  # fmt: skip
         assert f"─ {panel} ─" in shown
     listed = re.findall(r"^│ ([a-z][a-z-]+)", shown, re.MULTILINE)
     assert listed == list(COMMANDS)
@@ -163,6 +168,7 @@ def test_choices_are_those_of_the_enum(choices: object, enum: type[StrEnum]) -> 
 
 def test_some_choices_are_fewer() -> None:
     assert set(get_args(refreshes.RefreshStatuses)) < {*enums.TokenRefreshStatus}
+    assert {*enums.AccountStatus} - set(get_args(accounts.OpenStatuses)) == {"closed"}
 
 
 def test_package_loads_names_when_asked(bare: CommandLine) -> None:

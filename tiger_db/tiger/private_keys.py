@@ -1,10 +1,10 @@
-"""What Tiger's Open API expects of the values that are stored here."""
+"""RSA private keys, in the forms that people and Tiger's SDKs have them."""
 
 import base64
 import re
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicNumbers
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -15,10 +15,14 @@ from cryptography.hazmat.primitives.serialization import (
 from tiger_db.errors import InvalidValue
 from tiger_db.models import PrivateKeyFormat
 
-# By PEM label, of which each stands for one format only (RFC 7468, 10; RFC 8017, A.1.2).
 _FORMATS = {
-    "PRIVATE KEY": (PrivateKeyFormat.PK8, PrivateFormat.PKCS8),
-    "RSA PRIVATE KEY": (PrivateKeyFormat.PK1, PrivateFormat.TraditionalOpenSSL),
+    PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
+    PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
+}
+# PEM labels, of which each stands for one format only (RFC 7468, 10; RFC 8017, A.1.2).
+_LABELS = {
+    "PRIVATE KEY": PrivateKeyFormat.PK8,
+    "RSA PRIVATE KEY": PrivateKeyFormat.PK1,
 }
 _PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.*?)-----END \1-----", re.DOTALL)
 
@@ -32,13 +36,19 @@ def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
     Raises:
         InvalidValue: it is anything else; the message shows nothing of it.
     """
+    key, key_format = load_private_key(text)
+    return base64_der(key, key_format), key_format
+
+
+def load_private_key(text: str) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
+    """As `parse_private_key`, with the key itself."""
     pem = _PEM.search(text)
     body = "".join((pem[2] if pem else text).replace("\\n", "\n").split())
     if pem and ("ENCRYPTED" in pem[1] or ",ENCRYPTED" in body):
         raise InvalidValue("the private key is protected by a passphrase: remove it first")
     if not body:
         raise InvalidValue("the private key is empty")
-    for label, (name, form) in _FORMATS.items():
+    for label, key_format in _LABELS.items():
         try:
             key = load_pem_private_key(
                 f"-----BEGIN {label}-----\n{body}\n-----END {label}-----\n".encode("ascii"), None
@@ -47,6 +57,20 @@ def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
             continue
         if not isinstance(key, RSAPrivateKey):
             raise InvalidValue("the private key is not an RSA key, which Tiger needs")
-        der = key.private_bytes(Encoding.DER, form, NoEncryption())
-        return base64.b64encode(der).decode("ascii"), name
+        return key, key_format
     raise InvalidValue("the private key is not RSA in PEM or base64 DER (PKCS#1 or PKCS#8)")
+
+
+def base64_der(key: RSAPrivateKey, key_format: PrivateKeyFormat) -> str:
+    """Tiger's form of a key: base64 DER in one line."""
+    der = key.private_bytes(Encoding.DER, _FORMATS[key_format], NoEncryption())
+    return base64.b64encode(der).decode("ascii")
+
+
+def public_numbers(private_key: str) -> RSAPublicNumbers:
+    """What a key has in all its forms, and no other key has.
+
+    Raises:
+        InvalidValue: it is not an RSA private key.
+    """
+    return load_private_key(private_key)[0].public_key().public_numbers()

@@ -1,0 +1,152 @@
+"""Tiger's files by the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import CommandLine
+from tests.cli.test_accounts import create, stored
+from tests.factories import plain
+from tests.tiger.files import (
+    EVERYTHING,
+    NEW,
+    NUMBER,
+    OLD,
+    PK8,
+    REQUIRED,
+    config,
+    mode,
+    names,
+)
+from tiger_db import TigerAccount
+from tiger_db.tiger import CONFIG_FILE, TOKEN_FILE
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Everything that a configuration says, for its owner alone."""
+    path = config(tmp_path, EVERYTHING)
+    path.chmod(0o600)
+    return path
+
+
+def test_import_and_export(cli: CommandLine, file: Path, tmp_path: Path) -> None:
+    token = config(tmp_path, {"token": NEW}, TOKEN_FILE)
+    token.chmod(0o600)
+    files = (str(file), "--token-file", str(token))
+    created = cli.ok("import-account", *files, "--name", "Main", "--json")
+    assert created.err == "created account ****0321\n"
+    account = stored(cli)
+    assert created.json == account.model_dump(mode="json")
+    assert list(created.json) == list(TigerAccount.model_fields)
+    assert (account.account_name, plain(account.private_key)) == ("Main", PK8)
+    assert plain(account.access_token) == NEW
+
+    folder = tmp_path / "out"
+    exported = cli.ok("export-account", NUMBER, "--to", str(folder))
+    assert exported.out == f"{folder / CONFIG_FILE}\n{folder / TOKEN_FILE}\n"
+    assert exported.err == "exported account ****0321: keep its private key to yourself\n"
+    assert (folder / CONFIG_FILE).read_text() == file.read_text()
+    assert (folder / TOKEN_FILE).read_text() == token.read_text()
+    assert [mode(folder / name) for name in names(folder)] == [0o600, 0o600]
+
+    for paths in (files, (exported.out.split()[0],)):
+        again = cli.ok("import-account", *paths)
+        assert again.err == "account ****0321 is stored like this already: nothing was changed\n"
+    assert stored(cli) == account
+    events = cli.ok("list-events", "--json").json["items"]
+    assert [event["action"] for event in events] == [
+        "account:export", "account:import", "account:create"
+    ]  # fmt: skip
+
+
+def test_import_for_people(cli: CommandLine, file: Path) -> None:
+    result = cli.ok("import-account", str(file))
+    assert NUMBER in result.out
+    assert "TBHK" in result.out
+    for secret in (PK8[:20], "s3cret", "20150001"):
+        assert secret not in result.out + result.err
+
+
+def test_import_tells_what_it_has_changed(cli: CommandLine, file: Path) -> None:
+    cli.ok("import-account", str(file))
+    config(file.parent, EVERYTHING | {"license": "TBSG", "timeout": "30"})
+    result = cli.ok("import-account", str(file), "--name", "New", "--json")
+    changes = "license, client_options, account_name"
+    assert result.err == f"changed account ****0321: {changes}\n"
+    assert result.json["account_name"] == "New"
+
+
+def test_import_tells_what_it_has_left_out(cli: CommandLine, file: Path) -> None:
+    config(file.parent, EVERYTHING | {"token": NEW})
+    cli.ok("import-account", str(file))
+    config(file.parent, EVERYTHING | {"token": OLD, "colour": "red"})
+    assert cli.ok("import-account", str(file)).err.splitlines() == [
+        "account ****0321 is stored like this already: nothing was changed",
+        "warning: its stored access token is newer than the given one, and stays",
+        f"warning: {file} has lines that Tiger does not know, left out: colour",
+    ]
+    assert plain(stored(cli).access_token) == NEW
+
+
+@pytest.mark.parametrize("bits", [0o640, 0o604, 0o660])
+def test_import_warns_of_files_that_others_may_read(
+    cli: CommandLine, file: Path, tmp_path: Path, bits: int
+) -> None:
+    token = config(tmp_path, {"token": NEW}, TOKEN_FILE)
+    for path in (file, token):
+        path.chmod(bits)
+    result = cli.ok("import-account", str(file), "--token-file", str(token))
+    for path in (file, token):
+        assert f"warning: others on this machine may read the secrets in {path}" in result.err
+        assert f"chmod 600 {path}\n" in result.err
+
+
+def test_import_of_a_bad_file(cli: CommandLine, file: Path, tmp_path: Path) -> None:
+    for lines, reason in (
+        (REQUIRED | {"private_key_pk8": PK8[:-8]}, "private_key_pk8: the private key is not RSA"),
+        (REQUIRED | {"env": "EVERYWHERE"}, "env: Input should be 'PROD' or 'SANDBOX'"),
+        (REQUIRED | {"tiger_id": ""}, "tiger_id is missing"),
+    ):
+        config(tmp_path, lines)
+        error = cli.fails("import-account", str(file))
+        assert error.startswith(f"error: {file}: {reason}")
+        assert PK8[:20] not in error
+    missing = str(tmp_path / "none")
+    assert cli.fails("import-account", missing) == f"error: {missing}: No such file or directory\n"
+    assert "--name" not in cli.misused("import-account")
+    assert cli.ok("list-accounts", "--json").json["items"] == []
+
+
+def test_import_of_a_closed_account(cli: CommandLine, file: Path) -> None:
+    cli.ok("import-account", str(file))
+    cli.ok("close-account", NUMBER, "--yes")
+    assert "tiger-db reopen-account" in cli.fails("import-account", str(file))
+    assert "is closed" in cli.fails("export-account", NUMBER, "--to", str(file.parent / "out"))
+
+
+def test_export_for_programs_and_by_id(cli: CommandLine, file: Path, tmp_path: Path) -> None:
+    account = cli.ok("import-account", str(file), "--json").json
+    folder = tmp_path / "a folder\n"
+    result = cli.ok("export-account", account["id"], "--to", str(folder), "--json")
+    assert result.json == {"items": [str(folder / CONFIG_FILE)], "next_cursor": None}
+
+
+def test_export_overwrites_only_when_told(cli: CommandLine, file: Path, tmp_path: Path) -> None:
+    cli.ok("import-account", str(file))
+    mine = file.read_text() + "# mine"
+    file.write_text(mine)
+    export = ("export-account", NUMBER, "--to", str(tmp_path))
+    assert cli.fails(*export) == f"error: {file} is there already\n"
+    assert file.read_text() == mine
+    cli.ok(*export, "--overwrite")
+    assert file.read_text() != mine
+
+
+def test_export_of_what_is_not_there_or_not_rsa(cli: CommandLine, tmp_path: Path) -> None:
+    to = ("--to", str(tmp_path / "out"))
+    assert "no account" in cli.fails("export-account", NUMBER, *to)
+    create(cli)
+    assert "not RSA" in cli.fails("export-account", NUMBER, *to)
+    assert "--to" in cli.misused("export-account", NUMBER)
+    assert names(tmp_path) == []

@@ -1,0 +1,17 @@
+"""Tiger's Open API: its files go in and out, and its SDK is set up from what is stored."""
+
+from tiger_db.tiger.exporting import export_account
+from tiger_db.tiger.importing import Imported, import_account
+from tiger_db.tiger.private_keys import parse_private_key
+from tiger_db.tiger.properties import CONFIG_FILE, TOKEN_FILE
+from tiger_db.tiger.sdk import client_config
+
+__all__ = [
+    "CONFIG_FILE",
+    "TOKEN_FILE",
+    "Imported",
+    "client_config",
+    "export_account",
+    "import_account",
+    "parse_private_key",
+]
