@@ -54,13 +54,13 @@ def test_python_prints_what_its_comments_say(code: str, environ: dict[str, str])
 
 
 @pytest.mark.parametrize("code", SHELL[1:])
-def test_commands_succeed(code: str, environ: dict[str, str]) -> None:
+def test_commands_succeed(code: str, environ: dict[str, str], tmp_path: Path) -> None:
     for command in code.splitlines():
         result = subprocess.run(
             command,
             shell=True,
             env=environ,
-            cwd=REPOSITORY,
+            cwd=REPOSITORY if command.startswith("make ") else tmp_path,
             capture_output=True,
             text=True,
             check=False,
