@@ -75,10 +75,15 @@ def upgrade() -> None:
         " AND NOT is_default_trading AND NOT is_default_data"
         " ELSE private_key IS NOT NULL END",
     )
+    op.create_check_constraint(
+        op.f("ck_tiger_accounts_auto_suspended_is_suspended"),
+        "tiger_accounts",
+        "status = 'suspended' OR NOT auto_suspended",
+    )
     op.execute(END_AUTO_SUSPENSION)
     op.execute(
         "CREATE TRIGGER end_auto_suspension BEFORE UPDATE OF status ON tiger_accounts FOR EACH ROW"
-        " WHEN (NEW.auto_suspended AND NEW.status <> 'suspended')"
+        " WHEN (NEW.auto_suspended AND (OLD.auto_suspended OR NEW.status <> 'suspended'))"
         " EXECUTE FUNCTION end_auto_suspension()"
     )
 

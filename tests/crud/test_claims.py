@@ -30,6 +30,7 @@ from tiger_db.errors import (
     NotFound,
     StaleToken,
 )
+from tiger_db.redaction import MASK
 
 LEASE = timedelta(microseconds=1)  # expired as soon as it is given
 S = TokenRefreshStatus
@@ -293,6 +294,13 @@ async def test_a_token_in_an_error_is_not_kept(session: AsyncSession, secret: st
     stored = await factories.everything(session)
     for line in secret.splitlines()[1:-1] or [secret.removeprefix("token=")[-20:]]:
         assert line not in stored
+
+
+async def test_the_accounts_own_secrets_in_an_error_are_not_kept(session: AsyncSession) -> None:
+    own = await factories.account_with_token(session, secret_key="a.b+c", access_token="opaque 1")
+    claim = await factories.claim(session, of=own)
+    failed = await token_status.fail(session, claim, error="a.b+c, or opaque 1, was refused")
+    assert failed.error_message == f"{MASK}, or {MASK}, was refused"
 
 
 async def test_a_failure_is_tried_again_until_it_is_given_up(session: AsyncSession) -> None:

@@ -483,3 +483,65 @@ async def test_completing_and_closing_wait_for_each_other(crowd: Database) -> No
     expected = {"lost": TokenRefreshStatus.CANCELLED, "completed": TokenRefreshStatus.SUCCESS}
     assert refresh.status == expected[ended[0]]
     assert account.access_token is None
+
+
+async def new_key(session: AsyncSession, key: APIKey) -> None:
+    await factories.api_key(session, tiger_account_id=key.tiger_account_id)
+
+
+async def rotated(session: AsyncSession, key: APIKey) -> None:
+    await api_keys.rotate(session, key.id)
+
+
+async def test_closing_revokes_a_key_that_is_being_made(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account(session)
+        key, _ = await factories.api_key(session, tiger_account_id=account.id)
+
+    async def close() -> None:
+        async with crowd.session() as session:
+            await accounts.close(session, account.id)
+
+    for make in (new_key, rotated):
+        async with crowd.session() as session:
+            await make(session, key)
+            task = asyncio.create_task(close())
+            async with asyncio.timeout(30):
+                while await session.scalar(WAITING) < 1 and not task.done():
+                    await session.execute(text("SELECT pg_stat_clear_snapshot()"))
+                    await asyncio.sleep(0.01)
+        await task
+        async with crowd.session() as session:
+            keys = await api_keys.get_keys_for_account(session, account.id)
+            assert {k.status.value for k in keys} == {"revoked"}
+            await accounts.reopen(session, account.id, private_key="new")
+            key, _ = await factories.api_key(session, tiger_account_id=account.id)
+
+
+async def test_closing_cancels_what_a_scheduler_opens(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account_with_token(session)
+
+    async def close() -> None:
+        async with crowd.session() as session:
+            await accounts.close(session, account.id)
+
+    async with crowd.session() as session:
+        assert len(await token_status.schedule_due(session)) == 1
+        task = asyncio.create_task(close())
+        async with asyncio.timeout(30):
+            while await session.scalar(WAITING) < 1 and not task.done():
+                await session.execute(text("SELECT pg_stat_clear_snapshot()"))
+                await asyncio.sleep(0.01)
+    await task
+    async with crowd.session() as session:
+        (refresh,) = await token_status.history(session)
+    assert refresh.status == TokenRefreshStatus.CANCELLED
+
+
+async def test_no_key_is_made_for_a_closed_account(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account(session)
+        await accounts.close(session, account.id)
+        with pytest.raises(InvalidState, match="closed"):
+            await factories.api_key(session, tiger_account_id=account.id)

@@ -78,7 +78,10 @@ async def create_api_key(
     Raises:
         ValidationError: a value is refused; it names the field.
         MissingReference: there is no such account.
+        InvalidState: it is closed.
     """
+    if tiger_account_id is not None:
+        await _refuse_closed(session, tiger_account_id)
     values: dict[str, Any] = {
         "name": name,
         "scopes": list(scopes),
@@ -286,11 +289,14 @@ async def rotate(
 
     Raises:
         NotFound: there is no such key.
-        InvalidState: it is not active, or has expired.
+        InvalidState: it is not active, or has expired, or its account is closed.
         InvalidValue: the grace is negative, or ends after the year 9999.
     """
     if grace < timedelta(0):
         raise InvalidValue("grace must not be negative")
+    key = await get_or_raise(session, APIKey, key_id)
+    if key.tiger_account_id is not None:  # the account first, as everyone who locks both does
+        await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)
     if key.status != APIKeyStatus.ACTIVE or (key.expires_at is not None and key.expires_at <= now):
@@ -354,6 +360,14 @@ async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list
         .order_by(api_key_usage.c.hour)
     )
     return [HourlyUsage(hour, count) for hour, count in rows]
+
+
+async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
+    """Make sure that the account is not closed, and is not before this transaction ends."""
+    statement = select(TigerAccount).where(col(TigerAccount.id) == account_id)
+    account = await one(session, statement.with_for_update(key_share=True))
+    if account is not None and account.status == AccountStatus.CLOSED:
+        raise InvalidState("the account is closed")
 
 
 async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey, str]:

@@ -139,6 +139,9 @@ class TigerAccount(MutableEntity, table=True):
         CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
         CheckConstraint("jsonb_typeof(client_options) = 'object'", name="client_options_object"),
         CheckConstraint(
+            "status = 'suspended' OR NOT auto_suspended", name="auto_suspended_is_suspended"
+        ),
+        CheckConstraint(
             "CASE WHEN status = 'closed' THEN"
             " num_nonnulls(private_key, secret_key, access_token, refresh_token) = 0"
             " AND NOT is_default_trading AND NOT is_default_data"

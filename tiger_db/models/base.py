@@ -48,7 +48,7 @@ from tiger_db.encryption import (
     encrypt,
     fingerprint,
 )
-from tiger_db.errors import ConfigurationError
+from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.models.mutable import Tracked, track
 
 T = TypeVar("T")
@@ -403,6 +403,17 @@ def _bind(row: Entity, *_: object) -> None:
         if isinstance(secret, SealedSecret) and not secret.place:
             secret.place = place_of(mapper, name, row.id)
             secret.provider, secret.owner = provider, owner
+
+
+def readable_secrets(row: Entity) -> list[str]:
+    """The texts of a row's secrets, as far as the keys are here: to mask them elsewhere."""
+    texts = []
+    for secret in secrets_of(row):
+        try:
+            texts.append(secret.get_secret_value())
+        except EncryptionError:
+            continue
+    return texts
 
 
 def secrets_of(row: Entity) -> list[Secret]:

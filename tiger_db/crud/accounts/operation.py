@@ -11,9 +11,9 @@ from sqlmodel import col
 
 from tiger_db.crud.accounts.events import log, log_change, refuse_closed, shown
 from tiger_db.crud.common import get_or_raise, one, storable
-from tiger_db.errors import EncryptionError, InvalidValue, NotFound
+from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
-from tiger_db.models.base import secrets_of
+from tiger_db.models.base import readable_secrets
 from tiger_db.redaction import redact
 
 
@@ -69,7 +69,7 @@ async def record_error(
         raise InvalidValue("suspend_after must be positive")
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     old: dict[str, JsonValue] = {"error_count": account.error_count}
-    text = storable(redact(message, *_known_secrets(account)))
+    text = storable(redact(message, *readable_secrets(account)))
     suspended = account.status == AccountStatus.ACTIVE and account.error_count + 1 >= suspend_after
     values: dict[str, object] = {
         "error_count": col(TigerAccount.error_count) + 1,
@@ -121,14 +121,3 @@ async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
     await session.flush()
     await log_change(session, AuditAction.ACCOUNT_RESET_ERRORS, account, before=before)
     return account
-
-
-def _known_secrets(account: TigerAccount) -> list[str]:
-    """The account's own, as far as the keys are here."""
-    known = []
-    for secret in secrets_of(account):
-        try:
-            known.append(secret.get_secret_value())
-        except EncryptionError:
-            continue
-    return known

@@ -33,6 +33,7 @@ from tiger_db.models import (
     TokenStatus,
 )
 from tiger_db.models.accounts import REFRESH_AHEAD
+from tiger_db.models.base import readable_secrets
 from tiger_db.redaction import redact
 
 # Exponential backoff with full jitter, from this long to LONGEST_BACKOFF:
@@ -179,12 +180,17 @@ async def fail(
 ) -> TokenStatus:
     """End an attempt badly. It is tried again later, or given up after `max_retries` attempts.
 
+    Of the error's text, tokens, keys and the account's own secrets are masked before it is stored.
     The wait is `retry_after`, else random up to 30 s, doubled with each attempt, 30 min at most.
 
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
         ValidationError: a value is refused; nothing has changed.
     """
+    account = await one(
+        session, select(TigerAccount).where(col(TigerAccount.id) == claim.tiger_account_id)
+    )
+    known = readable_secrets(account) if account is not None else []
     attempts = claim.retry_count + 1
     if attempts >= claim.max_retries:
         ending: dict[str, object] = {
@@ -205,7 +211,7 @@ async def fail(
         duration_ms=_duration(),
         lease_expires_at=None,
         error_code=error_code,
-        error_message=storable(redact(error)),
+        error_message=storable(redact(error, *known)),
         api_response_code=api_response_code,
         api_response_time_ms=api_response_time_ms,
     )

@@ -106,6 +106,8 @@ async def schedule_due(
         )
         .order_by(col(TigerAccount.token_expires_at))
         .limit(limit)
+        # None of them closes before this transaction ends; one that is busy is left for later.
+        .with_for_update(key_share=True, skip_locked=True)
     )
     with typed_errors():
         rows = await session.execute(due_accounts, execution_options=FRESH)
