@@ -34,16 +34,16 @@ def test_keys_are_listed_with_the_rows_that_need_them(cli: CommandLine, new_key:
     listed = cli.ok("list-encryption-keys", "--json", ENCRYPTION_KEYS=keys).json
     assert listed == {
         "items": [
-            {"key_id": "test", "role": "decrypts", "table": TABLE, "rows": 1},
             {"key_id": "new", "role": "encrypts", "table": None, "rows": 0},
+            {"key_id": "test", "role": "decrypts", "table": TABLE, "rows": 1},
         ],
         "next_cursor": None,
     }
     alone = cli.ok("list-encryption-keys", ENCRYPTION_KEYS=new_key)
     assert [line.split() for line in alone.out.splitlines()] == [
         ["Key", "Role", "Table", "Rows"],
-        ["test", "missing", TABLE, "1"],
         ["new", "encrypts", "0"],
+        ["test", "missing", TABLE, "1"],
     ]
     assert new_key.partition(":")[2] not in alone.out + alone.err
 

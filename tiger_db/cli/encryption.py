@@ -108,10 +108,11 @@ def _show_keys(key_ids: Sequence[str], uses: "Sequence[KeyUse]", *, as_json: boo
             return "missing"
         return "encrypts" if key_id == key_ids[0] else "decrypts"
 
-    unused = [key_id for key_id in key_ids if key_id not in {use.key_id for use in uses}]
+    used = {use.key_id for use in uses}
     items = [
-        *({"key_id": u.key_id, "role": role(u.key_id), **asdict(u)} for u in uses),
-        *({"key_id": k, "role": role(k), "table": None, "rows": 0} for k in unused),
+        {"key_id": key_id, "role": role(key_id), "table": table, "rows": rows}
+        for key_id in [*key_ids, *sorted(used - {*key_ids})]
+        for table, rows in [(u.table, u.rows) for u in uses if u.key_id == key_id] or [(None, 0)]
     ]
     if as_json:
         print_json({"items": items, "next_cursor": None})
