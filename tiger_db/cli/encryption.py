@@ -108,11 +108,13 @@ def _show_keys(key_ids: Sequence[str], uses: "Sequence[KeyUse]", *, as_json: boo
             return "missing"
         return "encrypts" if key_id == key_ids[0] else "decrypts"
 
-    used = {use.key_id for use in uses}
+    found: dict[str, list[tuple[str | None, int]]] = {key_id: [] for key_id in key_ids}
+    for use in uses:
+        found.setdefault(use.key_id, []).append((use.table, use.rows))
     items = [
         {"key_id": key_id, "role": role(key_id), "table": table, "rows": rows}
-        for key_id in [*key_ids, *sorted(used - {*key_ids})]
-        for table, rows in [(u.table, u.rows) for u in uses if u.key_id == key_id] or [(None, 0)]
+        for key_id, tables in found.items()
+        for table, rows in tables or [(None, 0)]
     ]
     if as_json:
         print_json({"items": items, "next_cursor": None})
