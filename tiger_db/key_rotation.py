@@ -41,7 +41,7 @@ from tiger_db.models.base import encrypted_columns, place_of, secrets_of
 
 T = TypeVar("T")
 U = TypeVar("U")
-BATCH = 500  # rows in a transaction
+BATCH = 1000  # rows in a transaction
 _SAMPLE = 10  # rows, of which one must be readable
 _SHOWN = 20  # problems that a report has in words
 _LOCKED = ("55P03", "57014", "40P01")  # SQLSTATEs: lock_timeout, statement_timeout, deadlock
@@ -231,7 +231,8 @@ def _resealed(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict
     Raises:
         EncryptionError: one of them cannot be decrypted. The row then waits for its key as a whole.
     """
-    current = header_of(provider.key_ids[0])
+    first = provider.key_ids[0]
+    current, row_id = header_of(first), str(row.id)
     change: dict[str, object] = {"id": row.id}
     ciphertexts: tuple[bytes | None, ...] = tuple(row[1:])
     for (name, type_), ciphertext in zip(encrypted_columns(mapper), ciphertexts, strict=True):
@@ -240,13 +241,11 @@ def _resealed(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict
             change[type_.fingerprint] = None
         if ciphertext is None or ciphertext.startswith(current):
             continue
-        place = place_of(mapper, name, row.id)
+        place = place_of(mapper, name, row_id)
         plain = decrypt(provider, ciphertext, place)
         change[f"new_{name}"] = encrypt(provider, plain, place)
         if type_.fingerprint:
-            change[type_.fingerprint] = fingerprint(
-                provider, provider.key_ids[0], plain, place.split(":")[0]
-            )
+            change[type_.fingerprint] = fingerprint(provider, first, plain, place.split(":")[0])
     return change
 
 

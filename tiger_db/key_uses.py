@@ -1,5 +1,6 @@
 """Which encryption keys the stored secrets need."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,21 +8,18 @@ from sqlalchemy import (
     ColumnElement,
     LargeBinary,
     Table,
-    and_,
     case,
-    column,
     func,
     literal,
     or_,
     select,
-    true,
+    type_coerce,
 )
-from sqlalchemy.dialects.postgresql import array
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper
 
-from tiger_db.encryption import KeyProvider, header_of
-from tiger_db.errors import ConfigurationError
+from tiger_db.encryption import KeyProvider, header_of, key_id_of
+from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.models import Entity
 from tiger_db.models.base import encrypted_columns, key_provider
 
@@ -42,32 +40,28 @@ async def key_uses(session: AsyncSession) -> list[KeyUse]:
     """The rows per table and key, as they are now; a row that needs several counts for each."""
     uses = []
     for mapper in sealed_entities():
-        table = table_of(mapper)
-        starts = [func.substr(table.c[name], 1, _HEADER) for name in secret_names(mapper)]
-        heads = (
-            func.unnest(array(starts)).table_valued(column("head", LargeBinary)).render_derived()
-        )
-        head, length = heads.c.head, func.length(heads.c.head)
-        is_ciphertext = case(
-            (length > 2, and_(func.get_byte(head, 0) == 1, length >= 2 + func.get_byte(head, 1))),  # noqa: PLR2004  # version and length come first
-            else_=False,
-        )
-        key_id = func.encode(func.substr(head, 3, func.get_byte(head, 1)), "escape")
-        keys = (
-            select(case((is_ciphertext, key_id), else_=DAMAGED).label("key_id"))
-            .where(head.is_not(None))
-            .distinct()
-            .lateral()
-        )
-        rows = await session.execute(
-            select(keys.c.key_id, func.count())
-            .select_from(table)
-            .join(keys, true())
-            .group_by(keys.c.key_id)
-            .order_by(keys.c.key_id)
-        )
-        uses += [KeyUse(table.name, key, count) for key, count in rows]
+        table, counts = table_of(mapper), Counter[str]()
+        heads = [_head(table.c[name]) for name in secret_names(mapper)]
+        rows = await session.execute(select(func.count(), *heads).group_by(*heads))
+        for count, *found in rows:
+            for key_id in {_key_id(head) for head in found if head is not None}:
+                counts[key_id] += count
+        uses += [KeyUse(table.name, key_id, counts[key_id]) for key_id in sorted(counts)]
     return uses
+
+
+def _head(secret: ColumnElement[Any]) -> ColumnElement[bytes | None]:
+    """A ciphertext's version and key id. Of a long value, PostgreSQL reads the start alone."""
+    start = func.substr(secret, 1, _HEADER)
+    head = func.substr(start, 1, 2 + func.get_byte(start, 1), type_=LargeBinary)
+    return case((func.octet_length(secret) > 1, head), else_=type_coerce(secret, LargeBinary))
+
+
+def _key_id(head: bytes) -> str:
+    try:
+        return key_id_of(head)
+    except EncryptionError:
+        return DAMAGED
 
 
 async def rows_to_rotate(session: AsyncSession) -> int:

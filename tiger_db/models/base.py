@@ -343,7 +343,7 @@ def encrypted_columns(mapper: Mapper[Any]) -> list[tuple[str, Encrypted]]:
     return [(c.key, c.type) for c in mapper.local_table.c if isinstance(c.type, Encrypted)]
 
 
-def place_of(mapper: Mapper[Any], name: str, row_id: UUID) -> str:
+def place_of(mapper: Mapper[Any], name: str, row_id: UUID | str) -> str:
     """What a secret's ciphertext is bound to: `table.column:row id`."""
     assert isinstance(mapper.local_table, Table)
     return f"{mapper.local_table.name}.{name}:{row_id}"
@@ -398,10 +398,11 @@ def _bind(row: Entity, *_: object) -> None:
     """Tell loaded ciphertexts where they are and who can decrypt them."""
     mapper = object_mapper(row)
     provider, owner = key_provider(object_session(row)), row.known_as()
+    row_id = str(row.id)  # once: it takes as long as the rest
     for name, _type in encrypted_columns(mapper):
         secret = row.__dict__.get(name)
         if isinstance(secret, SealedSecret) and not secret.place:
-            secret.place = place_of(mapper, name, row.id)
+            secret.place = place_of(mapper, name, row_id)
             secret.provider, secret.owner = provider, owner
 
 
