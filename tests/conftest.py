@@ -24,7 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # A run in the background ignores Ctrl-C, and so would the programs that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     global _server  # noqa: PLW0603  # one server a run, of which pytest hands nothing around
-    for name in ("DATABASE_URL", "ENCRYPTION_KEYS", "ENVIRONMENT", "TIGER_DB_HOME"):
+    for name in (
+        "API_KEY_PEPPERS", "DATABASE_URL", "ENCRYPTION_KEYS", "ENVIRONMENT", "TIGER_DB_HOME",
+    ):  # fmt: skip
         os.environ.pop(name, None)
     for name in [name for name in os.environ if name.startswith("DB_")]:
         del os.environ[name]
@@ -102,7 +104,9 @@ async def session(database: Database) -> AsyncIterator[AsyncSession]:
     async with database.engine.connect() as connection:
         transaction = await connection.begin()
         async with database.sessions(
-            bind=connection, join_transaction_mode="create_savepoint"
+            bind=connection,
+            join_transaction_mode="create_savepoint",
+            info={"write_behind": None},  # which would not see what this one makes
         ) as session:
             yield session
         await transaction.rollback()

@@ -35,6 +35,7 @@ def settings_for(url: str, database: str) -> Settings:
     return Settings(
         database_url=urlunsplit(parts._replace(path=f"/{database}")),
         encryption_keys="test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+        api_key_peppers="test:ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8=",
         db_pool_size=5,
         db_max_overflow=40,
     )

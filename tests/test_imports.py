@@ -18,8 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "tokens": set(),
     "encryption": {"errors", "redaction"},
     "models": {"encryption", "errors", "redaction", "tokens"},
-    "crud": {"models", "encryption", "errors", "redaction"},
-    "settings": {"encryption", "errors"},
+    "peppers": {"encryption", "errors"},
+    "write_behind": {"models", "errors"},
+    "crud": {"models", "encryption", "errors", "redaction", "peppers", "write_behind"},
+    "settings": {"encryption", "errors", "peppers"},
     "migrations": {"models", "errors"},
 }
 

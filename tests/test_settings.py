@@ -40,6 +40,8 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "TIGER_DB_HOME": ("/srv/tiger", Path("/srv/tiger")),
     "ENCRYPTION_KEYS": ("k1:abc", "k1:abc"),
     "ENCRYPTION_KEYS_FILE": ("/run/secrets/keys", Path("/run/secrets/keys")),
+    "API_KEY_PEPPERS": ("p1:abc", "p1:abc"),
+    "API_KEY_PEPPERS_FILE": ("/run/secrets/peppers", Path("/run/secrets/peppers")),
 }
 
 
@@ -120,6 +122,7 @@ def test_no_value_ever_shows(name: str, text: str, scheme: str) -> None:
         try:
             chosen = Settings(**{name.lower(): value})
             chosen.key_ring()
+            chosen.peppers()
         except ConfigurationError as error:
             message = str(error)
         else:
@@ -130,7 +133,9 @@ def test_no_value_ever_shows(name: str, text: str, scheme: str) -> None:
 
 
 # The embedded server refuses a TIGER_DB_HOME that cannot be a folder.
-FILES = ["DB_SSL_CERT", "DB_SSL_KEY", "DB_SSL_CA", "ENCRYPTION_KEYS_FILE"]
+FILES = [
+    "DB_SSL_CERT", "DB_SSL_KEY", "DB_SSL_CA", "ENCRYPTION_KEYS_FILE", "API_KEY_PEPPERS_FILE",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["DATABASE_URL", *FILES])

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tiger_db import key_uses as key_uses
     from tiger_db import migrations as migrations
     from tiger_db import models as models
+    from tiger_db import peppers as peppers
     from tiger_db import tiger as tiger
+    from tiger_db import write_behind as write_behind
     from tiger_db.crud import Page
     from tiger_db.database import Database, get_session
     from tiger_db.models import (
@@ -71,7 +73,7 @@ __all__ = [
 
 _MODULES = {
     "crud", "database", "embedded", "encryption", "errors", "health", "key_rotation", "key_uses",
-    "migrations", "models", "settings", "tiger", "verifier",
+    "migrations", "models", "peppers", "settings", "tiger", "verifier", "write_behind",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {

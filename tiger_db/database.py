@@ -1,10 +1,10 @@
 """Engines, sessions and their health."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import asyncpg
@@ -20,8 +20,12 @@ from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 from tiger_db.encryption import KeyProvider, KeyRing, generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError
 from tiger_db.migrations import schema_state
+from tiger_db.peppers import Peppers
 from tiger_db.settings import ConnectArgs, Settings
+from tiger_db.write_behind import WriteBehind
 
+T = TypeVar("T")
+_APART = 4  # connections at most, beside the pool's, for what is written apart from sessions
 # SQLSTATEs, whole or by class, of a server that is gone, going, full or not letting us in.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _UNAVAILABLE = ("08", "28", "3D000", "53300", "57P0")
@@ -111,11 +115,23 @@ def kept_key_ring(settings: Settings) -> KeyRing:
     Raises:
         ConfigurationError: the file was damaged; it says which.
     """
+    return _kept(settings, "encryption_keys", KeyRing.parse)
+
+
+def kept_peppers(settings: Settings) -> Peppers:
+    """The peppers that the embedded server keeps beside its data, made if missing.
+
+    Raises:
+        ConfigurationError: the file was damaged; it says which.
+    """
+    return _kept(settings, "api_key_peppers", Peppers.parse)
+
+
+def _kept(settings: Settings, name: str, parse: Callable[[str], T]) -> T:
     from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
 
-    name = "encryption_keys"
     try:
-        return KeyRing.parse(embedded.kept_secret(settings, name, generate_key))
+        return parse(embedded.kept_secret(settings, name, generate_key))
     except EncryptionError as error:
         path = embedded.folder(settings) / name
         raise ConfigurationError(f"{path}: {error}: restore it") from None
@@ -130,10 +146,12 @@ class AsyncSession(SQLModelSession):
 class Database:
     """The connections of one process to one database, in one event loop.
 
-    `key_provider` encrypts in place of `ENCRYPTION_KEYS`: a KMS, say.
+    `key_provider` encrypts in place of `ENCRYPTION_KEYS`: a KMS, say. Beside its pool it has up to
+    four connections more, for what is written apart from sessions: see `write_behind`.
 
     Raises:
-        ConfigurationError: `ENCRYPTION_KEYS` is malformed, or missing in production.
+        ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or missing in
+            production.
     """
 
     def __init__(
@@ -147,9 +165,21 @@ class Database:
             pool_timeout=self.settings.db_pool_timeout,
             pool_recycle=self.settings.db_pool_recycle,
         )
-        # What CRUD functions find in session.info: the keys of the secrets.
-        self.info: dict[str, KeyProvider | None] = {
-            "key_provider": key_provider or self.settings.key_ring()
+        self.write_behind = WriteBehind(
+            _engine(
+                self.settings,
+                pool_size=min(_APART, self.settings.db_pool_size),
+                max_overflow=0,
+                pool_timeout=self.settings.db_pool_timeout,
+                pool_recycle=self.settings.db_pool_recycle,
+            )
+        )
+        # What CRUD functions find in session.info.
+        self.info: dict[str, object] = {
+            "key_provider": key_provider or self.settings.key_ring(),
+            "peppers": self.settings.peppers(),
+            "key_environment": "live" if self.settings.production else "test",
+            "write_behind": self.write_behind,
         }
         self.sessions = async_sessionmaker(
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
@@ -168,7 +198,8 @@ class Database:
         await self.close()
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Write what is left to write, and close every connection."""
+        await self.write_behind.close()
         await self.engine.dispose()
 
     async def check(self) -> None:
@@ -182,6 +213,8 @@ class Database:
             return
         if self.info["key_provider"] is None and self.settings.embedded:
             self.info["key_provider"] = await asyncio.to_thread(kept_key_ring, self.settings)
+        if self.info["peppers"] is None and self.settings.embedded:
+            self.info["peppers"] = await asyncio.to_thread(kept_peppers, self.settings)
         async with self.engine.connect() as connection:
             (await schema_state(connection)).check()
         self._checked = True

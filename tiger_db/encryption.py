@@ -63,12 +63,7 @@ class KeyRing:
     """The built-in `KeyProvider`: AES-256-GCM and HMAC-SHA256 under keys held in memory."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
-        if not keys:
-            raise EncryptionError("no key is given")
-        for key_id, key in keys.items():
-            header_of(key_id)
-            if len(key) != 32:  # noqa: PLR2004  # AES-256
-                raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64")
+        check_keys(keys)
         self.key_ids = tuple(keys)
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
         self._fingerprint_keys = {key_id: _fingerprint_key(key) for key_id, key in keys.items()}
@@ -80,18 +75,7 @@ class KeyRing:
         Raises:
             EncryptionError: malformed; the message never shows a key.
         """
-        keys: dict[str, bytes] = {}
-        for number, item in enumerate(text.strip().split(","), start=1):
-            key_id, colon, encoded = item.strip().partition(":")
-            if not colon or not _KEY_ID.fullmatch(key_id):
-                raise EncryptionError(f"key {number} is not id:base64-32-bytes")
-            if key_id in keys:
-                raise EncryptionError(f"key id {key_id!r} is given twice")
-            try:
-                keys[key_id] = base64.b64decode(encoded, validate=True)
-            except (binascii.Error, ValueError):
-                raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64") from None
-        return cls(keys)
+        return cls(parse_keys(text))
 
     def encrypt(self, key_id: str, data: bytes, context: bytes) -> bytes:
         nonce = os.urandom(_NONCE)
@@ -110,6 +94,37 @@ class KeyRing:
 
     def __repr__(self) -> str:
         return f"KeyRing({', '.join(self.key_ids)})"
+
+
+def parse_keys(text: str) -> dict[str, bytes]:
+    """The keys in `id:base64-32-bytes[,id:…]`, in their order.
+
+    Raises:
+        EncryptionError: malformed; the message never shows a key.
+    """
+    keys: dict[str, bytes] = {}
+    for number, item in enumerate(text.strip().split(","), start=1):
+        key_id, colon, encoded = item.strip().partition(":")
+        if not colon or not _KEY_ID.fullmatch(key_id):
+            raise EncryptionError(f"key {number} is not id:base64-32-bytes")
+        if key_id in keys:
+            raise EncryptionError(f"key id {key_id!r} is given twice")
+        try:
+            keys[key_id] = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError):
+            raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64") from None
+    check_keys(keys)
+    return keys
+
+
+def check_keys(keys: Mapping[str, bytes]) -> None:
+    """Raise EncryptionError unless there is a key, and each has a good id and 32 bytes."""
+    if not keys:
+        raise EncryptionError("no key is given")
+    for key_id, key in keys.items():
+        header_of(key_id)
+        if len(key) != 32:  # noqa: PLR2004  # AES-256, HMAC-SHA256
+            raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64")
 
 
 def encrypt(provider: KeyProvider, text: str, place: str) -> bytes:

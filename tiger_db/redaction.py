@@ -13,7 +13,7 @@ _TIGER_TOKEN = re.compile(
     r"(?:[M-O][DTjz][AEIMQUYcgk][w-z0-5]){4}[M-O][CSiy]w(?:[A-Za-z0-9+/_%-]|\\/)*={0,2}"
 )
 _JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]+)+")
-_API_KEY = re.compile(r"\b(tdb_[0-9a-f]{16})_[0-9A-Za-z]+")
+_API_KEY = re.compile(r"\b(tdb_(?:live|test)_[0-9A-Za-z]{12})_[0-9A-Za-z]+")
 _BEARER = re.compile(r"\b(Bearer)\s+[^\s'\",;\\]+", re.IGNORECASE)
 # As long as Tiger's tokens, which are 60 characters of base64, keys, signatures and digests; also
 # with a slash as JSON may have it and as a URL has it, and in lines of which the last is shorter.

@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypedDict
+from typing import Annotated, Literal, Self, TypedDict, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from pydantic import (
@@ -19,6 +20,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.peppers import Peppers
+
+T = TypeVar("T")
 
 
 class SSLMode(StrEnum):
@@ -121,6 +125,8 @@ class Settings(BaseSettings):
 
     encryption_keys: SecretStr | None = None
     encryption_keys_file: File | None = None
+    api_key_peppers: SecretStr | None = None
+    api_key_peppers_file: File | None = None
 
     def __init__(self, **values: object) -> None:
         try:
@@ -231,18 +237,29 @@ class Settings(BaseSettings):
         Raises:
             ConfigurationError: malformed, unreadable, or missing in production.
         """
-        text = secret_text("ENCRYPTION_KEYS", self.encryption_keys, self.encryption_keys_file)
+        return self._keys("encryption_keys", KeyRing.parse)
+
+    def peppers(self) -> Peppers | None:
+        """The peppers of API keys, or None where none is set.
+
+        Raises:
+            ConfigurationError: malformed, unreadable, or missing in production.
+        """
+        return self._keys("api_key_peppers", Peppers.parse)
+
+    def _keys(self, field: str, parse: Callable[[str], T]) -> T | None:
+        name = field.upper()
+        text = secret_text(name, getattr(self, field), getattr(self, f"{field}_file"))
         if text is None:
             if self.production:
                 raise ConfigurationError(
-                    "ENCRYPTION_KEYS or ENCRYPTION_KEYS_FILE is required"
-                    " when ENVIRONMENT=production"
+                    f"{name} or {name}_FILE is required when ENVIRONMENT=production"
                 )
             return None
         try:
-            return KeyRing.parse(text)
+            return parse(text)
         except EncryptionError as error:
-            raise ConfigurationError(f"ENCRYPTION_KEYS: {error}") from None
+            raise ConfigurationError(f"{name}: {error}") from None
 
 
 def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | None:

@@ -1,25 +1,89 @@
-"""Checks API keys for a server that has no session at hand."""
+"""Checks API keys for a server: from memory, as long as PostgreSQL tells of every change."""
 
+import asyncio
+import contextlib
+import hashlib
+import logging
+import secrets
+import time
+from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
 from typing import Self
 from uuid import UUID
 
-from tiger_db.crud import api_keys
-from tiger_db.database import Database
-from tiger_db.errors import AccessDenied
+import asyncpg
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from tiger_db.crud.api_keys.authorizing import upgrade_hash
+from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial
+from tiger_db.crud.api_keys.hashing import outdated, peppers_of, verify_secret
+from tiger_db.crud.api_keys.limits import take
+from tiger_db.crud.api_keys.text import KeyText, parse_key
+from tiger_db.database import Database, connect
+from tiger_db.errors import AccessDenied, DatabaseUnavailable, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope
+
+CHANNEL = "tiger_db_api_keys"
+HEARTBEAT = 0.2  # seconds between questions to the listening connection
+LEASE = 0.5  # seconds for which an answer vouches that no change was missed
+_TURN = 0.005  # seconds after which the event loop gets a turn, to hear of changes
+_PAUSE = 0.1  # seconds before the lost connection is tried again
+
+_logger = logging.getLogger("tiger_db")
+_COUNTERS = {"usage_count", "last_used_at", "updated_at"}  # which change with every use
+_COLUMNS = ", ".join(f"k.{c.name}" for c in APIKey.__table__.columns if c.name not in _COUNTERS)  # type: ignore[attr-defined]  # SQLAlchemy's
+FIND = f"""
+SELECT {_COLUMNS}, a.status AS account_status, clock_timestamp() AS now FROM api_keys AS k
+LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
+"""  # noqa: S608  # names of columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A key whose text was checked, and the row it was checked against."""
+
+    key: APIKey
+    powers: Powers
+    row: tuple[object, ...] = field(repr=False)
 
 
 class KeyVerifier:
-    """Decides on API keys, each in a transaction of its own: nothing it says is ever stale."""
+    """Decides on API keys outside of any session.
 
-    def __init__(self, database: Database) -> None:
+    While it is entered, a connection of its own listens for changes, and a key that was checked
+    once is decided from memory. A change by anyone, also by raw SQL, is honoured within
+    milliseconds. When the connection is lost, or has not answered for half a second, every call
+    goes to the database until it listens again; so does every call for a key with limits, and every
+    call when the verifier is not entered. A verifier serves one event loop.
+
+    `capacity` keys are remembered at most, the longest unused one is forgotten first. Only good
+    keys are: their digests under a random key, never their text.
+    """
+
+    def __init__(self, database: Database, *, capacity: int = 10_000) -> None:
         self.database = database
+        self.capacity = capacity
+        self._apart = database.write_behind
+        self._digest_key = secrets.token_bytes(32)
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._digests: dict[UUID, bytes] = {}
+        self._changes = 0  # how many were heard of, so that nothing read before one is kept
+        self._until = 0.0  # this machine's monotonic time up to which memory may answer
+        self._offset = 0.0  # from that time to the database's, in seconds since 1970
+        self._turned = 0.0
+        self._listener: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         await self.database.check()
+        listening = asyncio.Event()
+        self._listener = asyncio.create_task(self._listen(listening))
+        with contextlib.suppress(TimeoutError):  # until then, the database answers
+            await asyncio.wait_for(listening.wait(), self.database.settings.db_connect_timeout)
         return self
 
     async def __aexit__(
@@ -28,7 +92,12 @@ class KeyVerifier:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave the database open: it belongs to the caller."""
+        """Stop listening, and leave the database open: it belongs to the caller."""
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.wait([self._listener])
+            self._listener = None
+        self._forget()
 
     async def authorize(
         self,
@@ -39,16 +108,34 @@ class KeyVerifier:
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
     ) -> APIKey:
-        """As `crud.api_keys.authorize_api_key`, and the use is counted when this returns."""
-        async with self.database.session() as session:
-            return await api_keys.authorize_api_key(
-                session,
-                raw_key,
-                scopes=scopes,
-                account_id=account_id,
-                ip_address=ip_address,
-                user_agent=user_agent,
-            )
+        """As `crud.api_keys.authorize_api_key`.
+
+        The key is one object for all who ask for it, as it was when it was read: do not change it.
+        """
+        request = Request(tuple(scopes), account_id, ip_address, user_agent)
+        now = time.monotonic()
+        if now - self._turned > _TURN:
+            # A caller that never waits for anything else would keep changes from being heard: one
+            # turn to see that there is something to read, one to read it.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            self._turned = now = time.monotonic()
+        digest = self._digest(raw_key)
+        if now < self._until and (known := self._known.get(digest)) is not None:
+            powers = known.powers
+            if not powers.limited:
+                self._known.move_to_end(digest)
+                now += self._offset
+                try:
+                    decide(powers, now, request)
+                except AccessDenied as reason:
+                    prefix = known.key.key_prefix
+                    event = denial(reason, prefix, request, powers.key_id, powers.account_id)
+                    await self._apart.record(event)
+                    raise
+                self._apart.count(powers.key_id, now)
+                return known.key
+        return await self._from_database(raw_key, request)
 
     async def verify(
         self,
@@ -57,8 +144,136 @@ class KeyVerifier:
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
     ) -> APIKey | None:
-        """As `crud.api_keys.verify_api_key`, and the use is counted when this returns."""
+        """As `crud.api_keys.verify_api_key`; the key is shared, see `authorize`."""
         try:
             return await self.authorize(raw_key, ip_address=ip_address, user_agent=user_agent)
         except AccessDenied:
             return None
+
+    async def _from_database(self, raw_key: str, request: Request) -> APIKey:
+        text = parse_key(raw_key)
+        if text is None:
+            raise InvalidAPIKey
+        await self.database.check()
+        while True:
+            changes = self._changes
+            async with self._apart.connection() as connection:
+                row = await connection.fetchrow(FIND, text.prefix)
+            try:
+                known = await self._check(text, row, changes)
+                powers = known.powers
+                now = row["now"].timestamp()
+                decide(powers, now, request)
+                if powers.limited:
+                    async with self._apart.connection() as connection:
+                        if not await take(connection, powers):
+                            continue  # it is not as it was read
+            except AccessDenied as reason:
+                ids = (row["id"], row["tiger_account_id"]) if row is not None else (None, None)
+                await self._apart.record(denial(reason, text.prefix, request, *ids))
+                raise
+            self._apart.count(powers.key_id, now)
+            return known.key
+
+    async def _check(self, text: KeyText, row: "asyncpg.Record | None", changes: int) -> _Known:
+        """The key, if the text is its own; what was checked on the same row before, is.
+
+        Raises:
+            InvalidAPIKey: it is not, or there is no key; both take as long.
+        """
+        peppers = peppers_of(self.database.info)
+        digest = self._digest(text.raw_key)
+        known = self._known.get(digest)
+        columns = tuple(row)[:-1] if row is not None else ()
+        if known is not None and known.row == columns:
+            return known
+        key_hash: str = row["key_hash"] if row is not None else ""
+        pepper_id: str | None = row["pepper_id"] if row is not None else None
+        if not await verify_secret(peppers, text.secret, key_hash, pepper_id) or row is None:
+            raise InvalidAPIKey
+        async with AsyncSession(self._apart.engine) as session:
+            key = await session.scalar(select(APIKey).where(col(APIKey.id) == row["id"]))
+        if key is None:
+            raise InvalidAPIKey
+        known = _Known(key, Powers.of(row, row["account_status"]), columns)
+        if outdated(peppers, key_hash, pepper_id):
+            async with self._apart.connection() as connection:
+                await upgrade_hash(connection, peppers, text.secret, row["id"], key_hash)
+        elif changes == self._changes:
+            self._keep(digest, known)
+        return known
+
+    def _keep(self, digest: bytes, known: _Known) -> None:
+        self._drop(self._digests.get(known.powers.key_id))
+        while len(self._known) >= self.capacity:
+            self._drop(next(iter(self._known)))
+        self._known[digest] = known
+        self._digests[known.powers.key_id] = digest
+
+    def _drop(self, digest: bytes | None) -> None:
+        known = self._known.pop(digest, None) if digest is not None else None
+        if known is not None:
+            del self._digests[known.powers.key_id]
+
+    def _forget(self) -> None:
+        self._changes += 1
+        self._until = 0.0
+        self._known.clear()
+        self._digests.clear()
+
+    def _digest(self, raw_key: str) -> bytes:
+        try:
+            return hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
+        except (AttributeError, UnicodeEncodeError):  # no text, or none that could be a key
+            return b""
+
+    async def _listen(self, listening: asyncio.Event) -> None:
+        """Hear of changes as long as the verifier is entered, however often the line breaks."""
+        while True:
+            try:
+                connection = await connect(self.database.settings)
+            except DatabaseUnavailable as error:
+                _logger.warning("cannot listen for changes of API keys: %s", error)
+            else:
+                try:
+                    await self._follow(connection, listening)
+                except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+                    _logger.warning("stopped to hear of changes of API keys: %s", type(e).__name__)
+                finally:
+                    self._forget()
+                    connection.terminate()
+            await asyncio.sleep(_PAUSE)
+
+    async def _follow(
+        self, connection: "asyncpg.Connection[asyncpg.Record]", listening: asyncio.Event
+    ) -> None:
+        connection.add_termination_listener(lambda _: self._forget())
+        await connection.add_listener(CHANNEL, self._changed)
+        self._forget()  # what was read before
+        while True:
+            sent = time.monotonic()
+            async with asyncio.timeout(LEASE):
+                now = await connection.fetchval("SELECT clock_timestamp()")
+            # All that was committed before the question was heard of before the answer. The time is
+            # taken for that of sending: an expiry may be honoured too early by the way, never late.
+            self._offset = now.timestamp() - sent
+            self._until = sent + LEASE
+            listening.set()
+            await asyncio.sleep(HEARTBEAT)
+
+    def _changed(self, *notification: object) -> None:
+        """`key ID`, `account ID`, or `all` after a TRUNCATE."""
+        self._changes += 1
+        kind, _, text = str(notification[-1]).partition(" ")
+        try:
+            changed = UUID(text)
+        except ValueError:
+            self._known.clear()
+            self._digests.clear()
+            return
+        if kind == "key":
+            self._drop(self._digests.get(changed))
+        else:
+            for digest, known in list(self._known.items()):
+                if known.powers.account_id == changed:
+                    self._drop(digest)

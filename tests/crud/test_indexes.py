@@ -14,8 +14,13 @@ from sqlalchemy import event, text
 from tests.conftest import create_database, drop_database
 from tiger_db import AuditLog, Database, RefreshTrigger, Settings
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
+from tiger_db.crud.api_keys.authorizing import load
+from tiger_db.crud.api_keys.limits import TAKE
+from tiger_db.crud.api_keys.text import checksum
 from tiger_db.crud.common import encode_cursor
 from tiger_db.database import AsyncSession
+from tiger_db.errors import InvalidAPIKey
+from tiger_db.verifier import FIND
 
 Query = Callable[[AsyncSession], Awaitable[object]]
 Plan = list[dict[str, Any]]
@@ -34,11 +39,13 @@ SELECT id(n), 'Main', n, 'standard', 'active', '', sha256(n::text::bytea), '', '
 FROM generate_series(1, 20000) n;
 
 INSERT INTO api_keys (id, name, key_prefix, key_hash, status, scopes, tiger_account_id,
-    usage_count, allowed_ips, allowed_user_agents, tags)
-SELECT id(n), 'assistant', 'tdb_' || lpad(n::text, 16, '0'),
+    expires_at, usage_count, allowed_ips, allowed_user_agents, tags)
+SELECT id(n), 'assistant', 'tdb_test_' || lpad(n::text, 12, '0'),
     '{SSHA256}' || encode(sha256('') || '\\x0011223344556677', 'base64'), 'active', '{mcp:read}',
-    id(n), 0, '{}', '{}', '{}'
+    id(n), now() + make_interval(hours => n::int), 0, '{}', '{}', '{}'
 FROM generate_series(1, 20000) n;
+
+INSERT INTO api_key_limits SELECT id(n), now(), 1, now(), 1 FROM generate_series(1, 20000) n;
 
 INSERT INTO api_key_usage
 SELECT id(n), date_trunc('hour', now()) - make_interval(hours => hour), 1
@@ -94,7 +101,7 @@ async def plan_of(settings: Settings, query: Query) -> Plan:
             plans = [
                 await connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values)
                 for sql, values in sent
-                if sql.startswith(("SELECT", "INSERT", "UPDATE", "WITH"))
+                if sql.lstrip().startswith(("SELECT", "INSERT", "UPDATE", "WITH"))
             ]
             return [node for plan in plans for node in nodes(as_json(plan.scalar())[0]["Plan"])]
 
@@ -135,7 +142,19 @@ def cursor_of(n: int) -> str:
 
 
 async def wrong_secret(session: AsyncSession) -> None:
-    await api_keys.verify_api_key(session, f"tdb_{77:016}_{'0' * 64}")
+    body = f"tdb_test_{77:012}_{'0' * 43}"
+    with pytest.raises(InvalidAPIKey):
+        await api_keys.authorize_api_key(session, body + checksum(body))
+
+
+async def limited_use(session: AsyncSession) -> None:
+    connection = await session.connection()
+    await connection.exec_driver_sql(TAKE, (id_of(77), 9, 9))
+
+
+async def verifier_miss(session: AsyncSession) -> None:
+    connection = await session.connection()
+    await connection.exec_driver_sql(FIND, (f"tdb_test_{77:012}",))
 
 
 async def open_refresh(session: AsyncSession) -> None:
@@ -162,11 +181,14 @@ SERVES: list[tuple[str, Query]] = [
     ("ix_tiger_accounts_token_expires_at", token_status.schedule_due),
     ("pk_api_keys", lambda s: api_keys.get(s, id_of(77))),
     ("pk_api_keys", lambda s: api_keys.list_api_keys(s, after=cursor_of(77))),
-    ("uq_api_keys_key_prefix", lambda s: api_keys.get_by_prefix(s, f"tdb_{77:016}")),
+    ("uq_api_keys_key_prefix", lambda s: api_keys.get_by_prefix(s, f"tdb_test_{77:012}")),
     (
         "ix_api_keys_tiger_account_id_id",
         lambda s: api_keys.get_keys_for_account(s, id_of(77), after=cursor_of(10**9)),
     ),
+    ("ix_api_keys_expires_at_id", api_keys.list_expiring),
+    ("ix_api_keys_expires_at_id", partial(api_keys.list_expiring, after=cursor_of(77))),
+    ("pk_api_key_limits", limited_use),
     ("pk_api_key_usage", lambda s: api_keys.usage(s, id_of(77), since=NOW - timedelta(hours=3))),
     ("pk_token_statuses", lambda s: token_status.get(s, id_of(77))),
     ("pk_token_statuses", lambda s: token_status.history(s, after=cursor_of(777))),
@@ -191,10 +213,20 @@ async def test_an_index_serves_its_query(full: Settings, index: str, query: Quer
     assert index in await used_indexes(full, query)
 
 
-async def test_a_key_is_checked_by_index_alone(full: Settings) -> None:
-    assert await used_indexes(full, wrong_secret) == {"uq_api_keys_key_prefix", "pk_tiger_accounts"}
-    scans = {node["Node Type"] for node in await plan_of(full, wrong_secret)}
-    assert "Seq Scan" not in scans
+@pytest.mark.parametrize(
+    ("query", "indexes"),
+    [
+        (wrong_secret, {"uq_api_keys_key_prefix"}),
+        (lambda s: load(s, id_of(77)), {"pk_api_keys", "pk_tiger_accounts"}),
+        (verifier_miss, {"uq_api_keys_key_prefix", "pk_tiger_accounts"}),
+        (limited_use, {"pk_api_keys", "pk_tiger_accounts", "pk_api_key_limits"}),
+    ],
+)
+async def test_a_key_is_checked_by_index_alone(
+    full: Settings, query: Query, indexes: set[str]
+) -> None:
+    assert await used_indexes(full, query) == indexes
+    assert "Seq Scan" not in {node["Node Type"] for node in await plan_of(full, query)}
 
 
 async def test_every_index_has_its_query(full: Settings) -> None:

@@ -114,6 +114,24 @@ def _matches(pattern: str, text: str) -> bool:
     return re.fullmatch(f"{start}{runs}.*{middle[-1]}", text, re.DOTALL) is not None
 
 
+def address_allowed(
+    networks: Iterable[IPv4Network | IPv6Network], address: str | IPv4Address | IPv6Address | None
+) -> bool:
+    """Whether an address is known, and in one of the networks."""
+    if address is None:
+        return False
+    try:
+        known = parse_address(address)
+    except ValueError:
+        return False
+    return any(known in network for network in networks)
+
+
+def user_agent_allowed(patterns: Iterable[str], user_agent: str | None) -> bool:
+    """Whether a client is known, and one of the patterns is its."""
+    return user_agent is not None and any(_matches(pattern, user_agent) for pattern in patterns)
+
+
 def _distinct(scopes: list[APIKeyScope]) -> list[APIKeyScope]:
     return list(dict.fromkeys(scopes))
 
@@ -124,6 +142,12 @@ class APIKey(MutableEntity, table=True):
     __tablename__ = "api_keys"
     __table_args__ = (
         Index("ix_api_keys_tiger_account_id_id", "tiger_account_id", "id"),
+        Index(
+            "ix_api_keys_expires_at_id",
+            "expires_at",
+            "id",
+            postgresql_where="status = 'active' AND expires_at IS NOT NULL",
+        ),
         CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
     )
 
@@ -142,7 +166,16 @@ class APIKey(MutableEntity, table=True):
         exclude=True,
         repr=False,
         sa_type=SQLText,
-        description="passlib hash of the secret part of the key",
+        description="passlib hash of the secret part of the key, under the pepper",
+    )
+    pepper_id: Text | None = Field(
+        default=None,
+        min_length=1,
+        max_length=32,
+        exclude=True,
+        repr=False,
+        sa_type=SQLText,
+        description="Id of the pepper in the hash; none: a hash of the secret itself",
     )
     status: APIKeyStatus = Field(
         default=APIKeyStatus.ACTIVE,
@@ -227,22 +260,12 @@ class APIKey(MutableEntity, table=True):
 
     def is_ip_allowed(self, address: str | IPv4Address | IPv6Address | None) -> bool:
         """Whether it may be used from an address: with networks set, only from a known one."""
-        if not self.allowed_ips:
-            return True
-        if address is None:
-            return False
-        try:
-            known = parse_address(address)
-        except ValueError:
-            return False
-        return any(known in network for network in self.allowed_ips)
+        return not self.allowed_ips or address_allowed(self.allowed_ips, address)
 
     def is_user_agent_allowed(self, user_agent: str | None) -> bool:
         """Whether a client may use it: with clients set, only a known one."""
-        if not self.allowed_user_agents:
-            return True
-        return user_agent is not None and any(
-            _matches(pattern, user_agent) for pattern in self.allowed_user_agents
+        return not self.allowed_user_agents or user_agent_allowed(
+            self.allowed_user_agents, user_agent
         )
 
     def can_access_account(self, account_id: UUID) -> bool:
@@ -264,4 +287,23 @@ api_key_usage = Table(
     Column("count", BigInteger, nullable=False, comment="How often the key was accepted in it"),
     CheckConstraint("count >= 1", name="count_ge_1"),
     comment="Accepted uses of each API key by the hour",
+)
+
+
+# What the limits decide on, apart from the key's row: a use of a limited key locks nothing else.
+api_key_limits = Table(
+    "api_key_limits",
+    metadata,
+    Column(
+        "api_key_id",
+        SQLUUID,
+        ForeignKey("api_keys.id", ondelete="CASCADE"),
+        primary_key=True,
+        comment="The key",
+    ),
+    Column("hour", DateTime(timezone=True), nullable=False, comment="Start of the hour, UTC"),
+    Column("hour_count", BigInteger, nullable=False, comment="Uses in this hour"),
+    Column("day", DateTime(timezone=True), nullable=False, comment="Start of the day, UTC"),
+    Column("day_count", BigInteger, nullable=False, comment="Uses in this day"),
+    comment="Uses of each limited API key in its latest hour and day",
 )

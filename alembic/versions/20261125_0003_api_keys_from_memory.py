@@ -1,0 +1,137 @@
+"""Peppers of API keys; their limits apart; every change of a key is told to who remembers it.
+
+Revision: 0003
+Follows: 0002
+Made: 2026-11-25
+
+Locks api_keys and tiger_accounts for a moment. Code of revision 0002 can live with it.
+"""
+
+import sqlalchemy as sa
+
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+CHANNEL = "tiger_db_api_keys"
+# What a use writes is told to nobody.
+COUNTERS = "'{usage_count,last_used_at,updated_at}'::text[]"
+
+NOTIFY = f"""
+CREATE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        PERFORM pg_notify('{CHANNEL}', 'all');
+    ELSIF TG_TABLE_NAME = 'api_keys' THEN
+        PERFORM pg_notify('{CHANNEL}', 'key ' || OLD.id);
+    ELSE
+        PERFORM pg_notify('{CHANNEL}', 'account ' || OLD.id);
+    END IF;
+    RETURN NULL;
+END
+$$
+"""
+TRIGGERS = {
+    "notify_update": (
+        "api_keys",
+        "AFTER UPDATE ON api_keys FOR EACH ROW WHEN"
+        f" (to_jsonb(OLD) - {COUNTERS} IS DISTINCT FROM to_jsonb(NEW) - {COUNTERS})",
+    ),
+    "notify_delete": ("api_keys", "AFTER DELETE ON api_keys FOR EACH ROW"),
+    "notify_truncate": ("api_keys", "AFTER TRUNCATE ON api_keys FOR EACH STATEMENT"),
+    "notify_api_keys_update": (
+        "tiger_accounts",
+        "AFTER UPDATE ON tiger_accounts FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status)",
+    ),
+    "notify_api_keys_delete": ("tiger_accounts", "AFTER DELETE ON tiger_accounts FOR EACH ROW"),
+    "notify_api_keys_truncate": (
+        "tiger_accounts",
+        "AFTER TRUNCATE ON tiger_accounts FOR EACH STATEMENT",
+    ),
+}
+
+
+def upgrade() -> None:
+    op.add_column(
+        "api_keys",
+        sa.Column(
+            "pepper_id",
+            sa.Text(),
+            nullable=True,
+            comment="Id of the pepper in the hash; none: a hash of the secret itself",
+        ),
+    )
+    op.alter_column(
+        "api_keys",
+        "key_hash",
+        existing_type=sa.Text(),
+        existing_nullable=False,
+        existing_comment="passlib hash of the secret part of the key",
+        comment="passlib hash of the secret part of the key, under the pepper",
+    )
+    for rule, name in (
+        ("char_length(pepper_id) >= 1", "ck_api_keys_pepper_id_min_1"),
+        ("char_length(pepper_id) <= 32", "ck_api_keys_pepper_id_max_32"),
+    ):
+        op.create_check_constraint(op.f(name), "api_keys", rule)
+    op.create_index(
+        "ix_api_keys_expires_at_id",
+        "api_keys",
+        ["expires_at", "id"],
+        postgresql_where=sa.text("status = 'active' AND expires_at IS NOT NULL"),
+    )
+    op.create_table(
+        "api_key_limits",
+        sa.Column("api_key_id", sa.UUID(), nullable=False, comment="The key"),
+        sa.Column(
+            "hour", sa.DateTime(timezone=True), nullable=False, comment="Start of the hour, UTC"
+        ),
+        sa.Column("hour_count", sa.BigInteger(), nullable=False, comment="Uses in this hour"),
+        sa.Column(
+            "day", sa.DateTime(timezone=True), nullable=False, comment="Start of the day, UTC"
+        ),
+        sa.Column("day_count", sa.BigInteger(), nullable=False, comment="Uses in this day"),
+        sa.ForeignKeyConstraint(
+            ["api_key_id"],
+            ["api_keys.id"],
+            name=op.f("fk_api_key_limits_api_key_id_api_keys"),
+            ondelete="CASCADE",
+        ),
+        sa.PrimaryKeyConstraint("api_key_id", name=op.f("pk_api_key_limits")),
+        comment="Uses of each limited API key in its latest hour and day",
+    )
+    # The limits go on where they are.
+    op.execute(
+        "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"
+        " SELECT u.api_key_id, date_trunc('hour', now(), 'UTC'),"
+        " coalesce(sum(u.count) FILTER (WHERE u.hour = date_trunc('hour', now(), 'UTC')), 0),"
+        " date_trunc('day', now(), 'UTC'), sum(u.count)"
+        " FROM api_key_usage AS u JOIN api_keys AS k ON k.id = u.api_key_id"
+        " WHERE u.hour >= date_trunc('day', now(), 'UTC')"
+        " AND num_nonnulls(k.rate_limit_per_hour, k.rate_limit_per_day) > 0 GROUP BY u.api_key_id"
+    )
+    op.execute(NOTIFY)
+    for name, (table, when) in TRIGGERS.items():
+        op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION notify_api_key_change()")
+        # Also for what a replication or a restore writes.
+        op.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {name}")
+
+
+def downgrade() -> None:
+    for name, (table, _) in TRIGGERS.items():
+        op.execute(f"DROP TRIGGER {name} ON {table}")
+    op.execute("DROP FUNCTION notify_api_key_change()")
+    op.drop_table("api_key_limits")
+    op.drop_index("ix_api_keys_expires_at_id", "api_keys")
+    op.alter_column(
+        "api_keys",
+        "key_hash",
+        existing_type=sa.Text(),
+        existing_nullable=False,
+        existing_comment="passlib hash of the secret part of the key, under the pepper",
+        comment="passlib hash of the secret part of the key",
+    )
+    op.drop_column("api_keys", "pepper_id")

@@ -1,0 +1,183 @@
+"""Creating, rotating, extending and revoking API keys, each with its audit event."""
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from pydantic import JsonValue
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from tiger_db.crud.api_keys.events import log, shown
+from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
+from tiger_db.crud.api_keys.text import new_key
+from tiger_db.crud.common import aware, constraints, get_or_raise, one
+from tiger_db.errors import InvalidState, InvalidValue
+from tiger_db.models import (
+    AccountStatus,
+    APIKey,
+    APIKeyScope,
+    APIKeyStatus,
+    AuditAction,
+    TigerAccount,
+)
+
+
+async def create_api_key(
+    session: AsyncSession,
+    *,
+    name: str,
+    scopes: Iterable[APIKeyScope],
+    tiger_account_id: UUID | None = None,
+    expires_at: datetime | None = None,
+    rate_limit_per_hour: int | None = None,
+    rate_limit_per_day: int | None = None,
+    allowed_ips: Iterable[str] = (),
+    allowed_user_agents: Iterable[str] = (),
+    created_by: str | None = None,
+    description: str | None = None,
+    tags: Mapping[str, JsonValue] | None = None,
+) -> tuple[APIKey, str]:
+    """Create a key; returns its row and the key itself, which is kept nowhere and shown only now.
+
+    Raises:
+        ValidationError: a value is refused; it names the field.
+        MissingReference: there is no such account.
+        InvalidState: it is closed.
+        ConfigurationError: API_KEY_PEPPERS is not set.
+    """
+    if tiger_account_id is not None:
+        await _refuse_closed(session, tiger_account_id)
+    values: dict[str, Any] = {
+        "name": name,
+        "scopes": list(scopes),
+        "tiger_account_id": tiger_account_id,
+        "expires_at": expires_at,
+        "rate_limit_per_hour": rate_limit_per_hour,
+        "rate_limit_per_day": rate_limit_per_day,
+        "allowed_ips": list(allowed_ips),
+        "allowed_user_agents": list(allowed_user_agents),
+        "created_by": created_by,
+        "description": description,
+        "tags": tags or {},
+    }
+    key, raw_key = await _store(session, values)
+    await log(session, AuditAction.API_KEY_CREATE, key, new=shown(key))
+    return key, raw_key
+
+
+async def rotate(
+    session: AsyncSession, key_id: UUID, *, grace: timedelta = timedelta(hours=24)
+) -> tuple[APIKey, str]:
+    """Create a successor with the same powers; the old key works until the grace ends.
+
+    That is never past its own expiry. A rotation that fails leaves the old key as it was.
+
+    Raises:
+        NotFound: there is no such key.
+        InvalidState: it is not active, or has expired, or its account is closed.
+        InvalidValue: the grace is negative, or ends after the year 9999.
+        ConfigurationError: API_KEY_PEPPERS is not set.
+    """
+    if grace < timedelta(0):
+        raise InvalidValue("grace must not be negative")
+    key, now = await _lock_good(session, key_id, "rotated")
+    try:
+        ends = now + grace
+    except OverflowError:
+        raise InvalidValue("grace is too long") from None
+    powers = key.model_dump(
+        include={
+            "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour",
+            "rate_limit_per_day", "allowed_ips", "allowed_user_agents", "created_by",
+            "description", "tags",
+        }
+    )  # fmt: skip
+    async with constraints(session, key):
+        successor, raw_key = await _store(session, powers)
+        key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
+        await session.flush()
+        await log(
+            session,
+            AuditAction.API_KEY_ROTATE,
+            key,
+            new={"successor": str(successor.id), "expires_at": key.expires_at.isoformat()},
+        )
+    return successor, raw_key
+
+
+async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | None) -> APIKey:
+    """Let a key expire later, at an aware time; None: never.
+
+    Raises:
+        NotFound: there is no such key.
+        InvalidState: it is not active, or has expired, or its account is closed.
+        InvalidValue: the time is naive, or not later than the key's expiry.
+    """
+    aware("expires_at", expires_at)
+    key, _ = await _lock_good(session, key_id, "extended")
+    before = key.expires_at
+    if before is None or (expires_at is not None and expires_at <= before):
+        raise InvalidValue("expires_at is not later than the key's expiry")
+    key.expires_at = expires_at
+    await session.flush()
+    await log(
+        session,
+        AuditAction.API_KEY_UPDATE,
+        key,
+        old={"expires_at": before.isoformat()},
+        new={"expires_at": key.expires_at.isoformat() if key.expires_at is not None else None},
+    )
+    return key
+
+
+async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> APIKey:
+    """Refuse a key from now on, for good. Revoking a revoked key changes nothing.
+
+    Raises:
+        NotFound: there is no such key.
+        ValidationError: the reason is too long.
+    """
+    key = await get_or_raise(session, APIKey, key_id, lock=True)
+    if key.status == APIKeyStatus.REVOKED:
+        return key
+    old: dict[str, JsonValue] = {"status": key.status.value}
+    now = await session.scalar(select(func.clock_timestamp()))
+    key.sqlmodel_update(
+        {"status": APIKeyStatus.REVOKED, "revoked_at": now, "revocation_reason": reason}
+    )
+    await session.flush()
+    new: dict[str, JsonValue] = {"status": key.status.value, "revocation_reason": reason}
+    await log(session, AuditAction.API_KEY_REVOKE, key, old=old, new=new)
+    return key
+
+
+async def _lock_good(session: AsyncSession, key_id: UUID, done: str) -> tuple[APIKey, datetime]:
+    """A key that works, which nobody else changes before this transaction ends, and the time."""
+    key = await get_or_raise(session, APIKey, key_id)
+    if key.tiger_account_id is not None:  # the account first, as everyone who locks both does
+        await _refuse_closed(session, key.tiger_account_id)
+    key = await get_or_raise(session, APIKey, key_id, lock=True)
+    now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)
+    if key.status != APIKeyStatus.ACTIVE or (key.expires_at is not None and key.expires_at <= now):
+        raise InvalidState(f"only an active key can be {done}")
+    return key, now
+
+
+async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
+    """Make sure that the account is not closed, and is not before this transaction ends."""
+    statement = select(TigerAccount).where(col(TigerAccount.id) == account_id)
+    account = await one(session, statement.with_for_update(key_share=True))
+    if account is not None and account.status == AccountStatus.CLOSED:
+        raise InvalidState("the account is closed")
+
+
+async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey, str]:
+    text = new_key(session.info.get("key_environment", "test"))
+    key_hash, pepper_id = hash_secret(peppers_of(session.info), text.secret)
+    key = APIKey(**values, key_prefix=text.prefix, key_hash=key_hash, pepper_id=pepper_id)
+    async with constraints(session):
+        session.add(key)
+    return key, text.raw_key

@@ -1,0 +1,143 @@
+"""What a key may do: decided in one order, whether it was read just now or is remembered."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any, Self
+from uuid import UUID
+
+from pydantic import JsonValue
+
+from tiger_db.crud.common import storable
+from tiger_db.errors import (
+    AccessDenied,
+    AccountNotActive,
+    AccountNotAllowed,
+    AddressNotAllowed,
+    APIKeyExpired,
+    APIKeyRevoked,
+    ScopeMissing,
+    UserAgentNotAllowed,
+)
+from tiger_db.models import (
+    AccountStatus,
+    APIKeyScope,
+    APIKeyStatus,
+    AuditAction,
+    AuditLog,
+    AuditResult,
+)
+from tiger_db.models.api_keys import address_allowed, parse_address, user_agent_allowed
+
+_SHOWN = 200  # characters of what a caller said of itself
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a key, from where, by whom."""
+
+    scopes: tuple[APIKeyScope, ...] = ()
+    account_id: UUID | None = None
+    ip_address: str | IPv4Address | IPv6Address | None = None
+    user_agent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Powers:
+    """What a key may do, as it was when it was read."""
+
+    key_id: UUID
+    status: APIKeyStatus
+    expires_at: float | None  # seconds since 1970
+    account_id: UUID | None
+    account_status: AccountStatus | None
+    networks: tuple[IPv4Network | IPv6Network, ...]
+    user_agents: tuple[str, ...]
+    scopes: frozenset[APIKeyScope]
+    per_hour: int | None
+    per_day: int | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], account_status: str | None) -> Self:
+        """Of the columns of a key, and the status of the account that it is bound to."""
+        expires_at: datetime | None = row["expires_at"]
+        held = [APIKeyScope(scope) for scope in row["scopes"]]
+        return cls(
+            key_id=row["id"],
+            status=APIKeyStatus(row["status"]),
+            expires_at=expires_at.timestamp() if expires_at is not None else None,
+            account_id=row["tiger_account_id"],
+            account_status=AccountStatus(account_status) if account_status is not None else None,
+            networks=tuple(row["allowed_ips"]),
+            user_agents=tuple(row["allowed_user_agents"]),
+            scopes=frozenset(s for s in APIKeyScope if any(h.implies(s) for h in held)),
+            per_hour=row["rate_limit_per_hour"],
+            per_day=row["rate_limit_per_day"],
+        )
+
+    @property
+    def limited(self) -> bool:
+        return self.per_hour is not None or self.per_day is not None
+
+
+def decide(powers: Powers, now: float, request: Request) -> None:  # a list of reasons
+    """Raise the first reason to refuse; limits come after this. `now` is in seconds since 1970.
+
+    Raises:
+        AccessDenied: one of its subclasses, by the reason.
+    """
+    if powers.status is APIKeyStatus.EXPIRED:
+        raise APIKeyExpired
+    if powers.status is not APIKeyStatus.ACTIVE:
+        raise APIKeyRevoked
+    if powers.expires_at is not None and powers.expires_at <= now:
+        raise APIKeyExpired
+    if powers.account_id is not None and powers.account_status is not AccountStatus.ACTIVE:
+        raise AccountNotActive
+    if powers.networks and not address_allowed(powers.networks, request.ip_address):
+        raise AddressNotAllowed
+    if powers.user_agents and not user_agent_allowed(powers.user_agents, request.user_agent):
+        raise UserAgentNotAllowed
+    if request.scopes and (missing := _missing(request.scopes, powers.scopes)):
+        raise ScopeMissing(f"the API key lacks the scope {', '.join(missing)}")
+    if request.account_id is not None and powers.account_id not in (None, request.account_id):
+        raise AccountNotAllowed
+
+
+def _missing(asked: Iterable[APIKeyScope], held: frozenset[APIKeyScope]) -> list[str]:
+    return [scope for scope in asked if scope not in held]
+
+
+def denial(
+    reason: AccessDenied,
+    prefix: str,
+    request: Request,
+    key_id: UUID | None = None,
+    account_id: UUID | None = None,
+) -> AuditLog:
+    """The event of a refusal. What the caller said of itself is made fit to be stored."""
+    details: dict[str, JsonValue] = {"key_prefix": prefix}
+    if request.scopes:
+        details["scopes"] = [str(scope) for scope in request.scopes]
+    if request.account_id is not None:
+        details["account_id"] = str(request.account_id)
+    address = None
+    if request.ip_address is not None:
+        try:
+            address = parse_address(request.ip_address)
+        except ValueError:
+            details["ip_address"] = storable(str(request.ip_address))[:_SHOWN]
+    return AuditLog(
+        action=AuditAction.API_KEY_DENY,
+        result=AuditResult.FAILURE,
+        resource_type="api_key",
+        resource_id=str(key_id) if key_id is not None else None,
+        api_key_id=key_id,
+        tiger_account_id=account_id,
+        ip_address=address,
+        user_agent=storable(request.user_agent)[:_SHOWN] if request.user_agent else None,
+        details=details,
+        error_code=type(reason).__name__,
+        error_message=str(reason),
+    )

@@ -1,0 +1,53 @@
+"""Limits: one statement decides on a use and counts it."""
+
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+
+from tiger_db.crud.api_keys.decision import Powers
+from tiger_db.errors import RateLimited
+
+# Whoever waits for another's count of the same key decides on what that one left. The windows are
+# those of the database's clock; one that steps back goes on counting in the later window.
+TAKE = """
+INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
+SELECT k.id, date_trunc('hour', now, 'UTC'), 1, date_trunc('day', now, 'UTC'), 1
+FROM clock_timestamp() AS now, api_keys AS k
+LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id
+WHERE k.id = $1 AND k.status = 'active' AND coalesce(k.expires_at > now, true)
+    AND coalesce(a.status = 'active', true)
+ON CONFLICT (api_key_id) DO UPDATE SET
+    hour = greatest(l.hour, excluded.hour),
+    hour_count = CASE WHEN l.hour < excluded.hour THEN 0 ELSE l.hour_count END + 1,
+    day = greatest(l.day, excluded.day),
+    day_count = CASE WHEN l.day < excluded.day THEN 0 ELSE l.day_count END + 1
+WHERE (l.hour < excluded.hour OR coalesce(l.hour_count < $2, true))
+    AND (l.day < excluded.day OR coalesce(l.day_count < $3, true))
+RETURNING true
+"""
+_COUNTED = """
+SELECT hour, hour_count, day, day_count, clock_timestamp() AS now
+FROM api_key_limits WHERE api_key_id = $1
+"""
+
+
+async def take(connection: "asyncpg.Connection[asyncpg.Record]", powers: Powers) -> bool:
+    """Count one use within the limits; False: the key is not as it was read, so decide anew.
+
+    Raises:
+        RateLimited: a limit is reached.
+    """
+    if await connection.fetchval(TAKE, powers.key_id, powers.per_hour, powers.per_day):
+        return True
+    counted = await connection.fetchrow(_COUNTED, powers.key_id)
+    if counted is None:
+        return False
+    now: datetime = counted["now"]
+    ends = []
+    if powers.per_hour is not None and counted["hour_count"] >= powers.per_hour:
+        ends.append(counted["hour"].astimezone(UTC) + timedelta(hours=1))
+    if powers.per_day is not None and counted["day_count"] >= powers.per_day:
+        ends.append(counted["day"].astimezone(UTC) + timedelta(days=1))
+    if ends and max(ends) > now:
+        raise RateLimited(retry_after=max(ends) - now)
+    return False

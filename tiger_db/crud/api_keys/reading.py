@@ -1,0 +1,131 @@
+"""API keys and their uses, as they are."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from sqlalchemy import func, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from tiger_db.crud.api_keys.hashing import peppers_of, verify_secret
+from tiger_db.crud.api_keys.text import parse_key
+from tiger_db.crud.common import (
+    Page,
+    aware,
+    check_limit,
+    decode_cursor,
+    encode_cursor,
+    many,
+    one,
+    paginate,
+)
+from tiger_db.errors import InvalidValue
+from tiger_db.models import APIKey, APIKeyStatus
+from tiger_db.models.api_keys import api_key_usage
+
+
+@dataclass(frozen=True, slots=True)
+class HourlyUsage:
+    """How often a key was accepted in the hour (UTC) that starts at `hour`."""
+
+    hour: datetime
+    count: int
+
+
+async def get(session: AsyncSession, key_id: UUID) -> APIKey | None:
+    """A key by its id."""
+    statement = select(APIKey).where(col(APIKey.id) == key_id)
+    return await one(session, statement)
+
+
+async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None:
+    """A key by its public part."""
+    statement = select(APIKey).where(col(APIKey.key_prefix) == key_prefix)
+    return await one(session, statement)
+
+
+async def find_by_text(session: AsyncSession, raw_key: str) -> APIKey | None:
+    """The key whose whole text this is, whatever its status, without counting a use: a leak, say.
+
+    Raises:
+        ConfigurationError: API_KEY_PEPPERS is not set.
+    """
+    text = parse_key(raw_key)
+    key = await get_by_prefix(session, text.prefix) if text is not None else None
+    if text is None or key is None:
+        return None
+    good = await verify_secret(peppers_of(session.info), text.secret, key.key_hash, key.pepper_id)
+    return key if good else None
+
+
+async def get_keys_for_account(
+    session: AsyncSession, account_id: UUID, *, after: str | None = None, limit: int = 50
+) -> Page[APIKey]:
+    """The keys that are bound to an account, newest first."""
+    statement = select(APIKey).where(col(APIKey.tiger_account_id) == account_id)
+    return await paginate(session, statement, APIKey, after=after, limit=limit)
+
+
+async def list_api_keys(
+    session: AsyncSession,
+    *,
+    status: APIKeyStatus | None = None,
+    after: str | None = None,
+    limit: int = 50,
+) -> Page[APIKey]:
+    """The keys, newest first."""
+    statement = select(APIKey)
+    if status is not None:
+        statement = statement.where(col(APIKey.status) == status)
+    return await paginate(session, statement, APIKey, after=after, limit=limit)
+
+
+async def list_expiring(
+    session: AsyncSession,
+    *,
+    within: timedelta = timedelta(days=7),
+    after: str | None = None,
+    limit: int = 50,
+) -> Page[APIKey]:
+    """The active keys that expire within a time from now, soonest first.
+
+    Raises:
+        InvalidCursor: `after` is not a page's `next_cursor`.
+        InvalidValue: `within` is not positive, or longer than a century.
+    """
+    check_limit(limit)
+    if not timedelta(0) < within <= timedelta(days=36525):
+        raise InvalidValue("within must be positive, and a century at most")
+    expires_at, key_id = col(APIKey.expires_at), col(APIKey.id)
+    statement = select(APIKey).where(
+        col(APIKey.status) == APIKeyStatus.ACTIVE,
+        expires_at > func.now(),
+        expires_at <= func.now() + within,
+    )
+    if after is not None:
+        last = decode_cursor(after)
+        expiry = select(expires_at).where(key_id == last).scalar_subquery()
+        statement = statement.where(tuple_(expires_at, key_id) > tuple_(expiry, last))
+    keys = await many(session, statement.order_by(expires_at, key_id).limit(limit + 1))
+    more = len(keys) > limit
+    return Page(keys[:limit], encode_cursor(keys[limit - 1].id) if more else None)
+
+
+async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
+    """How often a key was accepted, by the hour, oldest first; hours without use are left out.
+
+    The uses of the last second may be missing: they are written behind.
+
+    Raises:
+        InvalidValue: `since` is naive.
+    """
+    rows = await session.execute(
+        select(api_key_usage.c.hour, api_key_usage.c.count)
+        .where(
+            api_key_usage.c.api_key_id == key_id,
+            api_key_usage.c.hour >= func.date_trunc("hour", aware("since", since), "UTC"),
+        )
+        .order_by(api_key_usage.c.hour)
+    )
+    return [HourlyUsage(hour, count) for hour, count in rows]

@@ -1,0 +1,248 @@
+"""What is written apart from the caller's transaction: counts of uses, denials, limits.
+
+It goes through connections of its own, so that it neither waits for the pool, nor rolls back with
+who caused it. Counts are collected for up to a second and written in one statement for many: a
+process that is killed loses those of its last second, and nothing else does. An event is committed,
+together with those of others who wait at the time, before `record` returns.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+from tiger_db.errors import DatabaseUnavailable, TigerDBError
+from tiger_db.models import AuditLog
+
+SECONDS = 1.0  # for which counts are collected
+_HOUR = 3600  # seconds
+
+# A key that someone has locked is left for the next time, so that no count waits for a transaction;
+# when the database closes, there is no next time. Keys that are gone are left out.
+_COUNT = """
+WITH given AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:hours AS timestamptz[]),
+        CAST(:counts AS bigint[]), CAST(:times AS timestamptz[])) AS g (id, hour, count, at)
+), locked AS (
+    SELECT id FROM api_keys WHERE id IN (SELECT id FROM given)
+    ORDER BY id FOR NO KEY UPDATE {skip_locked}
+), used AS (
+    UPDATE api_keys AS k
+    SET usage_count = k.usage_count + g.count, last_used_at = greatest(k.last_used_at, g.at)
+    FROM (SELECT id, sum(count)::bigint AS count, max(at) AS at
+        FROM given JOIN locked USING (id) GROUP BY id) AS g
+    WHERE k.id = g.id
+), hourly AS (
+    INSERT INTO api_key_usage AS u (api_key_id, hour, count)
+    SELECT id, hour, count FROM given JOIN locked USING (id) ORDER BY id, hour
+    ON CONFLICT (api_key_id, hour) DO UPDATE SET count = u.count + excluded.count
+)
+SELECT pg_current_xact_id()::text, ARRAY(SELECT id FROM api_keys
+    WHERE id IN (SELECT id FROM given) AND id NOT IN (SELECT id FROM locked))
+"""
+_COUNT_UNLOCKED = text(_COUNT.format(skip_locked="SKIP LOCKED"))
+_COUNT_ALL = text(_COUNT.format(skip_locked=""))
+_logger = logging.getLogger("tiger_db")
+
+
+@dataclass(slots=True)
+class _Uses:
+    """Of one key in one hour (UTC); `last` is in seconds since 1970."""
+
+    count: int
+    last: float
+
+
+_Batch = dict[tuple[UUID, int], _Uses]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """An event, and who waits for it to be on record."""
+
+    event: AuditLog
+    recorded: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    def settle(self, error: Exception | None) -> None:
+        if self.recorded.done():  # who waited has been cancelled
+            return
+        if error is None:
+            self.recorded.set_result(None)
+        else:
+            self.recorded.set_exception(error)
+
+
+class WriteBehind:
+    """Writes for one `Database`, in its event loop."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._uses: _Batch = {}
+        # Sent, and cut off from before the commit was confirmed: the batch and its transaction.
+        self._uncertain: tuple[_Batch, str] | None = None
+        self._waiting: list[_Waiting] = []
+        self._task: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+        self._closing = False
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+        """A connection on which each statement is a transaction of its own.
+
+        Raises:
+            DatabaseUnavailable: there is none, or it was lost.
+        """
+        try:
+            async with self.engine.connect() as connection:
+                raw = (await connection.get_raw_connection()).driver_connection
+                assert raw is not None
+                yield raw
+        except (OSError, PoolTimeoutError, asyncpg.InterfaceError) as error:
+            raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
+        except asyncpg.PostgresError as error:
+            if (error.sqlstate or "").startswith(("08", "57P0", "57014")):
+                raise DatabaseUnavailable(f"lost the database: {error.sqlstate}") from None
+            raise
+
+    def count(self, key_id: UUID, at: float) -> None:
+        """Count one use of a key, at a time in seconds since 1970; it is written in a second."""
+        slot = (key_id, int(at) // _HOUR)
+        uses = self._uses.get(slot)
+        if uses is None:
+            self._uses[slot] = _Uses(1, at)
+            self._start()
+        else:
+            uses.count += 1
+            uses.last = at
+
+    async def record(self, event: AuditLog) -> None:
+        """Store an event; it is committed when this returns.
+
+        Raises:
+            DatabaseUnavailable: it could not be stored.
+        """
+        waiting = _Waiting(event)
+        self._waiting.append(waiting)
+        self._hurry.set()
+        self._start()
+        await waiting.recorded
+
+    async def close(self) -> None:
+        """Write what is left. What cannot be written is lost, and said in the log."""
+        self._closing = True
+        self._hurry.set()
+        if self._task is not None:
+            with suppress(asyncio.CancelledError):
+                await self._task
+        try:
+            await self._write_uses(_COUNT_ALL)
+        except (TigerDBError, SQLAlchemyError) as error:
+            lost = sum(uses.count for uses in self._uses.values())
+            _logger.warning("%d uses of API keys were not counted: %s", lost, type(error).__name__)
+        await self.engine.dispose()
+
+    def _start(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        """Write until nothing is left but, when closing, counts."""
+        while self._waiting or (self._uses and not self._closing):
+            if not self._waiting:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._hurry.wait(), SECONDS)
+            self._hurry.clear()
+            await self._write_events()
+            if self._uses and not self._waiting and not self._closing:
+                try:
+                    await self._write_uses(_COUNT_UNLOCKED)
+                except (TigerDBError, SQLAlchemyError):
+                    await asyncio.sleep(SECONDS / 2)  # the counts stay, and are tried again
+
+    async def _write_events(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        error: Exception | None = None
+        try:
+            if waiting:
+                async with AsyncSession(self.engine) as session:
+                    session.add_all([one.event for one in waiting])
+                    await session.commit()
+        except Exception as problem:  # noqa: BLE001  # whatever it is, who waits is told
+            error = problem
+        except BaseException:
+            error = DatabaseUnavailable("the process ends")
+            raise
+        finally:
+            for one in waiting:
+                one.settle(error)
+
+    async def _write_uses(self, statement: object) -> None:
+        await self._settle_uncertain()
+        batch, self._uses = self._uses, {}
+        if not batch:
+            return
+        transaction = ""
+        try:
+            async with self.engine.connect() as connection:
+                transaction, locked = (
+                    await connection.execute(
+                        statement,  # type: ignore[call-overload]  # a text
+                        {
+                            "ids": [key_id for key_id, _ in batch],
+                            "hours": [datetime.fromtimestamp(h * _HOUR, UTC) for _, h in batch],
+                            "counts": [uses.count for uses in batch.values()],
+                            "times": [datetime.fromtimestamp(u.last, UTC) for u in batch.values()],
+                        },
+                    )
+                ).one()
+                await connection.commit()
+        except BaseException:
+            if transaction:
+                self._uncertain = (batch, transaction)
+            else:
+                self._put_back(batch)
+            raise
+        self._put_back({slot: uses for slot, uses in batch.items() if slot[0] in locked})
+
+    async def _settle_uncertain(self) -> None:
+        """PostgreSQL knows what became of a transaction whose commit was not confirmed."""
+        if self._uncertain is None:
+            return
+        batch, transaction = self._uncertain
+        async with self.engine.connect() as connection:
+            status = await connection.scalar(
+                text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))"), {"id": transaction}
+            )
+        if status == "in progress":
+            raise DatabaseUnavailable("a commit is still under way")
+        self._uncertain = None
+        if status == "aborted":
+            self._put_back(batch)
+
+    def _put_back(self, batch: _Batch) -> None:
+        for slot, uses in batch.items():
+            newer = self._uses.get(slot)
+            if newer is None:
+                self._uses[slot] = uses
+            else:
+                newer.count += uses.count
+
+
+async def count_now(session: AsyncSession, key_id: UUID, at: float) -> None:
+    """Count one use in the session's own transaction, where it has no `WriteBehind`."""
+    now = datetime.fromtimestamp(at, UTC)
+    hour = now.replace(minute=0, second=0, microsecond=0)
+    await session.execute(
+        _COUNT_ALL, {"ids": [key_id], "hours": [hour], "counts": [1], "times": [now]}
+    )
