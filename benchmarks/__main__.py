@@ -4,14 +4,15 @@ import asyncio
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import asyncpg
 
 from benchmarks import accounts, audit, keys
-from benchmarks.work import ROUNDS, Result, measure
+from benchmarks.work import ROUNDS, Result, Work, measure
 from tests import servers
 from tests.conftest import create_database, drop_database
 from tiger_db import Database
@@ -19,7 +20,7 @@ from tiger_db.database import connect_args, migration_engine
 from tiger_db.migrations import upgrade
 
 NAME = "tiger_db_bench"
-PACKAGES = ("tiger-db", "asyncpg", "sqlalchemy", "sqlmodel", "pydantic")
+PACKAGES = ("tiger-db", "asyncpg", "sqlalchemy", "sqlmodel", "pydantic", "keyshield")
 
 
 async def run(server: servers.Server) -> list[Result]:
@@ -32,15 +33,43 @@ async def run(server: servers.Server) -> list[Result]:
             Database(settings) as database,
             asyncpg.create_pool(**arguments, init=_json, min_size=1) as pool,
         ):
-            results = []
+            results: list[Result] = []
             for works in (accounts.works, keys.works, audit.works, audit.page_works):
-                for work in await works(database, pool):
-                    result = await measure(work)
-                    print(f"{result.ratio:6.2f}  {result.name}")
-                    results.append(result)
+                results += [await told(work) for work in await works(database, pool)]
+            async with keys.memory_works(database, pool) as more:
+                results += [await told(work) for work in more]
+            async with (
+                others(server, "peer", migrated=False) as peer,
+                keys.keyshield_works(database, peer) as more,
+            ):
+                results += [await told(work) for work in more]
+            async with others(server, "few") as few, others(server, "many") as many:
+                results.append(await told(await keys.depth_work(few, many)))
             return results
     finally:
         await drop_database(server.url, NAME)
+
+
+async def told(work: Work) -> Result:
+    result = await measure(work)
+    print(f"{result.ratio:8.4f}  {result.name}")
+    return result
+
+
+@asynccontextmanager
+async def others(
+    server: servers.Server, name: str, *, migrated: bool = True
+) -> AsyncIterator[Database]:
+    """Another database on the same server."""
+    settings = await create_database(server.url, f"{NAME}_{name}")
+    try:
+        if migrated:
+            async with migration_engine(settings) as engine:
+                await upgrade(engine)
+        async with Database(settings) as database:
+            yield database
+    finally:
+        await drop_database(server.url, f"{NAME}_{name}")
 
 
 async def _json(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
@@ -57,8 +86,8 @@ async def _json(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
 def report(results: Sequence[Result], server: servers.Server) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     rows = "\n".join(
-        f"| {result.name} | {result.ours * 1e6:,.0f} | {result.plain * 1e6:,.0f}"
-        f" | {result.ratio:.2f} |"
+        f"| {result.name} | {_micro(result.ours)} | {_micro(result.plain)}"
+        f" | {result.ratio:.{2 if result.ratio > 0.1 else 4}f} |"
         for result in results
         if result.name != audit.DEPTH
     )
@@ -67,7 +96,8 @@ def report(results: Sequence[Result], server: servers.Server) -> str:
 
 Microseconds per operation: the median of {ROUNDS} rounds in which ours and plain asyncpg's way of
 doing the same work take turns, over a Unix socket. A ratio above 1 is what tiger_db costs on top:
-validation, one class for row and schema, decryption on demand, typed errors.
+validation, one class for row and schema, decryption on demand, typed errors. Where a row says
+"beside", the other side is what it says.
 
 | work | tiger_db | plain asyncpg | ratio |
 |---|---:|---:|---:|
@@ -79,6 +109,10 @@ Depth: taking turns with our first page, the deep page costs {depth.ratio:.2f} t
 {platform.python_version()}, PostgreSQL {servers.version(server)} ({server.kind}); {versions}.
 Made by `make bench`.
 """
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:,.{0 if seconds > 1e-4 else 1}f}"
 
 
 def main() -> None:

@@ -156,37 +156,39 @@ class KeyVerifier:
             raise InvalidAPIKey
         await self.database.check()
         while True:
-            changes = self._changes
-            async with self._apart.connection() as connection:
-                row = await connection.fetchrow(FIND, text.prefix)
+            changes, row = self._changes, None
             try:
-                known = await self._check(text, row, changes)
-                powers = known.powers
-                now = row["now"].timestamp()
-                decide(powers, now, request)
-                if powers.limited:
+                async with self._apart.connection() as connection:
+                    row = await connection.fetchrow(FIND, text.prefix)
+                    known = self._unchanged(text, row)
+                    if known is not None:
+                        passed = await _passes(known.powers, row, request, connection)
+                if known is None:
+                    known = await self._check(text, row, changes)
                     async with self._apart.connection() as connection:
-                        if not await take(connection, powers):
-                            continue  # it is not as it was read
+                        passed = await _passes(known.powers, row, request, connection)
             except AccessDenied as reason:
                 ids = (row["id"], row["tiger_account_id"]) if row is not None else (None, None)
                 await self._apart.record(denial(reason, text.prefix, request, *ids))
                 raise
-            self._apart.count(powers.key_id, now)
-            return known.key
+            if passed:
+                self._apart.count(known.powers.key_id, row["now"].timestamp())
+                return known.key
+
+    def _unchanged(self, text: KeyText, row: "asyncpg.Record | None") -> _Known | None:
+        """What was checked before on the same row."""
+        known = self._known.get(self._digest(text.raw_key))
+        return (
+            known if known is not None and row is not None and known.row == _columns(row) else None
+        )
 
     async def _check(self, text: KeyText, row: "asyncpg.Record | None", changes: int) -> _Known:
-        """The key, if the text is its own; what was checked on the same row before, is.
+        """The key, if the text is its own; then it is remembered.
 
         Raises:
             InvalidAPIKey: it is not, or there is no key; both take as long.
         """
         peppers = peppers_of(self.database.info)
-        digest = self._digest(text.raw_key)
-        known = self._known.get(digest)
-        columns = tuple(row)[:-1] if row is not None else ()
-        if known is not None and known.row == columns:
-            return known
         key_hash: str = row["key_hash"] if row is not None else ""
         pepper_id: str | None = row["pepper_id"] if row is not None else None
         if not await verify_secret(peppers, text.secret, key_hash, pepper_id) or row is None:
@@ -195,12 +197,12 @@ class KeyVerifier:
             key = await session.scalar(select(APIKey).where(col(APIKey.id) == row["id"]))
         if key is None:
             raise InvalidAPIKey
-        known = _Known(key, Powers.of(row, row["account_status"]), columns)
+        known = _Known(key, Powers.of(row, row["account_status"]), _columns(row))
         if outdated(peppers, key_hash, pepper_id):
             async with self._apart.connection() as connection:
                 await upgrade_hash(connection, peppers, text.secret, row["id"], key_hash)
         elif changes == self._changes:
-            self._keep(digest, known)
+            self._keep(self._digest(text.raw_key), known)
         return known
 
     def _keep(self, digest: bytes, known: _Known) -> None:
@@ -277,3 +279,23 @@ class KeyVerifier:
             for digest, known in list(self._known.items()):
                 if known.powers.account_id == changed:
                     self._drop(digest)
+
+
+def _columns(row: "asyncpg.Record") -> tuple[object, ...]:
+    """All but the time."""
+    return tuple(row)[:-1]
+
+
+async def _passes(
+    powers: Powers,
+    row: "asyncpg.Record",
+    request: Request,
+    connection: "asyncpg.Connection[asyncpg.Record]",
+) -> bool:
+    """Decide on what was read just now; False: it has changed since, so read it again.
+
+    Raises:
+        AccessDenied: one of its subclasses, by the reason.
+    """
+    decide(powers, row["now"].timestamp(), request)
+    return not powers.limited or await take(connection, powers)
