@@ -106,7 +106,7 @@ async def test_rows_are_estimates_over_all_partitions(
     async with clone.session() as session:
         await session.execute(text("DELETE FROM tiger_accounts"))  # which no estimate knows of
     assert (await health(clone_settings)).rows == {
-        "api_key_usage": 0, "api_keys": 0, "audit_logs": 5, "tiger_accounts": 3,
+        "api_key_limits": 0, "api_key_usage": 0, "api_keys": 0, "audit_logs": 5, "tiger_accounts": 3,
         "token_statuses": 0,
     }  # fmt: skip
 
@@ -194,6 +194,7 @@ async def test_unreachable(clone_settings: Settings) -> None:
     settings = Settings(
         database_url="postgresql://u:hunter2@localhost:1/x",
         encryption_keys=clone_settings.encryption_keys,
+        api_key_peppers=clone_settings.api_key_peppers,
     )
     report = await health(settings)
     assert (report.server_version, report.latency_ms) == (None, None)
@@ -217,6 +218,7 @@ async def test_server_that_never_answers(clone_settings: Settings) -> None:
             db_port=port,
             db_connect_timeout=0.2,
             encryption_keys=clone_settings.encryption_keys,
+            api_key_peppers=clone_settings.api_key_peppers,
         )
     )
     assert "is the server running?" in only_problem(report)
@@ -231,6 +233,13 @@ async def test_missing_database(clone_settings: Settings) -> None:
         update={"database_url": SecretStr(url.replace("_clone_", "_nowhere_"))}
     )
     assert "does not exist: run `tiger-db init`" in only_problem(await health(settings))
+
+
+async def test_peppers(clone_settings: Settings) -> None:
+    unset = clone_settings.model_copy(update={"api_key_peppers": None})
+    assert "API_KEY_PEPPERS is not set" in only_problem(await health(unset))
+    bad = clone_settings.model_copy(update={"api_key_peppers": SecretStr("p1:hunter2")})
+    assert "API_KEY_PEPPERS" in only_problem(await health(bad))
 
 
 async def test_encryption_keys(clone: Database, clone_settings: Settings) -> None:

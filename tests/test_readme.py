@@ -22,10 +22,12 @@ ON_A_FRESH_CLONE = ["make demo", "make test"]
 def environ(clone_settings: Settings) -> dict[str, str]:
     assert clone_settings.database_url is not None
     assert clone_settings.encryption_keys is not None
+    assert clone_settings.api_key_peppers is not None
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DATABASE_URL": clone_settings.database_url.get_secret_value(),
         "ENCRYPTION_KEYS": clone_settings.encryption_keys.get_secret_value(),
+        "API_KEY_PEPPERS": clone_settings.api_key_peppers.get_secret_value(),
     }
 
 

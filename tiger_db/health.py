@@ -62,6 +62,10 @@ async def health(settings: Settings) -> Health:
     except TigerDBError as error:
         ring = None
         report.problems.append(explain(error) or str(error))
+    try:
+        _check_peppers(settings)
+    except TigerDBError as error:
+        report.problems.append(explain(error) or str(error))
     if settings.embedded and report.embedded_pid is None:
         return report
     try:
@@ -135,6 +139,13 @@ def _key_ring(settings: Settings) -> KeyRing:
     if not os.path.lexists(embedded.folder(settings) / "encryption_keys"):
         raise ConfigurationError("there is no encryption key yet: run `tiger-db init`")
     return kept_key_ring(settings)
+
+
+def _check_peppers(settings: Settings) -> None:
+    if settings.peppers() is None and not settings.embedded:
+        raise ConfigurationError(
+            "API_KEY_PEPPERS is not set, so API keys cannot be made or checked: run `tiger-db init`"
+        )
 
 
 async def _look(

@@ -14,6 +14,10 @@ from tiger_db.cli import main
 from tiger_db.settings import Settings
 
 KEYS = "test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
+SECRETS = {
+    "ENCRYPTION_KEYS": KEYS,
+    "API_KEY_PEPPERS": "test:ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8=",
+}
 
 
 @dataclass(frozen=True)
@@ -115,5 +119,5 @@ def empty(bare: CommandLine, empty_database: Settings) -> CommandLine:
 def _on(command_line: CommandLine, settings: Settings) -> CommandLine:
     assert settings.database_url is not None
     url = settings.database_url.get_secret_value()
-    command_line.env = {"DATABASE_URL": url, "ENCRYPTION_KEYS": KEYS}
+    command_line.env = {"DATABASE_URL": url, **SECRETS}
     return command_line

@@ -1,5 +1,6 @@
 """API keys by the command line."""
 
+import re
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,7 +37,10 @@ def test_create_with_everything(cli: CommandLine) -> None:
         "--allowed-ips", "10.0.0.0/8,::1", "--allowed-user-agents", "claude/*,curl*",
         "--description", "notes", "--created-by", "me",
     )  # fmt: skip
-    assert [*row] == [*(name for name in APIKey.model_fields if name != "key_hash"), "key"]
+    assert [*row] == [
+        *(name for name in APIKey.model_fields if name not in {"key_hash", "pepper_id"}),
+        "key",
+    ]
     account = cli.ok("show-account", "51230321", "--json").json
     assert row == {
         **row,
@@ -152,8 +156,8 @@ def test_verify(cli: CommandLine, tmp_path: Path) -> None:
     row = create(cli, "--scopes", "trade:write")
     verified = cli.ok("verify-api-key", "-", "--scopes", "trade:read", "--json", stdin=row["key"])
     assert verified.json["id"] == row["id"]
-    assert verified.json["usage_count"] == 1
     assert verified.err == "accepted\n"
+    assert cli.ok("show-api-key", row["id"], "--json").json["usage_count"] == 1
     (tmp_path / "key").write_text(row["key"] + "\n")
     assert cli.ok("verify-api-key", "--key-file", str(tmp_path / "key")).err == "accepted\n"
     warned = cli.ok("verify-api-key", row["key"])
@@ -198,7 +202,104 @@ def test_revoke(cli: CommandLine) -> None:
     assert "APIKeyRevoked" in refusal(cli, first["key"])
     assert second["key_prefix"] in cli.ok("revoke-api-key", second["id"]).out
     assert "APIKeyRevoked" in refusal(cli, second["key"])
-    assert "no API key" in cli.fails("revoke-api-key", "tdb_0000000000000000")
+    assert "no API key" in cli.fails("revoke-api-key", "tdb_test_000000000000")
     assert "no API key" in cli.fails("revoke-api-key", str(uuid7()))
     mistaken = cli.fails("revoke-api-key", create(cli)["key"])
     assert "tdb_" not in mistaken
+
+
+@pytest.mark.parametrize("how", ["standard input", "file", "argument"])
+def test_revoke_a_leaked_key_by_its_text(cli: CommandLine, tmp_path: Path, how: str) -> None:
+    row = create(cli)
+    text = row["key"]
+    (tmp_path / "leak").write_text(f"{text}\n")
+    given = {
+        "standard input": ("-",), "file": ("--key-file", str(tmp_path / "leak")), "argument": (text,)
+    }[how]  # fmt: skip
+    result = cli.ok(
+        "revoke-api-key", "--raw", *given, "--reason", "on GitHub", "--json", stdin=text
+    )
+    assert (result.json["id"], result.json["status"]) == (row["id"], "revoked")
+    assert text not in result.out + result.err
+    assert ("--key-file" in result.err) == (how == "argument")
+    assert "APIKeyRevoked" in refusal(cli, text)
+    assert cli.ok("revoke-api-key", "--raw", "-", stdin=text)  # again changes nothing
+
+
+def test_a_text_that_is_no_key_revokes_nothing(cli: CommandLine) -> None:
+    row, other = create(cli), create(cli)
+    forged = row["key_prefix"] + other["key"].removeprefix(other["key_prefix"])
+    for text in (forged, row["key"][:-1], row["key_prefix"], "nonsense"):
+        reason = cli.fails("revoke-api-key", "--raw", "-", stdin=text)
+        assert "no API key of this database" in reason
+        assert text not in reason
+    assert "--raw" in cli.misused("revoke-api-key", "x", "--key-file", "y")
+    assert "PREFIX" in cli.misused("revoke-api-key")
+    statuses = {item["status"] for item in cli.ok("list-api-keys", "--json").json["items"]}
+    assert statuses == {"active"}
+
+
+def test_show_draws_the_uses(cli: CommandLine) -> None:
+    row = create(cli)
+    unused = cli.ok("show-api-key", row["key_prefix"])
+    assert "not used in the last 24 hours" in unused.err
+    for _ in range(2):
+        cli.ok("verify-api-key", "-", stdin=row["key"])
+    shown = cli.ok("show-api-key", row["key_prefix"], "--hours", "3")
+    *_, one, two, three = shown.out.splitlines()
+    bars = [line.split() for line in (one, two, three)]
+    now = datetime.now(UTC)
+    assert bars[2][:2] == [f"{now:%m-%d}", f"{now:%H:00}"]
+    assert [line[-1] for line in bars] == ["0", "0", "2"]
+    assert set(bars[2][2]) == {"\u2588"}
+    as_json = cli.ok("show-api-key", row["key_prefix"], "--json").json
+    assert [hourly["count"] for hourly in as_json["usage"]] == [2]
+    assert "no API key" in cli.fails("show-api-key", "nope")
+    assert "--hours" in cli.misused("show-api-key", row["key_prefix"], "--hours", "0")
+
+
+def test_rotate(cli: CommandLine) -> None:
+    row = create(cli)
+    new = cli.ok("rotate-api-key", row["key_prefix"], "--grace", "1h", "--json").json
+    for key in (row["key"], new["key"]):
+        assert cli.ok("verify-api-key", "-", stdin=key)
+    at_once = cli.ok("rotate-api-key", new["id"], "--grace", "0")
+    assert "APIKeyExpired" in refusal(cli, new["key"])
+    assert cli.ok("verify-api-key", "-", stdin=at_once.out.splitlines()[-1])
+    assert "shown only now" in at_once.err
+    assert "only an active key" in cli.fails("rotate-api-key", new["id"])
+    assert "--grace" in cli.misused("rotate-api-key", row["id"], "--grace", "soon")
+
+
+def test_extend_and_list_expiring(cli: CommandLine) -> None:
+    late, soon = create(cli, "--expires-in", "5d"), create(cli, "--expires-in", "2d")
+    create(cli)
+
+    def expiring(*options: str) -> list[str]:
+        page = cli.ok("list-expiring-api-keys", *options, "--json").json
+        return [item["id"] for item in page["items"]]
+
+    assert expiring() == [soon["id"], late["id"]]
+    assert expiring("--within", "3d") == [soon["id"]]
+    assert soon["key_prefix"] in cli.ok("list-expiring-api-keys").out
+    extended = cli.ok("extend-api-key", soon["key_prefix"], "--expires-in", "6d", "--json").json
+    assert extended["expires_at"] > late["expires_at"]
+    assert expiring() == [late["id"], soon["id"]]
+    assert cli.ok("extend-api-key", late["id"], "--never", "--json").json["expires_at"] is None
+    assert expiring() == [soon["id"]]
+    assert "not later" in cli.fails("extend-api-key", soon["id"], "--expires-in", "1h")
+    for options in ((), ("--never", "--expires-in", "1h")):
+        assert "--never" in cli.misused("extend-api-key", soon["id"], *options)
+
+
+def test_pattern_and_pepper(cli: CommandLine) -> None:
+    pattern = cli.ok("print-key-pattern").out.strip()
+    key = create(cli)["key"]
+    assert re.findall(pattern, f'API_KEY="{key}"; {key[:-1]}') == [key]
+    made = cli.ok("generate-api-key-pepper", "--id", "p2")
+    assert made.out.startswith("p2:")
+    assert "API_KEY_PEPPERS" in made.err
+    peppers = f"{made.out.strip()},{cli.env['API_KEY_PEPPERS']}"
+    assert cli.ok("verify-api-key", "-", stdin=key, API_KEY_PEPPERS=peppers)
+    assert cli.ok("verify-api-key", "-", stdin=key, API_KEY_PEPPERS=made.out.strip())  # moved to it
+    assert "InvalidAPIKey" in refusal(cli, key)

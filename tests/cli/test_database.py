@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from tests import servers
-from tests.cli.conftest import COMMAND, KEYS, CommandLine, Result
+from tests.cli.conftest import COMMAND, SECRETS, CommandLine, Result
 from tests.conftest import drop_database
 from tiger_db import embedded
 from tiger_db.database import connect
@@ -79,7 +79,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_init_makes_what_is_missing(bare: CommandLine, server_url: str, new_database: str) -> None:
-    bare.env = {"DATABASE_URL": url_of(server_url, new_database), "ENCRYPTION_KEYS": KEYS}
+    bare.env = {"DATABASE_URL": url_of(server_url, new_database), **SECRETS}
     assert "run `tiger-db init`" in bare.fails("current")
     first = bare.ok("init")
     assert first.out == ""
@@ -104,6 +104,16 @@ def test_init_tells_how_to_set_a_key(empty: CommandLine) -> None:
     assert "warning" not in empty.ok("init", ENCRYPTION_KEYS=made.out.strip()).err
 
 
+def test_init_tells_how_to_set_a_pepper(empty: CommandLine) -> None:
+    del empty.env["API_KEY_PEPPERS"]
+    told = empty.ok("init").err
+    assert "warning: no pepper is set" in told
+    assert "`tiger-db generate-api-key-pepper`" in told
+    made = empty.ok("generate-api-key-pepper").out.strip()
+    assert "warning" not in empty.ok("init", API_KEY_PEPPERS=made).err
+    assert "API_KEY_PEPPERS" in empty.fails("init", API_KEY_PEPPERS="p1:nonsense")
+
+
 def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> None:
     assert "ENCRYPTION_KEYS" in empty.fails("init", ENCRYPTION_KEYS="k1:nonsense")
     del empty.env["ENCRYPTION_KEYS"]
@@ -114,7 +124,7 @@ def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> N
 def test_inits_that_all_find_it_missing(
     bare: CommandLine, server_url: str, new_database: str
 ) -> None:
-    bare.env = {"DATABASE_URL": url_of(server_url, new_database), "ENCRYPTION_KEYS": KEYS}
+    bare.env = {"DATABASE_URL": url_of(server_url, new_database), **SECRETS}
 
     async def race() -> list[tuple[int | None, str]]:
         gate = await connect(servers.settings_for(server_url, "postgres"))
@@ -147,7 +157,7 @@ def test_init_without_the_right_to(
     bare: CommandLine, server_url: str, new_database: str, nobody: str
 ) -> None:
     bare.env = {"DATABASE_URL": url_of(server_url, new_database, nobody)}
-    reason = bare.fails("init", ENCRYPTION_KEYS=KEYS)
+    reason = bare.fails("init", **SECRETS)
     assert "may not create it" in reason
     assert "CREATE DATABASE" in reason
     assert "hunter2" not in reason

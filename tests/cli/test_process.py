@@ -33,9 +33,10 @@ COMMANDS = (
     "init", "migrate", "revision", "downgrade", "current", "history", "check", "health-check",
     "start-embedded", "stop-embedded", "create-account", "list-accounts", "show-account",
     "set-default-account", "close-account", "reopen-account", "set-account-status", "reset-errors",
-    "create-api-key", "list-api-keys", "verify-api-key", "revoke-api-key", "list-events",
-    "list-refreshes", "generate-encryption-key", "list-encryption-keys", "rotate-encryption-key",
-    "import-account", "export-account",
+    "create-api-key", "list-api-keys", "verify-api-key", "show-api-key", "list-expiring-api-keys",
+    "rotate-api-key", "extend-api-key", "revoke-api-key", "print-key-pattern",
+    "generate-api-key-pepper", "list-events", "list-refreshes", "generate-encryption-key",
+    "list-encryption-keys", "rotate-encryption-key", "import-account", "export-account",
 )  # fmt: skip
 SLOW = {"sqlalchemy", "sqlmodel", "alembic", "asyncpg", "cryptography", "pydantic", "passlib"}
 LOADED = (

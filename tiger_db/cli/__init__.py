@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from tiger_db.cli import accounts, api_keys, audit, database, encryption, refreshes, tiger
+from tiger_db.cli import (
+    accounts,
+    api_key_care,
+    api_keys,
+    audit,
+    database,
+    encryption,
+    refreshes,
+    tiger,
+)
 from tiger_db.cli.output import failure, talk
 
 app = typer.Typer(
@@ -23,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _panel in (database, accounts, api_keys, audit, refreshes, encryption, tiger):
+for _panel in (database, accounts, api_keys, api_key_care, audit, refreshes, encryption, tiger):
     app.add_typer(_panel.app)
 
 

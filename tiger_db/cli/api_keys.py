@@ -14,7 +14,6 @@ from tiger_db.cli.input import (
     account_numbers,
     duration,
     find_account,
-    find_api_key,
     member,
     members,
     moment,
@@ -35,10 +34,10 @@ _SCOPES = (
 )
 
 app = typer.Typer()
-_PANEL = "API keys"
+PANEL = "API keys"
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def create_api_key(
     *,
     name: Annotated[str, typer.Option(help="What people call it.")],
@@ -69,7 +68,7 @@ def create_api_key(
 ) -> None:
     """Create an API key and show it, once: it cannot be shown again."""
     granted = members(tiger_db.APIKeyScope, scopes, "--scopes")
-    ends = _end(expires_in, expires_at)
+    ends = end_of_key(expires_in, expires_at)
 
     async def create(session: "AsyncSession") -> "tuple[tiger_db.APIKey, str]":
         bound = await find_account(session, account) if account is not None else None
@@ -89,15 +88,10 @@ def create_api_key(
 
     row, key = query(create)
     talk(f"created API key {row.key_prefix}")
-    if as_json:
-        print_json({**dump(row), "key": key})
-    else:
-        show_row(row, as_json=False)
-        typer.echo(key)
-    warn("the key is shown only now: keep it in a safe place")
+    show_new_key(row, key, as_json=as_json)
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def list_api_keys(
     *,
     status: Annotated[KeyStatuses | None, typer.Option(help="Only these.")] = None,
@@ -132,7 +126,7 @@ def list_api_keys(
         {
             "Prefix": lambda key: key.key_prefix,
             "Name": lambda key: key.name,
-            "Status": _status,
+            "Status": status_of,
             "Scopes": lambda key: key.scopes,
             "Account": lambda key: numbers.get(key.tiger_account_id, "any"),
             "Expires": lambda key: key.expires_at,
@@ -141,7 +135,7 @@ def list_api_keys(
     )
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command(rich_help_panel=PANEL)
 def verify_api_key(
     key: Annotated[
         str | None,
@@ -187,31 +181,22 @@ def verify_api_key(
     show_row(row, as_json=as_json)
 
 
-@app.command(rich_help_panel=_PANEL)
-def revoke_api_key(
-    key: Annotated[str, typer.Argument(metavar="PREFIX", help="The key's prefix or id.")],
-    *,
-    reason: Annotated[str | None, typer.Option(help="Why; it is kept.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Refuse an API key from now on, for good."""
-
-    async def revoke(session: "AsyncSession") -> "tiger_db.APIKey":
-        found = await find_api_key(session, key)
-        return await tiger_db.crud.api_keys.revoke(session, found.id, reason=reason)
-
-    revoked = query(revoke)
-    talk(f"API key {revoked.key_prefix} is revoked")
-    show_row(revoked, as_json=as_json)
+def show_new_key(row: "tiger_db.APIKey", raw_key: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({**dump(row), "key": raw_key})
+    else:
+        show_row(row, as_json=False)
+        typer.echo(raw_key)
+    warn("the key is shown only now: keep it in a safe place")
 
 
-def _status(key: "tiger_db.APIKey") -> str:
+def status_of(key: "tiger_db.APIKey") -> str:
     """Expiry ends a key without anything being written."""
     active = tiger_db.APIKeyStatus.ACTIVE
     return "expired" if key.status == active and key.is_expired else key.status.value
 
 
-def _end(expires_in: str | None, expires_at: str | None) -> datetime | None:
+def end_of_key(expires_in: str | None, expires_at: str | None) -> datetime | None:
     if expires_in is not None and expires_at is not None:
         raise typer.BadParameter("excludes --expires-at", param_hint="--expires-in")
     if expires_in is not None:

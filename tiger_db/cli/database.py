@@ -22,7 +22,8 @@ _PANEL = "Database"
 def init() -> None:
     """Make everything ready: database, schema and encryption key. What is there stays."""
     config = settings()
-    config.key_ring()  # what is wrong with it is told before anything is made
+    config.key_ring()  # what is wrong with the keys is told before anything is made
+    config.peppers()
 
     async def make() -> None:
         if config.embedded:
@@ -226,6 +227,11 @@ async def _migrate(config: "tiger_db.Settings", revision: str) -> None:
 
 
 async def _make_key(config: "tiger_db.Settings") -> None:
+    if config.peppers() is None and not config.embedded:
+        warn(
+            "no pepper is set, so API keys cannot be made or checked: set API_KEY_PEPPERS to what"
+            " `tiger-db generate-api-key-pepper` prints, and keep it: no key verifies without it"
+        )
     if config.key_ring() is not None:
         return
     if not config.embedded:

@@ -32,7 +32,7 @@ def generate_encryption_key(
     ] = None,
 ) -> None:
     """Print a new random key, as ENCRYPTION_KEYS takes it. It is stored nowhere."""
-    typer.echo(tiger_db.encryption.generate_key(key_id or _new_id()))
+    typer.echo(tiger_db.encryption.generate_key(key_id or new_id()))
     talk(
         "put it first in ENCRYPTION_KEYS, before a comma and the keys that are there, and keep it:"
         " nothing else decrypts what it encrypts. Then run `tiger-db rotate-encryption-key`"
@@ -97,7 +97,7 @@ def rotate_encryption_key(
         raise ConfigurationError(f"rows still need other keys: keep {', '.join(needed)}")
 
 
-def _new_id() -> str:
+def new_id() -> str:
     """Today and a little chance, because an id must never stand for two keys."""
     return f"{datetime.now(UTC):%Y-%m-%d}-{secrets.token_hex(2)}"
 

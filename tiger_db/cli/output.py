@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 E_ = TypeVar("E_", bound="Entity")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 _GAP = 2  # between columns
+_BARS = 100  # columns at most of a chart
 _ANY_WIDTH = 10_000  # of what is not a terminal: a row stays on its line
 
 
@@ -135,6 +136,19 @@ def show_fields(fields: Mapping[str, object]) -> None:
     for name, value in fields.items():
         if shown := _text(value):
             table.add_row(name.replace("_", " "), shown)
+    _console().print(table)
+
+
+def show_bars(counts: Mapping[str, int]) -> None:
+    """A bar for each number; the longest is the greatest."""
+    greatest = max([*counts.values(), 1])
+    room = min(_console().width, _BARS) - max(map(len, counts)) - len(f"{greatest}") - 2 * _GAP
+    table = _table(show_header=False)
+    for name, count in counts.items():
+        # The last cell in eighths: U+2588 is a full block, U+258F the eighth of one.
+        eighths = round(count / greatest * max(room, 1) * 8)
+        part = chr(0x2590 - eighths % 8) if eighths % 8 else ""
+        table.add_row(name, "\u2588" * (eighths // 8) + part, f"{count:,}")
     _console().print(table)
 
 
