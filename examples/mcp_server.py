@@ -1,0 +1,59 @@
+"""An MCP server whose clients need an API key: `PORT=8000 python examples/mcp_server.py`.
+
+Clients connect to http://127.0.0.1:8000/mcp with `Authorization: Bearer tdb_test_...`.
+"""
+
+import asyncio
+import os
+
+from mcp.server import MCPServer
+from mcp.server.auth.provider import AccessToken
+from mcp.server.auth.settings import AuthSettings
+from pydantic import AnyHttpUrl
+
+from tiger_db import APIKeyScope, Database, KeyVerifier, crud, errors
+
+PORT = int(os.environ.get("PORT", "8000"))
+URL = f"http://127.0.0.1:{PORT}"
+
+
+class APIKeys:
+    """The SDK's TokenVerifier."""
+
+    def __init__(self, verifier: KeyVerifier) -> None:
+        self.verifier = verifier
+
+    async def verify_token(self, token: str) -> AccessToken | None:
+        try:
+            key = await self.verifier.authorize(token, scopes=[APIKeyScope.MCP_READ])
+        except errors.AccessDenied:
+            return None
+        scopes = [scope.value for scope in APIKeyScope if key.has_scope(scope)]
+        return AccessToken(token=token, client_id=key.key_prefix, scopes=scopes)
+
+
+async def main() -> None:
+    async with Database() as database, KeyVerifier(database) as verifier:
+        server = MCPServer(
+            "tiger",
+            token_verifier=APIKeys(verifier),
+            auth=AuthSettings(
+                issuer_url=AnyHttpUrl(URL),
+                resource_server_url=AnyHttpUrl(f"{URL}/mcp"),
+                required_scopes=[APIKeyScope.MCP_READ.value],
+                validate_token_resource=False,  # the key is for this server, or it is none
+            ),
+        )
+
+        @server.tool()
+        async def account_names() -> list[str]:
+            """Name the broker accounts."""
+            async with database.session() as session:
+                page = await crud.accounts.list_accounts(session)
+            return [account.account_name for account in page]
+
+        await server.run_streamable_http_async(port=PORT)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,61 @@
+"""The examples, each as a process of its own."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tiger_db.settings import Settings
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+Serve = Callable[[str], AbstractAsyncContextManager[str]]
+
+
+@pytest.fixture
+def serve(clone_settings: Settings, tmp_path: Path) -> Serve:
+    """Starts an example; what is yielded is its address."""
+    secrets = {
+        name.upper(): getattr(clone_settings, name).get_secret_value()
+        for name in ("database_url", "encryption_keys", "api_key_peppers")
+    }
+
+    @asynccontextmanager
+    async def serving(example: str) -> AsyncIterator[str]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        with (
+            (tmp_path / "log").open("wb") as log,
+            subprocess.Popen(  # noqa: ASYNC220  # starting one takes no time
+                [sys.executable, EXAMPLES / example],
+                env=os.environ | secrets | {"PORT": str(port)},
+                stdout=log,
+                stderr=log,
+            ) as process,
+        ):
+            try:
+                await _until_it_listens(port, process)
+                yield f"http://127.0.0.1:{port}"
+            finally:
+                process.terminate()
+
+    return serving
+
+
+async def _until_it_listens(port: int, process: "subprocess.Popen[bytes]") -> None:
+    async with asyncio.timeout(30):
+        while process.poll() is None:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.05)
+            else:
+                writer.close()
+                await writer.wait_closed()
+                return
+    pytest.fail("the example has ended")

@@ -1,0 +1,60 @@
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+
+import httpx
+
+from tests import factories
+from tests.examples.conftest import Serve
+from tiger_db import APIKeyScope, Database, crud
+
+
+async def test_a_route_needs_a_key_with_its_scope(clone: Database, serve: Serve) -> None:
+    async with clone.session() as session:
+        mine = await factories.account(session, account_name="Mine")
+        await factories.account(session, account_name="Another")
+        key, raw_key = await factories.api_key(
+            session, scopes=[APIKeyScope.ACCOUNT_READ], tiger_account_id=mine.id
+        )
+        _, limited = await factories.api_key(
+            session, scopes=[APIKeyScope.TRADE_ADMIN], rate_limit_per_day=1
+        )
+        _, expired = await factories.api_key(
+            session, expires_at=datetime.now(UTC) - timedelta(seconds=1)
+        )
+    async with serve("fastapi_app.py") as url, httpx.AsyncClient(base_url=url) as client:
+
+        async def get(raw_key: str) -> httpx.Response:
+            return await client.get("/accounts", headers={"Authorization": f"Bearer {raw_key}"})
+
+        found = await get(raw_key)
+        assert (found.status_code, found.json()) == (200, ["Mine"])
+        wrong = [await get(text) for text in ("nonsense", raw_key[:-1], expired)]
+        wrong.append(await client.get("/accounts"))
+        assert {(answer.status_code, answer.text) for answer in wrong} == {
+            (401, '{"detail":"invalid API key"}')
+        }
+        assert wrong[0].headers["www-authenticate"] == "Bearer"
+
+        trade = {"Authorization": f"Bearer {raw_key}"}
+        assert (await client.post("/orders", headers=trade)).status_code == 403
+        trade = {"Authorization": f"Bearer {limited}"}
+        assert (await client.post("/orders", headers=trade)).status_code == 200
+        again = await client.post("/orders", headers=trade)
+        assert again.status_code == 429
+        assert 0 < int(again.headers["retry-after"]) <= 86400
+
+        assert (await get(raw_key)).status_code == 200
+        async with clone.session() as session:
+            await crud.api_keys.revoke(session, key.id)
+        assert await _soon(get, raw_key) == wrong[0].text
+
+
+async def _soon(get: Callable[[str], Awaitable[httpx.Response]], raw_key: str) -> str:
+    """The first refusal: a revocation is honoured within milliseconds, but not within none."""
+    for _ in range(100):
+        answer = await get(raw_key)
+        if answer.status_code != 200:
+            break
+    assert answer.status_code == 401
+    text: str = answer.text
+    return text
