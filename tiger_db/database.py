@@ -22,7 +22,7 @@ from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionE
 from tiger_db.migrations import schema_state
 from tiger_db.peppers import Peppers
 from tiger_db.settings import ConnectArgs, Settings
-from tiger_db.write_behind import WriteBehind
+from tiger_db.write_behind import LOST, WriteBehind
 
 T = TypeVar("T")
 _APART = 4  # connections at most, beside the pool's, for what is written apart from sessions
@@ -66,7 +66,7 @@ def _unavailable(settings: Settings) -> Iterator[None]:
         yield
     except asyncpg.InvalidCatalogNameError:
         raise DatabaseUnavailable(f"{settings.place} does not exist: run `tiger-db init`") from None
-    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+    except (*LOST, TimeoutError, ValueError, asyncpg.PostgresError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise DatabaseUnavailable(f"cannot connect to {settings.place}: {reason}") from None
 

@@ -27,6 +27,7 @@ from tiger_db.crud.api_keys.text import KeyText, parse_key
 from tiger_db.database import Database, connect
 from tiger_db.errors import AccessDenied, DatabaseUnavailable, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope
+from tiger_db.write_behind import LOST
 
 CHANNEL = "tiger_db_api_keys"
 HEARTBEAT = 0.2  # seconds between questions to the listening connection
@@ -239,7 +240,7 @@ class KeyVerifier:
             else:
                 try:
                     await self._follow(connection, listening)
-                except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+                except (*LOST, TimeoutError, asyncpg.PostgresError) as e:
                     _logger.warning("stopped to hear of changes of API keys: %s", type(e).__name__)
                 finally:
                     self._forget()

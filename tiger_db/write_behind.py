@@ -23,6 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from tiger_db.errors import DatabaseUnavailable, TigerDBError
 from tiger_db.models import AuditLog
 
+# What asyncpg raises when the server goes away; the last is its state machine, surprised by that.
+LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 SECONDS = 1.0  # for which counts are collected
 _HOUR = 3600  # seconds
 
@@ -51,6 +53,8 @@ SELECT pg_current_xact_id()::text, ARRAY(SELECT id FROM api_keys
 """
 _COUNT_UNLOCKED = text(_COUNT.format(skip_locked="SKIP LOCKED"))
 _COUNT_ALL = text(_COUNT.format(skip_locked=""))
+_STATUS = text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
+_PATIENCE = 20  # questions, a tenth of a second apart
 _logger = logging.getLogger("tiger_db")
 
 
@@ -107,8 +111,12 @@ class WriteBehind:
             async with self.engine.connect() as connection:
                 raw = (await connection.get_raw_connection()).driver_connection
                 assert raw is not None
-                yield raw
-        except (OSError, PoolTimeoutError, asyncpg.InterfaceError) as error:
+                try:
+                    yield raw
+                except LOST:
+                    await connection.invalidate()
+                    raise
+        except (*LOST, PoolTimeoutError) as error:
             raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
         except asyncpg.PostgresError as error:
             if (error.sqlstate or "").startswith(("08", "57P0", "57014")):
@@ -148,9 +156,11 @@ class WriteBehind:
         try:
             await self._write_uses(_COUNT_ALL)
         except (TigerDBError, SQLAlchemyError) as error:
-            lost = sum(uses.count for uses in self._uses.values())
+            left = [*self._uses.values(), *(self._uncertain[0].values() if self._uncertain else ())]
+            lost = sum(uses.count for uses in left)
             _logger.warning("%d uses of API keys were not counted: %s", lost, type(error).__name__)
         await self.engine.dispose()
+        self._closing = False
 
     def _start(self) -> None:
         if self._task is None or self._task.done():
@@ -158,13 +168,13 @@ class WriteBehind:
 
     async def _run(self) -> None:
         """Write until nothing is left but, when closing, counts."""
-        while self._waiting or (self._uses and not self._closing):
+        while self._waiting or ((self._uses or self._uncertain) and not self._closing):
             if not self._waiting:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._hurry.wait(), SECONDS)
             self._hurry.clear()
             await self._write_events()
-            if self._uses and not self._waiting and not self._closing:
+            if not self._waiting and not self._closing:
                 try:
                     await self._write_uses(_COUNT_UNLOCKED)
                 except (TigerDBError, SQLAlchemyError):
@@ -178,6 +188,8 @@ class WriteBehind:
                 async with AsyncSession(self.engine) as session:
                     session.add_all([one.event for one in waiting])
                     await session.commit()
+        except PoolTimeoutError:
+            error = DatabaseUnavailable("all connections for what is written apart are in use")
         except Exception as problem:  # noqa: BLE001  # whatever it is, who waits is told
             error = problem
         except BaseException:
@@ -221,11 +233,13 @@ class WriteBehind:
             return
         batch, transaction = self._uncertain
         async with self.engine.connect() as connection:
-            status = await connection.scalar(
-                text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))"), {"id": transaction}
-            )
-        if status == "in progress":
-            raise DatabaseUnavailable("a commit is still under way")
+            for _ in range(_PATIENCE):
+                status = await connection.scalar(_STATUS, {"id": transaction})
+                if status != "in progress":
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                raise DatabaseUnavailable("a commit is still under way")
         self._uncertain = None
         if status == "aborted":
             self._put_back(batch)

@@ -37,8 +37,11 @@ async def take(connection: "asyncpg.Connection[asyncpg.Record]", powers: Powers)
     Raises:
         RateLimited: a limit is reached.
     """
-    if await connection.fetchval(TAKE, powers.key_id, powers.per_hour, powers.per_day):
-        return True
+    try:
+        if await connection.fetchval(TAKE, powers.key_id, powers.per_hour, powers.per_day):
+            return True
+    except asyncpg.ForeignKeyViolationError:  # it was deleted meanwhile
+        return False
     counted = await connection.fetchrow(_COUNTED, powers.key_id)
     if counted is None:
         return False

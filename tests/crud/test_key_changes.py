@@ -1,0 +1,150 @@
+"""What PostgreSQL tells of changes to keys, whoever makes them; a verifier forgets by it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeAlias
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from tests import factories
+from tests.test_key_memory import OTHER
+from tiger_db import Database, crud
+from tiger_db.database import connect
+from tiger_db.verifier import CHANNEL
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+# Columns of an account, none of which decides on a key.
+OF_ACCOUNTS = ("account_name = 'another'", "error_count = 3", "description = 'another'")
+
+
+class Told:
+    """What is told to a connection that listens."""
+
+    def __init__(self, teller: Connection) -> None:
+        self.teller = teller
+        self.payloads: list[str] = []
+
+    def hear(self, *notification: Any) -> None:
+        self.payloads.append(str(notification[-1]))
+
+    async def since_last(self) -> list[str]:
+        """All that was committed before: notifications come in the order of commits."""
+        await self.teller.execute("SELECT pg_notify($1, 'end')", CHANNEL)
+        deadline = asyncio.get_running_loop().time() + 5
+        while "end" not in self.payloads:
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.001)
+        told, self.payloads = self.payloads[:-1], []
+        return told
+
+
+@pytest.fixture
+async def other(clone: Database) -> AsyncIterator[Connection]:
+    connection = await connect(clone.settings)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def told(clone: Database, other: Connection) -> AsyncIterator[Told]:
+    listener = await connect(clone.settings)
+    told = Told(other)
+    await listener.add_listener(CHANNEL, told.hear)
+    yield told
+    await listener.remove_listener(CHANNEL, told.hear)
+    await listener.close()
+
+
+@pytest.mark.parametrize("role", ["origin", "replica"])
+async def test_every_change_of_a_key_is_told(
+    clone: Database, told: Told, other: Connection, role: str
+) -> None:
+    async with clone.session() as session:
+        await factories.account(session)
+        key, _ = await factories.api_key(session)
+        unchanged, _ = await factories.api_key(session)
+    assert await told.since_last() == []  # nobody knows them yet
+    await other.execute(f"SET session_replication_role = {role}")
+    for column, value in OTHER.items():
+        await other.execute(f"UPDATE api_keys SET {column} = {value} WHERE id = $1", key.id)
+        assert (column, await told.since_last()) == (column, [f"key {key.id}"])
+    await other.execute("UPDATE api_keys SET usage_count = 8, last_used_at = now()")
+    await other.execute("UPDATE api_keys SET updated_at = now(), name = name")
+    assert await told.since_last() == []
+    await other.execute("DELETE FROM api_keys WHERE id = $1", unchanged.id)
+    assert await told.since_last() == [f"key {unchanged.id}"]
+    await other.execute("TRUNCATE api_keys CASCADE")
+    assert await told.since_last() == ["all"]
+
+
+@pytest.mark.parametrize("role", ["origin", "replica"])
+async def test_what_ends_an_account_is_told(
+    clone: Database, told: Told, other: Connection, role: str
+) -> None:
+    async with clone.session() as session:
+        first, second = [await factories.account(session) for _ in range(2)]
+        key, _ = await factories.api_key(session, tiger_account_id=second.id)
+    await other.execute(f"SET session_replication_role = {role}")
+    for change in OF_ACCOUNTS:
+        await other.execute(f"UPDATE tiger_accounts SET {change}")
+    assert await told.since_last() == []
+    await other.execute("UPDATE tiger_accounts SET status = 'suspended' WHERE id = $1", first.id)
+    assert await told.since_last() == [f"account {first.id}"]
+    await other.execute("DELETE FROM tiger_accounts WHERE id = $1", second.id)
+    # A replica deletes a row's dependants by changes of their own.
+    expected = {f"account {second.id}"} | ({f"key {key.id}"} if role == "origin" else set())
+    assert {*await told.since_last()} == expected
+    await other.execute("TRUNCATE tiger_accounts CASCADE")
+    assert "all" in await told.since_last()
+
+
+async def test_what_is_rolled_back_is_not_told(
+    clone: Database, told: Told, other: Connection
+) -> None:
+    async with clone.session() as session:
+        await factories.api_key(session)
+    transaction = other.transaction()
+    await transaction.start()
+    await other.execute("UPDATE api_keys SET status = 'revoked'")
+    await other.execute("DELETE FROM api_keys")
+    await transaction.rollback()
+    assert await told.since_last() == []
+
+
+async def test_each_function_tells_what_it_changes(clone: Database, told: Told) -> None:
+    soon = datetime.now(UTC) + timedelta(days=1)
+    async with clone.session() as session:
+        account = await factories.account(session)
+        key, _ = await factories.api_key(session, expires_at=soon, tiger_account_id=account.id)
+    assert await told.since_last() == []
+    async with clone.session() as session:
+        await crud.api_keys.extend(session, key.id, expires_at=soon + timedelta(days=1))
+    assert await told.since_last() == [f"key {key.id}"]
+    async with clone.session() as session:
+        successor, _ = await crud.api_keys.rotate(session, key.id)
+    assert await told.since_last() == [f"key {key.id}"]
+    async with clone.session() as session:
+        await crud.api_keys.revoke(session, key.id)
+    assert await told.since_last() == [f"key {key.id}"]
+    async with clone.session() as session:
+        await crud.api_keys.revoke(session, key.id)  # which it is
+    assert await told.since_last() == []
+    async with clone.session() as session:
+        await crud.accounts.close(session, account.id)
+    assert {*await told.since_last()} == {f"account {account.id}", f"key {successor.id}"}
+
+
+async def test_a_use_is_told_to_nobody(clone: Database, told: Told) -> None:
+    async with clone.session() as session:
+        _, unlimited = await factories.api_key(session)
+        _, limited = await factories.api_key(session, rate_limit_per_day=9)
+    for raw_key in (unlimited, limited):
+        async with clone.session() as session:
+            assert await crud.api_keys.verify_api_key(session, raw_key)
+    await clone.close()
+    async with clone.session() as session:
+        assert await session.scalar(text("SELECT min(usage_count) FROM api_keys")) == 1
+    assert await told.since_last() == []

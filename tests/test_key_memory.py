@@ -1,0 +1,569 @@
+"""What a KeyVerifier remembers is right, as long as it says so, and forgotten when it is not."""
+
+import asyncio
+import multiprocessing
+import random
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import asyncpg
+import psutil
+import pytest
+from sqlalchemy import event
+
+from tests import factories
+from tests.models.examples import table_of
+from tests.servers import settings_for
+from tiger_db import APIKey, APIKeyScope, Database, KeyVerifier, Settings, crud, embedded, verifier
+from tiger_db.crud.api_keys.text import new_key
+from tiger_db.database import connect, migration_engine
+from tiger_db.errors import (
+    AddressNotAllowed,
+    APIKeyExpired,
+    APIKeyRevoked,
+    DatabaseUnavailable,
+    RateLimited,
+    ScopeMissing,
+)
+from tiger_db.migrations import upgrade
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tiger_db", "pytest", "asyncpg", "tests.test_key_memory"])
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+# Each column of api_keys whose change is told, and another value for it.
+OTHER = {
+    "name": "'another'",
+    "key_prefix": "'tdb_test_000000000000'",
+    "key_hash": "'{SSHA256}hash'",
+    "pepper_id": "'another'",
+    "status": "'inactive'",
+    "scopes": "'{trade:read}'",
+    "tiger_account_id": "(SELECT id FROM tiger_accounts)",
+    "expires_at": "now() + interval '1 day'",
+    "rate_limit_per_hour": "7",
+    "rate_limit_per_day": "7",
+    "allowed_ips": "'{10.0.0.0/8}'",
+    "allowed_user_agents": "'{claude/*}'",
+    "created_by": "'somebody'",
+    "revoked_at": "now()",
+    "revocation_reason": "'none'",
+    "description": "'another'",
+    "tags": """'{"a": 1}'""",
+}
+REVOKE = "UPDATE api_keys SET status = 'revoked' WHERE id = $1"
+LISTENING = """
+SELECT pid FROM pg_stat_activity
+WHERE datname = current_database() AND query = 'SELECT clock_timestamp()'
+"""
+
+
+@pytest.fixture
+async def listening(clone: Database) -> AsyncIterator[KeyVerifier]:
+    async with KeyVerifier(clone) as listening:
+        yield listening
+
+
+@pytest.fixture
+async def other(clone: Database) -> AsyncIterator[Connection]:
+    """A connection of somebody else, who knows nothing of tiger_db."""
+    connection = await connect(clone.settings)
+    yield connection
+    await connection.close()
+
+
+async def make_key(database: Database, **values: Any) -> tuple[APIKey, str]:
+    async with database.session() as session:
+        return await factories.api_key(session, **values)
+
+
+@contextmanager
+def checkouts(database: Database) -> Iterator[list[object]]:
+    """The connections that the current task takes meanwhile: without one, nothing is sent."""
+    taken: list[object] = []
+    task = asyncio.current_task()
+
+    def take(connection: object, *rest: object) -> None:
+        if asyncio.current_task() is task:
+            taken.append(connection)
+
+    engines = [database.engine.sync_engine, database.write_behind.engine.sync_engine]
+    for engine in engines:
+        event.listen(engine, "checkout", take)
+    try:
+        yield taken
+    finally:
+        for engine in engines:
+            event.remove(engine, "checkout", take)
+
+
+async def until(condition: Callable[[], object], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.002)
+
+
+async def test_a_second_call_sends_nothing(clone: Database, listening: KeyVerifier) -> None:
+    key, raw_key = await make_key(clone)
+    assert await listening.verify(raw_key)
+    with checkouts(clone) as taken:
+        for _ in range(200):
+            accepted = await listening.authorize(raw_key, scopes=[APIKeyScope.MCP_READ])
+            assert accepted.id == key.id
+    assert taken == []
+    await clone.close()
+    async with clone.session() as session:
+        stored = await crud.api_keys.get(session, key.id)
+        assert stored is not None
+        assert stored.usage_count == 201
+
+
+async def test_a_wrong_secret_of_a_known_key_is_refused(
+    clone: Database, listening: KeyVerifier
+) -> None:
+    key, raw_key = await make_key(clone)
+    assert await listening.verify(raw_key)
+    while True:
+        text = new_key("test")
+        if text.prefix != key.key_prefix:
+            break
+    assert await listening.verify(text.raw_key) is None
+    last = "A" if raw_key[-1] != "A" else "B"
+    assert await listening.verify(raw_key[:-1] + last) is None
+    assert await listening.verify(raw_key)
+
+
+def test_every_column_is_covered() -> None:
+    untold = {"id", "created_at", "updated_at", "usage_count", "last_used_at"}
+    assert OTHER.keys() == {column.name for column in table_of(APIKey).columns} - untold
+
+
+@pytest.mark.parametrize("column", OTHER)
+async def test_a_change_of_a_column_is_heard_of(
+    clone: Database, listening: KeyVerifier, other: Connection, column: str
+) -> None:
+    async with clone.session() as session:
+        await factories.account(session)
+    changed, as_replica, same = [await make_key(clone) for _ in range(3)]
+    for _, raw_key in (changed, as_replica, same):
+        assert await listening.verify(raw_key)
+    assert len(listening._known) == 3
+    change = f"UPDATE api_keys SET {column} = {OTHER[column]} WHERE id = $1"
+    await other.execute(change, changed[0].id)
+    await until(lambda: changed[0].id not in listening._digests)
+    assert len(listening._known) == 2
+    await other.execute("UPDATE api_keys SET key_prefix = id::text WHERE id = $1", changed[0].id)
+    await other.execute("SET session_replication_role = replica")
+    await other.execute(change, as_replica[0].id)
+    await until(lambda: as_replica[0].id not in listening._digests)
+    assert [*listening._digests] == [same[0].id]
+
+
+async def test_what_a_use_writes_is_told_to_nobody(
+    clone: Database, listening: KeyVerifier, other: Connection
+) -> None:
+    key, raw_key = await make_key(clone)
+    assert await listening.verify(raw_key)
+    changes = listening._changes
+    await other.execute("UPDATE api_keys SET usage_count = 9, last_used_at = now()")
+    last, last_key = await make_key(clone)
+    assert await listening.verify(last_key)
+    await other.execute(REVOKE, last.id)  # is heard of after the use would have been
+    await until(lambda: listening._changes > changes)
+    assert listening._changes == changes + 1
+    assert [*listening._digests] == [key.id]
+
+
+@pytest.mark.parametrize("role", ["origin", "replica"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE tiger_accounts SET status = 'suspended'",
+        "DELETE FROM tiger_accounts",
+        "DELETE FROM api_keys WHERE tiger_account_id IS NOT NULL",
+        "TRUNCATE api_keys CASCADE",
+        "TRUNCATE tiger_accounts CASCADE",
+    ],
+)
+async def test_what_ends_a_key_is_heard_of(
+    clone: Database, listening: KeyVerifier, other: Connection, change: str, role: str
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+    key, raw_key = await make_key(clone, tiger_account_id=account.id)
+    _, unbound = await make_key(clone)
+    assert await listening.verify(raw_key)
+    assert await listening.verify(unbound)
+    await other.execute(f"SET session_replication_role = {role}")
+    await other.execute(change)
+    await until(lambda: key.id not in listening._digests)
+    assert len(listening._known) == (0 if "TRUNCATE" in change else 1)
+    if (change, role) != ("DELETE FROM tiger_accounts", "replica"):  # which leaves the key behind
+        assert await listening.verify(raw_key) is None
+    assert (await listening.verify(unbound) is None) == ("TRUNCATE" in change)
+
+
+async def test_a_change_that_is_rolled_back_changes_nothing(
+    clone: Database, listening: KeyVerifier, other: Connection
+) -> None:
+    key, raw_key = await make_key(clone)
+    assert await listening.verify(raw_key)
+    transaction = other.transaction()
+    await transaction.start()
+    await other.execute(REVOKE, key.id)
+    assert await listening.verify(raw_key)
+    await transaction.rollback()
+    await asyncio.sleep(0.1)
+    assert key.id in listening._digests
+
+
+async def test_a_revocation_by_somebody_else_is_honoured_at_once(
+    clone: Database, listening: KeyVerifier, other: Connection
+) -> None:
+    keys = [await make_key(clone) for _ in range(100)]
+    for _, raw_key in keys:
+        assert await listening.verify(raw_key)
+    took = []
+    for key, raw_key in keys:
+        await other.execute(REVOKE, key.id)
+        committed = time.monotonic()
+        last = committed
+        while await listening.verify(raw_key):
+            last = time.monotonic()
+            assert last < committed + 5
+        took.append((last - committed) * 1000)
+    p99 = statistics.quantiles(took, n=100)[98]
+    print(f"revoked: p50 {statistics.median(took):.2f} ms, p99 {p99:.2f} ms")  # noqa: T201
+    assert p99 < 50
+
+
+def revoke_in_a_while(settings: Settings, key: APIKey, pipe: Any) -> None:
+    """In a process of its own: revoke the key, and tell the time when that was committed."""
+
+    async def run() -> None:
+        connection = await connect(settings)
+        pipe.send("ready")
+        await asyncio.to_thread(pipe.recv)
+        await asyncio.sleep(0.3)  # of the other's loop
+        await connection.execute(REVOKE, key.id)
+        pipe.send(time.monotonic())
+        await connection.close()
+
+    asyncio.run(run())
+
+
+async def test_a_loop_that_never_waits_hears_of_a_revocation(
+    clone: Database, listening: KeyVerifier
+) -> None:
+    key, raw_key = await make_key(clone)
+    here, there = processes.Pipe()
+    child = processes.Process(target=revoke_in_a_while, args=(clone.settings, key, there))
+    child.start()
+    assert await asyncio.to_thread(here.recv) == "ready"
+    assert await listening.verify(raw_key)
+    here.send("go")
+    deadline, calls = time.monotonic() + 10, 0
+    while await listening.verify(raw_key):
+        calls += 1
+        assert time.monotonic() < deadline
+    refused = time.monotonic()
+    committed = await asyncio.to_thread(here.recv)
+    await asyncio.to_thread(child.join, 10)
+    print(f"{calls} calls; refused {(refused - committed) * 1000:.1f} ms after")  # noqa: T201
+    assert calls > 100
+    assert refused - committed < 0.1
+
+
+async def test_without_the_listening_connection_the_database_answers(
+    clone: Database,
+    listening: KeyVerifier,
+    other: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = [await make_key(clone) for _ in range(4)]
+    for _, raw_key in keys:
+        assert await listening.verify(raw_key)
+
+    async def refuse(*_: object) -> Connection:
+        raise DatabaseUnavailable("not now")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(verifier, "connect", refuse)
+            (pid,) = await other.fetch(LISTENING)
+            assert await other.fetchval("SELECT pg_terminate_backend($1, 5000)", pid[0])
+            key, raw_key = keys.pop()
+            await other.execute(REVOKE, key.id)
+            with pytest.raises(APIKeyRevoked):
+                await listening.authorize(raw_key)
+            for number in range(20):
+                status = ("suspended", "active")[number % 2]
+                key, raw_key = keys[0]
+                accepted = "active" if status == "active" else "inactive"
+                await other.execute(
+                    "UPDATE api_keys SET status = $2 WHERE id = $1", key.id, accepted
+                )
+                assert (await listening.verify(raw_key) is not None) == (status == "active")
+            with checkouts(clone) as taken:
+                assert await listening.verify(raw_key)
+            assert taken
+        await until(lambda: listening._until > time.monotonic())
+        assert await listening.verify(raw_key)
+        with checkouts(clone) as taken:
+            assert await listening.verify(raw_key)
+        assert taken == []
+
+
+async def test_a_key_with_limits_is_asked_for_every_time(
+    clone: Database, listening: KeyVerifier
+) -> None:
+    _, raw_key = await make_key(clone, rate_limit_per_day=3)
+    for _ in range(3):
+        with checkouts(clone) as taken:
+            assert await listening.verify(raw_key)
+        assert taken
+    with pytest.raises(RateLimited):
+        await listening.authorize(raw_key)
+
+
+async def test_a_flood_of_unknown_keys_drives_no_good_one_out(clone: Database) -> None:
+    async with KeyVerifier(clone, capacity=10) as listening:
+        key, raw_key = await make_key(clone)
+        assert await listening.verify(raw_key)
+
+        async def guess(times: int) -> None:
+            for _ in range(times):
+                assert await listening.verify(new_key("test").raw_key) is None
+
+        await asyncio.gather(*(guess(100) for _ in range(200)))
+        assert [*listening._digests] == [key.id]
+        assert len(listening._known) == 1
+        with checkouts(clone) as taken:
+            assert await listening.verify(raw_key)
+        assert taken == []
+
+
+async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> None:
+    async with KeyVerifier(clone, capacity=3) as listening:
+        keys = [await make_key(clone) for _ in range(4)]
+        for number in (0, 1, 2, 0, 3):
+            assert await listening.verify(keys[number][1])
+        assert {*listening._digests} == {keys[n][0].id for n in (0, 2, 3)}
+        for _ in range(50):
+            assert await listening.verify(random.choice(keys)[1])
+            assert len(listening._known) == len(listening._digests) == 3
+
+
+async def test_an_expiry_is_honoured_from_memory(
+    clone: Database, listening: KeyVerifier, other: Connection
+) -> None:
+    now = await other.fetchval("SELECT clock_timestamp()")
+    ends = now + timedelta(seconds=0.7)
+    _, raw_key = await make_key(clone, expires_at=ends)
+    assert await listening.verify(raw_key)
+    with checkouts(clone) as taken:
+        while True:
+            before = datetime.now(UTC)
+            try:
+                await listening.authorize(raw_key)
+            except APIKeyExpired:
+                break
+            assert before < ends
+            await asyncio.sleep(0.001)
+    assert taken == []
+    assert abs(datetime.now(UTC) - ends) < timedelta(seconds=0.1)
+
+
+async def test_the_databases_clock_decides(clone: Database, listening: KeyVerifier) -> None:
+    """As if it went an hour ahead of this machine's."""
+    _, raw_key = await make_key(clone, expires_at=datetime.now(UTC) + timedelta(minutes=30))
+    assert await listening.verify(raw_key)
+    listening._offset += 3600  # until the next heartbeat
+    with pytest.raises(APIKeyExpired):
+        await listening.authorize(raw_key)
+
+
+async def test_denials_from_memory_are_on_record(clone: Database, listening: KeyVerifier) -> None:
+    key, raw_key = await make_key(clone, allowed_ips=["10.0.0.0/8"])
+    assert await listening.verify(raw_key, ip_address="10.0.0.1")
+    with pytest.raises(ScopeMissing):
+        await listening.authorize(
+            raw_key, ip_address="10.0.0.1", scopes=[APIKeyScope.TRADE_READ], user_agent="curl"
+        )
+    with pytest.raises(AddressNotAllowed):
+        await listening.authorize(raw_key, ip_address="11.0.0.1")
+    assert [*listening._digests] == [key.id]
+    async with clone.session() as session:
+        denied = [e for e in await factories.events(session) if e.error_code]
+    assert [(e.error_code, str(e.ip_address), e.api_key_id) for e in denied] == [
+        ("ScopeMissing", "10.0.0.1", key.id),
+        ("AddressNotAllowed", "11.0.0.1", key.id),
+    ]
+    assert denied[0].user_agent == "curl"
+    assert raw_key.rpartition("_")[2] not in f"{[e.model_dump() for e in denied]}"
+
+
+async def test_a_changed_copy_of_the_key_gives_nobody_more(
+    clone: Database, listening: KeyVerifier
+) -> None:
+    _, raw_key = await make_key(clone, allowed_ips=["10.0.0.0/8"])
+    for _ in range(2):
+        accepted = await listening.authorize(raw_key, ip_address="10.0.0.1")
+        accepted.scopes.append(APIKeyScope.SYSTEM_ADMIN)
+        accepted.allowed_ips.clear()
+        accepted.rate_limit_per_day = None
+    with pytest.raises(ScopeMissing):
+        await listening.authorize(raw_key, ip_address="10.0.0.1", scopes=[APIKeyScope.SYSTEM_READ])
+    with pytest.raises(AddressNotAllowed):
+        await listening.authorize(raw_key, ip_address="11.0.0.1")
+
+
+async def test_a_cancelled_call_leaves_no_connection_behind(
+    clone: Database, listening: KeyVerifier
+) -> None:
+    keys = [await make_key(clone, rate_limit_per_day=1000) for _ in range(8)]
+    for delay in range(30):
+        tasks = [asyncio.create_task(listening.verify(raw_key)) for _, raw_key in keys]
+        await asyncio.sleep(delay / 10_000)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(5):
+        answers = await asyncio.gather(*(listening.verify(raw_key) for _, raw_key in keys))
+    assert [key and key.id for key in answers] == [key.id for key, _ in keys]
+
+
+# A server that goes away and comes back
+
+
+@pytest.fixture(scope="module")
+def private_server() -> Iterator[Settings]:
+    home = Path(tempfile.mkdtemp(prefix="tdb-"))
+    home.chmod(0o755)
+    settings = Settings(tiger_db_home=home / "home")
+    place = embedded.start(settings).folder
+    yield settings
+    embedded.stop(settings)
+    for folder in (home, place):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+async def private(private_server: Settings) -> Settings:
+    """A database on the private server, which a Database does not start by itself."""
+    server = embedded.start(private_server)
+    name = f"private_{random.randrange(10**9)}"
+    connection = await connect(private_server, database="postgres")
+    await connection.execute(f"CREATE DATABASE {name}")
+    await connection.close()
+    password = server.connect_args(private_server)["password"]
+    url = f"postgresql://tiger_db:{password}@/?host={server.socket_folder}"
+    settings = settings_for(url, name).model_copy(update={"db_pool_timeout": 3})
+    async with migration_engine(settings) as engine:
+        await upgrade(engine)
+    return settings
+
+
+def stop(settings: Settings) -> None:
+    embedded.stop(settings)
+
+
+def kill(settings: Settings, how: signal.Signals = signal.SIGKILL) -> None:
+    server = embedded.running(settings)
+    assert server
+    postmaster = psutil.Process(server.pid)
+    everyone = [postmaster, *postmaster.children()]
+    postmaster.send_signal(how)
+    deadline = time.monotonic() + 20
+    while any(is_alive(process) for process in everyone):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def stop_at_once(settings: Settings) -> None:
+    """As `pg_ctl stop -m immediate` does."""
+    kill(settings, signal.SIGQUIT)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+Outcome = Counter[str]
+
+
+async def ask(
+    listening: KeyVerifier, check: Callable[[], Awaitable[str]], told: Outcome, stop: asyncio.Event
+) -> None:
+    while not stop.is_set():
+        try:
+            told[await check()] += 1
+        except DatabaseUnavailable:
+            told["unavailable"] += 1
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("end", [stop, stop_at_once, kill])
+async def test_a_restarted_server(
+    private_server: Settings, private: Settings, end: Callable[[Settings], None]
+) -> None:
+    told = Outcome()
+    over = asyncio.Event()
+    async with Database(private) as database, KeyVerifier(database) as listening:
+        good, good_key = await make_key(database)
+        limited, limited_key = await make_key(database, rate_limit_per_day=1_000_000)
+        revoked, revoked_key = await make_key(database)
+        async with database.session() as session:
+            await crud.api_keys.revoke(session, revoked.id)
+
+        async def check(name: str, raw_key: str) -> str:
+            return f"{name}: {await listening.verify(raw_key) is not None}"
+
+        async with asyncio.TaskGroup() as group:
+            for name, raw_key in (
+                ("good", good_key),
+                ("limited", limited_key),
+                ("revoked", revoked_key),
+                ("unknown", new_key("test").raw_key),
+            ):
+                for _ in range(3):
+
+                    async def check_it(name: str = name, raw_key: str = raw_key) -> str:
+                        return await check(name, raw_key)
+
+                    group.create_task(ask(listening, check_it, told, over))
+            await until(lambda: told["good: True"] > 100)
+            await asyncio.to_thread(end, private_server)
+            before = told["unavailable"]
+            await until(lambda: told["unavailable"] > before + 20)
+            accepted = told["good: True"]
+            await asyncio.sleep(0.6)  # longer than the memory may answer
+            assert told["good: True"] == accepted
+            await asyncio.to_thread(embedded.start, private_server)
+            started = time.monotonic()
+            await until(lambda: told["good: True"] > accepted, 5)
+            answered = time.monotonic() - started
+            await until(lambda: listening._until > time.monotonic(), 5)
+            listens = time.monotonic() - started
+            accepted = told["limited: True"]
+            await until(lambda: told["limited: True"] > accepted + 20, 5)
+            over.set()
+    print(f"{dict(told)}; answered {answered:.2f} s after, listens {listens:.2f} s")  # noqa: T201
+    assert {name for name in told if "True" in name} == {"good: True", "limited: True"}
+    assert not {"good: False", "limited: False"} & {*told}
+    async with Database(private) as database, database.session() as session:
+        stored = [await crud.api_keys.get(session, key.id) for key in (good, limited)]
+    counts = [key and key.usage_count for key in stored]
+    assert counts == [told["good: True"], told["limited: True"]]

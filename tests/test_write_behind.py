@@ -1,0 +1,330 @@
+"""Counts and events are written apart from who causes them, and none is lost or doubled."""
+
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import asyncpg
+import pytest
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tests import factories
+from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
+from tiger_db.database import connect
+from tiger_db.errors import DatabaseUnavailable, ScopeMissing
+from tiger_db.models import APIKeyScope
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+COUNTS = """
+SELECT k.usage_count, (SELECT coalesce(sum(u.count), 0)::int FROM api_key_usage AS u
+    WHERE u.api_key_id = k.id) AS hours FROM api_keys AS k WHERE k.id = $1
+"""
+WRITERS = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+"""
+
+
+@pytest.fixture
+async def other(clone_settings: Settings) -> AsyncIterator[Connection]:
+    connection = await connect(clone_settings)
+    yield connection
+    await connection.close()
+
+
+async def make_keys(settings: Settings, count: int, **values: Any) -> list[tuple[APIKey, str]]:
+    async with Database(settings) as database, database.session() as session:
+        return [await factories.api_key(session, **values) for _ in range(count)]
+
+
+async def counts(connection: Connection, key_id: UUID) -> tuple[int, int] | None:
+    row = await connection.fetchrow(COUNTS, key_id)
+    return tuple(row) if row is not None else None
+
+
+async def until(condition: Callable[[], Awaitable[object]], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_a_commit_that_nobody_confirmed(
+    clone_settings: Settings,
+    other: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    committed: bool,
+) -> None:
+    """The connection is cut before or after the commit, which looks the same from here."""
+    ((key, _),) = await make_keys(clone_settings, 1)
+    cuts = 0
+    commit = AsyncConnection.commit
+
+    async def cut(connection: AsyncConnection) -> None:
+        nonlocal cuts
+        cuts += 1
+        if cuts > 2:
+            await commit(connection)
+            return
+        raw = (await connection.get_raw_connection()).driver_connection
+        assert raw is not None
+        if committed:
+            await commit(connection)
+        pid = raw.get_server_pid()
+        assert await other.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
+        raise DatabaseUnavailable("cut")
+
+    monkeypatch.setattr(AsyncConnection, "commit", cut)
+    async with Database(clone_settings) as database:
+        for used in (3, 5, 7):
+            for _ in range(used):
+                database.write_behind.count(key.id, time.time())
+            await until(lambda c=cuts: true_after(lambda: cuts > c))  # type: ignore[misc]
+    assert cuts == 3
+    assert await counts(other, key.id) == (15, 15)
+
+
+async def true_after(condition: Callable[[], bool]) -> bool:
+    return condition()
+
+
+async def test_counts_are_exact_however_often_connections_are_cut(
+    clone_settings: Settings, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiger_db.write_behind.SECONDS", 0.004)
+    keys = await make_keys(clone_settings, 5)
+    sent, cut = dict.fromkeys([key.id for key, _ in keys], 0), 0
+    async with Database(clone_settings) as database:
+        deadline = time.monotonic() + 4
+        while time.monotonic() < deadline:
+            for _ in range(random.randrange(20)):
+                key_id = random.choice([*sent])
+                database.write_behind.count(key_id, time.time())
+                sent[key_id] += 1
+            await asyncio.sleep(random.random() / 200)
+            cut += len(await other.fetch(WRITERS))
+        await asyncio.sleep(0)
+    print(f"{sum(sent.values())} uses, {cut} connections cut")  # noqa: T201
+    for key_id, count in sent.items():
+        assert await counts(other, key_id) == (count, count)
+
+
+async def test_a_locked_key_delays_nobody_elses_counts(
+    clone_settings: Settings, other: Connection
+) -> None:
+    (locked, locked_key), (free, free_key) = await make_keys(clone_settings, 2)
+    watcher = await connect(clone_settings)
+    async with Database(clone_settings) as database, KeyVerifier(database) as verifier:
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute("SELECT FROM api_keys WHERE id = $1 FOR UPDATE", locked.id)
+        for _ in range(3):
+            assert await verifier.verify(locked_key)
+            assert await verifier.verify(free_key)
+
+        async def free_is_counted() -> bool:
+            return await counts(watcher, free.id) == (3, 3)
+
+        await until(free_is_counted, 3)
+        assert await counts(watcher, locked.id) == (0, 0)
+        with pytest.raises(ScopeMissing):  # no event waits for it either
+            async with asyncio.timeout(2):
+                await verifier.authorize(free_key, scopes=[APIKeyScope.TRADE_READ])
+        await transaction.rollback()
+
+        async def locked_is_counted() -> bool:
+            return await counts(watcher, locked.id) == (3, 3)
+
+        await until(locked_is_counted, 4)
+    await watcher.close()
+
+
+async def test_closing_writes_what_is_left(clone_settings: Settings, other: Connection) -> None:
+    keys = await make_keys(clone_settings, 20)
+    async with Database(clone_settings) as database:
+        for _ in range(7):
+            for key, _ in keys:
+                database.write_behind.count(key.id, time.time())
+        assert [await counts(other, key.id) for key, _ in keys] == [(0, 0)] * 20
+    assert [await counts(other, key.id) for key, _ in keys] == [(7, 7)] * 20
+
+
+async def test_closing_waits_for_who_has_the_key(
+    clone_settings: Settings, other: Connection
+) -> None:
+    ((key, _),) = await make_keys(clone_settings, 1)
+    database = Database(clone_settings)
+    await database.check()
+    database.write_behind.count(key.id, time.time())
+    transaction = other.transaction()
+    await transaction.start()
+    await other.execute("SELECT FROM api_keys FOR UPDATE")
+    closing = asyncio.create_task(database.close())
+    await asyncio.wait([closing], timeout=0.1)
+    assert not closing.done()
+    await transaction.rollback()
+    await closing
+    assert await counts(other, key.id) == (1, 1)
+
+
+async def test_hours_are_counted_apart(clone_settings: Settings, other: Connection) -> None:
+    ((key, _),) = await make_keys(clone_settings, 1)
+    async with Database(clone_settings) as database:
+        for at in (7199.9, 7200.0, 3600.0, 10_799.9):
+            database.write_behind.count(key.id, at)
+    rows = await other.fetch("SELECT extract(epoch FROM hour)::int, count FROM api_key_usage")
+    assert {tuple(row) for row in rows} == {(3600, 2), (7200, 2)}
+    last = await other.fetchval("SELECT extract(epoch FROM last_used_at)::float FROM api_keys")
+    assert last == 10_799.9
+
+
+async def test_events_recorded_at_once_are_all_there(
+    clone_settings: Settings, other: Connection
+) -> None:
+    async with Database(clone_settings) as database:
+        commits = 0
+
+        def committed(_: object) -> None:
+            nonlocal commits
+            commits += 1
+
+        event.listen(database.write_behind.engine.sync_engine, "commit", committed)
+
+        async def record(number: int) -> None:
+            event_ = factories.new_event(error_message=str(number))
+            await database.write_behind.record(event_)
+            found = "SELECT count(*) FROM audit_logs WHERE error_message = $1"
+            async with database.write_behind.connection() as connection:
+                assert await connection.fetchval(found, str(number)) == 1
+
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(record(number) for number in range(500)))
+    rows = await other.fetch("SELECT error_message FROM audit_logs")
+    assert sorted(int(row[0]) for row in rows) == [*range(500)]
+    print(f"{commits} commits for 500 events")  # noqa: T201
+    assert commits < 100
+
+
+async def test_one_who_gives_up_takes_no_event_away(
+    clone_settings: Settings, other: Connection
+) -> None:
+    async with Database(clone_settings) as database:
+        tasks = [
+            asyncio.create_task(
+                database.write_behind.record(factories.new_event(error_message=str(number)))
+            )
+            for number in range(20)
+        ]
+        await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert outcomes[1::2] == [None] * 10
+    rows = await other.fetch("SELECT error_message FROM audit_logs")
+    assert {str(number) for number in range(1, 20, 2)} <= {row[0] for row in rows}
+    assert len(rows) == len({row[0] for row in rows})
+
+
+async def test_an_event_that_cannot_be_stored_says_so(clone_settings: Settings) -> None:
+    pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 0.05}
+    async with Database(clone_settings.model_copy(update=pool)) as database:
+        async with database.write_behind.connection():
+            with pytest.raises(Exception, match=r"QueuePool|in use|lost"):
+                await database.write_behind.record(factories.new_event())
+        await database.write_behind.record(factories.new_event())
+
+
+async def test_the_counts_of_a_deleted_key_are_dropped(
+    clone_settings: Settings, other: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    (deleted, _), (key, _) = await make_keys(clone_settings, 2)
+    async with Database(clone_settings) as database:
+        for key_id in (deleted.id, key.id):
+            database.write_behind.count(key_id, time.time())
+        await other.execute("DELETE FROM api_keys WHERE id = $1", deleted.id)
+
+        async def counted() -> bool:
+            return await counts(other, key.id) == (1, 1)
+
+        await until(counted)
+        assert database.write_behind._uses == {}
+        database.write_behind.count(deleted.id, time.time())
+    assert await counts(other, deleted.id) is None
+    assert await counts(other, key.id) == (1, 1)
+    assert not caplog.records
+
+
+async def test_a_count_stays_when_the_caller_rolls_back(
+    clone_settings: Settings, other: Connection
+) -> None:
+    ((key, raw_key),) = await make_keys(clone_settings, 1)
+    async with Database(clone_settings) as database:
+        with pytest.raises(ZeroDivisionError):
+            async with database.session() as session:
+                assert await crud.api_keys.verify_api_key(session, raw_key)
+                with pytest.raises(ScopeMissing):
+                    await crud.api_keys.authorize_api_key(
+                        session, raw_key, scopes=[APIKeyScope.TRADE_READ]
+                    )
+                raise ZeroDivisionError
+    assert await counts(other, key.id) == (1, 1)
+    assert await other.fetchval("SELECT error_code FROM audit_logs ORDER BY id DESC LIMIT 1")
+
+
+SCRIPT = """
+import asyncio, sys
+from tiger_db import Database, KeyVerifier, crud, get_session
+
+async def with_a_database(raw_key):
+    async with Database() as database, KeyVerifier(database) as verifier:
+        for _ in range(50):
+            assert await verifier.verify(raw_key)
+
+async def with_the_default(raw_key):
+    for _ in range(50):
+        async with get_session() as session:
+            assert await crud.api_keys.verify_api_key(session, raw_key)
+
+async def interrupted(raw_key):
+    async with Database() as database, KeyVerifier(database) as verifier:
+        for _ in range(50):
+            assert await verifier.verify(raw_key)
+        raise KeyboardInterrupt
+
+try:
+    asyncio.run(globals()[sys.argv[1]](sys.argv[2]))
+except KeyboardInterrupt:
+    pass
+"""
+
+
+@pytest.mark.parametrize("how", ["with_a_database", "with_the_default", "interrupted"])
+async def test_a_program_that_ends_writes_its_counts(
+    clone_settings: Settings, other: Connection, how: str
+) -> None:
+    ((key, raw_key),) = await make_keys(clone_settings, 1)
+    assert clone_settings.database_url
+    assert clone_settings.api_key_peppers
+    assert clone_settings.encryption_keys
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-W", "error", "-c", SCRIPT, how, raw_key],
+        env={
+            "DATABASE_URL": clone_settings.database_url.get_secret_value(),
+            "API_KEY_PEPPERS": clone_settings.api_key_peppers.get_secret_value(),
+            "ENCRYPTION_KEYS": clone_settings.encryption_keys.get_secret_value(),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert await counts(other, key.id) == (50, 50)
