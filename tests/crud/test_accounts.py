@@ -359,8 +359,6 @@ async def test_closing_takes_everything_along_but_the_row(session: AsyncSession)
     assert not account.is_default_trading
     assert (key.status, key.revocation_reason) == (APIKeyStatus.REVOKED, "the account was closed")
     assert refresh.status == TokenRefreshStatus.CANCELLED
-    assert await crud.api_keys.verify_api_key(session, raw_key) is None
-    assert await crud.api_keys.verify_api_key(session, raw_unbound) is unbound
     event = (await factories.events(session))[-1]
     assert event.details == {
         "revoked_api_keys": [key.key_prefix],
@@ -368,6 +366,8 @@ async def test_closing_takes_everything_along_but_the_row(session: AsyncSession)
     }
     await accounts.close(session, account.id)
     assert (await factories.events(session))[-1] is event
+    assert await crud.api_keys.verify_api_key(session, raw_key) is None
+    assert await crud.api_keys.verify_api_key(session, raw_unbound) is unbound
 
 
 @pytest.mark.parametrize(
