@@ -22,6 +22,7 @@ from tigeropen.common.consts import THREAD_LOCAL
 from tigeropen.common.exceptions import RequestException, ResponseException
 from tigeropen.common.util.web_utils import do_post
 
+from tests.crud.test_key_text import sealed
 from tests.test_tokens import SOON, tiger_token
 from tiger_db.redaction import MASK, masked, redact
 
@@ -31,7 +32,7 @@ DER = "".join(PEM.splitlines()[1:-1])
 SIGN = base64.b64encode(bytes(range(256))).decode()
 TOKEN, NEW_TOKEN = tiger_token(), tiger_token(SOON)
 SLASHED = f"{TOKEN[:40]}/a+b/{TOKEN[45:]}"
-API_KEY = f"tdb_0123456789abcdef_{bytes(range(100, 132)).hex()}"
+API_KEY = sealed("tdb_live_0123456789Ab_Wn3hZ0qTgYc7LrKx5PvE1mJsDu9oBiF8aVtRk2MyXwQ")
 JWT = ".".join(
     base64.urlsafe_b64encode(part).decode().rstrip("=")
     for part in (b'{"alg":"HS256"}', b'{"sub":"20150001"}', bytes(range(60, 92)))
@@ -147,8 +148,12 @@ FORMS = {
     "a token without padding": (f"wrong {TOKEN.rstrip('=')}", TOKEN.rstrip("=")),
     "a token in a URL": (f"https://x/?a={quote(SLASHED, safe='')}&b=1", SLASHED[:40]),
     "a token of JSON that escapes slashes": (SLASHED.replace("/", r"\/"), TOKEN[45:]),
-    "an API key": (f"used {API_KEY} twice", API_KEY[-64:]),
-    "an API key, cut off": (API_KEY[:40], API_KEY[21:40]),
+    "an API key": (f"used {API_KEY} twice", API_KEY[22:]),
+    "an API key in a URL": (f"https://x/?k={API_KEY}&b=1", API_KEY[22:]),
+    "an API key in JSON": (json.dumps({"a": [API_KEY]}), API_KEY[22:]),
+    "an API key of a test": (API_KEY.replace("live", "test"), API_KEY[22:]),
+    "an API key, mistyped": (f"used {API_KEY}x.", API_KEY[22:]),
+    "an API key, cut off": (API_KEY[:40], API_KEY[22:40]),
     "a JWT": (f"expired: {JWT}", JWT),
     "a JWT without a signature": (f"{JWT.rsplit('.', 1)[0]}.", JWT.split(".")[1]),
     "a digest": (bytes(range(32)).hex(), bytes(range(32)).hex()),
@@ -229,6 +234,16 @@ def test_a_token_in_any_text_is_masked(
     assert not [p for p in parts(token) if p in shown and p not in before + "\0" + after]
 
 
+@given(before=ODD, size=st.integers(1, 49), after=ODD)
+def test_an_api_key_in_any_text_is_masked(before: str, size: int, after: str) -> None:
+    """Also one that was cut off: what is left of its secret does not show."""
+    assume(before[-1:] == "" or not (before[-1].isalnum() or before[-1] == "_"))
+    raw_key = API_KEY[: 22 + size]
+    shown = redact(f"{before}{raw_key} {after}")
+    assert raw_key not in shown
+    assert not [p for p in parts(raw_key[22:]) if len(p) == 8 and p in shown]
+
+
 # Known secrets
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
@@ -303,7 +318,7 @@ def test_an_ordinary_text_stays_as_it_is(text: str) -> None:
 
 def test_what_is_around_a_secret_stays() -> None:
     assert redact(f"key\n{PEM}of account 1") == f"key\n{MASK}\nof account 1"
-    assert redact(f"{API_KEY} was denied") == f"tdb_0123456789abcdef_{MASK} was denied"
+    assert redact(f"{API_KEY} was denied") == f"tdb_live_0123456789Ab_{MASK} was denied"
     assert redact('{"token":"a","code":4}') == f'{{"token":"{MASK}","code":4}}'
     assert redact("x?token=a&code=4") == f"x?token={MASK}&code=4"
     assert redact(f"old {TOKEN}\nRetrying") == f"old {MASK}\nRetrying"
@@ -321,6 +336,7 @@ def test_of_an_account_number_four_characters_show(number: str, shown: str) -> N
 HOSTILE = [
     "a", "-", "A", '"', "\\", "\\n", "\\/", "aA1/", "MDAw", "Aa", " ", "=",
     "-----BEGIN ", "-----BEGIN A-----", "-----END ", "eyJ", "eyJ-", "eyJaaaaaaaa.", "tdb_",
+    "tdb_live_", "tdb_live_0123456789Ab_", API_KEY,
     "token", "token ", '"token":', "token:", "token='", "token\\", "token=\\", 'token:"\\',
     "Bearer ", "token: bearer ", "a" * 60 + "\n", "aA1" * 20 + "\\n", "a" * 60 + "\\r",
 ]  # fmt: skip

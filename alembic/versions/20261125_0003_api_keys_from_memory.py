@@ -19,6 +19,7 @@ depends_on = None
 CHANNEL = "tiger_db_api_keys"
 # What a use writes is told to nobody.
 COUNTERS = "'{usage_count,last_used_at,updated_at}'::text[]"
+CHANGED = f"to_jsonb(OLD) - {COUNTERS} IS DISTINCT FROM to_jsonb(NEW) - {COUNTERS}"
 
 NOTIFY = f"""
 CREATE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -37,8 +38,7 @@ $$
 TRIGGERS = {
     "notify_update": (
         "api_keys",
-        "AFTER UPDATE ON api_keys FOR EACH ROW WHEN"
-        f" (to_jsonb(OLD) - {COUNTERS} IS DISTINCT FROM to_jsonb(NEW) - {COUNTERS})",
+        f"AFTER UPDATE ON api_keys FOR EACH ROW WHEN ({CHANGED})",
     ),
     "notify_delete": ("api_keys", "AFTER DELETE ON api_keys FOR EACH ROW"),
     "notify_truncate": ("api_keys", "AFTER TRUNCATE ON api_keys FOR EACH STATEMENT"),

@@ -214,8 +214,10 @@ def test_revoke_a_leaked_key_by_its_text(cli: CommandLine, tmp_path: Path, how: 
     text = row["key"]
     (tmp_path / "leak").write_text(f"{text}\n")
     given = {
-        "standard input": ("-",), "file": ("--key-file", str(tmp_path / "leak")), "argument": (text,)
-    }[how]  # fmt: skip
+        "standard input": ("-",),
+        "file": ("--key-file", str(tmp_path / "leak")),
+        "argument": (text,),
+    }[how]
     result = cli.ok(
         "revoke-api-key", "--raw", *given, "--reason", "on GitHub", "--json", stdin=text
     )

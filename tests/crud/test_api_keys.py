@@ -1,18 +1,23 @@
-import re
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from passlib.hash import ldap_salted_sha256
 from pydantic import ValidationError
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 from tests import factories
+from tests.crud.test_key_text import sealed, unknown_key, wrong_secret
 from tiger_db import APIKeyScope, APIKeyStatus, AuditAction, Database
-from tiger_db.crud import api_keys
+from tiger_db.crud import accounts, api_keys
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
+    ConfigurationError,
+    InvalidCursor,
     InvalidState,
     InvalidValue,
     MissingReference,
@@ -23,20 +28,6 @@ HOUR = timedelta(hours=1)
 
 
 # Creating
-
-
-async def test_a_key_is_256_random_bits(session: AsyncSession) -> None:
-    raw_keys = [(await factories.api_key(session))[1] for _ in range(64)]
-    forms = [re.fullmatch(r"(tdb_[0-9a-f]{16})_([0-9a-f]{64})", key) for key in raw_keys]
-    secrets = [form[2] for form in forms if form]
-    assert len(secrets) == 64
-    ones, zeros = 0, 0
-    for secret in secrets:
-        ones |= int(secret, 16)
-        zeros |= ~int(secret, 16)
-    assert ones == zeros & (2**256 - 1) == 2**256 - 1  # each bit is set in some, unset in others
-    quarters = {secret[at : at + 16] for secret in secrets for at in (0, 16, 32, 48)}
-    assert len(quarters) == 4 * 64  # no part repeats
 
 
 async def test_a_key_is_stored_only_as_a_hash_found_by_its_prefix(clone: Database) -> None:
@@ -52,7 +43,10 @@ async def test_a_key_is_stored_only_as_a_hash_found_by_its_prefix(clone: Databas
     for secret in (raw_key.rpartition("_")[2], rotated.rpartition("_")[2]):
         for trace in (secret, secret.encode().hex(), secret.upper()):
             assert trace not in stored
-    assert ldap_salted_sha256.verify(raw_key.rpartition("_")[2], found.key_hash)
+    peppers, secret = clone.settings.peppers(), raw_key.rpartition("_")[2]
+    assert peppers is not None
+    assert ldap_salted_sha256.verify(peppers.apply("test", secret), found.key_hash)
+    assert not ldap_salted_sha256.verify(secret, found.key_hash)
 
 
 async def test_a_key_holds_what_was_asked_for(session: AsyncSession) -> None:
@@ -206,7 +200,8 @@ async def test_revoked_is_final(session: AsyncSession) -> None:
         await api_keys.rotate(session, key.id)
     assert await api_keys.verify_api_key(session, raw_key) is None
     assert key.model_dump() == revoked
-    assert (await factories.events(session))[-1] is event
+    last, denied = (await factories.events(session))[-2:]
+    assert (last, denied.action) == (event, AuditAction.API_KEY_DENY)
 
 
 @pytest.mark.parametrize("reason", ["x" * 501, "a\0b"])
@@ -217,7 +212,9 @@ async def test_a_refused_reason_revokes_nothing(session: AsyncSession, reason: s
     assert await api_keys.verify_api_key(session, raw_key) is key
 
 
-@pytest.mark.parametrize("change", [api_keys.rotate, api_keys.revoke])
+@pytest.mark.parametrize(
+    "change", [api_keys.rotate, api_keys.revoke, partial(api_keys.extend, expires_at=None)]
+)
 async def test_changing_what_is_not_there_raises_not_found(
     session: AsyncSession, change: Callable[[AsyncSession, UUID], Awaitable[object]]
 ) -> None:
@@ -225,16 +222,231 @@ async def test_changing_what_is_not_there_raises_not_found(
         await change(session, uuid4())
 
 
-async def test_what_is_rolled_back_was_neither_counted_nor_revoked(clone: Database) -> None:
+async def test_what_is_rolled_back_was_used_but_not_revoked(clone: Database) -> None:
     async with clone.session() as session:
         key, raw_key = await factories.api_key(session)
     with pytest.raises(ZeroDivisionError):
         async with clone.session() as session:
-            await api_keys.verify_api_key(session, raw_key)
+            assert await api_keys.verify_api_key(session, raw_key)
             await api_keys.revoke(session, key.id)
+            assert await api_keys.verify_api_key(session, raw_key) is None
             _ = 1 / 0
+    await clone.close()  # writes the counts
     async with clone.session() as session:
-        found = await api_keys.verify_api_key(session, raw_key)
+        found = await api_keys.get(session, key.id)
         assert found is not None
-        assert found.usage_count == 1
-        assert len(await factories.events(session)) == 1
+        assert (found.status, found.usage_count) == (APIKeyStatus.ACTIVE, 1)
+        assert found.last_used_at is not None
+        created, denied = await factories.events(session)
+        assert (created.action, denied.action) == (
+            AuditAction.API_KEY_CREATE,
+            AuditAction.API_KEY_DENY,
+        )
+        assert await api_keys.verify_api_key(session, raw_key)
+
+
+async def everything_now(session: AsyncSession) -> str:
+    """All rows, after all that is pending is stored."""
+    await session.flush()
+    return await factories.everything(session)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "ALTER TABLE api_keys ADD CHECK (expires_at IS NULL)",  # the old key's expiry
+        "ALTER TABLE audit_logs ADD CHECK (action <> 'api_key:rotate')",  # the event, at last
+        "ALTER TABLE api_keys ADD CHECK (name <> 'once') NOT VALID",  # the successor
+    ],
+)
+async def test_a_rotation_that_fails_leaves_the_old_key_as_it_was(
+    clone: Database, broken: str
+) -> None:
+    async with clone.session() as session:
+        key, raw_key = await factories.api_key(session, name="once")
+    async with clone.session() as session:
+        await session.execute(text(broken))
+        found = await api_keys.get(session, key.id)
+        assert found is not None
+        before, stored = found.model_dump(), await everything_now(session)
+        with pytest.raises((InvalidValue, IntegrityError)):
+            await api_keys.rotate(session, key.id)
+        assert found.model_dump() == before
+        assert found.expires_at is None
+        assert await everything_now(session) == stored
+        assert await api_keys.verify_api_key(session, raw_key) is found
+    async with clone.session() as session:
+        assert [k.id for k in await api_keys.list_api_keys(session)] == [key.id]
+
+
+async def test_a_rotation_without_peppers_leaves_the_old_key_as_it_was(
+    session: AsyncSession,
+) -> None:
+    key, raw_key = await factories.api_key(session)
+    before, stored = key.model_dump(), await everything_now(session)
+    peppers = session.info.pop("peppers")
+    with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
+        await api_keys.rotate(session, key.id)
+    session.info["peppers"] = peppers
+    assert (key.model_dump(), await everything_now(session)) == (before, stored)
+    assert await api_keys.verify_api_key(session, raw_key) is key
+
+
+# Extending
+
+
+async def test_an_extended_key_works_longer(session: AsyncSession) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=30)
+    key, raw_key = await factories.api_key(session, expires_at=soon)
+    later = (soon + HOUR).astimezone(timezone(5 * HOUR))
+    assert await api_keys.extend(session, key.id, expires_at=later) is key
+    await session.refresh(key)
+    assert key.expires_at == later
+    event = (await factories.events(session))[-1]
+    assert (event.action, event.api_key_id) == (AuditAction.API_KEY_UPDATE, key.id)
+    assert event.old_values == {"expires_at": soon.isoformat()}
+    assert event.new_values == {"expires_at": (soon + HOUR).isoformat()}
+    await api_keys.extend(session, key.id, expires_at=None)
+    await session.refresh(key)
+    assert key.expires_at is None
+    assert (await factories.events(session))[-1].new_values == {"expires_at": None}
+    assert await api_keys.verify_api_key(session, raw_key) is key
+
+
+@pytest.mark.parametrize(
+    ("expires_at", "reason"),
+    [
+        (datetime(2099, 12, 31, tzinfo=UTC), "later"),
+        (datetime(2100, 1, 1, tzinfo=UTC), "later"),
+        (datetime(2101, 1, 1), "time zone"),  # noqa: DTZ001  # the point
+    ],
+)
+async def test_a_key_is_extended_only_to_later(
+    session: AsyncSession, expires_at: datetime, reason: str
+) -> None:
+    until = datetime(2100, 1, 1, tzinfo=UTC)
+    key, _ = await factories.api_key(session, expires_at=until)
+    with pytest.raises(InvalidValue, match=reason):
+        await api_keys.extend(session, key.id, expires_at=expires_at)
+    await session.refresh(key)
+    assert key.expires_at == until
+    assert [e.action for e in await factories.events(session)] == [AuditAction.API_KEY_CREATE]
+    microsecond = until + timedelta(microseconds=1)
+    assert (await api_keys.extend(session, key.id, expires_at=microsecond)).expires_at > until  # type: ignore[operator]  # it has one
+
+
+@pytest.mark.parametrize("expires_at", [None, datetime(2100, 1, 1, tzinfo=UTC)])
+async def test_a_key_that_never_expires_is_not_extended(
+    session: AsyncSession, expires_at: datetime | None
+) -> None:
+    key, _ = await factories.api_key(session)
+    with pytest.raises(InvalidValue, match="later"):
+        await api_keys.extend(session, key.id, expires_at=expires_at)
+    await session.refresh(key)
+    assert key.expires_at is None
+
+
+@pytest.mark.parametrize("expires_at", [None, datetime(2101, 1, 1, tzinfo=UTC)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"status": "revoked"},
+        {"status": "inactive"},
+        {"status": "expired"},
+        {"expires_at": datetime(2020, 1, 1, tzinfo=UTC)},
+    ],
+)
+async def test_only_a_good_key_is_extended(
+    session: AsyncSession, values: dict[str, Any], expires_at: datetime | None
+) -> None:
+    key, raw_key = await factories.api_key(session, expires_at=datetime(2100, 1, 1, tzinfo=UTC))
+    key.sqlmodel_update(values)
+    before = key.expires_at
+    with pytest.raises(InvalidState):
+        await api_keys.extend(session, key.id, expires_at=expires_at)
+    assert key.expires_at == before
+    assert await api_keys.verify_api_key(session, raw_key) is None
+
+
+async def test_a_key_of_a_closed_account_is_not_extended(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    until = datetime(2100, 1, 1, tzinfo=UTC)
+    key, _ = await factories.api_key(session, tiger_account_id=account.id, expires_at=until)
+    await accounts.close(session, account.id)
+    key.sqlmodel_update({"status": "active", "revoked_at": None})  # closing revokes it
+    with pytest.raises(InvalidState, match="closed"):
+        await api_keys.extend(session, key.id, expires_at=None)
+    assert key.expires_at == until
+
+
+# Expiring
+
+
+async def test_expiring_keys_come_soonest_first_page_by_page(session: AsyncSession) -> None:
+    now = datetime.now(UTC)
+    hours = [5, 2, 2, 9, 2, 2, 1, 5, 2, 7, 5, 23]  # ties within a page and across its end
+    keys = [(await factories.api_key(session, expires_at=now + h * HOUR))[0] for h in hours]
+    for other in (None, now - HOUR, now + 25 * HOUR):
+        await factories.api_key(session, expires_at=other)
+    revoked, _ = await factories.api_key(session, expires_at=now + HOUR)
+    await api_keys.revoke(session, revoked.id)
+    expected = sorted(keys, key=lambda key: (key.expires_at, key.id))
+    for limit in (1, 2, 3, 4, 12, 13):
+        listed, after = [], None
+        for _ in range(20):
+            page = await api_keys.list_expiring(
+                session, within=timedelta(days=1), after=after, limit=limit
+            )
+            listed += page.items
+            assert len(page.items) == limit or page.next_cursor is None
+            after = page.next_cursor
+            if after is None:
+                break
+        assert listed == expected
+
+
+async def test_a_week_is_listed_if_not_told_otherwise(session: AsyncSession) -> None:
+    now = datetime.now(UTC)
+    days = (1, 6, 8, 400)
+    keys = [(await factories.api_key(session, expires_at=now + timedelta(days=n)))[0] for n in days]
+    assert (await api_keys.list_expiring(session)).items == keys[:2]
+    century = timedelta(days=36525)
+    assert (await api_keys.list_expiring(session, within=century)).items == keys
+
+
+@pytest.mark.parametrize(
+    "within", [timedelta(0), timedelta(-1), timedelta(days=36525, seconds=1), timedelta.max]
+)
+async def test_a_time_out_of_range_is_refused(session: AsyncSession, within: timedelta) -> None:
+    with pytest.raises(InvalidValue, match="within"):
+        await api_keys.list_expiring(session, within=within)
+
+
+async def test_a_cursor_of_nobodys_is_refused(session: AsyncSession) -> None:
+    with pytest.raises(InvalidCursor):
+        await api_keys.list_expiring(session, after="nonsense")
+
+
+# Found by its text
+
+
+async def test_a_key_is_found_by_its_whole_text_whatever_its_status(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session)
+    other, _ = await factories.api_key(session)
+    for wrong in (
+        wrong_secret(raw_key),
+        sealed(f"{other.key_prefix}_{raw_key.rpartition('_')[2][:43]}"),
+        unknown_key(),
+        raw_key[:-1],
+        key.key_prefix,
+    ):
+        assert await api_keys.find_by_text(session, wrong) is None
+    assert await api_keys.find_by_text(session, raw_key) is key
+    await api_keys.revoke(session, key.id)
+    assert await api_keys.find_by_text(session, raw_key) is key
+    key.sqlmodel_update({"status": "active", "expires_at": datetime(2020, 1, 1, tzinfo=UTC)})
+    assert await api_keys.find_by_text(session, raw_key) is key
+    await session.refresh(key)
+    assert (key.usage_count, key.last_used_at) == (0, None)
+    actions = {event.action for event in await factories.events(session)}
+    assert actions == {AuditAction.API_KEY_CREATE, AuditAction.API_KEY_REVOKE}

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests import factories
-from tests.conftest import recorded
+from tests.crud.test_key_text import asked, unknown_key, wrong_secret
 from tiger_db import APIKeyScope, APIKeyStatus, Database
 from tiger_db.crud import api_keys
 from tiger_db.database import AsyncSession
@@ -45,15 +46,15 @@ async def test_the_first_reason_to_refuse_is_given_and_no_refusal_counts(
         rate_limit_per_day=1,
     )
     key.status = APIKeyStatus.INACTIVE
-    await count_uses(session, key.id, 1)
+    await count_limits(session, key.id, 1)
     request: dict[str, Any] = {
         "raw_key": "nonsense",
         "scopes": [APIKeyScope.MCP_READ, APIKeyScope.MCP_WRITE],
         "account_id": uuid4(),
     }
-    wrong = raw_key[:-1] + ("0" if raw_key[-1] != "0" else "1")
+    wrong = wrong_secret(raw_key)
     steps: list[tuple[type[AccessDenied], Callable[[], object]]] = [
-        (InvalidAPIKey, lambda: request.update(raw_key="tdb_" + "0" * 16 + "_" + "0" * 64)),
+        (InvalidAPIKey, lambda: request.update(raw_key=unknown_key())),
         (InvalidAPIKey, lambda: request.update(raw_key=wrong)),
         (InvalidAPIKey, lambda: request.update(raw_key=raw_key)),
         (APIKeyRevoked, lambda: setattr(key, "status", APIKeyStatus.ACTIVE)),
@@ -98,9 +99,8 @@ async def test_only_an_active_key_is_accepted(
     key.sqlmodel_update({"status": status})
     with pytest.raises(reason):
         await api_keys.authorize_api_key(session, raw_key)
-    wrong = raw_key[:-8] + "00000000"
     with pytest.raises(InvalidAPIKey):  # so that nobody can probe a key's status
-        await api_keys.authorize_api_key(session, wrong)
+        await api_keys.authorize_api_key(session, wrong_secret(raw_key))
 
 
 async def test_a_key_with_an_expiry_verifies_until_then(session: AsyncSession) -> None:
@@ -113,27 +113,27 @@ async def test_a_key_with_an_expiry_verifies_until_then(session: AsyncSession) -
 
 async def test_an_unknown_key_and_a_wrong_secret_look_alike(clone: Database) -> None:
     async with clone.session() as session:
-        key, _ = await factories.api_key(session)
+        _, raw_key = await factories.api_key(session)
     answers = []
-    for prefix in (key.key_prefix, "tdb_0123456789abcdef"):
-        with recorded(clone) as sent:
+    for wrong in (wrong_secret(raw_key), unknown_key()):
+        with asked(clone) as sent:
             async with clone.session() as session:
                 with pytest.raises(InvalidAPIKey) as refused:
-                    await api_keys.authorize_api_key(session, f"{prefix}_{'0' * 64}")
-        answers.append((str(refused.value), sent))
+                    await api_keys.authorize_api_key(session, wrong)
+        answers.append((str(refused.value), vars(refused.value), sent))
     assert answers[0] == answers[1]
-    assert len(answers[0][1]) == 1
+    assert len([statement for statement in answers[0][2] if "SELECT" in statement]) == 1
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     raw_key=st.text()
-    | st.from_regex(r"tdb_[0-9a-f]{16}_[0-9a-fA-F]{62,66}\s?")
+    | st.from_regex(r"tdb_(live|test)_[0-9A-Za-z]{12}_[0-9A-Za-z]{48,50}\s?")
     | st.binary()
     | st.none()
 )
-@example(raw_key="tdb_0123456789abcdef_" + "0" * 63 + "٣")  # a digit, but not of ASCII
-@example(raw_key="tdb_0123456789abcdef_" + "0" * 64 + "\n")
+@example(raw_key="tdb_test_0123456789ab_" + "0" * 48 + "٣")  # a digit, but not of ASCII
+@example(raw_key="tdb_test_0123456789ab_" + "0" * 49 + "\n")
 async def test_no_malformed_key_is_accepted(session: AsyncSession, raw_key: Any) -> None:
     assert await api_keys.verify_api_key(session, raw_key) is None
 
@@ -165,6 +165,82 @@ async def test_addresses(
     _, raw_key = await factories.api_key(session, allowed_ips=allowed)
     found = await api_keys.verify_api_key(session, raw_key, ip_address=address)
     assert (found is not None) == accepted
+
+
+V4 = st.builds(
+    lambda address, bits: IPv4Network((address, bits), strict=False),
+    st.ip_addresses(v=4),
+    st.integers(0, 32),
+)
+V6 = st.builds(
+    lambda address, bits: IPv6Network((address, bits), strict=False),
+    st.ip_addresses(v=6),
+    st.integers(0, 128),
+)
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+
+def spellings(address: Address) -> list[str | Address]:
+    """All ways to write an address; an IPv4 one also as an IPv4-mapped IPv6 one."""
+    if isinstance(address, IPv6Address):
+        written = {address.compressed, address.exploded}
+    else:
+        mapped = IPv6Address(0xFFFF << 32 | int(address))
+        hexadecimal = f"::ffff:{int(address) >> 16:x}:{int(address) & 0xFFFF:x}"
+        assert IPv6Address(hexadecimal) == mapped
+        written = {str(address), f"::ffff:{address}", f"0:0:0:0:0:ffff:{address}", hexadecimal}
+        written |= {mapped.exploded, mapped.compressed}
+    return [address, *sorted(written), *sorted({text.upper() for text in written})]
+
+
+def written_networks(network: Network) -> list[str]:
+    if isinstance(network, IPv6Network):
+        return [network.compressed, network.exploded]
+    mapped = f"::ffff:{network.network_address}/{96 + network.prefixlen}"
+    return [str(network), mapped, network.with_netmask]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(network=V4 | V6, data=st.data())
+async def test_an_address_of_a_network_is_accepted_in_any_spelling(
+    session: AsyncSession, network: Network, data: st.DataObject
+) -> None:
+    within = data.draw(st.integers(0, network.num_addresses - 1))
+    address = network.network_address + within
+    # Those are IPv4 addresses, wherever they stand.
+    assume(not (isinstance(address, IPv6Address) and address.ipv4_mapped))
+    allowed = data.draw(st.sampled_from(written_networks(network)))
+    key, raw_key = await factories.api_key(session, allowed_ips=["192.0.2.7", allowed])
+    for spelled in spellings(address):
+        assert await api_keys.authorize_api_key(session, raw_key, ip_address=spelled) is key
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(networks=st.lists(V4 | V6, min_size=1, max_size=3), data=st.data())
+async def test_an_address_of_no_network_is_refused_in_any_spelling(
+    session: AsyncSession, networks: list[Network], data: st.DataObject
+) -> None:
+    # Beside a network's ends, or anywhere.
+    ends = [int(n[at]) + step for n in networks for at, step in ((0, -1), (-1, 1))]
+    near = st.sampled_from([end for end in ends if 0 < end < 2**128] or [1]).map(
+        lambda number: IPv4Address(number) if number < 2**32 else IPv6Address(number)
+    )
+    address = data.draw(near | st.ip_addresses())
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    assume(not any(address in network for network in networks))
+    # Only a network within ::ffff:0:0/96 is one of IPv4 addresses.
+    mapped = IPv6Network("::ffff:0:0/96")
+    assume(not any(isinstance(n, IPv6Network) and n.subnet_of(mapped) for n in networks))
+    allowed = [data.draw(st.sampled_from(written_networks(n))) for n in networks]
+    _, raw_key = await factories.api_key(session, allowed_ips=allowed)
+    for spelled in spellings(address):
+        with pytest.raises(AddressNotAllowed):
+            await api_keys.authorize_api_key(session, raw_key, ip_address=spelled)
+    for nowhere in (None, "", "unknown", "localhost", f"{networks[0]}"):
+        with pytest.raises(AddressNotAllowed):
+            await api_keys.authorize_api_key(session, raw_key, ip_address=nowhere)
 
 
 @pytest.mark.parametrize(
@@ -230,13 +306,61 @@ async def test_a_limit_passes_exactly_its_number(
     assert (refused.value.remaining, key.usage_count) == (0, 3)
 
 
-@pytest.mark.parametrize(("limit", "hours_ago"), [("hour", 1), ("day", 24)])
-async def test_earlier_uses_do_not_count(session: AsyncSession, limit: str, hours_ago: int) -> None:
-    key, raw_key = await factories.api_key(session, **{f"rate_limit_per_{limit}": 1})
-    await count_uses(session, key.id, 1, hours_ago)
+async def count_limits(
+    session: AsyncSession, key_id: UUID, count: int, hours_ago: int = 0, days_ago: int = 0
+) -> None:
+    """As if so many uses had been counted in the hour and the day that many ago."""
+    await session.execute(
+        text(
+            "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"
+            " VALUES (:key, date_trunc('hour', clock_timestamp(), 'UTC')"
+            " - make_interval(hours => :hours), :count, date_trunc('day', clock_timestamp(), 'UTC')"
+            " - make_interval(days => :days), :count)"
+        ),
+        {"key": key_id, "hours": hours_ago, "days": days_ago, "count": count},
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "hours_ago", "days_ago"), [("hour", 1, 0), ("hour", 24, 1), ("day", 24, 1)]
+)
+async def test_earlier_uses_do_not_count(
+    session: AsyncSession, limit: str, hours_ago: int, days_ago: int
+) -> None:
+    key, raw_key = await factories.api_key(session, **{f"rate_limit_per_{limit}": 2})
+    await count_limits(session, key.id, 2, hours_ago, days_ago)
+    await api_keys.authorize_api_key(session, raw_key)
     await api_keys.authorize_api_key(session, raw_key)
     with pytest.raises(RateLimited):
         await api_keys.authorize_api_key(session, raw_key)
+
+
+async def test_uses_of_an_earlier_hour_count_for_the_day(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session, rate_limit_per_hour=2, rate_limit_per_day=3)
+    await count_limits(session, key.id, 2, hours_ago=1)
+    await api_keys.authorize_api_key(session, raw_key)
+    with pytest.raises(RateLimited) as refused:
+        await api_keys.authorize_api_key(session, raw_key)
+    assert refused.value.retry_after <= 24 * HOUR
+
+
+async def test_a_clock_that_steps_back_opens_no_window(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session, rate_limit_per_hour=2)
+    await count_limits(session, key.id, 1, hours_ago=-1)
+    await api_keys.authorize_api_key(session, raw_key)
+    with pytest.raises(RateLimited) as refused:
+        await api_keys.authorize_api_key(session, raw_key)
+    assert HOUR < refused.value.retry_after <= 2 * HOUR
+
+
+async def test_a_use_that_a_limit_refuses_is_no_use(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session, rate_limit_per_hour=1, rate_limit_per_day=9)
+    await api_keys.authorize_api_key(session, raw_key)
+    with pytest.raises(RateLimited):
+        await api_keys.authorize_api_key(session, raw_key)
+    counted = await session.execute(text("SELECT hour_count, day_count FROM api_key_limits"))
+    assert tuple(counted.one()) == (1, 1)
+    assert key.usage_count == 1
 
 
 async def test_usage_is_told_by_the_hour(session: AsyncSession) -> None:

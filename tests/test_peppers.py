@@ -1,0 +1,165 @@
+"""Peppers of API keys: their text, what shows of them, and what they make of a secret."""
+
+import base64
+import hashlib
+import hmac
+import traceback
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.servers import settings_for
+from tiger_db import Database, Settings
+from tiger_db.encryption import generate_key
+from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.peppers import Peppers
+
+FIRST, SECOND = bytes(range(100, 132)), bytes(range(200, 232))
+
+
+def encoded(pepper: bytes) -> str:
+    return base64.b64encode(pepper).decode()
+
+
+TEXT = f"p2:{encoded(FIRST)},p1:{encoded(SECOND)}"
+
+
+def by_hand(key: bytes, message: bytes) -> str:
+    """HMAC-SHA256 of a key of up to 64 bytes, as RFC 2104 defines it."""
+    padded = key.ljust(64, b"\0")
+    inner = hashlib.sha256(bytes(b ^ 0x36 for b in padded) + message).digest()
+    return hashlib.sha256(bytes(b ^ 0x5C for b in padded) + inner).hexdigest()
+
+
+def test_the_check_itself_follows_rfc_4231() -> None:
+    assert by_hand(b"\x0b" * 20, b"Hi There") == (
+        "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"
+    )
+    assert by_hand(b"Jefe", b"what do ya want for nothing?") == (
+        "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
+    )
+
+
+@given(
+    pepper=st.binary(min_size=32, max_size=32),
+    secret=st.text(st.characters(exclude_categories=["Cs"])),
+)
+def test_what_is_hashed_is_the_hmac_sha256(pepper: bytes, secret: str) -> None:
+    applied = Peppers({"a": pepper, "b": bytes(32)}).apply("a", secret)
+    assert applied == by_hand(pepper, secret.encode())
+    assert applied == hmac.new(pepper, secret.encode(), hashlib.sha256).hexdigest()
+
+
+def test_peppers_are_read_in_their_order() -> None:
+    peppers = Peppers.parse(f" p2:{encoded(FIRST)} , p1:{encoded(SECOND)}\n")
+    assert peppers.ids == ("p2", "p1")
+    assert peppers.apply("p2", "secret") == by_hand(FIRST, b"secret")
+    assert peppers.apply("p1", "secret") == by_hand(SECOND, b"secret")
+    assert Peppers.parse(generate_key("p9")).ids == ("p9",)
+    with pytest.raises(KeyError):
+        peppers.apply("p3", "secret")
+
+
+MALFORMED = [
+    "",
+    " ",
+    ",",
+    encoded(FIRST),
+    f"{encoded(FIRST)}:p1",
+    f":{encoded(FIRST)}",
+    f"p 1:{encoded(FIRST)}",
+    f"p1 {encoded(FIRST)}",
+    f"{'p' * 33}:{encoded(FIRST)}",
+    f"p1:{encoded(FIRST)},",
+    f"p1:{encoded(FIRST)},p1:{encoded(SECOND)}",
+    f"p1:{encoded(FIRST)}:p2:{encoded(SECOND)}",
+    f"p1:{encoded(FIRST[:-1])}",
+    f"p1:{encoded(FIRST + b'!')}",
+    f"p1:{encoded(FIRST)[:-1]}",
+    f"p1:{encoded(FIRST)[:-2]}\u00e9=",
+    f"p1:{FIRST.hex()}",
+    "p1:",
+]
+
+
+@pytest.mark.parametrize("bad", MALFORMED)
+def test_malformed_peppers_are_an_error_that_shows_none(bad: str) -> None:
+    with pytest.raises(EncryptionError) as caught:
+        Peppers.parse(bad)
+    assert "\n" not in str(caught.value)
+    shown = "".join(traceback.format_exception(caught.value))
+    for part in bad.replace(",", ":").replace(" ", ":").split(":"):
+        assert len(part) < 8 or part[:8] not in shown
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_refused_as_peppers(anything: str) -> None:
+    with pytest.raises(EncryptionError):
+        Peppers.parse(anything)
+
+
+def test_peppers_are_checked_however_they_are_made() -> None:
+    for bad in ({}, {"p1": FIRST[:-1]}, {"p 1": FIRST}, {"": FIRST}):
+        with pytest.raises(EncryptionError):
+            Peppers(bad)
+
+
+def test_peppers_do_not_follow_the_mapping_that_they_were_made_of() -> None:
+    given_ = {"p1": FIRST}
+    peppers = Peppers(given_)
+    given_["p1"] = SECOND
+    assert peppers.apply("p1", "secret") == by_hand(FIRST, b"secret")
+
+
+def test_only_ids_show() -> None:
+    peppers = Peppers.parse(TEXT)
+    assert (repr(peppers), str(peppers), f"{[peppers]}") == (
+        "Peppers(p2, p1)",
+        "Peppers(p2, p1)",
+        "[Peppers(p2, p1)]",
+    )
+    settings = Settings(api_key_peppers=TEXT)
+    for shown in (repr(settings), str(settings), settings.model_dump_json()):
+        assert encoded(FIRST) not in shown
+        assert encoded(SECOND) not in shown
+
+
+# In the settings
+
+
+def test_settings_hand_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().peppers() is None
+    file = tmp_path / "peppers"
+    file.write_text(f"{TEXT}\n")
+    monkeypatch.setenv("API_KEY_PEPPERS_FILE", str(file))
+    from_file = Settings().peppers()
+    monkeypatch.setenv("API_KEY_PEPPERS", TEXT)
+    with pytest.raises(ConfigurationError, match="exclude"):
+        Settings().peppers()
+    monkeypatch.delenv("API_KEY_PEPPERS_FILE")
+    from_text = Settings().peppers()
+    assert from_file is not None
+    assert from_text is not None
+    assert from_file.ids == from_text.ids == ("p2", "p1")
+    assert from_file.apply("p1", "x") == from_text.apply("p1", "x") == by_hand(SECOND, b"x")
+
+
+@pytest.mark.parametrize("bad", [text for text in MALFORMED if text])
+def test_malformed_settings_are_named_and_not_shown(server_url: str, bad: str) -> None:
+    good = settings_for(server_url, "postgres").model_dump() | {"api_key_peppers": bad}
+    with pytest.raises(ConfigurationError, match=r"^API_KEY_PEPPERS: ") as caught:
+        Database(Settings(**good))
+    shown = "".join(traceback.format_exception(caught.value))
+    for part in bad.replace(",", ":").replace(" ", ":").split(":"):
+        assert len(part) < 8 or part[:8] not in shown
+
+
+def test_production_needs_them(server_url: str) -> None:
+    values = settings_for(server_url, "postgres").model_dump() | {"environment": "production"}
+    with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
+        Database(Settings(**values | {"api_key_peppers": None}))
+    with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
+        Database(Settings(**values | {"api_key_peppers": ""}))
+    Database(Settings(**values))
