@@ -11,7 +11,11 @@ from uuid_utils.compat import uuid7
 
 from tests.cli.conftest import CommandLine, Result
 from tests.cli.test_accounts import create as create_account
+from tests.cli.test_database import sql
 from tiger_db import APIKey
+from tiger_db.crud.api_keys.text import checksum
+from tiger_db.encryption import KeyRing
+from tiger_db.settings import Settings
 
 
 def create(cli: CommandLine, *options: str) -> dict[str, Any]:
@@ -305,3 +309,183 @@ def test_pattern_and_pepper(cli: CommandLine) -> None:
     assert cli.ok("verify-api-key", "-", stdin=key, API_KEY_PEPPERS=peppers)
     assert cli.ok("verify-api-key", "-", stdin=key, API_KEY_PEPPERS=made.out.strip())  # moved to it
     assert "InvalidAPIKey" in refusal(cli, key)
+
+
+def test_bars_are_to_scale(cli: CommandLine, clone_settings: Settings) -> None:
+    row = create(cli)
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    times = [hour - timedelta(hours=ago) for ago in (3, 2, 1)]
+    sql(
+        clone_settings,
+        *(
+            f"INSERT INTO api_key_usage VALUES ('{row['id']}', '{time}', {count})"
+            for time, count in ((times[0], 1200), (times[2], 1))
+        ),
+        f"INSERT INTO api_key_usage VALUES ('{row['id']}', '{hour - timedelta(days=9)}', 9000)",
+    )
+    shown = cli.ok("show-api-key", row["id"], "--hours", "6").out.splitlines()
+    lines = [next(line for line in shown if line.startswith(f"{t:%m-%d %H:00}")) for t in times]
+    most, none, least = (line[len("MM-DD HH:00") :].split() for line in lines)
+    assert most[-1] == "1,200"
+    assert set(most[0]) == {"\u2588"}
+    assert none == ["0"]
+    assert least[-1] == "1"
+    assert max(map(len, shown[-6:])) <= 100
+    usage = cli.ok("show-api-key", row["id"], "--hours", "6", "--json").json["usage"]
+    assert [(datetime.fromisoformat(hourly["hour"]), hourly["count"]) for hourly in usage] == [
+        (times[0], 1200), (times[2], 1)
+    ]  # fmt: skip
+
+
+def test_a_guessed_secret_revokes_nothing(cli: CommandLine) -> None:
+    row = create(cli)
+    key = row["key"]
+    start = key[:-7] + ("x" if key[-7] != "x" else "y")
+    guessed = start + checksum(start)  # well-formed: only its secret is wrong
+    reason = cli.fails("revoke-api-key", "--raw", "-", stdin=guessed)
+    assert "no API key of this database" in reason
+    assert "tdb_" not in reason
+    assert cli.ok("show-api-key", row["id"], "--json").json["status"] == "active"
+
+
+def test_finding_a_leaked_key_counts_no_use(cli: CommandLine) -> None:
+    row = create(cli)
+    cli.ok("revoke-api-key", "--raw", "-", stdin=row["key"])
+    found = cli.ok("show-api-key", row["id"], "--json").json
+    assert (found["usage_count"], found["last_used_at"], found["usage"]) == (0, None, [])
+
+
+def test_revoke_by_text_misused(cli: CommandLine, tmp_path: Path) -> None:
+    row = create(cli)
+    assert "--key-file" in cli.misused("revoke-api-key", "--raw")  # nobody can be asked
+    both = ("--raw", row["key"], "--key-file", "y")
+    reason = cli.misused("revoke-api-key", *both)
+    assert "given already" in reason
+    assert row["key"] not in reason
+    assert "the key is empty" in cli.fails("revoke-api-key", "--raw", "-", stdin="\n")
+    assert "No such file" in cli.fails(
+        "revoke-api-key", "--raw", "--key-file", str(tmp_path / "none")
+    )
+    unset = cli.fails("revoke-api-key", "--raw", "-", stdin=row["key"], API_KEY_PEPPERS="")
+    assert "API_KEY_PEPPERS" in unset
+    assert row["key"] not in unset
+    assert cli.ok("show-api-key", row["id"], "--json").json["status"] == "active"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("show-api-key",),
+        ("rotate-api-key",),
+        ("extend-api-key", "--never"),
+        ("revoke-api-key",),
+    ],
+)
+def test_a_whole_key_in_place_of_its_prefix_is_not_named(
+    cli: CommandLine, command: tuple[str, ...]
+) -> None:
+    key = create(cli, "--expires-in", "1d")["key"]
+    for text in (key, str(uuid7()), "tdb_test_000000000000"):
+        reason = cli.fails(*command, text)
+        assert "there is no API key with this prefix or id" in reason
+        assert text not in reason
+    process = cli.process(*command, key, DB_DEBUG="1")  # which logs statements
+    assert (process.code, process.out) == (1, "")
+    assert key not in process.err
+
+
+def test_leaked_key_is_not_logged(cli: CommandLine) -> None:
+    row = create(cli)
+    secret = row["key"].rpartition("_")[2]
+    done = cli.process("revoke-api-key", "--raw", "-", stdin=row["key"], DB_DEBUG="1")
+    assert done.code == 0
+    assert "UPDATE api_keys" in done.err
+    assert secret not in done.out + done.err
+    assert f"API key {row['key_prefix']} is revoked" in done.err
+
+
+def test_rotated_key_has_the_powers_and_is_shown_once(cli: CommandLine) -> None:
+    create_account(cli, "51230321")
+    old = create(
+        cli, "--scopes", "trade:read", "--account", "51230321", "--expires-in", "30d",
+        "--rate-limit-per-hour", "10", "--allowed-ips", "10.0.0.0/8", "--description", "notes",
+    )  # fmt: skip
+    result = cli.ok("rotate-api-key", old["key_prefix"], "--json")
+    new = result.json
+    assert [*new] == [*old]
+    own = {"id", "key_prefix", "key", "created_at", "updated_at"}
+    assert {name for name in new if new[name] != old[name]} == own
+    assert new["key"].startswith(new["key_prefix"] + "_")
+    assert new["key"] not in result.err
+    left = datetime.fromisoformat(
+        cli.ok("show-api-key", old["id"], "--json").json["expires_at"]
+    ) - datetime.now(UTC)
+    assert abs(left - timedelta(hours=24)) < timedelta(minutes=1)
+    text = cli.ok("rotate-api-key", new["key_prefix"])
+    key = text.out.splitlines()[-1]
+    assert text.out.count(key) == 1
+    secrets = [each.rpartition("_")[2] for each in (old["key"], new["key"], key)]
+    assert not any(secret in text.err for secret in secrets)
+    assert not any(secret in text.out for secret in secrets[:2])
+    listed = [cli.ok("list-events", "--json"), cli.ok("list-api-keys", "--json")]
+    assert not any(secret in result.out for secret in secrets for result in listed)
+    for grace in ("-1h", "0h", "1", "", "99999w"):
+        assert "--grace" in cli.misused("rotate-api-key", key.rpartition("_")[0], f"--grace={grace}")
+
+
+def test_extend_to_a_time(cli: CommandLine) -> None:
+    row = create(cli, "--expires-in", "1d")
+    options = ("extend-api-key", row["key_prefix"])
+    shown = cli.ok(*options, "--expires-at", "2099-01-31T20:00:00+08:00")
+    assert "2099-01-31 12:00:00Z" in shown.out
+    assert f"API key {row['key_prefix']} is extended" in shown.err
+    for given in (
+        ("--expires-in", "1h", "--expires-at", "2099-01-31T12:00:00Z"),
+        ("--never", "--expires-at", "2099-01-31T12:00:00Z"),
+        ("--expires-in", "soon"),
+        ("--expires-at", "2020-01-31T12:00:00Z"),
+        ("--expires-at", "2099-02-01T12:00:00"),
+    ):
+        assert "--expires-" in cli.misused(*options, *given)
+    cli.ok(*options, "--never")
+    cli.fails(*options, "--never")
+    cli.ok("revoke-api-key", row["id"])
+    assert "only an active key" in cli.fails(*options, "--expires-in", "1w")
+
+
+def test_expiring_keys_are_listed_in_pages(cli: CommandLine) -> None:
+    assert cli.ok("list-expiring-api-keys") == Result(0, "", "there are none\n")
+    rows = [create(cli, "--expires-in", f"{days}d") for days in (3, 1, 2)]
+    soonest = [rows[1]["id"], rows[2]["id"], rows[0]["id"]]
+    cli.ok("revoke-api-key", create(cli, "--expires-in", "1h")["id"])
+    first = cli.ok("list-expiring-api-keys", "--limit", "2", "--json").json
+    assert [item["id"] for item in first["items"]] == soonest[:2]
+    after = ("--after", first["next_cursor"], "--json")
+    last = cli.ok("list-expiring-api-keys", *after).json
+    assert [item["id"] for item in last["items"]] == soonest[2:]
+    assert last["next_cursor"] is None
+    more = cli.ok("list-expiring-api-keys", "--limit", "1")
+    assert "add --after" in more.err
+    assert not any(row["key"].rpartition("_")[2] in more.out for row in rows)
+    for within in ("0d", "soon", "99999w"):
+        assert "--within" in cli.misused("list-expiring-api-keys", "--within", within)
+    cli.fails("list-expiring-api-keys", "--after", "nonsense")
+
+
+def test_a_generated_pepper_is_one_line_and_each_is_another(bare: CommandLine) -> None:
+    made = [bare.ok("generate-api-key-pepper") for _ in range(2)]
+    assert made[0].out != made[1].out
+    for result in made:
+        assert result.out.count("\n") == 1
+        assert len(KeyRing.parse(result.out).key_ids) == 1
+        assert "put it first in API_KEY_PEPPERS" in result.err
+        assert result.out.strip().partition(":")[2] not in result.err
+    assert "key id" in bare.fails("generate-api-key-pepper", "--id", "a b")
+
+
+def test_pattern_is_printed_without_a_database(bare: CommandLine) -> None:
+    result = bare.ok("print-key-pattern")
+    assert result.err == ""
+    assert result.out.count("\n") == 1
+    sample = f"tdb_live_{'a' * 12}_{'B' * 49}"
+    assert re.findall(result.out.strip(), f"x {sample}, {sample}c tdb_prod_{sample[9:]}") == [sample]
