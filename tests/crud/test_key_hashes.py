@@ -257,6 +257,14 @@ async def test_a_damaged_hash_is_nobodys(clone: Database, pepper_id: str | None)
     assert {event.action for event in denied} == {AuditAction.API_KEY_DENY}
 
 
+async def test_a_hash_of_any_length_is_not_taken() -> None:
+    """Its text tells the cost of Argon2, so it is kept short."""
+    peppers = Peppers({"test": bytes(32)})
+    for size, accepted in ((100, True), (1000, False)):
+        hashed = FAST_ARGON2.using(digest_size=size).hash("secret")
+        assert await verify_secret(peppers, "secret", hashed, None) is accepted
+
+
 async def test_an_empty_hash_is_nobodys_and_is_not_stored(clone: Database) -> None:
     peppers = Peppers({"test": bytes(32)})
     for pepper_id in (None, "", "test", "gone"):

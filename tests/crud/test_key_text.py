@@ -147,7 +147,8 @@ def test_what_is_too_short_or_too_long_is_told(raw_key: str, at: int, more: str)
     cut = [raw_key[:at], raw_key[at + 1 :], raw_key[:at] + raw_key[at + 1 :]]
     extended = [raw_key + more, more + raw_key, raw_key[:at] + more + raw_key[at:]]
     around = [f" {raw_key}", f"{raw_key}\n", f"\t{raw_key} ", f"{raw_key}\0", f"\ufeff{raw_key}"]
-    for wrong in (*cut, *extended, *around):
+    resealed = [sealed(raw_key + "0"), sealed(f"{raw_key}_"), sealed(raw_key[:-7])]
+    for wrong in (*cut, *extended, *around, *resealed):
         assert text.parse_key(wrong) is None
 
 
