@@ -330,6 +330,7 @@ def test_bars_are_to_scale(cli: CommandLine, clone_settings: Settings) -> None:
     assert set(most[0]) == {"\u2588"}
     assert none == ["0"]
     assert least[-1] == "1"
+    assert max(map(len, shown[-6:])) == 100
     usage = cli.ok("show-api-key", row["id"], "--hours", "6", "--json").json["usage"]
     assert [(datetime.fromisoformat(hourly["hour"]), hourly["count"]) for hourly in usage] == [
         (times[0], 1200), (times[2], 1)

@@ -264,8 +264,10 @@ async def test_no_part_of_a_secret_is_stored(clone: Database) -> None:
     for tried in (raw_key, rotated, wrong, unknown, raw_key[:-1], f"{raw_key}x"):
         for _ in range(3):
             async with clone.session() as session:
-                await api_keys.verify_api_key(session, tried, ip_address="?", user_agent="a")
-            await verifier.verify(tried)
+                await api_keys.verify_api_key(
+                    session, tried, ip_address=tried, user_agent=f"a {tried}"
+                )
+            await verifier.verify(tried, ip_address=f"[{tried}]", user_agent=tried)
     async with clone.session() as session:
         await api_keys.revoke(session, successor.id, reason="leaked")
         assert await api_keys.verify_api_key(session, rotated) is None

@@ -142,7 +142,7 @@ def show_fields(fields: Mapping[str, object]) -> None:
 def show_bars(counts: Mapping[str, int]) -> None:
     """A bar for each number; the longest is the greatest."""
     greatest = max([*counts.values(), 1])
-    room = min(_console().width, _BARS) - max(map(len, counts)) - len(f"{greatest}") - 2 * _GAP
+    room = min(_console().width, _BARS) - max(map(len, counts)) - len(f"{greatest:,}") - 2 * _GAP
     table = _table(show_header=False)
     for name, count in counts.items():
         # The last cell in eighths: U+2588 is a full block, U+258F the eighth of one.

@@ -29,6 +29,7 @@ from tiger_db.models import (
     AuditResult,
 )
 from tiger_db.models.api_keys import address_allowed, parse_address, user_agent_allowed
+from tiger_db.redaction import redact
 
 _SHOWN = 200  # characters of what a caller said of itself
 
@@ -109,6 +110,11 @@ def _missing(asked: Iterable[APIKeyScope], held: frozenset[APIKeyScope]) -> list
     return [scope for scope in asked if scope not in held]
 
 
+def _shown(text: str) -> str:
+    """What a caller said, without what looks like a key, and short."""
+    return redact(storable(text))[:_SHOWN]
+
+
 def denial(
     reason: AccessDenied,
     prefix: str,
@@ -127,7 +133,7 @@ def denial(
         try:
             address = parse_address(request.ip_address)
         except ValueError:
-            details["ip_address"] = storable(str(request.ip_address))[:_SHOWN]
+            details["ip_address"] = _shown(str(request.ip_address))
     return AuditLog(
         action=AuditAction.API_KEY_DENY,
         result=AuditResult.FAILURE,
@@ -136,7 +142,7 @@ def denial(
         api_key_id=key_id,
         tiger_account_id=account_id,
         ip_address=address,
-        user_agent=storable(request.user_agent)[:_SHOWN] if request.user_agent else None,
+        user_agent=_shown(request.user_agent) if request.user_agent else None,
         details=details,
         error_code=type(reason).__name__,
         error_message=str(reason),
