@@ -45,7 +45,7 @@ def require(scope: APIKeyScope) -> Callable[..., Awaitable[APIKey]]:
         except errors.RateLimited as error:
             wait = ceil(error.retry_after.total_seconds())
             raise HTTPException(429, "too many requests", {"Retry-After": str(wait)}) from None
-        except errors.ScopeMissing as error:
+        except (errors.ScopeMissing, errors.AccountNotAllowed) as error:
             raise HTTPException(403, str(error)) from None
         except errors.AccessDenied:  # why is on record; a caller need not know
             raise HTTPException(401, "invalid API key", {"WWW-Authenticate": "Bearer"}) from None

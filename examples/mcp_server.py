@@ -7,6 +7,7 @@ import asyncio
 import os
 
 from mcp.server import MCPServer
+from mcp.server.auth.middleware.auth_context import get_access_token
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from pydantic import AnyHttpUrl
@@ -29,7 +30,13 @@ class APIKeys:
         except errors.AccessDenied:
             return None
         scopes = [scope.value for scope in APIKeyScope if key.has_scope(scope)]
-        return AccessToken(token=token, client_id=key.key_prefix, scopes=scopes)
+        return AccessToken(
+            token=token,
+            client_id=key.key_prefix,
+            scopes=scopes,
+            expires_at=int(key.expires_at.timestamp()) if key.expires_at else None,
+            subject=str(key.tiger_account_id) if key.tiger_account_id else None,
+        )
 
 
 async def main() -> None:
@@ -47,10 +54,13 @@ async def main() -> None:
 
         @server.tool()
         async def account_names() -> list[str]:
-            """Name the broker accounts."""
+            """Name the broker accounts that the key may see."""
+            access = get_access_token()
+            if access is None:  # never: the server requires one
+                return []
             async with database.session() as session:
                 page = await crud.accounts.list_accounts(session)
-            return [account.account_name for account in page]
+            return [one.account_name for one in page if access.subject in (None, str(one.id))]
 
         await server.run_streamable_http_async(port=PORT)
 

@@ -1,3 +1,6 @@
+import asyncio
+from datetime import UTC, datetime, timedelta
+
 import httpx2
 import pytest
 from mcp import MCPError
@@ -6,7 +9,8 @@ from mcp.client.streamable_http import streamable_http_client
 
 from tests import factories
 from tests.examples.conftest import Serve
-from tiger_db import Database, crud
+from tiger_db import APIKeyScope, Database, crud
+from tiger_db.crud.api_keys.text import new_key
 
 
 async def names(url: str, raw_key: str) -> object:
@@ -22,14 +26,29 @@ async def names(url: str, raw_key: str) -> object:
         return result.structured_content
 
 
+async def refusal(url: str, raw_key: str | None) -> tuple[int, str]:
+    """What a request without the SDK gets, before any MCP: the SDK's client hides the status."""
+    headers = {"Authorization": f"Bearer {raw_key}"} if raw_key is not None else {}
+    async with httpx2.AsyncClient(headers=headers) as http:
+        answer = await http.post(f"{url}/mcp", json={})
+    return answer.status_code, answer.text
+
+
 async def test_a_client_needs_a_key(clone: Database, serve: Serve) -> None:
     async with clone.session() as session:
         await factories.account(session, account_name="Main")
-        key, raw_key = await factories.api_key(session)
+        key, raw_key = await factories.api_key(
+            session, expires_at=datetime.now(UTC) + timedelta(hours=1)
+        )
+        _, scopeless = await factories.api_key(session, scopes=[APIKeyScope.TRADE_ADMIN])
     async with serve("mcp_server.py") as url:
         assert await names(url, raw_key) == {"result": ["Main"]}
         with pytest.RaisesGroup(MCPError, flatten_subgroups=True):
             await names(url, raw_key[:-1])
+        status, body = await refusal(url, None)
+        assert status == 401
+        for text in ("nonsense", new_key("test").raw_key, scopeless):
+            assert await refusal(url, text) == (status, body)
         headers = {"Authorization": f"Bearer {raw_key}"}
         async with (
             httpx2.AsyncClient(headers=headers) as http,
@@ -39,5 +58,16 @@ async def test_a_client_needs_a_key(clone: Database, serve: Serve) -> None:
             async with clone.session() as session:
                 await crud.api_keys.revoke(session, key.id)
             with pytest.raises(MCPError):
-                for _ in range(100):  # it is honoured within milliseconds, but not within none
-                    await client.call_tool("account_names", {})
+                async with asyncio.timeout(1):
+                    while True:  # it is honoured within milliseconds, but not within none
+                        await client.call_tool("account_names", {})
+        assert await refusal(url, raw_key) == (status, body)
+
+
+async def test_a_key_of_one_account_sees_no_other(clone: Database, serve: Serve) -> None:
+    async with clone.session() as session:
+        mine = await factories.account(session, account_name="Mine")
+        await factories.account(session, account_name="Another")
+        _, raw_key = await factories.api_key(session, tiger_account_id=mine.id)
+    async with serve("mcp_server.py") as url:
+        assert await names(url, raw_key) == {"result": ["Mine"]}
