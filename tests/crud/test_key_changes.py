@@ -11,8 +11,9 @@ from sqlalchemy import text
 
 from tests import factories
 from tests.test_key_memory import OTHER
-from tiger_db import Database, crud
+from tiger_db import Database, KeyVerifier, crud
 from tiger_db.database import connect
+from tiger_db.errors import InvalidAPIKey
 from tiger_db.verifier import CHANNEL
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -148,3 +149,20 @@ async def test_a_use_is_told_to_nobody(clone: Database, told: Told) -> None:
     async with clone.session() as session:
         assert await session.scalar(text("SELECT min(usage_count) FROM api_keys")) == 1
     assert await told.since_last() == []
+
+
+@pytest.mark.parametrize("uses", [0, 1])
+async def test_a_limited_key_that_is_deleted_meanwhile_is_no_key(
+    clone: Database, uses: int
+) -> None:
+    async with clone.session() as session:
+        key, raw_key = await factories.api_key(session, rate_limit_per_hour=9)
+    verifier = KeyVerifier(clone)
+    for _ in range(uses):
+        assert await verifier.verify(raw_key)
+    async with clone.session() as session:
+        await session.execute(text("DELETE FROM api_keys WHERE id = :id"), {"id": key.id})
+        use = asyncio.create_task(verifier.authorize(raw_key))
+        await asyncio.wait([use], timeout=0.2)  # until it waits for the deletion, if it does
+    with pytest.raises(InvalidAPIKey):
+        await use
