@@ -25,7 +25,7 @@ from tiger_db.crud.api_keys.hashing import outdated, peppers_of, verify_secret
 from tiger_db.crud.api_keys.limits import take
 from tiger_db.crud.api_keys.text import KeyText, parse_key
 from tiger_db.database import Database, connect
-from tiger_db.errors import AccessDenied, DatabaseUnavailable, InvalidAPIKey
+from tiger_db.errors import AccessDenied, InvalidAPIKey, TigerDBError
 from tiger_db.models import APIKey, APIKeyScope
 from tiger_db.write_behind import LOST
 
@@ -235,7 +235,7 @@ class KeyVerifier:
         while True:
             try:
                 connection = await connect(self.database.settings)
-            except DatabaseUnavailable as error:
+            except TigerDBError as error:  # the embedded server may not start, for one
                 _logger.warning("cannot listen for changes of API keys: %s", error)
             else:
                 try:

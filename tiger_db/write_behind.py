@@ -218,6 +218,9 @@ class WriteBehind:
                         },
                     )
                 ).one()
+                # Put back at once: whatever becomes of the commit, these are not in it.
+                self._put_back({slot: uses for slot, uses in batch.items() if slot[0] in locked})
+                batch = {slot: uses for slot, uses in batch.items() if slot[0] not in locked}
                 await connection.commit()
         except BaseException:
             if transaction:
@@ -225,7 +228,6 @@ class WriteBehind:
             else:
                 self._put_back(batch)
             raise
-        self._put_back({slot: uses for slot, uses in batch.items() if slot[0] in locked})
 
     async def _settle_uncertain(self) -> None:
         """PostgreSQL knows what became of a transaction whose commit was not confirmed."""
