@@ -63,7 +63,11 @@ async def test_a_commit_that_nobody_confirmed(
     committed: bool,
 ) -> None:
     """The connection is cut before or after the commit, which looks the same from here."""
-    ((key, _),) = await make_keys(clone_settings, 1)
+    (key, _), (locked, _) = await make_keys(clone_settings, 2)
+    who_locks = await connect(clone_settings)
+    transaction = who_locks.transaction()
+    await transaction.start()
+    await who_locks.execute("SELECT FROM api_keys WHERE id = $1 FOR UPDATE", locked.id)
     cuts = 0
     commit = AsyncConnection.commit
 
@@ -86,9 +90,13 @@ async def test_a_commit_that_nobody_confirmed(
         for used in (3, 5, 7):
             for _ in range(used):
                 database.write_behind.count(key.id, time.time())
+                database.write_behind.count(locked.id, time.time())
             await until(lambda c=cuts: true_after(lambda: cuts > c))  # type: ignore[misc]
-    assert cuts == 3
-    assert await counts(other, key.id) == (15, 15)
+        await who_locks.close()
+    assert cuts >= 3
+    for key_id in (key.id, locked.id):
+        assert await counts(other, key_id) == (15, 15)
+    assert await other.fetchval("SELECT count(*) FROM api_key_batches") == 0
 
 
 async def true_after(condition: Callable[[], bool]) -> bool:

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -29,7 +29,10 @@ SECONDS = 1.0  # for which counts are collected
 _HOUR = 3600  # seconds
 
 # A key that someone has locked is left for the next time, so that no count waits for a transaction;
-# when the database closes, there is no next time. Keys that are gone are left out.
+# when the database closes, there is no next time. Keys that are gone are left out. A batch whose
+# commit was not confirmed is sent again under the same number, and counts once. (The number of its
+# transaction would not tell: after a crash, PostgreSQL gives those that it had not yet written down
+# to others.)
 _COUNT = """
 WITH given AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:hours AS timestamptz[]),
@@ -37,24 +40,43 @@ WITH given AS (
 ), locked AS (
     SELECT id FROM api_keys WHERE id IN (SELECT id FROM given)
     ORDER BY id FOR NO KEY UPDATE {skip_locked}
+), batch AS (
+    INSERT INTO api_key_batches AS b (writer, number, left_out, written_at)
+    SELECT CAST(:writer AS uuid), CAST(:number AS bigint), ARRAY(SELECT id FROM api_keys
+        WHERE id IN (SELECT id FROM given) AND id NOT IN (SELECT id FROM locked)), now()
+    ON CONFLICT (writer) DO UPDATE SET number = excluded.number, left_out = excluded.left_out,
+        written_at = excluded.written_at WHERE b.number < excluded.number
+    RETURNING b.left_out
+), counted AS (
+    SELECT given.* FROM given JOIN locked USING (id) CROSS JOIN batch
 ), used AS (
     UPDATE api_keys AS k
-    SET usage_count = k.usage_count + g.count, last_used_at = greatest(k.last_used_at, g.at)
-    FROM (SELECT id, sum(count)::bigint AS count, max(at) AS at
-        FROM given JOIN locked USING (id) GROUP BY id) AS g
-    WHERE k.id = g.id
+    SET usage_count = k.usage_count + c.count, last_used_at = greatest(k.last_used_at, c.at)
+    FROM (SELECT id, sum(count)::bigint AS count, max(at) AS at FROM counted GROUP BY id) AS c
+    WHERE k.id = c.id
 ), hourly AS (
     INSERT INTO api_key_usage AS u (api_key_id, hour, count)
-    SELECT id, hour, count FROM given JOIN locked USING (id) ORDER BY id, hour
+    SELECT id, hour, count FROM counted ORDER BY id, hour
     ON CONFLICT (api_key_id, hour) DO UPDATE SET count = u.count + excluded.count
 )
-SELECT pg_current_xact_id()::text, ARRAY(SELECT id FROM api_keys
-    WHERE id IN (SELECT id FROM given) AND id NOT IN (SELECT id FROM locked))
+SELECT left_out FROM batch
 """
 _COUNT_UNLOCKED = text(_COUNT.format(skip_locked="SKIP LOCKED"))
 _COUNT_ALL = text(_COUNT.format(skip_locked=""))
-_STATUS = text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
-_PATIENCE = 20  # questions, a tenth of a second apart
+LEFT_OUT = text("SELECT left_out FROM api_key_batches WHERE writer = CAST(:writer AS uuid)")
+# A process that was killed leaves its row to others.
+_FORGET = text(
+    "DELETE FROM api_key_batches WHERE writer = CAST(:writer AS uuid)"
+    " OR written_at < now() - interval '30 days'"
+)
+_COUNT_ONE = text("""
+WITH used AS (
+    UPDATE api_keys SET usage_count = usage_count + 1, last_used_at = greatest(last_used_at, :at)
+    WHERE id = :id RETURNING id
+)
+INSERT INTO api_key_usage AS u (api_key_id, hour, count) SELECT id, :hour, 1 FROM used
+ON CONFLICT (api_key_id, hour) DO UPDATE SET count = u.count + excluded.count
+""")
 _logger = logging.getLogger("tiger_db")
 
 
@@ -93,8 +115,9 @@ class WriteBehind:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self._uses: _Batch = {}
-        # Sent, and cut off from before the commit was confirmed: the batch and its transaction.
-        self._uncertain: tuple[_Batch, str] | None = None
+        self._batch: _Batch = {}  # taken from `_uses` to be written, until that is confirmed
+        self._number = 0  # of the batch
+        self._writer = uuid4()
         self._waiting: list[_Waiting] = []
         self._task: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -154,10 +177,14 @@ class WriteBehind:
             with suppress(asyncio.CancelledError):
                 await self._task
         try:
-            await self._write_uses(_COUNT_ALL)
+            while self._batch or self._uses:
+                await self._write_uses(_COUNT_ALL)
+            if self._number:
+                async with self.engine.connect() as connection:
+                    await connection.execute(_FORGET, {"writer": self._writer})
+                    await connection.commit()
         except (TigerDBError, SQLAlchemyError) as error:
-            left = [*self._uses.values(), *(self._uncertain[0].values() if self._uncertain else ())]
-            lost = sum(uses.count for uses in left)
+            lost = sum(uses.count for uses in [*self._batch.values(), *self._uses.values()])
             _logger.warning("%d uses of API keys were not counted: %s", lost, type(error).__name__)
         await self.engine.dispose()
         self._closing = False
@@ -168,7 +195,7 @@ class WriteBehind:
 
     async def _run(self) -> None:
         """Write until nothing is left but, when closing, counts."""
-        while self._waiting or ((self._uses or self._uncertain) and not self._closing):
+        while self._waiting or ((self._batch or self._uses) and not self._closing):
             if not self._waiting:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._hurry.wait(), SECONDS)
@@ -199,52 +226,31 @@ class WriteBehind:
             for one in waiting:
                 one.settle(error)
 
-    async def _write_uses(self, statement: object) -> None:
-        await self._settle_uncertain()
-        batch, self._uses = self._uses, {}
+    async def _write_uses(self, statement: TextClause) -> None:
+        if not self._batch:
+            self._batch, self._uses = self._uses, {}
+            self._number += 1
+        batch = self._batch
         if not batch:
             return
-        transaction = ""
-        try:
-            async with self.engine.connect() as connection:
-                transaction, locked = (
-                    await connection.execute(
-                        statement,  # type: ignore[call-overload]  # a text
-                        {
-                            "ids": [key_id for key_id, _ in batch],
-                            "hours": [datetime.fromtimestamp(h * _HOUR, UTC) for _, h in batch],
-                            "counts": [uses.count for uses in batch.values()],
-                            "times": [datetime.fromtimestamp(u.last, UTC) for u in batch.values()],
-                        },
-                    )
-                ).one()
-                # Put back at once: whatever becomes of the commit, these are not in it.
-                self._put_back({slot: uses for slot, uses in batch.items() if slot[0] in locked})
-                batch = {slot: uses for slot, uses in batch.items() if slot[0] not in locked}
-                await connection.commit()
-        except BaseException:
-            if transaction:
-                self._uncertain = (batch, transaction)
-            else:
-                self._put_back(batch)
-            raise
-
-    async def _settle_uncertain(self) -> None:
-        """PostgreSQL knows what became of a transaction whose commit was not confirmed."""
-        if self._uncertain is None:
-            return
-        batch, transaction = self._uncertain
         async with self.engine.connect() as connection:
-            for _ in range(_PATIENCE):
-                status = await connection.scalar(_STATUS, {"id": transaction})
-                if status != "in progress":
-                    break
-                await asyncio.sleep(0.1)
-            else:
-                raise DatabaseUnavailable("a commit is still under way")
-        self._uncertain = None
-        if status == "aborted":
-            self._put_back(batch)
+            written = await connection.execute(
+                statement,
+                {
+                    "writer": self._writer,
+                    "number": self._number,
+                    "ids": [key_id for key_id, _ in batch],
+                    "hours": [datetime.fromtimestamp(hour * _HOUR, UTC) for _, hour in batch],
+                    "counts": [uses.count for uses in batch.values()],
+                    "times": [datetime.fromtimestamp(uses.last, UTC) for uses in batch.values()],
+                },
+            )
+            left_out = written.scalar_one_or_none()
+            if left_out is None:  # it was written before the line was cut
+                left_out = await connection.scalar(LEFT_OUT, {"writer": self._writer})
+            await connection.commit()
+        self._put_back({slot: uses for slot, uses in batch.items() if slot[0] in (left_out or ())})
+        self._batch = {}
 
     def _put_back(self, batch: _Batch) -> None:
         for slot, uses in batch.items():
@@ -259,6 +265,4 @@ async def count_now(session: AsyncSession, key_id: UUID, at: float) -> None:
     """Count one use in the session's own transaction, where it has no `WriteBehind`."""
     now = datetime.fromtimestamp(at, UTC)
     hour = now.replace(minute=0, second=0, microsecond=0)
-    await session.execute(
-        _COUNT_ALL, {"ids": [key_id], "hours": [hour], "counts": [1], "times": [now]}
-    )
+    await session.execute(_COUNT_ONE, {"id": key_id, "hour": hour, "at": now})

@@ -8,6 +8,7 @@ Locks api_keys and tiger_accounts for a moment. Code of revision 0002 can live w
 """
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from alembic import op
 
@@ -103,6 +104,22 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("api_key_id", name=op.f("pk_api_key_limits")),
         comment="Uses of each limited API key in its latest hour and day",
     )
+    op.create_table(
+        "api_key_batches",
+        sa.Column("writer", sa.UUID(), nullable=False, comment="A process that counts uses"),
+        sa.Column(
+            "number", sa.BigInteger(), nullable=False, comment="Of its latest batch of counts"
+        ),
+        sa.Column(
+            "left_out",
+            postgresql.ARRAY(sa.UUID()),
+            nullable=False,
+            comment="Keys that were locked, and left for the next batch",
+        ),
+        sa.Column("written_at", sa.DateTime(timezone=True), nullable=False, comment="When, UTC"),
+        sa.PrimaryKeyConstraint("writer", name=op.f("pk_api_key_batches")),
+        comment="The latest batch of counts that each process has written",
+    )
     # The limits go on where they are.
     op.execute(
         "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"
@@ -124,6 +141,7 @@ def downgrade() -> None:
     for name, (table, _) in TRIGGERS.items():
         op.execute(f"DROP TRIGGER {name} ON {table}")
     op.execute("DROP FUNCTION notify_api_key_change()")
+    op.drop_table("api_key_batches")
     op.drop_table("api_key_limits")
     op.drop_index("ix_api_keys_expires_at_id", "api_keys")
     op.alter_column(

@@ -21,6 +21,7 @@ from tiger_db.crud.common import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidAPIKey
 from tiger_db.verifier import FIND
+from tiger_db.write_behind import LEFT_OUT
 
 Query = Callable[[AsyncSession], Awaitable[object]]
 Plan = list[dict[str, Any]]
@@ -46,6 +47,8 @@ SELECT id(n), 'assistant', 'tdb_test_' || lpad(n::text, 12, '0'),
 FROM generate_series(1, 20000) n;
 
 INSERT INTO api_key_limits SELECT id(n), now(), 1, now(), 1 FROM generate_series(1, 20000) n;
+
+INSERT INTO api_key_batches SELECT id(n), 1, '{}', now() FROM generate_series(1, 20000) n;
 
 INSERT INTO api_key_usage
 SELECT id(n), date_trunc('hour', now()) - make_interval(hours => hour), 1
@@ -152,6 +155,10 @@ async def limited_use(session: AsyncSession) -> None:
     await connection.exec_driver_sql(TAKE, (id_of(77), 9, 9))
 
 
+async def left_out(session: AsyncSession) -> None:
+    await session.execute(LEFT_OUT, {"writer": id_of(77)})
+
+
 async def verifier_miss(session: AsyncSession) -> None:
     connection = await session.connection()
     await connection.exec_driver_sql(FIND, (f"tdb_test_{77:012}",))
@@ -188,6 +195,7 @@ SERVES: list[tuple[str, Query]] = [
     ),
     ("ix_api_keys_expires_at_id", api_keys.list_expiring),
     ("ix_api_keys_expires_at_id", partial(api_keys.list_expiring, after=cursor_of(77))),
+    ("pk_api_key_batches", left_out),
     ("pk_api_key_limits", limited_use),
     ("pk_api_key_usage", lambda s: api_keys.usage(s, id_of(77), since=NOW - timedelta(hours=3))),
     ("pk_token_statuses", lambda s: token_status.get(s, id_of(77))),
