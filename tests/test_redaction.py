@@ -24,7 +24,15 @@ from tigeropen.common.util.web_utils import do_post
 
 from tests.crud.test_key_text import sealed
 from tests.test_tokens import SOON, tiger_token
-from tiger_db.redaction import MASK, masked, redact
+from tiger_db import redaction
+from tiger_db.redaction import (
+    MASK,
+    add_secret_names,
+    is_secret_name,
+    mask_secrets,
+    masked,
+    redact,
+)
 
 KEY = rsa.generate_private_key(65537, 2048)
 PEM = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
@@ -340,12 +348,14 @@ HOSTILE = [
     "token", "token ", '"token":', "token:", "token='", "token\\", "token=\\", 'token:"\\',
     "Bearer ", "token: bearer ", "a" * 60 + "\n", "aA1" * 20 + "\\n", "a" * 60 + "\\r",
 ]  # fmt: skip
+HOSTILE += ["MII", "MII/", "MII" + "A" * 27 + " ", "MII" + "A" * 27 + "\\\\", "cookie", "access_"]
 TIMED = """
 from tests.test_redaction import HOSTILE
-from tiger_db.redaction import redact
+from tiger_db.redaction import mask_secrets, redact
 for start in ("", "token:", "token", "a" * 60, "-----BEGIN A-----"):
     for text in HOSTILE:
         redact(start + text * (200_000 // len(text)), "known")
+        mask_secrets(start + text * (200_000 // len(text)))
 """
 
 
@@ -353,3 +363,77 @@ def test_a_long_text_takes_no_long_time() -> None:
     root = Path(__file__).parent.parent
     # Twenty seconds at most; a square of the length is hours.
     subprocess.run([sys.executable, "-c", TIMED], check=True, timeout=300, cwd=root, env=os.environ)
+
+
+# Secrets beyond doubt
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token", "accessToken", "ACCESS_TOKEN", "refresh token", "tokens", "client-secret",
+        "password_hash", "passwd", "userPwd", "passphrase", "Authorization", "x-api-key",
+        "APIKey", "api key", "aws_access_key", "signingKey", "ENCRYPTION_KEYS", "Set-Cookie",
+        "private_key", "private_key_pk1", "private_key_pk8", "tiger.private_key_pk8", "credentials",
+        "sign", "Signature", "PIN", "otp", "pepper", "x" * 999 + "_token",
+    ],
+)  # fmt: skip
+def test_a_name_tells_of_a_secret(name: str) -> None:
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "?", "user", "key", "api_key_id", "apiKeyIds", "key_prefix", "token_prefix",
+        "tokenType", "token_expires_at", "tokenExpiry", "new_token_hash", "secretFingerprint",
+        "token_count", "private_key_format", "token_status", "cookie_name", "token_url",
+        "token scopes", "token_id2", "token_refresh_id", "passwordLength",
+        "encryption_key_version", "design", "spin", "shipping",
+    ],
+)  # fmt: skip
+def test_a_name_tells_of_no_secret(name: str) -> None:
+    assert not is_secret_name(name)
+
+
+def test_names_of_secrets_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in ("_SECRET_WORDS", "_ASSIGNED"):
+        monkeypatch.setattr(redaction, names, set(getattr(redaction, names)))
+    try:
+        assert not is_secret_name("my_trade_pin")
+        add_secret_names("tradePin")
+        assert is_secret_name("my_trade_pin")
+        assert mask_secrets("trade_pin=1234") == f"trade_pin={MASK}"
+        with pytest.raises(ValueError, match="letter"):
+            add_secret_names("mother", "--")
+        assert not is_secret_name("mother")
+    finally:
+        redaction._is_secret.cache_clear()
+        redaction._assignments.cache_clear()
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if "digest" not in n and "only" not in n])
+def test_a_secret_beyond_doubt_is_masked_by_its_form(name: str) -> None:
+    text, secret = FORMS[name]
+    if name in {
+        "PEM, cut off at its beginning",
+        "DER after a line of dashes",
+        "capitals and digits",
+    }:
+        return
+    assert not [part for part in parts(secret) if part in mask_secrets(text)]
+
+
+@pytest.mark.parametrize("text", [*NAMED, "pin=hunter2", "accessKey: hunter2", "cookie=hunter2"])
+def test_a_secret_beyond_doubt_is_masked_by_its_name(text: str) -> None:
+    shown = mask_secrets(f"before {text} after")
+    assert "hunter2" not in shown
+    assert shown.startswith("before ")
+
+
+@pytest.mark.parametrize(
+    "text", [bytes(range(32)).hex(), "MIIxyz", f"MII{'A' * 96}", SIGN, "a" * 100, "shipping: 1"]
+)
+def test_what_may_be_no_secret_stays(text: str) -> None:
+    assert mask_secrets(text) == text
+    assert mask_secrets(f"see {text}, 2") == f"see {text}, 2"

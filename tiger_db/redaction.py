@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache, lru_cache
 from urllib.parse import quote
 
 MASK = "**********"
@@ -83,3 +84,114 @@ def _without_random(match: re.Match[str]) -> str:
         return run
     mixed = re.search("[a-z]", run) and re.search("[A-Z]", run)
     return MASK if mixed or len(parts) == 1 else run
+
+
+# Secrets by name
+
+_SECRET_WORDS = {
+    "token", "secret", "password", "passwd", "pwd", "passphrase", "authorization", "credential",
+    "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
+}  # fmt: skip
+_SECRET_NAMES = {"sign", "signature", "pin", "otp", "pepper"}
+# Those that `_NAMED` lacks, as they may stand in a text.
+_ASSIGNED = {"cookie", "access[_-]?key", "signing[_-]?key", "encryption[_-]?key"}
+_HARMLESS = {
+    "id", "ids", "prefix", "hash", "fingerprint", "expiresat", "expiry", "expiration", "expires",
+    "type", "count", "name", "status", "format", "at", "url", "scope", "scopes", "version",
+    "refreshid", "length",
+}  # fmt: skip
+_PASSWORDS = re.compile("passw|pwd|passphrase")  # whose hashes can be guessed from
+_NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
+_LONGEST_NAME = 100  # characters of one that is remembered
+
+_BASE64 = r"(?:[A-Za-z0-9+/]|\\/)"
+# Also in lines; the last one of these may be short.
+_DER = re.compile(
+    rf"(?<![A-Za-z0-9+])MII{_BASE64}{{27,}}+(?:(?:\s|\\+[rnt])+{_BASE64}{{30,}}+)*+"
+    rf"(?:(?:\r?\n|(?:\\+r)?\\+n)[ \t]*{_BASE64}+)?={{0,2}}"
+)
+_SHORTEST_DER = 100  # characters of base64
+_SHORTEST_TIGER_TOKEN = 19  # characters that tell one
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what bears this name, in any spelling of it, is a secret.
+
+    `accessToken` and `X-API-Key` are such names; `token_expires_at` and `api_key_id`, which tell
+    about a secret, are not.
+    """
+    return _is_secret(name) if len(name) <= _LONGEST_NAME else _is_secret.__wrapped__(name)
+
+
+def add_secret_names(*names: str) -> None:
+    """Have what bears a name that contains one of these masked, in this process, from now on.
+
+    Spelling does not matter: `tradePin`, `trade_pin` and `TRADE-PIN` are one name.
+
+    Raises:
+        ValueError: a name has no letter or digit.
+    """
+    added = [_words(name) for name in names]
+    if [] in added:
+        raise ValueError("a secret's name must have a letter or a digit")
+    _SECRET_WORDS.update(map("".join, added))
+    _ASSIGNED.update(map("[_-]?".join, added))
+    _is_secret.cache_clear()
+    _assignments.cache_clear()
+
+
+def mask_secrets(text: str) -> str:
+    """The text without what is a secret beyond doubt; long random text, as digests are, stays.
+
+    Masked are PEM blocks and bare base64 of private keys, tokens of Tiger's, JWTs, Bearer
+    credentials, API keys of ours, and values after a secret's name: `password=…`.
+    """
+    # Most texts hold nothing: what is cheap to see comes first.
+    if "-----BEGIN" in text:
+        text = _PEM.sub(MASK, text)
+    if len(text) >= _SHORTEST_TIGER_TOKEN:
+        text = _TIGER_TOKEN.sub(MASK, text)
+    if "eyJ" in text:
+        text = _JWT.sub(MASK, text)
+    if "tdb_" in text:
+        text = _API_KEY.sub(rf"\1_{MASK}", text)
+    if "MII" in text:
+        text = _DER.sub(_without_der, text)
+    if "bearer" in text.lower():
+        text = _BEARER.sub(rf"\1 {MASK}", text)
+    if "=" in text or ":" in text or "\uff1a" in text:
+        text = _assignments().sub(_without_value, text)
+    return text
+
+
+@lru_cache(maxsize=4096)
+def _is_secret(name: str) -> bool:
+    words = _words(name)
+    while words and words[-1].isdigit():
+        words.pop()
+    joined = "".join(_words(name))
+    if joined in _SECRET_NAMES:
+        return True
+    if not any(word in joined for word in _SECRET_WORDS):
+        return False
+    if words[-1:] == ["hash"] and _PASSWORDS.search(joined):
+        return True
+    return not _HARMLESS.intersection(words[-1:])
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name in any style: `APIKeyId` as well as `api-key id`."""
+    return [word.lower() for word in _NAME_WORDS.findall(name)]
+
+
+@cache
+def _assignments() -> re.Pattern[str]:
+    """As `_NAMED`, with all names of secrets."""
+    names = " | ".join(["| credential", *sorted(_ASSIGNED)])
+    exact = " | ".join(["| sign (?: ature )?", *sorted(_SECRET_NAMES)])
+    pattern = _NAMED.pattern.replace("| credential", names)
+    return re.compile(pattern.replace("| sign (?: ature )?", exact), _NAMED.flags)
+
+
+def _without_der(match: re.Match[str]) -> str:
+    return MASK if len(re.sub(r"\s|\\+[rnt]?", "", match[0])) >= _SHORTEST_DER else match[0]
