@@ -23,7 +23,7 @@ NAME = "tiger_db_bench"
 PACKAGES = ("tiger-db", "asyncpg", "sqlalchemy", "sqlmodel", "pydantic", "keyshield")
 
 
-async def run(server: servers.Server) -> list[Result]:
+async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
     settings = await create_database(server.url, NAME)
     try:
         async with migration_engine(settings) as engine:
@@ -34,7 +34,7 @@ async def run(server: servers.Server) -> list[Result]:
             asyncpg.create_pool(**arguments, init=_json, min_size=1) as pool,
         ):
             results: list[Result] = []
-            for works in (accounts.works, keys.works, audit.works, audit.page_works):
+            for works in (accounts.works, keys.works, audit.works):
                 results += [await told(work) for work in await works(database, pool)]
             async with keys.memory_works(database, pool) as more:
                 results += [await told(work) for work in more]
@@ -45,9 +45,28 @@ async def run(server: servers.Server) -> list[Result]:
                 results += [await told(work) for work in more]
             async with others(server, "few") as few, others(server, "many") as many:
                 results.append(await told(await keys.depth_work(few, many)))
-            return results
+            async with others(server, "trail") as trail:
+                results_, facts = await trail_results(trail, _writing(results))
+                return results + results_, facts
     finally:
         await drop_database(server.url, NAME)
+
+
+async def trail_results(trail: Database, writing: float) -> tuple[list[Result], list[str]]:
+    await audit.fill(trail)
+    async with asyncpg.create_pool(
+        **await connect_args(trail.settings), init=_json, min_size=1
+    ) as pool:
+        results = [await told(work) for work in await audit.page_works(trail, pool)]
+        facts = []
+        async for fact in audit.facts(trail, pool, writing):
+            print(fact)
+            facts.append(fact)
+    return results, facts
+
+
+def _writing(results: Sequence[Result]) -> float:
+    return next(result.ours for result in results if result.name.startswith("record one event"))
 
 
 async def told(work: Work) -> Result:
@@ -83,7 +102,7 @@ async def _json(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
     )
 
 
-def report(results: Sequence[Result], server: servers.Server) -> str:
+def report(results: Sequence[Result], facts: Sequence[str], server: servers.Server) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     rows = "\n".join(
         f"| {result.name} | {_micro(result.ours)} | {_micro(result.plain)}"
@@ -92,6 +111,7 @@ def report(results: Sequence[Result], server: servers.Server) -> str:
         if result.name != audit.DEPTH
     )
     depth = next(result for result in results if result.name == audit.DEPTH)
+    facts_ = "\n".join(f"- {fact}" for fact in facts)
     return f"""# Results
 
 Microseconds per operation: the median of {ROUNDS} rounds in which ours and plain asyncpg's way of
@@ -104,6 +124,8 @@ validation, one class for row and schema, decryption on demand, typed errors. Wh
 {rows}
 
 Depth: taking turns with our first page, the deep page costs {depth.ratio:.2f} times as much.
+
+{facts_}
 
 {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python \
 {platform.python_version()}, PostgreSQL {servers.version(server)} ({server.kind}); {versions}.
@@ -118,8 +140,9 @@ def _micro(seconds: float) -> str:
 def main() -> None:
     server = servers.choose()
     try:
-        results = asyncio.run(run(server))
-        Path(__file__).with_name("RESULTS.md").write_text(report(results, server), encoding="utf-8")
+        results, facts = asyncio.run(run(server))
+        text = report(results, facts, server)
+        Path(__file__).with_name("RESULTS.md").write_text(text, encoding="utf-8")
     finally:
         server.stop()
 

@@ -19,9 +19,10 @@ ALLOWED: dict[str, set[str]] = {
     "encryption": {"errors", "redaction"},
     "models": {"encryption", "errors", "redaction", "tokens"},
     "peppers": {"encryption", "errors"},
+    "signing": {"errors"},
     "write_behind": {"models", "errors"},
     "crud": {"models", "encryption", "errors", "redaction", "peppers", "write_behind"},
-    "settings": {"encryption", "errors", "peppers"},
+    "settings": {"encryption", "errors", "peppers", "signing"},
     "migrations": {"models", "errors"},
 }
 

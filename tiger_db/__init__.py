@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tiger_db import audit as audit
     from tiger_db import crud as crud
     from tiger_db import database as database
     from tiger_db import embedded as embedded
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from tiger_db import migrations as migrations
     from tiger_db import models as models
     from tiger_db import peppers as peppers
+    from tiger_db import redaction as redaction
+    from tiger_db import signing as signing
     from tiger_db import tiger as tiger
     from tiger_db import write_behind as write_behind
     from tiger_db.crud import Page
@@ -72,8 +75,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "crud", "database", "embedded", "encryption", "errors", "health", "key_rotation", "key_uses",
-    "migrations", "models", "peppers", "settings", "tiger", "verifier", "write_behind",
+    "audit", "crud", "database", "embedded", "encryption", "errors", "health", "key_rotation",
+    "key_uses", "migrations", "models", "peppers", "redaction", "settings", "signing", "tiger",
+    "verifier", "write_behind",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {

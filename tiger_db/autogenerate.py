@@ -29,6 +29,20 @@ def render_item(kind: str, item: object, _context: AutogenContext) -> str | Lite
     return False
 
 
+def compare_server_default(
+    _context: object,
+    _inspected_column: object,
+    _metadata_column: object,
+    inspected_default: str | None,
+    _metadata_default: object,
+    rendered_metadata_default: str | None,
+) -> bool | None:
+    """Alembic has the server compare values; two of a sequence are never the same."""
+    if inspected_default and inspected_default.startswith("nextval("):
+        return inspected_default != rendered_metadata_default
+    return None
+
+
 class TriggerOp(ExecuteSQLOp):
     """Have the database keep `updated_at` of a table."""
 
@@ -76,7 +90,7 @@ OPTIONS: dict[str, Any] = {
     "include_name": include_name,
     "render_item": render_item,
     "compare_type": True,
-    "compare_server_default": True,
+    "compare_server_default": compare_server_default,
     "transaction_per_migration": True,
     "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
 }

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import asyncpg
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import event
 from sqlalchemy.engine import AdaptedConnection, ExceptionContext
 from sqlalchemy.exc import DisconnectionError
@@ -22,6 +23,7 @@ from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionE
 from tiger_db.migrations import schema_state
 from tiger_db.peppers import Peppers
 from tiger_db.settings import ConnectArgs, Settings
+from tiger_db.signing import generate_signing_key, parse_signing_key
 from tiger_db.write_behind import LOST, WriteBehind
 
 T = TypeVar("T")
@@ -115,7 +117,7 @@ def kept_key_ring(settings: Settings) -> KeyRing:
     Raises:
         ConfigurationError: the file was damaged; it says which.
     """
-    return _kept(settings, "encryption_keys", KeyRing.parse)
+    return _kept(settings, "encryption_keys", generate_key, KeyRing.parse)
 
 
 def kept_peppers(settings: Settings) -> Peppers:
@@ -124,14 +126,25 @@ def kept_peppers(settings: Settings) -> Peppers:
     Raises:
         ConfigurationError: the file was damaged; it says which.
     """
-    return _kept(settings, "api_key_peppers", Peppers.parse)
+    return _kept(settings, "api_key_peppers", generate_key, Peppers.parse)
 
 
-def _kept(settings: Settings, name: str, parse: Callable[[str], T]) -> T:
+def kept_signing_key(settings: Settings) -> Ed25519PrivateKey:
+    """The audit trail's key that the embedded server keeps beside its data, made if missing.
+
+    Raises:
+        ConfigurationError: the file was damaged; it says which.
+    """
+    return _kept(settings, "audit_signing_key", generate_signing_key, parse_signing_key)
+
+
+def _kept(
+    settings: Settings, name: str, generate: Callable[[], str], parse: Callable[[str], T]
+) -> T:
     from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
 
     try:
-        return parse(embedded.kept_secret(settings, name, generate_key))
+        return parse(embedded.kept_secret(settings, name, generate))
     except EncryptionError as error:
         path = embedded.folder(settings) / name
         raise ConfigurationError(f"{path}: {error}: restore it") from None
@@ -218,6 +231,17 @@ class Database:
         async with self.engine.connect() as connection:
             (await schema_state(connection)).check()
         self._checked = True
+
+    async def signing_key(self) -> Ed25519PrivateKey | None:
+        """The key that signs the seals of the audit trail; None: there is none.
+
+        Raises:
+            ConfigurationError: `AUDIT_SIGNING_KEY` is malformed or unreadable.
+        """
+        key = self.settings.signing_key()
+        if key is None and self.settings.embedded:
+            key = await asyncio.to_thread(kept_signing_key, self.settings)
+        return key
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:

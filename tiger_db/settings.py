@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, TypedDict, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -21,6 +22,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.peppers import Peppers
+from tiger_db.signing import parse_signing_key
 
 T = TypeVar("T")
 
@@ -127,6 +129,9 @@ class Settings(BaseSettings):
     encryption_keys_file: File | None = None
     api_key_peppers: SecretStr | None = None
     api_key_peppers_file: File | None = None
+    audit_signing_key: SecretStr | None = None
+    audit_signing_key_file: File | None = None
+    audit_retention_months: int | None = Field(default=None, ge=1, le=1200)
 
     def __init__(self, **values: object) -> None:
         try:
@@ -247,11 +252,19 @@ class Settings(BaseSettings):
         """
         return self._keys("api_key_peppers", Peppers.parse)
 
-    def _keys(self, field: str, parse: Callable[[str], T]) -> T | None:
+    def signing_key(self) -> Ed25519PrivateKey | None:
+        """The key that signs the seals of the audit trail, or None where none is set.
+
+        Raises:
+            ConfigurationError: malformed or unreadable. Only who seals needs one.
+        """
+        return self._keys("audit_signing_key", parse_signing_key, required=False)
+
+    def _keys(self, field: str, parse: Callable[[str], T], *, required: bool = True) -> T | None:
         name = field.upper()
         text = secret_text(name, getattr(self, field), getattr(self, f"{field}_file"))
         if text is None:
-            if self.production:
+            if self.production and required:
                 raise ConfigurationError(
                     f"{name} or {name}_FILE is required when ENVIRONMENT=production"
                 )

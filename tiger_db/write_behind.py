@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from tiger_db.errors import DatabaseUnavailable, TigerDBError
 from tiger_db.models import AuditLog
+from tiger_db.models.audit_rows import copy_events
 
 # What asyncpg raises when the server goes away; the last is its state machine, surprised by that.
 LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -212,11 +213,8 @@ class WriteBehind:
         error: Exception | None = None
         try:
             if waiting:
-                async with AsyncSession(self.engine) as session:
-                    session.add_all([one.event for one in waiting])
-                    await session.commit()
-        except PoolTimeoutError:
-            error = DatabaseUnavailable("all connections for what is written apart are in use")
+                async with self.connection() as connection:
+                    await copy_events(connection, [one.event for one in waiting])
         except Exception as problem:  # noqa: BLE001  # whatever it is, who waits is told
             error = problem
         except BaseException:

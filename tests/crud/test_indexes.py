@@ -13,6 +13,7 @@ from sqlalchemy import event, text
 
 from tests.conftest import create_database, drop_database
 from tiger_db import AuditLog, Database, RefreshTrigger, Settings
+from tiger_db.audit.stored import EVENTS, LAST_SEAL
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorizing import load
 from tiger_db.crud.api_keys.limits import TAKE
@@ -62,13 +63,19 @@ SELECT id(n), id(n / 2 + 1),
     'manual', now() - make_interval(secs => n), 0, 3, 0
 FROM generate_series(1, 30000) n;
 
-INSERT INTO audit_logs (id, action, result, severity, tiger_account_id, api_key_id, user_id)
+INSERT INTO audit_logs (id, action, result, severity, tiger_account_id, api_key_id, user_id,
+    session_id, request_id)
 SELECT (left(uuid7_floor(date_trunc('month', now(), 'UTC') + make_interval(months => month))::text,
     24) || lpad(n::text, 12, '0'))::uuid,
-    'data:query', 'success', 'low', id(n % 500), id(n % 500), n % 500
-FROM generate_series(1, 10000) n, generate_series(0, 3) month;
+    'data:query', 'success', 'low', id(n % 500), id(n % 500), n % 500, 's' || n / 20, 'r' || n
+FROM generate_series(0, 3) month, generate_series(1, 10000) n;
 
-ANALYZE
+INSERT INTO audit_seals SELECT n, '', '', '' FROM generate_series(1, 20000) n;
+
+ANALYZE;
+
+SELECT brin_summarize_new_values(pg_class.oid) FROM pg_class JOIN pg_am ON pg_am.oid = relam
+WHERE amname = 'brin' AND relkind = 'i'
 """
 
 
@@ -159,6 +166,16 @@ async def left_out(session: AsyncSession) -> None:
     await session.execute(LEFT_OUT, {"writer": id_of(77)})
 
 
+async def events_to_seal(session: AsyncSession) -> None:
+    connection = await session.connection()
+    await connection.exec_driver_sql(EVENTS, (25_000, 25_100))
+
+
+async def newest_seal(session: AsyncSession) -> None:
+    connection = await session.connection()
+    await connection.exec_driver_sql(LAST_SEAL)
+
+
 async def verifier_miss(session: AsyncSession) -> None:
     connection = await session.connection()
     await connection.exec_driver_sql(FIND, (f"tdb_test_{77:012}",))
@@ -210,9 +227,13 @@ SERVES: list[tuple[str, Query]] = [
     ),
     ("ix_token_statuses_failed", token_status.get_failed_refreshes),
     ("pk_audit_logs", audit_logs.get_recent_events),
-    ("ix_audit_logs_tiger_account_id_id", partial(audit_logs.search, account_id=id_of(77))),
-    ("ix_audit_logs_api_key_id_id", partial(audit_logs.search, api_key_id=id_of(77))),
-    ("ix_audit_logs_user_id_id", partial(audit_logs.search, user_id="77")),
+    ("ix_audit_logs_tiger_account_id", partial(audit_logs.search, account_id=id_of(77))),
+    ("ix_audit_logs_api_key_id", partial(audit_logs.search, api_key_id=id_of(77))),
+    ("ix_audit_logs_user_id", partial(audit_logs.search, user_id="77")),
+    ("ix_audit_logs_session_id", partial(audit_logs.search, session_id="s77")),
+    ("ix_audit_logs_request_id", partial(audit_logs.search, request_id="r77")),
+    ("ix_audit_logs_position", events_to_seal),
+    ("pk_audit_seals", newest_seal),
 ]
 
 

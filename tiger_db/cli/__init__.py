@@ -18,6 +18,7 @@ from tiger_db.cli import (
     audit,
     database,
     encryption,
+    events,
     refreshes,
     tiger,
 )
@@ -32,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _panel in (database, accounts, api_keys, api_key_care, audit, refreshes, encryption, tiger):
+for _panel in (
+    database, accounts, api_keys, api_key_care, events, audit, refreshes, encryption, tiger,
+):  # fmt: skip
     app.add_typer(_panel.app)
 
 

@@ -1,8 +1,16 @@
-"""The audit trail."""
+"""The audit trail as it is read: listed, followed, drawn, exported."""
 
-from collections.abc import Iterable
+import asyncio
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
 import typer
@@ -13,95 +21,293 @@ from tiger_db.cli.input import (
     Limit,
     account_numbers,
     as_uuid,
+    duration,
     find_account,
     find_api_key,
     moment,
     query,
+    settings,
 )
-from tiger_db.cli.output import AsJson, show_page
+from tiger_db.cli.output import (
+    AsJson,
+    counter,
+    dump,
+    print_json,
+    show_bars,
+    show_line,
+    show_page,
+    show_table,
+    talk,
+)
 
 if TYPE_CHECKING:
+    from tiger_db.crud.audit_logs import Criteria
     from tiger_db.database import AsyncSession
 
 Results = Literal["success", "failure", "partial", "error"]
 Severities = Literal["low", "medium", "high", "critical"]
 _WHEN = "such as 2026-01-31T12:00:00Z, or how long ago, such as 24h or 7d."
+_DAY = timedelta(days=1)
+_HOURLY = 2 * _DAY  # the longest that is drawn by the hour
+PANEL = "Audit trail"
 
+Since = Annotated[str | None, typer.Option(metavar="TIME", help=f"From then on: {_WHEN}")]
+Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before then, in the same forms.")]
+Action = Annotated[
+    list[str] | None,
+    typer.Option(help="Only this, such as trade:place_order, or a family such as trade."),
+]
+ResultOption = Annotated[Results | None, typer.Option("--result", help="Only these.")]
+Severity = Annotated[Severities | None, typer.Option(help="Only these.")]
+Account = Annotated[str | None, typer.Option(help="Number or id of an account.")]
+ApiKey = Annotated[str | None, typer.Option(help="Prefix or id of an API key.")]
+User = Annotated[str | None, typer.Option(help="Id of a user.")]
+Ip = Annotated[str | None, typer.Option(help="Address or network, such as 10.0.0.0/8.")]
+Session = Annotated[str | None, typer.Option("--session-id", help="Id of a session.")]
+Request = Annotated[str | None, typer.Option("--request-id", help="Id of a request.")]
+Resource = Annotated[str | None, typer.Option(help="Kind of a thing, its id, or both as KIND/ID.")]
+Details = Annotated[
+    str | None, typer.Option(metavar="JSON", help='What the details contain: {"symbol": "AAPL"}.')
+]
 app = typer.Typer()
 
 
-@app.command(rich_help_panel="Audit trail")
+@app.command(rich_help_panel=PANEL)
 def list_events(
     *,
-    since: Annotated[
-        str | None, typer.Option(metavar="TIME", help=f"From then on: {_WHEN}")
-    ] = None,
-    until: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Before then, in the same forms.")
-    ] = None,
-    action: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this, such as trade:place_order, or a family such as trade."),
-    ] = None,
-    result: Annotated[Results | None, typer.Option(help="Only these.")] = None,
-    severity: Annotated[Severities | None, typer.Option(help="Only these.")] = None,
-    account: Annotated[str | None, typer.Option(help="Number or id of an account.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Prefix or id of an API key.")] = None,
-    user: Annotated[str | None, typer.Option(help="Id of a user.")] = None,
-    ip: Annotated[str | None, typer.Option(help="Address or network, such as 10.0.0.0/8.")] = None,
-    session_id: Annotated[str | None, typer.Option(help="Id of a session.")] = None,
-    request_id: Annotated[str | None, typer.Option(help="Id of a request.")] = None,
+    since: Since = None,
+    until: Until = None,
+    action: Action = None,
+    result: ResultOption = None,
+    severity: Severity = None,
+    account: Account = None,
+    api_key: ApiKey = None,
+    user: User = None,
+    ip: Ip = None,
+    session_id: Session = None,
+    request_id: Request = None,
+    resource: Resource = None,
+    details: Details = None,
     limit: Limit = 50,
     after: After = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="Wait for new events and show each."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what was done, newest first: the events that match every option given."""
-    start = moment(since, "--since", ago=True)
-    end = moment(until, "--until", ago=True)
-    actions = _actions(action or ())
+    """List what was done, newest first: the events that match every option given.
+
+    With --follow, those that come from now on; as JSON, an object on each line.
+    """
+    wanted = _wanted(locals())
+    if follow:
+        if until is not None or after is not None:
+            raise typer.BadParameter("has no end", param_hint="--follow")
+        asyncio.run(_follow(wanted, as_json=as_json))
+        return
 
     async def find(
         session: "AsyncSession",
     ) -> "tuple[tiger_db.Page[tiger_db.AuditLog], dict[UUID | None, str]]":
+        page = await tiger_db.crud.audit_logs.search(
+            session, **await wanted(session), after=after, limit=limit
+        )
+        return page, await account_numbers(session, (event.tiger_account_id for event in page))
+
+    page, numbers = query(find)
+    show_page(page, _columns(numbers), as_json=as_json)
+
+
+def _columns(
+    numbers: dict[UUID | None, str],
+) -> "dict[str, Callable[[tiger_db.AuditLog], object]]":
+    return {
+        "Time": lambda event: event.created_at,
+        "Action": lambda event: event.action,
+        "Result": lambda event: event.result,
+        "Severity": lambda event: event.severity,
+        "Account": lambda event: numbers.get(event.tiger_account_id),
+        "User": lambda event: event.user_id,
+        "Error": lambda event: event.error_message or event.error_code,
+    }
+
+
+async def _follow(
+    wanted: "Callable[[AsyncSession], Awaitable[Criteria]]", *, as_json: bool
+) -> None:
+    async with tiger_db.Database(settings()) as database:
+        async with database.session() as session:
+            criteria = await wanted(session)
+        async with aclosing(tiger_db.audit.follow(database, **criteria)) as events:
+            talk("waiting for events; Ctrl-C ends it")
+            async for event in events:
+                if as_json:
+                    sys.stdout.write(json.dumps(dump(event)) + "\n")
+                else:
+                    async with database.session() as session:
+                        numbers = await account_numbers(session, [event.tiger_account_id])
+                    show_line([show(event) for show in _columns(numbers).values()])
+                sys.stdout.flush()
+
+
+@app.command(rich_help_panel=PANEL)
+def show_events(
+    *,
+    last: Annotated[str, typer.Option(metavar="24h", help="How far back: m, h, d or w.")] = "24h",
+    chart: Annotated[bool, typer.Option("--chart", help="Draw them over time.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Count what was done lately: by action and by result, and over time."""
+    until = datetime.now(UTC)
+    since = until - duration(last, "--last")
+    counts = query(lambda session: tiger_db.crud.audit_logs.statistics(session, since=since))
+    if as_json:
+        print_json(
+            {
+                "actions": counts.actions,
+                "results": counts.results,
+                "hours": {hour.isoformat(): count for hour, count in counts.hours.items()},
+            }
+        )
+    elif not counts.actions:
+        talk("there are none")
+    elif chart:
+        show_bars(_over_time(counts.hours, since, until))
+    else:
+        show_table(("Result", "Events"), list(counts.results.items()))
+        typer.echo()
+        show_table(("Action", "Events"), list(counts.actions.items()))
+
+
+def _over_time(hours: dict[datetime, int], since: datetime, until: datetime) -> dict[str, int]:
+    """By the hour up to two days, else by the day; those without events are there too."""
+    step, form = (
+        (timedelta(hours=1), "%m-%d %H:00") if until - since <= _HOURLY else (_DAY, "%Y-%m-%d")
+    )
+    at = since.replace(minute=0, second=0, microsecond=0)
+    bars: Counter[str] = Counter()
+    while at <= until:
+        bars[f"{at:{form}}"] = 0
+        at += step
+    for hour, count in hours.items():
+        bars[f"{hour:{form}}"] += count
+    return dict(bars)
+
+
+@app.command(rich_help_panel=PANEL)
+def export_events(
+    *,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to; else to standard output.")
+    ] = None,
+    form: Annotated[
+        Literal["jsonl", "csv"], typer.Option("--format", help="JSON Lines, or for spreadsheets.")
+    ] = "jsonl",
+    since: Since = None,
+    until: Until = None,
+    action: Action = None,
+    result: ResultOption = None,
+    severity: Severity = None,
+    account: Account = None,
+    api_key: ApiKey = None,
+    user: User = None,
+    ip: Ip = None,
+    session_id: Session = None,
+    request_id: Request = None,
+    resource: Resource = None,
+    details: Details = None,
+) -> None:
+    """Write events out, however many: those that match every option given, oldest first.
+
+    Without options, all of them and their seals: `verify-audit --from` checks such a file.
+    """
+    wanted = _wanted(locals())
+
+    async def run() -> int:
+        count = 0
+
+        def advance(events: int) -> None:
+            nonlocal count
+            count += events
+            tell(count)
+
+        async with tiger_db.Database(settings()) as database:
+            async with database.session() as session:
+                criteria = await wanted(session)
+            with private_file(out) as file, counter("events") as tell:
+                lines = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
+                async for line in lines:
+                    file.write(line)
+        return count
+
+    talk(f"{asyncio.run(run())} events were exported")
+
+
+@contextmanager
+def private_file(path: Path | None) -> Iterator[IO[str]]:
+    """A file that only its owner reads and that appears when it is complete; else stdout."""
+    if path is None:
+        yield sys.stdout
+        return
+    part = path.with_name(f"{path.name}.part")
+    with open(  # Path.open takes no opener
+        part, "w", encoding="utf-8", newline="", opener=lambda p, flags: os.open(p, flags, 0o600)
+    ) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _wanted(options: dict[str, Any]) -> "Callable[[AsyncSession], Awaitable[Criteria]]":
+    """The criteria that a command's options make, once a session can look for names in them."""
+    start = moment(options["since"], "--since", ago=True)
+    end = moment(options["until"], "--until", ago=True)
+    actions = _actions(options["action"] or ())
+    details = _json(options["details"])
+    result, severity = options["result"], options["severity"]
+
+    async def find(session: "AsyncSession") -> "Criteria":
         # By id, events outlive what they are about.
+        account, api_key = options["account"], options["api_key"]
         account_id = as_uuid(account) if account is not None else None
         if account is not None and account_id is None:
             account_id = (await find_account(session, account)).id
         key_id = as_uuid(api_key) if api_key is not None else None
         if api_key is not None and key_id is None:
             key_id = (await find_api_key(session, api_key)).id
-        page = await tiger_db.crud.audit_logs.search(
-            session,
-            since=start,
-            until=end,
-            actions=actions,
-            results=[tiger_db.AuditResult(result)] if result else (),
-            severities=[tiger_db.AuditSeverity(severity)] if severity else (),
-            account_id=account_id,
-            api_key_id=key_id,
-            user_id=user,
-            ip=ip,
-            session_id=session_id,
-            request_id=request_id,
-            after=after,
-            limit=limit,
-        )
-        return page, await account_numbers(session, (event.tiger_account_id for event in page))
+        return {
+            "since": start,
+            "until": end,
+            "actions": actions,
+            "results": [tiger_db.AuditResult(result)] if result else (),
+            "severities": [tiger_db.AuditSeverity(severity)] if severity else (),
+            "account_id": account_id,
+            "api_key_id": key_id,
+            "user_id": options["user"],
+            "ip": options["ip"],
+            "session_id": options["session_id"],
+            "request_id": options["request_id"],
+            "resource": options["resource"],
+            "details": details,
+        }
 
-    page, numbers = query(find)
-    show_page(
-        page,
-        {
-            "Time": lambda event: event.created_at,
-            "Action": lambda event: event.action,
-            "Result": lambda event: event.result,
-            "Severity": lambda event: event.severity,
-            "Account": lambda event: numbers.get(event.tiger_account_id),
-            "User": lambda event: event.user_id,
-            "Error": lambda event: event.error_message or event.error_code,
-        },
-        as_json=as_json,
-    )
+    return find
+
+
+def _json(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(
+            'give a JSON object, such as {"symbol": "AAPL"}', param_hint="--details"
+        )
+    return found
 
 
 def _actions(names: Iterable[str]) -> "list[tiger_db.AuditAction]":

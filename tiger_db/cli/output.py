@@ -68,6 +68,28 @@ def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda length: bar.advance(task, length)
 
 
+@contextmanager
+def progress_to(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """As `progress`; what is yielded is told how much is done, and of how much."""
+    from rich.progress import Progress  # noqa: PLC0415  # slow, and `--help` is to be fast
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def counter(things: str) -> Iterator[Callable[[int], None]]:
+    """How many there were until now, on stderr, where nobody knows how many there will be."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _count: None
+        return
+    with console.status("") as status:
+        yield lambda count: status.update(f"{count:,} {things}")
+
+
 def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
@@ -112,6 +134,11 @@ def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> Non
     for row in list(zip(*columns, strict=True))[1:]:
         table.add_row(*row)
     console.print(table)
+
+
+def show_line(row: Iterable[object]) -> None:
+    """A row by itself, of a table whose end is not known."""
+    sys.stdout.write("  ".join(text for value in row if (text := _text(value))) + "\n")
 
 
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 from uuid import UUID
 
+import asyncpg
 from sqlalchemy import Select, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -200,10 +201,15 @@ _BY_SQLSTATE: dict[str, tuple[type[TigerDBError], str]] = {
 
 def constraint_error(error: DBAPIError) -> TigerDBError | None:
     """The typed error for a violation, without any value of the row; None for other errors."""
-    sqlstate = getattr(error.orig, "sqlstate", None)
+    cause = error.orig.__cause__ if error.orig is not None else None
+    return constraint_error_of(cause) if isinstance(cause, asyncpg.PostgresError) else None
+
+
+def constraint_error_of(cause: asyncpg.PostgresError) -> TigerDBError | None:
+    """As `constraint_error`, of what asyncpg itself raised."""
+    sqlstate = cause.sqlstate
     if sqlstate not in _BY_SQLSTATE:
         return None
-    cause: Any = error.orig.__cause__ if error.orig is not None else None
     kind, message = _BY_SQLSTATE[sqlstate]
     where = getattr(cause, "constraint_name", None) or getattr(cause, "column_name", None)
     return kind(f"{message} ({where})" if where else message)

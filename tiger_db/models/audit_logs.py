@@ -1,19 +1,33 @@
 """The audit trail: who did what to which account, and how it ended."""
 
+from collections.abc import Mapping
 from enum import StrEnum
+from functools import cache
 from ipaddress import IPv4Address, IPv6Address
-from typing import Annotated
+from typing import Annotated, Any, Self
 from uuid import UUID
 
-from pydantic import AfterValidator
-from sqlalchemy import BigInteger, Index, text
+from annotated_types import MaxLen
+from pydantic import AfterValidator, ModelWrapValidatorHandler, model_validator
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, Table, func, text
 from sqlalchemy import Text as SQLText
 from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field
 
 from tiger_db.models.api_keys import parse_address
-from tiger_db.models.base import Entity, Int64, JsonObject, Text, enum_type, tracked_json
+from tiger_db.models.audit_values import safe
+from tiger_db.models.base import (
+    Entity,
+    Int64,
+    JsonObject,
+    Text,
+    Timestamp,
+    UTCDateTime,
+    enum_type,
+    metadata,
+    tracked_json,
+)
 
 
 class AuditAction(StrEnum):
@@ -120,32 +134,43 @@ def severity_of(action: AuditAction, result: AuditResult) -> AuditSeverity:
     return AuditSeverity.LOW if result == AuditResult.SUCCESS else AuditSeverity.MEDIUM
 
 
+_BRIN: dict[str, Any] = {"postgresql_with": {"pages_per_range": 32, "autosummarize": True}}
+
+
 class AuditLog(Entity, table=True):
-    """One event. It is never changed and outlives what it tells about: it refers by id only."""
+    """One event. It is never changed and outlives what it tells about: it refers by id only.
+
+    Details that cannot be stored, or hold secrets, are made safe; `details` say what was changed.
+    """
 
     __tablename__ = "audit_logs"
     __table_args__ = (
-        Index(
-            "ix_audit_logs_tiger_account_id_id",
-            "tiger_account_id",
-            "id",
-            postgresql_where=text("tiger_account_id IS NOT NULL"),
+        *(
+            Index(f"ix_audit_logs_{name}", name, postgresql_where=text(f"{name} IS NOT NULL"))
+            for name in ("tiger_account_id", "api_key_id", "user_id")
         ),
-        Index(
-            "ix_audit_logs_api_key_id_id",
-            "api_key_id",
-            "id",
-            postgresql_where=text("api_key_id IS NOT NULL"),
-        ),
-        Index(
-            "ix_audit_logs_user_id_id",
-            "user_id",
-            "id",
-            postgresql_where=text("user_id IS NOT NULL"),
+        # Tiny, and good enough to find the few pages that can hold a value.
+        Index("ix_audit_logs_position", "position", postgresql_using="brin", **_BRIN),
+        *(
+            Index(
+                f"ix_audit_logs_{name}",
+                name,
+                postgresql_using="brin",
+                postgresql_ops={name: "text_bloom_ops"},
+                **_BRIN,
+            )
+            for name in ("request_id", "session_id")
         ),
         {"postgresql_partition_by": "RANGE (id)"},
     )
 
+    created_at: UTCDateTime | None = Field(
+        default=None,
+        sa_type=Timestamp,
+        nullable=False,
+        sa_column_kwargs={"server_default": func.clock_timestamp()},
+        description="When it was written, by the database's clock",
+    )
     action: AuditAction = Field(sa_type=enum_type(AuditAction), description="What was done")
     result: AuditResult = Field(
         default=AuditResult.SUCCESS, sa_type=enum_type(AuditResult), description="How it ended"
@@ -215,3 +240,68 @@ class AuditLog(Entity, table=True):
     tags: JsonObject | None = Field(
         default=None, sa_type=tracked_json(), description="Free-form object"
     )
+    position: Int64 | None = Field(
+        default=None,
+        sa_type=BigInteger,
+        nullable=False,
+        sa_column_kwargs={"server_default": text("nextval('audit_logs_position_seq'::regclass)")},
+        description="Place in the order of writing; what was rolled back leaves gaps",
+    )
+
+    # Not "before": that one would see the whole row whenever a field is assigned.
+    @model_validator(mode="wrap")
+    @classmethod
+    def _make_safe(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # as pydantic has it
+        return handler(_safe(data) if isinstance(data, Mapping) else data)
+
+    def validated(self, changes: dict[str, Any]) -> dict[str, Any]:
+        made = _safe(changes)
+        # Nothing more than what is assigned: notes show only where details are.
+        return super().validated({name: made.get(name, value) for name, value in changes.items()})
+
+
+def _safe(values: Mapping[str, object]) -> dict[str, object]:
+    return safe(values, _text_limits(), _SEVERITIES)
+
+
+_SEVERITIES = frozenset(AuditSeverity)
+
+
+@cache
+def _text_limits() -> dict[str, int]:
+    """The most characters of each text field that has a limit."""
+    return {
+        name: rule.max_length
+        for name, field in AuditLog.model_fields.items()
+        for rule in field.metadata
+        if isinstance(rule, MaxLen)
+    }
+
+
+# No entity: a seal is known by its number, and what it says is a text that was signed.
+audit_seals = Table(
+    "audit_seals",
+    metadata,
+    Column(
+        "number",
+        BigInteger,
+        primary_key=True,
+        autoincrement=False,
+        comment="Counts from 1, without gaps",
+    ),
+    Column(
+        "statement",
+        SQLText,
+        nullable=False,
+        comment="What is signed, as JSON: places of the events, root of their Merkle tree,"
+        " digest of the previous statement",
+    ),
+    Column("signature", LargeBinary, nullable=False, comment="Ed25519 signature of the statement"),
+    Column(
+        "digests",
+        LargeBinary,
+        nullable=False,
+        comment="SHA-256 of each event, in the order of their places",
+    ),
+    comment="Proof of what the audit trail held",
+)

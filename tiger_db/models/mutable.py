@@ -10,6 +10,7 @@ class Tracked(Mutable):
     """A column's value, or a part of it, whose changes are the root's."""
 
     root: "Tracked | None" = None
+    touched = False  # whether the root was changed in place
 
     @classmethod
     def coerce(cls, key: str, value: object) -> object:  # noqa: ARG003  # SQLAlchemy's signature
@@ -27,6 +28,7 @@ class Tracked(Mutable):
 
     def changed(self) -> None:
         if self.root is None:
+            self.touched = True
             super().changed()
         else:
             self.root.changed()

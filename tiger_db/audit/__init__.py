@@ -1,0 +1,25 @@
+"""Keeping the audit trail: seals, their verification, exports, whole months that leave."""
+
+from tiger_db.audit.checking import Finding, Kind, Verification
+from tiger_db.audit.exporting import export, export_checkpoint, read_checkpoint
+from tiger_db.audit.following import follow
+from tiger_db.audit.retention import Maintenance, maintain
+from tiger_db.audit.sealing import Sealing, required_key, seal
+from tiger_db.audit.verifying import verify, verify_export
+
+__all__ = [
+    "Finding",
+    "Kind",
+    "Maintenance",
+    "Sealing",
+    "Verification",
+    "export",
+    "export_checkpoint",
+    "follow",
+    "maintain",
+    "read_checkpoint",
+    "required_key",
+    "seal",
+    "verify",
+    "verify_export",
+]

@@ -1,0 +1,157 @@
+"""Writes the audit trail out, of any size: for other programs, for spreadsheets, as evidence."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal, Unpack
+
+from sqlalchemy import ColumnElement, Select, Text, literal_column, select
+from sqlmodel import col
+
+from tiger_db.audit.proof import Seal, from_json, to_json
+from tiger_db.audit.stored import CONTENT, CONTENT_COLUMNS, Event, connected, last_seal, trail
+from tiger_db.crud.audit_logs.reading import Criteria, criteria
+from tiger_db.database import Database
+from tiger_db.errors import InvalidValue, NotFound
+from tiger_db.models import AuditLog
+
+_PLACE = re.compile(r'\{"position":(-?\d{1,19}),')
+_BATCH = 1000  # events fetched at a time
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+HEADINGS = ("position", *CONTENT_COLUMNS)
+
+
+async def export(
+    database: Database,
+    *,
+    form: Literal["jsonl", "csv"] = "jsonl",
+    advance: Callable[[int], None] = lambda events: None,  # noqa: ARG005  # told how many came
+    **wanted: Unpack[Criteria],
+) -> AsyncIterator[str]:
+    """The events that `crud.audit_logs.search` finds by the same criteria, as lines of text.
+
+    As JSON Lines, an event is an object with its place and the fields that it has. Without criteria
+    they come in the order of their places, each seal (`{"seal": …}`) before the events that it
+    covers: that is all that `verify_export` needs. With criteria, they come oldest first.
+
+    As CSV, the first line names the columns, JSON stands as text, and text that a spreadsheet would
+    take for a formula has an apostrophe before it. Memory is the same for any number of events.
+
+    Raises:
+        InvalidValue: as `search`.
+    """
+    found = criteria(**wanted)
+    lines = _filtered(database, found) if found else _all(database)
+    if form == "csv":
+        yield _csv_line(HEADINGS)
+    count = 0
+    async for line in lines:
+        if isinstance(line, Seal):
+            if form == "jsonl":
+                yield json.dumps({"seal": to_json(line)}) + "\n"
+            continue
+        place, content = line
+        yield _csv_event(place, content) if form == "csv" else _json_event(place, content)
+        count += 1
+        if count % _BATCH == 0:
+            advance(_BATCH)
+    advance(count % _BATCH)
+
+
+async def _all(database: Database) -> AsyncIterator[Seal | Event]:
+    async with (
+        connected(database) as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        async for item in trail(connection):
+            yield item
+
+
+async def _filtered(database: Database, found: list[ColumnElement[bool]]) -> AsyncIterator[Event]:
+    statement: Select[int | None, str] = (
+        select(col(AuditLog.position), literal_column(CONTENT, type_=Text()))
+        .where(*found)
+        .order_by(col(AuditLog.id))
+        .execution_options(yield_per=_BATCH)
+    )
+    async with database.session() as session:
+        async for place, content in await session.stream(statement):
+            yield place or 0, content  # never NULL
+
+
+def _json_event(place: int, content: str) -> str:
+    return f'{{"position":{place},{content[1:]}\n'
+
+
+def _csv_event(place: int, content: str) -> str:
+    fields = json.loads(content, parse_float=str)
+    return _csv_line(
+        [place, *(_cell(fields.get(name)) for name in CONTENT_COLUMNS)],
+    )
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return f"'{value}"
+    return value
+
+
+def _csv_line(cells: Iterable[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)
+    return line.getvalue()
+
+
+async def export_checkpoint(database: Database) -> str:
+    """The newest seal's statement and signature, as JSON, to be kept where nobody can change it.
+
+    It stands for everything that is sealed until now: see `verify`.
+
+    Raises:
+        NotFound: nothing is sealed yet.
+    """
+    async with connected(database) as connection:
+        head = await last_seal(connection)
+    if head is None:
+        raise NotFound("nothing is sealed yet: run `tiger-db seal-audit`")
+    fields = to_json(head)
+    del fields["digests"]
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def read_checkpoint(text: str) -> Seal:
+    """A checkpoint as `export_checkpoint` made it.
+
+    Raises:
+        InvalidValue: it is not one.
+    """
+    try:
+        return from_json(json.loads(text))
+    except (ValueError, InvalidValue):
+        raise InvalidValue("not a checkpoint of an audit trail") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[Seal | Event, int]]:
+    """The seals and events of an export as JSON Lines, with the bytes that each takes.
+
+    Raises:
+        InvalidValue: a line is neither; it says which.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode().removesuffix("\n")
+                if text.startswith('{"seal":'):
+                    yield from_json(json.loads(text)["seal"]), len(line)
+                    continue
+                place = _PLACE.match(text)
+            except (ValueError, InvalidValue):
+                place = None
+            if place is None:
+                raise InvalidValue(f"line {number} is neither an event nor a seal")
+            yield (int(place[1]), "{" + text[place.end() :]), len(line)

@@ -1,0 +1,124 @@
+"""What writes events: in the caller's transaction, apart from it, and in bulk."""
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any, Required, TypedDict, Unpack
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, make_transient_to_detached
+from sqlalchemy.orm.attributes import instance_state, set_committed_value
+
+from tiger_db.crud.common import constraint_error_of
+from tiger_db.errors import InvalidValue
+from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
+from tiger_db.models.audit_rows import INSERT, PROVIDED, copy_events, row_of
+from tiger_db.write_behind import WriteBehind
+
+_INSERT = f"{INSERT} RETURNING {', '.join(PROVIDED)}"
+
+
+class EventFields(TypedDict, total=False):
+    """What an event can tell. Of these, only `action` must be given."""
+
+    action: Required[AuditAction]
+    result: AuditResult
+    severity: AuditSeverity | None
+    resource_type: str | None
+    resource_id: str | None
+    user_id: str | None
+    user_type: str | None
+    session_id: str | None
+    ip_address: str | IPv4Address | IPv6Address | None
+    user_agent: str | None
+    request_method: str | None
+    request_path: str | None
+    request_id: str | None
+    tiger_account_id: UUID | None
+    api_key_id: UUID | None
+    details: Mapping[str, object] | None
+    old_values: Mapping[str, object] | None
+    new_values: Mapping[str, object] | None
+    error_code: str | None
+    error_message: str | None
+    duration_ms: float | timedelta | None
+    tags: Mapping[str, object] | None
+
+
+async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
+    """Record one event in the caller's transaction: it is stored if and when that commits.
+
+    Details that cannot be stored are made safe, secrets are masked: see `AuditLog`.
+
+    Raises:
+        ValidationError: there is no such action or result, or no such field.
+    """
+    event = _event(fields)
+    if session.new or session.dirty or session.deleted:
+        await session.flush()
+    connection = await session.connection()
+    provided = (await connection.exec_driver_sql(_INSERT, row_of(event))).one()
+    for name, value in zip(PROVIDED, provided, strict=True):
+        set_committed_value(event, name, value)
+    _take_in(session.sync_session, event)
+    return event
+
+
+def _take_in(session: Session, event: AuditLog) -> None:
+    """Have the session know the event as one that it has stored itself."""
+    make_transient_to_detached(event)
+    session.add(event)
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    assert transaction is not None
+    transaction._new[instance_state(event)] = True  # noqa: SLF001  # else a rollback would expire it
+
+
+async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
+    """Record one event apart from the caller's transaction: it is stored when this returns.
+
+    It stays, whatever becomes of the transaction: the intent before an order, its outcome after, a
+    denial. A session that was not made by a `Database` records it in its own transaction.
+
+    Raises:
+        ValidationError: as `log_event`.
+        DatabaseUnavailable: it could not be stored.
+    """
+    write_behind = session.info.get("write_behind")
+    if not isinstance(write_behind, WriteBehind):
+        return await log_event(session, **fields)
+    event = _event(fields)
+    await write_behind.record(event)
+    return event
+
+
+def _event(fields: EventFields) -> AuditLog:
+    given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    return AuditLog(**given)
+
+
+async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
+    """Record many events in the caller's transaction, through COPY; returns how many.
+
+    The objects stay out of the session, and do not learn of `created_at` and `position`.
+
+    Raises:
+        InvalidValue: one of them is not an AuditLog; none is recorded.
+        AlreadyExists: one of them is recorded already; the transaction must be rolled back.
+    """
+    batch = list(events)
+    if not all(isinstance(event, AuditLog) for event in batch):
+        raise InvalidValue("events must be AuditLog objects")
+    if not batch:
+        return 0
+    await session.flush()
+    connection = await session.connection()
+    await connection.exec_driver_sql("SELECT")  # begins the transaction, which COPY would not
+    raw = (await connection.get_raw_connection()).driver_connection
+    assert raw is not None
+    try:
+        await copy_events(raw, batch)
+    except asyncpg.PostgresError as error:
+        raise constraint_error_of(error) or error from None
+    return len(batch)
