@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tiger_db.settings import Settings
+from tiger_db.signing import generate_signing_key
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -28,6 +29,7 @@ def environ(clone_settings: Settings) -> dict[str, str]:
         "DATABASE_URL": clone_settings.database_url.get_secret_value(),
         "ENCRYPTION_KEYS": clone_settings.encryption_keys.get_secret_value(),
         "API_KEY_PEPPERS": clone_settings.api_key_peppers.get_secret_value(),
+        "AUDIT_SIGNING_KEY": generate_signing_key(),
     }
 
 

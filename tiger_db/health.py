@@ -21,6 +21,8 @@ from tiger_db.migrations import MONTHS_AHEAD, schema_state
 from tiger_db.models import TigerAccount, metadata
 from tiger_db.settings import Settings
 
+_FEW_MONTHS = 2  # ahead, below which it warns
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
@@ -169,8 +171,12 @@ async def _look(
     yield {"rows": await _rows(connection, sorted(metadata.tables))}
     ahead = await _audit_months_ahead(connection)
     yield {"audit_months_ahead": ahead}
-    if ahead == 0:
-        problems.append("next month has no audit partition yet: run `tiger-db migrate`")
+    if ahead is not None and ahead < _FEW_MONTHS:
+        problems.append(
+            "next month has no audit partition yet: run `tiger-db migrate`"
+            if ahead == 0
+            else "the audit trail has partitions for one month ahead: run `tiger-db maintain-audit`"
+        )
     problems += await _strays(connection)
     if ring is not None:
         problems += await _unreadable(connection, ring)
