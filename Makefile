@@ -8,7 +8,7 @@ RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-system test-wheel lint format bench lock
+.PHONY: help setup demo test test-system test-wheel soak lint format bench lock
 .PHONY: migrate revision downgrade current history check clean
 
 help: ## show this list
@@ -32,6 +32,9 @@ test: $(READY) ## the tests, on TIGER_DB_TEST_URL, else Docker, else the embedde
 
 test-system: $(READY) ## the same, on the PostgreSQL that is installed here
 	@TIGER_DB_TEST_URL=system $(RUN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+soak: $(READY) ## the stress tests of the audit trail at their full length (minutes)
+	@TIGER_DB_SOAK=1 $(RUN)/python -m pytest -n $(WORKERS) tests/audit $(ARGS)
 
 test-wheel: $(READY) ## build the wheel, install it into an empty environment, and use it there
 	@$(RUN)/python -m pytest -m wheel $(ARGS)

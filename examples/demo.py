@@ -120,6 +120,8 @@ def main() -> None:
     tiger_db("list-accounts")
     tiger_db("list-api-keys", "--limit", "5")
     tiger_db("list-events", "--limit", "8")
+    tiger_db("seal-audit")
+    tiger_db("verify-audit")
     tiger_db("list-refreshes", "--limit", "5")
     tiger_db("health-check")
     say("It stays up. `.venv/bin/tiger-db --help` tells what else there is;")

@@ -9,7 +9,7 @@ together with those of others who wait at the time, before `record` returns.
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
@@ -124,28 +124,9 @@ class WriteBehind:
         self._hurry = asyncio.Event()
         self._closing = False
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-        """A connection on which each statement is a transaction of its own.
-
-        Raises:
-            DatabaseUnavailable: there is none, or it was lost.
-        """
-        try:
-            async with self.engine.connect() as connection:
-                raw = (await connection.get_raw_connection()).driver_connection
-                assert raw is not None
-                try:
-                    yield raw
-                except LOST:
-                    await connection.invalidate()
-                    raise
-        except (*LOST, PoolTimeoutError) as error:
-            raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
-        except asyncpg.PostgresError as error:
-            if (error.sqlstate or "").startswith(("08", "57P0", "57014")):
-                raise DatabaseUnavailable(f"lost the database: {error.sqlstate}") from None
-            raise
+    def connection(self) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]:
+        """As `plain_connection`."""
+        return plain_connection(self.engine)
 
     def count(self, key_id: UUID, at: float) -> None:
         """Count one use of a key, at a time in seconds since 1970; it is written in a second."""
@@ -264,3 +245,29 @@ async def count_now(session: AsyncSession, key_id: UUID, at: float) -> None:
     now = datetime.fromtimestamp(at, UTC)
     hour = now.replace(minute=0, second=0, microsecond=0)
     await session.execute(_COUNT_ONE, {"id": key_id, "hour": hour, "at": now})
+
+
+@asynccontextmanager
+async def plain_connection(
+    engine: AsyncEngine,
+) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """A connection of asyncpg's own, on which each statement is a transaction of its own.
+
+    Raises:
+        DatabaseUnavailable: there is none, or it was lost.
+    """
+    try:
+        async with engine.connect() as connection:
+            raw = (await connection.get_raw_connection()).driver_connection
+            assert raw is not None
+            try:
+                yield raw
+            except LOST:
+                await connection.invalidate()
+                raise
+    except (*LOST, PoolTimeoutError) as error:
+        raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
+    except asyncpg.PostgresError as error:
+        if (error.sqlstate or "").startswith(("08", "57P0", "57014")):
+            raise DatabaseUnavailable(f"lost the database: {error.sqlstate}") from None
+        raise

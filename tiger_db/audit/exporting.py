@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, Text, literal_column, select
 from sqlmodel import col
 
 from tiger_db.audit.proof import Seal, from_json, to_json
-from tiger_db.audit.stored import CONTENT, CONTENT_COLUMNS, Event, connected, last_seal, trail
+from tiger_db.audit.stored import CONTENT, CONTENT_COLUMNS, HOLD, Event, connected, last_seal, trail
 from tiger_db.crud.audit_logs.reading import Criteria, criteria
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
@@ -66,6 +66,7 @@ async def _all(database: Database) -> AsyncIterator[Seal | Event]:
         connected(database) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
+        await connection.execute(HOLD)
         async for item in trail(connection):
             yield item
 
@@ -132,7 +133,7 @@ def read_checkpoint(text: str) -> Seal:
     """
     try:
         return from_json(json.loads(text))
-    except (ValueError, InvalidValue):
+    except (ValueError, RecursionError, InvalidValue):
         raise InvalidValue("not a checkpoint of an audit trail") from None
 
 
@@ -150,7 +151,7 @@ def read_lines(path: Path) -> Iterator[tuple[Seal | Event, int]]:
                     yield from_json(json.loads(text)["seal"]), len(line)
                     continue
                 place = _PLACE.match(text)
-            except (ValueError, InvalidValue):
+            except (ValueError, RecursionError, InvalidValue):
                 place = None
             if place is None:
                 raise InvalidValue(f"line {number} is neither an event nor a seal")

@@ -8,7 +8,7 @@ from typing import Unpack
 from sqlalchemy import select
 from sqlmodel import col
 
-from tiger_db.audit.stored import connected, settled
+from tiger_db.audit.stored import settled
 from tiger_db.crud.audit_logs.reading import Criteria, criteria
 from tiger_db.crud.common import many
 from tiger_db.database import Database, connect
@@ -59,6 +59,7 @@ async def follow(database: Database, **wanted: Unpack[Criteria]) -> AsyncGenerat
 
 async def _begin(database: Database) -> tuple[int, set[int | None]]:
     """A place from which on to look, and the events there that are history."""
+    await database.check()
     taken, _ = await _settled(database)
     floor = max(taken - _BEFORE, 0)
     async with database.session() as session:
@@ -69,7 +70,7 @@ async def _begin(database: Database) -> tuple[int, set[int | None]]:
 
 
 async def _settled(database: Database) -> tuple[int, set[str]]:
-    async with connected(database) as connection:
+    async with database.write_behind.connection() as connection:
         taken, writers = await settled(connection)
     return taken, set(writers)
 

@@ -133,7 +133,7 @@ class Seal:
                 raise InvalidValue("a seal of another version: upgrade tiger_db")
             statement = Statement(positions=positions, **fields)
             sound = statement.text() == self.text
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise InvalidValue("not the statement of a seal")

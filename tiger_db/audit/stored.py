@@ -1,16 +1,17 @@
 """The events and seals as the database has them."""
 
 import contextlib
-import json
+import re
 from collections.abc import AsyncIterator
 from typing import TypeAlias
 
 import asyncpg
 
 from tiger_db.audit.proof import FIRST, Seal
-from tiger_db.database import Database
+from tiger_db.database import Database, migration_engine
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditLog
+from tiger_db.write_behind import plain_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Event: TypeAlias = tuple[int, str]  # its place and its content
@@ -18,6 +19,7 @@ LOCK = 0x7469676572_01  # one at a time seals, retires or moves
 _SEALS = 50  # read at a time, with their digests
 _ROWS = 20_000  # events looked for at a time
 _FETCHED = 1000  # events fetched at a time
+_ID = re.compile(r'{"id":"([^"]+)"')
 _FIRST, _LAST_PLACE = -(2**63), 2**63 - 1  # that a column can hold
 
 # What an event's content is made of, in this order. New columns go to the end: where they are
@@ -45,6 +47,8 @@ EVENTS = f"""
 SELECT position, {CONTENT} AS content FROM audit_logs
 WHERE position > $1 AND position <= $2 ORDER BY position, id
 """  # noqa: S608  # names of columns
+# Before a transaction sees anything: else it would find what moves meanwhile in neither place.
+HOLD = "LOCK TABLE audit_logs IN ACCESS SHARE MODE"
 LAST_SEAL = "SELECT statement, signature, digests FROM audit_seals ORDER BY number DESC LIMIT 1"
 _NUMBERED = """
 SELECT number, statement, signature, digests FROM audit_seals WHERE number > $1
@@ -64,15 +68,18 @@ assert set(CONTENT_COLUMNS) == {c.name for c in AuditLog.__table__.columns} - {"
 
 @contextlib.asynccontextmanager
 async def connected(database: Database) -> AsyncIterator[Connection]:
-    """A connection of its own without a limit of time, to the database as `Database` checks it."""
+    """A connection of its own, without a limit on how long a statement takes.
+
+    Raises:
+        DatabaseUnavailable: there is none, or it was lost.
+        SchemaMismatch: see `Database.check`.
+    """
     await database.check()
-    async with database.write_behind.connection() as connection:
-        await connection.execute("SET statement_timeout = 0")
-        try:
-            yield connection
-        finally:
-            if not connection.is_closed():
-                await connection.execute("RESET statement_timeout")
+    async with (
+        migration_engine(database.settings) as engine,
+        plain_connection(engine) as connection,
+    ):
+        yield connection
 
 
 async def last_seal(connection: Connection) -> Seal | None:
@@ -148,11 +155,8 @@ def next_number(seal: Seal | None) -> tuple[int, str, int]:
 
 def event_id(content: str) -> str | None:
     """The id in an event's content; None: there is none."""
-    try:
-        found = json.loads(content)["id"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return str(found)
+    found = _ID.match(content)
+    return found[1] if found else None
 
 
 async def clock(connection: Connection) -> str:

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from tiger_db.audit.checking import Check, Verification
 from tiger_db.audit.exporting import read_lines
 from tiger_db.audit.proof import Seal
-from tiger_db.audit.stored import clock, connected, trail
+from tiger_db.audit.stored import HOLD, clock, connected, trail
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError
 
@@ -47,6 +47,7 @@ async def verify(
         connected(database) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
+        await connection.execute(HOLD)
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
         check.now(await clock(connection))
         check.retired([Seal(*row) for row in await connection.fetch(_RETIREMENTS)])
