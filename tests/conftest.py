@@ -25,7 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     global _server  # noqa: PLW0603  # one server a run, of which pytest hands nothing around
     for name in (
-        "API_KEY_PEPPERS", "DATABASE_URL", "ENCRYPTION_KEYS", "ENVIRONMENT", "TIGER_DB_HOME",
+        "API_KEY_PEPPERS", "AUDIT_RETENTION_MONTHS", "AUDIT_SIGNING_KEY", "DATABASE_URL",
+        "ENCRYPTION_KEYS", "ENVIRONMENT", "TIGER_DB_HOME",
     ):  # fmt: skip
         os.environ.pop(name, None)
     for name in [name for name in os.environ if name.startswith("DB_")]:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +19,16 @@ from tests import factories
 from tests.embedded.conftest import discard, reachable_folder, settings_for
 from tests.factories import plain
 from tests.test_encryption import K1, K2
-from tiger_db import APIKeyScope, Database, Settings, crud, embedded, key_rotation
+from tiger_db import (
+    APIKeyScope,
+    AuditAction,
+    AuditLog,
+    Database,
+    Settings,
+    crud,
+    embedded,
+    key_rotation,
+)
 from tiger_db.crud import accounts
 from tiger_db.database import connect, migration_engine
 from tiger_db.embedded import EmbeddedServer
@@ -30,6 +40,7 @@ FIRST = {name: f"first-{name}-of-nobody" for name in FIELDS}
 SECOND = {name: f"second-{name}-of-nobody" for name in FIELDS}
 THIRD = {name: f"third-{name}-of-nobody" for name in FIELDS}
 PUBLIC = "51230321"  # what must be found, or nothing was looked at
+SEEN = "an order of nobody"  # the same of events
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,10 @@ async def live(settings: Settings) -> tuple[list[str], list[str]]:
                 refresh_token=THIRD["refresh_token"],
             )
             await accounts.record_error(session, account.id, message=f"{THIRD} {raw_key}")
+            told: dict[str, Any] = {"of": SEEN, "keys": [raw_key], "deep": {"secret_key": FIRST}}
+            event = AuditLog(action=AuditAction.TRADE_PLACE_ORDER, details=told)
+            await crud.audit_logs.log_events(session, [event])
+            await crud.audit_logs.record_event(session, action=event.action, new_values=told)
             assert await accounts.get_by_tiger_id(session, SECOND["tiger_id"])
             claim = await factories.claim(session, of=account)
             await crud.token_status.complete(session, claim, access_token="fourth-token-of-nobody")
@@ -160,12 +175,14 @@ def test_a_dump_tells_no_secret(witness: Witness, tmp_path: Path, format_: str) 
     )  # fmt: skip
     content = contents(dump)
     assert PUBLIC.encode() in content
+    assert SEEN.encode() in content
     witness.assert_safe(content)
 
 
 def test_the_files_of_the_server_hold_no_secret(witness: Witness) -> None:
     content = contents(witness.server.folder / "data")  # tables, indexes, write-ahead log
     assert PUBLIC.encode() in content
+    assert SEEN.encode() in content
     witness.assert_safe(content)
 
 
@@ -174,6 +191,7 @@ def test_the_log_of_every_statement_tells_no_secret(witness: Witness) -> None:
     assert re.search(rb"INSERT INTO tiger_accounts", content)
     assert re.search(rb"parameters: \$1 = ", content, re.IGNORECASE)
     assert PUBLIC.encode() in content
+    assert SEEN.encode() in content
     assert b"ck_tiger_accounts_credentials_unless_closed" in content
     witness.assert_safe(content)
 

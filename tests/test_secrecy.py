@@ -4,6 +4,7 @@ import json
 import logging
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -11,11 +12,13 @@ from sqlalchemy import text
 
 from tests.factories import new_account
 from tests.test_encryption import PLACE, RING, SECRETS, secret_account, values_of
-from tiger_db import APIKeyScope, Database, TigerAccount, crud
+from tiger_db import APIKeyScope, AuditAction, AuditLog, Database, TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import SealedSecret, Secret, encrypt
 from tiger_db.errors import TigerDBError
 from tiger_db.redaction import MASK
+
+QUERY = AuditAction.DATA_QUERY
 
 
 def outputs(account: TigerAccount) -> Iterator[str]:
@@ -81,10 +84,16 @@ async def test_nothing_is_logged_echoed_or_raised(
             await crud.accounts.update_tokens(session, account.id, access_token="plain-token-of-x")
             await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
             await crud.accounts.record_error(session, account.id, message="boom")
+            told: dict[str, Any] = {"who": "Nobody's", "key": raw_key, "token": SECRETS["tiger_id"]}
+            for number in (1, 2):  # one is inserted, two are copied
+                events = [AuditLog(action=QUERY, details=told) for _ in range(number)]
+                await crud.audit_logs.log_events(session, events)
+            event = await crud.audit_logs.log_event(session, action=QUERY, details=told)
         for failing in (
             lambda s: secret_account(s, account_number="1"),  # is taken
             lambda s: crud.accounts.update(s, account.id, **SECRETS, account_number=""),
             lambda s: s.execute(text("UPDATE tiger_accounts SET error_count = -1")),
+            lambda s: crud.audit_logs.log_events(s, [event]),  # is recorded already
         ):
             with pytest.raises(Exception) as caught:  # noqa: PT011  # each its own
                 async with database.session() as session:
@@ -94,6 +103,7 @@ async def test_nothing_is_logged_echoed_or_raised(
         logger.removeHandler(handler)
     written = "".join(capfd.readouterr()) + caplog.text
     assert "INSERT INTO tiger_accounts" in written  # it was on
+    assert "INSERT INTO audit_logs" in written
     assert "Nobody's" not in written  # nor any other value
     assert isinstance(errors[0], TigerDBError)
     written += "".join("".join(traceback.format_exception(error)) for error in errors)

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -15,6 +16,7 @@ from tiger_db import Database
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError
 from tiger_db.settings import Settings, SSLMode
+from tiger_db.signing import generate_signing_key
 
 SECRET = "Kx9-never-shown"
 # design.md, "Settings", as far as this version goes.
@@ -42,6 +44,9 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "ENCRYPTION_KEYS_FILE": ("/run/secrets/keys", Path("/run/secrets/keys")),
     "API_KEY_PEPPERS": ("p1:abc", "p1:abc"),
     "API_KEY_PEPPERS_FILE": ("/run/secrets/peppers", Path("/run/secrets/peppers")),
+    "AUDIT_SIGNING_KEY": ("abc", "abc"),
+    "AUDIT_SIGNING_KEY_FILE": ("/run/secrets/seal", Path("/run/secrets/seal")),
+    "AUDIT_RETENTION_MONTHS": ("84", 84),
 }
 
 
@@ -99,6 +104,7 @@ BAD = {
     "DB_HOST": ["\udcff"],
     "DB_NAME": ["\udcff"],
     "DB_USER": ["\udcff"],
+    "AUDIT_RETENTION_MONTHS": ["0", "-1", "1201", "1.5", "ever"],
 }
 
 
@@ -118,11 +124,13 @@ SHOWN = {"DB_HOST", "DB_NAME", "DB_USER", "TIGER_DB_HOME"} | {n for n in VARIABL
 @example(text="\0", scheme="")
 @given(text=st.text(max_size=20), scheme=st.sampled_from(["", "postgresql://", "k1:"]))
 def test_no_value_ever_shows(name: str, text: str, scheme: str) -> None:
+    assume(scheme or ":" not in text)  # else it is the id of a key, which shows
     for value in (scheme + text + SECRET, scheme + SECRET + text):
         try:
             chosen = Settings(**{name.lower(): value})
             chosen.key_ring()
             chosen.peppers()
+            chosen.signing_key()
         except ConfigurationError as error:
             message = str(error)
         else:
@@ -135,6 +143,7 @@ def test_no_value_ever_shows(name: str, text: str, scheme: str) -> None:
 # The embedded server refuses a TIGER_DB_HOME that cannot be a folder.
 FILES = [
     "DB_SSL_CERT", "DB_SSL_KEY", "DB_SSL_CA", "ENCRYPTION_KEYS_FILE", "API_KEY_PEPPERS_FILE",
+    "AUDIT_SIGNING_KEY_FILE",
 ]  # fmt: skip
 
 
@@ -155,7 +164,10 @@ def test_an_argument_that_is_no_setting_is_refused() -> None:
 
 def test_settings_show_no_secret() -> None:
     chosen = Settings(
-        database_url=f"postgresql://u:{SECRET}@h/d", db_password=SECRET, encryption_keys=SECRET
+        database_url=f"postgresql://u:{SECRET}@h/d",
+        db_password=SECRET,
+        encryption_keys=SECRET,
+        audit_signing_key=SECRET,
     )
     assert SECRET not in f"{chosen!r} {chosen} {chosen.model_dump()} {chosen.place}"
 
@@ -210,6 +222,27 @@ def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"\n{generate_key('k1')},{generate_key('k2')}\r\n")
     assert str(Settings(encryption_keys_file=path).key_ring()) == "KeyRing(k1, k2)"
+
+
+def test_a_signing_key_is_read_from_either_and_needed_by_none(tmp_path: Path) -> None:
+    text = generate_signing_key()
+    path = tmp_path / "key"
+    path.write_text(f"{text}\n")
+    of_file = Settings(audit_signing_key_file=path).signing_key()
+    of_text = Settings(audit_signing_key=text).signing_key()
+    assert of_file is not None
+    assert of_text is not None
+    assert of_file.private_bytes_raw() == of_text.private_bytes_raw() == b64decode(text)
+    assert Settings(environment="production", db_host="h").signing_key() is None
+
+
+@pytest.mark.parametrize("text", ["", SECRET, "AAAA", b64encode(bytes(33)).decode()])
+def test_what_is_no_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "key"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(audit_signing_key_file=path).signing_key()
+    assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
 
 
 @pytest.mark.parametrize(

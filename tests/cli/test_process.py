@@ -25,7 +25,7 @@ from tests.factories import plain
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db import __all__ as names
 from tiger_db import models as enums
-from tiger_db.cli import accounts, api_keys, audit, refreshes
+from tiger_db.cli import accounts, api_keys, events, refreshes
 from tiger_db.database import connect
 from tiger_db.tiger import parse_private_key
 
@@ -35,7 +35,9 @@ COMMANDS = (
     "set-default-account", "close-account", "reopen-account", "set-account-status", "reset-errors",
     "create-api-key", "list-api-keys", "verify-api-key", "show-api-key", "list-expiring-api-keys",
     "rotate-api-key", "extend-api-key", "revoke-api-key", "print-key-pattern",
-    "generate-api-key-pepper", "list-events", "list-refreshes", "generate-encryption-key",
+    "generate-api-key-pepper", "list-events", "show-events", "export-events",
+    "generate-audit-signing-key", "print-audit-public-key", "seal-audit", "verify-audit",
+    "export-checkpoint", "maintain-audit", "list-refreshes", "generate-encryption-key",
     "list-encryption-keys", "rotate-encryption-key", "import-account", "export-account",
 )  # fmt: skip
 SLOW = {"sqlalchemy", "sqlmodel", "alembic", "asyncpg", "cryptography", "pydantic", "passlib"}
@@ -159,8 +161,8 @@ def test_wrong_usage(bare: CommandLine) -> None:
         (accounts.Licenses, enums.TigerLicense),
         (accounts.Environments, enums.TigerEnvironment),
         (api_keys.KeyStatuses, enums.APIKeyStatus),
-        (audit.Results, enums.AuditResult),
-        (audit.Severities, enums.AuditSeverity),
+        (events.Results, enums.AuditResult),
+        (events.Severities, enums.AuditSeverity),
     ],
 )
 def test_choices_are_those_of_the_enum(choices: object, enum: type[StrEnum]) -> None:
