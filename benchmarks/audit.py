@@ -39,8 +39,8 @@ FILL = """
 INSERT INTO audit_logs (id, action, result, severity, resource_type, resource_id, user_id,
     session_id, ip_address, user_agent, request_id, tiger_account_id, api_key_id, details,
     duration_ms)
-SELECT (left(uuid7_floor(now() - make_interval(months => $2::int) * (1 - n / $1::float))::text, 14) || '7'
-        || substr(md5(n::text), 1, 3) || '-8' || substr(md5(n::text), 4, 3) || '-'
+SELECT (left(uuid7_floor(now() - make_interval(months => $2::int) * (1 - n / $1::float))::text, 14)
+        || '7' || substr(md5(n::text), 1, 3) || '-8' || substr(md5(n::text), 4, 3) || '-'
         || lpad(to_hex(n), 12, '0'))::uuid,
     (ARRAY['trade:place_order', 'data:query', 'mcp:tool_call', 'token:refresh'])[1 + n % 4]
         ::audit_action,

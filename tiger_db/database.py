@@ -88,7 +88,10 @@ def _engine(settings: Settings, **options: Any) -> AsyncEngine:  # noqa: ANN401 
         if not isinstance(error, Exception):
             return  # a cancelled task, say: the connection is given up, but not for lost
         state = getattr(error, "sqlstate", None) or ""
-        if context.is_disconnect or state.startswith(_UNAVAILABLE) or isinstance(error, OSError):
+        lost = isinstance(error, OSError) or isinstance(
+            error.__cause__, asyncpg.InternalClientError
+        )
+        if lost or context.is_disconnect or state.startswith(_UNAVAILABLE):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DatabaseUnavailable(f"lost {settings.place}: {reason}") from None
 

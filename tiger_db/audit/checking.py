@@ -227,17 +227,22 @@ class Check:
         self._close()
         self._name_what_is_odd()
         if self._checkpoint is not None and not self._known_checkpoint:
-            head = self._checkpoint.statement().number
-            self._find(
-                self.upto + 1,
-                Kind.TRUNCATED,
-                f"the seals from {self._number + 1} to {head} are missing: the checkpoint"
-                " was made after them",
-                seal=self._number + 1,
-            )
+            self._miss_checkpoint(self._checkpoint.statement())
         self._found.sort(key=lambda found: found[0])
         self._report.findings = [finding for _, finding in self._found[:_NAMED]]
         return self._report
+
+    def _miss_checkpoint(self, head: Statement) -> None:
+        first = self._number + 1
+        if first == head.number and self._previous != head.previous:
+            kind, text = (
+                Kind.CHECKPOINT,
+                f"seal {self._number} is not the one before the checkpoint",
+            )
+        else:
+            kind = Kind.TRUNCATED
+            text = f"the seals from {first} to {head.number}, of the checkpoint, are missing"
+        self._find(self.upto + 1, kind, text, seal=first)
 
     def _name_what_is_odd(self) -> None:
         elsewhere = {odd.found: (place, odd.event_id) for place, odd in self._extra}

@@ -21,6 +21,7 @@ from tiger_db.models import AuditLog
 _PLACE = re.compile(r'\{"position":(-?\d{1,19}),')
 _BATCH = 1000  # events fetched at a time
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_JSON = json.JSONDecoder()
 HEADINGS = ("position", *CONTENT_COLUMNS)
 
 
@@ -88,18 +89,21 @@ def _json_event(place: int, content: str) -> str:
 
 
 def _csv_event(place: int, content: str) -> str:
-    fields = json.loads(content, parse_float=str)
-    return _csv_line(
-        [place, *(_cell(fields.get(name)) for name in CONTENT_COLUMNS)],
-    )
+    return _csv_line([place, *_cells(content)])
 
 
-def _cell(value: object) -> object:
-    if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, str) and value.startswith(_FORMULA):
-        return f"'{value}"
-    return value
+def _cells(content: str) -> Iterator[str | None]:
+    """What is no text stays as the database wrote it: no digit of a number is lost."""
+    at = 0
+    for name in CONTENT_COLUMNS:
+        member = f'{"{" if name == "id" else ","}"{name}":'
+        if not content.startswith(member, at):
+            yield None
+            continue
+        start = at + len(member)
+        value, at = _JSON.raw_decode(content, start)
+        text = value if isinstance(value, str) else content[start:at]
+        yield f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def _csv_line(cells: Iterable[object]) -> str:
@@ -146,7 +150,7 @@ def read_lines(path: Path) -> Iterator[tuple[Seal | Event, int]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                text = line.decode().removesuffix("\n")
+                text = line.decode().rstrip("\r\n")
                 if text.startswith('{"seal":'):
                     yield from_json(json.loads(text)["seal"]), len(line)
                     continue

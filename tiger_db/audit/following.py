@@ -1,7 +1,7 @@
 """Tells of events as they are committed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Unpack
 
@@ -20,7 +20,12 @@ POLL = 1.0  # seconds after which it looks, though nothing was heard
 _BEFORE = 10_000  # places in which a transaction that is open at the start may still write
 
 
-async def follow(database: Database, **wanted: Unpack[Criteria]) -> AsyncGenerator[AuditLog, None]:
+async def follow(
+    database: Database,
+    *,
+    begun: Callable[[], None] = lambda: None,  # told when nothing more is missed
+    **wanted: Unpack[Criteria],
+) -> AsyncGenerator[AuditLog, None]:
     """The events that are committed from now on, each once, in the order of their places.
 
     PostgreSQL tells when there are some; without that, every second is one look. An event whose
@@ -34,6 +39,7 @@ async def follow(database: Database, **wanted: Unpack[Criteria]) -> AsyncGenerat
     async with _told(database) as news:
         floor, seen = await _begin(database)
         taken, writers = await _settled(database)
+        begun()
         while True:
             news.clear()
             async with database.session() as session:

@@ -22,6 +22,7 @@ DIGEST = 32  # bytes of SHA-256
 FIRST = "0" * 64  # stands for the digest of the statement before the first
 Runs = tuple[tuple[int, int], ...]  # of places, first and last included
 _VERSION = 1
+_TOO_FAR = 2**63 - 1  # the last that a column can hold
 
 
 def digest_of(content: str) -> bytes:
@@ -99,6 +100,19 @@ class Statement:
         )
 
 
+def _can_be(statement: Statement) -> bool:
+    """Whether its members are what they are said to be: JSON does not tell."""
+    places = [place for run in statement.positions for place in run]
+    numbers = (statement.number, statement.after, statement.upto, *places)
+    texts = (statement.previous, statement.root, statement.sealed_at, statement.key)
+    return (
+        all(isinstance(number, int) and abs(number) < _TOO_FAR for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(statement.closed_at, str | None)
+        and isinstance(statement.retired, str | None)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Seal:
     """A statement's text, its signature, and the digests of the events in their order."""
@@ -132,7 +146,7 @@ class Seal:
             if fields.pop("version") != _VERSION:
                 raise InvalidValue("a seal of another version: upgrade tiger_db")
             statement = Statement(positions=positions, **fields)
-            sound = statement.text() == self.text
+            sound = statement.text() == self.text and _can_be(statement)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             sound = False
         if not sound:

@@ -152,7 +152,7 @@ async def _seal_retirement(
         statement = seal.statement()
         expected = dict(seal.expected(statement))
         for place, content in await connection.fetch(
-            _EVENTS.format(partition=partition), statement.after, statement.upto
+            _EVENTS.format(partition=partition), statement.after + 1, statement.upto
         ):
             digest = digest_of(content)
             if expected.get(place) != digest:

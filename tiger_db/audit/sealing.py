@@ -77,7 +77,7 @@ async def seal_next(
     async with connection.transaction(isolation="read_committed"):
         await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
         number, previous, after = next_number(await last_seal(connection))
-        found = await connection.fetch(f"{EVENTS} LIMIT {SEALED_AT_ONCE}", after, upto)
+        found = await connection.fetch(f"{EVENTS} LIMIT {SEALED_AT_ONCE}", after + 1, upto)
         if not found:
             return None
         if len(found) == SEALED_AT_ONCE:

@@ -45,7 +45,7 @@ def _member(name: str) -> str:
 CONTENT = f"concat({', '.join(map(_member, CONTENT_COLUMNS))}, '}}')"
 EVENTS = f"""
 SELECT position, {CONTENT} AS content FROM audit_logs
-WHERE position > $1 AND position <= $2 ORDER BY position, id
+WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 """  # noqa: S608  # names of columns
 # Before a transaction sees anything: else it would find what moves meanwhile in neither place.
 HOLD = "LOCK TABLE audit_logs IN ACCESS SHARE MODE"
@@ -102,14 +102,15 @@ def extent(seal: Seal) -> tuple[int, int]:
 
 async def trail(connection: Connection) -> AsyncIterator[Seal | Event]:
     """All there is, in the order of places: each seal, after it the events that it covers."""
-    number, after = 0, _FIRST
+    number, after = 0, _FIRST - 1
     while numbered := await seals_after(connection, number, _SEALS):
         number = numbered[-1][0]
         for seals in _windows([seal for _, seal in numbered]):
             upto = max(after, *(extent(seal)[0] for seal in seals))
             waiting = seals[::-1]
             covered = after
-            async for place, content in connection.cursor(EVENTS, after, upto, prefetch=_FETCHED):
+            events = connection.cursor(EVENTS, after + 1, upto, prefetch=_FETCHED)
+            async for place, content in events:
                 while waiting and place > covered:
                     covered = max(covered, extent(waiting[-1])[0])
                     yield waiting.pop()
@@ -117,7 +118,8 @@ async def trail(connection: Connection) -> AsyncIterator[Seal | Event]:
             while waiting:
                 yield waiting.pop()
             after = upto
-    async for place, content in connection.cursor(EVENTS, after, _LAST_PLACE, prefetch=_FETCHED):
+    events = connection.cursor(EVENTS, after + 1, _LAST_PLACE, prefetch=_FETCHED)
+    async for place, content in events:
         yield place, content
 
 

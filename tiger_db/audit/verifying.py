@@ -11,7 +11,7 @@ from tiger_db.audit.exporting import read_lines
 from tiger_db.audit.proof import Seal
 from tiger_db.audit.stored import HOLD, clock, connected, trail
 from tiger_db.database import Database
-from tiger_db.errors import ConfigurationError
+from tiger_db.errors import ConfigurationError, InvalidValue
 
 _STEP = 1000  # places between two tellings of progress
 _RETIREMENTS = """
@@ -81,14 +81,14 @@ async def verify_export(
 
     Raises:
         ConfigurationError: no key is given.
-        InvalidValue: the file is not such an export.
+        InvalidValue: the file is not such an export, or holds no seal and no checkpoint is given.
         OSError: it cannot be read.
     """
     check = _check(keys, checkpoint)
 
     def run() -> Verification:
         total = path.stat().st_size
-        check.retired([line for line, _ in read_lines(path) if isinstance(line, Seal)])
+        check.retired(line for line, _ in read_lines(path) if isinstance(line, Seal))
         done = 0
         for line, size in read_lines(path):
             done += size
@@ -98,6 +98,9 @@ async def verify_export(
             else:
                 check.event(*line)
         advance(total, total)
-        return check.finish()
+        report = check.finish()
+        if report.seals == 0 and checkpoint is None:
+            raise InvalidValue(f"{path} holds no seal: export the whole trail, without criteria")
+        return report
 
     return await asyncio.to_thread(run)

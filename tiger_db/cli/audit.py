@@ -118,9 +118,8 @@ def verify_audit(
     if not report.sound:
         first = report.findings[0]
         which = f" ({first.event_id})" if first.event_id else ""
-        raise InvalidValue(
-            f"{first.kind}: {first.message}{which}; {report.count:,} findings in all"
-        )
+        more = f"; {report.count:,} findings in all" if report.count > 1 else ""
+        raise InvalidValue(f"{first.kind}: {first.message}{which}{more}")
 
 
 @app.command(rich_help_panel=PANEL)

@@ -139,8 +139,10 @@ async def _follow(
     async with tiger_db.Database(settings()) as database:
         async with database.session() as session:
             criteria = await wanted(session)
-        async with aclosing(tiger_db.audit.follow(database, **criteria)) as events:
-            talk("waiting for events; Ctrl-C ends it")
+        following = tiger_db.audit.follow(
+            database, begun=lambda: talk("waiting for events; Ctrl-C ends it"), **criteria
+        )
+        async with aclosing(following) as events:
             async for event in events:
                 if as_json:
                     sys.stdout.write(json.dumps(dump(event)) + "\n")
@@ -250,14 +252,17 @@ def private_file(path: Path | None) -> Iterator[IO[str]]:
     if path is None:
         yield sys.stdout
         return
-    part = path.with_name(f"{path.name}.part")
-    with open(  # Path.open takes no opener
-        part, "w", encoding="utf-8", newline="", opener=lambda p, flags: os.open(p, flags, 0o600)
-    ) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with open(os.open(part, flags, 0o600), "w", encoding="utf-8", newline="") as file:  # noqa: PTH123  # a descriptor
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _wanted(options: dict[str, Any]) -> "Callable[[AsyncSession], Awaitable[Criteria]]":

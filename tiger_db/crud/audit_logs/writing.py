@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
 from tiger_db.crud.common import constraint_error_of
-from tiger_db.errors import InvalidValue
+from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.audit_rows import INSERT, PROVIDED, copy_events, row_of
-from tiger_db.write_behind import WriteBehind
+from tiger_db.write_behind import LOST, WriteBehind
 
 _INSERT = f"{INSERT} RETURNING {', '.join(PROVIDED)}"
 
@@ -106,6 +106,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     Raises:
         InvalidValue: one of them is not an AuditLog; none is recorded.
         AlreadyExists: one of them is recorded already; the transaction must be rolled back.
+        DatabaseUnavailable: the connection was lost.
     """
     batch = list(events)
     if not all(isinstance(event, AuditLog) for event in batch):
@@ -119,6 +120,9 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     assert raw is not None
     try:
         await copy_events(raw, batch)
+    except (*LOST, asyncpg.PostgresConnectionError) as error:
+        await connection.invalidate()
+        raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
     except asyncpg.PostgresError as error:
         raise constraint_error_of(error) or error from None
     return len(batch)

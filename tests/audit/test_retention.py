@@ -1,0 +1,503 @@
+"""Months are made ahead, events move into theirs, and old months leave when they are sealed."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Self
+from uuid import UUID, uuid4
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import select
+from sqlmodel import col
+
+from tests import factories
+from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
+from tiger_db.audit import Kind
+from tiger_db.audit.proof import Seal
+from tiger_db.audit.stored import EVENTS, Connection
+from tiger_db.database import connect
+from tiger_db.errors import ConfigurationError, DatabaseUnavailable
+from tiger_db.health import health
+from tiger_db.migrations import MONTHS_AHEAD
+from tiger_db.signing import generate_signing_key
+
+QUERY = AuditAction.DATA_QUERY
+KEPT = 12  # months
+# Events of a month as many months ago as asked, written then or, if asked, now.
+PUT = """
+INSERT INTO audit_logs (id, created_at, action, result, severity)
+SELECT uuid7_floor(t), CASE WHEN $3 THEN clock_timestamp() ELSE t END, 'data:query', 'success',
+    'low' FROM generate_series(1, $2) AS n, LATERAL (SELECT date_trunc('month', now(), 'UTC')
+    - make_interval(months => $1) + n * interval '1 second' + $4 * interval '1 minute') AS at (t)
+"""
+
+
+@pytest.fixture
+def signing(clone_settings: Settings) -> Settings:
+    key = SecretStr(generate_signing_key())
+    return clone_settings.model_copy(update={"audit_signing_key": key})
+
+
+@pytest.fixture
+def keeping(signing: Settings) -> Settings:
+    return signing.model_copy(update={"audit_retention_months": KEPT})
+
+
+@pytest.fixture
+async def database(signing: Settings) -> AsyncIterator[Database]:
+    """A database of this test's own, with a key that signs, in which months never leave."""
+    async with Database(signing) as database:
+        yield database
+
+
+@pytest.fixture
+async def keeper(keeping: Settings) -> AsyncIterator[Database]:
+    """The same, in which they leave after a year."""
+    async with Database(keeping) as database:
+        yield database
+
+
+@pytest.fixture
+async def other(signing: Settings) -> AsyncIterator[Connection]:
+    """A connection of a superuser, who knows nothing of tiger_db."""
+    connection = await connect(signing)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiger_db.audit.retention._TRIES", 2)
+    monkeypatch.setattr("tiger_db.audit.retention._PAUSE", 0.1)
+    monkeypatch.setattr("tiger_db.audit.retention._PATIENCE", "200ms")
+
+
+async def put(
+    connection: Connection, ago: int, count: int = 3, *, now: bool = False, minute: int = 0
+) -> None:
+    await connection.execute(PUT, ago, count, now, minute)
+
+
+def month(ago: int) -> str:
+    today = datetime.now(UTC)
+    months = today.year * 12 + today.month - 1 - ago
+    return f"{months // 12}-{months % 12 + 1:02}"
+
+
+def partition(ago: int) -> str:
+    return f"audit_logs_{month(ago).replace('-', '_')}"
+
+
+async def partitions(connection: Connection) -> dict[str, int]:
+    """All of them, with the number of their events."""
+    names = await connection.fetch(
+        "SELECT inhrelid::regclass::text FROM pg_inherits"
+        " WHERE inhparent = 'audit_logs'::regclass ORDER BY 1"
+    )
+    return {name: await connection.fetchval(f"SELECT count(*) FROM {name}") for (name,) in names}
+
+
+async def contents(connection: Connection) -> dict[int, str]:
+    rows = await connection.fetch(EVENTS, 0, 2**62)
+    assert len(rows) == len({place for place, _ in rows})
+    return {place: content for place, content in rows}  # noqa: C416  # names the two columns
+
+
+async def assert_clean(database: Database, **counts: int) -> None:
+    found = await audit.verify(database)
+    assert found.findings == []
+    assert {name: getattr(found, name) for name in counts} == counts
+
+
+def uuid7_at(moment: datetime) -> UUID:
+    return UUID(int=(int(moment.timestamp() * 1000) << 80) | (uuid4().int & ((1 << 80) - 1)))
+
+
+async def until(condition: Callable[[], Awaitable[object]], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+class Writers:
+    """They write all the time, and none may fail; one of them may have a wrong clock."""
+
+    def __init__(self, database: Database, *, strays: bool = False) -> None:
+        self.database = database
+        self._how = [self._logs, self._logs, self._records, self._copies]
+        self._how += [self._strays] if strays else []
+        self.written: set[UUID] = set()
+        self.longest = 0.0  # seconds that one took
+        self._over = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        for how in self._how:
+            self._tasks.append(asyncio.create_task(self._loop(how)))
+        await self.more()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._over.set()
+        await asyncio.gather(*self._tasks)
+
+    async def more(self, count: int = 50) -> None:
+        enough = len(self.written) + count
+
+        async def written() -> bool:
+            assert not any(task.done() for task in self._tasks)
+            return len(self.written) >= enough
+
+        await until(written)
+
+    async def _loop(self, how: Callable[[], Awaitable[set[UUID]]]) -> None:
+        while not self._over.is_set():
+            started = time.monotonic()
+            self.written |= await how()
+            self.longest = max(self.longest, time.monotonic() - started)
+
+    async def _logs(self) -> set[UUID]:
+        async with self.database.session() as session:
+            return {(await crud.audit_logs.log_event(session, action=QUERY)).id for _ in range(2)}
+
+    async def _records(self) -> set[UUID]:
+        async with self.database.session() as session:
+            return {(await crud.audit_logs.record_event(session, action=QUERY)).id}
+
+    async def _copies(self) -> set[UUID]:
+        events = [factories.new_event() for _ in range(5)]
+        async with self.database.session() as session:
+            await crud.audit_logs.log_events(session, events)
+        return {event.id for event in events}
+
+    async def _strays(self) -> set[UUID]:
+        """Of a machine whose clock is a year and a month back."""
+        then = datetime.now(UTC) - timedelta(days=396)
+        event = AuditLog(id=uuid7_at(then), action=QUERY)
+        async with self.database.session() as session:
+            session.add(event)
+        return {event.id}
+
+
+# Months ahead, and strays
+
+
+async def test_months_are_made(database: Database, other: Connection) -> None:
+    before = await partitions(other)
+    for ahead in (1, 5, MONTHS_AHEAD):
+        await other.execute(f"DROP TABLE {partition(-ahead)}")
+    assert await audit.maintain(database) == audit.Maintenance(made=3)
+    assert await partitions(other) == before
+    assert await audit.maintain(database) == audit.Maintenance()
+    assert (await health(database.settings)).problems == []
+
+
+async def test_strays_move_into_their_months_while_others_write(
+    database: Database, other: Connection
+) -> None:
+    await other.execute(f"DROP TABLE {partition(-1)}")
+    await put(other, 12 * 20, 2)  # for which nobody makes a month
+    for ago in (14, 13, 12):
+        await put(other, ago)
+    await put(other, -1, now=True)
+    assert (await partitions(other))["audit_logs_default"] == 14
+    assert (await audit.seal(database)).rows == 14
+    await put(other, 11, now=True)  # not sealed
+    await assert_clean(database, rows=14, unsealed=3)
+    before = await contents(other)
+    async with Writers(database, strays=True) as writers:
+        assert await audit.maintain(database) == audit.Maintenance(made=5)
+        await writers.more()
+        assert (await audit.verify(database)).findings == []
+    found = await partitions(other)
+    assert [found[partition(ago)] for ago in (14, 12, 11, -1)] == [3, 3, 3, 3]
+    assert found[partition(13)] > 3
+    assert found["audit_logs_default"] == 2
+    after = await contents(other)
+    assert {place: after[place] for place in before} == before
+    async with database.session() as session:
+        ids = {*await session.scalars(select(col(AuditLog.id)))}
+    assert writers.written <= ids
+    assert len(ids) == len(before) + len(writers.written)
+    await audit.seal(database)
+    await assert_clean(database, rows=len(ids), unsealed=0)
+
+
+async def waits(connection: Connection) -> bool:
+    """Whether somebody waits for a lock on events."""
+    return bool(
+        await connection.fetchval(
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'audit_logs'::regclass"
+        )
+    )
+
+
+@pytest.mark.parametrize("how", ["verify", "export"])
+async def test_who_verifies_while_strays_move_finds_them(
+    database: Database, other: Connection, tmp_path: Path, how: str
+) -> None:
+    await put(other, 13)
+    await audit.seal(database)
+    path = tmp_path / "trail.jsonl"
+
+    async def check() -> audit.Verification:
+        if how == "verify":
+            return await audit.verify(database)
+        path.write_text("".join([line async for line in audit.export(database)]))
+        key = await audit.required_key(database)
+        return await audit.verify_export(path, keys=[key.public_key()])
+
+    mover = await connect(database.settings)
+    transaction = mover.transaction()
+    await transaction.start()
+    assert await mover.fetchval(f"SELECT make_audit_months({MONTHS_AHEAD})") == 1
+    checking = asyncio.create_task(check())
+    await until(lambda: waits(other))
+    await transaction.commit()
+    found = await checking
+    assert (found.findings, found.rows) == ([], 3)
+    await mover.close()
+
+
+@pytest.mark.parametrize("later", [0, 1.2])  # before and after who waits looks for deadlocks
+async def test_a_writer_with_a_stray_is_no_victim(
+    database: Database, other: Connection, later: float
+) -> None:
+    """It has written in this month when the move begins, and out of it while that waits."""
+    await other.execute(f"DROP TABLE {partition(-1)}")
+    await put(other, 13)
+    writer = await connect(database.settings)
+    transaction = writer.transaction()
+    await transaction.start()
+    await put(writer, 0, now=True)
+    maintaining = asyncio.create_task(audit.maintain(database))
+    await until(lambda: waits(other))
+    await asyncio.sleep(later)
+    await put(writer, 13, now=True, minute=1)
+    await transaction.commit()
+    assert (await maintaining).made == 2
+    assert (await partitions(other))["audit_logs_default"] == 0
+    await writer.close()
+
+
+# Months that leave
+
+
+async def seal_five_months(database: Database, connection: Connection) -> None:
+    """Three of which are old enough to leave."""
+    for ago in (12, 13, 14, 15, 0):
+        await put(connection, ago)
+    assert (await audit.maintain(database)).made == 4
+    assert (await audit.seal(database)).rows == 15
+
+
+async def retirements(connection: Connection) -> list[str]:
+    rows = await connection.fetch("SELECT statement, signature, digests FROM audit_seals")
+    months = [Seal(*row).statement().retired for row in rows]
+    return sorted(month for month in months if month is not None)
+
+
+async def test_old_months_leave(database: Database, keeper: Database, other: Connection) -> None:
+    await seal_five_months(database, other)
+    before = await partitions(other)
+    assert await audit.maintain(database) == audit.Maintenance()
+    old = [month(ago) for ago in (15, 14, 13)]
+    async with Writers(database) as writers:
+        done = await audit.maintain(keeper)
+        await writers.more()
+    assert (done.retired, done.kept) == (old, {})
+    assert before.keys() - (await partitions(other)).keys() == {partition(n) for n in (15, 14, 13)}
+    assert await retirements(other) == sorted(old)
+    await audit.seal(database)
+    rows = await other.fetchval("SELECT count(*) FROM audit_logs")
+    await assert_clean(database, rows=rows, retired=9, unsealed=0)
+    async with database.session() as session:
+        page = await crud.audit_logs.search(session, actions=[AuditAction.SYSTEM_AUDIT_RETIRE])
+    told = [(event.resource_id, event.details) for event in page.items[::-1]]
+    assert [name for name, _ in told] == old
+    assert [details and details["events"] for _, details in told] == [3, 3, 3]
+    assert await audit.maintain(keeper) == audit.Maintenance()
+
+
+async def test_after_that_the_report_has_no_problem(
+    database: Database, keeper: Database, other: Connection
+) -> None:
+    await seal_five_months(database, other)
+    assert (await health(database.settings)).problems == []
+    await audit.maintain(keeper)
+    report = await health(database.settings)
+    assert (report.problems, report.audit_months_ahead) == ([], MONTHS_AHEAD)
+
+
+async def test_an_empty_month_leaves_without_a_seal(
+    database: Database, keeper: Database, other: Connection
+) -> None:
+    await other.execute(
+        "SELECT make_audit_partition(date_trunc('month', now() AT TIME ZONE 'UTC')"
+        " - interval '15 months')"
+    )
+    assert (await audit.maintain(keeper)).retired == [month(15)]
+    assert partition(15) not in await partitions(other)
+    await assert_clean(database, seals=0, rows=0)
+
+
+async def test_what_has_left_does_not_come_back(
+    database: Database, keeper: Database, other: Connection
+) -> None:
+    await seal_five_months(database, other)
+    await other.execute(f"CREATE TABLE kept AS SELECT * FROM {partition(14)}")
+    await audit.maintain(keeper)
+    await other.execute("INSERT INTO audit_logs SELECT * FROM kept ORDER BY position LIMIT 1")
+    found = await audit.verify(database)
+    place = await other.fetchval("SELECT min(position) FROM kept")
+    assert [(one.kind, one.position) for one in found.findings] == [(Kind.INSERTED, place)]
+    await audit.seal(database)
+    await audit.maintain(database)
+    assert (await audit.verify(database)).findings == found.findings
+
+
+async def unsealed(connection: Connection) -> str:
+    await put(connection, 14, 1, minute=1)
+    return "it holds events that are not sealed: run `tiger-db seal-audit`"
+
+
+async def changed(connection: Connection) -> str:
+    place = await connection.fetchval(f"SELECT max(position) FROM {partition(14)}")
+    await connection.execute("SET session_replication_role = replica")
+    await connection.execute("UPDATE audit_logs SET user_id = 'x' WHERE position = $1", place)
+    return f"the event in place {place} is not what was sealed: run verify-audit"
+
+
+async def put_there(connection: Connection) -> str:
+    """In a place that was rolled back, say, before the last seal."""
+    await connection.execute("SET session_replication_role = replica")
+    await put(connection, 14, 1, minute=1)
+    await connection.execute("UPDATE audit_logs SET position = -1 WHERE position = 16")
+    return "it holds events that no seal covers: run verify-audit"
+
+
+async def late(connection: Connection) -> str:
+    await put(connection, 14, 1, now=True, minute=1)
+    return "it holds events that were written later: the clock of their writer was wrong"
+
+
+@pytest.mark.parametrize("why", [unsealed, changed, put_there, late])
+async def test_a_month_stays_and_the_later_ones_too(
+    database: Database,
+    keeper: Database,
+    other: Connection,
+    why: Callable[[Connection], Awaitable[str]],
+) -> None:
+    await seal_five_months(database, other)
+    reason = await why(other)
+    before = await contents(other)
+    done = await audit.maintain(keeper)
+    assert (done.retired, done.kept) == ([month(15)], {month(14): reason})
+    assert [(await partitions(other))[partition(ago)] for ago in (13, 12, 0)][:2] == [3, 3]
+    after = await contents(other)
+    assert {p for p, _ in before.items() ^ after.items() if p <= 9} <= {10, 11, 12, -1}
+
+
+async def test_a_deleted_event_stays_deleted_when_its_month_leaves(
+    database: Database, keeper: Database, other: Connection
+) -> None:
+    await seal_five_months(database, other)
+    place = await other.fetchval(f"SELECT max(position) FROM {partition(14)}")
+    await other.execute("SET session_replication_role = replica")
+    await other.execute("DELETE FROM audit_logs WHERE position = $1", place)
+    await audit.maintain(keeper)
+    findings = (await audit.verify(database)).findings
+    assert [(found.kind, found.position) for found in findings] == [(Kind.DELETED, place)]
+
+
+async def test_without_a_key_nothing_leaves(
+    clone_settings: Settings, database: Database, other: Connection
+) -> None:
+    await seal_five_months(database, other)
+    settings = clone_settings.model_copy(update={"audit_retention_months": KEPT})
+    async with Database(settings) as keyless:
+        with pytest.raises(ConfigurationError, match="AUDIT_SIGNING_KEY is not set"):
+            await audit.maintain(keyless)
+    await assert_clean(database, rows=15, retired=0)
+
+
+async def test_a_retirement_signed_by_somebody_else(
+    database: Database, keeping: Settings, other: Connection
+) -> None:
+    await seal_five_months(database, other)
+    forged = keeping.model_copy(update={"audit_signing_key": SecretStr(generate_signing_key())})
+    async with Database(forged) as forger:
+        assert len((await audit.maintain(forger)).retired) == 3
+    found = await audit.verify(database)
+    assert found.retired == 0
+    assert [one.kind for one in found.findings].count(Kind.DELETED) == 9
+    forgeries = [one for one in found.findings if one.kind is Kind.FORGED]
+    assert [(one.seal, one.message) for one in forgeries] == [
+        (number, f"seal {number}: it is not signed by a given key") for number in (2, 3, 4)
+    ]
+
+
+# At once
+
+
+async def test_all_at_once_do_everything_once(
+    signing: Settings, database: Database, other: Connection
+) -> None:
+    rounds = 5
+    for ago in range(KEPT + 1, KEPT + 1 + 2 * rounds):
+        await put(other, ago)
+    await audit.seal(database)
+    retired = 0
+    for turn in range(rounds):
+        months = KEPT + 2 * (rounds - 1 - turn)  # two more of them are old enough
+        await other.execute(f"DROP TABLE {partition(-1 - turn)}")
+        await put(other, -1 - turn, now=True)
+        kept = signing.model_copy(update={"audit_retention_months": months})
+        async with Database(kept) as one, Database(kept) as two, Writers(database) as writers:
+            done = await asyncio.gather(*(audit.maintain(db) for db in (one, two, one, two)))
+            await writers.more(5)
+        assert sum(each.made for each in done) == (1 + 2 * rounds if turn == 0 else 1)
+        assert all(each.kept == {} for each in done)
+        left = {month(months + 1), month(months + 2)}
+        assert {name for each in done for name in each.retired} == left
+        retired += len(left)
+        gone = await retirements(other)
+        assert len(gone) == len({*gone}) == retired
+        await audit.seal(database)
+        await assert_clean(database, retired=3 * retired, unsealed=0)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_long_transaction_is_not_waited_for(
+    database: Database, keeper: Database, other: Connection
+) -> None:
+    await seal_five_months(database, other)
+    await put(other, 11, now=True)
+    before = await partitions(other)
+    reader = await connect(database.settings)
+    for what in ("moves", "leaves"):
+        transaction = reader.transaction(isolation="repeatable_read", readonly=True)
+        await transaction.start()
+        count = await reader.fetchval("SELECT count(*) FROM audit_logs")
+        async with Writers(database) as writers:
+            started = time.monotonic()
+            with pytest.raises(DatabaseUnavailable, match="in use by a long transaction"):
+                await audit.maintain(keeper)
+            assert time.monotonic() - started < 3
+            await writers.more()
+        assert writers.longest < 2
+        assert (await partitions(other)).keys() == before.keys()
+        assert await reader.fetchval("SELECT count(*) FROM audit_logs") == count
+        await transaction.commit()
+        await audit.seal(database)
+        if what == "moves":
+            assert (await audit.maintain(database)).made == 1
+            before = await partitions(other)
+    await reader.close()
+    assert (await audit.maintain(keeper)).retired == [month(ago) for ago in (15, 14, 13)]
+    await audit.seal(database)
+    await assert_clean(database, retired=9, unsealed=0)

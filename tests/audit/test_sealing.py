@@ -1,0 +1,619 @@
+"""Every event is sealed once, whoever writes, rolls back, commits late or is killed meanwhile."""
+
+import asyncio
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from multiprocessing.synchronize import Event
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from tests import factories
+from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
+from tiger_db.audit.proof import (
+    DIGEST,
+    Seal,
+    Statement,
+    digest_of,
+    from_json,
+    make_seal,
+    merkle_root,
+    places_in,
+    runs_of,
+    to_json,
+)
+from tiger_db.audit.sealing import SEALED_AT_ONCE, required_key, store
+from tiger_db.audit.stored import EVENTS, Connection, clock, last_seal, next_number
+from tiger_db.database import connect
+from tiger_db.errors import ConfigurationError, InvalidValue
+from tiger_db.signing import generate_signing_key, parse_signing_key, public_text
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tiger_db", "pytest", "asyncpg", "tests.audit.test_sealing"])
+REPETITIONS = 200 if os.environ.get("TIGER_DB_SOAK") else 20
+WRITERS = 48
+QUERY = AuditAction.DATA_QUERY
+MANY = """
+INSERT INTO audit_logs (id, action, result, severity)
+SELECT gen_random_uuid(), 'data:query', 'success', 'low' FROM generate_series(1, $1)
+"""
+
+
+@pytest.fixture
+def signing(clone_settings: Settings) -> Settings:
+    key = SecretStr(generate_signing_key())
+    return clone_settings.model_copy(
+        update={"audit_signing_key": key, "db_pool_size": 24, "db_max_overflow": 4}
+    )
+
+
+@pytest.fixture
+async def sealed(signing: Settings) -> AsyncIterator[Database]:
+    """A database of this test's own, with a key that signs."""
+    async with Database(signing) as database:
+        yield database
+
+
+@pytest.fixture
+async def other(signing: Settings) -> AsyncIterator[Connection]:
+    """A connection of somebody else, who knows nothing of tiger_db."""
+    connection = await connect(signing)
+    yield connection
+    await connection.close()
+
+
+async def statements(connection: Connection) -> list[Statement]:
+    rows = await connection.fetch(
+        "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
+    )
+    seals = [Seal(*row) for row in rows]
+    made = [seal.statement() for seal in seals]
+    assert [len(seal.digests) for seal in seals] == [said.rows * DIGEST for said in made]
+    return made
+
+
+async def assert_sealed_once(database: Database, connection: Connection) -> None:
+    """All that is there, and nothing else, and nobody finds fault with it."""
+    made = await statements(connection)
+    assert [said.number for said in made] == list(range(1, len(made) + 1))
+    places = [place for said in made for place in places_in(said.positions)]
+    stored = await connection.fetch("SELECT position FROM audit_logs ORDER BY position")
+    assert places == [place for (place,) in stored]
+    assert len(places) == len({*places})
+    found = await audit.verify(database)
+    assert found.findings == []
+    assert (found.rows, found.unsealed, found.seals) == (len(places), 0, len(made))
+
+
+@dataclass
+class Written:
+    """Ids of events, by what became of them, and what the test tells the writers."""
+
+    kept: set[UUID] = field(default_factory=set)
+    undone: set[UUID] = field(default_factory=set)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Undone(Exception):
+    pass
+
+
+async def commits(database: Database, written: Written) -> None:
+    async with database.session() as session:
+        event = await crud.audit_logs.log_event(session, action=QUERY)
+    written.kept.add(event.id)
+
+
+async def rolls_back(database: Database, written: Written) -> None:
+    with suppress(Undone):
+        async with database.session() as session:
+            event = await crud.audit_logs.log_event(session, action=QUERY)
+            written.undone.add(event.id)
+            raise Undone
+
+
+async def records(database: Database, written: Written) -> None:
+    """Apart from a transaction that is rolled back."""
+    with suppress(Undone):
+        async with database.session() as session:
+            event = await crud.audit_logs.record_event(session, action=QUERY)
+            written.kept.add(event.id)
+            raise Undone
+
+
+async def copies(database: Database, written: Written) -> None:
+    events = [factories.new_event(details={"n": n}) for n in range(7)]
+    async with database.session() as session:
+        await crud.audit_logs.log_events(session, events)
+    written.kept |= {event.id for event in events}
+
+
+async def commits_in_part(database: Database, written: Written) -> None:
+    async with database.session() as session:
+        with suppress(Undone):
+            async with session.begin_nested():
+                event = await crud.audit_logs.log_event(session, action=QUERY)
+                written.undone.add(event.id)
+                raise Undone
+        event = await crud.audit_logs.log_event(session, action=QUERY)
+    written.kept.add(event.id)
+
+
+async def commits_late(database: Database, written: Written) -> None:
+    """What it wrote before and after the others wrote, it commits when the gate opens."""
+    async with database.session() as session:
+        event = await crud.audit_logs.log_event(session, action=QUERY)
+        await written.gate.wait()
+        last = await crud.audit_logs.log_event(session, action=QUERY)
+    written.kept |= {event.id, last.id}
+
+
+HOW = [commits, rolls_back, records, copies, commits_in_part]
+
+
+async def write(databases: list[Database], written: Written, writers: int, late: int) -> None:
+    """What writers do at once; the late ones commit after all others did."""
+
+    async def others(number: int) -> None:
+        for turn in range(len(HOW)):
+            how = HOW[(number + turn) % len(HOW)]
+            await how(databases[number % len(databases)], written)
+
+    async with asyncio.TaskGroup() as everyone:
+        for number in range(late):
+            everyone.create_task(commits_late(databases[number % len(databases)], written))
+        async with asyncio.TaskGroup() as group:
+            for number in range(writers - late):
+                group.create_task(others(number))
+        written.gate.set()
+        for number in range(late):
+            everyone.create_task(others(number))
+
+
+async def assert_kept(connection: Connection, written: Written) -> None:
+    stored = {UUID(int=id_.int) for (id_,) in await connection.fetch("SELECT id FROM audit_logs")}
+    assert stored == written.kept
+    assert written.undone
+    assert not stored & written.undone
+
+
+def seal_in_a_loop(settings: Settings, over: Event | None) -> None:
+    """In a process of its own, until it is told to stop."""
+
+    async def run() -> None:
+        async with Database(settings) as database:
+            while over is None or not over.is_set():
+                await audit.seal(database, patience=0.1)
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], Awaitable[object]], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def seals_made(connection: Connection) -> int:
+    return int(await connection.fetchval("SELECT count(*) FROM audit_seals"))
+
+
+async def test_48_writers_and_two_sealers(
+    signing: Settings, sealed: Database, other: Connection
+) -> None:
+    written = Written()
+    over = processes.Event()
+    sealers = [processes.Process(target=seal_in_a_loop, args=(signing, over)) for _ in range(2)]
+    for sealer in sealers:
+        sealer.start()
+    async with Database(signing) as second:
+        await write([sealed, second], written, WRITERS, late=12)
+
+        async def caught_up() -> bool:
+            return (await audit.verify(sealed)).unsealed == 0
+
+        await until(caught_up)
+        for number in range(3):  # while they seal, and nobody commits late
+            await asyncio.gather(*(commits([sealed, second][n % 2], written) for n in range(20)))
+            await until(caught_up)
+            assert await seals_made(other) > number
+    over.set()
+    for sealer in sealers:
+        await asyncio.to_thread(sealer.join, 30)
+        assert sealer.exitcode == 0
+    assert len(written.kept) > WRITERS * 5
+    await assert_kept(other, written)
+    await assert_sealed_once(sealed, other)
+    last = await other.fetchval("SELECT last_value FROM audit_logs_position_seq")
+    assert last == len(written.kept) + len(written.undone)  # and so there are gaps
+
+
+async def test_no_false_alarm_however_often(
+    signing: Settings, sealed: Database, other: Connection
+) -> None:
+    written = Written()
+    async with Database(signing) as second:
+
+        async def seal_meanwhile(database: Database, over: asyncio.Event) -> None:
+            while not over.is_set():
+                await audit.seal(database, patience=0.01)
+                assert (await audit.verify(database)).findings == []
+
+        for _ in range(REPETITIONS):
+            over = asyncio.Event()
+            written.gate = asyncio.Event()
+            async with asyncio.TaskGroup() as group:
+                for database in (sealed, second):
+                    group.create_task(seal_meanwhile(database, over))
+                await write([sealed, second], written, writers=4, late=1)
+                over.set()
+            await audit.seal(sealed)
+            await assert_sealed_once(sealed, other)
+    await assert_kept(other, written)
+
+
+# Transactions that stay open
+
+
+async def test_an_open_transaction_is_waited_for(sealed: Database, other: Connection) -> None:
+    late = await connect(sealed.settings)
+    transaction = late.transaction()
+    await transaction.start()
+    await late.execute(MANY, 1)
+    written = Written()
+    for _ in range(3):
+        await copies(sealed, written)
+    sealing = await audit.seal(sealed, patience=0.2)
+    assert sealing == audit.Sealing(0, 0, (late.get_server_pid(),))
+    assert await seals_made(other) == 0
+    waiting = asyncio.create_task(audit.seal(sealed, patience=20))
+    async with asyncio.timeout(5):
+        for _ in range(20):  # it waits, and nobody for it
+            for how in HOW:
+                await how(sealed, written)
+    assert not waiting.done()
+    await transaction.commit()
+    first = await waiting
+    assert first.waits_for == ()
+    assert 22 <= first.rows < 1 + len(written.kept)  # none that was written after it began
+    rest = await audit.seal(sealed)
+    assert first.rows + rest.rows == 1 + len(written.kept)
+    await assert_sealed_once(sealed, other)
+    await late.close()
+
+
+async def test_a_place_taken_before_is_not_skipped(sealed: Database, other: Connection) -> None:
+    """Nor is one that is written by a transaction which wrote its first place later."""
+    late = [await connect(sealed.settings) for _ in range(3)]
+    transactions = [connection.transaction() for connection in late]
+    for connection, transaction in zip(late, transactions, strict=True):
+        await transaction.start()
+        await connection.execute(MANY, 1)
+    written = Written()
+    await commits(sealed, written)
+    sealing = asyncio.create_task(audit.seal(sealed))
+    await commits(sealed, written)
+    for connection, transaction in zip(reversed(late), reversed(transactions), strict=True):
+        assert not sealing.done()
+        await connection.execute(MANY, 1)
+        await transaction.commit()
+        await commits(sealed, written)
+        await asyncio.sleep(0.05)
+    await sealing
+    (said,) = await statements(other)
+    assert [*places_in(said.positions)][:4] == [1, 2, 3, 4]
+    await audit.seal(sealed)
+    await assert_sealed_once(sealed, other)
+    assert await other.fetchval("SELECT count(*) FROM audit_logs") == 6 + len(written.kept)
+    for connection in late:
+        await connection.close()
+
+
+async def test_who_reads_or_rolled_back_is_not_waited_for(
+    sealed: Database, other: Connection
+) -> None:
+    written = Written()
+    await commits(sealed, written)
+    transaction = other.transaction()
+    await transaction.start()
+    assert await other.fetchval("SELECT count(*) FROM audit_logs") == 1
+    await other.execute("SAVEPOINT before")
+    await other.execute(MANY, 1)
+    await other.execute("ROLLBACK TO SAVEPOINT before")
+    assert await audit.seal(sealed, patience=0.2) == audit.Sealing(1, 1)
+    await transaction.rollback()
+    await assert_sealed_once(sealed, other)
+
+
+async def test_who_writes_straight_into_a_partition_is_waited_for(
+    sealed: Database, other: Connection
+) -> None:
+    transaction = other.transaction()
+    await transaction.start()
+    await other.execute(MANY.replace("audit_logs", "audit_logs_default"), 1)
+    sealing = await audit.seal(sealed, patience=0.1)
+    assert sealing.waits_for == (other.get_server_pid(),)
+    await transaction.commit()
+    assert (await audit.seal(sealed)).rows == 1
+    await assert_sealed_once(sealed, other)
+
+
+# Sealers
+
+
+async def test_sealers_at_once(signing: Settings, sealed: Database, other: Connection) -> None:
+    await other.execute(MANY, 25_000)
+    async with Database(signing) as second:
+        sealings = await asyncio.gather(*(audit.seal(db) for db in [sealed, second] * 3))
+    assert sum(sealing.rows for sealing in sealings) == 25_000
+    assert sum(sealing.seals for sealing in sealings) == 3
+    await assert_sealed_once(sealed, other)
+
+
+async def test_a_killed_sealer(signing: Settings, sealed: Database, other: Connection) -> None:
+    await other.execute(MANY, 100_000)
+    for seals in (1, 3, 6):
+        sealer = processes.Process(target=seal_in_a_loop, args=(signing, None))
+        sealer.start()
+
+        async def made(seals: int = seals) -> bool:
+            return await seals_made(other) >= seals
+
+        await until(made)
+        sealer.kill()
+        await asyncio.to_thread(sealer.join)
+    before = await audit.verify(sealed)
+    assert before.findings == []
+    assert before.rows == before.seals * SEALED_AT_ONCE >= 60_000
+    sealing = await audit.seal(sealed)
+    assert before.rows + sealing.rows == 100_000
+    assert sealing.rows == sealing.seals * SEALED_AT_ONCE
+    await assert_sealed_once(sealed, other)
+
+
+async def test_seals_of_10000(sealed: Database, other: Connection) -> None:
+    told: list[int] = []
+    assert await audit.seal(sealed, advance=told.append) == audit.Sealing(0, 0)
+    await other.execute(MANY, 25_000)
+    assert await audit.seal(sealed, advance=told.append) == audit.Sealing(25_000, 3)
+    assert told == [10_000, 10_000, 5_000]
+    assert await audit.seal(sealed, advance=told.append) == audit.Sealing(0, 0)
+    assert [said.rows for said in await statements(other)] == told
+    await assert_sealed_once(sealed, other)
+
+
+async def test_what_was_rolled_back_leaves_nothing_to_seal(
+    sealed: Database, other: Connection
+) -> None:
+    written = Written()
+    await rolls_back(sealed, written)
+    assert await audit.seal(sealed) == audit.Sealing(0, 0)
+    assert await seals_made(other) == 0
+
+
+async def test_without_a_key(clone: Database) -> None:
+    with pytest.raises(ConfigurationError, match="AUDIT_SIGNING_KEY is not set"):
+        await audit.seal(clone)
+    with pytest.raises(ConfigurationError, match="give a public key, or set AUDIT_SIGNING_KEY"):
+        await audit.verify(clone)
+
+
+# What a seal says
+
+digests = st.binary(min_size=DIGEST, max_size=DIGEST)
+places_or_none = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=70, unique=True).map(sorted)
+
+
+def root_of(leaves: list[bytes]) -> bytes:
+    """As RFC 6962 has it in section 2.1, word for word."""
+    if not leaves:
+        return hashlib.sha256(b"").digest()
+    if len(leaves) == 1:
+        return hashlib.sha256(b"\x00" + leaves[0]).digest()
+    k = 1
+    while k * 2 < len(leaves):
+        k *= 2
+    return hashlib.sha256(b"\x01" + root_of(leaves[:k]) + root_of(leaves[k:])).digest()
+
+
+@profile(deadline=None)
+@given(places=places_or_none, seed=st.binary())
+def test_the_root_is_that_of_rfc_6962(places: list[int], seed: bytes) -> None:
+    leaves = [(place, hashlib.sha256(seed + b"%d" % place).digest()) for place in places]
+    assert merkle_root(leaves) == root_of(
+        [place.to_bytes(8, "big", signed=True) + digest for place, digest in leaves]
+    )
+
+
+def test_the_root_for_every_number_of_leaves() -> None:
+    for count in range(71):
+        leaves = [(place, digest_of(str(place))) for place in range(1, count + 1)]
+        expected = root_of([place.to_bytes(8, "big") + digest for place, digest in leaves])
+        assert merkle_root(leaves) == expected, count
+
+
+@given(places=st.lists(st.integers(0, 90), unique=True).map(sorted))
+def test_runs_hold_their_places(places: list[int]) -> None:
+    runs = runs_of(places)
+    assert [*places_in(runs)] == places
+    assert all(last + 1 < first for (_, last), (first, _) in pairwise(runs))
+    assert a_statement(positions=runs).rows == len(places)
+
+
+def a_statement(**values: Any) -> Statement:
+    some: dict[str, Any] = {
+        "number": 7, "previous": "0" * 64, "after": 3, "upto": 9, "positions": ((4, 5), (8, 9)),
+        "root": "f" * 64, "sealed_at": "2026-01-01T00:00:00.000000Z", "key": "k",
+    }  # fmt: skip
+    return Statement(**some | values)
+
+
+said_places = st.integers(-(2**63) + 2, 2**63 - 2)
+said = st.builds(
+    Statement,
+    number=st.integers(1, 2**63 - 2), previous=st.text(), after=said_places, upto=said_places,
+    positions=st.lists(st.tuples(said_places, said_places)).map(tuple), root=st.text(),
+    sealed_at=st.text(), key=st.text(), closed_at=st.none() | st.text(),
+    retired=st.none() | st.text(),
+)  # fmt: skip
+
+
+@given(said=said, made_of=st.lists(digests, max_size=3))
+def test_what_a_seal_says_is_read_as_it_was_written(said: Statement, made_of: list[bytes]) -> None:
+    key = parse_signing_key(generate_signing_key())
+    seal = make_seal(key, said, made_of)
+    assert seal.statement() == said
+    assert seal.statement().text() == seal.text == said.text()
+    again = from_json(json.loads(json.dumps(to_json(seal))))
+    assert again == seal
+    assert again.signed_by([parse_signing_key(generate_signing_key()).public_key()]) is False
+    assert again.signed_by([key.public_key()]) is True
+    without = {name: value for name, value in to_json(seal).items() if name != "digests"}
+    assert from_json(without) == replace(seal, digests=b"")
+
+
+def test_what_is_no_seal() -> None:
+    good = to_json(make_seal(parse_signing_key(generate_signing_key()), a_statement(), []))
+    bads: list[object] = [
+        None, [], "", {}, {**good, "statement": 1}, {**good, "statement": "{}"},
+        {**good, "statement": good["statement"] + " "}, {**good, "signature": "*"},
+        {**good, "signature": None}, {**good, "digests": "-"},
+        {**good, "statement": good["statement"].replace('"version":1', '"version":2')},
+        {**good, "statement": good["statement"].replace('"key"', '"lock"')},
+    ]  # fmt: skip
+    for bad in bads:
+        with pytest.raises(InvalidValue):
+            from_json(bad)
+
+
+# Clocks
+
+
+def uuid7_at(moment: datetime) -> UUID:
+    return UUID(int=(int(moment.timestamp() * 1000) << 80) | (uuid4().int & ((1 << 80) - 1)))
+
+
+async def test_a_writer_whose_clock_is_wrong_is_no_finding(
+    sealed: Database, other: Connection
+) -> None:
+    now = datetime.now(UTC)
+    for back in (0, 1, 24 * 365, -48):
+        async with sealed.session() as session:
+            session.add(AuditLog(id=uuid7_at(now - timedelta(hours=back)), action=QUERY))
+        await audit.seal(sealed)
+        await assert_sealed_once(sealed, other)
+    assert await other.fetchval("SELECT count(*) FROM audit_logs_default") == 1
+
+
+def shifted(time: str, hours: float) -> str:
+    moved = datetime.fromisoformat(time) + timedelta(hours=hours)
+    return moved.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+async def test_a_database_clock_that_went_back(sealed: Database, other: Connection) -> None:
+    """The last seal was made when it was an hour ahead."""
+    written = Written()
+    await commits(sealed, written)
+    await audit.seal(sealed)
+    key = await required_key(sealed)
+    number, previous, after = next_number(await last_seal(other))
+    await commits(sealed, written)
+    ((place, content),) = await other.fetch(EVENTS, after + 1, 2**62)
+    ahead = shifted(await clock(other), 1)
+    said = Statement(
+        number=number, previous=previous, after=after, upto=place, positions=((place, place),),
+        root=merkle_root([(place, digest_of(content))]).hex(), sealed_at=ahead, closed_at=ahead,
+        key=public_text(key.public_key()),
+    )  # fmt: skip
+    await store(other, key, said, [digest_of(content)])
+    await assert_sealed_once(sealed, other)
+    for _ in range(2):
+        await commits(sealed, written)
+        assert (await audit.verify(sealed)).findings == []
+        await audit.seal(sealed)
+        await assert_sealed_once(sealed, other)
+    await other.execute(  # while what is dated back is found as ever
+        f"INSERT INTO audit_logs (id, created_at, action, result, severity)"
+        f" VALUES ('{uuid4()}', now() - interval '1 minute', 'data:query', 'success', 'low')"
+    )
+    assert [found.kind for found in (await audit.verify(sealed)).findings] == [audit.Kind.INSERTED]
+
+
+# What is sealed, is what is stored
+
+FRACTIONS = ["000000", "000001", "100000", "120300", "999999"]
+NUMBERS = ["1.10", "12345678901234567890.123456789", "1e400", "-0.000000000000000000000001", "0"]
+
+
+async def assert_each_change_is_found(database: Database, connection: Connection, sql: str) -> None:
+    """As made by somebody who may switch off triggers."""
+    await connection.execute("SET session_replication_role = replica")
+    await connection.execute("CREATE TEMP TABLE before AS SELECT * FROM audit_logs")
+    for (place,) in await connection.fetch("SELECT position FROM before"):
+        assert await connection.execute(sql, place) == "UPDATE 1"
+        (found,) = (await audit.verify(database)).findings
+        assert (found.kind, found.position) == (audit.Kind.CHANGED, place)
+        await connection.execute("DELETE FROM audit_logs")
+        await connection.execute("INSERT INTO audit_logs SELECT * FROM before")
+    await assert_sealed_once(database, connection)
+
+
+async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Connection) -> None:
+    await other.execute("SET TIME ZONE 'Asia/Kathmandu'")
+    for fraction in FRACTIONS:
+        await other.execute(
+            "INSERT INTO audit_logs (id, created_at, action, result, severity) VALUES"
+            f" (gen_random_uuid(), '2026-02-03T04:05:06.{fraction}Z', 'data:query', 'success',"
+            " 'low')"
+        )
+    contents = [json.loads(content) for _, content in await other.fetch(EVENTS, 1, 2**62)]
+    for fraction, event in zip(FRACTIONS, contents, strict=True):
+        told = event["created_at"]
+        assert told.endswith("Z")
+        assert f"{told[:-1]:0<26}" == f"2026-02-03T04:05:06{'.' if '.' in told else 0}{fraction}"
+    await audit.seal(sealed)
+    await assert_sealed_once(sealed, other)
+    await assert_each_change_is_found(
+        sealed,
+        other,
+        "UPDATE audit_logs SET created_at = created_at + interval '1 microsecond'"
+        " WHERE position = $1",
+    )
+
+
+@pytest.mark.parametrize("column", ["details", "old_values", "new_values", "tags"])
+async def test_a_number_is_sealed_to_its_last_digit(
+    sealed: Database, other: Connection, column: str
+) -> None:
+    for number in NUMBERS:
+        await other.execute(
+            f"INSERT INTO audit_logs (id, action, result, severity, {column}) VALUES"
+            f""" (gen_random_uuid(), 'data:query', 'success', 'low', '{{"n": {number}}}')"""
+        )
+    contents = [content for _, content in await other.fetch(EVENTS, 1, 2**62)]
+    for number, content in zip(NUMBERS, contents, strict=True):
+        digits = "1" + "0" * 400 if number == "1e400" else number
+        assert f'"{column}":{{"n": {digits}}}' in content
+    await audit.seal(sealed)
+    await assert_sealed_once(sealed, other)
+    await assert_each_change_is_found(
+        sealed,
+        other,
+        f"""UPDATE audit_logs SET {column} = regexp_replace({column}::text, '.}}$',
+            ((right(rtrim({column}::text, '}}'), 1)::int + 1) % 10)::text || '}}')::jsonb
+        WHERE position = $1""",
+    )

@@ -1,0 +1,566 @@
+"""Whatever a superuser does to sealed events or to seals is found, and the first finding names it.
+
+Each tampering happens with triggers disabled, in a transaction that is rolled back. The first of
+each way is committed too, for `audit.verify` to find.
+"""
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from random import Random
+from typing import Any, TypeAlias
+from uuid import UUID, uuid4
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from tests.audit.conftest import SEALS, TAMPERINGS, Trail
+from tiger_db import AuditAction, AuditResult, AuditSeverity, audit
+from tiger_db.audit import Finding, Kind, Verification
+from tiger_db.audit.proof import (
+    DIGEST,
+    FIRST,
+    Seal,
+    Statement,
+    digest_of,
+    make_seal,
+    merkle_root,
+    runs_of,
+)  # fmt: skip
+from tiger_db.audit.sealing import seal_next, store
+from tiger_db.audit.stored import CONTENT, CONTENT_COLUMNS, clock, seals_after
+
+Way: TypeAlias = Callable[[Trail], Awaitable[Finding]]  # returns what is to be found
+COPY = """
+INSERT INTO audit_logs SELECT (jsonb_populate_record(a, $2::jsonb)).* FROM audit_logs AS a
+WHERE position = $1
+"""
+ENUMS: dict[str, list[str]] = {
+    "action": [*AuditAction], "result": [*AuditResult], "severity": [*AuditSeverity],
+}  # fmt: skip
+REQUIRED = {"id", "created_at", *ENUMS}
+EVENTS = f"""
+SELECT position, {CONTENT} AS content FROM audit_logs
+WHERE position BETWEEN $1 AND $2 ORDER BY position
+"""
+SAVE = "CREATE TABLE kept_logs AS TABLE audit_logs; CREATE TABLE kept_seals AS TABLE audit_seals"
+RESTORE = """
+TRUNCATE audit_logs, audit_seals;
+INSERT INTO audit_logs SELECT * FROM kept_logs;
+INSERT INTO audit_seals SELECT * FROM kept_seals
+"""
+
+
+def event_found(trail: Trail, kind: Kind, place: int, event_id: UUID | None = None) -> Finding:
+    seal = trail.seal_of(place) if place <= trail.end else SEALS + 1
+    return Finding(kind, "", seal, place, str(event_id) if event_id else None)
+
+
+def some_place(trail: Trail) -> int:
+    return trail.chance.choice([*trail.ids])
+
+
+# Changed.
+
+
+def change(column: str) -> Way:
+    async def tamper(trail: Trail) -> Finding:
+        place = some_place(trail)
+        read = f"SELECT {column}::text FROM audit_logs WHERE position = $1"
+        before: str | None = await trail.superuser.fetchval(read, place)
+        after = before
+        while after == before:
+            kind = await trail.superuser.fetchval(
+                f"SELECT pg_typeof({column})::text FROM audit_logs"
+            )
+            await trail.superuser.execute(
+                f"UPDATE audit_logs SET {column} = $2::text::{kind} WHERE position = $1",
+                place,
+                another(column, kind, before, trail.chance),
+            )
+            after = await trail.superuser.fetchval(read, place)
+        print(f"{column} in {place}: {before} -> {(after or 'NULL')[:99]}")  # noqa: T201
+        event_id = UUID(after) if column == "id" else trail.ids[place]
+        return event_found(trail, Kind.CHANGED, place, event_id)
+
+    return tamper
+
+
+def another(column: str, kind: str, value: str | None, chance: Random) -> str | None:  # noqa: PLR0911  # one for each type
+    if column not in REQUIRED and value is not None and chance.random() < 0.2:
+        return None
+    match kind:
+        case "uuid":
+            return str(uuid4())
+        case "timestamp with time zone":
+            return moved_time(str(value), chance)
+        case "bigint":
+            return str(abs(int(value or 0) + chance.choice([1, -1, 10**9])))
+        case "inet":
+            return chance.choice(["192.0.2.8", "192.0.2.7/8", "::ffff:192.0.2.7", "2001:db8::8"])
+        case "jsonb":
+            return another_json(value, chance)
+        case "text":
+            return another_text(value, chance)
+        case _:
+            return chance.choice(ENUMS[column])
+
+
+def moved_time(value: str, chance: Random) -> str:
+    by = chance.choice([timedelta(microseconds=1), timedelta(seconds=1), timedelta(days=400)])
+    return (datetime.fromisoformat(value) + chance.choice([1, -1]) * by).isoformat()
+
+
+def another_json(value: str | None, chance: Random) -> str:
+    """With another digit in a number, or with digits that a float has no room for."""
+    numbers = [*re.finditer(r"(?<=: )\d+(\.\d+)?", value or "")]
+    if value is None or not numbers or chance.random() < 0.2:
+        nested = "[" * 3000 + "]" * 3000
+        return chance.choice(["null", "{}", nested, '{"n": 1}', '{"n": 1.0}', '{"n": "1"}'])
+    number = chance.choice(numbers)
+    digits = number[0]
+    if chance.random() < 0.5:
+        last = chance.choice("123456789".replace(digits[-1], ""))
+        digits = digits[:-1] + last
+    else:
+        digits += chance.choice(["0", "0" * 20 + "1"]) if "." in digits else ".0"
+    return value[: number.start()] + digits + value[number.end() :]
+
+
+def another_text(value: str | None, chance: Random) -> str:
+    value = value or ""
+    return chance.choice([value + " ", value[:-1], value.swapcase(), value + "'\"\\\n", "ü"])
+
+
+# Deleted, inserted later, moved.
+
+
+async def delete(trail: Trail, first: int, places: list[int]) -> Finding:
+    await trail.superuser.execute("DELETE FROM audit_logs WHERE position = ANY($1)", places)
+    return event_found(trail, Kind.DELETED, first)
+
+
+async def delete_one(trail: Trail) -> Finding:
+    place = trail.chance.choice([*trail.ids][:-1])
+    return await delete(trail, place, [place])
+
+
+async def delete_many(trail: Trail) -> Finding:
+    places = trail.chance.sample([*trail.ids][:-1], trail.chance.randrange(2, 20))
+    return await delete(trail, min(places), places)
+
+
+async def delete_all_of_a_seal(trail: Trail) -> Finding:
+    number = trail.chance.randrange(1, SEALS)
+    places = [place for place in trail.ids if trail.seal_of(place) == number]
+    return await delete(trail, places[0], places)
+
+
+async def insert(trail: Trail, place: int | None, **values: Any) -> UUID:
+    """A copy of some event with another id, which makes it come before or after others."""
+    event_id = trail.chance.choice([uuid4(), UUID(int=trail.chance.getrandbits(64))])
+    if place is None:
+        place = await trail.superuser.fetchval("SELECT nextval('audit_logs_position_seq')")
+    changes = {"id": str(event_id), "position": place} | values
+    await trail.superuser.execute(COPY, some_place(trail), json.dumps(changes))
+    return event_id
+
+
+async def insert_beside(trail: Trail) -> Finding:
+    place = some_place(trail)
+    return event_found(trail, Kind.INSERTED, place, await insert(trail, place))
+
+
+async def insert_in_gap(trail: Trail) -> Finding:
+    place = trail.chance.choice(trail.gaps)
+    return event_found(trail, Kind.INSERTED, place, await insert(trail, place))
+
+
+async def insert_before_all(trail: Trail) -> Finding:
+    place = trail.chance.choice([0, -1, -(2**63) + 1, -(2**63)])
+    return event_found(trail, Kind.INSERTED, place, await insert(trail, place))
+
+
+async def insert_at_the_end(trail: Trail) -> Finding:
+    """In a place that is not sealed, but dated before the newest seal."""
+    said = trail.chance.choice(trail.statements)
+    assert said.closed_at is not None
+    # 5 seconds are what a clock may differ, and times are compared to the second.
+    earlier = timedelta(seconds=6 + trail.chance.choice([0, 1, 10**6]))
+    dated = datetime.fromisoformat(said.closed_at) - earlier
+    event_id = await insert(trail, None, created_at=dated.isoformat())
+    place = await trail.superuser.fetchval(
+        "SELECT position FROM audit_logs WHERE id = $1", event_id
+    )
+    return event_found(trail, Kind.INSERTED, place, event_id)
+
+
+async def insert_at_the_end_and_seal(trail: Trail) -> Finding:
+    """Whoever seals believes the database, but not whoever verifies."""
+    found = await insert_at_the_end(trail)
+    assert found.position is not None
+    await seal_up_to(trail, found.position, await clock(trail.superuser))
+    return found
+
+
+async def seal_up_to(trail: Trail, place: int, closed_at: str | None) -> None:
+    key = await trail.database.signing_key()
+    assert key is not None
+    assert await seal_next(trail.superuser, key, place, closed_at)
+
+
+async def move(trail: Trail, place: int, to: int) -> Finding:
+    await trail.superuser.execute(
+        "UPDATE audit_logs SET position = $2 WHERE position = $1", place, to
+    )
+    return event_found(trail, Kind.MOVED, place, trail.ids[place])
+
+
+async def move_to_gap(trail: Trail) -> Finding:
+    return await move(trail, some_place(trail), trail.chance.choice(trail.gaps))
+
+
+async def move_beside(trail: Trail) -> Finding:
+    place, to = trail.chance.sample([*trail.ids], 2)
+    return await move(trail, place, to)
+
+
+async def move_to_the_end(trail: Trail) -> Finding:
+    to = await trail.superuser.fetchval("SELECT nextval('audit_logs_position_seq')")
+    return await move(trail, some_place(trail), to)
+
+
+async def move_before_all(trail: Trail) -> Finding:
+    return await move(trail, some_place(trail), -trail.chance.randrange(10))
+
+
+async def swap(trail: Trail) -> Finding:
+    one, two = sorted(trail.chance.sample([*trail.ids], 2))
+    await trail.superuser.execute(
+        "UPDATE audit_logs SET position = $1 + $2 - position WHERE position IN ($1, $2)", one, two
+    )
+    return event_found(trail, Kind.MOVED, one, trail.ids[one])
+
+
+# Truncated.
+
+
+async def delete_last_events(trail: Trail) -> Finding:
+    first = some_place(trail)
+    await trail.superuser.execute("DELETE FROM audit_logs WHERE position >= $1", first)
+    return event_found(trail, Kind.TRUNCATED, first)
+
+
+async def delete_last_seals(trail: Trail) -> Finding:
+    """Their events stay, as if they had not been sealed yet."""
+    number = trail.chance.randrange(1, SEALS + 1)
+    await trail.superuser.execute("DELETE FROM audit_seals WHERE number >= $1", number)
+    return Finding(Kind.TRUNCATED, "", number)
+
+
+async def delete_last_seals_and_events(trail: Trail) -> Finding:
+    found = await delete_last_seals(trail)
+    assert found.seal is not None
+    after = trail.statements[found.seal - 1].after
+    await trail.superuser.execute("DELETE FROM audit_logs WHERE position > $1", after)
+    # What is left is a sound trail, as it was once: only what was kept elsewhere shows it.
+    assert (await trail.check(None)).sound
+    return found
+
+
+# Forged.
+
+
+async def kept(trail: Trail, number: int) -> Seal:
+    ((_, found),) = await seals_after(trail.superuser, number - 1, 1)
+    return found
+
+
+async def forge(trail: Trail, number: int, seal: Seal) -> Finding:
+    await trail.superuser.execute(
+        "UPDATE audit_seals SET statement = $2, signature = $3, digests = $4 WHERE number = $1",
+        number,
+        seal.text,
+        seal.signature,
+        seal.digests,
+    )
+    return Finding(Kind.FORGED, "", number)
+
+
+def some_seal(trail: Trail) -> int:
+    return trail.chance.randrange(1, SEALS + 1)
+
+
+VALUES: tuple[Any, ...] = (
+    0, 1, 2, SEALS + 1, -1, 10**30, 2**63 - 1, 0.5, "", "2", [], [[1, 2]], [[2, 1]], [[1, 10**18]],
+    [[10**30, 10**30]], [[-(2**63), 0]], [1], None, True, {},
+)  # fmt: skip
+
+
+async def edit_statement(trail: Trail) -> Finding:
+    """A member gets another value, now and then of another type."""
+    number = some_seal(trail)
+    seal = await kept(trail, number)
+    fields = json.loads(seal.text)
+    name = trail.chance.choice([*fields])
+    text = seal.text
+    while text == seal.text:
+        fields[name] = trail.chance.choice(VALUES)
+        text = json.dumps(fields, separators=(",", ":"))
+    print(f"{name}: {fields[name]}")  # noqa: T201
+    return await forge(trail, number, replace(seal, text=text))
+
+
+async def spoil_statement(trail: Trail) -> Finding:
+    number = some_seal(trail)
+    seal = await kept(trail, number)
+    at = trail.chance.randrange(len(seal.text))
+    other = trail.chance.choice([*{"0", "x", '"', "[", " ", ""} - {seal.text[at]}])
+    text = trail.chance.choice(["", "{}", "[]", seal.text[:at] + other + seal.text[at + 1 :]])
+    print(text)  # noqa: T201
+    return await forge(trail, number, replace(seal, text=text))
+
+
+def spoilt(data: bytes, chance: Random) -> bytes:
+    at = chance.randrange(len(data))
+    other = bytes([data[at] ^ 1 << chance.randrange(8)])
+    return chance.choice([data[:at] + other + data[at + 1 :], data[:at], data + other, b""])
+
+
+async def edit_signature(trail: Trail) -> Finding:
+    number = some_seal(trail)
+    seal = await kept(trail, number)
+    signature = spoilt(seal.signature, trail.chance)
+    return await forge(trail, number, replace(seal, signature=signature))
+
+
+async def edit_digests(trail: Trail) -> Finding:
+    number = some_seal(trail)
+    seal = await kept(trail, number)
+    digests = trail.chance.choice(
+        [spoilt(seal.digests, trail.chance), seal.digests[DIGEST:] + seal.digests[:DIGEST]]
+    )
+    return await forge(trail, number, replace(seal, digests=digests))
+
+
+async def extend_digests(trail: Trail) -> Finding:
+    number = some_seal(trail)
+    seal = await kept(trail, number)
+    more = trail.chance.randbytes(trail.chance.choice([1, DIGEST]))
+    return await forge(trail, number, replace(seal, digests=seal.digests + more))
+
+
+async def sign_again(trail: Trail) -> Finding:
+    number = some_seal(trail)
+    seal = await kept(trail, number)
+    signature = Ed25519PrivateKey.generate().sign(seal.text.encode())
+    return await forge(trail, number, replace(seal, signature=signature))
+
+
+async def delete_seal(trail: Trail) -> Finding:
+    number = trail.chance.randrange(1, SEALS)
+    await trail.superuser.execute("DELETE FROM audit_seals WHERE number = $1", number)
+    return Finding(Kind.FORGED, "", number)
+
+
+async def delete_seal_and_events(trail: Trail) -> Finding:
+    found = await delete_seal(trail)
+    places = [place for place in trail.ids if trail.seal_of(place) == found.seal]
+    await trail.superuser.execute("DELETE FROM audit_logs WHERE position = ANY($1)", places)
+    return found
+
+
+async def swap_seals(trail: Trail) -> Finding:
+    one, two = sorted(trail.chance.sample(range(1, SEALS + 1), 2))
+    seals = [await kept(trail, number) for number in (one, two)]
+    await forge(trail, two, seals[0])
+    return await forge(trail, one, seals[1])
+
+
+async def repeat_seal(trail: Trail) -> Finding:
+    await trail.superuser.execute(
+        "INSERT INTO audit_seals SELECT $2, statement, signature, digests FROM audit_seals"
+        " WHERE number = $1",
+        some_seal(trail),
+        SEALS + 1,
+    )
+    return Finding(Kind.FORGED, "", SEALS + 1)
+
+
+async def forge_all(trail: Trail) -> Finding:
+    """Events are rewritten, and a seal is made for them as the true one was, but for its key."""
+    return await forge_with(trail, Ed25519PrivateKey.generate(), some_place(trail))
+
+
+async def forge_with_the_key(trail: Trail) -> Finding:
+    """The same with the true key: the next seal was made after another one."""
+    key = await trail.database.signing_key()
+    assert key is not None
+    place = trail.chance.choice([place for place in trail.ids if trail.seal_of(place) < SEALS])
+    found = await forge_with(trail, key, place)
+    assert found.seal is not None
+    return replace(found, seal=found.seal + 1)
+
+
+async def forge_with(trail: Trail, key: Ed25519PrivateKey, place: int) -> Finding:
+    await trail.superuser.execute(
+        "UPDATE audit_logs SET user_id = concat(user_id, 'eve') WHERE position = $1", place
+    )
+    said = trail.statements[trail.seal_of(place) - 1]
+    rows = await trail.superuser.fetch(EVENTS, said.after + 1, said.upto)
+    leaves = [(row["position"], digest_of(row["content"])) for row in rows]
+    said = replace(said, root=merkle_root(leaves).hex())
+    seal = make_seal(key, said, [digest for _, digest in leaves])
+    return await forge(trail, said.number, seal)
+
+
+# Rewritten by who has the key.
+
+
+async def rewrite(trail: Trail) -> Finding:
+    """An event is changed, and all seals from there on are made again, as if it had been so."""
+    place = some_place(trail)
+    await trail.superuser.execute(
+        "UPDATE audit_logs SET user_id = concat(user_id, 'eve') WHERE position = $1", place
+    )
+    first = trail.seal_of(place)
+    await trail.superuser.execute("DELETE FROM audit_seals WHERE number >= $1", first)
+    for said in trail.statements[first - 1 :]:
+        await seal_up_to(trail, said.upto, said.closed_at)
+    # It is as sound as any: the key made it. Only what was kept elsewhere shows it.
+    assert (await trail.check(None)).sound
+    return Finding(Kind.CHECKPOINT, "", SEALS)
+
+
+async def rewrite_with_the_same_times(trail: Trail) -> Finding:
+    """The whole trail, such that nothing differs but what was changed."""
+    key = await trail.database.signing_key()
+    assert key is not None
+    await trail.superuser.execute(
+        "DELETE FROM audit_logs WHERE position = $1", trail.chance.choice([*trail.ids])
+    )
+    await trail.superuser.execute("DELETE FROM audit_seals")
+    previous = FIRST
+    for said in trail.statements:
+        rows = await trail.superuser.fetch(EVENTS, said.after + 1, said.upto)
+        leaves = [(row["position"], digest_of(row["content"])) for row in rows]
+        again: Statement = replace(
+            said,
+            previous=previous,
+            positions=runs_of(place for place, _ in leaves),
+            root=merkle_root(leaves).hex(),
+        )
+        digests = [digest for _, digest in leaves]
+        await store(trail.superuser, key, again, digests)
+        previous = make_seal(key, again, digests).digest
+    assert (await trail.check(None)).sound
+    return Finding(Kind.CHECKPOINT, "", SEALS)
+
+
+WAYS: dict[Kind, list[Way]] = {
+    Kind.CHANGED: [change(column) for column in CONTENT_COLUMNS],
+    Kind.DELETED: [delete_one, delete_many, delete_all_of_a_seal],
+    Kind.INSERTED: [
+        insert_beside,
+        insert_in_gap,
+        insert_before_all,
+        insert_at_the_end,
+        insert_at_the_end_and_seal,
+    ],
+    Kind.MOVED: [move_to_gap, move_beside, move_to_the_end, move_before_all, swap],
+    Kind.TRUNCATED: [delete_last_events, delete_last_seals, delete_last_seals_and_events],
+    Kind.FORGED: [
+        edit_statement,
+        spoil_statement,
+        edit_signature,
+        edit_digests,
+        extend_digests,
+        sign_again,
+        delete_seal,
+        delete_seal_and_events,
+        swap_seals,
+        repeat_seal,
+        forge_all,
+        forge_with_the_key,
+    ],
+    Kind.CHECKPOINT: [rewrite, rewrite_with_the_same_times],
+}
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_every_tampering_is_found_and_named(trail: Trail, kind: Kind) -> None:
+    ways = WAYS[kind]
+    needs_checkpoint = kind in {Kind.TRUNCATED, Kind.CHECKPOINT}
+    for number in range(TAMPERINGS):
+        way = ways[number % len(ways)]
+        checkpoint = trail.checkpoint if needs_checkpoint or trail.chance.random() < 0.5 else None
+        transaction = trail.superuser.transaction()
+        await transaction.start()
+        try:
+            expected = await way(trail)
+            verification = await trail.check(checkpoint)
+        finally:
+            await transaction.rollback()
+        assert_found(verification, expected, f"{number}: {way.__qualname__}")
+    sound = await trail.check(trail.checkpoint)
+    assert (sound.findings, sound.rows, sound.seals, sound.unsealed) == ([], 60, SEALS, 3)
+
+
+def assert_found(verification: Verification, expected: Finding, what: str) -> None:
+    assert not verification.sound, what
+    first = verification.findings[0]
+    assert replace(first, message="") == expected, (what, verification.findings[:5])
+    assert verification.count >= len(verification.findings)
+    assert str(first.position if first.position is not None else first.seal) in first.message
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_verify_finds_what_is_committed(trail: Trail, kind: Kind) -> None:
+    await trail.superuser.execute(SAVE)
+    ways = WAYS[kind] if kind != Kind.CHANGED else trail.chance.sample(WAYS[kind], 3)
+    for way in ways:
+        async with trail.superuser.transaction():
+            expected = await way(trail)
+        verification = await audit.verify(trail.database, checkpoint=trail.checkpoint)
+        assert_found(verification, expected, way.__qualname__)
+        await trail.superuser.execute(RESTORE)
+    assert (await audit.verify(trail.database, checkpoint=trail.checkpoint)).sound
+
+
+async def test_whatever_a_statement_says(trail: Trail) -> None:
+    """None of it makes verification fail in another way than by a finding."""
+    for number in (1, SEALS):
+        seal = await kept(trail, number)
+        said = json.loads(seal.text)
+        for name in [*said, "retired"]:
+            for value in VALUES:
+                text = json.dumps(said | {name: value}, separators=(",", ":"))
+                if text == seal.text:
+                    continue
+                transaction = trail.superuser.transaction()
+                await transaction.start()
+                expected = await forge(trail, number, replace(seal, text=text))
+                verification = await trail.check(None)
+                await transaction.rollback()
+                assert_found(verification, expected, f"{name}: {value}")
+
+
+async def test_a_checkpoint_of_somebody_else(trail: Trail) -> None:
+    forged = make_seal(Ed25519PrivateKey.generate(), trail.statements[-1], [])
+    (found,) = (await audit.verify(trail.database, checkpoint=forged)).findings
+    assert found.kind == Kind.CHECKPOINT
+
+
+async def test_what_comes_after_a_checkpoint_is_not_its_business(trail: Trail) -> None:
+    """An old checkpoint stands for what was sealed before it."""
+    earlier = await kept(trail, 3)
+    async with trail.superuser.transaction():
+        await trail.superuser.execute("DELETE FROM audit_seals WHERE number > 3")
+        place = trail.statements[3].after + 1
+        await trail.superuser.execute("DELETE FROM audit_logs WHERE position = $1", place)
+        await seal_up_to(trail, trail.end, trail.statements[-1].closed_at)
+    assert (await trail.check(earlier)).sound
+    (found,) = (await trail.check(trail.checkpoint)).findings
+    assert (found.kind, found.seal) == (Kind.CHECKPOINT, SEALS)
