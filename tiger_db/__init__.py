@@ -44,7 +44,9 @@ if TYPE_CHECKING:
         TokenRefreshStatus,
         TokenStatus,
     )
+    from tiger_db.refresh_worker import RefreshWorker
     from tiger_db.settings import Settings
+    from tiger_db.tokens import NewToken
     from tiger_db.verifier import KeyVerifier
 
 __all__ = [
@@ -60,9 +62,11 @@ __all__ = [
     "Database",
     "KeyVerifier",
     "MarketPermission",
+    "NewToken",
     "Page",
     "PrivateKeyFormat",
     "RefreshTrigger",
+    "RefreshWorker",
     "Settings",
     "TigerAccount",
     "TigerEnvironment",
@@ -76,14 +80,16 @@ __all__ = [
 
 _MODULES = {
     "audit", "crud", "database", "embedded", "encryption", "errors", "health", "key_rotation",
-    "key_uses", "migrations", "models", "peppers", "redaction", "settings", "signing", "tiger",
-    "verifier", "write_behind",
+    "key_uses", "migrations", "models", "peppers", "redaction", "refresh_worker", "settings",
+    "signing", "tiger", "verifier", "write_behind",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {
     "Database": "database",
     "KeyVerifier": "verifier",
+    "NewToken": "tokens",
     "Page": "crud",
+    "RefreshWorker": "refresh_worker",
     "Settings": "settings",
     "get_session": "database",
 }

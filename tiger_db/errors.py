@@ -66,6 +66,32 @@ class LeaseLost(InvalidState):
     """The claim on this refresh has ended: another worker may hold it."""
 
 
+class RefreshFailed(TigerDBError):
+    """The access token could not be refreshed this time; `code` is the broker's, if it answered."""
+
+    def __init__(self, message: str = "", *, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RefreshLimited(RefreshFailed):
+    """The broker wants to be asked later."""
+
+    def __init__(
+        self, message: str = "", *, code: int | None = None, retry_after: timedelta
+    ) -> None:
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
+
+
+class CredentialsRefused(RefreshFailed):
+    """The broker refuses the account's credentials: asking again is of no use."""
+
+
+class AnswerLost(RefreshFailed):
+    """The broker was asked and its answer was lost: the account may have another token now."""
+
+
 class AccessDenied(TigerDBError):
     """The API key does not allow this."""
 

@@ -3,12 +3,23 @@
 import base64
 import binascii
 import re
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 _STAMPS = re.compile(rb"(\d{13}),(\d{13})")
 _LENGTH = 36  # characters of base64, for these 27 bytes
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """What a refresh brought. `expires_at` is aware; None: it is read out of a token of Tiger's."""
+
+    access_token: str = field(repr=False)
+    expires_at: datetime | None = None
+    refresh_token: str | None = field(default=None, repr=False)
+    code: int | None = None  # the broker's
 
 
 class TokenTimes(NamedTuple):

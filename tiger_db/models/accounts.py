@@ -14,10 +14,12 @@ from sqlalchemy import (
     FetchedValue,
     Index,
     LargeBinary,
+    event,
     false,
     text,
 )
 from sqlalchemy import Text as SQLText
+from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlmodel import Field, Relationship
 from typing_extensions import TypedDict  # pydantic: the standard one from Python 3.12 on
 
@@ -43,6 +45,10 @@ if TYPE_CHECKING:
     from tiger_db.models.token_status import TokenStatus
 
 REFRESH_AHEAD = timedelta(hours=1)
+# A token is refreshed when this share of its life is left: time for retries over days, of the weeks
+# that Tiger's tokens live, and still most of its life used.
+_SHARE = 0.2
+_SKEW = timedelta(minutes=5)  # by which Tiger's clock may be ahead of the database's
 
 
 class AccountType(StrEnum):
@@ -136,6 +142,11 @@ class TigerAccount(MutableEntity, table=True):
             "token_expires_at",
             postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
         ),
+        Index(
+            "ix_tiger_accounts_token_refresh_at",
+            "token_refresh_at",
+            postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
+        ),
         CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
         CheckConstraint("jsonb_typeof(client_options) = 'object'", name="client_options_object"),
         CheckConstraint(
@@ -217,6 +228,11 @@ class TigerAccount(MutableEntity, table=True):
     )
     token_expires_at: UTCDateTime | None = Field(
         default=None, sa_type=Timestamp, description="When the access token expires"
+    )
+    token_refresh_at: UTCDateTime | None = Field(
+        default=None,
+        sa_type=Timestamp,
+        description="From when on the access token should be refreshed",
     )
     is_default_trading: bool = Field(
         default=False,
@@ -304,7 +320,7 @@ class TigerAccount(MutableEntity, table=True):
         Raises:
             StaleToken: the account's token is the newer one.
         """
-        held = self._readable_token()
+        held = self.readable_token()
         new, old = token_times(access_token), token_times(held)
         if expires_at is None and new is not None:
             expires_at = new.expires_at
@@ -319,7 +335,7 @@ class TigerAccount(MutableEntity, table=True):
             raise StaleToken
         return expires_at
 
-    def _readable_token(self) -> str:
+    def readable_token(self) -> str:
         """The access token; empty where there is none, or where nobody can read it any more."""
         try:
             return self.access_token.get_secret_value() if self.access_token is not None else ""
@@ -331,3 +347,27 @@ class TigerAccount(MutableEntity, table=True):
 
     def has_market_permission(self, permission: MarketPermission) -> bool:
         return permission in self.market_permissions
+
+
+def refresh_time(access_token: str, expires_at: datetime | None) -> datetime | None:
+    """When a token should be refreshed; None: it never expires, as far as is known.
+
+    That is when a fifth of its life is left, at least five minutes before its end, and never before
+    half of it has passed. The life of a token that is not in Tiger's format is taken to begin now.
+    """
+    if expires_at is None:
+        return None
+    times = token_times(access_token)
+    life = max(expires_at - (times.generated_at if times else datetime.now(UTC)), timedelta(0))
+    return expires_at - min(max(life * _SHARE, _SKEW), life / 2)
+
+
+@event.listens_for(TigerAccount, "before_insert")
+@event.listens_for(TigerAccount, "before_update")
+def _schedule(_mapper: object, _connection: object, account: TigerAccount) -> None:
+    """Have `token_refresh_at` follow every change of the token."""
+    changed = instance_state(account).committed_state.keys()
+    if changed & {"access_token", "token_expires_at"} and "token_expires_at" in vars(account):
+        token = account.readable_token()
+        at = refresh_time(token, account.token_expires_at) if account.access_token else None
+        set_attribute(account, "token_refresh_at", at)

@@ -4,6 +4,7 @@ from tiger_db.tiger.exporting import export_account
 from tiger_db.tiger.importing import Imported, import_account
 from tiger_db.tiger.private_keys import parse_private_key
 from tiger_db.tiger.properties import CONFIG_FILE, TOKEN_FILE
+from tiger_db.tiger.refreshing import refresh_token
 from tiger_db.tiger.sdk import client_config
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "export_account",
     "import_account",
     "parse_private_key",
+    "refresh_token",
 ]

@@ -36,7 +36,7 @@ def refuse_closed(account: TigerAccount) -> None:
 
 def shown(account: TigerAccount) -> dict[str, JsonValue]:
     """What an audit event may say of an account: everything, its secrets masked."""
-    return account.model_dump(mode="json", exclude={"created_at", "updated_at"})
+    return account.model_dump(mode="json", exclude={"created_at", "updated_at", "token_refresh_at"})
 
 
 async def log(

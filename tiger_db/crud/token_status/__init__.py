@@ -5,7 +5,15 @@ someone else claims the refresh: the fencing token then no longer matches, and n
 with it any more. All times are the database's.
 """
 
-from tiger_db.crud.token_status.claims import claim_due, complete, fail, heartbeat, token_hash
+from tiger_db.crud.token_status.claims import (
+    claim,
+    claim_due,
+    complete,
+    fail,
+    give_back,
+    heartbeat,
+    token_hash,
+)
 from tiger_db.crud.token_status.reading import (
     RefreshStatistics,
     get,
@@ -13,11 +21,14 @@ from tiger_db.crud.token_status.reading import (
     get_latest_status,
     get_pending_refreshes,
     history,
+    overview,
     statistics,
 )
 from tiger_db.crud.token_status.scheduling import (
     cancel,
     create_refresh_operation,
+    next_due,
+    prune,
     retry,
     schedule_due,
 )
@@ -25,6 +36,7 @@ from tiger_db.crud.token_status.scheduling import (
 __all__ = [
     "RefreshStatistics",
     "cancel",
+    "claim",
     "claim_due",
     "complete",
     "create_refresh_operation",
@@ -33,8 +45,12 @@ __all__ = [
     "get_failed_refreshes",
     "get_latest_status",
     "get_pending_refreshes",
+    "give_back",
     "heartbeat",
     "history",
+    "next_due",
+    "overview",
+    "prune",
     "retry",
     "schedule_due",
     "statistics",

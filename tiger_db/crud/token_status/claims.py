@@ -3,12 +3,15 @@
 import hashlib
 import random
 from datetime import datetime, timedelta
+from uuid import UUID
 
-from sqlalchemy import BigInteger, ColumnElement, and_, cast, func, or_, select
+from sqlalchemy import BigInteger, ColumnElement, and_, case, cast, func, or_, select
 from sqlalchemy import update as sql_update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
+from tiger_db.crud import audit_logs
 from tiger_db.crud.common import (
     check_limit,
     get_or_raise,
@@ -20,6 +23,7 @@ from tiger_db.crud.token_status.changes import IS_OPEN, LONGEST_BACKOFF, log, se
 from tiger_db.encryption import Secret
 from tiger_db.errors import (
     EncryptionError,
+    InvalidState,
     InvalidValue,
     LeaseLost,
     StaleToken,
@@ -28,17 +32,26 @@ from tiger_db.models import (
     AccountStatus,
     AuditAction,
     AuditResult,
+    AuditSeverity,
     TigerAccount,
     TokenRefreshStatus,
     TokenStatus,
 )
-from tiger_db.models.accounts import REFRESH_AHEAD
+from tiger_db.models.accounts import refresh_time
 from tiger_db.models.base import readable_secrets
 from tiger_db.redaction import redact
 
 # Exponential backoff with full jitter, from this long to LONGEST_BACKOFF:
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 BACKOFF = timedelta(seconds=30)
+ANSWER_LOST = "answer_lost"  # in a refresh's details: the broker may have replaced the token
+_NO_DETAILS = cast({}, JSONB)
+_LOST = cast({ANSWER_LOST: True}, JSONB)
+
+_FREE = or_(
+    col(TokenStatus.status) == TokenRefreshStatus.PENDING,
+    col(TokenStatus.lease_expires_at) < func.clock_timestamp(),
+)
 
 
 async def claim_due(
@@ -58,17 +71,13 @@ async def claim_due(
             name is refused.
     """
     check_limit(limit)
-    _check_lease(lease)
     due = (
         select(col(TokenStatus.id))
         .join(TigerAccount, col(TigerAccount.id) == col(TokenStatus.tiger_account_id))
         .where(
             IS_OPEN,
             col(TokenStatus.scheduled_at) <= func.clock_timestamp(),
-            or_(
-                col(TokenStatus.status) == TokenRefreshStatus.PENDING,
-                col(TokenStatus.lease_expires_at) < func.clock_timestamp(),
-            ),
+            _FREE,
             col(TigerAccount.status) == AccountStatus.ACTIVE,
         )
         .order_by(col(TokenStatus.scheduled_at))
@@ -76,22 +85,58 @@ async def claim_due(
         .with_for_update(of=TokenStatus, skip_locked=True)
         .cte("due")
     )
+    return await _claim(session, col(TokenStatus.id) == due.c.id, worker, lease)
+
+
+async def claim(
+    session: AsyncSession,
+    refresh_id: UUID,
+    *,
+    worker: str,
+    lease: timedelta = timedelta(seconds=60),
+) -> TokenStatus:
+    """Claim one refresh, due or not, whatever the status of its account. See `claim_due`.
+
+    Raises:
+        InvalidState: it has ended, or another worker has it.
+        InvalidValue: the lease is not positive, or the worker's name is refused.
+    """
+    claimed = await _claim(
+        session, and_(col(TokenStatus.id) == refresh_id, IS_OPEN, _FREE), worker, lease
+    )
+    if not claimed:
+        raise InvalidState("another worker is at this refresh, or it has ended")
+    return claimed[0]
+
+
+async def _claim(
+    session: AsyncSession, criterion: ColumnElement[bool], worker: str, lease: timedelta
+) -> list[TokenStatus]:
+    _check_lease(lease)
     claims = await many(
         session,
         sql_update(TokenStatus)
-        .where(col(TokenStatus.id) == due.c.id)
+        .where(criterion)
         .values(
             status=TokenRefreshStatus.IN_PROGRESS,
             worker=worker,
             started_at=func.clock_timestamp(),
             lease_expires_at=func.clock_timestamp() + lease,
             fencing_token=col(TokenStatus.fencing_token) + 1,
+            # Who had it has vanished, and what the broker answered with it.
+            details=case(
+                (
+                    col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
+                    func.coalesce(col(TokenStatus.details), _NO_DETAILS).op("||")(_LOST),
+                ),
+                else_=col(TokenStatus.details),
+            ),
         )
         .returning(TokenStatus),
     )
-    for claim in claims:
-        session.expunge(claim)  # a claim must never pick up its successor's fencing token
-    return sorted(claims, key=lambda claim: (claim.scheduled_at, claim.id))
+    for claimed in claims:
+        session.expunge(claimed)  # a claim must never pick up its successor's fencing token
+    return sorted(claims, key=lambda claimed: (claimed.scheduled_at, claimed.id))
 
 
 async def heartbeat(
@@ -155,7 +200,7 @@ async def complete(
         old_token_hash=_hash_of(account.access_token),
         new_token_expires_at=expires_at,
         new_token_hash=token_hash(access_token),
-        next_refresh_at=expires_at - REFRESH_AHEAD if expires_at is not None else None,
+        next_refresh_at=refresh_time(access_token, expires_at),
         error_code=None,
         error_message=None,
         api_response_code=api_response_code,
@@ -175,27 +220,32 @@ async def fail(
     error: str,
     error_code: str | None = None,
     retry_after: timedelta | None = None,
+    credentials_dead: bool = False,
+    answer_lost: bool = False,
     api_response_code: int | None = None,
     api_response_time_ms: int | None = None,
 ) -> TokenStatus:
     """End an attempt badly. It is tried again later, or given up after `max_retries` attempts.
 
-    Of the error's text, tokens, keys and the account's own secrets are masked before it is stored.
-    The wait is `retry_after`, else random up to 30 s, doubled with each attempt, 30 min at most.
+    The wait is `retry_after`, where the broker said so, else random up to 30 s, doubled with each
+    attempt, 30 min at most. `credentials_dead`: it is given up at once, and an active account is
+    suspended until a person looks at it. `answer_lost`: the broker was asked, and may have replaced
+    the token; the refresh's details keep that. Of the error's text, tokens, keys and the account's
+    own secrets are masked before it is stored.
 
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
         ValidationError: a value is refused; nothing has changed.
     """
-    account = await one(
-        session, select(TigerAccount).where(col(TigerAccount.id) == claim.tiger_account_id)
-    )
-    known = readable_secrets(account) if account is not None else []
+    # The account first, as everyone who locks both does.
+    account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
+    known = readable_secrets(account)
     attempts = claim.retry_count + 1
-    if attempts >= claim.max_retries:
+    if credentials_dead or attempts >= claim.max_retries:
         ending: dict[str, object] = {
             "status": TokenRefreshStatus.FAILED,
             "completed_at": func.clock_timestamp(),
+            "next_refresh_at": func.clock_timestamp() + LONGEST_BACKOFF,
         }
     else:
         wait = retry_after if retry_after is not None else _backoff(attempts)
@@ -203,6 +253,8 @@ async def fail(
             "status": TokenRefreshStatus.PENDING,
             "scheduled_at": func.clock_timestamp() + wait,
         }
+    if answer_lost:
+        ending["details"] = {**(claim.details or {}), ANSWER_LOST: True}
     refresh = await _change(
         session,
         claim,
@@ -223,7 +275,43 @@ async def fail(
         error_code=error_code,
         error_message=refresh.error_message,
     )
+    if credentials_dead and account.status == AccountStatus.ACTIVE:
+        await _suspend(session, account, refresh)
     return refresh
+
+
+async def _suspend(session: AsyncSession, account: TigerAccount, refresh: TokenStatus) -> None:
+    old, account.status = account.status, AccountStatus.SUSPENDED
+    await session.flush()
+    await audit_logs.log_event(
+        session,
+        action=AuditAction.ACCOUNT_STATUS_CHANGE,
+        severity=AuditSeverity.CRITICAL,
+        resource_type="tiger_account",
+        resource_id=str(account.id),
+        tiger_account_id=account.id,
+        old_values={"status": old.value},
+        new_values={"status": account.status.value},
+        details={"reason": "the broker refuses its credentials", "refresh": str(refresh.id)},
+    )
+
+
+async def give_back(
+    session: AsyncSession, claim: TokenStatus, *, wait: timedelta = timedelta(0)
+) -> TokenStatus:
+    """End a claim before the broker was asked: the refresh is due again after the wait.
+
+    Raises:
+        LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
+    """
+    return await _change(
+        session,
+        claim,
+        status=TokenRefreshStatus.PENDING,
+        scheduled_at=func.clock_timestamp() + wait,
+        lease_expires_at=None,
+        worker=None,
+    )
 
 
 def token_hash(token: str) -> str:

@@ -13,6 +13,8 @@ from sqlmodel import col
 from tiger_db.crud.common import (
     Page,
     aware,
+    check_limit,
+    many,
     one,
     paginate,
 )
@@ -81,6 +83,38 @@ async def history(
     if account_id is not None:
         statement = statement.where(col(TokenStatus.tiger_account_id) == account_id)
     return await paginate(session, statement, TokenStatus, after=after, limit=limit)
+
+
+async def overview(
+    session: AsyncSession, *, since: datetime, limit: int = 50
+) -> dict[str, list[TokenStatus]]:
+    """What is `running`, `due` and `waiting`, longest due first, and `failed` since then.
+
+    Raises:
+        InvalidValue: `since` is naive, or `limit` is not from 1 to 1000.
+    """
+    check_limit(limit)
+    pending = col(TokenStatus.status) == TokenRefreshStatus.PENDING
+    at = col(TokenStatus.scheduled_at)
+    groups: dict[str, tuple[ColumnElement[bool], ColumnElement[Any]]] = {
+        "running": (
+            and_(IS_OPEN, col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS),
+            at.asc(),
+        ),
+        "due": (and_(IS_OPEN, pending, at <= func.clock_timestamp()), at.asc()),
+        "waiting": (and_(IS_OPEN, pending, at > func.clock_timestamp()), at.asc()),
+        "failed": (
+            and_(
+                text("token_statuses.status = 'failed'"),  # as the partial index has it
+                col(TokenStatus.id) >= func.uuid7_floor(aware("since", since)),
+            ),
+            col(TokenStatus.id).desc(),
+        ),
+    }
+    return {
+        name: await many(session, select(TokenStatus).where(criterion).order_by(order).limit(limit))
+        for name, (criterion, order) in groups.items()
+    }
 
 
 async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatistics:

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import func, select, text
+from sqlalchemy import delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
@@ -19,9 +19,10 @@ from tiger_db.crud.common import (
     one,
     typed_errors,
 )
-from tiger_db.crud.token_status.changes import IS_OPEN, LONGEST_BACKOFF, log, set_values
+from tiger_db.crud.token_status.changes import IS_OPEN, log, set_values
 from tiger_db.errors import (
     InvalidState,
+    InvalidValue,
     MissingReference,
     NotFound,
 )
@@ -33,6 +34,7 @@ from tiger_db.models import (
     TokenRefreshStatus,
     TokenStatus,
 )
+from tiger_db.models.token_status import OPEN
 
 
 async def create_refresh_operation(
@@ -73,12 +75,14 @@ async def create_refresh_operation(
 
 
 async def schedule_due(
-    session: AsyncSession, *, within: timedelta = timedelta(hours=1), limit: int = 1000
+    session: AsyncSession, *, within: timedelta | None = None, limit: int = 1000
 ) -> list[TokenStatus]:
-    """Open a refresh for every active account whose token has expired or will within that time.
+    """Open a refresh for every active account whose token has expired or will before long.
 
-    Any number of schedulers open only one each. An account whose refresh was given up is left
-    alone for half an hour. Returns what this call opened.
+    That is at its `token_refresh_at`, which follows from the token's own life, or, if `within` is
+    given, so long before it expires. Any number of schedulers open only one each. An account whose
+    refresh was given up is left alone until that one's `next_refresh_at`. Returns what this call
+    opened.
     """
     check_limit(limit)
     given_up = (
@@ -86,7 +90,7 @@ async def schedule_due(
         .where(
             col(TokenStatus.tiger_account_id) == col(TigerAccount.id),
             col(TokenStatus.status) == TokenRefreshStatus.FAILED,
-            col(TokenStatus.completed_at) > func.now() - LONGEST_BACKOFF,
+            col(TokenStatus.next_refresh_at) > func.now(),
         )
         .exists()
     )
@@ -95,16 +99,21 @@ async def schedule_due(
         .where(col(TokenStatus.tiger_account_id) == col(TigerAccount.id), IS_OPEN)
         .exists()
     )
+    due_at, until = (
+        (col(TigerAccount.token_refresh_at), func.now())
+        if within is None
+        else (col(TigerAccount.token_expires_at), func.now() + within)
+    )
     due_accounts = (
         select(TigerAccount, col(TigerAccount.token_expires_at) <= func.now())
         .where(
             col(TigerAccount.status) == text("'active'"),  # as the partial index has it
             col(TigerAccount.access_token).is_not(None),
-            col(TigerAccount.token_expires_at) <= func.now() + within,
+            due_at <= until,
             ~already_open,
             ~given_up,
         )
-        .order_by(col(TigerAccount.token_expires_at))
+        .order_by(due_at)
         .limit(limit)
         # None of them closes before this transaction ends; one that is busy is left for later.
         .with_for_update(key_share=True, skip_locked=True)
@@ -119,6 +128,58 @@ async def schedule_due(
     for refresh in opened:
         await log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, refresh)
     return opened
+
+
+async def next_due(session: AsyncSession) -> timedelta | None:
+    """How long until another refresh becomes due, or a token's time comes; None: neither will."""
+    pending = (
+        select(col(TokenStatus.scheduled_at))
+        .where(
+            IS_OPEN,
+            col(TokenStatus.status) == TokenRefreshStatus.PENDING,
+            col(TokenStatus.scheduled_at) > func.clock_timestamp(),
+        )
+        .order_by(col(TokenStatus.scheduled_at))
+        .limit(1)
+    )
+    expiring = (
+        select(col(TigerAccount.token_refresh_at))
+        .where(
+            col(TigerAccount.status) == text("'active'"),  # as the partial index has it
+            col(TigerAccount.access_token).is_not(None),
+            col(TigerAccount.token_refresh_at) > func.clock_timestamp(),
+        )
+        .order_by(col(TigerAccount.token_refresh_at))
+        .limit(1)
+    )
+    first = func.least(pending.scalar_subquery(), expiring.scalar_subquery())
+    wait: timedelta | None = await session.scalar(select(first - func.clock_timestamp()))
+    return wait
+
+
+async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10_000) -> int:
+    """Delete refreshes that ended and were opened so long ago; returns how many, `limit` at most.
+
+    Raises:
+        InvalidValue: `older_than` is not positive.
+    """
+    if older_than <= timedelta(0):
+        raise InvalidValue("older_than must be positive")
+    old = (
+        select(col(TokenStatus.id))
+        .where(
+            col(TokenStatus.id) < func.uuid7_floor(func.now() - older_than),
+            col(TokenStatus.status).not_in(OPEN),
+        )
+        .order_by(col(TokenStatus.id))
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    gone = await session.scalars(
+        delete(TokenStatus).where(col(TokenStatus.id).in_(old)).returning(col(TokenStatus.id)),
+        execution_options={"synchronize_session": False},
+    )
+    return len(gone.all())
 
 
 async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:

@@ -1,0 +1,130 @@
+"""Asks Tiger for a new access token, by its own SDK."""
+
+import asyncio
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from tiger_db.errors import (
+    AnswerLost,
+    ConfigurationError,
+    CredentialsRefused,
+    RefreshFailed,
+    RefreshLimited,
+)
+from tiger_db.models import TigerAccount
+from tiger_db.models.base import readable_secrets
+from tiger_db.redaction import redact
+from tiger_db.tiger.sdk import client_config
+from tiger_db.tokens import NewToken
+
+# https://quant.itigerup.com/openapi/en/python/appendix2/overview.html: codes of the Open API
+_OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
+_REFUSED = {1000, 4000}  # common parameter or signature; permission denied
+_HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
+_WINDOW = timedelta(seconds=60)  # of Tiger's limits, which roll
+_silent = logging.getLogger("tiger_db.tiger.sdk")
+_silent.disabled = True  # the SDK logs tokens
+
+
+async def refresh_token(account: TigerAccount) -> NewToken:
+    """Ask Tiger for a new access token. The one the account has ends with it.
+
+    Nothing is asked twice. It runs in a thread, because the SDK blocks; no transaction should be
+    open meanwhile. Messages have Tiger's code and text, without secrets.
+
+    Raises:
+        RefreshLimited: Tiger wants to be asked later.
+        CredentialsRefused: it refuses the key, the signature or the token.
+        AnswerLost: it was asked, and the answer did not arrive or makes no sense.
+        RefreshFailed: anything else that may pass.
+        ConfigurationError: the SDK is not installed.
+    """
+    config = client_config(account)
+    loop = asyncio.get_running_loop()
+    try:
+        answer = await loop.run_in_executor(_threads(), _ask, config)
+    except (RefreshFailed, ConfigurationError) as error:
+        raise _redacted(error, account) from None
+    try:
+        return _token_of(answer)
+    except RefreshFailed as error:
+        raise _redacted(error, account) from None
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=64, thread_name_prefix="tiger")
+
+
+def _ask(config: Any) -> Any:  # noqa: ANN401  # the SDK has no types
+    from tigeropen.common.consts.service_types import USER_TOKEN_REFRESH  # noqa: PLC0415  # slow
+    from tigeropen.common.exceptions import (  # noqa: PLC0415
+        RequestException,
+        ResponseException,
+    )
+    from tigeropen.common.request import OpenApiRequest  # noqa: PLC0415
+    from tigeropen.tiger_open_client import TigerOpenClient  # noqa: PLC0415
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError  # noqa: PLC0415
+
+    try:
+        client = TigerOpenClient(config, logger=_silent)
+        return client.execute(OpenApiRequest(method=USER_TOKEN_REFRESH))
+    except ResponseException as error:
+        raise _http_error(error.status, str(error)) from None
+    except RequestException as error:
+        cause = error.__context__
+        reason = getattr(cause, "reason", cause)  # a MaxRetryError has one
+        if isinstance(reason, NewConnectionError | ConnectTimeoutError):
+            raise RefreshFailed(f"Tiger cannot be reached: {type(reason).__name__}") from None
+        raise AnswerLost(f"Tiger's answer was lost: {type(reason).__name__}") from None
+    except ValueError:
+        raise AnswerLost("Tiger's answer is not JSON") from None
+
+
+def _http_error(status: int | None, text: str) -> RefreshFailed:
+    if status == _HTTP_LIMIT:
+        return RefreshLimited(
+            "Tiger's limit is reached (HTTP 429)", code=_LIMIT, retry_after=_WINDOW
+        )
+    if status in _HTTP_UNAUTHORIZED:
+        return CredentialsRefused(f"Tiger refuses the credentials (HTTP {status})")
+    if status is not None and status < _HTTP_SERVER_ERROR:
+        return RefreshFailed(f"HTTP {status}")
+    # It may have done what it was asked before that.
+    return AnswerLost(f"HTTP {status}" if status is not None else text)
+
+
+def _token_of(answer: Any) -> NewToken:  # noqa: ANN401  # whatever Tiger says
+    if not isinstance(answer, dict):
+        raise AnswerLost("Tiger's answer is no object")
+    code, text = answer.get("code"), str(answer.get("message") or answer.get("msg") or "")
+    said = f"code={code} msg={text}"
+    if code == _OK:
+        data = answer.get("data")
+        if isinstance(data, str):  # as the SDK's own parsers expect of some methods
+            try:
+                data = json.loads(data)
+            except ValueError:
+                data = None
+        token = data.get("token") if isinstance(data, dict) else None
+        if not isinstance(token, str) or not token:
+            raise AnswerLost("Tiger's answer has no token", code=code)
+        return NewToken(token, code=code)
+    if not isinstance(code, int):
+        raise AnswerLost("Tiger's answer has no code")
+    if code == _LIMIT or (code == _FORBIDDEN and "rate limit" in text):
+        raise RefreshLimited(said, code=code, retry_after=_WINDOW)
+    if code in _REFUSED or code == _FORBIDDEN:
+        raise CredentialsRefused(said, code=code)
+    if code in {_SERVER_ERROR, _TIMEOUT}:
+        raise AnswerLost(said, code=code)
+    raise RefreshFailed(said, code=code)
+
+
+def _redacted(error: Exception, account: TigerAccount) -> Exception:
+    error.args = (redact(str(error), *readable_secrets(account)),)
+    return error
