@@ -11,7 +11,7 @@ from pathlib import Path
 
 import asyncpg
 
-from benchmarks import accounts, audit, keys
+from benchmarks import accounts, audit, keys, refreshes
 from benchmarks.work import ROUNDS, Result, Work, measure
 from tests import servers
 from tests.conftest import create_database, drop_database
@@ -47,7 +47,8 @@ async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
                 results.append(await told(await keys.depth_work(few, many)))
             async with others(server, "trail") as trail:
                 results_, facts = await trail_results(trail, _writing(results))
-                return results + results_, facts
+            more_results, more_facts = await refresh_results(server)
+            return results + results_ + more_results, facts + more_facts
     finally:
         await drop_database(server.url, NAME)
 
@@ -62,6 +63,26 @@ async def trail_results(trail: Database, writing: float) -> tuple[list[Result], 
         async for fact in audit.facts(trail, pool, writing):
             print(fact)
             facts.append(fact)
+    return results, facts
+
+
+async def refresh_results(server: servers.Server) -> tuple[list[Result], list[str]]:
+    facts = []
+    async with (
+        others(server, "refreshes") as made,
+        # As many connections as asyncpg's pool has: none is opened for each of many at once.
+        Database(made.settings.model_copy(update={"db_pool_size": 20})) as database,
+        others(server, "queues", migrated=False) as queues,
+        asyncpg.create_pool(
+            **await connect_args(made.settings), init=_json, min_size=1, max_size=20
+        ) as pool,
+    ):
+        results = [await told(work) for work in await refreshes.works(database, pool)]
+        async for fact in refreshes.facts(database, pool, queues):
+            print(fact)
+            facts.append(fact)
+    async with others(server, "some") as some, others(server, "most") as most:
+        results.append(await told(await refreshes.depth_work(some, most)))
     return results, facts
 
 

@@ -5,7 +5,6 @@ import base64
 import os
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -32,11 +31,11 @@ def tiger_db(*arguments: str) -> None:
     subprocess.run([TIGER_DB, *arguments], check=True)
 
 
-def tiger_token(lifetime: timedelta) -> str:
-    """A token of the form that Tiger gives out."""
-    now = round(time.time() * 1000)
-    stamps = f"{now},{now + round(lifetime.total_seconds() * 1000)}"
-    return base64.b64encode(stamps.encode() + os.urandom(16)).decode()
+def tiger_token(left: timedelta, age: timedelta = timedelta(0)) -> str:
+    """A token of the form that Tiger gives out, which is so old and good for so long."""
+    now = datetime.now(UTC)
+    stamps = (f"{round(at.timestamp() * 1000)}" for at in (now - age, now + left))
+    return base64.b64encode(",".join(stamps).encode() + os.urandom(16)).decode()
 
 
 async def create() -> tuple[TigerAccount, APIKey, str]:
@@ -56,7 +55,7 @@ async def create() -> tuple[TigerAccount, APIKey, str]:
         await crud.accounts.update_tokens(
             session,
             account.id,
-            access_token=tiger_token(expires_soon),
+            access_token=tiger_token(expires_soon, age=timedelta(days=14)),
             token_expires_at=datetime.now(UTC) + expires_soon,
         )
         key, raw_key = await crud.api_keys.create_api_key(

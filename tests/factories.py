@@ -50,11 +50,18 @@ async def api_key(session: AsyncSession, **overrides: Any) -> tuple[APIKey, str]
 
 
 async def account_with_token(session: AsyncSession, **overrides: Any) -> TigerAccount:
-    """An account whose token expires in ten minutes, so that it is due."""
+    """An account whose token expires in ten minutes, so that it is due.
+
+    Its refresh is due an hour before the expiry, as that of an older token is.
+    """
     soon = datetime.now(UTC) + timedelta(minutes=10)
-    return await account(
+    made = await account(
         session, **{"access_token": "token-1", "token_expires_at": soon} | overrides
     )
+    if made.token_refresh_at is not None and made.token_expires_at is not None:
+        made.token_refresh_at = made.token_expires_at - timedelta(hours=1)
+        await session.flush()
+    return made
 
 
 async def refresh(

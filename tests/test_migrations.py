@@ -121,8 +121,9 @@ async def test_0002_destroys_the_credentials_of_closed_accounts(empty_database: 
                 values = {"number": status, "status": status, "is_default": status == "closed"}
                 await connection.execute(ACCOUNT_AT_0001, values)
         before = await accounts_in(engine)
-        await upgrade(engine)
+        await upgrade(engine, "0002")
         after = await accounts_in(engine)
+        await upgrade(engine)
         assert await drift(engine) == []
     added: dict[str, object] = {"client_options": {}, "auto_suspended": False}
     closed, was = after.pop("closed"), before.pop("closed")
@@ -171,6 +172,57 @@ async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> N
         assert still is not None
         assert still.status == AccountStatus.SUSPENDED
         await crud.accounts.reopen(session, closed.id, private_key="new")
+
+
+# 0005
+
+
+async def test_0005_has_tokens_refreshed_an_hour_before_they_expire(
+    empty_database: Settings,
+) -> None:
+    expiry, due = datetime(2030, 1, 1, tzinfo=UTC), datetime(2029, 12, 31, 23, tzinfo=UTC)
+    values = {"status": "active", "is_default": False}
+    async with migration_engine(empty_database) as engine:
+        await upgrade(engine, "0001")
+        async with engine.begin() as connection:
+            await connection.execute(ACCOUNT_AT_0001, values | {"number": "expires"})
+            await connection.execute(ACCOUNT_AT_0001, values | {"number": "lasts"})
+            await connection.execute(
+                text("UPDATE tiger_accounts SET token_expires_at = NULL WHERE account_number = :n"),
+                {"n": "lasts"},
+            )
+        await upgrade(engine, "0004")
+        before = await accounts_in(engine)
+        for _ in range(2):
+            await upgrade(engine)
+            assert await drift(engine) == []
+            after = await accounts_in(engine)
+            assert after["expires"].pop("token_refresh_at") == due
+            assert after["lasts"].pop("token_refresh_at") is None
+            assert after["expires"]["token_expires_at"] == expiry
+            assert undated(after) == undated(before)
+            await downgrade(engine, "0004")
+            assert undated(await accounts_in(engine)) == undated(before)
+            assert await functions(engine, "notify_refresh") == 0
+        await upgrade(engine)
+        assert await functions(engine, "notify_refresh") == 2
+
+
+def undated(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {number: {**row, "updated_at": None} for number, row in rows.items()}
+
+
+async def functions(engine: AsyncEngine, name: str) -> int:
+    """How many functions and triggers are called that."""
+    async with engine.connect() as connection:
+        found = await connection.scalar(
+            text(
+                "SELECT (SELECT count(*) FROM pg_proc WHERE proname = :name)"
+                " + (SELECT count(*) FROM pg_trigger WHERE tgname = :name)"
+            ),
+            {"name": name},
+        )
+    return int(found)
 
 
 # Drift

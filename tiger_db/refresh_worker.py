@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
+from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from tiger_db import crud
+from tiger_db.crud.common import get_or_raise
 from tiger_db.crud.token_status.claims import ANSWER_LOST
 from tiger_db.database import AsyncSession, Database, connect
 from tiger_db.errors import (
@@ -199,7 +201,6 @@ class RefreshWorker:
 
     async def _ask(self, claim: TokenStatus, account: TigerAccount) -> None:
         start = time.monotonic()
-        who = account.known_as()
 
         def milliseconds() -> int:
             return round((time.monotonic() - start) * 1000)
@@ -207,18 +208,20 @@ class RefreshWorker:
         try:
             token = await self.refresher(account)
         except RefreshFailed as error:
-            await self._fail(claim, who, error, milliseconds())
+            await self._fail(claim, account, error, milliseconds())
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001  # a refresher may raise anything
             why = str(error) if isinstance(error, TigerDBError) else type(error).__name__
-            await self._fail(claim, who, RefreshFailed(why), milliseconds())
+            await self._fail(claim, account, RefreshFailed(why), milliseconds())
         else:
-            await self._complete(claim, who, token, milliseconds())
+            await self._complete(claim, account, token, milliseconds())
 
     async def _complete(
-        self, claim: TokenStatus, who: str, token: NewToken, milliseconds: int
+        self, claim: TokenStatus, account: TigerAccount, token: NewToken, milliseconds: int
     ) -> None:
+        who = account.known_as()
+
         async def complete(session: AsyncSession) -> TokenStatus:
             return await crud.token_status.complete(
                 session,
@@ -232,8 +235,11 @@ class RefreshWorker:
 
         try:
             done = await self._saved(complete)
-        except LeaseLost:
+        except (LeaseLost, NotFound):
             await self._offer(claim, who, token)
+        except (ValidationError, InvalidValue) as error:
+            why = f"the new token cannot be stored: {type(error).__name__}"
+            await self._fail(claim, account, AnswerLost(why, code=token.code), milliseconds)
         except StaleToken:
             self.counts["stale"] += 1
             _logger.warning("%s has a newer token than the one that was refreshed", who)
@@ -270,18 +276,23 @@ class RefreshWorker:
             _logger.warning("%s: the claim was lost; its token was newer, and is kept", who)
 
     async def _fail(
-        self, claim: TokenStatus, who: str, error: RefreshFailed, milliseconds: int
+        self, claim: TokenStatus, account: TigerAccount, error: RefreshFailed, milliseconds: int
     ) -> None:
-        refused = isinstance(error, CredentialsRefused)
+        who = account.known_as()
         text = str(error)
-        if refused and claim.details and claim.details.get(ANSWER_LOST):
+        if claim.details and claim.details.get(ANSWER_LOST):
             text = f"{text} (the answer to an earlier attempt was lost, maybe with a new token)"
 
         async def fail(session: AsyncSession) -> TokenStatus:
+            refused, said = isinstance(error, CredentialsRefused), text
+            if refused:
+                now = await get_or_raise(session, TigerAccount, account.id, lock=True)
+                if now.readable_token() != account.readable_token():
+                    refused, said = False, f"{error} (of a token that the account no longer has)"
             return await crud.token_status.fail(
                 session,
                 claim,
-                error=text,
+                error=said,
                 error_code=type(error).__name__,
                 retry_after=error.retry_after if isinstance(error, RefreshLimited) else None,
                 credentials_dead=refused,
@@ -292,7 +303,7 @@ class RefreshWorker:
 
         try:
             done = await self._saved(fail)
-        except LeaseLost:
+        except (LeaseLost, NotFound):
             self.counts["lost"] += 1
             _logger.warning("%s: the claim was lost after a failure", who)
             return

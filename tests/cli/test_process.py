@@ -37,8 +37,9 @@ COMMANDS = (
     "rotate-api-key", "extend-api-key", "revoke-api-key", "print-key-pattern",
     "generate-api-key-pepper", "list-events", "show-events", "export-events",
     "generate-audit-signing-key", "print-audit-public-key", "seal-audit", "verify-audit",
-    "export-checkpoint", "maintain-audit", "list-refreshes", "generate-encryption-key",
-    "list-encryption-keys", "rotate-encryption-key", "import-account", "export-account",
+    "export-checkpoint", "maintain-audit", "list-refreshes", "show-refreshes", "run-refreshes",
+    "refresh-token", "prune-refreshes", "generate-encryption-key", "list-encryption-keys",
+    "rotate-encryption-key", "import-account", "export-account",
 )  # fmt: skip
 SLOW = {"sqlalchemy", "sqlmodel", "alembic", "asyncpg", "cryptography", "pydantic", "passlib"}
 LOADED = (

@@ -216,7 +216,9 @@ async def test_an_address_of_a_network_is_accepted_in_any_spelling(
         assert await api_keys.authorize_api_key(session, raw_key, ip_address=spelled) is key
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(networks=st.lists(V4 | V6, min_size=1, max_size=3), data=st.data())
 async def test_an_address_of_no_network_is_refused_in_any_spelling(
     session: AsyncSession, networks: list[Network], data: st.DataObject

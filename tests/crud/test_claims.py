@@ -39,6 +39,8 @@ USES: dict[str, Use] = {
     "heartbeat": token_status.heartbeat,
     "complete": lambda s, c: token_status.complete(s, c, access_token="zombie"),
     "fail": lambda s, c: token_status.fail(s, c, error="zombie"),
+    "fail for good": lambda s, c: token_status.fail(s, c, error="z", credentials_dead=True),
+    "give back": token_status.give_back,
 }
 
 
@@ -176,7 +178,11 @@ async def test_completing_renews_the_token_and_forgets_errors(session: AsyncSess
     assert refresh.old_token_hash == token_status.token_hash("token-1")
     assert refresh.new_token_hash == token_status.token_hash("token-2")
     assert refresh.new_token_expires_at == expiry
-    assert refresh.next_refresh_at == expiry - timedelta(hours=1)
+    assert refresh.next_refresh_at is not None
+    ahead = expiry - refresh.next_refresh_at  # a fifth of the life
+    assert abs(ahead - timedelta(days=3)) < timedelta(seconds=10)
+    assert account.token_refresh_at is not None
+    assert abs(account.token_refresh_at - refresh.next_refresh_at) < timedelta(seconds=10)
     answer = (refresh.api_response_code, refresh.api_response_time_ms, refresh.server_version)
     assert answer == (0, 12, "3.1")
     event = (await factories.events(session))[-1]

@@ -27,6 +27,7 @@ from tiger_db.write_behind import LEFT_OUT
 Query = Callable[[AsyncSession], Awaitable[object]]
 Plan = list[dict[str, Any]]
 NOW = datetime.now(UTC)
+OLD = NOW - datetime(2024, 6, 24, tzinfo=UTC)  # so long that it was before the ids of ROWS
 # Row n has the account number n, and 0…0n in its ids.
 ROWS = """
 CREATE FUNCTION id(n bigint) RETURNS uuid LANGUAGE sql AS
@@ -34,10 +35,11 @@ CREATE FUNCTION id(n bigint) RETURNS uuid LANGUAGE sql AS
 
 INSERT INTO tiger_accounts (id, account_name, account_number, account_type, status, tiger_id,
     tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
-    token_expires_at, is_default_trading, is_default_data, market_permissions, quote_permissions,
-    error_count, tags)
+    token_expires_at, token_refresh_at, is_default_trading, is_default_data, market_permissions,
+    quote_permissions, error_count, tags)
 SELECT id(n), 'Main', n, 'standard', 'active', '', sha256(n::text::bytea), '', 'unknown', 'PROD',
-    '', now() + make_interval(mins => n::int), n = 1, n = 2, '{}', '[]', 0, '{}'
+    '', now() + make_interval(mins => n::int), now() + make_interval(mins => n::int - 60), n = 1,
+    n = 2, '{}', '[]', 0, '{}'
 FROM generate_series(1, 20000) n;
 
 INSERT INTO api_keys (id, name, key_prefix, key_hash, status, scopes, tiger_account_id,
@@ -111,7 +113,7 @@ async def plan_of(settings: Settings, query: Query) -> Plan:
             plans = [
                 await connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values)
                 for sql, values in sent
-                if sql.lstrip().startswith(("SELECT", "INSERT", "UPDATE", "WITH"))
+                if sql.lstrip().startswith(("SELECT", "INSERT", "UPDATE", "DELETE", "WITH"))
             ]
             return [node for plan in plans for node in nodes(as_json(plan.scalar())[0]["Plan"])]
 
@@ -202,7 +204,12 @@ SERVES: list[tuple[str, Query]] = [
         lambda s: accounts.set_default_data_account(s, id_of(77)),
     ),
     ("ix_tiger_accounts_token_expires_at", accounts.get_accounts_needing_token_refresh),
-    ("ix_tiger_accounts_token_expires_at", token_status.schedule_due),
+    (
+        "ix_tiger_accounts_token_expires_at",
+        partial(token_status.schedule_due, within=timedelta(hours=1)),
+    ),
+    ("ix_tiger_accounts_token_refresh_at", token_status.schedule_due),
+    ("ix_tiger_accounts_token_refresh_at", token_status.next_due),
     ("pk_api_keys", lambda s: api_keys.get(s, id_of(77))),
     ("pk_api_keys", lambda s: api_keys.list_api_keys(s, after=cursor_of(77))),
     ("uq_api_keys_key_prefix", lambda s: api_keys.get_by_prefix(s, f"tdb_test_{77:012}")),
@@ -218,14 +225,21 @@ SERVES: list[tuple[str, Query]] = [
     ("pk_token_statuses", lambda s: token_status.get(s, id_of(77))),
     ("pk_token_statuses", lambda s: token_status.history(s, after=cursor_of(777))),
     ("pk_token_statuses", lambda s: token_status.statistics(s, since=NOW)),
+    ("pk_token_statuses", lambda s: token_status.claim(s, id_of(200), worker="w")),
+    ("pk_token_statuses", lambda s: token_status.prune(s, older_than=OLD)),
     ("uq_token_statuses_tiger_account_id_open", open_refresh),
+    ("uq_token_statuses_tiger_account_id_open", token_status.schedule_due),
     ("ix_token_statuses_due", lambda s: token_status.claim_due(s, worker="w")),
+    ("ix_token_statuses_due", token_status.next_due),
+    ("ix_token_statuses_due", lambda s: token_status.overview(s, since=NOW)),
     ("ix_token_statuses_tiger_account_id_id", partial(token_status.history, account_id=id_of(77))),
     (
         "ix_token_statuses_tiger_account_id_id",
         lambda s: token_status.get_latest_status(s, id_of(77)),
     ),
+    ("ix_token_statuses_tiger_account_id_id", token_status.schedule_due),
     ("ix_token_statuses_failed", token_status.get_failed_refreshes),
+    ("ix_token_statuses_failed", lambda s: token_status.overview(s, since=NOW)),
     ("pk_audit_logs", audit_logs.get_recent_events),
     ("ix_audit_logs_tiger_account_id", partial(audit_logs.search, account_id=id_of(77))),
     ("ix_audit_logs_api_key_id", partial(audit_logs.search, api_key_id=id_of(77))),
@@ -255,6 +269,20 @@ async def test_a_key_is_checked_by_index_alone(
     full: Settings, query: Query, indexes: set[str]
 ) -> None:
     assert await used_indexes(full, query) == indexes
+    assert "Seq Scan" not in {node["Node Type"] for node in await plan_of(full, query)}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        lambda s: token_status.claim_due(s, worker="w", limit=1),
+        lambda s: token_status.claim(s, id_of(200), worker="w"),
+        token_status.schedule_due,
+        token_status.next_due,
+        lambda s: token_status.overview(s, since=NOW),
+    ],
+)
+async def test_refreshes_are_worked_on_by_index_alone(full: Settings, query: Query) -> None:
     assert "Seq Scan" not in {node["Node Type"] for node in await plan_of(full, query)}
 
 

@@ -134,7 +134,10 @@ async def test_an_account_given_up_is_left_alone_for_half_an_hour(session: Async
     failed = await token_status.fail(session, claim, error="no answer")
     assert await token_status.schedule_due(session) == []
     assert failed.completed_at is not None
-    failed.completed_at -= timedelta(minutes=31)
+    assert failed.next_refresh_at is not None
+    wait = failed.next_refresh_at - failed.completed_at
+    assert abs(wait - timedelta(minutes=30)) < timedelta(seconds=1)
+    failed.next_refresh_at -= timedelta(minutes=31)
     assert len(await token_status.schedule_due(session)) == 1
 
 

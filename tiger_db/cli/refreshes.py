@@ -207,6 +207,8 @@ def refresh_token(
     as_json: AsJson = False,
 ) -> None:
     """Refresh an account's access token at Tiger now."""
+    # The error says it: not the log as well, which would be shown for want of a handler.
+    logging.getLogger("tiger_db").addHandler(logging.NullHandler())
 
     async def run() -> "tiger_db.TokenStatus":
         async with tiger_db.Database(settings()) as database:

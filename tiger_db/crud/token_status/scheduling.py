@@ -92,6 +92,7 @@ async def schedule_due(
             col(TokenStatus.status) == TokenRefreshStatus.FAILED,
             col(TokenStatus.next_refresh_at) > func.now(),
         )
+        .offset(0)  # so that it is looked up account by account, not in all failures there were
         .exists()
     )
     already_open = (

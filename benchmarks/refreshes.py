@@ -1,0 +1,332 @@
+"""Working on token refreshes: beside the same statements, among a million, and beside peers."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+from uuid_utils.compat import uuid7
+
+from benchmarks.work import Work
+from tiger_db import Database, RefreshTrigger, RefreshWorker, TigerAccount, crud
+from tiger_db.database import connect
+from tiger_db.encryption import Secret
+from tiger_db.tokens import NewToken
+
+FEW, MANY = 10_000, 1_000_000
+DUE = 12_000  # how many of the former are, and more than all the works take
+WORKERS = (1, 4, 16)
+JOBS = 1_000
+SAMPLES = 100
+LEASE = timedelta(hours=1)
+LIFE = timedelta(days=15)
+# Like the account that is there, each with a refresh that is done and, the first of them, one due.
+FILL = """
+INSERT INTO tiger_accounts (id, account_name, account_number, account_type, status, tiger_id,
+    tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
+    token_expires_at, token_refresh_at, is_default_trading, is_default_data, market_permissions,
+    quote_permissions, error_count, tags)
+SELECT md5('a' || n)::uuid, account_name, 'bench-' || n, account_type, status, tiger_id,
+    tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
+    now() + interval '10 days', now() + interval '7 days', false, false, market_permissions,
+    quote_permissions, 0, tags
+FROM tiger_accounts, generate_series(1, $1::int) n WHERE account_number = 'bench'
+"""
+HISTORY = """
+INSERT INTO token_statuses (id, tiger_account_id, status, trigger, scheduled_at, retry_count,
+    max_retries, fencing_token)
+SELECT md5($3 || n)::uuid, md5('a' || n)::uuid, $2::token_refresh_status, 'scheduled',
+    now() - make_interval(secs => n), 0, 3, 0
+FROM generate_series(1, $1::int) n
+"""
+CLAIM = """
+WITH due AS (
+    SELECT t.id FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
+    WHERE t.status IN ('pending', 'in_progress') AND t.scheduled_at <= clock_timestamp()
+        AND (t.status = 'pending' OR t.lease_expires_at < clock_timestamp())
+        AND a.status = 'active'
+    ORDER BY t.scheduled_at LIMIT 1 FOR UPDATE OF t SKIP LOCKED
+)
+UPDATE token_statuses t
+SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
+    lease_expires_at = clock_timestamp() + $2, fencing_token = fencing_token + 1
+FROM due WHERE t.id = due.id RETURNING t.*
+"""
+ACCOUNT = """
+UPDATE tiger_accounts SET access_token = $2, token_expires_at = $3, token_refresh_at = $4,
+    error_count = 0, last_error = NULL, last_error_at = NULL
+WHERE id = $1
+"""
+DONE = """
+UPDATE token_statuses
+SET status = 'success', completed_at = clock_timestamp(), lease_expires_at = NULL,
+    duration_ms = 1000 * extract(epoch FROM clock_timestamp() - started_at),
+    old_token_hash = $3, new_token_hash = $4, new_token_expires_at = $5, next_refresh_at = $6
+WHERE id = $1 AND fencing_token = $2 AND status = 'in_progress' RETURNING *
+"""
+EVENT = """
+INSERT INTO audit_logs (id, action, result, severity, resource_type, resource_id,
+    tiger_account_id, details, duration_ms)
+VALUES ($1, 'token:refresh', 'success', 'medium', 'token_status', $2, $3, $4, $5)
+"""
+Job = Callable[[], Awaitable[None]]
+
+
+def token() -> str:
+    return f"token-{uuid7()}"
+
+
+async def fill(database: Database, accounts: int, due: int) -> None:
+    async with database.session() as session:
+        await crud.accounts.create(
+            session,
+            TigerAccount(
+                account_name="bench",
+                account_number="bench",
+                tiger_id=Secret("20150001"),
+                private_key=Secret("bench"),
+                access_token=Secret(token()),
+                token_expires_at=datetime.now(UTC) + LIFE,
+            ),
+        )
+    connection = await connect(database.settings)
+    try:
+        await connection.execute("SET statement_timeout = 0")
+        await connection.execute(FILL, accounts)
+        await connection.execute(HISTORY, accounts, "success", "done")
+        await connection.execute(HISTORY, due, "pending", "due")
+        await connection.execute("VACUUM ANALYZE tiger_accounts")
+        await connection.execute("VACUUM ANALYZE token_statuses")
+    finally:
+        await connection.close()
+
+
+def ours(database: Database) -> Job:
+    async def claim_and_complete() -> None:
+        async with database.session() as session:
+            (claim,) = await crud.token_status.claim_due(session, worker="w", limit=1, lease=LEASE)
+        async with database.session() as session:
+            await crud.token_status.complete(
+                session, claim, access_token=token(), expires_at=datetime.now(UTC) + LIFE
+            )
+
+    return claim_and_complete
+
+
+def plain(pool: "asyncpg.Pool[asyncpg.Record]") -> Job:
+    ciphertext = bytes(100)
+
+    async def claim_and_complete() -> None:
+        async with pool.acquire() as connection:
+            claim = await connection.fetchrow(CLAIM, "w", LEASE)
+        refresh, account = claim["id"], claim["tiger_account_id"]
+        until = datetime.now(UTC) + LIFE
+        async with pool.acquire() as connection, connection.transaction():
+            await connection.execute(ACCOUNT, account, ciphertext, until, until - LIFE / 5)
+            done = await connection.fetchrow(
+                DONE, refresh, claim["fencing_token"], "0" * 64, "1" * 64, until, until - LIFE / 5
+            )
+            details = {"status": "success", "trigger": "scheduled"}
+            await connection.execute(
+                EVENT, uuid7(), str(refresh), account, details, done["duration_ms"]
+            )
+
+    return claim_and_complete
+
+
+def at_once(job: Job, workers: int) -> Job:
+    async def run() -> None:
+        await asyncio.gather(*(job() for _ in range(workers)))
+
+    return run
+
+
+async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> list[Work]:
+    """On a database of their own, which they fill."""
+    await fill(database, 2 * DUE, DUE)
+    return [
+        Work(
+            f"claim and complete a refresh, {workers} at once",
+            at_once(ours(database), workers),
+            at_once(plain(pool), workers),
+            times=max(2, 32 // workers),
+        )
+        for workers in WORKERS
+    ]
+
+
+async def depth_work(few: Database, many: Database) -> Work:
+    """Among a million accounts, beside among ten thousand."""
+
+    def claims(database: Database) -> Job:
+        async def claim() -> None:
+            async with database.session() as session:
+                assert await crud.token_status.claim_due(session, worker="w", limit=1, lease=LEASE)
+
+        return claim
+
+    await fill(few, FEW, 1_000)
+    await fill(many, MANY, 1_000)
+    return Work(
+        f"claim a refresh among {MANY:,} accounts, beside among {FEW:,}",
+        claims(many),
+        claims(few),
+        times=40,
+    )
+
+
+async def facts(
+    database: Database, pool: "asyncpg.Pool[asyncpg.Record]", peer: Database
+) -> AsyncIterator[str]:
+    """What is no comparison; `database` is that of `works`, `peer` an empty one."""
+    async with database.session() as session:
+        account = await crud.accounts.get_by_account_number(session, "bench")
+    assert account is not None
+    await pool.execute("UPDATE token_statuses SET status = 'cancelled' WHERE status = 'pending'")
+    waits = sorted([wait async for wait in _waits(database, account)])
+    p50, p99 = statistics.median(waits), waits[round(0.99 * SAMPLES) - 1]
+    yield (
+        f"From the commit of a due refresh to an idle worker's asking: p50 {p50 * 1e3:.1f} ms,"
+        f" p99 {p99 * 1e3:.1f} ms, of {SAMPLES}."
+    )
+    rows = {
+        "claimed and completed": [await _rate(database, ours(database), n) for n in WORKERS],
+        "the same statements in plain asyncpg": [
+            await _rate(database, plain(pool), n) for n in WORKERS
+        ],
+        "by a RefreshWorker, from due to saved": [await _worker(database, n) for n in WORKERS],
+    }
+    for name, measured in (("procrastinate", _procrastinate), ("pgqueuer", _pgqueuer)):
+        try:
+            rows[f"jobs that do nothing, {name}"] = [await measured(peer, n) for n in WORKERS]
+        except ImportError:
+            yield f"{name} is not installed, and left out."
+    workers = ", ".join(map(str, WORKERS[:-1]))
+    yield f"Refreshes a second, by {workers} and {WORKERS[-1]} at once in one process: " + (
+        "; ".join(
+            f"{name} {' / '.join(f'{rate:,.0f}' for rate in rates)}" for name, rates in rows.items()
+        )
+        + "."
+    )
+
+
+async def _waits(database: Database, account: TigerAccount) -> AsyncIterator[float]:
+    """How long each took; the worker has nothing to do before the next."""
+    started: asyncio.Queue[float] = asyncio.Queue()
+
+    async def refresher(_: TigerAccount) -> NewToken:
+        started.put_nowait(time.perf_counter())
+        return NewToken(token(), datetime.now(UTC) + LIFE)
+
+    worker = RefreshWorker(database, refresher, per_minute=10**6)
+    running = asyncio.create_task(worker.run())
+    try:
+        for done in range(SAMPLES):
+            while worker.counts["refreshed"] < done:  # noqa: ASYNC110  # nothing tells
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)  # it listens, and is idle
+            async with database.session() as session:
+                await crud.token_status.create_refresh_operation(
+                    session, tiger_account_id=account.id, trigger=RefreshTrigger.MANUAL
+                )
+                start = time.perf_counter()
+            yield await started.get() - start
+    finally:
+        worker.stop()
+        await running
+
+
+async def _due(database: Database, jobs: int) -> None:
+    """So many refreshes are, and no other."""
+    connection = await connect(database.settings)
+    try:
+        await connection.execute(
+            "UPDATE token_statuses SET status = 'cancelled'"
+            " WHERE status IN ('pending', 'in_progress')"
+        )
+        await connection.execute(HISTORY, jobs, "pending", str(uuid7()))
+        await connection.execute("VACUUM ANALYZE token_statuses")
+    finally:
+        await connection.close()
+
+
+async def _rate(database: Database, job: Job, workers: int) -> float:
+    await _due(database, JOBS)
+    await at_once(job, workers)()  # connects
+
+    async def work() -> None:
+        for _ in range((JOBS - workers) // workers):
+            await job()
+
+    start = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(workers)))
+    return (JOBS - workers) // workers * workers / (time.perf_counter() - start)
+
+
+async def _worker(database: Database, workers: int) -> float:
+    async def refresher(_: TigerAccount) -> NewToken:
+        return NewToken(token(), datetime.now(UTC) + LIFE)
+
+    await _due(database, JOBS)
+    worker = RefreshWorker(database, refresher, concurrency=workers, per_minute=10**6)
+    start = time.perf_counter()
+    await worker.run(once=True)
+    assert worker.counts["refreshed"] == JOBS
+    return JOBS / (time.perf_counter() - start)
+
+
+async def _procrastinate(peer: Database, workers: int) -> float:
+    """As its documentation has it: psycopg's pool, one worker, with concurrency."""
+    import procrastinate  # noqa: PLC0415  # may be missing
+
+    connector = procrastinate.PsycopgConnector(conninfo=_url(peer), max_size=workers + 4)
+    app = procrastinate.App(connector=connector)
+
+    async def nothing() -> None:
+        pass
+
+    task = app.task(name="nothing")(nothing)
+    async with app.open_async():
+        if not await app.check_connection_async():
+            await app.schema_manager.apply_schema_async()
+        await task.batch_defer_async(*[{} for _ in range(JOBS)])
+        start = time.perf_counter()
+        await app.run_worker_async(concurrency=workers, wait=False, install_signal_handlers=False)
+        return JOBS / (time.perf_counter() - start)
+
+
+async def _pgqueuer(peer: Database, workers: int) -> float:
+    """As its documentation has it: one asyncpg connection, and batches of so many jobs."""
+    from pgqueuer import PgQueuer  # noqa: PLC0415  # may be missing
+    from pgqueuer.db import AsyncpgDriver  # noqa: PLC0415
+    from pgqueuer.queries import Queries  # noqa: PLC0415
+    from pgqueuer.types import QueueExecutionMode  # noqa: PLC0415
+
+    connection = await asyncpg.connect(_url(peer))
+    try:
+        driver = AsyncpgDriver(connection)
+        queries = Queries(driver)
+        if not await connection.fetchval("SELECT to_regclass('pgqueuer')"):
+            await queries.install()
+        queue = PgQueuer(driver)
+        done = 0
+
+        async def nothing(_: object) -> None:
+            nonlocal done
+            done += 1
+
+        queue.entrypoint("nothing")(nothing)
+        await queries.enqueue(["nothing"] * JOBS, [None] * JOBS, [0] * JOBS)
+        start = time.perf_counter()
+        await queue.run(batch_size=workers, mode=QueueExecutionMode.drain)
+        assert done == JOBS
+        return JOBS / (time.perf_counter() - start)
+    finally:
+        await connection.close()
+
+
+def _url(peer: Database) -> str:
+    assert peer.settings.database_url is not None  # as those of the tests' servers are
+    return peer.settings.database_url.get_secret_value()

@@ -1,0 +1,322 @@
+"""Token refreshes by the command line, at a gateway of the tests' own."""
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from tigeropen.common.util.web_utils import http_pool
+
+from tests import factories
+from tests.cli.conftest import COMMAND, CommandLine, Result
+from tests.cli.test_accounts import NUMBER, stored
+from tests.cli.test_database import sql
+from tests.cli.test_process import Terminal
+from tests.refreshes.gateway import Gateway, serving
+from tests.test_tokens import tiger_token
+from tests.tiger.files import PK8
+from tests.tiger.test_private_keys import KEY
+from tiger_db import AccountStatus, Database, Settings, TokenRefreshStatus, TokenStatus, crud
+
+S = TokenRefreshStatus
+TIGER_ID = "20150001"
+OLDER = """
+UPDATE token_statuses SET id = uuid7_floor(now() - interval '100 days') WHERE status = 'success'
+"""
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    with serving(KEY.public_key()) as gateway:
+        yield gateway
+        http_pool.clear()
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    os.close(terminal.screen)
+    os.close(terminal.device)
+
+
+def add(
+    settings: Settings,
+    gateway: Gateway,
+    number: str = NUMBER,
+    tiger_id: str = TIGER_ID,
+    **fields: Any,
+) -> None:
+    """An account whose token is due."""
+    token = gateway.add(tiger_id, fields.pop("access_token", None))
+
+    async def write() -> None:
+        async with Database(settings) as database, database.session() as session:
+            await factories.account(
+                session, account_number=number, tiger_id=tiger_id, access_token=token,
+                private_key=PK8, server_url=gateway.url, **fields,
+            )  # fmt: skip
+
+    asyncio.run(write())
+
+
+def refreshes(settings: Settings) -> list[TokenStatus]:
+    async def read() -> list[TokenStatus]:
+        async with Database(settings) as database, database.session() as session:
+            return (await crud.token_status.history(session)).items
+
+    return asyncio.run(read())
+
+
+def assert_no_secret(gateway: Gateway, *results: Result) -> None:
+    tokens = {token for r in gateway.refreshes for token in (r.token, r.made) if token}
+    tokens |= {known.token for known in gateway.known.values() if known.token}
+    for result in results:
+        for secret in (PK8, PK8[100:140], TIGER_ID, *tokens):
+            assert secret not in result.out + result.err
+
+
+# Running
+
+
+def test_once(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+    add(clone_settings, gateway)
+    add(clone_settings, gateway, "51230322", "20150002")
+    add(clone_settings, gateway, "51230323", "20150003", access_token=tiger_token(_now()))
+    gateway.plan("20150002", "refused")
+    done = cli.process("run-refreshes", "--once")
+    assert (done.code, done.out) == (0, "")
+    told = done.err.splitlines()
+    assert set(told[-1].split(", ")) == {"1 refreshed", "1 failed"}
+    assert sum("account ****0321 has a new token; the next at " in line for line in told) == 1
+    assert sum("****0322: no new token: code=1000 msg=common" in line for line in told) == 1
+    assert_no_secret(gateway, done)
+    assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
+    assert stored(cli, "51230322").status == AccountStatus.SUSPENDED
+    assert [refresh.tiger_id for refresh in gateway.refreshes].count("20150003") == 0
+    again = cli.process("run-refreshes", "--once", "--concurrency", "1", "--per-minute", "1")
+    assert again == Result(0, "", "nothing was due\n")
+    assert len(gateway.refreshes) == 2
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_it_finish(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway, end: signal.Signals
+) -> None:
+    add(clone_settings, gateway)
+    gateway.plan(TIGER_ID, "gate after")
+    with subprocess.Popen(
+        [*COMMAND, "run-refreshes"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cli.environment(), text=True,
+    ) as process:  # fmt: skip
+        try:
+            gateway.wait_for(1, 30)
+            process.send_signal(end)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            gateway.gates[TIGER_ID].set()
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, out) == (0, "")
+    assert err.startswith("waiting for what is due; Ctrl-C ends it\n")
+    assert err.endswith("\n1 refreshed\n")
+    assert_no_secret(gateway, Result(0, out, err))
+    (refresh,) = refreshes(clone_settings)
+    assert refresh.status == S.SUCCESS
+    assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
+
+
+def test_running_needs_a_schema(empty: CommandLine) -> None:
+    assert "tiger-db" in empty.fails("run-refreshes", "--once")
+    assert "--concurrency" in empty.misused("run-refreshes", "--concurrency", "0")
+    assert "--per-minute" in empty.misused("run-refreshes", "--per-minute", "0")
+
+
+# One account
+
+
+def test_one_account(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+    add(clone_settings, gateway)
+    done = cli.ok("refresh-token", NUMBER)
+    account = stored(cli)
+    assert done.out == ""
+    assert done.err.splitlines()[-1] == (
+        f"refreshed; the new token expires at {account.token_expires_at}"
+    )
+    assert account.readable_token() == gateway.known[TIGER_ID].token
+    again = cli.ok("refresh-token", str(account.id), "--json")
+    assert again.json["status"] == "success"
+    assert again.json["trigger"] == "manual"
+    assert stored(cli).readable_token() == gateway.known[TIGER_ID].token != account.readable_token()
+    assert len(gateway.refreshes) == 2
+    assert_no_secret(gateway, done, again)
+
+
+def test_one_account_fails(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+    add(clone_settings, gateway)
+    for answer, why in (
+        ("HTTP 500", "HTTP 500"),
+        ("drop before", "answer was lost"),
+        ("refused", "code=1000 msg=common param error"),
+    ):
+        gateway.plan(TIGER_ID, answer)
+        said = cli.fails("refresh-token", NUMBER)
+        assert said.startswith("error: ")
+        assert why in said
+        assert_no_secret(gateway, Result(1, "", said))
+    assert len(gateway.refreshes) == 3
+    assert "the answer to an earlier attempt was lost" in said
+    assert stored(cli).status == AccountStatus.SUSPENDED
+    # A person may try again, whatever the account's status.
+    cli.ok("refresh-token", NUMBER)
+    assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
+
+
+def test_a_failure_as_json(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+    add(clone_settings, gateway)
+    gateway.plan(TIGER_ID, "limited 5")
+    failed = cli("refresh-token", NUMBER, "--json")
+    assert (failed.code, failed.err) == (1, "error: code=5 msg=too often\n")
+    assert (failed.json["status"], failed.json["error_code"]) == ("pending", "RefreshLimited")
+    assert_no_secret(gateway, failed)
+
+
+def test_one_account_as_a_process(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
+    """Every warning is an error there, those of the SDK's modules too."""
+    add(clone_settings, gateway)
+    gateway.plan(TIGER_ID, "forbidden")
+    failed = cli.process("refresh-token", NUMBER)
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.err == "error: code=4 msg=access forbidden\n"
+
+
+def test_an_account_that_is_not_there(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
+    assert "no account" in cli.fails("refresh-token", "nope")
+    add(clone_settings, gateway)
+    cli.ok("close-account", NUMBER, "--yes")
+    assert "closed" in cli.fails("refresh-token", NUMBER)
+    assert gateway.refreshes == []
+
+
+def test_another_worker_is_at_it(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
+    add(clone_settings, gateway)
+
+    async def claim() -> None:
+        async with Database(clone_settings) as database, database.session() as session:
+            (opened,) = await crud.token_status.schedule_due(session)
+            await crud.token_status.claim(session, opened.id, worker="w")
+
+    asyncio.run(claim())
+    assert "another worker" in cli.fails("refresh-token", NUMBER)
+    assert gateway.refreshes == []
+
+
+# Showing
+
+
+def fill(settings: Settings, gateway: Gateway) -> None:
+    """One of each kind."""
+    for number in range(5):
+        add(settings, gateway, str(51230321 + number), f"2015{number:04}")
+
+    async def write() -> None:
+        async with Database(settings) as database, database.session() as session:
+            page = await crud.accounts.list_accounts(session)
+            accounts = sorted(page.items, key=lambda account: account.account_number or "")
+            opened = [
+                await factories.refresh(
+                    session, account,
+                    scheduled_at=_now() + timedelta(hours=1) if number == 2 else None,
+                )
+                for number, account in enumerate(accounts)
+            ]  # fmt: skip
+            claims = [
+                await crud.token_status.claim(session, opened[number].id, worker="host:1:abc")
+                for number in (0, 3, 4)
+            ]
+            await crud.token_status.fail(
+                session, claims[1], error="code=1000 msg=no", credentials_dead=True
+            )
+            await crud.token_status.complete(session, claims[2], access_token=tiger_token(_now()))
+
+    asyncio.run(write())
+
+
+def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+    nothing = cli.ok("show-refreshes")
+    assert nothing.out.split("\n\n") == [
+        "Running: 0", "Due: 0", "Waiting: 0", "Failed: 0", "Last 24 hours: 0 succeeded\n"
+    ]  # fmt: skip
+    fill(clone_settings, gateway)
+    shown = cli.ok("show-refreshes")
+    running, due, waiting, failed, day = shown.out.split("\n\n")
+    for part, title, words in (
+        (running, "Running: 1\n", ["51230321", "host:1:abc"]),
+        (due, "Due: 1\n", ["51230322"]),
+        (waiting, "Waiting: 1\n", ["51230323"]),
+        (failed, "Failed: 1\n", ["51230324", "code=1000"]),
+    ):
+        assert part.startswith(title)
+        assert all(word in part for word in words)
+    assert day.startswith("Last 24 hours: 1 succeeded, 50% of those that ended; p50 ")
+    as_json = cli.ok("show-refreshes", "--json")
+    groups = as_json.json
+    day_json = groups.pop("last_24h")
+    assert {name: len(rows) for name, rows in groups.items()} == {
+        "running": 1, "due": 1, "waiting": 1, "failed": 1
+    }  # fmt: skip
+    assert groups["running"][0]["worker"] == "host:1:abc"
+    assert (day_json["total"], day_json["succeeded"], day_json["success_rate"]) == (5, 1, 0.5)
+    assert_no_secret(gateway, shown, as_json)
+    assert "--live" in cli.misused("show-refreshes", "--live", "--json")
+
+
+def test_show_live(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway, terminal: Terminal
+) -> None:
+    with terminal.program(cli, "show-refreshes", "--live") as program:
+        terminal.wait_for("Last 24 hours")
+        assert "Due: 0" in terminal.seen
+        assert "Ctrl-C ends it" in terminal.seen
+        fill(clone_settings, gateway)
+        terminal.wait_for("1 succeeded")
+        assert "Due: 1" in terminal.seen
+        assert terminal.seen.count("\x1b[2J\x1b[H") > 1
+        program.send_signal(signal.SIGINT)
+        assert terminal.end(program) == 130
+    assert "interrupted" in terminal.seen
+    assert "Traceback" not in terminal.seen
+    assert_no_secret(gateway, Result(0, terminal.seen, ""))
+
+
+# Pruning
+
+
+def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+    fill(clone_settings, gateway)
+    assert cli.ok("prune-refreshes") == Result(0, "", "0 refreshes were deleted\n")
+    sql(clone_settings, OLDER)
+    assert cli.ok("prune-refreshes", "--older-than", "101d").err == "0 refreshes were deleted\n"
+    assert cli.ok("prune-refreshes").err == "1 refreshes were deleted\n"
+    assert sorted(refresh.status for refresh in refreshes(clone_settings)) == [
+        S.FAILED, S.IN_PROGRESS, S.PENDING, S.PENDING
+    ]  # fmt: skip
+    sql(clone_settings, "UPDATE token_statuses SET id = uuid7_floor(now() - interval '9 years')"
+        " WHERE status = 'in_progress'")  # fmt: skip
+    assert cli.ok("prune-refreshes", "--older-than", "1d").err == "0 refreshes were deleted\n"
+    assert "--older-than" in cli.misused("prune-refreshes", "--older-than", "soon")
