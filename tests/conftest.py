@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     if servers.CHOSEN not in os.environ:  # else a worker of xdist
         _server = servers.choose()
+        if _server.kind != servers.GIVEN:
+            servers.forget_crashes(_server)
         os.environ[servers.CHOSEN] = json.dumps(
             {"url": _server.url, "what": f"{_server.kind}, PostgreSQL {servers.version(_server)}"}
         )

@@ -18,6 +18,7 @@ from tiger_db.settings import Settings
 # Handed from the first pytest process to its xdist workers.
 CHOSEN = "TIGER_DB_CHOSEN_TEST_SERVER"
 IMAGE = "postgres:17-alpine"
+GIVEN = "TIGER_DB_TEST_URL"
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,23 @@ def choose() -> Server:
     if given == "system":
         return _system()
     if given:
-        return Server(given, "TIGER_DB_TEST_URL")
+        return Server(given, GIVEN)
     return _docker() or _embedded()
+
+
+def forget_crashes(server: Server) -> None:
+    """Have a server that is thrown away not wait for the disk."""
+
+    async def tell() -> None:
+        connection = await connect(settings_for(server.url, "postgres"))
+        try:
+            for name in ("fsync", "full_page_writes"):
+                await connection.execute(f"ALTER SYSTEM SET {name} = off")
+            await connection.execute("SELECT pg_reload_conf()")
+        finally:
+            await connection.close()
+
+    asyncio.run(tell())
 
 
 def version(server: Server) -> str:

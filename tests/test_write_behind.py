@@ -63,6 +63,7 @@ async def test_a_commit_that_nobody_confirmed(
     committed: bool,
 ) -> None:
     """The connection is cut before or after the commit, which looks the same from here."""
+    monkeypatch.setattr("tiger_db.write_behind.SECONDS", 0.1)
     (key, _), (locked, _) = await make_keys(clone_settings, 2)
     who_locks = await connect(clone_settings)
     transaction = who_locks.transaction()

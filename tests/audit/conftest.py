@@ -21,7 +21,7 @@ from tiger_db.audit.stored import trail as stored_trail
 from tiger_db.database import connect
 from tiger_db.signing import generate_signing_key
 
-TAMPERINGS = 500 if os.environ.get("TIGER_DB_SOAK") else 60  # of each kind
+TAMPERINGS = 500 if os.environ.get("TIGER_DB_SOAK") else 40  # of each kind
 SEALS, HALF = 5, 6  # a seal covers two halves of a batch, with gaps after each
 NEXT = "SELECT nextval('audit_logs_position_seq') FROM generate_series(1, :gaps)"
 FIELDS: dict[str, Callable[[random.Random], Any]] = {

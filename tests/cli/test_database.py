@@ -114,6 +114,15 @@ def test_init_tells_how_to_set_a_pepper(empty: CommandLine) -> None:
     assert "API_KEY_PEPPERS" in empty.fails("init", API_KEY_PEPPERS="p1:nonsense")
 
 
+def test_init_tells_how_to_set_a_signing_key(empty: CommandLine) -> None:
+    told = empty.ok("init").err
+    assert "no signing key is set" in told
+    assert "`tiger-db generate-audit-signing-key`" in told
+    made = empty.ok("generate-audit-signing-key").out.strip()
+    assert "signing" not in empty.ok("init", AUDIT_SIGNING_KEY=made).err
+    assert "AUDIT_SIGNING_KEY" in empty.fails("init", AUDIT_SIGNING_KEY="nonsense")
+
+
 def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> None:
     assert "ENCRYPTION_KEYS" in empty.fails("init", ENCRYPTION_KEYS="k1:nonsense")
     del empty.env["ENCRYPTION_KEYS"]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy import text
 
 from tests import factories
-from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database
+from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, Settings
 from tiger_db.crud import audit_logs
 from tiger_db.database import AsyncSession
 from tiger_db.errors import AlreadyExists, InvalidValue
@@ -164,6 +164,30 @@ async def test_events_vanish_with_their_transaction(clone: Database) -> None:
         assert await factories.events(session) == []
 
 
+@pytest.mark.parametrize("pool", [1, 5])
+async def test_a_recorded_event_stays_when_the_caller_rolls_back(
+    clone_settings: Settings, pool: int
+) -> None:
+    """Also with a pool of one connection, which the caller holds."""
+    few = {"db_pool_size": pool, "db_max_overflow": 0, "db_pool_timeout": 3}
+    async with Database(clone_settings.model_copy(update=few)) as database:
+        with pytest.raises(ZeroDivisionError):
+            async with database.session() as session:
+                await audit_logs.log_event(session, action=LOGIN, user_id="lost")
+                event = await audit_logs.record_event(session, action=LOGIN, user_id="kept")
+                _ = 1 / 0
+        async with database.session() as session:
+            (stored,) = await factories.events(session)
+    assert (stored.id, stored.user_id) == (event.id, "kept")
+
+
+async def test_a_session_of_no_database_records_in_its_own_transaction(
+    session: AsyncSession,
+) -> None:
+    event = await audit_logs.record_event(session, action=LOGIN)
+    assert (await factories.events(session)) == [event]
+
+
 # Reading
 
 
@@ -216,6 +240,11 @@ async def test_hours_out_of_range_are_refused(session: AsyncSession, hours: floa
         ("user_id", "o'brien 🐅", "user_id", "o'brien 🐅"),
         ("session_id", "s", "session_id", "s"),
         ("request_id", "r", "request_id", "r"),
+        ("resource_type", "order", "resource", "order"),
+        ("resource_id", "31318", "resource", "31318"),
+        ("resource_id", "order/31318", "resource", "order/31318"),
+        ("details", {"a": {"b": [1, 2]}, "c": None}, "details", {"a": {"b": [2]}}),
+        ("details", {"a": {"b": [1, 2]}, "c": None}, "details", {"c": None}),
         ("ip_address", "192.0.2.7", "ip", "192.0.2.7"),
         ("ip_address", "192.0.2.7", "ip", "192.0.2.0/24"),
         ("ip_address", "192.0.2.7", "ip", ip_address("::ffff:192.0.2.7")),
@@ -237,6 +266,60 @@ async def test_each_criterion_finds_its_events(
     assert ids(await audit_logs.search(session, **{criterion: wanted})) == [matching.id]
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     assert (await audit_logs.search(session, **{criterion: wanted}, since=tomorrow)).items == []
+
+
+async def test_a_resource_is_found_by_kind_and_id(session: AsyncSession) -> None:
+    wanted = AuditLog(action=LOGIN, resource_type="order", resource_id="1")
+    others = [
+        AuditLog(action=LOGIN, resource_type="order", resource_id="2"),
+        AuditLog(action=LOGIN, resource_type="position", resource_id="1"),
+        AuditLog(action=LOGIN),
+    ]
+    await audit_logs.log_events(session, [*others, wanted])
+
+    async def found(resource: str) -> set[UUID]:
+        return {event.id for event in await audit_logs.search(session, resource=resource)}
+
+    assert await found("order/1") == {wanted.id}
+    assert await found("order") == {wanted.id, others[0].id}
+    assert await found("1") == {wanted.id, others[1].id}
+    assert await found("order/") == await found("%") == set()
+
+
+async def test_details_are_found_by_what_they_contain_at_their_top(session: AsyncSession) -> None:
+    event = AuditLog(action=LOGIN, details={"a": {"symbol": "AAPL"}, "n": 1})
+    await audit_logs.log_events(session, [event, AuditLog(action=LOGIN)])
+    for details, count in (({"n": 1}, 1), ({"n": "1"}, 0), ({"symbol": "AAPL"}, 0), ({}, 1)):
+        assert len(await audit_logs.search(session, details=details)) == count, details
+
+
+async def test_statistics_count_by_action_result_and_hour(session: AsyncSession) -> None:
+    noon = datetime(2026, 3, 29, 12, tzinfo=UTC)
+    told = [
+        (0, "data:query", "success"), (59, "data:query", "error"), (60, "data:query", "success"),
+        (61, "mcp:connect", "success"), (-1, "mcp:connect", "failure"),
+    ]  # fmt: skip
+    await audit_logs.log_events(
+        session,
+        [
+            event_at(noon + timedelta(minutes=minutes), action=action, result=result)
+            for minutes, action, result in told
+        ],
+    )
+    tokyo = timezone(timedelta(hours=9))
+    counts = await audit_logs.statistics(
+        session, since=noon.astimezone(tokyo), until=noon + timedelta(minutes=61)
+    )
+    assert counts.actions == {AuditAction.DATA_QUERY: 3}
+    assert counts.results == {AuditResult.SUCCESS: 2, AuditResult.ERROR: 1}
+    assert counts.hours == {noon: 2, noon + timedelta(hours=1): 1}
+    everything = await audit_logs.statistics(session, since=noon - timedelta(days=1))
+    assert sum(everything.actions.values()) == sum(everything.hours.values()) == 5
+    assert [*everything.actions] == [AuditAction.DATA_QUERY, AuditAction.MCP_CONNECT]
+    nothing = await audit_logs.statistics(session, since=noon + timedelta(days=1))
+    assert (nothing.actions, nothing.results, nothing.hours) == ({}, {}, {})
+    with pytest.raises(InvalidValue, match="since"):
+        await audit_logs.statistics(session, since=noon.replace(tzinfo=None))
 
 
 async def test_no_criterion_finds_all_newest_first(session: AsyncSession) -> None:
@@ -286,6 +369,9 @@ async def test_any_aware_time_is_a_bound_or_refused(
         lambda s: audit_logs.search(s, ip="10.0.0.1/8"),
         lambda s: audit_logs.search(s, ip="nowhere"),
         lambda s: audit_logs.search(s, user_id="a\0b"),
+        lambda s: audit_logs.search(s, resource="a\0b"),
+        lambda s: audit_logs.search(s, details={"a": float("nan")}),
+        lambda s: audit_logs.search(s, details={"a": NONSENSE, "b": "\0"}),
         lambda s: audit_logs.search(s, account_id=NONSENSE),
         lambda s: audit_logs.search(s, actions=[NONSENSE]),
     ],

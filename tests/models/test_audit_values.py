@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretBytes, SecretStr, ValidationError, create_model
 
@@ -292,6 +292,9 @@ ANYTHING = st.recursive(
 
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*OTHER_FIELDS, "details", "tags"]), ANYTHING))
+@example(
+    {"details": {"sign": []}, "severity": None}
+)  # which the stored event has in a tracked list
 def test_an_event_of_anything_is_made(values: dict[str, Any]) -> None:
     event = made(AuditLog, **values)
     secrets = (HIDDEN, API_KEY, JWT, DER[:40], base64.b64encode(PEM.encode())[:40].decode())

@@ -24,6 +24,7 @@ def init() -> None:
     config = settings()
     config.key_ring()  # what is wrong with the keys is told before anything is made
     config.peppers()
+    config.signing_key()
 
     async def make() -> None:
         if config.embedded:
@@ -231,6 +232,11 @@ async def _make_key(config: "tiger_db.Settings") -> None:
         warn(
             "no pepper is set, so API keys cannot be made or checked: set API_KEY_PEPPERS to what"
             " `tiger-db generate-api-key-pepper` prints, and keep it: no key verifies without it"
+        )
+    if config.signing_key() is None and not config.embedded:
+        talk(
+            "no signing key is set: where `tiger-db seal-audit` shall run, set AUDIT_SIGNING_KEY"
+            " to what `tiger-db generate-audit-signing-key` prints"
         )
     if config.key_ring() is not None:
         return

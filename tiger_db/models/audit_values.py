@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import islice
 from math import isfinite
 from pathlib import PurePath
+from typing import cast
 from uuid import UUID
 
 import pydantic
@@ -292,7 +293,9 @@ def _tells_nothing(name: str, value: object) -> bool:
         return True
     if type(value) is int and value.bit_length() <= _BITS:
         return name.rstrip(" ()0123456789").lower().endswith("tokens")
-    items = value if type(value) is list or type(value) is tuple else (value,)
+    items: Iterable[object] = (value,)
+    if issubclass(type(value), list | tuple):  # also one that reports its changes
+        items = cast("Iterable[object]", value)
     return all(type(item) is str and _KEY_PREFIX.fullmatch(item) for item in items)
 
 
