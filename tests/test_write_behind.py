@@ -241,6 +241,32 @@ async def test_one_who_gives_up_takes_no_event_away(
     assert len(rows) == len({row[0] for row in rows})
 
 
+async def test_an_event_that_cannot_be_stored_spoils_no_other(
+    clone_settings: Settings, other: Connection
+) -> None:
+    """They are written together, as long as that goes well."""
+    async with Database(clone_settings) as database:
+        first = factories.new_event()
+        await database.write_behind.record(first)
+        outcomes = await asyncio.gather(
+            *(
+                database.write_behind.record(factories.new_event(error_message=str(number)))
+                for number in range(5)
+            ),
+            database.write_behind.record(factories.new_event(id=first.id)),
+            *(
+                database.write_behind.record(factories.new_event(error_message=str(number)))
+                for number in range(5, 9)
+            ),
+            return_exceptions=True,
+        )
+    refused = [outcome for outcome in outcomes if outcome is not None]
+    assert len(refused) == 1
+    assert isinstance(refused[0], asyncpg.UniqueViolationError)
+    rows = await other.fetch("SELECT error_message FROM audit_logs WHERE error_message IS NOT NULL")
+    assert sorted(int(row[0]) for row in rows) == [*range(9)]
+
+
 async def test_an_event_that_cannot_be_stored_says_so(clone_settings: Settings) -> None:
     pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 0.05}
     async with Database(clone_settings.model_copy(update=pool)) as database:

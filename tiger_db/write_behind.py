@@ -167,7 +167,9 @@ class WriteBehind:
                     await connection.commit()
         except (TigerDBError, SQLAlchemyError) as error:
             lost = sum(uses.count for uses in [*self._batch.values(), *self._uses.values()])
-            _logger.warning("%d uses of API keys were not counted: %s", lost, type(error).__name__)
+            if lost:
+                why = type(error).__name__
+                _logger.warning("%d uses of API keys were not counted: %s", lost, why)
         await self.engine.dispose()
         self._closing = False
 
@@ -191,16 +193,20 @@ class WriteBehind:
 
     async def _write_events(self) -> None:
         waiting, self._waiting = self._waiting, []
-        error: Exception | None = None
+        if waiting:
+            await self._store(waiting)
+
+    async def _store(self, waiting: list[_Waiting]) -> None:
+        error: Exception | None = DatabaseUnavailable("the process ends")
         try:
-            if waiting:
-                async with self.connection() as connection:
-                    await copy_events(connection, [one.event for one in waiting])
+            async with self.connection() as connection:
+                await copy_events(connection, [one.event for one in waiting])
+            error = None
         except Exception as problem:  # noqa: BLE001  # whatever it is, who waits is told
+            if len(waiting) > 1 and not isinstance(problem, DatabaseUnavailable):
+                for one in waiting:  # one of them spoils it for the others
+                    await self._store([one])
             error = problem
-        except BaseException:
-            error = DatabaseUnavailable("the process ends")
-            raise
         finally:
             for one in waiting:
                 one.settle(error)

@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -31,7 +32,7 @@ async def export(
     form: Literal["jsonl", "csv"] = "jsonl",
     advance: Callable[[int], None] = lambda events: None,  # noqa: ARG005  # told how many came
     **wanted: Unpack[Criteria],
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """The events that `crud.audit_logs.search` finds by the same criteria, as lines of text.
 
     As JSON Lines, an event is an object with its place and the fields that it has. Without criteria
@@ -49,20 +50,21 @@ async def export(
     if form == "csv":
         yield _csv_line(HEADINGS)
     count = 0
-    async for line in lines:
-        if isinstance(line, Seal):
-            if form == "jsonl":
-                yield json.dumps({"seal": to_json(line)}) + "\n"
-            continue
-        place, content = line
-        yield _csv_event(place, content) if form == "csv" else _json_event(place, content)
-        count += 1
-        if count % _BATCH == 0:
-            advance(_BATCH)
+    async with aclosing(lines):  # and its transaction, also when the caller has seen enough
+        async for line in lines:
+            if isinstance(line, Seal):
+                if form == "jsonl":
+                    yield json.dumps({"seal": to_json(line)}) + "\n"
+                continue
+            place, content = line
+            yield _csv_event(place, content) if form == "csv" else _json_event(place, content)
+            count += 1
+            if count % _BATCH == 0:
+                advance(_BATCH)
     advance(count % _BATCH)
 
 
-async def _all(database: Database) -> AsyncIterator[Seal | Event]:
+async def _all(database: Database) -> AsyncGenerator[Seal | Event, None]:
     async with (
         connected(database) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
@@ -72,7 +74,9 @@ async def _all(database: Database) -> AsyncIterator[Seal | Event]:
             yield item
 
 
-async def _filtered(database: Database, found: list[ColumnElement[bool]]) -> AsyncIterator[Event]:
+async def _filtered(
+    database: Database, found: list[ColumnElement[bool]]
+) -> AsyncGenerator[Seal | Event, None]:
     statement: Select[int | None, str] = (
         select(col(AuditLog.position), literal_column(CONTENT, type_=Text()))
         .where(*found)
