@@ -10,13 +10,15 @@ import asyncpg
 from uuid_utils.compat import uuid7
 
 from benchmarks.work import Work
-from tiger_db import Database, RefreshTrigger, RefreshWorker, TigerAccount, crud
+from tiger_db import Database, RefreshTrigger, RefreshWorker, TigerAccount, TokenStatus, crud
+from tiger_db.crud.token_status.claims import CLAIM, DUE
+from tiger_db.crud.token_status.endings import COMPLETE
 from tiger_db.database import connect
 from tiger_db.encryption import Secret
 from tiger_db.tokens import NewToken
 
 FEW, MANY = 10_000, 1_000_000
-DUE = 12_000  # how many of the former are, and more than all the works take
+JOBS_DUE = 12_000  # how many of the former are, and more than all the works take
 WORKERS = (1, 4, 16)
 JOBS = 1_000
 SAMPLES = 100
@@ -41,36 +43,10 @@ SELECT md5($3 || n)::uuid, md5('a' || n)::uuid, $2::token_refresh_status, 'sched
     now() - make_interval(secs => n), 0, 3, 0
 FROM generate_series(1, $1::int) n
 """
-CLAIM = """
-WITH due AS (
-    SELECT t.id FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
-    WHERE t.status IN ('pending', 'in_progress') AND t.scheduled_at <= clock_timestamp()
-        AND (t.status = 'pending' OR t.lease_expires_at < clock_timestamp())
-        AND a.status = 'active'
-    ORDER BY t.scheduled_at LIMIT 1 FOR UPDATE OF t SKIP LOCKED
-)
-UPDATE token_statuses t
-SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
-    lease_expires_at = clock_timestamp() + $2, fencing_token = fencing_token + 1
-FROM due WHERE t.id = due.id RETURNING t.*
-"""
-ACCOUNT = """
-UPDATE tiger_accounts SET access_token = $2, token_expires_at = $3, token_refresh_at = $4,
-    error_count = 0, last_error = NULL, last_error_at = NULL
-WHERE id = $1
-"""
-DONE = """
-UPDATE token_statuses
-SET status = 'success', completed_at = clock_timestamp(), lease_expires_at = NULL,
-    duration_ms = 1000 * extract(epoch FROM clock_timestamp() - started_at),
-    old_token_hash = $3, new_token_hash = $4, new_token_expires_at = $5, next_refresh_at = $6
-WHERE id = $1 AND fencing_token = $2 AND status = 'in_progress' RETURNING *
-"""
-EVENT = """
-INSERT INTO audit_logs (id, action, result, severity, resource_type, resource_id,
-    tiger_account_id, details, duration_ms)
-VALUES ($1, 'token:refresh', 'success', 'medium', 'token_status', $2, $3, $4, $5)
-"""
+# Where these stand in the rows that a claim returns.
+ID = 0
+FENCING_TOKEN = list(TokenStatus.model_fields).index("fencing_token")
+ACCESS_TOKEN = list(TigerAccount.model_fields).index("access_token")
 Job = Callable[[], Awaitable[None]]
 
 
@@ -116,22 +92,17 @@ def ours(database: Database) -> Job:
 
 
 def plain(pool: "asyncpg.Pool[asyncpg.Record]") -> Job:
-    ciphertext = bytes(100)
+    """The same two statements, in transactions too, with values that are there."""
+    ciphertext, hashed = bytes(100), "0" * 64
 
     async def claim_and_complete() -> None:
-        async with pool.acquire() as connection:
-            claim = await connection.fetchrow(CLAIM, "w", LEASE)
-        refresh, account = claim["id"], claim["tiger_account_id"]
+        async with pool.acquire() as connection, connection.transaction():
+            refresh, account = await connection.fetchrow(CLAIM % (DUE % 1), "w", LEASE)
         until = datetime.now(UTC) + LIFE
         async with pool.acquire() as connection, connection.transaction():
-            await connection.execute(ACCOUNT, account, ciphertext, until, until - LIFE / 5)
-            done = await connection.fetchrow(
-                DONE, refresh, claim["fencing_token"], "0" * 64, "1" * 64, until, until - LIFE / 5
-            )
-            details = {"status": "success", "trigger": "scheduled"}
-            await connection.execute(
-                EVENT, uuid7(), str(refresh), account, details, done["duration_ms"]
-            )
+            claim = (refresh[ID], account[ID], refresh[FENCING_TOKEN], account[ACCESS_TOKEN])
+            new = (hashed, hashed, until, until - LIFE / 5, None, None, None, ciphertext, None)
+            assert await connection.fetchrow(COMPLETE, *claim, *new, uuid7())
 
     return claim_and_complete
 
@@ -145,7 +116,7 @@ def at_once(job: Job, workers: int) -> Job:
 
 async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> list[Work]:
     """On a database of their own, which they fill."""
-    await fill(database, 2 * DUE, DUE)
+    await fill(database, 2 * JOBS_DUE, JOBS_DUE)
     return [
         Work(
             f"claim and complete a refresh, {workers} at once",

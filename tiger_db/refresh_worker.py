@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tiger_db import crud
 from tiger_db.crud.common import get_or_raise
-from tiger_db.crud.token_status.claims import ANSWER_LOST
+from tiger_db.crud.token_status.changes import ANSWER_LOST
 from tiger_db.database import AsyncSession, Database, connect
 from tiger_db.errors import (
     AnswerLost,

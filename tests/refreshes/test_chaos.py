@@ -59,12 +59,12 @@ import asyncio, signal, sys
 from datetime import timedelta
 import tiger_db
 from tiger_db import refresh_worker
-from tiger_db.crud.token_status import claims
+from tiger_db.crud.token_status import endings
 from tiger_db.settings import Settings
 from tiger_db.tiger import refreshing
 name, concurrency, lease = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 refresh_worker.POLL = 0.5
-claims.BACKOFF, refreshing._WINDOW = timedelta(seconds=0.2), timedelta(seconds=0.3)
+endings.BACKOFF, refreshing._WINDOW = timedelta(seconds=0.2), timedelta(seconds=0.3)
 async def ask(account):
     account.server_url += "/" + name
     return await refreshing.refresh_token(account)

@@ -373,14 +373,24 @@ def _seal(mapper: Mapper[Any], name: str, type_: Encrypted, row: Entity) -> None
     if isinstance(secret, SealedSecret) and secret.place == place:
         return
     provider = key_provider(object_session(row))
-    if provider is None:
-        raise ConfigurationError(f"{place}: ENCRYPTION_KEYS is not set, so it cannot be stored")
     text = secret.get_secret_value()
-    sealed = SealedSecret(encrypt(provider, text, place), place, provider, row.known_as())
-    set_attribute(row, name, sealed)
+    ciphertext = sealed(provider, text, place)
+    set_attribute(row, name, SealedSecret(ciphertext, place, provider, row.known_as()))
     if type_.fingerprint:
+        assert provider is not None  # or it could not have sealed
         mark = fingerprint(provider, provider.key_ids[0], text, place.split(":")[0])
         set_attribute(row, type_.fingerprint, mark)
+
+
+def sealed(provider: KeyProvider | None, text: str, place: str) -> bytes:
+    """The ciphertext of a secret for its place.
+
+    Raises:
+        ConfigurationError: there is no provider.
+    """
+    if provider is None:
+        raise ConfigurationError(f"{place}: ENCRYPTION_KEYS is not set, so it cannot be stored")
+    return encrypt(provider, text, place)
 
 
 @event.listens_for(Entity, "load", propagate=True)
@@ -395,11 +405,18 @@ def _order(row: Entity, *_: object) -> None:
 @event.listens_for(Entity, "load", propagate=True)
 @event.listens_for(Entity, "refresh", propagate=True)
 def _bind(row: Entity, *_: object) -> None:
+    bind(row, key_provider(object_session(row)))
+
+
+def bind(row: Entity, provider: KeyProvider | None) -> None:
     """Tell loaded ciphertexts where they are and who can decrypt them."""
     mapper = object_mapper(row)
-    provider, owner = key_provider(object_session(row)), row.known_as()
+    secrets = encrypted_columns(mapper)
+    if not secrets:
+        return
+    owner = row.known_as()
     row_id = str(row.id)  # once: it takes as long as the rest
-    for name, _type in encrypted_columns(mapper):
+    for name, _type in secrets:
         secret = row.__dict__.get(name)
         if isinstance(secret, SealedSecret) and not secret.place:
             secret.place = place_of(mapper, name, row_id)

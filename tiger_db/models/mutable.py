@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.ext.mutable import Mutable
+from sqlalchemy.orm import InstanceState
 
 
 class Tracked(Mutable):
@@ -25,6 +26,10 @@ class Tracked(Mutable):
         if isinstance(value, Tracked):
             return value.top is not self.top
         return isinstance(value, dict | list)
+
+    def belong_to(self, state: InstanceState[Any], name: str) -> None:
+        """Report changes to the row whose column this is; the ORM does this for what it loads."""
+        self._parents[state] = name
 
     def changed(self) -> None:
         if self.root is None:

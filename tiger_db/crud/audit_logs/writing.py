@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
-from tiger_db.crud.common import constraint_error_of
+from tiger_db.crud.common import constraint_error_of, execute
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.audit_rows import INSERT, PROVIDED, copy_events, row_of
@@ -56,10 +56,7 @@ async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> Aud
         ValidationError: there is no such action or result, or no such field.
     """
     event = _event(fields)
-    if session.new or session.dirty or session.deleted:
-        await session.flush()
-    connection = await session.connection()
-    provided = (await connection.exec_driver_sql(_INSERT, row_of(event))).one()
+    (provided,) = await execute(session, _INSERT, *row_of(event))
     for name, value in zip(PROVIDED, provided, strict=True):
         set_committed_value(event, name, value)
     _take_in(session.sync_session, event)

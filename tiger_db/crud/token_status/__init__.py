@@ -8,12 +8,10 @@ with it any more. All times are the database's.
 from tiger_db.crud.token_status.claims import (
     claim,
     claim_due,
-    complete,
-    fail,
     give_back,
     heartbeat,
-    token_hash,
 )
+from tiger_db.crud.token_status.endings import complete, fail, token_hash
 from tiger_db.crud.token_status.reading import (
     RefreshStatistics,
     get,

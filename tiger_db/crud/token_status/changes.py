@@ -1,17 +1,20 @@
-"""What scheduling and claims share: changing a refresh and writing its audit event."""
+"""What scheduling, claims and endings share: changing a refresh and writing its audit event."""
 
 from datetime import timedelta
 
-from sqlalchemy import ColumnElement, text
+from sqlalchemy import ColumnElement, and_, text
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
 
 from tiger_db.crud import audit_logs
 from tiger_db.crud.common import one
-from tiger_db.models import AuditAction, AuditResult, TokenStatus
+from tiger_db.errors import LeaseLost
+from tiger_db.models import AuditAction, AuditResult, TokenRefreshStatus, TokenStatus
 
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")  # as the indexes have it
 LONGEST_BACKOFF = timedelta(minutes=30)
+ANSWER_LOST = "answer_lost"  # in a refresh's details: the broker may have replaced the token
 
 
 async def set_values(
@@ -20,6 +23,30 @@ async def set_values(
     """Change the refresh that meets the criterion, if there is one; it is then as it is now."""
     return await one(
         session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
+    )
+
+
+async def change_held(session: AsyncSession, claim: TokenStatus, **values: object) -> TokenStatus:
+    """Change a refresh if the claim is still good.
+
+    Raises:
+        LeaseLost: it is not.
+        ValidationError: a value is refused.
+    """
+    given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
+    claim.validated(given)  # as if assigned
+    refresh = await set_values(session, is_held(claim), **values)
+    if refresh is None:
+        raise LeaseLost
+    return refresh
+
+
+def is_held(claim: TokenStatus) -> ColumnElement[bool]:
+    """Whether the claim is still good."""
+    return and_(
+        col(TokenStatus.id) == claim.id,
+        col(TokenStatus.fencing_token) == claim.fencing_token,
+        col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
     )
 
 
