@@ -159,7 +159,7 @@ def _micro(seconds: float) -> str:
 
 
 def main() -> None:
-    server = servers.choose()
+    server = servers.choose(in_memory=False)
     try:
         results, facts = asyncio.run(run(server))
         text = report(results, facts, server)

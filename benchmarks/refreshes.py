@@ -97,7 +97,7 @@ def plain(pool: "asyncpg.Pool[asyncpg.Record]") -> Job:
 
     async def claim_and_complete() -> None:
         async with pool.acquire() as connection, connection.transaction():
-            refresh, account = await connection.fetchrow(CLAIM % (DUE % 1), "w", LEASE)
+            refresh, account = await connection.fetchrow(CLAIM % (DUE % 1), "w", LEASE, [])
         until = datetime.now(UTC) + LIFE
         async with pool.acquire() as connection, connection.transaction():
             claim = (refresh[ID], account[ID], refresh[FENCING_TOKEN], account[ACCESS_TOKEN])

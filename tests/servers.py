@@ -19,6 +19,7 @@ from tiger_db.settings import Settings
 CHOSEN = "TIGER_DB_CHOSEN_TEST_SERVER"
 IMAGE = "postgres:17-alpine"
 GIVEN = "TIGER_DB_TEST_URL"
+MEMORY, ROOM = Path("/dev/shm"), 4 * 2**30  # as tmpfs is by default where there are 8 GiB
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,18 @@ def settings_for(url: str, database: str) -> Settings:
     )
 
 
-def choose() -> Server:
+def choose(*, in_memory: bool = True) -> Server:
     """TIGER_DB_TEST_URL if set, else Docker if an engine answers, else the embedded server.
 
-    `TIGER_DB_TEST_URL=system` takes the PostgreSQL that is installed here.
+    `TIGER_DB_TEST_URL=system` takes the PostgreSQL that is installed here. `in_memory`: where there
+    is room, the files of a server that is started here are not on the disk.
     """
     given = os.environ.get("TIGER_DB_TEST_URL")
     if given == "system":
-        return _system()
+        return _system(folder(in_memory=in_memory))
     if given:
         return Server(given, GIVEN)
-    return _docker() or _embedded()
+    return _docker() or _embedded(folder(in_memory=in_memory))
 
 
 def forget_crashes(server: Server) -> None:
@@ -94,8 +96,7 @@ def _docker() -> Server | None:
     return Server(container.get_connection_url(), f"testcontainers {IMAGE}", container.stop)
 
 
-def _embedded() -> Server:
-    home = _folder()
+def _embedded(home: Path) -> Server:
     settings = Settings(tiger_db_home=home, database_url=None, environment="testing")
     server = embedded.start(settings)
     password = server.connect_args(settings)["password"]
@@ -109,9 +110,8 @@ def _embedded() -> Server:
     )
 
 
-def _system() -> Server:
+def _system(home: Path) -> Server:
     """A server of the programs installed here, as an ordinary user: PostgreSQL refuses root."""
-    home = _folder()
     programs = _programs()
     user = "postgres" if os.geteuid() == 0 else None
     if user:
@@ -145,8 +145,20 @@ def _programs() -> Path:
     return max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name))
 
 
-def _folder() -> Path:
-    """A short folder that the server's user can reach, whoever that is."""
-    folder = Path(tempfile.mkdtemp(prefix="tdb-"))
+def folder(*, in_memory: bool = True) -> Path:
+    """A short folder that the server's user can reach, whoever that is.
+
+    Databases are made and dropped all the time, and files are what that costs.
+    """
+    place = MEMORY if in_memory and _has_room(MEMORY) else None
+    folder = Path(tempfile.mkdtemp(prefix="tdb-", dir=place))
     folder.chmod(0o755)
     return folder
+
+
+def _has_room(place: Path) -> bool:
+    """Also for programs, which the embedded server may have to copy."""
+    if not os.access(place, os.W_OK):
+        return False
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize >= ROOM and not found.f_flag & os.ST_NOEXEC

@@ -262,7 +262,7 @@ def guarded(server_url: str) -> Iterator[str]:
     if url.password and "host=" in url.query:
         server = servers.Server(server_url, "the run's")
     else:
-        server = servers._embedded()
+        server = servers._embedded(servers.folder())
     asyncio.run(administer(server.url, f'CREATE ROLE "{ROLE}" LOGIN'))
     yield server.url
     asyncio.run(administer(server.url, f'DROP ROLE "{ROLE}"'))

@@ -6,13 +6,11 @@ import random
 import shutil
 import signal
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -20,7 +18,7 @@ import psutil
 import pytest
 from sqlalchemy import event
 
-from tests import factories
+from tests import factories, servers
 from tests.models.examples import table_of
 from tests.servers import settings_for
 from tiger_db import APIKey, APIKeyScope, Database, KeyVerifier, Settings, crud, embedded, verifier
@@ -447,8 +445,7 @@ async def test_a_cancelled_call_leaves_no_connection_behind(
 
 @pytest.fixture(scope="module")
 def private_server() -> Iterator[Settings]:
-    home = Path(tempfile.mkdtemp(prefix="tdb-"))
-    home.chmod(0o755)
+    home = servers.folder()
     settings = Settings(tiger_db_home=home / "home")
     place = embedded.start(settings).folder
     yield settings

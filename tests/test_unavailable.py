@@ -3,17 +3,15 @@
 import asyncio
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
 from uuid import uuid4
 
 import psutil
 import pytest
 from sqlalchemy import text
 
-from tests import factories
+from tests import factories, servers
 from tests.servers import settings_for
 from tiger_db import Database, Settings, crud, embedded
 from tiger_db.database import AsyncSession, connect, migration_engine
@@ -82,8 +80,7 @@ async def test_an_exhausted_pool(settings: Settings) -> None:
 @pytest.fixture(scope="module")
 def private_server() -> Iterator[Settings]:
     """A server of our own, to stop and to kill."""
-    home = Path(tempfile.mkdtemp(prefix="tdb-"))
-    home.chmod(0o755)
+    home = servers.folder()
     settings = Settings(tiger_db_home=home / "home", db_query_timeout=20)
     place = embedded.start(settings).folder
     yield settings

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -19,7 +20,6 @@ from sqlalchemy.exc import DBAPIError
 
 from tiger_db import crud
 from tiger_db.crud.common import get_or_raise
-from tiger_db.crud.token_status.changes import ANSWER_LOST
 from tiger_db.database import AsyncSession, Database, connect
 from tiger_db.errors import (
     AnswerLost,
@@ -87,7 +87,8 @@ class RefreshWorker:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
         self.counts: Counter[str] = Counter()  # of what became of its claims
         self._asked: dict[bytes | None, deque[float]] = defaultdict(deque)
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[UUID, asyncio.Task[None]] = {}  # by refresh
+        self._unsaved = 0  # how many of them wait for the database
         self._news = asyncio.Event()
         self._stopping = False
         self._give_up = math.inf
@@ -112,28 +113,23 @@ class RefreshWorker:
             while not self._stopping:
                 self._news.clear()
                 try:
-                    claims, wait = await self._claim()
+                    wait = await self._claim()
                     pause = _PAUSE
                 except (DatabaseUnavailable, DBAPIError) as error:
                     if once or not _passes(error):
                         raise
                     _logger.warning("refreshes wait for the database: %s", error)
-                    claims, wait, pause = [], pause, min(pause * 2, _LONGEST_PAUSE)
-                for claim in claims:
-                    task = asyncio.create_task(self._refresh(claim))
-                    self._running.add(task)
-                    task.add_done_callback(self._ended)
-                if once and not self._running:
+                    wait, pause = pause, min(pause * 2, _LONGEST_PAUSE)
+                if once and wait > 0 and not self._running and not self._news.is_set():
                     return
-                if not claims or len(self._running) >= self.concurrency:
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._news.wait(), wait)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), wait)
         finally:
             if listener is not None:
                 listener.cancel()
                 await asyncio.wait([listener])
             if self._running:
-                await asyncio.wait(self._running)
+                await asyncio.wait(self._running.values())
 
     async def run_one(self, refresh_id: UUID) -> None:
         """Claim one refresh, if nobody has, and finish one attempt.
@@ -141,41 +137,47 @@ class RefreshWorker:
         Raises:
             InvalidState: another worker is at it, or it has ended.
         """
+        start = time.monotonic()
         async with self.database.session() as session:
             claim = await crud.token_status.claim(
                 session, refresh_id, worker=self.name, lease=self.lease
             )
-        await self._refresh(claim)
+        await self._refresh(claim, start)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+    def _ended(self, refresh_id: UUID, task: asyncio.Task[None]) -> None:
+        del self._running[refresh_id]
         self._news.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             self.counts["broken"] += 1
             _logger.error("a refresh broke: %s", type(error).__name__)
 
-    async def _claim(self) -> tuple[list[TokenStatus], float]:
-        """New claims, and after how many seconds to look again."""
+    async def _claim(self) -> float:
+        """Start on what is due, as far as there is room; after how many seconds to look again."""
+        free = min(self.concurrency - len(self._running), 1000)
+        # What has its answer is saved before anything: its lease may have run out meanwhile.
+        if free <= 0 or self._unsaved:
+            return POLL
+        start = time.monotonic()
         async with self.database.session() as session:
-            await crud.token_status.schedule_due(session, limit=100)
-        free = self.concurrency - len(self._running)
-        claims: list[TokenStatus] = []
-        async with self.database.session() as session:
-            if free > 0:
-                claims = await crud.token_status.claim_due(
-                    session, worker=self.name, limit=min(free, 1000), lease=self.lease
-                )
-            wait = await crud.token_status.next_due(session)
-        seconds = POLL if wait is None else max(wait.total_seconds(), 0.0)
-        return claims, min(seconds, POLL)
-
-    async def _refresh(self, claim: TokenStatus) -> None:
-        try:
-            account = await self._saved(
-                lambda session: crud.accounts.get(session, claim.tiger_account_id)
+            claims = await crud.token_status.claim_due(
+                session, worker=self.name, limit=free, lease=self.lease, skip=self._running
             )
-            if account is None:
-                return
+        for claim in claims:
+            task = asyncio.create_task(self._refresh(claim, start))
+            self._running[claim.id] = task
+            task.add_done_callback(partial(self._ended, claim.id))
+        if len(claims) == free:
+            return POLL if len(self._running) >= self.concurrency else 0.0
+        async with self.database.session() as session:
+            if await crud.token_status.schedule_due(session, limit=100):
+                return 0.0
+            wait = await crud.token_status.next_due(session)
+        return POLL if wait is None else min(max(wait.total_seconds(), 0.0), POLL)
+
+    async def _refresh(self, claim: TokenStatus, start: float) -> None:
+        """One attempt at what was claimed not before `start`, by the monotonic clock."""
+        account = claim.tiger_account
+        try:
             wait = self._wait_for(account)
             if self._stopping or wait > 0:
                 await self._saved(
@@ -185,10 +187,11 @@ class RefreshWorker:
                 )
                 self.counts["given back"] += 1
                 return
-            # Not with a lease that others take for lost.
-            await self._saved(
-                lambda session: crud.token_status.heartbeat(session, claim, lease=self.lease)
-            )
+            if time.monotonic() - start > self.lease.total_seconds() / _BEATS:
+                # Not with a lease that others may take for lost.
+                await self._saved(
+                    lambda session: crud.token_status.heartbeat(session, claim, lease=self.lease)
+                )
         except LeaseLost:
             self.counts["lost"] += 1
             return
@@ -262,6 +265,7 @@ class RefreshWorker:
                 access_token=token.access_token,
                 refresh_token=token.refresh_token,
                 token_expires_at=token.expires_at,
+                refresh_id=claim.id,
             )
             return False
 
@@ -279,12 +283,9 @@ class RefreshWorker:
         self, claim: TokenStatus, account: TigerAccount, error: RefreshFailed, milliseconds: int
     ) -> None:
         who = account.known_as()
-        text = str(error)
-        if claim.details and claim.details.get(ANSWER_LOST):
-            text = f"{text} (the answer to an earlier attempt was lost, maybe with a new token)"
 
         async def fail(session: AsyncSession) -> TokenStatus:
-            refused, said = isinstance(error, CredentialsRefused), text
+            refused, said = isinstance(error, CredentialsRefused), str(error)
             if refused:
                 now = await get_or_raise(session, TigerAccount, account.id, lock=True)
                 if now.readable_token() != account.readable_token():
@@ -330,17 +331,22 @@ class RefreshWorker:
 
     async def _saved(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
         """What a transaction returns, which is tried again as long as the database is away."""
-        pause = _PAUSE
-        while True:
-            try:
-                async with self.database.session() as session:
-                    return await work(session)
-            except (DatabaseUnavailable, DBAPIError) as error:
-                if not _passes(error) or time.monotonic() > self._give_up:
-                    raise
-                _logger.warning("a refresh waits for the database: %s", type(error).__name__)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
+        pause, waiting = _PAUSE, False
+        try:
+            while True:
+                try:
+                    async with self.database.session() as session:
+                        return await work(session)
+                except (DatabaseUnavailable, DBAPIError) as error:
+                    if not _passes(error) or time.monotonic() > self._give_up:
+                        raise
+                    _logger.warning("a refresh waits for the database: %s", type(error).__name__)
+                self._unsaved += not waiting
+                waiting = True
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+        finally:
+            self._unsaved -= waiting
 
     def _wait_for(self, account: TigerAccount) -> float:
         """Seconds until the account's `tiger_id` may be asked for again; if none, it counts."""

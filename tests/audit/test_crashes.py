@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from pydantic import SecretStr
 from sqlalchemy import select
 from sqlmodel import col
 
-from tests import factories
+from tests import factories, servers
 from tests.servers import settings_for
 from tests.test_key_memory import kill
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
@@ -47,8 +46,7 @@ WHERE NOT granted AND relation = 'audit_logs'::regclass
 @contextmanager
 def server() -> Iterator[Settings]:
     """A server of these tests' own, which a `Database` does not start by itself."""
-    home = Path(tempfile.mkdtemp(prefix="tdb-"))
-    home.chmod(0o755)
+    home = servers.folder()
     settings = Settings(tiger_db_home=home / "home")
     place = embedded.start(settings).folder
     try:

@@ -1,5 +1,6 @@
 """Claiming refreshes, losing claims, and how refreshes end."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests import factories
+from tests.crud.test_concurrency import nobody_passes
 from tests.test_redaction import API_KEY, JWT, PEM
 from tests.test_tokens import SOON, tiger_token
 from tiger_db import (
@@ -70,6 +72,29 @@ async def test_a_claim_is_a_lease_that_belongs_to_no_session(session: AsyncSessi
     assert claim.lease_expires_at is not None
     lease = claim.lease_expires_at - claim.started_at
     assert timedelta(minutes=5) <= lease < timedelta(minutes=5, seconds=1)
+
+
+async def test_a_claim_comes_with_its_account(session: AsyncSession) -> None:
+    account = await factories.account_with_token(session)
+    await factories.refresh(session, account)
+    (claim,) = await claim_due(session)
+    seen = claim.tiger_account
+    assert seen == account
+    assert seen not in session
+    assert (factories.plain(seen.access_token), factories.plain(seen.private_key)) == (
+        "token-1",
+        "test_key",
+    )
+    assert seen.known_as() == account.known_as()
+
+
+async def test_a_worker_does_not_take_over_from_itself(session: AsyncSession) -> None:
+    refresh = await factories.refresh(session)
+    other = await factories.refresh(session)
+    assert len(await claim_due(session, lease=LEASE)) == 2
+    (taken,) = await claim_due(session, lease=LEASE, skip={refresh.id})
+    assert taken.id == other.id
+    assert len(await claim_due(session)) == 2
 
 
 async def test_only_active_accounts_are_refreshed(session: AsyncSession) -> None:
@@ -232,16 +257,78 @@ async def test_a_refused_failure_changes_nothing(clone: Database, values: Any) -
 
 async def test_a_token_that_nobody_can_read_any_more_is_replaced(clone: Database) -> None:
     async with clone.session() as session:
-        claim = await factories.claim(session)
+        await factories.refresh(session)
     async with clone.sessions(
         info={"key_provider": KeyRing.parse(generate_key("other"))}
     ) as session:
+        (claim,) = await claim_due(session)
         refresh = await token_status.complete(session, claim, access_token="new")
         account = await crud.accounts.get(session, claim.tiger_account_id)
     assert refresh.old_token_hash is None
     assert account is not None
     assert account.access_token is not None
     assert account.access_token.get_secret_value() == "new"
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_token_that_has_changed_since_the_claim(clone: Database, *, known: bool) -> None:
+    """What the claim saw is not what it replaces."""
+    older, changed, newer = (tiger_token(SOON + n * timedelta(days=1)) for n in range(3))
+    async with clone.session() as session:
+        claim = await factories.claim(session)
+        claim = claim if known else claim.model_copy()
+        account_id = claim.tiger_account_id
+        await crud.accounts.update_tokens(session, account_id, access_token=changed)
+    async with clone.session() as session:
+        before = await factories.everything(session)
+        with pytest.raises(StaleToken):
+            await token_status.complete(session, claim, access_token=older)
+        assert await factories.everything(session) == before
+    async with clone.session() as session:
+        done = await token_status.complete(session, claim, access_token=newer)
+    assert done.old_token_hash == token_status.token_hash(changed)
+    assert done.new_token_hash == token_status.token_hash(newer)
+
+
+async def test_completing_waits_for_who_changes_the_account(clone: Database) -> None:
+    """Then it decides on what that has left."""
+    older, newer = tiger_token(), tiger_token(SOON)
+    async with clone.session() as session:
+        claim = await factories.claim(session)
+
+    async def complete() -> None:
+        async with clone.session() as session:
+            await token_status.complete(session, claim, access_token=older)
+
+    async with nobody_passes(clone, "tiger_accounts", waiting=1) as session:
+        await crud.accounts.update_tokens(session, claim.tiger_account_id, access_token=newer)
+        completing = asyncio.create_task(complete())
+    with pytest.raises(StaleToken):
+        await completing
+    async with clone.session() as session:
+        account = await crud.accounts.get(session, claim.tiger_account_id)
+        assert account is not None
+        assert factories.plain(account.access_token) == newer
+
+
+async def test_completing_brings_the_session_s_own_objects_up_to_date(
+    session: AsyncSession,
+) -> None:
+    account = await factories.account_with_token(session)
+    refresh = await factories.refresh(session, account)
+    (claim,) = await claim_due(session)
+    account.description = "not yet saved"
+    token = tiger_token()
+    done = await token_status.complete(session, claim, access_token=token)
+    assert done is refresh
+    assert (refresh.status, refresh.worker) == (S.SUCCESS, "worker-1")
+    assert factories.plain(account.access_token) == token
+    assert account.token_expires_at == done.new_token_expires_at
+    assert account.description == "not yet saved"
+    done.details = {"a": 1}
+    await session.flush()
+    await session.refresh(done)
+    assert done.details == {"a": 1}
 
 
 async def claim_with_token(session: AsyncSession) -> TokenStatus:

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
@@ -277,6 +278,47 @@ async def test_other_changes_leave_a_suspension_by_errors(session: AsyncSession)
     await execute(session, account, "account_name = 'Other'")
     await session.refresh(account)
     assert await state(session, account) == ("suspended", True, 10)
+
+
+@pytest.mark.parametrize(
+    ("since", "lifted"),
+    [
+        ([], True),
+        (["inactive"], False),
+        (["active"], False),
+        (["active", "suspended"], False),  # by a person
+    ],
+)
+async def test_an_answer_that_was_missed_lifts_the_suspension_that_followed(
+    session: AsyncSession, since: list[str], *, lifted: bool
+) -> None:
+    claim = await factories.claim(session)
+    await token_status.fail(session, claim, error="refused", credentials_dead=True)
+    for status in since:
+        await accounts.update(session, claim.tiger_account_id, status=status)
+    events = len(await factories.events(session))
+    account = await accounts.update_tokens(
+        session, claim.tiger_account_id, access_token="new", refresh_id=claim.id
+    )
+    assert account.status == ("active" if lifted else since[-1])
+    told = (await factories.events(session))[events:]
+    assert [event.action for event in told] == [
+        AuditAction.TOKEN_UPDATE,
+        *[AuditAction.ACCOUNT_STATUS_CHANGE] * lifted,
+    ]
+
+
+@pytest.mark.parametrize("given", [True, False])
+async def test_another_token_lifts_no_suspension(session: AsyncSession, *, given: bool) -> None:
+    claim = await factories.claim(session)
+    await token_status.fail(session, claim, error="refused", credentials_dead=True)
+    account = await accounts.update_tokens(
+        session,
+        claim.tiger_account_id,
+        access_token="new",
+        refresh_id=uuid4() if given else None,
+    )
+    assert account.status == S.SUSPENDED
 
 
 async def test_the_trigger_ends_it_for_every_row_of_a_statement(session: AsyncSession) -> None:

@@ -235,6 +235,30 @@ async def test_a_lost_answer_is_kept(session: AsyncSession, details: Any, then: 
     assert done.details == then
 
 
+async def test_the_next_refresh_knows_of_a_lost_answer(session: AsyncSession) -> None:
+    claim = await factories.claim(session, max_retries=1)
+    await token_status.fail(session, claim, error="timeout", answer_lost=True)
+    account = await account_of(session, claim)
+    again = await factories.claim(session, of=account)
+    failed = await token_status.fail(session, again, error="refused", credentials_dead=True)
+    assert failed.details == LOST
+    assert failed.error_message is not None
+    assert failed.error_message.startswith("refused (the answer to an earlier attempt was lost")
+    await accounts.update(session, account.id, status="active")
+    third = await factories.claim(session, of=account)
+    await token_status.complete(session, third, access_token="new")
+    fourth = await factories.claim(session, of=account)
+    failed = await token_status.fail(session, fourth, error="refused", credentials_dead=True)
+    assert (failed.details, failed.error_message) == (None, "refused")
+
+
+async def test_the_broker_s_wait_is_kept_by_the_next_refresh(session: AsyncSession) -> None:
+    claim = await factories.claim(session, max_retries=1)
+    failed = await token_status.fail(session, claim, error="busy", retry_after=100 * MINUTE)
+    assert failed.status == S.FAILED
+    assert about(100 * MINUTE, failed.next_refresh_at)
+
+
 @pytest.mark.parametrize("wait", [timedelta(0), timedelta(seconds=90), timedelta(days=2)])
 async def test_the_broker_s_wait_is_kept_exactly(clone: Database, wait: timedelta) -> None:
     async with clone.session() as session:

@@ -244,8 +244,10 @@ async def test_what_is_due_already_is_not_waited_for(session: AsyncSession) -> N
     await factories.account_with_token(session)
     await factories.refresh(session)
     assert await token_status.next_due(session) is None
-    await token_status.claim_due(session, worker="w")
-    assert await token_status.next_due(session) is None
+    await token_status.claim_due(session, worker="w", lease=timedelta(seconds=50))
+    lease = await token_status.next_due(session)
+    assert lease is not None
+    assert timedelta(seconds=40) < lease < timedelta(seconds=50)
 
 
 async def test_the_first_of_refreshes_and_tokens_is_waited_for(session: AsyncSession) -> None:

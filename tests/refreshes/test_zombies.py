@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, select
 
 from tests import factories
 from tests.crud.test_claims import LEASE, USES
@@ -236,10 +237,50 @@ async def test_a_stopped_process_comes_back_too_late(
         assert refresh.status == S.SUCCESS
         assert refresh.new_token_hash == token_hash(stored.readable_token())
     else:  # the other was refused: what the zombie brings is the token that is valid
-        assert (counts, told, more) == ({"failed": 1}, {"offered": 1}, 1)
+        assert (counts, told, more) == ({"failed": 1}, {"offered": 1}, 2)
         assert refresh.error_message is not None
         assert "the answer to an earlier attempt was lost" in refresh.error_message
-        assert stored.status == AccountStatus.SUSPENDED
+        assert stored.status == AccountStatus.ACTIVE
+
+
+async def test_a_stopped_process_does_not_ask_again_itself(
+    clone: Database, gateway: Gateway
+) -> None:
+    """Its lease has run out while it was asking, and nobody else was there to take over."""
+    account = await account_at(clone, gateway, "1")
+    gateway.plan("1", "gate after")
+    with worker(clone.settings, "alone", lease=0.6) as alone:
+        await asyncio.to_thread(gateway.wait_for, 1, 30)
+        alone.tell(signal.SIGSTOP)
+
+        async def run_out() -> bool:
+            refresh = await latest(clone, account)
+            assert refresh is not None
+            assert refresh.lease_expires_at is not None
+            async with clone.session() as session:
+                return bool(
+                    await session.scalar(select(func.clock_timestamp() > refresh.lease_expires_at))
+                )
+
+        await until(run_out)
+        alone.tell(signal.SIGCONT)
+
+        async def renewed() -> bool:
+            return not await run_out()
+
+        await until(renewed)
+        gateway.gates["1"].set()
+
+        async def ended() -> bool:
+            refresh = await latest(clone, account)
+            return refresh is not None and not refresh.is_open
+
+        await until(ended)
+        assert alone.end() == {"refreshed": 1}
+    refresh = await latest(clone, account)
+    assert refresh is not None
+    assert (refresh.status, refresh.fencing_token, refresh.details) == (S.SUCCESS, 1, None)
+    assert (await now(clone, account)).readable_token() == gateway.known["1"].token
 
 
 @pytest.mark.parametrize("shift", [-3600, 3600])

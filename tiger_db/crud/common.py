@@ -72,8 +72,7 @@ async def execute(session: AsyncSession, statement: str, *values: object) -> Seq
         sync_session.flush()
         return sync_session.connection().exec_driver_sql(statement, values).all()
 
-    with typed_errors():
-        return await session.run_sync(run)  # one switch of context, where each call would be one
+    return await session.run_sync(run)  # one switch of context, where each call would be one
 
 
 async def get_or_raise(

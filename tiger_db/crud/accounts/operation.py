@@ -1,10 +1,10 @@
 """What happens to an account while it is used: new tokens, errors, and successes after them."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import func
+from sqlalchemy import func, select
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
@@ -12,7 +12,7 @@ from sqlmodel import col
 from tiger_db.crud.accounts.events import log, log_change, refuse_closed, shown
 from tiger_db.crud.common import get_or_raise, one, storable
 from tiger_db.errors import InvalidValue, NotFound
-from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
+from tiger_db.models import AccountStatus, AuditAction, AuditLog, AuditSeverity, TigerAccount
 from tiger_db.models.base import readable_secrets
 from tiger_db.redaction import redact
 
@@ -24,11 +24,14 @@ async def update_tokens(
     access_token: str,
     refresh_token: str | None = None,
     token_expires_at: datetime | None = None,
+    refresh_id: UUID | None = None,
 ) -> TigerAccount:
     """Replace an account's access token; the refresh token stays where none is given.
 
     `token_expires_at` is an aware datetime. None: it is read out of a token in Tiger's format; that
-    of any other is unknown, and then the token is never due for a refresh.
+    of any other is unknown, and then the token is never due for a refresh. `refresh_id` is that of
+    the refresh that brought it, though the claim was lost: if the account was suspended meanwhile
+    because that refresh was refused, it is active again.
 
     Raises:
         NotFound: there is no such account.
@@ -50,7 +53,36 @@ async def update_tokens(
     account.sqlmodel_update(changes)
     await session.flush()
     await log_change(session, AuditAction.TOKEN_UPDATE, account, before=before, named=changes)
+    if refresh_id is not None and await _is_suspended_by(session, account, refresh_id):
+        account.status = AccountStatus.ACTIVE
+        await session.flush()
+        await log(
+            session,
+            AuditAction.ACCOUNT_STATUS_CHANGE,
+            account,
+            old={"status": AccountStatus.SUSPENDED.value},
+            new={"status": AccountStatus.ACTIVE.value},
+            details={"reason": "the answer that was missed has come", "refresh": str(refresh_id)},
+        )
     return account
+
+
+async def _is_suspended_by(session: AsyncSession, account: TigerAccount, refresh_id: UUID) -> bool:
+    """Whether the last that was done to its status is a suspension by a refresh, lately."""
+    if account.status != AccountStatus.SUSPENDED:
+        return False
+    last = await one(
+        session,
+        select(AuditLog)
+        .where(
+            col(AuditLog.tiger_account_id) == account.id,
+            col(AuditLog.action) == AuditAction.ACCOUNT_STATUS_CHANGE,
+            col(AuditLog.created_at) > func.now() - timedelta(days=1),
+        )
+        .order_by(col(AuditLog.position).desc())
+        .limit(1),
+    )
+    return last is not None and (last.details or {}).get("refresh") == str(refresh_id)
 
 
 async def record_error(

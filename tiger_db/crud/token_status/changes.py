@@ -10,7 +10,7 @@ from sqlmodel import col
 from tiger_db.crud import audit_logs
 from tiger_db.crud.common import one
 from tiger_db.errors import LeaseLost
-from tiger_db.models import AuditAction, AuditResult, TokenRefreshStatus, TokenStatus
+from tiger_db.models import AuditAction, AuditLog, AuditResult, TokenRefreshStatus, TokenStatus
 
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")  # as the indexes have it
 LONGEST_BACKOFF = timedelta(minutes=30)
@@ -53,22 +53,24 @@ def is_held(claim: TokenStatus) -> ColumnElement[bool]:
 async def log(
     session: AsyncSession,
     action: AuditAction,
-    refresh: TokenStatus,
-    *,
+    *refreshes: TokenStatus,
     result: AuditResult = AuditResult.SUCCESS,
     error_code: str | None = None,
     error_message: str | None = None,
 ) -> None:
-    """Write the audit event of a change, in the same transaction."""
-    await audit_logs.log_event(
-        session,
-        action=action,
-        result=result,
-        resource_type="token_status",
-        resource_id=str(refresh.id),
-        tiger_account_id=refresh.tiger_account_id,
-        details={"status": refresh.status.value, "trigger": refresh.trigger.value},
-        error_code=error_code,
-        error_message=error_message,
-        duration_ms=refresh.duration_ms,
-    )
+    """Write the audit events of a change, in the same transaction."""
+    events = [
+        AuditLog(
+            action=action,
+            result=result,
+            resource_type="token_status",
+            resource_id=str(refresh.id),
+            tiger_account_id=refresh.tiger_account_id,
+            details={"status": refresh.status.value, "trigger": refresh.trigger.value},
+            error_code=error_code,
+            error_message=error_message,
+            duration_ms=refresh.duration_ms,
+        )
+        for refresh in refreshes
+    ]
+    await audit_logs.log_events(session, events)

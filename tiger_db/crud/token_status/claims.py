@@ -1,5 +1,6 @@
 """Claims: having one, keeping it, and giving it back."""
 
+from collections.abc import Collection
 from datetime import timedelta
 from uuid import UUID
 
@@ -7,7 +8,7 @@ from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import set_committed_value
 
-from tiger_db.crud.common import check_limit, execute
+from tiger_db.crud.common import check_limit, execute, typed_errors
 from tiger_db.crud.token_status.changes import ANSWER_LOST, change_held
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
@@ -36,6 +37,7 @@ DUE = f"""
     SELECT t.id, t.tiger_account_id
     FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
     WHERE {_FREE} AND t.scheduled_at <= clock_timestamp() AND a.status = 'active'
+        AND t.id <> ALL ($3)
     ORDER BY t.scheduled_at LIMIT %d FOR UPDATE OF t SKIP LOCKED
 """  # noqa: S608  # a constant
 _ONE = f"""
@@ -49,19 +51,21 @@ async def claim_due(
     worker: str,
     limit: int = 10,
     lease: timedelta = timedelta(seconds=60),
+    skip: Collection[UUID] = (),
 ) -> list[TokenStatus]:
     """Claim refreshes that are due, or whose lease has expired, for a worker: longest due first.
 
     Each is claimed by one worker only. Commit before asking Tiger. The claims returned belong to no
     session and stay as they are: pass them to `heartbeat`, `complete` and `fail`. Each has its
-    `tiger_account`, as it was at that time.
+    `tiger_account`, as it was at that time. `skip` are refreshes that the worker is at already,
+    which it should not take over from itself.
 
     Raises:
         InvalidValue: the lease is not positive, the limit is not from 1 to 1000, or the worker's
             name is refused.
     """
     check_limit(limit)
-    return await _claim(session, DUE % limit, worker, lease)
+    return await _claim(session, DUE % limit, worker, lease, list(skip))
 
 
 async def claim(
@@ -84,12 +88,14 @@ async def claim(
 
 
 async def _claim(
-    session: AsyncSession, due: str, worker: str, lease: timedelta, *values: UUID
+    session: AsyncSession, due: str, worker: str, lease: timedelta, which: UUID | list[UUID]
 ) -> list[TokenStatus]:
     _check_lease(lease)
     provider = key_provider(session.sync_session)
     claims = []
-    for refresh, account in map(tuple, await execute(session, CLAIM % due, worker, lease, *values)):
+    with typed_errors():
+        rows = await execute(session, CLAIM % due, worker, lease, which)
+    for refresh, account in map(tuple, rows):
         claimed = detached(TokenStatus, refresh, provider)
         set_committed_value(claimed, "tiger_account", detached(TigerAccount, account, provider))
         claims.append(claimed)

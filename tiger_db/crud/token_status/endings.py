@@ -15,7 +15,7 @@ from sqlmodel import col
 from uuid_utils.compat import uuid7
 
 from tiger_db.crud import audit_logs
-from tiger_db.crud.common import execute, get_or_raise, one, storable
+from tiger_db.crud.common import execute, get_or_raise, one, storable, typed_errors
 from tiger_db.crud.token_status.changes import (
     ANSWER_LOST,
     LONGEST_BACKOFF,
@@ -157,22 +157,25 @@ async def _save(
     new = account.validated(new)
     expires_at = account.expiry_of_newer(access_token, new["token_expires_at"])
     old = account.readable_token()
-    rows = await execute(
-        session,
-        COMPLETE,
-        claim.id,
-        account.id,
-        claim.fencing_token,
-        account.access_token.ciphertext if isinstance(account.access_token, SealedSecret) else None,
-        token_hash(old) if old else None,
-        token_hash(access_token),
-        expires_at,
-        refresh_time(access_token, expires_at),
-        *answer,
-        _sealed(session, account, "access_token", access_token),
-        _sealed(session, account, "refresh_token", refresh_token),
-        uuid7(),
-    )
+    with typed_errors():
+        rows = await execute(
+            session,
+            COMPLETE,
+            claim.id,
+            account.id,
+            claim.fencing_token,
+            account.access_token.ciphertext
+            if isinstance(account.access_token, SealedSecret)
+            else None,
+            token_hash(old) if old else None,
+            token_hash(access_token),
+            expires_at,
+            refresh_time(access_token, expires_at),
+            *answer,
+            _sealed(session, account, "access_token", access_token),
+            _sealed(session, account, "refresh_token", refresh_token),
+            uuid7(),
+        )
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
@@ -206,8 +209,8 @@ async def fail(
     The wait is `retry_after`, where the broker said so, else random up to 30 s, doubled with each
     attempt, 30 min at most. `credentials_dead`: it is given up at once, and an active account is
     suspended until a person looks at it. `answer_lost`: the broker was asked, and may have replaced
-    the token; the refresh's details keep that. Of the error's text, tokens, keys and the account's
-    own secrets are masked before it is stored.
+    the token; the refresh's details keep that, and the errors that follow say it. Of the error's
+    text, tokens, keys and the account's own secrets are masked before it is stored.
 
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
@@ -221,7 +224,8 @@ async def fail(
         ending: dict[str, object] = {
             "status": TokenRefreshStatus.FAILED,
             "completed_at": func.clock_timestamp(),
-            "next_refresh_at": func.clock_timestamp() + LONGEST_BACKOFF,
+            "next_refresh_at": func.clock_timestamp()
+            + max(LONGEST_BACKOFF, retry_after or LONGEST_BACKOFF),
         }
     else:
         wait = retry_after if retry_after is not None else _backoff(attempts)
@@ -229,7 +233,10 @@ async def fail(
             "status": TokenRefreshStatus.PENDING,
             "scheduled_at": func.clock_timestamp() + wait,
         }
-    if answer_lost:
+    lost_before = await _answer_lost_before(session, claim)
+    if lost_before:
+        error = f"{error} (the answer to an earlier attempt was lost, maybe with a new token)"
+    if answer_lost or lost_before:
         ending["details"] = {**(claim.details or {}), ANSWER_LOST: True}
     refresh = await change_held(
         session,
@@ -254,6 +261,27 @@ async def fail(
     if credentials_dead and account.status == AccountStatus.ACTIVE:
         await _suspend(session, account, refresh)
     return refresh
+
+
+async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool:
+    """Whether an earlier attempt has lost its answer: of this refresh, or of one given up."""
+    if claim.details and claim.details.get(ANSWER_LOST):
+        return True
+    last = await one(
+        session,
+        select(TokenStatus)
+        .where(
+            col(TokenStatus.tiger_account_id) == claim.tiger_account_id,
+            col(TokenStatus.id) < claim.id,
+        )
+        .order_by(col(TokenStatus.id).desc())
+        .limit(1),
+    )
+    return (
+        last is not None
+        and last.status == TokenRefreshStatus.FAILED
+        and bool(last.details and last.details.get(ANSWER_LOST))
+    )
 
 
 async def _suspend(session: AsyncSession, account: TigerAccount, refresh: TokenStatus) -> None:

@@ -126,13 +126,15 @@ async def schedule_due(
         for account, expired in rows
     ]
     opened = await _open(session, due) if due else []
-    for refresh in opened:
-        await log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, refresh)
+    await log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, *opened)
     return opened
 
 
 async def next_due(session: AsyncSession) -> timedelta | None:
-    """How long until another refresh becomes due, or a token's time comes; None: neither will."""
+    """How long until another refresh becomes due, a lease runs out, or a token's time comes.
+
+    None: none of them will.
+    """
     pending = (
         select(col(TokenStatus.scheduled_at))
         .where(
@@ -153,7 +155,15 @@ async def next_due(session: AsyncSession) -> timedelta | None:
         .order_by(col(TigerAccount.token_refresh_at))
         .limit(1)
     )
-    first = func.least(pending.scalar_subquery(), expiring.scalar_subquery())
+    leased = select(func.min(col(TokenStatus.lease_expires_at))).where(
+        IS_OPEN,
+        col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
+        col(TokenStatus.scheduled_at) <= func.clock_timestamp(),  # as the index has it
+        col(TokenStatus.lease_expires_at) > func.clock_timestamp(),
+    )
+    first = func.least(
+        pending.scalar_subquery(), leased.scalar_subquery(), expiring.scalar_subquery()
+    )
     wait: timedelta | None = await session.scalar(select(first - func.clock_timestamp()))
     return wait
 

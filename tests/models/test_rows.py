@@ -1,0 +1,122 @@
+"""Rows read past the ORM are what the ORM makes of them."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import object_session
+
+from tests import factories
+from tests.tiger.files import PK8
+from tiger_db import Database, TigerAccount, TokenStatus, crud
+from tiger_db.crud.common import execute
+from tiger_db.database import AsyncSession
+from tiger_db.models.base import Entity, key_provider
+from tiger_db.models.mutable import Tracked
+from tiger_db.models.rows import detached, taken_in, whole
+
+FULL = {
+    "private_key": PK8, "secret_key": "secret", "access_token": "token", "refresh_token": "more",
+    "license": "TBHK", "environment": "SANDBOX", "market_permissions": ["US", "HK"],
+    "quote_permissions": [{"name": "usQuoteBasic", "expire_at": -1}],
+    "client_options": {"timeout": 15}, "tags": {"a": [1, {"b": None}]}, "description": "Ü",
+    "token_expires_at": datetime(9999, 1, 1, tzinfo=UTC),
+}  # fmt: skip
+
+
+async def values_of(session: AsyncSession, row: Entity) -> Any:
+    name = row.__tablename__
+    statement = f"SELECT {whole(type(row), 't')} FROM {name} t WHERE id = $1"
+    ((values,),) = await execute(session, statement, row.id)
+    return values
+
+
+async def rows(session: AsyncSession) -> list[Entity]:
+    claim = await factories.claim(session)
+    stored = await crud.token_status.get(session, claim.id)
+    assert stored is not None
+    account = await factories.account(session, **FULL)
+    bare = await factories.account(session)
+    refresh = await factories.refresh(session, account, details={"why": ["because"]})
+    key, _ = await factories.api_key(session)
+    return [account, bare, refresh, stored, key]
+
+
+def seen(row: Entity) -> dict[str, Any]:
+    """Names, order, types and values."""
+    return {
+        name: (
+            type(value),
+            value.get_secret_value() if hasattr(value, "get_secret_value") else value,
+        )
+        for name, value in vars(row).items()
+        if name in type(row).model_fields or name == "tiger_id_fingerprint"
+    }
+
+
+async def test_they_are_as_the_orm_has_them(session: AsyncSession) -> None:
+    for row in await rows(session):
+        values = await values_of(session, row)
+        session.expunge_all()
+        loaded = await session.get(type(row), row.id)
+        assert loaded is not None
+        apart = detached(type(row), values, key_provider(session.sync_session))
+        session.expunge_all()
+        taken = taken_in(session.sync_session, type(row), values)
+        assert seen(apart) == seen(taken) == seen(loaded)
+        assert repr(apart) == repr(taken) == repr(loaded)
+        assert list(type(row).model_fields) == [
+            n for n in vars(apart) if n in type(row).model_fields
+        ]
+        assert object_session(apart) is None
+        assert taken in session
+        assert not session.dirty
+        assert await session.get(type(row), row.id) is taken
+
+
+async def test_what_the_session_has_is_brought_up_to_date(session: AsyncSession) -> None:
+    account = await factories.account(session, **FULL)
+    await session.execute(text("UPDATE tiger_accounts SET account_name = 'x', tags = '{\"c\": 1}'"))
+    assert account.account_name == "Main"
+    taken = taken_in(session.sync_session, TigerAccount, await values_of(session, account))
+    assert taken is account
+    assert (account.account_name, account.tags) == ("x", {"c": 1})
+    assert not session.dirty
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_changes_are_saved(session: AsyncSession, *, known: bool) -> None:
+    account = await factories.account(session, **FULL)
+    values = await values_of(session, account)
+    if not known:
+        session.expunge_all()
+    taken = taken_in(session.sync_session, TigerAccount, values)
+    assert isinstance(taken.tags["a"], Tracked)
+    taken.tags["a"].append("more")
+    taken.description = "changed"
+    await session.flush()
+    session.expunge_all()
+    again = await session.get(TigerAccount, account.id)
+    assert again is not None
+    assert again.tags == {"a": [1, {"b": None}, "more"]}
+    assert again.description == "changed"
+
+
+async def test_a_rollback_forgets_what_was_not_saved(clone: Database) -> None:
+    async with clone.session() as session:
+        refresh = await factories.refresh(session)
+    async with clone.sessions() as session:
+        await session.execute(text("UPDATE token_statuses SET retry_count = 7"))
+        taken = taken_in(session.sync_session, TokenStatus, await values_of(session, refresh))
+        assert taken.retry_count == 7
+        await session.rollback()
+        await session.refresh(taken)
+        assert taken.retry_count == 0
+
+
+async def test_times_beyond_the_calendar(session: AsyncSession) -> None:
+    refresh = await factories.refresh(session)
+    await session.execute(text("UPDATE token_statuses SET scheduled_at = 'infinity'"))
+    taken = taken_in(session.sync_session, TokenStatus, await values_of(session, refresh))
+    assert taken.scheduled_at == datetime.max.replace(tzinfo=UTC)
