@@ -33,8 +33,9 @@ test: $(READY) ## the tests, on TIGER_DB_TEST_URL, else Docker, else the embedde
 test-system: $(READY) ## the same, on the PostgreSQL that is installed here
 	@TIGER_DB_TEST_URL=system $(RUN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-soak: $(READY) ## the stress tests of the audit trail at their full length (minutes)
-	@TIGER_DB_SOAK=1 $(RUN)/python -m pytest -n $(WORKERS) tests/audit $(ARGS)
+soak: $(READY) ## the stress tests at their full length (minutes)
+	@TIGER_DB_SOAK=1 $(RUN)/python -m pytest -n $(WORKERS) tests/audit tests/refreshes/test_chaos.py \
+		tests/crud/test_refresh_size.py $(ARGS)
 
 test-wheel: $(READY) ## build the wheel, install it into an empty environment, and use it there
 	@$(RUN)/python -m pytest -m wheel $(ARGS)

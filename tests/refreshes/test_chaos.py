@@ -397,7 +397,8 @@ def judge_ends(
         says = "lost" in (refresh.error_message or "")
         assert (refresh.details or {}).get("answer_lost") or not suspended, refresh
         assert current or says, (refresh.error_message, refresh.details, refresh.retry_count)
-        assert suspended == (refresh.error_code == "CredentialsRefused")
+        # If the answer that was missed comes later, the account takes it, and is active again.
+        assert suspended == (refresh.error_code == "CredentialsRefused" and not current)
         ends[
             f"{'suspended' if suspended else 'given up'}"
             f"{', its token is current' if current else ', says that the answer was lost'}"

@@ -225,7 +225,7 @@ async def fail(
             "status": TokenRefreshStatus.FAILED,
             "completed_at": func.clock_timestamp(),
             "next_refresh_at": func.clock_timestamp()
-            + max(LONGEST_BACKOFF, retry_after or LONGEST_BACKOFF),
+            + max(LONGEST_BACKOFF, retry_after or timedelta(0)),
         }
     else:
         wait = retry_after if retry_after is not None else _backoff(attempts)
@@ -272,7 +272,7 @@ async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool
         select(TokenStatus)
         .where(
             col(TokenStatus.tiger_account_id) == claim.tiger_account_id,
-            col(TokenStatus.id) < claim.id,
+            col(TokenStatus.id) != claim.id,
         )
         .order_by(col(TokenStatus.id).desc())
         .limit(1),
