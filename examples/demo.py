@@ -31,15 +31,14 @@ def tiger_db(*arguments: str) -> None:
     subprocess.run([TIGER_DB, *arguments], check=True)
 
 
-def tiger_token(left: timedelta, age: timedelta = timedelta(0)) -> str:
-    """A token of the form that Tiger gives out, which is so old and good for so long."""
+def tiger_token(lifetime: timedelta) -> str:
+    """A token of the form that Tiger gives out, made now."""
     now = datetime.now(UTC)
-    stamps = (f"{round(at.timestamp() * 1000)}" for at in (now - age, now + left))
+    stamps = (f"{round(at.timestamp() * 1000)}" for at in (now, now + lifetime))
     return base64.b64encode(",".join(stamps).encode() + os.urandom(16)).decode()
 
 
 async def create() -> tuple[TigerAccount, APIKey, str]:
-    expires_soon = timedelta(minutes=30)
     async with get_session() as session:
         account = await crud.accounts.get_by_account_number(session, NUMBER)
         if account is None:
@@ -50,14 +49,9 @@ async def create() -> tuple[TigerAccount, APIKey, str]:
                     account_number=NUMBER,
                     tiger_id="20150001",
                     private_key="demo",
+                    access_token=tiger_token(timedelta(minutes=30)),
                 ),
             )
-        await crud.accounts.update_tokens(
-            session,
-            account.id,
-            access_token=tiger_token(expires_soon, age=timedelta(days=14)),
-            token_expires_at=datetime.now(UTC) + expires_soon,
-        )
         key, raw_key = await crud.api_keys.create_api_key(
             session,
             name="Demo assistant",
@@ -90,17 +84,13 @@ async def trade(account: TigerAccount, raw_key: str) -> None:
 
 async def refresh() -> None:
     async with get_session() as session:
-        due = await crud.token_status.schedule_due(session)
+        due = await crud.token_status.schedule_due(session, within=timedelta(days=16))
     async with get_session() as session:
         claims = await crud.token_status.claim_due(session, worker="demo")
     for claim in claims:  # here a worker would ask Tiger, with no transaction open
-        lifetime = timedelta(days=15)
         async with get_session() as session:
             done = await crud.token_status.complete(
-                session,
-                claim,
-                access_token=tiger_token(lifetime),
-                expires_at=datetime.now(UTC) + lifetime,
+                session, claim, access_token=tiger_token(timedelta(days=15))
             )
         say(f"{len(due)} refresh due; completed, next one at {done.next_refresh_at:%Y-%m-%d}")
 

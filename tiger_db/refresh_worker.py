@@ -88,7 +88,6 @@ class RefreshWorker:
         self.counts: Counter[str] = Counter()  # of what became of its claims
         self._asked: dict[bytes | None, deque[float]] = defaultdict(deque)
         self._running: dict[UUID, asyncio.Task[None]] = {}  # by refresh
-        self._unsaved = 0  # how many of them wait for the database
         self._news = asyncio.Event()
         self._stopping = False
         self._give_up = math.inf
@@ -154,8 +153,7 @@ class RefreshWorker:
     async def _claim(self) -> float:
         """Start on what is due, as far as there is room; after how many seconds to look again."""
         free = min(self.concurrency - len(self._running), 1000)
-        # What has its answer is saved before anything: its lease may have run out meanwhile.
-        if free <= 0 or self._unsaved:
+        if free <= 0:
             return POLL
         start = time.monotonic()
         async with self.database.session() as session:
@@ -331,22 +329,17 @@ class RefreshWorker:
 
     async def _saved(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
         """What a transaction returns, which is tried again as long as the database is away."""
-        pause, waiting = _PAUSE, False
-        try:
-            while True:
-                try:
-                    async with self.database.session() as session:
-                        return await work(session)
-                except (DatabaseUnavailable, DBAPIError) as error:
-                    if not _passes(error) or time.monotonic() > self._give_up:
-                        raise
-                    _logger.warning("a refresh waits for the database: %s", type(error).__name__)
-                self._unsaved += not waiting
-                waiting = True
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
-        finally:
-            self._unsaved -= waiting
+        pause = _PAUSE
+        while True:
+            try:
+                async with self.database.session() as session:
+                    return await work(session)
+            except (DatabaseUnavailable, DBAPIError) as error:
+                if not _passes(error) or time.monotonic() > self._give_up:
+                    raise
+                _logger.warning("a refresh waits for the database: %s", type(error).__name__)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
 
     def _wait_for(self, account: TigerAccount) -> float:
         """Seconds until the account's `tiger_id` may be asked for again; if none, it counts."""

@@ -535,18 +535,38 @@ async def test_a_commit_that_was_not_confirmed(private_server: Settings, private
 # Claims that are lost
 
 
-async def take_over(database: Database, refresh: TokenStatus) -> TokenStatus:
-    """By another worker, as if the lease had run out."""
+async def run_out(database: Database, refresh: TokenStatus) -> None:
+    """End its lease."""
     connection = await connect(database.settings)
     await connection.execute(
         "UPDATE token_statuses SET lease_expires_at = now() - interval '1 s' WHERE id = $1",
         refresh.id,
     )
     await connection.close()
+
+
+async def take_over(database: Database, refresh: TokenStatus) -> TokenStatus:
+    """By another worker, as if the lease had run out."""
+    await run_out(database, refresh)
     async with database.session() as session:
         claim = await crud.token_status.claim(session, refresh.id, worker="another")
     assert claim.details == {"answer_lost": True}
     return claim
+
+
+async def test_a_worker_takes_nothing_over_from_itself(clone: Database) -> None:
+    refresh = await opened(clone)
+    gate = Gate()
+    async with working(clone, gate) as worker:
+        await gate.asked.wait()
+        await run_out(clone, refresh)
+        gate.asked.clear()
+        other = await opened(clone)  # for which it claims what there is
+        await gate.asked.wait()
+        gate.go.set()
+        await counted(worker, "refreshed", 2)
+    for done in (await row(clone, refresh.id), await row(clone, other.id)):
+        assert (done.status, done.fencing_token, done.details) == (S.SUCCESS, 1, None)
 
 
 async def test_the_token_of_a_lost_claim_is_kept_if_it_is_newer(clone: Database) -> None:
