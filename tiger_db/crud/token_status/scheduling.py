@@ -185,9 +185,10 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
         .order_by(col(TokenStatus.id))
         .limit(limit)
         .with_for_update(skip_locked=True)
+        .cte("old")  # which is run once; a subquery may be run again, and find others
     )
     gone = await session.scalars(
-        delete(TokenStatus).where(col(TokenStatus.id).in_(old)).returning(col(TokenStatus.id)),
+        delete(TokenStatus).where(col(TokenStatus.id) == old.c.id).returning(col(TokenStatus.id)),
         execution_options={"synchronize_session": False},
     )
     return len(gone.all())
