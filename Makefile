@@ -40,10 +40,11 @@ soak: $(READY) ## the stress tests at their full length (minutes)
 test-wheel: $(READY) ## build the wheel, install it into an empty environment, and use it there
 	@$(RUN)/python -m pytest -m wheel $(ARGS)
 
-lint: $(READY) ## check style and types; changes nothing
+lint: $(READY) ## check style, types and the SQL of the migrations; changes nothing
 	@$(RUN)/ruff format --check .
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy
+	@$(RUN)/python -m tests.squawk
 
 format: $(READY) ## put the code into style
 	@$(RUN)/ruff format .

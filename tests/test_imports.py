@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "write_behind": {"models", "errors"},
     "crud": {"models", "encryption", "errors", "redaction", "peppers", "write_behind"},
     "settings": {"encryption", "errors", "peppers", "signing"},
-    "migrations": {"models", "errors"},
+    "migration_locks": {"errors"},
+    "migrations": {"models", "errors", "migration_locks"},
 }
 
 

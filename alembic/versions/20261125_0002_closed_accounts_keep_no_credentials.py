@@ -17,6 +17,10 @@ revision = "0002"
 down_revision = "0001"
 branch_labels = None
 depends_on = None
+squawk_ignore = {
+    "constraint-missing-not-valid": "scans tiger_accounts, which is small",
+    "ban-drop-not-null": "code of revision 0001 writes it always",
+}
 
 END_AUTO_SUSPENSION = """
 CREATE FUNCTION end_auto_suspension() RETURNS trigger LANGUAGE plpgsql AS $$

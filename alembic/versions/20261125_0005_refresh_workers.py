@@ -15,6 +15,9 @@ revision = "0005"
 down_revision = "0004"
 branch_labels = None
 depends_on = None
+squawk_ignore = {
+    "require-concurrent-index-creation": "of tiger_accounts, which is small",
+}
 
 CHANNEL = "tiger_db_refreshes"
 NOTIFY = f"""

@@ -5,7 +5,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ import tiger_db
 from tiger_db.cli.input import Yes, confirm, settings
 from tiger_db.cli.output import AsJson, print_json, show_fields, show_table, talk, warn
 from tiger_db.errors import DatabaseUnavailable, SchemaMismatch
+
+if TYPE_CHECKING:
+    from alembic.script import Script
 
 app = typer.Typer()
 _PANEL = "Database"
@@ -42,9 +45,31 @@ def init() -> None:
 def migrate(
     *,
     revision: Annotated[str, typer.Option(metavar="ID", help="Go up to this one only.")] = "head",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show which would run; change nothing.")
+    ] = False,
+    sql: Annotated[
+        bool, typer.Option("--sql", help="Print the SQL for psql instead; change nothing.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Bring the schema up to date, and make the audit trail's partitions of the months ahead."""
-    asyncio.run(_migrate(settings(), revision))
+    """Bring the schema up to date, and make the audit trail's partitions of the months ahead.
+
+    Any number of machines may run it at a time: each migration runs once.
+
+    One that waits 2 s for a lock gives way, and is tried again, for up to 5 min.
+    """
+    config = settings()
+    if sql and (dry_run or as_json):
+        raise typer.BadParameter("it stands alone", param_hint="--sql")
+    if dry_run:
+        _show_steps(asyncio.run(_pending(config, revision)), as_json=as_json)
+    elif sql:
+        typer.echo(asyncio.run(_pending_sql(config, revision)), nl=False)
+    else:
+        done = asyncio.run(_migrate(config, revision))
+        if as_json:
+            print_json(asdict(done))
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -78,7 +103,7 @@ def downgrade(
 
     async def run() -> "tiger_db.migrations.SchemaState":
         async with tiger_db.database.migration_engine(config) as engine:
-            return await tiger_db.migrations.downgrade(engine, revision)
+            return await tiger_db.migrations.downgrade(engine, revision, say=talk)
 
     talk(f"{config.place} is at {asyncio.run(run()).current or 'base'} now")
 
@@ -98,31 +123,31 @@ def current(*, as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=_PANEL)
 def history(*, as_json: AsJson = False) -> None:
     """List the migrations, newest first."""
-    items = [
-        {"revision": script.revision, "follows": script.down_revision, "message": script.doc}
-        for script in tiger_db.migrations.history()
-    ]
-    if as_json:
-        print_json({"items": items, "next_cursor": None})
-    else:
-        show_table(("Revision", "Follows", "Message"), [list(item.values()) for item in items])
+    _show_steps(tiger_db.migrations.history(), as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def check(*, as_json: AsJson = False) -> None:
-    """Compare the schema in the database with the models, and list the differences."""
+    """List pending migrations, or how the schema in the database differs from the models."""
     config = settings()
+    state = asyncio.run(_state(config))
+    if not state.known:
+        state.check()
 
     async def compare() -> list[str]:
+        if state.problem:
+            scripts = await _pending(config, "head")
+            return [f"pending {script.revision} {script.doc}" for script in scripts]
         async with tiger_db.database.migration_engine(config) as engine:
             return await tiger_db.migrations.drift(engine)
 
-    differences = [" ".join(difference.split()) for difference in asyncio.run(compare())]
+    findings = [" ".join(finding.split()) for finding in asyncio.run(compare())]
     if as_json:
-        print_json({"items": differences, "next_cursor": None})
+        print_json({"items": findings, "next_cursor": None})
     else:
-        typer.echo("".join(f"{difference}\n" for difference in differences), nl=False)
-    if differences:
+        typer.echo("".join(f"{finding}\n" for finding in findings), nl=False)
+    state.check()
+    if findings:
         raise SchemaMismatch("the schema differs from the models: run `tiger-db revision -m ...`")
     talk(f"{config.place} has the schema that the models need")
 
@@ -211,20 +236,42 @@ async def _state(config: "tiger_db.Settings") -> "tiger_db.migrations.SchemaStat
         return await tiger_db.migrations.schema_state(connection)
 
 
-async def _migrate(config: "tiger_db.Settings", revision: str) -> None:
+async def _pending(config: "tiger_db.Settings", revision: str) -> "list[Script]":
+    async with tiger_db.database.migration_engine(config) as engine:
+        return await tiger_db.migrations.pending(engine, revision)
+
+
+async def _pending_sql(config: "tiger_db.Settings", revision: str) -> str:
+    async with tiger_db.database.migration_engine(config) as engine:
+        return await tiger_db.migrations.pending_sql(engine, revision)
+
+
+def _show_steps(scripts: "list[Script]", *, as_json: bool) -> None:
+    items = [
+        {"revision": script.revision, "follows": script.down_revision, "message": script.doc}
+        for script in scripts
+    ]
+    if as_json:
+        print_json({"items": items, "next_cursor": None})
+    else:
+        show_table(("Revision", "Follows", "Message"), [list(item.values()) for item in items])
+
+
+async def _migrate(config: "tiger_db.Settings", revision: str) -> "tiger_db.migrations.Upgraded":
     before = await _state(config)
     if before.current is not None and not before.known:
         before.check()
     if before.current != before.head:
         talk(f"migrating {config.place}")
     async with tiger_db.database.migration_engine(config) as engine:
-        after = await tiger_db.migrations.upgrade(engine, revision)
-    if after.current == before.current:
-        talk(f"the schema is at {after.current} already")
-    else:
+        after = await tiger_db.migrations.upgrade(engine, revision, say=talk)
+    if after.applied:
         talk(f"migrated the schema from {before.current or 'nothing'} to {after.current}")
+    else:
+        talk(f"the schema is at {after.current} already")
     if after.problem:
         talk(after.problem)
+    return after
 
 
 async def _make_key(config: "tiger_db.Settings") -> None:
