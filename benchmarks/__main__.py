@@ -11,7 +11,7 @@ from pathlib import Path
 
 import asyncpg
 
-from benchmarks import accounts, audit, keys, refreshes
+from benchmarks import accounts, audit, keys, refreshes, sessions
 from benchmarks.work import ROUNDS, Result, Work, measure
 from tests import servers
 from tests.conftest import create_database, drop_database
@@ -34,6 +34,8 @@ async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
             asyncpg.create_pool(**arguments, init=_json, min_size=1) as pool,
         ):
             results: list[Result] = []
+            async with sessions.works(database) as more:
+                results += [await told(work) for work in more]
             for works in (accounts.works, keys.works, audit.works):
                 results += [await told(work) for work in await works(database, pool)]
             async with keys.memory_works(database, pool) as more:
@@ -48,7 +50,9 @@ async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
             async with others(server, "trail") as trail:
                 results_, facts = await trail_results(trail, _writing(results))
             more_results, more_facts = await refresh_results(server)
-            return results + results_ + more_results, facts + more_facts
+            starts = [*sessions.facts()]
+            print(*starts, sep="\n")
+            return results + results_ + more_results, facts + more_facts + starts
     finally:
         await drop_database(server.url, NAME)
 

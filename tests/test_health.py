@@ -5,10 +5,13 @@ import base64
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 from uuid import UUID
 
 import pytest
@@ -226,6 +229,54 @@ async def test_server_that_never_answers(clone_settings: Settings) -> None:
     assert "is the server running?" in only_problem(report)
     server.close()
     await server.wait_closed()
+
+
+async def test_server_that_stops_answering_is_not_ready_in_time(
+    clone_settings: Settings, tmp_path: Path
+) -> None:
+    assert clone_settings.database_url is not None
+    url = urlsplit(clone_settings.database_url.get_secret_value())
+    asked = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await (
+            asyncio.open_connection(url.hostname, url.port or 5432)
+            if url.hostname
+            else asyncio.open_unix_connection(f"{dict(parse_qsl(url.query))['host']}/.s.PGSQL.5432")
+        )
+
+        async def forth() -> None:
+            while data := await reader.read(65536):
+                if b"alembic_version" in data:
+                    asked.set()
+                to_server.write(data)
+            to_server.close()
+            writer.close()
+
+        async def back() -> None:
+            while data := await from_server.read(65536):
+                if not asked.is_set():
+                    writer.write(data)
+
+        with suppress(ConnectionError):
+            await asyncio.gather(forth(), back())
+
+    folder = Path(tempfile.mkdtemp(prefix="tdb-"))
+    proxy = await asyncio.start_unix_server(serve, folder / ".s.PGSQL.5432")
+    through = url._replace(netloc=url.netloc.rpartition("@")[0] + "@", query=f"host={folder}")
+    settings = clone_settings.model_copy(
+        update={"database_url": SecretStr(through.geturl()), "db_connect_timeout": 1.0}
+    )
+    start = time.monotonic()
+    report = await health(settings)
+    took = time.monotonic() - start
+    assert asked.is_set()
+    assert (report.live, report.ready) == (True, False)
+    assert report.server_version, "it answered at first"
+    assert "not done answering within 1 s (DB_CONNECT_TIMEOUT)" in only_problem(report)
+    assert took < 1.5
+    proxy.close()
+    shutil.rmtree(folder)
 
 
 async def test_missing_database(clone_settings: Settings) -> None:

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "signing": {"errors"},
     "write_behind": {"models", "errors"},
     "crud": {"models", "encryption", "errors", "redaction", "peppers", "write_behind"},
+    "statements": {"redaction"},
     "settings": {"encryption", "errors", "peppers", "signing"},
     "migration_locks": {"errors"},
     "migrations": {"models", "errors", "migration_locks"},

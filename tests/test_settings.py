@@ -39,6 +39,8 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DB_DEBUG": ("true", True),
     "DB_CONNECT_TIMEOUT": ("3", 3.0),
     "DB_QUERY_TIMEOUT": ("0", 0.0),
+    "DB_SLOW_QUERY": ("0.5", 0.5),
+    "DB_SQL_COMMENTS": ("true", True),
     "TIGER_DB_HOME": ("/srv/tiger", Path("/srv/tiger")),
     "ENCRYPTION_KEYS": ("k1:abc", "k1:abc"),
     "ENCRYPTION_KEYS_FILE": ("/run/secrets/keys", Path("/run/secrets/keys")),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tiger_db import audit as audit
     from tiger_db import crud as crud
     from tiger_db import database as database
+    from tiger_db import doctor as doctor
     from tiger_db import embedded as embedded
     from tiger_db import encryption as encryption
     from tiger_db import errors as errors
@@ -79,9 +80,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "audit", "crud", "database", "embedded", "encryption", "errors", "health", "key_rotation",
-    "key_uses", "migrations", "models", "peppers", "redaction", "refresh_worker", "settings",
-    "signing", "tiger", "verifier", "write_behind",
+    "audit", "crud", "database", "doctor", "embedded", "encryption", "errors", "health",
+    "key_rotation", "key_uses", "migrations", "models", "peppers", "redaction", "refresh_worker",
+    "settings", "signing", "statements", "tiger", "verifier", "write_behind",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {

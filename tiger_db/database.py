@@ -24,6 +24,7 @@ from tiger_db.migrations import schema_state
 from tiger_db.peppers import Peppers
 from tiger_db.settings import ConnectArgs, Settings
 from tiger_db.signing import generate_signing_key, parse_signing_key
+from tiger_db.statements import connection_class, watch
 from tiger_db.write_behind import LOST, WriteBehind
 
 T = TypeVar("T")
@@ -59,7 +60,12 @@ async def connect(
     if database is not None:
         arguments["database"] = database
     with _unavailable(settings):
-        return await asyncpg.connect(**arguments)
+        return await asyncpg.connect(
+            **arguments,
+            connection_class=connection_class(
+                slow=settings.db_slow_query, comments=settings.db_sql_comments
+            ),
+        )
 
 
 @contextmanager
@@ -101,13 +107,15 @@ def _engine(settings: Settings, **options: Any) -> AsyncEngine:  # noqa: ANN401 
         if connection.driver_connection.is_closed():
             raise DisconnectionError("closed by the server")
 
+    watch(engine.sync_engine, slow=settings.db_slow_query, comments=settings.db_sql_comments)
     return engine
 
 
 @asynccontextmanager
 async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
     """An engine for migrations: connections of its own, no time limit on statements."""
-    engine = _engine(settings.model_copy(update={"db_query_timeout": 0}), poolclass=NullPool)
+    patient = settings.model_copy(update={"db_query_timeout": 0, "db_slow_query": 0})
+    engine = _engine(patient, poolclass=NullPool)
     try:
         yield engine
     finally:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import asyncpg
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
+from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
@@ -29,6 +30,8 @@ class Health:
     """What is known of the database. None: it could not be found out, or does not apply."""
 
     place: str
+    live: bool = True  # the process and its settings are sound
+    ready: bool | None = None  # and so is the database, as far as serving goes
     embedded_folder: str | None = None
     embedded_socket_folder: str | None = None
     embedded_pid: int | None = None
@@ -43,8 +46,53 @@ class Health:
     problems: list[str] = field(default_factory=list)  # a line each, with what to do about it
 
 
+async def liveness(settings: Settings) -> Health:
+    """Look at what the process has by itself: its settings and keys. No database is asked."""
+    report, _ = await _alone(settings)
+    return report
+
+
 async def health(settings: Settings) -> Health:
-    """Look at everything, start nothing. Whatever is wrong is a problem in the report."""
+    """Look at everything, start nothing. Whatever is wrong is a problem in the report.
+
+    A database that does not answer within `DB_CONNECT_TIMEOUT` is not ready.
+    """
+    report, ring = await _alone(settings)
+    report = replace(report, ready=False)
+    if settings.embedded:
+        try:
+            report = await asyncio.to_thread(_embedded, report, settings)
+        except TigerDBError as error:
+            report.problems.insert(0, explain(error) or str(error))
+    if settings.embedded and report.embedded_pid is None:
+        return report
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + settings.db_connect_timeout
+    try:
+        async with migration_engine(settings) as engine:
+            # First of all: SQLAlchemy itself asks things before it hands a connection over.
+            @event.listens_for(engine.sync_engine, "connect", insert=True)
+            def _hang_up_in_time(connection: AdaptedConnection, _record: object) -> None:
+                loop.call_at(deadline, connection.driver_connection.terminate)
+
+            async with engine.connect() as connection:
+                looking = _look(connection, settings, ring, report.problems, live=report.live)
+                async for found in looking:
+                    report = replace(report, **found)
+    except DBAPIError as error:
+        report.problems.append(f"{explain(error)} (see `tiger-db check`)")
+    except (TigerDBError, OSError) as error:
+        late = loop.time() >= deadline and not isinstance(error.__context__, TimeoutError)
+        report.problems.append(
+            f"{settings.place} was not done answering within {settings.db_connect_timeout:g} s"
+            " (DB_CONNECT_TIMEOUT)"
+            if late
+            else explain(error) or str(error)
+        )
+    return report
+
+
+async def _alone(settings: Settings) -> tuple[Health, KeyRing | None]:
     report = Health(
         place=settings.place,
         pool={
@@ -56,29 +104,17 @@ async def health(settings: Settings) -> Health:
             "query_timeout": settings.db_query_timeout,
         },
     )
+    ring = None
     try:
-        if settings.embedded:
-            report = await asyncio.to_thread(_embedded, report, settings)
-        ring = await asyncio.to_thread(_key_ring, settings)
+        ring = await asyncio.to_thread(key_ring, settings)
         report = replace(report, encryption_keys=list(ring.key_ids))
     except TigerDBError as error:
-        ring = None
         report.problems.append(explain(error) or str(error))
     try:
         _check_peppers(settings)
     except TigerDBError as error:
         report.problems.append(explain(error) or str(error))
-    if settings.embedded and report.embedded_pid is None:
-        return report
-    try:
-        async with migration_engine(settings) as engine, engine.connect() as connection:
-            async for found in _look(connection, settings, ring, report.problems):
-                report = replace(report, **found)
-    except DBAPIError as error:
-        report.problems.append(f"{explain(error)} (see `tiger-db check`)")
-    except (TigerDBError, OSError) as error:
-        report.problems.append(explain(error) or str(error))
-    return report
+    return replace(report, live=not report.problems), ring
 
 
 def explain(error: Exception) -> str | None:
@@ -116,8 +152,8 @@ def _embedded(report: Health, settings: Settings) -> Health:
     folder = embedded.folder(settings)
     server = embedded.running(settings)
     if server is None:
-        report.problems.append(
-            f"the embedded PostgreSQL in {folder} is not running: run `tiger-db start-embedded`"
+        report.problems.insert(
+            0, f"the embedded PostgreSQL in {folder} is not running: run `tiger-db start-embedded`"
         )
         return replace(report, embedded_folder=str(folder))
     return replace(
@@ -128,7 +164,7 @@ def _embedded(report: Health, settings: Settings) -> Health:
     )
 
 
-def _key_ring(settings: Settings) -> KeyRing:
+def key_ring(settings: Settings) -> KeyRing:
     """The keys that are there; none is made."""
     if ring := settings.key_ring():
         return ring
@@ -151,7 +187,12 @@ def _check_peppers(settings: Settings) -> None:
 
 
 async def _look(
-    connection: AsyncConnection, settings: Settings, ring: KeyRing | None, problems: list[str]
+    connection: AsyncConnection,
+    settings: Settings,
+    ring: KeyRing | None,
+    problems: list[str],
+    *,
+    live: bool,
 ) -> AsyncIterator[dict[str, Any]]:
     """The report's fields, as they are found."""
     await connection.execute(
@@ -169,7 +210,7 @@ async def _look(
         problems.append(state.problem)
         return
     yield {"rows": await _rows(connection, sorted(metadata.tables))}
-    ahead = await _audit_months_ahead(connection)
+    ahead = await audit_months_ahead(connection)
     yield {"audit_months_ahead": ahead}
     if ahead is not None and ahead < _FEW_MONTHS:
         problems.append(
@@ -178,8 +219,9 @@ async def _look(
             else "the audit trail has partitions for one month ahead: run `tiger-db maintain-audit`"
         )
     problems += await _strays(connection)
-    if ring is not None:
-        problems += await _unreadable(connection, ring)
+    unreadable = await _unreadable(connection, ring) if ring is not None else []
+    problems += unreadable
+    yield {"ready": live and not unreadable}  # with what upkeep has missed, it serves all the same
 
 
 async def _rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int]:
@@ -198,7 +240,7 @@ async def _rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str,
     return {name: estimate for name, estimate in rows}  # noqa: C416  # names the two columns
 
 
-async def _audit_months_ahead(connection: AsyncConnection) -> int | None:
+async def audit_months_ahead(connection: AsyncConnection) -> int | None:
     ahead: int | None = await connection.scalar(
         text(
             "SELECT coalesce(min(n) - 1, 120) FROM generate_series(1, 120) AS n"

@@ -121,6 +121,8 @@ class Settings(BaseSettings):
     db_pool_recycle: int = Field(default=1800, ge=-1, description="seconds; -1: never")
     db_connect_timeout: float = Field(default=10, gt=0, le=3600, description="seconds")
     db_query_timeout: float = Field(default=30, ge=0, le=86400, description="seconds; 0: none")
+    db_slow_query: float = Field(default=1, ge=0, le=86400, description="seconds; 0: log none")
+    db_sql_comments: bool = Field(default=False, description="name the caller in every statement")
     db_debug: bool = Field(default=False, description="log every statement, without parameters")
 
     tiger_db_home: Path | None = Field(default=None, description="folder of the embedded server")

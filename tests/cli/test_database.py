@@ -14,6 +14,7 @@ import pytest
 from tests import servers
 from tests.cli.conftest import COMMAND, SECRETS, CommandLine, Result
 from tests.conftest import drop_database
+from tests.test_health import months
 from tiger_db import embedded
 from tiger_db.database import connect
 from tiger_db.settings import Settings
@@ -284,6 +285,52 @@ def test_health_check(cli: CommandLine, clone_settings: Settings) -> None:
     ill = cli("health-check", "--json")
     assert (ill.code, ill.err) == (1, "")
     assert "upgrade tiger_db" in ill.json["problems"][0]
+
+
+def test_liveness_asks_no_database(bare: CommandLine) -> None:
+    nowhere = {"DB_HOST": "localhost", "DB_PORT": "1"}
+    live = bare.ok("health-check", "--live", "--json", **nowhere, **SECRETS).json
+    assert (live["live"], live["ready"], live["problems"]) == (True, None, [])
+    ill = bare("health-check", "--json", **nowhere, **SECRETS)
+    assert (ill.code, ill.json["live"], ill.json["ready"]) == (1, True, False)
+    keys = {**SECRETS, "ENCRYPTION_KEYS": "k1:hunter2"}
+    dead = bare("health-check", "--live", "--json", **nowhere, **keys)
+    assert (dead.code, dead.json["live"]) == (1, False)
+    assert "ENCRYPTION_KEYS" in dead.json["problems"][0]
+    assert "hunter2" not in dead.out
+
+
+def test_what_upkeep_has_missed_takes_no_server_out_of_service(
+    cli: CommandLine, clone_settings: Settings
+) -> None:
+    report = cli.ok("health-check", "--json").json
+    assert (report["live"], report["ready"]) == (True, True)
+    sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
+    report = cli.ok("health-check", "--json").json
+    assert report["ready"]
+    assert "run `tiger-db migrate`" in report["problems"][0]
+
+
+def test_doctor(cli: CommandLine, clone_settings: Settings) -> None:
+    well = cli.ok("doctor")
+    assert well.err == ""
+    assert "longest transaction" in well.out
+    report = cli.ok("doctor", "--json").json
+    assert report["next_cursor"] is None
+    assert {*report["items"][0]} == {"check", "status", "seen", "advice"}
+    sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
+    ill = cli("doctor", "--json")
+    assert (ill.code, ill.err) == (1, "")
+    problems = [item for item in ill.json["items"] if item["status"] == "problem"]
+    assert [item["check"] for item in problems] == ["audit partitions"]
+    assert "maintain-audit" in cli("doctor").out
+
+
+def test_doctor_starts_no_server(bare: CommandLine, home: Path) -> None:
+    ill = bare("doctor")
+    assert ill.code == 1
+    assert "run `tiger-db start-embedded`" in ill.out
+    assert not home.exists()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from tiger_db.tiger import parse_private_key
 
 COMMANDS = (
     "init", "migrate", "revision", "downgrade", "current", "history", "check", "health-check",
-    "start-embedded", "stop-embedded", "create-account", "list-accounts", "show-account",
+    "doctor", "start-embedded", "stop-embedded", "create-account", "list-accounts", "show-account",
     "set-default-account", "close-account", "reopen-account", "set-account-status", "reset-errors",
     "create-api-key", "list-api-keys", "verify-api-key", "show-api-key", "list-expiring-api-keys",
     "rotate-api-key", "extend-api-key", "revoke-api-key", "print-key-pattern",
@@ -41,7 +41,10 @@ COMMANDS = (
     "refresh-token", "prune-refreshes", "generate-encryption-key", "list-encryption-keys",
     "rotate-encryption-key", "import-account", "export-account",
 )  # fmt: skip
-SLOW = {"sqlalchemy", "sqlmodel", "alembic", "asyncpg", "cryptography", "pydantic", "passlib"}
+SLOW = {
+    "alembic", "asyncio", "asyncpg", "cryptography", "passlib", "pydantic", "sqlalchemy",
+    "sqlmodel",
+}  # fmt: skip
 LOADED = (
     "import sys; sys.argv[0] = 'tiger-db'\n"
     "try:\n"

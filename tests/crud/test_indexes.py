@@ -1,6 +1,7 @@
 """Every index serves the query that it is for, on tables that are worth an index."""
 
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -12,7 +13,7 @@ import pytest_asyncio
 from sqlalchemy import event, text
 
 from tests.conftest import create_database, drop_database
-from tiger_db import AuditLog, Database, RefreshTrigger, Settings
+from tiger_db import AuditLog, Database, RefreshTrigger, Settings, doctor
 from tiger_db.audit.stored import EVENTS, LAST_SEAL
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorizing import load
@@ -284,6 +285,31 @@ async def test_a_key_is_checked_by_index_alone(
 )
 async def test_refreshes_are_worked_on_by_index_alone(full: Settings, query: Query) -> None:
     assert "Seq Scan" not in {node["Node Type"] for node in await plan_of(full, query)}
+
+
+@pytest.mark.parametrize(
+    ("statement", "index"),
+    [
+        (doctor.UNSEALED_EVENTS, "position"),  # as PostgreSQL names those of partitions
+        (doctor.OPEN_REFRESHES, "ix_token_statuses_due|uq_token_statuses_tiger_account_id_open"),
+        (doctor.DUE_TOKENS, "ix_tiger_accounts_token_refresh_at"),
+        (doctor.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
+    ],
+)
+async def test_the_doctor_reads_no_table_that_is_large(
+    full: Settings, statement: str, index: str
+) -> None:
+    async with Database(full) as database, database.session() as session:
+        plan = await session.scalar(text(f"EXPLAIN (FORMAT JSON) {statement}"))
+        filled = set(
+            await session.scalars(
+                text("SELECT relname FROM pg_class WHERE relkind = 'r' AND reltuples > 1000")
+            )
+        )
+    found = [*nodes(as_json(plan)[0]["Plan"])]
+    assert any(re.search(index, node.get("Index Name", "")) for node in found)
+    read = {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"}
+    assert not read & filled
 
 
 async def test_every_index_has_its_query(full: Settings) -> None:

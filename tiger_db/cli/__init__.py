@@ -6,7 +6,6 @@ Whatever is slow to import is imported where it is used, so that `--help` answer
 import io
 import os
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -41,6 +40,8 @@ for _panel in (
 
 def _version(wanted: bool) -> None:  # noqa: FBT001  # how typer calls it
     if wanted:
+        from importlib.metadata import version  # noqa: PLC0415  # slow, and `--help` is to be fast
+
         typer.echo(f"tiger-db {version('tiger-db')}")
         raise typer.Exit
 

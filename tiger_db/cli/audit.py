@@ -1,6 +1,5 @@
 """Keeping the audit trail: sealed, verified, in months."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli.events import PANEL, private_file
-from tiger_db.cli.input import settings
+from tiger_db.cli.input import finish, settings
 from tiger_db.cli.output import AsJson, print_json, progress_to, show_table, talk
 from tiger_db.errors import DatabaseUnavailable, EncryptionError, InvalidValue
 
@@ -40,7 +39,7 @@ def print_audit_public_key() -> None:
             key = await tiger_db.audit.required_key(database)
         return tiger_db.signing.public_pem(key.public_key())
 
-    typer.echo(asyncio.run(find()), nl=False)
+    typer.echo(finish(find()), nl=False)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -58,7 +57,7 @@ def seal_audit(
         async with tiger_db.Database(settings()) as database:
             return await tiger_db.audit.seal(database, patience=patience)
 
-    done = asyncio.run(run())
+    done = finish(run())
     if as_json:
         print_json(asdict(done))
     if done.waits_for:
@@ -105,7 +104,7 @@ def verify_audit(
                     database, keys=keys, checkpoint=head, advance=advance
                 )
 
-    report = asyncio.run(run())
+    report = finish(run())
     if as_json:
         print_json({"sound": report.sound, **asdict(report)})
     elif not report.sound:
@@ -135,7 +134,7 @@ def export_checkpoint(
         async with tiger_db.Database(settings()) as database:
             return await tiger_db.audit.export_checkpoint(database)
 
-    text = asyncio.run(run())
+    text = finish(run())
     with private_file(out) as file:
         file.write(text)
 
@@ -151,7 +150,7 @@ def maintain_audit(*, as_json: AsJson = False) -> None:
         async with tiger_db.Database(settings()) as database:
             return await tiger_db.audit.maintain(database)
 
-    done = asyncio.run(run())
+    done = finish(run())
     if as_json:
         print_json(asdict(done))
     talk(f"{done.made} months were made" + "".join(f"; {m} has left" for m in done.retired))

@@ -1,6 +1,5 @@
 """The database itself: making it, migrating it, and whether it is well."""
 
-import asyncio
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tiger_db
-from tiger_db.cli.input import Yes, confirm, settings
+from tiger_db.cli.input import Yes, confirm, finish, settings
 from tiger_db.cli.output import AsJson, print_json, show_fields, show_table, talk, warn
 from tiger_db.errors import DatabaseUnavailable, SchemaMismatch
 
@@ -30,6 +29,8 @@ def init() -> None:
     config.signing_key()
 
     async def make() -> None:
+        import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
+
         if config.embedded:
             await asyncio.to_thread(_start, config)
         if await _create_database(config):
@@ -37,7 +38,7 @@ def init() -> None:
         await _migrate(config, "head")
         await _make_key(config)
 
-    asyncio.run(make())
+    finish(make())
     talk(f"{config.place} is ready")
 
 
@@ -63,11 +64,11 @@ def migrate(
     if sql and (dry_run or as_json):
         raise typer.BadParameter("it stands alone", param_hint="--sql")
     if dry_run:
-        _show_steps(asyncio.run(_pending(config, revision)), as_json=as_json)
+        _show_steps(finish(_pending(config, revision)), as_json=as_json)
     elif sql:
-        typer.echo(asyncio.run(_pending_sql(config, revision)), nl=False)
+        typer.echo(finish(_pending_sql(config, revision)), nl=False)
     else:
-        done = asyncio.run(_migrate(config, revision))
+        done = finish(_migrate(config, revision))
         if as_json:
             print_json(asdict(done))
 
@@ -88,7 +89,7 @@ def revision(
             with redirect_stdout(sys.stderr):  # Alembic's talk
                 return await tiger_db.migrations.revision(engine, message, autogenerate=not empty)
 
-    typer.echo(asyncio.run(write()))
+    typer.echo(finish(write()))
 
 
 @app.command(rich_help_panel=_PANEL, context_settings={"ignore_unknown_options": True})
@@ -105,13 +106,13 @@ def downgrade(
         async with tiger_db.database.migration_engine(config) as engine:
             return await tiger_db.migrations.downgrade(engine, revision, say=talk)
 
-    talk(f"{config.place} is at {asyncio.run(run()).current or 'base'} now")
+    talk(f"{config.place} is at {finish(run()).current or 'base'} now")
 
 
 @app.command(rich_help_panel=_PANEL)
 def current(*, as_json: AsJson = False) -> None:
     """Show which revision the database is at."""
-    state = asyncio.run(_state(settings()))
+    state = finish(_state(settings()))
     if as_json:
         print_json(asdict(state))
     elif state.current:
@@ -130,7 +131,7 @@ def history(*, as_json: AsJson = False) -> None:
 def check(*, as_json: AsJson = False) -> None:
     """List pending migrations, or how the schema in the database differs from the models."""
     config = settings()
-    state = asyncio.run(_state(config))
+    state = finish(_state(config))
     if not state.known:
         state.check()
 
@@ -141,7 +142,7 @@ def check(*, as_json: AsJson = False) -> None:
         async with tiger_db.database.migration_engine(config) as engine:
             return await tiger_db.migrations.drift(engine)
 
-    findings = [" ".join(finding.split()) for finding in asyncio.run(compare())]
+    findings = [" ".join(finding.split()) for finding in finish(compare())]
     if as_json:
         print_json({"items": findings, "next_cursor": None})
     else:
@@ -153,21 +154,44 @@ def check(*, as_json: AsJson = False) -> None:
 
 
 @app.command(rich_help_panel=_PANEL)
-def health_check(*, as_json: AsJson = False) -> None:
-    """Tell where the database is, how it is, and what to do about what is wrong."""
-    report = asdict(asyncio.run(tiger_db.health.health(settings())))
+def health_check(
+    *,
+    live: Annotated[
+        bool, typer.Option("--live", help="Look at the settings only, and ask no database.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether the database can serve, where it is, and what to do about what is wrong.
+
+    For probes: it fails if the database is not ready, or with --live if the settings are not sound.
+    """
+    look = tiger_db.health.liveness if live else tiger_db.health.health
+    report = asdict(finish(look(settings())))
     if as_json:
         print_json(report)
     else:
+        shown = dict(report)
         for group in ("pool", "rows"):
-            inner = report.pop(group)
-            report |= {f"{group}: {name}": value for name, value in inner.items()}
-        problems = report.pop("problems")
-        show_fields(report)
+            inner = shown.pop(group)
+            shown |= {f"{group}: {name}": value for name, value in inner.items()}
+        problems = shown.pop("problems")
+        show_fields(shown)
         for problem in problems:
             talk(f"problem: {problem}")
-        report["problems"] = problems
-    if report["problems"]:
+    if not report["live" if live else "ready"]:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=_PANEL)
+def doctor(*, as_json: AsJson = False) -> None:
+    """Look at the database for whatever is wrong, and tell what to do about it."""
+    findings = finish(tiger_db.doctor.doctor(settings()))
+    if as_json:
+        print_json({"items": [asdict(finding) for finding in findings], "next_cursor": None})
+    else:
+        rows = [(one.check, one.status, one.seen, one.advice) for one in findings]
+        show_table(("Check", "Status", "Seen", "What to do"), rows)
+    if any(finding.status == "problem" for finding in findings):
         raise typer.Exit(1)
 
 

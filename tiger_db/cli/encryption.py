@@ -1,7 +1,5 @@
 """The keys under which secrets are stored."""
 
-import asyncio
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tiger_db
-from tiger_db.cli.input import query, settings
+from tiger_db.cli.input import finish, query, settings
 from tiger_db.cli.output import AsJson, print_json, progress, show_table, talk
 from tiger_db.errors import ConfigurationError
 
@@ -76,7 +74,7 @@ def rotate_encryption_key(
                 )
             return provider.key_ids, report
 
-    key_ids, report = asyncio.run(run())
+    key_ids, report = finish(run())
     if as_json:
         print_json(asdict(report))
     else:
@@ -99,6 +97,8 @@ def rotate_encryption_key(
 
 def new_id() -> str:
     """Today and a little chance, because an id must never stand for two keys."""
+    import secrets  # noqa: PLC0415  # slow, and `--help` is to be fast
+
     return f"{datetime.now(UTC):%Y-%m-%d}-{secrets.token_hex(2)}"
 
 

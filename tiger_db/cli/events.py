@@ -1,6 +1,5 @@
 """The audit trail as it is read: listed, followed, drawn, exported."""
 
-import asyncio
 import json
 import os
 import sys
@@ -24,6 +23,7 @@ from tiger_db.cli.input import (
     duration,
     find_account,
     find_api_key,
+    finish,
     moment,
     query,
     settings,
@@ -104,7 +104,7 @@ def list_events(
     if follow:
         if until is not None or after is not None:
             raise typer.BadParameter("has no end", param_hint="--follow")
-        asyncio.run(_follow(wanted, as_json=as_json))
+        finish(_follow(wanted, as_json=as_json))
         return
 
     async def find(
@@ -243,7 +243,7 @@ def export_events(
                     file.write(line)
         return count
 
-    talk(f"{asyncio.run(run())} events were exported")
+    talk(f"{finish(run())} events were exported")
 
 
 @contextmanager

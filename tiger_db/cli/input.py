@@ -1,6 +1,5 @@
 """What the commands are given: settings and sessions, accounts, secrets, lists and times."""
 
-import asyncio
 import logging
 import re
 import sys
@@ -43,6 +42,13 @@ def settings() -> "tiger_db.Settings":
     return found
 
 
+def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run it in an event loop of its own."""
+    import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
+
+    return asyncio.run(work)
+
+
 def query(ask: "Callable[[AsyncSession], Coroutine[Any, Any, T]]") -> T:
     """Run one transaction; it has been committed when this returns."""
 
@@ -50,7 +56,7 @@ def query(ask: "Callable[[AsyncSession], Coroutine[Any, Any, T]]") -> T:
         async with tiger_db.Database(settings()) as database, database.session() as session:
             return await ask(session)
 
-    return asyncio.run(run())
+    return finish(run())
 
 
 async def find_account(session: "AsyncSession", number_or_id: str) -> "tiger_db.TigerAccount":

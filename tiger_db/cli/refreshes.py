@@ -1,6 +1,5 @@
 """Token refreshes."""
 
-import asyncio
 import logging
 import signal
 import sys
@@ -18,6 +17,7 @@ from tiger_db.cli.input import (
     account_numbers,
     duration,
     find_account,
+    finish,
     query,
     settings,
 )
@@ -111,6 +111,8 @@ def show_refreshes(
         raise typer.BadParameter("is for people", param_hint="--live")
 
     async def run() -> None:
+        import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
+
         async with tiger_db.Database(settings()) as database:
             while True:
                 async with database.session() as session:
@@ -119,7 +121,7 @@ def show_refreshes(
                 _draw(*seen)
                 await asyncio.sleep(_REDRAW)
 
-    asyncio.run(run())
+    finish(run())
 
 
 async def _look(
@@ -177,6 +179,8 @@ def run_refreshes(
     logging.getLogger("tiger_db").setLevel(logging.INFO)
 
     async def run() -> "Counter[str]":
+        import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
+
         async with tiger_db.Database(settings()) as database:
             worker = tiger_db.RefreshWorker(
                 database,
@@ -193,7 +197,7 @@ def run_refreshes(
             await worker.run(once=once)
             return worker.counts
 
-    _tell(asyncio.run(run()))
+    _tell(finish(run()))
 
 
 def _tell(counts: "Counter[str]") -> None:
@@ -226,7 +230,7 @@ def refresh_token(
             assert done is not None
             return done
 
-    done = asyncio.run(run())
+    done = finish(run())
     if as_json:
         print_json(dump(done))
     if done.status != tiger_db.TokenRefreshStatus.SUCCESS:
@@ -254,4 +258,4 @@ def prune_refreshes(
                 if not gone:
                     return total
 
-    talk(f"{asyncio.run(run())} refreshes were deleted")
+    talk(f"{finish(run())} refreshes were deleted")

@@ -1,6 +1,5 @@
 """The files that Tiger gives out for its SDKs."""
 
-import asyncio
 import stat
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli.accounts import Account
-from tiger_db.cli.input import find_account, query, settings
+from tiger_db.cli.input import find_account, finish, query, settings
 from tiger_db.cli.output import AsJson, print_json, show_row, talk, warn
 from tiger_db.redaction import masked
 
@@ -80,7 +79,7 @@ def export_account(
             )
             return found, paths
 
-    exported, paths = asyncio.run(export())
+    exported, paths = finish(export())
     talk(f"exported account {masked(exported.account_number)}: keep its private key to yourself")
     if as_json:
         print_json({"items": [str(path) for path in paths], "next_cursor": None})
