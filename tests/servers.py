@@ -46,15 +46,18 @@ def settings_for(url: str, database: str) -> Settings:
 def choose(*, in_memory: bool = True) -> Server:
     """TIGER_DB_TEST_URL if set, else Docker if an engine answers, else the embedded server.
 
-    `TIGER_DB_TEST_URL=system` takes the PostgreSQL that is installed here. `in_memory`: where there
-    is room, the files of a server that is started here are not on the disk.
+    `TIGER_DB_TEST_URL=system` takes the PostgreSQL that is installed here, `docker` a container or
+    nothing. `in_memory`: where there is room, the files of a server that is started here are not on
+    the disk.
     """
-    given = os.environ.get("TIGER_DB_TEST_URL")
-    if given == "system":
-        return _system(folder(in_memory=in_memory))
-    if given:
-        return Server(given, GIVEN)
-    return _docker() or _embedded(folder(in_memory=in_memory))
+    match os.environ.get(GIVEN):
+        case "system":
+            return _system(folder(in_memory=in_memory))
+        case "docker":
+            return _docker()
+        case str(given) if given:
+            return Server(given, GIVEN)
+    return _docker() if _has_docker() else _embedded(folder(in_memory=in_memory))
 
 
 def forget_crashes(server: Server) -> None:
@@ -85,10 +88,13 @@ def version(server: Server) -> str:
     return asyncio.run(ask())
 
 
-def _docker() -> Server | None:
+def _has_docker() -> bool:
     ping = "import docker; docker.from_env().ping()"
-    if subprocess.run([sys.executable, "-c", ping], capture_output=True, check=False).returncode:
-        return None
+    run = subprocess.run([sys.executable, "-c", ping], capture_output=True, check=False)
+    return run.returncode == 0
+
+
+def _docker() -> Server:
     from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415  # slow
 
     container = PostgresContainer(IMAGE, driver=None)

@@ -13,22 +13,18 @@ import pytest_asyncio
 from sqlalchemy import event, text
 
 from tests.conftest import create_database, drop_database
-from tiger_db import AuditLog, Database, RefreshTrigger, Settings, doctor
-from tiger_db.audit.stored import EVENTS, LAST_SEAL
-from tiger_db.crud import accounts, api_keys, audit_logs, token_status
+from tests.crud.serves import NOW, SERVES, id_of, limited_use
+from tiger_db import AuditLog, Database, Settings, doctor
+from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorizing import load
-from tiger_db.crud.api_keys.limits import TAKE
 from tiger_db.crud.api_keys.text import checksum
 from tiger_db.crud.common import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidAPIKey
 from tiger_db.verifier import FIND
-from tiger_db.write_behind import LEFT_OUT
 
 Query = Callable[[AsyncSession], Awaitable[object]]
 Plan = list[dict[str, Any]]
-NOW = datetime.now(UTC)
-OLD = NOW - datetime(2024, 6, 24, tzinfo=UTC)  # so long that it was before the ids of ROWS
 # Row n has the account number n, and 0…0n in its ids.
 ROWS = """
 CREATE FUNCTION id(n bigint) RETURNS uuid LANGUAGE sql AS
@@ -146,37 +142,10 @@ async def used_indexes(settings: Settings, query: Query) -> set[str]:
     return {parent_of.get(name, name) for name in used}
 
 
-def id_of(n: int) -> UUID:
-    return UUID(f"0190a000-0000-7000-8000-{n:012}")
-
-
-def cursor_of(n: int) -> str:
-    return encode_cursor(id_of(n))
-
-
 async def wrong_secret(session: AsyncSession) -> None:
     body = f"tdb_test_{77:012}_{'0' * 43}"
     with pytest.raises(InvalidAPIKey):
         await api_keys.authorize_api_key(session, body + checksum(body))
-
-
-async def limited_use(session: AsyncSession) -> None:
-    connection = await session.connection()
-    await connection.exec_driver_sql(TAKE, (id_of(77), 9, 9))
-
-
-async def left_out(session: AsyncSession) -> None:
-    await session.execute(LEFT_OUT, {"writer": id_of(77)})
-
-
-async def events_to_seal(session: AsyncSession) -> None:
-    connection = await session.connection()
-    await connection.exec_driver_sql(EVENTS, (25_000, 25_100))
-
-
-async def newest_seal(session: AsyncSession) -> None:
-    connection = await session.connection()
-    await connection.exec_driver_sql(LAST_SEAL)
 
 
 async def verifier_miss(session: AsyncSession) -> None:
@@ -184,75 +153,7 @@ async def verifier_miss(session: AsyncSession) -> None:
     await connection.exec_driver_sql(FIND, (f"tdb_test_{77:012}",))
 
 
-async def open_refresh(session: AsyncSession) -> None:
-    await token_status.create_refresh_operation(
-        session, tiger_account_id=id_of(9999), trigger=RefreshTrigger.MANUAL
-    )
-
-
-SERVES: list[tuple[str, Query]] = [
-    ("pk_tiger_accounts", lambda s: accounts.get(s, id_of(77))),
-    ("pk_tiger_accounts", lambda s: accounts.list_accounts(s, after=cursor_of(77))),
-    (
-        "uq_tiger_accounts_account_number",
-        lambda s: accounts.get_by_account_number(s, "77"),
-    ),
-    ("ix_tiger_accounts_tiger_id_fingerprint", lambda s: accounts.get_by_tiger_id(s, "77")),
-    ("uq_tiger_accounts_is_default_trading", accounts.get_default_trading_account),
-    ("uq_tiger_accounts_is_default_data", accounts.get_default_data_account),
-    (
-        "uq_tiger_accounts_is_default_data",
-        lambda s: accounts.set_default_data_account(s, id_of(77)),
-    ),
-    ("ix_tiger_accounts_token_expires_at", accounts.get_accounts_needing_token_refresh),
-    (
-        "ix_tiger_accounts_token_expires_at",
-        partial(token_status.schedule_due, within=timedelta(hours=1)),
-    ),
-    ("ix_tiger_accounts_token_refresh_at", token_status.schedule_due),
-    ("ix_tiger_accounts_token_refresh_at", token_status.next_due),
-    ("pk_api_keys", lambda s: api_keys.get(s, id_of(77))),
-    ("pk_api_keys", lambda s: api_keys.list_api_keys(s, after=cursor_of(77))),
-    ("uq_api_keys_key_prefix", lambda s: api_keys.get_by_prefix(s, f"tdb_test_{77:012}")),
-    (
-        "ix_api_keys_tiger_account_id_id",
-        lambda s: api_keys.get_keys_for_account(s, id_of(77), after=cursor_of(10**9)),
-    ),
-    ("ix_api_keys_expires_at_id", api_keys.list_expiring),
-    ("ix_api_keys_expires_at_id", partial(api_keys.list_expiring, after=cursor_of(77))),
-    ("pk_api_key_batches", left_out),
-    ("pk_api_key_limits", limited_use),
-    ("pk_api_key_usage", lambda s: api_keys.usage(s, id_of(77), since=NOW - timedelta(hours=3))),
-    ("pk_token_statuses", lambda s: token_status.get(s, id_of(77))),
-    ("pk_token_statuses", lambda s: token_status.history(s, after=cursor_of(777))),
-    ("pk_token_statuses", lambda s: token_status.statistics(s, since=NOW)),
-    ("pk_token_statuses", lambda s: token_status.claim(s, id_of(200), worker="w")),
-    ("pk_token_statuses", lambda s: token_status.prune(s, older_than=OLD)),
-    ("uq_token_statuses_tiger_account_id_open", open_refresh),
-    ("uq_token_statuses_tiger_account_id_open", token_status.schedule_due),
-    ("ix_token_statuses_due", lambda s: token_status.claim_due(s, worker="w")),
-    ("ix_token_statuses_due", token_status.next_due),
-    ("ix_token_statuses_due", lambda s: token_status.overview(s, since=NOW)),
-    ("ix_token_statuses_tiger_account_id_id", partial(token_status.history, account_id=id_of(77))),
-    (
-        "ix_token_statuses_tiger_account_id_id",
-        lambda s: token_status.get_latest_status(s, id_of(77)),
-    ),
-    ("ix_token_statuses_tiger_account_id_id", token_status.schedule_due),
-    ("ix_token_statuses_failed", token_status.get_failed_refreshes),
-    ("ix_token_statuses_failed", lambda s: token_status.overview(s, since=NOW)),
-    ("pk_audit_logs", audit_logs.get_recent_events),
-    ("ix_audit_logs_tiger_account_id", partial(audit_logs.search, account_id=id_of(77))),
-    ("ix_audit_logs_api_key_id", partial(audit_logs.search, api_key_id=id_of(77))),
-    ("ix_audit_logs_user_id", partial(audit_logs.search, user_id="77")),
-    ("ix_audit_logs_session_id", partial(audit_logs.search, session_id="s77")),
-    ("ix_audit_logs_request_id", partial(audit_logs.search, request_id="r77")),
-    ("ix_audit_logs_position", events_to_seal),
-    ("pk_audit_seals", newest_seal),
-]
-
-
-@pytest.mark.parametrize(("index", "query"), SERVES)
+@pytest.mark.parametrize(("index", "query"), SERVES, ids=str)
 async def test_an_index_serves_its_query(full: Settings, index: str, query: Query) -> None:
     assert index in await used_indexes(full, query)
 

@@ -156,9 +156,11 @@ async def test_constraints_are_named_by_the_convention(raw: asyncpg.Connection) 
 
 async def stored(session: AsyncSession, entity: type[Entity]) -> Entity:
     """A row of the entity in the database."""
-    if entity is TokenStatus:
-        return await factories.refresh(session)
-    row = made(entity)
+    of_account = entity.model_fields.get("tiger_account_id")
+    values = {}
+    if of_account is not None and of_account.is_required():
+        values["tiger_account_id"] = (await factories.account(session)).id
+    row = made(entity, **values)
     session.add(row)
     await session.flush()
     return row

@@ -1,4 +1,4 @@
-"""The four entities. Importing this package maps all of them."""
+"""The entities. Importing this package maps all of them."""
 
 from tiger_db.models.accounts import (
     AccountStatus,
