@@ -151,13 +151,58 @@ def test_a_host_may_be_any_socket_folder(folder: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("chosen", "addresses", "place"),
+    [
+        ({"db_host": "h1,h2"}, [("h1", 5432), ("h2", 5432)], "h1:5432,h2:5432/d"),
+        ({"db_host": "h1:1, [::1]:2", "db_port": 3}, [("h1", 1), ("::1", 2)], "h1:1,::1:2/d"),
+        ({"db_host": "h1,/tmp/a"}, [("h1", 5432), "/tmp/a/.s.PGSQL.5432"], "h1:5432,/tmp/a:5432/d"),
+        ({"db_host": "h:1"}, [("h", 1)], "h:1/d"),
+        ({"db_host": "::1"}, [("::1", 5432)], "::1:5432/d"),
+        ({"database_url": "postgresql://h1:1,h2/d"}, [("h1", 1), ("h2", 5432)], "h1:1,h2/d"),
+        (
+            {"database_url": "postgresql:///d?host=h1,h2&port=1,2"},
+            [("h1", 1), ("h2", 2)],
+            "h1,h2/d",
+        ),
+        ({"database_url": "postgresql:///d?host=h1,h2&port=3"}, [("h1", 3), ("h2", 3)], "h1,h2/d"),
+    ],
+)
+def test_several_hosts_may_be_primaries_and_one_must(
+    chosen: dict[str, Any], addresses: list[object], place: str
+) -> None:
+    settings = Settings(db_name="d", db_replica_hosts="s1,[::2]:6", **chosen)
+    taken = parsed(settings)
+    assert (taken.addresses, settings.place) == (addresses, place)
+    assert taken.target_session_attrs == "read-write"
+    for replica in settings.replicas:
+        arguments = settings.connect_args(replica)
+        assert (arguments["host"], arguments["port"]) == replica
+        assert arguments["target_session_attrs"] == "standby"
+    assert settings.replicas == [("s1", settings.db_port), ("::2", 6)]
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://h1,,h2/d", "postgresql://h1,h2/d?port=1,2,3", "postgresql:///d?host=h,"]
+)
+def test_a_url_whose_hosts_cannot_be_told_apart_is_refused(url: str) -> None:
+    assert "hosts are separated by one comma each" in refused(database_url=url)
+
+
+def test_a_url_may_want_another_kind_of_server() -> None:
+    chosen = Settings(database_url="postgresql://h/d?target_session_attrs=any")
+    assert parsed(chosen).target_session_attrs == "any"
+
+
+@pytest.mark.parametrize(
     ("seconds", "milliseconds"), [(30, "30000"), (0, "0"), (0.0001, "1"), (0.25, "250")]
 )
 def test_a_time_limit_of_queries_is_never_none_by_rounding(
     seconds: float, milliseconds: str
 ) -> None:
-    server = parsed(Settings(db_host="h", db_query_timeout=seconds)).server_settings
+    chosen = Settings(db_host="h", db_query_timeout=seconds, db_idle_transaction_timeout=seconds)
+    server = parsed(chosen).server_settings
     assert server["statement_timeout"] == milliseconds
+    assert server["idle_in_transaction_session_timeout"] == milliseconds
 
 
 def test_a_url_s_connect_timeout_application_name_and_options_win() -> None:

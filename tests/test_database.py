@@ -17,6 +17,7 @@ from tiger_db.encryption import generate_key
 from tiger_db.errors import (
     ConfigurationError,
     EncryptionError,
+    QueryTimeout,
     SchemaMismatch,
 )
 from tiger_db.migrations import upgrade
@@ -84,7 +85,7 @@ async def somebody_sleeps(database: Database) -> None:
 async def test_a_query_that_takes_too_long_is_stopped(settings: Settings) -> None:
     hurried = settings.model_copy(update={"db_query_timeout": 0.05})
     async with Database(hurried) as database:
-        with pytest.raises(DBAPIError, match="statement timeout"):
+        with pytest.raises(QueryTimeout, match="statement timeout"):
             async with database.session() as session:
                 await session.execute(text("SELECT pg_sleep(20)"))
         async with database.session() as session:

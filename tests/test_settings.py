@@ -24,6 +24,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DATABASE_URL": ("postgresql://u:p@h/d", "postgresql://u:p@h/d"),
     "DB_HOST": ("db.example", "db.example"),
     "DB_PORT": ("6432", 6432),
+    "DB_REPLICA_HOSTS": ("s1.example,[::1]:6433", "s1.example,[::1]:6433"),
     "DB_NAME": ("tiger one", "tiger one"),
     "DB_USER": ("tiger", "tiger"),
     "DB_PASSWORD": (" p@ss%20/#?é ", " p@ss%20/#?é "),
@@ -39,6 +40,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DB_DEBUG": ("true", True),
     "DB_CONNECT_TIMEOUT": ("3", 3.0),
     "DB_QUERY_TIMEOUT": ("0", 0.0),
+    "DB_IDLE_TRANSACTION_TIMEOUT": ("0", 0.0),
     "DB_SLOW_QUERY": ("0.5", 0.5),
     "DB_SQL_COMMENTS": ("true", True),
     "TIGER_DB_HOME": ("/srv/tiger", Path("/srv/tiger")),
@@ -80,6 +82,8 @@ def test_a_variable_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in {"DB_SSL_CERT", "DB_SSL_KEY"}:  # which go together
         monkeypatch.setenv("DB_SSL_CERT", VARIABLES["DB_SSL_CERT"][0])
         monkeypatch.setenv("DB_SSL_KEY", VARIABLES["DB_SSL_KEY"][0])
+    if name == "DB_REPLICA_HOSTS":
+        monkeypatch.setenv("DB_HOST", "db.example")
     read = getattr(Settings(), name.lower())
     assert (read.get_secret_value() if isinstance(read, SecretStr) else read) == value
 
@@ -100,10 +104,12 @@ BAD = {
     "DB_POOL_RECYCLE": ["-2", "never", "1.5"],
     "DB_CONNECT_TIMEOUT": ["0", "nan", "inf", "10s"],
     "DB_QUERY_TIMEOUT": ["-1", "nan", "inf", "86401"],
+    "DB_IDLE_TRANSACTION_TIMEOUT": ["-1", "nan", "inf", "86401"],
     "DB_SSL_MODE": ["on", "true", "VERIFY-FULL", "verify_full", " require"],
     "DB_DEBUG": ["maybe", "2"],
     "DB_PASSWORD": ["a\udcff"],  # as a byte that is not UTF-8 comes from the environment
-    "DB_HOST": ["\udcff"],
+    "DB_HOST": ["\udcff", "h1,,h2", "h1,", "h1:0", "h1:65536,h2"],
+    "DB_REPLICA_HOSTS": ["h1,,h2", "h1:0", "h1"],  # the last without a primary
     "DB_NAME": ["\udcff"],
     "DB_USER": ["\udcff"],
     "AUDIT_RETENTION_MONTHS": ["0", "-1", "1201", "1.5", "ever"],
@@ -118,7 +124,9 @@ def test_a_bad_value_is_one_line_that_names_the_variable(
     assert name in refused()
 
 
-SHOWN = {"DB_HOST", "DB_NAME", "DB_USER", "TIGER_DB_HOME"} | {n for n in VARIABLES if "_SSL_" in n}
+SHOWN = {"DB_HOST", "DB_NAME", "DB_REPLICA_HOSTS", "DB_USER", "TIGER_DB_HOME"} | {
+    n for n in VARIABLES if "_SSL_" in n
+}
 
 
 @pytest.mark.parametrize("name", VARIABLES)

@@ -1,16 +1,18 @@
 """Engines, sessions and their health."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import asyncpg
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import event
-from sqlalchemy.engine import AdaptedConnection, ExceptionContext
+from sqlalchemy.engine import AdaptedConnection, Connection, ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
@@ -19,19 +21,41 @@ from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db.encryption import KeyProvider, KeyRing, generate_key
-from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError
+from tiger_db.errors import (
+    ConfigurationError,
+    Conflict,
+    DatabaseUnavailable,
+    EncryptionError,
+    InvalidState,
+    OutcomeUnknown,
+    QueryTimeout,
+    TigerDBError,
+)
 from tiger_db.migrations import schema_state
 from tiger_db.peppers import Peppers
 from tiger_db.settings import ConnectArgs, Settings
 from tiger_db.signing import generate_signing_key, parse_signing_key
+from tiger_db.standbys import Standbys
 from tiger_db.statements import connection_class, watch
 from tiger_db.write_behind import LOST, WriteBehind
 
 T = TypeVar("T")
+Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 _APART = 4  # connections at most, beside the pool's, for what is written apart from sessions
 # SQLSTATEs, whole or by class, of a server that is gone, going, full or not letting us in.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-_UNAVAILABLE = ("08", "28", "3D000", "53300", "57P0")
+_UNAVAILABLE = ("08", "25P03", "25P04", "28", "3D000", "53300", "57P0")
+_READ_ONLY = "25006"
+_BY_SQLSTATE: dict[str, type[TigerDBError]] = {
+    "40001": Conflict,  # a serialization failure, or a standby's conflict with what it replays
+    "40P01": Conflict,  # a deadlock
+    "55P03": Conflict,  # a lock that was not to be had in time
+    "57014": QueryTimeout,
+}
+_ABSENT = (*LOST, TimeoutError, asyncpg.CannotConnectNowError)  # another host may do
+_REFUSED = (*_ABSENT, ValueError, asyncpg.PostgresError)
+# Seconds before a transaction is run again, doubled each time: at most, and half of it at least.
+_WAIT, _LONG_WAIT = 0.05, 1.0
 
 
 async def connect_args(settings: Settings) -> ConnectArgs:
@@ -49,23 +73,36 @@ async def connect_args(settings: Settings) -> ConnectArgs:
 
 
 async def connect(
-    settings: Settings, *, database: str | None = None
+    settings: Settings,
+    *,
+    database: str | None = None,
+    replica: tuple[str, int] | None = None,
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """One plain asyncpg connection, to another database of the server if one is named.
+
+    Of several hosts, the first that takes writes; each has the whole of `DB_CONNECT_TIMEOUT`. Or to
+    the `replica`, a host and port, as long as it is a standby.
 
     Raises:
         DatabaseUnavailable: unreachable, or it does not let us in; says where, never a credential.
     """
-    arguments = await connect_args(settings)
+    arguments = await connect_args(settings) if replica is None else settings.connect_args(replica)
     if database is not None:
         arguments["database"] = database
+    kind = connection_class(slow=settings.db_slow_query, comments=settings.db_sql_comments)
     with _unavailable(settings):
-        return await asyncpg.connect(
-            **arguments,
-            connection_class=connection_class(
-                slow=settings.db_slow_query, comments=settings.db_sql_comments
-            ),
-        )
+        hosts, ports = arguments.get("host"), arguments.get("port")
+        if not isinstance(hosts, list) or not isinstance(ports, list):
+            return await asyncpg.connect(**arguments, connection_class=kind)
+        # asyncpg would have them share the time: a host that is silent would keep it from the next.
+        reasons = []
+        for host, port in zip(hosts, ports, strict=True):
+            try:
+                one = {**arguments, "host": host, "port": port}
+                return await asyncpg.connect(**one, connection_class=kind)
+            except _ABSENT as error:
+                reasons.append(f"{host}:{port}: {_reason(error)}")
+        raise ConnectionError("; ".join(reasons))
 
 
 @contextmanager
@@ -74,15 +111,25 @@ def _unavailable(settings: Settings) -> Iterator[None]:
         yield
     except asyncpg.InvalidCatalogNameError:
         raise DatabaseUnavailable(f"{settings.place} does not exist: run `tiger-db init`") from None
-    except (*LOST, TimeoutError, ValueError, asyncpg.PostgresError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise DatabaseUnavailable(f"cannot connect to {settings.place}: {reason}") from None
+    except _REFUSED as e:
+        raise DatabaseUnavailable(f"cannot connect to {settings.place}: {_reason(e)}") from None
 
 
-def _engine(settings: Settings, **options: Any) -> AsyncEngine:  # noqa: ANN401  # the pool's
+def _reason(error: Exception) -> str:
+    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
+        return "it takes no writes"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _engine(
+    settings: Settings,
+    *,
+    replica: tuple[str, int] | None = None,
+    **options: Any,  # noqa: ANN401  # the pool's
+) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda **_: connect(settings),
+        async_creator=lambda **_: connect(settings, replica=replica),
         echo=settings.db_debug,
         hide_parameters=True,
         **options,
@@ -94,12 +141,18 @@ def _engine(settings: Settings, **options: Any) -> AsyncEngine:  # noqa: ANN401 
         if not isinstance(error, Exception):
             return  # a cancelled task, say: the connection is given up, but not for lost
         state = getattr(error, "sqlstate", None) or ""
+        if state in _BY_SQLSTATE:
+            raise _BY_SQLSTATE[state](_reason(error)) from None
+        if state == _READ_ONLY and _is_readonly(context.connection):
+            raise InvalidState("a readonly session cannot write") from None
         lost = isinstance(error, OSError) or isinstance(
             error.__cause__, asyncpg.InternalClientError
         )
-        if lost or context.is_disconnect or state.startswith(_UNAVAILABLE):
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DatabaseUnavailable(f"lost {settings.place}: {reason}") from None
+        if lost or context.is_disconnect or state.startswith((*_UNAVAILABLE, _READ_ONLY)):
+            # Also what was a primary and takes no writes any more; the pool's others are no better.
+            context.is_disconnect = True
+            place = settings.place if replica is None else f"{replica[0]}:{replica[1]}"
+            raise DatabaseUnavailable(f"lost {place}: {_reason(error)}") from None
 
     @event.listens_for(engine.sync_engine, "checkout")
     def _alive(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
@@ -111,11 +164,15 @@ def _engine(settings: Settings, **options: Any) -> AsyncEngine:  # noqa: ANN401 
     return engine
 
 
+def _is_readonly(connection: Connection | None) -> bool:
+    return bool(connection and connection.get_execution_options().get("postgresql_readonly"))
+
+
 @asynccontextmanager
 async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
     """An engine for migrations: connections of its own, no time limit on statements."""
-    patient = settings.model_copy(update={"db_query_timeout": 0, "db_slow_query": 0})
-    engine = _engine(patient, poolclass=NullPool)
+    patient = {"db_query_timeout": 0, "db_idle_transaction_timeout": 0, "db_slow_query": 0}
+    engine = _engine(settings.model_copy(update=patient), poolclass=NullPool)
     try:
         yield engine
     finally:
@@ -166,6 +223,23 @@ class AsyncSession(SQLModelSession):
 
     execute = SQLAlchemySession.execute
 
+    async def commit(self) -> None:
+        """Store what is pending, and commit.
+
+        Raises:
+            OutcomeUnknown: the connection was lost during the commit itself, or the synchronous
+                standby did not confirm it in time.
+            DatabaseUnavailable: it was lost before; nothing was saved.
+            Conflict: other transactions were in the way; nothing was saved.
+        """
+        await self.flush()
+        try:
+            await super().commit()
+        except DatabaseUnavailable as error:
+            raise OutcomeUnknown(
+                f"{error}, during the commit: whether it happened is unknown"
+            ) from None
+
 
 class Database:
     """The connections of one process to one database, in one event loop.
@@ -182,13 +256,13 @@ class Database:
         self, settings: Settings | None = None, *, key_provider: KeyProvider | None = None
     ) -> None:
         self.settings = settings or Settings()
-        self.engine = _engine(
-            self.settings,
-            pool_size=self.settings.db_pool_size,
-            max_overflow=self.settings.db_max_overflow,
-            pool_timeout=self.settings.db_pool_timeout,
-            pool_recycle=self.settings.db_pool_recycle,
-        )
+        pool: dict[str, Any] = {
+            "pool_size": self.settings.db_pool_size,
+            "max_overflow": self.settings.db_max_overflow,
+            "pool_timeout": self.settings.db_pool_timeout,
+            "pool_recycle": self.settings.db_pool_recycle,
+        }
+        self.engine = _engine(self.settings, **pool)
         self.write_behind = WriteBehind(
             _engine(
                 self.settings,
@@ -197,6 +271,10 @@ class Database:
                 pool_timeout=self.settings.db_pool_timeout,
                 pool_recycle=self.settings.db_pool_recycle,
             )
+        )
+        self.standbys = Standbys(
+            [_engine(self.settings, replica=replica, **pool) for replica in self.settings.replicas],
+            self.write_behind,
         )
         # What CRUD functions find in session.info.
         self.info: dict[str, object] = {
@@ -224,6 +302,7 @@ class Database:
     async def close(self) -> None:
         """Write what is left to write, and close every connection."""
         await self.write_behind.close()
+        await self.standbys.close()
         await self.engine.dispose()
 
     async def check(self) -> None:
@@ -255,17 +334,43 @@ class Database:
         return key
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[AsyncSession]:
+    async def session(
+        self,
+        *,
+        readonly: bool = False,
+        max_lag: timedelta = timedelta(seconds=5),
+        isolation: Isolation | None = None,
+    ) -> AsyncIterator[AsyncSession]:
         """A session that commits on success and rolls back on an exception.
 
+        `readonly`: nothing can be written or decided in it, and one of `DB_REPLICA_HOSTS` answers
+        that knows all that was committed `max_lag` before the session began, else the primary. It
+        may not know what this process committed a moment ago. `isolation`: the server's default if
+        none is given; "SERIALIZABLE" is beyond standbys.
+
         Raises:
-            DatabaseUnavailable: unreachable or lost; nothing of the transaction was saved, unless
-                the connection was lost during the commit itself.
+            DatabaseUnavailable: unreachable or lost; nothing of the transaction was saved.
+            OutcomeUnknown: lost during the commit itself: see `AsyncSession.commit`.
+            Conflict: others were in the way (deadlock, serialization, lock_timeout); nothing was
+                saved.
+            QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`; nothing was saved.
+            InvalidState: something is to be written or decided in a readonly session.
             SchemaMismatch: see `check`.
         """
+        options: dict[str, Any] = {"isolation_level": isolation} if isolation else {}
+        if readonly:
+            options["postgresql_readonly"] = True
+
+        def on(engine: AsyncEngine) -> AsyncSession:
+            bind = engine.execution_options(**options) if options else engine
+            return self.sessions(bind=bind, info={"readonly": readonly})
+
         try:
             await self.check()
-            async with self.sessions() as session:
+            standby = None
+            if readonly and isolation != "SERIALIZABLE":
+                standby = await self.standbys.session(on, max_lag)
+            async with standby or on(self.engine) as session:
                 yield session
                 await session.commit()
         except PoolTimeoutError:
@@ -273,6 +378,38 @@ class Database:
                 f"all connections to {self.settings.place} were in use for"
                 f" {self.settings.db_pool_timeout:g} s (DB_POOL_SIZE, DB_MAX_OVERFLOW)"
             ) from None
+
+    async def transaction(
+        self,
+        work: Callable[[AsyncSession], Awaitable[T]],
+        *,
+        retries: int = 3,
+        isolation: Isolation | None = None,
+    ) -> T:
+        """What `work` returns, whose session is committed then.
+
+        When nothing was saved because others were in the way, or the server was lost, all of `work`
+        is run again in a new session, `retries` times at most, after random and growing waits: at
+        most 0.05, 0.1, 0.2 s, or 1, 2, 4 s for a server. So it makes its objects itself, and has no
+        effect outside of the session.
+
+        Raises:
+            OutcomeUnknown: see `AsyncSession.commit`. Look whether it happened before you do it
+                again.
+            Conflict, DatabaseUnavailable: also the last time.
+            QueryTimeout, SchemaMismatch: as `session`; this is not run again.
+        """
+        attempt = 0
+        while True:
+            try:
+                async with self.session(isolation=isolation) as session:
+                    return await work(session)
+            except (Conflict, DatabaseUnavailable) as error:
+                if isinstance(error, OutcomeUnknown) or attempt >= retries:
+                    raise
+                longest = (_WAIT if isinstance(error, Conflict) else _LONG_WAIT) * 2**attempt
+            attempt += 1
+            await asyncio.sleep(longest * random.uniform(0.5, 1))  # noqa: S311  # spreads load
 
 
 _defaults: WeakKeyDictionary[

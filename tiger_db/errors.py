@@ -18,6 +18,18 @@ class DatabaseUnavailable(TigerDBError):
     """The database cannot be reached, or the connection to it was lost."""
 
 
+class OutcomeUnknown(DatabaseUnavailable):
+    """The commit was not confirmed: it may have happened, or not."""
+
+
+class QueryTimeout(TigerDBError):
+    """A statement took longer than DB_QUERY_TIMEOUT, or was cancelled; nothing was saved."""
+
+
+class Conflict(TigerDBError):
+    """Other transactions were in the way, nothing was saved: the whole of it may be run again."""
+
+
 class SchemaMismatch(TigerDBError):
     """The database's schema is not the one this version of tiger_db needs."""
 

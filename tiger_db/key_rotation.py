@@ -19,14 +19,13 @@ from sqlalchemy import (
     text,
     type_coerce,
 )
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper
 
 from tiger_db.crud import audit_logs
 from tiger_db.database import Database
 from tiger_db.encryption import KeyProvider, decrypt, encrypt, fingerprint, header_of
-from tiger_db.errors import EncryptionError
+from tiger_db.errors import Conflict, EncryptionError, QueryTimeout
 from tiger_db.key_uses import (
     KeyUse,
     key_uses,
@@ -44,7 +43,6 @@ U = TypeVar("U")
 BATCH = 1000  # rows in a transaction
 _SAMPLE = 10  # rows, of which one must be readable
 _SHOWN = 20  # problems that a report has in words
-_LOCKED = ("55P03", "57014", "40P01")  # SQLSTATEs: lock_timeout, statement_timeout, deadlock
 
 
 @dataclass(slots=True)
@@ -185,9 +183,7 @@ async def _store(
     try:
         async with database.session() as session:
             moved = await _write(session, mapper, changes, patient=patient)
-    except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) not in _LOCKED:
-            raise
+    except (Conflict, QueryTimeout):
         if half := len(changes) // 2:
             for part in (changes[:half], changes[half:]):
                 await _store(database, mapper, part, sweep, patient=patient)
@@ -270,7 +266,8 @@ async def _write(
     """Store what was resealed, with its event, where nothing has changed since; how many rows.
 
     Raises:
-        DBAPIError: one of the rows is locked for longer than others may have to wait for this.
+        Conflict, QueryTimeout: one of the rows is locked for longer than others may have to wait
+            for this.
     """
     # Less than deadlock_timeout, whose default is a second: nobody else's transaction is ended.
     lock_timeout = "10s" if patient else "100ms"

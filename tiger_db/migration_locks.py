@@ -11,7 +11,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from tiger_db.errors import DatabaseUnavailable, MigrationError
+from tiger_db.errors import Conflict, DatabaseUnavailable, MigrationError
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -19,7 +19,6 @@ LOCK = 0x7469676572  # "tiger": one migration at a time, whoever runs it
 # Whoever needs what a migration waits for waits behind it. More than the server's deadlock_timeout:
 # only then does autovacuum give way to a migration.
 HURRY = "SET LOCAL lock_timeout = '2s'"
-_GAVE_WAY = ("55P03", "40P01")  # SQLSTATEs: lock_timeout, deadlock
 _PATIENCE = 300.0  # seconds for one migration to get its locks
 _PAUSE = 15.0  # seconds at most between two attempts, in which those who queued get on
 _TURN = 3600.0  # seconds to wait for another's migrations
@@ -108,10 +107,11 @@ async def patiently(
         start = time.monotonic()
         try:
             return await work(), time.monotonic() - start, attempt
-        except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) not in _GAVE_WAY:
-                say(f"{what}: failed, and is rolled back")
-                raise
+        except Conflict:
+            pass
+        except DBAPIError:
+            say(f"{what}: failed, and is rolled back")
+            raise
         finally:
             done.set()
             who = ", ".join(await watcher) or "somebody"

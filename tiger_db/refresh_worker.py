@@ -23,12 +23,14 @@ from tiger_db.crud.common import get_or_raise
 from tiger_db.database import AsyncSession, Database, connect
 from tiger_db.errors import (
     AnswerLost,
+    Conflict,
     CredentialsRefused,
     DatabaseUnavailable,
     InvalidState,
     InvalidValue,
     LeaseLost,
     NotFound,
+    QueryTimeout,
     RefreshFailed,
     RefreshLimited,
     StaleToken,
@@ -49,6 +51,7 @@ _BEATS = 3  # in a lease
 _GRACE = 30.0  # seconds
 # SQLSTATE classes: connection, rollback by others, resources, intervention by the operator.
 _PASSING = {"08", "40", "53", "55", "57"}
+_TYPED = (DatabaseUnavailable, Conflict, QueryTimeout)  # which always pass
 _logger = logging.getLogger("tiger_db")
 
 
@@ -114,7 +117,7 @@ class RefreshWorker:
                 try:
                     wait = await self._claim()
                     pause = _PAUSE
-                except (DatabaseUnavailable, DBAPIError) as error:
+                except (*_TYPED, DBAPIError) as error:
                     if once or not _passes(error):
                         raise
                     _logger.warning("refreshes wait for the database: %s", error)
@@ -323,7 +326,7 @@ class RefreshWorker:
                     await crud.token_status.heartbeat(session, claim, lease=self.lease)
             except LeaseLost:
                 return
-            except (DatabaseUnavailable, DBAPIError) as error:
+            except (*_TYPED, DBAPIError) as error:
                 if not _passes(error):
                     raise
 
@@ -334,7 +337,7 @@ class RefreshWorker:
             try:
                 async with self.database.session() as session:
                     return await work(session)
-            except (DatabaseUnavailable, DBAPIError) as error:
+            except (*_TYPED, DBAPIError) as error:
                 if not _passes(error) or time.monotonic() > self._give_up:
                     raise
                 _logger.warning("a refresh waits for the database: %s", type(error).__name__)
@@ -372,4 +375,4 @@ def _passes(error: Exception) -> bool:
     """Whether the same transaction may succeed later: the server was away, or others in the way."""
     state = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
     lost = getattr(error, "connection_invalidated", False)
-    return isinstance(error, DatabaseUnavailable) or lost or state[:2] in _PASSING
+    return isinstance(error, _TYPED) or lost or state[:2] in _PASSING

@@ -42,12 +42,14 @@ class ConnectArgs(TypedDict, total=False):
     """Keyword arguments of `asyncpg.connect`."""
 
     dsn: str
-    host: str
-    port: int
+    host: str | list[str]  # several: each is to be tried
+    port: int | list[int]
     user: str
     password: str | None
     database: str
     timeout: float
+    command_timeout: float | None
+    target_session_attrs: str
     server_settings: dict[str, str]
 
 
@@ -78,6 +80,9 @@ _SCHEME = re.compile(r"^(postgres|postgresql|postgresql\+asyncpg)://", re.ASCII)
 _NOT_A_URL = "DATABASE_URL is not a valid URL: percent-encode its parts"
 _HOST = r"(?:\[[^\[\]@]*\]|[^\[\]@:,]*)(?::\d{1,5})?"
 _HOSTS = re.compile(f"{_HOST}(?:,{_HOST})*", re.ASCII)
+# A host with its port; what is neither this nor a folder is an IPv6 address.
+_PLACE = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::(\d{1,5}))?", re.ASCII)
+_GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
 _SSL_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey"}
 # Passed on by asyncpg itself; anything else in a URL's query would become a server setting.
 _URL_PARAMETERS = _SSL_PARAMETERS | {
@@ -110,6 +115,8 @@ class Settings(BaseSettings):
     db_user: Text = "tiger_db"
     db_password: SecretText | None = None
 
+    db_replica_hosts: Text | None = None
+
     db_ssl_mode: SSLMode | None = None
     db_ssl_cert: File | None = None
     db_ssl_key: File | None = None
@@ -121,6 +128,9 @@ class Settings(BaseSettings):
     db_pool_recycle: int = Field(default=1800, ge=-1, description="seconds; -1: never")
     db_connect_timeout: float = Field(default=10, gt=0, le=3600, description="seconds")
     db_query_timeout: float = Field(default=30, ge=0, le=86400, description="seconds; 0: none")
+    db_idle_transaction_timeout: float = Field(
+        default=60, ge=0, le=86400, description="seconds; 0: none"
+    )
     db_slow_query: float = Field(default=1, ge=0, le=86400, description="seconds; 0: log none")
     db_sql_comments: bool = Field(default=False, description="name the caller in every statement")
     db_debug: bool = Field(default=False, description="log every statement, without parameters")
@@ -149,6 +159,11 @@ class Settings(BaseSettings):
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
             raise ValueError("DB_SSL_CERT and DB_SSL_KEY go together")
+        if self.embedded and self.db_replica_hosts is not None:
+            raise ValueError("DB_REPLICA_HOSTS needs DB_HOST or DATABASE_URL")
+        for name, hosts in (("DB_HOST", self.db_host), ("DB_REPLICA_HOSTS", self.db_replica_hosts)):
+            if hosts is not None:
+                _hosts(name, hosts, str(self.db_port))
         return self
 
     @property
@@ -182,17 +197,26 @@ class Settings(BaseSettings):
         if self.embedded:
             return f"embedded/{self.database}"
         if self.database_url is None:
-            return f"{self.db_host}:{self.db_port}/{self.db_name}"
+            hosts = _hosts("DB_HOST", self.db_host or "", str(self.db_port))
+            return f"{','.join(f'{host}:{port}' for host, port in hosts)}/{self.db_name}"
         url = urlsplit(self.database_url.get_secret_value())
         query = dict(parse_qsl(url.query))
         host = url.netloc.rpartition("@")[2] or query.get("host", "localhost")
         return f"{host}/{self.database}"
 
-    def connect_args(self) -> ConnectArgs:
-        """How to reach the server, as keyword arguments of `asyncpg.connect`.
+    @property
+    def replicas(self) -> list[tuple[str, int]]:
+        """Hosts, or socket folders, and ports of the standbys that may answer readonly sessions."""
+        if self.db_replica_hosts is None:
+            return []
+        return _hosts("DB_REPLICA_HOSTS", self.db_replica_hosts, str(self.db_port))
 
-        Not for the embedded server, whose arguments `embedded.start` returns. TLS goes in as a
-        DSN, because asyncpg gives `sslmode` and the files libpq's meaning only there.
+    def connect_args(self, replica: tuple[str, int] | None = None) -> ConnectArgs:
+        """How to reach the server, or a replica, as keyword arguments of `asyncpg.connect`.
+
+        A server that does not take writes will not do, unless DATABASE_URL says otherwise. Not for
+        the embedded server, whose arguments `embedded.start` returns. TLS goes in as a DSN, because
+        asyncpg gives `sslmode` and the files libpq's meaning only there.
         """
         tls = {
             name: str(value)
@@ -205,7 +229,9 @@ class Settings(BaseSettings):
             if value is not None
         }
         arguments = ConnectArgs(
-            timeout=self.db_connect_timeout, server_settings=self.server_settings()
+            timeout=self.db_connect_timeout,
+            command_timeout=self.db_query_timeout + _GRACE if self.db_query_timeout else None,
+            server_settings=self.server_settings(),
         )
         if self.database_url is not None:
             url = urlsplit(_SCHEME.sub("postgresql://", self.database_url.get_secret_value()))
@@ -215,26 +241,34 @@ class Settings(BaseSettings):
             arguments["server_settings"].update(
                 {name: query.pop(name) for name in ("application_name", "options") if name in query}
             )
+            attributes = query.pop("target_session_attrs", "read-write")
             arguments["dsn"] = urlunsplit(url._replace(query=urlencode(query)))
             arguments["database"] = self.database
-            return arguments
+            if hosts := _url_hosts(url.netloc, query):  # else asyncpg finds the host
+                arguments["host"] = [host for host, _ in hosts]
+                arguments["port"] = [port for _, port in hosts]
+            return _at(arguments, replica, attributes)
         if self.db_host is None:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
-        arguments["host"] = self.db_host
-        arguments["port"] = self.db_port
+        hosts = _hosts("DB_HOST", self.db_host, str(self.db_port))
+        arguments["host"] = [host for host, _ in hosts] if len(hosts) > 1 else hosts[0][0]
+        arguments["port"] = [port for _, port in hosts] if len(hosts) > 1 else hosts[0][1]
         arguments["user"] = self.db_user
         arguments["database"] = self.db_name
         if self.db_password is not None:
             arguments["password"] = self.db_password.get_secret_value()
         if tls:
             arguments["dsn"] = f"postgresql://?{urlencode(tls)}"
-        return arguments
+        return _at(arguments, replica, "read-write")
 
     def server_settings(self) -> dict[str, str]:
         """What every session tells the server when it starts."""
         return {
             "application_name": "tiger_db",
             "statement_timeout": str(math.ceil(self.db_query_timeout * 1000)),
+            "idle_in_transaction_session_timeout": str(
+                math.ceil(self.db_idle_transaction_timeout * 1000)
+            ),
             "timezone": "UTC",
         }
 
@@ -292,6 +326,47 @@ def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | 
         raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
 
 
+def _at(arguments: ConnectArgs, replica: tuple[str, int] | None, attributes: str) -> ConnectArgs:
+    if replica is not None:
+        arguments["host"], arguments["port"] = replica
+        attributes = "standby"
+    arguments["target_session_attrs"] = attributes
+    return arguments
+
+
+def _url_hosts(netloc: str, query: dict[str, str]) -> list[tuple[str, int]]:
+    """The hosts of a URL, if it lists several."""
+    named = netloc.rpartition("@")[2]
+    listed = named or query.get("host", "")
+    if "," not in listed or unquote(listed).startswith("/"):
+        return []
+    hosts = _hosts("DATABASE_URL", listed, query.get("port", "5432"))
+    return [(unquote(host) if named else host, port) for host, port in hosts]
+
+
+def _hosts(name: str, text: str, default: str) -> list[tuple[str, int]]:
+    """The hosts of a list, with their ports. What begins with a slash is one folder, all of it."""
+    if "," not in text or text.startswith("/"):
+        texts = [text]
+    else:
+        texts = [part.strip() for part in text.split(",")]
+    ports = default.split(",")
+    if len(ports) == 1:
+        ports *= len(texts)
+    if not all(texts) or len(ports) != len(texts):
+        raise ValueError(f"{name}: hosts are separated by one comma each, ports are one or as many")
+    hosts = []
+    for place, port in zip(texts, ports, strict=True):
+        found = None if place.startswith("/") else _PLACE.fullmatch(place)
+        host, number = (
+            (found[1] or found[2], int(found[3] or port)) if found else (place, int(port))
+        )
+        if not 1 <= number <= 65535:  # noqa: PLR2004  # TCP's
+            raise ValueError(f"{name}: a port must be a number from 1 to 65535")
+        hosts.append((host, number))
+    return hosts
+
+
 def _check_url(text: str) -> None:
     if not _SCHEME.match(text):
         raise ValueError("DATABASE_URL must start with postgresql://")
@@ -309,6 +384,7 @@ def _check_url(text: str) -> None:
     ports = [*re.findall(r":(\d+)(?:,|$)", hosts), *query.get("port", "1").split(",")]
     if not all(re.fullmatch(r"\d{1,5}", port) and 1 <= int(port) <= 65535 for port in ports):  # noqa: PLR2004  # TCP's
         raise ValueError("DATABASE_URL: a port must be a number from 1 to 65535")
+    _url_hosts(url.netloc, query)
     if unknown := sorted(query.keys() - _URL_PARAMETERS):
         raise ValueError(f"DATABASE_URL has an unknown parameter: {', '.join(unknown)}")
     if "sslmode" in query and query["sslmode"] not in list(SSLMode):

@@ -268,12 +268,12 @@ async def plain_connection(
             assert raw is not None
             try:
                 yield raw
-            except LOST:
+            except (*LOST, asyncpg.ReadOnlySQLTransactionError):  # it is no primary any more
                 await connection.invalidate()
                 raise
     except (*LOST, PoolTimeoutError) as error:
         raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
     except asyncpg.PostgresError as error:
-        if (error.sqlstate or "").startswith(("08", "57P0", "57014")):
+        if (error.sqlstate or "").startswith(("08", "25006", "57P0", "57014")):
             raise DatabaseUnavailable(f"lost the database: {error.sqlstate}") from None
         raise

@@ -21,6 +21,7 @@ from sqlmodel import col
 from tiger_db.errors import (
     AlreadyExists,
     InvalidCursor,
+    InvalidState,
     InvalidValue,
     MissingReference,
     NotFound,
@@ -114,6 +115,16 @@ async def paginate(
     rows = await many(session, statement)
     more = len(rows) > limit
     return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
+
+
+def refuse_readonly(session: AsyncSession) -> None:
+    """For what decides by reading only. What locks or writes, PostgreSQL refuses by itself.
+
+    Raises:
+        InvalidState: the session is readonly.
+    """
+    if session.info.get("readonly"):
+        raise InvalidState("a readonly session cannot decide: a standby may not know the latest")
 
 
 def check_limit(limit: int) -> None:

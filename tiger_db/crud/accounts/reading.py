@@ -9,7 +9,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, aliased
 from sqlmodel import col
 
-from tiger_db.crud.common import Page, check_limit, loading, many, one, paginate
+from tiger_db.crud.common import (
+    Page,
+    check_limit,
+    loading,
+    many,
+    one,
+    paginate,
+    refuse_readonly,
+)
 from tiger_db.encryption import fingerprint
 from tiger_db.errors import ConfigurationError
 from tiger_db.models import (
@@ -132,8 +140,10 @@ async def find_for_operation(
     accounts like the default trading account are found, and only real ones where there is none.
 
     Raises:
+        InvalidState: the session is readonly.
         InvalidValue: `limit` is not from 1 to 1000.
     """
+    refuse_readonly(session)
     check_limit(limit)
     token_valid = and_(
         col(TigerAccount.access_token).is_not(None),

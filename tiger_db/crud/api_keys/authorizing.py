@@ -14,7 +14,7 @@ from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial
 from tiger_db.crud.api_keys.hashing import hash_secret, outdated, peppers_of, verify_secret
 from tiger_db.crud.api_keys.limits import take
 from tiger_db.crud.api_keys.text import parse_key
-from tiger_db.crud.common import FRESH
+from tiger_db.crud.common import FRESH, refuse_readonly
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, TigerAccount
 from tiger_db.peppers import Peppers
@@ -37,7 +37,11 @@ async def verify_api_key(
     ip_address: str | IPv4Address | IPv6Address | None = None,
     user_agent: str | None = None,
 ) -> APIKey | None:
-    """The key's row if it is accepted, and counted as used; else None."""
+    """The key's row if it is accepted, and counted as used; else None.
+
+    Raises:
+        InvalidState: the session is readonly.
+    """
     try:
         return await authorize_api_key(
             session, raw_key, ip_address=ip_address, user_agent=user_agent
@@ -73,8 +77,10 @@ async def authorize_api_key(
     Raises:
         AccessDenied: one of its subclasses, by the reason. None of them counts as a use.
         ConfigurationError: API_KEY_PEPPERS is not set.
+        InvalidState: the session is readonly.
         DatabaseUnavailable: it could not be decided, or not be put on record.
     """
+    refuse_readonly(session)
     text = parse_key(raw_key)
     if text is None:
         raise InvalidAPIKey

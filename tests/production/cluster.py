@@ -1,0 +1,150 @@
+"""A primary and a standby of the PostgreSQL that is installed here, on the loopback."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import servers
+from tiger_db import Settings
+from tiger_db.database import connect
+from tiger_db.encryption import generate_key
+
+
+def _programs() -> Path | None:
+    try:
+        found = (servers._programs() / "initdb").resolve().parent  # a link does not have them all
+    except ValueError:
+        return None
+    return found if (found / "pg_basebackup").exists() else None
+
+
+PROGRAMS = _programs()
+needs_postgresql = pytest.mark.skipif(
+    PROGRAMS is None, reason="needs initdb, pg_ctl and pg_basebackup of an installed PostgreSQL"
+)
+KEYS = {"encryption_keys": generate_key(), "api_key_peppers": generate_key()}
+LOOPBACK = "127.0.0.1"
+
+
+def run(program: str, *arguments: str) -> None:
+    """Run one of PostgreSQL's programs, as an ordinary user: it refuses root."""
+    assert PROGRAMS
+    root = os.geteuid() == 0
+    subprocess.run(
+        [PROGRAMS / program, *arguments],
+        check=True,
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        user="postgres" if root else None,
+        extra_groups=[] if root else None,
+    )
+
+
+def free_port() -> int:
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """One of them: its data folder, and where it listens."""
+
+    data: Path
+    port: int
+
+    @property
+    def place(self) -> str:
+        return f"{LOOPBACK}:{self.port}"
+
+    def start(self, **settings: str) -> None:
+        """Start it, with settings for this time only."""
+        chosen = {
+            "port": str(self.port),
+            "listen_addresses": LOOPBACK,
+            "fsync": "off",
+            "dynamic_shared_memory_type": "mmap",  # in its folder, so that none outlives it
+            "wal_retrieve_retry_interval": "100ms",  # by default a standby sleeps for 5 s
+        } | settings
+        options = " ".join(f"-c {name}={value}" for name, value in chosen.items())
+        options += " -c unix_socket_directories="
+        run("pg_ctl", "-D", str(self.data), "-l", f"{self.data}.log", "-o", options, "-w", "start")
+
+    def promote(self) -> None:
+        run("pg_ctl", "-D", str(self.data), "-w", "promote")
+
+    def stop(self) -> None:
+        if (self.data / "postmaster.pid").exists():
+            run("pg_ctl", "-D", str(self.data), "-m", "immediate", "-w", "stop")
+
+    def kill(self) -> None:
+        """As a power cut would: `kill -9` of the postmaster. What it leaves is taken away."""
+        file = self.data / "postmaster.pid"
+        lines = file.read_text().splitlines()
+        os.kill(int(lines[0]), signal.SIGKILL)
+        subprocess.run(["ipcrm", "-m", lines[6].split()[1]], check=True)
+        file.unlink()
+
+    async def sql(self, statement: str, *values: object) -> Any:
+        """One value, asked for by the superuser, of whichever role the server is in."""
+        settings = Settings(
+            database_url=f"postgresql://tiger_db@{self.place}/tiger_db?target_session_attrs=any"
+        )
+        connection = await connect(settings)
+        try:
+            return await connection.fetchval(statement, *values)
+        finally:
+            await connection.close()
+
+
+@dataclass
+class Cluster:
+    primary: Server
+    standby: Server
+
+    def settings(self, *hosts: Server, replicas: tuple[Server, ...] = (), **more: Any) -> Settings:
+        """Settings with these hosts for writing, or the primary alone."""
+        return Settings(
+            db_host=",".join(server.place for server in hosts or (self.primary,)),
+            db_replica_hosts=",".join(server.place for server in replicas) or None,
+            db_connect_timeout=5,
+            **KEYS,
+            **more,
+        )
+
+
+def first_server(home: Path) -> Server:
+    """A server of its own in the folder, with an empty database `tiger_db`."""
+    if os.geteuid() == 0:
+        shutil.chown(home, "postgres")
+    server = Server(home / "primary", free_port())
+    run("initdb", "-D", str(server.data), "-U", "tiger_db", "-A", "trust", "-E", "UTF8",
+        "--locale=C", "--no-sync")  # fmt: skip
+    server.start()
+    run("createdb", "-h", LOOPBACK, "-p", str(server.port), "-U", "tiger_db", "tiger_db")
+    return server
+
+
+def standby_of(primary: Server) -> Server:
+    standby = Server(primary.data.with_name("standby"), free_port())
+    run("pg_basebackup", "-D", str(standby.data), "-h", LOOPBACK, "-p", str(primary.port),
+        "-U", "tiger_db", "-R", "-c", "fast", "--no-sync")  # fmt: skip
+    standby.start()
+    return standby
+
+
+async def eventually(what: Callable[[], Any], seconds: float = 20) -> None:
+    """Wait until it is so; what it awaits is asked again and again."""
+    async with asyncio.timeout(seconds):
+        while not await what():  # noqa: ASYNC110  # a server sets no event
+            await asyncio.sleep(0.02)

@@ -1,0 +1,49 @@
+"""A replicated database; a cluster of its own for a test that breaks one."""
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import servers
+from tests.production.cluster import Cluster, Server, first_server, free_port, run, standby_of
+from tiger_db.database import migration_engine
+from tiger_db.migrations import upgrade
+
+
+@pytest.fixture(scope="module")
+def seed() -> Iterator[Path]:
+    """The files of a migrated server that does not run."""
+    home = servers.folder()
+    server = first_server(home)
+
+    async def migrate() -> None:
+        settings = Cluster(server, server).settings()
+        async with migration_engine(settings) as engine:
+            await upgrade(engine)
+
+    asyncio.run(migrate())
+    run("pg_ctl", "-D", str(server.data), "-m", "fast", "-w", "stop")
+    yield server.data
+    shutil.rmtree(home)
+
+
+@pytest.fixture
+def cluster(seed: Path) -> Iterator[Cluster]:
+    """A primary and its standby, which is asynchronous."""
+    home = servers.folder()
+    primary = Server(home / "primary", free_port())
+    shutil.copytree(seed, primary.data)
+    for path in (home, primary.data, *primary.data.rglob("*")):
+        shutil.chown(path, seed.owner())
+    servers_here = [primary]
+    try:
+        primary.start()
+        servers_here.append(standby_of(primary))
+        yield Cluster(*servers_here)
+    finally:
+        for server in servers_here:
+            server.stop()
+        shutil.rmtree(home)

@@ -1,0 +1,352 @@
+"""A primary that dies, a standby that takes over, and one that lags."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from tests import factories
+from tests.production.cluster import LOOPBACK, Cluster, Server, eventually, needs_postgresql
+from tiger_db import Database, KeyVerifier, crud
+from tiger_db import settings as settings_module
+from tiger_db.database import AsyncSession
+from tiger_db.errors import (
+    AccessDenied,
+    APIKeyRevoked,
+    DatabaseUnavailable,
+    InvalidState,
+    OutcomeUnknown,
+)
+
+pytestmark = needs_postgresql
+LONG = timedelta(hours=1)
+SHORT = timedelta(seconds=0.3)
+
+
+async def asked(session: AsyncSession) -> int:
+    """The port of the server that answers."""
+    return int(await session.scalar(text("SELECT inet_server_port()")) or 0)
+
+
+async def answers(database: Database, server: Server, **options: Any) -> bool:
+    async with database.session(readonly=True, **options) as session:
+        return await asked(session) == server.port
+
+
+async def has_caught_up(cluster: Cluster) -> None:
+    at = await cluster.primary.sql("SELECT pg_current_wal_flush_lsn()::text")
+    replayed = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
+    await eventually(partial(cluster.standby.sql, replayed, at))
+
+
+# Failing over
+
+
+async def test_writes_resume_after_a_failover_and_no_acknowledged_one_is_lost(
+    cluster: Cluster,
+) -> None:
+    cluster.primary.stop()
+    cluster.primary.start(synchronous_standby_names="*", synchronous_commit="remote_apply")
+    acknowledged: dict[str, int] = {}  # and by which server
+    done = asyncio.Event()
+
+    async def write(writer: int, database: Database) -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            name = f"{writer}-{number}"
+            try:
+                async with database.session() as session:
+                    await factories.account(session, account_number=name)
+                    port = await asked(session)
+            except DatabaseUnavailable:
+                await asyncio.sleep(0.01)
+            else:
+                acknowledged[name] = port
+
+    async def written(server: Server, number: int) -> bool:
+        return list(acknowledged.values()).count(server.port) >= number
+
+    async with Database(cluster.settings(cluster.primary, cluster.standby)) as database:
+        async with asyncio.TaskGroup() as tasks:
+            for writer in range(4):
+                tasks.create_task(write(writer, database))
+            await eventually(partial(written, cluster.primary, 40))
+            cluster.primary.kill()
+            killed = time.monotonic()
+            await asyncio.to_thread(cluster.standby.promote)
+            await eventually(partial(written, cluster.standby, 1))
+            assert time.monotonic() - killed < 10  # 0.1 to 0.3 s, where nothing else runs
+            await eventually(partial(written, cluster.standby, 40))
+            done.set()
+        async with database.session() as session:
+            kept = set(await session.scalars(text("SELECT account_number FROM tiger_accounts")))
+            assert await asked(session) == cluster.standby.port
+    assert acknowledged.keys() <= kept
+
+
+async def test_a_transaction_is_run_again_on_the_new_primary(cluster: Cluster) -> None:
+    runs: list[int] = []
+
+    async def work(session: AsyncSession) -> None:
+        runs.append(await asked(session))
+        await factories.account(session)
+        if len(runs) == 1:
+            await has_caught_up(cluster)
+            cluster.primary.kill()
+            await asyncio.to_thread(cluster.standby.promote)
+            await factories.account(session)
+
+    async with Database(cluster.settings(cluster.primary, cluster.standby)) as database:
+        await database.transaction(work)
+        async with database.session() as session:
+            assert len(await crud.accounts.list_accounts(session)) == 1
+    assert runs == [cluster.primary.port, cluster.standby.port]
+
+
+async def test_a_primary_that_takes_no_writes_any_more_is_left_for_the_new_one(
+    cluster: Cluster,
+) -> None:
+    """As an administrator may fence it; its connections live on."""
+    async with Database(cluster.settings(cluster.primary, cluster.standby)) as database:
+        async with database.session() as idle, database.session() as idle_too:
+            assert await asked(idle) == await asked(idle_too) == cluster.primary.port
+        await has_caught_up(cluster)
+        await cluster.primary.sql("ALTER SYSTEM SET default_transaction_read_only = on")
+        await cluster.primary.sql("SELECT pg_reload_conf()")
+        await asyncio.to_thread(cluster.standby.promote)
+        with pytest.raises(DatabaseUnavailable, match=cluster.primary.place) as caught:
+            await eventually(partial(writes, database))
+        assert "\n" not in str(caught.value)
+        async with database.session() as one, database.session() as other:
+            assert await asked(one) == await asked(other) == cluster.standby.port
+            await factories.account(one)
+        verifier = KeyVerifier(database)  # whose connections are others
+        async with database.session() as session:
+            _, raw_key = await factories.api_key(session)
+        assert await verifier.verify(raw_key)
+
+
+async def writes(database: Database) -> bool:
+    """Never true: for asking until it fails."""
+    async with database.session() as session:
+        await factories.account(session)
+    return False
+
+
+async def test_a_host_that_is_silent_does_not_keep_from_the_next(cluster: Cluster) -> None:
+    with socket.create_server((LOOPBACK, 0)) as silent:
+        nobody = Server(cluster.primary.data, silent.getsockname()[1])
+        settings = cluster.settings(nobody, cluster.standby, cluster.primary)
+        hurried = settings.model_copy(update={"db_connect_timeout": 0.3})
+        async with Database(hurried) as database, database.session() as session:
+            assert await asked(session) == cluster.primary.port
+
+
+async def test_a_server_that_falls_silent_is_lost(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No statement_timeout ends a statement then: the server is not there to do it."""
+    monkeypatch.setattr(settings_module, "_GRACE", 0.3)
+    async with Database(cluster.settings(db_query_timeout=0.2)) as database:
+        with pytest.raises(DatabaseUnavailable, match=cluster.primary.place):
+            async with asyncio.timeout(10), database.session() as session:
+                pid = await session.scalar(text("SELECT pg_backend_pid()"))
+                os.kill(pid, signal.SIGSTOP)
+                await session.execute(text("SELECT 1"))
+        os.kill(pid, signal.SIGCONT)
+        async with database.session() as session:
+            assert await session.scalar(text("SELECT 1")) == 1
+
+
+async def test_a_commit_that_the_synchronous_standby_does_not_confirm_is_not_acknowledged(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No statement_timeout ends that wait; and the function is not run again."""
+    monkeypatch.setattr(settings_module, "_GRACE", 0.3)
+    cluster.standby.stop()
+    cluster.primary.stop()
+    cluster.primary.start(synchronous_standby_names="*")
+    runs = 0
+
+    async def work(session: AsyncSession) -> None:
+        nonlocal runs
+        runs += 1
+        await factories.account(session)
+
+    async with Database(cluster.settings(db_query_timeout=0.2)) as database:
+        with pytest.raises(OutcomeUnknown, match="during the commit: whether it happened"):
+            await database.transaction(work)
+        async with database.session(readonly=True) as session:
+            assert len(await crud.accounts.list_accounts(session)) == 1
+    assert runs == 1
+
+
+# Reading from standbys
+
+
+@pytest.fixture
+async def reading(cluster: Cluster) -> AsyncIterator[Database]:
+    """A database whose readonly sessions are answered by the standby."""
+    async with Database(cluster.settings(replicas=(cluster.standby,))) as database:
+        await eventually(partial(answers, database, cluster.standby))
+        yield database
+
+
+async def test_a_readonly_session_can_neither_write_nor_decide(reading: Database) -> None:
+    async with reading.session() as session:
+        account = await factories.account_with_token(session)
+        _, raw_key = await factories.api_key(session)
+        claim = await factories.claim(session)
+    for max_lag in (LONG, timedelta(0)):  # the standby, the primary
+        for attempt in (
+            factories.account,
+            lambda session: crud.accounts.update(session, account.id, description="x"),
+            crud.accounts.find_for_operation,
+            lambda session: crud.api_keys.verify_api_key(session, raw_key),
+            lambda session: crud.api_keys.authorize_api_key(session, raw_key),
+            lambda session: crud.api_keys.authorize_api_key(session, "no key at all"),
+            crud.token_status.schedule_due,
+            lambda session: crud.token_status.claim_due(session, worker="w"),
+            lambda session: crud.token_status.claim(session, claim.id, worker="w"),
+            lambda session: crud.token_status.heartbeat(session, claim),
+            lambda session: crud.token_status.complete(session, claim, access_token="t"),
+            lambda session: crud.token_status.fail(session, claim, error="e"),
+            lambda session: crud.token_status.cancel(session, claim.id),
+        ):
+            with pytest.raises(InvalidState, match="a readonly session cannot"):
+                async with reading.session(readonly=True, max_lag=max_lag) as session:
+                    await attempt(session)
+    async with reading.session() as session:
+        assert await factories.account(session)  # the pool's connections are none the worse
+
+
+async def test_a_revoked_key_is_never_accepted_through_a_lagging_standby(
+    cluster: Cluster, reading: Database
+) -> None:
+    async with reading.session() as session:
+        key, raw_key = await factories.api_key(session)
+        assert await crud.api_keys.verify_api_key(session, raw_key)
+    await has_caught_up(cluster)
+    await cluster.standby.sql("SELECT pg_wal_replay_pause()")
+    async with KeyVerifier(reading) as verifier:
+        assert await verifier.verify(raw_key)
+        async with reading.session() as session:
+            await crud.api_keys.revoke(session, key.id)
+        async with reading.session(readonly=True, max_lag=LONG) as session:
+            stale = await crud.api_keys.get(session, key.id)
+            assert stale
+            assert stale.is_active  # as far as the standby knows
+            with pytest.raises(InvalidState):
+                await crud.api_keys.verify_api_key(session, raw_key)
+        async with reading.session() as session:
+            with pytest.raises(APIKeyRevoked):
+                await crud.api_keys.authorize_api_key(session, raw_key)
+
+        async def is_refused() -> bool:
+            return await verifier.verify(raw_key) is None
+
+        await eventually(is_refused, 1)
+    # Not even who has the standby for the primary gets a yes.
+    async with Database(cluster.settings(cluster.standby)) as mistaken:
+        with pytest.raises(DatabaseUnavailable, match="takes no writes"):
+            async with mistaken.session() as session:
+                await crud.api_keys.verify_api_key(session, raw_key)
+        with pytest.raises((DatabaseUnavailable, AccessDenied)):
+            await KeyVerifier(mistaken).authorize(raw_key)
+
+
+async def pause(standby: Server) -> None:
+    await standby.sql("SELECT pg_wal_replay_pause()")
+
+
+async def cut_off(standby: Server) -> None:
+    """It believes that it has replayed all there is."""
+    await standby.sql("ALTER SYSTEM SET primary_conninfo = ''")
+    await standby.sql("SELECT pg_reload_conf()")
+    receives = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)"
+    await eventually(partial(standby.sql, receives))
+
+
+@pytest.mark.parametrize("hold_up", [pause, cut_off])
+async def test_a_standby_answers_within_its_lag_and_the_primary_beyond(
+    cluster: Cluster, reading: Database, hold_up: Any
+) -> None:
+    await cluster.primary.sql("CREATE TABLE ticks AS SELECT 0 AS n")
+    await has_caught_up(cluster)
+    committed: list[tuple[float, int]] = [(time.monotonic(), 0)]
+    asked_of: set[int] = set()
+    done = asyncio.Event()
+
+    async def write() -> None:
+        while not done.is_set():
+            async with reading.session() as session:
+                n = await session.scalar(text("UPDATE ticks SET n = n + 1 RETURNING n"))
+            committed.append((time.monotonic(), n))
+            await asyncio.sleep(0.01)
+
+    async def read() -> None:
+        began = time.monotonic()
+        async with reading.session(readonly=True, max_lag=SHORT) as session:
+            n = await session.scalar(text("SELECT n FROM ticks"))
+            asked_of.add(await asked(session))
+        bound = began - SHORT.total_seconds()
+        assert n >= max((n for at, n in committed if at <= bound), default=0)
+
+    async def standby_answers() -> bool:
+        await read()
+        return cluster.standby.port in asked_of
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(write())
+        await eventually(standby_answers)
+        await hold_up(cluster.standby)
+        stopped = time.monotonic()
+        while time.monotonic() < stopped + 3 * SHORT.total_seconds():
+            await read()
+        asked_of.clear()
+        for _ in range(20):
+            await read()
+        assert asked_of == {cluster.primary.port}
+        assert await answers(reading, cluster.standby, max_lag=LONG)  # who does not mind
+        done.set()
+
+
+async def test_without_a_standby_within_reach_the_primary_answers(
+    cluster: Cluster, reading: Database
+) -> None:
+    cluster.standby.stop()
+    for _ in range(3):
+        assert await answers(reading, cluster.primary)
+    cluster.standby.start()
+    for standby in reading.standbys._standbys:
+        standby.away_until = 1.0  # long ago: the pause is over
+    await eventually(partial(answers, reading, cluster.standby))
+    await asyncio.to_thread(cluster.standby.promote)  # what is promoted is no standby any more
+    assert await answers(reading, cluster.primary)
+
+
+async def test_standbys_answer_while_the_primary_is_away_as_long_as_their_lag_is_known(
+    cluster: Cluster, reading: Database
+) -> None:
+    cluster.primary.kill()
+    assert await answers(reading, cluster.standby, max_lag=LONG)
+    with pytest.raises(DatabaseUnavailable):
+        await eventually(partial(answers, reading, cluster.primary, max_lag=SHORT))
+
+
+async def test_without_standbys_a_readonly_session_is_the_primary_s(database: Database) -> None:
+    async with database.session(readonly=True) as session:
+        assert await session.scalar(text("SHOW transaction_read_only")) == "on"
+        with pytest.raises(InvalidState, match="cannot write"):
+            await factories.account(session)
+    async with database.session() as session:
+        assert await session.scalar(text("SHOW transaction_read_only")) == "off"

@@ -1,0 +1,249 @@
+"""Transactions that are run again, and those that must not be."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from uuid import UUID
+
+import pytest
+from sqlalchemy import text
+
+from tests import factories
+from tests.production.cluster import eventually
+from tiger_db import Database, crud
+from tiger_db.database import AsyncSession, connect
+from tiger_db.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    NotFound,
+    OutcomeUnknown,
+    QueryTimeout,
+    TigerDBError,
+)
+
+
+@pytest.fixture
+async def accounts(clone: Database) -> list[UUID]:
+    async with clone.session() as session:
+        return [(await factories.account(session)).id for _ in range(2)]
+
+
+async def end(clone: Database, pid: object) -> None:
+    connection = await connect(clone.settings)
+    try:
+        await connection.execute("SELECT pg_terminate_backend($1)", pid)
+    finally:
+        await connection.close()
+
+
+async def pid_of(session: AsyncSession) -> int:
+    return int(await session.scalar(text("SELECT pg_backend_pid()")) or 0)
+
+
+class Meeting:
+    """Both are there, the first time: what follows is at the same time."""
+
+    def __init__(self) -> None:
+        self.barrier = asyncio.Barrier(2)
+        self.runs: list[str] = []
+
+    async def first_run_of(self, who: str) -> None:
+        self.runs.append(who)
+        if self.runs.count(who) == 1:
+            await self.barrier.wait()
+
+
+async def test_after_a_deadlock_one_is_run_again_from_its_start_and_both_succeed(
+    clone: Database, accounts: list[UUID]
+) -> None:
+    meeting = Meeting()
+
+    async def change(who: str, first: UUID, second: UUID) -> str:
+        async def work(session: AsyncSession) -> str:
+            await crud.accounts.record_error(session, first, message=who)
+            await meeting.first_run_of(who)
+            await crud.accounts.record_error(session, second, message=who)
+            return who
+
+        return await clone.transaction(work)
+
+    one, other = accounts
+    results = await asyncio.gather(change("a", one, other), change("b", other, one))
+    assert list(results) == ["a", "b"]
+    assert len(meeting.runs) == 3
+    async with clone.session() as session:  # nothing of the first run is left
+        for account_id in accounts:
+            account = await crud.accounts.get(session, account_id)
+            assert account
+            assert account.error_count == 2
+
+
+async def test_serializable_transactions_that_contradict_each_other_succeed_one_after_the_other(
+    clone: Database, accounts: list[UUID]
+) -> None:
+    """Each writes what it has read of the other: at most one may have read the beginning."""
+    meeting = Meeting()
+
+    async def copy(who: str, read: UUID, written: UUID) -> None:
+        async def work(session: AsyncSession) -> None:
+            account = await crud.accounts.get(session, read)
+            assert account
+            await meeting.first_run_of(who)
+            await crud.accounts.update(
+                session, written, description=f"{account.description or ''}{who}"
+            )
+
+        await clone.transaction(work, isolation="SERIALIZABLE")
+
+    one, other = accounts
+    await asyncio.gather(copy("a", one, other), copy("b", other, one))
+    assert len(meeting.runs) == 3
+    async with clone.session() as session:
+        found = [await crud.accounts.get(session, account_id) for account_id in accounts]
+        assert {account.description for account in found if account} in ({"a", "ab"}, {"b", "ba"})
+        assert await session.scalar(text("SHOW transaction_isolation")) == "read committed"
+
+
+async def conflict(session: AsyncSession, locked: UUID) -> None:
+    await session.execute(text("SET LOCAL lock_timeout = '10ms'"))
+    await crud.accounts.update(session, locked, description="x")
+
+
+async def timeout(session: AsyncSession, locked: UUID) -> None:
+    await session.execute(text("SET LOCAL statement_timeout = '10ms'"))
+    await crud.accounts.update(session, locked, description="x")
+
+
+async def bad_input(session: AsyncSession, locked: UUID) -> None:
+    raise NotFound("none of the database's business")
+
+
+async def cut(session: AsyncSession, locked: UUID) -> None:
+    await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "runs"),
+    [
+        (conflict, Conflict, 3),
+        (cut, DatabaseUnavailable, 3),
+        (timeout, QueryTimeout, 1),
+        (bad_input, NotFound, 1),
+    ],
+)
+async def test_what_does_not_succeed_in_the_end_is_one_typed_line(
+    clone: Database,
+    accounts: list[UUID],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    act: Callable[[AsyncSession, UUID], Awaitable[None]],
+    error: type[TigerDBError],
+    runs: int,
+) -> None:
+    monkeypatch.setattr("tiger_db.database._LONG_WAIT", 0.01)
+    sessions = []
+
+    async def work(session: AsyncSession) -> None:
+        sessions.append(session)
+        await factories.account(session, account_number="U1")
+        await act(session, accounts[0])
+
+    async with clone.session() as other:
+        await crud.accounts.update(other, accounts[0], description="locked")
+        with pytest.raises(error) as caught:
+            await clone.transaction(work, retries=2)
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+    assert "U1" not in str(caught.value)
+    assert len(sessions) == len(set(sessions)) == runs
+    async with clone.session() as session:
+        assert await crud.accounts.get_by_account_number(session, "U1") is None
+
+
+async def test_a_connection_lost_before_the_commit_is_no_reason_to_give_up(
+    clone: Database,
+) -> None:
+    runs = 0
+
+    async def work(session: AsyncSession) -> UUID:
+        nonlocal runs
+        runs += 1
+        account = await factories.account(session)
+        if runs == 1:
+            await end(clone, await pid_of(session))
+        session.add(factories.new_account())  # what is pending is not the commit yet
+        return account.id
+
+    account_id = await clone.transaction(work)
+    assert runs == 2
+    async with clone.session() as session:
+        accounts = await crud.accounts.list_accounts(session)
+        assert len(accounts) == 2
+        assert account_id in {account.id for account in accounts}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+async def test_a_connection_lost_during_the_commit_is_told_and_nothing_is_run_again(
+    clone: Database, inside: bool
+) -> None:
+    """Also where the function commits itself."""
+    connection = await connect(clone.settings)
+    await connection.execute("""
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN PERFORM pg_sleep(20); RETURN NULL; END$$;
+        CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON tiger_accounts
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()
+    """)
+    pids: list[int] = []
+
+    async def work(session: AsyncSession) -> None:
+        pids.append(await pid_of(session))
+        await factories.account(session)
+        if inside:
+            await session.commit()
+
+    async def commits() -> bool:
+        return bool(pids) and bool(
+            await connection.fetchval(
+                "SELECT wait_event = 'PgSleep' AND query = 'COMMIT;'"
+                " FROM pg_stat_activity WHERE pid = $1",
+                pids[0],
+            )
+        )
+
+    task = asyncio.create_task(clone.transaction(work))
+    try:
+        await eventually(commits)
+        await connection.execute("SELECT pg_terminate_backend($1)", pids[0])
+        with pytest.raises(OutcomeUnknown, match="during the commit") as caught:
+            await task
+    finally:
+        await connection.close()
+    assert "\n" not in str(caught.value)
+    assert len(pids) == 1
+
+
+async def test_who_idles_in_a_transaction_is_cut_off_and_told(clone: Database) -> None:
+    hurried = clone.settings.model_copy(update={"db_idle_transaction_timeout": 0.1})
+    async with Database(hurried) as database:
+        with pytest.raises(DatabaseUnavailable) as caught:
+            async with database.session() as session:
+                await factories.account(session)
+                pid = await pid_of(session)
+
+                async def is_gone() -> bool:
+                    connection = await connect(clone.settings)
+                    try:
+                        return not await connection.fetchval(
+                            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)", pid
+                        )
+                    finally:
+                        await connection.close()
+
+                await eventually(is_gone)
+                await factories.account(session)
+        assert not isinstance(caught.value, OutcomeUnknown)
+        assert "\n" not in str(caught.value)
+        async with database.session() as session:
+            assert (await crud.accounts.list_accounts(session)).items == []
+        async with database.session():  # idle, but in no transaction
+            await asyncio.sleep(0.3)
