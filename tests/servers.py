@@ -116,7 +116,12 @@ def _embedded(home: Path) -> Server:
     )
 
 
-def _system(home: Path) -> Server:
+def installed() -> bool:
+    """Whether a PostgreSQL is installed here."""
+    return bool(shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin")))
+
+
+def _system(home: Path, more: str = "") -> Server:
     """A server of the programs installed here, as an ordinary user: PostgreSQL refuses root."""
     programs = _programs()
     user = "postgres" if os.geteuid() == 0 else None
@@ -134,7 +139,9 @@ def _system(home: Path) -> Server:
         )
 
     run("initdb", "-U", "tiger_db", "-A", "trust", "-E", "UTF8", "--locale=C")
-    options = f"-c listen_addresses='' -c unix_socket_directories={home} -c max_connections=200"
+    options = (
+        f"-c listen_addresses='' -c unix_socket_directories={home} -c max_connections=200 {more}"
+    )
     run("pg_ctl", "-l", f"{home}/log", "-o", options, "-w", "start")
 
     def stop() -> None:

@@ -262,6 +262,58 @@ def test_each_ssl_mode_means_what_libpq_means(
         assert len(taken.ssl.get_ca_certs()) == verified_with_a_ca
 
 
+def test_behind_a_pooler_a_session_of_the_server_keeps_nothing() -> None:
+    for chosen in (
+        Settings(db_host="h", db_pooler="pgbouncer", db_query_timeout=3),
+        Settings(database_url="postgresql://h/d", db_pooler="pgbouncer", db_query_timeout=3),
+    ):
+        arguments = chosen.connect_args()
+        assert arguments["statement_cache_size"] == 0
+        assert arguments["command_timeout"] == 3
+        assert arguments["server_settings"].keys() == {"application_name", "timezone"}
+    unlimited = Settings(db_host="h", db_pooler="pgbouncer", db_query_timeout=0)
+    assert unlimited.connect_args()["command_timeout"] is None
+    message = refused(database_url="postgresql://h/d?options=-cx%3D1", db_pooler="pgbouncer")
+    assert message.startswith("DATABASE_URL: options")
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("db.example", ("db.example", 5433)),
+        ("fd00::1", ("fd00::1", 5433)),
+        ("/a b%", "/a b%/.s.PGSQL.5433"),
+    ],
+)
+def test_the_way_past_a_pooler_differs_in_its_place_only(host: str, address: object) -> None:
+    given = {"db_pooler": "pgbouncer", "db_direct_host": host, "db_direct_port": 5433}
+    login = "postgresql://u%40x:p%40s"
+    query = "sslmode=disable&application_name=mine"
+    for url in (
+        f"{login}@pooler:6432/d?{query}",
+        f"{login}@/d?host=/pooler&port=6432&{query}",
+        f"{login}@p1:1,p2:2/d?{query}",
+    ):
+        taken = parsed(Settings(database_url=url, **given).directly())
+        assert (taken.addresses, taken.user, taken.password, taken.database) == (
+            [address], "u@x", "p@s", "d",
+        )  # fmt: skip
+        assert taken.sslmode.name == "disable"
+        assert {"application_name": "mine", "timezone": "UTC"}.items() <= (
+            taken.server_settings.items()
+        )
+        assert "statement_timeout" in taken.server_settings
+    by_parts = Settings(db_host="pooler", db_user="u", db_name="d", **given).directly()
+    taken = parsed(by_parts)
+    assert (taken.addresses, taken.user, taken.database) == ([address], "u", "d")
+    assert not by_parts.pooled
+
+
+def test_without_a_pooler_the_way_is_direct_already() -> None:
+    for chosen in (Settings(db_host="h"), Settings(), Settings(db_pooler="pgbouncer")):
+        assert chosen.directly() is chosen
+
+
 def test_without_a_ca_require_encrypts_and_verify_needs_one() -> None:
     assert parsed(Settings(db_host="h", db_ssl_mode="require")).ssl.verify_mode is ssl.CERT_NONE
     for mode in ("verify-ca", "verify-full"):

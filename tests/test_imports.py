@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "crud": {"models", "encryption", "errors", "redaction", "peppers", "write_behind"},
     "statements": {"redaction"},
     "settings": {"encryption", "errors", "peppers", "signing"},
+    "tls": {"settings", "errors"},
     "migration_locks": {"errors"},
     "migrations": {"models", "errors", "migration_locks"},
 }

@@ -296,7 +296,7 @@ async def test_without_the_listening_connection_the_database_answers(
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(verifier, "connect", refuse)
+            patch.setattr(verifier, "connect_directly", refuse)
             (pid,) = await other.fetch(LISTENING)
             assert await other.fetchval("SELECT pg_terminate_backend($1, 5000)", pid[0])
             key, raw_key = keys.pop()

@@ -32,6 +32,9 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DB_MAX_OVERFLOW": ("0", 0),
     "DB_POOL_TIMEOUT": ("2.5", 2.5),
     "DB_POOL_RECYCLE": ("-1", -1),
+    "DB_POOLER": ("pgbouncer", "pgbouncer"),
+    "DB_DIRECT_HOST": ("db.example", "db.example"),
+    "DB_DIRECT_PORT": ("5433", 5433),
     "DB_SSL_MODE": ("verify-full", SSLMode.VERIFY_FULL),
     "DB_SSL_CERT": ("/etc/ssl/a b.crt", Path("/etc/ssl/a b.crt")),
     "DB_SSL_KEY": ("/etc/ssl/a b.key", Path("/etc/ssl/a b.key")),
@@ -106,6 +109,9 @@ BAD = {
     "DB_QUERY_TIMEOUT": ["-1", "nan", "inf", "86401"],
     "DB_IDLE_TRANSACTION_TIMEOUT": ["-1", "nan", "inf", "86401"],
     "DB_SSL_MODE": ["on", "true", "VERIFY-FULL", "verify_full", " require"],
+    "DB_POOLER": ["pgpool", "PgBouncer", "true"],
+    "DB_DIRECT_PORT": ["0", "65536", "x"],
+    "DB_DIRECT_HOST": ["\udcff"],
     "DB_DEBUG": ["maybe", "2"],
     "DB_PASSWORD": ["a\udcff"],  # as a byte that is not UTF-8 comes from the environment
     "DB_HOST": ["\udcff", "h1,,h2", "h1,", "h1:0", "h1:65536,h2"],
@@ -124,7 +130,7 @@ def test_a_bad_value_is_one_line_that_names_the_variable(
     assert name in refused()
 
 
-SHOWN = {"DB_HOST", "DB_NAME", "DB_REPLICA_HOSTS", "DB_USER", "TIGER_DB_HOME"} | {
+SHOWN = {"DB_HOST", "DB_DIRECT_HOST", "DB_NAME", "DB_REPLICA_HOSTS", "DB_USER", "TIGER_DB_HOME"} | {
     n for n in VARIABLES if "_SSL_" in n
 }
 

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
 from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
+from tiger_db import tls
 from tiger_db.encryption import KeyProvider, KeyRing, generate_key
 from tiger_db.errors import (
     ConfigurationError,
@@ -84,25 +85,39 @@ async def connect(
     the `replica`, a host and port, as long as it is a standby.
 
     Raises:
+        ConfigurationError: a file of `DB_SSL_*` is missing or bad.
         DatabaseUnavailable: unreachable, or it does not let us in; says where, never a credential.
     """
     arguments = await connect_args(settings) if replica is None else settings.connect_args(replica)
     if database is not None:
         arguments["database"] = database
-    kind = connection_class(slow=settings.db_slow_query, comments=settings.db_sql_comments)
     with _unavailable(settings):
+        arguments["connection_class"] = connection_class(
+            slow=settings.db_slow_query, comments=settings.db_sql_comments
+        )
         hosts, ports = arguments.get("host"), arguments.get("port")
         if not isinstance(hosts, list) or not isinstance(ports, list):
-            return await asyncpg.connect(**arguments, connection_class=kind)
+            return await tls.connect(settings, arguments)
         # asyncpg would have them share the time: a host that is silent would keep it from the next.
         reasons = []
         for host, port in zip(hosts, ports, strict=True):
             try:
-                one = {**arguments, "host": host, "port": port}
-                return await asyncpg.connect(**one, connection_class=kind)
+                return await tls.connect(settings, {**arguments, "host": host, "port": port})
             except _ABSENT as error:
                 reasons.append(f"{host}:{port}: {_reason(error)}")
         raise ConnectionError("; ".join(reasons))
+
+
+async def connect_directly(
+    settings: Settings, *, database: str | None = None
+) -> "asyncpg.Connection[asyncpg.Record]":
+    """As `connect`, past a pooler: for what outlasts a transaction, as LISTEN does.
+
+    Raises:
+        ConfigurationError: there is a pooler and no way past it is given, or see `connect`.
+        DatabaseUnavailable: see `connect`.
+    """
+    return await connect(settings.directly(), database=database)
 
 
 @contextmanager
@@ -118,7 +133,7 @@ def _unavailable(settings: Settings) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return "it takes no writes"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return tls.reason_of(error)
 
 
 def _engine(
@@ -129,7 +144,11 @@ def _engine(
 ) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda **_: connect(settings, replica=replica),
+        connect_args={
+            "async_creator_fn": lambda **_: connect(settings, replica=replica),
+            # Behind a pooler, who knows which server session has prepared what.
+            **({"prepared_statement_cache_size": 0} if settings.pooled else {}),
+        },
         echo=settings.db_debug,
         hide_parameters=True,
         **options,
@@ -152,7 +171,10 @@ def _engine(
             # Also what was a primary and takes no writes any more; the pool's others are no better.
             context.is_disconnect = True
             place = settings.place if replica is None else f"{replica[0]}:{replica[1]}"
-            raise DatabaseUnavailable(f"lost {place}: {_reason(error)}") from None
+            reason = _reason(error)
+            if isinstance(error, TimeoutError) and settings.pooled:  # ours: see `_pooled`
+                reason = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
+            raise DatabaseUnavailable(f"lost {place}: {reason}") from None
 
     @event.listens_for(engine.sync_engine, "checkout")
     def _alive(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
@@ -170,9 +192,13 @@ def _is_readonly(connection: Connection | None) -> bool:
 
 @asynccontextmanager
 async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
-    """An engine for migrations: connections of its own, no time limit on statements."""
+    """An engine for migrations: direct connections of its own, no time limit on statements.
+
+    Raises:
+        ConfigurationError: see `connect_directly`.
+    """
     patient = {"db_query_timeout": 0, "db_idle_transaction_timeout": 0, "db_slow_query": 0}
-    engine = _engine(settings.model_copy(update=patient), poolclass=NullPool)
+    engine = _engine(settings.directly().model_copy(update=patient), poolclass=NullPool)
     try:
         yield engine
     finally:
@@ -263,9 +289,11 @@ class Database:
             "pool_recycle": self.settings.db_pool_recycle,
         }
         self.engine = _engine(self.settings, **pool)
+        # Sessions that wait for what is written apart may have all that a pooler has.
+        apart = self.settings.directly() if self.settings.db_direct_host else self.settings
         self.write_behind = WriteBehind(
             _engine(
-                self.settings,
+                apart,
                 pool_size=min(_APART, self.settings.db_pool_size),
                 max_overflow=0,
                 pool_timeout=self.settings.db_pool_timeout,

@@ -15,13 +15,24 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from tiger_db.database import AsyncSession, kept_key_ring, migration_engine
+from tiger_db import tls
+from tiger_db.database import (
+    AsyncSession,
+    connect,
+    connect_directly,
+    kept_key_ring,
+    migration_engine,
+)
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
 from tiger_db.migrations import MONTHS_AHEAD, schema_state
 from tiger_db.models import TigerAccount, metadata
 from tiger_db.settings import Settings
 
+_IDENTITY = """
+SELECT (system_identifier, pg_is_in_recovery(), oid)::text
+FROM pg_control_system(), pg_database WHERE datname = current_database()
+"""
 _FEW_MONTHS = 2  # ahead, below which it warns
 
 
@@ -69,6 +80,10 @@ async def health(settings: Settings) -> Health:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + settings.db_connect_timeout
     try:
+        report.problems.extend(_unverified(settings))
+        if settings.pooled:
+            async with asyncio.timeout_at(deadline):
+                await _check_pooler(settings)
         async with migration_engine(settings) as engine:
             # First of all: SQLAlchemy itself asks things before it hands a connection over.
             @event.listens_for(engine.sync_engine, "connect", insert=True)
@@ -133,17 +148,27 @@ def explain(error: Exception) -> str | None:
 
 
 def _advice(cause: BaseException | None) -> str | None:
+    advice = None
     match cause:
         case asyncpg.InvalidCatalogNameError():
-            return None  # the message says it
+            pass  # the message says it
+        case asyncpg.InvalidAuthorizationSpecificationError() if "certificate" in str(cause):
+            advice = "check DB_USER, DB_SSL_CERT and DB_SSL_KEY"
+        case asyncpg.InvalidAuthorizationSpecificationError() if "encryption" in str(cause):
+            advice = "check DB_SSL_MODE and DB_USER"
         case asyncpg.InvalidAuthorizationSpecificationError():
-            return "check DATABASE_URL, or DB_USER and DB_PASSWORD"
+            advice = "check DATABASE_URL, or DB_USER and DB_PASSWORD"
+        case asyncpg.ProtocolViolationError() if "startup parameter" in str(cause):
+            advice = "behind PgBouncer, set DB_POOLER=pgbouncer and DB_DIRECT_HOST"
+        case ssl.SSLCertVerificationError():
+            advice = "check DB_SSL_MODE, DB_SSL_CA, and the name by which you reach it"
         case ssl.SSLError():
-            return "check DB_SSL_MODE and DB_SSL_CA"
+            advice = "check DB_SSL_MODE, DB_SSL_CA, DB_SSL_CERT and DB_SSL_KEY"
+        case _ if tls.rejected(cause):
+            advice = "switch TLS on there, or check DB_SSL_MODE"
         case OSError():  # TimeoutError is one
-            return "is the server running? Check DATABASE_URL, or DB_HOST and DB_PORT"
-        case _:
-            return None
+            advice = "is the server running? Check DATABASE_URL, or DB_HOST and DB_PORT"
+    return advice
 
 
 def _embedded(report: Health, settings: Settings) -> Health:
@@ -186,6 +211,33 @@ def _check_peppers(settings: Settings) -> None:
         )
 
 
+def _unverified(settings: Settings) -> list[str]:
+    ways = [settings, settings.directly()] if settings.db_direct_host else [settings]
+    return [
+        f"{way.place} is not asked to prove who it is: set DB_SSL_MODE=verify-full and DB_SSL_CA"
+        for way in ways
+        if way.production and tls.is_unverified(way)
+    ]
+
+
+async def _check_pooler(settings: Settings) -> None:
+    """Make sure that the pooler and the way past it lead to the same database.
+
+    Raises:
+        ConfigurationError: they do not.
+        DatabaseUnavailable: one of them leads nowhere.
+    """
+    found = []
+    for open_one in (connect, connect_directly):
+        connection = await open_one(settings)
+        try:
+            found.append(await connection.fetchval(_IDENTITY))
+        finally:
+            connection.terminate()
+    if found[0] != found[1]:
+        raise ConfigurationError("DB_DIRECT_HOST is another server than the one behind the pooler")
+
+
 async def _look(
     connection: AsyncConnection,
     settings: Settings,
@@ -199,6 +251,15 @@ async def _look(
         text("SELECT set_config('statement_timeout', :timeout, false)"),
         {"timeout": str(round(settings.db_query_timeout * 1000))},
     )
+    driver = (await connection.get_raw_connection()).driver_connection
+    assert driver is not None
+    # A pooler does not tell its clients the process id of the server, but one that it made up.
+    if driver.get_server_pid() != await connection.scalar(text("SELECT pg_backend_pid()")):
+        problems.append(
+            "DB_DIRECT_HOST leads to a pooler: name the server itself"
+            if settings.db_direct_host
+            else "there is a pooler between: set DB_POOLER=pgbouncer and DB_DIRECT_HOST"
+        )
     version = text("SHOW server_version")
     yield {"server_version": await connection.scalar(version)}
     start = time.perf_counter()

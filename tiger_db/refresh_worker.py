@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tiger_db import crud
 from tiger_db.crud.common import get_or_raise
-from tiger_db.database import AsyncSession, Database, connect
+from tiger_db.database import AsyncSession, Database, connect_directly
 from tiger_db.errors import (
     AnswerLost,
     Conflict,
@@ -108,7 +108,12 @@ class RefreshWorker:
         """Work until `stop` is called, or, with `once`, until nothing is due.
 
         A database that is away is waited for.
+
+        Raises:
+            ConfigurationError: without `once`: there is a pooler, and no way past it is given.
         """
+        if not once:
+            self.database.settings.directly()
         listener = None if once else asyncio.create_task(self._listen())
         pause = _PAUSE
         try:
@@ -359,7 +364,7 @@ class RefreshWorker:
         """Wake up when PostgreSQL tells that something is due, however often the line breaks."""
         while True:
             with suppress(*LOST, TigerDBError, TimeoutError, asyncpg.PostgresError):
-                connection = await connect(self.database.settings)
+                connection = await connect_directly(self.database.settings)
                 try:
                     gone = asyncio.Event()
                     connection.add_termination_listener(lambda _, gone=gone: gone.set())

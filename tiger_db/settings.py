@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypedDict, TypeVar
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict, TypeVar
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import (
@@ -23,6 +23,9 @@ from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.peppers import Peppers
 from tiger_db.signing import parse_signing_key
+
+if TYPE_CHECKING:
+    import asyncpg
 
 T = TypeVar("T")
 
@@ -50,7 +53,9 @@ class ConnectArgs(TypedDict, total=False):
     timeout: float
     command_timeout: float | None
     target_session_attrs: str
+    statement_cache_size: int
     server_settings: dict[str, str]
+    connection_class: "type[asyncpg.Connection[asyncpg.Record]]"
 
 
 def _without_nul(value: str) -> str:
@@ -84,6 +89,8 @@ _HOSTS = re.compile(f"{_HOST}(?:,{_HOST})*", re.ASCII)
 _PLACE = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::(\d{1,5}))?", re.ASCII)
 _GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
 _SSL_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey"}
+# What PgBouncer takes at the start of a session, and keeps apart for each of its clients.
+_POOLED_SETTINGS = ("application_name", "timezone")
 # Passed on by asyncpg itself; anything else in a URL's query would become a server setting.
 _URL_PARAMETERS = _SSL_PARAMETERS | {
     "host", "port", "user", "password", "database", "dbname", "passfile", "application_name",
@@ -115,6 +122,9 @@ class Settings(BaseSettings):
     db_user: Text = "tiger_db"
     db_password: SecretText | None = None
 
+    db_pooler: Literal["none", "pgbouncer"] = "none"
+    db_direct_host: Text | None = None
+    db_direct_port: int = Field(default=5432, ge=1, le=65535)
     db_replica_hosts: Text | None = None
 
     db_ssl_mode: SSLMode | None = None
@@ -154,7 +164,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.database_url is not None:
-            _check_url(self.database_url.get_secret_value())
+            url = self.database_url.get_secret_value()
+            _check_url(url)
+            if self.pooled and "options" in dict(parse_qsl(urlsplit(url).query)):
+                raise ValueError("DATABASE_URL: options are not for DB_POOLER: use ALTER ROLE")
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
@@ -174,6 +187,40 @@ class Settings(BaseSettings):
     def embedded(self) -> bool:
         """Whether the embedded PostgreSQL serves, because no other server is named."""
         return self.database_url is None and self.db_host is None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether each transaction may be in another session of the server."""
+        return self.db_pooler != "none"
+
+    def directly(self) -> Self:
+        """Settings that lead past the pooler, for what outlasts a transaction.
+
+        Raises:
+            ConfigurationError: there is a pooler, and `DB_DIRECT_HOST` is not set.
+        """
+        if self.embedded:
+            return self
+        if self.db_direct_host is None:
+            if self.pooled:
+                raise ConfigurationError(
+                    "DB_DIRECT_HOST is not set: with DB_POOLER, LISTEN, migrations and sealing need"
+                    " a connection of their own to the server"
+                )
+            return self
+        host, port = self.db_direct_host, self.db_direct_port
+        changes: dict[str, object] = {"db_host": host, "db_port": port, "db_pooler": "none"}
+        if self.database_url is not None:
+            url = urlsplit(self.database_url.get_secret_value())
+            login, at, _ = url.netloc.rpartition("@")
+            quoted = f"[{host}]" if ":" in host and "/" not in host else quote(host, safe="")
+            query = [item for item in parse_qsl(url.query) if item[0] not in {"host", "port"}]
+            changes["database_url"] = SecretStr(
+                urlunsplit(
+                    url._replace(netloc=f"{login}{at}{quoted}:{port}", query=urlencode(query))
+                )
+            )
+        return self.model_copy(update={**changes, "db_direct_host": None})
 
     @property
     def database(self) -> str:
@@ -247,7 +294,7 @@ class Settings(BaseSettings):
             if hosts := _url_hosts(url.netloc, query):  # else asyncpg finds the host
                 arguments["host"] = [host for host, _ in hosts]
                 arguments["port"] = [port for _, port in hosts]
-            return _at(arguments, replica, attributes)
+            return self._pooled(_at(arguments, replica, attributes))
         if self.db_host is None:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
         hosts = _hosts("DB_HOST", self.db_host, str(self.db_port))
@@ -259,7 +306,18 @@ class Settings(BaseSettings):
             arguments["password"] = self.db_password.get_secret_value()
         if tls:
             arguments["dsn"] = f"postgresql://?{urlencode(tls)}"
-        return _at(arguments, replica, "read-write")
+        return self._pooled(_at(arguments, replica, "read-write"))
+
+    def _pooled(self, arguments: ConnectArgs) -> ConnectArgs:
+        """What of them a pooler allows: nothing that a session of the server would keep."""
+        if self.pooled:
+            given = arguments["server_settings"]
+            arguments["server_settings"] = {
+                name: given[name] for name in _POOLED_SETTINGS if name in given
+            }
+            arguments["statement_cache_size"] = 0
+            arguments["command_timeout"] = self.db_query_timeout or None
+        return arguments
 
     def server_settings(self) -> dict[str, str]:
         """What every session tells the server when it starts."""

@@ -24,7 +24,7 @@ from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial
 from tiger_db.crud.api_keys.hashing import outdated, peppers_of, verify_secret
 from tiger_db.crud.api_keys.limits import take
 from tiger_db.crud.api_keys.text import KeyText, parse_key
-from tiger_db.database import Database, connect
+from tiger_db.database import Database, connect_directly
 from tiger_db.errors import AccessDenied, InvalidAPIKey, TigerDBError
 from tiger_db.models import APIKey, APIKeyScope
 from tiger_db.write_behind import LOST
@@ -80,6 +80,7 @@ class KeyVerifier:
         self._listener: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
+        self.database.settings.directly()  # or say at once that there is no way to listen
         await self.database.check()
         listening = asyncio.Event()
         self._listener = asyncio.create_task(self._listen(listening))
@@ -234,7 +235,7 @@ class KeyVerifier:
         """Hear of changes as long as the verifier is entered, however often the line breaks."""
         while True:
             try:
-                connection = await connect(self.database.settings)
+                connection = await connect_directly(self.database.settings)
             except TigerDBError as error:  # the embedded server may not start, for one
                 _logger.warning("cannot listen for changes of API keys: %s", error)
             else:

@@ -268,6 +268,8 @@ async def plain_connection(
             assert raw is not None
             try:
                 yield raw
+            except TimeoutError:
+                raise  # closed now, it would not cancel what it sent
             except (*LOST, asyncpg.ReadOnlySQLTransactionError):  # it is no primary any more
                 await connection.invalidate()
                 raise

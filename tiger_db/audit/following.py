@@ -11,7 +11,7 @@ from sqlmodel import col
 from tiger_db.audit.stored import settled
 from tiger_db.crud.audit_logs.reading import Criteria, criteria
 from tiger_db.crud.common import many
-from tiger_db.database import Database, connect
+from tiger_db.database import Database, connect_directly
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
 
@@ -86,7 +86,7 @@ async def _told(database: Database) -> AsyncIterator[asyncio.Event]:
     """An event that is set when there is news; if the connection for that is lost, it is not."""
     news = asyncio.Event()
     try:
-        connection = await connect(database.settings)
+        connection = await connect_directly(database.settings)
     except DatabaseUnavailable:
         yield news
         return

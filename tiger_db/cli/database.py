@@ -231,13 +231,13 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
     import asyncpg  # noqa: PLC0415  # slow, and `--help` is to be fast
 
     try:
-        await (await tiger_db.database.connect(config)).close()
+        await (await tiger_db.database.connect_directly(config)).close()
     except DatabaseUnavailable as error:
         if not isinstance(error.__context__, asyncpg.InvalidCatalogNameError):
             raise
     else:
         return False
-    server = await tiger_db.database.connect(config, database="postgres")
+    server = await tiger_db.database.connect_directly(config, database="postgres")
     try:
         statement = await server.fetchval(
             "SELECT format('CREATE DATABASE %I', $1::text)", config.database

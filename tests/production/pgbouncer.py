@@ -1,0 +1,89 @@
+"""A real PgBouncer that pools by transaction, before the server that the tests run on."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+
+from pydantic import SecretStr
+
+from tests import servers
+from tiger_db import Settings
+
+PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH')}:/usr/sbin")
+PORT = 6432
+SIZE = 4  # sessions of the server, for all clients of one database
+
+
+def place_of(server_url: str) -> tuple[str, int]:
+    """The host (or socket folder) and the port of the server itself."""
+    url = urlsplit(server_url)
+    query = parse_qs(url.query)
+    port = url.port or int(query.get("port", ["5432"])[0])
+    return url.hostname or query["host"][0], port
+
+
+@contextmanager
+def pgbouncer(server_url: str, **more: str) -> Iterator[Path]:
+    """The folder of its socket."""
+    assert PROGRAM is not None
+    url, (host, port) = urlsplit(server_url), place_of(server_url)
+    way = f"host='{host}' port={port} user='{url.username}'"
+    if url.password:
+        way += f" password='{unquote(url.password)}'"
+    home = servers.folder()
+    options = {
+        "unix_socket_dir": home, "listen_port": PORT, "auth_type": "any",
+        "pool_mode": "transaction", "default_pool_size": SIZE, "max_client_conn": 200,
+    } | more  # fmt: skip
+    ini = home / "pgbouncer.ini"
+    ini.write_text(
+        f"[databases]\nelsewhere = {way} dbname=postgres\n* = {way}\n[pgbouncer]\n"
+        + "".join(f"{name} = {value}\n" for name, value in options.items())
+    )
+    user = "postgres" if os.geteuid() == 0 else None  # it refuses root
+    if user:
+        shutil.chown(home, user)
+    with subprocess.Popen(
+        [PROGRAM, "-q", ini],
+        stderr=subprocess.DEVNULL,
+        user=user,
+        extra_groups=[] if user else None,
+    ) as process:
+        try:
+            _wait(home / f".s.PGSQL.{PORT}")
+            yield home
+        finally:
+            process.terminate()
+    shutil.rmtree(home)
+
+
+def _wait(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+                return
+        except OSError:
+            assert time.monotonic() < deadline, "PgBouncer does not start"
+            time.sleep(0.01)
+
+
+def pooled(settings: Settings, folder: Path, server_url: str, **changes: object) -> Settings:
+    """Settings of the same database, through the pooler, with the way past it."""
+    host, port = place_of(server_url)
+    login = urlsplit(server_url).netloc.rpartition("@")[0]
+    query = urlencode({"host": str(folder), "port": PORT})
+    through = {
+        "database_url": SecretStr(f"postgresql://{login}@/{settings.database}?{query}"),
+        "db_pooler": "pgbouncer",
+        "db_direct_host": host,
+        "db_direct_port": port,
+    }
+    return settings.model_copy(update=through | changes)

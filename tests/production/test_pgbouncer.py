@@ -1,0 +1,367 @@
+"""Behind PgBouncer in transaction mode, everything works, and what needs a session goes past it."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from tests import factories
+from tests.production.pgbouncer import PORT, PROGRAM, SIZE, pgbouncer, pooled
+from tiger_db import (
+    APIKeyScope,
+    AuditAction,
+    AuditLog,
+    Database,
+    KeyVerifier,
+    NewToken,
+    RefreshWorker,
+    Settings,
+    TigerAccount,
+    crud,
+)
+from tiger_db.audit import follow, seal
+from tiger_db.database import connect_directly, migration_engine
+from tiger_db.errors import APIKeyRevoked, ConfigurationError, DatabaseUnavailable
+from tiger_db.health import health
+from tiger_db.migrations import upgrade
+from tiger_db.signing import generate_signing_key
+from tiger_db.write_behind import plain_connection
+
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="PgBouncer is not installed here")
+TASKS, ROUNDS = 6, 10  # of each of two processes; a round is five transactions
+SOON = 5.0  # seconds in which a notification has come for sure, and no poll is due
+# Reads back what it wrote, and tells what was not so.
+CLIENT = """
+import asyncio, json, sys
+from datetime import UTC, datetime, timedelta
+from tiger_db import APIKeyScope, Database, Settings, TigerAccount, crud
+from tiger_db.errors import TigerDBError
+
+name, tasks, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+found = {"transactions": 0, "errors": [], "wrong": []}
+
+def same(what, *pairs):
+    if any(a != b for a, b in pairs):
+        found["wrong"].append(f"{what}: {pairs}")
+
+async def work(database, task):
+    for turn in range(rounds):
+        me = f"{name}{task:02}{turn:03}"
+        try:
+            await once(database, me)
+        except Exception as error:
+            found["errors"].append(f"{type(error).__name__}: {error}"[:200])
+        if (task, turn) == (0, rounds // 3):
+            print("going", flush=True)
+
+async def once(database, me):
+    soon = datetime.now(UTC) + timedelta(minutes=5)
+    async with database.session() as session:
+        account = await crud.accounts.create(session, TigerAccount(
+            account_name=me, account_number=me, tiger_id=me, private_key="key of " + me,
+            access_token="token of " + me, token_expires_at=soon, tags={"of": me}))
+        key, raw = await crud.api_keys.create_api_key(
+            session, name=me, scopes=[APIKeyScope.TRADE_READ], tiger_account_id=account.id,
+            allowed_ips=["10.0.0.0/8"], rate_limit_per_hour=100)
+    found["transactions"] += 1
+    async with database.session() as session:
+        read = await crud.accounts.get_by_account_number(session, me)
+        same("account", (read.id, account.id), (read.account_name, me), (read.tags, {"of": me}),
+             (read.private_key.get_secret_value(), "key of " + me))
+        await crud.accounts.update(session, read.id, description="about " + me)
+    found["transactions"] += 1
+    async with database.session() as session:
+        used = await crud.api_keys.authorize_api_key(
+            session, raw, scopes=[APIKeyScope.TRADE_READ], ip_address="10.1.1.1")
+        same("key", (used.id, key.id), (used.name, me), (used.tiger_account_id, account.id))
+        read = await crud.accounts.get(session, account.id)
+        same("change", (read.description, "about " + me))
+    found["transactions"] += 1
+    async with database.session() as session:
+        await crud.token_status.schedule_due(session)
+        claims = await crud.token_status.claim_due(session, worker=me, limit=2)
+    found["transactions"] += 1
+    async with database.session() as session:
+        for claim in claims:
+            owner = claim.tiger_account
+            token = owner.access_token.get_secret_value()
+            same("claim", (claim.worker, me), (owner.id, claim.tiger_account_id),
+                 (token.removeprefix("token of "), owner.account_number))
+            await crud.token_status.complete(
+                session, claim, access_token="new " + owner.account_number,
+                token_expires_at=datetime.now(UTC) + timedelta(days=9))
+    found["transactions"] += 1
+
+async def main():
+    async with Database(Settings()) as database:
+        await asyncio.gather(*(work(database, task) for task in range(tasks)))
+    print(json.dumps(found), flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(server_url: str) -> Iterator[Path]:
+    with pgbouncer(server_url) as folder:
+        yield folder
+
+
+@pytest.fixture
+def behind(clone_settings: Settings, folder: Path, server_url: str) -> Settings:
+    """Settings of a database for this test alone, through PgBouncer."""
+    return pooled(clone_settings, folder, server_url)
+
+
+@pytest.fixture
+async def database(behind: Settings) -> AsyncIterator[Database]:
+    async with Database(behind) as database:
+        await database.check()
+        yield database
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    values = settings.model_dump(exclude_unset=True, exclude_none=True)
+    plain = {
+        name.upper(): value.get_secret_value() if hasattr(value, "get_secret_value") else value
+        for name, value in values.items()
+    }
+    return os.environ | {name: str(value) for name, value in plain.items()}
+
+
+def start(settings: Settings, name: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", CLIENT, name, str(TASKS), str(ROUNDS)],
+        env=environment(settings),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+async def sql(settings: Settings, statement: str) -> Any:
+    connection = await connect_directly(settings)
+    try:
+        return await connection.fetchval(statement)
+    finally:
+        await connection.close()
+
+
+async def migrate_under_way(settings: Settings) -> None:
+    """As a migration does it: who cannot have its lock soon lets the others pass."""
+    async with migration_engine(settings) as engine:
+        for statement in (
+            "ALTER TABLE api_keys ALTER COLUMN name TYPE varchar(200)",
+            "ALTER TABLE tiger_accounts ADD COLUMN added text NOT NULL DEFAULT 'x'",
+            "ALTER TABLE tiger_accounts ALTER COLUMN description TYPE text",
+        ):
+            for _ in range(100):
+                try:
+                    async with engine.begin() as connection:
+                        await connection.execute(text("SET LOCAL lock_timeout = '100ms'"))
+                        await connection.execute(text(statement))
+                    break
+                except DBAPIError as error:
+                    if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
+                        raise
+                    await asyncio.sleep(0.02)  # so that the others get on
+            else:
+                pytest.fail("no lock could be had")
+
+
+async def test_two_processes_and_a_migration_meet_no_error_and_no_wrong_row(
+    behind: Settings,
+) -> None:
+    with start(behind, "A") as a, start(behind, "B") as b:
+        try:
+            for process in (a, b):
+                assert process.stdout is not None
+                assert await asyncio.to_thread(process.stdout.readline) == "going\n"
+            await migrate_under_way(behind)
+            assert None in {a.poll(), b.poll()}, "they were too fast to see it"
+            results = [await asyncio.to_thread(finish, process) for process in (a, b)]
+        finally:
+            a.kill()
+            b.kill()
+    assert [result["errors"] + result["wrong"] for result in results] == [[], []]
+    assert sum(result["transactions"] for result in results) == 2 * TASKS * ROUNDS * 5 == 600
+    assert await sql(behind, "SELECT count(*) FROM tiger_accounts") == 2 * TASKS * ROUNDS
+    count = "SELECT sum(usage_count) FROM api_keys"
+    assert await sql(behind, count) == 2 * TASKS * ROUNDS
+
+
+async def test_a_schema_is_made_past_the_pooler(
+    empty_database: Settings, folder: Path, server_url: str
+) -> None:
+    settings = pooled(empty_database, folder, server_url)
+    async with migration_engine(settings) as engine:
+        assert (await upgrade(engine)).problem is None
+    async with Database(settings) as database, database.session() as session:
+        await factories.account(session)
+
+
+async def test_a_revocation_is_heard_of_past_the_pooler(database: Database) -> None:
+    async with KeyVerifier(database) as verifier:
+        async with database.session() as session:
+            key, raw = await factories.api_key(session)
+        await verifier.authorize(raw, scopes=[APIKeyScope.MCP_READ])
+        assert verifier._known
+        async with database.session() as session:
+            await crud.api_keys.revoke(session, key.id)
+        deadline = time.monotonic() + SOON
+        while verifier._known:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.001)
+        with pytest.raises(APIKeyRevoked):
+            await verifier.authorize(raw, scopes=[APIKeyScope.MCP_READ])
+
+
+async def test_a_worker_is_woken_past_the_pooler(database: Database) -> None:
+    asked: asyncio.Queue[str] = asyncio.Queue()
+
+    async def refresh(account: TigerAccount) -> NewToken:
+        asked.put_nowait(account.account_number)
+        return NewToken("new", expires_at=datetime.now(UTC) + timedelta(days=15))
+
+    worker = RefreshWorker(database, refresh)
+    running = asyncio.create_task(worker.run())
+    try:
+        for _ in range(3):
+            async with database.session() as session:
+                account = await factories.account_with_token(session)
+                await crud.token_status.schedule_due(session)
+            async with asyncio.timeout(SOON):
+                assert await asked.get() == account.account_number
+    finally:
+        worker.stop()
+        await running
+    assert worker.counts["broken"] == 0
+
+
+async def test_events_are_followed_and_sealed(behind: Settings) -> None:
+    settings = behind.model_copy(update={"audit_signing_key": generate_signing_key()})
+    settings = Settings(**settings.model_dump(exclude_unset=True))
+    begun = asyncio.Event()
+    async with Database(settings) as database:
+        events = follow(database, begun=begun.set)
+        first = asyncio.create_task(anext(events))
+        await begun.wait()
+        async with database.session() as session:
+            batch = [AuditLog(action=AuditAction.MCP_TOOL_CALL) for _ in range(3)]
+            await crud.audit_logs.log_events(session, batch)
+        async with asyncio.timeout(SOON):
+            assert (await first).id in {event.id for event in batch}
+        await events.aclose()
+        assert (await seal(database)).rows == 3
+
+
+def needs() -> dict[str, Callable[[Database], Awaitable[object]]]:
+    async def refresh(account: TigerAccount) -> NewToken:
+        raise AssertionError
+
+    async def migrate(database: Database) -> None:
+        async with migration_engine(database.settings) as engine:
+            await upgrade(engine)
+
+    return {
+        "a connection": lambda database: connect_directly(database.settings),
+        "a verifier": lambda database: KeyVerifier(database).__aenter__(),
+        "a worker": lambda database: RefreshWorker(database, refresh).run(),
+        "a follower": lambda database: anext(follow(database)),
+        "a seal": seal,
+        "a migration": migrate,
+    }
+
+
+@pytest.mark.parametrize("what", needs())
+async def test_without_a_way_past_the_pooler_what_needs_one_says_so(
+    behind: Settings, what: str
+) -> None:
+    changes = {"db_direct_host": None, "audit_signing_key": generate_signing_key()}
+    values = behind.model_copy(update=changes).model_dump(exclude_unset=True)
+    async with Database(Settings(**values)) as database:
+        async with asyncio.timeout(SOON):
+            with pytest.raises(ConfigurationError, match=r"^DB_DIRECT_HOST is not set") as caught:
+                await needs()[what](database)
+        assert "\n" not in str(caught.value)
+        async with database.session() as session:  # which needs none
+            await factories.account(session)
+
+
+async def test_a_statement_is_given_up_in_time_and_leaves_nothing_behind(
+    behind: Settings,
+) -> None:
+    limited = behind.model_copy(update={"db_query_timeout": 0.2, "db_pool_size": 1})
+    async with Database(limited) as database:
+        await database.check()
+        for _ in range(SIZE + 1):
+            with pytest.raises(DatabaseUnavailable, match=r"no answer in 0\.2 s"):
+                async with database.session() as session:
+                    await session.execute(text("SELECT pg_sleep(60)"))
+            with pytest.raises(DatabaseUnavailable):
+                async with plain_connection(database.engine) as connection:
+                    await connection.execute("SELECT pg_sleep(60)")
+        async with database.session() as session:
+            assert await session.scalar(text("SELECT current_setting('TimeZone')")) == "UTC"
+    deadline = time.monotonic() + SOON
+    sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
+    while await sql(behind, f"{sleeping} AND state = 'active'"):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+# Health
+
+
+async def test_health_finds_nothing_wrong_with_a_pooler_that_is_named(behind: Settings) -> None:
+    report = await health(behind)
+    assert report.problems == []
+    assert report.latency_ms is not None
+
+
+async def test_health_tells_of_a_pooler_that_is_not_named(
+    clone_settings: Settings, folder: Path, server_url: str
+) -> None:
+    hidden = {"db_pooler": "none", "db_direct_host": None}
+    (problem,) = (await health(pooled(clone_settings, folder, server_url, **hidden))).problems
+    assert "unsupported startup parameter" in problem
+    assert problem.endswith("behind PgBouncer, set DB_POOLER=pgbouncer and DB_DIRECT_HOST")
+    with pgbouncer(server_url, ignore_startup_parameters="statement_timeout") as careless:
+        named = pooled(clone_settings, careless, server_url)
+        (problem,) = (await health(named.model_copy(update=hidden))).problems
+        assert problem.endswith("set DB_POOLER=pgbouncer and DB_DIRECT_HOST")
+        wrong = {"db_direct_host": str(careless), "db_direct_port": PORT}
+        (problem,) = (await health(named.model_copy(update=wrong))).problems
+        assert problem == "DB_DIRECT_HOST leads to a pooler: name the server itself"
+
+
+async def test_health_tells_that_the_way_past_the_pooler_leads_elsewhere(
+    server_url: str, folder: Path, clone_settings: Settings
+) -> None:
+    await sql(clone_settings, "CREATE DATABASE elsewhere")
+    try:
+        url = clone_settings.model_copy(
+            update={"database_url": None, "db_host": "x", "db_name": "elsewhere"}
+        )
+        report = await health(pooled(url, folder, server_url))
+        assert report.problems == [
+            "DB_DIRECT_HOST is another server than the one behind the pooler"
+        ]
+    finally:
+        await sql(clone_settings, "DROP DATABASE elsewhere")
