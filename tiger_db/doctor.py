@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tiger_db.database import AsyncSession, migration_engine
 from tiger_db.encryption import KeyRing
-from tiger_db.errors import TigerDBError
+from tiger_db.errors import Conflict, QueryTimeout, TigerDBError
 from tiger_db.health import audit_months_ahead, explain, key_ring
 from tiger_db.key_uses import key_uses
 from tiger_db.migrations import schema_state
@@ -86,18 +86,16 @@ async def _checked(connection: AsyncConnection, name: str, check: Check) -> Find
         async with connection.begin():
             await connection.execute(_LIMITS)
             return Finding(name, *await check(connection))
-    except DBAPIError as error:
+    except (DBAPIError, Conflict, QueryTimeout) as error:
         return Finding(name, "warning", f"not seen: {explain(error)}", _unseen(error))
 
 
-def _unseen(error: DBAPIError) -> str:
-    match getattr(error.orig, "sqlstate", None):
-        case "42501":
-            return "GRANT this role what it lacks, or run it as the owner of the tables"
-        case "55P03" | "57014":
-            return "run it again; see the blocked sessions and the longest transaction"
-        case _:
-            return "see `tiger-db check`"
+def _unseen(error: Exception) -> str:
+    if isinstance(error, Conflict | QueryTimeout):
+        return "run it again; see the blocked sessions and the longest transaction"
+    if isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) == "42501":
+        return "GRANT this role what it lacks, or run it as the owner of the tables"
+    return "see `tiger-db check`"
 
 
 async def _rows(connection: AsyncConnection, statement: str) -> Sequence[Row[Any]]:

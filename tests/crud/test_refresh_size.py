@@ -1,6 +1,5 @@
-"""The plans of `test_indexes` at full size; minutes, so only with TIGER_DB_SOAK."""
+"""The plans of `test_indexes` at full size; minutes, so only in `make soak`."""
 
-import os
 from collections.abc import AsyncIterator
 from uuid import uuid4
 
@@ -47,9 +46,7 @@ VACUUM ANALYZE tiger_accounts;
 VACUUM ANALYZE token_statuses
 """
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("TIGER_DB_SOAK"), reason="only with TIGER_DB_SOAK: it takes minutes"
-)
+pytestmark = pytest.mark.soak
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

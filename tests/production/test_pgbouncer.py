@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 
 from tests import factories
 from tests.production.pgbouncer import PORT, PROGRAM, SIZE, pgbouncer, pooled
@@ -31,7 +30,7 @@ from tiger_db import (
 )
 from tiger_db.audit import follow, seal
 from tiger_db.database import connect_directly, migration_engine
-from tiger_db.errors import APIKeyRevoked, ConfigurationError, DatabaseUnavailable
+from tiger_db.errors import APIKeyRevoked, ConfigurationError, Conflict, DatabaseUnavailable
 from tiger_db.health import health
 from tiger_db.migrations import upgrade
 from tiger_db.signing import generate_signing_key
@@ -177,9 +176,7 @@ async def migrate_under_way(settings: Settings) -> None:
                         await connection.execute(text("SET LOCAL lock_timeout = '100ms'"))
                         await connection.execute(text(statement))
                     break
-                except DBAPIError as error:
-                    if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
-                        raise
+                except Conflict:
                     await asyncio.sleep(0.02)  # so that the others get on
             else:
                 pytest.fail("no lock could be had")
@@ -342,7 +339,10 @@ async def test_health_tells_of_a_pooler_that_is_not_named(
     (problem,) = (await health(pooled(clone_settings, folder, server_url, **hidden))).problems
     assert "unsupported startup parameter" in problem
     assert problem.endswith("behind PgBouncer, set DB_POOLER=pgbouncer and DB_DIRECT_HOST")
-    with pgbouncer(server_url, ignore_startup_parameters="statement_timeout") as careless:
+    with pgbouncer(
+        server_url,
+        ignore_startup_parameters="statement_timeout,idle_in_transaction_session_timeout",
+    ) as careless:
         named = pooled(clone_settings, careless, server_url)
         (problem,) = (await health(named.model_copy(update=hidden))).problems
         assert problem.endswith("set DB_POOLER=pgbouncer and DB_DIRECT_HOST")

@@ -7,11 +7,11 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 
 from tests import factories
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db.database import AsyncSession
+from tiger_db.errors import QueryTimeout
 from tiger_db.statements import commented
 
 SECRET = "hunter2-never-shown"
@@ -158,7 +158,7 @@ async def test_what_runs_into_the_time_limit_is_slow_too(
     clone_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with opened(clone_settings, db_slow_query=0.1, db_query_timeout=0.2) as database:
-        with pytest.raises(DBAPIError):
+        with pytest.raises(QueryTimeout):
             async with database.session() as session:
                 await session.execute(text("SELECT pg_sleep(60) /* " + "x" * 1000 + " */"))
     (line,) = told(caplog)
