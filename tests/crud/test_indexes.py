@@ -14,12 +14,13 @@ from sqlalchemy import event, text
 
 from tests.conftest import create_database, drop_database
 from tests.crud.serves import NOW, SERVES, id_of, limited_use
-from tiger_db import AuditLog, Database, Settings, doctor
+from tiger_db import AuditLog, Database, Settings
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorizing import load
 from tiger_db.crud.api_keys.text import checksum
 from tiger_db.crud.common import encode_cursor
 from tiger_db.database import AsyncSession
+from tiger_db.doctor import tables
 from tiger_db.errors import InvalidAPIKey
 from tiger_db.verifier import FIND
 
@@ -191,10 +192,10 @@ async def test_refreshes_are_worked_on_by_index_alone(full: Settings, query: Que
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
-        (doctor.UNSEALED_EVENTS, "position"),  # as PostgreSQL names those of partitions
-        (doctor.OPEN_REFRESHES, "ix_token_statuses_due|uq_token_statuses_tiger_account_id_open"),
-        (doctor.DUE_TOKENS, "ix_tiger_accounts_token_refresh_at"),
-        (doctor.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
+        (tables.UNSEALED_EVENTS, "position"),  # as PostgreSQL names those of partitions
+        (tables.OPEN_REFRESHES, "ix_token_statuses_due|uq_token_statuses_tiger_account_id_open"),
+        (tables.DUE_TOKENS, "ix_tiger_accounts_token_refresh_at"),
+        (tables.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
     ],
 )
 async def test_the_doctor_reads_no_table_that_is_large(

@@ -12,12 +12,12 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests import factories
+from tests.production.cluster import Cluster, eventually, needs_postgresql
 from tests.test_health import OTHER_KEY, months, sql
 from tiger_db import AuditAction, Database, Settings, crud
-from tiger_db import doctor as doctors
 from tiger_db.audit import seal
 from tiger_db.database import connect
-from tiger_db.doctor import Finding, doctor
+from tiger_db.doctor import Finding, doctor, server, tables
 from tiger_db.signing import generate_signing_key
 
 NOW = datetime.now(UTC)
@@ -64,7 +64,7 @@ async def test_a_long_transaction(
         finding = await found(clone_settings, "longest transaction")
         assert (finding.status, finding.advice) == ("ok", None)
         assert named in finding.seen
-        monkeypatch.setattr(doctors, "OPEN", (0, 0))
+        monkeypatch.setattr(server, "OPEN", (0, 0))
         finding = await found(clone_settings, "longest transaction")
     assert finding.status == "problem"
     assert finding.advice is not None
@@ -117,7 +117,7 @@ async def test_unsealed_events(
     finding = await found(clone_settings, "unsealed events")
     assert finding.status == "ok"
     assert finding.seen.startswith("3 events at most, the oldest of ")
-    monkeypatch.setattr(doctors, "UNSEALED", (0, 0))
+    monkeypatch.setattr(tables, "UNSEALED", (0, 0))
     finding = await found(clone_settings, "unsealed events")
     assert (finding.status, finding.advice) == ("warning", "run `tiger-db seal-audit` every minute")
     key = SecretStr(generate_signing_key())
@@ -313,3 +313,32 @@ async def test_no_server() -> None:
     assert (finding.check, finding.status) == ("server", "problem")
     assert "localhost:1/x" in finding.seen
     assert "hunter2" not in str(finding)
+
+
+@needs_postgresql
+async def test_a_standby_that_lags(cluster: Cluster) -> None:
+    settings = cluster.settings()
+    await eventually(lambda: cluster.primary.sql("SELECT count(*) = 1 FROM pg_stat_replication"))
+    finding = await found(settings, "replication")
+    assert finding.status == "ok"
+    assert "is streaming" in finding.seen
+    await cluster.standby.sql("SELECT pg_wal_replay_pause()")
+    bound = server.LAG_MIB[0]
+    for _ in range(bound // 16 + 1):
+        await cluster.primary.sql(
+            "SELECT pg_logical_emit_message(false, '', repeat('x', 16777216))"
+        )
+
+    async def told() -> bool:
+        return (await found(settings, "replication")).status != "ok"
+
+    await eventually(told)
+    finding = await found(settings, "replication")
+    assert finding.status == "warning"
+    assert finding.advice is not None
+    await cluster.standby.sql("SELECT pg_wal_replay_resume()")
+
+    async def caught_up() -> bool:
+        return (await found(settings, "replication")).status == "ok"
+
+    await eventually(caught_up)
