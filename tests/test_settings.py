@@ -15,7 +15,8 @@ import tiger_db
 from tiger_db import Database
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError
-from tiger_db.settings import Settings, SSLMode
+from tiger_db.places import SSLMode
+from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key
 
 SECRET = "Kx9-never-shown"

@@ -1,9 +1,7 @@
 """What the environment says. Nothing is read before a `Settings()` is made."""
 
 import math
-import re
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
@@ -22,23 +20,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.peppers import Peppers
+from tiger_db.places import SCHEME, SSLMode, check_url, hosts_in, hosts_in_url
 from tiger_db.signing import parse_signing_key
 
 if TYPE_CHECKING:
     import asyncpg
 
 T = TypeVar("T")
-
-
-class SSLMode(StrEnum):
-    """https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION."""
-
-    DISABLE = "disable"
-    ALLOW = "allow"
-    PREFER = "prefer"
-    REQUIRE = "require"
-    VERIFY_CA = "verify-ca"
-    VERIFY_FULL = "verify-full"
 
 
 class ConnectArgs(TypedDict, total=False):
@@ -80,23 +68,9 @@ def _sendable(value: SecretStr) -> SecretStr:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_path_without_nul)]
 SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
-# What libpq calls itself besides the asyncpg form that SQLAlchemy users write.
-_SCHEME = re.compile(r"^(postgres|postgresql|postgresql\+asyncpg)://", re.ASCII)
-_NOT_A_URL = "DATABASE_URL is not a valid URL: percent-encode its parts"
-_HOST = r"(?:\[[^\[\]@]*\]|[^\[\]@:,]*)(?::\d{1,5})?"
-_HOSTS = re.compile(f"{_HOST}(?:,{_HOST})*", re.ASCII)
-# A host with its port; what is neither this nor a folder is an IPv6 address.
-_PLACE = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::(\d{1,5}))?", re.ASCII)
 _GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
-_SSL_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey"}
 # What PgBouncer takes at the start of a session, and keeps apart for each of its clients.
 _POOLED_SETTINGS = ("application_name", "timezone")
-# Passed on by asyncpg itself; anything else in a URL's query would become a server setting.
-_URL_PARAMETERS = _SSL_PARAMETERS | {
-    "host", "port", "user", "password", "database", "dbname", "passfile", "application_name",
-    "connect_timeout", "options", "target_session_attrs", "sslcrl", "sslpassword",
-    "sslnegotiation", "ssl_min_protocol_version", "ssl_max_protocol_version",
-}  # fmt: skip
 
 
 class Settings(BaseSettings):
@@ -165,7 +139,7 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         if self.database_url is not None:
             url = self.database_url.get_secret_value()
-            _check_url(url)
+            check_url(url)
             if self.pooled and "options" in dict(parse_qsl(urlsplit(url).query)):
                 raise ValueError("DATABASE_URL: options are not for DB_POOLER: use ALTER ROLE")
         if self.production and self.embedded:
@@ -176,7 +150,7 @@ class Settings(BaseSettings):
             raise ValueError("DB_REPLICA_HOSTS needs DB_HOST or DATABASE_URL")
         for name, hosts in (("DB_HOST", self.db_host), ("DB_REPLICA_HOSTS", self.db_replica_hosts)):
             if hosts is not None:
-                _hosts(name, hosts, str(self.db_port))
+                hosts_in(name, hosts, str(self.db_port))
         return self
 
     @property
@@ -244,7 +218,7 @@ class Settings(BaseSettings):
         if self.embedded:
             return f"embedded/{self.database}"
         if self.database_url is None:
-            hosts = _hosts("DB_HOST", self.db_host or "", str(self.db_port))
+            hosts = hosts_in("DB_HOST", self.db_host or "", str(self.db_port))
             return f"{','.join(f'{host}:{port}' for host, port in hosts)}/{self.db_name}"
         url = urlsplit(self.database_url.get_secret_value())
         query = dict(parse_qsl(url.query))
@@ -256,7 +230,7 @@ class Settings(BaseSettings):
         """Hosts, or socket folders, and ports of the standbys that may answer readonly sessions."""
         if self.db_replica_hosts is None:
             return []
-        return _hosts("DB_REPLICA_HOSTS", self.db_replica_hosts, str(self.db_port))
+        return hosts_in("DB_REPLICA_HOSTS", self.db_replica_hosts, str(self.db_port))
 
     def connect_args(self, replica: tuple[str, int] | None = None) -> ConnectArgs:
         """How to reach the server, or a replica, as keyword arguments of `asyncpg.connect`.
@@ -281,7 +255,7 @@ class Settings(BaseSettings):
             server_settings=self.server_settings(),
         )
         if self.database_url is not None:
-            url = urlsplit(_SCHEME.sub("postgresql://", self.database_url.get_secret_value()))
+            url = urlsplit(SCHEME.sub("postgresql://", self.database_url.get_secret_value()))
             query = {**tls, **dict(parse_qsl(url.query))}
             if "connect_timeout" in query:
                 arguments["timeout"] = float(query.pop("connect_timeout"))
@@ -291,13 +265,13 @@ class Settings(BaseSettings):
             attributes = query.pop("target_session_attrs", "read-write")
             arguments["dsn"] = urlunsplit(url._replace(query=urlencode(query)))
             arguments["database"] = self.database
-            if hosts := _url_hosts(url.netloc, query):  # else asyncpg finds the host
+            if hosts := hosts_in_url(url.netloc, query):  # else asyncpg finds the host
                 arguments["host"] = [host for host, _ in hosts]
                 arguments["port"] = [port for _, port in hosts]
             return self._pooled(_at(arguments, replica, attributes))
         if self.db_host is None:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
-        hosts = _hosts("DB_HOST", self.db_host, str(self.db_port))
+        hosts = hosts_in("DB_HOST", self.db_host, str(self.db_port))
         arguments["host"] = [host for host, _ in hosts] if len(hosts) > 1 else hosts[0][0]
         arguments["port"] = [port for _, port in hosts] if len(hosts) > 1 else hosts[0][1]
         arguments["user"] = self.db_user
@@ -390,66 +364,6 @@ def _at(arguments: ConnectArgs, replica: tuple[str, int] | None, attributes: str
         attributes = "standby"
     arguments["target_session_attrs"] = attributes
     return arguments
-
-
-def _url_hosts(netloc: str, query: dict[str, str]) -> list[tuple[str, int]]:
-    """The hosts of a URL, if it lists several."""
-    named = netloc.rpartition("@")[2]
-    listed = named or query.get("host", "")
-    if "," not in listed or unquote(listed).startswith("/"):
-        return []
-    hosts = _hosts("DATABASE_URL", listed, query.get("port", "5432"))
-    return [(unquote(host) if named else host, port) for host, port in hosts]
-
-
-def _hosts(name: str, text: str, default: str) -> list[tuple[str, int]]:
-    """The hosts of a list, with their ports. What begins with a slash is one folder, all of it."""
-    if "," not in text or text.startswith("/"):
-        texts = [text]
-    else:
-        texts = [part.strip() for part in text.split(",")]
-    ports = default.split(",")
-    if len(ports) == 1:
-        ports *= len(texts)
-    if not all(texts) or len(ports) != len(texts):
-        raise ValueError(f"{name}: hosts are separated by one comma each, ports are one or as many")
-    hosts = []
-    for place, port in zip(texts, ports, strict=True):
-        found = None if place.startswith("/") else _PLACE.fullmatch(place)
-        host, number = (
-            (found[1] or found[2], int(found[3] or port)) if found else (place, int(port))
-        )
-        if not 1 <= number <= 65535:  # noqa: PLR2004  # TCP's
-            raise ValueError(f"{name}: a port must be a number from 1 to 65535")
-        hosts.append((host, number))
-    return hosts
-
-
-def _check_url(text: str) -> None:
-    if not _SCHEME.match(text):
-        raise ValueError("DATABASE_URL must start with postgresql://")
-    if "\0" in unquote(text):
-        raise ValueError("DATABASE_URL must not contain a NUL character")
-    try:
-        url = urlsplit(text)
-        query = dict(parse_qsl(url.query, strict_parsing=True)) if url.query else {}
-    except ValueError:
-        raise ValueError(_NOT_A_URL) from None
-    login, _, hosts = url.netloc.rpartition("@")
-    # Of a password that is not percent-encoded, a part would pass for a host, and be shown.
-    if "#" in text or "@" in login + url.path + url.query or not _HOSTS.fullmatch(hosts):
-        raise ValueError(_NOT_A_URL)
-    ports = [*re.findall(r":(\d+)(?:,|$)", hosts), *query.get("port", "1").split(",")]
-    if not all(re.fullmatch(r"\d{1,5}", port) and 1 <= int(port) <= 65535 for port in ports):  # noqa: PLR2004  # TCP's
-        raise ValueError("DATABASE_URL: a port must be a number from 1 to 65535")
-    _url_hosts(url.netloc, query)
-    if unknown := sorted(query.keys() - _URL_PARAMETERS):
-        raise ValueError(f"DATABASE_URL has an unknown parameter: {', '.join(unknown)}")
-    if "sslmode" in query and query["sslmode"] not in list(SSLMode):
-        raise ValueError(f"DATABASE_URL: sslmode must be one of {', '.join(SSLMode)}")
-    timeout = query.get("connect_timeout", "1")
-    if not re.fullmatch(r"\d{1,4}(\.\d+)?", timeout, re.ASCII) or not float(timeout):
-        raise ValueError("DATABASE_URL: connect_timeout must be a positive number of seconds")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -35,7 +35,8 @@ from tiger_db.database import connect
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.health import explain, health
-from tiger_db.settings import Settings, SSLMode
+from tiger_db.places import SSLMode
+from tiger_db.settings import Settings
 from tiger_db.tls import is_unverified
 
 pytestmark = pytest.mark.skipif(
