@@ -139,6 +139,9 @@ def standby_of(primary: Server) -> Server:
     standby = Server(primary.data.with_name("standby"), free_port())
     run("pg_basebackup", "-D", str(standby.data), "-h", LOOPBACK, "-p", str(primary.port),
         "-U", "tiger_db", "-R", "-c", "fast", "--no-sync")  # fmt: skip
+    # What pg_basebackup writes may be unknown to the libpq that the server finds.
+    with (standby.data / "postgresql.auto.conf").open("a") as file:
+        file.write(f"primary_conninfo = 'host={LOOPBACK} port={primary.port} user=tiger_db'\n")
     standby.start()
     return standby
 
