@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import text
 
 from tests import factories
 from tests.crud.test_concurrency import nobody_passes
@@ -169,6 +170,14 @@ async def test_a_lost_claim_changes_nothing(clone: Database, use: str, how: str)
             await USES[use](session, zombie)
     async with clone.session() as session:
         assert await factories.everything(session) == before
+
+
+@pytest.mark.parametrize("use", ["complete", "fail"])
+async def test_a_claim_goes_with_its_account(session: AsyncSession, use: str) -> None:
+    claim = await factories.claim(session)
+    await session.execute(text("DELETE FROM tiger_accounts"))
+    with pytest.raises(NotFound, match="TigerAccount"):
+        await USES[use](session, claim)
 
 
 # Ending

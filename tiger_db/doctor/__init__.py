@@ -1,7 +1,8 @@
 """One look at the database that tells what is wrong, and what to do about it.
 
-Each check is one statement, in a transaction of its own that waits for nobody: what it may not see
-or cannot see in time is a finding too, and the others go on. None reads a whole large table.
+Each check is one statement, in a transaction of its own that waits for hardly anybody: what it may
+not see, or not in time, is a finding too, and the others go on. The tables that grow are read by
+their indexes; that of the accounts once, for the encryption keys.
 """
 
 import asyncio

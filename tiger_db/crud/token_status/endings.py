@@ -104,6 +104,7 @@ async def complete(
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
         StaleToken: the account has a newer token; nothing has changed.
+        NotFound: the account is gone, and the refresh with it.
         ValidationError: a value is refused; nothing has changed.
     """
     claim.validated(
@@ -214,6 +215,7 @@ async def fail(
 
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
+        NotFound: the account is gone, and the refresh with it.
         ValidationError: a value is refused; nothing has changed.
     """
     # The account first, as everyone who locks both does.
