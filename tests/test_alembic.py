@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
-from tests.conftest import create_database, drop_database
+from tests.support import databases
 from tiger_db import Settings
 from tiger_db.database import connect, migration_engine
 from tiger_db.migrations import drift, scripts, upgrade
@@ -198,13 +198,13 @@ async def changed(
 ) -> AsyncIterator[Checkout]:
     """A copy with all of the changes at once, on a migrated database."""
     name = f"tiger_db_changed_{uuid4().hex[:12]}"
-    settings = await create_database(server_url, name, template)
+    settings = await databases.create(server_url, name, template)
     checkout = copied(tmp_path_factory.mktemp("changed"), settings)
     (checkout.folder / MODELS / "webhooks.py").write_text(WEBHOOKS)
     for change in CHANGES:
         checkout.change(*change)
     yield checkout
-    await drop_database(server_url, name)
+    await databases.drop(server_url, name)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -271,6 +271,7 @@ def downgrade():
 '''
 
 
+@pytest.mark.schema_changes
 async def test_a_failed_migration_leaves_nothing_half_done(checkout: Checkout) -> None:
     versions = checkout.folder / "alembic" / "versions"
     (versions / "later.py").write_text(BROKEN)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests import servers
+from tests.support import servers
 from tests.test_settings import SECRET, refused
 from tiger_db.database import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable

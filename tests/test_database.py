@@ -9,8 +9,8 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tests import factories
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
 from tiger_db import Database, Settings, crud
 from tiger_db.database import connect, migration_engine
 from tiger_db.encryption import generate_key
@@ -159,7 +159,7 @@ async def test_malformed_keys_are_refused_without_showing_them(
 DEFAULT = """
 import asyncio, gc, sys, weakref
 from tiger_db import get_session, crud
-from tests import factories
+from tests.support import factories
 
 loops = []
 

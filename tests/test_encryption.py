@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import StatementError
 
-from tests import factories
-from tests.factories import new_account, plain
+from tests.support import factories
+from tests.support.factories import new_account, plain
 from tiger_db import TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import (

@@ -18,7 +18,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tiger_db import AuditAction, AuditLog, Database, crud, embedded
 from tiger_db.database import connect, migration_engine
 from tiger_db.health import Health, health
@@ -89,6 +89,7 @@ async def test_healthy(clone_settings: Settings) -> None:
     assert json.loads(json.dumps(asdict(report))) == asdict(report)
 
 
+@pytest.mark.schema_changes
 async def test_rows_are_estimates_over_all_partitions(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -114,6 +115,7 @@ async def test_rows_are_estimates_over_all_partitions(
     }  # fmt: skip
 
 
+@pytest.mark.schema_changes
 async def test_rows_that_were_never_analyzed_are_taken_from_the_statistics(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -131,6 +133,7 @@ async def test_rows_that_were_never_analyzed_are_taken_from_the_statistics(
     assert rows["api_keys"] == 0
 
 
+@pytest.mark.schema_changes
 async def test_months_that_are_missing(clone: Database, clone_settings: Settings) -> None:
     await sql(clone_settings, f"DROP TABLE {months(4, 4)[0]}")
     report = await health(clone_settings)
@@ -150,6 +153,7 @@ async def test_months_that_are_missing(clone: Database, clone_settings: Settings
     assert (report.audit_months_ahead, report.problems) == (MONTHS_AHEAD, [])
 
 
+@pytest.mark.schema_changes
 async def test_strays_that_migrate_moves(clone: Database, clone_settings: Settings) -> None:
     await sql(clone_settings, f"DROP TABLE {', '.join(months(0, 12))}")
     async with clone.session() as session:
@@ -188,6 +192,7 @@ async def test_schema(empty_database: Settings) -> None:
     assert "upgrade tiger_db" in only_problem(report)
 
 
+@pytest.mark.schema_changes
 async def test_missing_table(clone_settings: Settings) -> None:
     await sql(clone_settings, "DROP TABLE audit_logs CASCADE")
     report = await health(clone_settings)

@@ -18,9 +18,9 @@ import psutil
 import pytest
 from sqlalchemy import event
 
-from tests import factories, servers
 from tests.models.examples import table_of
-from tests.servers import settings_for
+from tests.support import factories, servers
+from tests.support.servers import settings_for
 from tiger_db import APIKey, APIKeyScope, Database, KeyVerifier, Settings, crud, embedded, verifier
 from tiger_db.crud.api_keys.text import new_key
 from tiger_db.database import connect, migration_engine

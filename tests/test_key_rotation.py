@@ -12,9 +12,9 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.conftest import recorded
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
+from tests.support.recording import recorded
 from tests.test_encryption import K1, K2, ONLY_K2, SECRETS, values_of
 from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, key_rotation
 from tiger_db.crud import accounts

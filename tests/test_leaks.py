@@ -15,9 +15,9 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from tests import factories
 from tests.embedded.conftest import discard, reachable_folder, settings_for
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
 from tests.test_encryption import K1, K2
 from tiger_db import (
     APIKeyScope,

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from tests import factories
-from tests.conftest import recorded
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
+from tests.support.recording import recorded
 from tiger_db import AccountStatus, Database, Settings, crud
 from tiger_db.database import AsyncSession, migration_engine
 from tiger_db.errors import MigrationError, SchemaMismatch
@@ -140,6 +140,7 @@ async def test_0002_destroys_the_credentials_of_closed_accounts(empty_database: 
     }
 
 
+@pytest.mark.schema_changes
 async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> None:
     async with clone.session() as session:
         used = await factories.account(session, access_token="t", client_options={"timeout": 7})
@@ -233,6 +234,7 @@ async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> No
         assert await drift(engine) == []
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -289,6 +291,7 @@ async def test_drift_is_found(clone_settings: Settings, change: str, found: str)
         assert any(found in line for line in await drift(engine)), await drift(engine)
 
 
+@pytest.mark.schema_changes
 async def test_partitions_are_no_drift(clone_settings: Settings) -> None:
     async with migration_engine(clone_settings) as engine:
         async with engine.begin() as connection:
@@ -350,6 +353,7 @@ async def forget_months(session: AsyncSession) -> None:
         await session.execute(text(f"DROP TABLE {name}"))
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     "zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles", "<far>-167", "<far>+167"]
 )
@@ -365,6 +369,7 @@ async def test_months_are_utc_in_any_time_zone(clone: Database, zone: str) -> No
         }
 
 
+@pytest.mark.schema_changes
 async def test_migrating_makes_a_year_of_months(clone: Database) -> None:
     async with clone.session() as session:
         assert len(await bounds(session)) == MONTHS_AHEAD + 1
@@ -390,6 +395,7 @@ async def test_months_that_are_there_stay(clone: Database, ahead: int) -> None:
         assert await bounds(session) == before
 
 
+@pytest.mark.schema_changes
 async def test_strays_move_into_their_month(clone: Database) -> None:
     this_month, next_month, later = month_starts(3)
     strays = [
@@ -412,6 +418,7 @@ async def test_strays_move_into_their_month(clone: Database) -> None:
         assert [place for _, place in places] == [*months, "audit_logs_default"]
 
 
+@pytest.mark.schema_changes
 async def test_concurrent_callers_make_each_month_once(clone: Database) -> None:
     async with clone.session() as session:
         await forget_months(session)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests import factories
-from tests.factories import new_account, plain
+from tests.support import factories
+from tests.support.factories import new_account, plain
 from tiger_db import Database, TigerAccount, TokenStatus
 from tiger_db.crud import accounts, token_status
 from tiger_db.database import AsyncSession

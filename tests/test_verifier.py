@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tests.test_key_memory import checkouts
 from tiger_db import APIKey, APIKeyScope, APIKeyStatus, Database, KeyVerifier, Settings, crud
 from tiger_db.errors import (

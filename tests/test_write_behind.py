@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tests import factories
+from tests.support import factories
 from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
 from tiger_db.database import connect
 from tiger_db.errors import DatabaseUnavailable, ScopeMissing

@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, Settings, crud
 from tiger_db.audit import Verification, export_checkpoint, read_checkpoint, seal
 from tiger_db.audit.checking import Check

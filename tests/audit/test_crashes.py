@@ -20,8 +20,8 @@ from pydantic import SecretStr
 from sqlalchemy import select
 from sqlmodel import col
 
-from tests import factories, servers
-from tests.servers import settings_for
+from tests.support import factories, servers
+from tests.support.servers import settings_for
 from tests.test_key_memory import kill
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
 from tiger_db.audit.proof import Seal, places_in

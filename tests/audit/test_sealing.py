@@ -21,7 +21,7 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from tests import factories
+from tests.support import factories
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
 from tiger_db.audit.proof import (
     DIGEST,
@@ -572,6 +572,7 @@ async def assert_each_change_is_found(database: Database, connection: Connection
     await assert_sealed_once(database, connection)
 
 
+@pytest.mark.schema_changes
 async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Connection) -> None:
     await other.execute("SET TIME ZONE 'Asia/Kathmandu'")
     for fraction in FRACTIONS:
@@ -595,6 +596,7 @@ async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Conne
     )
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("column", ["details", "old_values", "new_values", "tags"])
 async def test_a_number_is_sealed_to_its_last_digit(
     sealed: Database, other: Connection, column: str

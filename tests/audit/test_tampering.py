@@ -516,6 +516,7 @@ def assert_found(verification: Verification, expected: Finding, what: str) -> No
     assert str(first.position if first.position is not None else first.seal) in first.message
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("kind", Kind)
 async def test_verify_finds_what_is_committed(trail: Trail, kind: Kind) -> None:
     await trail.superuser.execute(SAVE)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import CommandLine, Result
-from tests.factories import plain
+from tests.support.command_line import CommandLine, Result
+from tests.support.factories import plain
 from tiger_db import Database, PrivateKeyFormat, Settings, TigerAccount, crud
 from tiger_db.tiger import parse_private_key
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from uuid_utils.compat import uuid7
 
-from tests.cli.conftest import CommandLine, Result
 from tests.cli.test_accounts import create as create_account
 from tests.cli.test_database import sql
+from tests.support.command_line import CommandLine, Result
 from tiger_db import APIKey
 from tiger_db.crud.api_keys.text import checksum
 from tiger_db.encryption import KeyRing

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests import factories
-from tests.cli.conftest import COMMAND, CommandLine, Result
 from tests.cli.test_accounts import create as create_account
 from tests.cli.test_database import sql
 from tests.cli.test_lists import write
+from tests.support import factories
+from tests.support.command_line import COMMAND, CommandLine, Result
 from tiger_db import AuditAction, AuditResult, Database, Settings, crud
 from tiger_db.database import AsyncSession, connect
 from tiger_db.signing import parse_public_key, parse_signing_key, public_pem, public_text
@@ -258,6 +258,7 @@ def test_export_to_stdout(sealed: CommandLine, clone_settings: Settings) -> None
     assert "--format" in sealed.misused("export-events", "--format", "xml")
 
 
+@pytest.mark.schema_changes
 def test_a_file_appears_when_it_is_complete(
     sealed: CommandLine, clone_settings: Settings, tmp_path: Path
 ) -> None:

@@ -11,9 +11,8 @@ from uuid import uuid4
 
 import pytest
 
-from tests import servers
-from tests.cli.conftest import COMMAND, SECRETS, CommandLine, Result
-from tests.conftest import drop_database
+from tests.support import databases, servers
+from tests.support.command_line import COMMAND, SECRETS, CommandLine, Result
 from tests.test_health import months
 from tiger_db import embedded
 from tiger_db.database import connect
@@ -46,7 +45,7 @@ def new_database(server_url: str) -> Iterator[str]:
     """The name of one that is not there yet."""
     name = f'tiger_db_new_ä "{uuid4().hex[:12]}%'
     yield name
-    asyncio.run(drop_database(server_url, name.replace('"', '""')))
+    asyncio.run(databases.drop(server_url, name.replace('"', '""')))
 
 
 @pytest.fixture
@@ -214,6 +213,7 @@ def test_history(bare: CommandLine) -> None:
         assert script["revision"] in bare.ok("history").out
 
 
+@pytest.mark.schema_changes
 def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> None:
     assert cli.ok("check").out == ""
     assert cli.ok("check", "--json").json == {"items": [], "next_cursor": None}

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.cli.conftest import CommandLine, Result
 from tests.cli.test_accounts import create as create_account
+from tests.support.command_line import CommandLine, Result
 from tiger_db import (
     AuditAction,
     AuditLog,
@@ -61,6 +61,7 @@ def events(cli: CommandLine, clone_settings: Settings) -> list[AuditLog]:
     return write(clone_settings, log)
 
 
+@pytest.mark.schema_changes
 def test_event_filters(cli: CommandLine, events: list[AuditLog]) -> None:
     placed, cancelled, failed, critical, of_user, from_ip, in_session = (
         str(event.id) for event in events
@@ -94,6 +95,7 @@ def test_event_filters(cli: CommandLine, events: list[AuditLog]) -> None:
     assert [item["action"] for item in items] == ["trade:cancel_order", "api_key:create"]
 
 
+@pytest.mark.schema_changes
 def test_events_for_people(cli: CommandLine, events: list[AuditLog]) -> None:
     shown = cli.ok("list-events", "--action", "trade", "--action", "data").out
     lines = shown.splitlines()
@@ -106,6 +108,7 @@ def test_events_for_people(cli: CommandLine, events: list[AuditLog]) -> None:
     assert cli.ok("list-events", "--user", "nobody") == Result(0, "", "there are none\n")
 
 
+@pytest.mark.schema_changes
 def test_events_in_pages(cli: CommandLine, events: list[AuditLog]) -> None:
     seen: list[dict[str, Any]] = []
     after: tuple[str, ...] = ()
@@ -120,6 +123,7 @@ def test_events_in_pages(cli: CommandLine, events: list[AuditLog]) -> None:
     assert len(seen) == len(events) + 2
 
 
+@pytest.mark.schema_changes
 def test_events_of_what_is_gone(
     cli: CommandLine, clone_settings: Settings, events: list[AuditLog]
 ) -> None:

@@ -1,27 +1,21 @@
 """What only a process of its own shows: exit codes, streams, signals, terminals, imports."""
 
 import asyncio
-import fcntl
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from typing import get_args
 
 import pytest
 
-from tests.cli.conftest import COMMAND, CommandLine
 from tests.cli.test_accounts import NUMBER, PAPER, REQUIRED, create, stored
 from tests.cli.test_database import sql
-from tests.factories import plain
+from tests.support.command_line import COMMAND, CommandLine
+from tests.support.factories import plain
+from tests.support.terminal import Terminal
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db import __all__ as names
 from tiger_db import models as enums
@@ -52,66 +46,6 @@ LOADED = (
     "finally:\n"
     "    print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)\n"
 )
-
-
-class Terminal:
-    """A terminal of 80 columns, in which programs run."""
-
-    def __init__(self) -> None:
-        self.screen, self.device = pty.openpty()
-        fcntl.ioctl(self.device, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.seen = ""
-
-    @contextmanager
-    def program(self, cli: CommandLine, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        with subprocess.Popen(
-            [*COMMAND, *arguments],
-            stdin=self.device,
-            stdout=self.device,
-            stderr=self.device,
-            env=cli.environment(TERM="xterm"),
-            start_new_session=True,
-        ) as program:
-            try:
-                yield program
-            finally:
-                program.kill()
-
-    def wait_for(self, text: str) -> None:
-        while text not in self.seen:
-            self.read()
-
-    def read(self) -> None:
-        self.seen += os.read(self.screen, 65536).decode()
-
-    def type(self, text: str) -> None:
-        os.write(self.screen, text.encode())
-
-    def end(self, program: subprocess.Popen[bytes]) -> int:
-        """Read on until the program ends; its exit code."""
-        os.set_blocking(self.screen, False)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            ended = program.poll()
-            try:
-                self.read()
-            except BlockingIOError:
-                if ended is not None:
-                    return ended
-                time.sleep(0.01)
-        raise TimeoutError(self.seen)
-
-    @property
-    def echoes(self) -> bool:
-        return bool(termios.tcgetattr(self.device)[3] & termios.ECHO)
-
-
-@pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    terminal = Terminal()
-    yield terminal
-    os.close(terminal.screen)
-    os.close(terminal.device)
 
 
 @pytest.fixture(scope="module")

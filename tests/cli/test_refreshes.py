@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from tigeropen.common.util.web_utils import http_pool
 
-from tests import factories
-from tests.cli.conftest import COMMAND, CommandLine, Result
 from tests.cli.test_accounts import NUMBER, stored
 from tests.cli.test_database import sql
-from tests.cli.test_process import Terminal
 from tests.refreshes.gateway import Gateway, serving
+from tests.support import factories
+from tests.support.command_line import COMMAND, CommandLine, Result
+from tests.support.terminal import Terminal
 from tests.test_tokens import tiger_token
 from tests.tiger.files import PK8
 from tests.tiger.test_private_keys import KEY

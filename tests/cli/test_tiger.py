@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import CommandLine
 from tests.cli.test_accounts import create, stored
-from tests.factories import plain
+from tests.support.command_line import CommandLine
+from tests.support.factories import plain
 from tests.tiger.files import (
     EVERYTHING,
     NEW,

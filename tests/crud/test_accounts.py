@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 
-from tests import factories
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
 from tiger_db import (
     AccountStatus,
     AccountType,

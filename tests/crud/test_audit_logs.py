@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, Settings
 from tiger_db.crud import audit_logs
 from tiger_db.database import AsyncSession

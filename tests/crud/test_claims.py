@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import text
 
-from tests import factories
 from tests.crud.test_concurrency import nobody_passes
+from tests.support import factories
 from tests.test_redaction import API_KEY, JWT, PEM
 from tests.test_tokens import SOON, tiger_token
 from tiger_db import (

@@ -15,8 +15,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
 from tests.test_tokens import MONTH, NOW, tiger_token
 from tiger_db import (
     AccountStatus,

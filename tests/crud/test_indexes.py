@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import event, text
 
-from tests.conftest import create_database, drop_database
 from tests.crud.serves import NOW, SERVES, id_of, limited_use
+from tests.support import databases
 from tiger_db import AuditLog, Database, Settings
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorizing import load
@@ -83,13 +83,13 @@ WHERE amname = 'brin' AND relkind = 'i'
 async def full(server_url: str, template: str) -> AsyncIterator[Settings]:
     """A database with some ten thousand rows in every table, and those in four partitions."""
     name = f"tiger_db_full_{uuid4().hex[:12]}"
-    settings = await create_database(server_url, name, template)
+    settings = await databases.create(server_url, name, template)
     async with Database(settings) as database, database.engine.connect() as connection:
         for statement in ROWS.split(";"):
             await connection.exec_driver_sql(statement)
         await connection.commit()
     yield settings
-    await drop_database(server_url, name)
+    await databases.drop(server_url, name)
 
 
 async def plan_of(settings: Settings, query: Query) -> Plan:

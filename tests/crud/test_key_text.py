@@ -12,8 +12,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from sqlalchemy import event
 
-from tests import factories
-from tests.conftest import recorded
+from tests.support import factories
+from tests.support.recording import recorded
 from tiger_db import AuditAction, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
 from tiger_db.crud.api_keys import KEY_PATTERN, text

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from tests import factories
 from tests.crud.test_accounts import SECRETS
+from tests.support import factories
 from tests.test_redaction import API_KEY, JWT, PEM
 from tests.test_tokens import tiger_token
 from tiger_db import (

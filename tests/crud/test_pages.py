@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests import factories
-from tests.conftest import recorded
+from tests.support import factories
+from tests.support.recording import recorded
 from tiger_db import AuditAction, AuditLog, Database, Page, crud
 from tiger_db.crud.common import decode_cursor, encode_cursor
 from tiger_db.database import AsyncSession

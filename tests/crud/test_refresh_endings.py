@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests import factories
+from tests.support import factories
 from tests.test_tokens import tiger_token
 from tiger_db import (
     AccountStatus,

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tests.test_tokens import tiger_token
 from tests.tiger.files import EVERYTHING, config
 from tiger_db import Database, RefreshTrigger, TigerAccount, TokenStatus

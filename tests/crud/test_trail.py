@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests import factories
 from tests.crud.test_accounts import CHANGES, SECRETS
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
 from tests.test_tokens import SOON, tiger_token
 from tiger_db import (
     AuditAction,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from tests import servers
 from tests.docs.schema import PAGE as SCHEMA
+from tests.support import servers
 from tiger_db.database import migration_engine
 from tiger_db.settings import Settings
 

@@ -4,8 +4,8 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 
-from tests import factories
 from tests.examples.conftest import Serve
+from tests.support import factories
 from tiger_db import APIKeyScope, Database, crud
 from tiger_db.crud.api_keys.text import new_key
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import servers
+from tests.support import servers
 from tiger_db import Settings
 from tiger_db.database import connect
 from tiger_db.encryption import generate_key

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 from pydantic import SecretStr
 
-from tests import servers
+from tests.support import servers
 from tiger_db import Settings
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH')}:/usr/sbin")

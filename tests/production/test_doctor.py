@@ -11,8 +11,8 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from tests import factories
 from tests.production.cluster import Cluster, eventually, needs_postgresql
+from tests.support import factories
 from tests.test_health import OTHER_KEY, months, sql
 from tiger_db import AuditAction, Database, Settings, crud
 from tiger_db.audit import seal
@@ -179,6 +179,7 @@ async def test_a_key_that_expires_soon(clone: Database, clone_settings: Settings
     assert finding.seen == f"2 expire within 7 days, {key.key_prefix} in 3 d"
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize(("dropped", "status"), [(1, "problem"), (2, "warning"), (3, "ok")])
 async def test_months_that_are_missing(clone_settings: Settings, dropped: int, status: str) -> None:
     await sql(clone_settings, f"DROP TABLE {', '.join(months(dropped, 12))}")
@@ -204,6 +205,7 @@ async def test_an_invalid_index(clone: Database, clone_settings: Settings) -> No
     assert (await found(clone_settings, "invalid indexes")).status == "ok"
 
 
+@pytest.mark.schema_changes
 async def test_dead_rows(clone_settings: Settings) -> None:
     await sql(
         clone_settings,
@@ -221,6 +223,7 @@ async def test_dead_rows(clone_settings: Settings) -> None:
     assert (await found(clone_settings, "dead rows")).status == "ok"
 
 
+@pytest.mark.schema_changes
 async def test_an_index_that_nobody_uses(clone_settings: Settings) -> None:
     await sql(
         clone_settings,
@@ -284,6 +287,7 @@ async def guest(clone_settings: Settings) -> AsyncIterator[Settings]:
     await sql(clone_settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
+@pytest.mark.schema_changes
 async def test_what_a_role_may_not_see_is_said(clone: Database, guest: Settings) -> None:
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests import factories
 from tests.production.cluster import LOOPBACK, Cluster, Server, eventually, needs_postgresql
+from tests.support import factories
 from tiger_db import Database, KeyVerifier, crud
 from tiger_db import settings as settings_module
 from tiger_db.database import AsyncSession

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests import factories
 from tests.production.pgbouncer import PORT, PROGRAM, SIZE, pgbouncer, pooled
+from tests.support import factories
 from tiger_db import (
     APIKeyScope,
     AuditAction,

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db.database import AsyncSession
 from tiger_db.errors import QueryTimeout

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from tests import servers
+from tests.support import servers
 from tests.test_settings import SECRET
 from tiger_db.database import connect
 from tiger_db.encryption import generate_key

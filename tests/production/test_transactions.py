@@ -7,8 +7,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
 from tests.production.cluster import eventually
+from tests.support import factories
 from tiger_db import Database, crud
 from tiger_db.database import AsyncSession, connect
 from tiger_db.errors import (
@@ -181,6 +181,7 @@ async def test_a_connection_lost_before_the_commit_is_no_reason_to_give_up(
         assert account_id in {account.id for account in accounts}
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("inside", [False, True])
 async def test_a_connection_lost_during_the_commit_is_told_and_nothing_is_run_again(
     clone: Database, inside: bool

@@ -24,10 +24,10 @@ import asyncpg
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests import factories
 from tests.audit.test_crashes import new_database, server
 from tests.refreshes.gateway import Odds, due_token, outcomes, state_of, tell
 from tests.refreshes.test_zombies import ROOT, environment
+from tests.support import factories
 from tests.tiger.files import PK8
 from tests.tiger.test_private_keys import KEY
 from tiger_db import (

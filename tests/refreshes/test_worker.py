@@ -16,10 +16,10 @@ import pytest
 from pydantic import SecretStr
 from tigeropen.common.util.web_utils import http_pool
 
-from tests import factories
 from tests.audit.test_crashes import new_database, server
-from tests.factories import plain
 from tests.refreshes.gateway import due_token, make_token, serving
+from tests.support import factories
+from tests.support.factories import plain
 from tests.test_tokens import tiger_token
 from tests.tiger.files import PK8
 from tests.tiger.test_private_keys import KEY

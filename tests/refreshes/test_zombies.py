@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from tests import factories
 from tests.crud.test_claims import LEASE, USES
 from tests.refreshes.gateway import Gateway, due_token, serving
+from tests.support import factories
 from tests.tiger.files import PK8
 from tests.tiger.test_private_keys import KEY
 from tiger_db import (

@@ -9,7 +9,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
-from tests import factories
+from tests.support import factories
 from tests.tiger.test_private_keys import NO_PASSWORD, der
 from tiger_db import AuditAction, PrivateKeyFormat
 from tiger_db.database import AsyncSession

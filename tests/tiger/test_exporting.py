@@ -10,7 +10,7 @@ import javaproperties
 import pytest
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tests.tiger.files import (
     EVERYTHING,
     NEW,
@@ -208,6 +208,7 @@ async def test_an_export_is_recorded(clone: Database, tmp_path: Path) -> None:
     assert event.details == {"files": [CONFIG_FILE, TOKEN_FILE]}
 
 
+@pytest.mark.schema_changes
 async def test_no_secret_leaves_unrecorded(clone: Database, tmp_path: Path) -> None:
     account = await stored(clone, tmp_path, REQUIRED)
     async with clone.session() as session:

@@ -9,8 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
-from tests import factories
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
 from tests.tiger.files import (
     EVERYTHING,
     NEW,

@@ -21,8 +21,8 @@ from tigeropen.common.request import OpenApiRequest
 from tigeropen.common.util.web_utils import http_pool
 from tigeropen.tiger_open_client import TigerOpenClient
 
-from tests.factories import account as stored_account
-from tests.factories import new_account
+from tests.support.factories import account as stored_account
+from tests.support.factories import new_account
 from tests.tiger.files import EVERYTHING, NEW, OLD, OTHER, PK1, PK8, config
 from tests.tiger.gateway import Gateway, loaded
 from tests.tiger.test_private_keys import pem
@@ -50,7 +50,7 @@ HOSTILE = {
 # Prints which files are opened and which connections made for a configuration, ours or the SDK's.
 WATCHED = """
 import sys
-from tests.factories import new_account
+from tests.support.factories import new_account
 from tests.tiger.files import PK8
 from tiger_db.tiger import client_config
 def look(event, arguments):
