@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if servers.CHOSEN not in os.environ:  # else a worker of xdist
         _server = servers.choose()
         if _server.kind != servers.GIVEN:
-            servers.forget_crashes(_server)
+            servers.make_fast(_server)
         os.environ[servers.CHOSEN] = json.dumps(
             {"url": _server.url, "what": f"{_server.kind}, PostgreSQL {servers.version(_server)}"}
         )

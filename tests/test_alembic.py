@@ -159,6 +159,7 @@ def checkout(tmp_path: Path, clone_settings: Settings) -> Checkout:
 # In this checkout
 
 
+@pytest.mark.slow
 async def test_the_plain_command_works_with_the_same_settings(empty_database: Settings) -> None:
     here = Checkout(ROOT, empty_database)
     await here.alembic("upgrade", "head")
@@ -169,6 +170,7 @@ async def test_the_plain_command_works_with_the_same_settings(empty_database: Se
         assert await drift(engine) == []
 
 
+@pytest.mark.slow
 async def test_offline_it_prints_sql_that_works(server_url: str, empty_database: Settings) -> None:
     sql = await Checkout(ROOT, empty_database).alembic("upgrade", "head", "--sql")
     connection = await connect(empty_database)
@@ -178,6 +180,7 @@ async def test_offline_it_prints_sql_that_works(server_url: str, empty_database:
         assert await drift(engine) == []
 
 
+@pytest.mark.slow
 async def test_it_tells_an_unreachable_server_without_a_credential(
     empty_database: Settings,
 ) -> None:
@@ -220,6 +223,7 @@ def test_check_finds(checked: str, change: str) -> None:
     assert re.search(FOUND[change], checked), checked
 
 
+@pytest.mark.slow
 async def test_a_generated_migration_runs_as_it_is(server_url: str, changed: Checkout) -> None:
     """Up, down and up again; then nothing is left to find; and no key is in it."""
     await changed.alembic("revision", "--autogenerate", "-m", "webhooks and more")
@@ -271,6 +275,7 @@ def downgrade():
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_a_failed_migration_leaves_nothing_half_done(checkout: Checkout) -> None:
     versions = checkout.folder / "alembic" / "versions"
@@ -287,6 +292,7 @@ async def test_a_failed_migration_leaves_nothing_half_done(checkout: Checkout) -
     await connection.close()
 
 
+@pytest.mark.slow
 async def test_an_installed_package_writes_no_migration(
     clone_settings: Settings, checkout: Checkout
 ) -> None:

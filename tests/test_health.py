@@ -288,7 +288,7 @@ async def test_missing_database(clone_settings: Settings) -> None:
     assert clone_settings.database_url is not None
     url = clone_settings.database_url.get_secret_value()
     settings = clone_settings.model_copy(
-        update={"database_url": SecretStr(url.replace("_clone_", "_nowhere_"))}
+        update={"database_url": SecretStr(url.replace("_test_", "_nowhere_"))}
     )
     assert "does not exist: run `tiger-db init`" in only_problem(await health(settings))
 

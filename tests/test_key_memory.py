@@ -333,6 +333,7 @@ async def test_a_key_with_limits_is_asked_for_every_time(
         await listening.authorize(raw_key)
 
 
+@pytest.mark.slow
 async def test_a_flood_of_unknown_keys_drives_no_good_one_out(clone: Database) -> None:
     async with KeyVerifier(clone, capacity=10) as listening:
         key, raw_key = await make_key(clone)
@@ -512,6 +513,7 @@ async def ask(
         await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [stop, stop_at_once, kill])
 async def test_a_restarted_server(
     private_server: Settings, private: Settings, end: Callable[[Settings], None]

@@ -42,6 +42,7 @@ def test_it_has_no_code_in_a_language_that_is_not_run() -> None:
     assert {language for language, _ in BLOCKS} == {"python", "sh"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_prints_what_its_comments_say(code: str, environ: dict[str, str]) -> None:
     result = subprocess.run(
@@ -57,6 +58,7 @@ def test_python_prints_what_its_comments_say(code: str, environ: dict[str, str])
     assert [line for line in result.stdout.splitlines() if line in said] == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", SHELL[1:])
 def test_commands_succeed(code: str, environ: dict[str, str], tmp_path: Path) -> None:
     for command in code.splitlines():

@@ -189,6 +189,7 @@ def test_settings_show_no_secret() -> None:
     assert SECRET not in f"{chosen!r} {chosen} {chosen.model_dump()} {chosen.place}"
 
 
+@pytest.mark.slow
 def test_nothing_is_read_at_import_time(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("DB_PORT=nonsense\n")
     environment = {**os.environ, **dict.fromkeys(VARIABLES, "nonsense")}

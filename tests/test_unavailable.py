@@ -147,6 +147,7 @@ def is_alive(process: psutil.Process) -> bool:
 Act = Callable[[AsyncSession], Awaitable[object]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [stop, kill])
 @pytest.mark.parametrize(
     "act", [crud.accounts.list_accounts, factories.account, AsyncSession.commit]

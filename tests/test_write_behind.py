@@ -104,6 +104,7 @@ async def true_after(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 async def test_counts_are_exact_however_often_connections_are_cut(
     clone_settings: Settings, other: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +341,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["with_a_database", "with_the_default", "interrupted"])
 async def test_a_program_that_ends_writes_its_counts(
     clone_settings: Settings, other: Connection, how: str

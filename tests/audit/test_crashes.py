@@ -173,6 +173,7 @@ async def assert_sealed_once(settings: Settings) -> None:
     assert len(places) == len({*places})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGQUIT], ids=lambda how: how.name)
 async def test_a_killed_server_under_load(
     private_server: Settings, private: Settings, how: signal.Signals

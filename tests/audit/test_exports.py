@@ -250,6 +250,7 @@ async def test_a_file_with_the_line_ends_of_windows(
     assert (await audit.verify_export(file, keys=[key])).sound
 
 
+@pytest.mark.slow
 async def test_a_file_that_ends_within_a_line(
     trail: Trail, lines: list[str], key: Ed25519PublicKey, tmp_path: Path
 ) -> None:
@@ -431,6 +432,7 @@ async def test_an_export_is_of_one_moment(
     assert len(await exported(trail.database)) > count + 10
 
 
+@pytest.mark.slow
 async def test_memory_does_not_grow_with_the_events(
     signing: Database, superuser: Connection, tmp_path: Path
 ) -> None:

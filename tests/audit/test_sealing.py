@@ -212,6 +212,7 @@ async def seals_made(connection: Connection) -> int:
     return int(await connection.fetchval("SELECT count(*) FROM audit_seals"))
 
 
+@pytest.mark.slow
 async def test_48_writers_and_two_sealers(
     signing: Settings, sealed: Database, other: Connection
 ) -> None:
@@ -242,6 +243,7 @@ async def test_48_writers_and_two_sealers(
     assert last == len(written.kept) + len(written.undone)  # and so there are gaps
 
 
+@pytest.mark.slow
 async def test_no_false_alarm_however_often(
     signing: Settings, sealed: Database, other: Connection
 ) -> None:
@@ -364,6 +366,7 @@ async def test_sealers_at_once(signing: Settings, sealed: Database, other: Conne
     await assert_sealed_once(sealed, other)
 
 
+@pytest.mark.slow
 async def test_a_killed_sealer(signing: Settings, sealed: Database, other: Connection) -> None:
     await other.execute(MANY, 100_000)
     for seals in (1, 3, 6):

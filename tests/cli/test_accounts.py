@@ -19,7 +19,7 @@ REQUIRED = ("--account-name", "Main", "--tiger-id", "20150001")
 
 @pytest.fixture(scope="module")
 def pem() -> str:
-    made = subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, check=True, text=True)
+    made = subprocess.run(["openssl", "genrsa", "1024"], capture_output=True, check=True, text=True)
     return made.stdout
 
 

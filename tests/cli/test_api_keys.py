@@ -372,6 +372,7 @@ def test_revoke_by_text_misused(cli: CommandLine, tmp_path: Path) -> None:
     assert cli.ok("show-api-key", row["id"], "--json").json["status"] == "active"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -394,6 +395,7 @@ def test_a_whole_key_in_place_of_its_prefix_is_not_named(
     assert key not in process.err
 
 
+@pytest.mark.slow
 def test_leaked_key_is_not_logged(cli: CommandLine) -> None:
     row = create(cli)
     secret = row["key"].rpartition("_")[2]

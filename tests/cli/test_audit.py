@@ -102,6 +102,7 @@ def test_seal_and_verify(sealed: CommandLine, clone_settings: Settings) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_finding_is_named_and_fails(sealed: CommandLine, clone_settings: Settings) -> None:
     sql(
         clone_settings,
@@ -131,6 +132,7 @@ def test_a_finding_is_named_and_fails(sealed: CommandLine, clone_settings: Setti
     assert (process.code, process.err.splitlines()[-1]) == (1, reason)
 
 
+@pytest.mark.slow
 def test_open_transactions_are_named(signing: CommandLine, clone_settings: Settings) -> None:
     async def run() -> tuple[int, Result, Result]:
         connection = await connect(clone_settings)
@@ -162,6 +164,7 @@ def test_maintain(cli: CommandLine) -> None:
 # Written out.
 
 
+@pytest.mark.slow
 def test_verified_anywhere(sealed: CommandLine, bare: CommandLine, tmp_path: Path) -> None:
     """With the file, the checkpoint and the public key: no database, no secrets."""
     events, head, key = (tmp_path / name for name in ("events.jsonl", "head.json", "key.pem"))
@@ -239,6 +242,7 @@ def test_a_checkpoint_shows_what_is_missing(sealed: CommandLine, clone_settings:
     assert "not a checkpoint" in sealed.fails("verify-audit", "--checkpoint", file)
 
 
+@pytest.mark.slow
 def test_export_to_stdout(sealed: CommandLine, clone_settings: Settings) -> None:
     exported = sealed.ok("export-events")
     first, *lines = exported.out.splitlines()
@@ -388,6 +392,7 @@ def follow(
     assert asyncio.run(run()) == (130, b"", b"interrupted\n")
 
 
+@pytest.mark.slow
 def test_follow(cli: CommandLine, clone_settings: Settings) -> None:
     """What is committed from now on, once, that matches; not what is rolled back."""
     log(clone_settings, {"user_id": "before"})
@@ -416,6 +421,7 @@ def test_follow(cli: CommandLine, clone_settings: Settings) -> None:
     follow(clone_settings, cli, "--action", "data:query", work=work)
 
 
+@pytest.mark.slow
 def test_follow_without_notifications(cli: CommandLine, clone_settings: Settings) -> None:
     """As where a pooler is between, or after the connection that listens was lost."""
 
@@ -436,6 +442,7 @@ def test_follow_without_notifications(cli: CommandLine, clone_settings: Settings
     follow(clone_settings, cli, "--json", work=work)
 
 
+@pytest.mark.slow
 def test_follow_says_so_when_it_has_begun(cli: CommandLine, clone_settings: Settings) -> None:
     """What is committed after it has said that it waits is shown."""
 

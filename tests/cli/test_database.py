@@ -130,6 +130,7 @@ def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> N
     assert empty.ok("current").out == ""
 
 
+@pytest.mark.slow
 def test_inits_that_all_find_it_missing(
     bare: CommandLine, server_url: str, new_database: str
 ) -> None:
@@ -231,6 +232,7 @@ def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> 
     assert cli("check", "--json").json["items"] == lines
 
 
+@pytest.mark.schema_changes
 def test_schema_ahead_and_behind(cli: CommandLine, clone_settings: Settings) -> None:
     sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
     for command in ("list-accounts", "migrate", "check", "init"):
@@ -240,6 +242,8 @@ def test_schema_ahead_and_behind(cli: CommandLine, clone_settings: Settings) -> 
     assert "upgrade tiger_db" in current.err
 
 
+@pytest.mark.schema_changes
+@pytest.mark.slow
 def test_revisions_in_a_checkout(
     checkout: Path, cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -271,6 +275,7 @@ def test_revisions_in_a_checkout(
     assert run("check").code == 0
 
 
+@pytest.mark.schema_changes
 def test_health_check(cli: CommandLine, clone_settings: Settings) -> None:
     healthy = cli.ok("health-check")
     assert healthy.err == ""
@@ -300,6 +305,7 @@ def test_liveness_asks_no_database(bare: CommandLine) -> None:
     assert "hunter2" not in dead.out
 
 
+@pytest.mark.schema_changes
 def test_what_upkeep_has_missed_takes_no_server_out_of_service(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -311,6 +317,7 @@ def test_what_upkeep_has_missed_takes_no_server_out_of_service(
     assert "run `tiger-db migrate`" in report["problems"][0]
 
 
+@pytest.mark.schema_changes
 def test_doctor(cli: CommandLine, clone_settings: Settings) -> None:
     well = cli.ok("doctor")
     assert well.err == ""
@@ -361,6 +368,7 @@ def test_wrong_password(bare: CommandLine, server_url: str) -> None:
         assert "hunter2" not in reason
 
 
+@pytest.mark.slow
 def test_embedded_from_nothing(bare: CommandLine, home: Path) -> None:
     ill = bare("health-check")
     assert ill.code == 1

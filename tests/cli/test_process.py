@@ -50,7 +50,7 @@ LOADED = (
 
 @pytest.fixture(scope="module")
 def pem() -> str:
-    made = subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, check=True, text=True)
+    made = subprocess.run(["openssl", "genrsa", "1024"], capture_output=True, check=True, text=True)
     return made.stdout
 
 
@@ -112,6 +112,7 @@ def test_some_choices_are_fewer() -> None:
     assert {*enums.AccountStatus} - set(get_args(accounts.OpenStatuses)) == {"closed"}
 
 
+@pytest.mark.slow
 def test_package_loads_names_when_asked(bare: CommandLine) -> None:
     code = (
         "import sys, tiger_db\n"
@@ -127,6 +128,7 @@ def test_package_loads_names_when_asked(bare: CommandLine) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=bare.environment())
 
 
+@pytest.mark.slow
 def test_streams_and_exit_codes(cli: CommandLine) -> None:
     options = (*REQUIRED, "--account-number", NUMBER, "--private-key", "test_key", "--json")
     done = cli.process("create-account", *options)
@@ -145,6 +147,7 @@ def test_streams_and_exit_codes(cli: CommandLine) -> None:
         assert "\x1b" not in done.out + done.err
 
 
+@pytest.mark.slow
 def test_statements_are_logged_to_stderr(cli: CommandLine) -> None:
     create(cli)
     done = cli.process("show-account", NUMBER, "--json", DB_DEBUG="1")
@@ -159,6 +162,8 @@ def test_statements_are_logged_to_stderr(cli: CommandLine) -> None:
     assert "hunter2" not in done.err
 
 
+@pytest.mark.schema_changes
+@pytest.mark.slow
 def test_what_nobody_expected(cli: CommandLine, clone_settings: Settings) -> None:
     create(cli, NUMBER, "--secret-key", "hunter2")
     sql(
@@ -203,6 +208,7 @@ def test_interrupt(cli: CommandLine, clone_settings: Settings) -> None:
     assert asyncio.run(interrupt()) == (130, "interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_reader_that_has_seen_enough(cli: CommandLine, clone_settings: Settings, rows: int) -> None:
     async def fill() -> None:
@@ -224,6 +230,7 @@ def test_reader_that_has_seen_enough(cli: CommandLine, clone_settings: Settings,
             assert process.wait() == 1
 
 
+@pytest.mark.slow
 def test_full_disk(cli: CommandLine) -> None:
     create(cli)
     with open("/dev/full", "w", encoding="ascii") as full:  # noqa: PTH123  # a device
@@ -234,6 +241,7 @@ def test_full_disk(cli: CommandLine) -> None:
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_secret_is_asked_for_without_echo(cli: CommandLine, terminal: Terminal, pem: str) -> None:
     bare_key, _ = parse_private_key(pem)
     for number, typed in (("1", "hunter2\n"), ("2", bare_key + "\n"), ("3", pem)):
@@ -261,6 +269,7 @@ def test_interrupt_while_asked(cli: CommandLine, terminal: Terminal) -> None:
     assert "Traceback" not in terminal.seen
 
 
+@pytest.mark.slow
 def test_nothing_is_typed(cli: CommandLine, terminal: Terminal) -> None:
     with terminal.program(cli, "verify-api-key", "-") as program:
         terminal.wait_for("key (hidden): ")
@@ -269,6 +278,7 @@ def test_nothing_is_typed(cli: CommandLine, terminal: Terminal) -> None:
     assert "the key is empty" in terminal.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", ["y", "n"])
 def test_confirmation(cli: CommandLine, terminal: Terminal, answer: str) -> None:
     create(cli)
@@ -279,6 +289,7 @@ def test_confirmation(cli: CommandLine, terminal: Terminal, answer: str) -> None
     assert stored(cli).status == ("closed" if answer == "y" else "active")
 
 
+@pytest.mark.slow
 def test_tables_fit_a_terminal(cli: CommandLine, terminal: Terminal) -> None:
     create(cli, PAPER, "--account-name", "A name of quite some length " * 2, "--default-trading",
            "--license", "TBSG", "--access-token", "x",

@@ -83,6 +83,7 @@ def assert_no_secret(gateway: Gateway, *results: Result) -> None:
 # Running
 
 
+@pytest.mark.slow
 def test_once(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     add(clone_settings, gateway)
     add(clone_settings, gateway, "51230322", "20150002")
@@ -107,6 +108,7 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_it_finish(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway, end: signal.Signals
@@ -190,6 +192,7 @@ def test_a_failure_as_json(cli: CommandLine, clone_settings: Settings, gateway: 
     assert_no_secret(gateway, failed)
 
 
+@pytest.mark.slow
 def test_one_account_as_a_process(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:
@@ -286,6 +289,7 @@ def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> N
     assert "--live" in cli.misused("show-refreshes", "--live", "--json")
 
 
+@pytest.mark.slow
 def test_show_live(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway, terminal: Terminal
 ) -> None:

@@ -309,6 +309,7 @@ async def authorize_everywhere(
             return sum(await asyncio.gather(*futures), Counter())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["session", "verifier"])
 async def test_four_processes_lose_no_use(crowd: Database, how: str) -> None:
     async with crowd.session() as session:

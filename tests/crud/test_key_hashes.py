@@ -190,6 +190,7 @@ async def test_a_hash_of_the_whole_key_or_a_part_is_not_its_own(
             await in_a_session(clone, raw_key)
 
 
+@pytest.mark.slow
 @CHECKS
 async def test_a_slow_hash_does_not_keep_the_event_loop_waiting(
     clone: Database, check: Check
@@ -345,6 +346,7 @@ def test_production_without_peppers_is_refused(clone_settings: Settings) -> None
 # Time
 
 
+@pytest.mark.slow
 async def test_an_unknown_key_costs_as_much_as_a_wrong_secret(clone: Database) -> None:
     async with clone.session() as session:
         _, raw_key = await factories.api_key(session)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from sqlalchemy import text
 
 from tests.docs.schema import PAGE as SCHEMA
@@ -125,6 +126,8 @@ def copied(folder: Path, settings: Settings, server_url: str) -> Copy:
     return Copy(folder, environ)
 
 
+@pytest.mark.schema_changes
+@pytest.mark.slow
 async def test_who_follows_the_page_has_a_new_entity(
     clone_settings: Settings, server_url: str, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 
+@pytest.mark.slow
 def test_killed_postmaster(settings: Settings) -> None:
     server = start(settings)
     fetch(server, settings, "CREATE TABLE kept AS SELECT 42 AS answer")
@@ -52,6 +53,7 @@ def test_killed_postmaster(settings: Settings) -> None:
     assert stop(settings) is False
 
 
+@pytest.mark.slow
 def test_killed_starters(settings: Settings, home: Path) -> None:
     """At moments spread over initdb and the first start, then right within initdb."""
     for seconds in (0.1, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7):
@@ -73,6 +75,7 @@ def test_killed_starters(settings: Settings, home: Path) -> None:
     assert start(settings).pid != first.pid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sleep", "postgres"])
 def test_pid_of_another_process(settings: Settings, home: Path, name: str) -> None:
     """As after a reboot: the recorded pid is now another process's, of the same user."""
@@ -100,6 +103,7 @@ def test_pid_of_another_process(settings: Settings, home: Path, name: str) -> No
             foreign.kill()
 
 
+@pytest.mark.slow
 def test_damaged_pid_file(settings: Settings) -> None:
     server = start(settings)
     kill(server)
@@ -113,6 +117,7 @@ def test_damaged_pid_file(settings: Settings) -> None:
         assert stop(settings)
 
 
+@pytest.mark.slow
 def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -> None:
     server = start(shared)
     shutil.copytree(server.folder, home, ignore=shutil.ignore_patterns(".s.*"))

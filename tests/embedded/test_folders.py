@@ -67,6 +67,7 @@ def test_any_characters_in_the_path() -> None:
             discard(home)
 
 
+@pytest.mark.slow
 def test_long_path(long_home: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(str(long_home)) > 200
     settings = settings_for(long_home)
@@ -198,6 +199,7 @@ def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
         discard(tmp_path / "home")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param("unreadable", marks=as_root), "with $HOME and \"quotes\" 'too'"]
 )

@@ -16,6 +16,7 @@ from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 
+@pytest.mark.slow
 def test_password_is_never_on_a_command_line(settings: Settings) -> None:
     server = start(settings)
     password = server.connect_args(settings)["password"]
@@ -24,6 +25,7 @@ def test_password_is_never_on_a_command_line(settings: Settings) -> None:
     assert [path.name for path in files if password.encode() in path.read_bytes()] == ["password"]
 
 
+@pytest.mark.slow
 def test_lost_password(settings: Settings, home: Path) -> None:
     server = start(settings)
     (home / "password").unlink()

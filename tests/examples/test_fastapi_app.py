@@ -3,6 +3,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import httpx
+import pytest
 
 from tests.examples.conftest import Serve
 from tests.support import factories
@@ -10,6 +11,7 @@ from tiger_db import APIKeyScope, Database, crud
 from tiger_db.crud.api_keys.text import new_key
 
 
+@pytest.mark.slow
 async def test_a_route_needs_a_key_with_its_scope(clone: Database, serve: Serve) -> None:
     async with clone.session() as session:
         mine = await factories.account(session, account_name="Mine")

@@ -319,6 +319,7 @@ async def test_no_server() -> None:
     assert "hunter2" not in str(finding)
 
 
+@pytest.mark.slow
 @needs_postgresql
 async def test_a_standby_that_lags(cluster: Cluster) -> None:
     settings = cluster.settings()

@@ -111,6 +111,7 @@ async def said(process: Process, text: str) -> str:
 # Many machines
 
 
+@pytest.mark.slow
 async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
     empty_database: Settings,
 ) -> None:
@@ -143,6 +144,7 @@ async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
 # Locks
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
     alembic: Path, clone: Database
@@ -194,6 +196,7 @@ async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
     assert max(took) < 2 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_a_migration_that_gives_up_says_why_and_leaves_nothing_half_done(
     alembic: Path, cli: CommandLine, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
@@ -335,6 +338,7 @@ def test_neither_script_nor_plan_changes_anything(
     assert cli.ok("current", "--json").json["current"] is None
 
 
+@pytest.mark.schema_changes
 def test_more_than_one_head_is_told_in_one_line(alembic: Path, cli: CommandLine) -> None:
     write(alembic, "0006a", HEAD, "Mine", "pass")
     write(alembic, "0006b", HEAD, "Yours", "pass")

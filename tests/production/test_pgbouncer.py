@@ -182,6 +182,7 @@ async def migrate_under_way(settings: Settings) -> None:
                 pytest.fail("no lock could be had")
 
 
+@pytest.mark.slow
 async def test_two_processes_and_a_migration_meet_no_error_and_no_wrong_row(
     behind: Settings,
 ) -> None:

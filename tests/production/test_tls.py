@@ -279,6 +279,7 @@ def certificate(kind: str, ours: Authority, theirs: Authority) -> Path | None:
     return (theirs if kind == "unknown" else ours).folder / f"{kind}.crt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_each_mode_comes_to_what_libpq_comes_to(
     server: TLSServer, ours: Authority, theirs: Authority, kind: str

@@ -244,6 +244,7 @@ async def work_off(database: Database) -> int:
     return sum(worker.counts.values())
 
 
+@pytest.mark.slow
 async def test_chaos(private_server: Settings, tmp_path: Path) -> None:
     settings = await new_database(private_server)
     async with migration_engine(settings) as engine:

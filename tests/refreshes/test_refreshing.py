@@ -171,6 +171,7 @@ async def test_a_closed_account_is_not_asked_for(gateway: Gateway) -> None:
     assert gateway.refreshes == []
 
 
+@pytest.mark.slow
 async def test_many_at_a_time(gateway: Gateway) -> None:
     """The SDK's pool and thread-locals are shared; each account gets its own token."""
     accounts = [account_at(gateway, f"2015{number:04}") for number in range(40)]

@@ -196,6 +196,7 @@ async def test_a_zombie_is_refused_every_time(clone: Database, use: str) -> None
     assert refused == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 async def test_a_stopped_process_comes_back_too_late(
     clone: Database, gateway: Gateway, *, late: bool
@@ -243,6 +244,7 @@ async def test_a_stopped_process_comes_back_too_late(
         assert stored.status == AccountStatus.ACTIVE
 
 
+@pytest.mark.slow
 async def test_a_stopped_process_does_not_ask_again_itself(
     clone: Database, gateway: Gateway
 ) -> None:
@@ -283,6 +285,7 @@ async def test_a_stopped_process_does_not_ask_again_itself(
     assert (await now(clone, account)).readable_token() == gateway.known["1"].token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [-3600, 3600])
 async def test_the_workers_clock_means_nothing(
     clone: Database, gateway: Gateway, shift: float
@@ -327,6 +330,7 @@ async def test_the_workers_clock_means_nothing(
     assert len(gateway.refreshes) == 2
 
 
+@pytest.mark.slow
 async def test_workers_whose_clocks_differ_share_the_work(
     clone: Database, gateway: Gateway
 ) -> None:

@@ -17,7 +17,7 @@ from tiger_db.tiger import CONFIG_FILE
 
 PK1, PK8 = der(PrivateKeyFormat.PK1), der(PrivateKeyFormat.PK8)
 OTHER = base64.b64encode(
-    rsa.generate_private_key(65537, 2048).private_bytes(
+    rsa.generate_private_key(65537, 1024).private_bytes(
         Encoding.DER, PrivateFormat.PKCS8, NO_PASSWORD
     )
 ).decode()

@@ -21,7 +21,7 @@ from tiger_db import PrivateKeyFormat
 from tiger_db.errors import InvalidValue
 from tiger_db.tiger import parse_private_key
 
-KEY = rsa.generate_private_key(65537, 2048)
+KEY = rsa.generate_private_key(65537, 1024)
 FORMS = {
     PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
     PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
@@ -73,7 +73,7 @@ def test_content_decides_the_format_not_the_label(form: PrivateKeyFormat) -> Non
 
 @pytest.mark.parametrize("traditional", [True, False])
 def test_keys_of_openssl(traditional: bool) -> None:
-    command = ["openssl", "genrsa", *(["-traditional"] if traditional else []), "2048"]
+    command = ["openssl", "genrsa", *(["-traditional"] if traditional else []), "1024"]
     made = subprocess.run(command, capture_output=True, check=True, text=True)
     wanted = PrivateKeyFormat.PK1 if traditional else PrivateKeyFormat.PK8
     assert parse_private_key(made.stdout)[1] == wanted

@@ -67,6 +67,7 @@ def test_whatever_is_read_is_text_or_refused(
     assert all(value and value == value.strip() for value in values.values())
 
 
+@pytest.mark.slow
 def test_no_file_is_ever_open_to_others(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOOKING, str(tmp_path)]
     seen = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()

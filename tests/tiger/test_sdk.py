@@ -247,6 +247,7 @@ async def test_no_variable_and_no_file_says_anything(
     assert (folder / TOKEN_FILE).read_text() == f"token={OLD}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("whose", "opened", "told"),
     [
