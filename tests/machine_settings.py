@@ -1,8 +1,8 @@
 """Run `make test` as on other machines, one after another: `make test-settings`.
 
 `make test-settings ONLY="umask postgresql-16"` picks some, `ARGS=…` goes to pytest. Each setting
-has a new clone of the last commit, a new HOME and a new environment. Linux and root only, because of
-the mounts and the other user.
+has a new clone of the last commit, a new HOME and a new environment. Linux and root only, for
+mounts and another user are needed.
 """
 
 import os

@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support import servers
-from tests.test_settings import SECRET, refused
+from tests.support.refused_settings import SECRET, refused
 from tiger_db.database import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.settings import Settings

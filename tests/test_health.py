@@ -1,7 +1,6 @@
 """The health report on databases that are well, and ill in every way it knows of."""
 
 import asyncio
-import base64
 import json
 import shutil
 import tempfile
@@ -19,37 +18,17 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.encryption_keys import OTHER_KEY
+from tests.support.sql import months, sql
 from tiger_db import AuditAction, AuditLog, Database, crud, embedded
-from tiger_db.database import connect, migration_engine
+from tiger_db.database import migration_engine
 from tiger_db.health import Health, health
 from tiger_db.migrations import MONTHS_AHEAD, upgrade
 from tiger_db.settings import Settings
 
-OTHER_KEY = f"other:{base64.b64encode(bytes(32)).decode()}"
-
-
-async def sql(settings: Settings, *statements: str) -> object:
-    """The first value that the last one gives."""
-    connection = await connect(settings)
-    try:
-        for statement in statements[:-1]:
-            await connection.execute(statement)
-        return await connection.fetchval(statements[-1])
-    finally:
-        await connection.close()
-
 
 def exists(path: Path) -> bool:
     return path.exists()
-
-
-def months(first: int, last: int) -> list[str]:
-    """The partitions of these months from now."""
-    now = datetime.now(UTC)
-    return [
-        f"audit_logs_{now.year + (now.month - 1 + n) // 12}_{(now.month - 1 + n) % 12 + 1:02}"
-        for n in range(first, last + 1)
-    ]
 
 
 def uuid7_at(moment: datetime) -> UUID:

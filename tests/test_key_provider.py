@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.encryption_keys import K1, SECRETS, values_of
 from tests.support.factories import plain
-from tests.test_encryption import K1, SECRETS, values_of
 from tiger_db import Database, Settings, crud, key_rotation
 from tiger_db.encryption import KeyProvider, KeyRing, SealedSecret
 from tiger_db.errors import EncryptionError

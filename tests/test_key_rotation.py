@@ -13,9 +13,9 @@ import pytest
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.encryption_keys import K1, K2, ONLY_K2, SECRETS, values_of
 from tests.support.factories import plain
 from tests.support.recording import recorded
-from tests.test_encryption import K1, K2, ONLY_K2, SECRETS, values_of
 from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, key_rotation
 from tiger_db.crud import accounts
 from tiger_db.encryption import KeyProvider, KeyRing

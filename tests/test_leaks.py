@@ -17,8 +17,8 @@ from sqlalchemy import text
 
 from tests.embedded.conftest import discard, reachable_folder, settings_for
 from tests.support import factories
+from tests.support.encryption_keys import K1, K2
 from tests.support.factories import plain
-from tests.test_encryption import K1, K2
 from tiger_db import (
     APIKeyScope,
     AuditAction,

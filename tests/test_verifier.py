@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.test_key_memory import checkouts
+from tests.support.verifiers import checkouts
 from tiger_db import APIKey, APIKeyScope, APIKeyStatus, Database, KeyVerifier, Settings, crud
 from tiger_db.errors import (
     AccessDenied,

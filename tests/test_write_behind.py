@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.support import factories
+from tests.support.waiting import until
 from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
 from tiger_db.database import connect
 from tiger_db.errors import DatabaseUnavailable, ScopeMissing
@@ -46,13 +47,6 @@ async def make_keys(settings: Settings, count: int, **values: Any) -> list[tuple
 async def counts(connection: Connection, key_id: UUID) -> tuple[int, int] | None:
     row = await connection.fetchrow(COUNTS, key_id)
     return tuple(row) if row is not None else None
-
-
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("committed", [True, False])

@@ -2,13 +2,10 @@
 
 import asyncio
 import importlib.util
-import random
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,10 @@ from pydantic import SecretStr
 from sqlalchemy import select
 from sqlmodel import col
 
-from tests.support import factories, servers
-from tests.support.servers import settings_for
-from tests.test_key_memory import kill
+from tests.support import factories
+from tests.support.private_servers import new_database, server
+from tests.support.verifiers import kill
+from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
 from tiger_db.audit.proof import Seal, places_in
 from tiger_db.audit.stored import EVENTS, Connection
@@ -41,20 +39,6 @@ CUT_OFF = """
 SELECT pg_terminate_backend(pid) FROM pg_locks
 WHERE NOT granted AND relation = 'audit_logs'::regclass
 """
-
-
-@contextmanager
-def server() -> Iterator[Settings]:
-    """A server of these tests' own, which a `Database` does not start by itself."""
-    home = servers.folder()
-    settings = Settings(tiger_db_home=home / "home")
-    place = embedded.start(settings).folder
-    try:
-        yield settings
-    finally:
-        embedded.stop(settings)
-        for folder in (home, place):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +63,6 @@ def another_server() -> Iterator[Settings]:
         yield settings
 
 
-async def new_database(server: Settings) -> Settings:
-    started = embedded.start(server)
-    name = f"private_{random.randrange(10**9)}"
-    connection = await connect(server, database="postgres")
-    await connection.execute(f"CREATE DATABASE {name}")
-    await connection.close()
-    password = started.connect_args(server)["password"]
-    url = f"postgresql://tiger_db:{password}@/?host={started.socket_folder}"
-    return settings_for(url, name)
-
-
 @pytest.fixture
 async def private(private_server: Settings) -> Settings:
     """A migrated database on the private server, with a key that signs."""
@@ -108,13 +81,6 @@ class Told:
     unavailable: int = 0
     sealed: int = 0
     over: bool = False
-
-
-async def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 async def records(database: Database) -> set[UUID]:

@@ -16,9 +16,8 @@ from uuid import uuid4
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from tests.audit.conftest import FIELDS, SEALS, TAMPERINGS, Trail, fill
-from tests.audit.test_tampering import assert_found, event_found
 from tests.support import factories
+from tests.support.trail import FIELDS, SEALS, TAMPERINGS, Trail, assert_found, event_found, fill
 from tiger_db import AuditAction, AuditLog, Database, audit, crud
 from tiger_db.audit import Finding, Kind
 from tiger_db.audit.exporting import HEADINGS

@@ -14,6 +14,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from tests.support import factories
+from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
 from tiger_db.audit import Kind
 from tiger_db.audit.proof import Seal
@@ -114,13 +115,6 @@ async def assert_clean(database: Database, **counts: int) -> None:
 
 def uuid7_at(moment: datetime) -> UUID:
     return UUID(int=(int(moment.timestamp() * 1000) << 80) | (uuid4().int & ((1 << 80) - 1)))
-
-
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 class Writers:

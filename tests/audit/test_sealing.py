@@ -5,8 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from tests.support import factories
+from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
 from tiger_db.audit.proof import (
     DIGEST,
@@ -199,13 +199,6 @@ def seal_in_a_loop(settings: Settings, over: Event | None) -> None:
                 await audit.seal(database, patience=0.1)
 
     asyncio.run(run())
-
-
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 async def seals_made(connection: Connection) -> int:

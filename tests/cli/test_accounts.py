@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cli_accounts import NUMBER, PAPER, REQUIRED, create, stored
 from tests.support.command_line import CommandLine, Result
 from tests.support.factories import plain
 from tiger_db import Database, PrivateKeyFormat, Settings, TigerAccount, crud
 from tiger_db.tiger import parse_private_key
-
-NUMBER = "51230321"
-PAPER = "20191106192858300"
-REQUIRED = ("--account-name", "Main", "--tiger-id", "20150001")
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +25,6 @@ def key_file(pem: str, tmp_path: Path) -> str:
     path = tmp_path / "key.pem"
     path.write_text(pem)
     return str(path)
-
-
-def create(cli: CommandLine, number: str = NUMBER, *options: str, **more: str) -> Result:
-    options = (*REQUIRED, "--account-number", number, *options)
-    if not any(option.startswith("--private-key") for option in options):
-        options = (*options, "--private-key", "test_key")
-    return cli.ok("create-account", *options, **more)
-
-
-def stored(cli: CommandLine, number: str = NUMBER) -> TigerAccount:
-    """The account as the library reads it."""
-
-    async def read() -> TigerAccount:
-        settings = Settings(
-            database_url=cli.env["DATABASE_URL"], encryption_keys=cli.env["ENCRYPTION_KEYS"]
-        )
-        async with Database(settings) as database, database.session() as session:
-            account = await crud.accounts.get_by_account_number(session, number)
-            assert account is not None
-            return account
-
-    return asyncio.run(read())
 
 
 def test_create_with_everything(cli: CommandLine, key_file: str, pem: str, tmp_path: Path) -> None:

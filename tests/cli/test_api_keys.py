@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from uuid_utils.compat import uuid7
 
-from tests.cli.test_accounts import create as create_account
-from tests.cli.test_database import sql
+from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import CommandLine, Result
+from tests.support.sql import run_sql
 from tiger_db import APIKey
 from tiger_db.crud.api_keys.text import checksum
 from tiger_db.encryption import KeyRing
@@ -315,7 +315,7 @@ def test_bars_are_to_scale(cli: CommandLine, clone_settings: Settings) -> None:
     row = create(cli)
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     times = [hour - timedelta(hours=ago) for ago in (3, 2, 1)]
-    sql(
+    run_sql(
         clone_settings,
         *(
             f"INSERT INTO api_key_usage VALUES ('{row['id']}', '{time}', {count})"

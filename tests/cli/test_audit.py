@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_accounts import create as create_account
-from tests.cli.test_database import sql
-from tests.cli.test_lists import write
 from tests.support import factories
+from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import COMMAND, CommandLine, Result
+from tests.support.sql import run_sql, write
 from tiger_db import AuditAction, AuditResult, Database, Settings, crud
 from tiger_db.database import AsyncSession, connect
 from tiger_db.signing import parse_public_key, parse_signing_key, public_pem, public_text
@@ -104,7 +103,7 @@ def test_seal_and_verify(sealed: CommandLine, clone_settings: Settings) -> None:
 
 @pytest.mark.slow
 def test_a_finding_is_named_and_fails(sealed: CommandLine, clone_settings: Settings) -> None:
-    sql(
+    run_sql(
         clone_settings,
         REPLICA,
         "UPDATE audit_logs SET user_id = 'eve' WHERE position = 5",
@@ -236,7 +235,7 @@ def test_a_checkpoint_shows_what_is_missing(sealed: CommandLine, clone_settings:
     head = sealed.ok("export-checkpoint").out
     file = os.devnull
     assert {*json.loads(head)} == {"statement", "signature"}
-    sql(clone_settings, REPLICA, "DELETE FROM audit_seals", "DELETE FROM audit_logs")
+    run_sql(clone_settings, REPLICA, "DELETE FROM audit_seals", "DELETE FROM audit_logs")
     assert sealed.ok("verify-audit").err.startswith("0 events are what 0 seals say")
     assert "nothing is sealed yet: run `tiger-db seal-audit`" in sealed.fails("export-checkpoint")
     assert "not a checkpoint" in sealed.fails("verify-audit", "--checkpoint", file)
@@ -270,10 +269,10 @@ def test_a_file_appears_when_it_is_complete(
     out = tmp_path / "events.jsonl"
     out.write_text("before", encoding="utf-8")
     out.chmod(0o644)
-    sql(clone_settings, "ALTER TABLE audit_seals RENAME TO hidden")
+    run_sql(clone_settings, "ALTER TABLE audit_seals RENAME TO hidden")
     assert sealed("export-events", "--out", str(out)).code == 1
     assert out.read_text("utf-8") == "before"
-    sql(clone_settings, "ALTER TABLE hidden RENAME TO audit_seals")
+    run_sql(clone_settings, "ALTER TABLE hidden RENAME TO audit_seals")
     sealed.ok("export-events", "--out", str(out))
     assert len(out.read_text("utf-8").splitlines()) == COUNT + 1
     assert out.stat().st_mode & 0o777 == 0o600

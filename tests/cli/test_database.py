@@ -13,24 +13,12 @@ import pytest
 
 from tests.support import databases, servers
 from tests.support.command_line import COMMAND, SECRETS, CommandLine, Result
-from tests.test_health import months
+from tests.support.sql import months, run_sql
 from tiger_db import embedded
 from tiger_db.database import connect
 from tiger_db.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def sql(settings: Settings, *statements: str) -> None:
-    async def run() -> None:
-        connection = await connect(settings)
-        try:
-            for statement in statements:
-                await connection.execute(statement)
-        finally:
-            await connection.close()
-
-    asyncio.run(run())
 
 
 def url_of(server_url: str, database: str, user: str | None = None) -> str:
@@ -53,9 +41,9 @@ def nobody(server_url: str) -> Iterator[str]:
     """A role that may do nothing."""
     name = f"tiger_db_nobody_{uuid4().hex[:12]}"
     postgres = servers.settings_for(server_url, "postgres")
-    sql(postgres, f"CREATE ROLE {name} LOGIN PASSWORD 'hunter2'")
+    run_sql(postgres, f"CREATE ROLE {name} LOGIN PASSWORD 'hunter2'")
     yield f"{name}:hunter2"
-    sql(postgres, f"DROP ROLE {name}")
+    run_sql(postgres, f"DROP ROLE {name}")
 
 
 @pytest.fixture
@@ -176,7 +164,7 @@ def test_init_without_the_right_to(
 def test_migrate_without_the_right_to(
     bare: CommandLine, server_url: str, empty_database: Settings, nobody: str
 ) -> None:
-    sql(empty_database, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    run_sql(empty_database, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     bare.env = {"DATABASE_URL": url_of(server_url, empty_database.database, nobody)}
     result = bare("migrate")
     assert result.code == 1
@@ -218,7 +206,7 @@ def test_history(bare: CommandLine) -> None:
 def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> None:
     assert cli.ok("check").out == ""
     assert cli.ok("check", "--json").json == {"items": [], "next_cursor": None}
-    sql(
+    run_sql(
         clone_settings,
         "ALTER TABLE api_keys DROP COLUMN description",
         "DROP INDEX ix_token_statuses_failed",
@@ -234,7 +222,7 @@ def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> 
 
 @pytest.mark.schema_changes
 def test_schema_ahead_and_behind(cli: CommandLine, clone_settings: Settings) -> None:
-    sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    run_sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
     for command in ("list-accounts", "migrate", "check", "init"):
         assert "upgrade tiger_db" in cli.fails(command)
     current = cli.ok("current")
@@ -267,7 +255,7 @@ def test_revisions_in_a_checkout(
     assert f"from {before} to {newest}" in run("migrate").err
     assert f"at {before} now" in run("downgrade", "-1", "-y").err
     run("migrate")
-    sql(clone_settings, "ALTER TABLE api_keys DROP COLUMN description")
+    run_sql(clone_settings, "ALTER TABLE api_keys DROP COLUMN description")
     repair = run("revision", "--message", "repair")
     assert repair.code == 0, repair.err
     assert "add_column" in Path(repair.out.strip()).read_text()
@@ -282,7 +270,7 @@ def test_health_check(cli: CommandLine, clone_settings: Settings) -> None:
     for name in ("server version", "latency ms", "revision", "pool: size", "rows: audit logs"):
         assert name in healthy.out
     assert cli.ok("health-check", "--json").json["problems"] == []
-    sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    run_sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
     ill = cli("health-check")
     assert ill.code == 1
     assert ill.err.startswith("problem: ")
@@ -311,7 +299,7 @@ def test_what_upkeep_has_missed_takes_no_server_out_of_service(
 ) -> None:
     report = cli.ok("health-check", "--json").json
     assert (report["live"], report["ready"]) == (True, True)
-    sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
+    run_sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
     report = cli.ok("health-check", "--json").json
     assert report["ready"]
     assert "run `tiger-db migrate`" in report["problems"][0]
@@ -325,7 +313,7 @@ def test_doctor(cli: CommandLine, clone_settings: Settings) -> None:
     report = cli.ok("doctor", "--json").json
     assert report["next_cursor"] is None
     assert {*report["items"][0]} == {"check", "status", "seen", "advice"}
-    sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
+    run_sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
     ill = cli("doctor", "--json")
     assert (ill.code, ill.err) == (1, "")
     problems = [item for item in ill.json["items"] if item["status"] == "problem"]

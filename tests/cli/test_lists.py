@@ -1,36 +1,24 @@
 """The audit trail and the token refreshes by the command line."""
 
-import asyncio
-from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from tests.cli.test_accounts import create as create_account
+from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import CommandLine, Result
+from tests.support.sql import write
 from tiger_db import (
     AuditAction,
     AuditLog,
     AuditResult,
     AuditSeverity,
-    Database,
     RefreshTrigger,
     Settings,
     TokenStatus,
     crud,
 )
 from tiger_db.database import AsyncSession
-
-T = TypeVar("T")
-
-
-def write(settings: Settings, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-    async def run() -> T:
-        async with Database(settings) as database, database.session() as session:
-            return await work(session)
-
-    return asyncio.run(run())
 
 
 @pytest.fixture

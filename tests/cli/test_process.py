@@ -11,10 +11,10 @@ from typing import get_args
 
 import pytest
 
-from tests.cli.test_accounts import NUMBER, PAPER, REQUIRED, create, stored
-from tests.cli.test_database import sql
+from tests.support.cli_accounts import NUMBER, PAPER, REQUIRED, create, stored
 from tests.support.command_line import COMMAND, CommandLine
 from tests.support.factories import plain
+from tests.support.sql import run_sql
 from tests.support.terminal import Terminal
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db import __all__ as names
@@ -166,7 +166,7 @@ def test_statements_are_logged_to_stderr(cli: CommandLine) -> None:
 @pytest.mark.slow
 def test_what_nobody_expected(cli: CommandLine, clone_settings: Settings) -> None:
     create(cli, NUMBER, "--secret-key", "hunter2")
-    sql(
+    run_sql(
         clone_settings,
         "ALTER TYPE account_type ADD VALUE 'gold'",
         "UPDATE tiger_accounts SET account_type = 'gold'",

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from tigeropen.common.util.web_utils import http_pool
 
-from tests.cli.test_accounts import NUMBER, stored
-from tests.cli.test_database import sql
 from tests.refreshes.gateway import Gateway, serving
 from tests.support import factories
+from tests.support.cli_accounts import NUMBER, stored
 from tests.support.command_line import COMMAND, CommandLine, Result
+from tests.support.private_keys import KEY
+from tests.support.sql import run_sql
 from tests.support.terminal import Terminal
-from tests.test_tokens import tiger_token
+from tests.support.tiger_tokens import tiger_token
 from tests.tiger.files import PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import AccountStatus, Database, Settings, TokenRefreshStatus, TokenStatus, crud
 
 S = TokenRefreshStatus
@@ -314,13 +314,13 @@ def test_show_live(
 def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     fill(clone_settings, gateway)
     assert cli.ok("prune-refreshes") == Result(0, "", "0 refreshes were deleted\n")
-    sql(clone_settings, OLDER)
+    run_sql(clone_settings, OLDER)
     assert cli.ok("prune-refreshes", "--older-than", "101d").err == "0 refreshes were deleted\n"
     assert cli.ok("prune-refreshes").err == "1 refreshes were deleted\n"
     assert sorted(refresh.status for refresh in refreshes(clone_settings)) == [
         S.FAILED, S.IN_PROGRESS, S.PENDING, S.PENDING
     ]  # fmt: skip
-    sql(clone_settings, "UPDATE token_statuses SET id = uuid7_floor(now() - interval '9 years')"
+    run_sql(clone_settings, "UPDATE token_statuses SET id = uuid7_floor(now() - interval '9 years')"
         " WHERE status = 'in_progress'")  # fmt: skip
     assert cli.ok("prune-refreshes", "--older-than", "1d").err == "0 refreshes were deleted\n"
     assert "--older-than" in cli.misused("prune-refreshes", "--older-than", "soon")

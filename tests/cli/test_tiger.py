@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_accounts import create, stored
+from tests.support.cli_accounts import create, stored
 from tests.support.command_line import CommandLine
 from tests.support.factories import plain
 from tests.tiger.files import (

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from tests.crud.test_key_text import asked, unknown_key, wrong_secret
 from tests.support import factories
+from tests.support.raw_keys import asked, unknown_key, wrong_secret
 from tiger_db import APIKeyScope, APIKeyStatus, Database
 from tiger_db.crud import api_keys
 from tiger_db.database import AsyncSession

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from tests.crud.test_accounts import SECRETS
 from tests.support import factories
+from tests.support.account_changes import SECRETS
 from tests.support.factories import plain
 from tiger_db import (
     AccountStatus,

@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -16,8 +15,9 @@ import pytest
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.concurrency import WAITING, nobody_passes
 from tests.support.factories import plain
-from tests.test_tokens import MONTH, NOW, tiger_token
+from tests.support.tiger_tokens import MONTH, NOW, tiger_token
 from tiger_db import (
     AccountStatus,
     APIKey,
@@ -44,10 +44,6 @@ from tiger_db.errors import (
 )
 
 T = TypeVar("T")
-WAITING = text(
-    "SELECT count(*) FROM pg_stat_activity"
-    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-)
 PROCESSES, CONNECTIONS = 4, 5
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tiger_db", "pytest", "asyncpg", "tests.crud.test_concurrency"])
@@ -77,23 +73,6 @@ async def at_once(
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(call)) for call in calls]
     return [task.result() for task in tasks]
-
-
-@asynccontextmanager
-async def nobody_passes(
-    database: Database, table: str, waiting: int
-) -> AsyncIterator[AsyncSession]:
-    """A lock on all rows of a table, let go at the end, when so many connections wait for it.
-
-    What the session does meanwhile is committed.
-    """
-    async with database.session() as session:
-        await session.execute(text(f"SELECT FROM {table} FOR UPDATE"))
-        yield session
-        async with asyncio.timeout(30):
-            while await session.scalar(WAITING) < waiting:
-                await session.execute(text("SELECT pg_stat_clear_snapshot()"))
-                await asyncio.sleep(0.01)
 
 
 # Accounts

@@ -8,8 +8,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests.crud.test_key_text import unknown_key, wrong_secret
 from tests.support import factories
+from tests.support.raw_keys import unknown_key, wrong_secret
 from tiger_db import APIKeyScope, AuditAction, AuditLog, AuditResult, Database, KeyVerifier
 from tiger_db import errors as tiger_errors
 from tiger_db.crud import api_keys

@@ -16,8 +16,8 @@ from passlib.hash import argon2, bcrypt, ldap_salted_sha256
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from tests.crud.test_key_text import asked, unknown_key, wrong_secret
 from tests.support import factories
+from tests.support.raw_keys import asked, unknown_key, wrong_secret
 from tiger_db import AuditAction, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
 from tiger_db.crud.api_keys.hashing import hash_secret, outdated, verify_secret

@@ -6,8 +6,8 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
-from tests.crud.test_indexes import Query, plan_of, used_indexes
 from tests.support import databases
+from tests.support.plans import Query, plan_of, used_indexes
 from tiger_db import Settings
 from tiger_db.crud import token_status
 from tiger_db.database import connect

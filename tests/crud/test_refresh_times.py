@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.test_tokens import tiger_token
+from tests.support.tiger_tokens import tiger_token
 from tests.tiger.files import EVERYTHING, config
 from tiger_db import Database, RefreshTrigger, TigerAccount, TokenStatus
 from tiger_db.crud import accounts, token_status

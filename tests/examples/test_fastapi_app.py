@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from tests.examples.conftest import Serve
 from tests.support import factories
+from tests.support.serving import Serve
 from tiger_db import APIKeyScope, Database, crud
 from tiger_db.crud.api_keys.text import new_key
 

@@ -7,8 +7,8 @@ from mcp import MCPError
 from mcp.client.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from tests.examples.conftest import Serve
 from tests.support import factories
+from tests.support.serving import Serve
 from tiger_db import APIKeyScope, Database, crud
 from tiger_db.crud.api_keys.text import new_key
 

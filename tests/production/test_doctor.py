@@ -11,9 +11,11 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from tests.production.cluster import Cluster, eventually, needs_postgresql
+from tests.production.cluster import Cluster, needs_postgresql
 from tests.support import factories
-from tests.test_health import OTHER_KEY, months, sql
+from tests.support.encryption_keys import OTHER_KEY
+from tests.support.sql import months, sql
+from tests.support.waiting import until
 from tiger_db import AuditAction, Database, Settings, crud
 from tiger_db.audit import seal
 from tiger_db.database import connect
@@ -323,7 +325,7 @@ async def test_no_server() -> None:
 @needs_postgresql
 async def test_a_standby_that_lags(cluster: Cluster) -> None:
     settings = cluster.settings()
-    await eventually(lambda: cluster.primary.sql("SELECT count(*) = 1 FROM pg_stat_replication"))
+    await until(lambda: cluster.primary.sql("SELECT count(*) = 1 FROM pg_stat_replication"))
     finding = await found(settings, "replication")
     assert finding.status == "ok"
     assert "is streaming" in finding.seen
@@ -337,7 +339,7 @@ async def test_a_standby_that_lags(cluster: Cluster) -> None:
     async def told() -> bool:
         return (await found(settings, "replication")).status != "ok"
 
-    await eventually(told)
+    await until(told)
     finding = await found(settings, "replication")
     assert finding.status == "warning"
     assert finding.advice is not None
@@ -346,4 +348,4 @@ async def test_a_standby_that_lags(cluster: Cluster) -> None:
     async def caught_up() -> bool:
         return (await found(settings, "replication")).status == "ok"
 
-    await eventually(caught_up)
+    await until(caught_up)

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from tests.support import servers
-from tests.test_settings import SECRET
+from tests.support.refused_settings import SECRET
 from tiger_db.database import connect
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable

@@ -7,8 +7,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests.production.cluster import eventually
 from tests.support import factories
+from tests.support.waiting import until
 from tiger_db import Database, crud
 from tiger_db.database import AsyncSession, connect
 from tiger_db.errors import (
@@ -213,7 +213,7 @@ async def test_a_connection_lost_during_the_commit_is_told_and_nothing_is_run_ag
 
     task = asyncio.create_task(clone.transaction(work))
     try:
-        await eventually(commits)
+        await until(commits)
         await connection.execute("SELECT pg_terminate_backend($1)", pids[0])
         with pytest.raises(OutcomeUnknown, match="during the commit") as caught:
             await task
@@ -240,7 +240,7 @@ async def test_who_idles_in_a_transaction_is_cut_off_and_told(clone: Database) -
                     finally:
                         await connection.close()
 
-                await eventually(is_gone)
+                await until(is_gone)
                 await factories.account(session)
         assert not isinstance(caught.value, OutcomeUnknown)
         assert "\n" not in str(caught.value)

@@ -24,12 +24,12 @@ import asyncpg
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests.audit.test_crashes import new_database, server
 from tests.refreshes.gateway import Odds, due_token, outcomes, state_of, tell
-from tests.refreshes.test_zombies import ROOT, environment
 from tests.support import factories
+from tests.support.private_keys import KEY
+from tests.support.private_servers import new_database, server
+from tests.support.worker_processes import ROOT, environment
 from tests.tiger.files import PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import (
     AccountStatus,
     AuditAction,

@@ -5,7 +5,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,13 +16,14 @@ import pytest
 from pydantic import SecretStr
 from tigeropen.common.util.web_utils import http_pool
 
-from tests.audit.test_crashes import new_database, server
 from tests.refreshes.gateway import due_token, make_token, serving
 from tests.support import factories
 from tests.support.factories import plain
-from tests.test_tokens import tiger_token
+from tests.support.private_keys import KEY
+from tests.support.private_servers import new_database, server
+from tests.support.tiger_tokens import tiger_token
+from tests.support.waiting import until
 from tests.tiger.files import PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import (
     AccountStatus,
     AuditAction,
@@ -115,13 +116,6 @@ async def working(
     finally:
         worker.stop()
         await asyncio.wait_for(task, 30)
-
-
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 async def counted(worker: RefreshWorker, name: str, count: int = 1) -> None:

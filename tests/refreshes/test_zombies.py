@@ -1,25 +1,24 @@
 """A worker that comes back after its lease can do nothing more, whatever its clock says."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select
 
-from tests.crud.test_claims import LEASE, USES
 from tests.refreshes.gateway import Gateway, due_token, serving
 from tests.support import factories
+from tests.support.claims import LEASE, USES
+from tests.support.private_keys import KEY
+from tests.support.waiting import until
+from tests.support.worker_processes import environment
 from tests.tiger.files import PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import (
     AccountStatus,
     Database,
@@ -35,7 +34,6 @@ from tiger_db.errors import LeaseLost
 
 S = TokenRefreshStatus
 SECOND = timedelta(seconds=1)
-ROOT = Path(__file__).parents[2]
 # Works until SIGTERM or the end of what is due; arguments: name, lease in s, shift of its clock in
 # s, "once" or "on". Prints what became of its claims.
 WORKER = """
@@ -79,20 +77,6 @@ async def main():
         print(dict(worker.counts))
 asyncio.run(main())
 """
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """What a process needs to know of a database."""
-    assert settings.database_url is not None
-    assert settings.encryption_keys is not None
-    assert settings.api_key_peppers is not None
-    return {
-        **os.environ,
-        "DATABASE_URL": settings.database_url.get_secret_value(),
-        "ENCRYPTION_KEYS": settings.encryption_keys.get_secret_value(),
-        "API_KEY_PEPPERS": settings.api_key_peppers.get_secret_value(),
-        "PYTHONPATH": str(ROOT),
-    }
 
 
 @dataclass
@@ -154,13 +138,6 @@ async def now(database: Database, account: TigerAccount) -> TigerAccount:
         found = await crud.accounts.get(session, account.id)
     assert found is not None
     return found
-
-
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
 from tests.support import factories
-from tests.tiger.test_private_keys import NO_PASSWORD, der
+from tests.support.private_keys import NO_PASSWORD, der
 from tiger_db import AuditAction, PrivateKeyFormat
 from tiger_db.database import AsyncSession
 from tiger_db.tiger import CONFIG_FILE

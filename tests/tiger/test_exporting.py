@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.private_keys import pem
 from tests.tiger.files import (
     EVERYTHING,
     NEW,
@@ -23,7 +24,6 @@ from tests.tiger.files import (
     mode,
     names,
 )
-from tests.tiger.test_private_keys import pem
 from tiger_db import AuditAction, AuditSeverity, Database, PrivateKeyFormat, TigerAccount, crud
 from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue, NotFound
 from tiger_db.tiger import CONFIG_FILE, TOKEN_FILE, export_account, import_account

@@ -5,38 +5,22 @@ import subprocess
 import textwrap
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
     PrivateFormat,
     PublicFormat,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.private_keys import FORMS, KEY, NO_PASSWORD, der, pem
 from tiger_db import PrivateKeyFormat
 from tiger_db.errors import InvalidValue
 from tiger_db.tiger import parse_private_key
 
-KEY = rsa.generate_private_key(65537, 1024)
-FORMS = {
-    PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
-    PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
-}
-NO_PASSWORD = NoEncryption()
 formats = pytest.mark.parametrize("form", FORMS)
-
-
-def der(form: PrivateKeyFormat) -> str:
-    """Tiger's form: base64 DER in one line."""
-    return base64.b64encode(KEY.private_bytes(Encoding.DER, FORMS[form], NO_PASSWORD)).decode()
-
-
-def pem(form: PrivateKeyFormat, encryption: KeySerializationEncryption = NO_PASSWORD) -> str:
-    return KEY.private_bytes(Encoding.PEM, FORMS[form], encryption).decode()
 
 
 def refused(text: str) -> str:

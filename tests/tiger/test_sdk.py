@@ -23,9 +23,9 @@ from tigeropen.tiger_open_client import TigerOpenClient
 
 from tests.support.factories import account as stored_account
 from tests.support.factories import new_account
+from tests.support.private_keys import pem
 from tests.tiger.files import EVERYTHING, NEW, OLD, OTHER, PK1, PK8, config
 from tests.tiger.gateway import Gateway, loaded
-from tests.tiger.test_private_keys import pem
 from tiger_db import PrivateKeyFormat, TigerAccount
 from tiger_db.database import AsyncSession
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue
