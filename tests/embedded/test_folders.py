@@ -15,8 +15,10 @@ import pytest
 from tests.embedded.conftest import (
     IS_ROOT,
     as_root,
+    copies_outside,
     discard,
     fetch,
+    install_wheel,
     kill,
     reachable_folder,
     run_as_server,
@@ -28,6 +30,8 @@ from tiger_db.errors import EmbeddedError
 from tiger_db.local_postgres import folders, programs
 from tiger_db.local_postgres.folders import server_user
 from tiger_db.settings import Settings
+
+ODD = "a b, 'c' \"d\" $HOME `id` \\ \t\r* %s ünï 老虎"
 
 
 @pytest.fixture
@@ -48,23 +52,55 @@ def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield base
 
 
+def unread(tree: dict[Path, os.stat_result]) -> dict[Path, tuple[int, ...]]:
+    """Without the times at which the files were read."""
+    return {
+        path: (s.st_mode, s.st_ino, s.st_uid, s.st_gid, s.st_size, s.st_mtime_ns)
+        for path, s in tree.items()
+    }
+
+
 def tree(folder: Path) -> dict[Path, os.stat_result]:
     return {path: path.lstat() for path in sorted(folder.rglob("*"))}
 
 
-def test_any_characters_in_the_path() -> None:
+@pytest.mark.parametrize("name", [ODD, "l" * 200])
+def test_any_characters_in_the_path(name: str, way: str, sites: dict[str, Path]) -> None:
+    _, version = programs.wheel()
     with reachable_folder() as base:
         base.chmod(0o2755)  # which folders inside inherit
-        home = base / "a b, 'c' \"d\" $HOME `id` \\ \t\r* %s ünï 老虎"
+        home = base / name
         settings = settings_for(home)
         try:
             server = start(settings)
-            assert server.socket_folder == home / "socket"
+            assert (server.socket_folder == home / "socket") == (len(name) < 100)
             assert running(settings) == server
+            assert fetch(server, settings, "SELECT 1") == 1
+            copies = copies_outside(home) if '"' in name else home
+            used = sites["wheel"] if way == "wheel" else copies / f"server-{version}"
+            assert psutil.Process(server.pid).exe().startswith(f"{used}/")
+            assert copies_outside(home).exists() == (way == "copy" and '"' in name)
             assert stop(settings)
             assert start(settings).folder == home
         finally:
             discard(home)
+
+
+def test_where_the_programs_cannot_run_anywhere_one_line_says_what_to_set(
+    home: Path, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(sites["copy"]))
+    file = home.parent / "file"
+    file.write_text("")
+    odd = home.parent / ODD
+    for caches, why in ((home.parent / "$HOME", "nor from"), (file, "[Nn]ot a directory")):
+        monkeypatch.setattr(folders, "_FOR_ROOT", caches)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+        with pytest.raises(EmbeddedError, match=f"set TIGER_DB_HOME .*{why}") as caught:
+            start(settings_for(odd))
+        assert str(odd) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert {path.name for path in odd.iterdir()} == {"lock"}
 
 
 def test_long_path(long_home: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +161,7 @@ def test_socket_folder_made_by_somebody_else(long_home: Path, runtime_folder: Pa
     assert start(settings).socket_folder == place
 
 
-def test_permissions(home: Path) -> None:
+def test_permissions(home: Path, way: str) -> None:
     settings = settings_for(home / "made" / "too")
     before = {parent: parent.stat() for parent in home.parents}
     umask = os.umask(0)
@@ -154,12 +190,16 @@ def test_permissions(home: Path) -> None:
         "password": (ours, 0o600),
         "socket": (servers, 0o700),
     }
+    copy = server.folder / f"server-{programs.wheel()[1]}"
+    if way == "copy":
+        expected[copy.name] = (ours, 0o755)
     assert {
         path.name: (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode))
         for path in server.folder.iterdir()
     } == expected
     for path, status in tree(server.folder).items():
-        assert not status.st_mode & 0o077, path
+        others = 0o022 if path.is_relative_to(copy) else 0o077
+        assert path.is_symlink() or not status.st_mode & others, path
     assert (servers != ours) == IS_ROOT
 
 
@@ -206,10 +246,7 @@ def test_server_files_are_copied_where_needed(
 ) -> None:
     package, version = programs.wheel()
     site = home.parent / name
-    shutil.copytree(package, site / package.name, symlinks=True)
-    libs = package.with_name(f"{package.name}.libs")
-    if libs.exists():
-        shutil.copytree(libs, site / libs.name)
+    install_wheel(site)
     site.chmod(0o700)
     old = home / "server-1.2.3" / package.name / "pginstall"
     old.mkdir(parents=True)
@@ -279,7 +316,7 @@ def test_too_long_name(home: Path) -> None:
 
 
 @as_root
-def test_full_disk(home: Path) -> None:
+def test_full_disk(home: Path, way: str) -> None:
     home.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=20m,mode=755", "tmpfs", str(home)]
     if subprocess.run(mount, check=False, stderr=subprocess.DEVNULL).returncode:
@@ -288,7 +325,8 @@ def test_full_disk(home: Path) -> None:
         with pytest.raises(EmbeddedError, match=f"{home}.*([Nn]o space|disk space)") as caught:
             start(settings_for(home))
         assert "\n" not in str(caught.value)
-        assert {path.name for path in home.iterdir()} == {"lock", "password"}
+        made = {"lock", "password"} if way == "wheel" else {"lock"}
+        assert {path.name for path in home.iterdir()} == made
     finally:
         subprocess.run(["umount", str(home)], check=True)
 
@@ -306,7 +344,8 @@ def test_data_of_another_kind(
     (home / "data").mkdir(parents=True)
     for name, text in content.items():
         (home / "data" / name).write_text(text)
-    before = tree(home)
+    before = unread(tree(home))
     with pytest.raises(EmbeddedError, match=message):
         start(settings)
-    assert {path: status for path, status in tree(home).items() if path.name != "lock"} == before
+    (home / "lock").unlink()
+    assert unread(tree(home)) == before

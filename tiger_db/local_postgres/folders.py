@@ -12,7 +12,7 @@ import platformdirs
 
 from tiger_db.errors import EmbeddedError
 from tiger_db.local_postgres.private_files import is_private_folder
-from tiger_db.local_postgres.programs import User, reason, run
+from tiger_db.local_postgres.programs import UNRUNNABLE, User, can_run_from, reason, run
 from tiger_db.settings import Settings
 
 SOCKET = ".s.PGSQL.5432"
@@ -97,6 +97,31 @@ def make_home(home: Path) -> None:
             f"the folder {home} belongs to another user or is writable by everyone:"
             " set TIGER_DB_HOME to one of your own"
         )
+
+
+def make_programs_folder(home: Path) -> Path:
+    """Return the folder for a copy of the server's programs: ours, if they can run from there.
+
+    Else one of its own, among the user's caches or, for root, under `/var/lib/tiger_db`.
+
+    Raises:
+        EmbeddedError: none will do.
+    """
+    if can_run_from(home):
+        return home
+    caches = platformdirs.user_cache_path("tiger_db", appauthor=False)
+    try:
+        folder = (_FOR_ROOT if os.geteuid() == 0 else caches.expanduser().resolve()) / _digest(home)
+        if can_run_from(folder):
+            make_home(folder)
+            return folder
+        why = f"nor from {folder}"
+    except (EmbeddedError, RuntimeError) as error:  # the latter: the user has no home
+        why = str(error)
+    raise EmbeddedError(
+        f"PostgreSQL's programs cannot run from {home}, whose path has one of {UNRUNNABLE} in it:"
+        f" set TIGER_DB_HOME ({why})"
+    )
 
 
 def make_socket_folder(home: Path, user: User) -> Path:
