@@ -12,7 +12,14 @@ import platformdirs
 
 from tiger_db.errors import EmbeddedError
 from tiger_db.local_postgres.private_files import is_private_folder
-from tiger_db.local_postgres.programs import UNRUNNABLE, User, can_run_from, reason, run
+from tiger_db.local_postgres.programs import (
+    LONGEST_PATH,
+    UNRUNNABLE,
+    User,
+    can_run_from,
+    reason,
+    run,
+)
 from tiger_db.settings import Settings
 
 SOCKET = ".s.PGSQL.5432"
@@ -34,6 +41,8 @@ def wanted_folder(settings: Settings) -> Path:
         raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
     if "\n" in str(resolved):
         raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} must not contain a line break")
+    if len(os.fsencode(resolved)) > LONGEST_PATH:
+        raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} is longer than {LONGEST_PATH} bytes")
     return resolved
 
 
@@ -115,12 +124,12 @@ def make_programs_folder(home: Path) -> Path:
         if can_run_from(folder):
             make_home(folder)
             return folder
-        why = f"nor from {folder}"
+        why = f"nor from {str(folder)!r}"
     except (EmbeddedError, RuntimeError) as error:  # the latter: the user has no home
         why = str(error)
     raise EmbeddedError(
-        f"PostgreSQL's programs cannot run from {home}, whose path has one of {UNRUNNABLE} in it:"
-        f" set TIGER_DB_HOME ({why})"
+        f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"
+        f" path is UTF-8 text without any of {UNRUNNABLE} ({why})"
     )
 
 

