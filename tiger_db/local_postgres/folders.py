@@ -109,12 +109,13 @@ def make_home(home: Path) -> None:
 
 
 def make_programs_folder(home: Path) -> Path:
-    """Return the folder for a copy of the server's programs: ours, if they can run from there.
+    """Return the folder for a copy of the server's programs, made if it is not there.
 
-    Else one of its own, among the user's caches or, for root, under `/var/lib/tiger_db`.
+    It is `home` if they can run from its path, else a folder for it in the user's cache or, for
+    root, in `/var/lib/tiger_db`.
 
     Raises:
-        EmbeddedError: none will do.
+        EmbeddedError: they can run from neither, or the folder cannot be made.
     """
     if can_run_from(home):
         return home
@@ -125,7 +126,7 @@ def make_programs_folder(home: Path) -> Path:
             make_home(folder)
             return folder
         why = f"nor from {str(folder)!r}"
-    except (EmbeddedError, RuntimeError) as error:  # the latter: the user has no home
+    except (EmbeddedError, RuntimeError) as error:  # RuntimeError: the user has no home
         why = str(error)
     raise EmbeddedError(
         f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"

@@ -98,9 +98,9 @@ def installed_programs(package: Path, user: User) -> Path | None:
 
 
 def copied_programs(folder: Path, package: Path, version: str) -> Path:
-    """Return the same folder of a copy that any user can run, made in `folder` if it is not there.
+    """Return the same folder of a copy, which any user can run; it is made if it is not there.
 
-    For one process at a time.
+    For one process at a time, which holds the lock.
 
     Raises:
         EmbeddedError: the copy cannot be made.
