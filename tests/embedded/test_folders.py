@@ -1,9 +1,11 @@
 """Paths, permissions, and root, which hands the server to another user."""
 
 import os
+import pwd
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -301,6 +303,31 @@ def test_unwritable_folder(home: Path) -> None:
         with pytest.raises(EmbeddedError, match=str(home)):
             refused(settings_for(home))
     assert list(home.iterdir()) == []
+
+
+def test_without_a_usable_home_one_line_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("HOME", str(file))
+    with pytest.raises(EmbeddedError, match=f"{file}.* set TIGER_DB_HOME") as caught:
+        start(Settings())
+    demo = Path(__file__).parents[2] / "examples" / "demo.py"
+    run = subprocess.run([sys.executable, demo], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert str(caught.value) in run.stderr
+    assert "Traceback" not in run.stderr
+
+    def nobody(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for refused in (start, running, stop, embedded.folder):
+        with pytest.raises(EmbeddedError, match=r"^TIGER_DB_HOME is not set: could not determine"):
+            refused(Settings())
 
 
 def test_folder_that_everybody_can_write(settings: Settings, home: Path) -> None:

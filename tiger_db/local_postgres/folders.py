@@ -34,10 +34,13 @@ def wanted_folder(settings: Settings) -> Path:
     Raises:
         EmbeddedError: they name none that could be.
     """
-    home = settings.tiger_db_home or platformdirs.user_data_path("tiger_db", appauthor=False)
+    home = settings.tiger_db_home
     try:
-        resolved = home.expanduser().resolve()
+        folder = home or platformdirs.user_data_path("tiger_db", appauthor=False)
+        resolved = folder.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
+        if home is None:  # neither HOME is set, nor has the user an entry in /etc/passwd
+            raise EmbeddedError(f"TIGER_DB_HOME is not set: {error}") from None
         raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
     if "\n" in str(resolved):
         raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} must not contain a line break")
@@ -99,7 +102,9 @@ def make_home(home: Path) -> None:
     """
     umask = 0o022 if os.geteuid() == 0 else 0o077
     if not home.is_dir() and (made := run("mkdir", "-p", "--", home, umask=umask)).returncode:
-        raise EmbeddedError(f"the folder {home} cannot be made: {reason(made.stderr)}")
+        raise EmbeddedError(
+            f"the folder {home} cannot be made: {reason(made.stderr)}: set TIGER_DB_HOME to another"
+        )
     status = home.stat()
     if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
         raise EmbeddedError(
@@ -119,9 +124,11 @@ def make_programs_folder(home: Path) -> Path:
     """
     if can_run_from(home):
         return home
-    caches = platformdirs.user_cache_path("tiger_db", appauthor=False)
     try:
-        folder = (_FOR_ROOT if os.geteuid() == 0 else caches.expanduser().resolve()) / _digest(home)
+        caches = _FOR_ROOT
+        if os.geteuid() != 0:
+            caches = platformdirs.user_cache_path("tiger_db", appauthor=False).resolve()
+        folder = caches / _digest(home)
         if can_run_from(folder):
             make_home(folder)
             return folder
