@@ -9,8 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import asyncpg
@@ -171,18 +170,30 @@ def run_as_server(home: Path, *command: str) -> subprocess.Popen[bytes]:
     )
 
 
-def at_once(
-    target: Callable[[Settings, Barrier, "Queue[object]"], None], settings: Settings
-) -> list[object]:
-    count = 10
-    barrier, results = processes.Barrier(count), processes.Queue()
+def at_once(function: Callable[[Settings], object], settings: Settings) -> list[object]:
+    """What ten processes return that call the function at once; pipes need no /dev/shm."""
+    pipes = [processes.Pipe() for _ in range(10)]
     children = [
-        processes.Process(target=target, args=(settings, barrier, results)) for _ in range(count)
+        processes.Process(target=_wait_and_answer, args=(there, function, settings))
+        for _, there in pipes
     ]
-    for child in children:
+    for child, (_, there) in zip(children, pipes, strict=True):
         child.start()
-    collected = [results.get(timeout=30) for _ in children]
+        there.close()
+    lines = [here for here, _ in pipes]
+    assert [line.recv() for line in lines] == ["ready"] * 10
+    for line in lines:
+        line.send("go")
+    collected = [line.recv() for line in lines]
     for child in children:
         child.join(30)
         assert child.exitcode == 0
     return collected
+
+
+def _wait_and_answer(
+    line: Connection, function: Callable[[Settings], object], settings: Settings
+) -> None:
+    line.send("ready")
+    line.recv()
+    line.send(function(settings))

@@ -261,6 +261,8 @@ def test_server_files_are_copied_where_needed(
             raise
         pytest.skip("file names are UTF-8 here")
     site.chmod(0o700)
+    home.mkdir()
+    home.chmod(0o755)  # whatever the umask
     old = home / "server-1.2.3" / package.name / "pginstall"
     old.mkdir(parents=True)
     mine = home / "server-notes"
@@ -291,6 +293,7 @@ def test_unwritable_folder(home: Path) -> None:
     with pytest.raises(EmbeddedError, match=f"{inside_a_file}.*[Nn]ot a directory"):
         start(settings_for(inside_a_file))
     home.mkdir()
+    home.chmod(0o755)  # whatever the umask
     if IS_ROOT:
         os.chown(home, 12345, 12345)
     else:

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import asyncpg
@@ -90,13 +88,8 @@ def test_fast_path_needs_no_lock_and_the_server_holds_none(shared: Settings) -> 
         assert start(shared) == running(shared)
 
 
-def _start_at_once(settings: Settings, barrier: Barrier, results: "Queue[object]") -> None:
-    barrier.wait()
-    results.put(start(settings))
-
-
 def test_ten_processes_start_one_server(settings: Settings) -> None:
-    assert len(set(at_once(_start_at_once, settings))) == 1
+    assert len(set(at_once(start, settings))) == 1
     server = running(settings)
     assert server
     postmasters = [
