@@ -80,7 +80,7 @@ SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
 _GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
 # What PgBouncer takes at the start of a session, and keeps apart for each of its clients.
 _POOLED_SETTINGS = ("application_name", "timezone")
-# Where libpq finds the server that no host is named of. asyncpg itself would look at PGHOST first.
+# Tried where DATABASE_URL names no host. asyncpg by itself would read PGHOST first.
 _DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # no file is made
 
 
@@ -165,9 +165,8 @@ class Settings(BaseSettings):
     @property
     def url(self) -> DatabaseURL | None:
         """`DATABASE_URL`, parsed; None where it is not set."""
-        return (
-            None if self.database_url is None else parse_url(self.database_url.get_secret_value())
-        )
+        text = self.database_url
+        return None if text is None else parse_url(text.get_secret_value())
 
     @property
     def production(self) -> bool:
@@ -246,7 +245,8 @@ class Settings(BaseSettings):
             "sslcert": self.db_ssl_cert,
             "sslkey": self.db_ssl_key,
         }
-        parameters = self.url.parameters if self.url else {}
+        url = self.url
+        parameters = {} if url is None else url.parameters
         return {
             **{name: str(value) for name, value in given.items() if value is not None},
             **{name: value for name, value in parameters.items() if name.startswith("ssl")},
@@ -298,7 +298,7 @@ class Settings(BaseSettings):
             arguments["passfile"] = Path(found["passfile"])
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
-        if self.pooled:  # nothing that a session of the server would keep
+        if self.pooled:  # which allows nothing that a session of the server would keep
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _POOLED_SETTINGS if name in given
