@@ -15,8 +15,8 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from tests.embedded.conftest import discard, reachable_folder, settings_for
 from tests.support import factories
+from tests.support.embedded_servers import discard, reachable_folder, settings_for
 from tests.support.encryption_keys import K1, K2
 from tests.support.factories import plain
 from tiger_db import (

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection as Pipe
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -190,12 +190,12 @@ async def assert_kept(connection: Connection, written: Written) -> None:
     assert not stored & written.undone
 
 
-def seal_in_a_loop(settings: Settings, over: Event | None) -> None:
+def seal_in_a_loop(settings: Settings, over: Pipe | None) -> None:
     """In a process of its own, until it is told to stop."""
 
     async def run() -> None:
         async with Database(settings) as database:
-            while over is None or not over.is_set():
+            while over is None or not over.poll():
                 await audit.seal(database, patience=0.1)
 
     asyncio.run(run())
@@ -210,8 +210,8 @@ async def test_48_writers_and_two_sealers(
     signing: Settings, sealed: Database, other: Connection
 ) -> None:
     written = Written()
-    over = processes.Event()
-    sealers = [processes.Process(target=seal_in_a_loop, args=(signing, over)) for _ in range(2)]
+    over, seen = processes.Pipe()
+    sealers = [processes.Process(target=seal_in_a_loop, args=(signing, seen)) for _ in range(2)]
     for sealer in sealers:
         sealer.start()
     async with Database(signing) as second:
@@ -225,7 +225,7 @@ async def test_48_writers_and_two_sealers(
             await asyncio.gather(*(commits([sealed, second][n % 2], written) for n in range(20)))
             await until(caught_up)
             assert await seals_made(other) > number
-    over.set()
+    over.send("over")  # which the sealers see, and leave where it is
     for sealer in sealers:
         await asyncio.to_thread(sealer.join, 30)
         assert sealer.exitcode == 0

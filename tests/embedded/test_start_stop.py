@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 from functools import partial
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import asyncpg
 import psutil
 import pytest
 
-from tests.embedded.conftest import STARTER, alive, at_once, fetch, unfinished, wait_until
+from tests.support.embedded_servers import STARTER, alive, at_once, fetch, unfinished
+from tests.support.waiting import wait_until
 from tiger_db import embedded
 from tiger_db.embedded import kept_secret, running, start, stop
 from tiger_db.errors import ConfigurationError, EmbeddedError
@@ -90,13 +89,8 @@ def test_fast_path_needs_no_lock_and_the_server_holds_none(shared: Settings) -> 
         assert start(shared) == running(shared)
 
 
-def _start_at_once(settings: Settings, barrier: Barrier, results: "Queue[object]") -> None:
-    barrier.wait()
-    results.put(start(settings))
-
-
 def test_ten_processes_start_one_server(settings: Settings) -> None:
-    assert len(set(at_once(_start_at_once, settings))) == 1
+    assert len(set(at_once(start, settings))) == 1
     server = running(settings)
     assert server
     postmasters = [

@@ -49,6 +49,7 @@ def pgbouncer(server_url: str, **more: str) -> Iterator[Path]:
     user = "postgres" if os.geteuid() == 0 else None  # it refuses root
     if user:
         shutil.chown(home, user)
+        shutil.chown(ini, user)  # whatever the umask
     with subprocess.Popen(
         [PROGRAM, "-q", ini],
         stderr=subprocess.DEVNULL,
