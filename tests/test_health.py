@@ -215,6 +215,7 @@ async def test_server_that_never_answers(clone_settings: Settings) -> None:
     await server.wait_closed()
 
 
+@pytest.mark.slow
 async def test_server_that_stops_answering_is_not_ready_in_time(
     clone_settings: Settings, tmp_path: Path
 ) -> None:
@@ -305,6 +306,7 @@ async def test_encryption_keys(clone: Database, clone_settings: Settings) -> Non
     assert (both.encryption_keys, both.problems) == (["other", "test"], [])
 
 
+@pytest.mark.slow
 async def test_embedded(home: Path) -> None:
     settings = Settings(tiger_db_home=home)
     report = await health(settings)

@@ -176,6 +176,7 @@ async def test_a_change_that_is_rolled_back_changes_nothing(
     assert key.id in listening._digests
 
 
+@pytest.mark.slow
 async def test_a_revocation_by_somebody_else_is_honoured_at_once(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:
@@ -211,6 +212,7 @@ def revoke_in_a_while(settings: Settings, key: APIKey, pipe: Any) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 async def test_a_loop_that_never_waits_hears_of_a_revocation(
     clone: Database, listening: KeyVerifier
 ) -> None:

@@ -115,6 +115,7 @@ async def test_secrets_move_from_a_ring_to_a_kms(clone_settings: Settings) -> No
         assert values_of(found) == SECRETS
 
 
+@pytest.mark.slow
 async def test_listing_a_thousand_accounts_decrypts_nothing(clone_settings: Settings) -> None:
     kms = KMS("kms")
     async with with_keys(clone_settings, kms) as database:

@@ -153,6 +153,7 @@ async def cut_off(database: Database) -> str:
     return "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.slow
 def test_errors_tell_no_secret(witness: Witness) -> None:
     assert len(witness.raised) == 3
     for shown in witness.raised:
@@ -179,6 +180,7 @@ def test_a_dump_tells_no_secret(witness: Witness, tmp_path: Path, format_: str) 
     witness.assert_safe(content)
 
 
+@pytest.mark.slow
 def test_the_files_of_the_server_hold_no_secret(witness: Witness) -> None:
     content = contents(witness.server.folder / "data")  # tables, indexes, write-ahead log
     assert PUBLIC.encode() in content

@@ -40,6 +40,7 @@ async def everything(engine: AsyncEngine) -> set[tuple[Any, ...]]:
 # Up and down
 
 
+@pytest.mark.slow
 async def test_up_down_and_up_again_leave_nothing_behind(empty_database: Settings) -> None:
     async with migration_engine(empty_database) as engine:
         nothing = await everything(engine)
@@ -61,6 +62,7 @@ async def test_upgrading_again_changes_nothing(clone_settings: Settings) -> None
         assert await everything(engine) == before
 
 
+@pytest.mark.slow
 async def test_concurrent_upgrades_wait_for_each_other(empty_database: Settings) -> None:
     async def one() -> SchemaState:
         async with migration_engine(empty_database) as engine:
@@ -178,6 +180,7 @@ async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> N
 # 0005
 
 
+@pytest.mark.slow
 async def test_0005_has_tokens_refreshed_an_hour_before_they_expire(
     empty_database: Settings,
 ) -> None:
@@ -291,6 +294,7 @@ async def test_drift_is_found(clone_settings: Settings, change: str, found: str)
         assert any(found in line for line in await drift(engine)), await drift(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_partitions_are_no_drift(clone_settings: Settings) -> None:
     async with migration_engine(clone_settings) as engine:

@@ -37,6 +37,7 @@ async def stored(database: Database, key: APIKey) -> APIKey:
     return row
 
 
+@pytest.mark.slow
 async def test_uses_are_counted_within_a_second_or_so(clone: Database) -> None:
     key, raw_key = await make_key(clone)
     verifier = KeyVerifier(clone)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.embedded.conftest import reachable_folder
+from tests.support.embedded_servers import reachable_folder
 
 pytestmark = pytest.mark.wheel
 REPOSITORY = Path(__file__).parent.parent

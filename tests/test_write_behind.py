@@ -120,6 +120,7 @@ async def test_counts_are_exact_however_often_connections_are_cut(
         assert await counts(other, key_id) == (count, count)
 
 
+@pytest.mark.slow
 async def test_a_locked_key_delays_nobody_elses_counts(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -189,6 +190,7 @@ async def test_hours_are_counted_apart(clone_settings: Settings, other: Connecti
     assert last == 10_799.9
 
 
+@pytest.mark.slow
 async def test_events_recorded_at_once_are_all_there(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -271,6 +273,7 @@ async def test_an_event_that_cannot_be_stored_says_so(clone_settings: Settings) 
         await database.write_behind.record(factories.new_event())
 
 
+@pytest.mark.slow
 async def test_the_counts_of_a_deleted_key_are_dropped(
     clone_settings: Settings, other: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:

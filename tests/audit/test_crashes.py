@@ -173,6 +173,7 @@ async def test_a_killed_server_under_load(
     await assert_sealed_once(private)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [records, commits, copies])
 async def test_a_writer_that_is_cut_off_is_told(private: Settings, write: Write) -> None:
     """While it waits for the server, which goes away: two at once, so that COPY is what they do."""
@@ -197,6 +198,7 @@ async def test_a_writer_that_is_cut_off_is_told(private: Settings, write: Write)
     await other.close()
 
 
+@pytest.mark.slow
 async def test_a_prepared_transaction_is_waited_for(
     private_server: Settings, private: Settings
 ) -> None:
@@ -264,6 +266,7 @@ async def contents(connection: Connection) -> list[tuple[int, str]]:
     return [tuple(row) for row in await connection.fetch(EVENTS, -(2**63), 2**63 - 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", [dump_and_restore, dump_as_sql])
 async def test_the_trail_in_another_cluster(
     private: Settings,

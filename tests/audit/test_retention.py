@@ -260,6 +260,7 @@ async def test_who_verifies_while_strays_move_finds_them(
     await mover.close()
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("later", [0, 1.2])  # before and after who waits looks for deadlocks
 async def test_a_writer_with_a_stray_is_no_victim(
@@ -449,6 +450,7 @@ async def test_a_retirement_signed_by_somebody_else(
 # At once
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_all_at_once_do_everything_once(
     signing: Settings, database: Database, other: Connection
@@ -477,6 +479,7 @@ async def test_all_at_once_do_everything_once(
         await assert_clean(database, retired=3 * retired, unsealed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.usefixtures("impatient")
 async def test_a_long_transaction_is_not_waited_for(

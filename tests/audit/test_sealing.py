@@ -350,6 +350,7 @@ async def test_who_writes_straight_into_a_partition_is_waited_for(
 # Sealers
 
 
+@pytest.mark.slow
 async def test_sealers_at_once(signing: Settings, sealed: Database, other: Connection) -> None:
     await other.execute(MANY, 25_000)
     async with Database(signing) as second:
@@ -381,6 +382,7 @@ async def test_a_killed_sealer(signing: Settings, sealed: Database, other: Conne
     await assert_sealed_once(sealed, other)
 
 
+@pytest.mark.slow
 async def test_seals_of_10000(sealed: Database, other: Connection) -> None:
     told: list[int] = []
     assert await audit.seal(sealed, advance=told.append) == audit.Sealing(0, 0)

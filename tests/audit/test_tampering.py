@@ -484,6 +484,7 @@ WAYS: dict[Kind, list[Way]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", Kind)
 async def test_every_tampering_is_found_and_named(trail: Trail, kind: Kind) -> None:
     ways = WAYS[kind]
@@ -517,6 +518,7 @@ async def test_verify_finds_what_is_committed(trail: Trail, kind: Kind) -> None:
     assert (await audit.verify(trail.database, checkpoint=trail.checkpoint)).sound
 
 
+@pytest.mark.slow
 async def test_whatever_a_statement_says(trail: Trail) -> None:
     """None of it makes verification fail in another way than by a finding."""
     for number in (1, SEALS):

@@ -150,6 +150,7 @@ def test_list(cli: CommandLine) -> None:
     assert "no account" in cli.fails("list-api-keys", "--account", "nope")
 
 
+@pytest.mark.slow
 def test_an_expired_key_is_listed_as_such(cli: CommandLine) -> None:
     create(cli, "--expires-in", "1s")
     time.sleep(1.1)

@@ -283,6 +283,7 @@ def test_a_file_appears_when_it_is_complete(
 # Listed, counted, followed.
 
 
+@pytest.mark.slow
 def test_lists_by_resource_and_details(cli: CommandLine, clone_settings: Settings) -> None:
     log(
         clone_settings,

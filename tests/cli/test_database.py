@@ -397,6 +397,7 @@ def test_embedded_in_production(bare: CommandLine, command: str) -> None:
         assert "production" in bare.fails(command, ENVIRONMENT="production", **env)
 
 
+@pytest.mark.slow
 def test_embedded_beside_another_server(cli: CommandLine, home: Path) -> None:
     assert "other commands do not use it" in cli.ok("start-embedded").err
     assert "stopped" in cli.ok("stop-embedded").err

@@ -49,6 +49,7 @@ def events(cli: CommandLine, clone_settings: Settings) -> list[AuditLog]:
     return write(clone_settings, log)
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 def test_event_filters(cli: CommandLine, events: list[AuditLog]) -> None:
     placed, cancelled, failed, critical, of_user, from_ip, in_session = (

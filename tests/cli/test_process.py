@@ -183,6 +183,7 @@ def test_what_nobody_expected(cli: CommandLine, clone_settings: Settings) -> Non
     assert "hunter2" not in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupt(cli: CommandLine, clone_settings: Settings) -> None:
     async def interrupt() -> tuple[int | None, str]:
         connection = await connect(clone_settings)

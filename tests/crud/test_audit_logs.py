@@ -117,6 +117,7 @@ async def test_no_event_is_lost_to_a_bad_detail(session: AsyncSession) -> None:
     assert "hunter2" not in repr(event)
 
 
+@pytest.mark.slow
 @no_deadline
 @given(details=st.dictionaries(storable_text, json_values))
 async def test_any_json_comes_back_as_it_went_in(

@@ -201,6 +201,7 @@ def written_networks(network: Network) -> list[str]:
     return [str(network), mapped, network.with_netmask]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(network=V4 | V6, data=st.data())
 async def test_an_address_of_a_network_is_accepted_in_any_spelling(
@@ -216,6 +217,7 @@ async def test_an_address_of_a_network_is_accepted_in_any_spelling(
         assert await api_keys.authorize_api_key(session, raw_key, ip_address=spelled) is key
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -78,6 +78,7 @@ async def at_once(
 # Accounts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["trading", "data"])
 async def test_twenty_callers_leave_one_default(crowd: Database, which: str) -> None:
     async with crowd.session() as session:
@@ -310,6 +311,7 @@ async def test_four_processes_lose_no_use(crowd: Database, how: str) -> None:
     assert await uses(crowd, key) == (1600, 1600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["session", "verifier"])
 async def test_four_processes_pass_exactly_the_limit(crowd: Database, how: str) -> None:
     for _ in range(2):

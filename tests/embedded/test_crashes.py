@@ -84,6 +84,7 @@ def start_with_wheel(site: Path, settings: Settings) -> None:
     start(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["home", 'with "quotes"'])
 def test_killed_while_the_programs_are_copied(
     name: str, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -160,6 +161,7 @@ def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -
     assert running(shared) == server
 
 
+@pytest.mark.slow
 @as_root
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
 def test_server_of_another_container(shared: Settings) -> None:

@@ -66,6 +66,7 @@ def tree(folder: Path) -> dict[Path, os.stat_result]:
     return {path: path.lstat() for path in sorted(folder.rglob("*"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [ODD, "l" * 200])
 def test_any_characters_in_the_path(name: str, way: str, sites: dict[str, Path]) -> None:
     _, version = programs.wheel()
@@ -135,6 +136,7 @@ def test_long_path(long_home: Path, runtime_folder: Path, monkeypatch: pytest.Mo
     assert not again.socket_folder.exists()
 
 
+@pytest.mark.slow
 def test_socket_folder_made_by_somebody_else(long_home: Path, runtime_folder: Path) -> None:
     settings = settings_for(long_home)
     place = start(settings).socket_folder
@@ -164,6 +166,7 @@ def test_socket_folder_made_by_somebody_else(long_home: Path, runtime_folder: Pa
     assert start(settings).socket_folder == place
 
 
+@pytest.mark.slow
 def test_permissions(home: Path, way: str) -> None:
     settings = settings_for(home / "made" / "too")
     before = {parent: parent.stat() for parent in home.parents}
@@ -216,6 +219,7 @@ def test_umask_does_not_shut_the_server_out(home: Path) -> None:
         os.umask(umask)
 
 
+@pytest.mark.slow
 @as_root
 def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "home")
@@ -310,6 +314,7 @@ def test_unwritable_folder(home: Path) -> None:
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_a_usable_home_one_line_says_what_to_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +365,7 @@ def test_too_long_name(home: Path) -> None:
         start(settings_for(home / ("x" * 300)))
 
 
+@pytest.mark.slow
 @as_root
 def test_full_disk(home: Path, way: str) -> None:
     home.mkdir()

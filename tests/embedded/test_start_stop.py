@@ -23,6 +23,7 @@ from tiger_db.errors import ConfigurationError, EmbeddedError
 from tiger_db.settings import Settings
 
 
+@pytest.mark.slow
 def test_lifecycle(settings: Settings, home: Path) -> None:
     assert running(settings) is None
     assert stop(settings) is False
@@ -43,6 +44,7 @@ def test_lifecycle(settings: Settings, home: Path) -> None:
     assert fetch(again, settings, "SELECT answer FROM kept") == 42
 
 
+@pytest.mark.slow
 def test_configuration(shared: Settings) -> None:
     server = start(shared)
     arguments = server.connect_args(shared)

@@ -73,6 +73,7 @@ async def test_a_long_transaction(
     assert f"pg_terminate_backend({other.get_server_pid()})" in finding.advice
 
 
+@pytest.mark.slow
 async def test_a_blocked_session(
     clone_settings: Settings, other: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
@@ -99,6 +100,7 @@ async def test_a_blocked_session(
     assert (await found(clone_settings, "blocked sessions")).seen == "none"
 
 
+@pytest.mark.slow
 async def test_a_locked_table_keeps_no_other_check_waiting(
     clone_settings: Settings, other: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
@@ -133,6 +135,7 @@ async def test_unsealed_events(
     assert finding.seen.startswith("1 events")
 
 
+@pytest.mark.slow
 async def test_overdue_refreshes_and_leases_that_ran_out(
     clone: Database, clone_settings: Settings
 ) -> None:

@@ -27,7 +27,7 @@ from tiger_db.errors import (
     OutcomeUnknown,
 )
 
-pytestmark = needs_postgresql
+pytestmark = [needs_postgresql, pytest.mark.slow]
 LONG = timedelta(hours=1)
 SHORT = timedelta(seconds=0.3)
 

@@ -302,6 +302,7 @@ async def test_without_a_way_past_the_pooler_what_needs_one_says_so(
             await factories.account(session)
 
 
+@pytest.mark.slow
 async def test_a_statement_is_given_up_in_time_and_leaves_nothing_behind(
     behind: Settings,
 ) -> None:

@@ -52,6 +52,7 @@ class Meeting:
             await self.barrier.wait()
 
 
+@pytest.mark.slow
 async def test_after_a_deadlock_one_is_run_again_from_its_start_and_both_succeed(
     clone: Database, accounts: list[UUID]
 ) -> None:

@@ -107,6 +107,7 @@ def test_every_answer_is_covered() -> None:
     assert ANSWERS.keys() < KINDS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", KINDS)
 async def test_each_kind_of_failure(
     gateway: Gateway, caplog: pytest.LogCaptureFixture, answer: str

@@ -345,6 +345,7 @@ async def test_each_tiger_id_is_asked_for_only_so_often(clone: Database) -> None
     assert timedelta(seconds=50) < wait < timedelta(seconds=60)
 
 
+@pytest.mark.slow
 async def test_heartbeats_keep_a_slow_refresh(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +427,7 @@ async def private(private_server: Settings) -> Settings:
     return settings.model_copy(update={"db_pool_timeout": 3})
 
 
+@pytest.mark.slow
 async def test_the_answer_is_saved_when_the_database_is_back(
     private_server: Settings, private: Settings
 ) -> None:
@@ -447,6 +449,7 @@ async def test_the_answer_is_saved_when_the_database_is_back(
     assert plain(account.access_token) == gate.result.access_token  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 async def test_a_worker_that_ends_waits_for_the_database_only_so_long(
     private_server: Settings, private: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

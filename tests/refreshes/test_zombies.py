@@ -157,6 +157,7 @@ async def lost_claims(database: Database, count: int) -> AsyncIterator[list[Toke
     yield zombies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 async def test_a_zombie_is_refused_every_time(clone: Database, use: str) -> None:
     refused = 0

@@ -270,6 +270,7 @@ def test_no_file_is_opened_and_nothing_is_sent(
     assert not [event for event in events if event.startswith("socket")]
 
 
+@pytest.mark.slow
 def test_importing_tiger_db_never_imports_the_sdk() -> None:
     command = [sys.executable, "-W", "error", "-c", EVERYWHERE]
     done = subprocess.run(command, capture_output=True, check=True, text=True)
