@@ -1,5 +1,6 @@
 """The server of the run; a session that is rolled back, and databases where commits matter."""
 
+import gc
 import json
 import os
 import signal
@@ -39,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[servers.CHOSEN] = json.dumps(
             {"url": _server.url, "what": f"{_server.kind}, PostgreSQL {servers.version(_server)}"}
         )
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of collected tests stay to the end: no collection needs to look at them again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -130,6 +130,7 @@ def test_a_password_that_is_not_percent_encoded_works_or_is_refused_but_never_sh
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 
 
+@pytest.mark.slow
 @given(user=TEXTS, password=TEXTS, database=TEXTS)
 @example(user="u@x", password="p@s%20s:/?#[]&=+ \n'\"\\é\N{TIGER}", database="a/b?c#d")
 @example(user="u", password="%41", database="%41")
@@ -413,6 +414,7 @@ async def user_of(chosen: Settings) -> object:
         await connection.close()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(password=TEXTS)
 @example(password="p@s%20s:/?#[]&=+ $1 {x} \n\t'\"\\ é \N{TIGER}")

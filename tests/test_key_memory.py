@@ -235,6 +235,7 @@ async def test_a_loop_that_never_waits_hears_of_a_revocation(
     assert refused - committed < 0.1
 
 
+@pytest.mark.slow
 async def test_without_the_listening_connection_the_database_answers(
     clone: Database,
     listening: KeyVerifier,
@@ -316,6 +317,7 @@ async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> Non
             assert len(listening._known) == len(listening._digests) == 3
 
 
+@pytest.mark.slow
 async def test_an_expiry_is_honoured_from_memory(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:

@@ -49,6 +49,7 @@ async def counts(connection: Connection, key_id: UUID) -> tuple[int, int] | None
     return tuple(row) if row is not None else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("committed", [True, False])
 async def test_a_commit_that_nobody_confirmed(
     clone_settings: Settings,

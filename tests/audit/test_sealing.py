@@ -264,6 +264,7 @@ async def test_no_false_alarm_however_often(
 # Transactions that stay open
 
 
+@pytest.mark.slow
 async def test_an_open_transaction_is_waited_for(sealed: Database, other: Connection) -> None:
     late = await connect(sealed.settings)
     transaction = late.transaction()

@@ -504,6 +504,7 @@ async def test_every_tampering_is_found_and_named(trail: Trail, kind: Kind) -> N
     assert (sound.findings, sound.rows, sound.seals, sound.unsealed) == ([], 60, SEALS, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("kind", Kind)
 async def test_verify_finds_what_is_committed(trail: Trail, kind: Kind) -> None:

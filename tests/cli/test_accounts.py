@@ -266,6 +266,7 @@ def test_a_closed_account_can_be_reopened(cli: CommandLine, key_file: str, pem: 
     assert plain(stored(cli).private_key) == parse_private_key(pem)[0]
 
 
+@pytest.mark.slow
 def test_a_person_sets_the_status(cli: CommandLine) -> None:
     create(cli)
     for status in ("suspended", "pending_verification", "inactive", "active", "suspended"):

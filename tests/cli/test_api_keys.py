@@ -125,6 +125,7 @@ def test_unknown_scope_and_account(cli: CommandLine) -> None:
     assert "no account" in cli.fails(*options, "mcp:read", "--account", "nope")
 
 
+@pytest.mark.slow
 def test_list(cli: CommandLine) -> None:
     create_account(cli, "51230321")
     assert cli.ok("list-api-keys") == Result(0, "", "there are none\n")
@@ -172,6 +173,7 @@ def test_verify(cli: CommandLine, tmp_path: Path) -> None:
     assert "given already" in cli.misused("verify-api-key", "x", "--key-file", "y")
 
 
+@pytest.mark.slow
 def test_verify_says_why_not(cli: CommandLine) -> None:
     for number in ("1111111", "2222222"):
         create_account(cli, number)
@@ -200,6 +202,7 @@ def test_verify_tells_when_a_limit_ends(cli: CommandLine) -> None:
     assert 0 < int(when.split()[-2]) <= 86400
 
 
+@pytest.mark.slow
 def test_revoke(cli: CommandLine) -> None:
     first, second = create(cli), create(cli)
     revoked = cli.ok("revoke-api-key", first["key_prefix"], "--reason", "leaked", "--json").json
@@ -266,6 +269,7 @@ def test_show_draws_the_uses(cli: CommandLine) -> None:
     assert "--hours" in cli.misused("show-api-key", row["key_prefix"], "--hours", "0")
 
 
+@pytest.mark.slow
 def test_rotate(cli: CommandLine) -> None:
     row = create(cli)
     new = cli.ok("rotate-api-key", row["key_prefix"], "--grace", "1h", "--json").json
@@ -279,6 +283,7 @@ def test_rotate(cli: CommandLine) -> None:
     assert "--grace" in cli.misused("rotate-api-key", row["id"], "--grace", "soon")
 
 
+@pytest.mark.slow
 def test_extend_and_list_expiring(cli: CommandLine) -> None:
     late, soon = create(cli, "--expires-in", "5d"), create(cli, "--expires-in", "2d")
     create(cli)
@@ -458,6 +463,7 @@ def test_extend_to_a_time(cli: CommandLine) -> None:
     assert "only an active key" in cli.fails(*options, "--expires-in", "1w")
 
 
+@pytest.mark.slow
 def test_expiring_keys_are_listed_in_pages(cli: CommandLine) -> None:
     assert cli.ok("list-expiring-api-keys") == Result(0, "", "there are none\n")
     rows = [create(cli, "--expires-in", f"{days}d") for days in (3, 1, 2)]

@@ -66,6 +66,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_init_makes_what_is_missing(bare: CommandLine, server_url: str, new_database: str) -> None:
     bare.env = {"DATABASE_URL": url_of(server_url, new_database), **SECRETS}
     assert "run `tiger-db init`" in bare.fails("current")
@@ -102,6 +103,7 @@ def test_init_tells_how_to_set_a_pepper(empty: CommandLine) -> None:
     assert "API_KEY_PEPPERS" in empty.fails("init", API_KEY_PEPPERS="p1:nonsense")
 
 
+@pytest.mark.slow
 def test_init_tells_how_to_set_a_signing_key(empty: CommandLine) -> None:
     told = empty.ok("init").err
     assert "no signing key is set" in told
@@ -202,6 +204,7 @@ def test_history(bare: CommandLine) -> None:
         assert script["revision"] in bare.ok("history").out
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> None:
     assert cli.ok("check").out == ""

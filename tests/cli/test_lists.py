@@ -144,6 +144,7 @@ def test_bad_filters(cli: CommandLine) -> None:
     assert "no API key" in cli.fails("list-events", "--api-key", "nope")
 
 
+@pytest.mark.slow
 def test_refreshes(cli: CommandLine, clone_settings: Settings) -> None:
     assert cli.ok("list-refreshes") == Result(0, "", "there are none\n")
     for number in ("1111111", "2222222"):

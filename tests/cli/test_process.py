@@ -260,6 +260,7 @@ def test_secret_is_asked_for_without_echo(cli: CommandLine, terminal: Terminal, 
         terminal.seen = ""
 
 
+@pytest.mark.slow
 def test_interrupt_while_asked(cli: CommandLine, terminal: Terminal) -> None:
     with terminal.program(cli, "verify-api-key") as program:
         terminal.wait_for("key (hidden): ")

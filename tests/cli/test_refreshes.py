@@ -163,6 +163,7 @@ def test_one_account(cli: CommandLine, clone_settings: Settings, gateway: Gatewa
     assert_no_secret(gateway, done, again)
 
 
+@pytest.mark.slow
 def test_one_account_fails(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     add(clone_settings, gateway)
     for answer, why in (
@@ -260,6 +261,7 @@ def fill(settings: Settings, gateway: Gateway) -> None:
     asyncio.run(write())
 
 
+@pytest.mark.slow
 def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     nothing = cli.ok("show-refreshes")
     assert nothing.out.split("\n\n") == [
@@ -311,6 +313,7 @@ def test_show_live(
 # Pruning
 
 
+@pytest.mark.slow
 def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     fill(clone_settings, gateway)
     assert cli.ok("prune-refreshes") == Result(0, "", "0 refreshes were deleted\n")

@@ -30,6 +30,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_import_and_export(cli: CommandLine, file: Path, tmp_path: Path) -> None:
     token = config(tmp_path, {"token": NEW}, TOKEN_FILE)
     token.chmod(0o600)

@@ -122,6 +122,7 @@ async def test_two_accounts_may_swap_their_defaults(crowd: Database) -> None:
         assert (trading and trading.id, data and data.id) == (second.id, first.id)
 
 
+@pytest.mark.slow
 async def test_fifty_errors_count_fifty_and_suspend_once(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session)
@@ -147,6 +148,7 @@ async def test_fifty_errors_count_fifty_and_suspend_once(crowd: Database) -> Non
     assert len(events) == 51
 
 
+@pytest.mark.slow
 async def test_successes_and_errors_side_by_side_lose_no_event(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session)
@@ -391,6 +393,7 @@ async def test_a_key_works_until_its_end_is_committed_and_no_longer(
 # Refreshes
 
 
+@pytest.mark.slow
 async def test_eight_workers_claim_each_refresh_once(crowd: Database) -> None:
     async with crowd.session() as session:
         for _ in range(40):

@@ -109,6 +109,7 @@ cursors: st.SearchStrategy[object] = (
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cursor=cursors.filter(malformed))
 @example(cursor="")

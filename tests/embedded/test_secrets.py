@@ -38,6 +38,7 @@ def _kept_key(settings: Settings) -> str:
     return kept_secret(settings, "key", partial(secrets.token_hex, 32))
 
 
+@pytest.mark.slow
 def test_kept_secret_of_ten_processes(settings: Settings, home: Path) -> None:
     values = at_once(_kept_key, settings)
     kept = (home / "key").read_text()

@@ -91,6 +91,7 @@ def test_fast_path_needs_no_lock_and_the_server_holds_none(shared: Settings) -> 
         assert start(shared) == running(shared)
 
 
+@pytest.mark.slow
 def test_ten_processes_start_one_server(settings: Settings) -> None:
     assert len(set(at_once(start, settings))) == 1
     server = running(settings)

@@ -290,6 +290,7 @@ ANYTHING = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*OTHER_FIELDS, "details", "tags"]), ANYTHING))
 @example(

@@ -170,6 +170,7 @@ def change(root: Any, which: int, how: int, value: Any) -> None:
     methods[how % len(methods)](part, value)
 
 
+@pytest.mark.slow
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

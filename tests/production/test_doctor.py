@@ -112,6 +112,7 @@ async def test_a_locked_table_keeps_no_other_check_waiting(
     assert findings["encryption keys"].status == "ok"
 
 
+@pytest.mark.slow
 async def test_unsealed_events(
     clone: Database, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +161,7 @@ async def test_overdue_refreshes_and_leases_that_ran_out(
     assert (await found(clone_settings, "refreshes")).seen == "none is overdue"
 
 
+@pytest.mark.slow
 async def test_tokens_that_nobody_refreshes(clone: Database, clone_settings: Settings) -> None:
     async with clone.session() as session:
         await factories.account_with_token(session)
@@ -228,6 +230,7 @@ async def test_dead_rows(clone_settings: Settings) -> None:
     assert (await found(clone_settings, "dead rows")).status == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_an_index_that_nobody_uses(clone_settings: Settings) -> None:
     await sql(

@@ -302,6 +302,7 @@ def test_each_migration_has_a_transaction_of_its_own(
     assert cli.ok("current", "--json").json["current"] == "0007"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("psql") is None, reason="psql is not installed")
 @pytest.mark.parametrize("begin", ["empty", "migrated"])
 def test_the_script_for_psql_ends_where_migrate_does(
@@ -363,6 +364,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 def test_lint_refuses_migrations_that_would_stop_the_system(
     alembic: Path, clone_settings: Settings, capfd: pytest.CaptureFixture[str]
 ) -> None:

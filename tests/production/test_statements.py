@@ -129,6 +129,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "tiger_db"]
 
 
+@pytest.mark.slow
 async def test_a_slow_statement_is_logged_without_its_parameters(
     clone_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

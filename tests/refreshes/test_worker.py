@@ -222,6 +222,7 @@ async def test_once_ends_when_nothing_is_due(clone: Database) -> None:
     assert (await run_once(clone, at_once)).counts == {}
 
 
+@pytest.mark.slow
 async def test_a_new_refresh_is_heard_of(clone: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refresh_worker, "POLL", 60.0)
     started: dict[UUID, float] = {}
@@ -259,6 +260,7 @@ async def counted_listeners(database: Database, besides: int | None = None) -> i
     return found[0]
 
 
+@pytest.mark.slow
 async def test_listening_survives_its_connection(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "b").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dies_at", "left"), [("/a", (None, "old")), ("/b", ("new" * 100, "old"))])
 def test_a_crash_leaves_whole_files(
     tmp_path: Path, dies_at: str, left: tuple[str | None, str]
