@@ -276,8 +276,8 @@ async def test_an_open_transaction_is_waited_for(sealed: Database, other: Connec
     sealing = await audit.seal(sealed, patience=0.2)
     assert sealing == audit.Sealing(0, 0, (late.get_server_pid(),))
     assert await seals_made(other) == 0
-    waiting = asyncio.create_task(audit.seal(sealed, patience=20))
-    async with asyncio.timeout(5):
+    waiting = asyncio.create_task(audit.seal(sealed, patience=60))
+    async with asyncio.timeout(30):
         for _ in range(20):  # it waits, and nobody for it
             for how in HOW:
                 await how(sealed, written)
