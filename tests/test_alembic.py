@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
-from tests.conftest import create_database, drop_database
+from tests.support import databases
 from tiger_db import Settings
 from tiger_db.database import connect, migration_engine
 from tiger_db.migrations import drift, scripts, upgrade
@@ -159,6 +159,7 @@ def checkout(tmp_path: Path, clone_settings: Settings) -> Checkout:
 # In this checkout
 
 
+@pytest.mark.slow
 async def test_the_plain_command_works_with_the_same_settings(empty_database: Settings) -> None:
     here = Checkout(ROOT, empty_database)
     await here.alembic("upgrade", "head")
@@ -169,6 +170,7 @@ async def test_the_plain_command_works_with_the_same_settings(empty_database: Se
         assert await drift(engine) == []
 
 
+@pytest.mark.slow
 async def test_offline_it_prints_sql_that_works(server_url: str, empty_database: Settings) -> None:
     sql = await Checkout(ROOT, empty_database).alembic("upgrade", "head", "--sql")
     connection = await connect(empty_database)
@@ -178,6 +180,7 @@ async def test_offline_it_prints_sql_that_works(server_url: str, empty_database:
         assert await drift(engine) == []
 
 
+@pytest.mark.slow
 async def test_it_tells_an_unreachable_server_without_a_credential(
     empty_database: Settings,
 ) -> None:
@@ -198,13 +201,13 @@ async def changed(
 ) -> AsyncIterator[Checkout]:
     """A copy with all of the changes at once, on a migrated database."""
     name = f"tiger_db_changed_{uuid4().hex[:12]}"
-    settings = await create_database(server_url, name, template)
+    settings = await databases.create(server_url, name, template)
     checkout = copied(tmp_path_factory.mktemp("changed"), settings)
     (checkout.folder / MODELS / "webhooks.py").write_text(WEBHOOKS)
     for change in CHANGES:
         checkout.change(*change)
     yield checkout
-    await drop_database(server_url, name)
+    await databases.drop(server_url, name)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -220,6 +223,7 @@ def test_check_finds(checked: str, change: str) -> None:
     assert re.search(FOUND[change], checked), checked
 
 
+@pytest.mark.slow
 async def test_a_generated_migration_runs_as_it_is(server_url: str, changed: Checkout) -> None:
     """Up, down and up again; then nothing is left to find; and no key is in it."""
     await changed.alembic("revision", "--autogenerate", "-m", "webhooks and more")
@@ -271,6 +275,8 @@ def downgrade():
 '''
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 async def test_a_failed_migration_leaves_nothing_half_done(checkout: Checkout) -> None:
     versions = checkout.folder / "alembic" / "versions"
     (versions / "later.py").write_text(BROKEN)
@@ -286,6 +292,7 @@ async def test_a_failed_migration_leaves_nothing_half_done(checkout: Checkout) -
     await connection.close()
 
 
+@pytest.mark.slow
 async def test_an_installed_package_writes_no_migration(
     clone_settings: Settings, checkout: Checkout
 ) -> None:

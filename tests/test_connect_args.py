@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests import servers
-from tests.test_settings import SECRET, refused
+from tests.support import servers
+from tests.support.refused_settings import SECRET, refused
 from tiger_db.database import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.settings import Settings
@@ -45,6 +45,8 @@ def parsed(chosen: Settings) -> SimpleNamespace:
     )
     arguments: dict[str, Any] = {**dict.fromkeys(unset.split()), **caches, **chosen.connect_args()}
     del arguments["timeout"]
+    # What else is in a DSN asyncpg takes apart with urlsplit, whose patch versions differ.
+    assert (arguments["dsn"] or "postgresql://?").startswith("postgresql://?")
     addresses, parameters, _ = _parse_connect_arguments(**arguments)
     return SimpleNamespace(**parameters._asdict(), addresses=addresses)
 
@@ -66,14 +68,16 @@ def test_database_url_wins() -> None:
 @pytest.mark.parametrize(
     ("url", "database", "place"),
     [
-        ("postgresql://u:p@h/d", "d", "h/d"),
+        ("postgresql://u:p@h/d", "d", "h:5432/d"),
         ("postgres://u:p@h:1/d", "d", "h:1/d"),
         ("postgresql+asyncpg://u:p@[::1]:1/a%20b", "a b", "[::1]:1/a b"),
         ("postgresql://u:p@h1:1,h2:2/d?target_session_attrs=read-write", "d", "h1:1,h2:2/d"),
-        ("postgresql://u:p@/d?host=/tmp/a%20b&port=5433", "d", "/tmp/a b/d"),
-        ("postgresql://h?dbname=d&user=u&password=p", "d", "h/d"),
-        ("postgresql://u:p@h", "u", "h/u"),
-        ("postgresql://", "tiger_db", "localhost/tiger_db"),
+        ("postgresql://u:p@h1,[fd00::1]/d", "d", "h1:5432,[fd00::1]:5432/d"),
+        ("postgresql://u:p@/d?host=/tmp/a%20b&port=5433", "d", "/tmp/a b:5433/d"),
+        ("postgresql://%2Ftmp%2Fa%2Cb:5433/d", "d", "/tmp/a,b:5433/d"),
+        ("postgresql://h?dbname=d&user=u&password=p", "d", "h:5432/d"),
+        ("postgresql://u:p@h", "u", "h:5432/u"),
+        ("postgresql://", "tiger_db", "localhost:5432/tiger_db"),
     ],
 )
 def test_a_url_names_database_and_place(url: str, database: str, place: str) -> None:
@@ -118,7 +122,7 @@ def test_a_password_that_is_not_percent_encoded_works_or_is_refused_but_never_sh
         shown = str(error)
     else:
         shown = chosen.place
-        assert (shown, parsed(chosen).addresses) == ("host/data", [("host", 5432)])
+        assert (shown, parsed(chosen).addresses) == ("host:5432/data", [("host", 5432)])
         assert SECRET in parsed(chosen).password
     assert SECRET not in shown
 
@@ -126,6 +130,7 @@ def test_a_password_that_is_not_percent_encoded_works_or_is_refused_but_never_sh
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 
 
+@pytest.mark.slow
 @given(user=TEXTS, password=TEXTS, database=TEXTS)
 @example(user="u@x", password="p@s%20s:/?#[]&=+ \n'\"\\é\N{TIGER}", database="a/b?c#d")
 @example(user="u", password="%41", database="%41")
@@ -154,17 +159,21 @@ def test_a_host_may_be_any_socket_folder(folder: str) -> None:
     ("chosen", "addresses", "place"),
     [
         ({"db_host": "h1,h2"}, [("h1", 5432), ("h2", 5432)], "h1:5432,h2:5432/d"),
-        ({"db_host": "h1:1, [::1]:2", "db_port": 3}, [("h1", 1), ("::1", 2)], "h1:1,::1:2/d"),
+        ({"db_host": "h1:1, [::1]:2", "db_port": 3}, [("h1", 1), ("::1", 2)], "h1:1,[::1]:2/d"),
         ({"db_host": "h1,/tmp/a"}, [("h1", 5432), "/tmp/a/.s.PGSQL.5432"], "h1:5432,/tmp/a:5432/d"),
         ({"db_host": "h:1"}, [("h", 1)], "h:1/d"),
-        ({"db_host": "::1"}, [("::1", 5432)], "::1:5432/d"),
-        ({"database_url": "postgresql://h1:1,h2/d"}, [("h1", 1), ("h2", 5432)], "h1:1,h2/d"),
+        ({"db_host": "::1"}, [("::1", 5432)], "[::1]:5432/d"),
+        ({"database_url": "postgresql://h1:1,h2/d"}, [("h1", 1), ("h2", 5432)], "h1:1,h2:5432/d"),
         (
             {"database_url": "postgresql:///d?host=h1,h2&port=1,2"},
             [("h1", 1), ("h2", 2)],
-            "h1,h2/d",
+            "h1:1,h2:2/d",
         ),
-        ({"database_url": "postgresql:///d?host=h1,h2&port=3"}, [("h1", 3), ("h2", 3)], "h1,h2/d"),
+        (
+            {"database_url": "postgresql:///d?host=h1,h2&port=3"},
+            [("h1", 3), ("h2", 3)],
+            "h1:3,h2:3/d",
+        ),
     ],
 )
 def test_several_hosts_may_be_primaries_and_one_must(
@@ -178,7 +187,7 @@ def test_several_hosts_may_be_primaries_and_one_must(
         arguments = settings.connect_args(replica)
         assert (arguments["host"], arguments["port"]) == replica
         assert arguments["target_session_attrs"] == "standby"
-    assert settings.replicas == [("s1", settings.db_port), ("::2", 6)]
+    assert [*settings.replicas] == [("s1", settings.db_port), ("::2", 6)]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +195,28 @@ def test_several_hosts_may_be_primaries_and_one_must(
 )
 def test_a_url_whose_hosts_cannot_be_told_apart_is_refused(url: str) -> None:
     assert "hosts are separated by one comma each" in refused(database_url=url)
+
+
+def test_without_a_host_the_usual_places_are_tried_whatever_libpq_s_variables_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGHOST", "elsewhere.example")
+    monkeypatch.setenv("PGPORT", "1")
+    for url, port in (
+        ("postgresql:///d", 5432),
+        ("postgresql://:6/d", 6),
+        ("postgres:///?port=7", 7),
+    ):
+        folders = [f"/var/run/postgresql/.s.PGSQL.{port}", f"/tmp/.s.PGSQL.{port}"]
+        assert parsed(Settings(database_url=url)).addresses == [*folders, ("localhost", port)]
+
+
+def test_a_url_may_name_a_password_file(tmp_path: Path) -> None:
+    path = tmp_path / "a b"
+    path.write_text("h:5432:d:u:kept\n")
+    path.chmod(0o600)
+    url = f"postgresql://u@h/d?passfile={quote(str(path), safe='')}"
+    assert parsed(Settings(database_url=url)).password == "kept"
 
 
 def test_a_url_may_want_another_kind_of_server() -> None:
@@ -383,6 +414,7 @@ async def user_of(chosen: Settings) -> object:
         await connection.close()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(password=TEXTS)
 @example(password="p@s%20s:/?#[]&=+ $1 {x} \n\t'\"\\ é \N{TIGER}")

@@ -9,8 +9,8 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tests import factories
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
 from tiger_db import Database, Settings, crud
 from tiger_db.database import connect, migration_engine
 from tiger_db.encryption import generate_key
@@ -159,7 +159,7 @@ async def test_malformed_keys_are_refused_without_showing_them(
 DEFAULT = """
 import asyncio, gc, sys, weakref
 from tiger_db import get_session, crud
-from tests import factories
+from tests.support import factories
 
 loops = []
 
@@ -199,6 +199,7 @@ def run_python(script: str, settings: Settings, *options: str) -> subprocess.Com
     )
 
 
+@pytest.mark.slow
 async def test_the_default_database_serves_one_event_loop_after_another(
     clone_settings: Settings,
 ) -> None:
@@ -231,6 +232,7 @@ async def test_a_missing_schema_is_told_and_then_found(empty_database: Settings)
             assert (await crud.accounts.list_accounts(session)).items == []
 
 
+@pytest.mark.schema_changes
 async def test_a_schema_of_a_newer_version_is_told(clone_settings: Settings) -> None:
     connection = await connect(clone_settings)
     await connection.execute("UPDATE alembic_version SET version_num = 'from the future'")

@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import StatementError
 
-from tests import factories
-from tests.factories import new_account, plain
+from tests.support import factories
+from tests.support.encryption_keys import (
+    K1,
+    K2,
+    ONLY_K2,
+    PLACE,
+    RING,
+    SECRETS,
+    secret_account,
+    values_of,
+)
+from tests.support.factories import new_account, plain
 from tiger_db import TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import (
@@ -31,14 +41,7 @@ from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.models.base import Entity
 from tiger_db.redaction import MASK
 
-PLACE = "tiger_accounts.private_key:01890a5d-ac96-774b-bcce-b302099a8057"
-RING = KeyRing({"k1": bytes(range(32))})
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
-# Five secrets, none of which is a part of another.
-SECRETS = {
-    name: f"plain-{name}-of-nobody"
-    for name in ("tiger_id", "private_key", "secret_key", "access_token", "refresh_token")
-}
 
 
 @given(secret=UNICODE, place=UNICODE)
@@ -192,14 +195,6 @@ def test_a_ring_shows_only_ids() -> None:
 # In the database
 
 
-async def secret_account(session: AsyncSession, **overrides: Any) -> TigerAccount:
-    return await factories.account(session, **SECRETS | overrides)
-
-
-def values_of(account: TigerAccount) -> dict[str, str]:
-    return {name: getattr(account, name).get_secret_value() for name in SECRETS}
-
-
 @settings(
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -313,9 +308,6 @@ async def test_a_copy_of_a_stored_secret_is_readable(
 
 
 # Rotation
-
-K1, K2 = KeyRing({"k1": bytes(32)}), KeyRing({"k2": bytes(range(32)), "k1": bytes(32)})
-ONLY_K2 = KeyRing({"k2": bytes(range(32))})
 
 
 async def rotated(session: AsyncSession) -> tuple[TigerAccount, TigerAccount]:

@@ -1,7 +1,6 @@
 """The health report on databases that are well, and ill in every way it knows of."""
 
 import asyncio
-import base64
 import json
 import shutil
 import tempfile
@@ -18,38 +17,18 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
+from tests.support.encryption_keys import OTHER_KEY
+from tests.support.sql import months, sql
 from tiger_db import AuditAction, AuditLog, Database, crud, embedded
-from tiger_db.database import connect, migration_engine
+from tiger_db.database import migration_engine
 from tiger_db.health import Health, health
 from tiger_db.migrations import MONTHS_AHEAD, upgrade
 from tiger_db.settings import Settings
 
-OTHER_KEY = f"other:{base64.b64encode(bytes(32)).decode()}"
-
-
-async def sql(settings: Settings, *statements: str) -> object:
-    """The first value that the last one gives."""
-    connection = await connect(settings)
-    try:
-        for statement in statements[:-1]:
-            await connection.execute(statement)
-        return await connection.fetchval(statements[-1])
-    finally:
-        await connection.close()
-
 
 def exists(path: Path) -> bool:
     return path.exists()
-
-
-def months(first: int, last: int) -> list[str]:
-    """The partitions of these months from now."""
-    now = datetime.now(UTC)
-    return [
-        f"audit_logs_{now.year + (now.month - 1 + n) // 12}_{(now.month - 1 + n) % 12 + 1:02}"
-        for n in range(first, last + 1)
-    ]
 
 
 def uuid7_at(moment: datetime) -> UUID:
@@ -89,6 +68,7 @@ async def test_healthy(clone_settings: Settings) -> None:
     assert json.loads(json.dumps(asdict(report))) == asdict(report)
 
 
+@pytest.mark.schema_changes
 async def test_rows_are_estimates_over_all_partitions(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -114,6 +94,7 @@ async def test_rows_are_estimates_over_all_partitions(
     }  # fmt: skip
 
 
+@pytest.mark.schema_changes
 async def test_rows_that_were_never_analyzed_are_taken_from_the_statistics(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -131,6 +112,7 @@ async def test_rows_that_were_never_analyzed_are_taken_from_the_statistics(
     assert rows["api_keys"] == 0
 
 
+@pytest.mark.schema_changes
 async def test_months_that_are_missing(clone: Database, clone_settings: Settings) -> None:
     await sql(clone_settings, f"DROP TABLE {months(4, 4)[0]}")
     report = await health(clone_settings)
@@ -150,6 +132,7 @@ async def test_months_that_are_missing(clone: Database, clone_settings: Settings
     assert (report.audit_months_ahead, report.problems) == (MONTHS_AHEAD, [])
 
 
+@pytest.mark.schema_changes
 async def test_strays_that_migrate_moves(clone: Database, clone_settings: Settings) -> None:
     await sql(clone_settings, f"DROP TABLE {', '.join(months(0, 12))}")
     async with clone.session() as session:
@@ -188,6 +171,7 @@ async def test_schema(empty_database: Settings) -> None:
     assert "upgrade tiger_db" in only_problem(report)
 
 
+@pytest.mark.schema_changes
 async def test_missing_table(clone_settings: Settings) -> None:
     await sql(clone_settings, "DROP TABLE audit_logs CASCADE")
     report = await health(clone_settings)
@@ -231,6 +215,7 @@ async def test_server_that_never_answers(clone_settings: Settings) -> None:
     await server.wait_closed()
 
 
+@pytest.mark.slow
 async def test_server_that_stops_answering_is_not_ready_in_time(
     clone_settings: Settings, tmp_path: Path
 ) -> None:
@@ -283,7 +268,7 @@ async def test_missing_database(clone_settings: Settings) -> None:
     assert clone_settings.database_url is not None
     url = clone_settings.database_url.get_secret_value()
     settings = clone_settings.model_copy(
-        update={"database_url": SecretStr(url.replace("_clone_", "_nowhere_"))}
+        update={"database_url": SecretStr(url.replace("_test_", "_nowhere_"))}
     )
     assert "does not exist: run `tiger-db init`" in only_problem(await health(settings))
 
@@ -321,6 +306,7 @@ async def test_encryption_keys(clone: Database, clone_settings: Settings) -> Non
     assert (both.encryption_keys, both.problems) == (["other", "test"], [])
 
 
+@pytest.mark.slow
 async def test_embedded(home: Path) -> None:
     settings = Settings(tiger_db_home=home)
     report = await health(settings)

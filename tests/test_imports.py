@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def imports(source: str) -> Iterator[str]:
         yield from (name for name in imported if name.split(".")[0] == "tiger_db")
 
 
+@cache
 def of(module: str) -> set[str]:
     return set(imports(MODULES[module].read_text(encoding="utf-8"))) - {module}
 
@@ -80,6 +82,7 @@ def part_of(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
+@cache
 def parts() -> dict[str, set[str]]:
     """Which parts of the package each part imports; "" is the package itself."""
     graph: dict[str, set[str]] = {}

@@ -9,18 +9,17 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 
 import asyncpg
-import psutil
 import pytest
-from sqlalchemy import event
 
-from tests import factories, servers
 from tests.models.examples import table_of
-from tests.servers import settings_for
+from tests.support import factories, servers
+from tests.support.servers import settings_for
+from tests.support.verifiers import OTHER, checkouts, kill
+from tests.support.waiting import until
 from tiger_db import APIKey, APIKeyScope, Database, KeyVerifier, Settings, crud, embedded, verifier
 from tiger_db.crud.api_keys.text import new_key
 from tiger_db.database import connect, migration_engine
@@ -37,26 +36,6 @@ from tiger_db.migrations import upgrade
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tiger_db", "pytest", "asyncpg", "tests.test_key_memory"])
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-# Each column of api_keys whose change is told, and another value for it.
-OTHER = {
-    "name": "'another'",
-    "key_prefix": "'tdb_test_000000000000'",
-    "key_hash": "'{SSHA256}hash'",
-    "pepper_id": "'another'",
-    "status": "'inactive'",
-    "scopes": "'{trade:read}'",
-    "tiger_account_id": "(SELECT id FROM tiger_accounts)",
-    "expires_at": "now() + interval '1 day'",
-    "rate_limit_per_hour": "7",
-    "rate_limit_per_day": "7",
-    "allowed_ips": "'{10.0.0.0/8}'",
-    "allowed_user_agents": "'{claude/*}'",
-    "created_by": "'somebody'",
-    "revoked_at": "now()",
-    "revocation_reason": "'none'",
-    "description": "'another'",
-    "tags": """'{"a": 1}'""",
-}
 REVOKE = "UPDATE api_keys SET status = 'revoked' WHERE id = $1"
 LISTENING = """
 SELECT pid FROM pg_stat_activity
@@ -81,33 +60,6 @@ async def other(clone: Database) -> AsyncIterator[Connection]:
 async def make_key(database: Database, **values: Any) -> tuple[APIKey, str]:
     async with database.session() as session:
         return await factories.api_key(session, **values)
-
-
-@contextmanager
-def checkouts(database: Database) -> Iterator[list[object]]:
-    """The connections that the current task takes meanwhile: without one, nothing is sent."""
-    taken: list[object] = []
-    task = asyncio.current_task()
-
-    def take(connection: object, *rest: object) -> None:
-        if asyncio.current_task() is task:
-            taken.append(connection)
-
-    engines = [database.engine.sync_engine, database.write_behind.engine.sync_engine]
-    for engine in engines:
-        event.listen(engine, "checkout", take)
-    try:
-        yield taken
-    finally:
-        for engine in engines:
-            event.remove(engine, "checkout", take)
-
-
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.002)
 
 
 async def test_a_second_call_sends_nothing(clone: Database, listening: KeyVerifier) -> None:
@@ -224,6 +176,7 @@ async def test_a_change_that_is_rolled_back_changes_nothing(
     assert key.id in listening._digests
 
 
+@pytest.mark.slow
 async def test_a_revocation_by_somebody_else_is_honoured_at_once(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:
@@ -259,6 +212,7 @@ def revoke_in_a_while(settings: Settings, key: APIKey, pipe: Any) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 async def test_a_loop_that_never_waits_hears_of_a_revocation(
     clone: Database, listening: KeyVerifier
 ) -> None:
@@ -281,6 +235,7 @@ async def test_a_loop_that_never_waits_hears_of_a_revocation(
     assert refused - committed < 0.1
 
 
+@pytest.mark.slow
 async def test_without_the_listening_connection_the_database_answers(
     clone: Database,
     listening: KeyVerifier,
@@ -333,6 +288,7 @@ async def test_a_key_with_limits_is_asked_for_every_time(
         await listening.authorize(raw_key)
 
 
+@pytest.mark.slow
 async def test_a_flood_of_unknown_keys_drives_no_good_one_out(clone: Database) -> None:
     async with KeyVerifier(clone, capacity=10) as listening:
         key, raw_key = await make_key(clone)
@@ -361,6 +317,7 @@ async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> Non
             assert len(listening._known) == len(listening._digests) == 3
 
 
+@pytest.mark.slow
 async def test_an_expiry_is_honoured_from_memory(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:
@@ -474,28 +431,9 @@ def stop(settings: Settings) -> None:
     embedded.stop(settings)
 
 
-def kill(settings: Settings, how: signal.Signals = signal.SIGKILL) -> None:
-    server = embedded.running(settings)
-    assert server
-    postmaster = psutil.Process(server.pid)
-    everyone = [postmaster, *postmaster.children()]
-    postmaster.send_signal(how)
-    deadline = time.monotonic() + 20
-    while any(is_alive(process) for process in everyone):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def stop_at_once(settings: Settings) -> None:
     """As `pg_ctl stop -m immediate` does."""
     kill(settings, signal.SIGQUIT)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 Outcome = Counter[str]
@@ -512,6 +450,7 @@ async def ask(
         await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [stop, stop_at_once, kill])
 async def test_a_restarted_server(
     private_server: Settings, private: Settings, end: Callable[[Settings], None]

@@ -10,9 +10,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from sqlalchemy import text
 
-from tests import factories
-from tests.factories import plain
-from tests.test_encryption import K1, SECRETS, values_of
+from tests.support import factories
+from tests.support.encryption_keys import K1, SECRETS, values_of
+from tests.support.factories import plain
 from tiger_db import Database, Settings, crud, key_rotation
 from tiger_db.encryption import KeyProvider, KeyRing, SealedSecret
 from tiger_db.errors import EncryptionError
@@ -115,6 +115,7 @@ async def test_secrets_move_from_a_ring_to_a_kms(clone_settings: Settings) -> No
         assert values_of(found) == SECRETS
 
 
+@pytest.mark.slow
 async def test_listing_a_thousand_accounts_decrypts_nothing(clone_settings: Settings) -> None:
     kms = KMS("kms")
     async with with_keys(clone_settings, kms) as database:

@@ -12,10 +12,10 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.conftest import recorded
-from tests.factories import plain
-from tests.test_encryption import K1, K2, ONLY_K2, SECRETS, values_of
+from tests.support import factories
+from tests.support.encryption_keys import K1, K2, ONLY_K2, SECRETS, values_of
+from tests.support.factories import plain
+from tests.support.recording import recorded
 from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, key_rotation
 from tiger_db.crud import accounts
 from tiger_db.encryption import KeyProvider, KeyRing
@@ -275,6 +275,7 @@ def write_until_told(settings: Settings, ids: list[UUID], told: Connection) -> N
     told.send(asyncio.run(run()))
 
 
+@pytest.mark.slow
 async def test_eight_writers_lose_no_update(clone_settings: Settings) -> None:
     async with Database(clone_settings, key_provider=RINGS[0]) as database:
         ids = [account.id for account in await store(database, 80)]
@@ -323,6 +324,7 @@ def start_rotating(settings: Settings) -> tuple[BaseProcess, Connection]:
     return process, ours
 
 
+@pytest.mark.slow
 async def test_killed_in_the_middle_it_goes_on_where_it_was(clone_settings: Settings) -> None:
     async with Database(clone_settings, key_provider=K1) as database:
         await store(database, 400)

@@ -15,10 +15,10 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.embedded.conftest import discard, reachable_folder, settings_for
-from tests.factories import plain
-from tests.test_encryption import K1, K2
+from tests.support import factories
+from tests.support.embedded_servers import discard, reachable_folder, settings_for
+from tests.support.encryption_keys import K1, K2
+from tests.support.factories import plain
 from tiger_db import (
     APIKeyScope,
     AuditAction,
@@ -153,6 +153,7 @@ async def cut_off(database: Database) -> str:
     return "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.slow
 def test_errors_tell_no_secret(witness: Witness) -> None:
     assert len(witness.raised) == 3
     for shown in witness.raised:
@@ -179,6 +180,7 @@ def test_a_dump_tells_no_secret(witness: Witness, tmp_path: Path, format_: str) 
     witness.assert_safe(content)
 
 
+@pytest.mark.slow
 def test_the_files_of_the_server_hold_no_secret(witness: Witness) -> None:
     content = contents(witness.server.folder / "data")  # tables, indexes, write-ahead log
     assert PUBLIC.encode() in content

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from tests import factories
-from tests.conftest import recorded
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
+from tests.support.recording import recorded
 from tiger_db import AccountStatus, Database, Settings, crud
 from tiger_db.database import AsyncSession, migration_engine
 from tiger_db.errors import MigrationError, SchemaMismatch
@@ -40,6 +40,7 @@ async def everything(engine: AsyncEngine) -> set[tuple[Any, ...]]:
 # Up and down
 
 
+@pytest.mark.slow
 async def test_up_down_and_up_again_leave_nothing_behind(empty_database: Settings) -> None:
     async with migration_engine(empty_database) as engine:
         nothing = await everything(engine)
@@ -61,6 +62,7 @@ async def test_upgrading_again_changes_nothing(clone_settings: Settings) -> None
         assert await everything(engine) == before
 
 
+@pytest.mark.slow
 async def test_concurrent_upgrades_wait_for_each_other(empty_database: Settings) -> None:
     async def one() -> SchemaState:
         async with migration_engine(empty_database) as engine:
@@ -140,6 +142,7 @@ async def test_0002_destroys_the_credentials_of_closed_accounts(empty_database: 
     }
 
 
+@pytest.mark.schema_changes
 async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> None:
     async with clone.session() as session:
         used = await factories.account(session, access_token="t", client_options={"timeout": 7})
@@ -177,6 +180,7 @@ async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> N
 # 0005
 
 
+@pytest.mark.slow
 async def test_0005_has_tokens_refreshed_an_hour_before_they_expire(
     empty_database: Settings,
 ) -> None:
@@ -233,6 +237,7 @@ async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> No
         assert await drift(engine) == []
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -289,6 +294,8 @@ async def test_drift_is_found(clone_settings: Settings, change: str, found: str)
         assert any(found in line for line in await drift(engine)), await drift(engine)
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 async def test_partitions_are_no_drift(clone_settings: Settings) -> None:
     async with migration_engine(clone_settings) as engine:
         async with engine.begin() as connection:
@@ -350,6 +357,7 @@ async def forget_months(session: AsyncSession) -> None:
         await session.execute(text(f"DROP TABLE {name}"))
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     "zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles", "<far>-167", "<far>+167"]
 )
@@ -365,6 +373,7 @@ async def test_months_are_utc_in_any_time_zone(clone: Database, zone: str) -> No
         }
 
 
+@pytest.mark.schema_changes
 async def test_migrating_makes_a_year_of_months(clone: Database) -> None:
     async with clone.session() as session:
         assert len(await bounds(session)) == MONTHS_AHEAD + 1
@@ -390,6 +399,7 @@ async def test_months_that_are_there_stay(clone: Database, ahead: int) -> None:
         assert await bounds(session) == before
 
 
+@pytest.mark.schema_changes
 async def test_strays_move_into_their_month(clone: Database) -> None:
     this_month, next_month, later = month_starts(3)
     strays = [
@@ -412,6 +422,7 @@ async def test_strays_move_into_their_month(clone: Database) -> None:
         assert [place for _, place in places] == [*months, "audit_logs_default"]
 
 
+@pytest.mark.schema_changes
 async def test_concurrent_callers_make_each_month_once(clone: Database) -> None:
     async with clone.session() as session:
         await forget_months(session)

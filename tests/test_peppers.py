@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.servers import settings_for
+from tests.support.servers import settings_for
 from tiger_db import Database, Settings
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError, EncryptionError

@@ -14,16 +14,25 @@ from threading import Thread
 from urllib.parse import quote
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tigeropen.common.consts import THREAD_LOCAL
 from tigeropen.common.exceptions import RequestException, ResponseException
 from tigeropen.common.util.web_utils import do_post
 
-from tests.crud.test_key_text import sealed
-from tests.test_tokens import SOON, tiger_token
+from tests.support.secrets_in_text import (
+    API_KEY,
+    DER,
+    HOSTILE,
+    JWT,
+    NEW_TOKEN,
+    PEM,
+    SIGN,
+    SLASHED,
+    TOKEN,
+    WRAPPED,
+    parts,
+)
 from tiger_db import redaction
 from tiger_db.redaction import (
     MASK,
@@ -33,23 +42,6 @@ from tiger_db.redaction import (
     masked,
     redact,
 )
-
-KEY = rsa.generate_private_key(65537, 2048)
-PEM = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-DER = "".join(PEM.splitlines()[1:-1])
-SIGN = base64.b64encode(bytes(range(256))).decode()
-TOKEN, NEW_TOKEN = tiger_token(), tiger_token(SOON)
-SLASHED = f"{TOKEN[:40]}/a+b/{TOKEN[45:]}"
-API_KEY = sealed("tdb_live_0123456789Ab_Wn3hZ0qTgYc7LrKx5PvE1mJsDu9oBiF8aVtRk2MyXwQ")
-JWT = ".".join(
-    base64.urlsafe_b64encode(part).decode().rstrip("=")
-    for part in (b'{"alg":"HS256"}', b'{"sub":"20150001"}', bytes(range(60, 92)))
-)
-
-
-def parts(secret: str, size: int = 8) -> set[str]:
-    """Everything of a secret that is as long as that."""
-    return {secret[n : n + size] for n in range(max(len(secret) - size, 0) + 1)}
 
 
 def leaked(text: str, *secrets: str) -> list[str]:
@@ -135,7 +127,6 @@ def test_what_the_sdk_logs_of_a_refresh() -> None:
 
 # Secrets by their form
 
-WRAPPED = "\n".join(textwrap.wrap(DER, 64))
 FORMS = {
     "PEM": (PEM, DER),
     "PEM, cut off at its end": (PEM[:-100], DER),
@@ -341,16 +332,9 @@ def test_of_an_account_number_four_characters_show(number: str, shown: str) -> N
 
 # Long texts
 
-HOSTILE = [
-    "a", "-", "A", '"', "\\", "\\n", "\\/", "aA1/", "MDAw", "Aa", " ", "=",
-    "-----BEGIN ", "-----BEGIN A-----", "-----END ", "eyJ", "eyJ-", "eyJaaaaaaaa.", "tdb_",
-    "tdb_live_", "tdb_live_0123456789Ab_", API_KEY,
-    "token", "token ", '"token":', "token:", "token='", "token\\", "token=\\", 'token:"\\',
-    "Bearer ", "token: bearer ", "a" * 60 + "\n", "aA1" * 20 + "\\n", "a" * 60 + "\\r",
-]  # fmt: skip
 HOSTILE += ["MII", "MII/", "MII" + "A" * 27 + " ", "MII" + "A" * 27 + "\\\\", "cookie", "access_"]
 TIMED = """
-from tests.test_redaction import HOSTILE
+from tests.support.secrets_in_text import HOSTILE
 from tiger_db.redaction import mask_secrets, redact
 for start in ("", "token:", "token", "a" * 60, "-----BEGIN A-----"):
     for text in HOSTILE:
@@ -359,6 +343,7 @@ for start in ("", "token:", "token", "a" * 60, "-----BEGIN A-----"):
 """
 
 
+@pytest.mark.slow
 def test_a_long_text_takes_no_long_time() -> None:
     root = Path(__file__).parent.parent
     # Ten seconds at most; a square of the length is hours.

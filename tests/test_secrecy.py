@@ -10,8 +10,8 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import text
 
-from tests.factories import new_account
-from tests.test_encryption import PLACE, RING, SECRETS, secret_account, values_of
+from tests.support.encryption_keys import PLACE, RING, SECRETS, secret_account, values_of
+from tests.support.factories import new_account
 from tiger_db import APIKeyScope, AuditAction, AuditLog, Database, TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import SealedSecret, Secret, encrypt

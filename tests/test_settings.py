@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 import tiger_db
+from tests.support.refused_settings import SECRET, refused
 from tiger_db import Database
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError
@@ -19,7 +20,6 @@ from tiger_db.places import SSLMode
 from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key
 
-SECRET = "Kx9-never-shown"
 # design.md, "Settings", as far as this version goes.
 VARIABLES: dict[str, tuple[str, object]] = {
     "DATABASE_URL": ("postgresql://u:p@h/d", "postgresql://u:p@h/d"),
@@ -62,14 +62,6 @@ VARIABLES: dict[str, tuple[str, object]] = {
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-
-
-def refused(**values: object) -> str:
-    """The error's message, which is one line."""
-    with pytest.raises(ConfigurationError) as caught:
-        Settings(**values)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # Variables
@@ -189,6 +181,7 @@ def test_settings_show_no_secret() -> None:
     assert SECRET not in f"{chosen!r} {chosen} {chosen.model_dump()} {chosen.place}"
 
 
+@pytest.mark.slow
 def test_nothing_is_read_at_import_time(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("DB_PORT=nonsense\n")
     environment = {**os.environ, **dict.fromkeys(VARIABLES, "nonsense")}

@@ -1,8 +1,6 @@
 """What a token says of itself, and that an older one never takes a newer one's place."""
 
 import base64
-import hashlib
-import itertools
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,28 +10,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests import factories
-from tests.factories import new_account, plain
+from tests.support import factories
+from tests.support.factories import new_account, plain
+from tests.support.tiger_tokens import MONTH, NOW, SOON, tiger_token
 from tiger_db import Database, TigerAccount, TokenStatus
 from tiger_db.crud import accounts, token_status
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.errors import StaleToken
 from tiger_db.tokens import TokenTimes, token_times
-
-NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
-SOON = NOW + timedelta(milliseconds=1)
-MONTH = timedelta(days=30)
-_made = itertools.count()
-
-
-def tiger_token(generated: datetime = NOW, lasting: timedelta = MONTH) -> str:
-    """In Tiger's format; no two are alike, and those of every run are."""
-    epoch = datetime(1970, 1, 1, tzinfo=UTC)
-    stamps = [(at - epoch) // timedelta(milliseconds=1) for at in (generated, generated + lasting)]
-    opaque = hashlib.sha256(str(next(_made)).encode()).digest()[:16]
-    return base64.b64encode(f"{stamps[0]},{stamps[1]}".encode() + opaque).decode()
-
 
 # Reading
 

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from tests import factories, servers
-from tests.servers import settings_for
+from tests.support import factories, servers
+from tests.support.servers import settings_for
 from tiger_db import Database, Settings, crud, embedded
 from tiger_db.database import AsyncSession, connect, migration_engine
 from tiger_db.encryption import generate_key
@@ -147,6 +147,7 @@ def is_alive(process: psutil.Process) -> bool:
 Act = Callable[[AsyncSession], Awaitable[object]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [stop, kill])
 @pytest.mark.parametrize(
     "act", [crud.accounts.list_accounts, factories.account, AsyncSession.commit]

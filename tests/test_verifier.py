@@ -8,8 +8,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.test_key_memory import checkouts
+from tests.support import factories
+from tests.support.verifiers import checkouts
 from tiger_db import APIKey, APIKeyScope, APIKeyStatus, Database, KeyVerifier, Settings, crud
 from tiger_db.errors import (
     AccessDenied,
@@ -37,6 +37,7 @@ async def stored(database: Database, key: APIKey) -> APIKey:
     return row
 
 
+@pytest.mark.slow
 async def test_uses_are_counted_within_a_second_or_so(clone: Database) -> None:
     key, raw_key = await make_key(clone)
     verifier = KeyVerifier(clone)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.embedded_servers import reachable_folder
+
 pytestmark = pytest.mark.wheel
 REPOSITORY = Path(__file__).parent.parent
 
@@ -46,10 +48,11 @@ def tiger_db(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def environ(tmp_path: Path, tiger_db: Path) -> Iterator[dict[str, str]]:
-    environ = {"PATH": os.environ["PATH"], "TIGER_DB_HOME": str(tmp_path / "home")}
-    yield environ
-    subprocess.run([tiger_db, "stop-embedded"], env=environ, check=True, capture_output=True)
+def environ(tiger_db: Path) -> Iterator[dict[str, str]]:
+    with reachable_folder() as base:  # else root's server would be in /var/lib, and stay there
+        environ = {"PATH": os.environ["PATH"], "TIGER_DB_HOME": str(base)}
+        yield environ
+        subprocess.run([tiger_db, "stop-embedded"], env=environ, check=True, capture_output=True)
 
 
 def test_the_wheel_holds_the_package_and_the_migrations_only(wheel: Path) -> None:

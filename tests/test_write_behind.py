@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tests import factories
+from tests.support import factories
+from tests.support.waiting import until
 from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
 from tiger_db.database import connect
 from tiger_db.errors import DatabaseUnavailable, ScopeMissing
@@ -48,13 +49,7 @@ async def counts(connection: Connection, key_id: UUID) -> tuple[int, int] | None
     return tuple(row) if row is not None else None
 
 
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("committed", [True, False])
 async def test_a_commit_that_nobody_confirmed(
     clone_settings: Settings,
@@ -104,6 +99,7 @@ async def true_after(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 async def test_counts_are_exact_however_often_connections_are_cut(
     clone_settings: Settings, other: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +121,7 @@ async def test_counts_are_exact_however_often_connections_are_cut(
         assert await counts(other, key_id) == (count, count)
 
 
+@pytest.mark.slow
 async def test_a_locked_key_delays_nobody_elses_counts(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -194,6 +191,7 @@ async def test_hours_are_counted_apart(clone_settings: Settings, other: Connecti
     assert last == 10_799.9
 
 
+@pytest.mark.slow
 async def test_events_recorded_at_once_are_all_there(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -276,6 +274,7 @@ async def test_an_event_that_cannot_be_stored_says_so(clone_settings: Settings) 
         await database.write_behind.record(factories.new_event())
 
 
+@pytest.mark.slow
 async def test_the_counts_of_a_deleted_key_are_dropped(
     clone_settings: Settings, other: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -340,6 +339,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["with_a_database", "with_the_default", "interrupted"])
 async def test_a_program_that_ends_writes_its_counts(
     clone_settings: Settings, other: Connection, how: str

@@ -34,6 +34,7 @@ from tiger_db.errors import (
 )
 from tiger_db.migrations import schema_state
 from tiger_db.peppers import Peppers
+from tiger_db.places import Address
 from tiger_db.settings import ConnectArgs, Settings
 from tiger_db.signing import generate_signing_key, parse_signing_key
 from tiger_db.standbys import Standbys
@@ -77,12 +78,12 @@ async def connect(
     settings: Settings,
     *,
     database: str | None = None,
-    replica: tuple[str, int] | None = None,
+    replica: Address | None = None,
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """One plain asyncpg connection, to another database of the server if one is named.
 
     Of several hosts, the first that takes writes; each has the whole of `DB_CONNECT_TIMEOUT`. Or to
-    the `replica`, a host and port, as long as it is a standby.
+    the `replica`, as long as it is a standby.
 
     Raises:
         ConfigurationError: a file of `DB_SSL_*` is missing or bad.
@@ -104,7 +105,7 @@ async def connect(
             try:
                 return await tls.connect(settings, {**arguments, "host": host, "port": port})
             except _ABSENT as error:
-                reasons.append(f"{host}:{port}: {_reason(error)}")
+                reasons.append(f"{Address(host, port)}: {_reason(error)}")
         raise ConnectionError("; ".join(reasons))
 
 
@@ -139,7 +140,7 @@ def _reason(error: Exception) -> str:
 def _engine(
     settings: Settings,
     *,
-    replica: tuple[str, int] | None = None,
+    replica: Address | None = None,
     **options: Any,  # noqa: ANN401  # the pool's
 ) -> AsyncEngine:
     engine = create_async_engine(
@@ -170,9 +171,9 @@ def _engine(
         if lost or context.is_disconnect or state.startswith((*_UNAVAILABLE, _READ_ONLY)):
             # Also what was a primary and takes no writes any more; the pool's others are no better.
             context.is_disconnect = True
-            place = settings.place if replica is None else f"{replica[0]}:{replica[1]}"
+            place = replica or settings.place
             reason = _reason(error)
-            if isinstance(error, TimeoutError) and settings.pooled:  # ours: see `_pooled`
+            if isinstance(error, TimeoutError) and settings.pooled:  # ours, as behind a pooler
                 reason = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
             raise DatabaseUnavailable(f"lost {place}: {reason}") from None
 

@@ -5,7 +5,9 @@ any local server. Everything lives in one folder: `TIGER_DB_HOME`, else the user
 
 Started by root, the server runs as user `postgres` (else `nobody`), because PostgreSQL refuses
 root. Where that user cannot reach the folder, `/var/lib/tiger_db/<digest of the folder>` takes its
-place, for good; no permission outside of our own folder is ever changed. Linux and macOS.
+place, for good; no permission outside of our own folder is ever changed. Where the server's user
+cannot run the programs of the wheel, they are copied into the folder, or, if PostgreSQL cannot run
+from its path, into the user's cache or `/var/lib/tiger_db`. Linux and macOS.
 """
 
 import fcntl
@@ -25,6 +27,7 @@ from tiger_db.local_postgres import postmaster
 from tiger_db.local_postgres.folders import (
     known_folder,
     make_home,
+    make_programs_folder,
     make_socket_folder,
     new_folder,
     server_user,
@@ -41,7 +44,8 @@ from tiger_db.local_postgres.private_files import (
 from tiger_db.local_postgres.programs import (
     PATIENCE_SECONDS,
     User,
-    programs_folder,
+    copied_programs,
+    installed_programs,
     reason,
     run,
     wheel,
@@ -199,7 +203,9 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
         return found
     for leftover in home.glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    programs = programs_folder(home, package, version, user)
+    programs = installed_programs(package, user) or copied_programs(
+        make_programs_folder(home), package, version
+    )
     if not data.exists():
         _make_data(home, programs, user)
     socket_folder = make_socket_folder(home, user)

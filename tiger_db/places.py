@@ -1,22 +1,32 @@
-"""Where servers are: hosts, ports and URLs, as people write them."""
+"""Hosts, ports and URLs of servers, by libpq's grammar.
 
+`urllib.parse.urlsplit` is not used: its patch versions differ in which lists of hosts they accept.
+https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS
+"""
+
+import ipaddress
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urlencode
 
-# What libpq calls itself besides the asyncpg form that SQLAlchemy users write.
-SCHEME = re.compile(r"^(postgres|postgresql|postgresql\+asyncpg)://", re.ASCII)
-_NOT_A_URL = "DATABASE_URL is not a valid URL: percent-encode its parts"
-_HOST = r"(?:\[[^\[\]@]*\]|[^\[\]@:,]*)(?::\d{1,5})?"
-_HOSTS = re.compile(f"{_HOST}(?:,{_HOST})*", re.ASCII)
-# A host with its port; what is neither this nor a folder is an IPv6 address.
-_PLACE = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::(\d{1,5}))?", re.ASCII)
-_SSL_PARAMETERS = {"sslmode", "sslrootcert", "sslcert", "sslkey"}
-# Passed on by asyncpg itself; anything else in a URL's query would become a server setting.
-_URL_PARAMETERS = _SSL_PARAMETERS | {
-    "host", "port", "user", "password", "database", "dbname", "passfile", "application_name",
-    "connect_timeout", "options", "target_session_attrs", "sslcrl", "sslpassword",
-    "sslnegotiation", "ssl_min_protocol_version", "ssl_max_protocol_version",
+DEFAULT_PORT = 5432
+# libpq's schemes, and SQLAlchemy's for asyncpg.
+_SCHEME = re.compile(r"(?:postgres|postgresql|postgresql\+asyncpg)://")
+# Narrower than libpq's grammar in one point, which is an "@" that is not percent-encoded: of a
+# password that has one, a part would be read as a host, and be shown.
+_URL = re.compile(
+    _SCHEME.pattern + r"(?:(?P<user>[^:@/?]*)(?::(?P<password>[^@/?]*))?@)?"
+    r"(?P<hosts>[^@/?]*)(?:/(?P<dbname>[^@?]*))?(?:\?(?P<query>[^@]*))?"
+)
+_HOST = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]*))(?::(\d*))?", re.ASCII)
+_MALFORMED = "DATABASE_URL is not a valid URL: percent-encode its parts"
+_PARAMETERS = {
+    "application_name", "connect_timeout", "options", "passfile", "ssl_max_protocol_version",
+    "ssl_min_protocol_version", "sslcert", "sslcrl", "sslkey", "sslmode", "sslnegotiation",
+    "sslpassword", "sslrootcert", "target_session_attrs",
 }  # fmt: skip
 
 
@@ -31,66 +41,162 @@ class SSLMode(StrEnum):
     VERIFY_FULL = "verify-full"
 
 
-def check_url(text: str) -> None:
-    """Raise ValueError, which quotes nothing, for what is not a good `DATABASE_URL`."""
-    if not SCHEME.match(text):
-        raise ValueError("DATABASE_URL must start with postgresql://")
-    if "\0" in unquote(text):
-        raise ValueError("DATABASE_URL must not contain a NUL character")
-    try:
-        url = urlsplit(text)
-        query = dict(parse_qsl(url.query, strict_parsing=True)) if url.query else {}
-    except ValueError:
-        raise ValueError(_NOT_A_URL) from None
-    login, _, hosts = url.netloc.rpartition("@")
-    # Of a password that is not percent-encoded, a part would pass for a host, and be shown.
-    if "#" in text or "@" in login + url.path + url.query or not _HOSTS.fullmatch(hosts):
-        raise ValueError(_NOT_A_URL)
-    ports = [*re.findall(r":(\d+)(?:,|$)", hosts), *query.get("port", "1").split(",")]
-    if not all(re.fullmatch(r"\d{1,5}", port) and 1 <= int(port) <= 65535 for port in ports):  # noqa: PLR2004  # TCP's
-        raise ValueError("DATABASE_URL: a port must be a number from 1 to 65535")
-    hosts_in_url(url.netloc, query)
-    if unknown := sorted(query.keys() - _URL_PARAMETERS):
-        raise ValueError(f"DATABASE_URL has an unknown parameter: {', '.join(unknown)}")
-    if "sslmode" in query and query["sslmode"] not in list(SSLMode):
-        raise ValueError(f"DATABASE_URL: sslmode must be one of {', '.join(SSLMode)}")
-    timeout = query.get("connect_timeout", "1")
-    if not re.fullmatch(r"\d{1,4}(\.\d+)?", timeout, re.ASCII) or not float(timeout):
-        raise ValueError("DATABASE_URL: connect_timeout must be a positive number of seconds")
+class Address(NamedTuple):
+    """A server: its host name, IP address or absolute socket folder, and its port.
+
+    An empty host stands for the default of the client: the usual socket folders, then localhost.
+    """
+
+    host: str
+    port: int = DEFAULT_PORT
+
+    def __str__(self) -> str:
+        host = self.host or "localhost"
+        if ":" in host and not host.startswith("/"):
+            host = f"[{host}]"
+        return f"{host}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine: a socket folder or a loopback address."""
+        if not self.host or self.host.startswith("/"):
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
 
 
-def hosts_in_url(netloc: str, query: dict[str, str]) -> list[tuple[str, int]]:
-    """The hosts of a URL, if it lists several."""
-    named = netloc.rpartition("@")[2]
-    listed = named or query.get("host", "")
-    if "," not in listed or unquote(listed).startswith("/"):
-        return []
-    hosts = hosts_in("DATABASE_URL", listed, query.get("port", "5432"))
-    return [(unquote(host) if named else host, port) for host, port in hosts]
+@dataclass(frozen=True, slots=True)
+class DatabaseURL:
+    """The parts of a `DATABASE_URL`, decoded. There is at least one address.
+
+    `parameters` is what remains of the query: host, port, user, password and database that are
+    given there replace those before it, as in libpq.
+    """
+
+    addresses: tuple[Address, ...]
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    database: str | None = None
+    parameters: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def to_text(self) -> str:
+        """Return the URL that parses to this value; it shows the password."""
+        login = quote(self.user or "", safe="")
+        if self.password is not None:
+            login += ":" + quote(self.password, safe="")
+        hosts = ",".join(f"{quote(host, safe='')}:{port}" for host, port in self.addresses)
+        return (
+            f"postgresql://{login}{'@' if login else ''}{hosts}"
+            f"/{quote(self.database or '', safe='')}?{encode_query(self.parameters)}"
+        )
 
 
-def hosts_in(name: str, text: str, default: str) -> list[tuple[str, int]]:
-    """The hosts of a list, with their ports. What begins with a slash is one folder, all of it.
+def parse_url(text: str) -> DatabaseURL:
+    """Parse a `DATABASE_URL`.
 
     Raises:
-        ValueError: it names the variable.
+        ValueError: malformed, or a parameter is unknown or has a bad value. The message is one
+            line, names the variable and shows no value.
     """
-    if "," not in text or text.startswith("/"):
-        texts = [text]
+    if not _SCHEME.match(text):
+        raise ValueError("DATABASE_URL must start with postgresql://")
+    found = _URL.fullmatch(text)
+    if found is None or re.search(r"[\x01-\x20\x7f]", text):  # libpq 18 refuses spaces, too
+        raise ValueError(_MALFORMED)
+    hosts = [_HOST.fullmatch(host) for host in found["hosts"].split(",")]
+    if not all(hosts):
+        raise ValueError(_MALFORMED)
+    named = [(_decode(host[1] or host[2]), "") for host in hosts if host]
+    ports = [host[3] or "" for host in hosts if host]
+    given = {name: _decode(found[name] or "") for name in ("user", "password", "dbname")}
+    given |= _parse_query(found["query"] or "")
+    if "host" in given:
+        named = [_split_port(host) for host in given.pop("host").split(",")]
+    if "port" in given:
+        ports = given.pop("port").split(",")
+    asyncpg_name = given.pop("database", "")
+    url = DatabaseURL(
+        addresses=_pair("DATABASE_URL", named, ports),
+        user=given.pop("user") or None,
+        password=given.pop("password") or None,
+        database=given.pop("dbname") or asyncpg_name or None,
+        parameters={name: value for name, value in given.items() if value},
+    )
+    if unknown := sorted(given.keys() - _PARAMETERS):
+        raise ValueError(f"DATABASE_URL has an unknown parameter: {', '.join(unknown)}")
+    if given.get("sslmode", "") not in ["", *SSLMode]:
+        raise ValueError(f"DATABASE_URL: sslmode must be one of {', '.join(SSLMode)}")
+    timeout = given.get("connect_timeout") or "1"
+    if not re.fullmatch(r"\d{1,4}(\.\d+)?", timeout, re.ASCII) or not float(timeout):
+        raise ValueError("DATABASE_URL: connect_timeout must be a positive number of seconds")
+    return url
+
+
+def parse_hosts(name: str, text: str, port: int) -> tuple[Address, ...]:
+    """Parse the list of hosts in the variable `name`; `port` is for those that have none.
+
+    Text that begins with a slash is one socket folder, commas included.
+
+    Raises:
+        ValueError: one line that names the variable.
+    """
+    if text.startswith("/"):
+        named = [(text, "")]
     else:
-        texts = [part.strip() for part in text.split(",")]
-    ports = default.split(",")
+        named = [_split_port(host.strip()) for host in text.split(",")]
+        if not all(host for host, _ in named):
+            raise ValueError(_list_error(name))
+    return _pair(name, named, [str(port)])
+
+
+def encode_query(parameters: dict[str, str]) -> str:
+    return urlencode(parameters, quote_via=quote)
+
+
+def _parse_query(text: str) -> dict[str, str]:
+    """Parse a query as libpq does: the last value of a name counts; a plus sign is no space."""
+    items = [item.split("=") for item in text.removesuffix("&").split("&")] if text else []
+    if not all(len(item) == 2 for item in items):  # noqa: PLR2004  # name and value
+        raise ValueError(_MALFORMED)
+    return {_decode(name): _decode(value) for name, value in items}
+
+
+def _decode(text: str) -> str:
+    if re.search("%(?![0-9A-Fa-f]{2})", text):
+        raise ValueError(_MALFORMED)
+    try:
+        decoded = unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError(_MALFORMED) from None
+    if "\0" in decoded:
+        raise ValueError("DATABASE_URL must not contain a NUL character")
+    return decoded
+
+
+def _split_port(text: str) -> tuple[str, str]:
+    """Return host and port, which may be empty; an IPv6 address with a port is in brackets."""
+    found = None if text.startswith("/") else _HOST.fullmatch(text)
+    host = found and (found[1] or found[2])
+    return (host, found[3] or "") if found and host else (text, "")
+
+
+def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> tuple[Address, ...]:
+    """Give each host its own port, else that of the list, which has one port or as many."""
     if len(ports) == 1:
-        ports *= len(texts)
-    if not all(texts) or len(ports) != len(texts):
-        raise ValueError(f"{name}: hosts are separated by one comma each, ports are one or as many")
-    hosts = []
-    for place, port in zip(texts, ports, strict=True):
-        found = None if place.startswith("/") else _PLACE.fullmatch(place)
-        host, number = (
-            (found[1] or found[2], int(found[3] or port)) if found else (place, int(port))
-        )
-        if not 1 <= number <= 65535:  # noqa: PLR2004  # TCP's
-            raise ValueError(f"{name}: a port must be a number from 1 to 65535")
-        hosts.append((host, number))
-    return hosts
+        ports = list(ports) * len(hosts)
+    if len(ports) != len(hosts) or (len(hosts) > 1 and not all(host for host, _ in hosts)):
+        raise ValueError(_list_error(name))
+    numbers = [
+        own or port or str(DEFAULT_PORT) for (_, own), port in zip(hosts, ports, strict=True)
+    ]
+    if not all(re.fullmatch(r"\d{1,5}", n, re.ASCII) and 1 <= int(n) <= 65535 for n in numbers):  # noqa: PLR2004  # TCP's
+        raise ValueError(f"{name}: a port must be a number from 1 to 65535")
+    return tuple(
+        Address(host, int(number)) for (host, _), number in zip(hosts, numbers, strict=True)
+    )
+
+
+def _list_error(name: str) -> str:
+    return f"{name}: hosts are separated by one comma each, ports are one or as many"

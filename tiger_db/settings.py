@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict, TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import (
@@ -20,7 +20,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.peppers import Peppers
-from tiger_db.places import SCHEME, SSLMode, check_url, hosts_in, hosts_in_url
+from tiger_db.places import (
+    DEFAULT_PORT,
+    Address,
+    DatabaseURL,
+    SSLMode,
+    encode_query,
+    parse_hosts,
+    parse_url,
+)
 from tiger_db.signing import parse_signing_key
 
 if TYPE_CHECKING:
@@ -37,6 +45,7 @@ class ConnectArgs(TypedDict, total=False):
     port: int | list[int]
     user: str
     password: str | None
+    passfile: Path
     database: str
     timeout: float
     command_timeout: float | None
@@ -71,6 +80,8 @@ SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
 _GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
 # What PgBouncer takes at the start of a session, and keeps apart for each of its clients.
 _POOLED_SETTINGS = ("application_name", "timezone")
+# Tried where DATABASE_URL names no host. asyncpg by itself would read PGHOST first.
+_DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # no file is made
 
 
 class Settings(BaseSettings):
@@ -91,14 +102,14 @@ class Settings(BaseSettings):
 
     database_url: SecretText | None = None
     db_host: Text | None = None
-    db_port: int = Field(default=5432, ge=1, le=65535)
+    db_port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
     db_name: Text = "tiger_db"
     db_user: Text = "tiger_db"
     db_password: SecretText | None = None
 
     db_pooler: Literal["none", "pgbouncer"] = "none"
     db_direct_host: Text | None = None
-    db_direct_port: int = Field(default=5432, ge=1, le=65535)
+    db_direct_port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
     db_replica_hosts: Text | None = None
 
     db_ssl_mode: SSLMode | None = None
@@ -137,11 +148,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.database_url is not None:
-            url = self.database_url.get_secret_value()
-            check_url(url)
-            if self.pooled and "options" in dict(parse_qsl(urlsplit(url).query)):
-                raise ValueError("DATABASE_URL: options are not for DB_POOLER: use ALTER ROLE")
+        url = self.url
+        if url is not None and self.pooled and "options" in url.parameters:
+            raise ValueError("DATABASE_URL: options are not for DB_POOLER: use ALTER ROLE")
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
@@ -150,8 +159,14 @@ class Settings(BaseSettings):
             raise ValueError("DB_REPLICA_HOSTS needs DB_HOST or DATABASE_URL")
         for name, hosts in (("DB_HOST", self.db_host), ("DB_REPLICA_HOSTS", self.db_replica_hosts)):
             if hosts is not None:
-                hosts_in(name, hosts, str(self.db_port))
+                parse_hosts(name, hosts, self.db_port)
         return self
+
+    @property
+    def url(self) -> DatabaseURL | None:
+        """`DATABASE_URL`, parsed; None where it is not set."""
+        text = self.database_url
+        return None if text is None else parse_url(text.get_secret_value())
 
     @property
     def production(self) -> bool:
@@ -182,109 +197,108 @@ class Settings(BaseSettings):
                     " a connection of their own to the server"
                 )
             return self
-        host, port = self.db_direct_host, self.db_direct_port
-        changes: dict[str, object] = {"db_host": host, "db_port": port, "db_pooler": "none"}
-        if self.database_url is not None:
-            url = urlsplit(self.database_url.get_secret_value())
-            login, at, _ = url.netloc.rpartition("@")
-            quoted = f"[{host}]" if ":" in host and "/" not in host else quote(host, safe="")
-            query = [item for item in parse_qsl(url.query) if item[0] not in {"host", "port"}]
-            changes["database_url"] = SecretStr(
-                urlunsplit(
-                    url._replace(netloc=f"{login}{at}{quoted}:{port}", query=urlencode(query))
-                )
-            )
-        return self.model_copy(update={**changes, "db_direct_host": None})
+        address = Address(self.db_direct_host, self.db_direct_port)
+        changes: dict[str, object] = {
+            "db_host": address.host,
+            "db_port": address.port,
+            "db_pooler": "none",
+            "db_direct_host": None,
+        }
+        if (url := self.url) is not None:
+            changes["database_url"] = SecretStr(replace(url, addresses=(address,)).to_text())
+        return self.model_copy(update=changes)
 
     @property
     def database(self) -> str:
         """The name of the database."""
-        if self.database_url is None:
-            return self.db_name
-        url = urlsplit(self.database_url.get_secret_value())
-        query = dict(parse_qsl(url.query))
-        return (
-            unquote(url.path.lstrip("/"))
-            or query.get("dbname")
-            or query.get("database")
-            or query.get("user")
-            or unquote(url.username or "")
-            or self.db_name
-        )
+        url = self.url
+        return (url and (url.database or url.user)) or self.db_name
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """The servers, one of which takes writes; none of the embedded server."""
+        if (url := self.url) is not None:
+            return url.addresses
+        return () if self.db_host is None else parse_hosts("DB_HOST", self.db_host, self.db_port)
 
     @property
     def place(self) -> str:
         """Where the database is, for people: no user name and no password."""
-        if self.embedded:
-            return f"embedded/{self.database}"
-        if self.database_url is None:
-            hosts = hosts_in("DB_HOST", self.db_host or "", str(self.db_port))
-            return f"{','.join(f'{host}:{port}' for host, port in hosts)}/{self.db_name}"
-        url = urlsplit(self.database_url.get_secret_value())
-        query = dict(parse_qsl(url.query))
-        host = url.netloc.rpartition("@")[2] or query.get("host", "localhost")
-        return f"{host}/{self.database}"
+        servers = "embedded" if self.embedded else ",".join(map(str, self.addresses))
+        return f"{servers}/{self.database}"
 
     @property
-    def replicas(self) -> list[tuple[str, int]]:
-        """Hosts, or socket folders, and ports of the standbys that may answer readonly sessions."""
+    def replicas(self) -> tuple[Address, ...]:
+        """The standbys that may answer readonly sessions."""
         if self.db_replica_hosts is None:
-            return []
-        return hosts_in("DB_REPLICA_HOSTS", self.db_replica_hosts, str(self.db_port))
+            return ()
+        return parse_hosts("DB_REPLICA_HOSTS", self.db_replica_hosts, self.db_port)
 
-    def connect_args(self, replica: tuple[str, int] | None = None) -> ConnectArgs:
+    @property
+    def tls(self) -> dict[str, str]:
+        """The parameters that libpq has for TLS: `DATABASE_URL` wins over `DB_SSL_*`."""
+        if self.embedded:
+            return {}
+        given = {
+            "sslmode": self.db_ssl_mode,
+            "sslrootcert": self.db_ssl_ca,
+            "sslcert": self.db_ssl_cert,
+            "sslkey": self.db_ssl_key,
+        }
+        url = self.url
+        parameters = {} if url is None else url.parameters
+        return {
+            **{name: str(value) for name, value in given.items() if value is not None},
+            **{name: value for name, value in parameters.items() if name.startswith("ssl")},
+        }
+
+    def connect_args(self, replica: Address | None = None) -> ConnectArgs:
         """How to reach the server, or a replica, as keyword arguments of `asyncpg.connect`.
 
         A server that does not take writes will not do, unless DATABASE_URL says otherwise. Not for
         the embedded server, whose arguments `embedded.start` returns. TLS goes in as a DSN, because
-        asyncpg gives `sslmode` and the files libpq's meaning only there.
+        asyncpg gives `sslmode` and the files libpq's meaning only there; nothing else is in it.
+
+        Raises:
+            ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set.
         """
-        tls = {
-            name: str(value)
-            for name, value in {
-                "sslmode": self.db_ssl_mode,
-                "sslrootcert": self.db_ssl_ca,
-                "sslcert": self.db_ssl_cert,
-                "sslkey": self.db_ssl_key,
-            }.items()
-            if value is not None
-        }
+        if self.embedded:
+            raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
+        url = self.url or DatabaseURL(
+            self.addresses,
+            self.db_user,
+            None if self.db_password is None else self.db_password.get_secret_value(),
+        )
+        found = url.parameters
+        addresses = [
+            Address(host, address.port)
+            for address in ([replica] if replica else url.addresses)
+            for host in ([address.host] if address.host else _DEFAULT_HOSTS)
+        ]
+        several = len(addresses) > 1
         arguments = ConnectArgs(
-            timeout=self.db_connect_timeout,
+            host=[a.host for a in addresses] if several else addresses[0].host,
+            port=[a.port for a in addresses] if several else addresses[0].port,
+            database=self.database,
+            timeout=float(found.get("connect_timeout", self.db_connect_timeout)),
             command_timeout=self.db_query_timeout + _GRACE if self.db_query_timeout else None,
+            target_session_attrs=(
+                "standby" if replica else found.get("target_session_attrs", "read-write")
+            ),
             server_settings=self.server_settings(),
         )
-        if self.database_url is not None:
-            url = urlsplit(SCHEME.sub("postgresql://", self.database_url.get_secret_value()))
-            query = {**tls, **dict(parse_qsl(url.query))}
-            if "connect_timeout" in query:
-                arguments["timeout"] = float(query.pop("connect_timeout"))
-            arguments["server_settings"].update(
-                {name: query.pop(name) for name in ("application_name", "options") if name in query}
-            )
-            attributes = query.pop("target_session_attrs", "read-write")
-            arguments["dsn"] = urlunsplit(url._replace(query=urlencode(query)))
-            arguments["database"] = self.database
-            if hosts := hosts_in_url(url.netloc, query):  # else asyncpg finds the host
-                arguments["host"] = [host for host, _ in hosts]
-                arguments["port"] = [port for _, port in hosts]
-            return self._pooled(_at(arguments, replica, attributes))
-        if self.db_host is None:
-            raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
-        hosts = hosts_in("DB_HOST", self.db_host, str(self.db_port))
-        arguments["host"] = [host for host, _ in hosts] if len(hosts) > 1 else hosts[0][0]
-        arguments["port"] = [port for _, port in hosts] if len(hosts) > 1 else hosts[0][1]
-        arguments["user"] = self.db_user
-        arguments["database"] = self.db_name
-        if self.db_password is not None:
-            arguments["password"] = self.db_password.get_secret_value()
-        if tls:
-            arguments["dsn"] = f"postgresql://?{urlencode(tls)}"
-        return self._pooled(_at(arguments, replica, "read-write"))
-
-    def _pooled(self, arguments: ConnectArgs) -> ConnectArgs:
-        """What of them a pooler allows: nothing that a session of the server would keep."""
-        if self.pooled:
+        arguments["server_settings"].update(
+            {name: found[name] for name in ("application_name", "options") if name in found}
+        )
+        if url.user is not None:
+            arguments["user"] = url.user
+        if url.password is not None:
+            arguments["password"] = url.password
+        if "passfile" in found:
+            arguments["passfile"] = Path(found["passfile"])
+        if tls := self.tls:
+            arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
+        if self.pooled:  # which allows nothing that a session of the server would keep
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _POOLED_SETTINGS if name in given
@@ -356,14 +370,6 @@ def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | 
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
-
-
-def _at(arguments: ConnectArgs, replica: tuple[str, int] | None, attributes: str) -> ConnectArgs:
-    if replica is not None:
-        arguments["host"], arguments["port"] = replica
-        attributes = "standby"
-    arguments["target_session_attrs"] = attributes
-    return arguments
 
 
 def _one_line(error: ValidationError) -> str:

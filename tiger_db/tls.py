@@ -1,9 +1,7 @@
 """What TLS means, as libpq means it, where asyncpg means something else or does not say it."""
 
-import ipaddress
 import ssl
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 import asyncpg
 
@@ -24,7 +22,7 @@ async def connect(
     Raises:
         ConfigurationError: a file that TLS needs is missing or bad.
     """
-    given = _parameters(arguments)
+    given = settings.tls
     attempts = _ATTEMPTS.get(given.get("sslmode", "prefer"), ()) if "sslrootcert" in given else ()
     try:
         _check_mode_of_key(settings, given)
@@ -73,39 +71,13 @@ def rejected(error: BaseException | None) -> bool:
 
 def is_unverified(settings: Settings) -> bool:
     """Whether a server beyond this machine is not asked who it is."""
-    if settings.embedded:
-        return False
-    arguments = settings.connect_args()
-    mode = _parameters(arguments).get("sslmode", "prefer")
-    return not mode.startswith("verify-") and not all(map(_is_local, _hosts(arguments)))
-
-
-def _parameters(arguments: ConnectArgs) -> dict[str, str]:
-    return dict(parse_qsl(urlsplit(arguments.get("dsn", "")).query))
-
-
-def _hosts(arguments: ConnectArgs) -> list[str]:
-    url = urlsplit(arguments.get("dsn", ""))
-    given = arguments.get("host") or unquote(url.netloc.rpartition("@")[2])
-    hosts = given or _parameters(arguments).get("host", "")
-    return hosts.split(",") if isinstance(hosts, str) else hosts
-
-
-def _is_local(host: str) -> bool:
-    """A socket's folder, or a loopback address; with a port or without."""
-    if host.startswith("/") or not host:
-        return True
-    name = host[1:].partition("]")[0] if host.startswith("[") else host
-    name = name.partition(":")[0] if name.count(":") == 1 else name
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name.lower() == "localhost"
+    mode = settings.tls.get("sslmode", "prefer")
+    return not mode.startswith("verify-") and not all(a.is_local for a in settings.addresses)
 
 
 def _name(settings: Settings, parameter: str) -> str:
-    url = settings.database_url
-    if url is not None and parameter in dict(parse_qsl(urlsplit(url.get_secret_value()).query)):
+    url = settings.url
+    if url is not None and parameter in url.parameters:
         return f"DATABASE_URL: {parameter}"
     return _VARIABLES.get(parameter, parameter)
 

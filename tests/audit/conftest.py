@@ -2,103 +2,18 @@
 
 import os
 import random
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
-from uuid import UUID, uuid4
+from collections.abc import AsyncIterator
+from uuid import UUID
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import text
 
-from tests import factories
-from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, Settings, crud
-from tiger_db.audit import Verification, export_checkpoint, read_checkpoint, seal
-from tiger_db.audit.checking import Check
-from tiger_db.audit.proof import Seal, Statement
-from tiger_db.audit.stored import Connection, clock, seals_after
-from tiger_db.audit.stored import trail as stored_trail
+from tests.support.trail import SEALS, Trail, fill, typical
+from tiger_db import Database, Settings, crud
+from tiger_db.audit import export_checkpoint, read_checkpoint, seal
+from tiger_db.audit.stored import Connection, seals_after
 from tiger_db.database import connect
 from tiger_db.signing import generate_signing_key
-
-TAMPERINGS = 500 if os.environ.get("TIGER_DB_SOAK") else 40  # of each kind
-SEALS, HALF = 5, 6  # a seal covers two halves of a batch, with gaps after each
-NEXT = "SELECT nextval('audit_logs_position_seq') FROM generate_series(1, :gaps)"
-FIELDS: dict[str, Callable[[random.Random], Any]] = {
-    "resource_type": lambda _: "order",
-    "resource_id": lambda r: f"ORD-{r.randrange(10**9)}",
-    "user_id": lambda r: r.choice(["alice", "Bob", "Zoë", "王伟"]),
-    "user_type": lambda _: "trader",
-    "session_id": lambda r: f"{r.getrandbits(64):x}",
-    "ip_address": lambda r: r.choice(["192.0.2.7", "2001:db8::7"]),
-    "user_agent": lambda _: 'Mozilla/5.0 ("X11"; Linux)',
-    "request_method": lambda _: "POST",
-    "request_path": lambda r: f"/orders/{r.randrange(10**6)}",
-    "request_id": lambda r: f"{r.getrandbits(64):x}",
-    "tiger_account_id": lambda _: uuid4(),
-    "api_key_id": lambda _: uuid4(),
-    "details": lambda r: {"symbol": "AAPL", "price": r.randrange(10**6) / 100 + 0.01, "n": 2**70},
-    "old_values": lambda r: {"limit": 0.1, "quantity": r.randrange(100)},
-    "new_values": lambda r: {"limit": 0.2, "legs": [{"quantity": r.randrange(100)}, None, True]},
-    "error_code": lambda _: "E42",
-    "error_message": lambda _: "not enough\nbuying power",
-    "duration_ms": lambda r: r.randrange(10_000),
-    "tags": lambda _: {"desk": "eu-1"},
-}
-
-
-def typical(chance: random.Random) -> AuditLog:
-    """An event with about half of what an event can tell."""
-    told = {name: make(chance) for name, make in FIELDS.items() if chance.random() < 0.5}
-    return factories.new_event(
-        action=chance.choice([*AuditAction]),
-        result=chance.choice([*AuditResult]),
-        severity=chance.choice([*AuditSeverity]),
-        **told,
-    )
-
-
-@dataclass
-class Trail:
-    """What was sealed, and who can get at it."""
-
-    database: Database
-    superuser: Connection
-    statements: list[Statement]
-    checkpoint: Seal
-    ids: dict[int, UUID]  # of the sealed events, by their places
-    gaps: list[int]  # sealed places without an event
-    chance: random.Random
-
-    @property
-    def end(self) -> int:
-        return self.statements[-1].upto
-
-    def seal_of(self, place: int) -> int:
-        """The number of the seal that covers a place; the first has all before it too."""
-        return next(said.number for said in self.statements if place <= said.upto)
-
-    async def check(self, checkpoint: Seal | None) -> Verification:
-        """As `audit.verify`, within the superuser's transaction."""
-        key = await self.database.signing_key()
-        assert key is not None
-        check = Check([key.public_key()], checkpoint)
-        check.now(await clock(self.superuser))
-        async with self.superuser.transaction():
-            async for item in stored_trail(self.superuser):
-                if isinstance(item, Seal):
-                    check.seal(item)
-                else:
-                    check.event(*item)
-        return check.finish()
-
-
-async def fill(database: Database, chance: random.Random) -> None:
-    """A batch of typical events, and places that were taken in vain."""
-    async with database.session() as session:
-        for gaps in (2, 1):
-            await crud.audit_logs.log_events(session, [typical(chance) for _ in range(HALF)])
-            await session.execute(text(NEXT), {"gaps": gaps})
 
 
 @pytest.fixture

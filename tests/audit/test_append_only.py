@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy.exc import ProgrammingError
 
-from tests import factories
+from tests.support import factories
 from tiger_db import AuditLog, Database, audit, crud
 from tiger_db.audit.stored import Connection
 from tiger_db.database import connect
@@ -139,6 +139,7 @@ async def assert_refused(connection: Connection, sql: str) -> None:
     assert told["message"].endswith(f"is append-only: {operation} is refused"), sql
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("who", [owner, everything_granted])
 async def test_what_changes_events_is_refused(
     sealed: Database, who: Callable[[Database], AbstractAsyncContextManager[Connection]]
@@ -155,6 +156,7 @@ async def test_what_changes_events_is_refused(
     assert (found.findings, found.rows) == ([], len(TIMES))
 
 
+@pytest.mark.schema_changes
 async def test_all_partitions_refuse_to_be_emptied(sealed: Database) -> None:
     async with owner(sealed) as connection:
         partitions = await connection.fetch(
@@ -191,6 +193,7 @@ async def changes_what_it_just_wrote(database: Database) -> None:
         event.user_id = "mallory"
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     "change",
     [changes_its_event, deletes_its_event, merges_an_event, changes_what_it_just_wrote],
@@ -208,6 +211,7 @@ async def test_sessions_change_no_event(
         assert await stored(connection) == before
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("kind", TIMES)
 async def test_what_goes_straight_into_a_partition_has_a_place(sealed: Database, kind: str) -> None:
     async with owner(sealed) as connection:

@@ -2,13 +2,10 @@
 
 import asyncio
 import importlib.util
-import random
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,10 @@ from pydantic import SecretStr
 from sqlalchemy import select
 from sqlmodel import col
 
-from tests import factories, servers
-from tests.servers import settings_for
-from tests.test_key_memory import kill
+from tests.support import factories
+from tests.support.private_servers import new_database, server
+from tests.support.verifiers import kill
+from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
 from tiger_db.audit.proof import Seal, places_in
 from tiger_db.audit.stored import EVENTS, Connection
@@ -41,20 +39,6 @@ CUT_OFF = """
 SELECT pg_terminate_backend(pid) FROM pg_locks
 WHERE NOT granted AND relation = 'audit_logs'::regclass
 """
-
-
-@contextmanager
-def server() -> Iterator[Settings]:
-    """A server of these tests' own, which a `Database` does not start by itself."""
-    home = servers.folder()
-    settings = Settings(tiger_db_home=home / "home")
-    place = embedded.start(settings).folder
-    try:
-        yield settings
-    finally:
-        embedded.stop(settings)
-        for folder in (home, place):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +63,6 @@ def another_server() -> Iterator[Settings]:
         yield settings
 
 
-async def new_database(server: Settings) -> Settings:
-    started = embedded.start(server)
-    name = f"private_{random.randrange(10**9)}"
-    connection = await connect(server, database="postgres")
-    await connection.execute(f"CREATE DATABASE {name}")
-    await connection.close()
-    password = started.connect_args(server)["password"]
-    url = f"postgresql://tiger_db:{password}@/?host={started.socket_folder}"
-    return settings_for(url, name)
-
-
 @pytest.fixture
 async def private(private_server: Settings) -> Settings:
     """A migrated database on the private server, with a key that signs."""
@@ -108,13 +81,6 @@ class Told:
     unavailable: int = 0
     sealed: int = 0
     over: bool = False
-
-
-async def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 async def records(database: Database) -> set[UUID]:
@@ -173,6 +139,7 @@ async def assert_sealed_once(settings: Settings) -> None:
     assert len(places) == len({*places})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGQUIT], ids=lambda how: how.name)
 async def test_a_killed_server_under_load(
     private_server: Settings, private: Settings, how: signal.Signals
@@ -206,6 +173,7 @@ async def test_a_killed_server_under_load(
     await assert_sealed_once(private)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [records, commits, copies])
 async def test_a_writer_that_is_cut_off_is_told(private: Settings, write: Write) -> None:
     """While it waits for the server, which goes away: two at once, so that COPY is what they do."""
@@ -230,6 +198,7 @@ async def test_a_writer_that_is_cut_off_is_told(private: Settings, write: Write)
     await other.close()
 
 
+@pytest.mark.slow
 async def test_a_prepared_transaction_is_waited_for(
     private_server: Settings, private: Settings
 ) -> None:
@@ -297,6 +266,7 @@ async def contents(connection: Connection) -> list[tuple[int, str]]:
     return [tuple(row) for row in await connection.fetch(EVENTS, -(2**63), 2**63 - 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", [dump_and_restore, dump_as_sql])
 async def test_the_trail_in_another_cluster(
     private: Settings,

@@ -16,9 +16,8 @@ from uuid import uuid4
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from tests import factories
-from tests.audit.conftest import FIELDS, SEALS, TAMPERINGS, Trail, fill
-from tests.audit.test_tampering import assert_found, event_found
+from tests.support import factories
+from tests.support.trail import FIELDS, SEALS, TAMPERINGS, Trail, assert_found, event_found, fill
 from tiger_db import AuditAction, AuditLog, Database, audit, crud
 from tiger_db.audit import Finding, Kind
 from tiger_db.audit.exporting import HEADINGS
@@ -250,6 +249,7 @@ async def test_a_file_with_the_line_ends_of_windows(
     assert (await audit.verify_export(file, keys=[key])).sound
 
 
+@pytest.mark.slow
 async def test_a_file_that_ends_within_a_line(
     trail: Trail, lines: list[str], key: Ed25519PublicKey, tmp_path: Path
 ) -> None:
@@ -431,6 +431,7 @@ async def test_an_export_is_of_one_moment(
     assert len(await exported(trail.database)) > count + 10
 
 
+@pytest.mark.slow
 async def test_memory_does_not_grow_with_the_events(
     signing: Database, superuser: Connection, tmp_path: Path
 ) -> None:

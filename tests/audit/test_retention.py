@@ -13,7 +13,8 @@ from pydantic import SecretStr
 from sqlalchemy import select
 from sqlmodel import col
 
-from tests import factories
+from tests.support import factories
+from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
 from tiger_db.audit import Kind
 from tiger_db.audit.proof import Seal
@@ -116,13 +117,6 @@ def uuid7_at(moment: datetime) -> UUID:
     return UUID(int=(int(moment.timestamp() * 1000) << 80) | (uuid4().int & ((1 << 80) - 1)))
 
 
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
-
-
 class Writers:
     """They write all the time, and none may fail; one of them may have a wrong clock."""
 
@@ -186,6 +180,7 @@ class Writers:
 # Months ahead, and strays
 
 
+@pytest.mark.schema_changes
 async def test_months_are_made(database: Database, other: Connection) -> None:
     before = await partitions(other)
     for ahead in (1, 5, MONTHS_AHEAD):
@@ -196,6 +191,7 @@ async def test_months_are_made(database: Database, other: Connection) -> None:
     assert (await health(database.settings)).problems == []
 
 
+@pytest.mark.schema_changes
 async def test_strays_move_into_their_months_while_others_write(
     database: Database, other: Connection
 ) -> None:
@@ -236,6 +232,7 @@ async def waits(connection: Connection) -> bool:
     )
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("how", ["verify", "export"])
 async def test_who_verifies_while_strays_move_finds_them(
     database: Database, other: Connection, tmp_path: Path, how: str
@@ -263,6 +260,8 @@ async def test_who_verifies_while_strays_move_finds_them(
     await mover.close()
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("later", [0, 1.2])  # before and after who waits looks for deadlocks
 async def test_a_writer_with_a_stray_is_no_victim(
     database: Database, other: Connection, later: float
@@ -301,6 +300,7 @@ async def retirements(connection: Connection) -> list[str]:
     return sorted(month for month in months if month is not None)
 
 
+@pytest.mark.schema_changes
 async def test_old_months_leave(database: Database, keeper: Database, other: Connection) -> None:
     await seal_five_months(database, other)
     before = await partitions(other)
@@ -323,6 +323,7 @@ async def test_old_months_leave(database: Database, keeper: Database, other: Con
     assert await audit.maintain(keeper) == audit.Maintenance()
 
 
+@pytest.mark.schema_changes
 async def test_after_that_the_report_has_no_problem(
     database: Database, keeper: Database, other: Connection
 ) -> None:
@@ -345,6 +346,7 @@ async def test_an_empty_month_leaves_without_a_seal(
     await assert_clean(database, seals=0, rows=0)
 
 
+@pytest.mark.schema_changes
 async def test_what_has_left_does_not_come_back(
     database: Database, keeper: Database, other: Connection
 ) -> None:
@@ -385,6 +387,7 @@ async def late(connection: Connection) -> str:
     return "it holds events that were written later: the clock of their writer was wrong"
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("why", [unsealed, changed, put_there, late])
 async def test_a_month_stays_and_the_later_ones_too(
     database: Database,
@@ -402,6 +405,7 @@ async def test_a_month_stays_and_the_later_ones_too(
     assert {p for p, _ in before.items() ^ after.items() if p <= 9} <= {10, 11, 12, -1}
 
 
+@pytest.mark.schema_changes
 async def test_a_deleted_event_stays_deleted_when_its_month_leaves(
     database: Database, keeper: Database, other: Connection
 ) -> None:
@@ -414,6 +418,7 @@ async def test_a_deleted_event_stays_deleted_when_its_month_leaves(
     assert [(found.kind, found.position) for found in findings] == [(Kind.DELETED, place)]
 
 
+@pytest.mark.schema_changes
 async def test_without_a_key_nothing_leaves(
     clone_settings: Settings, database: Database, other: Connection
 ) -> None:
@@ -425,6 +430,7 @@ async def test_without_a_key_nothing_leaves(
     await assert_clean(database, rows=15, retired=0)
 
 
+@pytest.mark.schema_changes
 async def test_a_retirement_signed_by_somebody_else(
     database: Database, keeping: Settings, other: Connection
 ) -> None:
@@ -444,6 +450,8 @@ async def test_a_retirement_signed_by_somebody_else(
 # At once
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 async def test_all_at_once_do_everything_once(
     signing: Settings, database: Database, other: Connection
 ) -> None:
@@ -471,6 +479,8 @@ async def test_all_at_once_do_everything_once(
         await assert_clean(database, retired=3 * retired, unsealed=0)
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 @pytest.mark.usefixtures("impatient")
 async def test_a_long_transaction_is_not_waited_for(
     database: Database, keeper: Database, other: Connection

@@ -16,9 +16,9 @@ from uuid import UUID, uuid4
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.audit.conftest import SEALS, TAMPERINGS, Trail
+from tests.support.trail import SEALS, TAMPERINGS, Trail, assert_found, event_found
 from tiger_db import AuditAction, AuditResult, AuditSeverity, audit
-from tiger_db.audit import Finding, Kind, Verification
+from tiger_db.audit import Finding, Kind
 from tiger_db.audit.proof import (
     DIGEST,
     FIRST,
@@ -51,11 +51,6 @@ TRUNCATE audit_logs, audit_seals;
 INSERT INTO audit_logs SELECT * FROM kept_logs;
 INSERT INTO audit_seals SELECT * FROM kept_seals
 """
-
-
-def event_found(trail: Trail, kind: Kind, place: int, event_id: UUID | None = None) -> Finding:
-    seal = trail.seal_of(place) if place <= trail.end else SEALS + 1
-    return Finding(kind, "", seal, place, str(event_id) if event_id else None)
 
 
 def some_place(trail: Trail) -> int:
@@ -489,6 +484,7 @@ WAYS: dict[Kind, list[Way]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", Kind)
 async def test_every_tampering_is_found_and_named(trail: Trail, kind: Kind) -> None:
     ways = WAYS[kind]
@@ -508,14 +504,8 @@ async def test_every_tampering_is_found_and_named(trail: Trail, kind: Kind) -> N
     assert (sound.findings, sound.rows, sound.seals, sound.unsealed) == ([], 60, SEALS, 3)
 
 
-def assert_found(verification: Verification, expected: Finding, what: str) -> None:
-    assert not verification.sound, what
-    first = verification.findings[0]
-    assert replace(first, message="") == expected, (what, verification.findings[:5])
-    assert verification.count >= len(verification.findings)
-    assert str(first.position if first.position is not None else first.seal) in first.message
-
-
+@pytest.mark.slow
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("kind", Kind)
 async def test_verify_finds_what_is_committed(trail: Trail, kind: Kind) -> None:
     await trail.superuser.execute(SAVE)
@@ -529,6 +519,7 @@ async def test_verify_finds_what_is_committed(trail: Trail, kind: Kind) -> None:
     assert (await audit.verify(trail.database, checkpoint=trail.checkpoint)).sound
 
 
+@pytest.mark.slow
 async def test_whatever_a_statement_says(trail: Trail) -> None:
     """None of it makes verification fail in another way than by a finding."""
     for number in (1, SEALS):

@@ -1,101 +1,13 @@
-"""The command line, run in this process where that will do, else in one of its own."""
+"""`tiger-db` with and without a database, and a terminal."""
 
-import io
-import json
 import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from tiger_db.cli import main
+from tests.support.command_line import SECRETS, CommandLine
+from tests.support.terminal import Terminal
 from tiger_db.settings import Settings
-
-KEYS = "test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
-SECRETS = {
-    "ENCRYPTION_KEYS": KEYS,
-    "API_KEY_PEPPERS": "test:ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8=",
-}
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@dataclass
-class CommandLine:
-    """`tiger-db` with an environment."""
-
-    monkeypatch: pytest.MonkeyPatch
-    capsys: pytest.CaptureFixture[str]
-    env: dict[str, str] = field(default_factory=dict)
-
-    def __call__(self, *arguments: str, stdin: str = "", **env: str) -> Result:
-        """Run it in this process."""
-        with self.monkeypatch.context() as patch:
-            for name, value in {**self.env, **env}.items():
-                patch.setenv(name, value)
-            patch.setattr(sys, "argv", ["tiger-db", *arguments])
-            patch.setattr(
-                sys,
-                "stdin",
-                io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8", "surrogateescape")), "utf-8"),
-            )
-            self.capsys.readouterr()
-            with pytest.raises(SystemExit) as end:
-                main()
-        out, err = self.capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        assert "Traceback" not in err
-        return Result(end.value.code, out, err)
-
-    def ok(self, *arguments: str, stdin: str = "", **env: str) -> Result:
-        result = self(*arguments, stdin=stdin, **env)
-        assert result.code == 0, result.err
-        return result
-
-    def fails(self, *arguments: str, stdin: str = "", **env: str) -> str:
-        """The one line that says why."""
-        result = self(*arguments, stdin=stdin, **env)
-        assert (result.code, result.out) == (1, ""), result
-        assert result.err.count("\n") == 1, result.err
-        return result.err
-
-    def misused(self, *arguments: str, stdin: str = "", **env: str) -> str:
-        result = self(*arguments, stdin=stdin, **env)
-        assert (result.code, result.out) == (2, ""), result
-        return " ".join(result.err.replace("│", " ").split())
-
-    def environment(self, **env: str) -> dict[str, str]:
-        """That of a process, whose output is buffered as usual."""
-        inherited = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        return {**inherited, **self.env, **env}
-
-    def process(self, *arguments: str, stdin: str = "", **env: str) -> Result:
-        """Run it in a process of its own, where every warning is an error."""
-        done = subprocess.run(
-            [*COMMAND, *arguments],
-            capture_output=True,
-            check=False,
-            env=self.environment(**env),
-            input=stdin,
-            text=True,
-            timeout=60,
-        )
-        assert "Traceback" not in done.stderr
-        return Result(done.returncode, done.stdout, done.stderr)
-
-
-COMMAND = [sys.executable, "-W", "error", "-m", "tiger_db"]
 
 
 @pytest.fixture
@@ -121,3 +33,11 @@ def _on(command_line: CommandLine, settings: Settings) -> CommandLine:
     url = settings.database_url.get_secret_value()
     command_line.env = {"DATABASE_URL": url, **SECRETS}
     return command_line
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    os.close(terminal.screen)
+    os.close(terminal.device)

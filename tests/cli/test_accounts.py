@@ -7,19 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import CommandLine, Result
-from tests.factories import plain
+from tests.support.cli_accounts import NUMBER, PAPER, REQUIRED, create, stored
+from tests.support.command_line import CommandLine, Result
+from tests.support.factories import plain
 from tiger_db import Database, PrivateKeyFormat, Settings, TigerAccount, crud
 from tiger_db.tiger import parse_private_key
-
-NUMBER = "51230321"
-PAPER = "20191106192858300"
-REQUIRED = ("--account-name", "Main", "--tiger-id", "20150001")
 
 
 @pytest.fixture(scope="module")
 def pem() -> str:
-    made = subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, check=True, text=True)
+    made = subprocess.run(["openssl", "genrsa", "1024"], capture_output=True, check=True, text=True)
     return made.stdout
 
 
@@ -28,28 +25,6 @@ def key_file(pem: str, tmp_path: Path) -> str:
     path = tmp_path / "key.pem"
     path.write_text(pem)
     return str(path)
-
-
-def create(cli: CommandLine, number: str = NUMBER, *options: str, **more: str) -> Result:
-    options = (*REQUIRED, "--account-number", number, *options)
-    if not any(option.startswith("--private-key") for option in options):
-        options = (*options, "--private-key", "test_key")
-    return cli.ok("create-account", *options, **more)
-
-
-def stored(cli: CommandLine, number: str = NUMBER) -> TigerAccount:
-    """The account as the library reads it."""
-
-    async def read() -> TigerAccount:
-        settings = Settings(
-            database_url=cli.env["DATABASE_URL"], encryption_keys=cli.env["ENCRYPTION_KEYS"]
-        )
-        async with Database(settings) as database, database.session() as session:
-            account = await crud.accounts.get_by_account_number(session, number)
-            assert account is not None
-            return account
-
-    return asyncio.run(read())
 
 
 def test_create_with_everything(cli: CommandLine, key_file: str, pem: str, tmp_path: Path) -> None:
@@ -291,6 +266,7 @@ def test_a_closed_account_can_be_reopened(cli: CommandLine, key_file: str, pem: 
     assert plain(stored(cli).private_key) == parse_private_key(pem)[0]
 
 
+@pytest.mark.slow
 def test_a_person_sets_the_status(cli: CommandLine) -> None:
     create(cli)
     for status in ("suspended", "pending_verification", "inactive", "active", "suspended"):

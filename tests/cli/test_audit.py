@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests import factories
-from tests.cli.conftest import COMMAND, CommandLine, Result
-from tests.cli.test_accounts import create as create_account
-from tests.cli.test_database import sql
-from tests.cli.test_lists import write
+from tests.support import factories
+from tests.support.cli_accounts import create as create_account
+from tests.support.command_line import COMMAND, CommandLine, Result
+from tests.support.sql import run_sql, write
 from tiger_db import AuditAction, AuditResult, Database, Settings, crud
 from tiger_db.database import AsyncSession, connect
 from tiger_db.signing import parse_public_key, parse_signing_key, public_pem, public_text
@@ -102,8 +101,9 @@ def test_seal_and_verify(sealed: CommandLine, clone_settings: Settings) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_finding_is_named_and_fails(sealed: CommandLine, clone_settings: Settings) -> None:
-    sql(
+    run_sql(
         clone_settings,
         REPLICA,
         "UPDATE audit_logs SET user_id = 'eve' WHERE position = 5",
@@ -131,6 +131,7 @@ def test_a_finding_is_named_and_fails(sealed: CommandLine, clone_settings: Setti
     assert (process.code, process.err.splitlines()[-1]) == (1, reason)
 
 
+@pytest.mark.slow
 def test_open_transactions_are_named(signing: CommandLine, clone_settings: Settings) -> None:
     async def run() -> tuple[int, Result, Result]:
         connection = await connect(clone_settings)
@@ -162,6 +163,7 @@ def test_maintain(cli: CommandLine) -> None:
 # Written out.
 
 
+@pytest.mark.slow
 def test_verified_anywhere(sealed: CommandLine, bare: CommandLine, tmp_path: Path) -> None:
     """With the file, the checkpoint and the public key: no database, no secrets."""
     events, head, key = (tmp_path / name for name in ("events.jsonl", "head.json", "key.pem"))
@@ -233,12 +235,13 @@ def test_a_checkpoint_shows_what_is_missing(sealed: CommandLine, clone_settings:
     head = sealed.ok("export-checkpoint").out
     file = os.devnull
     assert {*json.loads(head)} == {"statement", "signature"}
-    sql(clone_settings, REPLICA, "DELETE FROM audit_seals", "DELETE FROM audit_logs")
+    run_sql(clone_settings, REPLICA, "DELETE FROM audit_seals", "DELETE FROM audit_logs")
     assert sealed.ok("verify-audit").err.startswith("0 events are what 0 seals say")
     assert "nothing is sealed yet: run `tiger-db seal-audit`" in sealed.fails("export-checkpoint")
     assert "not a checkpoint" in sealed.fails("verify-audit", "--checkpoint", file)
 
 
+@pytest.mark.slow
 def test_export_to_stdout(sealed: CommandLine, clone_settings: Settings) -> None:
     exported = sealed.ok("export-events")
     first, *lines = exported.out.splitlines()
@@ -258,6 +261,7 @@ def test_export_to_stdout(sealed: CommandLine, clone_settings: Settings) -> None
     assert "--format" in sealed.misused("export-events", "--format", "xml")
 
 
+@pytest.mark.schema_changes
 def test_a_file_appears_when_it_is_complete(
     sealed: CommandLine, clone_settings: Settings, tmp_path: Path
 ) -> None:
@@ -265,10 +269,10 @@ def test_a_file_appears_when_it_is_complete(
     out = tmp_path / "events.jsonl"
     out.write_text("before", encoding="utf-8")
     out.chmod(0o644)
-    sql(clone_settings, "ALTER TABLE audit_seals RENAME TO hidden")
+    run_sql(clone_settings, "ALTER TABLE audit_seals RENAME TO hidden")
     assert sealed("export-events", "--out", str(out)).code == 1
     assert out.read_text("utf-8") == "before"
-    sql(clone_settings, "ALTER TABLE hidden RENAME TO audit_seals")
+    run_sql(clone_settings, "ALTER TABLE hidden RENAME TO audit_seals")
     sealed.ok("export-events", "--out", str(out))
     assert len(out.read_text("utf-8").splitlines()) == COUNT + 1
     assert out.stat().st_mode & 0o777 == 0o600
@@ -279,6 +283,7 @@ def test_a_file_appears_when_it_is_complete(
 # Listed, counted, followed.
 
 
+@pytest.mark.slow
 def test_lists_by_resource_and_details(cli: CommandLine, clone_settings: Settings) -> None:
     log(
         clone_settings,
@@ -387,6 +392,7 @@ def follow(
     assert asyncio.run(run()) == (130, b"", b"interrupted\n")
 
 
+@pytest.mark.slow
 def test_follow(cli: CommandLine, clone_settings: Settings) -> None:
     """What is committed from now on, once, that matches; not what is rolled back."""
     log(clone_settings, {"user_id": "before"})
@@ -415,6 +421,7 @@ def test_follow(cli: CommandLine, clone_settings: Settings) -> None:
     follow(clone_settings, cli, "--action", "data:query", work=work)
 
 
+@pytest.mark.slow
 def test_follow_without_notifications(cli: CommandLine, clone_settings: Settings) -> None:
     """As where a pooler is between, or after the connection that listens was lost."""
 
@@ -435,6 +442,7 @@ def test_follow_without_notifications(cli: CommandLine, clone_settings: Settings
     follow(clone_settings, cli, "--json", work=work)
 
 
+@pytest.mark.slow
 def test_follow_says_so_when_it_has_begun(cli: CommandLine, clone_settings: Settings) -> None:
     """What is committed after it has said that it waits is shown."""
 

@@ -11,27 +11,14 @@ from uuid import uuid4
 
 import pytest
 
-from tests import servers
-from tests.cli.conftest import COMMAND, SECRETS, CommandLine, Result
-from tests.conftest import drop_database
-from tests.test_health import months
+from tests.support import databases, servers
+from tests.support.command_line import COMMAND, SECRETS, CommandLine, Result
+from tests.support.sql import months, run_sql
 from tiger_db import embedded
 from tiger_db.database import connect
 from tiger_db.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def sql(settings: Settings, *statements: str) -> None:
-    async def run() -> None:
-        connection = await connect(settings)
-        try:
-            for statement in statements:
-                await connection.execute(statement)
-        finally:
-            await connection.close()
-
-    asyncio.run(run())
 
 
 def url_of(server_url: str, database: str, user: str | None = None) -> str:
@@ -46,7 +33,7 @@ def new_database(server_url: str) -> Iterator[str]:
     """The name of one that is not there yet."""
     name = f'tiger_db_new_ä "{uuid4().hex[:12]}%'
     yield name
-    asyncio.run(drop_database(server_url, name.replace('"', '""')))
+    asyncio.run(databases.drop(server_url, name.replace('"', '""')))
 
 
 @pytest.fixture
@@ -54,9 +41,9 @@ def nobody(server_url: str) -> Iterator[str]:
     """A role that may do nothing."""
     name = f"tiger_db_nobody_{uuid4().hex[:12]}"
     postgres = servers.settings_for(server_url, "postgres")
-    sql(postgres, f"CREATE ROLE {name} LOGIN PASSWORD 'hunter2'")
+    run_sql(postgres, f"CREATE ROLE {name} LOGIN PASSWORD 'hunter2'")
     yield f"{name}:hunter2"
-    sql(postgres, f"DROP ROLE {name}")
+    run_sql(postgres, f"DROP ROLE {name}")
 
 
 @pytest.fixture
@@ -79,6 +66,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_init_makes_what_is_missing(bare: CommandLine, server_url: str, new_database: str) -> None:
     bare.env = {"DATABASE_URL": url_of(server_url, new_database), **SECRETS}
     assert "run `tiger-db init`" in bare.fails("current")
@@ -115,6 +103,7 @@ def test_init_tells_how_to_set_a_pepper(empty: CommandLine) -> None:
     assert "API_KEY_PEPPERS" in empty.fails("init", API_KEY_PEPPERS="p1:nonsense")
 
 
+@pytest.mark.slow
 def test_init_tells_how_to_set_a_signing_key(empty: CommandLine) -> None:
     told = empty.ok("init").err
     assert "no signing key is set" in told
@@ -131,6 +120,7 @@ def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> N
     assert empty.ok("current").out == ""
 
 
+@pytest.mark.slow
 def test_inits_that_all_find_it_missing(
     bare: CommandLine, server_url: str, new_database: str
 ) -> None:
@@ -176,7 +166,7 @@ def test_init_without_the_right_to(
 def test_migrate_without_the_right_to(
     bare: CommandLine, server_url: str, empty_database: Settings, nobody: str
 ) -> None:
-    sql(empty_database, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    run_sql(empty_database, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     bare.env = {"DATABASE_URL": url_of(server_url, empty_database.database, nobody)}
     result = bare("migrate")
     assert result.code == 1
@@ -214,10 +204,12 @@ def test_history(bare: CommandLine) -> None:
         assert script["revision"] in bare.ok("history").out
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> None:
     assert cli.ok("check").out == ""
     assert cli.ok("check", "--json").json == {"items": [], "next_cursor": None}
-    sql(
+    run_sql(
         clone_settings,
         "ALTER TABLE api_keys DROP COLUMN description",
         "DROP INDEX ix_token_statuses_failed",
@@ -231,8 +223,9 @@ def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> 
     assert cli("check", "--json").json["items"] == lines
 
 
+@pytest.mark.schema_changes
 def test_schema_ahead_and_behind(cli: CommandLine, clone_settings: Settings) -> None:
-    sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    run_sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
     for command in ("list-accounts", "migrate", "check", "init"):
         assert "upgrade tiger_db" in cli.fails(command)
     current = cli.ok("current")
@@ -240,6 +233,8 @@ def test_schema_ahead_and_behind(cli: CommandLine, clone_settings: Settings) -> 
     assert "upgrade tiger_db" in current.err
 
 
+@pytest.mark.schema_changes
+@pytest.mark.slow
 def test_revisions_in_a_checkout(
     checkout: Path, cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -263,7 +258,7 @@ def test_revisions_in_a_checkout(
     assert f"from {before} to {newest}" in run("migrate").err
     assert f"at {before} now" in run("downgrade", "-1", "-y").err
     run("migrate")
-    sql(clone_settings, "ALTER TABLE api_keys DROP COLUMN description")
+    run_sql(clone_settings, "ALTER TABLE api_keys DROP COLUMN description")
     repair = run("revision", "--message", "repair")
     assert repair.code == 0, repair.err
     assert "add_column" in Path(repair.out.strip()).read_text()
@@ -271,13 +266,14 @@ def test_revisions_in_a_checkout(
     assert run("check").code == 0
 
 
+@pytest.mark.schema_changes
 def test_health_check(cli: CommandLine, clone_settings: Settings) -> None:
     healthy = cli.ok("health-check")
     assert healthy.err == ""
     for name in ("server version", "latency ms", "revision", "pool: size", "rows: audit logs"):
         assert name in healthy.out
     assert cli.ok("health-check", "--json").json["problems"] == []
-    sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    run_sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
     ill = cli("health-check")
     assert ill.code == 1
     assert ill.err.startswith("problem: ")
@@ -300,17 +296,19 @@ def test_liveness_asks_no_database(bare: CommandLine) -> None:
     assert "hunter2" not in dead.out
 
 
+@pytest.mark.schema_changes
 def test_what_upkeep_has_missed_takes_no_server_out_of_service(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
     report = cli.ok("health-check", "--json").json
     assert (report["live"], report["ready"]) == (True, True)
-    sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
+    run_sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
     report = cli.ok("health-check", "--json").json
     assert report["ready"]
     assert "run `tiger-db migrate`" in report["problems"][0]
 
 
+@pytest.mark.schema_changes
 def test_doctor(cli: CommandLine, clone_settings: Settings) -> None:
     well = cli.ok("doctor")
     assert well.err == ""
@@ -318,7 +316,7 @@ def test_doctor(cli: CommandLine, clone_settings: Settings) -> None:
     report = cli.ok("doctor", "--json").json
     assert report["next_cursor"] is None
     assert {*report["items"][0]} == {"check", "status", "seen", "advice"}
-    sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
+    run_sql(clone_settings, f"DROP TABLE {', '.join(months(1, 12))}")
     ill = cli("doctor", "--json")
     assert (ill.code, ill.err) == (1, "")
     problems = [item for item in ill.json["items"] if item["status"] == "problem"]
@@ -361,6 +359,7 @@ def test_wrong_password(bare: CommandLine, server_url: str) -> None:
         assert "hunter2" not in reason
 
 
+@pytest.mark.slow
 def test_embedded_from_nothing(bare: CommandLine, home: Path) -> None:
     ill = bare("health-check")
     assert ill.code == 1
@@ -401,6 +400,7 @@ def test_embedded_in_production(bare: CommandLine, command: str) -> None:
         assert "production" in bare.fails(command, ENVIRONMENT="production", **env)
 
 
+@pytest.mark.slow
 def test_embedded_beside_another_server(cli: CommandLine, home: Path) -> None:
     assert "other commands do not use it" in cli.ok("start-embedded").err
     assert "stopped" in cli.ok("stop-embedded").err

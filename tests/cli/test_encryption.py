@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tests.cli.conftest import KEYS, CommandLine
-from tests.cli.test_accounts import NUMBER, create, stored
-from tests.factories import plain
+from tests.support.cli_accounts import NUMBER, create, stored
+from tests.support.command_line import KEYS, CommandLine
+from tests.support.factories import plain
 from tiger_db.encryption import KeyRing
 
 TABLE = "tiger_accounts"

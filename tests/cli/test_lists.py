@@ -1,36 +1,24 @@
 """The audit trail and the token refreshes by the command line."""
 
-import asyncio
-from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from tests.cli.conftest import CommandLine, Result
-from tests.cli.test_accounts import create as create_account
+from tests.support.cli_accounts import create as create_account
+from tests.support.command_line import CommandLine, Result
+from tests.support.sql import write
 from tiger_db import (
     AuditAction,
     AuditLog,
     AuditResult,
     AuditSeverity,
-    Database,
     RefreshTrigger,
     Settings,
     TokenStatus,
     crud,
 )
 from tiger_db.database import AsyncSession
-
-T = TypeVar("T")
-
-
-def write(settings: Settings, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-    async def run() -> T:
-        async with Database(settings) as database, database.session() as session:
-            return await work(session)
-
-    return asyncio.run(run())
 
 
 @pytest.fixture
@@ -61,6 +49,8 @@ def events(cli: CommandLine, clone_settings: Settings) -> list[AuditLog]:
     return write(clone_settings, log)
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 def test_event_filters(cli: CommandLine, events: list[AuditLog]) -> None:
     placed, cancelled, failed, critical, of_user, from_ip, in_session = (
         str(event.id) for event in events
@@ -94,6 +84,7 @@ def test_event_filters(cli: CommandLine, events: list[AuditLog]) -> None:
     assert [item["action"] for item in items] == ["trade:cancel_order", "api_key:create"]
 
 
+@pytest.mark.schema_changes
 def test_events_for_people(cli: CommandLine, events: list[AuditLog]) -> None:
     shown = cli.ok("list-events", "--action", "trade", "--action", "data").out
     lines = shown.splitlines()
@@ -106,6 +97,7 @@ def test_events_for_people(cli: CommandLine, events: list[AuditLog]) -> None:
     assert cli.ok("list-events", "--user", "nobody") == Result(0, "", "there are none\n")
 
 
+@pytest.mark.schema_changes
 def test_events_in_pages(cli: CommandLine, events: list[AuditLog]) -> None:
     seen: list[dict[str, Any]] = []
     after: tuple[str, ...] = ()
@@ -120,6 +112,7 @@ def test_events_in_pages(cli: CommandLine, events: list[AuditLog]) -> None:
     assert len(seen) == len(events) + 2
 
 
+@pytest.mark.schema_changes
 def test_events_of_what_is_gone(
     cli: CommandLine, clone_settings: Settings, events: list[AuditLog]
 ) -> None:
@@ -151,6 +144,7 @@ def test_bad_filters(cli: CommandLine) -> None:
     assert "no API key" in cli.fails("list-events", "--api-key", "nope")
 
 
+@pytest.mark.slow
 def test_refreshes(cli: CommandLine, clone_settings: Settings) -> None:
     assert cli.ok("list-refreshes") == Result(0, "", "there are none\n")
     for number in ("1111111", "2222222"):

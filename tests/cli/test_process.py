@@ -1,27 +1,21 @@
 """What only a process of its own shows: exit codes, streams, signals, terminals, imports."""
 
 import asyncio
-import fcntl
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from typing import get_args
 
 import pytest
 
-from tests.cli.conftest import COMMAND, CommandLine
-from tests.cli.test_accounts import NUMBER, PAPER, REQUIRED, create, stored
-from tests.cli.test_database import sql
-from tests.factories import plain
+from tests.support.cli_accounts import NUMBER, PAPER, REQUIRED, create, stored
+from tests.support.command_line import COMMAND, CommandLine
+from tests.support.factories import plain
+from tests.support.sql import run_sql
+from tests.support.terminal import Terminal
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db import __all__ as names
 from tiger_db import models as enums
@@ -54,69 +48,9 @@ LOADED = (
 )
 
 
-class Terminal:
-    """A terminal of 80 columns, in which programs run."""
-
-    def __init__(self) -> None:
-        self.screen, self.device = pty.openpty()
-        fcntl.ioctl(self.device, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.seen = ""
-
-    @contextmanager
-    def program(self, cli: CommandLine, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        with subprocess.Popen(
-            [*COMMAND, *arguments],
-            stdin=self.device,
-            stdout=self.device,
-            stderr=self.device,
-            env=cli.environment(TERM="xterm"),
-            start_new_session=True,
-        ) as program:
-            try:
-                yield program
-            finally:
-                program.kill()
-
-    def wait_for(self, text: str) -> None:
-        while text not in self.seen:
-            self.read()
-
-    def read(self) -> None:
-        self.seen += os.read(self.screen, 65536).decode()
-
-    def type(self, text: str) -> None:
-        os.write(self.screen, text.encode())
-
-    def end(self, program: subprocess.Popen[bytes]) -> int:
-        """Read on until the program ends; its exit code."""
-        os.set_blocking(self.screen, False)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            ended = program.poll()
-            try:
-                self.read()
-            except BlockingIOError:
-                if ended is not None:
-                    return ended
-                time.sleep(0.01)
-        raise TimeoutError(self.seen)
-
-    @property
-    def echoes(self) -> bool:
-        return bool(termios.tcgetattr(self.device)[3] & termios.ECHO)
-
-
-@pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    terminal = Terminal()
-    yield terminal
-    os.close(terminal.screen)
-    os.close(terminal.device)
-
-
 @pytest.fixture(scope="module")
 def pem() -> str:
-    made = subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, check=True, text=True)
+    made = subprocess.run(["openssl", "genrsa", "1024"], capture_output=True, check=True, text=True)
     return made.stdout
 
 
@@ -178,6 +112,7 @@ def test_some_choices_are_fewer() -> None:
     assert {*enums.AccountStatus} - set(get_args(accounts.OpenStatuses)) == {"closed"}
 
 
+@pytest.mark.slow
 def test_package_loads_names_when_asked(bare: CommandLine) -> None:
     code = (
         "import sys, tiger_db\n"
@@ -193,6 +128,7 @@ def test_package_loads_names_when_asked(bare: CommandLine) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=bare.environment())
 
 
+@pytest.mark.slow
 def test_streams_and_exit_codes(cli: CommandLine) -> None:
     options = (*REQUIRED, "--account-number", NUMBER, "--private-key", "test_key", "--json")
     done = cli.process("create-account", *options)
@@ -211,6 +147,7 @@ def test_streams_and_exit_codes(cli: CommandLine) -> None:
         assert "\x1b" not in done.out + done.err
 
 
+@pytest.mark.slow
 def test_statements_are_logged_to_stderr(cli: CommandLine) -> None:
     create(cli)
     done = cli.process("show-account", NUMBER, "--json", DB_DEBUG="1")
@@ -225,9 +162,11 @@ def test_statements_are_logged_to_stderr(cli: CommandLine) -> None:
     assert "hunter2" not in done.err
 
 
+@pytest.mark.schema_changes
+@pytest.mark.slow
 def test_what_nobody_expected(cli: CommandLine, clone_settings: Settings) -> None:
     create(cli, NUMBER, "--secret-key", "hunter2")
-    sql(
+    run_sql(
         clone_settings,
         "ALTER TYPE account_type ADD VALUE 'gold'",
         "UPDATE tiger_accounts SET account_type = 'gold'",
@@ -244,6 +183,7 @@ def test_what_nobody_expected(cli: CommandLine, clone_settings: Settings) -> Non
     assert "hunter2" not in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupt(cli: CommandLine, clone_settings: Settings) -> None:
     async def interrupt() -> tuple[int | None, str]:
         connection = await connect(clone_settings)
@@ -269,6 +209,7 @@ def test_interrupt(cli: CommandLine, clone_settings: Settings) -> None:
     assert asyncio.run(interrupt()) == (130, "interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_reader_that_has_seen_enough(cli: CommandLine, clone_settings: Settings, rows: int) -> None:
     async def fill() -> None:
@@ -290,6 +231,7 @@ def test_reader_that_has_seen_enough(cli: CommandLine, clone_settings: Settings,
             assert process.wait() == 1
 
 
+@pytest.mark.slow
 def test_full_disk(cli: CommandLine) -> None:
     create(cli)
     with open("/dev/full", "w", encoding="ascii") as full:  # noqa: PTH123  # a device
@@ -300,6 +242,7 @@ def test_full_disk(cli: CommandLine) -> None:
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_secret_is_asked_for_without_echo(cli: CommandLine, terminal: Terminal, pem: str) -> None:
     bare_key, _ = parse_private_key(pem)
     for number, typed in (("1", "hunter2\n"), ("2", bare_key + "\n"), ("3", pem)):
@@ -317,6 +260,7 @@ def test_secret_is_asked_for_without_echo(cli: CommandLine, terminal: Terminal, 
         terminal.seen = ""
 
 
+@pytest.mark.slow
 def test_interrupt_while_asked(cli: CommandLine, terminal: Terminal) -> None:
     with terminal.program(cli, "verify-api-key") as program:
         terminal.wait_for("key (hidden): ")
@@ -327,6 +271,7 @@ def test_interrupt_while_asked(cli: CommandLine, terminal: Terminal) -> None:
     assert "Traceback" not in terminal.seen
 
 
+@pytest.mark.slow
 def test_nothing_is_typed(cli: CommandLine, terminal: Terminal) -> None:
     with terminal.program(cli, "verify-api-key", "-") as program:
         terminal.wait_for("key (hidden): ")
@@ -335,6 +280,7 @@ def test_nothing_is_typed(cli: CommandLine, terminal: Terminal) -> None:
     assert "the key is empty" in terminal.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", ["y", "n"])
 def test_confirmation(cli: CommandLine, terminal: Terminal, answer: str) -> None:
     create(cli)
@@ -345,6 +291,7 @@ def test_confirmation(cli: CommandLine, terminal: Terminal, answer: str) -> None
     assert stored(cli).status == ("closed" if answer == "y" else "active")
 
 
+@pytest.mark.slow
 def test_tables_fit_a_terminal(cli: CommandLine, terminal: Terminal) -> None:
     create(cli, PAPER, "--account-name", "A name of quite some length " * 2, "--default-trading",
            "--license", "TBSG", "--access-token", "x",

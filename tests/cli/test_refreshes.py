@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from tigeropen.common.util.web_utils import http_pool
 
-from tests import factories
-from tests.cli.conftest import COMMAND, CommandLine, Result
-from tests.cli.test_accounts import NUMBER, stored
-from tests.cli.test_database import sql
-from tests.cli.test_process import Terminal
 from tests.refreshes.gateway import Gateway, serving
-from tests.test_tokens import tiger_token
+from tests.support import factories
+from tests.support.cli_accounts import NUMBER, stored
+from tests.support.command_line import COMMAND, CommandLine, Result
+from tests.support.private_keys import KEY
+from tests.support.sql import run_sql
+from tests.support.terminal import Terminal
+from tests.support.tiger_tokens import tiger_token
 from tests.tiger.files import PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import AccountStatus, Database, Settings, TokenRefreshStatus, TokenStatus, crud
 
 S = TokenRefreshStatus
@@ -83,6 +83,7 @@ def assert_no_secret(gateway: Gateway, *results: Result) -> None:
 # Running
 
 
+@pytest.mark.slow
 def test_once(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     add(clone_settings, gateway)
     add(clone_settings, gateway, "51230322", "20150002")
@@ -107,6 +108,7 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_it_finish(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway, end: signal.Signals
@@ -161,6 +163,7 @@ def test_one_account(cli: CommandLine, clone_settings: Settings, gateway: Gatewa
     assert_no_secret(gateway, done, again)
 
 
+@pytest.mark.slow
 def test_one_account_fails(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     add(clone_settings, gateway)
     for answer, why in (
@@ -190,6 +193,7 @@ def test_a_failure_as_json(cli: CommandLine, clone_settings: Settings, gateway: 
     assert_no_secret(gateway, failed)
 
 
+@pytest.mark.slow
 def test_one_account_as_a_process(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:
@@ -257,6 +261,7 @@ def fill(settings: Settings, gateway: Gateway) -> None:
     asyncio.run(write())
 
 
+@pytest.mark.slow
 def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     nothing = cli.ok("show-refreshes")
     assert nothing.out.split("\n\n") == [
@@ -286,6 +291,7 @@ def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> N
     assert "--live" in cli.misused("show-refreshes", "--live", "--json")
 
 
+@pytest.mark.slow
 def test_show_live(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway, terminal: Terminal
 ) -> None:
@@ -307,16 +313,17 @@ def test_show_live(
 # Pruning
 
 
+@pytest.mark.slow
 def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     fill(clone_settings, gateway)
     assert cli.ok("prune-refreshes") == Result(0, "", "0 refreshes were deleted\n")
-    sql(clone_settings, OLDER)
+    run_sql(clone_settings, OLDER)
     assert cli.ok("prune-refreshes", "--older-than", "101d").err == "0 refreshes were deleted\n"
     assert cli.ok("prune-refreshes").err == "1 refreshes were deleted\n"
     assert sorted(refresh.status for refresh in refreshes(clone_settings)) == [
         S.FAILED, S.IN_PROGRESS, S.PENDING, S.PENDING
     ]  # fmt: skip
-    sql(clone_settings, "UPDATE token_statuses SET id = uuid7_floor(now() - interval '9 years')"
+    run_sql(clone_settings, "UPDATE token_statuses SET id = uuid7_floor(now() - interval '9 years')"
         " WHERE status = 'in_progress'")  # fmt: skip
     assert cli.ok("prune-refreshes", "--older-than", "1d").err == "0 refreshes were deleted\n"
     assert "--older-than" in cli.misused("prune-refreshes", "--older-than", "soon")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import CommandLine
-from tests.cli.test_accounts import create, stored
-from tests.factories import plain
+from tests.support.cli_accounts import create, stored
+from tests.support.command_line import CommandLine
+from tests.support.factories import plain
 from tests.tiger.files import (
     EVERYTHING,
     NEW,
@@ -30,6 +30,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_import_and_export(cli: CommandLine, file: Path, tmp_path: Path) -> None:
     token = config(tmp_path, {"token": NEW}, TOKEN_FILE)
     token.chmod(0o600)

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 
-from tests import factories
-from tests.factories import plain
+from tests.support import factories
+from tests.support.account_changes import CHANGES, SECRETS
+from tests.support.factories import plain
 from tiger_db import (
     AccountStatus,
     AccountType,
@@ -32,24 +33,6 @@ from tiger_db.errors import (
 )
 
 NONSENSE: Any = "nonsense"
-Change = Callable[[AsyncSession, UUID], Awaitable[object]]
-CHANGES: dict[str, Change] = {
-    "update": lambda s, i: accounts.update(s, i, description="new"),
-    "set_default_trading_account": accounts.set_default_trading_account,
-    "set_default_data_account": accounts.set_default_data_account,
-    "update_tokens": lambda s, i: accounts.update_tokens(s, i, access_token="new"),
-    "record_error": lambda s, i: accounts.record_error(s, i, message="no answer"),
-    "reset_errors": accounts.reset_errors,
-    "close": accounts.close,
-    "reopen": lambda s, i: accounts.reopen(s, i, private_key="new"),
-}
-SECRETS = {
-    "tiger_id": "20159999",
-    "private_key": "MIICXQIBAAKBgQ",
-    "secret_key": "institutional",
-    "access_token": "access-token",
-    "refresh_token": "refresh-token",
-}
 
 
 async def test_an_account_is_stored_and_usable_after_its_session(clone: Database) -> None:

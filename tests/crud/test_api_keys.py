@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from tests import factories
-from tests.crud.test_key_text import sealed, unknown_key, wrong_secret
+from tests.support import factories
+from tests.support.raw_keys import sealed, unknown_key, wrong_secret
 from tiger_db import APIKeyScope, APIKeyStatus, AuditAction, Database
 from tiger_db.crud import accounts, api_keys
 from tiger_db.database import AsyncSession
@@ -251,6 +251,7 @@ async def everything_now(session: AsyncSession) -> str:
     return await factories.everything(session)
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     "broken",
     [

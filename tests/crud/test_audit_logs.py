@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, Settings
 from tiger_db.crud import audit_logs
 from tiger_db.database import AsyncSession
@@ -117,6 +117,7 @@ async def test_no_event_is_lost_to_a_bad_detail(session: AsyncSession) -> None:
     assert "hunter2" not in repr(event)
 
 
+@pytest.mark.slow
 @no_deadline
 @given(details=st.dictionaries(storable_text, json_values))
 async def test_any_json_comes_back_as_it_went_in(

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from tests import factories
-from tests.crud.test_key_text import asked, unknown_key, wrong_secret
+from tests.support import factories
+from tests.support.raw_keys import asked, unknown_key, wrong_secret
 from tiger_db import APIKeyScope, APIKeyStatus, Database
 from tiger_db.crud import api_keys
 from tiger_db.database import AsyncSession
@@ -201,6 +201,7 @@ def written_networks(network: Network) -> list[str]:
     return [str(network), mapped, network.with_netmask]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(network=V4 | V6, data=st.data())
 async def test_an_address_of_a_network_is_accepted_in_any_spelling(
@@ -216,6 +217,7 @@ async def test_an_address_of_a_network_is_accepted_in_any_spelling(
         assert await api_keys.authorize_api_key(session, raw_key, ip_address=spelled) is key
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

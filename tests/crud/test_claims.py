@@ -10,10 +10,11 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import text
 
-from tests import factories
-from tests.crud.test_concurrency import nobody_passes
-from tests.test_redaction import API_KEY, JWT, PEM
-from tests.test_tokens import SOON, tiger_token
+from tests.support import factories
+from tests.support.claims import LEASE, USES, claim_due
+from tests.support.concurrency import nobody_passes
+from tests.support.secrets_in_text import API_KEY, JWT, PEM
+from tests.support.tiger_tokens import SOON, tiger_token
 from tiger_db import (
     AuditAction,
     AuditResult,
@@ -35,20 +36,7 @@ from tiger_db.errors import (
 )
 from tiger_db.redaction import MASK
 
-LEASE = timedelta(microseconds=1)  # expired as soon as it is given
 S = TokenRefreshStatus
-Use = Callable[[AsyncSession, TokenStatus], Awaitable[object]]
-USES: dict[str, Use] = {
-    "heartbeat": token_status.heartbeat,
-    "complete": lambda s, c: token_status.complete(s, c, access_token="zombie"),
-    "fail": lambda s, c: token_status.fail(s, c, error="zombie"),
-    "fail for good": lambda s, c: token_status.fail(s, c, error="z", credentials_dead=True),
-    "give back": token_status.give_back,
-}
-
-
-async def claim_due(session: AsyncSession, **arguments: Any) -> list[TokenStatus]:
-    return await token_status.claim_due(session, **{"worker": "worker-1"} | arguments)
 
 
 async def test_claims_come_longest_due_first(session: AsyncSession) -> None:

@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from tests import factories
-from tests.crud.test_accounts import SECRETS
-from tests.factories import plain
+from tests.support import factories
+from tests.support.account_changes import SECRETS
+from tests.support.factories import plain
 from tiger_db import (
     AccountStatus,
     APIKeyStatus,

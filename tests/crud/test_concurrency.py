@@ -5,19 +5,19 @@ import multiprocessing
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.factories import plain
-from tests.test_tokens import MONTH, NOW, tiger_token
+from tests.support import factories
+from tests.support.concurrency import WAITING, nobody_passes
+from tests.support.factories import plain
+from tests.support.tiger_tokens import MONTH, NOW, tiger_token
 from tiger_db import (
     AccountStatus,
     APIKey,
@@ -44,10 +44,6 @@ from tiger_db.errors import (
 )
 
 T = TypeVar("T")
-WAITING = text(
-    "SELECT count(*) FROM pg_stat_activity"
-    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-)
 PROCESSES, CONNECTIONS = 4, 5
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tiger_db", "pytest", "asyncpg", "tests.crud.test_concurrency"])
@@ -79,26 +75,10 @@ async def at_once(
     return [task.result() for task in tasks]
 
 
-@asynccontextmanager
-async def nobody_passes(
-    database: Database, table: str, waiting: int
-) -> AsyncIterator[AsyncSession]:
-    """A lock on all rows of a table, let go at the end, when so many connections wait for it.
-
-    What the session does meanwhile is committed.
-    """
-    async with database.session() as session:
-        await session.execute(text(f"SELECT FROM {table} FOR UPDATE"))
-        yield session
-        async with asyncio.timeout(30):
-            while await session.scalar(WAITING) < waiting:
-                await session.execute(text("SELECT pg_stat_clear_snapshot()"))
-                await asyncio.sleep(0.01)
-
-
 # Accounts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["trading", "data"])
 async def test_twenty_callers_leave_one_default(crowd: Database, which: str) -> None:
     async with crowd.session() as session:
@@ -142,6 +122,7 @@ async def test_two_accounts_may_swap_their_defaults(crowd: Database) -> None:
         assert (trading and trading.id, data and data.id) == (second.id, first.id)
 
 
+@pytest.mark.slow
 async def test_fifty_errors_count_fifty_and_suspend_once(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session)
@@ -167,6 +148,7 @@ async def test_fifty_errors_count_fifty_and_suspend_once(crowd: Database) -> Non
     assert len(events) == 51
 
 
+@pytest.mark.slow
 async def test_successes_and_errors_side_by_side_lose_no_event(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session)
@@ -299,16 +281,30 @@ async def authorize_everywhere(
     """What four processes tell, together."""
     pool = {"db_pool_size": CONNECTIONS, "db_max_overflow": 0, "db_pool_timeout": 60}
     settings = database.settings.model_copy(update=pool)
-    loop = asyncio.get_running_loop()
-    with ProcessPoolExecutor(PROCESSES, mp_context=processes) as executor:
-        futures = [
-            loop.run_in_executor(executor, authorize_often, settings, how, raw_key, times)
-            for _ in range(PROCESSES)
-        ]
-        async with asyncio.timeout(60):
-            return sum(await asyncio.gather(*futures), Counter())
+    told = (in_process(authorize_often, settings, how, raw_key, times) for _ in range(PROCESSES))
+    async with asyncio.timeout(60):
+        return sum(await asyncio.gather(*told), Counter())
 
 
+async def in_process(function: Callable[..., T], *arguments: object) -> T:
+    """Return the result of a function that is called in a process of its own.
+
+    Over a pipe, because the queues of a pool need /dev/shm.
+    """
+    here, there = processes.Pipe()
+    child = processes.Process(target=_answer, args=(there, function, *arguments))
+    child.start()
+    there.close()
+    result: T = await asyncio.to_thread(here.recv)
+    await asyncio.to_thread(child.join)
+    return result
+
+
+def _answer(line: Connection, function: Callable[..., object], *arguments: object) -> None:
+    line.send(function(*arguments))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["session", "verifier"])
 async def test_four_processes_lose_no_use(crowd: Database, how: str) -> None:
     async with crowd.session() as session:
@@ -317,6 +313,7 @@ async def test_four_processes_lose_no_use(crowd: Database, how: str) -> None:
     assert await uses(crowd, key) == (1600, 1600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["session", "verifier"])
 async def test_four_processes_pass_exactly_the_limit(crowd: Database, how: str) -> None:
     for _ in range(2):
@@ -396,6 +393,7 @@ async def test_a_key_works_until_its_end_is_committed_and_no_longer(
 # Refreshes
 
 
+@pytest.mark.slow
 async def test_eight_workers_claim_each_refresh_once(crowd: Database) -> None:
     async with crowd.session() as session:
         for _ in range(40):

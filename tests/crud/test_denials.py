@@ -8,8 +8,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.crud.test_key_text import unknown_key, wrong_secret
+from tests.support import factories
+from tests.support.raw_keys import unknown_key, wrong_secret
 from tiger_db import APIKeyScope, AuditAction, AuditLog, AuditResult, Database, KeyVerifier
 from tiger_db import errors as tiger_errors
 from tiger_db.crud import api_keys
@@ -147,6 +147,7 @@ async def test_to_the_outside_an_unknown_key_is_a_wrong_secret(clone: Database) 
 # With one connection
 
 
+@pytest.mark.slow
 async def test_with_one_connection_nothing_hangs(clone: Database) -> None:
     pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 1}
     async with clone.session() as session:
@@ -210,6 +211,7 @@ ODD_ADDRESSES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["session", "own transaction", "verifier"])
 async def test_whatever_a_caller_says_is_stored_safely(clone: Database, by: str) -> None:
     async with clone.session() as session:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.conftest import recorded
+from tests.support import factories
+from tests.support.recording import recorded
 from tiger_db import (
     AccountStatus,
     AccountType,

@@ -1,19 +1,18 @@
 """Every index serves the query that it is for, on tables that are worth an index."""
 
-import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 import pytest_asyncio
-from sqlalchemy import event, text
+from sqlalchemy import text
 
-from tests.conftest import create_database, drop_database
 from tests.crud.serves import NOW, SERVES, id_of, limited_use
+from tests.support import databases
+from tests.support.plans import Plan, Query, as_json, nodes, plan_of, used_indexes
 from tiger_db import AuditLog, Database, Settings
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorizing import load
@@ -24,8 +23,6 @@ from tiger_db.doctor import tables
 from tiger_db.errors import InvalidAPIKey
 from tiger_db.verifier import FIND
 
-Query = Callable[[AsyncSession], Awaitable[object]]
-Plan = list[dict[str, Any]]
 # Row n has the account number n, and 0…0n in its ids.
 ROWS = """
 CREATE FUNCTION id(n bigint) RETURNS uuid LANGUAGE sql AS
@@ -83,64 +80,13 @@ WHERE amname = 'brin' AND relkind = 'i'
 async def full(server_url: str, template: str) -> AsyncIterator[Settings]:
     """A database with some ten thousand rows in every table, and those in four partitions."""
     name = f"tiger_db_full_{uuid4().hex[:12]}"
-    settings = await create_database(server_url, name, template)
+    settings = await databases.create(server_url, name, template)
     async with Database(settings) as database, database.engine.connect() as connection:
         for statement in ROWS.split(";"):
             await connection.exec_driver_sql(statement)
         await connection.commit()
     yield settings
-    await drop_database(server_url, name)
-
-
-async def plan_of(settings: Settings, query: Query) -> Plan:
-    """The nodes of the plans of all the statements that a query sends, and rolls back."""
-    sent: list[tuple[str, Any]] = []
-    async with Database(settings) as database:
-        await database.check()
-
-        def record(
-            _connection: object, _cursor: object, sql: str, values: object, *_: object
-        ) -> None:
-            sent.append((sql, values))
-
-        async with database.sessions() as session:
-            event.listen(database.engine.sync_engine, "before_cursor_execute", record)
-            await query(session)
-            event.remove(database.engine.sync_engine, "before_cursor_execute", record)
-        async with database.engine.connect() as connection:
-            plans = [
-                await connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values)
-                for sql, values in sent
-                if sql.lstrip().startswith(("SELECT", "INSERT", "UPDATE", "DELETE", "WITH"))
-            ]
-            return [node for plan in plans for node in nodes(as_json(plan.scalar())[0]["Plan"])]
-
-
-def as_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for inner in plan.get("Plans", []):
-        yield from nodes(inner)
-
-
-async def used_indexes(settings: Settings, query: Query) -> set[str]:
-    """By name; an index of a partition by its parent's."""
-    plan = await plan_of(settings, query)
-    used = {node["Index Name"] for node in plan if "Index Name" in node}
-    used |= {name for node in plan for name in node.get("Conflict Arbiter Indexes", [])}
-    async with Database(settings) as database, database.session() as session:
-        parents = await session.execute(
-            text(
-                "SELECT inhrelid::regclass::text AS child, inhparent::regclass::text AS parent"
-                " FROM pg_inherits"
-                " JOIN pg_class ON oid = inhrelid AND relkind = 'i'"
-            )
-        )
-        parent_of = {row.child: row.parent for row in parents}
-    return {parent_of.get(name, name) for name in used}
+    await databases.drop(server_url, name)
 
 
 async def wrong_secret(session: AsyncSession) -> None:

@@ -9,8 +9,8 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.test_key_memory import OTHER
+from tests.support import factories
+from tests.support.verifiers import OTHER
 from tiger_db import Database, KeyVerifier, crud
 from tiger_db.database import connect
 from tiger_db.errors import InvalidAPIKey

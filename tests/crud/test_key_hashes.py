@@ -16,8 +16,8 @@ from passlib.hash import argon2, bcrypt, ldap_salted_sha256
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from tests import factories
-from tests.crud.test_key_text import asked, unknown_key, wrong_secret
+from tests.support import factories
+from tests.support.raw_keys import asked, unknown_key, wrong_secret
 from tiger_db import AuditAction, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
 from tiger_db.crud.api_keys.hashing import hash_secret, outdated, verify_secret
@@ -190,6 +190,7 @@ async def test_a_hash_of_the_whole_key_or_a_part_is_not_its_own(
             await in_a_session(clone, raw_key)
 
 
+@pytest.mark.slow
 @CHECKS
 async def test_a_slow_hash_does_not_keep_the_event_loop_waiting(
     clone: Database, check: Check
@@ -345,6 +346,7 @@ def test_production_without_peppers_is_refused(clone_settings: Settings) -> None
 # Time
 
 
+@pytest.mark.slow
 async def test_an_unknown_key_costs_as_much_as_a_wrong_secret(clone: Database) -> None:
     async with clone.session() as session:
         _, raw_key = await factories.api_key(session)

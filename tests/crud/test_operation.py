@@ -8,10 +8,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from tests import factories
-from tests.crud.test_accounts import SECRETS
-from tests.test_redaction import API_KEY, JWT, PEM
-from tests.test_tokens import tiger_token
+from tests.support import factories
+from tests.support.account_changes import SECRETS
+from tests.support.secrets_in_text import API_KEY, JWT, PEM
+from tests.support.tiger_tokens import tiger_token
 from tiger_db import (
     AccountStatus,
     AuditAction,

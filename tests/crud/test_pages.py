@@ -8,61 +8,20 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests import factories
-from tests.conftest import recorded
-from tiger_db import AuditAction, AuditLog, Database, Page, crud
+from tests.support import factories
+from tests.support.lists import ACCOUNT, LEAK, LISTS, one_row_for
+from tests.support.recording import recorded
+from tiger_db import AuditLog, Database, Page, crud
 from tiger_db.crud.common import decode_cursor, encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidCursor, InvalidValue
-from tiger_db.models import Entity
 
-ACCOUNT = UUID("0190a000-0000-7000-8000-000000000000")
-
-
-LEAK = AuditAction.SECURITY_KEY_LEAK
-List = Callable[..., Awaitable[Page[Any]]]
-LISTS: dict[str, List] = {
-    "list_accounts": crud.accounts.list_accounts,
-    "list_api_keys": crud.api_keys.list_api_keys,
-    "get_keys_for_account": lambda s, **p: crud.api_keys.get_keys_for_account(s, ACCOUNT, **p),
-    "get_recent_events": crud.audit_logs.get_recent_events,
-    "get_security_events": crud.audit_logs.get_security_events,
-    "search": lambda s, **p: crud.audit_logs.search(s, actions=[LEAK], **p),
-    "get_pending_refreshes": crud.token_status.get_pending_refreshes,
-    "get_failed_refreshes": crud.token_status.get_failed_refreshes,
-    "history": crud.token_status.history,
-    "history of an account": lambda s, **p: crud.token_status.history(s, account_id=ACCOUNT, **p),
-}
 LIMITED: dict[str, Callable[..., Awaitable[object]]] = {
     **LISTS,
     "get_accounts_needing_token_refresh": crud.accounts.get_accounts_needing_token_refresh,
     "schedule_due": crud.token_status.schedule_due,
     "claim_due": lambda s, **p: crud.token_status.claim_due(s, worker="w", **p),
 }
-
-
-async def one_row_for(name: str, session: AsyncSession) -> Entity:
-    """A new row that the list shows."""
-    row: Entity
-    match name:
-        case "list_accounts":
-            row = await factories.account(session)
-        case "list_api_keys":
-            row, _ = await factories.api_key(session)
-        case "get_keys_for_account":
-            row, _ = await factories.api_key(session, tiger_account_id=ACCOUNT)
-        case "get_recent_events" | "get_security_events" | "search":
-            row = await crud.audit_logs.log_event(session, action=LEAK)
-        case "get_pending_refreshes":
-            row = await factories.refresh(session)
-        case "get_failed_refreshes":
-            claim = await factories.claim(session, max_retries=1)
-            row = await crud.token_status.fail(session, claim, error="no answer")
-        case _:
-            account = await crud.accounts.get(session, ACCOUNT)
-            row = await factories.refresh(session, account)
-            await crud.token_status.cancel(session, row.id)
-    return row
 
 
 async def all_pages(session: AsyncSession, name: str, limit: int) -> list[Page[Any]]:
@@ -150,6 +109,7 @@ cursors: st.SearchStrategy[object] = (
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cursor=cursors.filter(malformed))
 @example(cursor="")

@@ -6,8 +6,8 @@ from uuid import uuid4
 
 import pytest
 
-from tests import factories
-from tests.test_tokens import tiger_token
+from tests.support import factories
+from tests.support.tiger_tokens import tiger_token
 from tiger_db import (
     AccountStatus,
     AuditAction,

@@ -6,8 +6,8 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
-from tests.conftest import create_database, drop_database
-from tests.crud.test_indexes import Query, plan_of, used_indexes
+from tests.support import databases
+from tests.support.plans import Query, plan_of, used_indexes
 from tiger_db import Settings
 from tiger_db.crud import token_status
 from tiger_db.database import connect
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.soak
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def huge(server_url: str, template: str) -> AsyncIterator[Settings]:
     name = f"tiger_db_huge_{uuid4().hex[:12]}"
-    settings = await create_database(server_url, name, template)
+    settings = await databases.create(server_url, name, template)
     connection = await connect(settings)
     try:
         for statement in FILL.split(";"):
@@ -60,7 +60,7 @@ async def huge(server_url: str, template: str) -> AsyncIterator[Settings]:
     finally:
         await connection.close()
     yield settings
-    await drop_database(server_url, name)
+    await databases.drop(server_url, name)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from tests import factories
-from tests.test_tokens import tiger_token
+from tests.support import factories
+from tests.support.tiger_tokens import tiger_token
 from tests.tiger.files import EVERYTHING, config
 from tiger_db import Database, RefreshTrigger, TigerAccount, TokenStatus
 from tiger_db.crud import accounts, token_status
@@ -205,6 +205,7 @@ async def test_a_token_of_fifteen_days_is_due_when_three_are_left(session: Async
     assert opened.tiger_account_id == later.id
 
 
+@pytest.mark.slow
 async def test_any_number_of_schedulers_open_one_each(clone: Database) -> None:
     async with clone.session() as session:
         for _ in range(50):

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tiger_db import Database, RefreshTrigger, TokenRefreshStatus, TokenStatus
 from tiger_db.crud import accounts, token_status
 from tiger_db.database import AsyncSession, connect

@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tests import factories
-from tests.conftest import recorded
-from tests.crud.test_pages import ACCOUNT, LISTS, one_row_for
+from tests.support import factories
+from tests.support.lists import ACCOUNT, LISTS, one_row_for
+from tests.support.recording import recorded
 from tiger_db import Database
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.common import encode_cursor

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tiger_db import (
     AuditAction,
     RefreshTrigger,

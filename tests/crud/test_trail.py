@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.crud.test_accounts import CHANGES, SECRETS
-from tests.factories import plain
-from tests.test_tokens import SOON, tiger_token
+from tests.support import factories
+from tests.support.account_changes import CHANGES, SECRETS
+from tests.support.factories import plain
+from tests.support.tiger_tokens import SOON, tiger_token
 from tiger_db import (
     AuditAction,
     Database,

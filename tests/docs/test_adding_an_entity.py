@@ -9,10 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from sqlalchemy import text
 
-from tests import servers
 from tests.docs.schema import PAGE as SCHEMA
+from tests.support import servers
 from tiger_db.database import migration_engine
 from tiger_db.settings import Settings
 
@@ -125,6 +126,8 @@ def copied(folder: Path, settings: Settings, server_url: str) -> Copy:
     return Copy(folder, environ)
 
 
+@pytest.mark.schema_changes
+@pytest.mark.slow
 async def test_who_follows_the_page_has_a_new_entity(
     clone_settings: Settings, server_url: str, tmp_path: Path
 ) -> None:

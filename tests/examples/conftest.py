@@ -5,16 +5,16 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.support.serving import Serve
 from tiger_db.settings import Settings
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-Serve = Callable[[str], AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import httpx
+import pytest
 
-from tests import factories
-from tests.examples.conftest import Serve
+from tests.support import factories
+from tests.support.serving import Serve
 from tiger_db import APIKeyScope, Database, crud
 from tiger_db.crud.api_keys.text import new_key
 
 
+@pytest.mark.slow
 async def test_a_route_needs_a_key_with_its_scope(clone: Database, serve: Serve) -> None:
     async with clone.session() as session:
         mine = await factories.account(session, account_name="Mine")

@@ -7,8 +7,8 @@ from mcp import MCPError
 from mcp.client.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from tests import factories
-from tests.examples.conftest import Serve
+from tests.support import factories
+from tests.support.serving import Serve
 from tiger_db import APIKeyScope, Database, crud
 from tiger_db.crud.api_keys.text import new_key
 
@@ -34,6 +34,7 @@ async def refusal(url: str, raw_key: str | None) -> tuple[int, str]:
     return answer.status_code, answer.text
 
 
+@pytest.mark.slow
 async def test_a_client_needs_a_key(clone: Database, serve: Serve) -> None:
     async with clone.session() as session:
         await factories.account(session, account_name="Main")
@@ -64,6 +65,7 @@ async def test_a_client_needs_a_key(clone: Database, serve: Serve) -> None:
         assert await refusal(url, raw_key) == (status, body)
 
 
+@pytest.mark.slow
 async def test_a_key_of_one_account_sees_no_other(clone: Database, serve: Serve) -> None:
     async with clone.session() as session:
         mine = await factories.account(session, account_name="Mine")

@@ -9,7 +9,7 @@ from sqlalchemy import BigInteger, Table, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeEngine
 
-from tests.factories import new_account
+from tests.support.factories import new_account
 from tiger_db import APIKey, AuditLog, TigerAccount, TokenStatus
 from tiger_db.encryption import Encrypted
 from tiger_db.models import Entity

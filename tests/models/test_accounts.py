@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tests.factories import new_account
+from tests.support.factories import new_account
 from tiger_db import AccountStatus, AccountType, MarketPermission, TigerEnvironment
 
 

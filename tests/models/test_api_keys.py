@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tests import factories
 from tests.models.examples import made
+from tests.support import factories
 from tiger_db import APIKey, APIKeyScope, APIKeyStatus
 from tiger_db.database import AsyncSession
 

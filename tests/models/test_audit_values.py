@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pydantic import SecretBytes, SecretStr, ValidationError, create_model
 
 from tests.models.examples import made
-from tests.test_redaction import API_KEY, DER, JWT, PEM, TOKEN, WRAPPED, parts
+from tests.support.secrets_in_text import API_KEY, DER, JWT, PEM, TOKEN, WRAPPED, parts
 from tiger_db import AuditLog
 from tiger_db.encryption import Secret
 from tiger_db.models.audit_values import NOTES
@@ -290,6 +290,7 @@ ANYTHING = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*OTHER_FIELDS, "details", "tags"]), ANYTHING))
 @example(

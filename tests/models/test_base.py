@@ -14,8 +14,6 @@ from pydantic import SecretStr, TypeAdapter, ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.exc import InvalidRequestError
 
-from tests import factories
-from tests.conftest import recorded
 from tests.models.examples import (
     ENTITIES,
     INTEGERS,
@@ -30,6 +28,8 @@ from tests.models.examples import (
     made,
     minimal,
 )
+from tests.support import factories
+from tests.support.recording import recorded
 from tiger_db import APIKey, AuditLog, Database, TigerAccount, TokenStatus, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import Secret

@@ -8,9 +8,9 @@ import pytest
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
 
-from tests import factories
-from tests.factories import plain
 from tests.models.examples import SECRET, minimal
+from tests.support import factories
+from tests.support.factories import plain
 from tiger_db import APIKey, TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.redaction import MASK

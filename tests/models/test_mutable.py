@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tests import factories
-from tests.conftest import recorded
-from tests.factories import plain
 from tests.models.examples import made
+from tests.support import factories
+from tests.support.factories import plain
+from tests.support.recording import recorded
 from tiger_db import APIKey, APIKeyScope, Database, MarketPermission, TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.errors import EncryptionError
@@ -170,6 +170,7 @@ def change(root: Any, which: int, how: int, value: Any) -> None:
     methods[how % len(methods)](part, value)
 
 
+@pytest.mark.slow
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import object_session
 
-from tests import factories
+from tests.support import factories
 from tests.tiger.files import PK8
 from tiger_db import Database, TigerAccount, TokenStatus, crud
 from tiger_db.crud.common import execute

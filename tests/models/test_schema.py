@@ -15,9 +15,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.types import TypeEngine
 from sqlmodel import col
 
-from tests import factories
-from tests.conftest import recorded
 from tests.models.examples import ENTITIES, FIELDS, LIMITS, label, made, table_of
+from tests.support import factories
+from tests.support.recording import recorded
 from tiger_db import APIKey, AuditLog, Database, TigerAccount, TokenStatus
 from tiger_db.database import AsyncSession, connect
 from tiger_db.models import Entity, metadata

@@ -6,8 +6,8 @@ from uuid import uuid4
 import pytest
 from pydantic import ValidationError
 
-from tests import factories
 from tests.models.examples import made
+from tests.support import factories
 from tiger_db import TokenRefreshStatus, TokenStatus
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidState

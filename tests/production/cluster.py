@@ -1,19 +1,17 @@
 """A primary and a standby of the PostgreSQL that is installed here, on the loopback."""
 
-import asyncio
 import os
 import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import servers
+from tests.support import servers
 from tiger_db import Settings
 from tiger_db.database import connect
 from tiger_db.encryption import generate_key
@@ -144,10 +142,3 @@ def standby_of(primary: Server) -> Server:
         file.write(f"primary_conninfo = 'host={LOOPBACK} port={primary.port} user=tiger_db'\n")
     standby.start()
     return standby
-
-
-async def eventually(what: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait until it is so; what it awaits is asked again and again."""
-    async with asyncio.timeout(seconds):
-        while not await what():  # noqa: ASYNC110  # a server sets no event
-            await asyncio.sleep(0.02)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import servers
 from tests.production.cluster import Cluster, Server, first_server, free_port, run, standby_of
+from tests.support import servers
 from tiger_db.database import migration_engine
 from tiger_db.migrations import upgrade
 

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 from pydantic import SecretStr
 
-from tests import servers
+from tests.support import servers
 from tiger_db import Settings
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH')}:/usr/sbin")
@@ -49,6 +49,7 @@ def pgbouncer(server_url: str, **more: str) -> Iterator[Path]:
     user = "postgres" if os.geteuid() == 0 else None  # it refuses root
     if user:
         shutil.chown(home, user)
+        shutil.chown(ini, user)  # whatever the umask
     with subprocess.Popen(
         [PROGRAM, "-q", ini],
         stderr=subprocess.DEVNULL,

@@ -11,9 +11,11 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from tests import factories
-from tests.production.cluster import Cluster, eventually, needs_postgresql
-from tests.test_health import OTHER_KEY, months, sql
+from tests.production.cluster import Cluster, needs_postgresql
+from tests.support import factories
+from tests.support.encryption_keys import OTHER_KEY
+from tests.support.sql import months, sql
+from tests.support.waiting import until
 from tiger_db import AuditAction, Database, Settings, crud
 from tiger_db.audit import seal
 from tiger_db.database import connect
@@ -71,6 +73,7 @@ async def test_a_long_transaction(
     assert f"pg_terminate_backend({other.get_server_pid()})" in finding.advice
 
 
+@pytest.mark.slow
 async def test_a_blocked_session(
     clone_settings: Settings, other: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
@@ -97,6 +100,7 @@ async def test_a_blocked_session(
     assert (await found(clone_settings, "blocked sessions")).seen == "none"
 
 
+@pytest.mark.slow
 async def test_a_locked_table_keeps_no_other_check_waiting(
     clone_settings: Settings, other: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
@@ -108,6 +112,7 @@ async def test_a_locked_table_keeps_no_other_check_waiting(
     assert findings["encryption keys"].status == "ok"
 
 
+@pytest.mark.slow
 async def test_unsealed_events(
     clone: Database, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +136,7 @@ async def test_unsealed_events(
     assert finding.seen.startswith("1 events")
 
 
+@pytest.mark.slow
 async def test_overdue_refreshes_and_leases_that_ran_out(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -155,6 +161,7 @@ async def test_overdue_refreshes_and_leases_that_ran_out(
     assert (await found(clone_settings, "refreshes")).seen == "none is overdue"
 
 
+@pytest.mark.slow
 async def test_tokens_that_nobody_refreshes(clone: Database, clone_settings: Settings) -> None:
     async with clone.session() as session:
         await factories.account_with_token(session)
@@ -179,6 +186,7 @@ async def test_a_key_that_expires_soon(clone: Database, clone_settings: Settings
     assert finding.seen == f"2 expire within 7 days, {key.key_prefix} in 3 d"
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize(("dropped", "status"), [(1, "problem"), (2, "warning"), (3, "ok")])
 async def test_months_that_are_missing(clone_settings: Settings, dropped: int, status: str) -> None:
     await sql(clone_settings, f"DROP TABLE {', '.join(months(dropped, 12))}")
@@ -204,6 +212,7 @@ async def test_an_invalid_index(clone: Database, clone_settings: Settings) -> No
     assert (await found(clone_settings, "invalid indexes")).status == "ok"
 
 
+@pytest.mark.schema_changes
 async def test_dead_rows(clone_settings: Settings) -> None:
     await sql(
         clone_settings,
@@ -221,6 +230,8 @@ async def test_dead_rows(clone_settings: Settings) -> None:
     assert (await found(clone_settings, "dead rows")).status == "ok"
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 async def test_an_index_that_nobody_uses(clone_settings: Settings) -> None:
     await sql(
         clone_settings,
@@ -284,6 +295,7 @@ async def guest(clone_settings: Settings) -> AsyncIterator[Settings]:
     await sql(clone_settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
+@pytest.mark.schema_changes
 async def test_what_a_role_may_not_see_is_said(clone: Database, guest: Settings) -> None:
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
@@ -315,10 +327,11 @@ async def test_no_server() -> None:
     assert "hunter2" not in str(finding)
 
 
+@pytest.mark.slow
 @needs_postgresql
 async def test_a_standby_that_lags(cluster: Cluster) -> None:
     settings = cluster.settings()
-    await eventually(lambda: cluster.primary.sql("SELECT count(*) = 1 FROM pg_stat_replication"))
+    await until(lambda: cluster.primary.sql("SELECT count(*) = 1 FROM pg_stat_replication"))
     finding = await found(settings, "replication")
     assert finding.status == "ok"
     assert "is streaming" in finding.seen
@@ -332,7 +345,7 @@ async def test_a_standby_that_lags(cluster: Cluster) -> None:
     async def told() -> bool:
         return (await found(settings, "replication")).status != "ok"
 
-    await eventually(told)
+    await until(told)
     finding = await found(settings, "replication")
     assert finding.status == "warning"
     assert finding.advice is not None
@@ -341,4 +354,4 @@ async def test_a_standby_that_lags(cluster: Cluster) -> None:
     async def caught_up() -> bool:
         return (await found(settings, "replication")).status == "ok"
 
-    await eventually(caught_up)
+    await until(caught_up)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.production.cluster import LOOPBACK, Cluster, Server, eventually, needs_postgresql
+from tests.production.cluster import LOOPBACK, Cluster, Server, needs_postgresql
+from tests.support import factories
+from tests.support.waiting import until
 from tiger_db import Database, KeyVerifier, crud
 from tiger_db import settings as settings_module
 from tiger_db.database import AsyncSession
@@ -26,7 +27,7 @@ from tiger_db.errors import (
     OutcomeUnknown,
 )
 
-pytestmark = needs_postgresql
+pytestmark = [needs_postgresql, pytest.mark.slow]
 LONG = timedelta(hours=1)
 SHORT = timedelta(seconds=0.3)
 
@@ -44,7 +45,7 @@ async def answers(database: Database, server: Server, **options: Any) -> bool:
 async def has_caught_up(cluster: Cluster) -> None:
     at = await cluster.primary.sql("SELECT pg_current_wal_flush_lsn()::text")
     replayed = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
-    await eventually(partial(cluster.standby.sql, replayed, at))
+    await until(partial(cluster.standby.sql, replayed, at))
 
 
 # Failing over
@@ -79,13 +80,13 @@ async def test_writes_resume_after_a_failover_and_no_acknowledged_one_is_lost(
         async with asyncio.TaskGroup() as tasks:
             for writer in range(4):
                 tasks.create_task(write(writer, database))
-            await eventually(partial(written, cluster.primary, 40))
+            await until(partial(written, cluster.primary, 40))
             cluster.primary.kill()
             killed = time.monotonic()
             await asyncio.to_thread(cluster.standby.promote)
-            await eventually(partial(written, cluster.standby, 1))
+            await until(partial(written, cluster.standby, 1))
             assert time.monotonic() - killed < 10  # 0.1 to 0.3 s, where nothing else runs
-            await eventually(partial(written, cluster.standby, 40))
+            await until(partial(written, cluster.standby, 40))
             done.set()
         async with database.session() as session:
             kept = set(await session.scalars(text("SELECT account_number FROM tiger_accounts")))
@@ -124,7 +125,7 @@ async def test_a_primary_that_takes_no_writes_any_more_is_left_for_the_new_one(
         await cluster.primary.sql("SELECT pg_reload_conf()")
         await asyncio.to_thread(cluster.standby.promote)
         with pytest.raises(DatabaseUnavailable, match=cluster.primary.place) as caught:
-            await eventually(partial(writes, database))
+            await until(partial(writes, database))
         assert "\n" not in str(caught.value)
         async with database.session() as one, database.session() as other:
             assert await asked(one) == await asked(other) == cluster.standby.port
@@ -197,7 +198,7 @@ async def test_a_commit_that_the_synchronous_standby_does_not_confirm_is_not_ack
 async def reading(cluster: Cluster) -> AsyncIterator[Database]:
     """A database whose readonly sessions are answered by the standby."""
     async with Database(cluster.settings(replicas=(cluster.standby,))) as database:
-        await eventually(partial(answers, database, cluster.standby))
+        await until(partial(answers, database, cluster.standby))
         yield database
 
 
@@ -254,7 +255,7 @@ async def test_a_revoked_key_is_never_accepted_through_a_lagging_standby(
         async def is_refused() -> bool:
             return await verifier.verify(raw_key) is None
 
-        await eventually(is_refused, 1)
+        await until(is_refused, 1)
     # Not even who has the standby for the primary gets a yes.
     async with Database(cluster.settings(cluster.standby)) as mistaken:
         with pytest.raises(DatabaseUnavailable, match="takes no writes"):
@@ -273,7 +274,7 @@ async def cut_off(standby: Server) -> None:
     await standby.sql("ALTER SYSTEM SET primary_conninfo = ''")
     await standby.sql("SELECT pg_reload_conf()")
     receives = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)"
-    await eventually(partial(standby.sql, receives))
+    await until(partial(standby.sql, receives))
 
 
 @pytest.mark.parametrize("hold_up", [pause, cut_off])
@@ -307,7 +308,7 @@ async def test_a_standby_answers_within_its_lag_and_the_primary_beyond(
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(write())
-        await eventually(standby_answers)
+        await until(standby_answers)
         await hold_up(cluster.standby)
         stopped = time.monotonic()
         while time.monotonic() < stopped + 3 * SHORT.total_seconds():
@@ -329,7 +330,7 @@ async def test_without_a_standby_within_reach_the_primary_answers(
     cluster.standby.start()
     for standby in reading.standbys._standbys:
         standby.away_until = 1.0  # long ago: the pause is over
-    await eventually(partial(answers, reading, cluster.standby))
+    await until(partial(answers, reading, cluster.standby))
     await asyncio.to_thread(cluster.standby.promote)  # what is promoted is no standby any more
     assert await answers(reading, cluster.primary)
 
@@ -340,7 +341,7 @@ async def test_standbys_answer_while_the_primary_is_away_as_long_as_their_lag_is
     cluster.primary.kill()
     assert await answers(reading, cluster.standby, max_lag=LONG)
     with pytest.raises(DatabaseUnavailable):
-        await eventually(partial(answers, reading, cluster.primary, max_lag=SHORT))
+        await until(partial(answers, reading, cluster.primary, max_lag=SHORT))
 
 
 async def test_without_standbys_a_readonly_session_is_the_primary_s(database: Database) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import factories, squawk
-from tests.cli.conftest import COMMAND, SECRETS, CommandLine
-from tests.conftest import create_database, drop_database
+from tests import squawk
+from tests.support import databases, factories
+from tests.support.command_line import COMMAND, SECRETS, CommandLine
 from tiger_db import Database, Settings, migration_locks, migrations
 from tiger_db.database import connect, migration_engine
 from tiger_db.migration_locks import LOCK
@@ -111,6 +111,7 @@ async def said(process: Process, text: str) -> str:
 # Many machines
 
 
+@pytest.mark.slow
 async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
     empty_database: Settings,
 ) -> None:
@@ -143,6 +144,8 @@ async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
 # Locks
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
     alembic: Path, clone: Database
 ) -> None:
@@ -193,6 +196,8 @@ async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
     assert max(took) < 2 + 2
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
 async def test_a_migration_that_gives_up_says_why_and_leaves_nothing_half_done(
     alembic: Path, cli: CommandLine, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +275,7 @@ async def check_notes(settings: Settings) -> None:
         await connection.close()
 
 
+@pytest.mark.schema_changes
 def test_each_migration_has_a_transaction_of_its_own(
     three_more: Path, cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -296,6 +302,7 @@ def test_each_migration_has_a_transaction_of_its_own(
     assert cli.ok("current", "--json").json["current"] == "0007"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("psql") is None, reason="psql is not installed")
 @pytest.mark.parametrize("begin", ["empty", "migrated"])
 def test_the_script_for_psql_ends_where_migrate_does(
@@ -303,7 +310,7 @@ def test_the_script_for_psql_ends_where_migrate_does(
 ) -> None:
     name = f"{clone_settings.database}_sql"
     template = clone_settings.database if begin == "migrated" else None
-    target = asyncio.run(create_database(server_url, name, template))
+    target = asyncio.run(databases.create(server_url, name, template))
     try:
         url = url_of(target)
         script = cli.ok("migrate", "--sql", DATABASE_URL=url)
@@ -315,7 +322,7 @@ def test_the_script_for_psql_ends_where_migrate_does(
         asyncio.run(check_notes(target))
         assert "at 0008 already" in cli.ok("migrate", DATABASE_URL=url).err
     finally:
-        asyncio.run(drop_database(server_url, name))
+        asyncio.run(databases.drop(server_url, name))
 
 
 def test_neither_script_nor_plan_changes_anything(
@@ -332,6 +339,7 @@ def test_neither_script_nor_plan_changes_anything(
     assert cli.ok("current", "--json").json["current"] is None
 
 
+@pytest.mark.schema_changes
 def test_more_than_one_head_is_told_in_one_line(alembic: Path, cli: CommandLine) -> None:
     write(alembic, "0006a", HEAD, "Mine", "pass")
     write(alembic, "0006b", HEAD, "Yours", "pass")
@@ -356,6 +364,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 def test_lint_refuses_migrations_that_would_stop_the_system(
     alembic: Path, clone_settings: Settings, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests import factories
 from tests.production.pgbouncer import PORT, PROGRAM, SIZE, pgbouncer, pooled
+from tests.support import factories
 from tiger_db import (
     APIKeyScope,
     AuditAction,
@@ -182,6 +182,7 @@ async def migrate_under_way(settings: Settings) -> None:
                 pytest.fail("no lock could be had")
 
 
+@pytest.mark.slow
 async def test_two_processes_and_a_migration_meet_no_error_and_no_wrong_row(
     behind: Settings,
 ) -> None:
@@ -301,6 +302,7 @@ async def test_without_a_way_past_the_pooler_what_needs_one_says_so(
             await factories.account(session)
 
 
+@pytest.mark.slow
 async def test_a_statement_is_given_up_in_time_and_leaves_nothing_behind(
     behind: Settings,
 ) -> None:

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db.database import AsyncSession
 from tiger_db.errors import QueryTimeout
@@ -129,6 +129,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "tiger_db"]
 
 
+@pytest.mark.slow
 async def test_a_slow_statement_is_logged_without_its_parameters(
     clone_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

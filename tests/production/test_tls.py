@@ -29,8 +29,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from tests import servers
-from tests.test_settings import SECRET
+from tests.support import servers
+from tests.support.refused_settings import SECRET
 from tiger_db.database import connect
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
@@ -279,6 +279,7 @@ def certificate(kind: str, ours: Authority, theirs: Authority) -> Path | None:
     return (theirs if kind == "unknown" else ours).folder / f"{kind}.crt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_each_mode_comes_to_what_libpq_comes_to(
     server: TLSServer, ours: Authority, theirs: Authority, kind: str

@@ -8,7 +8,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tests import factories
+from tests.support import factories
 from tiger_db import Database, crud
 
 SECRET = "hunter2-never-shown"

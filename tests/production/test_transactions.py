@@ -7,8 +7,8 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests import factories
-from tests.production.cluster import eventually
+from tests.support import factories
+from tests.support.waiting import until
 from tiger_db import Database, crud
 from tiger_db.database import AsyncSession, connect
 from tiger_db.errors import (
@@ -52,6 +52,7 @@ class Meeting:
             await self.barrier.wait()
 
 
+@pytest.mark.slow
 async def test_after_a_deadlock_one_is_run_again_from_its_start_and_both_succeed(
     clone: Database, accounts: list[UUID]
 ) -> None:
@@ -181,6 +182,7 @@ async def test_a_connection_lost_before_the_commit_is_no_reason_to_give_up(
         assert account_id in {account.id for account in accounts}
 
 
+@pytest.mark.schema_changes
 @pytest.mark.parametrize("inside", [False, True])
 async def test_a_connection_lost_during_the_commit_is_told_and_nothing_is_run_again(
     clone: Database, inside: bool
@@ -212,7 +214,7 @@ async def test_a_connection_lost_during_the_commit_is_told_and_nothing_is_run_ag
 
     task = asyncio.create_task(clone.transaction(work))
     try:
-        await eventually(commits)
+        await until(commits)
         await connection.execute("SELECT pg_terminate_backend($1)", pids[0])
         with pytest.raises(OutcomeUnknown, match="during the commit") as caught:
             await task
@@ -239,7 +241,7 @@ async def test_who_idles_in_a_transaction_is_cut_off_and_told(clone: Database) -
                     finally:
                         await connection.close()
 
-                await eventually(is_gone)
+                await until(is_gone)
                 await factories.account(session)
         assert not isinstance(caught.value, OutcomeUnknown)
         assert "\n" not in str(caught.value)

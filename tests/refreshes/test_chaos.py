@@ -24,12 +24,12 @@ import asyncpg
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests import factories
-from tests.audit.test_crashes import new_database, server
 from tests.refreshes.gateway import Odds, due_token, outcomes, state_of, tell
-from tests.refreshes.test_zombies import ROOT, environment
+from tests.support import factories
+from tests.support.private_keys import KEY
+from tests.support.private_servers import new_database, server
+from tests.support.worker_processes import ROOT, environment
 from tests.tiger.files import PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import (
     AccountStatus,
     AuditAction,
@@ -244,6 +244,7 @@ async def work_off(database: Database) -> int:
     return sum(worker.counts.values())
 
 
+@pytest.mark.slow
 async def test_chaos(private_server: Settings, tmp_path: Path) -> None:
     settings = await new_database(private_server)
     async with migration_engine(settings) as engine:

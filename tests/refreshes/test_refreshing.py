@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from tigeropen.common.util.web_utils import http_pool
 
-from tests.factories import new_account
 from tests.refreshes.gateway import ANSWERS, LIMIT_TEXT, Gateway, due_token, make_token, serving
+from tests.support.factories import new_account
+from tests.support.private_keys import KEY
 from tests.tiger.files import OTHER, PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import TigerAccount
 from tiger_db.errors import (
     AnswerLost,
@@ -107,6 +107,7 @@ def test_every_answer_is_covered() -> None:
     assert ANSWERS.keys() < KINDS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", KINDS)
 async def test_each_kind_of_failure(
     gateway: Gateway, caplog: pytest.LogCaptureFixture, answer: str
@@ -171,6 +172,7 @@ async def test_a_closed_account_is_not_asked_for(gateway: Gateway) -> None:
     assert gateway.refreshes == []
 
 
+@pytest.mark.slow
 async def test_many_at_a_time(gateway: Gateway) -> None:
     """The SDK's pool and thread-locals are shared; each account gets its own token."""
     accounts = [account_at(gateway, f"2015{number:04}") for number in range(40)]

@@ -5,7 +5,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,13 +16,14 @@ import pytest
 from pydantic import SecretStr
 from tigeropen.common.util.web_utils import http_pool
 
-from tests import factories
-from tests.audit.test_crashes import new_database, server
-from tests.factories import plain
 from tests.refreshes.gateway import due_token, make_token, serving
-from tests.test_tokens import tiger_token
+from tests.support import factories
+from tests.support.factories import plain
+from tests.support.private_keys import KEY
+from tests.support.private_servers import new_database, server
+from tests.support.tiger_tokens import tiger_token
+from tests.support.waiting import until
 from tests.tiger.files import PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import (
     AccountStatus,
     AuditAction,
@@ -115,13 +116,6 @@ async def working(
     finally:
         worker.stop()
         await asyncio.wait_for(task, 30)
-
-
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 async def counted(worker: RefreshWorker, name: str, count: int = 1) -> None:
@@ -228,6 +222,7 @@ async def test_once_ends_when_nothing_is_due(clone: Database) -> None:
     assert (await run_once(clone, at_once)).counts == {}
 
 
+@pytest.mark.slow
 async def test_a_new_refresh_is_heard_of(clone: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refresh_worker, "POLL", 60.0)
     started: dict[UUID, float] = {}
@@ -265,6 +260,7 @@ async def counted_listeners(database: Database, besides: int | None = None) -> i
     return found[0]
 
 
+@pytest.mark.slow
 async def test_listening_survives_its_connection(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +347,7 @@ async def test_each_tiger_id_is_asked_for_only_so_often(clone: Database) -> None
     assert timedelta(seconds=50) < wait < timedelta(seconds=60)
 
 
+@pytest.mark.slow
 async def test_heartbeats_keep_a_slow_refresh(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +429,7 @@ async def private(private_server: Settings) -> Settings:
     return settings.model_copy(update={"db_pool_timeout": 3})
 
 
+@pytest.mark.slow
 async def test_the_answer_is_saved_when_the_database_is_back(
     private_server: Settings, private: Settings
 ) -> None:
@@ -453,6 +451,7 @@ async def test_the_answer_is_saved_when_the_database_is_back(
     assert plain(account.access_token) == gate.result.access_token  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 async def test_a_worker_that_ends_waits_for_the_database_only_so_long(
     private_server: Settings, private: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,25 +1,24 @@
 """A worker that comes back after its lease can do nothing more, whatever its clock says."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select
 
-from tests import factories
-from tests.crud.test_claims import LEASE, USES
 from tests.refreshes.gateway import Gateway, due_token, serving
+from tests.support import factories
+from tests.support.claims import LEASE, USES
+from tests.support.private_keys import KEY
+from tests.support.waiting import until
+from tests.support.worker_processes import environment
 from tests.tiger.files import PK8
-from tests.tiger.test_private_keys import KEY
 from tiger_db import (
     AccountStatus,
     Database,
@@ -35,7 +34,6 @@ from tiger_db.errors import LeaseLost
 
 S = TokenRefreshStatus
 SECOND = timedelta(seconds=1)
-ROOT = Path(__file__).parents[2]
 # Works until SIGTERM or the end of what is due; arguments: name, lease in s, shift of its clock in
 # s, "once" or "on". Prints what became of its claims.
 WORKER = """
@@ -79,20 +77,6 @@ async def main():
         print(dict(worker.counts))
 asyncio.run(main())
 """
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """What a process needs to know of a database."""
-    assert settings.database_url is not None
-    assert settings.encryption_keys is not None
-    assert settings.api_key_peppers is not None
-    return {
-        **os.environ,
-        "DATABASE_URL": settings.database_url.get_secret_value(),
-        "ENCRYPTION_KEYS": settings.encryption_keys.get_secret_value(),
-        "API_KEY_PEPPERS": settings.api_key_peppers.get_secret_value(),
-        "PYTHONPATH": str(ROOT),
-    }
 
 
 @dataclass
@@ -156,13 +140,6 @@ async def now(database: Database, account: TigerAccount) -> TigerAccount:
     return found
 
 
-async def until(condition: Callable[[], Awaitable[object]], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
-
-
 @asynccontextmanager
 async def lost_claims(database: Database, count: int) -> AsyncIterator[list[TokenStatus]]:
     """Claims whose leases have run out, and which somebody else has by now."""
@@ -180,6 +157,7 @@ async def lost_claims(database: Database, count: int) -> AsyncIterator[list[Toke
     yield zombies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 async def test_a_zombie_is_refused_every_time(clone: Database, use: str) -> None:
     refused = 0
@@ -196,6 +174,7 @@ async def test_a_zombie_is_refused_every_time(clone: Database, use: str) -> None
     assert refused == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 async def test_a_stopped_process_comes_back_too_late(
     clone: Database, gateway: Gateway, *, late: bool
@@ -243,6 +222,7 @@ async def test_a_stopped_process_comes_back_too_late(
         assert stored.status == AccountStatus.ACTIVE
 
 
+@pytest.mark.slow
 async def test_a_stopped_process_does_not_ask_again_itself(
     clone: Database, gateway: Gateway
 ) -> None:
@@ -283,6 +263,7 @@ async def test_a_stopped_process_does_not_ask_again_itself(
     assert (await now(clone, account)).readable_token() == gateway.known["1"].token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [-3600, 3600])
 async def test_the_workers_clock_means_nothing(
     clone: Database, gateway: Gateway, shift: float
@@ -327,6 +308,7 @@ async def test_the_workers_clock_means_nothing(
     assert len(gateway.refreshes) == 2
 
 
+@pytest.mark.slow
 async def test_workers_whose_clocks_differ_share_the_work(
     clone: Database, gateway: Gateway
 ) -> None:

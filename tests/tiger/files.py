@@ -9,15 +9,15 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
-from tests import factories
-from tests.tiger.test_private_keys import NO_PASSWORD, der
+from tests.support import factories
+from tests.support.private_keys import NO_PASSWORD, der
 from tiger_db import AuditAction, PrivateKeyFormat
 from tiger_db.database import AsyncSession
 from tiger_db.tiger import CONFIG_FILE
 
 PK1, PK8 = der(PrivateKeyFormat.PK1), der(PrivateKeyFormat.PK8)
 OTHER = base64.b64encode(
-    rsa.generate_private_key(65537, 2048).private_bytes(
+    rsa.generate_private_key(65537, 1024).private_bytes(
         Encoding.DER, PrivateFormat.PKCS8, NO_PASSWORD
     )
 ).decode()

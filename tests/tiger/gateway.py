@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.hashes import SHA1
 from tigeropen.tiger_open_config import TigerOpenClientConfig
 
-from tests.tiger.test_private_keys import KEY
+from tests.support.private_keys import KEY
 
 
 class Gateway(HTTPServer):

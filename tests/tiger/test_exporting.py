@@ -10,7 +10,8 @@ import javaproperties
 import pytest
 from sqlalchemy import text
 
-from tests import factories
+from tests.support import factories
+from tests.support.private_keys import pem
 from tests.tiger.files import (
     EVERYTHING,
     NEW,
@@ -23,7 +24,6 @@ from tests.tiger.files import (
     mode,
     names,
 )
-from tests.tiger.test_private_keys import pem
 from tiger_db import AuditAction, AuditSeverity, Database, PrivateKeyFormat, TigerAccount, crud
 from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue, NotFound
 from tiger_db.tiger import CONFIG_FILE, TOKEN_FILE, export_account, import_account
@@ -208,6 +208,7 @@ async def test_an_export_is_recorded(clone: Database, tmp_path: Path) -> None:
     assert event.details == {"files": [CONFIG_FILE, TOKEN_FILE]}
 
 
+@pytest.mark.schema_changes
 async def test_no_secret_leaves_unrecorded(clone: Database, tmp_path: Path) -> None:
     account = await stored(clone, tmp_path, REQUIRED)
     async with clone.session() as session:

@@ -9,8 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
-from tests import factories
-from tests.factories import plain
+from tests.support import factories
+from tests.support.factories import plain
+from tests.support.private_keys import FORMS, NO_PASSWORD, der, pem
 from tests.tiger.files import (
     EVERYTHING,
     NEW,
@@ -24,7 +25,6 @@ from tests.tiger.files import (
     actions,
     config,
 )
-from tests.tiger.test_private_keys import FORMS, NO_PASSWORD, der, pem
 from tiger_db import AuditAction, Database, PrivateKeyFormat, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyRing, generate_key

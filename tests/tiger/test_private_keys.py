@@ -5,38 +5,22 @@ import subprocess
 import textwrap
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
     PrivateFormat,
     PublicFormat,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.private_keys import FORMS, KEY, NO_PASSWORD, der, pem
 from tiger_db import PrivateKeyFormat
 from tiger_db.errors import InvalidValue
 from tiger_db.tiger import parse_private_key
 
-KEY = rsa.generate_private_key(65537, 2048)
-FORMS = {
-    PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
-    PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
-}
-NO_PASSWORD = NoEncryption()
 formats = pytest.mark.parametrize("form", FORMS)
-
-
-def der(form: PrivateKeyFormat) -> str:
-    """Tiger's form: base64 DER in one line."""
-    return base64.b64encode(KEY.private_bytes(Encoding.DER, FORMS[form], NO_PASSWORD)).decode()
-
-
-def pem(form: PrivateKeyFormat, encryption: KeySerializationEncryption = NO_PASSWORD) -> str:
-    return KEY.private_bytes(Encoding.PEM, FORMS[form], encryption).decode()
 
 
 def refused(text: str) -> str:
@@ -73,7 +57,7 @@ def test_content_decides_the_format_not_the_label(form: PrivateKeyFormat) -> Non
 
 @pytest.mark.parametrize("traditional", [True, False])
 def test_keys_of_openssl(traditional: bool) -> None:
-    command = ["openssl", "genrsa", *(["-traditional"] if traditional else []), "2048"]
+    command = ["openssl", "genrsa", *(["-traditional"] if traditional else []), "1024"]
     made = subprocess.run(command, capture_output=True, check=True, text=True)
     wanted = PrivateKeyFormat.PK1 if traditional else PrivateKeyFormat.PK8
     assert parse_private_key(made.stdout)[1] == wanted

@@ -67,6 +67,7 @@ def test_whatever_is_read_is_text_or_refused(
     assert all(value and value == value.strip() for value in values.values())
 
 
+@pytest.mark.slow
 def test_no_file_is_ever_open_to_others(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOOKING, str(tmp_path)]
     seen = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
@@ -82,6 +83,7 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "b").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dies_at", "left"), [("/a", (None, "old")), ("/b", ("new" * 100, "old"))])
 def test_a_crash_leaves_whole_files(
     tmp_path: Path, dies_at: str, left: tuple[str | None, str]

@@ -21,11 +21,11 @@ from tigeropen.common.request import OpenApiRequest
 from tigeropen.common.util.web_utils import http_pool
 from tigeropen.tiger_open_client import TigerOpenClient
 
-from tests.factories import account as stored_account
-from tests.factories import new_account
+from tests.support.factories import account as stored_account
+from tests.support.factories import new_account
+from tests.support.private_keys import pem
 from tests.tiger.files import EVERYTHING, NEW, OLD, OTHER, PK1, PK8, config
 from tests.tiger.gateway import Gateway, loaded
-from tests.tiger.test_private_keys import pem
 from tiger_db import PrivateKeyFormat, TigerAccount
 from tiger_db.database import AsyncSession
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue
@@ -50,7 +50,7 @@ HOSTILE = {
 # Prints which files are opened and which connections made for a configuration, ours or the SDK's.
 WATCHED = """
 import sys
-from tests.factories import new_account
+from tests.support.factories import new_account
 from tests.tiger.files import PK8
 from tiger_db.tiger import client_config
 def look(event, arguments):
@@ -247,6 +247,7 @@ async def test_no_variable_and_no_file_says_anything(
     assert (folder / TOKEN_FILE).read_text() == f"token={OLD}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("whose", "opened", "told"),
     [
@@ -269,6 +270,7 @@ def test_no_file_is_opened_and_nothing_is_sent(
     assert not [event for event in events if event.startswith("socket")]
 
 
+@pytest.mark.slow
 def test_importing_tiger_db_never_imports_the_sdk() -> None:
     command = [sys.executable, "-W", "error", "-c", EVERYWHERE]
     done = subprocess.run(command, capture_output=True, check=True, text=True)

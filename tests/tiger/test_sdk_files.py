@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tigeropen.common.util.signature_utils import load_private_key, sign_with_rsa
 
-from tests.factories import account as stored_account
+from tests.support.factories import account as stored_account
+from tests.support.private_keys import FORMS, KEY, der, pem
 from tests.tiger.files import EVERYTHING, NEW, PK1, PK8, REQUIRED, config
 from tests.tiger.gateway import loaded, signed
-from tests.tiger.test_private_keys import FORMS, KEY, der, pem
 from tiger_db import Database, PrivateKeyFormat
 from tiger_db.tiger import CONFIG_FILE, client_config, export_account, import_account
 from tiger_db.tiger.properties import properties

@@ -12,7 +12,14 @@ import platformdirs
 
 from tiger_db.errors import EmbeddedError
 from tiger_db.local_postgres.private_files import is_private_folder
-from tiger_db.local_postgres.programs import User, reason, run
+from tiger_db.local_postgres.programs import (
+    LONGEST_PATH,
+    UNRUNNABLE,
+    User,
+    can_run_from,
+    reason,
+    run,
+)
 from tiger_db.settings import Settings
 
 SOCKET = ".s.PGSQL.5432"
@@ -27,13 +34,18 @@ def wanted_folder(settings: Settings) -> Path:
     Raises:
         EmbeddedError: they name none that could be.
     """
-    home = settings.tiger_db_home or platformdirs.user_data_path("tiger_db", appauthor=False)
+    home = settings.tiger_db_home
     try:
-        resolved = home.expanduser().resolve()
+        folder = home or platformdirs.user_data_path("tiger_db", appauthor=False)
+        resolved = folder.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
+        if home is None:  # neither HOME is set, nor has the user an entry in /etc/passwd
+            raise EmbeddedError(f"TIGER_DB_HOME is not set: {error}") from None
         raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
     if "\n" in str(resolved):
         raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} must not contain a line break")
+    if len(os.fsencode(resolved)) > LONGEST_PATH:
+        raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} is longer than {LONGEST_PATH} bytes")
     return resolved
 
 
@@ -90,13 +102,43 @@ def make_home(home: Path) -> None:
     """
     umask = 0o022 if os.geteuid() == 0 else 0o077
     if not home.is_dir() and (made := run("mkdir", "-p", "--", home, umask=umask)).returncode:
-        raise EmbeddedError(f"the folder {home} cannot be made: {reason(made.stderr)}")
+        raise EmbeddedError(
+            f"the folder {home} cannot be made: {reason(made.stderr)}: set TIGER_DB_HOME to another"
+        )
     status = home.stat()
     if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
         raise EmbeddedError(
             f"the folder {home} belongs to another user or is writable by everyone:"
             " set TIGER_DB_HOME to one of your own"
         )
+
+
+def make_programs_folder(home: Path) -> Path:
+    """Return the folder for a copy of the server's programs, made if it is not there.
+
+    It is `home` if they can run from its path, else a folder for it in the user's cache or, for
+    root, in `/var/lib/tiger_db`.
+
+    Raises:
+        EmbeddedError: they can run from neither, or the folder cannot be made.
+    """
+    if can_run_from(home):
+        return home
+    try:
+        caches = _FOR_ROOT
+        if os.geteuid() != 0:
+            caches = platformdirs.user_cache_path("tiger_db", appauthor=False).resolve()
+        folder = caches / _digest(home)
+        if can_run_from(folder):
+            make_home(folder)
+            return folder
+        why = f"nor from {str(folder)!r}"
+    except (EmbeddedError, RuntimeError) as error:  # RuntimeError: the user has no home
+        why = str(error)
+    raise EmbeddedError(
+        f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"
+        f" path is UTF-8 text without any of {UNRUNNABLE} ({why})"
+    )
 
 
 def make_socket_folder(home: Path, user: User) -> Path:

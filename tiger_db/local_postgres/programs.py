@@ -19,6 +19,8 @@ User = tuple[int, int]  # uid, gid
 
 # How long pg_ctl itself waits: https://www.postgresql.org/docs/current/app-pg-ctl.html
 PATIENCE_SECONDS = 60
+LONGEST_PATH = 900  # bytes; PostgreSQL has room for 1023, which its own files share
+UNRUNNABLE = '"$`\\'
 _NOT_INSTALLED = (
     "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
     " or set DB_HOST or DATABASE_URL"
@@ -73,29 +75,62 @@ def wheel() -> tuple[Path, str]:
     raise EmbeddedError(_NOT_INSTALLED)
 
 
-def programs_folder(home: Path, package: Path, version: str, user: User) -> Path:
-    """The folder of `initdb` and `pg_ctl`: the wheel's, else a copy that the user can run."""
-    inside = Path(package.name, "pginstall", "bin")
-    programs = package.parent / inside
-    # initdb and pg_ctl put this path between double quotes into a shell command.
-    if not re.search(r'["$`\\]', str(programs)):
+def can_run_from(folder: Path) -> bool:
+    """Return whether PostgreSQL's programs can run there.
+
+    initdb and pg_ctl resolve symbolic links and put the path of `postgres`, between double quotes,
+    into a shell command; initdb has the server check the path of a file as UTF-8.
+    """
+    with suppress(UnicodeEncodeError):
+        path = str(folder).encode()
+        return len(path) <= LONGEST_PATH and not any(mark in path for mark in UNRUNNABLE.encode())
+    return False
+
+
+def installed_programs(package: Path, user: User) -> Path | None:
+    """Return the wheel's folder of `initdb` and `pg_ctl`, or None if the user cannot run them."""
+    programs = (package.parent / _programs(package)).resolve()
+    if can_run_from(programs):
         with suppress(OSError):
             if run(programs / "initdb", "--version", user=user).returncode == 0:
                 return programs
-    copy = home / f"server-{version}"
+    return None
+
+
+def copied_programs(folder: Path, package: Path, version: str) -> Path:
+    """Return the same folder of a copy, which any user can run; it is made if it is not there.
+
+    For one process at a time, which holds the lock.
+
+    Raises:
+        EmbeddedError: the copy cannot be made.
+    """
+    copy = folder / f"server-{version}"
     if not copy.exists():
         _copy_wheel(package, copy)
-    return copy / inside
+    return copy / _programs(package)
+
+
+def _programs(package: Path) -> Path:
+    return Path(package.name, "pginstall", "bin")
 
 
 def _copy_wheel(package: Path, copy: Path) -> None:
+    for leftover in copy.parent.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=copy.parent))
     ignore = shutil.ignore_patterns("*.py", "__pycache__", "include")
-    for source in (package, package.with_name(f"{package.name}.libs")):
-        if source.exists():
-            shutil.copytree(source, temporary / source.name, symlinks=True, ignore=ignore)
-    if (opened := run("chmod", "-R", "a+rX", temporary)).returncode:
-        raise EmbeddedError(f"the server cannot be copied to {copy}: {reason(opened.stderr)}")
-    for old in copy.parent.glob(f"server-*/{package.name}/pginstall"):
-        shutil.rmtree(old.parents[1], ignore_errors=True)
-    temporary.rename(copy)
+    try:
+        for source in (package, package.with_name(f"{package.name}.libs")):
+            if source.exists():
+                shutil.copytree(source, temporary / source.name, symlinks=True, ignore=ignore)
+        if (opened := run("chmod", "-R", "a+rX", temporary)).returncode:
+            raise EmbeddedError(f"the server cannot be copied to {copy}: {reason(opened.stderr)}")
+        for old in copy.parent.glob(f"server-*/{package.name}/pginstall"):
+            shutil.rmtree(old.parents[1], ignore_errors=True)
+        temporary.rename(copy)
+    except shutil.Error as error:
+        _, _, why = error.args[0][0]  # of the first file
+        raise EmbeddedError(f"the server cannot be copied to {copy}: {why}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone if it was renamed

@@ -112,7 +112,10 @@ async def overview(
         ),
     }
     return {
-        name: await many(session, select(TokenStatus).where(criterion).order_by(order).limit(limit))
+        name: await many(
+            session,
+            select(TokenStatus).where(criterion).order_by(order, col(TokenStatus.id)).limit(limit),
+        )
         for name, (criterion, order) in groups.items()
     }
 

@@ -1,0 +1,150 @@
+"""Embedded servers of a test's own, and what is done to them: real processes, real kills."""
+
+import asyncio
+import multiprocessing
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import asyncpg
+import platformdirs
+import psutil
+import pytest
+
+from tests.support.waiting import wait_until
+from tiger_db import embedded
+from tiger_db.embedded import EmbeddedServer, stop
+from tiger_db.local_postgres import folders, programs
+from tiger_db.local_postgres.folders import server_user
+from tiger_db.local_postgres.private_files import UNFINISHED
+from tiger_db.settings import Settings
+
+IS_ROOT = os.geteuid() == 0
+as_root = pytest.mark.skipif(not IS_ROOT, reason="only root drops privileges")
+# Clean processes that have imported everything already: a fork of pytest would not be clean.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tiger_db.embedded", "pytest", "asyncpg"])
+STARTER = """
+import sys, time
+from pathlib import Path
+from tiger_db import embedded
+from tiger_db.settings import Settings
+settings = Settings(tiger_db_home=Path(sys.argv[1]), database_url=None, db_host=None)
+print("starting", flush=True)
+print(embedded.start(settings).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def settings_for(home: Path) -> Settings:
+    return Settings(tiger_db_home=home, database_url=None, db_host=None)
+
+
+@contextmanager
+def reachable_folder() -> Iterator[Path]:
+    """One that the server's user can reach, unlike `tmp_path` of root."""
+    base = Path(tempfile.mkdtemp(prefix="tiger-")).resolve()
+    base.chmod(0o755)
+    try:
+        yield base
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def discard(home: Path) -> None:
+    settings = settings_for(home)
+    stop(settings)
+    for place in {home, embedded.folder(settings), copies_outside(home)}:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def copies_outside(home: Path) -> Path:
+    """Where the server's programs are copied to if they cannot be run from the folder."""
+    caches = platformdirs.user_cache_path("tiger_db", appauthor=False)
+    return (folders._FOR_ROOT if IS_ROOT else caches) / folders._digest(home)
+
+
+def install_wheel(site: Path) -> None:
+    """Copy the server's wheel to where Python may find it."""
+    package, _ = programs.wheel()
+    for source in (package, package.with_name(f"{package.name}.libs")):
+        if source.exists():
+            shutil.copytree(source, site / source.name, symlinks=True)
+
+
+async def connect(server: EmbeddedServer, settings: Settings) -> asyncpg.Connection:
+    return await asyncpg.connect(**{**server.connect_args(settings), "database": "postgres"})
+
+
+def fetch(server: EmbeddedServer, settings: Settings, query: str) -> object:
+    async def ask() -> object:
+        connection = await connect(server, settings)
+        try:
+            return await connection.fetchval(query)
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
+
+
+def kill(server: EmbeddedServer) -> None:
+    psutil.Process(server.pid).kill()
+    wait_until(lambda: not alive(server.pid))
+
+
+def alive(pid: int) -> bool:
+    """A zombie is not; some containers leave them for long."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def unfinished(home: Path) -> list[Path]:
+    return list(home.glob(f"{UNFINISHED}*"))
+
+
+def run_as_server(home: Path, *command: str) -> subprocess.Popen[bytes]:
+    uid, gid = server_user(home)
+    return subprocess.Popen(
+        command,
+        cwd="/",
+        user=uid if IS_ROOT else None,
+        group=gid if IS_ROOT else None,
+        extra_groups=[] if IS_ROOT else None,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def at_once(function: Callable[[Settings], object], settings: Settings) -> list[object]:
+    """What ten processes return that call the function at once; pipes need no /dev/shm."""
+    pipes = [processes.Pipe() for _ in range(10)]
+    children = [
+        processes.Process(target=_wait_and_answer, args=(there, function, settings))
+        for _, there in pipes
+    ]
+    for child, (_, there) in zip(children, pipes, strict=True):
+        child.start()
+        there.close()
+    lines = [here for here, _ in pipes]
+    assert [line.recv() for line in lines] == ["ready"] * 10
+    for line in lines:
+        line.send("go")
+    collected = [line.recv() for line in lines]
+    for child in children:
+        child.join(30)
+        assert child.exitcode == 0
+    return collected
+
+
+def _wait_and_answer(
+    line: Connection, function: Callable[[Settings], object], settings: Settings
+) -> None:
+    line.send("ready")
+    line.recv()
+    line.send(function(settings))

@@ -1,0 +1,32 @@
+"""Key rings, and an account whose secrets are known."""
+
+import base64
+from typing import Any
+
+from tests.support import factories
+from tiger_db import TigerAccount
+from tiger_db.database import AsyncSession
+from tiger_db.encryption import (
+    KeyRing,
+)
+
+PLACE = "tiger_accounts.private_key:01890a5d-ac96-774b-bcce-b302099a8057"
+RING = KeyRing({"k1": bytes(range(32))})
+# Five secrets, none of which is a part of another.
+SECRETS = {
+    name: f"plain-{name}-of-nobody"
+    for name in ("tiger_id", "private_key", "secret_key", "access_token", "refresh_token")
+}
+
+
+async def secret_account(session: AsyncSession, **overrides: Any) -> TigerAccount:
+    return await factories.account(session, **SECRETS | overrides)
+
+
+def values_of(account: TigerAccount) -> dict[str, str]:
+    return {name: getattr(account, name).get_secret_value() for name in SECRETS}
+
+
+K1, K2 = KeyRing({"k1": bytes(32)}), KeyRing({"k2": bytes(range(32)), "k1": bytes(32)})
+ONLY_K2 = KeyRing({"k2": bytes(range(32))})
+OTHER_KEY = f"other:{base64.b64encode(bytes(32)).decode()}"

@@ -1,0 +1,64 @@
+"""How PostgreSQL carries out the statements of a function."""
+
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+from sqlalchemy import event, text
+
+from tiger_db import Database, Settings
+from tiger_db.database import AsyncSession
+
+Query = Callable[[AsyncSession], Awaitable[object]]
+Plan = list[dict[str, Any]]
+
+
+async def plan_of(settings: Settings, query: Query) -> Plan:
+    """The nodes of the plans of all the statements that a query sends, and rolls back."""
+    sent: list[tuple[str, Any]] = []
+    async with Database(settings) as database:
+        await database.check()
+
+        def record(
+            _connection: object, _cursor: object, sql: str, values: object, *_: object
+        ) -> None:
+            sent.append((sql, values))
+
+        async with database.sessions() as session:
+            event.listen(database.engine.sync_engine, "before_cursor_execute", record)
+            await query(session)
+            event.remove(database.engine.sync_engine, "before_cursor_execute", record)
+        async with database.engine.connect() as connection:
+            plans = [
+                await connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values)
+                for sql, values in sent
+                if sql.lstrip().startswith(("SELECT", "INSERT", "UPDATE", "DELETE", "WITH"))
+            ]
+            return [node for plan in plans for node in nodes(as_json(plan.scalar())[0]["Plan"])]
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for inner in plan.get("Plans", []):
+        yield from nodes(inner)
+
+
+async def used_indexes(settings: Settings, query: Query) -> set[str]:
+    """By name; an index of a partition by its parent's."""
+    plan = await plan_of(settings, query)
+    used = {node["Index Name"] for node in plan if "Index Name" in node}
+    used |= {name for node in plan for name in node.get("Conflict Arbiter Indexes", [])}
+    async with Database(settings) as database, database.session() as session:
+        parents = await session.execute(
+            text(
+                "SELECT inhrelid::regclass::text AS child, inhparent::regclass::text AS parent"
+                " FROM pg_inherits"
+                " JOIN pg_class ON oid = inhrelid AND relkind = 'i'"
+            )
+        )
+        parent_of = {row.child: row.parent for row in parents}
+    return {parent_of.get(name, name) for name in used}

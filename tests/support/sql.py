@@ -1,0 +1,55 @@
+"""SQL sent past tiger_db."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from tiger_db import (
+    Database,
+    Settings,
+)
+from tiger_db.database import AsyncSession, connect
+
+
+async def sql(settings: Settings, *statements: str) -> object:
+    """The first value that the last one gives."""
+    connection = await connect(settings)
+    try:
+        for statement in statements[:-1]:
+            await connection.execute(statement)
+        return await connection.fetchval(statements[-1])
+    finally:
+        await connection.close()
+
+
+def months(first: int, last: int) -> list[str]:
+    """The partitions of these months from now."""
+    now = datetime.now(UTC)
+    return [
+        f"audit_logs_{now.year + (now.month - 1 + n) // 12}_{(now.month - 1 + n) % 12 + 1:02}"
+        for n in range(first, last + 1)
+    ]
+
+
+def run_sql(settings: Settings, *statements: str) -> None:
+    async def run() -> None:
+        connection = await connect(settings)
+        try:
+            for statement in statements:
+                await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(run())
+
+
+T = TypeVar("T")
+
+
+def write(settings: Settings, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
+    async def run() -> T:
+        async with Database(settings) as database, database.session() as session:
+            return await work(session)
+
+    return asyncio.run(run())
