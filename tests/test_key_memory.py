@@ -296,8 +296,8 @@ async def test_without_the_listening_connection_the_database_answers(
         ),
         (
             (
-                "CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql"
-                " AS 'BEGIN RETURN NULL; END'"
+                "CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger"
+                " LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
             ),
             "function notify_api_key_change",
         ),
