@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"encryption", "errors", "peppers", "places", "signing"},
     "tls": {"settings", "errors"},
     "migration_locks": {"errors"},
-    "migrations": {"models", "errors", "migration_locks"},
+    "declared": {"models"},
+    "migrations": {"models", "errors", "declared", "migration_locks"},
 }
 
 

@@ -282,7 +282,10 @@ async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> No
         ),
         ("ALTER TYPE audit_action ADD VALUE 'x:y'", "'x:y'"),
         ("CREATE TYPE extra AS ENUM ('a')", "extra"),
-        ("DROP TRIGGER set_updated_at ON api_keys", "add_trigger set_updated_at on api_keys"),
+        (
+            "DROP TRIGGER set_updated_at ON api_keys",
+            "trigger set_updated_at on api_keys is missing",
+        ),
         ("DROP TABLE api_key_usage", "add_table api_key_usage"),
         ("CREATE TABLE extra ()", "remove_table extra"),
     ],

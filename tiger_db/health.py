@@ -23,6 +23,7 @@ from tiger_db.database import (
     kept_key_ring,
     migration_engine,
 )
+from tiger_db.declared import compare
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
 from tiger_db.migrations import MONTHS_AHEAD, schema_state
@@ -33,6 +34,7 @@ _IDENTITY = """
 SELECT (system_identifier, pg_is_in_recovery(), oid)::text
 FROM pg_control_system(), pg_database WHERE datname = current_database()
 """
+_SHOWN = 3  # of each kind
 _FEW_MONTHS = 2  # ahead, below which it warns
 
 
@@ -130,6 +132,12 @@ async def _alone(settings: Settings) -> tuple[Health, KeyRing | None]:
     except TigerDBError as error:
         report.problems.append(explain(error) or str(error))
     return replace(report, live=not report.problems), ring
+
+
+def some(items: Sequence[str]) -> str:
+    """Join the first of the items, and say how many more there are."""
+    more = len(items) - _SHOWN
+    return "; ".join(items[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def explain(error: Exception) -> str | None:
@@ -270,6 +278,9 @@ async def _look(
     if state.problem:
         problems.append(state.problem)
         return
+    if changed := [one for one in await compare(connection) if not one.unknown]:
+        seen = some([one.seen for one in changed])
+        problems.append(f"{seen}: run `tiger-db check` for the SQL that restores this")
     yield {"rows": await _rows(connection, sorted(metadata.tables))}
     ahead = await audit_months_ahead(connection)
     yield {"audit_months_ahead": ahead}

@@ -46,7 +46,7 @@ async def by_a_verifier(database: Database, raw_key: str) -> object:
 
 
 async def by_a_listening_verifier(database: Database, raw_key: str) -> object:
-    async with KeyVerifier(database) as verifier:
+    async with KeyVerifier(database, memory=True) as verifier:
         return await verifier.authorize(raw_key)
 
 

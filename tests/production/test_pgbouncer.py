@@ -215,7 +215,7 @@ async def test_a_schema_is_made_past_the_pooler(
 
 
 async def test_a_revocation_is_heard_of_past_the_pooler(database: Database) -> None:
-    async with KeyVerifier(database) as verifier:
+    async with KeyVerifier(database, memory=True) as verifier:
         async with database.session() as session:
             key, raw = await factories.api_key(session)
         await verifier.authorize(raw, scopes=[APIKeyScope.MCP_READ])
@@ -279,7 +279,7 @@ def needs() -> dict[str, Callable[[Database], Awaitable[object]]]:
 
     return {
         "a connection": lambda database: connect_directly(database.settings),
-        "a verifier": lambda database: KeyVerifier(database).__aenter__(),
+        "a verifier with memory": lambda database: KeyVerifier(database, memory=True).__aenter__(),
         "a worker": lambda database: RefreshWorker(database, refresh).run(),
         "a follower": lambda database: anext(follow(database)),
         "a seal": seal,
@@ -299,7 +299,9 @@ async def test_without_a_way_past_the_pooler_what_needs_one_says_so(
                 await needs()[what](database)
         assert "\n" not in str(caught.value)
         async with database.session() as session:  # which needs none
-            await factories.account(session)
+            _, raw = await factories.api_key(session)
+        async with KeyVerifier(database) as verifier:  # nor does this
+            assert await verifier.verify(raw)
 
 
 @pytest.mark.slow

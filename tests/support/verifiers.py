@@ -1,4 +1,4 @@
-"""What concerns a KeyVerifier: columns that it hears of, connections that it takes."""
+"""What tests of a KeyVerifier share: changes of columns, counted checkouts, a killed server."""
 
 import asyncio
 import signal

@@ -2,7 +2,8 @@
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tiger_db.doctor.findings import GRANT, MINUTE, Check, Found, Status, ask, grade, lasting, some
+from tiger_db.doctor.findings import GRANT, MINUTE, Check, Found, Status, ask, grade, lasting
+from tiger_db.health import some
 
 # From where on it is a warning, and a problem.
 CONNECTIONS = (0.8, 0.95)  # of max_connections

@@ -5,6 +5,7 @@ import asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tiger_db.database import AsyncSession
+from tiger_db.declared import compare
 from tiger_db.doctor.findings import (
     DAY,
     HOUR,
@@ -20,7 +21,7 @@ from tiger_db.doctor.findings import (
 )
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import TigerDBError
-from tiger_db.health import audit_months_ahead, key_ring
+from tiger_db.health import audit_months_ahead, key_ring, some
 from tiger_db.key_uses import key_uses
 from tiger_db.settings import Settings
 
@@ -28,6 +29,19 @@ from tiger_db.settings import Settings
 UNSEALED = (HOUR, DAY)
 OVERDUE = (5 * MINUTE, HOUR)  # refreshes, by seconds
 STALE = (HOUR, DAY)  # tokens, by seconds after their time of refresh
+
+
+async def _changed(connection: AsyncConnection) -> Found:
+    differences = await compare(connection)
+    changed = [one.seen for one in differences if not one.unknown]
+    added = [one for one in differences if one.unknown]
+    seen = some([*changed, *(one.seen for one in added)])
+    if changed:
+        return "problem", seen, "run the SQL that `tiger-db check` gives; find out who it was"
+    if added:
+        # It can change or refuse what is written, a revocation for one.
+        return "warning", seen, added[0].repair
+    return "ok", "all are as tiger_db makes them", None
 
 
 async def _partitions(connection: AsyncConnection) -> Found:
@@ -136,6 +150,7 @@ async def _api_keys(connection: AsyncConnection) -> Found:
 
 
 CHECKS: dict[str, Check] = {
+    "triggers and functions": _changed,
     "audit partitions": _partitions,
     "unsealed events": _unsealed,
     "refreshes": _refreshes,
