@@ -99,7 +99,8 @@ def start(settings: Settings) -> EmbeddedServer:
 
     Raises:
         ConfigurationError: in production.
-        EmbeddedError: it cannot be started; the message names the folder.
+        EmbeddedError: it cannot be started, or another container or machine may be using the data;
+            the message names the folder.
     """
     _refuse_production(settings)
     if server := running(settings):
@@ -120,7 +121,7 @@ def stop(settings: Settings) -> bool:
     recognized; `pg_ctl stop` would signal whichever process has the recorded pid by then.
 
     Raises:
-        EmbeddedError: it did not stop.
+        EmbeddedError: it did not stop, or runs in another container.
     """
     wanted = wanted_folder(settings)
     with _explained(wanted):

@@ -68,7 +68,7 @@ def stop(home: Path, lock: int) -> bool:
     """Stop the server; whether there was one.
 
     Raises:
-        EmbeddedError: it did not stop, or is in another container or on another machine.
+        EmbeddedError: it did not stop, or runs in another container.
     """
     found = _find(home)
     if found is None:

@@ -6,13 +6,13 @@ outlive a killed postmaster hold it too, and must: they still use the data.
 
 Unlike a process ID, the lock means the same in every container of a kernel. Holding it proves that
 the server which wrote `postmaster.pid` has ended, if that server held it before, and
-- the file system is one that a single kernel has mounted: whether that is another container, this
-  machine before a reboot, or another machine, no process of the server can be left; or
-- the server was started in this boot and through this mount. On a network file system, locks of
-  other machines and other mounts may not be seen here, so holding this one proves nothing.
+- the file system is local. A single kernel has it mounted, so no process of the server is left:
+  not in another container, not from before a reboot, not on a machine that had the disk before; or
+- the server was started in this boot and through this mount. On a network file system, the locks of
+  other machines and other mounts may be invisible here, so that holding this one proves nothing.
 
-A server of an older release, or one that was started by hand, does not hold it. Such a server is
-running unless its `postmaster.pid` is gone.
+A server of an older release, or one that was started by hand, does not hold it. As long as its
+`postmaster.pid` exists, such a server counts as running.
 """
 
 import fcntl
