@@ -252,16 +252,20 @@ def test_what_is_no_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigurationError) as caught:
         Settings(audit_signing_key_file=path).signing_key()
-    assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
+    assert str(caught.value) == "AUDIT_SIGNING_KEY_FILE: must be base64 of 32 bytes"
+    if text:
+        with pytest.raises(ConfigurationError) as caught:
+            Settings(audit_signing_key=text).signing_key()
+        assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (None, "ENCRYPTION_KEYS_FILE cannot be read: No such file"),
-        (b"", "ENCRYPTION_KEYS: key 1 is not id:base64"),
+        (b"", "ENCRYPTION_KEYS_FILE: key 1 is not id:base64"),
         (SECRET.encode() + b"\xff", "ENCRYPTION_KEYS_FILE cannot be read: it is not UTF-8"),
-        (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS: key 'k1' is not 32 bytes of base64"),
+        (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS_FILE: key 'k1' is not 32 bytes of base64"),
     ],
 )
 def test_a_file_that_holds_no_keys_is_an_error(

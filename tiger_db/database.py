@@ -26,7 +26,6 @@ from tiger_db.errors import (
     ConfigurationError,
     Conflict,
     DatabaseUnavailable,
-    EncryptionError,
     InvalidState,
     OutcomeUnknown,
     QueryTimeout,
@@ -240,7 +239,7 @@ def _kept(
 
     try:
         return parse(embedded.kept_secret(settings, name, generate))
-    except EncryptionError as error:
+    except ConfigurationError as error:
         path = embedded.folder(settings) / name
         raise ConfigurationError(f"{path}: {error}: restore it") from None
 

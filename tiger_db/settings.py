@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tiger_db.encryption import KeyRing
-from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.errors import ConfigurationError
 from tiger_db.peppers import Peppers
 from tiger_db.places import (
     DEFAULT_PORT,
@@ -353,8 +353,9 @@ class Settings(BaseSettings):
             return None
         try:
             return parse(text)
-        except EncryptionError as error:
-            raise ConfigurationError(f"{name}: {error}") from None
+        except ConfigurationError as error:
+            given = name if getattr(self, field) is not None else f"{name}_FILE"
+            raise ConfigurationError(f"{given}: {error}") from None
 
 
 def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | None:
