@@ -14,7 +14,7 @@ from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial
 from tiger_db.crud.api_keys.hashing import hash_secret, outdated, peppers_of, verify_secret
 from tiger_db.crud.api_keys.limits import take
 from tiger_db.crud.api_keys.text import parse_key
-from tiger_db.crud.common import FRESH, refuse_readonly
+from tiger_db.crud.common import FRESH, handed_over, refuse_readonly
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, TigerAccount
 from tiger_db.peppers import Peppers
@@ -64,8 +64,7 @@ async def authorize_api_key(
     The first reason not to, in this order: form, existence and hash (all `InvalidAPIKey`), status,
     expiry, the bound account's status, address, user agent, scopes, account, limits. Each but a
     malformed text is on record in the audit trail when this raises. That record and the count stay
-    when the caller's transaction rolls back: they go through connections of the Database's own. In
-    a session that no Database made, they are part of its transaction.
+    when the caller's transaction rolls back: they go through connections of the Database's own.
 
     Limits are exact, from any number of processes. Their windows are fixed: the clock hour and the
     calendar day (UTC). At worst, twice the limit passes in a short time around the turn of one.
@@ -76,7 +75,7 @@ async def authorize_api_key(
 
     Raises:
         AccessDenied: one of its subclasses, by the reason. None of them counts as a use.
-        ConfigurationError: API_KEY_PEPPERS is not set.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
         InvalidState: the session is readonly.
         DatabaseUnavailable: it could not be decided, or not be put on record.
     """
@@ -86,7 +85,8 @@ async def authorize_api_key(
         raise InvalidAPIKey
     request = Request(tuple(scopes), account_id, ip_address, user_agent)
     peppers = peppers_of(session.info)
-    apart: WriteBehind | None = session.info.get("write_behind")
+    apart = handed_over(session.info, "write_behind")
+    assert apart is None or isinstance(apart, WriteBehind)
     limits_apart = apart
     while True:
         found = await _find(session, text.prefix)

@@ -8,7 +8,8 @@ from typing import Any
 
 from passlib.context import CryptContext
 
-from tiger_db.errors import ConfigurationError
+from tiger_db.crud.common import handed_over
+from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
 # One salted SHA-256 is enough for 256 random bits, which no dictionary holds: NIST SP 800-63B,
@@ -23,9 +24,9 @@ def peppers_of(info: Mapping[Any, object]) -> Peppers:
     """The peppers in a session's `info`, where its Database puts them.
 
     Raises:
-        ConfigurationError: there are none.
+        ConfigurationError: there are none, or the session has no Database.
     """
-    peppers = info.get("peppers")
+    peppers = handed_over(info, "peppers")
     if peppers is None:
         raise ConfigurationError("API_KEY_PEPPERS is not set, so no API key can be made or checked")
     assert isinstance(peppers, Peppers)
