@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from base64 import b64decode, b64encode
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "ENCRYPTION_KEYS_FILE": ("/run/secrets/keys", Path("/run/secrets/keys")),
     "API_KEY_PEPPERS": ("p1:abc", "p1:abc"),
     "API_KEY_PEPPERS_FILE": ("/run/secrets/peppers", Path("/run/secrets/peppers")),
+    "API_KEYS_ALLOW_UNPEPPERED_UNTIL": ("2027-01-31", date(2027, 1, 31)),
     "AUDIT_SIGNING_KEY": ("abc", "abc"),
     "AUDIT_SIGNING_KEY_FILE": ("/run/secrets/seal", Path("/run/secrets/seal")),
     "AUDIT_RETENTION_MONTHS": ("84", 84),
@@ -223,6 +225,19 @@ def test_production_needs_encryption_keys() -> None:
             use()
     with_keys = chosen.model_copy(update={"encryption_keys": SecretStr(generate_key("k7"))})
     assert str(with_keys.key_ring()) == "KeyRing(k7)"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "soon", "0", "1800000000", "20270131", "2027-W04-7", "2027-1-31", "2027-02-30",
+        "31.01.2027", "2027-01-31T00:00:00", "2027-01-31Z", "\uff12027-01-31", "2027-01-31 x",
+        "true", SECRET, 20270131, True,
+    ],
+)  # fmt: skip
+def test_a_day_that_is_none_is_named(bad: object) -> None:
+    message = refused(api_keys_allow_unpeppered_until=bad)
+    assert message == "API_KEYS_ALLOW_UNPEPPERED_UNTIL: must be a date such as 2027-01-31"
 
 
 # Files

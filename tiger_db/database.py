@@ -309,6 +309,7 @@ class Database:
             "key_provider": key_provider or self.settings.key_ring(),
             "peppers": self.settings.peppers(),
             "key_environment": "live" if self.settings.production else "test",
+            "allow_unpeppered_until": self.settings.api_keys_allow_unpeppered_until,
             "write_behind": self.write_behind,
         }
         self.sessions = async_sessionmaker(
