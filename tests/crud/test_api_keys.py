@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
@@ -132,9 +133,11 @@ async def test_a_rotated_key_works_until_the_grace_ends(session: AsyncSession) -
         session, rate_limit_per_hour=9, allowed_ips=["10.0.0.0/8"], tags={"a": {"b": 1}}
     )
     successor, new = await api_keys.rotate(session, key.id)
-    same = {"id", "created_at", "updated_at", "key_prefix", "expires_at"}
+    same = {"id", "created_at", "updated_at", "key_prefix", "expires_at", "root_id", "successor_id"}
     assert successor.model_dump(exclude=same) == key.model_dump(exclude=same)
     assert successor.expires_at is None
+    assert (key.root_id, key.successor_id) == (None, successor.id)
+    assert (successor.root_id, successor.successor_id) == (key.id, None)
     assert key.expires_at is not None
     assert timedelta(hours=23) < key.expires_at - datetime.now(UTC) <= timedelta(hours=24)
     for raw_key, row in ((old, key), (new, successor)):
@@ -293,6 +296,39 @@ async def test_a_rotation_without_peppers_leaves_the_old_key_as_it_was(
     session.info["peppers"] = peppers
     assert (key.model_dump(), await everything_now(session)) == (before, stored)
     assert await api_keys.verify_api_key(session, raw_key) is key
+
+
+async def test_a_key_has_one_successor(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session)
+    successor, _ = await api_keys.rotate(session, key.id)
+    before = await everything_now(session)
+    for grace in (timedelta(0), 48 * HOUR):  # in the grace, in which the key still works
+        with pytest.raises(InvalidState, match=str(successor.id)):
+            await api_keys.rotate(session, key.id, grace=grace)
+    assert await everything_now(session) == before
+    assert await api_keys.verify_api_key(session, raw_key) is key
+    third, _ = await api_keys.rotate(session, successor.id)
+    assert third.root_id == successor.root_id == key.id
+    await api_keys.revoke(session, third.id)
+    with pytest.raises(InvalidState, match="successor"):  # also of one that is revoked
+        await api_keys.rotate(session, successor.id)
+
+
+async def test_of_two_who_rotate_a_key_at_once_one_succeeds(clone: Database) -> None:
+    async with clone.session() as session:
+        key, _ = await factories.api_key(session)
+    both_have_read = asyncio.Barrier(2)
+
+    async def rotate() -> object:
+        async with clone.session() as session:
+            assert await api_keys.get(session, key.id)
+            await both_have_read.wait()
+            return await api_keys.rotate(session, key.id)
+
+    results = await asyncio.gather(rotate(), rotate(), return_exceptions=True)
+    assert len([each for each in results if isinstance(each, InvalidState)]) == 1, results
+    async with clone.session() as session:
+        assert len(await api_keys.list_api_keys(session)) == 2
 
 
 Use = Callable[[AsyncSession, APIKey, str], Awaitable[object]]

@@ -73,17 +73,21 @@ async def rotate(
 ) -> tuple[APIKey, str]:
     """Create a successor with the same powers; the old key works until the grace ends.
 
-    That is never past its own expiry. A rotation that fails leaves the old key as it was.
+    That is never past its own expiry. Both are of one line, whose uses the limits count together,
+    and a key has one successor: when its text is lost, rotate the successor. A rotation that fails
+    leaves the old key as it was.
 
     Raises:
         NotFound: there is no such key.
-        InvalidState: it is not active, or has expired, or its account is closed.
+        InvalidState: it has a successor, is not active, or has expired, or its account is closed.
         InvalidValue: the grace is negative, or ends after the year 9999.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
     """
     if grace < timedelta(0):
         raise InvalidValue("grace must not be negative")
     key, now = await _lock_good(session, key_id, "rotated")
+    if key.successor_id is not None:
+        raise InvalidState(f"the key has a successor already, {key.successor_id}: rotate that")
     try:
         ends = now + grace
     except OverflowError:
@@ -96,7 +100,8 @@ async def rotate(
         }
     )  # fmt: skip
     async with constraints(session, key):
-        successor, raw_key = await _store(session, powers)
+        successor, raw_key = await _store(session, {**powers, "root_id": key.root_id or key.id})
+        key.successor_id = successor.id
         key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
         await session.flush()
         await log(

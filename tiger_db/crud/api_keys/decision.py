@@ -50,6 +50,7 @@ class Powers:
     """What a key may do, as it was when it was read."""
 
     key_id: UUID
+    line_id: UUID  # of the first key of its line, whose uses the limits count together
     status: APIKeyStatus
     expires_at: float | None  # seconds since 1970
     account_id: UUID | None
@@ -67,6 +68,7 @@ class Powers:
         held = [APIKeyScope(scope) for scope in row["scopes"]]
         return cls(
             key_id=row["id"],
+            line_id=row["root_id"] or row["id"],
             status=APIKeyStatus(row["status"]),
             expires_at=expires_at.timestamp() if expires_at is not None else None,
             account_id=row["tiger_account_id"],
