@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from base64 import b64decode, b64encode
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "ENCRYPTION_KEYS_FILE": ("/run/secrets/keys", Path("/run/secrets/keys")),
     "API_KEY_PEPPERS": ("p1:abc", "p1:abc"),
     "API_KEY_PEPPERS_FILE": ("/run/secrets/peppers", Path("/run/secrets/peppers")),
+    "API_KEYS_ALLOW_UNPEPPERED_UNTIL": ("2027-01-31", date(2027, 1, 31)),
     "AUDIT_SIGNING_KEY": ("abc", "abc"),
     "AUDIT_SIGNING_KEY_FILE": ("/run/secrets/seal", Path("/run/secrets/seal")),
     "AUDIT_RETENTION_MONTHS": ("84", 84),
@@ -225,6 +227,19 @@ def test_production_needs_encryption_keys() -> None:
     assert str(with_keys.key_ring()) == "KeyRing(k7)"
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "soon", "0", "1800000000", "20270131", "2027-W04-7", "2027-1-31", "2027-02-30",
+        "31.01.2027", "2027-01-31T00:00:00", "2027-01-31Z", "\uff12027-01-31", "2027-01-31 x",
+        "true", SECRET, 20270131, True,
+    ],
+)  # fmt: skip
+def test_a_day_that_is_none_is_named(bad: object) -> None:
+    message = refused(api_keys_allow_unpeppered_until=bad)
+    assert message == "API_KEYS_ALLOW_UNPEPPERED_UNTIL: must be a date such as 2027-01-31"
+
+
 # Files
 
 
@@ -252,16 +267,20 @@ def test_what_is_no_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigurationError) as caught:
         Settings(audit_signing_key_file=path).signing_key()
-    assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
+    assert str(caught.value) == "AUDIT_SIGNING_KEY_FILE: must be base64 of 32 bytes"
+    if text:
+        with pytest.raises(ConfigurationError) as caught:
+            Settings(audit_signing_key=text).signing_key()
+        assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (None, "ENCRYPTION_KEYS_FILE cannot be read: No such file"),
-        (b"", "ENCRYPTION_KEYS: key 1 is not id:base64"),
+        (b"", "ENCRYPTION_KEYS_FILE: key 1 is not id:base64"),
         (SECRET.encode() + b"\xff", "ENCRYPTION_KEYS_FILE cannot be read: it is not UTF-8"),
-        (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS: key 'k1' is not 32 bytes of base64"),
+        (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS_FILE: key 'k1' is not 32 bytes of base64"),
     ],
 )
 def test_a_file_that_holds_no_keys_is_an_error(

@@ -95,6 +95,20 @@ async def test_a_commit_that_nobody_confirmed(
     assert await other.fetchval("SELECT count(*) FROM api_key_batches") == 0
 
 
+async def test_counts_of_a_line_whose_keys_are_gone_are_deleted_in_time(
+    clone_settings: Settings, other: Connection
+) -> None:
+    ((key, _),) = await make_keys(clone_settings, 1)
+    await other.execute(
+        "INSERT INTO api_key_limits SELECT gen_random_uuid(), day, 1, day, 1"
+        " FROM unnest(ARRAY[now() - interval '29 days', now() - interval '31 days']) AS day"
+    )
+    async with Database(clone_settings) as database:
+        database.write_behind.count(key.id, time.time())
+    left = await other.fetch("SELECT now() - day < interval '30 days' FROM api_key_limits")
+    assert [row[0] for row in left] == [True]
+
+
 async def true_after(condition: Callable[[], bool]) -> bool:
     return condition()
 

@@ -26,7 +26,6 @@ from tiger_db.errors import (
     ConfigurationError,
     Conflict,
     DatabaseUnavailable,
-    EncryptionError,
     InvalidState,
     OutcomeUnknown,
     QueryTimeout,
@@ -240,7 +239,7 @@ def _kept(
 
     try:
         return parse(embedded.kept_secret(settings, name, generate))
-    except EncryptionError as error:
+    except ConfigurationError as error:
         path = embedded.folder(settings) / name
         raise ConfigurationError(f"{path}: {error}: restore it") from None
 
@@ -310,6 +309,7 @@ class Database:
             "key_provider": key_provider or self.settings.key_ring(),
             "peppers": self.settings.peppers(),
             "key_environment": "live" if self.settings.production else "test",
+            "allow_unpeppered_until": self.settings.api_keys_allow_unpeppered_until,
             "write_behind": self.write_behind,
         }
         self.sessions = async_sessionmaker(

@@ -1,8 +1,11 @@
 """What the environment says. Nothing is read before a `Settings()` is made."""
 
 import math
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict, TypeVar
 
@@ -18,7 +21,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tiger_db.encryption import KeyRing
-from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.errors import ConfigurationError
 from tiger_db.peppers import Peppers
 from tiger_db.places import (
     DEFAULT_PORT,
@@ -72,6 +75,16 @@ def _sendable(value: SecretStr) -> SecretStr:
     except UnicodeEncodeError:
         raise ValueError("must be UTF-8 text") from None
     return value
+
+
+def _iso_date(value: object) -> object:
+    """A date in the one form that nobody can mistake."""
+    if value is None or type(value) is date:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
+        with suppress(ValueError):
+            return date.fromisoformat(value)
+    raise ValueError("must be a date such as 2027-01-31")
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
@@ -136,6 +149,9 @@ class Settings(BaseSettings):
     encryption_keys_file: File | None = None
     api_key_peppers: SecretStr | None = None
     api_key_peppers_file: File | None = None
+    api_keys_allow_unpeppered_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
+        default=None, description="the last day, UTC"
+    )
     audit_signing_key: SecretStr | None = None
     audit_signing_key_file: File | None = None
     audit_retention_months: int | None = Field(default=None, ge=1, le=1200)
@@ -353,8 +369,9 @@ class Settings(BaseSettings):
             return None
         try:
             return parse(text)
-        except EncryptionError as error:
-            raise ConfigurationError(f"{name}: {error}") from None
+        except ConfigurationError as error:
+            given = name if getattr(self, field) is not None else f"{name}_FILE"
+            raise ConfigurationError(f"{given}: {error}") from None
 
 
 def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | None:

@@ -19,9 +19,15 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.api_keys.authorizing import upgrade_hash
+from tiger_db.crud.api_keys.authorizing import replace_hash
 from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial
-from tiger_db.crud.api_keys.hashing import outdated, peppers_of, verify_secret
+from tiger_db.crud.api_keys.hashing import (
+    UnpepperedHash,
+    outdated,
+    peppers_of,
+    refuse_unpeppered,
+    verify_secret,
+)
 from tiger_db.crud.api_keys.limits import take
 from tiger_db.crud.api_keys.text import KeyText, parse_key
 from tiger_db.database import Database, connect_directly
@@ -200,6 +206,7 @@ class KeyVerifier:
         if text is None:
             raise InvalidAPIKey
         await self.database.check()
+        peppers = peppers_of(self.database.info)
         while True:
             changes, read_at, row = self._changes, time.monotonic(), None
             try:
@@ -213,9 +220,16 @@ class KeyVerifier:
                     known = await self._check(text, row, changes, read_at)
                     async with self._apart.connection() as connection:
                         passed = await _passes(known.powers, row, request, connection)
+                        hashed = {"key_hash": row["key_hash"], "pepper_id": row["pepper_id"]}
+                        if passed and outdated(peppers, *hashed.values()):
+                            await replace_hash(
+                                connection, peppers, text, request, known.powers, **hashed
+                            )
             except AccessDenied as reason:
                 ids = (row["id"], row["tiger_account_id"]) if row is not None else (None, None)
                 await self._apart.record(denial(reason, text.prefix, request, *ids))
+                if isinstance(reason, UnpepperedHash):
+                    raise InvalidAPIKey from None
                 raise
             if passed:
                 self._apart.count(known.powers.key_id, row["now"].timestamp())
@@ -243,15 +257,13 @@ class KeyVerifier:
         pepper_id: str | None = row["pepper_id"] if row is not None else None
         if not await verify_secret(peppers, text.secret, key_hash, pepper_id) or row is None:
             raise InvalidAPIKey
+        refuse_unpeppered(self.database.info, pepper_id, row["now"].timestamp())
         async with AsyncSession(self._apart.engine) as session:
             key = await session.scalar(select(APIKey).where(col(APIKey.id) == row["id"]))
         if key is None:
             raise InvalidAPIKey
         known = _Known(key, Powers.of(row, row["account_status"]), _columns(row), read_at)
-        if outdated(peppers, key_hash, pepper_id):
-            async with self._apart.connection() as connection:
-                await upgrade_hash(connection, peppers, text.secret, row["id"], key_hash)
-        elif changes == self._changes:
+        if changes == self._changes and not outdated(peppers, key_hash, pepper_id):
             self._keep(self._digest(text.raw_key), known)
         return known
 

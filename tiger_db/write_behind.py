@@ -65,9 +65,11 @@ SELECT left_out FROM batch
 _COUNT_UNLOCKED = text(_COUNT.format(skip_locked="SKIP LOCKED"))
 _COUNT_ALL = text(_COUNT.format(skip_locked=""))
 LEFT_OUT = text("SELECT left_out FROM api_key_batches WHERE writer = CAST(:writer AS uuid)")
-# A process that was killed leaves its row to others.
+# A process that was killed leaves its row to others. Counts of a day that is over decide nothing:
+# a line whose keys are gone leaves them.
 _FORGET = text(
-    "DELETE FROM api_key_batches WHERE writer = CAST(:writer AS uuid)"
+    "WITH counts AS (DELETE FROM api_key_limits WHERE day < now() - interval '30 days')"
+    " DELETE FROM api_key_batches WHERE writer = CAST(:writer AS uuid)"
     " OR written_at < now() - interval '30 days'"
 )
 _COUNT_ONE = text("""

@@ -359,6 +359,7 @@ async def delete_account(session: AsyncSession, key: APIKey) -> None:
         (close_account, APIKeyRevoked, None),
         (close_account, APIKeyRevoked, 1000),
         (delete_account, InvalidAPIKey, None),
+        (delete_account, InvalidAPIKey, 1000),
     ],
 )
 async def test_a_key_works_until_its_end_is_committed_and_no_longer(

@@ -55,6 +55,36 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
     assert by_check["encryption keys"] == "test: 1 rows of tiger_accounts"
 
 
+async def test_active_keys_whose_hashes_have_no_pepper(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        keys = [(await factories.api_key(session))[0] for _ in range(5)]
+    check = "API key hashes"
+    assert (await found(clone_settings, check)).status == "ok"
+    await sql(
+        clone_settings,
+        "UPDATE api_keys SET pepper_id = NULL",
+        f"UPDATE api_keys SET status = 'revoked' WHERE id = '{keys[0].id}'",
+        f"UPDATE api_keys SET expires_at = now() WHERE id = '{keys[1].id}'",
+        f"UPDATE api_keys SET pepper_id = 'test' WHERE id = '{keys[2].id}'",
+    )
+    today = datetime.now(UTC).date()
+    days = {None: "problem", today - timedelta(days=1): "problem", today: "warning"}
+    for day, status in days.items():
+        allowing = clone_settings.model_copy(update={"api_keys_allow_unpeppered_until": day})
+        finding = await found(allowing, check)
+        assert finding.status == status
+        assert finding.seen.startswith(
+            "2 active keys have hashes without a pepper:"
+            f" {keys[3].key_prefix}; {keys[4].key_prefix}; "
+        )
+        end = f"accepted until the end of {today} (UTC)" if status == "warning" else "refused"
+        assert finding.seen.endswith(end)
+        assert finding.advice is not None
+        assert "revoke those that you did not make, `rotate-api-key` the others" in finding.advice
+
+
 async def test_a_long_transaction(
     clone_settings: Settings,
     other: "asyncpg.Connection[asyncpg.Record]",

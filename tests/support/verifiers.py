@@ -17,6 +17,8 @@ OTHER = {
     "key_prefix": "'tdb_test_000000000000'",
     "key_hash": "'{SSHA256}hash'",
     "pepper_id": "'another'",
+    "root_id": "gen_random_uuid()",
+    "successor_id": "gen_random_uuid()",
     "status": "'inactive'",
     "scopes": "'{trade:read}'",
     "tiger_account_id": "(SELECT id FROM tiger_accounts)",

@@ -11,7 +11,7 @@ import tiger_db
 from tiger_db.cli.events import PANEL, private_file
 from tiger_db.cli.input import finish, settings
 from tiger_db.cli.output import AsJson, print_json, progress_to, show_table, talk
-from tiger_db.errors import DatabaseUnavailable, EncryptionError, InvalidValue
+from tiger_db.errors import DatabaseUnavailable, InvalidValue
 
 if TYPE_CHECKING:
     from tiger_db.audit import Maintenance, Sealing, Verification
@@ -163,5 +163,5 @@ def _read(file: Path, parse: Callable[[str], T]) -> T:
         return parse(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise InvalidValue(f"{file}: not text") from None
-    except (EncryptionError, InvalidValue) as error:
+    except InvalidValue as error:
         raise InvalidValue(f"{file}: {error}") from None

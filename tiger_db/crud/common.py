@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +20,7 @@ from sqlmodel import col
 
 from tiger_db.errors import (
     AlreadyExists,
+    ConfigurationError,
     InvalidCursor,
     InvalidState,
     InvalidValue,
@@ -115,6 +116,21 @@ async def paginate(
     rows = await many(session, statement)
     more = len(rows) > limit
     return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
+
+
+def handed_over(info: Mapping[Any, object], name: str) -> object:
+    """Return what a session's Database put into the session's `info` under a name.
+
+    Raises:
+        ConfigurationError: the session has no Database, so nothing tells what is right.
+    """
+    try:
+        return info[name]
+    except KeyError:
+        raise ConfigurationError(
+            f"the session's info has no {name!r}: use Database.session(), or make the session with"
+            " info=database.info"
+        ) from None
 
 
 def refuse_readonly(session: AsyncSession) -> None:

@@ -2,7 +2,7 @@
 
 Each check is one statement, in a transaction of its own that waits for hardly anybody: what it may
 not see, or not in time, is a finding too, and the others go on. The tables that grow are read by
-their indexes; that of the accounts once, for the encryption keys.
+their indexes; those of the accounts and the API keys once, for what their secrets are stored under.
 """
 
 import asyncio
@@ -41,6 +41,7 @@ async def doctor(settings: Settings) -> list[Finding]:
             if schema.status == "ok":
                 for name, check in tables.CHECKS.items():
                     findings.append(await checked(connection, name, check))
+                findings.append(await tables.api_key_hashes(connection, settings))
                 findings.append(await tables.encryption_keys(connection, settings))
     except (TigerDBError, OSError) as error:
         findings.append(Finding("server", "problem", explain(error) or type(error).__name__))

@@ -18,6 +18,7 @@ from tiger_db.doctor.findings import (
     checked,
     grade,
     lasting,
+    some,
 )
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import TigerDBError
@@ -157,6 +158,39 @@ CHECKS: dict[str, Check] = {
     "tokens": _tokens,
     "API keys": _api_keys,
 }
+
+
+# Of few rows beside the others: no index is for this alone.
+UNPEPPERED_KEYS = """
+SELECT array_agg(key_prefix ORDER BY id) AS prefixes,
+    (clock_timestamp() AT TIME ZONE 'UTC')::date AS today
+FROM api_keys
+WHERE status = 'active' AND coalesce(expires_at > now(), true) AND pepper_id IS NULL
+"""
+
+
+async def api_key_hashes(connection: AsyncConnection, settings: Settings) -> Finding:
+    """Find the active keys whose hashes have no pepper."""
+    until = settings.api_keys_allow_unpeppered_until
+
+    async def look(connection: AsyncConnection) -> Found:
+        row = (await ask(connection, UNPEPPERED_KEYS))[0]
+        if row.prefixes is None:
+            return "ok", "all active keys have hashes with a pepper", None
+        seen = f"{len(row.prefixes)} active keys have hashes without a pepper"
+        seen = f"{seen}: {some(row.prefixes)}"
+        advice = "revoke those that you did not make, `rotate-api-key` the others"
+        if until is not None and row.today <= until:
+            seen += f"; accepted until the end of {until} (UTC)"
+            return (
+                "warning",
+                seen,
+                f"{advice} unless they are used by then: a use replaces the hash",
+            )
+        setting = "API_KEYS_ALLOW_UNPEPPERED_UNTIL"
+        return "problem", f"{seen}; refused", f"{advice}, or set {setting} to a day"
+
+    return await checked(connection, "API key hashes", look)
 
 
 async def encryption_keys(connection: AsyncConnection, settings: Settings) -> Finding:

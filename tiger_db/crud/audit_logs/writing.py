@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
-from tiger_db.crud.common import constraint_error_of, execute
+from tiger_db.crud.common import constraint_error_of, execute, handed_over
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.audit_rows import INSERT, PROVIDED, copy_events, row_of
@@ -76,13 +76,14 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
     """Record one event apart from the caller's transaction: it is stored when this returns.
 
     It stays, whatever becomes of the transaction: the intent before an order, its outcome after, a
-    denial. A session that was not made by a `Database` records it in its own transaction.
+    denial. If the session's `info` has None as `write_behind`, it is in the session's transaction.
 
     Raises:
         ValidationError: as `log_event`.
+        ConfigurationError: the session has no Database.
         DatabaseUnavailable: it could not be stored.
     """
-    write_behind = session.info.get("write_behind")
+    write_behind = handed_over(session.info, "write_behind")
     if not isinstance(write_behind, WriteBehind):
         return await log_event(session, **fields)
     event = _event(fields)
