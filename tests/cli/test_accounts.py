@@ -81,11 +81,12 @@ def test_plain_key_outside_production(cli: CommandLine) -> None:
 
 def test_production_takes_real_keys_only(cli: CommandLine, key_file: str) -> None:
     options = ("create-account", *REQUIRED, "--account-number", NUMBER)
-    reason = cli.fails(*options, "--private-key", "-", stdin="test_key", ENVIRONMENT="production")
+    production = {"ENVIRONMENT": "production", "DB_ALLOW_UNVERIFIED_TLS": "true"}
+    reason = cli.fails(*options, "--private-key", "-", stdin="test_key", **production)
     assert "not RSA" in reason
     assert "test_key" not in reason
     assert cli.ok("list-accounts", "--json").json["items"] == []
-    created = cli.ok(*options, "--private-key-file", key_file, ENVIRONMENT="production")
+    created = cli.ok(*options, "--private-key-file", key_file, **production)
     assert "refuse" not in created.err
 
 
