@@ -312,6 +312,16 @@ def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
     assert str(Settings(encryption_keys_file=path).key_ring()) == "KeyRing(k1, k2)"
 
 
+def test_a_file_of_keys_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    keys = [generate_key(f"k{number}") for number in range(25_000)]
+    path.write_text(",".join(keys))
+    assert path.stat().st_size > 1_000_000
+    ring = Settings(encryption_keys_file=path).key_ring()
+    assert ring is not None
+    assert len(ring.key_ids) == len(keys)
+
+
 def test_a_signing_key_is_read_from_either_and_needed_by_none(tmp_path: Path) -> None:
     text = generate_signing_key()
     path = tmp_path / "key"

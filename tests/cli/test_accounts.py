@@ -120,6 +120,27 @@ def test_secret_that_is_not_there(cli: CommandLine, tmp_path: Path) -> None:
     assert "key is empty" in cli.fails(*options, "--private-key-file", "/dev/null")
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "more"])
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_a_secret_is_stored_whole_or_refused(
+    cli: CommandLine, tmp_path: Path, source: str, end: str
+) -> None:
+    text = "é" * 999_999 + "!" + end
+    file = tmp_path / "token"
+    file.write_text(text, encoding="utf-8", newline="")
+    given = ("--access-token-file", str(file) if source == "file" else "-")
+    if end != "more":
+        create(cli, NUMBER, *given, stdin=text)
+        assert plain(stored(cli).access_token) == text.strip()
+        return
+    options = ("create-account", *REQUIRED, "--account-number", NUMBER)
+    for name in ("private-key", "secret-key", "access-token"):
+        others = () if name == "private-key" else ("--private-key-file", "/dev/null")
+        reason = cli.fails(*options, *others, f"--{name}-file", given[1], stdin=text)
+        assert reason == f"error: the {name.replace('-', ' ')} has more than 1,000,000 characters\n"
+    assert cli.ok("list-accounts", "--json").json["items"] == []
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
