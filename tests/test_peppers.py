@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.servers import settings_for
+from tests.support.servers import PRODUCTION, settings_for
 from tiger_db import Database, Settings
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError
@@ -168,7 +168,7 @@ def test_a_malformed_file_is_named_and_not_shown(server_url: str, tmp_path: Path
 
 
 def test_production_needs_them(server_url: str) -> None:
-    values = settings_for(server_url, "postgres").model_dump() | {"environment": "production"}
+    values = settings_for(server_url, "postgres").model_dump() | PRODUCTION
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
         Database(Settings(**values | {"api_key_peppers": None}))
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):

@@ -220,11 +220,12 @@ def _check_peppers(settings: Settings) -> None:
 
 
 def _unverified(settings: Settings) -> list[str]:
-    ways = [settings, settings.directly()] if settings.db_direct_host else [settings]
+    if not settings.production:
+        return []
     return [
-        f"{way.place} is not asked to prove who it is: set DB_SSL_MODE=verify-full and DB_SSL_CA"
-        for way in ways
-        if way.production and tls.is_unverified(way)
+        f"the server of {name} is not asked to prove who it is: set DB_SSL_MODE=verify-full and"
+        " DB_SSL_CA"
+        for name in settings.unverified
     ]
 
 

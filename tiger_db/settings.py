@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     db_ssl_cert: File | None = None
     db_ssl_key: File | None = None
     db_ssl_ca: File | None = None
+    db_allow_unverified_tls: bool = Field(
+        default=False, description="in production, any server elsewhere gets the password"
+    )
 
     db_pool_size: int = Field(default=5, ge=1, le=1000)
     db_max_overflow: int = Field(default=10, ge=0, le=1000)
@@ -176,6 +179,8 @@ class Settings(BaseSettings):
         for name, hosts in (("DB_HOST", self.db_host), ("DB_REPLICA_HOSTS", self.db_replica_hosts)):
             if hosts is not None:
                 parse_hosts(name, hosts, self.db_port)
+        if problem := self._tls_problem():
+            raise ValueError(problem)
         return self
 
     @property
@@ -268,6 +273,33 @@ class Settings(BaseSettings):
             **{name: value for name, value in parameters.items() if name.startswith("ssl")},
         }
 
+    @property
+    def unverified(self) -> list[str]:
+        """The variables that name a server on another machine whose identity is not verified.
+
+        Only `verify-full` verifies it: `verify-ca` takes every server that has a certificate of the
+        authority, which may be everybody's.
+        """
+        if self.embedded or self.tls.get("sslmode") == SSLMode.VERIFY_FULL:
+            return []
+        servers = {
+            "DB_HOST" if self.database_url is None else "DATABASE_URL": self.addresses,
+            "DB_DIRECT_HOST": [Address(self.db_direct_host)] if self.db_direct_host else [],
+            "DB_REPLICA_HOSTS": self.replicas,
+        }
+        return [name for name, found in servers.items() if not all(a.is_local for a in found)]
+
+    def _tls_problem(self) -> str | None:
+        """Why no password may leave, in one line."""
+        if not self.production or self.db_allow_unverified_tls or not self.unverified:
+            return None
+        in_url = self.url is not None and "sslmode" in self.url.parameters
+        return (
+            f"{'DATABASE_URL: sslmode' if in_url else 'DB_SSL_MODE'} must be verify-full when"
+            f" ENVIRONMENT=production and {' and '.join(self.unverified)} names another machine:"
+            " set it, with DB_SSL_CA, or set DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
+        )
+
     def connect_args(self, replica: Address | None = None) -> ConnectArgs:
         """How to reach the server, or a replica, as keyword arguments of `asyncpg.connect`.
 
@@ -276,10 +308,13 @@ class Settings(BaseSettings):
         asyncpg gives `sslmode` and the files libpq's meaning only there; nothing else is in it.
 
         Raises:
-            ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set.
+            ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or in production the
+                server's identity would not be verified.
         """
         if self.embedded:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
+        if problem := self._tls_problem():  # of a copy, which pydantic does not validate
+            raise ConfigurationError(problem)
         url = self.url or DatabaseURL(
             self.addresses,
             self.db_user,

@@ -116,7 +116,9 @@ def test_init_tells_how_to_set_a_signing_key(empty: CommandLine) -> None:
 def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> None:
     assert "ENCRYPTION_KEYS" in empty.fails("init", ENCRYPTION_KEYS="k1:nonsense")
     del empty.env["ENCRYPTION_KEYS"]
-    assert "ENCRYPTION_KEYS" in empty.fails("init", ENVIRONMENT="production")
+    assert "ENCRYPTION_KEYS" in empty.fails(
+        "init", ENVIRONMENT="production", DB_ALLOW_UNVERIFIED_TLS="true"
+    )
     assert empty.ok("current").out == ""
 
 
@@ -376,6 +378,10 @@ def test_doctor_starts_no_server(bare: CommandLine, home: Path) -> None:
         ({"DB_SSL_MODE": "sometimes"}, "DB_SSL_MODE"),
         ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL"),
         ({"ENVIRONMENT": "production"}, "DB_HOST or DATABASE_URL is required"),
+        (
+            {"ENVIRONMENT": "production", "DATABASE_URL": "postgresql://u:hunter2@db.example/x"},
+            "DB_SSL_MODE must be verify-full",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["init", "migrate", "current", "list-accounts"])

@@ -19,6 +19,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.raw_keys import asked, unknown_key, wrong_secret
+from tests.support.servers import PRODUCTION
 from tiger_db import AuditAction, AuditLog, AuditSeverity, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
 from tiger_db.crud.api_keys.hashing import (
@@ -510,7 +511,7 @@ async def test_without_peppers_no_key_is_made_or_checked(clone_settings: Setting
 
 
 def test_production_without_peppers_is_refused(clone_settings: Settings) -> None:
-    values: dict[str, Any] = clone_settings.model_dump() | {"environment": "production"}
+    values: dict[str, Any] = clone_settings.model_dump() | PRODUCTION
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
         Database(Settings(**values | {"api_key_peppers": None}))
 

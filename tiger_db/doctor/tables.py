@@ -18,7 +18,6 @@ from tiger_db.doctor.findings import (
     checked,
     grade,
     lasting,
-    some,
 )
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import TigerDBError
