@@ -105,19 +105,21 @@ def test_starter_that_was_killed_before_it_recorded_its_server(
 FORKING = """
 import os, sys, threading
 from pathlib import Path
-from tests.support.embedded_servers import settings_for
-from tests.support.waiting import wait_until
-from tiger_db import embedded
-home = Path(sys.argv[1])
-embedded.start(settings_for(home))
-embedded.stop(settings_for(home))
-(home / "server.lock").write_text("")
-starter = threading.Thread(target=embedded.start, args=(settings_for(home),))
-starter.start()
-wait_until((home / "server.lock").read_text)
-if os.fork():
-    starter.join()
-    print("started", flush=True)
+from tiger_db.local_postgres import server_lock
+
+def fork():
+    if pid := os.fork():
+        print(pid, flush=True)
+    else:
+        sys.stdin.read()
+        os._exit(0)
+
+with server_lock.opened(Path(sys.argv[1])) as lock:
+    assert server_lock.take(lock)
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+print("closed", flush=True)
 sys.stdin.read()
 """
 
@@ -126,15 +128,16 @@ sys.stdin.read()
 def test_fork_of_the_starter_does_not_hold_the_lock(
     settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    home.mkdir()
+    home.chmod(0o755)  # whatever the umask
     forking = [sys.executable, "-c", FORKING, str(home)]
     with subprocess.Popen(forking, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
-        assert process.stdout.readline() == b"started\n"
-        [fork] = psutil.Process(process.pid).children()
-        assert stop(settings)
+        fork = int(process.stdout.readline())
+        assert process.stdout.readline() == b"closed\n"
         monkeypatch.setattr(postmaster, "PATIENCE_SECONDS", 1)
         assert start(settings)
-        assert alive(fork.pid)
+        assert alive(fork)
 
 
 @pytest.mark.slow
