@@ -279,9 +279,6 @@ async def _look(
     if state.problem:
         problems.append(state.problem)
         return
-    if changed := [one for one in await compare(connection) if not one.unknown]:
-        seen = some([one.seen for one in changed])
-        problems.append(f"{seen}: run `tiger-db check` for the SQL that restores this")
     yield {"rows": await _rows(connection, sorted(metadata.tables))}
     ahead = await audit_months_ahead(connection)
     yield {"audit_months_ahead": ahead}
@@ -294,6 +291,9 @@ async def _look(
     problems += await _strays(connection)
     unreadable = await _unreadable(connection, ring) if ring is not None else []
     problems += unreadable
+    if changed := [one for one in await compare(connection) if not one.unknown]:
+        seen = some([one.seen for one in changed])
+        problems.append(f"{seen}: run `tiger-db check` for the SQL that restores this")
     yield {"ready": live and not unreadable}  # with what upkeep has missed, it serves all the same
 
 
