@@ -27,7 +27,7 @@ from tiger_db.crud.api_keys.text import KeyText, parse_key
 from tiger_db.database import Database, connect_directly
 from tiger_db.errors import AccessDenied, InvalidAPIKey, TigerDBError
 from tiger_db.models import APIKey, APIKeyScope
-from tiger_db.write_behind import LOST
+from tiger_db.sqlstates import LOST
 
 CHANNEL = "tiger_db_api_keys"
 HEARTBEAT = 0.2  # seconds between questions to the listening connection

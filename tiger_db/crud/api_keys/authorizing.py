@@ -18,6 +18,7 @@ from tiger_db.crud.common import FRESH, refuse_readonly
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, TigerAccount
 from tiger_db.peppers import Peppers
+from tiger_db.sqlstates import raw_errors
 from tiger_db.write_behind import WriteBehind, count_now
 
 if TYPE_CHECKING:
@@ -176,4 +177,5 @@ async def _connection(
     else:
         own = await (await session.connection()).get_raw_connection()
         assert own.driver_connection is not None
-        yield own.driver_connection
+        with raw_errors():
+            yield own.driver_connection
