@@ -299,6 +299,72 @@ async def test_0007_finds_the_lines_of_keys_and_adds_up_their_counts(
         assert await rows(engine, COUNTS) == counts
 
 
+# 0008
+
+UNLEASED = text("""
+INSERT INTO token_statuses (id, tiger_account_id, status, trigger, retry_count, max_retries,
+    fencing_token, worker, lease_expires_at, details)
+SELECT gen_random_uuid(), id, cast(:status AS token_refresh_status), 'manual', 1, 3, 7, :worker,
+    cast(:lease AS timestamptz), cast(:details AS jsonb)
+FROM tiger_accounts WHERE account_number = cast(:number AS text)
+""")
+REFRESHES = text("""
+SELECT account_number, t.status::text, worker, lease_expires_at, retry_count, details
+FROM token_statuses t JOIN tiger_accounts a ON a.id = tiger_account_id
+""")
+LEASED = "ck_token_statuses_in_progress_is_leased"
+
+
+@pytest.mark.slow
+async def test_0008_puts_refreshes_back_that_nothing_could_claim(empty_database: Settings) -> None:
+    lease = datetime(2030, 1, 1, tzinfo=UTC)
+    stored: dict[str, tuple[str, str | None, datetime | None, str | None]] = {
+        "no lease": ("in_progress", "w", None, None),
+        "no worker": ("in_progress", None, lease, '{"a": 1}'),
+        "neither": ("in_progress", None, None, None),
+        "claimed": ("in_progress", "w", lease, None),
+        "failed": ("failed", None, None, None),
+    }
+
+    async def rows(engine: AsyncEngine) -> dict[str, tuple[Any, ...]]:
+        async with engine.connect() as connection:
+            return {row[0]: tuple(row[1:]) for row in await connection.execute(REFRESHES)}
+
+    async with migration_engine(empty_database) as engine:
+        await upgrade(engine, "0001")
+        async with engine.begin() as connection:
+            for number, (status, worker, until, details) in stored.items():
+                account = {"number": number, "status": "active", "is_default": False}
+                await connection.execute(ACCOUNT_AT_0001, account)
+                values = {"status": status, "worker": worker, "lease": until, "details": details}
+                await connection.execute(UNLEASED, values | {"number": number})
+        for _ in range(2):
+            await upgrade(engine)
+            assert await drift(engine) == []
+            after = await rows(engine)
+            assert after == {
+                "no lease": ("pending", None, None, 2, {"answer_lost": True}),
+                "no worker": ("pending", None, None, 2, {"a": 1, "answer_lost": True}),
+                "neither": ("pending", None, None, 2, {"answer_lost": True}),
+                "claimed": ("in_progress", "w", lease, 1, None),
+                "failed": ("failed", None, None, 1, None),
+            }
+            await downgrade(engine, "0005")
+            assert await rows(engine) == after
+        # As if the validation had been cut off: then all of it runs again.
+
+        async with engine.begin() as connection:
+            await connection.execute(
+                text(f"ALTER TABLE token_statuses ADD CONSTRAINT {LEASED} CHECK (true) NOT VALID")
+            )
+        await upgrade(engine)
+        assert await drift(engine) == []
+        async with engine.connect() as connection:
+            assert await connection.scalar(
+                text(f"SELECT convalidated FROM pg_constraint WHERE conname = '{LEASED}'")
+            )
+
+
 def undated(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {number: {**row, "updated_at": None} for number, row in rows.items()}
 

@@ -18,7 +18,7 @@ from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
 from tiger_db.database import connect
-from tiger_db.errors import DatabaseUnavailable, ScopeMissing
+from tiger_db.errors import AlreadyExists, DatabaseUnavailable, ScopeMissing
 from tiger_db.models import APIKeyScope
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -274,7 +274,7 @@ async def test_an_event_that_cannot_be_stored_spoils_no_other(
         )
     refused = [outcome for outcome in outcomes if outcome is not None]
     assert len(refused) == 1
-    assert isinstance(refused[0], asyncpg.UniqueViolationError)
+    assert isinstance(refused[0], AlreadyExists)
     rows = await other.fetch("SELECT error_message FROM audit_logs WHERE error_message IS NOT NULL")
     assert sorted(int(row[0]) for row in rows) == [*range(9)]
 

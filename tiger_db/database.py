@@ -29,30 +29,20 @@ from tiger_db.errors import (
     InvalidState,
     OutcomeUnknown,
     QueryTimeout,
-    TigerDBError,
 )
 from tiger_db.migrations import schema_state
 from tiger_db.peppers import Peppers
 from tiger_db.places import Address
 from tiger_db.settings import ConnectArgs, Settings
 from tiger_db.signing import generate_signing_key, parse_signing_key
+from tiger_db.sqlstates import LOST, READ_ONLY, error_type
 from tiger_db.standbys import Standbys
 from tiger_db.statements import connection_class, watch
-from tiger_db.write_behind import LOST, WriteBehind
+from tiger_db.write_behind import WriteBehind
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 _APART = 4  # connections at most, beside the pool's, for what is written apart from sessions
-# SQLSTATEs, whole or by class, of a server that is gone, going, full or not letting us in.
-# https://www.postgresql.org/docs/current/errcodes-appendix.html
-_UNAVAILABLE = ("08", "25P03", "25P04", "28", "3D000", "53300", "57P0")
-_READ_ONLY = "25006"
-_BY_SQLSTATE: dict[str, type[TigerDBError]] = {
-    "40001": Conflict,  # a serialization failure, or a standby's conflict with what it replays
-    "40P01": Conflict,  # a deadlock
-    "55P03": Conflict,  # a lock that was not to be had in time
-    "57014": QueryTimeout,
-}
 _ABSENT = (*LOST, TimeoutError, asyncpg.CannotConnectNowError)  # another host may do
 _REFUSED = (*_ABSENT, ValueError, asyncpg.PostgresError)
 # Seconds before a transaction is run again, doubled each time: at most, and half of it at least.
@@ -160,14 +150,15 @@ def _engine(
         if not isinstance(error, Exception):
             return  # a cancelled task, say: the connection is given up, but not for lost
         state = getattr(error, "sqlstate", None) or ""
-        if state in _BY_SQLSTATE:
-            raise _BY_SQLSTATE[state](_reason(error)) from None
-        if state == _READ_ONLY and _is_readonly(context.connection):
+        kind = error_type(state)
+        if kind is Conflict or kind is QueryTimeout:
+            raise kind(_reason(error)) from None
+        if state == READ_ONLY and _is_readonly(context.connection):
             raise InvalidState("a readonly session cannot write") from None
         lost = isinstance(error, OSError) or isinstance(
             error.__cause__, asyncpg.InternalClientError
         )
-        if lost or context.is_disconnect or state.startswith((*_UNAVAILABLE, _READ_ONLY)):
+        if lost or context.is_disconnect or kind is DatabaseUnavailable:
             # Also what was a primary and takes no writes any more; the pool's others are no better.
             context.is_disconnect = True
             place = replica or settings.place

@@ -29,6 +29,7 @@ from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionE
 from tiger_db.migrations import MONTHS_AHEAD, schema_state
 from tiger_db.models import TigerAccount, metadata
 from tiger_db.settings import Settings
+from tiger_db.sqlstates import raw_errors
 
 _IDENTITY = """
 SELECT (system_identifier, pg_is_in_recovery(), oid)::text
@@ -240,7 +241,8 @@ async def _check_pooler(settings: Settings) -> None:
     for open_one in (connect, connect_directly):
         connection = await open_one(settings)
         try:
-            found.append(await connection.fetchval(_IDENTITY))
+            with raw_errors():
+                found.append(await connection.fetchval(_IDENTITY))
         finally:
             connection.terminate()
     if found[0] != found[1]:

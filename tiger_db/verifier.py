@@ -34,7 +34,7 @@ from tiger_db.database import Database, connect_directly
 from tiger_db.declared import compare
 from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch, TigerDBError
 from tiger_db.models import APIKey, APIKeyScope
-from tiger_db.write_behind import LOST
+from tiger_db.sqlstates import LOST
 
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # whose changes are heard of

@@ -23,9 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from tiger_db.errors import DatabaseUnavailable, TigerDBError
 from tiger_db.models import AuditLog
 from tiger_db.models.audit_rows import copy_events
+from tiger_db.sqlstates import LOST, raw_errors
 
-# What asyncpg raises when the server goes away; the last is its state machine, surprised by that.
-LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 SECONDS = 1.0  # for which counts are collected
 _HOUR = 3600  # seconds
 
@@ -263,21 +262,19 @@ async def plain_connection(
 
     Raises:
         DatabaseUnavailable: there is none, or it was lost.
+        Conflict, QueryTimeout, StatementRefused: see `raw_errors`.
     """
     try:
-        async with engine.connect() as connection:
-            raw = (await connection.get_raw_connection()).driver_connection
-            assert raw is not None
-            try:
-                yield raw
-            except TimeoutError:
-                raise  # closed now, it would not cancel what it sent
-            except (*LOST, asyncpg.ReadOnlySQLTransactionError):  # it is no primary any more
-                await connection.invalidate()
-                raise
-    except (*LOST, PoolTimeoutError) as error:
+        with raw_errors():
+            async with engine.connect() as connection:
+                raw = (await connection.get_raw_connection()).driver_connection
+                assert raw is not None
+                try:
+                    yield raw
+                except TimeoutError:
+                    raise  # closed now, it would not cancel what it sent
+                except (*LOST, asyncpg.ReadOnlySQLTransactionError):  # it is no primary any more
+                    await connection.invalidate()
+                    raise
+    except PoolTimeoutError as error:
         raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
-    except asyncpg.PostgresError as error:
-        if (error.sqlstate or "").startswith(("08", "25006", "57P0", "57014")):
-            raise DatabaseUnavailable(f"lost the database: {error.sqlstate}") from None
-        raise

@@ -26,6 +26,7 @@ from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, TigerAccount
 from tiger_db.models.audit_rows import copy_events
 from tiger_db.peppers import Peppers
+from tiger_db.sqlstates import raw_errors
 from tiger_db.write_behind import WriteBehind, count_now
 
 if TYPE_CHECKING:
@@ -222,4 +223,5 @@ async def _connection(
     else:
         own = await (await session.connection()).get_raw_connection()
         assert own.driver_connection is not None
-        yield own.driver_connection
+        with raw_errors():
+            yield own.driver_connection
