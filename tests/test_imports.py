@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"encryption", "errors", "peppers", "places", "signing"},
     "tls": {"settings", "errors"},
     "migration_locks": {"errors"},
-    "migrations": {"models", "errors", "migration_locks"},
+    "migrations": {"models", "errors", "migration_locks", "settings"},
 }
 
 

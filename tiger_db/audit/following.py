@@ -91,7 +91,7 @@ async def _told(database: Database) -> AsyncIterator[asyncio.Event]:
         yield news
         return
     try:
-        await connection.add_listener(CHANNEL, lambda *_: news.set())
+        await connection.add_listener(database.settings.channel(CHANNEL), lambda *_: news.set())
         yield news
     finally:
         connection.terminate()
