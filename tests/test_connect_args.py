@@ -239,11 +239,11 @@ def test_a_time_limit_of_queries_is_never_none_by_rounding(
 
 
 def test_a_url_s_connect_timeout_application_name_and_options_win() -> None:
-    url = "postgresql://h/d?connect_timeout=2.5&application_name=mine&options=-csearch_path%3Dx"
+    url = "postgresql://h/d?connect_timeout=2.5&application_name=mine&options=-cgeqo%3Doff"
     arguments = Settings(database_url=url).connect_args()
     assert arguments["timeout"] == 2.5
     server = arguments["server_settings"]
-    assert (server["application_name"], server["options"]) == ("mine", "-csearch_path=x")
+    assert (server["application_name"], server["options"]) == ("mine", "-cgeqo=off")
     assert server["timezone"] == "UTC"
 
 
@@ -308,6 +308,8 @@ def test_behind_a_pooler_a_session_of_the_server_keeps_nothing() -> None:
     assert unlimited.connect_args()["command_timeout"] is None
     message = refused(database_url="postgresql://h/d?options=-cx%3D1", db_pooler="pgbouncer")
     assert message.startswith("DATABASE_URL: options")
+    message = refused(database_url="postgresql://h/d?options=-csearch_path%3Dx")
+    assert message == "DATABASE_URL: options must not set search_path: use DB_SCHEMA"
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"encryption", "errors", "peppers", "places", "signing"},
     "tls": {"settings", "errors"},
     "migration_locks": {"errors"},
-    "declared": {"models"},
-    "migrations": {"models", "errors", "declared", "migration_locks"},
+    "declared": {"models", "settings"},
+    "migrations": {"models", "errors", "declared", "migration_locks", "settings"},
 }
 
 

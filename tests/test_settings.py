@@ -29,6 +29,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DB_PORT": ("6432", 6432),
     "DB_REPLICA_HOSTS": ("s1.example,[::1]:6433", "s1.example,[::1]:6433"),
     "DB_NAME": ("tiger one", "tiger one"),
+    "DB_SCHEMA": ('Tiger "one"', 'Tiger "one"'),
     "DB_USER": ("tiger", "tiger"),
     "DB_PASSWORD": (" p@ss%20/#?é ", " p@ss%20/#?é "),
     "DB_POOL_SIZE": ("7", 7),
@@ -114,6 +115,7 @@ BAD = {
     "DB_HOST": ["\udcff", "h1,,h2", "h1,", "h1:0", "h1:65536,h2"],
     "DB_REPLICA_HOSTS": ["h1,,h2", "h1:0", "h1"],  # the last without a primary
     "DB_NAME": ["\udcff"],
+    "DB_SCHEMA": ["pg_temp", "pg_x", "information_schema", "$user", "a" * 64, "é" * 32, "\udcff"],
     "DB_USER": ["\udcff"],
     "AUDIT_RETENTION_MONTHS": ["0", "-1", "1201", "1.5", "ever"],
 }
@@ -127,9 +129,15 @@ def test_a_bad_value_is_one_line_that_names_the_variable(
     assert name in refused()
 
 
-SHOWN = {"DB_HOST", "DB_DIRECT_HOST", "DB_NAME", "DB_REPLICA_HOSTS", "DB_USER", "TIGER_DB_HOME"} | {
-    n for n in VARIABLES if "_SSL_" in n
-}
+SHOWN = {
+    "DB_HOST",
+    "DB_DIRECT_HOST",
+    "DB_NAME",
+    "DB_REPLICA_HOSTS",
+    "DB_SCHEMA",
+    "DB_USER",
+    "TIGER_DB_HOME",
+} | {n for n in VARIABLES if "_SSL_" in n}
 
 
 @pytest.mark.parametrize("name", VARIABLES)

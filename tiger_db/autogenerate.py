@@ -74,7 +74,7 @@ def _compare_triggers(context: AutogenContext, ops: UpgradeOps, _schemas: Iterab
             text(
                 "SELECT relname FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid"
                 " WHERE tgname = 'set_updated_at'"
-                " AND relnamespace = current_schema()::regnamespace"
+                " AND relnamespace = quote_ident(current_schema())::regnamespace"
             )
         )
     )

@@ -30,7 +30,7 @@ from tiger_db.errors import (
     OutcomeUnknown,
     QueryTimeout,
 )
-from tiger_db.migrations import schema_state
+from tiger_db.migrations import SCHEMA_OPTION, schema_state
 from tiger_db.peppers import Peppers
 from tiger_db.places import Address
 from tiger_db.settings import ConnectArgs, Settings
@@ -139,6 +139,7 @@ def _engine(
             # Behind a pooler, who knows which server session has prepared what.
             **({"prepared_statement_cache_size": 0} if settings.pooled else {}),
         },
+        execution_options={SCHEMA_OPTION: settings.db_schema},
         echo=settings.db_debug,
         hide_parameters=True,
         **options,
@@ -330,7 +331,8 @@ class Database:
 
         Raises:
             DatabaseUnavailable: it cannot be reached.
-            SchemaMismatch: its schema is missing, or older or newer than this code.
+            SchemaMismatch: its schema is missing, or older or newer than this code, or sessions do
+                not find the one of `DB_SCHEMA`, because a pooler dropped their search path.
         """
         if self._checked:
             return

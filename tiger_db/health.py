@@ -26,7 +26,7 @@ from tiger_db.database import (
 from tiger_db.declared import compare
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
-from tiger_db.migrations import MONTHS_AHEAD, schema_state
+from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
 from tiger_db.models import TigerAccount, metadata
 from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
@@ -231,22 +231,25 @@ def _unverified(settings: Settings) -> list[str]:
 
 
 async def _check_pooler(settings: Settings) -> None:
-    """Make sure that the pooler and the way past it lead to the same database.
+    """Make sure that the pooler and the way past it lead to the same database and schema.
 
     Raises:
-        ConfigurationError: they do not.
+        ConfigurationError: they lead to different databases.
+        SchemaMismatch: the sessions behind the pooler do not use the schema of `DB_SCHEMA`.
         DatabaseUnavailable: one of them leads nowhere.
     """
-    found = []
+    found, paths = [], []
     for open_one in (connect, connect_directly):
         connection = await open_one(settings)
         try:
             with raw_errors():
                 found.append(await connection.fetchval(_IDENTITY))
+                paths.append(SearchPath(*await connection.fetchrow(SEARCH_PATH)))
         finally:
             connection.terminate()
     if found[0] != found[1]:
         raise ConfigurationError("DB_DIRECT_HOST is another server than the one behind the pooler")
+    paths[0].check(settings.db_schema)
 
 
 async def _look(

@@ -498,7 +498,9 @@ class RefreshWorker:
                 try:
                     gone = asyncio.Event()
                     connection.add_termination_listener(lambda _, gone=gone: gone.set())
-                    await connection.add_listener(CHANNEL, lambda *_: self._news.set())
+                    await connection.add_listener(
+                        self.database.settings.channel(CHANNEL), lambda *_: self._news.set()
+                    )
                     self._news.set()  # for what came before
                     await gone.wait()
                 finally:

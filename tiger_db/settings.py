@@ -1,5 +1,6 @@
 """What the environment says. Nothing is read before a `Settings()` is made."""
 
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -87,10 +88,25 @@ def _iso_date(value: object) -> object:
     raise ValueError("must be a date such as 2027-01-31")
 
 
+def _schema_name(value: str) -> str:
+    """Allow what PostgreSQL allows: any text of 63 bytes but the names that it keeps for itself."""
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8 text") from None
+    if size > _LONGEST_NAME:
+        raise ValueError(f"must have {_LONGEST_NAME} bytes at most")
+    if value.startswith("pg_") or value in ("information_schema", "$user"):
+        raise ValueError("is a name that PostgreSQL keeps for itself")
+    return value
+
+
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_path_without_nul)]
 SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
+_LONGEST_NAME = 63  # bytes
 _GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
+DEFAULT_SCHEMA = "public"
 # What PgBouncer takes at the start of a session, and keeps apart for each of its clients.
 _POOLED_SETTINGS = ("application_name", "timezone")
 # Tried where DATABASE_URL names no host. asyncpg by itself would read PGHOST first.
@@ -117,6 +133,7 @@ class Settings(BaseSettings):
     db_host: Text | None = None
     db_port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
     db_name: Text = "tiger_db"
+    db_schema: Annotated[Text, AfterValidator(_schema_name)] = DEFAULT_SCHEMA
     db_user: Text = "tiger_db"
     db_password: SecretText | None = None
 
@@ -170,6 +187,8 @@ class Settings(BaseSettings):
         url = self.url
         if url is not None and self.pooled and "options" in url.parameters:
             raise ValueError("DATABASE_URL: options are not for DB_POOLER: use ALTER ROLE")
+        if url is not None and "search_path" in url.parameters.get("options", ""):
+            raise ValueError("DATABASE_URL: options must not set search_path: use DB_SCHEMA")
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
@@ -234,6 +253,21 @@ class Settings(BaseSettings):
         """The name of the database."""
         url = self.url
         return (url and (url.database or url.user)) or self.db_name
+
+    @property
+    def search_path(self) -> str:
+        """The search path of every session: see the function `search_path`."""
+        return search_path(self.db_schema)
+
+    def channel(self, name: str) -> str:
+        """The NOTIFY channel of this name in `DB_SCHEMA`.
+
+        In `public` it is the name itself, as in releases without `DB_SCHEMA`. Elsewhere a digest
+        follows, because the longest schema names leave no room in a channel's 63 bytes.
+        """
+        if self.db_schema == DEFAULT_SCHEMA:
+            return name
+        return f"{name}_{hashlib.sha256(self.db_schema.encode()).hexdigest()[:16]}"
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -367,6 +401,8 @@ class Settings(BaseSettings):
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
             "timezone": "UTC",
+            # Of the packet that starts a session: it overrides ALTER ROLE and ALTER DATABASE.
+            "search_path": self.search_path,
         }
 
     def key_ring(self) -> KeyRing | None:
@@ -407,6 +443,20 @@ class Settings(BaseSettings):
         except ConfigurationError as error:
             given = name if getattr(self, field) is not None else f"{name}_FILE"
             raise ConfigurationError(f"{given}: {error}") from None
+
+
+def quote_identifier(name: str) -> str:
+    """A name as SQL has it between double quotes."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def search_path(schema: str) -> str:
+    """The search path that leads to a schema, after pg_catalog and before temporary objects.
+
+    PostgreSQL searches pg_catalog first where the path does not name it. It would search pg_temp
+    even before that, so the path names it last.
+    """
+    return f"{quote_identifier(schema)}, pg_temp"
 
 
 def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | None:

@@ -312,7 +312,8 @@ class KeyVerifier:
         self, connection: "asyncpg.Connection[asyncpg.Record]", listening: asyncio.Event
     ) -> None:
         connection.add_termination_listener(lambda _: self._forget())
-        await connection.add_listener(CHANNEL, self._changed)
+        channel = self.database.settings.channel(CHANNEL)
+        await connection.add_listener(channel, self._changed)
         self._forget()  # what was read before
         while True:
             sent = time.monotonic()

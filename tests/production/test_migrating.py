@@ -315,7 +315,8 @@ def test_the_script_for_psql_ends_where_migrate_does(
         url = url_of(target)
         script = cli.ok("migrate", "--sql", DATABASE_URL=url)
         assert script.err == ""
-        assert script.out.startswith("BEGIN;\n\nSET LOCAL lock_timeout")
+        pinned = 'SET search_path = "public", pg_temp;\n\n'
+        assert script.out.startswith(f"{pinned}BEGIN;\n\nSET LOCAL lock_timeout")
         assert ("CREATE TABLE alembic_version" in script.out) == (begin == "empty")
         psql = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", url]
         subprocess.run(psql, input=script.out, check=True, text=True, capture_output=True)

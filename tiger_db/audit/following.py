@@ -92,8 +92,9 @@ async def _told(database: Database) -> AsyncIterator[asyncio.Event]:
         yield news
         return
     try:
+        channel = database.settings.channel(CHANNEL)
         with raw_errors():
-            await connection.add_listener(CHANNEL, lambda *_: news.set())
+            await connection.add_listener(channel, lambda *_: news.set())
         yield news
     finally:
         connection.terminate()

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tiger_db.database import migration_engine
 from tiger_db.doctor import server, tables
 from tiger_db.doctor.findings import Finding, Found, checked
-from tiger_db.errors import TigerDBError
+from tiger_db.errors import SchemaMismatch, TigerDBError
 from tiger_db.health import explain
 from tiger_db.migrations import schema_state
 from tiger_db.settings import Settings
@@ -37,6 +37,7 @@ async def doctor(settings: Settings) -> list[Finding]:
         async with migration_engine(settings) as engine, engine.connect() as connection:
             for name, check in server.CHECKS.items():
                 findings.append(await checked(connection, name, check))
+            findings.append(await server.search_path(connection, settings))
             findings.append(schema := await checked(connection, "schema", _schema))
             if schema.status == "ok":
                 for name, check in tables.CHECKS.items():
@@ -49,8 +50,10 @@ async def doctor(settings: Settings) -> list[Finding]:
 
 
 async def _schema(connection: AsyncConnection) -> Found:
-    state = await schema_state(connection)
-    if state.problem is None:
-        return "ok", f"revision {state.current}, the newest", None
-    seen, _, advice = state.problem.partition(": ")
-    return "problem", seen, advice
+    try:
+        state = await schema_state(connection)
+        state.check()
+    except SchemaMismatch as mismatch:
+        seen, _, advice = str(mismatch).partition(": ")
+        return "problem", seen, advice
+    return "ok", f"revision {state.current}, the newest", None
