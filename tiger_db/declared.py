@@ -111,10 +111,11 @@ _TRIGGERS = (
         f"FOR EACH STATEMENT {_REFUSE}",
     ),
 )
-# By signature, the rest as `pg_get_functiondef` prints it; {schema} is the name of the schema.
+# By signature, the rest as `pg_get_functiondef` prints it; {schema} is the schema's name.
 FUNCTIONS = {
     "end_auto_suspension()": """ RETURNS trigger
  LANGUAGE plpgsql
+ SET search_path TO {schema}, 'pg_temp'
 AS $function$
 BEGIN
     NEW.auto_suspended := false;
@@ -124,6 +125,7 @@ $function$
 """,
     "make_audit_months(ahead integer)": """ RETURNS integer
  LANGUAGE plpgsql
+ SET search_path TO {schema}, 'pg_temp'
 AS $function$
 DECLARE
     this_month timestamp := date_trunc('month', now() AT TIME ZONE 'UTC');
@@ -134,7 +136,8 @@ DECLARE
     strays boolean;
     month timestamp;
 BEGIN
-    PERFORM pg_advisory_xact_lock(hashtext('make_audit_months'));
+    PERFORM pg_advisory_xact_lock(hashtext(
+        concat('make_audit_months', nullif(current_schema(), 'public'))));
     missing := ARRAY(SELECT m
         FROM generate_series(this_month, this_month + make_interval(months => ahead), '1 month')
         AS m WHERE to_regclass('audit_logs_' || to_char(m, 'YYYY_MM')) IS NULL);
@@ -168,6 +171,7 @@ $function$
 """,
     "make_audit_partition(month timestamp without time zone)": """ RETURNS void
  LANGUAGE plpgsql
+ SET search_path TO {schema}, 'pg_temp'
 AS $function$
 DECLARE
     partition text := 'audit_logs_' || to_char(month, 'YYYY_MM');
@@ -184,14 +188,18 @@ $function$
 """,
     "notify_api_key_change()": """ RETURNS trigger
  LANGUAGE plpgsql
+ SET search_path TO {schema}, 'pg_temp'
 AS $function$
+DECLARE
+    channel CONSTANT text := concat('tiger_db_api_keys', '_' || left(encode(sha256(convert_to(
+        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
-        PERFORM pg_notify('tiger_db_api_keys', 'all');
+        PERFORM pg_notify(channel, 'all');
     ELSIF TG_TABLE_NAME = 'api_keys' THEN
-        PERFORM pg_notify('tiger_db_api_keys', 'key ' || OLD.id);
+        PERFORM pg_notify(channel, 'key ' || OLD.id);
     ELSE
-        PERFORM pg_notify('tiger_db_api_keys', 'account ' || OLD.id);
+        PERFORM pg_notify(channel, 'account ' || OLD.id);
     END IF;
     RETURN NULL;
 END
@@ -199,10 +207,14 @@ $function$
 """,
     "notify_audit_event()": """ RETURNS trigger
  LANGUAGE plpgsql
+ SET search_path TO {schema}, 'pg_temp'
 AS $function$
+DECLARE
+    channel CONSTANT text := concat('tiger_db_audit_logs', '_' || left(encode(sha256(convert_to(
+        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
-    IF pg_try_advisory_xact_lock(hashtext('tiger_db_audit_logs')) THEN
-        PERFORM pg_notify('tiger_db_audit_logs', '');
+    IF pg_try_advisory_xact_lock(hashtext(channel)) THEN
+        PERFORM pg_notify(channel, '');
     END IF;
     RETURN NULL;
 END
@@ -210,15 +222,20 @@ $function$
 """,
     "notify_refresh()": """ RETURNS trigger
  LANGUAGE plpgsql
+ SET search_path TO {schema}, 'pg_temp'
 AS $function$
+DECLARE
+    channel CONSTANT text := concat('tiger_db_refreshes', '_' || left(encode(sha256(convert_to(
+        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
-    PERFORM pg_notify('tiger_db_refreshes', '');
+    PERFORM pg_notify(channel, '');
     RETURN NULL;
 END
 $function$
 """,
     "refuse_audit_change()": """ RETURNS trigger
  LANGUAGE plpgsql
+ SET search_path TO {schema}, 'pg_temp'
 AS $function$
 BEGIN
     RAISE EXCEPTION '% is append-only: % is refused', TG_TABLE_NAME, TG_OP
@@ -229,6 +246,7 @@ $function$
 """,
     "set_updated_at()": """ RETURNS trigger
  LANGUAGE plpgsql
+ SET search_path TO {schema}, 'pg_temp'
 AS $function$
 BEGIN
     NEW.updated_at := now();
@@ -239,18 +257,20 @@ $function$
     "uuid7_floor(at timestamp with time zone)": """ RETURNS uuid
  LANGUAGE sql
  IMMUTABLE PARALLEL SAFE STRICT
-AS $function$
-    SELECT rpad(lpad(to_hex(milliseconds), 12, '0'), 32, '0')::uuid
-    FROM CAST(floor(least(greatest(extract(epoch FROM at) * 1000, 0), 281474976710655)) AS bigint)
-        AS milliseconds
-$function$
+BEGIN ATOMIC
+ SELECT (rpad(lpad(to_hex(milliseconds.milliseconds), 12, '0'::text), 32, '0'::text))::uuid AS rpad
+    FROM CAST((floor(LEAST(GREATEST((EXTRACT(epoch FROM uuid7_floor.at) * (1000)::numeric), \
+(0)::numeric), ('281474976710655'::bigint)::numeric)))::bigint AS bigint) \
+milliseconds(milliseconds);
+END
 """,
     "uuid7_time(id uuid)": """ RETURNS timestamp with time zone
  LANGUAGE sql
  IMMUTABLE PARALLEL SAFE STRICT
-AS $function$
-    SELECT to_timestamp(('x' || left(replace(id::text, '-', ''), 12))::bit(48)::bigint / 1000.0)
-$function$
+BEGIN ATOMIC
+ SELECT to_timestamp((((((('x'::text || "left"(replace((id)::text, '-'::text, ''::text), 12)))\
+::bit(48))::bigint)::numeric / 1000.0))::double precision) AS to_timestamp;
+END
 """,
 }
 
@@ -356,9 +376,10 @@ async def compare(connection: AsyncConnection) -> list[Difference]:
 
 
 def _compare_functions(schema: str, found: Iterable[Row[Any]]) -> Iterator[Difference]:
+    quoted = "'" + schema.replace("'", "''") + "'"
     definitions = {row.signature: row.definition.partition("\n")[2] for row in found}
     for signature, declared in FUNCTIONS.items():
-        definition, expected = definitions.get(signature), declared.replace("{schema}", schema)
+        definition, expected = definitions.get(signature), declared.replace("{schema}", quoted)
         if definition == expected:
             continue
         name = signature.partition("(")[0]

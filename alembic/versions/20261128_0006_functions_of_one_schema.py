@@ -19,16 +19,17 @@ depends_on = None
 PIN = "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 KEEP = "SET search_path FROM CURRENT"
 
+MONTHS_LOCK = """
+        concat('make_audit_months', nullif(current_schema(), 'public'))"""
 # A channel's name has 63 bytes at most, as a schema's has.
-CHANNEL = (
-    "concat('{}', '_' || left(encode(sha256(convert_to("
-    "nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16))"
-)
-MONTHS_LOCK = "concat('make_audit_months', nullif(current_schema(), 'public'))"
+DECLARE = """DECLARE
+    channel CONSTANT text := concat('{}', '_' || left(encode(sha256(convert_to(
+        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+"""
 
 NOTIFY_API_KEY_CHANGE = """
 CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
-BEGIN
+{declare}BEGIN
     IF TG_OP = 'TRUNCATE' THEN
         PERFORM pg_notify({channel}, 'all');
     ELSIF TG_TABLE_NAME = 'api_keys' THEN
@@ -45,7 +46,7 @@ $$
 # commit that notifies waits for every other one that does. Who follows looks again anyway.
 NOTIFY_AUDIT_EVENT = """
 CREATE OR REPLACE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
-BEGIN
+{declare}BEGIN
     IF pg_try_advisory_xact_lock(hashtext({channel})) THEN
         PERFORM pg_notify({channel}, '');
     END IF;
@@ -56,7 +57,7 @@ $$
 
 NOTIFY_REFRESH = """
 CREATE OR REPLACE FUNCTION notify_refresh() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
-BEGIN
+{declare}BEGIN
     PERFORM pg_notify({channel}, '');
     RETURN NULL;
 END
@@ -143,7 +144,8 @@ SAME = (
 def upgrade() -> None:
     op.execute(PIN)
     for channel, function in NOTIFYING.items():
-        op.execute(function.format(keep=KEEP, channel=CHANNEL.format(channel)))
+        declare = DECLARE.format(channel)
+        op.execute(function.format(keep=KEEP, declare=declare, channel="channel"))
     op.execute(MAKE_AUDIT_MONTHS.format(keep=KEEP, lock=MONTHS_LOCK))
     for function in (UUID7_FLOOR, UUID7_TIME):
         op.execute(function.format(begin="BEGIN ATOMIC", end=";\nEND"))
@@ -158,4 +160,4 @@ def downgrade() -> None:
         op.execute(function.format(begin="AS $$", end="\n$$"))
     op.execute(MAKE_AUDIT_MONTHS.format(keep="", lock="'make_audit_months'"))
     for channel, function in NOTIFYING.items():
-        op.execute(function.format(keep="", channel=f"'{channel}'"))
+        op.execute(function.format(keep="", declare="", channel=f"'{channel}'"))
