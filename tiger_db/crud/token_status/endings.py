@@ -47,7 +47,7 @@ from tiger_db.redaction import redact
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 BACKOFF = timedelta(seconds=30)
 
-_LOST = "the refresh ended without a recorded outcome: the account may have another token now"
+_LOST = "the answer was lost with its worker, or cannot be stored: maybe with a new token"
 _LONGEST_MESSAGE = 10_000  # characters
 _LONGEST_SECRET = 2_000  # characters of a message that may be the rest of a secret that was cut
 _EVENT = AuditAction.TOKEN_REFRESH
