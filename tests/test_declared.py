@@ -11,12 +11,13 @@ from tiger_db.database import connect, migration_engine
 from tiger_db.declared import Difference, compare
 from tiger_db.doctor import Finding, doctor
 from tiger_db.health import health
-from tiger_db.migrations import drift
+from tiger_db.migrations import drift, upgrade
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PARTITION = "audit_logs_default"
 BODY = "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
-EMPTY = f"CREATE OR REPLACE FUNCTION notify_api_key_change() {BODY}"
+PINNED = BODY.replace(" AS ", " SET search_path = public, pg_temp AS ")
+EMPTY = f"CREATE OR REPLACE FUNCTION notify_api_key_change() {PINNED}"
 SQL_BODY = "SELECT '00000000-0000-0000-0000-000000000000'::uuid"
 FLOOR = "uuid7_floor(at timestamptz) RETURNS uuid LANGUAGE sql IMMUTABLE PARALLEL SAFE STRICT"
 # What is done, the tables that it concerns, and how it is told.
@@ -57,8 +58,12 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_update;"
     "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_delete;"
     "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_truncate": (KEYS, '"RI_ConstraintTrigger_'),
-    EMPTY: (KEY_TABLES, "has `BEGIN RETURN NULL; END` and lacks `BEGIN`"),
-    f"CREATE OR REPLACE FUNCTION {FLOOR} AS $$ {SQL_BODY} $$": (TRAIL, f"has `{SQL_BODY}`"),
+    EMPTY: (KEY_TABLES, "has `BEGIN RETURN NULL; END` and lacks `DECLARE`"),
+    "ALTER FUNCTION set_updated_at() RESET search_path": (
+        STAMPED,
+        "lacks `SET search_path TO 'public', 'pg_temp'`",
+    ),
+    f"CREATE OR REPLACE FUNCTION {FLOOR} AS $$ {SQL_BODY} $$": (TRAIL, "lacks `BEGIN ATOMIC`"),
     f"CREATE OR REPLACE FUNCTION {FLOOR} RETURN (SELECT gen_random_uuid())": (
         TRAIL,
         "has `RETURN (SELECT gen_random_uuid() AS gen_random_uuid)`",
@@ -235,11 +240,9 @@ async def test_somebody_elses_search_path_and_functions_fool_nobody(
     assert "EXECUTE FUNCTION evil.notify_api_key_change()" in found.seen
 
 
-@pytest.mark.schema_changes
-async def test_it_works_in_a_schema_of_any_name(
-    clone_settings: Settings, other: Connection
-) -> None:
-    await other.execute('ALTER SCHEMA public RENAME TO "My ""Own"""; CREATE SCHEMA public')
-    async with migration_engine(clone_settings) as engine, engine.connect() as connection:
-        await connection.exec_driver_sql('SET search_path = "My ""Own""", public')
-        assert await compare(connection) == []
+@pytest.mark.parametrize("schema", ['My "Own"', "it's", "a\\b, c"])
+async def test_it_works_in_a_schema_of_any_name(empty_database: Settings, schema: str) -> None:
+    settings = empty_database.model_copy(update={"db_schema": schema})
+    async with migration_engine(settings) as engine:
+        await upgrade(engine)
+    assert await differences(settings) == []

@@ -276,7 +276,7 @@ def test_what_somebody_changed_is_told_with_the_sql_that_restores_it(
         clone_settings,
         "ALTER TABLE api_keys DISABLE TRIGGER notify_update",
         "CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql"
-        " SECURITY DEFINER AS 'BEGIN RETURN NULL; END'",
+        " SECURITY DEFINER SET search_path = public, pg_temp AS 'BEGIN RETURN NULL; END'",
         "ALTER TABLE audit_logs ENABLE ROW LEVEL SECURITY",
     )
     ill = cli("check")
@@ -286,7 +286,7 @@ def test_what_somebody_changed_is_told_with_the_sql_that_restores_it(
     assert [line.partition(":")[0] for line in lines] == [
         (
             "function notify_api_key_change (of api_keys, tiger_accounts) has `SECURITY DEFINER`"
-            " and lacks `BEGIN`"
+            " and lacks `DECLARE`"
         ),
         "row security of audit_logs is enabled",
         "trigger notify_update on api_keys is disabled",

@@ -47,7 +47,7 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
         await factories.account(session)
         await factories.api_key(session)
     findings = await doctor(clone_settings)
-    assert len({finding.check for finding in findings}) == len(findings) == 17
+    assert len({finding.check for finding in findings}) == len(findings) == 19
     assert {f.status for f in findings if f.check not in SHARED} == {"ok"}, findings
     assert all(finding.advice is None for finding in findings if finding.status == "ok")
     by_check = {finding.check: finding.seen for finding in findings}
@@ -330,7 +330,7 @@ async def test_what_a_role_may_not_see_is_said(clone: Database, guest: Settings)
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
         findings = {finding.check: finding for finding in await doctor(guest)}
-    assert len(findings) == 17
+    assert len(findings) == 19
     assert {f.status for f in findings.values()} == {"ok", "warning"}, findings
     assert "hidden from this role" in findings["longest transaction"].seen
     assert findings["longest transaction"].advice == "to see them, GRANT pg_monitor TO this role"
