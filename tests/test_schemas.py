@@ -86,7 +86,7 @@ async def test_any_schema_that_postgresql_allows_will_do(
     assert (inside > 50, outside) == (True, 0)
     async with migration_engine(settings) as engine:
         assert await drift(engine) == []
-    async with Database(settings) as database, KeyVerifier(database) as verifier:
+    async with Database(settings) as database, KeyVerifier(database, memory=True) as verifier:
         async with database.session() as session:
             account = await factories.account(session)
             await crud.accounts.set_default_trading_account(session, account.id)
@@ -363,7 +363,7 @@ async def test_keys_that_one_removes_are_still_remembered_by_the_other(
             key, raw_key = await factories.api_key(session)
             keys.append(key)
             raw_keys.append(raw_key)
-    async with KeyVerifier(two[0]) as one, KeyVerifier(two[1]) as another:
+    async with KeyVerifier(two[0], memory=True) as one, KeyVerifier(two[1], memory=True) as another:
         await one.authorize(raw_keys[0])
         await another.authorize(raw_keys[1])
         changes = another._changes
