@@ -7,7 +7,8 @@ from sqlalchemy import Connection
 from alembic import context
 from tiger_db.autogenerate import OPTIONS
 from tiger_db.database import migration_engine
-from tiger_db.settings import Settings
+from tiger_db.migrations import make_schema, preamble
+from tiger_db.settings import DEFAULT_SCHEMA, Settings
 
 
 def run(connection: Connection) -> None:
@@ -18,6 +19,7 @@ def run(connection: Connection) -> None:
 
 async def connect_and_run() -> None:
     async with migration_engine(Settings()) as engine, engine.connect() as connection:
+        await connection.run_sync(make_schema)
         await connection.run_sync(run)
 
 
@@ -29,6 +31,11 @@ if context.is_offline_mode():
         literal_binds=True,
         **OPTIONS,
     )
+    if "connection" not in context.config.attributes:  # else tiger_db writes this itself
+        schema = Settings().db_schema
+        context.get_context().impl.static_output(
+            preamble(schema, create=schema != DEFAULT_SCHEMA).strip()
+        )
     with context.begin_transaction():
         context.run_migrations()
 elif context.config.attributes.get("connection") is not None:

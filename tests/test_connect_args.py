@@ -3,7 +3,8 @@
 import asyncio
 import os
 import ssl
-from collections.abc import Iterator
+import struct
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from tests.support import servers
 from tests.support.refused_settings import SECRET, refused
 from tiger_db.database import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
+from tiger_db.places import SSLMode
 from tiger_db.settings import Settings
 
 
@@ -237,11 +239,11 @@ def test_a_time_limit_of_queries_is_never_none_by_rounding(
 
 
 def test_a_url_s_connect_timeout_application_name_and_options_win() -> None:
-    url = "postgresql://h/d?connect_timeout=2.5&application_name=mine&options=-csearch_path%3Dx"
+    url = "postgresql://h/d?connect_timeout=2.5&application_name=mine&options=-cgeqo%3Doff"
     arguments = Settings(database_url=url).connect_args()
     assert arguments["timeout"] == 2.5
     server = arguments["server_settings"]
-    assert (server["application_name"], server["options"]) == ("mine", "-csearch_path=x")
+    assert (server["application_name"], server["options"]) == ("mine", "-cgeqo=off")
     assert server["timezone"] == "UTC"
 
 
@@ -306,6 +308,8 @@ def test_behind_a_pooler_a_session_of_the_server_keeps_nothing() -> None:
     assert unlimited.connect_args()["command_timeout"] is None
     message = refused(database_url="postgresql://h/d?options=-cx%3D1", db_pooler="pgbouncer")
     assert message.startswith("DATABASE_URL: options")
+    message = refused(database_url="postgresql://h/d?options=-csearch_path%3Dx")
+    assert message == "DATABASE_URL: options must not set search_path: use DB_SCHEMA"
 
 
 @pytest.mark.parametrize(
@@ -363,6 +367,62 @@ def test_a_client_s_certificate_and_key_go_together() -> None:
     dsn = Settings(db_host="h", db_ssl_mode="require", db_ssl_cert="/c", db_ssl_key="/k")
     query = parse_qs(urlsplit(dsn.connect_args()["dsn"]).query)
     assert query == {"sslmode": ["require"], "sslcert": ["/c"], "sslkey": ["/k"]}
+
+
+# A false server, which asks for the password in clear
+
+
+@pytest.fixture
+async def false_server() -> AsyncIterator[tuple[int, list[bytes]]]:
+    """Its port, and all that its clients have sent."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answer = {80877103: b"N", 196608: b"R" + struct.pack("!ll", 8, 3)}  # no TLS; your password
+        try:
+            while True:
+                (length,) = struct.unpack("!l", await reader.readexactly(4))
+                message = await reader.readexactly(length - 4)
+                seen.append(message)
+                code = struct.unpack("!l", message[:4])[0]
+                writer.write(answer[code])
+                if code == 196608:
+                    seen.append(await reader.read(100))
+                    break
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1], seen
+
+
+@pytest.mark.parametrize("mode", SSLMode)
+async def test_in_production_no_password_leaves_in_clear(
+    false_server: tuple[int, list[bytes]], authority: Path, mode: str
+) -> None:
+    port, seen = false_server
+    host = "127.1"  # which leads here, and is none of this machine's for certain
+    tls = {"db_ssl_mode": mode, "db_ssl_ca": authority}
+    url = f"postgresql://u:{SECRET}@{host}:{port}/d"
+    for place in (
+        {"database_url": url},
+        {"db_host": host, "db_port": port},
+        {"db_host": "/nowhere", "db_direct_host": host, "db_direct_port": port},
+    ):
+        with pytest.raises((ConfigurationError, DatabaseUnavailable)):
+            chosen = Settings(environment="production", db_password=SECRET, **tls, **place)
+            await connect(chosen.directly())
+    copied = Settings(database_url=url, **tls).model_copy(update={"environment": "production"})
+    with pytest.raises((ConfigurationError, DatabaseUnavailable)):
+        await connect(copied)
+    assert not any(SECRET.encode() in message for message in seen)
+    assert bool(seen) == (mode == SSLMode.VERIFY_FULL)  # the others do not get as far
+    with pytest.raises(DatabaseUnavailable):
+        await connect(copied.model_copy(update={"db_allow_unverified_tls": True}))
+    told = any(SECRET.encode() in message for message in seen)
+    assert told == (mode in {SSLMode.DISABLE, SSLMode.ALLOW, SSLMode.PREFER})
 
 
 # A real server that asks for passwords

@@ -37,7 +37,7 @@ from tiger_db.encryption import (
     generate_key,
     key_id_of,
 )
-from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.errors import ConfigurationError, EncryptionError, InvalidValue
 from tiger_db.models.base import Entity
 from tiger_db.redaction import MASK
 
@@ -173,7 +173,7 @@ def test_a_ring_is_read_from_text() -> None:
     ],
 )
 def test_a_malformed_ring_is_an_error_that_shows_no_key(bad: str) -> None:
-    with pytest.raises(EncryptionError) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         KeyRing.parse(bad)
     shown = "".join(traceback.format_exception(caught.value))
     for part in bad.replace(",", ":").split(":"):
@@ -183,8 +183,14 @@ def test_a_malformed_ring_is_an_error_that_shows_no_key(bad: str) -> None:
 
 @given(st.text(max_size=60))
 def test_any_text_is_a_ring_or_an_error(anything: str) -> None:
-    with pytest.raises(EncryptionError):
+    with pytest.raises(ConfigurationError):
         KeyRing.parse(anything)
+
+
+@pytest.mark.parametrize("bad", ["", "k 1", "k" * 33, "k:1", "ключ"])
+def test_no_key_is_generated_under_a_bad_id(bad: str) -> None:
+    with pytest.raises(InvalidValue, match="a key id is"):
+        generate_key(bad)
 
 
 def test_a_ring_shows_only_ids() -> None:

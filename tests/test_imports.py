@@ -21,14 +21,24 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"encryption", "errors", "redaction", "tokens"},
     "peppers": {"encryption", "errors"},
     "signing": {"errors"},
-    "write_behind": {"models", "errors"},
-    "crud": {"models", "encryption", "errors", "redaction", "peppers", "write_behind"},
+    "sqlstates": {"errors"},
+    "write_behind": {"models", "errors", "sqlstates"},
+    "crud": {
+        "models",
+        "encryption",
+        "errors",
+        "redaction",
+        "peppers",
+        "sqlstates",
+        "write_behind",
+    },
     "statements": {"redaction"},
     "places": set(),
     "settings": {"encryption", "errors", "peppers", "places", "signing"},
     "tls": {"settings", "errors"},
     "migration_locks": {"errors"},
-    "migrations": {"models", "errors", "migration_locks"},
+    "declared": {"models", "settings"},
+    "migrations": {"models", "errors", "declared", "migration_locks", "settings"},
 }
 
 

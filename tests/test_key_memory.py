@@ -29,6 +29,7 @@ from tiger_db.errors import (
     APIKeyRevoked,
     DatabaseUnavailable,
     RateLimited,
+    SchemaMismatch,
     ScopeMissing,
 )
 from tiger_db.migrations import upgrade
@@ -45,7 +46,7 @@ WHERE datname = current_database() AND query = 'SELECT clock_timestamp()'
 
 @pytest.fixture
 async def listening(clone: Database) -> AsyncIterator[KeyVerifier]:
-    async with KeyVerifier(clone) as listening:
+    async with KeyVerifier(clone, memory=True) as listening:
         yield listening
 
 
@@ -276,6 +277,109 @@ async def test_without_the_listening_connection_the_database_answers(
         assert taken == []
 
 
+# Memory that nobody tells of changes
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ("DROP TRIGGER notify_update ON api_keys", "notify_update on api_keys is missing"),
+        ("ALTER TABLE api_keys DISABLE TRIGGER notify_update", "is disabled"),
+        ("ALTER TABLE tiger_accounts DISABLE TRIGGER USER", "is disabled"),
+        ("ALTER TABLE api_keys ENABLE REPLICA TRIGGER notify_update", "for replication only"),
+        (
+            (
+                "CREATE OR REPLACE TRIGGER notify_update AFTER UPDATE OF name ON api_keys"
+                " FOR EACH ROW EXECUTE FUNCTION notify_api_key_change()"
+            ),
+            "is another one",
+        ),
+        (
+            (
+                "CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger"
+                " LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+            ),
+            "function notify_api_key_change",
+        ),
+    ],
+)
+async def test_memory_needs_the_triggers_at_the_start(
+    clone: Database, other: Connection, change: str, seen: str
+) -> None:
+    _, raw_key = await make_key(clone)
+    await other.execute(change)
+    with pytest.raises(SchemaMismatch, match="run `tiger-db check`") as caught:
+        await KeyVerifier(clone, memory=True).__aenter__()
+    assert seen in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert await other.fetch(LISTENING) == []
+    async with KeyVerifier(clone) as asking:
+        assert await asking.verify(raw_key)
+
+
+@pytest.mark.schema_changes
+async def test_triggers_of_others_and_on_other_tables_are_no_reason_not_to_start(
+    clone: Database, other: Connection
+) -> None:
+    await other.execute("ALTER TABLE audit_logs DISABLE TRIGGER USER")
+    await other.execute(
+        "CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
+        "CREATE TRIGGER mine BEFORE UPDATE ON api_keys FOR EACH ROW EXECUTE FUNCTION mine()"
+    )
+    async with KeyVerifier(clone, memory=True) as listening:
+        assert listening._until > time.monotonic()
+
+
+def make_older(listening: KeyVerifier, seconds: float) -> None:
+    for known in listening._known.values():
+        known.read_at -= seconds
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize("table", ["api_keys", "tiger_accounts"])
+async def test_a_change_that_nobody_tells_of_is_honoured_within_a_minute(
+    clone: Database, listening: KeyVerifier, other: Connection, table: str
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+    _, raw_key = await make_key(clone, tiger_account_id=account.id)
+    assert await listening.verify(raw_key)
+    await other.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+    await other.execute(f"UPDATE {table} SET status = 'inactive'")
+    assert verifier.MAX_AGE == 60
+    make_older(listening, 30)
+    assert await listening.verify(raw_key)  # which a minute's trust costs
+    make_older(listening, 30)
+    assert await listening.verify(raw_key) is None
+    assert await listening.verify(raw_key) is None  # from memory now
+
+
+async def test_a_key_is_read_once_a_minute(clone: Database, listening: KeyVerifier) -> None:
+    _, raw_key = await make_key(clone)
+    assert await listening.verify(raw_key)
+    for _ in range(3):
+        make_older(listening, 60)
+        with checkouts(clone) as taken:
+            for _ in range(10):
+                assert await listening.verify(raw_key)
+        assert len(taken) == 1
+
+
+@pytest.mark.schema_changes
+async def test_memory_ends_with_what_keeps_it_current(
+    clone: Database, listening: KeyVerifier, other: Connection
+) -> None:
+    _, raw_key = await make_key(clone)
+    assert await listening.verify(raw_key)
+    assert listening._listener
+    listening._listener.cancel()
+    await asyncio.wait([listening._listener])
+    await other.execute("ALTER TABLE api_keys DISABLE TRIGGER USER")
+    await other.execute("UPDATE api_keys SET status = 'revoked'")
+    assert await listening.verify(raw_key) is None
+
+
 async def test_a_key_with_limits_is_asked_for_every_time(
     clone: Database, listening: KeyVerifier
 ) -> None:
@@ -290,7 +394,7 @@ async def test_a_key_with_limits_is_asked_for_every_time(
 
 @pytest.mark.slow
 async def test_a_flood_of_unknown_keys_drives_no_good_one_out(clone: Database) -> None:
-    async with KeyVerifier(clone, capacity=10) as listening:
+    async with KeyVerifier(clone, memory=True, capacity=10) as listening:
         key, raw_key = await make_key(clone)
         assert await listening.verify(raw_key)
 
@@ -307,7 +411,7 @@ async def test_a_flood_of_unknown_keys_drives_no_good_one_out(clone: Database) -
 
 
 async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> None:
-    async with KeyVerifier(clone, capacity=3) as listening:
+    async with KeyVerifier(clone, memory=True, capacity=3) as listening:
         keys = [await make_key(clone) for _ in range(4)]
         for number in (0, 1, 2, 0, 3):
             assert await listening.verify(keys[number][1])
@@ -457,7 +561,7 @@ async def test_a_restarted_server(
 ) -> None:
     told = Outcome()
     over = asyncio.Event()
-    async with Database(private) as database, KeyVerifier(database) as listening:
+    async with Database(private) as database, KeyVerifier(database, memory=True) as listening:
         good, good_key = await make_key(database)
         limited, limited_key = await make_key(database, rate_limit_per_day=1_000_000)
         revoked, revoked_key = await make_key(database)

@@ -212,6 +212,159 @@ async def test_0005_has_tokens_refreshed_an_hour_before_they_expire(
         assert await functions(engine, "notify_refresh") == 2
 
 
+# 0007
+
+KEY_AT_0005 = text("""
+INSERT INTO api_keys (id, name, key_prefix, key_hash, status, scopes, usage_count, allowed_ips,
+    allowed_user_agents, tags)
+SELECT ('0190a000-0000-7000-8000-' || lpad(n::text, 12, '0'))::uuid, name, 'tdb_test_' || n, 'hash',
+    'active', '{mcp:read}', 0, '{}', '{}', '{}'
+FROM unnest(cast(:names AS text[])) WITH ORDINALITY AS key (name, n)
+""")
+ROTATED_AT_0005 = text("""
+INSERT INTO audit_logs (id, action, result, severity, api_key_id, new_values)
+SELECT gen_random_uuid(), 'api_key:rotate', 'success', 'low', k.id,
+    jsonb_build_object('successor', coalesce(s.id::text, :to))
+FROM api_keys AS k LEFT JOIN api_keys AS s ON s.name = :to WHERE k.name = :key
+""")
+COUNT_AT_0005 = text("""
+INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)
+SELECT id, '2026-11-28 12:00Z'::timestamptz - make_interval(hours => :hours_ago), :hour_count,
+    '2026-11-28 00:00Z'::timestamptz - make_interval(days => :days_ago), :day_count
+FROM api_keys WHERE name = :key
+""")
+LINES = """
+SELECT k.name, r.name AS root, s.name AS successor, k.root_id IS NULL AS first
+FROM api_keys AS k LEFT JOIN api_keys AS r ON r.id = k.root_id
+LEFT JOIN api_keys AS s ON s.id = k.successor_id
+"""
+COUNTS = """
+SELECT coalesce(k.name, 'gone') AS name, to_char(l.hour AT TIME ZONE 'UTC', 'DD HH24'),
+    l.hour_count, to_char(l.day AT TIME ZONE 'UTC', 'DD'), l.day_count
+FROM api_key_limits AS l LEFT JOIN api_keys AS k ON k.id = l.api_key_id
+"""
+
+
+@pytest.mark.slow
+async def test_0007_finds_the_lines_of_keys_and_adds_up_their_counts(
+    empty_database: Settings,
+) -> None:
+    async def rows(engine: AsyncEngine, query: str) -> set[tuple[Any, ...]]:
+        async with engine.connect() as connection:
+            return {tuple(row) for row in await connection.execute(text(query))}
+
+    async with migration_engine(empty_database) as engine:
+        await upgrade(engine, "0005")
+        async with engine.begin() as connection:
+            names = ["a", "b", "c", "d", "gone", "last", "alone", "x", "y"]
+            await connection.execute(KEY_AT_0005, {"names": names})
+            for key, successor in (
+                ("a", "b"), ("b", "c"), ("a", "d"),  # a was rotated twice
+                ("gone", "last"),
+                ("alone", "no id"), ("alone", ""),  # events that anybody may have written
+                ("x", "y"), ("y", "x"),
+            ):  # fmt: skip
+                await connection.execute(ROTATED_AT_0005, {"key": key, "to": successor})
+            for key, hours_ago, hour_count, days_ago, day_count in (
+                ("a", 3, 7, 0, 9), ("b", 0, 2, 0, 4), ("c", 0, 1, 0, 1), ("d", 30, 5, 1, 6),
+                ("last", 1, 3, 0, 5), ("alone", 0, 1, 0, 1),
+            ):  # fmt: skip
+                await connection.execute(
+                    COUNT_AT_0005,
+                    {
+                        "key": key, "hours_ago": hours_ago, "hour_count": hour_count,
+                        "days_ago": days_ago, "day_count": day_count,
+                    },
+                )  # fmt: skip
+            await connection.execute(text("DELETE FROM api_keys WHERE name = 'gone'"))
+        await upgrade(engine, "0007")
+        lines = {
+            ("a", None, "d", True), ("b", "a", "c", False), ("c", "a", None, False),
+            ("d", "a", None, False), ("last", None, None, False), ("alone", None, None, True),
+            ("x", None, "y", True), ("y", None, "x", True),
+        }  # fmt: skip
+        assert await rows(engine, LINES) == lines
+        counts = {
+            ("a", "28 12", 3, "28", 14), ("gone", "28 11", 3, "28", 5),
+            ("alone", "28 12", 1, "28", 1),
+        }  # fmt: skip
+        assert await rows(engine, COUNTS) == counts
+        await downgrade(engine, "0005")
+        assert await rows(engine, COUNTS) == {
+            ("d", "28 12", 3, "28", 14), ("last", "28 11", 3, "28", 5),
+            ("alone", "28 12", 1, "28", 1),
+        }  # fmt: skip
+        await upgrade(engine, "0007")
+        assert await rows(engine, LINES) == lines
+        assert await rows(engine, COUNTS) == counts
+
+
+# 0008
+
+UNLEASED = text("""
+INSERT INTO token_statuses (id, tiger_account_id, status, trigger, retry_count, max_retries,
+    fencing_token, worker, lease_expires_at, details)
+SELECT gen_random_uuid(), id, cast(:status AS token_refresh_status), 'manual', 1, 3, 7, :worker,
+    cast(:lease AS timestamptz), cast(:details AS jsonb)
+FROM tiger_accounts WHERE account_number = cast(:number AS text)
+""")
+REFRESHES = text("""
+SELECT account_number, t.status::text, worker, lease_expires_at, retry_count, details
+FROM token_statuses t JOIN tiger_accounts a ON a.id = tiger_account_id
+""")
+LEASED = "ck_token_statuses_in_progress_is_leased"
+
+
+@pytest.mark.slow
+async def test_0008_puts_refreshes_back_that_nothing_could_claim(empty_database: Settings) -> None:
+    lease = datetime(2030, 1, 1, tzinfo=UTC)
+    stored: dict[str, tuple[str, str | None, datetime | None, str | None]] = {
+        "no lease": ("in_progress", "w", None, None),
+        "no worker": ("in_progress", None, lease, '{"a": 1}'),
+        "neither": ("in_progress", None, None, None),
+        "claimed": ("in_progress", "w", lease, None),
+        "failed": ("failed", None, None, None),
+    }
+
+    async def rows(engine: AsyncEngine) -> dict[str, tuple[Any, ...]]:
+        async with engine.connect() as connection:
+            return {row[0]: tuple(row[1:]) for row in await connection.execute(REFRESHES)}
+
+    async with migration_engine(empty_database) as engine:
+        await upgrade(engine, "0001")
+        async with engine.begin() as connection:
+            for number, (status, worker, until, details) in stored.items():
+                account = {"number": number, "status": "active", "is_default": False}
+                await connection.execute(ACCOUNT_AT_0001, account)
+                values = {"status": status, "worker": worker, "lease": until, "details": details}
+                await connection.execute(UNLEASED, values | {"number": number})
+        for _ in range(2):
+            await upgrade(engine)
+            assert await drift(engine) == []
+            after = await rows(engine)
+            assert after == {
+                "no lease": ("pending", None, None, 2, {"answer_lost": True}),
+                "no worker": ("pending", None, None, 2, {"a": 1, "answer_lost": True}),
+                "neither": ("pending", None, None, 2, {"answer_lost": True}),
+                "claimed": ("in_progress", "w", lease, 1, None),
+                "failed": ("failed", None, None, 1, None),
+            }
+            await downgrade(engine, "0005")
+            assert await rows(engine) == after
+        # As if the validation had been cut off: then all of it runs again.
+
+        async with engine.begin() as connection:
+            await connection.execute(
+                text(f"ALTER TABLE token_statuses ADD CONSTRAINT {LEASED} CHECK (true) NOT VALID")
+            )
+        await upgrade(engine)
+        assert await drift(engine) == []
+        async with engine.connect() as connection:
+            assert await connection.scalar(
+                text(f"SELECT convalidated FROM pg_constraint WHERE conname = '{LEASED}'")
+            )
+
+
 def undated(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {number: {**row, "updated_at": None} for number, row in rows.items()}
 
@@ -282,7 +435,10 @@ async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> No
         ),
         ("ALTER TYPE audit_action ADD VALUE 'x:y'", "'x:y'"),
         ("CREATE TYPE extra AS ENUM ('a')", "extra"),
-        ("DROP TRIGGER set_updated_at ON api_keys", "add_trigger set_updated_at on api_keys"),
+        (
+            "DROP TRIGGER set_updated_at ON api_keys",
+            "trigger set_updated_at on api_keys is missing",
+        ),
         ("DROP TABLE api_key_usage", "add_table api_key_usage"),
         ("CREATE TABLE extra ()", "remove_table extra"),
     ],

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.servers import settings_for
+from tests.support.servers import PRODUCTION, settings_for
 from tiger_db import Database, Settings
 from tiger_db.encryption import generate_key
-from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.errors import ConfigurationError
 from tiger_db.peppers import Peppers
 
 FIRST, SECOND = bytes(range(100, 132)), bytes(range(200, 232))
@@ -86,7 +86,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("bad", MALFORMED)
 def test_malformed_peppers_are_an_error_that_shows_none(bad: str) -> None:
-    with pytest.raises(EncryptionError) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         Peppers.parse(bad)
     assert "\n" not in str(caught.value)
     shown = "".join(traceback.format_exception(caught.value))
@@ -96,13 +96,13 @@ def test_malformed_peppers_are_an_error_that_shows_none(bad: str) -> None:
 
 @given(st.text(max_size=60))
 def test_any_text_is_refused_as_peppers(anything: str) -> None:
-    with pytest.raises(EncryptionError):
+    with pytest.raises(ConfigurationError):
         Peppers.parse(anything)
 
 
 def test_peppers_are_checked_however_they_are_made() -> None:
     for bad in ({}, {"p1": FIRST[:-1]}, {"p 1": FIRST}, {"": FIRST}):
-        with pytest.raises(EncryptionError):
+        with pytest.raises(ConfigurationError):
             Peppers(bad)
 
 
@@ -156,8 +156,19 @@ def test_malformed_settings_are_named_and_not_shown(server_url: str, bad: str) -
         assert len(part) < 8 or part[:8] not in shown
 
 
+@pytest.mark.parametrize("bad", MALFORMED)
+def test_a_malformed_file_is_named_and_not_shown(server_url: str, tmp_path: Path, bad: str) -> None:
+    file = tmp_path / "peppers"
+    file.write_text(bad, encoding="utf-8")
+    good = settings_for(server_url, "postgres").model_dump()
+    good |= {"api_key_peppers": None, "api_key_peppers_file": file}
+    with pytest.raises(ConfigurationError, match=r"^API_KEY_PEPPERS_FILE: ") as caught:
+        Database(Settings(**good))
+    assert encoded(FIRST)[:8] not in "".join(traceback.format_exception(caught.value))
+
+
 def test_production_needs_them(server_url: str) -> None:
-    values = settings_for(server_url, "postgres").model_dump() | {"environment": "production"}
+    values = settings_for(server_url, "postgres").model_dump() | PRODUCTION
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
         Database(Settings(**values | {"api_key_peppers": None}))
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):

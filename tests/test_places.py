@@ -147,7 +147,9 @@ def test_an_address_as_text_names_the_host_and_ends_with_the_port(host: str, por
         assert parse_hosts("DB_HOST", text, 1) == ((host, port),)
 
 
-@pytest.mark.parametrize("host", ["", "/run", "localhost", "LOCALHOST", "127.1.2.3", "::1"])
+@pytest.mark.parametrize(
+    "host", ["", "/run", "localhost", "LOCALHOST", "127.1.2.3", "::1", "::ffff:127.0.0.1"]
+)
 def test_a_local_address_is_told(host: str) -> None:
     assert Address(host).is_local
 

@@ -60,6 +60,7 @@ def test_python_prints_what_its_comments_say(code: str, environ: dict[str, str])
 
 
 @pytest.mark.slow
+@pytest.mark.schema_changes  # one installs tiger_db in another schema
 @pytest.mark.parametrize("code", SHELL[1:])
 def test_commands_succeed(code: str, environ: dict[str, str], tmp_path: Path) -> None:
     for command in code.splitlines():

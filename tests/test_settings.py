@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from base64 import b64decode, b64encode
+from datetime import date
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -27,6 +29,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DB_PORT": ("6432", 6432),
     "DB_REPLICA_HOSTS": ("s1.example,[::1]:6433", "s1.example,[::1]:6433"),
     "DB_NAME": ("tiger one", "tiger one"),
+    "DB_SCHEMA": ('Tiger "one"', 'Tiger "one"'),
     "DB_USER": ("tiger", "tiger"),
     "DB_PASSWORD": (" p@ss%20/#?é ", " p@ss%20/#?é "),
     "DB_POOL_SIZE": ("7", 7),
@@ -40,6 +43,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DB_SSL_CERT": ("/etc/ssl/a b.crt", Path("/etc/ssl/a b.crt")),
     "DB_SSL_KEY": ("/etc/ssl/a b.key", Path("/etc/ssl/a b.key")),
     "DB_SSL_CA": ("/etc/ssl/ca.crt", Path("/etc/ssl/ca.crt")),
+    "DB_ALLOW_UNVERIFIED_TLS": ("true", True),
     "ENVIRONMENT": ("Staging", "staging"),
     "DB_DEBUG": ("true", True),
     "DB_CONNECT_TIMEOUT": ("3", 3.0),
@@ -52,6 +56,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "ENCRYPTION_KEYS_FILE": ("/run/secrets/keys", Path("/run/secrets/keys")),
     "API_KEY_PEPPERS": ("p1:abc", "p1:abc"),
     "API_KEY_PEPPERS_FILE": ("/run/secrets/peppers", Path("/run/secrets/peppers")),
+    "API_KEYS_ALLOW_UNPEPPERED_UNTIL": ("2027-01-31", date(2027, 1, 31)),
     "AUDIT_SIGNING_KEY": ("abc", "abc"),
     "AUDIT_SIGNING_KEY_FILE": ("/run/secrets/seal", Path("/run/secrets/seal")),
     "AUDIT_RETENTION_MONTHS": ("84", 84),
@@ -110,6 +115,7 @@ BAD = {
     "DB_HOST": ["\udcff", "h1,,h2", "h1,", "h1:0", "h1:65536,h2"],
     "DB_REPLICA_HOSTS": ["h1,,h2", "h1:0", "h1"],  # the last without a primary
     "DB_NAME": ["\udcff"],
+    "DB_SCHEMA": ["pg_temp", "pg_x", "information_schema", "$user", "a" * 64, "é" * 32, "\udcff"],
     "DB_USER": ["\udcff"],
     "AUDIT_RETENTION_MONTHS": ["0", "-1", "1201", "1.5", "ever"],
 }
@@ -123,9 +129,15 @@ def test_a_bad_value_is_one_line_that_names_the_variable(
     assert name in refused()
 
 
-SHOWN = {"DB_HOST", "DB_DIRECT_HOST", "DB_NAME", "DB_REPLICA_HOSTS", "DB_USER", "TIGER_DB_HOME"} | {
-    n for n in VARIABLES if "_SSL_" in n
-}
+SHOWN = {
+    "DB_HOST",
+    "DB_DIRECT_HOST",
+    "DB_NAME",
+    "DB_REPLICA_HOSTS",
+    "DB_SCHEMA",
+    "DB_USER",
+    "TIGER_DB_HOME",
+} | {n for n in VARIABLES if "_SSL_" in n}
 
 
 @pytest.mark.parametrize("name", VARIABLES)
@@ -206,7 +218,7 @@ def test_a_file_of_variables_is_not_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_production_needs_a_server_of_its_own() -> None:
     assert "DB_HOST or DATABASE_URL is required" in refused(environment="PRODUCTION")
-    assert Settings(environment="production", db_host="h").production
+    assert Settings(environment="production", db_host="localhost").production
 
 
 @pytest.mark.parametrize("environment", ["development", "test", "testing", "staging"])
@@ -217,12 +229,101 @@ def test_nothing_else_is_production(environment: str) -> None:
 
 
 def test_production_needs_encryption_keys() -> None:
-    chosen = Settings(environment="production", db_host="h")
+    chosen = Settings(environment="production", db_host="localhost")
     for use in (chosen.key_ring, lambda: Database(chosen)):
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS or ENCRYPTION_KEYS_FILE"):
             use()
     with_keys = chosen.model_copy(update={"encryption_keys": SecretStr(generate_key("k7"))})
     assert str(with_keys.key_ring()) == "KeyRing(k7)"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "soon", "0", "1800000000", "20270131", "2027-W04-7", "2027-1-31", "2027-02-30",
+        "31.01.2027", "2027-01-31T00:00:00", "2027-01-31Z", "\uff12027-01-31", "2027-01-31 x",
+        "true", SECRET, 20270131, True,
+    ],
+)  # fmt: skip
+def test_a_day_that_is_none_is_named(bad: object) -> None:
+    message = refused(api_keys_allow_unpeppered_until=bad)
+    assert message == "API_KEYS_ALLOW_UNPEPPERED_UNTIL: must be a date such as 2027-01-31"
+
+
+WEAK = [None, *(mode for mode in SSLMode if mode != SSLMode.VERIFY_FULL)]
+
+
+def elsewhere(host: str) -> dict[str, dict[str, str]]:
+    """Each way to name a host, by the variable that does."""
+    local = {"db_host": "localhost"}
+    return {
+        "DB_HOST": {"db_host": f"localhost,{host}"},
+        "DATABASE_URL": {"database_url": f"postgresql://u:{SECRET}@localhost,{host}/d"},
+        "DB_DIRECT_HOST": {**local, "db_direct_host": host.strip("[]")},
+        "DB_REPLICA_HOSTS": {**local, "db_replica_hosts": f"localhost,{host}"},
+    }
+
+
+@pytest.mark.parametrize("mode", WEAK)
+@pytest.mark.parametrize(
+    "host", ["db.example", "10.1.2.3", "[fd00::1]", "[::ffff:10.1.2.3]", "127.1", "0.0.0.0"]
+)
+def test_in_production_a_server_elsewhere_has_to_prove_who_it_is(
+    host: str, mode: str | None
+) -> None:
+    """Each name counts that is not this machine's for certain, whatever it resolves to."""
+    production = {"environment": "production", "db_password": SECRET}
+    for name, place in elsewhere(host).items():
+        told = refused(**production, **place, db_ssl_mode=mode, db_ssl_ca="/ca.crt")
+        assert told.startswith(
+            f"DB_SSL_MODE must be verify-full when ENVIRONMENT=production and {name} names"
+        )
+        assert "DB_ALLOW_UNVERIFIED_TLS=true" in told
+        assert SECRET not in told
+        for allowed in (
+            {**production, "db_ssl_mode": "verify-full"},
+            {**production, "db_ssl_mode": mode, "db_allow_unverified_tls": True},
+            {"environment": "staging", "db_ssl_mode": mode},
+        ):
+            assert Settings(**allowed, **place).connect_args()
+
+
+@pytest.mark.parametrize("mode", WEAK[1:])
+def test_the_mode_in_the_url_is_the_one_that_counts(mode: str) -> None:
+    given = {"environment": "production", "db_ssl_mode": "verify-full"}
+    url = f"postgresql://u:{SECRET}@db.example/d?sslrootcert=/ca.crt&sslmode="
+    told = refused(**given, database_url=url + mode)
+    assert told.startswith("DATABASE_URL: sslmode must be verify-full")
+    assert SECRET not in told
+    assert Settings(**given | {"db_ssl_mode": mode}, database_url=f"{url}verify-full")
+
+
+@pytest.mark.parametrize("query", ["host=db.example", "host=localhost,db.example", "port=1"])
+def test_a_host_in_the_query_counts_as_one_before_it(query: str) -> None:
+    url = f"postgresql://{'db.example' if 'host' not in query else 'localhost'}/d?{query}"
+    assert "verify-full" in refused(environment="production", database_url=url)
+    # libpq would connect there, and verify the certificate of `host`.
+    url = "postgresql://localhost/d?hostaddr=10.1.2.3"
+    assert "unknown parameter: hostaddr" in refused(environment="production", database_url=url)
+
+
+def test_a_certificate_of_ours_says_nothing_of_the_server() -> None:
+    certificate = {"db_ssl_mode": "require", "db_ssl_cert": "/c", "db_ssl_key": "/k"}
+    told = refused(environment="production", db_host="db.example", **certificate)
+    assert told.startswith("DB_SSL_MODE must be verify-full")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "[::1]", "[::ffff:127.0.0.1]", "%2Frun"],
+)
+@pytest.mark.parametrize("mode", WEAK)
+def test_on_this_machine_a_server_need_not_prove_who_it_is(host: str, mode: str | None) -> None:
+    given = {"environment": "production", "db_ssl_mode": mode}
+    plain = unquote(host.strip("[]"))
+    assert Settings(**given, database_url=f"postgresql://u@{host}:5432/d").connect_args()
+    assert Settings(**given, db_host=plain, db_direct_host=plain).directly().connect_args()
+    assert Settings(**given, database_url="postgresql:///d").connect_args()
 
 
 # Files
@@ -234,6 +335,16 @@ def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
     assert str(Settings(encryption_keys_file=path).key_ring()) == "KeyRing(k1, k2)"
 
 
+def test_a_file_of_keys_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    keys = [generate_key(f"k{number}") for number in range(25_000)]
+    path.write_text(",".join(keys))
+    assert path.stat().st_size > 1_000_000
+    ring = Settings(encryption_keys_file=path).key_ring()
+    assert ring is not None
+    assert len(ring.key_ids) == len(keys)
+
+
 def test_a_signing_key_is_read_from_either_and_needed_by_none(tmp_path: Path) -> None:
     text = generate_signing_key()
     path = tmp_path / "key"
@@ -243,7 +354,7 @@ def test_a_signing_key_is_read_from_either_and_needed_by_none(tmp_path: Path) ->
     assert of_file is not None
     assert of_text is not None
     assert of_file.private_bytes_raw() == of_text.private_bytes_raw() == b64decode(text)
-    assert Settings(environment="production", db_host="h").signing_key() is None
+    assert Settings(environment="production", db_host="localhost").signing_key() is None
 
 
 @pytest.mark.parametrize("text", ["", SECRET, "AAAA", b64encode(bytes(33)).decode()])
@@ -252,16 +363,20 @@ def test_what_is_no_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigurationError) as caught:
         Settings(audit_signing_key_file=path).signing_key()
-    assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
+    assert str(caught.value) == "AUDIT_SIGNING_KEY_FILE: must be base64 of 32 bytes"
+    if text:
+        with pytest.raises(ConfigurationError) as caught:
+            Settings(audit_signing_key=text).signing_key()
+        assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (None, "ENCRYPTION_KEYS_FILE cannot be read: No such file"),
-        (b"", "ENCRYPTION_KEYS: key 1 is not id:base64"),
+        (b"", "ENCRYPTION_KEYS_FILE: key 1 is not id:base64"),
         (SECRET.encode() + b"\xff", "ENCRYPTION_KEYS_FILE cannot be read: it is not UTF-8"),
-        (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS: key 'k1' is not 32 bytes of base64"),
+        (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS_FILE: key 'k1' is not 32 bytes of base64"),
     ],
 )
 def test_a_file_that_holds_no_keys_is_an_error(

@@ -97,7 +97,7 @@ async def test_everything_asked_is_checked(
 
 
 async def test_no_answer_is_stale(clone: Database) -> None:
-    """Without a listening connection, each answer is that of the row as it is."""
+    """Without memory, each answer is that of the row as it is."""
     async with clone.session() as session:
         account = await factories.account(session)
     key, raw_key = await make_key(clone, tiger_account_id=account.id)
@@ -118,6 +118,43 @@ async def test_no_answer_is_stale(clone: Database) -> None:
     with pytest.raises(APIKeyRevoked):
         await verifier.authorize(raw_key)
     assert (await stored(clone, key)).status == APIKeyStatus.REVOKED
+
+
+async def test_a_call_takes_one_connection_and_starts_nothing(clone: Database) -> None:
+    _, raw_key = await make_key(clone)
+    tasks = asyncio.all_tasks()
+    async with KeyVerifier(clone) as verifier:
+        assert asyncio.all_tasks() == tasks
+        assert await verifier.verify(raw_key)
+        for _ in range(3):
+            with checkouts(clone) as taken:
+                assert await verifier.verify(raw_key)
+            assert len(taken) == 1
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize("change", ["DISABLE TRIGGER USER", "ENABLE REPLICA TRIGGER notify_update"])
+async def test_a_revocation_without_a_trigger_is_honoured_at_once(
+    clone: Database, change: str
+) -> None:
+    key, raw_key = await make_key(clone)
+    async with KeyVerifier(clone) as verifier:
+        assert await verifier.verify(raw_key)
+        async with clone.session() as session:
+            await session.execute(text(f"ALTER TABLE api_keys {change}"))
+            await session.execute(
+                text("UPDATE api_keys SET status = 'revoked' WHERE id = :id"), {"id": key.id}
+            )
+        with pytest.raises(APIKeyRevoked):
+            await verifier.authorize(raw_key)
+
+
+async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> None:
+    verifier = KeyVerifier(clone, capacity=3)
+    keys = [await make_key(clone) for _ in range(4)]
+    for number in (0, 1, 2, 0, 3):
+        assert await verifier.verify(keys[number][1])
+    assert {*verifier._digests} == {keys[n][0].id for n in (0, 2, 3)}
 
 
 async def test_nonsense_costs_no_statement(database: Database) -> None:

@@ -18,7 +18,7 @@ from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
 from tiger_db.database import connect
-from tiger_db.errors import DatabaseUnavailable, ScopeMissing
+from tiger_db.errors import AlreadyExists, DatabaseUnavailable, ScopeMissing
 from tiger_db.models import APIKeyScope
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -93,6 +93,20 @@ async def test_a_commit_that_nobody_confirmed(
     for key_id in (key.id, locked.id):
         assert await counts(other, key_id) == (15, 15)
     assert await other.fetchval("SELECT count(*) FROM api_key_batches") == 0
+
+
+async def test_counts_of_a_line_whose_keys_are_gone_are_deleted_in_time(
+    clone_settings: Settings, other: Connection
+) -> None:
+    ((key, _),) = await make_keys(clone_settings, 1)
+    await other.execute(
+        "INSERT INTO api_key_limits SELECT gen_random_uuid(), day, 1, day, 1"
+        " FROM unnest(ARRAY[now() - interval '29 days', now() - interval '31 days']) AS day"
+    )
+    async with Database(clone_settings) as database:
+        database.write_behind.count(key.id, time.time())
+    left = await other.fetch("SELECT now() - day < interval '30 days' FROM api_key_limits")
+    assert [row[0] for row in left] == [True]
 
 
 async def true_after(condition: Callable[[], bool]) -> bool:
@@ -260,7 +274,7 @@ async def test_an_event_that_cannot_be_stored_spoils_no_other(
         )
     refused = [outcome for outcome in outcomes if outcome is not None]
     assert len(refused) == 1
-    assert isinstance(refused[0], asyncpg.UniqueViolationError)
+    assert isinstance(refused[0], AlreadyExists)
     rows = await other.fetch("SELECT error_message FROM audit_logs WHERE error_message IS NOT NULL")
     assert sorted(int(row[0]) for row in rows) == [*range(9)]
 
@@ -327,7 +341,7 @@ async def with_the_default(raw_key):
             assert await crud.api_keys.verify_api_key(session, raw_key)
 
 async def interrupted(raw_key):
-    async with Database() as database, KeyVerifier(database) as verifier:
+    async with Database() as database, KeyVerifier(database, memory=True) as verifier:
         for _ in range(50):
             assert await verifier.verify(raw_key)
         raise KeyboardInterrupt

@@ -12,6 +12,7 @@ from alembic.util import DispatchPriority
 from sqlalchemy import text
 from sqlalchemy.types import TypeDecorator
 
+from tiger_db.declared import Trigger, updated_at_triggers
 from tiger_db.models import metadata
 
 _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")
@@ -44,25 +45,24 @@ def compare_server_default(
 
 
 class TriggerOp(ExecuteSQLOp):
-    """Have the database keep `updated_at` of a table."""
+    """Create or drop the trigger that keeps `updated_at` of a table."""
 
-    def __init__(self, table: str, *, create: bool = True) -> None:
-        self.table = table
+    def __init__(self, trigger: Trigger, *, create: bool = True) -> None:
+        self.trigger = trigger
         self.create = create
         super().__init__(
-            f"CREATE TRIGGER set_updated_at BEFORE UPDATE ON {table}"
-            " FOR EACH ROW EXECUTE FUNCTION set_updated_at()"
+            trigger.on(trigger.table)
             if create
-            else f"DROP TRIGGER set_updated_at ON {table}"
+            else f"DROP TRIGGER {trigger.name} ON {trigger.table}"
         )
 
     def reverse(self) -> "TriggerOp":
-        return TriggerOp(self.table, create=not self.create)
+        return TriggerOp(self.trigger, create=not self.create)
 
     def to_diff_tuple(self) -> tuple[str, str]:
         return (
             "add_trigger" if self.create else "remove_trigger",
-            f"set_updated_at on {self.table}",
+            f"{self.trigger.name} on {self.trigger.table}",
         )
 
 
@@ -74,15 +74,12 @@ def _compare_triggers(context: AutogenContext, ops: UpgradeOps, _schemas: Iterab
             text(
                 "SELECT relname FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid"
                 " WHERE tgname = 'set_updated_at'"
-                " AND relnamespace = current_schema()::regnamespace"
+                " AND relnamespace = quote_ident(current_schema())::regnamespace"
             )
         )
     )
-    ops.ops.extend(
-        TriggerOp(table.name)
-        for table in metadata.sorted_tables
-        if "updated_at" in table.c and table.name not in present
-    )
+    missing = [trigger for trigger in updated_at_triggers() if trigger.table not in present]
+    ops.ops.extend(map(TriggerOp, missing))
 
 
 OPTIONS: dict[str, Any] = {

@@ -26,34 +26,23 @@ from tiger_db.errors import (
     ConfigurationError,
     Conflict,
     DatabaseUnavailable,
-    EncryptionError,
     InvalidState,
     OutcomeUnknown,
     QueryTimeout,
-    TigerDBError,
 )
-from tiger_db.migrations import schema_state
+from tiger_db.migrations import SCHEMA_OPTION, schema_state
 from tiger_db.peppers import Peppers
 from tiger_db.places import Address
 from tiger_db.settings import ConnectArgs, Settings
 from tiger_db.signing import generate_signing_key, parse_signing_key
+from tiger_db.sqlstates import LOST, READ_ONLY, error_type
 from tiger_db.standbys import Standbys
 from tiger_db.statements import connection_class, watch
-from tiger_db.write_behind import LOST, WriteBehind
+from tiger_db.write_behind import WriteBehind
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 _APART = 4  # connections at most, beside the pool's, for what is written apart from sessions
-# SQLSTATEs, whole or by class, of a server that is gone, going, full or not letting us in.
-# https://www.postgresql.org/docs/current/errcodes-appendix.html
-_UNAVAILABLE = ("08", "25P03", "25P04", "28", "3D000", "53300", "57P0")
-_READ_ONLY = "25006"
-_BY_SQLSTATE: dict[str, type[TigerDBError]] = {
-    "40001": Conflict,  # a serialization failure, or a standby's conflict with what it replays
-    "40P01": Conflict,  # a deadlock
-    "55P03": Conflict,  # a lock that was not to be had in time
-    "57014": QueryTimeout,
-}
 _ABSENT = (*LOST, TimeoutError, asyncpg.CannotConnectNowError)  # another host may do
 _REFUSED = (*_ABSENT, ValueError, asyncpg.PostgresError)
 # Seconds before a transaction is run again, doubled each time: at most, and half of it at least.
@@ -150,6 +139,7 @@ def _engine(
             # Behind a pooler, who knows which server session has prepared what.
             **({"prepared_statement_cache_size": 0} if settings.pooled else {}),
         },
+        execution_options={SCHEMA_OPTION: settings.db_schema},
         echo=settings.db_debug,
         hide_parameters=True,
         **options,
@@ -161,14 +151,15 @@ def _engine(
         if not isinstance(error, Exception):
             return  # a cancelled task, say: the connection is given up, but not for lost
         state = getattr(error, "sqlstate", None) or ""
-        if state in _BY_SQLSTATE:
-            raise _BY_SQLSTATE[state](_reason(error)) from None
-        if state == _READ_ONLY and _is_readonly(context.connection):
+        kind = error_type(state)
+        if kind is Conflict or kind is QueryTimeout:
+            raise kind(_reason(error)) from None
+        if state == READ_ONLY and _is_readonly(context.connection):
             raise InvalidState("a readonly session cannot write") from None
         lost = isinstance(error, OSError) or isinstance(
             error.__cause__, asyncpg.InternalClientError
         )
-        if lost or context.is_disconnect or state.startswith((*_UNAVAILABLE, _READ_ONLY)):
+        if lost or context.is_disconnect or kind is DatabaseUnavailable:
             # Also what was a primary and takes no writes any more; the pool's others are no better.
             context.is_disconnect = True
             place = replica or settings.place
@@ -240,7 +231,7 @@ def _kept(
 
     try:
         return parse(embedded.kept_secret(settings, name, generate))
-    except EncryptionError as error:
+    except ConfigurationError as error:
         path = embedded.folder(settings) / name
         raise ConfigurationError(f"{path}: {error}: restore it") from None
 
@@ -310,6 +301,7 @@ class Database:
             "key_provider": key_provider or self.settings.key_ring(),
             "peppers": self.settings.peppers(),
             "key_environment": "live" if self.settings.production else "test",
+            "allow_unpeppered_until": self.settings.api_keys_allow_unpeppered_until,
             "write_behind": self.write_behind,
         }
         self.sessions = async_sessionmaker(
@@ -339,7 +331,8 @@ class Database:
 
         Raises:
             DatabaseUnavailable: it cannot be reached.
-            SchemaMismatch: its schema is missing, or older or newer than this code.
+            SchemaMismatch: its schema is missing, or older or newer than this code, or sessions do
+                not find the one of `DB_SCHEMA`, because a pooler dropped their search path.
         """
         if self._checked:
             return

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiger_db.errors import ConfigurationError, EmbeddedError
-from tiger_db.local_postgres import postmaster
+from tiger_db.local_postgres import postmaster, server_lock
 from tiger_db.local_postgres.folders import (
     known_folder,
     make_home,
@@ -99,7 +99,8 @@ def start(settings: Settings) -> EmbeddedServer:
 
     Raises:
         ConfigurationError: in production.
-        EmbeddedError: it cannot be started; the message names the folder.
+        EmbeddedError: it cannot be started, or another container or machine may be using the data;
+            the message names the folder.
     """
     _refuse_production(settings)
     if server := running(settings):
@@ -120,15 +121,15 @@ def stop(settings: Settings) -> bool:
     recognized; `pg_ctl stop` would signal whichever process has the recorded pid by then.
 
     Raises:
-        EmbeddedError: it did not stop.
+        EmbeddedError: it did not stop, or runs in another container.
     """
     wanted = wanted_folder(settings)
     with _explained(wanted):
         home = known_folder(wanted)
         if home is None or not (home / "lock").exists():
             return False
-        with _locked(home):
-            return postmaster.stop(home)
+        with _locked(home), server_lock.opened(home) as lock:
+            return postmaster.stop(home, lock)
 
 
 def running(settings: Settings) -> EmbeddedServer | None:
@@ -199,22 +200,24 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
     data, user = home / "data", server_user(home)
     if data.exists():
         _check_data(home, version)
-    if found := postmaster.settled(home):
-        return found
-    for leftover in home.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    programs = installed_programs(package, user) or copied_programs(
-        make_programs_folder(home), package, version
-    )
-    if not data.exists():
-        _make_data(home, programs, user)
-    socket_folder = make_socket_folder(home, user)
-    if postmaster.answers(socket_folder):  # the server that a killed process was just starting, or
-        if found := postmaster.settled(home):
+    with server_lock.opened(home) as lock:
+        if found := postmaster.settled(home, lock):
             return found
-        raise EmbeddedError(f"the server of another container or machine is using {data}")
-    postmaster.drop_stale_locks(home, socket_folder)
-    return _launch(home, programs, user, socket_folder)
+        for leftover in home.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        programs = installed_programs(package, user) or copied_programs(
+            make_programs_folder(home), package, version
+        )
+        if not data.exists():
+            _make_data(home, programs, user)
+        socket_folder = make_socket_folder(home, user)
+        if postmaster.answers(socket_folder):
+            raise EmbeddedError(f"another server listens in {socket_folder}: stop that one")
+        postmaster.drop_stale_locks(home, socket_folder, lock)
+        server_lock.record_start(lock)
+        found = _launch(home, programs, user, socket_folder, lock)
+        server_lock.record_server(lock, found.identity)
+        return found
 
 
 def _check_data(home: Path, version: str) -> None:
@@ -260,7 +263,7 @@ def _make_data(home: Path, programs: Path, user: User) -> None:
     sync_folder(home)
 
 
-def _launch(home: Path, programs: Path, user: User, socket_folder: Path) -> Postmaster:
+def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: int) -> Postmaster:
     log = home / "log"
     with open(log, "ab", opener=private_opener) as file:
         if os.geteuid() == 0:
@@ -275,10 +278,9 @@ def _launch(home: Path, programs: Path, user: User, socket_folder: Path) -> Post
     started = run(
         programs / "pg_ctl", "start", "--silent", "--wait", "--timeout", str(PATIENCE_SECONDS),
         "--pgdata=data", "--log=log", "--options", shlex.join(options),
-        home=home, user=user,
+        home=home, user=user, inherited=(lock,),
     )  # fmt: skip
-    # Where pg_ctl failed, the server of a killed process may have been faster.
-    if found := postmaster.settled(home):
+    if found := postmaster.accepting(home):
         return found
     why = reason(log.read_bytes()[past:].decode(errors="replace") or started.stderr)
     raise EmbeddedError(f"the embedded PostgreSQL in {home} did not start: {why}; see {log}")

@@ -25,13 +25,14 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from sqlalchemy import Dialect, LargeBinary
 from sqlalchemy.types import TypeDecorator
 
-from tiger_db.errors import EncryptionError
+from tiger_db.errors import ConfigurationError, EncryptionError, InvalidValue
 from tiger_db.redaction import MASK
 
 _VERSION = 1
 _NONCE = 12  # bytes; NIST SP 800-38D, 8.2.2: a random 96-bit nonce
 _TAG = 16  # bytes
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}", re.ASCII)
+_BAD_KEY_ID = "a key id is 1 to 32 letters, digits, '.', '_' or '-'"
 
 
 class KeyProvider(Protocol):
@@ -73,7 +74,7 @@ class KeyRing:
         """Read `id:base64-32-bytes[,id:…]`.
 
         Raises:
-            EncryptionError: malformed; the message never shows a key.
+            ConfigurationError: malformed; the message never shows a key.
         """
         return cls(parse_keys(text))
 
@@ -100,31 +101,32 @@ def parse_keys(text: str) -> dict[str, bytes]:
     """The keys in `id:base64-32-bytes[,id:…]`, in their order.
 
     Raises:
-        EncryptionError: malformed; the message never shows a key.
+        ConfigurationError: malformed; the message never shows a key.
     """
     keys: dict[str, bytes] = {}
     for number, item in enumerate(text.strip().split(","), start=1):
         key_id, colon, encoded = item.strip().partition(":")
         if not colon or not _KEY_ID.fullmatch(key_id):
-            raise EncryptionError(f"key {number} is not id:base64-32-bytes")
+            raise ConfigurationError(f"key {number} is not id:base64-32-bytes")
         if key_id in keys:
-            raise EncryptionError(f"key id {key_id!r} is given twice")
+            raise ConfigurationError(f"key id {key_id!r} is given twice")
         try:
             keys[key_id] = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError):
-            raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64") from None
+            raise ConfigurationError(f"key {key_id!r} is not 32 bytes of base64") from None
     check_keys(keys)
     return keys
 
 
 def check_keys(keys: Mapping[str, bytes]) -> None:
-    """Raise EncryptionError unless there is a key, and each has a good id and 32 bytes."""
+    """Raise ConfigurationError unless there is a key, and each has a good id and 32 bytes."""
     if not keys:
-        raise EncryptionError("no key is given")
+        raise ConfigurationError("no key is given")
     for key_id, key in keys.items():
-        header_of(key_id)
+        if not _KEY_ID.fullmatch(key_id):
+            raise ConfigurationError(_BAD_KEY_ID)
         if len(key) != 32:  # noqa: PLR2004  # AES-256, HMAC-SHA256
-            raise EncryptionError(f"key {key_id!r} is not 32 bytes of base64")
+            raise ConfigurationError(f"key {key_id!r} is not 32 bytes of base64")
 
 
 def encrypt(provider: KeyProvider, text: str, place: str) -> bytes:
@@ -162,7 +164,7 @@ def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> b
 def header_of(key_id: str) -> bytes:
     """What every ciphertext under this key starts with, and no other does."""
     if not _KEY_ID.fullmatch(key_id):
-        raise EncryptionError("a key id is 1 to 32 letters, digits, '.', '_' or '-'")
+        raise EncryptionError(_BAD_KEY_ID)
     return bytes([_VERSION, len(key_id)]) + key_id.encode("ascii")
 
 
@@ -175,9 +177,10 @@ def generate_key(key_id: str = "k1") -> str:
     """A new random key in the form that `ENCRYPTION_KEYS` takes.
 
     Raises:
-        EncryptionError: the id has characters that it may not have.
+        InvalidValue: the id is too long, or has characters that it may not have.
     """
-    header_of(key_id)
+    if not _KEY_ID.fullmatch(key_id):
+        raise InvalidValue(_BAD_KEY_ID)
     return f"{key_id}:{base64.b64encode(os.urandom(32)).decode('ascii')}"
 
 

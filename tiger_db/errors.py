@@ -30,6 +30,10 @@ class Conflict(TigerDBError):
     """Other transactions were in the way, nothing was saved: the whole of it may be run again."""
 
 
+class StatementRefused(TigerDBError):
+    """The database refused a statement, for want of a right, for one."""
+
+
 class SchemaMismatch(TigerDBError):
     """The database's schema is not the one this version of tiger_db needs."""
 

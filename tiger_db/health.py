@@ -23,16 +23,19 @@ from tiger_db.database import (
     kept_key_ring,
     migration_engine,
 )
+from tiger_db.declared import compare
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
-from tiger_db.migrations import MONTHS_AHEAD, schema_state
+from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
 from tiger_db.models import TigerAccount, metadata
 from tiger_db.settings import Settings
+from tiger_db.sqlstates import raw_errors
 
 _IDENTITY = """
 SELECT (system_identifier, pg_is_in_recovery(), oid)::text
 FROM pg_control_system(), pg_database WHERE datname = current_database()
 """
+_SHOWN = 3  # of each kind
 _FEW_MONTHS = 2  # ahead, below which it warns
 
 
@@ -132,6 +135,12 @@ async def _alone(settings: Settings) -> tuple[Health, KeyRing | None]:
     return replace(report, live=not report.problems), ring
 
 
+def some(items: Sequence[str]) -> str:
+    """Join the first of the items, and say how many more there are."""
+    more = len(items) - _SHOWN
+    return "; ".join(items[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
 def explain(error: Exception) -> str | None:
     """Why it failed and what to do about it, in one line; None: that is not known."""
     if isinstance(error, DBAPIError):
@@ -212,30 +221,35 @@ def _check_peppers(settings: Settings) -> None:
 
 
 def _unverified(settings: Settings) -> list[str]:
-    ways = [settings, settings.directly()] if settings.db_direct_host else [settings]
+    if not settings.production:
+        return []
     return [
-        f"{way.place} is not asked to prove who it is: set DB_SSL_MODE=verify-full and DB_SSL_CA"
-        for way in ways
-        if way.production and tls.is_unverified(way)
+        f"the server of {name} is not asked to prove who it is: set DB_SSL_MODE=verify-full and"
+        " DB_SSL_CA"
+        for name in settings.unverified
     ]
 
 
 async def _check_pooler(settings: Settings) -> None:
-    """Make sure that the pooler and the way past it lead to the same database.
+    """Make sure that the pooler and the way past it lead to the same database and schema.
 
     Raises:
-        ConfigurationError: they do not.
+        ConfigurationError: they lead to different databases.
+        SchemaMismatch: the sessions behind the pooler do not use the schema of `DB_SCHEMA`.
         DatabaseUnavailable: one of them leads nowhere.
     """
-    found = []
+    found, paths = [], []
     for open_one in (connect, connect_directly):
         connection = await open_one(settings)
         try:
-            found.append(await connection.fetchval(_IDENTITY))
+            with raw_errors():
+                found.append(await connection.fetchval(_IDENTITY))
+                paths.append(SearchPath(*await connection.fetchrow(SEARCH_PATH)))
         finally:
             connection.terminate()
     if found[0] != found[1]:
         raise ConfigurationError("DB_DIRECT_HOST is another server than the one behind the pooler")
+    paths[0].check(settings.db_schema)
 
 
 async def _look(
@@ -282,6 +296,9 @@ async def _look(
     problems += await _strays(connection)
     unreadable = await _unreadable(connection, ring) if ring is not None else []
     problems += unreadable
+    if changed := [one for one in await compare(connection) if not one.unknown]:
+        seen = some([one.seen for one in changed])
+        problems.append(f"{seen}: run `tiger-db check` for the SQL that restores this")
     yield {"ready": live and not unreadable}  # with what upkeep has missed, it serves all the same
 
 

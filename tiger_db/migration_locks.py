@@ -15,7 +15,20 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, MigrationError
 
 T = TypeVar("T")
 Say = Callable[[str], None]
-LOCK = 0x7469676572  # "tiger": one migration at a time, whoever runs it
+LOCK = 0x7469676572  # "tiger": one migration at a time in each schema, whoever runs it
+
+
+def lock_key(number: int) -> str:
+    """The SQL expression of an advisory lock's key in the session's schema.
+
+    In `public` it is the number itself, as in releases without `DB_SCHEMA`.
+    """
+    return (
+        f"CASE coalesce(current_schema(), 'public') WHEN 'public' THEN {number}"
+        f" ELSE hashtextextended(current_schema(), {number}) END"
+    )
+
+
 # Whoever needs what a migration waits for waits behind it. More than the server's deadlock_timeout:
 # only then does autovacuum give way to a migration.
 HURRY = "SET LOCAL lock_timeout = '2s'"
@@ -37,7 +50,7 @@ _MIGRATING = text(
     f"SELECT {_WHO} FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)"  # noqa: S608  # constants
     " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-    " AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = :lock"
+    f" AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {lock_key(LOCK)}"
 )
 
 
@@ -58,7 +71,7 @@ async def turn(engine: AsyncEngine, say: Say) -> AsyncIterator[AsyncConnection]:
             yield connection
         finally:
             await connection.rollback()
-            await connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": LOCK})
+            await connection.execute(text(f"SELECT pg_advisory_unlock({lock_key(LOCK)})"))
             await connection.commit()
 
 
@@ -69,9 +82,9 @@ def _hurry(connection: Connection) -> None:
 async def _wait(connection: AsyncConnection, say: Say) -> None:
     """Take the lock. No transaction is open meanwhile: CREATE INDEX CONCURRENTLY waits for all."""
     start, told = time.monotonic(), -_TELL
-    take = text("SELECT pg_try_advisory_lock(:lock)")
-    while not await connection.scalar(take, {"lock": LOCK}):
-        who = ", ".join((await connection.scalars(_MIGRATING, {"lock": LOCK})).all()) or "somebody"
+    take = text(f"SELECT pg_try_advisory_lock({lock_key(LOCK)})")
+    while not await connection.scalar(take):
+        who = ", ".join((await connection.scalars(_MIGRATING)).all()) or "somebody"
         await connection.rollback()
         waited = time.monotonic() - start
         if waited > _TURN:

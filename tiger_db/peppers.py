@@ -21,7 +21,7 @@ class Peppers:
         """Read `id:base64-32-bytes[,id:…]`.
 
         Raises:
-            EncryptionError: malformed; the message never shows a pepper.
+            ConfigurationError: malformed; the message never shows a pepper.
         """
         return cls(parse_keys(text))
 

@@ -58,13 +58,17 @@ class Address(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine: a socket folder or a loopback address."""
+        """Whether it is on this machine: a socket folder, a loopback address or `localhost`.
+
+        Other names are not looked up: what they resolve to can change.
+        """
         if not self.host or self.host.startswith("/"):
             return True
         try:
-            return ipaddress.ip_address(self.host).is_loopback
+            address = ipaddress.ip_address(self.host)
         except ValueError:
             return self.host.lower() == "localhost"
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,12 @@
 """What the environment says. Nothing is read before a `Settings()` is made."""
 
+import hashlib
 import math
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict, TypeVar
 
@@ -18,7 +22,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tiger_db.encryption import KeyRing
-from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.errors import ConfigurationError
 from tiger_db.peppers import Peppers
 from tiger_db.places import (
     DEFAULT_PORT,
@@ -74,10 +78,35 @@ def _sendable(value: SecretStr) -> SecretStr:
     return value
 
 
+def _iso_date(value: object) -> object:
+    """A date in the one form that nobody can mistake."""
+    if value is None or type(value) is date:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
+        with suppress(ValueError):
+            return date.fromisoformat(value)
+    raise ValueError("must be a date such as 2027-01-31")
+
+
+def _schema_name(value: str) -> str:
+    """Allow what PostgreSQL allows: any text of 63 bytes but the names that it keeps for itself."""
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8 text") from None
+    if size > _LONGEST_NAME:
+        raise ValueError(f"must have {_LONGEST_NAME} bytes at most")
+    if value.startswith("pg_") or value in ("information_schema", "$user"):
+        raise ValueError("is a name that PostgreSQL keeps for itself")
+    return value
+
+
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_path_without_nul)]
 SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
+_LONGEST_NAME = 63  # bytes
 _GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
+DEFAULT_SCHEMA = "public"
 # What PgBouncer takes at the start of a session, and keeps apart for each of its clients.
 _POOLED_SETTINGS = ("application_name", "timezone")
 # Tried where DATABASE_URL names no host. asyncpg by itself would read PGHOST first.
@@ -104,6 +133,7 @@ class Settings(BaseSettings):
     db_host: Text | None = None
     db_port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
     db_name: Text = "tiger_db"
+    db_schema: Annotated[Text, AfterValidator(_schema_name)] = DEFAULT_SCHEMA
     db_user: Text = "tiger_db"
     db_password: SecretText | None = None
 
@@ -116,6 +146,9 @@ class Settings(BaseSettings):
     db_ssl_cert: File | None = None
     db_ssl_key: File | None = None
     db_ssl_ca: File | None = None
+    db_allow_unverified_tls: bool = Field(
+        default=False, description="in production, any server elsewhere gets the password"
+    )
 
     db_pool_size: int = Field(default=5, ge=1, le=1000)
     db_max_overflow: int = Field(default=10, ge=0, le=1000)
@@ -136,6 +169,9 @@ class Settings(BaseSettings):
     encryption_keys_file: File | None = None
     api_key_peppers: SecretStr | None = None
     api_key_peppers_file: File | None = None
+    api_keys_allow_unpeppered_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
+        default=None, description="the last day, UTC"
+    )
     audit_signing_key: SecretStr | None = None
     audit_signing_key_file: File | None = None
     audit_retention_months: int | None = Field(default=None, ge=1, le=1200)
@@ -151,6 +187,8 @@ class Settings(BaseSettings):
         url = self.url
         if url is not None and self.pooled and "options" in url.parameters:
             raise ValueError("DATABASE_URL: options are not for DB_POOLER: use ALTER ROLE")
+        if url is not None and "search_path" in url.parameters.get("options", ""):
+            raise ValueError("DATABASE_URL: options must not set search_path: use DB_SCHEMA")
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
@@ -160,6 +198,8 @@ class Settings(BaseSettings):
         for name, hosts in (("DB_HOST", self.db_host), ("DB_REPLICA_HOSTS", self.db_replica_hosts)):
             if hosts is not None:
                 parse_hosts(name, hosts, self.db_port)
+        if problem := self._tls_problem():
+            raise ValueError(problem)
         return self
 
     @property
@@ -215,6 +255,21 @@ class Settings(BaseSettings):
         return (url and (url.database or url.user)) or self.db_name
 
     @property
+    def search_path(self) -> str:
+        """The search path of every session: see the function `search_path`."""
+        return search_path(self.db_schema)
+
+    def channel(self, name: str) -> str:
+        """The NOTIFY channel of this name in `DB_SCHEMA`.
+
+        In `public` it is the name itself, as in releases without `DB_SCHEMA`. Elsewhere a digest
+        follows, because the longest schema names leave no room in a channel's 63 bytes.
+        """
+        if self.db_schema == DEFAULT_SCHEMA:
+            return name
+        return f"{name}_{hashlib.sha256(self.db_schema.encode()).hexdigest()[:16]}"
+
+    @property
     def addresses(self) -> tuple[Address, ...]:
         """The servers, one of which takes writes; none of the embedded server."""
         if (url := self.url) is not None:
@@ -252,6 +307,33 @@ class Settings(BaseSettings):
             **{name: value for name, value in parameters.items() if name.startswith("ssl")},
         }
 
+    @property
+    def unverified(self) -> list[str]:
+        """The variables that name a server on another machine whose identity is not verified.
+
+        Only `verify-full` verifies it: `verify-ca` takes every server that has a certificate of the
+        authority, which may be everybody's.
+        """
+        if self.embedded or self.tls.get("sslmode") == SSLMode.VERIFY_FULL:
+            return []
+        servers = {
+            "DB_HOST" if self.database_url is None else "DATABASE_URL": self.addresses,
+            "DB_DIRECT_HOST": [Address(self.db_direct_host)] if self.db_direct_host else [],
+            "DB_REPLICA_HOSTS": self.replicas,
+        }
+        return [name for name, found in servers.items() if not all(a.is_local for a in found)]
+
+    def _tls_problem(self) -> str | None:
+        """Why no password may leave, in one line."""
+        if not self.production or self.db_allow_unverified_tls or not self.unverified:
+            return None
+        in_url = self.url is not None and "sslmode" in self.url.parameters
+        return (
+            f"{'DATABASE_URL: sslmode' if in_url else 'DB_SSL_MODE'} must be verify-full when"
+            f" ENVIRONMENT=production and {' and '.join(self.unverified)} names another machine:"
+            " set it, with DB_SSL_CA, or set DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
+        )
+
     def connect_args(self, replica: Address | None = None) -> ConnectArgs:
         """How to reach the server, or a replica, as keyword arguments of `asyncpg.connect`.
 
@@ -260,10 +342,13 @@ class Settings(BaseSettings):
         asyncpg gives `sslmode` and the files libpq's meaning only there; nothing else is in it.
 
         Raises:
-            ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set.
+            ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or in production the
+                server's identity would not be verified.
         """
         if self.embedded:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
+        if problem := self._tls_problem():  # of a copy, which pydantic does not validate
+            raise ConfigurationError(problem)
         url = self.url or DatabaseURL(
             self.addresses,
             self.db_user,
@@ -316,6 +401,8 @@ class Settings(BaseSettings):
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
             "timezone": "UTC",
+            # Of the packet that starts a session: it overrides ALTER ROLE and ALTER DATABASE.
+            "search_path": self.search_path,
         }
 
     def key_ring(self) -> KeyRing | None:
@@ -353,8 +440,23 @@ class Settings(BaseSettings):
             return None
         try:
             return parse(text)
-        except EncryptionError as error:
-            raise ConfigurationError(f"{name}: {error}") from None
+        except ConfigurationError as error:
+            given = name if getattr(self, field) is not None else f"{name}_FILE"
+            raise ConfigurationError(f"{given}: {error}") from None
+
+
+def quote_identifier(name: str) -> str:
+    """A name as SQL has it between double quotes."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def search_path(schema: str) -> str:
+    """The search path that leads to a schema, after pg_catalog and before temporary objects.
+
+    PostgreSQL searches pg_catalog first where the path does not name it. It would search pg_temp
+    even before that, so the path names it last.
+    """
+    return f"{quote_identifier(schema)}, pg_temp"
 
 
 def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | None:

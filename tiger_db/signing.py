@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from tiger_db.errors import EncryptionError
+from tiger_db.errors import ConfigurationError, InvalidValue
 
 _SEED = 32  # bytes
 
@@ -24,12 +24,12 @@ def parse_signing_key(text: str) -> Ed25519PrivateKey:
     """The key in `AUDIT_SIGNING_KEY`: base64 of a seed of 32 bytes.
 
     Raises:
-        EncryptionError: it is something else.
+        ConfigurationError: it is something else.
     """
     try:
         return Ed25519PrivateKey.from_private_bytes(base64.b64decode(text, validate=True))
     except ValueError:
-        raise EncryptionError("must be base64 of 32 bytes") from None
+        raise ConfigurationError("must be base64 of 32 bytes") from None
 
 
 def public_text(key: Ed25519PublicKey) -> str:
@@ -45,7 +45,7 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
     """A public key in PEM, or as base64 of its 32 bytes.
 
     Raises:
-        EncryptionError: it is something else.
+        InvalidValue: it is something else.
     """
     try:
         if "-----BEGIN" not in text:
@@ -55,5 +55,5 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
     except ValueError:
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise EncryptionError("not an Ed25519 public key, in PEM or as base64 of its 32 bytes")
+        raise InvalidValue("not an Ed25519 public key, in PEM or as base64 of its 32 bytes")
     return key

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-import asyncpg
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from tiger_db.errors import DatabaseUnavailable, TigerDBError
+from tiger_db.errors import TigerDBError
 from tiger_db.write_behind import WriteBehind
 
 S = TypeVar("S", bound=AsyncSession)
@@ -91,6 +90,6 @@ class Standbys:
         async with self._asking:
             now = time.monotonic()
             if not self._marks or self._marks[-1][0] < now - max_lag / 2:
-                with suppress(DatabaseUnavailable, asyncpg.PostgresError):
+                with suppress(TigerDBError):
                     async with self._primary.connection() as connection:
                         self._marks.append((now, await connection.fetchval(_POSITION)))

@@ -69,12 +69,6 @@ def rejected(error: BaseException | None) -> bool:
     return type(error) is ConnectionError and "rejected SSL upgrade" in str(error)
 
 
-def is_unverified(settings: Settings) -> bool:
-    """Whether a server beyond this machine is not asked who it is."""
-    mode = settings.tls.get("sslmode", "prefer")
-    return not mode.startswith("verify-") and not all(a.is_local for a in settings.addresses)
-
-
 def _name(settings: Settings, parameter: str) -> str:
     url = settings.url
     if url is not None and parameter in url.parameters:

@@ -1,4 +1,4 @@
-"""Checks API keys for a server: from memory, as long as PostgreSQL tells of every change."""
+"""Authorize API keys for a server: from the database, or from memory while it is kept current."""
 
 import asyncio
 import contextlib
@@ -19,19 +19,28 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.api_keys.authorizing import upgrade_hash
+from tiger_db.crud.api_keys.authorizing import replace_hash
 from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial
-from tiger_db.crud.api_keys.hashing import outdated, peppers_of, verify_secret
+from tiger_db.crud.api_keys.hashing import (
+    UnpepperedHash,
+    outdated,
+    peppers_of,
+    refuse_unpeppered,
+    verify_secret,
+)
 from tiger_db.crud.api_keys.limits import take
 from tiger_db.crud.api_keys.text import KeyText, parse_key
 from tiger_db.database import Database, connect_directly
-from tiger_db.errors import AccessDenied, InvalidAPIKey, TigerDBError
+from tiger_db.declared import compare
+from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch, TigerDBError
 from tiger_db.models import APIKey, APIKeyScope
-from tiger_db.write_behind import LOST
+from tiger_db.sqlstates import LOST
 
 CHANNEL = "tiger_db_api_keys"
+_TABLES = {"api_keys", "tiger_accounts"}  # whose changes are heard of
 HEARTBEAT = 0.2  # seconds between questions to the listening connection
 LEASE = 0.5  # seconds for which an answer vouches that no change was missed
+MAX_AGE = 60.0  # seconds after which a remembered key is read again, whatever was heard
 _TURN = 0.005  # seconds after which the event loop gets a turn, to hear of changes
 _PAUSE = 0.1  # seconds before the lost connection is tried again
 
@@ -44,30 +53,37 @@ LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = 
 """  # noqa: S608  # names of columns
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Known:
     """A key whose text was checked, and the row it was checked against."""
 
     key: APIKey
     powers: Powers
     row: tuple[object, ...] = field(repr=False)
+    read_at: float  # this machine's monotonic time, before the row was read
 
 
 class KeyVerifier:
-    """Decides on API keys outside of any session.
+    """Authorize API keys outside of any session.
 
-    While it is entered, a connection of its own listens for changes, and a key that was checked
-    once is decided from memory. A change by anyone, also by raw SQL, is honoured within
-    milliseconds. When the connection is lost, or has not answered for half a second, every call
-    goes to the database until it listens again; so does every call for a key with limits, and every
-    call when the verifier is not entered. A verifier serves one event loop.
+    Each call reads the row of the key by one plain fetch, so that no answer is older than that. The
+    hash is verified once, and again when the row has changed. A verifier serves one event loop.
 
-    `capacity` keys are remembered at most, the longest unused one is forgotten first. Only good
-    keys are: their digests under a random key, never their text.
+    `memory=True`: while the verifier is entered, a connection of its own listens for changes, and a
+    key that was checked is authorized from memory. A change by anyone, also by raw SQL, is honoured
+    within milliseconds, by notifications that triggers of api_keys and tiger_accounts send; these
+    are compared with `tiger_db.declared` when the verifier is entered. A key that was read 60 s ago
+    is read again upon use, so that a change without a notification is honoured by then. When the
+    connection is lost, or has not answered for half a second, every call reads the database until
+    the verifier listens again; so does every call for a key with limits.
+
+    Digests of at most `capacity` good keys are kept, under a random key, never their text. The one
+    that was unused for longest is forgotten first.
     """
 
-    def __init__(self, database: Database, *, capacity: int = 10_000) -> None:
+    def __init__(self, database: Database, *, memory: bool = False, capacity: int = 10_000) -> None:
         self.database = database
+        self.memory = memory
         self.capacity = capacity
         self._apart = database.write_behind
         self._digest_key = secrets.token_bytes(32)
@@ -80,12 +96,23 @@ class KeyVerifier:
         self._listener: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self.database.settings.directly()  # or say at once that there is no way to listen
+        """Check the schema; with memory, compare the triggers and start to listen.
+
+        Raises:
+            DatabaseUnavailable: it cannot be reached.
+            SchemaMismatch: its schema is missing, or older or newer than this code; with memory,
+                also: a trigger, or a function that one calls, was changed.
+            ConfigurationError: with memory, behind a pooler and without `DB_DIRECT_HOST`.
+        """
+        if self.memory:
+            self.database.settings.directly()
         await self.database.check()
-        listening = asyncio.Event()
-        self._listener = asyncio.create_task(self._listen(listening))
-        with contextlib.suppress(TimeoutError):  # until then, the database answers
-            await asyncio.wait_for(listening.wait(), self.database.settings.db_connect_timeout)
+        if self.memory:
+            await self._compare_triggers()
+            listening = asyncio.Event()
+            self._listener = asyncio.create_task(self._listen(listening))
+            with contextlib.suppress(TimeoutError):  # until then, the database answers
+                await asyncio.wait_for(listening.wait(), self.database.settings.db_connect_timeout)
         return self
 
     async def __aexit__(
@@ -101,6 +128,15 @@ class KeyVerifier:
             self._listener = None
         self._forget()
 
+    async def _compare_triggers(self) -> None:
+        async with self.database.engine.connect() as connection:
+            for difference in await compare(connection):
+                if not (difference.unknown or _TABLES.isdisjoint(difference.tables)):
+                    raise SchemaMismatch(
+                        "a KeyVerifier with memory relies on api_keys and tiger_accounts as"
+                        f" tiger_db makes them, but {difference.seen}: run `tiger-db check`"
+                    )
+
     async def authorize(
         self,
         raw_key: str,
@@ -115,28 +151,10 @@ class KeyVerifier:
         The key is one object for all who ask for it, as it was when it was read: do not change it.
         """
         request = Request(tuple(scopes), account_id, ip_address, user_agent)
-        now = time.monotonic()
-        if now - self._turned > _TURN:
-            # A caller that never waits for anything else would keep changes from being heard: one
-            # turn to see that there is something to read, one to read it.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            self._turned = now = time.monotonic()
-        digest = self._digest(raw_key)
-        if now < self._until and (known := self._known.get(digest)) is not None:
-            powers = known.powers
-            if not powers.limited:
-                self._known.move_to_end(digest)
-                now += self._offset
-                try:
-                    decide(powers, now, request)
-                except AccessDenied as reason:
-                    prefix = known.key.key_prefix
-                    event = denial(reason, prefix, request, powers.key_id, powers.account_id)
-                    await self._apart.record(event)
-                    raise
-                self._apart.count(powers.key_id, now)
-                return known.key
+        if self._listener is not None:
+            key = await self._from_memory(raw_key, request)
+            if key is not None:
+                return key
         return await self._from_database(raw_key, request)
 
     async def verify(
@@ -152,26 +170,66 @@ class KeyVerifier:
         except AccessDenied:
             return None
 
+    async def _from_memory(self, raw_key: str, request: Request) -> APIKey | None:
+        """Return the key, or None if the database has to be asked.
+
+        Raises:
+            AccessDenied: one of its subclasses, by the reason.
+        """
+        now = time.monotonic()
+        if now - self._turned > _TURN:
+            # A caller that never waits for anything else would keep changes from being heard: one
+            # turn to see that there is something to read, one to read it.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            self._turned = now = time.monotonic()
+        digest = self._digest(raw_key)
+        if now >= self._until or (known := self._known.get(digest)) is None:
+            return None
+        powers = known.powers
+        if powers.limited or now - known.read_at >= MAX_AGE:
+            return None
+        self._known.move_to_end(digest)
+        now += self._offset
+        try:
+            decide(powers, now, request)
+        except AccessDenied as reason:
+            prefix = known.key.key_prefix
+            event = denial(reason, prefix, request, powers.key_id, powers.account_id)
+            await self._apart.record(event)
+            raise
+        self._apart.count(powers.key_id, now)
+        return known.key
+
     async def _from_database(self, raw_key: str, request: Request) -> APIKey:
         text = parse_key(raw_key)
         if text is None:
             raise InvalidAPIKey
         await self.database.check()
+        peppers = peppers_of(self.database.info)
         while True:
-            changes, row = self._changes, None
+            changes, read_at, row = self._changes, time.monotonic(), None
             try:
                 async with self._apart.connection() as connection:
                     row = await connection.fetchrow(FIND, text.prefix)
                     known = self._unchanged(text, row)
                     if known is not None:
+                        known.read_at = read_at
                         passed = await _passes(known.powers, row, request, connection)
                 if known is None:
-                    known = await self._check(text, row, changes)
+                    known = await self._check(text, row, changes, read_at)
                     async with self._apart.connection() as connection:
                         passed = await _passes(known.powers, row, request, connection)
+                        hashed = {"key_hash": row["key_hash"], "pepper_id": row["pepper_id"]}
+                        if passed and outdated(peppers, *hashed.values()):
+                            await replace_hash(
+                                connection, peppers, text, request, known.powers, **hashed
+                            )
             except AccessDenied as reason:
                 ids = (row["id"], row["tiger_account_id"]) if row is not None else (None, None)
                 await self._apart.record(denial(reason, text.prefix, request, *ids))
+                if isinstance(reason, UnpepperedHash):
+                    raise InvalidAPIKey from None
                 raise
             if passed:
                 self._apart.count(known.powers.key_id, row["now"].timestamp())
@@ -179,12 +237,16 @@ class KeyVerifier:
 
     def _unchanged(self, text: KeyText, row: "asyncpg.Record | None") -> _Known | None:
         """What was checked before on the same row."""
-        known = self._known.get(self._digest(text.raw_key))
-        return (
-            known if known is not None and row is not None and known.row == _columns(row) else None
-        )
+        digest = self._digest(text.raw_key)
+        known = self._known.get(digest)
+        if known is None or row is None or known.row != _columns(row):
+            return None
+        self._known.move_to_end(digest)
+        return known
 
-    async def _check(self, text: KeyText, row: "asyncpg.Record | None", changes: int) -> _Known:
+    async def _check(
+        self, text: KeyText, row: "asyncpg.Record | None", changes: int, read_at: float
+    ) -> _Known:
         """The key, if the text is its own; then it is remembered.
 
         Raises:
@@ -195,15 +257,13 @@ class KeyVerifier:
         pepper_id: str | None = row["pepper_id"] if row is not None else None
         if not await verify_secret(peppers, text.secret, key_hash, pepper_id) or row is None:
             raise InvalidAPIKey
+        refuse_unpeppered(self.database.info, pepper_id, row["now"].timestamp())
         async with AsyncSession(self._apart.engine) as session:
             key = await session.scalar(select(APIKey).where(col(APIKey.id) == row["id"]))
         if key is None:
             raise InvalidAPIKey
-        known = _Known(key, Powers.of(row, row["account_status"]), _columns(row))
-        if outdated(peppers, key_hash, pepper_id):
-            async with self._apart.connection() as connection:
-                await upgrade_hash(connection, peppers, text.secret, row["id"], key_hash)
-        elif changes == self._changes:
+        known = _Known(key, Powers.of(row, row["account_status"]), _columns(row), read_at)
+        if changes == self._changes and not outdated(peppers, key_hash, pepper_id):
             self._keep(self._digest(text.raw_key), known)
         return known
 
@@ -252,7 +312,8 @@ class KeyVerifier:
         self, connection: "asyncpg.Connection[asyncpg.Record]", listening: asyncio.Event
     ) -> None:
         connection.add_termination_listener(lambda _: self._forget())
-        await connection.add_listener(CHANNEL, self._changed)
+        channel = self.database.settings.channel(CHANNEL)
+        await connection.add_listener(channel, self._changed)
         self._forget()  # what was read before
         while True:
             sent = time.monotonic()

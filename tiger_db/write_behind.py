@@ -23,9 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from tiger_db.errors import DatabaseUnavailable, TigerDBError
 from tiger_db.models import AuditLog
 from tiger_db.models.audit_rows import copy_events
+from tiger_db.sqlstates import LOST, raw_errors
 
-# What asyncpg raises when the server goes away; the last is its state machine, surprised by that.
-LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 SECONDS = 1.0  # for which counts are collected
 _HOUR = 3600  # seconds
 
@@ -65,9 +64,11 @@ SELECT left_out FROM batch
 _COUNT_UNLOCKED = text(_COUNT.format(skip_locked="SKIP LOCKED"))
 _COUNT_ALL = text(_COUNT.format(skip_locked=""))
 LEFT_OUT = text("SELECT left_out FROM api_key_batches WHERE writer = CAST(:writer AS uuid)")
-# A process that was killed leaves its row to others.
+# A process that was killed leaves its row to others. Counts of a day that is over decide nothing:
+# a line whose keys are gone leaves them.
 _FORGET = text(
-    "DELETE FROM api_key_batches WHERE writer = CAST(:writer AS uuid)"
+    "WITH counts AS (DELETE FROM api_key_limits WHERE day < now() - interval '30 days')"
+    " DELETE FROM api_key_batches WHERE writer = CAST(:writer AS uuid)"
     " OR written_at < now() - interval '30 days'"
 )
 _COUNT_ONE = text("""
@@ -261,21 +262,19 @@ async def plain_connection(
 
     Raises:
         DatabaseUnavailable: there is none, or it was lost.
+        Conflict, QueryTimeout, StatementRefused: see `raw_errors`.
     """
     try:
-        async with engine.connect() as connection:
-            raw = (await connection.get_raw_connection()).driver_connection
-            assert raw is not None
-            try:
-                yield raw
-            except TimeoutError:
-                raise  # closed now, it would not cancel what it sent
-            except (*LOST, asyncpg.ReadOnlySQLTransactionError):  # it is no primary any more
-                await connection.invalidate()
-                raise
-    except (*LOST, PoolTimeoutError) as error:
+        with raw_errors():
+            async with engine.connect() as connection:
+                raw = (await connection.get_raw_connection()).driver_connection
+                assert raw is not None
+                try:
+                    yield raw
+                except TimeoutError:
+                    raise  # closed now, it would not cancel what it sent
+                except (*LOST, asyncpg.ReadOnlySQLTransactionError):  # it is no primary any more
+                    await connection.invalidate()
+                    raise
+    except PoolTimeoutError as error:
         raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
-    except asyncpg.PostgresError as error:
-        if (error.sqlstate or "").startswith(("08", "25006", "57P0", "57014")):
-            raise DatabaseUnavailable(f"lost the database: {error.sqlstate}") from None
-        raise

@@ -185,7 +185,8 @@ DO $$
 DECLARE
     partition regclass;
 BEGIN
-    FOR partition IN SELECT tgrelid FROM pg_trigger WHERE tgname = 'refuse_truncate'
+    FOR partition IN SELECT tgrelid FROM pg_trigger JOIN pg_partition_tree('audit_logs')
+        ON relid = tgrelid WHERE tgname = 'refuse_truncate'
     LOOP
         EXECUTE format('DROP TRIGGER refuse_truncate ON %s', partition);
     END LOOP;

@@ -81,11 +81,12 @@ def test_plain_key_outside_production(cli: CommandLine) -> None:
 
 def test_production_takes_real_keys_only(cli: CommandLine, key_file: str) -> None:
     options = ("create-account", *REQUIRED, "--account-number", NUMBER)
-    reason = cli.fails(*options, "--private-key", "-", stdin="test_key", ENVIRONMENT="production")
+    production = {"ENVIRONMENT": "production", "DB_ALLOW_UNVERIFIED_TLS": "true"}
+    reason = cli.fails(*options, "--private-key", "-", stdin="test_key", **production)
     assert "not RSA" in reason
     assert "test_key" not in reason
     assert cli.ok("list-accounts", "--json").json["items"] == []
-    created = cli.ok(*options, "--private-key-file", key_file, ENVIRONMENT="production")
+    created = cli.ok(*options, "--private-key-file", key_file, **production)
     assert "refuse" not in created.err
 
 
@@ -117,6 +118,27 @@ def test_secret_that_is_not_there(cli: CommandLine, tmp_path: Path) -> None:
     assert "is not text" in cli.fails(*options, "--private-key", "-", stdin="\udcff\udc82")
     assert "key is empty" in cli.fails(*options, "--private-key-file", "-", stdin="\n")
     assert "key is empty" in cli.fails(*options, "--private-key-file", "/dev/null")
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "more"])
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_a_secret_is_stored_whole_or_refused(
+    cli: CommandLine, tmp_path: Path, source: str, end: str
+) -> None:
+    text = "é" * 999_999 + "!" + end
+    file = tmp_path / "token"
+    file.write_text(text, encoding="utf-8", newline="")
+    given = ("--access-token-file", str(file) if source == "file" else "-")
+    if end != "more":
+        create(cli, NUMBER, *given, stdin=text)
+        assert plain(stored(cli).access_token) == text.strip()
+        return
+    options = ("create-account", *REQUIRED, "--account-number", NUMBER)
+    for name in ("private-key", "secret-key", "access-token"):
+        others = () if name == "private-key" else ("--private-key-file", "/dev/null")
+        reason = cli.fails(*options, *others, f"--{name}-file", given[1], stdin=text)
+        assert reason == f"error: the {name.replace('-', ' ')} has more than 1,000,000 characters\n"
+    assert cli.ok("list-accounts", "--json").json["items"] == []
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ def test_rotate(cli: CommandLine) -> None:
     assert cli.ok("verify-api-key", "-", stdin=at_once.out.splitlines()[-1])
     assert "shown only now" in at_once.err
     assert "only an active key" in cli.fails("rotate-api-key", new["id"])
+    assert "has a successor already" in cli.fails("rotate-api-key", row["id"])
     assert "--grace" in cli.misused("rotate-api-key", row["id"], "--grace", "soon")
 
 
@@ -422,7 +423,8 @@ def test_rotated_key_has_the_powers_and_is_shown_once(cli: CommandLine) -> None:
     result = cli.ok("rotate-api-key", old["key_prefix"], "--json")
     new = result.json
     assert [*new] == [*old]
-    own = {"id", "key_prefix", "key", "created_at", "updated_at"}
+    own = {"id", "root_id", "key_prefix", "key", "created_at", "updated_at"}
+    assert new["root_id"] == old["id"]
     assert {name for name in new if new[name] != old[name]} == own
     assert new["key"].startswith(new["key_prefix"] + "_")
     assert new["key"] not in result.err

@@ -5,8 +5,10 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -19,6 +21,7 @@ from tests.support import factories
 from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import COMMAND, CommandLine, Result
 from tests.support.sql import run_sql, write
+from tests.support.waiting import wait_until
 from tiger_db import AuditAction, AuditResult, Database, Settings, crud
 from tiger_db.database import AsyncSession, connect
 from tiger_db.signing import parse_public_key, parse_signing_key, public_pem, public_text
@@ -270,14 +273,92 @@ def test_a_file_appears_when_it_is_complete(
     out.write_text("before", encoding="utf-8")
     out.chmod(0o644)
     run_sql(clone_settings, "ALTER TABLE audit_seals RENAME TO hidden")
-    assert sealed("export-events", "--out", str(out)).code == 1
+    assert sealed("export-events", "--out", str(out), "--overwrite").code == 1
     assert out.read_text("utf-8") == "before"
     run_sql(clone_settings, "ALTER TABLE hidden RENAME TO audit_seals")
-    sealed.ok("export-events", "--out", str(out))
+    sealed.ok("export-events", "--out", str(out), "--overwrite")
     assert len(out.read_text("utf-8").splitlines()) == COUNT + 1
     assert out.stat().st_mode & 0o777 == 0o600
     assert [*tmp_path.iterdir()] == [out]
     assert "No such file" in sealed.fails("export-events", "--out", str(tmp_path / "a" / "b"))
+
+
+EXPORTS = ["export-events", "export-checkpoint"]
+
+
+@pytest.mark.parametrize("command", EXPORTS)
+def test_a_file_is_replaced_only_when_told(
+    sealed: CommandLine, tmp_path: Path, command: str
+) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(file)
+    for out in (file, link):
+        reason = sealed.fails(command, "--out", str(out))
+        assert reason == f"error: {out} is there already: --overwrite replaces it\n"
+        assert file.read_text() == "mine"
+    expected = sealed.ok(command).out
+    sealed.ok(command, "--out", str(link), "--overwrite")
+    assert file.read_text() == expected
+    assert link.readlink() == file
+    assert {*tmp_path.iterdir()} == {file, link}
+
+
+@pytest.mark.parametrize("command", EXPORTS)
+def test_a_pipe_is_written_into(sealed: CommandLine, tmp_path: Path, command: str) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        try:
+            sealed.ok(command, "--out", str(pipe))
+            assert reader.communicate(timeout=10)[0] == sealed.ok(command).out
+        finally:
+            reader.kill()
+    assert [*tmp_path.iterdir()] == [pipe]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", EXPORTS)
+def test_what_the_shell_opened_is_written_into(
+    sealed: CommandLine, tmp_path: Path, command: str
+) -> None:
+    expected = sealed.ok(command).out
+    (tmp_path / "appended").write_text("mine\n")
+    script = (
+        '"$@" --out >(cat >"$0/substituted") && "$@" --out /dev/fd/7 7>"$0/seven"'
+        ' && "$@" --out /dev/stdout >>"$0/appended" && "$@" --out /dev/stdout | cat >"$0/piped"'
+    )
+    run = [shutil.which("bash") or "bash", "-c", script, str(tmp_path), *COMMAND, command]
+    subprocess.run(run, check=True, env=sealed.environment(), timeout=60)
+    assert (tmp_path / "seven").read_text() == (tmp_path / "piped").read_text() == expected
+    wait_until(lambda: (tmp_path / "substituted").read_text() == expected, 10)
+    assert (tmp_path / "appended").read_text() == f"mine\n{expected}"
+    assert len([*tmp_path.iterdir()]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only there is it seen what a process waits for"
+)
+@pytest.mark.parametrize("command", EXPORTS)
+def test_a_pipe_that_nobody_reads_is_waited_for_until_ctrl_c(
+    sealed: CommandLine, tmp_path: Path, command: str
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(
+        [*COMMAND, command, "--out", str(pipe)], env=sealed.environment(), stderr=subprocess.PIPE
+    ) as process:
+        try:
+            waits = Path(f"/proc/{process.pid}/wchan")  # where in the kernel: in open()
+            wait_until(lambda: waits.read_text() == "wait_for_partner")
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=10)[1] == b"interrupted\n"
+            assert process.returncode == 130
+        finally:
+            process.kill()
+    assert [*tmp_path.iterdir()] == [pipe]
 
 
 # Listed, counted, followed.

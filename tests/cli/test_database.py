@@ -116,7 +116,9 @@ def test_init_tells_how_to_set_a_signing_key(empty: CommandLine) -> None:
 def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> None:
     assert "ENCRYPTION_KEYS" in empty.fails("init", ENCRYPTION_KEYS="k1:nonsense")
     del empty.env["ENCRYPTION_KEYS"]
-    assert "ENCRYPTION_KEYS" in empty.fails("init", ENVIRONMENT="production")
+    assert "ENCRYPTION_KEYS" in empty.fails(
+        "init", ENVIRONMENT="production", DB_ALLOW_UNVERIFIED_TLS="true"
+    )
     assert empty.ok("current").out == ""
 
 
@@ -267,6 +269,40 @@ def test_revisions_in_a_checkout(
 
 
 @pytest.mark.schema_changes
+def test_what_somebody_changed_is_told_with_the_sql_that_restores_it(
+    cli: CommandLine, clone_settings: Settings
+) -> None:
+    run_sql(
+        clone_settings,
+        "ALTER TABLE api_keys DISABLE TRIGGER notify_update",
+        "CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql"
+        " SECURITY DEFINER SET search_path = public, pg_temp AS 'BEGIN RETURN NULL; END'",
+        "ALTER TABLE audit_logs ENABLE ROW LEVEL SECURITY",
+    )
+    ill = cli("check")
+    assert ill.code == 1
+    assert "run the SQL that its line gives" in ill.err
+    lines = ill.out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        (
+            "function notify_api_key_change (of api_keys, tiger_accounts) has `SECURITY DEFINER`"
+            " and lacks `DECLARE`"
+        ),
+        "row security of audit_logs is enabled",
+        "trigger notify_update on api_keys is disabled",
+    ]
+    assert cli("check", "--json").json["items"] == lines
+    report = cli.ok("health-check", "--json").json
+    assert "trigger notify_update on api_keys is disabled" in report["problems"][0]
+    assert report["ready"]
+    assert cli("doctor").code == 1
+    run_sql(clone_settings, *(line.partition(": ")[2] for line in lines))
+    assert cli.ok("check").out == ""
+    assert cli.ok("health-check", "--json").json["problems"] == []
+    cli.ok("doctor")
+
+
+@pytest.mark.schema_changes
 def test_health_check(cli: CommandLine, clone_settings: Settings) -> None:
     healthy = cli.ok("health-check")
     assert healthy.err == ""
@@ -342,6 +378,10 @@ def test_doctor_starts_no_server(bare: CommandLine, home: Path) -> None:
         ({"DB_SSL_MODE": "sometimes"}, "DB_SSL_MODE"),
         ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL"),
         ({"ENVIRONMENT": "production"}, "DB_HOST or DATABASE_URL is required"),
+        (
+            {"ENVIRONMENT": "production", "DATABASE_URL": "postgresql://u:hunter2@db.example/x"},
+            "DB_SSL_MODE must be verify-full",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["init", "migrate", "current", "list-accounts"])

@@ -261,6 +261,25 @@ def test_secret_is_asked_for_without_echo(cli: CommandLine, terminal: Terminal, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("length", [4094, 4095, 5000])
+def test_what_a_terminal_may_have_cut_is_refused(
+    cli: CommandLine, terminal: Terminal, length: int
+) -> None:
+    """It hands over 4095 bytes of a line at most, and drops the others without a word."""
+    command = ("create-account", *REQUIRED, "--account-number", NUMBER, "--private-key", "-")
+    with terminal.program(cli, *command) as program:
+        terminal.wait_for("private key (hidden): ")
+        terminal.type("x" * length + "\n")
+        code = terminal.end(program)
+    if length == 4094:
+        assert (code, plain(stored(cli).private_key)) == (0, "x" * length)
+    else:
+        assert code == 1
+        assert "a terminal may cut a line that is so long: use --private-key-file" in terminal.seen
+        assert cli.ok("list-accounts", "--json").json["items"] == []
+
+
+@pytest.mark.slow
 def test_interrupt_while_asked(cli: CommandLine, terminal: Terminal) -> None:
     with terminal.program(cli, "verify-api-key") as program:
         terminal.wait_for("key (hidden): ")

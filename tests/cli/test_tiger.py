@@ -138,7 +138,7 @@ def test_export_overwrites_only_when_told(cli: CommandLine, file: Path, tmp_path
     mine = file.read_text() + "# mine"
     file.write_text(mine)
     export = ("export-account", NUMBER, "--to", str(tmp_path))
-    assert cli.fails(*export) == f"error: {file} is there already\n"
+    assert cli.fails(*export) == f"error: {file} is there already: --overwrite replaces it\n"
     assert file.read_text() == mine
     cli.ok(*export, "--overwrite")
     assert file.read_text() != mine

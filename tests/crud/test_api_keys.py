@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
@@ -12,8 +13,9 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.support import factories
 from tests.support.raw_keys import sealed, unknown_key, wrong_secret
-from tiger_db import APIKeyScope, APIKeyStatus, AuditAction, Database
+from tiger_db import APIKey, APIKeyScope, APIKeyStatus, AuditAction, Database
 from tiger_db.crud import accounts, api_keys
+from tiger_db.crud.audit_logs import record_event
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
     ConfigurationError,
@@ -131,9 +133,11 @@ async def test_a_rotated_key_works_until_the_grace_ends(session: AsyncSession) -
         session, rate_limit_per_hour=9, allowed_ips=["10.0.0.0/8"], tags={"a": {"b": 1}}
     )
     successor, new = await api_keys.rotate(session, key.id)
-    same = {"id", "created_at", "updated_at", "key_prefix", "expires_at"}
+    same = {"id", "created_at", "updated_at", "key_prefix", "expires_at", "root_id", "successor_id"}
     assert successor.model_dump(exclude=same) == key.model_dump(exclude=same)
     assert successor.expires_at is None
+    assert (key.root_id, key.successor_id) == (None, successor.id)
+    assert (successor.root_id, successor.successor_id) == (key.id, None)
     assert key.expires_at is not None
     assert timedelta(hours=23) < key.expires_at - datetime.now(UTC) <= timedelta(hours=24)
     for raw_key, row in ((old, key), (new, successor)):
@@ -285,12 +289,90 @@ async def test_a_rotation_without_peppers_leaves_the_old_key_as_it_was(
 ) -> None:
     key, raw_key = await factories.api_key(session)
     before, stored = key.model_dump(), await everything_now(session)
-    peppers = session.info.pop("peppers")
+    peppers = session.info["peppers"]
+    session.info["peppers"] = None
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
         await api_keys.rotate(session, key.id)
     session.info["peppers"] = peppers
     assert (key.model_dump(), await everything_now(session)) == (before, stored)
     assert await api_keys.verify_api_key(session, raw_key) is key
+
+
+async def test_a_key_has_one_successor(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session)
+    successor, _ = await api_keys.rotate(session, key.id)
+    before = await everything_now(session)
+    for grace in (timedelta(0), 48 * HOUR):  # in the grace, in which the key still works
+        with pytest.raises(InvalidState, match=str(successor.id)):
+            await api_keys.rotate(session, key.id, grace=grace)
+    assert await everything_now(session) == before
+    assert await api_keys.verify_api_key(session, raw_key) is key
+    third, _ = await api_keys.rotate(session, successor.id)
+    assert third.root_id == successor.root_id == key.id
+    await api_keys.revoke(session, third.id)
+    with pytest.raises(InvalidState, match="successor"):  # also of one that is revoked
+        await api_keys.rotate(session, successor.id)
+
+
+async def test_of_two_who_rotate_a_key_at_once_one_succeeds(clone: Database) -> None:
+    async with clone.session() as session:
+        key, _ = await factories.api_key(session)
+    both_have_read = asyncio.Barrier(2)
+
+    async def rotate() -> object:
+        async with clone.session() as session:
+            assert await api_keys.get(session, key.id)
+            await both_have_read.wait()
+            return await api_keys.rotate(session, key.id)
+
+    results = await asyncio.gather(rotate(), rotate(), return_exceptions=True)
+    assert len([each for each in results if isinstance(each, InvalidState)]) == 1, results
+    async with clone.session() as session:
+        assert len(await api_keys.list_api_keys(session)) == 2
+
+
+Use = Callable[[AsyncSession, APIKey, str], Awaitable[object]]
+
+
+@pytest.mark.parametrize(
+    ("missing", "use"),
+    [
+        ("key_environment", lambda s, *_: factories.api_key(s)),
+        ("key_environment", lambda s, key, _: api_keys.rotate(s, key.id)),
+        ("peppers", lambda s, *_: factories.api_key(s)),
+        ("peppers", lambda s, key, _: api_keys.rotate(s, key.id)),
+        ("peppers", lambda s, _, raw: api_keys.authorize_api_key(s, raw)),
+        ("peppers", lambda s, _, raw: api_keys.verify_api_key(s, raw)),
+        ("peppers", lambda s, _, raw: api_keys.find_by_text(s, raw)),
+        ("write_behind", lambda s, _, raw: api_keys.authorize_api_key(s, raw)),
+        ("write_behind", lambda s, _, raw: api_keys.verify_api_key(s, raw)),
+        ("write_behind", lambda s, *_: record_event(s, action=AuditAction.DATA_QUERY)),
+    ],
+)
+async def test_a_session_without_a_database_is_refused_rather_than_guessed_about(
+    session: AsyncSession, missing: str, use: Use
+) -> None:
+    key, raw_key = await factories.api_key(session)
+    before = await everything_now(session)
+    given = session.info.pop(missing)
+    with pytest.raises(ConfigurationError, match=f"no '{missing}'.*info=database.info"):
+        await use(session, key, raw_key)
+    session.info[missing] = given
+    assert await everything_now(session) == before
+
+
+async def test_a_plain_session_makes_no_key_of_any_kind(clone: Database) -> None:
+    """With the info of a Database it makes the same keys as the Database's own sessions."""
+    peppers = {"peppers": clone.info["peppers"]}
+    async with AsyncSession(clone.engine, info=peppers) as session:
+        with pytest.raises(ConfigurationError, match="key_environment"):
+            await factories.api_key(session)
+    live = {**clone.info, "key_environment": "live"}
+    async with AsyncSession(clone.engine, info=live, expire_on_commit=False) as session:
+        key, raw_key = await factories.api_key(session)
+        await session.commit()
+        assert key.key_prefix.startswith("tdb_live_")
+        assert await api_keys.authorize_api_key(session, raw_key)
 
 
 # Extending

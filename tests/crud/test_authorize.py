@@ -1,5 +1,6 @@
 """Who may use a key, from where, how often."""
 
+import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -13,7 +14,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.raw_keys import asked, unknown_key, wrong_secret
-from tiger_db import APIKeyScope, APIKeyStatus, Database
+from tiger_db import APIKeyScope, APIKeyStatus, Database, KeyVerifier
 from tiger_db.crud import api_keys
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
@@ -308,6 +309,53 @@ async def test_a_limit_passes_exactly_its_number(
     assert timedelta(0) < refused.value.retry_after <= longest
     assert abs((until + HOUR / 2).minute - 30) <= 1  # at the turn of an hour
     assert (refused.value.remaining, key.usage_count) == (0, 3)
+
+
+@pytest.mark.parametrize("limit", ["hour", "day"])
+async def test_a_rotation_renews_no_limit(session: AsyncSession, limit: str) -> None:
+    """attacks.md, A19: a limit of 5, 4 rotations, 20 uses."""
+    key, raw_key = await factories.api_key(session, **{f"rate_limit_per_{limit}": 5})
+    keys = [raw_key]
+    for _ in range(4):
+        await api_keys.authorize_api_key(session, keys[-1])
+        key, raw_key = await api_keys.rotate(session, key.id)
+        keys.append(raw_key)
+    await api_keys.authorize_api_key(session, keys[0])  # in its grace: one line, one count
+    for each in keys:
+        with pytest.raises(RateLimited) as refused:
+            await api_keys.authorize_api_key(session, each)
+        assert refused.value.retry_after <= 24 * HOUR
+    used = [row.usage_count for row in (await api_keys.list_api_keys(session)).items[::-1]]
+    assert used == [2, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("how", ["session", "verifier"])
+async def test_a_line_is_counted_exactly_by_many_at_once(clone: Database, how: str) -> None:
+    async with clone.session() as session:
+        key, first = await factories.api_key(session, rate_limit_per_day=10)
+        successor, second = await api_keys.rotate(session, key.id)
+        _, third = await api_keys.rotate(session, successor.id)
+        _, other = await factories.api_key(session, rate_limit_per_day=10)
+
+    async def use(raw_key: str) -> bool:
+        if how == "verifier":
+            return await KeyVerifier(clone).verify(raw_key) is not None
+        async with clone.session() as session:
+            return await api_keys.verify_api_key(session, raw_key) is not None
+
+    used = await asyncio.gather(*(use(key) for key in (first, second, third) * 8))
+    assert sum(used) == 10
+    assert await use(other)
+
+
+async def test_the_counts_of_a_line_outlive_its_first_key(session: AsyncSession) -> None:
+    key, _ = await factories.api_key(session, rate_limit_per_day=2)
+    _, raw_key = await api_keys.rotate(session, key.id)
+    await api_keys.authorize_api_key(session, raw_key)
+    await session.execute(text("DELETE FROM api_keys WHERE id = :id"), {"id": key.id})
+    await api_keys.authorize_api_key(session, raw_key)
+    with pytest.raises(RateLimited):
+        await api_keys.authorize_api_key(session, raw_key)
 
 
 async def count_limits(

@@ -262,7 +262,8 @@ def authorize_often(settings: Settings, how: str, raw_key: str, times: int) -> C
     """In a process of its own, in 16 tasks, `times` in each."""
 
     async def run() -> Counter[str]:
-        async with Database(settings) as database, KeyVerifier(database) as verifier:
+        memory = how == "memory"
+        async with Database(settings) as database, KeyVerifier(database, memory=memory) as verifier:
 
             async def in_session(raw_key: str) -> APIKey:
                 async with database.session() as session:
@@ -305,7 +306,7 @@ def _answer(line: Connection, function: Callable[..., object], *arguments: objec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["session", "verifier"])
+@pytest.mark.parametrize("how", ["session", "verifier", "memory"])
 async def test_four_processes_lose_no_use(crowd: Database, how: str) -> None:
     async with crowd.session() as session:
         key, raw_key = await factories.api_key(session)
@@ -314,7 +315,7 @@ async def test_four_processes_lose_no_use(crowd: Database, how: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["session", "verifier"])
+@pytest.mark.parametrize("how", ["session", "verifier", "memory"])
 async def test_four_processes_pass_exactly_the_limit(crowd: Database, how: str) -> None:
     for _ in range(2):
         async with crowd.session() as session:
@@ -358,6 +359,7 @@ async def delete_account(session: AsyncSession, key: APIKey) -> None:
         (close_account, APIKeyRevoked, None),
         (close_account, APIKeyRevoked, 1000),
         (delete_account, InvalidAPIKey, None),
+        (delete_account, InvalidAPIKey, 1000),
     ],
 )
 async def test_a_key_works_until_its_end_is_committed_and_no_longer(

@@ -81,7 +81,7 @@ async def test_a_refusal_is_on_record_though_its_cause_rolls_back(
                 elif by == "verifier":
                     await KeyVerifier(clone).authorize(tried, **REQUEST | asked)
                 else:
-                    async with KeyVerifier(clone) as verifier:
+                    async with KeyVerifier(clone, memory=True) as verifier:
                         await verifier.verify(tried, **REQUEST)  # now it may be remembered
                         await verifier.authorize(tried, **REQUEST | asked)
             assert type(refused.value).__name__ == reason

@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -18,10 +19,17 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.raw_keys import asked, unknown_key, wrong_secret
-from tiger_db import AuditAction, Database, KeyVerifier, Settings
+from tests.support.servers import PRODUCTION
+from tiger_db import AuditAction, AuditLog, AuditSeverity, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
-from tiger_db.crud.api_keys.hashing import hash_secret, outdated, verify_secret
-from tiger_db.errors import ConfigurationError, InvalidAPIKey
+from tiger_db.crud.api_keys.hashing import (
+    hash_secret,
+    outdated,
+    peppers_of,
+    refuse_unpeppered,
+    verify_secret,
+)
+from tiger_db.errors import APIKeyRevoked, ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
 OLD, NEW = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
@@ -46,13 +54,21 @@ async def by_a_verifier(database: Database, raw_key: str) -> object:
 
 
 async def by_a_listening_verifier(database: Database, raw_key: str) -> object:
-    async with KeyVerifier(database) as verifier:
+    async with KeyVerifier(database, memory=True) as verifier:
         return await verifier.authorize(raw_key)
 
 
 CHECKS = pytest.mark.parametrize(
     "check", [in_a_session, in_a_session_that_fails, by_a_verifier, by_a_listening_verifier]
 )
+
+
+TODAY = datetime.now(UTC).date()
+
+
+def allowing(settings: Settings, until: date | None) -> Settings:
+    """Settings that accept hashes without a pepper until the end of a day."""
+    return settings.model_copy(update={"api_keys_allow_unpeppered_until": until})
 
 
 def with_peppers(settings: Settings, peppers: str | None) -> Settings:
@@ -131,6 +147,8 @@ async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
         assert (moved[1], before[1]) == ("new", "old")
         assert await check(database, raw_key)
         assert await stored(database) == moved  # once is enough
+        (event,) = [e for e in await told_of(database) if e.action == AuditAction.API_KEY_UPDATE]
+        assert (event.old_values, event.new_values) == ({"pepper_id": "old"}, {"pepper_id": "new"})
     async with Database(with_peppers(clone_settings, f"new:{NEW}")) as database:
         assert await check(database, raw_key)
         with pytest.raises(InvalidAPIKey):
@@ -140,20 +158,34 @@ async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
             await check(database, raw_key)
 
 
-async def test_a_hash_that_was_changed_meanwhile_stays(clone: Database) -> None:
+async def test_a_hash_that_was_changed_meanwhile_stays(clone_settings: Settings) -> None:
     """Two who upgrade at once, and one who upgrades what is locked."""
+    async with Database(allowing(clone_settings, TODAY)) as clone:
+        await hash_that_was_changed_meanwhile_stays(clone)
+
+
+async def hash_that_was_changed_meanwhile_stays(clone: Database) -> None:
     raw_key = await make_key(clone.settings)
     await store(clone, FAST_BCRYPT.hash(secret_of(raw_key)))
     await asyncio.gather(*(in_a_session(clone, raw_key) for _ in range(8)))
     assert (await stored(clone))[1] == "test"
+    told = [event.action for event in await told_of(clone)]
+    assert told.count(AuditAction.API_KEY_UPDATE) == 1
+    assert 1 <= told.count(AuditAction.API_KEY_USE) <= 8
     await store(clone, slow := FAST_BCRYPT.hash(secret_of(raw_key)))
     async with clone.session() as holder:
         await holder.execute(text("SELECT FROM api_keys FOR UPDATE"))
         async with asyncio.timeout(5):
             assert await in_a_session(clone, raw_key)
         assert await stored(clone) == (slow, None)
+        assert (await told_of(clone))[-1].action == AuditAction.API_KEY_USE  # all the same
     assert await in_a_session(clone, raw_key)
     assert (await stored(clone))[1] == "test"
+
+
+async def told_of(database: Database) -> list[AuditLog]:
+    async with database.session() as session:
+        return await factories.events(session)
 
 
 # Hashes of other schemes
@@ -161,22 +193,162 @@ async def test_a_hash_that_was_changed_meanwhile_stays(clone: Database) -> None:
 
 @CHECKS
 @pytest.mark.parametrize("scheme", HASHERS)
-async def test_a_hash_without_a_pepper_is_made_anew_at_the_first_use(
-    clone: Database, check: Check, scheme: str
+async def test_an_allowed_hash_without_a_pepper_is_made_anew_at_the_first_use_on_record(
+    clone_settings: Settings, check: Check, scheme: str
 ) -> None:
+    raw_key = await make_key(clone_settings)
+    async with Database(allowing(clone_settings, TODAY)) as clone:  # the day counts, too
+        await store(clone, old := HASHERS[scheme].hash(secret_of(raw_key)))
+        with pytest.raises(InvalidAPIKey):
+            await check(clone, wrong_secret(raw_key))
+        assert await stored(clone) == (old, None)
+        assert await check(clone, raw_key)
+        upgraded = await stored(clone)
+        assert upgraded[1] == "test"
+        assert ldap_salted_sha256.identify(upgraded[0])
+        assert await check(clone, raw_key)
+        assert await stored(clone) == upgraded
+        with pytest.raises(InvalidAPIKey):
+            await check(clone, wrong_secret(raw_key))
+        created, denied, used, updated, denied_again = await told_of(clone)
+    assert denied.error_code == denied_again.error_code == "InvalidAPIKey"
+    assert (used.action, used.severity) == (AuditAction.API_KEY_USE, AuditSeverity.HIGH)
+    assert used.details == {
+        "key_prefix": raw_key.rpartition("_")[0],
+        "accepted_by": "API_KEYS_ALLOW_UNPEPPERED_UNTIL",
+    }
+    assert updated.action == AuditAction.API_KEY_UPDATE
+    assert (updated.old_values, updated.new_values) == ({"pepper_id": None}, {"pepper_id": "test"})
+    for event in (used, updated):
+        assert (event.resource_id, event.api_key_id) == (created.resource_id, created.api_key_id)
+
+
+# Of a key that SQL has made, with no pepper known: attacks.md, A3.
+MINTED = """
+INSERT INTO api_keys (id, name, key_prefix, key_hash, status, scopes, usage_count, allowed_ips,
+    allowed_user_agents, tags)
+VALUES (gen_random_uuid(), 'minted', :prefix, :hash, 'active', '{system:admin,trade:admin}', 0,
+    '{}', '{}', '{}')
+"""
+
+
+@CHECKS
+@pytest.mark.parametrize("scheme", HASHERS)
+@pytest.mark.parametrize("until", [None, TODAY - timedelta(days=1)])
+async def test_sql_mints_no_key(
+    clone_settings: Settings, check: Check, scheme: str, until: date | None
+) -> None:
+    raw_key = unknown_key()
+    prefix, _, secret = raw_key.rpartition("_")
+    hashed = HASHERS[scheme].hash(secret)
+    async with Database(allowing(clone_settings, until)) as clone:
+        async with clone.session() as session:
+            await session.execute(text(MINTED), {"prefix": prefix, "hash": hashed})
+        refusals = []
+        for wrong in (raw_key, wrong_secret(raw_key), unknown_key()):
+            with pytest.raises(InvalidAPIKey) as refused:
+                await check(clone, wrong)
+            refusals.append((type(refused.value), str(refused.value), vars(refused.value)))
+        assert refusals[0] == refusals[1] == refusals[2]  # the caller learns nothing of it
+        assert await stored(clone) == (hashed, None)
+        denied, *others = await told_of(clone)
+    assert denied.action == AuditAction.API_KEY_DENY
+    assert denied.error_code == "UnpepperedHash"
+    assert denied.error_message is not None
+    assert "its hash has no pepper" in denied.error_message
+    assert "rotate or revoke the key" in denied.error_message
+    setting = f"is {until}" if until else "is not set"
+    assert f"(API_KEYS_ALLOW_UNPEPPERED_UNTIL {setting})" in denied.error_message
+    assert [other.error_code for other in others] == ["InvalidAPIKey"] * 2
+
+
+@CHECKS
+async def test_sql_takes_over_no_key(clone: Database, check: Check) -> None:
+    """Not even one that a verifier has checked before."""
     raw_key = await make_key(clone.settings)
-    await store(clone, old := HASHERS[scheme].hash(secret_of(raw_key)))
-    with pytest.raises(InvalidAPIKey):
-        await check(clone, wrong_secret(raw_key))
-    assert await stored(clone) == (old, None)
     assert await check(clone, raw_key)
-    upgraded = await stored(clone)
-    assert upgraded[1] == "test"
-    assert ldap_salted_sha256.identify(upgraded[0])
-    assert await check(clone, raw_key)
-    assert await stored(clone) == upgraded
+    await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
     with pytest.raises(InvalidAPIKey):
-        await check(clone, wrong_secret(raw_key))
+        await check(clone, raw_key)
+    assert (await stored(clone))[1] is None
+
+
+async def test_a_listening_verifier_asks_the_database_for_each_use_of_an_unpeppered_hash(
+    clone_settings: Settings,
+) -> None:
+    """So that each is on record, and none is accepted after the day."""
+    raw_key = await make_key(clone_settings)
+    async with (
+        Database(allowing(clone_settings, TODAY)) as clone,
+        KeyVerifier(clone) as verifier,
+    ):
+        await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
+        async with clone.session() as holder:  # no hash can be replaced meanwhile
+            await holder.execute(text("SELECT FROM api_keys FOR UPDATE"))
+            for _ in range(3):
+                assert await verifier.authorize(raw_key)
+            clone.info["allow_unpeppered_until"] = TODAY - timedelta(days=1)
+            with pytest.raises(InvalidAPIKey):
+                await verifier.authorize(raw_key)
+        actions = [event.action for event in await told_of(clone)]
+    assert actions[1:] == [AuditAction.API_KEY_USE] * 3 + [AuditAction.API_KEY_DENY]
+
+
+@CHECKS
+async def test_a_denied_use_of_an_unpeppered_hash_replaces_nothing(
+    clone_settings: Settings, check: Check
+) -> None:
+    raw_key = await make_key(clone_settings)
+    async with Database(allowing(clone_settings, TODAY)) as clone:
+        await store(clone, hashed := ldap_salted_sha256.hash(secret_of(raw_key)))
+        async with clone.session() as session:
+            await session.execute(text("UPDATE api_keys SET status = 'inactive'"))
+        with pytest.raises(APIKeyRevoked):
+            await check(clone, raw_key)
+        assert await stored(clone) == (hashed, None)
+        assert [event.action for event in await told_of(clone)][1:] == [AuditAction.API_KEY_DENY]
+
+
+@pytest.mark.parametrize(
+    ("now", "accepted"),
+    [
+        (datetime(2027, 1, 30, tzinfo=UTC), True),
+        (datetime(2027, 1, 31, 23, 59, 59, 999999, tzinfo=UTC), True),
+        (datetime(2027, 2, 1, tzinfo=UTC), False),
+        (datetime(2027, 2, 1, 1, tzinfo=timezone(timedelta(hours=2))), True),
+        (datetime(2027, 1, 31, 23, tzinfo=timezone(-timedelta(hours=2))), False),
+        (datetime(9999, 12, 31, tzinfo=UTC), False),
+    ],
+)
+def test_the_day_ends_at_midnight_utc(now: datetime, accepted: bool) -> None:
+    info = {"allow_unpeppered_until": date(2027, 1, 31)}
+    refuse_unpeppered(info, "pepper", now.timestamp())
+    if accepted:
+        refuse_unpeppered(info, None, now.timestamp())
+    else:
+        with pytest.raises(InvalidAPIKey):
+            refuse_unpeppered(info, None, now.timestamp())
+
+
+@CHECKS
+async def test_the_database_tells_the_day(
+    clone_settings: Settings, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not this machine's clock, which here is a year ahead."""
+    raw_key = await make_key(clone_settings)
+    async with Database(allowing(clone_settings, TODAY)) as clone:
+        await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
+        monkeypatch.setattr(time, "time", lambda: datetime.now(UTC).timestamp() + 365 * 86400)
+        assert await check(clone, raw_key)
+
+
+async def test_a_leaked_key_is_found_by_a_hash_without_a_pepper(clone: Database) -> None:
+    """To be revoked: that lets nobody in."""
+    raw_key = await make_key(clone.settings)
+    await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
+    async with clone.session() as session:
+        assert await api_keys.find_by_text(session, raw_key)
+        assert await api_keys.find_by_text(session, wrong_secret(raw_key)) is None
 
 
 @pytest.mark.parametrize("scheme", HASHERS)
@@ -196,7 +368,8 @@ async def test_a_slow_hash_does_not_keep_the_event_loop_waiting(
     clone: Database, check: Check
 ) -> None:
     raw_key = await make_key(clone.settings)
-    await store(clone, bcrypt.using(rounds=13).hash(secret_of(raw_key)))
+    applied = peppers_of(clone.info).apply("test", secret_of(raw_key))
+    await store(clone, bcrypt.using(rounds=13).hash(applied), "test")
     gaps: list[float] = []
 
     async def tick() -> None:
@@ -338,7 +511,7 @@ async def test_without_peppers_no_key_is_made_or_checked(clone_settings: Setting
 
 
 def test_production_without_peppers_is_refused(clone_settings: Settings) -> None:
-    values: dict[str, Any] = clone_settings.model_dump() | {"environment": "production"}
+    values: dict[str, Any] = clone_settings.model_dump() | PRODUCTION
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
         Database(Settings(**values | {"api_key_peppers": None}))
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support import factories
 from tests.support.raw_keys import asked, sealed, wrong_secret
+from tests.support.servers import PRODUCTION
 from tiger_db import AuditAction, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
 from tiger_db.crud.api_keys import KEY_PATTERN, text
@@ -65,7 +66,7 @@ def test_a_key_is_256_random_bits() -> None:
 
 async def test_the_prefix_names_the_environment(clone_settings: Settings) -> None:
     for environment, word in (("production", "live"), ("staging", "test"), ("development", "test")):
-        settings = clone_settings.model_copy(update={"environment": environment})
+        settings = clone_settings.model_copy(update=PRODUCTION | {"environment": environment})
         async with Database(settings) as database, database.session() as session:
             key, raw_key = await factories.api_key(session)
             _, rotated = await api_keys.rotate(session, key.id)

@@ -34,6 +34,8 @@ async def opened(
         trigger=RefreshTrigger.MANUAL,
         status=status,
     )
+    if status == S.IN_PROGRESS:
+        row.worker, row.lease_expires_at = "worker-1", datetime.now(UTC)
     session.add(row)
     await session.flush()
     return row

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,7 @@ import psutil
 import pytest
 
 from tests.support.embedded_servers import (
-    STARTER,
-    as_root,
+    alive,
     connect,
     copies_outside,
     discard,
@@ -28,6 +28,8 @@ from tests.support.embedded_servers import (
 )
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
+from tiger_db.errors import EmbeddedError
+from tiger_db.local_postgres import postmaster
 from tiger_db.local_postgres.folders import server_user
 from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
@@ -55,6 +57,87 @@ def test_killed_postmaster(settings: Settings) -> None:
 
     kill(again)
     assert stop(settings) is False
+
+
+@pytest.mark.slow
+def test_no_server_starts_beside_a_backend_that_outlives_its_postmaster(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(settings)
+
+    async def backend() -> psutil.Process:
+        connection = await connect(server, settings)
+        process = psutil.Process(connection.get_server_pid())
+        process.suspend()
+        connection.terminate()
+        return process
+
+    orphan = asyncio.run(backend())
+    pid_file = server.folder / "data" / "postmaster.pid"
+    recorded = pid_file.read_bytes()
+    kill(server)
+    with monkeypatch.context() as patch:
+        patch.setattr(postmaster, "PATIENCE_SECONDS", 1)
+        with pytest.raises(EmbeddedError, match=r"gave up after 1 seconds.* still uses"):
+            start(settings)
+    assert pid_file.read_bytes() == recorded
+    orphan.kill()
+    assert start(settings).pid != server.pid
+
+
+@pytest.mark.slow
+def test_starter_that_was_killed_before_it_recorded_its_server(
+    settings: Settings, home: Path
+) -> None:
+    server = start(settings)
+    lock = home / "server.lock"
+    *origin, _ = lock.read_text().splitlines(keepends=True)
+    for recorded in ("".join(origin), "".join(origin) + "12"):
+        lock.write_text(recorded)
+        kill(server)
+        server = start(settings)
+    assert stop(settings)
+
+    lock.write_text(origin[0])  # killed before there was a server
+    assert start(settings)
+
+
+FORKING = """
+import os, sys, threading
+from pathlib import Path
+from tiger_db.local_postgres import server_lock
+
+def fork():
+    if pid := os.fork():
+        print(pid, flush=True)
+    else:
+        sys.stdin.read()
+        os._exit(0)
+
+with server_lock.opened(Path(sys.argv[1])) as lock:
+    assert server_lock.take(lock)
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+print("closed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_fork_of_the_starter_does_not_hold_the_lock(
+    settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir()
+    home.chmod(0o755)  # whatever the umask
+    forking = [sys.executable, "-c", FORKING, str(home)]
+    with subprocess.Popen(forking, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        fork = int(process.stdout.readline())
+        assert process.stdout.readline() == b"closed\n"
+        monkeypatch.setattr(postmaster, "PATIENCE_SECONDS", 1)
+        assert start(settings)
+        assert alive(fork)
 
 
 @pytest.mark.slow
@@ -116,15 +199,17 @@ def test_pid_of_another_process(settings: Settings, home: Path, name: str) -> No
     server = start(settings)
     pid_file = server.folder / "data" / "postmaster.pid"
     lock_file = server.socket_folder / ".s.PGSQL.5432.lock"
-    recorded, locked = pid_file.read_text(), lock_file.read_text()
+    files = (pid_file, lock_file, home / "server.lock")
+    contents = [path.read_text() for path in files]
     kill(server)
     program = home.parent / name
     shutil.copy(shutil.which("sleep") or "", program)
     with run_as_server(home, str(program), "60") as foreign:
         try:
             wait_until(lambda: psutil.Process(foreign.pid).name() == name)
-            pid_file.write_text(recorded.replace(str(server.pid), str(foreign.pid), 1))
-            lock_file.write_text(locked.replace(str(server.pid), str(foreign.pid), 1))
+            for path, content in zip(files, contents, strict=True):
+                now = re.sub(rf"^{server.pid}\b", str(foreign.pid), content, flags=re.MULTILINE)
+                path.write_text(now)
             for path in (pid_file, lock_file):
                 os.chown(path, *server_user(home))
 
@@ -158,23 +243,4 @@ def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -
     copied = settings_for(home)
     assert running(copied) is None
     assert stop(copied) is False
-    assert running(shared) == server
-
-
-@pytest.mark.slow
-@as_root
-@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
-def test_server_of_another_container(shared: Settings) -> None:
-    """Which PostgreSQL itself does not notice, and ruins the data."""
-    server = start(shared)
-    separate = ["unshare", "--pid", "--ipc", "--fork", "--mount-proc"]
-    if subprocess.run([*separate, "true"], check=False).returncode:
-        pytest.skip("unshare is not allowed here")
-    child = subprocess.run(
-        [*separate, sys.executable, "-c", STARTER, str(server.folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert f"is using {server.folder / 'data'}" in child.stderr
     assert running(shared) == server

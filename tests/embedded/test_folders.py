@@ -103,7 +103,7 @@ def test_where_the_programs_cannot_run_anywhere_one_line_says_what_to_set(
             start(settings_for(odd))
         assert repr(str(odd)) in str(caught.value)
         assert "\n" not in str(caught.value)
-        assert {path.name for path in odd.iterdir()} == {"lock"}
+        assert {path.name for path in odd.iterdir()} == {"lock", "server.lock"}
 
 
 @pytest.mark.slow
@@ -194,6 +194,7 @@ def test_permissions(home: Path, way: str) -> None:
         "lock": (ours, 0o600),
         "log": (servers, 0o600),
         "password": (ours, 0o600),
+        "server.lock": (ours, 0o600),
         "socket": (servers, 0o700),
     }
     copy = server.folder / f"server-{programs.wheel()[1]}"
@@ -376,8 +377,8 @@ def test_full_disk(home: Path, way: str) -> None:
         with pytest.raises(EmbeddedError, match=f"{home}.*([Nn]o space|disk space)") as caught:
             start(settings_for(home))
         assert "\n" not in str(caught.value)
-        made = {"lock", "password"} if way == "wheel" else {"lock"}
-        assert {path.name for path in home.iterdir()} == made
+        made = {"password"} if way == "wheel" else set()
+        assert {path.name for path in home.iterdir()} == made | {"lock", "server.lock"}
     finally:
         subprocess.run(["umount", str(home)], check=True)
 

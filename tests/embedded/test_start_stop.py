@@ -138,7 +138,7 @@ def test_ctrl_c_and_the_end_of_the_starter(settings: Settings, home: Path) -> No
 
 
 def test_production(home: Path) -> None:
-    production = Settings(environment="production", db_host="db.example", tiger_db_home=home)
+    production = Settings(environment="production", db_host="localhost", tiger_db_home=home)
     for refused in (
         start,
         embedded.folder,

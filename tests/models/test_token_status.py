@@ -5,10 +5,12 @@ from uuid import uuid4
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 from tests.models.examples import made
 from tests.support import factories
-from tiger_db import TokenRefreshStatus, TokenStatus
+from tiger_db import Database, TokenRefreshStatus, TokenStatus, crud
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidState
 
@@ -134,15 +136,59 @@ def test_only_a_failed_refresh_with_attempts_left_can_be_retried(
     assert refresh(status=status, retry_count=retry_count).can_retry == can_retry
 
 
-async def test_the_ways_are_saved(session: AsyncSession) -> None:
-    row = await factories.refresh(session)
+@pytest.mark.parametrize("success", [True, False])
+async def test_a_refresh_that_was_made_elsewhere_is_saved_when_it_has_ended(
+    session: AsyncSession, *, success: bool
+) -> None:
+    account = await factories.account(session)
+    row = TokenStatus(tiger_account_id=account.id)
     row.start_refresh()
-    await session.flush()
-    row.complete_refresh(success=False, error_message="timeout")
+    row.complete_refresh(success=success, error_message=None if success else "timeout")
+    session.add(row)
     await session.flush()
     await session.refresh(row)
-    assert (row.status, row.error_message, row.retry_count) == (FAILED, "timeout", 1)
-    assert row.updated_at is not None
+    assert (row.status, row.retry_count) == ((SUCCESS, 0) if success else (FAILED, 1))
+    assert (row.error_message, row.updated_at is None) == (None if success else "timeout", False)
+
+
+@pytest.mark.parametrize("new", [True, False])
+async def test_a_refresh_in_progress_without_a_lease_is_not_saved(
+    clone: Database, *, new: bool
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+        stored = None if new else await factories.refresh(session, account)
+    with pytest.raises(InvalidState, match=r"claim it with crud\.token_status\.claim"):
+        async with clone.session() as session:
+            row = stored or TokenStatus(tiger_account_id=account.id)
+            session.add(row)
+            row.start_refresh()
+            await session.flush()
+    async with clone.session() as session:
+        left = await crud.token_status.get_latest_status(session, account.id)
+        assert left is None or left.status is TokenRefreshStatus.PENDING
+        claim = await factories.claim(session, of=account)
+        assert claim.status is TokenRefreshStatus.IN_PROGRESS
+
+
+@pytest.mark.parametrize("column", ["worker", "lease_expires_at"])
+async def test_no_statement_takes_the_lease_from_a_refresh_in_progress(
+    session: AsyncSession, column: str
+) -> None:
+    await factories.claim(session)
+    with pytest.raises(IntegrityError, match="ck_token_statuses_in_progress_is_leased"):
+        await session.execute(text(f"UPDATE token_statuses SET {column} = NULL"))
+    await session.rollback()
+
+
+async def test_a_claim_may_be_changed_by_its_object(session: AsyncSession) -> None:
+    claim = await factories.claim(session)
+    loaded = await crud.token_status.get(session, claim.id)
+    assert loaded is not None
+    loaded.details = {"a": 1}
+    await session.flush()
+    await session.refresh(loaded)
+    assert (loaded.status, loaded.details) == (TokenRefreshStatus.IN_PROGRESS, {"a": 1})
 
 
 def test_a_refresh_needs_an_account() -> None:

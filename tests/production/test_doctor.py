@@ -47,12 +47,42 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
         await factories.account(session)
         await factories.api_key(session)
     findings = await doctor(clone_settings)
-    assert len({finding.check for finding in findings}) == len(findings) == 16
+    assert len({finding.check for finding in findings}) == len(findings) == 19
     assert {f.status for f in findings if f.check not in SHARED} == {"ok"}, findings
     assert all(finding.advice is None for finding in findings if finding.status == "ok")
     by_check = {finding.check: finding.seen for finding in findings}
     assert "idle" in by_check["connections"]
     assert by_check["encryption keys"] == "test: 1 rows of tiger_accounts"
+
+
+async def test_active_keys_whose_hashes_have_no_pepper(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        keys = [(await factories.api_key(session))[0] for _ in range(5)]
+    check = "API key hashes"
+    assert (await found(clone_settings, check)).status == "ok"
+    await sql(
+        clone_settings,
+        "UPDATE api_keys SET pepper_id = NULL",
+        f"UPDATE api_keys SET status = 'revoked' WHERE id = '{keys[0].id}'",
+        f"UPDATE api_keys SET expires_at = now() WHERE id = '{keys[1].id}'",
+        f"UPDATE api_keys SET pepper_id = 'test' WHERE id = '{keys[2].id}'",
+    )
+    today = datetime.now(UTC).date()
+    days = {None: "problem", today - timedelta(days=1): "problem", today: "warning"}
+    for day, status in days.items():
+        allowing = clone_settings.model_copy(update={"api_keys_allow_unpeppered_until": day})
+        finding = await found(allowing, check)
+        assert finding.status == status
+        assert finding.seen.startswith(
+            "2 active keys have hashes without a pepper:"
+            f" {keys[3].key_prefix}; {keys[4].key_prefix}; "
+        )
+        end = f"accepted until the end of {today} (UTC)" if status == "warning" else "refused"
+        assert finding.seen.endswith(end)
+        assert finding.advice is not None
+        assert "revoke those that you did not make, `rotate-api-key` the others" in finding.advice
 
 
 async def test_a_long_transaction(
@@ -300,7 +330,7 @@ async def test_what_a_role_may_not_see_is_said(clone: Database, guest: Settings)
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
         findings = {finding.check: finding for finding in await doctor(guest)}
-    assert len(findings) == 16
+    assert len(findings) == 19
     assert {f.status for f in findings.values()} == {"ok", "warning"}, findings
     assert "hidden from this role" in findings["longest transaction"].seen
     assert findings["longest transaction"].advice == "to see them, GRANT pg_monitor TO this role"

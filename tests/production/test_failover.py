@@ -238,7 +238,7 @@ async def test_a_revoked_key_is_never_accepted_through_a_lagging_standby(
         assert await crud.api_keys.verify_api_key(session, raw_key)
     await has_caught_up(cluster)
     await cluster.standby.sql("SELECT pg_wal_replay_pause()")
-    async with KeyVerifier(reading) as verifier:
+    async with KeyVerifier(reading, memory=True) as verifier:
         assert await verifier.verify(raw_key)
         async with reading.session() as session:
             await crud.api_keys.revoke(session, key.id)

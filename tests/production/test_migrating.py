@@ -150,7 +150,7 @@ async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
     alembic: Path, clone: Database
 ) -> None:
     add = 'op.add_column("tiger_accounts", sa.Column("nickname", sa.Text()))'
-    write(alembic, "0006", HEAD, "Nicknames", add)
+    write(alembic, "9006", HEAD, "Nicknames", add)
     async with clone.session() as session:
         accounts = [(await factories.account(session)).id for _ in range(4)]
     long = await connect(clone.settings)
@@ -187,11 +187,11 @@ async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
         out, err = await migrate.communicate()
         ended.set()
     await long.close()
-    assert f"0006 Nicknames: attempt 1 gave way to process {long.get_server_pid()} (" in gave_way
+    assert f"9006 Nicknames: attempt 1 gave way to process {long.get_server_pid()} (" in gave_way
     assert "idle in transaction, in a transaction for" in gave_way
     assert migrate.returncode == 0, err
     (applied,) = json.loads(out)["applied"]
-    assert (applied["revision"], applied["message"]) == ("0006", "Nicknames.")
+    assert (applied["revision"], applied["message"]) == ("9006", "Nicknames.")
     assert applied["attempts"] > 1
     assert max(took) < 2 + 2
 
@@ -202,9 +202,9 @@ async def test_a_migration_that_gives_up_says_why_and_leaves_nothing_half_done(
     alembic: Path, cli: CommandLine, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migration_locks, "_PATIENCE", 0.5)
-    write(alembic, "0006", HEAD, "Done", 'op.execute("CREATE TABLE done ()")')
+    write(alembic, "9006", HEAD, "Done", 'op.execute("CREATE TABLE done ()")')
     write(
-        alembic, "0007", "0006", "Half done", 'op.execute("CREATE TABLE half_done ()")',
+        alembic, "9007", "9006", "Half done", 'op.execute("CREATE TABLE half_done ()")',
         'op.execute("ALTER TABLE api_keys ADD nickname text")',
     )  # fmt: skip
     long = await connect(clone_settings)
@@ -216,22 +216,22 @@ async def test_a_migration_that_gives_up_says_why_and_leaves_nothing_half_done(
     assert (blocked.code, blocked.out) == (1, "")
     error = blocked.err.splitlines()[-1]
     assert error.startswith(
-        f"error: 0007 Half done: gave up after attempt 1, which gave way to {who}"
+        f"error: 9007 Half done: gave up after attempt 1, which gave way to {who}"
     )
-    assert await long.fetchval("SELECT version_num FROM alembic_version") == "0006"
+    assert await long.fetchval("SELECT version_num FROM alembic_version") == "9006"
     assert await long.fetchval("SELECT to_regclass('half_done')") is None
 
     async with long.transaction():
         await long.execute("LOCK TABLE audit_logs")
         blocked = await asyncio.to_thread(cli, "migrate")
     assert blocked.code == 1
-    assert "0007 Half done: 0." in blocked.err
+    assert "9007 Half done: 0." in blocked.err
     assert (
         f"making months of the audit trail: gave up after attempt 1, which gave way to {who}"
         in (blocked.err)
     )
     await long.close()
-    assert "the schema is at 0007 already" in (await asyncio.to_thread(cli.ok, "migrate")).err
+    assert "the schema is at 9007 already" in (await asyncio.to_thread(cli.ok, "migrate")).err
 
 
 # One transaction each, and the script for psql
@@ -249,10 +249,10 @@ CONCURRENTLY = (
 def three_more(alembic: Path) -> Path:
     """Three migrations more, of which the second leaves its transaction meanwhile."""
     make = 'op.execute("CREATE TABLE notes (revision text, transaction text)")'
-    write(alembic, "0006", HEAD, "Notes", make, NOTE.format("0006"))
-    again = NOTE.format("0007 again")
-    write(alembic, "0007", "0006", "Index", NOTE.format("0007"), *CONCURRENTLY, again)
-    write(alembic, "0008", "0007", "More", NOTE.format("0008"))
+    write(alembic, "9006", HEAD, "Notes", make, NOTE.format("9006"))
+    again = NOTE.format("9007 again")
+    write(alembic, "9007", "9006", "Index", NOTE.format("9007"), *CONCURRENTLY, again)
+    write(alembic, "9008", "9007", "More", NOTE.format("9008"))
     return alembic
 
 
@@ -261,12 +261,12 @@ async def check_notes(settings: Settings) -> None:
     connection = await connect(settings)
     try:
         notes = dict(await connection.fetch("SELECT * FROM notes"))
-        assert sorted(notes) == ["0006", "0007", "0007 again", "0008"]
+        assert sorted(notes) == ["9006", "9007", "9007 again", "9008"]
         assert len(set(notes.values())) == 4
         assert await connection.fetchval(
             "SELECT indisvalid FROM pg_index WHERE indexrelid = 'ix_x'::regclass"
         )
-        assert await connection.fetchval("SELECT version_num FROM alembic_version") == "0008"
+        assert await connection.fetchval("SELECT version_num FROM alembic_version") == "9008"
         months = await connection.fetchval(
             "SELECT count(*) FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass"
         )
@@ -280,26 +280,26 @@ def test_each_migration_has_a_transaction_of_its_own(
     three_more: Path, cli: CommandLine, clone_settings: Settings
 ) -> None:
     planned = cli.ok("migrate", "--dry-run", "--json").json["items"]
-    assert [step["revision"] for step in planned] == ["0006", "0007", "0008"]
+    assert [step["revision"] for step in planned] == ["9006", "9007", "9008"]
     assert "Index." in cli.ok("migrate", "--dry-run").out
     pending = cli("check")
     assert pending.code == 1
-    assert pending.out == "pending 0006 Notes.\npending 0007 Index.\npending 0008 More.\n"
-    assert pending.err.startswith("error: the schema (revision 0005) is older")
+    assert pending.out == "pending 9006 Notes.\npending 9007 Index.\npending 9008 More.\n"
+    assert pending.err.startswith(f"error: the schema (revision {HEAD}) is older")
     assert "run `tiger-db migrate`" in pending.err
 
     done = cli.ok("migrate").err
-    for title in ("0006 Notes: 0.", "0007 Index: 0.", "0008 More: 0."):
+    for title in ("9006 Notes: 0.", "9007 Index: 0.", "9008 More: 0."):
         assert title in done
     asyncio.run(check_notes(clone_settings))
     undone = cli.ok("downgrade", "-2", "--yes").err
-    assert undone.index("undoing 0008 More: 0.") < undone.index("undoing 0007 Index: 0.")
-    write(three_more, "0008", "0007", "More", "op.get_bind().exec_driver_sql('SELECT 1 / 0')")
+    assert undone.index("undoing 9008 More: 0.") < undone.index("undoing 9007 Index: 0.")
+    write(three_more, "9008", "9007", "More", "op.get_bind().exec_driver_sql('SELECT 1 / 0')")
     scripts.cache_clear()
     failed = cli("migrate")
     assert failed.code == 1
-    assert "0008 More: failed, and is rolled back\nerror: the database refused" in failed.err
-    assert cli.ok("current", "--json").json["current"] == "0007"
+    assert "9008 More: failed, and is rolled back\nerror: the database refused" in failed.err
+    assert cli.ok("current", "--json").json["current"] == "9007"
 
 
 @pytest.mark.slow
@@ -315,12 +315,13 @@ def test_the_script_for_psql_ends_where_migrate_does(
         url = url_of(target)
         script = cli.ok("migrate", "--sql", DATABASE_URL=url)
         assert script.err == ""
-        assert script.out.startswith("BEGIN;\n\nSET LOCAL lock_timeout")
+        pinned = 'SET search_path = "public", pg_temp;\n\n'
+        assert script.out.startswith(f"{pinned}BEGIN;\n\nSET LOCAL lock_timeout")
         assert ("CREATE TABLE alembic_version" in script.out) == (begin == "empty")
         psql = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", url]
         subprocess.run(psql, input=script.out, check=True, text=True, capture_output=True)
         asyncio.run(check_notes(target))
-        assert "at 0008 already" in cli.ok("migrate", DATABASE_URL=url).err
+        assert "at 9008 already" in cli.ok("migrate", DATABASE_URL=url).err
     finally:
         asyncio.run(databases.drop(server_url, name))
 
@@ -341,14 +342,14 @@ def test_neither_script_nor_plan_changes_anything(
 
 @pytest.mark.schema_changes
 def test_more_than_one_head_is_told_in_one_line(alembic: Path, cli: CommandLine) -> None:
-    write(alembic, "0006a", HEAD, "Mine", "pass")
-    write(alembic, "0006b", HEAD, "Yours", "pass")
+    write(alembic, "9006a", HEAD, "Mine", "pass")
+    write(alembic, "9006b", HEAD, "Yours", "pass")
     for command in ("check", "migrate", "current", "list-accounts"):
         error = cli.fails(command)
-        assert "2 heads (0006a, 0006b): join them with `alembic merge heads" in error
-    write(alembic, "0007", ("0006a", "0006b"), "Joined", "pass")
+        assert "2 heads (9006a, 9006b): join them with `alembic merge heads" in error
+    write(alembic, "9007", ("9006a", "9006b"), "Joined", "pass")
     scripts.cache_clear()
-    assert f"from {HEAD} to 0007" in cli.ok("migrate").err
+    assert f"from {HEAD} to 9007" in cli.ok("migrate").err
     assert cli.ok("check").out == ""
 
 

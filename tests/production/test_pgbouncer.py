@@ -30,7 +30,14 @@ from tiger_db import (
 )
 from tiger_db.audit import follow, seal
 from tiger_db.database import connect_directly, migration_engine
-from tiger_db.errors import APIKeyRevoked, ConfigurationError, Conflict, DatabaseUnavailable
+from tiger_db.doctor import Finding, doctor
+from tiger_db.errors import (
+    APIKeyRevoked,
+    ConfigurationError,
+    Conflict,
+    DatabaseUnavailable,
+    SchemaMismatch,
+)
 from tiger_db.health import health
 from tiger_db.migrations import upgrade
 from tiger_db.signing import generate_signing_key
@@ -215,7 +222,7 @@ async def test_a_schema_is_made_past_the_pooler(
 
 
 async def test_a_revocation_is_heard_of_past_the_pooler(database: Database) -> None:
-    async with KeyVerifier(database) as verifier:
+    async with KeyVerifier(database, memory=True) as verifier:
         async with database.session() as session:
             key, raw = await factories.api_key(session)
         await verifier.authorize(raw, scopes=[APIKeyScope.MCP_READ])
@@ -279,7 +286,7 @@ def needs() -> dict[str, Callable[[Database], Awaitable[object]]]:
 
     return {
         "a connection": lambda database: connect_directly(database.settings),
-        "a verifier": lambda database: KeyVerifier(database).__aenter__(),
+        "a verifier with memory": lambda database: KeyVerifier(database, memory=True).__aenter__(),
         "a worker": lambda database: RefreshWorker(database, refresh).run(),
         "a follower": lambda database: anext(follow(database)),
         "a seal": seal,
@@ -299,7 +306,9 @@ async def test_without_a_way_past_the_pooler_what_needs_one_says_so(
                 await needs()[what](database)
         assert "\n" not in str(caught.value)
         async with database.session() as session:  # which needs none
-            await factories.account(session)
+            _, raw = await factories.api_key(session)
+        async with KeyVerifier(database) as verifier:  # nor does this
+            assert await verifier.verify(raw)
 
 
 @pytest.mark.slow
@@ -343,7 +352,9 @@ async def test_health_tells_of_a_pooler_that_is_not_named(
     assert problem.endswith("behind PgBouncer, set DB_POOLER=pgbouncer and DB_DIRECT_HOST")
     with pgbouncer(
         server_url,
-        ignore_startup_parameters="statement_timeout,idle_in_transaction_session_timeout",
+        ignore_startup_parameters=(
+            "statement_timeout,idle_in_transaction_session_timeout,search_path"
+        ),
     ) as careless:
         named = pooled(clone_settings, careless, server_url)
         (problem,) = (await health(named.model_copy(update=hidden))).problems
@@ -367,3 +378,84 @@ async def test_health_tells_that_the_way_past_the_pooler_leads_elsewhere(
         ]
     finally:
         await sql(clone_settings, "DROP DATABASE elsewhere")
+
+
+# The search path, which the pooler does not take
+
+
+async def search_path_of(settings: Settings) -> Finding:
+    (finding,) = [one for one in await doctor(settings) if one.check == "search path"]
+    return finding
+
+
+def advised(settings: Settings) -> str:
+    role = settings.url.user if settings.url else ""
+    return (
+        f'run ALTER ROLE "{role}" IN DATABASE "{settings.database}" SET search_path = "public",'
+        " pg_temp"
+    )
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize(
+    ("path", "status", "seen"),
+    [
+        ('"$user", public', "warning", "another schema or a temporary table may come before"),
+        ("public, pg_temp", "ok", "public, pg_temp"),
+        ("pg_catalog, public, pg_temp", "ok", "pg_catalog, public, pg_temp"),
+        ("evil, public, pg_temp", "problem", "evil, public, pg_temp, which does not lead to"),
+        ("evil, pg_catalog, public", "problem", "which does not lead to"),
+        ("public, pg_catalog", "problem", "which does not lead to"),
+    ],
+)
+async def test_the_doctor_compares_the_search_path_behind_the_pooler(
+    clone_settings: Settings, server_url: str, path: str, status: str, seen: str
+) -> None:
+    await sql(clone_settings, "CREATE SCHEMA evil")
+    await sql(
+        clone_settings,
+        f'ALTER ROLE CURRENT_USER IN DATABASE "{clone_settings.database}" SET search_path = {path}',
+    )
+    with pgbouncer(server_url) as folder:
+        behind = pooled(clone_settings, folder, server_url)
+        finding = await search_path_of(behind)
+        assert (finding.status, seen in finding.seen) == (status, True), finding
+        reconnect = "; then RECONNECT on the pooler's console"
+        assert finding.advice == (None if status == "ok" else advised(behind) + reconnect)
+        problems = (await health(behind)).problems
+        if status != "problem":
+            assert problems == []
+            async with Database(behind) as database:
+                await database.check()
+            return
+        (problem,) = problems
+        assert problem.startswith("a pooler dropped the search path: it is ")
+        assert problem.endswith(advised(behind))
+        async with Database(behind) as database:
+            with pytest.raises(SchemaMismatch, match="a pooler dropped the search path"):
+                await database.check()
+    # Direct connections do not care.
+    assert await search_path_of(clone_settings) == Finding("search path", "ok", '"public", pg_temp')
+
+
+@pytest.mark.schema_changes
+async def test_a_pooler_that_drops_the_search_path_silently_is_found_out(
+    clone_settings: Settings, server_url: str
+) -> None:
+    await sql(
+        clone_settings,
+        f'ALTER ROLE CURRENT_USER IN DATABASE "{clone_settings.database}"'
+        " SET search_path = evil, public",
+    )
+    await sql(clone_settings, "CREATE SCHEMA evil")
+    ignored = "statement_timeout,idle_in_transaction_session_timeout,search_path"
+    with pgbouncer(server_url, ignore_startup_parameters=ignored) as folder:
+        behind = pooled(clone_settings, folder, server_url, db_pooler="none", db_direct_host=None)
+        finding = await search_path_of(behind)
+        assert (finding.status, finding.advice) == ("problem", advised(behind))
+        async with Database(behind) as database:
+            with pytest.raises(SchemaMismatch, match="a pooler dropped the search path"):
+                await database.check()
+        async with migration_engine(behind) as engine:
+            with pytest.raises(SchemaMismatch, match="a pooler dropped the search path"):
+                await upgrade(engine)

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -37,7 +37,6 @@ from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.health import explain, health
 from tiger_db.places import SSLMode
 from tiger_db.settings import Settings
-from tiger_db.tls import is_unverified
 
 pytestmark = pytest.mark.skipif(
     not servers.installed(), reason="no PostgreSQL with TLS is installed here"
@@ -489,37 +488,24 @@ async def test_without_a_ca_nothing_can_be_verified(server: TLSServer, mode: str
 # Production
 
 
-@pytest.mark.parametrize("host", ["db.example", "10.1.2.3", "[fd00::1]"])
-@pytest.mark.parametrize("mode", [None, *MODES])
-def test_beyond_this_machine_a_server_has_to_prove_who_it_is(host: str, mode: str | None) -> None:
-    unverified = mode is None or not mode.startswith("verify-")
-    url = f"postgresql://u@{host}:5432/d" + (f"?sslmode={mode}" if mode else "")
-    for settings in (
-        Settings(db_host=host.strip("[]"), db_ssl_mode=mode),
-        Settings(database_url=f"postgresql://u@localhost,{host}/d", db_ssl_mode=mode),
-        Settings(database_url=url),
-        Settings(database_url=f"postgresql:///d?host={host}", db_ssl_mode=mode),
-    ):
-        assert is_unverified(settings) == unverified
-
-
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "%2Fvar%2Frun"])
-def test_on_this_machine_it_need_not(host: str) -> None:
-    assert not is_unverified(Settings(database_url=f"postgresql://u@{host}:5432/d"))
-    assert not is_unverified(Settings(db_host=unquote(host.strip("[]"))))
-    assert not is_unverified(Settings())
-
-
 async def test_health_tells_in_production_what_to_set(keys: dict[str, str]) -> None:
-    remote = {"db_host": "192.0.2.1", "db_connect_timeout": 0.1, **keys}
-    told = "192.0.2.1:5432/tiger_db is not asked to prove who it is: set DB_SSL_MODE=verify-full"
-    report = await health(Settings(environment="production", **remote))
-    assert [told in problem for problem in report.problems].count(True) == 1
-    behind = {"db_host": "/nowhere", "db_pooler": "pgbouncer", "db_direct_host": "192.0.2.1"}
-    report = await health(Settings(environment="production", **remote | behind))
-    assert [told in problem for problem in report.problems].count(True) == 1
-    report = await health(Settings(environment="staging", **remote))
-    assert not any(told in problem for problem in report.problems)
+    remote = {
+        "environment": "production", "db_allow_unverified_tls": True, "db_connect_timeout": 0.1,
+        **keys,
+    }  # fmt: skip
+    told = "is not asked to prove who it is: set DB_SSL_MODE=verify-full and DB_SSL_CA"
+    for name, place in {
+        "DB_HOST": {"db_host": "192.0.2.1"},
+        "DATABASE_URL": {"database_url": "postgresql://192.0.2.1/d"},
+        "DB_DIRECT_HOST": {
+            "db_host": "/nowhere", "db_pooler": "pgbouncer", "db_direct_host": "192.0.2.1",
+        },
+        "DB_REPLICA_HOSTS": {"db_host": "/nowhere", "db_replica_hosts": "localhost,192.0.2.1"},
+    }.items():  # fmt: skip
+        report = await health(Settings(**remote, **place))
+        assert [p for p in report.problems if told in p] == [f"the server of {name} {told}"]
+        report = await health(Settings(**remote | {"environment": "staging"}, **place))
+        assert not any(told in problem for problem in report.problems)
 
 
 @pytest.fixture

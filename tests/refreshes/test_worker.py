@@ -5,8 +5,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -16,18 +16,31 @@ import pytest
 from pydantic import SecretStr
 from tigeropen.common.util.web_utils import http_pool
 
-from tests.refreshes.gateway import due_token, make_token, serving
+from tests.refreshes.gateway import due_token, serving
 from tests.support import factories
 from tests.support.factories import plain
 from tests.support.private_keys import KEY
 from tests.support.private_servers import new_database, server
+from tests.support.refresh_workers import (
+    SECOND,
+    Gate,
+    account_of,
+    at_once,
+    counted,
+    events,
+    failing,
+    fresh,
+    opened,
+    row,
+    run_once,
+    working,
+)
 from tests.support.tiger_tokens import tiger_token
 from tests.support.waiting import until
 from tests.tiger.files import PK8
 from tiger_db import (
     AccountStatus,
     AuditAction,
-    AuditLog,
     AuditResult,
     AuditSeverity,
     Database,
@@ -53,76 +66,11 @@ from tiger_db.errors import (
     RefreshLimited,
 )
 from tiger_db.migrations import upgrade
-from tiger_db.refresh_worker import Refresher
 from tiger_db.tiger import refresh_token
 from tiger_db.tokens import NewToken
 
 S = TokenRefreshStatus
 LISTENING = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'LISTEN %tiger_db_refreshes%'"
-SECOND = timedelta(seconds=1)
-
-
-def fresh() -> NewToken:
-    return NewToken(make_token(round(time.time() * 1000)))
-
-
-async def at_once(_: TigerAccount) -> NewToken:
-    return fresh()
-
-
-class Gate:
-    """A refresher that waits to be told."""
-
-    def __init__(self, result: NewToken | Exception | None = None) -> None:
-        self.asked = asyncio.Event()
-        self.go = asyncio.Event()
-        self.times = 0
-        self.result = result or fresh()
-
-    async def __call__(self, _: TigerAccount) -> NewToken:
-        self.times += 1
-        self.asked.set()
-        await asyncio.wait_for(self.go.wait(), 30)
-        if isinstance(self.result, Exception):
-            raise self.result
-        return self.result
-
-
-def failing(*errors: Exception) -> Refresher:
-    """Raises each in turn."""
-    left = list(errors)
-
-    async def fail(_: TigerAccount) -> NewToken:
-        raise left.pop(0)
-
-    return fail
-
-
-@asynccontextmanager
-async def working(
-    database: Database,
-    refresher: Refresher,
-    *,
-    concurrency: int = 4,
-    lease: timedelta = 60 * SECOND,
-) -> AsyncIterator[RefreshWorker]:
-    """A worker that runs meanwhile."""
-    worker = RefreshWorker(
-        database, refresher, concurrency=concurrency, lease=lease, per_minute=1000
-    )
-    task = asyncio.create_task(worker.run())
-    try:
-        yield worker
-    finally:
-        worker.stop()
-        await asyncio.wait_for(task, 30)
-
-
-async def counted(worker: RefreshWorker, name: str, count: int = 1) -> None:
-    async def enough() -> bool:
-        return worker.counts[name] >= count
-
-    await until(enough)
 
 
 async def due(database: Database, count: int = 1, **fields: object) -> list[TigerAccount]:
@@ -137,44 +85,9 @@ async def due(database: Database, count: int = 1, **fields: object) -> list[Tige
         ]
 
 
-async def opened(database: Database, **fields: object) -> TokenStatus:
-    """A refresh that is due, of an account whose token is not."""
-    token = tiger_token(datetime.now(UTC) - SECOND)
-    async with database.session() as session:
-        account = await factories.account(session, access_token=token)
-        return await factories.refresh(session, account, **fields)
-
-
-async def row(database: Database, refresh_id: UUID) -> TokenStatus:
-    async with database.session() as session:
-        found = await crud.token_status.get(session, refresh_id)
-    assert found is not None
-    return found
-
-
 async def rows(database: Database) -> list[TokenStatus]:
     async with database.session() as session:
         return (await crud.token_status.history(session, limit=1000)).items
-
-
-async def account_of(database: Database, account_id: UUID) -> TigerAccount:
-    async with database.session() as session:
-        found = await crud.accounts.get(session, account_id)
-    assert found is not None
-    return found
-
-
-async def events(database: Database, action: AuditAction) -> list[AuditLog]:
-    async with database.session() as session:
-        return [event for event in await factories.events(session) if event.action == action]
-
-
-async def run_once(
-    database: Database, refresher: Refresher, *, concurrency: int = 4, per_minute: int = 10
-) -> RefreshWorker:
-    worker = RefreshWorker(database, refresher, concurrency=concurrency, per_minute=per_minute)
-    await asyncio.wait_for(worker.run(once=True), 30)
-    return worker
 
 
 # What is due is refreshed
@@ -735,20 +648,3 @@ async def test_of_an_unknown_error_only_the_type_is_shown(
     async with clone.session() as session:
         assert "hunter2" not in await factories.everything(session)
     assert "hunter2" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [NewToken(""), NewToken("x", datetime(2027, 1, 1)), NewToken(7)],  # type: ignore[arg-type]  # noqa: DTZ001
-)
-async def test_a_token_that_cannot_be_stored_is_a_lost_answer(
-    clone: Database, bad: NewToken
-) -> None:
-    async def answer(_: TigerAccount) -> NewToken:
-        return bad
-
-    refresh = await opened(clone)
-    worker = await run_once(clone, answer)
-    now = await row(clone, refresh.id)
-    assert (now.status, now.error_code, now.retry_count) == (S.PENDING, "AnswerLost", 1)
-    assert (now.details, worker.counts) == ({"answer_lost": True}, {"failed": 1})

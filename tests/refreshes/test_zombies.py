@@ -283,11 +283,11 @@ async def test_the_workers_clock_means_nothing(
     assert claim.lease_expires_at is not None
     with worker(clone.settings, "shifted", shift=shift) as shifted:
 
-        async def taken_over() -> bool:
-            refresh = await latest(clone, soon)
-            return refresh is not None and not refresh.is_open
+        async def both_ended() -> bool:
+            rows = [await latest(clone, account) for account in (due, soon)]
+            return all(row is not None and not row.is_open for row in rows)
 
-        await until(taken_over)
+        await until(both_ended)
         counts = shifted.end()
     assert counts == {"refreshed": 2}
     done, waiting, taken = [await latest(clone, a) for a in (due, later, soon)]
@@ -324,7 +324,7 @@ async def test_workers_whose_clocks_differ_share_the_work(
 
         await until(all_done)
         counts = [slow.end(), fast.end()]
-    assert sum(count.get("refreshed", 0) for count in counts) == 20
+    assert sum(count.get("refreshed", 0) for count in counts) == 20, counts
     assert len(gateway.refreshes) == 20
     assert max(known.most for known in gateway.known.values()) == 1
     for account in accounts:

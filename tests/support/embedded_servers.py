@@ -109,16 +109,41 @@ def unfinished(home: Path) -> list[Path]:
     return list(home.glob(f"{UNFINISHED}*"))
 
 
-def run_as_server(home: Path, *command: str) -> subprocess.Popen[bytes]:
+def run_as_server(home: Path, *command: str, cwd: str | Path = "/") -> subprocess.Popen[bytes]:
     uid, gid = server_user(home)
     return subprocess.Popen(
         command,
-        cwd="/",
+        cwd=cwd,
         user=uid if IS_ROOT else None,
         group=gid if IS_ROOT else None,
         extra_groups=[] if IS_ROOT else None,
         stderr=subprocess.DEVNULL,
     )
+
+
+@contextmanager
+def server_without_lock(server: EmbeddedServer) -> Iterator[subprocess.Popen[bytes]]:
+    """Replace the server by one that holds no lock, as older releases started it."""
+    settings, data = settings_for(server.folder), server.folder / "data"
+    command = psutil.Process(server.pid).cmdline()
+    stop(settings)
+    server.socket_folder.mkdir(0o700)
+    if IS_ROOT:
+        os.chown(server.socket_folder, *server_user(server.folder))
+    with run_as_server(server.folder, *command, cwd=server.folder) as process:
+        try:
+            wait_until(lambda: embedded.running(settings))
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            wait_until(lambda: not works_in(data))
+
+
+def works_in(data: Path) -> list[int]:
+    """The processes whose working folder is the data folder of a server."""
+    found = psutil.process_iter(["cwd"])
+    return [process.pid for process in found if process.info["cwd"] == str(data)]
 
 
 def at_once(function: Callable[[Settings], object], settings: Settings) -> list[object]:

@@ -19,6 +19,8 @@ from tiger_db.settings import Settings
 CHOSEN = "TIGER_DB_CHOSEN_TEST_SERVER"
 IMAGE = "postgres:17-alpine"
 GIVEN = "TIGER_DB_TEST_URL"
+# What makes settings of that server those of production: it may be on another machine.
+PRODUCTION = {"environment": "production", "db_allow_unverified_tls": True}
 MEMORY, ROOM = Path("/dev/shm"), 4 * 2**30  # as tmpfs is by default where there are 8 GiB
 
 

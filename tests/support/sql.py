@@ -5,6 +5,8 @@ from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+import asyncpg
+
 from tiger_db import (
     Database,
     Settings,
@@ -15,6 +17,19 @@ from tiger_db.database import AsyncSession, connect
 async def sql(settings: Settings, *statements: str) -> object:
     """The first value that the last one gives."""
     connection = await connect(settings)
+    try:
+        for statement in statements[:-1]:
+            await connection.execute(statement)
+        return await connection.fetchval(statements[-1])
+    finally:
+        await connection.close()
+
+
+async def apart(settings: Settings, *statements: str) -> object:
+    """As `sql`, in a session whose search path is the role's own."""
+    arguments = settings.connect_args()
+    del arguments["server_settings"]["search_path"]
+    connection = await asyncpg.connect(**arguments)
     try:
         for statement in statements[:-1]:
             await connection.execute(statement)

@@ -1,4 +1,4 @@
-"""What concerns a KeyVerifier: columns that it hears of, connections that it takes."""
+"""What tests of a KeyVerifier share: changes of columns, counted checkouts, a killed server."""
 
 import asyncio
 import signal
@@ -17,6 +17,8 @@ OTHER = {
     "key_prefix": "'tdb_test_000000000000'",
     "key_hash": "'{SSHA256}hash'",
     "pepper_id": "'another'",
+    "root_id": "gen_random_uuid()",
+    "successor_id": "gen_random_uuid()",
     "status": "'inactive'",
     "scopes": "'{trade:read}'",
     "tiger_account_id": "(SELECT id FROM tiger_accounts)",

@@ -1,5 +1,6 @@
 """Accounts as files for Tiger's SDKs."""
 
+import asyncio
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -161,19 +162,31 @@ async def test_nothing_is_overwritten_unasked(
         assert AuditAction.ACCOUNT_EXPORT not in await actions(session)
 
 
-async def test_overwriting_replaces_files_and_links_themselves(
+async def test_overwriting_replaces_files_and_what_links_lead_to(
     clone: Database, tmp_path: Path
 ) -> None:
     account = await stored(clone, tmp_path, REQUIRED | {"token": NEW})
-    target = tmp_path / "target"
+    folder, target = tmp_path / "out", tmp_path / "target"
+    folder.mkdir()
     target.write_text("mine")
-    (tmp_path / CONFIG_FILE).write_text("old")
-    (tmp_path / CONFIG_FILE).chmod(0o644)
-    (tmp_path / TOKEN_FILE).symlink_to(target)
-    files = await export_account(clone, account.id, folder=tmp_path, overwrite=True)
-    assert target.read_text() == "mine"
-    assert [(mode(path), path.is_symlink()) for path in files] == [(0o600, False)] * 2
-    assert files[1].read_text() == f"token={NEW}\n"
+    (folder / CONFIG_FILE).write_text("old")
+    (folder / CONFIG_FILE).chmod(0o644)
+    (folder / TOKEN_FILE).symlink_to(target)
+    files = await export_account(clone, account.id, folder=folder, overwrite=True)
+    assert [(mode(path), path.is_symlink()) for path in files] == [(0o600, False), (0o777, True)]
+    assert (mode(target), target.read_text()) == (0o600, f"token={NEW}\n")
+    assert names(folder) == [CONFIG_FILE, TOKEN_FILE]
+
+
+async def test_a_pipe_is_written_into(clone: Database, tmp_path: Path) -> None:
+    account = await stored(clone, tmp_path, REQUIRED | {"token": NEW})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    os.mkfifo(folder / TOKEN_FILE)
+    reading = asyncio.create_task(asyncio.to_thread((folder / TOKEN_FILE).read_text))
+    await export_account(clone, account.id, folder=folder)
+    assert await reading == f"token={NEW}\n"
+    assert (folder / TOKEN_FILE).is_fifo()
 
 
 async def test_an_old_token_file_goes_where_there_is_no_token(

@@ -67,6 +67,17 @@ def test_whatever_is_read_is_text_or_refused(
     assert all(value and value == value.strip() for value in values.values())
 
 
+def test_a_file_is_read_whole_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    value = "é" * 499_999
+    path.write_bytes(f"a={value}".encode())  # 1,000,000 bytes
+    assert read_properties(path) == {"a": value}
+    for more in ("x", "é"):  # of the latter, the limit takes the half
+        path.write_bytes(f"a={value}{more}".encode())
+        with pytest.raises(InvalidValue, match="large: is too large"):
+            read_properties(path)
+
+
 @pytest.mark.slow
 def test_no_file_is_ever_open_to_others(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOOKING, str(tmp_path)]

@@ -14,6 +14,7 @@ from tiger_db.crud.common import many
 from tiger_db.database import Database, connect_directly
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
+from tiger_db.sqlstates import raw_errors
 
 CHANNEL = "tiger_db_audit_logs"
 POLL = 1.0  # seconds after which it looks, though nothing was heard
@@ -91,7 +92,9 @@ async def _told(database: Database) -> AsyncIterator[asyncio.Event]:
         yield news
         return
     try:
-        await connection.add_listener(CHANNEL, lambda *_: news.set())
+        channel = database.settings.channel(CHANNEL)
+        with raw_errors():
+            await connection.add_listener(channel, lambda *_: news.set())
         yield news
     finally:
         connection.terminate()

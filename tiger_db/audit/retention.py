@@ -5,7 +5,7 @@ import re
 from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -14,9 +14,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tiger_db.audit.proof import DIGEST, Seal, Statement, digest_of, merkle_root, runs_of
 from tiger_db.audit.sealing import required_key, store
-from tiger_db.audit.stored import EVENTS, LOCK, Connection, clock, connected, last_seal, next_number
+from tiger_db.audit.stored import (
+    EVENTS,
+    TAKE_TURN,
+    Connection,
+    clock,
+    connected,
+    last_seal,
+    next_number,
+)
 from tiger_db.database import Database
-from tiger_db.errors import DatabaseUnavailable
+from tiger_db.errors import DatabaseUnavailable, InvalidState
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.models import AuditAction, AuditLog
 from tiger_db.models.audit_rows import copy_events
@@ -29,13 +37,13 @@ _PAUSE = 1.0  # seconds
 # For a lock; nobody queues behind us for longer. Less than the server's deadlock_timeout: whoever
 # waits for what we have, and has what we wait for, is no victim of a deadlock.
 _PATIENCE = "800ms"
+_CLOCKS_APART = timedelta(minutes=1)
 _PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
 WHERE inhparent = 'audit_logs'::regclass ORDER BY relname
 """
 _BOUNDS = """
-SELECT min(position), max(position), max(created_at) < date_trunc('month', now(), 'UTC')
-    - make_interval(months => $1) FROM {partition}
+SELECT min(position), max(position), max(created_at) < $1 FROM {partition}
 """
 _EVENTS = EVENTS.replace("{", "{{").replace("}", "}}").replace("audit_logs", "{partition}")
 _COVERING = """
@@ -63,6 +71,8 @@ async def maintain(database: Database) -> Maintenance:
 
     Raises:
         ConfigurationError: a month may leave, and there is no `AUDIT_SIGNING_KEY` to seal that.
+        InvalidState: months may leave, but the clocks of the database and of this machine are more
+            than a minute apart; the months ahead are made.
         DatabaseUnavailable: the tables were in use for too long; run it again.
     """
     done = Maintenance()
@@ -71,9 +81,14 @@ async def maintain(database: Database) -> Maintenance:
         await connection.execute(f"SET lock_timeout = '{_PATIENCE}'")
         try:
             done.made = await _patiently(partial(_make_months, connection))
-            for partition in await _old_months(connection, months):
+            if months is None:
+                return done
+            kept_from = first_kept_month(
+                await connection.fetchval("SELECT clock_timestamp()"), datetime.now(UTC), months
+            )
+            for partition in await _old_months(connection, kept_from):
                 key = await required_key(database)
-                why = await _patiently(partial(_retire, connection, key, partition, months or 0))
+                why = await _patiently(partial(_retire, connection, key, partition, kept_from))
                 month = partition.removeprefix("audit_logs_").replace("_", "-")
                 if why is not None:
                     done.kept[month] = why
@@ -96,34 +111,50 @@ async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
 
 async def _make_months(connection: Connection) -> int:
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
+        await connection.execute(TAKE_TURN)
         made: int = await connection.fetchval("SELECT make_audit_months($1)", MONTHS_AHEAD)
         return made
 
 
-async def _old_months(connection: Connection, retention: int | None) -> list[str]:
+def first_kept_month(database_time: datetime, machine_time: datetime, retention: int) -> datetime:
+    """Return the start, in UTC, of the first month that must stay.
+
+    `retention` full months stay before the current one, and the current month stays whatever it is.
+
+    Raises:
+        InvalidState: the two clocks are more than a minute apart, so neither is to be trusted.
+    """
+    apart = database_time - machine_time
+    if abs(apart) > _CLOCKS_APART:
+        raise InvalidState(
+            f"the database's clock is {abs(apart).total_seconds():.0f} s"
+            f" {'ahead of' if apart > timedelta() else 'behind'} this machine's:"
+            " no month leaves the audit trail until they agree"
+        )
+    now = min(database_time, machine_time).astimezone(UTC)
+    months = now.year * 12 + now.month - 1 - max(retention, 0)
+    return datetime(months // 12, months % 12 + 1, 1, tzinfo=UTC)
+
+
+async def _old_months(connection: Connection, kept_from: datetime) -> list[str]:
     """The partitions that may leave, oldest first."""
-    if retention is None:
-        return []
-    now: datetime = await connection.fetchval("SELECT now()")
-    now = now.astimezone(UTC)
-    first_kept = now.year * 12 + now.month - 1 - retention
     return [
         name
         for (name,) in await connection.fetch(_PARTITIONS)
-        if (month := _MONTH.fullmatch(name)) and int(month[1]) * 12 + int(month[2]) - 1 < first_kept
+        if (month := _MONTH.fullmatch(name))
+        and (int(month[1]), int(month[2])) < (kept_from.year, kept_from.month)
     ]
 
 
 async def _retire(
-    connection: Connection, key: Ed25519PrivateKey, partition: str, retention: int
+    connection: Connection, key: Ed25519PrivateKey, partition: str, kept_from: datetime
 ) -> str | None:
     """Drop a month, in one transaction with the seal that says so; or why it has to stay."""
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
+        await connection.execute(TAKE_TURN)
         if await connection.fetchval("SELECT to_regclass($1)", partition) is None:
             return None  # another machine was faster
-        first, last, old = await connection.fetchrow(_BOUNDS.format(partition=partition), retention)
+        first, last, old = await connection.fetchrow(_BOUNDS.format(partition=partition), kept_from)
         if first is not None:
             why = await _seal_retirement(connection, key, partition, (first, last), old=old)
             if why is not None:

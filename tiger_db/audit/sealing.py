@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tiger_db.audit.proof import Statement, digest_of, make_seal, merkle_root, runs_of
 from tiger_db.audit.stored import (
     EVENTS,
-    LOCK,
+    TAKE_TURN,
     Connection,
     clock,
     connected,
@@ -75,7 +75,7 @@ async def seal_next(
 ) -> int | None:
     """Make one seal, of the events up to a place that is settled; None: they are sealed."""
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
+        await connection.execute(TAKE_TURN)
         number, previous, after = next_number(await last_seal(connection))
         found = await connection.fetch(f"{EVENTS} LIMIT {SEALED_AT_ONCE}", after + 1, upto)
         if not found:

@@ -10,12 +10,14 @@ import asyncpg
 from tiger_db.audit.proof import FIRST, Seal
 from tiger_db.database import Database, migration_engine
 from tiger_db.errors import InvalidValue
+from tiger_db.migration_locks import lock_key
 from tiger_db.models import AuditLog
 from tiger_db.write_behind import plain_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Event: TypeAlias = tuple[int, str]  # its place and its content
-LOCK = 0x7469676572_01  # one at a time seals, retires or moves
+# One at a time seals, retires or moves, in each schema.
+TAKE_TURN = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
 _SEALS = 50  # read at a time, with their digests
 _ROWS = 20_000  # events looked for at a time
 _FETCHED = 1000  # events fetched at a time

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 import tiger_db
-from tiger_db.cli.events import PANEL, private_file
+from tiger_db.cli.events import PANEL
 from tiger_db.cli.input import finish, settings
-from tiger_db.cli.output import AsJson, print_json, progress_to, show_table, talk
-from tiger_db.errors import DatabaseUnavailable, EncryptionError, InvalidValue
+from tiger_db.cli.output import (
+    AsJson,
+    Out,
+    Overwrite,
+    output,
+    print_json,
+    progress_to,
+    show_table,
+    talk,
+)
+from tiger_db.errors import DatabaseUnavailable, InvalidValue
 
 if TYPE_CHECKING:
     from tiger_db.audit import Maintenance, Sealing, Verification
@@ -124,9 +133,8 @@ def verify_audit(
 @app.command(rich_help_panel=PANEL)
 def export_checkpoint(
     *,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to; else to standard output.")
-    ] = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write out the newest seal. Keep it elsewhere: it shows when seals are missing or replaced."""
 
@@ -135,7 +143,7 @@ def export_checkpoint(
             return await tiger_db.audit.export_checkpoint(database)
 
     text = finish(run())
-    with private_file(out) as file:
+    with output(out, overwrite=overwrite) as file:
         file.write(text)
 
 
@@ -163,5 +171,5 @@ def _read(file: Path, parse: Callable[[str], T]) -> T:
         return parse(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise InvalidValue(f"{file}: not text") from None
-    except (EncryptionError, InvalidValue) as error:
+    except InvalidValue as error:
         raise InvalidValue(f"{file}: {error}") from None

@@ -129,7 +129,11 @@ def history(*, as_json: AsJson = False) -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def check(*, as_json: AsJson = False) -> None:
-    """List pending migrations, or how the schema in the database differs from the models."""
+    """List pending migrations, or how the schema differs from what this release makes.
+
+    Compares tables with the models, then triggers, functions, row security and rules; a line each,
+    with the SQL that restores the latter. Triggers that you added are left to `doctor`.
+    """
     config = settings()
     state = finish(_state(config))
     if not state.known:
@@ -138,18 +142,22 @@ def check(*, as_json: AsJson = False) -> None:
     async def compare() -> list[str]:
         if state.problem:
             scripts = await _pending(config, "head")
-            return [f"pending {script.revision} {script.doc}" for script in scripts]
+            titles = [" ".join(script.doc.split()) for script in scripts]
+            return [f"pending {s.revision} {t}" for s, t in zip(scripts, titles, strict=True)]
         async with tiger_db.database.migration_engine(config) as engine:
             return await tiger_db.migrations.drift(engine)
 
-    findings = [" ".join(finding.split()) for finding in finish(compare())]
+    findings = finish(compare())
     if as_json:
         print_json({"items": findings, "next_cursor": None})
     else:
         typer.echo("".join(f"{finding}\n" for finding in findings), nl=False)
     state.check()
     if findings:
-        raise SchemaMismatch("the schema differs from the models: run `tiger-db revision -m ...`")
+        raise SchemaMismatch(
+            "the schema differs: where somebody changed the database, run the SQL that its line"
+            " gives, and find out who it was; where the models changed, `tiger-db revision -m ...`"
+        )
     talk(f"{config.place} has the schema that the models need")
 
 

@@ -1,14 +1,12 @@
 """The audit trail as it is read: listed, followed, drawn, exported."""
 
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
@@ -30,8 +28,11 @@ from tiger_db.cli.input import (
 )
 from tiger_db.cli.output import (
     AsJson,
+    Out,
+    Overwrite,
     counter,
     dump,
+    output,
     print_json,
     show_bars,
     show_line,
@@ -200,9 +201,8 @@ def _over_time(hours: dict[datetime, int], since: datetime, until: datetime) -> 
 @app.command(rich_help_panel=PANEL)
 def export_events(
     *,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to; else to standard output.")
-    ] = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
     form: Annotated[
         Literal["jsonl", "csv"], typer.Option("--format", help="JSON Lines, or for spreadsheets.")
     ] = "jsonl",
@@ -226,43 +226,26 @@ def export_events(
     """
     wanted = _wanted(locals())
 
-    async def run() -> int:
-        count = 0
+    count = 0
 
-        def advance(events: int) -> None:
-            nonlocal count
-            count += events
-            tell(count)
+    async def run(file: IO[str]) -> None:
+        with counter("events") as tell:
 
-        async with tiger_db.Database(settings()) as database:
-            async with database.session() as session:
-                criteria = await wanted(session)
-            with private_file(out) as file, counter("events") as tell:
+            def advance(events: int) -> None:
+                nonlocal count
+                count += events
+                tell(count)
+
+            async with tiger_db.Database(settings()) as database:
+                async with database.session() as session:
+                    criteria = await wanted(session)
                 lines = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
                 async for line in lines:
                     file.write(line)
-        return count
 
-    talk(f"{finish(run())} events were exported")
-
-
-@contextmanager
-def private_file(path: Path | None) -> Iterator[IO[str]]:
-    """A file that only its owner reads and that appears when it is complete; else stdout."""
-    if path is None:
-        yield sys.stdout
-        return
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    try:
-        with open(os.open(part, flags, 0o600), "w", encoding="utf-8", newline="") as file:  # noqa: PTH123  # a descriptor
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with output(out, overwrite=overwrite) as file:  # a pipe without a reader is waited for here
+        finish(run(file))
+    talk(f"{count} events were exported")
 
 
 def _wanted(options: dict[str, Any]) -> "Callable[[AsyncSession], Awaitable[Criteria]]":

@@ -30,6 +30,8 @@ After = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 _CENTURY = timedelta(days=36525)
 _SECRET_LIMIT = 1_000_000  # characters
+_LINE_END = 2  # characters, which may follow them
+_LINE_LIMIT = 4095  # bytes of a line that Linux hands over from a terminal; it drops what follows
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -175,7 +177,7 @@ def secret(name: str, value: str | None, file: str | None) -> str | None:
 
     Raises:
         BadParameter: both are given.
-        InvalidValue: there is nothing in it, or it is not text.
+        InvalidValue: there is nothing in it, it is too long, or it is not text.
     """
     if value is not None and file is not None:
         raise typer.BadParameter("is given already", param_hint=f"--{name}-file")
@@ -183,10 +185,14 @@ def secret(name: str, value: str | None, file: str | None) -> str | None:
         return None
     try:
         if "-" in (value, file):
-            text = _hidden_lines(name) if _at_terminal() else sys.stdin.read(_SECRET_LIMIT)
+            text = (
+                _hidden_lines(name)
+                if _at_terminal()
+                else sys.stdin.read(_SECRET_LIMIT + _LINE_END + 1)
+            )
         elif file is not None:
             with Path(file).open(encoding="utf-8") as stream:
-                text = stream.read(_SECRET_LIMIT)
+                text = stream.read(_SECRET_LIMIT + _LINE_END + 1)
         else:
             warn(
                 "other users of this machine can see a secret on the command line, and the shell"
@@ -195,6 +201,10 @@ def secret(name: str, value: str | None, file: str | None) -> str | None:
             text = value or ""
     except UnicodeDecodeError:
         raise InvalidValue(f"the {name.replace('-', ' ')} is not text") from None
+    if max(len(text) - _LINE_END, len(text.strip())) > _SECRET_LIMIT:
+        raise InvalidValue(
+            f"the {name.replace('-', ' ')} has more than {_SECRET_LIMIT:,} characters"
+        )
     if not text.strip():
         raise InvalidValue(f"the {name.replace('-', ' ')} is empty")
     return text.strip()
@@ -222,7 +232,11 @@ def _at_terminal() -> bool:
 
 
 def _hidden_lines(name: str) -> str:
-    """Ask without echo. A pasted PEM is read to its end: `getpass` would leave it to the shell."""
+    """Ask without echo. A pasted PEM is read to its end: `getpass` would leave it to the shell.
+
+    Raises:
+        InvalidValue: a line is so long that the terminal may have cut it.
+    """
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     silent = [*before]
@@ -237,4 +251,6 @@ def _hidden_lines(name: str) -> str:
     finally:
         termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
         sys.stderr.write("\n")
+    if any(len(line.rstrip("\n").encode()) >= _LINE_LIMIT for line in lines):
+        raise InvalidValue(f"a terminal may cut a line that is so long: use --{name}-file")
     return "".join(lines)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.cells import cell_len
@@ -16,12 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 import tiger_db
+from tiger_db.files import output_files
 
 if TYPE_CHECKING:
     from tiger_db.models import Entity
 
 E_ = TypeVar("E_", bound="Entity")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A new file, a pipe or a device; else standard output."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 _GAP = 2  # between columns
 _BARS = 100  # columns at most of a chart
 _ANY_WIDTH = 10_000  # of what is not a terminal: a row stays on its line
@@ -88,6 +95,16 @@ def counter(things: str) -> Iterator[Callable[[int], None]]:
         return
     with console.status("") as status:
         yield lambda count: status.update(f"{count:,} {things}")
+
+
+@contextmanager
+def output(path: Path | None, *, overwrite: bool) -> Iterator[IO[str]]:
+    """Open the file of `--out` by the rules of `output_files`; standard output if there is none."""
+    if path is None:
+        yield sys.stdout
+        return
+    with output_files(path, overwrite=overwrite) as (file,):
+        yield file
 
 
 def print_json(value: object) -> None:

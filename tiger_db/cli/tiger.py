@@ -9,7 +9,7 @@ import typer
 import tiger_db
 from tiger_db.cli.accounts import Account
 from tiger_db.cli.input import find_account, finish, query, settings
-from tiger_db.cli.output import AsJson, print_json, show_row, talk, warn
+from tiger_db.cli.output import AsJson, Overwrite, print_json, show_row, talk, warn
 from tiger_db.redaction import masked
 
 app = typer.Typer()
@@ -63,9 +63,7 @@ def export_account(
     to: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where the files go; made if it is missing.")
     ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files that are there.")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an account's files for Tiger's SDKs, and print their paths. They hold its secrets."""

@@ -2,14 +2,13 @@
 
 import base64
 import binascii
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
-import asyncpg
 from sqlalchemy import Row, Select, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,15 +18,14 @@ from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlmodel import col
 
 from tiger_db.errors import (
-    AlreadyExists,
+    ConfigurationError,
     InvalidCursor,
     InvalidState,
     InvalidValue,
-    MissingReference,
     NotFound,
-    TigerDBError,
 )
 from tiger_db.models import Entity
+from tiger_db.sqlstates import classify
 
 MAX_LIMIT = 1000
 # What a statement returns is what the rows are now, whatever the session remembers of them.
@@ -117,6 +115,21 @@ async def paginate(
     return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
 
 
+def handed_over(info: Mapping[Any, object], name: str) -> object:
+    """Return what a session's Database put into the session's `info` under a name.
+
+    Raises:
+        ConfigurationError: the session has no Database, so nothing tells what is right.
+    """
+    try:
+        return info[name]
+    except KeyError:
+        raise ConfigurationError(
+            f"the session's info has no {name!r}: use Database.session(), or make the session with"
+            " info=database.info"
+        ) from None
+
+
 def refuse_readonly(session: AsyncSession) -> None:
     """For what decides by reading only. What locks or writes, PostgreSQL refuses by itself.
 
@@ -191,7 +204,7 @@ async def constraints(session: AsyncSession, *rows: Entity) -> AsyncIterator[Non
     except DBAPIError as error:
         for row in rows:
             await session.refresh(row)
-        raise constraint_error(error) or error from None
+        raise classify(error) or error from None
 
 
 @contextmanager
@@ -204,36 +217,4 @@ def typed_errors() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        raise constraint_error(error) or error from None
-
-
-# https://www.postgresql.org/docs/current/errcodes-appendix.html
-_BY_SQLSTATE: dict[str, tuple[type[TigerDBError], str]] = {
-    "23505": (AlreadyExists, "the value exists already"),
-    "23503": (MissingReference, "the row referred to does not exist"),
-    "23502": (InvalidValue, "a value is missing"),
-    "23514": (InvalidValue, "a value is not allowed"),
-    "22000": (InvalidValue, "a value is not of its column's type"),
-    "22001": (InvalidValue, "a text is too long"),
-    "22003": (InvalidValue, "a number is out of range"),
-    "22008": (InvalidValue, "a time is out of range"),
-    "22021": (InvalidValue, "a text has a character that cannot be stored"),
-    "22P02": (InvalidValue, "a value is not of its column's type"),
-    "22P05": (InvalidValue, "a text has a character that cannot be stored"),
-}
-
-
-def constraint_error(error: DBAPIError) -> TigerDBError | None:
-    """The typed error for a violation, without any value of the row; None for other errors."""
-    cause = error.orig.__cause__ if error.orig is not None else None
-    return constraint_error_of(cause) if isinstance(cause, asyncpg.PostgresError) else None
-
-
-def constraint_error_of(cause: asyncpg.PostgresError) -> TigerDBError | None:
-    """As `constraint_error`, of what asyncpg itself raised."""
-    sqlstate = cause.sqlstate
-    if sqlstate not in _BY_SQLSTATE:
-        return None
-    kind, message = _BY_SQLSTATE[sqlstate]
-    where = getattr(cause, "constraint_name", None) or getattr(cause, "column_name", None)
-    return kind(f"{message} ({where})" if where else message)
+        raise classify(error) or error from None

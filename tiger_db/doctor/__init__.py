@@ -2,7 +2,7 @@
 
 Each check is one statement, in a transaction of its own that waits for hardly anybody: what it may
 not see, or not in time, is a finding too, and the others go on. The tables that grow are read by
-their indexes; that of the accounts once, for the encryption keys.
+their indexes; those of the accounts and the API keys once, for what their secrets are stored under.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tiger_db.database import migration_engine
 from tiger_db.doctor import server, tables
 from tiger_db.doctor.findings import Finding, Found, checked
-from tiger_db.errors import TigerDBError
+from tiger_db.errors import SchemaMismatch, TigerDBError
 from tiger_db.health import explain
 from tiger_db.migrations import schema_state
 from tiger_db.settings import Settings
@@ -37,10 +37,12 @@ async def doctor(settings: Settings) -> list[Finding]:
         async with migration_engine(settings) as engine, engine.connect() as connection:
             for name, check in server.CHECKS.items():
                 findings.append(await checked(connection, name, check))
+            findings.append(await server.search_path(connection, settings))
             findings.append(schema := await checked(connection, "schema", _schema))
             if schema.status == "ok":
                 for name, check in tables.CHECKS.items():
                     findings.append(await checked(connection, name, check))
+                findings.append(await tables.api_key_hashes(connection, settings))
                 findings.append(await tables.encryption_keys(connection, settings))
     except (TigerDBError, OSError) as error:
         findings.append(Finding("server", "problem", explain(error) or type(error).__name__))
@@ -48,8 +50,10 @@ async def doctor(settings: Settings) -> list[Finding]:
 
 
 async def _schema(connection: AsyncConnection) -> Found:
-    state = await schema_state(connection)
-    if state.problem is None:
-        return "ok", f"revision {state.current}, the newest", None
-    seen, _, advice = state.problem.partition(": ")
-    return "problem", seen, advice
+    try:
+        state = await schema_state(connection)
+        state.check()
+    except SchemaMismatch as mismatch:
+        seen, _, advice = str(mismatch).partition(": ")
+        return "problem", seen, advice
+    return "ok", f"revision {state.current}, the newest", None

@@ -18,7 +18,6 @@ GRANT = "to see them, GRANT pg_monitor TO this role"
 _LIMITS = text(
     "SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '1s', true)"
 )
-_SHOWN = 3  # of each kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +69,3 @@ def lasting(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def some(items: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = len(items) - _SHOWN
-    return "; ".join(items[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -1,8 +1,24 @@
-"""Checks of the server: whose database it is makes no difference."""
+"""Checks of the server and its sessions: whose tables it holds makes no difference."""
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tiger_db.doctor.findings import GRANT, MINUTE, Check, Found, Status, ask, grade, lasting, some
+from tiger_db.database import connect
+from tiger_db.doctor.findings import (
+    GRANT,
+    MINUTE,
+    Check,
+    Finding,
+    Found,
+    Status,
+    ask,
+    checked,
+    grade,
+    lasting,
+)
+from tiger_db.errors import TigerDBError
+from tiger_db.health import explain, some
+from tiger_db.migrations import SEARCH_PATH, SearchPath
+from tiger_db.settings import Settings, quote_identifier
 
 # From where on it is a warning, and a problem.
 CONNECTIONS = (0.8, 0.95)  # of max_connections
@@ -257,3 +273,42 @@ CHECKS: dict[str, Check] = {
     "unused indexes": _unused_indexes,
     "invalid indexes": _invalid_indexes,
 }
+
+
+async def search_path(direct: AsyncConnection, settings: Settings) -> Finding:
+    """Compare the search path of sessions with the one that tiger_db needs.
+
+    Behind a pooler, which refuses or drops what a session would set when it starts, that is the
+    setting of the role or of the database.
+    """
+
+    async def look(connection: AsyncConnection) -> Found:
+        row = (await connection.exec_driver_sql(SEARCH_PATH)).one()
+        return _judge(SearchPath._make(row), settings)
+
+    if not settings.pooled:
+        return await checked(direct, "search path", look)
+    try:
+        connection = await connect(settings)
+        try:
+            row = await connection.fetchrow(SEARCH_PATH)
+        finally:
+            connection.terminate()
+    except (TigerDBError, OSError) as error:
+        return Finding("search path", "problem", explain(error) or type(error).__name__)
+    assert row is not None
+    return Finding("search path", *_judge(SearchPath._make(row), settings))
+
+
+def _judge(path: SearchPath, settings: Settings) -> Found:
+    schema, advice = settings.db_schema, f"run {path.statement(settings.db_schema)}"
+    if settings.pooled:
+        advice += "; then RECONNECT on the pooler's console"
+    if not path.leads_to(schema):
+        seen = f"{path.setting}, which does not lead to {quote_identifier(schema)} (DB_SCHEMA)"
+        return "problem", seen, advice
+    # Quoted as settings has it, or as PostgreSQL writes what ALTER ROLE has set.
+    if path.setting.removeprefix("pg_catalog, ") in (settings.search_path, f"{schema}, pg_temp"):
+        return "ok", path.setting, None
+    seen = f"{path.setting}: another schema or a temporary table may come before DB_SCHEMA"
+    return "warning", seen, advice

@@ -5,6 +5,7 @@ import asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tiger_db.database import AsyncSession
+from tiger_db.declared import compare
 from tiger_db.doctor.findings import (
     DAY,
     HOUR,
@@ -20,7 +21,7 @@ from tiger_db.doctor.findings import (
 )
 from tiger_db.encryption import KeyRing
 from tiger_db.errors import TigerDBError
-from tiger_db.health import audit_months_ahead, key_ring
+from tiger_db.health import audit_months_ahead, key_ring, some
 from tiger_db.key_uses import key_uses
 from tiger_db.settings import Settings
 
@@ -28,6 +29,19 @@ from tiger_db.settings import Settings
 UNSEALED = (HOUR, DAY)
 OVERDUE = (5 * MINUTE, HOUR)  # refreshes, by seconds
 STALE = (HOUR, DAY)  # tokens, by seconds after their time of refresh
+
+
+async def _changed(connection: AsyncConnection) -> Found:
+    differences = await compare(connection)
+    changed = [one.seen for one in differences if not one.unknown]
+    added = [one for one in differences if one.unknown]
+    seen = some([*changed, *(one.seen for one in added)])
+    if changed:
+        return "problem", seen, "run the SQL that `tiger-db check` gives; find out who it was"
+    if added:
+        # It can change or refuse what is written, a revocation for one.
+        return "warning", seen, added[0].repair
+    return "ok", "all are as tiger_db makes them", None
 
 
 async def _partitions(connection: AsyncConnection) -> Found:
@@ -136,12 +150,46 @@ async def _api_keys(connection: AsyncConnection) -> Found:
 
 
 CHECKS: dict[str, Check] = {
+    "triggers and functions": _changed,
     "audit partitions": _partitions,
     "unsealed events": _unsealed,
     "refreshes": _refreshes,
     "tokens": _tokens,
     "API keys": _api_keys,
 }
+
+
+# Of few rows beside the others: no index is for this alone.
+UNPEPPERED_KEYS = """
+SELECT array_agg(key_prefix ORDER BY id) AS prefixes,
+    (clock_timestamp() AT TIME ZONE 'UTC')::date AS today
+FROM api_keys
+WHERE status = 'active' AND coalesce(expires_at > now(), true) AND pepper_id IS NULL
+"""
+
+
+async def api_key_hashes(connection: AsyncConnection, settings: Settings) -> Finding:
+    """Find the active keys whose hashes have no pepper."""
+    until = settings.api_keys_allow_unpeppered_until
+
+    async def look(connection: AsyncConnection) -> Found:
+        row = (await ask(connection, UNPEPPERED_KEYS))[0]
+        if row.prefixes is None:
+            return "ok", "all active keys have hashes with a pepper", None
+        seen = f"{len(row.prefixes)} active keys have hashes without a pepper"
+        seen = f"{seen}: {some(row.prefixes)}"
+        advice = "revoke those that you did not make, `rotate-api-key` the others"
+        if until is not None and row.today <= until:
+            seen += f"; accepted until the end of {until} (UTC)"
+            return (
+                "warning",
+                seen,
+                f"{advice} unless they are used by then: a use replaces the hash",
+            )
+        setting = "API_KEYS_ALLOW_UNPEPPERED_UNTIL"
+        return "problem", f"{seen}; refused", f"{advice}, or set {setting} to a day"
+
+    return await checked(connection, "API key hashes", look)
 
 
 async def encryption_keys(connection: AsyncConnection, settings: Settings) -> Finding:

@@ -1,1 +1,1 @@
-"""What `tiger_db.embedded` is made of: folders, programs, processes and private files."""
+"""What `tiger_db.embedded` is made of: folders, programs, processes, lock and private files."""

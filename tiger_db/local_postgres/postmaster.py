@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiger_db.errors import EmbeddedError
+from tiger_db.local_postgres import server_lock
 from tiger_db.local_postgres.folders import SOCKET
 from tiger_db.local_postgres.private_files import is_private_folder
 from tiger_db.local_postgres.programs import PATIENCE_SECONDS, psutil
@@ -19,6 +20,7 @@ class Postmaster(NamedTuple):
     """The first process of the server, whose `postmaster.pid` tells the rest."""
 
     process: Any  # psutil has no types
+    identity: str
     owner: int
     socket_folder: Path
     ready: bool
@@ -43,31 +45,35 @@ def accepting(home: Path) -> Postmaster | None:
     return found if found and found.accepts_connections() else None
 
 
-def settled(home: Path) -> Postmaster | None:
-    """Wait until whatever still runs in the data folder is the server, ready, or has gone.
+def settled(home: Path, lock: int) -> Postmaster | None:
+    """Wait until the server is ready, or until none runs and the lock is taken.
 
     Raises:
-        EmbeddedError: that does not happen.
+        EmbeddedError: neither happens, or the server is in another container or on another machine.
     """
     for _ in _patience():
         found = _find(home)
-        if found and found.accepts_connections():
+        if found is None:
+            if server_lock.take(lock):
+                return None
+            _refuse_elsewhere(home, lock)
+        elif found.accepts_connections():
             return found
-        if found and found.ready:  # its socket was removed, as a login's folder is at its end
+        elif found.ready:  # its socket was removed, as a login's folder is at its end
             found.interrupt()
-        if not _in_use(home):
-            return None
-    raise _gave_up(f"processes of an earlier server still use {home / 'data'}")
+    raise _gave_up(f"{_last_server(home, lock)} still uses {home / 'data'}")
 
 
-def stop(home: Path) -> bool:
+def stop(home: Path, lock: int) -> bool:
     """Stop the server; whether there was one.
 
     Raises:
-        EmbeddedError: it did not stop.
+        EmbeddedError: it did not stop, or runs in another container.
     """
     found = _find(home)
     if found is None:
+        if not server_lock.take(lock):
+            _refuse_elsewhere(home, lock)
         return False
     found.interrupt()
     for _ in _patience():
@@ -88,30 +94,69 @@ def answers(socket_folder: Path) -> bool:
     return False
 
 
-def drop_stale_locks(home: Path, socket_folder: Path) -> None:
-    """PostgreSQL replaces a dead server's lock files, unless another process now has its pid."""
-    for lock_file in (home / "data" / "postmaster.pid", socket_folder / f"{SOCKET}.lock"):
-        with suppress(FileNotFoundError):
-            if _process(home, lock_file.read_bytes().partition(b"\n")[0]) is None:
-                lock_file.unlink()
+def drop_stale_locks(home: Path, socket_folder: Path, lock: int) -> None:
+    """Remove the lock files of a dead server, for the holder of the lock.
+
+    PostgreSQL replaces them itself, unless another process now has the recorded process ID.
+
+    Raises:
+        EmbeddedError: nothing proves that the server has ended.
+    """
+    pid_file = home / "data" / "postmaster.pid"
+    if pid_file.exists() and not server_lock.proves_end(lock, home, _identity(_lines(home))):
+        raise EmbeddedError(
+            f"{_last_server(home, lock)} may still be using {home / 'data'}: stop it there,"
+            f" or remove {pid_file} if you are certain that it has ended"
+        )
+    for lock_file in (pid_file, socket_folder / f"{SOCKET}.lock"):
+        lock_file.unlink(missing_ok=True)
+
+
+def _refuse_elsewhere(home: Path, lock: int) -> None:
+    if not server_lock.is_of_this_namespace(lock):
+        raise EmbeddedError(
+            f"{_last_server(home, lock)} is using {home / 'data'}: stop it there, or use it there"
+        )
+
+
+def _last_server(home: Path, lock: int) -> str:
+    """Describe the server that wrote `postmaster.pid`, for a message."""
+    lines = _lines(home)
+    identity = _identity(lines)
+    known = f" (process {abs(int(lines[0]))} there)" if identity else ""
+    if origin := server_lock.origin_of(lock, identity):
+        return f"the server that host {origin.host} started at {origin.since}{known}"
+    return f"a server that was started by hand or by an older release{known}"
 
 
 def _find(home: Path) -> Postmaster | None:
-    """What `postmaster.pid` tells, if the process that it names is proven to be ours.
+    """What `postmaster.pid` tells, if the process that it names is proven to be ours."""
+    lines = _lines(home)
+    identity = _identity(lines)
+    process = _process(home, lines[0]) if identity else None
+    if identity is None or process is None:
+        return None
+    socket_folder, status = Path(os.fsdecode(lines[4])), lines[7].strip()
+    return Postmaster(
+        process, identity, (home / "data").stat().st_uid, socket_folder, status == b"ready"
+    )
+
+
+def _lines(home: Path) -> list[bytes]:
+    """Return the lines of `postmaster.pid`, empty ones for those that are missing.
 
     https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
     """
-    data = home / "data"
-    try:
-        lines = (data / "postmaster.pid").read_bytes().split(b"\n")
-        owner = data.stat().st_uid
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    pid, _, _, _, socket_folder, _, _, status = (*lines, *[b""] * 8)[:8]
-    process = _process(home, pid)
-    if process is None:
-        return None
-    return Postmaster(process, owner, Path(os.fsdecode(socket_folder)), status.strip() == b"ready")
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return [*(home / "data" / "postmaster.pid").read_bytes().split(b"\n"), *[b""] * 8]
+    return [b""] * 8
+
+
+def _identity(lines: list[bytes]) -> str | None:
+    """Return the process ID (a backend of its own: negative) and start time, or None if damaged."""
+    pid, started = lines[0].strip(), lines[2].strip()
+    whole = pid.removeprefix(b"-").isdigit() and started.isdigit()
+    return f"{pid.decode()} {started.decode()}" if whole else None
 
 
 def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has no types
@@ -125,12 +170,6 @@ def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has
         if process.name() == "postgres" and process.cwd() == str((home / "data").resolve()):
             return process
     return None
-
-
-def _in_use(home: Path) -> bool:
-    """Whether a process works in the data folder; a clean end of all removes `postmaster.pid`."""
-    pid_file = home / "data" / "postmaster.pid"
-    return pid_file.exists() and any(_process(home, pid) for pid in psutil().pids())
 
 
 def _patience() -> Iterator[None]:

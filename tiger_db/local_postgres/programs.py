@@ -29,7 +29,7 @@ _NOT_INSTALLED = (
 
 def run(
     *command: str | Path, user: User | None = None, home: Path | None = None,
-    stdin: int = subprocess.DEVNULL, umask: int = 0o077,
+    stdin: int = subprocess.DEVNULL, umask: int = 0o077, inherited: tuple[int, ...] = (),
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a program in `home`, as `user` if root asks, out of reach of the terminal's Ctrl-C."""
     other = user if os.geteuid() == 0 else None
@@ -42,6 +42,7 @@ def run(
         errors="replace",
         extra_groups=other and [],
         group=other and other[1],
+        pass_fds=inherited,
         start_new_session=True,
         stdin=stdin,
         timeout=PATIENCE_SECONDS + 5,

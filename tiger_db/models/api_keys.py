@@ -177,6 +177,16 @@ class APIKey(MutableEntity, table=True):
         sa_type=SQLText,
         description="Id of the pepper in the hash; none: a hash of the secret itself",
     )
+    root_id: UUID | None = Field(
+        default=None,
+        sa_type=SQLUUID,
+        description="First key of the line that rotations made, which may be gone; none: this one",
+    )
+    successor_id: UUID | None = Field(
+        default=None,
+        sa_type=SQLUUID,
+        description="Key that it was rotated to, which may be gone",
+    )
     status: APIKeyStatus = Field(
         default=APIKeyStatus.ACTIVE,
         sa_type=enum_type(APIKeyStatus),
@@ -291,21 +301,16 @@ api_key_usage = Table(
 
 
 # What the limits decide on, apart from the key's row: a use of a limited key locks nothing else.
+# No foreign key: the counts of a line outlive its first key.
 api_key_limits = Table(
     "api_key_limits",
     metadata,
-    Column(
-        "api_key_id",
-        SQLUUID,
-        ForeignKey("api_keys.id", ondelete="CASCADE"),
-        primary_key=True,
-        comment="The key",
-    ),
+    Column("api_key_id", SQLUUID, primary_key=True, comment="First key of the line"),
     Column("hour", DateTime(timezone=True), nullable=False, comment="Start of the hour, UTC"),
     Column("hour_count", BigInteger, nullable=False, comment="Uses in this hour"),
     Column("day", DateTime(timezone=True), nullable=False, comment="Start of the day, UTC"),
     Column("day_count", BigInteger, nullable=False, comment="Uses in this day"),
-    comment="Uses of each limited API key in its latest hour and day",
+    comment="Uses of each line of limited API keys in its latest hour and day",
 )
 
 

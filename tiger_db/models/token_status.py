@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Index, func, text
+from sqlalchemy import BigInteger, CheckConstraint, Index, event, func, text
 from sqlalchemy import Text as SQLText
 from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field, Relationship
@@ -54,6 +54,11 @@ class TokenStatus(MutableEntity, table=True):
 
     __tablename__ = "token_statuses"
     __table_args__ = (
+        # Else nobody could ever claim it, and none other of its account could be opened.
+        CheckConstraint(
+            "status <> 'in_progress' OR num_nulls(worker, lease_expires_at) = 0",
+            name="in_progress_is_leased",
+        ),
         Index(
             "uq_token_statuses_tiger_account_id_open",
             "tiger_account_id",
@@ -169,7 +174,10 @@ class TokenStatus(MutableEntity, table=True):
         return self.status == TokenRefreshStatus.FAILED and self.retry_count < self.max_retries
 
     def start_refresh(self) -> None:
-        """Go from pending to in progress.
+        """Go from pending to in progress, in memory.
+
+        For a refresh that is stored once it has ended. It has no lease, so a flush before
+        `complete_refresh` raises InvalidState. `crud.token_status.claim` claims a stored refresh.
 
         Raises:
             InvalidState: it is not pending.
@@ -218,3 +226,22 @@ class TokenStatus(MutableEntity, table=True):
                 "retry_count": self.retry_count + 1,
             }
         self.sqlmodel_update(changes)
+
+
+@event.listens_for(TokenStatus, "before_insert")
+@event.listens_for(TokenStatus, "before_update")
+def _require_lease(_mapper: object, _connection: object, refresh: TokenStatus) -> None:
+    """Name what `ck_token_statuses_in_progress_is_leased` would refuse.
+
+    Raises:
+        InvalidState: the refresh is in progress without a lease.
+    """
+    values = refresh.__dict__  # what is not loaded has not changed
+    if values.get("status") == TokenRefreshStatus.IN_PROGRESS and None in (
+        values.get("worker", ""),
+        values.get("lease_expires_at", ""),
+    ):
+        raise InvalidState(
+            "a refresh in progress needs a worker and a lease: claim it with"
+            " crud.token_status.claim, or complete it before it is stored"
+        )

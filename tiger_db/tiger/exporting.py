@@ -7,7 +7,8 @@ from uuid import UUID
 
 from tiger_db import crud
 from tiger_db.database import Database
-from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue, NotFound
+from tiger_db.errors import InvalidState, InvalidValue, NotFound
+from tiger_db.files import check_output
 from tiger_db.models import AuditAction, AuditSeverity, PrivateKeyFormat, TigerAccount
 from tiger_db.tiger.private_keys import base64_der, load_private_key
 from tiger_db.tiger.properties import (
@@ -29,7 +30,8 @@ async def export_account(
 
     Returns their paths. They are for their owner alone (0600), and so is the folder if it must be
     made (0700). The audit event is committed before anything is written. With `overwrite`, files of
-    these names are replaced, and a token file goes where the account has no token.
+    these names are replaced, and a token file goes where the account has no token. Links are
+    followed, pipes and devices are written into: see `tiger_db.files.output_files`.
 
     Raises:
         AlreadyExists: a file of these names is there; nothing was written.
@@ -64,8 +66,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise InvalidValue(f"{folder} is not a folder")
     for path in (folder / CONFIG_FILE, folder / TOKEN_FILE):
-        if not overwrite and os.path.lexists(path):
-            raise AlreadyExists(f"{path} is there already")
+        check_output(path, overwrite=overwrite)
 
 
 def _texts(account: TigerAccount) -> dict[str, str]:

@@ -1,17 +1,14 @@
 """Tiger's properties files: what their lines are called, and how they are read and written."""
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import javaproperties
 
 from tiger_db.encryption import Secret
-from tiger_db.errors import AlreadyExists, InvalidValue
-from tiger_db.local_postgres.private_files import UNFINISHED, sync_folder
+from tiger_db.errors import InvalidValue
+from tiger_db.files import output_files
 from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
@@ -53,6 +50,8 @@ def read_properties(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as file:
             content = file.read(_LIMIT + 1)
+        if len(content) > _LIMIT:
+            raise InvalidValue(f"{path}: is too large to be one of Tiger's files")
         text = content.decode("utf-8-sig")
         values = javaproperties.loads(_PEM.sub(_in_one_line, text))
     except OSError as error:
@@ -61,8 +60,6 @@ def read_properties(path: Path) -> dict[str, str]:
         raise InvalidValue(f"{path}: is not UTF-8 text") from None
     except javaproperties.InvalidUEscapeError:
         raise InvalidValue(f"{path}: has a malformed \\u escape") from None
-    if len(content) > _LIMIT:
-        raise InvalidValue(f"{path}: is too large to be one of Tiger's files")
     return {key: value.strip() for key, value in values.items() if value.strip()}
 
 
@@ -78,38 +75,19 @@ def properties(values: Mapping[str, str | None]) -> str:
 def write_private(
     folder: Path, texts: Mapping[str, str], *, overwrite: bool, without: str | None = None
 ) -> list[Path]:
-    """Write files of these names for their owner alone: all of them whole, or no new one.
+    """Write files of these names by the rules of `output_files`, and return their paths.
 
-    A symbolic link of that name is never followed. With `overwrite`, what is there is replaced, and
-    the file named by `without` goes. Returns the paths.
+    With `overwrite`, the file named by `without` goes as well.
 
     Raises:
-        AlreadyExists: a file is there; names it.
-        OSError: one cannot be written, or the file system has no hard links.
+        AlreadyExists, InvalidValue, OSError: see `output_files`.
     """
-    with ExitStack() as cleanup, ExitStack() as undo:
-        finished = {}
-        for name, text in texts.items():
-            descriptor, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=folder)  # mode 0600
-            cleanup.callback(Path(temporary).unlink, missing_ok=True)
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            finished[folder / name] = Path(temporary)
-        for path, whole in finished.items():
-            try:
-                path.hardlink_to(whole)  # which, unlike a rename, never replaces anything
-                undo.callback(path.unlink)
-            except FileExistsError:
-                if not overwrite:
-                    raise AlreadyExists(f"{path} is there already") from None
-                whole.replace(path)
-        if overwrite and without is not None:
-            (folder / without).unlink(missing_ok=True)
-        undo.pop_all()
-    sync_folder(folder)
-    return [*finished]
+    paths = [folder / name for name in texts]
+    stale = folder / without if overwrite and without is not None else None
+    with output_files(*paths, overwrite=overwrite, without=stale) as files:
+        for file, text in zip(files, texts.values(), strict=True):
+            file.write(text)
+    return paths
 
 
 def make_folder(folder: Path) -> None:

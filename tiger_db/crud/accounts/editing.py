@@ -106,7 +106,8 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:
     # One at a time, so that each sees the default that the one before it has committed; for both
     # kinds, because two accounts that swap theirs would wait for each other.
-    await session.execute(select(func.pg_advisory_xact_lock(func.hashtext("set_default"))))
+    lock = func.concat("set_default", func.nullif(func.current_schema(), "public"))
+    await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(lock))))
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     refuse_closed(account)
     if getattr(account, column):

@@ -10,14 +10,23 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial
-from tiger_db.crud.api_keys.hashing import hash_secret, outdated, peppers_of, verify_secret
+from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial, unpeppered_use
+from tiger_db.crud.api_keys.hashing import (
+    UnpepperedHash,
+    hash_secret,
+    outdated,
+    peppers_of,
+    refuse_unpeppered,
+    verify_secret,
+)
 from tiger_db.crud.api_keys.limits import take
-from tiger_db.crud.api_keys.text import parse_key
-from tiger_db.crud.common import FRESH, refuse_readonly
+from tiger_db.crud.api_keys.text import KeyText, parse_key
+from tiger_db.crud.common import FRESH, handed_over, refuse_readonly
 from tiger_db.errors import AccessDenied, InvalidAPIKey
-from tiger_db.models import APIKey, APIKeyScope, TigerAccount
+from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, TigerAccount
+from tiger_db.models.audit_rows import copy_events
 from tiger_db.peppers import Peppers
+from tiger_db.sqlstates import raw_errors
 from tiger_db.write_behind import WriteBehind, count_now
 
 if TYPE_CHECKING:
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
 _UPGRADE = """
 UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
     (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 FOR NO KEY UPDATE SKIP LOCKED)
+RETURNING true
 """
 
 
@@ -64,8 +74,14 @@ async def authorize_api_key(
     The first reason not to, in this order: form, existence and hash (all `InvalidAPIKey`), status,
     expiry, the bound account's status, address, user agent, scopes, account, limits. Each but a
     malformed text is on record in the audit trail when this raises. That record and the count stay
-    when the caller's transaction rolls back: they go through connections of the Database's own. In
-    a session that no Database made, they are part of its transaction.
+    when the caller's transaction rolls back: they go through connections of the Database's own.
+
+    A hash without a pepper is refused as `InvalidAPIKey`, and the audit trail has the reason. Until
+    the end of the day (UTC, the database's clock) in API_KEYS_ALLOW_UNPEPPERED_UNTIL it is
+    accepted; each such use has an event. A hash under an older pepper, by a slow scheme or without
+    a pepper is replaced at an accepted use, with an event in the same transaction.
+
+    The limits count the uses of all keys of a line: of a key and those that it was rotated to.
 
     Limits are exact, from any number of processes. Their windows are fixed: the clock hour and the
     calendar day (UTC). At worst, twice the limit passes in a short time around the turn of one.
@@ -76,7 +92,7 @@ async def authorize_api_key(
 
     Raises:
         AccessDenied: one of its subclasses, by the reason. None of them counts as a use.
-        ConfigurationError: API_KEY_PEPPERS is not set.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
         InvalidState: the session is readonly.
         DatabaseUnavailable: it could not be decided, or not be put on record.
     """
@@ -86,7 +102,8 @@ async def authorize_api_key(
         raise InvalidAPIKey
     request = Request(tuple(scopes), account_id, ip_address, user_agent)
     peppers = peppers_of(session.info)
-    apart: WriteBehind | None = session.info.get("write_behind")
+    apart = handed_over(session.info, "write_behind")
+    assert apart is None or isinstance(apart, WriteBehind)
     limits_apart = apart
     while True:
         found = await _find(session, text.prefix)
@@ -96,6 +113,7 @@ async def authorize_api_key(
             if not await verify_secret(peppers, text.secret, key_hash, pepper_id):
                 raise InvalidAPIKey
             key, powers, now = await load(session, key_id)
+            refuse_unpeppered(session.info, pepper_id, now)
             decide(powers, now, request)
             counted = not powers.limited or await _take(session, limits_apart, powers)
         except AccessDenied as reason:
@@ -105,13 +123,17 @@ async def authorize_api_key(
             else:
                 session.add(event)
                 await session.flush()
+            if isinstance(reason, UnpepperedHash):
+                raise InvalidAPIKey from None
             raise
         if counted:
             break
         limits_apart = None  # it was made in this transaction, or changed since it was read
-    if outdated(peppers, key.key_hash, key.pepper_id):
+    if outdated(peppers, key_hash, pepper_id):
         async with _connection(session, apart) as connection:
-            await upgrade_hash(connection, peppers, text.secret, key.id, key.key_hash)
+            await replace_hash(
+                connection, peppers, text, request, powers, key_hash=key_hash, pepper_id=pepper_id
+            )
     if apart is not None:
         apart.count(key.id, now)
     else:
@@ -120,15 +142,40 @@ async def authorize_api_key(
     return key
 
 
-async def upgrade_hash(
+async def replace_hash(
     connection: "asyncpg.Connection[asyncpg.Record]",
     peppers: Peppers,
-    secret: str,
-    key_id: UUID,
+    text: KeyText,
+    request: Request,
+    powers: Powers,
+    *,
     key_hash: str,
+    pepper_id: str | None,
 ) -> None:
-    """Store a hash by the fast scheme under the first pepper, unless it was changed meanwhile."""
-    await connection.execute(_UPGRADE, key_id, key_hash, *hash_secret(peppers, secret))
+    """Replace an outdated hash of an accepted key by one under the first pepper, on record.
+
+    A hash that was changed meanwhile stays. The use of a hash without a pepper is on record, too,
+    whether the hash is replaced or not.
+    """
+    events = []
+    if pepper_id is None:
+        events.append(unpeppered_use(text.prefix, request, powers.key_id, powers.account_id))
+    new_hash, new_pepper_id = hash_secret(peppers, text.secret)
+    async with connection.transaction():
+        if await connection.fetchval(_UPGRADE, powers.key_id, key_hash, new_hash, new_pepper_id):
+            events.append(
+                AuditLog(
+                    action=AuditAction.API_KEY_UPDATE,
+                    resource_type="api_key",
+                    resource_id=str(powers.key_id),
+                    api_key_id=powers.key_id,
+                    tiger_account_id=powers.account_id,
+                    old_values={"pepper_id": pepper_id},
+                    new_values={"pepper_id": new_pepper_id},
+                )
+            )
+        if events:
+            await copy_events(connection, events)
 
 
 async def _find(
@@ -176,4 +223,5 @@ async def _connection(
     else:
         own = await (await session.connection()).get_raw_connection()
         assert own.driver_connection is not None
-        yield own.driver_connection
+        with raw_errors():
+            yield own.driver_connection

@@ -13,7 +13,7 @@ from sqlmodel import col
 from tiger_db.crud.api_keys.events import log, shown
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.text import new_key
-from tiger_db.crud.common import aware, constraints, get_or_raise, one
+from tiger_db.crud.common import aware, constraints, get_or_raise, handed_over, one
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
     AccountStatus,
@@ -46,7 +46,7 @@ async def create_api_key(
         ValidationError: a value is refused; it names the field.
         MissingReference: there is no such account.
         InvalidState: it is closed.
-        ConfigurationError: API_KEY_PEPPERS is not set.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
     """
     if tiger_account_id is not None:
         await _refuse_closed(session, tiger_account_id)
@@ -73,17 +73,21 @@ async def rotate(
 ) -> tuple[APIKey, str]:
     """Create a successor with the same powers; the old key works until the grace ends.
 
-    That is never past its own expiry. A rotation that fails leaves the old key as it was.
+    That is never past its own expiry. Both are of one line, whose uses the limits count together,
+    and a key has one successor: when its text is lost, rotate the successor. A rotation that fails
+    leaves the old key as it was.
 
     Raises:
         NotFound: there is no such key.
-        InvalidState: it is not active, or has expired, or its account is closed.
+        InvalidState: it has a successor, is not active, or has expired, or its account is closed.
         InvalidValue: the grace is negative, or ends after the year 9999.
-        ConfigurationError: API_KEY_PEPPERS is not set.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
     """
     if grace < timedelta(0):
         raise InvalidValue("grace must not be negative")
     key, now = await _lock_good(session, key_id, "rotated")
+    if key.successor_id is not None:
+        raise InvalidState(f"the key has a successor already, {key.successor_id}: rotate that")
     try:
         ends = now + grace
     except OverflowError:
@@ -96,7 +100,8 @@ async def rotate(
         }
     )  # fmt: skip
     async with constraints(session, key):
-        successor, raw_key = await _store(session, powers)
+        successor, raw_key = await _store(session, {**powers, "root_id": key.root_id or key.id})
+        key.successor_id = successor.id
         key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
         await session.flush()
         await log(
@@ -175,7 +180,7 @@ async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
 
 
 async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey, str]:
-    text = new_key(session.info.get("key_environment", "test"))
+    text = new_key(str(handed_over(session.info, "key_environment")))
     key_hash, pepper_id = hash_secret(peppers_of(session.info), text.secret)
     key = APIKey(**values, key_prefix=text.prefix, key_hash=key_hash, pepper_id=pepper_id)
     async with constraints(session):

@@ -27,6 +27,7 @@ from tiger_db.models import (
     AuditAction,
     AuditLog,
     AuditResult,
+    AuditSeverity,
 )
 from tiger_db.models.api_keys import address_allowed, parse_address, user_agent_allowed
 from tiger_db.redaction import redact
@@ -49,6 +50,7 @@ class Powers:
     """What a key may do, as it was when it was read."""
 
     key_id: UUID
+    line_id: UUID  # of the first key of its line, whose uses the limits count together
     status: APIKeyStatus
     expires_at: float | None  # seconds since 1970
     account_id: UUID | None
@@ -66,6 +68,7 @@ class Powers:
         held = [APIKeyScope(scope) for scope in row["scopes"]]
         return cls(
             key_id=row["id"],
+            line_id=row["root_id"] or row["id"],
             status=APIKeyStatus(row["status"]),
             expires_at=expires_at.timestamp() if expires_at is not None else None,
             account_id=row["tiger_account_id"],
@@ -122,8 +125,33 @@ def denial(
     key_id: UUID | None = None,
     account_id: UUID | None = None,
 ) -> AuditLog:
-    """The event of a refusal. What the caller said of itself is made fit to be stored."""
-    details: dict[str, JsonValue] = {"key_prefix": prefix}
+    """The event of a refusal."""
+    return AuditLog(
+        action=AuditAction.API_KEY_DENY,
+        result=AuditResult.FAILURE,
+        error_code=type(reason).__name__,
+        error_message=str(reason),
+        **_fields(request, {"key_prefix": prefix}, key_id, account_id),
+    )
+
+
+def unpeppered_use(
+    prefix: str, request: Request, key_id: UUID, account_id: UUID | None
+) -> AuditLog:
+    """The event of an accepted key whose hash has no pepper."""
+    details = {"key_prefix": prefix, "accepted_by": "API_KEYS_ALLOW_UNPEPPERED_UNTIL"}
+    return AuditLog(
+        action=AuditAction.API_KEY_USE,
+        severity=AuditSeverity.HIGH,
+        **_fields(request, details, key_id, account_id),
+    )
+
+
+def _fields(
+    request: Request, told: Mapping[str, str], key_id: UUID | None, account_id: UUID | None
+) -> dict[str, Any]:
+    """The fields of an event that a request has; what the caller said is made fit to be stored."""
+    details: dict[str, JsonValue] = {**told}
     if request.scopes:
         details["scopes"] = [str(scope) for scope in request.scopes]
     if request.account_id is not None:
@@ -134,16 +162,12 @@ def denial(
             address = parse_address(request.ip_address)
         except ValueError:
             details["ip_address"] = _shown(str(request.ip_address))
-    return AuditLog(
-        action=AuditAction.API_KEY_DENY,
-        result=AuditResult.FAILURE,
-        resource_type="api_key",
-        resource_id=str(key_id) if key_id is not None else None,
-        api_key_id=key_id,
-        tiger_account_id=account_id,
-        ip_address=address,
-        user_agent=_shown(request.user_agent) if request.user_agent else None,
-        details=details,
-        error_code=type(reason).__name__,
-        error_message=str(reason),
-    )
+    return {
+        "resource_type": "api_key",
+        "resource_id": str(key_id) if key_id is not None else None,
+        "api_key_id": key_id,
+        "tiger_account_id": account_id,
+        "ip_address": address,
+        "user_agent": _shown(request.user_agent) if request.user_agent else None,
+        "details": details,
+    }

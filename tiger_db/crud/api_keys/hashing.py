@@ -3,12 +3,14 @@
 import asyncio
 import secrets
 from collections.abc import Mapping
+from datetime import UTC, date, datetime
 from functools import cache
 from typing import Any
 
 from passlib.context import CryptContext
 
-from tiger_db.errors import ConfigurationError
+from tiger_db.crud.common import handed_over
+from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
 # One salted SHA-256 is enough for 256 random bits, which no dictionary holds: NIST SP 800-63B,
@@ -19,13 +21,17 @@ _hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2"
 _LONGEST = 512  # characters of a hash; argon2 takes its cost, and so our time, from it
 
 
+class UnpepperedHash(InvalidAPIKey):
+    """The reason in the audit trail; the caller gets a plain `InvalidAPIKey`."""
+
+
 def peppers_of(info: Mapping[Any, object]) -> Peppers:
     """The peppers in a session's `info`, where its Database puts them.
 
     Raises:
-        ConfigurationError: there are none.
+        ConfigurationError: there are none, or the session has no Database.
     """
-    peppers = info.get("peppers")
+    peppers = handed_over(info, "peppers")
     if peppers is None:
         raise ConfigurationError("API_KEY_PEPPERS is not set, so no API key can be made or checked")
     assert isinstance(peppers, Peppers)
@@ -54,6 +60,27 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
     if scheme == _FAST:
         return _verify(text, hashed)
     return await asyncio.to_thread(_verify, text, hashed)
+
+
+def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: float) -> None:
+    """Refuse a hash without a pepper, because whoever can write to the database can make one.
+
+    `info` is a session's, `now` the database's time in seconds since 1970.
+
+    Raises:
+        UnpepperedHash: API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set, or that day (UTC) is over.
+    """
+    if pepper_id is not None:
+        return
+    until = info.get("allow_unpeppered_until")
+    if isinstance(until, date) and datetime.fromtimestamp(now, UTC).date() <= until:
+        return
+    setting = f"is {until}" if until is not None else "is not set"
+    raise UnpepperedHash(
+        "the key is right, but its hash has no pepper, so that anyone who can write to the database"
+        " may have made it: rotate or revoke the key"
+        f" (API_KEYS_ALLOW_UNPEPPERED_UNTIL {setting})"
+    )
 
 
 def outdated(peppers: Peppers, hashed: str, pepper_id: str | None) -> bool:

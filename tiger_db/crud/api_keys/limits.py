@@ -1,17 +1,20 @@
-"""Limits: one statement decides on a use and counts it."""
+"""Limits: one statement decides on a use and counts it for the key's line."""
 
 from datetime import UTC, datetime, timedelta
-
-import asyncpg
+from typing import TYPE_CHECKING
 
 from tiger_db.crud.api_keys.decision import Powers
 from tiger_db.errors import RateLimited
 
-# Whoever waits for another's count of the same key decides on what that one left. The windows are
+if TYPE_CHECKING:
+    import asyncpg
+
+# Whoever waits for another's count of the same line decides on what that one left. The windows are
 # those of the database's clock; one that steps back goes on counting in the later window.
 TAKE = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
-SELECT k.id, date_trunc('hour', now, 'UTC'), 1, date_trunc('day', now, 'UTC'), 1
+SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,
+    date_trunc('day', now, 'UTC'), 1
 FROM clock_timestamp() AS now, api_keys AS k
 LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id
 WHERE k.id = $1 AND k.status = 'active' AND coalesce(k.expires_at > now, true)
@@ -37,12 +40,9 @@ async def take(connection: "asyncpg.Connection[asyncpg.Record]", powers: Powers)
     Raises:
         RateLimited: a limit is reached.
     """
-    try:
-        if await connection.fetchval(TAKE, powers.key_id, powers.per_hour, powers.per_day):
-            return True
-    except asyncpg.ForeignKeyViolationError:  # it was deleted meanwhile
-        return False
-    counted = await connection.fetchrow(_COUNTED, powers.key_id)
+    if await connection.fetchval(TAKE, powers.key_id, powers.per_hour, powers.per_day):
+        return True
+    counted = await connection.fetchrow(_COUNTED, powers.line_id)
     if counted is None:
         return False
     now: datetime = counted["now"]

@@ -6,16 +6,16 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Required, TypedDict, Unpack
 from uuid import UUID
 
-import asyncpg
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
-from tiger_db.crud.common import constraint_error_of, execute
-from tiger_db.errors import DatabaseUnavailable, InvalidValue
+from tiger_db.crud.common import execute, handed_over
+from tiger_db.errors import DatabaseUnavailable, InvalidState, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.audit_rows import INSERT, PROVIDED, copy_events, row_of
-from tiger_db.write_behind import LOST, WriteBehind
+from tiger_db.sqlstates import raw_errors
+from tiger_db.write_behind import WriteBehind
 
 _INSERT = f"{INSERT} RETURNING {', '.join(PROVIDED)}"
 
@@ -76,13 +76,14 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
     """Record one event apart from the caller's transaction: it is stored when this returns.
 
     It stays, whatever becomes of the transaction: the intent before an order, its outcome after, a
-    denial. A session that was not made by a `Database` records it in its own transaction.
+    denial. If the session's `info` has None as `write_behind`, it is in the session's transaction.
 
     Raises:
         ValidationError: as `log_event`.
+        ConfigurationError: the session has no Database.
         DatabaseUnavailable: it could not be stored.
     """
-    write_behind = session.info.get("write_behind")
+    write_behind = handed_over(session.info, "write_behind")
     if not isinstance(write_behind, WriteBehind):
         return await log_event(session, **fields)
     event = _event(fields)
@@ -103,23 +104,25 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     Raises:
         InvalidValue: one of them is not an AuditLog; none is recorded.
         AlreadyExists: one of them is recorded already; the transaction must be rolled back.
-        DatabaseUnavailable: the connection was lost.
+        InvalidState: the session is readonly.
+        DatabaseUnavailable, Conflict, QueryTimeout: as `Database.session`.
     """
     batch = list(events)
     if not all(isinstance(event, AuditLog) for event in batch):
         raise InvalidValue("events must be AuditLog objects")
     if not batch:
         return 0
+    if session.info.get("readonly"):  # else it would be taken for a primary that takes no writes
+        raise InvalidState("a readonly session cannot write")
     await session.flush()
     connection = await session.connection()
     await connection.exec_driver_sql("SELECT")  # begins the transaction, which COPY would not
     raw = (await connection.get_raw_connection()).driver_connection
     assert raw is not None
     try:
-        await copy_events(raw, batch)
-    except (*LOST, asyncpg.PostgresConnectionError) as error:
+        with raw_errors():
+            await copy_events(raw, batch)
+    except DatabaseUnavailable:
         await connection.invalidate()
-        raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
-    except asyncpg.PostgresError as error:
-        raise constraint_error_of(error) or error from None
+        raise
     return len(batch)

@@ -11,7 +11,7 @@ from tiger_db.crud.token_status.claims import (
     give_back,
     heartbeat,
 )
-from tiger_db.crud.token_status.endings import complete, fail, token_hash
+from tiger_db.crud.token_status.endings import complete, fail, give_up_lost, lose, token_hash
 from tiger_db.crud.token_status.reading import (
     RefreshStatistics,
     get,
@@ -44,8 +44,10 @@ __all__ = [
     "get_latest_status",
     "get_pending_refreshes",
     "give_back",
+    "give_up_lost",
     "heartbeat",
     "history",
+    "lose",
     "next_due",
     "overview",
     "prune",

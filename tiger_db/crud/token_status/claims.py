@@ -10,6 +10,7 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from tiger_db.crud.common import check_limit, execute, typed_errors
 from tiger_db.crud.token_status.changes import ANSWER_LOST, change_held
+from tiger_db.crud.token_status.endings import give_up_lost
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.base import key_provider
@@ -21,8 +22,10 @@ WITH due AS (%s)
 UPDATE token_statuses t
 SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
     lease_expires_at = clock_timestamp() + $2::interval, fencing_token = t.fencing_token + 1,
+    -- Whoever held it has vanished: that attempt has failed.
+    retry_count = t.retry_count + (t.status = 'in_progress')::int,
     details = CASE t.status
-        -- Who had it has vanished, and what the broker answered with it.
+        -- The broker's answer has vanished with it.
         WHEN 'in_progress' THEN coalesce(t.details, '{{}}') || '{{"{ANSWER_LOST}": true}}'
         ELSE t.details
     END
@@ -31,7 +34,8 @@ WHERE t.id = due.id
 RETURNING {whole(TokenStatus, "t")} AS refresh, {whole(TigerAccount, "a")} AS account
 """  # noqa: S608  # names of columns
 _FREE = """t.status IN ('pending', 'in_progress')
-    AND (t.status = 'pending' OR t.lease_expires_at < clock_timestamp())"""
+    AND (t.status = 'pending'
+        OR t.lease_expires_at < clock_timestamp() AND t.retry_count + 1 < t.max_retries)"""
 # The limit stands in it: were it a parameter, PostgreSQL would plan the statement anew each time.
 DUE = f"""
     SELECT t.id, t.tiger_account_id
@@ -55,16 +59,21 @@ async def claim_due(
 ) -> list[TokenStatus]:
     """Claim refreshes that are due, or whose lease has expired, for a worker: longest due first.
 
-    Each is claimed by one worker only. Commit before asking Tiger. The claims returned belong to no
-    session and stay as they are: pass them to `heartbeat`, `complete` and `fail`. Each has its
-    `tiger_account`, as it was at that time. `skip` are refreshes that the worker is at already,
-    which it should not take over from itself.
+    Each is claimed by one worker only. A lease that has expired counts as a failed attempt; where
+    that was the last one, the refresh is given up in place of claimed: see `give_up_lost`.
+
+    Commit before asking Tiger. The claims returned belong to no session and stay as they are: pass
+    them to `heartbeat`, `complete` and `fail`. Each has its `tiger_account`, as it was at that
+    time. `skip` are refreshes that the worker is at already, which it should not take over from
+    itself.
 
     Raises:
         InvalidValue: the lease is not positive, the limit is not from 1 to 1000, or the worker's
             name is refused.
     """
     check_limit(limit)
+    _check_lease(lease)
+    await give_up_lost(session, skip=skip)
     return await _claim(session, DUE % limit, worker, lease, list(skip))
 
 
@@ -78,12 +87,14 @@ async def claim(
     """Claim one refresh, due or not, whatever the status of its account. See `claim_due`.
 
     Raises:
-        InvalidState: it has ended, or another worker has it.
+        InvalidState: it has ended, another worker has it, or its attempts are used up.
         InvalidValue: the lease is not positive, or the worker's name is refused.
     """
     claimed = await _claim(session, _ONE, worker, lease, refresh_id)
     if not claimed:
-        raise InvalidState("another worker is at this refresh, or it has ended")
+        raise InvalidState(
+            "another worker is at this refresh, it has ended, or its attempts are used up"
+        )
     return claimed[0]
 
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import random
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import BigInteger, ColumnElement, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -24,10 +26,11 @@ from tiger_db.crud.token_status.changes import (
     log,
 )
 from tiger_db.encryption import SealedSecret
-from tiger_db.errors import LeaseLost, StaleToken
+from tiger_db.errors import AnswerLost, LeaseLost, StaleToken
 from tiger_db.models import (
     AccountStatus,
     AuditAction,
+    AuditLog,
     AuditResult,
     AuditSeverity,
     TigerAccount,
@@ -44,6 +47,9 @@ from tiger_db.redaction import redact
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 BACKOFF = timedelta(seconds=30)
 
+_LOST = "the answer was lost with its worker, or cannot be stored: maybe with a new token"
+_LONGEST_MESSAGE = 10_000  # characters
+_LONGEST_SECRET = 2_000  # characters of a message that may be the rest of a secret that was cut
 _EVENT = AuditAction.TOKEN_REFRESH
 # Constant, and past the ORM: completing is what a worker does all day. Nothing is done unless the
 # account still has the token that was seen, and the claim is good. The account is locked first, as
@@ -82,6 +88,48 @@ WITH account AS (
 )
 SELECT {whole(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
+
+# Ends attempts of which nobody knows the outcome. All that is written are constants, and no row is
+# loaded: this must work for rows and answers that nothing else can handle.
+_LOSE = f"""
+WITH lost AS (%s), refresh AS (
+    UPDATE token_statuses t
+    SET status = CASE WHEN lost.given_up THEN 'failed' ELSE 'pending' END::token_refresh_status,
+        scheduled_at = CASE WHEN lost.given_up THEN t.scheduled_at
+            ELSE clock_timestamp() + $1::interval END,
+        completed_at = CASE WHEN lost.given_up THEN clock_timestamp() END,
+        next_refresh_at = CASE WHEN lost.given_up THEN clock_timestamp() + $1::interval END,
+        retry_count = t.retry_count + 1, lease_expires_at = NULL,
+        details = CASE jsonb_typeof(t.details) WHEN 'object' THEN t.details ELSE '{{}}' END
+            || '{{"{ANSWER_LOST}": true}}',
+        error_code = '{AnswerLost.__name__}', error_message = '{_LOST}'
+    FROM lost
+    WHERE t.id = lost.id AND t.fencing_token = lost.fencing_token AND t.status = 'in_progress'
+    RETURNING t.id, t.tiger_account_id, t.status, t.trigger
+), account AS (
+    UPDATE tiger_accounts a
+    SET error_count = a.error_count + 1, last_error = '{_LOST}', last_error_at = now()
+    FROM refresh WHERE a.id = refresh.tiger_account_id AND refresh.status = 'failed'
+    RETURNING a.id, a.error_count
+)
+SELECT refresh.*, account.error_count
+FROM refresh LEFT JOIN account ON account.id = refresh.tiger_account_id
+"""  # noqa: S608  # constants
+_GIVEN_UP = "t.retry_count + 1 >= t.max_retries"
+# Whatever is locked waits for the next time, so that no claim waits for it.
+_LOST_LEASES = f"""
+    SELECT t.id, t.fencing_token, true AS given_up
+    FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
+    WHERE t.status IN ('pending', 'in_progress') AND t.status = 'in_progress'
+        AND t.scheduled_at <= clock_timestamp() AND t.lease_expires_at < clock_timestamp()
+        AND {_GIVEN_UP} AND t.id <> ALL ($2)
+    ORDER BY t.scheduled_at LIMIT 100 FOR NO KEY UPDATE OF t, a SKIP LOCKED
+"""  # noqa: S608  # a constant
+_CLAIMED = f"""
+    SELECT t.id, t.fencing_token, {_GIVEN_UP} AS given_up
+    FROM tiger_accounts a JOIN token_statuses t ON t.tiger_account_id = a.id
+    WHERE t.id = $2 AND t.fencing_token = $3 AND t.status = 'in_progress' FOR NO KEY UPDATE OF a
+"""  # noqa: S608  # a constant
 
 
 async def complete(
@@ -211,7 +259,8 @@ async def fail(
     attempt, 30 min at most. `credentials_dead`: it is given up at once, and an active account is
     suspended until a person looks at it. `answer_lost`: the broker was asked, and may have replaced
     the token; the refresh's details keep that, and the errors that follow say it. Of the error's
-    text, tokens, keys and the account's own secrets are masked before it is stored.
+    text, tokens, keys and the account's own secrets are masked before it is stored, and what
+    follows its first 10,000 characters is left out.
 
     Raises:
         LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
@@ -248,7 +297,7 @@ async def fail(
         duration_ms=_duration(),
         lease_expires_at=None,
         error_code=error_code,
-        error_message=storable(redact(error, *known)),
+        error_message=_message(error, known),
         api_response_code=api_response_code,
         api_response_time_ms=api_response_time_ms,
     )
@@ -263,6 +312,73 @@ async def fail(
     if credentials_dead and account.status == AccountStatus.ACTIVE:
         await _suspend(session, account, refresh)
     return refresh
+
+
+def _message(error: str, known: list[str]) -> str:
+    """Return what may be stored of an error's text."""
+    if len(error) <= _LONGEST_MESSAGE:
+        return storable(redact(error, *known))
+    # What is left of a secret that is cut is not recognized.
+    cut = error[: _LONGEST_MESSAGE + _LONGEST_SECRET]
+    return f"{storable(redact(cut, *known)[:-_LONGEST_SECRET])}... ({len(error)} characters)"
+
+
+async def lose(session: AsyncSession, claim: TokenStatus) -> None:
+    """End an attempt whose outcome cannot be stored, not even by `fail`.
+
+    Constants are written, and nothing that depends on an answer or on other values of the rows. The
+    refresh is due again in half an hour, or given up after `max_retries` attempts; the account's
+    errors count that.
+
+    Raises:
+        LeaseLost: another worker has claimed it, or it has ended; nothing has changed.
+    """
+    if not await _lose(session, _CLAIMED, claim.id, claim.fencing_token):
+        raise LeaseLost
+
+
+async def give_up_lost(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
+    """Give up refreshes whose lease ended in their last attempt; return how many, 100 at most.
+
+    The worker of that attempt has vanished, perhaps with a new token: the account's errors count
+    that. `skip` are refreshes that the caller is at itself.
+    """
+    return await _lose(session, _LOST_LEASES, list(skip))
+
+
+async def _lose(session: AsyncSession, which: str, *values: object) -> int:
+    with typed_errors():
+        ended = await execute(session, _LOSE % which, LONGEST_BACKOFF, *values)
+    failure: dict[str, Any] = {
+        "result": AuditResult.FAILURE,
+        "error_code": AnswerLost.__name__,
+        "error_message": _LOST,
+    }
+    events = [
+        AuditLog(
+            action=AuditAction.TOKEN_REFRESH,
+            resource_type="token_status",
+            resource_id=str(refresh_id),
+            tiger_account_id=account_id,
+            details={"status": status, "trigger": trigger},
+            **failure,
+        )
+        for refresh_id, account_id, status, trigger, _ in map(tuple, ended)
+    ] + [
+        AuditLog(
+            action=AuditAction.ACCOUNT_ERROR,
+            resource_type="tiger_account",
+            resource_id=str(account_id),
+            tiger_account_id=account_id,
+            old_values={"error_count": count - 1},
+            new_values={"error_count": count},
+            error_message=_LOST,
+        )
+        for _, account_id, _, _, count in map(tuple, ended)
+        if count is not None
+    ]
+    await audit_logs.log_events(session, events)
+    return len(ended)
 
 
 async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool:

@@ -1,0 +1,163 @@
+"""Functions have their own search path; channels and advisory locks are those of one schema.
+
+Revision: 0006
+Follows: 0005
+Made: 2026-11-28
+
+Replaces functions, and locks no table. Code of revision 0005 can live with it: in the schema
+`public`, the channels and the keys of the locks stay what they are.
+"""
+
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+branch_labels = None
+depends_on = None
+
+# The form that quote_identifier has: the same whether DB_SCHEMA, psql or a role set the path.
+PIN = "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
+KEEP = "SET search_path FROM CURRENT"
+
+MONTHS_LOCK = """
+        concat('make_audit_months', nullif(current_schema(), 'public'))"""
+# A channel's name has 63 bytes at most, as a schema's has.
+DECLARE = """DECLARE
+    channel CONSTANT text := concat('{}', '_' || left(encode(sha256(convert_to(
+        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+"""
+
+NOTIFY_API_KEY_CHANGE = """
+CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
+{declare}BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        PERFORM pg_notify({channel}, 'all');
+    ELSIF TG_TABLE_NAME = 'api_keys' THEN
+        PERFORM pg_notify({channel}, 'key ' || OLD.id);
+    ELSE
+        PERFORM pg_notify({channel}, 'account ' || OLD.id);
+    END IF;
+    RETURN NULL;
+END
+$$
+"""
+
+# Whoever finds the lock taken leaves it to who has it, so that no writer waits for another: a
+# commit that notifies waits for every other one that does. Who follows looks again anyway.
+NOTIFY_AUDIT_EVENT = """
+CREATE OR REPLACE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
+{declare}BEGIN
+    IF pg_try_advisory_xact_lock(hashtext({channel})) THEN
+        PERFORM pg_notify({channel}, '');
+    END IF;
+    RETURN NULL;
+END
+$$
+"""
+
+NOTIFY_REFRESH = """
+CREATE OR REPLACE FUNCTION notify_refresh() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
+{declare}BEGIN
+    PERFORM pg_notify({channel}, '');
+    RETURN NULL;
+END
+$$
+"""
+
+# Events that came when their month was missing, or with a wrong clock, wait in the default
+# partition. No event can be deleted, so it is replaced, and what it held is inserted again.
+MAKE_AUDIT_MONTHS = """
+CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql
+{keep} AS $$
+DECLARE
+    this_month timestamp := date_trunc('month', now() AT TIME ZONE 'UTC');
+    oldest uuid := uuid7_floor((this_month - interval '10 years') AT TIME ZONE 'UTC');
+    newest uuid := uuid7_floor((this_month + make_interval(months => ahead + 1))
+        AT TIME ZONE 'UTC');
+    missing timestamp[];
+    strays boolean;
+    month timestamp;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext({lock}));
+    missing := ARRAY(SELECT m
+        FROM generate_series(this_month, this_month + make_interval(months => ahead), '1 month')
+        AS m WHERE to_regclass('audit_logs_' || to_char(m, 'YYYY_MM')) IS NULL);
+    IF cardinality(missing) > 0 THEN
+        LOCK TABLE audit_logs_default IN SHARE ROW EXCLUSIVE MODE;
+    END IF;
+    strays := EXISTS (SELECT FROM audit_logs_default WHERE id >= oldest AND id < newest);
+    IF strays THEN
+        LOCK TABLE audit_logs IN ACCESS EXCLUSIVE MODE;
+        ALTER TABLE audit_logs DETACH PARTITION audit_logs_default;
+        ALTER TABLE audit_logs_default RENAME TO audit_logs_strays;
+        CREATE TABLE audit_logs_default PARTITION OF audit_logs DEFAULT;
+        CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON audit_logs_default
+            FOR EACH STATEMENT EXECUTE FUNCTION refuse_audit_change();
+        missing := ARRAY(SELECT DISTINCT m FROM (
+            SELECT unnest(missing)
+            UNION SELECT date_trunc('month', uuid7_time(id) AT TIME ZONE 'UTC')
+            FROM audit_logs_strays WHERE id >= oldest AND id < newest) AS months (m)
+            WHERE to_regclass('audit_logs_' || to_char(m, 'YYYY_MM')) IS NULL ORDER BY m);
+    END IF;
+    FOREACH month IN ARRAY missing LOOP
+        PERFORM make_audit_partition(month);
+    END LOOP;
+    IF strays THEN
+        INSERT INTO audit_logs SELECT * FROM audit_logs_strays;
+        DROP TABLE audit_logs_strays;
+    END IF;
+    RETURN cardinality(missing);
+END
+$$
+"""
+
+# The smallest id that a row made at this time can have (RFC 9562, 5.7: 48 bits of milliseconds).
+UUID7_FLOOR = """
+CREATE OR REPLACE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
+    SELECT rpad(lpad(to_hex(milliseconds), 12, '0'), 32, '0')::uuid
+    FROM CAST(floor(least(greatest(extract(epoch FROM at) * 1000, 0), 281474976710655)) AS bigint)
+        AS milliseconds{end}
+"""
+
+# The time in an id: the reverse of uuid7_floor.
+UUID7_TIME = """
+CREATE OR REPLACE FUNCTION uuid7_time(id uuid) RETURNS timestamptz
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
+    SELECT to_timestamp(('x' || left(replace(id::text, '-', ''), 12))::bit(48)::bigint / 1000.0){end}
+"""
+
+NOTIFYING = {
+    "tiger_db_api_keys": NOTIFY_API_KEY_CHANGE,
+    "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
+    "tiger_db_refreshes": NOTIFY_REFRESH,
+}
+# Of which nothing else changes.
+SAME = (
+    "set_updated_at()",
+    "end_auto_suspension()",
+    "refuse_audit_change()",
+    "make_audit_partition(timestamp)",
+)
+
+
+def upgrade() -> None:
+    op.execute(PIN)
+    for channel, function in NOTIFYING.items():
+        declare = DECLARE.format(channel)
+        op.execute(function.format(keep=KEEP, declare=declare, channel="channel"))
+    op.execute(MAKE_AUDIT_MONTHS.format(keep=KEEP, lock=MONTHS_LOCK))
+    for function in (UUID7_FLOOR, UUID7_TIME):
+        op.execute(function.format(begin="BEGIN ATOMIC", end=";\nEND"))
+    for name in SAME:
+        op.execute(f"ALTER FUNCTION {name} {KEEP}")
+
+
+def downgrade() -> None:
+    for name in SAME:
+        op.execute(f"ALTER FUNCTION {name} RESET search_path")
+    for function in (UUID7_FLOOR, UUID7_TIME):
+        op.execute(function.format(begin="AS $$", end="\n$$"))
+    op.execute(MAKE_AUDIT_MONTHS.format(keep="", lock="'make_audit_months'"))
+    for channel, function in NOTIFYING.items():
+        op.execute(function.format(keep="", declare="", channel=f"'{channel}'"))

@@ -1,0 +1,121 @@
+"""Lines of API keys: rotated keys share their limits, and a key has one successor.
+
+Revision: 0007
+Follows: 0005
+Made: 2026-11-28
+
+Finds the lines in the audit trail, which it reads once, before it locks api_keys and api_key_limits
+for a moment. Code of revision 0005 can live with it: a key that it rotates begins a new line.
+"""
+
+import sqlalchemy as sa
+
+from alembic import op
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+squawk_ignore = {
+    "ban-drop-constraint": "the counts of a line outlive its first key; nobody relies on it",
+    "ban-drop-table": "made by this migration",
+}
+
+# As text: nothing keeps an event from naming a successor that is no id.
+ROTATIONS = """
+CREATE TABLE rotations_0007 AS
+SELECT api_key_id::text AS id, new_values ->> 'successor' AS successor, max(position) AS position
+FROM audit_logs
+WHERE action = 'api_key:rotate' AND api_key_id IS NOT NULL AND new_values ? 'successor'
+GROUP BY 1, 2
+"""
+ROOTS = """
+WITH RECURSIVE line (id, root) AS (
+    SELECT successor, id FROM rotations_0007
+    UNION SELECT line.id, r.id FROM line JOIN rotations_0007 AS r ON r.successor = line.root
+)
+UPDATE api_keys AS k SET root_id = line.root::uuid FROM line
+WHERE k.id::text = line.id AND line.root NOT IN (SELECT successor FROM rotations_0007)
+"""
+# A key that was rotated more than once has the newest of its successors.
+SUCCESSORS = """
+UPDATE api_keys AS k SET successor_id = r.successor_id
+FROM (SELECT DISTINCT ON (r.id) r.id, s.id AS successor_id
+    FROM rotations_0007 AS r JOIN api_keys AS s ON s.id::text = r.successor
+    ORDER BY r.id, r.position DESC) AS r
+WHERE k.id::text = r.id
+"""
+# The limits go on with the sum of what the keys of the line have used.
+MERGE_COUNTS = """
+WITH counts AS (
+    SELECT coalesce(k.root_id, k.id) AS line, l.hour, l.hour_count, l.day, l.day_count,
+        max(l.hour) OVER w AS last_hour, max(l.day) OVER w AS last_day
+    FROM api_key_limits AS l JOIN api_keys AS k ON k.id = l.api_key_id
+    WINDOW w AS (PARTITION BY coalesce(k.root_id, k.id))
+), successors AS (
+    DELETE FROM api_key_limits USING api_keys AS k WHERE k.id = api_key_id AND k.root_id IS NOT NULL
+)
+INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)
+SELECT line, last_hour, coalesce(sum(hour_count) FILTER (WHERE hour = last_hour), 0),
+    last_day, coalesce(sum(day_count) FILTER (WHERE day = last_day), 0)
+FROM counts GROUP BY line, last_hour, last_day
+ON CONFLICT (api_key_id) DO UPDATE SET hour = excluded.hour, hour_count = excluded.hour_count,
+    day = excluded.day, day_count = excluded.day_count
+"""
+# The newest key of a line is the one in use.
+LEAVE_COUNTS = """
+DELETE FROM api_key_limits USING api_keys AS k WHERE k.id = api_key_id AND k.root_id IS NOT NULL;
+UPDATE api_key_limits AS l SET api_key_id = k.id
+FROM (SELECT DISTINCT ON (root_id) root_id, id FROM api_keys WHERE root_id IS NOT NULL
+    ORDER BY root_id, id DESC) AS k WHERE k.root_id = l.api_key_id;
+DELETE FROM api_key_limits AS l
+WHERE NOT EXISTS (SELECT FROM api_keys AS k WHERE k.id = l.api_key_id)
+"""
+FOREIGN_KEY = "fk_api_key_limits_api_key_id_api_keys"
+COMMENTS = {
+    "column": ("The key", "First key of the line"),
+    "table": (
+        "Uses of each limited API key in its latest hour and day",
+        "Uses of each line of limited API keys in its latest hour and day",
+    ),
+}
+
+
+def upgrade() -> None:
+    op.execute(ROTATIONS)
+    # In the order in which a use locks them.
+    op.drop_constraint(FOREIGN_KEY, "api_key_limits", type_="foreignkey")
+    for name, comment in (
+        ("root_id", "First key of the line that rotations made, which may be gone; none: this one"),
+        ("successor_id", "Key that it was rotated to, which may be gone"),
+    ):
+        op.add_column("api_keys", sa.Column(name, sa.UUID(), nullable=True, comment=comment))
+    op.execute(ROOTS)
+    op.execute(SUCCESSORS)
+    op.execute(MERGE_COUNTS)
+    op.execute("DROP TABLE rotations_0007")
+    _comment(0, 1)
+
+
+def downgrade() -> None:
+    for statement in LEAVE_COUNTS.split(";"):
+        op.execute(statement)
+    op.create_foreign_key(
+        FOREIGN_KEY, "api_key_limits", "api_keys", ["api_key_id"], ["id"], ondelete="CASCADE"
+    )
+    op.drop_column("api_keys", "successor_id")
+    op.drop_column("api_keys", "root_id")
+    _comment(1, 0)
+
+
+def _comment(before: int, after: int) -> None:
+    column, table = COMMENTS["column"], COMMENTS["table"]
+    op.alter_column(
+        "api_key_limits",
+        "api_key_id",
+        existing_type=sa.UUID(),
+        existing_nullable=False,
+        existing_comment=column[before],
+        comment=column[after],
+    )
+    op.create_table_comment("api_key_limits", table[after], existing_comment=table[before])

@@ -1,0 +1,248 @@
+"""Whatever is changed of triggers, functions and tables is seen, and its repair repairs it."""
+
+from collections.abc import AsyncIterator
+from typing import TypeAlias
+
+import asyncpg
+import pytest
+
+from tiger_db import Settings, declared
+from tiger_db.database import connect, migration_engine
+from tiger_db.declared import Difference, compare
+from tiger_db.doctor import Finding, doctor
+from tiger_db.health import health
+from tiger_db.migrations import drift, upgrade
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+PARTITION = "audit_logs_default"
+BODY = "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+PINNED = BODY.replace(" AS ", " SET search_path = public, pg_temp AS ")
+EMPTY = f"CREATE OR REPLACE FUNCTION notify_api_key_change() {PINNED}"
+SQL_BODY = "SELECT '00000000-0000-0000-0000-000000000000'::uuid"
+FLOOR = "uuid7_floor(at timestamptz) RETURNS uuid LANGUAGE sql IMMUTABLE PARALLEL SAFE STRICT"
+# What is done, the tables that it concerns, and how it is told.
+KEYS, ACCOUNTS, TRAIL = ("api_keys",), ("tiger_accounts",), ("audit_logs",)
+KEY_TABLES = ("api_keys", "tiger_accounts")
+STAMPED = ("api_keys", "tiger_accounts", "token_statuses")
+CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "DROP TRIGGER notify_update ON api_keys": (KEYS, "notify_update on api_keys is missing"),
+    "DROP TRIGGER refuse_change ON audit_logs": (TRAIL, "refuse_change on audit_logs is missing"),
+    f"DROP TRIGGER refuse_truncate ON {PARTITION}": (TRAIL, f"on {PARTITION} is missing"),
+    "ALTER TABLE api_keys DISABLE TRIGGER notify_update": (KEYS, "on api_keys is disabled"),
+    "ALTER TABLE audit_logs DISABLE TRIGGER refuse_change": (TRAIL, "on audit_logs is disabled"),
+    f"ALTER TABLE {PARTITION} DISABLE TRIGGER refuse_change": (TRAIL, f"{PARTITION} is disabled"),
+    "ALTER TABLE tiger_accounts ENABLE REPLICA TRIGGER notify_api_keys_update": (
+        ACCOUNTS,
+        "notify_api_keys_update on tiger_accounts fires for replication only",
+    ),
+    "ALTER TABLE api_keys ENABLE TRIGGER notify_update": (
+        KEYS,
+        "notify_update on api_keys does not fire for replication",
+    ),
+    "ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER refuse_change": (
+        ("audit_seals",),
+        "refuse_change on audit_seals fires for replication too",
+    ),
+    "CREATE OR REPLACE TRIGGER notify_update AFTER UPDATE ON api_keys FOR EACH ROW"
+    " WHEN (false) EXECUTE FUNCTION notify_api_key_change();"
+    "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_update": (KEYS, "WHEN (false)"),
+    f"CREATE SCHEMA evil; CREATE FUNCTION evil.notify_api_key_change() {BODY};"
+    "CREATE OR REPLACE TRIGGER notify_delete AFTER DELETE ON api_keys FOR EACH ROW"
+    " EXECUTE FUNCTION evil.notify_api_key_change();"
+    "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_delete": (
+        KEYS,
+        "EXECUTE FUNCTION evil.notify_api_key_change()",
+    ),
+    "ALTER TABLE api_keys DISABLE TRIGGER ALL;"
+    "ALTER TABLE api_keys ENABLE TRIGGER set_updated_at;"
+    "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_update;"
+    "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_delete;"
+    "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_truncate": (KEYS, '"RI_ConstraintTrigger_'),
+    EMPTY: (KEY_TABLES, "has `BEGIN RETURN NULL; END` and lacks `DECLARE`"),
+    "ALTER FUNCTION set_updated_at() RESET search_path": (
+        STAMPED,
+        "lacks `SET search_path TO 'public', 'pg_temp'`",
+    ),
+    f"CREATE OR REPLACE FUNCTION {FLOOR} AS $$ {SQL_BODY} $$": (TRAIL, "lacks `BEGIN ATOMIC`"),
+    f"CREATE OR REPLACE FUNCTION {FLOOR} RETURN (SELECT gen_random_uuid())": (
+        TRAIL,
+        "has `RETURN (SELECT gen_random_uuid() AS gen_random_uuid)`",
+    ),
+    "ALTER FUNCTION set_updated_at() SET search_path = evil": (
+        STAMPED,
+        "has `SET search_path TO 'evil'`",
+    ),
+    "ALTER FUNCTION refuse_audit_change() SECURITY DEFINER": (
+        ("audit_logs", "audit_seals"),
+        "has `SECURITY DEFINER`",
+    ),
+    "ALTER FUNCTION uuid7_time(uuid) VOLATILE": (TRAIL, "lacks `IMMUTABLE PARALLEL SAFE STRICT`"),
+    "DROP FUNCTION make_audit_months(integer)": (TRAIL, "make_audit_months (of audit_logs) is mis"),
+    f"CREATE FUNCTION uuid7_floor(timestamp) RETURNS uuid LANGUAGE sql AS $$ {SQL_BODY} $$": (
+        TRAIL,
+        "uuid7_floor(timestamp without time zone) has the name of one of tiger_db's",
+    ),
+    "ALTER TABLE api_keys ENABLE ROW LEVEL SECURITY": (KEYS, "security of api_keys is enabled"),
+    "ALTER TABLE audit_logs FORCE ROW LEVEL SECURITY": (TRAIL, "of audit_logs is forced"),
+    f"ALTER TABLE {PARTITION} ENABLE ROW LEVEL SECURITY": (TRAIL, f"of {PARTITION} is enabled"),
+    'CREATE POLICY "a b" ON audit_logs USING (false)': (TRAIL, 'audit_logs has the policy "a b"'),
+    "CREATE RULE quiet AS ON UPDATE TO api_keys DO INSTEAD NOTHING": (
+        KEYS,
+        "api_keys has the rule quiet",
+    ),
+}
+NOT_REPAIRED = {
+    "ALTER TABLE api_key_usage RENAME TO u": "table api_key_usage is missing",
+    "ALTER TABLE api_key_usage RENAME TO u; CREATE VIEW api_key_usage AS TABLE u": (
+        "api_key_usage is a view, not a table"
+    ),
+}
+ADDED = (
+    f"CREATE FUNCTION mine() {BODY};"
+    "CREATE TRIGGER mine BEFORE UPDATE ON api_keys FOR EACH ROW EXECUTE FUNCTION mine();"
+    "CREATE TRIGGER mine BEFORE INSERT ON audit_logs FOR EACH ROW EXECUTE FUNCTION mine()"
+)
+
+
+@pytest.fixture
+async def other(clone_settings: Settings) -> AsyncIterator[Connection]:
+    """A connection of somebody else, who knows nothing of tiger_db."""
+    connection = await connect(clone_settings)
+    yield connection
+    await connection.close()
+
+
+async def differences(settings: Settings) -> list[Difference]:
+    async with migration_engine(settings) as engine, engine.connect() as connection:
+        return await compare(connection)
+
+
+async def found_by_doctor(settings: Settings) -> Finding:
+    (finding,) = [f for f in await doctor(settings) if f.check == "triggers and functions"]
+    return finding
+
+
+async def test_the_declaration_is_what_the_migrations_make(clone_settings: Settings) -> None:
+    assert await differences(clone_settings) == []
+    async with migration_engine(clone_settings) as engine, engine.connect() as connection:
+        await connection.exec_driver_sql("SELECT make_audit_months(30)")
+        assert await compare(connection) == []
+
+
+@pytest.mark.schema_changes
+async def test_all_that_there_is_is_declared(other: Connection, clone_settings: Settings) -> None:
+    """Dropping every trigger and every function leaves none that was not missed."""
+    names = await other.fetch(
+        "SELECT proname FROM pg_proc WHERE pronamespace = current_schema()::regnamespace"
+    )
+    assert {name for (name,) in names} == {s.partition("(")[0] for s in declared.FUNCTIONS}
+    triggers = await other.fetch(
+        "SELECT tgname, tgrelid::regclass::text FROM pg_trigger"
+        " WHERE NOT tgisinternal AND tgparentid = 0 ORDER BY 2, 1"
+    )
+    for name, table in triggers:
+        await other.execute(f"DROP TRIGGER {name} ON {table}")
+    seen = {difference.seen for difference in await differences(clone_settings)}
+    assert seen == {f"trigger {name} on {table} is missing" for name, table in triggers}
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_change_is_seen_by_all_and_can_be_repaired(
+    clone_settings: Settings, other: Connection, change: str
+) -> None:
+    tables, seen = CHANGES[change]
+    await other.execute(change)
+    found = await differences(clone_settings)
+    assert found
+    assert [d.seen for d in found if seen not in d.seen] == []
+    assert {difference.tables for difference in found} == {tables}
+    assert not any(difference.unknown or "\n" in str(difference) for difference in found)
+
+    async with migration_engine(clone_settings) as engine:
+        assert await drift(engine) == [str(difference) for difference in found]
+    finding = await found_by_doctor(clone_settings)
+    assert finding.status == "problem"
+    assert seen in finding.seen
+    assert "tiger-db check" in str(finding.advice)
+    report = await health(clone_settings)
+    (problem,) = report.problems
+    assert seen in problem
+    assert "tiger-db check" in problem
+    assert report.ready
+
+    for difference in found:
+        await other.execute(difference.repair)
+    assert await differences(clone_settings) == []
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize("change", NOT_REPAIRED)
+async def test_a_table_that_is_none_is_seen(
+    clone_settings: Settings, other: Connection, change: str
+) -> None:
+    await other.execute(change)
+    (found,) = await differences(clone_settings)
+    assert found.tables == ("api_key_usage",)
+    assert NOT_REPAIRED[change] in found.seen
+    async with migration_engine(clone_settings) as engine:
+        assert str(found) in await drift(engine)
+    assert (await found_by_doctor(clone_settings)).status == "problem"
+
+
+@pytest.mark.schema_changes
+async def test_all_triggers_disabled_are_three_lines_for_people_and_all_for_check(
+    clone_settings: Settings, other: Connection
+) -> None:
+    for table in ("audit_logs", "audit_seals", "api_keys", "tiger_accounts"):
+        await other.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+    async with migration_engine(clone_settings) as engine:
+        lines = await drift(engine)
+    finding = await found_by_doctor(clone_settings)
+    assert finding.seen.endswith(f"; and {len(lines) - 3} more")
+    (problem,) = (await health(clone_settings)).problems
+    assert f"; and {len(lines) - 3} more: run" in problem
+    for line in lines:
+        await other.execute(line.partition(": ")[2])
+    assert await differences(clone_settings) == []
+
+
+@pytest.mark.schema_changes
+async def test_a_trigger_of_somebody_else_is_a_warning_of_the_doctor_alone(
+    clone_settings: Settings, other: Connection
+) -> None:
+    await other.execute(ADDED)
+    finding = await found_by_doctor(clone_settings)
+    assert finding.status == "warning"
+    assert "trigger mine on api_keys is not one of tiger_db's" in finding.seen
+    assert "trigger mine on audit_logs is not one of tiger_db's" in finding.seen
+    assert "audit_logs_default" not in finding.seen  # its copies in partitions
+    assert "unless it is yours, DROP TRIGGER mine ON " in str(finding.advice)
+    assert (await health(clone_settings)).problems == []
+    async with migration_engine(clone_settings) as engine:
+        assert await drift(engine) == []
+
+
+@pytest.mark.schema_changes
+async def test_somebody_elses_search_path_and_functions_fool_nobody(
+    clone_settings: Settings, other: Connection
+) -> None:
+    """A function of the same name, found first, does not pass for the one that is declared."""
+    await other.execute(
+        f"CREATE SCHEMA evil; CREATE FUNCTION evil.notify_api_key_change() {BODY};"
+        "CREATE OR REPLACE TRIGGER notify_delete AFTER DELETE ON api_keys FOR EACH ROW"
+        " EXECUTE FUNCTION evil.notify_api_key_change();"
+        "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_delete"
+    )
+    async with migration_engine(clone_settings) as engine, engine.connect() as connection:
+        await connection.exec_driver_sql("SET search_path = public, evil")
+        (found,) = await compare(connection)
+    assert "EXECUTE FUNCTION evil.notify_api_key_change()" in found.seen
+
+
+@pytest.mark.parametrize("schema", ['My "Own"', "it's", "a\\b, c"])
+async def test_it_works_in_a_schema_of_any_name(empty_database: Settings, schema: str) -> None:
+    settings = empty_database.model_copy(update={"db_schema": schema})
+    async with migration_engine(settings) as engine:
+        await upgrade(engine)
+    assert await differences(settings) == []

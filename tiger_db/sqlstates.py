@@ -1,0 +1,120 @@
+"""SQLSTATEs and the errors of this package that they stand for: the one table.
+
+https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+
+from tiger_db.errors import (
+    AlreadyExists,
+    Conflict,
+    DatabaseUnavailable,
+    InvalidValue,
+    MissingReference,
+    QueryTimeout,
+    StatementRefused,
+    TigerDBError,
+)
+
+# What asyncpg raises when the server goes away; the last is its state machine, surprised by that.
+LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+READ_ONLY = "25006"  # of what was a primary and takes no writes any more, or of a readonly session
+# By SQLSTATE or its first characters. The message is this package's own where PostgreSQL's quotes
+# values of the row; None: PostgreSQL's own is shown.
+_ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
+    "08": (DatabaseUnavailable, "lost the database"),
+    "22000": (InvalidValue, "a value is not of its column's type"),
+    "22001": (InvalidValue, "a text is too long"),
+    "22003": (InvalidValue, "a number is out of range"),
+    "22008": (InvalidValue, "a time is out of range"),
+    "22021": (InvalidValue, "a text has a character that cannot be stored"),
+    "22P02": (InvalidValue, "a value is not of its column's type"),
+    "22P05": (InvalidValue, "a text has a character that cannot be stored"),
+    "23502": (InvalidValue, "a value is missing"),
+    "23503": (MissingReference, "the row referred to does not exist"),
+    "23505": (AlreadyExists, "the value exists already"),
+    "23514": (InvalidValue, "a value is not allowed"),
+    READ_ONLY: (DatabaseUnavailable, "lost the database: it takes no writes"),
+    "25P03": (DatabaseUnavailable, "lost the database: idle_in_transaction_session_timeout"),
+    "25P04": (DatabaseUnavailable, "lost the database: transaction_timeout"),
+    "28": (DatabaseUnavailable, "the database refuses this role"),
+    "3D000": (DatabaseUnavailable, "the database does not exist"),
+    "40001": (Conflict, None),  # a serialization failure, or a standby's conflict with its replay
+    "40P01": (Conflict, None),  # a deadlock
+    "42501": (StatementRefused, None),  # a right is missing
+    "53300": (DatabaseUnavailable, "the database has no connection left"),
+    "55P03": (Conflict, None),  # a lock was not available in time
+    "57014": (QueryTimeout, None),
+    "57P0": (DatabaseUnavailable, "lost the database"),
+}
+# Classes of SQLSTATEs that the same transaction may not meet later: connection, rollback by others,
+# resources, objects in use, intervention by the operator.
+_TRANSIENT = {"08", "40", "53", "55", "57"}
+
+
+def error_type(sqlstate: str) -> type[TigerDBError] | None:
+    """Return the error that a SQLSTATE stands for, None if there is none."""
+    kind, _ = _entry(sqlstate)
+    return kind
+
+
+def _entry(sqlstate: str) -> tuple[type[TigerDBError] | None, str | None]:
+    for length in (5, 4, 2):
+        if (entry := _ERRORS.get(sqlstate[:length])) is not None:
+            return entry
+    return None, None
+
+
+def classify(error: BaseException) -> TigerDBError | None:
+    """Return the typed error for an error of asyncpg or SQLAlchemy, None if there is none.
+
+    Its message has no value of a row: a constraint or column is named where PostgreSQL tells it.
+    """
+    cause = _cause(error)
+    if isinstance(cause, asyncpg.PostgresError):
+        kind, message = _entry(cause.sqlstate or "")
+        if kind is None:
+            return None
+        where = getattr(cause, "constraint_name", None) or getattr(cause, "column_name", None)
+        if message is None:
+            return kind(str(cause).partition("\n")[0])
+        return kind(f"{message} ({where})" if where else message)
+    if isinstance(cause, LOST):
+        return DatabaseUnavailable(f"lost the database: {type(cause).__name__}")
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same transaction may succeed later.
+
+    The server was away or short of something, or other transactions were in the way.
+    """
+    if isinstance(error, DatabaseUnavailable | Conflict | QueryTimeout):
+        return True
+    lost: bool = getattr(error, "connection_invalidated", False)
+    return lost or (getattr(_cause(error), "sqlstate", None) or "")[:2] in _TRANSIENT
+
+
+@contextmanager
+def raw_errors() -> Iterator[None]:
+    """Raise what calls of asyncpg's own raise as errors of this package.
+
+    Raises:
+        DatabaseUnavailable, Conflict, QueryTimeout: is_transient.
+        AlreadyExists, MissingReference, InvalidValue: a constraint or type refuses a value.
+        StatementRefused: anything else, such as a missing right.
+    """
+    try:
+        yield
+    except (*LOST, asyncpg.PostgresError) as error:
+        refused = StatementRefused(f"the database refused: {type(error).__name__}")
+        raise classify(error) or refused from None
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """Return the driver's error within one of SQLAlchemy's; any other error as it is."""
+    return error.orig and error.orig.__cause__ if isinstance(error, DBAPIError) else error
