@@ -397,13 +397,13 @@ def test_lists_by_resource_and_details(cli: CommandLine, clone_settings: Setting
 
 
 def test_counts(cli: CommandLine, clone_settings: Settings) -> None:
-    assert cli.ok("show-events") == Result(0, "", "there are none\n")
+    assert cli.ok("count-events") == Result(0, "", "there are none\n")
     log(
         clone_settings,
         *[{"action": AuditAction.DATA_QUERY}] * 3,
         {"action": AuditAction.TRADE_PLACE_ORDER, "result": AuditResult.ERROR},
     )
-    shown = cli.ok("show-events", "--json").json
+    shown = cli.ok("count-events", "--json").json
     (hour,) = shown.pop("hours").items()
     assert shown == {
         "actions": {"data:query": 3, "trade:place_order": 1},
@@ -413,7 +413,7 @@ def test_counts(cli: CommandLine, clone_settings: Settings) -> None:
     at = datetime.fromisoformat(hour[0])
     assert (at.minute, at.utcoffset()) == (0, timedelta(0))
     assert timedelta(0) <= datetime.now(UTC) - at < timedelta(hours=1, minutes=5)
-    assert [line.split() for line in cli.ok("show-events").out.splitlines()] == [
+    assert [line.split() for line in cli.ok("count-events").out.splitlines()] == [
         ["Result", "Events"], ["success", "3"], ["error", "1"], [],
         ["Action", "Events"], ["data:query", "3"], ["trade:place_order", "1"],
     ]  # fmt: skip
@@ -422,14 +422,14 @@ def test_counts(cli: CommandLine, clone_settings: Settings) -> None:
         ("2d", 49, "%m-%d %H:00"),
         ("2w", 15, "%Y-%m-%d"),
     ):
-        lines = cli.ok("show-events", "--chart", "--last", last).out.splitlines()
+        lines = cli.ok("count-events", "--chart", "--since", last).out.splitlines()
         assert len(lines) == bars
         (full,) = [line for line in lines if "\u2588" in line]
         assert full.startswith(at.strftime(form))
         assert full.split()[-1] == "4"
         assert all(line.split()[-1] == "0" for line in lines if line != full)
     for last in ("x", "0h", "-1h"):
-        assert "--last" in cli.misused("show-events", "--last", last)
+        assert "--since" in cli.misused("count-events", "--since", last)
 
 
 @asynccontextmanager

@@ -87,7 +87,7 @@ def list_refreshes(
 
 
 @app.command(rich_help_panel=PANEL)
-def show_refreshes(
+def watch_refreshes(
     *,
     live: Annotated[
         bool, typer.Option("--live", help="Show it anew every second, until Ctrl-C.")
@@ -159,7 +159,7 @@ def _draw(groups: "Groups", numbers: dict[UUID | None, str], day: "RefreshStatis
 
 
 @app.command(rich_help_panel=PANEL)
-def run_refreshes(
+def run_refresh_worker(
     *,
     once: Annotated[
         bool, typer.Option("--once", help="End when nothing is due, in place of waiting.")
