@@ -49,7 +49,7 @@ def show_api_key(
     as_json: AsJson = False,
 ) -> None:
     """Show an API key and its uses over time: by the hour up to two days, else by the day."""
-    first, now = past(since, "--since"), datetime.now(UTC)
+    now, first = datetime.now(UTC), past(since, "--since")
 
     async def find(session: "AsyncSession") -> "tuple[tiger_db.APIKey, list[HourlyUsage]]":
         found = await find_api_key(session, key)

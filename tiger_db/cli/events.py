@@ -159,7 +159,7 @@ def count_events(
     as_json: AsJson = False,
 ) -> None:
     """Count the events since a time, by default of 24 hours: by action, by result, over time."""
-    start, until = past(since, "--since"), datetime.now(UTC)
+    until, start = datetime.now(UTC), past(since, "--since")
     counts = query(lambda session: tiger_db.crud.audit_logs.statistics(session, since=start))
     if as_json:
         print_json(
