@@ -15,13 +15,13 @@ from tests.support import databases
 from tests.support.plans import Plan, Query, as_json, nodes, plan_of, used_indexes
 from tiger_db import AuditLog, Database, Settings
 from tiger_db.crud import api_keys, audit_logs, token_status
-from tiger_db.crud.api_keys.authorizing import load
-from tiger_db.crud.api_keys.text import checksum
+from tiger_db.crud.api_keys.authorize import load
+from tiger_db.crud.api_keys.key_format import checksum
 from tiger_db.crud.common import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.doctor import tables
 from tiger_db.errors import InvalidAPIKey
-from tiger_db.verifier import FIND
+from tiger_db.key_verifier import FIND
 
 # Row n has the account number n, and 0…0n in its ids.
 ROWS = """

@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from tiger_db.crud.api_keys.events import log, shown
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
-from tiger_db.crud.api_keys.text import new_key
+from tiger_db.crud.api_keys.key_format import new_key
 from tiger_db.crud.common import aware, constraints, get_or_raise, handed_over, one
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
@@ -71,7 +71,7 @@ async def create_api_key(
 async def rotate(
     session: AsyncSession, key_id: UUID, *, grace: timedelta = timedelta(hours=24)
 ) -> tuple[APIKey, str]:
-    """Create a successor with the same powers; the old key works until the grace ends.
+    """Create a successor with the same permissions; the old key works until the grace ends.
 
     That is never past its own expiry. Both are of one line, whose uses the limits count together,
     and a key has one successor: when its text is lost, rotate the successor. A rotation that fails
@@ -92,7 +92,7 @@ async def rotate(
         ends = now + grace
     except OverflowError:
         raise InvalidValue("grace is too long") from None
-    powers = key.model_dump(
+    permissions = key.model_dump(
         include={
             "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour",
             "rate_limit_per_day", "allowed_ips", "allowed_user_agents", "created_by",
@@ -100,7 +100,9 @@ async def rotate(
         }
     )  # fmt: skip
     async with constraints(session, key):
-        successor, raw_key = await _store(session, {**powers, "root_id": key.root_id or key.id})
+        successor, raw_key = await _store(
+            session, {**permissions, "root_id": key.root_id or key.id}
+        )
         key.successor_id = successor.id
         key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
         await session.flush()

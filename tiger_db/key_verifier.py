@@ -19,8 +19,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.api_keys.authorizing import replace_hash
-from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial
+from tiger_db.crud.api_keys.authorize import replace_hash
 from tiger_db.crud.api_keys.hashing import (
     UnpepperedHash,
     outdated,
@@ -28,8 +27,9 @@ from tiger_db.crud.api_keys.hashing import (
     refuse_unpeppered,
     verify_secret,
 )
-from tiger_db.crud.api_keys.limits import take
-from tiger_db.crud.api_keys.text import KeyText, parse_key
+from tiger_db.crud.api_keys.key_format import ParsedKey, parse_key
+from tiger_db.crud.api_keys.policy import AccessRequest, KeyPermissions, check_access, denial_event
+from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.database import Database, connect_directly
 from tiger_db.declared import compare
 from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch, TigerDBError
@@ -58,7 +58,7 @@ class _Known:
     """A key whose text was checked, and the row it was checked against."""
 
     key: APIKey
-    powers: Powers
+    permissions: KeyPermissions
     row: tuple[object, ...] = field(repr=False)
     read_at: float  # this machine's monotonic time, before the row was read
 
@@ -150,7 +150,7 @@ class KeyVerifier:
 
         The key is one object for all who ask for it, as it was when it was read: do not change it.
         """
-        request = Request(tuple(scopes), account_id, ip_address, user_agent)
+        request = AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
         if self._listener is not None:
             key = await self._from_memory(raw_key, request)
             if key is not None:
@@ -170,7 +170,7 @@ class KeyVerifier:
         except AccessDenied:
             return None
 
-    async def _from_memory(self, raw_key: str, request: Request) -> APIKey | None:
+    async def _from_memory(self, raw_key: str, request: AccessRequest) -> APIKey | None:
         """Return the key, or None if the database has to be asked.
 
         Raises:
@@ -186,22 +186,24 @@ class KeyVerifier:
         digest = self._digest(raw_key)
         if now >= self._until or (known := self._known.get(digest)) is None:
             return None
-        powers = known.powers
-        if powers.limited or now - known.read_at >= MAX_AGE:
+        permissions = known.permissions
+        if permissions.limited or now - known.read_at >= MAX_AGE:
             return None
         self._known.move_to_end(digest)
         now += self._offset
         try:
-            decide(powers, now, request)
+            check_access(permissions, now, request)
         except AccessDenied as reason:
             prefix = known.key.key_prefix
-            event = denial(reason, prefix, request, powers.key_id, powers.account_id)
+            event = denial_event(
+                reason, prefix, request, permissions.key_id, permissions.account_id
+            )
             await self._apart.record(event)
             raise
-        self._apart.count(powers.key_id, now)
+        self._apart.count(permissions.key_id, now)
         return known.key
 
-    async def _from_database(self, raw_key: str, request: Request) -> APIKey:
+    async def _from_database(self, raw_key: str, request: AccessRequest) -> APIKey:
         text = parse_key(raw_key)
         if text is None:
             raise InvalidAPIKey
@@ -215,27 +217,27 @@ class KeyVerifier:
                     known = self._unchanged(text, row)
                     if known is not None:
                         known.read_at = read_at
-                        passed = await _passes(known.powers, row, request, connection)
+                        passed = await _passes(known.permissions, row, request, connection)
                 if known is None:
                     known = await self._check(text, row, changes, read_at)
                     async with self._apart.connection() as connection:
-                        passed = await _passes(known.powers, row, request, connection)
+                        passed = await _passes(known.permissions, row, request, connection)
                         hashed = {"key_hash": row["key_hash"], "pepper_id": row["pepper_id"]}
                         if passed and outdated(peppers, *hashed.values()):
                             await replace_hash(
-                                connection, peppers, text, request, known.powers, **hashed
+                                connection, peppers, text, request, known.permissions, **hashed
                             )
             except AccessDenied as reason:
                 ids = (row["id"], row["tiger_account_id"]) if row is not None else (None, None)
-                await self._apart.record(denial(reason, text.prefix, request, *ids))
+                await self._apart.record(denial_event(reason, text.prefix, request, *ids))
                 if isinstance(reason, UnpepperedHash):
                     raise InvalidAPIKey from None
                 raise
             if passed:
-                self._apart.count(known.powers.key_id, row["now"].timestamp())
+                self._apart.count(known.permissions.key_id, row["now"].timestamp())
                 return known.key
 
-    def _unchanged(self, text: KeyText, row: "asyncpg.Record | None") -> _Known | None:
+    def _unchanged(self, text: ParsedKey, row: "asyncpg.Record | None") -> _Known | None:
         """What was checked before on the same row."""
         digest = self._digest(text.raw_key)
         known = self._known.get(digest)
@@ -245,7 +247,7 @@ class KeyVerifier:
         return known
 
     async def _check(
-        self, text: KeyText, row: "asyncpg.Record | None", changes: int, read_at: float
+        self, text: ParsedKey, row: "asyncpg.Record | None", changes: int, read_at: float
     ) -> _Known:
         """The key, if the text is its own; then it is remembered.
 
@@ -262,22 +264,22 @@ class KeyVerifier:
             key = await session.scalar(select(APIKey).where(col(APIKey.id) == row["id"]))
         if key is None:
             raise InvalidAPIKey
-        known = _Known(key, Powers.of(row, row["account_status"]), _columns(row), read_at)
+        known = _Known(key, KeyPermissions.of(row, row["account_status"]), _columns(row), read_at)
         if changes == self._changes and not outdated(peppers, key_hash, pepper_id):
             self._keep(self._digest(text.raw_key), known)
         return known
 
     def _keep(self, digest: bytes, known: _Known) -> None:
-        self._drop(self._digests.get(known.powers.key_id))
+        self._drop(self._digests.get(known.permissions.key_id))
         while len(self._known) >= self.capacity:
             self._drop(next(iter(self._known)))
         self._known[digest] = known
-        self._digests[known.powers.key_id] = digest
+        self._digests[known.permissions.key_id] = digest
 
     def _drop(self, digest: bytes | None) -> None:
         known = self._known.pop(digest, None) if digest is not None else None
         if known is not None:
-            del self._digests[known.powers.key_id]
+            del self._digests[known.permissions.key_id]
 
     def _forget(self) -> None:
         self._changes += 1
@@ -340,7 +342,7 @@ class KeyVerifier:
             self._drop(self._digests.get(changed))
         else:
             for digest, known in list(self._known.items()):
-                if known.powers.account_id == changed:
+                if known.permissions.account_id == changed:
                     self._drop(digest)
 
 
@@ -350,9 +352,9 @@ def _columns(row: "asyncpg.Record") -> tuple[object, ...]:
 
 
 async def _passes(
-    powers: Powers,
+    permissions: KeyPermissions,
     row: "asyncpg.Record",
-    request: Request,
+    request: AccessRequest,
     connection: "asyncpg.Connection[asyncpg.Record]",
 ) -> bool:
     """Decide on what was read just now; False: it has changed since, so read it again.
@@ -360,5 +362,5 @@ async def _passes(
     Raises:
         AccessDenied: one of its subclasses, by the reason.
     """
-    decide(powers, row["now"].timestamp(), request)
-    return not powers.limited or await take(connection, powers)
+    check_access(permissions, row["now"].timestamp(), request)
+    return not permissions.limited or await consume(connection, permissions)

@@ -10,7 +10,6 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.api_keys.decision import Powers, Request, decide, denial, unpeppered_use
 from tiger_db.crud.api_keys.hashing import (
     UnpepperedHash,
     hash_secret,
@@ -19,8 +18,15 @@ from tiger_db.crud.api_keys.hashing import (
     refuse_unpeppered,
     verify_secret,
 )
-from tiger_db.crud.api_keys.limits import take
-from tiger_db.crud.api_keys.text import KeyText, parse_key
+from tiger_db.crud.api_keys.key_format import ParsedKey, parse_key
+from tiger_db.crud.api_keys.policy import (
+    AccessRequest,
+    KeyPermissions,
+    check_access,
+    denial_event,
+    unpeppered_use,
+)
+from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.common import FRESH, handed_over, refuse_readonly
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, TigerAccount
@@ -100,7 +106,7 @@ async def authorize_api_key(
     text = parse_key(raw_key)
     if text is None:
         raise InvalidAPIKey
-    request = Request(tuple(scopes), account_id, ip_address, user_agent)
+    request = AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
     peppers = peppers_of(session.info)
     apart = handed_over(session.info, "write_behind")
     assert apart is None or isinstance(apart, WriteBehind)
@@ -112,12 +118,12 @@ async def authorize_api_key(
             # The row is loaded only then, because loading it takes time that could be measured.
             if not await verify_secret(peppers, text.secret, key_hash, pepper_id):
                 raise InvalidAPIKey
-            key, powers, now = await load(session, key_id)
+            key, permissions, now = await load(session, key_id)
             refuse_unpeppered(session.info, pepper_id, now)
-            decide(powers, now, request)
-            counted = not powers.limited or await _take(session, limits_apart, powers)
+            check_access(permissions, now, request)
+            counted = not permissions.limited or await _consume(session, limits_apart, permissions)
         except AccessDenied as reason:
-            event = denial(reason, text.prefix, request, key_id, bound_to)
+            event = denial_event(reason, text.prefix, request, key_id, bound_to)
             if apart is not None:
                 await apart.record(event)
             else:
@@ -132,7 +138,13 @@ async def authorize_api_key(
     if outdated(peppers, key_hash, pepper_id):
         async with _connection(session, apart) as connection:
             await replace_hash(
-                connection, peppers, text, request, powers, key_hash=key_hash, pepper_id=pepper_id
+                connection,
+                peppers,
+                text,
+                request,
+                permissions,
+                key_hash=key_hash,
+                pepper_id=pepper_id,
             )
     if apart is not None:
         apart.count(key.id, now)
@@ -145,9 +157,9 @@ async def authorize_api_key(
 async def replace_hash(
     connection: "asyncpg.Connection[asyncpg.Record]",
     peppers: Peppers,
-    text: KeyText,
-    request: Request,
-    powers: Powers,
+    text: ParsedKey,
+    request: AccessRequest,
+    permissions: KeyPermissions,
     *,
     key_hash: str,
     pepper_id: str | None,
@@ -159,17 +171,21 @@ async def replace_hash(
     """
     events = []
     if pepper_id is None:
-        events.append(unpeppered_use(text.prefix, request, powers.key_id, powers.account_id))
+        events.append(
+            unpeppered_use(text.prefix, request, permissions.key_id, permissions.account_id)
+        )
     new_hash, new_pepper_id = hash_secret(peppers, text.secret)
     async with connection.transaction():
-        if await connection.fetchval(_UPGRADE, powers.key_id, key_hash, new_hash, new_pepper_id):
+        if await connection.fetchval(
+            _UPGRADE, permissions.key_id, key_hash, new_hash, new_pepper_id
+        ):
             events.append(
                 AuditLog(
                     action=AuditAction.API_KEY_UPDATE,
                     resource_type="api_key",
-                    resource_id=str(powers.key_id),
-                    api_key_id=powers.key_id,
-                    tiger_account_id=powers.account_id,
+                    resource_id=str(permissions.key_id),
+                    api_key_id=permissions.key_id,
+                    tiger_account_id=permissions.account_id,
                     old_values={"pepper_id": pepper_id},
                     new_values={"pepper_id": new_pepper_id},
                 )
@@ -187,7 +203,7 @@ async def _find(
     return tuple(found) if found is not None else None
 
 
-async def load(session: AsyncSession, key_id: UUID | None) -> tuple[APIKey, Powers, float]:
+async def load(session: AsyncSession, key_id: UUID | None) -> tuple[APIKey, KeyPermissions, float]:
     """The key, what it may do, and the database's time in seconds since 1970.
 
     Raises:
@@ -204,12 +220,14 @@ async def load(session: AsyncSession, key_id: UUID | None) -> tuple[APIKey, Powe
     if found is None:
         raise InvalidAPIKey
     key, account_status, now = found
-    return key, Powers.of(key.__dict__, account_status), now.timestamp()
+    return key, KeyPermissions.of(key.__dict__, account_status), now.timestamp()
 
 
-async def _take(session: AsyncSession, apart: WriteBehind | None, powers: Powers) -> bool:
+async def _consume(
+    session: AsyncSession, apart: WriteBehind | None, permissions: KeyPermissions
+) -> bool:
     async with _connection(session, apart) as connection:
-        return await take(connection, powers)
+        return await consume(connection, permissions)
 
 
 @asynccontextmanager

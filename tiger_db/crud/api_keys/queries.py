@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import peppers_of, verify_secret
-from tiger_db.crud.api_keys.text import parse_key
+from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.common import (
     Page,
     aware,
@@ -45,7 +45,7 @@ async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None
     return await one(session, statement)
 
 
-async def find_by_text(session: AsyncSession, raw_key: str) -> APIKey | None:
+async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
     """The key whose whole text this is, whatever its status, without counting a use: a leak, say.
 
     Raises:

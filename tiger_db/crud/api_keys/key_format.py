@@ -21,7 +21,7 @@ _CHECKSUM = 6  # characters; the first length that holds 32 bits
 
 
 @dataclass(frozen=True, slots=True)
-class KeyText:
+class ParsedKey:
     """A well-formed key: its public prefix, and the secret that follows, checksum included."""
 
     prefix: str
@@ -32,20 +32,20 @@ class KeyText:
         return f"{self.prefix}_{self.secret}"
 
 
-def new_key(environment: str) -> KeyText:
+def new_key(environment: str) -> ParsedKey:
     """A new random key for an environment, `live` or `test`."""
     public_id = "".join(secrets.choice(_ALPHABET) for _ in range(_ID))
     prefix = f"tdb_{environment}_{public_id}"
     secret = _base62(secrets.randbits(256), _SECRET)
-    return KeyText(prefix, secret + checksum(f"{prefix}_{secret}"))
+    return ParsedKey(prefix, secret + checksum(f"{prefix}_{secret}"))
 
 
-def parse_key(raw_key: str) -> KeyText | None:
+def parse_key(raw_key: str) -> ParsedKey | None:
     """The parts of a key's text; None for anything that cannot be one."""
     form = _FORM.fullmatch(raw_key) if isinstance(raw_key, str) else None
     if form is None or checksum(raw_key[:-_CHECKSUM]) != raw_key[-_CHECKSUM:]:
         return None
-    return KeyText(form[1], form[2])
+    return ParsedKey(form[1], form[2])
 
 
 def checksum(text: str) -> str:

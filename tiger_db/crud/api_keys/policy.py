@@ -36,7 +36,7 @@ _SHOWN = 200  # characters of what a caller said of itself
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class AccessRequest:
     """What is asked of a key, from where, by whom."""
 
     scopes: tuple[APIKeyScope, ...] = ()
@@ -46,7 +46,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Powers:
+class KeyPermissions:
     """What a key may do, as it was when it was read."""
 
     key_id: UUID
@@ -85,27 +85,34 @@ class Powers:
         return self.per_hour is not None or self.per_day is not None
 
 
-def decide(powers: Powers, now: float, request: Request) -> None:  # a list of reasons
+def check_access(
+    permissions: KeyPermissions, now: float, request: AccessRequest
+) -> None:  # a list of reasons
     """Raise the first reason to refuse; limits come after this. `now` is in seconds since 1970.
 
     Raises:
         AccessDenied: one of its subclasses, by the reason.
     """
-    if powers.status is APIKeyStatus.EXPIRED:
+    if permissions.status is APIKeyStatus.EXPIRED:
         raise APIKeyExpired
-    if powers.status is not APIKeyStatus.ACTIVE:
+    if permissions.status is not APIKeyStatus.ACTIVE:
         raise APIKeyRevoked
-    if powers.expires_at is not None and powers.expires_at <= now:
+    if permissions.expires_at is not None and permissions.expires_at <= now:
         raise APIKeyExpired
-    if powers.account_id is not None and powers.account_status is not AccountStatus.ACTIVE:
+    if (
+        permissions.account_id is not None
+        and permissions.account_status is not AccountStatus.ACTIVE
+    ):
         raise AccountNotActive
-    if powers.networks and not address_allowed(powers.networks, request.ip_address):
+    if permissions.networks and not address_allowed(permissions.networks, request.ip_address):
         raise AddressNotAllowed
-    if powers.user_agents and not user_agent_allowed(powers.user_agents, request.user_agent):
+    if permissions.user_agents and not user_agent_allowed(
+        permissions.user_agents, request.user_agent
+    ):
         raise UserAgentNotAllowed
-    if request.scopes and (missing := _missing(request.scopes, powers.scopes)):
+    if request.scopes and (missing := _missing(request.scopes, permissions.scopes)):
         raise ScopeMissing(f"the API key lacks the scope {', '.join(missing)}")
-    if request.account_id is not None and powers.account_id not in (None, request.account_id):
+    if request.account_id is not None and permissions.account_id not in (None, request.account_id):
         raise AccountNotAllowed
 
 
@@ -118,10 +125,10 @@ def _shown(text: str) -> str:
     return redact(storable(text))[:_SHOWN]
 
 
-def denial(
+def denial_event(
     reason: AccessDenied,
     prefix: str,
-    request: Request,
+    request: AccessRequest,
     key_id: UUID | None = None,
     account_id: UUID | None = None,
 ) -> AuditLog:
@@ -136,7 +143,7 @@ def denial(
 
 
 def unpeppered_use(
-    prefix: str, request: Request, key_id: UUID, account_id: UUID | None
+    prefix: str, request: AccessRequest, key_id: UUID, account_id: UUID | None
 ) -> AuditLog:
     """The event of an accepted key whose hash has no pepper."""
     details = {"key_prefix": prefix, "accepted_by": "API_KEYS_ALLOW_UNPEPPERED_UNTIL"}
@@ -148,7 +155,7 @@ def unpeppered_use(
 
 
 def _fields(
-    request: Request, told: Mapping[str, str], key_id: UUID | None, account_id: UUID | None
+    request: AccessRequest, told: Mapping[str, str], key_id: UUID | None, account_id: UUID | None
 ) -> dict[str, Any]:
     """The fields of an event that a request has; what the caller said is made fit to be stored."""
     details: dict[str, JsonValue] = {**told}
