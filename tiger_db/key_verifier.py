@@ -1,4 +1,4 @@
-"""Authorize API keys for a server: from the database, or from memory while it is kept current."""
+"""Authorize API keys for servers, with a cache of verified keys."""
 
 import asyncio
 import contextlib
@@ -8,28 +8,16 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
 from typing import Self
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col
 
-from tiger_db.crud.api_keys.authorize import replace_hash
-from tiger_db.crud.api_keys.hashing import (
-    UnpepperedHash,
-    outdated,
-    peppers_of,
-    refuse_unpeppered,
-    verify_secret,
-)
-from tiger_db.crud.api_keys.key_format import ParsedKey, parse_key
-from tiger_db.crud.api_keys.policy import AccessRequest, KeyPermissions, check_access, denial_event
-from tiger_db.crud.api_keys.rate_limits import consume
+from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key
+from tiger_db.crud.api_keys.key_format import parse_key
+from tiger_db.crud.api_keys.policy import AccessRequest, check_access, denial_event
 from tiger_db.database import Database, connect_directly
 from tiger_db.declared import compare
 from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch, TigerDBError
@@ -37,71 +25,55 @@ from tiger_db.models import APIKey, APIKeyScope
 from tiger_db.sqlstates import LOST
 
 CHANNEL = "tiger_db_api_keys"
-_TABLES = {"api_keys", "tiger_accounts"}  # whose changes are heard of
-HEARTBEAT = 0.2  # seconds between questions to the listening connection
-LEASE = 0.5  # seconds for which an answer vouches that no change was missed
-MAX_AGE = 60.0  # seconds after which a remembered key is read again, whatever was heard
-_TURN = 0.005  # seconds after which the event loop gets a turn, to hear of changes
-_PAUSE = 0.1  # seconds before the lost connection is tried again
+_TABLES = {"api_keys", "tiger_accounts"}  # whose triggers notify
+HEARTBEAT = 0.2  # seconds between queries on the listening connection
+LEASE = 0.5  # seconds after a heartbeat was sent in which memory may answer
+MAX_AGE = 60.0  # seconds after which a remembered key is read again, notified or not
+_YIELD_AFTER = 0.005  # seconds after which a call lets the event loop read notifications
+_RECONNECT_AFTER = 0.1  # seconds before the lost connection is opened again
 
 _logger = logging.getLogger("tiger_db")
-_COUNTERS = {"usage_count", "last_used_at", "updated_at"}  # which change with every use
-_COLUMNS = ", ".join(f"k.{c.name}" for c in APIKey.__table__.columns if c.name not in _COUNTERS)  # type: ignore[attr-defined]  # SQLAlchemy's
-FIND = f"""
-SELECT {_COLUMNS}, a.status AS account_status, clock_timestamp() AS now FROM api_keys AS k
-LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
-"""  # noqa: S608  # names of columns
-
-
-@dataclass(slots=True)
-class _Known:
-    """A key whose text was checked, and the row it was checked against."""
-
-    key: APIKey
-    permissions: KeyPermissions
-    row: tuple[object, ...] = field(repr=False)
-    read_at: float  # this machine's monotonic time, before the row was read
 
 
 class KeyVerifier:
-    """Authorize API keys outside of any session.
+    """Authorize API keys without a session. A verifier belongs to one event loop.
 
-    Each call reads the row of the key by one plain fetch, so that no answer is older than that. The
-    hash is verified once, and again when the row has changed. A verifier serves one event loop.
+    Each call reads the row of the key with one query, so that no answer is older than the call. The
+    hash is verified once, and again when the row has changed.
 
-    `memory=True`: while the verifier is entered, a connection of its own listens for changes, and a
-    key that was checked is authorized from memory. A change by anyone, also by raw SQL, is honoured
-    within milliseconds, by notifications that triggers of api_keys and tiger_accounts send; these
-    are compared with `tiger_db.declared` when the verifier is entered. A key that was read 60 s ago
-    is read again upon use, so that a change without a notification is honoured by then. When the
-    connection is lost, or has not answered for half a second, every call reads the database until
-    the verifier listens again; so does every call for a key with limits.
+    With `memory=True`, while the verifier is entered, a connection listens for changes, and a
+    verified key is authorized from memory. A change by anyone, by raw SQL too, takes effect within
+    milliseconds, through the notifications of triggers on api_keys and tiger_accounts; these are
+    compared with `tiger_db.declared` when the verifier is entered. A key is read again 60 s after
+    it was read, so a change without a notification takes effect by then. If the connection is lost
+    or has not answered for half a second, every call reads the database until the verifier listens
+    again. Every call for a key with rate limits reads the database.
 
-    Digests of at most `capacity` good keys are kept, under a random key, never their text. The one
-    that was unused for longest is forgotten first.
+    At most `capacity` keys are remembered, by digests under a random key instead of the raw keys.
+    The least recently used key is forgotten first.
     """
 
     def __init__(self, database: Database, *, memory: bool = False, capacity: int = 10_000) -> None:
         self.database = database
         self.memory = memory
         self.capacity = capacity
-        self._apart = database.write_behind
+        self._changes = 0  # notifications received: no row that was read before one is remembered
+        self._write_behind = database.write_behind
         self._digest_key = secrets.token_bytes(32)
-        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._known: OrderedDict[bytes, VerifiedKey] = OrderedDict()
         self._digests: dict[UUID, bytes] = {}
-        self._changes = 0  # how many were heard of, so that nothing read before one is kept
         self._until = 0.0  # this machine's monotonic time up to which memory may answer
         self._offset = 0.0  # from that time to the database's, in seconds since 1970
-        self._turned = 0.0
+        self._yielded_at = 0.0  # this machine's monotonic time
         self._listener: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Check the schema; with memory, compare the triggers and start to listen.
 
         Raises:
-            DatabaseUnavailable: it cannot be reached.
-            SchemaMismatch: its schema is missing, or older or newer than this code; with memory,
-                also: a trigger, or a function that one calls, was changed.
+            DatabaseUnavailable: the database cannot be reached.
+            SchemaMismatch: the schema is missing, or older or newer than this code; with memory,
+                also: a trigger or its function differs from the declared one.
             ConfigurationError: with memory, behind a pooler and without `DB_DIRECT_HOST`.
         """
         if self.memory:
@@ -111,7 +83,7 @@ class KeyVerifier:
             await self._compare_triggers()
             listening = asyncio.Event()
             self._listener = asyncio.create_task(self._listen(listening))
-            with contextlib.suppress(TimeoutError):  # until then, the database answers
+            with contextlib.suppress(TimeoutError):  # meanwhile, calls read the database
                 await asyncio.wait_for(listening.wait(), self.database.settings.db_connect_timeout)
         return self
 
@@ -121,7 +93,7 @@ class KeyVerifier:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop listening, and leave the database open: it belongs to the caller."""
+        """Stop listening. The database stays open, because it belongs to the caller."""
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])
@@ -146,16 +118,32 @@ class KeyVerifier:
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
     ) -> APIKey:
-        """As `crud.api_keys.authorize_api_key`.
+        """Authorize a key as `crud.api_keys.authorize_api_key` does.
 
-        The key is one object for all who ask for it, as it was when it was read: do not change it.
+        All callers get the same object of a key, as it was when it was read: do not change it.
         """
         request = AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
         if self._listener is not None:
             key = await self._from_memory(raw_key, request)
             if key is not None:
                 return key
-        return await self._from_database(raw_key, request)
+        parsed = parse_key(raw_key)
+        if parsed is None:
+            raise InvalidAPIKey
+        await self.database.check()
+        digest = self._digest(raw_key)
+        changes, read_at = self._changes, time.monotonic()
+        try:
+            verified = await authorize_parsed_key(
+                parsed, request, self.database.info, known=self._known.get(digest)
+            )
+        except AccessDenied:
+            self._drop(digest)
+            raise
+        if changes == self._changes and not verified.outdated:
+            verified.read_at = read_at
+            self._keep(digest, verified)
+        return verified.key
 
     async def verify(
         self,
@@ -164,25 +152,25 @@ class KeyVerifier:
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
     ) -> APIKey | None:
-        """As `crud.api_keys.verify_api_key`; the key is shared, see `authorize`."""
+        """Verify a key as `crud.api_keys.verify_api_key` does; callers share the key."""
         try:
             return await self.authorize(raw_key, ip_address=ip_address, user_agent=user_agent)
         except AccessDenied:
             return None
 
     async def _from_memory(self, raw_key: str, request: AccessRequest) -> APIKey | None:
-        """Return the key, or None if the database has to be asked.
+        """Authorize a key from memory; return None if the database must be read.
 
         Raises:
             AccessDenied: one of its subclasses, by the reason.
         """
         now = time.monotonic()
-        if now - self._turned > _TURN:
-            # A caller that never waits for anything else would keep changes from being heard: one
-            # turn to see that there is something to read, one to read it.
+        if now - self._yielded_at > _YIELD_AFTER:
+            # A caller that awaits nothing else would starve the listening connection. The event
+            # loop polls the socket in its first iteration, and reads it in its second.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            self._turned = now = time.monotonic()
+            self._yielded_at = now = time.monotonic()
         digest = self._digest(raw_key)
         if now >= self._until or (known := self._known.get(digest)) is None:
             return None
@@ -198,83 +186,17 @@ class KeyVerifier:
             event = denial_event(
                 reason, prefix, request, permissions.key_id, permissions.account_id
             )
-            await self._apart.record(event)
+            await self._write_behind.record(event)
             raise
-        self._apart.count(permissions.key_id, now)
+        self._write_behind.count(permissions.key_id, now)
         return known.key
 
-    async def _from_database(self, raw_key: str, request: AccessRequest) -> APIKey:
-        text = parse_key(raw_key)
-        if text is None:
-            raise InvalidAPIKey
-        await self.database.check()
-        peppers = peppers_of(self.database.info)
-        while True:
-            changes, read_at, row = self._changes, time.monotonic(), None
-            try:
-                async with self._apart.connection() as connection:
-                    row = await connection.fetchrow(FIND, text.prefix)
-                    known = self._unchanged(text, row)
-                    if known is not None:
-                        known.read_at = read_at
-                        passed = await _passes(known.permissions, row, request, connection)
-                if known is None:
-                    known = await self._check(text, row, changes, read_at)
-                    async with self._apart.connection() as connection:
-                        passed = await _passes(known.permissions, row, request, connection)
-                        hashed = {"key_hash": row["key_hash"], "pepper_id": row["pepper_id"]}
-                        if passed and outdated(peppers, *hashed.values()):
-                            await replace_hash(
-                                connection, peppers, text, request, known.permissions, **hashed
-                            )
-            except AccessDenied as reason:
-                ids = (row["id"], row["tiger_account_id"]) if row is not None else (None, None)
-                await self._apart.record(denial_event(reason, text.prefix, request, *ids))
-                if isinstance(reason, UnpepperedHash):
-                    raise InvalidAPIKey from None
-                raise
-            if passed:
-                self._apart.count(known.permissions.key_id, row["now"].timestamp())
-                return known.key
-
-    def _unchanged(self, text: ParsedKey, row: "asyncpg.Record | None") -> _Known | None:
-        """What was checked before on the same row."""
-        digest = self._digest(text.raw_key)
-        known = self._known.get(digest)
-        if known is None or row is None or known.row != _columns(row):
-            return None
-        self._known.move_to_end(digest)
-        return known
-
-    async def _check(
-        self, text: ParsedKey, row: "asyncpg.Record | None", changes: int, read_at: float
-    ) -> _Known:
-        """The key, if the text is its own; then it is remembered.
-
-        Raises:
-            InvalidAPIKey: it is not, or there is no key; both take as long.
-        """
-        peppers = peppers_of(self.database.info)
-        key_hash: str = row["key_hash"] if row is not None else ""
-        pepper_id: str | None = row["pepper_id"] if row is not None else None
-        if not await verify_secret(peppers, text.secret, key_hash, pepper_id) or row is None:
-            raise InvalidAPIKey
-        refuse_unpeppered(self.database.info, pepper_id, row["now"].timestamp())
-        async with AsyncSession(self._apart.engine) as session:
-            key = await session.scalar(select(APIKey).where(col(APIKey.id) == row["id"]))
-        if key is None:
-            raise InvalidAPIKey
-        known = _Known(key, KeyPermissions.of(row, row["account_status"]), _columns(row), read_at)
-        if changes == self._changes and not outdated(peppers, key_hash, pepper_id):
-            self._keep(self._digest(text.raw_key), known)
-        return known
-
-    def _keep(self, digest: bytes, known: _Known) -> None:
-        self._drop(self._digests.get(known.permissions.key_id))
+    def _keep(self, digest: bytes, verified: VerifiedKey) -> None:
+        self._drop(self._digests.get(verified.permissions.key_id))
         while len(self._known) >= self.capacity:
             self._drop(next(iter(self._known)))
-        self._known[digest] = known
-        self._digests[known.permissions.key_id] = digest
+        self._known[digest] = verified
+        self._digests[verified.permissions.key_id] = digest
 
     def _drop(self, digest: bytes | None) -> None:
         known = self._known.pop(digest, None) if digest is not None else None
@@ -290,25 +212,25 @@ class KeyVerifier:
     def _digest(self, raw_key: str) -> bytes:
         try:
             return hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
-        except (AttributeError, UnicodeEncodeError):  # no text, or none that could be a key
+        except (AttributeError, UnicodeEncodeError):  # no string, or one that cannot be a key
             return b""
 
     async def _listen(self, listening: asyncio.Event) -> None:
-        """Hear of changes as long as the verifier is entered, however often the line breaks."""
+        """Listen for changes of keys until cancelled; reconnect when the connection is lost."""
         while True:
             try:
                 connection = await connect_directly(self.database.settings)
-            except TigerDBError as error:  # the embedded server may not start, for one
+            except TigerDBError as error:  # the embedded server may fail to start
                 _logger.warning("cannot listen for changes of API keys: %s", error)
             else:
                 try:
                     await self._follow(connection, listening)
                 except (*LOST, TimeoutError, asyncpg.PostgresError) as e:
-                    _logger.warning("stopped to hear of changes of API keys: %s", type(e).__name__)
+                    _logger.warning("stopped listening for API keys: %s", type(e).__name__)
                 finally:
                     self._forget()
                     connection.terminate()
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(_RECONNECT_AFTER)
 
     async def _follow(
         self, connection: "asyncpg.Connection[asyncpg.Record]", listening: asyncio.Event
@@ -316,20 +238,21 @@ class KeyVerifier:
         connection.add_termination_listener(lambda _: self._forget())
         channel = self.database.settings.channel(CHANNEL)
         await connection.add_listener(channel, self._changed)
-        self._forget()  # what was read before
+        self._forget()  # rows that were read before listening
         while True:
             sent = time.monotonic()
             async with asyncio.timeout(LEASE):
                 now = await connection.fetchval("SELECT clock_timestamp()")
-            # All that was committed before the question was heard of before the answer. The time is
-            # taken for that of sending: an expiry may be honoured too early by the way, never late.
+            # The notifications of all transactions that were committed before this query have come
+            # before its answer. The database's time is set against the time of sending, so a key
+            # may expire too early by the round trip, but never too late.
             self._offset = now.timestamp() - sent
             self._until = sent + LEASE
             listening.set()
             await asyncio.sleep(HEARTBEAT)
 
     def _changed(self, *notification: object) -> None:
-        """`key ID`, `account ID`, or `all` after a TRUNCATE."""
+        """Forget the keys of a notification: `key ID`, `account ID`, or `all` after a TRUNCATE."""
         self._changes += 1
         kind, _, text = str(notification[-1]).partition(" ")
         try:
@@ -344,23 +267,3 @@ class KeyVerifier:
             for digest, known in list(self._known.items()):
                 if known.permissions.account_id == changed:
                     self._drop(digest)
-
-
-def _columns(row: "asyncpg.Record") -> tuple[object, ...]:
-    """All but the time."""
-    return tuple(row)[:-1]
-
-
-async def _passes(
-    permissions: KeyPermissions,
-    row: "asyncpg.Record",
-    request: AccessRequest,
-    connection: "asyncpg.Connection[asyncpg.Record]",
-) -> bool:
-    """Decide on what was read just now; False: it has changed since, so read it again.
-
-    Raises:
-        AccessDenied: one of its subclasses, by the reason.
-    """
-    check_access(permissions, row["now"].timestamp(), request)
-    return not permissions.limited or await consume(connection, permissions)

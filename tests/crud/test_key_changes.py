@@ -12,7 +12,7 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.verifiers import OTHER
 from tiger_db import Database, KeyVerifier, crud
-from tiger_db.crud.api_keys.authorize import load
+from tiger_db.crud.api_keys.policy import KeyPermissions
 from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.database import connect
 from tiger_db.errors import InvalidAPIKey
@@ -164,7 +164,7 @@ async def test_a_limited_key_that_is_deleted_meanwhile_is_no_key(
     for _ in range(uses):
         assert await verifier.verify(raw_key)
     async with clone.session() as session:
-        _, permissions, _ = await load(session, key.id)
+        permissions = KeyPermissions.of(key, None)
         await session.execute(text("DELETE FROM api_keys WHERE id = :id"), {"id": key.id})
     async with clone.write_behind.connection() as connection:
         assert not await consume(connection, permissions)

@@ -182,5 +182,10 @@ def test_the_pattern_finds_a_key_in_a_text(raw_key: str, before: str, after: str
 def test_the_pattern_finds_nothing_shorter_or_longer(raw_key: str, at: int) -> None:
     for other in (raw_key[:at], raw_key[:at] + raw_key[at + 1 :], raw_key[at + 1 :]):
         assert re.search(KEY_PATTERN, other) is None
-    for longer in (f"{raw_key}0", f"x{raw_key}", f"{raw_key}_", raw_key.replace("test", "prod")):
+    for longer in (
+        f"{raw_key}0",
+        f"x{raw_key}",
+        f"{raw_key}_",
+        raw_key.replace("tdb_test", "tdb_prod"),
+    ):
         assert longer == raw_key or re.search(KEY_PATTERN, longer) is None

@@ -1,4 +1,4 @@
-"""API keys: creating, checking, rotating and revoking them."""
+"""CRUD of API keys: create, authorize, rotate, extend and revoke them, and look them up."""
 
 from tiger_db.crud.api_keys.authorize import authorize_api_key, verify_api_key
 from tiger_db.crud.api_keys.key_format import KEY_PATTERN

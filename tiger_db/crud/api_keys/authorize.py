@@ -1,14 +1,13 @@
-"""Whether a key may do this, from here, now."""
+"""Authorize an API key for a request."""
 
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import (
     UnpepperedHash,
@@ -24,13 +23,15 @@ from tiger_db.crud.api_keys.policy import (
     KeyPermissions,
     check_access,
     denial_event,
-    unpeppered_use,
+    replaced_hash_event,
+    unpeppered_use_event,
 )
 from tiger_db.crud.api_keys.rate_limits import consume
-from tiger_db.crud.common import FRESH, handed_over, refuse_readonly
+from tiger_db.crud.common import execute, handed_over, refuse_readonly, typed_errors
 from tiger_db.errors import AccessDenied, InvalidAPIKey
-from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, TigerAccount
+from tiger_db.models import APIKey, APIKeyScope, AuditLog
 from tiger_db.models.audit_rows import copy_events
+from tiger_db.models.rows import detached, names, taken_in, whole
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import raw_errors
 from tiger_db.write_behind import WriteBehind, count_now
@@ -38,12 +39,59 @@ from tiger_db.write_behind import WriteBehind, count_now
 if TYPE_CHECKING:
     import asyncpg
 
-# Guarded, so that a hash that was changed meanwhile stays; and it waits for nobody.
-_UPGRADE = """
+FIND_KEY = f"""
+SELECT {whole(APIKey, "k")}, a.status::text, clock_timestamp() FROM api_keys AS k
+LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
+"""  # noqa: S608  # names of columns
+_NAMES = names(APIKey)
+_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # which change with every use
+# A hash that was changed since it was read stays. A locked row is skipped, so that no use waits.
+_REPLACE_HASH = """
 UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
     (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 FOR NO KEY UPDATE SKIP LOCKED)
 RETURNING true
 """
+
+
+class KeyRow(NamedTuple):
+    """The row of a key as PostgreSQL returned it; empty if there is no such key."""
+
+    values: Sequence[Any] = ()  # all columns, to hydrate the key from
+    columns: Mapping[str, Any] = {}  # by name, with account_status and without the counters
+    now: float = 0.0  # the database's time, in seconds since 1970
+
+
+@dataclass(slots=True)
+class VerifiedKey:
+    """A key whose secret was verified, and the columns that were read then."""
+
+    key: APIKey
+    permissions: KeyPermissions
+    columns: Mapping[str, Any] = field(repr=False)
+    outdated: bool  # its hash should be replaced
+    read_at: float = 0.0  # monotonic time of the caches that keep it
+
+
+@dataclass(frozen=True, slots=True)
+class _TransactionWriter:
+    """Writes in the transaction of a session what a WriteBehind would write out of band."""
+
+    session: AsyncSession
+
+    @asynccontextmanager
+    async def connection(self) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+        own = await (await self.session.connection()).get_raw_connection()
+        assert own.driver_connection is not None
+        with raw_errors():
+            yield own.driver_connection
+
+    async def record(self, event: AuditLog) -> None:
+        self.session.add(event)
+        await self.session.flush()
+
+    async def count(self, key: APIKey, at: float) -> None:
+        await count_now(self.session, key.id, at)
+        await self.session.refresh(key, ["usage_count", "last_used_at"])
 
 
 async def verify_api_key(
@@ -53,7 +101,7 @@ async def verify_api_key(
     ip_address: str | IPv4Address | IPv6Address | None = None,
     user_agent: str | None = None,
 ) -> APIKey | None:
-    """The key's row if it is accepted, and counted as used; else None.
+    """Return the row of a key and count the use, or return None if the key is refused.
 
     Raises:
         InvalidState: the session is readonly.
@@ -75,171 +123,170 @@ async def authorize_api_key(
     ip_address: str | IPv4Address | IPv6Address | None = None,
     user_agent: str | None = None,
 ) -> APIKey:
-    """The key's row if it may do this, from here, now; then it is counted as used.
+    """Return the row of a key that may do what is requested, and count the use.
 
-    The first reason not to, in this order: form, existence and hash (all `InvalidAPIKey`), status,
-    expiry, the bound account's status, address, user agent, scopes, account, limits. Each but a
-    malformed text is on record in the audit trail when this raises. That record and the count stay
-    when the caller's transaction rolls back: they go through connections of the Database's own.
+    The checks, in this order: format, existence and hash (`InvalidAPIKey` for each of them),
+    status, expiry, status of the bound account, address, user agent, scopes, account, rate limits.
+    The first check that fails raises its error. Every denial but that of a malformed key is
+    recorded in the audit trail before the error is raised. The audit event and the counted use
+    survive a rollback of the caller's transaction: they are written out of band.
 
-    A hash without a pepper is refused as `InvalidAPIKey`, and the audit trail has the reason. Until
-    the end of the day (UTC, the database's clock) in API_KEYS_ALLOW_UNPEPPERED_UNTIL it is
-    accepted; each such use has an event. A hash under an older pepper, by a slow scheme or without
-    a pepper is replaced at an accepted use, with an event in the same transaction.
+    A hash without a pepper is denied with `InvalidAPIKey`; the audit event has the reason. Until
+    the end of the day (UTC, the database's clock) in API_KEYS_ALLOW_UNPEPPERED_UNTIL, such a hash
+    is accepted, and each use is recorded. An accepted use replaces a hash with an older pepper,
+    with none, or by a slow scheme, and records that in the same transaction.
 
-    The limits count the uses of all keys of a line: of a key and those that it was rotated to.
+    Rate limits count the uses of a key together with those of all keys that it was rotated from or
+    to. They are exact across processes. Their windows are the clock hour and the calendar day
+    (UTC): at worst, twice the limit passes in a short time around the end of a window.
 
-    Limits are exact, from any number of processes. Their windows are fixed: the clock hour and the
-    calendar day (UTC). At worst, twice the limit passes in a short time around the turn of one.
-
-    `usage_count` and `last_used_at` are written behind, within a second or when the Database
-    closes; `kill -9` can lose those of the last second. Those of a key that was created in the same
-    transaction may be left out.
+    `usage_count` and `last_used_at` are written within a second, or when the Database closes;
+    `kill -9` can lose the uses of the last second. A use of a key that was created in the same
+    transaction may not be counted.
 
     Raises:
-        AccessDenied: one of its subclasses, by the reason. None of them counts as a use.
+        AccessDenied: a subclass of it, by the check that failed. The use is not counted.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
         InvalidState: the session is readonly.
-        DatabaseUnavailable: it could not be decided, or not be put on record.
+        DatabaseUnavailable: the key could not be checked, or the denial could not be recorded.
     """
     refuse_readonly(session)
-    text = parse_key(raw_key)
-    if text is None:
+    parsed = parse_key(raw_key)
+    if parsed is None:
         raise InvalidAPIKey
     request = AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
-    peppers = peppers_of(session.info)
-    apart = handed_over(session.info, "write_behind")
-    assert apart is None or isinstance(apart, WriteBehind)
-    limits_apart = apart
-    while True:
-        found = await _find(session, text.prefix)
-        key_id, bound_to, key_hash, pepper_id = found or (None, None, "", None)
+    return (await authorize_parsed_key(parsed, request, session.info, session=session)).key
+
+
+async def authorize_parsed_key(
+    parsed: ParsedKey,
+    request: AccessRequest,
+    info: Mapping[Any, object],
+    *,
+    session: AsyncSession | None = None,
+    known: VerifiedKey | None = None,
+) -> VerifiedKey:
+    """Authorize a well-formed key, whose row is read in the session, or out of band without one.
+
+    `info` is that of the session or of the Database. If `known` has the columns of the row, its
+    secret is not verified again. Raises what `authorize_api_key` raises.
+    """
+    peppers = peppers_of(info)
+    writer = limiter = _writer(info, session)
+    counted = False
+    while not counted:
+        row = KeyRow()
         try:
-            # The row is loaded only then, because loading it takes time that could be measured.
-            if not await verify_secret(peppers, text.secret, key_hash, pepper_id):
-                raise InvalidAPIKey
-            key, permissions, now = await load(session, key_id)
-            refuse_unpeppered(session.info, pepper_id, now)
-            check_access(permissions, now, request)
-            counted = not permissions.limited or await _consume(session, limits_apart, permissions)
+            async with AsyncExitStack() as opened:
+                connection = None
+                if session is not None:
+                    row = await find_key(session, parsed.prefix)
+                else:
+                    connection = await opened.enter_async_context(writer.connection())
+                    row = _key_row(await connection.fetchrow(FIND_KEY, parsed.prefix))
+                if known is None or known.columns != row.columns:
+                    await opened.aclose()  # a slow hash must not hold a connection
+                    connection = None
+                    known = await _verify(parsed, row, info, session)
+                check_access(known.permissions, row.now, request)
+                counted = not known.permissions.limited
+                if not counted:
+                    if connection is None:
+                        connection = await opened.enter_async_context(limiter.connection())
+                    counted = await consume(connection, known.permissions)
         except AccessDenied as reason:
-            event = denial_event(reason, text.prefix, request, key_id, bound_to)
-            if apart is not None:
-                await apart.record(event)
-            else:
-                session.add(event)
-                await session.flush()
+            key_id, account_id = row.columns.get("id"), row.columns.get("tiger_account_id")
+            await writer.record(denial_event(reason, parsed.prefix, request, key_id, account_id))
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        if counted:
-            break
-        limits_apart = None  # it was made in this transaction, or changed since it was read
-    if outdated(peppers, key_hash, pepper_id):
-        async with _connection(session, apart) as connection:
-            await replace_hash(
-                connection,
-                peppers,
-                text,
-                request,
-                permissions,
-                key_hash=key_hash,
-                pepper_id=pepper_id,
-            )
-    if apart is not None:
-        apart.count(key.id, now)
+        # An out-of-band connection does not see a key that the session's transaction has created.
+        limiter = _TransactionWriter(session) if session is not None else writer
+    assert known is not None
+    if known.outdated:
+        async with writer.connection() as connection:
+            await _replace_hash(connection, parsed, request, row, peppers)
+    if isinstance(writer, WriteBehind):
+        writer.count(known.permissions.key_id, row.now)
     else:
-        await count_now(session, key.id, now)
-        await session.refresh(key, ["usage_count", "last_used_at"])
-    return key
+        await writer.count(known.key, row.now)
+    return known
 
 
-async def replace_hash(
-    connection: "asyncpg.Connection[asyncpg.Record]",
-    peppers: Peppers,
-    text: ParsedKey,
-    request: AccessRequest,
-    permissions: KeyPermissions,
-    *,
-    key_hash: str,
-    pepper_id: str | None,
-) -> None:
-    """Replace an outdated hash of an accepted key by one under the first pepper, on record.
-
-    A hash that was changed meanwhile stays. The use of a hash without a pepper is on record, too,
-    whether the hash is replaced or not.
-    """
-    events = []
-    if pepper_id is None:
-        events.append(
-            unpeppered_use(text.prefix, request, permissions.key_id, permissions.account_id)
-        )
-    new_hash, new_pepper_id = hash_secret(peppers, text.secret)
-    async with connection.transaction():
-        if await connection.fetchval(
-            _UPGRADE, permissions.key_id, key_hash, new_hash, new_pepper_id
-        ):
-            events.append(
-                AuditLog(
-                    action=AuditAction.API_KEY_UPDATE,
-                    resource_type="api_key",
-                    resource_id=str(permissions.key_id),
-                    api_key_id=permissions.key_id,
-                    tiger_account_id=permissions.account_id,
-                    old_values={"pepper_id": pepper_id},
-                    new_values={"pepper_id": new_pepper_id},
-                )
-            )
-        if events:
-            await copy_events(connection, events)
+def _writer(
+    info: Mapping[Any, object], session: AsyncSession | None
+) -> WriteBehind | _TransactionWriter:
+    writer = handed_over(info, "write_behind")
+    if isinstance(writer, WriteBehind):
+        return writer
+    assert session is not None
+    return _TransactionWriter(session)
 
 
-async def _find(
-    session: AsyncSession, prefix: str
-) -> tuple[UUID, UUID | None, str, str | None] | None:
-    columns = (APIKey.id, APIKey.tiger_account_id, APIKey.key_hash, APIKey.pepper_id)
-    statement = select(*map(col, columns)).where(col(APIKey.key_prefix) == prefix)
-    found = (await session.execute(statement)).one_or_none()
-    return tuple(found) if found is not None else None
+async def find_key(session: AsyncSession, prefix: str) -> KeyRow:
+    """Read the row of a key by its prefix. What the session has pending is flushed before."""
+    with typed_errors():
+        rows = await execute(session, FIND_KEY, prefix)
+    return _key_row(rows[0] if rows else None)
 
 
-async def load(session: AsyncSession, key_id: UUID | None) -> tuple[APIKey, KeyPermissions, float]:
-    """The key, what it may do, and the database's time in seconds since 1970.
+def _key_row(record: Iterable[Any] | None) -> KeyRow:
+    if record is None:
+        return KeyRow()
+    values, account_status, now = record
+    columns = dict(zip(_NAMES, values, strict=True), account_status=account_status)
+    for name in _COUNTERS:
+        del columns[name]
+    return KeyRow(values, columns, now.timestamp())
+
+
+async def _verify(
+    parsed: ParsedKey,
+    row: KeyRow,
+    info: Mapping[Any, object],
+    session: AsyncSession | None,
+) -> VerifiedKey:
+    """Verify the secret of a key, and hydrate the key; the session tracks it, if there is one.
 
     Raises:
-        InvalidAPIKey: it was deleted meanwhile.
+        InvalidAPIKey: the secret is wrong, or there is no such key; both take equal time.
+        UnpepperedHash: the hash has no pepper, and such hashes are not allowed.
     """
-    found = (
-        await session.execute(
-            select(APIKey, col(TigerAccount.status), func.clock_timestamp())
-            .outerjoin(TigerAccount, col(APIKey.tiger_account_id) == col(TigerAccount.id))
-            .where(col(APIKey.id) == key_id),
-            execution_options=FRESH,
-        )
-    ).one_or_none()
-    if found is None:
+    peppers = peppers_of(info)
+    key_hash, pepper_id = row.columns.get("key_hash", ""), row.columns.get("pepper_id")
+    if not await verify_secret(peppers, parsed.secret, key_hash, pepper_id):
         raise InvalidAPIKey
-    key, account_status, now = found
-    return key, KeyPermissions.of(key.__dict__, account_status), now.timestamp()
-
-
-async def _consume(
-    session: AsyncSession, apart: WriteBehind | None, permissions: KeyPermissions
-) -> bool:
-    async with _connection(session, apart) as connection:
-        return await consume(connection, permissions)
-
-
-@asynccontextmanager
-async def _connection(
-    session: AsyncSession, apart: WriteBehind | None
-) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
-    """One that commits each statement; without such, that of the session's transaction."""
-    if apart is not None:
-        async with apart.connection() as connection:
-            yield connection
+    refuse_unpeppered(info, pepper_id, row.now)
+    if session is not None:
+        key = taken_in(session.sync_session, APIKey, row.values)
     else:
-        own = await (await session.connection()).get_raw_connection()
-        assert own.driver_connection is not None
-        with raw_errors():
-            yield own.driver_connection
+        key = detached(APIKey, row.values, None)
+    permissions = KeyPermissions.of(key, row.columns["account_status"])
+    return VerifiedKey(key, permissions, row.columns, outdated(peppers, key_hash, pepper_id))
+
+
+async def _replace_hash(
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    parsed: ParsedKey,
+    request: AccessRequest,
+    row: KeyRow,
+    peppers: Peppers,
+) -> None:
+    """Replace the outdated hash of an accepted key by one with the first pepper, and record it.
+
+    A hash that was changed since it was read stays. The use of a hash without a pepper is recorded
+    even then.
+    """
+    key_id, old_pepper_id = row.columns["id"], row.columns["pepper_id"]
+    ids = (key_id, row.columns["tiger_account_id"])
+    new_hash, new_pepper_id = hash_secret(peppers, parsed.secret)
+    events: list[AuditLog] = []
+    if old_pepper_id is None:
+        events.append(unpeppered_use_event(parsed.prefix, request, *ids))
+    async with connection.transaction():
+        if await connection.fetchval(
+            _REPLACE_HASH, key_id, row.columns["key_hash"], new_hash, new_pepper_id
+        ):
+            events.append(replaced_hash_event(old_pepper_id, new_pepper_id, *ids))
+        if events:
+            await copy_events(connection, events)

@@ -1,8 +1,7 @@
-"""What a key may do: decided in one order, whether it was read just now or is remembered."""
+"""The access policy of API keys: one pure function, for rows just read and for remembered keys."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, Self
 from uuid import UUID
@@ -22,6 +21,7 @@ from tiger_db.errors import (
 )
 from tiger_db.models import (
     AccountStatus,
+    APIKey,
     APIKeyScope,
     APIKeyStatus,
     AuditAction,
@@ -32,12 +32,12 @@ from tiger_db.models import (
 from tiger_db.models.api_keys import address_allowed, parse_address, user_agent_allowed
 from tiger_db.redaction import redact
 
-_SHOWN = 200  # characters of what a caller said of itself
+_RECORDED_LENGTH = 200  # characters of a caller's address or user agent in an event
 
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """What is asked of a key, from where, by whom."""
+    """The access that a caller requests with a key, and where the request comes from."""
 
     scopes: tuple[APIKeyScope, ...] = ()
     account_id: UUID | None = None
@@ -47,37 +47,35 @@ class AccessRequest:
 
 @dataclass(frozen=True, slots=True)
 class KeyPermissions:
-    """What a key may do, as it was when it was read."""
+    """The columns of a key that decide on a request, as they were read."""
 
     key_id: UUID
-    line_id: UUID  # of the first key of its line, whose uses the limits count together
+    line_id: UUID  # the first key of the line of rotated keys, whose uses are limited together
     status: APIKeyStatus
     expires_at: float | None  # seconds since 1970
     account_id: UUID | None
     account_status: AccountStatus | None
     networks: tuple[IPv4Network | IPv6Network, ...]
     user_agents: tuple[str, ...]
-    scopes: frozenset[APIKeyScope]
+    scopes: frozenset[APIKeyScope]  # with the scopes that they imply
     per_hour: int | None
     per_day: int | None
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], account_status: str | None) -> Self:
-        """Of the columns of a key, and the status of the account that it is bound to."""
-        expires_at: datetime | None = row["expires_at"]
-        held = [APIKeyScope(scope) for scope in row["scopes"]]
+    def of(cls, key: APIKey, account_status: str | None) -> Self:
+        """Return the permissions of a key, given the status of the account that it is bound to."""
         return cls(
-            key_id=row["id"],
-            line_id=row["root_id"] or row["id"],
-            status=APIKeyStatus(row["status"]),
-            expires_at=expires_at.timestamp() if expires_at is not None else None,
-            account_id=row["tiger_account_id"],
+            key_id=key.id,
+            line_id=key.root_id or key.id,
+            status=key.status,
+            expires_at=key.expires_at.timestamp() if key.expires_at is not None else None,
+            account_id=key.tiger_account_id,
             account_status=AccountStatus(account_status) if account_status is not None else None,
-            networks=tuple(row["allowed_ips"]),
-            user_agents=tuple(row["allowed_user_agents"]),
-            scopes=frozenset(s for s in APIKeyScope if any(h.implies(s) for h in held)),
-            per_hour=row["rate_limit_per_hour"],
-            per_day=row["rate_limit_per_day"],
+            networks=tuple(key.allowed_ips),
+            user_agents=tuple(key.allowed_user_agents),
+            scopes=frozenset(filter(key.has_scope, APIKeyScope)),
+            per_hour=key.rate_limit_per_hour,
+            per_day=key.rate_limit_per_day,
         )
 
     @property
@@ -85,13 +83,11 @@ class KeyPermissions:
         return self.per_hour is not None or self.per_day is not None
 
 
-def check_access(
-    permissions: KeyPermissions, now: float, request: AccessRequest
-) -> None:  # a list of reasons
-    """Raise the first reason to refuse; limits come after this. `now` is in seconds since 1970.
+def check_access(permissions: KeyPermissions, now: float, request: AccessRequest) -> None:
+    """Check a request against everything but the rate limits, at `now` in seconds since 1970.
 
     Raises:
-        AccessDenied: one of its subclasses, by the reason.
+        AccessDenied: a subclass of it, by the first check that failed.
     """
     if permissions.status is APIKeyStatus.EXPIRED:
         raise APIKeyExpired
@@ -116,13 +112,8 @@ def check_access(
         raise AccountNotAllowed
 
 
-def _missing(asked: Iterable[APIKeyScope], held: frozenset[APIKeyScope]) -> list[str]:
-    return [scope for scope in asked if scope not in held]
-
-
-def _shown(text: str) -> str:
-    """What a caller said, without what looks like a key, and short."""
-    return redact(storable(text))[:_SHOWN]
+def _missing(requested: Iterable[APIKeyScope], held: frozenset[APIKeyScope]) -> list[str]:
+    return [scope for scope in requested if scope not in held]
 
 
 def denial_event(
@@ -132,7 +123,7 @@ def denial_event(
     key_id: UUID | None = None,
     account_id: UUID | None = None,
 ) -> AuditLog:
-    """The event of a refusal."""
+    """Build the event of a denied request."""
     return AuditLog(
         action=AuditAction.API_KEY_DENY,
         result=AuditResult.FAILURE,
@@ -142,10 +133,10 @@ def denial_event(
     )
 
 
-def unpeppered_use(
+def unpeppered_use_event(
     prefix: str, request: AccessRequest, key_id: UUID, account_id: UUID | None
 ) -> AuditLog:
-    """The event of an accepted key whose hash has no pepper."""
+    """Build the event of a use of a key whose hash has no pepper."""
     details = {"key_prefix": prefix, "accepted_by": "API_KEYS_ALLOW_UNPEPPERED_UNTIL"}
     return AuditLog(
         action=AuditAction.API_KEY_USE,
@@ -154,11 +145,26 @@ def unpeppered_use(
     )
 
 
+def replaced_hash_event(
+    old_pepper_id: str | None, new_pepper_id: str, key_id: UUID, account_id: UUID | None
+) -> AuditLog:
+    """Build the event of a hash that was replaced by one with another pepper."""
+    return AuditLog(
+        action=AuditAction.API_KEY_UPDATE,
+        old_values={"pepper_id": old_pepper_id},
+        new_values={"pepper_id": new_pepper_id},
+        **_fields(AccessRequest(), {}, key_id, account_id),
+    )
+
+
 def _fields(
-    request: AccessRequest, told: Mapping[str, str], key_id: UUID | None, account_id: UUID | None
+    request: AccessRequest,
+    more: Mapping[str, JsonValue],
+    key_id: UUID | None,
+    account_id: UUID | None,
 ) -> dict[str, Any]:
-    """The fields of an event that a request has; what the caller said is made fit to be stored."""
-    details: dict[str, JsonValue] = {**told}
+    """Return the fields of an event that come from a request, sanitized."""
+    details: dict[str, JsonValue] = {**more}
     if request.scopes:
         details["scopes"] = [str(scope) for scope in request.scopes]
     if request.account_id is not None:
@@ -168,13 +174,18 @@ def _fields(
         try:
             address = parse_address(request.ip_address)
         except ValueError:
-            details["ip_address"] = _shown(str(request.ip_address))
+            details["ip_address"] = _sanitize(str(request.ip_address))
     return {
         "resource_type": "api_key",
         "resource_id": str(key_id) if key_id is not None else None,
         "api_key_id": key_id,
         "tiger_account_id": account_id,
         "ip_address": address,
-        "user_agent": _shown(request.user_agent) if request.user_agent else None,
-        "details": details,
+        "user_agent": _sanitize(request.user_agent) if request.user_agent else None,
+        "details": details or None,
     }
+
+
+def _sanitize(text: str) -> str:
+    """Return a text of the caller that is short, and in which keys are masked."""
+    return redact(storable(text))[:_RECORDED_LENGTH]

@@ -1,4 +1,4 @@
-"""Limits: one statement decides on a use and counts it for the key's line."""
+"""Rate limits of API keys, exact across processes."""
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -9,8 +9,9 @@ from tiger_db.errors import RateLimited
 if TYPE_CHECKING:
     import asyncpg
 
-# Whoever waits for another's count of the same line decides on what that one left. The windows are
-# those of the database's clock; one that steps back goes on counting in the later window.
+# One statement checks the limits and counts the use for the line of rotated keys. Concurrent uses
+# wait for each other at the row's lock, and check the counts that the other has committed. The
+# windows are of the database's clock; if it steps back, the later window goes on.
 CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,
@@ -28,7 +29,7 @@ WHERE (l.hour < excluded.hour OR coalesce(l.hour_count < $2, true))
     AND (l.day < excluded.day OR coalesce(l.day_count < $3, true))
 RETURNING true
 """
-_COUNTED = """
+_COUNTS = """
 SELECT hour, hour_count, day, day_count, clock_timestamp() AS now
 FROM api_key_limits WHERE api_key_id = $1
 """
@@ -37,7 +38,9 @@ FROM api_key_limits WHERE api_key_id = $1
 async def consume(
     connection: "asyncpg.Connection[asyncpg.Record]", permissions: KeyPermissions
 ) -> bool:
-    """Count one use within the limits; False: the key is not as it was read, so check_access anew.
+    """Count one use within the limits.
+
+    Returns False if the key has changed since `permissions` were read, so they must be read again.
 
     Raises:
         RateLimited: a limit is reached.
@@ -46,15 +49,15 @@ async def consume(
         CONSUME, permissions.key_id, permissions.per_hour, permissions.per_day
     ):
         return True
-    counted = await connection.fetchrow(_COUNTED, permissions.line_id)
-    if counted is None:
+    counts = await connection.fetchrow(_COUNTS, permissions.line_id)
+    if counts is None:
         return False
-    now: datetime = counted["now"]
+    now: datetime = counts["now"]
     ends = []
-    if permissions.per_hour is not None and counted["hour_count"] >= permissions.per_hour:
-        ends.append(counted["hour"].astimezone(UTC) + timedelta(hours=1))
-    if permissions.per_day is not None and counted["day_count"] >= permissions.per_day:
-        ends.append(counted["day"].astimezone(UTC) + timedelta(days=1))
+    if permissions.per_hour is not None and counts["hour_count"] >= permissions.per_hour:
+        ends.append(counts["hour"].astimezone(UTC) + timedelta(hours=1))
+    if permissions.per_day is not None and counts["day_count"] >= permissions.per_day:
+        ends.append(counts["day"].astimezone(UTC) + timedelta(days=1))
     if ends and max(ends) > now:
         raise RateLimited(retry_after=max(ends) - now)
     return False
