@@ -13,7 +13,7 @@ from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import CommandLine, Result
 from tests.support.sql import run_sql
 from tiger_db import APIKey
-from tiger_db.crud.api_keys.text import checksum
+from tiger_db.crud.api_keys.key_format import checksum
 from tiger_db.encryption import KeyRing
 from tiger_db.settings import Settings
 

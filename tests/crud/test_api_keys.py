@@ -343,7 +343,7 @@ Use = Callable[[AsyncSession, APIKey, str], Awaitable[object]]
         ("peppers", lambda s, key, _: api_keys.rotate(s, key.id)),
         ("peppers", lambda s, _, raw: api_keys.authorize_api_key(s, raw)),
         ("peppers", lambda s, _, raw: api_keys.verify_api_key(s, raw)),
-        ("peppers", lambda s, _, raw: api_keys.find_by_text(s, raw)),
+        ("peppers", lambda s, _, raw: api_keys.find_by_raw_key(s, raw)),
         ("write_behind", lambda s, _, raw: api_keys.authorize_api_key(s, raw)),
         ("write_behind", lambda s, _, raw: api_keys.verify_api_key(s, raw)),
         ("write_behind", lambda s, *_: record_event(s, action=AuditAction.DATA_QUERY)),
@@ -523,12 +523,12 @@ async def test_a_key_is_found_by_its_whole_text_whatever_its_status(session: Asy
         raw_key[:-1],
         key.key_prefix,
     ):
-        assert await api_keys.find_by_text(session, wrong) is None
-    assert await api_keys.find_by_text(session, raw_key) is key
+        assert await api_keys.find_by_raw_key(session, wrong) is None
+    assert await api_keys.find_by_raw_key(session, raw_key) is key
     await api_keys.revoke(session, key.id)
-    assert await api_keys.find_by_text(session, raw_key) is key
+    assert await api_keys.find_by_raw_key(session, raw_key) is key
     key.sqlmodel_update({"status": "active", "expires_at": datetime(2020, 1, 1, tzinfo=UTC)})
-    assert await api_keys.find_by_text(session, raw_key) is key
+    assert await api_keys.find_by_raw_key(session, raw_key) is key
     await session.refresh(key)
     assert (key.usage_count, key.last_used_at) == (0, None)
     actions = {event.action for event in await factories.events(session)}

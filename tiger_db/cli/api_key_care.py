@@ -176,7 +176,7 @@ def revoke_api_key(
 
     async def revoke(session: "AsyncSession") -> "tiger_db.APIKey":
         if raw:
-            found = await tiger_db.crud.api_keys.find_by_text(session, text)
+            found = await tiger_db.crud.api_keys.find_by_raw_key(session, text)
             if found is None:
                 raise NotFound("this is no API key of this database; a prefix revokes a key, too")
         else:

@@ -347,8 +347,8 @@ async def test_a_leaked_key_is_found_by_a_hash_without_a_pepper(clone: Database)
     raw_key = await make_key(clone.settings)
     await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
     async with clone.session() as session:
-        assert await api_keys.find_by_text(session, raw_key)
-        assert await api_keys.find_by_text(session, wrong_secret(raw_key)) is None
+        assert await api_keys.find_by_raw_key(session, raw_key)
+        assert await api_keys.find_by_raw_key(session, wrong_secret(raw_key)) is None
 
 
 @pytest.mark.parametrize("scheme", HASHERS)
@@ -423,7 +423,7 @@ async def test_a_damaged_hash_is_nobodys(clone: Database, pepper_id: str | None)
             with pytest.raises(InvalidAPIKey):
                 await check(clone, raw_key)
         async with clone.session() as session:
-            assert await api_keys.find_by_text(session, raw_key) is None
+            assert await api_keys.find_by_raw_key(session, raw_key) is None
         assert await stored(clone) == (damaged, pepper_id)
     async with clone.session() as session:
         denied = [e for e in await factories.events(session) if e.error_code]
@@ -503,7 +503,7 @@ async def test_without_peppers_no_key_is_made_or_checked(clone_settings: Setting
                     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
                         await attempt(well_formed)
             with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
-                await api_keys.find_by_text(session, raw_key)
+                await api_keys.find_by_raw_key(session, raw_key)
         async with database.session() as session:  # all else goes on
             (key,) = (await api_keys.list_api_keys(session)).items
             assert key.usage_count == 0
