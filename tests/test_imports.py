@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "statements": {"redaction"},
     "places": set(),
+    "files": {"errors"},
     "settings": {"encryption", "errors", "peppers", "places", "signing"},
     "tls": {"settings", "errors"},
     "migration_locks": {"errors"},

@@ -29,9 +29,9 @@ from tests.support.embedded_servers import (
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
 from tiger_db.errors import EmbeddedError
+from tiger_db.files import UNFINISHED
 from tiger_db.local_postgres import postmaster
 from tiger_db.local_postgres.folders import server_user
-from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tiger_db.errors import EmbeddedError
-from tiger_db.local_postgres.private_files import UNFINISHED
+from tiger_db.files import UNFINISHED, remove_unfinished
 
 User = tuple[int, int]  # uid, gid
 
@@ -117,8 +117,7 @@ def _programs(package: Path) -> Path:
 
 
 def _copy_wheel(package: Path, copy: Path) -> None:
-    for leftover in copy.parent.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_unfinished(copy.parent)
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=copy.parent))
     ignore = shutil.ignore_patterns("*.py", "__pycache__", "include")
     try:
