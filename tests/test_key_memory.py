@@ -20,7 +20,17 @@ from tests.support import factories, servers
 from tests.support.servers import settings_for
 from tests.support.verifiers import OTHER, checkouts, kill
 from tests.support.waiting import until
-from tiger_db import APIKey, APIKeyScope, Database, KeyVerifier, Settings, crud, embedded, verifier
+from tiger_db import (
+    APIKey,
+    APIKeyScope,
+    Database,
+    KeyVerifier,
+    Settings,
+    crud,
+    embedded,
+    listener,
+    verifier,
+)
 from tiger_db.crud.api_keys.text import new_key
 from tiger_db.database import connect, migration_engine
 from tiger_db.errors import (
@@ -252,7 +262,7 @@ async def test_without_the_listening_connection_the_database_answers(
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(verifier, "connect_directly", refuse)
+            patch.setattr(listener, "connect_directly", refuse)
             (pid,) = await other.fetch(LISTENING)
             assert await other.fetchval("SELECT pg_terminate_backend($1, 5000)", pid[0])
             key, raw_key = keys.pop()

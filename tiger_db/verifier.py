@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hashlib
-import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -30,11 +29,11 @@ from tiger_db.crud.api_keys.hashing import (
 )
 from tiger_db.crud.api_keys.limits import take
 from tiger_db.crud.api_keys.text import KeyText, parse_key
-from tiger_db.database import Database, connect_directly
+from tiger_db.database import Database
 from tiger_db.declared import compare
-from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch, TigerDBError
+from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch
+from tiger_db.listener import Connection, listen
 from tiger_db.models import APIKey, APIKeyScope
-from tiger_db.sqlstates import LOST
 
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # whose changes are heard of
@@ -42,9 +41,7 @@ HEARTBEAT = 0.2  # seconds between questions to the listening connection
 LEASE = 0.5  # seconds for which an answer vouches that no change was missed
 MAX_AGE = 60.0  # seconds after which a remembered key is read again, whatever was heard
 _TURN = 0.005  # seconds after which the event loop gets a turn, to hear of changes
-_PAUSE = 0.1  # seconds before the lost connection is tried again
 
-_logger = logging.getLogger("tiger_db")
 _COUNTERS = {"usage_count", "last_used_at", "updated_at"}  # which change with every use
 _COLUMNS = ", ".join(f"k.{c.name}" for c in APIKey.__table__.columns if c.name not in _COUNTERS)  # type: ignore[attr-defined]  # SQLAlchemy's
 FIND = f"""
@@ -292,44 +289,29 @@ class KeyVerifier:
             return b""
 
     async def _listen(self, listening: asyncio.Event) -> None:
-        """Hear of changes as long as the verifier is entered, however often the line breaks."""
-        while True:
-            try:
-                connection = await connect_directly(self.database.settings)
-            except TigerDBError as error:  # the embedded server may not start, for one
-                _logger.warning("cannot listen for changes of API keys: %s", error)
-            else:
-                try:
-                    await self._follow(connection, listening)
-                except (*LOST, TimeoutError, asyncpg.PostgresError) as e:
-                    _logger.warning("stopped to hear of changes of API keys: %s", type(e).__name__)
-                finally:
-                    self._forget()
-                    connection.terminate()
-            await asyncio.sleep(_PAUSE)
+        """Follow the changes of API keys until cancelled. `listening` is set once that works."""
 
-    async def _follow(
-        self, connection: "asyncpg.Connection[asyncpg.Record]", listening: asyncio.Event
-    ) -> None:
-        connection.add_termination_listener(lambda _: self._forget())
-        channel = self.database.settings.channel(CHANNEL)
-        await connection.add_listener(channel, self._changed)
-        self._forget()  # what was read before
-        while True:
-            sent = time.monotonic()
-            async with asyncio.timeout(LEASE):
-                now = await connection.fetchval("SELECT clock_timestamp()")
-            # All that was committed before the question was heard of before the answer. The time is
-            # taken for that of sending: an expiry may be honoured too early by the way, never late.
-            self._offset = now.timestamp() - sent
-            self._until = sent + LEASE
-            listening.set()
-            await asyncio.sleep(HEARTBEAT)
+        async def hold_lease(connection: Connection) -> None:
+            while True:
+                sent = time.monotonic()
+                async with asyncio.timeout(LEASE):
+                    now = await connection.fetchval("SELECT clock_timestamp()")
+                # A change that was committed before the query was sent is heard of before its
+                # answer. Counting from `sent` can honour an expiry too early, never too late.
+                self._offset = now.timestamp() - sent
+                self._until = sent + LEASE
+                listening.set()
+                await asyncio.sleep(HEARTBEAT)
 
-    def _changed(self, *notification: object) -> None:
-        """`key ID`, `account ID`, or `all` after a TRUNCATE."""
+        await listen(self.database.settings, CHANNEL, self._changed, hold_lease)
+
+    def _changed(self, payload: str | None) -> None:
+        """Forget the keys of a notification: `key ID`, `account ID`, or `all` after a TRUNCATE."""
+        if payload is None:  # notifications may have been missed
+            self._forget()
+            return
         self._changes += 1
-        kind, _, text = str(notification[-1]).partition(" ")
+        kind, _, text = payload.partition(" ")
         try:
             changed = UUID(text)
         except ValueError:
