@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -21,6 +22,7 @@ from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db import tls
+from tiger_db.crud.common import SessionContext
 from tiger_db.encryption import KeyProvider, KeyRing, generate_key
 from tiger_db.errors import (
     ConfigurationError,
@@ -31,6 +33,7 @@ from tiger_db.errors import (
     QueryTimeout,
 )
 from tiger_db.migrations import SCHEMA_OPTION, schema_state
+from tiger_db.models.base import CONTEXT
 from tiger_db.peppers import Peppers
 from tiger_db.places import Address
 from tiger_db.settings import ConnectArgs, Settings
@@ -296,14 +299,14 @@ class Database:
             [_engine(self.settings, replica=replica, **pool) for replica in self.settings.replicas],
             self.write_behind,
         )
-        # What CRUD functions find in session.info.
-        self.info: dict[str, object] = {
-            "key_provider": key_provider or self.settings.key_ring(),
-            "peppers": self.settings.peppers(),
-            "key_environment": "live" if self.settings.production else "test",
-            "allow_unpeppered_until": self.settings.api_keys_allow_unpeppered_until,
-            "write_behind": self.write_behind,
-        }
+        context = SessionContext(
+            key_provider=key_provider or self.settings.key_ring(),
+            peppers=self.settings.peppers(),
+            key_environment="live" if self.settings.production else "test",
+            allow_unpeppered_until=self.settings.api_keys_allow_unpeppered_until,
+            write_behind=self.write_behind,
+        )
+        self.info = {CONTEXT: context}  # of every session
         self.sessions = async_sessionmaker(
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
         )
@@ -336,10 +339,15 @@ class Database:
         """
         if self._checked:
             return
-        if self.info["key_provider"] is None and self.settings.embedded:
-            self.info["key_provider"] = await asyncio.to_thread(kept_key_ring, self.settings)
-        if self.info["peppers"] is None and self.settings.embedded:
-            self.info["peppers"] = await asyncio.to_thread(kept_peppers, self.settings)
+        if self.settings.embedded:
+            context = self.info[CONTEXT]
+            if context.key_provider is None:
+                ring = await asyncio.to_thread(kept_key_ring, self.settings)
+                context = replace(context, key_provider=ring)
+            if context.peppers is None:
+                peppers = await asyncio.to_thread(kept_peppers, self.settings)
+                context = replace(context, peppers=peppers)
+            self.info[CONTEXT] = context
         async with self.engine.connect() as connection:
             (await schema_state(connection)).check()
         self._checked = True
@@ -385,7 +393,8 @@ class Database:
 
         def on(engine: AsyncEngine) -> AsyncSession:
             bind = engine.execution_options(**options) if options else engine
-            return self.sessions(bind=bind, info={"readonly": readonly})
+            info = {CONTEXT: replace(self.info[CONTEXT], readonly=True)} if readonly else {}
+            return self.sessions(bind=bind, info=info)
 
         try:
             await self.check()

@@ -24,7 +24,7 @@ from tiger_db.database import (
     migration_engine,
 )
 from tiger_db.declared import compare
-from tiger_db.encryption import KeyRing
+from tiger_db.encryption import KeyRing, SealedSecret, decrypt
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
 from tiger_db.models import TigerAccount, metadata
@@ -362,13 +362,15 @@ async def _strays(connection: AsyncConnection) -> list[str]:
 
 async def _unreadable(connection: AsyncConnection, ring: KeyRing) -> list[str]:
     """Whether the keys are those that the newest account was stored with."""
-    async with AsyncSession(connection, info={"key_provider": ring}) as session:
+    async with AsyncSession(connection) as session:
         account = await session.scalar(
             select(TigerAccount).order_by(col(TigerAccount.id).desc()).limit(1)
         )
     if account is not None:
+        secret = account.tiger_id
+        assert isinstance(secret, SealedSecret)  # as it was loaded
         try:
-            account.tiger_id.get_secret_value()
+            decrypt(ring, secret.ciphertext, secret.place, secret.owner)
         except EncryptionError as error:
             return [f"stored secrets cannot be read: {error}: set ENCRYPTION_KEYS as it was"]
     return []

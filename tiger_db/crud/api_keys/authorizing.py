@@ -21,7 +21,7 @@ from tiger_db.crud.api_keys.hashing import (
 )
 from tiger_db.crud.api_keys.limits import take
 from tiger_db.crud.api_keys.text import KeyText, parse_key
-from tiger_db.crud.common import FRESH, handed_over, refuse_readonly
+from tiger_db.crud.common import FRESH, context_of, refuse_readonly
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, TigerAccount
 from tiger_db.models.audit_rows import copy_events
@@ -102,8 +102,7 @@ async def authorize_api_key(
         raise InvalidAPIKey
     request = Request(tuple(scopes), account_id, ip_address, user_agent)
     peppers = peppers_of(session.info)
-    apart = handed_over(session.info, "write_behind")
-    assert apart is None or isinstance(apart, WriteBehind)
+    apart = context_of(session.info).write_behind
     limits_apart = apart
     while True:
         found = await _find(session, text.prefix)

@@ -13,7 +13,7 @@ from sqlmodel import col
 from tiger_db.crud.api_keys.events import log, shown
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.text import new_key
-from tiger_db.crud.common import aware, constraints, get_or_raise, handed_over, one
+from tiger_db.crud.common import aware, constraints, context_of, get_or_raise, one
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
     AccountStatus,
@@ -180,7 +180,7 @@ async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
 
 
 async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey, str]:
-    text = new_key(str(handed_over(session.info, "key_environment")))
+    text = new_key(context_of(session.info).key_environment)
     key_hash, pepper_id = hash_secret(peppers_of(session.info), text.secret)
     key = APIKey(**values, key_prefix=text.prefix, key_hash=key_hash, pepper_id=pepper_id)
     async with constraints(session):
