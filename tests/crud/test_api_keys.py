@@ -26,6 +26,7 @@ from tiger_db.errors import (
     MissingReference,
     NotFound,
 )
+from tiger_db.keys_in_force import API_KEY_PEPPERS, configured
 from tiger_db.models.base import CONTEXT
 
 HOUR = timedelta(hours=1)
@@ -47,7 +48,7 @@ async def test_a_key_is_stored_only_as_a_hash_found_by_its_prefix(clone: Databas
     for secret in (raw_key.rpartition("_")[2], rotated.rpartition("_")[2]):
         for trace in (secret, secret.encode().hex(), secret.upper()):
             assert trace not in stored
-    peppers, secret = clone.settings.peppers(), raw_key.rpartition("_")[2]
+    peppers, secret = configured(clone.settings, API_KEY_PEPPERS), raw_key.rpartition("_")[2]
     assert peppers is not None
     assert ldap_salted_sha256.verify(peppers.apply("test", secret), found.key_hash)
     assert not ldap_salted_sha256.verify(secret, found.key_hash)
