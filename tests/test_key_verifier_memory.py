@@ -29,6 +29,7 @@ from tiger_db import (
     crud,
     embedded,
     key_verifier,
+    listener,
 )
 from tiger_db.crud.api_keys.key_format import new_key
 from tiger_db.database import connect, migration_engine
@@ -263,7 +264,7 @@ async def test_without_the_listening_connection_the_database_answers(
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(key_verifier, "connect_directly", refuse)
+            patch.setattr(listener, "connect_directly", refuse)
             (pid,) = await other.fetch(LISTENING)
             assert await other.fetchval("SELECT pg_terminate_backend($1, 5000)", pid[0])
             key, raw_key = keys.pop()

@@ -261,7 +261,8 @@ async def test_0007_finds_the_lines_of_keys_and_adds_up_their_counts(
             for key, successor in (
                 ("a", "b"), ("b", "c"), ("a", "d"),  # a was rotated twice
                 ("gone", "last"),
-                ("alone", "no id"), ("alone", ""), ("alone", None),  # events that anybody may have written
+                # Events that anybody may have written.
+                ("alone", "no id"), ("alone", ""), ("alone", None),
                 ("x", "y"), ("y", "x"),
             ):  # fmt: skip
                 await connection.execute(ROTATED_AT_0005, {"key": key, "to": successor})

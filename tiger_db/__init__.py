@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tiger_db import health as health
     from tiger_db import key_rotation as key_rotation
     from tiger_db import key_uses as key_uses
+    from tiger_db import keys_in_force as keys_in_force
     from tiger_db import migrations as migrations
     from tiger_db import models as models
     from tiger_db import peppers as peppers
@@ -81,8 +82,8 @@ __all__ = [
 
 _MODULES = {
     "audit", "crud", "database", "doctor", "embedded", "encryption", "errors", "health",
-    "key_rotation", "key_uses", "key_verifier", "migrations", "models", "peppers", "redaction",
-    "refresh_worker", "settings", "signing", "statements", "tiger", "write_behind",
+    "key_rotation", "key_uses", "key_verifier", "keys_in_force", "migrations", "models", "peppers",
+    "redaction", "refresh_worker", "settings", "signing", "statements", "tiger", "write_behind",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hashlib
-import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -13,16 +12,14 @@ from types import TracebackType
 from typing import Self
 from uuid import UUID
 
-import asyncpg
-
 from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key
 from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.api_keys.policy import AccessRequest, check_access, denial_event
-from tiger_db.database import Database, connect_directly
+from tiger_db.database import Database
 from tiger_db.declared import compare
-from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch, TigerDBError
+from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch
+from tiger_db.listener import Connection, listen
 from tiger_db.models import APIKey, APIKeyScope
-from tiger_db.sqlstates import LOST
 
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # whose triggers notify
@@ -30,9 +27,6 @@ HEARTBEAT = 0.2  # seconds between queries on the listening connection
 LEASE = 0.5  # seconds after a heartbeat was sent in which memory may answer
 MAX_AGE = 60.0  # seconds after which a remembered key is read again, notified or not
 _YIELD_AFTER = 0.005  # seconds after which a call lets the event loop read notifications
-_RECONNECT_AFTER = 0.1  # seconds before the lost connection is opened again
-
-_logger = logging.getLogger("tiger_db")
 
 
 class KeyVerifier:
@@ -216,45 +210,30 @@ class KeyVerifier:
             return b""
 
     async def _listen(self, listening: asyncio.Event) -> None:
-        """Listen for changes of keys until cancelled; reconnect when the connection is lost."""
-        while True:
-            try:
-                connection = await connect_directly(self.database.settings)
-            except TigerDBError as error:  # the embedded server may fail to start
-                _logger.warning("cannot listen for changes of API keys: %s", error)
-            else:
-                try:
-                    await self._follow(connection, listening)
-                except (*LOST, TimeoutError, asyncpg.PostgresError) as e:
-                    _logger.warning("stopped listening for API keys: %s", type(e).__name__)
-                finally:
-                    self._forget()
-                    connection.terminate()
-            await asyncio.sleep(_RECONNECT_AFTER)
+        """Follow the changes of API keys until cancelled. `listening` is set once that works."""
 
-    async def _follow(
-        self, connection: "asyncpg.Connection[asyncpg.Record]", listening: asyncio.Event
-    ) -> None:
-        connection.add_termination_listener(lambda _: self._forget())
-        channel = self.database.settings.channel(CHANNEL)
-        await connection.add_listener(channel, self._changed)
-        self._forget()  # rows that were read before listening
-        while True:
-            sent = time.monotonic()
-            async with asyncio.timeout(LEASE):
-                now = await connection.fetchval("SELECT clock_timestamp()")
-            # The notifications of all transactions that were committed before this query have come
-            # before its answer. The database's time is set against the time of sending, so a key
-            # may expire too early by the round trip, but never too late.
-            self._offset = now.timestamp() - sent
-            self._until = sent + LEASE
-            listening.set()
-            await asyncio.sleep(HEARTBEAT)
+        async def hold_lease(connection: Connection) -> None:
+            while True:
+                sent = time.monotonic()
+                async with asyncio.timeout(LEASE):
+                    now = await connection.fetchval("SELECT clock_timestamp()")
+                # The notifications of all transactions that were committed before this query have
+                # come before its answer. The database's time is set against the time of sending, so
+                # a key may expire too early by the round trip, but never too late.
+                self._offset = now.timestamp() - sent
+                self._until = sent + LEASE
+                listening.set()
+                await asyncio.sleep(HEARTBEAT)
 
-    def _changed(self, *notification: object) -> None:
+        await listen(self.database.settings, CHANNEL, self._changed, hold_lease)
+
+    def _changed(self, payload: str | None) -> None:
         """Forget the keys of a notification: `key ID`, `account ID`, or `all` after a TRUNCATE."""
+        if payload is None:  # notifications may have been missed
+            self._forget()
+            return
         self._changes += 1
-        kind, _, text = str(notification[-1]).partition(" ")
+        kind, _, text = payload.partition(" ")
         try:
             changed = UUID(text)
         except ValueError:

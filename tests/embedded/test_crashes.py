@@ -29,9 +29,9 @@ from tests.support.embedded_servers import (
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
 from tiger_db.errors import EmbeddedError
+from tiger_db.files import UNFINISHED
 from tiger_db.local_postgres import postmaster
 from tiger_db.local_postgres.folders import server_user
-from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 
@@ -138,6 +138,48 @@ def test_fork_of_the_starter_does_not_hold_the_lock(
         monkeypatch.setattr(postmaster, "PATIENCE_SECONDS", 1)
         assert start(settings)
         assert alive(fork)
+
+
+# Another thread forks while the pipes of pg_ctl are being made.
+FORKING_STARTER = """
+import os, select, sys, threading
+from pathlib import Path
+from tiger_db import embedded
+from tiger_db.settings import Settings
+
+def fork():
+    if pid := os.fork():
+        print(pid, flush=True)
+    else:
+        select.select([sys.stdin], [], [], 20)
+        os._exit(0)
+
+def spawning(frame, event, function):
+    if event == "c_call" and function.__name__ == "fork_exec":
+        if Path(os.fsdecode(frame.f_locals["args"][0])).name == "pg_ctl":
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join(1)
+
+settings = Settings(tiger_db_home=Path(sys.argv[1]), database_url=None, db_host=None)
+sys.setprofile(spawning)
+print(embedded.start(settings).pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_start_does_not_wait_for_a_fork_made_while_pg_ctl_is_spawned(
+    settings: Settings, home: Path
+) -> None:
+    starting = [sys.executable, "-c", FORKING_STARTER, str(home)]
+    with subprocess.Popen(starting, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        fork, started = (int(process.stdout.readline()) for _ in range(2))
+        assert alive(fork)
+        server = running(settings)
+    assert server
+    assert server.pid == started
 
 
 @pytest.mark.slow

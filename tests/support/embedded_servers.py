@@ -19,9 +19,9 @@ import pytest
 from tests.support.waiting import wait_until
 from tiger_db import embedded
 from tiger_db.embedded import EmbeddedServer, stop
+from tiger_db.files import UNFINISHED
 from tiger_db.local_postgres import folders, programs
 from tiger_db.local_postgres.folders import server_user
-from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 IS_ROOT = os.geteuid() == 0

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiger_db.errors import EmbeddedError
+from tiger_db.files import is_private_folder
 from tiger_db.local_postgres import server_lock
 from tiger_db.local_postgres.folders import SOCKET
-from tiger_db.local_postgres.private_files import is_private_folder
 from tiger_db.local_postgres.programs import PATIENCE_SECONDS, psutil
 
 

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from tiger_db.local_postgres.private_files import private_opener
+from tiger_db.files import private_opener
 from tiger_db.local_postgres.programs import psutil
 
 # File systems that one kernel at a time can mount.

@@ -27,7 +27,7 @@ from tiger_db.crud.api_keys.policy import (
     unpeppered_use_event,
 )
 from tiger_db.crud.api_keys.rate_limits import consume
-from tiger_db.crud.common import execute, handed_over, refuse_readonly, typed_errors
+from tiger_db.crud.common import context_of, execute, refuse_readonly, typed_errors
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditLog
 from tiger_db.models.audit_rows import copy_events
@@ -216,8 +216,8 @@ async def authorize_parsed_key(
 def _writer(
     info: Mapping[Any, object], session: AsyncSession | None
 ) -> WriteBehind | _TransactionWriter:
-    writer = handed_over(info, "write_behind")
-    if isinstance(writer, WriteBehind):
+    writer = context_of(info).write_behind
+    if writer is not None:
         return writer
     assert session is not None
     return _TransactionWriter(session)

@@ -3,13 +3,13 @@
 import asyncio
 import secrets
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
 from passlib.context import CryptContext
 
-from tiger_db.crud.common import handed_over
+from tiger_db.crud.common import context_of
 from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
@@ -25,15 +25,14 @@ class UnpepperedHash(InvalidAPIKey):
 
 
 def peppers_of(info: Mapping[Any, object]) -> Peppers:
-    """Return the peppers in the `info` of a Database or of its sessions.
+    """Return the peppers in the `info` of a session or a Database.
 
     Raises:
-        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session was not made for a Database.
     """
-    peppers = handed_over(info, "peppers")
+    peppers = context_of(info).peppers
     if peppers is None:
         raise ConfigurationError("API_KEY_PEPPERS is not set, so no API key can be made or checked")
-    assert isinstance(peppers, Peppers)
     return peppers
 
 
@@ -72,8 +71,8 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
     """
     if pepper_id is not None:
         return
-    until = info.get("allow_unpeppered_until")
-    if isinstance(until, date) and datetime.fromtimestamp(now, UTC).date() <= until:
+    until = context_of(info).allow_unpeppered_until
+    if until is not None and datetime.fromtimestamp(now, UTC).date() <= until:
         return
     setting = f"is {until}" if until is not None else "is not set"
     raise UnpepperedHash(

@@ -13,7 +13,7 @@ from sqlmodel import col
 from tiger_db.crud import audit_logs
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.key_format import new_key
-from tiger_db.crud.common import aware, constraints, get_or_raise, handed_over, one
+from tiger_db.crud.common import aware, constraints, context_of, get_or_raise, one
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
     AccountStatus,
@@ -193,7 +193,7 @@ async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
 
 
 async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey, str]:
-    parsed = new_key(str(handed_over(session.info, "key_environment")))
+    parsed = new_key(context_of(session.info).key_environment)
     key_hash, pepper_id = hash_secret(peppers_of(session.info), parsed.secret)
     key = APIKey(**values, key_prefix=parsed.prefix, key_hash=key_hash, pepper_id=pepper_id)
     async with constraints(session):
