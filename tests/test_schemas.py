@@ -297,6 +297,13 @@ async def test_options_do_not_override_it(clone_settings: Settings) -> None:
 # Two installations in one database
 
 
+async def test_an_installation_in_another_schema_is_named(two: tuple[Database, Database]) -> None:
+    settings = two[0].settings.model_copy(update={"db_schema": "neither"})
+    async with migration_engine(settings) as engine, engine.connect() as connection:
+        state = await schema_state(connection)
+    assert state.problem == "tiger_db is in the schema Two: set DB_SCHEMA=Two"
+
+
 @pytest.mark.slow
 async def test_two_installations_do_not_see_each_other(two: tuple[Database, Database]) -> None:
     one, another = two

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +21,7 @@ import pytest
 from tests.support import factories
 from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import COMMAND, CommandLine, Result
+from tests.support.devices import device
 from tests.support.sql import run_sql, write
 from tests.support.waiting import wait_until
 from tiger_db import AuditAction, AuditResult, Database, Settings, crud
@@ -558,3 +560,17 @@ def test_follow_has_no_end(cli: CommandLine) -> None:
         assert "--follow" in cli.misused("list-events", "--follow", *option)
     assert "no account" in cli.fails("list-events", "-f", "--account", "nope")
     assert "address nor a network" in cli.fails("list-events", "-f", "--ip", "300.1.1.1")
+
+
+@pytest.mark.slow
+def test_a_full_device_is_one_line(
+    sealed: CommandLine, clone_settings: Settings, tmp_path: Path
+) -> None:
+    log(clone_settings, *({"user_id": "x"} for _ in range(1000)))
+    full = device(tmp_path / "full", stat.S_IFCHR, 1, 7)
+    ended = subprocess.run(
+        [*COMMAND, "export-events", "--out", str(full)],
+        env=sealed.environment(), capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert "No space left on device" in ended.stderr

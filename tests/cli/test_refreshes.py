@@ -6,6 +6,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -327,3 +328,19 @@ def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> 
         " WHERE status = 'in_progress'")  # fmt: skip
     assert cli.ok("prune-refreshes", "--older-than", "1d").err == "0 refreshes were deleted\n"
     assert "--older-than" in cli.misused("prune-refreshes", "--older-than", "soon")
+
+
+@pytest.mark.slow
+def test_without_tigers_sdk_no_refresh_fails(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway, tmp_path: Path
+) -> None:
+    add(clone_settings, gateway)
+    (tmp_path / "tigeropen.py").write_text("raise ImportError")
+    ended = subprocess.run(
+        [*COMMAND, "run-refresh-worker", "--once"],
+        env=cli.environment(PYTHONPATH=str(tmp_path)),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "Tiger's SDK is not installed" in ended.stderr
+    assert cli.ok("list-refreshes", "--json").json["items"] == []

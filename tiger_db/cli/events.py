@@ -220,9 +220,10 @@ def export_events(
             async with tiger_db.Database(settings()) as database:
                 async with database.session() as session:
                     criteria = await wanted(session)
-                lines = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
-                async for line in lines:
-                    file.write(line)
+                export = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
+                async with aclosing(export) as lines:
+                    async for line in lines:
+                        file.write(line)
 
     with output(out, overwrite=overwrite) as file:  # a pipe without a reader is waited for here
         finish(run(file))

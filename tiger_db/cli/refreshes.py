@@ -181,6 +181,9 @@ def run_refresh_worker(
     async def run() -> "Counter[str]":
         import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
 
+        from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # the same
+
+        load_sdk()  # if it is missing, no account must count that as a failed refresh
         async with tiger_db.Database(settings()) as database:
             worker = tiger_db.RefreshWorker(
                 database,
