@@ -30,6 +30,7 @@ from tiger_db import PrivateKeyFormat, TigerAccount
 from tiger_db.database import AsyncSession
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue
 from tiger_db.tiger import CONFIG_FILE, TOKEN_FILE, client_config
+from tiger_db.tiger.sdk import load_sdk
 
 HOSTILE = {
     "TIGER_ID": "666",
