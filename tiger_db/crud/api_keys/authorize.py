@@ -230,8 +230,8 @@ def _writer(
 async def find_key(session: AsyncSession, prefix: str) -> KeyRow:
     """Read the row of a key by its prefix. What the session has pending is flushed before."""
     with typed_errors():
-        rows = await execute(session, _FIND_IN_SESSION, prefix)
-    return _key_row(rows[0][0], rows[0][1], rows[0][2]) if rows else KeyRow()
+        rows: Sequence[Sequence[Any]] = await execute(session, _FIND_IN_SESSION, prefix)
+    return _key_row(*rows[0]) if rows else KeyRow()
 
 
 def _key_row(values: Sequence[Any], account_status: str | None, now: datetime) -> KeyRow:
