@@ -28,11 +28,16 @@ def whole(entity: type[Entity], table: str) -> str:
 
     It is one value: what SQLAlchemy does for each column of a result takes longer than all of them.
     """
-    return f"ROW({', '.join(f'{table}.{name}{cast}' for name, cast, _ in _fields(entity))})"
+    return f"ROW({columns(entity, table)})"
+
+
+def columns(entity: type[Entity], table: str) -> str:
+    """Return the values of `whole` as columns, for statements that asyncpg executes itself."""
+    return ", ".join(f"{table}.{name}{cast}" for name, cast, _ in _fields(entity))
 
 
 def names(entity: type[Entity]) -> list[str]:
-    """Return the names of the columns, in the order of `whole`."""
+    """Return the names of `columns`."""
     return [name for name, _, _ in _fields(entity)]
 
 

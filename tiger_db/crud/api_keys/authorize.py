@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
@@ -31,7 +32,7 @@ from tiger_db.crud.common import execute, handed_over, refuse_readonly, typed_er
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditLog
 from tiger_db.models.audit_rows import copy_events
-from tiger_db.models.rows import detached, names, taken_in, whole
+from tiger_db.models.rows import columns, detached, names, taken_in, whole
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import raw_errors
 from tiger_db.write_behind import WriteBehind, count_now
@@ -39,10 +40,12 @@ from tiger_db.write_behind import WriteBehind, count_now
 if TYPE_CHECKING:
     import asyncpg
 
-FIND_KEY = f"""
-SELECT {whole(APIKey, "k")}, a.status::text, clock_timestamp() FROM api_keys AS k
+_FIND = """
+SELECT {}, a.status::text, clock_timestamp() FROM api_keys AS k
 LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
-"""  # noqa: S608  # names of columns
+"""
+FIND_KEY = _FIND.format(columns(APIKey, "k"))
+_FIND_IN_SESSION = _FIND.format(whole(APIKey, "k"))
 _NAMES = names(APIKey)
 _COUNTERS = ("usage_count", "last_used_at", "updated_at")  # which change with every use
 # A hash that was changed since it was read stays. A locked row is skipped, so that no use waits.
@@ -183,7 +186,8 @@ async def authorize_parsed_key(
                     row = await find_key(session, parsed.prefix)
                 else:
                     connection = await opened.enter_async_context(writer.connection())
-                    row = _key_row(await connection.fetchrow(FIND_KEY, parsed.prefix))
+                    record = await connection.fetchrow(FIND_KEY, parsed.prefix)
+                    row = _key_row(record[:-2], *record[-2:]) if record else KeyRow()
                 if known is None or known.columns != row.columns:
                     await opened.aclose()  # a slow hash must not hold a connection
                     connection = None
@@ -226,18 +230,16 @@ def _writer(
 async def find_key(session: AsyncSession, prefix: str) -> KeyRow:
     """Read the row of a key by its prefix. What the session has pending is flushed before."""
     with typed_errors():
-        rows = await execute(session, FIND_KEY, prefix)
-    return _key_row(rows[0] if rows else None)
+        rows = await execute(session, _FIND_IN_SESSION, prefix)
+    record = next(map(tuple, rows), None)
+    return _key_row(*record) if record else KeyRow()
 
 
-def _key_row(record: Iterable[Any] | None) -> KeyRow:
-    if record is None:
-        return KeyRow()
-    values, account_status, now = record
-    columns = dict(zip(_NAMES, values, strict=True), account_status=account_status)
+def _key_row(values: Sequence[Any], account_status: str | None, now: datetime) -> KeyRow:
+    by_name = dict(zip(_NAMES, values, strict=True), account_status=account_status)
     for name in _COUNTERS:
-        del columns[name]
-    return KeyRow(values, columns, now.timestamp())
+        del by_name[name]
+    return KeyRow(values, by_name, now.timestamp())
 
 
 async def _verify(
