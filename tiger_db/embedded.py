@@ -104,6 +104,8 @@ def start(settings: Settings) -> EmbeddedServer:
     """
     _refuse_production(settings)
     if server := running(settings):
+        with _explained(server.folder):
+            _complete_record(server.folder)
         return server
     package, version = wheel()
     home = folder(settings)
@@ -241,9 +243,15 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
             raise EmbeddedError(f"another server listens in {socket_folder}: stop that one")
         postmaster.drop_stale_locks(home, socket_folder, lock)
         server_lock.record_start(lock)
-        found = _launch(home, programs, user, socket_folder, lock)
-        server_lock.record_server(lock, found.identity)
-        return found
+        return _launch(home, programs, user, socket_folder, lock)
+
+
+def _complete_record(home: Path) -> None:
+    """Record the server that runs if its starter was killed before it could."""
+    with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
+        if server_lock.lacks_server(file.fileno()):
+            with _locked(home), server_lock.opened(home) as lock:
+                postmaster.record_server(home, lock)
 
 
 def _check_data(home: Path, version: str) -> None:
@@ -305,7 +313,9 @@ def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: i
         programs / "pg_ctl", "start", "--silent", "--wait", "--timeout", str(PATIENCE_SECONDS),
         "--pgdata=data", "--log=log", "--options", shlex.join(options),
         home=home, user=user, inherited=(lock,),
+        meanwhile=lambda: postmaster.record_server(home, lock),
     )  # fmt: skip
+    postmaster.record_server(home, lock)  # the server may be ready within those 20 ms
     if found := postmaster.accepting(home):
         return found
     why = reason(log.read_bytes()[past:].decode(errors="replace") or started.stderr)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
@@ -19,12 +20,16 @@ from tests.support.embedded_servers import (
     copies_outside,
     discard,
     fetch,
+    is_recorded,
     kill,
     processes,
     reachable_folder,
     run_as_server,
+    server_without_lock,
     settings_for,
+    start_and_kill_the_starter,
     unfinished,
+    works_in,
 )
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
@@ -94,11 +99,99 @@ def test_starter_that_was_killed_before_it_recorded_its_server(
     *origin, _ = lock.read_text().splitlines(keepends=True)
     for recorded in ("".join(origin), "".join(origin) + "12"):
         lock.write_text(recorded)
+        assert start(settings) == server  # records the server
         kill(server)
         server = start(settings)
     assert stop(settings)
 
     lock.write_text(origin[0])  # killed before there was a server
+    assert start(settings)
+
+
+@pytest.mark.slow
+def test_start_records_a_server_whose_starter_was_killed(settings: Settings, home: Path) -> None:
+    server = start_and_kill_the_starter(settings)
+    assert start(settings) == server
+    assert is_recorded(server)
+    kill(server)
+    assert start(settings).pid != server.pid
+
+
+@pytest.mark.slow
+def test_start_does_not_record_a_server_without_the_lock(settings: Settings, home: Path) -> None:
+    server = start_and_kill_the_starter(settings)
+    with server_without_lock(server) as process:
+        record = (home / "server.lock").read_text()
+        assert start(settings).pid == process.pid
+        assert (home / "server.lock").read_text() == record
+
+
+@pytest.mark.slow
+def test_a_crash_of_a_server_that_nothing_recorded_is_for_people_to_judge(
+    settings: Settings, home: Path
+) -> None:
+    server = start_and_kill_the_starter(settings)
+    kill(server)
+    pid_file = home / "data" / "postmaster.pid"
+    with pytest.raises(EmbeddedError, match=rf"may still be using .* remove {pid_file} if"):
+        start(settings)
+    pid_file.unlink()
+    assert start(settings)
+
+
+@pytest.mark.slow
+def test_a_server_is_recorded_before_it_accepts_connections(settings: Settings, home: Path) -> None:
+    """So that a machine that goes down during a recovery locks nobody out."""
+    server = start(settings)
+    assert stop(settings)
+    data, pid_file = home / "data", home / "data" / "postmaster.pid"
+    recovery, configuration = data / "recovery.signal", data / "postgresql.auto.conf"
+    recovery.touch()
+    os.chown(recovery, *server_user(home))
+    usual = configuration.read_text()
+    configuration.write_text(f"{usual}restore_command = 'sleep 60'\n")
+    starter = processes.Process(target=start, args=(settings,))
+    starter.start()
+    wait_until(lambda: pid_file.exists() and is_recorded(server))
+    assert running(settings) is None
+    starter.kill()
+    starter.join()
+    while left := works_in(data):
+        for pid in left:
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).kill()
+    recovery.unlink()
+    configuration.write_text(usual)
+    assert pid_file.exists()
+    assert start(settings)
+
+
+@pytest.mark.slow
+def test_the_holder_of_the_lock_is_named(
+    settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a program that COPY has started in the background."""
+    server = start(settings)
+    # Ignores SIGTERM, which a shutdown sends to a backend and its programs.
+    program = 'trap "" TERM; sleep 60 > /dev/null 2>&1 & echo $!'
+
+    async def leave_a_program() -> int:
+        connection = await connect(server, settings)
+        await connection.execute("CREATE TABLE left_behind (pid int)")
+        await connection.execute(f"COPY left_behind FROM PROGRAM '{program}'")
+        pid = await connection.fetchval("SELECT pid FROM left_behind")
+        await connection.close()
+        return int(pid)
+
+    left = asyncio.run(leave_a_program())
+    try:
+        assert stop(settings)
+        monkeypatch.setattr(postmaster, "PATIENCE_SECONDS", 1)
+        message = rf"gave up after 1 seconds: process {left} \(sleep\) of the server .* still uses"
+        with pytest.raises(EmbeddedError, match=message):
+            start(settings)
+    finally:
+        psutil.Process(left).kill()
     assert start(settings)
 
 

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -41,10 +43,12 @@ os.register_at_fork(
 def run(
     *command: str | Path, user: User | None = None, home: Path | None = None,
     stdin: int = subprocess.DEVNULL, umask: int = 0o077, inherited: tuple[int, ...] = (),
+    meanwhile: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a program in `home`, in a session of its own, which the terminal's Ctrl-C does not reach.
 
-    If this process is root's, the program runs as `user`. Returns its exit status and its stderr.
+    If this process is root's, the program runs as `user`. `meanwhile` is called every 20 ms until
+    the program has ended. Returns its exit status and its stderr.
 
     Raises:
         subprocess.TimeoutExpired: the program did not end in time, and was killed.
@@ -68,7 +72,11 @@ def run(
         )
     with process:
         try:
-            _, stderr = process.communicate(timeout=PATIENCE_SECONDS + 5)
+            deadline = time.monotonic() + PATIENCE_SECONDS + 5
+            while meanwhile and process.poll() is None and time.monotonic() < deadline:
+                meanwhile()
+                time.sleep(0.02)
+            _, stderr = process.communicate(timeout=max(0, deadline - time.monotonic()))
         except BaseException:
             process.kill()
             raise
