@@ -315,7 +315,8 @@ def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: i
         home=home, user=user, inherited=(lock,),
         meanwhile=lambda: postmaster.record_server(home, lock),
     )  # fmt: skip
-    postmaster.record_server(home, lock)  # the server may be ready within those 20 ms
+    # The server may be ready within those 20 ms, and its open files may not be ours to see.
+    postmaster.record_server(home, lock, started=started.returncode == 0)
     if found := postmaster.accepting(home):
         return found
     why = reason(log.read_bytes()[past:].decode(errors="replace") or started.stderr)

@@ -379,3 +379,27 @@ def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -
     assert running(copied) is None
     assert stop(copied) is False
     assert running(shared) == server
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="root and setpriv are needed"
+)
+def test_root_that_may_not_look_into_processes_as_in_a_container(home: Path) -> None:
+    """Docker drops CAP_SYS_PTRACE: the folder and the open files of a process are not to be seen."""
+    without = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
+
+    def tiger_db(*arguments: str) -> None:
+        subprocess.run(
+            [*without, sys.executable, "-m", "tiger_db", *arguments],
+            env={"TIGER_DB_HOME": str(home), "PATH": os.environ["PATH"]},
+            check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+
+    tiger_db("init")
+    tiger_db("list-accounts")
+    server = psutil.Process(int((home / "data" / "postmaster.pid").read_text().split()[0]))
+    server.kill()
+    server.wait(60)
+    tiger_db("list-accounts")
+    tiger_db("stop-embedded")

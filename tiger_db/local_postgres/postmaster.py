@@ -67,14 +67,15 @@ def settled(home: Path, lock: int) -> Postmaster | None:
     raise _gave_up(f"{server} still uses {home / 'data'}")
 
 
-def record_server(home: Path, lock: int) -> None:
+def record_server(home: Path, lock: int, *, started: bool = False) -> None:
     """Record the server's identity if that is missing and the server holds the lock.
 
-    For the holder of the folder's lock, so that no other server is started meanwhile.
+    `started`: pg_ctl has just started it, and with it the lock was inherited. For the holder of the
+    folder's lock, so that no other server is started meanwhile.
     """
     if server_lock.lacks_server(lock):
         found = _find(home)
-        if found and _has_open(found.process, lock):
+        if found and (started or _has_open(found.process, lock)):
             server_lock.record_server(lock, found.identity)
 
 
@@ -207,9 +208,21 @@ def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has
     """
     with suppress(psutil().Error, ValueError, OverflowError):
         process = psutil().Process(int(pid))
-        if process.name() == "postgres" and process.cwd() == str((home / "data").resolve()):
+        if process.name() == "postgres" and _works_in(process, (home / "data").resolve()):
             return process
     return None
+
+
+def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has no types
+    try:
+        return bool(process.cwd() == str(data))
+    except psutil().AccessDenied:  # root in a container: CAP_SYS_PTRACE is dropped by default
+        arguments = process.cmdline()
+        return bool(
+            process.uids().real == data.stat().st_uid
+            and "-D" in arguments[:-1]
+            and arguments[arguments.index("-D") + 1] in {str(data), data.name}
+        )
 
 
 def _patience() -> Iterator[None]:
