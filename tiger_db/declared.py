@@ -317,6 +317,7 @@ class Difference:
         return f"{self.seen}: {self.repair}"
 
 
+_SET_LOCALLY = text("SELECT pg_catalog.set_config(:name, :value, true)")
 _SCHEMA = text("""
 SELECT oid, nspname::text AS name, pg_catalog.quote_ident(nspname) AS quoted
 FROM pg_catalog.pg_namespace WHERE nspname OPERATOR(pg_catalog.=) pg_catalog.current_schema()
@@ -411,11 +412,11 @@ async def compare(connection: AsyncConnection) -> list[Difference]:
     is set to pg_catalog.
     """
     # How names are printed is no matter of the database's settings.
-    await connection.exec_driver_sql("SET LOCAL quote_all_identifiers = off")
+    await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
     schema = (await connection.execute(_SCHEMA)).one()
     # From here on, no function or operator of the schema can take the place of PostgreSQL's, and
     # PostgreSQL prints names qualified.
-    await connection.exec_driver_sql("SET LOCAL search_path = pg_catalog, pg_temp")
+    await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     here = {"schema": schema.oid}
     tables = (await connection.execute(_TABLES_FOUND, here | {"tables": [*metadata.tables]})).all()
     oids = {"oids": [table.oid for table in tables]}
