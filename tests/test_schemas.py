@@ -470,3 +470,25 @@ async def test_sessions_that_lost_their_search_path_are_refused(
     )
     assert str(refused.value).startswith(expected)
     assert str(refused.value).endswith('" SET search_path = "one", pg_temp')
+
+
+@pytest.mark.parametrize("watched", [0, 1000])
+async def test_a_search_path_that_a_session_sets_ends_with_its_transaction(
+    settings: Settings, watched: float
+) -> None:
+    """Also if it commits, and for the isolation levels, whose transactions start in other words."""
+    one = {"db_pool_size": 1, "db_max_overflow": 0, "db_slow_query": watched}
+    read = text("SELECT current_setting('search_path'), pg_backend_pid()")
+    seen = []
+    async with Database(settings.model_copy(update=one)) as database:
+        for isolation in (None, "SERIALIZABLE", None):
+            async with database.session(isolation=isolation) as session:
+                seen.append(tuple((await session.execute(read)).one()))
+                await session.execute(text("SET search_path = pg_catalog"))
+        async with database.session(readonly=True) as session:
+            seen.append(tuple((await session.execute(read)).one()))
+        async with database.write_behind.connection() as connection, connection.transaction():
+            await connection.execute("SET search_path = pg_catalog")
+        async with database.write_behind.connection() as connection, connection.transaction():
+            assert await connection.fetchval("SHOW search_path") == settings.search_path
+    assert set(seen) == {(settings.search_path, seen[0][1])}
