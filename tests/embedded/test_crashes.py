@@ -386,7 +386,7 @@ def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="root and setpriv are needed"
 )
 def test_root_that_may_not_look_into_processes_as_in_a_container(home: Path) -> None:
-    """Docker drops CAP_SYS_PTRACE: the folder and the open files of a process are not to be seen."""
+    """Docker drops CAP_SYS_PTRACE, so folder and open files of a process are not to be seen."""
     without = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
 
     def tiger_db(*arguments: str) -> None:
