@@ -352,11 +352,13 @@ FROM pg_proc WHERE pronamespace = :schema
 """)
 # Functions and operators that a call by PostgreSQL's name may mean, and casts of the tables' types.
 _CAPTURES_FOUND = text("""
-WITH types AS (
-    SELECT t.oid, t.typarray FROM pg_type AS t
-    WHERE t.typrelid = ANY (CAST(:oids AS oid[])) OR (t.typnamespace = :schema AND EXISTS (
-        SELECT FROM pg_attribute JOIN pg_type AS u ON u.oid = atttypid
-        WHERE attrelid = ANY (CAST(:oids AS oid[])) AND t.oid IN (u.oid, u.typelem)))
+WITH of_columns AS (
+    SELECT t.oid, t.typelem FROM pg_attribute JOIN pg_type AS t ON t.oid = atttypid
+    WHERE attrelid = ANY (CAST(:oids AS oid[]))
+), types AS (
+    SELECT oid, typarray FROM pg_type
+    WHERE typrelid = ANY (CAST(:oids AS oid[])) OR (typnamespace = :schema
+        AND oid IN (SELECT oid FROM of_columns UNION SELECT typelem FROM of_columns))
 ), of_types AS (
     SELECT oid FROM types UNION SELECT typarray FROM types
 ), of_extensions AS (
