@@ -143,7 +143,7 @@ DECLARE
     month timestamp;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtext(
-        concat('make_audit_months', nullif(current_schema(), 'public'))));
+        pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))));
     missing := ARRAY(SELECT m
         FROM generate_series(this_month, this_month + make_interval(months => ahead), '1 month')
         AS m WHERE to_regclass('audit_logs_' || to_char(m, 'YYYY_MM')) IS NULL);
@@ -197,15 +197,15 @@ $function$
  SET search_path TO {schema}, 'pg_temp'
 AS $function$
 DECLARE
-    channel CONSTANT text := concat('tiger_db_api_keys', '_' || left(encode(sha256(convert_to(
-        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+    channel CONSTANT text := pg_catalog.concat('tiger_db_api_keys', '_' ||
+        left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
         PERFORM pg_notify(channel, 'all');
     ELSIF TG_TABLE_NAME = 'api_keys' THEN
-        PERFORM pg_notify(channel, 'key ' || OLD.id);
+        PERFORM pg_notify(channel, pg_catalog.concat('key ', OLD.id));
     ELSE
-        PERFORM pg_notify(channel, 'account ' || OLD.id);
+        PERFORM pg_notify(channel, pg_catalog.concat('account ', OLD.id));
     END IF;
     RETURN NULL;
 END
@@ -216,8 +216,8 @@ $function$
  SET search_path TO {schema}, 'pg_temp'
 AS $function$
 DECLARE
-    channel CONSTANT text := concat('tiger_db_audit_logs', '_' || left(encode(sha256(convert_to(
-        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+    channel CONSTANT text := pg_catalog.concat('tiger_db_audit_logs', '_' ||
+        left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
     IF pg_try_advisory_xact_lock(hashtext(channel)) THEN
         PERFORM pg_notify(channel, '');
@@ -231,8 +231,8 @@ $function$
  SET search_path TO {schema}, 'pg_temp'
 AS $function$
 DECLARE
-    channel CONSTANT text := concat('tiger_db_refreshes', '_' || left(encode(sha256(convert_to(
-        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+    channel CONSTANT text := pg_catalog.concat('tiger_db_refreshes', '_' ||
+        left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
     PERFORM pg_notify(channel, '');
     RETURN NULL;
