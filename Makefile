@@ -45,7 +45,7 @@ test-system: $(READY) ## the same, on the PostgreSQL that is installed here
 test-docker: $(READY) ## the same, in a container: needs a Docker engine, at DOCKER_HOST or as usual
 	@TIGER_DB_TEST_URL=docker $(PYTEST) $(ARGS)
 
-test-slow: $(READY) ## the tests that take half a second or more each: processes, crashes, what the README shows
+test-slow: $(READY) ## the tests that take half a second or more each: processes, crashes, what the pages show
 	@$(PYTEST) -m slow $(ARGS)
 
 test-settings: $(READY) ## make test as on other machines: users, folders, Pythons, PostgreSQLs (an hour)

@@ -2,6 +2,7 @@
 
 import base64
 import os
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
@@ -11,7 +12,7 @@ from sqlmodel import col, select
 from benchmarks.work import Work
 from tiger_db import Database, TigerAccount, crud, key_rotation
 from tiger_db.encryption import KeyRing, generate_key
-from tiger_db.models.base import encrypted_columns
+from tiger_db.models.base import CONTEXT, encrypted_columns
 
 ACCOUNTS, PAGE = 10_000, 1000
 # Lengths as Tiger's are: a 2,048-bit key, and the tokens of its API.
@@ -54,7 +55,8 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
 
     assert database.settings.encryption_keys is not None
     stored_under = database.settings.encryption_keys.get_secret_value()
-    database.info["key_provider"] = KeyRing.parse(f"{generate_key('new')},{stored_under}")
+    ring = KeyRing.parse(f"{generate_key('new')},{stored_under}")
+    database.info[CONTEXT] = replace(database.info[CONTEXT], key_provider=ring)
 
     async def rotated() -> None:
         assert (await key_rotation.rotate(database)).rotated == ACCOUNTS

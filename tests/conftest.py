@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from tests.support import databases, servers
+from tests.support.contexts import changed_context
 from tests.support.databases import DatabasePool
 from tiger_db import Database
 from tiger_db.database import AsyncSession
@@ -95,7 +96,9 @@ async def session(database: Database) -> AsyncIterator[AsyncSession]:
         async with database.sessions(
             bind=connection,
             join_transaction_mode="create_savepoint",
-            info={"write_behind": None},  # which would not see what this one makes
+            info=changed_context(
+                database.info, write_behind=None
+            ),  # it would not see what this one makes
         ) as session:
             yield session
         await transaction.rollback()

@@ -12,6 +12,7 @@ from tiger_db.declared import Difference, compare
 from tiger_db.doctor import Finding, doctor
 from tiger_db.health import health
 from tiger_db.migrations import drift, upgrade
+from tiger_db.models import metadata
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PARTITION = "audit_logs_default"
@@ -20,8 +21,14 @@ PINNED = BODY.replace(" AS ", " SET search_path = public, pg_temp AS ")
 EMPTY = f"CREATE OR REPLACE FUNCTION notify_api_key_change() {PINNED}"
 SQL_BODY = "SELECT '00000000-0000-0000-0000-000000000000'::uuid"
 FLOOR = "uuid7_floor(at timestamptz) RETURNS uuid LANGUAGE sql IMMUTABLE PARALLEL SAFE STRICT"
+JSON = "RETURNS json LANGUAGE sql RETURN 'null'::json"
+SET = (
+    "DO $$BEGIN EXECUTE format('ALTER {} SET session_replication_role = replica',"
+    " current_database(), current_user); END$$"
+)
 # What is done, the tables that it concerns, and how it is told.
 KEYS, ACCOUNTS, TRAIL = ("api_keys",), ("tiger_accounts",), ("audit_logs",)
+ALL = tuple(sorted(metadata.tables))
 KEY_TABLES = ("api_keys", "tiger_accounts")
 STAMPED = ("api_keys", "tiger_accounts", "token_statuses")
 CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -90,6 +97,34 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
         KEYS,
         "api_keys has the rule quiet",
     ),
+    "CREATE SCHEMA evil; CREATE TABLE evil.k () INHERITS (api_keys)": (
+        KEYS,
+        "table evil.k inherits from api_keys",
+    ),
+    "CREATE FUNCTION concat(text, text) RETURNS text LANGUAGE sql RETURN $1": (
+        ALL,
+        "function public.concat(text,text) has the name of one of PostgreSQL's",
+    ),
+    "CREATE AGGREGATE max(api_key_status) (SFUNC = enum_larger, STYPE = api_key_status)": (
+        ALL,
+        "function public.max(public.api_key_status) has the name of one of PostgreSQL's",
+    ),
+    "CREATE FUNCTION glue(text, uuid) RETURNS text LANGUAGE sql RETURN $1;"
+    "CREATE OPERATOR || (LEFTARG = text, RIGHTARG = uuid, FUNCTION = glue)": (
+        ALL,
+        "operator public.||(text,uuid) has the name of one of PostgreSQL's",
+    ),
+    f"CREATE FUNCTION js(api_key_status) {JSON}; CREATE CAST (api_key_status AS json)"
+    " WITH FUNCTION js(api_key_status)": (
+        ALL,
+        "cast from public.api_key_status to json",
+    ),
+    f"CREATE FUNCTION js(audit_logs) {JSON}; CREATE CAST (audit_logs AS json)"
+    " WITH FUNCTION js(audit_logs)": (ALL, "cast from public.audit_logs to json"),
+    f"CREATE FUNCTION js(api_key_status[]) {JSON}; CREATE CAST (api_key_status[] AS json)"
+    " WITH FUNCTION js(api_key_status[])": (ALL, "cast from public.api_key_status[] to json"),
+    SET.format("DATABASE %1$I"): (ALL, "session_replication_role is replica"),
+    SET.format("ROLE %2$I IN DATABASE %1$I"): (ALL, "session_replication_role is replica"),
 }
 NOT_REPAIRED = {
     "ALTER TABLE api_key_usage RENAME TO u": "table api_key_usage is missing",
@@ -238,6 +273,62 @@ async def test_somebody_elses_search_path_and_functions_fool_nobody(
         await connection.exec_driver_sql("SET search_path = public, evil")
         (found,) = await compare(connection)
     assert "EXECUTE FUNCTION evil.notify_api_key_change()" in found.seen
+
+
+@pytest.mark.schema_changes
+async def test_an_operator_of_the_schema_does_not_hide_a_changed_function(
+    clone_settings: Settings, other: Connection
+) -> None:
+    """It would, if the queries could mean it: functions are looked for in a schema of copies."""
+    await other.execute("CREATE SCHEMA decoy")
+    for (definition,) in await other.fetch(
+        "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+    ):
+        await other.execute(definition.replace("FUNCTION public.", "FUNCTION decoy."))
+    await other.execute(
+        "CREATE FUNCTION is_in(oid, regnamespace) RETURNS boolean LANGUAGE sql RETURN"
+        " $1 = CASE WHEN pg_catalog.current_query() LIKE '%pg_get_functiondef%'"
+        " THEN 'decoy'::regnamespace::oid ELSE $2::oid END;"
+        "CREATE OPERATOR = (LEFTARG = oid, RIGHTARG = regnamespace, FUNCTION = is_in)"
+    )
+    await other.execute(EMPTY)
+    seen = [difference.seen for difference in await differences(clone_settings)]
+    assert seen[0] == "operator public.=(oid,regnamespace) has the name of one of PostgreSQL's"
+    assert "has `BEGIN RETURN NULL; END`" in seen[1]
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize("quoted", ["on", "off"])
+async def test_quoting_all_identifiers_changes_nothing(
+    clone_settings: Settings, other: Connection, quoted: str
+) -> None:
+    name = clone_settings.database
+    await other.execute(f'ALTER DATABASE "{name}" SET quote_all_identifiers = {quoted}')
+    assert await differences(clone_settings) == []
+    await other.execute("ALTER TABLE audit_logs DISABLE TRIGGER refuse_change")
+    (found, *_) = await differences(clone_settings)
+    assert found.seen == "trigger refuse_change on audit_logs is disabled"
+
+
+@pytest.mark.schema_changes
+async def test_functions_and_operators_of_an_extension_are_no_differences(
+    clone_settings: Settings, other: Connection
+) -> None:
+    if not await other.fetchval("SELECT count(*) FROM pg_available_extensions WHERE name='citext'"):
+        pytest.skip("this server has no extensions")
+    await other.execute("CREATE EXTENSION citext")
+    assert await differences(clone_settings) == []
+
+
+@pytest.mark.schema_changes
+async def test_the_applications_own_types_may_have_casts(
+    clone_settings: Settings, other: Connection
+) -> None:
+    await other.execute(
+        f"CREATE TYPE mood AS ENUM ('good'); CREATE FUNCTION js(mood) {JSON};"
+        "CREATE CAST (mood AS json) WITH FUNCTION js(mood)"
+    )
+    assert await differences(clone_settings) == []
 
 
 @pytest.mark.parametrize("schema", ['My "Own"', "it's", "a\\b, c"])

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.contexts import changed_context
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, KeyVerifier, crud
 from tiger_db.audit import export, export_checkpoint, follow, maintain, seal, verify
@@ -287,12 +288,12 @@ async def test_a_limit_in_a_session_of_no_database_is_no_other(clone: Database) 
     """Its statement is given to the session's own connection."""
     async with clone.session() as session:
         _, raw_key = await factories.api_key(session, rate_limit_per_hour=5)
-    async with clone.sessions(info={"write_behind": None}) as session:
+    async with clone.sessions(info=changed_context(clone.info, write_behind=None)) as session:
         assert await crud.api_keys.authorize_api_key(session, raw_key)
         await session.commit()
     async with clone.session() as other:
         await other.execute(text("LOCK TABLE api_key_limits IN ACCESS EXCLUSIVE MODE"))
-        async with clone.sessions(info={"write_behind": None}) as session:
+        async with clone.sessions(info=changed_context(clone.info, write_behind=None)) as session:
             await impatient(clone, session)
             with pytest.raises(Conflict):
                 await crud.api_keys.authorize_api_key(session, raw_key)

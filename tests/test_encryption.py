@@ -13,6 +13,7 @@ from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import StatementError
 
 from tests.support import factories
+from tests.support.contexts import changed_context
 from tests.support.encryption_keys import (
     K1,
     K2,
@@ -298,7 +299,7 @@ def test_the_column_type_shows_nothing_in_a_migration() -> None:
 
 
 async def test_without_keys_nothing_is_stored(session: AsyncSession) -> None:
-    session.info["key_provider"] = None
+    session.info.update(changed_context(session.info, key_provider=None))
     with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS is not set"):
         await secret_account(session)
     with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS is not set"):
@@ -318,9 +319,9 @@ async def test_a_copy_of_a_stored_secret_is_readable(
 
 async def rotated(session: AsyncSession) -> tuple[TigerAccount, TigerAccount]:
     """Accounts of one tiger_id, stored before and after a new key came."""
-    session.info["key_provider"] = K1
+    session.info.update(changed_context(session.info, key_provider=K1))
     old = await secret_account(session)
-    session.info["key_provider"] = K2
+    session.info.update(changed_context(session.info, key_provider=K2))
     new = await secret_account(session)
     session.expunge_all()
     return old, new
@@ -357,14 +358,14 @@ async def test_a_changed_tiger_id_is_found_by_the_new_one_only(session: AsyncSes
 
 async def test_a_key_that_is_gone_is_named_and_nothing_else_is_lost(session: AsyncSession) -> None:
     old, _ = await rotated(session)
-    session.info["key_provider"] = ONLY_K2
+    session.info.update(changed_context(session.info, key_provider=ONLY_K2))
     read = await crud.accounts.update(session, old.id, account_name="Other", access_token="new")
     with pytest.raises(EncryptionError, match="key 'k1' is not configured"):
         plain(read.private_key)
     assert read.access_token is not None
     assert read.access_token.get_secret_value() == "new"
     session.expunge_all()
-    session.info["key_provider"] = K2
+    session.info.update(changed_context(session.info, key_provider=K2))
     again = await crud.accounts.get(session, old.id)
     assert again is not None
     assert values_of(again) == SECRETS | {"access_token": "new"}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.devices import device
 from tests.tiger.files import mode, names
 from tiger_db.errors import AlreadyExists, InvalidValue
 from tiger_db.files import output_files
@@ -20,16 +21,6 @@ def write(*paths: Path, overwrite: bool = False, text: str = "new") -> None:
     with output_files(*paths, overwrite=overwrite) as files:
         for file in files:
             file.write(text)
-
-
-def device(path: Path, kind: int, major: int, minor: int) -> Path:
-    try:
-        os.mknod(path, kind | 0o600, os.makedev(major, minor))
-        if kind == stat.S_IFCHR:
-            os.close(os.open(path, os.O_WRONLY))  # refused where the file system has no devices
-    except PermissionError:
-        pytest.skip("devices cannot be made here")
-    return path
 
 
 @pytest.fixture(autouse=True)

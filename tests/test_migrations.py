@@ -224,8 +224,8 @@ FROM unnest(cast(:names AS text[])) WITH ORDINALITY AS key (name, n)
 ROTATED_AT_0005 = text("""
 INSERT INTO audit_logs (id, action, result, severity, api_key_id, new_values)
 SELECT gen_random_uuid(), 'api_key:rotate', 'success', 'low', k.id,
-    jsonb_build_object('successor', coalesce(s.id::text, :to))
-FROM api_keys AS k LEFT JOIN api_keys AS s ON s.name = :to WHERE k.name = :key
+    jsonb_build_object('successor', coalesce(s.id::text, cast(:to AS text)))
+FROM api_keys AS k LEFT JOIN api_keys AS s ON s.name = cast(:to AS text) WHERE k.name = :key
 """)
 COUNT_AT_0005 = text("""
 INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)
@@ -261,7 +261,8 @@ async def test_0007_finds_the_lines_of_keys_and_adds_up_their_counts(
             for key, successor in (
                 ("a", "b"), ("b", "c"), ("a", "d"),  # a was rotated twice
                 ("gone", "last"),
-                ("alone", "no id"), ("alone", ""),  # events that anybody may have written
+                # Events that anybody may have written.
+                ("alone", "no id"), ("alone", ""), ("alone", None),
                 ("x", "y"), ("y", "x"),
             ):  # fmt: skip
                 await connection.execute(ROTATED_AT_0005, {"key": key, "to": successor})
@@ -309,14 +310,17 @@ SELECT gen_random_uuid(), id, cast(:status AS token_refresh_status), 'manual', 1
 FROM tiger_accounts WHERE account_number = cast(:number AS text)
 """)
 REFRESHES = text("""
-SELECT account_number, t.status::text, worker, lease_expires_at, retry_count, details
+SELECT account_number, t.status::text, worker,
+    lease_expires_at <= now() AS expired, retry_count, details
 FROM token_statuses t JOIN tiger_accounts a ON a.id = tiger_account_id
 """)
 LEASED = "ck_token_statuses_in_progress_is_leased"
 
 
 @pytest.mark.slow
-async def test_0008_puts_refreshes_back_that_nothing_could_claim(empty_database: Settings) -> None:
+async def test_0008_gives_refreshes_a_lease_that_nothing_could_claim(
+    empty_database: Settings,
+) -> None:
     lease = datetime(2030, 1, 1, tzinfo=UTC)
     stored: dict[str, tuple[str, str | None, datetime | None, str | None]] = {
         "no lease": ("in_progress", "w", None, None),
@@ -343,10 +347,10 @@ async def test_0008_puts_refreshes_back_that_nothing_could_claim(empty_database:
             assert await drift(engine) == []
             after = await rows(engine)
             assert after == {
-                "no lease": ("pending", None, None, 2, {"answer_lost": True}),
-                "no worker": ("pending", None, None, 2, {"a": 1, "answer_lost": True}),
-                "neither": ("pending", None, None, 2, {"answer_lost": True}),
-                "claimed": ("in_progress", "w", lease, 1, None),
+                "no lease": ("in_progress", "w", True, 1, None),
+                "no worker": ("in_progress", "unknown", False, 1, {"a": 1}),
+                "neither": ("in_progress", "unknown", True, 1, None),
+                "claimed": ("in_progress", "w", False, 1, None),
                 "failed": ("failed", None, None, 1, None),
             }
             await downgrade(engine, "0005")

@@ -14,6 +14,7 @@ from tests.support.servers import PRODUCTION, settings_for
 from tiger_db import Database, Settings
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError
+from tiger_db.keys_in_force import API_KEY_PEPPERS, configured
 from tiger_db.peppers import Peppers
 
 FIRST, SECOND = bytes(range(100, 132)), bytes(range(200, 232))
@@ -130,16 +131,16 @@ def test_only_ids_show() -> None:
 
 
 def test_settings_hand_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings().peppers() is None
+    assert configured(Settings(), API_KEY_PEPPERS) is None
     file = tmp_path / "peppers"
     file.write_text(f"{TEXT}\n")
     monkeypatch.setenv("API_KEY_PEPPERS_FILE", str(file))
-    from_file = Settings().peppers()
+    from_file = configured(Settings(), API_KEY_PEPPERS)
     monkeypatch.setenv("API_KEY_PEPPERS", TEXT)
     with pytest.raises(ConfigurationError, match="exclude"):
-        Settings().peppers()
+        configured(Settings(), API_KEY_PEPPERS)
     monkeypatch.delenv("API_KEY_PEPPERS_FILE")
-    from_text = Settings().peppers()
+    from_text = configured(Settings(), API_KEY_PEPPERS)
     assert from_file is not None
     assert from_text is not None
     assert from_file.ids == from_text.ids == ("p2", "p1")

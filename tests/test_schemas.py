@@ -297,6 +297,13 @@ async def test_options_do_not_override_it(clone_settings: Settings) -> None:
 # Two installations in one database
 
 
+async def test_an_installation_in_another_schema_is_named(two: tuple[Database, Database]) -> None:
+    settings = two[0].settings.model_copy(update={"db_schema": "neither"})
+    async with migration_engine(settings) as engine, engine.connect() as connection:
+        state = await schema_state(connection)
+    assert state.problem == "tiger_db is in the schema Two: set DB_SCHEMA=Two"
+
+
 @pytest.mark.slow
 async def test_two_installations_do_not_see_each_other(two: tuple[Database, Database]) -> None:
     one, another = two
@@ -463,3 +470,25 @@ async def test_sessions_that_lost_their_search_path_are_refused(
     )
     assert str(refused.value).startswith(expected)
     assert str(refused.value).endswith('" SET search_path = "one", pg_temp')
+
+
+@pytest.mark.parametrize("watched", [0, 1000])
+async def test_a_search_path_that_a_session_sets_ends_with_its_transaction(
+    settings: Settings, watched: float
+) -> None:
+    """Also if it commits, and for the isolation levels, whose transactions start in other words."""
+    one = {"db_pool_size": 1, "db_max_overflow": 0, "db_slow_query": watched}
+    read = text("SELECT current_setting('search_path'), pg_backend_pid()")
+    seen = []
+    async with Database(settings.model_copy(update=one)) as database:
+        for isolation in (None, "SERIALIZABLE", None):
+            async with database.session(isolation=isolation) as session:
+                seen.append(tuple((await session.execute(read)).one()))
+                await session.execute(text("SET search_path = pg_catalog"))
+        async with database.session(readonly=True) as session:
+            seen.append(tuple((await session.execute(read)).one()))
+        async with database.write_behind.connection() as connection, connection.transaction():
+            await connection.execute("SET search_path = pg_catalog")
+        async with database.write_behind.connection() as connection, connection.transaction():
+            assert await connection.fetchval("SHOW search_path") == settings.search_path
+    assert set(seen) == {(settings.search_path, seen[0][1])}

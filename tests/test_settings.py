@@ -18,6 +18,7 @@ from tests.support.refused_settings import SECRET, refused
 from tiger_db import Database
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError
+from tiger_db.keys_in_force import API_KEY_PEPPERS, AUDIT_SIGNING_KEY, ENCRYPTION_KEYS, configured
 from tiger_db.places import SSLMode
 from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key
@@ -149,9 +150,9 @@ def test_no_value_ever_shows(name: str, text: str, scheme: str) -> None:
     for value in (scheme + text + SECRET, scheme + SECRET + text):
         try:
             chosen = Settings(**{name.lower(): value})
-            chosen.key_ring()
-            chosen.peppers()
-            chosen.signing_key()
+            configured(chosen, ENCRYPTION_KEYS)
+            configured(chosen, API_KEY_PEPPERS)
+            configured(chosen, AUDIT_SIGNING_KEY)
         except ConfigurationError as error:
             message = str(error)
         else:
@@ -225,16 +226,16 @@ def test_production_needs_a_server_of_its_own() -> None:
 def test_nothing_else_is_production(environment: str) -> None:
     chosen = Settings(environment=environment)
     assert not chosen.production
-    assert chosen.key_ring() is None
+    assert configured(chosen, ENCRYPTION_KEYS) is None
 
 
 def test_production_needs_encryption_keys() -> None:
     chosen = Settings(environment="production", db_host="localhost")
-    for use in (chosen.key_ring, lambda: Database(chosen)):
+    for use in (lambda: configured(chosen, ENCRYPTION_KEYS), lambda: Database(chosen)):
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS or ENCRYPTION_KEYS_FILE"):
             use()
     with_keys = chosen.model_copy(update={"encryption_keys": SecretStr(generate_key("k7"))})
-    assert str(with_keys.key_ring()) == "KeyRing(k7)"
+    assert str(configured(with_keys, ENCRYPTION_KEYS)) == "KeyRing(k7)"
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,9 @@ def test_on_this_machine_a_server_need_not_prove_who_it_is(host: str, mode: str 
 def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"\n{generate_key('k1')},{generate_key('k2')}\r\n")
-    assert str(Settings(encryption_keys_file=path).key_ring()) == "KeyRing(k1, k2)"
+    assert (
+        str(configured(Settings(encryption_keys_file=path), ENCRYPTION_KEYS)) == "KeyRing(k1, k2)"
+    )
 
 
 def test_a_file_of_keys_is_read_to_its_end(tmp_path: Path) -> None:
@@ -340,7 +343,7 @@ def test_a_file_of_keys_is_read_to_its_end(tmp_path: Path) -> None:
     keys = [generate_key(f"k{number}") for number in range(25_000)]
     path.write_text(",".join(keys))
     assert path.stat().st_size > 1_000_000
-    ring = Settings(encryption_keys_file=path).key_ring()
+    ring = configured(Settings(encryption_keys_file=path), ENCRYPTION_KEYS)
     assert ring is not None
     assert len(ring.key_ids) == len(keys)
 
@@ -349,12 +352,15 @@ def test_a_signing_key_is_read_from_either_and_needed_by_none(tmp_path: Path) ->
     text = generate_signing_key()
     path = tmp_path / "key"
     path.write_text(f"{text}\n")
-    of_file = Settings(audit_signing_key_file=path).signing_key()
-    of_text = Settings(audit_signing_key=text).signing_key()
+    of_file = configured(Settings(audit_signing_key_file=path), AUDIT_SIGNING_KEY)
+    of_text = configured(Settings(audit_signing_key=text), AUDIT_SIGNING_KEY)
     assert of_file is not None
     assert of_text is not None
     assert of_file.private_bytes_raw() == of_text.private_bytes_raw() == b64decode(text)
-    assert Settings(environment="production", db_host="localhost").signing_key() is None
+    assert (
+        configured(Settings(environment="production", db_host="localhost"), AUDIT_SIGNING_KEY)
+        is None
+    )
 
 
 @pytest.mark.parametrize("text", ["", SECRET, "AAAA", b64encode(bytes(33)).decode()])
@@ -362,11 +368,11 @@ def test_what_is_no_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "key"
     path.write_text(text)
     with pytest.raises(ConfigurationError) as caught:
-        Settings(audit_signing_key_file=path).signing_key()
+        configured(Settings(audit_signing_key_file=path), AUDIT_SIGNING_KEY)
     assert str(caught.value) == "AUDIT_SIGNING_KEY_FILE: must be base64 of 32 bytes"
     if text:
         with pytest.raises(ConfigurationError) as caught:
-            Settings(audit_signing_key=text).signing_key()
+            configured(Settings(audit_signing_key=text), AUDIT_SIGNING_KEY)
         assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
 
 
@@ -386,16 +392,18 @@ def test_a_file_that_holds_no_keys_is_an_error(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigurationError) as caught:
-        Settings(encryption_keys_file=path).key_ring()
+        configured(Settings(encryption_keys_file=path), ENCRYPTION_KEYS)
     assert str(caught.value).startswith(reason)
     assert SECRET not in str(caught.value)
 
 
 def test_a_folder_is_no_file_of_keys(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read: Is a directory"):
-        Settings(encryption_keys_file=tmp_path).key_ring()
+        configured(Settings(encryption_keys_file=tmp_path), ENCRYPTION_KEYS)
 
 
 def test_keys_are_given_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="exclude each other"):
-        Settings(encryption_keys=generate_key(), encryption_keys_file=tmp_path).key_ring()
+        configured(
+            Settings(encryption_keys=generate_key(), encryption_keys_file=tmp_path), ENCRYPTION_KEYS
+        )

@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support import factories
+from tests.support.contexts import changed_context
 from tests.support.factories import new_account, plain
 from tests.support.tiger_tokens import MONTH, NOW, SOON, tiger_token
 from tiger_db import Database, TigerAccount, TokenStatus
@@ -267,7 +267,7 @@ async def test_the_same_token_again_is_fine(session: AsyncSession, replace: str)
 async def test_a_token_that_nobody_can_read_is_replaced(clone: Database, replace: str) -> None:
     async with clone.session() as session:
         account = await factories.account(session, access_token=tiger_token(SOON, MONTH / 2))
-    info: Any = {"key_provider": KeyRing.parse(generate_key("other"))}
+    info = changed_context(clone.info, key_provider=KeyRing.parse(generate_key("other")))
     token = tiger_token()
     async with clone.sessions(info=info) as session:
         await REPLACE[replace](session, account.id, token)

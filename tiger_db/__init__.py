@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tiger_db import health as health
     from tiger_db import key_rotation as key_rotation
     from tiger_db import key_uses as key_uses
+    from tiger_db import keys_in_force as keys_in_force
     from tiger_db import migrations as migrations
     from tiger_db import models as models
     from tiger_db import peppers as peppers
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tiger_db import write_behind as write_behind
     from tiger_db.crud import Page
     from tiger_db.database import Database, get_session
+    from tiger_db.key_verifier import KeyVerifier
     from tiger_db.models import (
         AccountStatus,
         AccountType,
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
     from tiger_db.refresh_worker import RefreshWorker
     from tiger_db.settings import Settings
     from tiger_db.tokens import NewToken
-    from tiger_db.verifier import KeyVerifier
 
 __all__ = [
     "APIKey",
@@ -81,13 +82,13 @@ __all__ = [
 
 _MODULES = {
     "audit", "crud", "database", "doctor", "embedded", "encryption", "errors", "health",
-    "key_rotation", "key_uses", "migrations", "models", "peppers", "redaction", "refresh_worker",
-    "settings", "signing", "statements", "tiger", "verifier", "write_behind",
+    "key_rotation", "key_uses", "key_verifier", "keys_in_force", "migrations", "models", "peppers",
+    "redaction", "refresh_worker", "settings", "signing", "statements", "tiger", "write_behind",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {
     "Database": "database",
-    "KeyVerifier": "verifier",
+    "KeyVerifier": "key_verifier",
     "NewToken": "tokens",
     "Page": "crud",
     "RefreshWorker": "refresh_worker",

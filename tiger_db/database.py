@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -21,20 +22,26 @@ from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db import tls
-from tiger_db.encryption import KeyProvider, KeyRing, generate_key
+from tiger_db.crud.common import SessionContext
+from tiger_db.encryption import KeyProvider
 from tiger_db.errors import (
-    ConfigurationError,
     Conflict,
     DatabaseUnavailable,
     InvalidState,
     OutcomeUnknown,
     QueryTimeout,
 )
+from tiger_db.keys_in_force import (
+    API_KEY_PEPPERS,
+    AUDIT_SIGNING_KEY,
+    ENCRYPTION_KEYS,
+    configured,
+    in_force,
+)
 from tiger_db.migrations import SCHEMA_OPTION, schema_state
-from tiger_db.peppers import Peppers
+from tiger_db.models.base import CONTEXT
 from tiger_db.places import Address
 from tiger_db.settings import ConnectArgs, Settings
-from tiger_db.signing import generate_signing_key, parse_signing_key
 from tiger_db.sqlstates import LOST, READ_ONLY, error_type
 from tiger_db.standbys import Standbys
 from tiger_db.statements import connection_class, watch
@@ -197,45 +204,6 @@ async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
         await engine.dispose()
 
 
-def kept_key_ring(settings: Settings) -> KeyRing:
-    """The encryption keys that the embedded server keeps beside its data, made if missing.
-
-    Raises:
-        ConfigurationError: the file was damaged; it says which.
-    """
-    return _kept(settings, "encryption_keys", generate_key, KeyRing.parse)
-
-
-def kept_peppers(settings: Settings) -> Peppers:
-    """The peppers that the embedded server keeps beside its data, made if missing.
-
-    Raises:
-        ConfigurationError: the file was damaged; it says which.
-    """
-    return _kept(settings, "api_key_peppers", generate_key, Peppers.parse)
-
-
-def kept_signing_key(settings: Settings) -> Ed25519PrivateKey:
-    """The audit trail's key that the embedded server keeps beside its data, made if missing.
-
-    Raises:
-        ConfigurationError: the file was damaged; it says which.
-    """
-    return _kept(settings, "audit_signing_key", generate_signing_key, parse_signing_key)
-
-
-def _kept(
-    settings: Settings, name: str, generate: Callable[[], str], parse: Callable[[str], T]
-) -> T:
-    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
-
-    try:
-        return parse(embedded.kept_secret(settings, name, generate))
-    except ConfigurationError as error:
-        path = embedded.folder(settings) / name
-        raise ConfigurationError(f"{path}: {error}: restore it") from None
-
-
 class AsyncSession(SQLModelSession):
     """SQLModel's session, with SQLAlchemy's `execute`, which SQLModel's warns of at run time."""
 
@@ -296,14 +264,14 @@ class Database:
             [_engine(self.settings, replica=replica, **pool) for replica in self.settings.replicas],
             self.write_behind,
         )
-        # What CRUD functions find in session.info.
-        self.info: dict[str, object] = {
-            "key_provider": key_provider or self.settings.key_ring(),
-            "peppers": self.settings.peppers(),
-            "key_environment": "live" if self.settings.production else "test",
-            "allow_unpeppered_until": self.settings.api_keys_allow_unpeppered_until,
-            "write_behind": self.write_behind,
-        }
+        context = SessionContext(
+            key_provider=key_provider or configured(self.settings, ENCRYPTION_KEYS),
+            peppers=configured(self.settings, API_KEY_PEPPERS),
+            key_environment="live" if self.settings.production else "test",
+            allow_unpeppered_until=self.settings.api_keys_allow_unpeppered_until,
+            write_behind=self.write_behind,
+        )
+        self.info = {CONTEXT: context}  # of every session
         self.sessions = async_sessionmaker(
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
         )
@@ -336,24 +304,22 @@ class Database:
         """
         if self._checked:
             return
-        if self.info["key_provider"] is None and self.settings.embedded:
-            self.info["key_provider"] = await asyncio.to_thread(kept_key_ring, self.settings)
-        if self.info["peppers"] is None and self.settings.embedded:
-            self.info["peppers"] = await asyncio.to_thread(kept_peppers, self.settings)
+        if self.settings.embedded:
+            provider, peppers = self.info[CONTEXT].key_provider, self.info[CONTEXT].peppers
+            provider = provider or await asyncio.to_thread(in_force, self.settings, ENCRYPTION_KEYS)
+            peppers = peppers or await asyncio.to_thread(in_force, self.settings, API_KEY_PEPPERS)
+            self.info[CONTEXT] = replace(self.info[CONTEXT], key_provider=provider, peppers=peppers)
         async with self.engine.connect() as connection:
             (await schema_state(connection)).check()
         self._checked = True
 
     async def signing_key(self) -> Ed25519PrivateKey | None:
-        """The key that signs the seals of the audit trail; None: there is none.
+        """Return the key that signs the seals of the audit trail, or None if there is none.
 
         Raises:
             ConfigurationError: `AUDIT_SIGNING_KEY` is malformed or unreadable.
         """
-        key = self.settings.signing_key()
-        if key is None and self.settings.embedded:
-            key = await asyncio.to_thread(kept_signing_key, self.settings)
-        return key
+        return await asyncio.to_thread(in_force, self.settings, AUDIT_SIGNING_KEY)
 
     @asynccontextmanager
     async def session(
@@ -385,7 +351,8 @@ class Database:
 
         def on(engine: AsyncEngine) -> AsyncSession:
             bind = engine.execution_options(**options) if options else engine
-            return self.sessions(bind=bind, info={"readonly": readonly})
+            info = {CONTEXT: replace(self.info[CONTEXT], readonly=True)} if readonly else {}
+            return self.sessions(bind=bind, info=info)
 
         try:
             await self.check()

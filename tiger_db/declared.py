@@ -1,6 +1,7 @@
 """The triggers and functions that the migrations make, and how a database differs from them.
 
-The declaration is data, in the form in which PostgreSQL prints it. A change of a trigger or a
+The declaration is data, in the form in which PostgreSQL prints it when its search path has
+pg_catalog only; {schema} stands for the name of the schema. A change of a trigger or a
 function by a migration changes the data here too; migrations keep SQL of their own and import none
 of this. Whoever owns the tables can switch all of it off, also by accident (`pg_restore
 --disable-triggers` that was interrupted, `ALTER TABLE ... DISABLE TRIGGER`): nothing that the
@@ -28,13 +29,17 @@ class Trigger:
     enabled: str = "O"  # A: also for what replication and a restore write (ENABLE ALWAYS)
     partitions: bool = False  # whether each partition has it too
 
-    def on(self, table: str) -> str:
-        """Return the definition on the table or on one of its partitions."""
-        return f"CREATE TRIGGER {self.name} {self.events} ON {table} {self.action}"
+    def on(self, table: str, schema: str | None = None) -> str:
+        """Return the definition on the table or on one of its partitions.
+
+        The names in it are qualified by the schema, unless it is None.
+        """
+        action = self.action.replace("{schema}.", f"{schema}." if schema else "")
+        return f"CREATE TRIGGER {self.name} {self.events} ON {table} {action}"
 
 
-_NOTIFY_KEYS = "EXECUTE FUNCTION notify_api_key_change()"
-_REFUSE = "EXECUTE FUNCTION refuse_audit_change()"
+_NOTIFY_KEYS = "EXECUTE FUNCTION {schema}.notify_api_key_change()"
+_REFUSE = "EXECUTE FUNCTION {schema}.refuse_audit_change()"
 _NO_USE = "'{usage_count,last_used_at,updated_at}'::text[]"  # what every use of a key writes
 _TRIGGERS = (
     Trigger(
@@ -75,14 +80,15 @@ _TRIGGERS = (
         "end_auto_suspension",
         "BEFORE UPDATE OF status",
         "FOR EACH ROW WHEN (new.auto_suspended AND (old.auto_suspended"
-        " OR new.status <> 'suspended'::account_status)) EXECUTE FUNCTION end_auto_suspension()",
+        " OR new.status <> 'suspended'::{schema}.account_status))"
+        " EXECUTE FUNCTION {schema}.end_auto_suspension()",
     ),
     Trigger(
         "token_statuses",
         "notify_refresh",
         "AFTER INSERT OR UPDATE OF status",
-        "FOR EACH ROW WHEN (new.status = 'pending'::token_refresh_status)"
-        " EXECUTE FUNCTION notify_refresh()",
+        "FOR EACH ROW WHEN (new.status = 'pending'::{schema}.token_refresh_status)"
+        " EXECUTE FUNCTION {schema}.notify_refresh()",
     ),
     Trigger(
         "audit_logs",
@@ -102,7 +108,7 @@ _TRIGGERS = (
         "audit_logs",
         "notify_insert",
         "AFTER INSERT",
-        "FOR EACH STATEMENT EXECUTE FUNCTION notify_audit_event()",
+        "FOR EACH STATEMENT EXECUTE FUNCTION {schema}.notify_audit_event()",
     ),
     Trigger(
         "audit_seals",
@@ -111,7 +117,7 @@ _TRIGGERS = (
         f"FOR EACH STATEMENT {_REFUSE}",
     ),
 )
-# By signature, the rest as `pg_get_functiondef` prints it; {schema} is the schema's name.
+# By signature, the rest as `pg_get_functiondef` prints it; here {schema} is a literal.
 FUNCTIONS = {
     "end_auto_suspension()": """ RETURNS trigger
  LANGUAGE plpgsql
@@ -137,7 +143,7 @@ DECLARE
     month timestamp;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtext(
-        concat('make_audit_months', nullif(current_schema(), 'public'))));
+        pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))));
     missing := ARRAY(SELECT m
         FROM generate_series(this_month, this_month + make_interval(months => ahead), '1 month')
         AS m WHERE to_regclass('audit_logs_' || to_char(m, 'YYYY_MM')) IS NULL);
@@ -191,15 +197,15 @@ $function$
  SET search_path TO {schema}, 'pg_temp'
 AS $function$
 DECLARE
-    channel CONSTANT text := concat('tiger_db_api_keys', '_' || left(encode(sha256(convert_to(
-        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+    channel CONSTANT text := pg_catalog.concat('tiger_db_api_keys', '_' ||
+        left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
         PERFORM pg_notify(channel, 'all');
     ELSIF TG_TABLE_NAME = 'api_keys' THEN
-        PERFORM pg_notify(channel, 'key ' || OLD.id);
+        PERFORM pg_notify(channel, pg_catalog.concat('key ', OLD.id));
     ELSE
-        PERFORM pg_notify(channel, 'account ' || OLD.id);
+        PERFORM pg_notify(channel, pg_catalog.concat('account ', OLD.id));
     END IF;
     RETURN NULL;
 END
@@ -210,8 +216,8 @@ $function$
  SET search_path TO {schema}, 'pg_temp'
 AS $function$
 DECLARE
-    channel CONSTANT text := concat('tiger_db_audit_logs', '_' || left(encode(sha256(convert_to(
-        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+    channel CONSTANT text := pg_catalog.concat('tiger_db_audit_logs', '_' ||
+        left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
     IF pg_try_advisory_xact_lock(hashtext(channel)) THEN
         PERFORM pg_notify(channel, '');
@@ -225,8 +231,8 @@ $function$
  SET search_path TO {schema}, 'pg_temp'
 AS $function$
 DECLARE
-    channel CONSTANT text := concat('tiger_db_refreshes', '_' || left(encode(sha256(convert_to(
-        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+    channel CONSTANT text := pg_catalog.concat('tiger_db_refreshes', '_' ||
+        left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
     PERFORM pg_notify(channel, '');
     RETURN NULL;
@@ -282,7 +288,7 @@ def updated_at_triggers() -> list[Trigger]:
             table.name,
             "set_updated_at",
             "BEFORE UPDATE",
-            "FOR EACH ROW EXECUTE FUNCTION set_updated_at()",
+            "FOR EACH ROW EXECUTE FUNCTION {schema}.set_updated_at()",
         )
         for table in metadata.sorted_tables
         if "updated_at" in table.c
@@ -311,21 +317,24 @@ class Difference:
         return f"{self.seen}: {self.repair}"
 
 
-# What follows is found in the schema of the tables and in pg_catalog only, and what PostgreSQL
-# prints has no schema in it unless it is another one.
-_PIN = text(
-    "SELECT pg_catalog.set_config('search_path', pg_catalog.concat("
-    "pg_catalog.quote_ident(pg_catalog.current_schema()), ', pg_temp'), true),"
-    " pg_catalog.current_schema()"
-)
+_SET_LOCALLY = text("SELECT pg_catalog.set_config(:name, :value, true)")
+_SCHEMA = text("""
+SELECT oid, nspname::text AS name, pg_catalog.quote_ident(nspname) AS quoted
+FROM pg_catalog.pg_namespace WHERE nspname OPERATOR(pg_catalog.=) pg_catalog.current_schema()
+""")
 _TABLES_FOUND = text("""
-SELECT c.oid, c.oid::regclass::text AS name, root.relname::text AS root, c.relkind::text AS kind,
+SELECT c.oid, root.oid AS root_oid, root.relname::text AS root, c.relkind::text AS kind,
+    CASE c.relnamespace WHEN :schema THEN quote_ident(c.relname)
+        ELSE c.oid::regclass::text END AS name, c.oid::regclass::text AS qualified,
     c.relrowsecurity AS secured, c.relforcerowsecurity AS forced,
     ARRAY(SELECT quote_ident(polname) FROM pg_policy WHERE polrelid = c.oid ORDER BY 1) AS policies,
     ARRAY(SELECT quote_ident(rulename) FROM pg_rewrite
-        WHERE ev_class = c.oid AND rulename <> '_RETURN' ORDER BY 1) AS rules
+        WHERE ev_class = c.oid AND rulename <> '_RETURN' ORDER BY 1) AS rules,
+    ARRAY(SELECT i.inhrelid::regclass::text FROM pg_inherits AS i
+        JOIN pg_class AS child ON child.oid = i.inhrelid
+        WHERE i.inhparent = c.oid AND NOT child.relispartition ORDER BY 1) AS children
 FROM pg_class AS root JOIN pg_class AS c ON root.oid = coalesce(pg_partition_root(c.oid), c.oid)
-WHERE root.relnamespace = quote_ident(current_schema())::regnamespace
+WHERE root.relnamespace = :schema
     AND root.relname = ANY (CAST(:tables AS text[])) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
 ORDER BY root.relname, c.oid <> root.oid, c.relname
 """)
@@ -338,9 +347,47 @@ _FUNCTIONS_FOUND = text("""
 SELECT format('%I(%s)', proname, pg_get_function_arguments(oid)) AS signature,
     format('%I(%s)', proname, pg_get_function_identity_arguments(oid)) AS identity,
     pg_get_functiondef(oid) AS definition
-FROM pg_proc WHERE pronamespace = quote_ident(current_schema())::regnamespace
+FROM pg_proc WHERE pronamespace = :schema
     AND proname = ANY (CAST(:names AS text[])) AND prokind <> 'a' ORDER BY 1
 """)
+# Functions and operators that a call by PostgreSQL's name may mean, and casts of the tables' types.
+_CAPTURES_FOUND = text("""
+WITH of_columns AS (
+    SELECT t.oid, t.typelem FROM pg_attribute JOIN pg_type AS t ON t.oid = atttypid
+    WHERE attrelid = ANY (CAST(:oids AS oid[]))
+), types AS (
+    SELECT oid, typarray FROM pg_type
+    WHERE typrelid = ANY (CAST(:oids AS oid[])) OR (typnamespace = :schema
+        AND oid IN (SELECT oid FROM of_columns UNION SELECT typelem FROM of_columns))
+), of_types AS (
+    SELECT oid FROM types UNION SELECT typarray FROM types
+), of_extensions AS (
+    SELECT classid, objid FROM pg_depend WHERE deptype = 'e'
+)
+SELECT format('function %s has the name of one of PostgreSQL''s', oid::regprocedure) AS seen,
+    format('DROP ROUTINE %s', oid::regprocedure) AS repair
+FROM pg_proc WHERE pronamespace = :schema
+    AND proname IN (SELECT proname FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace)
+    AND ('pg_proc'::regclass, oid) NOT IN (SELECT * FROM of_extensions)
+UNION ALL
+SELECT format('operator %s has the name of one of PostgreSQL''s', oid::regoperator),
+    format('DROP OPERATOR %s', oid::regoperator)
+FROM pg_operator WHERE oprnamespace = :schema
+    AND oprname IN (SELECT oprname FROM pg_operator WHERE oprnamespace = 'pg_catalog'::regnamespace)
+    AND ('pg_operator'::regclass, oid) NOT IN (SELECT * FROM of_extensions)
+UNION ALL
+SELECT format('the cast from %s to %s is not one of tiger_db''s', source, target),
+    format('DROP CAST (%s AS %s)', source, target)
+FROM (SELECT castsource::regtype AS source, casttarget::regtype AS target FROM pg_cast
+    WHERE castsource IN (SELECT oid FROM of_types) OR casttarget IN (SELECT oid FROM of_types)) AS c
+ORDER BY seen
+""")
+_REPLICATION_ROLE = text("""
+SELECT setting, source, quote_ident(session_user) AS role,
+    quote_ident(current_database()) AS database
+FROM pg_settings WHERE name = 'session_replication_role' AND setting <> 'origin'
+""")
+_EVERY_TABLE = tuple(sorted(metadata.tables))
 _KINDS = {
     "r": "a table",
     "p": "a partitioned table",
@@ -359,36 +406,66 @@ _STATES = {
 async def compare(connection: AsyncConnection) -> list[Difference]:
     """Compare triggers, functions, row security, rules and kinds of tables with the declaration.
 
+    Also reported is what makes them act otherwise than declared: functions and operators of the
+    schema that have a name of PostgreSQL's, casts of tiger_db's types, tables that inherit from
+    tiger_db's, and a `session_replication_role` of this session that switches triggers off.
+
     The database must be at this code's revision. The search path of the connection's transaction
-    is set to the current schema.
+    is set to pg_catalog.
     """
-    schema: str = (await connection.execute(_PIN)).one()[1]
-    tables = (await connection.execute(_TABLES_FOUND, {"tables": [*metadata.tables]})).all()
-    oids = [table.oid for table in tables]
-    found = (await connection.execute(_TRIGGERS_FOUND, {"oids": oids})).all()
+    # How names are printed is no matter of the database's settings.
+    await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
+    schema = (await connection.execute(_SCHEMA)).one()
+    # From here on, no function or operator of the schema can take the place of PostgreSQL's, and
+    # PostgreSQL prints names qualified.
+    await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
+    here = {"schema": schema.oid}
+    tables = (await connection.execute(_TABLES_FOUND, here | {"tables": [*metadata.tables]})).all()
+    oids = {"oids": [table.oid for table in tables]}
+    found = (await connection.execute(_TRIGGERS_FOUND, oids)).all()
     names = [signature.partition("(")[0] for signature in FUNCTIONS]
-    functions = (await connection.execute(_FUNCTIONS_FOUND, {"names": names})).all()
+    functions = (await connection.execute(_FUNCTIONS_FOUND, here | {"names": names})).all()
+    captures = (await connection.execute(_CAPTURES_FOUND, here | oids)).all()
     return [
+        *_replication_role((await connection.execute(_REPLICATION_ROLE)).first()),
+        *(Difference(_EVERY_TABLE, row.seen, row.repair) for row in captures),
         *_compare_functions(schema, functions),
         *_compare_tables(tables),
-        *_compare_triggers(tables, found),
+        *_compare_triggers(schema.quoted, tables, found),
     ]
 
 
-def _compare_functions(schema: str, found: Iterable[Row[Any]]) -> Iterator[Difference]:
-    quoted = "'" + schema.replace("'", "''") + "'"
+def _replication_role(row: Row[Any] | None) -> Iterator[Difference]:
+    if row is None:
+        return
+    seen = f"session_replication_role is {row.setting}, so that triggers do not fire"
+    setters = {
+        "user": f"ROLE {row.role}",
+        "database": f"DATABASE {row.database}",
+        "database user": f"ROLE {row.role} IN DATABASE {row.database}",
+        "global": "ROLE ALL",
+    }
+    if row.source in setters:
+        repair = f"ALTER {setters[row.source]} RESET session_replication_role"
+    else:
+        repair = f"remove it where it is set ({row.source})"
+    yield Difference(_EVERY_TABLE, seen, repair)
+
+
+def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[Difference]:
+    literal = "'" + schema.name.replace("'", "''") + "'"
     definitions = {row.signature: row.definition.partition("\n")[2] for row in found}
     for signature, declared in FUNCTIONS.items():
-        definition, expected = definitions.get(signature), declared.replace("{schema}", quoted)
+        definition, expected = definitions.get(signature), declared.replace("{schema}", literal)
         if definition == expected:
             continue
         name = signature.partition("(")[0]
-        tables = sorted({t.table for t in triggers() if f" {name}()" in t.action})
+        tables = sorted({t.table for t in triggers() if f".{name}()" in t.action})
         seen = f"function {name} (of {', '.join(tables or ['audit_logs'])}) "
         yield Difference(
             tuple(tables or ["audit_logs"]),  # the other functions make its partitions
             seen + ("is missing" if definition is None else _changes(expected, definition)),
-            _on_one_line(signature, expected),
+            _on_one_line(f"{schema.quoted}.{signature}", expected),
         )
     for row in found:
         if row.signature not in FUNCTIONS:
@@ -396,7 +473,7 @@ def _compare_functions(schema: str, found: Iterable[Row[Any]]) -> Iterator[Diffe
             yield Difference(
                 ("audit_logs",),
                 f"function {row.identity} has the name of one of tiger_db's",
-                f"DROP FUNCTION {row.identity}",
+                f"DROP FUNCTION {schema.quoted}.{row.identity}",
             )
 
 
@@ -431,7 +508,7 @@ def _compare_tables(found: Iterable[Row[Any]]) -> Iterator[Difference]:
         if table.kind != _kind(table):
             seen = f"{name} is {_KINDS[table.kind]}, not {_KINDS[_kind(table)]}"
             yield Difference(of, seen, "restore it from a backup")
-        alter = f"ALTER TABLE {name}"
+        alter = f"ALTER TABLE {table.qualified}"
         if table.secured:
             seen = f"row security of {name} is enabled"
             yield Difference(of, seen, f"{alter} DISABLE ROW LEVEL SECURITY")
@@ -440,52 +517,58 @@ def _compare_tables(found: Iterable[Row[Any]]) -> Iterator[Difference]:
             yield Difference(of, seen, f"{alter} NO FORCE ROW LEVEL SECURITY")
         for policy in table.policies:
             seen = f"{name} has the policy {policy}"
-            yield Difference(of, seen, f"DROP POLICY {policy} ON {name}")
+            yield Difference(of, seen, f"DROP POLICY {policy} ON {table.qualified}")
         for rule in table.rules:
-            yield Difference(of, f"{name} has the rule {rule}", f"DROP RULE {rule} ON {name}")
+            repair = f"DROP RULE {rule} ON {table.qualified}"
+            yield Difference(of, f"{name} has the rule {rule}", repair)
+        for child in table.children:  # which keeps its rows
+            repair = f"ALTER TABLE {child} NO INHERIT {table.qualified}"
+            yield Difference(of, f"table {child} inherits from {name}", repair)
 
 
 def _kind(table: Row[Any]) -> str:
     partitioned = metadata.tables[table.root].dialect_options["postgresql"]["partition_by"]
-    return "p" if partitioned and table.name == table.root else "r"
+    return "p" if partitioned and table.oid == table.root_oid else "r"
 
 
 def _compare_triggers(
-    tables: Iterable[Row[Any]], found: Iterable[Row[Any]]
+    schema: str, tables: Iterable[Row[Any]], found: Iterable[Row[Any]]
 ) -> Iterator[Difference]:
-    states: dict[tuple[str, str], str | None] = {}
+    states: dict[tuple[int, str], str | None] = {}
     for table in (table for table in tables if table.kind == _kind(table)):
-        on, of = table.name, (table.root,)
+        on, qualified, of = table.name, table.qualified, (table.root,)
+        is_root = table.oid == table.root_oid
         present = {row.name: row for row in found if row.oid == table.oid}
         for trigger in triggers():
-            if trigger.table != table.root or not (trigger.partitions or on == table.root):
+            if trigger.table != table.root or not (trigger.partitions or is_root):
                 continue
             row = present.pop(trigger.name, None)
-            state = states[on, trigger.name] = _state(trigger, on, row)
+            expected = trigger.on(qualified, schema)
+            state = states[table.oid, trigger.name] = _state(trigger, expected, row)
             # Partitions copy row triggers, and follow when that of their parent is repaired.
-            copied = on != table.root and trigger.action.startswith("FOR EACH ROW")
-            if state is None or (copied and states[table.root, trigger.name] == state):
+            copied = not is_root and trigger.action.startswith("FOR EACH ROW")
+            if state is None or (copied and states[table.root_oid, trigger.name] == state):
                 continue
-            enable = f"ALTER TABLE {on} ENABLE {'ALWAYS ' * (trigger.enabled == 'A')}TRIGGER"
+            enable = f"ALTER TABLE {qualified} ENABLE {'ALWAYS ' * (trigger.enabled == 'A')}TRIGGER"
             statements = []
             if state not in _STATES.values():
-                statements.append(trigger.on(on).replace("CREATE", "CREATE OR REPLACE", 1))
+                statements.append(expected.replace("CREATE", "CREATE OR REPLACE", 1))
             if not statements or trigger.enabled == "A":
                 statements.append(f"{enable} {trigger.name}")
             yield Difference(of, f"trigger {trigger.name} on {on} {state}", "; ".join(statements))
         for row in present.values():
             if row.internal and row.enabled != "O":  # a foreign key's
                 seen = f"trigger {row.name} on {on} {_STATES[row.enabled]}"
-                yield Difference(of, seen, f"ALTER TABLE {on} ENABLE TRIGGER {row.name}")
+                yield Difference(of, seen, f"ALTER TABLE {qualified} ENABLE TRIGGER {row.name}")
             elif not (row.internal or row.cloned):
                 seen = f"trigger {row.name} on {on} is not one of tiger_db's"
-                repair = f"unless it is yours, DROP TRIGGER {row.name} ON {on}"
+                repair = f"unless it is yours, DROP TRIGGER {row.name} ON {qualified}"
                 yield Difference(of, seen, repair, unknown=True)
 
 
-def _state(trigger: Trigger, on: str, row: Row[Any] | None) -> str | None:
+def _state(trigger: Trigger, expected: str, row: Row[Any] | None) -> str | None:
     if row is None:
         return "is missing"
-    if row.definition != trigger.on(on):
+    if row.definition != expected:
         return f"is another one: {row.definition}"
     return _STATES[row.enabled] if row.enabled != trigger.enabled else None

@@ -23,6 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiger_db.errors import ConfigurationError, EmbeddedError
+from tiger_db.files import (
+    UNFINISHED,
+    private_opener,
+    remove_unfinished,
+    sync_folder,
+    write_private,
+)
 from tiger_db.local_postgres import postmaster, server_lock
 from tiger_db.local_postgres.folders import (
     known_folder,
@@ -34,13 +41,6 @@ from tiger_db.local_postgres.folders import (
     wanted_folder,
 )
 from tiger_db.local_postgres.postmaster import Postmaster
-from tiger_db.local_postgres.private_files import (
-    UNFINISHED,
-    keep_secret,
-    private_opener,
-    read_secret,
-    sync_folder,
-)
 from tiger_db.local_postgres.programs import (
     PATIENCE_SECONDS,
     User,
@@ -72,7 +72,7 @@ class EmbeddedServer:
                 host=str(self.socket_folder),
                 port=5432,
                 user="tiger_db",
-                password=read_secret(self.folder / "password"),
+                password=_read_secret(self.folder / "password"),
                 database=settings.database,
                 timeout=settings.db_connect_timeout,
                 server_settings=settings.server_settings(),
@@ -104,6 +104,8 @@ def start(settings: Settings) -> EmbeddedServer:
     """
     _refuse_production(settings)
     if server := running(settings):
+        with _explained(server.folder):
+            _complete_record(server.folder)
         return server
     package, version = wheel()
     home = folder(settings)
@@ -159,10 +161,10 @@ def kept_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
     home = folder(settings)
     with _explained(home):
         if os.path.lexists(home / name):
-            return read_secret(home / name)
+            return _read_secret(home / name)
         make_home(home)
         with _locked(home):
-            return keep_secret(home / name, make)
+            return _keep_secret(home, name, make)
 
 
 def _refuse_production(settings: Settings) -> None:
@@ -195,6 +197,33 @@ def _locked(home: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a fork of this process may keep the file open
 
 
+def _keep_secret(home: Path, name: str, make: Callable[[], str]) -> str:
+    """Return the text of a private file, written with `make` if missing, for the lock's holder."""
+    path = home / name
+    if not os.path.lexists(path):
+        remove_unfinished(home)
+        write_private(home, {name: make()}, overwrite=False)
+    return _read_secret(path)
+
+
+def _read_secret(path: Path) -> str:
+    """Return the text of a private file.
+
+    Raises:
+        EmbeddedError: the file belongs to another user, others can read or write it, or it is not
+            UTF-8 text.
+        OSError: the file cannot be read.
+    """
+    with open(path, encoding="utf-8", opener=private_opener) as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise EmbeddedError(f"{path} must be yours and have mode 0600")
+        try:
+            return file.read()
+        except UnicodeDecodeError:
+            raise EmbeddedError(f"{path} is damaged: it is not text") from None
+
+
 def _start(home: Path, package: Path, version: str) -> Postmaster:
     """For the holder of the lock."""
     data, user = home / "data", server_user(home)
@@ -203,8 +232,7 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
     with server_lock.opened(home) as lock:
         if found := postmaster.settled(home, lock):
             return found
-        for leftover in home.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_unfinished(home)
         programs = installed_programs(package, user) or copied_programs(
             make_programs_folder(home), package, version
         )
@@ -215,9 +243,15 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
             raise EmbeddedError(f"another server listens in {socket_folder}: stop that one")
         postmaster.drop_stale_locks(home, socket_folder, lock)
         server_lock.record_start(lock)
-        found = _launch(home, programs, user, socket_folder, lock)
-        server_lock.record_server(lock, found.identity)
-        return found
+        return _launch(home, programs, user, socket_folder, lock)
+
+
+def _complete_record(home: Path) -> None:
+    """Record the server that runs if its starter was killed before it could."""
+    with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
+        if server_lock.lacks_server(file.fileno()):
+            with _locked(home), server_lock.opened(home) as lock:
+                postmaster.record_server(home, lock)
 
 
 def _check_data(home: Path, version: str) -> None:
@@ -237,7 +271,7 @@ def _check_data(home: Path, version: str) -> None:
 
 def _make_data(home: Path, programs: Path, user: User) -> None:
     """Made elsewhere and renamed, so that a killed initdb leaves nothing that looks like data."""
-    password = keep_secret(home / "password", lambda: secrets.token_urlsafe(32))
+    password = _keep_secret(home, "password", lambda: secrets.token_urlsafe(32))
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=home))
     reading, writing = os.pipe()
     os.write(writing, password.encode())
@@ -279,7 +313,10 @@ def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: i
         programs / "pg_ctl", "start", "--silent", "--wait", "--timeout", str(PATIENCE_SECONDS),
         "--pgdata=data", "--log=log", "--options", shlex.join(options),
         home=home, user=user, inherited=(lock,),
+        meanwhile=lambda: postmaster.record_server(home, lock),
     )  # fmt: skip
+    # The server may be ready within those 20 ms, and its open files may not be ours to see.
+    postmaster.record_server(home, lock, started=started.returncode == 0)
     if found := postmaster.accepting(home):
         return found
     why = reason(log.read_bytes()[past:].decode(errors="replace") or started.stderr)

@@ -1,18 +1,23 @@
-"""Output files: written whole or not at all, and never in place of a device or a pipe."""
+"""Private, atomic files: mode 0600, and written completely or not at all.
+
+Devices and pipes are written to, never replaced.
+"""
 
 import errno
 import os
 import re
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from tiger_db.errors import AlreadyExists, InvalidValue
-from tiger_db.local_postgres.private_files import UNFINISHED, sync_folder
 
+# Prefix of the name of every file and folder that is renamed when it is complete.
+UNFINISHED = ".tiger_db-unfinished-"
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)  # /dev/stdout is a link to one
 _MOST_LINKS = 40  # as Linux follows
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -22,18 +27,18 @@ _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def output_files(
     *paths: Path, overwrite: bool, without: Path | None = None
 ) -> Iterator[list[IO[str]]]:
-    """Open files for writing UTF-8 text; in the end all of them are there, or no new one is.
+    """Open files for writing UTF-8 text. On success all of them exist, on failure no new one does.
 
-    Symbolic links are followed. A file appears when it is complete, for its owner alone (0600), and
-    so does one that replaces another, which needs `overwrite`. A pipe or a device is written into,
-    as by a shell's redirection: a pipe is waited for until it has a reader. `without` is a file or
-    link that goes when the others are there.
+    Symbolic links are followed. A file gets its name when it is complete. Its mode is 0600, also if
+    it replaces another file, which needs `overwrite`. Pipes and devices are written to, as by a
+    shell's redirection; opening a pipe blocks until the pipe has a reader. The file or link
+    `without` is removed when the others exist.
 
     Raises:
-        AlreadyExists: a file, folder or block device is there and `overwrite` is false, or a link
-            whose target is missing; names the path.
-        InvalidValue: a socket is there.
-        OSError: a file cannot be written; names the path.
+        AlreadyExists: the path is a file, folder or block device and `overwrite` is false, or a
+            link whose target is missing. The message names the path.
+        InvalidValue: the path is a socket.
+        OSError: a file cannot be written. The message names the path.
     """
     with ExitStack() as cleanup, ExitStack() as undo:
         outputs = [_open(path, cleanup, overwrite=overwrite) for path in paths]
@@ -53,8 +58,65 @@ def output_files(
         undo.pop_all()
 
 
+def write_private(
+    folder: Path, texts: Mapping[str, str], *, overwrite: bool, without: str | None = None
+) -> list[Path]:
+    """Write texts to files of these names in a folder with `output_files`, and return their paths.
+
+    With `overwrite`, the file `without` is removed.
+
+    Raises:
+        AlreadyExists, InvalidValue, OSError: see `output_files`.
+    """
+    paths = [folder / name for name in texts]
+    stale = folder / without if overwrite and without is not None else None
+    with output_files(*paths, overwrite=overwrite, without=stale) as files:
+        for file, text in zip(files, texts.values(), strict=True):
+            file.write(text)
+    return paths
+
+
+def make_private_folder(folder: Path) -> None:
+    """Create a folder and its missing parents with mode 0700."""
+    if not folder.is_dir():
+        make_private_folder(folder.parent)
+        folder.mkdir(mode=0o700)
+
+
+def is_private_folder(path: Path, uid: int) -> bool:
+    """Return whether the path is a folder, not a link, that only this user can enter."""
+    with suppress(OSError):
+        status = path.lstat()
+        kind_and_mode = status.st_mode & ~stat.S_ISGID  # folders inherit this bit
+        return (kind_and_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
+    return False
+
+
+def private_opener(path: str, flags: int) -> int:
+    """Open a file for `open(opener=...)`: no symbolic links, mode 0600."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files and folders that killed processes left unfinished in a folder."""
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the renames in a folder survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
-    """Return the status of what is there to be written into; None: a file is to be made.
+    """Return the status of the file, pipe or device at the path, or None if there is none.
 
     Raises:
         AlreadyExists, InvalidValue, OSError: see `output_files`.
@@ -73,12 +135,12 @@ def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
 
 
 def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], Path | None, Path]:
-    """Open one output. Returns the file, its temporary path or None, and its final path."""
+    """Open one output. Return the file, its temporary path or None, and its final path."""
     descriptor, unfinished, target = _descriptor(path), None, _followed(path)
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # Only one that the caller's shell has opened: others are connections of this process.
+            # Only a descriptor that the parent process passed on: others belong to this process.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
             descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)  # mode 0600
@@ -101,7 +163,7 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
 def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) -> None:
     """Give a complete file its name."""
     try:
-        target.hardlink_to(unfinished)  # which, unlike a rename, never replaces anything
+        target.hardlink_to(unfinished)  # unlike a rename, it never replaces a file
         undo.callback(target.unlink)
     except OSError as error:
         if error.errno not in {errno.EEXIST, *_NO_HARD_LINKS}:
@@ -112,7 +174,7 @@ def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) ->
 
 
 def _followed(path: Path) -> Path:
-    """Return where links lead, at most to a descriptor of this process."""
+    """Resolve symbolic links, except those of the descriptors of this process."""
     for _ in range(_MOST_LINKS):
         if _DESCRIPTOR.fullmatch(str(path)) or not path.is_symlink():
             break

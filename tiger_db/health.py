@@ -1,7 +1,6 @@
 """Whether the database is as it should be, and what to do where it is not."""
 
 import asyncio
-import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -20,12 +19,12 @@ from tiger_db.database import (
     AsyncSession,
     connect,
     connect_directly,
-    kept_key_ring,
     migration_engine,
 )
 from tiger_db.declared import compare
-from tiger_db.encryption import KeyRing
+from tiger_db.encryption import KeyRing, SealedSecret, decrypt
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
+from tiger_db.keys_in_force import API_KEY_PEPPERS, ENCRYPTION_KEYS, configured, in_force
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
 from tiger_db.models import TigerAccount, metadata
 from tiger_db.settings import Settings
@@ -129,7 +128,11 @@ async def _alone(settings: Settings) -> tuple[Health, KeyRing | None]:
     except TigerDBError as error:
         report.problems.append(explain(error) or str(error))
     try:
-        _check_peppers(settings)
+        if configured(settings, API_KEY_PEPPERS) is None and not settings.embedded:
+            report.problems.append(
+                "API_KEY_PEPPERS is not set, so API keys cannot be made or checked: run"
+                " `tiger-db init`"
+            )
     except TigerDBError as error:
         report.problems.append(explain(error) or str(error))
     return replace(report, live=not report.problems), ring
@@ -199,25 +202,18 @@ def _embedded(report: Health, settings: Settings) -> Health:
 
 
 def key_ring(settings: Settings) -> KeyRing:
-    """The keys that are there; none is made."""
-    if ring := settings.key_ring():
+    """Return the encryption keys in force; generate none.
+
+    Raises:
+        ConfigurationError: there are none, or they are malformed or unreadable.
+    """
+    if ring := in_force(settings, ENCRYPTION_KEYS, generate=False):
         return ring
-    if not settings.embedded:
-        raise ConfigurationError(
-            "ENCRYPTION_KEYS is not set, so accounts cannot be stored: run `tiger-db init`"
-        )
-    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
-
-    if not os.path.lexists(embedded.folder(settings) / "encryption_keys"):
-        raise ConfigurationError("there is no encryption key yet: run `tiger-db init`")
-    return kept_key_ring(settings)
-
-
-def _check_peppers(settings: Settings) -> None:
-    if settings.peppers() is None and not settings.embedded:
-        raise ConfigurationError(
-            "API_KEY_PEPPERS is not set, so API keys cannot be made or checked: run `tiger-db init`"
-        )
+    raise ConfigurationError(
+        "there is no encryption key yet: run `tiger-db init`"
+        if settings.embedded
+        else "ENCRYPTION_KEYS is not set, so accounts cannot be stored: run `tiger-db init`"
+    )
 
 
 def _unverified(settings: Settings) -> list[str]:
@@ -361,14 +357,16 @@ async def _strays(connection: AsyncConnection) -> list[str]:
 
 
 async def _unreadable(connection: AsyncConnection, ring: KeyRing) -> list[str]:
-    """Whether the keys are those that the newest account was stored with."""
-    async with AsyncSession(connection, info={"key_provider": ring}) as session:
+    """Return a problem if the keys do not decrypt the newest account."""
+    async with AsyncSession(connection) as session:
         account = await session.scalar(
             select(TigerAccount).order_by(col(TigerAccount.id).desc()).limit(1)
         )
     if account is not None:
+        secret = account.tiger_id
+        assert isinstance(secret, SealedSecret)  # as it was loaded
         try:
-            account.tiger_id.get_secret_value()
+            decrypt(ring, secret.ciphertext, secret.place, secret.owner)
         except EncryptionError as error:
             return [f"stored secrets cannot be read: {error}: set ENCRYPTION_KEYS as it was"]
     return []

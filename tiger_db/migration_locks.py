@@ -25,7 +25,7 @@ def lock_key(number: int) -> str:
     """
     return (
         f"CASE coalesce(current_schema(), 'public') WHEN 'public' THEN {number}"
-        f" ELSE hashtextextended(current_schema(), {number}) END"
+        f" ELSE pg_catalog.hashtextextended(current_schema(), {number}) END"
     )
 
 

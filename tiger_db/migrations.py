@@ -4,7 +4,7 @@ import asyncio
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -35,6 +35,13 @@ SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path
 """
 
 
+# The application may have an Alembic of its own.
+_ELSEWHERE = text("""
+SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
+    WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
+""")
+
+
 @dataclass(frozen=True, slots=True)
 class SchemaState:
     """The revision the database is at, and the one this code needs."""
@@ -42,10 +49,13 @@ class SchemaState:
     current: str | None
     head: str
     known: bool  # whether this code knows the current revision
+    elsewhere: str | None = field(default=None, kw_only=True)  # a schema that has an installation
 
     @property
     def problem(self) -> str | None:
         """What is wrong and what to do about it, or None."""
+        if self.current is None and self.elsewhere is not None:
+            return f"tiger_db is in the schema {self.elsewhere}: set DB_SCHEMA={self.elsewhere}"
         if self.current is None:
             return "the database has no tiger_db schema: run `tiger-db init`"
         if not self.known:
@@ -146,7 +156,8 @@ async def schema_state(connection: AsyncConnection) -> SchemaState:
     current = await connection.run_sync(_current)
     revisions = {script.revision for script in directory.walk_revisions()}
     known = bool(current) and revisions.issuperset(current)
-    return SchemaState(current=", ".join(current) or None, head=head, known=known)
+    elsewhere = None if current else await connection.scalar(_ELSEWHERE)
+    return SchemaState(", ".join(current) or None, head, known, elsewhere=elsewhere)
 
 
 def _head(directory: ScriptDirectory) -> str:

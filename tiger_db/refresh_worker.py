@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-import asyncpg
 from sqlalchemy.exc import DBAPIError
 
 from tiger_db import crud
 from tiger_db.crud.common import get_or_raise, storable
-from tiger_db.database import AsyncSession, Database, connect_directly
+from tiger_db.database import AsyncSession, Database
 from tiger_db.errors import (
     AnswerLost,
     CredentialsRefused,
@@ -32,8 +31,9 @@ from tiger_db.errors import (
     StaleToken,
     TigerDBError,
 )
+from tiger_db.listener import listen
 from tiger_db.models import Entity, TigerAccount, TokenRefreshStatus, TokenStatus
-from tiger_db.sqlstates import LOST, is_transient
+from tiger_db.sqlstates import is_transient
 from tiger_db.tokens import NewToken
 
 T = TypeVar("T")
@@ -140,7 +140,10 @@ class RefreshWorker:
             working.result()
 
     async def _work(self, *, once: bool) -> None:
-        listener = None if once else asyncio.create_task(self._listen())
+        listener = None
+        if not once:
+            hearing = listen(self.database.settings, CHANNEL, lambda _: self._news.set())
+            listener = asyncio.create_task(hearing)
         pause = _PAUSE
         try:
             while not self._stopping.is_set():
@@ -489,23 +492,6 @@ class RefreshWorker:
             return asked[0] + _MINUTE - now
         asked.append(now)
         return 0.0
-
-    async def _listen(self) -> None:
-        """Wake up when PostgreSQL tells that something is due, however often the line breaks."""
-        while True:
-            with suppress(*LOST, TigerDBError, TimeoutError, asyncpg.PostgresError):
-                connection = await connect_directly(self.database.settings)
-                try:
-                    gone = asyncio.Event()
-                    connection.add_termination_listener(lambda _, gone=gone: gone.set())
-                    await connection.add_listener(
-                        self.database.settings.channel(CHANNEL), lambda *_: self._news.set()
-                    )
-                    self._news.set()  # for what came before
-                    await gone.wait()
-                finally:
-                    connection.terminate()
-            await asyncio.sleep(_PAUSE)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

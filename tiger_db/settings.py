@@ -3,14 +3,12 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -21,9 +19,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tiger_db.encryption import KeyRing
 from tiger_db.errors import ConfigurationError
-from tiger_db.peppers import Peppers
 from tiger_db.places import (
     DEFAULT_PORT,
     Address,
@@ -33,12 +29,9 @@ from tiger_db.places import (
     parse_hosts,
     parse_url,
 )
-from tiger_db.signing import parse_signing_key
 
 if TYPE_CHECKING:
     import asyncpg
-
-T = TypeVar("T")
 
 
 class ConnectArgs(TypedDict, total=False):
@@ -405,45 +398,6 @@ class Settings(BaseSettings):
             "search_path": self.search_path,
         }
 
-    def key_ring(self) -> KeyRing | None:
-        """The encryption keys, or None where none is set.
-
-        Raises:
-            ConfigurationError: malformed, unreadable, or missing in production.
-        """
-        return self._keys("encryption_keys", KeyRing.parse)
-
-    def peppers(self) -> Peppers | None:
-        """The peppers of API keys, or None where none is set.
-
-        Raises:
-            ConfigurationError: malformed, unreadable, or missing in production.
-        """
-        return self._keys("api_key_peppers", Peppers.parse)
-
-    def signing_key(self) -> Ed25519PrivateKey | None:
-        """The key that signs the seals of the audit trail, or None where none is set.
-
-        Raises:
-            ConfigurationError: malformed or unreadable. Only who seals needs one.
-        """
-        return self._keys("audit_signing_key", parse_signing_key, required=False)
-
-    def _keys(self, field: str, parse: Callable[[str], T], *, required: bool = True) -> T | None:
-        name = field.upper()
-        text = secret_text(name, getattr(self, field), getattr(self, f"{field}_file"))
-        if text is None:
-            if self.production and required:
-                raise ConfigurationError(
-                    f"{name} or {name}_FILE is required when ENVIRONMENT=production"
-                )
-            return None
-        try:
-            return parse(text)
-        except ConfigurationError as error:
-            given = name if getattr(self, field) is not None else f"{name}_FILE"
-            raise ConfigurationError(f"{given}: {error}") from None
-
 
 def quote_identifier(name: str) -> str:
     """A name as SQL has it between double quotes."""
@@ -457,21 +411,6 @@ def search_path(schema: str) -> str:
     even before that, so the path names it last.
     """
     return f"{quote_identifier(schema)}, pg_temp"
-
-
-def secret_text(name: str, value: SecretStr | None, file: Path | None) -> str | None:
-    """A secret given either as itself or as the file that holds it."""
-    if value is not None and file is not None:
-        raise ConfigurationError(f"{name} and {name}_FILE exclude each other")
-    if value is not None:
-        return value.get_secret_value()
-    if file is None:
-        return None
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
 
 
 def _one_line(error: ValidationError) -> str:

@@ -61,10 +61,15 @@ def watch(engine: Engine, *, slow: float, comments: bool) -> None:
 
 @cache
 def connection_class(*, slow: float, comments: bool) -> "type[asyncpg.Connection[asyncpg.Record]]":
-    """The same for the statements that are given to a connection of asyncpg's itself."""
+    """The same for the statements that are given to a connection of asyncpg's itself.
+
+    No `SET search_path` outlives its transaction in these connections.
+    """
+    base: type[asyncpg.Connection[asyncpg.Record]] = type(
+        "Connection", (asyncpg.Connection,), {"execute": _execute}
+    )
     if not slow and not comments:
-        plain: type[asyncpg.Connection[asyncpg.Record]] = asyncpg.Connection
-        return plain
+        return base
 
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
@@ -85,11 +90,24 @@ def connection_class(*, slow: float, comments: bool) -> "type[asyncpg.Connection
         return run
 
     methods = ("execute", "executemany", "fetch", "fetchrow", "fetchval")
-    watching = {name: watched(getattr(asyncpg.Connection, name)) for name in methods}
-    made: type[asyncpg.Connection[asyncpg.Record]] = type(
-        "Connection", (asyncpg.Connection,), watching
-    )
+    watching = {name: watched(getattr(base, name)) for name in methods}
+    made: type[asyncpg.Connection[asyncpg.Record]] = type("Connection", (base,), watching)
     return made
+
+
+async def _execute(
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    query: str,
+    *arguments: object,
+    **options: Any,  # noqa: ANN401  # asyncpg's
+) -> object:
+    """Execute as asyncpg does; a transaction starts with the search path of the connection.
+
+    The pool's next session would have the path that one has set. This takes no round trip.
+    """
+    if query.startswith("BEGIN") and not arguments:
+        query = f"{query.rstrip(';')}; SET LOCAL search_path TO DEFAULT"
+    return await asyncpg.Connection.execute(connection, query, *arguments, **options)
 
 
 def _tell(statement: str, started: float, slow: float) -> None:

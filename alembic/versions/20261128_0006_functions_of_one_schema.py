@@ -20,12 +20,19 @@ PIN = "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_t
 KEEP = "SET search_path FROM CURRENT"
 
 MONTHS_LOCK = """
-        concat('make_audit_months', nullif(current_schema(), 'public'))"""
+        pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))"""
 # A channel's name has 63 bytes at most, as a schema's has.
 DECLARE = """DECLARE
-    channel CONSTANT text := concat('{}', '_' || left(encode(sha256(convert_to(
-        nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
+    channel CONSTANT text := pg_catalog.concat('{}', '_' ||
+        left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 """
+
+# A function or operator of the schema with closer argument types must not be meant.
+QUALIFIED = {
+    "key": "pg_catalog.concat('key ', OLD.id)",
+    "account": "pg_catalog.concat('account ', OLD.id)",
+}
+BEFORE = {"key": "'key ' || OLD.id", "account": "'account ' || OLD.id"}
 
 NOTIFY_API_KEY_CHANGE = """
 CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
@@ -33,9 +40,9 @@ CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpg
     IF TG_OP = 'TRUNCATE' THEN
         PERFORM pg_notify({channel}, 'all');
     ELSIF TG_TABLE_NAME = 'api_keys' THEN
-        PERFORM pg_notify({channel}, 'key ' || OLD.id);
+        PERFORM pg_notify({channel}, {key});
     ELSE
-        PERFORM pg_notify({channel}, 'account ' || OLD.id);
+        PERFORM pg_notify({channel}, {account});
     END IF;
     RETURN NULL;
 END
@@ -145,7 +152,7 @@ def upgrade() -> None:
     op.execute(PIN)
     for channel, function in NOTIFYING.items():
         declare = DECLARE.format(channel)
-        op.execute(function.format(keep=KEEP, declare=declare, channel="channel"))
+        op.execute(function.format(keep=KEEP, declare=declare, channel="channel", **QUALIFIED))
     op.execute(MAKE_AUDIT_MONTHS.format(keep=KEEP, lock=MONTHS_LOCK))
     for function in (UUID7_FLOOR, UUID7_TIME):
         op.execute(function.format(begin="BEGIN ATOMIC", end=";\nEND"))
@@ -160,4 +167,4 @@ def downgrade() -> None:
         op.execute(function.format(begin="AS $$", end="\n$$"))
     op.execute(MAKE_AUDIT_MONTHS.format(keep="", lock="'make_audit_months'"))
     for channel, function in NOTIFYING.items():
-        op.execute(function.format(keep="", declare="", channel=f"'{channel}'"))
+        op.execute(function.format(keep="", declare="", channel=f"'{channel}'", **BEFORE))

@@ -1,7 +1,7 @@
 """Lines of API keys: rotated keys share their limits, and a key has one successor.
 
 Revision: 0007
-Follows: 0005
+Follows: 0006
 Made: 2026-11-28
 
 Finds the lines in the audit trail, which it reads once, before it locks api_keys and api_key_limits
@@ -26,7 +26,7 @@ ROTATIONS = """
 CREATE TABLE rotations_0007 AS
 SELECT api_key_id::text AS id, new_values ->> 'successor' AS successor, max(position) AS position
 FROM audit_logs
-WHERE action = 'api_key:rotate' AND api_key_id IS NOT NULL AND new_values ? 'successor'
+WHERE action = 'api_key:rotate' AND api_key_id IS NOT NULL AND new_values ->> 'successor' IS NOT NULL
 GROUP BY 1, 2
 """
 ROOTS = """

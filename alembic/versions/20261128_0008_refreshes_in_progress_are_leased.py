@@ -1,12 +1,12 @@
 """A refresh in progress has a worker and a lease.
 
 Revision: 0008
-Follows: 0005
+Follows: 0007
 Made: 2026-11-28
 
-One without them could be neither claimed nor replaced. Such rows go back to pending, due at once:
-the attempt counts as failed, with its answer lost. Code of revision 0005 can live with it, but for
-`TokenStatus.start_refresh()` on a stored row, which is refused.
+One without them could be neither claimed nor replaced. Such rows get a lease that has expired, so
+that the next worker takes them over, or gives them up after `max_retries`. Code of revision 0005 can
+live with it, but for `TokenStatus.start_refresh()` on a stored row, which is refused.
 
 The constraint is validated in a transaction of its own, which blocks neither readers nor writers.
 """
@@ -32,9 +32,9 @@ def upgrade() -> None:
         " OR num_nulls(worker, lease_expires_at) = 0) NOT VALID"
     )
     op.execute(
-        "UPDATE token_statuses SET status = 'pending', scheduled_at = now(), worker = NULL,"
-        " lease_expires_at = NULL, retry_count = retry_count + 1,"
-        """ details = coalesce(details, '{}') || '{"answer_lost": true}'"""
+        "UPDATE token_statuses SET worker = coalesce(worker, 'unknown'),"
+        " lease_expires_at = coalesce(lease_expires_at, now()),"
+        " scheduled_at = least(scheduled_at, now())"
         " WHERE status = 'in_progress' AND num_nulls(worker, lease_expires_at) > 0"
     )
     with op.get_context().autocommit_block():

@@ -16,8 +16,9 @@ from uuid import UUID, uuid4
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.support import factories
 from tests.support.trail import SEALS, TAMPERINGS, Trail, assert_found, event_found
-from tiger_db import AuditAction, AuditResult, AuditSeverity, audit
+from tiger_db import AuditAction, AuditResult, AuditSeverity, Database, audit, crud
 from tiger_db.audit import Finding, Kind
 from tiger_db.audit.proof import (
     DIGEST,
@@ -30,7 +31,7 @@ from tiger_db.audit.proof import (
     runs_of,
 )  # fmt: skip
 from tiger_db.audit.sealing import seal_next, store
-from tiger_db.audit.stored import CONTENT, CONTENT_COLUMNS, clock, seals_after
+from tiger_db.audit.stored import CONTENT, CONTENT_COLUMNS, Connection, clock, seals_after
 
 Way: TypeAlias = Callable[[Trail], Awaitable[Finding]]  # returns what is to be found
 COPY = """
@@ -555,3 +556,54 @@ async def test_what_comes_after_a_checkpoint_is_not_its_business(trail: Trail) -
     assert (await trail.check(earlier)).sound
     (found,) = (await trail.check(trail.checkpoint)).findings
     assert (found.kind, found.seal) == (Kind.CHECKPOINT, SEALS)
+
+
+# Functions, operators and casts of the schema print the event as it was.
+
+_LOW = "RETURNS json LANGUAGE sql RETURN '\"low\"'::json"
+CAPTURES = {
+    "a function with exactly the arguments": (
+        (
+            f"CREATE FUNCTION concat({', '.join(['text'] * (len(CONTENT_COLUMNS) + 1))})"
+            " RETURNS text LANGUAGE sql RETURN %s"
+        ),
+        "user_id = 'eve'",
+    ),
+    "a function with exactly the type": (
+        f"CREATE FUNCTION to_json(audit_severity) {_LOW}",
+        "severity = 'critical'",
+    ),
+    "a cast that to_json uses": (
+        (
+            f"CREATE FUNCTION low(audit_severity) {_LOW};"
+            "CREATE CAST (audit_severity AS json) WITH FUNCTION low(audit_severity)"
+        ),
+        "severity = 'critical'",
+    ),
+    "an operator with two operands of one type": (
+        (
+            "CREATE FUNCTION before(json, json) RETURNS text LANGUAGE sql RETURN"
+            " substr(%s, strpos(%s, 'created_at') + 13, 26);"
+            "CREATE OPERATOR #>> (LEFTARG = json, RIGHTARG = json, FUNCTION = before)"
+        ),
+        "created_at = '2001-01-01'",
+    ),
+}
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize("capture", CAPTURES)
+async def test_what_prints_an_event_cannot_be_captured(
+    signing: Database, superuser: Connection, capture: str
+) -> None:
+    async with signing.session() as session:
+        event = factories.new_event(severity=AuditSeverity.LOW)
+        await crud.audit_logs.log_events(session, [event])
+    await audit.seal(signing)
+    content = await superuser.fetchval(f"SELECT quote_literal({CONTENT}) FROM audit_logs")
+    create, change = CAPTURES[capture]
+    await superuser.execute(create.replace("%s", content))
+    assert (await audit.verify(signing)).sound
+    await superuser.execute(f"UPDATE audit_logs SET {change}")
+    (found,) = (await audit.verify(signing)).findings
+    assert found.kind == Kind.CHANGED

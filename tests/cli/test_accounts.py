@@ -295,7 +295,7 @@ def test_a_person_sets_the_status(cli: CommandLine) -> None:
         changed = cli.ok("set-account-status", NUMBER, status, "--json")
         assert changed.json["status"] == status
         assert changed.err == f"account ****0321 is {status}\n"
-    assert "suspended" in cli.ok("reset-errors", NUMBER).err
+    assert "suspended" in cli.ok("reset-account-errors", NUMBER).err
     assert stored(cli).status == "suspended"
     assert "closed" in cli.misused("set-account-status", NUMBER, "closed")
     cli.ok("close-account", NUMBER, "--yes")
@@ -318,7 +318,7 @@ def test_errors_are_forgotten(cli: CommandLine) -> None:
     asyncio.run(fail())
     shown = cli.ok("show-account", NUMBER, "--json").json
     assert (shown["status"], shown["error_count"], shown["last_error"]) == ("suspended", 10, "boom")
-    told = cli.ok("reset-errors", NUMBER, "--json")
+    told = cli.ok("reset-account-errors", NUMBER, "--json")
     assert told.err == "account ****0321 has no errors and is active\n"
     assert (told.json["status"], told.json["error_count"]) == ("active", 0)
 

@@ -13,7 +13,7 @@ from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import CommandLine, Result
 from tests.support.sql import run_sql
 from tiger_db import APIKey
-from tiger_db.crud.api_keys.text import checksum
+from tiger_db.crud.api_keys.key_format import checksum
 from tiger_db.encryption import KeyRing
 from tiger_db.settings import Settings
 
@@ -253,10 +253,10 @@ def test_a_text_that_is_no_key_revokes_nothing(cli: CommandLine) -> None:
 def test_show_draws_the_uses(cli: CommandLine) -> None:
     row = create(cli)
     unused = cli.ok("show-api-key", row["key_prefix"])
-    assert "not used in the last 24 hours" in unused.err
+    assert "not used since 20" in unused.err
     for _ in range(2):
         cli.ok("verify-api-key", "-", stdin=row["key"])
-    shown = cli.ok("show-api-key", row["key_prefix"], "--hours", "3")
+    shown = cli.ok("show-api-key", row["key_prefix"], "--since", "2h")
     *_, one, two, three = shown.out.splitlines()
     bars = [line.split() for line in (one, two, three)]
     now = datetime.now(UTC)
@@ -266,7 +266,7 @@ def test_show_draws_the_uses(cli: CommandLine) -> None:
     as_json = cli.ok("show-api-key", row["key_prefix"], "--json").json
     assert [hourly["count"] for hourly in as_json["usage"]] == [2]
     assert "no API key" in cli.fails("show-api-key", "nope")
-    assert "--hours" in cli.misused("show-api-key", row["key_prefix"], "--hours", "0")
+    assert "--since" in cli.misused("show-api-key", row["key_prefix"], "--since", "0h")
 
 
 @pytest.mark.slow
@@ -307,7 +307,7 @@ def test_extend_and_list_expiring(cli: CommandLine) -> None:
 
 
 def test_pattern_and_pepper(cli: CommandLine) -> None:
-    pattern = cli.ok("print-key-pattern").out.strip()
+    pattern = cli.ok("print-api-key-pattern").out.strip()
     key = create(cli)["key"]
     assert re.findall(pattern, f'API_KEY="{key}"; {key[:-1]}') == [key]
     made = cli.ok("generate-api-key-pepper", "--id", "p2")
@@ -331,7 +331,7 @@ def test_bars_are_to_scale(cli: CommandLine, clone_settings: Settings) -> None:
         ),
         f"INSERT INTO api_key_usage VALUES ('{row['id']}', '{hour - timedelta(days=9)}', 9000)",
     )
-    shown = cli.ok("show-api-key", row["id"], "--hours", "6").out.splitlines()
+    shown = cli.ok("show-api-key", row["id"], "--since", "5h").out.splitlines()
     lines = [next(line for line in shown if line.startswith(f"{t:%m-%d %H:00}")) for t in times]
     most, none, least = (line[len("MM-DD HH:00") :].split() for line in lines)
     assert most[-1] == "1,200"
@@ -339,7 +339,7 @@ def test_bars_are_to_scale(cli: CommandLine, clone_settings: Settings) -> None:
     assert none == ["0"]
     assert least[-1] == "1"
     assert max(map(len, shown[-6:])) == 100
-    usage = cli.ok("show-api-key", row["id"], "--hours", "6", "--json").json["usage"]
+    usage = cli.ok("show-api-key", row["id"], "--since", "5h", "--json").json["usage"]
     assert [(datetime.fromisoformat(hourly["hour"]), hourly["count"]) for hourly in usage] == [
         (times[0], 1200), (times[2], 1)
     ]  # fmt: skip
@@ -497,7 +497,7 @@ def test_a_generated_pepper_is_one_line_and_each_is_another(bare: CommandLine) -
 
 
 def test_pattern_is_printed_without_a_database(bare: CommandLine) -> None:
-    result = bare.ok("print-key-pattern")
+    result = bare.ok("print-api-key-pattern")
     assert result.err == ""
     assert result.out.count("\n") == 1
     sample = f"tdb_live_{'a' * 12}_{'B' * 49}"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +21,7 @@ import pytest
 from tests.support import factories
 from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import COMMAND, CommandLine, Result
+from tests.support.devices import device
 from tests.support.sql import run_sql, write
 from tests.support.waiting import wait_until
 from tiger_db import AuditAction, AuditResult, Database, Settings, crud
@@ -397,13 +399,13 @@ def test_lists_by_resource_and_details(cli: CommandLine, clone_settings: Setting
 
 
 def test_counts(cli: CommandLine, clone_settings: Settings) -> None:
-    assert cli.ok("show-events") == Result(0, "", "there are none\n")
+    assert cli.ok("count-events") == Result(0, "", "there are none\n")
     log(
         clone_settings,
         *[{"action": AuditAction.DATA_QUERY}] * 3,
         {"action": AuditAction.TRADE_PLACE_ORDER, "result": AuditResult.ERROR},
     )
-    shown = cli.ok("show-events", "--json").json
+    shown = cli.ok("count-events", "--json").json
     (hour,) = shown.pop("hours").items()
     assert shown == {
         "actions": {"data:query": 3, "trade:place_order": 1},
@@ -413,7 +415,7 @@ def test_counts(cli: CommandLine, clone_settings: Settings) -> None:
     at = datetime.fromisoformat(hour[0])
     assert (at.minute, at.utcoffset()) == (0, timedelta(0))
     assert timedelta(0) <= datetime.now(UTC) - at < timedelta(hours=1, minutes=5)
-    assert [line.split() for line in cli.ok("show-events").out.splitlines()] == [
+    assert [line.split() for line in cli.ok("count-events").out.splitlines()] == [
         ["Result", "Events"], ["success", "3"], ["error", "1"], [],
         ["Action", "Events"], ["data:query", "3"], ["trade:place_order", "1"],
     ]  # fmt: skip
@@ -422,14 +424,14 @@ def test_counts(cli: CommandLine, clone_settings: Settings) -> None:
         ("2d", 49, "%m-%d %H:00"),
         ("2w", 15, "%Y-%m-%d"),
     ):
-        lines = cli.ok("show-events", "--chart", "--last", last).out.splitlines()
+        lines = cli.ok("count-events", "--chart", "--since", last).out.splitlines()
         assert len(lines) == bars
         (full,) = [line for line in lines if "\u2588" in line]
         assert full.startswith(at.strftime(form))
         assert full.split()[-1] == "4"
         assert all(line.split()[-1] == "0" for line in lines if line != full)
     for last in ("x", "0h", "-1h"):
-        assert "--last" in cli.misused("show-events", "--last", last)
+        assert "--since" in cli.misused("count-events", "--since", last)
 
 
 @asynccontextmanager
@@ -558,3 +560,17 @@ def test_follow_has_no_end(cli: CommandLine) -> None:
         assert "--follow" in cli.misused("list-events", "--follow", *option)
     assert "no account" in cli.fails("list-events", "-f", "--account", "nope")
     assert "address nor a network" in cli.fails("list-events", "-f", "--ip", "300.1.1.1")
+
+
+@pytest.mark.slow
+def test_a_full_device_is_one_line(
+    sealed: CommandLine, clone_settings: Settings, tmp_path: Path
+) -> None:
+    log(clone_settings, *({"user_id": "x"} for _ in range(1000)))
+    full = device(tmp_path / "full", stat.S_IFCHR, 1, 7)
+    ended = subprocess.run(
+        [*COMMAND, "export-events", "--out", str(full)],
+        env=sealed.environment(), capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert "No space left on device" in ended.stderr

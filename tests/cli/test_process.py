@@ -26,12 +26,14 @@ from tiger_db.tiger import parse_private_key
 COMMANDS = (
     "init", "migrate", "revision", "downgrade", "current", "history", "check", "health-check",
     "doctor", "start-embedded", "stop-embedded", "create-account", "list-accounts", "show-account",
-    "set-default-account", "close-account", "reopen-account", "set-account-status", "reset-errors",
+    "set-default-account", "close-account", "reopen-account", "set-account-status",
+    "reset-account-errors",
     "create-api-key", "list-api-keys", "verify-api-key", "show-api-key", "list-expiring-api-keys",
-    "rotate-api-key", "extend-api-key", "revoke-api-key", "print-key-pattern",
-    "generate-api-key-pepper", "list-events", "show-events", "export-events",
+    "rotate-api-key", "extend-api-key", "revoke-api-key", "print-api-key-pattern",
+    "generate-api-key-pepper", "list-events", "count-events", "export-events",
     "generate-audit-signing-key", "print-audit-public-key", "seal-audit", "verify-audit",
-    "export-checkpoint", "maintain-audit", "list-refreshes", "show-refreshes", "run-refreshes",
+    "export-checkpoint", "maintain-audit", "list-refreshes", "watch-refreshes",
+    "run-refresh-worker",
     "refresh-token", "prune-refreshes", "generate-encryption-key", "list-encryption-keys",
     "rotate-encryption-key", "import-account", "export-account",
 )  # fmt: skip

@@ -6,6 +6,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_once(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> N
     add(clone_settings, gateway, "51230322", "20150002")
     add(clone_settings, gateway, "51230323", "20150003", access_token=tiger_token(_now()))
     gateway.plan("20150002", "refused")
-    done = cli.process("run-refreshes", "--once")
+    done = cli.process("run-refresh-worker", "--once")
     assert (done.code, done.out) == (0, "")
     told = done.err.splitlines()
     assert set(told[-1].split(", ")) == {"1 refreshed", "1 failed"}
@@ -99,7 +100,7 @@ def test_once(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> N
     assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
     assert stored(cli, "51230322").status == AccountStatus.SUSPENDED
     assert [refresh.tiger_id for refresh in gateway.refreshes].count("20150003") == 0
-    again = cli.process("run-refreshes", "--once", "--concurrency", "1", "--per-minute", "1")
+    again = cli.process("run-refresh-worker", "--once", "--concurrency", "1", "--per-minute", "1")
     assert again == Result(0, "", "nothing was due\n")
     assert len(gateway.refreshes) == 2
 
@@ -116,7 +117,7 @@ def test_a_signal_lets_it_finish(
     add(clone_settings, gateway)
     gateway.plan(TIGER_ID, "gate after")
     with subprocess.Popen(
-        [*COMMAND, "run-refreshes"],
+        [*COMMAND, "run-refresh-worker"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cli.environment(), text=True,
     ) as process:  # fmt: skip
         try:
@@ -138,9 +139,9 @@ def test_a_signal_lets_it_finish(
 
 
 def test_running_needs_a_schema(empty: CommandLine) -> None:
-    assert "tiger-db" in empty.fails("run-refreshes", "--once")
-    assert "--concurrency" in empty.misused("run-refreshes", "--concurrency", "0")
-    assert "--per-minute" in empty.misused("run-refreshes", "--per-minute", "0")
+    assert "tiger-db" in empty.fails("run-refresh-worker", "--once")
+    assert "--concurrency" in empty.misused("run-refresh-worker", "--concurrency", "0")
+    assert "--per-minute" in empty.misused("run-refresh-worker", "--per-minute", "0")
 
 
 # One account
@@ -263,12 +264,12 @@ def fill(settings: Settings, gateway: Gateway) -> None:
 
 @pytest.mark.slow
 def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
-    nothing = cli.ok("show-refreshes")
+    nothing = cli.ok("watch-refreshes")
     assert nothing.out.split("\n\n") == [
         "Running: 0", "Due: 0", "Waiting: 0", "Failed: 0", "Last 24 hours: 0 succeeded\n"
     ]  # fmt: skip
     fill(clone_settings, gateway)
-    shown = cli.ok("show-refreshes")
+    shown = cli.ok("watch-refreshes")
     running, due, waiting, failed, day = shown.out.split("\n\n")
     for part, title, words in (
         (running, "Running: 1\n", ["51230321", "host:1:abc"]),
@@ -279,7 +280,7 @@ def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> N
         assert part.startswith(title)
         assert all(word in part for word in words)
     assert day.startswith("Last 24 hours: 1 succeeded, 50% of those that ended; p50 ")
-    as_json = cli.ok("show-refreshes", "--json")
+    as_json = cli.ok("watch-refreshes", "--json")
     groups = as_json.json
     day_json = groups.pop("last_24h")
     assert {name: len(rows) for name, rows in groups.items()} == {
@@ -288,14 +289,14 @@ def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> N
     assert groups["running"][0]["worker"] == "host:1:abc"
     assert (day_json["total"], day_json["succeeded"], day_json["success_rate"]) == (5, 1, 0.5)
     assert_no_secret(gateway, shown, as_json)
-    assert "--live" in cli.misused("show-refreshes", "--live", "--json")
+    assert "--live" in cli.misused("watch-refreshes", "--live", "--json")
 
 
 @pytest.mark.slow
 def test_show_live(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway, terminal: Terminal
 ) -> None:
-    with terminal.program(cli, "show-refreshes", "--live") as program:
+    with terminal.program(cli, "watch-refreshes", "--live") as program:
         terminal.wait_for("Last 24 hours")
         assert "Due: 0" in terminal.seen
         assert "Ctrl-C ends it" in terminal.seen
@@ -327,3 +328,19 @@ def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> 
         " WHERE status = 'in_progress'")  # fmt: skip
     assert cli.ok("prune-refreshes", "--older-than", "1d").err == "0 refreshes were deleted\n"
     assert "--older-than" in cli.misused("prune-refreshes", "--older-than", "soon")
+
+
+@pytest.mark.slow
+def test_without_tigers_sdk_no_refresh_fails(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway, tmp_path: Path
+) -> None:
+    add(clone_settings, gateway)
+    (tmp_path / "tigeropen.py").write_text("raise ImportError")
+    ended = subprocess.run(
+        [*COMMAND, "run-refresh-worker", "--once"],
+        env=cli.environment(PYTHONPATH=str(tmp_path)),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "Tiger's SDK is not installed" in ended.stderr
+    assert cli.ok("list-refreshes", "--json").json["items"] == []

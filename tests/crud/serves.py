@@ -10,7 +10,7 @@ from uuid import UUID
 from tiger_db import RefreshTrigger
 from tiger_db.audit.stored import EVENTS, LAST_SEAL
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
-from tiger_db.crud.api_keys.limits import TAKE
+from tiger_db.crud.api_keys.rate_limits import CONSUME
 from tiger_db.crud.common import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.write_behind import LEFT_OUT
@@ -60,7 +60,7 @@ def asks(
 async def limited_use(session: AsyncSession) -> None:
     """A use of a limited API key."""
     connection = await session.connection()
-    await connection.exec_driver_sql(TAKE, (id_of(77), 9, 9))
+    await connection.exec_driver_sql(CONSUME, (id_of(77), 9, 9))
 
 
 async def left_out(session: AsyncSession) -> None:

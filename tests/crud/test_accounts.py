@@ -10,6 +10,7 @@ from sqlalchemy.exc import InvalidRequestError
 
 from tests.support import factories
 from tests.support.account_changes import CHANGES, SECRETS
+from tests.support.contexts import changed_context
 from tests.support.factories import plain
 from tiger_db import (
     AccountStatus,
@@ -108,7 +109,7 @@ async def test_a_refused_account_can_be_corrected_and_stored(session: AsyncSessi
 
 
 async def test_without_keys_no_secret_is_stored(database: Database) -> None:
-    async with database.sessions(info={"key_provider": None}) as session:
+    async with database.sessions(info=changed_context(database.info, key_provider=None)) as session:
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS"):
             await factories.account(session)
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS"):

@@ -12,6 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from tests.support import factories
+from tests.support.contexts import changed_context
 from tests.support.raw_keys import sealed, unknown_key, wrong_secret
 from tiger_db import APIKey, APIKeyScope, APIKeyStatus, AuditAction, Database
 from tiger_db.crud import accounts, api_keys
@@ -25,6 +26,8 @@ from tiger_db.errors import (
     MissingReference,
     NotFound,
 )
+from tiger_db.keys_in_force import API_KEY_PEPPERS, configured
+from tiger_db.models.base import CONTEXT
 
 HOUR = timedelta(hours=1)
 
@@ -45,7 +48,7 @@ async def test_a_key_is_stored_only_as_a_hash_found_by_its_prefix(clone: Databas
     for secret in (raw_key.rpartition("_")[2], rotated.rpartition("_")[2]):
         for trace in (secret, secret.encode().hex(), secret.upper()):
             assert trace not in stored
-    peppers, secret = clone.settings.peppers(), raw_key.rpartition("_")[2]
+    peppers, secret = configured(clone.settings, API_KEY_PEPPERS), raw_key.rpartition("_")[2]
     assert peppers is not None
     assert ldap_salted_sha256.verify(peppers.apply("test", secret), found.key_hash)
     assert not ldap_salted_sha256.verify(secret, found.key_hash)
@@ -289,11 +292,11 @@ async def test_a_rotation_without_peppers_leaves_the_old_key_as_it_was(
 ) -> None:
     key, raw_key = await factories.api_key(session)
     before, stored = key.model_dump(), await everything_now(session)
-    peppers = session.info["peppers"]
-    session.info["peppers"] = None
+    given = dict(session.info)
+    session.info.update(changed_context(given, peppers=None))
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
         await api_keys.rotate(session, key.id)
-    session.info["peppers"] = peppers
+    session.info.update(given)
     assert (key.model_dump(), await everything_now(session)) == (before, stored)
     assert await api_keys.verify_api_key(session, raw_key) is key
 
@@ -335,39 +338,34 @@ Use = Callable[[AsyncSession, APIKey, str], Awaitable[object]]
 
 
 @pytest.mark.parametrize(
-    ("missing", "use"),
+    "use",
     [
-        ("key_environment", lambda s, *_: factories.api_key(s)),
-        ("key_environment", lambda s, key, _: api_keys.rotate(s, key.id)),
-        ("peppers", lambda s, *_: factories.api_key(s)),
-        ("peppers", lambda s, key, _: api_keys.rotate(s, key.id)),
-        ("peppers", lambda s, _, raw: api_keys.authorize_api_key(s, raw)),
-        ("peppers", lambda s, _, raw: api_keys.verify_api_key(s, raw)),
-        ("peppers", lambda s, _, raw: api_keys.find_by_text(s, raw)),
-        ("write_behind", lambda s, _, raw: api_keys.authorize_api_key(s, raw)),
-        ("write_behind", lambda s, _, raw: api_keys.verify_api_key(s, raw)),
-        ("write_behind", lambda s, *_: record_event(s, action=AuditAction.DATA_QUERY)),
+        lambda s, *_: factories.api_key(s),
+        lambda s, key, _: api_keys.rotate(s, key.id),
+        lambda s, _, raw: api_keys.authorize_api_key(s, raw),
+        lambda s, _, raw: api_keys.verify_api_key(s, raw),
+        lambda s, _, raw: api_keys.find_by_raw_key(s, raw),
+        lambda s, *_: record_event(s, action=AuditAction.DATA_QUERY),
     ],
 )
 async def test_a_session_without_a_database_is_refused_rather_than_guessed_about(
-    session: AsyncSession, missing: str, use: Use
+    session: AsyncSession, use: Use
 ) -> None:
     key, raw_key = await factories.api_key(session)
     before = await everything_now(session)
-    given = session.info.pop(missing)
-    with pytest.raises(ConfigurationError, match=f"no '{missing}'.*info=database.info"):
+    given = session.info.pop(CONTEXT)
+    with pytest.raises(ConfigurationError, match=f"no '{CONTEXT}'.*info=database.info"):
         await use(session, key, raw_key)
-    session.info[missing] = given
+    session.info[CONTEXT] = given
     assert await everything_now(session) == before
 
 
 async def test_a_plain_session_makes_no_key_of_any_kind(clone: Database) -> None:
     """With the info of a Database it makes the same keys as the Database's own sessions."""
-    peppers = {"peppers": clone.info["peppers"]}
-    async with AsyncSession(clone.engine, info=peppers) as session:
-        with pytest.raises(ConfigurationError, match="key_environment"):
+    async with AsyncSession(clone.engine) as session:
+        with pytest.raises(ConfigurationError, match=r"info=database\.info"):
             await factories.api_key(session)
-    live = {**clone.info, "key_environment": "live"}
+    live = changed_context(clone.info, key_environment="live")
     async with AsyncSession(clone.engine, info=live, expire_on_commit=False) as session:
         key, raw_key = await factories.api_key(session)
         await session.commit()
@@ -523,12 +521,12 @@ async def test_a_key_is_found_by_its_whole_text_whatever_its_status(session: Asy
         raw_key[:-1],
         key.key_prefix,
     ):
-        assert await api_keys.find_by_text(session, wrong) is None
-    assert await api_keys.find_by_text(session, raw_key) is key
+        assert await api_keys.find_by_raw_key(session, wrong) is None
+    assert await api_keys.find_by_raw_key(session, raw_key) is key
     await api_keys.revoke(session, key.id)
-    assert await api_keys.find_by_text(session, raw_key) is key
+    assert await api_keys.find_by_raw_key(session, raw_key) is key
     key.sqlmodel_update({"status": "active", "expires_at": datetime(2020, 1, 1, tzinfo=UTC)})
-    assert await api_keys.find_by_text(session, raw_key) is key
+    assert await api_keys.find_by_raw_key(session, raw_key) is key
     await session.refresh(key)
     assert (key.usage_count, key.last_used_at) == (0, None)
     actions = {event.action for event in await factories.events(session)}

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.claims import LEASE, USES, claim_due
 from tests.support.concurrency import nobody_passes
+from tests.support.contexts import changed_context
 from tests.support.secrets_in_text import API_KEY, JWT, PEM
 from tests.support.tiger_tokens import SOON, tiger_token
 from tiger_db import (
@@ -256,7 +257,7 @@ async def test_a_token_that_nobody_can_read_any_more_is_replaced(clone: Database
     async with clone.session() as session:
         await factories.refresh(session)
     async with clone.sessions(
-        info={"key_provider": KeyRing.parse(generate_key("other"))}
+        info=changed_context(clone.info, key_provider=KeyRing.parse(generate_key("other")))
     ) as session:
         (claim,) = await claim_due(session)
         refresh = await token_status.complete(session, claim, access_token="new")

@@ -15,13 +15,12 @@ from tests.support import databases
 from tests.support.plans import Plan, Query, as_json, nodes, plan_of, used_indexes
 from tiger_db import AuditLog, Database, Settings
 from tiger_db.crud import api_keys, audit_logs, token_status
-from tiger_db.crud.api_keys.authorizing import load
-from tiger_db.crud.api_keys.text import checksum
+from tiger_db.crud.api_keys.authorize import FIND_KEY, find_key
+from tiger_db.crud.api_keys.key_format import checksum
 from tiger_db.crud.common import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.doctor import tables
 from tiger_db.errors import InvalidAPIKey
-from tiger_db.verifier import FIND
 
 # Row n has the account number n, and 0…0n in its ids.
 ROWS = """
@@ -97,7 +96,7 @@ async def wrong_secret(session: AsyncSession) -> None:
 
 async def verifier_miss(session: AsyncSession) -> None:
     connection = await session.connection()
-    await connection.exec_driver_sql(FIND, (f"tdb_test_{77:012}",))
+    await connection.exec_driver_sql(FIND_KEY, (f"tdb_test_{77:012}",))
 
 
 @pytest.mark.parametrize(("index", "query"), SERVES, ids=str)
@@ -108,8 +107,11 @@ async def test_an_index_serves_its_query(full: Settings, index: str, query: Quer
 @pytest.mark.parametrize(
     ("query", "indexes"),
     [
-        (wrong_secret, {"uq_api_keys_key_prefix"}),
-        (lambda s: load(s, id_of(77)), {"pk_api_keys", "pk_tiger_accounts"}),
+        (wrong_secret, {"uq_api_keys_key_prefix", "pk_tiger_accounts"}),
+        (
+            lambda s: find_key(s, f"tdb_test_{77:012}"),
+            {"uq_api_keys_key_prefix", "pk_tiger_accounts"},
+        ),
         (verifier_miss, {"uq_api_keys_key_prefix", "pk_tiger_accounts"}),
         (limited_use, {"pk_api_keys", "pk_tiger_accounts", "pk_api_key_limits"}),
     ],

@@ -12,11 +12,11 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.verifiers import OTHER
 from tiger_db import Database, KeyVerifier, crud
-from tiger_db.crud.api_keys.authorizing import load
-from tiger_db.crud.api_keys.limits import take
+from tiger_db.crud.api_keys.policy import KeyPermissions
+from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.database import connect
 from tiger_db.errors import InvalidAPIKey
-from tiger_db.verifier import CHANNEL
+from tiger_db.key_verifier import CHANNEL
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 # Columns of an account, none of which decides on a key.
@@ -164,9 +164,9 @@ async def test_a_limited_key_that_is_deleted_meanwhile_is_no_key(
     for _ in range(uses):
         assert await verifier.verify(raw_key)
     async with clone.session() as session:
-        _, powers, _ = await load(session, key.id)
+        permissions = KeyPermissions.of(key, None)
         await session.execute(text("DELETE FROM api_keys WHERE id = :id"), {"id": key.id})
     async with clone.write_behind.connection() as connection:
-        assert not await take(connection, powers)
+        assert not await consume(connection, permissions)
     with pytest.raises(InvalidAPIKey):
         await verifier.authorize(raw_key)

@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.support import factories
 from tests.support.account_changes import SECRETS
+from tests.support.contexts import changed_context
 from tests.support.secrets_in_text import API_KEY, JWT, PEM
 from tests.support.tiger_tokens import tiger_token
 from tiger_db import (
@@ -406,7 +407,7 @@ async def test_a_missing_key_stops_no_error(clone: Database, keys: KeyRing | Non
     async with clone.session() as session:
         account = await factories.account(session, **SECRETS)
     message = f"refused: {tiger_token()}"
-    async with clone.sessions(info={"key_provider": keys}) as session:
+    async with clone.sessions(info=changed_context(clone.info, key_provider=keys)) as session:
         account = await accounts.record_error(session, account.id, message=message)
         assert (account.error_count, account.last_error) == (1, f"refused: {MASK}")
         await session.commit()

@@ -22,10 +22,13 @@ from tests.support.embedded_servers import (
     reachable_folder,
     server_without_lock,
     settings_for,
+    start_and_kill_the_starter,
+    works_in,
 )
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
 from tiger_db.errors import EmbeddedError
+from tiger_db.local_postgres.folders import server_user
 from tiger_db.local_postgres.server_lock import Origin
 from tiger_db.settings import Settings
 
@@ -186,6 +189,67 @@ def test_a_server_of_an_older_release_counts_as_running(place: Path, *, recorded
         check_the_answer(older, place)
 
 
+@contextmanager
+def started_by_hand(server: EmbeddedServer, command: list[str]) -> Iterator[None]:
+    """A server that was started by hand in another container, with a socket of its own."""
+    home = server.folder
+    sockets = home.with_name("sockets of its own")
+    sockets.mkdir(0o700)
+    os.chown(sockets, *server_user(home))
+    command = [*command, f"--unix_socket_directories={sockets}"]
+    code = (
+        "from pathlib import Path\n"
+        "from tests.support.embedded_servers import run_as_server\n"
+        f"home = Path({str(home)!r})\n"
+        f"run_as_server(home, *{command!r}, cwd=home).wait()\n"
+    )
+    pid_file = home / "data" / "postmaster.pid"
+    with container(home, "--ipc", code=code):
+        wait_until(lambda: pid_file.exists() and b"ready" in pid_file.read_bytes())
+        yield
+
+
+@containers
+@as_root
+def test_a_server_started_by_hand_after_a_failed_start_counts_as_running(place: Path) -> None:
+    settings, server = settings_for(place), keep_an_answer(place)
+    command = psutil.Process(server.pid).cmdline()
+    stop(settings)
+    configuration = place / "data" / "postgresql.auto.conf"
+    valid = configuration.read_text()
+    configuration.write_text("nonsense = on\n")
+    with pytest.raises(EmbeddedError, match=r"did not start: .*contains errors"):
+        start(settings)
+    configuration.write_text(valid)
+    check_that_it_counts_as_running(server, command)
+
+
+@containers
+@as_root
+def test_a_server_started_by_hand_after_a_starter_was_killed_counts_as_running(
+    place: Path,
+) -> None:
+    settings, server = settings_for(place), keep_an_answer(place)
+    command = psutil.Process(server.pid).cmdline()
+    stop(settings)
+    killed = start_and_kill_the_starter(settings)
+    kill(killed)
+    check_that_it_counts_as_running(server, command)
+
+
+def check_that_it_counts_as_running(server: EmbeddedServer, command: list[str]) -> None:
+    settings, pid_file = settings_for(server.folder), server.folder / "data" / "postmaster.pid"
+    pid_file.unlink(missing_ok=True)
+    with started_by_hand(server, command):
+        recorded = pid_file.read_bytes()
+        message = r"by hand, .* older release \(process \d+ there\) may still be using"
+        with pytest.raises(EmbeddedError, match=message):
+            start(settings)
+        assert pid_file.read_bytes() == recorded
+    pid_file.unlink()  # it was killed
+    check_the_answer(start(settings), server.folder)
+
+
 def test_what_a_crash_of_an_older_release_left_is_for_people_to_remove(place: Path) -> None:
     settings, pid_file = settings_for(place), place / "data" / "postmaster.pid"
     with server_without_lock(keep_an_answer(place)) as process:
@@ -221,6 +285,7 @@ def test_on_a_file_system_of_one_kernel_no_crash_locks_anybody_out(
     """As after a reboot, or where a volume was attached to another machine."""
     server = keep_an_answer(home)
     kill(server)
+    wait_until(lambda: not works_in(home / "data"))
     pretend(home, field)
     check_the_answer(start(settings), home)
 
@@ -241,6 +306,7 @@ def test_on_a_file_system_of_several_machines_another_one_may_be_running(
         recorded = pid_file.read_bytes()
         pretend(home, field)
         kill(server)
+        wait_until(lambda: not works_in(home / "data"))
         if field in {"boot", "device"}:
             message = rf"host {socket.gethostname()} .* may still be using .* remove {pid_file} if"
             with pytest.raises(EmbeddedError, match=message):

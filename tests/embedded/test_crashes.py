@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
@@ -19,19 +20,23 @@ from tests.support.embedded_servers import (
     copies_outside,
     discard,
     fetch,
+    is_recorded,
     kill,
     processes,
     reachable_folder,
     run_as_server,
+    server_without_lock,
     settings_for,
+    start_and_kill_the_starter,
     unfinished,
+    works_in,
 )
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
 from tiger_db.errors import EmbeddedError
+from tiger_db.files import UNFINISHED
 from tiger_db.local_postgres import postmaster
 from tiger_db.local_postgres.folders import server_user
-from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 
@@ -94,11 +99,99 @@ def test_starter_that_was_killed_before_it_recorded_its_server(
     *origin, _ = lock.read_text().splitlines(keepends=True)
     for recorded in ("".join(origin), "".join(origin) + "12"):
         lock.write_text(recorded)
+        assert start(settings) == server  # records the server
         kill(server)
         server = start(settings)
     assert stop(settings)
 
     lock.write_text(origin[0])  # killed before there was a server
+    assert start(settings)
+
+
+@pytest.mark.slow
+def test_start_records_a_server_whose_starter_was_killed(settings: Settings, home: Path) -> None:
+    server = start_and_kill_the_starter(settings)
+    assert start(settings) == server
+    assert is_recorded(server)
+    kill(server)
+    assert start(settings).pid != server.pid
+
+
+@pytest.mark.slow
+def test_start_does_not_record_a_server_without_the_lock(settings: Settings, home: Path) -> None:
+    server = start_and_kill_the_starter(settings)
+    with server_without_lock(server) as process:
+        record = (home / "server.lock").read_text()
+        assert start(settings).pid == process.pid
+        assert (home / "server.lock").read_text() == record
+
+
+@pytest.mark.slow
+def test_a_crash_of_a_server_that_nothing_recorded_is_for_people_to_judge(
+    settings: Settings, home: Path
+) -> None:
+    server = start_and_kill_the_starter(settings)
+    kill(server)
+    pid_file = home / "data" / "postmaster.pid"
+    with pytest.raises(EmbeddedError, match=rf"may still be using .* remove {pid_file} if"):
+        start(settings)
+    pid_file.unlink()
+    assert start(settings)
+
+
+@pytest.mark.slow
+def test_a_server_is_recorded_before_it_accepts_connections(settings: Settings, home: Path) -> None:
+    """So that a machine that goes down during a recovery locks nobody out."""
+    server = start(settings)
+    assert stop(settings)
+    data, pid_file = home / "data", home / "data" / "postmaster.pid"
+    recovery, configuration = data / "recovery.signal", data / "postgresql.auto.conf"
+    recovery.touch()
+    os.chown(recovery, *server_user(home))
+    usual = configuration.read_text()
+    configuration.write_text(f"{usual}restore_command = 'sleep 60'\n")
+    starter = processes.Process(target=start, args=(settings,))
+    starter.start()
+    wait_until(lambda: pid_file.exists() and is_recorded(server))
+    assert running(settings) is None
+    starter.kill()
+    starter.join()
+    while left := works_in(data):
+        for pid in left:
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).kill()
+    recovery.unlink()
+    configuration.write_text(usual)
+    assert pid_file.exists()
+    assert start(settings)
+
+
+@pytest.mark.slow
+def test_the_holder_of_the_lock_is_named(
+    settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a program that COPY has started in the background."""
+    server = start(settings)
+    # Ignores SIGTERM, which a shutdown sends to a backend and its programs.
+    program = 'trap "" TERM; sleep 60 > /dev/null 2>&1 & echo $!'
+
+    async def leave_a_program() -> int:
+        connection = await connect(server, settings)
+        await connection.execute("CREATE TABLE left_behind (pid int)")
+        await connection.execute(f"COPY left_behind FROM PROGRAM '{program}'")
+        pid = await connection.fetchval("SELECT pid FROM left_behind")
+        await connection.close()
+        return int(pid)
+
+    left = asyncio.run(leave_a_program())
+    try:
+        assert stop(settings)
+        monkeypatch.setattr(postmaster, "PATIENCE_SECONDS", 1)
+        message = rf"gave up after 1 seconds: process {left} \(sleep\) of the server .* still uses"
+        with pytest.raises(EmbeddedError, match=message):
+            start(settings)
+    finally:
+        psutil.Process(left).kill()
     assert start(settings)
 
 
@@ -138,6 +231,48 @@ def test_fork_of_the_starter_does_not_hold_the_lock(
         monkeypatch.setattr(postmaster, "PATIENCE_SECONDS", 1)
         assert start(settings)
         assert alive(fork)
+
+
+# Another thread forks while the pipes of pg_ctl are being made.
+FORKING_STARTER = """
+import os, select, sys, threading
+from pathlib import Path
+from tiger_db import embedded
+from tiger_db.settings import Settings
+
+def fork():
+    if pid := os.fork():
+        print(pid, flush=True)
+    else:
+        select.select([sys.stdin], [], [], 20)
+        os._exit(0)
+
+def spawning(frame, event, function):
+    if event == "c_call" and function.__name__ == "fork_exec":
+        if Path(os.fsdecode(frame.f_locals["args"][0])).name == "pg_ctl":
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join(1)
+
+settings = Settings(tiger_db_home=Path(sys.argv[1]), database_url=None, db_host=None)
+sys.setprofile(spawning)
+print(embedded.start(settings).pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_start_does_not_wait_for_a_fork_made_while_pg_ctl_is_spawned(
+    settings: Settings, home: Path
+) -> None:
+    starting = [sys.executable, "-c", FORKING_STARTER, str(home)]
+    with subprocess.Popen(starting, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        fork, started = (int(process.stdout.readline()) for _ in range(2))
+        assert alive(fork)
+        server = running(settings)
+    assert server
+    assert server.pid == started
 
 
 @pytest.mark.slow
@@ -244,3 +379,27 @@ def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -
     assert running(copied) is None
     assert stop(copied) is False
     assert running(shared) == server
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="root and setpriv are needed"
+)
+def test_root_that_may_not_look_into_processes_as_in_a_container(home: Path) -> None:
+    """Docker drops CAP_SYS_PTRACE, so folder and open files of a process are not to be seen."""
+    without = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
+
+    def tiger_db(*arguments: str) -> None:
+        subprocess.run(
+            [*without, sys.executable, "-m", "tiger_db", *arguments],
+            env={"TIGER_DB_HOME": str(home), "PATH": os.environ["PATH"]},
+            check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+
+    tiger_db("init")
+    tiger_db("list-accounts")
+    server = psutil.Process(int((home / "data" / "postmaster.pid").read_text().split()[0]))
+    server.kill()
+    server.wait(60)
+    tiger_db("list-accounts")
+    tiger_db("stop-embedded")

@@ -10,7 +10,7 @@ import pytest
 from tests.support.embedded_servers import at_once, unfinished
 from tiger_db.embedded import kept_secret, start, stop
 from tiger_db.errors import EmbeddedError
-from tiger_db.local_postgres.private_files import UNFINISHED
+from tiger_db.files import UNFINISHED
 from tiger_db.settings import Settings
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support import factories
 from tests.support.serving import Serve
 from tiger_db import APIKeyScope, Database, crud
-from tiger_db.crud.api_keys.text import new_key
+from tiger_db.crud.api_keys.key_format import new_key
 
 
 @pytest.mark.slow

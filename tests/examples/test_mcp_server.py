@@ -10,7 +10,7 @@ from mcp.client.streamable_http import streamable_http_client
 from tests.support import factories
 from tests.support.serving import Serve
 from tiger_db import APIKeyScope, Database, crud
-from tiger_db.crud.api_keys.text import new_key
+from tiger_db.crud.api_keys.key_format import new_key
 
 
 async def names(url: str, raw_key: str) -> object:

@@ -9,7 +9,7 @@ from sqlalchemy.orm import object_session
 
 from tests.support import factories
 from tests.tiger.files import PK8
-from tiger_db import Database, TigerAccount, TokenStatus, crud
+from tiger_db import APIKeyScope, Database, TigerAccount, TokenStatus, crud
 from tiger_db.crud.common import execute
 from tiger_db.database import AsyncSession
 from tiger_db.models.base import Entity, key_provider
@@ -22,6 +22,13 @@ FULL = {
     "quote_permissions": [{"name": "usQuoteBasic", "expire_at": -1}],
     "client_options": {"timeout": 15}, "tags": {"a": [1, {"b": None}]}, "description": "Ü",
     "token_expires_at": datetime(9999, 1, 1, tzinfo=UTC),
+}  # fmt: skip
+
+FULL_KEY = {
+    "scopes": [APIKeyScope.TRADE_READ, APIKeyScope.MCP_ADMIN], "tags": {"a": [1, {"b": None}]},
+    "allowed_ips": ["10.0.0.0/8", "2001:db8::/32", "192.0.2.7"], "allowed_user_agents": ["a*", "Ü"],
+    "expires_at": datetime(9999, 1, 1, tzinfo=UTC), "rate_limit_per_hour": 2**40,
+    "rate_limit_per_day": 7, "created_by": "somebody", "description": "Ü",
 }  # fmt: skip
 
 
@@ -40,7 +47,8 @@ async def rows(session: AsyncSession) -> list[Entity]:
     bare = await factories.account(session)
     refresh = await factories.refresh(session, account, details={"why": ["because"]})
     key, _ = await factories.api_key(session)
-    return [account, bare, refresh, stored, key]
+    full_key, _ = await factories.api_key(session, tiger_account_id=account.id, **FULL_KEY)
+    return [account, bare, refresh, stored, key, full_key]
 
 
 def seen(row: Entity) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import asyncio
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +21,9 @@ import pytest
 from tests.support.waiting import wait_until
 from tiger_db import embedded
 from tiger_db.embedded import EmbeddedServer, stop
+from tiger_db.files import UNFINISHED
 from tiger_db.local_postgres import folders, programs
 from tiger_db.local_postgres.folders import server_user
-from tiger_db.local_postgres.private_files import UNFINISHED
 from tiger_db.settings import Settings
 
 IS_ROOT = os.geteuid() == 0
@@ -38,6 +40,16 @@ settings = Settings(tiger_db_home=Path(sys.argv[1]), database_url=None, db_host=
 print("starting", flush=True)
 print(embedded.start(settings).pid, flush=True)
 time.sleep(60)
+"""
+# Killed at the moment at which it would record the server, which goes on starting.
+KILLED_STARTER = """
+import os, signal, sys
+from pathlib import Path
+from tests.support.embedded_servers import settings_for
+from tiger_db import embedded
+from tiger_db.local_postgres import server_lock
+server_lock.record_server = lambda lock, identity: os.kill(os.getpid(), signal.SIGKILL)
+embedded.start(settings_for(Path(sys.argv[1])))
 """
 
 
@@ -138,6 +150,23 @@ def server_without_lock(server: EmbeddedServer) -> Iterator[subprocess.Popen[byt
             process.kill()
             process.wait()
             wait_until(lambda: not works_in(data))
+
+
+def start_and_kill_the_starter(settings: Settings) -> EmbeddedServer:
+    command = [sys.executable, "-c", KILLED_STARTER, str(settings.tiger_db_home)]
+    killed = subprocess.run(command, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    wait_until(lambda: embedded.running(settings))
+    server = embedded.running(settings)
+    assert server
+    assert not is_recorded(server)
+    return server
+
+
+def is_recorded(server: EmbeddedServer) -> bool:
+    """Whether the lock file has the identity of the server."""
+    pid, _, since, *_ = (server.folder / "data" / "postmaster.pid").read_text().split("\n")
+    return (server.folder / "server.lock").read_text().endswith(f"\n{pid} {since}\n")
 
 
 def works_in(data: Path) -> list[int]:

@@ -7,12 +7,12 @@ from sqlalchemy import event
 
 from tests.support.recording import recorded
 from tiger_db import Database
-from tiger_db.crud.api_keys import text
+from tiger_db.crud.api_keys import key_format
 
 
 def sealed(head: str) -> str:
     """A key of anybody's making: what is before the checksum, and the right checksum."""
-    return head + text.checksum(head)
+    return head + key_format.checksum(head)
 
 
 def wrong_secret(raw_key: str) -> str:
@@ -23,7 +23,7 @@ def wrong_secret(raw_key: str) -> str:
 
 def unknown_key() -> str:
     """Well-formed, and nobody's."""
-    return text.new_key("test").raw_key
+    return key_format.new_key("test").raw_key
 
 
 @contextmanager

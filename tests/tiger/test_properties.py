@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from tests.tiger.files import mode, names
 from tiger_db.errors import AlreadyExists, InvalidValue
-from tiger_db.tiger.properties import properties, read_properties, write_private
+from tiger_db.files import write_private
+from tiger_db.tiger.properties import properties, read_properties
 
 # Writes two files twice; at every system call says the modes of what is in the folder.
 LOOKING = """
 import os, sys
 from pathlib import Path
-from tiger_db.tiger.properties import write_private
+from tiger_db.files import write_private
 os.umask(0)
 folder = Path(sys.argv[1])
 def look(event, arguments):
@@ -31,7 +32,7 @@ for overwrite in (False, True):
 DYING = """
 import os, sys
 from pathlib import Path
-from tiger_db.tiger.properties import write_private
+from tiger_db.files import write_private
 folder, name = sys.argv[1:]
 def die(event, arguments):
     if event in ("os.link", "os.rename") and str(arguments[1]).endswith(name):

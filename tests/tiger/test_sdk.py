@@ -30,7 +30,7 @@ from tiger_db import PrivateKeyFormat, TigerAccount
 from tiger_db.database import AsyncSession
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue
 from tiger_db.tiger import CONFIG_FILE, TOKEN_FILE, client_config
-from tiger_db.tiger.sdk import _sdk
+from tiger_db.tiger.sdk import load_sdk
 
 HOSTILE = {
     "TIGER_ID": "666",
@@ -278,7 +278,7 @@ def test_importing_tiger_db_never_imports_the_sdk() -> None:
 
 
 def test_without_the_sdk_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    _sdk.cache_clear()
+    load_sdk.cache_clear()
     monkeypatch.setitem(sys.modules, "tigeropen", None)
     with pytest.raises(ConfigurationError, match=r"tiger-db\[tiger\]"):
         client_config(new_account(private_key=PK8))

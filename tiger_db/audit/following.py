@@ -1,8 +1,8 @@
-"""Tells of events as they are committed."""
+"""Follow the audit trail: return events as they are committed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, suppress
 from typing import Unpack
 
 from sqlalchemy import select
@@ -11,33 +11,37 @@ from sqlmodel import col
 from tiger_db.audit.stored import settled
 from tiger_db.crud.audit_logs.reading import Criteria, criteria
 from tiger_db.crud.common import many
-from tiger_db.database import Database, connect_directly
+from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable
+from tiger_db.listener import listening
 from tiger_db.models import AuditLog
-from tiger_db.sqlstates import raw_errors
 
 CHANNEL = "tiger_db_audit_logs"
-POLL = 1.0  # seconds after which it looks, though nothing was heard
-_BEFORE = 10_000  # places in which a transaction that is open at the start may still write
+POLL = 1.0  # seconds without a notification until the next query
+_BEFORE = 10_000  # positions that transactions which are open at the start may still write
 
 
 async def follow(
     database: Database,
     *,
-    begun: Callable[[], None] = lambda: None,  # told when nothing more is missed
+    begun: Callable[[], None] = lambda: None,  # called when every later event will be found
     **wanted: Unpack[Criteria],
 ) -> AsyncGenerator[AuditLog, None]:
-    """The events that are committed from now on, each once, in the order of their places.
+    """Return the events that are committed from now on, each once, in the order of their positions.
 
-    PostgreSQL tells when there are some; without that, every second is one look. An event whose
-    transaction commits late comes late. It ends when the database is lost.
+    A notification of PostgreSQL starts each query; without notifications there is one per second.
+    An event whose transaction commits late comes late.
 
     Raises:
         InvalidValue: as `crud.audit_logs.search`.
         DatabaseUnavailable: the database was lost.
     """
     found = criteria(**wanted)
-    async with _told(database) as news:
+    news = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        with suppress(DatabaseUnavailable):  # then it polls
+            hearing = listening(database.settings, CHANNEL, lambda _: news.set())
+            await stack.enter_async_context(hearing)
         floor, seen = await _begin(database)
         taken, writers = await _settled(database)
         begun()
@@ -55,8 +59,8 @@ async def follow(
                     seen.add(event.position)
                     yield event
             if not writers:
-                # Nothing can come any more up to there.
-                floor, seen = taken, {place for place in seen if place and place > taken}
+                # No transaction can write up to this position any more.
+                floor, seen = taken, {p for p in seen if p and p > taken}
                 taken, writers = await _settled(database)
             else:
                 writers &= (await _settled(database))[1]
@@ -65,36 +69,18 @@ async def follow(
 
 
 async def _begin(database: Database) -> tuple[int, set[int | None]]:
-    """A place from which on to look, and the events there that are history."""
+    """Return the position after which to search, and the positions of the old events there."""
     await database.check()
     taken, _ = await _settled(database)
     floor = max(taken - _BEFORE, 0)
     async with database.session() as session:
-        places = await session.scalars(
+        positions = await session.scalars(
             select(col(AuditLog.position)).where(col(AuditLog.position) > floor)
         )
-        return floor, set(places)
+        return floor, set(positions)
 
 
 async def _settled(database: Database) -> tuple[int, set[str]]:
     async with database.write_behind.connection() as connection:
         taken, writers = await settled(connection)
     return taken, set(writers)
-
-
-@asynccontextmanager
-async def _told(database: Database) -> AsyncIterator[asyncio.Event]:
-    """An event that is set when there is news; if the connection for that is lost, it is not."""
-    news = asyncio.Event()
-    try:
-        connection = await connect_directly(database.settings)
-    except DatabaseUnavailable:
-        yield news
-        return
-    try:
-        channel = database.settings.channel(CHANNEL)
-        with raw_errors():
-            await connection.add_listener(channel, lambda *_: news.set())
-        yield news
-    finally:
-        connection.terminate()

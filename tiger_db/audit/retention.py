@@ -40,7 +40,7 @@ _PATIENCE = "800ms"
 _CLOCKS_APART = timedelta(minutes=1)
 _PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
-WHERE inhparent = 'audit_logs'::regclass ORDER BY relname
+WHERE inhparent = 'audit_logs'::regclass::oid ORDER BY relname
 """
 _BOUNDS = """
 SELECT min(position), max(position), max(created_at) < $1 FROM {partition}
@@ -48,8 +48,9 @@ SELECT min(position), max(position), max(created_at) < $1 FROM {partition}
 _EVENTS = EVENTS.replace("{", "{{").replace("}", "}}").replace("audit_logs", "{partition}")
 _COVERING = """
 SELECT statement, signature, digests FROM audit_seals
-WHERE (statement::jsonb ->> 'upto')::bigint >= $1 AND (statement::jsonb ->> 'after')::bigint < $2
-    AND NOT statement::jsonb ? 'retired' ORDER BY number
+WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
+    AND (statement::jsonb ->> text 'after')::bigint < $2
+    AND NOT statement::jsonb ? text 'retired' ORDER BY number
 """
 
 
@@ -152,7 +153,7 @@ async def _retire(
     """Drop a month, in one transaction with the seal that says so; or why it has to stay."""
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(TAKE_TURN)
-        if await connection.fetchval("SELECT to_regclass($1)", partition) is None:
+        if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
             return None  # another machine was faster
         first, last, old = await connection.fetchrow(_BOUNDS.format(partition=partition), kept_from)
         if first is not None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import TypeAlias
 
 import asyncpg
+from sqlalchemy import Enum
 
 from tiger_db.audit.proof import FIRST, Seal
 from tiger_db.database import Database, migration_engine
@@ -36,15 +37,20 @@ CONTENT_COLUMNS = (
 
 def _member(name: str) -> str:
     # As JSON text of the database's own making: what it stores is never parsed and printed again,
-    # so that no digit of a number is lost.
-    value = f"to_json({name})::text"
+    # so that no digit of a number is lost. Whoever may create objects in the schema must not be
+    # able to capture a call: functions that are polymorphic or variadic are qualified, and
+    # operators have operands of exactly their types. to_json() would use a cast of an enum to json.
+    value = f"pg_catalog.to_json({name})::text"
     if name == "created_at":  # in UTC, whatever the session's time zone is
-        value = f"""'"' || (to_json({name} AT TIME ZONE 'UTC') #>> '{{}}') || 'Z"'"""
+        utc = f"pg_catalog.to_json({name} AT TIME ZONE 'UTC')"
+        value = f"""'"' || ({utc} #>> '{{}}'::text[]) || 'Z"'"""
+    elif isinstance(AuditLog.__table__.c[name].type, Enum):  # type: ignore[attr-defined]  # SQLAlchemy's
+        value = f"pg_catalog.to_json(pg_catalog.concat({name}))::text"
     return f"""'{"{" if name == "id" else ","}"{name}":' || {value}"""
 
 
 # concat() leaves out what is NULL, and so what has no value.
-CONTENT = f"concat({', '.join(map(_member, CONTENT_COLUMNS))}, '}}')"
+CONTENT = f"pg_catalog.concat({', '.join(map(_member, CONTENT_COLUMNS))}, '}}')"
 EVENTS = f"""
 SELECT position, {CONTENT} AS content FROM audit_logs
 WHERE position BETWEEN $1 AND $2 ORDER BY position, id
@@ -61,8 +67,8 @@ _WRITERS = """
 SELECT DISTINCT virtualtransaction AS id, pid FROM pg_locks
 WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND (relation = 'audit_logs'::regclass
-        OR relation IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass))
+    AND (relation = 'audit_logs'::regclass::oid OR relation IN (
+        SELECT inhrelid FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass::oid))
 """
 _TAKEN = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM audit_logs_position_seq"
 assert set(CONTENT_COLUMNS) == {c.name for c in AuditLog.__table__.columns} - {"position"}  # type: ignore[attr-defined]  # SQLAlchemy's
@@ -166,6 +172,7 @@ def event_id(content: str) -> str | None:
 async def clock(connection: Connection) -> str:
     """The database's time in UTC, to the microsecond."""
     now = await connection.fetchval(
-        "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
+        "SELECT pg_catalog.to_char(clock_timestamp() AT TIME ZONE 'UTC',"
+        ' \'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\')'
     )
     return str(now)

@@ -103,7 +103,9 @@ def create_account(
             tiger_db.MarketPermission, market_permissions, "--market-permissions"
         ),
         "description": description,
-        "token_expires_at": moment(token_expires_at, "--token-expires-at"),
+        "token_expires_at": (
+            moment(token_expires_at, "--token-expires-at") if token_expires_at is not None else None
+        ),
         "access_token": secret("access-token", access_token, access_token_file),
         "secret_key": secret("secret-key", secret_key, secret_key_file),
     }
@@ -262,7 +264,7 @@ def set_account_status(
 
 
 @app.command(rich_help_panel=_PANEL)
-def reset_errors(account: Account, *, as_json: AsJson = False) -> None:
+def reset_account_errors(account: Account, *, as_json: AsJson = False) -> None:
     """Forget an account's errors, and lift the suspension that they have caused."""
 
     async def reset(session: "AsyncSession") -> "tiger_db.TigerAccount":

@@ -8,15 +8,32 @@ import typer
 import tiger_db
 from tiger_db.cli.api_keys import PANEL, end_of_key, show_new_key, status_of
 from tiger_db.cli.encryption import new_id
-from tiger_db.cli.input import After, Limit, duration, find_api_key, query, required_secret
-from tiger_db.cli.output import AsJson, dump, print_json, show_bars, show_page, show_row, talk
+from tiger_db.cli.input import (
+    SINCE,
+    After,
+    Limit,
+    duration,
+    find_api_key,
+    past,
+    query,
+    required_secret,
+)
+from tiger_db.cli.output import (
+    AsJson,
+    dump,
+    over_time,
+    print_json,
+    show_bars,
+    show_page,
+    show_row,
+    talk,
+)
 from tiger_db.errors import NotFound
 
 if TYPE_CHECKING:
     from tiger_db.crud.api_keys import HourlyUsage
     from tiger_db.database import AsyncSession
 
-_HOUR = timedelta(hours=1)
 Key = Annotated[str, typer.Argument(metavar="PREFIX", help="The key's prefix or id.")]
 
 app = typer.Typer()
@@ -26,12 +43,13 @@ app = typer.Typer()
 def show_api_key(
     key: Key,
     *,
-    hours: Annotated[int, typer.Option(min=1, max=24 * 31, help="Of how many uses show.")] = 24,
+    since: Annotated[
+        str, typer.Option(metavar="TIME", help=f"Count uses from then on: {SINCE}")
+    ] = "24h",
     as_json: AsJson = False,
 ) -> None:
-    """Show an API key, and how often it was used in each of the last hours."""
-    this_hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    first = this_hour - (hours - 1) * _HOUR
+    """Show an API key and its uses over time: by the hour up to two days, else by the day."""
+    now, first = datetime.now(UTC), past(since, "--since")
 
     async def find(session: "AsyncSession") -> "tuple[tiger_db.APIKey, list[HourlyUsage]]":
         found = await find_api_key(session, key)
@@ -44,11 +62,9 @@ def show_api_key(
         return
     show_row(row, as_json=False)
     if not used:
-        talk(f"not used in the last {hours} hours")
+        talk(f"not used since {first:%Y-%m-%d %H:%MZ}")
         return
-    counts = {hourly.hour: hourly.count for hourly in used}
-    every = [first + number * _HOUR for number in range(hours)]
-    show_bars({f"{hour:%m-%d %H:00}": counts.get(hour, 0) for hour in every})
+    show_bars(over_time({hourly.hour: hourly.count for hourly in used}, first, now))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -160,7 +176,7 @@ def revoke_api_key(
 
     async def revoke(session: "AsyncSession") -> "tiger_db.APIKey":
         if raw:
-            found = await tiger_db.crud.api_keys.find_by_text(session, text)
+            found = await tiger_db.crud.api_keys.find_by_raw_key(session, text)
             if found is None:
                 raise NotFound("this is no API key of this database; a prefix revokes a key, too")
         else:
@@ -173,7 +189,7 @@ def revoke_api_key(
 
 
 @app.command(rich_help_panel=PANEL)
-def print_key_pattern() -> None:
+def print_api_key_pattern() -> None:
     """Print the regular expression of API keys, for secret scanners."""
     typer.echo(tiger_db.crud.api_keys.KEY_PATTERN)
 

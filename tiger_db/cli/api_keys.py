@@ -201,7 +201,7 @@ def end_of_key(expires_in: str | None, expires_at: str | None) -> datetime | Non
         raise typer.BadParameter("excludes --expires-at", param_hint="--expires-in")
     if expires_in is not None:
         return datetime.now(UTC) + duration(expires_in, "--expires-in")
-    end = moment(expires_at, "--expires-at")
+    end = None if expires_at is None else moment(expires_at, "--expires-at")
     if end is not None and end <= datetime.now(UTC):
         raise typer.BadParameter("has passed", param_hint="--expires-at")
     return end

@@ -99,7 +99,9 @@ def verify_audit(
     keys = [_read(file, tiger_db.signing.parse_public_key) for file in public_key or ()]
     head = _read(checkpoint, tiger_db.audit.read_checkpoint) if checkpoint is not None else None
     if export is not None and not keys:
-        own = settings().signing_key()
+        own = tiger_db.keys_in_force.configured(
+            settings(), tiger_db.keys_in_force.AUDIT_SIGNING_KEY
+        )
         keys = [own.public_key()] if own is not None else []
 
     async def run() -> "Verification":

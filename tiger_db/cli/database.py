@@ -24,9 +24,10 @@ _PANEL = "Database"
 def init() -> None:
     """Make everything ready: database, schema and encryption key. What is there stays."""
     config = settings()
-    config.key_ring()  # what is wrong with the keys is told before anything is made
-    config.peppers()
-    config.signing_key()
+    keys = tiger_db.keys_in_force
+    keys.configured(config, keys.ENCRYPTION_KEYS)  # before anything is made: they may be malformed
+    keys.configured(config, keys.API_KEY_PEPPERS)
+    keys.configured(config, keys.AUDIT_SIGNING_KEY)
 
     async def make() -> None:
         import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
@@ -307,17 +308,18 @@ async def _migrate(config: "tiger_db.Settings", revision: str) -> "tiger_db.migr
 
 
 async def _make_key(config: "tiger_db.Settings") -> None:
-    if config.peppers() is None and not config.embedded:
+    keys = tiger_db.keys_in_force
+    if keys.configured(config, keys.API_KEY_PEPPERS) is None and not config.embedded:
         warn(
             "no pepper is set, so API keys cannot be made or checked: set API_KEY_PEPPERS to what"
             " `tiger-db generate-api-key-pepper` prints, and keep it: no key verifies without it"
         )
-    if config.signing_key() is None and not config.embedded:
+    if keys.configured(config, keys.AUDIT_SIGNING_KEY) is None and not config.embedded:
         talk(
             "no signing key is set: where `tiger-db seal-audit` shall run, set AUDIT_SIGNING_KEY"
             " to what `tiger-db generate-audit-signing-key` prints"
         )
-    if config.key_ring() is not None:
+    if keys.configured(config, keys.ENCRYPTION_KEYS) is not None:
         return
     if not config.embedded:
         warn(

@@ -2,10 +2,9 @@
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
@@ -14,15 +13,15 @@ import typer
 
 import tiger_db
 from tiger_db.cli.input import (
+    SINCE,
     After,
     Limit,
     account_numbers,
     as_uuid,
-    duration,
     find_account,
     find_api_key,
     finish,
-    moment,
+    past,
     query,
     settings,
 )
@@ -33,6 +32,7 @@ from tiger_db.cli.output import (
     counter,
     dump,
     output,
+    over_time,
     print_json,
     show_bars,
     show_line,
@@ -47,12 +47,9 @@ if TYPE_CHECKING:
 
 Results = Literal["success", "failure", "partial", "error"]
 Severities = Literal["low", "medium", "high", "critical"]
-_WHEN = "such as 2026-01-31T12:00:00Z, or how long ago, such as 24h or 7d."
-_DAY = timedelta(days=1)
-_HOURLY = 2 * _DAY  # the longest that is drawn by the hour
 PANEL = "Audit trail"
 
-Since = Annotated[str | None, typer.Option(metavar="TIME", help=f"From then on: {_WHEN}")]
+Since = Annotated[str | None, SINCE]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before then, in the same forms.")]
 Action = Annotated[
     list[str] | None,
@@ -155,16 +152,15 @@ async def _follow(
 
 
 @app.command(rich_help_panel=PANEL)
-def show_events(
+def count_events(
     *,
-    last: Annotated[str, typer.Option(metavar="24h", help="How far back: m, h, d or w.")] = "24h",
+    since: Annotated[str, SINCE] = "24h",
     chart: Annotated[bool, typer.Option("--chart", help="Draw them over time.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count what was done lately: by action and by result, and over time."""
-    until = datetime.now(UTC)
-    since = until - duration(last, "--last")
-    counts = query(lambda session: tiger_db.crud.audit_logs.statistics(session, since=since))
+    """Count the events since a time, by default of 24 hours: by action, by result, over time."""
+    until, start = datetime.now(UTC), past(since, "--since")
+    counts = query(lambda session: tiger_db.crud.audit_logs.statistics(session, since=start))
     if as_json:
         print_json(
             {
@@ -176,26 +172,11 @@ def show_events(
     elif not counts.actions:
         talk("there are none")
     elif chart:
-        show_bars(_over_time(counts.hours, since, until))
+        show_bars(over_time(counts.hours, start, until))
     else:
         show_table(("Result", "Events"), list(counts.results.items()))
         typer.echo()
         show_table(("Action", "Events"), list(counts.actions.items()))
-
-
-def _over_time(hours: dict[datetime, int], since: datetime, until: datetime) -> dict[str, int]:
-    """By the hour up to two days, else by the day; those without events are there too."""
-    step, form = (
-        (timedelta(hours=1), "%m-%d %H:00") if until - since <= _HOURLY else (_DAY, "%Y-%m-%d")
-    )
-    at = since.replace(minute=0, second=0, microsecond=0)
-    bars: Counter[str] = Counter()
-    while at <= until:
-        bars[f"{at:{form}}"] = 0
-        at += step
-    for hour, count in hours.items():
-        bars[f"{hour:{form}}"] += count
-    return dict(bars)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -239,9 +220,10 @@ def export_events(
             async with tiger_db.Database(settings()) as database:
                 async with database.session() as session:
                     criteria = await wanted(session)
-                lines = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
-                async for line in lines:
-                    file.write(line)
+                export = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
+                async with aclosing(export) as lines:
+                    async for line in lines:
+                        file.write(line)
 
     with output(out, overwrite=overwrite) as file:  # a pipe without a reader is waited for here
         finish(run(file))
@@ -250,8 +232,10 @@ def export_events(
 
 def _wanted(options: dict[str, Any]) -> "Callable[[AsyncSession], Awaitable[Criteria]]":
     """The criteria that a command's options make, once a session can look for names in them."""
-    start = moment(options["since"], "--since", ago=True)
-    end = moment(options["until"], "--until", ago=True)
+    start, end = (
+        past(text, f"--{name}") if (text := options[name]) is not None else None
+        for name in ("since", "until")
+    )
     actions = _actions(options["action"] or ())
     details = _json(options["details"])
     result, severity = options["result"], options["severity"]

@@ -27,6 +27,10 @@ After = Annotated[
     str | None,
     typer.Option(metavar="CURSOR", help="Go on where an earlier list ended: its next_cursor."),
 ]
+SINCE = typer.Option(
+    metavar="TIME",
+    help="From then on: such as 2026-01-31T12:00:00Z, or how long ago, such as 24h or 7d.",
+)
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 _CENTURY = timedelta(days=36525)
 _SECRET_LIMIT = 1_000_000  # characters
@@ -122,16 +126,12 @@ def words(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
-def moment(text: str | None, option: str, *, ago: bool = False) -> datetime | None:
-    """A time with its zone, or, with `ago`, a length of time before now.
+def moment(text: str, option: str) -> datetime:
+    """Parse a time with its zone; return it in UTC.
 
     Raises:
         BadParameter: anything else, also a time whose zone would have to be guessed.
     """
-    if text is None:
-        return None
-    if ago and re.fullmatch(r"\d+[a-z]", text, re.ASCII):
-        return datetime.now(UTC) - duration(text, option)
     try:
         found = datetime.fromisoformat(text)
         if found.tzinfo is not None:
@@ -141,6 +141,17 @@ def moment(text: str | None, option: str, *, ago: bool = False) -> datetime | No
     raise typer.BadParameter(
         "give a date, time and zone, such as 2026-01-31T12:00:00Z", param_hint=option
     )
+
+
+def past(text: str, option: str) -> datetime:
+    """Parse a time with its zone, or a length of time before now, such as `24h`.
+
+    Raises:
+        BadParameter: anything else.
+    """
+    if re.fullmatch(r"\d+[a-z]", text, re.ASCII):
+        return datetime.now(UTC) - duration(text, option)
+    return moment(text, option)
 
 
 def duration(text: str, option: str) -> timedelta:

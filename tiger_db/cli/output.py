@@ -4,9 +4,10 @@ import json
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
@@ -29,6 +30,8 @@ Out = Annotated[
     typer.Option(metavar="FILE", help="A new file, a pipe or a device; else standard output."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
+_DAY = timedelta(days=1)
+_HOURLY = 2 * _DAY  # the longest time that is drawn by the hour
 _GAP = 2  # between columns
 _BARS = 100  # columns at most of a chart
 _ANY_WIDTH = 10_000  # of what is not a terminal: a row stays on its line
@@ -194,6 +197,21 @@ def show_bars(counts: Mapping[str, int]) -> None:
         part = chr(0x2590 - eighths % 8) if eighths % 8 else ""
         table.add_row(name, "\u2588" * (eighths // 8) + part, f"{count:,}")
     _console().print(table)
+
+
+def over_time(hours: Mapping[datetime, int], since: datetime, until: datetime) -> dict[str, int]:
+    """Return counts by the hour up to two days, else by the day; 0 where there are none."""
+    step, form = (
+        (timedelta(hours=1), "%m-%d %H:00") if until - since <= _HOURLY else (_DAY, "%Y-%m-%d")
+    )
+    at = since.replace(minute=0, second=0, microsecond=0)
+    bars: Counter[str] = Counter()
+    while at <= until:
+        bars[f"{at:{form}}"] = 0
+        at += step
+    for hour, count in hours.items():
+        bars[f"{hour:{form}}"] += count
+    return dict(bars)
 
 
 def _table(*, show_header: bool = True) -> Table:

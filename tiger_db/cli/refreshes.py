@@ -87,7 +87,7 @@ def list_refreshes(
 
 
 @app.command(rich_help_panel=PANEL)
-def show_refreshes(
+def watch_refreshes(
     *,
     live: Annotated[
         bool, typer.Option("--live", help="Show it anew every second, until Ctrl-C.")
@@ -159,7 +159,7 @@ def _draw(groups: "Groups", numbers: dict[UUID | None, str], day: "RefreshStatis
 
 
 @app.command(rich_help_panel=PANEL)
-def run_refreshes(
+def run_refresh_worker(
     *,
     once: Annotated[
         bool, typer.Option("--once", help="End when nothing is due, in place of waiting.")
@@ -181,6 +181,9 @@ def run_refreshes(
     async def run() -> "Counter[str]":
         import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
 
+        from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # the same
+
+        load_sdk()  # if it is missing, no account must count that as a failed refresh
         async with tiger_db.Database(settings()) as database:
             worker = tiger_db.RefreshWorker(
                 database,

@@ -1,12 +1,12 @@
-"""What the CRUD modules share: pages, row-or-error, and constraint violations as typed errors."""
+"""Helpers of the CRUD modules: the session context, pages, row look-ups, typed errors."""
 
 import base64
 import binascii
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Generic, TypeVar
+from datetime import date, datetime
+from typing import Any, Generic, Literal, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Row, Select, select
@@ -17,6 +17,7 @@ from sqlalchemy.orm.interfaces import LoaderOption
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlmodel import col
 
+from tiger_db.encryption import KeyProvider
 from tiger_db.errors import (
     ConfigurationError,
     InvalidCursor,
@@ -25,7 +26,10 @@ from tiger_db.errors import (
     NotFound,
 )
 from tiger_db.models import Entity
+from tiger_db.models.base import CONTEXT
+from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import classify
+from tiger_db.write_behind import WriteBehind
 
 MAX_LIMIT = 1000
 # What a statement returns is what the rows are now, whatever the session remembers of them.
@@ -115,29 +119,43 @@ async def paginate(
     return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
 
 
-def handed_over(info: Mapping[Any, object], name: str) -> object:
-    """Return what a session's Database put into the session's `info` under a name.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionContext:
+    """What a Database hands over to the CRUD functions, in the `info` of each session."""
+
+    key_provider: KeyProvider | None
+    peppers: Peppers | None
+    key_environment: Literal["live", "test"]  # of new API keys
+    allow_unpeppered_until: date | None  # the last day, UTC
+    write_behind: WriteBehind | None  # None: out-of-band events are in the session's transaction
+    readonly: bool = False
+
+
+def context_of(info: Mapping[Any, object]) -> SessionContext:
+    """Return the SessionContext in the `info` of a session or a Database.
 
     Raises:
-        ConfigurationError: the session has no Database, so nothing tells what is right.
+        ConfigurationError: there is none, so the session was not made for a Database.
     """
-    try:
-        return info[name]
-    except KeyError:
+    context = info.get(CONTEXT)
+    if not isinstance(context, SessionContext):
         raise ConfigurationError(
-            f"the session's info has no {name!r}: use Database.session(), or make the session with"
-            " info=database.info"
-        ) from None
+            f"the session's info has no {CONTEXT!r}: use Database.session(), or make the session"
+            " with info=database.info"
+        )
+    return context
 
 
-def refuse_readonly(session: AsyncSession) -> None:
-    """For what decides by reading only. What locks or writes, PostgreSQL refuses by itself.
+def refuse_readonly(
+    session: AsyncSession, what: str = "decide: a standby may not know the latest"
+) -> None:
+    """Refuse a readonly session where PostgreSQL would not, as it does for locks and writes.
 
     Raises:
         InvalidState: the session is readonly.
     """
-    if session.info.get("readonly"):
-        raise InvalidState("a readonly session cannot decide: a standby may not know the latest")
+    if CONTEXT in session.info and context_of(session.info).readonly:
+        raise InvalidState(f"a readonly session cannot {what}")
 
 
 def check_limit(limit: int) -> None:

@@ -101,7 +101,7 @@ async def _refreshes(connection: AsyncConnection) -> Found:
     return (
         status,
         f"{row.waiting} are due, {row.abandoned} have lost their worker, for {lasting(row.age)}",
-        None if status == "ok" else "are there enough of `tiger-db run-refreshes`?",
+        None if status == "ok" else "are there enough of `tiger-db run-refresh-worker`?",
     )
 
 
@@ -124,7 +124,7 @@ async def _tokens(connection: AsyncConnection) -> Found:
         f"{row.accounts} are due for a refresh, for {lasting(row.age)}; {row.expired} have expired",
         None
         if status == "ok"
-        else "see `tiger-db show-refreshes`; is `tiger-db run-refreshes` running?",
+        else "see `tiger-db watch-refreshes`; is `tiger-db run-refresh-worker` running?",
     )
 
 

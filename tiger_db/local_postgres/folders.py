@@ -11,7 +11,7 @@ from pathlib import Path
 import platformdirs
 
 from tiger_db.errors import EmbeddedError
-from tiger_db.local_postgres.private_files import is_private_folder
+from tiger_db.files import is_private_folder
 from tiger_db.local_postgres.programs import (
     LONGEST_PATH,
     UNRUNNABLE,

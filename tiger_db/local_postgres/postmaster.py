@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiger_db.errors import EmbeddedError
+from tiger_db.files import is_private_folder
 from tiger_db.local_postgres import server_lock
 from tiger_db.local_postgres.folders import SOCKET
-from tiger_db.local_postgres.private_files import is_private_folder
 from tiger_db.local_postgres.programs import PATIENCE_SECONDS, psutil
 
 
@@ -61,7 +61,22 @@ def settled(home: Path, lock: int) -> Postmaster | None:
             return found
         elif found.ready:  # its socket was removed, as a login's folder is at its end
             found.interrupt()
-    raise _gave_up(f"{_last_server(home, lock)} still uses {home / 'data'}")
+    server = _last_server(home, lock, held=True)
+    if holders := _holders(lock):
+        server = f"{', '.join(holders)} of {server}"
+    raise _gave_up(f"{server} still uses {home / 'data'}")
+
+
+def record_server(home: Path, lock: int, *, started: bool = False) -> None:
+    """Record the server's identity if that is missing and the server holds the lock.
+
+    `started`: pg_ctl has just started it, and with it the lock was inherited. For the holder of the
+    folder's lock, so that no other server is started meanwhile.
+    """
+    if server_lock.lacks_server(lock):
+        found = _find(home)
+        if found and (started or _has_open(found.process, lock)):
+            server_lock.record_server(lock, found.identity)
 
 
 def stop(home: Path, lock: int) -> bool:
@@ -105,8 +120,8 @@ def drop_stale_locks(home: Path, socket_folder: Path, lock: int) -> None:
     pid_file = home / "data" / "postmaster.pid"
     if pid_file.exists() and not server_lock.proves_end(lock, home, _identity(_lines(home))):
         raise EmbeddedError(
-            f"{_last_server(home, lock)} may still be using {home / 'data'}: stop it there,"
-            f" or remove {pid_file} if you are certain that it has ended"
+            f"{_last_server(home, lock, held=False)} may still be using {home / 'data'}:"
+            f" stop it there, or remove {pid_file} if you are certain that it has ended"
         )
     for lock_file in (pid_file, socket_folder / f"{SOCKET}.lock"):
         lock_file.unlink(missing_ok=True)
@@ -115,18 +130,44 @@ def drop_stale_locks(home: Path, socket_folder: Path, lock: int) -> None:
 def _refuse_elsewhere(home: Path, lock: int) -> None:
     if not server_lock.is_of_this_namespace(lock):
         raise EmbeddedError(
-            f"{_last_server(home, lock)} is using {home / 'data'}: stop it there, or use it there"
+            f"{_last_server(home, lock, held=True)} is using {home / 'data'}: stop it there,"
+            " or use it there"
         )
 
 
-def _last_server(home: Path, lock: int) -> str:
-    """Describe the server that wrote `postmaster.pid`, for a message."""
+def _holders(lock: int) -> list[str]:
+    """Describe the other processes that hold the server's lock, as far as they are visible."""
+    return [
+        f"process {process.pid} ({process.info['name']})"
+        for process in psutil().process_iter(["name"])
+        if process.pid != os.getpid() and _has_open(process, lock)
+    ]
+
+
+def _has_open(process: Any, lock: int) -> bool:  # noqa: ANN401  # psutil has no types
+    """Return whether the process has the lock file open, as those that inherited the lock do."""
+    with suppress(psutil().Error, OSError):
+        files = [Path(file.path) for file in process.open_files()]
+        return any(
+            os.path.samestat(file.stat(), os.fstat(lock))
+            for file in files
+            if file.name == "server.lock"
+        )
+    return False
+
+
+def _last_server(home: Path, lock: int, *, held: bool) -> str:
+    """Describe the server that wrote `postmaster.pid`, for a message.
+
+    While processes of a server hold the lock, the start that is recorded is that server's.
+    """
     lines = _lines(home)
     identity = _identity(lines)
     known = f" (process {abs(int(lines[0]))} there)" if identity else ""
-    if origin := server_lock.origin_of(lock, identity):
+    unnamed = held and server_lock.lacks_server(lock)
+    if origin := server_lock.origin_of(lock, None if unnamed else identity):
         return f"the server that host {origin.host} started at {origin.since}{known}"
-    return f"a server that was started by hand or by an older release{known}"
+    return f"a server that was started by hand, by a killed process or by an older release{known}"
 
 
 def _find(home: Path) -> Postmaster | None:
@@ -167,9 +208,21 @@ def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has
     """
     with suppress(psutil().Error, ValueError, OverflowError):
         process = psutil().Process(int(pid))
-        if process.name() == "postgres" and process.cwd() == str((home / "data").resolve()):
+        if process.name() == "postgres" and _works_in(process, (home / "data").resolve()):
             return process
     return None
+
+
+def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has no types
+    try:
+        return bool(process.cwd() == str(data))
+    except psutil().AccessDenied:  # root in a container: CAP_SYS_PTRACE is dropped by default
+        arguments = process.cmdline()
+        return bool(
+            process.uids().real == data.stat().st_uid
+            and "-D" in arguments[:-1]
+            and arguments[arguments.index("-D") + 1] in {str(data), data.name}
+        )
 
 
 def _patience() -> Iterator[None]:

@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
 from tiger_db.errors import EmbeddedError
-from tiger_db.local_postgres.private_files import UNFINISHED
+from tiger_db.files import UNFINISHED, remove_unfinished
 
 User = tuple[int, int]  # uid, gid
 
@@ -27,28 +30,57 @@ _NOT_INSTALLED = (
 )
 
 
+# A fork of this process inherits the ends of the pipes that Popen is just making. As long as it had
+# them open, `run` would wait for it. So forks wait until Popen has closed them.
+_spawning = threading.RLock()
+os.register_at_fork(
+    before=_spawning.acquire,
+    after_in_parent=_spawning.release,
+    after_in_child=_spawning.release,
+)
+
+
 def run(
     *command: str | Path, user: User | None = None, home: Path | None = None,
     stdin: int = subprocess.DEVNULL, umask: int = 0o077, inherited: tuple[int, ...] = (),
+    meanwhile: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run a program in `home`, as `user` if root asks, out of reach of the terminal's Ctrl-C."""
+    """Run a program in `home`, in a session of its own, which the terminal's Ctrl-C does not reach.
+
+    If this process is root's, the program runs as `user`. `meanwhile` is called every 20 ms until
+    the program has ended. Returns its exit status and its stderr.
+
+    Raises:
+        subprocess.TimeoutExpired: the program did not end in time, and was killed.
+    """
     other = user if os.geteuid() == 0 else None
-    return subprocess.run(  # noqa: S603  # no shell; paths of our own
-        command,
-        capture_output=True,
-        check=False,
-        cwd=home or "/",
-        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-        errors="replace",
-        extra_groups=other and [],
-        group=other and other[1],
-        pass_fds=inherited,
-        start_new_session=True,
-        stdin=stdin,
-        timeout=PATIENCE_SECONDS + 5,
-        umask=umask,
-        user=other and other[0],
-    )
+    with _spawning:
+        process = subprocess.Popen(  # noqa: S603  # no shell; paths of our own
+            command,
+            cwd=home or "/",
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            errors="replace",
+            extra_groups=other and [],
+            group=other and other[1],
+            pass_fds=inherited,
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            umask=umask,
+            user=other and other[0],
+        )
+    with process:
+        try:
+            deadline = time.monotonic() + PATIENCE_SECONDS + 5
+            while meanwhile and process.poll() is None and time.monotonic() < deadline:
+                meanwhile()
+                time.sleep(0.02)
+            _, stderr = process.communicate(timeout=max(0, deadline - time.monotonic()))
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stderr=stderr)
 
 
 def reason(output: str) -> str:
@@ -117,8 +149,7 @@ def _programs(package: Path) -> Path:
 
 
 def _copy_wheel(package: Path, copy: Path) -> None:
-    for leftover in copy.parent.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_unfinished(copy.parent)
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=copy.parent))
     ignore = shutil.ignore_patterns("*.py", "__pycache__", "include")
     try:

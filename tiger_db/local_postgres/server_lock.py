@@ -12,7 +12,8 @@ the server which wrote `postmaster.pid` has ended, if that server held it before
   other machines and other mounts may be invisible here, so that holding this one proves nothing.
 
 A server of an older release, or one that was started by hand, does not hold it. As long as its
-`postmaster.pid` exists, such a server counts as running.
+`postmaster.pid` exists, such a server counts as running. So does one that crashed before a call of
+`start` had recorded it, because its starter was killed.
 """
 
 import fcntl
@@ -24,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from tiger_db.local_postgres.private_files import private_opener
+from tiger_db.files import private_opener
 from tiger_db.local_postgres.programs import psutil
 
 # File systems that one kernel at a time can mount.
@@ -37,8 +38,9 @@ _opened: set[int] = set()
 class Origin(NamedTuple):
     """Where and when a server was started: the first lines of the lock file.
 
-    The next line is the identity of the server, from `postmaster.pid`. It is missing if the starter
-    was killed: `postmaster.pid` was not there when the starter wrote the first ones.
+    The next line is the identity of the server, from `postmaster.pid`. It is missing if the start
+    failed, or its process was killed before `postmaster.pid` was there. Without it, the lock proves
+    nothing about a `postmaster.pid`: another server may have written that since.
     """
 
     host: str
@@ -94,8 +96,16 @@ def record_start(lock: int) -> None:
 
 
 def record_server(lock: int, identity: str) -> None:
-    """Record the identity of the server that was started."""
-    os.pwrite(lock, f"{identity}\n".encode(), os.fstat(lock).st_size)
+    """Record the identity of the server that holds the lock."""
+    origin, _ = _record(lock)
+    os.pwrite(lock, f"{identity}\n".encode(), sum(len(line) + 1 for line in origin))
+    os.fsync(lock)
+
+
+def lacks_server(lock: int) -> bool:
+    """Return whether a start is recorded, but not the identity of its server."""
+    origin, identity = _record(lock)
+    return len(origin) == len(Origin._fields) and not identity
 
 
 def origin_of(lock: int, identity: str | None) -> Origin | None:
@@ -103,11 +113,16 @@ def origin_of(lock: int, identity: str | None) -> Origin | None:
 
     Without an identity, that of the last server which held the lock.
     """
-    *lines, _ = os.pread(lock, 4096, 0).decode(errors="replace").split("\n")
-    origin, recorded = lines[: len(Origin._fields)], lines[len(Origin._fields) :]
-    if len(origin) < len(Origin._fields) or (identity and recorded and recorded != [identity]):
+    origin, recorded = _record(lock)
+    if len(origin) < len(Origin._fields) or (identity and recorded != [identity.encode()]):
         return None
-    return Origin(*origin)
+    return Origin(*(line.decode(errors="replace") for line in origin))
+
+
+def _record(lock: int) -> tuple[list[bytes], list[bytes]]:
+    """Return the lines of the origin, and that of the identity; not one that was cut off."""
+    *lines, _ = os.pread(lock, 4096, 0).split(b"\n")
+    return lines[: len(Origin._fields)], lines[len(Origin._fields) :]
 
 
 def is_of_this_namespace(lock: int) -> bool:

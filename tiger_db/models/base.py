@@ -52,6 +52,7 @@ from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.models.mutable import Tracked, track
 
 T = TypeVar("T")
+CONTEXT = "tiger_db"  # key of the SessionContext (crud.common) in the `info` of a session
 
 metadata = MetaData(
     naming_convention={
@@ -441,5 +442,7 @@ def secrets_of(row: Entity) -> list[Secret]:
 
 
 def key_provider(session: Session | None) -> KeyProvider | None:
-    """What encrypts and decrypts the secrets of a session's rows, if anything does."""
-    return None if session is None else session.info.get("key_provider")
+    """Return the key provider of the session's Database, or None if there is none."""
+    context = None if session is None else session.info.get(CONTEXT)
+    provider: KeyProvider | None = None if context is None else context.key_provider
+    return provider

@@ -5,9 +5,11 @@ Its own way of building a statement and reading its rows takes longer than Postg
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from ipaddress import ip_network
 from typing import Any, TypeVar
 
 from sqlalchemy import ARRAY, Enum, Table, inspect
+from sqlalchemy.dialects.postgresql import CIDR
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.orm import Mapper, Session, class_mapper, make_transient_to_detached
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
@@ -26,7 +28,17 @@ def whole(entity: type[Entity], table: str) -> str:
 
     It is one value: what SQLAlchemy does for each column of a result takes longer than all of them.
     """
-    return f"ROW({', '.join(f'{table}.{name}{cast}' for name, cast, _ in _fields(entity))})"
+    return f"ROW({columns(entity, table)})"
+
+
+def columns(entity: type[Entity], table: str) -> str:
+    """Return the values of `whole` as columns, for statements that asyncpg executes itself."""
+    return ", ".join(f"{table}.{name}{cast}" for name, cast, _ in _fields(entity))
+
+
+def names(entity: type[Entity]) -> list[str]:
+    """Return the names of `columns`."""
+    return [name for name, _, _ in _fields(entity)]
 
 
 def detached(entity: type[E_], values: Sequence[Any], provider: KeyProvider | None) -> E_:
@@ -70,17 +82,21 @@ def _fields(entity: type[Entity]) -> list[tuple[str, str, Callable[[Any], Any] |
     assert isinstance(table, Table)
     names = [*entity.model_fields, *(table.c.keys() - entity.model_fields.keys())]
     return [
-        (name, _cast(type_), type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None))
-        for name in names
-        for type_ in [table.c[name].type]
+        (name, _cast(type_), _processor(type_)) for name in names for type_ in [table.c[name].type]
     ]
 
 
 def _cast(type_: TypeEngine[Any]) -> str:
-    # asyncpg knows no type of the database's own within a row.
+    # Within a row, asyncpg decodes built-in types only, and of their arrays not all.
     if isinstance(type_, Enum):
         return "::text"
-    return "::text[]" if isinstance(type_, ARRAY) and isinstance(type_.item_type, Enum) else ""
+    return "::text[]" if isinstance(type_, ARRAY) else ""
+
+
+def _processor(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
+    if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):  # asyncpg's work: see _cast
+        return lambda networks: [ip_network(network) for network in networks]
+    return type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
 
 
 def _loaded(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:

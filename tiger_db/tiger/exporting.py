@@ -8,18 +8,16 @@ from uuid import UUID
 from tiger_db import crud
 from tiger_db.database import Database
 from tiger_db.errors import InvalidState, InvalidValue, NotFound
-from tiger_db.files import check_output
+from tiger_db.files import check_output, make_private_folder, write_private
 from tiger_db.models import AuditAction, AuditSeverity, PrivateKeyFormat, TigerAccount
 from tiger_db.tiger.private_keys import base64_der, load_private_key
 from tiger_db.tiger.properties import (
     CONFIG_FILE,
     OPTIONS,
     TOKEN_FILE,
-    make_folder,
     option,
     plain,
     properties,
-    write_private,
 )
 
 
@@ -47,7 +45,7 @@ async def export_account(
         if account is None:
             raise NotFound(f"there is no TigerAccount {account_id}")
         texts = _texts(account)
-        await asyncio.to_thread(make_folder, folder)
+        await asyncio.to_thread(make_private_folder, folder)
         await crud.audit_logs.log_event(
             session,
             action=AuditAction.ACCOUNT_EXPORT,

@@ -8,7 +8,6 @@ import javaproperties
 
 from tiger_db.encryption import Secret
 from tiger_db.errors import InvalidValue
-from tiger_db.files import output_files
 from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
@@ -70,31 +69,6 @@ def properties(values: Mapping[str, str | None]) -> str:
         for key, value in values.items()
         if value and value.strip()
     )
-
-
-def write_private(
-    folder: Path, texts: Mapping[str, str], *, overwrite: bool, without: str | None = None
-) -> list[Path]:
-    """Write files of these names by the rules of `output_files`, and return their paths.
-
-    With `overwrite`, the file named by `without` goes as well.
-
-    Raises:
-        AlreadyExists, InvalidValue, OSError: see `output_files`.
-    """
-    paths = [folder / name for name in texts]
-    stale = folder / without if overwrite and without is not None else None
-    with output_files(*paths, overwrite=overwrite, without=stale) as files:
-        for file, text in zip(files, texts.values(), strict=True):
-            file.write(text)
-    return paths
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for its owner alone, and those above it, where they are missing."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(mode=0o700)
 
 
 def option(account: TigerAccount, name: str) -> str:

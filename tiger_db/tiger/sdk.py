@@ -33,7 +33,7 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     """
     if account.private_key is None:
         raise InvalidState(f"{account.known_as()} is closed")
-    sdk, config_class = _sdk()
+    sdk, config_class = load_sdk()
     config = config_class(enable_dynamic_domain=False)  # else it would ask for the servers' names
     config.props_path = None
     config.tiger_id, config.account = plain(account.tiger_id), account.account_number
@@ -67,7 +67,7 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
 
 
 @cache
-def _sdk() -> tuple[Any, Any]:
+def load_sdk() -> tuple[Any, Any]:
     """The SDK's module of configurations, and a configuration that knows only what it is told."""
     try:
         from tigeropen import tiger_open_config as sdk  # noqa: PLC0415  # slow, and an extra

@@ -1,10 +1,11 @@
-"""API keys: creating, checking, rotating and revoking them."""
+"""CRUD of API keys: create, authorize, rotate, extend and revoke them, and look them up."""
 
-from tiger_db.crud.api_keys.authorizing import authorize_api_key, verify_api_key
-from tiger_db.crud.api_keys.changing import create_api_key, extend, revoke, rotate
-from tiger_db.crud.api_keys.reading import (
+from tiger_db.crud.api_keys.authorize import authorize_api_key, verify_api_key
+from tiger_db.crud.api_keys.key_format import KEY_PATTERN
+from tiger_db.crud.api_keys.lifecycle import create_api_key, extend, revoke, rotate
+from tiger_db.crud.api_keys.queries import (
     HourlyUsage,
-    find_by_text,
+    find_by_raw_key,
     get,
     get_by_prefix,
     get_keys_for_account,
@@ -12,7 +13,6 @@ from tiger_db.crud.api_keys.reading import (
     list_expiring,
     usage,
 )
-from tiger_db.crud.api_keys.text import KEY_PATTERN
 
 __all__ = [
     "KEY_PATTERN",
@@ -20,7 +20,7 @@ __all__ = [
     "authorize_api_key",
     "create_api_key",
     "extend",
-    "find_by_text",
+    "find_by_raw_key",
     "get",
     "get_by_prefix",
     "get_keys_for_account",

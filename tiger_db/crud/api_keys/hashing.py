@@ -1,60 +1,59 @@
-"""How the secrets of keys are stored: a salted hash of what a server-side pepper makes of them."""
+"""Hashes of the secrets of API keys: salted, over an HMAC with a server-side pepper."""
 
 import asyncio
 import secrets
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
 from passlib.context import CryptContext
 
-from tiger_db.crud.common import handed_over
+from tiger_db.crud.common import context_of
 from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
-# One salted SHA-256 is enough for 256 random bits, which no dictionary holds: NIST SP 800-63B,
-# 5.1.2.2, asks for stretching only where a secret has less than 112 bits. The slow schemes are
-# those of keys that come from elsewhere.
+# One salted SHA-256 is enough for 256 random bits: NIST SP 800-63B, 5.1.2.2, requires key
+# stretching only for secrets of less than 112 bits. Imported keys may have a slow hash.
 _FAST = "ldap_salted_sha256"
 _hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])
-_LONGEST = 512  # characters of a hash; argon2 takes its cost, and so our time, from it
+_MAX_LENGTH = 512  # characters of a hash; a long one could ask for a costly Argon2
 
 
 class UnpepperedHash(InvalidAPIKey):
-    """The reason in the audit trail; the caller gets a plain `InvalidAPIKey`."""
+    """The reason in the audit trail. Callers get `InvalidAPIKey`, which reveals nothing."""
 
 
 def peppers_of(info: Mapping[Any, object]) -> Peppers:
-    """The peppers in a session's `info`, where its Database puts them.
+    """Return the peppers in the `info` of a session or a Database.
 
     Raises:
-        ConfigurationError: there are none, or the session has no Database.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session was not made for a Database.
     """
-    peppers = handed_over(info, "peppers")
+    peppers = context_of(info).peppers
     if peppers is None:
         raise ConfigurationError("API_KEY_PEPPERS is not set, so no API key can be made or checked")
-    assert isinstance(peppers, Peppers)
     return peppers
 
 
 def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
-    """A hash under the first pepper, and the pepper's id."""
+    """Return a hash with the first pepper, and the id of the pepper."""
     pepper_id = peppers.ids[0]
     hashed: str = _hashes.hash(peppers.apply(pepper_id, secret))
     return hashed, pepper_id
 
 
 async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: str | None) -> bool:
-    """Whether a hash is that of the secret; an empty hash is nobody's, and takes as long.
+    """Return whether a hash is that of the secret; without a pepper id, of the secret alone.
 
-    A hash without a pepper is of the secret itself. Slow ones do not keep the event loop waiting.
+    An empty or malformed hash, or one with an unknown pepper, is verified against a dummy hash, so
+    that unknown keys take equal time. Slow hashes are verified in a thread.
     """
     known = pepper_id is None or pepper_id in peppers.ids
-    scheme = _hashes.identify(hashed) if len(hashed) <= _LONGEST else None
+    scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_LENGTH else None
     applied = peppers.apply(pepper_id if pepper_id and known else peppers.ids[0], secret)
     if scheme is None or not known:
-        _verify(applied, _no_hash())
+        _verify(applied, _dummy_hash())
         return False
     text = secret if pepper_id is None else applied
     if scheme == _FAST:
@@ -63,17 +62,17 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
 
 
 def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: float) -> None:
-    """Refuse a hash without a pepper, because whoever can write to the database can make one.
+    """Refuse a hash without a pepper: anyone who can write to the database could have made it.
 
-    `info` is a session's, `now` the database's time in seconds since 1970.
+    `info` is that of a Database or its sessions, `now` the database's time, seconds since 1970.
 
     Raises:
         UnpepperedHash: API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set, or that day (UTC) is over.
     """
     if pepper_id is not None:
         return
-    until = info.get("allow_unpeppered_until")
-    if isinstance(until, date) and datetime.fromtimestamp(now, UTC).date() <= until:
+    until = context_of(info).allow_unpeppered_until
+    if until is not None and datetime.fromtimestamp(now, UTC).date() <= until:
         return
     setting = f"is {until}" if until is not None else "is not set"
     raise UnpepperedHash(
@@ -84,18 +83,18 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
 
 
 def outdated(peppers: Peppers, hashed: str, pepper_id: str | None) -> bool:
-    """Whether a hash that verified should be made anew: by a slow scheme, or an older pepper."""
+    """Return whether a verified hash should be replaced: a slow scheme, or not the first pepper."""
     return pepper_id != peppers.ids[0] or bool(_hashes.needs_update(hashed))
 
 
 def _verify(text: str, hashed: str) -> bool:
     try:
         return bool(_hashes.verify(text, hashed))
-    except (ValueError, TypeError):  # a damaged hash is nobody's
+    except (ValueError, TypeError):  # malformed
         return False
 
 
 @cache
-def _no_hash() -> str:
+def _dummy_hash() -> str:
     hashed: str = _hashes.hash(secrets.token_hex(32))
     return hashed

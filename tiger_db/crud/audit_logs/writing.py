@@ -1,4 +1,4 @@
-"""What writes events: in the caller's transaction, apart from it, and in bulk."""
+"""Record audit events: in the caller's transaction, out of band, or in bulk with COPY."""
 
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -10,12 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
-from tiger_db.crud.common import execute, handed_over
-from tiger_db.errors import DatabaseUnavailable, InvalidState, InvalidValue
+from tiger_db.crud.common import context_of, execute, refuse_readonly
+from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.audit_rows import INSERT, PROVIDED, copy_events, row_of
 from tiger_db.sqlstates import raw_errors
-from tiger_db.write_behind import WriteBehind
 
 _INSERT = f"{INSERT} RETURNING {', '.join(PROVIDED)}"
 
@@ -73,18 +72,19 @@ def _take_in(session: Session, event: AuditLog) -> None:
 
 
 async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
-    """Record one event apart from the caller's transaction: it is stored when this returns.
+    """Record one event out of band: it is stored when this returns.
 
-    It stays, whatever becomes of the transaction: the intent before an order, its outcome after, a
-    denial. If the session's `info` has None as `write_behind`, it is in the session's transaction.
+    The event stays if the caller's transaction rolls back: for the intent before an order, its
+    outcome, a denial. If the session's context has no `write_behind`, the event is in the session's
+    transaction.
 
     Raises:
         ValidationError: as `log_event`.
-        ConfigurationError: the session has no Database.
-        DatabaseUnavailable: it could not be stored.
+        ConfigurationError: the session was not made for a Database.
+        DatabaseUnavailable: the event could not be stored.
     """
-    write_behind = handed_over(session.info, "write_behind")
-    if not isinstance(write_behind, WriteBehind):
+    write_behind = context_of(session.info).write_behind
+    if write_behind is None:
         return await log_event(session, **fields)
     event = _event(fields)
     await write_behind.record(event)
@@ -112,8 +112,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
         raise InvalidValue("events must be AuditLog objects")
     if not batch:
         return 0
-    if session.info.get("readonly"):  # else it would be taken for a primary that takes no writes
-        raise InvalidState("a readonly session cannot write")
+    refuse_readonly(session, "write")  # COPY's error would look like that of a lost primary
     await session.flush()
     connection = await session.connection()
     await connection.exec_driver_sql("SELECT")  # begins the transaction, which COPY would not

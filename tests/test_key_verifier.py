@@ -6,11 +6,13 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import text
+from passlib.hash import bcrypt
+from sqlalchemy import event, text
 
 from tests.support import factories
 from tests.support.verifiers import checkouts
 from tiger_db import APIKey, APIKeyScope, APIKeyStatus, Database, KeyVerifier, Settings, crud
+from tiger_db.crud.api_keys.hashing import peppers_of
 from tiger_db.errors import (
     AccessDenied,
     AccountNotAllowed,
@@ -195,6 +197,37 @@ async def test_no_answer_is_not_a_no(clone: Database) -> None:
             with pytest.raises(DatabaseUnavailable):
                 await verifier.verify(raw_key)
         assert await verifier.verify(raw_key)
+
+
+async def test_a_pool_that_fills_up_while_a_hash_is_verified_is_an_unavailable_database(
+    clone: Database,
+) -> None:
+    """A slow hash is verified in a thread, and replaced on a second connection."""
+    _, raw_key = await make_key(clone)
+    pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 0.05}
+    async with Database(clone.settings.model_copy(update=pool)) as database:
+        await database.check()
+        secret = peppers_of(database.info).apply("test", raw_key.rpartition("_")[2])
+        change = text("UPDATE api_keys SET key_hash = :hash")
+        async with clone.session() as session:
+            await session.execute(change, {"hash": bcrypt.using(rounds=4).hash(secret)})
+        given_back = asyncio.Event()
+        engine = database.write_behind.engine.sync_engine
+        event.listen(engine, "checkin", lambda *_: given_back.set())
+        verifying = asyncio.create_task(KeyVerifier(database).verify(raw_key))
+        await given_back.wait()
+        async with database.write_behind.engine.connect():
+            with pytest.raises(DatabaseUnavailable):
+                await verifying
+        assert await KeyVerifier(database).verify(raw_key)
+
+
+async def test_a_first_use_takes_one_connection(clone: Database) -> None:
+    _, raw_key = await make_key(clone)
+    verifier = KeyVerifier(clone)
+    with checkouts(clone) as taken:
+        assert await verifier.verify(raw_key)
+    assert len(taken) == 1
 
 
 async def test_a_verification_does_not_wait_for_the_pool_of_sessions(clone: Database) -> None:

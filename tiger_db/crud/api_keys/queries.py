@@ -1,4 +1,4 @@
-"""API keys and their uses, as they are."""
+"""Look up API keys and their usage."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import peppers_of, verify_secret
-from tiger_db.crud.api_keys.text import parse_key
+from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.common import (
     Page,
     aware,
@@ -27,42 +27,43 @@ from tiger_db.models.api_keys import api_key_usage
 
 @dataclass(frozen=True, slots=True)
 class HourlyUsage:
-    """How often a key was accepted in the hour (UTC) that starts at `hour`."""
+    """The number of accepted uses of a key in the hour that starts at `hour` (UTC)."""
 
     hour: datetime
     count: int
 
 
 async def get(session: AsyncSession, key_id: UUID) -> APIKey | None:
-    """A key by its id."""
+    """Return a key by its id."""
     statement = select(APIKey).where(col(APIKey.id) == key_id)
     return await one(session, statement)
 
 
 async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None:
-    """A key by its public part."""
+    """Return a key by its public prefix."""
     statement = select(APIKey).where(col(APIKey.key_prefix) == key_prefix)
     return await one(session, statement)
 
 
-async def find_by_text(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """The key whose whole text this is, whatever its status, without counting a use: a leak, say.
+async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
+    """Return a key by its raw key, whatever its status, without counting a use: a leaked key, say.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
     """
-    text = parse_key(raw_key)
-    key = await get_by_prefix(session, text.prefix) if text is not None else None
-    if text is None or key is None:
+    parsed = parse_key(raw_key)
+    key = await get_by_prefix(session, parsed.prefix) if parsed is not None else None
+    if parsed is None or key is None:
         return None
-    good = await verify_secret(peppers_of(session.info), text.secret, key.key_hash, key.pepper_id)
-    return key if good else None
+    peppers = peppers_of(session.info)
+    verified = await verify_secret(peppers, parsed.secret, key.key_hash, key.pepper_id)
+    return key if verified else None
 
 
 async def get_keys_for_account(
     session: AsyncSession, account_id: UUID, *, after: str | None = None, limit: int = 50
 ) -> Page[APIKey]:
-    """The keys that are bound to an account, newest first."""
+    """Return a page of the keys that are bound to an account, newest first."""
     statement = select(APIKey).where(col(APIKey.tiger_account_id) == account_id)
     return await paginate(session, statement, APIKey, after=after, limit=limit)
 
@@ -74,7 +75,7 @@ async def list_api_keys(
     after: str | None = None,
     limit: int = 50,
 ) -> Page[APIKey]:
-    """The keys, newest first."""
+    """Return a page of keys, newest first."""
     statement = select(APIKey)
     if status is not None:
         statement = statement.where(col(APIKey.status) == status)
@@ -88,11 +89,12 @@ async def list_expiring(
     after: str | None = None,
     limit: int = 50,
 ) -> Page[APIKey]:
-    """The active keys that expire within a time from now, soonest first.
+    """Return a page of the active keys that expire within a period from now, soonest first.
 
     Raises:
-        InvalidCursor: `after` is not a page's `next_cursor`.
-        InvalidValue: `within` is not positive, or longer than a century.
+        InvalidCursor: `after` is not the `next_cursor` of a page.
+        InvalidValue: `within` is not positive or longer than a century, or `limit` is not from 1 to
+            1000.
     """
     check_limit(limit)
     if not timedelta(0) < within <= timedelta(days=36525):
@@ -113,9 +115,9 @@ async def list_expiring(
 
 
 async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
-    """How often a key was accepted, by the hour, oldest first; hours without use are left out.
+    """Return the accepted uses of a key by the hour, oldest first, without hours of no use.
 
-    The uses of the last second may be missing: they are written behind.
+    The uses of the last second may be missing, because they are written behind.
 
     Raises:
         InvalidValue: `since` is naive.

@@ -1,4 +1,4 @@
-"""Creating, rotating, extending and revoking API keys, each with its audit event."""
+"""Create, rotate, extend and revoke API keys, each change with its audit event."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -10,10 +10,10 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.api_keys.events import log, shown
+from tiger_db.crud import audit_logs
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
-from tiger_db.crud.api_keys.text import new_key
-from tiger_db.crud.common import aware, constraints, get_or_raise, handed_over, one
+from tiger_db.crud.api_keys.key_format import new_key
+from tiger_db.crud.common import aware, constraints, context_of, get_or_raise, one
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
     AccountStatus,
@@ -40,12 +40,12 @@ async def create_api_key(
     description: str | None = None,
     tags: Mapping[str, JsonValue] | None = None,
 ) -> tuple[APIKey, str]:
-    """Create a key; returns its row and the key itself, which is kept nowhere and shown only now.
+    """Create a key. Return its row and the raw key, which is not stored and cannot be shown again.
 
     Raises:
-        ValidationError: a value is refused; it names the field.
+        ValidationError: a value is invalid; the error names the field.
         MissingReference: there is no such account.
-        InvalidState: it is closed.
+        InvalidState: the account is closed.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
     """
     if tiger_account_id is not None:
@@ -64,35 +64,37 @@ async def create_api_key(
         "tags": tags or {},
     }
     key, raw_key = await _store(session, values)
-    await log(session, AuditAction.API_KEY_CREATE, key, new=shown(key))
+    created = key.model_dump(mode="json", exclude={"created_at", "updated_at"})
+    await _log(session, AuditAction.API_KEY_CREATE, key, new=created)
     return key, raw_key
 
 
 async def rotate(
     session: AsyncSession, key_id: UUID, *, grace: timedelta = timedelta(hours=24)
 ) -> tuple[APIKey, str]:
-    """Create a successor with the same powers; the old key works until the grace ends.
+    """Create a successor with the same permissions. Return its row and the raw key.
 
-    That is never past its own expiry. Both are of one line, whose uses the limits count together,
-    and a key has one successor: when its text is lost, rotate the successor. A rotation that fails
-    leaves the old key as it was.
+    The old key expires when the grace period ends, or at its own expiry if that is earlier. Rate
+    limits count the uses of both keys together. A key has at most one successor: if the successor's
+    raw key is lost, rotate the successor. A rotation that fails leaves the old key unchanged.
 
     Raises:
         NotFound: there is no such key.
-        InvalidState: it has a successor, is not active, or has expired, or its account is closed.
-        InvalidValue: the grace is negative, or ends after the year 9999.
+        InvalidState: the key has a successor, is not active or has expired, or its account is
+            closed.
+        InvalidValue: the grace period is negative, or ends after the year 9999.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
     """
     if grace < timedelta(0):
         raise InvalidValue("grace must not be negative")
-    key, now = await _lock_good(session, key_id, "rotated")
+    key, now = await _lock_active(session, key_id, "rotated")
     if key.successor_id is not None:
-        raise InvalidState(f"the key has a successor already, {key.successor_id}: rotate that")
+        raise InvalidState(f"the key has a successor already: rotate {key.successor_id} instead")
     try:
         ends = now + grace
     except OverflowError:
         raise InvalidValue("grace is too long") from None
-    powers = key.model_dump(
+    copied = key.model_dump(
         include={
             "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour",
             "rate_limit_per_day", "allowed_ips", "allowed_user_agents", "created_by",
@@ -100,11 +102,11 @@ async def rotate(
         }
     )  # fmt: skip
     async with constraints(session, key):
-        successor, raw_key = await _store(session, {**powers, "root_id": key.root_id or key.id})
+        successor, raw_key = await _store(session, {**copied, "root_id": key.root_id or key.id})
         key.successor_id = successor.id
         key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
         await session.flush()
-        await log(
+        await _log(
             session,
             AuditAction.API_KEY_ROTATE,
             key,
@@ -114,21 +116,21 @@ async def rotate(
 
 
 async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | None) -> APIKey:
-    """Let a key expire later, at an aware time; None: never.
+    """Move the expiry of a key to a later, timezone-aware time; None means that it never expires.
 
     Raises:
         NotFound: there is no such key.
-        InvalidState: it is not active, or has expired, or its account is closed.
-        InvalidValue: the time is naive, or not later than the key's expiry.
+        InvalidState: the key is not active or has expired, or its account is closed.
+        InvalidValue: `expires_at` is naive, or not later than the key's expiry.
     """
     aware("expires_at", expires_at)
-    key, _ = await _lock_good(session, key_id, "extended")
+    key, _ = await _lock_active(session, key_id, "extended")
     before = key.expires_at
     if before is None or (expires_at is not None and expires_at <= before):
         raise InvalidValue("expires_at is not later than the key's expiry")
     key.expires_at = expires_at
     await session.flush()
-    await log(
+    await _log(
         session,
         AuditAction.API_KEY_UPDATE,
         key,
@@ -139,7 +141,7 @@ async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | 
 
 
 async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> APIKey:
-    """Refuse a key from now on, for good. Revoking a revoked key changes nothing.
+    """Revoke a key permanently. Revoking a revoked key changes nothing.
 
     Raises:
         NotFound: there is no such key.
@@ -155,24 +157,35 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
     )
     await session.flush()
     new: dict[str, JsonValue] = {"status": key.status.value, "revocation_reason": reason}
-    await log(session, AuditAction.API_KEY_REVOKE, key, old=old, new=new)
+    await _log(session, AuditAction.API_KEY_REVOKE, key, old=old, new=new)
     return key
 
 
-async def _lock_good(session: AsyncSession, key_id: UUID, done: str) -> tuple[APIKey, datetime]:
-    """A key that works, which nobody else changes before this transaction ends, and the time."""
+async def _lock_active(
+    session: AsyncSession, key_id: UUID, participle: str
+) -> tuple[APIKey, datetime]:
+    """Lock an active key until the transaction ends; return it and the database's time.
+
+    Raises:
+        NotFound: there is no such key.
+        InvalidState: the key is not active or has expired, or its account is closed.
+    """
     key = await get_or_raise(session, APIKey, key_id)
-    if key.tiger_account_id is not None:  # the account first, as everyone who locks both does
+    if key.tiger_account_id is not None:  # lock order: the account before its keys
         await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)
     if key.status != APIKeyStatus.ACTIVE or (key.expires_at is not None and key.expires_at <= now):
-        raise InvalidState(f"only an active key can be {done}")
+        raise InvalidState(f"only an active key can be {participle}")
     return key, now
 
 
 async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
-    """Make sure that the account is not closed, and is not before this transaction ends."""
+    """Lock an account against being closed before the transaction ends.
+
+    Raises:
+        InvalidState: the account is closed.
+    """
     statement = select(TigerAccount).where(col(TigerAccount.id) == account_id)
     account = await one(session, statement.with_for_update(key_share=True))
     if account is not None and account.status == AccountStatus.CLOSED:
@@ -180,9 +193,29 @@ async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
 
 
 async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey, str]:
-    text = new_key(str(handed_over(session.info, "key_environment")))
-    key_hash, pepper_id = hash_secret(peppers_of(session.info), text.secret)
-    key = APIKey(**values, key_prefix=text.prefix, key_hash=key_hash, pepper_id=pepper_id)
+    parsed = new_key(context_of(session.info).key_environment)
+    key_hash, pepper_id = hash_secret(peppers_of(session.info), parsed.secret)
+    key = APIKey(**values, key_prefix=parsed.prefix, key_hash=key_hash, pepper_id=pepper_id)
     async with constraints(session):
         session.add(key)
-    return key, text.raw_key
+    return key, parsed.raw_key
+
+
+async def _log(
+    session: AsyncSession,
+    action: AuditAction,
+    key: APIKey,
+    *,
+    old: Mapping[str, JsonValue] | None = None,
+    new: Mapping[str, JsonValue] | None = None,
+) -> None:
+    await audit_logs.log_event(
+        session,
+        action=action,
+        resource_type="api_key",
+        resource_id=str(key.id),
+        api_key_id=key.id,
+        tiger_account_id=key.tiger_account_id,
+        old_values=old,
+        new_values=new,
+    )

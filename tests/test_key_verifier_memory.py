@@ -20,8 +20,18 @@ from tests.support import factories, servers
 from tests.support.servers import settings_for
 from tests.support.verifiers import OTHER, checkouts, kill
 from tests.support.waiting import until
-from tiger_db import APIKey, APIKeyScope, Database, KeyVerifier, Settings, crud, embedded, verifier
-from tiger_db.crud.api_keys.text import new_key
+from tiger_db import (
+    APIKey,
+    APIKeyScope,
+    Database,
+    KeyVerifier,
+    Settings,
+    crud,
+    embedded,
+    key_verifier,
+    listener,
+)
+from tiger_db.crud.api_keys.key_format import new_key
 from tiger_db.database import connect, migration_engine
 from tiger_db.errors import (
     AddressNotAllowed,
@@ -35,7 +45,9 @@ from tiger_db.errors import (
 from tiger_db.migrations import upgrade
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tiger_db", "pytest", "asyncpg", "tests.test_key_memory"])
+processes.set_forkserver_preload(
+    ["tiger_db", "pytest", "asyncpg", "tests.test_key_verifier_memory"]
+)
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 REVOKE = "UPDATE api_keys SET status = 'revoked' WHERE id = $1"
 LISTENING = """
@@ -252,7 +264,7 @@ async def test_without_the_listening_connection_the_database_answers(
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(verifier, "connect_directly", refuse)
+            patch.setattr(listener, "connect_directly", refuse)
             (pid,) = await other.fetch(LISTENING)
             assert await other.fetchval("SELECT pg_terminate_backend($1, 5000)", pid[0])
             key, raw_key = keys.pop()
@@ -347,7 +359,7 @@ async def test_a_change_that_nobody_tells_of_is_honoured_within_a_minute(
     assert await listening.verify(raw_key)
     await other.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
     await other.execute(f"UPDATE {table} SET status = 'inactive'")
-    assert verifier.MAX_AGE == 60
+    assert key_verifier.MAX_AGE == 60
     make_older(listening, 30)
     assert await listening.verify(raw_key)  # which a minute's trust costs
     make_older(listening, 30)

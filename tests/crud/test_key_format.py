@@ -14,11 +14,13 @@ from tests.support.raw_keys import asked, sealed, wrong_secret
 from tests.support.servers import PRODUCTION
 from tiger_db import AuditAction, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
-from tiger_db.crud.api_keys import KEY_PATTERN, text
+from tiger_db.crud.api_keys import KEY_PATTERN, key_format
 from tiger_db.errors import InvalidAPIKey
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-KEYS = st.sampled_from(["live", "test"]).map(lambda environment: text.new_key(environment).raw_key)
+KEYS = st.sampled_from(["live", "test"]).map(
+    lambda environment: key_format.new_key(environment).raw_key
+)
 
 
 def number(secret: str) -> int:
@@ -31,25 +33,27 @@ def number(secret: str) -> int:
 @pytest.mark.parametrize("environment", ["live", "test"])
 def test_what_is_made_is_read(environment: str) -> None:
     for _ in range(200):
-        made = text.new_key(environment)
-        assert text.parse_key(made.raw_key) == made
+        made = key_format.new_key(environment)
+        assert key_format.parse_key(made.raw_key) == made
         form = re.fullmatch(
             rf"(tdb_{environment}_[0-9A-Za-z]{{12}})_([0-9A-Za-z]{{43}})([0-9A-Za-z]{{6}})",
             made.raw_key,
         )
         assert form is not None
         assert (form[1], form[2] + form[3]) == (made.prefix, made.secret)
-        assert form[3] == text.checksum(f"{form[1]}_{form[2]}")
+        assert form[3] == key_format.checksum(f"{form[1]}_{form[2]}")
         assert made.secret not in repr(made)
 
 
 def test_the_checksum_is_crc_32_in_base62() -> None:
-    assert number(text.checksum("123456789")) == 0xCBF43926  # the check value of the CRC catalogue
-    assert text.checksum("") == "000000"
+    assert (
+        number(key_format.checksum("123456789")) == 0xCBF43926
+    )  # the check value of the CRC catalogue
+    assert key_format.checksum("") == "000000"
 
 
 def test_a_key_is_256_random_bits() -> None:
-    made = [text.new_key("test") for _ in range(64)]
+    made = [key_format.new_key("test") for _ in range(64)]
     secrets = [number(key.secret[:43]) for key in made]
     ones, zeros = 0, 0
     for secret in secrets:
@@ -75,7 +79,7 @@ async def test_the_prefix_names_the_environment(clone_settings: Settings) -> Non
         assert raw_key.startswith(f"{key.key_prefix}_")
         assert rotated.startswith(f"tdb_{word}_")
         other = "test" if word == "live" else "live"
-        assert text.parse_key(raw_key.replace(f"tdb_{word}", f"tdb_{other}")) is None
+        assert key_format.parse_key(raw_key.replace(f"tdb_{word}", f"tdb_{other}")) is None
 
 
 # Typos
@@ -84,45 +88,45 @@ async def test_the_prefix_names_the_environment(clone_settings: Settings) -> Non
 @given(
     raw_key=KEYS, at=st.integers(0, 70), letter=st.sampled_from(ALPHABET + "_-") | st.characters()
 )
-@example(raw_key=text.new_key("test").raw_key, at=40, letter="٣")  # a digit, but not of ASCII
-@example(raw_key=text.new_key("live").raw_key, at=15, letter="３")  # noqa: RUF001  # a wide digit
-@example(raw_key=text.new_key("live").raw_key, at=70, letter="\n")
+@example(raw_key=key_format.new_key("test").raw_key, at=40, letter="٣")  # a digit, but not of ASCII
+@example(raw_key=key_format.new_key("live").raw_key, at=15, letter="３")  # noqa: RUF001  # a wide digit
+@example(raw_key=key_format.new_key("live").raw_key, at=70, letter="\n")
 def test_a_mistyped_character_is_told(raw_key: str, at: int, letter: str) -> None:
     assert len(raw_key) == 71
     assume(raw_key[at] != letter)
-    assert text.parse_key(raw_key[:at] + letter + raw_key[at + 1 :]) is None
+    assert key_format.parse_key(raw_key[:at] + letter + raw_key[at + 1 :]) is None
 
 
 @given(raw_key=KEYS, at=st.integers(0, 69))
 def test_swapped_neighbours_are_told(raw_key: str, at: int) -> None:
     assume(raw_key[at] != raw_key[at + 1])
     swapped = raw_key[:at] + raw_key[at + 1] + raw_key[at] + raw_key[at + 2 :]
-    assert text.parse_key(swapped) is None
+    assert key_format.parse_key(swapped) is None
 
 
 @given(raw_key=KEYS, at=st.integers(0, 70), more=st.text(min_size=1, max_size=3))
-@example(raw_key=text.new_key("test").raw_key, at=0, more="\n")
+@example(raw_key=key_format.new_key("test").raw_key, at=0, more="\n")
 def test_what_is_too_short_or_too_long_is_told(raw_key: str, at: int, more: str) -> None:
     cut = [raw_key[:at], raw_key[at + 1 :], raw_key[:at] + raw_key[at + 1 :]]
     extended = [raw_key + more, more + raw_key, raw_key[:at] + more + raw_key[at:]]
     around = [f" {raw_key}", f"{raw_key}\n", f"\t{raw_key} ", f"{raw_key}\0", f"\ufeff{raw_key}"]
     resealed = [sealed(raw_key + "0"), sealed(f"{raw_key}_"), sealed(raw_key[:-7])]
     for wrong in (*cut, *extended, *around, *resealed):
-        assert text.parse_key(wrong) is None
+        assert key_format.parse_key(wrong) is None
 
 
 @given(anything=st.text() | st.binary() | st.none() | st.integers())
 def test_nothing_else_is_a_key(anything: Any) -> None:
-    assert text.parse_key(anything) is None
+    assert key_format.parse_key(anything) is None
 
 
 def test_bytes_and_other_cases_are_no_key() -> None:
-    raw_key: Any = text.new_key("test").raw_key
+    raw_key: Any = key_format.new_key("test").raw_key
     wrongs: list[Any] = [raw_key.encode(), bytearray(raw_key.encode()), [raw_key], raw_key.upper()]
     for wrong in wrongs:
-        assert text.parse_key(wrong) is None
-    assert text.parse_key(sealed("tdb_prod_" + "0" * 12 + "_" + "0" * 43)) is None
-    assert text.parse_key(sealed("tdb_test_" + "0" * 12 + "_" + "0" * 43)) is not None
+        assert key_format.parse_key(wrong) is None
+    assert key_format.parse_key(sealed("tdb_prod_" + "0" * 12 + "_" + "0" * 43)) is None
+    assert key_format.parse_key(sealed("tdb_test_" + "0" * 12 + "_" + "0" * 43)) is not None
 
 
 async def test_what_is_no_key_is_refused_without_a_statement(clone: Database) -> None:
@@ -138,7 +142,7 @@ async def test_what_is_no_key_is_refused_without_a_statement(clone: Database) ->
         with asked(clone) as sent:
             async with clone.session() as session:
                 assert await api_keys.verify_api_key(session, wrong) is None
-                assert await api_keys.find_by_text(session, wrong) is None
+                assert await api_keys.find_by_raw_key(session, wrong) is None
                 with pytest.raises(InvalidAPIKey):
                     await api_keys.authorize_api_key(session, wrong)
             with pytest.raises(InvalidAPIKey):
@@ -178,5 +182,10 @@ def test_the_pattern_finds_a_key_in_a_text(raw_key: str, before: str, after: str
 def test_the_pattern_finds_nothing_shorter_or_longer(raw_key: str, at: int) -> None:
     for other in (raw_key[:at], raw_key[:at] + raw_key[at + 1 :], raw_key[at + 1 :]):
         assert re.search(KEY_PATTERN, other) is None
-    for longer in (f"{raw_key}0", f"x{raw_key}", f"{raw_key}_", raw_key.replace("test", "prod")):
+    for longer in (
+        f"{raw_key}0",
+        f"x{raw_key}",
+        f"{raw_key}_",
+        raw_key.replace("tdb_test", "tdb_prod"),
+    ):
         assert longer == raw_key or re.search(KEY_PATTERN, longer) is None

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.contexts import changed_context
 from tests.support.raw_keys import asked, unknown_key, wrong_secret
 from tests.support.servers import PRODUCTION
 from tiger_db import AuditAction, AuditLog, AuditSeverity, Database, KeyVerifier, Settings
@@ -29,7 +30,9 @@ from tiger_db.crud.api_keys.hashing import (
     refuse_unpeppered,
     verify_secret,
 )
+from tiger_db.crud.common import SessionContext
 from tiger_db.errors import APIKeyRevoked, ConfigurationError, InvalidAPIKey
+from tiger_db.models.base import CONTEXT
 from tiger_db.peppers import Peppers
 
 OLD, NEW = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
@@ -287,7 +290,8 @@ async def test_a_listening_verifier_asks_the_database_for_each_use_of_an_unpeppe
             await holder.execute(text("SELECT FROM api_keys FOR UPDATE"))
             for _ in range(3):
                 assert await verifier.authorize(raw_key)
-            clone.info["allow_unpeppered_until"] = TODAY - timedelta(days=1)
+            yesterday = TODAY - timedelta(days=1)
+            clone.info.update(changed_context(clone.info, allow_unpeppered_until=yesterday))
             with pytest.raises(InvalidAPIKey):
                 await verifier.authorize(raw_key)
         actions = [event.action for event in await told_of(clone)]
@@ -321,7 +325,14 @@ async def test_a_denied_use_of_an_unpeppered_hash_replaces_nothing(
     ],
 )
 def test_the_day_ends_at_midnight_utc(now: datetime, accepted: bool) -> None:
-    info = {"allow_unpeppered_until": date(2027, 1, 31)}
+    context = SessionContext(
+        key_provider=None,
+        peppers=None,
+        key_environment="test",
+        allow_unpeppered_until=date(2027, 1, 31),
+        write_behind=None,
+    )
+    info = {CONTEXT: context}
     refuse_unpeppered(info, "pepper", now.timestamp())
     if accepted:
         refuse_unpeppered(info, None, now.timestamp())
@@ -347,8 +358,8 @@ async def test_a_leaked_key_is_found_by_a_hash_without_a_pepper(clone: Database)
     raw_key = await make_key(clone.settings)
     await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
     async with clone.session() as session:
-        assert await api_keys.find_by_text(session, raw_key)
-        assert await api_keys.find_by_text(session, wrong_secret(raw_key)) is None
+        assert await api_keys.find_by_raw_key(session, raw_key)
+        assert await api_keys.find_by_raw_key(session, wrong_secret(raw_key)) is None
 
 
 @pytest.mark.parametrize("scheme", HASHERS)
@@ -423,7 +434,7 @@ async def test_a_damaged_hash_is_nobodys(clone: Database, pepper_id: str | None)
             with pytest.raises(InvalidAPIKey):
                 await check(clone, raw_key)
         async with clone.session() as session:
-            assert await api_keys.find_by_text(session, raw_key) is None
+            assert await api_keys.find_by_raw_key(session, raw_key) is None
         assert await stored(clone) == (damaged, pepper_id)
     async with clone.session() as session:
         denied = [e for e in await factories.events(session) if e.error_code]
@@ -503,7 +514,7 @@ async def test_without_peppers_no_key_is_made_or_checked(clone_settings: Setting
                     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
                         await attempt(well_formed)
             with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
-                await api_keys.find_by_text(session, raw_key)
+                await api_keys.find_by_raw_key(session, raw_key)
         async with database.session() as session:  # all else goes on
             (key,) = (await api_keys.list_api_keys(session)).items
             assert key.usage_count == 0

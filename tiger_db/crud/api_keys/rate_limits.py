@@ -1,17 +1,18 @@
-"""Limits: one statement decides on a use and counts it for the key's line."""
+"""Rate limits of API keys, exact across processes."""
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from tiger_db.crud.api_keys.decision import Powers
+from tiger_db.crud.api_keys.policy import KeyPermissions
 from tiger_db.errors import RateLimited
 
 if TYPE_CHECKING:
     import asyncpg
 
-# Whoever waits for another's count of the same line decides on what that one left. The windows are
-# those of the database's clock; one that steps back goes on counting in the later window.
-TAKE = """
+# One statement checks the limits and counts the use for the line of rotated keys. Concurrent uses
+# wait for each other at the row's lock, and check the counts that the other has committed. The
+# windows are of the database's clock; if it steps back, the later window goes on.
+CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,
     date_trunc('day', now, 'UTC'), 1
@@ -28,29 +29,35 @@ WHERE (l.hour < excluded.hour OR coalesce(l.hour_count < $2, true))
     AND (l.day < excluded.day OR coalesce(l.day_count < $3, true))
 RETURNING true
 """
-_COUNTED = """
+_COUNTS = """
 SELECT hour, hour_count, day, day_count, clock_timestamp() AS now
 FROM api_key_limits WHERE api_key_id = $1
 """
 
 
-async def take(connection: "asyncpg.Connection[asyncpg.Record]", powers: Powers) -> bool:
-    """Count one use within the limits; False: the key is not as it was read, so decide anew.
+async def consume(
+    connection: "asyncpg.Connection[asyncpg.Record]", permissions: KeyPermissions
+) -> bool:
+    """Count one use within the limits.
+
+    Returns False if the key has changed since `permissions` were read, so they must be read again.
 
     Raises:
         RateLimited: a limit is reached.
     """
-    if await connection.fetchval(TAKE, powers.key_id, powers.per_hour, powers.per_day):
+    if await connection.fetchval(
+        CONSUME, permissions.key_id, permissions.per_hour, permissions.per_day
+    ):
         return True
-    counted = await connection.fetchrow(_COUNTED, powers.line_id)
-    if counted is None:
+    counts = await connection.fetchrow(_COUNTS, permissions.line_id)
+    if counts is None:
         return False
-    now: datetime = counted["now"]
+    now: datetime = counts["now"]
     ends = []
-    if powers.per_hour is not None and counted["hour_count"] >= powers.per_hour:
-        ends.append(counted["hour"].astimezone(UTC) + timedelta(hours=1))
-    if powers.per_day is not None and counted["day_count"] >= powers.per_day:
-        ends.append(counted["day"].astimezone(UTC) + timedelta(days=1))
+    if permissions.per_hour is not None and counts["hour_count"] >= permissions.per_hour:
+        ends.append(counts["hour"].astimezone(UTC) + timedelta(hours=1))
+    if permissions.per_day is not None and counts["day_count"] >= permissions.per_day:
+        ends.append(counts["day"].astimezone(UTC) + timedelta(days=1))
     if ends and max(ends) > now:
         raise RateLimited(retry_after=max(ends) - now)
     return False

@@ -1,0 +1,52 @@
+"""The pages of the documentation: README.md and docs/, and what is in them."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+README = ROOT / "README.md"
+# Pages whose code blocks are tested or made elsewhere: see their own tests.
+_OWN_TESTS = {"adding-an-entity.md", "schema.md"}
+PATHS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Return the language and the text of each code block of a page, in their order."""
+    return _BLOCK.findall(PAGES[page])
+
+
+def code(language: str) -> list[tuple[str, str]]:
+    """Return an id and the text of each code block of all pages in a language."""
+    return [
+        (f"{page}:{number}", text)
+        for page in PAGES
+        if Path(page).name not in _OWN_TESTS
+        for number, (found, text) in enumerate(blocks(page), start=1)
+        if found == language
+    ]
+
+
+def prose(page: str) -> str:
+    """Return a page without its code blocks."""
+    return _BLOCK.sub("", PAGES[page])
+
+
+def spans(page: str) -> list[str]:
+    """Return the text between single backticks, outside of code blocks."""
+    return _SPAN.findall(prose(page))
+
+
+def section(page: str, heading: str) -> str:
+    """Return the text under a heading of the second level."""
+    _, _, rest = PAGES[page].partition(f"\n## {heading}\n")
+    assert rest, f"{page} has no section {heading!r}"
+    return rest.partition("\n## ")[0]
+
+
+def first_column(page: str) -> list[str]:
+    """Return the code spans in the first column of all tables of a page."""
+    rows = re.findall(r"^\| (.*?) \|", PAGES[page], re.MULTILINE)
+    return [span for row in rows for span in _SPAN.findall(row)]

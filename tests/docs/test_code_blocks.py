@@ -1,0 +1,79 @@
+"""Every code block and command of README.md and docs/ runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, blocks, code
+from tiger_db.settings import Settings
+from tiger_db.signing import generate_signing_key
+
+PYTHON = code("python")
+# `make demo` and `make test`: .ci/run runs them on a fresh clone.
+SHELL = [(name, text) for name, text in code("sh") if text != "make demo\nmake test\n"]
+
+
+@pytest.fixture
+def environ(clone_settings: Settings) -> dict[str, str]:
+    assert clone_settings.database_url is not None
+    assert clone_settings.encryption_keys is not None
+    assert clone_settings.api_key_peppers is not None
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DATABASE_URL": clone_settings.database_url.get_secret_value(),
+        "ENCRYPTION_KEYS": clone_settings.encryption_keys.get_secret_value(),
+        "API_KEY_PEPPERS": clone_settings.api_key_peppers.get_secret_value(),
+        "AUDIT_SIGNING_KEY": generate_signing_key(),
+    }
+
+
+def test_no_page_has_code_in_a_language_that_is_not_run() -> None:
+    found = {language for page in PAGES for language, _ in blocks(page)}
+    assert found == {"python", "sh", "diff", "mermaid"}
+    assert {page for page in PAGES for language, _ in blocks(page) if language == "diff"} == {
+        "docs/adding-an-entity.md"
+    }
+    assert PAGES["docs/schema.md"].count("```mermaid") == 1
+
+
+def test_every_fence_opens_or_closes_a_block_that_is_found() -> None:
+    for page, text in PAGES.items():
+        fences = [line for line in text.splitlines() if line.lstrip().startswith(("```", "~~~"))]
+        assert len(fences) == 2 * len(blocks(page)), page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [text for _, text in PYTHON], ids=[name for name, _ in PYTHON])
+def test_python_prints_what_its_comments_say(text: str, environ: dict[str, str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", text],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    said = re.findall(r"print\(.*\)  # (.*)", text)
+    assert [line for line in result.stdout.splitlines() if line in said] == said
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes  # one installs tiger_db in another schema
+@pytest.mark.parametrize("text", [text for _, text in SHELL], ids=[name for name, _ in SHELL])
+def test_commands_succeed(text: str, environ: dict[str, str], tmp_path: Path) -> None:
+    for command in text.splitlines():
+        result = subprocess.run(
+            command,
+            shell=True,
+            env=environ,
+            cwd=ROOT if command.startswith("make ") else tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"

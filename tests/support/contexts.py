@@ -1,0 +1,13 @@
+"""Other session contexts than a Database hands over."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tiger_db.crud.common import SessionContext, context_of
+from tiger_db.models.base import CONTEXT
+
+
+def changed_context(info: Mapping[Any, object], **changes: Any) -> dict[str, SessionContext]:
+    """Return the `info` of a session or a Database with changes to its context."""
+    return {CONTEXT: replace(context_of(info), **changes)}

@@ -1,0 +1,80 @@
+"""The keys in force: those of the settings, else those that the embedded server keeps."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from tiger_db.encryption import KeyRing, generate_key
+from tiger_db.errors import ConfigurationError
+from tiger_db.peppers import Peppers
+from tiger_db.settings import Settings
+from tiger_db.signing import generate_signing_key, parse_signing_key
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class KeySetting(Generic[T]):
+    """A setting that holds keys. The embedded server keeps them in a file of the same name."""
+
+    field: str
+    parse: Callable[[str], T]
+    generate: Callable[[], str]
+
+
+ENCRYPTION_KEYS = KeySetting("encryption_keys", KeyRing.parse, generate_key)
+API_KEY_PEPPERS = KeySetting("api_key_peppers", Peppers.parse, generate_key)
+AUDIT_SIGNING_KEY = KeySetting("audit_signing_key", parse_signing_key, generate_signing_key)
+
+
+def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
+    """Return the keys that the environment, or the file of `…_FILE`, sets, or None.
+
+    Raises:
+        ConfigurationError: malformed, unreadable, or required in production and missing.
+    """
+    name = keys.field.upper()
+    value, file = getattr(settings, keys.field), getattr(settings, f"{keys.field}_file")
+    if value is not None and file is not None:
+        raise ConfigurationError(f"{name} and {name}_FILE exclude each other")
+    if value is not None:
+        return _parse(keys, value.get_secret_value(), f"{name}: %s")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
+        return _parse(keys, text, f"{name}_FILE: %s")
+    if settings.production and keys is not AUDIT_SIGNING_KEY:  # which only sealing needs
+        raise ConfigurationError(f"{name} or {name}_FILE is required when ENVIRONMENT=production")
+    return None
+
+
+def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) -> T | None:
+    """Return the configured keys, else those that the embedded server keeps, or None.
+
+    With `generate`, missing ones of the embedded server are made. Blocks: call it in a thread.
+
+    Raises:
+        ConfigurationError: see `configured`; or the kept file, which it names, is malformed.
+        EmbeddedError: the kept file cannot be used.
+    """
+    found = configured(settings, keys)
+    if found is not None or not settings.embedded:
+        return found
+    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+
+    path = embedded.folder(settings) / keys.field
+    if not generate and not os.path.lexists(path):
+        return None
+    text = embedded.kept_secret(settings, keys.field, keys.generate)
+    return _parse(keys, text, f"{path}: %s: restore it")
+
+
+def _parse(keys: KeySetting[T], text: str, message: str) -> T:
+    try:
+        return keys.parse(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(message % error) from None
