@@ -181,6 +181,7 @@ async def test_all_that_there_is_is_declared(other: Connection, clone_settings: 
     assert seen == {f"trigger {name} on {table} is missing" for name, table in triggers}
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("change", CHANGES)
 async def test_a_change_is_seen_by_all_and_can_be_repaired(
@@ -331,6 +332,7 @@ async def test_the_applications_own_types_may_have_casts(
     assert await differences(clone_settings) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", ['My "Own"', "it's", "a\\b, c"])
 async def test_it_works_in_a_schema_of_any_name(empty_database: Settings, schema: str) -> None:
     settings = empty_database.model_copy(update={"db_schema": schema})

@@ -114,6 +114,7 @@ async def accounts_in(engine: AsyncEngine) -> dict[str, dict[str, Any]]:
         return {row["account_number"]: dict(row) for row in rows.mappings()}
 
 
+@pytest.mark.slow
 async def test_0002_destroys_the_credentials_of_closed_accounts(empty_database: Settings) -> None:
     statuses = ["active", "inactive", "suspended", "pending_verification", "closed"]
     async with migration_engine(empty_database) as engine:

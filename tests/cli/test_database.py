@@ -176,6 +176,7 @@ def test_migrate_without_the_right_to(
     assert "hunter2" not in result.err
 
 
+@pytest.mark.slow
 def test_migrate_and_downgrade(empty: CommandLine) -> None:
     assert "no tiger_db schema: run `tiger-db init`" in empty.fails("list-accounts")
     assert "no tiger_db schema: run `tiger-db init`" in empty.fails("check")
@@ -268,6 +269,7 @@ def test_revisions_in_a_checkout(
     assert run("check").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 def test_what_somebody_changed_is_told_with_the_sql_that_restores_it(
     cli: CommandLine, clone_settings: Settings

@@ -55,6 +55,7 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
     assert by_check["encryption keys"] == "test: 1 rows of tiger_accounts"
 
 
+@pytest.mark.slow
 async def test_active_keys_whose_hashes_have_no_pepper(
     clone: Database, clone_settings: Settings
 ) -> None:

@@ -160,6 +160,7 @@ async def test_what_does_not_succeed_in_the_end_is_one_typed_line(
         assert await crud.accounts.get_by_account_number(session, "U1") is None
 
 
+@pytest.mark.slow
 async def test_a_connection_lost_before_the_commit_is_no_reason_to_give_up(
     clone: Database,
 ) -> None:
