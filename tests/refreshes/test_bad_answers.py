@@ -60,6 +60,12 @@ S = TokenRefreshStatus
 EXPIRY = datetime.now(UTC).replace(microsecond=0) + timedelta(days=99)
 
 
+@pytest.fixture(autouse=True)
+def _no_short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait after a failure is random, and once in thousands too short to end the run."""
+    monkeypatch.setattr(endings, "_backoff", lambda _: endings.BACKOFF)
+
+
 def answering(answer: object) -> Refresher:
     """A refresher that returns anything."""
 
