@@ -8,11 +8,11 @@ import pytest
 
 from tiger_db import Settings, declared
 from tiger_db.database import connect, migration_engine
-from tiger_db.declared import Difference, compare
 from tiger_db.doctor import Finding, doctor
 from tiger_db.health import health
 from tiger_db.migrations import drift, upgrade
 from tiger_db.models import metadata
+from tiger_db.schema_comparison import Difference, compare
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PARTITION = "audit_logs_default"

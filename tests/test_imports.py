@@ -1,16 +1,11 @@
 """Imports point downwards only."""
 
-import ast
-from collections.abc import Iterator
-from functools import cache
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-import tiger_db
+from tests.support.imports import MODULES, PACKAGE, imports, of, parts
 
-PACKAGE = Path(tiger_db.__file__).parent
 # What the parts at the bottom may import; design.md: cli -> database, migrations, crud -> models ->
 # encryption, errors. The parts above them have their order, too: no two import each other.
 ALLOWED: dict[str, set[str]] = {
@@ -39,42 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "keys_in_force": {"embedded", "encryption", "errors", "peppers", "settings", "signing"},
     "tls": {"settings", "errors"},
     "migration_locks": {"errors"},
-    "declared": {"models", "settings"},
-    "migrations": {"models", "errors", "declared", "migration_locks", "settings"},
+    "declared": {"models"},
+    "schema_comparison": {"declared", "models"},
+    "migrations": {"models", "errors", "migration_locks", "schema_comparison", "settings"},
 }
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the package, by its name."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        found[".".join(parts).removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = modules()
-
-
-def imports(source: str) -> Iterator[str]:
-    """The modules of ours that a source imports, at any depth of it, under any condition."""
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Import(names=names):
-                imported = [alias.name for alias in names]
-            case ast.ImportFrom(level=0, module=str(module), names=names):
-                named = [f"{module}.{alias.name}" for alias in names]
-                imported = [name if name in MODULES else module for name in named]
-            case ast.ImportFrom():
-                pytest.fail("a relative import")
-            case _:
-                continue
-        yield from (name for name in imported if name.split(".")[0] == "tiger_db")
-
-
-@cache
-def of(module: str) -> set[str]:
-    return set(imports(MODULES[module].read_text(encoding="utf-8"))) - {module}
 
 
 def test_imports_are_seen_wherever_they_are() -> None:
@@ -88,22 +51,6 @@ def later():
     seen = {"tiger_db", "tiger_db.database", "tiger_db.crud", "tiger_db.models.base"}
     assert set(imports(source)) == seen
     assert {"tiger_db.crud.audit_logs", "tiger_db.models"} <= of("tiger_db.crud.accounts.closing")
-
-
-def part_of(module: str) -> str:
-    return [*module.split("."), ""][1]
-
-
-@cache
-def parts() -> dict[str, set[str]]:
-    """Which parts of the package each part imports; "" is the package itself."""
-    graph: dict[str, set[str]] = {}
-    for module in MODULES:
-        imported = {part_of(name) for name in of(module)} - {part_of(module)}
-        graph.setdefault(part_of(module), set()).update(imported)
-    # It loads what it names when asked for; only the top may ask.
-    graph.pop("")
-    return graph
 
 
 @pytest.mark.parametrize("part", ALLOWED)

@@ -21,12 +21,12 @@ from tiger_db.database import (
     connect_directly,
     migration_engine,
 )
-from tiger_db.declared import compare
 from tiger_db.encryption import KeyRing, SealedSecret, decrypt
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
 from tiger_db.keys_in_force import API_KEY_PEPPERS, ENCRYPTION_KEYS, configured, in_force
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
 from tiger_db.models import TigerAccount, metadata
+from tiger_db.schema_comparison import compare
 from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
 

@@ -16,10 +16,10 @@ from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key
 from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.api_keys.policy import AccessRequest, check_access, denial_event
 from tiger_db.database import Database
-from tiger_db.declared import compare
-from tiger_db.errors import AccessDenied, InvalidAPIKey, SchemaMismatch
+from tiger_db.errors import AccessDenied, InvalidAPIKey, InvalidValue, SchemaMismatch
 from tiger_db.listener import Connection, listen
 from tiger_db.models import APIKey, APIKeyScope
+from tiger_db.schema_comparison import compare
 
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # whose triggers notify
@@ -45,9 +45,14 @@ class KeyVerifier:
 
     At most `capacity` keys are remembered, by digests under a random key instead of the raw keys.
     The least recently used key is forgotten first.
+
+    Raises:
+        InvalidValue: `capacity` is not positive.
     """
 
     def __init__(self, database: Database, *, memory: bool = False, capacity: int = 10_000) -> None:
+        if capacity < 1:
+            raise InvalidValue("capacity must be positive")
         self.database = database
         self.memory = memory
         self.capacity = capacity

@@ -20,9 +20,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from alembic import command
-from tiger_db.declared import compare
 from tiger_db.errors import MigrationError, SchemaMismatch
 from tiger_db.migration_locks import HURRY, Say, patiently, turn
+from tiger_db.schema_comparison import compare
 from tiger_db.settings import quote_identifier, search_path
 
 T = TypeVar("T")

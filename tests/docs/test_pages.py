@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from tests.docs.pages import PAGES, README, ROOT, code, first_column, prose, section, spans
-from tests.test_imports import parts
+from tests.support.imports import parts
 from tiger_db import crud, errors
 from tiger_db.cli import app
 from tiger_db.settings import Settings
