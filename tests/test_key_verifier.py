@@ -20,6 +20,7 @@ from tiger_db.errors import (
     APIKeyRevoked,
     DatabaseUnavailable,
     InvalidAPIKey,
+    InvalidValue,
     RateLimited,
     SchemaMismatch,
     ScopeMissing,
@@ -120,6 +121,12 @@ async def test_no_answer_is_stale(clone: Database) -> None:
     with pytest.raises(APIKeyRevoked):
         await verifier.authorize(raw_key)
     assert (await stored(clone, key)).status == APIKeyStatus.REVOKED
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_a_memory_of_no_keys_is_refused(database: Database, capacity: int) -> None:
+    with pytest.raises(InvalidValue, match="capacity"):
+        KeyVerifier(database, memory=True, capacity=capacity)
 
 
 async def test_a_call_takes_one_connection_and_starts_nothing(clone: Database) -> None:

@@ -121,7 +121,7 @@ async def paginate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionContext:
-    """What a Database hands over to the CRUD functions, in the `info` of each session."""
+    """What CRUD functions need of their Database: in the `info` of each session."""
 
     key_provider: KeyProvider | None
     peppers: Peppers | None

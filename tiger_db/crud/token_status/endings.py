@@ -89,8 +89,8 @@ WITH account AS (
 SELECT {whole(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
-# Ends attempts of which nobody knows the outcome. All that is written are constants, and no row is
-# loaded: this must work for rows and answers that nothing else can handle.
+# Ends attempts whose outcome is unknown. It writes constants and loads no row, so that it works for
+# rows and answers that cannot be handled otherwise.
 _LOSE = f"""
 WITH lost AS (%s), refresh AS (
     UPDATE token_statuses t
