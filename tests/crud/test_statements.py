@@ -91,3 +91,17 @@ async def test_an_event_is_one_statement_and_many_are_few(
     with recorded(database) as sent:
         await audit_logs.log_events(session, events)
     assert len(sent) <= 2
+
+
+async def test_a_claim_looks_for_lost_refreshes_only_when_no_more_are_due(
+    database: Database, session: AsyncSession
+) -> None:
+    """That look reads all that are due: with a backlog, each claim would."""
+    for _ in range(3):
+        await factories.refresh(session)
+    counts = []
+    for limit in (2, 2):
+        with recorded(database) as statements:
+            claims = await token_status.claim_due(session, worker="w", limit=limit)
+        counts.append((len(claims), len([s for s in statements if "token_statuses" in s])))
+    assert counts == [(2, 1), (1, 2)]

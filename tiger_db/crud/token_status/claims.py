@@ -60,7 +60,8 @@ async def claim_due(
     """Claim refreshes that are due, or whose lease has expired, for a worker: longest due first.
 
     Each is claimed by one worker only. A lease that has expired counts as a failed attempt; where
-    that was the last one, the refresh is given up in place of claimed: see `give_up_lost`.
+    that was the last one, the refresh is not claimed. Once fewer than `limit` are due, such
+    refreshes are given up: see `give_up_lost`.
 
     Commit before asking Tiger. The claims returned belong to no session and stay as they are: pass
     them to `heartbeat`, `complete` and `fail`. Each has its `tiger_account`, as it was at that
@@ -73,8 +74,10 @@ async def claim_due(
     """
     check_limit(limit)
     _check_lease(lease)
-    await give_up_lost(session, skip=skip)
-    return await _claim(session, DUE % limit, worker, lease, list(skip))
+    claimed = await _claim(session, DUE % limit, worker, lease, list(skip))
+    if len(claimed) < limit:  # it reads all that are due, so not while there are many
+        await give_up_lost(session, skip=skip)
+    return claimed
 
 
 async def claim(
