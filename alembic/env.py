@@ -5,9 +5,9 @@ import asyncio
 from sqlalchemy import Connection
 
 from alembic import context
-from tiger_db.autogenerate import OPTIONS
-from tiger_db.database import migration_engine
+from tiger_db.connections import maintenance_engine
 from tiger_db.migrations import make_schema, preamble
+from tiger_db.migrations.autogenerate import OPTIONS
 from tiger_db.settings import DEFAULT_SCHEMA, Settings
 
 
@@ -18,7 +18,7 @@ def run(connection: Connection) -> None:
 
 
 async def connect_and_run() -> None:
-    async with migration_engine(Settings()) as engine, engine.connect() as connection:
+    async with maintenance_engine(Settings()) as engine, engine.connect() as connection:
         await connection.run_sync(make_schema)
         await connection.run_sync(run)
 

@@ -15,7 +15,7 @@ from benchmarks import accounts, audit, keys, refreshes, sessions
 from benchmarks.work import ROUNDS, Result, Work, measure
 from tests.support import databases, servers
 from tiger_db import Database
-from tiger_db.database import connect_args, migration_engine
+from tiger_db.connections import connect_args, maintenance_engine
 from tiger_db.migrations import upgrade
 
 NAME = "tiger_db_bench"
@@ -25,7 +25,7 @@ PACKAGES = ("tiger-db", "asyncpg", "sqlalchemy", "sqlmodel", "pydantic", "keyshi
 async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
     settings = await databases.create(server.url, NAME)
     try:
-        async with migration_engine(settings) as engine:
+        async with maintenance_engine(settings) as engine:
             await upgrade(engine)
         arguments = await connect_args(settings)
         async with (
@@ -107,7 +107,7 @@ async def others(
     settings = await databases.create(server.url, f"{NAME}_{name}")
     try:
         if migrated:
-            async with migration_engine(settings) as engine:
+            async with maintenance_engine(settings) as engine:
                 await upgrade(engine)
         async with Database(settings) as database:
             yield database

@@ -10,7 +10,7 @@ from sqlalchemy.orm import defer
 from sqlmodel import col, select
 
 from benchmarks.work import Work
-from tiger_db import Database, TigerAccount, crud, key_rotation
+from tiger_db import Database, TigerAccount, crud, encryption_key_rotation
 from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.models.base import CONTEXT, encrypted_columns
 
@@ -59,13 +59,16 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
     database.info[CONTEXT] = replace(database.info[CONTEXT], key_provider=ring)
 
     async def rotated() -> None:
-        assert (await key_rotation.rotate(database)).rotated == ACCOUNTS
+        assert (await encryption_key_rotation.rotate(database)).rotated == ACCOUNTS
 
     stored = await pool.fetch("SELECT * FROM tiger_accounts ORDER BY id")
     columns = [*secrets, "tiger_id_fingerprint"]
     batches = [
-        [[row[name] for row in stored[n : n + key_rotation.BATCH]] for name in ("id", *columns)]
-        for n in range(0, ACCOUNTS, key_rotation.BATCH)
+        [
+            [row[name] for row in stored[n : n + encryption_key_rotation.BATCH]]
+            for name in ("id", *columns)
+        ]
+        for n in range(0, ACCOUNTS, encryption_key_rotation.BATCH)
     ]
     update = (
         f"UPDATE tiger_accounts AS a SET {', '.join(f'{name} = b.{name}' for name in columns)}"

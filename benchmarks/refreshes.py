@@ -11,9 +11,9 @@ from uuid_utils.compat import uuid7
 
 from benchmarks.work import Work
 from tiger_db import Database, RefreshTrigger, RefreshWorker, TigerAccount, TokenStatus, crud
+from tiger_db.connections import connect
 from tiger_db.crud.token_status.claims import CLAIM, DUE
-from tiger_db.crud.token_status.endings import COMPLETE
-from tiger_db.database import connect
+from tiger_db.crud.token_status.outcomes import COMPLETE
 from tiger_db.encryption import Secret
 from tiger_db.tokens import NewToken
 

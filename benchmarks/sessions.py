@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 
 from benchmarks.work import Work
 from tiger_db import Database
-from tiger_db.database import connect_args
+from tiger_db.connections import connect_args
 
 STARTS = 31  # of each program
 _EMPTY = """

@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from tests.support import databases
 from tiger_db import Settings
-from tiger_db.database import connect, migration_engine
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import drift, scripts, upgrade
 
 ROOT = Path(__file__).parent.parent
@@ -165,7 +165,7 @@ async def test_the_plain_command_works_with_the_same_settings(empty_database: Se
     await here.alembic("upgrade", "head")
     done = await here.run(sys.executable, "-c", CYCLE, "current", "check")
     assert done.stdout.splitlines() == [f"{HEAD} (head)", "No new upgrade operations detected."]
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         assert (await upgrade(engine)).problem is None
         assert await drift(engine) == []
 
@@ -176,7 +176,7 @@ async def test_offline_it_prints_sql_that_works(server_url: str, empty_database:
     connection = await connect(empty_database)
     await connection.execute(sql)
     await connection.close()
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         assert await drift(engine) == []
 
 

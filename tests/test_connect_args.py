@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from tests.support import servers
 from tests.support.refused_settings import SECRET, refused
-from tiger_db.database import connect
+from tiger_db.connections import connect
+from tiger_db.database_urls import SSLMode
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
-from tiger_db.places import SSLMode
 from tiger_db.settings import Settings
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from tests.support import factories
 from tests.support.factories import plain
 from tiger_db import Database, Settings, crud
-from tiger_db.database import connect, migration_engine
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.encryption import generate_key
 from tiger_db.errors import (
     ConfigurationError,
@@ -226,7 +226,7 @@ async def test_a_missing_schema_is_told_and_then_found(empty_database: Settings)
             with pytest.raises(SchemaMismatch, match="no tiger_db schema: run `tiger-db init`"):
                 async with database.session():
                     pass
-        async with migration_engine(empty_database) as engine:
+        async with maintenance_engine(empty_database) as engine:
             await upgrade(engine)
         async with database.session() as session:
             assert (await crud.accounts.list_accounts(session)).items == []

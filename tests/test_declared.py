@@ -6,13 +6,13 @@ from typing import TypeAlias
 import asyncpg
 import pytest
 
-from tiger_db import Settings, declared
-from tiger_db.database import connect, migration_engine
+from tiger_db import Settings
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.doctor import Finding, doctor
 from tiger_db.health import health
-from tiger_db.migrations import drift, upgrade
+from tiger_db.migrations import declared, drift, upgrade
+from tiger_db.migrations.comparison import Difference, compare
 from tiger_db.models import metadata
-from tiger_db.schema_comparison import Difference, compare
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PARTITION = "audit_logs_default"
@@ -148,7 +148,7 @@ async def other(clone_settings: Settings) -> AsyncIterator[Connection]:
 
 
 async def differences(settings: Settings) -> list[Difference]:
-    async with migration_engine(settings) as engine, engine.connect() as connection:
+    async with maintenance_engine(settings) as engine, engine.connect() as connection:
         return await compare(connection)
 
 
@@ -159,7 +159,7 @@ async def found_by_doctor(settings: Settings) -> Finding:
 
 async def test_the_declaration_is_what_the_migrations_make(clone_settings: Settings) -> None:
     assert await differences(clone_settings) == []
-    async with migration_engine(clone_settings) as engine, engine.connect() as connection:
+    async with maintenance_engine(clone_settings) as engine, engine.connect() as connection:
         await connection.exec_driver_sql("SELECT make_audit_months(30)")
         assert await compare(connection) == []
 
@@ -195,7 +195,7 @@ async def test_a_change_is_seen_by_all_and_can_be_repaired(
     assert {difference.tables for difference in found} == {tables}
     assert not any(difference.unknown or "\n" in str(difference) for difference in found)
 
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         assert await drift(engine) == [str(difference) for difference in found]
     finding = await found_by_doctor(clone_settings)
     assert finding.status == "problem"
@@ -221,7 +221,7 @@ async def test_a_table_that_is_none_is_seen(
     (found,) = await differences(clone_settings)
     assert found.tables == ("api_key_usage",)
     assert NOT_REPAIRED[change] in found.seen
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         assert str(found) in await drift(engine)
     assert (await found_by_doctor(clone_settings)).status == "problem"
 
@@ -232,7 +232,7 @@ async def test_all_triggers_disabled_are_three_lines_for_people_and_all_for_chec
 ) -> None:
     for table in ("audit_logs", "audit_seals", "api_keys", "tiger_accounts"):
         await other.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         lines = await drift(engine)
     finding = await found_by_doctor(clone_settings)
     assert finding.seen.endswith(f"; and {len(lines) - 3} more")
@@ -255,7 +255,7 @@ async def test_a_trigger_of_somebody_else_is_a_warning_of_the_doctor_alone(
     assert "audit_logs_default" not in finding.seen  # its copies in partitions
     assert "unless it is yours, DROP TRIGGER mine ON " in str(finding.advice)
     assert (await health(clone_settings)).problems == []
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         assert await drift(engine) == []
 
 
@@ -270,7 +270,7 @@ async def test_somebody_elses_search_path_and_functions_fool_nobody(
         " EXECUTE FUNCTION evil.notify_api_key_change();"
         "ALTER TABLE api_keys ENABLE ALWAYS TRIGGER notify_delete"
     )
-    async with migration_engine(clone_settings) as engine, engine.connect() as connection:
+    async with maintenance_engine(clone_settings) as engine, engine.connect() as connection:
         await connection.exec_driver_sql("SET search_path = public, evil")
         (found,) = await compare(connection)
     assert "EXECUTE FUNCTION evil.notify_api_key_change()" in found.seen
@@ -336,6 +336,6 @@ async def test_the_applications_own_types_may_have_casts(
 @pytest.mark.parametrize("schema", ['My "Own"', "it's", "a\\b, c"])
 async def test_it_works_in_a_schema_of_any_name(empty_database: Settings, schema: str) -> None:
     settings = empty_database.model_copy(update={"db_schema": schema})
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     assert await differences(settings) == []

@@ -15,8 +15,9 @@ from tests.support.contexts import changed_context
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, KeyVerifier, crud
 from tiger_db.audit import export, export_checkpoint, follow, maintain, seal, verify
+from tiger_db.connections import connect
 from tiger_db.crud import audit_logs
-from tiger_db.database import AsyncSession, connect
+from tiger_db.database import AsyncSession
 from tiger_db.errors import (
     Conflict,
     DatabaseUnavailable,

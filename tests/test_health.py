@@ -21,7 +21,7 @@ from tests.support import factories
 from tests.support.encryption_keys import OTHER_KEY
 from tests.support.sql import months, sql
 from tiger_db import AuditAction, AuditLog, Database, crud, embedded
-from tiger_db.database import migration_engine
+from tiger_db.connections import maintenance_engine
 from tiger_db.health import Health, health
 from tiger_db.migrations import MONTHS_AHEAD, upgrade
 from tiger_db.settings import Settings
@@ -126,7 +126,7 @@ async def test_months_that_are_missing(clone: Database, clone_settings: Settings
     report = await health(clone_settings)
     assert report.audit_months_ahead == 0
     assert "run `tiger-db migrate`" in only_problem(report)
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         await upgrade(engine)
     report = await health(clone_settings)
     assert (report.audit_months_ahead, report.problems) == (MONTHS_AHEAD, [])
@@ -141,7 +141,7 @@ async def test_strays_that_migrate_moves(clone: Database, clone_settings: Settin
     assert len(report.problems) == 2
     assert all("run `tiger-db migrate`" in problem for problem in report.problems)
     assert "audit_logs_default" in report.problems[1]
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         await upgrade(engine)
     assert (await health(clone_settings)).problems == []
 
@@ -163,7 +163,7 @@ async def test_schema(empty_database: Settings) -> None:
     assert (report.revision, report.rows, report.audit_months_ahead) == (None, {}, None)
     assert report.server_version
     assert "run `tiger-db init`" in only_problem(report)
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         await upgrade(engine)
     await sql(empty_database, "UPDATE alembic_version SET version_num = 'from_the_future'")
     report = await health(empty_database)
@@ -326,7 +326,7 @@ async def test_embedded(home: Path) -> None:
     assert not exists(home / "encryption_keys")
 
     await sql(settings.model_copy(update={"db_name": "postgres"}), "CREATE DATABASE tiger_db")
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     async with Database(settings) as database:
         await database.check()

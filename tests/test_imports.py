@@ -27,16 +27,11 @@ ALLOWED: dict[str, set[str]] = {
         "sqlstates",
         "write_behind",
     },
-    "statements": {"redaction"},
-    "places": set(),
+    "database_urls": set(),
     "files": {"errors"},
-    "settings": {"errors", "places"},
+    "settings": {"errors", "database_urls"},
     "keys_in_force": {"embedded", "encryption", "errors", "peppers", "settings", "signing"},
-    "tls": {"settings", "errors"},
-    "migration_locks": {"errors"},
-    "declared": {"models"},
-    "schema_comparison": {"declared", "models"},
-    "migrations": {"models", "errors", "migration_locks", "schema_comparison", "settings"},
+    "migrations": {"models", "errors", "settings"},
 }
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.encryption_keys import K1, SECRETS, values_of
 from tests.support.factories import plain
-from tiger_db import Database, Settings, crud, key_rotation
+from tiger_db import Database, Settings, crud, encryption_key_rotation
 from tiger_db.encryption import KeyProvider, KeyRing, SealedSecret
 from tiger_db.errors import EncryptionError
 
@@ -107,7 +107,7 @@ async def test_secrets_move_from_a_ring_to_a_kms(clone_settings: Settings) -> No
     async with with_keys(clone_settings, K1) as database, database.session() as session:
         account = await factories.account(session, **SECRETS)
     async with with_keys(clone_settings, Moving("kms", K1)) as database:
-        report = await key_rotation.rotate(database)
+        report = await encryption_key_rotation.rotate(database)
     assert (report.rotated, report.stuck, report.retirable) == (1, 0, ["k1"])
     async with with_keys(clone_settings, KMS("kms")) as database, database.session() as session:
         (found,) = await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])

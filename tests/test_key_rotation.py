@@ -16,7 +16,7 @@ from tests.support import factories
 from tests.support.encryption_keys import K1, K2, ONLY_K2, SECRETS, values_of
 from tests.support.factories import plain
 from tests.support.recording import recorded
-from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, key_rotation
+from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, encryption_key_rotation
 from tiger_db.crud import accounts
 from tiger_db.encryption import KeyProvider, KeyRing
 from tiger_db.errors import ConfigurationError, EncryptionError
@@ -69,7 +69,7 @@ async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
         async with both.session() as session:
             assert await rows_to_rotate(session) == 5
         steps: list[int] = []
-        report = await key_rotation.rotate(both, advance=steps.append)
+        report = await encryption_key_rotation.rotate(both, advance=steps.append)
         assert (report.key_id, report.rotated, sum(steps), report.stuck) == ("k2", 5, 5, 0)
         assert (report.uses, report.retirable) == ([KeyUse(TABLE, "k2", 6)], ["k1"])
     async with using(ONLY_K2) as new:
@@ -85,9 +85,9 @@ async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
 async def test_each_batch_writes_its_event(using: Using, monkeypatch: pytest.MonkeyPatch) -> None:
     async with using(K1) as old:
         ids = [account.id for account in await store(old, 5)]
-    monkeypatch.setattr(key_rotation, "BATCH", 2)
+    monkeypatch.setattr(encryption_key_rotation, "BATCH", 2)
     async with using(K2) as both:
-        await key_rotation.rotate(both)
+        await encryption_key_rotation.rotate(both)
         async with both.session() as session:
             events = (await factories.events(session))[5:]
     assert {event.action for event in events} == {AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE}
@@ -101,9 +101,9 @@ async def test_each_batch_writes_its_event(using: Using, monkeypatch: pytest.Mon
 async def test_what_is_moved_already_costs_nothing(using: Using) -> None:
     async with using(K2) as both:
         await store(both, 3)
-        await key_rotation.rotate(both)
+        await encryption_key_rotation.rotate(both)
         with recorded(both) as sent:
-            report = await key_rotation.rotate(both)
+            report = await encryption_key_rotation.rotate(both)
     assert report.rotated == 0
     assert not [statement for statement in sent if not statement.startswith("SELECT")]
 
@@ -116,7 +116,7 @@ async def test_a_dry_run_reads_everything_and_writes_nothing(using: Using) -> No
     async with using(K2) as both:
         async with both.session() as session:
             before = await factories.everything(session)
-        report = await key_rotation.rotate(both, dry_run=True)
+        report = await encryption_key_rotation.rotate(both, dry_run=True)
         assert (report.rotated, report.stuck, report.retirable) == (2, 1, [])
         assert "'k3' is not configured" in report.problems[0]
         async with both.session() as session:
@@ -129,7 +129,7 @@ async def test_a_key_removed_too_early_costs_only_its_rows_until_it_is_back(usin
     async with using(K1) as old:
         await store(old)
     async with using(K2) as both:
-        report = await key_rotation.rotate(both)
+        report = await encryption_key_rotation.rotate(both)
         assert (report.rotated, report.stuck, report.retirable) == (1, 1, ["k1"])
         (problem,) = report.problems
         assert "'k3' is not configured" in problem
@@ -141,7 +141,7 @@ async def test_a_key_removed_too_early_costs_only_its_rows_until_it_is_back(usin
             plain(unreadable.private_key)
     back = KeyRing({"k2": bytes(range(32)), "k3": bytes(range(1, 33))})
     async with using(back) as database:
-        report = await key_rotation.rotate(database)
+        report = await encryption_key_rotation.rotate(database)
         assert (report.rotated, report.stuck, report.retirable) == (1, 0, ["k3"])
     async with using(ONLY_K2) as database:
         assert [values_of(account) for account in await read(database)] == [SECRETS] * 2
@@ -160,7 +160,7 @@ async def test_a_key_is_not_retirable_while_one_row_needs_it(using: Using) -> No
                 ),
                 {"id": second.id},
             )
-        report = await key_rotation.rotate(both)
+        report = await encryption_key_rotation.rotate(both)
         assert (report.rotated, report.stuck, report.retirable) == (1, 1, [])
         assert f"tiger_accounts.secret_key:{second.id}" in report.problems[0]
         assert values_of((await read(both))[0]) == SECRETS
@@ -173,7 +173,7 @@ async def test_what_is_no_ciphertext_is_told_of(using: Using, garbage: str) -> N
         await store(both)
         async with both.session() as session:
             await session.execute(text(f"UPDATE tiger_accounts SET secret_key = {garbage}"))
-        report = await key_rotation.rotate(both)
+        report = await encryption_key_rotation.rotate(both)
         assert (report.rotated, report.stuck) == (0, 1)
         assert report.uses == [KeyUse(TABLE, DAMAGED, 1), KeyUse(TABLE, "k2", 1)]
 
@@ -185,7 +185,7 @@ async def test_another_key_under_an_id_that_is_in_use_is_refused(using: Using) -
     impostor = KeyRing({"k2": bytes(32), "k1": bytes(32)})
     async with using(impostor) as database:
         with pytest.raises(EncryptionError, match="'k2' is not the one that made it"):
-            await key_rotation.rotate(database)
+            await encryption_key_rotation.rotate(database)
         assert await uses(database) == [KeyUse(TABLE, "k1", 2), KeyUse(TABLE, "k2", 1)]
 
 
@@ -193,7 +193,7 @@ async def test_without_keys_there_is_nothing_to_rotate_to(clone_settings: Settin
     settings = clone_settings.model_copy(update={"encryption_keys": None})
     async with Database(settings) as database:
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS is not set"):
-            await key_rotation.rotate(database)
+            await encryption_key_rotation.rotate(database)
 
 
 # Beside others who write
@@ -204,13 +204,15 @@ async def test_a_change_that_came_between_wins(using: Using) -> None:
         (account,) = await store(old)
         (mapper,) = sealed_entities()
         async with both.session() as session:
-            (row,) = await key_rotation._outdated_rows(session, mapper, UUID(int=0), 10)
-            change = key_rotation._resealed(K2, mapper, row)
+            (row,) = await encryption_key_rotation._outdated_rows(session, mapper, UUID(int=0), 10)
+            change = encryption_key_rotation._resealed(K2, mapper, row)
         async with old.session() as session:
             await accounts.update(session, account.id, refresh_token="newer")
         async with both.session() as session:
-            assert await key_rotation._write(session, mapper, [change], patient=False) == 0
-        report = await key_rotation.rotate(both)
+            assert (
+                await encryption_key_rotation._write(session, mapper, [change], patient=False) == 0
+            )
+        report = await encryption_key_rotation.rotate(both)
         assert report.rotated == 1
         (moved,) = await read(both)
         assert values_of(moved) == SECRETS | {"refresh_token": "newer"}
@@ -234,7 +236,7 @@ async def test_a_locked_row_holds_up_nobody_and_is_moved_in_the_end(using: Using
         moved_first = asyncio.Event()
         async with asyncio.TaskGroup() as group, locked(old, busy):
             task = group.create_task(
-                key_rotation.rotate(both, advance=lambda _rows: moved_first.set())
+                encryption_key_rotation.rotate(both, advance=lambda _rows: moved_first.set())
             )
             await asyncio.wait_for(moved_first.wait(), 30)
             async with both.session() as session:  # the others were not waiting behind it
@@ -290,7 +292,7 @@ async def test_eight_writers_lose_no_update(clone_settings: Settings) -> None:
             assert await asyncio.to_thread(pipe.recv) == "at it"
         for ring in RINGS[1:]:
             async with Database(clone_settings, key_provider=ring) as other:
-                report = await key_rotation.rotate(other)
+                report = await encryption_key_rotation.rotate(other)
                 assert report.stuck == 0
                 assert report.rotated >= 80
         last: dict[UUID, str] = {}
@@ -307,11 +309,11 @@ async def test_eight_writers_lose_no_update(clone_settings: Settings) -> None:
 
 def rotate_and_tell(settings: Settings, told: Connection) -> None:
     """In a process of its own: rotate in small batches, telling of each."""
-    key_rotation.BATCH = 20
+    encryption_key_rotation.BATCH = 20
 
     async def run() -> None:
         async with Database(settings, key_provider=K2) as database:
-            await key_rotation.rotate(database, advance=told.send)
+            await encryption_key_rotation.rotate(database, advance=told.send)
 
     asyncio.run(run())
 
@@ -338,7 +340,7 @@ async def test_killed_in_the_middle_it_goes_on_where_it_was(clone_settings: Sett
             left = {use.key_id: use.rows for use in await uses(database)}
             assert left["k1"] + left["k2"] == 400
             assert 0 < left["k1"] <= 400 - 20 * killed
-        report = await key_rotation.rotate(database)
+        report = await encryption_key_rotation.rotate(database)
         assert (report.rotated, report.stuck, report.retirable) == (left["k1"], 0, ["k1"])
         async with database.session() as session:
             events = await crud.audit_logs.search(
@@ -353,7 +355,9 @@ async def test_two_rotations_at_once_move_each_row_once(using: Using) -> None:
     async with using(K1) as old:
         await store(old, 60)
     async with using(K2) as one, using(K2) as other:
-        reports = await asyncio.gather(key_rotation.rotate(one), key_rotation.rotate(other))
+        reports = await asyncio.gather(
+            encryption_key_rotation.rotate(one), encryption_key_rotation.rotate(other)
+        )
         assert sum(report.rotated for report in reports) == 60
         assert all(report.retirable == ["k1"] for report in reports)
         assert all(len(secrets_of(account)) == 5 for account in await read(one))

@@ -29,10 +29,9 @@ from tiger_db import (
     crud,
     embedded,
     key_verifier,
-    listener,
 )
+from tiger_db.connections import connect, listener, maintenance_engine
 from tiger_db.crud.api_keys.key_format import new_key
-from tiger_db.database import connect, migration_engine
 from tiger_db.errors import (
     AddressNotAllowed,
     APIKeyExpired,
@@ -538,7 +537,7 @@ async def private(private_server: Settings) -> Settings:
     password = server.connect_args(private_server)["password"]
     url = f"postgresql://tiger_db:{password}@/?host={server.socket_folder}"
     settings = settings_for(url, name).model_copy(update={"db_pool_timeout": 3})
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     return settings
 

@@ -27,10 +27,10 @@ from tiger_db import (
     Settings,
     crud,
     embedded,
-    key_rotation,
+    encryption_key_rotation,
 )
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.crud import accounts
-from tiger_db.database import connect, migration_engine
 from tiger_db.embedded import EmbeddedServer
 from tiger_db.errors import AlreadyExists, DatabaseUnavailable, InvalidValue
 from tiger_db.migrations import upgrade
@@ -82,7 +82,7 @@ async def live(settings: Settings) -> tuple[list[str], list[str]]:
     await admin.execute("SELECT pg_reload_conf()")
     await admin.execute(f'CREATE DATABASE "{settings.database}"')
     await admin.close()
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     raised: list[str] = []
     async with Database(settings, key_provider=K1) as database:
@@ -119,7 +119,7 @@ async def live(settings: Settings) -> tuple[list[str], list[str]]:
             raised.append("".join(traceback.format_exception(caught.value)))
         raised.append(await cut_off(database))
     async with Database(settings, key_provider=K2) as database:
-        assert (await key_rotation.rotate(database)).rotated == 1
+        assert (await encryption_key_rotation.rotate(database)).rotated == 1
         async with database.session() as session:
             stored = await accounts.get(session, account.id)
             assert stored is not None

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from tests.support.waiting import until
-from tiger_db import Settings, listener
-from tiger_db.database import connect
+from tiger_db import Settings
+from tiger_db.connections import connect, listener
+from tiger_db.connections.listener import listen
 from tiger_db.errors import DatabaseUnavailable
-from tiger_db.listener import listen
 
 CHANNEL = "tiger_db_test"
 TERMINATE = """

@@ -15,7 +15,8 @@ from tests.support import factories
 from tests.support.factories import plain
 from tests.support.recording import recorded
 from tiger_db import AccountStatus, Database, Settings, crud
-from tiger_db.database import AsyncSession, migration_engine
+from tiger_db.connections import maintenance_engine
+from tiger_db.database import AsyncSession
 from tiger_db.errors import MigrationError, SchemaMismatch
 from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, upgrade
 
@@ -42,7 +43,7 @@ async def everything(engine: AsyncEngine) -> set[tuple[Any, ...]]:
 
 @pytest.mark.slow
 async def test_up_down_and_up_again_leave_nothing_behind(empty_database: Settings) -> None:
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         nothing = await everything(engine)
         state = await upgrade(engine)
         assert (state.current, state.problem) == (state.head, None)
@@ -56,7 +57,7 @@ async def test_up_down_and_up_again_leave_nothing_behind(empty_database: Setting
 
 
 async def test_upgrading_again_changes_nothing(clone_settings: Settings) -> None:
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         before = await everything(engine)
         assert (await upgrade(engine)).problem is None
         assert await everything(engine) == before
@@ -65,7 +66,7 @@ async def test_upgrading_again_changes_nothing(clone_settings: Settings) -> None
 @pytest.mark.slow
 async def test_concurrent_upgrades_wait_for_each_other(empty_database: Settings) -> None:
     async def one() -> SchemaState:
-        async with migration_engine(empty_database) as engine:
+        async with maintenance_engine(empty_database) as engine:
             return await upgrade(engine)
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
@@ -75,7 +76,7 @@ async def test_concurrent_upgrades_wait_for_each_other(empty_database: Settings)
 
 @pytest.mark.parametrize("revision", ["nonsense", "+70", "-99"])
 async def test_an_unknown_revision_is_refused(clone_settings: Settings, revision: str) -> None:
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         before = await everything(engine)
         with pytest.raises(MigrationError):
             await upgrade(engine, revision)
@@ -87,7 +88,7 @@ async def test_an_unknown_revision_is_refused(clone_settings: Settings, revision
 
 async def test_migrations_know_no_query_timeout(clone: Database) -> None:
     hurried = clone.settings.model_copy(update={"db_query_timeout": 0.001})
-    async with migration_engine(hurried) as engine, engine.connect() as connection:
+    async with maintenance_engine(hurried) as engine, engine.connect() as connection:
         assert await connection.scalar(text("SHOW statement_timeout")) == "0"
 
 
@@ -117,7 +118,7 @@ async def accounts_in(engine: AsyncEngine) -> dict[str, dict[str, Any]]:
 @pytest.mark.slow
 async def test_0002_destroys_the_credentials_of_closed_accounts(empty_database: Settings) -> None:
     statuses = ["active", "inactive", "suspended", "pending_verification", "closed"]
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         await upgrade(engine, "0001")
         async with engine.begin() as connection:
             for status in statuses:
@@ -153,7 +154,7 @@ async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> N
         await crud.accounts.close(session, closed.id)
     before = await accounts_in(clone.engine)
     await clone.close()
-    async with migration_engine(clone.settings) as engine:
+    async with maintenance_engine(clone.settings) as engine:
         await downgrade(engine, "0001")
         down = await accounts_in(engine)
         assert down[closed.account_number]["private_key"] == b""  # no key decrypts it
@@ -187,7 +188,7 @@ async def test_0005_has_tokens_refreshed_an_hour_before_they_expire(
 ) -> None:
     expiry, due = datetime(2030, 1, 1, tzinfo=UTC), datetime(2029, 12, 31, 23, tzinfo=UTC)
     values = {"status": "active", "is_default": False}
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         await upgrade(engine, "0001")
         async with engine.begin() as connection:
             await connection.execute(ACCOUNT_AT_0001, values | {"number": "expires"})
@@ -254,7 +255,7 @@ async def test_0007_finds_the_lines_of_keys_and_adds_up_their_counts(
         async with engine.connect() as connection:
             return {tuple(row) for row in await connection.execute(text(query))}
 
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         await upgrade(engine, "0005")
         async with engine.begin() as connection:
             names = ["a", "b", "c", "d", "gone", "last", "alone", "x", "y"]
@@ -335,7 +336,7 @@ async def test_0008_gives_refreshes_a_lease_that_nothing_could_claim(
         async with engine.connect() as connection:
             return {row[0]: tuple(row[1:]) for row in await connection.execute(REFRESHES)}
 
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         await upgrade(engine, "0001")
         async with engine.begin() as connection:
             for number, (status, worker, until, details) in stored.items():
@@ -391,7 +392,7 @@ async def functions(engine: AsyncEngine, name: str) -> int:
 
 
 async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> None:
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         assert await drift(engine) == []
 
 
@@ -449,7 +450,7 @@ async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> No
     ],
 )
 async def test_drift_is_found(clone_settings: Settings, change: str, found: str) -> None:
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         async with engine.begin() as connection:
             await connection.exec_driver_sql(change)
         assert any(found in line for line in await drift(engine)), await drift(engine)
@@ -458,14 +459,14 @@ async def test_drift_is_found(clone_settings: Settings, change: str, found: str)
 @pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_partitions_are_no_drift(clone_settings: Settings) -> None:
-    async with migration_engine(clone_settings) as engine:
+    async with maintenance_engine(clone_settings) as engine:
         async with engine.begin() as connection:
             await connection.exec_driver_sql("SELECT make_audit_months(30)")
         assert await drift(engine) == []
 
 
 async def test_drift_needs_the_schema_of_this_code(empty_database: Settings) -> None:
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         with pytest.raises(SchemaMismatch, match="no tiger_db schema"):
             await drift(engine)
 

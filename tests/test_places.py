@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from psycopg import OperationalError, pq
 
 from tests.support.refused_settings import SECRET
-from tiger_db.places import Address, DatabaseURL, parse_hosts, parse_url
+from tiger_db.database_urls import Address, DatabaseURL, parse_hosts, parse_url
 
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 NAMES = st.from_regex(r"[a-z0-9_-]{1,8}(\.[a-z0-9é-]{1,8}){0,2}", fullmatch=True)

@@ -19,11 +19,11 @@ from tests.support import factories
 from tests.support.sql import apart, sql
 from tests.support.waiting import until
 from tiger_db import AuditLog, Database, KeyVerifier, Settings, audit, crud, migrations
-from tiger_db.audit.stored import TAKE_TURN
-from tiger_db.database import connect, connect_directly, migration_engine
+from tiger_db.audit.storage import TAKE_TURN
+from tiger_db.connections import connect, connect_directly, maintenance_engine
 from tiger_db.errors import APIKeyRevoked, MigrationError, SchemaMismatch
-from tiger_db.migration_locks import LOCK, turn
 from tiger_db.migrations import MONTHS_AHEAD, downgrade, drift, schema_state, upgrade
+from tiger_db.migrations.locks import LOCK, turn
 from tiger_db.signing import generate_signing_key
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 async def migrate(settings: Settings) -> None:
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         assert (await upgrade(engine)).problem is None
 
 
@@ -84,7 +84,7 @@ async def test_any_schema_that_postgresql_allows_will_do(
     await migrate(settings)
     inside, outside = await tables(settings)
     assert (inside > 50, outside) == (True, 0)
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         assert await drift(engine) == []
     async with Database(settings) as database, KeyVerifier(database, memory=True) as verifier:
         async with database.session() as session:
@@ -101,7 +101,7 @@ async def test_any_schema_that_postgresql_allows_will_do(
         assert (await audit.seal(database)).rows > 0
         assert (await audit.verify(database)).sound
         assert (await audit.maintain(database)).made == 0
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         assert (await downgrade(engine, "0005")).current == "0005"
         assert (await downgrade(engine, "base")).current is None
         assert (await upgrade(engine)).problem is None
@@ -130,7 +130,7 @@ async def test_going_back_to_0005_restores_its_functions(empty_database: Setting
         "SELECT string_agg(pg_get_functiondef(oid), '' ORDER BY proname) FROM pg_proc"
         " WHERE pronamespace = 'public'::regnamespace"
     )
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         await upgrade(engine, "0005")
         before = await sql(empty_database, functions)
         await upgrade(engine)
@@ -166,7 +166,7 @@ async def test_printed_sql_builds_the_schema_in_any_session(
         )  # fmt: skip
         script = done.stdout
     else:
-        async with migration_engine(settings) as engine:
+        async with maintenance_engine(settings) as engine:
             script = await migrations.pending_sql(engine)
     arguments = settings.connect_args()
     del arguments["server_settings"]["search_path"]
@@ -174,7 +174,7 @@ async def test_printed_sql_builds_the_schema_in_any_session(
     await connection.execute(script)
     await connection.close()
     assert (await tables(settings))[1] == 0
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         assert await drift(engine) == []
 
 
@@ -182,7 +182,7 @@ async def test_ten_machines_may_create_the_schema_at_once(empty_database: Settin
     settings = in_schema(empty_database, "tiger")
 
     async def create() -> None:
-        async with migration_engine(settings) as engine, engine.connect() as connection:
+        async with maintenance_engine(settings) as engine, engine.connect() as connection:
             await connection.run_sync(migrations.make_schema)
             assert await connection.scalar(text("SELECT current_schema()")) == "tiger"
             assert connection.dialect.default_schema_name == "tiger"
@@ -211,11 +211,14 @@ async def test_without_the_right_to_create_the_schema_the_reason_is_one_line(
 ) -> None:
     settings = in_schema(empty_database, "Tiger")
     async with as_role(settings) as poor:
-        async with migration_engine(poor) as engine:
+        async with maintenance_engine(poor) as engine:
             with pytest.raises(MigrationError, match='CREATE SCHEMA "Tiger", and GRANT'):
                 await upgrade(engine)
         assert await tables(settings) == (0, 0)
-    async with as_role(settings, 'CREATE SCHEMA "Tiger"') as poor, migration_engine(poor) as engine:
+    async with (
+        as_role(settings, 'CREATE SCHEMA "Tiger"') as poor,
+        maintenance_engine(poor) as engine,
+    ):
         with pytest.raises(MigrationError, match='GRANT USAGE, CREATE ON SCHEMA "Tiger"'):
             await upgrade(engine)
     await sql(settings, 'DROP SCHEMA "Tiger"', "SELECT 1")
@@ -225,7 +228,7 @@ async def test_without_the_right_to_create_the_schema_the_reason_is_one_line(
 
 
 async def test_a_schema_that_is_missing_is_told_as_such(empty_database: Settings) -> None:
-    async with migration_engine(in_schema(empty_database, "tiger")) as engine:
+    async with maintenance_engine(in_schema(empty_database, "tiger")) as engine:
         async with engine.connect() as connection:
             state = await schema_state(connection)
         assert state.problem == "the database has no tiger_db schema: run `tiger-db init`"
@@ -258,7 +261,7 @@ async def test_no_connection_follows_the_search_path_of_its_role(clone_settings:
         await connection.reset()  # as a pool may do
         assert await connection.fetchval(right)
         await connection.close()
-    async with Database(clone_settings) as database, migration_engine(clone_settings) as engine:
+    async with Database(clone_settings) as database, maintenance_engine(clone_settings) as engine:
         for an_engine in (database.engine, database.write_behind.engine, engine):
             async with an_engine.connect() as made:
                 assert await made.scalar(text(right))
@@ -299,7 +302,7 @@ async def test_options_do_not_override_it(clone_settings: Settings) -> None:
 
 async def test_an_installation_in_another_schema_is_named(two: tuple[Database, Database]) -> None:
     settings = two[0].settings.model_copy(update={"db_schema": "neither"})
-    async with migration_engine(settings) as engine, engine.connect() as connection:
+    async with maintenance_engine(settings) as engine, engine.connect() as connection:
         state = await schema_state(connection)
     assert state.problem == "tiger_db is in the schema Two: set DB_SCHEMA=Two"
 
@@ -308,15 +311,15 @@ async def test_an_installation_in_another_schema_is_named(two: tuple[Database, D
 async def test_two_installations_do_not_see_each_other(two: tuple[Database, Database]) -> None:
     one, another = two
     for database in two:
-        async with migration_engine(database.settings) as engine:
+        async with maintenance_engine(database.settings) as engine:
             assert await drift(engine) == []
     async with one.session() as session:
         await factories.account(session)
     async with another.session() as session:
         assert not (await crud.accounts.list_accounts(session)).items
-    async with migration_engine(one.settings) as engine:
+    async with maintenance_engine(one.settings) as engine:
         await downgrade(engine, "base")
-    async with migration_engine(another.settings) as engine:
+    async with maintenance_engine(another.settings) as engine:
         assert await drift(engine) == []
 
 
@@ -395,7 +398,7 @@ async def test_neither_waits_for_the_locks_of_the_other(two: tuple[Database, Dat
         async with database.session() as session:
             await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(3)])
             await factories.account(session)
-    async with one.session() as session, migration_engine(one.settings) as engine:
+    async with one.session() as session, maintenance_engine(one.settings) as engine:
         # `one` seals, chooses a default, makes months, and migrates, all at the same time.
         await session.execute(text(TAKE_TURN))
         await session.execute(text(f"SELECT make_audit_months({MONTHS_AHEAD})"))
@@ -405,7 +408,7 @@ async def test_neither_waits_for_the_locks_of_the_other(two: tuple[Database, Dat
             sealed = await finishes(audit.seal(another))
             assert (sealed.rows > 0, sealed.waits_for) == (True, ())
             assert (await finishes(audit.maintain(another))).made == 0
-            async with migration_engine(another.settings) as other_engine:
+            async with maintenance_engine(another.settings) as other_engine:
                 await finishes(upgrade(other_engine))
             async with another.session() as its:
                 (account,) = (await crud.accounts.list_accounts(its)).items
@@ -446,7 +449,7 @@ async def test_in_public_channels_and_locks_are_those_of_older_releases(clone: D
                 "hashtext('tiger_db_audit_logs')",
             ):
                 assert await old.fetchval(free.format(key)) is False, key
-    async with migration_engine(clone.settings) as engine, turn(engine, lambda _: None):
+    async with maintenance_engine(clone.settings) as engine, turn(engine, lambda _: None):
         assert await old.fetchval(free.format(LOCK)) is False
     await old.close()
 
@@ -460,7 +463,7 @@ async def test_sessions_that_lost_their_search_path_are_refused(
     """As behind a pooler that drops what a session sets when it starts."""
     one = two[0]
     path = 'SET search_path = "Two", pg_temp'
-    async with migration_engine(one.settings) as engine, engine.connect() as connection:
+    async with maintenance_engine(one.settings) as engine, engine.connect() as connection:
         await connection.exec_driver_sql(path)
         with pytest.raises(SchemaMismatch) as refused:
             await schema_state(connection)

@@ -16,10 +16,10 @@ from pydantic import SecretStr
 import tiger_db
 from tests.support.refused_settings import SECRET, refused
 from tiger_db import Database
+from tiger_db.database_urls import SSLMode
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError
 from tiger_db.keys_in_force import API_KEY_PEPPERS, AUDIT_SIGNING_KEY, ENCRYPTION_KEYS, configured
-from tiger_db.places import SSLMode
 from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key
 

@@ -14,7 +14,8 @@ from sqlalchemy import text
 from tests.support import factories, servers
 from tests.support.servers import settings_for
 from tiger_db import Database, Settings, crud, embedded
-from tiger_db.database import AsyncSession, connect, migration_engine
+from tiger_db.connections import connect, maintenance_engine
+from tiger_db.database import AsyncSession
 from tiger_db.encryption import generate_key
 from tiger_db.errors import (
     DatabaseUnavailable,
@@ -103,7 +104,7 @@ async def private(private_server: Settings) -> AsyncIterator[Database]:
         db_password=server.connect_args(private_server)["password"],
         encryption_keys=generate_key(),
     )
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     async with Database(settings) as database:
         yield database

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
-from tiger_db.database import connect
+from tiger_db.connections import connect
 from tiger_db.errors import AlreadyExists, DatabaseUnavailable, ScopeMissing
 from tiger_db.models import APIKeyScope
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tiger_db import audit as audit
+    from tiger_db import connections as connections
     from tiger_db import crud as crud
     from tiger_db import database as database
     from tiger_db import doctor as doctor
     from tiger_db import embedded as embedded
     from tiger_db import encryption as encryption
+    from tiger_db import encryption_key_rotation as encryption_key_rotation
     from tiger_db import errors as errors
     from tiger_db import health as health
-    from tiger_db import key_rotation as key_rotation
     from tiger_db import key_uses as key_uses
     from tiger_db import keys_in_force as keys_in_force
     from tiger_db import migrations as migrations
@@ -81,9 +82,10 @@ __all__ = [
 ]
 
 _MODULES = {
-    "audit", "crud", "database", "doctor", "embedded", "encryption", "errors", "health",
-    "key_rotation", "key_uses", "key_verifier", "keys_in_force", "migrations", "models", "peppers",
-    "redaction", "refresh_worker", "settings", "signing", "statements", "tiger", "write_behind",
+    "audit", "connections", "crud", "database", "doctor", "embedded", "encryption",
+    "encryption_key_rotation", "errors", "health", "key_uses", "key_verifier", "keys_in_force",
+    "migrations", "models", "peppers", "redaction", "refresh_worker", "settings", "signing",
+    "tiger", "write_behind",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {

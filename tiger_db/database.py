@@ -2,34 +2,28 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
 
-import asyncpg
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import event
-from sqlalchemy.engine import AdaptedConnection, Connection, ExceptionContext
-from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
-from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
-from tiger_db import tls
+from tiger_db.connections import create_engine
+from tiger_db.connections.replicas import Standbys
 from tiger_db.crud.common import SessionContext
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import (
     Conflict,
     DatabaseUnavailable,
-    InvalidState,
     OutcomeUnknown,
-    QueryTimeout,
 )
 from tiger_db.keys_in_force import (
     API_KEY_PEPPERS,
@@ -38,170 +32,16 @@ from tiger_db.keys_in_force import (
     configured,
     in_force,
 )
-from tiger_db.migrations import SCHEMA_OPTION, schema_state
+from tiger_db.migrations import schema_state
 from tiger_db.models.base import CONTEXT
-from tiger_db.places import Address
-from tiger_db.settings import ConnectArgs, Settings
-from tiger_db.sqlstates import LOST, READ_ONLY, error_type
-from tiger_db.standbys import Standbys
-from tiger_db.statements import connection_class, watch
+from tiger_db.settings import Settings
 from tiger_db.write_behind import WriteBehind
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 _APART = 4  # connections at most, beside the pool's, for what is written apart from sessions
-_ABSENT = (*LOST, TimeoutError, asyncpg.CannotConnectNowError)  # another host may do
-_REFUSED = (*_ABSENT, ValueError, asyncpg.PostgresError)
 # Seconds before a transaction is run again, doubled each time: at most, and half of it at least.
 _WAIT, _LONG_WAIT = 0.05, 1.0
-
-
-async def connect_args(settings: Settings) -> ConnectArgs:
-    """How to reach the database with `asyncpg.connect`; the embedded server is started if need be.
-
-    Raises:
-        EmbeddedError: the embedded server cannot be started.
-    """
-    if settings.embedded:
-        from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
-
-        server = await asyncio.to_thread(embedded.start, settings)
-        return server.connect_args(settings)
-    return settings.connect_args()
-
-
-async def connect(
-    settings: Settings,
-    *,
-    database: str | None = None,
-    replica: Address | None = None,
-) -> "asyncpg.Connection[asyncpg.Record]":
-    """One plain asyncpg connection, to another database of the server if one is named.
-
-    Of several hosts, the first that takes writes; each has the whole of `DB_CONNECT_TIMEOUT`. Or to
-    the `replica`, as long as it is a standby.
-
-    Raises:
-        ConfigurationError: a file of `DB_SSL_*` is missing or bad.
-        DatabaseUnavailable: unreachable, or it does not let us in; says where, never a credential.
-    """
-    arguments = await connect_args(settings) if replica is None else settings.connect_args(replica)
-    if database is not None:
-        arguments["database"] = database
-    with _unavailable(settings):
-        arguments["connection_class"] = connection_class(
-            slow=settings.db_slow_query, comments=settings.db_sql_comments
-        )
-        hosts, ports = arguments.get("host"), arguments.get("port")
-        if not isinstance(hosts, list) or not isinstance(ports, list):
-            return await tls.connect(settings, arguments)
-        # asyncpg would have them share the time: a host that is silent would keep it from the next.
-        reasons = []
-        for host, port in zip(hosts, ports, strict=True):
-            try:
-                return await tls.connect(settings, {**arguments, "host": host, "port": port})
-            except _ABSENT as error:
-                reasons.append(f"{Address(host, port)}: {_reason(error)}")
-        raise ConnectionError("; ".join(reasons))
-
-
-async def connect_directly(
-    settings: Settings, *, database: str | None = None
-) -> "asyncpg.Connection[asyncpg.Record]":
-    """As `connect`, past a pooler: for what outlasts a transaction, as LISTEN does.
-
-    Raises:
-        ConfigurationError: there is a pooler and no way past it is given, or see `connect`.
-        DatabaseUnavailable: see `connect`.
-    """
-    return await connect(settings.directly(), database=database)
-
-
-@contextmanager
-def _unavailable(settings: Settings) -> Iterator[None]:
-    try:
-        yield
-    except asyncpg.InvalidCatalogNameError:
-        raise DatabaseUnavailable(f"{settings.place} does not exist: run `tiger-db init`") from None
-    except _REFUSED as e:
-        raise DatabaseUnavailable(f"cannot connect to {settings.place}: {_reason(e)}") from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
-        return "it takes no writes"
-    return tls.reason_of(error)
-
-
-def _engine(
-    settings: Settings,
-    *,
-    replica: Address | None = None,
-    **options: Any,  # noqa: ANN401  # the pool's
-) -> AsyncEngine:
-    engine = create_async_engine(
-        "postgresql+asyncpg://",
-        connect_args={
-            "async_creator_fn": lambda **_: connect(settings, replica=replica),
-            # Behind a pooler, who knows which server session has prepared what.
-            **({"prepared_statement_cache_size": 0} if settings.pooled else {}),
-        },
-        execution_options={SCHEMA_OPTION: settings.db_schema},
-        echo=settings.db_debug,
-        hide_parameters=True,
-        **options,
-    )
-
-    @event.listens_for(engine.sync_engine, "handle_error")
-    def _typed(context: ExceptionContext) -> None:
-        error = context.original_exception
-        if not isinstance(error, Exception):
-            return  # a cancelled task, say: the connection is given up, but not for lost
-        state = getattr(error, "sqlstate", None) or ""
-        kind = error_type(state)
-        if kind is Conflict or kind is QueryTimeout:
-            raise kind(_reason(error)) from None
-        if state == READ_ONLY and _is_readonly(context.connection):
-            raise InvalidState("a readonly session cannot write") from None
-        lost = isinstance(error, OSError) or isinstance(
-            error.__cause__, asyncpg.InternalClientError
-        )
-        if lost or context.is_disconnect or kind is DatabaseUnavailable:
-            # Also what was a primary and takes no writes any more; the pool's others are no better.
-            context.is_disconnect = True
-            place = replica or settings.place
-            reason = _reason(error)
-            if isinstance(error, TimeoutError) and settings.pooled:  # ours, as behind a pooler
-                reason = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
-            raise DatabaseUnavailable(f"lost {place}: {reason}") from None
-
-    @event.listens_for(engine.sync_engine, "checkout")
-    def _alive(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
-        # asyncpg has seen the end of a connection long before a ping would have: no round trip.
-        if connection.driver_connection.is_closed():
-            raise DisconnectionError("closed by the server")
-
-    watch(engine.sync_engine, slow=settings.db_slow_query, comments=settings.db_sql_comments)
-    return engine
-
-
-def _is_readonly(connection: Connection | None) -> bool:
-    return bool(connection and connection.get_execution_options().get("postgresql_readonly"))
-
-
-@asynccontextmanager
-async def migration_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
-    """An engine for migrations: direct connections of its own, no time limit on statements.
-
-    Raises:
-        ConfigurationError: see `connect_directly`.
-    """
-    patient = {"db_query_timeout": 0, "db_idle_transaction_timeout": 0, "db_slow_query": 0}
-    engine = _engine(settings.directly().model_copy(update=patient), poolclass=NullPool)
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
 
 
 class AsyncSession(SQLModelSession):
@@ -248,11 +88,11 @@ class Database:
             "pool_timeout": self.settings.db_pool_timeout,
             "pool_recycle": self.settings.db_pool_recycle,
         }
-        self.engine = _engine(self.settings, **pool)
+        self.engine = create_engine(self.settings, **pool)
         # Sessions that wait for what is written apart may have all that a pooler has.
         apart = self.settings.directly() if self.settings.db_direct_host else self.settings
         self.write_behind = WriteBehind(
-            _engine(
+            create_engine(
                 apart,
                 pool_size=min(_APART, self.settings.db_pool_size),
                 max_overflow=0,
@@ -261,7 +101,10 @@ class Database:
             )
         )
         self.standbys = Standbys(
-            [_engine(self.settings, replica=replica, **pool) for replica in self.settings.replicas],
+            [
+                create_engine(self.settings, replica=replica, **pool)
+                for replica in self.settings.replicas
+            ],
             self.write_behind,
         )
         context = SessionContext(

@@ -14,19 +14,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from tiger_db import tls
-from tiger_db.database import (
-    AsyncSession,
-    connect,
-    connect_directly,
-    migration_engine,
-)
+from tiger_db.connections import connect, connect_directly, maintenance_engine, tls
+from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyRing, SealedSecret, decrypt
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
 from tiger_db.keys_in_force import API_KEY_PEPPERS, ENCRYPTION_KEYS, configured, in_force
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
+from tiger_db.migrations.comparison import compare
 from tiger_db.models import TigerAccount, metadata
-from tiger_db.schema_comparison import compare
 from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
 
@@ -86,7 +81,7 @@ async def health(settings: Settings) -> Health:
         if settings.pooled:
             async with asyncio.timeout_at(deadline):
                 await _check_pooler(settings)
-        async with migration_engine(settings) as engine:
+        async with maintenance_engine(settings) as engine:
             # First of all: SQLAlchemy itself asks things before it hands a connection over.
             @event.listens_for(engine.sync_engine, "connect", insert=True)
             def _hang_up_in_time(connection: AdaptedConnection, _record: object) -> None:

@@ -12,14 +12,14 @@ from types import TracebackType
 from typing import Self
 from uuid import UUID
 
+from tiger_db.connections.listener import Connection, listen
 from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key
 from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.api_keys.policy import AccessRequest, check_access, denial_event
 from tiger_db.database import Database
 from tiger_db.errors import AccessDenied, InvalidAPIKey, InvalidValue, SchemaMismatch
-from tiger_db.listener import Connection, listen
+from tiger_db.migrations.comparison import compare
 from tiger_db.models import APIKey, APIKeyScope
-from tiger_db.schema_comparison import compare
 
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # whose triggers notify
@@ -38,7 +38,7 @@ class KeyVerifier:
     With `memory=True`, while the verifier is entered, a connection listens for changes, and a
     verified key is authorized from memory. A change by anyone, by raw SQL too, takes effect within
     milliseconds, through the notifications of triggers on api_keys and tiger_accounts; these are
-    compared with `tiger_db.declared` when the verifier is entered. A key is read again 60 s after
+    compared with `migrations.declared` when the verifier is entered. A key is read again 60 s after
     it was read, so a change without a notification takes effect by then. If the connection is lost
     or has not answered for half a second, every call reads the database until the verifier listens
     again. Every call for a key with rate limits reads the database.

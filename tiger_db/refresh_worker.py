@@ -17,6 +17,7 @@ from uuid import UUID, uuid4
 from sqlalchemy.exc import DBAPIError
 
 from tiger_db import crud
+from tiger_db.connections.listener import listen
 from tiger_db.crud.common import get_or_raise, storable
 from tiger_db.database import AsyncSession, Database
 from tiger_db.errors import (
@@ -31,7 +32,6 @@ from tiger_db.errors import (
     StaleToken,
     TigerDBError,
 )
-from tiger_db.listener import listen
 from tiger_db.models import Entity, TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.sqlstates import is_transient
 from tiger_db.tokens import NewToken

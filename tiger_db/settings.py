@@ -19,8 +19,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tiger_db.errors import ConfigurationError
-from tiger_db.places import (
+from tiger_db.database_urls import (
     DEFAULT_PORT,
     Address,
     DatabaseURL,
@@ -29,6 +28,7 @@ from tiger_db.places import (
     parse_hosts,
     parse_url,
 )
+from tiger_db.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import asyncpg

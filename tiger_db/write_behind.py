@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from tiger_db.errors import DatabaseUnavailable, TigerDBError
 from tiger_db.models import AuditLog
-from tiger_db.models.audit_rows import copy_events
+from tiger_db.models.audit_inserts import copy_events
 from tiger_db.sqlstates import LOST, raw_errors
 
 SECONDS = 1.0  # for which counts are collected

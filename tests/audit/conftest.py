@@ -11,8 +11,8 @@ from pydantic import SecretStr
 from tests.support.trail import SEALS, Trail, fill, typical
 from tiger_db import Database, Settings, crud
 from tiger_db.audit import export_checkpoint, read_checkpoint, seal
-from tiger_db.audit.stored import Connection, seals_after
-from tiger_db.database import connect
+from tiger_db.audit.storage import Connection, seals_after
+from tiger_db.connections import connect
 from tiger_db.signing import generate_signing_key
 
 

@@ -12,8 +12,8 @@ from sqlalchemy.exc import ProgrammingError
 
 from tests.support import factories
 from tiger_db import AuditLog, Database, audit, crud
-from tiger_db.audit.stored import Connection
-from tiger_db.database import connect
+from tiger_db.audit.storage import Connection
+from tiger_db.connections import connect
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.signing import generate_signing_key
 

@@ -22,9 +22,9 @@ from tests.support.private_servers import new_database, server
 from tests.support.verifiers import kill
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
-from tiger_db.audit.proof import Seal, places_in
-from tiger_db.audit.stored import EVENTS, Connection
-from tiger_db.database import connect, migration_engine
+from tiger_db.audit.seal_format import Seal, places_in
+from tiger_db.audit.storage import EVENTS, Connection
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import upgrade
 from tiger_db.signing import generate_signing_key
@@ -67,7 +67,7 @@ def another_server() -> Iterator[Settings]:
 async def private(private_server: Settings) -> Settings:
     """A migrated database on the private server, with a key that signs."""
     settings = await new_database(private_server)
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     key = SecretStr(generate_signing_key())
     return settings.model_copy(update={"audit_signing_key": key, "db_pool_timeout": 3})

@@ -21,8 +21,8 @@ from tests.support.trail import FIELDS, SEALS, TAMPERINGS, Trail, assert_found, 
 from tiger_db import AuditAction, AuditLog, Database, audit, crud
 from tiger_db.audit import Finding, Kind
 from tiger_db.audit.exporting import HEADINGS
-from tiger_db.audit.proof import from_json, make_seal, to_json
-from tiger_db.audit.stored import Connection
+from tiger_db.audit.seal_format import from_json, make_seal, to_json
+from tiger_db.audit.storage import Connection
 from tiger_db.errors import ConfigurationError, InvalidValue, NotFound
 
 Way: TypeAlias = Callable[[Trail, list[str]], Finding]  # changes the lines; what is to be found

@@ -9,7 +9,7 @@ from tests.support import factories
 from tests.support.sql import months, sql
 from tiger_db import Database, Settings, audit, crud
 from tiger_db.audit.retention import first_kept_month
-from tiger_db.database import connect
+from tiger_db.connections import connect
 from tiger_db.errors import InvalidState
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.signing import generate_signing_key

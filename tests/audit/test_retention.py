@@ -17,9 +17,9 @@ from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
 from tiger_db.audit import Kind
-from tiger_db.audit.proof import Seal
-from tiger_db.audit.stored import EVENTS, Connection
-from tiger_db.database import connect
+from tiger_db.audit.seal_format import Seal
+from tiger_db.audit.storage import EVENTS, Connection
+from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.health import health
 from tiger_db.migrations import MONTHS_AHEAD

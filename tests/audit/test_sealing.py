@@ -23,7 +23,7 @@ from pydantic import SecretStr
 from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
-from tiger_db.audit.proof import (
+from tiger_db.audit.seal_format import (
     DIGEST,
     Seal,
     Statement,
@@ -36,8 +36,8 @@ from tiger_db.audit.proof import (
     to_json,
 )
 from tiger_db.audit.sealing import SEALED_AT_ONCE, required_key, store
-from tiger_db.audit.stored import EVENTS, Connection, clock, last_seal, next_number
-from tiger_db.database import connect
+from tiger_db.audit.storage import EVENTS, Connection, clock, last_seal, next_number
+from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, InvalidValue
 from tiger_db.signing import generate_signing_key, parse_signing_key, public_text
 

@@ -20,7 +20,7 @@ from tests.support import factories
 from tests.support.trail import SEALS, TAMPERINGS, Trail, assert_found, event_found
 from tiger_db import AuditAction, AuditResult, AuditSeverity, Database, audit, crud
 from tiger_db.audit import Finding, Kind
-from tiger_db.audit.proof import (
+from tiger_db.audit.seal_format import (
     DIGEST,
     FIRST,
     Seal,
@@ -31,7 +31,7 @@ from tiger_db.audit.proof import (
     runs_of,
 )  # fmt: skip
 from tiger_db.audit.sealing import seal_next, store
-from tiger_db.audit.stored import CONTENT, CONTENT_COLUMNS, Connection, clock, seals_after
+from tiger_db.audit.storage import CONTENT, CONTENT_COLUMNS, Connection, clock, seals_after
 
 Way: TypeAlias = Callable[[Trail], Awaitable[Finding]]  # returns what is to be found
 COPY = """

@@ -25,7 +25,8 @@ from tests.support.devices import device
 from tests.support.sql import run_sql, write
 from tests.support.waiting import wait_until
 from tiger_db import AuditAction, AuditResult, Database, Settings, crud
-from tiger_db.database import AsyncSession, connect
+from tiger_db.connections import connect
+from tiger_db.database import AsyncSession
 from tiger_db.signing import parse_public_key, parse_signing_key, public_pem, public_text
 
 COUNT = 12

@@ -15,7 +15,7 @@ from tests.support import databases, servers
 from tests.support.command_line import COMMAND, SECRETS, CommandLine, Result
 from tests.support.sql import months, run_sql
 from tiger_db import embedded
-from tiger_db.database import connect
+from tiger_db.connections import connect
 from tiger_db.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ from tests.support.terminal import Terminal
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 from tiger_db import __all__ as names
 from tiger_db import models as enums
-from tiger_db.cli import accounts, api_keys, events, refreshes
-from tiger_db.database import connect
+from tiger_db.cli import accounts, api_keys, audit_events, refreshes
+from tiger_db.connections import connect
 from tiger_db.tiger import parse_private_key
 
 COMMANDS = (
@@ -101,8 +101,8 @@ def test_wrong_usage(bare: CommandLine) -> None:
         (accounts.Licenses, enums.TigerLicense),
         (accounts.Environments, enums.TigerEnvironment),
         (api_keys.KeyStatuses, enums.APIKeyStatus),
-        (events.Results, enums.AuditResult),
-        (events.Severities, enums.AuditSeverity),
+        (audit_events.Results, enums.AuditResult),
+        (audit_events.Severities, enums.AuditSeverity),
     ],
 )
 def test_choices_are_those_of_the_enum(choices: object, enum: type[StrEnum]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from tiger_db import RefreshTrigger
-from tiger_db.audit.stored import EVENTS, LAST_SEAL
+from tiger_db.audit.storage import EVENTS, LAST_SEAL
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.rate_limits import CONSUME
 from tiger_db.crud.common import encode_cursor

@@ -12,9 +12,9 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.verifiers import OTHER
 from tiger_db import Database, KeyVerifier, crud
+from tiger_db.connections import connect
 from tiger_db.crud.api_keys.policy import KeyPermissions
 from tiger_db.crud.api_keys.rate_limits import consume
-from tiger_db.database import connect
 from tiger_db.errors import InvalidAPIKey
 from tiger_db.key_verifier import CHANNEL
 

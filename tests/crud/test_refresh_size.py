@@ -9,8 +9,8 @@ import pytest_asyncio
 from tests.support import databases
 from tests.support.plans import Query, plan_of, used_indexes
 from tiger_db import Settings
+from tiger_db.connections import connect
 from tiger_db.crud import token_status
-from tiger_db.database import connect
 
 ACCOUNTS, HISTORY = 1_000_000, 10_000_000
 # A thousand refreshes are due, and as many tokens whose accounts have none.

@@ -11,8 +11,9 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tiger_db import Database, RefreshTrigger, TokenRefreshStatus, TokenStatus
+from tiger_db.connections import connect
 from tiger_db.crud import accounts, token_status
-from tiger_db.database import AsyncSession, connect
+from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidValue
 from tiger_db.refresh_worker import CHANNEL
 

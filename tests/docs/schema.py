@@ -8,7 +8,7 @@ from pathlib import Path
 import asyncpg
 
 from tests.crud.serves import SERVES
-from tiger_db.database import connect, migration_engine
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import schema_state
 from tiger_db.models import Entity, metadata
 from tiger_db.settings import Settings
@@ -164,7 +164,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 async def write() -> None:
     settings = Settings()
-    async with migration_engine(settings) as engine, engine.connect() as migrated:
+    async with maintenance_engine(settings) as engine, engine.connect() as migrated:
         (await schema_state(migrated)).check()
     connection = await connect(settings)
     try:

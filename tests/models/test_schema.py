@@ -19,7 +19,8 @@ from tests.models.examples import ENTITIES, FIELDS, LIMITS, label, made, table_o
 from tests.support import factories
 from tests.support.recording import recorded
 from tiger_db import APIKey, AuditLog, Database, TigerAccount, TokenStatus
-from tiger_db.database import AsyncSession, connect
+from tiger_db.connections import connect
+from tiger_db.database import AsyncSession
 from tiger_db.models import Entity, metadata
 from tiger_db.settings import Settings
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import servers
 from tiger_db import Settings
-from tiger_db.database import connect
+from tiger_db.connections import connect
 from tiger_db.encryption import generate_key
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.production.cluster import Cluster, Server, first_server, free_port, run, standby_of
 from tests.support import servers
-from tiger_db.database import migration_engine
+from tiger_db.connections import maintenance_engine
 from tiger_db.migrations import upgrade
 
 
@@ -21,7 +21,7 @@ def seed() -> Iterator[Path]:
 
     async def migrate() -> None:
         settings = Cluster(server, server).settings()
-        async with migration_engine(settings) as engine:
+        async with maintenance_engine(settings) as engine:
             await upgrade(engine)
 
     asyncio.run(migrate())

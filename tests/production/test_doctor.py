@@ -18,7 +18,7 @@ from tests.support.sql import months, sql
 from tests.support.waiting import until
 from tiger_db import AuditAction, Database, Settings, crud
 from tiger_db.audit import seal
-from tiger_db.database import connect
+from tiger_db.connections import connect
 from tiger_db.doctor import Finding, doctor, server, tables
 from tiger_db.signing import generate_signing_key
 

@@ -18,10 +18,10 @@ import pytest
 from tests import squawk
 from tests.support import databases, factories
 from tests.support.command_line import COMMAND, SECRETS, CommandLine
-from tiger_db import Database, Settings, migration_locks, migrations
-from tiger_db.database import connect, migration_engine
-from tiger_db.migration_locks import LOCK
-from tiger_db.migrations import MONTHS_AHEAD, history, scripts, upgrade
+from tiger_db import Database, Settings, migrations
+from tiger_db.connections import connect, maintenance_engine
+from tiger_db.migrations import MONTHS_AHEAD, history, locks, scripts, upgrade
+from tiger_db.migrations.locks import LOCK
 
 HEAD = scripts().get_current_head()
 MIGRATE_FROM = """
@@ -115,7 +115,7 @@ async def said(process: Process, text: str) -> str:
 async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
     empty_database: Settings,
 ) -> None:
-    async with migration_engine(empty_database) as engine:
+    async with maintenance_engine(empty_database) as engine:
         await upgrade(engine, "0001")
     gate = await connect(empty_database)
     await gate.execute(
@@ -201,7 +201,7 @@ async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
 async def test_a_migration_that_gives_up_says_why_and_leaves_nothing_half_done(
     alembic: Path, cli: CommandLine, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migration_locks, "_PATIENCE", 0.5)
+    monkeypatch.setattr(locks, "_PATIENCE", 0.5)
     write(alembic, "9006", HEAD, "Done", 'op.execute("CREATE TABLE done ()")')
     write(
         alembic, "9007", "9006", "Half done", 'op.execute("CREATE TABLE half_done ()")',
@@ -370,7 +370,7 @@ def test_lint_refuses_migrations_that_would_stop_the_system(
     alembic: Path, clone_settings: Settings, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def revision() -> Path:
-        async with migration_engine(clone_settings) as engine:
+        async with maintenance_engine(clone_settings) as engine:
             return await migrations.revision(engine, "allowed", autogenerate=False)
 
     file = asyncio.run(revision())

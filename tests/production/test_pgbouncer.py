@@ -29,7 +29,7 @@ from tiger_db import (
     crud,
 )
 from tiger_db.audit import follow, seal
-from tiger_db.database import connect_directly, migration_engine
+from tiger_db.connections import connect_directly, maintenance_engine
 from tiger_db.doctor import Finding, doctor
 from tiger_db.errors import (
     APIKeyRevoked,
@@ -171,7 +171,7 @@ async def sql(settings: Settings, statement: str) -> Any:
 
 async def migrate_under_way(settings: Settings) -> None:
     """As a migration does it: who cannot have its lock soon lets the others pass."""
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         for statement in (
             "ALTER TABLE api_keys ALTER COLUMN name TYPE varchar(200)",
             "ALTER TABLE tiger_accounts ADD COLUMN added text NOT NULL DEFAULT 'x'",
@@ -215,7 +215,7 @@ async def test_a_schema_is_made_past_the_pooler(
     empty_database: Settings, folder: Path, server_url: str
 ) -> None:
     settings = pooled(empty_database, folder, server_url)
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         assert (await upgrade(engine)).problem is None
     async with Database(settings) as database, database.session() as session:
         await factories.account(session)
@@ -281,7 +281,7 @@ def needs() -> dict[str, Callable[[Database], Awaitable[object]]]:
         raise AssertionError
 
     async def migrate(database: Database) -> None:
-        async with migration_engine(database.settings) as engine:
+        async with maintenance_engine(database.settings) as engine:
             await upgrade(engine)
 
     return {
@@ -456,6 +456,6 @@ async def test_a_pooler_that_drops_the_search_path_silently_is_found_out(
         async with Database(behind) as database:
             with pytest.raises(SchemaMismatch, match="a pooler dropped the search path"):
                 await database.check()
-        async with migration_engine(behind) as engine:
+        async with maintenance_engine(behind) as engine:
             with pytest.raises(SchemaMismatch, match="a pooler dropped the search path"):
                 await upgrade(engine)

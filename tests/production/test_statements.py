@@ -10,9 +10,9 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tiger_db import AuditAction, AuditLog, Database, Settings, crud
+from tiger_db.connections.sql_logging import commented
 from tiger_db.database import AsyncSession
 from tiger_db.errors import QueryTimeout
-from tiger_db.statements import commented
 
 SECRET = "hunter2-never-shown"
 

@@ -31,11 +31,11 @@ from cryptography.hazmat.primitives.serialization import (
 
 from tests.support import servers
 from tests.support.refused_settings import SECRET
-from tiger_db.database import connect
+from tiger_db.connections import connect
+from tiger_db.database_urls import SSLMode
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.health import explain, health
-from tiger_db.places import SSLMode
 from tiger_db.settings import Settings
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,8 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import Database, crud
-from tiger_db.database import AsyncSession, connect
+from tiger_db.connections import connect
+from tiger_db.database import AsyncSession
 from tiger_db.errors import (
     Conflict,
     DatabaseUnavailable,

@@ -41,8 +41,8 @@ from tiger_db import (
     crud,
     refresh_worker,
 )
-from tiger_db.crud.token_status import endings
-from tiger_db.database import connect
+from tiger_db.connections import connect
+from tiger_db.crud.token_status import outcomes
 from tiger_db.errors import (
     AnswerLost,
     CredentialsRefused,
@@ -63,7 +63,7 @@ EXPIRY = datetime.now(UTC).replace(microsecond=0) + timedelta(days=99)
 @pytest.fixture(autouse=True)
 def _no_short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wait after a failure is random, and once in thousands too short to end the run."""
-    monkeypatch.setattr(endings, "_backoff", lambda _: endings.BACKOFF)
+    monkeypatch.setattr(outcomes, "_backoff", lambda _: outcomes.BACKOFF)
 
 
 def answering(answer: object) -> Refresher:
@@ -247,16 +247,16 @@ async def test_the_last_resort_writes_constants(
     assert now.status == (S.FAILED if given_up else S.PENDING)
     assert (now.retry_count, now.lease_expires_at) == (1, None)
     assert (now.details, now.error_code) == ({"answer_lost": True}, "AnswerLost")
-    assert now.error_message == endings._LOST
+    assert now.error_message == outcomes._LOST
     later = now.next_refresh_at if given_up else now.scheduled_at
     assert later is not None
     assert timedelta(minutes=29) < later - datetime.now(UTC) < timedelta(minutes=31)
     assert worker.counts == {"failed": 1}
     (event,) = await events(clone, AuditAction.TOKEN_REFRESH)
-    assert (event.result, event.error_message) == (AuditResult.FAILURE, endings._LOST)
+    assert (event.result, event.error_message) == (AuditResult.FAILURE, outcomes._LOST)
     account = await account_of(clone, refresh.tiger_account_id)
     assert (account.error_count, account.last_error) == (
-        (1, endings._LOST) if given_up else (0, None)
+        (1, outcomes._LOST) if given_up else (0, None)
     )
     assert account.status == AccountStatus.ACTIVE
 

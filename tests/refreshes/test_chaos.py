@@ -42,8 +42,8 @@ from tiger_db import (
     crud,
     embedded,
 )
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.crud.token_status import token_hash
-from tiger_db.database import connect, migration_engine
 from tiger_db.migrations import upgrade
 from tiger_db.tiger import refresh_token
 
@@ -59,12 +59,12 @@ import asyncio, signal, sys
 from datetime import timedelta
 import tiger_db
 from tiger_db import refresh_worker
-from tiger_db.crud.token_status import endings
+from tiger_db.crud.token_status import outcomes
 from tiger_db.settings import Settings
 from tiger_db.tiger import refreshing
 name, concurrency, lease = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 refresh_worker.POLL = 0.5
-endings.BACKOFF, refreshing._WINDOW = timedelta(seconds=0.2), timedelta(seconds=0.3)
+outcomes.BACKOFF, refreshing._WINDOW = timedelta(seconds=0.2), timedelta(seconds=0.3)
 async def ask(account):
     account.server_url += "/" + name
     return await refreshing.refresh_token(account)
@@ -247,7 +247,7 @@ async def work_off(database: Database) -> int:
 @pytest.mark.slow
 async def test_chaos(private_server: Settings, tmp_path: Path) -> None:
     settings = await new_database(private_server)
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     connection = await connect(settings)
     await connection.execute(LOG)

@@ -54,8 +54,8 @@ from tiger_db import (
     embedded,
     refresh_worker,
 )
-from tiger_db.crud.token_status import endings, token_hash
-from tiger_db.database import connect, migration_engine
+from tiger_db.connections import connect, maintenance_engine
+from tiger_db.crud.token_status import outcomes, token_hash
 from tiger_db.errors import (
     AnswerLost,
     CredentialsRefused,
@@ -337,7 +337,7 @@ def private_server() -> Iterator[Settings]:
 @pytest.fixture
 async def private(private_server: Settings) -> Settings:
     settings = await new_database(private_server)
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     return settings.model_copy(update={"db_pool_timeout": 3})
 
@@ -563,7 +563,7 @@ async def test_what_passes_is_tried_again(clone: Database) -> None:
 async def test_what_never_passes_is_given_up(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endings, "BACKOFF", timedelta(milliseconds=1))
+    monkeypatch.setattr(outcomes, "BACKOFF", timedelta(milliseconds=1))
     (account,) = await due(clone)
     async with working(clone, failing(*[RefreshFailed("no")] * 9)) as worker:
         await counted(worker, "failed", 3)
@@ -586,7 +586,7 @@ async def test_the_brokers_wait_is_honoured(clone: Database) -> None:
 async def test_refused_credentials_suspend_the_account(
     clone: Database, monkeypatch: pytest.MonkeyPatch, *, lost: bool
 ) -> None:
-    monkeypatch.setattr(endings, "BACKOFF", timedelta(milliseconds=1))
+    monkeypatch.setattr(outcomes, "BACKOFF", timedelta(milliseconds=1))
     refresh = await opened(clone)
     first: RefreshFailed = AnswerLost("it was lost") if lost else RefreshFailed("not now")
     refuse = failing(first, CredentialsRefused("code=1000 msg=no", code=1000))
@@ -628,7 +628,7 @@ async def test_that_an_old_token_is_refused_says_nothing_of_a_new_one(clone: Dat
 async def test_what_is_given_up_tells_that_an_answer_was_lost(
     clone: Database, monkeypatch: pytest.MonkeyPatch, last: RefreshFailed
 ) -> None:
-    monkeypatch.setattr(endings, "BACKOFF", timedelta(milliseconds=1))
+    monkeypatch.setattr(outcomes, "BACKOFF", timedelta(milliseconds=1))
     refresh = await opened(clone, max_retries=2)
     async with working(clone, failing(AnswerLost("it was lost"), last)) as worker:
         await counted(worker, "failed", 2)

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.support import servers
 from tiger_db import Database, Settings
-from tiger_db.database import connect, migration_engine
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import upgrade
 
 # One statement deletes all rows, so that foreign keys are checked when all of them are gone. The
@@ -95,7 +95,7 @@ async def migrated(server_url: str) -> AsyncIterator[str]:
     """The name of a migrated database that nobody is connected to."""
     name = f"tiger_db_template_{uuid4().hex[:12]}"
     settings = await create(server_url, name)
-    async with migration_engine(settings) as engine:
+    async with maintenance_engine(settings) as engine:
         await upgrade(engine)
     yield name
     await drop(server_url, name)

@@ -20,17 +20,16 @@ import pytest
 
 from tests.support.waiting import wait_until
 from tiger_db import embedded
-from tiger_db.embedded import EmbeddedServer, stop
+from tiger_db.embedded import EmbeddedServer, folders, processes, stop
+from tiger_db.embedded.folders import server_user
 from tiger_db.files import UNFINISHED
-from tiger_db.local_postgres import folders, programs
-from tiger_db.local_postgres.folders import server_user
 from tiger_db.settings import Settings
 
 IS_ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not IS_ROOT, reason="only root drops privileges")
 # Clean processes that have imported everything already: a fork of pytest would not be clean.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tiger_db.embedded", "pytest", "asyncpg"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tiger_db.embedded", "pytest", "asyncpg"])
 STARTER = """
 import sys, time
 from pathlib import Path
@@ -47,7 +46,7 @@ import os, signal, sys
 from pathlib import Path
 from tests.support.embedded_servers import settings_for
 from tiger_db import embedded
-from tiger_db.local_postgres import server_lock
+from tiger_db.embedded import server_lock
 server_lock.record_server = lambda lock, identity: os.kill(os.getpid(), signal.SIGKILL)
 embedded.start(settings_for(Path(sys.argv[1])))
 """
@@ -83,7 +82,7 @@ def copies_outside(home: Path) -> Path:
 
 def install_wheel(site: Path) -> None:
     """Copy the server's wheel to where Python may find it."""
-    package, _ = programs.wheel()
+    package, _ = processes.wheel()
     for source in (package, package.with_name(f"{package.name}.libs")):
         if source.exists():
             shutil.copytree(source, site / source.name, symlinks=True)
@@ -177,9 +176,9 @@ def works_in(data: Path) -> list[int]:
 
 def at_once(function: Callable[[Settings], object], settings: Settings) -> list[object]:
     """What ten processes return that call the function at once; pipes need no /dev/shm."""
-    pipes = [processes.Pipe() for _ in range(10)]
+    pipes = [FORKS.Pipe() for _ in range(10)]
     children = [
-        processes.Process(target=_wait_and_answer, args=(there, function, settings))
+        FORKS.Process(target=_wait_and_answer, args=(there, function, settings))
         for _, there in pipes
     ]
     for child, (_, there) in zip(children, pipes, strict=True):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tests.support import servers
 from tests.support.servers import settings_for
 from tiger_db import Settings, embedded
-from tiger_db.database import connect
+from tiger_db.connections import connect
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from tiger_db import embedded
-from tiger_db.database import connect
+from tiger_db.connections import connect
 from tiger_db.settings import Settings
 
 # Handed from the first pytest process to its xdist workers.

@@ -11,7 +11,8 @@ from tiger_db import (
     Database,
     Settings,
 )
-from tiger_db.database import AsyncSession, connect
+from tiger_db.connections import connect
+from tiger_db.database import AsyncSession
 
 
 async def sql(settings: Settings, *statements: str) -> object:

@@ -13,12 +13,12 @@ from tests.support import factories
 from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, crud
 from tiger_db.audit import Finding, Kind, Verification
 from tiger_db.audit.checking import Check
-from tiger_db.audit.proof import (
+from tiger_db.audit.seal_format import (
     Seal,
     Statement,
 )
-from tiger_db.audit.stored import Connection, clock
-from tiger_db.audit.stored import trail as stored_trail
+from tiger_db.audit.storage import Connection, clock
+from tiger_db.audit.storage import trail as stored_trail
 
 TAMPERINGS = 500 if os.environ.get("TIGER_DB_SOAK") else 40  # of each kind
 SEALS, HALF = 5, 6  # a seal covers two halves of a batch, with gaps after each

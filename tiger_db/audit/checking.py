@@ -7,8 +7,8 @@ from enum import StrEnum
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from tiger_db.audit.proof import DIGEST, FIRST, Runs, Seal, Statement, digest_of, merkle_root
-from tiger_db.audit.stored import event_id
+from tiger_db.audit.seal_format import DIGEST, FIRST, Runs, Seal, Statement, digest_of, merkle_root
+from tiger_db.audit.storage import event_id
 from tiger_db.errors import InvalidValue
 
 _NAMED = 1000  # findings; more are counted

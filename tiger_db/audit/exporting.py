@@ -12,8 +12,16 @@ from typing import Literal, Unpack
 from sqlalchemy import ColumnElement, Select, Text, literal_column, select
 from sqlmodel import col
 
-from tiger_db.audit.proof import Seal, from_json, to_json
-from tiger_db.audit.stored import CONTENT, CONTENT_COLUMNS, HOLD, Event, connected, last_seal, trail
+from tiger_db.audit.seal_format import Seal, from_json, to_json
+from tiger_db.audit.storage import (
+    CONTENT,
+    CONTENT_COLUMNS,
+    HOLD,
+    Event,
+    connected,
+    last_seal,
+    trail,
+)
 from tiger_db.crud.audit_logs.reading import Criteria, criteria
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound

@@ -8,12 +8,12 @@ from typing import Unpack
 from sqlalchemy import select
 from sqlmodel import col
 
-from tiger_db.audit.stored import settled
+from tiger_db.audit.storage import settled
+from tiger_db.connections.listener import listening
 from tiger_db.crud.audit_logs.reading import Criteria, criteria
 from tiger_db.crud.common import many
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable
-from tiger_db.listener import listening
 from tiger_db.models import AuditLog
 
 CHANNEL = "tiger_db_audit_logs"

@@ -12,9 +12,9 @@ from typing import TypeVar
 import asyncpg
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tiger_db.audit.proof import DIGEST, Seal, Statement, digest_of, merkle_root, runs_of
+from tiger_db.audit.seal_format import DIGEST, Seal, Statement, digest_of, merkle_root, runs_of
 from tiger_db.audit.sealing import required_key, store
-from tiger_db.audit.stored import (
+from tiger_db.audit.storage import (
     EVENTS,
     TAKE_TURN,
     Connection,
@@ -27,7 +27,7 @@ from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable, InvalidState
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.models import AuditAction, AuditLog
-from tiger_db.models.audit_rows import copy_events
+from tiger_db.models.audit_inserts import copy_events
 from tiger_db.signing import public_text
 
 _MONTH = re.compile(r"audit_logs_(\d{4})_(\d{2})")

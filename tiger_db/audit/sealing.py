@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tiger_db.audit.proof import Statement, digest_of, make_seal, merkle_root, runs_of
-from tiger_db.audit.stored import (
+from tiger_db.audit.seal_format import Statement, digest_of, make_seal, merkle_root, runs_of
+from tiger_db.audit.storage import (
     EVENTS,
     TAKE_TURN,
     Connection,

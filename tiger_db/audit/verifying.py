@@ -8,8 +8,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tiger_db.audit.checking import Check, Verification
 from tiger_db.audit.exporting import read_lines
-from tiger_db.audit.proof import Seal
-from tiger_db.audit.stored import HOLD, clock, connected, trail
+from tiger_db.audit.seal_format import Seal
+from tiger_db.audit.storage import HOLD, clock, connected, trail
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidValue
 

@@ -14,10 +14,10 @@ from tiger_db.cli import (
     accounts,
     api_key_care,
     api_keys,
-    audit,
+    audit_events,
+    audit_seals,
     database,
     encryption,
-    events,
     refreshes,
     tiger,
 )
@@ -33,7 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _panel in (
-    database, accounts, api_keys, api_key_care, events, audit, refreshes, encryption, tiger,
+    database, accounts, api_keys, api_key_care, audit_events, audit_seals, refreshes, encryption,
+    tiger,
 ):  # fmt: skip
     app.add_typer(_panel.app)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import tiger_db
-from tiger_db.cli.input import (
+from tiger_db.cli.options import (
     After,
     Limit,
     Yes,

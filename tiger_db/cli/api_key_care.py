@@ -8,7 +8,7 @@ import typer
 import tiger_db
 from tiger_db.cli.api_keys import PANEL, end_of_key, show_new_key, status_of
 from tiger_db.cli.encryption import new_id
-from tiger_db.cli.input import (
+from tiger_db.cli.options import (
     SINCE,
     After,
     Limit,

@@ -8,7 +8,7 @@ from uuid import UUID
 import typer
 
 import tiger_db
-from tiger_db.cli.input import (
+from tiger_db.cli.options import (
     After,
     Limit,
     account_numbers,

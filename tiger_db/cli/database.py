@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tiger_db
-from tiger_db.cli.input import Yes, confirm, finish, settings
+from tiger_db.cli.options import Yes, confirm, finish, settings
 from tiger_db.cli.output import AsJson, print_json, show_fields, show_table, talk, warn
 from tiger_db.errors import DatabaseUnavailable, SchemaMismatch
 
@@ -86,7 +86,7 @@ def revision(
     config = settings()
 
     async def write() -> Path:
-        async with tiger_db.database.migration_engine(config) as engine:
+        async with tiger_db.connections.maintenance_engine(config) as engine:
             with redirect_stdout(sys.stderr):  # Alembic's talk
                 return await tiger_db.migrations.revision(engine, message, autogenerate=not empty)
 
@@ -104,7 +104,7 @@ def downgrade(
     confirm(f"Downgrade {config.place} to {revision}? Data will be lost.", yes=yes)
 
     async def run() -> "tiger_db.migrations.SchemaState":
-        async with tiger_db.database.migration_engine(config) as engine:
+        async with tiger_db.connections.maintenance_engine(config) as engine:
             return await tiger_db.migrations.downgrade(engine, revision, say=talk)
 
     talk(f"{config.place} is at {finish(run()).current or 'base'} now")
@@ -145,7 +145,7 @@ def check(*, as_json: AsJson = False) -> None:
             scripts = await _pending(config, "head")
             titles = [" ".join(script.doc.split()) for script in scripts]
             return [f"pending {s.revision} {t}" for s, t in zip(scripts, titles, strict=True)]
-        async with tiger_db.database.migration_engine(config) as engine:
+        async with tiger_db.connections.maintenance_engine(config) as engine:
             return await tiger_db.migrations.drift(engine)
 
     findings = finish(compare())
@@ -240,13 +240,13 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
     import asyncpg  # noqa: PLC0415  # slow, and `--help` is to be fast
 
     try:
-        await (await tiger_db.database.connect_directly(config)).close()
+        await (await tiger_db.connections.connect_directly(config)).close()
     except DatabaseUnavailable as error:
         if not isinstance(error.__context__, asyncpg.InvalidCatalogNameError):
             raise
     else:
         return False
-    server = await tiger_db.database.connect_directly(config, database="postgres")
+    server = await tiger_db.connections.connect_directly(config, database="postgres")
     try:
         statement = await server.fetchval(
             "SELECT format('CREATE DATABASE %I', $1::text)", config.database
@@ -265,17 +265,20 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
 
 
 async def _state(config: "tiger_db.Settings") -> "tiger_db.migrations.SchemaState":
-    async with tiger_db.database.migration_engine(config) as engine, engine.connect() as connection:
+    async with (
+        tiger_db.connections.maintenance_engine(config) as engine,
+        engine.connect() as connection,
+    ):
         return await tiger_db.migrations.schema_state(connection)
 
 
 async def _pending(config: "tiger_db.Settings", revision: str) -> "list[Script]":
-    async with tiger_db.database.migration_engine(config) as engine:
+    async with tiger_db.connections.maintenance_engine(config) as engine:
         return await tiger_db.migrations.pending(engine, revision)
 
 
 async def _pending_sql(config: "tiger_db.Settings", revision: str) -> str:
-    async with tiger_db.database.migration_engine(config) as engine:
+    async with tiger_db.connections.maintenance_engine(config) as engine:
         return await tiger_db.migrations.pending_sql(engine, revision)
 
 
@@ -296,7 +299,7 @@ async def _migrate(config: "tiger_db.Settings", revision: str) -> "tiger_db.migr
         before.check()
     if before.current != before.head:
         talk(f"migrating {config.place}")
-    async with tiger_db.database.migration_engine(config) as engine:
+    async with tiger_db.connections.maintenance_engine(config) as engine:
         after = await tiger_db.migrations.upgrade(engine, revision, say=talk)
     if after.applied:
         talk(f"migrated the schema from {before.current or 'nothing'} to {after.current}")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tiger_db
-from tiger_db.cli.input import finish, query, settings
+from tiger_db.cli.options import finish, query, settings
 from tiger_db.cli.output import AsJson, print_json, progress, show_table, talk
 from tiger_db.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
-    from tiger_db.key_rotation import Rotation
+    from tiger_db.encryption_key_rotation import Rotation
     from tiger_db.key_uses import KeyUse
 
 app = typer.Typer()
@@ -69,7 +69,7 @@ def rotate_encryption_key(
                 provider = tiger_db.models.base.key_provider(session.sync_session)
             assert provider is not None
             with progress("Checking" if dry_run else "Encrypting", total) as advance:
-                report = await tiger_db.key_rotation.rotate(
+                report = await tiger_db.encryption_key_rotation.rotate(
                     database, dry_run=dry_run, advance=advance
                 )
             return provider.key_ids, report

@@ -8,7 +8,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli.accounts import Account
-from tiger_db.cli.input import find_account, finish, query, settings
+from tiger_db.cli.options import find_account, finish, query, settings
 from tiger_db.cli.output import AsJson, Overwrite, print_json, show_row, talk, warn
 from tiger_db.redaction import masked
 

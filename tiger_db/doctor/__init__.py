@@ -9,7 +9,7 @@ import asyncio
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tiger_db.database import migration_engine
+from tiger_db.connections import maintenance_engine
 from tiger_db.doctor import server, tables
 from tiger_db.doctor.findings import Finding, Found, checked
 from tiger_db.errors import SchemaMismatch, TigerDBError
@@ -34,7 +34,7 @@ async def doctor(settings: Settings) -> list[Finding]:
             return [Finding("server", "problem", seen, "run `tiger-db start-embedded`")]
     findings: list[Finding] = []
     try:
-        async with migration_engine(settings) as engine, engine.connect() as connection:
+        async with maintenance_engine(settings) as engine, engine.connect() as connection:
             for name, check in server.CHECKS.items():
                 findings.append(await checked(connection, name, check))
             findings.append(await server.search_path(connection, settings))

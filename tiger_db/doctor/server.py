@@ -2,7 +2,7 @@
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tiger_db.database import connect
+from tiger_db.connections import connect
 from tiger_db.doctor.findings import (
     GRANT,
     MINUTE,

@@ -22,7 +22,7 @@ from tiger_db.encryption import KeyRing
 from tiger_db.errors import TigerDBError
 from tiger_db.health import audit_months_ahead, key_ring, some
 from tiger_db.key_uses import key_uses
-from tiger_db.schema_comparison import compare
+from tiger_db.migrations.comparison import compare
 from tiger_db.settings import Settings
 
 # From where on it is a warning, and a problem.

@@ -16,7 +16,6 @@ from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field
 
 from tiger_db.models.api_keys import parse_address
-from tiger_db.models.audit_values import safe
 from tiger_db.models.base import (
     Entity,
     Int64,
@@ -28,6 +27,7 @@ from tiger_db.models.base import (
     metadata,
     tracked_json,
 )
+from tiger_db.models.event_sanitizer import safe
 
 
 class AuditAction(StrEnum):

@@ -1,14 +1,14 @@
 """Broker accounts. Every change writes its audit event in the same transaction."""
 
-from tiger_db.crud.accounts.closing import close, reopen
-from tiger_db.crud.accounts.editing import (
+from tiger_db.crud.accounts.changes import (
     create,
     set_default_data_account,
     set_default_trading_account,
     update,
 )
+from tiger_db.crud.accounts.closing import close, reopen
 from tiger_db.crud.accounts.operation import record_error, reset_errors, update_tokens
-from tiger_db.crud.accounts.reading import (
+from tiger_db.crud.accounts.queries import (
     find_for_operation,
     get,
     get_accounts_needing_token_refresh,

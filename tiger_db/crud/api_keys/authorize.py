@@ -31,7 +31,7 @@ from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.common import context_of, execute, refuse_readonly, typed_errors
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditLog
-from tiger_db.models.audit_rows import copy_events
+from tiger_db.models.audit_inserts import copy_events
 from tiger_db.models.rows import columns, detached, names, taken_in, whole
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import raw_errors

@@ -13,7 +13,7 @@ from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from tiger_db.crud.common import context_of, execute, refuse_readonly
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
-from tiger_db.models.audit_rows import INSERT, PROVIDED, copy_events, row_of
+from tiger_db.models.audit_inserts import INSERT, PROVIDED, copy_events, row_of
 from tiger_db.sqlstates import raw_errors
 
 _INSERT = f"{INSERT} RETURNING {', '.join(PROVIDED)}"

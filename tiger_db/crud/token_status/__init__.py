@@ -11,8 +11,8 @@ from tiger_db.crud.token_status.claims import (
     give_back,
     heartbeat,
 )
-from tiger_db.crud.token_status.endings import complete, fail, give_up_lost, lose, token_hash
-from tiger_db.crud.token_status.reading import (
+from tiger_db.crud.token_status.outcomes import complete, fail, give_up_lost, lose, token_hash
+from tiger_db.crud.token_status.queries import (
     RefreshStatistics,
     get,
     get_failed_refreshes,

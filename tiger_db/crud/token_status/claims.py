@@ -10,7 +10,7 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from tiger_db.crud.common import check_limit, execute, typed_errors
 from tiger_db.crud.token_status.changes import ANSWER_LOST, change_held
-from tiger_db.crud.token_status.endings import give_up_lost
+from tiger_db.crud.token_status.outcomes import give_up_lost
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.base import key_provider

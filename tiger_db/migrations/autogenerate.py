@@ -12,7 +12,7 @@ from alembic.util import DispatchPriority
 from sqlalchemy import text
 from sqlalchemy.types import TypeDecorator
 
-from tiger_db.declared import Trigger, updated_at_triggers
+from tiger_db.migrations.declared import Trigger, updated_at_triggers
 from tiger_db.models import metadata
 
 _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")

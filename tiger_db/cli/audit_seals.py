@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 import tiger_db
-from tiger_db.cli.events import PANEL
-from tiger_db.cli.input import finish, settings
+from tiger_db.cli.audit_events import PANEL
+from tiger_db.cli.options import finish, settings
 from tiger_db.cli.output import (
     AsJson,
     Out,

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from tiger_db.errors import EmbeddedError
-from tiger_db.files import is_private_folder
-from tiger_db.local_postgres.programs import (
+from tiger_db.embedded.processes import (
     LONGEST_PATH,
     UNRUNNABLE,
     User,
@@ -20,6 +18,8 @@ from tiger_db.local_postgres.programs import (
     reason,
     run,
 )
+from tiger_db.errors import EmbeddedError
+from tiger_db.files import is_private_folder
 from tiger_db.settings import Settings
 
 SOCKET = ".s.PGSQL.5432"

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import asyncpg
 
-from tiger_db.database import connect_directly
+from tiger_db.connections import connect_directly
 from tiger_db.errors import DatabaseUnavailable, TigerDBError
 from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors

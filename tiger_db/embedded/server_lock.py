@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from tiger_db.embedded.processes import psutil
 from tiger_db.files import private_opener
-from tiger_db.local_postgres.programs import psutil
 
 # File systems that one kernel at a time can mount.
 _LOCAL = frozenset(

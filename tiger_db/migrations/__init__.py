@@ -21,8 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from alembic import command
 from tiger_db.errors import MigrationError, SchemaMismatch
-from tiger_db.migration_locks import HURRY, Say, patiently, turn
-from tiger_db.schema_comparison import compare
+from tiger_db.migrations.comparison import compare
+from tiger_db.migrations.locks import HURRY, Say, patiently, turn
 from tiger_db.settings import quote_identifier, search_path
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class SearchPath(NamedTuple):
 
 def script_location() -> Path:
     """The Alembic scripts: inside an installed package, else beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "alembic"
     return installed if installed.is_dir() else package.parent / "alembic"
 
@@ -352,7 +352,7 @@ def sql(start: str | None, end: str) -> str:
 
 
 async def drift(engine: AsyncEngine) -> list[str]:
-    """List how the database's schema differs from the models and `tiger_db.declared`, a line each.
+    """List how the database's schema differs from the declared one, a line each.
 
     Triggers that somebody added are left to `doctor`.
 
@@ -380,7 +380,7 @@ async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = Tr
         MigrationError: this is an installed package, where a migration would be lost.
         SchemaMismatch: the database is not at this code's revision.
     """
-    if script_location().parent == Path(__file__).parent:
+    if script_location().parent == Path(__file__).parents[1]:
         raise MigrationError("migrations are written in a checkout, not in an installed package")
     async with engine.connect() as connection:
         if autogenerate:

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tiger_db.declared import FUNCTIONS, Trigger, triggers
+from tiger_db.migrations.declared import FUNCTIONS, Trigger, triggers
 from tiger_db.models import metadata
 
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tiger_db.embedded import server_lock
+from tiger_db.embedded.folders import SOCKET
+from tiger_db.embedded.processes import PATIENCE_SECONDS, psutil
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import is_private_folder
-from tiger_db.local_postgres import server_lock
-from tiger_db.local_postgres.folders import SOCKET
-from tiger_db.local_postgres.programs import PATIENCE_SECONDS, psutil
 
 
 class Postmaster(NamedTuple):

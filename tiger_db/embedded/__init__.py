@@ -22,16 +22,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiger_db.errors import ConfigurationError, EmbeddedError
-from tiger_db.files import (
-    UNFINISHED,
-    private_opener,
-    remove_unfinished,
-    sync_folder,
-    write_private,
-)
-from tiger_db.local_postgres import postmaster, server_lock
-from tiger_db.local_postgres.folders import (
+from tiger_db.embedded import server_lock, server_process
+from tiger_db.embedded.folders import (
     known_folder,
     make_home,
     make_programs_folder,
@@ -40,8 +32,7 @@ from tiger_db.local_postgres.folders import (
     server_user,
     wanted_folder,
 )
-from tiger_db.local_postgres.postmaster import Postmaster
-from tiger_db.local_postgres.programs import (
+from tiger_db.embedded.processes import (
     PATIENCE_SECONDS,
     User,
     copied_programs,
@@ -49,6 +40,15 @@ from tiger_db.local_postgres.programs import (
     reason,
     run,
     wheel,
+)
+from tiger_db.embedded.server_process import Postmaster
+from tiger_db.errors import ConfigurationError, EmbeddedError
+from tiger_db.files import (
+    UNFINISHED,
+    private_opener,
+    remove_unfinished,
+    sync_folder,
+    write_private,
 )
 from tiger_db.settings import ConnectArgs, Settings
 
@@ -112,7 +112,7 @@ def start(settings: Settings) -> EmbeddedServer:
     with _explained(home):
         make_home(home)
         with _locked(home):
-            found = postmaster.accepting(home) or _start(home, package, version)
+            found = server_process.accepting(home) or _start(home, package, version)
             return EmbeddedServer(home, found.socket_folder, found.process.pid)
 
 
@@ -131,7 +131,7 @@ def stop(settings: Settings) -> bool:
         if home is None or not (home / "lock").exists():
             return False
         with _locked(home), server_lock.opened(home) as lock:
-            return postmaster.stop(home, lock)
+            return server_process.stop(home, lock)
 
 
 def running(settings: Settings) -> EmbeddedServer | None:
@@ -143,7 +143,7 @@ def running(settings: Settings) -> EmbeddedServer | None:
     wanted = wanted_folder(settings)
     with _explained(wanted):
         home = known_folder(wanted)
-        if home and (found := postmaster.accepting(home)):
+        if home and (found := server_process.accepting(home)):
             return EmbeddedServer(home, found.socket_folder, found.process.pid)
         return None
 
@@ -230,7 +230,7 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
     if data.exists():
         _check_data(home, version)
     with server_lock.opened(home) as lock:
-        if found := postmaster.settled(home, lock):
+        if found := server_process.settled(home, lock):
             return found
         remove_unfinished(home)
         programs = installed_programs(package, user) or copied_programs(
@@ -239,9 +239,9 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
         if not data.exists():
             _make_data(home, programs, user)
         socket_folder = make_socket_folder(home, user)
-        if postmaster.answers(socket_folder):
+        if server_process.answers(socket_folder):
             raise EmbeddedError(f"another server listens in {socket_folder}: stop that one")
-        postmaster.drop_stale_locks(home, socket_folder, lock)
+        server_process.drop_stale_locks(home, socket_folder, lock)
         server_lock.record_start(lock)
         return _launch(home, programs, user, socket_folder, lock)
 
@@ -251,7 +251,7 @@ def _complete_record(home: Path) -> None:
     with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
         if server_lock.lacks_server(file.fileno()):
             with _locked(home), server_lock.opened(home) as lock:
-                postmaster.record_server(home, lock)
+                server_process.record_server(home, lock)
 
 
 def _check_data(home: Path, version: str) -> None:
@@ -313,11 +313,11 @@ def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: i
         programs / "pg_ctl", "start", "--silent", "--wait", "--timeout", str(PATIENCE_SECONDS),
         "--pgdata=data", "--log=log", "--options", shlex.join(options),
         home=home, user=user, inherited=(lock,),
-        meanwhile=lambda: postmaster.record_server(home, lock),
+        meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
     # The server may be ready within those 20 ms, and its open files may not be ours to see.
-    postmaster.record_server(home, lock, started=started.returncode == 0)
-    if found := postmaster.accepting(home):
+    server_process.record_server(home, lock, started=started.returncode == 0)
+    if found := server_process.accepting(home):
         return found
     why = reason(log.read_bytes()[past:].decode(errors="replace") or started.stderr)
     raise EmbeddedError(f"the embedded PostgreSQL in {home} did not start: {why}; see {log}")

@@ -8,10 +8,11 @@ from typing import TypeAlias
 import asyncpg
 from sqlalchemy import Enum
 
-from tiger_db.audit.proof import FIRST, Seal
-from tiger_db.database import Database, migration_engine
+from tiger_db.audit.seal_format import FIRST, Seal
+from tiger_db.connections import maintenance_engine
+from tiger_db.database import Database
 from tiger_db.errors import InvalidValue
-from tiger_db.migration_locks import lock_key
+from tiger_db.migrations.locks import lock_key
 from tiger_db.models import AuditLog
 from tiger_db.write_behind import plain_connection
 
@@ -84,7 +85,7 @@ async def connected(database: Database) -> AsyncIterator[Connection]:
     """
     await database.check()
     async with (
-        migration_engine(database.settings) as engine,
+        maintenance_engine(database.settings) as engine,
         plain_connection(engine) as connection,
     ):
         yield connection

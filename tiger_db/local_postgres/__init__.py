@@ -1,1 +1,0 @@
-"""What `tiger_db.embedded` is made of: folders, programs, processes, lock and private files."""
