@@ -6,7 +6,7 @@ from sqlalchemy import Connection
 
 from alembic import context
 from tiger_db.connections import maintenance_engine
-from tiger_db.migrations import make_schema, preamble
+from tiger_db.migrations import create_schema, search_path_sql
 from tiger_db.migrations.autogenerate import OPTIONS
 from tiger_db.settings import DEFAULT_SCHEMA, Settings
 
@@ -19,7 +19,7 @@ def run(connection: Connection) -> None:
 
 async def connect_and_run() -> None:
     async with maintenance_engine(Settings()) as engine, engine.connect() as connection:
-        await connection.run_sync(make_schema)
+        await connection.run_sync(create_schema)
         await connection.run_sync(run)
 
 
@@ -34,7 +34,7 @@ if context.is_offline_mode():
     if "connection" not in context.config.attributes:  # else tiger_db writes this itself
         schema = Settings().db_schema
         context.get_context().impl.static_output(
-            preamble(schema, create=schema != DEFAULT_SCHEMA).strip()
+            search_path_sql(schema, create=schema != DEFAULT_SCHEMA).strip()
         )
     with context.begin_transaction():
         context.run_migrations()

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tiger_db.migrations import history, sql
+from tiger_db.migrations import history, migration_sql
 
 SQUAWK = Path(sys.executable).with_name("squawk")
 CONFIGURATION = Path(__file__).parents[1] / ".squawk.toml"
@@ -21,7 +21,7 @@ def main() -> int:
             follows = script.down_revision
             if not (follows is None or isinstance(follows, str)):
                 continue  # it joins branches
-            written = header + sql(follows, script.revision)
+            written = header + migration_sql(follows, script.revision)
             Path(folder, f"{Path(script.path).stem}.sql").write_text(written, encoding="utf-8")
         files = sorted(Path(folder).iterdir())
         return subprocess.run([SQUAWK, "--config", CONFIGURATION, *files], check=False).returncode

@@ -11,7 +11,7 @@ from tiger_db.connections import connect, maintenance_engine
 from tiger_db.doctor import Finding, doctor
 from tiger_db.health import health
 from tiger_db.migrations import declared, drift, upgrade
-from tiger_db.migrations.comparison import Difference, compare
+from tiger_db.migrations.comparison import SchemaDifference, find_differences
 from tiger_db.models import metadata
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -147,9 +147,9 @@ async def other(clone_settings: Settings) -> AsyncIterator[Connection]:
     await connection.close()
 
 
-async def differences(settings: Settings) -> list[Difference]:
+async def differences(settings: Settings) -> list[SchemaDifference]:
     async with maintenance_engine(settings) as engine, engine.connect() as connection:
-        return await compare(connection)
+        return await find_differences(connection)
 
 
 async def found_by_doctor(settings: Settings) -> Finding:
@@ -161,7 +161,7 @@ async def test_the_declaration_is_what_the_migrations_make(clone_settings: Setti
     assert await differences(clone_settings) == []
     async with maintenance_engine(clone_settings) as engine, engine.connect() as connection:
         await connection.exec_driver_sql("SELECT make_audit_months(30)")
-        assert await compare(connection) == []
+        assert await find_differences(connection) == []
 
 
 @pytest.mark.schema_changes
@@ -177,7 +177,7 @@ async def test_all_that_there_is_is_declared(other: Connection, clone_settings: 
     )
     for name, table in triggers:
         await other.execute(f"DROP TRIGGER {name} ON {table}")
-    seen = {difference.seen for difference in await differences(clone_settings)}
+    seen = {difference.description for difference in await differences(clone_settings)}
     assert seen == {f"trigger {name} on {table} is missing" for name, table in triggers}
 
 
@@ -191,9 +191,9 @@ async def test_a_change_is_seen_by_all_and_can_be_repaired(
     await other.execute(change)
     found = await differences(clone_settings)
     assert found
-    assert [d.seen for d in found if seen not in d.seen] == []
+    assert [d.description for d in found if seen not in d.description] == []
     assert {difference.tables for difference in found} == {tables}
-    assert not any(difference.unknown or "\n" in str(difference) for difference in found)
+    assert not any(difference.undeclared or "\n" in str(difference) for difference in found)
 
     async with maintenance_engine(clone_settings) as engine:
         assert await drift(engine) == [str(difference) for difference in found]
@@ -220,7 +220,7 @@ async def test_a_table_that_is_none_is_seen(
     await other.execute(change)
     (found,) = await differences(clone_settings)
     assert found.tables == ("api_key_usage",)
-    assert NOT_REPAIRED[change] in found.seen
+    assert NOT_REPAIRED[change] in found.description
     async with maintenance_engine(clone_settings) as engine:
         assert str(found) in await drift(engine)
     assert (await found_by_doctor(clone_settings)).status == "problem"
@@ -272,8 +272,8 @@ async def test_somebody_elses_search_path_and_functions_fool_nobody(
     )
     async with maintenance_engine(clone_settings) as engine, engine.connect() as connection:
         await connection.exec_driver_sql("SET search_path = public, evil")
-        (found,) = await compare(connection)
-    assert "EXECUTE FUNCTION evil.notify_api_key_change()" in found.seen
+        (found,) = await find_differences(connection)
+    assert "EXECUTE FUNCTION evil.notify_api_key_change()" in found.description
 
 
 @pytest.mark.schema_changes
@@ -293,7 +293,7 @@ async def test_an_operator_of_the_schema_does_not_hide_a_changed_function(
         "CREATE OPERATOR = (LEFTARG = oid, RIGHTARG = regnamespace, FUNCTION = is_in)"
     )
     await other.execute(EMPTY)
-    seen = [difference.seen for difference in await differences(clone_settings)]
+    seen = [difference.description for difference in await differences(clone_settings)]
     assert seen[0] == "operator public.=(oid,regnamespace) has the name of one of PostgreSQL's"
     assert "has `BEGIN RETURN NULL; END`" in seen[1]
 
@@ -308,7 +308,7 @@ async def test_quoting_all_identifiers_changes_nothing(
     assert await differences(clone_settings) == []
     await other.execute("ALTER TABLE audit_logs DISABLE TRIGGER refuse_change")
     (found, *_) = await differences(clone_settings)
-    assert found.seen == "trigger refuse_change on audit_logs is disabled"
+    assert found.description == "trigger refuse_change on audit_logs is disabled"
 
 
 @pytest.mark.schema_changes

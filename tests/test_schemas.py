@@ -23,7 +23,7 @@ from tiger_db.audit.storage import TAKE_TURN
 from tiger_db.connections import connect, connect_directly, maintenance_engine
 from tiger_db.errors import APIKeyRevoked, MigrationError, SchemaMismatch
 from tiger_db.migrations import MONTHS_AHEAD, downgrade, drift, schema_state, upgrade
-from tiger_db.migrations.locks import LOCK, turn
+from tiger_db.migrations.locks import MIGRATION_LOCK_ID, migration_lock
 from tiger_db.signing import generate_signing_key
 
 ROOT = Path(__file__).parent.parent
@@ -183,7 +183,7 @@ async def test_ten_machines_may_create_the_schema_at_once(empty_database: Settin
 
     async def create() -> None:
         async with maintenance_engine(settings) as engine, engine.connect() as connection:
-            await connection.run_sync(migrations.make_schema)
+            await connection.run_sync(migrations.create_schema)
             assert await connection.scalar(text("SELECT current_schema()")) == "tiger"
             assert connection.dialect.default_schema_name == "tiger"
 
@@ -404,7 +404,7 @@ async def test_neither_waits_for_the_locks_of_the_other(two: tuple[Database, Dat
         await session.execute(text(f"SELECT make_audit_months({MONTHS_AHEAD})"))
         (account,) = (await crud.accounts.list_accounts(session)).items
         await crud.accounts.set_default_trading_account(session, account.id)
-        async with turn(engine, lambda _: None):
+        async with migration_lock(engine, lambda _: None):
             sealed = await finishes(audit.seal(another))
             assert (sealed.rows > 0, sealed.waits_for) == (True, ())
             assert (await finishes(audit.maintain(another))).made == 0
@@ -449,8 +449,8 @@ async def test_in_public_channels_and_locks_are_those_of_older_releases(clone: D
                 "hashtext('tiger_db_audit_logs')",
             ):
                 assert await old.fetchval(free.format(key)) is False, key
-    async with maintenance_engine(clone.settings) as engine, turn(engine, lambda _: None):
-        assert await old.fetchval(free.format(LOCK)) is False
+    async with maintenance_engine(clone.settings) as engine, migration_lock(engine, lambda _: None):
+        assert await old.fetchval(free.format(MIGRATION_LOCK_ID)) is False
     await old.close()
 
 

@@ -20,7 +20,7 @@ from tiger_db.encryption import KeyRing, SealedSecret, decrypt
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
 from tiger_db.keys_in_force import API_KEY_PEPPERS, ENCRYPTION_KEYS, configured, in_force
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
-from tiger_db.migrations.comparison import compare
+from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import TigerAccount, metadata
 from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
@@ -181,7 +181,7 @@ def _advice(cause: BaseException | None) -> str | None:
 def _embedded(report: Health, settings: Settings) -> Health:
     from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
 
-    folder = embedded.folder(settings)
+    folder = embedded.home_folder(settings)
     server = embedded.running(settings)
     if server is None:
         report.problems.insert(
@@ -287,8 +287,8 @@ async def _look(
     problems += await _strays(connection)
     unreadable = await _unreadable(connection, ring) if ring is not None else []
     problems += unreadable
-    if changed := [one for one in await compare(connection) if not one.unknown]:
-        seen = some([one.seen for one in changed])
+    if changed := [one for one in await find_differences(connection) if not one.undeclared]:
+        seen = some([one.description for one in changed])
         problems.append(f"{seen}: run `tiger-db check` for the SQL that restores this")
     yield {"ready": live and not unreadable}  # with what upkeep has missed, it serves all the same
 

@@ -18,7 +18,7 @@ from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.api_keys.policy import AccessRequest, check_access, denial_event
 from tiger_db.database import Database
 from tiger_db.errors import AccessDenied, InvalidAPIKey, InvalidValue, SchemaMismatch
-from tiger_db.migrations.comparison import compare
+from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import APIKey, APIKeyScope
 
 CHANNEL = "tiger_db_api_keys"
@@ -101,11 +101,11 @@ class KeyVerifier:
 
     async def _compare_triggers(self) -> None:
         async with self.database.engine.connect() as connection:
-            for difference in await compare(connection):
-                if not (difference.unknown or _TABLES.isdisjoint(difference.tables)):
+            for difference in await find_differences(connection):
+                if not (difference.undeclared or _TABLES.isdisjoint(difference.tables)):
                     raise SchemaMismatch(
                         "a KeyVerifier with memory relies on api_keys and tiger_accounts as"
-                        f" tiger_db makes them, but {difference.seen}: run `tiger-db check`"
+                        f" tiger_db makes them, but {difference.description}: run `tiger-db check`"
                     )
 
     async def authorize(

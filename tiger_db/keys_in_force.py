@@ -66,10 +66,10 @@ def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) 
         return found
     from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
 
-    path = embedded.folder(settings) / keys.field
+    path = embedded.home_folder(settings) / keys.field
     if not generate and not os.path.lexists(path):
         return None
-    text = embedded.kept_secret(settings, keys.field, keys.generate)
+    text = embedded.load_or_create_secret(settings, keys.field, keys.generate)
     return _parse(keys, text, f"{path}: %s: restore it")
 
 

@@ -27,7 +27,7 @@ from tests.support.embedded_servers import (
     settings_for,
 )
 from tiger_db import embedded
-from tiger_db.embedded import folders, kept_secret, processes, running, start, stop
+from tiger_db.embedded import folders, load_or_create_secret, processes, running, start, stop
 from tiger_db.embedded.folders import server_user
 from tiger_db.errors import EmbeddedError
 from tiger_db.settings import Settings
@@ -172,7 +172,7 @@ def test_permissions(home: Path, way: str) -> None:
     umask = os.umask(0)
     try:
         server = start(settings)
-        kept_secret(settings, "key", lambda: "secret")
+        load_or_create_secret(settings, "key", lambda: "secret")
     finally:
         os.umask(umask)
     for parent, status in before.items():
@@ -213,8 +213,8 @@ def test_umask_does_not_shut_the_server_out(home: Path) -> None:
     settings = settings_for(home / "made" / "too")
     umask = os.umask(0o077)
     try:
-        kept_secret(settings, "key", lambda: "secret")
-        assert embedded.folder(settings) == home / "made" / "too"
+        load_or_create_secret(settings, "key", lambda: "secret")
+        assert embedded.home_folder(settings) == home / "made" / "too"
     finally:
         os.umask(umask)
 
@@ -224,13 +224,13 @@ def test_umask_does_not_shut_the_server_out(home: Path) -> None:
 def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "home")
     before = tmp_path.stat()
-    place = embedded.folder(settings)
+    place = embedded.home_folder(settings)
     assert place.parent == Path("/var/lib/tiger_db")
     try:
         server = start(settings)
         assert server.folder == place
         assert fetch(server, settings, "SELECT 1") == 1
-        kept_secret(settings, "key", lambda: "secret")
+        load_or_create_secret(settings, "key", lambda: "secret")
         for secret in ("key", "password"):
             assert run_as_server(place, "cat", str(place / secret)).wait() != 0
         assert list(tmp_path.iterdir()) == []
@@ -240,7 +240,7 @@ def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
         # The decision stays, for a later start must find the data again.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(folders, "_can_reach", lambda *_: True)
-            assert embedded.folder(settings) == place
+            assert embedded.home_folder(settings) == place
     finally:
         discard(tmp_path / "home")
 
@@ -308,7 +308,7 @@ def test_unwritable_folder(home: Path) -> None:
             start(settings_for(home.parent / "new"))
         home.parent.chmod(0o755)
         home.chmod(0o555)
-    for refused in (start, partial(kept_secret, name="key", make=lambda: "secret")):
+    for refused in (start, partial(load_or_create_secret, name="key", make=lambda: "secret")):
         with pytest.raises(EmbeddedError, match=str(home)):
             refused(settings_for(home))
     assert list(home.iterdir()) == []
@@ -335,7 +335,7 @@ def test_without_a_usable_home_one_line_says_what_to_set(
 
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    for refused in (start, running, stop, embedded.folder):
+    for refused in (start, running, stop, embedded.home_folder):
         with pytest.raises(EmbeddedError, match=r"^TIGER_DB_HOME is not set: could not determine"):
             refused(Settings())
 
@@ -354,7 +354,7 @@ def test_folder_that_everybody_can_write(settings: Settings, home: Path) -> None
 def test_impossible_path(name: str) -> None:
     with reachable_folder() as base:
         path = Path(name) if name.startswith("~") else base / name
-        for refused in (start, running, stop, embedded.folder):
+        for refused in (start, running, stop, embedded.home_folder):
             with pytest.raises(EmbeddedError, match="TIGER_DB_HOME"):
                 refused(settings_for(path))
         assert list(base.iterdir()) == []

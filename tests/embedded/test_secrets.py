@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.embedded_servers import at_once, unfinished
-from tiger_db.embedded import kept_secret, start, stop
+from tiger_db.embedded import load_or_create_secret, start, stop
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import UNFINISHED
 from tiger_db.settings import Settings
@@ -35,7 +35,7 @@ def test_lost_password(settings: Settings, home: Path) -> None:
 
 
 def _kept_key(settings: Settings) -> str:
-    return kept_secret(settings, "key", partial(secrets.token_hex, 32))
+    return load_or_create_secret(settings, "key", partial(secrets.token_hex, 32))
 
 
 @pytest.mark.slow
@@ -52,19 +52,19 @@ def test_kept_secret(settings: Settings, home: Path) -> None:
         raise ValueError("no entropy")
 
     with pytest.raises(ValueError, match="no entropy"):
-        kept_secret(settings, "key", fail)
+        load_or_create_secret(settings, "key", fail)
     assert not (home / "key").exists()
     # What a crash could leave behind.
     (home / f"{UNFINISHED}key").write_text("hal")
 
-    assert kept_secret(settings, "key", lambda: "whole\nkey ä") == "whole\nkey ä"
-    assert kept_secret(settings, "key", fail) == "whole\nkey ä"
+    assert load_or_create_secret(settings, "key", lambda: "whole\nkey ä") == "whole\nkey ä"
+    assert load_or_create_secret(settings, "key", fail) == "whole\nkey ä"
     assert stat.S_IMODE((home / "key").stat().st_mode) == 0o600
     assert unfinished(home) == []
 
     (home / "key").chmod(0o640)
     with pytest.raises(EmbeddedError, match="0600"):
-        kept_secret(settings, "key", fail)
+        load_or_create_secret(settings, "key", fail)
 
     (home / "link").symlink_to(home / "key")
     (home / "binary").write_bytes(b"\xff\xfe")
@@ -72,4 +72,4 @@ def test_kept_secret(settings: Settings, home: Path) -> None:
     for name in ("link", "binary", "data"):
         (home / "data").mkdir(exist_ok=True)
         with pytest.raises(EmbeddedError, match=name):
-            kept_secret(settings, name, fail)
+            load_or_create_secret(settings, name, fail)

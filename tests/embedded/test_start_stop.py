@@ -18,7 +18,7 @@ import pytest
 from tests.support.embedded_servers import STARTER, alive, at_once, fetch, unfinished
 from tests.support.waiting import wait_until
 from tiger_db import embedded
-from tiger_db.embedded import kept_secret, running, start, stop
+from tiger_db.embedded import load_or_create_secret, running, start, stop
 from tiger_db.errors import ConfigurationError, EmbeddedError
 from tiger_db.settings import Settings
 
@@ -30,7 +30,7 @@ def test_lifecycle(settings: Settings, home: Path) -> None:
     assert not home.exists()
 
     server = start(settings)
-    assert server.folder == embedded.folder(settings) == home
+    assert server.folder == embedded.home_folder(settings) == home
     assert start(settings) == running(settings) == server
     fetch(server, settings, "CREATE TABLE kept AS SELECT 42 AS answer")
 
@@ -86,7 +86,7 @@ def test_fast_path(shared: Settings) -> None:
 
 
 def test_fast_path_needs_no_lock_and_the_server_holds_none(shared: Settings) -> None:
-    with (embedded.folder(shared) / "lock").open() as lock:
+    with (embedded.home_folder(shared) / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert start(shared) == running(shared)
 
@@ -141,8 +141,8 @@ def test_production(home: Path) -> None:
     production = Settings(environment="production", db_host="localhost", tiger_db_home=home)
     for refused in (
         start,
-        embedded.folder,
-        partial(kept_secret, name="key", make=lambda: "secret"),
+        embedded.home_folder,
+        partial(load_or_create_secret, name="key", make=lambda: "secret"),
     ):
         with pytest.raises(ConfigurationError, match="ENVIRONMENT=production"):
             refused(production)

@@ -21,7 +21,7 @@ from tests.support.command_line import COMMAND, SECRETS, CommandLine
 from tiger_db import Database, Settings, migrations
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import MONTHS_AHEAD, history, locks, scripts, upgrade
-from tiger_db.migrations.locks import LOCK
+from tiger_db.migrations.locks import MIGRATION_LOCK_ID
 
 HEAD = scripts().get_current_head()
 MIGRATE_FROM = """
@@ -124,14 +124,14 @@ async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
         " INSERT INTO steps (revision) VALUES (NEW.version_num); RETURN NULL; END $$;"
         "CREATE TRIGGER step AFTER UPDATE ON alembic_version FOR EACH ROW EXECUTE FUNCTION step()"
     )
-    await gate.execute("SELECT pg_advisory_lock($1)", LOCK)
+    await gate.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK_ID)
     machines = [await start(empty_database, *COMMAND, "migrate") for _ in range(10)]
     async with ended_at_last(*machines):
         waiting = f"waiting for process {gate.get_server_pid()} ("
         await asyncio.gather(*(said(machine, waiting) for machine in machines))
         async with asyncio.timeout(20):  # who waits has no transaction that this would wait for
             await gate.execute("CREATE INDEX CONCURRENTLY ON steps (revision)")
-        await gate.execute("SELECT pg_advisory_unlock($1)", LOCK)
+        await gate.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK_ID)
         told = [(await machine.communicate())[1].decode() for machine in machines]
     assert [machine.returncode for machine in machines] == [0] * 10, told
     steps = await gate.fetch("SELECT revision FROM steps ORDER BY number")
@@ -201,7 +201,7 @@ async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
 async def test_a_migration_that_gives_up_says_why_and_leaves_nothing_half_done(
     alembic: Path, cli: CommandLine, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_PATIENCE", 0.5)
+    monkeypatch.setattr(locks, "_LOCK_RETRY_SECONDS", 0.5)
     write(alembic, "9006", HEAD, "Done", 'op.execute("CREATE TABLE done ()")')
     write(
         alembic, "9007", "9006", "Half done", 'op.execute("CREATE TABLE half_done ()")',

@@ -70,7 +70,7 @@ def reachable_folder() -> Iterator[Path]:
 def discard(home: Path) -> None:
     settings = settings_for(home)
     stop(settings)
-    for place in {home, embedded.folder(settings), copies_outside(home)}:
+    for place in {home, embedded.home_folder(settings), copies_outside(home)}:
         shutil.rmtree(place, ignore_errors=True)
 
 

@@ -105,7 +105,7 @@ def downgrade(
 
     async def run() -> "tiger_db.migrations.SchemaState":
         async with tiger_db.connections.maintenance_engine(config) as engine:
-            return await tiger_db.migrations.downgrade(engine, revision, say=talk)
+            return await tiger_db.migrations.downgrade(engine, revision, progress=talk)
 
     talk(f"{config.place} is at {finish(run()).current or 'base'} now")
 
@@ -217,13 +217,13 @@ def start_embedded() -> None:
 def stop_embedded() -> None:
     """Stop the embedded PostgreSQL; its data stays."""
     config = settings()
-    folder = tiger_db.embedded.folder(config)
+    folder = tiger_db.embedded.home_folder(config)
     stopped = tiger_db.embedded.stop(config)
     talk(f"the embedded PostgreSQL in {folder} " + ("is stopped" if stopped else "was not running"))
 
 
 def _start(config: "tiger_db.Settings") -> None:
-    folder = tiger_db.embedded.folder(config)  # which refuses production
+    folder = tiger_db.embedded.home_folder(config)  # which refuses production
     if tiger_db.embedded.running(config):
         talk(f"the embedded PostgreSQL in {folder} is running")
         return
@@ -293,14 +293,16 @@ def _show_steps(scripts: "list[Script]", *, as_json: bool) -> None:
         show_table(("Revision", "Follows", "Message"), [list(item.values()) for item in items])
 
 
-async def _migrate(config: "tiger_db.Settings", revision: str) -> "tiger_db.migrations.Upgraded":
+async def _migrate(
+    config: "tiger_db.Settings", revision: str
+) -> "tiger_db.migrations.UpgradeResult":
     before = await _state(config)
     if before.current is not None and not before.known:
         before.check()
     if before.current != before.head:
         talk(f"migrating {config.place}")
     async with tiger_db.connections.maintenance_engine(config) as engine:
-        after = await tiger_db.migrations.upgrade(engine, revision, say=talk)
+        after = await tiger_db.migrations.upgrade(engine, revision, progress=talk)
     if after.applied:
         talk(f"migrated the schema from {before.current or 'nothing'} to {after.current}")
     else:
@@ -330,7 +332,7 @@ async def _make_key(config: "tiger_db.Settings") -> None:
             " `tiger-db generate-encryption-key` prints, and keep it: nothing else decrypts them"
         )
         return
-    path = tiger_db.embedded.folder(config) / "encryption_keys"
+    path = tiger_db.embedded.home_folder(config) / "encryption_keys"
     existed = path.exists()
     async with tiger_db.Database(config) as database:
         await database.check()

@@ -301,10 +301,10 @@ async def search_path(direct: AsyncConnection, settings: Settings) -> Finding:
 
 
 def _judge(path: SearchPath, settings: Settings) -> Found:
-    schema, advice = settings.db_schema, f"run {path.statement(settings.db_schema)}"
+    schema, advice = settings.db_schema, f"run {path.repair_sql(settings.db_schema)}"
     if settings.pooled:
         advice += "; then RECONNECT on the pooler's console"
-    if not path.leads_to(schema):
+    if not path.resolves_to(schema):
         seen = f"{path.setting}, which does not lead to {quote_identifier(schema)} (DB_SCHEMA)"
         return "problem", seen, advice
     # Quoted as settings has it, or as PostgreSQL writes what ALTER ROLE has set.

@@ -22,7 +22,7 @@ from tiger_db.encryption import KeyRing
 from tiger_db.errors import TigerDBError
 from tiger_db.health import audit_months_ahead, key_ring, some
 from tiger_db.key_uses import key_uses
-from tiger_db.migrations.comparison import compare
+from tiger_db.migrations.comparison import find_differences
 from tiger_db.settings import Settings
 
 # From where on it is a warning, and a problem.
@@ -32,10 +32,10 @@ STALE = (HOUR, DAY)  # tokens, by seconds after their time of refresh
 
 
 async def _changed(connection: AsyncConnection) -> Found:
-    differences = await compare(connection)
-    changed = [one.seen for one in differences if not one.unknown]
-    added = [one for one in differences if one.unknown]
-    seen = some([*changed, *(one.seen for one in added)])
+    differences = await find_differences(connection)
+    changed = [one.description for one in differences if not one.undeclared]
+    added = [one for one in differences if one.undeclared]
+    seen = some([*changed, *(one.description for one in added)])
     if changed:
         return "problem", seen, "run the SQL that `tiger-db check` gives; find out who it was"
     if added:

@@ -79,7 +79,7 @@ class EmbeddedServer:
             )
 
 
-def folder(settings: Settings) -> Path:
+def home_folder(settings: Settings) -> Path:
     """Where everything of the embedded server is, or would be. Creates nothing.
 
     Raises:
@@ -108,7 +108,7 @@ def start(settings: Settings) -> EmbeddedServer:
             _complete_record(server.folder)
         return server
     package, version = wheel()
-    home = folder(settings)
+    home = home_folder(settings)
     with _explained(home):
         make_home(home)
         with _locked(home):
@@ -148,7 +148,7 @@ def running(settings: Settings) -> EmbeddedServer | None:
         return None
 
 
-def kept_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
+def load_or_create_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
     """The text of the file `name` in the folder, which `make` provides if it is missing.
 
     Only the calling user can read the file. Every process gets the same text, whichever came
@@ -158,7 +158,7 @@ def kept_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
         ConfigurationError: in production.
         EmbeddedError: the file cannot be written or read, or others could read it.
     """
-    home = folder(settings)
+    home = home_folder(settings)
     with _explained(home):
         if os.path.lexists(home / name):
             return _read_secret(home / name)

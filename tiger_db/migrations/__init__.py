@@ -21,8 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from alembic import command
 from tiger_db.errors import MigrationError, SchemaMismatch
-from tiger_db.migrations.comparison import compare
-from tiger_db.migrations.locks import HURRY, Say, patiently, turn
+from tiger_db.migrations.comparison import find_differences
+from tiger_db.migrations.locks import LOCK_TIMEOUT, Progress, migration_lock, with_lock_retries
 from tiger_db.settings import quote_identifier, search_path
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path
 
 
 # The application may have an Alembic of its own.
-_ELSEWHERE = text("""
+_OTHER_SCHEMA = text("""
 SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
     WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
 """)
@@ -49,13 +49,17 @@ class SchemaState:
     current: str | None
     head: str
     known: bool  # whether this code knows the current revision
-    elsewhere: str | None = field(default=None, kw_only=True)  # a schema that has an installation
+    other_schema: str | None = field(
+        default=None, kw_only=True
+    )  # a schema that has an installation
 
     @property
     def problem(self) -> str | None:
         """What is wrong and what to do about it, or None."""
-        if self.current is None and self.elsewhere is not None:
-            return f"tiger_db is in the schema {self.elsewhere}: set DB_SCHEMA={self.elsewhere}"
+        if self.current is None and self.other_schema is not None:
+            return (
+                f"tiger_db is in the schema {self.other_schema}: set DB_SCHEMA={self.other_schema}"
+            )
         if self.current is None:
             return "the database has no tiger_db schema: run `tiger-db init`"
         if not self.known:
@@ -77,7 +81,7 @@ class SchemaState:
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
+class AppliedMigration:
     """A migration that was run: how long its last attempt took, and how many it needed."""
 
     revision: str
@@ -87,10 +91,10 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
-class Upgraded(SchemaState):
+class UpgradeResult(SchemaState):
     """The state after an upgrade, and what that did."""
 
-    applied: list[Applied]
+    applied: list[AppliedMigration]
     months: int  # of the audit trail, that were made
 
 
@@ -102,22 +106,22 @@ class SearchPath(NamedTuple):
     role: str
     database: str
 
-    def leads_to(self, schema: str) -> bool:
+    def resolves_to(self, schema: str) -> bool:
         """Whether names are found in pg_catalog first, then in this schema, if it exists."""
         found = [name for name in self.schemas if not name.startswith("pg_temp")]
         return found == ["pg_catalog"] or found[:2] == ["pg_catalog", schema]
 
-    def statement(self, schema: str) -> str:
+    def repair_sql(self, schema: str) -> str:
         """The SQL that makes this schema the search path of the role in this database."""
         role, database = quote_identifier(self.role), quote_identifier(self.database)
         return f"ALTER ROLE {role} IN DATABASE {database} SET search_path = {search_path(schema)}"
 
     def check(self, schema: str) -> None:
         """Raise SchemaMismatch unless the session uses this schema."""
-        if not self.leads_to(schema):
+        if not self.resolves_to(schema):
             raise SchemaMismatch(
                 f"a pooler dropped the search path: it is {self.setting}, which does not lead to"
-                f" {quote_identifier(schema)} (DB_SCHEMA): run {self.statement(schema)}"
+                f" {quote_identifier(schema)} (DB_SCHEMA): run {self.repair_sql(schema)}"
             )
 
 
@@ -131,10 +135,10 @@ def script_location() -> Path:
 @cache
 def scripts() -> ScriptDirectory:
     """The migration scripts as they were when first asked for."""
-    return ScriptDirectory.from_config(config())
+    return ScriptDirectory.from_config(alembic_config())
 
 
-def config(connection: Connection | None = None) -> Config:
+def alembic_config(connection: Connection | None = None) -> Config:
     """Alembic's configuration, for a connection that env.py uses as it is."""
     settings = Config(stdout=io.StringIO())
     settings.set_main_option("script_location", str(script_location()).replace("%", "%%"))
@@ -156,8 +160,8 @@ async def schema_state(connection: AsyncConnection) -> SchemaState:
     current = await connection.run_sync(_current)
     revisions = {script.revision for script in directory.walk_revisions()}
     known = bool(current) and revisions.issuperset(current)
-    elsewhere = None if current else await connection.scalar(_ELSEWHERE)
-    return SchemaState(", ".join(current) or None, head, known, elsewhere=elsewhere)
+    other_schema = None if current else await connection.scalar(_OTHER_SCHEMA)
+    return SchemaState(", ".join(current) or None, head, known, other_schema=other_schema)
 
 
 def _head(directory: ScriptDirectory) -> str:
@@ -196,7 +200,7 @@ def _check_search_path(connection: Connection) -> None:
         SearchPath._make(connection.exec_driver_sql(SEARCH_PATH).one()).check(schema)
 
 
-def make_schema(connection: Connection) -> None:
+def create_schema(connection: Connection) -> None:
     """Create the schema of `DB_SCHEMA` if it is missing, and commit.
 
     Raises:
@@ -241,17 +245,19 @@ def _create_schema(connection: Connection, schema: str) -> None:
             raise
 
 
-def preamble(schema: str, *, create: bool) -> str:
+def search_path_sql(schema: str, *, create: bool) -> str:
     """SQL that has a session of psql use a schema, and first creates it where it is missing."""
     made = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)};\n\n" if create else ""
     return f"{made}SET search_path = {search_path(schema)};\n\n"
 
 
-def _quiet(_: str) -> None:
+def _no_progress(_: str) -> None:
     pass
 
 
-async def upgrade(engine: AsyncEngine, revision: str = "head", *, say: Say = _quiet) -> Upgraded:
+async def upgrade(
+    engine: AsyncEngine, revision: str = "head", *, progress: Progress = _no_progress
+) -> UpgradeResult:
     """Migrate up, each migration in a transaction of its own, and make audit months ahead.
 
     Whoever else migrates this database at the time is waited for. A migration that does not get a
@@ -265,9 +271,9 @@ async def upgrade(engine: AsyncEngine, revision: str = "head", *, say: Say = _qu
         SchemaMismatch: sessions do not use the schema of `DB_SCHEMA`.
     """
     async with engine.connect() as connection:
-        await connection.run_sync(make_schema)
-    async with turn(engine, say) as connection:
-        applied = await _apply(engine, connection, revision, say, up=True)
+        await connection.run_sync(create_schema)
+    async with migration_lock(engine, progress) as connection:
+        applied = await _apply(engine, connection, revision, progress, up=True)
         state = await schema_state(connection)
         await connection.rollback()
         months = 0
@@ -279,18 +285,20 @@ async def upgrade(engine: AsyncEngine, revision: str = "head", *, say: Say = _qu
                     return int(await connection.scalar(made, {"months": MONTHS_AHEAD}))
 
             what = "making months of the audit trail"
-            months, _, _ = await patiently(engine, connection, what, make, say)
-        return Upgraded(state.current, state.head, state.known, applied, months)
+            months, _, _ = await with_lock_retries(engine, connection, what, make, progress)
+        return UpgradeResult(state.current, state.head, state.known, applied, months)
 
 
-async def downgrade(engine: AsyncEngine, revision: str, *, say: Say = _quiet) -> SchemaState:
+async def downgrade(
+    engine: AsyncEngine, revision: str, *, progress: Progress = _no_progress
+) -> SchemaState:
     """Migrate down to a revision, `-1` or `base`, as carefully as up.
 
     Raises:
         MigrationError: see `upgrade`.
     """
-    async with turn(engine, say) as connection:
-        await _apply(engine, connection, revision, say, up=False)
+    async with migration_lock(engine, progress) as connection:
+        await _apply(engine, connection, revision, progress, up=False)
         state = await schema_state(connection)
         await connection.commit()
         return state
@@ -323,32 +331,32 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
         written = ""
         if schema is not None:
             missing = await connection.run_sync(_is_missing, schema)
-            written = preamble(schema, create=missing)
+            written = search_path_sql(schema, create=missing)
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
             raise MigrationError("the database is at several revisions: no script starts there")
-        written += sql(start, steps[-1].revision)
+        written += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
         months = f"SELECT make_audit_months({MONTHS_AHEAD});"
-        written += f"BEGIN;\n\n{HURRY};\n\n{months}\n\nCOMMIT;\n"
+        written += f"BEGIN;\n\n{LOCK_TIMEOUT};\n\n{months}\n\nCOMMIT;\n"
     return written
 
 
-def sql(start: str | None, end: str) -> str:
+def migration_sql(start: str | None, end: str) -> str:
     """The SQL of the migrations after one revision (None: of an empty database) up to another.
 
     Raises:
         MigrationError: unknown revision.
     """
-    settings = config()
+    settings = alembic_config()
     settings.output_buffer = io.StringIO()
     try:
         command.upgrade(settings, f"{start}:{end}" if start else end, sql=True)
     except CommandError as error:
         raise MigrationError(str(error)) from None
     written = settings.output_buffer.getvalue()
-    return re.sub("^BEGIN;$", f"BEGIN;\n\n{HURRY};", written, flags=re.MULTILINE)
+    return re.sub("^BEGIN;$", f"BEGIN;\n\n{LOCK_TIMEOUT};", written, flags=re.MULTILINE)
 
 
 async def drift(engine: AsyncEngine) -> list[str]:
@@ -361,9 +369,9 @@ async def drift(engine: AsyncEngine) -> list[str]:
     """
     async with engine.connect() as connection:
         (await schema_state(connection)).check()
-        differences = await compare(connection)
+        differences = await find_differences(connection)
         await connection.rollback()
-        changed = [str(difference) for difference in differences if not difference.unknown]
+        changed = [str(difference) for difference in differences if not difference.undeclared]
         try:
             await _run(connection, command.check)
         except AutogenerateDiffsDetected as detected:
@@ -418,8 +426,8 @@ def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionS
 
 
 async def _apply(
-    engine: AsyncEngine, connection: AsyncConnection, revision: str, say: Say, *, up: bool
-) -> list[Applied]:
+    engine: AsyncEngine, connection: AsyncConnection, revision: str, progress: Progress, *, up: bool
+) -> list[AppliedMigration]:
     """Run one migration after the other, each in a transaction of its own."""
     current = await connection.run_sync(_current)
     await connection.rollback()
@@ -429,13 +437,13 @@ async def _apply(
         title = f"{script.revision} {script.doc.rstrip('.')}"
         what = title if up else f"undoing {title}"
         work = partial(_run, connection, partial(_migrate, step))
-        _, seconds, attempts = await patiently(engine, connection, what, work, say)
+        _, seconds, attempts = await with_lock_retries(engine, connection, what, work, progress)
         current = await connection.run_sync(_current)
         await connection.rollback()
         if not set(step.to_revisions) <= set(current):
             raise MigrationError(f"{what} left the schema at {', '.join(current) or 'base'}")
-        say(f"{what}: {seconds:.1f} s")
-        applied.append(Applied(script.revision, script.doc, round(seconds, 3), attempts))
+        progress(f"{what}: {seconds:.1f} s")
+        applied.append(AppliedMigration(script.revision, script.doc, round(seconds, 3), attempts))
     return applied
 
 
@@ -448,7 +456,7 @@ def _migrate(step: RevisionStep, settings: Config) -> None:
 
 async def _run(connection: AsyncConnection, run: Callable[[Config], T]) -> T:
     try:
-        return await connection.run_sync(lambda sync: run(config(sync)))
+        return await connection.run_sync(lambda sync: run(alembic_config(sync)))
     except AutogenerateDiffsDetected:
         raise
     except CommandError as error:

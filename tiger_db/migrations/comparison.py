@@ -12,7 +12,7 @@ from tiger_db.models import metadata
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class SchemaDifference:
     """How a database differs from the declaration, and the SQL that ends this.
 
     `tables` are those concerned; a partition counts as its parent. `unknown`: a trigger was added
@@ -20,12 +20,12 @@ class Difference:
     """
 
     tables: tuple[str, ...]
-    seen: str
+    description: str
     repair: str
-    unknown: bool = False
+    undeclared: bool = False
 
     def __str__(self) -> str:
-        return f"{self.seen}: {self.repair}"
+        return f"{self.description}: {self.repair}"
 
 
 _SET_LOCALLY = text("SELECT pg_catalog.set_config(:name, :value, true)")
@@ -75,7 +75,7 @@ WITH of_columns AS (
 ), of_extensions AS (
     SELECT classid, objid FROM pg_depend WHERE deptype = 'e'
 )
-SELECT format('function %s has the name of one of PostgreSQL''s', oid::regprocedure) AS seen,
+SELECT format('function %s has the name of one of PostgreSQL''s', oid::regprocedure) AS description,
     format('DROP ROUTINE %s', oid::regprocedure) AS repair
 FROM pg_proc WHERE pronamespace = :schema
     AND proname IN (SELECT proname FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace)
@@ -91,7 +91,7 @@ SELECT format('the cast from %s to %s is not one of tiger_db''s', source, target
     format('DROP CAST (%s AS %s)', source, target)
 FROM (SELECT castsource::regtype AS source, casttarget::regtype AS target FROM pg_cast
     WHERE castsource IN (SELECT oid FROM of_types) OR casttarget IN (SELECT oid FROM of_types)) AS c
-ORDER BY seen
+ORDER BY description
 """)
 _REPLICATION_ROLE = text("""
 SELECT setting, source, quote_ident(session_user) AS role,
@@ -114,7 +114,7 @@ _STATES = {
 }
 
 
-async def compare(connection: AsyncConnection) -> list[Difference]:
+async def find_differences(connection: AsyncConnection) -> list[SchemaDifference]:
     """Compare triggers, functions, row security, rules and kinds of tables with the declaration.
 
     Also reported is what makes them act otherwise than declared: functions and operators of the
@@ -139,17 +139,17 @@ async def compare(connection: AsyncConnection) -> list[Difference]:
     captures = (await connection.execute(_CAPTURES_FOUND, here | oids)).all()
     return [
         *_replication_role((await connection.execute(_REPLICATION_ROLE)).first()),
-        *(Difference(_EVERY_TABLE, row.seen, row.repair) for row in captures),
+        *(SchemaDifference(_EVERY_TABLE, row.description, row.repair) for row in captures),
         *_compare_functions(schema, functions),
         *_compare_tables(tables),
         *_compare_triggers(schema.quoted, tables, found),
     ]
 
 
-def _replication_role(row: Row[Any] | None) -> Iterator[Difference]:
+def _replication_role(row: Row[Any] | None) -> Iterator[SchemaDifference]:
     if row is None:
         return
-    seen = f"session_replication_role is {row.setting}, so that triggers do not fire"
+    description = f"session_replication_role is {row.setting}, so that triggers do not fire"
     setters = {
         "user": f"ROLE {row.role}",
         "database": f"DATABASE {row.database}",
@@ -160,10 +160,10 @@ def _replication_role(row: Row[Any] | None) -> Iterator[Difference]:
         repair = f"ALTER {setters[row.source]} RESET session_replication_role"
     else:
         repair = f"remove it where it is set ({row.source})"
-    yield Difference(_EVERY_TABLE, seen, repair)
+    yield SchemaDifference(_EVERY_TABLE, description, repair)
 
 
-def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[Difference]:
+def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[SchemaDifference]:
     literal = "'" + schema.name.replace("'", "''") + "'"
     definitions = {row.signature: row.definition.partition("\n")[2] for row in found}
     for signature, declared in FUNCTIONS.items():
@@ -172,16 +172,16 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
             continue
         name = signature.partition("(")[0]
         tables = sorted({t.table for t in triggers() if f".{name}()" in t.action})
-        seen = f"function {name} (of {', '.join(tables or ['audit_logs'])}) "
-        yield Difference(
+        description = f"function {name} (of {', '.join(tables or ['audit_logs'])}) "
+        yield SchemaDifference(
             tuple(tables or ["audit_logs"]),  # the other functions make its partitions
-            seen + ("is missing" if definition is None else _changes(expected, definition)),
+            description + ("is missing" if definition is None else _changes(expected, definition)),
             _on_one_line(f"{schema.quoted}.{signature}", expected),
         )
     for row in found:
         if row.signature not in FUNCTIONS:
             name = row.signature.partition("(")[0]
-            yield Difference(
+            yield SchemaDifference(
                 ("audit_logs",),
                 f"function {row.identity} has the name of one of tiger_db's",
                 f"DROP FUNCTION {schema.quoted}.{row.identity}",
@@ -211,30 +211,30 @@ def _on_one_line(signature: str, definition: str) -> str:
     return f"{statement} AS E'{body}'".replace("\n", "\\n")
 
 
-def _compare_tables(found: Iterable[Row[Any]]) -> Iterator[Difference]:
+def _compare_tables(found: Iterable[Row[Any]]) -> Iterator[SchemaDifference]:
     for name in metadata.tables.keys() - {table.root for table in found}:
-        yield Difference((name,), f"table {name} is missing", "restore it from a backup")
+        yield SchemaDifference((name,), f"table {name} is missing", "restore it from a backup")
     for table in found:
         name, of = table.name, (table.root,)
         if table.kind != _kind(table):
-            seen = f"{name} is {_KINDS[table.kind]}, not {_KINDS[_kind(table)]}"
-            yield Difference(of, seen, "restore it from a backup")
+            description = f"{name} is {_KINDS[table.kind]}, not {_KINDS[_kind(table)]}"
+            yield SchemaDifference(of, description, "restore it from a backup")
         alter = f"ALTER TABLE {table.qualified}"
         if table.secured:
-            seen = f"row security of {name} is enabled"
-            yield Difference(of, seen, f"{alter} DISABLE ROW LEVEL SECURITY")
+            description = f"row security of {name} is enabled"
+            yield SchemaDifference(of, description, f"{alter} DISABLE ROW LEVEL SECURITY")
         if table.forced:
-            seen = f"row security of {name} is forced"
-            yield Difference(of, seen, f"{alter} NO FORCE ROW LEVEL SECURITY")
+            description = f"row security of {name} is forced"
+            yield SchemaDifference(of, description, f"{alter} NO FORCE ROW LEVEL SECURITY")
         for policy in table.policies:
-            seen = f"{name} has the policy {policy}"
-            yield Difference(of, seen, f"DROP POLICY {policy} ON {table.qualified}")
+            description = f"{name} has the policy {policy}"
+            yield SchemaDifference(of, description, f"DROP POLICY {policy} ON {table.qualified}")
         for rule in table.rules:
             repair = f"DROP RULE {rule} ON {table.qualified}"
-            yield Difference(of, f"{name} has the rule {rule}", repair)
+            yield SchemaDifference(of, f"{name} has the rule {rule}", repair)
         for child in table.children:  # which keeps its rows
             repair = f"ALTER TABLE {child} NO INHERIT {table.qualified}"
-            yield Difference(of, f"table {child} inherits from {name}", repair)
+            yield SchemaDifference(of, f"table {child} inherits from {name}", repair)
 
 
 def _kind(table: Row[Any]) -> str:
@@ -244,7 +244,7 @@ def _kind(table: Row[Any]) -> str:
 
 def _compare_triggers(
     schema: str, tables: Iterable[Row[Any]], found: Iterable[Row[Any]]
-) -> Iterator[Difference]:
+) -> Iterator[SchemaDifference]:
     states: dict[tuple[int, str], str | None] = {}
     for table in (table for table in tables if table.kind == _kind(table)):
         on, qualified, of = table.name, table.qualified, (table.root,)
@@ -266,15 +266,19 @@ def _compare_triggers(
                 statements.append(expected.replace("CREATE", "CREATE OR REPLACE", 1))
             if not statements or trigger.enabled == "A":
                 statements.append(f"{enable} {trigger.name}")
-            yield Difference(of, f"trigger {trigger.name} on {on} {state}", "; ".join(statements))
+            yield SchemaDifference(
+                of, f"trigger {trigger.name} on {on} {state}", "; ".join(statements)
+            )
         for row in present.values():
             if row.internal and row.enabled != "O":  # a foreign key's
-                seen = f"trigger {row.name} on {on} {_STATES[row.enabled]}"
-                yield Difference(of, seen, f"ALTER TABLE {qualified} ENABLE TRIGGER {row.name}")
+                description = f"trigger {row.name} on {on} {_STATES[row.enabled]}"
+                yield SchemaDifference(
+                    of, description, f"ALTER TABLE {qualified} ENABLE TRIGGER {row.name}"
+                )
             elif not (row.internal or row.cloned):
-                seen = f"trigger {row.name} on {on} is not one of tiger_db's"
+                description = f"trigger {row.name} on {on} is not one of tiger_db's"
                 repair = f"unless it is yours, DROP TRIGGER {row.name} ON {qualified}"
-                yield Difference(of, seen, repair, unknown=True)
+                yield SchemaDifference(of, description, repair, undeclared=True)
 
 
 def _state(trigger: Trigger, expected: str, row: Row[Any] | None) -> str | None:

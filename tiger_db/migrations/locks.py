@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tiger_db.errors import Conflict, DatabaseUnavailable, MigrationError
 
 T = TypeVar("T")
-Say = Callable[[str], None]
-LOCK = 0x7469676572  # "tiger": one migration at a time in each schema, whoever runs it
+Progress = Callable[[str], None]
+MIGRATION_LOCK_ID = 0x7469676572  # "tiger": one migration at a time in each schema, whoever runs it
 
 
 def lock_key(number: int) -> str:
@@ -31,38 +31,38 @@ def lock_key(number: int) -> str:
 
 # Whoever needs what a migration waits for waits behind it. More than the server's deadlock_timeout:
 # only then does autovacuum give way to a migration.
-HURRY = "SET LOCAL lock_timeout = '2s'"
-_PATIENCE = 300.0  # seconds for one migration to get its locks
-_PAUSE = 15.0  # seconds at most between two attempts, in which those who queued get on
-_TURN = 3600.0  # seconds to wait for another's migrations
-_LOOK = 0.5  # seconds between two looks
-_TELL = 30.0  # seconds between two lines about the same wait
-_WHO = """
+LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'"
+_LOCK_RETRY_SECONDS = 300.0  # seconds for one migration to get its locks
+_MAX_PAUSE_SECONDS = 15.0  # seconds at most between two attempts, in which those who queued get on
+_MIGRATION_LOCK_SECONDS = 3600.0  # seconds to wait for another's migrations
+_POLL_SECONDS = 0.5  # seconds between two looks
+_REPORT_SECONDS = 30.0  # seconds between two lines about the same wait
+_SESSION = """
 CASE pid WHEN 0 THEN 'a prepared transaction' ELSE concat('process ', pid, ' (', concat_ws(', ',
     nullif(application_name, ''), usename, host(client_addr), state, 'in a transaction for '
     || round(extract(epoch FROM clock_timestamp() - xact_start)) || ' s'), ')') END
 """
 _BLOCKERS = text(
-    f"SELECT {_WHO} FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid)"  # noqa: S608  # constants
+    f"SELECT {_SESSION} FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid)"  # noqa: S608  # constants
     " LEFT JOIN pg_stat_activity USING (pid) ORDER BY xact_start"
 )
 _MIGRATING = text(
-    f"SELECT {_WHO} FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)"  # noqa: S608  # constants
+    f"SELECT {_SESSION} FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)"  # noqa: S608  # constants
     " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-    f" AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {lock_key(LOCK)}"
+    f" AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {lock_key(MIGRATION_LOCK_ID)}"
 )
 
 
 @asynccontextmanager
-async def turn(engine: AsyncEngine, say: Say) -> AsyncIterator[AsyncConnection]:
-    """A connection that alone may migrate, and waits for no lock longer than `HURRY` says.
+async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterator[AsyncConnection]:
+    """A connection that alone may migrate, and waits for no lock longer than `LOCK_TIMEOUT` says.
 
     Raises:
         MigrationError: others migrated for an hour.
     """
     async with engine.connect() as connection:
-        await _wait(connection, say)
+        await _wait(connection, progress)
         # Each transaction says it anew: a SET before Alembic's first one would begin that. In an
         # autocommit_block there is none, and CONCURRENTLY waits without holding anybody up.
         assert connection.sync_connection is not None
@@ -71,40 +71,42 @@ async def turn(engine: AsyncEngine, say: Say) -> AsyncIterator[AsyncConnection]:
             yield connection
         finally:
             await connection.rollback()
-            await connection.execute(text(f"SELECT pg_advisory_unlock({lock_key(LOCK)})"))
+            await connection.execute(
+                text(f"SELECT pg_advisory_unlock({lock_key(MIGRATION_LOCK_ID)})")
+            )
             await connection.commit()
 
 
 def _hurry(connection: Connection) -> None:
-    connection.exec_driver_sql(HURRY)
+    connection.exec_driver_sql(LOCK_TIMEOUT)
 
 
-async def _wait(connection: AsyncConnection, say: Say) -> None:
+async def _wait(connection: AsyncConnection, progress: Progress) -> None:
     """Take the lock. No transaction is open meanwhile: CREATE INDEX CONCURRENTLY waits for all."""
-    start, told = time.monotonic(), -_TELL
-    take = text(f"SELECT pg_try_advisory_lock({lock_key(LOCK)})")
+    start, told = time.monotonic(), -_REPORT_SECONDS
+    take = text(f"SELECT pg_try_advisory_lock({lock_key(MIGRATION_LOCK_ID)})")
     while not await connection.scalar(take):
         who = ", ".join((await connection.scalars(_MIGRATING)).all()) or "somebody"
         await connection.rollback()
         waited = time.monotonic() - start
-        if waited > _TURN:
+        if waited > _MIGRATION_LOCK_SECONDS:
             raise MigrationError(
                 f"{who} has been migrating for {waited / 60:.0f} min: nothing was done here;"
                 " run `tiger-db migrate` again when that is through"
             )
-        if waited - told >= _TELL:
-            say(f"waiting for {who} to migrate: {waited:.0f} s")
+        if waited - told >= _REPORT_SECONDS:
+            progress(f"waiting for {who} to migrate: {waited:.0f} s")
             told = waited
-        await asyncio.sleep(_LOOK)
+        await asyncio.sleep(_POLL_SECONDS)
     await connection.commit()  # the lock stays; Alembic begins its transactions itself
 
 
-async def patiently(
+async def with_lock_retries(
     engine: AsyncEngine,
     connection: AsyncConnection,
     what: str,
     work: Callable[[], Awaitable[T]],
-    say: Say,
+    progress: Progress,
 ) -> tuple[T, float, int]:
     """Do the work until it gets its locks: what it returned, in how many seconds, which attempt.
 
@@ -113,7 +115,7 @@ async def patiently(
     """
     driver = (await connection.get_raw_connection()).driver_connection
     assert driver is not None
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _LOCK_RETRY_SECONDS
     for attempt in count(1):
         done = asyncio.Event()
         watcher = asyncio.create_task(_blockers(engine, driver.get_server_pid(), done))
@@ -123,16 +125,16 @@ async def patiently(
         except Conflict:
             pass
         except DBAPIError:
-            say(f"{what}: failed, and is rolled back")
+            progress(f"{what}: failed, and is rolled back")
             raise
         finally:
             done.set()
             who = ", ".join(await watcher) or "somebody"
         await connection.rollback()
-        pause = min(2.0 ** (attempt - 1), _PAUSE)
+        pause = min(2.0 ** (attempt - 1), _MAX_PAUSE_SECONDS)
         if time.monotonic() + pause > end:
             break
-        say(f"{what}: attempt {attempt} gave way to {who}; again in {pause:.0f} s")
+        progress(f"{what}: attempt {attempt} gave way to {who}; again in {pause:.0f} s")
         await asyncio.sleep(pause)
     raise MigrationError(
         f"{what}: gave up after attempt {attempt}, which gave way to {who}: it is rolled back, what"
@@ -146,7 +148,7 @@ async def _blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Seque
 
     async def finished() -> bool:
         with suppress(TimeoutError):
-            await asyncio.wait_for(done.wait(), _LOOK)
+            await asyncio.wait_for(done.wait(), _POLL_SECONDS)
         return done.is_set()
 
     if await finished():  # as nearly always: no second connection
