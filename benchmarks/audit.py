@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from benchmarks.work import Work
 from tiger_db import AuditAction, AuditLog, Database, audit, crud
 from tiger_db.connections import connect
-from tiger_db.crud.common import encode_cursor
+from tiger_db.crud.pagination import encode_cursor
 from tiger_db.signing import generate_signing_key
 
 ROWS = 1_000_000

@@ -139,7 +139,7 @@ async def test_after_a_change_of_keys_the_old_one_still_reads_and_finds(clone: D
     both = f"{generate_key('new')},{clone.settings.encryption_keys.get_secret_value()}"
     changed = clone.settings.model_copy(update={"encryption_keys": SecretStr(both)})
     async with Database(changed) as database, database.session() as session:
-        (found,) = await crud.accounts.get_by_tiger_id(session, "20159999")
+        (found,) = await crud.accounts.list_by_tiger_id(session, "20159999")
         assert found.id == account.id
         assert plain(found.private_key) == "test_key"
 

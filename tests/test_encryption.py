@@ -303,7 +303,7 @@ async def test_without_keys_nothing_is_stored(session: AsyncSession) -> None:
     with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS is not set"):
         await secret_account(session)
     with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS is not set"):
-        await crud.accounts.get_by_tiger_id(session, "1")
+        await crud.accounts.list_by_tiger_id(session, "1")
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
@@ -343,16 +343,16 @@ async def test_both_keys_read_and_the_new_one_writes(session: AsyncSession) -> N
 
 async def test_an_account_is_found_by_tiger_id_under_either_key(session: AsyncSession) -> None:
     old, new = await rotated(session)
-    found = await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
+    found = await crud.accounts.list_by_tiger_id(session, SECRETS["tiger_id"])
     assert [account.id for account in found] == [old.id, new.id]
-    assert await crud.accounts.get_by_tiger_id(session, "another") == []
+    assert await crud.accounts.list_by_tiger_id(session, "another") == []
 
 
 async def test_a_changed_tiger_id_is_found_by_the_new_one_only(session: AsyncSession) -> None:
     account = await secret_account(session)
     await crud.accounts.update(session, account.id, tiger_id="another")
-    assert await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"]) == []
-    (found,) = await crud.accounts.get_by_tiger_id(session, "another")
+    assert await crud.accounts.list_by_tiger_id(session, SECRETS["tiger_id"]) == []
+    (found,) = await crud.accounts.list_by_tiger_id(session, "another")
     assert found.id == account.id
 
 

@@ -77,7 +77,7 @@ async def test_a_kms_takes_the_place_of_the_ring(clone_settings: Settings) -> No
         async with database.session() as session:
             account = await factories.account(session, **SECRETS)
         async with database.session() as session:
-            (found,) = await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
+            (found,) = await crud.accounts.list_by_tiger_id(session, SECRETS["tiger_id"])
             assert found.id == account.id
             assert values_of(found) == SECRETS
             assert isinstance(found.private_key, SealedSecret)
@@ -110,7 +110,7 @@ async def test_secrets_move_from_a_ring_to_a_kms(clone_settings: Settings) -> No
         report = await encryption_key_rotation.rotate(database)
     assert (report.rotated, report.stuck, report.retirable) == (1, 0, ["k1"])
     async with with_keys(clone_settings, KMS("kms")) as database, database.session() as session:
-        (found,) = await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
+        (found,) = await crud.accounts.list_by_tiger_id(session, SECRETS["tiger_id"])
         assert found.id == account.id
         assert values_of(found) == SECRETS
 

@@ -77,7 +77,7 @@ async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
         assert [values_of(account) for account in moved[:3]] == [SECRETS] * 3
         assert (moved[3].secret_key, moved[3].access_token) == (None, None)
         async with new.session() as session:
-            found = await accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
+            found = await accounts.list_by_tiger_id(session, SECRETS["tiger_id"])
         assert [account.id for account in found] == [account.id for account in moved]
         assert {account.id for account in before} <= {account.id for account in found}
 

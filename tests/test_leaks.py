@@ -106,7 +106,7 @@ async def live(settings: Settings) -> tuple[list[str], list[str]]:
             event = AuditLog(action=AuditAction.TRADE_PLACE_ORDER, details=told)
             await crud.audit_logs.log_events(session, [event])
             await crud.audit_logs.record_event(session, action=event.action, new_values=told)
-            assert await accounts.get_by_tiger_id(session, SECOND["tiger_id"])
+            assert await accounts.list_by_tiger_id(session, SECOND["tiger_id"])
             claim = await factories.claim(session, of=account)
             await crud.token_status.complete(session, claim, access_token="fourth-token-of-nobody")
         for refused, error in (

@@ -82,7 +82,7 @@ async def test_nothing_is_logged_echoed_or_raised(
             )
             assert await crud.api_keys.verify_api_key(session, raw_key)
             await crud.accounts.update_tokens(session, account.id, access_token="plain-token-of-x")
-            await crud.accounts.get_by_tiger_id(session, SECRETS["tiger_id"])
+            await crud.accounts.list_by_tiger_id(session, SECRETS["tiger_id"])
             await crud.accounts.record_error(session, account.id, message="boom")
             told: dict[str, Any] = {"who": "Nobody's", "key": raw_key, "token": SECRETS["tiger_id"]}
             for number in (1, 2):  # one is inserted, two are copied

@@ -136,7 +136,7 @@ def test_a_token_that_is_not_older_is_accepted(
     expires_at: datetime | None,
 ) -> None:
     account = new_account(access_token=held, token_expires_at=until)
-    assert account.expiry_of_newer(new, given_expiry) == expires_at
+    assert account.check_not_stale(new, given_expiry) == expires_at
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_an_older_token_is_refused(
 ) -> None:
     account = new_account(access_token=held, token_expires_at=until)
     with pytest.raises(StaleToken, match="newer access token"):
-        account.expiry_of_newer(new, given_expiry)
+        account.check_not_stale(new, given_expiry)
 
 
 # In the database

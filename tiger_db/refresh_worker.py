@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tiger_db import crud
 from tiger_db.connections.listener import listen
-from tiger_db.crud.common import get_or_raise, storable
+from tiger_db.crud.common import get_or_raise, replace_unstorable
 from tiger_db.database import AsyncSession, Database
 from tiger_db.errors import (
     AnswerLost,
@@ -420,7 +420,7 @@ class RefreshWorker:
                 session,
                 claim,
                 error=said,
-                error_code=storable(type(error).__name__)[:_LONGEST_CODE],
+                error_code=replace_unstorable(type(error).__name__)[:_LONGEST_CODE],
                 retry_after=_retry_after(error),
                 credentials_dead=refused,
                 answer_lost=isinstance(error, AnswerLost),

@@ -11,7 +11,7 @@ from tiger_db import RefreshTrigger
 from tiger_db.audit.storage import EVENTS, LAST_SEAL
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.rate_limits import CONSUME
-from tiger_db.crud.common import encode_cursor
+from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.write_behind import LEFT_OUT
 
@@ -84,7 +84,7 @@ SERVES: list[tuple[str, Call]] = [
     ("pk_tiger_accounts", asks(accounts.get, id_of(77))),
     ("pk_tiger_accounts", asks(accounts.list_accounts, after=cursor_of(77))),
     ("uq_tiger_accounts_account_number", asks(accounts.get_by_account_number, "77")),
-    ("ix_tiger_accounts_tiger_id_fingerprint", asks(accounts.get_by_tiger_id, "77")),
+    ("ix_tiger_accounts_tiger_id_fingerprint", asks(accounts.list_by_tiger_id, "77")),
     ("uq_tiger_accounts_is_default_trading", asks(accounts.get_default_trading_account)),
     ("uq_tiger_accounts_is_default_data", asks(accounts.get_default_data_account)),
     ("uq_tiger_accounts_is_default_data", asks(accounts.set_default_data_account, id_of(77))),

@@ -54,8 +54,8 @@ async def test_looking_up_what_is_not_there_returns_none(session: AsyncSession) 
     assert await accounts.get_by_account_number(session, "no 'such\" account 🐅") is None
     assert await accounts.get_default_trading_account(session) is None
     assert await accounts.get_default_data_account(session) is None
-    assert await accounts.get_by_tiger_id(session, "none") == []
-    assert await accounts.get_by_tiger_id(session, "\ud800") == []
+    assert await accounts.list_by_tiger_id(session, "none") == []
+    assert await accounts.list_by_tiger_id(session, "\ud800") == []
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -113,7 +113,7 @@ async def test_without_keys_no_secret_is_stored(database: Database) -> None:
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS"):
             await factories.account(session)
         with pytest.raises(ConfigurationError, match="ENCRYPTION_KEYS"):
-            await accounts.get_by_tiger_id(session, "20150001")
+            await accounts.list_by_tiger_id(session, "20150001")
 
 
 async def test_named_relationships_are_loaded_and_others_raise(clone: Database) -> None:
@@ -145,7 +145,7 @@ async def test_all_accounts_of_a_tiger_id_are_found(session: AsyncSession) -> No
     await factories.account(session, tiger_id="2")
     third = await factories.account(session, tiger_id="2")
     await accounts.update(session, third.id, tiger_id="1")
-    assert await accounts.get_by_tiger_id(session, "1") == [first, third]
+    assert await accounts.list_by_tiger_id(session, "1") == [first, third]
 
 
 async def test_lists_match_every_criterion(session: AsyncSession) -> None:

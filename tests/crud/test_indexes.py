@@ -17,7 +17,7 @@ from tiger_db import AuditLog, Database, Settings
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorize import FIND_KEY, find_key
 from tiger_db.crud.api_keys.key_format import checksum
-from tiger_db.crud.common import encode_cursor
+from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.doctor import tables
 from tiger_db.errors import InvalidAPIKey

@@ -12,7 +12,7 @@ from tests.support import factories
 from tests.support.lists import ACCOUNT, LEAK, LISTS, one_row_for
 from tests.support.recording import recorded
 from tiger_db import AuditLog, Database, Page, crud
-from tiger_db.crud.common import decode_cursor, encode_cursor
+from tiger_db.crud.pagination import decode_cursor, encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidCursor, InvalidValue
 

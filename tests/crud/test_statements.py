@@ -10,7 +10,7 @@ from tests.support.lists import ACCOUNT, LISTS, one_row_for
 from tests.support.recording import recorded
 from tiger_db import Database
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
-from tiger_db.crud.common import encode_cursor
+from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)
@@ -18,7 +18,7 @@ Read = Callable[[AsyncSession], Awaitable[object]]
 LOOKUPS: dict[str, Read] = {
     "accounts.get": lambda s: accounts.get(s, ACCOUNT),
     "get_by_account_number": lambda s: accounts.get_by_account_number(s, "1"),
-    "get_by_tiger_id": lambda s: accounts.get_by_tiger_id(s, "1"),
+    "list_by_tiger_id": lambda s: accounts.list_by_tiger_id(s, "1"),
     "get_default_trading_account": accounts.get_default_trading_account,
     "get_default_data_account": accounts.get_default_data_account,
     "get_accounts_needing_token_refresh": accounts.get_accounts_needing_token_refresh,

@@ -335,4 +335,4 @@ async def test_workers_whose_clocks_differ_share_the_work(
 
 def test_a_due_token_is_due() -> None:
     account = factories.new_account(access_token=due_token())
-    assert account.expiry_of_newer(account.readable_token(), None) is not None
+    assert account.check_not_stale(account.readable_token(), None) is not None

@@ -11,7 +11,7 @@ from sqlmodel import col
 from tiger_db.audit.storage import settled
 from tiger_db.connections.listener import listening
 from tiger_db.crud.audit_logs.reading import Criteria, criteria
-from tiger_db.crud.common import many
+from tiger_db.crud.common import fetch_all
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
@@ -48,7 +48,7 @@ async def follow(
         while True:
             news.clear()
             async with database.session() as session:
-                events = await many(
+                events = await fetch_all(
                     session,
                     select(AuditLog)
                     .where(col(AuditLog.position) > floor, *found)

@@ -6,6 +6,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli.options import (
+    DEFAULT_PAGE_SIZE,
     After,
     Limit,
     Yes,
@@ -134,7 +135,7 @@ def list_accounts(
     status: Annotated[AccountStatuses | None, typer.Option(help="Only these.")] = None,
     environment: Annotated[Environments | None, typer.Option(help="Only these.")] = None,
     account_type: Annotated[AccountTypes | None, typer.Option(help="Only these.")] = None,
-    limit: Limit = 50,
+    limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
     as_json: AsJson = False,
 ) -> None:

@@ -9,6 +9,7 @@ import tiger_db
 from tiger_db.cli.api_keys import PANEL, end_of_key, show_new_key, status_of
 from tiger_db.cli.encryption import new_id
 from tiger_db.cli.options import (
+    DEFAULT_PAGE_SIZE,
     SINCE,
     After,
     Limit,
@@ -73,7 +74,7 @@ def list_expiring_api_keys(
     within: Annotated[
         str, typer.Option(metavar="7d", help="How soon they expire: m, h, d or w.")
     ] = "7d",
-    limit: Limit = 50,
+    limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
     as_json: AsJson = False,
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli.options import (
+    DEFAULT_PAGE_SIZE,
     After,
     Limit,
     account_numbers,
@@ -98,7 +99,7 @@ def list_api_keys(
     account: Annotated[
         str | None, typer.Option(help="Only those bound to this account (number or id).")
     ] = None,
-    limit: Limit = 50,
+    limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
     as_json: AsJson = False,
 ) -> None:

@@ -13,6 +13,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli.options import (
+    DEFAULT_PAGE_SIZE,
     SINCE,
     After,
     Limit,
@@ -86,7 +87,7 @@ def list_events(
     request_id: Request = None,
     resource: Resource = None,
     details: Details = None,
-    limit: Limit = 50,
+    limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
     follow: Annotated[
         bool,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 S = TypeVar("S", bound=StrEnum)
+DEFAULT_PAGE_SIZE = 50  # that of crud.pagination, which --help does not import
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="How many to show at most.")]
 After = Annotated[
     str | None,

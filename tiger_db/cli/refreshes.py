@@ -12,6 +12,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli.options import (
+    DEFAULT_PAGE_SIZE,
     After,
     Limit,
     account_numbers,
@@ -49,7 +50,7 @@ def list_refreshes(
         str | None, typer.Option(help="Only those of this account (number or id).")
     ] = None,
     status: Annotated[RefreshStatuses | None, typer.Option(help="Only these.")] = None,
-    limit: Limit = 50,
+    limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
     as_json: AsJson = False,
 ) -> None:

@@ -21,7 +21,9 @@ _logger = logging.getLogger("tiger_db")
 _PACKAGE = "tiger_db."
 # What a statement passes through on its way.
 _LIBRARIES = ("sqlalchemy.", "sqlmodel.", "asyncpg.", "contextlib")
-_PASSES_ON = {f"{_PACKAGE}{name}" for name in ("statements", "database", "crud.common")}
+_PASSES_ON = {
+    f"{_PACKAGE}{name}" for name in ("statements", "database", "crud.common", "crud.pagination")
+}
 _SHOWN = 500  # characters of a slow statement
 
 

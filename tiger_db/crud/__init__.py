@@ -1,6 +1,6 @@
 """One module of plain async functions per entity."""
 
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
-from tiger_db.crud.common import Page
+from tiger_db.crud.pagination import Page
 
 __all__ = ["Page", "accounts", "api_keys", "audit_logs", "token_status"]

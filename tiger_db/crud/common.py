@@ -1,26 +1,22 @@
 """Helpers of the CRUD modules: the session context, pages, row look-ups, typed errors."""
 
-import base64
-import binascii
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Row, Select, select
+from sqlalchemy import Row, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, selectinload
-from sqlalchemy.orm.interfaces import LoaderOption
+from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlmodel import col
 
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import (
     ConfigurationError,
-    InvalidCursor,
     InvalidState,
     InvalidValue,
     NotFound,
@@ -31,41 +27,27 @@ from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import classify
 from tiger_db.write_behind import WriteBehind
 
-MAX_LIMIT = 1000
 # What a statement returns is what the rows are now, whatever the session remembers of them.
 FRESH = {"populate_existing": True, "synchronize_session": False}
 E_ = TypeVar("E_", bound=Entity)
-T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    """Some rows of a list, newest first. Pass `next_cursor` as `after` to go on; None: the end."""
-
-    items: list[T]
-    next_cursor: str | None = None
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-async def one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
+async def fetch_one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
     """The row that a statement finds or changes, as it is now; None if there is none."""
     with typed_errors():
         row: E_ | None = await session.scalar(statement, execution_options=FRESH)
     return row
 
 
-async def many(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
+async def fetch_all(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
     """The rows that a statement finds or changes, as they are now."""
     with typed_errors():
         return list(await session.scalars(statement, execution_options=FRESH))
 
 
-async def execute(session: AsyncSession, statement: str, *values: object) -> Sequence[Row[Any]]:
+async def execute_driver_sql(
+    session: AsyncSession, statement: str, *values: object
+) -> Sequence[Row[Any]]:
     """The rows of a statement in PostgreSQL's own words; what the session has pending goes first.
 
     For constant statements whose building would take longer than their work.
@@ -89,34 +71,10 @@ async def get_or_raise(
     statement = select(entity).where(col(entity.id) == row_id)
     if lock:
         statement = statement.with_for_update(key_share=True)
-    row = await one(session, statement)
+    row = await fetch_one(session, statement)
     if row is None:
         raise NotFound(f"there is no {entity.__name__} {row_id}")
     return row
-
-
-async def paginate(
-    session: AsyncSession,
-    statement: Select[E_],
-    entity: type[E_],
-    *,
-    after: str | None,
-    limit: int,
-) -> Page[E_]:
-    """A page of a statement's rows, newest first, in one statement of its own.
-
-    Raises:
-        InvalidCursor: `after` is not a page's `next_cursor`.
-        InvalidValue: `limit` is not from 1 to 1000.
-    """
-    check_limit(limit)
-    if after is not None:
-        statement = statement.where(col(entity.id) < decode_cursor(after))
-    # One row more tells whether another page follows.
-    statement = statement.order_by(col(entity.id).desc()).limit(limit + 1)
-    rows = await many(session, statement)
-    more = len(rows) > limit
-    return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,28 +116,7 @@ def refuse_readonly(
         raise InvalidState(f"a readonly session cannot {what}")
 
 
-def check_limit(limit: int) -> None:
-    """Raise InvalidValue if a list may not be that long."""
-    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
-        raise InvalidValue(f"limit must be a whole number from 1 to {MAX_LIMIT}")
-
-
-def encode_cursor(row_id: UUID) -> str:
-    return base64.urlsafe_b64encode(row_id.bytes).rstrip(b"=").decode("ascii")
-
-
-def decode_cursor(cursor: str) -> UUID:
-    """The id in a cursor. Raises InvalidCursor for anything that `encode_cursor` does not make."""
-    try:
-        row_id = UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
-    except (binascii.Error, ValueError, TypeError, UnicodeError):
-        raise InvalidCursor from None
-    if encode_cursor(row_id) != cursor:
-        raise InvalidCursor
-    return row_id
-
-
-def aware(name: str, value: datetime | None) -> datetime | None:
+def require_aware(name: str, value: datetime | None) -> datetime | None:
     """Refuse a naive datetime: whose noon it means cannot be known.
 
     Raises:
@@ -190,25 +127,13 @@ def aware(name: str, value: datetime | None) -> datetime | None:
     return value
 
 
-def storable(text: str) -> str:
+def replace_unstorable(text: str) -> str:
     """A text from elsewhere, such as an error's message, with what cannot be stored replaced."""
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
-def loading(entity: type[Entity], names: Sequence[str]) -> list[LoaderOption]:
-    """Loader options for the relationships that a caller names.
-
-    Raises:
-        InvalidValue: there is no such relationship.
-    """
-    unknown = [name for name in names if name not in entity.__sqlmodel_relationships__]
-    if unknown:
-        raise InvalidValue(f"{entity.__name__} has no relationship {', '.join(map(repr, unknown))}")
-    return [selectinload(getattr(entity, name)) for name in names]
-
-
 @asynccontextmanager
-async def constraints(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]:
+async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]:
     """A savepoint around changes. If a constraint refuses them, the transaction goes on without.
 
     The stored `rows` that were changed are then as they are in the database again.

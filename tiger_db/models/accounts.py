@@ -309,7 +309,7 @@ class TigerAccount(MutableEntity, table=True):
             return False
         return self.token_expires_at <= datetime.now(UTC) + REFRESH_AHEAD
 
-    def expiry_of_newer(
+    def check_not_stale(
         self, access_token: str, expires_at: datetime | None = None
     ) -> datetime | None:
         """When a token that is to replace this account's expires; None: that is unknown.

@@ -13,10 +13,10 @@ from tiger_db.crud.accounts.queries import (
     get,
     get_accounts_needing_token_refresh,
     get_by_account_number,
-    get_by_tiger_id,
     get_default_data_account,
     get_default_trading_account,
     list_accounts,
+    list_by_tiger_id,
 )
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "get",
     "get_accounts_needing_token_refresh",
     "get_by_account_number",
-    "get_by_tiger_id",
+    "list_by_tiger_id",
     "get_default_data_account",
     "get_default_trading_account",
     "list_accounts",

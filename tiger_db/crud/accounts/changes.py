@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.accounts.events import ENDED, log, log_change, refuse_closed, shown
-from tiger_db.crud.common import constraints, get_or_raise, one
+from tiger_db.crud.common import fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import AccountStatus, AuditAction, TigerAccount
 
@@ -30,10 +30,10 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
     if account.auto_suspended:
         raise InvalidValue("auto_suspended: an account is suspended so by `record_error` alone")
     if account.access_token is not None:
-        account.token_expires_at = account.expiry_of_newer(
+        account.token_expires_at = account.check_not_stale(
             account.access_token.get_secret_value(), account.token_expires_at
         )
-    async with constraints(session):
+    async with savepoint(session):
         session.add(account)
     await log(session, AuditAction.ACCOUNT_CREATE, account, new=shown(account))
     return account
@@ -60,12 +60,12 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
     values = account.validated(changes)
     _check_closed(account, values)
     if values.get("access_token") is not None:
-        values["token_expires_at"] = account.expiry_of_newer(
+        values["token_expires_at"] = account.check_not_stale(
             values["access_token"].get_secret_value(), values.get("token_expires_at")
         )
     if "status" in values:
         values["auto_suspended"] = False
-    async with constraints(session, account):
+    async with savepoint(session, account):
         account.sqlmodel_update(values)
     action = (
         AuditAction.ACCOUNT_STATUS_CHANGE if "status" in changes else AuditAction.ACCOUNT_UPDATE
@@ -113,7 +113,7 @@ async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> 
     if getattr(account, column):
         return account
     is_default = col(getattr(TigerAccount, column))
-    replaced = await one(
+    replaced = await fetch_one(
         session,
         sql_update(TigerAccount)
         .where(is_default, col(TigerAccount.id) != account_id)

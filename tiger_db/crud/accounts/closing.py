@@ -11,7 +11,7 @@ from sqlmodel import col
 
 from tiger_db.crud import audit_logs
 from tiger_db.crud.accounts.events import ENDED, log_change, shown
-from tiger_db.crud.common import get_or_raise, many
+from tiger_db.crud.common import fetch_all, get_or_raise
 from tiger_db.errors import InvalidState
 from tiger_db.models import (
     AccountStatus,
@@ -151,9 +151,9 @@ async def _end(
     session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool], **values: object
 ) -> list[tuple[E_, str]]:
     """Change the rows that meet the criteria; with each, the status that it had."""
-    rows = await many(session, select(entity).where(*criteria).with_for_update(key_share=True))
+    rows = await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
     old = {row.id: row.status.value for row in rows}
-    changed = await many(
+    changed = await fetch_all(
         session,
         sql_update(entity).where(col(entity.id).in_(old)).values(**values).returning(entity),
     )

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.accounts.events import log, log_change, refuse_closed, shown
-from tiger_db.crud.common import get_or_raise, one, storable
+from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AccountStatus, AuditAction, AuditLog, AuditSeverity, TigerAccount
 from tiger_db.models.base import readable_secrets
@@ -36,7 +36,7 @@ async def update_tokens(
     Raises:
         NotFound: there is no such account.
         InvalidState: it is closed.
-        StaleToken: it has a newer token (see `TigerAccount.expiry_of_newer`); nothing has changed.
+        StaleToken: it has a newer token (see `TigerAccount.check_not_stale`); nothing has changed.
         ValidationError: a value is refused; nothing has changed.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
@@ -48,7 +48,7 @@ async def update_tokens(
     if refresh_token is not None:
         changes["refresh_token"] = refresh_token
     account.validated(changes)
-    changes["token_expires_at"] = account.expiry_of_newer(access_token, token_expires_at)
+    changes["token_expires_at"] = account.check_not_stale(access_token, token_expires_at)
     before = shown(account)
     account.sqlmodel_update(changes)
     await session.flush()
@@ -71,7 +71,7 @@ async def _is_suspended_by(session: AsyncSession, account: TigerAccount, refresh
     """Whether the last that was done to its status is a suspension by a refresh, lately."""
     if account.status != AccountStatus.SUSPENDED:
         return False
-    last = await one(
+    last = await fetch_one(
         session,
         select(AuditLog)
         .where(
@@ -101,7 +101,7 @@ async def record_error(
         raise InvalidValue("suspend_after must be positive")
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     old: dict[str, JsonValue] = {"error_count": account.error_count}
-    text = storable(redact(message, *readable_secrets(account)))
+    text = replace_unstorable(redact(message, *readable_secrets(account)))
     suspended = account.status == AccountStatus.ACTIVE and account.error_count + 1 >= suspend_after
     values: dict[str, object] = {
         "error_count": col(TigerAccount.error_count) + 1,
@@ -110,7 +110,7 @@ async def record_error(
     }
     if suspended:
         values |= {"status": AccountStatus.SUSPENDED, "auto_suspended": True}
-    changed = await one(
+    changed = await fetch_one(
         session,
         sql_update(TigerAccount)
         .where(col(TigerAccount.id) == account_id)

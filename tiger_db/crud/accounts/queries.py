@@ -6,20 +6,13 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, and_, func, not_, or_, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, aliased
+from sqlalchemy.orm import Mapped, aliased, selectinload
 from sqlmodel import col
 
-from tiger_db.crud.common import (
-    Page,
-    check_limit,
-    loading,
-    many,
-    one,
-    paginate,
-    refuse_readonly,
-)
+from tiger_db.crud.common import fetch_all, fetch_one, refuse_readonly
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, check_limit, paginate
 from tiger_db.encryption import fingerprint
-from tiger_db.errors import ConfigurationError
+from tiger_db.errors import ConfigurationError, InvalidValue
 from tiger_db.models import (
     AccountStatus,
     AccountType,
@@ -49,7 +42,7 @@ async def get_by_account_number(
     return await _one(session, col(TigerAccount.account_number) == account_number, load)
 
 
-async def get_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
+async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
     """All accounts of one Tiger id, oldest first.
 
     Raises:
@@ -70,7 +63,7 @@ async def get_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAcc
         .where(col(TigerAccount.tiger_id_fingerprint).in_(found_by))
         .order_by(col(TigerAccount.id))
     )
-    return await many(session, statement)
+    return await fetch_all(session, statement)
 
 
 async def list_accounts(
@@ -80,7 +73,7 @@ async def list_accounts(
     environment: TigerEnvironment | None = None,
     account_type: AccountType | None = None,
     after: str | None = None,
-    limit: int = 50,
+    limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[TigerAccount]:
     """The accounts that match every criterion given, newest first."""
     statement = select(TigerAccount)
@@ -118,7 +111,7 @@ async def get_accounts_needing_token_refresh(
         .order_by(col(TigerAccount.token_expires_at), col(TigerAccount.id))
         .limit(limit)
     )
-    return await many(session, statement)
+    return await fetch_all(session, statement)
 
 
 async def find_for_operation(
@@ -182,11 +175,15 @@ async def find_for_operation(
     statement = statement.order_by(
         col(is_default).desc(), col(TigerAccount.error_count), col(TigerAccount.id)
     ).limit(limit)
-    return await many(session, statement)
+    return await fetch_all(session, statement)
 
 
 async def _one(
     session: AsyncSession, criterion: ColumnElement[bool] | Mapped[bool], load: Sequence[str]
 ) -> TigerAccount | None:
-    statement = select(TigerAccount).where(criterion).options(*loading(TigerAccount, load))
-    return await one(session, statement)
+    relationships = TigerAccount.__sqlmodel_relationships__
+    if unknown := [name for name in load if name not in relationships]:
+        raise InvalidValue(f"TigerAccount has no relationship {', '.join(map(repr, unknown))}")
+    options = [selectinload(getattr(TigerAccount, name)) for name in load]
+    statement = select(TigerAccount).where(criterion).options(*options)
+    return await fetch_one(session, statement)

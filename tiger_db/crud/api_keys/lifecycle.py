@@ -13,7 +13,7 @@ from sqlmodel import col
 from tiger_db.crud import audit_logs
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.key_format import new_key
-from tiger_db.crud.common import aware, constraints, context_of, get_or_raise, one
+from tiger_db.crud.common import context_of, fetch_one, get_or_raise, require_aware, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
     AccountStatus,
@@ -101,7 +101,7 @@ async def rotate(
             "description", "tags",
         }
     )  # fmt: skip
-    async with constraints(session, key):
+    async with savepoint(session, key):
         successor, raw_key = await _store(session, {**copied, "root_id": key.root_id or key.id})
         key.successor_id = successor.id
         key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
@@ -123,7 +123,7 @@ async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | 
         InvalidState: the key is not active or has expired, or its account is closed.
         InvalidValue: `expires_at` is naive, or not later than the key's expiry.
     """
-    aware("expires_at", expires_at)
+    require_aware("expires_at", expires_at)
     key, _ = await _lock_active(session, key_id, "extended")
     before = key.expires_at
     if before is None or (expires_at is not None and expires_at <= before):
@@ -187,7 +187,7 @@ async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
         InvalidState: the account is closed.
     """
     statement = select(TigerAccount).where(col(TigerAccount.id) == account_id)
-    account = await one(session, statement.with_for_update(key_share=True))
+    account = await fetch_one(session, statement.with_for_update(key_share=True))
     if account is not None and account.status == AccountStatus.CLOSED:
         raise InvalidState("the account is closed")
 
@@ -196,7 +196,7 @@ async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey,
     parsed = new_key(context_of(session.info).key_environment)
     key_hash, pepper_id = hash_secret(peppers_of(session.info), parsed.secret)
     key = APIKey(**values, key_prefix=parsed.prefix, key_hash=key_hash, pepper_id=pepper_id)
-    async with constraints(session):
+    async with savepoint(session):
         session.add(key)
     return key, parsed.raw_key
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from pydantic import JsonValue
 
-from tiger_db.crud.common import storable
+from tiger_db.crud.common import replace_unstorable
 from tiger_db.errors import (
     AccessDenied,
     AccountNotActive,
@@ -188,4 +188,4 @@ def _fields(
 
 def _sanitize(text: str) -> str:
     """Return a text of the caller that is short, and in which keys are masked."""
-    return redact(storable(text))[:_RECORDED_LENGTH]
+    return redact(replace_unstorable(text))[:_RECORDED_LENGTH]

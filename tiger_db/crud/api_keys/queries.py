@@ -10,14 +10,13 @@ from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import peppers_of, verify_secret
 from tiger_db.crud.api_keys.key_format import parse_key
-from tiger_db.crud.common import (
+from tiger_db.crud.common import fetch_all, fetch_one, require_aware
+from tiger_db.crud.pagination import (
+    DEFAULT_PAGE_SIZE,
     Page,
-    aware,
     check_limit,
     decode_cursor,
     encode_cursor,
-    many,
-    one,
     paginate,
 )
 from tiger_db.errors import InvalidValue
@@ -36,13 +35,13 @@ class HourlyUsage:
 async def get(session: AsyncSession, key_id: UUID) -> APIKey | None:
     """Return a key by its id."""
     statement = select(APIKey).where(col(APIKey.id) == key_id)
-    return await one(session, statement)
+    return await fetch_one(session, statement)
 
 
 async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None:
     """Return a key by its public prefix."""
     statement = select(APIKey).where(col(APIKey.key_prefix) == key_prefix)
-    return await one(session, statement)
+    return await fetch_one(session, statement)
 
 
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
@@ -61,7 +60,11 @@ async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
 
 
 async def get_keys_for_account(
-    session: AsyncSession, account_id: UUID, *, after: str | None = None, limit: int = 50
+    session: AsyncSession,
+    account_id: UUID,
+    *,
+    after: str | None = None,
+    limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
     """Return a page of the keys that are bound to an account, newest first."""
     statement = select(APIKey).where(col(APIKey.tiger_account_id) == account_id)
@@ -73,7 +76,7 @@ async def list_api_keys(
     *,
     status: APIKeyStatus | None = None,
     after: str | None = None,
-    limit: int = 50,
+    limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
     """Return a page of keys, newest first."""
     statement = select(APIKey)
@@ -87,7 +90,7 @@ async def list_expiring(
     *,
     within: timedelta = timedelta(days=7),
     after: str | None = None,
-    limit: int = 50,
+    limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
     """Return a page of the active keys that expire within a period from now, soonest first.
 
@@ -109,7 +112,7 @@ async def list_expiring(
         last = decode_cursor(after)
         expiry = select(expires_at).where(key_id == last).scalar_subquery()
         statement = statement.where(tuple_(expires_at, key_id) > tuple_(expiry, last))
-    keys = await many(session, statement.order_by(expires_at, key_id).limit(limit + 1))
+    keys = await fetch_all(session, statement.order_by(expires_at, key_id).limit(limit + 1))
     more = len(keys) > limit
     return Page(keys[:limit], encode_cursor(keys[limit - 1].id) if more else None)
 
@@ -126,7 +129,7 @@ async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list
         select(api_key_usage.c.hour, api_key_usage.c.count)
         .where(
             api_key_usage.c.api_key_id == key_id,
-            api_key_usage.c.hour >= func.date_trunc("hour", aware("since", since), "UTC"),
+            api_key_usage.c.hour >= func.date_trunc("hour", require_aware("since", since), "UTC"),
         )
         .order_by(api_key_usage.c.hour)
     )

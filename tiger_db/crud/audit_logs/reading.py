@@ -14,7 +14,8 @@ from sqlalchemy.dialects.postgresql import INET, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.common import Page, aware, paginate
+from tiger_db.crud.common import require_aware
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, paginate
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.api_keys import parse_network
@@ -24,14 +25,18 @@ _SECURITY = [action for action in AuditAction if action.family == "security"]
 
 
 async def get_recent_events(
-    session: AsyncSession, *, after: str | None = None, limit: int = 50
+    session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[AuditLog]:
     """The events, newest first."""
     return await paginate(session, select(AuditLog), AuditLog, after=after, limit=limit)
 
 
 async def get_security_events(
-    session: AsyncSession, *, hours: float = 24, after: str | None = None, limit: int = 50
+    session: AsyncSession,
+    *,
+    hours: float = 24,
+    after: str | None = None,
+    limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[AuditLog]:
     """The events of the last hours that concern security: that family, or severity high or above.
 
@@ -67,7 +72,7 @@ async def search(
     resource: str | None = None,
     details: Mapping[str, JsonValue] | None = None,
     after: str | None = None,
-    limit: int = 50,
+    limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[AuditLog]:
     """The events that match every criterion given, newest first.
 
@@ -123,9 +128,9 @@ def criteria(**wanted: Unpack[Criteria]) -> list[ColumnElement[bool]]:
         InvalidValue: as `search`.
     """
     found: list[ColumnElement[bool]] = []
-    if (since := aware("since", wanted.get("since"))) is not None:
+    if (since := require_aware("since", wanted.get("since"))) is not None:
         found.append(col(AuditLog.id) >= func.uuid7_floor(since))
-    if (until := aware("until", wanted.get("until"))) is not None:
+    if (until := require_aware("until", wanted.get("until"))) is not None:
         found.append(col(AuditLog.id) < func.uuid7_floor(until))
     for column, values in (
         (col(AuditLog.action), wanted.get("actions")),

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
-from tiger_db.crud.common import context_of, execute, refuse_readonly
+from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.audit_inserts import INSERT, PROVIDED, copy_events, row_of
@@ -55,7 +55,7 @@ async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> Aud
         ValidationError: there is no such action or result, or no such field.
     """
     event = _event(fields)
-    (provided,) = await execute(session, _INSERT, *row_of(event))
+    (provided,) = await execute_driver_sql(session, _INSERT, *row_of(event))
     for name, value in zip(PROVIDED, provided, strict=True):
         set_committed_value(event, name, value)
     _take_in(session.sync_session, event)

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud import audit_logs
-from tiger_db.crud.common import one
+from tiger_db.crud.common import fetch_one
 from tiger_db.errors import LeaseLost
 from tiger_db.models import AuditAction, AuditLog, AuditResult, TokenRefreshStatus, TokenStatus
 
@@ -21,7 +21,7 @@ async def set_values(
     session: AsyncSession, criterion: ColumnElement[bool], **values: object
 ) -> TokenStatus | None:
     """Change the refresh that meets the criterion, if there is one; it is then as it is now."""
-    return await one(
+    return await fetch_one(
         session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
     )
 

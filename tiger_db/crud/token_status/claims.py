@@ -8,7 +8,8 @@ from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import set_committed_value
 
-from tiger_db.crud.common import check_limit, execute, typed_errors
+from tiger_db.crud.common import execute_driver_sql, typed_errors
+from tiger_db.crud.pagination import check_limit
 from tiger_db.crud.token_status.changes import ANSWER_LOST, change_held
 from tiger_db.crud.token_status.outcomes import give_up_lost
 from tiger_db.errors import InvalidState, InvalidValue
@@ -108,7 +109,7 @@ async def _claim(
     provider = key_provider(session.sync_session)
     claims = []
     with typed_errors():
-        rows = await execute(session, CLAIM % due, worker, lease, which)
+        rows = await execute_driver_sql(session, CLAIM % due, worker, lease, which)
     for refresh, account in map(tuple, rows):
         claimed = detached(TokenStatus, refresh, provider)
         set_committed_value(claimed, "tiger_account", detached(TigerAccount, account, provider))

@@ -17,7 +17,13 @@ from sqlmodel import col
 from uuid_utils.compat import uuid7
 
 from tiger_db.crud import audit_logs
-from tiger_db.crud.common import execute, get_or_raise, one, storable, typed_errors
+from tiger_db.crud.common import (
+    execute_driver_sql,
+    fetch_one,
+    get_or_raise,
+    replace_unstorable,
+    typed_errors,
+)
 from tiger_db.crud.token_status.changes import (
     ANSWER_LOST,
     LONGEST_BACKOFF,
@@ -181,7 +187,7 @@ async def complete(
     try:
         refresh = await save(account)
     except StaleToken:
-        if await one(session, select(TokenStatus).where(is_held(claim))) is None:
+        if await fetch_one(session, select(TokenStatus).where(is_held(claim))) is None:
             raise LeaseLost from None
         raise
     if refresh is None:
@@ -204,10 +210,10 @@ async def _save(
     if refresh_token is not None:
         new["refresh_token"] = refresh_token
     new = account.validated(new)
-    expires_at = account.expiry_of_newer(access_token, new["token_expires_at"])
+    expires_at = account.check_not_stale(access_token, new["token_expires_at"])
     old = account.readable_token()
     with typed_errors():
-        rows = await execute(
+        rows = await execute_driver_sql(
             session,
             COMPLETE,
             claim.id,
@@ -317,10 +323,12 @@ async def fail(
 def _message(error: str, known: list[str]) -> str:
     """Return what may be stored of an error's text."""
     if len(error) <= _LONGEST_MESSAGE:
-        return storable(redact(error, *known))
+        return replace_unstorable(redact(error, *known))
     # What is left of a secret that is cut is not recognized.
     cut = error[: _LONGEST_MESSAGE + _LONGEST_SECRET]
-    return f"{storable(redact(cut, *known)[:-_LONGEST_SECRET])}... ({len(error)} characters)"
+    return (
+        f"{replace_unstorable(redact(cut, *known)[:-_LONGEST_SECRET])}... ({len(error)} characters)"
+    )
 
 
 async def lose(session: AsyncSession, claim: TokenStatus) -> None:
@@ -348,7 +356,7 @@ async def give_up_lost(session: AsyncSession, *, skip: Collection[UUID] = ()) ->
 
 async def _lose(session: AsyncSession, which: str, *values: object) -> int:
     with typed_errors():
-        ended = await execute(session, _LOSE % which, LONGEST_BACKOFF, *values)
+        ended = await execute_driver_sql(session, _LOSE % which, LONGEST_BACKOFF, *values)
     failure: dict[str, Any] = {
         "result": AuditResult.FAILURE,
         "error_code": AnswerLost.__name__,
@@ -385,7 +393,7 @@ async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool
     """Whether an earlier attempt has lost its answer: of this refresh, or of one given up."""
     if claim.details and claim.details.get(ANSWER_LOST):
         return True
-    last = await one(
+    last = await fetch_one(
         session,
         select(TokenStatus)
         .where(

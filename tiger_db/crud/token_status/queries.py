@@ -10,14 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.elements import SQLCoreOperations
 from sqlmodel import col
 
-from tiger_db.crud.common import (
-    Page,
-    aware,
-    check_limit,
-    many,
-    one,
-    paginate,
-)
+from tiger_db.crud.common import fetch_all, fetch_one, require_aware
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, check_limit, paginate
 from tiger_db.crud.token_status.changes import IS_OPEN
 from tiger_db.models import (
     TokenRefreshStatus,
@@ -52,7 +46,7 @@ async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenSta
 
 
 async def get_pending_refreshes(
-    session: AsyncSession, *, after: str | None = None, limit: int = 50
+    session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[TokenStatus]:
     """The refreshes that wait to be claimed, newest first."""
     statement = select(TokenStatus).where(
@@ -62,7 +56,7 @@ async def get_pending_refreshes(
 
 
 async def get_failed_refreshes(
-    session: AsyncSession, *, after: str | None = None, limit: int = 50
+    session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[TokenStatus]:
     """The refreshes that were given up, newest first."""
     statement = select(TokenStatus).where(
@@ -76,7 +70,7 @@ async def history(
     *,
     account_id: UUID | None = None,
     after: str | None = None,
-    limit: int = 50,
+    limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[TokenStatus]:
     """All refreshes, or an account's, newest first."""
     statement = select(TokenStatus)
@@ -86,7 +80,7 @@ async def history(
 
 
 async def overview(
-    session: AsyncSession, *, since: datetime, limit: int = 50
+    session: AsyncSession, *, since: datetime, limit: int = DEFAULT_PAGE_SIZE
 ) -> dict[str, list[TokenStatus]]:
     """What is `running`, `due` and `waiting`, longest due first, and `failed` since then.
 
@@ -106,13 +100,13 @@ async def overview(
         "failed": (
             and_(
                 text("token_statuses.status = 'failed'"),  # as the partial index has it
-                col(TokenStatus.id) >= func.uuid7_floor(aware("since", since)),
+                col(TokenStatus.id) >= func.uuid7_floor(require_aware("since", since)),
             ),
             col(TokenStatus.id).desc(),
         ),
     }
     return {
-        name: await many(
+        name: await fetch_all(
             session,
             select(TokenStatus).where(criterion).order_by(order, col(TokenStatus.id)).limit(limit),
         )
@@ -126,7 +120,7 @@ async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatis
     Raises:
         InvalidValue: `since` is naive.
     """
-    recent = col(TokenStatus.id) >= func.uuid7_floor(aware("since", since))
+    recent = col(TokenStatus.id) >= func.uuid7_floor(require_aware("since", since))
     succeeded = col(TokenStatus.status) == TokenRefreshStatus.SUCCESS
     failed = col(TokenStatus.status) == TokenRefreshStatus.FAILED
     duration = col(TokenStatus.duration_ms)
@@ -159,7 +153,7 @@ async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatis
 
 
 async def _newest(session: AsyncSession, criterion: ColumnElement[bool]) -> TokenStatus | None:
-    return await one(
+    return await fetch_one(
         session, select(TokenStatus).where(criterion).order_by(col(TokenStatus.id).desc()).limit(1)
     )
 

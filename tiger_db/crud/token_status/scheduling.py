@@ -10,15 +10,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.common import (
-    FRESH,
-    check_limit,
-    constraints,
-    get_or_raise,
-    many,
-    one,
-    typed_errors,
-)
+from tiger_db.crud.common import FRESH, fetch_all, fetch_one, get_or_raise, savepoint, typed_errors
+from tiger_db.crud.pagination import check_limit
 from tiger_db.crud.token_status.changes import IS_OPEN, log, set_values
 from tiger_db.errors import (
     InvalidState,
@@ -64,7 +57,7 @@ async def create_refresh_operation(
         if opened:
             await log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, opened[0])
             return opened[0]
-        open_one = await one(
+        open_one = await fetch_one(
             session,
             select(TokenStatus).where(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
@@ -228,7 +221,7 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
     if refresh.status != TokenRefreshStatus.FAILED:
         raise InvalidState(f"a {refresh.status.value} refresh cannot be tried again")
-    async with constraints(session):
+    async with savepoint(session):
         await set_values(
             session,
             col(TokenStatus.id) == refresh_id,
@@ -277,7 +270,7 @@ async def _open(session: AsyncSession, refreshes: Sequence[TokenStatus]) -> list
         {name: value for name, value in refresh.model_dump().items() if value is not None}
         for refresh in refreshes
     ]
-    return await many(
+    return await fetch_all(
         session,
         insert(TokenStatus)
         .values(rows)

@@ -1,0 +1,82 @@
+"""Keyset pagination: pages, cursors and the limits of their size."""
+
+import base64
+import binascii
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+from uuid import UUID
+
+from sqlalchemy import Select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from tiger_db.crud.common import E_, fetch_all
+from tiger_db.errors import InvalidCursor, InvalidValue
+
+DEFAULT_PAGE_SIZE = 50
+MAX_PAGE_SIZE = 1000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A page of a list. `next_cursor` is the `after` of the next page; None on the last page."""
+
+    items: list[T]
+    next_cursor: str | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+async def paginate(
+    session: AsyncSession,
+    statement: Select[E_],
+    entity: type[E_],
+    *,
+    after: str | None,
+    limit: int,
+) -> Page[E_]:
+    """Fetch a page of a statement's rows, newest first, with one query.
+
+    Raises:
+        InvalidCursor: `after` is not the `next_cursor` of a page.
+        InvalidValue: `limit` is not from 1 to 1000.
+    """
+    check_limit(limit)
+    if after is not None:
+        statement = statement.where(col(entity.id) < decode_cursor(after))
+    # One row more shows whether there is a next page.
+    statement = statement.order_by(col(entity.id).desc()).limit(limit + 1)
+    rows = await fetch_all(session, statement)
+    more = len(rows) > limit
+    return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
+
+
+def check_limit(limit: int) -> None:
+    """Raise InvalidValue unless `limit` is a whole number from 1 to 1000."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_PAGE_SIZE:
+        raise InvalidValue(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}")
+
+
+def encode_cursor(row_id: UUID) -> str:
+    return base64.urlsafe_b64encode(row_id.bytes).rstrip(b"=").decode("ascii")
+
+
+def decode_cursor(cursor: str) -> UUID:
+    """Return the row id in a cursor.
+
+    Raises:
+        InvalidCursor: the text is not what `encode_cursor` returns.
+    """
+    try:
+        row_id = UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
+    except (binascii.Error, ValueError, TypeError, UnicodeError):
+        raise InvalidCursor from None
+    if encode_cursor(row_id) != cursor:
+        raise InvalidCursor
+    return row_id
