@@ -97,7 +97,7 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
 
     return [
         Work("log one event in a transaction", log_one, insert_one, times=100),
-        Work("record one event apart from any", record_one, insert_alone, times=100),
+        Work("record one event out of band", record_one, insert_alone, times=100),
         Work("log 1,000 events that are there, beside COPY", log_thousand, copy_thousand, times=1),
     ]
 

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.sql import apart, sql
+from tests.support.sql import sql, sql_without_search_path
 from tests.support.waiting import until
 from tiger_db import AuditLog, Database, KeyVerifier, Settings, audit, crud, migrations
 from tiger_db.audit.storage import TAKE_TURN
@@ -251,7 +251,7 @@ async def test_no_connection_follows_the_search_path_of_its_role(clone_settings:
         f'ALTER DATABASE "{clone_settings.database}" SET search_path = evil, public',
     )
     right = "SELECT abs(extract(epoch FROM now() - clock_timestamp())) < 60"
-    assert await apart(clone_settings, right) is False
+    assert await sql_without_search_path(clone_settings, right) is False
     past = clone_settings.model_copy(
         update={"db_pooler": "pgbouncer", "db_direct_host": clone_settings.addresses[0].host,
                 "db_direct_port": clone_settings.addresses[0].port}
@@ -273,7 +273,7 @@ async def test_no_connection_follows_the_search_path_of_its_role(clone_settings:
                      " FROM tiger_accounts")
             )  # fmt: skip
     # Nor does a trigger, in a session that does.
-    changed = await apart(
+    changed = await sql_without_search_path(
         clone_settings,
         "UPDATE tiger_accounts SET description = 'again'",
         "SELECT max(updated_at) < pg_catalog.now() + interval '1 day' FROM tiger_accounts",

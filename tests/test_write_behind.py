@@ -1,4 +1,4 @@
-"""Counts and events are written apart from who causes them, and none is lost or doubled."""
+"""Counts and events are written out of band, and none is lost or doubled."""
 
 import asyncio
 import random

@@ -39,7 +39,7 @@ from tiger_db.write_behind import WriteBehind
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-_APART = 4  # connections at most, beside the pool's, for what is written apart from sessions
+_OUT_OF_BAND_CONNECTIONS = 4  # at most, besides those of the pool
 # Seconds before a transaction is run again, doubled each time: at most, and half of it at least.
 _WAIT, _LONG_WAIT = 0.05, 1.0
 
@@ -71,7 +71,7 @@ class Database:
     """The connections of one process to one database, in one event loop.
 
     `key_provider` encrypts in place of `ENCRYPTION_KEYS`: a KMS, say. Beside its pool it has up to
-    four connections more, for what is written apart from sessions: see `write_behind`.
+    four connections more, for writes out of band: see `write_behind`.
 
     Raises:
         ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or missing in
@@ -89,12 +89,12 @@ class Database:
             "pool_recycle": self.settings.db_pool_recycle,
         }
         self.engine = create_engine(self.settings, **pool)
-        # Sessions that wait for what is written apart may have all that a pooler has.
-        apart = self.settings.directly() if self.settings.db_direct_host else self.settings
+        # Sessions that wait for an out-of-band write can hold all connections of a pooler.
+        out_of_band = self.settings.directly() if self.settings.db_direct_host else self.settings
         self.write_behind = WriteBehind(
             create_engine(
-                apart,
-                pool_size=min(_APART, self.settings.db_pool_size),
+                out_of_band,
+                pool_size=min(_OUT_OF_BAND_CONNECTIONS, self.settings.db_pool_size),
                 max_overflow=0,
                 pool_timeout=self.settings.db_pool_timeout,
                 pool_recycle=self.settings.db_pool_recycle,

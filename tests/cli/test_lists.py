@@ -18,6 +18,8 @@ from tiger_db import (
     TokenStatus,
     crud,
 )
+from tiger_db.cli import options
+from tiger_db.crud import pagination
 from tiger_db.database import AsyncSession
 
 
@@ -197,3 +199,7 @@ def test_refreshes(cli: CommandLine, clone_settings: Settings) -> None:
     assert "--status" in cli.misused("list-refreshes", *both)
     assert "--status" in cli.misused("list-refreshes", "--status", "success")
     assert "no account" in cli.fails("list-refreshes", "--account", "nope")
+
+
+def test_lists_of_commands_and_of_functions_have_one_page_size() -> None:
+    assert options.DEFAULT_PAGE_SIZE == pagination.DEFAULT_PAGE_SIZE

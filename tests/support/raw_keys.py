@@ -28,7 +28,7 @@ def unknown_key() -> str:
 
 @contextmanager
 def asked(database: Database) -> Iterator[list[str]]:
-    """The statements of sessions and what is sent apart from them; there, connections taken.
+    """The statements of sessions and what is sent out of band; there, connections taken.
 
     Events go past SQLAlchemy: of them, only the connection shows.
     """
@@ -40,13 +40,13 @@ def asked(database: Database) -> Iterator[list[str]]:
     def take(*rest: object) -> None:
         sent.append("a connection")
 
-    apart = database.write_behind.engine.sync_engine
-    event.listen(apart, "before_cursor_execute", record)
-    event.listen(apart, "checkout", take)
+    out_of_band = database.write_behind.engine.sync_engine
+    event.listen(out_of_band, "before_cursor_execute", record)
+    event.listen(out_of_band, "checkout", take)
     try:
         with recorded(database) as statements:
             yield sent
         sent += statements
     finally:
-        event.remove(apart, "before_cursor_execute", record)
-        event.remove(apart, "checkout", take)
+        event.remove(out_of_band, "before_cursor_execute", record)
+        event.remove(out_of_band, "checkout", take)

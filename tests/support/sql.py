@@ -26,8 +26,8 @@ async def sql(settings: Settings, *statements: str) -> object:
         await connection.close()
 
 
-async def apart(settings: Settings, *statements: str) -> object:
-    """As `sql`, in a session whose search path is the role's own."""
+async def sql_without_search_path(settings: Settings, *statements: str) -> object:
+    """Do the same as `sql` in a session with the default search path of the role."""
     arguments = settings.connect_args()
     del arguments["server_settings"]["search_path"]
     connection = await asyncpg.connect(**arguments)
