@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+import tiger_db.cli.options
 from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import CommandLine, Result
 from tests.support.sql import write
@@ -18,7 +19,6 @@ from tiger_db import (
     TokenStatus,
     crud,
 )
-from tiger_db.cli import options
 from tiger_db.crud import pagination
 from tiger_db.database import AsyncSession
 
@@ -202,4 +202,4 @@ def test_refreshes(cli: CommandLine, clone_settings: Settings) -> None:
 
 
 def test_lists_of_commands_and_of_functions_have_one_page_size() -> None:
-    assert options.DEFAULT_PAGE_SIZE == pagination.DEFAULT_PAGE_SIZE
+    assert tiger_db.cli.options.DEFAULT_PAGE_SIZE == pagination.DEFAULT_PAGE_SIZE
