@@ -66,7 +66,7 @@ from sqlalchemy import Text as SQLText
 from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field
 
-from tiger_db.encryption import Encrypted, Secret
+from tiger_db.encryption import EncryptedType, Secret
 from tiger_db.models.base import (
     JsonObject, MutableEntity, Text, enum_type, tracked_json, tracked_list
 )
@@ -85,7 +85,7 @@ class Webhook(MutableEntity, table=True):
     url: Text = Field(min_length=8, max_length=500, unique=True, sa_type=SQLText)
     kind: WebhookKind = Field(sa_type=enum_type(WebhookKind), description="Its kind")
     kinds: list[WebhookKind] = Field(sa_type=tracked_list(enum_type(WebhookKind)))
-    secret: Secret = Field(sa_type=Encrypted(), description="To sign with")
+    secret: Secret = Field(sa_type=EncryptedType(), description="To sign with")
     tags: JsonObject = Field(default_factory=dict, sa_type=tracked_json())
     tiger_account_id: UUID = Field(
         foreign_key="tiger_accounts.id", ondelete="CASCADE", index=True, sa_type=SQLUUID

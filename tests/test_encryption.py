@@ -15,10 +15,10 @@ from sqlalchemy.exc import StatementError
 from tests.support import factories
 from tests.support.contexts import changed_context
 from tests.support.encryption_keys import (
+    AAD,
     K1,
     K2,
     ONLY_K2,
-    PLACE,
     RING,
     SECRETS,
     secret_account,
@@ -28,9 +28,9 @@ from tests.support.factories import new_account, plain
 from tiger_db import TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import (
-    Encrypted,
+    EncryptedSecret,
+    EncryptedType,
     KeyRing,
-    SealedSecret,
     Secret,
     decrypt,
     encrypt,
@@ -45,18 +45,18 @@ from tiger_db.redaction import MASK
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@given(secret=UNICODE, place=UNICODE)
-@example(secret="x" * 100_000, place=PLACE)
-def test_any_text_comes_back(secret: str, place: str) -> None:
-    assert decrypt(RING, encrypt(RING, secret, place), place) == secret
+@given(secret=UNICODE, aad=UNICODE)
+@example(secret="x" * 100_000, aad=AAD)
+def test_any_text_comes_back(secret: str, aad: str) -> None:
+    assert decrypt(RING, encrypt(RING, secret, aad), aad) == secret
 
 
 def test_the_same_text_is_never_encrypted_alike() -> None:
-    assert len({encrypt(RING, "text", PLACE) for _ in range(100)}) == 100
+    assert len({encrypt(RING, "text", AAD) for _ in range(100)}) == 100
 
 
 def test_a_ciphertext_names_its_format_and_its_key() -> None:
-    ciphertext = encrypt(RING, "text", PLACE)
+    ciphertext = encrypt(RING, "text", AAD)
     assert ciphertext[:4] == b"\x01\x02k1"
     assert key_id_of(ciphertext) == "k1"
     assert len(ciphertext) == 4 + 12 + len("text") + 16
@@ -66,14 +66,14 @@ def test_a_ciphertext_names_its_format_and_its_key() -> None:
 def test_a_changed_byte_is_an_error_and_never_another_text(
     secret: str, position: int, change: int
 ) -> None:
-    ciphertext = bytearray(encrypt(RING, secret, PLACE))
+    ciphertext = bytearray(encrypt(RING, secret, AAD))
     ciphertext[position % len(ciphertext)] ^= change
     with pytest.raises(EncryptionError):
-        decrypt(RING, bytes(ciphertext), PLACE)
+        decrypt(RING, bytes(ciphertext), AAD)
 
 
 def test_each_single_byte_counts() -> None:
-    ciphertext = encrypt(RING, "text", PLACE)
+    ciphertext = encrypt(RING, "text", AAD)
     for position in range(len(ciphertext)):
         for changed in (
             ciphertext[:position] + bytes([ciphertext[position] ^ 1]) + ciphertext[position + 1 :],
@@ -81,13 +81,13 @@ def test_each_single_byte_counts() -> None:
             ciphertext[:position],
         ):
             with pytest.raises(EncryptionError):
-                decrypt(RING, changed, PLACE)
+                decrypt(RING, changed, AAD)
 
 
 @given(st.binary(max_size=80) | st.binary(max_size=60).map(lambda rest: b"\x01\x02k1" + rest))
 def test_what_is_no_ciphertext_is_an_error(garbage: bytes) -> None:
     with pytest.raises(EncryptionError):
-        decrypt(RING, garbage, PLACE)
+        decrypt(RING, garbage, AAD)
 
 
 @given(one=UNICODE, other=UNICODE)
@@ -101,21 +101,21 @@ def test_a_ciphertext_is_of_one_place(one: str, other: str) -> None:
 def test_the_same_key_id_with_another_key_reads_nothing() -> None:
     other = KeyRing({"k1": bytes(32)})
     with pytest.raises(EncryptionError, match="'k1' is not the one that made it"):
-        decrypt(other, encrypt(RING, "text", PLACE), PLACE)
+        decrypt(other, encrypt(RING, "text", AAD), AAD)
 
 
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(EncryptionError, match="key 'k1' is not configured") as caught:
-        decrypt(KeyRing({"k2": bytes(32)}), encrypt(RING, "text", PLACE), PLACE)
-    assert PLACE in str(caught.value)
+        decrypt(KeyRing({"k2": bytes(32)}), encrypt(RING, "text", AAD), AAD)
+    assert AAD in str(caught.value)
 
 
 def test_the_first_key_encrypts_and_every_key_decrypts() -> None:
     old = KeyRing({"k1": bytes(32)})
     both = KeyRing({"k2": bytes(range(32)), "k1": bytes(32)})
     assert both.key_ids == ("k2", "k1")
-    assert decrypt(both, encrypt(old, "text", PLACE), PLACE) == "text"
-    assert key_id_of(encrypt(both, "text", PLACE)) == "k2"
+    assert decrypt(both, encrypt(old, "text", AAD), AAD) == "text"
+    assert key_id_of(encrypt(both, "text", AAD)) == "k2"
 
 
 def test_fingerprints_depend_on_text_column_and_key() -> None:
@@ -295,7 +295,10 @@ async def test_a_plain_text_is_refused_by_the_column(
 
 
 def test_the_column_type_shows_nothing_in_a_migration() -> None:
-    assert repr(Encrypted(fingerprint="x")) in {"Encrypted()", "Encrypted(fingerprint='x')"}
+    assert repr(EncryptedType(fingerprint="x")) in {
+        "EncryptedType()",
+        "EncryptedType(fingerprint='x')",
+    }
 
 
 async def test_without_keys_nothing_is_stored(session: AsyncSession) -> None:
@@ -332,12 +335,12 @@ async def test_both_keys_read_and_the_new_one_writes(session: AsyncSession) -> N
     for row, key_id in ((old, "k1"), (new, "k2")):
         read = await crud.accounts.get(session, row.id)
         assert read is not None
-        assert isinstance(read.private_key, SealedSecret)
+        assert isinstance(read.private_key, EncryptedSecret)
         assert read.private_key.key_id == key_id
         assert values_of(read) == SECRETS
     read = await crud.accounts.update(session, old.id, private_key="newer")
-    assert isinstance(read.private_key, SealedSecret)
-    assert isinstance(read.secret_key, SealedSecret)
+    assert isinstance(read.private_key, EncryptedSecret)
+    assert isinstance(read.secret_key, EncryptedSecret)
     assert (read.private_key.key_id, read.secret_key.key_id) == ("k2", "k1")
 
 

@@ -14,7 +14,7 @@ from tests.support import factories
 from tests.support.encryption_keys import K1, SECRETS, values_of
 from tests.support.factories import plain
 from tiger_db import Database, Settings, crud, encryption_key_rotation
-from tiger_db.encryption import KeyProvider, KeyRing, SealedSecret
+from tiger_db.encryption import EncryptedSecret, KeyProvider, KeyRing
 from tiger_db.errors import EncryptionError
 
 
@@ -26,13 +26,13 @@ class KMS:
         self.reachable = True
         self.calls: Counter[str] = Counter()
 
-    def encrypt(self, key_id: str, data: bytes, context: bytes) -> bytes:
+    def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
         nonce = os.urandom(12)
-        return nonce + self._cipher(key_id, "encrypt").encrypt(nonce, data, context)
+        return nonce + self._cipher(key_id, "encrypt").encrypt(nonce, data, aad)
 
-    def decrypt(self, key_id: str, sealed: bytes, context: bytes) -> bytes:
+    def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
         try:
-            return self._cipher(key_id, "decrypt").decrypt(sealed[:12], sealed[12:], context)
+            return self._cipher(key_id, "decrypt").decrypt(ciphertext[:12], ciphertext[12:], aad)
         except (InvalidTag, ValueError):
             raise EncryptionError from None
 
@@ -57,9 +57,9 @@ class Moving(KMS):
         super().__init__(key_id, *ring.key_ids)
         self.ring = ring
 
-    def decrypt(self, key_id: str, sealed: bytes, context: bytes) -> bytes:
+    def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
         before: KeyProvider = self.ring if key_id in self.ring.key_ids else KMS(key_id)
-        return before.decrypt(key_id, sealed, context)
+        return before.decrypt(key_id, ciphertext, aad)
 
     def fingerprint(self, key_id: str, data: bytes) -> bytes:
         before: KeyProvider = self.ring if key_id in self.ring.key_ids else KMS(key_id)
@@ -80,7 +80,7 @@ async def test_a_kms_takes_the_place_of_the_ring(clone_settings: Settings) -> No
             (found,) = await crud.accounts.list_by_tiger_id(session, SECRETS["tiger_id"])
             assert found.id == account.id
             assert values_of(found) == SECRETS
-            assert isinstance(found.private_key, SealedSecret)
+            assert isinstance(found.private_key, EncryptedSecret)
             assert found.private_key.key_id == "kms-2026"
             await session.execute(text("UPDATE tiger_accounts SET secret_key = private_key"))
         async with database.session() as session:

@@ -20,7 +20,7 @@ from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, encryp
 from tiger_db.crud import accounts
 from tiger_db.encryption import KeyProvider, KeyRing
 from tiger_db.errors import ConfigurationError, EncryptionError
-from tiger_db.key_uses import DAMAGED, KeyUse, key_uses, rows_to_rotate, sealed_entities
+from tiger_db.key_uses import DAMAGED, KeyUse, encrypted_entities, key_uses, rows_to_rotate
 from tiger_db.models.base import secrets_of
 
 TABLE = "tiger_accounts"
@@ -202,7 +202,7 @@ async def test_without_keys_there_is_nothing_to_rotate_to(clone_settings: Settin
 async def test_a_change_that_came_between_wins(using: Using) -> None:
     async with using(K1) as old, using(K2) as both:
         (account,) = await store(old)
-        (mapper,) = sealed_entities()
+        (mapper,) = encrypted_entities()
         async with both.session() as session:
             (row,) = await encryption_key_rotation._outdated_rows(session, mapper, UUID(int=0), 10)
             change = encryption_key_rotation._resealed(K2, mapper, row)

@@ -38,8 +38,8 @@ from tiger_db.redaction import (
     MASK,
     add_secret_names,
     is_secret_name,
+    mask_account_number,
     mask_secrets,
-    masked,
     redact,
 )
 
@@ -327,7 +327,7 @@ def test_what_is_around_a_secret_stays() -> None:
     ("number", "shown"), [("51230321", "****0321"), ("12345", "*2345"), ("1234", "****"), ("", "")]
 )
 def test_of_an_account_number_four_characters_show(number: str, shown: str) -> None:
-    assert masked(number) == shown
+    assert mask_account_number(number) == shown
 
 
 # Long texts

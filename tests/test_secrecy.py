@@ -10,11 +10,11 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import text
 
-from tests.support.encryption_keys import PLACE, RING, SECRETS, secret_account, values_of
+from tests.support.encryption_keys import AAD, RING, SECRETS, secret_account, values_of
 from tests.support.factories import new_account
 from tiger_db import APIKeyScope, AuditAction, AuditLog, Database, TigerAccount, crud
 from tiger_db.database import AsyncSession
-from tiger_db.encryption import SealedSecret, Secret, encrypt
+from tiger_db.encryption import EncryptedSecret, Secret, encrypt
 from tiger_db.errors import TigerDBError
 from tiger_db.redaction import MASK
 
@@ -50,9 +50,9 @@ def test_its_length_does_not_show_either() -> None:
 
 
 def test_a_secret_is_equal_to_the_same_one_however_stored() -> None:
-    sealed = SealedSecret(encrypt(RING, "text", PLACE), PLACE, RING)
-    assert sealed.get_secret_value() == "text"
-    assert len(sealed) == 4
+    secret = EncryptedSecret(encrypt(RING, "text", AAD), AAD, RING)
+    assert secret.get_secret_value() == "text"
+    assert len(secret) == 4
     assert Secret("text") == Secret("text") != Secret("other")
 
 

@@ -47,12 +47,12 @@ class KeyProvider(Protocol):
         """The keys, each 1 to 32 letters, digits, '.', '_' or '-'. The first one encrypts."""
         ...
 
-    def encrypt(self, key_id: str, data: bytes, context: bytes) -> bytes:
-        """Encrypt under a fresh nonce; `context` is authenticated and not part of the result."""
+    def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
+        """Encrypt under a fresh nonce; `aad` is authenticated and not part of the result."""
         ...
 
-    def decrypt(self, key_id: str, sealed: bytes, context: bytes) -> bytes:
-        """Decrypt; EncryptionError: not what `encrypt` made under this key for this context."""
+    def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
+        """Decrypt; EncryptionError: not what `encrypt` made under this key for this aad."""
         ...
 
     def fingerprint(self, key_id: str, data: bytes) -> bytes:
@@ -78,15 +78,15 @@ class KeyRing:
         """
         return cls(parse_keys(text))
 
-    def encrypt(self, key_id: str, data: bytes, context: bytes) -> bytes:
+    def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
         nonce = os.urandom(_NONCE)
-        return nonce + self._ciphers[key_id].encrypt(nonce, data, context)
+        return nonce + self._ciphers[key_id].encrypt(nonce, data, aad)
 
-    def decrypt(self, key_id: str, sealed: bytes, context: bytes) -> bytes:
-        if len(sealed) < _NONCE + _TAG:
+    def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
+        if len(ciphertext) < _NONCE + _TAG:
             raise EncryptionError
         try:
-            return self._ciphers[key_id].decrypt(sealed[:_NONCE], sealed[_NONCE:], context)
+            return self._ciphers[key_id].decrypt(ciphertext[:_NONCE], ciphertext[_NONCE:], aad)
         except InvalidTag:
             raise EncryptionError from None
 
@@ -129,25 +129,25 @@ def check_keys(keys: Mapping[str, bytes]) -> None:
             raise ConfigurationError(f"key {key_id!r} is not 32 bytes of base64")
 
 
-def encrypt(provider: KeyProvider, text: str, place: str) -> bytes:
+def encrypt(provider: KeyProvider, text: str, aad: str) -> bytes:
     """Encrypt a text under the first key for one place (`table.column:row id`)."""
     key_id = provider.key_ids[0]
-    header = header_of(key_id)
-    return header + provider.encrypt(key_id, text.encode(), header + place.encode())
+    header = ciphertext_header(key_id)
+    return header + provider.encrypt(key_id, text.encode(), header + aad.encode())
 
 
-def decrypt(provider: KeyProvider, ciphertext: bytes, place: str, owner: str = "") -> str:
+def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "") -> str:
     """Decrypt what `encrypt` made for this place; `owner` is what errors call its row.
 
     Raises:
         EncryptionError: not for this place, changed, or under a key that is not here.
     """
-    where = f"{place} ({owner})" if owner else place
+    where = f"{aad} ({owner})" if owner else aad
     header, key_id = _header_in(ciphertext, where)
     if key_id not in provider.key_ids:
         raise EncryptionError(f"{where}: encryption key {key_id!r} is not configured")
     try:
-        return provider.decrypt(key_id, ciphertext[len(header) :], header + place.encode()).decode()
+        return provider.decrypt(key_id, ciphertext[len(header) :], header + aad.encode()).decode()
     except EncryptionError:
         raise EncryptionError(
             f"{where}: the ciphertext was changed, belongs to another place,"
@@ -161,7 +161,7 @@ def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> b
 
 
 @lru_cache(maxsize=256)
-def header_of(key_id: str) -> bytes:
+def ciphertext_header(key_id: str) -> bytes:
     """What every ciphertext under this key starts with, and no other does."""
     if not _KEY_ID.fullmatch(key_id):
         raise EncryptionError(_BAD_KEY_ID)
@@ -190,7 +190,7 @@ def _header_in(ciphertext: bytes, where: str) -> tuple[bytes, str]:
     header = ciphertext[: 2 + ciphertext[1]]
     key_id = header[2:].decode("ascii", errors="replace")
     try:
-        if header_of(key_id) == header:
+        if ciphertext_header(key_id) == header:
             return header, key_id
     except EncryptionError:
         pass
@@ -224,7 +224,7 @@ class Secret(SecretStr):
 
     @classmethod
     def validated(cls, value: object) -> "Secret":
-        if isinstance(value, SealedSecret):
+        if isinstance(value, EncryptedSecret):
             return value
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         if not isinstance(text, str):
@@ -244,18 +244,18 @@ class Secret(SecretStr):
         return MASK
 
 
-class SealedSecret(Secret):
+class EncryptedSecret(Secret):
     """A secret as it is stored: decrypted when `get_secret_value` is called, and not before."""
 
     def __init__(
         self,
         ciphertext: bytes,
-        place: str = "",
+        aad: str = "",
         provider: KeyProvider | None = None,
         owner: str = "",
     ) -> None:
         self.ciphertext = ciphertext
-        self.place = place
+        self.aad = aad
         self.provider = provider
         self.owner = owner
 
@@ -270,29 +270,29 @@ class SealedSecret(Secret):
         Raises:
             EncryptionError: the key is missing or wrong, or the ciphertext is not this row's.
         """
-        if not self.place:
+        if not self.aad:
             raise EncryptionError("a secret decrypts only as part of its row: load the whole row")
         if self.provider is None:
             raise EncryptionError(
-                f"{self.place}: encryption key {self.key_id!r} is not configured"
+                f"{self.aad}: encryption key {self.key_id!r} is not configured"
                 " (set ENCRYPTION_KEYS)"
             )
-        return decrypt(self.provider, self.ciphertext, self.place, self.owner)
+        return decrypt(self.provider, self.ciphertext, self.aad, self.owner)
 
     def __len__(self) -> int:
         return len(self.get_secret_value())
 
-    def __copy__(self) -> "SealedSecret":
-        return SealedSecret(self.ciphertext, self.place, self.provider, self.owner)
+    def __copy__(self) -> "EncryptedSecret":
+        return EncryptedSecret(self.ciphertext, self.aad, self.provider, self.owner)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "SealedSecret":
+    def __deepcopy__(self, memo: dict[int, object]) -> "EncryptedSecret":
         return self.__copy__()
 
-    def __reduce__(self) -> tuple[type["SealedSecret"], tuple[bytes, str, None, str]]:
-        return SealedSecret, (self.ciphertext, self.place, None, self.owner)  # without the keys
+    def __reduce__(self) -> tuple[type["EncryptedSecret"], tuple[bytes, str, None, str]]:
+        return EncryptedSecret, (self.ciphertext, self.aad, None, self.owner)  # without the keys
 
 
-class Encrypted(TypeDecorator[SecretStr]):
+class EncryptedType(TypeDecorator[SecretStr]):
     """A `bytea` column of ciphertexts. A plain text is refused: it must be sealed for its row.
 
     `fingerprint` names the column that makes this one searchable.
@@ -312,7 +312,7 @@ class Encrypted(TypeDecorator[SecretStr]):
     ) -> bytes | None:
         if value is None:
             return None
-        if not isinstance(value, SealedSecret):
+        if not isinstance(value, EncryptedSecret):
             raise EncryptionError("a secret can only be written as part of its row")
         return value.ciphertext
 
@@ -320,10 +320,10 @@ class Encrypted(TypeDecorator[SecretStr]):
         self,
         value: bytes | None,
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
-    ) -> SealedSecret | None:
-        return None if value is None else SealedSecret(value)
+    ) -> EncryptedSecret | None:
+        return None if value is None else EncryptedSecret(value)
 
     def compare_values(self, x: object, y: object) -> bool:
-        if isinstance(x, SealedSecret) and isinstance(y, SealedSecret):
+        if isinstance(x, EncryptedSecret) and isinstance(y, EncryptedSecret):
             return x.ciphertext == y.ciphertext
         return x is y

@@ -24,19 +24,19 @@ from sqlalchemy.orm import Mapper
 
 from tiger_db.crud import audit_logs
 from tiger_db.database import Database
-from tiger_db.encryption import KeyProvider, decrypt, encrypt, fingerprint, header_of
+from tiger_db.encryption import KeyProvider, ciphertext_header, decrypt, encrypt, fingerprint
 from tiger_db.errors import Conflict, EncryptionError, QueryTimeout
 from tiger_db.key_uses import (
     KeyUse,
+    encrypted_entities,
     key_uses,
     outdated,
     required_provider,
-    sealed_entities,
     secret_names,
     table_of,
 )
 from tiger_db.models import AuditAction
-from tiger_db.models.base import encrypted_columns, place_of, secrets_of
+from tiger_db.models.base import aad_of, encrypted_columns, secrets_of
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -80,9 +80,9 @@ async def rotate(
     """
     async with database.session() as session:
         report = Rotation(required_provider(session).key_ids[0])
-        for mapper in sealed_entities():
+        for mapper in encrypted_entities():
             await _check_first_key(session, mapper)
-    for mapper in sealed_entities():
+    for mapper in encrypted_entities():
         patient = False
         while True:
             sweep = await _sweep(database, mapper, advance, dry_run=dry_run, patient=patient)
@@ -228,7 +228,7 @@ def _resealed(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict
         EncryptionError: one of them cannot be decrypted. The row then waits for its key as a whole.
     """
     first = provider.key_ids[0]
-    current, row_id = header_of(first), str(row.id)
+    current, row_id = ciphertext_header(first), str(row.id)
     change: dict[str, object] = {"id": row.id}
     ciphertexts: tuple[bytes | None, ...] = tuple(row[1:])
     for (name, type_), ciphertext in zip(encrypted_columns(mapper), ciphertexts, strict=True):
@@ -237,11 +237,11 @@ def _resealed(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict
             change[type_.fingerprint] = None
         if ciphertext is None or ciphertext.startswith(current):
             continue
-        place = place_of(mapper, name, row_id)
-        plain = decrypt(provider, ciphertext, place)
-        change[f"new_{name}"] = encrypt(provider, plain, place)
+        aad = aad_of(mapper, name, row_id)
+        plain = decrypt(provider, ciphertext, aad)
+        change[f"new_{name}"] = encrypt(provider, plain, aad)
         if type_.fingerprint:
-            change[type_.fingerprint] = fingerprint(provider, first, plain, place.split(":")[0])
+            change[type_.fingerprint] = fingerprint(provider, first, plain, aad.split(":")[0])
     return change
 
 

@@ -16,7 +16,7 @@ from sqlmodel import col
 
 from tiger_db.connections import connect, connect_directly, maintenance_engine, tls
 from tiger_db.database import AsyncSession
-from tiger_db.encryption import KeyRing, SealedSecret, decrypt
+from tiger_db.encryption import EncryptedSecret, KeyRing, decrypt
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, EncryptionError, TigerDBError
 from tiger_db.keys_in_force import API_KEY_PEPPERS, ENCRYPTION_KEYS, configured, in_force
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
@@ -359,9 +359,9 @@ async def _unreadable(connection: AsyncConnection, ring: KeyRing) -> list[str]:
         )
     if account is not None:
         secret = account.tiger_id
-        assert isinstance(secret, SealedSecret)  # as it was loaded
+        assert isinstance(secret, EncryptedSecret)  # as it was loaded
         try:
-            decrypt(ring, secret.ciphertext, secret.place, secret.owner)
+            decrypt(ring, secret.ciphertext, secret.aad, secret.owner)
         except EncryptionError as error:
             return [f"stored secrets cannot be read: {error}: set ENCRYPTION_KEYS as it was"]
     return []

@@ -18,7 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper
 
-from tiger_db.encryption import KeyProvider, header_of, key_id_of
+from tiger_db.encryption import KeyProvider, ciphertext_header, key_id_of
 from tiger_db.errors import ConfigurationError, EncryptionError
 from tiger_db.models import Entity
 from tiger_db.models.base import encrypted_columns, key_provider
@@ -39,7 +39,7 @@ class KeyUse:
 async def key_uses(session: AsyncSession) -> list[KeyUse]:
     """The rows per table and key, as they are now; a row that needs several counts for each."""
     uses = []
-    for mapper in sealed_entities():
+    for mapper in encrypted_entities():
         table, counts = table_of(mapper), Counter[str]()
         heads = [_head(table.c[name]) for name in secret_names(mapper)]
         rows = await session.execute(select(func.count(), *heads).group_by(*heads))
@@ -74,12 +74,12 @@ async def rows_to_rotate(session: AsyncSession) -> int:
         await session.scalar(
             select(func.count()).select_from(table_of(mapper)).where(outdated(session, mapper))
         )
-        for mapper in sealed_entities()
+        for mapper in encrypted_entities()
     ]
     return sum(filter(None, counts))
 
 
-def sealed_entities() -> list[Mapper[Any]]:
+def encrypted_entities() -> list[Mapper[Any]]:
     """The entities that have secrets."""
     return [mapper for mapper in Entity._sa_registry.mappers if encrypted_columns(mapper)]  # noqa: SLF001  # SQLModel's name for the registry
 
@@ -95,7 +95,7 @@ def secret_names(mapper: Mapper[Any]) -> list[str]:
 
 def outdated(session: AsyncSession, mapper: Mapper[Any]) -> ColumnElement[bool]:
     """Whether a row has a secret that is not under the first key."""
-    current = header_of(required_provider(session).key_ids[0])
+    current = ciphertext_header(required_provider(session).key_ids[0])
     table = table_of(mapper)
     starts = [
         func.substr(table.c[name], 1, len(current), type_=LargeBinary)

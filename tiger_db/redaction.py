@@ -40,7 +40,7 @@ _NAMED = re.compile(
 )
 
 
-def masked(account_number: str) -> str:
+def mask_account_number(account_number: str) -> str:
     """An account number for places that others may see: its last four characters at most."""
     shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual
     return "*" * (len(account_number) - len(shown)) + shown

@@ -319,7 +319,7 @@ class RefreshWorker:
         if asking.cancelled() or asking.exception() or not isinstance(asking.result(), NewToken):
             return
         if self._stopping.is_set():  # the database may be closed
-            _logger.warning("%s: a token came too late, and is lost", account.known_as())
+            _logger.warning("%s: a token came too late, and is lost", account.label())
             return
         milliseconds = round((time.monotonic() - start) * 1000)
         storing = asyncio.create_task(self._complete(claim, account, asking.result(), milliseconds))
@@ -342,7 +342,7 @@ class RefreshWorker:
         token = _storable(claim, account, token)
         for stored in (token, NewToken(token.access_token)):
             try:
-                await self._store(claim, account.known_as(), stored, milliseconds)
+                await self._store(claim, account.label(), stored, milliseconds)
             except Exception as error:
                 if is_transient(error):
                     raise
@@ -408,7 +408,7 @@ class RefreshWorker:
     async def _fail(
         self, claim: TokenStatus, account: TigerAccount, error: RefreshFailed, milliseconds: int
     ) -> None:
-        who = account.known_as()
+        who = account.label()
 
         async def fail(session: AsyncSession) -> TokenStatus:
             refused, said = isinstance(error, CredentialsRefused), _text(error)
@@ -515,9 +515,9 @@ def _storable(claim: TokenStatus, account: TigerAccount, token: NewToken) -> New
 def _kept(row: Entity, name: str, value: T | None) -> T | None:
     """Return a value that came from a broker as the row's field can hold it, else None."""
     try:
-        kept: T | None = row.validated({name: value})[name]
+        kept: T | None = row.validate_changes({name: value})[name]
     except (ValueError, TypeError, OverflowError):  # ValidationError is a ValueError
-        _logger.warning("%s: a broker's %s cannot be stored, and is left out", row.known_as(), name)
+        _logger.warning("%s: a broker's %s cannot be stored, and is left out", row.label(), name)
         return None
     return kept
 

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from tiger_db.errors import DatabaseUnavailable, TigerDBError
 from tiger_db.models import AuditLog
-from tiger_db.models.audit_inserts import copy_events
+from tiger_db.models.audit_inserts import insert_events
 from tiger_db.sqlstates import LOST, raw_errors
 
 SECONDS = 1.0  # for which counts are collected
@@ -201,7 +201,7 @@ class WriteBehind:
         error: Exception | None = DatabaseUnavailable("the process ends")
         try:
             async with self.connection() as connection:
-                await copy_events(connection, [one.event for one in waiting])
+                await insert_events(connection, [one.event for one in waiting])
             error = None
         except Exception as problem:  # noqa: BLE001  # whatever it is, who waits is told
             if len(waiting) > 1 and not isinstance(problem, DatabaseUnavailable):

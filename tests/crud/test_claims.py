@@ -75,7 +75,7 @@ async def test_a_claim_comes_with_its_account(session: AsyncSession) -> None:
         "token-1",
         "test_key",
     )
-    assert seen.known_as() == account.known_as()
+    assert seen.label() == account.label()
 
 
 async def test_a_worker_does_not_take_over_from_itself(session: AsyncSession) -> None:

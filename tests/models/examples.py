@@ -11,7 +11,7 @@ from sqlalchemy.types import TypeEngine
 
 from tests.support.factories import new_account
 from tiger_db import APIKey, AuditLog, TigerAccount, TokenStatus
-from tiger_db.encryption import Encrypted
+from tiger_db.encryption import EncryptedType
 from tiger_db.models import Entity
 from tiger_db.models.base import Timestamp
 
@@ -70,7 +70,7 @@ TEXTS = fields_of(Text)
 INTEGERS = fields_of(BigInteger)
 TIMESTAMPS = fields_of(Timestamp)
 JSONS = fields_of(JSONB)
-SECRETS = fields_of(Encrypted)
+SECRETS = fields_of(EncryptedType)
 
 
 def _limits() -> Iterator[tuple[type[Entity], str, str, Any, Any]]:

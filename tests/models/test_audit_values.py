@@ -263,7 +263,7 @@ def test_assigned_and_changed_in_place_it_is_made_safe_too() -> None:
     event.details = {"n": Decimal(1), "password": HIDDEN}  # type: ignore[dict-item]  # the point
     assert event.details == {"n": "1", "password": MASK, NOTES: {"details.n": "Decimal"}}
     event.details["when"] = date(2026, 1, 2)  # type: ignore[assignment]  # the point
-    changed = event.validated({"details": event.details, "tags": event.tags})
+    changed = event.validate_changes({"details": event.details, "tags": event.tags})
     assert changed.keys() == {"details", "tags"}
     assert changed["details"]["when"] == "2026-01-02"
     with pytest.raises(ValidationError, match="severity"):

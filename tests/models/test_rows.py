@@ -14,7 +14,7 @@ from tiger_db.crud.common import execute_driver_sql
 from tiger_db.database import AsyncSession
 from tiger_db.models.base import Entity, key_provider
 from tiger_db.models.mutable import Tracked
-from tiger_db.models.rows import detached, taken_in, whole
+from tiger_db.models.rows import hydrate, merge_row, row_expression
 
 FULL = {
     "private_key": PK8, "secret_key": "secret", "access_token": "token", "refresh_token": "more",
@@ -34,7 +34,7 @@ FULL_KEY = {
 
 async def values_of(session: AsyncSession, row: Entity) -> Any:
     name = row.__tablename__
-    statement = f"SELECT {whole(type(row), 't')} FROM {name} t WHERE id = $1"
+    statement = f"SELECT {row_expression(type(row), 't')} FROM {name} t WHERE id = $1"
     ((values,),) = await execute_driver_sql(session, statement, row.id)
     return values
 
@@ -69,9 +69,9 @@ async def test_they_are_as_the_orm_has_them(session: AsyncSession) -> None:
         session.expunge_all()
         loaded = await session.get(type(row), row.id)
         assert loaded is not None
-        apart = detached(type(row), values, key_provider(session.sync_session))
+        apart = hydrate(type(row), values, key_provider(session.sync_session))
         session.expunge_all()
-        taken = taken_in(session.sync_session, type(row), values)
+        taken = merge_row(session.sync_session, type(row), values)
         assert seen(apart) == seen(taken) == seen(loaded)
         assert repr(apart) == repr(taken) == repr(loaded)
         assert list(type(row).model_fields) == [
@@ -87,7 +87,7 @@ async def test_what_the_session_has_is_brought_up_to_date(session: AsyncSession)
     account = await factories.account(session, **FULL)
     await session.execute(text("UPDATE tiger_accounts SET account_name = 'x', tags = '{\"c\": 1}'"))
     assert account.account_name == "Main"
-    taken = taken_in(session.sync_session, TigerAccount, await values_of(session, account))
+    taken = merge_row(session.sync_session, TigerAccount, await values_of(session, account))
     assert taken is account
     assert (account.account_name, account.tags) == ("x", {"c": 1})
     assert not session.dirty
@@ -99,7 +99,7 @@ async def test_changes_are_saved(session: AsyncSession, *, known: bool) -> None:
     values = await values_of(session, account)
     if not known:
         session.expunge_all()
-    taken = taken_in(session.sync_session, TigerAccount, values)
+    taken = merge_row(session.sync_session, TigerAccount, values)
     assert isinstance(taken.tags["a"], Tracked)
     taken.tags["a"].append("more")
     taken.description = "changed"
@@ -116,7 +116,7 @@ async def test_a_rollback_forgets_what_was_not_saved(clone: Database) -> None:
         refresh = await factories.refresh(session)
     async with clone.sessions() as session:
         await session.execute(text("UPDATE token_statuses SET retry_count = 7"))
-        taken = taken_in(session.sync_session, TokenStatus, await values_of(session, refresh))
+        taken = merge_row(session.sync_session, TokenStatus, await values_of(session, refresh))
         assert taken.retry_count == 7
         await session.rollback()
         await session.refresh(taken)
@@ -126,5 +126,5 @@ async def test_a_rollback_forgets_what_was_not_saved(clone: Database) -> None:
 async def test_times_beyond_the_calendar(session: AsyncSession) -> None:
     refresh = await factories.refresh(session)
     await session.execute(text("UPDATE token_statuses SET scheduled_at = 'infinity'"))
-    taken = taken_in(session.sync_session, TokenStatus, await values_of(session, refresh))
+    taken = merge_row(session.sync_session, TokenStatus, await values_of(session, refresh))
     assert taken.scheduled_at == datetime.max.replace(tzinfo=UTC)

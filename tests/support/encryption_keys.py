@@ -10,7 +10,7 @@ from tiger_db.encryption import (
     KeyRing,
 )
 
-PLACE = "tiger_accounts.private_key:01890a5d-ac96-774b-bcce-b302099a8057"
+AAD = "tiger_accounts.private_key:01890a5d-ac96-774b-bcce-b302099a8057"
 RING = KeyRing({"k1": bytes(range(32))})
 # Five secrets, none of which is a part of another.
 SECRETS = {

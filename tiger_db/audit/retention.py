@@ -27,7 +27,7 @@ from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable, InvalidState
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.models import AuditAction, AuditLog
-from tiger_db.models.audit_inserts import copy_events
+from tiger_db.models.audit_inserts import insert_events
 from tiger_db.signing import public_text
 
 _MONTH = re.compile(r"audit_logs_(\d{4})_(\d{2})")
@@ -200,7 +200,7 @@ async def _seal_retirement(
         resource_id=month,
         details={"events": len(places), "seal": number},
     )
-    await copy_events(connection, [event])
+    await insert_events(connection, [event])
     leaves = (
         (place, bytes(digests[at * DIGEST : (at + 1) * DIGEST])) for at, place in enumerate(places)
     )

@@ -22,7 +22,7 @@ from tiger_db.cli.options import (
 )
 from tiger_db.cli.output import AsJson, show_page, show_row, talk, warn
 from tiger_db.errors import InvalidValue
-from tiger_db.redaction import masked
+from tiger_db.redaction import mask_account_number
 
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
@@ -125,7 +125,7 @@ def create_account(
         return account
 
     created = query(create)
-    talk(f"created account {masked(created.account_number)}")
+    talk(f"created account {mask_account_number(created.account_number)}")
     show_row(created, as_json=as_json)
 
 
@@ -195,7 +195,7 @@ def set_default_account(
 
     changed = query(set_default)
     uses = " and ".join(["trading"] * trading + ["data"] * data)
-    talk(f"account {masked(changed.account_number)} is now the default for {uses}")
+    talk(f"account {mask_account_number(changed.account_number)} is now the default for {uses}")
     show_row(changed, as_json=as_json)
 
 
@@ -213,7 +213,7 @@ def close_account(account: Account, *, yes: Yes = False, as_json: AsJson = False
     settings()  # what is wrong with these is told before anything is asked
     confirm(f"Close account {account} and revoke its API keys?", yes=yes)
     closed = query(close)
-    talk(f"account {masked(closed.account_number)} is closed")
+    talk(f"account {mask_account_number(closed.account_number)} is closed")
     show_row(closed, as_json=as_json)
 
 
@@ -242,7 +242,7 @@ def reopen_account(
         )
 
     opened = query(reopen)
-    talk(f"account {masked(opened.account_number)} is open again")
+    talk(f"account {mask_account_number(opened.account_number)} is open again")
     show_row(opened, as_json=as_json)
 
 
@@ -260,7 +260,7 @@ def set_account_status(
         return await tiger_db.crud.accounts.update(session, found.id, status=status)
 
     changed = query(change)
-    talk(f"account {masked(changed.account_number)} is {changed.status.value}")
+    talk(f"account {mask_account_number(changed.account_number)} is {changed.status.value}")
     show_row(changed, as_json=as_json)
 
 
@@ -273,7 +273,8 @@ def reset_account_errors(account: Account, *, as_json: AsJson = False) -> None:
         return await tiger_db.crud.accounts.reset_errors(session, found.id)
 
     changed = query(reset)
-    talk(f"account {masked(changed.account_number)} has no errors and is {changed.status.value}")
+    number = mask_account_number(changed.account_number)
+    talk(f"account {number} has no errors and is {changed.status.value}")
     show_row(changed, as_json=as_json)
 
 

@@ -10,7 +10,7 @@ import tiger_db
 from tiger_db.cli.accounts import Account
 from tiger_db.cli.options import find_account, finish, query, settings
 from tiger_db.cli.output import AsJson, Overwrite, print_json, show_row, talk, warn
-from tiger_db.redaction import masked
+from tiger_db.redaction import mask_account_number
 
 app = typer.Typer()
 _PANEL = "Tiger's files"
@@ -40,7 +40,7 @@ def import_account(
             session, file, token_file=token_file, name=name
         )
     )
-    known_as = f"account {masked(found.account.account_number)}"
+    known_as = f"account {mask_account_number(found.account.account_number)}"
     if found.created:
         talk(f"created {known_as}")
     elif found.changed:
@@ -78,7 +78,8 @@ def export_account(
             return found, paths
 
     exported, paths = finish(export())
-    talk(f"exported account {masked(exported.account_number)}: keep its private key to yourself")
+    number = mask_account_number(exported.account_number)
+    talk(f"exported account {number}: keep its private key to yourself")
     if as_json:
         print_json({"items": [str(path) for path in paths], "next_cursor": None})
     else:

@@ -23,7 +23,7 @@ from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlmodel import Field, Relationship
 from typing_extensions import TypedDict  # pydantic: the standard one from Python 3.12 on
 
-from tiger_db.encryption import Encrypted, Secret
+from tiger_db.encryption import EncryptedType, Secret
 from tiger_db.errors import EncryptionError, StaleToken
 from tiger_db.models.base import (
     Int64,
@@ -37,7 +37,7 @@ from tiger_db.models.base import (
     tracked_json,
     tracked_list,
 )
-from tiger_db.redaction import masked
+from tiger_db.redaction import mask_account_number
 from tiger_db.tokens import token_times
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class TigerAccount(MutableEntity, table=True):
         description="Only an active account serves requests",
     )
     tiger_id: Secret = Field(
-        sa_type=Encrypted(fingerprint="tiger_id_fingerprint"),
+        sa_type=EncryptedType(fingerprint="tiger_id_fingerprint"),
         description="Tiger's id of the developer, encrypted; one may own several accounts",
     )
     # Not a field: it is derived from tiger_id when that is written.
@@ -197,7 +197,7 @@ class TigerAccount(MutableEntity, table=True):
         comment="HMAC-SHA256 of tiger_id under a derived key, to search by",
     )
     private_key: Annotated[Secret | None, AfterValidator(_unless_closed)] = Field(
-        sa_type=Encrypted(),
+        sa_type=EncryptedType(),
         nullable=True,
         description="RSA private key, base64 DER, encrypted; a closed account has none",
     )
@@ -207,7 +207,7 @@ class TigerAccount(MutableEntity, table=True):
         description="PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
     )
     secret_key: Secret | None = Field(
-        default=None, sa_type=Encrypted(), description="Institutional trader's key, encrypted"
+        default=None, sa_type=EncryptedType(), description="Institutional trader's key, encrypted"
     )
     license: TigerLicense | None = Field(
         default=None, sa_type=enum_type(TigerLicense), description="Tiger's licence of the account"
@@ -221,10 +221,10 @@ class TigerAccount(MutableEntity, table=True):
         default=None, max_length=500, sa_type=SQLText, description="Gateway, if not the default one"
     )
     access_token: Secret | None = Field(
-        default=None, sa_type=Encrypted(), description="Current access token, encrypted"
+        default=None, sa_type=EncryptedType(), description="Current access token, encrypted"
     )
     refresh_token: Secret | None = Field(
-        default=None, sa_type=Encrypted(), description="OAuth refresh token, encrypted"
+        default=None, sa_type=EncryptedType(), description="OAuth refresh token, encrypted"
     )
     token_expires_at: UTCDateTime | None = Field(
         default=None, sa_type=Timestamp, description="When the access token expires"
@@ -342,8 +342,8 @@ class TigerAccount(MutableEntity, table=True):
         except EncryptionError:
             return ""
 
-    def known_as(self) -> str:
-        return f"account {masked(self.__dict__.get('account_number') or '')}"
+    def label(self) -> str:
+        return f"account {mask_account_number(self.__dict__.get('account_number') or '')}"
 
     def has_market_permission(self, permission: MarketPermission) -> bool:
         return permission in self.market_permissions

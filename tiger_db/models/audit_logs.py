@@ -254,10 +254,12 @@ class AuditLog(Entity, table=True):
     def _make_safe(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # as pydantic has it
         return handler(_safe(data) if isinstance(data, Mapping) else data)
 
-    def validated(self, changes: dict[str, Any]) -> dict[str, Any]:
+    def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
         made = _safe(changes)
         # Nothing more than what is assigned: notes show only where details are.
-        return super().validated({name: made.get(name, value) for name, value in changes.items()})
+        return super().validate_changes(
+            {name: made.get(name, value) for name, value in changes.items()}
+        )
 
 
 def _safe(values: Mapping[str, object]) -> dict[str, object]:

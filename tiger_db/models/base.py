@@ -41,9 +41,9 @@ from sqlmodel._compat import SQLModelConfig, finish_init, partial_init
 from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import (
-    Encrypted,
+    EncryptedSecret,
+    EncryptedType,
     KeyProvider,
-    SealedSecret,
     Secret,
     encrypt,
     fingerprint,
@@ -221,12 +221,12 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         fields = (
             obj if isinstance(obj, dict) else {k: getattr(obj, k) for k in obj.model_fields_set}
         )
-        for name, value in self.validated({**fields, **(update or {})}).items():
+        for name, value in self.validate_changes({**fields, **(update or {})}).items():
             set_attribute(self, name, value)
             self.__pydantic_fields_set__.add(name)
         return self
 
-    def validated(self, changes: dict[str, Any]) -> dict[str, Any]:
+    def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
         """The values as they may be assigned; validated on a draft, which bears a refusal."""
         if not changes:
             return {}
@@ -240,7 +240,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.__pydantic_validator__.validate_assignment(draft, name, value)
         return {name: draft.__dict__[name] for name in changes}
 
-    def known_as(self) -> str:
+    def label(self) -> str:
         """What errors may call the row, of values that are loaded already; empty: just its id."""
         return ""
 
@@ -339,12 +339,12 @@ def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[s
 
 
 @cache
-def encrypted_columns(mapper: Mapper[Any]) -> list[tuple[str, Encrypted]]:
+def encrypted_columns(mapper: Mapper[Any]) -> list[tuple[str, EncryptedType]]:
     """The names and types of an entity's secret columns."""
-    return [(c.key, c.type) for c in mapper.local_table.c if isinstance(c.type, Encrypted)]
+    return [(c.key, c.type) for c in mapper.local_table.c if isinstance(c.type, EncryptedType)]
 
 
-def place_of(mapper: Mapper[Any], name: str, row_id: UUID | str) -> str:
+def aad_of(mapper: Mapper[Any], name: str, row_id: UUID | str) -> str:
     """What a secret's ciphertext is bound to: `table.column:row id`."""
     assert isinstance(mapper.local_table, Table)
     return f"{mapper.local_table.name}.{name}:{row_id}"
@@ -360,38 +360,38 @@ def _make_storable(mapper: Mapper[Any], connection: object, row: Entity) -> None
         for name in state.committed_state
         if isinstance(row.__dict__.get(name), Tracked)
     }
-    for name, value in row.validated(changed).items():
+    for name, value in row.validate_changes(changed).items():
         changed[name].become(value)
     for name, type_ in encrypted_columns(mapper):
-        _seal(mapper, name, type_, row)
+        _encrypt_field(mapper, name, type_, row)
 
 
-def _seal(mapper: Mapper[Any], name: str, type_: Encrypted, row: Entity) -> None:
+def _encrypt_field(mapper: Mapper[Any], name: str, type_: EncryptedType, row: Entity) -> None:
     secret = row.__dict__.get(name)
-    place = place_of(mapper, name, row.id)
+    aad = aad_of(mapper, name, row.id)
     if not isinstance(secret, Secret):
         return
-    if isinstance(secret, SealedSecret) and secret.place == place:
+    if isinstance(secret, EncryptedSecret) and secret.aad == aad:
         return
     provider = key_provider(object_session(row))
     text = secret.get_secret_value()
-    ciphertext = sealed(provider, text, place)
-    set_attribute(row, name, SealedSecret(ciphertext, place, provider, row.known_as()))
+    ciphertext = encrypt_secret(provider, text, aad)
+    set_attribute(row, name, EncryptedSecret(ciphertext, aad, provider, row.label()))
     if type_.fingerprint:
         assert provider is not None  # or it could not have sealed
-        mark = fingerprint(provider, provider.key_ids[0], text, place.split(":")[0])
+        mark = fingerprint(provider, provider.key_ids[0], text, aad.split(":")[0])
         set_attribute(row, type_.fingerprint, mark)
 
 
-def sealed(provider: KeyProvider | None, text: str, place: str) -> bytes:
-    """The ciphertext of a secret for its place.
+def encrypt_secret(provider: KeyProvider | None, text: str, aad: str) -> bytes:
+    """The ciphertext of a secret for its aad.
 
     Raises:
         ConfigurationError: there is no provider.
     """
     if provider is None:
-        raise ConfigurationError(f"{place}: ENCRYPTION_KEYS is not set, so it cannot be stored")
-    return encrypt(provider, text, place)
+        raise ConfigurationError(f"{aad}: ENCRYPTION_KEYS is not set, so it cannot be stored")
+    return encrypt(provider, text, aad)
 
 
 @event.listens_for(Entity, "load", propagate=True)
@@ -406,21 +406,21 @@ def _order(row: Entity, *_: object) -> None:
 @event.listens_for(Entity, "load", propagate=True)
 @event.listens_for(Entity, "refresh", propagate=True)
 def _bind(row: Entity, *_: object) -> None:
-    bind(row, key_provider(object_session(row)))
+    bind_secrets(row, key_provider(object_session(row)))
 
 
-def bind(row: Entity, provider: KeyProvider | None) -> None:
+def bind_secrets(row: Entity, provider: KeyProvider | None) -> None:
     """Tell loaded ciphertexts where they are and who can decrypt them."""
     mapper = object_mapper(row)
     secrets = encrypted_columns(mapper)
     if not secrets:
         return
-    owner = row.known_as()
+    owner = row.label()
     row_id = str(row.id)  # once: it takes as long as the rest
     for name, _type in secrets:
         secret = row.__dict__.get(name)
-        if isinstance(secret, SealedSecret) and not secret.place:
-            secret.place = place_of(mapper, name, row_id)
+        if isinstance(secret, EncryptedSecret) and not secret.aad:
+            secret.aad = aad_of(mapper, name, row_id)
             secret.provider, secret.owner = provider, owner
 
 

@@ -16,32 +16,32 @@ from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.types import TypeEngine
 
 from tiger_db.encryption import KeyProvider
-from tiger_db.models.base import Entity, bind, key_provider
+from tiger_db.models.base import Entity, bind_secrets, key_provider
 from tiger_db.models.mutable import Tracked, track
 
 E_ = TypeVar("E_", bound=Entity)
 _DIALECT = dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's
 
 
-def whole(entity: type[Entity], table: str) -> str:
-    """What a statement has to return of a table, or its alias, for `detached` and `taken_in`.
+def row_expression(entity: type[Entity], table: str) -> str:
+    """What a statement has to return of a table, or its alias, for `hydrate` and `merge_row`.
 
     It is one value: what SQLAlchemy does for each column of a result takes longer than all of them.
     """
-    return f"ROW({columns(entity, table)})"
+    return f"ROW({column_list(entity, table)})"
 
 
-def columns(entity: type[Entity], table: str) -> str:
-    """Return the values of `whole` as columns, for statements that asyncpg executes itself."""
+def column_list(entity: type[Entity], table: str) -> str:
+    """Return the values of `row_expression` as columns, for statements of asyncpg."""
     return ", ".join(f"{table}.{name}{cast}" for name, cast, _ in _fields(entity))
 
 
-def names(entity: type[Entity]) -> list[str]:
-    """Return the names of `columns`."""
+def column_names(entity: type[Entity]) -> list[str]:
+    """Return the names of `column_list`."""
     return [name for name, _, _ in _fields(entity)]
 
 
-def detached(entity: type[E_], values: Sequence[Any], provider: KeyProvider | None) -> E_:
+def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | None) -> E_:
     """An object that belongs to no session; `provider` decrypts its secrets."""
     mapper: Mapper[E_] = class_mapper(entity)
     row = mapper.class_manager.new_instance()
@@ -51,18 +51,18 @@ def detached(entity: type[E_], values: Sequence[Any], provider: KeyProvider | No
     for name, value in vars(row).items():
         if isinstance(value, Tracked):
             value.belong_to(state, name)
-    bind(row, provider)
+    bind_secrets(row, provider)
     make_transient_to_detached(row)
     return row
 
 
-def taken_in(session: Session, entity: type[E_], values: Sequence[Any]) -> E_:
+def merge_row(session: Session, entity: type[E_], values: Sequence[Any]) -> E_:
     """The session's object of the row, which is then as the row is now."""
     mapper: Mapper[E_] = class_mapper(entity)
     key = mapper.identity_key_from_primary_key((values[0],))  # id is the first column
     row: E_ | None = session.identity_map.get(key)
     if row is None:
-        row = detached(entity, values, key_provider(session))
+        row = hydrate(entity, values, key_provider(session))
         session.add(row)
         return row
     state = instance_state(row)
@@ -70,7 +70,7 @@ def taken_in(session: Session, entity: type[E_], values: Sequence[Any]) -> E_:
         set_committed_value(row, name, value)
         if isinstance(value, Tracked):
             value.belong_to(state, name)
-    bind(row, key_provider(session))
+    bind_secrets(row, key_provider(session))
     return row
 
 

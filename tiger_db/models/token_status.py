@@ -45,7 +45,7 @@ class RefreshTrigger(StrEnum):
     ERROR = "error"
 
 
-OPEN = (TokenRefreshStatus.PENDING, TokenRefreshStatus.IN_PROGRESS)
+OPEN_STATUSES = (TokenRefreshStatus.PENDING, TokenRefreshStatus.IN_PROGRESS)
 _IS_OPEN = text("status IN ('pending', 'in_progress')")
 
 
@@ -166,7 +166,7 @@ class TokenStatus(MutableEntity, table=True):
 
     @property
     def is_open(self) -> bool:
-        return self.status in OPEN
+        return self.status in OPEN_STATUSES
 
     @property
     def can_retry(self) -> bool:

@@ -70,7 +70,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 def _texts(account: TigerAccount) -> dict[str, str]:
     """The files' texts, by name."""
     if account.private_key is None:
-        raise InvalidState(f"{account.known_as()} is closed")
+        raise InvalidState(f"{account.label()} is closed")
     key, _ = load_private_key(plain(account.private_key))
     config = {
         # Both, as in the files that Tiger gives out: each of its SDKs reads one of them.

@@ -152,7 +152,7 @@ async def _update(
     """Change what differs of the given fields. Returns their names, and whether a token stayed."""
     if stored.status == AccountStatus.CLOSED:
         raise InvalidState(
-            f"{stored.known_as()} is closed: reopen it first (`tiger-db reopen-account`)"
+            f"{stored.label()} is closed: reopen it first (`tiger-db reopen-account`)"
         )
     options = {k: v for k, v in draft.client_options.items() if option(stored, k) != v}
     draft.client_options = {**stored.client_options, **options}

@@ -32,7 +32,7 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
         EncryptionError: its secrets cannot be decrypted.
     """
     if account.private_key is None:
-        raise InvalidState(f"{account.known_as()} is closed")
+        raise InvalidState(f"{account.label()} is closed")
     sdk, config_class = load_sdk()
     config = config_class(enable_dynamic_domain=False)  # else it would ask for the servers' names
     config.props_path = None

@@ -57,7 +57,7 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
     if fixed := sorted(_FIXED & changes.keys()):
         raise InvalidValue(f"{', '.join(fixed)} cannot be changed")
     before = shown(account)
-    values = account.validated(changes)
+    values = account.validate_changes(changes)
     _check_closed(account, values)
     if values.get("access_token") is not None:
         values["token_expires_at"] = account.check_not_stale(

@@ -24,7 +24,7 @@ from tiger_db.models import (
     TokenRefreshStatus,
     TokenStatus,
 )
-from tiger_db.models.token_status import OPEN
+from tiger_db.models.token_status import OPEN_STATUSES
 
 _REASON = "the account was closed"
 E_ = TypeVar("E_", APIKey, TokenStatus)
@@ -124,7 +124,7 @@ async def _cancel_refreshes(session: AsyncSession, account: TigerAccount) -> lis
         session,
         TokenStatus,
         col(TokenStatus.tiger_account_id) == account.id,
-        col(TokenStatus.status).in_(OPEN),
+        col(TokenStatus.status).in_(OPEN_STATUSES),
         status=TokenRefreshStatus.CANCELLED,
         completed_at=func.now(),
         lease_expires_at=None,

@@ -47,7 +47,7 @@ async def update_tokens(
     }
     if refresh_token is not None:
         changes["refresh_token"] = refresh_token
-    account.validated(changes)
+    account.validate_changes(changes)
     changes["token_expires_at"] = account.check_not_stale(access_token, token_expires_at)
     before = shown(account)
     account.sqlmodel_update(changes)

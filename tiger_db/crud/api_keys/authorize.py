@@ -31,8 +31,8 @@ from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly, typed_errors
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditLog
-from tiger_db.models.audit_inserts import copy_events
-from tiger_db.models.rows import columns, detached, names, taken_in, whole
+from tiger_db.models.audit_inserts import insert_events
+from tiger_db.models.rows import column_list, column_names, hydrate, merge_row, row_expression
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import raw_errors
 from tiger_db.write_behind import WriteBehind, count_now
@@ -44,9 +44,9 @@ _FIND = """
 SELECT {}, a.status::text, clock_timestamp() FROM api_keys AS k
 LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
 """
-FIND_KEY = _FIND.format(columns(APIKey, "k"))
-_FIND_IN_SESSION = _FIND.format(whole(APIKey, "k"))
-_NAMES = names(APIKey)
+FIND_KEY = _FIND.format(column_list(APIKey, "k"))
+_FIND_IN_SESSION = _FIND.format(row_expression(APIKey, "k"))
+_NAMES = column_names(APIKey)
 _COUNTERS = ("usage_count", "last_used_at", "updated_at")  # which change with every use
 # A hash that was changed since it was read stays. A locked row is skipped, so that no use waits.
 _REPLACE_HASH = """
@@ -259,9 +259,9 @@ async def _verify(
         raise InvalidAPIKey
     refuse_unpeppered(info, pepper_id, row.now)
     if session is not None:
-        key = taken_in(session.sync_session, APIKey, row.values)
+        key = merge_row(session.sync_session, APIKey, row.values)
     else:
-        key = detached(APIKey, row.values, None)
+        key = hydrate(APIKey, row.values, None)
     permissions = KeyPermissions.of(key, row.columns["account_status"])
     return VerifiedKey(key, permissions, row.columns, outdated(peppers, key_hash, pepper_id))
 
@@ -290,4 +290,4 @@ async def _replace_hash(
         ):
             events.append(replaced_hash_event(old_pepper_id, new_pepper_id, *ids))
         if events:
-            await copy_events(connection, events)
+            await insert_events(connection, events)

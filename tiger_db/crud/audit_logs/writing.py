@@ -13,10 +13,10 @@ from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
-from tiger_db.models.audit_inserts import INSERT, PROVIDED, copy_events, row_of
+from tiger_db.models.audit_inserts import INSERT, SERVER_COLUMNS, insert_events, insert_values
 from tiger_db.sqlstates import raw_errors
 
-_INSERT = f"{INSERT} RETURNING {', '.join(PROVIDED)}"
+_INSERT = f"{INSERT} RETURNING {', '.join(SERVER_COLUMNS)}"
 
 
 class EventFields(TypedDict, total=False):
@@ -55,8 +55,8 @@ async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> Aud
         ValidationError: there is no such action or result, or no such field.
     """
     event = _event(fields)
-    (provided,) = await execute_driver_sql(session, _INSERT, *row_of(event))
-    for name, value in zip(PROVIDED, provided, strict=True):
+    (provided,) = await execute_driver_sql(session, _INSERT, *insert_values(event))
+    for name, value in zip(SERVER_COLUMNS, provided, strict=True):
         set_committed_value(event, name, value)
     _take_in(session.sync_session, event)
     return event
@@ -120,7 +120,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     assert raw is not None
     try:
         with raw_errors():
-            await copy_events(raw, batch)
+            await insert_events(raw, batch)
     except DatabaseUnavailable:
         await connection.invalidate()
         raise

@@ -34,7 +34,7 @@ async def change_held(session: AsyncSession, claim: TokenStatus, **values: objec
         ValidationError: a value is refused.
     """
     given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
-    claim.validated(given)  # as if assigned
+    claim.validate_changes(given)  # as if assigned
     refresh = await set_values(session, is_held(claim), **values)
     if refresh is None:
         raise LeaseLost

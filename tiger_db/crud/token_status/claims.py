@@ -15,7 +15,7 @@ from tiger_db.crud.token_status.outcomes import give_up_lost
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.base import key_provider
-from tiger_db.models.rows import detached, whole
+from tiger_db.models.rows import hydrate, row_expression
 
 # Constant, and past the ORM: claiming is what a worker does all day.
 CLAIM = f"""
@@ -32,7 +32,8 @@ SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
     END
 FROM due JOIN tiger_accounts a ON a.id = due.tiger_account_id
 WHERE t.id = due.id
-RETURNING {whole(TokenStatus, "t")} AS refresh, {whole(TigerAccount, "a")} AS account
+RETURNING {row_expression(TokenStatus, "t")} AS refresh,
+    {row_expression(TigerAccount, "a")} AS account
 """  # noqa: S608  # names of columns
 _FREE = """t.status IN ('pending', 'in_progress')
     AND (t.status = 'pending'
@@ -111,8 +112,8 @@ async def _claim(
     with typed_errors():
         rows = await execute_driver_sql(session, CLAIM % due, worker, lease, which)
     for refresh, account in map(tuple, rows):
-        claimed = detached(TokenStatus, refresh, provider)
-        set_committed_value(claimed, "tiger_account", detached(TigerAccount, account, provider))
+        claimed = hydrate(TokenStatus, refresh, provider)
+        set_committed_value(claimed, "tiger_account", hydrate(TigerAccount, account, provider))
         claims.append(claimed)
     return sorted(claims, key=lambda claimed: (claimed.scheduled_at, claimed.id))
 

@@ -31,7 +31,7 @@ from tiger_db.crud.token_status.changes import (
     is_held,
     log,
 )
-from tiger_db.encryption import SealedSecret
+from tiger_db.encryption import EncryptedSecret
 from tiger_db.errors import AnswerLost, LeaseLost, StaleToken
 from tiger_db.models import (
     AccountStatus,
@@ -45,8 +45,8 @@ from tiger_db.models import (
 )
 from tiger_db.models.accounts import refresh_time
 from tiger_db.models.audit_logs import severity_of
-from tiger_db.models.base import key_provider, place_of, readable_secrets, sealed
-from tiger_db.models.rows import taken_in, whole
+from tiger_db.models.base import aad_of, encrypt_secret, key_provider, readable_secrets
+from tiger_db.models.rows import merge_row, row_expression
 from tiger_db.redaction import redact
 
 # Exponential backoff with full jitter, from this long to LONGEST_BACKOFF:
@@ -92,7 +92,7 @@ WITH account AS (
         refresh.duration_ms
     FROM refresh
 )
-SELECT {whole(TokenStatus, "refresh")} FROM refresh
+SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
 # Ends attempts whose outcome is unknown. It writes constants and loads no row, so that it works for
@@ -161,7 +161,7 @@ async def complete(
         NotFound: the account is gone, and the refresh with it.
         ValidationError: a value is refused; nothing has changed.
     """
-    claim.validated(
+    claim.validate_changes(
         {
             "api_response_code": api_response_code,
             "api_response_time_ms": api_response_time_ms,
@@ -209,7 +209,7 @@ async def _save(
     new: dict[str, Any] = {"access_token": access_token, "token_expires_at": expires_at}
     if refresh_token is not None:
         new["refresh_token"] = refresh_token
-    new = account.validated(new)
+    new = account.validate_changes(new)
     expires_at = account.check_not_stale(access_token, new["token_expires_at"])
     old = account.readable_token()
     with typed_errors():
@@ -220,31 +220,31 @@ async def _save(
             account.id,
             claim.fencing_token,
             account.access_token.ciphertext
-            if isinstance(account.access_token, SealedSecret)
+            if isinstance(account.access_token, EncryptedSecret)
             else None,
             token_hash(old) if old else None,
             token_hash(access_token),
             expires_at,
             refresh_time(access_token, expires_at),
             *answer,
-            _sealed(session, account, "access_token", access_token),
-            _sealed(session, account, "refresh_token", refresh_token),
+            _encrypt_token(session, account, "access_token", access_token),
+            _encrypt_token(session, account, "refresh_token", refresh_token),
             uuid7(),
         )
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
         await get_or_raise(session, TigerAccount, account.id)  # which is then as it is now
-    return taken_in(session.sync_session, TokenStatus, rows[0][0])
+    return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
 
-def _sealed(
+def _encrypt_token(
     session: AsyncSession, account: TigerAccount, column: str, text: str | None
 ) -> bytes | None:
     if text is None:
         return None
-    place = place_of(object_mapper(account), column, account.id)
-    return sealed(key_provider(session.sync_session), text, place)
+    aad = aad_of(object_mapper(account), column, account.id)
+    return encrypt_secret(key_provider(session.sync_session), text, aad)
 
 
 async def fail(

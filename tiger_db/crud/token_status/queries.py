@@ -17,7 +17,7 @@ from tiger_db.models import (
     TokenRefreshStatus,
     TokenStatus,
 )
-from tiger_db.models.token_status import OPEN
+from tiger_db.models.token_status import OPEN_STATUSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatis
                 func.count(),
                 func.count().filter(succeeded),
                 func.count().filter(failed),
-                func.count().filter(col(TokenStatus.status).in_(OPEN)),
+                func.count().filter(col(TokenStatus.status).in_(OPEN_STATUSES)),
                 func.percentile_cont(0.5).within_group(duration).filter(succeeded),
                 func.percentile_cont(0.95).within_group(duration).filter(succeeded),
             ).where(recent)

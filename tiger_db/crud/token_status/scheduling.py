@@ -27,7 +27,7 @@ from tiger_db.models import (
     TokenRefreshStatus,
     TokenStatus,
 )
-from tiger_db.models.token_status import OPEN
+from tiger_db.models.token_status import OPEN_STATUSES
 
 
 async def create_refresh_operation(
@@ -173,7 +173,7 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
         select(col(TokenStatus.id))
         .where(
             col(TokenStatus.id) < func.uuid7_floor(func.now() - older_than),
-            col(TokenStatus.status).not_in(OPEN),
+            col(TokenStatus.status).not_in(OPEN_STATUSES),
         )
         .order_by(col(TokenStatus.id))
         .limit(limit)
