@@ -84,7 +84,7 @@ def test_database_url_wins() -> None:
 )
 def test_a_url_names_database_and_place(url: str, database: str, place: str) -> None:
     chosen = Settings(database_url=url)
-    assert (chosen.database, chosen.place) == (database, place)
+    assert (chosen.database, chosen.location) == (database, place)
     assert parsed(chosen).database == database
 
 
@@ -123,7 +123,7 @@ def test_a_password_that_is_not_percent_encoded_works_or_is_refused_but_never_sh
     except ConfigurationError as error:
         shown = str(error)
     else:
-        shown = chosen.place
+        shown = chosen.location
         assert (shown, parsed(chosen).addresses) == ("host:5432/data", [("host", 5432)])
         assert SECRET in parsed(chosen).password
     assert SECRET not in shown
@@ -183,7 +183,7 @@ def test_several_hosts_may_be_primaries_and_one_must(
 ) -> None:
     settings = Settings(db_name="d", db_replica_hosts="s1,[::2]:6", **chosen)
     taken = parsed(settings)
-    assert (taken.addresses, settings.place) == (addresses, place)
+    assert (taken.addresses, settings.location) == (addresses, place)
     assert taken.target_session_attrs == "read-write"
     for replica in settings.replicas:
         arguments = settings.connect_args(replica)
@@ -329,7 +329,7 @@ def test_the_way_past_a_pooler_differs_in_its_place_only(host: str, address: obj
         f"{login}@/d?host=/pooler&port=6432&{query}",
         f"{login}@p1:1,p2:2/d?{query}",
     ):
-        taken = parsed(Settings(database_url=url, **given).directly())
+        taken = parsed(Settings(database_url=url, **given).without_pooler())
         assert (taken.addresses, taken.user, taken.password, taken.database) == (
             [address], "u@x", "p@s", "d",
         )  # fmt: skip
@@ -338,7 +338,7 @@ def test_the_way_past_a_pooler_differs_in_its_place_only(host: str, address: obj
             taken.server_settings.items()
         )
         assert "statement_timeout" in taken.server_settings
-    by_parts = Settings(db_host="pooler", db_user="u", db_name="d", **given).directly()
+    by_parts = Settings(db_host="pooler", db_user="u", db_name="d", **given).without_pooler()
     taken = parsed(by_parts)
     assert (taken.addresses, taken.user, taken.database) == ([address], "u", "d")
     assert not by_parts.pooled
@@ -346,7 +346,7 @@ def test_the_way_past_a_pooler_differs_in_its_place_only(host: str, address: obj
 
 def test_without_a_pooler_the_way_is_direct_already() -> None:
     for chosen in (Settings(db_host="h"), Settings(), Settings(db_pooler="pgbouncer")):
-        assert chosen.directly() is chosen
+        assert chosen.without_pooler() is chosen
 
 
 def test_without_a_ca_require_encrypts_and_verify_needs_one() -> None:
@@ -413,7 +413,7 @@ async def test_in_production_no_password_leaves_in_clear(
     ):
         with pytest.raises((ConfigurationError, DatabaseUnavailable)):
             chosen = Settings(environment="production", db_password=SECRET, **tls, **place)
-            await connect(chosen.directly())
+            await connect(chosen.without_pooler())
     copied = Settings(database_url=url, **tls).model_copy(update={"environment": "production"})
     with pytest.raises((ConfigurationError, DatabaseUnavailable)):
         await connect(copied)

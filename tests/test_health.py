@@ -53,7 +53,7 @@ def home() -> Iterator[Path]:
 async def test_healthy(clone_settings: Settings) -> None:
     report = await health(clone_settings)
     assert report.problems == []
-    assert report.place == clone_settings.place
+    assert report.location == clone_settings.location
     assert report.server_version
     assert report.latency_ms is not None
     assert 0 < report.latency_ms < 1000

@@ -480,7 +480,7 @@ async def test_a_search_path_that_a_session_sets_ends_with_its_transaction(
     settings: Settings, watched: float
 ) -> None:
     """Also if it commits, and for the isolation levels, whose transactions start in other words."""
-    one = {"db_pool_size": 1, "db_max_overflow": 0, "db_slow_query": watched}
+    one = {"db_pool_size": 1, "db_max_overflow": 0, "db_slow_query_seconds": watched}
     read = text("SELECT current_setting('search_path'), pg_backend_pid()")
     seen = []
     async with Database(settings.model_copy(update=one)) as database:

@@ -50,7 +50,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DB_CONNECT_TIMEOUT": ("3", 3.0),
     "DB_QUERY_TIMEOUT": ("0", 0.0),
     "DB_IDLE_TRANSACTION_TIMEOUT": ("0", 0.0),
-    "DB_SLOW_QUERY": ("0.5", 0.5),
+    "DB_SLOW_QUERY_SECONDS": ("0.5", 0.5),
     "DB_SQL_COMMENTS": ("true", True),
     "TIGER_DB_HOME": ("/srv/tiger", Path("/srv/tiger")),
     "ENCRYPTION_KEYS": ("k1:abc", "k1:abc"),
@@ -191,7 +191,7 @@ def test_settings_show_no_secret() -> None:
         encryption_keys=SECRET,
         audit_signing_key=SECRET,
     )
-    assert SECRET not in f"{chosen!r} {chosen} {chosen.model_dump()} {chosen.place}"
+    assert SECRET not in f"{chosen!r} {chosen} {chosen.model_dump()} {chosen.location}"
 
 
 @pytest.mark.slow
@@ -323,7 +323,7 @@ def test_on_this_machine_a_server_need_not_prove_who_it_is(host: str, mode: str 
     given = {"environment": "production", "db_ssl_mode": mode}
     plain = unquote(host.strip("[]"))
     assert Settings(**given, database_url=f"postgresql://u@{host}:5432/d").connect_args()
-    assert Settings(**given, db_host=plain, db_direct_host=plain).directly().connect_args()
+    assert Settings(**given, db_host=plain, db_direct_host=plain).without_pooler().connect_args()
     assert Settings(**given, database_url="postgresql:///d").connect_args()
 
 

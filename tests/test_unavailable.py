@@ -170,7 +170,7 @@ async def test_a_restarted_server(
             await act(session)
 
     for use_it in (lose_the_server, lambda: use(private.settings)):
-        with pytest.raises(DatabaseUnavailable, match=private.settings.place) as caught:
+        with pytest.raises(DatabaseUnavailable, match=private.settings.location) as caught:
             await use_it()
         assert_one_line_without_credentials(caught.value, password)
     await asyncio.to_thread(embedded.start, private_server)

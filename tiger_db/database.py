@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db.connections import create_engine
-from tiger_db.connections.replicas import Standbys
+from tiger_db.connections.replicas import Replicas
 from tiger_db.crud.common import SessionContext
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import (
@@ -90,7 +90,9 @@ class Database:
         }
         self.engine = create_engine(self.settings, **pool)
         # Sessions that wait for an out-of-band write can hold all connections of a pooler.
-        out_of_band = self.settings.directly() if self.settings.db_direct_host else self.settings
+        out_of_band = (
+            self.settings.without_pooler() if self.settings.db_direct_host else self.settings
+        )
         self.write_behind = WriteBehind(
             create_engine(
                 out_of_band,
@@ -100,7 +102,7 @@ class Database:
                 pool_recycle=self.settings.db_pool_recycle,
             )
         )
-        self.standbys = Standbys(
+        self.replicas = Replicas(
             [
                 create_engine(self.settings, replica=replica, **pool)
                 for replica in self.settings.replicas
@@ -134,7 +136,7 @@ class Database:
     async def close(self) -> None:
         """Write what is left to write, and close every connection."""
         await self.write_behind.close()
-        await self.standbys.close()
+        await self.replicas.close()
         await self.engine.dispose()
 
     async def check(self) -> None:
@@ -201,13 +203,13 @@ class Database:
             await self.check()
             standby = None
             if readonly and isolation != "SERIALIZABLE":
-                standby = await self.standbys.session(on, max_lag)
+                standby = await self.replicas.session(on, max_lag)
             async with standby or on(self.engine) as session:
                 yield session
                 await session.commit()
         except PoolTimeoutError:
             raise DatabaseUnavailable(
-                f"all connections to {self.settings.place} were in use for"
+                f"all connections to {self.settings.location} were in use for"
                 f" {self.settings.db_pool_timeout:g} s (DB_POOL_SIZE, DB_MAX_OVERFLOW)"
             ) from None
 

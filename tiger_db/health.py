@@ -37,7 +37,7 @@ _FEW_MONTHS = 2  # ahead, below which it warns
 class Health:
     """What is known of the database. None: it could not be found out, or does not apply."""
 
-    place: str
+    location: str
     live: bool = True  # the process and its settings are sound
     ready: bool | None = None  # and so is the database, as far as serving goes
     embedded_folder: str | None = None
@@ -96,7 +96,7 @@ async def health(settings: Settings) -> Health:
     except (TigerDBError, OSError) as error:
         late = loop.time() >= deadline and not isinstance(error.__context__, TimeoutError)
         report.problems.append(
-            f"{settings.place} was not done answering within {settings.db_connect_timeout:g} s"
+            f"{settings.location} was not done answering within {settings.db_connect_timeout:g} s"
             " (DB_CONNECT_TIMEOUT)"
             if late
             else explain(error) or str(error)
@@ -106,7 +106,7 @@ async def health(settings: Settings) -> Health:
 
 async def _alone(settings: Settings) -> tuple[Health, KeyRing | None]:
     report = Health(
-        place=settings.place,
+        location=settings.location,
         pool={
             "size": settings.db_pool_size,
             "max_overflow": settings.db_max_overflow,

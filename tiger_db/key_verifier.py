@@ -76,7 +76,7 @@ class KeyVerifier:
             ConfigurationError: with memory, behind a pooler and without `DB_DIRECT_HOST`.
         """
         if self.memory:
-            self.database.settings.directly()
+            self.database.settings.without_pooler()
         await self.database.check()
         if self.memory:
             await self._compare_triggers()

@@ -46,7 +46,7 @@ def mask_account_number(account_number: str) -> str:
     return "*" * (len(account_number) - len(shown)) + shown
 
 
-def redact(text: str, *known: str) -> str:
+def redact_aggressively(text: str, *known: str) -> str:
     """The text with everything masked that is, or looks like, a token, a key or a password.
 
     `known` are secrets that are masked wherever they stand, if they have four characters or more.
@@ -140,7 +140,7 @@ def add_secret_names(*names: str) -> None:
     _assignments.cache_clear()
 
 
-def mask_secrets(text: str) -> str:
+def redact_known(text: str) -> str:
     """The text without what is a secret beyond doubt; long random text, as digests are, stays.
 
     Masked are PEM blocks and bare base64 of private keys, tokens of Tiger's, JWTs, Bearer

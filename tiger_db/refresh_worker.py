@@ -124,7 +124,7 @@ class RefreshWorker:
             ConfigurationError: without `once`: there is a pooler, and no way past it is given.
         """
         if not once:
-            self.database.settings.directly()
+            self.database.settings.without_pooler()
         working = asyncio.create_task(self._work(once=once))
         try:
             await self._wait(working, reserve=_LAST)

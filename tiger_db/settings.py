@@ -152,7 +152,9 @@ class Settings(BaseSettings):
     db_idle_transaction_timeout: float = Field(
         default=60, ge=0, le=86400, description="seconds; 0: none"
     )
-    db_slow_query: float = Field(default=1, ge=0, le=86400, description="seconds; 0: log none")
+    db_slow_query_seconds: float = Field(
+        default=1, ge=0, le=86400, description="seconds; 0: log none"
+    )
     db_sql_comments: bool = Field(default=False, description="name the caller in every statement")
     db_debug: bool = Field(default=False, description="log every statement, without parameters")
 
@@ -215,7 +217,7 @@ class Settings(BaseSettings):
         """Whether each transaction may be in another session of the server."""
         return self.db_pooler != "none"
 
-    def directly(self) -> Self:
+    def without_pooler(self) -> Self:
         """Settings that lead past the pooler, for what outlasts a transaction.
 
         Raises:
@@ -270,7 +272,7 @@ class Settings(BaseSettings):
         return () if self.db_host is None else parse_hosts("DB_HOST", self.db_host, self.db_port)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where the database is, for people: no user name and no password."""
         servers = "embedded" if self.embedded else ",".join(map(str, self.addresses))
         return f"{servers}/{self.database}"

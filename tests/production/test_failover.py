@@ -328,7 +328,7 @@ async def test_without_a_standby_within_reach_the_primary_answers(
     for _ in range(3):
         assert await answers(reading, cluster.primary)
     cluster.standby.start()
-    for standby in reading.standbys._standbys:
+    for standby in reading.replicas._replicas:
         standby.away_until = 1.0  # long ago: the pause is over
     await until(partial(answers, reading, cluster.standby))
     await asyncio.to_thread(cluster.standby.promote)  # what is promoted is no standby any more

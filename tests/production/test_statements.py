@@ -133,7 +133,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def test_a_slow_statement_is_logged_without_its_parameters(
     clone_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with opened(clone_settings, db_slow_query=0.1) as database:
+    async with opened(clone_settings, db_slow_query_seconds=0.1) as database:
         async with database.session() as session:
             await session.execute(
                 text("SELECT pg_sleep(:seconds),\n :secret"), {"seconds": 0.2, "secret": SECRET}
@@ -158,7 +158,7 @@ async def test_a_slow_statement_is_logged_without_its_parameters(
 async def test_what_runs_into_the_time_limit_is_slow_too(
     clone_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with opened(clone_settings, db_slow_query=0.1, db_query_timeout=0.2) as database:
+    async with opened(clone_settings, db_slow_query_seconds=0.1, db_query_timeout=0.2) as database:
         with pytest.raises(QueryTimeout):
             async with database.session() as session:
                 await session.execute(text("SELECT pg_sleep(60) /* " + "x" * 1000 + " */"))
@@ -171,6 +171,9 @@ async def test_what_runs_into_the_time_limit_is_slow_too(
 async def test_nothing_is_slow_where_nothing_is_to_be(
     clone_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with opened(clone_settings, db_slow_query=0) as database, database.session() as session:
+    async with (
+        opened(clone_settings, db_slow_query_seconds=0) as database,
+        database.session() as session,
+    ):
         await session.execute(text("SELECT pg_sleep(0.1)"))
     assert told(caplog) == []

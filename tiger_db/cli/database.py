@@ -35,12 +35,12 @@ def init() -> None:
         if config.embedded:
             await asyncio.to_thread(_start, config)
         if await _create_database(config):
-            talk(f"created the database {config.place}")
+            talk(f"created the database {config.location}")
         await _migrate(config, "head")
         await _make_key(config)
 
     finish(make())
-    talk(f"{config.place} is ready")
+    talk(f"{config.location} is ready")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -101,13 +101,13 @@ def downgrade(
 ) -> None:
     """Take the schema back to an earlier revision. Data that has no place there is lost."""
     config = settings()
-    confirm(f"Downgrade {config.place} to {revision}? Data will be lost.", yes=yes)
+    confirm(f"Downgrade {config.location} to {revision}? Data will be lost.", yes=yes)
 
     async def run() -> "tiger_db.migrations.SchemaState":
         async with tiger_db.connections.maintenance_engine(config) as engine:
             return await tiger_db.migrations.downgrade(engine, revision, progress=talk)
 
-    talk(f"{config.place} is at {finish(run()).current or 'base'} now")
+    talk(f"{config.location} is at {finish(run()).current or 'base'} now")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -159,7 +159,7 @@ def check(*, as_json: AsJson = False) -> None:
             "the schema differs: where somebody changed the database, run the SQL that its line"
             " gives, and find out who it was; where the models changed, `tiger-db revision -m ...`"
         )
-    talk(f"{config.place} has the schema that the models need")
+    talk(f"{config.location} has the schema that the models need")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -256,7 +256,7 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
         return False  # another init was faster
     except asyncpg.InsufficientPrivilegeError:
         raise DatabaseUnavailable(
-            f"{config.place} does not exist, and this user may not create it: have an"
+            f"{config.location} does not exist, and this user may not create it: have an"
             f" administrator run {statement}"
         ) from None
     finally:
@@ -300,7 +300,7 @@ async def _migrate(
     if before.current is not None and not before.known:
         before.check()
     if before.current != before.head:
-        talk(f"migrating {config.place}")
+        talk(f"migrating {config.location}")
     async with tiger_db.connections.maintenance_engine(config) as engine:
         after = await tiger_db.migrations.upgrade(engine, revision, progress=talk)
     if after.applied:

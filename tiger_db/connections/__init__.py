@@ -63,7 +63,7 @@ async def connect(
         arguments["database"] = database
     with _unavailable(settings):
         arguments["connection_class"] = connection_class(
-            slow=settings.db_slow_query, comments=settings.db_sql_comments
+            slow=settings.db_slow_query_seconds, comments=settings.db_sql_comments
         )
         hosts, ports = arguments.get("host"), arguments.get("port")
         if not isinstance(hosts, list) or not isinstance(ports, list):
@@ -87,7 +87,7 @@ async def connect_directly(
         ConfigurationError: there is a pooler and no way past it is given, or see `connect`.
         DatabaseUnavailable: see `connect`.
     """
-    return await connect(settings.directly(), database=database)
+    return await connect(settings.without_pooler(), database=database)
 
 
 @contextmanager
@@ -95,9 +95,11 @@ def _unavailable(settings: Settings) -> Iterator[None]:
     try:
         yield
     except asyncpg.InvalidCatalogNameError:
-        raise DatabaseUnavailable(f"{settings.place} does not exist: run `tiger-db init`") from None
+        raise DatabaseUnavailable(
+            f"{settings.location} does not exist: run `tiger-db init`"
+        ) from None
     except _REFUSED as e:
-        raise DatabaseUnavailable(f"cannot connect to {settings.place}: {_reason(e)}") from None
+        raise DatabaseUnavailable(f"cannot connect to {settings.location}: {_reason(e)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -142,7 +144,7 @@ def create_engine(
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
             # Also what was a primary and takes no writes any more; the pool's others are no better.
             context.is_disconnect = True
-            place = replica or settings.place
+            place = replica or settings.location
             reason = _reason(error)
             if isinstance(error, TimeoutError) and settings.pooled:  # ours, as behind a pooler
                 reason = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
@@ -154,7 +156,9 @@ def create_engine(
         if connection.driver_connection.is_closed():
             raise DisconnectionError("closed by the server")
 
-    watch(engine.sync_engine, slow=settings.db_slow_query, comments=settings.db_sql_comments)
+    watch(
+        engine.sync_engine, slow=settings.db_slow_query_seconds, comments=settings.db_sql_comments
+    )
     return engine
 
 
@@ -169,8 +173,8 @@ async def maintenance_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
     Raises:
         ConfigurationError: see `connect_directly`.
     """
-    patient = {"db_query_timeout": 0, "db_idle_transaction_timeout": 0, "db_slow_query": 0}
-    engine = create_engine(settings.directly().model_copy(update=patient), poolclass=NullPool)
+    patient = {"db_query_timeout": 0, "db_idle_transaction_timeout": 0, "db_slow_query_seconds": 0}
+    engine = create_engine(settings.without_pooler().model_copy(update=patient), poolclass=NullPool)
     try:
         yield engine
     finally:

@@ -30,13 +30,13 @@ _REACHED = text(
 
 
 @dataclass(slots=True)
-class _Standby:
+class _Replica:
     engine: AsyncEngine
     away_until: float = 0.0  # this machine's monotonic time; 0: it is not away
     reached: tuple[float, str] = (-math.inf, "")  # the last mark of which that is known
 
 
-class Standbys:
+class Replicas:
     """The standbys of one `Database`.
 
     What a standby believes of its lag is worth nothing when its line to the primary is cut: it has
@@ -47,7 +47,7 @@ class Standbys:
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: WriteBehind) -> None:
-        self._standbys = [_Standby(engine) for engine in engines]
+        self._replicas = [_Replica(engine) for engine in engines]
         self._primary = primary
         # Places in the primary's WAL, by the time at which it was asked. The oldest that is not too
         # old counts, so that a standby has time to get there.
@@ -55,16 +55,16 @@ class Standbys:
         self._asking = asyncio.Lock()
 
     async def close(self) -> None:
-        for standby in self._standbys:
+        for standby in self._replicas:
             await standby.engine.dispose()
 
     async def session(self, on: Callable[[AsyncEngine], S], max_lag: timedelta) -> S | None:
         """A session of a standby that knows all that was committed `max_lag` ago; None: of none."""
-        if not self._standbys:
+        if not self._replicas:
             return None
         await self._mark(max_lag.total_seconds())
         oldest = time.monotonic() - max_lag.total_seconds()
-        for standby in random.sample(self._standbys, len(self._standbys)):  # each its share
+        for standby in random.sample(self._replicas, len(self._replicas)):  # each its share
             now = time.monotonic()
             marks = [mark for mark in (standby.reached, *self._marks) if mark[0] >= oldest]
             if not marks or now < standby.away_until:

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
 
-from tiger_db.redaction import mask_secrets
+from tiger_db.redaction import redact_known
 
 _logger = logging.getLogger("tiger_db")
 _PACKAGE = "tiger_db."
@@ -116,7 +116,7 @@ def _tell(statement: str, started: float, slow: float) -> None:
     seconds = time.perf_counter() - started
     if not slow or seconds < slow:
         return
-    shown = mask_secrets(" ".join(statement.split()))
+    shown = redact_known(" ".join(statement.split()))
     _logger.warning(
         "slow statement: %.3f s, from %s: %s",
         seconds,

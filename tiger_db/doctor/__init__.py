@@ -30,7 +30,7 @@ async def doctor(settings: Settings) -> list[Finding]:
         from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
 
         if await asyncio.to_thread(embedded.running, settings) is None:
-            seen = f"{settings.place} is not running"
+            seen = f"{settings.location} is not running"
             return [Finding("server", "problem", seen, "run `tiger-db start-embedded`")]
     findings: list[Finding] = []
     try:

@@ -19,7 +19,7 @@ import pydantic
 from pydantic import BaseModel, SecretBytes, SecretStr
 
 from tiger_db.models.api_keys import parse_address
-from tiger_db.redaction import MASK, is_secret_name, mask_secrets, redact
+from tiger_db.redaction import MASK, is_secret_name, redact_aggressively, redact_known
 
 NOTES = "_made_safe"  # the key in details under which it says what was changed
 _CUT = "…"
@@ -90,7 +90,7 @@ def safe(
 
 
 def _text_field(
-    value: object, limit: int, path: Path, state: _State, mask: Mask = mask_secrets
+    value: object, limit: int, path: Path, state: _State, mask: Mask = redact_known
 ) -> str:
     text = _as_text(value)
     if not isinstance(value, str):
@@ -320,7 +320,7 @@ def _spelled(value: object) -> str:
         case bytes() | bytearray() | memoryview():
             data = bytes(value)[:_CHARACTERS]
             told = data.decode(errors="replace")
-            return MASK if mask_secrets(told) != told else base64.b64encode(data).decode()
+            return MASK if redact_known(told) != told else base64.b64encode(data).decode()
         case datetime() | date() | time():
             return value.isoformat()
         case (
@@ -342,7 +342,7 @@ def _text(text: str, path: Path, state: _State) -> str:
     return made
 
 
-def _fitting(text: str, limit: int, path: Path, state: _State, mask: Mask = mask_secrets) -> str:
+def _fitting(text: str, limit: int, path: Path, state: _State, mask: Mask = redact_known) -> str:
     """The text as it is stored: masked, then cut."""
     made = text if len(text) <= _CHARACTERS else text[:_CHARACTERS]
     if not made.isascii() or "\0" in made:
@@ -362,7 +362,7 @@ def _fitting(text: str, limit: int, path: Path, state: _State, mask: Mask = mask
 
 
 def _redacted(text: str) -> str:
-    return redact(mask_secrets(text))
+    return redact_aggressively(redact_known(text))
 
 
 # Notes

@@ -17,7 +17,7 @@ from tiger_db.errors import (
 )
 from tiger_db.models import TigerAccount
 from tiger_db.models.base import readable_secrets
-from tiger_db.redaction import redact
+from tiger_db.redaction import redact_aggressively
 from tiger_db.tiger.sdk import client_config
 from tiger_db.tokens import NewToken
 
@@ -126,5 +126,5 @@ def _token_of(answer: Any) -> NewToken:  # noqa: ANN401  # whatever Tiger says
 
 
 def _redacted(error: Exception, account: TigerAccount) -> Exception:
-    error.args = (redact(str(error), *readable_secrets(account)),)
+    error.args = (redact_aggressively(str(error), *readable_secrets(account)),)
     return error

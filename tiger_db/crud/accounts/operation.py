@@ -14,7 +14,7 @@ from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AccountStatus, AuditAction, AuditLog, AuditSeverity, TigerAccount
 from tiger_db.models.base import readable_secrets
-from tiger_db.redaction import redact
+from tiger_db.redaction import redact_aggressively
 
 
 async def update_tokens(
@@ -101,7 +101,7 @@ async def record_error(
         raise InvalidValue("suspend_after must be positive")
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     old: dict[str, JsonValue] = {"error_count": account.error_count}
-    text = replace_unstorable(redact(message, *readable_secrets(account)))
+    text = replace_unstorable(redact_aggressively(message, *readable_secrets(account)))
     suspended = account.status == AccountStatus.ACTIVE and account.error_count + 1 >= suspend_after
     values: dict[str, object] = {
         "error_count": col(TigerAccount.error_count) + 1,

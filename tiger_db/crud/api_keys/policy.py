@@ -30,7 +30,7 @@ from tiger_db.models import (
     AuditSeverity,
 )
 from tiger_db.models.api_keys import address_allowed, parse_address, user_agent_allowed
-from tiger_db.redaction import redact
+from tiger_db.redaction import redact_aggressively
 
 _RECORDED_LENGTH = 200  # characters of a caller's address or user agent in an event
 
@@ -188,4 +188,4 @@ def _fields(
 
 def _sanitize(text: str) -> str:
     """Return a text of the caller that is short, and in which keys are masked."""
-    return redact(replace_unstorable(text))[:_RECORDED_LENGTH]
+    return redact_aggressively(replace_unstorable(text))[:_RECORDED_LENGTH]

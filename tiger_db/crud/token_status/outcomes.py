@@ -47,7 +47,7 @@ from tiger_db.models.accounts import refresh_time
 from tiger_db.models.audit_logs import severity_of
 from tiger_db.models.base import aad_of, encrypt_secret, key_provider, readable_secrets
 from tiger_db.models.rows import merge_row, row_expression
-from tiger_db.redaction import redact
+from tiger_db.redaction import redact_aggressively
 
 # Exponential backoff with full jitter, from this long to LONGEST_BACKOFF:
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
@@ -323,12 +323,11 @@ async def fail(
 def _message(error: str, known: list[str]) -> str:
     """Return what may be stored of an error's text."""
     if len(error) <= _LONGEST_MESSAGE:
-        return replace_unstorable(redact(error, *known))
+        return replace_unstorable(redact_aggressively(error, *known))
     # What is left of a secret that is cut is not recognized.
     cut = error[: _LONGEST_MESSAGE + _LONGEST_SECRET]
-    return (
-        f"{replace_unstorable(redact(cut, *known)[:-_LONGEST_SECRET])}... ({len(error)} characters)"
-    )
+    shown = redact_aggressively(cut, *known)[:-_LONGEST_SECRET]
+    return f"{replace_unstorable(shown)}... ({len(error)} characters)"
 
 
 async def lose(session: AsyncSession, claim: TokenStatus) -> None:
