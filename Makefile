@@ -57,8 +57,8 @@ test-lowest: $(READY) ## the tests on the lowest versions of the dependencies th
 	@$(MAKE) --no-print-directory test VENV=.venv-lowest REQUIREMENTS=.venv-lowest.txt
 
 soak: $(READY) ## the stress tests at their full length (minutes)
-	@TIGER_DB_SOAK=1 $(PYTEST) -m "not wheel" tests/audit tests/refreshes/test_chaos.py \
-		tests/crud/test_refresh_size.py $(ARGS)
+	@TIGER_DB_SOAK=1 $(PYTEST) -m "not wheel" tests/audit tests/refresh_worker/test_chaos.py \
+		tests/crud/token_status/test_index_use.py $(ARGS)
 
 test-wheel: $(READY) ## build the wheel, install it into an empty environment, and use it there
 	@$(RUN)/python -m pytest -m wheel $(ARGS)

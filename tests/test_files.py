@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.devices import device
-from tests.tiger.files import mode, names
+from tests.support.tiger_files import mode, names
 from tiger_db.errors import AlreadyExists, InvalidValue
 from tiger_db.files import output_files
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from tigeropen.common.util.web_utils import http_pool
 
-from tests.refreshes.gateway import Gateway, serving
 from tests.support import factories
 from tests.support.cli_accounts import NUMBER, stored
 from tests.support.command_line import COMMAND, CommandLine, Result
 from tests.support.private_keys import KEY
+from tests.support.refresh_gateway import Gateway, serving
 from tests.support.sql import run_sql
 from tests.support.terminal import Terminal
+from tests.support.tiger_files import PK8
 from tests.support.tiger_tokens import tiger_token
-from tests.tiger.files import PK8
 from tiger_db import AccountStatus, Database, Settings, TokenRefreshStatus, TokenStatus, crud
 
 S = TokenRefreshStatus

@@ -7,7 +7,7 @@ import pytest
 from tests.support.cli_accounts import create, stored
 from tests.support.command_line import CommandLine
 from tests.support.factories import plain
-from tests.tiger.files import (
+from tests.support.tiger_files import (
     EVERYTHING,
     NEW,
     NUMBER,

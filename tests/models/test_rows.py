@@ -8,7 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import object_session
 
 from tests.support import factories
-from tests.tiger.files import PK8
+from tests.support.tiger_files import PK8
 from tiger_db import APIKeyScope, Database, TigerAccount, TokenStatus, crud
 from tiger_db.crud.common import execute_driver_sql
 from tiger_db.database import AsyncSession

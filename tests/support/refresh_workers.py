@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from tests.refreshes.gateway import make_token
 from tests.support import factories
+from tests.support.refresh_gateway import make_token
 from tests.support.tiger_tokens import tiger_token
 from tests.support.waiting import until
 from tiger_db import (

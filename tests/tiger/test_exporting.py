@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.private_keys import pem
-from tests.tiger.files import (
+from tests.support.tiger_files import (
     EVERYTHING,
     NEW,
     OLD,

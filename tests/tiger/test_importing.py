@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 from tests.support import factories
 from tests.support.factories import plain
 from tests.support.private_keys import FORMS, NO_PASSWORD, der, pem
-from tests.tiger.files import (
+from tests.support.tiger_files import (
     EVERYTHING,
     NEW,
     NUMBER,

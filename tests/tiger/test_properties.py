@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiger.files import mode, names
+from tests.support.tiger_files import mode, names
 from tiger_db.errors import AlreadyExists, InvalidValue
 from tiger_db.files import write_private
 from tiger_db.tiger.properties import properties, read_properties

@@ -24,8 +24,8 @@ from tigeropen.tiger_open_client import TigerOpenClient
 from tests.support.factories import account as stored_account
 from tests.support.factories import new_account
 from tests.support.private_keys import pem
-from tests.tiger.files import EVERYTHING, NEW, OLD, OTHER, PK1, PK8, config
-from tests.tiger.gateway import Gateway, loaded
+from tests.support.sdk_gateway import Gateway, loaded
+from tests.support.tiger_files import EVERYTHING, NEW, OLD, OTHER, PK1, PK8, config
 from tiger_db import PrivateKeyFormat, TigerAccount
 from tiger_db.database import AsyncSession
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue
@@ -51,7 +51,7 @@ HOSTILE = {
 WATCHED = """
 import sys
 from tests.support.factories import new_account
-from tests.tiger.files import PK8
+from tests.support.tiger_files import PK8
 from tiger_db.tiger import client_config
 def look(event, arguments):
     if event in ("open", "socket.connect", "socket.getaddrinfo", "socket.sendto"):

@@ -10,8 +10,8 @@ from tigeropen.common.util.signature_utils import load_private_key, sign_with_rs
 
 from tests.support.factories import account as stored_account
 from tests.support.private_keys import FORMS, KEY, der, pem
-from tests.tiger.files import EVERYTHING, NEW, PK1, PK8, REQUIRED, config
-from tests.tiger.gateway import loaded, signed
+from tests.support.sdk_gateway import loaded, signed
+from tests.support.tiger_files import EVERYTHING, NEW, PK1, PK8, REQUIRED, config
 from tiger_db import Database, PrivateKeyFormat
 from tiger_db.tiger import CONFIG_FILE, client_config, export_account, import_account
 from tiger_db.tiger.properties import properties

@@ -12,10 +12,17 @@ from typing import Any
 import pytest
 from tigeropen.common.util.web_utils import http_pool
 
-from tests.refreshes.gateway import ANSWERS, LIMIT_TEXT, Gateway, due_token, make_token, serving
 from tests.support.factories import new_account
 from tests.support.private_keys import KEY
-from tests.tiger.files import OTHER, PK8
+from tests.support.refresh_gateway import (
+    ANSWERS,
+    LIMIT_TEXT,
+    Gateway,
+    due_token,
+    make_token,
+    serving,
+)
+from tests.support.tiger_files import OTHER, PK8
 from tiger_db import TigerAccount
 from tiger_db.errors import (
     AnswerLost,

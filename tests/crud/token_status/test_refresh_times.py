@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.tiger_files import EVERYTHING, config
 from tests.support.tiger_tokens import tiger_token
-from tests.tiger.files import EVERYTHING, config
 from tiger_db import Database, RefreshTrigger, TigerAccount, TokenStatus
 from tiger_db.crud import accounts, token_status
 from tiger_db.database import AsyncSession

@@ -12,13 +12,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import func, select
 
-from tests.refreshes.gateway import Gateway, due_token, serving
 from tests.support import factories
 from tests.support.claims import LEASE, USES
 from tests.support.private_keys import KEY
+from tests.support.refresh_gateway import Gateway, due_token, serving
+from tests.support.tiger_files import PK8
 from tests.support.waiting import until
 from tests.support.worker_processes import environment
-from tests.tiger.files import PK8
 from tiger_db import (
     AccountStatus,
     Database,

@@ -16,11 +16,11 @@ import pytest
 from pydantic import SecretStr
 from tigeropen.common.util.web_utils import http_pool
 
-from tests.refreshes.gateway import due_token, serving
 from tests.support import factories
 from tests.support.factories import plain
 from tests.support.private_keys import KEY
 from tests.support.private_servers import new_database, server
+from tests.support.refresh_gateway import due_token, serving
 from tests.support.refresh_workers import (
     SECOND,
     Gate,
@@ -35,9 +35,9 @@ from tests.support.refresh_workers import (
     run_once,
     working,
 )
+from tests.support.tiger_files import PK8
 from tests.support.tiger_tokens import tiger_token
 from tests.support.waiting import until
-from tests.tiger.files import PK8
 from tiger_db import (
     AccountStatus,
     AuditAction,

@@ -1,7 +1,7 @@
-"""Tiger's gateway as the tests have it: it replaces tokens, and fails in every way they ask for.
+"""Fake Tiger gateway that replaces access tokens and fails as a test plans.
 
-In a thread for small tests. `python -m tests.refreshes.gateway` runs one in a process of its own:
-it is told of its accounts, and tells of itself, over HTTP.
+Small tests run the gateway in a thread. `python -m tests.support.refresh_gateway` runs it in a
+process of its own, which receives its accounts and reports its state over HTTP.
 """
 
 import base64

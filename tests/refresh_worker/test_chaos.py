@@ -24,12 +24,12 @@ import asyncpg
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests.refreshes.gateway import Odds, due_token, outcomes, state_of, tell
 from tests.support import factories
 from tests.support.private_keys import KEY
 from tests.support.private_servers import new_database, server
+from tests.support.refresh_gateway import Odds, due_token, outcomes, state_of, tell
+from tests.support.tiger_files import PK8
 from tests.support.worker_processes import ROOT, environment
-from tests.tiger.files import PK8
 from tiger_db import (
     AccountStatus,
     AuditAction,
@@ -166,7 +166,7 @@ def gateway_process(seed: int) -> Iterator[str]:
     """Its URL."""
     public = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.refreshes.gateway"],
+        [sys.executable, "-m", "tests.support.refresh_gateway"],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdin is not None
