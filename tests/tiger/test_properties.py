@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.tiger_files import mode, names
 from tiger_db.errors import AlreadyExists, InvalidValue
 from tiger_db.files import write_private
-from tiger_db.tiger.properties import properties, read_properties
+from tiger_db.tiger.properties import format_properties, read_properties
 
 # Writes two files twice; at every system call says the modes of what is in the folder.
 LOOKING = """
@@ -45,14 +45,14 @@ write_private(Path(folder), {"a": "new" * 100, "b": "new" * 100}, overwrite=True
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=5))
 def test_every_value_is_read_back(values: list[str]) -> None:
     lines = {f"key_{number}": value for number, value in enumerate(values)}
-    written = properties(lines)
+    written = format_properties(lines)
     assert javaproperties.loads(written) == {k: v for k, v in lines.items() if v.strip()}
     assert written.count("\n") == len(written.splitlines())
 
 
 @given(st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="\\ ")))
 def test_plain_values_are_written_as_they_are(value: str) -> None:
-    assert properties({"key": value}) == (f"key={value}\n" if value else "")
+    assert format_properties({"key": value}) == (f"key={value}\n" if value else "")
 
 
 @given(content=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))

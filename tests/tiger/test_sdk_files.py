@@ -14,7 +14,7 @@ from tests.support.sdk_gateway import loaded, signed
 from tests.support.tiger_files import EVERYTHING, NEW, PK1, PK8, REQUIRED, config
 from tiger_db import Database, PrivateKeyFormat
 from tiger_db.tiger import CONFIG_FILE, client_config, export_account, import_account
-from tiger_db.tiger.properties import properties
+from tiger_db.tiger.properties import format_properties
 
 
 def said(config: Any) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_the_sdk_reads_every_value_back(
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
     lines = {"secret_key": value, "tiger_id": "1", "token": f"a{value}"}
-    (folder / CONFIG_FILE).write_text(properties(lines), encoding="utf-8", newline="")
+    (folder / CONFIG_FILE).write_text(format_properties(lines), encoding="utf-8", newline="")
     read = loaded(folder)
     assert (read.secret_key, read.tiger_id) == (value if value.strip() else "", "1")
     assert read.token == f"a{value}"

@@ -1,4 +1,4 @@
-"""Tiger's Open API: its files go in and out, and its SDK is set up from what is stored."""
+"""Tiger's Open API: import and export of its files, setup of its SDK, refreshes of its tokens."""
 
 from tiger_db.tiger.exporting import export_account
 from tiger_db.tiger.importing import Imported, import_account

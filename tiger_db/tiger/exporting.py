@@ -1,4 +1,4 @@
-"""Accounts as files that Tiger's SDKs read."""
+"""Export of accounts to the files that Tiger's SDKs read."""
 
 import asyncio
 import os
@@ -12,39 +12,42 @@ from tiger_db.files import check_output, make_private_folder, write_private
 from tiger_db.models import AuditAction, AuditSeverity, PrivateKeyFormat, TigerAccount
 from tiger_db.tiger.private_keys import base64_der, load_private_key
 from tiger_db.tiger.properties import (
+    CLIENT_OPTIONS,
     CONFIG_FILE,
-    OPTIONS,
     TOKEN_FILE,
-    option,
-    plain,
-    properties,
+    client_option,
+    format_properties,
+    plaintext,
 )
 
 
 async def export_account(
     database: Database, account_id: UUID, *, folder: Path, overwrite: bool = False
 ) -> list[Path]:
-    """Write an account as the files that Tiger's SDKs read: the configuration, the token if any.
+    """Write an account as a configuration file and, if it has an access token, a token file.
 
-    Returns their paths. They are for their owner alone (0600), and so is the folder if it must be
-    made (0700). The audit event is committed before anything is written. With `overwrite`, files of
-    these names are replaced, and a token file goes where the account has no token. Links are
-    followed, pipes and devices are written into: see `tiger_db.files.output_files`.
+    Only the owner may read the files (mode 0600). A new folder has mode 0700. The audit event is
+    committed before the files are written. With `overwrite`, existing files are replaced, and a
+    token file is removed if the account has no token. Symbolic links are followed, and pipes and
+    devices are written to, as `tiger_db.files.output_files` does.
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        AlreadyExists: a file of these names is there; nothing was written.
-        NotFound: there is no such account.
-        InvalidState: it is closed.
-        InvalidValue: its private key is not an RSA key, or the folder is none.
-        EncryptionError: its secrets cannot be decrypted.
-        OSError: the files cannot be written; no new one is left behind.
+        AlreadyExists: a file exists; nothing was written.
+        NotFound: the account does not exist.
+        InvalidState: the account is closed.
+        InvalidValue: the private key is not an RSA key, or the path is not a folder.
+        EncryptionError: the account's secrets cannot be decrypted.
+        OSError: the files cannot be written; no new file is left behind.
     """
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:
         account = await crud.accounts.get(session, account_id)
         if account is None:
             raise NotFound(f"there is no TigerAccount {account_id}")
-        texts = _texts(account)
+        texts = _file_texts(account)
         await asyncio.to_thread(make_private_folder, folder)
         await crud.audit_logs.log_event(
             session,
@@ -55,7 +58,7 @@ async def export_account(
             tiger_account_id=account.id,
             details={"files": [*texts]},
         )
-    # An old token there would be sent as this account's.
+    # The SDK would send the token of another account, if its file stayed.
     stale = None if TOKEN_FILE in texts else TOKEN_FILE
     return await asyncio.to_thread(write_private, folder, texts, overwrite=overwrite, without=stale)
 
@@ -67,24 +70,24 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
         check_output(path, overwrite=overwrite)
 
 
-def _texts(account: TigerAccount) -> dict[str, str]:
-    """The files' texts, by name."""
+def _file_texts(account: TigerAccount) -> dict[str, str]:
+    """Return the texts of an account's files by file name."""
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
-    key, _ = load_private_key(plain(account.private_key))
+    key, _ = load_private_key(plaintext(account.private_key))
     config = {
-        # Both, as in the files that Tiger gives out: each of its SDKs reads one of them.
+        # Both formats, as in Tiger's own files: each of its SDKs reads one of them.
         "private_key_pk1": base64_der(key, PrivateKeyFormat.PK1),
         "private_key_pk8": base64_der(key, PrivateKeyFormat.PK8),
-        "tiger_id": plain(account.tiger_id),
+        "tiger_id": plaintext(account.tiger_id),
         "account": account.account_number,
         "license": account.license,
         "env": account.environment,
-        "secret_key": plain(account.secret_key),
+        "secret_key": plaintext(account.secret_key),
         "server_url": account.server_url,
-        **{name: option(account, name) for name in OPTIONS},
+        **{name: client_option(account, name) for name in CLIENT_OPTIONS},
     }
-    texts = {CONFIG_FILE: properties(config)}
+    texts = {CONFIG_FILE: format_properties(config)}
     if account.access_token is not None:
-        texts[TOKEN_FILE] = properties({"token": plain(account.access_token)})
+        texts[TOKEN_FILE] = format_properties({"token": plaintext(account.access_token)})
     return texts

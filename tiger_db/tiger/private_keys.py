@@ -1,4 +1,4 @@
-"""RSA private keys, in the forms that people and Tiger's SDKs have them."""
+"""RSA private keys in PEM or base64 DER, PKCS#1 or PKCS#8."""
 
 import base64
 import re
@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import (
 from tiger_db.errors import InvalidValue
 from tiger_db.models import PrivateKeyFormat
 
-_FORMATS = {
+_DER_FORMATS = {
     PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
     PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
 }
-# PEM labels, of which each stands for one format only (RFC 7468, 10; RFC 8017, A.1.2).
-_LABELS = {
+# Each PEM label stands for one format only (RFC 7468, 10; RFC 8017, A.1.2).
+_PEM_LABELS = {
     "PRIVATE KEY": PrivateKeyFormat.PK8,
     "RSA PRIVATE KEY": PrivateKeyFormat.PK1,
 }
@@ -28,27 +28,28 @@ _PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.*?)-----END \1-----", 
 
 
 def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
-    """Read an RSA private key as people have it: base64 DER or PEM, PKCS#1 or PKCS#8.
+    """Parse an RSA private key in PEM or base64 DER, PKCS#1 or PKCS#8.
 
-    Returns Tiger's form of it, base64 DER in one line, and the format, which is told by the content
-    whatever the PEM label says.
+    Returns:
+        The key as base64 DER in one line, as Tiger's files have it, and its format. The format
+        follows from the content, not from the PEM label.
 
     Raises:
-        InvalidValue: it is anything else; the message shows nothing of it.
+        InvalidValue: the text is not such a key. The message does not quote the text.
     """
     key, key_format = load_private_key(text)
     return base64_der(key, key_format), key_format
 
 
 def load_private_key(text: str) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
-    """As `parse_private_key`, with the key itself."""
+    """Parse an RSA private key as `parse_private_key` does, and return the key object."""
     pem = _PEM.search(text)
     body = "".join((pem[2] if pem else text).replace("\\n", "\n").split())
     if pem and ("ENCRYPTED" in pem[1] or ",ENCRYPTED" in body):
         raise InvalidValue("the private key is protected by a passphrase: remove it first")
     if not body:
         raise InvalidValue("the private key is empty")
-    for label, key_format in _LABELS.items():
+    for label, key_format in _PEM_LABELS.items():
         try:
             key = load_pem_private_key(
                 f"-----BEGIN {label}-----\n{body}\n-----END {label}-----\n".encode("ascii"), None
@@ -62,15 +63,15 @@ def load_private_key(text: str) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
 
 
 def base64_der(key: RSAPrivateKey, key_format: PrivateKeyFormat) -> str:
-    """Tiger's form of a key: base64 DER in one line."""
-    der = key.private_bytes(Encoding.DER, _FORMATS[key_format], NoEncryption())
+    """Encode a key as base64 DER in one line."""
+    der = key.private_bytes(Encoding.DER, _DER_FORMATS[key_format], NoEncryption())
     return base64.b64encode(der).decode("ascii")
 
 
 def public_numbers(private_key: str) -> RSAPublicNumbers:
-    """What a key has in all its forms, and no other key has.
+    """Return the public numbers of a private key. They are equal in all formats of one key.
 
     Raises:
-        InvalidValue: it is not an RSA private key.
+        InvalidValue: the text is not an RSA private key.
     """
     return load_private_key(private_key)[0].public_key().public_numbers()

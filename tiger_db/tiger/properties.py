@@ -1,4 +1,4 @@
-"""Tiger's properties files: what their lines are called, and how they are read and written."""
+"""Properties files of Tiger's SDKs: reading, formatting, and the names of their properties."""
 
 import re
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from tiger_db.errors import InvalidValue
 from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
-TOKEN_FILE = "tiger_openapi_token.properties"  # noqa: S105  # a name
-# The private key's lines, in the order in which the SDK prefers them.
-KEY_LINES = ("private_key", "private_key_pk8", "private_key_pk1")
-# An account's fields, and their lines.
-LINES = {
+TOKEN_FILE = "tiger_openapi_token.properties"  # noqa: S105  # a file name
+# In the SDK's order of precedence.
+PRIVATE_KEY_PROPERTIES = ("private_key", "private_key_pk8", "private_key_pk1")
+# The property of each field of TigerAccount.
+FIELD_PROPERTIES = {
     "tiger_id": "tiger_id",
     "account_number": "account",
     "license": "license",
@@ -24,35 +24,34 @@ LINES = {
     "server_url": "server_url",
     "access_token": "token",
 }
-# Lines that are kept as they stand, in `client_options`.
-OPTIONS = (
+# Properties that `TigerAccount.client_options` keeps unchanged.
+CLIENT_OPTIONS = (
     "timeout", "token_refresh_duration", "socket_host_port", "timezone", "language",
     "use_full_tick",
 )  # fmt: skip
 
-_LIMIT = 1_000_000  # bytes of a file
-# Pasted as it is, although only its first line would belong to the key before it.
-_PEM = re.compile(r"-----BEGIN [A-Z ]+-----.*?-----END ", re.DOTALL)
-# What a reader would take for something else. `=` and `:` in a value are not: Tiger's own files
-# have them as they are, and simple readers stumble over escaped ones.
-_MISREAD = re.compile(r"\A |[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
+_MAX_FILE_BYTES = 1_000_000
+_PEM_BLOCK = re.compile(r"-----BEGIN [A-Z ]+-----.*?-----END ", re.DOTALL)
+# Characters to escape in a value. `=` and `:` stay: Tiger's own files do not escape them, and
+# simple readers misread the escapes.
+_MUST_ESCAPE = re.compile(r"\A |[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """The values in a file by their keys, without the spaces around them and without empty ones.
+    """Read a properties file. Values are stripped of whitespace; empty ones are left out.
 
-    A PEM block may stand there in lines of its own, and a byte order mark before everything.
+    A value may be a PEM block of several lines. The file may begin with a byte order mark.
 
     Raises:
-        InvalidValue: it cannot be read, is no UTF-8 text or no properties; names the file.
+        InvalidValue: the file cannot be read, or is not UTF-8 or not a properties file.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_LIMIT + 1)
-        if len(content) > _LIMIT:
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
             raise InvalidValue(f"{path}: is too large to be one of Tiger's files")
         text = content.decode("utf-8-sig")
-        values = javaproperties.loads(_PEM.sub(_in_one_line, text))
+        values = javaproperties.loads(_PEM_BLOCK.sub(_escape_line_ends, text))
     except OSError as error:
         raise InvalidValue(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -62,24 +61,25 @@ def read_properties(path: Path) -> dict[str, str]:
     return {key: value.strip() for key, value in values.items() if value.strip()}
 
 
-def properties(values: Mapping[str, str | None]) -> str:
-    """The text of a file with these values, a line each; empty ones are left out."""
+def format_properties(values: Mapping[str, str | None]) -> str:
+    """Format the text of a properties file. Empty values are left out."""
     return "".join(
-        f"{key}={_MISREAD.sub(lambda found: javaproperties.escape(found[0]), value)}\n"
+        f"{key}={_MUST_ESCAPE.sub(lambda found: javaproperties.escape(found[0]), value)}\n"
         for key, value in values.items()
         if value and value.strip()
     )
 
 
-def option(account: TigerAccount, name: str) -> str:
-    """One of the `client_options` as a file has it; empty: there is none."""
+def client_option(account: TigerAccount, name: str) -> str:
+    """Return one of the `client_options` as text, or an empty string."""
     value = account.client_options.get(name)
     return "" if value is None else str(value).strip()
 
 
-def plain(secret: Secret | None) -> str:
+def plaintext(secret: Secret | None) -> str:
+    """Return the text of a secret, or an empty string for None."""
     return "" if secret is None else secret.get_secret_value()
 
 
-def _in_one_line(block: re.Match[str]) -> str:
+def _escape_line_ends(block: re.Match[str]) -> str:
     return block[0].replace("\r", "").replace("\n", "\\n")

@@ -1,4 +1,4 @@
-"""Asks Tiger for a new access token, by its own SDK."""
+"""Refreshes of access tokens through Tiger's SDK."""
 
 import asyncio
 import json
@@ -8,13 +8,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from tiger_db.errors import (
-    AnswerLost,
-    ConfigurationError,
-    CredentialsRefused,
-    RefreshFailed,
-    RefreshLimited,
-)
+from tiger_db.errors import AnswerLost, CredentialsRefused, RefreshFailed, RefreshLimited
 from tiger_db.models import TigerAccount
 from tiger_db.models.base import readable_secrets
 from tiger_db.redaction import redact_aggressively
@@ -23,36 +17,33 @@ from tiger_db.tokens import NewToken
 
 # https://quant.itigerup.com/openapi/en/python/appendix2/overview.html: codes of the Open API
 _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
-_REFUSED = {1000, 4000}  # common parameter or signature; permission denied
+_REFUSED = {1000, 4000}  # common parameter or signature error; permission denied
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
-_WINDOW = timedelta(seconds=60)  # of Tiger's limits, which roll
-_silent = logging.getLogger("tiger_db.tiger.sdk")
-_silent.disabled = True  # the SDK logs tokens
+_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # a rolling window
+_disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
+_disabled_logger.disabled = True  # the SDK logs tokens
 
 
 async def refresh_token(account: TigerAccount) -> NewToken:
-    """Ask Tiger for a new access token. The one the account has ends with it.
+    """Ask Tiger for a new access token, once. Tiger then invalidates the current token.
 
-    Nothing is asked twice. It runs in a thread, because the SDK blocks; no transaction should be
-    open meanwhile. Messages have Tiger's code and text, without secrets.
+    The SDK blocks, so it runs in a thread. Call this outside transactions. Error messages contain
+    Tiger's code and text, with secrets masked.
 
     Raises:
-        RefreshLimited: Tiger wants to be asked later.
-        CredentialsRefused: it refuses the key, the signature or the token.
-        AnswerLost: it was asked, and the answer did not arrive or makes no sense.
-        RefreshFailed: anything else that may pass.
+        RefreshLimited: Tiger's rate limit is reached.
+        CredentialsRefused: Tiger refuses the key, the signature or the token.
+        AnswerLost: Tiger's answer is missing or malformed: Tiger may have issued a token.
+        RefreshFailed: another failure, which may be temporary.
         ConfigurationError: the SDK is not installed.
     """
     config = client_config(account)
-    loop = asyncio.get_running_loop()
     try:
-        answer = await loop.run_in_executor(_threads(), _ask, config)
-    except (RefreshFailed, ConfigurationError) as error:
-        raise _redacted(error, account) from None
-    try:
-        return _token_of(answer)
+        answer = await asyncio.get_running_loop().run_in_executor(_threads(), _ask, config)
+        return _new_token(answer)
     except RefreshFailed as error:
-        raise _redacted(error, account) from None
+        error.args = (redact_aggressively(str(error), *readable_secrets(account)),)
+        raise error from None
 
 
 @cache
@@ -71,13 +62,13 @@ def _ask(config: Any) -> Any:  # noqa: ANN401  # the SDK has no types
     from urllib3.exceptions import ConnectTimeoutError, NewConnectionError  # noqa: PLC0415
 
     try:
-        client = TigerOpenClient(config, logger=_silent)
+        client = TigerOpenClient(config, logger=_disabled_logger)
         return client.execute(OpenApiRequest(method=USER_TOKEN_REFRESH))
     except ResponseException as error:
         raise _http_error(error.status, str(error)) from None
     except RequestException as error:
         cause = error.__context__
-        reason = getattr(cause, "reason", cause)  # a MaxRetryError has one
+        reason = getattr(cause, "reason", cause)  # a MaxRetryError has a reason
         if isinstance(reason, NewConnectionError | ConnectTimeoutError):
             raise RefreshFailed(f"Tiger cannot be reached: {type(reason).__name__}") from None
         raise AnswerLost(f"Tiger's answer was lost: {type(reason).__name__}") from None
@@ -88,24 +79,25 @@ def _ask(config: Any) -> Any:  # noqa: ANN401  # the SDK has no types
 def _http_error(status: int | None, text: str) -> RefreshFailed:
     if status == _HTTP_LIMIT:
         return RefreshLimited(
-            "Tiger's limit is reached (HTTP 429)", code=_LIMIT, retry_after=_WINDOW
+            "Tiger's limit is reached (HTTP 429)", code=_LIMIT, retry_after=_RATE_LIMIT_WINDOW
         )
     if status in _HTTP_UNAUTHORIZED:
         return CredentialsRefused(f"Tiger refuses the credentials (HTTP {status})")
     if status is not None and status < _HTTP_SERVER_ERROR:
         return RefreshFailed(f"HTTP {status}")
-    # It may have done what it was asked before that.
+    # Tiger may have issued a token before the error: the outcome is unknown.
     return AnswerLost(f"HTTP {status}" if status is not None else text)
 
 
-def _token_of(answer: Any) -> NewToken:  # noqa: ANN401  # whatever Tiger says
+def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # any JSON value
+    """Return the token of an answer, or raise the error that the answer means."""
     if not isinstance(answer, dict):
         raise AnswerLost("Tiger's answer is no object")
     code, text = answer.get("code"), str(answer.get("message") or answer.get("msg") or "")
-    said = f"code={code} msg={text}"
+    message = f"code={code} msg={text}"
     if code == _OK:
         data = answer.get("data")
-        if isinstance(data, str):  # as the SDK's own parsers expect of some methods
+        if isinstance(data, str):  # the SDK's parsers accept JSON in a string
             try:
                 data = json.loads(data)
             except ValueError:
@@ -117,14 +109,9 @@ def _token_of(answer: Any) -> NewToken:  # noqa: ANN401  # whatever Tiger says
     if not isinstance(code, int):
         raise AnswerLost("Tiger's answer has no code")
     if code == _LIMIT or (code == _FORBIDDEN and "rate limit" in text):
-        raise RefreshLimited(said, code=code, retry_after=_WINDOW)
+        raise RefreshLimited(message, code=code, retry_after=_RATE_LIMIT_WINDOW)
     if code in _REFUSED or code == _FORBIDDEN:
-        raise CredentialsRefused(said, code=code)
+        raise CredentialsRefused(message, code=code)
     if code in {_SERVER_ERROR, _TIMEOUT}:
-        raise AnswerLost(said, code=code)
-    raise RefreshFailed(said, code=code)
-
-
-def _redacted(error: Exception, account: TigerAccount) -> Exception:
-    error.args = (redact_aggressively(str(error), *readable_secrets(account)),)
-    return error
+        raise AnswerLost(message, code=code)
+    raise RefreshFailed(message, code=code)

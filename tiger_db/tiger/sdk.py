@@ -1,4 +1,4 @@
-"""Tiger's SDK, set up from what is stored. It is an extra, and imported only when it is used."""
+"""Configuration of Tiger's SDK, an optional dependency, from a stored account."""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,60 +7,62 @@ from typing import TYPE_CHECKING, Any
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TigerEnvironment, TigerLicense
 from tiger_db.tiger.private_keys import parse_private_key
-from tiger_db.tiger.properties import option, plain
+from tiger_db.tiger.properties import client_option, plaintext
 
 if TYPE_CHECKING:
     from tigeropen.tiger_open_config import TigerOpenClientConfig
 
-_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
-    """Set up Tiger's SDK for one account, from what is stored alone. Make one for each account.
+    """Return a configuration of Tiger's SDK for one account, from stored values alone.
 
-    It reads no properties file and no `TIGEROPEN_*` variable, and sends nothing; the SDK looks up
-    the machine's MAC address, which its requests bear. It never refreshes the token, whatever
-    `token_refresh_duration` an imported file had: a second refresh would end the first one's token.
+    The configuration reads no properties file and no `TIGEROPEN_*` variable, and sends nothing. The
+    SDK puts the machine's MAC address into its requests. The SDK never refreshes the token, even if
+    an imported file has a `token_refresh_duration`: a second refresh would invalidate the token of
+    the first one.
 
-    `retry_max_tries` is 0, because the SDK would repeat requests that change something: transfers,
-    option exercises, token refreshes. Raise it where you only read.
+    `retry_max_tries` is 0, because the SDK would also repeat requests that are not idempotent:
+    transfers, option exercises, token refreshes. Raise it in programs that only read.
 
     Raises:
         ConfigurationError: the SDK is not installed.
         InvalidState: the account is closed.
-        InvalidValue: its private key is not an RSA key, or one of its `client_options` is refused.
-        EncryptionError: its secrets cannot be decrypted.
+        InvalidValue: the private key is not an RSA key, or one of the `client_options` is invalid.
+        EncryptionError: the account's secrets cannot be decrypted.
     """
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     sdk, config_class = load_sdk()
-    config = config_class(enable_dynamic_domain=False)  # else it would ask for the servers' names
+    config = config_class(enable_dynamic_domain=False)  # True sends a request for server names
     config.props_path = None
-    config.tiger_id, config.account = plain(account.tiger_id), account.account_number
-    config.private_key, _ = parse_private_key(plain(account.private_key))
-    config.license = account.license.value if account.license else ""  # for None, a client asks
-    config.token, config.secret_key = plain(account.access_token), plain(account.secret_key)
+    config.tiger_id, config.account = plaintext(account.tiger_id), account.account_number
+    config.private_key, _ = parse_private_key(plaintext(account.private_key))
+    config.license = account.license.value if account.license else ""  # None sends a request
+    config.token = plaintext(account.access_token)
+    config.secret_key = plaintext(account.secret_key)
     config.token_refresh_duration = config.retry_max_tries = 0
     url = sdk.SERVER_URL
     if account.environment == TigerEnvironment.SANDBOX:
-        # Not by the constructor's argument: for its warning, it would set up the root logger.
-        config._sandbox_debug = True  # noqa: SLF001  # the reason above
+        # The constructor's argument logs a warning, which configures the root logger.
+        config._sandbox_debug = True  # noqa: SLF001  # see above
         config.tiger_public_key = sdk.SANDBOX_TIGER_PUBLIC_KEY
         url, config.socket_host_port = sdk.SANDBOX_SERVER_URL, sdk.SANDBOX_SOCKET_HOST_PORT
     elif account.license == TigerLicense.TBUS:
         url, config.socket_host_port = sdk.US_SERVER_URL, sdk.US_SOCKET_HOST_PORT
     config.server_url = config.quote_server_url = account.server_url or url
-    readers: dict[str, Callable[[str], object]] = {
+    parsers: dict[str, Callable[[str], object]] = {
         "timeout": lambda text: _natural(text) or sdk.TIMEOUT,  # 0 is the default, as in the SDK
         "socket_host_port": _socket,
         "timezone": str,
         "language": sdk.Language,
-        "use_full_tick": lambda text: _FLAGS[text.lower()],
+        "use_full_tick": lambda text: _BOOLEANS[text.lower()],
     }
-    for name, read in readers.items():
-        if text := option(account, name):
+    for name, parse in parsers.items():
+        if text := client_option(account, name):
             try:
-                setattr(config, name, read(text))
+                setattr(config, name, parse(text))
             except (ValueError, LookupError):
                 raise InvalidValue(f"client_options: {name} has a bad value") from None
     return config
@@ -68,7 +70,11 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
 
 @cache
 def load_sdk() -> tuple[Any, Any]:
-    """The SDK's module of configurations, and a configuration that knows only what it is told."""
+    """Import the SDK. Return its configuration module, and a class that reads no files.
+
+    Raises:
+        ConfigurationError: the SDK is not installed.
+    """
     try:
         from tigeropen import tiger_open_config as sdk  # noqa: PLC0415  # slow, and an extra
     except ImportError as error:
@@ -76,7 +82,7 @@ def load_sdk() -> tuple[Any, Any]:
             "Tiger's SDK is not installed: install tiger-db with its extra, tiger-db[tiger]"
         ) from error
 
-    class Told(sdk.TigerOpenClientConfig):  # type: ignore[misc]  # the SDK has no types
+    class ExplicitConfig(sdk.TigerOpenClientConfig):  # type: ignore[misc]  # the SDK has no types
         def _load_env_vars(self) -> None: ...
 
         def _load_props(self) -> None: ...
@@ -87,7 +93,7 @@ def load_sdk() -> tuple[Any, Any]:
         def store_token(self, token: str) -> None:
             self.token = token
 
-    return sdk, Told
+    return sdk, ExplicitConfig
 
 
 def _natural(text: str) -> int:
