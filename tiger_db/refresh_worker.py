@@ -196,7 +196,7 @@ class RefreshWorker:
         """
         start = time.monotonic()
         async with self.database.session() as session:
-            await crud.token_status.give_up_lost(session, skip=self._running)
+            await crud.token_status.fail_expired_leases(session, skip=self._running)
         async with self.database.session() as session:
             claim = await crud.token_status.claim(
                 session, refresh_id, worker=self.name, lease=self.lease
@@ -422,14 +422,14 @@ class RefreshWorker:
                 error=said,
                 error_code=replace_unstorable(type(error).__name__)[:_LONGEST_CODE],
                 retry_after=_retry_after(error),
-                credentials_dead=refused,
+                credentials_refused=refused,
                 answer_lost=isinstance(error, AnswerLost),
                 api_response_code=_kept(claim, "api_response_code", error.code),
                 api_response_time_ms=milliseconds,
             )
 
         async def lose(session: AsyncSession) -> None:
-            await crud.token_status.lose(session, claim)
+            await crud.token_status.fail_unknown(session, claim)
 
         try:
             try:

@@ -255,7 +255,7 @@ def fill(settings: Settings, gateway: Gateway) -> None:
                 for number in (0, 3, 4)
             ]
             await crud.token_status.fail(
-                session, claims[1], error="code=1000 msg=no", credentials_dead=True
+                session, claims[1], error="code=1000 msg=no", credentials_refused=True
             )
             await crud.token_status.complete(session, claims[2], access_token=tiger_token(_now()))
 

@@ -122,7 +122,7 @@ SERVES: list[tuple[str, Call]] = [
     ),
     ("uq_token_statuses_tiger_account_id_open", asks(token_status.schedule_due)),
     ("ix_token_statuses_due", asks(token_status.claim_due, worker="w")),
-    ("ix_token_statuses_due", asks(token_status.give_up_lost)),
+    ("ix_token_statuses_due", asks(token_status.fail_expired_leases)),
     ("ix_token_statuses_due", asks(token_status.next_due)),
     ("ix_token_statuses_due", asks(token_status.overview, since=NOW)),
     ("ix_token_statuses_tiger_account_id_id", asks(token_status.history, account_id=id_of(77))),

@@ -294,7 +294,7 @@ async def test_an_answer_that_was_missed_lifts_the_suspension_that_followed(
     session: AsyncSession, since: list[str], *, lifted: bool
 ) -> None:
     claim = await factories.claim(session)
-    await token_status.fail(session, claim, error="refused", credentials_dead=True)
+    await token_status.fail(session, claim, error="refused", credentials_refused=True)
     for status in since:
         await accounts.update(session, claim.tiger_account_id, status=status)
     events = len(await factories.events(session))
@@ -312,7 +312,7 @@ async def test_an_answer_that_was_missed_lifts_the_suspension_that_followed(
 @pytest.mark.parametrize("given", [True, False])
 async def test_another_token_lifts_no_suspension(session: AsyncSession, *, given: bool) -> None:
     claim = await factories.claim(session)
-    await token_status.fail(session, claim, error="refused", credentials_dead=True)
+    await token_status.fail(session, claim, error="refused", credentials_refused=True)
     account = await accounts.update_tokens(
         session,
         claim.tiger_account_id,

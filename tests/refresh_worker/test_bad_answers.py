@@ -361,7 +361,7 @@ async def test_many_who_give_up_do_it_once(clone: Database) -> None:
 
     async def give_up() -> int:
         async with clone.session() as session:
-            return await crud.token_status.give_up_lost(session)
+            return await crud.token_status.fail_expired_leases(session)
 
     assert sum(await asyncio.gather(*(give_up() for _ in range(8)))) == 30
     assert len(await events(clone, AuditAction.TOKEN_REFRESH)) == 30
@@ -378,9 +378,9 @@ async def test_giving_up_waits_for_nobody(clone: Database, table: str) -> None:
     async with clone.session() as other:
         await other.execute(text(f"SELECT FROM {table} FOR UPDATE"))
         async with asyncio.timeout(5), clone.session() as session:
-            assert await crud.token_status.give_up_lost(session) == 0
+            assert await crud.token_status.fail_expired_leases(session) == 0
     async with clone.session() as session:
-        assert await crud.token_status.give_up_lost(session) == 1
+        assert await crud.token_status.fail_expired_leases(session) == 1
 
 
 async def test_an_attempt_that_ends_is_not_counted_twice(clone: Database) -> None:

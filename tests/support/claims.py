@@ -16,7 +16,7 @@ USES: dict[str, Use] = {
     "heartbeat": token_status.heartbeat,
     "complete": lambda s, c: token_status.complete(s, c, access_token="zombie"),
     "fail": lambda s, c: token_status.fail(s, c, error="zombie"),
-    "fail for good": lambda s, c: token_status.fail(s, c, error="z", credentials_dead=True),
+    "fail for good": lambda s, c: token_status.fail(s, c, error="z", credentials_refused=True),
     "give back": token_status.give_back,
 }
 

@@ -132,7 +132,7 @@ async def test_dead_credentials_suspend_an_active_account(
     await accounts.update(session, claim.tiger_account_id, status=status)
     before = len(await factories.events(session))
     failed = await token_status.fail(
-        session, claim, error="refused", error_code="DEAD", credentials_dead=True
+        session, claim, error="refused", error_code="DEAD", credentials_refused=True
     )
     assert (failed.status, failed.retry_count, failed.error_code) == (S.FAILED, 1, "DEAD")
     assert failed.completed_at is not None
@@ -165,7 +165,7 @@ async def test_a_person_brings_an_account_with_dead_credentials_back(
     session: AsyncSession,
 ) -> None:
     claim = await factories.claim(session)
-    await token_status.fail(session, claim, error="refused", credentials_dead=True)
+    await token_status.fail(session, claim, error="refused", credentials_refused=True)
     await accounts.update(session, claim.tiger_account_id, status="active")
     assert await token_status.schedule_due(session) == []  # half an hour
     await token_status.retry(session, claim.id)
@@ -179,15 +179,15 @@ async def test_a_suspension_is_undone_with_its_failure(clone: Database) -> None:
         before = await factories.everything(session)
     with pytest.raises(ZeroDivisionError):
         async with clone.session() as session:
-            await token_status.fail(session, claim, error="refused", credentials_dead=True)
+            await token_status.fail(session, claim, error="refused", credentials_refused=True)
             _ = 1 / 0
     async with clone.session() as session:
         assert await factories.everything(session) == before
-        await token_status.fail(session, claim, error="refused", credentials_dead=True)
+        await token_status.fail(session, claim, error="refused", credentials_refused=True)
     async with clone.session() as session:
         assert (await account_of(session, claim)).status == AccountStatus.SUSPENDED
         with pytest.raises(LeaseLost):
-            await token_status.fail(session, claim, error="refused", credentials_dead=True)
+            await token_status.fail(session, claim, error="refused", credentials_refused=True)
 
 
 @pytest.mark.parametrize("how", ["taken over", "cancelled", "completed", "account closed"])
@@ -208,7 +208,7 @@ async def test_a_zombie_suspends_nobody(clone: Database, how: str) -> None:
         before = await factories.everything(session)
     async with clone.session() as session:
         with pytest.raises(LeaseLost):
-            await token_status.fail(session, zombie, error="no", credentials_dead=True)
+            await token_status.fail(session, zombie, error="no", credentials_refused=True)
         with pytest.raises(LeaseLost):
             await token_status.fail(session, zombie, error="no", answer_lost=True)
         with pytest.raises(LeaseLost):
@@ -240,7 +240,7 @@ async def test_the_next_refresh_knows_of_a_lost_answer(session: AsyncSession) ->
     await token_status.fail(session, claim, error="timeout", answer_lost=True)
     account = await account_of(session, claim)
     again = await factories.claim(session, of=account)
-    failed = await token_status.fail(session, again, error="refused", credentials_dead=True)
+    failed = await token_status.fail(session, again, error="refused", credentials_refused=True)
     assert failed.details == LOST
     assert failed.error_message is not None
     assert failed.error_message.startswith("refused (the answer to an earlier attempt was lost")
@@ -248,7 +248,7 @@ async def test_the_next_refresh_knows_of_a_lost_answer(session: AsyncSession) ->
     third = await factories.claim(session, of=account)
     await token_status.complete(session, third, access_token="new")
     fourth = await factories.claim(session, of=account)
-    failed = await token_status.fail(session, fourth, error="refused", credentials_dead=True)
+    failed = await token_status.fail(session, fourth, error="refused", credentials_refused=True)
     assert (failed.details, failed.error_message) == (None, "refused")
 
 

@@ -95,7 +95,7 @@ async def test_an_overview(session: AsyncSession) -> None:
     dead = await factories.claim(session, max_retries=1)
     await token_status.fail(session, dead, error="no answer")
     dead_too = await factories.claim(session)
-    await token_status.fail(session, dead_too, error="refused", credentials_dead=True)
+    await token_status.fail(session, dead_too, error="refused", credentials_refused=True)
     await opened(session, DAY, S.FAILED)
     await opened(session, DAY)
     again = await factories.claim(session)
@@ -174,7 +174,7 @@ async def test_workers_are_told_of_what_becomes_pending(clone: Database) -> None
         async with clone.session() as session:
             claim = await token_status.claim(session, claim.id, worker="w")
         async with clone.session() as session:
-            await token_status.fail(session, claim, error="refused", credentials_dead=True)
+            await token_status.fail(session, claim, error="refused", credentials_refused=True)
         assert await heard() == 0
         async with clone.session() as session:
             await token_status.retry(session, claim.id)

@@ -11,7 +11,13 @@ from tiger_db.crud.token_status.claims import (
     give_back,
     heartbeat,
 )
-from tiger_db.crud.token_status.outcomes import complete, fail, give_up_lost, lose, token_hash
+from tiger_db.crud.token_status.outcomes import (
+    complete,
+    fail,
+    fail_expired_leases,
+    fail_unknown,
+    token_hash,
+)
 from tiger_db.crud.token_status.queries import (
     RefreshStatistics,
     get,
@@ -39,15 +45,15 @@ __all__ = [
     "complete",
     "create_refresh_operation",
     "fail",
+    "fail_expired_leases",
+    "fail_unknown",
     "get",
     "get_failed_refreshes",
     "get_latest_status",
     "get_pending_refreshes",
     "give_back",
-    "give_up_lost",
     "heartbeat",
     "history",
-    "lose",
     "next_due",
     "overview",
     "prune",

@@ -11,7 +11,7 @@ from sqlalchemy.orm.attributes import set_committed_value
 from tiger_db.crud.common import execute_driver_sql, typed_errors
 from tiger_db.crud.pagination import check_limit
 from tiger_db.crud.token_status.changes import ANSWER_LOST, change_held
-from tiger_db.crud.token_status.outcomes import give_up_lost
+from tiger_db.crud.token_status.outcomes import fail_expired_leases
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.base import key_provider
@@ -63,7 +63,7 @@ async def claim_due(
 
     Each is claimed by one worker only. A lease that has expired counts as a failed attempt; where
     that was the last one, the refresh is not claimed. Once fewer than `limit` are due, such
-    refreshes are given up: see `give_up_lost`.
+    refreshes are given up: see `fail_expired_leases`.
 
     Commit before asking Tiger. The claims returned belong to no session and stay as they are: pass
     them to `heartbeat`, `complete` and `fail`. Each has its `tiger_account`, as it was at that
@@ -78,7 +78,7 @@ async def claim_due(
     _check_lease(lease)
     claimed = await _claim(session, DUE % limit, worker, lease, list(skip))
     if len(claimed) < limit:  # it reads all that are due, so not while there are many
-        await give_up_lost(session, skip=skip)
+        await fail_expired_leases(session, skip=skip)
     return claimed
 
 

@@ -254,7 +254,7 @@ async def fail(
     error: str,
     error_code: str | None = None,
     retry_after: timedelta | None = None,
-    credentials_dead: bool = False,
+    credentials_refused: bool = False,
     answer_lost: bool = False,
     api_response_code: int | None = None,
     api_response_time_ms: int | None = None,
@@ -262,7 +262,7 @@ async def fail(
     """End an attempt badly. It is tried again later, or given up after `max_retries` attempts.
 
     The wait is `retry_after`, where the broker said so, else random up to 30 s, doubled with each
-    attempt, 30 min at most. `credentials_dead`: it is given up at once, and an active account is
+    attempt, 30 min at most. `credentials_refused`: it is given up at once, and an active account is
     suspended until a person looks at it. `answer_lost`: the broker was asked, and may have replaced
     the token; the refresh's details keep that, and the errors that follow say it. Of the error's
     text, tokens, keys and the account's own secrets are masked before it is stored, and what
@@ -277,7 +277,7 @@ async def fail(
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     known = readable_secrets(account)
     attempts = claim.retry_count + 1
-    if credentials_dead or attempts >= claim.max_retries:
+    if credentials_refused or attempts >= claim.max_retries:
         ending: dict[str, object] = {
             "status": TokenRefreshStatus.FAILED,
             "completed_at": func.clock_timestamp(),
@@ -315,7 +315,7 @@ async def fail(
         error_code=error_code,
         error_message=refresh.error_message,
     )
-    if credentials_dead and account.status == AccountStatus.ACTIVE:
+    if credentials_refused and account.status == AccountStatus.ACTIVE:
         await _suspend(session, account, refresh)
     return refresh
 
@@ -330,7 +330,7 @@ def _message(error: str, known: list[str]) -> str:
     return f"{replace_unstorable(shown)}... ({len(error)} characters)"
 
 
-async def lose(session: AsyncSession, claim: TokenStatus) -> None:
+async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
     """End an attempt whose outcome cannot be stored, not even by `fail`.
 
     Constants are written, and nothing that depends on an answer or on other values of the rows. The
@@ -344,7 +344,7 @@ async def lose(session: AsyncSession, claim: TokenStatus) -> None:
         raise LeaseLost
 
 
-async def give_up_lost(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
+async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
     """Give up refreshes whose lease ended in their last attempt; return how many, 100 at most.
 
     The worker of that attempt has vanished, perhaps with a new token: the account's errors count
