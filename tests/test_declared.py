@@ -6,10 +6,9 @@ from typing import TypeAlias
 import asyncpg
 import pytest
 
-from tiger_db import Settings
+from tiger_db import Settings, doctor
 from tiger_db.connections import connect, maintenance_engine
-from tiger_db.doctor import Finding, doctor
-from tiger_db.health import health
+from tiger_db.health import check_readiness
 from tiger_db.migrations import declared, drift, upgrade
 from tiger_db.migrations.comparison import SchemaDifference, find_differences
 from tiger_db.models import metadata
@@ -152,8 +151,8 @@ async def differences(settings: Settings) -> list[SchemaDifference]:
         return await find_differences(connection)
 
 
-async def found_by_doctor(settings: Settings) -> Finding:
-    (finding,) = [f for f in await doctor(settings) if f.check == "triggers and functions"]
+async def found_by_doctor(settings: Settings) -> doctor.CheckResult:
+    (finding,) = [f for f in await doctor.run(settings) if f.check == "triggers and functions"]
     return finding
 
 
@@ -201,7 +200,7 @@ async def test_a_change_is_seen_by_all_and_can_be_repaired(
     assert finding.status == "problem"
     assert seen in finding.seen
     assert "tiger-db check" in str(finding.advice)
-    report = await health(clone_settings)
+    report = await check_readiness(clone_settings)
     (problem,) = report.problems
     assert seen in problem
     assert "tiger-db check" in problem
@@ -236,7 +235,7 @@ async def test_all_triggers_disabled_are_three_lines_for_people_and_all_for_chec
         lines = await drift(engine)
     finding = await found_by_doctor(clone_settings)
     assert finding.seen.endswith(f"; and {len(lines) - 3} more")
-    (problem,) = (await health(clone_settings)).problems
+    (problem,) = (await check_readiness(clone_settings)).problems
     assert f"; and {len(lines) - 3} more: run" in problem
     for line in lines:
         await other.execute(line.partition(": ")[2])
@@ -254,7 +253,7 @@ async def test_a_trigger_of_somebody_else_is_a_warning_of_the_doctor_alone(
     assert "trigger mine on audit_logs is not one of tiger_db's" in finding.seen
     assert "audit_logs_default" not in finding.seen  # its copies in partitions
     assert "unless it is yours, DROP TRIGGER mine ON " in str(finding.advice)
-    assert (await health(clone_settings)).problems == []
+    assert (await check_readiness(clone_settings)).problems == []
     async with maintenance_engine(clone_settings) as engine:
         assert await drift(engine) == []
 

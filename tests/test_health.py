@@ -1,4 +1,4 @@
-"""The health report on databases that are well, and ill in every way it knows of."""
+"""Health reports on healthy databases, and with each problem."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from tests.support.encryption_keys import OTHER_KEY
 from tests.support.sql import months, sql
 from tiger_db import AuditAction, AuditLog, Database, crud, embedded
 from tiger_db.connections import maintenance_engine
-from tiger_db.health import Health, health
+from tiger_db.health import HealthReport, check_readiness
 from tiger_db.migrations import MONTHS_AHEAD, upgrade
 from tiger_db.settings import Settings
 
@@ -35,7 +35,7 @@ def uuid7_at(moment: datetime) -> UUID:
     return UUID(int=(int(moment.timestamp() * 1000) << 80) | (7 << 76) | (1 << 63) | 1)
 
 
-def only_problem(report: Health) -> str:
+def only_problem(report: HealthReport) -> str:
     assert len(report.problems) == 1, report.problems
     assert "\n" not in report.problems[0]
     return report.problems[0]
@@ -51,7 +51,7 @@ def home() -> Iterator[Path]:
 
 
 async def test_healthy(clone_settings: Settings) -> None:
-    report = await health(clone_settings)
+    report = await check_readiness(clone_settings)
     assert report.problems == []
     assert report.location == clone_settings.location
     assert report.server_version
@@ -72,7 +72,7 @@ async def test_healthy(clone_settings: Settings) -> None:
 async def test_rows_are_estimates_over_all_partitions(
     clone: Database, clone_settings: Settings
 ) -> None:
-    assert set((await health(clone_settings)).rows.values()) <= {0, None}
+    assert set((await check_readiness(clone_settings)).rows.values()) <= {0, None}
     async with clone.session() as session:
         for _ in range(3):
             await factories.account(session)
@@ -88,7 +88,7 @@ async def test_rows_are_estimates_over_all_partitions(
     await sql(clone_settings, "ALTER TABLE tiger_accounts SET (autovacuum_enabled = false)")
     async with clone.session() as session:
         await session.execute(text("DELETE FROM tiger_accounts"))  # which no estimate knows of
-    assert (await health(clone_settings)).rows == {
+    assert (await check_readiness(clone_settings)).rows == {
         "api_key_batches": 0, "api_key_limits": 0, "api_key_usage": 0, "api_keys": 0,
         "audit_logs": 5, "audit_seals": 0, "tiger_accounts": 3, "token_statuses": 0,
     }  # fmt: skip
@@ -106,7 +106,7 @@ async def test_rows_that_were_never_analyzed_are_taken_from_the_statistics(
     async with clone.session() as session:
         await factories.account(session)
         await session.execute(text("SELECT pg_stat_force_next_flush()"))
-    rows = (await health(clone_settings)).rows
+    rows = (await check_readiness(clone_settings)).rows
     assert rows["tiger_accounts"] == 1
     assert rows["audit_logs"] == 1
     assert rows["api_keys"] == 0
@@ -115,20 +115,20 @@ async def test_rows_that_were_never_analyzed_are_taken_from_the_statistics(
 @pytest.mark.schema_changes
 async def test_months_that_are_missing(clone: Database, clone_settings: Settings) -> None:
     await sql(clone_settings, f"DROP TABLE {months(4, 4)[0]}")
-    report = await health(clone_settings)
+    report = await check_readiness(clone_settings)
     assert (report.audit_months_ahead, report.problems) == (3, [])
     # A table of the name that is no partition does not count.
     await sql(clone_settings, f"ALTER TABLE audit_logs DETACH PARTITION {months(2, 2)[0]}")
-    report = await health(clone_settings)
+    report = await check_readiness(clone_settings)
     assert report.audit_months_ahead == 1
     assert "run `tiger-db maintain-audit`" in only_problem(report)
     await sql(clone_settings, f"DROP TABLE {', '.join(months(1, 2))}")
-    report = await health(clone_settings)
+    report = await check_readiness(clone_settings)
     assert report.audit_months_ahead == 0
     assert "run `tiger-db migrate`" in only_problem(report)
     async with maintenance_engine(clone_settings) as engine:
         await upgrade(engine)
-    report = await health(clone_settings)
+    report = await check_readiness(clone_settings)
     assert (report.audit_months_ahead, report.problems) == (MONTHS_AHEAD, [])
 
 
@@ -137,13 +137,13 @@ async def test_strays_that_migrate_moves(clone: Database, clone_settings: Settin
     await sql(clone_settings, f"DROP TABLE {', '.join(months(0, 12))}")
     async with clone.session() as session:
         await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
-    report = await health(clone_settings)
+    report = await check_readiness(clone_settings)
     assert len(report.problems) == 2
     assert all("run `tiger-db migrate`" in problem for problem in report.problems)
     assert "audit_logs_default" in report.problems[1]
     async with maintenance_engine(clone_settings) as engine:
         await upgrade(engine)
-    assert (await health(clone_settings)).problems == []
+    assert (await check_readiness(clone_settings)).problems == []
 
 
 @pytest.mark.parametrize("days", [-400, 4000])
@@ -155,18 +155,18 @@ async def test_strays_of_a_wrong_clock(
     )
     async with clone.session() as session:
         await crud.audit_logs.log_events(session, [stray])
-    assert "check the clocks" in only_problem(await health(clone_settings))
+    assert "check the clocks" in only_problem(await check_readiness(clone_settings))
 
 
 async def test_schema(empty_database: Settings) -> None:
-    report = await health(empty_database)
+    report = await check_readiness(empty_database)
     assert (report.revision, report.rows, report.audit_months_ahead) == (None, {}, None)
     assert report.server_version
     assert "run `tiger-db init`" in only_problem(report)
     async with maintenance_engine(empty_database) as engine:
         await upgrade(engine)
     await sql(empty_database, "UPDATE alembic_version SET version_num = 'from_the_future'")
-    report = await health(empty_database)
+    report = await check_readiness(empty_database)
     assert report.revision == "from_the_future"
     assert "upgrade tiger_db" in only_problem(report)
 
@@ -174,7 +174,7 @@ async def test_schema(empty_database: Settings) -> None:
 @pytest.mark.schema_changes
 async def test_missing_table(clone_settings: Settings) -> None:
     await sql(clone_settings, "DROP TABLE audit_logs CASCADE")
-    report = await health(clone_settings)
+    report = await check_readiness(clone_settings)
     assert "tiger_accounts" in report.rows
     assert "the database refused" in only_problem(report)
 
@@ -185,7 +185,7 @@ async def test_unreachable(clone_settings: Settings) -> None:
         encryption_keys=clone_settings.encryption_keys,
         api_key_peppers=clone_settings.api_key_peppers,
     )
-    report = await health(settings)
+    report = await check_readiness(settings)
     assert (report.server_version, report.latency_ms) == (None, None)
     assert report.encryption_keys == ["test"]
     problem = only_problem(report)
@@ -201,7 +201,7 @@ async def test_server_that_never_answers(clone_settings: Settings) -> None:
 
     server = await asyncio.start_server(hold, "localhost", 0)
     port = server.sockets[0].getsockname()[1]
-    report = await health(
+    report = await check_readiness(
         Settings(
             db_host="localhost",
             db_port=port,
@@ -253,12 +253,12 @@ async def test_server_that_stops_answering_is_not_ready_in_time(
         update={"database_url": SecretStr(through.geturl()), "db_connect_timeout": 1.0}
     )
     start = time.monotonic()
-    report = await health(settings)
+    report = await check_readiness(settings)
     took = time.monotonic() - start
     assert asked.is_set()
     assert (report.live, report.ready) == (True, False)
     assert report.server_version, "it answered at first"
-    assert "not done answering within 1 s (DB_CONNECT_TIMEOUT)" in only_problem(report)
+    assert "did not finish answering within 1 s (DB_CONNECT_TIMEOUT)" in only_problem(report)
     assert took < 1.5
     proxy.close()
     shutil.rmtree(folder)
@@ -270,14 +270,14 @@ async def test_missing_database(clone_settings: Settings) -> None:
     settings = clone_settings.model_copy(
         update={"database_url": SecretStr(url.replace("_test_", "_nowhere_"))}
     )
-    assert "does not exist: run `tiger-db init`" in only_problem(await health(settings))
+    assert "does not exist: run `tiger-db init`" in only_problem(await check_readiness(settings))
 
 
 async def test_peppers(clone_settings: Settings) -> None:
     unset = clone_settings.model_copy(update={"api_key_peppers": None})
-    assert "API_KEY_PEPPERS is not set" in only_problem(await health(unset))
+    assert "API_KEY_PEPPERS is not set" in only_problem(await check_readiness(unset))
     bad = clone_settings.model_copy(update={"api_key_peppers": SecretStr("p1:hunter2")})
-    assert "API_KEY_PEPPERS" in only_problem(await health(bad))
+    assert "API_KEY_PEPPERS" in only_problem(await check_readiness(bad))
 
 
 async def test_encryption_keys(clone: Database, clone_settings: Settings) -> None:
@@ -285,31 +285,31 @@ async def test_encryption_keys(clone: Database, clone_settings: Settings) -> Non
         secret = SecretStr(keys) if keys else None
         return clone_settings.model_copy(update={"encryption_keys": secret, **more})
 
-    report = await health(keyed(None))
+    report = await check_readiness(keyed(None))
     assert report.encryption_keys == []
     assert "ENCRYPTION_KEYS is not set" in only_problem(report)
     assert report.rows, "the rest is looked at all the same"
-    production = await health(keyed(None, environment="production"))
+    production = await check_readiness(keyed(None, environment="production"))
     assert "ENCRYPTION_KEYS" in only_problem(production)
-    assert "ENCRYPTION_KEYS" in only_problem(await health(keyed("k1:hunter2")))
+    assert "ENCRYPTION_KEYS" in only_problem(await check_readiness(keyed("k1:hunter2")))
 
-    assert (await health(keyed(OTHER_KEY))).problems == []
+    assert (await check_readiness(keyed(OTHER_KEY))).problems == []
     async with clone.session() as session:
         await factories.account(session)
-    assert (await health(clone_settings)).problems == []
-    assert "'test' is not configured" in only_problem(await health(keyed(OTHER_KEY)))
+    assert (await check_readiness(clone_settings)).problems == []
+    assert "'test' is not configured" in only_problem(await check_readiness(keyed(OTHER_KEY)))
     same_name = OTHER_KEY.replace("other", "test")
-    assert "cannot be read" in only_problem(await health(keyed(same_name)))
+    assert "cannot be decrypted" in only_problem(await check_readiness(keyed(same_name)))
     keys = clone_settings.encryption_keys
     assert keys is not None
-    both = await health(keyed(f"{OTHER_KEY},{keys.get_secret_value()}"))
+    both = await check_readiness(keyed(f"{OTHER_KEY},{keys.get_secret_value()}"))
     assert (both.encryption_keys, both.problems) == (["other", "test"], [])
 
 
 @pytest.mark.slow
 async def test_embedded(home: Path) -> None:
     settings = Settings(tiger_db_home=home)
-    report = await health(settings)
+    report = await check_readiness(settings)
     assert report.embedded_folder == str(home)
     assert report.embedded_pid is None
     assert report.problems == [
@@ -319,7 +319,7 @@ async def test_embedded(home: Path) -> None:
     assert not exists(home), "a report makes nothing"
 
     server = await asyncio.to_thread(embedded.start, settings)
-    report = await health(settings)
+    report = await check_readiness(settings)
     assert (report.embedded_folder, report.embedded_pid) == (str(home), server.pid)
     assert report.embedded_socket_folder == str(server.socket_folder)
     assert [problem.rpartition("run ")[2] for problem in report.problems] == ["`tiger-db init`"] * 2
@@ -330,17 +330,17 @@ async def test_embedded(home: Path) -> None:
         await upgrade(engine)
     async with Database(settings) as database:
         await database.check()
-    report = await health(settings)
+    report = await check_readiness(settings)
     assert (report.problems, report.encryption_keys) == ([], ["k1"])
 
     (home / "encryption_keys").write_text("nonsense")
-    assert str(home / "encryption_keys") in only_problem(await health(settings))
+    assert str(home / "encryption_keys") in only_problem(await check_readiness(settings))
     await asyncio.to_thread(embedded.stop, settings)
-    assert "start-embedded" in (await health(settings)).problems[0]
+    assert "start-embedded" in (await check_readiness(settings)).problems[0]
     assert embedded.running(settings) is None, "a report starts nothing"
 
 
 async def test_embedded_folder_that_cannot_be(home: Path) -> None:
-    report = await health(Settings(tiger_db_home=home / "a\nb"))
+    report = await check_readiness(Settings(tiger_db_home=home / "a\nb"))
     assert all("TIGER_DB_HOME" in problem for problem in report.problems)
     assert report.problems

@@ -73,6 +73,21 @@ def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) 
     return _parse(keys, text, f"{path}: %s: restore it")
 
 
+def required_key_ring(settings: Settings) -> KeyRing:
+    """Return the encryption keys in force; generate none. Blocks: call it in a thread.
+
+    Raises:
+        ConfigurationError: there are none, or they are malformed or unreadable.
+    """
+    if ring := in_force(settings, ENCRYPTION_KEYS, generate=False):
+        return ring
+    raise ConfigurationError(
+        "there is no encryption key yet: run `tiger-db init`"
+        if settings.embedded
+        else "ENCRYPTION_KEYS is not set, so accounts cannot be stored: run `tiger-db init`"
+    )
+
+
 def _parse(keys: KeySetting[T], text: str, message: str) -> T:
     try:
         return keys.parse(text)

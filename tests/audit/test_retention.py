@@ -21,7 +21,7 @@ from tiger_db.audit.seal_format import Seal
 from tiger_db.audit.storage import EVENTS, Connection
 from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
-from tiger_db.health import health
+from tiger_db.health import check_readiness
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.signing import generate_signing_key
 
@@ -188,7 +188,7 @@ async def test_months_are_made(database: Database, other: Connection) -> None:
     assert await audit.maintain(database) == audit.Maintenance(made=3)
     assert await partitions(other) == before
     assert await audit.maintain(database) == audit.Maintenance()
-    assert (await health(database.settings)).problems == []
+    assert (await check_readiness(database.settings)).problems == []
 
 
 @pytest.mark.schema_changes
@@ -328,9 +328,9 @@ async def test_after_that_the_report_has_no_problem(
     database: Database, keeper: Database, other: Connection
 ) -> None:
     await seal_five_months(database, other)
-    assert (await health(database.settings)).problems == []
+    assert (await check_readiness(database.settings)).problems == []
     await audit.maintain(keeper)
-    report = await health(database.settings)
+    report = await check_readiness(database.settings)
     assert (report.problems, report.audit_months_ahead) == ([], MONTHS_AHEAD)
 
 

@@ -13,13 +13,12 @@ from sqlalchemy import text
 from tests.crud.serves import NOW, SERVES, id_of, limited_use
 from tests.support import databases
 from tests.support.plans import Plan, Query, as_json, nodes, plan_of, used_indexes
-from tiger_db import AuditLog, Database, Settings
+from tiger_db import AuditLog, Database, Settings, doctor
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorize import FIND_KEY, find_key
 from tiger_db.crud.api_keys.key_format import checksum
 from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
-from tiger_db.doctor import tables
 from tiger_db.errors import InvalidAPIKey
 
 # Row n has the account number n, and 0…0n in its ids.
@@ -140,10 +139,10 @@ async def test_refreshes_are_worked_on_by_index_alone(full: Settings, query: Que
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
-        (tables.UNSEALED_EVENTS, "position"),  # as PostgreSQL names those of partitions
-        (tables.OPEN_REFRESHES, "ix_token_statuses_due|uq_token_statuses_tiger_account_id_open"),
-        (tables.DUE_TOKENS, "ix_tiger_accounts_token_refresh_at"),
-        (tables.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
+        (doctor.UNSEALED_EVENTS, "position"),  # as PostgreSQL names those of partitions
+        (doctor.OPEN_REFRESHES, "ix_token_statuses_due|uq_token_statuses_tiger_account_id_open"),
+        (doctor.DUE_TOKENS, "ix_tiger_accounts_token_refresh_at"),
+        (doctor.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
     ],
 )
 async def test_the_doctor_reads_no_table_that_is_large(

@@ -27,10 +27,11 @@ from tiger_db import (
     Settings,
     TigerAccount,
     crud,
+    doctor,
 )
 from tiger_db.audit import follow, seal
 from tiger_db.connections import connect_directly, maintenance_engine
-from tiger_db.doctor import Finding, doctor
+from tiger_db.doctor import CheckResult
 from tiger_db.errors import (
     APIKeyRevoked,
     ConfigurationError,
@@ -38,7 +39,7 @@ from tiger_db.errors import (
     DatabaseUnavailable,
     SchemaMismatch,
 )
-from tiger_db.health import health
+from tiger_db.health import check_readiness
 from tiger_db.migrations import upgrade
 from tiger_db.signing import generate_signing_key
 from tiger_db.write_behind import plain_connection
@@ -338,7 +339,7 @@ async def test_a_statement_is_given_up_in_time_and_leaves_nothing_behind(
 
 
 async def test_health_finds_nothing_wrong_with_a_pooler_that_is_named(behind: Settings) -> None:
-    report = await health(behind)
+    report = await check_readiness(behind)
     assert report.problems == []
     assert report.latency_ms is not None
 
@@ -347,7 +348,9 @@ async def test_health_tells_of_a_pooler_that_is_not_named(
     clone_settings: Settings, folder: Path, server_url: str
 ) -> None:
     hidden = {"db_pooler": "none", "db_direct_host": None}
-    (problem,) = (await health(pooled(clone_settings, folder, server_url, **hidden))).problems
+    (problem,) = (
+        await check_readiness(pooled(clone_settings, folder, server_url, **hidden))
+    ).problems
     assert "unsupported startup parameter" in problem
     assert problem.endswith("behind PgBouncer, set DB_POOLER=pgbouncer and DB_DIRECT_HOST")
     with pgbouncer(
@@ -357,11 +360,11 @@ async def test_health_tells_of_a_pooler_that_is_not_named(
         ),
     ) as careless:
         named = pooled(clone_settings, careless, server_url)
-        (problem,) = (await health(named.model_copy(update=hidden))).problems
+        (problem,) = (await check_readiness(named.model_copy(update=hidden))).problems
         assert problem.endswith("set DB_POOLER=pgbouncer and DB_DIRECT_HOST")
         wrong = {"db_direct_host": str(careless), "db_direct_port": PORT}
-        (problem,) = (await health(named.model_copy(update=wrong))).problems
-        assert problem == "DB_DIRECT_HOST leads to a pooler: name the server itself"
+        (problem,) = (await check_readiness(named.model_copy(update=wrong))).problems
+        assert problem == "DB_DIRECT_HOST leads to a pooler: set it to the server"
 
 
 async def test_health_tells_that_the_way_past_the_pooler_leads_elsewhere(
@@ -372,7 +375,7 @@ async def test_health_tells_that_the_way_past_the_pooler_leads_elsewhere(
         url = clone_settings.model_copy(
             update={"database_url": None, "db_host": "x", "db_name": "elsewhere"}
         )
-        report = await health(pooled(url, folder, server_url))
+        report = await check_readiness(pooled(url, folder, server_url))
         assert report.problems == [
             "DB_DIRECT_HOST is another server than the one behind the pooler"
         ]
@@ -383,8 +386,8 @@ async def test_health_tells_that_the_way_past_the_pooler_leads_elsewhere(
 # The search path, which the pooler does not take
 
 
-async def search_path_of(settings: Settings) -> Finding:
-    (finding,) = [one for one in await doctor(settings) if one.check == "search path"]
+async def search_path_of(settings: Settings) -> CheckResult:
+    (finding,) = [one for one in await doctor.run(settings) if one.check == "search path"]
     return finding
 
 
@@ -422,7 +425,7 @@ async def test_the_doctor_compares_the_search_path_behind_the_pooler(
         assert (finding.status, seen in finding.seen) == (status, True), finding
         reconnect = "; then RECONNECT on the pooler's console"
         assert finding.advice == (None if status == "ok" else advised(behind) + reconnect)
-        problems = (await health(behind)).problems
+        problems = (await check_readiness(behind)).problems
         if status != "problem":
             assert problems == []
             async with Database(behind) as database:
@@ -435,7 +438,9 @@ async def test_the_doctor_compares_the_search_path_behind_the_pooler(
             with pytest.raises(SchemaMismatch, match="a pooler dropped the search path"):
                 await database.check()
     # Direct connections do not care.
-    assert await search_path_of(clone_settings) == Finding("search path", "ok", '"public", pg_temp')
+    assert await search_path_of(clone_settings) == CheckResult(
+        "search path", "ok", '"public", pg_temp'
+    )
 
 
 @pytest.mark.schema_changes

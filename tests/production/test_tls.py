@@ -32,10 +32,11 @@ from cryptography.hazmat.primitives.serialization import (
 from tests.support import servers
 from tests.support.refused_settings import SECRET
 from tiger_db.connections import connect
+from tiger_db.connections.error_advice import explain
 from tiger_db.database_urls import SSLMode
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
-from tiger_db.health import explain, health
+from tiger_db.health import check_readiness
 from tiger_db.settings import Settings
 
 pytestmark = pytest.mark.skipif(
@@ -493,7 +494,7 @@ async def test_health_tells_in_production_what_to_set(keys: dict[str, str]) -> N
         "environment": "production", "db_allow_unverified_tls": True, "db_connect_timeout": 0.1,
         **keys,
     }  # fmt: skip
-    told = "is not asked to prove who it is: set DB_SSL_MODE=verify-full and DB_SSL_CA"
+    told = "is not verified: set DB_SSL_MODE=verify-full and DB_SSL_CA"
     for name, place in {
         "DB_HOST": {"db_host": "192.0.2.1"},
         "DATABASE_URL": {"database_url": "postgresql://192.0.2.1/d"},
@@ -502,9 +503,11 @@ async def test_health_tells_in_production_what_to_set(keys: dict[str, str]) -> N
         },
         "DB_REPLICA_HOSTS": {"db_host": "/nowhere", "db_replica_hosts": "localhost,192.0.2.1"},
     }.items():  # fmt: skip
-        report = await health(Settings(**remote, **place))
-        assert [p for p in report.problems if told in p] == [f"the server of {name} {told}"]
-        report = await health(Settings(**remote | {"environment": "staging"}, **place))
+        report = await check_readiness(Settings(**remote, **place))
+        assert [p for p in report.problems if told in p] == [
+            f"the identity of the server in {name} {told}"
+        ]
+        report = await check_readiness(Settings(**remote | {"environment": "staging"}, **place))
         assert not any(told in problem for problem in report.problems)
 
 

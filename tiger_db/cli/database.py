@@ -174,7 +174,7 @@ def health_check(
 
     For probes: it fails if the database is not ready, or with --live if the settings are not sound.
     """
-    look = tiger_db.health.liveness if live else tiger_db.health.health
+    look = tiger_db.health.check_liveness if live else tiger_db.health.check_readiness
     report = asdict(finish(look(settings())))
     if as_json:
         print_json(report)
@@ -194,7 +194,7 @@ def health_check(
 @app.command(rich_help_panel=_PANEL)
 def doctor(*, as_json: AsJson = False) -> None:
     """Look at the database for whatever is wrong, and tell what to do about it."""
-    findings = finish(tiger_db.doctor.doctor(settings()))
+    findings = finish(tiger_db.doctor.run(settings()))
     if as_json:
         print_json({"items": [asdict(finding) for finding in findings], "next_cursor": None})
     else:

@@ -50,7 +50,9 @@ def failure(error: Exception) -> str:
     """Why a command failed, in one line. What is not known to be free of secrets is not shown."""
     from pydantic import ValidationError  # noqa: PLC0415  # slow, and `--help` is to be fast
 
-    if explained := tiger_db.health.explain(error):
+    from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # the same
+
+    if explained := explain(error):
         return explained
     if isinstance(error, ValidationError):
         return "; ".join(

@@ -1,0 +1,252 @@
+"""The checks of `doctor` on healthy databases, and with each problem made for real."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from urllib.parse import quote, urlsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import text
+
+from tests.support import factories
+from tests.support.encryption_keys import OTHER_KEY
+from tests.support.sql import months, sql
+from tiger_db import AuditAction, Database, Settings, crud, doctor
+from tiger_db.audit import seal
+from tiger_db.doctor import CheckResult
+from tiger_db.signing import generate_signing_key
+
+NOW = datetime.now(UTC)
+
+
+async def found(settings: Settings, check: str) -> CheckResult:
+    (result,) = [result for result in await doctor.run(settings) if result.check == check]
+    assert "\n" not in result.seen + (result.advice or "")
+    return result
+
+
+@pytest.fixture
+async def other(clone_settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """A session of somebody else's."""
+    arguments = {"server_settings": {"application_name": "report"}}
+    connection = await asyncpg.connect(**{**clone_settings.connect_args(), **arguments})
+    yield connection
+    await connection.close()
+
+
+async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings: Settings) -> None:
+    async with clone.session() as session:
+        await factories.account(session)
+        await factories.api_key(session)
+    results = await doctor.run(clone_settings)
+    assert len({result.check for result in results}) == len(results) == 11
+    assert {result.status for result in results} == {"ok"}, results
+    assert all(result.advice is None for result in results if result.status == "ok")
+    by_check = {result.check: result.seen for result in results}
+    assert by_check["encryption keys"] == "test: 1 rows of tiger_accounts"
+
+
+@pytest.mark.slow
+async def test_active_keys_whose_hashes_have_no_pepper(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        keys = [(await factories.api_key(session))[0] for _ in range(5)]
+    check = "API key hashes"
+    assert (await found(clone_settings, check)).status == "ok"
+    await sql(
+        clone_settings,
+        "UPDATE api_keys SET pepper_id = NULL",
+        f"UPDATE api_keys SET status = 'revoked' WHERE id = '{keys[0].id}'",
+        f"UPDATE api_keys SET expires_at = now() WHERE id = '{keys[1].id}'",
+        f"UPDATE api_keys SET pepper_id = 'test' WHERE id = '{keys[2].id}'",
+    )
+    today = datetime.now(UTC).date()
+    days = {None: "problem", today - timedelta(days=1): "problem", today: "warning"}
+    for day, status in days.items():
+        allowing = clone_settings.model_copy(update={"api_keys_allow_unpeppered_until": day})
+        result = await found(allowing, check)
+        assert result.status == status
+        assert result.seen.startswith(
+            "2 active keys have hashes without a pepper:"
+            f" {keys[3].key_prefix}; {keys[4].key_prefix}; "
+        )
+        end = f"accepted until the end of {today} (UTC)" if status == "warning" else "refused"
+        assert result.seen.endswith(end)
+        assert result.advice is not None
+        assert "revoke those that you did not make, `rotate-api-key` the others" in result.advice
+
+
+@pytest.mark.slow
+async def test_a_locked_table_keeps_no_other_check_waiting(
+    clone_settings: Settings, other: "asyncpg.Connection[asyncpg.Record]"
+) -> None:
+    async with other.transaction():
+        await other.execute("LOCK TABLE api_keys")
+        results = {result.check: result for result in await doctor.run(clone_settings)}
+    assert results["API keys"].status == "warning"
+    assert "lock timeout" in results["API keys"].seen
+    assert results["encryption keys"].status == "ok"
+
+
+@pytest.mark.slow
+async def test_unsealed_events(
+    clone: Database, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with clone.session() as session:
+        for _ in range(3):
+            await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+    result = await found(clone_settings, "unsealed events")
+    assert result.status == "ok"
+    assert result.seen.startswith("3 events at most, the oldest of ")
+    monkeypatch.setattr(doctor, "UNSEALED_SECONDS", (0, 0))
+    result = await found(clone_settings, "unsealed events")
+    assert (result.status, result.advice) == ("warning", "run `tiger-db seal-audit` every minute")
+    key = SecretStr(generate_signing_key())
+    async with Database(clone_settings.model_copy(update={"audit_signing_key": key})) as signing:
+        await seal(signing)
+        assert (await found(clone_settings, "unsealed events")).seen == "none"
+        async with clone.session() as session:
+            await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+    result = await found(clone_settings, "unsealed events")
+    assert result.status == "problem", "who has sealed once means to go on"
+    assert result.seen.startswith("1 events")
+
+
+@pytest.mark.slow
+async def test_overdue_refreshes_and_leases_that_ran_out(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        await factories.claim(session)
+        await factories.refresh(session)
+        await factories.refresh(session)
+    assert (await found(clone_settings, "refreshes")).status == "ok"
+    await sql(
+        clone_settings,
+        "UPDATE token_statuses SET scheduled_at = scheduled_at - interval '10 min',"
+        " lease_expires_at = lease_expires_at - interval '10 min'",
+    )
+    result = await found(clone_settings, "refreshes")
+    assert result.status == "warning"
+    assert result.seen == "2 are due, 1 have lost their worker, for 10 min"
+    await sql(clone_settings, "UPDATE token_statuses SET scheduled_at = now() - interval '3 h'")
+    result = await found(clone_settings, "refreshes")
+    assert (result.status, result.seen[-3:]) == ("problem", "3 h")
+    assert result.advice is not None
+    await sql(clone_settings, "UPDATE tiger_accounts SET status = 'suspended'")
+    assert (await found(clone_settings, "refreshes")).seen == "none is overdue"
+
+
+@pytest.mark.slow
+async def test_tokens_that_nobody_refreshes(clone: Database, clone_settings: Settings) -> None:
+    async with clone.session() as session:
+        await factories.account_with_token(session)
+    assert (await found(clone_settings, "tokens")).status == "ok"
+    stale = "UPDATE tiger_accounts SET token_refresh_at = now() - interval '2 h'"
+    await sql(clone_settings, stale)
+    result = await found(clone_settings, "tokens")
+    assert (result.status, result.seen) == (
+        "warning", "1 are due for a refresh, for 2 h; 0 have expired"
+    )  # fmt: skip
+    await sql(clone_settings, "UPDATE tiger_accounts SET token_expires_at = now()")
+    assert (await found(clone_settings, "tokens")).status == "problem"
+
+
+async def test_a_key_that_expires_soon(clone: Database, clone_settings: Settings) -> None:
+    async with clone.session() as session:
+        key, _ = await factories.api_key(session, expires_at=NOW + timedelta(days=3, hours=1))
+        await factories.api_key(session, expires_at=NOW + timedelta(days=6))
+        await factories.api_key(session, expires_at=NOW + timedelta(days=9))
+    result = await found(clone_settings, "API keys")
+    assert result.status == "warning"
+    assert result.seen == f"2 expire within 7 days, {key.key_prefix} in 3 d"
+
+
+@pytest.mark.schema_changes
+@pytest.mark.parametrize(("dropped", "status"), [(1, "problem"), (2, "warning"), (3, "ok")])
+async def test_months_that_are_missing(clone_settings: Settings, dropped: int, status: str) -> None:
+    await sql(clone_settings, f"DROP TABLE {', '.join(months(dropped, 12))}")
+    result = await found(clone_settings, "audit partitions")
+    assert result.status == status
+    assert f"for {dropped - 1} months" in result.seen
+
+
+async def test_an_invalid_index(clone: Database, clone_settings: Settings) -> None:
+    async with clone.session() as session:
+        await factories.account(session)
+        await factories.account(session)
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await sql(
+            clone_settings,
+            "CREATE UNIQUE INDEX CONCURRENTLY twice ON tiger_accounts (account_name)",
+        )
+    result = await found(clone_settings, "invalid indexes")
+    assert (result.status, result.seen) == ("problem", "twice (unique)")
+    assert result.advice is not None
+    assert "REINDEX INDEX CONCURRENTLY twice" in result.advice
+    await sql(clone_settings, "DROP INDEX twice")
+    assert (await found(clone_settings, "invalid indexes")).status == "ok"
+
+
+async def test_encryption_keys(clone: Database, clone_settings: Settings) -> None:
+    def keyed(keys: str) -> Settings:
+        return clone_settings.model_copy(update={"encryption_keys": SecretStr(keys)})
+
+    async with clone.session() as session:
+        await factories.account(session)
+    keys = clone_settings.encryption_keys
+    assert keys is not None
+    result = await found(keyed(f"{OTHER_KEY},{keys.get_secret_value()}"), "encryption keys")
+    assert result.status == "warning"
+    assert result.advice is not None
+    assert "rotate-encryption-key" in result.advice
+    result = await found(keyed(OTHER_KEY), "encryption keys")
+    assert (result.status, result.seen) == ("problem", "test: 1 rows of tiger_accounts")
+    assert result.advice is not None
+    assert "put test back" in result.advice
+
+
+@pytest.fixture
+async def guest(clone_settings: Settings) -> AsyncIterator[Settings]:
+    """The same database, to a role that may see next to nothing."""
+    role = f"guest_{uuid4().hex[:12]}"
+    await sql(clone_settings, f"CREATE ROLE {role}", f"GRANT SELECT ON alembic_version TO {role}")
+    assert clone_settings.database_url is not None
+    url = urlsplit(clone_settings.database_url.get_secret_value())
+    query = "&".join(filter(None, (url.query, f"options={quote(f'-crole={role}')}")))
+    yield clone_settings.model_copy(
+        update={"database_url": SecretStr(url._replace(query=query).geturl())}
+    )
+    await sql(clone_settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+@pytest.mark.schema_changes
+async def test_what_a_role_may_not_see_is_said(clone: Database, guest: Settings) -> None:
+    async with clone.session() as session:
+        await session.execute(text("SELECT 1"))  # in a transaction of another role
+        results = {result.check: result for result in await doctor.run(guest)}
+    assert len(results) == 11
+    assert {f.status for f in results.values()} == {"ok", "warning"}, results
+    for check in ("unsealed events", "refreshes", "tokens", "API keys", "encryption keys"):
+        assert results[check].status == "warning"
+        assert "permission denied" in results[check].seen
+    assert "12 months" in results["audit partitions"].seen
+
+
+async def test_a_schema_that_is_behind(empty_database: Settings) -> None:
+    results = await doctor.run(empty_database)
+    assert results[-1] == CheckResult(
+        "schema", "problem", "the database has no tiger_db schema", "run `tiger-db init`"
+    )
+    assert [f.check for f in results if f.status == "problem"] == ["schema"]
+
+
+async def test_no_server() -> None:
+    settings = Settings(database_url="postgresql://u:hunter2@localhost:1/x")
+    (result,) = await doctor.run(settings)
+    assert (result.check, result.status) == ("server", "problem")
+    assert "localhost:1/x" in result.seen
+    assert "hunter2" not in str(result)

@@ -1,0 +1,394 @@
+"""Checks of an installation for people and cron: each result has advice.
+
+Every check runs in a transaction of its own with short timeouts. A check that fails is a warning,
+and the other checks still run. Tables that grow are read through indexes only; `tiger_accounts`
+and `api_keys` are read once.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from sqlalchemy import Row, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tiger_db.connections import connect, maintenance_engine
+from tiger_db.connections.error_advice import explain
+from tiger_db.database import AsyncSession
+from tiger_db.encryption import KeyRing
+from tiger_db.errors import Conflict, QueryTimeout, SchemaMismatch, TigerDBError
+from tiger_db.key_uses import key_uses
+from tiger_db.keys_in_force import required_key_ring
+from tiger_db.migrations import SEARCH_PATH, SearchPath, schema_state
+from tiger_db.migrations.comparison import find_differences
+from tiger_db.settings import Settings, quote_identifier
+
+Status: TypeAlias = Literal["ok", "warning", "problem"]
+
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400  # seconds
+_TIMEOUTS = text(
+    "SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '1s', true)"
+)
+_LISTED = 3  # items of each kind in a message
+
+# Thresholds of a warning and of a problem.
+UNSEALED_SECONDS = (_HOUR, _DAY)
+_OVERDUE_SECONDS = (5 * _MINUTE, _HOUR)
+_STALE_SECONDS = (_HOUR, _DAY)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The result of a check: its status, what it saw, and advice or None."""
+
+    check: str
+    status: Status
+    seen: str
+    advice: str | None = None
+
+
+class Outcome(NamedTuple):
+    """A CheckResult without the name of the check."""
+
+    status: Status
+    seen: str
+    advice: str | None = None
+
+
+Check: TypeAlias = Callable[[AsyncConnection], Awaitable[Outcome]]
+
+
+async def run(settings: Settings) -> list[CheckResult]:
+    """Run all checks. Change nothing, and do not start the embedded server."""
+    if settings.embedded:
+        from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+
+        if await asyncio.to_thread(embedded.running, settings) is None:
+            seen = f"{settings.location} is not running"
+            return [CheckResult("server", "problem", seen, "run `tiger-db start-embedded`")]
+    results: list[CheckResult] = []
+    try:
+        async with maintenance_engine(settings) as engine, engine.connect() as connection:
+            results.append(await _check_search_path(connection, settings))
+            for name, check in _checks(settings).items():
+                results.append(await _run_check(connection, name, check))
+                if name == "schema" and results[-1].status != "ok":
+                    break  # the other checks need the tables of this release
+    except (TigerDBError, OSError) as error:
+        results.append(CheckResult("server", "problem", explain(error) or type(error).__name__))
+    return results
+
+
+def _checks(settings: Settings) -> dict[str, Check]:
+    async def check_hashes(connection: AsyncConnection) -> Outcome:
+        return await _check_hashes(connection, settings)
+
+    async def check_encryption_keys(connection: AsyncConnection) -> Outcome:
+        try:
+            ring = await asyncio.to_thread(required_key_ring, settings)
+        except TigerDBError as error:
+            return Outcome("problem", str(error), "set ENCRYPTION_KEYS to its earlier value")
+        return await _check_encryption_keys(connection, ring)
+
+    return {
+        "invalid indexes": _check_indexes,
+        "schema": _check_schema,
+        "triggers and functions": check_triggers,
+        "audit partitions": _check_partitions,
+        "unsealed events": _check_unsealed,
+        "refreshes": _check_refreshes,
+        "tokens": _check_tokens,
+        "API keys": _check_api_keys,
+        "API key hashes": check_hashes,
+        "encryption keys": check_encryption_keys,
+    }
+
+
+async def _run_check(connection: AsyncConnection, name: str, check: Check) -> CheckResult:
+    """Run a check. If it fails, return a warning with the reason."""
+    try:
+        async with connection.begin():
+            await connection.execute(_TIMEOUTS)
+            return CheckResult(name, *await check(connection))
+    except (DBAPIError, Conflict, QueryTimeout) as error:
+        if isinstance(error, Conflict | QueryTimeout):
+            advice = "run it again; `pg_stat_activity` shows sessions that hold locks"
+        elif getattr(error.orig, "sqlstate", None) == "42501":
+            advice = "GRANT the missing privilege to this role, or run it as the tables' owner"
+        else:
+            advice = "see `tiger-db check`"
+        return CheckResult(name, "warning", f"not checked: {explain(error)}", advice)
+
+
+async def _fetch_all(connection: AsyncConnection, statement: str) -> Sequence[Row[Any]]:
+    return (await connection.execute(text(statement))).all()
+
+
+def _grade(value: float, thresholds: tuple[float, float]) -> Status:
+    warning, problem = thresholds
+    return "problem" if value >= problem else "warning" if value >= warning else "ok"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", _DAY), ("h", _HOUR), ("min", _MINUTE)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _join_first(items: Sequence[str]) -> str:
+    """Join the first items with semicolons, followed by the number of the others."""
+    more = len(items) - _LISTED
+    return "; ".join(items[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+
+async def _check_search_path(direct: AsyncConnection, settings: Settings) -> CheckResult:
+    """Compare the search path of sessions with the one that tiger_db needs.
+
+    A pooler refuses or drops the search path that a client sets when it connects. Behind a pooler,
+    the setting of the role or of the database therefore applies.
+    """
+
+    async def check(connection: AsyncConnection) -> Outcome:
+        row = (await connection.exec_driver_sql(SEARCH_PATH)).one()
+        return _grade_search_path(SearchPath._make(row), settings)
+
+    if not settings.pooled:
+        return await _run_check(direct, "search path", check)
+    try:
+        connection = await connect(settings)
+        try:
+            row = await connection.fetchrow(SEARCH_PATH)
+        finally:
+            connection.terminate()
+    except (TigerDBError, OSError) as error:
+        return CheckResult("search path", "problem", explain(error) or type(error).__name__)
+    assert row is not None
+    return CheckResult("search path", *_grade_search_path(SearchPath._make(row), settings))
+
+
+def _grade_search_path(path: SearchPath, settings: Settings) -> Outcome:
+    schema, advice = settings.db_schema, f"run {path.repair_sql(settings.db_schema)}"
+    if settings.pooled:
+        advice += "; then RECONNECT on the pooler's console"
+    if not path.resolves_to(schema):
+        seen = f"{path.setting}, which does not lead to {quote_identifier(schema)} (DB_SCHEMA)"
+        return Outcome("problem", seen, advice)
+    # Quoted as in the settings, or as PostgreSQL prints the setting of ALTER ROLE.
+    if path.setting.removeprefix("pg_catalog, ") in (settings.search_path, f"{schema}, pg_temp"):
+        return Outcome("ok", path.setting)
+    seen = f"{path.setting}: another schema or a temporary table may come before DB_SCHEMA"
+    return Outcome("warning", seen, advice)
+
+
+# A failed CREATE INDEX CONCURRENTLY leaves an invalid index.
+_INVALID_INDEXES = """
+SELECT i.indexrelid::regclass::text AS name, i.indisunique AS "unique" FROM pg_index i
+WHERE NOT (i.indisvalid AND i.indisready)
+    AND i.indexrelid NOT IN (SELECT index_relid FROM pg_stat_progress_create_index)
+ORDER BY 2 DESC, 1
+"""
+
+
+async def _check_indexes(connection: AsyncConnection) -> Outcome:
+    rows = await _fetch_all(connection, _INVALID_INDEXES)
+    if not rows:
+        return Outcome("ok", "none")
+    return Outcome(
+        "problem",
+        _join_first([f"{row.name}{' (unique)' if row.unique else ''}" for row in rows]),
+        f"run REINDEX INDEX CONCURRENTLY {rows[0].name}, or drop the index",
+    )
+
+
+async def _check_schema(connection: AsyncConnection) -> Outcome:
+    try:
+        state = await schema_state(connection)
+        state.check()
+    except SchemaMismatch as mismatch:
+        seen, _, advice = str(mismatch).partition(": ")
+        return Outcome("problem", seen, advice)
+    return Outcome("ok", f"revision {state.current}, the newest")
+
+
+async def check_triggers(connection: AsyncConnection) -> Outcome:
+    """Compare triggers, functions, row security and rules with those of this release."""
+    differences = await find_differences(connection)
+    changed = [difference.description for difference in differences if not difference.undeclared]
+    added = [difference for difference in differences if difference.undeclared]
+    seen = _join_first([*changed, *(difference.description for difference in added)])
+    if changed:
+        advice = "run `tiger-db check` for the SQL that restores this, and find out who changed it"
+        return Outcome("problem", seen, advice)
+    if added:  # an added trigger can change or refuse a write, such as a revocation
+        return Outcome("warning", seen, added[0].repair)
+    return Outcome("ok", "all are those of this release")
+
+
+_MONTHS_AHEAD = """
+SELECT coalesce(min(n) - 1, 120) FROM generate_series(1, 120) AS n
+WHERE NOT EXISTS (SELECT FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass
+    AND inhrelid = to_regclass('audit_logs_' || to_char(
+        date_trunc('month', now() AT TIME ZONE 'UTC') + make_interval(months => n), 'YYYY_MM')))
+"""
+
+
+async def audit_months_ahead(connection: AsyncConnection) -> int:
+    """Count the months after this one, without a gap, that have an audit partition."""
+    return int((await _fetch_all(connection, _MONTHS_AHEAD))[0][0])
+
+
+def grade_partitions(months_ahead: int) -> Outcome:
+    """Grade the number of months ahead that have an audit partition."""
+    seen = f"the audit trail has partitions for {months_ahead} months ahead"
+    match months_ahead:
+        case 0:
+            advice = "run `tiger-db migrate` now, and `tiger-db maintain-audit` every day"
+            return Outcome("problem", seen, advice)
+        case 1:
+            return Outcome("warning", seen, "run `tiger-db maintain-audit` every day")
+    return Outcome("ok", seen)
+
+
+async def _check_partitions(connection: AsyncConnection) -> Outcome:
+    return grade_partitions(await audit_months_ahead(connection))
+
+
+# The age is that of the oldest of 1,000 positions, found through ix_audit_logs_position.
+UNSEALED_EVENTS = """
+SELECT taken - upto AS events, seals, extract(epoch FROM clock_timestamp() - (
+    SELECT min(created_at) FROM audit_logs WHERE position > upto AND position <= upto + 1000
+))::float AS age
+FROM (SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS taken FROM audit_logs_position_seq)
+    AS t,
+    (SELECT coalesce(max((statement::json ->> 'upto')::bigint), 0) AS upto, count(*) AS seals
+    FROM (SELECT statement FROM audit_seals ORDER BY number DESC LIMIT 1) AS s) AS last
+"""
+
+
+async def _check_unsealed(connection: AsyncConnection) -> Outcome:
+    row = (await _fetch_all(connection, UNSEALED_EVENTS))[0]
+    if row.age is None:
+        return Outcome("ok", "none")
+    status = _grade(row.age, UNSEALED_SECONDS)
+    if status == "problem" and not row.seals:
+        status = "warning"  # an installation may do without seals
+    return Outcome(
+        status,
+        f"{row.events:,} events at most, the oldest of {_duration(row.age)} ago",
+        None if status == "ok" else "run `tiger-db seal-audit` every minute",
+    )
+
+
+# Two partial indexes contain the open refreshes. OFFSET 0 makes PostgreSQL look up their accounts
+# one by one.
+OPEN_REFRESHES = """
+SELECT count(*) FILTER (WHERE status = 'pending') AS waiting,
+    count(*) FILTER (WHERE status = 'in_progress' AND lease_expires_at < now()) AS abandoned,
+    extract(epoch FROM now() - min(CASE WHEN status = 'pending' THEN scheduled_at
+        WHEN lease_expires_at < now() THEN lease_expires_at END))::float AS age
+FROM token_statuses t
+WHERE status IN ('pending', 'in_progress') AND scheduled_at <= now()
+    AND EXISTS (SELECT FROM tiger_accounts a WHERE a.id = tiger_account_id AND a.status = 'active'
+        OFFSET 0)
+"""
+
+
+async def _check_refreshes(connection: AsyncConnection) -> Outcome:
+    row = (await _fetch_all(connection, OPEN_REFRESHES))[0]
+    if row.age is None:
+        return Outcome("ok", "none is overdue")
+    status = _grade(row.age, _OVERDUE_SECONDS)
+    return Outcome(
+        status,
+        f"{row.waiting} are due, {row.abandoned} have lost their worker, for {_duration(row.age)}",
+        None if status == "ok" else "run more `tiger-db run-refresh-worker` processes",
+    )
+
+
+# ix_tiger_accounts_token_refresh_at has this order.
+DUE_TOKENS = """
+SELECT count(*) AS accounts, count(*) FILTER (WHERE token_expires_at <= now()) AS expired,
+    extract(epoch FROM now() - min(token_refresh_at))::float AS age
+FROM tiger_accounts
+WHERE status = 'active' AND access_token IS NOT NULL AND token_refresh_at <= now()
+"""
+
+
+async def _check_tokens(connection: AsyncConnection) -> Outcome:
+    row = (await _fetch_all(connection, DUE_TOKENS))[0]
+    if not row.accounts:
+        return Outcome("ok", "none is due for a refresh")
+    status: Status = "problem" if row.expired else _grade(row.age, _STALE_SECONDS)
+    advice = "see `tiger-db watch-refreshes`; is `tiger-db run-refresh-worker` running?"
+    return Outcome(
+        status,
+        f"{row.accounts} are due for a refresh, for {_duration(row.age)};"
+        f" {row.expired} have expired",
+        None if status == "ok" else advice,
+    )
+
+
+# ix_api_keys_expires_at_id
+EXPIRING_KEYS = """
+SELECT key_prefix, extract(epoch FROM expires_at - now())::float AS left, count(*) OVER () AS keys
+FROM api_keys
+WHERE status = 'active' AND expires_at > now() AND expires_at <= now() + interval '7 days'
+ORDER BY expires_at LIMIT 1
+"""
+
+
+async def _check_api_keys(connection: AsyncConnection) -> Outcome:
+    rows = await _fetch_all(connection, EXPIRING_KEYS)
+    if not rows:
+        return Outcome("ok", "none expires within 7 days")
+    row = rows[0]
+    return Outcome(
+        "warning",
+        f"{row.keys} expire within 7 days, {row.key_prefix} in {_duration(row.left)}",
+        "see `tiger-db list-expiring-api-keys`; `extend-api-key` or `rotate-api-key` them",
+    )
+
+
+# A sequential scan: api_keys is small, and no index has only this use.
+_UNPEPPERED_KEYS = """
+SELECT array_agg(key_prefix ORDER BY id) AS prefixes,
+    (clock_timestamp() AT TIME ZONE 'UTC')::date AS today
+FROM api_keys
+WHERE status = 'active' AND coalesce(expires_at > now(), true) AND pepper_id IS NULL
+"""
+
+
+async def _check_hashes(connection: AsyncConnection, settings: Settings) -> Outcome:
+    """Find the active API keys whose hashes have no pepper."""
+    until = settings.api_keys_allow_unpeppered_until
+    row = (await _fetch_all(connection, _UNPEPPERED_KEYS))[0]
+    if row.prefixes is None:
+        return Outcome("ok", "all active keys have hashes with a pepper")
+    seen = f"{len(row.prefixes)} active keys have hashes without a pepper"
+    seen = f"{seen}: {_join_first(row.prefixes)}"
+    advice = "revoke those that you did not make, `rotate-api-key` the others"
+    if until is not None and row.today <= until:
+        return Outcome(
+            "warning",
+            f"{seen}; accepted until the end of {until} (UTC)",
+            f"{advice} unless they are used by then: a use replaces the hash",
+        )
+    advice += ", or set API_KEYS_ALLOW_UNPEPPERED_UNTIL to a day"
+    return Outcome("problem", f"{seen}; refused", advice)
+
+
+async def _check_encryption_keys(connection: AsyncConnection, ring: KeyRing) -> Outcome:
+    async with AsyncSession(connection) as session:
+        uses = await key_uses(session)
+    seen = ", ".join(f"{use.key_id}: {use.rows:,} rows of {use.table}" for use in uses)
+    needed = {use.key_id for use in uses}
+    if missing := sorted(needed - {*ring.key_ids}):
+        advice = f"these rows cannot be decrypted: put {', '.join(missing)} back"
+        return Outcome("problem", seen, advice)
+    if old := sorted(needed - {ring.key_ids[0]}):
+        advice = f"run `tiger-db rotate-encryption-key`; until then keep {old[0]}"
+        return Outcome("warning", seen, advice)
+    return Outcome("ok", seen or "none is in use")
