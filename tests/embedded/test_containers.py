@@ -28,7 +28,7 @@ from tests.support.embedded_servers import (
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, start, stop
 from tiger_db.embedded.folders import server_user
-from tiger_db.embedded.server_lock import Origin
+from tiger_db.embedded.server_process import Origin
 from tiger_db.errors import EmbeddedError
 from tiger_db.settings import Settings
 

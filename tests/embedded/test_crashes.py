@@ -81,7 +81,7 @@ def test_no_server_starts_beside_a_backend_that_outlives_its_postmaster(
     recorded = pid_file.read_bytes()
     kill(server)
     with monkeypatch.context() as patch:
-        patch.setattr(server_process, "PATIENCE_SECONDS", 1)
+        patch.setattr(server_process, "SERVER_TIMEOUT_SECONDS", 1)
         with pytest.raises(EmbeddedError, match=r"gave up after 1 seconds.* still uses"):
             start(settings)
     assert pid_file.read_bytes() == recorded
@@ -185,7 +185,7 @@ def test_the_holder_of_the_lock_is_named(
     left = asyncio.run(leave_a_program())
     try:
         assert stop(settings)
-        monkeypatch.setattr(server_process, "PATIENCE_SECONDS", 1)
+        monkeypatch.setattr(server_process, "SERVER_TIMEOUT_SECONDS", 1)
         message = rf"gave up after 1 seconds: process {left} \(sleep\) of the server .* still uses"
         with pytest.raises(EmbeddedError, match=message):
             start(settings)
@@ -197,7 +197,7 @@ def test_the_holder_of_the_lock_is_named(
 FORKING = """
 import os, sys, threading
 from pathlib import Path
-from tiger_db.embedded import server_lock
+from tiger_db.embedded import server_process
 
 def fork():
     if pid := os.fork():
@@ -206,8 +206,8 @@ def fork():
         sys.stdin.read()
         os._exit(0)
 
-with server_lock.opened(Path(sys.argv[1])) as lock:
-    assert server_lock.take(lock)
+with server_process.open_lock(Path(sys.argv[1])) as lock:
+    assert server_process.try_lock(lock)
     thread = threading.Thread(target=fork)
     thread.start()
     thread.join()
@@ -227,7 +227,7 @@ def test_fork_of_the_starter_does_not_hold_the_lock(
         assert process.stdout
         fork = int(process.stdout.readline())
         assert process.stdout.readline() == b"closed\n"
-        monkeypatch.setattr(server_process, "PATIENCE_SECONDS", 1)
+        monkeypatch.setattr(server_process, "SERVER_TIMEOUT_SECONDS", 1)
         assert start(settings)
         assert alive(fork)
 

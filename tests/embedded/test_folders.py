@@ -68,7 +68,7 @@ def tree(folder: Path) -> dict[Path, os.stat_result]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [ODD, "l" * 200])
 def test_any_characters_in_the_path(name: str, way: str, sites: dict[str, Path]) -> None:
-    _, version = processes.wheel()
+    _, version = processes.find_wheel()
     with reachable_folder() as base:
         base.chmod(0o2755)  # which folders inside inherit
         home = base / name
@@ -96,7 +96,7 @@ def test_where_the_programs_cannot_run_anywhere_one_line_says_what_to_set(
     file.write_text("")
     odd = home.parent / ODD
     for caches, why in ((home.parent / "$HOME", "nor from"), (file, "[Nn]ot a directory")):
-        monkeypatch.setattr(folders, "_FOR_ROOT", caches)
+        monkeypatch.setattr(folders, "_SYSTEM_FOLDER", caches)
         monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
         with pytest.raises(EmbeddedError, match=f"set TIGER_DB_HOME .*{why}") as caught:
             start(settings_for(odd))
@@ -196,7 +196,7 @@ def test_permissions(home: Path, way: str) -> None:
         "server.lock": (ours, 0o600),
         "socket": (servers, 0o700),
     }
-    copy = server.folder / f"server-{processes.wheel()[1]}"
+    copy = server.folder / f"server-{processes.find_wheel()[1]}"
     if way == "copy":
         expected[copy.name] = (ours, 0o755)
     assert {
@@ -258,7 +258,7 @@ def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
 def test_server_files_are_copied_where_needed(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package, version = processes.wheel()
+    package, version = processes.find_wheel()
     site = home.parent / name
     try:
         install_wheel(site)

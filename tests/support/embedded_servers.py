@@ -46,8 +46,8 @@ import os, signal, sys
 from pathlib import Path
 from tests.support.embedded_servers import settings_for
 from tiger_db import embedded
-from tiger_db.embedded import server_lock
-server_lock.record_server = lambda lock, identity: os.kill(os.getpid(), signal.SIGKILL)
+from tiger_db.embedded import server_process
+server_process.write_identity = lambda lock, identity: os.kill(os.getpid(), signal.SIGKILL)
 embedded.start(settings_for(Path(sys.argv[1])))
 """
 
@@ -77,12 +77,12 @@ def discard(home: Path) -> None:
 def copies_outside(home: Path) -> Path:
     """Where the server's programs are copied to if they cannot be run from the folder."""
     caches = platformdirs.user_cache_path("tiger_db", appauthor=False)
-    return (folders._FOR_ROOT if IS_ROOT else caches) / folders._digest(home)
+    return (folders._SYSTEM_FOLDER if IS_ROOT else caches) / folders._digest(home)
 
 
 def install_wheel(site: Path) -> None:
     """Copy the server's wheel to where Python may find it."""
-    package, _ = processes.wheel()
+    package, _ = processes.find_wheel()
     for source in (package, package.with_name(f"{package.name}.libs")):
         if source.exists():
             shutil.copytree(source, site / source.name, symlinks=True)

