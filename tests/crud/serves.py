@@ -45,7 +45,11 @@ class Call:
         if package:
             return inspect.getdoc(self.function) or self.function.__name__
         parameters = inspect.signature(self.function).parameters
-        given = [name for name in self.keywords if parameters[name].default is not inspect._empty]
+        given = [
+            name
+            for name in self.keywords
+            if name not in parameters or parameters[name].default is not inspect._empty
+        ]
         name = ".".join([*module.split(".")[:2], self.function.__name__])
         return f"`{name}({', '.join(f'{keyword}=…' for keyword in given)})`"
 

@@ -22,7 +22,7 @@ from tiger_db.audit.storage import (
     last_seal,
     trail,
 )
-from tiger_db.crud.audit_logs.reading import Criteria, criteria
+from tiger_db.crud.audit_logs import Criteria, conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AuditLog
@@ -53,7 +53,7 @@ async def export(
     Raises:
         InvalidValue: as `search`.
     """
-    found = criteria(**wanted)
+    found = conditions(**wanted)
     lines = _filtered(database, found) if found else _all(database)
     if form == "csv":
         yield _csv_line(HEADINGS)

@@ -10,7 +10,7 @@ from sqlmodel import col
 
 from tiger_db.audit.storage import settled
 from tiger_db.connections.listener import listening
-from tiger_db.crud.audit_logs.reading import Criteria, criteria
+from tiger_db.crud.audit_logs import Criteria, conditions
 from tiger_db.crud.common import fetch_all
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable
@@ -36,7 +36,7 @@ async def follow(
         InvalidValue: as `crud.audit_logs.search`.
         DatabaseUnavailable: the database was lost.
     """
-    found = criteria(**wanted)
+    found = conditions(**wanted)
     news = asyncio.Event()
     async with AsyncExitStack() as stack:
         with suppress(DatabaseUnavailable):  # then it polls

@@ -1,4 +1,4 @@
-"""Broker accounts. Every change writes its audit event in the same transaction."""
+"""CRUD of broker accounts. Each change records its audit event in the same transaction."""
 
 from tiger_db.crud.accounts.changes import (
     create,
@@ -7,7 +7,7 @@ from tiger_db.crud.accounts.changes import (
     update,
 )
 from tiger_db.crud.accounts.closing import close, reopen
-from tiger_db.crud.accounts.operation import record_error, reset_errors, update_tokens
+from tiger_db.crud.accounts.failures import record_error, reset_errors
 from tiger_db.crud.accounts.queries import (
     find_for_operation,
     get,
@@ -18,6 +18,7 @@ from tiger_db.crud.accounts.queries import (
     list_accounts,
     list_by_tiger_id,
 )
+from tiger_db.crud.accounts.tokens import update_tokens
 
 __all__ = [
     "close",

@@ -1,0 +1,87 @@
+"""Count the errors of accounts, suspend accounts that fail, and reset the count."""
+
+from uuid import UUID
+
+from sqlalchemy import func
+from sqlalchemy import update as sql_update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from tiger_db.crud import audit_logs
+from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
+from tiger_db.errors import InvalidValue
+from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
+from tiger_db.models.base import readable_secrets
+from tiger_db.redaction import redact_aggressively
+
+
+async def record_error(
+    session: AsyncSession, account_id: UUID, *, message: str, suspend_after: int = 10
+) -> TigerAccount:
+    """Add one to the error count of an account, and store the message with masked secrets.
+
+    An active account is suspended when it has `suspend_after` consecutive errors or more.
+    `reset_errors` lifts this suspension.
+
+    Raises:
+        NotFound: there is no such account.
+        InvalidValue: `suspend_after` is not positive.
+    """
+    if suspend_after < 1:
+        raise InvalidValue("suspend_after must be positive")
+    account = await get_or_raise(session, TigerAccount, account_id, lock=True)
+    count = account.error_count + 1
+    text = replace_unstorable(redact_aggressively(message, *readable_secrets(account)))
+    values: dict[str, object] = {
+        "error_count": count,
+        "last_error": text,
+        "last_error_at": func.now(),
+    }
+    suspended = account.status == AccountStatus.ACTIVE and count >= suspend_after
+    if suspended:
+        values |= {"status": AccountStatus.SUSPENDED, "auto_suspended": True}
+    statement = sql_update(TigerAccount).where(col(TigerAccount.id) == account_id).values(**values)
+    await fetch_one(session, statement.returning(TigerAccount))
+    event = audit_logs.account_event(
+        account_id,
+        action=AuditAction.ACCOUNT_ERROR,
+        old_values={"error_count": count - 1},
+        new_values={"error_count": count},
+        error_message=text,
+    )
+    await audit_logs.insert_event(session, event)
+    if suspended:
+        event = audit_logs.account_event(
+            account_id,
+            action=AuditAction.ACCOUNT_STATUS_CHANGE,
+            severity=AuditSeverity.HIGH,
+            old_values={"status": AccountStatus.ACTIVE, "auto_suspended": False},
+            new_values={"status": AccountStatus.SUSPENDED, "auto_suspended": True},
+            details={"reason": f"{count} consecutive errors"},
+        )
+        await audit_logs.insert_event(session, event)
+    return account
+
+
+async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
+    """Set the error count of an account to zero, and lift a suspension by `record_error`.
+
+    Other suspensions stay.
+
+    Raises:
+        NotFound: there is no such account.
+    """
+    account = await get_or_raise(session, TigerAccount, account_id, lock=True)
+    changes: dict[str, object] = {"error_count": 0, "last_error": None, "last_error_at": None}
+    if account.auto_suspended:
+        changes |= {"status": AccountStatus.ACTIVE, "auto_suspended": False}
+    elif account.error_count == 0 and account.last_error is None:
+        return account
+    before = audit_logs.account_values(account)
+    account.sqlmodel_update(changes)
+    await session.flush()
+    event = audit_logs.account_change_event(
+        account, before, action=AuditAction.ACCOUNT_RESET_ERRORS
+    )
+    await audit_logs.insert_event(session, event)
+    return account

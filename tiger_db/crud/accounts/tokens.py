@@ -1,0 +1,93 @@
+"""Store the access tokens of accounts."""
+
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import col
+
+from tiger_db.crud import audit_logs
+from tiger_db.crud.accounts.closing import refuse_closed
+from tiger_db.crud.common import fetch_one, get_or_raise
+from tiger_db.models import AccountStatus, AuditAction, AuditLog, TigerAccount
+
+
+async def update_tokens(
+    session: AsyncSession,
+    account_id: UUID,
+    *,
+    access_token: str,
+    refresh_token: str | None = None,
+    token_expires_at: datetime | None = None,
+    refresh_id: UUID | None = None,
+) -> TigerAccount:
+    """Replace the access token of an account, and its refresh token if one is given.
+
+    `token_expires_at` is an aware datetime. If it is None, the expiry is read from a token in
+    Tiger's format; for other tokens it is unknown, and they are never due for a refresh.
+
+    `refresh_id` is the refresh that returned the token after its claim was lost. If that refresh
+    has suspended the account within the last day, the account is activated again.
+
+    Raises:
+        NotFound: there is no such account.
+        InvalidState: the account is closed.
+        StaleToken: the account has a newer token; nothing has changed.
+        ValidationError: a value is invalid; nothing has changed.
+    """
+    account = await get_or_raise(session, TigerAccount, account_id, lock=True)
+    refuse_closed(account)
+    given = {"access_token": access_token, "token_expires_at": token_expires_at}
+    if refresh_token is not None:
+        given["refresh_token"] = refresh_token
+    values = account.validate_changes(given)
+    add_token_expiry(account, values)
+    before = audit_logs.account_values(account)
+    account.sqlmodel_update(values)
+    await session.flush()
+    event = audit_logs.account_change_event(account, before, given, action=AuditAction.TOKEN_UPDATE)
+    await audit_logs.insert_event(session, event)
+    if refresh_id is not None and await _is_suspended_by(session, account, refresh_id):
+        account.status = AccountStatus.ACTIVE
+        await session.flush()
+        event = audit_logs.account_event(
+            account.id,
+            action=AuditAction.ACCOUNT_STATUS_CHANGE,
+            old_values={"status": AccountStatus.SUSPENDED},
+            new_values={"status": AccountStatus.ACTIVE},
+            details={"reason": "the answer that was missed has come", "refresh": str(refresh_id)},
+        )
+        await audit_logs.insert_event(session, event)
+    return account
+
+
+def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
+    """Set `token_expires_at` in validated values that contain a new access token.
+
+    Raises:
+        StaleToken: the account has a newer token.
+    """
+    if values.get("access_token") is not None:
+        values["token_expires_at"] = account.check_not_stale(
+            values["access_token"].get_secret_value(), values.get("token_expires_at")
+        )
+
+
+async def _is_suspended_by(session: AsyncSession, account: TigerAccount, refresh_id: UUID) -> bool:
+    """Return whether the last change of the account's status is a suspension by this refresh."""
+    if account.status != AccountStatus.SUSPENDED:
+        return False
+    last = await fetch_one(
+        session,
+        select(AuditLog)
+        .where(
+            col(AuditLog.tiger_account_id) == account.id,
+            col(AuditLog.action) == AuditAction.ACCOUNT_STATUS_CHANGE,
+            col(AuditLog.created_at) > func.now() - timedelta(days=1),
+        )
+        .order_by(col(AuditLog.position).desc())
+        .limit(1),
+    )
+    return last is not None and (last.details or {}).get("refresh") == str(refresh_id)
