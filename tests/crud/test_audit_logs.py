@@ -382,3 +382,9 @@ async def test_a_criterion_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(InvalidValue):
         await search(session)
+
+
+async def test_an_unknown_criterion_is_refused(session: AsyncSession) -> None:
+    misspelt: dict[str, Any] = {"user": "alice"}
+    with pytest.raises(TypeError, match="user"):
+        await audit_logs.search(session, **misspelt)
