@@ -179,7 +179,7 @@ async def keyshield_works(database: Database, peer: Database) -> AsyncIterator[l
 async def fill(database: Database, keys: int) -> list[str]:
     """So many keys in all; returns the texts of some."""
     await database.check()
-    async with database.write_behind.connection() as connection:
+    async with database.out_of_band.connection() as connection:
         await connection.execute(FILL, keys - 100)
         await connection.execute("ANALYZE api_keys")
     return [(await new_key(database))[1] for _ in range(100)]

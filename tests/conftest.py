@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 
 from tests.support import databases, servers
-from tests.support.contexts import changed_context
+from tests.support.contexts import context_without_out_of_band
 from tests.support.databases import DatabasePool
 from tiger_db import Database
 from tiger_db.database import AsyncSession
@@ -96,9 +96,7 @@ async def session(database: Database) -> AsyncIterator[AsyncSession]:
         async with database.sessions(
             bind=connection,
             join_transaction_mode="create_savepoint",
-            info=changed_context(
-                database.info, write_behind=None
-            ),  # it would not see what this one makes
+            info=context_without_out_of_band(database.info),  # it would not see what this one makes
         ) as session:
             yield session
         await transaction.rollback()

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.contexts import changed_context
+from tests.support.contexts import context_without_out_of_band
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, KeyVerifier, crud
 from tiger_db.audit import export, export_checkpoint, follow, maintain, seal, verify
@@ -229,7 +229,7 @@ async def verifying(database: Database) -> None:
 
 
 async def recording(database: Database) -> None:
-    await database.write_behind.record(factories.new_event())
+    await database.out_of_band.record(factories.new_event())
 
 
 async def recording_in_a_session(database: Database) -> None:
@@ -279,7 +279,7 @@ async def test_a_statement_that_takes_too_long_is_told_the_same_everywhere(
                 if what == "authorize":
                     await KeyVerifier(database).authorize(raw_key)
                 else:
-                    await database.write_behind.record(factories.new_event())
+                    await database.out_of_band.record(factories.new_event())
             with pytest.raises(QueryTimeout, match="statement timeout"):
                 async with database.session() as session:
                     await session.execute(text(f"SELECT FROM {table}"))
@@ -289,12 +289,12 @@ async def test_a_limit_in_a_session_of_no_database_is_no_other(clone: Database) 
     """Its statement is given to the session's own connection."""
     async with clone.session() as session:
         _, raw_key = await factories.api_key(session, rate_limit_per_hour=5)
-    async with clone.sessions(info=changed_context(clone.info, write_behind=None)) as session:
+    async with clone.sessions(info=context_without_out_of_band(clone.info)) as session:
         assert await crud.api_keys.authorize_api_key(session, raw_key)
         await session.commit()
     async with clone.session() as other:
         await other.execute(text("LOCK TABLE api_key_limits IN ACCESS EXCLUSIVE MODE"))
-        async with clone.sessions(info=changed_context(clone.info, write_behind=None)) as session:
+        async with clone.sessions(info=context_without_out_of_band(clone.info)) as session:
             await impatient(clone, session)
             with pytest.raises(Conflict):
                 await crud.api_keys.authorize_api_key(session, raw_key)

@@ -89,7 +89,7 @@ async def test_rows_are_estimates_over_all_partitions(
     async with clone.session() as session:
         await session.execute(text("DELETE FROM tiger_accounts"))  # which no estimate knows of
     assert (await check_readiness(clone_settings)).rows == {
-        "api_key_batches": 0, "api_key_limits": 0, "api_key_usage": 0, "api_keys": 0,
+        "api_key_limits": 0, "api_key_usage": 0, "api_keys": 0,
         "audit_logs": 5, "audit_seals": 0, "tiger_accounts": 3, "token_statuses": 0,
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "peppers": {"encryption", "errors"},
     "signing": {"errors"},
     "sqlstates": {"errors"},
-    "write_behind": {"models", "errors", "sqlstates"},
+    "out_of_band": {"models", "errors", "sqlstates"},
     "crud": {
         "models",
         "encryption",
@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
         "redaction",
         "peppers",
         "sqlstates",
-        "write_behind",
+        "out_of_band",
     },
     "database_urls": set(),
     "files": {"errors"},

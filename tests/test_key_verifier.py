@@ -200,7 +200,7 @@ async def test_no_answer_is_not_a_no(clone: Database) -> None:
     async with Database(clone.settings.model_copy(update=pool)) as database:
         verifier = KeyVerifier(database)
         assert await verifier.verify(raw_key)
-        async with database.write_behind.connection():
+        async with database.out_of_band.connection():
             with pytest.raises(DatabaseUnavailable):
                 await verifier.verify(raw_key)
         assert await verifier.verify(raw_key)
@@ -219,11 +219,11 @@ async def test_a_pool_that_fills_up_while_a_hash_is_verified_is_an_unavailable_d
         async with clone.session() as session:
             await session.execute(change, {"hash": bcrypt.using(rounds=4).hash(secret)})
         given_back = asyncio.Event()
-        engine = database.write_behind.engine.sync_engine
+        engine = database.out_of_band.engine.sync_engine
         event.listen(engine, "checkin", lambda *_: given_back.set())
         verifying = asyncio.create_task(KeyVerifier(database).verify(raw_key))
         await given_back.wait()
-        async with database.write_behind.engine.connect():
+        async with database.out_of_band.engine.connect():
             with pytest.raises(DatabaseUnavailable):
                 await verifying
         assert await KeyVerifier(database).verify(raw_key)

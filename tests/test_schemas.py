@@ -262,7 +262,7 @@ async def test_no_connection_follows_the_search_path_of_its_role(clone_settings:
         assert await connection.fetchval(right)
         await connection.close()
     async with Database(clone_settings) as database, maintenance_engine(clone_settings) as engine:
-        for an_engine in (database.engine, database.write_behind.engine, engine):
+        for an_engine in (database.engine, database.out_of_band.engine, engine):
             async with an_engine.connect() as made:
                 assert await made.scalar(text(right))
         async with database.session() as session:
@@ -490,8 +490,8 @@ async def test_a_search_path_that_a_session_sets_ends_with_its_transaction(
                 await session.execute(text("SET search_path = pg_catalog"))
         async with database.session(readonly=True) as session:
             seen.append(tuple((await session.execute(read)).one()))
-        async with database.write_behind.connection() as connection, connection.transaction():
+        async with database.out_of_band.connection() as connection, connection.transaction():
             await connection.execute("SET search_path = pg_catalog")
-        async with database.write_behind.connection() as connection, connection.transaction():
+        async with database.out_of_band.connection() as connection, connection.transaction():
             assert await connection.fetchval("SHOW search_path") == settings.search_path
     assert set(seen) == {(settings.search_path, seen[0][1])}

@@ -58,7 +58,7 @@ async def test_a_commit_that_nobody_confirmed(
     committed: bool,
 ) -> None:
     """The connection is cut before or after the commit, which looks the same from here."""
-    monkeypatch.setattr("tiger_db.write_behind.SECONDS", 0.1)
+    monkeypatch.setattr("tiger_db.crud.api_keys.usage_counter.WRITE_INTERVAL_SECONDS", 0.1)
     (key, _), (locked, _) = await make_keys(clone_settings, 2)
     who_locks = await connect(clone_settings)
     transaction = who_locks.transaction()
@@ -85,14 +85,13 @@ async def test_a_commit_that_nobody_confirmed(
     async with Database(clone_settings) as database:
         for used in (3, 5, 7):
             for _ in range(used):
-                database.write_behind.count(key.id, time.time())
-                database.write_behind.count(locked.id, time.time())
+                database.usage_counter.count(key.id, time.time())
+                database.usage_counter.count(locked.id, time.time())
             await until(lambda c=cuts: true_after(lambda: cuts > c))  # type: ignore[misc]
         await who_locks.close()
     assert cuts >= 3
     for key_id in (key.id, locked.id):
         assert await counts(other, key_id) == (15, 15)
-    assert await other.fetchval("SELECT count(*) FROM api_key_batches") == 0
 
 
 async def test_counts_of_a_line_whose_keys_are_gone_are_deleted_in_time(
@@ -104,7 +103,7 @@ async def test_counts_of_a_line_whose_keys_are_gone_are_deleted_in_time(
         " FROM unnest(ARRAY[now() - interval '29 days', now() - interval '31 days']) AS day"
     )
     async with Database(clone_settings) as database:
-        database.write_behind.count(key.id, time.time())
+        database.usage_counter.count(key.id, time.time())
     left = await other.fetch("SELECT now() - day < interval '30 days' FROM api_key_limits")
     assert [row[0] for row in left] == [True]
 
@@ -117,7 +116,7 @@ async def true_after(condition: Callable[[], bool]) -> bool:
 async def test_counts_are_exact_however_often_connections_are_cut(
     clone_settings: Settings, other: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiger_db.write_behind.SECONDS", 0.004)
+    monkeypatch.setattr("tiger_db.crud.api_keys.usage_counter.WRITE_INTERVAL_SECONDS", 0.004)
     keys = await make_keys(clone_settings, 5)
     sent, cut = dict.fromkeys([key.id for key, _ in keys], 0), 0
     async with Database(clone_settings) as database:
@@ -125,7 +124,7 @@ async def test_counts_are_exact_however_often_connections_are_cut(
         while time.monotonic() < deadline:
             for _ in range(random.randrange(20)):
                 key_id = random.choice([*sent])
-                database.write_behind.count(key_id, time.time())
+                database.usage_counter.count(key_id, time.time())
                 sent[key_id] += 1
             await asyncio.sleep(random.random() / 200)
             cut += len(await other.fetch(WRITERS))
@@ -171,7 +170,7 @@ async def test_closing_writes_what_is_left(clone_settings: Settings, other: Conn
     async with Database(clone_settings) as database:
         for _ in range(7):
             for key, _ in keys:
-                database.write_behind.count(key.id, time.time())
+                database.usage_counter.count(key.id, time.time())
         assert [await counts(other, key.id) for key, _ in keys] == [(0, 0)] * 20
     assert [await counts(other, key.id) for key, _ in keys] == [(7, 7)] * 20
 
@@ -182,7 +181,7 @@ async def test_closing_waits_for_who_has_the_key(
     ((key, _),) = await make_keys(clone_settings, 1)
     database = Database(clone_settings)
     await database.check()
-    database.write_behind.count(key.id, time.time())
+    database.usage_counter.count(key.id, time.time())
     transaction = other.transaction()
     await transaction.start()
     await other.execute("SELECT FROM api_keys FOR UPDATE")
@@ -198,7 +197,7 @@ async def test_hours_are_counted_apart(clone_settings: Settings, other: Connecti
     ((key, _),) = await make_keys(clone_settings, 1)
     async with Database(clone_settings) as database:
         for at in (7199.9, 7200.0, 3600.0, 10_799.9):
-            database.write_behind.count(key.id, at)
+            database.usage_counter.count(key.id, at)
     rows = await other.fetch("SELECT extract(epoch FROM hour)::int, count FROM api_key_usage")
     assert {tuple(row) for row in rows} == {(3600, 2), (7200, 2)}
     last = await other.fetchval("SELECT extract(epoch FROM last_used_at)::float FROM api_keys")
@@ -216,13 +215,13 @@ async def test_events_recorded_at_once_are_all_there(
             nonlocal commits
             commits += 1
 
-        event.listen(database.write_behind.engine.sync_engine, "commit", committed)
+        event.listen(database.out_of_band.engine.sync_engine, "commit", committed)
 
         async def record(number: int) -> None:
             event_ = factories.new_event(error_message=str(number))
-            await database.write_behind.record(event_)
+            await database.out_of_band.record(event_)
             found = "SELECT count(*) FROM audit_logs WHERE error_message = $1"
-            async with database.write_behind.connection() as connection:
+            async with database.out_of_band.connection() as connection:
                 assert await connection.fetchval(found, str(number)) == 1
 
         async with asyncio.timeout(20):
@@ -239,7 +238,7 @@ async def test_one_who_gives_up_takes_no_event_away(
     async with Database(clone_settings) as database:
         tasks = [
             asyncio.create_task(
-                database.write_behind.record(factories.new_event(error_message=str(number)))
+                database.out_of_band.record(factories.new_event(error_message=str(number)))
             )
             for number in range(20)
         ]
@@ -259,15 +258,15 @@ async def test_an_event_that_cannot_be_stored_spoils_no_other(
     """They are written together, as long as that goes well."""
     async with Database(clone_settings) as database:
         first = factories.new_event()
-        await database.write_behind.record(first)
+        await database.out_of_band.record(first)
         outcomes = await asyncio.gather(
             *(
-                database.write_behind.record(factories.new_event(error_message=str(number)))
+                database.out_of_band.record(factories.new_event(error_message=str(number)))
                 for number in range(5)
             ),
-            database.write_behind.record(factories.new_event(id=first.id)),
+            database.out_of_band.record(factories.new_event(id=first.id)),
             *(
-                database.write_behind.record(factories.new_event(error_message=str(number)))
+                database.out_of_band.record(factories.new_event(error_message=str(number)))
                 for number in range(5, 9)
             ),
             return_exceptions=True,
@@ -282,10 +281,10 @@ async def test_an_event_that_cannot_be_stored_spoils_no_other(
 async def test_an_event_that_cannot_be_stored_says_so(clone_settings: Settings) -> None:
     pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 0.05}
     async with Database(clone_settings.model_copy(update=pool)) as database:
-        async with database.write_behind.connection():
+        async with database.out_of_band.connection():
             with pytest.raises(Exception, match=r"QueuePool|in use|lost"):
-                await database.write_behind.record(factories.new_event())
-        await database.write_behind.record(factories.new_event())
+                await database.out_of_band.record(factories.new_event())
+        await database.out_of_band.record(factories.new_event())
 
 
 @pytest.mark.slow
@@ -295,15 +294,15 @@ async def test_the_counts_of_a_deleted_key_are_dropped(
     (deleted, _), (key, _) = await make_keys(clone_settings, 2)
     async with Database(clone_settings) as database:
         for key_id in (deleted.id, key.id):
-            database.write_behind.count(key_id, time.time())
+            database.usage_counter.count(key_id, time.time())
         await other.execute("DELETE FROM api_keys WHERE id = $1", deleted.id)
 
         async def counted() -> bool:
             return await counts(other, key.id) == (1, 1)
 
         await until(counted)
-        assert database.write_behind._uses == {}
-        database.write_behind.count(deleted.id, time.time())
+        assert database.usage_counter._uses == {}
+        database.usage_counter.count(deleted.id, time.time())
     assert await counts(other, deleted.id) is None
     assert await counts(other, key.id) == (1, 1)
     assert not caplog.records

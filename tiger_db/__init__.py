@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from tiger_db import keys_in_force as keys_in_force
     from tiger_db import migrations as migrations
     from tiger_db import models as models
+    from tiger_db import out_of_band as out_of_band
     from tiger_db import peppers as peppers
     from tiger_db import redaction as redaction
     from tiger_db import signing as signing
     from tiger_db import tiger as tiger
-    from tiger_db import write_behind as write_behind
     from tiger_db.crud import Page
     from tiger_db.database import Database, get_session
     from tiger_db.key_verifier import KeyVerifier
@@ -85,7 +85,7 @@ _MODULES = {
     "audit", "connections", "crud", "database", "doctor", "embedded", "encryption",
     "encryption_key_rotation", "errors", "health", "key_uses", "key_verifier", "keys_in_force",
     "migrations", "models", "peppers", "redaction", "refresh_worker", "settings", "signing",
-    "tiger", "write_behind",
+    "tiger", "out_of_band",
 }  # fmt: skip
 # Where the names are that are not in `tiger_db.models`.
 _HOMES = {

@@ -18,6 +18,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db.connections import create_engine
 from tiger_db.connections.replicas import Replicas
+from tiger_db.crud.api_keys.usage_counter import UsageCounter
 from tiger_db.crud.common import SessionContext
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import (
@@ -34,8 +35,8 @@ from tiger_db.keys_in_force import (
 )
 from tiger_db.migrations import schema_state
 from tiger_db.models.base import CONTEXT
+from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.settings import Settings
-from tiger_db.write_behind import WriteBehind
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -71,7 +72,7 @@ class Database:
     """The connections of one process to one database, in one event loop.
 
     `key_provider` encrypts in place of `ENCRYPTION_KEYS`: a KMS, say. Beside its pool it has up to
-    four connections more, for writes out of band: see `write_behind`.
+    four connections more, for writes out of band: see `out_of_band`.
 
     Raises:
         ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or missing in
@@ -93,7 +94,7 @@ class Database:
         out_of_band = (
             self.settings.without_pooler() if self.settings.db_direct_host else self.settings
         )
-        self.write_behind = WriteBehind(
+        self.out_of_band = OutOfBandWriter(
             create_engine(
                 out_of_band,
                 pool_size=min(_OUT_OF_BAND_CONNECTIONS, self.settings.db_pool_size),
@@ -102,19 +103,21 @@ class Database:
                 pool_recycle=self.settings.db_pool_recycle,
             )
         )
+        self.usage_counter = UsageCounter(self.out_of_band.engine)
         self.replicas = Replicas(
             [
                 create_engine(self.settings, replica=replica, **pool)
                 for replica in self.settings.replicas
             ],
-            self.write_behind,
+            self.out_of_band,
         )
         context = SessionContext(
             key_provider=key_provider or configured(self.settings, ENCRYPTION_KEYS),
             peppers=configured(self.settings, API_KEY_PEPPERS),
             key_environment="live" if self.settings.production else "test",
             allow_unpeppered_until=self.settings.api_keys_allow_unpeppered_until,
-            write_behind=self.write_behind,
+            out_of_band=self.out_of_band,
+            count_use=self.usage_counter.count,
         )
         self.info = {CONTEXT: context}  # of every session
         self.sessions = async_sessionmaker(
@@ -135,7 +138,8 @@ class Database:
 
     async def close(self) -> None:
         """Write what is left to write, and close every connection."""
-        await self.write_behind.close()
+        await self.usage_counter.close()
+        await self.out_of_band.close()
         await self.replicas.close()
         await self.engine.dispose()
 

@@ -57,7 +57,6 @@ class KeyVerifier:
         self.memory = memory
         self.capacity = capacity
         self._changes = 0  # notifications received: no row that was read before one is remembered
-        self._write_behind = database.write_behind
         self._digest_key = secrets.token_bytes(32)
         self._known: OrderedDict[bytes, VerifiedKey] = OrderedDict()
         self._digests: dict[UUID, bytes] = {}
@@ -185,9 +184,9 @@ class KeyVerifier:
             event = denial_event(
                 reason, prefix, request, permissions.key_id, permissions.account_id
             )
-            await self._write_behind.record(event)
+            await self.database.out_of_band.record(event)
             raise
-        self._write_behind.count(permissions.key_id, now)
+        self.database.usage_counter.count(permissions.key_id, now)
         return known.key
 
     def _keep(self, digest: bytes, verified: VerifiedKey) -> None:

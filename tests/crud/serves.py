@@ -13,7 +13,6 @@ from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.rate_limits import CONSUME
 from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
-from tiger_db.write_behind import LEFT_OUT
 
 NOW = datetime.now(UTC)
 OLD = NOW - datetime(2024, 6, 24, tzinfo=UTC)  # so long that it was before any id_of
@@ -67,11 +66,6 @@ async def limited_use(session: AsyncSession) -> None:
     await connection.exec_driver_sql(CONSUME, (id_of(77), 9, 9))
 
 
-async def left_out(session: AsyncSession) -> None:
-    """What a process's latest batch of counts left out."""
-    await session.execute(LEFT_OUT, {"writer": id_of(77)})
-
-
 async def events_to_seal(session: AsyncSession) -> None:
     """The events of a seal."""
     connection = await session.connection()
@@ -108,7 +102,6 @@ SERVES: list[tuple[str, Call]] = [
     ),
     ("ix_api_keys_expires_at_id", asks(api_keys.list_expiring)),
     ("ix_api_keys_expires_at_id", asks(api_keys.list_expiring, after=cursor_of(77))),
-    ("pk_api_key_batches", asks(left_out)),
     ("pk_api_key_limits", asks(limited_use)),
     ("pk_api_key_usage", asks(api_keys.usage, id_of(77), since=NOW - timedelta(hours=3))),
     ("pk_token_statuses", asks(token_status.get, id_of(77))),

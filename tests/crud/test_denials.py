@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.contexts import changed_context
+from tests.support.contexts import context_without_out_of_band
 from tests.support.raw_keys import unknown_key, wrong_secret
 from tiger_db import APIKeyScope, AuditAction, AuditLog, AuditResult, Database, KeyVerifier
 from tiger_db import errors as tiger_errors
@@ -122,7 +122,7 @@ async def test_a_malformed_key_is_not_on_record(clone: Database) -> None:
 
 
 async def test_a_session_of_no_database_records_in_its_transaction(clone: Database) -> None:
-    async with clone.sessions(info=changed_context(clone.info, write_behind=None)) as session:
+    async with clone.sessions(info=context_without_out_of_band(clone.info)) as session:
         with pytest.raises(InvalidAPIKey):
             await api_keys.authorize_api_key(session, unknown_key())
         assert [e.error_code for e in await factories.events(session)] == ["InvalidAPIKey"]
@@ -228,7 +228,7 @@ async def test_whatever_a_caller_says_is_stored_safely(clone: Database, by: str)
                     await KeyVerifier(clone).authorize(tried, **asked)
             else:
                 own = by == "own transaction"
-                info = changed_context(clone.info, write_behind=None) if own else clone.info
+                info = context_without_out_of_band(clone.info) if own else clone.info
                 async with clone.sessions(info=info) as session:
                     with pytest.raises(reason):
                         await api_keys.authorize_api_key(session, tried, **asked)

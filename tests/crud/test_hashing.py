@@ -330,7 +330,8 @@ def test_the_day_ends_at_midnight_utc(now: datetime, accepted: bool) -> None:
         peppers=None,
         key_environment="test",
         allow_unpeppered_until=date(2027, 1, 31),
-        write_behind=None,
+        out_of_band=None,
+        count_use=None,
     )
     info = {CONTEXT: context}
     refuse_unpeppered(info, "pepper", now.timestamp())

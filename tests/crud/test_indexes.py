@@ -44,8 +44,6 @@ FROM generate_series(1, 20000) n;
 
 INSERT INTO api_key_limits SELECT id(n), now(), 1, now(), 1 FROM generate_series(1, 20000) n;
 
-INSERT INTO api_key_batches SELECT id(n), 1, '{}', now() FROM generate_series(1, 20000) n;
-
 INSERT INTO api_key_usage
 SELECT id(n), date_trunc('hour', now()) - make_interval(hours => hour), 1
 FROM generate_series(1, 2000) n, generate_series(1, 10) hour;

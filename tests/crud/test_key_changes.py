@@ -166,7 +166,7 @@ async def test_a_limited_key_that_is_deleted_meanwhile_is_no_key(
     async with clone.session() as session:
         permissions = KeyPermissions.of(key, None)
         await session.execute(text("DELETE FROM api_keys WHERE id = :id"), {"id": key.id})
-    async with clone.write_behind.connection() as connection:
+    async with clone.out_of_band.connection() as connection:
         assert not await consume(connection, permissions)
     with pytest.raises(InvalidAPIKey):
         await verifier.authorize(raw_key)

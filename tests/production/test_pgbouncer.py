@@ -41,8 +41,8 @@ from tiger_db.errors import (
 )
 from tiger_db.health import check_readiness
 from tiger_db.migrations import upgrade
+from tiger_db.out_of_band import asyncpg_connection
 from tiger_db.signing import generate_signing_key
-from tiger_db.write_behind import plain_connection
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="PgBouncer is not installed here")
 TASKS, ROUNDS = 6, 10  # of each of two processes; a round is five transactions
@@ -324,7 +324,7 @@ async def test_a_statement_is_given_up_in_time_and_leaves_nothing_behind(
                 async with database.session() as session:
                     await session.execute(text("SELECT pg_sleep(60)"))
             with pytest.raises(DatabaseUnavailable):
-                async with plain_connection(database.engine) as connection:
+                async with asyncpg_connection(database.engine) as connection:
                     await connection.execute("SELECT pg_sleep(60)")
         async with database.session() as session:
             assert await session.scalar(text("SELECT current_setting('TimeZone')")) == "UTC"

@@ -74,7 +74,7 @@ async def test_the_server_sees_who_sends_a_statement(telling: Database, clone: D
 
         await nested()
         assert await seen(session) == by(f"{here}.%3Clocals%3E.nested")
-    async with telling.write_behind.connection() as plain:
+    async with telling.out_of_band.connection() as plain:
         await plain.fetchval("SELECT $1::int", 1)
         assert await comment_of(clone, plain.get_server_pid()) == by(here)
 
@@ -139,7 +139,7 @@ async def test_a_slow_statement_is_logged_without_its_parameters(
                 text("SELECT pg_sleep(:seconds),\n :secret"), {"seconds": 0.2, "secret": SECRET}
             )
             await session.execute(text("SELECT 1"))
-        async with database.write_behind.connection() as plain:
+        async with database.out_of_band.connection() as plain:
             await plain.fetchval("SELECT pg_sleep($1), $2::text", 0.2, SECRET)
         many = text("SELECT pg_sleep(0.2), CAST(:secret AS text)")
         async with database.session() as session:

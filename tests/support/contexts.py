@@ -11,3 +11,8 @@ from tiger_db.models.base import CONTEXT
 def changed_context(info: Mapping[Any, object], **changes: Any) -> dict[str, SessionContext]:
     """Return the `info` of a session or a Database with changes to its context."""
     return {CONTEXT: replace(context_of(info), **changes)}
+
+
+def context_without_out_of_band(info: Mapping[Any, object]) -> dict[str, SessionContext]:
+    """Return an `info` whose sessions write events and counts in their own transaction."""
+    return changed_context(info, out_of_band=None, count_use=None)

@@ -152,7 +152,8 @@ class DatabasePool:
         Raises:
             AssertionError: the test changed the schema.
         """
-        await database.write_behind.close()
+        await database.usage_counter.close()
+        await database.out_of_band.close()
         pool = database.engine.pool
         assert isinstance(pool, QueuePool)
         if pool.checkedout():

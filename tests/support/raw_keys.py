@@ -40,7 +40,7 @@ def asked(database: Database) -> Iterator[list[str]]:
     def take(*rest: object) -> None:
         sent.append("a connection")
 
-    out_of_band = database.write_behind.engine.sync_engine
+    out_of_band = database.out_of_band.engine.sync_engine
     event.listen(out_of_band, "before_cursor_execute", record)
     event.listen(out_of_band, "checkout", take)
     try:

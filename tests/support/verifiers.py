@@ -45,7 +45,7 @@ def checkouts(database: Database) -> Iterator[list[object]]:
         if asyncio.current_task() is task:
             taken.append(connection)
 
-    engines = [database.engine.sync_engine, database.write_behind.engine.sync_engine]
+    engines = [database.engine.sync_engine, database.out_of_band.engine.sync_engine]
     for engine in engines:
         event.listen(engine, "checkout", take)
     try:

@@ -81,6 +81,6 @@ async def _begin(database: Database) -> tuple[int, set[int | None]]:
 
 
 async def _settled(database: Database) -> tuple[int, set[str]]:
-    async with database.write_behind.connection() as connection:
+    async with database.out_of_band.connection() as connection:
         taken, writers = await settled(connection)
     return taken, set(writers)

@@ -14,7 +14,7 @@ from tiger_db.database import Database
 from tiger_db.errors import InvalidValue
 from tiger_db.migrations.locks import lock_key
 from tiger_db.models import AuditLog
-from tiger_db.write_behind import plain_connection
+from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Event: TypeAlias = tuple[int, str]  # its place and its content
@@ -86,7 +86,7 @@ async def connected(database: Database) -> AsyncIterator[Connection]:
     await database.check()
     async with (
         maintenance_engine(database.settings) as engine,
-        plain_connection(engine) as connection,
+        asyncpg_connection(engine) as connection,
     ):
         yield connection
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from tiger_db.errors import TigerDBError
-from tiger_db.write_behind import WriteBehind
+from tiger_db.out_of_band import OutOfBandWriter
 
 S = TypeVar("S", bound=AsyncSession)
 _PAUSE = 5.0  # seconds for which a standby that is out of reach is left alone
@@ -46,7 +46,7 @@ class Replicas:
     say. When the primary is away, standbys answer until the last place is too old.
     """
 
-    def __init__(self, engines: Sequence[AsyncEngine], primary: WriteBehind) -> None:
+    def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:
         self._replicas = [_Replica(engine) for engine in engines]
         self._primary = primary
         # Places in the primary's WAL, by the time at which it was asked. The oldest that is not too

@@ -89,7 +89,7 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
     """Record one event out of band: it is committed before this function returns.
 
     The event stays if the caller's transaction rolls back. Use it for the intent before an order,
-    for the order's outcome, or for a denial. If the session's context has no `write_behind`, the
+    for the order's outcome, or for a denial. If the session's context has no `out_of_band`, the
     event is recorded in the session's transaction.
 
     Raises:
@@ -98,10 +98,10 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
         DatabaseUnavailable: the event could not be stored.
     """
     event = build_event(**fields)
-    write_behind = context_of(session.info).write_behind
-    if write_behind is None:
+    out_of_band = context_of(session.info).out_of_band
+    if out_of_band is None:
         return await insert_event(session, event)
-    await write_behind.record(event)
+    await out_of_band.record(event)
     return event
 
 

@@ -1,6 +1,6 @@
 """Helpers of the CRUD modules: the session context, pages, row look-ups, typed errors."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -23,9 +23,9 @@ from tiger_db.errors import (
 )
 from tiger_db.models import Entity
 from tiger_db.models.base import CONTEXT
+from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import classify
-from tiger_db.write_behind import WriteBehind
 
 # What a statement returns is what the rows are now, whatever the session remembers of them.
 FRESH = {"populate_existing": True, "synchronize_session": False}
@@ -85,7 +85,9 @@ class SessionContext:
     peppers: Peppers | None
     key_environment: Literal["live", "test"]  # of new API keys
     allow_unpeppered_until: date | None  # the last day, UTC
-    write_behind: WriteBehind | None  # None: out-of-band events are in the session's transaction
+    # Without these two, events and counts are written in the session's transaction.
+    out_of_band: OutOfBandWriter | None
+    count_use: Callable[[UUID, float], None] | None  # of a UsageCounter
     readonly: bool = False
 
 

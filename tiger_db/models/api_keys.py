@@ -18,7 +18,7 @@ from uuid import UUID
 from pydantic import AfterValidator
 from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, ForeignKey, Index, Table
 from sqlalchemy import Text as SQLText
-from sqlalchemy.dialects.postgresql import ARRAY, CIDR
+from sqlalchemy.dialects.postgresql import CIDR
 from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field, Relationship
 
@@ -311,21 +311,4 @@ api_key_limits = Table(
     Column("day", DateTime(timezone=True), nullable=False, comment="Start of the day, UTC"),
     Column("day_count", BigInteger, nullable=False, comment="Uses in this day"),
     comment="Uses of each line of limited API keys in its latest hour and day",
-)
-
-
-# What tells a batch of counts that was written from one that was lost, when the line was cut.
-api_key_batches = Table(
-    "api_key_batches",
-    metadata,
-    Column("writer", SQLUUID, primary_key=True, comment="A process that counts uses"),
-    Column("number", BigInteger, nullable=False, comment="Of its latest batch of counts"),
-    Column(
-        "left_out",
-        ARRAY(SQLUUID),
-        nullable=False,
-        comment="Keys that were locked, and left for the next batch",
-    ),
-    Column("written_at", DateTime(timezone=True), nullable=False, comment="When, UTC"),
-    comment="The latest batch of counts that each process has written",
 )

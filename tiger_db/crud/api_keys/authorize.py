@@ -28,14 +28,15 @@ from tiger_db.crud.api_keys.policy import (
     unpeppered_use_event,
 )
 from tiger_db.crud.api_keys.rate_limits import consume
+from tiger_db.crud.api_keys.usage_counter import count_in_session
 from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly, typed_errors
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditLog
 from tiger_db.models.audit_inserts import insert_events
 from tiger_db.models.rows import column_list, column_names, hydrate, merge_row, row_expression
+from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import raw_errors
-from tiger_db.write_behind import WriteBehind, count_now
 
 if TYPE_CHECKING:
     import asyncpg
@@ -77,7 +78,7 @@ class VerifiedKey:
 
 @dataclass(frozen=True, slots=True)
 class _TransactionWriter:
-    """Writes in the transaction of a session what a WriteBehind would write out of band."""
+    """The methods of OutOfBandWriter, in the transaction of a session."""
 
     session: AsyncSession
 
@@ -91,10 +92,6 @@ class _TransactionWriter:
     async def record(self, event: AuditLog) -> None:
         self.session.add(event)
         await self.session.flush()
-
-    async def count(self, key: APIKey, at: float) -> None:
-        await count_now(self.session, key.id, at)
-        await self.session.refresh(key, ["usage_count", "last_used_at"])
 
 
 async def verify_api_key(
@@ -210,17 +207,18 @@ async def authorize_parsed_key(
     if known.outdated:
         async with writer.connection() as connection:
             await _replace_hash(connection, parsed, request, row, peppers)
-    if isinstance(writer, WriteBehind):
-        writer.count(known.permissions.key_id, row.now)
+    if (count_use := context_of(info).count_use) is not None:
+        count_use(known.permissions.key_id, row.now)
     else:
-        await writer.count(known.key, row.now)
+        assert session is not None
+        await count_in_session(session, known.key, row.now)
     return known
 
 
 def _writer(
     info: Mapping[Any, object], session: AsyncSession | None
-) -> WriteBehind | _TransactionWriter:
-    writer = context_of(info).write_behind
+) -> OutOfBandWriter | _TransactionWriter:
+    writer = context_of(info).out_of_band
     if writer is not None:
         return writer
     assert session is not None

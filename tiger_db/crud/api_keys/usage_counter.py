@@ -1,0 +1,185 @@
+"""Write-behind counter of the uses of API keys."""
+
+import asyncio
+import logging
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import UUID
+
+from sqlalchemy import TextClause, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+from tiger_db.errors import DatabaseUnavailable, TigerDBError
+from tiger_db.models import APIKey
+
+WRITE_INTERVAL_SECONDS = 1.0
+_STATUS_INTERVAL_SECONDS, _STATUS_QUERIES = 0.1, 20
+_HOUR_SECONDS = 3600
+
+# With SKIP LOCKED, the counts of locked keys stay for the next batch, so that no count waits for
+# another transaction. Counts of deleted keys are dropped.
+_WRITE = """
+WITH given AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:hours AS timestamptz[]),
+        CAST(:counts AS bigint[]), CAST(:times AS timestamptz[])) AS g (id, hour, count, at)
+), locked AS (
+    SELECT id FROM api_keys WHERE id IN (SELECT id FROM given)
+    ORDER BY id FOR NO KEY UPDATE {skip_locked}
+), counted AS (
+    SELECT given.* FROM given JOIN locked USING (id)
+), used AS (
+    UPDATE api_keys AS k
+    SET usage_count = k.usage_count + c.count, last_used_at = greatest(k.last_used_at, c.at)
+    FROM (SELECT id, sum(count)::bigint AS count, max(at) AS at FROM counted GROUP BY id) AS c
+    WHERE k.id = c.id
+), hourly AS (
+    INSERT INTO api_key_usage AS u (api_key_id, hour, count)
+    SELECT id, hour, count FROM counted ORDER BY id, hour
+    ON CONFLICT (api_key_id, hour) DO UPDATE SET count = u.count + excluded.count
+)
+SELECT pg_current_xact_id(), ARRAY(SELECT id FROM api_keys WHERE id IN (SELECT id FROM given)
+    EXCEPT SELECT id FROM locked)
+"""
+_WRITE_UNLOCKED = text(_WRITE.format(skip_locked="SKIP LOCKED"))
+_WRITE_ALL = text(_WRITE.format(skip_locked=""))
+# After a crash or a failover, the server assigns the ids of lost transactions again. A lost id that
+# is not assigned yet is greater than the current one.
+_STATUS = text("""
+SELECT CASE WHEN CAST(:xid AS xid8) > pg_current_xact_id() THEN 'aborted'
+    ELSE pg_xact_status(CAST(:xid AS xid8)) END
+""")
+# Limits never read the counts of an earlier day. Those of lines without keys are not replaced.
+_DELETE_OLD_LIMITS = text("DELETE FROM api_key_limits WHERE day < now() - interval '30 days'")
+_COUNT_ONE = text("""
+WITH used AS (
+    UPDATE api_keys SET usage_count = usage_count + 1, last_used_at = greatest(last_used_at, :at)
+    WHERE id = :id RETURNING id
+)
+INSERT INTO api_key_usage AS u (api_key_id, hour, count) SELECT id, :hour, 1 FROM used
+ON CONFLICT (api_key_id, hour) DO UPDATE SET count = u.count + excluded.count
+""")
+_logger = logging.getLogger("tiger_db")
+
+
+@dataclass(slots=True)
+class _Uses:
+    """The uses of one key in one hour; `last` is in seconds since 1970."""
+
+    count: int
+    last: float
+
+
+_Batch = dict[tuple[UUID, int], _Uses]  # by key and hour, in hours since 1970
+
+
+class UsageCounter:
+    """Counts uses of API keys in memory, and writes them every second, in one event loop.
+
+    A killed process loses the uses of its last second. A batch whose commit was not confirmed is
+    counted once; if the server crashed or failed over at that moment, at most once.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._uses: _Batch = {}
+        self._batch: _Batch = {}  # taken from `_uses`; kept until the commit is confirmed
+        self._xid: int | None = None  # of the transaction that wrote the batch
+        self._skipped: Collection[UUID] = ()  # keys of the batch that were locked
+        self._has_written = False
+        self._task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+
+    def count(self, key_id: UUID, at: float) -> None:
+        """Count one use of a key, at a time in seconds since 1970."""
+        slot = (key_id, int(at) // _HOUR_SECONDS)
+        uses = self._uses.get(slot)
+        if uses is not None:
+            uses.count += 1
+            uses.last = at
+            return
+        self._uses[slot] = _Uses(1, at)
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Write all counts. Counts that cannot be written are lost, with a warning in the log."""
+        self._closing.set()
+        if self._task is not None:
+            with suppress(asyncio.CancelledError):
+                await self._task
+        try:
+            while self._batch or self._uses:
+                await self._write(_WRITE_ALL)
+            if self._has_written:
+                # `begin` is an async generator, which the loop would not run while it shuts down.
+                async with self._engine.connect() as connection:
+                    await connection.execute(_DELETE_OLD_LIMITS)
+                    await connection.commit()
+        except (TigerDBError, SQLAlchemyError) as error:
+            lost = sum(uses.count for uses in [*self._batch.values(), *self._uses.values()])
+            if lost:
+                reason = type(error).__name__
+                _logger.warning("%d uses of API keys were not counted: %s", lost, reason)
+        self._closing.clear()
+
+    async def _run(self) -> None:
+        while self._batch or self._uses:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), WRITE_INTERVAL_SECONDS)
+                return
+            with suppress(TigerDBError, SQLAlchemyError):  # the next attempt writes the same batch
+                await self._write(_WRITE_UNLOCKED)
+
+    async def _write(self, statement: TextClause) -> None:
+        if not self._batch:
+            self._batch, self._uses = self._uses, {}
+        batch = self._batch
+        async with self._engine.connect() as connection:
+            if self._xid is None or await _was_rolled_back(connection, self._xid):
+                result = await connection.execute(
+                    statement,
+                    {
+                        "ids": [key_id for key_id, _ in batch],
+                        "hours": [_utc(hour * _HOUR_SECONDS) for _, hour in batch],
+                        "counts": [uses.count for uses in batch.values()],
+                        "times": [_utc(uses.last) for uses in batch.values()],
+                    },
+                )
+                self._xid, self._skipped = result.one()
+                await connection.commit()
+        self._batch, self._xid, self._has_written = {}, None, True
+        for slot, uses in batch.items():
+            if (
+                slot[0] in self._skipped
+                and (later := self._uses.setdefault(slot, uses)) is not uses
+            ):
+                later.count += uses.count
+
+
+async def _was_rolled_back(connection: AsyncConnection, xid: int) -> bool:
+    """Return whether a transaction whose commit was not confirmed is rolled back.
+
+    Raises:
+        DatabaseUnavailable: the server has not ended the transaction within two seconds.
+    """
+    for _ in range(_STATUS_QUERIES):
+        status = await connection.scalar(_STATUS, {"xid": xid})
+        if status != "in progress":
+            return bool(status == "aborted")
+        await asyncio.sleep(_STATUS_INTERVAL_SECONDS)
+    raise DatabaseUnavailable("the transaction that writes counts has not ended")
+
+
+async def count_in_session(session: AsyncSession, key: APIKey, at: float) -> None:
+    """Count one use of a key in the transaction of a session, at a time in seconds since 1970."""
+    now = _utc(at)
+    hour = now.replace(minute=0, second=0, microsecond=0)
+    await session.execute(_COUNT_ONE, {"id": key.id, "hour": hour, "at": now})
+    await session.refresh(key, ["usage_count", "last_used_at"])
+
+
+def _utc(at: float) -> datetime:
+    return datetime.fromtimestamp(at, UTC)

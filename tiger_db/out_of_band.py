@@ -1,0 +1,116 @@
+"""Audit events and statements out of band: on connections of their own, outside the sessions.
+
+They neither wait for the pool of the sessions nor roll back with the caller's transaction.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import asyncpg
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tiger_db.errors import DatabaseUnavailable
+from tiger_db.models import AuditLog
+from tiger_db.models.audit_inserts import insert_events
+from tiger_db.sqlstates import LOST, raw_errors
+
+
+@dataclass(slots=True)
+class _PendingEvent:
+    """An event, and the future of the task that waits for its commit."""
+
+    event: AuditLog
+    recorded: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    def settle(self, error: Exception | None) -> None:
+        if self.recorded.done():  # the waiting task was cancelled
+            return
+        if error is None:
+            self.recorded.set_result(None)
+        else:
+            self.recorded.set_exception(error)
+
+
+class OutOfBandWriter:
+    """Connections and recorded events of one Database that are independent of its sessions."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._pending: list[_PendingEvent] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def connection(self) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]:
+        """Open a connection as `asyncpg_connection` does."""
+        return asyncpg_connection(self.engine)
+
+    async def record(self, event: AuditLog) -> None:
+        """Store an event, which is committed when this returns.
+
+        Events that are recorded at the same time are committed together.
+
+        Raises:
+            DatabaseUnavailable: the event could not be stored.
+        """
+        pending = _PendingEvent(event)
+        self._pending.append(pending)
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._store_pending())
+        await pending.recorded
+
+    async def close(self) -> None:
+        """Store the pending events, and close the connections."""
+        if self._task is not None:
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self.engine.dispose()
+
+    async def _store_pending(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending, []
+            await self._store(batch)
+
+    async def _store(self, batch: list[_PendingEvent]) -> None:
+        error: Exception | None = DatabaseUnavailable("the process ends")
+        try:
+            async with self.connection() as connection:
+                await insert_events(connection, [pending.event for pending in batch])
+            error = None
+        except Exception as problem:  # noqa: BLE001  # the waiting tasks get every error
+            if len(batch) > 1 and not isinstance(problem, DatabaseUnavailable):
+                for pending in batch:  # one refused event must not stop the others
+                    await self._store([pending])
+            error = problem
+        finally:
+            for pending in batch:
+                pending.settle(error)
+
+
+@asynccontextmanager
+async def asyncpg_connection(
+    engine: AsyncEngine,
+) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """Open a connection of asyncpg, on which each statement is a transaction of its own.
+
+    Raises:
+        DatabaseUnavailable: no connection could be opened, or it was lost.
+        Conflict, QueryTimeout, StatementRefused: see `raw_errors`.
+    """
+    try:
+        with raw_errors():
+            async with engine.connect() as connection:
+                raw = (await connection.get_raw_connection()).driver_connection
+                assert raw is not None
+                try:
+                    yield raw
+                except TimeoutError:
+                    raise  # an invalidated connection could not cancel its statement
+                except (*LOST, asyncpg.ReadOnlySQLTransactionError):  # no longer the primary
+                    await connection.invalidate()
+                    raise
+    except PoolTimeoutError as error:
+        raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
