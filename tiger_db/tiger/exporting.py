@@ -49,15 +49,13 @@ async def export_account(
             raise NotFound(f"there is no TigerAccount {account_id}")
         texts = _file_texts(account)
         await asyncio.to_thread(make_private_folder, folder)
-        await crud.audit_logs.log_event(
-            session,
+        event = crud.audit_logs.account_event(
+            account.id,
             action=AuditAction.ACCOUNT_EXPORT,
             severity=AuditSeverity.HIGH,
-            resource_type="tiger_account",
-            resource_id=str(account.id),
-            tiger_account_id=account.id,
             details={"files": [*texts]},
         )
+        await crud.audit_logs.insert_event(session, event)
     # The SDK would send the token of another account, if its file stayed.
     stale = None if TOKEN_FILE in texts else TOKEN_FILE
     return await asyncio.to_thread(write_private, folder, texts, overwrite=overwrite, without=stale)

@@ -83,14 +83,12 @@ async def import_account(
         account = stored
         changed, token_kept = await _update(session, stored, draft, [*given])
     if changed:
-        await crud.audit_logs.log_event(
-            session,
+        event = crud.audit_logs.account_event(
+            account.id,
             action=AuditAction.ACCOUNT_IMPORT,
-            resource_type="tiger_account",
-            resource_id=str(account.id),
-            tiger_account_id=account.id,
             details={"created": stored is None, "changed": [*changed]},
         )
+        await crud.audit_logs.insert_event(session, event)
     # A name that may be a part of a private key is masked: it has no plain words, or its value is
     # only the padding of base64.
     ignored = {

@@ -10,7 +10,7 @@ from sqlmodel import col
 from tiger_db.crud import audit_logs
 from tiger_db.crud.common import fetch_one
 from tiger_db.errors import LeaseLost
-from tiger_db.models import AuditAction, AuditLog, AuditResult, TokenRefreshStatus, TokenStatus
+from tiger_db.models import AuditAction, AuditResult, TokenRefreshStatus, TokenStatus
 
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")  # as the indexes have it
 LONGEST_BACKOFF = timedelta(minutes=30)
@@ -60,12 +60,11 @@ async def log(
 ) -> None:
     """Write the audit events of a change, in the same transaction."""
     events = [
-        AuditLog(
+        audit_logs.refresh_event(
+            refresh.id,
+            refresh.tiger_account_id,
             action=action,
             result=result,
-            resource_type="token_status",
-            resource_id=str(refresh.id),
-            tiger_account_id=refresh.tiger_account_id,
             details={"status": refresh.status.value, "trigger": refresh.trigger.value},
             error_code=error_code,
             error_message=error_message,

@@ -36,7 +36,6 @@ from tiger_db.errors import AnswerLost, LeaseLost, StaleToken
 from tiger_db.models import (
     AccountStatus,
     AuditAction,
-    AuditLog,
     AuditResult,
     AuditSeverity,
     TigerAccount,
@@ -356,27 +355,21 @@ async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] =
 async def _lose(session: AsyncSession, which: str, *values: object) -> int:
     with typed_errors():
         ended = await execute_driver_sql(session, _LOSE % which, LONGEST_BACKOFF, *values)
-    failure: dict[str, Any] = {
-        "result": AuditResult.FAILURE,
-        "error_code": AnswerLost.__name__,
-        "error_message": _LOST,
-    }
     events = [
-        AuditLog(
+        audit_logs.refresh_event(
+            refresh_id,
+            account_id,
             action=AuditAction.TOKEN_REFRESH,
-            resource_type="token_status",
-            resource_id=str(refresh_id),
-            tiger_account_id=account_id,
+            result=AuditResult.FAILURE,
             details={"status": status, "trigger": trigger},
-            **failure,
+            error_code=AnswerLost.__name__,
+            error_message=_LOST,
         )
         for refresh_id, account_id, status, trigger, _ in map(tuple, ended)
     ] + [
-        AuditLog(
+        audit_logs.account_event(
+            account_id,
             action=AuditAction.ACCOUNT_ERROR,
-            resource_type="tiger_account",
-            resource_id=str(account_id),
-            tiger_account_id=account_id,
             old_values={"error_count": count - 1},
             new_values={"error_count": count},
             error_message=_LOST,
@@ -412,17 +405,15 @@ async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool
 async def _suspend(session: AsyncSession, account: TigerAccount, refresh: TokenStatus) -> None:
     old, account.status = account.status, AccountStatus.SUSPENDED
     await session.flush()
-    await audit_logs.log_event(
-        session,
+    event = audit_logs.account_event(
+        account.id,
         action=AuditAction.ACCOUNT_STATUS_CHANGE,
         severity=AuditSeverity.CRITICAL,
-        resource_type="tiger_account",
-        resource_id=str(account.id),
-        tiger_account_id=account.id,
-        old_values={"status": old.value},
-        new_values={"status": account.status.value},
+        old_values={"status": old},
+        new_values={"status": account.status},
         details={"reason": "the broker refuses its credentials", "refresh": str(refresh.id)},
     )
+    await audit_logs.insert_event(session, event)
 
 
 def token_hash(token: str) -> str:
