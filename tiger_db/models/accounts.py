@@ -11,16 +11,20 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    ColumnElement,
     FetchedValue,
     Index,
     LargeBinary,
+    and_,
     event,
     false,
+    func,
     text,
 )
 from sqlalchemy import Text as SQLText
+from sqlalchemy.orm import Mapped
 from sqlalchemy.orm.attributes import instance_state, set_attribute
-from sqlmodel import Field, Relationship
+from sqlmodel import Field, Relationship, col
 from typing_extensions import TypedDict  # pydantic: the standard one from Python 3.12 on
 
 from tiger_db.encryption import EncryptedType, Secret
@@ -45,10 +49,9 @@ if TYPE_CHECKING:
     from tiger_db.models.token_status import TokenStatus
 
 REFRESH_AHEAD = timedelta(hours=1)
-# A token is refreshed when this share of its life is left: time for retries over days, of the weeks
-# that Tiger's tokens live, and still most of its life used.
-_SHARE = 0.2
-_SKEW = timedelta(minutes=5)  # by which Tiger's clock may be ahead of the database's
+# Tiger's tokens live for weeks: a fifth of their life leaves days for retries.
+_SHARE_OF_LIFE_LEFT = 0.2
+_MAX_CLOCK_SKEW = timedelta(minutes=5)  # of Tiger's clock ahead of the database's
 
 
 class AccountType(StrEnum):
@@ -304,10 +307,21 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def needs_token_refresh(self) -> bool:
-        """Whether the access token has expired or will within the hour."""
-        if self.access_token is None or self.token_expires_at is None:
-            return False
-        return self.token_expires_at <= datetime.now(UTC) + REFRESH_AHEAD
+        """Whether the access token expires within an hour, by this machine's clock."""
+        return self.is_token_due(datetime.now(UTC), within=REFRESH_AHEAD)
+
+    def is_token_due(self, now: datetime, *, within: timedelta | None = None) -> bool:
+        """Return whether the access token is due for a refresh at `now`, an aware datetime.
+
+        A token is due from `token_refresh_at` on or, if `within` is given, that long before it
+        expires. `due_tokens` is the same rule in SQL.
+        """
+        at, until = (
+            (self.token_refresh_at, now)
+            if within is None
+            else (self.token_expires_at, now + within)
+        )
+        return self.access_token is not None and at is not None and at <= until
 
     def check_not_stale(
         self, access_token: str, expires_at: datetime | None = None
@@ -349,23 +363,45 @@ class TigerAccount(MutableEntity, table=True):
         return permission in self.market_permissions
 
 
-def refresh_time(access_token: str, expires_at: datetime | None) -> datetime | None:
-    """When a token should be refreshed; None: it never expires, as far as is known.
+# The predicate of the two partial indexes on token times.
+ACTIVE_WITH_TOKEN = text(
+    "tiger_accounts.status = 'active' AND tiger_accounts.access_token IS NOT NULL"
+)
 
-    That is when a fifth of its life is left, at least five minutes before its end, and never before
-    half of it has passed. The life of a token that is not in Tiger's format is taken to begin now.
+
+def due_tokens(
+    within: timedelta | None = None,
+) -> tuple[ColumnElement[bool], Mapped[datetime | None]]:
+    """Return the criterion of active accounts whose token is due, and the column to order them by.
+
+    The criterion is the rule of `TigerAccount.is_token_due` at the start of the transaction.
+    """
+    at, until = (
+        (col(TigerAccount.token_refresh_at), func.now())
+        if within is None
+        else (col(TigerAccount.token_expires_at), func.now() + within)
+    )
+    return and_(ACTIVE_WITH_TOKEN, at <= until), at
+
+
+def refresh_time(access_token: str, expires_at: datetime | None) -> datetime | None:
+    """Compute the `token_refresh_at` of a token; None if its expiry is unknown.
+
+    A token is refreshed when a fifth of its life is left, at least five minutes before it expires,
+    and not before half of its life has passed. The life of a token that is not in Tiger's format
+    begins now.
     """
     if expires_at is None:
         return None
     times = token_times(access_token)
     life = max(expires_at - (times.generated_at if times else datetime.now(UTC)), timedelta(0))
-    return expires_at - min(max(life * _SHARE, _SKEW), life / 2)
+    return expires_at - min(max(life * _SHARE_OF_LIFE_LEFT, _MAX_CLOCK_SKEW), life / 2)
 
 
 @event.listens_for(TigerAccount, "before_insert")
 @event.listens_for(TigerAccount, "before_update")
 def _schedule(_mapper: object, _connection: object, account: TigerAccount) -> None:
-    """Have `token_refresh_at` follow every change of the token."""
+    """Set `token_refresh_at` if the token or its expiry has changed."""
     changed = instance_state(account).committed_state.keys()
     if changed & {"access_token", "token_expires_at"} and "token_expires_at" in vars(account):
         token = account.readable_token()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import func, select, text, update
+from sqlmodel import col
 
 from tests.support import factories
 from tests.support.tiger_files import EVERYTHING, config
@@ -203,6 +204,42 @@ async def test_a_token_of_fifteen_days_is_due_when_three_are_left(session: Async
     assert await token_status.schedule_due(session, within=3 * DAY) == []
     (opened,) = await token_status.schedule_due(session, within=3.2 * DAY)
     assert opened.tiger_account_id == later.id
+
+
+@pytest.mark.parametrize("within", [None, timedelta(0), HOUR, 30 * DAY, -DAY])
+async def test_python_and_postgresql_find_the_same_tokens_due(
+    session: AsyncSession, within: timedelta | None
+) -> None:
+    now = await session.scalar(select(func.now()))  # of the whole transaction
+    assert now is not None
+    ahead = HOUR if within is None else within
+    times = [None, *(n * timedelta(microseconds=1) for n in (-1, 0, 1))]
+    made = [
+        (factories.new_account(access_token=token, status=status), refresh_at, expires_at)
+        for token in (None, "token")
+        for status in ("active", "inactive")
+        for refresh_at in times
+        for expires_at in times
+    ]
+    session.add_all([account for account, _, _ in made])
+    await session.flush()
+    for account, refresh_at, expires_at in made:
+        values = {
+            "token_refresh_at": None if refresh_at is None else now + refresh_at,
+            "token_expires_at": None if expires_at is None else now + ahead + expires_at,
+        }
+        await session.execute(
+            update(TigerAccount).where(col(TigerAccount.id) == account.id).values(**values)
+        )
+    for account, _, _ in made:
+        await session.refresh(account)
+    due = {a.id for a, _, _ in made if a.is_active and a.is_token_due(now, within=within)}
+    assert len(due) == 8
+    if within is not None:
+        needing = accounts.get_accounts_needing_token_refresh
+        assert {account.id for account in await needing(session, within=within)} == due
+    opened = await token_status.schedule_due(session, within=within)
+    assert {refresh.tiger_account_id for refresh in opened} == due
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, func, not_, or_, select, text
+from sqlalchemy import ColumnElement, and_, func, not_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, aliased, selectinload
 from sqlmodel import col
@@ -20,7 +20,7 @@ from tiger_db.models import (
     TigerAccount,
     TigerEnvironment,
 )
-from tiger_db.models.accounts import LICENSES_WITH_TOKEN
+from tiger_db.models.accounts import LICENSES_WITH_TOKEN, due_tokens
 from tiger_db.models.base import key_provider
 
 # An account fails after this many consecutive errors, until that long after the last of them.
@@ -101,16 +101,8 @@ async def get_accounts_needing_token_refresh(
 ) -> list[TigerAccount]:
     """The active accounts whose token has expired or will within that time, soonest first."""
     check_limit(limit)
-    statement = (
-        select(TigerAccount)
-        .where(
-            col(TigerAccount.status) == text("'active'"),  # as the partial index has it
-            col(TigerAccount.access_token).is_not(None),
-            col(TigerAccount.token_expires_at) <= func.now() + within,
-        )
-        .order_by(col(TigerAccount.token_expires_at), col(TigerAccount.id))
-        .limit(limit)
-    )
+    due, at = due_tokens(within)
+    statement = select(TigerAccount).where(due).order_by(at, col(TigerAccount.id)).limit(limit)
     return await fetch_all(session, statement)
 
 

@@ -27,6 +27,7 @@ from tiger_db.models import (
     TokenRefreshStatus,
     TokenStatus,
 )
+from tiger_db.models.accounts import ACTIVE_WITH_TOKEN, due_tokens
 from tiger_db.models.token_status import OPEN_STATUSES
 
 
@@ -93,32 +94,22 @@ async def schedule_due(
         .where(col(TokenStatus.tiger_account_id) == col(TigerAccount.id), IS_OPEN)
         .exists()
     )
-    due_at, until = (
-        (col(TigerAccount.token_refresh_at), func.now())
-        if within is None
-        else (col(TigerAccount.token_expires_at), func.now() + within)
-    )
+    due, at = due_tokens(within)
     due_accounts = (
         select(TigerAccount, col(TigerAccount.token_expires_at) <= func.now())
-        .where(
-            col(TigerAccount.status) == text("'active'"),  # as the partial index has it
-            col(TigerAccount.access_token).is_not(None),
-            due_at <= until,
-            ~already_open,
-            ~given_up,
-        )
-        .order_by(due_at)
+        .where(due, ~already_open, ~given_up)
+        .order_by(at)
         .limit(limit)
         # None of them closes before this transaction ends; one that is busy is left for later.
         .with_for_update(key_share=True, skip_locked=True)
     )
     with typed_errors():
         rows = await session.execute(due_accounts, execution_options=FRESH)
-    due = [
+    refreshes = [
         _refresh_of(account, RefreshTrigger.EXPIRED if expired else RefreshTrigger.SCHEDULED)
         for account, expired in rows
     ]
-    opened = await _open(session, due) if due else []
+    opened = await _open(session, refreshes) if refreshes else []
     await log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, *opened)
     return opened
 
@@ -140,11 +131,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     )
     expiring = (
         select(col(TigerAccount.token_refresh_at))
-        .where(
-            col(TigerAccount.status) == text("'active'"),  # as the partial index has it
-            col(TigerAccount.access_token).is_not(None),
-            col(TigerAccount.token_refresh_at) > func.clock_timestamp(),
-        )
+        .where(ACTIVE_WITH_TOKEN, col(TigerAccount.token_refresh_at) > func.clock_timestamp())
         .order_by(col(TigerAccount.token_refresh_at))
         .limit(1)
     )
