@@ -65,10 +65,10 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
     columns = [*secrets, "tiger_id_fingerprint"]
     batches = [
         [
-            [row[name] for row in stored[n : n + encryption_key_rotation.BATCH]]
+            [row[name] for row in stored[n : n + encryption_key_rotation.BATCH_ROWS]]
             for name in ("id", *columns)
         ]
-        for n in range(0, ACCOUNTS, encryption_key_rotation.BATCH)
+        for n in range(0, ACCOUNTS, encryption_key_rotation.BATCH_ROWS)
     ]
     update = (
         f"UPDATE tiger_accounts AS a SET {', '.join(f'{name} = b.{name}' for name in columns)}"

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tiger_db import encryption_key_rotation as encryption_key_rotation
     from tiger_db import errors as errors
     from tiger_db import health as health
-    from tiger_db import key_uses as key_uses
     from tiger_db import keys_in_force as keys_in_force
     from tiger_db import migrations as migrations
     from tiger_db import models as models
@@ -83,7 +82,7 @@ __all__ = [
 
 _MODULES = {
     "audit", "connections", "crud", "database", "doctor", "embedded", "encryption",
-    "encryption_key_rotation", "errors", "health", "key_uses", "key_verifier", "keys_in_force",
+    "encryption_key_rotation", "errors", "health", "key_verifier", "keys_in_force",
     "migrations", "models", "peppers", "redaction", "refresh_worker", "settings", "signing",
     "tiger", "out_of_band",
 }  # fmt: skip

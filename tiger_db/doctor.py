@@ -18,8 +18,8 @@ from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyRing
+from tiger_db.encryption_key_rotation import list_encryption_key_usage
 from tiger_db.errors import Conflict, QueryTimeout, SchemaMismatch, TigerDBError
-from tiger_db.key_uses import key_uses
 from tiger_db.keys_in_force import required_key_ring
 from tiger_db.migrations import SEARCH_PATH, SearchPath, schema_state
 from tiger_db.migrations.comparison import find_differences
@@ -382,7 +382,7 @@ async def _check_hashes(connection: AsyncConnection, settings: Settings) -> Outc
 
 async def _check_encryption_keys(connection: AsyncConnection, ring: KeyRing) -> Outcome:
     async with AsyncSession(connection) as session:
-        uses = await key_uses(session)
+        uses = await list_encryption_key_usage(session)
     seen = ", ".join(f"{use.key_id}: {use.rows:,} rows of {use.table}" for use in uses)
     needed = {use.key_id for use in uses}
     if missing := sorted(needed - {*ring.key_ids}):

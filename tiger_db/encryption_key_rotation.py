@@ -1,20 +1,27 @@
-"""Moves the stored secrets to the first encryption key, on a living system.
+"""Re-encryption of the stored secrets with the first encryption key, while the system runs.
 
-A row is moved by one statement that compares its old ciphertexts: a change that comes between
-reading and writing wins, and is moved later. The ciphertexts alone tell what has been moved: a run
-that was killed leaves nothing to clean up, and the next one goes on where it was.
+One UPDATE stores each batch. It compares the old ciphertexts, so that a concurrent change of a row
+wins and the row is re-encrypted later. Each ciphertext contains the id of its key: a run that was
+killed needs no cleanup, and the next run continues.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    ColumnElement,
     LargeBinary,
     Row,
+    Table,
+    case,
+    func,
+    literal,
     not_,
+    or_,
     select,
     text,
     type_coerce,
@@ -24,37 +31,48 @@ from sqlalchemy.orm import Mapper
 
 from tiger_db.crud import audit_logs
 from tiger_db.database import Database
-from tiger_db.encryption import KeyProvider, ciphertext_header, decrypt, encrypt, fingerprint
-from tiger_db.errors import Conflict, EncryptionError, QueryTimeout
-from tiger_db.key_uses import (
-    KeyUse,
-    encrypted_entities,
-    key_uses,
-    outdated,
-    required_provider,
-    secret_names,
-    table_of,
+from tiger_db.encryption import (
+    KeyProvider,
+    ciphertext_header,
+    decrypt,
+    encrypt,
+    fingerprint,
+    key_id_of,
 )
-from tiger_db.models import AuditAction
-from tiger_db.models.base import aad_of, encrypted_columns, secrets_of
+from tiger_db.errors import ConfigurationError, Conflict, EncryptionError, QueryTimeout
+from tiger_db.models import AuditAction, Entity
+from tiger_db.models.base import aad_of, encrypted_columns, key_provider, secrets_of
 
-T = TypeVar("T")
-U = TypeVar("U")
-BATCH = 1000  # rows in a transaction
-_SAMPLE = 10  # rows, of which one must be readable
-_SHOWN = 20  # problems that a report has in words
+BATCH_ROWS = 1000  # per transaction
+DAMAGED = "(damaged)"  # stands for the key id of a value that is not a ciphertext
+_HEADER_BYTES = 34  # at most: version, length of the key id, 32 bytes of key id
+_FIRST_KEY_SAMPLE_ROWS = 10
+_REPORTED_PROBLEMS = 20
+# Both are shorter than deadlock_timeout (1 s by default) or hold one row: no deadlock is detected
+# in a transaction of an application.
+_LOCK_TIMEOUT_OF_BATCH = "100ms"
+_LOCK_TIMEOUT_OF_ROW = "10s"
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionKeyUsage:
+    """Number of rows of a table that have a secret encrypted with a key."""
+
+    table: str
+    key_id: str
+    rows: int
 
 
 @dataclass(slots=True)
-class Rotation:
-    """What `rotate` did, or would do, and what it found afterwards."""
+class RotationReport:
+    """Result of `rotate`. With `dry_run`, `rotated` counts the rows that can be re-encrypted."""
 
     key_id: str  # the first key
     rotated: int = 0  # rows
-    stuck: int = 0  # rows that could not be moved
-    problems: list[str] = field(default_factory=list)  # why; a line each, of the first ones
-    uses: list[KeyUse] = field(default_factory=list)
-    retirable: list[str] = field(default_factory=list)  # other keys, that no row needs
+    stuck: int = 0  # rows that could not be re-encrypted
+    problems: list[str] = field(default_factory=list)  # reasons, for the first stuck rows
+    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # afterwards
+    retirable: list[str] = field(default_factory=list)  # ids of other keys that no row needs
 
 
 async def rotate(
@@ -62,48 +80,90 @@ async def rotate(
     *,
     dry_run: bool = False,
     advance: Callable[[int], None] = lambda _rows: None,
-) -> Rotation:
-    """Move every secret to the first key, with its fingerprint, while others read and write.
+) -> RotationReport:
+    """Re-encrypt all secrets with the first key, and recompute their fingerprints.
 
-    It commits in batches, each with its audit event; `advance` is told how many rows each has. Rows
-    that are locked are left for later, and waited for in the end, one by one. What cannot be
-    decrypted stays as it is and is reported. With `dry_run`, everything is decrypted and nothing
-    written.
+    Other transactions may read and write meanwhile. Each batch is one transaction with its audit
+    event; `advance` is called with the number of rows of the batch. Locked rows are skipped at
+    first; at the end `rotate` waits for each of them. A row that cannot be decrypted stays as it is
+    and is reported. With `dry_run`, all secrets are decrypted and nothing is written.
 
-    Only when no row needs a key any more is it `retirable`; even then keep it as long as a process
-    that has another first key runs, and for as long as backups of now may be restored.
+    Keep a `retirable` key while any process still encrypts with it, and while a backup may be
+    restored that needs it.
 
     Raises:
-        ConfigurationError: there is no encryption key.
-        EncryptionError: the first key does not decrypt what is under its id already.
-        DatabaseUnavailable: lost meanwhile; what was moved stays so. Run it again.
+        ConfigurationError: No encryption key is configured.
+        EncryptionError: The first key does not decrypt the rows that have its id.
+        DatabaseUnavailable: The connection was lost. Finished batches stay; run it again.
     """
     async with database.session() as session:
-        report = Rotation(required_provider(session).key_ids[0])
+        report = RotationReport(_required_provider(session).key_ids[0])
         for mapper in encrypted_entities():
             await _check_first_key(session, mapper)
     for mapper in encrypted_entities():
-        patient = False
+        wait = False
         while True:
-            sweep = await _sweep(database, mapper, advance, dry_run=dry_run, patient=patient)
-            report.rotated += sweep.moved
-            if not sweep.left:
+            sweep = _Sweep(database, mapper, wait=wait)
+            await sweep.run(advance, dry_run=dry_run)
+            report.rotated += sweep.rotated
+            if not sweep.skipped:
                 break
-            patient = not sweep.moved
+            wait = not sweep.rotated
         report.stuck += sweep.stuck
-        report.problems += sweep.problems[: _SHOWN - len(report.problems)]
+        report.problems += sweep.problems[: _REPORTED_PROBLEMS - len(report.problems)]
     async with database.session() as session:
-        report.uses = await key_uses(session)
-        other_keys = required_provider(session).key_ids[1:]
-    needed = {use.key_id for use in report.uses}
+        report.uses = await list_encryption_key_usage(session)
+        other_keys = _required_provider(session).key_ids[1:]
+    needed = {usage.key_id for usage in report.uses}
     report.retirable = [key_id for key_id in other_keys if key_id not in needed]
     return report
 
 
+async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKeyUsage]:
+    """Count the rows per table and key. A row that needs several keys counts for each of them."""
+    usage = []
+    for mapper in encrypted_entities():
+        table, counts = _table_of(mapper), Counter[str]()
+        headers = [_header(table.c[name]) for name in _secret_names(mapper)]
+        rows = await session.execute(select(func.count(), *headers).group_by(*headers))
+        for count, *found in rows:
+            for key_id in {_key_id(header) for header in found if header is not None}:
+                counts[key_id] += count
+        usage += [
+            EncryptionKeyUsage(table.name, key_id, counts[key_id]) for key_id in sorted(counts)
+        ]
+    return usage
+
+
+async def count_rows_to_rotate(session: AsyncSession) -> int:
+    """Count the rows that have a secret encrypted with a key other than the first one.
+
+    Raises:
+        ConfigurationError: No encryption key is configured.
+    """
+    counts = [
+        await session.scalar(
+            select(func.count()).select_from(_table_of(mapper)).where(_is_outdated(session, mapper))
+        )
+        for mapper in encrypted_entities()
+    ]
+    return sum(filter(None, counts))
+
+
+def encrypted_entities() -> list[Mapper[Any]]:
+    """Return the mappers of the entities that have encrypted columns."""
+    return [mapper for mapper in Entity._sa_registry.mappers if encrypted_columns(mapper)]  # noqa: SLF001  # SQLModel's name for the registry
+
+
 async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
-    """Refuse another key under an id that is in use: its rows and the old ones would mix."""
-    newest = select(mapper.class_).where(not_(outdated(session, mapper)))
-    rows = await session.scalars(newest.order_by(table_of(mapper).c.id.desc()).limit(_SAMPLE))
+    """Verify that the first key decrypts at least one of the newest rows that have its id.
+
+    A different key under an id in use would leave rows that no configured key decrypts.
+    """
+    current = select(mapper.class_).where(not_(_is_outdated(session, mapper)))
+    rows = await session.scalars(
+        current.order_by(_table_of(mapper).c.id.desc()).limit(_FIRST_KEY_SAMPLE_ROWS)
+    )
     failure = None
     for row in rows:
         try:
@@ -119,113 +179,91 @@ async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
 
 @dataclass(slots=True)
 class _Sweep:
-    """How one way through a table went, in rows."""
+    """One pass over the outdated rows of a table. With `wait`, row by row, waiting for locks."""
 
-    moved: int = 0
-    left: int = 0  # locked, or changed meanwhile
+    database: Database
+    mapper: Mapper[Any]
+    wait: bool
+    rotated: int = 0
+    skipped: int = 0  # rows that were locked or changed concurrently
     stuck: int = 0
     problems: list[str] = field(default_factory=list)
 
+    async def run(self, advance: Callable[[int], None], *, dry_run: bool) -> None:
+        batch = await self._prepare(UUID(int=0))
+        while batch is not None:
+            (last_id, changes), before = batch, self.rotated
+            if dry_run:
+                self.rotated += len(changes)
+                batch = await self._prepare(last_id)
+            else:  # the next batch is decrypted while the server stores this one
+                stored, prepared = await asyncio.gather(
+                    self._store(changes), self._prepare(last_id), return_exceptions=True
+                )
+                if isinstance(stored, BaseException):
+                    raise stored
+                if isinstance(prepared, BaseException):
+                    raise prepared
+                batch = prepared
+            advance(self.rotated - before)
 
-async def _sweep(
-    database: Database,
-    mapper: Mapper[Any],
-    advance: Callable[[int], None],
-    *,
-    dry_run: bool,
-    patient: bool,
-) -> _Sweep:
-    """Go through a table once. A patient one waits for locks, and so goes row by row."""
-    sweep, limit = _Sweep(), 1 if patient else BATCH
-    batch = await _prepare(database, mapper, UUID(int=0), limit, sweep)
-    while batch is not None:
-        (last, changes), before = batch, sweep.moved
-        if dry_run:
-            sweep.moved += len(changes)
-            batch = await _prepare(database, mapper, last, limit, sweep)
-        else:  # the next ones are decrypted while the server stores these
-            _, batch = await _both(
-                _store(database, mapper, changes, sweep, patient=patient),
-                _prepare(database, mapper, last, limit, sweep),
-            )
-        advance(sweep.moved - before)
-    return sweep
+    async def _prepare(self, after: UUID) -> tuple[UUID, list[dict[str, object]]] | None:
+        """Return the last id of the next batch and its changes, or None at the end of the table."""
+        changes = []
+        async with self.database.session() as session:
+            limit = 1 if self.wait else BATCH_ROWS
+            rows = await _outdated_rows(session, self.mapper, after, limit)
+            for row in rows:
+                try:
+                    changes.append(_reencrypt(_required_provider(session), self.mapper, row))
+                except EncryptionError:
+                    self.stuck += 1
+                    if len(self.problems) < _REPORTED_PROBLEMS:
+                        self.problems.append(await _describe_failure(session, self.mapper, row.id))
+        return (rows[-1].id, changes) if rows else None
 
-
-async def _prepare(
-    database: Database, mapper: Mapper[Any], after: UUID, limit: int, sweep: _Sweep
-) -> tuple[UUID, list[dict[str, object]]] | None:
-    """The next outdated rows: the id of the last one, and what to store; None: there are none."""
-    changes = []
-    async with database.session() as session:
-        rows = await _outdated_rows(session, mapper, after, limit)
-        for row in rows:
-            try:
-                changes.append(_resealed(required_provider(session), mapper, row))
-            except EncryptionError:
-                sweep.stuck += 1
-                if len(sweep.problems) < _SHOWN:
-                    sweep.problems.append(await _reason(session, mapper, row.id))
-    return (rows[-1].id, changes) if rows else None
-
-
-async def _store(
-    database: Database,
-    mapper: Mapper[Any],
-    changes: Sequence[dict[str, object]],
-    sweep: _Sweep,
-    *,
-    patient: bool,
-) -> None:
-    """Store what was resealed; of rows that are locked, one half after the other."""
-    if not changes:
-        return
-    try:
-        async with database.session() as session:
-            moved = await _write(session, mapper, changes, patient=patient)
-    except (Conflict, QueryTimeout):
-        if half := len(changes) // 2:
-            for part in (changes[:half], changes[half:]):
-                await _store(database, mapper, part, sweep, patient=patient)
-        elif patient:
-            sweep.stuck += 1
-            sweep.problems.append(f"{table_of(mapper).name}:{changes[0]['id']}: it stays locked")
+    async def _store(self, changes: Sequence[dict[str, object]]) -> None:
+        """Store a batch. If a row is locked, store each half of the batch on its own."""
+        if not changes:
+            return
+        try:
+            async with self.database.session() as session:
+                written = await _write(session, self.mapper, changes, wait=self.wait)
+        except (Conflict, QueryTimeout):
+            if half := len(changes) // 2:
+                await self._store(changes[:half])
+                await self._store(changes[half:])
+            elif self.wait:
+                self.stuck += 1
+                self.problems.append(
+                    f"{_table_of(self.mapper).name}:{changes[0]['id']}: the row stays locked"
+                )
+            else:
+                self.skipped += 1
         else:
-            sweep.left += 1
-    else:
-        sweep.moved += moved
-        sweep.left += len(changes) - moved
-
-
-async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:
-    """Both results, once both have ended; raises what one of them raises."""
-    one, other = await asyncio.gather(first, second, return_exceptions=True)
-    if isinstance(one, BaseException):
-        raise one
-    if isinstance(other, BaseException):
-        raise other
-    return one, other
+            self.rotated += written
+            self.skipped += len(changes) - written
 
 
 async def _outdated_rows(
     session: AsyncSession, mapper: Mapper[Any], after: UUID, limit: int
 ) -> Sequence[Row[Any]]:
-    table = table_of(mapper)
-    secrets = [type_coerce(table.c[name], LargeBinary) for name in secret_names(mapper)]
+    table = _table_of(mapper)
+    secrets = [type_coerce(table.c[name], LargeBinary) for name in _secret_names(mapper)]
     rows = await session.execute(
         select(table.c.id, *secrets)
-        .where(table.c.id > after, outdated(session, mapper))
+        .where(table.c.id > after, _is_outdated(session, mapper))
         .order_by(table.c.id)
         .limit(limit)
     )
     return rows.all()
 
 
-def _resealed(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict[str, object]:
-    """What `_write` needs: a row's old ciphertexts, and those under the first key.
+def _reencrypt(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict[str, object]:
+    """Return the parameters of `_write`: the old ciphertexts of a row and the new ones.
 
     Raises:
-        EncryptionError: one of them cannot be decrypted. The row then waits for its key as a whole.
+        EncryptionError: A ciphertext cannot be decrypted. Then no secret of the row is changed.
     """
     first = provider.key_ids[0]
     current, row_id = ciphertext_header(first), str(row.id)
@@ -245,15 +283,15 @@ def _resealed(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict
     return change
 
 
-async def _reason(session: AsyncSession, mapper: Mapper[Any], row_id: UUID) -> str:
-    """Why a row's secrets cannot be decrypted, in words that name its owner."""
+async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: UUID) -> str:
+    """Return why a row cannot be decrypted, with the label of its owner."""
     row = await session.get(mapper.class_, row_id)
     for secret in secrets_of(row) if row else ():
         try:
             secret.get_secret_value()
         except EncryptionError as error:
             return str(error)
-    return f"{table_of(mapper).name}:{row_id}: it has changed meanwhile: try again"
+    return f"{_table_of(mapper).name}:{row_id}: the row was changed concurrently: try again"
 
 
 async def _write(
@@ -261,26 +299,25 @@ async def _write(
     mapper: Mapper[Any],
     changes: Sequence[dict[str, object]],
     *,
-    patient: bool,
+    wait: bool,
 ) -> int:
-    """Store what was resealed, with its event, where nothing has changed since; how many rows.
+    """Store the rows that nobody has changed since, with an audit event; return their number.
 
     Raises:
-        Conflict, QueryTimeout: one of the rows is locked for longer than others may have to wait
-            for this.
+        Conflict, QueryTimeout: A row is locked.
     """
-    # Less than deadlock_timeout, whose default is a second: nobody else's transaction is ended.
-    lock_timeout = "10s" if patient else "100ms"
+    lock_timeout = _LOCK_TIMEOUT_OF_ROW if wait else _LOCK_TIMEOUT_OF_BATCH
     await session.execute(text(f"SET LOCAL lock_timeout = '{lock_timeout}'"))
-    names, table = secret_names(mapper), table_of(mapper).name
+    names, table = _secret_names(mapper), _table_of(mapper).name
     marks = [type_.fingerprint for _, type_ in encrypted_columns(mapper) if type_.fingerprint]
     arrays = {name: [change[name] for change in changes] for name in changes[0]}
+    casts = (f"CAST(:{name} AS {'uuid' if name == 'id' else 'bytea'}[])" for name in arrays)
     written = await session.scalars(
         text(
             f"UPDATE {table} SET"  # noqa: S608  # names of the models
             f" {', '.join(f'{name} = new_{name}' for name in names)},"
             f" {', '.join(f'{mark} = coalesce(given.{mark}, {table}.{mark})' for mark in marks)}"
-            f" FROM unnest({', '.join(f'CAST(:{name} AS {_array(name)})' for name in arrays)})"
+            f" FROM unnest({', '.join(casts)})"
             f" AS given ({', '.join(arrays)}) WHERE {table}.id = given.id"
             + "".join(f" AND {name} IS NOT DISTINCT FROM old_{name}" for name in names)
             + f" RETURNING {table}.id"
@@ -293,16 +330,51 @@ async def _write(
             session,
             action=AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE,
             resource_type="encryption_key",
-            resource_id=required_provider(session).key_ids[0],
-            details={
-                "table": table,
-                "rows": len(ids),
-                "from": str(ids[0]),
-                "to": str(ids[-1]),
-            },
+            resource_id=_required_provider(session).key_ids[0],
+            details={"table": table, "rows": len(ids), "from": str(ids[0]), "to": str(ids[-1])},
         )
     return len(ids)
 
 
-def _array(name: str) -> str:
-    return "uuid[]" if name == "id" else "bytea[]"
+def _header(secret: ColumnElement[Any]) -> ColumnElement[bytes | None]:
+    """Return the SQL expression of a ciphertext's version and key id.
+
+    PostgreSQL reads only the first bytes of a long value for it.
+    """
+    start = func.substr(secret, 1, _HEADER_BYTES)
+    header = func.substr(start, 1, 2 + func.get_byte(start, 1), type_=LargeBinary)
+    return case((func.octet_length(secret) > 1, header), else_=type_coerce(secret, LargeBinary))
+
+
+def _key_id(header: bytes) -> str:
+    try:
+        return key_id_of(header)
+    except EncryptionError:
+        return DAMAGED
+
+
+def _is_outdated(session: AsyncSession, mapper: Mapper[Any]) -> ColumnElement[bool]:
+    """Return the SQL condition that a row has a secret not encrypted with the first key."""
+    current = ciphertext_header(_required_provider(session).key_ids[0])
+    table = _table_of(mapper)
+    headers = [
+        func.substr(table.c[name], 1, len(current), type_=LargeBinary)
+        for name in _secret_names(mapper)
+    ]
+    return or_(*(func.coalesce(it != literal(current, LargeBinary), False) for it in headers))
+
+
+def _table_of(mapper: Mapper[Any]) -> Table:
+    assert isinstance(mapper.local_table, Table)
+    return mapper.local_table
+
+
+def _secret_names(mapper: Mapper[Any]) -> list[str]:
+    return [name for name, _ in encrypted_columns(mapper)]
+
+
+def _required_provider(session: AsyncSession) -> KeyProvider:
+    provider = key_provider(session.sync_session)
+    if provider is None:
+        raise ConfigurationError("ENCRYPTION_KEYS is not set, so there is no key to rotate to")
+    return provider

@@ -14,8 +14,7 @@ from tiger_db.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
-    from tiger_db.encryption_key_rotation import Rotation
-    from tiger_db.key_uses import KeyUse
+    from tiger_db.encryption_key_rotation import EncryptionKeyUsage, RotationReport
 
 app = typer.Typer()
 _PANEL = "Encryption keys"
@@ -41,9 +40,9 @@ def generate_encryption_key(
 def list_encryption_keys(*, as_json: AsJson = False) -> None:
     """List the keys, configured or needed, with the number of rows that need each."""
 
-    async def count(session: "AsyncSession") -> "tuple[tuple[str, ...], list[KeyUse]]":
+    async def count(session: "AsyncSession") -> "tuple[tuple[str, ...], list[EncryptionKeyUsage]]":
         provider = tiger_db.models.base.key_provider(session.sync_session)
-        uses = await tiger_db.key_uses.key_uses(session)
+        uses = await tiger_db.encryption_key_rotation.list_encryption_key_usage(session)
         return provider.key_ids if provider else (), uses
 
     _show_keys(*query(count), as_json=as_json)
@@ -62,10 +61,10 @@ def rotate_encryption_key(
     It may be stopped at any time and run again. It fails as long as a row needs another key.
     """
 
-    async def run() -> "tuple[tuple[str, ...], Rotation]":
+    async def run() -> "tuple[tuple[str, ...], RotationReport]":
         async with tiger_db.Database(settings()) as database:
             async with database.session() as session:
-                total = await tiger_db.key_uses.rows_to_rotate(session)
+                total = await tiger_db.encryption_key_rotation.count_rows_to_rotate(session)
                 provider = tiger_db.models.base.key_provider(session.sync_session)
             assert provider is not None
             with progress("Checking" if dry_run else "Encrypting", total) as advance:
@@ -102,7 +101,9 @@ def new_id() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d}-{secrets.token_hex(2)}"
 
 
-def _show_keys(key_ids: Sequence[str], uses: "Sequence[KeyUse]", *, as_json: bool) -> None:
+def _show_keys(
+    key_ids: Sequence[str], uses: "Sequence[EncryptionKeyUsage]", *, as_json: bool
+) -> None:
     def role(key_id: str) -> str:
         if key_id not in key_ids:
             return "missing"

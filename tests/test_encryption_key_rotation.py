@@ -19,8 +19,14 @@ from tests.support.recording import recorded
 from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, encryption_key_rotation
 from tiger_db.crud import accounts
 from tiger_db.encryption import KeyProvider, KeyRing
+from tiger_db.encryption_key_rotation import (
+    DAMAGED,
+    EncryptionKeyUsage,
+    count_rows_to_rotate,
+    encrypted_entities,
+    list_encryption_key_usage,
+)
 from tiger_db.errors import ConfigurationError, EncryptionError
-from tiger_db.key_uses import DAMAGED, KeyUse, encrypted_entities, key_uses, rows_to_rotate
 from tiger_db.models.base import secrets_of
 
 TABLE = "tiger_accounts"
@@ -52,9 +58,9 @@ async def read(database: Database) -> list[TigerAccount]:
         return (await accounts.list_accounts(session, limit=1000)).items[::-1]
 
 
-async def uses(database: Database) -> list[KeyUse]:
+async def uses(database: Database) -> list[EncryptionKeyUsage]:
     async with database.session() as session:
-        return await key_uses(session)
+        return await list_encryption_key_usage(session)
 
 
 async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
@@ -65,13 +71,16 @@ async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
             await accounts.close(session, closed[0].id)
     async with using(K2) as both:
         await store(both)
-        assert await uses(both) == [KeyUse(TABLE, "k1", 5), KeyUse(TABLE, "k2", 1)]
+        assert await uses(both) == [
+            EncryptionKeyUsage(TABLE, "k1", 5),
+            EncryptionKeyUsage(TABLE, "k2", 1),
+        ]
         async with both.session() as session:
-            assert await rows_to_rotate(session) == 5
+            assert await count_rows_to_rotate(session) == 5
         steps: list[int] = []
         report = await encryption_key_rotation.rotate(both, advance=steps.append)
         assert (report.key_id, report.rotated, sum(steps), report.stuck) == ("k2", 5, 5, 0)
-        assert (report.uses, report.retirable) == ([KeyUse(TABLE, "k2", 6)], ["k1"])
+        assert (report.uses, report.retirable) == ([EncryptionKeyUsage(TABLE, "k2", 6)], ["k1"])
     async with using(ONLY_K2) as new:
         moved = await read(new)
         assert [values_of(account) for account in moved[:3]] == [SECRETS] * 3
@@ -85,7 +94,7 @@ async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
 async def test_each_batch_writes_its_event(using: Using, monkeypatch: pytest.MonkeyPatch) -> None:
     async with using(K1) as old:
         ids = [account.id for account in await store(old, 5)]
-    monkeypatch.setattr(encryption_key_rotation, "BATCH", 2)
+    monkeypatch.setattr(encryption_key_rotation, "BATCH_ROWS", 2)
     async with using(K2) as both:
         await encryption_key_rotation.rotate(both)
         async with both.session() as session:
@@ -175,7 +184,10 @@ async def test_what_is_no_ciphertext_is_told_of(using: Using, garbage: str) -> N
             await session.execute(text(f"UPDATE tiger_accounts SET secret_key = {garbage}"))
         report = await encryption_key_rotation.rotate(both)
         assert (report.rotated, report.stuck) == (0, 1)
-        assert report.uses == [KeyUse(TABLE, DAMAGED, 1), KeyUse(TABLE, "k2", 1)]
+        assert report.uses == [
+            EncryptionKeyUsage(TABLE, DAMAGED, 1),
+            EncryptionKeyUsage(TABLE, "k2", 1),
+        ]
 
 
 async def test_another_key_under_an_id_that_is_in_use_is_refused(using: Using) -> None:
@@ -186,7 +198,10 @@ async def test_another_key_under_an_id_that_is_in_use_is_refused(using: Using) -
     async with using(impostor) as database:
         with pytest.raises(EncryptionError, match="'k2' is not the one that made it"):
             await encryption_key_rotation.rotate(database)
-        assert await uses(database) == [KeyUse(TABLE, "k1", 2), KeyUse(TABLE, "k2", 1)]
+        assert await uses(database) == [
+            EncryptionKeyUsage(TABLE, "k1", 2),
+            EncryptionKeyUsage(TABLE, "k2", 1),
+        ]
 
 
 async def test_without_keys_there_is_nothing_to_rotate_to(clone_settings: Settings) -> None:
@@ -205,13 +220,11 @@ async def test_a_change_that_came_between_wins(using: Using) -> None:
         (mapper,) = encrypted_entities()
         async with both.session() as session:
             (row,) = await encryption_key_rotation._outdated_rows(session, mapper, UUID(int=0), 10)
-            change = encryption_key_rotation._resealed(K2, mapper, row)
+            change = encryption_key_rotation._reencrypt(K2, mapper, row)
         async with old.session() as session:
             await accounts.update(session, account.id, refresh_token="newer")
         async with both.session() as session:
-            assert (
-                await encryption_key_rotation._write(session, mapper, [change], patient=False) == 0
-            )
+            assert await encryption_key_rotation._write(session, mapper, [change], wait=False) == 0
         report = await encryption_key_rotation.rotate(both)
         assert report.rotated == 1
         (moved,) = await read(both)
@@ -309,7 +322,7 @@ async def test_eight_writers_lose_no_update(clone_settings: Settings) -> None:
 
 def rotate_and_tell(settings: Settings, told: Connection) -> None:
     """In a process of its own: rotate in small batches, telling of each."""
-    encryption_key_rotation.BATCH = 20
+    encryption_key_rotation.BATCH_ROWS = 20
 
     async def run() -> None:
         async with Database(settings, key_provider=K2) as database:
