@@ -19,7 +19,7 @@ from tests.support import factories
 from tests.support.sql import sql, sql_without_search_path
 from tests.support.waiting import until
 from tiger_db import AuditLog, Database, KeyVerifier, Settings, audit, crud, migrations
-from tiger_db.audit.storage import TAKE_TURN
+from tiger_db.audit.storage import TAKE_SEALING_LOCK
 from tiger_db.connections import connect, connect_directly, maintenance_engine
 from tiger_db.errors import APIKeyRevoked, MigrationError, SchemaMismatch
 from tiger_db.migrations import MONTHS_AHEAD, downgrade, drift, schema_state, upgrade
@@ -400,7 +400,7 @@ async def test_neither_waits_for_the_locks_of_the_other(two: tuple[Database, Dat
             await factories.account(session)
     async with one.session() as session, maintenance_engine(one.settings) as engine:
         # `one` seals, chooses a default, makes months, and migrates, all at the same time.
-        await session.execute(text(TAKE_TURN))
+        await session.execute(text(TAKE_SEALING_LOCK))
         await session.execute(text(f"SELECT make_audit_months({MONTHS_AHEAD})"))
         (account,) = (await crud.accounts.list_accounts(session)).items
         await crud.accounts.set_default_trading_account(session, account.id)
@@ -435,7 +435,7 @@ async def test_in_public_channels_and_locks_are_those_of_older_releases(clone: D
     old = await connect(clone.settings)
     free = "SELECT pg_try_advisory_xact_lock({})"
     async with clone.session() as session:
-        await session.execute(text(TAKE_TURN))
+        await session.execute(text(TAKE_SEALING_LOCK))
         await session.execute(text("SELECT make_audit_months(1)"))
         (account,) = (await crud.accounts.list_accounts(session)).items
         await crud.accounts.set_default_trading_account(session, account.id)

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from tests.support.trail import SEALS, Trail, fill, typical
 from tiger_db import Database, Settings, crud
 from tiger_db.audit import export_checkpoint, read_checkpoint, seal
-from tiger_db.audit.storage import Connection, seals_after
+from tiger_db.audit.storage import Connection, fetch_seals
 from tiger_db.connections import connect
 from tiger_db.signing import generate_signing_key
 
@@ -54,17 +54,17 @@ async def trail(signing: Database, superuser: Connection, chance: random.Random)
         await seal(signing)
     async with signing.session() as session:
         await crud.audit_logs.log_events(session, [typical(chance) for _ in range(3)])
-    statements = [kept.statement() for _, kept in await seals_after(superuser, 0, SEALS)]
+    payloads = [kept.payload() for _, kept in await fetch_seals(superuser, 0, SEALS)]
     rows = await superuser.fetch(
-        "SELECT position, id FROM audit_logs WHERE position <= $1", statements[-1].upto
+        "SELECT position, id FROM audit_logs WHERE position <= $1", payloads[-1].upto
     )
     ids = dict(sorted((row["position"], UUID(str(row["id"]))) for row in rows))
     return Trail(
         signing,
         superuser,
-        statements,
+        payloads,
         read_checkpoint(await export_checkpoint(signing)),
         ids,
-        sorted(set(range(1, statements[-1].upto + 1)) - set(ids)),
+        sorted(set(range(1, payloads[-1].upto + 1)) - set(ids)),
         chance,
     )

@@ -22,8 +22,8 @@ from tests.support.private_servers import new_database, server
 from tests.support.verifiers import kill
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud, embedded
-from tiger_db.audit.seal_format import Seal, places_in
-from tiger_db.audit.storage import EVENTS, Connection
+from tiger_db.audit.seal_format import Seal, positions_in
+from tiger_db.audit.storage import SELECT_EVENTS, Connection
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import upgrade
@@ -126,17 +126,17 @@ async def seal(database: Database, told: Told) -> None:
 async def assert_sealed_once(settings: Settings) -> None:
     connection = await connect(settings)
     seals = [
-        Seal(*row).statement()
+        Seal(*row).payload()
         for row in await connection.fetch(
             "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
         )
     ]
     stored = await connection.fetch("SELECT position FROM audit_logs ORDER BY position")
     await connection.close()
-    assert [said.number for said in seals] == list(range(1, len(seals) + 1))
-    places = [place for said in seals for place in places_in(said.positions)]
-    assert places == [place for (place,) in stored]
-    assert len(places) == len({*places})
+    assert [payload.number for payload in seals] == list(range(1, len(seals) + 1))
+    positions = [position for payload in seals for position in positions_in(payload.positions)]
+    assert positions == [position for (position,) in stored]
+    assert len(positions) == len({*positions})
 
 
 @pytest.mark.slow
@@ -263,7 +263,7 @@ def dump_as_sql(source: Settings, target: Settings, path: Path) -> None:
 
 
 async def contents(connection: Connection) -> list[tuple[int, str]]:
-    return [tuple(row) for row in await connection.fetch(EVENTS, -(2**63), 2**63 - 1)]
+    return [tuple(row) for row in await connection.fetch(SELECT_EVENTS, -(2**63), 2**63 - 1)]
 
 
 @pytest.mark.slow
@@ -298,9 +298,9 @@ async def test_the_trail_in_another_cluster(
         found = await audit.verify(database, checkpoint=checkpoint)
         assert (found.findings, found.rows, found.unsealed) == ([], 152, 20)
         await commits(database)
-        places = [place for place, _ in await contents(new)]
-        assert places[:-2] == [place for place, _ in before]
-        assert places[-2] > places[-3]
+        positions = [position for position, _ in await contents(new)]
+        assert positions[:-2] == [position for position, _ in before]
+        assert positions[-2] > positions[-3]
         assert (await audit.seal(database)).rows == 22
         assert (await audit.maintain(database)).made == 0
         found = await audit.verify(database, checkpoint=checkpoint)

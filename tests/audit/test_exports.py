@@ -19,13 +19,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from tests.support import factories
 from tests.support.trail import FIELDS, SEALS, TAMPERINGS, Trail, assert_found, event_found, fill
 from tiger_db import AuditAction, AuditLog, Database, audit, crud
-from tiger_db.audit import Finding, Kind
-from tiger_db.audit.exporting import HEADINGS
-from tiger_db.audit.seal_format import from_json, make_seal, to_json
+from tiger_db.audit import AuditFinding, FindingKind
+from tiger_db.audit.exporting import CSV_COLUMNS
+from tiger_db.audit.seal_format import make_seal, seal_from_json, seal_to_json
 from tiger_db.audit.storage import Connection
 from tiger_db.errors import ConfigurationError, InvalidValue, NotFound
 
-Way: TypeAlias = Callable[[Trail, list[str]], Finding]  # changes the lines; what is to be found
+Way: TypeAlias = Callable[
+    [Trail, list[str]], AuditFinding
+]  # changes the lines; what is to be found
 MANY = """
 INSERT INTO audit_logs (id, action, result, severity, user_id, details)
 SELECT gen_random_uuid(), 'data:query', 'success', 'low', 'user ' || n,
@@ -52,7 +54,7 @@ async def exported(database: Database, **options: Any) -> list[str]:
 
 
 def events_of(lines: list[str]) -> dict[int, int]:
-    """On which line each place is."""
+    """On which line each position is."""
     return {
         json.loads(line)["position"]: number
         for number, line in enumerate(lines)
@@ -90,13 +92,13 @@ async def test_an_export_is_verified_without_a_database(
 
 async def test_it_says_what_the_database_says(trail: Trail, lines: list[str]) -> None:
     """Each event as it was written, each seal before the events that it covers."""
-    places = [json.loads(line).get("position") for line in lines]
-    assert [place for place in places if place is not None] == sorted(
+    positions = [json.loads(line).get("position") for line in lines]
+    assert [position for position in positions if position is not None] == sorted(
         {*trail.ids, *range(trail.end + 1, trail.end + 4)}
     )
-    for number, said in zip(seals_of(lines), trail.statements, strict=True):
-        assert from_json(json.loads(lines[number])["seal"]).statement() == said
-        assert said.after < places[number + 1] <= said.upto
+    for number, payload in zip(seals_of(lines), trail.payloads, strict=True):
+        assert seal_from_json(json.loads(lines[number])["seal"]).payload() == payload
+        assert payload.after < positions[number + 1] <= payload.upto
     by_id = {json.loads(line).get("id"): json.loads(line) for line in lines}
     async with trail.database.session() as session:
         for event in await factories.events(session):
@@ -107,8 +109,8 @@ async def test_it_says_what_the_database_says(trail: Trail, lines: list[str]) ->
     assert [*by_id] == [None]
 
 
-def change_line(trail: Trail, lines: list[str]) -> Finding:
-    place, number = trail.chance.choice([*events_of(lines).items()][:60])
+def change_line(trail: Trail, lines: list[str]) -> AuditFinding:
+    position, number = trail.chance.choice([*events_of(lines).items()][:60])
     line = lines[number]
     digits = [*re.finditer(r"\d", line[line.index('"created_at"') :])]
     while line == lines[number]:
@@ -119,101 +121,101 @@ def change_line(trail: Trail, lines: list[str]) -> Finding:
             text = trail.chance.choice(["}\n", '"result":', '"severity":'])
             line = line.replace(text, " " + text)
     lines[number] = line
-    return event_found(trail, Kind.CHANGED, place)
+    return event_found(trail, FindingKind.CHANGED, position)
 
 
-def delete_lines(trail: Trail, lines: list[str]) -> Finding:
-    places = trail.chance.sample([*trail.ids][:-1], trail.chance.randrange(1, 9))
+def delete_lines(trail: Trail, lines: list[str]) -> AuditFinding:
+    positions = trail.chance.sample([*trail.ids][:-1], trail.chance.randrange(1, 9))
     at = events_of(lines)
-    for place in sorted(places, reverse=True):
-        del lines[at[place]]
-    return event_found(trail, Kind.DELETED, min(places))
+    for position in sorted(positions, reverse=True):
+        del lines[at[position]]
+    return event_found(trail, FindingKind.DELETED, min(positions))
 
 
-def insert_line(trail: Trail, lines: list[str]) -> Finding:
-    """In a place that is taken, before or after who has it, or in one that is not."""
-    place = trail.chance.choice([*trail.ids, *trail.gaps])
+def insert_line(trail: Trail, lines: list[str]) -> AuditFinding:
+    """In a position that is taken, before or after who has it, or in one that is not."""
+    position = trail.chance.choice([*trail.ids, *trail.gaps])
     at = events_of(lines)
-    near = max(known for known in at if known <= place)
+    near = max(known for known in at if known <= position)
     event_id = uuid4()
-    fields = json.loads(lines[at[near]]) | {"position": place, "id": str(event_id)}
-    after = 1 if near != place else trail.chance.choice([0, 1])
+    fields = json.loads(lines[at[near]]) | {"position": position, "id": str(event_id)}
+    after = 1 if near != position else trail.chance.choice([0, 1])
     lines.insert(at[near] + after, json.dumps(fields, separators=(",", ":")) + "\n")
-    return event_found(trail, Kind.INSERTED, place, event_id)
+    return event_found(trail, FindingKind.INSERTED, position, event_id)
 
 
-def move_line(trail: Trail, lines: list[str]) -> Finding:
-    """An event says that it has another place."""
-    place = trail.chance.choice([*trail.ids])
+def move_line(trail: Trail, lines: list[str]) -> AuditFinding:
+    """An event says that it has another position."""
+    position = trail.chance.choice([*trail.ids])
     to = trail.chance.choice([*trail.gaps, *trail.ids, trail.end + 9, -1])
-    if to == place:
+    if to == position:
         to = trail.end + 9
-    at = events_of(lines)[place]
-    line = lines.pop(at).replace(f'{{"position":{place},', f'{{"position":{to},')
+    at = events_of(lines)[position]
+    line = lines.pop(at).replace(f'{{"position":{position},', f'{{"position":{to},')
     later = [number for known, number in events_of(lines).items() if known > to]
     lines.insert(min(later, default=len(lines)), line)
-    return event_found(trail, Kind.MOVED, place, trail.ids[place])
+    return event_found(trail, FindingKind.MOVED, position, trail.ids[position])
 
 
-def swap_places(trail: Trail, lines: list[str]) -> Finding:
+def swap_positions(trail: Trail, lines: list[str]) -> AuditFinding:
     one, two = sorted(trail.chance.sample([*trail.ids], 2))
     at = events_of(lines)
     for here, there in ((one, two), (two, one)):
         lines[at[here]] = lines[at[here]].replace(f'n":{here},', f'n":{there},', 1)
     lines[at[one]], lines[at[two]] = lines[at[two]], lines[at[one]]
-    return event_found(trail, Kind.MOVED, one, trail.ids[one])
+    return event_found(trail, FindingKind.MOVED, one, trail.ids[one])
 
 
-def cut_events(trail: Trail, lines: list[str]) -> Finding:
+def cut_events(trail: Trail, lines: list[str]) -> AuditFinding:
     """As far as the last seal, so that the file ends with some of its events, or none."""
-    last = trail.statements[-1]
-    place = trail.chance.choice([place for place in trail.ids if place > last.after])
-    del lines[events_of(lines)[place] :]
-    return event_found(trail, Kind.TRUNCATED, place)
+    last = trail.payloads[-1]
+    position = trail.chance.choice([position for position in trail.ids if position > last.after])
+    del lines[events_of(lines)[position] :]
+    return event_found(trail, FindingKind.TRUNCATED, position)
 
 
-def cut_seals(trail: Trail, lines: list[str]) -> Finding:
+def cut_seals(trail: Trail, lines: list[str]) -> AuditFinding:
     number = trail.chance.randrange(SEALS)
     del lines[seals_of(lines)[number] :]
-    return Finding(Kind.TRUNCATED, "", number + 1)
+    return AuditFinding(FindingKind.TRUNCATED, "", number + 1)
 
 
-def edit_seal(trail: Trail, lines: list[str]) -> Finding:
+def edit_seal(trail: Trail, lines: list[str]) -> AuditFinding:
     number = trail.chance.randrange(SEALS)
     at = seals_of(lines)[number]
-    seal = from_json(json.loads(lines[at])["seal"])
-    said = replace(seal.statement(), root="0" * 64)
+    seal = seal_from_json(json.loads(lines[at])["seal"])
+    payload = replace(seal.payload(), root="0" * 64)
     edited = trail.chance.choice(
         [
-            replace(seal, text=said.text()),
+            replace(seal, payload_json=payload.to_json()),
             replace(seal, signature=seal.signature[::-1]),
             replace(seal, digests=seal.digests[::-1]),
-            make_seal(Ed25519PrivateKey.generate(), seal.statement(), [seal.digests]),
+            make_seal(Ed25519PrivateKey.generate(), seal.payload(), seal.digests),
         ]
     )
-    lines[at] = json.dumps({"seal": to_json(edited)}) + "\n"
-    return Finding(Kind.FORGED, "", number + 1)
+    lines[at] = json.dumps({"seal": seal_to_json(edited)}) + "\n"
+    return AuditFinding(FindingKind.FORGED, "", number + 1)
 
 
-def delete_seal(trail: Trail, lines: list[str]) -> Finding:
+def delete_seal(trail: Trail, lines: list[str]) -> AuditFinding:
     number = trail.chance.randrange(SEALS - 1)
     del lines[seals_of(lines)[number]]
-    return Finding(Kind.FORGED, "", number + 1)
+    return AuditFinding(FindingKind.FORGED, "", number + 1)
 
 
-WAYS: dict[Kind, list[Way]] = {
-    Kind.CHANGED: [change_line],
-    Kind.DELETED: [delete_lines],
-    Kind.INSERTED: [insert_line],
-    Kind.MOVED: [move_line, swap_places],
-    Kind.TRUNCATED: [cut_events, cut_seals],
-    Kind.FORGED: [edit_seal, delete_seal],
+WAYS: dict[FindingKind, list[Way]] = {
+    FindingKind.CHANGED: [change_line],
+    FindingKind.DELETED: [delete_lines],
+    FindingKind.INSERTED: [insert_line],
+    FindingKind.MOVED: [move_line, swap_positions],
+    FindingKind.TRUNCATED: [cut_events, cut_seals],
+    FindingKind.FORGED: [edit_seal, delete_seal],
 }
 
 
 @pytest.mark.parametrize("kind", WAYS)
 async def test_every_tampering_with_the_file_is_foundand_named(
-    trail: Trail, lines: list[str], key: Ed25519PublicKey, tmp_path: Path, kind: Kind
+    trail: Trail, lines: list[str], key: Ed25519PublicKey, tmp_path: Path, kind: FindingKind
 ) -> None:
     file = tmp_path / "trail.jsonl"
     for number in range(TAMPERINGS):
@@ -222,7 +224,7 @@ async def test_every_tampering_with_the_file_is_foundand_named(
         expected = way(trail, tampered)
         file.write_text("".join(tampered), encoding="utf-8")
         found = await audit.verify_export(file, keys=[key], checkpoint=trail.checkpoint)
-        if kind == Kind.CHANGED:
+        if kind == FindingKind.CHANGED:
             expected = replace(expected, event_id=found.findings[0].event_id)
         assert_found(found, expected, f"{number}: {way.__qualname__}")
         if way is cut_seals and expected.seal != 1:  # which leaves a trail as it once was
@@ -238,7 +240,7 @@ async def test_a_file_without_seals_proves_nothing(
         with pytest.raises(InvalidValue, match="holds no seal"):
             await audit.verify_export(file, keys=[key])
         found = await audit.verify_export(file, keys=[key], checkpoint=trail.checkpoint)
-        assert found.findings[-1].kind == Kind.TRUNCATED
+        assert found.findings[-1].kind == FindingKind.TRUNCATED
 
 
 async def test_a_file_with_the_line_ends_of_windows(
@@ -265,7 +267,7 @@ async def test_a_file_that_ends_within_a_line(
         except InvalidValue as error:
             assert f"line {last + 1} is neither" in str(error)  # noqa: PT017  # one or the other
         else:
-            assert found.findings[0].kind in {Kind.CHANGED, Kind.TRUNCATED}
+            assert found.findings[0].kind in {FindingKind.CHANGED, FindingKind.TRUNCATED}
             assert found.findings[0].position == [*trail.ids][-1]
 
 
@@ -287,7 +289,7 @@ async def test_a_trail_that_was_rewritten_shows_at_the_checkpoint(
     file.write_text("".join(await exported(trail.database)), encoding="utf-8")
     assert (await audit.verify_export(file, keys=[key])).sound
     (found,) = (await audit.verify_export(file, keys=[key], checkpoint=trail.checkpoint)).findings
-    assert (found.kind, found.seal) == (Kind.CHECKPOINT, SEALS)
+    assert (found.kind, found.seal) == (FindingKind.CHECKPOINT, SEALS)
 
 
 async def test_keys_and_checkpoints_that_are_not_there(signing: Database, tmp_path: Path) -> None:
@@ -357,7 +359,7 @@ async def test_a_spreadsheet(trail: Trail, options: dict[str, Any]) -> None:
     written = await exported(trail.database, **options)
     events = [json.loads(line) for line in written if not line.startswith('{"seal"')]
     lines = await exported(trail.database, form="csv", **options)
-    assert lines[0].strip().split(",") == [*HEADINGS]
+    assert lines[0].strip().split(",") == [*CSV_COLUMNS]
     rows = [*csv.DictReader(io.StringIO("".join(lines), newline=""))]
     assert len(rows) == len(events) == 63
     for row, event in zip(rows, events, strict=True):
@@ -394,8 +396,8 @@ async def test_digits_are_not_lost(signing: Database, superuser: Connection) -> 
     (line,) = await exported(signing)
     assert f'{{"n": {number}}}' in line
     _, line = await exported(signing, form="csv")
-    (_, row) = csv.reader([",".join(HEADINGS), line])
-    assert row[HEADINGS.index("details")] == f'{{"n": {number}}}'
+    (_, row) = csv.reader([",".join(CSV_COLUMNS), line])
+    assert row[CSV_COLUMNS.index("details")] == f'{{"n": {number}}}'
 
 
 # However many there are, and while more come.
@@ -463,4 +465,4 @@ async def test_memory_does_not_grow_with_the_events(
 
 
 def test_every_member_is_a_heading() -> None:
-    assert {*HEADINGS} == {*AuditLog.model_fields}
+    assert {*CSV_COLUMNS} == {*AuditLog.model_fields}

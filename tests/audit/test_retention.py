@@ -16,9 +16,9 @@ from sqlmodel import col
 from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
-from tiger_db.audit import Kind
+from tiger_db.audit import FindingKind
 from tiger_db.audit.seal_format import Seal
-from tiger_db.audit.storage import EVENTS, Connection
+from tiger_db.audit.storage import SELECT_EVENTS, Connection
 from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.health import check_readiness
@@ -71,9 +71,9 @@ async def other(signing: Settings) -> AsyncIterator[Connection]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiger_db.audit.retention._TRIES", 2)
-    monkeypatch.setattr("tiger_db.audit.retention._PAUSE", 0.1)
-    monkeypatch.setattr("tiger_db.audit.retention._PATIENCE", "200ms")
+    monkeypatch.setattr("tiger_db.audit.retention._LOCK_ATTEMPTS", 2)
+    monkeypatch.setattr("tiger_db.audit.retention._RETRY_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("tiger_db.audit.retention._LOCK_TIMEOUT", "200ms")
 
 
 async def put(
@@ -102,9 +102,9 @@ async def partitions(connection: Connection) -> dict[str, int]:
 
 
 async def contents(connection: Connection) -> dict[int, str]:
-    rows = await connection.fetch(EVENTS, 0, 2**62)
-    assert len(rows) == len({place for place, _ in rows})
-    return {place: content for place, content in rows}  # noqa: C416  # names the two columns
+    rows = await connection.fetch(SELECT_EVENTS, 0, 2**62)
+    assert len(rows) == len({position for position, _ in rows})
+    return {position: content for position, content in rows}  # noqa: C416  # names the two columns
 
 
 async def assert_clean(database: Database, **counts: int) -> None:
@@ -214,7 +214,7 @@ async def test_strays_move_into_their_months_while_others_write(
     assert found[partition(13)] > 3
     assert found["audit_logs_default"] == 2
     after = await contents(other)
-    assert {place: after[place] for place in before} == before
+    assert {position: after[position] for position in before} == before
     async with database.session() as session:
         ids = {*await session.scalars(select(col(AuditLog.id)))}
     assert writers.written <= ids
@@ -296,7 +296,7 @@ async def seal_five_months(database: Database, connection: Connection) -> None:
 
 async def retirements(connection: Connection) -> list[str]:
     rows = await connection.fetch("SELECT statement, signature, digests FROM audit_seals")
-    months = [Seal(*row).statement().retired for row in rows]
+    months = [Seal(*row).payload().retired for row in rows]
     return sorted(month for month in months if month is not None)
 
 
@@ -355,8 +355,10 @@ async def test_what_has_left_does_not_come_back(
     await audit.maintain(keeper)
     await other.execute("INSERT INTO audit_logs SELECT * FROM kept ORDER BY position LIMIT 1")
     found = await audit.verify(database)
-    place = await other.fetchval("SELECT min(position) FROM kept")
-    assert [(one.kind, one.position) for one in found.findings] == [(Kind.INSERTED, place)]
+    position = await other.fetchval("SELECT min(position) FROM kept")
+    assert [(one.kind, one.position) for one in found.findings] == [
+        (FindingKind.INSERTED, position)
+    ]
     await audit.seal(database)
     await audit.maintain(database)
     assert (await audit.verify(database)).findings == found.findings
@@ -368,14 +370,14 @@ async def unsealed(connection: Connection) -> str:
 
 
 async def changed(connection: Connection) -> str:
-    place = await connection.fetchval(f"SELECT max(position) FROM {partition(14)}")
+    position = await connection.fetchval(f"SELECT max(position) FROM {partition(14)}")
     await connection.execute("SET session_replication_role = replica")
-    await connection.execute("UPDATE audit_logs SET user_id = 'x' WHERE position = $1", place)
-    return f"the event in place {place} is not what was sealed: run verify-audit"
+    await connection.execute("UPDATE audit_logs SET user_id = 'x' WHERE position = $1", position)
+    return f"the event at position {position} is not the sealed one: run verify-audit"
 
 
 async def put_there(connection: Connection) -> str:
-    """In a place that was rolled back, say, before the last seal."""
+    """In a position that was rolled back, say, before the last seal."""
     await connection.execute("SET session_replication_role = replica")
     await put(connection, 14, 1, minute=1)
     await connection.execute("UPDATE audit_logs SET position = -1 WHERE position = 16")
@@ -410,12 +412,12 @@ async def test_a_deleted_event_stays_deleted_when_its_month_leaves(
     database: Database, keeper: Database, other: Connection
 ) -> None:
     await seal_five_months(database, other)
-    place = await other.fetchval(f"SELECT max(position) FROM {partition(14)}")
+    position = await other.fetchval(f"SELECT max(position) FROM {partition(14)}")
     await other.execute("SET session_replication_role = replica")
-    await other.execute("DELETE FROM audit_logs WHERE position = $1", place)
+    await other.execute("DELETE FROM audit_logs WHERE position = $1", position)
     await audit.maintain(keeper)
     findings = (await audit.verify(database)).findings
-    assert [(found.kind, found.position) for found in findings] == [(Kind.DELETED, place)]
+    assert [(found.kind, found.position) for found in findings] == [(FindingKind.DELETED, position)]
 
 
 @pytest.mark.schema_changes
@@ -440,8 +442,8 @@ async def test_a_retirement_signed_by_somebody_else(
         assert len((await audit.maintain(forger)).retired) == 3
     found = await audit.verify(database)
     assert found.retired == 0
-    assert [one.kind for one in found.findings].count(Kind.DELETED) == 9
-    forgeries = [one for one in found.findings if one.kind is Kind.FORGED]
+    assert [one.kind for one in found.findings].count(FindingKind.DELETED) == 9
+    forgeries = [one for one in found.findings if one.kind is FindingKind.FORGED]
     assert [(one.seal, one.message) for one in forgeries] == [
         (number, f"seal {number}: it is not signed by a given key") for number in (2, 3, 4)
     ]

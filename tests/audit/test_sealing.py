@@ -24,19 +24,19 @@ from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
 from tiger_db.audit.seal_format import (
-    DIGEST,
+    DIGEST_BYTES,
     Seal,
-    Statement,
+    SealPayload,
     digest_of,
-    from_json,
     make_seal,
     merkle_root,
-    places_in,
-    runs_of,
-    to_json,
+    positions_in,
+    ranges_of,
+    seal_from_json,
+    seal_to_json,
 )
-from tiger_db.audit.sealing import SEALED_AT_ONCE, required_key, store
-from tiger_db.audit.storage import EVENTS, Connection, clock, last_seal, next_number
+from tiger_db.audit.sealing import EVENTS_PER_SEAL, insert_seal, required_key
+from tiger_db.audit.storage import SELECT_EVENTS, Connection, database_time, fetch_chain_end
 from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, InvalidValue
 from tiger_db.signing import generate_signing_key, parse_signing_key, public_text
@@ -75,27 +75,28 @@ async def other(signing: Settings) -> AsyncIterator[Connection]:
     await connection.close()
 
 
-async def statements(connection: Connection) -> list[Statement]:
+async def payloads(connection: Connection) -> list[SealPayload]:
     rows = await connection.fetch(
         "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
     )
     seals = [Seal(*row) for row in rows]
-    made = [seal.statement() for seal in seals]
-    assert [len(seal.digests) for seal in seals] == [said.rows * DIGEST for said in made]
+    made = [seal.payload() for seal in seals]
+    lengths = [len(seal.digests) for seal in seals]
+    assert lengths == [payload.event_count * DIGEST_BYTES for payload in made]
     return made
 
 
 async def assert_sealed_once(database: Database, connection: Connection) -> None:
     """All that is there, and nothing else, and nobody finds fault with it."""
-    made = await statements(connection)
-    assert [said.number for said in made] == list(range(1, len(made) + 1))
-    places = [place for said in made for place in places_in(said.positions)]
+    made = await payloads(connection)
+    assert [payload.number for payload in made] == list(range(1, len(made) + 1))
+    positions = [position for payload in made for position in positions_in(payload.positions)]
     stored = await connection.fetch("SELECT position FROM audit_logs ORDER BY position")
-    assert places == [place for (place,) in stored]
-    assert len(places) == len({*places})
+    assert positions == [position for (position,) in stored]
+    assert len(positions) == len({*positions})
     found = await audit.verify(database)
     assert found.findings == []
-    assert (found.rows, found.unsealed, found.seals) == (len(places), 0, len(made))
+    assert (found.rows, found.unsealed, found.seals) == (len(positions), 0, len(made))
 
 
 @dataclass
@@ -293,7 +294,7 @@ async def test_an_open_transaction_is_waited_for(sealed: Database, other: Connec
 
 
 async def test_a_place_taken_before_is_not_skipped(sealed: Database, other: Connection) -> None:
-    """Nor is one that is written by a transaction which wrote its first place later."""
+    """Nor is one that is written by a transaction which wrote its first position later."""
     late = [await connect(sealed.settings) for _ in range(3)]
     transactions = [connection.transaction() for connection in late]
     for connection, transaction in zip(late, transactions, strict=True):
@@ -310,8 +311,8 @@ async def test_a_place_taken_before_is_not_skipped(sealed: Database, other: Conn
         await commits(sealed, written)
         await asyncio.sleep(0.05)
     await sealing
-    (said,) = await statements(other)
-    assert [*places_in(said.positions)][:4] == [1, 2, 3, 4]
+    (payload,) = await payloads(other)
+    assert [*positions_in(payload.positions)][:4] == [1, 2, 3, 4]
     await audit.seal(sealed)
     await assert_sealed_once(sealed, other)
     assert await other.fetchval("SELECT count(*) FROM audit_logs") == 6 + len(written.kept)
@@ -376,10 +377,10 @@ async def test_a_killed_sealer(signing: Settings, sealed: Database, other: Conne
         await asyncio.to_thread(sealer.join)
     before = await audit.verify(sealed)
     assert before.findings == []
-    assert before.rows == before.seals * SEALED_AT_ONCE >= 60_000
+    assert before.rows == before.seals * EVENTS_PER_SEAL >= 60_000
     sealing = await audit.seal(sealed)
     assert before.rows + sealing.rows == 100_000
-    assert sealing.rows == sealing.seals * SEALED_AT_ONCE
+    assert sealing.rows == sealing.seals * EVENTS_PER_SEAL
     await assert_sealed_once(sealed, other)
 
 
@@ -391,7 +392,7 @@ async def test_seals_of_10000(sealed: Database, other: Connection) -> None:
     assert await audit.seal(sealed, advance=told.append) == audit.Sealing(25_000, 3)
     assert told == [10_000, 10_000, 5_000]
     assert await audit.seal(sealed, advance=told.append) == audit.Sealing(0, 0)
-    assert [said.rows for said in await statements(other)] == told
+    assert [payload.event_count for payload in await payloads(other)] == told
     await assert_sealed_once(sealed, other)
 
 
@@ -413,8 +414,8 @@ async def test_without_a_key(clone: Database) -> None:
 
 # What a seal says
 
-digests = st.binary(min_size=DIGEST, max_size=DIGEST)
-places_or_none = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=70, unique=True).map(sorted)
+any_digest = st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES)
+positions_or_none = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=70, unique=True).map(sorted)
 
 
 def root_of(leaves: list[bytes]) -> bytes:
@@ -430,63 +431,65 @@ def root_of(leaves: list[bytes]) -> bytes:
 
 
 @profile(deadline=None)
-@given(places=places_or_none, seed=st.binary())
-def test_the_root_is_that_of_rfc_6962(places: list[int], seed: bytes) -> None:
-    leaves = [(place, hashlib.sha256(seed + b"%d" % place).digest()) for place in places]
+@given(positions=positions_or_none, seed=st.binary())
+def test_the_root_is_that_of_rfc_6962(positions: list[int], seed: bytes) -> None:
+    leaves = [
+        (position, hashlib.sha256(seed + b"%d" % position).digest()) for position in positions
+    ]
     assert merkle_root(leaves) == root_of(
-        [place.to_bytes(8, "big", signed=True) + digest for place, digest in leaves]
+        [position.to_bytes(8, "big", signed=True) + digest for position, digest in leaves]
     )
 
 
 def test_the_root_for_every_number_of_leaves() -> None:
     for count in range(71):
-        leaves = [(place, digest_of(str(place))) for place in range(1, count + 1)]
-        expected = root_of([place.to_bytes(8, "big") + digest for place, digest in leaves])
+        leaves = [(position, digest_of(str(position))) for position in range(1, count + 1)]
+        expected = root_of([position.to_bytes(8, "big") + digest for position, digest in leaves])
         assert merkle_root(leaves) == expected, count
 
 
-@given(places=st.lists(st.integers(0, 90), unique=True).map(sorted))
-def test_runs_hold_their_places(places: list[int]) -> None:
-    runs = runs_of(places)
-    assert [*places_in(runs)] == places
+@given(positions=st.lists(st.integers(0, 90), unique=True).map(sorted))
+def test_runs_hold_their_places(positions: list[int]) -> None:
+    runs = ranges_of(positions)
+    assert [*positions_in(runs)] == positions
     assert all(last + 1 < first for (_, last), (first, _) in pairwise(runs))
-    assert a_statement(positions=runs).rows == len(places)
+    assert a_payload(positions=runs).event_count == len(positions)
 
 
-def a_statement(**values: Any) -> Statement:
+def a_payload(**values: Any) -> SealPayload:
     some: dict[str, Any] = {
         "number": 7, "previous": "0" * 64, "after": 3, "upto": 9, "positions": ((4, 5), (8, 9)),
         "root": "f" * 64, "sealed_at": "2026-01-01T00:00:00.000000Z", "key": "k",
     }  # fmt: skip
-    return Statement(**some | values)
+    return SealPayload(**some | values)
 
 
-said_places = st.integers(-(2**63) + 2, 2**63 - 2)
-said = st.builds(
-    Statement,
-    number=st.integers(1, 2**63 - 2), previous=st.text(), after=said_places, upto=said_places,
-    positions=st.lists(st.tuples(said_places, said_places)).map(tuple), root=st.text(),
+any_position = st.integers(-(2**63) + 2, 2**63 - 2)
+any_payload = st.builds(
+    SealPayload,
+    number=st.integers(1, 2**63 - 2), previous=st.text(), after=any_position, upto=any_position,
+    positions=st.lists(st.tuples(any_position, any_position)).map(tuple), root=st.text(),
     sealed_at=st.text(), key=st.text(), closed_at=st.none() | st.text(),
     retired=st.none() | st.text(),
 )  # fmt: skip
 
 
-@given(said=said, made_of=st.lists(digests, max_size=3))
-def test_what_a_seal_says_is_read_as_it_was_written(said: Statement, made_of: list[bytes]) -> None:
+@given(payload=any_payload, digests=st.lists(any_digest, max_size=3).map(b"".join))
+def test_a_seal_is_read_as_it_was_written(payload: SealPayload, digests: bytes) -> None:
     key = parse_signing_key(generate_signing_key())
-    seal = make_seal(key, said, made_of)
-    assert seal.statement() == said
-    assert seal.statement().text() == seal.text == said.text()
-    again = from_json(json.loads(json.dumps(to_json(seal))))
+    seal = make_seal(key, payload, digests)
+    assert seal.payload() == payload
+    assert seal.payload().to_json() == seal.payload_json == payload.to_json()
+    again = seal_from_json(json.loads(json.dumps(seal_to_json(seal))))
     assert again == seal
-    assert again.signed_by([parse_signing_key(generate_signing_key()).public_key()]) is False
-    assert again.signed_by([key.public_key()]) is True
-    without = {name: value for name, value in to_json(seal).items() if name != "digests"}
-    assert from_json(without) == replace(seal, digests=b"")
+    assert again.is_signed_by([parse_signing_key(generate_signing_key()).public_key()]) is False
+    assert again.is_signed_by([key.public_key()]) is True
+    without = {name: value for name, value in seal_to_json(seal).items() if name != "digests"}
+    assert seal_from_json(without) == replace(seal, digests=b"")
 
 
 def test_what_is_no_seal() -> None:
-    good = to_json(make_seal(parse_signing_key(generate_signing_key()), a_statement(), []))
+    good = seal_to_json(make_seal(parse_signing_key(generate_signing_key()), a_payload(), b""))
     bads: list[object] = [
         None, [], "", {}, {**good, "statement": 1}, {**good, "statement": "{}"},
         {**good, "statement": good["statement"] + " "}, {**good, "signature": "*"},
@@ -496,7 +499,7 @@ def test_what_is_no_seal() -> None:
     ]  # fmt: skip
     for bad in bads:
         with pytest.raises(InvalidValue):
-            from_json(bad)
+            seal_from_json(bad)
 
 
 # Clocks
@@ -529,16 +532,17 @@ async def test_a_database_clock_that_went_back(sealed: Database, other: Connecti
     await commits(sealed, written)
     await audit.seal(sealed)
     key = await required_key(sealed)
-    number, previous, after = next_number(await last_seal(other))
+    end = await fetch_chain_end(other)
     await commits(sealed, written)
-    ((place, content),) = await other.fetch(EVENTS, after + 1, 2**62)
-    ahead = shifted(await clock(other), 1)
-    said = Statement(
-        number=number, previous=previous, after=after, upto=place, positions=((place, place),),
-        root=merkle_root([(place, digest_of(content))]).hex(), sealed_at=ahead, closed_at=ahead,
+    ((position, content),) = await other.fetch(SELECT_EVENTS, end.upto + 1, 2**62)
+    ahead = shifted(await database_time(other), 1)
+    payload = SealPayload(
+        number=end.number + 1, previous=end.payload_digest, after=end.upto, upto=position,
+        positions=((position, position),),
+        root=merkle_root([(position, digest_of(content))]).hex(), sealed_at=ahead, closed_at=ahead,
         key=public_text(key.public_key()),
     )  # fmt: skip
-    await store(other, key, said, [digest_of(content)])
+    await insert_seal(other, key, payload, digest_of(content))
     await assert_sealed_once(sealed, other)
     for _ in range(2):
         await commits(sealed, written)
@@ -549,7 +553,9 @@ async def test_a_database_clock_that_went_back(sealed: Database, other: Connecti
         f"INSERT INTO audit_logs (id, created_at, action, result, severity)"
         f" VALUES ('{uuid4()}', now() - interval '1 minute', 'data:query', 'success', 'low')"
     )
-    assert [found.kind for found in (await audit.verify(sealed)).findings] == [audit.Kind.INSERTED]
+    assert [found.kind for found in (await audit.verify(sealed)).findings] == [
+        audit.FindingKind.INSERTED
+    ]
 
 
 # What is sealed, is what is stored
@@ -562,10 +568,10 @@ async def assert_each_change_is_found(database: Database, connection: Connection
     """As made by somebody who may switch off triggers."""
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("CREATE TEMP TABLE before AS SELECT * FROM audit_logs")
-    for (place,) in await connection.fetch("SELECT position FROM before"):
-        assert await connection.execute(sql, place) == "UPDATE 1"
+    for (position,) in await connection.fetch("SELECT position FROM before"):
+        assert await connection.execute(sql, position) == "UPDATE 1"
         (found,) = (await audit.verify(database)).findings
-        assert (found.kind, found.position) == (audit.Kind.CHANGED, place)
+        assert (found.kind, found.position) == (audit.FindingKind.CHANGED, position)
         await connection.execute("DELETE FROM audit_logs")
         await connection.execute("INSERT INTO audit_logs SELECT * FROM before")
     await assert_sealed_once(database, connection)
@@ -580,7 +586,7 @@ async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Conne
             f" (gen_random_uuid(), '2026-02-03T04:05:06.{fraction}Z', 'data:query', 'success',"
             " 'low')"
         )
-    contents = [json.loads(content) for _, content in await other.fetch(EVENTS, 1, 2**62)]
+    contents = [json.loads(content) for _, content in await other.fetch(SELECT_EVENTS, 1, 2**62)]
     for fraction, event in zip(FRACTIONS, contents, strict=True):
         told = event["created_at"]
         assert told.endswith("Z")
@@ -605,7 +611,7 @@ async def test_a_number_is_sealed_to_its_last_digit(
             f"INSERT INTO audit_logs (id, action, result, severity, {column}) VALUES"
             f""" (gen_random_uuid(), 'data:query', 'success', 'low', '{{"n": {number}}}')"""
         )
-    contents = [content for _, content in await other.fetch(EVENTS, 1, 2**62)]
+    contents = [content for _, content in await other.fetch(SELECT_EVENTS, 1, 2**62)]
     for number, content in zip(NUMBERS, contents, strict=True):
         digits = "1" + "0" * 400 if number == "1e400" else number
         assert f'"{column}":{{"n": {digits}}}' in content

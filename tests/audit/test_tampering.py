@@ -19,21 +19,21 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.support import factories
 from tests.support.trail import SEALS, TAMPERINGS, Trail, assert_found, event_found
 from tiger_db import AuditAction, AuditResult, AuditSeverity, Database, audit, crud
-from tiger_db.audit import Finding, Kind
+from tiger_db.audit import AuditFinding, FindingKind
 from tiger_db.audit.seal_format import (
-    DIGEST,
-    FIRST,
+    DIGEST_BYTES,
+    NO_PREVIOUS_DIGEST,
     Seal,
-    Statement,
+    SealPayload,
     digest_of,
     make_seal,
     merkle_root,
-    runs_of,
+    ranges_of,
 )  # fmt: skip
-from tiger_db.audit.sealing import seal_next, store
-from tiger_db.audit.storage import CONTENT, CONTENT_COLUMNS, Connection, clock, seals_after
+from tiger_db.audit.sealing import insert_seal, seal_next
+from tiger_db.audit.storage import CONTENT, CONTENT_COLUMNS, Connection, database_time, fetch_seals
 
-Way: TypeAlias = Callable[[Trail], Awaitable[Finding]]  # returns what is to be found
+Way: TypeAlias = Callable[[Trail], Awaitable[AuditFinding]]  # returns what is to be found
 COPY = """
 INSERT INTO audit_logs SELECT (jsonb_populate_record(a, $2::jsonb)).* FROM audit_logs AS a
 WHERE position = $1
@@ -54,7 +54,7 @@ INSERT INTO audit_seals SELECT * FROM kept_seals
 """
 
 
-def some_place(trail: Trail) -> int:
+def some_position(trail: Trail) -> int:
     return trail.chance.choice([*trail.ids])
 
 
@@ -62,10 +62,10 @@ def some_place(trail: Trail) -> int:
 
 
 def change(column: str) -> Way:
-    async def tamper(trail: Trail) -> Finding:
-        place = some_place(trail)
+    async def tamper(trail: Trail) -> AuditFinding:
+        position = some_position(trail)
         read = f"SELECT {column}::text FROM audit_logs WHERE position = $1"
-        before: str | None = await trail.superuser.fetchval(read, place)
+        before: str | None = await trail.superuser.fetchval(read, position)
         after = before
         while after == before:
             kind = await trail.superuser.fetchval(
@@ -73,13 +73,13 @@ def change(column: str) -> Way:
             )
             await trail.superuser.execute(
                 f"UPDATE audit_logs SET {column} = $2::text::{kind} WHERE position = $1",
-                place,
+                position,
                 another(column, kind, before, trail.chance),
             )
-            after = await trail.superuser.fetchval(read, place)
-        print(f"{column} in {place}: {before} -> {(after or 'NULL')[:99]}")  # noqa: T201
-        event_id = UUID(after) if column == "id" else trail.ids[place]
-        return event_found(trail, Kind.CHANGED, place, event_id)
+            after = await trail.superuser.fetchval(read, position)
+        print(f"{column} in {position}: {before} -> {(after or 'NULL')[:99]}")  # noqa: T201
+        event_id = UUID(after) if column == "id" else trail.ids[position]
+        return event_found(trail, FindingKind.CHANGED, position, event_id)
 
     return tamper
 
@@ -133,133 +133,133 @@ def another_text(value: str | None, chance: Random) -> str:
 # Deleted, inserted later, moved.
 
 
-async def delete(trail: Trail, first: int, places: list[int]) -> Finding:
-    await trail.superuser.execute("DELETE FROM audit_logs WHERE position = ANY($1)", places)
-    return event_found(trail, Kind.DELETED, first)
+async def delete(trail: Trail, first: int, positions: list[int]) -> AuditFinding:
+    await trail.superuser.execute("DELETE FROM audit_logs WHERE position = ANY($1)", positions)
+    return event_found(trail, FindingKind.DELETED, first)
 
 
-async def delete_one(trail: Trail) -> Finding:
-    place = trail.chance.choice([*trail.ids][:-1])
-    return await delete(trail, place, [place])
+async def delete_one(trail: Trail) -> AuditFinding:
+    position = trail.chance.choice([*trail.ids][:-1])
+    return await delete(trail, position, [position])
 
 
-async def delete_many(trail: Trail) -> Finding:
-    places = trail.chance.sample([*trail.ids][:-1], trail.chance.randrange(2, 20))
-    return await delete(trail, min(places), places)
+async def delete_many(trail: Trail) -> AuditFinding:
+    positions = trail.chance.sample([*trail.ids][:-1], trail.chance.randrange(2, 20))
+    return await delete(trail, min(positions), positions)
 
 
-async def delete_all_of_a_seal(trail: Trail) -> Finding:
+async def delete_all_of_a_seal(trail: Trail) -> AuditFinding:
     number = trail.chance.randrange(1, SEALS)
-    places = [place for place in trail.ids if trail.seal_of(place) == number]
-    return await delete(trail, places[0], places)
+    positions = [position for position in trail.ids if trail.seal_of(position) == number]
+    return await delete(trail, positions[0], positions)
 
 
-async def insert(trail: Trail, place: int | None, **values: Any) -> UUID:
+async def insert(trail: Trail, position: int | None, **values: Any) -> UUID:
     """A copy of some event with another id, which makes it come before or after others."""
     event_id = trail.chance.choice([uuid4(), UUID(int=trail.chance.getrandbits(64))])
-    if place is None:
-        place = await trail.superuser.fetchval("SELECT nextval('audit_logs_position_seq')")
-    changes = {"id": str(event_id), "position": place} | values
-    await trail.superuser.execute(COPY, some_place(trail), json.dumps(changes))
+    if position is None:
+        position = await trail.superuser.fetchval("SELECT nextval('audit_logs_position_seq')")
+    changes = {"id": str(event_id), "position": position} | values
+    await trail.superuser.execute(COPY, some_position(trail), json.dumps(changes))
     return event_id
 
 
-async def insert_beside(trail: Trail) -> Finding:
-    place = some_place(trail)
-    return event_found(trail, Kind.INSERTED, place, await insert(trail, place))
+async def insert_beside(trail: Trail) -> AuditFinding:
+    position = some_position(trail)
+    return event_found(trail, FindingKind.INSERTED, position, await insert(trail, position))
 
 
-async def insert_in_gap(trail: Trail) -> Finding:
-    place = trail.chance.choice(trail.gaps)
-    return event_found(trail, Kind.INSERTED, place, await insert(trail, place))
+async def insert_in_gap(trail: Trail) -> AuditFinding:
+    position = trail.chance.choice(trail.gaps)
+    return event_found(trail, FindingKind.INSERTED, position, await insert(trail, position))
 
 
-async def insert_before_all(trail: Trail) -> Finding:
-    place = trail.chance.choice([0, -1, -(2**63) + 1, -(2**63)])
-    return event_found(trail, Kind.INSERTED, place, await insert(trail, place))
+async def insert_before_all(trail: Trail) -> AuditFinding:
+    position = trail.chance.choice([0, -1, -(2**63) + 1, -(2**63)])
+    return event_found(trail, FindingKind.INSERTED, position, await insert(trail, position))
 
 
-async def insert_at_the_end(trail: Trail) -> Finding:
-    """In a place that is not sealed, but dated before the newest seal."""
-    said = trail.chance.choice(trail.statements)
-    assert said.closed_at is not None
+async def insert_at_the_end(trail: Trail) -> AuditFinding:
+    """In a position that is not sealed, but dated before the newest seal."""
+    payload = trail.chance.choice(trail.payloads)
+    assert payload.closed_at is not None
     # 5 seconds are what a clock may differ, and times are compared to the second.
     earlier = timedelta(seconds=6 + trail.chance.choice([0, 1, 10**6]))
-    dated = datetime.fromisoformat(said.closed_at) - earlier
+    dated = datetime.fromisoformat(payload.closed_at) - earlier
     event_id = await insert(trail, None, created_at=dated.isoformat())
-    place = await trail.superuser.fetchval(
+    position = await trail.superuser.fetchval(
         "SELECT position FROM audit_logs WHERE id = $1", event_id
     )
-    return event_found(trail, Kind.INSERTED, place, event_id)
+    return event_found(trail, FindingKind.INSERTED, position, event_id)
 
 
-async def insert_at_the_end_and_seal(trail: Trail) -> Finding:
+async def insert_at_the_end_and_seal(trail: Trail) -> AuditFinding:
     """Whoever seals believes the database, but not whoever verifies."""
     found = await insert_at_the_end(trail)
     assert found.position is not None
-    await seal_up_to(trail, found.position, await clock(trail.superuser))
+    await seal_up_to(trail, found.position, await database_time(trail.superuser))
     return found
 
 
-async def seal_up_to(trail: Trail, place: int, closed_at: str | None) -> None:
+async def seal_up_to(trail: Trail, position: int, closed_at: str | None) -> None:
     key = await trail.database.signing_key()
     assert key is not None
-    assert await seal_next(trail.superuser, key, place, closed_at)
+    assert await seal_next(trail.superuser, key, position, closed_at)
 
 
-async def move(trail: Trail, place: int, to: int) -> Finding:
+async def move(trail: Trail, position: int, to: int) -> AuditFinding:
     await trail.superuser.execute(
-        "UPDATE audit_logs SET position = $2 WHERE position = $1", place, to
+        "UPDATE audit_logs SET position = $2 WHERE position = $1", position, to
     )
-    return event_found(trail, Kind.MOVED, place, trail.ids[place])
+    return event_found(trail, FindingKind.MOVED, position, trail.ids[position])
 
 
-async def move_to_gap(trail: Trail) -> Finding:
-    return await move(trail, some_place(trail), trail.chance.choice(trail.gaps))
+async def move_to_gap(trail: Trail) -> AuditFinding:
+    return await move(trail, some_position(trail), trail.chance.choice(trail.gaps))
 
 
-async def move_beside(trail: Trail) -> Finding:
-    place, to = trail.chance.sample([*trail.ids], 2)
-    return await move(trail, place, to)
+async def move_beside(trail: Trail) -> AuditFinding:
+    position, to = trail.chance.sample([*trail.ids], 2)
+    return await move(trail, position, to)
 
 
-async def move_to_the_end(trail: Trail) -> Finding:
+async def move_to_the_end(trail: Trail) -> AuditFinding:
     to = await trail.superuser.fetchval("SELECT nextval('audit_logs_position_seq')")
-    return await move(trail, some_place(trail), to)
+    return await move(trail, some_position(trail), to)
 
 
-async def move_before_all(trail: Trail) -> Finding:
-    return await move(trail, some_place(trail), -trail.chance.randrange(10))
+async def move_before_all(trail: Trail) -> AuditFinding:
+    return await move(trail, some_position(trail), -trail.chance.randrange(10))
 
 
-async def swap(trail: Trail) -> Finding:
+async def swap(trail: Trail) -> AuditFinding:
     one, two = sorted(trail.chance.sample([*trail.ids], 2))
     await trail.superuser.execute(
         "UPDATE audit_logs SET position = $1 + $2 - position WHERE position IN ($1, $2)", one, two
     )
-    return event_found(trail, Kind.MOVED, one, trail.ids[one])
+    return event_found(trail, FindingKind.MOVED, one, trail.ids[one])
 
 
 # Truncated.
 
 
-async def delete_last_events(trail: Trail) -> Finding:
-    first = some_place(trail)
+async def delete_last_events(trail: Trail) -> AuditFinding:
+    first = some_position(trail)
     await trail.superuser.execute("DELETE FROM audit_logs WHERE position >= $1", first)
-    return event_found(trail, Kind.TRUNCATED, first)
+    return event_found(trail, FindingKind.TRUNCATED, first)
 
 
-async def delete_last_seals(trail: Trail) -> Finding:
+async def delete_last_seals(trail: Trail) -> AuditFinding:
     """Their events stay, as if they had not been sealed yet."""
     number = trail.chance.randrange(1, SEALS + 1)
     await trail.superuser.execute("DELETE FROM audit_seals WHERE number >= $1", number)
-    return Finding(Kind.TRUNCATED, "", number)
+    return AuditFinding(FindingKind.TRUNCATED, "", number)
 
 
-async def delete_last_seals_and_events(trail: Trail) -> Finding:
+async def delete_last_seals_and_events(trail: Trail) -> AuditFinding:
     found = await delete_last_seals(trail)
     assert found.seal is not None
-    after = trail.statements[found.seal - 1].after
+    after = trail.payloads[found.seal - 1].after
     await trail.superuser.execute("DELETE FROM audit_logs WHERE position > $1", after)
     # What is left is a sound trail, as it was once: only what was kept elsewhere shows it.
     assert (await trail.check(None)).sound
@@ -270,19 +270,19 @@ async def delete_last_seals_and_events(trail: Trail) -> Finding:
 
 
 async def kept(trail: Trail, number: int) -> Seal:
-    ((_, found),) = await seals_after(trail.superuser, number - 1, 1)
+    ((_, found),) = await fetch_seals(trail.superuser, number - 1, 1)
     return found
 
 
-async def forge(trail: Trail, number: int, seal: Seal) -> Finding:
+async def forge(trail: Trail, number: int, seal: Seal) -> AuditFinding:
     await trail.superuser.execute(
         "UPDATE audit_seals SET statement = $2, signature = $3, digests = $4 WHERE number = $1",
         number,
-        seal.text,
+        seal.payload_json,
         seal.signature,
         seal.digests,
     )
-    return Finding(Kind.FORGED, "", number)
+    return AuditFinding(FindingKind.FORGED, "", number)
 
 
 def some_seal(trail: Trail) -> int:
@@ -295,28 +295,30 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-async def edit_statement(trail: Trail) -> Finding:
+async def edit_statement(trail: Trail) -> AuditFinding:
     """A member gets another value, now and then of another type."""
     number = some_seal(trail)
     seal = await kept(trail, number)
-    fields = json.loads(seal.text)
+    fields = json.loads(seal.payload_json)
     name = trail.chance.choice([*fields])
-    text = seal.text
-    while text == seal.text:
+    text = seal.payload_json
+    while text == seal.payload_json:
         fields[name] = trail.chance.choice(VALUES)
         text = json.dumps(fields, separators=(",", ":"))
     print(f"{name}: {fields[name]}")  # noqa: T201
-    return await forge(trail, number, replace(seal, text=text))
+    return await forge(trail, number, replace(seal, payload_json=text))
 
 
-async def spoil_statement(trail: Trail) -> Finding:
+async def spoil_statement(trail: Trail) -> AuditFinding:
     number = some_seal(trail)
     seal = await kept(trail, number)
-    at = trail.chance.randrange(len(seal.text))
-    other = trail.chance.choice([*{"0", "x", '"', "[", " ", ""} - {seal.text[at]}])
-    text = trail.chance.choice(["", "{}", "[]", seal.text[:at] + other + seal.text[at + 1 :]])
+    at = trail.chance.randrange(len(seal.payload_json))
+    other = trail.chance.choice([*{"0", "x", '"', "[", " ", ""} - {seal.payload_json[at]}])
+    text = trail.chance.choice(
+        ["", "{}", "[]", seal.payload_json[:at] + other + seal.payload_json[at + 1 :]]
+    )
     print(text)  # noqa: T201
-    return await forge(trail, number, replace(seal, text=text))
+    return await forge(trail, number, replace(seal, payload_json=text))
 
 
 def spoilt(data: bytes, chance: Random) -> bytes:
@@ -325,112 +327,117 @@ def spoilt(data: bytes, chance: Random) -> bytes:
     return chance.choice([data[:at] + other + data[at + 1 :], data[:at], data + other, b""])
 
 
-async def edit_signature(trail: Trail) -> Finding:
+async def edit_signature(trail: Trail) -> AuditFinding:
     number = some_seal(trail)
     seal = await kept(trail, number)
     signature = spoilt(seal.signature, trail.chance)
     return await forge(trail, number, replace(seal, signature=signature))
 
 
-async def edit_digests(trail: Trail) -> Finding:
+async def edit_digests(trail: Trail) -> AuditFinding:
     number = some_seal(trail)
     seal = await kept(trail, number)
     digests = trail.chance.choice(
-        [spoilt(seal.digests, trail.chance), seal.digests[DIGEST:] + seal.digests[:DIGEST]]
+        [
+            spoilt(seal.digests, trail.chance),
+            seal.digests[DIGEST_BYTES:] + seal.digests[:DIGEST_BYTES],
+        ]
     )
     return await forge(trail, number, replace(seal, digests=digests))
 
 
-async def extend_digests(trail: Trail) -> Finding:
+async def extend_digests(trail: Trail) -> AuditFinding:
     number = some_seal(trail)
     seal = await kept(trail, number)
-    more = trail.chance.randbytes(trail.chance.choice([1, DIGEST]))
+    more = trail.chance.randbytes(trail.chance.choice([1, DIGEST_BYTES]))
     return await forge(trail, number, replace(seal, digests=seal.digests + more))
 
 
-async def sign_again(trail: Trail) -> Finding:
+async def sign_again(trail: Trail) -> AuditFinding:
     number = some_seal(trail)
     seal = await kept(trail, number)
-    signature = Ed25519PrivateKey.generate().sign(seal.text.encode())
+    signature = Ed25519PrivateKey.generate().sign(seal.payload_json.encode())
     return await forge(trail, number, replace(seal, signature=signature))
 
 
-async def delete_seal(trail: Trail) -> Finding:
+async def delete_seal(trail: Trail) -> AuditFinding:
     number = trail.chance.randrange(1, SEALS)
     await trail.superuser.execute("DELETE FROM audit_seals WHERE number = $1", number)
-    return Finding(Kind.FORGED, "", number)
+    return AuditFinding(FindingKind.FORGED, "", number)
 
 
-async def delete_seal_and_events(trail: Trail) -> Finding:
+async def delete_seal_and_events(trail: Trail) -> AuditFinding:
     found = await delete_seal(trail)
-    places = [place for place in trail.ids if trail.seal_of(place) == found.seal]
-    await trail.superuser.execute("DELETE FROM audit_logs WHERE position = ANY($1)", places)
+    positions = [position for position in trail.ids if trail.seal_of(position) == found.seal]
+    await trail.superuser.execute("DELETE FROM audit_logs WHERE position = ANY($1)", positions)
     return found
 
 
-async def swap_seals(trail: Trail) -> Finding:
+async def swap_seals(trail: Trail) -> AuditFinding:
     one, two = sorted(trail.chance.sample(range(1, SEALS + 1), 2))
     seals = [await kept(trail, number) for number in (one, two)]
     await forge(trail, two, seals[0])
     return await forge(trail, one, seals[1])
 
 
-async def repeat_seal(trail: Trail) -> Finding:
+async def repeat_seal(trail: Trail) -> AuditFinding:
     await trail.superuser.execute(
         "INSERT INTO audit_seals SELECT $2, statement, signature, digests FROM audit_seals"
         " WHERE number = $1",
         some_seal(trail),
         SEALS + 1,
     )
-    return Finding(Kind.FORGED, "", SEALS + 1)
+    return AuditFinding(FindingKind.FORGED, "", SEALS + 1)
 
 
-async def forge_all(trail: Trail) -> Finding:
+async def forge_all(trail: Trail) -> AuditFinding:
     """Events are rewritten, and a seal is made for them as the true one was, but for its key."""
-    return await forge_with(trail, Ed25519PrivateKey.generate(), some_place(trail))
+    return await forge_with(trail, Ed25519PrivateKey.generate(), some_position(trail))
 
 
-async def forge_with_the_key(trail: Trail) -> Finding:
+async def forge_with_the_key(trail: Trail) -> AuditFinding:
     """The same with the true key: the next seal was made after another one."""
     key = await trail.database.signing_key()
     assert key is not None
-    place = trail.chance.choice([place for place in trail.ids if trail.seal_of(place) < SEALS])
-    found = await forge_with(trail, key, place)
+    position = trail.chance.choice(
+        [position for position in trail.ids if trail.seal_of(position) < SEALS]
+    )
+    found = await forge_with(trail, key, position)
     assert found.seal is not None
     return replace(found, seal=found.seal + 1)
 
 
-async def forge_with(trail: Trail, key: Ed25519PrivateKey, place: int) -> Finding:
+async def forge_with(trail: Trail, key: Ed25519PrivateKey, position: int) -> AuditFinding:
     await trail.superuser.execute(
-        "UPDATE audit_logs SET user_id = concat(user_id, 'eve') WHERE position = $1", place
+        "UPDATE audit_logs SET user_id = concat(user_id, 'eve') WHERE position = $1", position
     )
-    said = trail.statements[trail.seal_of(place) - 1]
-    rows = await trail.superuser.fetch(EVENTS, said.after + 1, said.upto)
+    payload = trail.payloads[trail.seal_of(position) - 1]
+    rows = await trail.superuser.fetch(EVENTS, payload.after + 1, payload.upto)
     leaves = [(row["position"], digest_of(row["content"])) for row in rows]
-    said = replace(said, root=merkle_root(leaves).hex())
-    seal = make_seal(key, said, [digest for _, digest in leaves])
-    return await forge(trail, said.number, seal)
+    payload = replace(payload, root=merkle_root(leaves).hex())
+    seal = make_seal(key, payload, b"".join(digest for _, digest in leaves))
+    return await forge(trail, payload.number, seal)
 
 
 # Rewritten by who has the key.
 
 
-async def rewrite(trail: Trail) -> Finding:
+async def rewrite(trail: Trail) -> AuditFinding:
     """An event is changed, and all seals from there on are made again, as if it had been so."""
-    place = some_place(trail)
+    position = some_position(trail)
     await trail.superuser.execute(
-        "UPDATE audit_logs SET user_id = concat(user_id, 'eve') WHERE position = $1", place
+        "UPDATE audit_logs SET user_id = concat(user_id, 'eve') WHERE position = $1", position
     )
-    first = trail.seal_of(place)
+    first = trail.seal_of(position)
     await trail.superuser.execute("DELETE FROM audit_seals WHERE number >= $1", first)
-    for said in trail.statements[first - 1 :]:
-        await seal_up_to(trail, said.upto, said.closed_at)
+    for payload in trail.payloads[first - 1 :]:
+        await seal_up_to(trail, payload.upto, payload.closed_at)
     # It is as sound as any: the key made it. Only what was kept elsewhere shows it.
     assert (await trail.check(None)).sound
-    return Finding(Kind.CHECKPOINT, "", SEALS)
+    return AuditFinding(FindingKind.CHECKPOINT, "", SEALS)
 
 
-async def rewrite_with_the_same_times(trail: Trail) -> Finding:
+async def rewrite_with_the_same_times(trail: Trail) -> AuditFinding:
     """The whole trail, such that nothing differs but what was changed."""
     key = await trail.database.signing_key()
     assert key is not None
@@ -438,36 +445,36 @@ async def rewrite_with_the_same_times(trail: Trail) -> Finding:
         "DELETE FROM audit_logs WHERE position = $1", trail.chance.choice([*trail.ids])
     )
     await trail.superuser.execute("DELETE FROM audit_seals")
-    previous = FIRST
-    for said in trail.statements:
-        rows = await trail.superuser.fetch(EVENTS, said.after + 1, said.upto)
+    previous = NO_PREVIOUS_DIGEST
+    for payload in trail.payloads:
+        rows = await trail.superuser.fetch(EVENTS, payload.after + 1, payload.upto)
         leaves = [(row["position"], digest_of(row["content"])) for row in rows]
-        again: Statement = replace(
-            said,
+        again: SealPayload = replace(
+            payload,
             previous=previous,
-            positions=runs_of(place for place, _ in leaves),
+            positions=ranges_of(position for position, _ in leaves),
             root=merkle_root(leaves).hex(),
         )
-        digests = [digest for _, digest in leaves]
-        await store(trail.superuser, key, again, digests)
-        previous = make_seal(key, again, digests).digest
+        digests = b"".join(digest for _, digest in leaves)
+        await insert_seal(trail.superuser, key, again, digests)
+        previous = make_seal(key, again, digests).payload_digest
     assert (await trail.check(None)).sound
-    return Finding(Kind.CHECKPOINT, "", SEALS)
+    return AuditFinding(FindingKind.CHECKPOINT, "", SEALS)
 
 
-WAYS: dict[Kind, list[Way]] = {
-    Kind.CHANGED: [change(column) for column in CONTENT_COLUMNS],
-    Kind.DELETED: [delete_one, delete_many, delete_all_of_a_seal],
-    Kind.INSERTED: [
+WAYS: dict[FindingKind, list[Way]] = {
+    FindingKind.CHANGED: [change(column) for column in CONTENT_COLUMNS],
+    FindingKind.DELETED: [delete_one, delete_many, delete_all_of_a_seal],
+    FindingKind.INSERTED: [
         insert_beside,
         insert_in_gap,
         insert_before_all,
         insert_at_the_end,
         insert_at_the_end_and_seal,
     ],
-    Kind.MOVED: [move_to_gap, move_beside, move_to_the_end, move_before_all, swap],
-    Kind.TRUNCATED: [delete_last_events, delete_last_seals, delete_last_seals_and_events],
-    Kind.FORGED: [
+    FindingKind.MOVED: [move_to_gap, move_beside, move_to_the_end, move_before_all, swap],
+    FindingKind.TRUNCATED: [delete_last_events, delete_last_seals, delete_last_seals_and_events],
+    FindingKind.FORGED: [
         edit_statement,
         spoil_statement,
         edit_signature,
@@ -481,15 +488,15 @@ WAYS: dict[Kind, list[Way]] = {
         forge_all,
         forge_with_the_key,
     ],
-    Kind.CHECKPOINT: [rewrite, rewrite_with_the_same_times],
+    FindingKind.CHECKPOINT: [rewrite, rewrite_with_the_same_times],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", Kind)
-async def test_every_tampering_is_found_and_named(trail: Trail, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", FindingKind)
+async def test_every_tampering_is_found_and_named(trail: Trail, kind: FindingKind) -> None:
     ways = WAYS[kind]
-    needs_checkpoint = kind in {Kind.TRUNCATED, Kind.CHECKPOINT}
+    needs_checkpoint = kind in {FindingKind.TRUNCATED, FindingKind.CHECKPOINT}
     for number in range(TAMPERINGS):
         way = ways[number % len(ways)]
         checkpoint = trail.checkpoint if needs_checkpoint or trail.chance.random() < 0.5 else None
@@ -507,10 +514,10 @@ async def test_every_tampering_is_found_and_named(trail: Trail, kind: Kind) -> N
 
 @pytest.mark.slow
 @pytest.mark.schema_changes
-@pytest.mark.parametrize("kind", Kind)
-async def test_verify_finds_what_is_committed(trail: Trail, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", FindingKind)
+async def test_verify_finds_what_is_committed(trail: Trail, kind: FindingKind) -> None:
     await trail.superuser.execute(SAVE)
-    ways = WAYS[kind] if kind != Kind.CHANGED else trail.chance.sample(WAYS[kind], 3)
+    ways = WAYS[kind] if kind != FindingKind.CHANGED else trail.chance.sample(WAYS[kind], 3)
     for way in ways:
         async with trail.superuser.transaction():
             expected = await way(trail)
@@ -525,24 +532,24 @@ async def test_whatever_a_statement_says(trail: Trail) -> None:
     """None of it makes verification fail in another way than by a finding."""
     for number in (1, SEALS):
         seal = await kept(trail, number)
-        said = json.loads(seal.text)
-        for name in [*said, "retired"]:
+        fields = json.loads(seal.payload_json)
+        for name in [*fields, "retired"]:
             for value in VALUES:
-                text = json.dumps(said | {name: value}, separators=(",", ":"))
-                if text == seal.text:
+                text = json.dumps(fields | {name: value}, separators=(",", ":"))
+                if text == seal.payload_json:
                     continue
                 transaction = trail.superuser.transaction()
                 await transaction.start()
-                expected = await forge(trail, number, replace(seal, text=text))
+                expected = await forge(trail, number, replace(seal, payload_json=text))
                 verification = await trail.check(None)
                 await transaction.rollback()
                 assert_found(verification, expected, f"{name}: {value}")
 
 
 async def test_a_checkpoint_of_somebody_else(trail: Trail) -> None:
-    forged = make_seal(Ed25519PrivateKey.generate(), trail.statements[-1], [])
+    forged = make_seal(Ed25519PrivateKey.generate(), trail.payloads[-1], b"")
     (found,) = (await audit.verify(trail.database, checkpoint=forged)).findings
-    assert found.kind == Kind.CHECKPOINT
+    assert found.kind == FindingKind.CHECKPOINT
 
 
 async def test_what_comes_after_a_checkpoint_is_not_its_business(trail: Trail) -> None:
@@ -550,12 +557,12 @@ async def test_what_comes_after_a_checkpoint_is_not_its_business(trail: Trail) -
     earlier = await kept(trail, 3)
     async with trail.superuser.transaction():
         await trail.superuser.execute("DELETE FROM audit_seals WHERE number > 3")
-        place = trail.statements[3].after + 1
-        await trail.superuser.execute("DELETE FROM audit_logs WHERE position = $1", place)
-        await seal_up_to(trail, trail.end, trail.statements[-1].closed_at)
+        position = trail.payloads[3].after + 1
+        await trail.superuser.execute("DELETE FROM audit_logs WHERE position = $1", position)
+        await seal_up_to(trail, trail.end, trail.payloads[-1].closed_at)
     assert (await trail.check(earlier)).sound
     (found,) = (await trail.check(trail.checkpoint)).findings
-    assert (found.kind, found.seal) == (Kind.CHECKPOINT, SEALS)
+    assert (found.kind, found.seal) == (FindingKind.CHECKPOINT, SEALS)
 
 
 # Functions, operators and casts of the schema print the event as it was.
@@ -570,7 +577,7 @@ CAPTURES = {
         "user_id = 'eve'",
     ),
     "a function with exactly the type": (
-        f"CREATE FUNCTION to_json(audit_severity) {_LOW}",
+        f"CREATE FUNCTION seal_to_json(audit_severity) {_LOW}",
         "severity = 'critical'",
     ),
     "a cast that to_json uses": (
@@ -606,4 +613,4 @@ async def test_what_prints_an_event_cannot_be_captured(
     assert (await audit.verify(signing)).sound
     await superuser.execute(f"UPDATE audit_logs SET {change}")
     (found,) = (await audit.verify(signing)).findings
-    assert found.kind == Kind.CHANGED
+    assert found.kind == FindingKind.CHANGED

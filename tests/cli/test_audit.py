@@ -98,7 +98,7 @@ def test_seal_and_verify(sealed: CommandLine, clone_settings: Settings) -> None:
     assert sealed.ok("seal-audit") == Result(0, "", "0 events were sealed in 0 seals\n")
     log(clone_settings, {}, {})
     assert sealed.ok("verify-audit") == Result(
-        0, "", "12 events are what 1 seals say; 2 are not sealed yet, 0 have left\n"
+        0, "", "12 events verified against 1 seals; 2 events not sealed yet; 0 retired\n"
     )
     assert sealed.ok("seal-audit", "--json").json == {"rows": 2, "seals": 1, "waits_for": []}
     assert sealed.ok("verify-audit", "--json").json == {
@@ -118,20 +118,20 @@ def test_a_finding_is_named_and_fails(sealed: CommandLine, clone_settings: Setti
     changed = sealed.ok("list-events", "--user", "eve", "--json").json["items"][0]["id"]
     found = sealed("verify-audit")
     heading, first, second = found.out.splitlines()
-    assert heading.split() == ["Place", "Seal", "Finding", "What"]
+    assert heading.split() == ["Position", "Seal", "Finding", "Message"]
     assert first.split()[:3] == ["5", "1", "changed"]
     assert second.split()[:3] == ["7", "1", "deleted"]
     assert found.code == 1
     _, reason = found.err.splitlines()
     assert reason == (
-        f"error: changed: the event in place 5 was changed ({changed}); 2 findings in all"
+        f"error: changed: the event at position 5 was changed ({changed}); 2 findings in all"
     )
     shown = sealed("verify-audit", "--json")
     assert shown.code == 1
     assert (shown.json["sound"], shown.json["count"]) == (False, 2)
     assert shown.json["findings"][0] == {
-        "kind": "changed", "message": "the event in place 5 was changed", "seal": 1, "position": 5,
-        "event_id": changed,
+        "kind": "changed", "message": "the event at position 5 was changed", "seal": 1,
+        "position": 5, "event_id": changed,
     }  # fmt: skip
     process = sealed.process("verify-audit")
     assert (process.code, process.err.splitlines()[-1]) == (1, reason)
@@ -184,7 +184,7 @@ def test_verified_anywhere(sealed: CommandLine, bare: CommandLine, tmp_path: Pat
 
     secret, bare.env = bare.env.pop("AUDIT_SIGNING_KEY"), {}
     options = ("--from", str(events), "--checkpoint", str(head))
-    says = "12 events are what 1 seals say; 0 are not sealed yet, 0 have left\n"
+    says = "12 events verified against 1 seals; 0 events not sealed yet; 0 retired\n"
     assert bare.ok("verify-audit", *options, "--public-key", str(key)) == Result(0, "", says)
     assert bare.ok("verify-audit", *options, AUDIT_SIGNING_KEY=secret).err == says
     as_text = tmp_path / "key.txt"
@@ -196,7 +196,7 @@ def test_verified_anywhere(sealed: CommandLine, bare: CommandLine, tmp_path: Pat
     events.write_text("".join(lines[:5] + lines[6:]), encoding="utf-8")
     found = bare("verify-audit", *options, "--public-key", str(key))
     assert found.code == 1
-    assert "error: deleted: the event in place 5 is missing\n" in found.err
+    assert "error: deleted: the event at position 5 is missing\n" in found.err
     events.write_text("", encoding="utf-8")
     found = bare("verify-audit", *options, "--public-key", str(key))
     assert found.code == 1
@@ -242,7 +242,7 @@ def test_a_checkpoint_shows_what_is_missing(sealed: CommandLine, clone_settings:
     file = os.devnull
     assert {*json.loads(head)} == {"statement", "signature"}
     run_sql(clone_settings, REPLICA, "DELETE FROM audit_seals", "DELETE FROM audit_logs")
-    assert sealed.ok("verify-audit").err.startswith("0 events are what 0 seals say")
+    assert sealed.ok("verify-audit").err.startswith("0 events verified against 0 seals;")
     assert "nothing is sealed yet: run `tiger-db seal-audit`" in sealed.fails("export-checkpoint")
     assert "not a checkpoint" in sealed.fails("verify-audit", "--checkpoint", file)
 

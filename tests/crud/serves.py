@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from tiger_db import RefreshTrigger
-from tiger_db.audit.storage import EVENTS, LAST_SEAL
+from tiger_db.audit.storage import SELECT_EVENTS, SELECT_LAST_SEAL
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.rate_limits import CONSUME
 from tiger_db.crud.pagination import encode_cursor
@@ -69,13 +69,13 @@ async def limited_use(session: AsyncSession) -> None:
 async def events_to_seal(session: AsyncSession) -> None:
     """The events of a seal."""
     connection = await session.connection()
-    await connection.exec_driver_sql(EVENTS, (25_000, 25_100))
+    await connection.exec_driver_sql(SELECT_EVENTS, (25_000, 25_100))
 
 
 async def newest_seal(session: AsyncSession) -> None:
     """The newest seal."""
     connection = await session.connection()
-    await connection.exec_driver_sql(LAST_SEAL)
+    await connection.exec_driver_sql(SELECT_LAST_SEAL)
 
 
 SERVES: list[tuple[str, Call]] = [

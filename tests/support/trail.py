@@ -11,14 +11,13 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, crud
-from tiger_db.audit import Finding, Kind, Verification
-from tiger_db.audit.checking import Check
+from tiger_db.audit import AuditFinding, FindingKind, Verification
 from tiger_db.audit.seal_format import (
     Seal,
-    Statement,
+    SealPayload,
 )
-from tiger_db.audit.storage import Connection, clock
-from tiger_db.audit.storage import trail as stored_trail
+from tiger_db.audit.storage import Connection, database_time, read_trail
+from tiger_db.audit.verifying import TrailVerifier
 
 TAMPERINGS = 500 if os.environ.get("TIGER_DB_SOAK") else 40  # of each kind
 SEALS, HALF = 5, 6  # a seal covers two halves of a batch, with gaps after each
@@ -63,49 +62,51 @@ class Trail:
 
     database: Database
     superuser: Connection
-    statements: list[Statement]
+    payloads: list[SealPayload]
     checkpoint: Seal
-    ids: dict[int, UUID]  # of the sealed events, by their places
-    gaps: list[int]  # sealed places without an event
+    ids: dict[int, UUID]  # of the sealed events, by their positions
+    gaps: list[int]  # sealed positions without an event
     chance: random.Random
 
     @property
     def end(self) -> int:
-        return self.statements[-1].upto
+        return self.payloads[-1].upto
 
-    def seal_of(self, place: int) -> int:
-        """The number of the seal that covers a place; the first has all before it too."""
-        return next(said.number for said in self.statements if place <= said.upto)
+    def seal_of(self, position: int) -> int:
+        """The number of the seal that covers a position; the first has all before it too."""
+        return next(payload.number for payload in self.payloads if position <= payload.upto)
 
     async def check(self, checkpoint: Seal | None) -> Verification:
         """As `audit.verify`, within the superuser's transaction."""
         key = await self.database.signing_key()
         assert key is not None
-        check = Check([key.public_key()], checkpoint)
-        check.now(await clock(self.superuser))
+        verifier = TrailVerifier([key.public_key()], checkpoint)
+        verifier.database_time = await database_time(self.superuser)
         async with self.superuser.transaction():
-            async for item in stored_trail(self.superuser):
+            async for item in read_trail(self.superuser):
                 if isinstance(item, Seal):
-                    check.seal(item)
+                    verifier.add_seal(item)
                 else:
-                    check.event(*item)
-        return check.finish()
+                    verifier.add_event(*item)
+        return verifier.finish()
 
 
 async def fill(database: Database, chance: random.Random) -> None:
-    """A batch of typical events, and places that were taken in vain."""
+    """A batch of typical events, and positions that were taken in vain."""
     async with database.session() as session:
         for gaps in (2, 1):
             await crud.audit_logs.log_events(session, [typical(chance) for _ in range(HALF)])
             await session.execute(text(NEXT), {"gaps": gaps})
 
 
-def event_found(trail: Trail, kind: Kind, place: int, event_id: UUID | None = None) -> Finding:
-    seal = trail.seal_of(place) if place <= trail.end else SEALS + 1
-    return Finding(kind, "", seal, place, str(event_id) if event_id else None)
+def event_found(
+    trail: Trail, kind: FindingKind, position: int, event_id: UUID | None = None
+) -> AuditFinding:
+    seal = trail.seal_of(position) if position <= trail.end else SEALS + 1
+    return AuditFinding(kind, "", seal, position, str(event_id) if event_id else None)
 
 
-def assert_found(verification: Verification, expected: Finding, what: str) -> None:
+def assert_found(verification: Verification, expected: AuditFinding, what: str) -> None:
     assert not verification.sound, what
     first = verification.findings[0]
     assert replace(first, message="") == expected, (what, verification.findings[:5])

@@ -1,15 +1,20 @@
-"""Keeping the audit trail: seals, their verification, exports, whole months that leave."""
+"""Seals of the audit trail, verification, exports, and retention by month."""
 
-from tiger_db.audit.checking import Finding, Kind, Verification
 from tiger_db.audit.exporting import export, export_checkpoint, read_checkpoint
 from tiger_db.audit.following import follow
 from tiger_db.audit.retention import Maintenance, maintain
 from tiger_db.audit.sealing import Sealing, required_key, seal
-from tiger_db.audit.verifying import verify, verify_export
+from tiger_db.audit.verifying import (
+    AuditFinding,
+    FindingKind,
+    Verification,
+    verify,
+    verify_export,
+)
 
 __all__ = [
-    "Finding",
-    "Kind",
+    "AuditFinding",
+    "FindingKind",
     "Maintenance",
     "Sealing",
     "Verification",

@@ -1,4 +1,4 @@
-"""Writes the audit trail out, of any size: for other programs, for spreadsheets, as evidence."""
+"""Exports of the audit trail as JSON Lines or CSV, and checkpoints."""
 
 import csv
 import io
@@ -12,100 +12,94 @@ from typing import Literal, Unpack
 from sqlalchemy import ColumnElement, Select, Text, literal_column, select
 from sqlmodel import col
 
-from tiger_db.audit.seal_format import Seal, from_json, to_json
+from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
 from tiger_db.audit.storage import (
     CONTENT,
     CONTENT_COLUMNS,
-    HOLD,
     Event,
-    connected,
-    last_seal,
-    trail,
+    fetch_last_seal,
+    open_connection,
+    open_snapshot,
+    read_trail,
 )
 from tiger_db.crud.audit_logs import Criteria, conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AuditLog
 
-_PLACE = re.compile(r'\{"position":(-?\d{1,19}),')
-_BATCH = 1000  # events fetched at a time
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+CSV_COLUMNS = ("position", *CONTENT_COLUMNS)
+_POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
+_BATCH_EVENTS = 1000  # per fetch, and per call of `advance`
+_FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 _JSON = json.JSONDecoder()
-HEADINGS = ("position", *CONTENT_COLUMNS)
 
 
 async def export(
     database: Database,
     *,
     form: Literal["jsonl", "csv"] = "jsonl",
-    advance: Callable[[int], None] = lambda events: None,  # noqa: ARG005  # told how many came
+    advance: Callable[[int], None] = lambda _events: None,
     **wanted: Unpack[Criteria],
 ) -> AsyncGenerator[str, None]:
-    """The events that `crud.audit_logs.search` finds by the same criteria, as lines of text.
+    """Yield the events that match the criteria of `crud.audit_logs.search`, as lines of text.
 
-    As JSON Lines, an event is an object with its place and the fields that it has. Without criteria
-    they come in the order of their places, each seal (`{"seal": …}`) before the events that it
-    covers: that is all that `verify_export` needs. With criteria, they come oldest first.
+    In JSON Lines, each event is an object with its position and the fields that have a value.
+    Without criteria, events are in the order of their positions, each seal (`{"seal": …}`) before
+    the events that it covers: this is the input of `verify_export`. With criteria, events are
+    oldest first, without seals.
 
-    As CSV, the first line names the columns, JSON stands as text, and text that a spreadsheet would
-    take for a formula has an apostrophe before it. Memory is the same for any number of events.
+    In CSV, the first line has the column names, and JSON is text. Text that a spreadsheet would
+    evaluate as a formula starts with an apostrophe.
+
+    Memory use does not depend on the number of events. `advance` is called with numbers of events.
 
     Raises:
-        InvalidValue: as `search`.
+        InvalidValue: See `search`.
     """
-    found = conditions(**wanted)
-    lines = _filtered(database, found) if found else _all(database)
+    filters = conditions(**wanted)
+    items = _matching_events(database, filters) if filters else _whole_trail(database)
     if form == "csv":
-        yield _csv_line(HEADINGS)
+        yield _csv_line(CSV_COLUMNS)
     count = 0
-    async with aclosing(lines):  # and its transaction, also when the caller has seen enough
-        async for line in lines:
-            if isinstance(line, Seal):
+    async with aclosing(items):  # closes the transaction when the caller stops early
+        async for item in items:
+            if isinstance(item, Seal):
                 if form == "jsonl":
-                    yield json.dumps({"seal": to_json(line)}) + "\n"
+                    yield json.dumps({"seal": seal_to_json(item)}) + "\n"
                 continue
-            place, content = line
-            yield _csv_event(place, content) if form == "csv" else _json_event(place, content)
+            position, content = item
+            if form == "csv":
+                yield _csv_line([position, *_cells(content)])
+            else:
+                yield f'{{"position":{position},{content[1:]}\n'
             count += 1
-            if count % _BATCH == 0:
-                advance(_BATCH)
-    advance(count % _BATCH)
+            if count % _BATCH_EVENTS == 0:
+                advance(_BATCH_EVENTS)
+    advance(count % _BATCH_EVENTS)
 
 
-async def _all(database: Database) -> AsyncGenerator[Seal | Event, None]:
-    async with (
-        connected(database) as connection,
-        connection.transaction(isolation="repeatable_read", readonly=True),
-    ):
-        await connection.execute(HOLD)
-        async for item in trail(connection):
+async def _whole_trail(database: Database) -> AsyncGenerator[Seal | Event, None]:
+    async with open_snapshot(database) as connection:
+        async for item in read_trail(connection):
             yield item
 
 
-async def _filtered(
-    database: Database, found: list[ColumnElement[bool]]
+async def _matching_events(
+    database: Database, filters: list[ColumnElement[bool]]
 ) -> AsyncGenerator[Seal | Event, None]:
     statement: Select[int | None, str] = (
         select(col(AuditLog.position), literal_column(CONTENT, type_=Text()))
-        .where(*found)
+        .where(*filters)
         .order_by(col(AuditLog.id))
-        .execution_options(yield_per=_BATCH)
+        .execution_options(yield_per=_BATCH_EVENTS)
     )
     async with database.session() as session:
-        async for place, content in await session.stream(statement):
-            yield place or 0, content  # never NULL
-
-
-def _json_event(place: int, content: str) -> str:
-    return f'{{"position":{place},{content[1:]}\n'
-
-
-def _csv_event(place: int, content: str) -> str:
-    return _csv_line([place, *_cells(content)])
+        async for position, content in await session.stream(statement):
+            yield position or 0, content  # the position of a stored event is never NULL
 
 
 def _cells(content: str) -> Iterator[str | None]:
-    """What is no text stays as the database wrote it: no digit of a number is lost."""
+    """Yield the CSV cells of an event. Numbers keep all digits that the database printed."""
     at = 0
     for name in CONTENT_COLUMNS:
         member = f'{"{" if name == "id" else ","}"{name}":'
@@ -115,7 +109,7 @@ def _cells(content: str) -> Iterator[str | None]:
         start = at + len(member)
         value, at = _JSON.raw_decode(content, start)
         text = value if isinstance(value, str) else content[start:at]
-        yield f"'{text}" if text.startswith(_FORMULA) else text
+        yield f"'{text}" if text.startswith(_FORMULA_PREFIXES) else text
 
 
 def _csv_line(cells: Iterable[object]) -> str:
@@ -124,51 +118,49 @@ def _csv_line(cells: Iterable[object]) -> str:
     return line.getvalue()
 
 
-async def export_checkpoint(database: Database) -> str:
-    """The newest seal's statement and signature, as JSON, to be kept where nobody can change it.
-
-    It stands for everything that is sealed until now: see `verify`.
+def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
+    """Yield the seals and events of an export in JSON Lines, with the size of each line in bytes.
 
     Raises:
-        NotFound: nothing is sealed yet.
-    """
-    async with connected(database) as connection:
-        head = await last_seal(connection)
-    if head is None:
-        raise NotFound("nothing is sealed yet: run `tiger-db seal-audit`")
-    fields = to_json(head)
-    del fields["digests"]
-    return json.dumps(fields, indent=2) + "\n"
-
-
-def read_checkpoint(text: str) -> Seal:
-    """A checkpoint as `export_checkpoint` made it.
-
-    Raises:
-        InvalidValue: it is not one.
-    """
-    try:
-        return from_json(json.loads(text))
-    except (ValueError, RecursionError, InvalidValue):
-        raise InvalidValue("not a checkpoint of an audit trail") from None
-
-
-def read_lines(path: Path) -> Iterator[tuple[Seal | Event, int]]:
-    """The seals and events of an export as JSON Lines, with the bytes that each takes.
-
-    Raises:
-        InvalidValue: a line is neither; it says which.
+        InvalidValue: A line is neither a seal nor an event. The message has the number of the line.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 text = line.decode().rstrip("\r\n")
                 if text.startswith('{"seal":'):
-                    yield from_json(json.loads(text)["seal"]), len(line)
+                    yield seal_from_json(json.loads(text)["seal"]), len(line)
                     continue
-                place = _PLACE.match(text)
+                position = _POSITION.match(text)
             except (ValueError, RecursionError, InvalidValue):
-                place = None
-            if place is None:
+                position = None
+            if position is None:
                 raise InvalidValue(f"line {number} is neither an event nor a seal")
-            yield (int(place[1]), "{" + text[place.end() :]), len(line)
+            yield (int(position[1]), "{" + text[position.end() :]), len(line)
+
+
+async def export_checkpoint(database: Database) -> str:
+    """Return the payload and signature of the newest seal, as JSON. See `verify` for its use.
+
+    Raises:
+        NotFound: There is no seal yet.
+    """
+    async with open_connection(database) as connection:
+        seal = await fetch_last_seal(connection)
+    if seal is None:
+        raise NotFound("nothing is sealed yet: run `tiger-db seal-audit`")
+    fields = seal_to_json(seal)
+    del fields["digests"]
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def read_checkpoint(text: str) -> Seal:
+    """Parse the output of `export_checkpoint`.
+
+    Raises:
+        InvalidValue: The text is not a checkpoint.
+    """
+    try:
+        return seal_from_json(json.loads(text))
+    except (ValueError, RecursionError, InvalidValue):
+        raise InvalidValue("not a checkpoint of an audit trail") from None

@@ -1,4 +1,4 @@
-"""Follow the audit trail: return events as they are committed."""
+"""Stream of the events that are committed from now on."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -8,7 +8,7 @@ from typing import Unpack
 from sqlalchemy import select
 from sqlmodel import col
 
-from tiger_db.audit.storage import settled
+from tiger_db.audit.storage import fetch_writers
 from tiger_db.connections.listener import listening
 from tiger_db.crud.audit_logs import Criteria, conditions
 from tiger_db.crud.common import fetch_all
@@ -17,62 +17,66 @@ from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
 
 CHANNEL = "tiger_db_audit_logs"
-POLL = 1.0  # seconds without a notification until the next query
-_BEFORE = 10_000  # positions that transactions which are open at the start may still write
+POLL_SECONDS = 1.0  # without a notification
+# Transactions that are open at the start may still write at the last positions.
+_POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 
 async def follow(
     database: Database,
     *,
-    begun: Callable[[], None] = lambda: None,  # called when every later event will be found
+    begun: Callable[[], None] = lambda: None,
     **wanted: Unpack[Criteria],
 ) -> AsyncGenerator[AuditLog, None]:
-    """Return the events that are committed from now on, each once, in the order of their positions.
+    """Yield the events that are committed from now on, once each.
 
-    A notification of PostgreSQL starts each query; without notifications there is one per second.
-    An event whose transaction commits late comes late.
+    The events of each query are in the order of their positions. A notification of PostgreSQL
+    starts each query; without notifications there is one query per second. An event appears when
+    its transaction commits, even after events with higher positions. `begun` is called when all
+    later events will be found.
 
     Raises:
-        InvalidValue: as `crud.audit_logs.search`.
-        DatabaseUnavailable: the database was lost.
+        InvalidValue: See `crud.audit_logs.search`.
+        DatabaseUnavailable: The connection was lost.
     """
-    found = conditions(**wanted)
-    news = asyncio.Event()
+    filters = conditions(**wanted)
+    notified = asyncio.Event()
     async with AsyncExitStack() as stack:
-        with suppress(DatabaseUnavailable):  # then it polls
-            hearing = listening(database.settings, CHANNEL, lambda _: news.set())
-            await stack.enter_async_context(hearing)
-        floor, seen = await _begin(database)
-        taken, writers = await _settled(database)
+        with suppress(DatabaseUnavailable):  # without LISTEN, it polls
+            listener = listening(database.settings, CHANNEL, lambda _: notified.set())
+            await stack.enter_async_context(listener)
+        # All events up to `floor` are old or were yielded; above it, those in `seen`.
+        floor, seen = await _fetch_old_events(database)
+        last_position, writers = await _fetch_writers(database)
         begun()
         while True:
-            news.clear()
+            notified.clear()
             async with database.session() as session:
                 events = await fetch_all(
                     session,
                     select(AuditLog)
-                    .where(col(AuditLog.position) > floor, *found)
+                    .where(col(AuditLog.position) > floor, *filters)
                     .order_by(col(AuditLog.position)),
                 )
             for event in events:
                 if event.position not in seen:
                     seen.add(event.position)
                     yield event
-            if not writers:
-                # No transaction can write up to this position any more.
-                floor, seen = taken, {p for p in seen if p and p > taken}
-                taken, writers = await _settled(database)
+            if not writers:  # no transaction can write up to `last_position` any more
+                floor = last_position
+                seen = {position for position in seen if position and position > floor}
+                last_position, writers = await _fetch_writers(database)
             else:
-                writers &= (await _settled(database))[1]
+                writers &= (await _fetch_writers(database))[1]
             with suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), POLL)
+                await asyncio.wait_for(notified.wait(), POLL_SECONDS)
 
 
-async def _begin(database: Database) -> tuple[int, set[int | None]]:
-    """Return the position after which to search, and the positions of the old events there."""
+async def _fetch_old_events(database: Database) -> tuple[int, set[int | None]]:
+    """Return the position above which to search, and the positions of the old events there."""
     await database.check()
-    taken, _ = await _settled(database)
-    floor = max(taken - _BEFORE, 0)
+    last_position, _ = await _fetch_writers(database)
+    floor = max(last_position - _POSITIONS_OF_OPEN_TRANSACTIONS, 0)
     async with database.session() as session:
         positions = await session.scalars(
             select(col(AuditLog.position)).where(col(AuditLog.position) > floor)
@@ -80,7 +84,7 @@ async def _begin(database: Database) -> tuple[int, set[int | None]]:
         return floor, set(positions)
 
 
-async def _settled(database: Database) -> tuple[int, set[str]]:
+async def _fetch_writers(database: Database) -> tuple[int, set[str]]:
     async with database.out_of_band.connection() as connection:
-        taken, writers = await settled(connection)
-    return taken, set(writers)
+        last_position, writers = await fetch_writers(connection)
+    return last_position, set(writers)

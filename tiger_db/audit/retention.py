@@ -1,4 +1,4 @@
-"""Makes months ahead, and lets whole months of sealed events go."""
+"""Monthly partitions of the audit trail: creation ahead of time, and retirement of old months."""
 
 import asyncio
 import re
@@ -12,41 +12,34 @@ from typing import TypeVar
 import asyncpg
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tiger_db.audit.seal_format import DIGEST, Seal, Statement, digest_of, merkle_root, runs_of
-from tiger_db.audit.sealing import required_key, store
+from tiger_db.audit.seal_format import Seal, digest_of
+from tiger_db.audit.sealing import append_seal, required_key
 from tiger_db.audit.storage import (
-    EVENTS,
-    TAKE_TURN,
+    SELECT_EVENTS,
+    TAKE_SEALING_LOCK,
     Connection,
-    clock,
-    connected,
-    last_seal,
-    next_number,
+    fetch_chain_end,
+    open_connection,
 )
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable, InvalidState
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.models import AuditAction, AuditLog
 from tiger_db.models.audit_inserts import insert_events
-from tiger_db.signing import public_text
 
-_MONTH = re.compile(r"audit_logs_(\d{4})_(\d{2})")
 T = TypeVar("T")
-_TRIES = 5
-_PAUSE = 1.0  # seconds
-# For a lock; nobody queues behind us for longer. Less than the server's deadlock_timeout: whoever
-# waits for what we have, and has what we wait for, is no victim of a deadlock.
-_PATIENCE = "800ms"
-_CLOCKS_APART = timedelta(minutes=1)
-_PARTITIONS = """
+_LOCK_ATTEMPTS = 5
+_RETRY_PAUSE_SECONDS = 1.0
+# Other transactions queue behind a waiting DDL statement no longer than this. It is shorter than
+# the server's deadlock_timeout, so that no writer is chosen as the victim of a deadlock.
+_LOCK_TIMEOUT = "800ms"
+_MAX_CLOCK_DIFFERENCE = timedelta(minutes=1)
+_PARTITION_NAME = re.compile(r"audit_logs_(\d{4})_(\d{2})")
+_SELECT_PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
 WHERE inhparent = 'audit_logs'::regclass::oid ORDER BY relname
 """
-_BOUNDS = """
-SELECT min(position), max(position), max(created_at) < $1 FROM {partition}
-"""
-_EVENTS = EVENTS.replace("{", "{{").replace("}", "}}").replace("audit_logs", "{partition}")
-_COVERING = """
+_SELECT_COVERING_SEALS = """
 SELECT statement, signature, digests FROM audit_seals
 WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
     AND (statement::jsonb ->> text 'after')::bigint < $2
@@ -56,44 +49,51 @@ WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
 
 @dataclass(slots=True)
 class Maintenance:
-    """What was done. `kept` are the months that are old enough to leave, and why they stay."""
+    """Result of `maintain`: number of created partitions, and months such as `2025-01`.
+
+    `kept` has the oldest month that was due and could not be retired, with the reason.
+    """
 
     made: int = 0
     retired: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 
 
-async def maintain(database: Database) -> Maintenance:
-    """Make the months ahead, move strays into their months, retire what may leave.
+class _CannotRetireError(Exception):
+    """The reason why a month cannot be retired."""
 
-    A month leaves `AUDIT_RETENTION_MONTHS` full months after its end, oldest first, when all of its
-    events are sealed and still what they were; a seal says so, and the seals of its events stay.
-    Any number may run at a time.
+
+async def maintain(database: Database) -> Maintenance:
+    """Create the partitions of coming months, move events into them, and retire old months.
+
+    A month is retired when `AUDIT_RETENTION_MONTHS` full months have passed since its end, and all
+    of its events are sealed and unchanged. Older months are retired first. A new seal records the
+    retirement; the seals of the removed events stay. Concurrent calls are safe.
 
     Raises:
-        ConfigurationError: a month may leave, and there is no `AUDIT_SIGNING_KEY` to seal that.
-        InvalidState: months may leave, but the clocks of the database and of this machine are more
-            than a minute apart; the months ahead are made.
-        DatabaseUnavailable: the tables were in use for too long; run it again.
+        ConfigurationError: A month is due, and `AUDIT_SIGNING_KEY` is not set.
+        InvalidState: The clocks of the database and of this machine differ by more than a minute,
+            and `AUDIT_RETENTION_MONTHS` is set. The coming months are created.
+        DatabaseUnavailable: A table was locked for too long; run it again.
     """
     done = Maintenance()
-    months = database.settings.audit_retention_months
-    async with connected(database) as connection:
-        await connection.execute(f"SET lock_timeout = '{_PATIENCE}'")
+    retention = database.settings.audit_retention_months
+    async with open_connection(database) as connection:
+        await connection.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
         try:
-            done.made = await _patiently(partial(_make_months, connection))
-            if months is None:
+            done.made = await _with_lock_retries(partial(_make_months, connection))
+            if retention is None:
                 return done
             kept_from = first_kept_month(
-                await connection.fetchval("SELECT clock_timestamp()"), datetime.now(UTC), months
+                await connection.fetchval("SELECT clock_timestamp()"), datetime.now(UTC), retention
             )
-            for partition in await _old_months(connection, kept_from):
+            for month in await _due_months(connection, kept_from):
                 key = await required_key(database)
-                why = await _patiently(partial(_retire, connection, key, partition, kept_from))
-                month = partition.removeprefix("audit_logs_").replace("_", "-")
-                if why is not None:
-                    done.kept[month] = why
-                    break  # the oldest goes first
+                try:
+                    await _with_lock_retries(partial(_retire, connection, key, month, kept_from))
+                except _CannotRetireError as reason:
+                    done.kept[month] = str(reason)
+                    break  # later months wait for this one
                 done.retired.append(month)
         finally:
             if not connection.is_closed():
@@ -101,18 +101,18 @@ async def maintain(database: Database) -> Maintenance:
     return done
 
 
-async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
-    for _ in range(_TRIES):
+async def _with_lock_retries(work: Callable[[], Awaitable[T]]) -> T:
+    for _ in range(_LOCK_ATTEMPTS):
         try:
             return await work()
         except asyncpg.LockNotAvailableError:
-            await asyncio.sleep(_PAUSE)  # so that those who queued behind us get on
+            await asyncio.sleep(_RETRY_PAUSE_SECONDS)  # the queued transactions run meanwhile
     raise DatabaseUnavailable("audit_logs is in use by a long transaction: try again later")
 
 
 async def _make_months(connection: Connection) -> int:
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute(TAKE_TURN)
+        await connection.execute(TAKE_SEALING_LOCK)
         made: int = await connection.fetchval("SELECT make_audit_months($1)", MONTHS_AHEAD)
         return made
 
@@ -120,16 +120,16 @@ async def _make_months(connection: Connection) -> int:
 def first_kept_month(database_time: datetime, machine_time: datetime, retention: int) -> datetime:
     """Return the start, in UTC, of the first month that must stay.
 
-    `retention` full months stay before the current one, and the current month stays whatever it is.
+    The current month and `retention` full months before it stay.
 
     Raises:
-        InvalidState: the two clocks are more than a minute apart, so neither is to be trusted.
+        InvalidState: The two clocks differ by more than a minute.
     """
-    apart = database_time - machine_time
-    if abs(apart) > _CLOCKS_APART:
+    difference = database_time - machine_time
+    if abs(difference) > _MAX_CLOCK_DIFFERENCE:
         raise InvalidState(
-            f"the database's clock is {abs(apart).total_seconds():.0f} s"
-            f" {'ahead of' if apart > timedelta() else 'behind'} this machine's:"
+            f"the database's clock is {abs(difference).total_seconds():.0f} s"
+            f" {'ahead of' if difference > timedelta() else 'behind'} this machine's:"
             " no month leaves the audit trail until they agree"
         )
     now = min(database_time, machine_time).astimezone(UTC)
@@ -137,83 +137,72 @@ def first_kept_month(database_time: datetime, machine_time: datetime, retention:
     return datetime(months // 12, months % 12 + 1, 1, tzinfo=UTC)
 
 
-async def _old_months(connection: Connection, kept_from: datetime) -> list[str]:
-    """The partitions that may leave, oldest first."""
+async def _due_months(connection: Connection, kept_from: datetime) -> list[str]:
+    """Return the months with a partition that end before `kept_from`, oldest first."""
     return [
-        name
-        for (name,) in await connection.fetch(_PARTITIONS)
-        if (month := _MONTH.fullmatch(name))
-        and (int(month[1]), int(month[2])) < (kept_from.year, kept_from.month)
+        f"{name[1]}-{name[2]}"
+        for (partition,) in await connection.fetch(_SELECT_PARTITIONS)
+        if (name := _PARTITION_NAME.fullmatch(partition))
+        and (int(name[1]), int(name[2])) < (kept_from.year, kept_from.month)
     ]
 
 
 async def _retire(
-    connection: Connection, key: Ed25519PrivateKey, partition: str, kept_from: datetime
-) -> str | None:
-    """Drop a month, in one transaction with the seal that says so; or why it has to stay."""
+    connection: Connection, key: Ed25519PrivateKey, month: str, kept_from: datetime
+) -> None:
+    """Remove a month, in one transaction with the seal that records it."""
+    partition = f"audit_logs_{month.replace('-', '_')}"
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute(TAKE_TURN)
+        await connection.execute(TAKE_SEALING_LOCK)
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
-            return None  # another machine was faster
-        first, last, old = await connection.fetchrow(_BOUNDS.format(partition=partition), kept_from)
+            return  # a concurrent call was faster
+        first, last, is_old = await connection.fetchrow(
+            f"SELECT min(position), max(position), max(created_at) < $1 FROM {partition}",  # noqa: S608  # from _SELECT_PARTITIONS
+            kept_from,
+        )
         if first is not None:
-            why = await _seal_retirement(connection, key, partition, (first, last), old=old)
-            if why is not None:
-                return why
+            chain_end = await fetch_chain_end(connection)
+            if not is_old:
+                raise _CannotRetireError(
+                    "it holds events that were written later: the clock of their writer was wrong"
+                )
+            if last > chain_end.upto:
+                raise _CannotRetireError(
+                    "it holds events that are not sealed: run `tiger-db seal-audit`"
+                )
+            positions, digests = await _sealed_events(connection, partition, first, last)
+            event = AuditLog(
+                action=AuditAction.SYSTEM_AUDIT_RETIRE,
+                resource_type="audit_month",
+                resource_id=month,
+                details={"events": len(positions), "seal": chain_end.number + 1},
+            )
+            await insert_events(connection, [event])
+            await append_seal(
+                connection, key, chain_end, positions, digests, upto=chain_end.upto, retired=month
+            )
         await connection.execute(f"DROP TABLE {partition}")
-    return None
 
 
-async def _seal_retirement(
-    connection: Connection,
-    key: Ed25519PrivateKey,
-    partition: str,
-    bounds: tuple[int, int],
-    *,
-    old: bool,
-) -> str | None:
-    head = await last_seal(connection)
-    number, previous, upto = next_number(head)
-    if not old:
-        return "it holds events that were written later: the clock of their writer was wrong"
-    if bounds[1] > upto:
-        return "it holds events that are not sealed: run `tiger-db seal-audit`"
-    places, digests = array("q"), bytearray()
-    for row in await connection.fetch(_COVERING, *bounds):
+async def _sealed_events(
+    connection: Connection, partition: str, first: int, last: int
+) -> tuple["array[int]", bytearray]:
+    """Return the positions and digests of a month's events, which must all be as sealed."""
+    positions, digests = array("q"), bytearray()
+    select_events = SELECT_EVENTS.replace("audit_logs", partition)
+    for row in await connection.fetch(_SELECT_COVERING_SEALS, first, last):
         seal = Seal(*row)
-        statement = seal.statement()
-        expected = dict(seal.expected(statement))
-        for place, content in await connection.fetch(
-            _EVENTS.format(partition=partition), statement.after + 1, statement.upto
-        ):
+        payload = seal.payload()
+        expected = dict(seal.event_digests(payload))
+        events = await connection.fetch(select_events, payload.after + 1, payload.upto)
+        for position, content in events:
             digest = digest_of(content)
-            if expected.get(place) != digest:
-                return f"the event in place {place} is not what was sealed: run verify-audit"
-            places.append(place)
+            if expected.get(position) != digest:
+                raise _CannotRetireError(
+                    f"the event at position {position} is not the sealed one: run verify-audit"
+                )
+            positions.append(position)
             digests += digest
-    if len(places) != await connection.fetchval(f"SELECT count(*) FROM {partition}"):  # noqa: S608  # from _PARTITIONS
-        return "it holds events that no seal covers: run verify-audit"
-    month = partition.removeprefix("audit_logs_").replace("_", "-")
-    event = AuditLog(
-        action=AuditAction.SYSTEM_AUDIT_RETIRE,
-        resource_type="audit_month",
-        resource_id=month,
-        details={"events": len(places), "seal": number},
-    )
-    await insert_events(connection, [event])
-    leaves = (
-        (place, bytes(digests[at * DIGEST : (at + 1) * DIGEST])) for at, place in enumerate(places)
-    )
-    statement = Statement(
-        number=number,
-        previous=previous,
-        after=upto,
-        upto=upto,
-        positions=runs_of(places),
-        root=merkle_root(leaves).hex(),
-        sealed_at=await clock(connection),
-        key=public_text(key.public_key()),
-        retired=month,
-    )
-    await store(connection, key, statement, [])
-    return None
+    if len(positions) != await connection.fetchval(f"SELECT count(*) FROM {partition}"):  # noqa: S608  # from _SELECT_PARTITIONS
+        raise _CannotRetireError("it holds events that no seal covers: run verify-audit")
+    return positions, digests

@@ -1,9 +1,9 @@
-"""What a seal states, how it is signed, and what it proves. Nothing here asks a database.
+"""Seal format: digests of events, Merkle root, signed payload. Nothing here uses the database.
 
-The content of an event is one line of JSON: its fields in a fixed order, those without a value left
-out. A seal covers events by their places: the leaves of its Merkle tree (RFC 6962, section 2.1) are
-a place, in 8 bytes, and the SHA-256 of the event's content. Its statement is JSON too, signed as it
-stands with Ed25519 (RFC 8032), and holds the digest of the statement before it.
+The content of an event is one line of JSON with its fields in a fixed order; fields without a value
+are left out. A seal covers events by position. A leaf of its Merkle tree (RFC 6962, section 2.1) is
+a position in 8 bytes and the SHA-256 digest of the content. The payload of a seal is JSON as well.
+It contains the digest of the payload before it, and is signed with Ed25519 (RFC 8032).
 """
 
 import base64
@@ -12,29 +12,36 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from tiger_db.errors import InvalidValue
 
-DIGEST = 32  # bytes of SHA-256
-FIRST = "0" * 64  # stands for the digest of the statement before the first
-Runs = tuple[tuple[int, int], ...]  # of places, first and last included
+DIGEST_BYTES = 32  # of SHA-256
+NO_PREVIOUS_DIGEST = "0" * 64  # `previous` of the first seal
+PositionRanges: TypeAlias = tuple[tuple[int, int], ...]  # first and last position, both included
 _VERSION = 1
-_TOO_FAR = 2**63 - 1  # the last that a column can hold
+_MAX_BIGINT = 2**63 - 1
 
 
 def digest_of(content: str) -> bytes:
     return hashlib.sha256(content.encode()).digest()
 
 
+def split_digests(digests: bytes | bytearray) -> Iterator[bytes]:
+    """Split concatenated digests."""
+    for start in range(0, len(digests), DIGEST_BYTES):
+        yield bytes(digests[start : start + DIGEST_BYTES])
+
+
 def merkle_root(leaves: Iterable[tuple[int, bytes]]) -> bytes:
-    """The root over places and digests, in the order given."""
-    stack: list[tuple[int, bytes]] = []  # subtrees: how many leaves, and their root
-    for place, digest in leaves:
+    """Compute the Merkle root of positions and digests, in the given order."""
+    stack: list[tuple[int, bytes]] = []  # complete subtrees: number of leaves and root
+    for position, digest in leaves:
         size = 1
-        root = hashlib.sha256(b"\0" + place.to_bytes(8, "big", signed=True) + digest).digest()
+        root = hashlib.sha256(b"\0" + position.to_bytes(8, "big", signed=True) + digest).digest()
         while stack and stack[-1][0] == size:
             root = _node(stack.pop()[1], root)
             size *= 2
@@ -51,36 +58,37 @@ def _node(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(b"\1" + left + right).digest()
 
 
-def runs_of(places: Iterable[int]) -> Runs:
-    """The runs of ascending places."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and runs[-1][1] == place - 1:
-            runs[-1][1] = place
+def ranges_of(positions: Iterable[int]) -> PositionRanges:
+    """Combine ascending positions into ranges."""
+    ranges: list[list[int]] = []
+    for position in positions:
+        if ranges and ranges[-1][1] == position - 1:
+            ranges[-1][1] = position
         else:
-            runs.append([place, place])
-    return tuple((first, last) for first, last in runs)
+            ranges.append([position, position])
+    return tuple((first, last) for first, last in ranges)
 
 
-def places_in(runs: Runs) -> Iterator[int]:
-    for first, last in runs:
+def positions_in(ranges: PositionRanges) -> Iterator[int]:
+    for first, last in ranges:
         yield from range(first, last + 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Statement:
-    """What a seal says of the events in the places after `after`, up to `upto`.
+class SealPayload:
+    """Signed part of a seal. It covers the events at positions above `after` up to `upto`.
 
-    What is not covered by it or by one before was written after `closed_at`; None: that cannot be
-    said of this one. Times are in UTC, by the database's clock. `retired`, such as `2025-01`, is
-    the month whose events have left: then `positions` are theirs, and nothing else is covered.
+    `closed_at`: events that neither this seal nor an earlier one covers were written after this
+    time; None if more seals follow for events written before it. `retired`: the month, such as
+    `2025-01`, whose events at `positions` were removed; such a seal covers no other events. Times
+    are UTC by the clock of the database.
     """
 
     number: int
     previous: str
     after: int
     upto: int
-    positions: Runs
+    positions: PositionRanges
     root: str
     sealed_at: str
     key: str
@@ -88,102 +96,102 @@ class Statement:
     retired: str | None = None
 
     @property
-    def rows(self) -> int:
+    def event_count(self) -> int:
         return sum(last - first + 1 for first, last in self.positions)
 
-    def text(self) -> str:
-        """The statement as it is signed."""
+    def to_json(self) -> str:
+        """Return the JSON that is signed."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return json.dumps(
             {"version": _VERSION} | {k: v for k, v in fields.items() if v is not None},
             separators=(",", ":"),
         )
 
-
-def _can_be(statement: Statement) -> bool:
-    """Whether its members are what they are said to be: JSON does not tell."""
-    places = [place for run in statement.positions for place in run]
-    numbers = (statement.number, statement.after, statement.upto, *places)
-    texts = (statement.previous, statement.root, statement.sealed_at, statement.key)
-    return (
-        all(isinstance(number, int) and abs(number) < _TOO_FAR for number in numbers)
-        and all(isinstance(text, str) for text in texts)
-        and isinstance(statement.closed_at, str | None)
-        and isinstance(statement.retired, str | None)
-    )
+    def has_valid_types(self) -> bool:
+        """Return whether each field has a value of its type; JSON does not ensure this."""
+        positions = [position for range_ in self.positions for position in range_]
+        numbers = (self.number, self.after, self.upto, *positions)
+        texts = (self.previous, self.root, self.sealed_at, self.key)
+        return (
+            all(isinstance(number, int) and abs(number) < _MAX_BIGINT for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and isinstance(self.closed_at, str | None)
+            and isinstance(self.retired, str | None)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """A statement's text, its signature, and the digests of the events in their order."""
+    """Payload as JSON, its signature, and the concatenated digests of the events by position."""
 
-    text: str
+    payload_json: str
     signature: bytes
     digests: bytes
 
     @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+    def payload_digest(self) -> str:
+        return hashlib.sha256(self.payload_json.encode()).hexdigest()
 
-    def signed_by(self, keys: Sequence[Ed25519PublicKey]) -> bool:
+    def is_signed_by(self, keys: Sequence[Ed25519PublicKey]) -> bool:
+        """Return whether one of the keys made the signature."""
         for key in keys:
             try:
-                key.verify(self.signature, self.text.encode())
+                key.verify(self.signature, self.payload_json.encode())
             except InvalidSignature:
                 continue
             return True
         return False
 
-    def statement(self) -> Statement:
-        """What it says.
+    def payload(self) -> SealPayload:
+        """Parse the payload.
 
         Raises:
-            InvalidValue: it is not the text of a statement.
+            InvalidValue: It is not valid.
         """
         try:
-            fields = json.loads(self.text)
+            fields = json.loads(self.payload_json)
             positions = tuple((int(first), int(last)) for first, last in fields.pop("positions"))
             if fields.pop("version") != _VERSION:
-                raise InvalidValue("a seal of another version: upgrade tiger_db")
-            statement = Statement(positions=positions, **fields)
-            sound = statement.text() == self.text and _can_be(statement)
+                raise InvalidValue("the seal has another version: upgrade tiger_db")
+            payload = SealPayload(positions=positions, **fields)
+            valid = payload.to_json() == self.payload_json and payload.has_valid_types()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            sound = False
-        if not sound:
-            raise InvalidValue("not the statement of a seal")
-        return statement
+            valid = False
+        if not valid:
+            raise InvalidValue("the payload of the seal is invalid")
+        return payload
 
-    def expected(self, statement: Statement) -> list[tuple[int, bytes]]:
-        """The places that it covers, with the digest of the event in each."""
-        digests = (self.digests[at : at + DIGEST] for at in range(0, len(self.digests), DIGEST))
-        return list(zip(places_in(statement.positions), digests, strict=False))
-
-
-def make_seal(key: Ed25519PrivateKey, statement: Statement, digests: Iterable[bytes]) -> Seal:
-    text = statement.text()
-    return Seal(text, key.sign(text.encode()), b"".join(digests))
+    def event_digests(self, payload: SealPayload) -> list[tuple[int, bytes]]:
+        """Return each covered position with the digest of its event."""
+        return list(zip(positions_in(payload.positions), split_digests(self.digests), strict=False))
 
 
-def to_json(seal: Seal) -> dict[str, str]:
+def make_seal(key: Ed25519PrivateKey, payload: SealPayload, digests: bytes) -> Seal:
+    """Sign a payload."""
+    payload_json = payload.to_json()
+    return Seal(payload_json, key.sign(payload_json.encode()), digests)
+
+
+def seal_to_json(seal: Seal) -> dict[str, str]:
     return {
-        "statement": seal.text,
+        "statement": seal.payload_json,
         "signature": base64.b64encode(seal.signature).decode(),
         "digests": base64.b64encode(seal.digests).decode(),
     }
 
 
-def from_json(fields: object) -> Seal:
-    """A seal as `to_json` gave it, or without its digests.
+def seal_from_json(fields: object) -> Seal:
+    """Return the seal that `seal_to_json` encoded; `digests` may be missing.
 
     Raises:
-        InvalidValue: it is not one.
+        InvalidValue: The fields are not those of a seal.
     """
     try:
         assert isinstance(fields, dict)
         digests = base64.b64decode(fields.get("digests", ""), validate=True)
         signature = base64.b64decode(fields["signature"], validate=True)
         seal = Seal(fields["statement"], signature, digests)
-        seal.statement()
+        seal.payload()
     except (AssertionError, KeyError, TypeError, binascii.Error):
         raise InvalidValue("not a seal") from None
     return seal

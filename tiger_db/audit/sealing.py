@@ -1,34 +1,45 @@
-"""Seals what was written to the audit trail and can no longer change."""
+"""Seals for events that can no longer change."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tiger_db.audit.seal_format import Statement, digest_of, make_seal, merkle_root, runs_of
+from tiger_db.audit.seal_format import (
+    SealPayload,
+    digest_of,
+    make_seal,
+    merkle_root,
+    ranges_of,
+    split_digests,
+)
 from tiger_db.audit.storage import (
-    EVENTS,
-    TAKE_TURN,
+    SELECT_EVENTS,
+    TAKE_SEALING_LOCK,
+    ChainEnd,
     Connection,
-    clock,
-    connected,
-    last_seal,
-    next_number,
-    settled,
+    database_time,
+    fetch_chain_end,
+    fetch_writers,
+    open_connection,
 )
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError
 from tiger_db.signing import public_text
 
-SEALED_AT_ONCE = 10_000  # events in a seal at most
-_PAUSE = 0.02  # seconds between looks at who still writes
+EVENTS_PER_SEAL = 10_000  # at most
+_WRITERS_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Sealing:
-    """What came of it. `waits_for` are the processes of the server that kept it from finishing."""
+    """Result of `seal`: numbers of sealed events and of seals.
+
+    `waits_for` has the process ids of open transactions because of which nothing was sealed. None
+    stands for a prepared transaction.
+    """
 
     rows: int
     seals: int
@@ -39,29 +50,29 @@ async def seal(
     database: Database,
     *,
     patience: float = 10,
-    advance: Callable[[int], None] = lambda rows: None,  # noqa: ARG005  # told of each seal's rows
+    advance: Callable[[int], None] = lambda _rows: None,
 ) -> Sealing:
-    """Seal the events that were written before now, in seals of 10,000 at most.
+    """Seal the events that were written before this call.
 
-    Writers never wait for it. It waits, up to `patience` seconds, for the transactions that have
-    written events and are still open; nothing is sealed while one of them is. Any number may run at
-    a time: an event is sealed once.
+    Writers never wait for a seal. `seal` waits for the open transactions that have written events,
+    at most `patience` seconds; while one of them is open, no event is sealed. Concurrent calls seal
+    each event once. `advance` is called with the number of events in each seal.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.
-        DatabaseUnavailable: what was sealed until then stays.
+        DatabaseUnavailable: The connection was lost. Finished seals stay.
     """
     key = await required_key(database)
     rows = seals = 0
-    async with connected(database) as connection:
-        closed_at = await clock(connection)
-        upto, writers = await settled(connection)
+    async with open_connection(database) as connection:
+        closed_at = await database_time(connection)
+        upto, writers = await fetch_writers(connection)
         deadline = time.monotonic() + patience
         while writers:
             if time.monotonic() > deadline:
                 return Sealing(0, 0, tuple(writers.values()))
-            await asyncio.sleep(_PAUSE)
-            _, now = await settled(connection)
+            await asyncio.sleep(_WRITERS_POLL_SECONDS)
+            _, now = await fetch_writers(connection)
             writers = {name: pid for name, pid in writers.items() if name in now}
         while (sealed := await seal_next(connection, key, upto, closed_at)) is not None:
             rows += sealed
@@ -73,52 +84,73 @@ async def seal(
 async def seal_next(
     connection: Connection, key: Ed25519PrivateKey, upto: int, closed_at: str | None
 ) -> int | None:
-    """Make one seal, of the events up to a place that is settled; None: they are sealed."""
+    """Make one seal of events up to a position, and return their number; None if all are sealed."""
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute(TAKE_TURN)
-        number, previous, after = next_number(await last_seal(connection))
-        found = await connection.fetch(f"{EVENTS} LIMIT {SEALED_AT_ONCE}", after + 1, upto)
+        await connection.execute(TAKE_SEALING_LOCK)
+        chain_end = await fetch_chain_end(connection)
+        found = await connection.fetch(
+            f"{SELECT_EVENTS} LIMIT {EVENTS_PER_SEAL}", chain_end.upto + 1, upto
+        )
         if not found:
             return None
-        if len(found) == SEALED_AT_ONCE:
+        if len(found) == EVENTS_PER_SEAL:
             upto, closed_at = found[-1]["position"], None
-        # Of two events in one place, which no sequence gives, one was put there.
+        # The sequence gives each position once: a second event at a position is a forgery.
         contents = {row["position"]: row["content"] for row in reversed(found)}
-        leaves = [(place, digest_of(contents[place])) for place in sorted(contents)]
-        await store(
-            connection,
-            key,
-            Statement(
-                number=number,
-                previous=previous,
-                after=after,
-                upto=upto,
-                positions=runs_of(place for place, _ in leaves),
-                root=merkle_root(leaves).hex(),
-                sealed_at=await clock(connection),
-                key=public_text(key.public_key()),
-                closed_at=closed_at,
-            ),
-            [digest for _, digest in leaves],
+        positions = sorted(contents)
+        digests = b"".join(digest_of(contents[position]) for position in positions)
+        await append_seal(
+            connection, key, chain_end, positions, digests, upto=upto, closed_at=closed_at
         )
-        return len(leaves)
+        return len(positions)
 
 
-async def store(
-    connection: Connection, key: Ed25519PrivateKey, statement: Statement, digests: list[bytes]
+async def append_seal(
+    connection: Connection,
+    key: Ed25519PrivateKey,
+    chain_end: ChainEnd,
+    positions: Sequence[int],
+    digests: bytes | bytearray,
+    *,
+    upto: int,
+    closed_at: str | None = None,
+    retired: str | None = None,
 ) -> None:
-    made = make_seal(key, statement, digests)
+    """Sign and insert the next seal. The caller's transaction holds the sealing lock.
+
+    The seal of a retired month stores no digests.
+    """
+    payload = SealPayload(
+        number=chain_end.number + 1,
+        previous=chain_end.payload_digest,
+        after=chain_end.upto,
+        upto=upto,
+        positions=ranges_of(positions),
+        root=merkle_root(zip(positions, split_digests(digests), strict=True)).hex(),
+        sealed_at=await database_time(connection),
+        key=public_text(key.public_key()),
+        closed_at=closed_at,
+        retired=retired,
+    )
+    await insert_seal(connection, key, payload, b"" if retired else bytes(digests))
+
+
+async def insert_seal(
+    connection: Connection, key: Ed25519PrivateKey, payload: SealPayload, digests: bytes
+) -> None:
+    """Sign a payload and insert its seal."""
+    made = make_seal(key, payload, digests)
     await connection.execute(
         "INSERT INTO audit_seals (number, statement, signature, digests) VALUES ($1, $2, $3, $4)",
-        statement.number,
-        made.text,
+        payload.number,
+        made.payload_json,
         made.signature,
         made.digests,
     )
 
 
 async def required_key(database: Database) -> Ed25519PrivateKey:
-    """The key that signs.
+    """Return the key that signs seals.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.

@@ -1,26 +1,79 @@
-"""Checks the audit trail against its seals: in the database, or in an export without one."""
+"""Verification of the audit trail against its seals, in the database or in an export."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from tiger_db.audit.checking import Check, Verification
-from tiger_db.audit.exporting import read_lines
-from tiger_db.audit.seal_format import Seal
-from tiger_db.audit.storage import HOLD, clock, connected, trail
+from tiger_db.audit.exporting import read_export
+from tiger_db.audit.seal_format import (
+    DIGEST_BYTES,
+    NO_PREVIOUS_DIGEST,
+    PositionRanges,
+    Seal,
+    SealPayload,
+    digest_of,
+    merkle_root,
+)
+from tiger_db.audit.storage import database_time, event_id_in, open_snapshot, read_trail
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidValue
 
-_STEP = 1000  # places between two tellings of progress
-_RETIREMENTS = """
+_REPORTED_FINDINGS = 1000
+_REMEMBERED_EVENTS = 100_000  # unexpected ones, to tell moved events from deleted ones
+_PROGRESS_POSITIONS = 1000  # between two calls of `advance`
+# The database's clock may go back by as much without a false finding.
+_CLOCK_TOLERANCE = timedelta(seconds=5)
+# Where the content has the event's time, to the second: after {"id":"…","created_at":"
+_CREATED_AT = slice(59, 78)
+_SELECT_RETIREMENTS = """
 SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
 """
-Advance = Callable[[int, int], None]  # told how much is done of how much
+Advance = Callable[[int, int], None]  # is called with the finished part and the total
 
 
-def _untold(_done: int, _total: int) -> None: ...
+class FindingKind(StrEnum):
+    CHANGED = "changed"
+    DELETED = "deleted"
+    INSERTED = "inserted later"
+    MOVED = "moved"
+    TRUNCATED = "truncated at the end"
+    FORGED = "seal forged"
+    CHECKPOINT = "checkpoint mismatch"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFinding:
+    """Evidence of tampering: number of the seal, and position and id of the event, where known."""
+
+    kind: FindingKind
+    message: str
+    seal: int | None = None
+    position: int | None = None
+    event_id: str | None = None
+
+
+@dataclass(slots=True)
+class Verification:
+    """Result of a verification: numbers of seals, and of verified, retired and unsealed events.
+
+    `findings` has the first 1,000 of `count` findings, in the order of positions.
+    """
+
+    seals: int = 0
+    rows: int = 0
+    retired: int = 0
+    unsealed: int = 0
+    count: int = 0
+    findings: list[AuditFinding] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        return self.count == 0
 
 
 async def verify(
@@ -28,46 +81,35 @@ async def verify(
     *,
     keys: Sequence[Ed25519PublicKey] = (),
     checkpoint: Seal | None = None,
-    advance: Advance = _untold,
+    advance: Advance = lambda _done, _total: None,
 ) -> Verification:
-    """Check every seal and every event in the database, as of one moment.
+    """Verify all seals and events in the database, as of one moment.
 
-    `keys` are those that may have signed; none: that of `AUDIT_SIGNING_KEY`. The checkpoint was
-    exported before, and kept elsewhere: without one, the newest seals may be missing together with
-    their events, and nobody sees it. Memory is the same for any number of events.
+    `keys` are the public keys that may have signed; by default that of `AUDIT_SIGNING_KEY`. A
+    checkpoint that was exported earlier and kept elsewhere reveals that the newest seals and their
+    events were removed, or that all events were sealed again. Memory use does not depend on the
+    number of events.
 
     Raises:
-        ConfigurationError: no key is given or set.
+        ConfigurationError: No key is given or configured.
     """
     if not keys:
         own = await database.signing_key()
         keys = [own.public_key()] if own is not None else []
-    check = _check(keys, checkpoint)
-    async with (
-        connected(database) as connection,
-        connection.transaction(isolation="repeatable_read", readonly=True),
-    ):
-        await connection.execute(HOLD)
+    verifier = TrailVerifier(keys, checkpoint)
+    async with open_snapshot(database) as connection:
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
-        check.now(await clock(connection))
-        check.retired([Seal(*row) for row in await connection.fetch(_RETIREMENTS)])
-        async for item in trail(connection):
+        verifier.database_time = await database_time(connection)
+        verifier.expect_retired(Seal(*row) for row in await connection.fetch(_SELECT_RETIREMENTS))
+        async for item in read_trail(connection):
             if isinstance(item, Seal):
-                check.seal(item)
+                verifier.add_seal(item)
             else:
-                check.event(*item)
-                if item[0] % _STEP == 0:
+                verifier.add_event(*item)
+                if item[0] % _PROGRESS_POSITIONS == 0:
                     advance(item[0], total)
         advance(total, total)
-    return check.finish()
-
-
-def _check(keys: Sequence[Ed25519PublicKey], checkpoint: Seal | None) -> Check:
-    if not keys:
-        raise ConfigurationError(
-            "give a public key, or set AUDIT_SIGNING_KEY: whose are the seals?"
-        )
-    return Check(keys, checkpoint)
+    return verifier.finish()
 
 
 async def verify_export(
@@ -75,32 +117,285 @@ async def verify_export(
     *,
     keys: Sequence[Ed25519PublicKey],
     checkpoint: Seal | None = None,
-    advance: Advance = _untold,
+    advance: Advance = lambda _done, _total: None,
 ) -> Verification:
-    """Check an export of the whole trail, as JSON Lines. No database is asked.
+    """Verify an export of the whole trail in JSON Lines, without a database. See `verify`.
 
     Raises:
-        ConfigurationError: no key is given.
-        InvalidValue: the file is not such an export, or holds no seal and no checkpoint is given.
-        OSError: it cannot be read.
+        ConfigurationError: No key is given.
+        InvalidValue: The file is not such an export, or has no seal and no checkpoint is given.
+        OSError: The file cannot be read.
     """
-    check = _check(keys, checkpoint)
+    verifier = TrailVerifier(keys, checkpoint)
 
     def run() -> Verification:
         total = path.stat().st_size
-        check.retired(line for line, _ in read_lines(path) if isinstance(line, Seal))
+        verifier.expect_retired(item for item, _ in read_export(path) if isinstance(item, Seal))
         done = 0
-        for line, size in read_lines(path):
+        for item, size in read_export(path):
             done += size
-            if isinstance(line, Seal):
-                check.seal(line)
+            if isinstance(item, Seal):
+                verifier.add_seal(item)
                 advance(done, total)
             else:
-                check.event(*line)
+                verifier.add_event(*item)
         advance(total, total)
-        report = check.finish()
+        report = verifier.finish()
         if report.seals == 0 and checkpoint is None:
             raise InvalidValue(f"{path} holds no seal: export the whole trail, without criteria")
         return report
 
     return await asyncio.to_thread(run)
+
+
+@dataclass(slots=True)
+class _Mismatch:
+    """Event at a position that is not the sealed one, or is missing (`found` is None)."""
+
+    seal: int  # number; 0: the position is not sealed
+    expected: bytes | None = None
+    found: bytes | None = None
+    event_id: str | None = None
+
+
+class TrailVerifier:
+    """State machine that compares seals with events.
+
+    Add each seal in the order of numbers, and after it the events at its positions in their order.
+    Set `database_time` first: if it is before the time of the seals, the clock went back, and
+    `created_at` of unsealed events proves nothing.
+
+    Raises:
+        ConfigurationError: No key is given.
+    """
+
+    def __init__(self, keys: Sequence[Ed25519PublicKey], checkpoint: Seal | None = None) -> None:
+        if not keys:
+            raise ConfigurationError(
+                "give a public key, or set AUDIT_SIGNING_KEY: there is no key to verify seals with"
+            )
+        self.database_time = "9"  # after any time
+        self._keys = keys
+        self._checkpoint = checkpoint
+        self._checkpoint_seen = checkpoint is None
+        self._report = Verification()
+        self._findings: list[tuple[int, AuditFinding]] = []  # with the position to sort by
+        self._retired: PositionRanges = ()
+        # The last seal.
+        self._number = 0
+        self._payload_digest = NO_PREVIOUS_DIGEST
+        self._is_unreadable = False
+        self._upto = 0  # last position that any seal covers
+        self._missing_upto = -(2**63) - 1  # up to here, events may belong to missing seals
+        # Lower bounds of `created_at`, to the second: for events of this seal, and of later ones.
+        self._created_after = ""
+        self._next_created_after = ""
+        # Events, by position.
+        self._expected: dict[int, bytes] = {}  # of the last seal, not added yet
+        self._last_found = 0  # last position with its sealed event
+        self._mismatches: dict[int, _Mismatch] = {}
+        self._unexpected: list[tuple[int, _Mismatch]] = []
+        self._backdated: list[tuple[int, _Mismatch]] = []
+        if checkpoint is not None and not checkpoint.is_signed_by(keys):
+            self._add(0, FindingKind.CHECKPOINT, "the checkpoint is not signed by a given key")
+            self._checkpoint_seen = True
+
+    def expect_retired(self, seals: Iterable[Seal]) -> None:
+        """Do not expect the events of retired months, according to seals with a valid signature."""
+        payloads = (seal.payload() for seal in seals if seal.is_signed_by(self._keys))
+        retired = (payload for payload in payloads if payload.retired is not None)
+        self._retired = tuple(sorted(run for payload in retired for run in payload.positions))
+
+    def add_seal(self, seal: Seal) -> None:
+        self._close_seal()
+        self._created_after = self._next_created_after
+        self._report.seals += 1
+        try:
+            payload = seal.payload()
+        except InvalidValue as error:
+            self._number += 1
+            self._add_forged(str(error))
+            self._is_unreadable = True
+            return
+        self._verify_link(payload)
+        self._number, self._payload_digest = payload.number, seal.payload_digest
+        expected = seal.event_digests(payload)
+        if not seal.is_signed_by(self._keys):
+            self._add_forged("it is not signed by a given key")
+        elif payload.retired is None and (
+            len(seal.digests) != payload.event_count * DIGEST_BYTES
+            or merkle_root(expected).hex() != payload.root
+        ):
+            self._add_forged("its digests do not match its Merkle root")
+        self._compare_checkpoint(seal, payload)
+        if payload.retired is None:
+            # A forged seal may cover positions that earlier seals covered.
+            self._expected = {at: digest for at, digest in expected if at > self._upto}
+            self._drop_retired(payload)
+        self._upto = max(self._upto, payload.upto)
+        if payload.sealed_at[:19] < self._created_after:
+            self._created_after = ""  # the clock went back
+        self._next_created_after = _lower_bound(payload.closed_at) or self._created_after
+
+    def _verify_link(self, payload: SealPayload) -> None:
+        """Verify that a seal continues the one before it."""
+        if self._is_unreadable:
+            self._is_unreadable = False
+            self._missing_upto = payload.after
+        elif payload.number != self._number + 1:
+            first, last = self._number + 1, payload.number - 1
+            message = f"the seals from {first} to {last} are missing"
+            if first > last:
+                message = f"expected seal {first}, found seal {payload.number}"
+            self._add(self._upto, FindingKind.FORGED, message, seal=first)
+            self._missing_upto = payload.after
+        elif payload.previous != self._payload_digest:
+            self._number = payload.number
+            self._add_forged("its previous digest is not that of the seal before it")
+        elif payload.after != self._upto and payload.retired is None:
+            self._number = payload.number
+            self._add_forged("it does not start where the seal before it ends")
+
+    def _compare_checkpoint(self, seal: Seal, payload: SealPayload) -> None:
+        if self._checkpoint is None or self._checkpoint_seen:
+            return
+        if payload.number == self._checkpoint.payload().number:
+            self._checkpoint_seen = True
+            if seal.payload_json != self._checkpoint.payload_json:
+                message = f"seal {payload.number} is not the one in the checkpoint"
+                self._add(self._upto, FindingKind.CHECKPOINT, message, seal=payload.number)
+
+    def _drop_retired(self, payload: SealPayload) -> None:
+        for first, last in self._retired:
+            for position in range(max(first, payload.after + 1), min(last, payload.upto) + 1):
+                if self._expected.pop(position, None) is not None:
+                    self._report.retired += 1
+
+    def add_event(self, position: int, content: str) -> None:
+        digest = digest_of(content)
+        if position > self._upto:
+            self._add_unsealed(position, content, digest)
+            return
+        event_id = event_id_in(content)
+        if content[_CREATED_AT] < self._created_after:
+            self._backdated.append((position, _Mismatch(self._number, event_id=event_id)))
+        expected = self._expected.pop(position, None)
+        if expected is not None:
+            self._last_found = max(self._last_found, position)
+            if expected == digest:
+                self._report.rows += 1
+            else:
+                self._mismatches[position] = _Mismatch(self._number, expected, digest, event_id)
+        elif (other := self._mismatches.get(position)) is not None and other.expected == digest:
+            # Of two events at this position, the sealed one came second.
+            self._report.rows += 1
+            del self._mismatches[position]
+            unexpected = _Mismatch(self._number, found=other.found, event_id=other.event_id)
+            self._remember(position, unexpected)
+        elif position > self._missing_upto:
+            self._remember(position, _Mismatch(self._number, found=digest, event_id=event_id))
+
+    def _add_unsealed(self, position: int, content: str, digest: bytes) -> None:
+        self._report.unsealed += 1
+        event_id = event_id_in(content)
+        if self._mismatches or self._expected:  # this event may have been moved from there
+            self._remember(position, _Mismatch(0, found=digest, event_id=event_id))
+        if content[_CREATED_AT] < self._next_created_after <= self.database_time:
+            self._backdated.append((position, _Mismatch(self._number + 1, event_id=event_id)))
+
+    def _remember(self, position: int, unexpected: _Mismatch) -> None:
+        if len(self._unexpected) < _REMEMBERED_EVENTS:
+            self._unexpected.append((position, unexpected))
+        elif unexpected.seal:
+            self._report.count += 1
+
+    def _close_seal(self) -> None:
+        """Record the events of the last seal that were not added as missing."""
+        for position, digest in self._expected.items():
+            if len(self._mismatches) < _REMEMBERED_EVENTS:
+                self._mismatches[position] = _Mismatch(self._number, digest)
+            else:
+                self._report.count += 1
+        self._expected = {}
+
+    def finish(self) -> Verification:
+        """Return the result, after all seals and events were added."""
+        self._close_seal()
+        self._explain_mismatches()
+        if self._checkpoint is not None and not self._checkpoint_seen:
+            self._add_missing_checkpoint(self._checkpoint.payload())
+        self._findings.sort(key=lambda found: found[0])
+        self._report.findings = [finding for _, finding in self._findings[:_REPORTED_FINDINGS]]
+        return self._report
+
+    def _add_missing_checkpoint(self, checkpoint: SealPayload) -> None:
+        first = self._number + 1
+        kind = FindingKind.TRUNCATED
+        message = f"the seals from {first} to {checkpoint.number}, of the checkpoint, are missing"
+        if first == checkpoint.number and self._payload_digest != checkpoint.previous:
+            kind = FindingKind.CHECKPOINT
+            message = f"seal {self._number} is not the one before the checkpoint"
+        self._add(self._upto + 1, kind, message, seal=first)
+
+    def _explain_mismatches(self) -> None:
+        """Tell changed, deleted and moved events apart, and add a finding for each."""
+        now_at = {other.found: (at, other.event_id) for at, other in self._unexpected}
+        now_at |= {o.found: (at, o.event_id) for at, o in self._mismatches.items() if o.found}
+        belongs_at = {other.expected: at for at, other in self._mismatches.items()}
+        for position, mismatch in self._mismatches.items():
+            if (now := now_at.get(mismatch.expected)) is not None:
+                kind = FindingKind.MOVED
+                message = f"the event of position {position} is at position {now[0]}"
+                mismatch.event_id = now[1]
+            elif mismatch.found in belongs_at:
+                kind = FindingKind.MOVED
+                origin = belongs_at[mismatch.found]
+                message = f"the event of position {origin} is at position {position}"
+            elif mismatch.found is not None:
+                kind = FindingKind.CHANGED
+                message = f"the event at position {position} was changed"
+            elif position > self._last_found:
+                kind = FindingKind.TRUNCATED
+                message = f"the event at position {position} and all later ones are missing"
+            else:
+                kind = FindingKind.DELETED
+                message = f"the event at position {position} is missing"
+            self._add_event_finding(kind, message, position, mismatch)
+        for position, backdated in self._backdated:
+            message = (
+                f"the event at position {position} has a time before seal {backdated.seal - 1},"
+                " but was written after this seal"
+            )
+            self._add_event_finding(FindingKind.INSERTED, message, position, backdated)
+        for position, unexpected in self._unexpected:
+            if unexpected.found not in belongs_at and unexpected.seal:
+                message = (
+                    f"the event at position {position} was written after seal {unexpected.seal}"
+                )
+                self._add_event_finding(FindingKind.INSERTED, message, position, unexpected)
+
+    def _add_event_finding(
+        self, kind: FindingKind, message: str, position: int, mismatch: _Mismatch
+    ) -> None:
+        finding = AuditFinding(kind, message, mismatch.seal, position, mismatch.event_id)
+        self._report.count += 1
+        self._findings.append((position, finding))
+
+    def _add_forged(self, reason: str) -> None:
+        message = f"seal {self._number}: {reason}"
+        self._add(self._upto, FindingKind.FORGED, message, seal=self._number)
+
+    def _add(
+        self, position: int, kind: FindingKind, message: str, *, seal: int | None = None
+    ) -> None:
+        """Add a finding about a seal, sorted by a position."""
+        self._report.count += 1
+        self._findings.append((position, AuditFinding(kind, message, seal)))
+
+
+def _lower_bound(time: str | None) -> str:
+    """Return a time of a seal less the clock tolerance, to the second; "" if there is none."""
+    try:
+        return (datetime.fromisoformat(time or "") - _CLOCK_TOLERANCE).isoformat()[:19]
+    except (ValueError, OverflowError):
+        return ""

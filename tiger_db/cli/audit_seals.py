@@ -120,10 +120,10 @@ def verify_audit(
         print_json({"sound": report.sound, **asdict(report)})
     elif not report.sound:
         rows = [(f.position, f.seal, f.kind, f.message) for f in report.findings[:_SHOWN]]
-        show_table(("Place", "Seal", "Finding", "What"), rows)
+        show_table(("Position", "Seal", "Finding", "Message"), rows)
     talk(
-        f"{report.rows:,} events are what {report.seals:,} seals say; {report.unsealed:,} are not"
-        f" sealed yet, {report.retired:,} have left"
+        f"{report.rows:,} events verified against {report.seals:,} seals;"
+        f" {report.unsealed:,} events not sealed yet; {report.retired:,} retired"
     )
     if not report.sound:
         first = report.findings[0]
