@@ -29,6 +29,7 @@ from tiger_db.crud.api_keys.policy import (
 )
 from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.api_keys.usage_counter import count_in_session
+from tiger_db.crud.audit_logs import insert_event
 from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly, typed_errors
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditLog
@@ -90,8 +91,7 @@ class _TransactionWriter:
             yield own.driver_connection
 
     async def record(self, event: AuditLog) -> None:
-        self.session.add(event)
-        await self.session.flush()
+        await insert_event(self.session, event)
 
 
 async def verify_api_key(

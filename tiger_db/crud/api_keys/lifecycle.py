@@ -209,13 +209,7 @@ async def _log(
     old: Mapping[str, JsonValue] | None = None,
     new: Mapping[str, JsonValue] | None = None,
 ) -> None:
-    await audit_logs.log_event(
-        session,
-        action=action,
-        resource_type="api_key",
-        resource_id=str(key.id),
-        api_key_id=key.id,
-        tiger_account_id=key.tiger_account_id,
-        old_values=old,
-        new_values=new,
+    event = audit_logs.api_key_event(
+        key.id, key.tiger_account_id, action=action, old_values=old, new_values=new
     )
+    await audit_logs.insert_event(session, event)

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from pydantic import JsonValue
 
+from tiger_db.crud.audit_logs import api_key_event
 from tiger_db.crud.common import replace_unstorable
 from tiger_db.errors import (
     AccessDenied,
@@ -124,12 +125,14 @@ def denial_event(
     account_id: UUID | None = None,
 ) -> AuditLog:
     """Build the event of a denied request."""
-    return AuditLog(
+    return api_key_event(
+        key_id,
+        account_id,
         action=AuditAction.API_KEY_DENY,
         result=AuditResult.FAILURE,
         error_code=type(reason).__name__,
         error_message=str(reason),
-        **_fields(request, {"key_prefix": prefix}, key_id, account_id),
+        **_request_fields(request, {"key_prefix": prefix}),
     )
 
 
@@ -138,10 +141,12 @@ def unpeppered_use_event(
 ) -> AuditLog:
     """Build the event of a use of a key whose hash has no pepper."""
     details = {"key_prefix": prefix, "accepted_by": "API_KEYS_ALLOW_UNPEPPERED_UNTIL"}
-    return AuditLog(
+    return api_key_event(
+        key_id,
+        account_id,
         action=AuditAction.API_KEY_USE,
         severity=AuditSeverity.HIGH,
-        **_fields(request, details, key_id, account_id),
+        **_request_fields(request, details),
     )
 
 
@@ -149,20 +154,16 @@ def replaced_hash_event(
     old_pepper_id: str | None, new_pepper_id: str, key_id: UUID, account_id: UUID | None
 ) -> AuditLog:
     """Build the event of a hash that was replaced by one with another pepper."""
-    return AuditLog(
+    return api_key_event(
+        key_id,
+        account_id,
         action=AuditAction.API_KEY_UPDATE,
         old_values={"pepper_id": old_pepper_id},
         new_values={"pepper_id": new_pepper_id},
-        **_fields(AccessRequest(), {}, key_id, account_id),
     )
 
 
-def _fields(
-    request: AccessRequest,
-    more: Mapping[str, JsonValue],
-    key_id: UUID | None,
-    account_id: UUID | None,
-) -> dict[str, Any]:
+def _request_fields(request: AccessRequest, more: Mapping[str, JsonValue]) -> dict[str, Any]:
     """Return the fields of an event that come from a request, sanitized."""
     details: dict[str, JsonValue] = {**more}
     if request.scopes:
@@ -176,13 +177,9 @@ def _fields(
         except ValueError:
             details["ip_address"] = _sanitize(str(request.ip_address))
     return {
-        "resource_type": "api_key",
-        "resource_id": str(key_id) if key_id is not None else None,
-        "api_key_id": key_id,
-        "tiger_account_id": account_id,
         "ip_address": address,
         "user_agent": _sanitize(request.user_agent) if request.user_agent else None,
-        "details": details or None,
+        "details": details,
     }
 
 
