@@ -38,15 +38,10 @@ async def works(database: Database) -> AsyncIterator[list[Work]]:
         hide_parameters=True,
     )
     bare = async_sessionmaker(engine, class_=AsyncSession, expire_on_commit=False)
-    telling = Database(settings.model_copy(update={"db_sql_comments": True}))
     statement = text("SELECT 1")
 
     async def ours() -> None:
         async with database.session() as session:
-            await session.execute(statement)
-
-    async def commented() -> None:
-        async with telling.session() as session:
             await session.execute(statement)
 
     async def theirs() -> None:
@@ -54,11 +49,7 @@ async def works(database: Database) -> AsyncIterator[list[Work]]:
             await session.execute(statement)
             await session.commit()
 
-    async with telling:
-        yield [
-            Work("a session of one statement, beside a bare one of SQLAlchemy", ours, theirs, 300),
-            Work("the same with DB_SQL_COMMENTS, beside without", commented, ours, 300),
-        ]
+    yield [Work("a session of one statement, beside a bare one of SQLAlchemy", ours, theirs, 300)]
     await engine.dispose()
 
 

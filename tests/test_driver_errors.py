@@ -90,7 +90,7 @@ async def test_recording_events_fails_as_all_else_does(
     runs: int,
     count: int,
 ) -> None:
-    monkeypatch.setattr("tiger_db.database._LONG_WAIT", 0.01)
+    monkeypatch.setattr("tiger_db.database._UNAVAILABLE_WAIT_SECONDS", 0.01)
     sessions = []
 
     async def work(session: AsyncSession) -> None:

@@ -51,7 +51,6 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "DB_QUERY_TIMEOUT": ("0", 0.0),
     "DB_IDLE_TRANSACTION_TIMEOUT": ("0", 0.0),
     "DB_SLOW_QUERY_SECONDS": ("0.5", 0.5),
-    "DB_SQL_COMMENTS": ("true", True),
     "TIGER_DB_HOME": ("/srv/tiger", Path("/srv/tiger")),
     "ENCRYPTION_KEYS": ("k1:abc", "k1:abc"),
     "ENCRYPTION_KEYS_FILE": ("/run/secrets/keys", Path("/run/secrets/keys")),

@@ -1,4 +1,4 @@
-"""Engines, sessions and their health."""
+"""Databases, sessions and transactions."""
 
 import asyncio
 import random
@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,11 +20,7 @@ from tiger_db.connections.replicas import Replicas
 from tiger_db.crud.api_keys.usage_counter import UsageCounter
 from tiger_db.crud.common import SessionContext
 from tiger_db.encryption import KeyProvider
-from tiger_db.errors import (
-    Conflict,
-    DatabaseUnavailable,
-    OutcomeUnknown,
-)
+from tiger_db.errors import Conflict, DatabaseUnavailable, OutcomeUnknown
 from tiger_db.keys_in_force import (
     API_KEY_PEPPERS,
     AUDIT_SIGNING_KEY,
@@ -41,41 +36,41 @@ from tiger_db.settings import Settings
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 _OUT_OF_BAND_CONNECTIONS = 4  # at most, besides those of the pool
-# Seconds before a transaction is run again, doubled each time: at most, and half of it at least.
-_WAIT, _LONG_WAIT = 0.05, 1.0
+# The longest wait before the first retry of a transaction. It doubles with each retry.
+_CONFLICT_WAIT_SECONDS, _UNAVAILABLE_WAIT_SECONDS = 0.05, 1.0
 
 
 class AsyncSession(SQLModelSession):
-    """SQLModel's session, with SQLAlchemy's `execute`, which SQLModel's warns of at run time."""
+    """SQLModel's session with the `execute` of SQLAlchemy: SQLModel's own is deprecated."""
 
     execute = SQLAlchemySession.execute
 
     async def commit(self) -> None:
-        """Store what is pending, and commit.
+        """Flush and commit.
 
         Raises:
-            OutcomeUnknown: the connection was lost during the commit itself, or the synchronous
-                standby did not confirm it in time.
-            DatabaseUnavailable: it was lost before; nothing was saved.
-            Conflict: other transactions were in the way; nothing was saved.
+            OutcomeUnknown: the connection was lost during the commit, or the synchronous standby
+                did not confirm the commit in time.
+            DatabaseUnavailable: the connection was lost before the commit. Nothing was saved.
+            Conflict: another transaction is the cause. Nothing was saved.
         """
         await self.flush()
         try:
             await super().commit()
         except DatabaseUnavailable as error:
             raise OutcomeUnknown(
-                f"{error}, during the commit: whether it happened is unknown"
+                f"{error}, during the commit: it is unknown whether the transaction was saved"
             ) from None
 
 
 class Database:
     """The connections of one process to one database, in one event loop.
 
-    `key_provider` encrypts in place of `ENCRYPTION_KEYS`: a KMS, say. Beside its pool it has up to
-    four connections more, for writes out of band: see `out_of_band`.
+    `key_provider` replaces `ENCRYPTION_KEYS`, for example with a KMS. In addition to the pool, up
+    to four connections are used for writes out of band: see `out_of_band`.
 
     Raises:
-        ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or missing in
+        ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or is missing in
             production.
     """
 
@@ -94,23 +89,13 @@ class Database:
         out_of_band = (
             self.settings.without_pooler() if self.settings.db_direct_host else self.settings
         )
+        size = min(_OUT_OF_BAND_CONNECTIONS, self.settings.db_pool_size)
         self.out_of_band = OutOfBandWriter(
-            create_engine(
-                out_of_band,
-                pool_size=min(_OUT_OF_BAND_CONNECTIONS, self.settings.db_pool_size),
-                max_overflow=0,
-                pool_timeout=self.settings.db_pool_timeout,
-                pool_recycle=self.settings.db_pool_recycle,
-            )
+            create_engine(out_of_band, **{**pool, "pool_size": size, "max_overflow": 0})
         )
         self.usage_counter = UsageCounter(self.out_of_band.engine)
-        self.replicas = Replicas(
-            [
-                create_engine(self.settings, replica=replica, **pool)
-                for replica in self.settings.replicas
-            ],
-            self.out_of_band,
-        )
+        replicas = (create_engine(self.settings, replica=r, **pool) for r in self.settings.replicas)
+        self.replicas = Replicas(list(replicas), self.out_of_band)
         context = SessionContext(
             key_provider=key_provider or configured(self.settings, ENCRYPTION_KEYS),
             peppers=configured(self.settings, API_KEY_PEPPERS),
@@ -128,28 +113,23 @@ class Database:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exception: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Write what is left to write, and close every connection."""
+        """Write the pending counts and events, and close all connections."""
         await self.usage_counter.close()
         await self.out_of_band.close()
         await self.replicas.close()
         await self.engine.dispose()
 
     async def check(self) -> None:
-        """Make sure that the database can be used; once it could, this costs nothing.
+        """Check the connection and the revision of the schema. After a success, do nothing.
 
         Raises:
-            DatabaseUnavailable: it cannot be reached.
-            SchemaMismatch: its schema is missing, or older or newer than this code, or sessions do
-                not find the one of `DB_SCHEMA`, because a pooler dropped their search path.
+            DatabaseUnavailable: the database cannot be reached.
+            SchemaMismatch: the schema is missing, older or newer than this code, or sessions do not
+                use `DB_SCHEMA` because a pooler dropped their search path.
         """
         if self._checked:
             return
@@ -163,7 +143,7 @@ class Database:
         self._checked = True
 
     async def signing_key(self) -> Ed25519PrivateKey | None:
-        """Return the key that signs the seals of the audit trail, or None if there is none.
+        """Return the key that signs the seals of the audit trail, or None if none is set.
 
         Raises:
             ConfigurationError: `AUDIT_SIGNING_KEY` is malformed or unreadable.
@@ -178,37 +158,37 @@ class Database:
         max_lag: timedelta = timedelta(seconds=5),
         isolation: Isolation | None = None,
     ) -> AsyncIterator[AsyncSession]:
-        """A session that commits on success and rolls back on an exception.
+        """Open a session that commits on success and rolls back on an exception.
 
-        `readonly`: nothing can be written or decided in it, and one of `DB_REPLICA_HOSTS` answers
-        that knows all that was committed `max_lag` before the session began, else the primary. It
-        may not know what this process committed a moment ago. `isolation`: the server's default if
-        none is given; "SERIALIZABLE" is beyond standbys.
+        A `readonly` session cannot write or authorize. It uses one of `DB_REPLICA_HOSTS` that has
+        replayed all commits older than `max_lag`, or else the primary. It may not see the last
+        commits of this process. `isolation` defaults to that of the server. Replicas do not support
+        "SERIALIZABLE", so such a session uses the primary.
 
         Raises:
-            DatabaseUnavailable: unreachable or lost; nothing of the transaction was saved.
-            OutcomeUnknown: lost during the commit itself: see `AsyncSession.commit`.
-            Conflict: others were in the way (deadlock, serialization, lock_timeout); nothing was
-                saved.
-            QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`; nothing was saved.
-            InvalidState: something is to be written or decided in a readonly session.
+            DatabaseUnavailable: the database cannot be reached, or the connection was lost. Nothing
+                was saved.
+            OutcomeUnknown: the connection was lost during the commit: see `AsyncSession.commit`.
+            Conflict: a deadlock, a serialization failure or a lock timeout. Nothing was saved.
+            QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`. Nothing was saved.
+            InvalidState: a readonly session cannot write or authorize.
             SchemaMismatch: see `check`.
         """
         options: dict[str, Any] = {"isolation_level": isolation} if isolation else {}
         if readonly:
             options["postgresql_readonly"] = True
 
-        def on(engine: AsyncEngine) -> AsyncSession:
+        def session_on(engine: AsyncEngine) -> AsyncSession:
             bind = engine.execution_options(**options) if options else engine
             info = {CONTEXT: replace(self.info[CONTEXT], readonly=True)} if readonly else {}
             return self.sessions(bind=bind, info=info)
 
         try:
             await self.check()
-            standby = None
+            on_replica = None
             if readonly and isolation != "SERIALIZABLE":
-                standby = await self.replicas.session(on, max_lag)
-            async with standby or on(self.engine) as session:
+                on_replica = await self.replicas.session(session_on, max_lag)
+            async with on_replica or session_on(self.engine) as session:
                 yield session
                 await session.commit()
         except PoolTimeoutError:
@@ -224,18 +204,18 @@ class Database:
         retries: int = 3,
         isolation: Isolation | None = None,
     ) -> T:
-        """What `work` returns, whose session is committed then.
+        """Run `work` in a session, commit, and return the result of `work`.
 
-        When nothing was saved because others were in the way, or the server was lost, all of `work`
-        is run again in a new session, `retries` times at most, after random and growing waits: at
-        most 0.05, 0.1, 0.2 s, or 1, 2, 4 s for a server. So it makes its objects itself, and has no
-        effect outside of the session.
+        After `Conflict` or `DatabaseUnavailable`, `work` is run again in a new session, at most
+        `retries` times. A random wait precedes each retry: at most 0.05, 0.1, 0.2 s after
+        `Conflict`, and 1, 2, 4 s after `DatabaseUnavailable`. So `work` must create its objects
+        itself and must have no effects outside of the session.
 
         Raises:
-            OutcomeUnknown: see `AsyncSession.commit`. Look whether it happened before you do it
-                again.
-            Conflict, DatabaseUnavailable: also the last time.
-            QueryTimeout, SchemaMismatch: as `session`; this is not run again.
+            OutcomeUnknown: see `AsyncSession.commit`. Check whether the transaction was saved
+                before you repeat it.
+            Conflict, DatabaseUnavailable: the last attempt failed, too.
+            QueryTimeout, SchemaMismatch: see `session`. There is no retry.
         """
         attempt = 0
         while True:
@@ -245,9 +225,11 @@ class Database:
             except (Conflict, DatabaseUnavailable) as error:
                 if isinstance(error, OutcomeUnknown) or attempt >= retries:
                     raise
-                longest = (_WAIT if isinstance(error, Conflict) else _LONG_WAIT) * 2**attempt
+                conflict = isinstance(error, Conflict)
+            wait_seconds = _CONFLICT_WAIT_SECONDS if conflict else _UNAVAILABLE_WAIT_SECONDS
+            spread = random.uniform(0.5, 1)  # noqa: S311  # so that processes do not retry together
+            await asyncio.sleep(wait_seconds * 2**attempt * spread)
             attempt += 1
-            await asyncio.sleep(longest * random.uniform(0.5, 1))  # noqa: S311  # spreads load
 
 
 _defaults: WeakKeyDictionary[
@@ -260,19 +242,19 @@ async def _default_database() -> AsyncGenerator[Database, None]:
         try:
             yield database
         finally:
-            _defaults.pop(asyncio.get_running_loop(), None)  # they refer to each other
+            _defaults.pop(asyncio.get_running_loop(), None)  # the two refer to each other
 
 
 @asynccontextmanager
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """A session of the process's default Database, which follows the environment's settings.
+    """Open a session of the default `Database` of this event loop, with the environment's settings.
 
     Raises:
         ConfigurationError, DatabaseUnavailable, SchemaMismatch: see `Database`.
     """
     loop = asyncio.get_running_loop()
     if loop not in _defaults:
-        # A suspended generator, because the loop closes those before it ends: no leaked pool.
+        # An event loop closes its suspended generators when it ends. So this closes the pool.
         generator = _default_database()
         _defaults[loop] = (await anext(generator), generator)
     async with _defaults[loop][0].session() as session:

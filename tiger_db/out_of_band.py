@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
 from tiger_db.models.audit_inserts import insert_events
-from tiger_db.sqlstates import LOST, raw_errors
+from tiger_db.sqlstates import CONNECTION_ERRORS, raw_errors
 
 
 @dataclass(slots=True)
@@ -109,7 +109,10 @@ async def asyncpg_connection(
                     yield raw
                 except TimeoutError:
                     raise  # an invalidated connection could not cancel its statement
-                except (*LOST, asyncpg.ReadOnlySQLTransactionError):  # no longer the primary
+                except (
+                    *CONNECTION_ERRORS,
+                    asyncpg.ReadOnlySQLTransactionError,
+                ):  # no longer the primary
                     await connection.invalidate()
                     raise
     except PoolTimeoutError as error:

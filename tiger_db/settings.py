@@ -100,6 +100,7 @@ SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
 _LONGEST_NAME = 63  # bytes
 _GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
 DEFAULT_SCHEMA = "public"
+SCHEMA_OPTION = "tiger_db_schema"  # the execution option of an engine that has DB_SCHEMA
 # What PgBouncer takes at the start of a session, and keeps apart for each of its clients.
 _POOLED_SETTINGS = ("application_name", "timezone")
 # Tried where DATABASE_URL names no host. asyncpg by itself would read PGHOST first.
@@ -155,7 +156,6 @@ class Settings(BaseSettings):
     db_slow_query_seconds: float = Field(
         default=1, ge=0, le=86400, description="seconds; 0: log none"
     )
-    db_sql_comments: bool = Field(default=False, description="name the caller in every statement")
     db_debug: bool = Field(default=False, description="log every statement, without parameters")
 
     tiger_db_home: Path | None = Field(default=None, description="folder of the embedded server")

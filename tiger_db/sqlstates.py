@@ -20,9 +20,9 @@ from tiger_db.errors import (
     TigerDBError,
 )
 
-# What asyncpg raises when the server goes away; the last is its state machine, surprised by that.
-LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-READ_ONLY = "25006"  # of what was a primary and takes no writes any more, or of a readonly session
+# Errors of asyncpg when the connection is lost. The last one comes from its protocol state machine.
+CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+READ_ONLY_SQL_TRANSACTION = "25006"  # from a former primary, or in a readonly session
 # By SQLSTATE or its first characters. The message is this package's own where PostgreSQL's quotes
 # values of the row; None: PostgreSQL's own is shown.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
@@ -38,7 +38,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "23503": (MissingReference, "the row referred to does not exist"),
     "23505": (AlreadyExists, "the value exists already"),
     "23514": (InvalidValue, "a value is not allowed"),
-    READ_ONLY: (DatabaseUnavailable, "lost the database: it takes no writes"),
+    READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "lost the database: it takes no writes"),
     "25P03": (DatabaseUnavailable, "lost the database: idle_in_transaction_session_timeout"),
     "25P04": (DatabaseUnavailable, "lost the database: transaction_timeout"),
     "28": (DatabaseUnavailable, "the database refuses this role"),
@@ -83,7 +83,7 @@ def classify(error: BaseException) -> TigerDBError | None:
         if message is None:
             return kind(str(cause).partition("\n")[0])
         return kind(f"{message} ({where})" if where else message)
-    if isinstance(cause, LOST):
+    if isinstance(cause, CONNECTION_ERRORS):
         return DatabaseUnavailable(f"lost the database: {type(cause).__name__}")
     return None
 
@@ -110,7 +110,7 @@ def raw_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (*LOST, asyncpg.PostgresError) as error:
+    except (*CONNECTION_ERRORS, asyncpg.PostgresError) as error:
         refused = StatementRefused(f"the database refused: {type(error).__name__}")
         raise classify(error) or refused from None
 

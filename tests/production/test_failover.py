@@ -184,7 +184,7 @@ async def test_a_commit_that_the_synchronous_standby_does_not_confirm_is_not_ack
         await factories.account(session)
 
     async with Database(cluster.settings(db_query_timeout=0.2)) as database:
-        with pytest.raises(OutcomeUnknown, match="during the commit: whether it happened"):
+        with pytest.raises(OutcomeUnknown, match="during the commit: it is unknown whether"):
             await database.transaction(work)
         async with database.session(readonly=True) as session:
             assert len(await crud.accounts.list_accounts(session)) == 1
@@ -258,7 +258,7 @@ async def test_a_revoked_key_is_never_accepted_through_a_lagging_standby(
         await until(is_refused, 1)
     # Not even who has the standby for the primary gets a yes.
     async with Database(cluster.settings(cluster.standby)) as mistaken:
-        with pytest.raises(DatabaseUnavailable, match="takes no writes"):
+        with pytest.raises(DatabaseUnavailable, match="accepts no writes"):
             async with mistaken.session() as session:
                 await crud.api_keys.verify_api_key(session, raw_key)
         with pytest.raises((DatabaseUnavailable, AccessDenied)):
@@ -328,8 +328,8 @@ async def test_without_a_standby_within_reach_the_primary_answers(
     for _ in range(3):
         assert await answers(reading, cluster.primary)
     cluster.standby.start()
-    for standby in reading.replicas._replicas:
-        standby.away_until = 1.0  # long ago: the pause is over
+    for replica in reading.replicas._replicas:
+        replica.failed_until = 1.0  # long ago: the pause is over
     await until(partial(answers, reading, cluster.standby))
     await asyncio.to_thread(cluster.standby.promote)  # what is promoted is no standby any more
     assert await answers(reading, cluster.primary)

@@ -361,7 +361,7 @@ async def test_a_server_without_tls(server: TLSServer, ours: Authority) -> None:
         if mode in {"disable", "allow", "prefer"}:
             assert await outcome(settings) == "plain"
             continue
-        with pytest.raises(DatabaseUnavailable, match=r"it offers no TLS$") as caught:
+        with pytest.raises(DatabaseUnavailable, match=r"the server offers no TLS$") as caught:
             await connect(settings)
         assert "DB_SSL_MODE" in (explain(caught.value) or "")
 

@@ -141,7 +141,7 @@ async def test_what_does_not_succeed_in_the_end_is_one_typed_line(
     error: type[TigerDBError],
     runs: int,
 ) -> None:
-    monkeypatch.setattr("tiger_db.database._LONG_WAIT", 0.01)
+    monkeypatch.setattr("tiger_db.database._UNAVAILABLE_WAIT_SECONDS", 0.01)
     sessions = []
 
     async def work(session: AsyncSession) -> None:

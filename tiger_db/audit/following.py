@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from tiger_db.audit.storage import fetch_writers
-from tiger_db.connections.listener import listening
+from tiger_db.connections.listener import open_listener
 from tiger_db.crud.audit_logs import Criteria, conditions
 from tiger_db.crud.common import fetch_all
 from tiger_db.database import Database
@@ -43,7 +43,7 @@ async def follow(
     notified = asyncio.Event()
     async with AsyncExitStack() as stack:
         with suppress(DatabaseUnavailable):  # without LISTEN, it polls
-            listener = listening(database.settings, CHANNEL, lambda _: notified.set())
+            listener = open_listener(database.settings, CHANNEL, lambda _: notified.set())
             await stack.enter_async_context(listener)
         # All events up to `floor` are old or were yielded; above it, those in `seen`.
         floor, seen = await _fetch_old_events(database)

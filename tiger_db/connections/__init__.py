@@ -1,4 +1,4 @@
-"""Connections to the database, and engines: hosts, TLS, typed errors."""
+"""Connections and SQLAlchemy engines: several hosts, TLS, typed errors."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -13,24 +13,23 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tiger_db.connections import tls
-from tiger_db.connections.sql_logging import connection_class, watch
-from tiger_db.database_urls import Address
-from tiger_db.errors import (
-    Conflict,
-    DatabaseUnavailable,
-    InvalidState,
-    QueryTimeout,
+from tiger_db.connections.error_advice import reason
+from tiger_db.connections.sql_logging import (
+    log_slow_queries_of_connection,
+    log_slow_queries_of_engine,
 )
-from tiger_db.migrations import SCHEMA_OPTION
-from tiger_db.settings import ConnectArgs, Settings
-from tiger_db.sqlstates import LOST, READ_ONLY, error_type
+from tiger_db.database_urls import Address
+from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTimeout
+from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
+from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type
 
-_ABSENT = (*LOST, TimeoutError, asyncpg.CannotConnectNowError)  # another host may do
-_REFUSED = (*_ABSENT, ValueError, asyncpg.PostgresError)
+# After one of these errors, the next host may succeed.
+_HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
+_CONNECT_ERRORS = (*_HOST_ERRORS, ValueError, asyncpg.PostgresError)
 
 
 async def connect_args(settings: Settings) -> ConnectArgs:
-    """How to reach the database with `asyncpg.connect`; the embedded server is started if need be.
+    """Return arguments for `asyncpg.connect`. Start the embedded server if it is used.
 
     Raises:
         EmbeddedError: the embedded server cannot be started.
@@ -49,45 +48,68 @@ async def connect(
     database: str | None = None,
     replica: Address | None = None,
 ) -> "asyncpg.Connection[asyncpg.Record]":
-    """One plain asyncpg connection, to another database of the server if one is named.
+    """Open an asyncpg connection to the database of the settings, or to `database`.
 
-    Of several hosts, the first that takes writes; each has the whole of `DB_CONNECT_TIMEOUT`. Or to
-    the `replica`, as long as it is a standby.
+    Several hosts are tried in order until one accepts writes. Each may take `DB_CONNECT_TIMEOUT`.
+    With `replica`, only that server is tried, and it must be a standby.
 
     Raises:
-        ConfigurationError: a file of `DB_SSL_*` is missing or bad.
-        DatabaseUnavailable: unreachable, or it does not let us in; says where, never a credential.
+        ConfigurationError: a file of `DB_SSL_*` is missing or malformed.
+        DatabaseUnavailable: no host can be reached or accepts the login. The message has the
+            location and no credentials.
     """
     arguments = await connect_args(settings) if replica is None else settings.connect_args(replica)
     if database is not None:
         arguments["database"] = database
+    arguments["connection_class"] = _Connection
     with _unavailable(settings):
-        arguments["connection_class"] = connection_class(
-            slow=settings.db_slow_query_seconds, comments=settings.db_sql_comments
-        )
-        hosts, ports = arguments.get("host"), arguments.get("port")
-        if not isinstance(hosts, list) or not isinstance(ports, list):
-            return await tls.connect(settings, arguments)
-        # asyncpg would have them share the time: a host that is silent would keep it from the next.
-        reasons = []
-        for host, port in zip(hosts, ports, strict=True):
-            try:
-                return await tls.connect(settings, {**arguments, "host": host, "port": port})
-            except _ABSENT as error:
-                reasons.append(f"{Address(host, port)}: {_reason(error)}")
-        raise ConnectionError("; ".join(reasons))
+        connection = await _connect_to_first(settings, arguments)
+    if settings.db_slow_query_seconds:
+        log_slow_queries_of_connection(connection, settings.db_slow_query_seconds)
+    return connection
 
 
 async def connect_directly(
     settings: Settings, *, database: str | None = None
 ) -> "asyncpg.Connection[asyncpg.Record]":
-    """As `connect`, past a pooler: for what outlasts a transaction, as LISTEN does.
+    """Open a connection that bypasses the pooler, for session state such as LISTEN.
 
     Raises:
-        ConfigurationError: there is a pooler and no way past it is given, or see `connect`.
+        ConfigurationError: `DB_DIRECT_HOST` is missing, or see `connect`.
         DatabaseUnavailable: see `connect`.
     """
     return await connect(settings.without_pooler(), database=database)
+
+
+async def _connect_to_first(
+    settings: Settings, arguments: ConnectArgs
+) -> "asyncpg.Connection[asyncpg.Record]":
+    hosts, ports = arguments.get("host"), arguments.get("port")
+    if not isinstance(hosts, list) or not isinstance(ports, list):
+        return await tls.connect(settings, arguments)
+    # asyncpg would apply one timeout to all hosts: a silent host would leave no time for the next.
+    reasons = []
+    for host, port in zip(hosts, ports, strict=True):
+        try:
+            return await tls.connect(settings, {**arguments, "host": host, "port": port})
+        except _HOST_ERRORS as error:
+            reasons.append(f"{Address(host, port)}: {reason(error)}")
+    raise ConnectionError("; ".join(reasons))
+
+
+class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
+    """A connection in which no `SET search_path` outlives its transaction."""
+
+    async def execute(
+        self,
+        query: str,
+        *args: object,
+        **options: Any,  # noqa: ANN401  # asyncpg's
+    ) -> Any:  # noqa: ANN401  # asyncpg's
+        """Execute a query. Each BEGIN also resets the search path, in the same round trip."""
+        if query.startswith("BEGIN") and not args:
+            query = f"{query.rstrip(';')}; SET LOCAL search_path TO DEFAULT"
+        return await super().execute(query, *args, **options)
 
 
 @contextmanager
@@ -98,67 +120,60 @@ def _unavailable(settings: Settings) -> Iterator[None]:
         raise DatabaseUnavailable(
             f"{settings.location} does not exist: run `tiger-db init`"
         ) from None
-    except _REFUSED as e:
-        raise DatabaseUnavailable(f"cannot connect to {settings.location}: {_reason(e)}") from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
-        return "it takes no writes"
-    return tls.reason_of(error)
+    except _CONNECT_ERRORS as e:
+        raise DatabaseUnavailable(f"cannot connect to {settings.location}: {reason(e)}") from None
 
 
 def create_engine(
     settings: Settings,
     *,
     replica: Address | None = None,
-    **options: Any,  # noqa: ANN401  # the pool's
+    **pool_options: Any,  # noqa: ANN401  # SQLAlchemy's
 ) -> AsyncEngine:
+    """Create an engine for the database of the settings, or for one of its replicas.
+
+    Its errors are those of `tiger_db.errors` where the cause is the connection, a timeout or
+    another transaction.
+    """
     engine = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
             "async_creator_fn": lambda **_: connect(settings, replica=replica),
-            # Behind a pooler, who knows which server session has prepared what.
+            # Behind a pooler, the next transaction may run in a session without the statement.
             **({"prepared_statement_cache_size": 0} if settings.pooled else {}),
         },
         execution_options={SCHEMA_OPTION: settings.db_schema},
         echo=settings.db_debug,
         hide_parameters=True,
-        **options,
+        **pool_options,
     )
 
     @event.listens_for(engine.sync_engine, "handle_error")
-    def _typed(context: ExceptionContext) -> None:
+    def _raise_typed(context: ExceptionContext) -> None:
         error = context.original_exception
         if not isinstance(error, Exception):
-            return  # a cancelled task, say: the connection is given up, but not for lost
+            return  # such as a cancelled task: the connection is closed, but the server is there
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
-            raise kind(_reason(error)) from None
-        if state == READ_ONLY and _is_readonly(context.connection):
+            raise kind(reason(error)) from None
+        if state == READ_ONLY_SQL_TRANSACTION and _is_readonly(context.connection):
             raise InvalidState("a readonly session cannot write") from None
         lost = isinstance(error, OSError) or isinstance(
             error.__cause__, asyncpg.InternalClientError
         )
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
-            # Also what was a primary and takes no writes any more; the pool's others are no better.
+            # A former primary counts as lost. The pool then closes its other connections, too.
             context.is_disconnect = True
-            place = replica or settings.location
-            reason = _reason(error)
-            if isinstance(error, TimeoutError) and settings.pooled:  # ours, as behind a pooler
-                reason = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
-            raise DatabaseUnavailable(f"lost {place}: {reason}") from None
+            why = reason(error)
+            if isinstance(error, TimeoutError) and settings.pooled:  # asyncpg's command_timeout
+                why = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
+            raise DatabaseUnavailable(f"lost {replica or settings.location}: {why}") from None
 
-    @event.listens_for(engine.sync_engine, "checkout")
-    def _alive(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
-        # asyncpg has seen the end of a connection long before a ping would have: no round trip.
-        if connection.driver_connection.is_closed():
-            raise DisconnectionError("closed by the server")
-
-    watch(
-        engine.sync_engine, slow=settings.db_slow_query_seconds, comments=settings.db_sql_comments
-    )
+    event.listen(engine.sync_engine, "handle_error", _hide_values)
+    event.listen(engine.sync_engine, "checkout", _check_open)
+    if settings.db_slow_query_seconds:
+        log_slow_queries_of_engine(engine.sync_engine, settings.db_slow_query_seconds)
     return engine
 
 
@@ -166,15 +181,33 @@ def _is_readonly(connection: Connection | None) -> bool:
     return bool(connection and connection.get_execution_options().get("postgresql_readonly"))
 
 
+def _hide_values(context: ExceptionContext) -> None:
+    """Pass only the type of an error to later listeners, such as traces: its message has values."""
+    error = context.original_exception
+    state = getattr(error, "sqlstate", None) or ""
+    context.original_exception = RuntimeError(f"{type(error).__name__} {state}".rstrip())
+
+
+def _check_open(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
+    # asyncpg notices a closed connection by itself, so no ping and no round trip is needed.
+    if connection.driver_connection.is_closed():
+        raise DisconnectionError("closed by the server")
+
+
 @asynccontextmanager
 async def maintenance_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
-    """An engine for migrations: direct connections of its own, no time limit on statements.
+    """Open an engine that bypasses the pooler and has no time limits, for migrations and checks.
 
     Raises:
         ConfigurationError: see `connect_directly`.
     """
-    patient = {"db_query_timeout": 0, "db_idle_transaction_timeout": 0, "db_slow_query_seconds": 0}
-    engine = create_engine(settings.without_pooler().model_copy(update=patient), poolclass=NullPool)
+    unlimited = {
+        "db_query_timeout": 0,
+        "db_idle_transaction_timeout": 0,
+        "db_slow_query_seconds": 0,
+    }
+    settings = settings.without_pooler().model_copy(update=unlimited)
+    engine = create_engine(settings, poolclass=NullPool)
     try:
         yield engine
     finally:

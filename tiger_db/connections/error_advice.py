@@ -1,30 +1,42 @@
-"""One-line explanations of errors for people: the reason, and advice where it is known."""
+"""Reasons and advice for people when the database fails."""
 
 import ssl
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError
 
-from tiger_db.connections import tls
 from tiger_db.errors import DatabaseUnavailable, TigerDBError
 
 
+def reason(error: BaseException) -> str:
+    """Return why a connection failed or was lost, in one line without credentials."""
+    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
+        return "the server accepts no writes"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the server's certificate is refused: {error.verify_message.rstrip('.')}"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return f"TLS failed: {error.reason.lower().replace('_', ' ')}"
+    if _lacks_tls(error):
+        return "the server offers no TLS"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def explain(error: Exception) -> str | None:
-    """Return the reason of an error and what to do about it, or None for an unknown error."""
+    """Return why an operation failed and what to do, in one line, or None for unknown errors."""
     if isinstance(error, DBAPIError):
         cause = getattr(error.orig, "__cause__", None) or error.orig
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        return f"the database refused: {reason}"
+        text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        return f"the database refused: {text}"
     if isinstance(error, TigerDBError):
         advice = _advice(error.__context__) if isinstance(error, DatabaseUnavailable) else None
         return f"{error}: {advice}" if advice else str(error)
     if not isinstance(error, OSError):
         return None
-    reason = error.strerror or type(error).__name__
-    return f"{reason}: {error.filename}" if error.filename else reason
+    text = error.strerror or type(error).__name__
+    return f"{text}: {error.filename}" if error.filename else text
 
 
-def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one for each cause
+def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one per cause
     match cause:
         case asyncpg.InvalidCatalogNameError():
             return None  # the message has the advice
@@ -37,11 +49,15 @@ def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one 
         case asyncpg.ProtocolViolationError() if "startup parameter" in str(cause):
             return "behind PgBouncer, set DB_POOLER=pgbouncer and DB_DIRECT_HOST"
         case ssl.SSLCertVerificationError():
-            return "check DB_SSL_MODE, DB_SSL_CA, and the server's name in DB_HOST"
+            return "check DB_SSL_MODE, DB_SSL_CA, and the host name in DATABASE_URL or DB_HOST"
         case ssl.SSLError():
             return "check DB_SSL_MODE, DB_SSL_CA, DB_SSL_CERT and DB_SSL_KEY"
-        case _ if tls.rejected(cause):
+        case _ if _lacks_tls(cause):
             return "enable TLS on the server, or check DB_SSL_MODE"
-        case OSError():  # also TimeoutError
+        case OSError():  # including TimeoutError
             return "is the server running? Check DATABASE_URL, or DB_HOST and DB_PORT"
     return None
+
+
+def _lacks_tls(error: BaseException | None) -> bool:
+    return type(error) is ConnectionError and "rejected SSL upgrade" in str(error)

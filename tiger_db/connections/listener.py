@@ -1,4 +1,4 @@
-"""LISTEN on a direct connection, which is opened again when it is lost."""
+"""LISTEN on a direct connection that is replaced when it is lost."""
 
 import asyncio
 import logging
@@ -14,14 +14,16 @@ from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-# Takes the payload of a notification, or None when notifications may have been missed.
-Heard: TypeAlias = Callable[[str | None], None]
-_PAUSE = 0.1  # seconds before a new connection is opened
+# Called with the payload of a notification, or with None when notifications may have been missed.
+OnNotification: TypeAlias = Callable[[str | None], None]
+RECONNECT_PAUSE_SECONDS = 0.1
 _logger = logging.getLogger("tiger_db")
 
 
 @asynccontextmanager
-async def listening(settings: Settings, channel: str, heard: Heard) -> AsyncIterator[Connection]:
+async def open_listener(
+    settings: Settings, channel: str, on_notification: OnNotification
+) -> AsyncIterator[Connection]:
     """Open a direct connection that listens on a channel of `DB_SCHEMA`.
 
     Raises:
@@ -31,35 +33,39 @@ async def listening(settings: Settings, channel: str, heard: Heard) -> AsyncIter
     with raw_errors():
         connection = await connect_directly(settings)
         try:
-            connection.add_termination_listener(lambda _: heard(None))
-            await connection.add_listener(settings.channel(channel), lambda *sent: heard(sent[-1]))
-            heard(None)
+            connection.add_termination_listener(lambda _: on_notification(None))
+            await connection.add_listener(
+                settings.channel(channel), lambda *sent: on_notification(sent[-1])
+            )
+            on_notification(None)
             yield connection
         finally:
-            heard(None)
+            on_notification(None)
             connection.terminate()
 
 
 async def listen(
-    settings: Settings, channel: str, heard: Heard,
+    settings: Settings,
+    channel: str,
+    on_notification: OnNotification,
     watch: Callable[[Connection], Awaitable[None]] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Listen on a channel until cancelled, and reconnect when the connection is lost.
 
-    `watch` is awaited on each connection, which is given up when it raises. The first failure after
-    a success is logged as a warning.
+    `watch` is awaited on each connection. When it raises, the connection is closed. The first
+    failure after a success is logged as a warning.
     """
-    deaf = False
+    failing = False
     while True:
         try:
-            async with listening(settings, channel, heard) as connection:
-                deaf = False
+            async with open_listener(settings, channel, on_notification) as connection:
+                failing = False
                 await (watch or _until_closed)(connection)
-        except TigerDBError as error:  # the embedded server may not start, for example
-            if not deaf:
+        except TigerDBError as error:  # includes EmbeddedError: the server may not start
+            if not failing:
                 _logger.warning("not listening on %s: %s", channel, error)
-            deaf = True
-        await asyncio.sleep(_PAUSE)
+            failing = True
+        await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
 
 
 async def _until_closed(connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""Standbys that answer readonly sessions, as long as they are known to be fresh enough."""
+"""Readonly sessions on replicas whose lag is bounded."""
 
 import asyncio
 import math
@@ -19,77 +19,81 @@ from tiger_db.errors import TigerDBError
 from tiger_db.out_of_band import OutOfBandWriter
 
 S = TypeVar("S", bound=AsyncSession)
-_PAUSE = 5.0  # seconds for which a standby that is out of reach is left alone
-_MARKS = 8
-# What is committed durably is flushed.
-_POSITION = "SELECT CAST(pg_current_wal_flush_lsn() AS text)"
-_REACHED = text(
-    "SELECT pg_is_in_recovery() AND"
-    " pg_last_wal_replay_lsn() >= CAST(CAST(:position AS text) AS pg_lsn)"
+_RETRY_PAUSE_SECONDS = 5.0  # after a failure of a replica
+_MAX_LSN_SAMPLES = 8
+# Commits are visible to others only after their WAL is flushed.
+_PRIMARY_LSN = "SELECT CAST(pg_current_wal_flush_lsn() AS text)"
+_HAS_REPLAYED = text(
+    "SELECT pg_is_in_recovery() AND pg_last_wal_replay_lsn() >= CAST(CAST(:lsn AS text) AS pg_lsn)"
 )
+_Sample = tuple[float, str]  # monotonic time in seconds, and an LSN that the primary had then
 
 
 @dataclass(slots=True)
 class _Replica:
     engine: AsyncEngine
-    away_until: float = 0.0  # this machine's monotonic time; 0: it is not away
-    reached: tuple[float, str] = (-math.inf, "")  # the last mark of which that is known
+    failed_until: float = 0.0  # monotonic time in seconds; 0 if the last attempt succeeded
+    replayed: _Sample = (-math.inf, "")  # the newest sample that it is known to have replayed
 
 
 class Replicas:
-    """The standbys of one `Database`.
+    """The replicas of one `Database`, for readonly sessions.
 
-    What a standby believes of its lag is worth nothing when its line to the primary is cut: it has
-    replayed all that it knows of. So the primary is asked for its place in the WAL, at most twice
-    in a `max_lag` while it is asked for at all, and a standby is fresh if it has replayed up to a
-    place that the primary had reached no longer ago than that. No clock but this machine's has a
-    say. When the primary is away, standbys answer until the last place is too old.
+    Bounded staleness is measured by LSN, because a replica cannot measure its own lag: without a
+    connection to the primary, it has replayed all that it received. While replicas are used, the
+    LSN of the primary is sampled up to twice per `max_lag`. A replica is fresh if it has replayed a
+    sample that is at most `max_lag` old. All times are from the monotonic clock of this machine.
+    While the primary is unavailable, replicas are used until the samples are too old.
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:
         self._replicas = [_Replica(engine) for engine in engines]
         self._primary = primary
-        # Places in the primary's WAL, by the time at which it was asked. The oldest that is not too
-        # old counts, so that a standby has time to get there.
-        self._marks: deque[tuple[float, str]] = deque(maxlen=_MARKS)
-        self._asking = asyncio.Lock()
+        # The oldest sample within `max_lag` is used, because replicas need time to replay.
+        self._samples: deque[_Sample] = deque(maxlen=_MAX_LSN_SAMPLES)
+        self._sampling = asyncio.Lock()
 
     async def close(self) -> None:
-        for standby in self._replicas:
-            await standby.engine.dispose()
+        for replica in self._replicas:
+            await replica.engine.dispose()
 
-    async def session(self, on: Callable[[AsyncEngine], S], max_lag: timedelta) -> S | None:
-        """A session of a standby that knows all that was committed `max_lag` ago; None: of none."""
+    async def session(
+        self, make_session: Callable[[AsyncEngine], S], max_lag: timedelta
+    ) -> S | None:
+        """Return a session on a replica that has replayed all commits older than `max_lag`.
+
+        Return None if there is no such replica.
+        """
         if not self._replicas:
             return None
-        await self._mark(max_lag.total_seconds())
+        await self._sample_primary(max_lag.total_seconds())
         oldest = time.monotonic() - max_lag.total_seconds()
-        for standby in random.sample(self._replicas, len(self._replicas)):  # each its share
+        for replica in random.sample(self._replicas, len(self._replicas)):  # spreads load
             now = time.monotonic()
-            marks = [mark for mark in (standby.reached, *self._marks) if mark[0] >= oldest]
-            if not marks or now < standby.away_until:
+            samples = [s for s in (replica.replayed, *self._samples) if s[0] >= oldest]
+            if not samples or now < replica.failed_until:
                 continue
-            if standby.away_until:
-                standby.away_until = now + _PAUSE  # one session tries, the others do not wait
-            session, fresh = on(standby.engine), False
+            if replica.failed_until:  # one session tries again, the others do not wait for it
+                replica.failed_until = now + _RETRY_PAUSE_SECONDS
+            session, fresh = make_session(replica.engine), False
             try:
-                fresh = bool(await session.scalar(_REACHED, {"position": marks[0][1]}))
-                standby.away_until = 0.0
+                fresh = bool(await session.scalar(_HAS_REPLAYED, {"lsn": samples[0][1]}))
+                replica.failed_until = 0.0
             except (TigerDBError, SQLAlchemyError):
-                standby.away_until = time.monotonic() + _PAUSE
+                replica.failed_until = time.monotonic() + _RETRY_PAUSE_SECONDS
             finally:
                 if not fresh:
                     await session.close()
             if fresh:
-                standby.reached = max(standby.reached, marks[0])
+                replica.replayed = max(replica.replayed, samples[0])
                 return session
         return None
 
-    async def _mark(self, max_lag: float) -> None:
-        """Ask the primary, unless the last time is recent enough."""
-        async with self._asking:
+    async def _sample_primary(self, max_lag_seconds: float) -> None:
+        """Sample the LSN of the primary unless the last sample is recent enough."""
+        async with self._sampling:
             now = time.monotonic()
-            if not self._marks or self._marks[-1][0] < now - max_lag / 2:
+            if not self._samples or self._samples[-1][0] < now - max_lag_seconds / 2:
                 with suppress(TigerDBError):
                     async with self._primary.connection() as connection:
-                        self._marks.append((now, await connection.fetchval(_POSITION)))
+                        self._samples.append((now, await connection.fetchval(_PRIMARY_LSN)))

@@ -1,4 +1,4 @@
-"""What TLS means, as libpq means it, where asyncpg means something else or does not say it."""
+"""The sslmode of libpq, on top of asyncpg."""
 
 import ssl
 from pathlib import Path
@@ -8,113 +8,108 @@ import asyncpg
 from tiger_db.errors import ConfigurationError
 from tiger_db.settings import ConnectArgs, Settings
 
-# With a CA, libpq verifies in these modes too, so that they are two attempts.
-_ATTEMPTS = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
+# With a CA file, libpq verifies the server's certificate in these modes, and asyncpg does not.
+# These pairs of attempts of asyncpg have the same effect.
+_ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
-_OTHERS_MAY = 0o077, 0o037  # of a key of one's own, and of one of root's
+# Permission bits that a key file must not have: libpq allows group access if root owns the file.
+_FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 
 async def connect(
     settings: Settings, arguments: ConnectArgs
 ) -> "asyncpg.Connection[asyncpg.Record]":
-    """As `asyncpg.connect`, whose errors it raises.
+    """Call `asyncpg.connect`, with the meaning that libpq gives to each sslmode.
 
     Raises:
-        ConfigurationError: a file that TLS needs is missing or bad.
+        ConfigurationError: a file that TLS needs is missing or malformed.
+        Exception: any error of `asyncpg.connect`.
     """
-    given = settings.tls
-    attempts = _ATTEMPTS.get(given.get("sslmode", "prefer"), ()) if "sslrootcert" in given else ()
+    parameters = settings.tls
+    attempts = (
+        _ATTEMPTS_WITH_CA.get(parameters.get("sslmode", "prefer"), ())
+        if "sslrootcert" in parameters
+        else ()
+    )
     try:
-        _check_mode_of_key(settings, given)
+        _check_mode_of_key(settings, parameters)
         if not attempts:
             return await asyncpg.connect(**arguments)
         try:
             return await asyncpg.connect(**arguments, ssl=attempts[0])
         except (ConnectionError, ssl.SSLError, asyncpg.InvalidAuthorizationSpecificationError) as e:
-            _check_files(settings, given)
+            _check_files(settings, parameters)
             try:
                 return await asyncpg.connect(**arguments, ssl=attempts[1])
             except (OSError, asyncpg.PostgresError):
-                if isinstance(e, ssl.SSLError):  # the root of it
+                if isinstance(e, ssl.SSLError):  # the first error is the cause
                     raise e from None
                 raise
     except asyncpg.ClientConfigurationError:
-        if given.get("sslmode", "").startswith("verify-") and "sslrootcert" not in given:
+        if parameters.get("sslmode", "").startswith("verify-") and "sslrootcert" not in parameters:
             raise ConfigurationError(
-                f"DB_SSL_CA is not set: {given['sslmode']} needs the certificate of the authority"
+                f"DB_SSL_CA is not set: {parameters['sslmode']} needs the certificate of the"
+                " authority"
             ) from None
         raise
     except asyncpg.ConnectionDoesNotExistError as error:
-        if isinstance(error.__cause__, ssl.SSLError):  # the server refuses our certificate
+        if isinstance(error.__cause__, ssl.SSLError):  # the server refuses the client certificate
             raise error.__cause__ from None
         raise
     except OSError:
-        _check_files(settings, given)
+        _check_files(settings, parameters)
         raise
 
 
-def reason_of(error: BaseException) -> str:
-    """Why there is no connection, in one line."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the server's certificate is refused: {error.verify_message.rstrip('.')}"
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return f"TLS failed: {error.reason.lower().replace('_', ' ')}"
-    if rejected(error):
-        return "it offers no TLS"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def rejected(error: BaseException | None) -> bool:
-    """Whether the server was asked for TLS and has none."""
-    return type(error) is ConnectionError and "rejected SSL upgrade" in str(error)
-
-
 def _name(settings: Settings, parameter: str) -> str:
+    """Return the variable, for messages, that sets a parameter."""
     url = settings.url
     if url is not None and parameter in url.parameters:
         return f"DATABASE_URL: {parameter}"
     return _VARIABLES.get(parameter, parameter)
 
 
-def _check_mode_of_key(settings: Settings, given: dict[str, str]) -> None:
-    key = given.get("sslkey")
-    if key is None or given.get("sslmode") == "disable":
+def _check_mode_of_key(settings: Settings, parameters: dict[str, str]) -> None:
+    key = parameters.get("sslkey")
+    if key is None or parameters.get("sslmode") == "disable":
         return
     found = Path(key).stat()
-    if found.st_mode & _OTHERS_MAY[found.st_uid == 0]:
+    if found.st_mode & (_FORBIDDEN_MODE if found.st_uid else _FORBIDDEN_MODE_ROOT):
         raise ConfigurationError(
-            f"{_name(settings, 'sslkey')} can be read by others: take that away with `chmod 600`"
+            f"{_name(settings, 'sslkey')} can be read by other users: run `chmod 600` on the file"
         )
 
 
-def _check_files(settings: Settings, given: dict[str, str]) -> None:
-    """Say what is wrong with the files, if that is why it failed."""
-    if given.get("sslmode") == "disable":
+def _check_files(settings: Settings, parameters: dict[str, str]) -> None:
+    """Raise an error that names the file if a missing or malformed file is the cause."""
+    if parameters.get("sslmode") == "disable":
         return
     for parameter in ("sslrootcert", "sslcrl", "sslcert", "sslkey"):
-        if parameter in given:
+        if parameter in parameters:
             try:
-                Path(given[parameter]).read_bytes()
+                Path(parameters[parameter]).read_bytes()
             except OSError as error:
                 name = _name(settings, parameter)
                 raise ConfigurationError(f"{name} cannot be read: {error.strerror}") from None
-    _check_contents(settings, given)
+    _check_contents(settings, parameters)
 
 
-def _check_contents(settings: Settings, given: dict[str, str]) -> None:
+def _check_contents(settings: Settings, parameters: dict[str, str]) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for parameter in ("sslrootcert", "sslcrl"):
-        if parameter in given:
+        if parameter in parameters:
             try:
-                context.load_verify_locations(given[parameter])
+                context.load_verify_locations(parameters[parameter])
             except ssl.SSLError:
                 name = _name(settings, parameter)
                 raise ConfigurationError(f"{name} is not a PEM file of certificates") from None
-    if "sslcert" in given:
+    if "sslcert" in parameters:
         cert, key = _name(settings, "sslcert"), _name(settings, "sslkey")
         try:
             context.load_cert_chain(
-                given["sslcert"], given.get("sslkey"), lambda: given.get("sslpassword", "")
+                parameters["sslcert"],
+                parameters.get("sslkey"),
+                lambda: parameters.get("sslpassword", ""),
             )
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":

@@ -23,11 +23,10 @@ from alembic import command
 from tiger_db.errors import MigrationError, SchemaMismatch
 from tiger_db.migrations.comparison import find_differences
 from tiger_db.migrations.locks import LOCK_TIMEOUT, Progress, migration_lock, with_lock_retries
-from tiger_db.settings import quote_identifier, search_path
+from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
 MONTHS_AHEAD = 12
-SCHEMA_OPTION = "tiger_db_schema"  # the execution option of an engine that has DB_SCHEMA
 # Qualified, because the search path may lead to forged functions. The fields of `SearchPath`.
 SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
