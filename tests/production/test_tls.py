@@ -442,7 +442,7 @@ def encrypted(path: Path) -> Path:
         ({"key": "missing"}, "DB_SSL_KEY cannot be read: No such file or directory"),
         ({"key": "encrypted"}, "DB_SSL_CERT and DB_SSL_KEY are not a PEM certificate and its key"),
         ({"key": "other"}, "DB_SSL_KEY is not the key of DB_SSL_CERT"),
-        ({"key": "open"}, "DB_SSL_KEY can be read by others"),
+        ({"key": "open"}, "DB_SSL_KEY can be read by other users"),
     ],
 )
 async def test_a_bad_file_is_named_by_its_variable(
