@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests.production.pgbouncer import PORT, PROGRAM, SIZE, pgbouncer, pooled
 from tests.support import factories
+from tests.support.pgbouncer import PORT, PROGRAM, SIZE, pgbouncer, pooled
 from tiger_db import (
     APIKeyScope,
     AuditAction,

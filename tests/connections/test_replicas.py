@@ -1,9 +1,6 @@
-"""A primary that dies, a standby that takes over, and one that lags."""
+"""Readonly sessions on replicas."""
 
 import asyncio
-import os
-import signal
-import socket
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -13,18 +10,21 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests.production.cluster import LOOPBACK, Cluster, Server, needs_postgresql
 from tests.support import factories
+from tests.support.clusters import (
+    Cluster,
+    Server,
+    has_caught_up,
+    needs_postgresql,
+    port_of,
+)
 from tests.support.waiting import until
 from tiger_db import Database, KeyVerifier, crud
-from tiger_db import settings as settings_module
-from tiger_db.database import AsyncSession
 from tiger_db.errors import (
     AccessDenied,
     APIKeyRevoked,
     DatabaseUnavailable,
     InvalidState,
-    OutcomeUnknown,
 )
 
 pytestmark = [needs_postgresql, pytest.mark.slow]
@@ -32,166 +32,9 @@ LONG = timedelta(hours=1)
 SHORT = timedelta(seconds=0.3)
 
 
-async def asked(session: AsyncSession) -> int:
-    """The port of the server that answers."""
-    return int(await session.scalar(text("SELECT inet_server_port()")) or 0)
-
-
 async def answers(database: Database, server: Server, **options: Any) -> bool:
     async with database.session(readonly=True, **options) as session:
-        return await asked(session) == server.port
-
-
-async def has_caught_up(cluster: Cluster) -> None:
-    at = await cluster.primary.sql("SELECT pg_current_wal_flush_lsn()::text")
-    replayed = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
-    await until(partial(cluster.standby.sql, replayed, at))
-
-
-# Failing over
-
-
-async def test_writes_resume_after_a_failover_and_no_acknowledged_one_is_lost(
-    cluster: Cluster,
-) -> None:
-    cluster.primary.stop()
-    cluster.primary.start(synchronous_standby_names="*", synchronous_commit="remote_apply")
-    acknowledged: dict[str, int] = {}  # and by which server
-    done = asyncio.Event()
-
-    async def write(writer: int, database: Database) -> None:
-        number = 0
-        while not done.is_set():
-            number += 1
-            name = f"{writer}-{number}"
-            try:
-                async with database.session() as session:
-                    await factories.account(session, account_number=name)
-                    port = await asked(session)
-            except DatabaseUnavailable:
-                await asyncio.sleep(0.01)
-            else:
-                acknowledged[name] = port
-
-    async def written(server: Server, number: int) -> bool:
-        return list(acknowledged.values()).count(server.port) >= number
-
-    async with Database(cluster.settings(cluster.primary, cluster.standby)) as database:
-        async with asyncio.TaskGroup() as tasks:
-            for writer in range(4):
-                tasks.create_task(write(writer, database))
-            await until(partial(written, cluster.primary, 40))
-            cluster.primary.kill()
-            killed = time.monotonic()
-            await asyncio.to_thread(cluster.standby.promote)
-            await until(partial(written, cluster.standby, 1))
-            assert time.monotonic() - killed < 10  # 0.1 to 0.3 s, where nothing else runs
-            await until(partial(written, cluster.standby, 40))
-            done.set()
-        async with database.session() as session:
-            kept = set(await session.scalars(text("SELECT account_number FROM tiger_accounts")))
-            assert await asked(session) == cluster.standby.port
-    assert acknowledged.keys() <= kept
-
-
-async def test_a_transaction_is_run_again_on_the_new_primary(cluster: Cluster) -> None:
-    runs: list[int] = []
-
-    async def work(session: AsyncSession) -> None:
-        runs.append(await asked(session))
-        await factories.account(session)
-        if len(runs) == 1:
-            await has_caught_up(cluster)
-            cluster.primary.kill()
-            await asyncio.to_thread(cluster.standby.promote)
-            await factories.account(session)
-
-    async with Database(cluster.settings(cluster.primary, cluster.standby)) as database:
-        await database.transaction(work)
-        async with database.session() as session:
-            assert len(await crud.accounts.list_accounts(session)) == 1
-    assert runs == [cluster.primary.port, cluster.standby.port]
-
-
-async def test_a_primary_that_takes_no_writes_any_more_is_left_for_the_new_one(
-    cluster: Cluster,
-) -> None:
-    """As an administrator may fence it; its connections live on."""
-    async with Database(cluster.settings(cluster.primary, cluster.standby)) as database:
-        async with database.session() as idle, database.session() as idle_too:
-            assert await asked(idle) == await asked(idle_too) == cluster.primary.port
-        await has_caught_up(cluster)
-        await cluster.primary.sql("ALTER SYSTEM SET default_transaction_read_only = on")
-        await cluster.primary.sql("SELECT pg_reload_conf()")
-        await asyncio.to_thread(cluster.standby.promote)
-        with pytest.raises(DatabaseUnavailable, match=cluster.primary.place) as caught:
-            await until(partial(writes, database))
-        assert "\n" not in str(caught.value)
-        async with database.session() as one, database.session() as other:
-            assert await asked(one) == await asked(other) == cluster.standby.port
-            await factories.account(one)
-        verifier = KeyVerifier(database)  # whose connections are others
-        async with database.session() as session:
-            _, raw_key = await factories.api_key(session)
-        assert await verifier.verify(raw_key)
-
-
-async def writes(database: Database) -> bool:
-    """Never true: for asking until it fails."""
-    async with database.session() as session:
-        await factories.account(session)
-    return False
-
-
-async def test_a_host_that_is_silent_does_not_keep_from_the_next(cluster: Cluster) -> None:
-    with socket.create_server((LOOPBACK, 0)) as silent:
-        nobody = Server(cluster.primary.data, silent.getsockname()[1])
-        settings = cluster.settings(nobody, cluster.standby, cluster.primary)
-        hurried = settings.model_copy(update={"db_connect_timeout": 0.3})
-        async with Database(hurried) as database, database.session() as session:
-            assert await asked(session) == cluster.primary.port
-
-
-async def test_a_server_that_falls_silent_is_lost(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No statement_timeout ends a statement then: the server is not there to do it."""
-    monkeypatch.setattr(settings_module, "_GRACE", 0.3)
-    async with Database(cluster.settings(db_query_timeout=0.2)) as database:
-        with pytest.raises(DatabaseUnavailable, match=cluster.primary.place):
-            async with asyncio.timeout(10), database.session() as session:
-                pid = await session.scalar(text("SELECT pg_backend_pid()"))
-                os.kill(pid, signal.SIGSTOP)
-                await session.execute(text("SELECT 1"))
-        os.kill(pid, signal.SIGCONT)
-        async with database.session() as session:
-            assert await session.scalar(text("SELECT 1")) == 1
-
-
-async def test_a_commit_that_the_synchronous_standby_does_not_confirm_is_not_acknowledged(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No statement_timeout ends that wait; and the function is not run again."""
-    monkeypatch.setattr(settings_module, "_GRACE", 0.3)
-    cluster.standby.stop()
-    cluster.primary.stop()
-    cluster.primary.start(synchronous_standby_names="*")
-    runs = 0
-
-    async def work(session: AsyncSession) -> None:
-        nonlocal runs
-        runs += 1
-        await factories.account(session)
-
-    async with Database(cluster.settings(db_query_timeout=0.2)) as database:
-        with pytest.raises(OutcomeUnknown, match="during the commit: it is unknown whether"):
-            await database.transaction(work)
-        async with database.session(readonly=True) as session:
-            assert len(await crud.accounts.list_accounts(session)) == 1
-    assert runs == 1
-
-
-# Reading from standbys
+        return await port_of(session) == server.port
 
 
 @pytest.fixture
@@ -298,7 +141,7 @@ async def test_a_standby_answers_within_its_lag_and_the_primary_beyond(
         began = time.monotonic()
         async with reading.session(readonly=True, max_lag=SHORT) as session:
             n = await session.scalar(text("SELECT n FROM ticks"))
-            asked_of.add(await asked(session))
+            asked_of.add(await port_of(session))
         bound = began - SHORT.total_seconds()
         assert n >= max((n for at, n in committed if at <= bound), default=0)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.production.cluster import Cluster, Server, first_server, free_port, run, standby_of
 from tests.support import servers
+from tests.support.clusters import Cluster, Server, first_server, free_port, run, standby_of
 from tiger_db.connections import maintenance_engine
 from tiger_db.migrations import upgrade
 

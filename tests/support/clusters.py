@@ -6,14 +6,18 @@ import signal
 import socket
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from tests.support import servers
+from tests.support.waiting import until
 from tiger_db import Settings
 from tiger_db.connections import connect
+from tiger_db.database import AsyncSession
 from tiger_db.encryption import generate_key
 
 
@@ -62,7 +66,7 @@ class Server:
     port: int
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{LOOPBACK}:{self.port}"
 
     def start(self, **settings: str) -> None:
@@ -96,7 +100,7 @@ class Server:
     async def sql(self, statement: str, *values: object) -> Any:
         """One value, asked for by the superuser, of whichever role the server is in."""
         settings = Settings(
-            database_url=f"postgresql://tiger_db@{self.place}/tiger_db?target_session_attrs=any"
+            database_url=f"postgresql://tiger_db@{self.location}/tiger_db?target_session_attrs=any"
         )
         connection = await connect(settings)
         try:
@@ -113,8 +117,8 @@ class Cluster:
     def settings(self, *hosts: Server, replicas: tuple[Server, ...] = (), **more: Any) -> Settings:
         """Settings with these hosts for writing, or the primary alone."""
         return Settings(
-            db_host=",".join(server.place for server in hosts or (self.primary,)),
-            db_replica_hosts=",".join(server.place for server in replicas) or None,
+            db_host=",".join(server.location for server in hosts or (self.primary,)),
+            db_replica_hosts=",".join(server.location for server in replicas) or None,
             db_connect_timeout=5,
             **KEYS,
             **more,
@@ -142,3 +146,15 @@ def standby_of(primary: Server) -> Server:
         file.write(f"primary_conninfo = 'host={LOOPBACK} port={primary.port} user=tiger_db'\n")
     standby.start()
     return standby
+
+
+async def port_of(session: AsyncSession) -> int:
+    """Return the port of the server that a session is connected to."""
+    return int(await session.scalar(text("SELECT inet_server_port()")) or 0)
+
+
+async def has_caught_up(cluster: Cluster) -> None:
+    """Wait until the standby has replayed what the primary has flushed."""
+    lsn = await cluster.primary.sql("SELECT pg_current_wal_flush_lsn()::text")
+    replayed = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
+    await until(partial(cluster.standby.sql, replayed, lsn))
