@@ -121,7 +121,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
         raise InvalidValue("events must be AuditLog objects")
     if not batch:
         return 0
-    refuse_readonly(session, "write")  # COPY's error would look like that of a lost primary
+    refuse_readonly(session)  # COPY's error would look like that of a lost primary
     await session.flush()
     connection = await session.connection()
     await connection.exec_driver_sql("SELECT")  # begins the transaction, which COPY would not

@@ -1,4 +1,4 @@
-"""Helpers of the CRUD modules: the session context, pages, row look-ups, typed errors."""
+"""Helpers of the CRUD modules: the session context, row look-ups, savepoints, typed errors."""
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -27,20 +27,20 @@ from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import classify
 
-# What a statement returns is what the rows are now, whatever the session remembers of them.
+# Execution options: returned rows overwrite the attributes of objects in the identity map.
 FRESH = {"populate_existing": True, "synchronize_session": False}
 E_ = TypeVar("E_", bound=Entity)
 
 
 async def fetch_one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
-    """The row that a statement finds or changes, as it is now; None if there is none."""
+    """Execute a statement; return its first row with current values, or None."""
     with typed_errors():
         row: E_ | None = await session.scalar(statement, execution_options=FRESH)
     return row
 
 
 async def fetch_all(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
-    """The rows that a statement finds or changes, as they are now."""
+    """Execute a statement; return its rows with current values."""
     with typed_errors():
         return list(await session.scalars(statement, execution_options=FRESH))
 
@@ -48,25 +48,27 @@ async def fetch_all(session: AsyncSession, statement: TypedReturnsRows[E_]) -> l
 async def execute_driver_sql(
     session: AsyncSession, statement: str, *values: object
 ) -> Sequence[Row[Any]]:
-    """The rows of a statement in PostgreSQL's own words; what the session has pending goes first.
+    """Flush the session, execute constant SQL without SQLAlchemy's compiler, and return the rows.
 
-    For constant statements whose building would take longer than their work.
+    Raises:
+        AlreadyExists, MissingReference, InvalidValue: as `typed_errors`.
     """
 
     def run(sync_session: Session) -> Sequence[Row[Any]]:
         sync_session.flush()
         return sync_session.connection().exec_driver_sql(statement, values).all()
 
-    return await session.run_sync(run)  # one switch of context, where each call would be one
+    with typed_errors():
+        return await session.run_sync(run)  # one greenlet switch for all three calls
 
 
 async def get_or_raise(
     session: AsyncSession, entity: type[E_], row_id: UUID, *, lock: bool = False
 ) -> E_:
-    """The row, as it is now; with `lock`, nobody else changes it before this transaction ends.
+    """Return a row with current values; `lock` locks it until the transaction ends.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such row.
     """
     statement = select(entity).where(col(entity.id) == row_id)
     if lock:
@@ -79,7 +81,7 @@ async def get_or_raise(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionContext:
-    """What CRUD functions need of their Database: in the `info` of each session."""
+    """The objects of a Database that CRUD functions use, in the `info` of each session."""
 
     key_provider: KeyProvider | None
     peppers: Peppers | None
@@ -106,42 +108,32 @@ def context_of(info: Mapping[Any, object]) -> SessionContext:
     return context
 
 
-def refuse_readonly(
-    session: AsyncSession, what: str = "decide: a standby may not know the latest"
-) -> None:
-    """Refuse a readonly session where PostgreSQL would not, as it does for locks and writes.
-
-    Raises:
-        InvalidState: the session is readonly.
-    """
+def refuse_readonly(session: AsyncSession) -> None:
+    """Raise InvalidState if a session is readonly, where PostgreSQL would not refuse the work."""
     if CONTEXT in session.info and context_of(session.info).readonly:
-        raise InvalidState(f"a readonly session cannot {what}")
+        raise InvalidState("a readonly session cannot write, or decide by data that may be old")
 
 
 def require_aware(name: str, value: datetime | None) -> datetime | None:
-    """Refuse a naive datetime: whose noon it means cannot be known.
-
-    Raises:
-        InvalidValue: naive.
-    """
+    """Return a datetime; raise InvalidValue if it has no time zone."""
     if value is not None and value.tzinfo is None:
         raise InvalidValue(f"{name} must have a time zone")
     return value
 
 
 def replace_unstorable(text: str) -> str:
-    """A text from elsewhere, such as an error's message, with what cannot be stored replaced."""
+    """Replace the characters of a text that PostgreSQL cannot store: NUL and lone surrogates."""
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 @asynccontextmanager
 async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]:
-    """A savepoint around changes. If a constraint refuses them, the transaction goes on without.
+    """Wrap changes in a savepoint: a violated constraint rolls back to it, not the transaction.
 
-    The stored `rows` that were changed are then as they are in the database again.
+    After a rollback, the given changed `rows` are refreshed from the database.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: by the violated constraint.
+        AlreadyExists, MissingReference, InvalidValue: as `typed_errors`.
     """
     try:
         async with session.begin_nested():
@@ -154,10 +146,11 @@ async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]
 
 @contextmanager
 def typed_errors() -> Iterator[None]:
-    """Name what the database refuses: a constraint's violation, or a value that it cannot take.
+    """Convert errors of the database driver to those of tiger_db, by SQLSTATE.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: by SQLSTATE.
+        AlreadyExists, MissingReference: a constraint is violated.
+        InvalidValue: a check is violated, or PostgreSQL cannot take a value.
     """
     try:
         yield

@@ -30,7 +30,7 @@ from tiger_db.crud.api_keys.policy import (
 from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.api_keys.usage_counter import count_in_session
 from tiger_db.crud.audit_logs import insert_event
-from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly, typed_errors
+from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditLog
 from tiger_db.models.audit_inserts import insert_events
@@ -227,8 +227,7 @@ def _writer(
 
 async def find_key(session: AsyncSession, prefix: str) -> KeyRow:
     """Read the row of a key by its prefix. What the session has pending is flushed before."""
-    with typed_errors():
-        rows: Sequence[Sequence[Any]] = await execute_driver_sql(session, _FIND_IN_SESSION, prefix)
+    rows: Sequence[Sequence[Any]] = await execute_driver_sql(session, _FIND_IN_SESSION, prefix)
     return _key_row(*rows[0]) if rows else KeyRow()
 
 

@@ -8,7 +8,7 @@ from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import set_committed_value
 
-from tiger_db.crud.common import execute_driver_sql, typed_errors
+from tiger_db.crud.common import execute_driver_sql
 from tiger_db.crud.pagination import check_limit
 from tiger_db.crud.token_status.changes import ANSWER_LOST, change_held
 from tiger_db.crud.token_status.outcomes import fail_expired_leases
@@ -109,8 +109,7 @@ async def _claim(
     _check_lease(lease)
     provider = key_provider(session.sync_session)
     claims = []
-    with typed_errors():
-        rows = await execute_driver_sql(session, CLAIM % due, worker, lease, which)
+    rows = await execute_driver_sql(session, CLAIM % due, worker, lease, which)
     for refresh, account in map(tuple, rows):
         claimed = hydrate(TokenStatus, refresh, provider)
         set_committed_value(claimed, "tiger_account", hydrate(TigerAccount, account, provider))

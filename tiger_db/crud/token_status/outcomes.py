@@ -22,7 +22,6 @@ from tiger_db.crud.common import (
     fetch_one,
     get_or_raise,
     replace_unstorable,
-    typed_errors,
 )
 from tiger_db.crud.token_status.changes import (
     ANSWER_LOST,
@@ -211,25 +210,24 @@ async def _save(
     new = account.validate_changes(new)
     expires_at = account.check_not_stale(access_token, new["token_expires_at"])
     old = account.readable_token()
-    with typed_errors():
-        rows = await execute_driver_sql(
-            session,
-            COMPLETE,
-            claim.id,
-            account.id,
-            claim.fencing_token,
-            account.access_token.ciphertext
-            if isinstance(account.access_token, EncryptedSecret)
-            else None,
-            token_hash(old) if old else None,
-            token_hash(access_token),
-            expires_at,
-            refresh_time(access_token, expires_at),
-            *answer,
-            _encrypt_token(session, account, "access_token", access_token),
-            _encrypt_token(session, account, "refresh_token", refresh_token),
-            uuid7(),
-        )
+    rows = await execute_driver_sql(
+        session,
+        COMPLETE,
+        claim.id,
+        account.id,
+        claim.fencing_token,
+        account.access_token.ciphertext
+        if isinstance(account.access_token, EncryptedSecret)
+        else None,
+        token_hash(old) if old else None,
+        token_hash(access_token),
+        expires_at,
+        refresh_time(access_token, expires_at),
+        *answer,
+        _encrypt_token(session, account, "access_token", access_token),
+        _encrypt_token(session, account, "refresh_token", refresh_token),
+        uuid7(),
+    )
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
@@ -353,8 +351,7 @@ async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] =
 
 
 async def _lose(session: AsyncSession, which: str, *values: object) -> int:
-    with typed_errors():
-        ended = await execute_driver_sql(session, _LOSE % which, LONGEST_BACKOFF, *values)
+    ended = await execute_driver_sql(session, _LOSE % which, LONGEST_BACKOFF, *values)
     events = [
         audit_logs.refresh_event(
             refresh_id,
