@@ -12,7 +12,7 @@ from sqlmodel import col, select
 from benchmarks.work import Work
 from tiger_db import Database, TigerAccount, crud, encryption_key_rotation
 from tiger_db.encryption import KeyRing, generate_key
-from tiger_db.models.base import CONTEXT, encrypted_columns
+from tiger_db.models.secrets import CONTEXT, encrypted_columns
 
 ACCOUNTS, PAGE = 10_000, 1000
 # Lengths as Tiger's are: a 2,048-bit key, and the tokens of its API.

@@ -15,7 +15,7 @@ from tiger_db.connections import connect
 from tiger_db.crud.token_status.claims import CLAIM, DUE
 from tiger_db.crud.token_status.outcomes import COMPLETE
 from tiger_db.encryption import Secret
-from tiger_db.tokens import NewToken
+from tiger_db.models.token_status import NewToken
 
 FEW, MANY = 10_000, 1_000_000
 JOBS_DUE = 12_000  # how many of the former are, and more than all the works take

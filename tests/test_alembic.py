@@ -22,17 +22,17 @@ from tiger_db.migrations import drift, scripts, upgrade
 ROOT = Path(__file__).parent.parent
 HEAD = scripts().get_current_head()
 MODELS = "tiger_db/models"
-NICKNAME = "nickname: Text | None = Field(default=None, max_length=7, sa_type=SQLText)"
+NICKNAME = "nickname: Text | None = Field(default=None, max_length=7)"
 # Of each file of models: a text, and what takes its place.
 CHANGES = [
     ("accounts.py", '    PAPER = "paper"', '    PAPER = "paper"\n    MARGIN = "margin"'),
     ("accounts.py", "    account_number: Text", f"    {NICKNAME}\n    account_number: Text"),
-    ("accounts.py", "ge=0, sa_type=BigInteger", "ge=0, sa_type=__import__('sqlalchemy').Integer"),
     (
-        "api_keys.py",
-        '500, sa_type=SQLText, description="Why',
-        '501, sa_type=SQLText, description="Why',
+        "accounts.py",
+        "error_count: Int64 = Field(",
+        "error_count: Int64 = Field(\n        sa_type=__import__('sqlalchemy').Integer,",
     ),
+    ("api_keys.py", '500, description="Why', '501, description="Why'),
     ("api_keys.py", "args__ = (", "args__ = (\n        Index('ix_api_keys_name', 'name'),"),
     ("api_keys.py", '"Who created it"', '"Who made it"'),
     (
@@ -62,14 +62,11 @@ WEBHOOKS = '''
 from enum import StrEnum
 from uuid import UUID
 
-from sqlalchemy import Text as SQLText
-from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field
 
-from tiger_db.encryption import EncryptedType, Secret
-from tiger_db.models.base import (
-    JsonObject, MutableEntity, Text, enum_type, tracked_json, tracked_list
-)
+from tiger_db.encryption import Secret
+from tiger_db.models.base import MutableEntity
+from tiger_db.models.columns import JsonObject, Text
 
 
 class WebhookKind(StrEnum):
@@ -82,14 +79,12 @@ class Webhook(MutableEntity, table=True):
 
     __tablename__ = "webhooks"
 
-    url: Text = Field(min_length=8, max_length=500, unique=True, sa_type=SQLText)
-    kind: WebhookKind = Field(sa_type=enum_type(WebhookKind), description="Its kind")
-    kinds: list[WebhookKind] = Field(sa_type=tracked_list(enum_type(WebhookKind)))
-    secret: Secret = Field(sa_type=EncryptedType(), description="To sign with")
-    tags: JsonObject = Field(default_factory=dict, sa_type=tracked_json())
-    tiger_account_id: UUID = Field(
-        foreign_key="tiger_accounts.id", ondelete="CASCADE", index=True, sa_type=SQLUUID
-    )
+    url: Text = Field(min_length=8, max_length=500, unique=True)
+    kind: WebhookKind = Field(description="Its kind")
+    kinds: list[WebhookKind] = Field()
+    secret: Secret = Field(description="To sign with")
+    tags: JsonObject = Field(default_factory=dict)
+    tiger_account_id: UUID = Field(foreign_key="tiger_accounts.id", ondelete="CASCADE", index=True)
 '''
 
 

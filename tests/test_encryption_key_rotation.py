@@ -27,7 +27,7 @@ from tiger_db.encryption_key_rotation import (
     list_encryption_key_usage,
 )
 from tiger_db.errors import ConfigurationError, EncryptionError
-from tiger_db.models.base import secrets_of
+from tiger_db.models.secrets import secrets_of
 
 TABLE = "tiger_accounts"
 K3 = KeyRing({"k3": bytes(range(1, 33))})

@@ -11,9 +11,8 @@ from tests.support.imports import MODULES, PACKAGE, imports, of, parts
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "redaction": set(),
-    "tokens": set(),
     "encryption": {"errors", "redaction"},
-    "models": {"encryption", "errors", "redaction", "tokens"},
+    "models": {"encryption", "errors", "redaction"},
     "peppers": {"encryption", "errors"},
     "signing": {"errors"},
     "sqlstates": {"errors"},

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         AuditResult,
         AuditSeverity,
         MarketPermission,
+        NewToken,
         PrivateKeyFormat,
         RefreshTrigger,
         TigerAccount,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     )
     from tiger_db.refresh_worker import RefreshWorker
     from tiger_db.settings import Settings
-    from tiger_db.tokens import NewToken
 
 __all__ = [
     "APIKey",
@@ -90,7 +90,6 @@ _MODULES = {
 _HOMES = {
     "Database": "database",
     "KeyVerifier": "key_verifier",
-    "NewToken": "tokens",
     "Page": "crud",
     "RefreshWorker": "refresh_worker",
     "Settings": "settings",

@@ -29,7 +29,7 @@ from tiger_db.keys_in_force import (
     in_force,
 )
 from tiger_db.migrations import schema_state
-from tiger_db.models.base import CONTEXT
+from tiger_db.models.secrets import CONTEXT
 from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.settings import Settings
 

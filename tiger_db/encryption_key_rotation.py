@@ -41,7 +41,7 @@ from tiger_db.encryption import (
 )
 from tiger_db.errors import ConfigurationError, Conflict, EncryptionError, QueryTimeout
 from tiger_db.models import AuditAction, Entity
-from tiger_db.models.base import aad_of, encrypted_columns, key_provider, secrets_of
+from tiger_db.models.secrets import aad_of, encrypted_columns, key_provider, secrets_of
 
 BATCH_ROWS = 1000  # per transaction
 DAMAGED = "(damaged)"  # stands for the key id of a value that is not a ciphertext

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
-from tiger_db.models.audit_inserts import insert_events
+from tiger_db.models.audit_logs import insert_events
 from tiger_db.sqlstates import CONNECTION_ERRORS, raw_errors
 
 

@@ -33,8 +33,8 @@ from tiger_db.errors import (
     TigerDBError,
 )
 from tiger_db.models import Entity, TigerAccount, TokenRefreshStatus, TokenStatus
+from tiger_db.models.token_status import NewToken
 from tiger_db.sqlstates import is_transient
-from tiger_db.tokens import NewToken
 
 T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]

@@ -27,7 +27,7 @@ from tiger_db.errors import (
     NotFound,
 )
 from tiger_db.keys_in_force import API_KEY_PEPPERS, configured
-from tiger_db.models.base import CONTEXT
+from tiger_db.models.secrets import CONTEXT
 
 HOUR = timedelta(hours=1)
 

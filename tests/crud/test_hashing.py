@@ -32,7 +32,7 @@ from tiger_db.crud.api_keys.hashing import (
 )
 from tiger_db.crud.common import SessionContext
 from tiger_db.errors import APIKeyRevoked, ConfigurationError, InvalidAPIKey
-from tiger_db.models.base import CONTEXT
+from tiger_db.models.secrets import CONTEXT
 from tiger_db.peppers import Peppers
 
 OLD, NEW = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))

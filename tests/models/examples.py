@@ -13,13 +13,13 @@ from tests.support.factories import new_account
 from tiger_db import APIKey, AuditLog, TigerAccount, TokenStatus
 from tiger_db.encryption import EncryptedType
 from tiger_db.models import Entity
-from tiger_db.models.base import Timestamp
+from tiger_db.models.columns import Timestamp
 
 ENTITIES: tuple[type[Entity], ...] = (TigerAccount, APIKey, AuditLog, TokenStatus)
 E = TypeVar("E", bound=Entity)
 Field = tuple[type[Entity], str]
 FIELDS: list[Field] = [(entity, name) for entity in ENTITIES for name in entity.model_fields]
-# An event makes the others of its fields safe, whatever they are: see test_audit_values.py.
+# An event makes the others of its fields safe, whatever they are: see test_event_sanitizer.py.
 STRICT = [
     (entity, name)
     for entity, name in FIELDS

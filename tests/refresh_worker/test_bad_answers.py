@@ -52,9 +52,9 @@ from tiger_db.errors import (
     RefreshLimited,
     StaleToken,
 )
+from tiger_db.models.token_status import NewToken
 from tiger_db.redaction import MASK
 from tiger_db.refresh_worker import Refresher
-from tiger_db.tokens import NewToken
 
 S = TokenRefreshStatus
 EXPIRY = datetime.now(UTC).replace(microsecond=0) + timedelta(days=99)

@@ -66,8 +66,8 @@ from tiger_db.errors import (
     RefreshLimited,
 )
 from tiger_db.migrations import upgrade
+from tiger_db.models.token_status import NewToken
 from tiger_db.tiger import refresh_token
-from tiger_db.tokens import NewToken
 
 S = TokenRefreshStatus
 LISTENING = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'LISTEN %tiger_db_refreshes%'"

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from tiger_db.crud.common import SessionContext, context_of
-from tiger_db.models.base import CONTEXT
+from tiger_db.models.secrets import CONTEXT
 
 
 def changed_context(info: Mapping[Any, object], **changes: Any) -> dict[str, SessionContext]:

@@ -21,8 +21,8 @@ from tiger_db import (
     TokenStatus,
     crud,
 )
+from tiger_db.models.token_status import NewToken
 from tiger_db.refresh_worker import Refresher
-from tiger_db.tokens import NewToken
 
 SECOND = timedelta(seconds=1)
 

@@ -31,8 +31,9 @@ from tiger_db.errors import (
     RefreshFailed,
     RefreshLimited,
 )
+from tiger_db.models.accounts import token_times
+from tiger_db.models.token_status import NewToken
 from tiger_db.tiger import refresh_token
-from tiger_db.tokens import NewToken, token_times
 
 TIGER_ID = "20150001"
 

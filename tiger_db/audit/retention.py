@@ -25,7 +25,7 @@ from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable, InvalidState
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.models import AuditAction, AuditLog
-from tiger_db.models.audit_inserts import insert_events
+from tiger_db.models.audit_logs import insert_events
 
 T = TypeVar("T")
 _LOCK_ATTEMPTS = 5

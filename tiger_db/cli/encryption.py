@@ -41,7 +41,7 @@ def list_encryption_keys(*, as_json: AsJson = False) -> None:
     """List the keys, configured or needed, with the number of rows that need each."""
 
     async def count(session: "AsyncSession") -> "tuple[tuple[str, ...], list[EncryptionKeyUsage]]":
-        provider = tiger_db.models.base.key_provider(session.sync_session)
+        provider = tiger_db.models.secrets.key_provider(session.sync_session)
         uses = await tiger_db.encryption_key_rotation.list_encryption_key_usage(session)
         return provider.key_ids if provider else (), uses
 
@@ -65,7 +65,7 @@ def rotate_encryption_key(
         async with tiger_db.Database(settings()) as database:
             async with database.session() as session:
                 total = await tiger_db.encryption_key_rotation.count_rows_to_rotate(session)
-                provider = tiger_db.models.base.key_provider(session.sync_session)
+                provider = tiger_db.models.secrets.key_provider(session.sync_session)
             assert provider is not None
             with progress("Checking" if dry_run else "Encrypting", total) as advance:
                 report = await tiger_db.encryption_key_rotation.rotate(

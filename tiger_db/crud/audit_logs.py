@@ -26,8 +26,8 @@ from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, paginate
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity, TigerAccount
 from tiger_db.models.api_keys import parse_network
-from tiger_db.models.audit_inserts import INSERT, SERVER_COLUMNS, insert_events, insert_values
-from tiger_db.models.base import storable_json
+from tiger_db.models.audit_logs import INSERT, SERVER_COLUMNS, insert_events, insert_values
+from tiger_db.models.columns import require_storable_json
 from tiger_db.sqlstates import raw_errors
 
 __all__ = [
@@ -313,7 +313,7 @@ def _of_resource(resource: str) -> ColumnElement[bool]:
 
 def _with_details(details: Mapping[str, JsonValue]) -> ColumnElement[bool]:
     try:
-        contained = storable_json(dict(details))
+        contained = require_storable_json(dict(details))
     except (TypeError, ValueError) as error:
         raise InvalidValue(f"details: {error}") from None
     return cast(col(AuditLog.details), JSONB).contains(contained)

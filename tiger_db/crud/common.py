@@ -22,7 +22,7 @@ from tiger_db.errors import (
     NotFound,
 )
 from tiger_db.models import Entity
-from tiger_db.models.base import CONTEXT
+from tiger_db.models.secrets import CONTEXT
 from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import classify

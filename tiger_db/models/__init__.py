@@ -12,8 +12,9 @@ from tiger_db.models.accounts import (
 )
 from tiger_db.models.api_keys import APIKey, APIKeyScope, APIKeyStatus
 from tiger_db.models.audit_logs import AuditAction, AuditLog, AuditResult, AuditSeverity
-from tiger_db.models.base import Entity, MutableEntity, metadata
-from tiger_db.models.token_status import RefreshTrigger, TokenRefreshStatus, TokenStatus
+from tiger_db.models.base import Entity, MutableEntity
+from tiger_db.models.columns import metadata
+from tiger_db.models.token_status import NewToken, RefreshTrigger, TokenRefreshStatus, TokenStatus
 
 __all__ = [
     "APIKey",
@@ -28,6 +29,7 @@ __all__ = [
     "Entity",
     "MarketPermission",
     "MutableEntity",
+    "NewToken",
     "PrivateKeyFormat",
     "QuotePermission",
     "RefreshTrigger",

@@ -1,14 +1,14 @@
-"""Broker accounts and their credentials."""
+"""Broker accounts, their credentials, and the life of access tokens."""
 
+import base64
+import binascii
 import re
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import AfterValidator, ValidationInfo
 from sqlalchemy import (
-    BigInteger,
-    Boolean,
     CheckConstraint,
     Column,
     ColumnElement,
@@ -21,7 +21,6 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy import Text as SQLText
 from sqlalchemy.orm import Mapped
 from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlmodel import Field, Relationship, col
@@ -29,20 +28,15 @@ from typing_extensions import TypedDict  # pydantic: the standard one from Pytho
 
 from tiger_db.encryption import EncryptedType, Secret
 from tiger_db.errors import EncryptionError, StaleToken
-from tiger_db.models.base import (
+from tiger_db.models.base import MutableEntity
+from tiger_db.models.columns import (
     Int64,
     JsonObject,
-    MutableEntity,
     Text,
-    Timestamp,
     UTCDateTime,
-    enum_type,
-    storable_json,
-    tracked_json,
-    tracked_list,
+    require_storable_json,
 )
 from tiger_db.redaction import mask_account_number
-from tiger_db.tokens import token_times
 
 if TYPE_CHECKING:
     from tiger_db.models.api_keys import APIKey
@@ -84,7 +78,7 @@ class TigerLicense(StrEnum):
     TBUS = "TBUS"
 
 
-# Whose requests need an access token, by Tiger's documentation.
+# Licenses whose requests need an access token, by Tiger's documentation.
 LICENSES_WITH_TOKEN = (TigerLicense.TBHK,)
 
 
@@ -109,7 +103,7 @@ class QuotePermission(TypedDict):
 
 
 def account_type_of(account_number: str) -> AccountType:
-    """The type that Tiger's numbering gives away: `U…` global, 17 digits paper, else standard."""
+    """Return the account type by Tiger's numbering: `U…` global, 17 digits paper, else standard."""
     if re.fullmatch(r"U\d+", account_number, re.ASCII):
         return AccountType.GLOBAL
     if re.fullmatch(r"\d{17}", account_number, re.ASCII):
@@ -168,31 +162,24 @@ class TigerAccount(MutableEntity, table=True):
     )
 
     account_name: Text = Field(
-        min_length=1, max_length=100, sa_type=SQLText, description="What people call the account"
+        min_length=1, max_length=100, description="What people call the account"
     )
     account_number: Text = Field(
-        min_length=1,
-        max_length=50,
-        unique=True,
-        sa_type=SQLText,
-        description="Tiger's number of the account",
+        min_length=1, max_length=50, unique=True, description="Tiger's number of the account"
     )
     account_type: AccountType = Field(
         default_factory=lambda data: account_type_of(data["account_number"]),  # type: ignore[misc, arg-type]  # SQLModel's stub knows only pydantic's older form
-        sa_type=enum_type(AccountType),
         sa_column_kwargs={"default": None},
         description="Follows from the account number where it is not given",
     )
     status: AccountStatus = Field(
-        default=AccountStatus.ACTIVE,
-        sa_type=enum_type(AccountStatus),
-        description="Only an active account serves requests",
+        default=AccountStatus.ACTIVE, description="Only an active account serves requests"
     )
     tiger_id: Secret = Field(
         sa_type=EncryptedType(fingerprint="tiger_id_fingerprint"),
         description="Tiger's id of the developer, encrypted; one may own several accounts",
     )
-    # Not a field: it is derived from tiger_id when that is written.
+    # Not a field: the flush derives it from tiger_id.
     tiger_id_fingerprint: ClassVar[Any] = Column(
         LargeBinary,
         nullable=False,
@@ -200,88 +187,65 @@ class TigerAccount(MutableEntity, table=True):
         comment="HMAC-SHA256 of tiger_id under a derived key, to search by",
     )
     private_key: Annotated[Secret | None, AfterValidator(_unless_closed)] = Field(
-        sa_type=EncryptedType(),
         nullable=True,
         description="RSA private key, base64 DER, encrypted; a closed account has none",
     )
     private_key_format: PrivateKeyFormat = Field(
-        default=PrivateKeyFormat.UNKNOWN,
-        sa_type=enum_type(PrivateKeyFormat),
-        description="PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
+        default=PrivateKeyFormat.UNKNOWN, description="PK1 (PKCS#1), PK8 (PKCS#8) or unknown"
     )
     secret_key: Secret | None = Field(
-        default=None, sa_type=EncryptedType(), description="Institutional trader's key, encrypted"
+        default=None, description="Institutional trader's key, encrypted"
     )
-    license: TigerLicense | None = Field(
-        default=None, sa_type=enum_type(TigerLicense), description="Tiger's licence of the account"
-    )
+    license: TigerLicense | None = Field(default=None, description="Tiger's licence of the account")
     environment: TigerEnvironment = Field(
         default=TigerEnvironment.PROD,
-        sa_type=enum_type(TigerEnvironment),
         description="Tiger's environment; paper trading is chosen by the account number instead",
     )
     server_url: Text | None = Field(
-        default=None, max_length=500, sa_type=SQLText, description="Gateway, if not the default one"
+        default=None, max_length=500, description="Gateway, if not the default one"
     )
-    access_token: Secret | None = Field(
-        default=None, sa_type=EncryptedType(), description="Current access token, encrypted"
-    )
-    refresh_token: Secret | None = Field(
-        default=None, sa_type=EncryptedType(), description="OAuth refresh token, encrypted"
-    )
+    access_token: Secret | None = Field(default=None, description="Current access token, encrypted")
+    refresh_token: Secret | None = Field(default=None, description="OAuth refresh token, encrypted")
     token_expires_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="When the access token expires"
+        default=None, description="When the access token expires"
     )
     token_refresh_at: UTCDateTime | None = Field(
-        default=None,
-        sa_type=Timestamp,
-        description="From when on the access token should be refreshed",
+        default=None, description="From when on the access token should be refreshed"
     )
     is_default_trading: bool = Field(
-        default=False,
-        sa_type=Boolean,
-        description="Serves trades that name no account; at most one",
+        default=False, description="Serves trades that name no account; at most one"
     )
     is_default_data: bool = Field(
-        default=False, sa_type=Boolean, description="Serves data that names no account; at most one"
+        default=False, description="Serves data that names no account; at most one"
     )
     market_permissions: list[MarketPermission] = Field(
-        default_factory=list,
-        sa_type=tracked_list(enum_type(MarketPermission)),
-        description="Markets the account may trade in",
+        default_factory=list, description="Markets the account may trade in"
     )
-    quote_permissions: Annotated[list[QuotePermission], AfterValidator(storable_json)] = Field(
-        default_factory=list,
-        sa_type=tracked_json(),
-        description="Tiger's quote permissions: name and expire_at (epoch ms, -1 permanent)",
+    quote_permissions: Annotated[list[QuotePermission], AfterValidator(require_storable_json)] = (
+        Field(
+            default_factory=list,
+            description="Tiger's quote permissions: name and expire_at (epoch ms, -1 permanent)",
+        )
     )
     client_options: JsonObject = Field(
         default_factory=dict,
-        sa_type=tracked_json(),
         sa_column_kwargs={"server_default": text("'{}'")},
         description="What else Tiger's configuration file says: timeout, language and the like",
     )
     auto_suspended: bool = Field(
         default=False,
-        sa_type=Boolean,
         sa_column_kwargs={"server_default": false(), "server_onupdate": FetchedValue()},
         description="Suspended after too many errors, not by a person; ends with the suspension",
     )
     error_count: Int64 = Field(
-        default=0, ge=0, sa_type=BigInteger, description="Consecutive errors since the last success"
+        default=0, ge=0, description="Consecutive errors since the last success"
     )
-    last_error: Text | None = Field(
-        default=None, sa_type=SQLText, description="Message of the last error"
-    )
+    last_error: Text | None = Field(default=None, description="Message of the last error")
     last_error_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="When the last error happened"
+        default=None, description="When the last error happened"
     )
-    description: Text | None = Field(
-        default=None, max_length=500, sa_type=SQLText, description="Notes"
-    )
-    tags: JsonObject = Field(
-        default_factory=dict, sa_type=tracked_json(), description="Free-form object"
-    )
+    description: Text | None = Field(default=None, max_length=500, description="Notes")
+    tags: JsonObject = Field(default_factory=dict, description="Free-form object")
 
     api_keys: list["APIKey"] = Relationship(
         back_populates="tiger_account",
@@ -300,7 +264,7 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def has_valid_token(self) -> bool:
-        """Whether there is an access token that has not expired, by this machine's clock."""
+        """Whether the account has an access token that has not expired, by the local clock."""
         if self.access_token is None:
             return False
         return self.token_expires_at is None or self.token_expires_at > datetime.now(UTC)
@@ -326,19 +290,20 @@ class TigerAccount(MutableEntity, table=True):
     def check_not_stale(
         self, access_token: str, expires_at: datetime | None = None
     ) -> datetime | None:
-        """When a token that is to replace this account's expires; None: that is unknown.
+        """Return the expiry of a replacement for the access token, or None if it is unknown.
 
-        It is read out of the token where it is not given. Of two tokens in Tiger's format the one
-        generated later is the newer; of others, the one that expires later. The same one is fine.
+        Without `expires_at`, the expiry is read from a token in Tiger's format. Of two tokens in
+        this format, the one generated later is newer; otherwise, the one that expires later. The
+        current token is not stale.
 
         Raises:
-            StaleToken: the account's token is the newer one.
+            StaleToken: the current token is newer.
         """
-        held = self.readable_token()
-        new, old = token_times(access_token), token_times(held)
+        current = self.readable_token()
+        new, old = token_times(access_token), token_times(current)
         if expires_at is None and new is not None:
             expires_at = new.expires_at
-        if access_token == held:
+        if access_token == current:
             stale = False
         elif new is not None and old is not None:
             stale = new.generated_at < old.generated_at
@@ -350,7 +315,7 @@ class TigerAccount(MutableEntity, table=True):
         return expires_at
 
     def readable_token(self) -> str:
-        """The access token; empty where there is none, or where nobody can read it any more."""
+        """Return the access token, or an empty text if there is none or its key is missing."""
         try:
             return self.access_token.get_secret_value() if self.access_token is not None else ""
         except EncryptionError:
@@ -398,10 +363,40 @@ def refresh_time(access_token: str, expires_at: datetime | None) -> datetime | N
     return expires_at - min(max(life * _SHARE_OF_LIFE_LEFT, _MAX_CLOCK_SKEW), life / 2)
 
 
+class TokenTimes(NamedTuple):
+    """Generation and expiry of an access token, by Tiger's clock (UTC)."""
+
+    generated_at: datetime
+    expires_at: datetime
+
+
+def token_times(token: str) -> TokenTimes | None:
+    """Return the times in a token, or None if it is not in Tiger's format, as OAuth tokens.
+
+    A token of Tiger is the base64 form of `<generated>,<expires>`, two times in epoch milliseconds
+    of 13 digits, and 16 opaque bytes (tigeropen 3.8.0, `should_token_refresh`). The opaque bytes
+    and the padding are not checked.
+    """
+    try:
+        content = base64.b64decode(token.strip()[:_TIMES_LENGTH], validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    times = _TIMES.fullmatch(content)
+    if times is None:
+        return None
+    generated, expires = (_EPOCH + timedelta(milliseconds=int(time)) for time in times.groups())
+    return TokenTimes(generated, expires) if generated < expires else None
+
+
+_TIMES = re.compile(rb"(\d{13}),(\d{13})")
+_TIMES_LENGTH = 36  # characters of base64 for these 27 bytes
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 @event.listens_for(TigerAccount, "before_insert")
 @event.listens_for(TigerAccount, "before_update")
-def _schedule(_mapper: object, _connection: object, account: TigerAccount) -> None:
-    """Set `token_refresh_at` if the token or its expiry has changed."""
+def _set_refresh_time(_mapper: object, _connection: object, account: TigerAccount) -> None:
+    """Set `token_refresh_at` if the token or its expiry was changed."""
     changed = instance_state(account).committed_state.keys()
     if changed & {"access_token", "token_expires_at"} and "token_expires_at" in vars(account):
         token = account.readable_token()

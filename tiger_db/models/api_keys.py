@@ -17,22 +17,16 @@ from uuid import UUID
 
 from pydantic import AfterValidator
 from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, ForeignKey, Index, Table
-from sqlalchemy import Text as SQLText
-from sqlalchemy.dialects.postgresql import CIDR
 from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field, Relationship
 
-from tiger_db.models.base import (
+from tiger_db.models.base import MutableEntity
+from tiger_db.models.columns import (
     Int64,
     JsonObject,
-    MutableEntity,
     Text,
-    Timestamp,
     UTCDateTime,
-    enum_type,
     metadata,
-    tracked_json,
-    tracked_list,
 )
 
 if TYPE_CHECKING:
@@ -151,21 +145,17 @@ class APIKey(MutableEntity, table=True):
         CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
     )
 
-    name: Text = Field(
-        min_length=1, max_length=100, sa_type=SQLText, description="What people call the key"
-    )
+    name: Text = Field(min_length=1, max_length=100, description="What people call the key")
     key_prefix: Text = Field(
         min_length=1,
         max_length=50,
         unique=True,
-        sa_type=SQLText,
         description="The public part of the key, by which it is found",
     )
     key_hash: Text = Field(
         min_length=1,
         exclude=True,
         repr=False,
-        sa_type=SQLText,
         description="passlib hash of the secret part of the key, under the pepper",
     )
     pepper_id: Text | None = Field(
@@ -174,76 +164,50 @@ class APIKey(MutableEntity, table=True):
         max_length=32,
         exclude=True,
         repr=False,
-        sa_type=SQLText,
         description="Id of the pepper in the hash; none: a hash of the secret itself",
     )
     root_id: UUID | None = Field(
         default=None,
-        sa_type=SQLUUID,
         description="First key of the line that rotations made, which may be gone; none: this one",
     )
     successor_id: UUID | None = Field(
-        default=None,
-        sa_type=SQLUUID,
-        description="Key that it was rotated to, which may be gone",
+        default=None, description="Key that it was rotated to, which may be gone"
     )
     status: APIKeyStatus = Field(
-        default=APIKeyStatus.ACTIVE,
-        sa_type=enum_type(APIKeyStatus),
-        description="Only an active key is accepted",
+        default=APIKeyStatus.ACTIVE, description="Only an active key is accepted"
     )
     scopes: Annotated[list[APIKeyScope], AfterValidator(_distinct)] = Field(
-        min_length=1,
-        sa_type=tracked_list(enum_type(APIKeyScope)),
-        description="What the key may do",
+        min_length=1, description="What the key may do"
     )
     tiger_account_id: UUID | None = Field(
         default=None,
         foreign_key="tiger_accounts.id",
         ondelete="CASCADE",
-        sa_type=SQLUUID,
         description="The only account it may act on; none: every account",
     )
-    expires_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="From when on it is refused"
-    )
-    last_used_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="When it was last accepted"
-    )
-    usage_count: Int64 = Field(
-        default=0, ge=0, sa_type=BigInteger, description="How often it was accepted"
-    )
+    expires_at: UTCDateTime | None = Field(default=None, description="From when on it is refused")
+    last_used_at: UTCDateTime | None = Field(default=None, description="When it was last accepted")
+    usage_count: Int64 = Field(default=0, ge=0, description="How often it was accepted")
     rate_limit_per_hour: Int64 | None = Field(
-        default=None, ge=1, sa_type=BigInteger, description="Uses in one clock hour (UTC)"
+        default=None, ge=1, description="Uses in one clock hour (UTC)"
     )
     rate_limit_per_day: Int64 | None = Field(
-        default=None, ge=1, sa_type=BigInteger, description="Uses in one calendar day (UTC)"
+        default=None, ge=1, description="Uses in one calendar day (UTC)"
     )
     allowed_ips: list[Annotated[IPv4Network | IPv6Network, AfterValidator(parse_network)]] = Field(
-        default_factory=list,
-        sa_type=tracked_list(CIDR()),
-        description="Networks it may be used from; none: any",
+        default_factory=list, description="Networks it may be used from; none: any"
     )
     allowed_user_agents: list[Text] = Field(
         default_factory=list,
-        sa_type=tracked_list(SQLText()),
         description="Clients that may use it, * for any run of characters; none: any",
     )
-    created_by: Text | None = Field(
-        default=None, max_length=100, sa_type=SQLText, description="Who created it"
-    )
-    revoked_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="When it was revoked"
-    )
+    created_by: Text | None = Field(default=None, max_length=100, description="Who created it")
+    revoked_at: UTCDateTime | None = Field(default=None, description="When it was revoked")
     revocation_reason: Text | None = Field(
-        default=None, max_length=500, sa_type=SQLText, description="Why it was revoked"
+        default=None, max_length=500, description="Why it was revoked"
     )
-    description: Text | None = Field(
-        default=None, max_length=500, sa_type=SQLText, description="Notes"
-    )
-    tags: JsonObject = Field(
-        default_factory=dict, sa_type=tracked_json(), description="Free-form object"
-    )
+    description: Text | None = Field(default=None, max_length=500, description="Notes")
+    tags: JsonObject = Field(default_factory=dict, description="Free-form object")
 
     tiger_account: Optional["TigerAccount"] = Relationship(  # SQLModel resolves it
         back_populates="api_keys", sa_relationship_kwargs={"lazy": "raise"}

@@ -1,37 +1,31 @@
-"""The audit trail: who did what to which account, and how it ended."""
+"""Audit events, their rows, and the table of seals."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 from uuid import UUID
 
 from annotated_types import MaxLen
 from pydantic import AfterValidator, ModelWrapValidatorHandler, model_validator
 from sqlalchemy import BigInteger, Column, Index, LargeBinary, Table, func, text
 from sqlalchemy import Text as SQLText
-from sqlalchemy.dialects.postgresql import INET
-from sqlalchemy.dialects.postgresql import UUID as SQLUUID
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlmodel import Field
 
 from tiger_db.models.api_keys import parse_address
-from tiger_db.models.base import (
-    Entity,
-    Int64,
-    JsonObject,
-    Text,
-    Timestamp,
-    UTCDateTime,
-    enum_type,
-    metadata,
-    tracked_json,
-)
-from tiger_db.models.event_sanitizer import safe
+from tiger_db.models.base import Entity
+from tiger_db.models.columns import Int64, JsonObject, Text, Tracked, UTCDateTime, metadata
+from tiger_db.models.event_sanitizer import sanitize_event
+
+if TYPE_CHECKING:
+    import asyncpg
 
 
 class AuditAction(StrEnum):
-    """`family:what was done`; the trading ones bear the names of Tiger's API."""
+    """`family:verb`. The trading actions are named as in Tiger's API."""
 
     ACCOUNT_CREATE = "account:create"
     ACCOUNT_UPDATE = "account:update"
@@ -121,12 +115,12 @@ class AuditSeverity(StrEnum):
     CRITICAL = "critical"
 
 
-# What changes money, credentials or rights matters even when it succeeds.
+# These change money, credentials or rights, so even a success has medium severity.
 _MEDIUM_FAMILIES = {"account", "api_key", "token", "trade", "system"}
 
 
 def severity_of(action: AuditAction, result: AuditResult) -> AuditSeverity:
-    """The severity of an event that states none."""
+    """Return the severity of an event that does not specify one."""
     if action.family == "security":
         return AuditSeverity.HIGH
     if action.family in _MEDIUM_FAMILIES:
@@ -138,9 +132,9 @@ _BRIN: dict[str, Any] = {"postgresql_with": {"pages_per_range": 32, "autosummari
 
 
 class AuditLog(Entity, table=True):
-    """One event. It is never changed and outlives what it tells about: it refers by id only.
+    """One event. It is never changed, and has no foreign keys, so that it outlives its subject.
 
-    Details that cannot be stored, or hold secrets, are made safe; `details` say what was changed.
+    Values that cannot be stored are converted, and secrets are masked. `details` list the changes.
     """
 
     __tablename__ = "audit_logs"
@@ -149,7 +143,7 @@ class AuditLog(Entity, table=True):
             Index(f"ix_audit_logs_{name}", name, postgresql_where=text(f"{name} IS NOT NULL"))
             for name in ("tiger_account_id", "api_key_id", "user_id")
         ),
-        # Tiny, and good enough to find the few pages that can hold a value.
+        # BRIN indexes are small, and leave few pages to read.
         Index("ix_audit_logs_position", "position", postgresql_using="brin", **_BRIN),
         *(
             Index(
@@ -166,112 +160,86 @@ class AuditLog(Entity, table=True):
 
     created_at: UTCDateTime | None = Field(
         default=None,
-        sa_type=Timestamp,
         nullable=False,
         sa_column_kwargs={"server_default": func.clock_timestamp()},
         description="When it was written, by the database's clock",
     )
-    action: AuditAction = Field(sa_type=enum_type(AuditAction), description="What was done")
-    result: AuditResult = Field(
-        default=AuditResult.SUCCESS, sa_type=enum_type(AuditResult), description="How it ended"
-    )
+    action: AuditAction = Field(description="What was done")
+    result: AuditResult = Field(default=AuditResult.SUCCESS, description="How it ended")
     severity: AuditSeverity = Field(
         default_factory=lambda data: severity_of(data["action"], data["result"]),  # type: ignore[misc, arg-type]  # as in accounts.py
-        sa_type=enum_type(AuditSeverity),
         sa_column_kwargs={"default": None},
         description="Follows from action and result where it is not given",
     )
     resource_type: Text | None = Field(
-        default=None, max_length=50, sa_type=SQLText, description="Kind of thing it was done to"
+        default=None, max_length=50, description="Kind of thing it was done to"
     )
     resource_id: Text | None = Field(
-        default=None, max_length=100, sa_type=SQLText, description="Which one, e.g. an order id"
+        default=None, max_length=100, description="Which one, e.g. an order id"
     )
-    user_id: Text | None = Field(
-        default=None, max_length=100, sa_type=SQLText, description="Who did it"
-    )
+    user_id: Text | None = Field(default=None, max_length=100, description="Who did it")
     user_type: Text | None = Field(
-        default=None, max_length=50, sa_type=SQLText, description="Kind of user, e.g. admin"
+        default=None, max_length=50, description="Kind of user, e.g. admin"
     )
     session_id: Text | None = Field(
-        default=None, max_length=100, sa_type=SQLText, description="Session it was done in"
+        default=None, max_length=100, description="Session it was done in"
     )
     ip_address: Annotated[IPv4Address | IPv6Address, AfterValidator(parse_address)] | None = Field(
-        default=None, sa_type=INET, description="Address it came from"
+        default=None, description="Address it came from"
     )
-    user_agent: Text | None = Field(
-        default=None, max_length=500, sa_type=SQLText, description="Client it came from"
-    )
-    request_method: Text | None = Field(
-        default=None, max_length=10, sa_type=SQLText, description="HTTP method"
-    )
-    request_path: Text | None = Field(
-        default=None, max_length=500, sa_type=SQLText, description="HTTP path"
-    )
+    user_agent: Text | None = Field(default=None, max_length=500, description="Client it came from")
+    request_method: Text | None = Field(default=None, max_length=10, description="HTTP method")
+    request_path: Text | None = Field(default=None, max_length=500, description="HTTP path")
     request_id: Text | None = Field(
-        default=None, max_length=100, sa_type=SQLText, description="Ties the events of a request"
+        default=None, max_length=100, description="Ties the events of a request"
     )
     tiger_account_id: UUID | None = Field(
-        default=None,
-        sa_type=SQLUUID,
-        description="Account concerned; no foreign key: it may be gone",
+        default=None, description="Account concerned; no foreign key: it may be gone"
     )
     api_key_id: UUID | None = Field(
-        default=None, sa_type=SQLUUID, description="API key used; no foreign key: it may be gone"
+        default=None, description="API key used; no foreign key: it may be gone"
     )
-    details: JsonObject | None = Field(
-        default=None, sa_type=tracked_json(), description="Whatever else is worth knowing"
-    )
+    details: JsonObject | None = Field(default=None, description="Whatever else is worth knowing")
     old_values: JsonObject | None = Field(
-        default=None, sa_type=tracked_json(), description="Values before a change, secrets masked"
+        default=None, description="Values before a change, secrets masked"
     )
     new_values: JsonObject | None = Field(
-        default=None, sa_type=tracked_json(), description="Values after a change, secrets masked"
+        default=None, description="Values after a change, secrets masked"
     )
-    error_code: Text | None = Field(
-        default=None, max_length=50, sa_type=SQLText, description="Code of the error"
-    )
-    error_message: Text | None = Field(
-        default=None, sa_type=SQLText, description="Message of the error"
-    )
+    error_code: Text | None = Field(default=None, max_length=50, description="Code of the error")
+    error_message: Text | None = Field(default=None, description="Message of the error")
     duration_ms: Int64 | None = Field(
-        default=None, ge=0, sa_type=BigInteger, description="How long it took, in milliseconds"
+        default=None, ge=0, description="How long it took, in milliseconds"
     )
-    tags: JsonObject | None = Field(
-        default=None, sa_type=tracked_json(), description="Free-form object"
-    )
+    tags: JsonObject | None = Field(default=None, description="Free-form object")
     position: Int64 | None = Field(
         default=None,
-        sa_type=BigInteger,
         nullable=False,
         sa_column_kwargs={"server_default": text("nextval('audit_logs_position_seq'::regclass)")},
         description="Place in the order of writing; what was rolled back leaves gaps",
     )
 
-    # Not "before": that one would see the whole row whenever a field is assigned.
+    # Not mode="before": on assignment, pydantic gives that mode the values of the whole row.
     @model_validator(mode="wrap")
     @classmethod
-    def _make_safe(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # as pydantic has it
-        return handler(_safe(data) if isinstance(data, Mapping) else data)
+    def _sanitize(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # as pydantic has it
+        return handler(_sanitize(data) if isinstance(data, Mapping) else data)
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
-        made = _safe(changes)
-        # Nothing more than what is assigned: notes show only where details are.
+        made = _sanitize(changes)
+        # Only the assigned fields: the notes are in `details`, if these are assigned.
         return super().validate_changes(
             {name: made.get(name, value) for name, value in changes.items()}
         )
 
 
-def _safe(values: Mapping[str, object]) -> dict[str, object]:
-    return safe(values, _text_limits(), _SEVERITIES)
-
-
-_SEVERITIES = frozenset(AuditSeverity)
+def _sanitize(values: Mapping[str, object]) -> dict[str, object]:
+    return sanitize_event(values, _text_limits(), frozenset(AuditSeverity))
 
 
 @cache
 def _text_limits() -> dict[str, int]:
-    """The most characters of each text field that has a limit."""
+    """Return the maximum length of each text field that has one, in characters."""
     return {
         name: rule.max_length
         for name, field in AuditLog.model_fields.items()
@@ -280,7 +248,41 @@ def _text_limits() -> dict[str, int]:
     }
 
 
-# No entity: a seal is known by its number, and what it says is a text that was signed.
+# Writes that bypass the ORM
+
+SERVER_COLUMNS = ("created_at", "position")  # set by the database
+_TABLE: Table = AuditLog.__table__  # type: ignore[attr-defined]  # SQLAlchemy's
+_COLUMNS = [column.name for column in _TABLE.columns if column.name not in SERVER_COLUMNS]
+_JSON_COLUMNS = {column.name for column in _TABLE.columns if isinstance(column.type, JSONB)}
+INSERT = (
+    f"INSERT INTO audit_logs ({', '.join(_COLUMNS)})"  # noqa: S608  # names of columns
+    f" VALUES ({', '.join(f'${n}' for n, _ in enumerate(_COLUMNS, start=1))})"
+)
+
+
+def insert_values(event: AuditLog) -> tuple[Any, ...]:
+    """Return the parameters of `INSERT`."""
+    values = {name: event.__dict__.get(name) for name in _COLUMNS}
+    for name in _JSON_COLUMNS:
+        value = values[name]
+        if isinstance(value, Tracked) and value.modified:
+            value = event.validate_changes({name: value})[name]
+        values[name] = value if value is None else json.dumps(value)
+    return tuple(values.values())
+
+
+async def insert_events(
+    connection: "asyncpg.Connection[asyncpg.Record]", events: Sequence[AuditLog]
+) -> None:
+    """Insert all events or none; without a transaction, in one of their own."""
+    if len(events) == 1:
+        await connection.execute(INSERT, *insert_values(events[0]))
+    else:
+        rows = map(insert_values, events)
+        await connection.copy_records_to_table("audit_logs", columns=_COLUMNS, records=rows)
+
+
+# A table without a class: seals are written and read as raw rows.
 audit_seals = Table(
     "audit_seals",
     metadata,

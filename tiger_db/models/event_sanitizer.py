@@ -51,7 +51,7 @@ class _State:
     characters: int = _CHARACTERS
 
 
-def safe(
+def sanitize_event(
     values: Mapping[str, object], limits: Mapping[str, int], severities: Collection[str]
 ) -> dict[str, object]:
     """What an event is constructed of, as it can be stored; `details` say what was changed.

@@ -1,26 +1,22 @@
-"""Token refreshes: what is due, who is at it, and how each one ended."""
+"""Token refreshes: their state, lease and outcome."""
 
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Index, event, func, text
-from sqlalchemy import Text as SQLText
-from sqlalchemy.dialects.postgresql import UUID as SQLUUID
+from sqlalchemy import CheckConstraint, Index, event, func, text
 from sqlmodel import Field, Relationship
 
 from tiger_db.errors import InvalidState
 from tiger_db.models.accounts import TigerEnvironment
-from tiger_db.models.base import (
+from tiger_db.models.base import MutableEntity
+from tiger_db.models.columns import (
     Int64,
     JsonObject,
-    MutableEntity,
     Text,
-    Timestamp,
     UTCDateTime,
-    enum_type,
-    tracked_json,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +41,19 @@ class RefreshTrigger(StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """The tokens that a refresh returned.
+
+    `expires_at` is timezone-aware; None: it is read from an access token in Tiger's format.
+    """
+
+    access_token: str = field(repr=False)
+    expires_at: datetime | None = None
+    refresh_token: str | None = field(default=None, repr=False)
+    code: int | None = None  # of the broker's response
+
+
 OPEN_STATUSES = (TokenRefreshStatus.PENDING, TokenRefreshStatus.IN_PROGRESS)
 _IS_OPEN = text("status IN ('pending', 'in_progress')")
 
@@ -54,7 +63,7 @@ class TokenStatus(MutableEntity, table=True):
 
     __tablename__ = "token_statuses"
     __table_args__ = (
-        # Else nobody could ever claim it, and none other of its account could be opened.
+        # Without a lease, it could not be claimed, and would block the account's next refresh.
         CheckConstraint(
             "status <> 'in_progress' OR num_nulls(worker, lease_expires_at) = 0",
             name="in_progress_is_leased",
@@ -73,91 +82,70 @@ class TokenStatus(MutableEntity, table=True):
     tiger_account_id: UUID = Field(
         foreign_key="tiger_accounts.id",
         ondelete="CASCADE",
-        sa_type=SQLUUID,
         description="The account whose token is refreshed",
     )
     status: TokenRefreshStatus = Field(
         default=TokenRefreshStatus.PENDING,
-        sa_type=enum_type(TokenRefreshStatus),
         description="Pending and in progress are open; the others are final",
     )
     trigger: RefreshTrigger = Field(
-        default=RefreshTrigger.SCHEDULED,
-        sa_type=enum_type(RefreshTrigger),
-        description="Why it was asked for",
+        default=RefreshTrigger.SCHEDULED, description="Why it was asked for"
     )
     old_token_expires_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="Expiry of the token it replaces"
+        default=None, description="Expiry of the token it replaces"
     )
     new_token_expires_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="Expiry of the token it brought"
+        default=None, description="Expiry of the token it brought"
     )
     old_token_hash: Text | None = Field(
-        default=None,
-        max_length=128,
-        sa_type=SQLText,
-        description="SHA-256 of the token it replaces",
+        default=None, max_length=128, description="SHA-256 of the token it replaces"
     )
     new_token_hash: Text | None = Field(
-        default=None, max_length=128, sa_type=SQLText, description="SHA-256 of the token it brought"
+        default=None, max_length=128, description="SHA-256 of the token it brought"
     )
     scheduled_at: UTCDateTime | None = Field(
         default=None,
-        sa_type=Timestamp,
         nullable=False,
         sa_column_kwargs={"server_default": func.now()},
         description="From when on it may be claimed",
     )
     started_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="When the last attempt started"
+        default=None, description="When the last attempt started"
     )
-    completed_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="When it ended for good"
-    )
+    completed_at: UTCDateTime | None = Field(default=None, description="When it ended for good")
     duration_ms: Int64 | None = Field(
-        default=None, ge=0, sa_type=BigInteger, description="Length of the last attempt, in ms"
+        default=None, ge=0, description="Length of the last attempt, in ms"
     )
     next_refresh_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="When the new token should be refreshed"
+        default=None, description="When the new token should be refreshed"
     )
     error_code: Text | None = Field(
-        default=None, max_length=50, sa_type=SQLText, description="Code of the last error"
+        default=None, max_length=50, description="Code of the last error"
     )
-    error_message: Text | None = Field(
-        default=None, sa_type=SQLText, description="Message of the last error"
-    )
-    retry_count: Int64 = Field(
-        default=0, ge=0, sa_type=BigInteger, description="How many attempts failed"
-    )
+    error_message: Text | None = Field(default=None, description="Message of the last error")
+    retry_count: Int64 = Field(default=0, ge=0, description="How many attempts failed")
     max_retries: Int64 = Field(
-        default=3,
-        ge=0,
-        sa_type=BigInteger,
-        description="After how many failed attempts it is given up",
+        default=3, ge=0, description="After how many failed attempts it is given up"
     )
     api_response_code: Int64 | None = Field(
-        default=None, sa_type=BigInteger, description="Tiger's code in the last answer"
+        default=None, description="Tiger's code in the last answer"
     )
     api_response_time_ms: Int64 | None = Field(
-        default=None, ge=0, sa_type=BigInteger, description="How long Tiger took to answer, in ms"
+        default=None, ge=0, description="How long Tiger took to answer, in ms"
     )
-    details: JsonObject | None = Field(
-        default=None, sa_type=tracked_json(), description="Whatever else is worth knowing"
-    )
+    details: JsonObject | None = Field(default=None, description="Whatever else is worth knowing")
     environment: TigerEnvironment | None = Field(
-        default=None, sa_type=enum_type(TigerEnvironment), description="Tiger's environment asked"
+        default=None, description="Tiger's environment asked"
     )
     server_version: Text | None = Field(
-        default=None, max_length=50, sa_type=SQLText, description="Version of Tiger's gateway"
+        default=None, max_length=50, description="Version of Tiger's gateway"
     )
-    worker: Text | None = Field(
-        default=None, max_length=100, sa_type=SQLText, description="Who holds the claim"
-    )
+    worker: Text | None = Field(default=None, max_length=100, description="Who holds the claim")
     lease_expires_at: UTCDateTime | None = Field(
-        default=None, sa_type=Timestamp, description="When the claim ends unless it is renewed"
+        default=None, description="When the claim ends unless it is renewed"
     )
     fencing_token: Int64 = Field(
-        default=0, ge=0, sa_type=BigInteger, description="Number of the claim: an older one is void"
+        default=0, ge=0, description="Number of the claim: an older one is void"
     )
 
     tiger_account: "TigerAccount" = Relationship(
@@ -170,17 +158,17 @@ class TokenStatus(MutableEntity, table=True):
 
     @property
     def can_retry(self) -> bool:
-        """Whether it failed and another attempt is allowed."""
+        """Whether the refresh failed and has attempts left."""
         return self.status == TokenRefreshStatus.FAILED and self.retry_count < self.max_retries
 
     def start_refresh(self) -> None:
-        """Go from pending to in progress, in memory.
+        """Change the status from pending to in progress, in memory.
 
-        For a refresh that is stored once it has ended. It has no lease, so a flush before
-        `complete_refresh` raises InvalidState. `crud.token_status.claim` claims a stored refresh.
+        This is for a refresh that is stored after its end. A flush before `complete_refresh` raises
+        InvalidState, because there is no lease. `crud.token_status.claim` claims a stored refresh.
 
         Raises:
-            InvalidState: it is not pending.
+            InvalidState: the refresh is not pending.
         """
         if self.status != TokenRefreshStatus.PENDING:
             raise InvalidState(f"a {self.status.value} refresh cannot be started")
@@ -197,11 +185,11 @@ class TokenStatus(MutableEntity, table=True):
         error_code: str | None = None,
         error_message: str | None = None,
     ) -> None:
-        """Go from in progress to success or failed; a failure counts as one attempt.
+        """Change the status from in progress to success or failed. A failure counts as an attempt.
 
         Raises:
-            InvalidState: it is not in progress.
-            ValidationError: a value is refused; nothing has changed.
+            InvalidState: the refresh is not in progress.
+            ValidationError: a value is invalid; nothing has changed.
         """
         if self.status != TokenRefreshStatus.IN_PROGRESS or self.started_at is None:
             raise InvalidState(f"a {self.status.value} refresh cannot be completed")
@@ -231,12 +219,12 @@ class TokenStatus(MutableEntity, table=True):
 @event.listens_for(TokenStatus, "before_insert")
 @event.listens_for(TokenStatus, "before_update")
 def _require_lease(_mapper: object, _connection: object, refresh: TokenStatus) -> None:
-    """Name what `ck_token_statuses_in_progress_is_leased` would refuse.
+    """Check the rule of `ck_token_statuses_in_progress_is_leased` before the flush.
 
     Raises:
         InvalidState: the refresh is in progress without a lease.
     """
-    values = refresh.__dict__  # what is not loaded has not changed
+    values = refresh.__dict__  # unloaded columns have not changed
     if values.get("status") == TokenRefreshStatus.IN_PROGRESS and None in (
         values.get("worker", ""),
         values.get("lease_expires_at", ""),

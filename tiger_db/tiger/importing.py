@@ -15,6 +15,7 @@ from tiger_db import crud
 from tiger_db.encryption import Secret
 from tiger_db.errors import EncryptionError, InvalidState, InvalidValue, StaleToken
 from tiger_db.models import AccountStatus, AuditAction, TigerAccount, TigerEnvironment
+from tiger_db.models.accounts import token_times
 from tiger_db.redaction import MASK
 from tiger_db.tiger.private_keys import parse_private_key, public_numbers
 from tiger_db.tiger.properties import (
@@ -25,7 +26,6 @@ from tiger_db.tiger.properties import (
     plaintext,
     read_properties,
 )
-from tiger_db.tokens import token_times
 
 _KNOWN = {*PRIVATE_KEY_PROPERTIES, *FIELD_PROPERTIES.values(), *CLIENT_OPTIONS}
 _WORDS = re.compile(r"(?=.{1,40}\Z)[A-Za-z]{1,24}(?:[_.-][A-Za-z]{1,24})*[0-9]?")

@@ -10,10 +10,10 @@ from typing import Any
 
 from tiger_db.errors import AnswerLost, CredentialsRefused, RefreshFailed, RefreshLimited
 from tiger_db.models import TigerAccount
-from tiger_db.models.base import readable_secrets
+from tiger_db.models.secrets import readable_secrets
+from tiger_db.models.token_status import NewToken
 from tiger_db.redaction import redact_aggressively
 from tiger_db.tiger.sdk import client_config
-from tiger_db.tokens import NewToken
 
 # https://quant.itigerup.com/openapi/en/python/appendix2/overview.html: codes of the Open API
 _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5

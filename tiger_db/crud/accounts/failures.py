@@ -11,7 +11,7 @@ from tiger_db.crud import audit_logs
 from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
-from tiger_db.models.base import readable_secrets
+from tiger_db.models.secrets import readable_secrets
 from tiger_db.redaction import redact_aggressively
 
 

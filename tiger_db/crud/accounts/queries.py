@@ -21,7 +21,7 @@ from tiger_db.models import (
     TigerEnvironment,
 )
 from tiger_db.models.accounts import LICENSES_WITH_TOKEN, due_tokens
-from tiger_db.models.base import key_provider
+from tiger_db.models.secrets import key_provider
 
 # An account fails after this many consecutive errors, until that long after the last of them.
 FAILING_ERRORS = 3

@@ -33,8 +33,8 @@ from tiger_db.crud.audit_logs import insert_event
 from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly
 from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditLog
-from tiger_db.models.audit_inserts import insert_events
-from tiger_db.models.rows import column_list, column_names, hydrate, merge_row, row_expression
+from tiger_db.models.audit_logs import insert_events
+from tiger_db.models.base import column_list, column_names, hydrate, merge_row, row_expression
 from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import raw_errors

@@ -14,8 +14,8 @@ from tiger_db.crud.token_status.changes import ANSWER_LOST, change_held
 from tiger_db.crud.token_status.outcomes import fail_expired_leases
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
-from tiger_db.models.base import key_provider
-from tiger_db.models.rows import hydrate, row_expression
+from tiger_db.models.base import hydrate, row_expression
+from tiger_db.models.secrets import key_provider
 
 # Constant, and past the ORM: claiming is what a worker does all day.
 CLAIM = f"""

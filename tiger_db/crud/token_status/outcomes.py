@@ -43,8 +43,8 @@ from tiger_db.models import (
 )
 from tiger_db.models.accounts import refresh_time
 from tiger_db.models.audit_logs import severity_of
-from tiger_db.models.base import aad_of, encrypt_secret, key_provider, readable_secrets
-from tiger_db.models.rows import merge_row, row_expression
+from tiger_db.models.base import merge_row, row_expression
+from tiger_db.models.secrets import aad_of, encrypt_secret, key_provider, readable_secrets
 from tiger_db.redaction import redact_aggressively
 
 # Exponential backoff with full jitter, from this long to LONGEST_BACKOFF:

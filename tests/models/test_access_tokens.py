@@ -18,7 +18,7 @@ from tiger_db.crud import accounts, token_status
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.errors import StaleToken
-from tiger_db.tokens import TokenTimes, token_times
+from tiger_db.models.accounts import TokenTimes, token_times
 
 # Reading
 

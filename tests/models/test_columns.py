@@ -18,7 +18,7 @@ from tests.support.recording import recorded
 from tiger_db import APIKey, APIKeyScope, Database, MarketPermission, TigerAccount, crud
 from tiger_db.database import AsyncSession
 from tiger_db.errors import EncryptionError
-from tiger_db.models.mutable import TrackedDict, TrackedList
+from tiger_db.models.columns import TrackedDict, TrackedList
 
 
 def half_of(items: list[Any]) -> Iterator[Any]:

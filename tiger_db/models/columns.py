@@ -1,0 +1,260 @@
+"""Column types: naming convention, validated values, SQL types, and tracked JSON and lists."""
+
+import json
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import Enum, StrEnum
+from ipaddress import IPv4Address, IPv4Network
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from uuid import UUID
+
+from pydantic import AfterValidator, AwareDatetime, JsonValue
+from sqlalchemy import BigInteger, Boolean, DateTime, Dialect, MetaData
+from sqlalchemy import Enum as SQLEnum
+from sqlalchemy import Text as SQLText
+from sqlalchemy.dialects.postgresql import ARRAY, CIDR, INET, JSONB
+from sqlalchemy.dialects.postgresql import UUID as SQLUUID
+from sqlalchemy.ext.mutable import Mutable
+from sqlalchemy.orm import InstanceState
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from tiger_db.encryption import EncryptedType, Secret
+
+T = TypeVar("T")
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# Validated values
+
+
+def _to_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must be from the year 1 to 9999 in UTC") from None
+
+
+def _require_storable_text(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode") from None
+    return value
+
+
+def require_storable_json(value: T) -> T:
+    """Return a JSON value unchanged. Raise ValueError if JSONB cannot store it."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (ValueError, RecursionError):  # includes UnicodeEncodeError
+        raise ValueError("must be JSON that PostgreSQL can store: no NaN, no infinity") from None
+    if _ESCAPED_NUL.search(text):
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def _require_64_bits(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("must fit in 64 bits")
+    return value
+
+
+Int64 = Annotated[int, AfterValidator(_require_64_bits)]
+UTCDateTime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
+Text = Annotated[str, AfterValidator(_require_storable_text)]
+JsonObject = Annotated[dict[str, JsonValue], AfterValidator(require_storable_json)]
+
+# SQL types
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """A `timestamptz` column.
+
+    asyncpg reads infinity as a naive `datetime.max` or `datetime.min`. This type adds UTC.
+    """
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(
+        self,
+        value: datetime | None,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+def enum_type(enum: type[StrEnum]) -> SQLEnum:
+    """Return a native PostgreSQL enum that stores the values of the members."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", enum.__name__).lower()
+    return SQLEnum(
+        enum, name=name, metadata=metadata, values_callable=lambda e: [m.value for m in e]
+    )
+
+
+_SQL_TYPES: list[tuple[type, Callable[[], TypeEngine[Any]]]] = [
+    (Secret, EncryptedType),
+    (bool, Boolean),
+    (int, BigInteger),
+    (str, SQLText),
+    (AwareDatetime, Timestamp),
+    (UUID, SQLUUID),
+    (IPv4Address, INET),
+    (IPv4Network, CIDR),
+]
+
+
+def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotation
+    """Return the SQL type of a field by its annotation.
+
+    Lists of scalars are arrays; dicts and lists of dicts are JSONB. Their changes in place are
+    saved. `None` and validators in the annotation make no difference.
+    """
+    while get_origin(annotation) in {Annotated, Union, UnionType}:
+        annotation = get_args(annotation)[0]
+    kind = get_origin(annotation) or annotation
+    if issubclass(kind, list):
+        item = sql_type(get_args(annotation)[0])
+        return item if isinstance(item, JSONB) else Tracked.as_mutable(ARRAY(item, dimensions=1))
+    if issubclass(kind, dict):
+        return Tracked.as_mutable(JSONB(none_as_null=True))
+    if issubclass(kind, Enum):
+        return enum_type(kind)
+    return next(make() for python_type, make in _SQL_TYPES if issubclass(kind, python_type))
+
+
+# Tracked JSON and lists
+
+
+class Tracked(Mutable):
+    """A dict or list of a column, or a part of one, that reports its changes.
+
+    A part reports to its root. The root marks the column of its row as modified.
+    """
+
+    root: "Tracked | None" = None  # None: this object is the root
+    modified = False  # whether the root was changed in place
+
+    @classmethod
+    def coerce(cls, key: str, value: object) -> object:  # noqa: ARG003  # SQLAlchemy's signature
+        return track(value)
+
+    def changed(self) -> None:
+        if self.root is None:
+            self.modified = True
+            super().changed()
+        else:
+            self.root.changed()
+
+    def set_parent(self, state: InstanceState[Any], name: str) -> None:
+        """Report changes to a column of a row. The ORM does this for the rows that it loads."""
+        self._parents[state] = name
+
+    def tracked_part(self, value: object) -> object:
+        """Return the value as a part of this root: a dict or list of another root is copied."""
+        root = self.root or self
+        if isinstance(value, Tracked) and (value.root or value) is root:
+            return value
+        return track(value, root)
+
+    def track_parts(self) -> None:
+        """Replace each dict and list in this container by a part of this root."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
+        return track, (_untracked(self),)  # a copy belongs to no row
+
+
+class TrackedDict(Tracked, dict[Any, Any]):
+    """A dict that reports its changes."""
+
+    def track_parts(self) -> None:
+        for key, value in self.items():
+            dict.__setitem__(self, key, self.tracked_part(value))
+
+    def replace_content(self, value: dict[Any, Any]) -> None:
+        """Take over the validated content; nothing is reported if it is equal."""
+        if value != self:
+            self.clear()
+            self.update(value)
+
+    def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # as dict's
+        if key not in self:
+            self[key] = default
+        return self[key]  # the tracked part, not the default itself
+
+
+class TrackedList(Tracked, list[Any]):
+    """A list that reports its changes."""
+
+    def track_parts(self) -> None:
+        for index, value in enumerate(self):
+            list.__setitem__(self, index, self.tracked_part(value))
+
+    def replace_content(self, value: list[Any]) -> None:
+        """Take over the validated content, in which texts may have become enum members."""
+        if value != self or not all(map(isinstance, self, map(type, value))):
+            self[:] = value
+
+
+def track(value: object, root: Tracked | None = None) -> object:
+    """Return a copy of a dict or list whose parts, at any depth, report changes to the root."""
+    if isinstance(value, dict):
+        tracked: Tracked = TrackedDict({k: _untracked(v) for k, v in value.items()})
+    elif isinstance(value, list):
+        tracked = TrackedList(map(_untracked, value))
+    else:
+        return value
+    tracked.root = root
+    tracked.track_parts()
+    return tracked
+
+
+def _untracked(value: object) -> object:
+    """Return a plain copy of a tracked container; other values as they are."""
+    match value:
+        case TrackedDict():
+            return dict(value)
+        case TrackedList():
+            return list(value)
+    return value
+
+
+def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[..., Any]:
+    change = getattr(cls, name)
+
+    def report(self: TrackedDict | TrackedList, /, *args: object, **kwargs: object) -> object:
+        try:
+            return change(self, *args, **kwargs)
+        finally:  # an update that failed halfway is a change too
+            self.track_parts()
+            self.changed()
+
+    return report
+
+
+for _name in (
+    "__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "update",
+):  # fmt: skip
+    setattr(TrackedDict, _name, _reporting(TrackedDict, _name))
+for _name in (
+    "__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "clear", "extend", "insert",
+    "pop", "remove", "reverse", "sort",
+):  # fmt: skip
+    setattr(TrackedList, _name, _reporting(TrackedList, _name))

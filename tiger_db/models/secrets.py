@@ -1,0 +1,103 @@
+"""Secrets of entities: encrypted for their row at the flush, bound to it at the load."""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import Table
+from sqlalchemy.orm import Mapper, Session, object_mapper, object_session
+from sqlalchemy.orm.attributes import set_attribute
+
+from tiger_db.encryption import (
+    EncryptedSecret,
+    EncryptedType,
+    KeyProvider,
+    Secret,
+    encrypt,
+    fingerprint,
+)
+from tiger_db.errors import ConfigurationError, EncryptionError
+
+if TYPE_CHECKING:
+    from tiger_db.models.base import Entity
+
+CONTEXT = "tiger_db"  # key of the SessionContext (crud.common) in the `info` of a session
+
+
+def key_provider(session: Session | None) -> KeyProvider | None:
+    """Return the key provider of the session's Database, or None if there is none."""
+    context = None if session is None else session.info.get(CONTEXT)
+    provider: KeyProvider | None = None if context is None else context.key_provider
+    return provider
+
+
+@cache
+def encrypted_columns(mapper: Mapper[Any]) -> list[tuple[str, EncryptedType]]:
+    """Return the names and types of the encrypted columns of an entity."""
+    return [(c.key, c.type) for c in mapper.local_table.c if isinstance(c.type, EncryptedType)]
+
+
+def aad_of(mapper: Mapper[Any], name: str, row_id: UUID | str) -> str:
+    """Return the associated data of a ciphertext: `table.column:row id`."""
+    assert isinstance(mapper.local_table, Table)
+    return f"{mapper.local_table.name}.{name}:{row_id}"
+
+
+def encrypt_secret(provider: KeyProvider | None, text: str, aad: str) -> bytes:
+    """Return the ciphertext of a secret for its associated data.
+
+    Raises:
+        ConfigurationError: there is no provider.
+    """
+    if provider is None:
+        raise ConfigurationError(f"{aad}: ENCRYPTION_KEYS is not set, so it cannot be stored")
+    return encrypt(provider, text, aad)
+
+
+def encrypt_secrets(mapper: Mapper[Any], row: "Entity") -> None:
+    """Encrypt the secrets of a row that are not encrypted for it yet, and set fingerprints."""
+    for name, type_ in encrypted_columns(mapper):
+        secret, aad = row.__dict__.get(name), aad_of(mapper, name, row.id)
+        if not isinstance(secret, Secret):
+            continue
+        if isinstance(secret, EncryptedSecret) and secret.aad == aad:
+            continue
+        provider = key_provider(object_session(row))
+        text = secret.get_secret_value()
+        ciphertext = encrypt_secret(provider, text, aad)
+        assert provider is not None  # `encrypt_secret` requires it
+        set_attribute(row, name, EncryptedSecret(ciphertext, aad, provider, row.label()))
+        if type_.fingerprint:
+            mark = fingerprint(provider, provider.key_ids[0], text, aad.split(":")[0])
+            set_attribute(row, type_.fingerprint, mark)
+
+
+def bind_secrets(row: "Entity", provider: KeyProvider | None) -> None:
+    """Give loaded ciphertexts their associated data and the provider that can decrypt them."""
+    mapper = object_mapper(row)
+    columns = encrypted_columns(mapper)
+    if not columns:
+        return
+    owner, row_id = row.label(), str(row.id)  # once per row: as slow as all the rest
+    for name, _type in columns:
+        secret = row.__dict__.get(name)
+        if isinstance(secret, EncryptedSecret) and not secret.aad:
+            secret.aad = aad_of(mapper, name, row_id)
+            secret.provider, secret.owner = provider, owner
+
+
+def secrets_of(row: "Entity") -> list[Secret]:
+    """Return the secrets that a row has."""
+    values = (row.__dict__.get(name) for name, _type in encrypted_columns(object_mapper(row)))
+    return [value for value in values if isinstance(value, Secret)]
+
+
+def readable_secrets(row: "Entity") -> list[str]:
+    """Return the plain texts of the secrets that can be decrypted, to mask them in other texts."""
+    texts = []
+    for secret in secrets_of(row):
+        try:
+            texts.append(secret.get_secret_value())
+        except EncryptionError:
+            continue
+    return texts
