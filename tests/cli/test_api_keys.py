@@ -1,5 +1,6 @@
 """API keys by the command line."""
 
+import asyncio
 import re
 import time
 from datetime import UTC, datetime, timedelta
@@ -10,9 +11,10 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from tests.support.cli_accounts import create as create_account
-from tests.support.command_line import CommandLine, Result
+from tests.support.command_line import KEYS, CommandLine, Result
 from tests.support.sql import run_sql
 from tiger_db import APIKey
+from tiger_db.connections import connect
 from tiger_db.crud.api_keys.key_format import checksum
 from tiger_db.encryption import KeyRing
 from tiger_db.settings import Settings
@@ -170,7 +172,7 @@ def test_verify(cli: CommandLine, tmp_path: Path) -> None:
     assert "--key-file" in warned.err
     assert row["key"] not in warned.err
     assert "--key-file" in cli.misused("verify-api-key")
-    assert "given already" in cli.misused("verify-api-key", "x", "--key-file", "y")
+    assert "not both" in cli.misused("verify-api-key", "x", "--key-file", "y")
 
 
 @pytest.mark.slow
@@ -200,6 +202,46 @@ def test_verify_tells_when_a_limit_ends(cli: CommandLine) -> None:
     limited, when = refusal(cli, key).splitlines()
     assert "RateLimited" in limited
     assert 0 < int(when.split()[-2]) <= 86400
+
+
+def everything_stored(settings: Settings) -> list[list[tuple[object, ...]]]:
+    """Return the rows of all tables that a use of a key can change."""
+
+    async def read() -> list[list[tuple[object, ...]]]:
+        connection = await connect(settings)
+        try:
+            return [
+                [tuple(row) for row in await connection.fetch(f"SELECT * FROM {table} ORDER BY 1")]
+                for table in ("api_keys", "api_key_limits", "api_key_usage", "audit_logs")
+            ]
+        finally:
+            await connection.close()
+
+    return asyncio.run(read())
+
+
+def test_a_dry_run_writes_nothing(cli: CommandLine, clone_settings: Settings) -> None:
+    row = create(cli, "--rate-limit-per-hour", "1", "--scopes", "mcp:read")
+    key, dry = row["key"], ("verify-api-key", "-", "--dry-run", "--json")
+    before = everything_stored(clone_settings)
+    for _ in range(2):
+        accepted = cli.ok(*dry, stdin=key)
+        assert (accepted.err, accepted.json["usage_count"]) == ("accepted\n", 0)
+    older = f"{KeyRing.parse(KEYS).key_ids[0]}2:{KEYS.partition(':')[2]}"
+    peppers = f"{older},{cli.env['API_KEY_PEPPERS']}"  # a use would replace the hash
+    cli.ok(*dry, stdin=key, API_KEY_PEPPERS=peppers)
+    wrong = key[:-7] + ("x" if key[-7] != "x" else "y")
+    for text, options, reason in (
+        (key, ("--scopes", "mcp:write"), "ScopeMissing"),
+        (wrong + checksum(wrong), (), "InvalidAPIKey"),
+        ("nonsense", (), "InvalidAPIKey"),
+    ):
+        assert reason in refusal(cli, text, "--dry-run", *options)
+    assert everything_stored(clone_settings) == before
+    cli.ok("verify-api-key", "-", stdin=key)
+    before = everything_stored(clone_settings)
+    assert "RateLimited" in refusal(cli, key, "--dry-run")
+    assert everything_stored(clone_settings) == before
 
 
 @pytest.mark.slow
@@ -368,7 +410,7 @@ def test_revoke_by_text_misused(cli: CommandLine, tmp_path: Path) -> None:
     assert "--key-file" in cli.misused("revoke-api-key", "--raw")  # nobody can be asked
     both = ("--raw", row["key"], "--key-file", "y")
     reason = cli.misused("revoke-api-key", *both)
-    assert "given already" in reason
+    assert "not both" in reason
     assert row["key"] not in reason
     assert "the key is empty" in cli.fails("revoke-api-key", "--raw", "-", stdin="\n")
     assert "No such file" in cli.fails(

@@ -95,7 +95,7 @@ def test_no_key(cli: CommandLine, clone_settings: Settings) -> None:
 
 
 def test_seal_and_verify(sealed: CommandLine, clone_settings: Settings) -> None:
-    assert sealed.ok("seal-audit") == Result(0, "", "0 events were sealed in 0 seals\n")
+    assert sealed.ok("seal-audit") == Result(0, "", "sealed 0 events in 0 seals\n")
     log(clone_settings, {}, {})
     assert sealed.ok("verify-audit") == Result(
         0, "", "12 events verified against 1 seals; 2 events not sealed yet; 0 retired\n"
@@ -161,7 +161,7 @@ def test_open_transactions_are_named(signing: CommandLine, clone_settings: Setti
 
 
 def test_maintain(cli: CommandLine) -> None:
-    assert cli.ok("maintain-audit") == Result(0, "", "0 months were made\n")
+    assert cli.ok("maintain-audit") == Result(0, "", "created 0 partitions\n")
     done = cli.ok("maintain-audit", "--json", AUDIT_RETENTION_MONTHS="12").json
     assert (done["made"], done["retired"], done["kept"]) == (0, [], {})
 
@@ -173,7 +173,7 @@ def test_maintain(cli: CommandLine) -> None:
 def test_verified_anywhere(sealed: CommandLine, bare: CommandLine, tmp_path: Path) -> None:
     """With the file, the checkpoint and the public key: no database, no secrets."""
     events, head, key = (tmp_path / name for name in ("events.jsonl", "head.json", "key.pem"))
-    assert sealed.ok("export-events", "--out", str(events)).err == "12 events were exported\n"
+    assert sealed.ok("export-events", "--out", str(events)).err == "exported 12 events\n"
     assert sealed.ok("export-checkpoint", "--out", str(head)) == Result(0, "", "")
     key.write_text(sealed.ok("print-audit-public-key").out, encoding="ascii")
     signing = parse_signing_key(sealed.env["AUDIT_SIGNING_KEY"])
@@ -253,7 +253,7 @@ def test_export_to_stdout(sealed: CommandLine, clone_settings: Settings) -> None
     first, *lines = exported.out.splitlines()
     assert [*json.loads(first)] == ["seal"]
     assert [json.loads(line)["position"] for line in lines] == [*range(1, COUNT + 1)]
-    assert exported.err == "12 events were exported\n"
+    assert exported.err == "exported 12 events\n"
     assert sealed.process("export-events").out == exported.out
     for options in (("--user", "user 7"), ("--user", "user 7", "--since", "1h")):
         (line,) = sealed.ok("export-events", *options).out.splitlines()
@@ -445,7 +445,7 @@ async def following(cli: CommandLine, *options: str) -> AsyncIterator[asyncio.su
     try:
         assert process.stderr is not None
         said = await asyncio.wait_for(process.stderr.readline(), 20)
-        assert said.decode() == "waiting for events; Ctrl-C ends it\n"
+        assert said.decode() == "waiting for events; Ctrl-C to stop\n"
         yield process
     finally:
         if process.returncode is None:

@@ -283,7 +283,7 @@ def test_what_somebody_changed_is_told_with_the_sql_that_restores_it(
     )
     ill = cli("check")
     assert ill.code == 1
-    assert "run the SQL that its line gives" in ill.err
+    assert "run the SQL on its line" in ill.err
     lines = ill.out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         (
@@ -411,7 +411,7 @@ def test_embedded_from_nothing(bare: CommandLine, home: Path) -> None:
 
     first = bare.ok("init")
     for done in (f"starting the embedded PostgreSQL in {home}", "created the database",
-                 "migrated the schema", f"made an encryption key in {home}"):  # fmt: skip
+                 "migrated the schema", f"generated an encryption key in {home}"):  # fmt: skip
         assert done in first.err
     key = (home / "encryption_keys").read_text()
     assert key not in first.err

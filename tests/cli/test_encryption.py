@@ -52,12 +52,12 @@ def test_rotation_ends_with_a_key_that_may_go(cli: CommandLine, new_key: str) ->
     create(cli)
     both = {"ENCRYPTION_KEYS": f"{new_key},{KEYS}"}
     tried = cli.ok("rotate-encryption-key", "--dry-run", **both)
-    assert "1 rows can be encrypted under 'new', 0 cannot" in tried.err
+    assert "1 rows can be encrypted with 'new', 0 cannot be" in tried.err
     assert "no row needs" not in tried.err
     assert cli.ok("list-encryption-keys", "--json").json["items"][0]["rows"] == 1
     done = cli.ok("rotate-encryption-key", **both)
-    assert "1 rows were encrypted under 'new', 0 cannot" in done.err
-    assert "no row needs 'test': remove it once every process" in done.err
+    assert "1 rows were encrypted with 'new', 0 cannot be" in done.err
+    assert "no row needs 'test': remove it when every process" in done.err
     again = cli.ok("rotate-encryption-key", "--json", **both)
     assert again.json == {
         "key_id": "new", "rotated": 0, "stuck": 0, "problems": [],

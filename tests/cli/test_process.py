@@ -277,7 +277,7 @@ def test_what_a_terminal_may_have_cut_is_refused(
         assert (code, plain(stored(cli).private_key)) == (0, "x" * length)
     else:
         assert code == 1
-        assert "a terminal may cut a line that is so long: use --private-key-file" in terminal.seen
+        assert "the line is too long for a terminal: use --private-key-file" in terminal.seen
         assert cli.ok("list-accounts", "--json").json["items"] == []
 
 

@@ -130,7 +130,7 @@ def test_a_signal_lets_it_finish(
         finally:
             process.kill()
     assert (process.returncode, out) == (0, "")
-    assert err.startswith("waiting for what is due; Ctrl-C ends it\n")
+    assert err.startswith("waiting for due refreshes; Ctrl-C to stop\n")
     assert err.endswith("\n1 refreshed\n")
     assert_no_secret(gateway, Result(0, out, err))
     (refresh,) = refreshes(clone_settings)
@@ -299,7 +299,7 @@ def test_show_live(
     with terminal.program(cli, "watch-refreshes", "--live") as program:
         terminal.wait_for("Last 24 hours")
         assert "Due: 0" in terminal.seen
-        assert "Ctrl-C ends it" in terminal.seen
+        assert "Ctrl-C to stop" in terminal.seen
         fill(clone_settings, gateway)
         terminal.wait_for("1 succeeded")
         assert "Due: 1" in terminal.seen
@@ -317,16 +317,16 @@ def test_show_live(
 @pytest.mark.slow
 def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
     fill(clone_settings, gateway)
-    assert cli.ok("prune-refreshes") == Result(0, "", "0 refreshes were deleted\n")
+    assert cli.ok("prune-refreshes") == Result(0, "", "deleted 0 refreshes\n")
     run_sql(clone_settings, OLDER)
-    assert cli.ok("prune-refreshes", "--older-than", "101d").err == "0 refreshes were deleted\n"
-    assert cli.ok("prune-refreshes").err == "1 refreshes were deleted\n"
+    assert cli.ok("prune-refreshes", "--older-than", "101d").err == "deleted 0 refreshes\n"
+    assert cli.ok("prune-refreshes").err == "deleted 1 refreshes\n"
     assert sorted(refresh.status for refresh in refreshes(clone_settings)) == [
         S.FAILED, S.IN_PROGRESS, S.PENDING, S.PENDING
     ]  # fmt: skip
     run_sql(clone_settings, "UPDATE token_statuses SET id = uuid7_floor(now() - interval '9 years')"
         " WHERE status = 'in_progress'")  # fmt: skip
-    assert cli.ok("prune-refreshes", "--older-than", "1d").err == "0 refreshes were deleted\n"
+    assert cli.ok("prune-refreshes", "--older-than", "1d").err == "deleted 0 refreshes\n"
     assert "--older-than" in cli.misused("prune-refreshes", "--older-than", "soon")
 
 

@@ -44,16 +44,16 @@ def test_import_and_export(cli: CommandLine, file: Path, tmp_path: Path) -> None
     assert plain(account.access_token) == NEW
 
     folder = tmp_path / "out"
-    exported = cli.ok("export-account", NUMBER, "--to", str(folder))
+    exported = cli.ok("export-account", NUMBER, "--out", str(folder))
     assert exported.out == f"{folder / CONFIG_FILE}\n{folder / TOKEN_FILE}\n"
-    assert exported.err == "exported account ****0321: keep its private key to yourself\n"
+    assert exported.err == "exported account ****0321: keep the files secret\n"
     assert (folder / CONFIG_FILE).read_text() == file.read_text()
     assert (folder / TOKEN_FILE).read_text() == token.read_text()
     assert [mode(folder / name) for name in names(folder)] == [0o600, 0o600]
 
     for paths in (files, (exported.out.split()[0],)):
         again = cli.ok("import-account", *paths)
-        assert again.err == "account ****0321 is stored like this already: nothing was changed\n"
+        assert again.err == "account ****0321 has these values already: nothing was changed\n"
     assert stored(cli) == account
     events = cli.ok("list-events", "--json").json["items"]
     assert [event["action"] for event in events] == [
@@ -83,9 +83,9 @@ def test_import_tells_what_it_has_left_out(cli: CommandLine, file: Path) -> None
     cli.ok("import-account", str(file))
     config(file.parent, EVERYTHING | {"token": OLD, "colour": "red"})
     assert cli.ok("import-account", str(file)).err.splitlines() == [
-        "account ****0321 is stored like this already: nothing was changed",
-        "warning: its stored access token is newer than the given one, and stays",
-        f"warning: {file} has lines that Tiger does not know, left out: colour",
+        "account ****0321 has these values already: nothing was changed",
+        "warning: the stored access token is newer than the one in the file, and was kept",
+        f"warning: unknown lines in {file} were ignored: colour",
     ]
     assert plain(stored(cli).access_token) == NEW
 
@@ -99,7 +99,7 @@ def test_import_warns_of_files_that_others_may_read(
         path.chmod(bits)
     result = cli.ok("import-account", str(file), "--token-file", str(token))
     for path in (file, token):
-        assert f"warning: others on this machine may read the secrets in {path}" in result.err
+        assert f"warning: other users of this machine can read the secrets in {path}" in result.err
         assert f"chmod 600 {path}\n" in result.err
 
 
@@ -123,13 +123,13 @@ def test_import_of_a_closed_account(cli: CommandLine, file: Path) -> None:
     cli.ok("import-account", str(file))
     cli.ok("close-account", NUMBER, "--yes")
     assert "tiger-db reopen-account" in cli.fails("import-account", str(file))
-    assert "is closed" in cli.fails("export-account", NUMBER, "--to", str(file.parent / "out"))
+    assert "is closed" in cli.fails("export-account", NUMBER, "--out", str(file.parent / "out"))
 
 
 def test_export_for_programs_and_by_id(cli: CommandLine, file: Path, tmp_path: Path) -> None:
     account = cli.ok("import-account", str(file), "--json").json
     folder = tmp_path / "a folder\n"
-    result = cli.ok("export-account", account["id"], "--to", str(folder), "--json")
+    result = cli.ok("export-account", account["id"], "--out", str(folder), "--json")
     assert result.json == {"items": [str(folder / CONFIG_FILE)], "next_cursor": None}
 
 
@@ -137,7 +137,7 @@ def test_export_overwrites_only_when_told(cli: CommandLine, file: Path, tmp_path
     cli.ok("import-account", str(file))
     mine = file.read_text() + "# mine"
     file.write_text(mine)
-    export = ("export-account", NUMBER, "--to", str(tmp_path))
+    export = ("export-account", NUMBER, "--out", str(tmp_path))
     assert cli.fails(*export) == f"error: {file} is there already: --overwrite replaces it\n"
     assert file.read_text() == mine
     cli.ok(*export, "--overwrite")
@@ -145,9 +145,9 @@ def test_export_overwrites_only_when_told(cli: CommandLine, file: Path, tmp_path
 
 
 def test_export_of_what_is_not_there_or_not_rsa(cli: CommandLine, tmp_path: Path) -> None:
-    to = ("--to", str(tmp_path / "out"))
+    to = ("--out", str(tmp_path / "out"))
     assert "no account" in cli.fails("export-account", NUMBER, *to)
     create(cli)
     assert "not RSA" in cli.fails("export-account", NUMBER, *to)
-    assert "--to" in cli.misused("export-account", NUMBER)
+    assert "--out" in cli.misused("export-account", NUMBER)
     assert names(tmp_path) == []

@@ -1,6 +1,6 @@
-"""The command line `tiger-db`.
+"""Command line `tiger-db`.
 
-Whatever is slow to import is imported where it is used, so that `--help` answers at once.
+Slow modules are imported where they are used, so that `--help` is fast.
 """
 
 import io
@@ -12,7 +12,6 @@ import typer
 
 from tiger_db.cli import (
     accounts,
-    api_key_care,
     api_keys,
     audit_events,
     audit_seals,
@@ -21,27 +20,28 @@ from tiger_db.cli import (
     refreshes,
     tiger,
 )
-from tiger_db.cli.output import failure, talk
+from tiger_db.cli.output import print_message
+from tiger_db.cli.runtime import describe_error
 
 app = typer.Typer(
     name="tiger-db",
     help="Accounts, API keys, audit trail and token refreshes of a Tiger Brokers MCP system.",
-    epilog="Settings come from the environment: DATABASE_URL, or DB_HOST and its kin. Without"
-    " them, an embedded PostgreSQL serves. Exit code: 0 done, 1 failed, 2 wrong usage.",
+    epilog="Settings are environment variables: DATABASE_URL, or DB_HOST, DB_PORT, DB_NAME,"
+    " DB_USER and DB_PASSWORD. Without DATABASE_URL and DB_HOST, the embedded PostgreSQL is used."
+    " Exit code: 0 success, 1 failure, 2 wrong usage.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _panel in (
-    database, accounts, api_keys, api_key_care, audit_events, audit_seals, refreshes, encryption,
-    tiger,
+for _module in (
+    database, accounts, api_keys, audit_events, audit_seals, refreshes, encryption, tiger,
 ):  # fmt: skip
-    app.add_typer(_panel.app)
+    app.add_typer(_module.app)
 
 
-def _version(wanted: bool) -> None:  # noqa: FBT001  # how typer calls it
+def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer's signature
     if wanted:
-        from importlib.metadata import version  # noqa: PLC0415  # slow, and `--help` is to be fast
+        from importlib.metadata import version  # noqa: PLC0415  # slow, and `--help` must be fast
 
         typer.echo(f"tiger-db {version('tiger-db')}")
         raise typer.Exit
@@ -52,21 +52,23 @@ def _options(
     *,
     _: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Take the options that come before the command."""
+    """Declare the options before the command."""
 
 
 def main() -> None:
-    """Run the command of this process's arguments and end the process: never with a traceback."""
+    """Run the command of this process's arguments, and exit. Print no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that lack a character
     code = _run()
     try:
         sys.stdout.flush()
-    except OSError:  # which was told of; Python's own last attempt would tell again
+    except OSError:  # already reported; without this, Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -78,12 +80,12 @@ def _run() -> int | str | None:
         finally:
             sys.stdout.flush()
     except SystemExit as end:
-        if end.code == 130:  # noqa: PLR2004  # what typer makes of Ctrl-C: 128 + SIGINT
-            talk("interrupted")
+        if end.code == 130:  # noqa: PLR2004  # typer's exit code for Ctrl-C: 128 + SIGINT
+            print_message("interrupted")
         return end.code
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         return 1
     except Exception as error:  # noqa: BLE001  # the last resort of a program
-        talk(f"error: {failure(error)}")
+        print_message(f"error: {describe_error(error)}")
         return 1
     return 0

@@ -1,33 +1,37 @@
-"""Broker accounts."""
+"""Commands for broker accounts."""
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import UUID
 
 import typer
 
 import tiger_db
 from tiger_db.cli.options import (
     DEFAULT_PAGE_SIZE,
+    AccountArgument,
     After,
+    AsJson,
     Limit,
+    PrivateKey,
+    PrivateKeyFile,
     Yes,
     confirm,
-    find_account,
-    member,
-    members,
-    moment,
-    query,
-    required_secret,
-    secret,
-    settings,
+    parse_member,
+    parse_members,
+    parse_time,
+    read_required_secret,
+    read_secret,
 )
-from tiger_db.cli.output import AsJson, show_page, show_row, talk, warn
+from tiger_db.cli.output import print_message, print_warning, show_page, show_row
+from tiger_db.cli.runtime import find_account, in_transaction, settings
 from tiger_db.errors import InvalidValue
 from tiger_db.redaction import mask_account_number
 
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
-# As the enums of tiger_db.models have them, which `--help` has no time to import.
+# The values of enums of tiger_db.models, whose import would make `--help` slow.
 AccountTypes = Literal["standard", "prime", "global", "paper"]
 AccountStatuses = Literal["active", "inactive", "suspended", "pending_verification", "closed"]
 OpenStatuses = Literal["active", "inactive", "suspended", "pending_verification"]
@@ -36,32 +40,26 @@ Environments = Literal["PROD", "SANDBOX"]
 
 app = typer.Typer()
 _PANEL = "Accounts"
-Account = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Account number or id.")]
 
 
 @app.command(rich_help_panel=_PANEL)
 def create_account(
     *,
-    account_name: Annotated[str, typer.Option(help="What people call it.")],
-    account_number: Annotated[str, typer.Option(help="Tiger's number of it.")],
-    tiger_id: Annotated[str, typer.Option(help="Tiger's id of the developer.")],
-    private_key: Annotated[
-        str | None,
-        typer.Option(metavar="KEY", help="RSA private key, or - to read it from standard input."),
-    ] = None,
-    private_key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with the RSA private key.")
-    ] = None,
+    account_name: Annotated[str, typer.Option(help="Display name.")],
+    account_number: Annotated[str, typer.Option(help="Tiger's account number.")],
+    tiger_id: Annotated[str, typer.Option(help="Tiger's developer id.")],
+    private_key: PrivateKey = None,
+    private_key_file: PrivateKeyFile = None,
     account_type: Annotated[
-        AccountTypes | None, typer.Option(help="Follows from the account number if not given.")
+        AccountTypes | None, typer.Option(help="By default derived from the account number.")
     ] = None,
-    license: Annotated[Licenses | None, typer.Option(help="Tiger's licence of it.")] = None,  # noqa: A002  # the option's name
+    license: Annotated[Licenses | None, typer.Option(help="Tiger's licence.")] = None,  # noqa: A002  # the option's name
     environment: Annotated[
-        Environments, typer.Option(help="Paper trading is chosen by the account number instead.")
+        Environments, typer.Option(help="Not for paper trading, which has its own numbers.")
     ] = "PROD",
-    server_url: Annotated[str | None, typer.Option(help="Gateway, if not the usual one.")] = None,
+    server_url: Annotated[str | None, typer.Option(help="Gateway other than Tiger's.")] = None,
     market_permissions: Annotated[
-        str | None, typer.Option(metavar="US,HK", help="Markets it may trade in.")
+        str | None, typer.Option(metavar="US,HK", help="Markets for trading.")
     ] = None,
     description: Annotated[str | None, typer.Option(help="Notes.")] = None,
     default_trading: Annotated[
@@ -74,22 +72,24 @@ def create_account(
         str | None, typer.Option(metavar="KEY", help="Institutional trader's key, or -.")
     ] = None,
     secret_key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with that key.")
+        str | None, typer.Option(metavar="FILE", help="File with the institutional trader's key.")
     ] = None,
     access_token: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="Current access token, or -.")
     ] = None,
     access_token_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with that token.")
+        str | None, typer.Option(metavar="FILE", help="File with the access token.")
     ] = None,
     token_expires_at: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Its end, such as 2026-01-31T12:00:00Z.")
+        str | None,
+        typer.Option(metavar="TIME", help="The token's expiry, such as 2026-01-31T12:00:00Z."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store a broker account; its secrets are encrypted.
+    """Create a broker account. Its secrets are stored encrypted.
 
-    The private key is PEM or base64 DER, PKCS#1 or PKCS#8; where none is given, it is asked for.
+    The private key is PEM or base64 DER, in PKCS#1 or PKCS#8. Without an option, the command asks
+    for it.
     """
     production = settings().production
     given: dict[str, Any] = {
@@ -100,18 +100,17 @@ def create_account(
         "license": license,
         "environment": environment,
         "server_url": server_url,
-        "market_permissions": members(
+        "market_permissions": parse_members(
             tiger_db.MarketPermission, market_permissions, "--market-permissions"
         ),
         "description": description,
         "token_expires_at": (
-            moment(token_expires_at, "--token-expires-at") if token_expires_at is not None else None
+            None if token_expires_at is None else parse_time(token_expires_at, "--token-expires-at")
         ),
-        "access_token": secret("access-token", access_token, access_token_file),
-        "secret_key": secret("secret-key", secret_key, secret_key_file),
+        "access_token": read_secret("access-token", access_token, access_token_file),
+        "secret_key": read_secret("secret-key", secret_key, secret_key_file),
+        **_read_private_key(private_key, private_key_file, production=production),
     }
-    key = required_secret("private-key", private_key, private_key_file)
-    given["private_key"], given["private_key_format"] = _checked(key, production=production)
     account = tiger_db.TigerAccount(
         **{name: value for name, value in given.items() if value is not None}
     )
@@ -124,28 +123,43 @@ def create_account(
             await tiger_db.crud.accounts.set_default_data_account(session, account.id)
         return account
 
-    created = query(create)
-    talk(f"created account {mask_account_number(created.account_number)}")
+    created = in_transaction(create)
+    print_message(f"created account {mask_account_number(created.account_number)}")
     show_row(created, as_json=as_json)
+
+
+def _read_private_key(
+    value: str | None, file: str | None, *, production: bool
+) -> "dict[str, str | tiger_db.PrivateKeyFormat]":
+    """Read a private key. Outside production, a key that is not RSA only causes a warning."""
+    key = read_required_secret("private-key", value, file)
+    try:
+        key, key_format = tiger_db.tiger.parse_private_key(key)
+    except InvalidValue as error:
+        if production:
+            raise
+        print_warning(f"{error}: it is stored, but Tiger will refuse it")
+        key_format = tiger_db.PrivateKeyFormat.UNKNOWN
+    return {"private_key": key, "private_key_format": key_format}
 
 
 @app.command(rich_help_panel=_PANEL)
 def list_accounts(
     *,
-    status: Annotated[AccountStatuses | None, typer.Option(help="Only these.")] = None,
-    environment: Annotated[Environments | None, typer.Option(help="Only these.")] = None,
-    account_type: Annotated[AccountTypes | None, typer.Option(help="Only these.")] = None,
+    status: Annotated[AccountStatuses | None, typer.Option(help="Only this status.")] = None,
+    environment: Annotated[Environments | None, typer.Option(help="Only this environment.")] = None,
+    account_type: Annotated[AccountTypes | None, typer.Option(help="Only this type.")] = None,
     limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
     as_json: AsJson = False,
 ) -> None:
     """List the accounts, newest first."""
-    page = query(
+    page = in_transaction(
         lambda session: tiger_db.crud.accounts.list_accounts(
             session,
-            status=member(tiger_db.AccountStatus, status),
-            environment=member(tiger_db.TigerEnvironment, environment),
-            account_type=member(tiger_db.AccountType, account_type),
+            status=parse_member(tiger_db.AccountStatus, status),
+            environment=parse_member(tiger_db.TigerEnvironment, environment),
+            account_type=parse_member(tiger_db.AccountType, account_type),
             after=after,
             limit=limit,
         )
@@ -161,129 +175,105 @@ def list_accounts(
             "Default": lambda account: (
                 ["trading"] * account.is_default_trading + ["data"] * account.is_default_data
             ),
-            "Token until": lambda account: account.token_expires_at,
+            "Token expires": lambda account: account.token_expires_at,
         },
         as_json=as_json,
     )
 
 
 @app.command(rich_help_panel=_PANEL)
-def show_account(account: Account, *, as_json: AsJson = False) -> None:
-    """Show an account; its secrets stay hidden."""
-    show_row(query(lambda session: find_account(session, account)), as_json=as_json)
+def show_account(account: AccountArgument, *, as_json: AsJson = False) -> None:
+    """Show an account. Its secrets are masked."""
+    show_row(in_transaction(lambda session: find_account(session, account)), as_json=as_json)
+
+
+def _change(
+    account: str,
+    change: "Callable[[AsyncSession, UUID], Awaitable[tiger_db.TigerAccount]]",
+    message: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Change an account and show it, after a message about it in which `{status}` is replaced."""
+
+    async def run(session: "AsyncSession") -> "tiger_db.TigerAccount":
+        return await change(session, (await find_account(session, account)).id)
+
+    changed = in_transaction(run)
+    message = message.format(status=changed.status.value)
+    print_message(f"account {mask_account_number(changed.account_number)} {message}")
+    show_row(changed, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def set_default_account(
-    account: Account,
+    account: AccountArgument,
     *,
-    trading: Annotated[bool, typer.Option("--trading", help="For trading.")] = False,
-    data: Annotated[bool, typer.Option("--data", help="For data.")] = False,
+    trading: Annotated[bool, typer.Option("--trading", help="Default for trading.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Default for data.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make an account the default, in place of the one that was."""
+    """Make an account the default for trading, for data, or for both."""
     if not (trading or data):
-        raise typer.BadParameter("say for what", param_hint="--trading, --data")
+        raise typer.BadParameter("give at least one", param_hint="--trading, --data")
 
-    async def set_default(session: "AsyncSession") -> "tiger_db.TigerAccount":
-        found = await find_account(session, account)
+    async def set_default(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
+        crud = tiger_db.crud.accounts
         if trading:
-            found = await tiger_db.crud.accounts.set_default_trading_account(session, found.id)
+            changed = await crud.set_default_trading_account(session, account_id)
         if data:
-            found = await tiger_db.crud.accounts.set_default_data_account(session, found.id)
-        return found
+            changed = await crud.set_default_data_account(session, account_id)
+        return changed
 
-    changed = query(set_default)
     uses = " and ".join(["trading"] * trading + ["data"] * data)
-    talk(f"account {mask_account_number(changed.account_number)} is now the default for {uses}")
-    show_row(changed, as_json=as_json)
+    _change(account, set_default, f"is now the default for {uses}", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
-def close_account(account: Account, *, yes: Yes = False, as_json: AsJson = False) -> None:
-    """Close an account: its credentials are destroyed, its API keys revoked, its refreshes end.
+def close_account(account: AccountArgument, *, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Close an account: delete its credentials, revoke its API keys and cancel its refreshes.
 
-    The account and its audit trail stay.
+    The account and its audit events stay.
     """
-
-    async def close(session: "AsyncSession") -> "tiger_db.TigerAccount":
-        found = await find_account(session, account)
-        return await tiger_db.crud.accounts.close(session, found.id)
-
-    settings()  # what is wrong with these is told before anything is asked
+    settings()  # wrong settings are reported before the question
     confirm(f"Close account {account} and revoke its API keys?", yes=yes)
-    closed = query(close)
-    talk(f"account {mask_account_number(closed.account_number)} is closed")
-    show_row(closed, as_json=as_json)
+    _change(account, tiger_db.crud.accounts.close, "is closed", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def reopen_account(
-    account: Account,
+    account: AccountArgument,
     *,
-    private_key: Annotated[
-        str | None,
-        typer.Option(metavar="KEY", help="RSA private key, or - to read it from standard input."),
-    ] = None,
-    private_key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with the RSA private key.")
-    ] = None,
+    private_key: PrivateKey = None,
+    private_key_file: PrivateKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Open a closed account again, with a new private key. Its API keys stay revoked."""
-    production = settings().production
-    given = required_secret("private-key", private_key, private_key_file)
-    key, key_format = _checked(given, production=production)
+    """Reopen a closed account with a new private key. Its API keys stay revoked."""
+    key = _read_private_key(private_key, private_key_file, production=settings().production)
 
-    async def reopen(session: "AsyncSession") -> "tiger_db.TigerAccount":
-        found = await find_account(session, account)
-        return await tiger_db.crud.accounts.reopen(
-            session, found.id, private_key=key, private_key_format=key_format
-        )
+    async def reopen(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
+        return await tiger_db.crud.accounts.reopen(session, account_id, **key)  # type: ignore[arg-type]
 
-    opened = query(reopen)
-    talk(f"account {mask_account_number(opened.account_number)} is open again")
-    show_row(opened, as_json=as_json)
+    _change(account, reopen, "is open again", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def set_account_status(
-    account: Account,
-    status: Annotated[OpenStatuses, typer.Argument(help="Only an active one serves requests.")],
+    account: AccountArgument,
+    status: Annotated[OpenStatuses, typer.Argument(help="Only an active account serves requests.")],
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Suspend an account, activate it, and the like. Closing is `close-account`'s."""
+    """Set the status of an account. `close-account` closes one."""
 
-    async def change(session: "AsyncSession") -> "tiger_db.TigerAccount":
-        found = await find_account(session, account)
-        return await tiger_db.crud.accounts.update(session, found.id, status=status)
+    async def change(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
+        return await tiger_db.crud.accounts.update(session, account_id, status=status)
 
-    changed = query(change)
-    talk(f"account {mask_account_number(changed.account_number)} is {changed.status.value}")
-    show_row(changed, as_json=as_json)
+    _change(account, change, "is {status}", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
-def reset_account_errors(account: Account, *, as_json: AsJson = False) -> None:
-    """Forget an account's errors, and lift the suspension that they have caused."""
-
-    async def reset(session: "AsyncSession") -> "tiger_db.TigerAccount":
-        found = await find_account(session, account)
-        return await tiger_db.crud.accounts.reset_errors(session, found.id)
-
-    changed = query(reset)
-    number = mask_account_number(changed.account_number)
-    talk(f"account {number} has no errors and is {changed.status.value}")
-    show_row(changed, as_json=as_json)
-
-
-def _checked(key: str, *, production: bool) -> "tuple[str, tiger_db.PrivateKeyFormat]":
-    """In production only what Tiger takes; elsewhere also what serves a try."""
-    try:
-        return tiger_db.tiger.parse_private_key(key)
-    except InvalidValue as error:
-        if production:
-            raise
-        warn(f"{error}: it is stored, but Tiger will refuse it")
-        return key, tiger_db.PrivateKeyFormat.UNKNOWN
+def reset_account_errors(account: AccountArgument, *, as_json: AsJson = False) -> None:
+    """Reset the error count of an account, and end a suspension that errors caused."""
+    change = tiger_db.crud.accounts.reset_errors
+    _change(account, change, "has no errors and is {status}", as_json=as_json)

@@ -1,6 +1,7 @@
-"""API keys."""
+"""Commands for API keys."""
 
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Literal
 from uuid import UUID
@@ -10,66 +11,79 @@ import typer
 import tiger_db
 from tiger_db.cli.options import (
     DEFAULT_PAGE_SIZE,
+    SINCE,
     After,
+    AsJson,
+    ExpiresAt,
+    ExpiresIn,
+    KeyId,
     Limit,
-    account_numbers,
-    duration,
-    find_account,
-    member,
-    members,
-    moment,
-    query,
-    required_secret,
-    words,
+    new_key_id,
+    parse_duration,
+    parse_expiry,
+    parse_member,
+    parse_members,
+    parse_past,
+    read_required_secret,
+    split_words,
 )
-from tiger_db.cli.output import AsJson, dump, print_json, show_page, show_row, talk, warn
-from tiger_db.errors import AccessDenied, RateLimited
+from tiger_db.cli.output import (
+    count_by_period,
+    dump,
+    print_json,
+    print_message,
+    print_warning,
+    show_bars,
+    show_page,
+    show_row,
+)
+from tiger_db.cli.runtime import account_numbers, find_account, find_api_key, in_transaction
+from tiger_db.errors import AccessDenied, NotFound, RateLimited
 
 if TYPE_CHECKING:
+    from tiger_db.crud.api_keys import HourlyUsage
     from tiger_db.database import AsyncSession
 
 KeyStatuses = Literal["active", "inactive", "revoked", "expired"]
+KeyArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="Prefix or id of the key.")]
+KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="File with the whole key.")]
 _SCOPES = (
     "Separated by commas: mcp, dashboard, account, trade or system, each with :read, :write or"
-    " :admin. Admin includes write, write includes read."
+    " :admin. Admin includes write, and write includes read."
 )
 
 app = typer.Typer()
-PANEL = "API keys"
+_PANEL = "API keys"
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=_PANEL)
 def create_api_key(
     *,
-    name: Annotated[str, typer.Option(help="What people call it.")],
+    name: Annotated[str, typer.Option(help="Display name.")],
     scopes: Annotated[str, typer.Option(metavar="mcp:read,mcp:write", help=_SCOPES)],
     account: Annotated[
         str | None,
-        typer.Option(help="Number or id of the only account it may act on; else every account."),
+        typer.Option(help="Number or id of the only account for the key; by default all accounts."),
     ] = None,
-    expires_in: Annotated[
-        str | None, typer.Option(metavar="30d", help="How long it is good for: m, h, d or w.")
-    ] = None,
-    expires_at: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Its end, such as 2026-01-31T12:00:00Z.")
-    ] = None,
-    rate_limit_per_hour: Annotated[int | None, typer.Option(help="Uses in a clock hour.")] = None,
-    rate_limit_per_day: Annotated[int | None, typer.Option(help="Uses in a day (UTC).")] = None,
+    expires_in: ExpiresIn = None,
+    expires_at: ExpiresAt = None,
+    rate_limit_per_hour: Annotated[int | None, typer.Option(help="Uses per clock hour.")] = None,
+    rate_limit_per_day: Annotated[int | None, typer.Option(help="Uses per UTC day.")] = None,
     allowed_ips: Annotated[
         str | None,
-        typer.Option(metavar="10.0.0.0/8,::1", help="Addresses or networks; else any."),
+        typer.Option(metavar="10.0.0.0/8,::1", help="Addresses or networks; by default any."),
     ] = None,
     allowed_user_agents: Annotated[
         str | None,
-        typer.Option(metavar="'claude/*'", help="Clients, * for any characters; else any."),
+        typer.Option(metavar="'claude/*'", help="Patterns of user agents; by default any."),
     ] = None,
     description: Annotated[str | None, typer.Option(help="Notes.")] = None,
-    created_by: Annotated[str | None, typer.Option(help="Who creates it.")] = None,
+    created_by: Annotated[str | None, typer.Option(help="Creator of the key.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Create an API key and show it, once: it cannot be shown again."""
-    granted = members(tiger_db.APIKeyScope, scopes, "--scopes")
-    ends = end_of_key(expires_in, expires_at)
+    """Create an API key and show it once. It cannot be shown again."""
+    granted = parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
+    expiry = parse_expiry(expires_in, expires_at)
 
     async def create(session: "AsyncSession") -> "tuple[tiger_db.APIKey, str]":
         bound = await find_account(session, account) if account is not None else None
@@ -78,26 +92,35 @@ def create_api_key(
             name=name,
             scopes=granted,
             tiger_account_id=bound.id if bound else None,
-            expires_at=ends,
+            expires_at=expiry,
             rate_limit_per_hour=rate_limit_per_hour,
             rate_limit_per_day=rate_limit_per_day,
-            allowed_ips=words(allowed_ips),
-            allowed_user_agents=words(allowed_user_agents),
+            allowed_ips=split_words(allowed_ips),
+            allowed_user_agents=split_words(allowed_user_agents),
             created_by=created_by,
             description=description,
         )
 
-    row, key = query(create)
-    talk(f"created API key {row.key_prefix}")
-    show_new_key(row, key, as_json=as_json)
+    key, raw_key = in_transaction(create)
+    print_message(f"created API key {key.key_prefix}")
+    _show_new_key(key, raw_key, as_json=as_json)
 
 
-@app.command(rich_help_panel=PANEL)
+def _show_new_key(key: "tiger_db.APIKey", raw_key: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({**dump(key), "key": raw_key})
+    else:
+        show_row(key, as_json=False)
+        typer.echo(raw_key)
+    print_warning("the key is shown only now: store it in a safe place")
+
+
+@app.command(rich_help_panel=_PANEL)
 def list_api_keys(
     *,
-    status: Annotated[KeyStatuses | None, typer.Option(help="Only these.")] = None,
+    status: Annotated[KeyStatuses | None, typer.Option(help="Only this status.")] = None,
     account: Annotated[
-        str | None, typer.Option(help="Only those bound to this account (number or id).")
+        str | None, typer.Option(help="Only keys bound to this account (number or id).")
     ] = None,
     limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
@@ -116,18 +139,19 @@ def list_api_keys(
                 session, bound.id, after=after, limit=limit
             )
         else:
+            wanted = parse_member(tiger_db.APIKeyStatus, status)
             page = await tiger_db.crud.api_keys.list_api_keys(
-                session, status=member(tiger_db.APIKeyStatus, status), after=after, limit=limit
+                session, status=wanted, after=after, limit=limit
             )
         return page, await account_numbers(session, (key.tiger_account_id for key in page))
 
-    page, numbers = query(find)
+    page, numbers = in_transaction(find)
     show_page(
         page,
         {
             "Prefix": lambda key: key.key_prefix,
             "Name": lambda key: key.name,
-            "Status": status_of,
+            "Status": _status,
             "Scopes": lambda key: key.scopes,
             "Account": lambda key: numbers.get(key.tiger_account_id, "any"),
             "Expires": lambda key: key.expires_at,
@@ -136,73 +160,223 @@ def list_api_keys(
     )
 
 
-@app.command(rich_help_panel=PANEL)
-def verify_api_key(
-    key: Annotated[
-        str | None,
-        typer.Argument(help="The whole key, or - to read it from standard input; else asked for."),
-    ] = None,
-    *,
-    key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with the whole key.")
-    ] = None,
-    ip: Annotated[str | None, typer.Option(help="As if used from this address.")] = None,
-    user_agent: Annotated[str | None, typer.Option(help="As if used by this client.")] = None,
-    scopes: Annotated[
-        str | None, typer.Option(metavar="trade:read", help="What it must allow.")
-    ] = None,
-    account: Annotated[
-        str | None, typer.Option(help="Number or id of the account it must be good for.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Tell whether an API key is accepted, and if not, why. An accepted one counts as used."""
-    wanted = members(tiger_db.APIKeyScope, scopes, "--scopes")
-    raw_key = required_secret("key", key, key_file)
-
-    async def verify(session: "AsyncSession") -> "tiger_db.APIKey":
-        target = await find_account(session, account) if account is not None else None
-        return await tiger_db.crud.api_keys.authorize_api_key(
-            session,
-            raw_key,
-            scopes=wanted,
-            account_id=target.id if target else None,
-            ip_address=ip,
-            user_agent=user_agent,
-        )
-
-    try:
-        row = query(verify)
-    except AccessDenied as denial:
-        talk(f"refused ({type(denial).__name__}): {denial}")
-        if isinstance(denial, RateLimited):
-            talk(f"the next use may be in {ceil(denial.retry_after.total_seconds())} s")
-        raise typer.Exit(1) from None
-    talk("accepted")
-    show_row(row, as_json=as_json)
-
-
-def show_new_key(row: "tiger_db.APIKey", raw_key: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json({**dump(row), "key": raw_key})
-    else:
-        show_row(row, as_json=False)
-        typer.echo(raw_key)
-    warn("the key is shown only now: keep it in a safe place")
-
-
-def status_of(key: "tiger_db.APIKey") -> str:
-    """Expiry ends a key without anything being written."""
+def _status(key: "tiger_db.APIKey") -> str:
+    """Return the status of a key. The status of an expired key may still be stored as active."""
     active = tiger_db.APIKeyStatus.ACTIVE
     return "expired" if key.status == active and key.is_expired else key.status.value
 
 
-def end_of_key(expires_in: str | None, expires_at: str | None) -> datetime | None:
-    if expires_in is not None and expires_at is not None:
-        raise typer.BadParameter("excludes --expires-at", param_hint="--expires-in")
-    if expires_in is not None:
-        return datetime.now(UTC) + duration(expires_in, "--expires-in")
-    end = None if expires_at is None else moment(expires_at, "--expires-at")
-    if end is not None and end <= datetime.now(UTC):
-        raise typer.BadParameter("has passed", param_hint="--expires-at")
-    return end
+@app.command(rich_help_panel=_PANEL)
+def verify_api_key(
+    key: Annotated[
+        str | None,
+        typer.Argument(help="The whole key, or - for standard input; by default asked for."),
+    ] = None,
+    *,
+    key_file: KeyFile = None,
+    ip: Annotated[str | None, typer.Option(help="Address of the request.")] = None,
+    user_agent: Annotated[str | None, typer.Option(help="User agent of the request.")] = None,
+    scopes: Annotated[
+        str | None, typer.Option(metavar="trade:read", help="Scopes that the request needs.")
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option(help="Number or id of the account that the request needs.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count no use, and record no event.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check an API key, and show the reason if it is refused. An accepted use is counted."""
+    requested = parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
+    raw_key = read_required_secret("key", key, key_file)
+
+    async def verify(session: "AsyncSession") -> "tiger_db.APIKey":
+        target = await find_account(session, account) if account is not None else None
+        if dry_run:
+            _write_in_transaction(session)
+        try:
+            found = await tiger_db.crud.api_keys.authorize_api_key(
+                session,
+                raw_key,
+                scopes=requested,
+                account_id=target.id if target else None,
+                ip_address=ip,
+                user_agent=user_agent,
+            )
+        finally:
+            if dry_run:
+                await session.rollback()
+        if dry_run:
+            await session.refresh(found)
+        return found
+
+    try:
+        found = in_transaction(verify)
+    except AccessDenied as denial:
+        print_message(f"refused ({type(denial).__name__}): {denial}")
+        if isinstance(denial, RateLimited):
+            seconds = ceil(denial.retry_after.total_seconds())
+            print_message(f"the next use is possible in {seconds} s")
+        raise typer.Exit(1) from None
+    print_message("accepted")
+    show_row(found, as_json=as_json)
+
+
+def _write_in_transaction(session: "AsyncSession") -> None:
+    """Make the session write uses and events in its own transaction, which can be rolled back."""
+    from tiger_db.crud.common import context_of  # noqa: PLC0415  # slow, and `--help` must be fast
+
+    context = replace(context_of(session.info), out_of_band=None, count_use=None)
+    session.info[tiger_db.models.secrets.CONTEXT] = context
+
+
+@app.command(rich_help_panel=_PANEL)
+def show_api_key(
+    key: KeyArgument, *, since: Annotated[str, SINCE] = "24h", as_json: AsJson = False
+) -> None:
+    """Show an API key and a chart of its uses: by hour up to two days, by day beyond."""
+    now, start = datetime.now(UTC), parse_past(since, "--since")
+
+    async def find(session: "AsyncSession") -> "tuple[tiger_db.APIKey, list[HourlyUsage]]":
+        found = await find_api_key(session, key)
+        return found, await tiger_db.crud.api_keys.usage(session, found.id, since=start)
+
+    found, usage = in_transaction(find)
+    if as_json:
+        items = [{"hour": hourly.hour.isoformat(), "count": hourly.count} for hourly in usage]
+        print_json({**dump(found), "usage": items})
+        return
+    show_row(found, as_json=False)
+    if usage:
+        hours = {hourly.hour: hourly.count for hourly in usage}
+        show_bars(count_by_period(hours, start, now))
+    else:
+        print_message(f"not used since {start:%Y-%m-%d %H:%MZ}")
+
+
+@app.command(rich_help_panel=_PANEL)
+def list_expiring_api_keys(
+    *,
+    within: Annotated[
+        str, typer.Option(metavar="7d", help="Time until expiry: s, m, h, d or w.")
+    ] = "7d",
+    limit: Limit = DEFAULT_PAGE_SIZE,
+    after: After = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the API keys that expire soon, soonest first."""
+    length = parse_duration(within, "--within")
+    page = in_transaction(
+        lambda session: tiger_db.crud.api_keys.list_expiring(
+            session, within=length, after=after, limit=limit
+        )
+    )
+    show_page(
+        page,
+        {
+            "Prefix": lambda key: key.key_prefix,
+            "Name": lambda key: key.name,
+            "Status": _status,
+            "Expires": lambda key: key.expires_at,
+            "Last used": lambda key: key.last_used_at,
+        },
+        as_json=as_json,
+    )
+
+
+@app.command(rich_help_panel=_PANEL)
+def rotate_api_key(
+    key: KeyArgument,
+    *,
+    grace: Annotated[
+        str, typer.Option(metavar="24h", help="Time for which the old key stays valid; or 0.")
+    ] = "24h",
+    as_json: AsJson = False,
+) -> None:
+    """Create a successor of an API key, with the same permissions, and show it once."""
+    length = timedelta(0) if grace == "0" else parse_duration(grace, "--grace")
+
+    async def rotate(session: "AsyncSession") -> "tuple[tiger_db.APIKey, str]":
+        found = await find_api_key(session, key)
+        return await tiger_db.crud.api_keys.rotate(session, found.id, grace=length)
+
+    successor, raw_key = in_transaction(rotate)
+    print_message(f"created API key {successor.key_prefix} as the successor")
+    _show_new_key(successor, raw_key, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def extend_api_key(
+    key: KeyArgument,
+    *,
+    expires_in: ExpiresIn = None,
+    expires_at: ExpiresAt = None,
+    never: Annotated[bool, typer.Option("--never", help="Remove the expiry.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Extend the validity of an API key."""
+    expiry = parse_expiry(expires_in, expires_at)
+    if never == (expiry is not None):
+        raise typer.BadParameter(
+            "give one of them", param_hint="--expires-in, --expires-at, --never"
+        )
+
+    async def extend(session: "AsyncSession") -> "tiger_db.APIKey":
+        found = await find_api_key(session, key)
+        return await tiger_db.crud.api_keys.extend(session, found.id, expires_at=expiry)
+
+    extended = in_transaction(extend)
+    print_message(f"API key {extended.key_prefix} is extended")
+    show_row(extended, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def revoke_api_key(
+    key: Annotated[
+        str | None,
+        typer.Argument(metavar="PREFIX", help="Prefix or id; with --raw, the whole key or -."),
+    ] = None,
+    *,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Find a leaked key by its whole text.")
+    ] = False,
+    key_file: KeyFile = None,
+    reason: Annotated[str | None, typer.Option(help="Reason, which is stored.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Revoke an API key. This cannot be undone."""
+    if key_file is not None and not raw:
+        raise typer.BadParameter("requires --raw", param_hint="--key-file")
+    if key is None and not raw:
+        raise typer.BadParameter("is missing", param_hint="PREFIX")
+    raw_key = read_required_secret("key", key, key_file) if raw else ""
+
+    async def revoke(session: "AsyncSession") -> "tiger_db.APIKey":
+        if raw:
+            found = await tiger_db.crud.api_keys.find_by_raw_key(session, raw_key)
+            if found is None:
+                raise NotFound("this is no API key of this database; try the prefix without --raw")
+        else:
+            found = await find_api_key(session, key or "")
+        return await tiger_db.crud.api_keys.revoke(session, found.id, reason=reason)
+
+    revoked = in_transaction(revoke)
+    print_message(f"API key {revoked.key_prefix} is revoked")
+    show_row(revoked, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def print_api_key_pattern() -> None:
+    """Print the regular expression of API keys, for secret scanners."""
+    typer.echo(tiger_db.crud.api_keys.KEY_PATTERN)
+
+
+@app.command(rich_help_panel=_PANEL)
+def generate_api_key_pepper(*, pepper_id: KeyId = None) -> None:
+    """Print a new random pepper for API_KEY_PEPPERS. The pepper is not stored."""
+    typer.echo(tiger_db.encryption.generate_key(pepper_id or new_key_id()))
+    print_message(
+        "put it first in API_KEY_PEPPERS, followed by a comma and the existing peppers, and keep"
+        " all of them: a key needs its pepper, and gets the first pepper at its next use"
+    )

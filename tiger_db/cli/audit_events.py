@@ -1,4 +1,4 @@
-"""The audit trail as it is read: listed, followed, drawn, exported."""
+"""Commands that read the audit trail: list, follow, count and export events."""
 
 import json
 import sys
@@ -16,57 +16,60 @@ from tiger_db.cli.options import (
     DEFAULT_PAGE_SIZE,
     SINCE,
     After,
-    Limit,
-    account_numbers,
-    as_uuid,
-    find_account,
-    find_api_key,
-    finish,
-    past,
-    query,
-    settings,
-)
-from tiger_db.cli.output import (
     AsJson,
+    Limit,
     Out,
     Overwrite,
+    parse_past,
+)
+from tiger_db.cli.output import (
+    count_by_period,
     counter,
     dump,
-    output,
-    over_time,
+    open_output,
     print_json,
+    print_message,
     show_bars,
     show_line,
     show_page,
     show_table,
-    talk,
+)
+from tiger_db.cli.runtime import (
+    account_numbers,
+    find_account,
+    find_api_key,
+    in_transaction,
+    parse_uuid,
+    with_database,
 )
 
 if TYPE_CHECKING:
     from tiger_db.crud.audit_logs import Criteria
     from tiger_db.database import AsyncSession
 
+    FindCriteria = Callable[[AsyncSession], Awaitable[Criteria]]
+
 Results = Literal["success", "failure", "partial", "error"]
 Severities = Literal["low", "medium", "high", "critical"]
 PANEL = "Audit trail"
 
 Since = Annotated[str | None, SINCE]
-Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before then, in the same forms.")]
+Until = Annotated[str | None, typer.Option(metavar="TIME", help="End, in the same forms.")]
 Action = Annotated[
     list[str] | None,
-    typer.Option(help="Only this, such as trade:place_order, or a family such as trade."),
+    typer.Option(help="An action such as trade:place_order, or a family such as trade."),
 ]
-ResultOption = Annotated[Results | None, typer.Option("--result", help="Only these.")]
-Severity = Annotated[Severities | None, typer.Option(help="Only these.")]
+ResultOption = Annotated[Results | None, typer.Option("--result", help="Only this result.")]
+Severity = Annotated[Severities | None, typer.Option(help="Only this severity.")]
 Account = Annotated[str | None, typer.Option(help="Number or id of an account.")]
 ApiKey = Annotated[str | None, typer.Option(help="Prefix or id of an API key.")]
 User = Annotated[str | None, typer.Option(help="Id of a user.")]
 Ip = Annotated[str | None, typer.Option(help="Address or network, such as 10.0.0.0/8.")]
 Session = Annotated[str | None, typer.Option("--session-id", help="Id of a session.")]
 Request = Annotated[str | None, typer.Option("--request-id", help="Id of a request.")]
-Resource = Annotated[str | None, typer.Option(help="Kind of a thing, its id, or both as KIND/ID.")]
+Resource = Annotated[str | None, typer.Option(help="Resource: its type, its id, or TYPE/ID.")]
 Details = Annotated[
-    str | None, typer.Option(metavar="JSON", help='What the details contain: {"symbol": "AAPL"}.')
+    str | None, typer.Option(metavar="JSON", help='Part of the details: {"symbol": "AAPL"}.')
 ]
 app = typer.Typer()
 
@@ -90,31 +93,30 @@ def list_events(
     limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
     follow: Annotated[
-        bool,
-        typer.Option("--follow", "-f", help="Wait for new events and show each."),
+        bool, typer.Option("--follow", "-f", help="Wait for new events, and show each.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what was done, newest first: the events that match every option given.
+    """List the events that match all options, newest first.
 
-    With --follow, those that come from now on; as JSON, an object on each line.
+    With --follow, only new events are shown. With --json, each is an object on one line.
     """
-    wanted = _wanted(locals())
+    find_criteria = _parse_filters(locals())
     if follow:
         if until is not None or after is not None:
-            raise typer.BadParameter("has no end", param_hint="--follow")
-        finish(_follow(wanted, as_json=as_json))
+            raise typer.BadParameter("excludes --until and --after", param_hint="--follow")
+        with_database(lambda database: _follow(database, find_criteria, as_json=as_json))
         return
 
     async def find(
         session: "AsyncSession",
     ) -> "tuple[tiger_db.Page[tiger_db.AuditLog], dict[UUID | None, str]]":
         page = await tiger_db.crud.audit_logs.search(
-            session, **await wanted(session), after=after, limit=limit
+            session, **await find_criteria(session), after=after, limit=limit
         )
         return page, await account_numbers(session, (event.tiger_account_id for event in page))
 
-    page, numbers = query(find)
+    page, numbers = in_transaction(find)
     show_page(page, _columns(numbers), as_json=as_json)
 
 
@@ -133,47 +135,43 @@ def _columns(
 
 
 async def _follow(
-    wanted: "Callable[[AsyncSession], Awaitable[Criteria]]", *, as_json: bool
+    database: "tiger_db.Database", find_criteria: "FindCriteria", *, as_json: bool
 ) -> None:
-    async with tiger_db.Database(settings()) as database:
-        async with database.session() as session:
-            criteria = await wanted(session)
-        following = tiger_db.audit.follow(
-            database, begun=lambda: talk("waiting for events; Ctrl-C ends it"), **criteria
-        )
-        async with aclosing(following) as events:
-            async for event in events:
-                if as_json:
-                    sys.stdout.write(json.dumps(dump(event)) + "\n")
-                else:
-                    async with database.session() as session:
-                        numbers = await account_numbers(session, [event.tiger_account_id])
-                    show_line([show(event) for show in _columns(numbers).values()])
-                sys.stdout.flush()
+    async with database.session() as session:
+        criteria = await find_criteria(session)
+    following = tiger_db.audit.follow(
+        database, begun=lambda: print_message("waiting for events; Ctrl-C to stop"), **criteria
+    )
+    async with aclosing(following) as events:
+        async for event in events:
+            if as_json:
+                sys.stdout.write(json.dumps(dump(event)) + "\n")
+            else:
+                async with database.session() as session:
+                    numbers = await account_numbers(session, [event.tiger_account_id])
+                show_line([column(event) for column in _columns(numbers).values()])
+            sys.stdout.flush()
 
 
 @app.command(rich_help_panel=PANEL)
 def count_events(
     *,
     since: Annotated[str, SINCE] = "24h",
-    chart: Annotated[bool, typer.Option("--chart", help="Draw them over time.")] = False,
+    chart: Annotated[bool, typer.Option("--chart", help="Draw a chart over time.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count the events since a time, by default of 24 hours: by action, by result, over time."""
-    until, start = datetime.now(UTC), past(since, "--since")
-    counts = query(lambda session: tiger_db.crud.audit_logs.statistics(session, since=start))
+    """Count the events since a time by action and by result, or over time."""
+    until, start = datetime.now(UTC), parse_past(since, "--since")
+    counts = in_transaction(
+        lambda session: tiger_db.crud.audit_logs.statistics(session, since=start)
+    )
     if as_json:
-        print_json(
-            {
-                "actions": counts.actions,
-                "results": counts.results,
-                "hours": {hour.isoformat(): count for hour, count in counts.hours.items()},
-            }
-        )
+        hours = {hour.isoformat(): count for hour, count in counts.hours.items()}
+        print_json({"actions": counts.actions, "results": counts.results, "hours": hours})
     elif not counts.actions:
-        talk("there are none")
+        print_message("there are none")
     elif chart:
-        show_bars(over_time(counts.hours, start, until))
+        show_bars(count_by_period(counts.hours, start, until))
     else:
         show_table(("Result", "Events"), list(counts.results.items()))
         typer.echo()
@@ -186,7 +184,7 @@ def export_events(
     out: Out = None,
     overwrite: Overwrite = False,
     form: Annotated[
-        Literal["jsonl", "csv"], typer.Option("--format", help="JSON Lines, or for spreadsheets.")
+        Literal["jsonl", "csv"], typer.Option("--format", help="JSON Lines, or CSV.")
     ] = "jsonl",
     since: Since = None,
     until: Until = None,
@@ -202,52 +200,53 @@ def export_events(
     resource: Resource = None,
     details: Details = None,
 ) -> None:
-    """Write events out, however many: those that match every option given, oldest first.
+    """Export the events that match all options, oldest first, in any number.
 
-    Without options, all of them and their seals: `verify-audit --from` checks such a file.
+    Without filters, the seals are exported too. `verify-audit --from` verifies such a file.
     """
-    wanted = _wanted(locals())
-
+    find_criteria = _parse_filters(locals())
     count = 0
 
-    async def run(file: IO[str]) -> None:
-        with counter("events") as tell:
+    async def export(database: "tiger_db.Database", file: IO[str]) -> None:
+        with counter("events") as update:
 
             def advance(events: int) -> None:
                 nonlocal count
                 count += events
-                tell(count)
+                update(count)
 
-            async with tiger_db.Database(settings()) as database:
-                async with database.session() as session:
-                    criteria = await wanted(session)
-                export = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
-                async with aclosing(export) as lines:
-                    async for line in lines:
-                        file.write(line)
+            async with database.session() as session:
+                criteria = await find_criteria(session)
+            exported = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
+            async with aclosing(exported) as lines:
+                async for line in lines:
+                    file.write(line)
 
-    with output(out, overwrite=overwrite) as file:  # a pipe without a reader is waited for here
-        finish(run(file))
-    talk(f"{count} events were exported")
+    with open_output(out, overwrite=overwrite) as file:  # waits for the reader of a pipe
+        with_database(lambda database: export(database, file))
+    print_message(f"exported {count} events")
 
 
-def _wanted(options: dict[str, Any]) -> "Callable[[AsyncSession], Awaitable[Criteria]]":
-    """The criteria that a command's options make, once a session can look for names in them."""
+def _parse_filters(options: dict[str, Any]) -> "FindCriteria":
+    """Parse the filter options of a command.
+
+    Returns a function that looks up the account and the API key in a session, and returns the
+    criteria. An id is not looked up, because events outlive accounts and keys.
+    """
     start, end = (
-        past(text, f"--{name}") if (text := options[name]) is not None else None
+        parse_past(text, f"--{name}") if (text := options[name]) is not None else None
         for name in ("since", "until")
     )
-    actions = _actions(options["action"] or ())
-    details = _json(options["details"])
+    actions = _parse_actions(options["action"] or ())
+    details = _parse_details(options["details"])
     result, severity = options["result"], options["severity"]
+    account, api_key = options["account"], options["api_key"]
 
-    async def find(session: "AsyncSession") -> "Criteria":
-        # By id, events outlive what they are about.
-        account, api_key = options["account"], options["api_key"]
-        account_id = as_uuid(account) if account is not None else None
+    async def find_criteria(session: "AsyncSession") -> "Criteria":
+        account_id = parse_uuid(account or "")
         if account is not None and account_id is None:
             account_id = (await find_account(session, account)).id
-        key_id = as_uuid(api_key) if api_key is not None else None
+        key_id = parse_uuid(api_key or "")
         if api_key is not None and key_id is None:
             key_id = (await find_api_key(session, api_key)).id
         return {
@@ -266,34 +265,34 @@ def _wanted(options: dict[str, Any]) -> "Callable[[AsyncSession], Awaitable[Crit
             "details": details,
         }
 
-    return find
+    return find_criteria
 
 
-def _json(text: str | None) -> dict[str, Any] | None:
+def _parse_details(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        found = json.loads(text)
+        details = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        details = None
+    if not isinstance(details, dict):
         raise typer.BadParameter(
             'give a JSON object, such as {"symbol": "AAPL"}', param_hint="--details"
         )
-    return found
+    return details
 
 
-def _actions(names: Iterable[str]) -> "list[tiger_db.AuditAction]":
-    found = []
+def _parse_actions(names: Iterable[str]) -> "list[tiger_db.AuditAction]":
+    actions = []
     for name in names:
         matching = [
             action for action in tiger_db.AuditAction if name in (action.value, action.family)
         ]
         if not matching:
             near = get_close_matches(name, tiger_db.AuditAction, n=3)
+            suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
             raise typer.BadParameter(
-                f"there is no action {name!r}" + f"; is it {' or '.join(near)}?" * bool(near),
-                param_hint="--action",
+                f"there is no action {name!r}{suggestion}", param_hint="--action"
             )
-        found += matching
-    return found
+        actions += matching
+    return actions

@@ -1,96 +1,119 @@
-"""The database itself: making it, migrating it, and whether it is well."""
+"""Commands for the database: creation, migrations, checks, and the embedded server."""
 
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 import tiger_db
-from tiger_db.cli.options import Yes, confirm, finish, settings
-from tiger_db.cli.output import AsJson, print_json, show_fields, show_table, talk, warn
+from tiger_db.cli.options import AsJson, Yes, confirm
+from tiger_db.cli.output import (
+    print_json,
+    print_message,
+    print_warning,
+    show_fields,
+    show_items,
+    show_lines,
+)
+from tiger_db.cli.runtime import run_async, settings
 from tiger_db.errors import DatabaseUnavailable, SchemaMismatch
 
 if TYPE_CHECKING:
     from alembic.script import Script
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
+T = TypeVar("T")
 app = typer.Typer()
 _PANEL = "Database"
 
 
 @app.command(rich_help_panel=_PANEL)
 def init() -> None:
-    """Make everything ready: database, schema and encryption key. What is there stays."""
+    """Create what is missing: database, schema and encryption key. Existing data stays."""
     config = settings()
     keys = tiger_db.keys_in_force
-    keys.configured(config, keys.ENCRYPTION_KEYS)  # before anything is made: they may be malformed
-    keys.configured(config, keys.API_KEY_PEPPERS)
-    keys.configured(config, keys.AUDIT_SIGNING_KEY)
+    pepper = keys.configured(config, keys.API_KEY_PEPPERS)
+    signing_key = keys.configured(config, keys.AUDIT_SIGNING_KEY)
+    encryption_keys = keys.configured(config, keys.ENCRYPTION_KEYS)
 
-    async def make() -> None:
-        import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
+    async def create() -> None:
+        import asyncio  # noqa: PLC0415  # slow, and `--help` must be fast
 
         if config.embedded:
             await asyncio.to_thread(_start, config)
         if await _create_database(config):
-            talk(f"created the database {config.location}")
+            print_message(f"created the database {config.location}")
         await _migrate(config, "head")
-        await _make_key(config)
+        if config.embedded and encryption_keys is None:
+            await _generate_encryption_key(config)
 
-    finish(make())
-    talk(f"{config.location} is ready")
+    run_async(create())
+    if pepper is None and not config.embedded:
+        print_warning(
+            "no pepper is set, so API keys cannot be created or checked: set API_KEY_PEPPERS to the"
+            " output of `tiger-db generate-api-key-pepper`, and keep it: API keys need it"
+        )
+    if signing_key is None and not config.embedded:
+        print_message(
+            "no signing key is set: for `tiger-db seal-audit`, set AUDIT_SIGNING_KEY to the output"
+            " of `tiger-db generate-audit-signing-key`"
+        )
+    if encryption_keys is None and not config.embedded:
+        print_warning(
+            "no encryption key is set, so accounts cannot be stored: set ENCRYPTION_KEYS to the"
+            " output of `tiger-db generate-encryption-key`, and keep it: accounts need it"
+        )
+    print_message(f"{config.location} is ready")
 
 
 @app.command(rich_help_panel=_PANEL)
 def migrate(
     *,
-    revision: Annotated[str, typer.Option(metavar="ID", help="Go up to this one only.")] = "head",
+    revision: Annotated[str, typer.Option(metavar="ID", help="Last migration to run.")] = "head",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show which would run; change nothing.")
+        bool, typer.Option("--dry-run", help="List pending migrations; change nothing.")
     ] = False,
-    sql: Annotated[
-        bool, typer.Option("--sql", help="Print the SQL for psql instead; change nothing.")
-    ] = False,
+    sql: Annotated[bool, typer.Option("--sql", help="Print SQL for psql; change nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring the schema up to date, and make the audit trail's partitions of the months ahead.
+    """Run the pending migrations, and create audit partitions for the next months.
 
-    Any number of machines may run it at a time: each migration runs once.
+    Several machines may run it at a time: each migration runs once.
 
-    One that waits 2 s for a lock gives way, and is tried again, for up to 5 min.
+    A migration that waits 2 s for a lock is rolled back and tried again, for up to 5 min.
     """
     config = settings()
     if sql and (dry_run or as_json):
-        raise typer.BadParameter("it stands alone", param_hint="--sql")
+        raise typer.BadParameter("excludes --dry-run and --json", param_hint="--sql")
     if dry_run:
-        _show_steps(finish(_pending(config, revision)), as_json=as_json)
+        _show_scripts(run_async(_pending(config, revision)), as_json=as_json)
     elif sql:
-        typer.echo(finish(_pending_sql(config, revision)), nl=False)
+        work = tiger_db.migrations.pending_sql
+        typer.echo(run_async(_with_engine(config, lambda engine: work(engine, revision))), nl=False)
     else:
-        done = finish(_migrate(config, revision))
+        result = run_async(_migrate(config, revision))
         if as_json:
-            print_json(asdict(done))
+            print_json(asdict(result))
 
 
 @app.command(rich_help_panel=_PANEL)
 def revision(
     *,
-    message: Annotated[str, typer.Option("--message", "-m", help="What it changes.")],
+    message: Annotated[str, typer.Option("--message", "-m", help="Description of the changes.")],
     empty: Annotated[
-        bool, typer.Option("--empty", help="Write no changes, instead of what the models need.")
+        bool, typer.Option("--empty", help="Write a migration without changes.")
     ] = False,
 ) -> None:
-    """Write a migration from the schema in the database to the models; prints its file."""
-    config = settings()
-
-    async def write() -> Path:
-        async with tiger_db.connections.maintenance_engine(config) as engine:
-            with redirect_stdout(sys.stderr):  # Alembic's talk
-                return await tiger_db.migrations.revision(engine, message, autogenerate=not empty)
-
-    typer.echo(finish(write()))
+    """Write a migration from the schema of the database to the models, and print its path."""
+    work = tiger_db.migrations.revision
+    with redirect_stdout(sys.stderr):  # Alembic prints messages to stdout
+        path = run_async(
+            _with_engine(settings(), lambda engine: work(engine, message, autogenerate=not empty))
+        )
+    typer.echo(path)
 
 
 @app.command(rich_help_panel=_PANEL, context_settings={"ignore_unknown_options": True})
@@ -99,145 +122,132 @@ def downgrade(
     *,
     yes: Yes = False,
 ) -> None:
-    """Take the schema back to an earlier revision. Data that has no place there is lost."""
-    config = settings()
+    """Downgrade the schema to an earlier revision. Data without a column there is lost."""
+    config, work = settings(), tiger_db.migrations.downgrade
     confirm(f"Downgrade {config.location} to {revision}? Data will be lost.", yes=yes)
-
-    async def run() -> "tiger_db.migrations.SchemaState":
-        async with tiger_db.connections.maintenance_engine(config) as engine:
-            return await tiger_db.migrations.downgrade(engine, revision, progress=talk)
-
-    talk(f"{config.location} is at {finish(run()).current or 'base'} now")
+    state = run_async(
+        _with_engine(config, lambda engine: work(engine, revision, progress=print_message))
+    )
+    print_message(f"{config.location} is at {state.current or 'base'} now")
 
 
 @app.command(rich_help_panel=_PANEL)
 def current(*, as_json: AsJson = False) -> None:
-    """Show which revision the database is at."""
-    state = finish(_state(settings()))
+    """Show the revision of the database."""
+    state = run_async(_with_engine(settings(), _load_state))
     if as_json:
         print_json(asdict(state))
     elif state.current:
         typer.echo(f"{state.current} (head)" if state.problem is None else state.current)
     if state.problem:
-        talk(state.problem)
+        print_message(state.problem)
 
 
 @app.command(rich_help_panel=_PANEL)
 def history(*, as_json: AsJson = False) -> None:
     """List the migrations, newest first."""
-    _show_steps(tiger_db.migrations.history(), as_json=as_json)
+    _show_scripts(tiger_db.migrations.history(), as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def check(*, as_json: AsJson = False) -> None:
-    """List pending migrations, or how the schema differs from what this release makes.
+    """List pending migrations, or differences between the schema and this release.
 
-    Compares tables with the models, then triggers, functions, row security and rules; a line each,
-    with the SQL that restores the latter. Triggers that you added are left to `doctor`.
+    Compares tables with the models, and triggers, functions, row security and rules with those of
+    this release. Each line of the latter has the SQL that restores them. Added triggers are not
+    listed: see `doctor`.
     """
     config = settings()
-    state = finish(_state(config))
+    state = run_async(_with_engine(config, _load_state))
     if not state.known:
         state.check()
-
-    async def compare() -> list[str]:
-        if state.problem:
-            scripts = await _pending(config, "head")
-            titles = [" ".join(script.doc.split()) for script in scripts]
-            return [f"pending {s.revision} {t}" for s, t in zip(scripts, titles, strict=True)]
-        async with tiger_db.connections.maintenance_engine(config) as engine:
-            return await tiger_db.migrations.drift(engine)
-
-    findings = finish(compare())
-    if as_json:
-        print_json({"items": findings, "next_cursor": None})
+    if state.problem:
+        scripts = run_async(_pending(config, "head"))
+        lines = [f"pending {script.revision} {' '.join(script.doc.split())}" for script in scripts]
     else:
-        typer.echo("".join(f"{finding}\n" for finding in findings), nl=False)
+        lines = run_async(_with_engine(config, tiger_db.migrations.drift))
+    show_lines(lines, as_json=as_json)
     state.check()
-    if findings:
+    if lines:
         raise SchemaMismatch(
-            "the schema differs: where somebody changed the database, run the SQL that its line"
-            " gives, and find out who it was; where the models changed, `tiger-db revision -m ...`"
+            "the schema differs: if the database was changed, run the SQL on its line, and find out"
+            " who changed it; if the models were changed, run `tiger-db revision -m ...`"
         )
-    talk(f"{config.location} has the schema that the models need")
+    print_message(f"{config.location} has the schema of this release")
 
 
 @app.command(rich_help_panel=_PANEL)
 def health_check(
     *,
     live: Annotated[
-        bool, typer.Option("--live", help="Look at the settings only, and ask no database.")
+        bool, typer.Option("--live", help="Check only the settings; connect to no database.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell whether the database can serve, where it is, and what to do about what is wrong.
+    """Report whether the database can serve, with advice on problems. For probes.
 
-    For probes: it fails if the database is not ready, or with --live if the settings are not sound.
+    It fails if the database is not ready, or with --live if the settings are not valid.
     """
-    look = tiger_db.health.check_liveness if live else tiger_db.health.check_readiness
-    report = asdict(finish(look(settings())))
+    check = tiger_db.health.check_liveness if live else tiger_db.health.check_readiness
+    report = asdict(run_async(check(settings())))
+    failed = not report["live" if live else "ready"]
     if as_json:
         print_json(report)
     else:
-        shown = dict(report)
+        problems = report.pop("problems")
         for group in ("pool", "rows"):
-            inner = shown.pop(group)
-            shown |= {f"{group}: {name}": value for name, value in inner.items()}
-        problems = shown.pop("problems")
-        show_fields(shown)
+            report |= {f"{group}: {name}": value for name, value in report.pop(group).items()}
+        show_fields(report)
         for problem in problems:
-            talk(f"problem: {problem}")
-    if not report["live" if live else "ready"]:
+            print_message(f"problem: {problem}")
+    if failed:
         raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=_PANEL)
 def doctor(*, as_json: AsJson = False) -> None:
-    """Look at the database for whatever is wrong, and tell what to do about it."""
-    findings = finish(tiger_db.doctor.run(settings()))
-    if as_json:
-        print_json({"items": [asdict(finding) for finding in findings], "next_cursor": None})
-    else:
-        rows = [(one.check, one.status, one.seen, one.advice) for one in findings]
-        show_table(("Check", "Status", "Seen", "What to do"), rows)
-    if any(finding.status == "problem" for finding in findings):
+    """Check the installation, with advice on each problem."""
+    results = run_async(tiger_db.doctor.run(settings()))
+    items = [asdict(result) for result in results]
+    show_items(("Check", "Status", "Result", "Advice"), items, as_json=as_json)
+    if any(result.status == "problem" for result in results):
         raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=_PANEL)
 def start_embedded() -> None:
-    """Start the embedded PostgreSQL, which then stays up."""
+    """Start the embedded PostgreSQL. It runs until `stop-embedded`."""
     config = settings()
     _start(config)
     if not config.embedded:
-        warn("DATABASE_URL or DB_HOST is set, so the other commands do not use it")
+        print_warning("DATABASE_URL or DB_HOST is set, so the other commands do not use it")
 
 
 @app.command(rich_help_panel=_PANEL)
 def stop_embedded() -> None:
-    """Stop the embedded PostgreSQL; its data stays."""
+    """Stop the embedded PostgreSQL. Its data stays."""
     config = settings()
     folder = tiger_db.embedded.home_folder(config)
-    stopped = tiger_db.embedded.stop(config)
-    talk(f"the embedded PostgreSQL in {folder} " + ("is stopped" if stopped else "was not running"))
+    result = "is stopped" if tiger_db.embedded.stop(config) else "was not running"
+    print_message(f"the embedded PostgreSQL in {folder} {result}")
 
 
 def _start(config: "tiger_db.Settings") -> None:
-    folder = tiger_db.embedded.home_folder(config)  # which refuses production
+    folder = tiger_db.embedded.home_folder(config)  # raises an error in production
     if tiger_db.embedded.running(config):
-        talk(f"the embedded PostgreSQL in {folder} is running")
+        print_message(f"the embedded PostgreSQL in {folder} is running")
         return
-    talk(f"starting the embedded PostgreSQL in {folder}")
-    talk(f"started, with its socket in {tiger_db.embedded.start(config).socket_folder}")
+    print_message(f"starting the embedded PostgreSQL in {folder}")
+    print_message(f"started; its socket is in {tiger_db.embedded.start(config).socket_folder}")
 
 
 async def _create_database(config: "tiger_db.Settings") -> bool:
-    """Create the database if it is missing; whether that was so.
+    """Create the database if it is missing. Returns False if it exists.
 
     Raises:
-        DatabaseUnavailable: the server is out of reach, or does not allow it.
+        DatabaseUnavailable: the server cannot be reached, or does not allow it.
     """
-    import asyncpg  # noqa: PLC0415  # slow, and `--help` is to be fast
+    import asyncpg  # noqa: PLC0415  # slow, and `--help` must be fast
 
     try:
         await (await tiger_db.connections.connect_directly(config)).close()
@@ -253,87 +263,68 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
         )
         await server.execute(statement)
     except (asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
-        return False  # another init was faster
+        return False  # another `init` has created it
     except asyncpg.InsufficientPrivilegeError:
         raise DatabaseUnavailable(
-            f"{config.location} does not exist, and this user may not create it: have an"
-            f" administrator run {statement}"
+            f"{config.location} does not exist, and this user may not create it: ask an"
+            f" administrator to run {statement}"
         ) from None
     finally:
         await server.close()
     return True
 
 
-async def _state(config: "tiger_db.Settings") -> "tiger_db.migrations.SchemaState":
-    async with (
-        tiger_db.connections.maintenance_engine(config) as engine,
-        engine.connect() as connection,
-    ):
+async def _with_engine(
+    config: "tiger_db.Settings", work: "Callable[[AsyncEngine], Awaitable[T]]"
+) -> T:
+    async with tiger_db.connections.maintenance_engine(config) as engine:
+        return await work(engine)
+
+
+async def _load_state(engine: "AsyncEngine") -> "tiger_db.migrations.SchemaState":
+    async with engine.connect() as connection:
         return await tiger_db.migrations.schema_state(connection)
 
 
 async def _pending(config: "tiger_db.Settings", revision: str) -> "list[Script]":
-    async with tiger_db.connections.maintenance_engine(config) as engine:
-        return await tiger_db.migrations.pending(engine, revision)
+    work = tiger_db.migrations.pending
+    return await _with_engine(config, lambda engine: work(engine, revision))
 
 
-async def _pending_sql(config: "tiger_db.Settings", revision: str) -> str:
-    async with tiger_db.connections.maintenance_engine(config) as engine:
-        return await tiger_db.migrations.pending_sql(engine, revision)
-
-
-def _show_steps(scripts: "list[Script]", *, as_json: bool) -> None:
+def _show_scripts(scripts: "list[Script]", *, as_json: bool) -> None:
     items = [
         {"revision": script.revision, "follows": script.down_revision, "message": script.doc}
         for script in scripts
     ]
-    if as_json:
-        print_json({"items": items, "next_cursor": None})
-    else:
-        show_table(("Revision", "Follows", "Message"), [list(item.values()) for item in items])
+    show_items(("Revision", "Follows", "Message"), items, as_json=as_json)
 
 
 async def _migrate(
     config: "tiger_db.Settings", revision: str
 ) -> "tiger_db.migrations.UpgradeResult":
-    before = await _state(config)
+    before = await _with_engine(config, _load_state)
     if before.current is not None and not before.known:
         before.check()
     if before.current != before.head:
-        talk(f"migrating {config.location}")
-    async with tiger_db.connections.maintenance_engine(config) as engine:
-        after = await tiger_db.migrations.upgrade(engine, revision, progress=talk)
+        print_message(f"migrating {config.location}")
+    after = await _with_engine(
+        config,
+        lambda engine: tiger_db.migrations.upgrade(engine, revision, progress=print_message),
+    )
     if after.applied:
-        talk(f"migrated the schema from {before.current or 'nothing'} to {after.current}")
+        print_message(f"migrated the schema from {before.current or 'nothing'} to {after.current}")
     else:
-        talk(f"the schema is at {after.current} already")
+        print_message(f"the schema is at {after.current} already")
     if after.problem:
-        talk(after.problem)
+        print_message(after.problem)
     return after
 
 
-async def _make_key(config: "tiger_db.Settings") -> None:
-    keys = tiger_db.keys_in_force
-    if keys.configured(config, keys.API_KEY_PEPPERS) is None and not config.embedded:
-        warn(
-            "no pepper is set, so API keys cannot be made or checked: set API_KEY_PEPPERS to what"
-            " `tiger-db generate-api-key-pepper` prints, and keep it: no key verifies without it"
-        )
-    if keys.configured(config, keys.AUDIT_SIGNING_KEY) is None and not config.embedded:
-        talk(
-            "no signing key is set: where `tiger-db seal-audit` shall run, set AUDIT_SIGNING_KEY"
-            " to what `tiger-db generate-audit-signing-key` prints"
-        )
-    if keys.configured(config, keys.ENCRYPTION_KEYS) is not None:
-        return
-    if not config.embedded:
-        warn(
-            "no encryption key is set, so accounts cannot be stored: set ENCRYPTION_KEYS to what"
-            " `tiger-db generate-encryption-key` prints, and keep it: nothing else decrypts them"
-        )
-        return
+async def _generate_encryption_key(config: "tiger_db.Settings") -> None:
+    """Generate the encryption key of the embedded server if it is missing."""
     path = tiger_db.embedded.home_folder(config) / "encryption_keys"
     existed = path.exists()
     async with tiger_db.Database(config) as database:
         await database.check()
-    talk(f"the encryption key is in {path}" if existed else f"made an encryption key in {path}")
+    action = "the encryption key is in" if existed else "generated an encryption key in"
+    print_message(f"{action} {path}")

@@ -1,137 +1,92 @@
-"""What the commands are given: settings and sessions, accounts, secrets, lists and times."""
+"""Options and arguments that commands share, their parsing, and prompts."""
 
-import logging
 import re
 import sys
 import termios
-from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from uuid import UUID
+from typing import Annotated, TypeVar
 
 import typer
 
-import tiger_db
-from tiger_db.cli.output import warn
-from tiger_db.errors import InvalidValue, NotFound
+from tiger_db.cli.output import print_warning
+from tiger_db.errors import InvalidValue
 
-if TYPE_CHECKING:
-    from tiger_db.database import AsyncSession
-
-T = TypeVar("T")
 S = TypeVar("S", bound=StrEnum)
 DEFAULT_PAGE_SIZE = 50  # that of crud.pagination, which --help does not import
-Limit = Annotated[int, typer.Option(min=1, max=1000, help="How many to show at most.")]
+
+AccountArgument = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Account number or id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Limit = Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of rows.")]
 After = Annotated[
     str | None,
-    typer.Option(metavar="CURSOR", help="Go on where an earlier list ended: its next_cursor."),
+    typer.Option(metavar="CURSOR", help="Continue an earlier list: its next_cursor."),
 ]
 SINCE = typer.Option(
     metavar="TIME",
-    help="From then on: such as 2026-01-31T12:00:00Z, or how long ago, such as 24h or 7d.",
+    help="Start: a time such as 2026-01-31T12:00:00Z, or an age such as 24h or 7d.",
 )
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-_CENTURY = timedelta(days=36525)
-_SECRET_LIMIT = 1_000_000  # characters
-_LINE_END = 2  # characters, which may follow them
-_LINE_LIMIT = 4095  # bytes of a line that Linux hands over from a terminal; it drops what follows
+ExpiresIn = Annotated[
+    str | None, typer.Option(metavar="30d", help="Time until expiry: s, m, h, d or w.")
+]
+ExpiresAt = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Expiry, such as 2026-01-31T12:00:00Z.")
+]
+PrivateKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="RSA private key, or - to read it from standard input."),
+]
+PrivateKeyFile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="File with the RSA private key.")
+]
+KeyId = Annotated[
+    str | None,
+    typer.Option("--id", metavar="ID", help="Key id; by default made from today's date."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="New file, pipe or device; standard output if it is omitted."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+
+_MAX_DURATION = timedelta(days=36525)
+_MAX_SECRET_LENGTH = 1_000_000  # characters
+_LINE_END_LENGTH = 2  # characters that may follow a secret in a file
+# Linux passes on at most this many bytes of a line from a terminal, and drops the others.
+_MAX_TERMINAL_LINE_BYTES = 4095
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-def settings() -> "tiger_db.Settings":
-    """What the environment says. With DB_DEBUG, statements are logged where talk goes."""
-    found = tiger_db.Settings()
-    logger = logging.getLogger("sqlalchemy.engine.Engine")
-    if found.db_debug and not logger.handlers:  # else SQLAlchemy adds one, to stdout
-        logger.addHandler(logging.StreamHandler())
-    return found
-
-
-def finish(work: Coroutine[Any, Any, T]) -> T:
-    """Run it in an event loop of its own."""
-    import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
-
-    return asyncio.run(work)
-
-
-def query(ask: "Callable[[AsyncSession], Coroutine[Any, Any, T]]") -> T:
-    """Run one transaction; it has been committed when this returns."""
-
-    async def run() -> T:
-        async with tiger_db.Database(settings()) as database, database.session() as session:
-            return await ask(session)
-
-    return finish(run())
-
-
-async def find_account(session: "AsyncSession", number_or_id: str) -> "tiger_db.TigerAccount":
-    account = await tiger_db.crud.accounts.get_by_account_number(session, number_or_id)
-    if account is None and (account_id := as_uuid(number_or_id)):
-        account = await tiger_db.crud.accounts.get(session, account_id)
-    if account is None:
-        raise NotFound("there is no account with this number or id")
-    return account
-
-
-async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.APIKey":
-    key = await tiger_db.crud.api_keys.get_by_prefix(session, prefix_or_id)
-    if key is None and (key_id := as_uuid(prefix_or_id)):
-        key = await tiger_db.crud.api_keys.get(session, key_id)
-    if key is None:
-        # Not named, because it may be the whole key.
-        raise NotFound("there is no API key with this prefix or id")
-    return key
-
-
-async def account_numbers(
-    session: "AsyncSession", ids: Iterable[UUID | None]
-) -> dict[UUID | None, str]:
-    """What people know the accounts by; those that are gone, by their id."""
-    from sqlmodel import col, select  # noqa: PLC0415  # slow, and `--help` is to be fast
-
-    wanted: dict[UUID | None, str] = {
-        account_id: str(account_id) for account_id in ids if account_id is not None
-    }
-    rows = await session.execute(
-        select(col(tiger_db.TigerAccount.id), col(tiger_db.TigerAccount.account_number)).where(
-            col(tiger_db.TigerAccount.id).in_(wanted)
-        )
-    )
-    return {**wanted, **{row.id: row.account_number for row in rows}}
-
-
-def as_uuid(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
-
-
-def member(enum: type[S], value: str | None) -> S | None:
-    """The member that an option's choice stands for."""
+def parse_member(enum: type[S], value: str | None) -> S | None:
     return None if value is None else enum(value)
 
 
-def members(enum: type[S], text: str | None, option: str) -> list[S]:
-    """Those that an option names, separated by commas."""
+def parse_members(enum: type[S], text: str | None, option: str) -> list[S]:
+    """Parse names of enum members, separated by commas.
+
+    Raises:
+        BadParameter: a name is unknown.
+    """
     try:
-        return [enum(word) for word in words(text)]
+        return [enum(word) for word in split_words(text)]
     except ValueError:
         raise typer.BadParameter(f"choose from {', '.join(enum)}", param_hint=option) from None
 
 
-def words(text: str | None) -> list[str]:
-    """The parts of `a,b, c`."""
+def split_words(text: str | None) -> list[str]:
+    """Split a text at commas, and strip white space."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
-def moment(text: str, option: str) -> datetime:
-    """Parse a time with its zone; return it in UTC.
+def parse_time(text: str, option: str) -> datetime:
+    """Parse a time with a time zone, and return it in UTC.
 
     Raises:
-        BadParameter: anything else, also a time whose zone would have to be guessed.
+        BadParameter: the text is not a time, or has no time zone.
     """
     try:
         found = datetime.fromisoformat(text)
@@ -144,89 +99,112 @@ def moment(text: str, option: str) -> datetime:
     )
 
 
-def past(text: str, option: str) -> datetime:
-    """Parse a time with its zone, or a length of time before now, such as `24h`.
+def parse_past(text: str, option: str) -> datetime:
+    """Parse a time with a time zone, or an age such as `24h`. Return the time in UTC.
 
     Raises:
-        BadParameter: anything else.
+        BadParameter: the text is neither.
     """
     if re.fullmatch(r"\d+[a-z]", text, re.ASCII):
-        return datetime.now(UTC) - duration(text, option)
-    return moment(text, option)
+        return datetime.now(UTC) - parse_duration(text, option)
+    return parse_time(text, option)
 
 
-def duration(text: str, option: str) -> timedelta:
-    """A length of time such as `30d`.
+def parse_duration(text: str, option: str) -> timedelta:
+    """Parse a duration such as `30d`, of more than 0 and at most a century.
 
     Raises:
-        BadParameter: anything else.
+        BadParameter: the text is not such a duration.
     """
     if match := re.fullmatch(r"(\d{1,8})([smhdw])", text, re.ASCII):
         length = timedelta(**{_UNITS[match[2]]: int(match[1])})
-        if timedelta(0) < length <= _CENTURY:
+        if timedelta(0) < length <= _MAX_DURATION:
             return length
     raise typer.BadParameter(
-        "give a number and a unit (s, m, h, d or w), such as 30d; a century at most",
+        "give a number and a unit (s, m, h, d or w), such as 30d; at most a century",
         param_hint=option,
     )
 
 
-def confirm(question: str, *, yes: bool) -> None:
-    """Go on only if the person agrees.
+def parse_expiry(expires_in: str | None, expires_at: str | None) -> datetime | None:
+    """Return the expiry that the options --expires-in or --expires-at give, or None.
 
     Raises:
-        BadParameter: there is nobody to ask.
+        BadParameter: both are given, one is malformed, or the time is not in the future.
+    """
+    if expires_in is not None and expires_at is not None:
+        raise typer.BadParameter("excludes --expires-at", param_hint="--expires-in")
+    if expires_in is not None:
+        return datetime.now(UTC) + parse_duration(expires_in, "--expires-in")
+    expiry = None if expires_at is None else parse_time(expires_at, "--expires-at")
+    if expiry is not None and expiry <= datetime.now(UTC):
+        raise typer.BadParameter("is in the past", param_hint="--expires-at")
+    return expiry
+
+
+def new_key_id() -> str:
+    """Return today's date and random digits, because two keys must not have the same id."""
+    import secrets  # noqa: PLC0415  # slow, and `--help` must be fast
+
+    return f"{datetime.now(UTC):%Y-%m-%d}-{secrets.token_hex(2)}"
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask a question at the terminal unless `yes` is set. Abort the command if the answer is no.
+
+    Raises:
+        BadParameter: there is no terminal.
     """
     if yes:
         return
     if not _at_terminal():
-        raise typer.BadParameter("is needed, because nobody can be asked here", param_hint="--yes")
+        raise typer.BadParameter("is required without a terminal", param_hint="--yes")
     typer.confirm(question, abort=True, err=True)
 
 
-def secret(name: str, value: str | None, file: str | None) -> str | None:
-    """A secret from the command line, where a warning follows, a file, or `-`: standard input.
+def read_secret(name: str, value: str | None, file: str | None) -> str | None:
+    """Read a secret from a file, from standard input (`-`), or from the command line.
+
+    A secret on the command line causes a warning. Returns None if neither is given.
 
     Raises:
         BadParameter: both are given.
-        InvalidValue: there is nothing in it, it is too long, or it is not text.
+        InvalidValue: the secret is empty, too long, or not text.
     """
     if value is not None and file is not None:
-        raise typer.BadParameter("is given already", param_hint=f"--{name}-file")
+        raise typer.BadParameter(
+            "give the value or the file, not both", param_hint=f"--{name}-file"
+        )
     if value is None and file is None:
         return None
+    label = name.replace("-", " ")
+    limit = _MAX_SECRET_LENGTH + _LINE_END_LENGTH + 1
     try:
         if "-" in (value, file):
-            text = (
-                _hidden_lines(name)
-                if _at_terminal()
-                else sys.stdin.read(_SECRET_LIMIT + _LINE_END + 1)
-            )
+            text = _read_hidden(name) if _at_terminal() else sys.stdin.read(limit)
         elif file is not None:
             with Path(file).open(encoding="utf-8") as stream:
-                text = stream.read(_SECRET_LIMIT + _LINE_END + 1)
+                text = stream.read(limit)
         else:
-            warn(
+            print_warning(
                 "other users of this machine can see a secret on the command line, and the shell"
-                f" remembers it: --{name}-file or - (standard input) keeps it to yourself"
+                f" stores it in its history: use --{name}-file, or - for standard input"
             )
             text = value or ""
     except UnicodeDecodeError:
-        raise InvalidValue(f"the {name.replace('-', ' ')} is not text") from None
-    if max(len(text) - _LINE_END, len(text.strip())) > _SECRET_LIMIT:
-        raise InvalidValue(
-            f"the {name.replace('-', ' ')} has more than {_SECRET_LIMIT:,} characters"
-        )
+        raise InvalidValue(f"the {label} is not text") from None
+    if max(len(text) - _LINE_END_LENGTH, len(text.strip())) > _MAX_SECRET_LENGTH:
+        raise InvalidValue(f"the {label} has more than {_MAX_SECRET_LENGTH:,} characters")
     if not text.strip():
-        raise InvalidValue(f"the {name.replace('-', ' ')} is empty")
+        raise InvalidValue(f"the {label} is empty")
     return text.strip()
 
 
-def required_secret(name: str, value: str | None, file: str | None) -> str:
-    """As `secret`; where nothing is given, the person at the terminal is asked.
+def read_required_secret(name: str, value: str | None, file: str | None) -> str:
+    """Read a secret as `read_secret` does; if neither is given, ask for it at the terminal.
 
     Raises:
-        BadParameter: nothing is given, and there is nobody to ask.
+        BadParameter: nothing is given, and there is no terminal.
     """
     if value is None and file is None:
         if not _at_terminal():
@@ -234,17 +212,20 @@ def required_secret(name: str, value: str | None, file: str | None) -> str:
                 "give a file, or - to read standard input", param_hint=f"--{name}-file"
             )
         value = "-"
-    found = secret(name, value, file)
-    assert found is not None
-    return found
+    secret = read_secret(name, value, file)
+    assert secret is not None
+    return secret
 
 
 def _at_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _hidden_lines(name: str) -> str:
-    """Ask without echo. A pasted PEM is read to its end: `getpass` would leave it to the shell.
+def _read_hidden(name: str) -> str:
+    """Ask for a secret at the terminal, without echo.
+
+    All lines of a pasted PEM are read. `getpass` would read only the first, and the shell would
+    execute the others.
 
     Raises:
         InvalidValue: a line is so long that the terminal may have cut it.
@@ -263,6 +244,6 @@ def _hidden_lines(name: str) -> str:
     finally:
         termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
         sys.stderr.write("\n")
-    if any(len(line.rstrip("\n").encode()) >= _LINE_LIMIT for line in lines):
-        raise InvalidValue(f"a terminal may cut a line that is so long: use --{name}-file")
+    if any(len(line.rstrip("\n").encode()) >= _MAX_TERMINAL_LINE_BYTES for line in lines):
+        raise InvalidValue(f"the line is too long for a terminal: use --{name}-file")
     return "".join(lines)

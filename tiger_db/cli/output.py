@@ -1,110 +1,69 @@
-"""What the commands print: data on stdout, talk on stderr."""
+"""Output of commands: data on stdout, messages and progress on stderr."""
 
 import json
-import os
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-import tiger_db
 from tiger_db.files import output_files
 
 if TYPE_CHECKING:
+    import tiger_db
     from tiger_db.models import Entity
 
 E_ = TypeVar("E_", bound="Entity")
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="A new file, a pipe or a device; else standard output."),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 _DAY = timedelta(days=1)
-_HOURLY = 2 * _DAY  # the longest time that is drawn by the hour
-_GAP = 2  # between columns
-_BARS = 100  # columns at most of a chart
-_ANY_WIDTH = 10_000  # of what is not a terminal: a row stays on its line
+_COLUMN_GAP = 2  # characters
+_MAX_CHART_WIDTH = 100  # characters
+_UNLIMITED_WIDTH = 10_000  # characters; without a terminal, no row is wrapped
 
 
-def talk(message: str) -> None:
-    """Say something to the person, in one line."""
-    sys.stderr.write(_printable(" ".join(message.split())) + "\n")
+def print_message(message: str) -> None:
+    """Print a message to stderr, in one line."""
+    sys.stderr.write(_escape(" ".join(message.split())) + "\n")
 
 
-def warn(message: str) -> None:
-    talk(f"warning: {message}")
-
-
-def failure(error: Exception) -> str:
-    """Why a command failed, in one line. What is not known to be free of secrets is not shown."""
-    from pydantic import ValidationError  # noqa: PLC0415  # slow, and `--help` is to be fast
-
-    from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # the same
-
-    if explained := explain(error):
-        return explained
-    if isinstance(error, ValidationError):
-        return "; ".join(
-            f"--{str(problem['loc'][0]).replace('_', '-')}: " * bool(problem["loc"])
-            + problem["msg"].removeprefix("Value error, ")
-            for problem in error.errors(include_url=False, include_input=False)
-        )
-    if os.environ.get("DB_DEBUG", "").lower() in ("1", "true", "yes", "on"):
-        sys.stderr.writelines(traceback.format_tb(error.__traceback__))  # code, no values
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        f"unexpected {type(error).__name__} in {os.path.basename(place.filename)}:{place.lineno}:"  # noqa: PTH119  # a name
-        " please report it, with what DB_DEBUG=1 shows"
-    )
+def print_warning(message: str) -> None:
+    print_message(f"warning: {message}")
 
 
 @contextmanager
-def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, if somebody looks; what is yielded is told of each step's length."""
-    from rich.progress import Progress  # noqa: PLC0415  # slow, and `--help` is to be fast
+def progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Show a progress bar if stderr is a terminal.
+
+    Yields a function that takes the keyword arguments of `rich.progress.Progress.update`.
+    """
+    from rich.progress import Progress  # noqa: PLC0415  # slow, and `--help` must be fast
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(doing, total=total)
-        yield lambda length: bar.advance(task, length)
+        task = bar.add_task(description, total=total)
+        yield lambda **changes: bar.update(task, **changes)
 
 
 @contextmanager
-def progress_to(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """As `progress`; what is yielded is told how much is done, and of how much."""
-    from rich.progress import Progress  # noqa: PLC0415  # slow, and `--help` is to be fast
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def counter(things: str) -> Iterator[Callable[[int], None]]:
-    """How many there were until now, on stderr, where nobody knows how many there will be."""
+def counter(unit: str) -> Iterator[Callable[[int], None]]:
+    """Show a count if stderr is a terminal. Yields a function that takes the new count."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda _count: None
         return
     with console.status("") as status:
-        yield lambda count: status.update(f"{count:,} {things}")
+        yield lambda count: status.update(f"{count:,} {unit}")
 
 
 @contextmanager
-def output(path: Path | None, *, overwrite: bool) -> Iterator[IO[str]]:
-    """Open the file of `--out` by the rules of `output_files`; standard output if there is none."""
+def open_output(path: Path | None, *, overwrite: bool) -> Iterator[IO[str]]:
+    """Open the file of `--out` as `output_files` does, or standard output for None."""
     if path is None:
         yield sys.stdout
         return
@@ -117,7 +76,7 @@ def print_json(value: object) -> None:
 
 
 def dump(row: "Entity") -> dict[str, Any]:
-    """All fields as JSON has them, in their order; secrets are masked."""
+    """Return all fields for JSON, in the order of the class, with masked secrets."""
     dumped = row.model_dump(mode="json")
     return {name: dumped[name] for name in type(row).model_fields if name in dumped}
 
@@ -132,25 +91,43 @@ def show_row(row: "Entity", *, as_json: bool) -> None:
 def show_page(
     page: "tiger_db.Page[E_]", columns: Mapping[str, Callable[[E_], object]], *, as_json: bool
 ) -> None:
-    """A list: each column is a heading and what it shows of a row."""
+    """Print a page of entities. `columns` maps each heading to a function of an entity."""
     if as_json:
         print_json({"items": [dump(row) for row in page], "next_cursor": page.next_cursor})
         return
-    show_table(columns, [[show(row) for show in columns.values()] for row in page])
+    show_table(columns, [[column(row) for column in columns.values()] for row in page])
     if page.next_cursor:
-        talk(f"there are more: add --after {page.next_cursor}")
+        print_message(f"more rows follow: add --after {page.next_cursor}")
+
+
+def show_items(
+    headings: Iterable[str], items: Sequence[Mapping[str, object]], *, as_json: bool
+) -> None:
+    """Print a complete list of rows that are not entities."""
+    if as_json:
+        print_json({"items": items, "next_cursor": None})
+    else:
+        show_table(headings, [list(item.values()) for item in items])
+
+
+def show_lines(lines: Sequence[str], *, as_json: bool) -> None:
+    """Print a complete list of texts."""
+    if as_json:
+        print_json({"items": lines, "next_cursor": None})
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> None:
-    """Empty columns are left out."""
+    """Print a table without its empty columns."""
     if not rows:
-        talk("there are none")
+        print_message("there are none")
         return
-    cells = [[_text(value) for value in row] for row in rows]
+    cells = [[_format(value) for value in row] for row in rows]
     columns = [column for column in zip(headings, *cells, strict=True) if any(column[1:])]
     console, table = _console(), _table()
     for (heading, *_), width in zip(columns, _widths(columns, console.width), strict=True):
-        # A row is told to other commands by its first column: that stays whole.
+        # The first column is an argument of other commands, so it is not wrapped.
         rigid = width is None and heading == columns[0][0]
         table.add_column(heading, width=width, no_wrap=rigid, overflow="fold")
     for row in list(zip(*columns, strict=True))[1:]:
@@ -159,14 +136,14 @@ def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def show_line(row: Iterable[object]) -> None:
-    """A row by itself, of a table whose end is not known."""
-    sys.stdout.write("  ".join(text for value in row if (text := _text(value))) + "\n")
+    """Print one row of an endless table."""
+    sys.stdout.write("  ".join(text for value in row if (text := _format(value))) + "\n")
 
 
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
-    """Such that no word is broken, or None where the words are too long for that."""
+    """Return widths that break no word, or None for each column if the words are too long."""
     least = [max(map(cell_len, " ".join(column).split())) for column in columns]
-    room = width - sum(least) - _GAP * (len(least) - 1)
+    room = width - sum(least) - _COLUMN_GAP * (len(least) - 1)
     if room < 0:
         return [None] * len(columns)
     widths: list[int | None] = []
@@ -178,60 +155,59 @@ def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
 
 
 def show_fields(fields: Mapping[str, object]) -> None:
-    """A line each; what is empty is left out."""
+    """Print a line for each field that is not empty."""
     table = _table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in fields.items():
-        if shown := _text(value):
+        if shown := _format(value):
             table.add_row(name.replace("_", " "), shown)
     _console().print(table)
 
 
 def show_bars(counts: Mapping[str, int]) -> None:
-    """A bar for each number; the longest is the greatest."""
+    """Print a bar chart of counts."""
     greatest = max([*counts.values(), 1])
-    room = min(_console().width, _BARS) - max(map(len, counts)) - len(f"{greatest:,}") - 2 * _GAP
+    room = min(_console().width, _MAX_CHART_WIDTH) - 2 * _COLUMN_GAP
+    room -= max(map(len, counts)) + len(f"{greatest:,}")
     table = _table(show_header=False)
     for name, count in counts.items():
-        # The last cell in eighths: U+2588 is a full block, U+258F the eighth of one.
+        # The last cell has eighths: U+2588 is a full block, U+258F is one eighth.
         eighths = round(count / greatest * max(room, 1) * 8)
         part = chr(0x2590 - eighths % 8) if eighths % 8 else ""
         table.add_row(name, "\u2588" * (eighths // 8) + part, f"{count:,}")
     _console().print(table)
 
 
-def over_time(hours: Mapping[datetime, int], since: datetime, until: datetime) -> dict[str, int]:
-    """Return counts by the hour up to two days, else by the day; 0 where there are none."""
-    step, form = (
-        (timedelta(hours=1), "%m-%d %H:00") if until - since <= _HOURLY else (_DAY, "%Y-%m-%d")
-    )
-    at = since.replace(minute=0, second=0, microsecond=0)
-    bars: Counter[str] = Counter()
-    while at <= until:
-        bars[f"{at:{form}}"] = 0
-        at += step
+def count_by_period(
+    hours: Mapping[datetime, int], since: datetime, until: datetime
+) -> dict[str, int]:
+    """Add up counts by hour if the period is at most two days, else by day. Gaps are 0."""
+    by_hour = until - since <= 2 * _DAY
+    step, form = (timedelta(hours=1), "%m-%d %H:00") if by_hour else (_DAY, "%Y-%m-%d")
+    time = since.replace(minute=0, second=0, microsecond=0)
+    counts: Counter[str] = Counter()
+    while time <= until:
+        counts[f"{time:{form}}"] = 0
+        time += step
     for hour, count in hours.items():
-        bars[f"{hour:{form}}"] += count
-    return dict(bars)
+        counts[f"{hour:{form}}"] += count
+    return dict(counts)
 
 
 def _table(*, show_header: bool = True) -> Table:
+    padding = (0, _COLUMN_GAP, 0, 0)
     return Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, _GAP, 0, 0),
-        header_style="bold",
-        show_header=show_header,
+        box=None, pad_edge=False, padding=padding, header_style="bold", show_header=show_header
     )
 
 
 def _console() -> Console:
-    width = None if sys.stdout.isatty() else _ANY_WIDTH
+    width = None if sys.stdout.isatty() else _UNLIMITED_WIDTH
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _text(value: object) -> str:  # noqa: PLR0911  # one for each kind of value
+def _format(value: object) -> str:  # noqa: PLR0911  # one for each type
     match value:
         case None:
             return ""
@@ -242,15 +218,15 @@ def _text(value: object) -> str:  # noqa: PLR0911  # one for each kind of value
         case Enum():
             return str(value.value)
         case dict():
-            return _printable(json.dumps(value, ensure_ascii=False)) if value else ""
+            return _escape(json.dumps(value, ensure_ascii=False)) if value else ""
         case list() | tuple():
-            return ", ".join(map(_text, value))
+            return ", ".join(map(_format, value))
         case _:
-            return _printable(str(value))
+            return _escape(str(value))
 
 
-def _printable(text: str) -> str:
-    """Without the control characters by which a stored text could govern the terminal."""
+def _escape(text: str) -> str:
+    """Escape control characters, so that a stored text cannot control the terminal."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
         for letter in text

@@ -1,4 +1,4 @@
-"""Token refreshes."""
+"""Commands for token refreshes."""
 
 import logging
 import signal
@@ -13,16 +13,14 @@ import typer
 import tiger_db
 from tiger_db.cli.options import (
     DEFAULT_PAGE_SIZE,
+    AccountArgument,
     After,
+    AsJson,
     Limit,
-    account_numbers,
-    duration,
-    find_account,
-    finish,
-    query,
-    settings,
+    parse_duration,
 )
-from tiger_db.cli.output import AsJson, dump, print_json, show_page, show_table, talk
+from tiger_db.cli.output import dump, print_json, print_message, show_page, show_table
+from tiger_db.cli.runtime import account_numbers, find_account, in_transaction, with_database
 from tiger_db.errors import RefreshFailed
 
 if TYPE_CHECKING:
@@ -33,23 +31,22 @@ if TYPE_CHECKING:
 
     Groups = dict[str, list[tiger_db.TokenStatus]]
 
-# Those that crud can list: what is to come, and what somebody should look at.
-RefreshStatuses = Literal["pending", "failed"]
+RefreshStatuses = Literal["pending", "failed"]  # those that have a list in crud.token_status
 
-PANEL = "Token refreshes"
-_REDRAW = 1.0  # seconds
-_SHOWN = 100  # refreshes of each kind
-_CLEAR = "\033[2J\033[H"  # the terminal's screen
+_PANEL = "Token refreshes"
+_REDRAW_SECONDS = 1.0
+_MAX_ROWS_SHOWN = 100  # of each group
+_CLEAR_SCREEN = "\033[2J\033[H"
 app = typer.Typer()
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=_PANEL)
 def list_refreshes(
     *,
     account: Annotated[
-        str | None, typer.Option(help="Only those of this account (number or id).")
+        str | None, typer.Option(help="Only refreshes of this account (number or id).")
     ] = None,
-    status: Annotated[RefreshStatuses | None, typer.Option(help="Only these.")] = None,
+    status: Annotated[RefreshStatuses | None, typer.Option(help="Only this status.")] = None,
     limit: Limit = DEFAULT_PAGE_SIZE,
     after: After = None,
     as_json: AsJson = False,
@@ -61,17 +58,17 @@ def list_refreshes(
     async def find(
         session: "AsyncSession",
     ) -> "tuple[tiger_db.Page[tiger_db.TokenStatus], dict[UUID | None, str]]":
-        refreshes = tiger_db.crud.token_status
+        crud = tiger_db.crud.token_status
         if status == "pending":
-            page = await refreshes.get_pending_refreshes(session, after=after, limit=limit)
+            page = await crud.get_pending_refreshes(session, after=after, limit=limit)
         elif status == "failed":
-            page = await refreshes.get_failed_refreshes(session, after=after, limit=limit)
+            page = await crud.get_failed_refreshes(session, after=after, limit=limit)
         else:
-            of = (await find_account(session, account)).id if account is not None else None
-            page = await refreshes.history(session, account_id=of, after=after, limit=limit)
+            account_id = (await find_account(session, account)).id if account is not None else None
+            page = await crud.history(session, account_id=account_id, after=after, limit=limit)
         return page, await account_numbers(session, (row.tiger_account_id for row in page))
 
-    page, numbers = query(find)
+    page, numbers = in_transaction(find)
     show_page(
         page,
         {
@@ -87,49 +84,44 @@ def list_refreshes(
     )
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=_PANEL)
 def watch_refreshes(
     *,
     live: Annotated[
-        bool, typer.Option("--live", help="Show it anew every second, until Ctrl-C.")
+        bool, typer.Option("--live", help="Update the output every second, until Ctrl-C.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is running, due and failing, account by account, and how the last day went."""
-    if not live:
-        groups, numbers, day = query(_look)
-        if as_json:
-            print_json(
-                {
-                    **{name: [dump(row) for row in rows] for name, rows in groups.items()},
-                    "last_24h": asdict(day),
-                }
-            )
-        else:
-            _draw(groups, numbers, day)
+    """Show the running, due, waiting and failed refreshes, and statistics of the last 24 hours."""
+    if live and as_json:
+        raise typer.BadParameter("excludes --json", param_hint="--live")
+    if live:
+        with_database(_redraw)
         return
+    groups, numbers, day = in_transaction(_load)
     if as_json:
-        raise typer.BadParameter("is for people", param_hint="--live")
-
-    async def run() -> None:
-        import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
-
-        async with tiger_db.Database(settings()) as database:
-            while True:
-                async with database.session() as session:
-                    seen = await _look(session)
-                typer.echo(f"{_CLEAR}{datetime.now(UTC):%Y-%m-%d %H:%M:%SZ}  Ctrl-C ends it\n")
-                _draw(*seen)
-                await asyncio.sleep(_REDRAW)
-
-    finish(run())
+        rows_of = {name: [dump(row) for row in rows] for name, rows in groups.items()}
+        print_json({**rows_of, "last_24h": asdict(day)})
+    else:
+        _draw(groups, numbers, day)
 
 
-async def _look(
+async def _redraw(database: "tiger_db.Database") -> None:
+    import asyncio  # noqa: PLC0415  # slow, and `--help` must be fast
+
+    while True:
+        async with database.session() as session:
+            loaded = await _load(session)
+        typer.echo(f"{_CLEAR_SCREEN}{datetime.now(UTC):%Y-%m-%d %H:%M:%SZ}  Ctrl-C to stop\n")
+        _draw(*loaded)
+        await asyncio.sleep(_REDRAW_SECONDS)
+
+
+async def _load(
     session: "AsyncSession",
 ) -> "tuple[Groups, dict[UUID | None, str], RefreshStatistics]":
     since = datetime.now(UTC) - timedelta(days=1)
-    groups = await tiger_db.crud.token_status.overview(session, since=since, limit=_SHOWN)
+    groups = await tiger_db.crud.token_status.overview(session, since=since, limit=_MAX_ROWS_SHOWN)
     accounts = (row.tiger_account_id for rows in groups.values() for row in rows)
     day = await tiger_db.crud.token_status.statistics(session, since=since)
     return groups, await account_numbers(session, accounts), day
@@ -137,7 +129,7 @@ async def _look(
 
 def _draw(groups: "Groups", numbers: dict[UUID | None, str], day: "RefreshStatistics") -> None:
     for name, rows in groups.items():
-        typer.echo(f"{name.capitalize()}: {len(rows)}{'+' if len(rows) == _SHOWN else ''}")
+        typer.echo(f"{name.capitalize()}: {len(rows)}{'+' if len(rows) == _MAX_ROWS_SHOWN else ''}")
         if rows:
             show_table(
                 ("Account", "Due", "Worker", "Lease until", "Failures", "Error"),
@@ -159,107 +151,91 @@ def _draw(groups: "Groups", numbers: dict[UUID | None, str], day: "RefreshStatis
     typer.echo(f"Last 24 hours: {day.succeeded} succeeded{rate}{times}")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=_PANEL)
 def run_refresh_worker(
     *,
     once: Annotated[
-        bool, typer.Option("--once", help="End when nothing is due, in place of waiting.")
+        bool, typer.Option("--once", help="Exit when no refresh is due, instead of waiting.")
     ] = False,
-    concurrency: Annotated[
-        int, typer.Option(min=1, max=64, help="How many accounts at a time.")
-    ] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Refreshes at a time.")] = 4,
     per_minute: Annotated[
-        int, typer.Option(min=1, help="How often a minute for one tiger_id at most.")
+        int, typer.Option(min=1, help="Maximum number of requests per minute for one tiger_id.")
     ] = 10,
 ) -> None:
-    """Refresh access tokens at Tiger as they become due. Run any number, on any machines.
+    """Refresh access tokens at Tiger when they are due. Run any number, on any machines.
 
-    SIGTERM and Ctrl-C end it when what is under way is finished.
+    After SIGTERM or Ctrl-C, running refreshes are finished before the command exits.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("tiger_db").setLevel(logging.INFO)
 
-    async def run() -> "Counter[str]":
-        import asyncio  # noqa: PLC0415  # slow, and `--help` is to be fast
+    async def work(database: "tiger_db.Database") -> "Counter[str]":
+        import asyncio  # noqa: PLC0415  # slow, and `--help` must be fast
 
-        from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # the same
+        worker = tiger_db.RefreshWorker(
+            database, tiger_db.tiger.refresh_token, concurrency=concurrency, per_minute=per_minute
+        )
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, worker.stop)
+        await database.check()
+        if not once:
+            print_message("waiting for due refreshes; Ctrl-C to stop")
+        await worker.run(once=once)
+        return worker.counts
 
-        load_sdk()  # if it is missing, no account must count that as a failed refresh
-        async with tiger_db.Database(settings()) as database:
-            worker = tiger_db.RefreshWorker(
-                database,
-                tiger_db.tiger.refresh_token,
-                concurrency=concurrency,
-                per_minute=per_minute,
-            )
-            loop = asyncio.get_running_loop()
-            for name in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(name, worker.stop)
-            await database.check()
-            if not once:
-                talk("waiting for what is due; Ctrl-C ends it")
-            await worker.run(once=once)
-            return worker.counts
+    from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # slow, and `--help` must be fast
 
-    _tell(finish(run()))
-
-
-def _tell(counts: "Counter[str]") -> None:
-    talk(", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing was due")
+    load_sdk()  # a missing SDK ends the command; otherwise each account would get a failed refresh
+    counts = with_database(work)
+    print_message(
+        ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "nothing was due"
+    )
 
 
-@app.command(rich_help_panel=PANEL)
-def refresh_token(
-    account: Annotated[str, typer.Argument(help="The account's number or id.")],
-    *,
-    as_json: AsJson = False,
-) -> None:
-    """Refresh an account's access token at Tiger now."""
-    # The error says it: not the log as well, which would be shown for want of a handler.
+@app.command(rich_help_panel=_PANEL)
+def refresh_token(account: AccountArgument, *, as_json: AsJson = False) -> None:
+    """Refresh the access token of an account at Tiger now."""
+    # The command reports the error. Without a handler, logging would print it to stderr again.
     logging.getLogger("tiger_db").addHandler(logging.NullHandler())
 
-    async def run() -> "tiger_db.TokenStatus":
-        async with tiger_db.Database(settings()) as database:
-            async with database.session() as session:
-                found = await find_account(session, account)
-                opened = await tiger_db.crud.token_status.create_refresh_operation(
-                    session,
-                    tiger_account_id=found.id,
-                    trigger=tiger_db.RefreshTrigger.MANUAL,
-                )
-            worker = tiger_db.RefreshWorker(database, tiger_db.tiger.refresh_token)
-            await worker.run_one(opened.id)
-            async with database.session() as session:
-                done = await tiger_db.crud.token_status.get(session, opened.id)
-            assert done is not None
-            return done
+    async def refresh(database: "tiger_db.Database") -> "tiger_db.TokenStatus":
+        async with database.session() as session:
+            found = await find_account(session, account)
+            opened = await tiger_db.crud.token_status.create_refresh_operation(
+                session, tiger_account_id=found.id, trigger=tiger_db.RefreshTrigger.MANUAL
+            )
+        await tiger_db.RefreshWorker(database, tiger_db.tiger.refresh_token).run_one(opened.id)
+        async with database.session() as session:
+            ended = await tiger_db.crud.token_status.get(session, opened.id)
+        assert ended is not None
+        return ended
 
-    done = finish(run())
+    ended = with_database(refresh)
     if as_json:
-        print_json(dump(done))
-    if done.status != tiger_db.TokenRefreshStatus.SUCCESS:
-        raise RefreshFailed(done.error_message or f"the refresh is {done.status.value}")
-    talk(f"refreshed; the new token expires at {done.new_token_expires_at}")
+        print_json(dump(ended))
+    if ended.status != tiger_db.TokenRefreshStatus.SUCCESS:
+        raise RefreshFailed(ended.error_message or f"the refresh is {ended.status.value}")
+    print_message(f"refreshed; the new token expires at {ended.new_token_expires_at}")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=_PANEL)
 def prune_refreshes(
     *,
     older_than: Annotated[
-        str, typer.Option(metavar="90d", help="Those opened so long ago: d or w.")
+        str, typer.Option(metavar="90d", help="Minimum age of deleted refreshes: s, m, h, d or w.")
     ] = "90d",
 ) -> None:
-    """Delete the history of refreshes that ended long ago. Nothing that is open goes."""
-    age = duration(older_than, "--older-than")
+    """Delete old refreshes. Refreshes that have not ended are kept."""
+    age = parse_duration(older_than, "--older-than")
 
-    async def run() -> int:
+    async def prune(database: "tiger_db.Database") -> int:
         total = 0
-        async with tiger_db.Database(settings()) as database:
-            while True:
-                async with database.session() as session:
-                    gone = await tiger_db.crud.token_status.prune(session, older_than=age)
-                total += gone
-                if not gone:
-                    return total
+        while True:
+            async with database.session() as session:
+                deleted = await tiger_db.crud.token_status.prune(session, older_than=age)
+            total += deleted
+            if not deleted:
+                return total
 
-    talk(f"{finish(run())} refreshes were deleted")
+    print_message(f"deleted {with_database(prune)} refreshes")

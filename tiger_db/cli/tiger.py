@@ -1,4 +1,4 @@
-"""The files that Tiger gives out for its SDKs."""
+"""Commands for the configuration files of Tiger's SDKs."""
 
 import stat
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 import tiger_db
-from tiger_db.cli.accounts import Account
-from tiger_db.cli.options import find_account, finish, query, settings
-from tiger_db.cli.output import AsJson, Overwrite, print_json, show_row, talk, warn
+from tiger_db.cli.options import AccountArgument, AsJson, Overwrite
+from tiger_db.cli.output import print_message, print_warning, show_lines, show_row
+from tiger_db.cli.runtime import find_account, in_transaction, with_database
 from tiger_db.redaction import mask_account_number
 
 app = typer.Typer()
@@ -18,77 +18,70 @@ _PANEL = "Tiger's files"
 
 @app.command(rich_help_panel=_PANEL)
 def import_account(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Its tiger_openapi_config.properties.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="tiger_openapi_config.properties")],
     *,
     token_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Its tiger_openapi_token.properties, if it has one."),
+        typer.Option(metavar="FILE", help="tiger_openapi_token.properties, if there is one."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What people call it; at first its number if not given.")
+        str | None,
+        typer.Option(help="Display name; for a new account, the account number by default."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store the account of Tiger's files, or change the stored one where it differs.
+    """Create or update an account from Tiger's files.
 
-    What the files do not mention stays as it is.
+    Fields that the files do not contain are not changed.
     """
-    found = query(
+    result = in_transaction(
         lambda session: tiger_db.tiger.import_account(
             session, file, token_file=token_file, name=name
         )
     )
-    known_as = f"account {mask_account_number(found.account.account_number)}"
-    if found.created:
-        talk(f"created {known_as}")
-    elif found.changed:
-        talk(f"changed {known_as}: {', '.join(found.changed)}")
+    account = f"account {mask_account_number(result.account.account_number)}"
+    if result.created:
+        print_message(f"created {account}")
+    elif result.changed:
+        print_message(f"changed {account}: {', '.join(result.changed)}")
     else:
-        talk(f"{known_as} is stored like this already: nothing was changed")
-    if found.token_kept:
-        warn("its stored access token is newer than the given one, and stays")
-    if found.ignored:
-        warn(f"{file} has lines that Tiger does not know, left out: {', '.join(found.ignored)}")
+        print_message(f"{account} has these values already: nothing was changed")
+    if result.token_kept:
+        print_warning("the stored access token is newer than the one in the file, and was kept")
+    if result.ignored:
+        print_warning(f"unknown lines in {file} were ignored: {', '.join(result.ignored)}")
     for path in filter(None, (file, token_file)):
-        _warn_of_readers(path)
-    show_row(found.account, as_json=as_json)
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) and mode & 0o077:
+            print_warning(
+                f"other users of this machine can read the secrets in {path}: chmod 600 {path}"
+            )
+    show_row(result.account, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def export_account(
-    account: Account,
+    account: AccountArgument,
     *,
-    to: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where the files go; made if it is missing.")
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder of the files; created if it is missing.")
     ],
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an account's files for Tiger's SDKs, and print their paths. They hold its secrets."""
+    """Write an account's files for Tiger's SDKs, and print their paths. They contain secrets."""
 
-    async def export() -> "tuple[tiger_db.TigerAccount, list[Path]]":
-        async with tiger_db.Database(settings()) as database:
-            async with database.session() as session:
-                found = await find_account(session, account)
-            paths = await tiger_db.tiger.export_account(
-                database, found.id, folder=to, overwrite=overwrite
-            )
-            return found, paths
+    async def export(
+        database: "tiger_db.Database",
+    ) -> "tuple[tiger_db.TigerAccount, list[Path]]":
+        async with database.session() as session:
+            found = await find_account(session, account)
+        paths = await tiger_db.tiger.export_account(
+            database, found.id, folder=out, overwrite=overwrite
+        )
+        return found, paths
 
-    exported, paths = finish(export())
+    exported, paths = with_database(export)
     number = mask_account_number(exported.account_number)
-    talk(f"exported account {number}: keep its private key to yourself")
-    if as_json:
-        print_json({"items": [str(path) for path in paths], "next_cursor": None})
-    else:
-        for path in paths:
-            typer.echo(str(path))
-
-
-def _warn_of_readers(path: Path) -> None:
-    """What holds a secret is for its owner alone."""
-    mode = path.stat().st_mode
-    if stat.S_ISREG(mode) and mode & 0o077:
-        warn(f"others on this machine may read the secrets in {path}: chmod 600 {path}")
+    print_message(f"exported account {number}: keep the files secret")
+    show_lines([str(path) for path in paths], as_json=as_json)

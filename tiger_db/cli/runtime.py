@@ -1,0 +1,119 @@
+"""Execution of commands: settings, event loop, database sessions, look-ups, and error messages."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+import tiger_db
+from tiger_db.errors import NotFound
+
+if TYPE_CHECKING:
+    from tiger_db.database import AsyncSession
+
+T = TypeVar("T")
+
+
+def settings() -> "tiger_db.Settings":
+    """Read the settings from the environment. DB_DEBUG logs SQL statements to stderr."""
+    found = tiger_db.Settings()
+    logger = logging.getLogger("sqlalchemy.engine.Engine")
+    if found.db_debug and not logger.handlers:  # SQLAlchemy would add a handler for stdout
+        logger.addHandler(logging.StreamHandler())
+    return found
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a new event loop."""
+    import asyncio  # noqa: PLC0415  # slow, and `--help` must be fast
+
+    return asyncio.run(coroutine)
+
+
+def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
+    """Run an async function with an open Database."""
+
+    async def run() -> T:
+        async with tiger_db.Database(settings()) as database:
+            return await work(database)
+
+    return run_async(run())
+
+
+def in_transaction(work: "Callable[[AsyncSession], Awaitable[T]]") -> T:
+    """Run an async function in a session, and commit."""
+
+    async def run(database: "tiger_db.Database") -> T:
+        async with database.session() as session:
+            return await work(session)
+
+    return with_database(run)
+
+
+async def find_account(session: "AsyncSession", number_or_id: str) -> "tiger_db.TigerAccount":
+    account = await tiger_db.crud.accounts.get_by_account_number(session, number_or_id)
+    if account is None and (account_id := parse_uuid(number_or_id)):
+        account = await tiger_db.crud.accounts.get(session, account_id)
+    if account is None:
+        raise NotFound("there is no account with this number or id")
+    return account
+
+
+async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.APIKey":
+    key = await tiger_db.crud.api_keys.get_by_prefix(session, prefix_or_id)
+    if key is None and (key_id := parse_uuid(prefix_or_id)):
+        key = await tiger_db.crud.api_keys.get(session, key_id)
+    if key is None:
+        # The message does not repeat the text, because it may be a whole key.
+        raise NotFound("there is no API key with this prefix or id")
+    return key
+
+
+async def account_numbers(
+    session: "AsyncSession", ids: Iterable[UUID | None]
+) -> dict[UUID | None, str]:
+    """Return the numbers of accounts by id. A deleted account has its id in place of a number."""
+    from sqlmodel import col, select  # noqa: PLC0415  # slow, and `--help` must be fast
+
+    numbers: dict[UUID | None, str] = {
+        account_id: str(account_id) for account_id in ids if account_id is not None
+    }
+    rows = await session.execute(
+        select(col(tiger_db.TigerAccount.id), col(tiger_db.TigerAccount.account_number)).where(
+            col(tiger_db.TigerAccount.id).in_(numbers)
+        )
+    )
+    return {**numbers, **{row.id: row.account_number for row in rows}}
+
+
+def parse_uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+def describe_error(error: Exception) -> str:
+    """Return the reason of a failure in one line. The text of an unknown error is not shown."""
+    from pydantic import ValidationError  # noqa: PLC0415  # slow, and `--help` must be fast
+
+    from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # the same
+
+    if explanation := explain(error):
+        return explanation
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"--{str(problem['loc'][0]).replace('_', '-')}: " * bool(problem["loc"])
+            + problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors(include_url=False, include_input=False)
+        )
+    if os.environ.get("DB_DEBUG", "").lower() in ("1", "true", "yes", "on"):
+        sys.stderr.writelines(traceback.format_tb(error.__traceback__))  # code without values
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"unexpected {type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}:"  # noqa: PTH119  # a name
+        " please report it, with the output of DB_DEBUG=1"
+    )
