@@ -247,16 +247,16 @@ async def test_the_last_resort_writes_constants(
     assert now.status == (S.FAILED if given_up else S.PENDING)
     assert (now.retry_count, now.lease_expires_at) == (1, None)
     assert (now.details, now.error_code) == ({"answer_lost": True}, "AnswerLost")
-    assert now.error_message == outcomes._LOST
+    assert now.error_message == outcomes.UNKNOWN_OUTCOME
     later = now.next_refresh_at if given_up else now.scheduled_at
     assert later is not None
     assert timedelta(minutes=29) < later - datetime.now(UTC) < timedelta(minutes=31)
     assert worker.counts == {"failed": 1}
     (event,) = await events(clone, AuditAction.TOKEN_REFRESH)
-    assert (event.result, event.error_message) == (AuditResult.FAILURE, outcomes._LOST)
+    assert (event.result, event.error_message) == (AuditResult.FAILURE, outcomes.UNKNOWN_OUTCOME)
     account = await account_of(clone, refresh.tiger_account_id)
     assert (account.error_count, account.last_error) == (
-        (1, outcomes._LOST) if given_up else (0, None)
+        (1, outcomes.UNKNOWN_OUTCOME) if given_up else (0, None)
     )
     assert account.status == AccountStatus.ACTIVE
 

@@ -9,7 +9,7 @@ from typing import Any, Required, TypedDict, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, cast, func, or_, select
+from sqlalchemy import ColumnElement, Row, cast, func, or_, select
 from sqlalchemy.dialects.postgresql import INET, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import make_transient_to_detached
@@ -24,7 +24,14 @@ from tiger_db.crud.common import (
 )
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, paginate
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
-from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity, TigerAccount
+from tiger_db.models import (
+    AuditAction,
+    AuditLog,
+    AuditResult,
+    AuditSeverity,
+    TigerAccount,
+    TokenStatus,
+)
 from tiger_db.models.api_keys import parse_network
 from tiger_db.models.audit_logs import INSERT, SERVER_COLUMNS, insert_events, insert_values
 from tiger_db.models.columns import require_storable_json
@@ -177,10 +184,11 @@ def api_key_event(
     return build_event(**fields)
 
 
-def refresh_event(refresh_id: UUID, account_id: UUID, **fields: Unpack[EventFields]) -> AuditLog:
-    """Build an event of a token refresh."""
-    fields |= {"resource_type": "token_status", "resource_id": str(refresh_id)}
-    fields["tiger_account_id"] = account_id
+def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]) -> AuditLog:
+    """Build an event of a token refresh, or of a row with its columns."""
+    fields |= {"resource_type": "token_status", "resource_id": str(refresh.id)}
+    fields["tiger_account_id"] = refresh.tiger_account_id
+    fields.setdefault("details", {"status": str(refresh.status), "trigger": str(refresh.trigger)})
     return build_event(**fields)
 
 

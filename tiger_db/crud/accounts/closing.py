@@ -84,8 +84,7 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
         for key, old_status in keys
     ] + [
         audit_logs.refresh_event(
-            refresh.id,
-            account.id,
+            refresh,
             action=AuditAction.TOKEN_REFRESH_CANCEL,
             old_values={"status": old_status},
             new_values={"status": refresh.status},

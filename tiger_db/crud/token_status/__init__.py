@@ -1,8 +1,8 @@
-"""Token refreshes: scheduling them, claiming them, and what became of them.
+"""Token refreshes: scheduling, claims and outcomes.
 
-A claim is a `TokenStatus` as `claim_due` returned it. It is good until its lease expires and
-someone else claims the refresh: the fencing token then no longer matches, and nothing can be done
-with it any more. All times are the database's.
+A claim is a `TokenStatus` that `claim_due` or `claim` returned. It holds until its lease has
+expired and another worker has claimed the refresh. The fencing token is then higher, and functions
+that are called with the old claim raise `LeaseLost`. All times are those of the database's clock.
 """
 
 from tiger_db.crud.token_status.claims import (

@@ -1,4 +1,4 @@
-"""Claims: having one, keeping it, and giving it back."""
+"""Claims of refreshes: claiming, renewing the lease, and giving back."""
 
 from collections.abc import Collection
 from datetime import timedelta
@@ -10,23 +10,22 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from tiger_db.crud.common import execute_driver_sql
 from tiger_db.crud.pagination import check_limit
-from tiger_db.crud.token_status.changes import ANSWER_LOST, change_held
-from tiger_db.crud.token_status.outcomes import fail_expired_leases
+from tiger_db.crud.token_status.outcomes import ANSWER_LOST, fail_expired_leases, update_claimed
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.base import hydrate, row_expression
 from tiger_db.models.secrets import key_provider
 
-# Constant, and past the ORM: claiming is what a worker does all day.
+LEASE = timedelta(seconds=60)
+# A constant that bypasses the ORM, because workers claim refreshes all the time.
 CLAIM = f"""
 WITH due AS (%s)
 UPDATE token_statuses t
 SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
     lease_expires_at = clock_timestamp() + $2::interval, fencing_token = t.fencing_token + 1,
-    -- Whoever held it has vanished: that attempt has failed.
+    -- An expired lease is a failed attempt, which may have lost the broker's answer.
     retry_count = t.retry_count + (t.status = 'in_progress')::int,
     details = CASE t.status
-        -- The broker's answer has vanished with it.
         WHEN 'in_progress' THEN coalesce(t.details, '{{}}') || '{{"{ANSWER_LOST}": true}}'
         ELSE t.details
     END
@@ -35,19 +34,20 @@ WHERE t.id = due.id
 RETURNING {row_expression(TokenStatus, "t")} AS refresh,
     {row_expression(TigerAccount, "a")} AS account
 """  # noqa: S608  # names of columns
-_FREE = """t.status IN ('pending', 'in_progress')
+_IS_CLAIMABLE = """t.status IN ('pending', 'in_progress')
     AND (t.status = 'pending'
         OR t.lease_expires_at < clock_timestamp() AND t.retry_count + 1 < t.max_retries)"""
-# The limit stands in it: were it a parameter, PostgreSQL would plan the statement anew each time.
+# The limit is formatted in: with a parameter, PostgreSQL would plan the statement each time.
 DUE = f"""
     SELECT t.id, t.tiger_account_id
     FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
-    WHERE {_FREE} AND t.scheduled_at <= clock_timestamp() AND a.status = 'active'
+    WHERE {_IS_CLAIMABLE} AND t.scheduled_at <= clock_timestamp() AND a.status = 'active'
         AND t.id <> ALL ($3)
     ORDER BY t.scheduled_at LIMIT %d FOR UPDATE OF t SKIP LOCKED
 """  # noqa: S608  # a constant
-_ONE = f"""
-    SELECT t.id, t.tiger_account_id FROM token_statuses t WHERE t.id = $3 AND {_FREE} FOR UPDATE
+_BY_ID = f"""
+    SELECT t.id, t.tiger_account_id FROM token_statuses t
+    WHERE t.id = $3 AND {_IS_CLAIMABLE} FOR UPDATE
 """  # noqa: S608  # a constant
 
 
@@ -56,88 +56,82 @@ async def claim_due(
     *,
     worker: str,
     limit: int = 10,
-    lease: timedelta = timedelta(seconds=60),
+    lease: timedelta = LEASE,
     skip: Collection[UUID] = (),
 ) -> list[TokenStatus]:
-    """Claim refreshes that are due, or whose lease has expired, for a worker: longest due first.
+    """Claim refreshes that are due, or whose lease has expired, longest due first.
 
-    Each is claimed by one worker only. A lease that has expired counts as a failed attempt; where
-    that was the last one, the refresh is not claimed. Once fewer than `limit` are due, such
-    refreshes are given up: see `fail_expired_leases`.
+    Only one worker can claim a refresh. An expired lease counts as a failed attempt. After the last
+    attempt, the refresh is given up by `fail_expired_leases`, which runs when fewer than `limit`
+    refreshes are due.
 
-    Commit before asking Tiger. The claims returned belong to no session and stay as they are: pass
-    them to `heartbeat`, `complete` and `fail`. Each has its `tiger_account`, as it was at that
-    time. `skip` are refreshes that the worker is at already, which it should not take over from
-    itself.
+    Commit before asking the broker. The claims belong to no session: pass them to `heartbeat`,
+    `complete`, `fail` or `give_back`. The `tiger_account` of a claim is loaded. `skip` are the ids
+    of refreshes that this worker works on, so that it does not take over its own expired leases.
 
     Raises:
         InvalidValue: the lease is not positive, the limit is not from 1 to 1000, or the worker's
-            name is refused.
+            name is invalid.
     """
     check_limit(limit)
-    _check_lease(lease)
-    claimed = await _claim(session, DUE % limit, worker, lease, list(skip))
-    if len(claimed) < limit:  # it reads all that are due, so not while there are many
+    claims = await _claim(session, DUE % limit, worker, lease, list(skip))
+    if len(claims) < limit:  # it reads all due refreshes, which takes long if there are many
         await fail_expired_leases(session, skip=skip)
-    return claimed
+    return claims
 
 
 async def claim(
-    session: AsyncSession,
-    refresh_id: UUID,
-    *,
-    worker: str,
-    lease: timedelta = timedelta(seconds=60),
+    session: AsyncSession, refresh_id: UUID, *, worker: str, lease: timedelta = LEASE
 ) -> TokenStatus:
-    """Claim one refresh, due or not, whatever the status of its account. See `claim_due`.
+    """Claim one refresh, even if it is not due or its account is not active. See `claim_due`.
 
     Raises:
-        InvalidState: it has ended, another worker has it, or its attempts are used up.
-        InvalidValue: the lease is not positive, or the worker's name is refused.
+        InvalidState: the refresh has ended, another worker has claimed it, or no attempt is left.
+        InvalidValue: the lease is not positive, or the worker's name is invalid.
     """
-    claimed = await _claim(session, _ONE, worker, lease, refresh_id)
-    if not claimed:
+    claims = await _claim(session, _BY_ID, worker, lease, refresh_id)
+    if not claims:
         raise InvalidState(
-            "another worker is at this refresh, it has ended, or its attempts are used up"
+            "another worker has claimed this refresh, it has ended, or no attempt is left"
         )
-    return claimed[0]
+    return claims[0]
 
 
 async def _claim(
-    session: AsyncSession, due: str, worker: str, lease: timedelta, which: UUID | list[UUID]
+    session: AsyncSession, due: str, worker: str, lease: timedelta, ids: UUID | list[UUID]
 ) -> list[TokenStatus]:
     _check_lease(lease)
     provider = key_provider(session.sync_session)
     claims = []
-    rows = await execute_driver_sql(session, CLAIM % due, worker, lease, which)
+    rows = await execute_driver_sql(session, CLAIM % due, worker, lease, ids)
     for refresh, account in map(tuple, rows):
-        claimed = hydrate(TokenStatus, refresh, provider)
-        set_committed_value(claimed, "tiger_account", hydrate(TigerAccount, account, provider))
-        claims.append(claimed)
-    return sorted(claims, key=lambda claimed: (claimed.scheduled_at, claimed.id))
+        claim = hydrate(TokenStatus, refresh, provider)
+        set_committed_value(claim, "tiger_account", hydrate(TigerAccount, account, provider))
+        claims.append(claim)
+    return sorted(claims, key=lambda claim: (claim.scheduled_at, claim.id))
 
 
 async def heartbeat(
-    session: AsyncSession, claim: TokenStatus, *, lease: timedelta = timedelta(seconds=60)
+    session: AsyncSession, claim: TokenStatus, *, lease: timedelta = LEASE
 ) -> TokenStatus:
-    """Renew a claim's lease.
+    """Renew the lease of a claim, from now on.
 
     Raises:
-        LeaseLost: someone else has claimed it, or it has ended.
+        LeaseLost: the claim is lost; nothing has changed.
     """
     _check_lease(lease)
-    return await change_held(session, claim, lease_expires_at=func.clock_timestamp() + lease)
+    return await update_claimed(session, claim, lease_expires_at=func.clock_timestamp() + lease)
 
 
 async def give_back(
     session: AsyncSession, claim: TokenStatus, *, wait: timedelta = timedelta(0)
 ) -> TokenStatus:
-    """End a claim before the broker was asked: the refresh is due again after the wait.
+    """End a claim before the broker was asked. The refresh is due again after `wait`.
 
     Raises:
-        LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
+        LeaseLost: the claim is lost; nothing has changed.
     """
-    return await change_held(
+    return await update_claimed(
         session,
         claim,
         status=TokenRefreshStatus.PENDING,

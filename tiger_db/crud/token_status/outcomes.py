@@ -1,15 +1,15 @@
-"""How refreshes end: with a new token, or badly."""
+"""Outcomes of refreshes: success, failure with backoff, and unknown outcomes."""
 
 import hashlib
 import random
 from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, ColumnElement, cast, func, select
+from sqlalchemy import BigInteger, ColumnElement, and_, cast, func, select
+from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import object_mapper
 from sqlalchemy.orm.util import identity_key
@@ -22,13 +22,6 @@ from tiger_db.crud.common import (
     fetch_one,
     get_or_raise,
     replace_unstorable,
-)
-from tiger_db.crud.token_status.changes import (
-    ANSWER_LOST,
-    LONGEST_BACKOFF,
-    change_held,
-    is_held,
-    log,
 )
 from tiger_db.encryption import EncryptedSecret
 from tiger_db.errors import AnswerLost, LeaseLost, StaleToken
@@ -47,17 +40,22 @@ from tiger_db.models.base import merge_row, row_expression
 from tiger_db.models.secrets import aad_of, encrypt_secret, key_provider, readable_secrets
 from tiger_db.redaction import redact_aggressively
 
-# Exponential backoff with full jitter, from this long to LONGEST_BACKOFF:
+# Exponential backoff with full jitter:
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 BACKOFF = timedelta(seconds=30)
-
-_LOST = "the answer was lost with its worker, or cannot be stored: maybe with a new token"
-_LONGEST_MESSAGE = 10_000  # characters
-_LONGEST_SECRET = 2_000  # characters of a message that may be the rest of a secret that was cut
+MAX_BACKOFF = timedelta(minutes=30)
+ANSWER_LOST = "answer_lost"  # in `TokenStatus.details`: the broker may have issued a token
+UNKNOWN_OUTCOME = (
+    "the answer was lost with its worker, or cannot be stored: the broker may have issued a token"
+)
+_MAX_MESSAGE_LENGTH = 10_000  # characters
+_MAX_SECRET_LENGTH = 2_000  # characters
+_EXPIRED_LEASES_LIMIT = 100
 _EVENT = AuditAction.TOKEN_REFRESH
-# Constant, and past the ORM: completing is what a worker does all day. Nothing is done unless the
-# account still has the token that was seen, and the claim is good. The account is locked first, as
-# everyone who locks both does.
+
+# A constant that bypasses the ORM, because workers complete refreshes all the time. It changes
+# nothing if the account's token has changed or the claim is lost. All functions that lock both
+# rows lock the account first.
 COMPLETE = f"""
 WITH account AS (
     SELECT id FROM tiger_accounts
@@ -93,47 +91,82 @@ WITH account AS (
 SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
-# Ends attempts whose outcome is unknown. It writes constants and loads no row, so that it works for
-# rows and answers that cannot be handled otherwise.
-_LOSE = f"""
-WITH lost AS (%s), refresh AS (
+# Fails attempts with an unknown outcome. It loads no entity and writes constants, so that it also
+# works for rows and answers that Python cannot handle.
+_FAIL_UNKNOWN = f"""
+WITH attempt AS (%s), refresh AS (
     UPDATE token_statuses t
-    SET status = CASE WHEN lost.given_up THEN 'failed' ELSE 'pending' END::token_refresh_status,
-        scheduled_at = CASE WHEN lost.given_up THEN t.scheduled_at
+    SET status = CASE WHEN attempt.given_up THEN 'failed' ELSE 'pending' END::token_refresh_status,
+        scheduled_at = CASE WHEN attempt.given_up THEN t.scheduled_at
             ELSE clock_timestamp() + $1::interval END,
-        completed_at = CASE WHEN lost.given_up THEN clock_timestamp() END,
-        next_refresh_at = CASE WHEN lost.given_up THEN clock_timestamp() + $1::interval END,
+        completed_at = CASE WHEN attempt.given_up THEN clock_timestamp() END,
+        next_refresh_at = CASE WHEN attempt.given_up THEN clock_timestamp() + $1::interval END,
         retry_count = t.retry_count + 1, lease_expires_at = NULL,
         details = CASE jsonb_typeof(t.details) WHEN 'object' THEN t.details ELSE '{{}}' END
             || '{{"{ANSWER_LOST}": true}}',
-        error_code = '{AnswerLost.__name__}', error_message = '{_LOST}'
-    FROM lost
-    WHERE t.id = lost.id AND t.fencing_token = lost.fencing_token AND t.status = 'in_progress'
+        error_code = '{AnswerLost.__name__}', error_message = '{UNKNOWN_OUTCOME}'
+    FROM attempt
+    WHERE t.id = attempt.id AND t.fencing_token = attempt.fencing_token AND t.status = 'in_progress'
     RETURNING t.id, t.tiger_account_id, t.status, t.trigger
 ), account AS (
     UPDATE tiger_accounts a
-    SET error_count = a.error_count + 1, last_error = '{_LOST}', last_error_at = now()
+    SET error_count = a.error_count + 1, last_error = '{UNKNOWN_OUTCOME}', last_error_at = now()
     FROM refresh WHERE a.id = refresh.tiger_account_id AND refresh.status = 'failed'
     RETURNING a.id, a.error_count
 )
 SELECT refresh.*, account.error_count
 FROM refresh LEFT JOIN account ON account.id = refresh.tiger_account_id
 """  # noqa: S608  # constants
-_GIVEN_UP = "t.retry_count + 1 >= t.max_retries"
-# Whatever is locked waits for the next time, so that no claim waits for it.
-_LOST_LEASES = f"""
+_IS_LAST_ATTEMPT = "t.retry_count + 1 >= t.max_retries"
+# Locked rows are skipped, so that a claim never waits for them.
+_EXPIRED_LEASES = f"""
     SELECT t.id, t.fencing_token, true AS given_up
     FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
     WHERE t.status IN ('pending', 'in_progress') AND t.status = 'in_progress'
         AND t.scheduled_at <= clock_timestamp() AND t.lease_expires_at < clock_timestamp()
-        AND {_GIVEN_UP} AND t.id <> ALL ($2)
-    ORDER BY t.scheduled_at LIMIT 100 FOR NO KEY UPDATE OF t, a SKIP LOCKED
+        AND {_IS_LAST_ATTEMPT} AND t.id <> ALL ($2)
+    ORDER BY t.scheduled_at LIMIT {_EXPIRED_LEASES_LIMIT} FOR NO KEY UPDATE OF t, a SKIP LOCKED
 """  # noqa: S608  # a constant
-_CLAIMED = f"""
-    SELECT t.id, t.fencing_token, {_GIVEN_UP} AS given_up
+_HELD_CLAIM = f"""
+    SELECT t.id, t.fencing_token, {_IS_LAST_ATTEMPT} AS given_up
     FROM tiger_accounts a JOIN token_statuses t ON t.tiger_account_id = a.id
     WHERE t.id = $2 AND t.fencing_token = $3 AND t.status = 'in_progress' FOR NO KEY UPDATE OF a
 """  # noqa: S608  # a constant
+
+
+async def update_refresh(
+    session: AsyncSession, criterion: ColumnElement[bool], **values: object
+) -> TokenStatus | None:
+    """Update the refresh that meets the criterion, and return it; None if there is none."""
+    return await fetch_one(
+        session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
+    )
+
+
+async def update_claimed(
+    session: AsyncSession, claim: TokenStatus, **values: object
+) -> TokenStatus:
+    """Update a refresh if the claim still holds.
+
+    Raises:
+        LeaseLost: the claim is lost; nothing has changed.
+        ValidationError: a value is invalid; nothing has changed.
+    """
+    given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
+    claim.validate_changes(given)
+    refresh = await update_refresh(session, _is_held(claim), **values)
+    if refresh is None:
+        raise LeaseLost
+    return refresh
+
+
+def _is_held(claim: TokenStatus) -> ColumnElement[bool]:
+    """Return the criterion that a claim still holds: the fencing token is unchanged."""
+    return and_(
+        col(TokenStatus.id) == claim.id,
+        col(TokenStatus.fencing_token) == claim.fencing_token,
+        col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
+    )
 
 
 async def complete(
@@ -147,45 +180,38 @@ async def complete(
     api_response_time_ms: int | None = None,
     server_version: str | None = None,
 ) -> TokenStatus:
-    """End a refresh well: new token on the account, errors forgotten, history and event written.
+    """End a refresh with success: store the new token on the account and reset its errors.
 
-    `expires_at` is an aware datetime. None: it is read out of a token in Tiger's format; that of
-    any other is unknown, and then `schedule_due` never finds the token. An account that too many
-    errors have suspended meanwhile keeps both: `accounts.reset_errors` ends them.
+    `expires_at` is an aware datetime. If it is None, the expiry is read from a token in Tiger's
+    format; for other tokens it is unknown, and they are never due for a refresh. The errors of an
+    account that `accounts.record_error` has suspended are kept until `accounts.reset_errors`.
 
     Raises:
-        LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
+        LeaseLost: the claim is lost; nothing has changed.
         StaleToken: the account has a newer token; nothing has changed.
-        NotFound: the account is gone, and the refresh with it.
-        ValidationError: a value is refused; nothing has changed.
+        NotFound: the account does not exist any more.
+        ValidationError: a value is invalid; nothing has changed.
     """
-    claim.validate_changes(
-        {
-            "api_response_code": api_response_code,
-            "api_response_time_ms": api_response_time_ms,
-            "server_version": server_version,
-        }
-    )
-    save = partial(
-        _save,
-        session,
-        claim,
-        access_token=access_token,
-        refresh_token=refresh_token,
-        expires_at=expires_at,
-        answer=(api_response_code, api_response_time_ms, server_version),
-    )
-    seen = vars(claim).get("tiger_account")
-    if seen is not None:
+    answer = {
+        "api_response_code": api_response_code,
+        "api_response_time_ms": api_response_time_ms,
+        "server_version": server_version,
+    }
+    claim.validate_changes(answer)
+    tokens: dict[str, Any] = {"access_token": access_token, "token_expires_at": expires_at}
+    if refresh_token is not None:
+        tokens["refresh_token"] = refresh_token
+    account = vars(claim).get("tiger_account")
+    if account is not None:
         with suppress(StaleToken):
-            if refresh := await save(seen):
+            if refresh := await _complete(session, claim, account, tokens, answer):
                 return refresh
-    # The claim came without its account, or that has changed since, or the claim is lost.
+    # The claim has no account, the account's token has changed since, or the claim is lost.
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     try:
-        refresh = await save(account)
+        refresh = await _complete(session, claim, account, tokens, answer)
     except StaleToken:
-        if await fetch_one(session, select(TokenStatus).where(is_held(claim))) is None:
+        if await fetch_one(session, select(TokenStatus).where(_is_held(claim))) is None:
             raise LeaseLost from None
         raise
     if refresh is None:
@@ -193,45 +219,38 @@ async def complete(
     return refresh
 
 
-async def _save(
+async def _complete(
     session: AsyncSession,
     claim: TokenStatus,
     account: TigerAccount,
-    *,
-    access_token: str,
-    refresh_token: str | None,
-    expires_at: datetime | None,
-    answer: tuple[int | None, int | None, str | None],
+    tokens: dict[str, Any],
+    answer: dict[str, Any],
 ) -> TokenStatus | None:
-    """The refresh as it has ended; None: the claim was lost, or the account has changed."""
-    new: dict[str, Any] = {"access_token": access_token, "token_expires_at": expires_at}
-    if refresh_token is not None:
-        new["refresh_token"] = refresh_token
-    new = account.validate_changes(new)
-    expires_at = account.check_not_stale(access_token, new["token_expires_at"])
-    old = account.readable_token()
+    """Return the completed refresh; None if the claim is lost or the account's token changed."""
+    expires_at = account.validate_changes(tokens)["token_expires_at"]
+    access_token = tokens["access_token"]
+    expires_at = account.check_not_stale(access_token, expires_at)
+    old, encrypted = account.readable_token(), account.access_token
     rows = await execute_driver_sql(
         session,
         COMPLETE,
         claim.id,
         account.id,
         claim.fencing_token,
-        account.access_token.ciphertext
-        if isinstance(account.access_token, EncryptedSecret)
-        else None,
+        encrypted.ciphertext if isinstance(encrypted, EncryptedSecret) else None,
         token_hash(old) if old else None,
         token_hash(access_token),
         expires_at,
         refresh_time(access_token, expires_at),
-        *answer,
+        *answer.values(),
         _encrypt_token(session, account, "access_token", access_token),
-        _encrypt_token(session, account, "refresh_token", refresh_token),
+        _encrypt_token(session, account, "refresh_token", tokens.get("refresh_token")),
         uuid7(),
     )
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
-        await get_or_raise(session, TigerAccount, account.id)  # which is then as it is now
+        await get_or_raise(session, TigerAccount, account.id)  # refreshes the session's object
     return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
 
@@ -256,131 +275,82 @@ async def fail(
     api_response_code: int | None = None,
     api_response_time_ms: int | None = None,
 ) -> TokenStatus:
-    """End an attempt badly. It is tried again later, or given up after `max_retries` attempts.
+    """End an attempt with a failure. The refresh is pending again, or given up (failed).
 
-    The wait is `retry_after`, where the broker said so, else random up to 30 s, doubled with each
-    attempt, 30 min at most. `credentials_refused`: it is given up at once, and an active account is
-    suspended until a person looks at it. `answer_lost`: the broker was asked, and may have replaced
-    the token; the refresh's details keep that, and the errors that follow say it. Of the error's
-    text, tokens, keys and the account's own secrets are masked before it is stored, and what
-    follows its first 10,000 characters is left out.
+    The next attempt is due after `retry_after`, the wait that the broker asked for, or after a
+    random backoff. The refresh is given up after `max_retries` attempts. `credentials_refused`
+    gives it up at once and suspends an active account. `answer_lost` means that the broker may
+    have issued a token: the refresh's details record it, and the messages of later failures mention
+    it. Tokens, keys and the account's own secrets are masked in `error`, of which the first 10,000
+    characters are stored.
 
     Raises:
-        LeaseLost: someone else has claimed it, or it has ended; nothing has changed.
-        NotFound: the account is gone, and the refresh with it.
-        ValidationError: a value is refused; nothing has changed.
+        LeaseLost: the claim is lost; nothing has changed.
+        NotFound: the account does not exist any more.
+        ValidationError: a value is invalid; nothing has changed.
     """
-    # The account first, as everyone who locks both does.
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
-    known = readable_secrets(account)
+    secrets = readable_secrets(account)
     attempts = claim.retry_count + 1
+    values: dict[str, object]
     if credentials_refused or attempts >= claim.max_retries:
-        ending: dict[str, object] = {
+        wait = max(MAX_BACKOFF, retry_after or timedelta(0))
+        values = {
             "status": TokenRefreshStatus.FAILED,
             "completed_at": func.clock_timestamp(),
-            "next_refresh_at": func.clock_timestamp()
-            + max(LONGEST_BACKOFF, retry_after or timedelta(0)),
+            "next_refresh_at": func.clock_timestamp() + wait,
         }
     else:
         wait = retry_after if retry_after is not None else _backoff(attempts)
-        ending = {
+        values = {
             "status": TokenRefreshStatus.PENDING,
             "scheduled_at": func.clock_timestamp() + wait,
         }
-    lost_before = await _answer_lost_before(session, claim)
-    if lost_before:
+    if await _answer_lost_before(session, claim):
         error = f"{error} (the answer to an earlier attempt was lost, maybe with a new token)"
-    if answer_lost or lost_before:
-        ending["details"] = {**(claim.details or {}), ANSWER_LOST: True}
-    refresh = await change_held(
+        answer_lost = True
+    if answer_lost:
+        values["details"] = {**(claim.details or {}), ANSWER_LOST: True}
+    elapsed = func.extract("epoch", func.clock_timestamp() - col(TokenStatus.started_at))
+    refresh = await update_claimed(
         session,
         claim,
-        **ending,
+        **values,
         retry_count=attempts,
-        duration_ms=_duration(),
+        duration_ms=cast(func.greatest(elapsed * 1000, 0), BigInteger),
         lease_expires_at=None,
         error_code=error_code,
-        error_message=_message(error, known),
+        error_message=_message(error, secrets),
         api_response_code=api_response_code,
         api_response_time_ms=api_response_time_ms,
     )
-    await log(
-        session,
-        AuditAction.TOKEN_REFRESH,
+    event = audit_logs.refresh_event(
         refresh,
+        action=_EVENT,
         result=AuditResult.FAILURE,
         error_code=error_code,
         error_message=refresh.error_message,
+        duration_ms=refresh.duration_ms,
     )
+    await audit_logs.insert_event(session, event)
     if credentials_refused and account.status == AccountStatus.ACTIVE:
-        await _suspend(session, account, refresh)
+        account.status = AccountStatus.SUSPENDED
+        await session.flush()
+        event = audit_logs.account_event(
+            account.id,
+            action=AuditAction.ACCOUNT_STATUS_CHANGE,
+            severity=AuditSeverity.CRITICAL,
+            old_values={"status": AccountStatus.ACTIVE},
+            new_values={"status": AccountStatus.SUSPENDED},
+            details={"reason": "the broker refuses its credentials", "refresh": str(refresh.id)},
+        )
+        await audit_logs.insert_event(session, event)
     return refresh
 
 
-def _message(error: str, known: list[str]) -> str:
-    """Return what may be stored of an error's text."""
-    if len(error) <= _LONGEST_MESSAGE:
-        return replace_unstorable(redact_aggressively(error, *known))
-    # What is left of a secret that is cut is not recognized.
-    cut = error[: _LONGEST_MESSAGE + _LONGEST_SECRET]
-    shown = redact_aggressively(cut, *known)[:-_LONGEST_SECRET]
-    return f"{replace_unstorable(shown)}... ({len(error)} characters)"
-
-
-async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
-    """End an attempt whose outcome cannot be stored, not even by `fail`.
-
-    Constants are written, and nothing that depends on an answer or on other values of the rows. The
-    refresh is due again in half an hour, or given up after `max_retries` attempts; the account's
-    errors count that.
-
-    Raises:
-        LeaseLost: another worker has claimed it, or it has ended; nothing has changed.
-    """
-    if not await _lose(session, _CLAIMED, claim.id, claim.fencing_token):
-        raise LeaseLost
-
-
-async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
-    """Give up refreshes whose lease ended in their last attempt; return how many, 100 at most.
-
-    The worker of that attempt has vanished, perhaps with a new token: the account's errors count
-    that. `skip` are refreshes that the caller is at itself.
-    """
-    return await _lose(session, _LOST_LEASES, list(skip))
-
-
-async def _lose(session: AsyncSession, which: str, *values: object) -> int:
-    ended = await execute_driver_sql(session, _LOSE % which, LONGEST_BACKOFF, *values)
-    events = [
-        audit_logs.refresh_event(
-            refresh_id,
-            account_id,
-            action=AuditAction.TOKEN_REFRESH,
-            result=AuditResult.FAILURE,
-            details={"status": status, "trigger": trigger},
-            error_code=AnswerLost.__name__,
-            error_message=_LOST,
-        )
-        for refresh_id, account_id, status, trigger, _ in map(tuple, ended)
-    ] + [
-        audit_logs.account_event(
-            account_id,
-            action=AuditAction.ACCOUNT_ERROR,
-            old_values={"error_count": count - 1},
-            new_values={"error_count": count},
-            error_message=_LOST,
-        )
-        for _, account_id, _, _, count in map(tuple, ended)
-        if count is not None
-    ]
-    await audit_logs.log_events(session, events)
-    return len(ended)
-
-
 async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool:
-    """Whether an earlier attempt has lost its answer: of this refresh, or of one given up."""
-    if claim.details and claim.details.get(ANSWER_LOST):
+    """Return whether an earlier attempt lost its answer: of this refresh, or of a failed one."""
+    if (claim.details or {}).get(ANSWER_LOST):
         return True
     last = await fetch_one(
         session,
@@ -392,38 +362,73 @@ async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool
         .order_by(col(TokenStatus.id).desc())
         .limit(1),
     )
-    return (
-        last is not None
-        and last.status == TokenRefreshStatus.FAILED
-        and bool(last.details and last.details.get(ANSWER_LOST))
-    )
+    failed = last is not None and last.status == TokenRefreshStatus.FAILED
+    return last is not None and failed and bool((last.details or {}).get(ANSWER_LOST))
 
 
-async def _suspend(session: AsyncSession, account: TigerAccount, refresh: TokenStatus) -> None:
-    old, account.status = account.status, AccountStatus.SUSPENDED
-    await session.flush()
-    event = audit_logs.account_event(
-        account.id,
-        action=AuditAction.ACCOUNT_STATUS_CHANGE,
-        severity=AuditSeverity.CRITICAL,
-        old_values={"status": old},
-        new_values={"status": account.status},
-        details={"reason": "the broker refuses its credentials", "refresh": str(refresh.id)},
-    )
-    await audit_logs.insert_event(session, event)
-
-
-def token_hash(token: str) -> str:
-    """What the history keeps of a token: enough to tell two apart, nothing to use."""
-    return hashlib.sha256(token.encode("utf-8")).hexdigest()
-
-
-def _duration() -> ColumnElement[int]:
-    elapsed = func.extract("epoch", func.clock_timestamp() - col(TokenStatus.started_at))
-    return cast(func.greatest(elapsed * 1000, 0), BigInteger)
+def _message(error: str, secrets: list[str]) -> str:
+    """Return an error's text with masked secrets, and cut if it is too long."""
+    if len(error) <= _MAX_MESSAGE_LENGTH:
+        return replace_unstorable(redact_aggressively(error, *secrets))
+    # Redaction does not recognize a secret that is cut off. So the end is removed after redaction.
+    start = error[: _MAX_MESSAGE_LENGTH + _MAX_SECRET_LENGTH]
+    message = redact_aggressively(start, *secrets)[:-_MAX_SECRET_LENGTH]
+    return f"{replace_unstorable(message)}... ({len(error)} characters)"
 
 
 def _backoff(attempts: int) -> timedelta:
-    longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** min(attempts - 1, 20))
-    share = random.random()  # noqa: S311  # spreads load, protects nothing
-    return timedelta(seconds=longest.total_seconds() * share)
+    longest: timedelta = min(MAX_BACKOFF, BACKOFF * 2 ** min(attempts - 1, 20))
+    return longest * random.random()  # noqa: S311  # spreads load, protects nothing
+
+
+async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
+    """End an attempt whose outcome cannot be stored, not even by `fail`.
+
+    Only constants are written. The refresh is due again in half an hour, or given up after
+    `max_retries` attempts. A refresh that is given up counts as an error of the account.
+
+    Raises:
+        LeaseLost: the claim is lost; nothing has changed.
+    """
+    if not await _fail_unknown(session, _HELD_CLAIM, claim.id, claim.fencing_token):
+        raise LeaseLost
+
+
+async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
+    """Give up refreshes whose lease expired in their last attempt; return how many, 100 at most.
+
+    Their worker has stopped, and the broker may have issued a token: each one counts as an error of
+    its account. `skip` are the ids of refreshes that the caller works on.
+    """
+    return await _fail_unknown(session, _EXPIRED_LEASES, list(skip))
+
+
+async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -> int:
+    ended = await execute_driver_sql(session, _FAIL_UNKNOWN % attempts, MAX_BACKOFF, *values)
+    events = [
+        audit_logs.refresh_event(
+            refresh,
+            action=_EVENT,
+            result=AuditResult.FAILURE,
+            error_code=AnswerLost.__name__,
+            error_message=UNKNOWN_OUTCOME,
+        )
+        for refresh in ended
+    ] + [
+        audit_logs.account_event(
+            refresh.tiger_account_id,
+            action=AuditAction.ACCOUNT_ERROR,
+            old_values={"error_count": refresh.error_count - 1},
+            new_values={"error_count": refresh.error_count},
+            error_message=UNKNOWN_OUTCOME,
+        )
+        for refresh in ended
+        if refresh.error_count is not None
+    ]
+    await audit_logs.log_events(session, events)
+    return len(ended)
+
+
+def token_hash(token: str) -> str:
+    """Return the SHA-256 of a token, by which the history tells tokens apart."""
+    return hashlib.sha256(token.encode("utf-8")).hexdigest()

@@ -1,4 +1,4 @@
-"""What became of refreshes."""
+"""Queries of refreshes: single ones, lists, and statistics."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,17 +12,20 @@ from sqlmodel import col
 
 from tiger_db.crud.common import fetch_all, fetch_one, require_aware
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, check_limit, paginate
-from tiger_db.crud.token_status.changes import IS_OPEN
 from tiger_db.models import (
     TokenRefreshStatus,
     TokenStatus,
 )
 from tiger_db.models.token_status import OPEN_STATUSES
 
+# These predicates are spelled as in the partial indexes.
+IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")
+_IS_FAILED = text("token_statuses.status = 'failed'")
+
 
 @dataclass(frozen=True, slots=True)
 class RefreshStatistics:
-    """How refreshes went; `success_rate` is of those that ended, None where none did."""
+    """Counts and durations of refreshes. `success_rate` is None if no refresh has ended."""
 
     total: int
     succeeded: int
@@ -36,19 +39,19 @@ class RefreshStatistics:
 
 
 async def get(session: AsyncSession, refresh_id: UUID) -> TokenStatus | None:
-    """A refresh by its id."""
+    """Return a refresh by its id, or None."""
     return await _newest(session, col(TokenStatus.id) == refresh_id)
 
 
 async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenStatus | None:
-    """An account's newest refresh."""
+    """Return the newest refresh of an account, or None."""
     return await _newest(session, col(TokenStatus.tiger_account_id) == account_id)
 
 
 async def get_pending_refreshes(
     session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[TokenStatus]:
-    """The refreshes that wait to be claimed, newest first."""
+    """List the refreshes that are pending, newest first."""
     statement = select(TokenStatus).where(
         IS_OPEN, col(TokenStatus.status) == TokenRefreshStatus.PENDING
     )
@@ -58,10 +61,8 @@ async def get_pending_refreshes(
 async def get_failed_refreshes(
     session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[TokenStatus]:
-    """The refreshes that were given up, newest first."""
-    statement = select(TokenStatus).where(
-        text("token_statuses.status = 'failed'")
-    )  # as the partial index has it
+    """List the refreshes that were given up, newest first."""
+    statement = select(TokenStatus).where(_IS_FAILED)
     return await paginate(session, statement, TokenStatus, after=after, limit=limit)
 
 
@@ -72,7 +73,7 @@ async def history(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[TokenStatus]:
-    """All refreshes, or an account's, newest first."""
+    """List all refreshes, or those of one account, newest first."""
     statement = select(TokenStatus)
     if account_id is not None:
         statement = statement.where(col(TokenStatus.tiger_account_id) == account_id)
@@ -82,7 +83,10 @@ async def history(
 async def overview(
     session: AsyncSession, *, since: datetime, limit: int = DEFAULT_PAGE_SIZE
 ) -> dict[str, list[TokenStatus]]:
-    """What is `running`, `due` and `waiting`, longest due first, and `failed` since then.
+    """Return the refreshes that are `running`, `due`, `waiting`, and `failed`.
+
+    The first three lists are ordered by `scheduled_at`. `failed` lists the refreshes that were
+    opened since an aware datetime, newest first. Each list has at most `limit` items.
 
     Raises:
         InvalidValue: `since` is naive, or `limit` is not from 1 to 1000.
@@ -99,7 +103,7 @@ async def overview(
         "waiting": (and_(IS_OPEN, pending, at > func.clock_timestamp()), at.asc()),
         "failed": (
             and_(
-                text("token_statuses.status = 'failed'"),  # as the partial index has it
+                _IS_FAILED,
                 col(TokenStatus.id) >= func.uuid7_floor(require_aware("since", since)),
             ),
             col(TokenStatus.id).desc(),
@@ -115,7 +119,7 @@ async def overview(
 
 
 async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatistics:
-    """How the refreshes opened since an aware datetime went.
+    """Count the refreshes that were opened since an aware datetime.
 
     Raises:
         InvalidValue: `since` is naive.

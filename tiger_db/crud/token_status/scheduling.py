@@ -1,4 +1,4 @@
-"""Opening refreshes, and closing or reopening them by hand."""
+"""Scheduling of refreshes: opening, cancelling, retrying and pruning them."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -10,9 +10,11 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
+from tiger_db.crud import audit_logs
 from tiger_db.crud.common import FRESH, fetch_all, fetch_one, get_or_raise, savepoint, typed_errors
 from tiger_db.crud.pagination import check_limit
-from tiger_db.crud.token_status.changes import IS_OPEN, log, set_values
+from tiger_db.crud.token_status.outcomes import update_refresh
+from tiger_db.crud.token_status.queries import IS_OPEN
 from tiger_db.errors import (
     InvalidState,
     InvalidValue,
@@ -40,85 +42,72 @@ async def create_refresh_operation(
     max_retries: int = 3,
     details: dict[str, JsonValue] | None = None,
 ) -> TokenStatus:
-    """Open a refresh of an account's token, or return the one that is open already.
+    """Open a refresh of an account's token, or return the open refresh of the account.
 
-    `scheduled_at` is an aware datetime; None: now.
+    The refresh is due at `scheduled_at`, an aware datetime, or now if it is None.
 
     Raises:
         MissingReference: there is no such account.
-        InvalidState: it is closed.
-        ValidationError: a value is refused.
+        InvalidState: the account is closed.
+        ValidationError: a value is invalid.
     """
-    account = await _open_account(session, tiger_account_id)
+    account = await _lock_account(session, tiger_account_id)
+    new = _new_refresh(account, trigger, scheduled_at, max_retries=max_retries, details=details)
     while True:
-        opened = await _open(
-            session,
-            [_refresh_of(account, trigger, scheduled_at, max_retries=max_retries, details=details)],
-        )
-        if opened:
-            await log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, opened[0])
+        if opened := await _insert(session, [new]):
             return opened[0]
-        open_one = await fetch_one(
+        existing = await fetch_one(
             session,
             select(TokenStatus).where(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
             ),
         )
-        if open_one is not None:  # else it ended between the two statements
-            return open_one
+        if existing is not None:  # None: it ended between the two statements
+            return existing
 
 
 async def schedule_due(
     session: AsyncSession, *, within: timedelta | None = None, limit: int = 1000
 ) -> list[TokenStatus]:
-    """Open a refresh for every active account whose token has expired or will before long.
+    """Open a refresh for every active account whose token is due, and return the new refreshes.
 
-    That is at its `token_refresh_at`, which follows from the token's own life, or, if `within` is
-    given, so long before it expires. Any number of schedulers open only one each. An account whose
-    refresh was given up is left alone until that one's `next_refresh_at`. Returns what this call
-    opened.
+    A token is due from the account's `token_refresh_at` on or, if `within` is given, that long
+    before it expires. Parallel callers open one refresh per account. An account whose last refresh
+    was given up is skipped until the `next_refresh_at` of that refresh.
     """
     check_limit(limit)
+    of_account = select(col(TokenStatus.id)).where(
+        col(TokenStatus.tiger_account_id) == col(TigerAccount.id)
+    )
     given_up = (
-        select(col(TokenStatus.id))
-        .where(
-            col(TokenStatus.tiger_account_id) == col(TigerAccount.id),
+        of_account.where(
             col(TokenStatus.status) == TokenRefreshStatus.FAILED,
             col(TokenStatus.next_refresh_at) > func.now(),
         )
-        .offset(0)  # so that it is looked up account by account, not in all failures there were
-        .exists()
-    )
-    already_open = (
-        select(col(TokenStatus.id))
-        .where(col(TokenStatus.tiger_account_id) == col(TigerAccount.id), IS_OPEN)
+        .offset(0)  # makes PostgreSQL look up each account instead of scanning all failures
         .exists()
     )
     due, at = due_tokens(within)
     due_accounts = (
         select(TigerAccount, col(TigerAccount.token_expires_at) <= func.now())
-        .where(due, ~already_open, ~given_up)
+        .where(due, ~of_account.where(IS_OPEN).exists(), ~given_up)
         .order_by(at)
         .limit(limit)
-        # None of them closes before this transaction ends; one that is busy is left for later.
+        # The lock prevents closing until the transaction ends. Accounts that are locked by other
+        # transactions are skipped.
         .with_for_update(key_share=True, skip_locked=True)
     )
     with typed_errors():
         rows = await session.execute(due_accounts, execution_options=FRESH)
     refreshes = [
-        _refresh_of(account, RefreshTrigger.EXPIRED if expired else RefreshTrigger.SCHEDULED)
+        _new_refresh(account, RefreshTrigger.EXPIRED if expired else RefreshTrigger.SCHEDULED)
         for account, expired in rows
     ]
-    opened = await _open(session, refreshes) if refreshes else []
-    await log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, *opened)
-    return opened
+    return await _insert(session, refreshes) if refreshes else []
 
 
 async def next_due(session: AsyncSession) -> timedelta | None:
-    """How long until another refresh becomes due, a lease runs out, or a token's time comes.
-
-    None: none of them will.
-    """
+    """Return the time until another refresh or token becomes due or a lease expires, or None."""
     pending = (
         select(col(TokenStatus.scheduled_at))
         .where(
@@ -129,27 +118,28 @@ async def next_due(session: AsyncSession) -> timedelta | None:
         .order_by(col(TokenStatus.scheduled_at))
         .limit(1)
     )
-    expiring = (
+    token = (
         select(col(TigerAccount.token_refresh_at))
         .where(ACTIVE_WITH_TOKEN, col(TigerAccount.token_refresh_at) > func.clock_timestamp())
         .order_by(col(TigerAccount.token_refresh_at))
         .limit(1)
     )
-    leased = select(func.min(col(TokenStatus.lease_expires_at))).where(
+    lease = select(func.min(col(TokenStatus.lease_expires_at))).where(
         IS_OPEN,
         col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
-        col(TokenStatus.scheduled_at) <= func.clock_timestamp(),  # as the index has it
+        col(TokenStatus.scheduled_at) <= func.clock_timestamp(),  # for the index
         col(TokenStatus.lease_expires_at) > func.clock_timestamp(),
     )
-    first = func.least(
-        pending.scalar_subquery(), leased.scalar_subquery(), expiring.scalar_subquery()
-    )
+    first = func.least(*(times.scalar_subquery() for times in (pending, lease, token)))
     wait: timedelta | None = await session.scalar(select(first - func.clock_timestamp()))
     return wait
 
 
 async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10_000) -> int:
-    """Delete refreshes that ended and were opened so long ago; returns how many, `limit` at most.
+    """Delete ended refreshes that were opened longer ago than `older_than`, oldest first.
+
+    Returns:
+        The number of deleted refreshes, at most `limit`.
 
     Raises:
         InvalidValue: `older_than` is not positive.
@@ -165,51 +155,51 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
         .order_by(col(TokenStatus.id))
         .limit(limit)
         .with_for_update(skip_locked=True)
-        .cte("old")  # which is run once; a subquery may be run again, and find others
+        .cte("old")  # runs once; a subquery may run again and select other rows
     )
-    gone = await session.scalars(
+    deleted = await session.scalars(
         delete(TokenStatus).where(col(TokenStatus.id) == old.c.id).returning(col(TokenStatus.id)),
         execution_options={"synchronize_session": False},
     )
-    return len(gone.all())
+    return len(deleted.all())
 
 
 async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
-    """Cancel an open refresh; whoever has claimed it loses the claim.
+    """Cancel an open refresh. A worker that has claimed it loses the claim.
 
     Raises:
         NotFound: there is no such refresh.
-        InvalidState: it has ended.
+        InvalidState: the refresh has ended.
     """
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
     if not refresh.is_open:
         raise InvalidState(f"a {refresh.status.value} refresh cannot be cancelled")
-    await set_values(
+    await update_refresh(
         session,
         col(TokenStatus.id) == refresh_id,
         status=TokenRefreshStatus.CANCELLED,
         completed_at=func.clock_timestamp(),
         lease_expires_at=None,
     )
-    await log(session, AuditAction.TOKEN_REFRESH_CANCEL, refresh)
+    await _log(session, AuditAction.TOKEN_REFRESH_CANCEL, refresh)
     return refresh
 
 
 async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
-    """Open a failed refresh again, due now and with all its attempts before it.
+    """Open a failed refresh again: it is due now, and no attempt is counted.
 
     Raises:
         NotFound: there is no such refresh.
-        InvalidState: it has not failed, or its account is closed.
-        AlreadyExists: another refresh of the account is open.
+        InvalidState: the refresh has not failed, or its account is closed.
+        AlreadyExists: the account has another open refresh.
     """
     refresh = await get_or_raise(session, TokenStatus, refresh_id)
-    await _open_account(session, refresh.tiger_account_id)
+    await _lock_account(session, refresh.tiger_account_id)
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
     if refresh.status != TokenRefreshStatus.FAILED:
         raise InvalidState(f"a {refresh.status.value} refresh cannot be tried again")
     async with savepoint(session):
-        await set_values(
+        await update_refresh(
             session,
             col(TokenStatus.id) == refresh_id,
             status=TokenRefreshStatus.PENDING,
@@ -217,12 +207,17 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
             completed_at=None,
             retry_count=0,
         )
-    await log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, refresh)
+    await _log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, refresh)
     return refresh
 
 
-async def _open_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    """An account that is not closed, and is not before this transaction ends."""
+async def _lock_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
+    """Lock an account so that it is not closed until the transaction ends.
+
+    Raises:
+        MissingReference: there is no such account.
+        InvalidState: the account is closed.
+    """
     try:
         account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     except NotFound as error:
@@ -232,7 +227,7 @@ async def _open_account(session: AsyncSession, account_id: UUID) -> TigerAccount
     return account
 
 
-def _refresh_of(
+def _new_refresh(
     account: TigerAccount,
     trigger: RefreshTrigger,
     scheduled_at: datetime | None = None,
@@ -251,13 +246,13 @@ def _refresh_of(
     )
 
 
-async def _open(session: AsyncSession, refreshes: Sequence[TokenStatus]) -> list[TokenStatus]:
-    """Insert the refreshes of those accounts that have none open."""
+async def _insert(session: AsyncSession, refreshes: Sequence[TokenStatus]) -> list[TokenStatus]:
+    """Insert the refreshes of accounts without an open refresh, and record their events."""
     rows = [
         {name: value for name, value in refresh.model_dump().items() if value is not None}
         for refresh in refreshes
     ]
-    return await fetch_all(
+    inserted = await fetch_all(
         session,
         insert(TokenStatus)
         .values(rows)
@@ -267,3 +262,13 @@ async def _open(session: AsyncSession, refreshes: Sequence[TokenStatus]) -> list
         )
         .returning(TokenStatus),
     )
+    await _log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, *inserted)
+    return inserted
+
+
+async def _log(session: AsyncSession, action: AuditAction, *refreshes: TokenStatus) -> None:
+    events = [
+        audit_logs.refresh_event(refresh, action=action, duration_ms=refresh.duration_ms)
+        for refresh in refreshes
+    ]
+    await audit_logs.log_events(session, events)
