@@ -13,9 +13,9 @@ from typing import Self
 from uuid import UUID
 
 from tiger_db.connections.listener import Connection, listen
-from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key
+from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key, denial_event
 from tiger_db.crud.api_keys.key_format import parse_key
-from tiger_db.crud.api_keys.policy import AccessRequest, check_access, denial_event
+from tiger_db.crud.api_keys.policy import AccessRequest, check_access
 from tiger_db.database import Database
 from tiger_db.errors import AccessDenied, InvalidAPIKey, InvalidValue, SchemaMismatch
 from tiger_db.migrations.comparison import find_differences

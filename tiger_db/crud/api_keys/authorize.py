@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,24 +19,23 @@ from tiger_db.crud.api_keys.hashing import (
     verify_secret,
 )
 from tiger_db.crud.api_keys.key_format import ParsedKey, parse_key
-from tiger_db.crud.api_keys.policy import (
-    AccessRequest,
-    KeyPermissions,
-    check_access,
-    denial_event,
-    replaced_hash_event,
-    unpeppered_use_event,
-)
+from tiger_db.crud.api_keys.policy import AccessRequest, KeyPermissions, check_access
 from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.api_keys.usage_counter import count_in_session
-from tiger_db.crud.audit_logs import insert_event
-from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly
+from tiger_db.crud.audit_logs import EventFields, api_key_event, insert_event
+from tiger_db.crud.common import (
+    context_of,
+    execute_driver_sql,
+    refuse_readonly,
+    replace_unstorable,
+)
 from tiger_db.errors import AccessDenied, InvalidAPIKey
-from tiger_db.models import APIKey, APIKeyScope, AuditLog
+from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, AuditResult, AuditSeverity
+from tiger_db.models.api_keys import parse_address
 from tiger_db.models.audit_logs import insert_events
 from tiger_db.models.base import column_list, column_names, hydrate, merge_row, row_expression
-from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
+from tiger_db.redaction import redact_aggressively
 from tiger_db.sqlstates import raw_errors
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = 
 FIND_KEY = _FIND.format(column_list(APIKey, "k"))
 _FIND_IN_SESSION = _FIND.format(row_expression(APIKey, "k"))
 _NAMES = column_names(APIKey)
-_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # which change with every use
+_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that change with every use
+_RECORDED_CHARACTERS = 200  # of an address or user agent of a caller
 # A hash that was changed since it was read stays. A locked row is skipped, so that no use waits.
 _REPLACE_HASH = """
 UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
@@ -59,36 +59,36 @@ RETURNING true
 
 
 class KeyRow(NamedTuple):
-    """The row of a key as PostgreSQL returned it; empty if there is no such key."""
+    """The row of a key as it was read. Empty: there is no such key."""
 
-    values: Sequence[Any] = ()  # all columns, to hydrate the key from
+    values: Sequence[Any] = ()  # all columns, to hydrate the key
     columns: Mapping[str, Any] = {}  # by name, with account_status and without the counters
-    now: float = 0.0  # the database's time, in seconds since 1970
+    now: float = 0.0  # the database's time in seconds since 1970
 
 
 @dataclass(slots=True)
 class VerifiedKey:
-    """A key whose secret was verified, and the columns that were read then."""
+    """A key whose secret was verified, and the columns that were read at that time."""
 
     key: APIKey
     permissions: KeyPermissions
     columns: Mapping[str, Any] = field(repr=False)
-    outdated: bool  # its hash should be replaced
-    read_at: float = 0.0  # monotonic time of the caches that keep it
+    outdated: bool  # the hash should be replaced
+    read_at: float = 0.0  # monotonic time, for caches
 
 
 @dataclass(frozen=True, slots=True)
-class _TransactionWriter:
+class _SessionWriter:
     """The methods of OutOfBandWriter, in the transaction of a session."""
 
     session: AsyncSession
 
     @asynccontextmanager
     async def connection(self) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
-        own = await (await self.session.connection()).get_raw_connection()
-        assert own.driver_connection is not None
+        connection = await (await self.session.connection()).get_raw_connection()
+        assert connection.driver_connection is not None
         with raw_errors():
-            yield own.driver_connection
+            yield connection.driver_connection
 
     async def record(self, event: AuditLog) -> None:
         await insert_event(self.session, event)
@@ -101,7 +101,7 @@ async def verify_api_key(
     ip_address: str | IPv4Address | IPv6Address | None = None,
     user_agent: str | None = None,
 ) -> APIKey | None:
-    """Return the row of a key and count the use, or return None if the key is refused.
+    """Authorize a key as `authorize_api_key` does. Return None if the key is denied.
 
     Raises:
         InvalidState: the session is readonly.
@@ -123,26 +123,25 @@ async def authorize_api_key(
     ip_address: str | IPv4Address | IPv6Address | None = None,
     user_agent: str | None = None,
 ) -> APIKey:
-    """Return the row of a key that may do what is requested, and count the use.
+    """Authorize a key for a request, and count the use. Return the row of the key.
 
     The checks, in this order: format, existence and hash (`InvalidAPIKey` for each of them),
     status, expiry, status of the bound account, address, user agent, scopes, account, rate limits.
-    The first check that fails raises its error. Every denial but that of a malformed key is
-    recorded in the audit trail before the error is raised. The audit event and the counted use
-    survive a rollback of the caller's transaction: they are written out of band.
+    The first check that fails raises its error. Every denial except that of a malformed key is
+    recorded before the error is raised. A rollback of the caller's transaction undoes neither this
+    event nor the counted use: they are written out of band.
 
     A hash without a pepper is denied with `InvalidAPIKey`; the audit event has the reason. Until
     the end of the day (UTC, the database's clock) in API_KEYS_ALLOW_UNPEPPERED_UNTIL, such a hash
-    is accepted, and each use is recorded. An accepted use replaces a hash with an older pepper,
-    with none, or by a slow scheme, and records that in the same transaction.
+    is accepted, and each use is recorded. An accepted use replaces a hash that has an older pepper,
+    no pepper, or a slow scheme, and records the replacement in the same transaction.
 
-    Rate limits count the uses of a key together with those of all keys that it was rotated from or
-    to. They are exact across processes. Their windows are the clock hour and the calendar day
-    (UTC): at worst, twice the limit passes in a short time around the end of a window.
+    Rate limits are exact across processes. They count the uses of a key and of its predecessors and
+    successors by rotation together. Their windows are the clock hour and the calendar day (UTC): at
+    worst, twice the limit passes in a short time around the end of a window.
 
-    `usage_count` and `last_used_at` are written within a second, or when the Database closes;
-    `kill -9` can lose the uses of the last second. A use of a key that was created in the same
-    transaction may not be counted.
+    `usage_count` and `last_used_at` are written behind: see `UsageCounter`. A use of a key that was
+    created in the same transaction may not be counted.
 
     Raises:
         AccessDenied: a subclass of it, by the check that failed. The use is not counted.
@@ -168,32 +167,33 @@ async def authorize_parsed_key(
 ) -> VerifiedKey:
     """Authorize a well-formed key, whose row is read in the session, or out of band without one.
 
-    `info` is that of the session or of the Database. If `known` has the columns of the row, its
-    secret is not verified again. Raises what `authorize_api_key` raises.
+    `info` is that of the session or of the Database. If `known` has the columns of the row, the
+    secret is not verified again. Raises the errors of `authorize_api_key`.
     """
-    peppers = peppers_of(info)
-    writer = limiter = _writer(info, session)
+    in_session = _SessionWriter(session) if session is not None else None
+    writer = limiter = context_of(info).out_of_band or in_session
+    assert writer is not None
+    assert limiter is not None
     counted = False
     while not counted:
         row = KeyRow()
         try:
-            async with AsyncExitStack() as opened:
+            async with AsyncExitStack() as stack:
                 connection = None
                 if session is not None:
                     row = await find_key(session, parsed.prefix)
                 else:
-                    connection = await opened.enter_async_context(writer.connection())
-                    record = await connection.fetchrow(FIND_KEY, parsed.prefix)
-                    row = _key_row(record[:-2], *record[-2:]) if record else KeyRow()
+                    connection = await stack.enter_async_context(writer.connection())
+                    row = await _find_out_of_band(connection, parsed.prefix)
                 if known is None or known.columns != row.columns:
-                    await opened.aclose()  # a slow hash must not hold a connection
+                    await stack.aclose()  # a slow hash must not hold a connection
                     connection = None
                     known = await _verify(parsed, row, info, session)
                 check_access(known.permissions, row.now, request)
                 counted = not known.permissions.limited
                 if not counted:
                     if connection is None:
-                        connection = await opened.enter_async_context(limiter.connection())
+                        connection = await stack.enter_async_context(limiter.connection())
                     counted = await consume(connection, known.permissions)
         except AccessDenied as reason:
             key_id, account_id = row.columns.get("id"), row.columns.get("tiger_account_id")
@@ -201,12 +201,12 @@ async def authorize_parsed_key(
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        # An out-of-band connection does not see a key that the session's transaction has created.
-        limiter = _TransactionWriter(session) if session is not None else writer
+        # An out-of-band connection cannot read a key that the session's transaction has created.
+        limiter = in_session or writer
     assert known is not None
     if known.outdated:
         async with writer.connection() as connection:
-            await _replace_hash(connection, parsed, request, row, peppers)
+            await _replace_hash(connection, parsed, request, row, peppers_of(info))
     if (count_use := context_of(info).count_use) is not None:
         count_use(known.permissions.key_id, row.now)
     else:
@@ -215,20 +215,17 @@ async def authorize_parsed_key(
     return known
 
 
-def _writer(
-    info: Mapping[Any, object], session: AsyncSession | None
-) -> OutOfBandWriter | _TransactionWriter:
-    writer = context_of(info).out_of_band
-    if writer is not None:
-        return writer
-    assert session is not None
-    return _TransactionWriter(session)
-
-
 async def find_key(session: AsyncSession, prefix: str) -> KeyRow:
-    """Read the row of a key by its prefix. What the session has pending is flushed before."""
+    """Read the row of a key by its prefix, after a flush of the session."""
     rows: Sequence[Sequence[Any]] = await execute_driver_sql(session, _FIND_IN_SESSION, prefix)
     return _key_row(*rows[0]) if rows else KeyRow()
+
+
+async def _find_out_of_band(
+    connection: "asyncpg.Connection[asyncpg.Record]", prefix: str
+) -> KeyRow:
+    record = await connection.fetchrow(FIND_KEY, prefix)
+    return _key_row(record[:-2], *record[-2:]) if record else KeyRow()
 
 
 def _key_row(values: Sequence[Any], account_status: str | None, now: datetime) -> KeyRow:
@@ -244,7 +241,7 @@ async def _verify(
     info: Mapping[Any, object],
     session: AsyncSession | None,
 ) -> VerifiedKey:
-    """Verify the secret of a key, and hydrate the key; the session tracks it, if there is one.
+    """Verify the secret of a key, and hydrate the key, in the session if there is one.
 
     Raises:
         InvalidAPIKey: the secret is wrong, or there is no such key; both take equal time.
@@ -272,19 +269,80 @@ async def _replace_hash(
 ) -> None:
     """Replace the outdated hash of an accepted key by one with the first pepper, and record it.
 
-    A hash that was changed since it was read stays. The use of a hash without a pepper is recorded
-    even then.
+    The use of a hash without a pepper is recorded even if the hash is not replaced.
     """
-    key_id, old_pepper_id = row.columns["id"], row.columns["pepper_id"]
-    ids = (key_id, row.columns["tiger_account_id"])
+    old_pepper_id = row.columns["pepper_id"]
+    ids = row.columns["id"], row.columns["tiger_account_id"]
     new_hash, new_pepper_id = hash_secret(peppers, parsed.secret)
     events: list[AuditLog] = []
     if old_pepper_id is None:
-        events.append(unpeppered_use_event(parsed.prefix, request, *ids))
+        event = _request_event(
+            request,
+            *ids,
+            action=AuditAction.API_KEY_USE,
+            severity=AuditSeverity.HIGH,
+            details={
+                "key_prefix": parsed.prefix, "accepted_by": "API_KEYS_ALLOW_UNPEPPERED_UNTIL",
+            },
+        )  # fmt: skip
+        events.append(event)
     async with connection.transaction():
         if await connection.fetchval(
-            _REPLACE_HASH, key_id, row.columns["key_hash"], new_hash, new_pepper_id
+            _REPLACE_HASH, ids[0], row.columns["key_hash"], new_hash, new_pepper_id
         ):
-            events.append(replaced_hash_event(old_pepper_id, new_pepper_id, *ids))
+            event = api_key_event(
+                *ids,
+                action=AuditAction.API_KEY_UPDATE,
+                old_values={"pepper_id": old_pepper_id},
+                new_values={"pepper_id": new_pepper_id},
+            )
+            events.append(event)
         if events:
             await insert_events(connection, events)
+
+
+def denial_event(
+    reason: AccessDenied,
+    key_prefix: str,
+    request: AccessRequest,
+    key_id: UUID | None,
+    account_id: UUID | None,
+) -> AuditLog:
+    """Build the event of a denied request."""
+    return _request_event(
+        request,
+        key_id,
+        account_id,
+        action=AuditAction.API_KEY_DENY,
+        result=AuditResult.FAILURE,
+        error_code=type(reason).__name__,
+        error_message=str(reason),
+        details={"key_prefix": key_prefix},
+    )
+
+
+def _request_event(
+    request: AccessRequest,
+    key_id: UUID | None,
+    account_id: UUID | None,
+    **fields: Unpack[EventFields],
+) -> AuditLog:
+    """Build an event of a request. The texts of the caller are redacted and shortened."""
+    details = dict(fields["details"] or {})
+    if request.scopes:
+        details["scopes"] = [str(scope) for scope in request.scopes]
+    if request.account_id is not None:
+        details["account_id"] = str(request.account_id)
+    if request.ip_address is not None:
+        try:
+            fields["ip_address"] = parse_address(request.ip_address)
+        except ValueError:
+            details["ip_address"] = _shorten(str(request.ip_address))
+    if request.user_agent:
+        fields["user_agent"] = _shorten(request.user_agent)
+    fields["details"] = details
+    return api_key_event(key_id, account_id, **fields)
+
+
+def _shorten(text: str) -> str:
+    return redact_aggressively(replace_unstorable(text))[:_RECORDED_CHARACTERS]

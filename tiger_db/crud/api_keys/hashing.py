@@ -1,4 +1,4 @@
-"""Hashes of the secrets of API keys: salted, over an HMAC with a server-side pepper."""
+"""Salted hashes of the secrets of API keys, over an HMAC with a server-side pepper."""
 
 import asyncio
 import secrets
@@ -17,18 +17,18 @@ from tiger_db.peppers import Peppers
 # stretching only for secrets of less than 112 bits. Imported keys may have a slow hash.
 _FAST = "ldap_salted_sha256"
 _hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])
-_MAX_LENGTH = 512  # characters of a hash; a long one could ask for a costly Argon2
+_MAX_HASH_CHARACTERS = 512  # a longer hash could demand a costly Argon2
 
 
 class UnpepperedHash(InvalidAPIKey):
-    """The reason in the audit trail. Callers get `InvalidAPIKey`, which reveals nothing."""
+    """The reason in the audit event. Callers get a plain `InvalidAPIKey`."""
 
 
 def peppers_of(info: Mapping[Any, object]) -> Peppers:
     """Return the peppers in the `info` of a session or a Database.
 
     Raises:
-        ConfigurationError: API_KEY_PEPPERS is not set, or the session was not made for a Database.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
     """
     peppers = context_of(info).peppers
     if peppers is None:
@@ -44,13 +44,13 @@ def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
 
 
 async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: str | None) -> bool:
-    """Return whether a hash is that of the secret; without a pepper id, of the secret alone.
+    """Return whether a hash belongs to a secret. Without a pepper id, no pepper is applied.
 
-    An empty or malformed hash, or one with an unknown pepper, is verified against a dummy hash, so
-    that unknown keys take equal time. Slow hashes are verified in a thread.
+    If the hash is empty or malformed or its pepper is unknown, the secret is verified against a
+    dummy hash, so that unknown keys take equal time. Slow hashes are verified in a thread.
     """
     known = pepper_id is None or pepper_id in peppers.ids
-    scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_LENGTH else None
+    scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_HASH_CHARACTERS else None
     applied = peppers.apply(pepper_id if pepper_id and known else peppers.ids[0], secret)
     if scheme is None or not known:
         _verify(applied, _dummy_hash())
@@ -62,9 +62,9 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
 
 
 def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: float) -> None:
-    """Refuse a hash without a pepper: anyone who can write to the database could have made it.
+    """Refuse a hash without a pepper: anyone who can write to the database can make one.
 
-    `info` is that of a Database or its sessions, `now` the database's time, seconds since 1970.
+    `info` is that of a session or a Database; `now` is the database's time in seconds since 1970.
 
     Raises:
         UnpepperedHash: API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set, or that day (UTC) is over.
@@ -76,8 +76,8 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
         return
     setting = f"is {until}" if until is not None else "is not set"
     raise UnpepperedHash(
-        "the key is right, but its hash has no pepper, so that anyone who can write to the database"
-        " may have made it: rotate or revoke the key"
+        "the key is right, but its hash has no pepper, so anyone who can write to the database may"
+        " have made it: rotate or revoke the key"
         f" (API_KEYS_ALLOW_UNPEPPERED_UNTIL {setting})"
     )
 

@@ -1,8 +1,7 @@
 """The format of API keys: `tdb_<live|test>_<public id>_<secret><checksum>`, in base62.
 
-A double click selects the whole key. The public id has 12 characters, the secret 43 (256 random
-bits), the checksum 6: the CRC-32 of all characters before it. A truncated or mistyped key fails the
-checksum, without a query.
+A double click selects the whole key. The checksum is the CRC-32 of all characters before it: a
+truncated or mistyped key is refused without a query.
 """
 
 import re
@@ -15,9 +14,9 @@ KEY_PATTERN = r"\btdb_(?:live|test)_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}\b"
 
 _FORMAT = re.compile(r"(tdb_(?:live|test)_[0-9A-Za-z]{12})_([0-9A-Za-z]{49})", re.ASCII)
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_ID = 12  # characters; 71 bits
-_SECRET = 43  # characters; the first length that holds 256 bits
-_CHECKSUM = 6  # characters; the first length that holds 32 bits
+_ID_CHARACTERS = 12  # 71 bits
+_SECRET_CHARACTERS = 43  # the fewest that hold 256 bits
+_CHECKSUM_CHARACTERS = 6  # the fewest that hold 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +33,24 @@ class ParsedKey:
 
 def new_key(environment: str) -> ParsedKey:
     """Generate a random key for an environment, `live` or `test`."""
-    public_id = "".join(secrets.choice(_ALPHABET) for _ in range(_ID))
+    public_id = "".join(secrets.choice(_ALPHABET) for _ in range(_ID_CHARACTERS))
     prefix = f"tdb_{environment}_{public_id}"
-    secret = _base62(secrets.randbits(256), _SECRET)
+    secret = _base62(secrets.randbits(256), _SECRET_CHARACTERS)
     return ParsedKey(prefix, secret + checksum(f"{prefix}_{secret}"))
 
 
 def parse_key(raw_key: str) -> ParsedKey | None:
-    """Split a raw key into its parts; return None if it is malformed or no string."""
+    """Split a raw key into its parts. Return None if it is malformed or not a string."""
     match = _FORMAT.fullmatch(raw_key) if isinstance(raw_key, str) else None
-    if match is None or checksum(raw_key[:-_CHECKSUM]) != raw_key[-_CHECKSUM:]:
+    at = -_CHECKSUM_CHARACTERS
+    if match is None or checksum(raw_key[:at]) != raw_key[at:]:
         return None
     return ParsedKey(match[1], match[2])
 
 
 def checksum(text: str) -> str:
     """Return the CRC-32 of a text as 6 characters of base62."""
-    return _base62(zlib.crc32(text.encode()), _CHECKSUM)
+    return _base62(zlib.crc32(text.encode()), _CHECKSUM_CHARACTERS)
 
 
 def _base62(number: int, length: int) -> str:

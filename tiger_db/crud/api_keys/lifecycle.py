@@ -1,8 +1,8 @@
-"""Create, rotate, extend and revoke API keys, each change with its audit event."""
+"""Changes of API keys, each with its audit event: create, rotate, extend, revoke."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
@@ -10,9 +10,9 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud import audit_logs
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.key_format import new_key
+from tiger_db.crud.audit_logs import EventFields, api_key_event, insert_event
 from tiger_db.crud.common import context_of, fetch_one, get_or_raise, require_aware, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
@@ -23,6 +23,11 @@ from tiger_db.models import (
     AuditAction,
     TigerAccount,
 )
+
+_COPIED_FIELDS = {
+    "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour", "rate_limit_per_day",
+    "allowed_ips", "allowed_user_agents", "created_by", "description", "tags",
+}  # fmt: skip
 
 
 async def create_api_key(
@@ -40,7 +45,7 @@ async def create_api_key(
     description: str | None = None,
     tags: Mapping[str, JsonValue] | None = None,
 ) -> tuple[APIKey, str]:
-    """Create a key. Return its row and the raw key, which is not stored and cannot be shown again.
+    """Create a key. Return its row and the raw key, which is not stored.
 
     Raises:
         ValidationError: a value is invalid; the error names the field.
@@ -65,7 +70,7 @@ async def create_api_key(
     }
     key, raw_key = await _store(session, values)
     created = key.model_dump(mode="json", exclude={"created_at", "updated_at"})
-    await _log(session, AuditAction.API_KEY_CREATE, key, new=created)
+    await _log(session, key, action=AuditAction.API_KEY_CREATE, new_values=created)
     return key, raw_key
 
 
@@ -94,29 +99,19 @@ async def rotate(
         ends = now + grace
     except OverflowError:
         raise InvalidValue("grace is too long") from None
-    copied = key.model_dump(
-        include={
-            "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour",
-            "rate_limit_per_day", "allowed_ips", "allowed_user_agents", "created_by",
-            "description", "tags",
-        }
-    )  # fmt: skip
+    copied = key.model_dump(include=_COPIED_FIELDS)
     async with savepoint(session, key):
         successor, raw_key = await _store(session, {**copied, "root_id": key.root_id or key.id})
         key.successor_id = successor.id
         key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
         await session.flush()
-        await _log(
-            session,
-            AuditAction.API_KEY_ROTATE,
-            key,
-            new={"successor": str(successor.id), "expires_at": key.expires_at.isoformat()},
-        )
+        new_values = {"successor": str(successor.id), "expires_at": key.expires_at.isoformat()}
+        await _log(session, key, action=AuditAction.API_KEY_ROTATE, new_values=new_values)
     return successor, raw_key
 
 
 async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | None) -> APIKey:
-    """Move the expiry of a key to a later, timezone-aware time; None means that it never expires.
+    """Move the expiry of a key to a later, aware time. None: the key never expires.
 
     Raises:
         NotFound: there is no such key.
@@ -132,10 +127,10 @@ async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | 
     await session.flush()
     await _log(
         session,
-        AuditAction.API_KEY_UPDATE,
         key,
-        old={"expires_at": before.isoformat()},
-        new={"expires_at": key.expires_at.isoformat() if key.expires_at is not None else None},
+        action=AuditAction.API_KEY_UPDATE,
+        old_values={"expires_at": before.isoformat()},
+        new_values={"expires_at": key.expires_at.isoformat() if key.expires_at else None},
     )
     return key
 
@@ -150,14 +145,19 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     if key.status == APIKeyStatus.REVOKED:
         return key
-    old: dict[str, JsonValue] = {"status": key.status.value}
+    old_values = {"status": key.status.value}
     now = await session.scalar(select(func.clock_timestamp()))
     key.sqlmodel_update(
         {"status": APIKeyStatus.REVOKED, "revoked_at": now, "revocation_reason": reason}
     )
     await session.flush()
-    new: dict[str, JsonValue] = {"status": key.status.value, "revocation_reason": reason}
-    await _log(session, AuditAction.API_KEY_REVOKE, key, old=old, new=new)
+    await _log(
+        session,
+        key,
+        action=AuditAction.API_KEY_REVOKE,
+        old_values=old_values,
+        new_values={"status": key.status.value, "revocation_reason": reason},
+    )
     return key
 
 
@@ -201,15 +201,5 @@ async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey,
     return key, parsed.raw_key
 
 
-async def _log(
-    session: AsyncSession,
-    action: AuditAction,
-    key: APIKey,
-    *,
-    old: Mapping[str, JsonValue] | None = None,
-    new: Mapping[str, JsonValue] | None = None,
-) -> None:
-    event = audit_logs.api_key_event(
-        key.id, key.tiger_account_id, action=action, old_values=old, new_values=new
-    )
-    await audit_logs.insert_event(session, event)
+async def _log(session: AsyncSession, key: APIKey, **fields: Unpack[EventFields]) -> None:
+    await insert_event(session, api_key_event(key.id, key.tiger_account_id, **fields))

@@ -1,4 +1,4 @@
-"""Look up API keys and their usage."""
+"""Queries of API keys and their usage."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -45,7 +45,7 @@ async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None
 
 
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """Return a key by its raw key, whatever its status, without counting a use: a leaked key, say.
+    """Return a key by its raw key, whatever its status, without counting a use.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
@@ -120,7 +120,7 @@ async def list_expiring(
 async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
     """Return the accepted uses of a key by the hour, oldest first, without hours of no use.
 
-    The uses of the last second may be missing, because they are written behind.
+    The uses of the last second may be missing: see `UsageCounter`.
 
     Raises:
         InvalidValue: `since` is naive.

@@ -9,9 +9,9 @@ from tiger_db.errors import RateLimited
 if TYPE_CHECKING:
     import asyncpg
 
-# One statement checks the limits and counts the use for the line of rotated keys. Concurrent uses
-# wait for each other at the row's lock, and check the counts that the other has committed. The
-# windows are of the database's clock; if it steps back, the later window goes on.
+# Checks the limits and counts the use for the line of rotated keys. Concurrent uses wait for the
+# lock of the row, and check the committed counts. The windows follow the database's clock; if it
+# steps back, the later window stays.
 CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,
@@ -40,7 +40,7 @@ async def consume(
 ) -> bool:
     """Count one use within the limits.
 
-    Returns False if the key has changed since `permissions` were read, so they must be read again.
+    Returns False if the key has changed since `permissions` were read. Read them again then.
 
     Raises:
         RateLimited: a limit is reached.
