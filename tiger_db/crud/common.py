@@ -16,9 +16,11 @@ from sqlmodel import col
 
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import (
+    AlreadyExists,
     ConfigurationError,
     InvalidState,
     InvalidValue,
+    MissingReference,
     NotFound,
 )
 from tiger_db.models import Entity
@@ -138,7 +140,7 @@ async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]
     try:
         async with session.begin_nested():
             yield
-    except DBAPIError as error:
+    except (DBAPIError, AlreadyExists, MissingReference, InvalidValue) as error:
         for row in rows:
             await session.refresh(row)
         raise classify(error) or error from None
