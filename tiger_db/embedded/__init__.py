@@ -22,25 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiger_db.embedded import server_process
-from tiger_db.embedded.folders import (
-    choose_folder,
-    configured_folder,
-    create_home,
-    create_programs_folder,
-    create_socket_folder,
-    find_folder,
-    server_user,
-)
-from tiger_db.embedded.processes import (
-    SERVER_TIMEOUT_SECONDS,
-    User,
-    copy_programs,
-    failure_reason,
-    find_programs,
-    find_wheel,
-    run,
-)
+from tiger_db.embedded import folders, processes, server_process
 from tiger_db.embedded.server_process import Postmaster
 from tiger_db.errors import ConfigurationError, EmbeddedError
 from tiger_db.files import (
@@ -87,9 +69,9 @@ def home_folder(settings: Settings) -> Path:
         EmbeddedError: the folder cannot be used.
     """
     _refuse_production(settings)
-    configured = configured_folder(settings)
+    configured = folders.configured_folder(settings)
     with _errors_explained(configured):
-        return find_folder(configured) or choose_folder(configured)
+        return folders.find_folder(configured) or folders.choose_folder(configured)
 
 
 def start(settings: Settings) -> EmbeddedServer:
@@ -107,10 +89,10 @@ def start(settings: Settings) -> EmbeddedServer:
         with _errors_explained(server.folder):
             _complete_record(server.folder)
         return server
-    package, version = find_wheel()
+    package, version = processes.find_wheel()
     home = home_folder(settings)
     with _errors_explained(home):
-        create_home(home)
+        folders.create_home(home)
         with _home_lock(home):
             found = server_process.find_ready(home) or _start(home, package, version)
             return EmbeddedServer(home, found.socket_folder, found.process.pid)
@@ -125,9 +107,9 @@ def stop(settings: Settings) -> bool:
     Raises:
         EmbeddedError: the server did not stop, or runs in another container.
     """
-    configured = configured_folder(settings)
+    configured = folders.configured_folder(settings)
     with _errors_explained(configured):
-        home = find_folder(configured)
+        home = folders.find_folder(configured)
         if home is None or not (home / "lock").exists():
             return False
         with _home_lock(home), server_process.open_lock(home) as lock:
@@ -140,9 +122,9 @@ def running(settings: Settings) -> EmbeddedServer | None:
     Raises:
         EmbeddedError: the folder cannot be read, or the extra `embedded` is not installed.
     """
-    configured = configured_folder(settings)
+    configured = folders.configured_folder(settings)
     with _errors_explained(configured):
-        home = find_folder(configured)
+        home = folders.find_folder(configured)
         if home and (found := server_process.find_ready(home)):
             return EmbeddedServer(home, found.socket_folder, found.process.pid)
         return None
@@ -162,7 +144,7 @@ def load_or_create_secret(settings: Settings, name: str, make: Callable[[], str]
     with _errors_explained(home):
         if os.path.lexists(home / name):
             return _read_secret(home / name)
-        create_home(home)
+        folders.create_home(home)
         with _home_lock(home):
             return _load_or_create(home, name, make)
 
@@ -235,19 +217,19 @@ def _complete_record(home: Path) -> None:
 
 def _start(home: Path, package: Path, version: str) -> Postmaster:
     """Start the server. The caller must hold the home lock."""
-    data, user = home / "data", server_user(home)
+    data, user = home / "data", folders.server_user(home)
     if data.exists():
         _check_data(home, version)
     with server_process.open_lock(home) as lock:
         if found := server_process.wait_until_settled(home, lock):
             return found
         remove_unfinished(home)
-        programs = find_programs(package, user) or copy_programs(
-            create_programs_folder(home), package, version
+        programs = processes.find_programs(package, user) or processes.copy_programs(
+            folders.create_programs_folder(home), package, version
         )
         if not data.exists():
             _create_data(home, programs, user)
-        socket_folder = create_socket_folder(home, user)
+        socket_folder = folders.create_socket_folder(home, user)
         if server_process.is_listening(socket_folder):
             raise EmbeddedError(f"another server listens in {socket_folder}: stop that one")
         server_process.remove_stale_lock_files(home, socket_folder, lock)
@@ -270,7 +252,7 @@ def _check_data(home: Path, version: str) -> None:
         raise EmbeddedError(f"{home / 'password'} is missing: restore it, or remove {data}")
 
 
-def _create_data(home: Path, programs: Path, user: User) -> None:
+def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     """Run initdb in a temporary folder, then rename the folder to `data`."""
     password = _load_or_create(home, "password", lambda: secrets.token_urlsafe(32))
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=home))
@@ -282,7 +264,7 @@ def _create_data(home: Path, programs: Path, user: User) -> None:
             os.chown(temporary, *user)
             with suppress(OSError):  # needed on Linux only, where initdb opens /dev/stdin again
                 os.fchown(reading, *user)
-        initdb = run(
+        initdb = processes.run(
             programs / "initdb", "--pgdata", temporary.name, "--username=tiger_db",
             "--auth=scram-sha-256", "--pwfile=/dev/stdin", "--encoding=UTF8", "--locale=C",
             "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--data-checksums",
@@ -293,12 +275,14 @@ def _create_data(home: Path, programs: Path, user: User) -> None:
         os.close(reading)
     if initdb.returncode:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise EmbeddedError(f"initdb failed in {home}: {failure_reason(initdb.stderr)}")
+        raise EmbeddedError(f"initdb failed in {home}: {processes.failure_reason(initdb.stderr)}")
     temporary.rename(home / "data")
     sync_folder(home)
 
 
-def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: int) -> Postmaster:
+def _launch(
+    home: Path, programs: Path, user: processes.User, socket_folder: Path, lock: int
+) -> Postmaster:
     log = home / "log"
     with open(log, "ab", opener=private_opener) as file:
         if os.geteuid() == 0:
@@ -310,9 +294,10 @@ def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: i
         "--unix_socket_permissions=0700", "--log_checkpoints=off",  # the log is never rotated
     )  # fmt: skip
     # pg_ctl inserts the paths into a shell command; relative paths need no quotes.
-    pg_ctl = run(
+    pg_ctl = processes.run(
         programs / "pg_ctl", "start", "--silent", "--wait", "--timeout",
-        str(SERVER_TIMEOUT_SECONDS), "--pgdata=data", "--log=log", "--options", shlex.join(options),
+        str(processes.SERVER_TIMEOUT_SECONDS), "--pgdata=data", "--log=log", "--options",
+        shlex.join(options),
         home=home, user=user, inherited=(lock,),
         meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
@@ -320,5 +305,7 @@ def _launch(home: Path, programs: Path, user: User, socket_folder: Path, lock: i
     server_process.record_server(home, lock, started=pg_ctl.returncode == 0)
     if found := server_process.find_ready(home):
         return found
-    why = failure_reason(log.read_bytes()[log_size:].decode(errors="replace") or pg_ctl.stderr)
+    why = processes.failure_reason(
+        log.read_bytes()[log_size:].decode(errors="replace") or pg_ctl.stderr
+    )
     raise EmbeddedError(f"the embedded PostgreSQL in {home} did not start: {why}; see {log}")

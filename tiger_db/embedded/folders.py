@@ -1,4 +1,7 @@
-"""The folders of the embedded server, and the user who owns its data."""
+"""The folders of the embedded server, and the user who owns its data.
+
+The functions raise EmbeddedError if a folder or user cannot be used. Its message names the remedy.
+"""
 
 import hashlib
 import os
@@ -29,11 +32,7 @@ _MAX_SOCKET_PATH_BYTES = 100  # macOS allows 104 bytes, Linux 108
 
 
 def configured_folder(settings: Settings) -> Path:
-    """Return `TIGER_DB_HOME`, or its default, as an absolute path.
-
-    Raises:
-        EmbeddedError: the path is not valid.
-    """
+    """Return `TIGER_DB_HOME`, or its default, as an absolute path."""
     home = settings.tiger_db_home
     try:
         folder = home or platformdirs.user_data_path("tiger_db", appauthor=False)
@@ -80,9 +79,6 @@ def server_user(home: Path) -> User:
     """Return the owner of the data, or the user who will own it.
 
     The owner has precedence, because a user `postgres` may be added between two starts by root.
-
-    Raises:
-        EmbeddedError: there is no such user.
     """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         status = (home / "data").stat()
@@ -106,9 +102,6 @@ def create_home(home: Path) -> None:
     """Create the home folder if it is missing, and check its owner and mode.
 
     mkdir has its own umask, so that other processes never see a folder with a wrong mode.
-
-    Raises:
-        EmbeddedError: the folder cannot be created, or other users can write to it.
     """
     umask = 0o022 if os.geteuid() == 0 else 0o077
     if not home.is_dir() and (mkdir := run("mkdir", "-p", "--", home, umask=umask)).returncode:
@@ -129,9 +122,6 @@ def create_programs_folder(home: Path) -> Path:
 
     It is `home` if the programs can run there, else a folder in the user's cache or, for root, in
     `/var/lib/tiger_db`.
-
-    Raises:
-        EmbeddedError: the programs can run in neither, or the folder cannot be created.
     """
     if can_run_from(home):
         return home
@@ -157,9 +147,6 @@ def create_socket_folder(home: Path, user: User) -> Path:
 
     It is in `home` if the path of the socket is short enough, else in the runtime folder or the
     temporary folder.
-
-    Raises:
-        EmbeddedError: every path is too long, or the folder belongs to another user.
     """
     bases = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108
     outside = [Path(base, f"tiger_db-{user[0]}-{_digest(home)}") for base in bases if base]

@@ -94,11 +94,7 @@ def find_ready(home: Path) -> Postmaster | None:
 
 
 def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
-    """Wait until the server accepts connections, or until no server runs and the lock is taken.
-
-    Raises:
-        EmbeddedError: the timeout expired, or the server runs in another container or machine.
-    """
+    """Wait until the server accepts connections, or until no server runs and the lock is taken."""
     for _ in _poll():
         found = _find(home)
         if found is None:
@@ -116,11 +112,7 @@ def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
 
 
 def stop(home: Path, lock: int) -> bool:
-    """Stop the server. Return False if none was running.
-
-    Raises:
-        EmbeddedError: the server did not stop in time, or runs in another container.
-    """
+    """Stop the server. Return False if none was running."""
     found = _find(home)
     if found is None:
         if not try_lock(lock):
@@ -149,9 +141,6 @@ def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
     """Remove the lock files of a server that has ended. The caller must hold the lock.
 
     PostgreSQL replaces these files, unless another process has the recorded process ID now.
-
-    Raises:
-        EmbeddedError: there is no proof that the server has ended.
     """
     pid_file = home / "data" / "postmaster.pid"
     if pid_file.exists() and not _has_ended(home, lock, _identity(_pid_file_lines(home))):

@@ -1,4 +1,4 @@
-"""Runs the Alembic scripts from code, over a connection of ours, in or out of an event loop."""
+"""Migrations: run the Alembic scripts, compare the schema with them, and write new ones."""
 
 import asyncio
 import io
@@ -27,14 +27,12 @@ from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
 MONTHS_AHEAD = 12
-# Qualified, because the search path may lead to forged functions. The fields of `SearchPath`.
+# The fields of `SearchPath`. Qualified, because the search path may lead to forged functions.
 SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
 """
-
-
-# The application may have an Alembic of its own.
+# Three tables, because `alembic_version` alone may belong to the application's own migrations.
 _OTHER_SCHEMA = text("""
 SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
     WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
@@ -43,35 +41,28 @@ SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_cl
 
 @dataclass(frozen=True, slots=True)
 class SchemaState:
-    """The revision the database is at, and the one this code needs."""
+    """The revision of the database, and the head revision of this release."""
 
-    current: str | None
+    current: str | None  # None: the database has no tiger_db schema
     head: str
-    known: bool  # whether this code knows the current revision
-    other_schema: str | None = field(
-        default=None, kw_only=True
-    )  # a schema that has an installation
+    known: bool  # whether this release has the current revision
+    other_schema: str | None = field(default=None, kw_only=True)  # schema with an installation
 
     @property
     def problem(self) -> str | None:
-        """What is wrong and what to do about it, or None."""
-        if self.current is None and self.other_schema is not None:
-            return (
-                f"tiger_db is in the schema {self.other_schema}: set DB_SCHEMA={self.other_schema}"
-            )
+        """The difference between the revisions and its remedy, or None."""
+        if self.current is None and (schema := self.other_schema) is not None:
+            return f"tiger_db is in the schema {schema}: set DB_SCHEMA={schema}"
         if self.current is None:
             return "the database has no tiger_db schema: run `tiger-db init`"
-        if not self.known:
-            return (
-                f"the schema (revision {self.current}) is newer than this tiger_db"
-                f" (revision {self.head}): upgrade tiger_db"
-            )
-        if self.current != self.head:
-            return (
-                f"the schema (revision {self.current}) is older than this tiger_db"
-                f" (revision {self.head}): run `tiger-db migrate`"
-            )
-        return None
+        if self.current == self.head:
+            return None
+        age = "older" if self.known else "newer"
+        remedy = "run `tiger-db migrate`" if self.known else "upgrade tiger_db"
+        return (
+            f"the schema (revision {self.current}) is {age} than this tiger_db"
+            f" (revision {self.head}): {remedy}"
+        )
 
     def check(self) -> None:
         """Raise SchemaMismatch if there is a problem."""
@@ -81,7 +72,7 @@ class SchemaState:
 
 @dataclass(frozen=True, slots=True)
 class AppliedMigration:
-    """A migration that was run: how long its last attempt took, and how many it needed."""
+    """A migration that was run, with the duration of its last attempt."""
 
     revision: str
     message: str
@@ -91,32 +82,32 @@ class AppliedMigration:
 
 @dataclass(frozen=True, slots=True)
 class UpgradeResult(SchemaState):
-    """The state after an upgrade, and what that did."""
+    """The state after an upgrade, the migrations run, and the audit partitions created."""
 
     applied: list[AppliedMigration]
-    months: int  # of the audit trail, that were made
+    months: int
 
 
 class SearchPath(NamedTuple):
-    """Where a session looks for names, and whose session it is."""
+    """The search path of a session: the row that `SEARCH_PATH` selects."""
 
-    schemas: list[str]  # those that exist, in their order, implicit ones included
+    schemas: list[str]  # existing schemas in order, implicit ones included
     setting: str
     role: str
     database: str
 
     def resolves_to(self, schema: str) -> bool:
-        """Whether names are found in pg_catalog first, then in this schema, if it exists."""
+        """Return whether the path has pg_catalog first, then the schema if it exists."""
         found = [name for name in self.schemas if not name.startswith("pg_temp")]
         return found == ["pg_catalog"] or found[:2] == ["pg_catalog", schema]
 
     def repair_sql(self, schema: str) -> str:
-        """The SQL that makes this schema the search path of the role in this database."""
+        """Return the SQL that sets the search path of the role in this database to the schema."""
         role, database = quote_identifier(self.role), quote_identifier(self.database)
         return f"ALTER ROLE {role} IN DATABASE {database} SET search_path = {search_path(schema)}"
 
     def check(self, schema: str) -> None:
-        """Raise SchemaMismatch unless the session uses this schema."""
+        """Raise SchemaMismatch unless the path resolves to the schema."""
         if not self.resolves_to(schema):
             raise SchemaMismatch(
                 f"a pooler dropped the search path: it is {self.setting}, which does not lead to"
@@ -125,7 +116,7 @@ class SearchPath(NamedTuple):
 
 
 def script_location() -> Path:
-    """The Alembic scripts: inside an installed package, else beside it in a checkout."""
+    """Return the folder of the Alembic scripts, in an installed package or in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "alembic"
     return installed if installed.is_dir() else package.parent / "alembic"
@@ -133,25 +124,25 @@ def script_location() -> Path:
 
 @cache
 def scripts() -> ScriptDirectory:
-    """The migration scripts as they were when first asked for."""
+    """Return the migration scripts, read once."""
     return ScriptDirectory.from_config(alembic_config())
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Alembic's configuration, for a connection that env.py uses as it is."""
-    settings = Config(stdout=io.StringIO())
-    settings.set_main_option("script_location", str(script_location()).replace("%", "%%"))
-    settings.set_main_option("path_separator", "os")
-    settings.set_main_option("file_template", "%%(year)d%%(month).2d%%(day).2d_%%(rev)s_%%(slug)s")
-    settings.attributes["connection"] = connection
-    return settings
+    """Return Alembic's configuration; env.py uses the connection if one is given."""
+    config = Config(stdout=io.StringIO())
+    config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.set_main_option("file_template", "%%(year)d%%(month).2d%%(day).2d_%%(rev)s_%%(slug)s")
+    config.attributes["connection"] = connection
+    return config
 
 
 async def schema_state(connection: AsyncConnection) -> SchemaState:
-    """Compare the database's revision with this code's.
+    """Compare the revision of the database with the head revision.
 
     Raises:
-        MigrationError: this code has no migrations, or more than one head.
+        MigrationError: there are no migrations, or they have more than one head.
         SchemaMismatch: the session does not use the schema of `DB_SCHEMA`.
     """
     directory = await asyncio.to_thread(scripts)
@@ -164,36 +155,35 @@ async def schema_state(connection: AsyncConnection) -> SchemaState:
 
 
 def _head(directory: ScriptDirectory) -> str:
-    match directory.get_heads():
-        case [head]:
-            return head
-        case []:
-            raise MigrationError("there are no migration scripts")
-        case heads:
-            raise MigrationError(
-                f"the migrations have {len(heads)} heads ({', '.join(sorted(heads))}):"
-                " join them with `alembic merge heads -m ...`"
-            )
+    heads = directory.get_heads()
+    if not heads:
+        raise MigrationError("there are no migration scripts")
+    if len(heads) > 1:
+        raise MigrationError(
+            f"the migrations have {len(heads)} heads ({', '.join(sorted(heads))}):"
+            " join them with `alembic merge heads -m ...`"
+        )
+    return heads[0]
 
 
 def _current(connection: Connection) -> tuple[str, ...]:
-    """The database's revision; several after branches that were never joined."""
+    """Return the revision of the database; more than one if branches were not merged."""
     _check_search_path(connection)
     if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
         return ()
-    rows = connection.scalars(text("SELECT version_num FROM alembic_version ORDER BY 1"))
-    return tuple(rows)
+    return tuple(connection.scalars(text("SELECT version_num FROM alembic_version ORDER BY 1")))
 
 
-def _wanted_schema(connection: Connection) -> str | None:
-    """`DB_SCHEMA` of the connection's engine; None: somebody else made the engine."""
+def _configured_schema(connection: Connection) -> str | None:
+    """Return `DB_SCHEMA`, or None if tiger_db did not create the engine."""
     schema: str | None = connection.get_execution_options().get(SCHEMA_OPTION)
     return schema
 
 
 def _check_search_path(connection: Connection) -> None:
-    schema = _wanted_schema(connection)
-    # A path of ours is not resolved: where its schema is missing, that would need pg_temp.
+    schema = _configured_schema(connection)
+    # If the setting is the expected one, it is not resolved: PostgreSQL would need the right to
+    # create temporary tables if the schema is missing.
     setting = text("SELECT pg_catalog.current_setting('search_path')")
     if schema is not None and connection.scalar(setting) != search_path(schema):
         SearchPath._make(connection.exec_driver_sql(SEARCH_PATH).one()).check(schema)
@@ -203,21 +193,33 @@ def create_schema(connection: Connection) -> None:
     """Create the schema of `DB_SCHEMA` if it is missing, and commit.
 
     Raises:
-        MigrationError: it is missing, and the role may not create it; or the role may not use it.
+        MigrationError: the role lacks the right to create or to use the schema.
         SchemaMismatch: the session does not use that schema.
     """
     _check_search_path(connection)
-    schema = _wanted_schema(connection)
+    schema = _configured_schema(connection)
     if schema is not None:
+        quoted = quote_identifier(schema)
         if _is_missing(connection, schema):
-            _create_schema(connection, schema)
-        # Without this right the schema is passed over, and tables would be temporary ones.
+            try:
+                connection.exec_driver_sql(f"CREATE SCHEMA {quoted}")
+                connection.commit()
+            except DBAPIError as error:
+                connection.rollback()
+                state = getattr(error.orig, "sqlstate", None)
+                if state == "42501":  # insufficient_privilege
+                    raise MigrationError(
+                        "the schema of DB_SCHEMA is missing, and this role may not create it: have"
+                        f" an administrator run CREATE SCHEMA {quoted}, and GRANT USAGE, CREATE on"
+                        " it to this role"
+                    ) from None
+                if state not in ("42P06", "23505"):  # another process has just created the schema
+                    raise
+        # Without USAGE, PostgreSQL skips the schema and would create temporary tables.
         usage = text("SELECT has_schema_privilege(:schema, 'USAGE')")
         if not connection.scalar(usage, {"schema": schema}):
-            raise MigrationError(
-                f"GRANT USAGE, CREATE ON SCHEMA {quote_identifier(schema)} (DB_SCHEMA) to this role"
-            )
-        # SQLAlchemy has asked for it when it connected.
+            raise MigrationError(f"GRANT USAGE, CREATE ON SCHEMA {quoted} (DB_SCHEMA) to this role")
+        # SQLAlchemy read the default schema when it connected.
         connection.dialect.default_schema_name = schema
     connection.rollback()
 
@@ -227,27 +229,10 @@ def _is_missing(connection: Connection, schema: str) -> bool:
     return not connection.scalar(found, {"schema": schema})
 
 
-def _create_schema(connection: Connection, schema: str) -> None:
-    create = f"CREATE SCHEMA {quote_identifier(schema)}"
-    try:
-        connection.exec_driver_sql(create)
-        connection.commit()
-    except DBAPIError as error:
-        connection.rollback()
-        state = getattr(error.orig, "sqlstate", None)
-        if state == "42501":  # insufficient_privilege
-            raise MigrationError(
-                "the schema of DB_SCHEMA is missing, and this role may not create it: have an"
-                f" administrator run {create}, and GRANT USAGE, CREATE on it to this role"
-            ) from None
-        if state not in ("42P06", "23505"):  # duplicate_schema, or its unique index
-            raise
-
-
 def search_path_sql(schema: str, *, create: bool) -> str:
-    """SQL that has a session of psql use a schema, and first creates it where it is missing."""
-    made = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)};\n\n" if create else ""
-    return f"{made}SET search_path = {search_path(schema)};\n\n"
+    """Return the SQL with which a psql script begins: create the schema if missing, and use it."""
+    created = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)};\n\n" if create else ""
+    return f"{created}SET search_path = {search_path(schema)};\n\n"
 
 
 def _no_progress(_: str) -> None:
@@ -257,16 +242,15 @@ def _no_progress(_: str) -> None:
 async def upgrade(
     engine: AsyncEngine, revision: str = "head", *, progress: Progress = _no_progress
 ) -> UpgradeResult:
-    """Migrate up, each migration in a transaction of its own, and make audit months ahead.
+    """Run migrations up to a revision, then create the audit partitions of the next months.
 
-    Whoever else migrates this database at the time is waited for. A migration that does not get a
-    lock gives way to those who queue behind it, and is tried again. `say` is told of every
-    migration, attempt and wait, in a line.
+    Each migration has its own transaction. If other processes migrate, the call waits for them. A
+    migration that does not get a lock in time is rolled back, so that the sessions behind it can
+    continue, and is run again. `progress` gets a line for each migration, attempt and wait.
 
     Raises:
-        MigrationError: the schema of `DB_SCHEMA` is missing, and this role may not create it;
-            unknown revision; or no lock for too long. That migration is rolled back; those before
-            it stay.
+        MigrationError: the role lacks the right to create the schema; the revision is unknown; or
+            a migration got no lock for too long and is rolled back. Earlier ones stay applied.
         SchemaMismatch: sessions do not use the schema of `DB_SCHEMA`.
     """
     async with engine.connect() as connection:
@@ -278,20 +262,20 @@ async def upgrade(
         months = 0
         if state.problem is None:
 
-            async def make() -> int:
+            async def create_months() -> int:
                 async with connection.begin():
-                    made = text("SELECT make_audit_months(:months)")
-                    return int(await connection.scalar(made, {"months": MONTHS_AHEAD}))
+                    created = text("SELECT make_audit_months(:months)")
+                    return int(await connection.scalar(created, {"months": MONTHS_AHEAD}))
 
-            what = "making months of the audit trail"
-            months, _, _ = await with_lock_retries(engine, connection, what, make, progress)
+            title = "making months of the audit trail"
+            months, *_ = await with_lock_retries(engine, connection, title, create_months, progress)
         return UpgradeResult(state.current, state.head, state.known, applied, months)
 
 
 async def downgrade(
     engine: AsyncEngine, revision: str, *, progress: Progress = _no_progress
 ) -> SchemaState:
-    """Migrate down to a revision, `-1` or `base`, as carefully as up.
+    """Undo migrations down to a revision, `-1` or `base`, with the same locks as `upgrade`.
 
     Raises:
         MigrationError: see `upgrade`.
@@ -304,11 +288,11 @@ async def downgrade(
 
 
 async def pending(engine: AsyncEngine, revision: str = "head") -> list[Script]:
-    """The migrations that `upgrade` would run now, in their order.
+    """Return the migrations that `upgrade` would run, in order.
 
     Raises:
-        MigrationError: unknown revision.
-        SchemaMismatch: the schema is newer than this code.
+        MigrationError: the revision is unknown.
+        SchemaMismatch: the schema is newer than this release.
     """
     async with engine.connect() as connection:
         state = await schema_state(connection)
@@ -319,52 +303,52 @@ async def pending(engine: AsyncEngine, revision: str = "head") -> list[Script]:
 
 
 async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
-    """What `upgrade` would do now, as SQL for `psql -v ON_ERROR_STOP=1`.
+    """Return the SQL of `upgrade`, for `psql -v ON_ERROR_STOP=1`.
 
     Raises:
         MigrationError, SchemaMismatch: see `pending`.
     """
     steps = await pending(engine, revision)
     async with engine.connect() as connection:
-        schema = await connection.run_sync(_wanted_schema)
-        written = ""
+        schema = await connection.run_sync(_configured_schema)
+        script = ""
         if schema is not None:
             missing = await connection.run_sync(_is_missing, schema)
-            written = search_path_sql(schema, create=missing)
+            script = search_path_sql(schema, create=missing)
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
             raise MigrationError("the database is at several revisions: no script starts there")
-        written += migration_sql(start, steps[-1].revision)
+        script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
         months = f"SELECT make_audit_months({MONTHS_AHEAD});"
-        written += f"BEGIN;\n\n{LOCK_TIMEOUT};\n\n{months}\n\nCOMMIT;\n"
-    return written
+        script += f"BEGIN;\n\n{LOCK_TIMEOUT};\n\n{months}\n\nCOMMIT;\n"
+    return script
 
 
 def migration_sql(start: str | None, end: str) -> str:
-    """The SQL of the migrations after one revision (None: of an empty database) up to another.
+    """Return the SQL of the migrations after one revision (None: all) up to another.
 
     Raises:
-        MigrationError: unknown revision.
+        MigrationError: a revision is unknown.
     """
-    settings = alembic_config()
-    settings.output_buffer = io.StringIO()
+    config = alembic_config()
+    config.output_buffer = io.StringIO()
     try:
-        command.upgrade(settings, f"{start}:{end}" if start else end, sql=True)
+        command.upgrade(config, f"{start}:{end}" if start else end, sql=True)
     except CommandError as error:
         raise MigrationError(str(error)) from None
-    written = settings.output_buffer.getvalue()
-    return re.sub("^BEGIN;$", f"BEGIN;\n\n{LOCK_TIMEOUT};", written, flags=re.MULTILINE)
+    script = config.output_buffer.getvalue()
+    return re.sub("^BEGIN;$", f"BEGIN;\n\n{LOCK_TIMEOUT};", script, flags=re.MULTILINE)
 
 
 async def drift(engine: AsyncEngine) -> list[str]:
-    """List how the database's schema differs from the declared one, a line each.
+    """Return the differences between the schema and its declaration, each as one line.
 
-    Triggers that somebody added are left to `doctor`.
+    Triggers that others added are not included; `doctor` reports them.
 
     Raises:
-        SchemaMismatch: the database is not at this code's revision, so there is nothing to compare.
+        SchemaMismatch: the database is not at the head revision.
     """
     async with engine.connect() as connection:
         (await schema_state(connection)).check()
@@ -374,29 +358,27 @@ async def drift(engine: AsyncEngine) -> list[str]:
         try:
             await _run(connection, command.check)
         except AutogenerateDiffsDetected as detected:
-            # Missing triggers are among the differences.
+            # Missing triggers are among the differences above.
             diffs = [_describe(diff) for diff in detected.diffs if diff[0] != "add_trigger"]
             return [" ".join(diff.split()) for diff in diffs] + changed
     return changed
 
 
 async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = True) -> Path:
-    """Write a migration from the schema in the database to the models; returns its file.
+    """Write a migration from the schema of the database to the models, and return its file.
 
     Raises:
-        MigrationError: this is an installed package, where a migration would be lost.
-        SchemaMismatch: the database is not at this code's revision.
+        MigrationError: this is an installed package, whose files an upgrade replaces.
+        SchemaMismatch: the database is not at the head revision.
     """
     if script_location().parent == Path(__file__).parents[1]:
         raise MigrationError("migrations are written in a checkout, not in an installed package")
+    write = partial(command.revision, message=message, autogenerate=autogenerate)
     async with engine.connect() as connection:
         if autogenerate:
             (await schema_state(connection)).check()
             await connection.rollback()
-        script = await _run(
-            connection,
-            lambda cfg: command.revision(cfg, message=message, autogenerate=autogenerate),
-        )
+        script = await _run(connection, write)
     if not isinstance(script, Script):
         raise MigrationError("no migration was written")
     scripts.cache_clear()
@@ -404,22 +386,22 @@ async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = Tr
 
 
 def history() -> list[Script]:
-    """Every migration, newest first."""
+    """Return all migrations, newest first."""
     return list(scripts().walk_revisions())
 
 
 def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionStep]:
-    """The migrations from here to there."""
-    directory, here = scripts(), tuple(current)
+    """Return the migrations from the current revision to another, in order."""
+    directory, start = scripts(), tuple(current)
     _head(directory)
-    step = MigrationStep.upgrade_from_script if up else MigrationStep.downgrade_from_script
     try:
-        found = (
-            reversed(list(directory.iterate_revisions(revision, here, implicit_base=True)))
-            if up
-            else directory.iterate_revisions(here, revision, select_for_downgrade=True)
-        )
-        return [step(directory.revision_map, script) for script in found]
+        if up:
+            found = directory.iterate_revisions(revision, start, implicit_base=True)
+            step, ordered = MigrationStep.upgrade_from_script, list(found)[::-1]
+        else:
+            found = directory.iterate_revisions(start, revision, select_for_downgrade=True)
+            step, ordered = MigrationStep.downgrade_from_script, list(found)
+        return [step(directory.revision_map, script) for script in ordered]
     except RevisionError as error:
         raise MigrationError(str(error)) from None
 
@@ -427,33 +409,32 @@ def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionS
 async def _apply(
     engine: AsyncEngine, connection: AsyncConnection, revision: str, progress: Progress, *, up: bool
 ) -> list[AppliedMigration]:
-    """Run one migration after the other, each in a transaction of its own."""
+    """Run migrations one after another, each in its own transaction."""
     current = await connection.run_sync(_current)
     await connection.rollback()
     applied = []
     for step in await asyncio.to_thread(_steps, current, revision, up=up):
         script = step.revision
-        title = f"{script.revision} {script.doc.rstrip('.')}"
-        what = title if up else f"undoing {title}"
-        work = partial(_run, connection, partial(_migrate, step))
-        _, seconds, attempts = await with_lock_retries(engine, connection, what, work, progress)
+        title = f"{'' if up else 'undoing '}{script.revision} {script.doc.rstrip('.')}"
+        run = partial(_run, connection, partial(_run_step, step))
+        _, seconds, attempts = await with_lock_retries(engine, connection, title, run, progress)
         current = await connection.run_sync(_current)
         await connection.rollback()
         if not set(step.to_revisions) <= set(current):
-            raise MigrationError(f"{what} left the schema at {', '.join(current) or 'base'}")
-        progress(f"{what}: {seconds:.1f} s")
+            raise MigrationError(f"{title} left the schema at {', '.join(current) or 'base'}")
+        progress(f"{title}: {seconds:.1f} s")
         applied.append(AppliedMigration(script.revision, script.doc, round(seconds, 3), attempts))
     return applied
 
 
-def _migrate(step: RevisionStep, settings: Config) -> None:
-    """What `alembic upgrade` does, for one migration."""
-    directory = scripts()
-    with EnvironmentContext(settings, directory, fn=lambda _revision, _context: [step]):
-        directory.run_env()
+def _run_step(step: RevisionStep, config: Config) -> None:
+    """Run one migration, as `alembic upgrade` does."""
+    with EnvironmentContext(config, scripts(), fn=lambda _revision, _context: [step]) as context:
+        context.script.run_env()
 
 
 async def _run(connection: AsyncConnection, run: Callable[[Config], T]) -> T:
+    """Run an Alembic command on a connection."""
     try:
         return await connection.run_sync(lambda sync: run(alembic_config(sync)))
     except AutogenerateDiffsDetected:
@@ -463,13 +444,10 @@ async def _run(connection: AsyncConnection, run: Callable[[Config], T]) -> T:
 
 
 def _describe(difference: object) -> str:
-    """An Alembic diff tuple (a list of them for a changed column) in one line."""
+    """Return an Alembic diff, a tuple or a list of tuples for one column, as one line."""
     if isinstance(difference, list):
         return "; ".join(map(_describe, difference))
     if not isinstance(difference, tuple):
         return str(difference)
-    return " ".join(
-        str(getattr(part, "name", None) or part)
-        for part in difference
-        if part is not None and part != {} and not isinstance(part, dict)
-    )
+    shown = [part for part in difference if part is not None and not isinstance(part, dict)]
+    return " ".join(str(getattr(part, "name", None) or part) for part in shown)

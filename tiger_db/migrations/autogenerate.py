@@ -1,4 +1,4 @@
-"""What Alembic's autogenerate must know about this schema, beyond tables and columns."""
+"""Extensions of Alembic's autogenerate: partitions, column types, defaults and triggers."""
 
 import re
 from collections.abc import Iterable
@@ -12,19 +12,19 @@ from alembic.util import DispatchPriority
 from sqlalchemy import text
 from sqlalchemy.types import TypeDecorator
 
-from tiger_db.migrations.declared import Trigger, updated_at_triggers
+from tiger_db.migrations.declared import TRIGGERS, Trigger
 from tiger_db.models import metadata
 
 _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")
 
 
 def include_name(name: str | None, kind: str, _parents: object) -> bool:
-    """Partitions follow their parent: they are not tables to compare."""
+    """Return False for partitions, which have no model."""
     return not (kind == "table" and name is not None and _PARTITION.match(name))
 
 
 def render_item(kind: str, item: object, _context: AutogenContext) -> str | Literal[False]:
-    """Write our column types into a migration as what they are in the database, never by `repr`."""
+    """Render tiger_db's column types as the database types that implement them."""
     if kind == "type" and isinstance(item, TypeDecorator):
         return f"sa.{item.impl_instance!r}"
     return False
@@ -38,47 +38,38 @@ def compare_server_default(
     _metadata_default: object,
     rendered_metadata_default: str | None,
 ) -> bool | None:
-    """Alembic has the server compare values; two of a sequence are never the same."""
+    """Compare defaults from sequences as text, because two values of a sequence always differ."""
     if inspected_default and inspected_default.startswith("nextval("):
         return inspected_default != rendered_metadata_default
     return None
 
 
 class TriggerOp(ExecuteSQLOp):
-    """Create or drop the trigger that keeps `updated_at` of a table."""
+    """Operation that creates or drops a `set_updated_at` trigger."""
 
     def __init__(self, trigger: Trigger, *, create: bool = True) -> None:
-        self.trigger = trigger
-        self.create = create
-        super().__init__(
-            trigger.on(trigger.table)
-            if create
-            else f"DROP TRIGGER {trigger.name} ON {trigger.table}"
-        )
+        self.trigger, self.create = trigger, create
+        drop = f"DROP TRIGGER {trigger.name} ON {trigger.table}"
+        super().__init__(trigger.definition(trigger.table) if create else drop)
 
     def reverse(self) -> "TriggerOp":
         return TriggerOp(self.trigger, create=not self.create)
 
     def to_diff_tuple(self) -> tuple[str, str]:
-        return (
-            "add_trigger" if self.create else "remove_trigger",
-            f"{self.trigger.name} on {self.trigger.table}",
-        )
+        verb = "add" if self.create else "remove"
+        return f"{verb}_trigger", f"{self.trigger.name} on {self.trigger.table}"
 
 
 @comparators.dispatch_for("schema", priority=DispatchPriority.LAST)
 def _compare_triggers(context: AutogenContext, ops: UpgradeOps, _schemas: Iterable[object]) -> None:
     assert context.connection is not None
-    present = set(
-        context.connection.scalars(
-            text(
-                "SELECT relname FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid"
-                " WHERE tgname = 'set_updated_at'"
-                " AND relnamespace = quote_ident(current_schema())::regnamespace"
-            )
-        )
+    tables = text(
+        "SELECT relname FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid"
+        " WHERE tgname = 'set_updated_at'"
+        " AND relnamespace = quote_ident(current_schema())::regnamespace"
     )
-    missing = [trigger for trigger in updated_at_triggers() if trigger.table not in present]
+    found = set(context.connection.scalars(tables))
+    missing = [t for t in TRIGGERS if t.name == "set_updated_at" and t.table not in found]
     ops.ops.extend(map(TriggerOp, missing))
 
 

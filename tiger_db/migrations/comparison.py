@@ -1,4 +1,4 @@
-"""How a database differs from the declared triggers and functions, and the SQL that ends this."""
+"""The differences between a database and the declared triggers and functions, with repair SQL."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,22 +7,18 @@ from typing import Any
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tiger_db.migrations.declared import FUNCTIONS, Trigger, triggers
+from tiger_db.migrations.declared import FUNCTIONS, TRIGGERS, Trigger
 from tiger_db.models import metadata
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaDifference:
-    """How a database differs from the declaration, and the SQL that ends this.
+    """A difference between a database and the declaration, and the SQL that repairs it."""
 
-    `tables` are those concerned; a partition counts as its parent. `unknown`: a trigger was added
-    that tiger_db does not have. It may be the application's own, or an attacker's.
-    """
-
-    tables: tuple[str, ...]
+    tables: tuple[str, ...]  # the tables concerned, not their partitions
     description: str
     repair: str
-    undeclared: bool = False
+    undeclared: bool = False  # a trigger that tiger_db does not declare; it may be legitimate
 
     def __str__(self) -> str:
         return f"{self.description}: {self.repair}"
@@ -33,7 +29,7 @@ _SCHEMA = text("""
 SELECT oid, nspname::text AS name, pg_catalog.quote_ident(nspname) AS quoted
 FROM pg_catalog.pg_namespace WHERE nspname OPERATOR(pg_catalog.=) pg_catalog.current_schema()
 """)
-_TABLES_FOUND = text("""
+_TABLES = text("""
 SELECT c.oid, root.oid AS root_oid, root.relname::text AS root, c.relkind::text AS kind,
     CASE c.relnamespace WHEN :schema THEN quote_ident(c.relname)
         ELSE c.oid::regclass::text END AS name, c.oid::regclass::text AS qualified,
@@ -49,20 +45,21 @@ WHERE root.relnamespace = :schema
     AND root.relname = ANY (CAST(:tables AS text[])) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
 ORDER BY root.relname, c.oid <> root.oid, c.relname
 """)
-_TRIGGERS_FOUND = text("""
+_TRIGGERS = text("""
 SELECT tgrelid AS oid, quote_ident(tgname) AS name, tgenabled::text AS enabled,
     tgisinternal AS internal, tgparentid <> 0 AS cloned, pg_get_triggerdef(oid, true) AS definition
 FROM pg_trigger WHERE tgrelid = ANY (CAST(:oids AS oid[])) ORDER BY tgname
 """)
-_FUNCTIONS_FOUND = text("""
+_FUNCTIONS = text("""
 SELECT format('%I(%s)', proname, pg_get_function_arguments(oid)) AS signature,
     format('%I(%s)', proname, pg_get_function_identity_arguments(oid)) AS identity,
     pg_get_functiondef(oid) AS definition
 FROM pg_proc WHERE pronamespace = :schema
     AND proname = ANY (CAST(:names AS text[])) AND prokind <> 'a' ORDER BY 1
 """)
-# Functions and operators that a call by PostgreSQL's name may mean, and casts of the tables' types.
-_CAPTURES_FOUND = text("""
+# What can change the effect of tiger_db's SQL: functions and operators with names of PostgreSQL's,
+# casts of the tables' types, and a session_replication_role that disables triggers.
+_OVERRIDES = text("""
 WITH of_columns AS (
     SELECT t.oid, t.typelem FROM pg_attribute JOIN pg_type AS t ON t.oid = atttypid
     WHERE attrelid = ANY (CAST(:oids AS oid[]))
@@ -91,14 +88,17 @@ SELECT format('the cast from %s to %s is not one of tiger_db''s', source, target
     format('DROP CAST (%s AS %s)', source, target)
 FROM (SELECT castsource::regtype AS source, casttarget::regtype AS target FROM pg_cast
     WHERE castsource IN (SELECT oid FROM of_types) OR casttarget IN (SELECT oid FROM of_types)) AS c
+UNION ALL
+SELECT format('session_replication_role is %s, so that triggers do not fire', setting),
+    coalesce('ALTER ' || CASE source WHEN 'user' THEN format('ROLE %I', session_user)
+        WHEN 'database' THEN format('DATABASE %I', current_database())
+        WHEN 'database user'
+            THEN format('ROLE %I IN DATABASE %I', session_user, current_database())
+        WHEN 'global' THEN 'ROLE ALL' END || ' RESET session_replication_role',
+        format('remove it where it is set (%s)', source))
+FROM pg_settings WHERE name = 'session_replication_role' AND setting <> 'origin'
 ORDER BY description
 """)
-_REPLICATION_ROLE = text("""
-SELECT setting, source, quote_ident(session_user) AS role,
-    quote_ident(current_database()) AS database
-FROM pg_settings WHERE name = 'session_replication_role' AND setting <> 'origin'
-""")
-_EVERY_TABLE = tuple(sorted(metadata.tables))
 _KINDS = {
     "r": "a table",
     "p": "a partitioned table",
@@ -117,50 +117,37 @@ _STATES = {
 async def find_differences(connection: AsyncConnection) -> list[SchemaDifference]:
     """Compare triggers, functions, row security, rules and kinds of tables with the declaration.
 
-    Also reported is what makes them act otherwise than declared: functions and operators of the
-    schema that have a name of PostgreSQL's, casts of tiger_db's types, tables that inherit from
-    tiger_db's, and a `session_replication_role` of this session that switches triggers off.
+    Also compares what can change their effect: functions, operators, casts, inheriting tables and
+    `session_replication_role`.
 
-    The database must be at this code's revision. The search path of the connection's transaction
-    is set to pg_catalog.
+    The database must be at the head revision. The search path of the connection's transaction is
+    set to pg_catalog.
     """
-    # How names are printed is no matter of the database's settings.
+    # The settings of the database must not change how PostgreSQL prints names.
     await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
     schema = (await connection.execute(_SCHEMA)).one()
-    # From here on, no function or operator of the schema can take the place of PostgreSQL's, and
-    # PostgreSQL prints names qualified.
+    # With this path, no function or operator of the schema can replace PostgreSQL's, and PostgreSQL
+    # prints qualified names.
     await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
-    here = {"schema": schema.oid}
-    tables = (await connection.execute(_TABLES_FOUND, here | {"tables": [*metadata.tables]})).all()
-    oids = {"oids": [table.oid for table in tables]}
-    found = (await connection.execute(_TRIGGERS_FOUND, oids)).all()
-    names = [signature.partition("(")[0] for signature in FUNCTIONS]
-    functions = (await connection.execute(_FUNCTIONS_FOUND, here | {"names": names})).all()
-    captures = (await connection.execute(_CAPTURES_FOUND, here | oids)).all()
+    values: dict[str, Any] = {
+        "schema": schema.oid,
+        "tables": [*metadata.tables],
+        "names": [signature.partition("(")[0] for signature in FUNCTIONS],
+    }
+    tables = (await connection.execute(_TABLES, values)).all()
+    values["oids"] = [table.oid for table in tables]
+    functions = (await connection.execute(_FUNCTIONS, values)).all()
     return [
-        *_replication_role((await connection.execute(_REPLICATION_ROLE)).first()),
-        *(SchemaDifference(_EVERY_TABLE, row.description, row.repair) for row in captures),
+        *(
+            SchemaDifference(tuple(sorted(metadata.tables)), row.description, row.repair)
+            for row in await connection.execute(_OVERRIDES, values)
+        ),
         *_compare_functions(schema, functions),
         *_compare_tables(tables),
-        *_compare_triggers(schema.quoted, tables, found),
+        *_compare_triggers(
+            schema.quoted, tables, (await connection.execute(_TRIGGERS, values)).all()
+        ),
     ]
-
-
-def _replication_role(row: Row[Any] | None) -> Iterator[SchemaDifference]:
-    if row is None:
-        return
-    description = f"session_replication_role is {row.setting}, so that triggers do not fire"
-    setters = {
-        "user": f"ROLE {row.role}",
-        "database": f"DATABASE {row.database}",
-        "database user": f"ROLE {row.role} IN DATABASE {row.database}",
-        "global": "ROLE ALL",
-    }
-    if row.source in setters:
-        repair = f"ALTER {setters[row.source]} RESET session_replication_role"
-    else:
-        repair = f"remove it where it is set ({row.source})"
-    yield SchemaDifference(_EVERY_TABLE, description, repair)
 
 
 def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[SchemaDifference]:
@@ -171,16 +158,16 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
         if definition == expected:
             continue
         name = signature.partition("(")[0]
-        tables = sorted({t.table for t in triggers() if f".{name}()" in t.action})
-        description = f"function {name} (of {', '.join(tables or ['audit_logs'])}) "
+        # Functions without a trigger serve the partitions of audit_logs.
+        tables = sorted({t.table for t in TRIGGERS if f".{name}()" in t.action}) or ["audit_logs"]
+        state = "is missing" if definition is None else _first_changes(expected, definition)
         yield SchemaDifference(
-            tuple(tables or ["audit_logs"]),  # the other functions make its partitions
-            description + ("is missing" if definition is None else _changes(expected, definition)),
-            _on_one_line(f"{schema.quoted}.{signature}", expected),
+            tuple(tables),
+            f"function {name} (of {', '.join(tables)}) {state}",
+            _function_sql(f"{schema.quoted}.{signature}", expected),
         )
     for row in found:
         if row.signature not in FUNCTIONS:
-            name = row.signature.partition("(")[0]
             yield SchemaDifference(
                 ("audit_logs",),
                 f"function {row.identity} has the name of one of tiger_db's",
@@ -188,8 +175,8 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
             )
 
 
-def _changes(expected: str, definition: str) -> str:
-    """Name the first line that is too many, and the first that is missing."""
+def _first_changes(expected: str, definition: str) -> str:
+    """Describe the first added line and the first missing line of a definition."""
     before, after = (
         [" ".join(line.split()) for line in source.replace("$function$", "\n").splitlines()]
         for source in (expected, definition)
@@ -202,42 +189,43 @@ def _changes(expected: str, definition: str) -> str:
     return " and ".join(changes or ["has other white space or another order of lines"])
 
 
-def _on_one_line(signature: str, definition: str) -> str:
+def _function_sql(signature: str, definition: str) -> str:
+    """Return the SQL that creates or replaces a function, as one line."""
     clauses, _, body = definition.partition("AS $function$")
-    statement = f"CREATE OR REPLACE FUNCTION {signature} {' '.join(clauses.split())}"
-    if not body:  # SQL-standard: it is among the clauses
-        return statement
+    sql = f"CREATE OR REPLACE FUNCTION {signature} {' '.join(clauses.split())}"
+    if not body:  # a function in standard SQL: its body is one of the clauses
+        return sql
     body = body.removesuffix("$function$\n").replace("\\", "\\\\").replace("'", "''")
-    return f"{statement} AS E'{body}'".replace("\n", "\\n")
+    return f"{sql} AS E'{body}'".replace("\n", "\\n")
 
 
 def _compare_tables(found: Iterable[Row[Any]]) -> Iterator[SchemaDifference]:
     for name in metadata.tables.keys() - {table.root for table in found}:
         yield SchemaDifference((name,), f"table {name} is missing", "restore it from a backup")
     for table in found:
-        name, of = table.name, (table.root,)
-        if table.kind != _kind(table):
-            description = f"{name} is {_KINDS[table.kind]}, not {_KINDS[_kind(table)]}"
-            yield SchemaDifference(of, description, "restore it from a backup")
-        alter = f"ALTER TABLE {table.qualified}"
-        if table.secured:
-            description = f"row security of {name} is enabled"
-            yield SchemaDifference(of, description, f"{alter} DISABLE ROW LEVEL SECURITY")
-        if table.forced:
-            description = f"row security of {name} is forced"
-            yield SchemaDifference(of, description, f"{alter} NO FORCE ROW LEVEL SECURITY")
-        for policy in table.policies:
-            description = f"{name} has the policy {policy}"
-            yield SchemaDifference(of, description, f"DROP POLICY {policy} ON {table.qualified}")
-        for rule in table.rules:
-            repair = f"DROP RULE {rule} ON {table.qualified}"
-            yield SchemaDifference(of, f"{name} has the rule {rule}", repair)
-        for child in table.children:  # which keeps its rows
-            repair = f"ALTER TABLE {child} NO INHERIT {table.qualified}"
-            yield SchemaDifference(of, f"table {child} inherits from {name}", repair)
+        for description, repair in _table_differences(table):
+            yield SchemaDifference((table.root,), description, repair)
 
 
-def _kind(table: Row[Any]) -> str:
+def _table_differences(table: Row[Any]) -> Iterator[tuple[str, str]]:
+    name, qualified = table.name, table.qualified
+    if table.kind != (kind := _expected_kind(table)):
+        yield f"{name} is {_KINDS[table.kind]}, not {_KINDS[kind]}", "restore it from a backup"
+    if table.secured:
+        repair = f"ALTER TABLE {qualified} DISABLE ROW LEVEL SECURITY"
+        yield f"row security of {name} is enabled", repair
+    if table.forced:
+        repair = f"ALTER TABLE {qualified} NO FORCE ROW LEVEL SECURITY"
+        yield f"row security of {name} is forced", repair
+    for policy in table.policies:
+        yield f"{name} has the policy {policy}", f"DROP POLICY {policy} ON {qualified}"
+    for rule in table.rules:
+        yield f"{name} has the rule {rule}", f"DROP RULE {rule} ON {qualified}"
+    for child in table.children:  # its rows stay
+        yield f"table {child} inherits from {name}", f"ALTER TABLE {child} NO INHERIT {qualified}"
+
+
+def _expected_kind(table: Row[Any]) -> str:
     partitioned = metadata.tables[table.root].dialect_options["postgresql"]["partition_by"]
     return "p" if partitioned and table.oid == table.root_oid else "r"
 
@@ -246,17 +234,17 @@ def _compare_triggers(
     schema: str, tables: Iterable[Row[Any]], found: Iterable[Row[Any]]
 ) -> Iterator[SchemaDifference]:
     states: dict[tuple[int, str], str | None] = {}
-    for table in (table for table in tables if table.kind == _kind(table)):
+    for table in (table for table in tables if table.kind == _expected_kind(table)):
         on, qualified, of = table.name, table.qualified, (table.root,)
         is_root = table.oid == table.root_oid
         present = {row.name: row for row in found if row.oid == table.oid}
-        for trigger in triggers():
+        for trigger in TRIGGERS:
             if trigger.table != table.root or not (trigger.partitions or is_root):
                 continue
             row = present.pop(trigger.name, None)
-            expected = trigger.on(qualified, schema)
+            expected = trigger.definition(qualified, schema)
             state = states[table.oid, trigger.name] = _state(trigger, expected, row)
-            # Partitions copy row triggers, and follow when that of their parent is repaired.
+            # PostgreSQL copies row triggers, and their repairs, to partitions.
             copied = not is_root and trigger.action.startswith("FOR EACH ROW")
             if state is None or (copied and states[table.root_oid, trigger.name] == state):
                 continue
@@ -266,15 +254,13 @@ def _compare_triggers(
                 statements.append(expected.replace("CREATE", "CREATE OR REPLACE", 1))
             if not statements or trigger.enabled == "A":
                 statements.append(f"{enable} {trigger.name}")
-            yield SchemaDifference(
-                of, f"trigger {trigger.name} on {on} {state}", "; ".join(statements)
-            )
+            description = f"trigger {trigger.name} on {on} {state}"
+            yield SchemaDifference(of, description, "; ".join(statements))
         for row in present.values():
-            if row.internal and row.enabled != "O":  # a foreign key's
+            if row.internal and row.enabled != "O":  # the trigger of a foreign key
                 description = f"trigger {row.name} on {on} {_STATES[row.enabled]}"
-                yield SchemaDifference(
-                    of, description, f"ALTER TABLE {qualified} ENABLE TRIGGER {row.name}"
-                )
+                repair = f"ALTER TABLE {qualified} ENABLE TRIGGER {row.name}"
+                yield SchemaDifference(of, description, repair)
             elif not (row.internal or row.cloned):
                 description = f"trigger {row.name} on {on} is not one of tiger_db's"
                 repair = f"unless it is yours, DROP TRIGGER {row.name} ON {qualified}"

@@ -1,4 +1,4 @@
-"""Migrations take turns, and give way to those who queue behind them."""
+"""The lock of migrations, and attempts that give way to sessions that wait behind them."""
 
 import asyncio
 import time
@@ -15,13 +15,13 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, MigrationError
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
-MIGRATION_LOCK_ID = 0x7469676572  # "tiger": one migration at a time in each schema, whoever runs it
+MIGRATION_LOCK_ID = 0x7469676572  # "tiger"
 
 
 def lock_key(number: int) -> str:
-    """The SQL expression of an advisory lock's key in the session's schema.
+    """Return the SQL expression of an advisory lock's key, which depends on the current schema.
 
-    In `public` it is the number itself, as in releases without `DB_SCHEMA`.
+    In `public` the key is the number itself, as in releases without `DB_SCHEMA`.
     """
     return (
         f"CASE coalesce(current_schema(), 'public') WHEN 'public' THEN {number}"
@@ -29,14 +29,15 @@ def lock_key(number: int) -> str:
     )
 
 
-# Whoever needs what a migration waits for waits behind it. More than the server's deadlock_timeout:
-# only then does autovacuum give way to a migration.
+# Sessions that need a lock that a migration waits for wait behind the migration. The timeout is
+# longer than deadlock_timeout, because autovacuum gives way to a migration only after that.
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'"
-_LOCK_RETRY_SECONDS = 300.0  # seconds for one migration to get its locks
-_MAX_PAUSE_SECONDS = 15.0  # seconds at most between two attempts, in which those who queued get on
-_MIGRATION_LOCK_SECONDS = 3600.0  # seconds to wait for another's migrations
-_POLL_SECONDS = 0.5  # seconds between two looks
-_REPORT_SECONDS = 30.0  # seconds between two lines about the same wait
+_LOCK_RETRY_SECONDS = 300.0  # for all attempts of one migration
+_MAX_PAUSE_SECONDS = 15.0  # between two attempts
+_MIGRATION_LOCK_SECONDS = 3600.0  # longest wait for the migrations of other processes
+_POLL_SECONDS = 0.5
+_REPORT_SECONDS = 30.0  # between two lines about the same wait
+_KEY = lock_key(MIGRATION_LOCK_ID)
 _SESSION = """
 CASE pid WHEN 0 THEN 'a prepared transaction' ELSE concat('process ', pid, ' (', concat_ws(', ',
     nullif(application_name, ''), usename, host(client_addr), state, 'in a transaction for '
@@ -46,118 +47,122 @@ _BLOCKERS = text(
     f"SELECT {_SESSION} FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid)"  # noqa: S608  # constants
     " LEFT JOIN pg_stat_activity USING (pid) ORDER BY xact_start"
 )
-_MIGRATING = text(
+_LOCK_HOLDERS = text(
     f"SELECT {_SESSION} FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)"  # noqa: S608  # constants
     " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-    f" AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {lock_key(MIGRATION_LOCK_ID)}"
+    f" AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {_KEY}"
 )
 
 
 @asynccontextmanager
 async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterator[AsyncConnection]:
-    """A connection that alone may migrate, and waits for no lock longer than `LOCK_TIMEOUT` says.
+    """Return a connection that holds the migration lock and sets the lock timeout.
+
+    One process at a time can hold the lock of a schema.
 
     Raises:
-        MigrationError: others migrated for an hour.
+        MigrationError: other processes held the lock for an hour.
     """
     async with engine.connect() as connection:
-        await _wait(connection, progress)
-        # Each transaction says it anew: a SET before Alembic's first one would begin that. In an
-        # autocommit_block there is none, and CONCURRENTLY waits without holding anybody up.
+        await _take_lock(connection, progress)
+        # Every transaction sets the timeout, because a SET before Alembic's first transaction would
+        # begin one. An autocommit_block has no timeout: CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
-        event.listen(connection.sync_connection, "begin", _hurry)
+        event.listen(connection.sync_connection, "begin", _set_lock_timeout)
         try:
             yield connection
         finally:
             await connection.rollback()
-            await connection.execute(
-                text(f"SELECT pg_advisory_unlock({lock_key(MIGRATION_LOCK_ID)})")
-            )
+            await connection.execute(text(f"SELECT pg_advisory_unlock({_KEY})"))
             await connection.commit()
 
 
-def _hurry(connection: Connection) -> None:
+def _set_lock_timeout(connection: Connection) -> None:
     connection.exec_driver_sql(LOCK_TIMEOUT)
 
 
-async def _wait(connection: AsyncConnection, progress: Progress) -> None:
-    """Take the lock. No transaction is open meanwhile: CREATE INDEX CONCURRENTLY waits for all."""
-    start, told = time.monotonic(), -_REPORT_SECONDS
-    take = text(f"SELECT pg_try_advisory_lock({lock_key(MIGRATION_LOCK_ID)})")
-    while not await connection.scalar(take):
-        who = ", ".join((await connection.scalars(_MIGRATING)).all()) or "somebody"
+async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
+    """Take the migration lock, and report the processes that hold it.
+
+    No transaction is open between attempts, because CREATE INDEX CONCURRENTLY would wait for it.
+    """
+    start, reported = time.monotonic(), -_REPORT_SECONDS
+    while not await connection.scalar(text(f"SELECT pg_try_advisory_lock({_KEY})")):
+        holders = ", ".join((await connection.scalars(_LOCK_HOLDERS)).all()) or "somebody"
         await connection.rollback()
         waited = time.monotonic() - start
         if waited > _MIGRATION_LOCK_SECONDS:
             raise MigrationError(
-                f"{who} has been migrating for {waited / 60:.0f} min: nothing was done here;"
+                f"{holders} has been migrating for {waited / 60:.0f} min: nothing was done here;"
                 " run `tiger-db migrate` again when that is through"
             )
-        if waited - told >= _REPORT_SECONDS:
-            progress(f"waiting for {who} to migrate: {waited:.0f} s")
-            told = waited
+        if waited - reported >= _REPORT_SECONDS:
+            progress(f"waiting for {holders} to migrate: {waited:.0f} s")
+            reported = waited
         await asyncio.sleep(_POLL_SECONDS)
-    await connection.commit()  # the lock stays; Alembic begins its transactions itself
+    await connection.commit()  # keeps the lock; Alembic begins its own transactions
 
 
 async def with_lock_retries(
     engine: AsyncEngine,
     connection: AsyncConnection,
-    what: str,
+    title: str,
     work: Callable[[], Awaitable[T]],
     progress: Progress,
 ) -> tuple[T, float, int]:
-    """Do the work until it gets its locks: what it returned, in how many seconds, which attempt.
+    """Run a migration until it gets its locks.
+
+    Returns its result, the seconds of the last attempt, and the number of attempts.
 
     Raises:
-        MigrationError: it did not get them; who has them.
+        MigrationError: the migration did not get its locks. The message names the blockers.
     """
     driver = (await connection.get_raw_connection()).driver_connection
     assert driver is not None
     end = time.monotonic() + _LOCK_RETRY_SECONDS
     for attempt in count(1):
         done = asyncio.Event()
-        watcher = asyncio.create_task(_blockers(engine, driver.get_server_pid(), done))
+        watcher = asyncio.create_task(_watch_blockers(engine, driver.get_server_pid(), done))
         start = time.monotonic()
         try:
             return await work(), time.monotonic() - start, attempt
         except Conflict:
             pass
         except DBAPIError:
-            progress(f"{what}: failed, and is rolled back")
+            progress(f"{title}: failed, and is rolled back")
             raise
         finally:
             done.set()
-            who = ", ".join(await watcher) or "somebody"
+            blockers = ", ".join(await watcher) or "somebody"
         await connection.rollback()
         pause = min(2.0 ** (attempt - 1), _MAX_PAUSE_SECONDS)
         if time.monotonic() + pause > end:
             break
-        progress(f"{what}: attempt {attempt} gave way to {who}; again in {pause:.0f} s")
+        progress(f"{title}: attempt {attempt} gave way to {blockers}; again in {pause:.0f} s")
         await asyncio.sleep(pause)
     raise MigrationError(
-        f"{what}: gave up after attempt {attempt}, which gave way to {who}: it is rolled back, what"
-        " came before it stays; run `tiger-db migrate` again when that is through"
+        f"{title}: gave up after attempt {attempt}, which gave way to {blockers}: it is rolled"
+        " back, what came before it stays; run `tiger-db migrate` again when that is through"
     )
 
 
-async def _blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
-    """Whom the session waited for when it was last seen to wait."""
-    seen: Sequence[str] = ()
+async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
+    """Return the sessions for which a session waited when it was last observed to wait."""
+    blockers: Sequence[str] = ()
 
-    async def finished() -> bool:
+    async def is_done() -> bool:
         with suppress(TimeoutError):
             await asyncio.wait_for(done.wait(), _POLL_SECONDS)
         return done.is_set()
 
-    if await finished():  # as nearly always: no second connection
-        return seen
-    with suppress(DatabaseUnavailable, DBAPIError):  # it only explains
+    if await is_done():  # the usual case: no second connection is needed
+        return blockers
+    with suppress(DatabaseUnavailable, DBAPIError):  # the blockers are for messages only
         async with engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             while True:
-                seen = (await connection.scalars(_BLOCKERS, {"pid": pid})).all() or seen
-                if await finished():
+                blockers = (await connection.scalars(_BLOCKERS, {"pid": pid})).all() or blockers
+                if await is_done():
                     break
-    return seen
+    return blockers
