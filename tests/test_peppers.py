@@ -55,10 +55,10 @@ def test_what_is_hashed_is_the_hmac_sha256(pepper: bytes, secret: str) -> None:
 
 def test_peppers_are_read_in_their_order() -> None:
     peppers = Peppers.parse(f" p2:{encoded(FIRST)} , p1:{encoded(SECOND)}\n")
-    assert peppers.ids == ("p2", "p1")
+    assert peppers.key_ids == ("p2", "p1")
     assert peppers.apply("p2", "secret") == by_hand(FIRST, b"secret")
     assert peppers.apply("p1", "secret") == by_hand(SECOND, b"secret")
-    assert Peppers.parse(generate_key("p9")).ids == ("p9",)
+    assert Peppers.parse(generate_key("p9")).key_ids == ("p9",)
     with pytest.raises(KeyError):
         peppers.apply("p3", "secret")
 
@@ -143,7 +143,7 @@ def test_settings_hand_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     from_text = configured(Settings(), API_KEY_PEPPERS)
     assert from_file is not None
     assert from_text is not None
-    assert from_file.ids == from_text.ids == ("p2", "p1")
+    assert from_file.key_ids == from_text.key_ids == ("p2", "p1")
     assert from_file.apply("p1", "x") == from_text.apply("p1", "x") == by_hand(SECOND, b"x")
 
 

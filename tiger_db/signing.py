@@ -1,4 +1,4 @@
-"""The key that signs the seals of the audit trail: Ed25519 (RFC 8032)."""
+"""Ed25519 keys (RFC 8032) that sign the seals of the audit trail."""
 
 import base64
 import secrets
@@ -12,19 +12,19 @@ from cryptography.hazmat.primitives.serialization import (
 
 from tiger_db.errors import ConfigurationError, InvalidValue
 
-_SEED = 32  # bytes
+_SEED_BYTES = 32
 
 
 def generate_signing_key() -> str:
-    """A new random key, as `AUDIT_SIGNING_KEY` takes it."""
-    return base64.b64encode(secrets.token_bytes(_SEED)).decode()
+    """Return a new random key in the format of `AUDIT_SIGNING_KEY`."""
+    return base64.b64encode(secrets.token_bytes(_SEED_BYTES)).decode()
 
 
 def parse_signing_key(text: str) -> Ed25519PrivateKey:
-    """The key in `AUDIT_SIGNING_KEY`: base64 of a seed of 32 bytes.
+    """Parse `AUDIT_SIGNING_KEY`: base64 of a seed of 32 bytes.
 
     Raises:
-        ConfigurationError: it is something else.
+        ConfigurationError: malformed text.
     """
     try:
         return Ed25519PrivateKey.from_private_bytes(base64.b64decode(text, validate=True))
@@ -33,7 +33,7 @@ def parse_signing_key(text: str) -> Ed25519PrivateKey:
 
 
 def public_text(key: Ed25519PublicKey) -> str:
-    """A public key as base64 of its 32 bytes."""
+    """Return a public key as base64 of its 32 bytes."""
     return base64.b64encode(key.public_bytes_raw()).decode()
 
 
@@ -42,10 +42,10 @@ def public_pem(key: Ed25519PublicKey) -> str:
 
 
 def parse_public_key(text: str) -> Ed25519PublicKey:
-    """A public key in PEM, or as base64 of its 32 bytes.
+    """Parse a public key in PEM format, or base64 of its 32 bytes.
 
     Raises:
-        InvalidValue: it is something else.
+        InvalidValue: malformed text, or another kind of key.
     """
     try:
         if "-----BEGIN" not in text:

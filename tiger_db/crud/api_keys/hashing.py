@@ -38,7 +38,7 @@ def peppers_of(info: Mapping[Any, object]) -> Peppers:
 
 def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
     """Return a hash with the first pepper, and the id of the pepper."""
-    pepper_id = peppers.ids[0]
+    pepper_id = peppers.key_ids[0]
     hashed: str = _hashes.hash(peppers.apply(pepper_id, secret))
     return hashed, pepper_id
 
@@ -84,7 +84,7 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
 
 def outdated(peppers: Peppers, hashed: str, pepper_id: str | None) -> bool:
     """Return whether a verified hash should be replaced: a slow scheme, or not the first pepper."""
-    return pepper_id != peppers.ids[0] or bool(_hashes.needs_update(hashed))
+    return pepper_id != peppers.key_ids[0] or bool(_hashes.needs_update(hashed))
 
 
 def _verify(text: str, hashed: str) -> bool:
