@@ -49,9 +49,9 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
     If the hash is empty or malformed or its pepper is unknown, the secret is verified against a
     dummy hash, so that unknown keys take equal time. Slow hashes are verified in a thread.
     """
-    known = pepper_id is None or pepper_id in peppers.ids
+    known = pepper_id is None or pepper_id in peppers.key_ids
     scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_HASH_CHARACTERS else None
-    applied = peppers.apply(pepper_id if pepper_id and known else peppers.ids[0], secret)
+    applied = peppers.apply(pepper_id if pepper_id and known else peppers.key_ids[0], secret)
     if scheme is None or not known:
         _verify(applied, _dummy_hash())
         return False
