@@ -1,6 +1,6 @@
 """The database of a Tiger Brokers MCP system.
 
-Names and modules are loaded when first asked for: `tiger-db --help` needs none of them.
+Names and submodules are imported at their first use, so that `tiger-db --help` imports none.
 """
 
 from importlib import import_module
@@ -52,42 +52,14 @@ if TYPE_CHECKING:
     from tiger_db.settings import Settings
 
 __all__ = [
-    "APIKey",
-    "APIKeyScope",
-    "APIKeyStatus",
-    "AccountStatus",
-    "AccountType",
-    "AuditAction",
-    "AuditLog",
-    "AuditResult",
-    "AuditSeverity",
-    "Database",
-    "KeyVerifier",
-    "MarketPermission",
-    "NewToken",
-    "Page",
-    "PrivateKeyFormat",
-    "RefreshTrigger",
-    "RefreshWorker",
-    "Settings",
-    "TigerAccount",
-    "TigerEnvironment",
-    "TigerLicense",
-    "TokenRefreshStatus",
-    "TokenStatus",
-    "crud",
-    "errors",
-    "get_session",
-]
-
-_MODULES = {
-    "audit", "connections", "crud", "database", "doctor", "embedded", "encryption",
-    "encryption_key_rotation", "errors", "health", "key_verifier", "keys_in_force",
-    "migrations", "models", "peppers", "redaction", "refresh_worker", "settings", "signing",
-    "tiger", "out_of_band",
-}  # fmt: skip
-# Where the names are that are not in `tiger_db.models`.
-_HOMES = {
+    "APIKey", "APIKeyScope", "APIKeyStatus", "AccountStatus", "AccountType", "AuditAction",
+    "AuditLog", "AuditResult", "AuditSeverity", "Database", "KeyVerifier", "MarketPermission",
+    "NewToken", "Page", "PrivateKeyFormat", "RefreshTrigger", "RefreshWorker", "Settings",
+    "TigerAccount", "TigerEnvironment", "TigerLicense", "TokenRefreshStatus", "TokenStatus",
+    "crud", "errors", "get_session",
+]  # fmt: skip
+# The submodules of the names in `__all__` that are not from `tiger_db.models`.
+_SUBMODULES = {
     "Database": "database",
     "KeyVerifier": "key_verifier",
     "Page": "crud",
@@ -97,17 +69,21 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for granted
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> object:
-        if name in _MODULES:
-            return import_module(f"{__name__}.{name}")
+        try:
+            if not name.startswith("_"):
+                return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'models')}"), name)
+        value = getattr(import_module(f"{__name__}.{_SUBMODULES.get(name, 'models')}"), name)
         globals()[name] = value
         return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*globals(), *__all__})
