@@ -1,7 +1,7 @@
 """Secrets of entities: encrypted for their row at the flush, bound to it at the load."""
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from uuid import UUID
 
 from sqlalchemy import Table
@@ -18,10 +18,15 @@ from tiger_db.encryption import (
 )
 from tiger_db.errors import ConfigurationError, EncryptionError
 
-if TYPE_CHECKING:
-    from tiger_db.models.base import Entity
-
 CONTEXT = "tiger_db"  # key of the SessionContext (crud.common) in the `info` of a session
+
+
+class Row(Protocol):
+    """An `Entity`."""
+
+    id: UUID
+
+    def label(self) -> str: ...
 
 
 def key_provider(session: Session | None) -> KeyProvider | None:
@@ -54,7 +59,7 @@ def encrypt_secret(provider: KeyProvider | None, text: str, aad: str) -> bytes:
     return encrypt(provider, text, aad)
 
 
-def encrypt_secrets(mapper: Mapper[Any], row: "Entity") -> None:
+def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
     """Encrypt the secrets of a row that are not encrypted for it yet, and set fingerprints."""
     for name, type_ in encrypted_columns(mapper):
         secret, aad = row.__dict__.get(name), aad_of(mapper, name, row.id)
@@ -72,7 +77,7 @@ def encrypt_secrets(mapper: Mapper[Any], row: "Entity") -> None:
             set_attribute(row, type_.fingerprint, mark)
 
 
-def bind_secrets(row: "Entity", provider: KeyProvider | None) -> None:
+def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
     """Give loaded ciphertexts their associated data and the provider that can decrypt them."""
     mapper = object_mapper(row)
     columns = encrypted_columns(mapper)
@@ -86,13 +91,13 @@ def bind_secrets(row: "Entity", provider: KeyProvider | None) -> None:
             secret.provider, secret.owner = provider, owner
 
 
-def secrets_of(row: "Entity") -> list[Secret]:
+def secrets_of(row: Row) -> list[Secret]:
     """Return the secrets that a row has."""
     values = (row.__dict__.get(name) for name, _type in encrypted_columns(object_mapper(row)))
     return [value for value in values if isinstance(value, Secret)]
 
 
-def readable_secrets(row: "Entity") -> list[str]:
+def readable_secrets(row: Row) -> list[str]:
     """Return the plain texts of the secrets that can be decrypted, to mask them in other texts."""
     texts = []
     for secret in secrets_of(row):
