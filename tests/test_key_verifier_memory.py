@@ -118,11 +118,11 @@ async def test_a_change_of_a_column_is_heard_of(
     changed, as_replica, same = [await make_key(clone) for _ in range(3)]
     for _, raw_key in (changed, as_replica, same):
         assert await listening.verify(raw_key)
-    assert len(listening._known) == 3
+    assert len(listening._cache) == 3
     change = f"UPDATE api_keys SET {column} = {OTHER[column]} WHERE id = $1"
     await other.execute(change, changed[0].id)
     await until(lambda: changed[0].id not in listening._digests)
-    assert len(listening._known) == 2
+    assert len(listening._cache) == 2
     await other.execute("UPDATE api_keys SET key_prefix = id::text WHERE id = $1", changed[0].id)
     await other.execute("SET session_replication_role = replica")
     await other.execute(change, as_replica[0].id)
@@ -135,13 +135,13 @@ async def test_what_a_use_writes_is_told_to_nobody(
 ) -> None:
     key, raw_key = await make_key(clone)
     assert await listening.verify(raw_key)
-    changes = listening._changes
+    changes = listening._notifications
     await other.execute("UPDATE api_keys SET usage_count = 9, last_used_at = now()")
     last, last_key = await make_key(clone)
     assert await listening.verify(last_key)
     await other.execute(REVOKE, last.id)  # is heard of after the use would have been
-    await until(lambda: listening._changes > changes)
-    assert listening._changes == changes + 1
+    await until(lambda: listening._notifications > changes)
+    assert listening._notifications == changes + 1
     assert [*listening._digests] == [key.id]
 
 
@@ -168,7 +168,7 @@ async def test_what_ends_a_key_is_heard_of(
     await other.execute(f"SET session_replication_role = {role}")
     await other.execute(change)
     await until(lambda: key.id not in listening._digests)
-    assert len(listening._known) == (0 if "TRUNCATE" in change else 1)
+    assert len(listening._cache) == (0 if "TRUNCATE" in change else 1)
     if (change, role) != ("DELETE FROM tiger_accounts", "replica"):  # which leaves the key behind
         assert await listening.verify(raw_key) is None
     assert (await listening.verify(unbound) is None) == ("TRUNCATE" in change)
@@ -281,7 +281,7 @@ async def test_without_the_listening_connection_the_database_answers(
             with checkouts(clone) as taken:
                 assert await listening.verify(raw_key)
             assert taken
-        await until(lambda: listening._until > time.monotonic())
+        await until(lambda: listening._valid_until > time.monotonic())
         assert await listening.verify(raw_key)
         with checkouts(clone) as taken:
             assert await listening.verify(raw_key)
@@ -339,11 +339,11 @@ async def test_triggers_of_others_and_on_other_tables_are_no_reason_not_to_start
         "CREATE TRIGGER mine BEFORE UPDATE ON api_keys FOR EACH ROW EXECUTE FUNCTION mine()"
     )
     async with KeyVerifier(clone, memory=True) as listening:
-        assert listening._until > time.monotonic()
+        assert listening._valid_until > time.monotonic()
 
 
 def make_older(listening: KeyVerifier, seconds: float) -> None:
-    for known in listening._known.values():
+    for known in listening._cache.values():
         known.read_at -= seconds
 
 
@@ -358,7 +358,7 @@ async def test_a_change_that_nobody_tells_of_is_honoured_within_a_minute(
     assert await listening.verify(raw_key)
     await other.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
     await other.execute(f"UPDATE {table} SET status = 'inactive'")
-    assert key_verifier.MAX_AGE == 60
+    assert key_verifier.MAX_AGE_SECONDS == 60
     make_older(listening, 30)
     assert await listening.verify(raw_key)  # which a minute's trust costs
     make_older(listening, 30)
@@ -415,7 +415,7 @@ async def test_a_flood_of_unknown_keys_drives_no_good_one_out(clone: Database) -
 
         await asyncio.gather(*(guess(100) for _ in range(50)))
         assert [*listening._digests] == [key.id]
-        assert len(listening._known) == 1
+        assert len(listening._cache) == 1
         with checkouts(clone) as taken:
             assert await listening.verify(raw_key)
         assert taken == []
@@ -429,7 +429,7 @@ async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> Non
         assert {*listening._digests} == {keys[n][0].id for n in (0, 2, 3)}
         for _ in range(50):
             assert await listening.verify(random.choice(keys)[1])
-            assert len(listening._known) == len(listening._digests) == 3
+            assert len(listening._cache) == len(listening._digests) == 3
 
 
 @pytest.mark.slow
@@ -457,7 +457,7 @@ async def test_the_databases_clock_decides(clone: Database, listening: KeyVerifi
     """As if it went an hour ahead of this machine's."""
     _, raw_key = await make_key(clone, expires_at=datetime.now(UTC) + timedelta(minutes=30))
     assert await listening.verify(raw_key)
-    listening._offset += 3600  # until the next heartbeat
+    listening._clock_offset += 3600  # until the next heartbeat
     with pytest.raises(APIKeyExpired):
         await listening.authorize(raw_key)
 
@@ -606,7 +606,7 @@ async def test_a_restarted_server(
             started = time.monotonic()
             await until(lambda: told["good: True"] > accepted, 5)
             answered = time.monotonic() - started
-            await until(lambda: listening._until > time.monotonic(), 5)
+            await until(lambda: listening._valid_until > time.monotonic(), 5)
             listens = time.monotonic() - started
             accepted = told["limited: True"]
             await until(lambda: told["limited: True"] > accepted + 20, 5)

@@ -92,10 +92,10 @@ async def test_any_schema_that_postgresql_allows_will_do(
             await crud.accounts.set_default_trading_account(session, account.id)
             key, raw_key = await factories.api_key(session)
         await verifier.authorize(raw_key)
-        assert len(verifier._known) == 1
+        assert len(verifier._cache) == 1
         async with database.session() as session:
             await crud.api_keys.revoke(session, key.id)
-        await until(lambda: not verifier._known)
+        await until(lambda: not verifier._cache)
         with pytest.raises(APIKeyRevoked):
             await verifier.authorize(raw_key)
         assert (await audit.seal(database)).rows > 0
@@ -376,14 +376,14 @@ async def test_keys_that_one_removes_are_still_remembered_by_the_other(
     async with KeyVerifier(two[0], memory=True) as one, KeyVerifier(two[1], memory=True) as another:
         await one.authorize(raw_keys[0])
         await another.authorize(raw_keys[1])
-        changes = another._changes
+        changes = another._notifications
         await sql(two[0].settings, "TRUNCATE api_keys CASCADE", "SELECT 1")  # which tells `all`
-        await until(lambda: not one._known)
+        await until(lambda: not one._cache)
         channel = two[1].settings.channel("tiger_db_api_keys")
         await sql(two[1].settings, f"NOTIFY \"{channel}\", 'key {keys[0].id}'", "SELECT 1")
-        await until(lambda: another._changes > changes)
-        assert another._changes == changes + 1
-        assert len(another._known) == 1
+        await until(lambda: another._notifications > changes)
+        assert another._notifications == changes + 1
+        assert len(another._cache) == 1
 
 
 async def finishes(work: Any) -> Any:

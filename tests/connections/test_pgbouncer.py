@@ -227,11 +227,11 @@ async def test_a_revocation_is_heard_of_past_the_pooler(database: Database) -> N
         async with database.session() as session:
             key, raw = await factories.api_key(session)
         await verifier.authorize(raw, scopes=[APIKeyScope.MCP_READ])
-        assert verifier._known
+        assert verifier._cache
         async with database.session() as session:
             await crud.api_keys.revoke(session, key.id)
         deadline = time.monotonic() + SOON
-        while verifier._known:
+        while verifier._cache:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.001)
         with pytest.raises(APIKeyRevoked):

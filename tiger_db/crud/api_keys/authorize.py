@@ -131,14 +131,13 @@ async def authorize_api_key(
     recorded before the error is raised. A rollback of the caller's transaction undoes neither this
     event nor the counted use: they are written out of band.
 
-    A hash without a pepper is denied with `InvalidAPIKey`; the audit event has the reason. Until
-    the end of the day (UTC, the database's clock) in API_KEYS_ALLOW_UNPEPPERED_UNTIL, such a hash
-    is accepted, and each use is recorded. An accepted use replaces a hash that has an older pepper,
-    no pepper, or a slow scheme, and records the replacement in the same transaction.
+    A hash without a pepper is denied with `InvalidAPIKey`, except until the end of the day (UTC,
+    the database's clock) in API_KEYS_ALLOW_UNPEPPERED_UNTIL. An accepted use replaces a hash that
+    has an older pepper, no pepper, or a slow scheme, and records the replacement.
 
-    Rate limits are exact across processes. They count the uses of a key and of its predecessors and
-    successors by rotation together. Their windows are the clock hour and the calendar day (UTC): at
-    worst, twice the limit passes in a short time around the end of a window.
+    Rate limits are exact across processes, and count a key and its predecessors and successors by
+    rotation together. Their windows are the clock hour and the calendar day (UTC): at worst, twice
+    the limit passes in a short time around the end of a window.
 
     `usage_count` and `last_used_at` are written behind: see `UsageCounter`. A use of a key that was
     created in the same transaction may not be counted.
@@ -163,18 +162,18 @@ async def authorize_parsed_key(
     info: Mapping[Any, object],
     *,
     session: AsyncSession | None = None,
-    known: VerifiedKey | None = None,
+    cached: VerifiedKey | None = None,
 ) -> VerifiedKey:
     """Authorize a well-formed key, whose row is read in the session, or out of band without one.
 
-    `info` is that of the session or of the Database. If `known` has the columns of the row, the
+    `info` is that of the session or of the Database. If `cached` has the columns of the row, the
     secret is not verified again. Raises the errors of `authorize_api_key`.
     """
     in_session = _SessionWriter(session) if session is not None else None
     writer = limiter = context_of(info).out_of_band or in_session
     assert writer is not None
     assert limiter is not None
-    counted = False
+    verified, counted = cached, False
     while not counted:
         row = KeyRow()
         try:
@@ -185,16 +184,16 @@ async def authorize_parsed_key(
                 else:
                     connection = await stack.enter_async_context(writer.connection())
                     row = await _find_out_of_band(connection, parsed.prefix)
-                if known is None or known.columns != row.columns:
+                if verified is None or verified.columns != row.columns:
                     await stack.aclose()  # a slow hash must not hold a connection
                     connection = None
-                    known = await _verify(parsed, row, info, session)
-                check_access(known.permissions, row.now, request)
-                counted = not known.permissions.limited
+                    verified = await _verify(parsed, row, info, session)
+                check_access(verified.permissions, row.now, request)
+                counted = not verified.permissions.limited
                 if not counted:
                     if connection is None:
                         connection = await stack.enter_async_context(limiter.connection())
-                    counted = await consume(connection, known.permissions)
+                    counted = await consume(connection, verified.permissions)
         except AccessDenied as reason:
             key_id, account_id = row.columns.get("id"), row.columns.get("tiger_account_id")
             await writer.record(denial_event(reason, parsed.prefix, request, key_id, account_id))
@@ -203,16 +202,16 @@ async def authorize_parsed_key(
             raise
         # An out-of-band connection cannot read a key that the session's transaction has created.
         limiter = in_session or writer
-    assert known is not None
-    if known.outdated:
+    assert verified is not None
+    if verified.outdated:
         async with writer.connection() as connection:
             await _replace_hash(connection, parsed, request, row, peppers_of(info))
     if (count_use := context_of(info).count_use) is not None:
-        count_use(known.permissions.key_id, row.now)
+        count_use(verified.permissions.key_id, row.now)
     else:
         assert session is not None
-        await count_in_session(session, known.key, row.now)
-    return known
+        await count_in_session(session, verified.key, row.now)
+    return verified
 
 
 async def find_key(session: AsyncSession, prefix: str) -> KeyRow:
