@@ -16,22 +16,10 @@ from sqlalchemy.orm import make_transient_to_detached
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlmodel import col
 
-from tiger_db.crud.common import (
-    context_of,
-    execute_driver_sql,
-    refuse_readonly,
-    require_aware,
-)
+from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly, require_aware
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, paginate
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
-from tiger_db.models import (
-    AuditAction,
-    AuditLog,
-    AuditResult,
-    AuditSeverity,
-    TigerAccount,
-    TokenStatus,
-)
+from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity, TokenStatus
 from tiger_db.models.api_keys import parse_network
 from tiger_db.models.audit_logs import INSERT, SERVER_COLUMNS, insert_events, insert_values
 from tiger_db.models.columns import require_storable_json
@@ -190,29 +178,6 @@ def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]
     fields["tiger_account_id"] = refresh.tiger_account_id
     fields.setdefault("details", {"status": str(refresh.status), "trigger": str(refresh.trigger)})
     return build_event(**fields)
-
-
-def account_values(account: TigerAccount) -> dict[str, JsonValue]:
-    """Return the values of an account for its events, with masked secrets."""
-    return account.model_dump(mode="json", exclude={"created_at", "updated_at", "token_refresh_at"})
-
-
-def account_change_event(
-    account: TigerAccount,
-    before: Mapping[str, JsonValue],
-    given: Iterable[str] = (),
-    **fields: Unpack[EventFields],
-) -> AuditLog:
-    """Build the event of a change, with the old and new values of the changed fields.
-
-    `before` are the `account_values` before the change. The fields in `given` are included even if
-    their values look the same, as two masked secrets do.
-    """
-    after = account_values(account)
-    names = [name for name in after if after[name] != before[name] or name in {*given}]
-    fields["old_values"] = {name: before[name] for name in names}
-    fields["new_values"] = {name: after[name] for name in names}
-    return account_event(account.id, **fields)
 
 
 # Queries

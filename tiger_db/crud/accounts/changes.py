@@ -1,20 +1,31 @@
 """Create accounts, change their fields, and choose the default accounts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 from uuid import UUID
 
+from pydantic import JsonValue
 from sqlalchemy import func, select
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud import audit_logs
-from tiger_db.crud.accounts.closing import CLOSED_VALUES, refuse_closed
-from tiger_db.crud.accounts.tokens import add_token_expiry
+from tiger_db.crud.audit_logs import account_event, insert_event
 from tiger_db.crud.common import fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
-from tiger_db.models import AccountStatus, AuditAction, TigerAccount
+from tiger_db.models import AccountStatus, AuditAction, PrivateKeyFormat, TigerAccount
 
+CLOSED_VALUES: Mapping[str, object] = {
+    "auto_suspended": False,
+    "private_key": None,
+    "private_key_format": PrivateKeyFormat.UNKNOWN,
+    "secret_key": None,
+    "access_token": None,
+    "refresh_token": None,
+    "token_expires_at": None,
+    "is_default_trading": False,
+    "is_default_data": False,
+}
 _FIXED = {"id", "created_at", "updated_at", "auto_suspended"}
 
 
@@ -37,10 +48,9 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
         )
     async with savepoint(session):
         session.add(account)
-    event = audit_logs.account_event(
-        account.id, action=AuditAction.ACCOUNT_CREATE, new_values=audit_logs.account_values(account)
-    )
-    await audit_logs.insert_event(session, event)
+    created = _event_values(account)
+    event = account_event(account.id, action=AuditAction.ACCOUNT_CREATE, new_values=created)
+    await insert_event(session, event)
     return account
 
 
@@ -62,20 +72,15 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if fixed := sorted(_FIXED & changes.keys()):
         raise InvalidValue(f"{', '.join(fixed)} cannot be changed")
-    before = audit_logs.account_values(account)
     values = account.validate_changes(changes)
     _check_closed(account, values)
     add_token_expiry(account, values)
+    action = AuditAction.ACCOUNT_UPDATE
     if "status" in values:
+        action = AuditAction.ACCOUNT_STATUS_CHANGE
         values["auto_suspended"] = False
     async with savepoint(session, account):
-        account.sqlmodel_update(values)
-    action = (
-        AuditAction.ACCOUNT_STATUS_CHANGE if "status" in changes else AuditAction.ACCOUNT_UPDATE
-    )
-    await audit_logs.insert_event(
-        session, audit_logs.account_change_event(account, before, changes, action=action)
-    )
+        await apply_change(session, account, values, action=action, given=changes)
     return account
 
 
@@ -97,6 +102,58 @@ async def set_default_data_account(session: AsyncSession, account_id: UUID) -> T
         InvalidState: the account is closed.
     """
     return await _set_default(session, account_id, "is_default_data")
+
+
+async def apply_change(
+    session: AsyncSession,
+    account: TigerAccount,
+    values: Mapping[str, object],
+    *,
+    action: AuditAction,
+    given: Iterable[str] = (),
+    details: Mapping[str, object] | None = None,
+) -> None:
+    """Assign values to an account, flush, and record the event with the old and new values.
+
+    The event has the fields that changed. It also has those in `given`, because two masked secrets
+    look the same.
+    """
+    old = _event_values(account)
+    account.sqlmodel_update({**values})
+    await session.flush()
+    new = _event_values(account)
+    names = [name for name in new if new[name] != old[name] or name in {*given}]
+    event = account_event(
+        account.id,
+        action=action,
+        old_values={name: old[name] for name in names},
+        new_values={name: new[name] for name in names},
+        details=details,
+    )
+    await insert_event(session, event)
+
+
+def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
+    """Add the expiry of a new access token to the validated values of a change.
+
+    Raises:
+        StaleToken: the account has a newer token.
+    """
+    if values.get("access_token") is not None:
+        values["token_expires_at"] = account.check_not_stale(
+            values["access_token"].get_secret_value(), values.get("token_expires_at")
+        )
+
+
+def refuse_closed(account: TigerAccount) -> None:
+    """Raise InvalidState if an account is closed."""
+    if account.status == AccountStatus.CLOSED:
+        raise InvalidState("the account is closed")
+
+
+def _event_values(account: TigerAccount) -> dict[str, JsonValue]:
+    """Return the values of an account for its audit events; secrets are masked."""
+    return account.model_dump(mode="json", exclude={"created_at", "updated_at", "token_refresh_at"})
 
 
 def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
@@ -128,11 +185,11 @@ async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> 
     account.sqlmodel_update({column: True})
     await session.flush()
     for changed in filter(None, (replaced, account)):
-        event = audit_logs.account_event(
+        event = account_event(
             changed.id,
             action=AuditAction.ACCOUNT_SET_DEFAULT,
             old_values={column: str(replaced.id) if replaced else None},
             new_values={column: str(account.id)},
         )
-        await audit_logs.insert_event(session, event)
+        await insert_event(session, event)
     return account

@@ -1,6 +1,5 @@
 """Close and reopen accounts."""
 
-from collections.abc import Mapping
 from typing import TypeVar
 from uuid import UUID
 
@@ -9,7 +8,8 @@ from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud import audit_logs
+from tiger_db.crud.accounts.changes import CLOSED_VALUES, apply_change
+from tiger_db.crud.audit_logs import api_key_event, log_events, refresh_event
 from tiger_db.crud.common import fetch_all, get_or_raise
 from tiger_db.errors import InvalidState
 from tiger_db.models import (
@@ -24,17 +24,6 @@ from tiger_db.models import (
 )
 from tiger_db.models.token_status import OPEN_STATUSES
 
-CLOSED_VALUES: Mapping[str, object] = {
-    "auto_suspended": False,
-    "private_key": None,
-    "private_key_format": PrivateKeyFormat.UNKNOWN,
-    "secret_key": None,
-    "access_token": None,
-    "refresh_token": None,
-    "token_expires_at": None,
-    "is_default_trading": False,
-    "is_default_data": False,
-}
 _REASON = "the account was closed"
 E_ = TypeVar("E_", APIKey, TokenStatus)
 
@@ -52,9 +41,6 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status == AccountStatus.CLOSED:
         return account
-    before = audit_logs.account_values(account)
-    account.sqlmodel_update({"status": AccountStatus.CLOSED, **CLOSED_VALUES})
-    await session.flush()
     keys = await _end(
         session,
         APIKey,
@@ -74,7 +60,7 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
         lease_expires_at=None,
     )
     events = [
-        audit_logs.api_key_event(
+        api_key_event(
             key.id,
             account.id,
             action=AuditAction.API_KEY_REVOKE,
@@ -83,7 +69,7 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
         )
         for key, old_status in keys
     ] + [
-        audit_logs.refresh_event(
+        refresh_event(
             refresh,
             action=AuditAction.TOKEN_REFRESH_CANCEL,
             old_values={"status": old_status},
@@ -92,17 +78,17 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
         )
         for refresh, old_status in refreshes
     ]
-    await audit_logs.log_events(session, events)
-    event = audit_logs.account_change_event(
+    await log_events(session, events)
+    await apply_change(
+        session,
         account,
-        before,
+        {"status": AccountStatus.CLOSED, **CLOSED_VALUES},
         action=AuditAction.ACCOUNT_CLOSE,
         details={
             "revoked_api_keys": [key.key_prefix for key, _ in keys],
             "cancelled_refreshes": [str(refresh.id) for refresh, _ in refreshes],
         },
     )
-    await audit_logs.insert_event(session, event)
     return account
 
 
@@ -124,28 +110,17 @@ async def reopen(
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status != AccountStatus.CLOSED:
         raise InvalidState("only a closed account can be reopened")
-    before = audit_logs.account_values(account)
-    account.sqlmodel_update(
-        {
-            "status": AccountStatus.ACTIVE,
-            "private_key": private_key,
-            "private_key_format": private_key_format,
-            "secret_key": secret_key,
-            "error_count": 0,
-            "last_error": None,
-            "last_error_at": None,
-        }
-    )
-    await session.flush()
-    event = audit_logs.account_change_event(account, before, action=AuditAction.ACCOUNT_REOPEN)
-    await audit_logs.insert_event(session, event)
+    values: dict[str, object] = {
+        "status": AccountStatus.ACTIVE,
+        "private_key": private_key,
+        "private_key_format": private_key_format,
+        "secret_key": secret_key,
+        "error_count": 0,
+        "last_error": None,
+        "last_error_at": None,
+    }
+    await apply_change(session, account, values, action=AuditAction.ACCOUNT_REOPEN)
     return account
-
-
-def refuse_closed(account: TigerAccount) -> None:
-    """Raise InvalidState if an account is closed."""
-    if account.status == AccountStatus.CLOSED:
-        raise InvalidState("the account is closed")
 
 
 async def _end(

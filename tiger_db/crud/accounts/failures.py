@@ -7,7 +7,8 @@ from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud import audit_logs
+from tiger_db.crud.accounts.changes import apply_change
+from tiger_db.crud.audit_logs import account_event, insert_event
 from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
@@ -42,16 +43,16 @@ async def record_error(
         values |= {"status": AccountStatus.SUSPENDED, "auto_suspended": True}
     statement = sql_update(TigerAccount).where(col(TigerAccount.id) == account_id).values(**values)
     await fetch_one(session, statement.returning(TigerAccount))
-    event = audit_logs.account_event(
+    event = account_event(
         account_id,
         action=AuditAction.ACCOUNT_ERROR,
         old_values={"error_count": count - 1},
         new_values={"error_count": count},
         error_message=text,
     )
-    await audit_logs.insert_event(session, event)
+    await insert_event(session, event)
     if suspended:
-        event = audit_logs.account_event(
+        event = account_event(
             account_id,
             action=AuditAction.ACCOUNT_STATUS_CHANGE,
             severity=AuditSeverity.HIGH,
@@ -59,7 +60,7 @@ async def record_error(
             new_values={"status": AccountStatus.SUSPENDED, "auto_suspended": True},
             details={"reason": f"{count} consecutive errors"},
         )
-        await audit_logs.insert_event(session, event)
+        await insert_event(session, event)
     return account
 
 
@@ -77,11 +78,5 @@ async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
         changes |= {"status": AccountStatus.ACTIVE, "auto_suspended": False}
     elif account.error_count == 0 and account.last_error is None:
         return account
-    before = audit_logs.account_values(account)
-    account.sqlmodel_update(changes)
-    await session.flush()
-    event = audit_logs.account_change_event(
-        account, before, action=AuditAction.ACCOUNT_RESET_ERRORS
-    )
-    await audit_logs.insert_event(session, event)
+    await apply_change(session, account, changes, action=AuditAction.ACCOUNT_RESET_ERRORS)
     return account

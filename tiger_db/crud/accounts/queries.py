@@ -1,4 +1,4 @@
-"""Finding accounts."""
+"""Look up accounts, list them, and choose those that can serve a request."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,46 +23,43 @@ from tiger_db.models import (
 from tiger_db.models.accounts import LICENSES_WITH_TOKEN, due_tokens
 from tiger_db.models.secrets import key_provider
 
-# An account fails after this many consecutive errors, until that long after the last of them.
-FAILING_ERRORS = 3
+# An account with this many consecutive errors serves no request until FAILING_FOR after the last.
+FAILING_AFTER = 3
 FAILING_FOR = timedelta(minutes=5)
 
 
 async def get(
     session: AsyncSession, account_id: UUID, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """An account by id, with the relationships named in `load`: `api_keys`, `token_statuses`."""
-    return await _one(session, col(TigerAccount.id) == account_id, load)
+    """Return an account; `load` names relationships to load: `api_keys`, `token_statuses`."""
+    return await _get(session, col(TigerAccount.id) == account_id, load)
 
 
 async def get_by_account_number(
     session: AsyncSession, account_number: str, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """An account by Tiger's number, with the relationships named in `load`."""
-    return await _one(session, col(TigerAccount.account_number) == account_number, load)
+    """Return the account with Tiger's account number; `load` is that of `get`."""
+    return await _get(session, col(TigerAccount.account_number) == account_number, load)
 
 
 async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
-    """All accounts of one Tiger id, oldest first.
+    """Return all accounts with a Tiger id, oldest first.
 
     Raises:
-        ConfigurationError: there is no encryption key to compute the fingerprint with.
+        ConfigurationError: there is no encryption key to compute the blind index with.
     """
     provider = key_provider(session.sync_session)
     if provider is None:
         raise ConfigurationError("ENCRYPTION_KEYS is not set, so tiger_id cannot be searched")
     try:
-        found_by = [
+        fingerprints = [
             fingerprint(provider, key_id, tiger_id, "tiger_accounts.tiger_id")
             for key_id in provider.key_ids
         ]
-    except UnicodeEncodeError:  # half a character, which no account can have
+    except UnicodeEncodeError:  # a lone surrogate, which PostgreSQL cannot store
         return []
-    statement = (
-        select(TigerAccount)
-        .where(col(TigerAccount.tiger_id_fingerprint).in_(found_by))
-        .order_by(col(TigerAccount.id))
-    )
+    criterion = col(TigerAccount.tiger_id_fingerprint).in_(fingerprints)
+    statement = select(TigerAccount).where(criterion).order_by(col(TigerAccount.id))
     return await fetch_all(session, statement)
 
 
@@ -75,31 +72,27 @@ async def list_accounts(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[TigerAccount]:
-    """The accounts that match every criterion given, newest first."""
-    statement = select(TigerAccount)
-    if status is not None:
-        statement = statement.where(col(TigerAccount.status) == status)
-    if environment is not None:
-        statement = statement.where(col(TigerAccount.environment) == environment)
-    if account_type is not None:
-        statement = statement.where(col(TigerAccount.account_type) == account_type)
+    """Return the accounts that match all given criteria, newest first."""
+    criteria = {"status": status, "environment": environment, "account_type": account_type}
+    given = {name: value for name, value in criteria.items() if value is not None}
+    statement = select(TigerAccount).filter_by(**given)
     return await paginate(session, statement, TigerAccount, after=after, limit=limit)
 
 
 async def get_default_trading_account(session: AsyncSession) -> TigerAccount | None:
-    """The account that serves trades which name none."""
-    return await _one(session, col(TigerAccount.is_default_trading), ())
+    """Return the account for trades that do not specify one, or None."""
+    return await _get(session, col(TigerAccount.is_default_trading), ())
 
 
 async def get_default_data_account(session: AsyncSession) -> TigerAccount | None:
-    """The account that serves data requests which name none."""
-    return await _one(session, col(TigerAccount.is_default_data), ())
+    """Return the account for data requests that do not specify one, or None."""
+    return await _get(session, col(TigerAccount.is_default_data), ())
 
 
 async def get_accounts_needing_token_refresh(
     session: AsyncSession, *, within: timedelta = timedelta(hours=1), limit: int = 100
 ) -> list[TigerAccount]:
-    """The active accounts whose token has expired or will within that time, soonest first."""
+    """Return the active accounts whose token expires `within` this time, or has; soonest first."""
     check_limit(limit)
     due, at = due_tokens(within)
     statement = select(TigerAccount).where(due).order_by(at, col(TigerAccount.id)).limit(limit)
@@ -115,14 +108,14 @@ async def find_for_operation(
     environment: TigerEnvironment = TigerEnvironment.PROD,
     limit: int = 10,
 ) -> list[TigerAccount]:
-    """The accounts that may serve a request now, best first.
+    """Return the accounts that can serve a request now, best first.
 
-    They are active, hold the market permission, have a valid token where their licence needs one,
-    and are not failing: three or more consecutive errors, the last within five minutes. The default
-    for the purpose comes first, then the fewest errors, then the oldest account.
+    They are active, have the market permission, and have a valid token if their license needs one.
+    Accounts with three or more consecutive errors, the last within five minutes, are left out. The
+    default account comes first, then the fewest errors, then the oldest account.
 
-    For trading, real and paper accounts never stand in for each other: without `account_type`, only
-    accounts like the default trading account are found, and only real ones where there is none.
+    For trading without `account_type`, all accounts are paper accounts if the default trading
+    account is one. Otherwise, or without a default account, none of them is a paper account.
 
     Raises:
         InvalidState: the session is readonly.
@@ -138,7 +131,7 @@ async def find_for_operation(
         ),
     )
     failing = and_(
-        col(TigerAccount.error_count) >= FAILING_ERRORS,
+        col(TigerAccount.error_count) >= FAILING_AFTER,
         col(TigerAccount.last_error_at) > func.now() - FAILING_FOR,
     )
     statement = select(TigerAccount).where(
@@ -170,7 +163,7 @@ async def find_for_operation(
     return await fetch_all(session, statement)
 
 
-async def _one(
+async def _get(
     session: AsyncSession, criterion: ColumnElement[bool] | Mapped[bool], load: Sequence[str]
 ) -> TigerAccount | None:
     relationships = TigerAccount.__sqlmodel_relationships__

@@ -1,15 +1,13 @@
 """Store the access tokens of accounts."""
 
 from datetime import datetime, timedelta
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud import audit_logs
-from tiger_db.crud.accounts.closing import refuse_closed
+from tiger_db.crud.accounts.changes import add_token_expiry, apply_change, refuse_closed
 from tiger_db.crud.common import fetch_one, get_or_raise
 from tiger_db.models import AccountStatus, AuditAction, AuditLog, TigerAccount
 
@@ -44,35 +42,16 @@ async def update_tokens(
         given["refresh_token"] = refresh_token
     values = account.validate_changes(given)
     add_token_expiry(account, values)
-    before = audit_logs.account_values(account)
-    account.sqlmodel_update(values)
-    await session.flush()
-    event = audit_logs.account_change_event(account, before, given, action=AuditAction.TOKEN_UPDATE)
-    await audit_logs.insert_event(session, event)
+    await apply_change(session, account, values, action=AuditAction.TOKEN_UPDATE, given=given)
     if refresh_id is not None and await _is_suspended_by(session, account, refresh_id):
-        account.status = AccountStatus.ACTIVE
-        await session.flush()
-        event = audit_logs.account_event(
-            account.id,
+        await apply_change(
+            session,
+            account,
+            {"status": AccountStatus.ACTIVE},
             action=AuditAction.ACCOUNT_STATUS_CHANGE,
-            old_values={"status": AccountStatus.SUSPENDED},
-            new_values={"status": AccountStatus.ACTIVE},
             details={"reason": "the answer that was missed has come", "refresh": str(refresh_id)},
         )
-        await audit_logs.insert_event(session, event)
     return account
-
-
-def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
-    """Set `token_expires_at` in validated values that contain a new access token.
-
-    Raises:
-        StaleToken: the account has a newer token.
-    """
-    if values.get("access_token") is not None:
-        values["token_expires_at"] = account.check_not_stale(
-            values["access_token"].get_secret_value(), values.get("token_expires_at")
-        )
 
 
 async def _is_suspended_by(session: AsyncSession, account: TigerAccount, refresh_id: UUID) -> bool:
