@@ -1,4 +1,4 @@
-"""Runs the migrations: over the connection that tiger_db hands in, or one made from the settings."""
+"""Run the migrations on the connection in the configuration, or on one made from the settings."""
 
 import asyncio
 
@@ -24,14 +24,16 @@ async def connect_and_run() -> None:
 
 
 if context.is_offline_mode():
-    # Named parameters, because the dialect's own form would double every % in the SQL.
+    # With its default parameter style, the dialect would double every % in the SQL.
     context.configure(
         dialect_name="postgresql",
         dialect_opts={"paramstyle": "named"},
         literal_binds=True,
         **OPTIONS,
     )
-    if "connection" not in context.config.attributes:  # else tiger_db writes this itself
+    if (
+        "connection" not in context.config.attributes
+    ):  # with the attribute, tiger_db writes this SQL
         schema = Settings().db_schema
         context.get_context().impl.static_output(
             search_path_sql(schema, create=schema != DEFAULT_SCHEMA).strip()

@@ -4,21 +4,23 @@ Revision: ${up_revision}
 Follows: ${down_revision | comma,n}
 Made: ${create_date}
 
-Before it is merged: read it, run it up, down and up again, and ask of every statement what it
-locks, for how long, and whether the code that runs now can live with it. It runs while that does:
+Before you merge this migration, read it and run it up, down and up again. Code of the previous
+release runs during the migration. Check for each statement which locks it takes, for how long, and
+whether that code works with the changed schema:
 
-- Expand now, contract in a later release, when no code that runs needs the old: nothing is renamed,
-  changes its type, becomes NOT NULL or goes away in one step.
-- A new column is nullable, or has a constant default: neither rewrites the table.
-- A CHECK or foreign key comes NOT VALID, and a later migration validates it; NOT NULL follows a
-  valid CHECK (... IS NOT NULL), which spares it the scan.
-- An index on a table in use is made and dropped CONCURRENTLY, alone in its migration, within
-  op.get_context().autocommit_block(). DROP INDEX CONCURRENTLY IF EXISTS comes before CREATE INDEX
+- Expand in this release and contract in a later release, when no running code needs the old schema.
+  Do not rename, drop, change a type or set NOT NULL in one step.
+- Make a new column nullable or give it a constant default: neither rewrites the table.
+- Add a CHECK or foreign key as NOT VALID, and validate it in a later migration. Set NOT NULL after a
+  valid CHECK (... IS NOT NULL), which makes a scan of the table unnecessary.
+- Create or drop an index on a table in use CONCURRENTLY, alone in its migration, within
+  op.get_context().autocommit_block(). Begin with DROP INDEX CONCURRENTLY IF EXISTS, then CREATE INDEX
   CONCURRENTLY IF NOT EXISTS: a failure leaves an invalid index, and the migration runs again.
-- After 2 s without a lock (lock_timeout) it is rolled back and tried again: few locks, that of the
-  busiest table last, a short transaction. Many rows change in batches, outside of migrations.
+- A migration that waits 2 s for a lock (lock_timeout) is rolled back and run again. Take few locks,
+  lock the busiest table last, and keep the transaction short. Change many rows in batches, outside of
+  migrations.
 
-`make lint` has squawk check this. An exemption gives its reason: squawk_ignore = {"rule": "reason"}
+`make lint` checks this with squawk. Give each exemption a reason: squawk_ignore = {"rule": "reason"}
 """
 
 import sqlalchemy as sa

@@ -58,7 +58,7 @@ def environ(tiger_db: Path) -> Iterator[dict[str, str]]:
 def test_the_wheel_holds_the_package_and_the_migrations_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "tiger_db/alembic/env.py" in names
-    assert "tiger_db/alembic/versions/20261123_0001_four_entities.py" in names
+    assert "tiger_db/alembic/versions/20261123_0001_create_tables.py" in names
     assert "tiger_db/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"tiger_db"}
 

@@ -1,11 +1,11 @@
-"""An append-only audit trail: places in the order of writing, seals, smaller indexes.
+"""Make the audit trail append-only; add positions, seals and smaller indexes.
 
 Revision: 0004
 Follows: 0003
 Made: 2026-11-25
 
-Rewrites audit_logs to give its events their places, and locks it meanwhile: with many events, stop
-the writers first. Code of revision 0003 can live with it, but for changes of events, which fail.
+Rewrites and locks audit_logs to add the positions of its events. If it has many events, stop the
+writers first. Code of revision 0003 works with this schema, except that changes of events fail.
 """
 
 import sqlalchemy as sa
@@ -17,9 +17,9 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "adding-field-with-default": "rewrites audit_logs, as said above",
-    "require-concurrent-index-creation": "audit_logs is locked for that anyway",
-    "require-concurrent-index-deletion": "the same",
+    "adding-field-with-default": "rewrites audit_logs, see the docstring",
+    "require-concurrent-index-creation": "audit_logs is locked in any case",
+    "require-concurrent-index-deletion": "audit_logs is locked in any case",
 }
 
 REFUSE = """
@@ -32,8 +32,8 @@ END
 $$
 """
 
-# Whoever finds the lock taken leaves it to who has it, so that no writer waits for another: a
-# commit that notifies waits for every other one that does. Who follows looks again anyway.
+# Commits that notify wait for each other. A transaction that does not get the lock does not notify, so
+# that writers never wait. Readers also poll, so that they miss no event.
 NOTIFY = """
 CREATE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -45,7 +45,7 @@ END
 $$
 """
 
-# The time in an id: the reverse of uuid7_floor.
+# The time of a UUIDv7: the inverse of uuid7_floor.
 UUID7_TIME = """
 CREATE FUNCTION uuid7_time(id uuid) RETURNS timestamptz
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
@@ -53,7 +53,7 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
 $$
 """
 
-# Attaching a finished table, unlike creating a partition in place, lets writers go on.
+# ATTACH PARTITION does not block writers, unlike CREATE TABLE ... PARTITION OF.
 MAKE_AUDIT_PARTITION = """
 CREATE FUNCTION make_audit_partition(month timestamp) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -70,8 +70,9 @@ END
 $$
 """
 
-# Events that came when their month was missing, or with a wrong clock, wait in the default
-# partition. No event can be deleted, so it is replaced, and what it held is inserted again.
+# The default partition has the events that were inserted when their month had no partition, or with
+# a wrong clock. Events cannot be deleted, so the partition is replaced and its events are inserted
+# again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -116,7 +117,7 @@ END
 $$
 """
 
-# As revision 0001 had it.
+# The function of revision 0001.
 MAKE_AUDIT_MONTHS_BEFORE = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -151,7 +152,7 @@ END
 $$
 """
 
-# Partitions have defaults of their own, for what is written straight into them.
+# Rows that are inserted into a partition directly get the default of the partition.
 DEFAULTS = """
 DO $$
 DECLARE
@@ -208,7 +209,8 @@ def upgrade() -> None:
             comment="Place in the order of writing; what was rolled back leaves gaps",
         ),
     )
-    # Not the start of the transaction: no event is dated before a seal that was made before it.
+    # With now(), the start of the transaction, an event could have an earlier time than a seal that
+    # was written before it.
     op.alter_column(
         "audit_logs",
         "created_at",

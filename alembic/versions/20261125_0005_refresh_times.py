@@ -1,10 +1,10 @@
-"""Refreshes in time for each token's own life; workers are told of what is due.
+"""Add the refresh times of tokens, and notify workers of pending refreshes.
 
 Revision: 0005
 Follows: 0004
 Made: 2026-11-25
 
-Code of revision 0004 can live with it: what it writes is due an hour before the token's expiry.
+Code of revision 0004 works with this schema. The tokens that it writes are due an hour before expiry.
 """
 
 import sqlalchemy as sa
@@ -16,7 +16,7 @@ down_revision = "0004"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "require-concurrent-index-creation": "of tiger_accounts, which is small",
+    "require-concurrent-index-creation": "tiger_accounts is small",
 }
 
 CHANNEL = "tiger_db_refreshes"

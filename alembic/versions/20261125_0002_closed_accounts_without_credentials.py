@@ -1,11 +1,11 @@
-"""Closed accounts keep no credentials; automatic suspensions; options of Tiger's client.
+"""Remove credentials of closed accounts; add automatic suspensions and client options.
 
 Revision: 0002
 Follows: 0001
 Made: 2026-11-25
 
-Locks tiger_accounts, which is small, for a scan of its rows. Code of revision 0001 can live with it,
-but cannot close an account: it leaves the private key where none may be.
+Locks tiger_accounts, which is small, while its rows are scanned. Code of revision 0001 works with this
+schema, except that it cannot close an account, because it keeps the private key.
 """
 
 import sqlalchemy as sa
@@ -19,7 +19,7 @@ branch_labels = None
 depends_on = None
 squawk_ignore = {
     "constraint-missing-not-valid": "scans tiger_accounts, which is small",
-    "ban-drop-not-null": "code of revision 0001 writes it always",
+    "ban-drop-not-null": "code of revision 0001 always writes this column",
 }
 
 END_AUTO_SUSPENSION = """
@@ -96,7 +96,7 @@ def downgrade() -> None:
     op.execute("DROP TRIGGER end_auto_suspension ON tiger_accounts")
     op.execute("DROP FUNCTION end_auto_suspension()")
     op.drop_constraint(op.f("ck_tiger_accounts_credentials_unless_closed"), "tiger_accounts")
-    # What was destroyed stays so: no key decrypts this.
+    # The removed keys cannot be restored. No key decrypts an empty text.
     op.execute("UPDATE tiger_accounts SET private_key = '' WHERE private_key IS NULL")
     op.alter_column(
         "tiger_accounts",

@@ -1,11 +1,12 @@
-"""Lines of API keys: rotated keys share their limits, and a key has one successor.
+"""Share limits between an API key and its successors; record the successor of a key.
 
 Revision: 0007
 Follows: 0006
 Made: 2026-11-28
 
-Finds the lines in the audit trail, which it reads once, before it locks api_keys and api_key_limits
-for a moment. Code of revision 0005 can live with it: a key that it rotates begins a new line.
+A key and its successors are a line. The migration reads the rotations from the audit trail once, then
+locks api_keys and api_key_limits briefly. Code of revision 0005 works with this schema: a successor
+that it creates begins a new line.
 """
 
 import sqlalchemy as sa
@@ -17,11 +18,11 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "ban-drop-constraint": "the counts of a line outlive its first key; nobody relies on it",
-    "ban-drop-table": "made by this migration",
+    "ban-drop-constraint": "the counts of a line outlive its first key",
+    "ban-drop-table": "a temporary table of this migration",
 }
 
-# As text: nothing keeps an event from naming a successor that is no id.
+# The ids are text, because an event may name a successor that is not a valid id.
 ROTATIONS = """
 CREATE TABLE rotations_0007 AS
 SELECT api_key_id::text AS id, new_values ->> 'successor' AS successor, max(position) AS position
@@ -37,7 +38,7 @@ WITH RECURSIVE line (id, root) AS (
 UPDATE api_keys AS k SET root_id = line.root::uuid FROM line
 WHERE k.id::text = line.id AND line.root NOT IN (SELECT successor FROM rotations_0007)
 """
-# A key that was rotated more than once has the newest of its successors.
+# If a key was rotated more than once, the newest successor counts.
 SUCCESSORS = """
 UPDATE api_keys AS k SET successor_id = r.successor_id
 FROM (SELECT DISTINCT ON (r.id) r.id, s.id AS successor_id
@@ -45,7 +46,7 @@ FROM (SELECT DISTINCT ON (r.id) r.id, s.id AS successor_id
     ORDER BY r.id, r.position DESC) AS r
 WHERE k.id::text = r.id
 """
-# The limits go on with the sum of what the keys of the line have used.
+# The limits continue with the sum of the uses of all keys in the line.
 MERGE_COUNTS = """
 WITH counts AS (
     SELECT coalesce(k.root_id, k.id) AS line, l.hour, l.hour_count, l.day, l.day_count,
@@ -62,7 +63,7 @@ FROM counts GROUP BY line, last_hour, last_day
 ON CONFLICT (api_key_id) DO UPDATE SET hour = excluded.hour, hour_count = excluded.hour_count,
     day = excluded.day, day_count = excluded.day_count
 """
-# The newest key of a line is the one in use.
+# The counts go to the newest key of a line, which is the key in use.
 LEAVE_COUNTS = """
 DELETE FROM api_key_limits USING api_keys AS k WHERE k.id = api_key_id AND k.root_id IS NOT NULL;
 UPDATE api_key_limits AS l SET api_key_id = k.id
@@ -83,7 +84,7 @@ COMMENTS = {
 
 def upgrade() -> None:
     op.execute(ROTATIONS)
-    # In the order in which a use locks them.
+    # The order of the locks is that of a use of a key.
     op.drop_constraint(FOREIGN_KEY, "api_key_limits", type_="foreignkey")
     for name, comment in (
         ("root_id", "First key of the line that rotations made, which may be gone; none: this one"),

@@ -1,10 +1,10 @@
-"""Peppers of API keys; their limits apart; every change of a key is told to who remembers it.
+"""Add peppers, a table of rate limits, and notifications of changes of API keys.
 
 Revision: 0003
 Follows: 0002
 Made: 2026-11-25
 
-Locks api_keys and tiger_accounts for a moment. Code of revision 0002 can live with it.
+Locks api_keys and tiger_accounts briefly. Code of revision 0002 works with this schema.
 """
 
 import sqlalchemy as sa
@@ -18,11 +18,11 @@ branch_labels = None
 depends_on = None
 squawk_ignore = {
     "constraint-missing-not-valid": "scans api_keys, which is small",
-    "require-concurrent-index-creation": "of api_keys, which is small",
+    "require-concurrent-index-creation": "api_keys is small",
 }
 
 CHANNEL = "tiger_db_api_keys"
-# What a use writes is told to nobody.
+# Changes of these columns alone are not notified.
 COUNTERS = "'{usage_count,last_used_at,updated_at}'::text[]"
 CHANGED = f"to_jsonb(OLD) - {COUNTERS} IS DISTINCT FROM to_jsonb(NEW) - {COUNTERS}"
 
@@ -124,7 +124,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("writer", name=op.f("pk_api_key_batches")),
         comment="The latest batch of counts that each process has written",
     )
-    # The limits go on where they are.
+    # Copy the current counts, so that the limits continue.
     op.execute(
         "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"
         " SELECT u.api_key_id, date_trunc('hour', now(), 'UTC'),"
@@ -137,7 +137,7 @@ def upgrade() -> None:
     op.execute(NOTIFY)
     for name, (table, when) in TRIGGERS.items():
         op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION notify_api_key_change()")
-        # Also for what a replication or a restore writes.
+        # Fire for replication and restores too.
         op.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {name}")
 
 

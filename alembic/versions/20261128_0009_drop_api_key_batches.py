@@ -1,11 +1,12 @@
-"""Drop api_key_batches: the counter of key uses asks the server for the status of a transaction.
+"""Drop api_key_batches.
 
 Revision: 0009
 Follows: 0008
 Made: 2026-11-28
 
-Locks api_key_batches, which only counters use. Code of revision 0008 works on, but counts no more
-uses of keys: stop it first. Rate limits are counted elsewhere.
+The counter of key uses reads the status of a transaction from the server instead. The migration
+locks api_key_batches only. Code of revision 0008 works with this schema, except that it counts no more
+uses of keys: stop it first. Rate limits use another table.
 """
 
 import sqlalchemy as sa
@@ -17,9 +18,7 @@ revision = "0009"
 down_revision = "0008"
 branch_labels = None
 depends_on = None
-squawk_ignore = {
-    "ban-drop-table": "nothing released uses it, and its rows are worthless afterwards"
-}
+squawk_ignore = {"ban-drop-table": "no release uses it, and its rows have no further use"}
 
 
 def upgrade() -> None:

@@ -1,11 +1,8 @@
-"""The four entities.
+"""Create the tables of the four entities.
 
 Revision: 0001
 Follows:
 Made: 2026-11-23
-
-Before it is merged: read it, run it up, down and up again, and ask of every statement what it
-locks, for how long, and whether the code that runs now can live with it.
 """
 
 import sqlalchemy as sa
@@ -17,7 +14,7 @@ revision = "0001"
 down_revision = None
 branch_labels = None
 depends_on = None
-squawk_ignore = {"prefer-text-field": "alembic_version is as Alembic makes it"}
+squawk_ignore = {"prefer-text-field": "Alembic creates alembic_version"}
 
 
 def enum(name: str, *members: str) -> postgresql.ENUM:
@@ -147,7 +144,7 @@ END
 $$
 """
 
-# The smallest id that a row made at this time can have (RFC 9562, 5.7: 48 bits of milliseconds).
+# The smallest UUIDv7 of a time (RFC 9562, section 5.7: it begins with 48 bits of milliseconds).
 UUID7_FLOOR = """
 CREATE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
@@ -157,8 +154,8 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
 $$
 """
 
-# Attaching a finished table, unlike creating a partition in place, lets writers go on. Rows that
-# came when their month was missing wait in the default partition, and move.
+# ATTACH PARTITION does not block writers, unlike CREATE TABLE ... PARTITION OF. Rows that were
+# inserted when their month had no partition are moved from the default partition.
 MAKE_AUDIT_MONTHS = """
 CREATE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE

@@ -1,11 +1,11 @@
-"""Functions have their own search path; channels and advisory locks are those of one schema.
+"""Set the search path of functions; name channels and advisory locks by schema.
 
 Revision: 0006
 Follows: 0005
 Made: 2026-11-28
 
-Replaces functions, and locks no table. Code of revision 0005 can live with it: in the schema
-`public`, the channels and the keys of the locks stay what they are.
+Replaces functions and locks no table. Code of revision 0005 works with this schema: in `public`, the
+channels and the keys of the locks do not change.
 """
 
 from alembic import op
@@ -15,24 +15,26 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-# The form that quote_identifier has: the same whether DB_SCHEMA, psql or a role set the path.
-PIN = "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
-KEEP = "SET search_path FROM CURRENT"
+# Quoted like quote_identifier does, so that the path is the same if DB_SCHEMA, psql or a role set it.
+SET_SEARCH_PATH = (
+    "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
+)
+FROM_CURRENT = "SET search_path FROM CURRENT"
 
 MONTHS_LOCK = """
         pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))"""
-# A channel's name has 63 bytes at most, as a schema's has.
+# The name of a channel, and of a schema, has at most 63 bytes; therefore the digest.
 DECLARE = """DECLARE
     channel CONSTANT text := pg_catalog.concat('{}', '_' ||
         left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 """
 
-# A function or operator of the schema with closer argument types must not be meant.
+# A function or operator of the schema with closer argument types must not be called instead.
 QUALIFIED = {
     "key": "pg_catalog.concat('key ', OLD.id)",
     "account": "pg_catalog.concat('account ', OLD.id)",
 }
-BEFORE = {"key": "'key ' || OLD.id", "account": "'account ' || OLD.id"}
+UNQUALIFIED = {"key": "'key ' || OLD.id", "account": "'account ' || OLD.id"}
 
 NOTIFY_API_KEY_CHANGE = """
 CREATE OR REPLACE FUNCTION notify_api_key_change() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
@@ -49,8 +51,8 @@ END
 $$
 """
 
-# Whoever finds the lock taken leaves it to who has it, so that no writer waits for another: a
-# commit that notifies waits for every other one that does. Who follows looks again anyway.
+# Commits that notify wait for each other. A transaction that does not get the lock does not notify, so
+# that writers never wait. Readers also poll, so that they miss no event.
 NOTIFY_AUDIT_EVENT = """
 CREATE OR REPLACE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
 {declare}BEGIN
@@ -71,8 +73,9 @@ END
 $$
 """
 
-# Events that came when their month was missing, or with a wrong clock, wait in the default
-# partition. No event can be deleted, so it is replaced, and what it held is inserted again.
+# The default partition has the events that were inserted when their month had no partition, or with
+# a wrong clock. Events cannot be deleted, so the partition is replaced and its events are inserted
+# again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql
 {keep} AS $$
@@ -118,7 +121,7 @@ END
 $$
 """
 
-# The smallest id that a row made at this time can have (RFC 9562, 5.7: 48 bits of milliseconds).
+# The smallest UUIDv7 of a time (RFC 9562, section 5.7: it begins with 48 bits of milliseconds).
 UUID7_FLOOR = """
 CREATE OR REPLACE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
@@ -127,7 +130,7 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
         AS milliseconds{end}
 """
 
-# The time in an id: the reverse of uuid7_floor.
+# The time of a UUIDv7: the inverse of uuid7_floor.
 UUID7_TIME = """
 CREATE OR REPLACE FUNCTION uuid7_time(id uuid) RETURNS timestamptz
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
@@ -139,8 +142,8 @@ NOTIFYING = {
     "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
     "tiger_db_refreshes": NOTIFY_REFRESH,
 }
-# Of which nothing else changes.
-SAME = (
+# Functions that get a search path and no other change.
+UNCHANGED = (
     "set_updated_at()",
     "end_auto_suspension()",
     "refuse_audit_change()",
@@ -149,22 +152,24 @@ SAME = (
 
 
 def upgrade() -> None:
-    op.execute(PIN)
+    op.execute(SET_SEARCH_PATH)
     for channel, function in NOTIFYING.items():
         declare = DECLARE.format(channel)
-        op.execute(function.format(keep=KEEP, declare=declare, channel="channel", **QUALIFIED))
-    op.execute(MAKE_AUDIT_MONTHS.format(keep=KEEP, lock=MONTHS_LOCK))
+        op.execute(
+            function.format(keep=FROM_CURRENT, declare=declare, channel="channel", **QUALIFIED)
+        )
+    op.execute(MAKE_AUDIT_MONTHS.format(keep=FROM_CURRENT, lock=MONTHS_LOCK))
     for function in (UUID7_FLOOR, UUID7_TIME):
         op.execute(function.format(begin="BEGIN ATOMIC", end=";\nEND"))
-    for name in SAME:
-        op.execute(f"ALTER FUNCTION {name} {KEEP}")
+    for name in UNCHANGED:
+        op.execute(f"ALTER FUNCTION {name} {FROM_CURRENT}")
 
 
 def downgrade() -> None:
-    for name in SAME:
+    for name in UNCHANGED:
         op.execute(f"ALTER FUNCTION {name} RESET search_path")
     for function in (UUID7_FLOOR, UUID7_TIME):
         op.execute(function.format(begin="AS $$", end="\n$$"))
     op.execute(MAKE_AUDIT_MONTHS.format(keep="", lock="'make_audit_months'"))
     for channel, function in NOTIFYING.items():
-        op.execute(function.format(keep="", declare="", channel=f"'{channel}'", **BEFORE))
+        op.execute(function.format(keep="", declare="", channel=f"'{channel}'", **UNQUALIFIED))

@@ -1,12 +1,12 @@
-"""A refresh in progress has a worker and a lease.
+"""Require a worker and a lease for refreshes in progress.
 
 Revision: 0008
 Follows: 0007
 Made: 2026-11-28
 
-One without them could be neither claimed nor replaced. Such rows get a lease that has expired, so
-that the next worker takes them over, or gives them up after `max_retries`. Code of revision 0005 can
-live with it, but for `TokenStatus.start_refresh()` on a stored row, which is refused.
+A refresh without a worker or a lease could not be claimed or replaced. Such rows get an expired lease,
+so that the next worker claims them, or fails them after `max_retries`. Code of revision 0005 works
+with this schema, except that `TokenStatus.start_refresh()` on a stored row is refused.
 
 The constraint is validated in a transaction of its own, which blocks neither readers nor writers.
 """
@@ -18,14 +18,14 @@ down_revision = "0007"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "ban-drop-constraint": "it is there only if this migration was cut off, and is made anew",
+    "ban-drop-constraint": "it exists only if this migration was interrupted, and is created again",
 }
 
 NAME = "ck_token_statuses_in_progress_is_leased"
 
 
 def upgrade() -> None:
-    # It may run again, if the validation was cut off.
+    # The migration runs again if the validation was interrupted.
     op.execute(f"ALTER TABLE token_statuses DROP CONSTRAINT IF EXISTS {NAME}")
     op.execute(
         f"ALTER TABLE token_statuses ADD CONSTRAINT {NAME} CHECK (status <> 'in_progress'"
