@@ -29,7 +29,7 @@ async def found(settings: Settings, check: str) -> CheckResult:
 
 @pytest.fixture
 async def other(clone_settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    """A session of somebody else's."""
+    """A session of another application."""
     arguments = {"server_settings": {"application_name": "report"}}
     connection = await asyncpg.connect(**{**clone_settings.connect_args(), **arguments})
     yield connection
@@ -49,7 +49,7 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
 
 
 @pytest.mark.slow
-async def test_active_keys_whose_hashes_have_no_pepper(
+async def test_active_keys_with_unpeppered_hashes_are_reported(
     clone: Database, clone_settings: Settings
 ) -> None:
     async with clone.session() as session:
@@ -80,7 +80,7 @@ async def test_active_keys_whose_hashes_have_no_pepper(
 
 
 @pytest.mark.slow
-async def test_a_locked_table_keeps_no_other_check_waiting(
+async def test_a_locked_table_delays_no_other_check(
     clone_settings: Settings, other: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:
     async with other.transaction():
@@ -92,7 +92,7 @@ async def test_a_locked_table_keeps_no_other_check_waiting(
 
 
 @pytest.mark.slow
-async def test_unsealed_events(
+async def test_unsealed_events_are_reported(
     clone: Database, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with clone.session() as session:
@@ -116,7 +116,7 @@ async def test_unsealed_events(
 
 
 @pytest.mark.slow
-async def test_overdue_refreshes_and_leases_that_ran_out(
+async def test_overdue_refreshes_and_expired_leases_are_reported(
     clone: Database, clone_settings: Settings
 ) -> None:
     async with clone.session() as session:
@@ -141,7 +141,9 @@ async def test_overdue_refreshes_and_leases_that_ran_out(
 
 
 @pytest.mark.slow
-async def test_tokens_that_nobody_refreshes(clone: Database, clone_settings: Settings) -> None:
+async def test_tokens_without_a_worker_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
     async with clone.session() as session:
         await factories.account_with_token(session)
     assert (await found(clone_settings, "tokens")).status == "ok"
@@ -155,7 +157,9 @@ async def test_tokens_that_nobody_refreshes(clone: Database, clone_settings: Set
     assert (await found(clone_settings, "tokens")).status == "problem"
 
 
-async def test_a_key_that_expires_soon(clone: Database, clone_settings: Settings) -> None:
+async def test_keys_that_expire_soon_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
     async with clone.session() as session:
         key, _ = await factories.api_key(session, expires_at=NOW + timedelta(days=3, hours=1))
         await factories.api_key(session, expires_at=NOW + timedelta(days=6))
@@ -167,14 +171,16 @@ async def test_a_key_that_expires_soon(clone: Database, clone_settings: Settings
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize(("dropped", "status"), [(1, "problem"), (2, "warning"), (3, "ok")])
-async def test_months_that_are_missing(clone_settings: Settings, dropped: int, status: str) -> None:
+async def test_missing_partitions_are_reported(
+    clone_settings: Settings, dropped: int, status: str
+) -> None:
     await sql(clone_settings, f"DROP TABLE {', '.join(months(dropped, 12))}")
     result = await found(clone_settings, "audit partitions")
     assert result.status == status
     assert f"for {dropped - 1} months" in result.seen
 
 
-async def test_an_invalid_index(clone: Database, clone_settings: Settings) -> None:
+async def test_an_invalid_index_is_reported(clone: Database, clone_settings: Settings) -> None:
     async with clone.session() as session:
         await factories.account(session)
         await factories.account(session)
@@ -191,7 +197,9 @@ async def test_an_invalid_index(clone: Database, clone_settings: Settings) -> No
     assert (await found(clone_settings, "invalid indexes")).status == "ok"
 
 
-async def test_encryption_keys(clone: Database, clone_settings: Settings) -> None:
+async def test_missing_and_old_encryption_keys_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
     def keyed(keys: str) -> Settings:
         return clone_settings.model_copy(update={"encryption_keys": SecretStr(keys)})
 
@@ -211,7 +219,7 @@ async def test_encryption_keys(clone: Database, clone_settings: Settings) -> Non
 
 @pytest.fixture
 async def guest(clone_settings: Settings) -> AsyncIterator[Settings]:
-    """The same database, to a role that may see next to nothing."""
+    """Settings of a role that may read only the version of the schema."""
     role = f"guest_{uuid4().hex[:12]}"
     await sql(clone_settings, f"CREATE ROLE {role}", f"GRANT SELECT ON alembic_version TO {role}")
     assert clone_settings.database_url is not None
@@ -224,7 +232,7 @@ async def guest(clone_settings: Settings) -> AsyncIterator[Settings]:
 
 
 @pytest.mark.schema_changes
-async def test_what_a_role_may_not_see_is_said(clone: Database, guest: Settings) -> None:
+async def test_missing_privileges_are_reported(clone: Database, guest: Settings) -> None:
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
         results = {result.check: result for result in await doctor.run(guest)}
@@ -236,7 +244,7 @@ async def test_what_a_role_may_not_see_is_said(clone: Database, guest: Settings)
     assert "12 months" in results["audit partitions"].seen
 
 
-async def test_a_schema_that_is_behind(empty_database: Settings) -> None:
+async def test_a_missing_schema_is_reported(empty_database: Settings) -> None:
     results = await doctor.run(empty_database)
     assert results[-1] == CheckResult(
         "schema", "problem", "the database has no tiger_db schema", "run `tiger-db init`"
@@ -244,7 +252,7 @@ async def test_a_schema_that_is_behind(empty_database: Settings) -> None:
     assert [f.check for f in results if f.status == "problem"] == ["schema"]
 
 
-async def test_no_server() -> None:
+async def test_an_unreachable_server_is_reported() -> None:
     settings = Settings(database_url="postgresql://u:hunter2@localhost:1/x")
     (result,) = await doctor.run(settings)
     assert (result.check, result.status) == ("server", "problem")

@@ -50,7 +50,7 @@ def home() -> Iterator[Path]:
     shutil.rmtree(base)
 
 
-async def test_healthy(clone_settings: Settings) -> None:
+async def test_a_healthy_database_has_no_problem(clone_settings: Settings) -> None:
     report = await check_readiness(clone_settings)
     assert report.problems == []
     assert report.location == clone_settings.location
@@ -95,7 +95,7 @@ async def test_rows_are_estimates_over_all_partitions(
 
 
 @pytest.mark.schema_changes
-async def test_rows_that_were_never_analyzed_are_taken_from_the_statistics(
+async def test_rows_without_analyze_are_estimated_from_the_statistics(
     clone: Database, clone_settings: Settings
 ) -> None:
     await sql(
@@ -113,7 +113,7 @@ async def test_rows_that_were_never_analyzed_are_taken_from_the_statistics(
 
 
 @pytest.mark.schema_changes
-async def test_months_that_are_missing(clone: Database, clone_settings: Settings) -> None:
+async def test_missing_partitions_are_reported(clone: Database, clone_settings: Settings) -> None:
     await sql(clone_settings, f"DROP TABLE {months(4, 4)[0]}")
     report = await check_readiness(clone_settings)
     assert (report.audit_months_ahead, report.problems) == (3, [])
@@ -133,7 +133,9 @@ async def test_months_that_are_missing(clone: Database, clone_settings: Settings
 
 
 @pytest.mark.schema_changes
-async def test_strays_that_migrate_moves(clone: Database, clone_settings: Settings) -> None:
+async def test_migrate_moves_events_out_of_the_default_partition(
+    clone: Database, clone_settings: Settings
+) -> None:
     await sql(clone_settings, f"DROP TABLE {', '.join(months(0, 12))}")
     async with clone.session() as session:
         await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
@@ -147,7 +149,7 @@ async def test_strays_that_migrate_moves(clone: Database, clone_settings: Settin
 
 
 @pytest.mark.parametrize("days", [-400, 4000])
-async def test_strays_of_a_wrong_clock(
+async def test_events_of_a_wrong_clock_are_reported(
     clone: Database, clone_settings: Settings, days: int
 ) -> None:
     stray = AuditLog(
@@ -158,7 +160,7 @@ async def test_strays_of_a_wrong_clock(
     assert "check the clocks" in only_problem(await check_readiness(clone_settings))
 
 
-async def test_schema(empty_database: Settings) -> None:
+async def test_a_missing_or_newer_schema_is_reported(empty_database: Settings) -> None:
     report = await check_readiness(empty_database)
     assert (report.revision, report.rows, report.audit_months_ahead) == (None, {}, None)
     assert report.server_version
@@ -172,14 +174,14 @@ async def test_schema(empty_database: Settings) -> None:
 
 
 @pytest.mark.schema_changes
-async def test_missing_table(clone_settings: Settings) -> None:
+async def test_a_missing_table_is_reported(clone_settings: Settings) -> None:
     await sql(clone_settings, "DROP TABLE audit_logs CASCADE")
     report = await check_readiness(clone_settings)
     assert "tiger_accounts" in report.rows
     assert "the database refused" in only_problem(report)
 
 
-async def test_unreachable(clone_settings: Settings) -> None:
+async def test_an_unreachable_server_is_reported(clone_settings: Settings) -> None:
     settings = Settings(
         database_url="postgresql://u:hunter2@localhost:1/x",
         encryption_keys=clone_settings.encryption_keys,
@@ -194,7 +196,7 @@ async def test_unreachable(clone_settings: Settings) -> None:
     assert "hunter2" not in str(report)
 
 
-async def test_server_that_never_answers(clone_settings: Settings) -> None:
+async def test_a_server_that_never_answers_is_reported(clone_settings: Settings) -> None:
     async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
@@ -216,7 +218,7 @@ async def test_server_that_never_answers(clone_settings: Settings) -> None:
 
 
 @pytest.mark.slow
-async def test_server_that_stops_answering_is_not_ready_in_time(
+async def test_a_server_that_stops_answering_is_reported_in_time(
     clone_settings: Settings, tmp_path: Path
 ) -> None:
     assert clone_settings.database_url is not None
@@ -264,7 +266,7 @@ async def test_server_that_stops_answering_is_not_ready_in_time(
     shutil.rmtree(folder)
 
 
-async def test_missing_database(clone_settings: Settings) -> None:
+async def test_a_missing_database_is_reported(clone_settings: Settings) -> None:
     assert clone_settings.database_url is not None
     url = clone_settings.database_url.get_secret_value()
     settings = clone_settings.model_copy(
@@ -273,14 +275,16 @@ async def test_missing_database(clone_settings: Settings) -> None:
     assert "does not exist: run `tiger-db init`" in only_problem(await check_readiness(settings))
 
 
-async def test_peppers(clone_settings: Settings) -> None:
+async def test_missing_or_malformed_peppers_are_reported(clone_settings: Settings) -> None:
     unset = clone_settings.model_copy(update={"api_key_peppers": None})
     assert "API_KEY_PEPPERS is not set" in only_problem(await check_readiness(unset))
     bad = clone_settings.model_copy(update={"api_key_peppers": SecretStr("p1:hunter2")})
     assert "API_KEY_PEPPERS" in only_problem(await check_readiness(bad))
 
 
-async def test_encryption_keys(clone: Database, clone_settings: Settings) -> None:
+async def test_missing_or_wrong_encryption_keys_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
     def keyed(keys: str | None, **more: object) -> Settings:
         secret = SecretStr(keys) if keys else None
         return clone_settings.model_copy(update={"encryption_keys": secret, **more})
@@ -307,7 +311,7 @@ async def test_encryption_keys(clone: Database, clone_settings: Settings) -> Non
 
 
 @pytest.mark.slow
-async def test_embedded(home: Path) -> None:
+async def test_the_embedded_server_is_reported_and_not_started(home: Path) -> None:
     settings = Settings(tiger_db_home=home)
     report = await check_readiness(settings)
     assert report.embedded_folder == str(home)
@@ -340,7 +344,7 @@ async def test_embedded(home: Path) -> None:
     assert embedded.running(settings) is None, "a report starts nothing"
 
 
-async def test_embedded_folder_that_cannot_be(home: Path) -> None:
+async def test_an_invalid_folder_of_the_embedded_server_is_reported(home: Path) -> None:
     report = await check_readiness(Settings(tiger_db_home=home / "a\nb"))
     assert all("TIGER_DB_HOME" in problem for problem in report.problems)
     assert report.problems

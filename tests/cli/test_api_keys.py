@@ -1,4 +1,4 @@
-"""API keys by the command line."""
+"""Commands for API keys."""
 
 import asyncio
 import re
@@ -33,7 +33,7 @@ def refusal(cli: CommandLine, key: str, *options: str) -> str:
     return result.err
 
 
-def test_create_with_everything(cli: CommandLine) -> None:
+def test_a_key_is_created_with_all_options(cli: CommandLine) -> None:
     create_account(cli, "51230321")
     before = datetime.now(UTC)
     row = create(
@@ -62,7 +62,7 @@ def test_create_with_everything(cli: CommandLine) -> None:
     assert by_id["tiger_account_id"] == account["id"]
 
 
-def test_key_is_shown_once(cli: CommandLine) -> None:
+def test_a_key_is_shown_once(cli: CommandLine) -> None:
     result = cli.ok("create-api-key", "--name", "assistant", "--scopes", "mcp:read")
     key = result.out.splitlines()[-1]
     assert cli.ok("verify-api-key", "-", stdin=key)
@@ -75,7 +75,7 @@ def test_key_is_shown_once(cli: CommandLine) -> None:
     assert not any(secret in result.out + result.err for result in shown)
 
 
-def test_expiry(cli: CommandLine) -> None:
+def test_a_key_expires_at_the_given_time(cli: CommandLine) -> None:
     row = create(cli, "--expires-at", "2099-01-31T20:00:00+08:00")
     assert row["expires_at"] == "2099-01-31T12:00:00Z"
     options = ("create-api-key", "--name", "x", "--scopes", "mcp:read")
@@ -94,7 +94,7 @@ def test_expiry(cli: CommandLine) -> None:
 
 
 @pytest.mark.parametrize("text", ["90s", "90m", "36h", "2d", "3w"])
-def test_units(cli: CommandLine, text: str) -> None:
+def test_each_unit_of_time_is_accepted(cli: CommandLine, text: str) -> None:
     seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[text[-1]] * int(text[:-1])
     ends = datetime.fromisoformat(create(cli, "--expires-in", text)["expires_at"])
     assert abs((ends - datetime.now(UTC)).total_seconds() - seconds) < 30
@@ -112,14 +112,16 @@ def test_units(cli: CommandLine, text: str) -> None:
         ("--scopes", ","),
     ],
 )
-def test_refused_value_names_its_option(cli: CommandLine, option: str, value: str) -> None:
+def test_an_error_names_the_option_of_an_invalid_value(
+    cli: CommandLine, option: str, value: str
+) -> None:
     options = {"--name": "x", "--scopes": "mcp:read", option: value}
     given = [part for pair in options.items() for part in pair]
     assert f"error: {option}: " in cli.fails("create-api-key", *given)
     assert cli.ok("list-api-keys", "--json").json["items"] == []
 
 
-def test_unknown_scope_and_account(cli: CommandLine) -> None:
+def test_an_unknown_scope_or_account_is_refused(cli: CommandLine) -> None:
     options = ("create-api-key", "--name", "x", "--scopes")
     reason = cli.misused(*options, "mcp:read,mcp:nope")
     assert "--scopes" in reason
@@ -128,7 +130,7 @@ def test_unknown_scope_and_account(cli: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_list(cli: CommandLine) -> None:
+def test_keys_are_listed_in_pages_and_filtered(cli: CommandLine) -> None:
     create_account(cli, "51230321")
     assert cli.ok("list-api-keys") == Result(0, "", "there are none\n")
     bound, free = create(cli, "--account", "51230321"), create(cli)
@@ -154,13 +156,13 @@ def test_list(cli: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_an_expired_key_is_listed_as_such(cli: CommandLine) -> None:
+def test_an_expired_key_is_listed_as_expired(cli: CommandLine) -> None:
     create(cli, "--expires-in", "1s")
     time.sleep(1.1)
     assert " expired " in cli.ok("list-api-keys").out
 
 
-def test_verify(cli: CommandLine, tmp_path: Path) -> None:
+def test_a_key_is_verified(cli: CommandLine, tmp_path: Path) -> None:
     row = create(cli, "--scopes", "trade:write")
     verified = cli.ok("verify-api-key", "-", "--scopes", "trade:read", "--json", stdin=row["key"])
     assert verified.json["id"] == row["id"]
@@ -176,7 +178,7 @@ def test_verify(cli: CommandLine, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_verify_says_why_not(cli: CommandLine) -> None:
+def test_the_reason_of_a_refusal_is_shown(cli: CommandLine) -> None:
     for number in ("1111111", "2222222"):
         create_account(cli, number)
     key = create(
@@ -196,7 +198,7 @@ def test_verify_says_why_not(cli: CommandLine) -> None:
     assert "APIKeyRevoked" in refusal(cli, key, *good)
 
 
-def test_verify_tells_when_a_limit_ends(cli: CommandLine) -> None:
+def test_the_time_until_the_end_of_a_limit_is_shown(cli: CommandLine) -> None:
     key = create(cli, "--rate-limit-per-day", "1")["key"]
     cli.ok("verify-api-key", "-", stdin=key)
     limited, when = refusal(cli, key).splitlines()
@@ -245,7 +247,7 @@ def test_a_dry_run_writes_nothing(cli: CommandLine, clone_settings: Settings) ->
 
 
 @pytest.mark.slow
-def test_revoke(cli: CommandLine) -> None:
+def test_a_key_is_revoked_by_prefix_and_by_id(cli: CommandLine) -> None:
     first, second = create(cli), create(cli)
     revoked = cli.ok("revoke-api-key", first["key_prefix"], "--reason", "leaked", "--json").json
     assert revoked["status"] == "revoked"
@@ -260,7 +262,7 @@ def test_revoke(cli: CommandLine) -> None:
 
 
 @pytest.mark.parametrize("how", ["standard input", "file", "argument"])
-def test_revoke_a_leaked_key_by_its_text(cli: CommandLine, tmp_path: Path, how: str) -> None:
+def test_a_leaked_key_is_revoked_by_its_text(cli: CommandLine, tmp_path: Path, how: str) -> None:
     row = create(cli)
     text = row["key"]
     (tmp_path / "leak").write_text(f"{text}\n")
@@ -279,7 +281,7 @@ def test_revoke_a_leaked_key_by_its_text(cli: CommandLine, tmp_path: Path, how: 
     assert cli.ok("revoke-api-key", "--raw", "-", stdin=text)  # again changes nothing
 
 
-def test_a_text_that_is_no_key_revokes_nothing(cli: CommandLine) -> None:
+def test_a_text_that_is_not_a_key_revokes_nothing(cli: CommandLine) -> None:
     row, other = create(cli), create(cli)
     forged = row["key_prefix"] + other["key"].removeprefix(other["key_prefix"])
     for text in (forged, row["key"][:-1], row["key_prefix"], "nonsense"):
@@ -292,7 +294,7 @@ def test_a_text_that_is_no_key_revokes_nothing(cli: CommandLine) -> None:
     assert statuses == {"active"}
 
 
-def test_show_draws_the_uses(cli: CommandLine) -> None:
+def test_the_uses_of_a_key_are_shown_as_bars(cli: CommandLine) -> None:
     row = create(cli)
     unused = cli.ok("show-api-key", row["key_prefix"])
     assert "not used since 20" in unused.err
@@ -312,7 +314,7 @@ def test_show_draws_the_uses(cli: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_rotate(cli: CommandLine) -> None:
+def test_a_key_is_rotated(cli: CommandLine) -> None:
     row = create(cli)
     new = cli.ok("rotate-api-key", row["key_prefix"], "--grace", "1h", "--json").json
     for key in (row["key"], new["key"]):
@@ -327,7 +329,7 @@ def test_rotate(cli: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_extend_and_list_expiring(cli: CommandLine) -> None:
+def test_a_key_is_extended_and_expiring_keys_are_listed(cli: CommandLine) -> None:
     late, soon = create(cli, "--expires-in", "5d"), create(cli, "--expires-in", "2d")
     create(cli)
 
@@ -348,7 +350,7 @@ def test_extend_and_list_expiring(cli: CommandLine) -> None:
         assert "--never" in cli.misused("extend-api-key", soon["id"], *options)
 
 
-def test_pattern_and_pepper(cli: CommandLine) -> None:
+def test_the_pattern_finds_keys_and_a_pepper_is_generated(cli: CommandLine) -> None:
     pattern = cli.ok("print-api-key-pattern").out.strip()
     key = create(cli)["key"]
     assert re.findall(pattern, f'API_KEY="{key}"; {key[:-1]}') == [key]
@@ -405,7 +407,9 @@ def test_finding_a_leaked_key_counts_no_use(cli: CommandLine) -> None:
     assert (found["usage_count"], found["last_used_at"], found["usage"]) == (0, None, [])
 
 
-def test_revoke_by_text_misused(cli: CommandLine, tmp_path: Path) -> None:
+def test_a_missing_or_doubled_text_of_a_leaked_key_is_refused(
+    cli: CommandLine, tmp_path: Path
+) -> None:
     row = create(cli)
     assert "--key-file" in cli.misused("revoke-api-key", "--raw")  # nobody can be asked
     both = ("--raw", row["key"], "--key-file", "y")
@@ -432,7 +436,7 @@ def test_revoke_by_text_misused(cli: CommandLine, tmp_path: Path) -> None:
         ("revoke-api-key",),
     ],
 )
-def test_a_whole_key_in_place_of_its_prefix_is_not_named(
+def test_a_whole_key_in_place_of_its_prefix_is_not_repeated(
     cli: CommandLine, command: tuple[str, ...]
 ) -> None:
     key = create(cli, "--expires-in", "1d")["key"]
@@ -446,7 +450,7 @@ def test_a_whole_key_in_place_of_its_prefix_is_not_named(
 
 
 @pytest.mark.slow
-def test_leaked_key_is_not_logged(cli: CommandLine) -> None:
+def test_a_leaked_key_is_not_logged(cli: CommandLine) -> None:
     row = create(cli)
     secret = row["key"].rpartition("_")[2]
     done = cli.process("revoke-api-key", "--raw", "-", stdin=row["key"], DB_DEBUG="1")
@@ -456,7 +460,7 @@ def test_leaked_key_is_not_logged(cli: CommandLine) -> None:
     assert f"API key {row['key_prefix']} is revoked" in done.err
 
 
-def test_rotated_key_has_the_powers_and_is_shown_once(cli: CommandLine) -> None:
+def test_a_rotated_key_has_the_same_permissions_and_is_shown_once(cli: CommandLine) -> None:
     create_account(cli, "51230321")
     old = create(
         cli, "--scopes", "trade:read", "--account", "51230321", "--expires-in", "30d",
@@ -487,7 +491,7 @@ def test_rotated_key_has_the_powers_and_is_shown_once(cli: CommandLine) -> None:
         assert "--grace" in cli.misused("rotate-api-key", prefix, f"--grace={grace}")
 
 
-def test_extend_to_a_time(cli: CommandLine) -> None:
+def test_a_key_is_extended_to_a_time(cli: CommandLine) -> None:
     row = create(cli, "--expires-in", "1d")
     options = ("extend-api-key", row["key_prefix"])
     shown = cli.ok(*options, "--expires-at", "2099-01-31T20:00:00+08:00")
@@ -527,7 +531,7 @@ def test_expiring_keys_are_listed_in_pages(cli: CommandLine) -> None:
     cli.fails("list-expiring-api-keys", "--after", "nonsense")
 
 
-def test_a_generated_pepper_is_one_line_and_each_is_another(bare: CommandLine) -> None:
+def test_each_generated_pepper_is_one_line_and_unique(bare: CommandLine) -> None:
     made = [bare.ok("generate-api-key-pepper") for _ in range(2)]
     assert made[0].out != made[1].out
     for result in made:
@@ -538,7 +542,7 @@ def test_a_generated_pepper_is_one_line_and_each_is_another(bare: CommandLine) -
     assert "key id" in bare.fails("generate-api-key-pepper", "--id", "a b")
 
 
-def test_pattern_is_printed_without_a_database(bare: CommandLine) -> None:
+def test_the_pattern_is_printed_without_a_database(bare: CommandLine) -> None:
     result = bare.ok("print-api-key-pattern")
     assert result.err == ""
     assert result.out.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Making, migrating and checking the database by the command line."""
+"""Commands for the database: creation, migrations, checks, and the embedded server."""
 
 import asyncio
 import shutil
@@ -30,7 +30,7 @@ def url_of(server_url: str, database: str, user: str | None = None) -> str:
 
 @pytest.fixture
 def new_database(server_url: str) -> Iterator[str]:
-    """The name of one that is not there yet."""
+    """The name of a database that does not exist yet."""
     name = f'tiger_db_new_ä "{uuid4().hex[:12]}%'
     yield name
     asyncio.run(databases.drop(server_url, name.replace('"', '""')))
@@ -38,7 +38,7 @@ def new_database(server_url: str) -> Iterator[str]:
 
 @pytest.fixture
 def nobody(server_url: str) -> Iterator[str]:
-    """A role that may do nothing."""
+    """A role without privileges."""
     name = f"tiger_db_nobody_{uuid4().hex[:12]}"
     postgres = servers.settings_for(server_url, "postgres")
     run_sql(postgres, f"CREATE ROLE {name} LOGIN PASSWORD 'hunter2'")
@@ -48,7 +48,7 @@ def nobody(server_url: str) -> Iterator[str]:
 
 @pytest.fixture
 def home(bare: CommandLine) -> Iterator[Path]:
-    """Of an embedded server, where its user can reach it."""
+    """The folder of an embedded server, which the server's user can reach."""
     base = Path(tempfile.mkdtemp(prefix="tiger-")).resolve()
     base.chmod(0o755)
     home = base / "home"
@@ -60,14 +60,16 @@ def home(bare: CommandLine) -> Iterator[Path]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy to write migrations into."""
+    """A copy of the package, for new migrations."""
     for part in ("tiger_db", "alembic"):
         shutil.copytree(REPOSITORY / part, tmp_path / part)
     return tmp_path
 
 
 @pytest.mark.slow
-def test_init_makes_what_is_missing(bare: CommandLine, server_url: str, new_database: str) -> None:
+def test_init_creates_what_is_missing(
+    bare: CommandLine, server_url: str, new_database: str
+) -> None:
     bare.env = {"DATABASE_URL": url_of(server_url, new_database), **SECRETS}
     assert "run `tiger-db init`" in bare.fails("current")
     first = bare.ok("init")
@@ -84,7 +86,7 @@ def test_init_makes_what_is_missing(bare: CommandLine, server_url: str, new_data
     assert bare.ok("health-check").err == ""
 
 
-def test_init_tells_how_to_set_a_key(empty: CommandLine) -> None:
+def test_init_explains_how_to_set_an_encryption_key(empty: CommandLine) -> None:
     del empty.env["ENCRYPTION_KEYS"]
     told = empty.ok("init").err
     assert "warning: no encryption key is set" in told
@@ -93,7 +95,7 @@ def test_init_tells_how_to_set_a_key(empty: CommandLine) -> None:
     assert "warning" not in empty.ok("init", ENCRYPTION_KEYS=made.out.strip()).err
 
 
-def test_init_tells_how_to_set_a_pepper(empty: CommandLine) -> None:
+def test_init_explains_how_to_set_a_pepper(empty: CommandLine) -> None:
     del empty.env["API_KEY_PEPPERS"]
     told = empty.ok("init").err
     assert "warning: no pepper is set" in told
@@ -104,7 +106,7 @@ def test_init_tells_how_to_set_a_pepper(empty: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_init_tells_how_to_set_a_signing_key(empty: CommandLine) -> None:
+def test_init_explains_how_to_set_a_signing_key(empty: CommandLine) -> None:
     told = empty.ok("init").err
     assert "no signing key is set" in told
     assert "`tiger-db generate-audit-signing-key`" in told
@@ -113,7 +115,7 @@ def test_init_tells_how_to_set_a_signing_key(empty: CommandLine) -> None:
     assert "AUDIT_SIGNING_KEY" in empty.fails("init", AUDIT_SIGNING_KEY="nonsense")
 
 
-def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> None:
+def test_init_refuses_a_malformed_key_before_it_creates_anything(empty: CommandLine) -> None:
     assert "ENCRYPTION_KEYS" in empty.fails("init", ENCRYPTION_KEYS="k1:nonsense")
     del empty.env["ENCRYPTION_KEYS"]
     assert "ENCRYPTION_KEYS" in empty.fails(
@@ -123,7 +125,7 @@ def test_init_refuses_a_bad_key_before_it_does_anything(empty: CommandLine) -> N
 
 
 @pytest.mark.slow
-def test_inits_that_all_find_it_missing(
+def test_concurrent_inits_create_one_database(
     bare: CommandLine, server_url: str, new_database: str
 ) -> None:
     bare.env = {"DATABASE_URL": url_of(server_url, new_database), **SECRETS}
@@ -155,7 +157,7 @@ def test_inits_that_all_find_it_missing(
     assert bare.ok("check")
 
 
-def test_init_without_the_right_to(
+def test_init_without_the_privilege_to_create_a_database_fails(
     bare: CommandLine, server_url: str, new_database: str, nobody: str
 ) -> None:
     bare.env = {"DATABASE_URL": url_of(server_url, new_database, nobody)}
@@ -165,7 +167,7 @@ def test_init_without_the_right_to(
     assert "hunter2" not in reason
 
 
-def test_migrate_without_the_right_to(
+def test_migrate_without_the_privilege_to_create_tables_fails(
     bare: CommandLine, server_url: str, empty_database: Settings, nobody: str
 ) -> None:
     run_sql(empty_database, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
@@ -177,7 +179,7 @@ def test_migrate_without_the_right_to(
 
 
 @pytest.mark.slow
-def test_migrate_and_downgrade(empty: CommandLine) -> None:
+def test_the_schema_is_migrated_and_downgraded(empty: CommandLine) -> None:
     assert "no tiger_db schema: run `tiger-db init`" in empty.fails("list-accounts")
     assert "no tiger_db schema: run `tiger-db init`" in empty.fails("check")
     assert empty.ok("current") == Result(
@@ -194,12 +196,12 @@ def test_migrate_and_downgrade(empty: CommandLine) -> None:
     assert empty.ok("current", "--json").json["current"] is None
 
 
-def test_unknown_revision(cli: CommandLine) -> None:
+def test_an_unknown_revision_is_an_error(cli: CommandLine) -> None:
     for command in (("migrate", "--revision", "zzz"), ("downgrade", "zzz", "--yes")):
         assert "zzz" in cli.fails(*command)
 
 
-def test_history(bare: CommandLine) -> None:
+def test_history_lists_the_migrations(bare: CommandLine) -> None:
     history = bare.ok("history", "--json").json
     assert history["next_cursor"] is None
     assert history["items"][-1]["follows"] is None
@@ -227,7 +229,7 @@ def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> 
 
 
 @pytest.mark.schema_changes
-def test_schema_ahead_and_behind(cli: CommandLine, clone_settings: Settings) -> None:
+def test_a_newer_schema_is_refused(cli: CommandLine, clone_settings: Settings) -> None:
     run_sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
     for command in ("list-accounts", "migrate", "check", "init"):
         assert "upgrade tiger_db" in cli.fails(command)
@@ -238,7 +240,7 @@ def test_schema_ahead_and_behind(cli: CommandLine, clone_settings: Settings) -> 
 
 @pytest.mark.schema_changes
 @pytest.mark.slow
-def test_revisions_in_a_checkout(
+def test_migrations_are_written_in_a_checkout(
     checkout: Path, cli: CommandLine, clone_settings: Settings
 ) -> None:
     def run(*arguments: str) -> Result:
@@ -271,7 +273,7 @@ def test_revisions_in_a_checkout(
 
 @pytest.mark.slow
 @pytest.mark.schema_changes
-def test_what_somebody_changed_is_told_with_the_sql_that_restores_it(
+def test_check_prints_the_sql_that_restores_changes(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
     run_sql(
@@ -305,7 +307,9 @@ def test_what_somebody_changed_is_told_with_the_sql_that_restores_it(
 
 
 @pytest.mark.schema_changes
-def test_health_check(cli: CommandLine, clone_settings: Settings) -> None:
+def test_health_check_fails_if_the_schema_is_newer(
+    cli: CommandLine, clone_settings: Settings
+) -> None:
     healthy = cli.ok("health-check")
     assert healthy.err == ""
     for name in ("server version", "latency ms", "revision", "pool: size", "rows: audit logs"):
@@ -321,7 +325,7 @@ def test_health_check(cli: CommandLine, clone_settings: Settings) -> None:
     assert "upgrade tiger_db" in ill.json["problems"][0]
 
 
-def test_liveness_asks_no_database(bare: CommandLine) -> None:
+def test_liveness_connects_to_no_database(bare: CommandLine) -> None:
     nowhere = {"DB_HOST": "localhost", "DB_PORT": "1"}
     live = bare.ok("health-check", "--live", "--json", **nowhere, **SECRETS).json
     assert (live["live"], live["ready"], live["problems"]) == (True, None, [])
@@ -335,7 +339,7 @@ def test_liveness_asks_no_database(bare: CommandLine) -> None:
 
 
 @pytest.mark.schema_changes
-def test_what_upkeep_has_missed_takes_no_server_out_of_service(
+def test_missed_upkeep_does_not_make_a_server_unready(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
     report = cli.ok("health-check", "--json").json
@@ -347,7 +351,9 @@ def test_what_upkeep_has_missed_takes_no_server_out_of_service(
 
 
 @pytest.mark.schema_changes
-def test_doctor(cli: CommandLine, clone_settings: Settings) -> None:
+def test_doctor_fails_on_a_problem_and_gives_advice(
+    cli: CommandLine, clone_settings: Settings
+) -> None:
     well = cli.ok("doctor")
     assert well.err == ""
     assert "search path" in well.out
@@ -387,13 +393,15 @@ def test_doctor_starts_no_server(bare: CommandLine, home: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["init", "migrate", "current", "list-accounts"])
-def test_wrong_settings(bare: CommandLine, command: str, env: dict[str, str], advice: str) -> None:
+def test_wrong_settings_are_reported_with_advice(
+    bare: CommandLine, command: str, env: dict[str, str], advice: str
+) -> None:
     reason = bare.fails(command, **env)
     assert advice in reason
     assert "hunter2" not in reason
 
 
-def test_wrong_password(bare: CommandLine, server_url: str) -> None:
+def test_a_wrong_password_is_reported_with_advice(bare: CommandLine, server_url: str) -> None:
     url = url_of(server_url, "postgres", "tiger_db_unknown_role:hunter2")
     for command in ("init", "current", "list-events"):
         reason = bare.fails(command, DATABASE_URL=url)
@@ -402,7 +410,7 @@ def test_wrong_password(bare: CommandLine, server_url: str) -> None:
 
 
 @pytest.mark.slow
-def test_embedded_from_nothing(bare: CommandLine, home: Path) -> None:
+def test_the_embedded_server_is_created_started_and_stopped(bare: CommandLine, home: Path) -> None:
     ill = bare("health-check")
     assert ill.code == 1
     assert str(home) in ill.out
@@ -437,18 +445,18 @@ def test_embedded_from_nothing(bare: CommandLine, home: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["start-embedded", "stop-embedded"])
-def test_embedded_in_production(bare: CommandLine, command: str) -> None:
+def test_production_has_no_embedded_server(bare: CommandLine, command: str) -> None:
     for env in ({}, {"DB_HOST": "localhost"}):
         assert "production" in bare.fails(command, ENVIRONMENT="production", **env)
 
 
 @pytest.mark.slow
-def test_embedded_beside_another_server(cli: CommandLine, home: Path) -> None:
+def test_start_embedded_warns_if_another_server_is_set(cli: CommandLine, home: Path) -> None:
     assert "other commands do not use it" in cli.ok("start-embedded").err
     assert "stopped" in cli.ok("stop-embedded").err
 
 
-def test_embedded_that_cannot_be(bare: CommandLine, home: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error(bare: CommandLine, home: Path) -> None:
     home.write_text("a file")
     result = bare("init")
     assert result.code == 1

@@ -1,4 +1,4 @@
-"""Encryption keys by the command line."""
+"""Commands for encryption keys."""
 
 import re
 
@@ -17,7 +17,7 @@ def new_key(cli: CommandLine) -> str:
     return cli.ok("generate-encryption-key", "--id", "new").out.strip()
 
 
-def test_a_generated_key_is_one_line_and_each_is_another(bare: CommandLine) -> None:
+def test_each_generated_key_is_one_line_and_unique(bare: CommandLine) -> None:
     made = [bare.ok("generate-encryption-key") for _ in range(2)]
     assert made[0].out != made[1].out
     for result in made:
@@ -28,7 +28,9 @@ def test_a_generated_key_is_one_line_and_each_is_another(bare: CommandLine) -> N
     assert "key id" in bare.fails("generate-encryption-key", "--id", "a b")
 
 
-def test_keys_are_listed_with_the_rows_that_need_them(cli: CommandLine, new_key: str) -> None:
+def test_keys_are_listed_with_the_number_of_rows_that_need_them(
+    cli: CommandLine, new_key: str
+) -> None:
     create(cli)
     keys = f"{new_key},{KEYS}"
     listed = cli.ok("list-encryption-keys", "--json", ENCRYPTION_KEYS=keys).json
@@ -48,7 +50,7 @@ def test_keys_are_listed_with_the_rows_that_need_them(cli: CommandLine, new_key:
     assert new_key.partition(":")[2] not in alone.out + alone.err
 
 
-def test_rotation_ends_with_a_key_that_may_go(cli: CommandLine, new_key: str) -> None:
+def test_rotation_reports_the_key_that_can_be_removed(cli: CommandLine, new_key: str) -> None:
     create(cli)
     both = {"ENCRYPTION_KEYS": f"{new_key},{KEYS}"}
     tried = cli.ok("rotate-encryption-key", "--dry-run", **both)
@@ -79,6 +81,6 @@ def test_rotation_fails_while_a_row_needs_a_missing_key(cli: CommandLine, new_ke
     assert plain(stored(cli).private_key) == "test_key"
 
 
-def test_without_keys_there_is_nothing_to_rotate_to(cli: CommandLine) -> None:
+def test_rotation_without_keys_fails(cli: CommandLine) -> None:
     del cli.env["ENCRYPTION_KEYS"]
     assert "ENCRYPTION_KEYS is not set" in cli.fails("rotate-encryption-key")

@@ -1,7 +1,6 @@
-"""Token refreshes by the command line, at a gateway of the tests' own."""
+"""Commands for token refreshes, with a gateway of the tests."""
 
 import asyncio
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -14,14 +13,24 @@ from tigeropen.common.util.web_utils import http_pool
 
 from tests.support import factories
 from tests.support.cli_accounts import NUMBER, stored
+from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import COMMAND, CommandLine, Result
 from tests.support.private_keys import KEY
 from tests.support.refresh_gateway import Gateway, serving
-from tests.support.sql import run_sql
+from tests.support.sql import run_sql, write
 from tests.support.terminal import Terminal
 from tests.support.tiger_files import PK8
 from tests.support.tiger_tokens import tiger_token
-from tiger_db import AccountStatus, Database, Settings, TokenRefreshStatus, TokenStatus, crud
+from tiger_db import (
+    AccountStatus,
+    Database,
+    RefreshTrigger,
+    Settings,
+    TokenRefreshStatus,
+    TokenStatus,
+    crud,
+)
+from tiger_db.database import AsyncSession
 
 S = TokenRefreshStatus
 TIGER_ID = "20150001"
@@ -37,14 +46,6 @@ def gateway() -> Iterator[Gateway]:
         http_pool.clear()
 
 
-@pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    terminal = Terminal()
-    yield terminal
-    os.close(terminal.screen)
-    os.close(terminal.device)
-
-
 def add(
     settings: Settings,
     gateway: Gateway,
@@ -52,7 +53,7 @@ def add(
     tiger_id: str = TIGER_ID,
     **fields: Any,
 ) -> None:
-    """An account whose token is due."""
+    """Create an account whose token is due."""
     token = gateway.add(tiger_id, fields.pop("access_token", None))
 
     async def write() -> None:
@@ -85,7 +86,9 @@ def assert_no_secret(gateway: Gateway, *results: Result) -> None:
 
 
 @pytest.mark.slow
-def test_once(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+def test_a_worker_with_once_refreshes_what_is_due(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
     add(clone_settings, gateway)
     add(clone_settings, gateway, "51230322", "20150002")
     add(clone_settings, gateway, "51230323", "20150003", access_token=tiger_token(_now()))
@@ -111,7 +114,7 @@ def _now() -> datetime:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_it_finish(
+def test_a_signal_lets_a_running_refresh_finish(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway, end: signal.Signals
 ) -> None:
     add(clone_settings, gateway)
@@ -138,7 +141,7 @@ def test_a_signal_lets_it_finish(
     assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
 
 
-def test_running_needs_a_schema(empty: CommandLine) -> None:
+def test_a_worker_needs_a_schema(empty: CommandLine) -> None:
     assert "tiger-db" in empty.fails("run-refresh-worker", "--once")
     assert "--concurrency" in empty.misused("run-refresh-worker", "--concurrency", "0")
     assert "--per-minute" in empty.misused("run-refresh-worker", "--per-minute", "0")
@@ -147,7 +150,9 @@ def test_running_needs_a_schema(empty: CommandLine) -> None:
 # One account
 
 
-def test_one_account(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+def test_one_account_is_refreshed(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
     add(clone_settings, gateway)
     done = cli.ok("refresh-token", NUMBER)
     account = stored(cli)
@@ -165,7 +170,9 @@ def test_one_account(cli: CommandLine, clone_settings: Settings, gateway: Gatewa
 
 
 @pytest.mark.slow
-def test_one_account_fails(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+def test_a_failed_refresh_of_one_account_is_reported(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
     add(clone_settings, gateway)
     for answer, why in (
         ("HTTP 500", "HTTP 500"),
@@ -185,7 +192,9 @@ def test_one_account_fails(cli: CommandLine, clone_settings: Settings, gateway: 
     assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
 
 
-def test_a_failure_as_json(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+def test_a_failure_is_printed_as_json(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
     add(clone_settings, gateway)
     gateway.plan(TIGER_ID, "limited 5")
     failed = cli("refresh-token", NUMBER, "--json")
@@ -195,10 +204,10 @@ def test_a_failure_as_json(cli: CommandLine, clone_settings: Settings, gateway: 
 
 
 @pytest.mark.slow
-def test_one_account_as_a_process(
+def test_a_refresh_prints_no_warning(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:
-    """Every warning is an error there, those of the SDK's modules too."""
+    """In the process, every warning is an error, also those of the SDK's modules."""
     add(clone_settings, gateway)
     gateway.plan(TIGER_ID, "forbidden")
     failed = cli.process("refresh-token", NUMBER)
@@ -206,7 +215,7 @@ def test_one_account_as_a_process(
     assert failed.err == "error: code=4 msg=access forbidden\n"
 
 
-def test_an_account_that_is_not_there(
+def test_an_unknown_or_closed_account_is_not_refreshed(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:
     assert "no account" in cli.fails("refresh-token", "nope")
@@ -216,7 +225,7 @@ def test_an_account_that_is_not_there(
     assert gateway.refreshes == []
 
 
-def test_another_worker_is_at_it(
+def test_an_account_is_not_refreshed_twice_at_a_time(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:
     add(clone_settings, gateway)
@@ -235,7 +244,7 @@ def test_another_worker_is_at_it(
 
 
 def fill(settings: Settings, gateway: Gateway) -> None:
-    """One of each kind."""
+    """Create a refresh of each group."""
     for number in range(5):
         add(settings, gateway, str(51230321 + number), f"2015{number:04}")
 
@@ -263,7 +272,9 @@ def fill(settings: Settings, gateway: Gateway) -> None:
 
 
 @pytest.mark.slow
-def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+def test_refreshes_are_shown_by_group(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
     nothing = cli.ok("watch-refreshes")
     assert nothing.out.split("\n\n") == [
         "Running: 0", "Due: 0", "Waiting: 0", "Failed: 0", "Last 24 hours: 0 succeeded\n"
@@ -293,7 +304,7 @@ def test_show(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> N
 
 
 @pytest.mark.slow
-def test_show_live(
+def test_live_output_is_redrawn(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway, terminal: Terminal
 ) -> None:
     with terminal.program(cli, "watch-refreshes", "--live") as program:
@@ -315,7 +326,9 @@ def test_show_live(
 
 
 @pytest.mark.slow
-def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> None:
+def test_old_refreshes_are_pruned(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
     fill(clone_settings, gateway)
     assert cli.ok("prune-refreshes") == Result(0, "", "deleted 0 refreshes\n")
     run_sql(clone_settings, OLDER)
@@ -331,7 +344,7 @@ def test_prune(cli: CommandLine, clone_settings: Settings, gateway: Gateway) -> 
 
 
 @pytest.mark.slow
-def test_without_tigers_sdk_no_refresh_fails(
+def test_a_missing_sdk_causes_no_failed_refresh(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway, tmp_path: Path
 ) -> None:
     add(clone_settings, gateway)
@@ -344,3 +357,58 @@ def test_without_tigers_sdk_no_refresh_fails(
     assert ended.returncode == 1
     assert "Tiger's SDK is not installed" in ended.stderr
     assert cli.ok("list-refreshes", "--json").json["items"] == []
+
+
+@pytest.mark.slow
+def test_refreshes_are_listed(cli: CommandLine, clone_settings: Settings) -> None:
+    assert cli.ok("list-refreshes") == Result(0, "", "there are none\n")
+    for number in ("1111111", "2222222"):
+        create_account(cli, number)
+
+    async def schedule(session: AsyncSession) -> tuple[TokenStatus, TokenStatus]:
+        one, two = [
+            await crud.accounts.get_by_account_number(session, number)
+            for number in ("1111111", "2222222")
+        ]
+        assert one is not None
+        assert two is not None
+        now = datetime.now(UTC)
+        failed = await crud.token_status.create_refresh_operation(
+            session,
+            tiger_account_id=one.id,
+            trigger=RefreshTrigger.MANUAL,
+            scheduled_at=now - timedelta(hours=1),
+            max_retries=1,
+        )
+        claim, *_ = await crud.token_status.claim_due(session, worker="w")
+        assert claim.id == failed.id
+        failed = await crud.token_status.fail(session, claim, error="out of luck")
+        pending = await crud.token_status.create_refresh_operation(
+            session,
+            tiger_account_id=two.id,
+            trigger=RefreshTrigger.EXPIRY_SOON,
+            scheduled_at=now + timedelta(hours=1),
+        )
+        return failed, pending
+
+    failed, pending = (str(refresh.id) for refresh in write(clone_settings, schedule))
+    for options, wanted in (
+        ((), [pending, failed]),
+        (("--status", "pending"), [pending]),
+        (("--status", "failed"), [failed]),
+        (("--account", "1111111"), [failed]),
+        (("--limit", "1"), [pending]),
+    ):
+        page = cli.ok("list-refreshes", "--json", *options).json
+        assert [item["id"] for item in page["items"]] == wanted
+        assert list(page["items"][0]) == list(TokenStatus.model_fields)
+    after = ("--after", page["next_cursor"])
+    assert cli.ok("list-refreshes", "--json", *after).json["items"][0]["id"] == failed
+    _, first, second = cli.ok("list-refreshes").out.splitlines()
+    assert first.split()[:3] == ["2222222", "pending", "expiry_soon"]
+    assert second.split()[:3] == ["1111111", "failed", "manual"]
+    assert "out of luck" in second
+    both = ("--status", "failed", "--account", "1111111")
+    assert "--status" in cli.misused("list-refreshes", *both)
+    assert "--status" in cli.misused("list-refreshes", "--status", "success")
+    assert "no account" in cli.fails("list-refreshes", "--account", "nope")

@@ -1,4 +1,4 @@
-"""Tiger's files by the command line."""
+"""Commands for the configuration files of Tiger's SDKs."""
 
 from pathlib import Path
 
@@ -24,14 +24,14 @@ from tiger_db.tiger import CONFIG_FILE, TOKEN_FILE
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Everything that a configuration says, for its owner alone."""
+    """A configuration file with all fields, readable by its owner only."""
     path = config(tmp_path, EVERYTHING)
     path.chmod(0o600)
     return path
 
 
 @pytest.mark.slow
-def test_import_and_export(cli: CommandLine, file: Path, tmp_path: Path) -> None:
+def test_an_account_is_imported_and_exported(cli: CommandLine, file: Path, tmp_path: Path) -> None:
     token = config(tmp_path, {"token": NEW}, TOKEN_FILE)
     token.chmod(0o600)
     files = (str(file), "--token-file", str(token))
@@ -61,7 +61,7 @@ def test_import_and_export(cli: CommandLine, file: Path, tmp_path: Path) -> None
     ]  # fmt: skip
 
 
-def test_import_for_people(cli: CommandLine, file: Path) -> None:
+def test_an_imported_account_is_shown_without_secrets(cli: CommandLine, file: Path) -> None:
     result = cli.ok("import-account", str(file))
     assert NUMBER in result.out
     assert "TBHK" in result.out
@@ -69,7 +69,7 @@ def test_import_for_people(cli: CommandLine, file: Path) -> None:
         assert secret not in result.out + result.err
 
 
-def test_import_tells_what_it_has_changed(cli: CommandLine, file: Path) -> None:
+def test_import_prints_the_changed_fields(cli: CommandLine, file: Path) -> None:
     cli.ok("import-account", str(file))
     config(file.parent, EVERYTHING | {"license": "TBSG", "timeout": "30"})
     result = cli.ok("import-account", str(file), "--name", "New", "--json")
@@ -78,7 +78,7 @@ def test_import_tells_what_it_has_changed(cli: CommandLine, file: Path) -> None:
     assert result.json["account_name"] == "New"
 
 
-def test_import_tells_what_it_has_left_out(cli: CommandLine, file: Path) -> None:
+def test_import_prints_the_ignored_lines(cli: CommandLine, file: Path) -> None:
     config(file.parent, EVERYTHING | {"token": NEW})
     cli.ok("import-account", str(file))
     config(file.parent, EVERYTHING | {"token": OLD, "colour": "red"})
@@ -91,7 +91,7 @@ def test_import_tells_what_it_has_left_out(cli: CommandLine, file: Path) -> None
 
 
 @pytest.mark.parametrize("bits", [0o640, 0o604, 0o660])
-def test_import_warns_of_files_that_others_may_read(
+def test_import_warns_of_files_that_other_users_can_read(
     cli: CommandLine, file: Path, tmp_path: Path, bits: int
 ) -> None:
     token = config(tmp_path, {"token": NEW}, TOKEN_FILE)
@@ -103,7 +103,7 @@ def test_import_warns_of_files_that_others_may_read(
         assert f"chmod 600 {path}\n" in result.err
 
 
-def test_import_of_a_bad_file(cli: CommandLine, file: Path, tmp_path: Path) -> None:
+def test_a_malformed_file_is_refused(cli: CommandLine, file: Path, tmp_path: Path) -> None:
     for lines, reason in (
         (REQUIRED | {"private_key_pk8": PK8[:-8]}, "private_key_pk8: the private key is not RSA"),
         (REQUIRED | {"env": "EVERYWHERE"}, "env: Input should be 'PROD' or 'SANDBOX'"),
@@ -119,21 +119,23 @@ def test_import_of_a_bad_file(cli: CommandLine, file: Path, tmp_path: Path) -> N
     assert cli.ok("list-accounts", "--json").json["items"] == []
 
 
-def test_import_of_a_closed_account(cli: CommandLine, file: Path) -> None:
+def test_a_closed_account_is_neither_imported_nor_exported(cli: CommandLine, file: Path) -> None:
     cli.ok("import-account", str(file))
     cli.ok("close-account", NUMBER, "--yes")
     assert "tiger-db reopen-account" in cli.fails("import-account", str(file))
     assert "is closed" in cli.fails("export-account", NUMBER, "--out", str(file.parent / "out"))
 
 
-def test_export_for_programs_and_by_id(cli: CommandLine, file: Path, tmp_path: Path) -> None:
+def test_exported_paths_are_printed_as_json(cli: CommandLine, file: Path, tmp_path: Path) -> None:
     account = cli.ok("import-account", str(file), "--json").json
     folder = tmp_path / "a folder\n"
     result = cli.ok("export-account", account["id"], "--out", str(folder), "--json")
     assert result.json == {"items": [str(folder / CONFIG_FILE)], "next_cursor": None}
 
 
-def test_export_overwrites_only_when_told(cli: CommandLine, file: Path, tmp_path: Path) -> None:
+def test_export_replaces_files_only_with_overwrite(
+    cli: CommandLine, file: Path, tmp_path: Path
+) -> None:
     cli.ok("import-account", str(file))
     mine = file.read_text() + "# mine"
     file.write_text(mine)
@@ -144,7 +146,9 @@ def test_export_overwrites_only_when_told(cli: CommandLine, file: Path, tmp_path
     assert file.read_text() != mine
 
 
-def test_export_of_what_is_not_there_or_not_rsa(cli: CommandLine, tmp_path: Path) -> None:
+def test_an_unknown_account_or_a_key_that_is_not_rsa_is_not_exported(
+    cli: CommandLine, tmp_path: Path
+) -> None:
     to = ("--out", str(tmp_path / "out"))
     assert "no account" in cli.fails("export-account", NUMBER, *to)
     create(cli)

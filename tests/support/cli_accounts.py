@@ -1,4 +1,4 @@
-"""Accounts made by the command line."""
+"""Accounts for tests of the command line."""
 
 import asyncio
 
@@ -18,7 +18,7 @@ def create(cli: CommandLine, number: str = NUMBER, *options: str, **more: str) -
 
 
 def stored(cli: CommandLine, number: str = NUMBER) -> TigerAccount:
-    """The account as the library reads it."""
+    """Read an account with the library."""
 
     async def read() -> TigerAccount:
         settings = Settings(

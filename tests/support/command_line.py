@@ -1,4 +1,4 @@
-"""The command line, run in this process where that will do, else in one of its own."""
+"""The command line, run in this process or in a new one."""
 
 import io
 import json
@@ -32,14 +32,14 @@ class Result:
 
 @dataclass
 class CommandLine:
-    """`tiger-db` with an environment."""
+    """`tiger-db` with environment variables."""
 
     monkeypatch: pytest.MonkeyPatch
     capsys: pytest.CaptureFixture[str]
     env: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, *arguments: str, stdin: str = "", **env: str) -> Result:
-        """Run it in this process."""
+        """Run a command in this process."""
         with self.monkeypatch.context() as patch:
             for name, value in {**self.env, **env}.items():
                 patch.setenv(name, value)
@@ -63,7 +63,7 @@ class CommandLine:
         return result
 
     def fails(self, *arguments: str, stdin: str = "", **env: str) -> str:
-        """The one line that says why."""
+        """Run a command that fails, and return its one line on stderr."""
         result = self(*arguments, stdin=stdin, **env)
         assert (result.code, result.out) == (1, ""), result
         assert result.err.count("\n") == 1, result.err
@@ -75,12 +75,12 @@ class CommandLine:
         return " ".join(result.err.replace("│", " ").split())
 
     def environment(self, **env: str) -> dict[str, str]:
-        """That of a process, whose output is buffered as usual."""
+        """Return the environment of a new process, in which output is buffered as usual."""
         inherited = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
         return {**inherited, **self.env, **env}
 
     def process(self, *arguments: str, stdin: str = "", **env: str) -> Result:
-        """Run it in a process of its own, where every warning is an error."""
+        """Run a command in a new process, in which every warning is an error."""
         done = subprocess.run(
             [*COMMAND, *arguments],
             capture_output=True,

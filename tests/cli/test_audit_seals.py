@@ -1,0 +1,195 @@
+"""Commands that seal, verify and maintain the audit trail."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli_events import log
+from tests.support.command_line import CommandLine, Result
+from tests.support.sql import run_sql
+from tiger_db import Settings
+from tiger_db.connections import connect
+from tiger_db.signing import parse_public_key, parse_signing_key, public_pem, public_text
+
+REPLICA = "SET session_replication_role = replica"
+
+
+def test_a_signing_key_is_generated_and_its_public_key_printed(bare: CommandLine) -> None:
+    made = [bare.ok("generate-audit-signing-key") for _ in range(2)]
+    assert made[0].out != made[1].out
+    key = parse_signing_key(made[0].out.strip())
+    assert "print-audit-public-key" in made[0].err
+    env = {"AUDIT_SIGNING_KEY": made[0].out.strip(), "DATABASE_URL": "postgresql://nowhere/x"}
+    shown = bare.ok("print-audit-public-key", **env)
+    assert shown == Result(0, public_pem(key.public_key()), "")
+    assert made[0].out.strip() not in shown.out
+
+
+def test_a_missing_or_malformed_signing_key_is_an_error(
+    cli: CommandLine, clone_settings: Settings
+) -> None:
+    log(clone_settings, {})
+    for command in ("print-audit-public-key", "seal-audit"):
+        assert "AUDIT_SIGNING_KEY is not set: make one with" in cli.fails(command)
+    assert "give a public key, or set AUDIT_SIGNING_KEY" in cli.fails("verify-audit")
+    for key in ("hunter2", "A" * 40, "A" * 44 + "!"):
+        reason = cli.fails("seal-audit", AUDIT_SIGNING_KEY=key)
+        assert "base64 of 32 bytes" in reason
+        assert key not in reason
+
+
+def test_events_are_sealed_and_verified(sealed: CommandLine, clone_settings: Settings) -> None:
+    assert sealed.ok("seal-audit") == Result(0, "", "sealed 0 events in 0 seals\n")
+    log(clone_settings, {}, {})
+    assert sealed.ok("verify-audit") == Result(
+        0, "", "12 events verified against 1 seals; 2 events not sealed yet; 0 retired\n"
+    )
+    assert sealed.ok("seal-audit", "--json").json == {"rows": 2, "seals": 1, "waits_for": []}
+    assert sealed.ok("verify-audit", "--json").json == {
+        "sound": True, "seals": 2, "rows": 14, "retired": 0, "unsealed": 0, "count": 0,
+        "findings": [],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_verify_fails_and_names_the_first_finding(
+    sealed: CommandLine, clone_settings: Settings
+) -> None:
+    run_sql(
+        clone_settings,
+        REPLICA,
+        "UPDATE audit_logs SET user_id = 'eve' WHERE position = 5",
+        "DELETE FROM audit_logs WHERE position = 7",
+    )
+    changed = sealed.ok("list-events", "--user", "eve", "--json").json["items"][0]["id"]
+    found = sealed("verify-audit")
+    heading, first, second = found.out.splitlines()
+    assert heading.split() == ["Position", "Seal", "Finding", "Message"]
+    assert first.split()[:3] == ["5", "1", "changed"]
+    assert second.split()[:3] == ["7", "1", "deleted"]
+    assert found.code == 1
+    _, reason = found.err.splitlines()
+    assert reason == (
+        f"error: changed: the event at position 5 was changed ({changed}); 2 findings in total"
+    )
+    shown = sealed("verify-audit", "--json")
+    assert shown.code == 1
+    assert (shown.json["sound"], shown.json["count"]) == (False, 2)
+    assert shown.json["findings"][0] == {
+        "kind": "changed", "message": "the event at position 5 was changed", "seal": 1,
+        "position": 5, "event_id": changed,
+    }  # fmt: skip
+    process = sealed.process("verify-audit")
+    assert (process.code, process.err.splitlines()[-1]) == (1, reason)
+
+
+@pytest.mark.slow
+def test_open_transactions_are_named(signing: CommandLine, clone_settings: Settings) -> None:
+    async def run() -> tuple[int, Result, Result]:
+        connection = await connect(clone_settings)
+        try:
+            async with connection.transaction():
+                await connection.execute("LOCK audit_logs IN ROW EXCLUSIVE MODE")
+                pid = connection.get_server_pid()
+                results = [
+                    await asyncio.to_thread(signing.process, "seal-audit", "--patience", "0", *json)
+                    for json in ((), ("--json",))
+                ]
+        finally:
+            await connection.close()
+        return pid, results[0], results[1]
+
+    pid, result, as_json = asyncio.run(run())
+    assert (result.code, as_json.code) == (1, 1)
+    assert f"still open (processes {pid})" in result.err
+    assert as_json.json == {"rows": 0, "seals": 0, "waits_for": [pid]}
+    assert "--patience" in signing.misused("seal-audit", "--patience", "-1")
+
+
+def test_maintain_reports_what_it_did(cli: CommandLine) -> None:
+    assert cli.ok("maintain-audit") == Result(0, "", "created 0 partitions\n")
+    done = cli.ok("maintain-audit", "--json", AUDIT_RETENTION_MONTHS="12").json
+    assert (done["made"], done["retired"], done["kept"]) == (0, [], {})
+
+
+@pytest.mark.slow
+def test_an_export_is_verified_without_a_database(
+    sealed: CommandLine, bare: CommandLine, tmp_path: Path
+) -> None:
+    """The export, the checkpoint and the public key are enough."""
+    events, head, key = (tmp_path / name for name in ("events.jsonl", "head.json", "key.pem"))
+    assert sealed.ok("export-events", "--out", str(events)).err == "exported 12 events\n"
+    assert sealed.ok("export-checkpoint", "--out", str(head)) == Result(0, "", "")
+    key.write_text(sealed.ok("print-audit-public-key").out, encoding="ascii")
+    signing = parse_signing_key(sealed.env["AUDIT_SIGNING_KEY"])
+    assert parse_public_key(key.read_text("ascii")) == signing.public_key()
+    for file in (events, head):
+        assert file.stat().st_mode & 0o777 == 0o600
+    assert {*tmp_path.iterdir()} == {events, head, key}
+
+    secret, bare.env = bare.env.pop("AUDIT_SIGNING_KEY"), {}
+    options = ("--from", str(events), "--checkpoint", str(head))
+    says = "12 events verified against 1 seals; 0 events not sealed yet; 0 retired\n"
+    assert bare.ok("verify-audit", *options, "--public-key", str(key)) == Result(0, "", says)
+    assert bare.ok("verify-audit", *options, AUDIT_SIGNING_KEY=secret).err == says
+    as_text = tmp_path / "key.txt"
+    as_text.write_text(public_text(signing.public_key()) + "\n", encoding="ascii")
+    assert bare.process("verify-audit", *options, "--public-key", str(as_text)).err == says
+    assert "give a public key" in bare.fails("verify-audit", *options)
+
+    lines = events.read_text("utf-8").splitlines(keepends=True)
+    events.write_text("".join(lines[:5] + lines[6:]), encoding="utf-8")
+    found = bare("verify-audit", *options, "--public-key", str(key))
+    assert found.code == 1
+    assert "error: deleted: the event at position 5 is missing\n" in found.err
+    events.write_text("", encoding="utf-8")
+    found = bare("verify-audit", *options, "--public-key", str(key))
+    assert found.code == 1
+    assert (
+        "error: truncated at the end: the seals from 1 to 1, of the checkpoint, are missing"
+        in found.err
+    )
+
+
+def test_malformed_files_are_refused(
+    sealed: CommandLine, bare: CommandLine, tmp_path: Path
+) -> None:
+    key, head, other = (str(tmp_path / name) for name in ("key", "head", "other"))
+    Path(key).write_text(sealed.ok("print-audit-public-key").out, encoding="ascii")
+    Path(head).write_text(sealed.ok("export-checkpoint").out, encoding="ascii")
+    for content, reason in (
+        (b"nonsense", "not an Ed25519 public key, in PEM or as base64 of its 32 bytes"),
+        (b"-----BEGIN PUBLIC KEY-----\nAAAA\n", "not an Ed25519 public key"),
+        (b"\xff\xfe", "not text"),
+        (Path(head).read_bytes(), "not an Ed25519 public key"),
+    ):
+        Path(other).write_bytes(content)
+        said = sealed.fails("verify-audit", "--public-key", other)
+        assert said.startswith(f"error: {other}: {reason}")
+    for content, reason in (
+        (b"nonsense", "not a checkpoint of an audit trail"),
+        (b"\xff\xfe", "not text"),
+        (b"{}", "not a checkpoint of an audit trail"),
+        (Path(key).read_bytes(), "not a checkpoint of an audit trail"),
+    ):
+        Path(other).write_bytes(content)
+        said = sealed.fails("verify-audit", "--checkpoint", other)
+        assert said == f"error: {other}: {reason}\n"
+        said = bare.fails("verify-audit", "--from", other, "--public-key", key)
+        assert said == "error: line 1 is neither an event nor a seal\n"
+    for option in ("--from", "--checkpoint", "--public-key"):
+        arguments = [option, str(tmp_path / "none"), "--public-key", key]
+        assert "No such file" in sealed.fails("verify-audit", *arguments)
+
+
+def test_a_checkpoint_requires_a_seal(sealed: CommandLine, clone_settings: Settings) -> None:
+    head = sealed.ok("export-checkpoint").out
+    file = os.devnull
+    assert {*json.loads(head)} == {"statement", "signature"}
+    run_sql(clone_settings, REPLICA, "DELETE FROM audit_seals", "DELETE FROM audit_logs")
+    assert sealed.ok("verify-audit").err.startswith("0 events verified against 0 seals;")
+    assert "nothing is sealed yet: run `tiger-db seal-audit`" in sealed.fails("export-checkpoint")
+    assert "not a checkpoint" in sealed.fails("verify-audit", "--checkpoint", file)

@@ -1,0 +1,122 @@
+"""Options that commands share: choices, secrets, and confirmations."""
+
+import os
+import signal
+import subprocess
+from enum import StrEnum
+from typing import get_args
+
+import pytest
+
+import tiger_db.cli.options
+from tests.support.cli_accounts import NUMBER, REQUIRED, create, stored
+from tests.support.command_line import CommandLine
+from tests.support.factories import plain
+from tests.support.terminal import Terminal
+from tiger_db import models as enums
+from tiger_db.cli import accounts, api_keys, audit_events, refreshes
+from tiger_db.crud import pagination
+from tiger_db.tiger import parse_private_key
+
+
+def test_commands_and_functions_have_the_same_page_size() -> None:
+    assert tiger_db.cli.options.DEFAULT_PAGE_SIZE == pagination.DEFAULT_PAGE_SIZE
+
+
+@pytest.fixture(scope="module")
+def pem() -> str:
+    made = subprocess.run(["openssl", "genrsa", "1024"], capture_output=True, check=True, text=True)
+    return made.stdout
+
+
+@pytest.mark.parametrize(
+    ("choices", "enum"),
+    [
+        (accounts.AccountTypes, enums.AccountType),
+        (accounts.AccountStatuses, enums.AccountStatus),
+        (accounts.Licenses, enums.TigerLicense),
+        (accounts.Environments, enums.TigerEnvironment),
+        (api_keys.KeyStatuses, enums.APIKeyStatus),
+        (audit_events.Results, enums.AuditResult),
+        (audit_events.Severities, enums.AuditSeverity),
+    ],
+)
+def test_choices_are_the_values_of_the_enum(choices: object, enum: type[StrEnum]) -> None:
+    assert list(get_args(choices)) == [member.value for member in enum]
+
+
+def test_some_options_have_fewer_choices() -> None:
+    assert set(get_args(refreshes.RefreshStatuses)) < {*enums.TokenRefreshStatus}
+    assert {*enums.AccountStatus} - set(get_args(accounts.OpenStatuses)) == {"closed"}
+
+
+@pytest.mark.slow
+def test_a_secret_is_read_from_the_terminal_without_echo(
+    cli: CommandLine, terminal: Terminal, pem: str
+) -> None:
+    bare_key, _ = parse_private_key(pem)
+    for number, typed in (("1", "hunter2\n"), ("2", bare_key + "\n"), ("3", pem)):
+        command = ("create-account", *REQUIRED, "--account-number", number, "--json")
+        with terminal.program(cli, *command) as program:
+            terminal.wait_for("private key (hidden): ")
+            assert not terminal.echoes
+            terminal.type(typed)
+            assert terminal.end(program) == 0, terminal.seen
+        assert terminal.echoes
+        kept = plain(stored(cli, number).private_key)
+        assert kept == ("hunter2" if number == "1" else bare_key)
+        os.set_blocking(terminal.screen, True)
+        assert not any(line in terminal.seen for line in typed.split())
+        terminal.seen = ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [4094, 4095, 5000])
+def test_a_line_that_the_terminal_may_have_cut_is_refused(
+    cli: CommandLine, terminal: Terminal, length: int
+) -> None:
+    """A terminal passes on at most 4095 bytes of a line, and drops the others silently."""
+    command = ("create-account", *REQUIRED, "--account-number", NUMBER, "--private-key", "-")
+    with terminal.program(cli, *command) as program:
+        terminal.wait_for("private key (hidden): ")
+        terminal.type("x" * length + "\n")
+        code = terminal.end(program)
+    if length == 4094:
+        assert (code, plain(stored(cli).private_key)) == (0, "x" * length)
+    else:
+        assert code == 1
+        assert "the line is too long for a terminal: use --private-key-file" in terminal.seen
+        assert cli.ok("list-accounts", "--json").json["items"] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_prompt_ends_the_command(cli: CommandLine, terminal: Terminal) -> None:
+    with terminal.program(cli, "verify-api-key") as program:
+        terminal.wait_for("key (hidden): ")
+        program.send_signal(signal.SIGINT)
+        assert terminal.end(program) == 130
+    assert terminal.echoes
+    assert "interrupted" in terminal.seen
+    assert "Traceback" not in terminal.seen
+
+
+@pytest.mark.slow
+def test_an_empty_answer_is_refused(cli: CommandLine, terminal: Terminal) -> None:
+    with terminal.program(cli, "verify-api-key", "-") as program:
+        terminal.wait_for("key (hidden): ")
+        terminal.type("\x04")
+        assert terminal.end(program) == 1
+    assert "the key is empty" in terminal.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_question_is_answered_at_the_terminal(
+    cli: CommandLine, terminal: Terminal, answer: str
+) -> None:
+    create(cli)
+    with terminal.program(cli, "close-account", NUMBER) as program:
+        terminal.wait_for("[y/N]")
+        terminal.type(answer + "\n")
+        assert terminal.end(program) == (0 if answer == "y" else 1)
+    assert stored(cli).status == ("closed" if answer == "y" else "active")

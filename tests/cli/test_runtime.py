@@ -1,0 +1,104 @@
+"""Execution of commands: exit codes, streams, logs, unexpected errors, and Ctrl-C."""
+
+import asyncio
+import signal
+import subprocess
+
+import pytest
+
+from tests.support.cli_accounts import NUMBER, REQUIRED, create
+from tests.support.command_line import COMMAND, CommandLine
+from tests.support.sql import run_sql
+from tiger_db import Settings
+from tiger_db.connections import connect
+
+
+def test_wrong_usage_is_exit_code_2(bare: CommandLine) -> None:
+    assert "No such command" in bare.misused("nonsense")
+    assert "No such option" in bare.misused("list-accounts", "--nonsense")
+    assert "--account-name" in bare.misused("create-account")
+    process = bare.process("nonsense")
+    assert (process.code, process.out) == (2, "")
+
+
+@pytest.mark.slow
+def test_data_goes_to_stdout_and_messages_to_stderr(cli: CommandLine) -> None:
+    options = (*REQUIRED, "--account-number", NUMBER, "--private-key", "test_key", "--json")
+    done = cli.process("create-account", *options)
+    assert done.code == 0
+    assert done.json["account_number"] == NUMBER
+    assert [line.partition(" ")[0] for line in done.err.splitlines()] == [
+        "warning:", "warning:", "created"
+    ]  # fmt: skip
+    failed = cli.process("create-account", *options)
+    assert (failed.code, failed.out) == (1, "")
+    assert "exists already" in failed.err
+    for command in ("list-events", "health-check", "init"):
+        done = cli.process(command)
+        assert done.code == 0, done.err
+        assert "warning" not in done.err.lower()
+        assert "\x1b" not in done.out + done.err
+
+
+@pytest.mark.slow
+def test_statements_are_logged_to_stderr(cli: CommandLine) -> None:
+    create(cli)
+    done = cli.process("show-account", NUMBER, "--json", DB_DEBUG="1")
+    assert done.json["account_number"] == NUMBER
+    assert "FROM tiger_accounts" in done.err
+    assert NUMBER not in done.err
+    done = cli.process(
+        "create-account", *REQUIRED, "--account-number", "1", "--private-key", "-",
+        stdin="hunter2", DB_DEBUG="1",
+    )  # fmt: skip
+    assert "INSERT INTO tiger_accounts" in done.err
+    assert "hunter2" not in done.err
+
+
+@pytest.mark.schema_changes
+@pytest.mark.slow
+def test_an_unexpected_error_is_one_line_without_values(
+    cli: CommandLine, clone_settings: Settings
+) -> None:
+    create(cli, NUMBER, "--secret-key", "hunter2")
+    run_sql(
+        clone_settings,
+        "ALTER TYPE account_type ADD VALUE 'gold'",
+        "UPDATE tiger_accounts SET account_type = 'gold'",
+    )
+    reason = cli.fails("list-accounts")
+    assert "unexpected LookupError" in reason
+    assert "DB_DEBUG=1" in reason
+    done = subprocess.run(
+        [*COMMAND, "list-accounts"],
+        capture_output=True, check=False, env=cli.environment(DB_DEBUG="1"), text=True,
+    )  # fmt: skip
+    assert "in list_accounts" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "hunter2" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_exit_code_130(cli: CommandLine, clone_settings: Settings) -> None:
+    async def interrupt() -> tuple[int | None, str]:
+        connection = await connect(clone_settings)
+        try:
+            async with connection.transaction():
+                await connection.execute("LOCK TABLE tiger_accounts")
+                process = await asyncio.create_subprocess_exec(
+                    *COMMAND, "list-accounts",
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cli.environment(),
+                )  # fmt: skip
+                while not await connection.fetchval(
+                    "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted"
+                    " AND relation = 'tiger_accounts'::regclass)"
+                ):
+                    assert process.returncode is None
+                process.send_signal(signal.SIGINT)
+                out, err = await asyncio.wait_for(process.communicate(), 10)
+                assert out == b""
+                return process.returncode, err.decode()
+        finally:
+            await connection.close()
+
+    assert asyncio.run(interrupt()) == (130, "interrupted\n")
