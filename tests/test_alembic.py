@@ -32,9 +32,9 @@ CHANGES = [
         "error_count: Int64 = Field(",
         "error_count: Int64 = Field(\n        sa_type=__import__('sqlalchemy').Integer,",
     ),
-    ("api_keys.py", '500, description="Why', '501, description="Why'),
+    ("api_keys.py", '500, description="Reason', '501, description="Reason'),
     ("api_keys.py", "args__ = (", "args__ = (\n        Index('ix_api_keys_name', 'name'),"),
-    ("api_keys.py", '"Who created it"', '"Who made it"'),
+    ("api_keys.py", '"Creator of the key"', '"Who made it"'),
     (
         "token_status.py",
         "retry_count: Int64 = Field(",

@@ -162,88 +162,88 @@ class TigerAccount(MutableEntity, table=True):
     )
 
     account_name: Text = Field(
-        min_length=1, max_length=100, description="What people call the account"
+        min_length=1, max_length=100, description="Display name of the account"
     )
     account_number: Text = Field(
-        min_length=1, max_length=50, unique=True, description="Tiger's number of the account"
+        min_length=1, max_length=50, unique=True, description="Account number at Tiger"
     )
     account_type: AccountType = Field(
         default_factory=lambda data: account_type_of(data["account_number"]),  # type: ignore[misc, arg-type]  # SQLModel's stub knows only pydantic's older form
         sa_column_kwargs={"default": None},
-        description="Follows from the account number where it is not given",
+        description="Type; by default, it follows from the account number",
     )
     status: AccountStatus = Field(
         default=AccountStatus.ACTIVE, description="Only an active account serves requests"
     )
     tiger_id: Secret = Field(
         sa_type=EncryptedType(fingerprint="tiger_id_fingerprint"),
-        description="Tiger's id of the developer, encrypted; one may own several accounts",
+        description="Developer id at Tiger, encrypted; several accounts can share it",
     )
     # Not a field: the flush derives it from tiger_id.
     tiger_id_fingerprint: ClassVar[Any] = Column(
         LargeBinary,
         nullable=False,
         index=True,
-        comment="HMAC-SHA256 of tiger_id under a derived key, to search by",
+        comment="Blind index of tiger_id: HMAC-SHA256 under a derived key",
     )
     private_key: Annotated[Secret | None, AfterValidator(_unless_closed)] = Field(
         nullable=True,
-        description="RSA private key, base64 DER, encrypted; a closed account has none",
+        description="RSA private key (base64 DER), encrypted; null if the account is closed",
     )
     private_key_format: PrivateKeyFormat = Field(
         default=PrivateKeyFormat.UNKNOWN, description="PK1 (PKCS#1), PK8 (PKCS#8) or unknown"
     )
     secret_key: Secret | None = Field(
-        default=None, description="Institutional trader's key, encrypted"
+        default=None, description="Secret key of institutional traders, encrypted"
     )
-    license: TigerLicense | None = Field(default=None, description="Tiger's licence of the account")
+    license: TigerLicense | None = Field(
+        default=None, description="License of the account at Tiger"
+    )
     environment: TigerEnvironment = Field(
         default=TigerEnvironment.PROD,
-        description="Tiger's environment; paper trading is chosen by the account number instead",
+        description="Environment at Tiger; the account number determines paper trading",
     )
     server_url: Text | None = Field(
-        default=None, max_length=500, description="Gateway, if not the default one"
+        default=None, max_length=500, description="URL of the gateway, if it is not the default"
     )
-    access_token: Secret | None = Field(default=None, description="Current access token, encrypted")
+    access_token: Secret | None = Field(default=None, description="Access token, encrypted")
     refresh_token: Secret | None = Field(default=None, description="OAuth refresh token, encrypted")
     token_expires_at: UTCDateTime | None = Field(
-        default=None, description="When the access token expires"
+        default=None, description="Expiry of the access token"
     )
     token_refresh_at: UTCDateTime | None = Field(
-        default=None, description="From when on the access token should be refreshed"
+        default=None, description="Time at which the access token should be refreshed"
     )
     is_default_trading: bool = Field(
-        default=False, description="Serves trades that name no account; at most one"
+        default=False, description="Default account for trades; at most one"
     )
     is_default_data: bool = Field(
-        default=False, description="Serves data that names no account; at most one"
+        default=False, description="Default account for market data; at most one"
     )
     market_permissions: list[MarketPermission] = Field(
-        default_factory=list, description="Markets the account may trade in"
+        default_factory=list, description="Markets in which the account may trade"
     )
     quote_permissions: Annotated[list[QuotePermission], AfterValidator(require_storable_json)] = (
         Field(
             default_factory=list,
-            description="Tiger's quote permissions: name and expire_at (epoch ms, -1 permanent)",
+            description="Quote permissions at Tiger: name and expire_at (epoch ms, -1: permanent)",
         )
     )
     client_options: JsonObject = Field(
         default_factory=dict,
         sa_column_kwargs={"server_default": text("'{}'")},
-        description="What else Tiger's configuration file says: timeout, language and the like",
+        description="Other settings of Tiger's configuration file, such as timeout and language",
     )
     auto_suspended: bool = Field(
         default=False,
         sa_column_kwargs={"server_default": false(), "server_onupdate": FetchedValue()},
-        description="Suspended after too many errors, not by a person; ends with the suspension",
+        description="Suspended after too many errors, not by a person; reset with the suspension",
     )
     error_count: Int64 = Field(
         default=0, ge=0, description="Consecutive errors since the last success"
     )
     last_error: Text | None = Field(default=None, description="Message of the last error")
-    last_error_at: UTCDateTime | None = Field(
-        default=None, description="When the last error happened"
-    )
+    last_error_at: UTCDateTime | None = Field(default=None, description="Time of the last error")
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
 

@@ -145,18 +145,15 @@ class APIKey(MutableEntity, table=True):
         CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
     )
 
-    name: Text = Field(min_length=1, max_length=100, description="What people call the key")
+    name: Text = Field(min_length=1, max_length=100, description="Display name of the key")
     key_prefix: Text = Field(
-        min_length=1,
-        max_length=50,
-        unique=True,
-        description="The public part of the key, by which it is found",
+        min_length=1, max_length=50, unique=True, description="Public part of the key, for look-up"
     )
     key_hash: Text = Field(
         min_length=1,
         exclude=True,
         repr=False,
-        description="passlib hash of the secret part of the key, under the pepper",
+        description="passlib hash of the pepper and the secret part of the key",
     )
     pepper_id: Text | None = Field(
         default=None,
@@ -164,47 +161,50 @@ class APIKey(MutableEntity, table=True):
         max_length=32,
         exclude=True,
         repr=False,
-        description="Id of the pepper in the hash; none: a hash of the secret itself",
+        description="Id of the pepper in the hash; null: no pepper",
     )
     root_id: UUID | None = Field(
         default=None,
-        description="First key of the line that rotations made, which may be gone; none: this one",
+        description="First key of the line that rotations made, possibly deleted; null: this key",
     )
     successor_id: UUID | None = Field(
-        default=None, description="Key that it was rotated to, which may be gone"
+        default=None, description="Key that replaced this one, possibly deleted"
     )
     status: APIKeyStatus = Field(
         default=APIKeyStatus.ACTIVE, description="Only an active key is accepted"
     )
     scopes: Annotated[list[APIKeyScope], AfterValidator(_distinct)] = Field(
-        min_length=1, description="What the key may do"
+        min_length=1, description="Scopes of the key"
     )
     tiger_account_id: UUID | None = Field(
         default=None,
         foreign_key="tiger_accounts.id",
         ondelete="CASCADE",
-        description="The only account it may act on; none: every account",
+        description="The only account that the key can access; null: all accounts",
     )
-    expires_at: UTCDateTime | None = Field(default=None, description="From when on it is refused")
-    last_used_at: UTCDateTime | None = Field(default=None, description="When it was last accepted")
-    usage_count: Int64 = Field(default=0, ge=0, description="How often it was accepted")
+    expires_at: UTCDateTime | None = Field(
+        default=None, description="Time from which the key is refused"
+    )
+    last_used_at: UTCDateTime | None = Field(
+        default=None, description="Time of the last accepted use"
+    )
+    usage_count: Int64 = Field(default=0, ge=0, description="Number of accepted uses")
     rate_limit_per_hour: Int64 | None = Field(
-        default=None, ge=1, description="Uses in one clock hour (UTC)"
+        default=None, ge=1, description="Maximum uses in a clock hour (UTC)"
     )
     rate_limit_per_day: Int64 | None = Field(
-        default=None, ge=1, description="Uses in one calendar day (UTC)"
+        default=None, ge=1, description="Maximum uses in a calendar day (UTC)"
     )
     allowed_ips: list[Annotated[IPv4Network | IPv6Network, AfterValidator(parse_network)]] = Field(
-        default_factory=list, description="Networks it may be used from; none: any"
+        default_factory=list, description="Networks from which the key is accepted; empty: all"
     )
     allowed_user_agents: list[Text] = Field(
-        default_factory=list,
-        description="Clients that may use it, * for any run of characters; none: any",
+        default_factory=list, description="Accepted User-Agents, with * as wildcard; empty: all"
     )
-    created_by: Text | None = Field(default=None, max_length=100, description="Who created it")
-    revoked_at: UTCDateTime | None = Field(default=None, description="When it was revoked")
+    created_by: Text | None = Field(default=None, max_length=100, description="Creator of the key")
+    revoked_at: UTCDateTime | None = Field(default=None, description="Time of the revocation")
     revocation_reason: Text | None = Field(
-        default=None, max_length=500, description="Why it was revoked"
+        default=None, max_length=500, description="Reason for the revocation"
     )
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
@@ -255,10 +255,10 @@ api_key_usage = Table(
         SQLUUID,
         ForeignKey("api_keys.id", ondelete="CASCADE"),
         primary_key=True,
-        comment="The key",
+        comment="API key",
     ),
     Column("hour", DateTime(timezone=True), primary_key=True, comment="Start of the hour, UTC"),
-    Column("count", BigInteger, nullable=False, comment="How often the key was accepted in it"),
+    Column("count", BigInteger, nullable=False, comment="Accepted uses in the hour"),
     CheckConstraint("count >= 1", name="count_ge_1"),
     comment="Accepted uses of each API key by the hour",
 )
@@ -269,10 +269,15 @@ api_key_usage = Table(
 api_key_limits = Table(
     "api_key_limits",
     metadata,
-    Column("api_key_id", SQLUUID, primary_key=True, comment="First key of the line"),
+    Column(
+        "api_key_id",
+        SQLUUID,
+        primary_key=True,
+        comment="First key of the line (a key and its successors)",
+    ),
     Column("hour", DateTime(timezone=True), nullable=False, comment="Start of the hour, UTC"),
     Column("hour_count", BigInteger, nullable=False, comment="Uses in this hour"),
     Column("day", DateTime(timezone=True), nullable=False, comment="Start of the day, UTC"),
     Column("day_count", BigInteger, nullable=False, comment="Uses in this day"),
-    comment="Uses of each line of limited API keys in its latest hour and day",
+    comment="Counts for the rate limits of API keys, in the latest hour and day",
 )

@@ -162,61 +162,62 @@ class AuditLog(Entity, table=True):
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": func.clock_timestamp()},
-        description="When it was written, by the database's clock",
+        description="Time of the insert, by the database's clock",
     )
-    action: AuditAction = Field(description="What was done")
-    result: AuditResult = Field(default=AuditResult.SUCCESS, description="How it ended")
+    action: AuditAction = Field(description="Action, as family:verb")
+    result: AuditResult = Field(default=AuditResult.SUCCESS, description="Outcome of the action")
     severity: AuditSeverity = Field(
         default_factory=lambda data: severity_of(data["action"], data["result"]),  # type: ignore[misc, arg-type]  # as in accounts.py
         sa_column_kwargs={"default": None},
-        description="Follows from action and result where it is not given",
+        description="Severity; by default, it follows from action and result",
     )
     resource_type: Text | None = Field(
-        default=None, max_length=50, description="Kind of thing it was done to"
+        default=None, max_length=50, description="Type of the resource, e.g. order"
     )
     resource_id: Text | None = Field(
-        default=None, max_length=100, description="Which one, e.g. an order id"
+        default=None, max_length=100, description="Identifier of the resource, e.g. an order id"
     )
-    user_id: Text | None = Field(default=None, max_length=100, description="Who did it")
+    user_id: Text | None = Field(
+        default=None, max_length=100, description="User or service that acted"
+    )
     user_type: Text | None = Field(
-        default=None, max_length=50, description="Kind of user, e.g. admin"
+        default=None, max_length=50, description="Type of the user, e.g. admin"
     )
-    session_id: Text | None = Field(
-        default=None, max_length=100, description="Session it was done in"
-    )
+    session_id: Text | None = Field(default=None, max_length=100, description="Session of the user")
     ip_address: Annotated[IPv4Address | IPv6Address, AfterValidator(parse_address)] | None = Field(
-        default=None, description="Address it came from"
+        default=None, description="IP address of the client"
     )
-    user_agent: Text | None = Field(default=None, max_length=500, description="Client it came from")
+    user_agent: Text | None = Field(
+        default=None, max_length=500, description="User-Agent of the client"
+    )
     request_method: Text | None = Field(default=None, max_length=10, description="HTTP method")
     request_path: Text | None = Field(default=None, max_length=500, description="HTTP path")
     request_id: Text | None = Field(
-        default=None, max_length=100, description="Ties the events of a request"
+        default=None, max_length=100, description="Identifier that the events of a request share"
     )
     tiger_account_id: UUID | None = Field(
-        default=None, description="Account concerned; no foreign key: it may be gone"
+        default=None,
+        description="Account concerned; no foreign key, because accounts can be deleted",
     )
     api_key_id: UUID | None = Field(
-        default=None, description="API key used; no foreign key: it may be gone"
+        default=None, description="API key used; no foreign key, because keys can be deleted"
     )
-    details: JsonObject | None = Field(default=None, description="Whatever else is worth knowing")
+    details: JsonObject | None = Field(default=None, description="Other details of the event")
     old_values: JsonObject | None = Field(
-        default=None, description="Values before a change, secrets masked"
+        default=None, description="Values before a change, with masked secrets"
     )
     new_values: JsonObject | None = Field(
-        default=None, description="Values after a change, secrets masked"
+        default=None, description="Values after a change, with masked secrets"
     )
     error_code: Text | None = Field(default=None, max_length=50, description="Code of the error")
     error_message: Text | None = Field(default=None, description="Message of the error")
-    duration_ms: Int64 | None = Field(
-        default=None, ge=0, description="How long it took, in milliseconds"
-    )
+    duration_ms: Int64 | None = Field(default=None, ge=0, description="Duration in milliseconds")
     tags: JsonObject | None = Field(default=None, description="Free-form object")
     position: Int64 | None = Field(
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": text("nextval('audit_logs_position_seq'::regclass)")},
-        description="Place in the order of writing; what was rolled back leaves gaps",
+        description="Order of the inserts; rolled-back transactions leave gaps",
     )
 
     # Not mode="before": on assignment, pydantic gives that mode the values of the whole row.
@@ -291,21 +292,21 @@ audit_seals = Table(
         BigInteger,
         primary_key=True,
         autoincrement=False,
-        comment="Counts from 1, without gaps",
+        comment="Number of the seal, from 1, without gaps",
     ),
     Column(
         "statement",
         SQLText,
         nullable=False,
-        comment="What is signed, as JSON: places of the events, root of their Merkle tree,"
-        " digest of the previous statement",
+        comment="Signed JSON: positions of the events,"
+        " root of their Merkle tree, digest of the previous statement",
     ),
     Column("signature", LargeBinary, nullable=False, comment="Ed25519 signature of the statement"),
     Column(
         "digests",
         LargeBinary,
         nullable=False,
-        comment="SHA-256 of each event, in the order of their places",
+        comment="SHA-256 of each event, in the order of their positions",
     ),
-    comment="Proof of what the audit trail held",
+    comment="Seals: signed proofs of the contents of the audit trail",
 )

@@ -51,13 +51,13 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     id: UUID = Field(
         default_factory=uuid7,
         primary_key=True,
-        description="UUIDv7, made by the application: ordered by time of creation",
+        description="UUIDv7 made by the application, ordered by creation time",
     )
     created_at: UTCDateTime | None = Field(
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": func.now()},
-        description="When the row was made, by the database's clock",
+        description="Creation time, by the database's clock",
     )
 
     @classmethod
@@ -185,7 +185,7 @@ class MutableEntity(Entity):
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": func.now(), "server_onupdate": FetchedValue()},
-        description="When the row was last changed, by the database's clock",
+        description="Time of the last change, by the database's clock",
     )
 
 

@@ -82,70 +82,66 @@ class TokenStatus(MutableEntity, table=True):
     tiger_account_id: UUID = Field(
         foreign_key="tiger_accounts.id",
         ondelete="CASCADE",
-        description="The account whose token is refreshed",
+        description="Account whose token is refreshed",
     )
     status: TokenRefreshStatus = Field(
         default=TokenRefreshStatus.PENDING,
-        description="Pending and in progress are open; the others are final",
+        description="pending and in_progress are open, the others are final",
     )
     trigger: RefreshTrigger = Field(
-        default=RefreshTrigger.SCHEDULED, description="Why it was asked for"
+        default=RefreshTrigger.SCHEDULED, description="Reason for the refresh"
     )
     old_token_expires_at: UTCDateTime | None = Field(
-        default=None, description="Expiry of the token it replaces"
+        default=None, description="Expiry of the replaced token"
     )
     new_token_expires_at: UTCDateTime | None = Field(
-        default=None, description="Expiry of the token it brought"
+        default=None, description="Expiry of the new token"
     )
     old_token_hash: Text | None = Field(
-        default=None, max_length=128, description="SHA-256 of the token it replaces"
+        default=None, max_length=128, description="SHA-256 of the replaced token"
     )
     new_token_hash: Text | None = Field(
-        default=None, max_length=128, description="SHA-256 of the token it brought"
+        default=None, max_length=128, description="SHA-256 of the new token"
     )
     scheduled_at: UTCDateTime | None = Field(
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": func.now()},
-        description="From when on it may be claimed",
+        description="Time from which the refresh can be claimed",
     )
-    started_at: UTCDateTime | None = Field(
-        default=None, description="When the last attempt started"
-    )
-    completed_at: UTCDateTime | None = Field(default=None, description="When it ended for good")
+    started_at: UTCDateTime | None = Field(default=None, description="Start of the last attempt")
+    completed_at: UTCDateTime | None = Field(default=None, description="Time of the final status")
     duration_ms: Int64 | None = Field(
-        default=None, ge=0, description="Length of the last attempt, in ms"
+        default=None, ge=0, description="Duration of the last attempt, in ms"
     )
     next_refresh_at: UTCDateTime | None = Field(
-        default=None, description="When the new token should be refreshed"
+        default=None, description="Time at which the new token should be refreshed"
     )
     error_code: Text | None = Field(
         default=None, max_length=50, description="Code of the last error"
     )
     error_message: Text | None = Field(default=None, description="Message of the last error")
-    retry_count: Int64 = Field(default=0, ge=0, description="How many attempts failed")
-    max_retries: Int64 = Field(
-        default=3, ge=0, description="After how many failed attempts it is given up"
-    )
+    retry_count: Int64 = Field(default=0, ge=0, description="Number of failed attempts")
+    max_retries: Int64 = Field(default=3, ge=0, description="Maximum number of failed attempts")
     api_response_code: Int64 | None = Field(
-        default=None, description="Tiger's code in the last answer"
+        default=None, description="Code of Tiger's last response"
     )
     api_response_time_ms: Int64 | None = Field(
-        default=None, ge=0, description="How long Tiger took to answer, in ms"
+        default=None, ge=0, description="Duration of Tiger's last response, in ms"
     )
-    details: JsonObject | None = Field(default=None, description="Whatever else is worth knowing")
-    environment: TigerEnvironment | None = Field(
-        default=None, description="Tiger's environment asked"
-    )
+    details: JsonObject | None = Field(default=None, description="Other details of the refresh")
+    environment: TigerEnvironment | None = Field(default=None, description="Environment at Tiger")
     server_version: Text | None = Field(
         default=None, max_length=50, description="Version of Tiger's gateway"
     )
-    worker: Text | None = Field(default=None, max_length=100, description="Who holds the claim")
+    worker: Text | None = Field(
+        default=None, max_length=100, description="Worker that holds the claim"
+    )
     lease_expires_at: UTCDateTime | None = Field(
-        default=None, description="When the claim ends unless it is renewed"
+        default=None, description="End of the claim, unless it is renewed"
     )
     fencing_token: Int64 = Field(
-        default=0, ge=0, description="Number of the claim: an older one is void"
+        default=0, ge=0, description="Number of the claim; claims with lower numbers are void"
     )
 
     tiger_account: "TigerAccount" = Relationship(
