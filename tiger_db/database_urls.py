@@ -1,6 +1,6 @@
-"""Hosts, ports and URLs of servers, by libpq's grammar.
+"""Database URLs and lists of hosts, in the grammar of libpq.
 
-`urllib.parse.urlsplit` is not used: its patch versions differ in which lists of hosts they accept.
+`urllib.parse.urlsplit` is not used: its patch releases differ in the lists of hosts they accept.
 https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS
 """
 
@@ -15,8 +15,8 @@ from urllib.parse import quote, unquote, urlencode
 DEFAULT_PORT = 5432
 # libpq's schemes, and SQLAlchemy's for asyncpg.
 _SCHEME = re.compile(r"(?:postgres|postgresql|postgresql\+asyncpg)://")
-# Narrower than libpq's grammar in one point, which is an "@" that is not percent-encoded: of a
-# password that has one, a part would be read as a host, and be shown.
+# Stricter than libpq in one point: "@" must be percent-encoded. Otherwise a part of a password with
+# "@" would be read as a host, and messages would show it.
 _URL = re.compile(
     _SCHEME.pattern + r"(?:(?P<user>[^:@/?]*)(?::(?P<password>[^@/?]*))?@)?"
     r"(?P<hosts>[^@/?]*)(?:/(?P<dbname>[^@?]*))?(?:\?(?P<query>[^@]*))?"
@@ -42,9 +42,9 @@ class SSLMode(StrEnum):
 
 
 class Address(NamedTuple):
-    """A server: its host name, IP address or absolute socket folder, and its port.
+    """A server: host name, IP address or absolute path of the socket folder, and port.
 
-    An empty host stands for the default of the client: the usual socket folders, then localhost.
+    An empty host means the defaults: the usual socket folders, then localhost.
     """
 
     host: str
@@ -58,9 +58,9 @@ class Address(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine: a socket folder, a loopback address or `localhost`.
+        """Whether the host is a socket folder, a loopback address or `localhost`.
 
-        Other names are not looked up: what they resolve to can change.
+        Other names are not resolved, because their addresses can change.
         """
         if not self.host or self.host.startswith("/"):
             return True
@@ -73,10 +73,10 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DatabaseURL:
-    """The parts of a `DATABASE_URL`, decoded. There is at least one address.
+    """The decoded parts of a `DATABASE_URL`. There is at least one address.
 
-    `parameters` is what remains of the query: host, port, user, password and database that are
-    given there replace those before it, as in libpq.
+    As in libpq, host, port, user, password and database in the query replace those before it. All
+    other parts of the query are in `parameters`.
     """
 
     addresses: tuple[Address, ...]
@@ -86,7 +86,7 @@ class DatabaseURL:
     parameters: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_text(self) -> str:
-        """Return the URL that parses to this value; it shows the password."""
+        """Return a URL that parses to this value. It contains the password."""
         login = quote(self.user or "", safe="")
         if self.password is not None:
             login += ":" + quote(self.password, safe="")
@@ -101,8 +101,8 @@ def parse_url(text: str) -> DatabaseURL:
     """Parse a `DATABASE_URL`.
 
     Raises:
-        ValueError: malformed, or a parameter is unknown or has a bad value. The message is one
-            line, names the variable and shows no value.
+        ValueError: the URL is malformed, or a parameter is unknown or has a bad value. The message
+            is one line, names the variable and shows no value.
     """
     if not _SCHEME.match(text):
         raise ValueError("DATABASE_URL must start with postgresql://")
@@ -139,12 +139,12 @@ def parse_url(text: str) -> DatabaseURL:
 
 
 def parse_hosts(name: str, text: str, port: int) -> tuple[Address, ...]:
-    """Parse the list of hosts in the variable `name`; `port` is for those that have none.
+    """Parse the list of hosts in the variable `name`. `port` is the default port.
 
-    Text that begins with a slash is one socket folder, commas included.
+    A text that begins with a slash is one socket folder and may contain commas.
 
     Raises:
-        ValueError: one line that names the variable.
+        ValueError: the list is malformed. The message is one line that names the variable.
     """
     if text.startswith("/"):
         named = [(text, "")]
@@ -160,7 +160,7 @@ def encode_query(parameters: dict[str, str]) -> str:
 
 
 def _parse_query(text: str) -> dict[str, str]:
-    """Parse a query as libpq does: the last value of a name counts; a plus sign is no space."""
+    """Parse a query like libpq: the last value of a name is used, and "+" does not mean a space."""
     items = [item.split("=") for item in text.removesuffix("&").split("&")] if text else []
     if not all(len(item) == 2 for item in items):  # noqa: PLR2004  # name and value
         raise ValueError(_MALFORMED)
@@ -180,14 +180,17 @@ def _decode(text: str) -> str:
 
 
 def _split_port(text: str) -> tuple[str, str]:
-    """Return host and port, which may be empty; an IPv6 address with a port is in brackets."""
+    """Return host and port, either of which may be empty. IPv6 with a port needs brackets."""
     found = None if text.startswith("/") else _HOST.fullmatch(text)
     host = found and (found[1] or found[2])
     return (host, found[3] or "") if found and host else (text, "")
 
 
 def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> tuple[Address, ...]:
-    """Give each host its own port, else that of the list, which has one port or as many."""
+    """Return addresses with the port of each host, or else of the list of ports.
+
+    The list has one port for all hosts, or one for each.
+    """
     if len(ports) == 1:
         ports = list(ports) * len(hosts)
     if len(ports) != len(hosts) or (len(hosts) > 1 and not all(host for host, _ in hosts)):
@@ -203,4 +206,4 @@ def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> 
 
 
 def _list_error(name: str) -> str:
-    return f"{name}: hosts are separated by one comma each, ports are one or as many"
+    return f"{name}: separate hosts by one comma, and give one port for all or one for each"

@@ -1,4 +1,4 @@
-"""The keys in force: those of the settings, else those that the embedded server keeps."""
+"""The keys in use: those of the settings, or else those in the embedded server's folder."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeySetting(Generic[T]):
-    """A setting that holds keys. The embedded server keeps them in a file of the same name."""
+    """A setting with keys. The embedded server's folder has a file of the same name."""
 
     field: str
     parse: Callable[[str], T]
@@ -29,10 +29,10 @@ AUDIT_SIGNING_KEY = KeySetting("audit_signing_key", parse_signing_key, generate_
 
 
 def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
-    """Return the keys that the environment, or the file of `…_FILE`, sets, or None.
+    """Return the keys of a setting or of its file (`…_FILE`), or None.
 
     Raises:
-        ConfigurationError: malformed, unreadable, or required in production and missing.
+        ConfigurationError: the keys are malformed, unreadable, or missing in production.
     """
     name = keys.field.upper()
     value, file = getattr(settings, keys.field), getattr(settings, f"{keys.field}_file")
@@ -47,19 +47,19 @@ def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
         return _parse(keys, text, f"{name}_FILE: %s")
-    if settings.production and keys is not AUDIT_SIGNING_KEY:  # which only sealing needs
+    if settings.production and keys is not AUDIT_SIGNING_KEY:  # needed for sealing only
         raise ConfigurationError(f"{name} or {name}_FILE is required when ENVIRONMENT=production")
     return None
 
 
 def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) -> T | None:
-    """Return the configured keys, else those that the embedded server keeps, or None.
+    """Return the configured keys, or else those in the embedded server's folder, or None.
 
-    With `generate`, missing ones of the embedded server are made. Blocks: call it in a thread.
+    With `generate`, missing keys of the embedded server are generated. Blocks: call it in a thread.
 
     Raises:
-        ConfigurationError: see `configured`; or the kept file, which it names, is malformed.
-        EmbeddedError: the kept file cannot be used.
+        ConfigurationError: see `configured`, or the file in the folder is malformed.
+        EmbeddedError: the file in the folder cannot be read or written.
     """
     found = configured(settings, keys)
     if found is not None or not settings.embedded:
@@ -74,10 +74,10 @@ def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) 
 
 
 def required_key_ring(settings: Settings) -> KeyRing:
-    """Return the encryption keys in force; generate none. Blocks: call it in a thread.
+    """Return the encryption keys. Generate none. Blocks: call it in a thread.
 
     Raises:
-        ConfigurationError: there are none, or they are malformed or unreadable.
+        ConfigurationError: the keys are missing, malformed or unreadable.
     """
     if ring := in_force(settings, ENCRYPTION_KEYS, generate=False):
         return ring

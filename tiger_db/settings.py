@@ -1,4 +1,4 @@
-"""What the environment says. Nothing is read before a `Settings()` is made."""
+"""Settings from environment variables."""
 
 import hashlib
 import math
@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -33,12 +33,14 @@ from tiger_db.errors import ConfigurationError
 if TYPE_CHECKING:
     import asyncpg
 
+StrOrPath = TypeVar("StrOrPath", str, Path)
+
 
 class ConnectArgs(TypedDict, total=False):
     """Keyword arguments of `asyncpg.connect`."""
 
     dsn: str
-    host: str | list[str]  # several: each is to be tried
+    host: str | list[str]  # a list: try each in order
     port: int | list[int]
     user: str
     password: str | None
@@ -52,18 +54,13 @@ class ConnectArgs(TypedDict, total=False):
     connection_class: "type[asyncpg.Connection[asyncpg.Record]]"
 
 
-def _without_nul(value: str) -> str:
-    if "\0" in value:
+def _without_nul(value: StrOrPath) -> StrOrPath:
+    if "\0" in str(value):
         raise ValueError("must not contain a NUL character")
     return value
 
 
-def _path_without_nul(value: Path) -> Path:
-    _without_nul(str(value))
-    return value
-
-
-def _sendable(value: SecretStr) -> SecretStr:
+def _utf8_secret(value: SecretStr) -> SecretStr:
     try:
         _without_nul(value.get_secret_value()).encode()
     except UnicodeEncodeError:
@@ -72,7 +69,7 @@ def _sendable(value: SecretStr) -> SecretStr:
 
 
 def _iso_date(value: object) -> object:
-    """A date in the one form that nobody can mistake."""
+    """Accept dates only in the form YYYY-MM-DD, which is unambiguous."""
     if value is None or type(value) is date:
         return value
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
@@ -82,36 +79,35 @@ def _iso_date(value: object) -> object:
 
 
 def _schema_name(value: str) -> str:
-    """Allow what PostgreSQL allows: any text of 63 bytes but the names that it keeps for itself."""
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError:
-        raise ValueError("must be UTF-8 text") from None
-    if size > _LONGEST_NAME:
-        raise ValueError(f"must have {_LONGEST_NAME} bytes at most")
+    if len(value.encode()) > _MAX_IDENTIFIER_BYTES:
+        raise ValueError(f"must have at most {_MAX_IDENTIFIER_BYTES} bytes")
     if value.startswith("pg_") or value in ("information_schema", "$user"):
-        raise ValueError("is a name that PostgreSQL keeps for itself")
+        raise ValueError("is reserved by PostgreSQL")
     return value
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
-File = Annotated[Path, AfterValidator(_path_without_nul)]
-SecretText = Annotated[SecretStr, AfterValidator(_sendable)]
-_LONGEST_NAME = 63  # bytes
-_GRACE = 5  # seconds beyond DB_QUERY_TIMEOUT, after which a server that does not answer is lost
+File = Annotated[Path, AfterValidator(_without_nul)]
+SecretText = Annotated[SecretStr, AfterValidator(_utf8_secret)]
+_MAX_IDENTIFIER_BYTES = 63
+# A server that has not answered this long after DB_QUERY_TIMEOUT is considered lost.
+_LOST_SERVER_SECONDS = 5
 DEFAULT_SCHEMA = "public"
 SCHEMA_OPTION = "tiger_db_schema"  # the execution option of an engine that has DB_SCHEMA
-# What PgBouncer takes at the start of a session, and keeps apart for each of its clients.
-_POOLED_SETTINGS = ("application_name", "timezone")
-# Tried where DATABASE_URL names no host. asyncpg by itself would read PGHOST first.
+# The session parameters that PgBouncer accepts and tracks for each client.
+_PGBOUNCER_PARAMETERS = ("application_name", "timezone")
+# For a DATABASE_URL without a host. The defaults of asyncpg include the variable PGHOST.
 _DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # no file is made
 
 
 class Settings(BaseSettings):
-    """The settings of one process: each field is the environment variable of its name.
+    """The settings of a process. Each field is the environment variable of the same name.
+
+    The environment is read when an instance is created.
 
     Raises:
-        ConfigurationError: one line that names the variable; values are never shown.
+        ConfigurationError: a value is not valid. The message is one line that names the variable
+            and shows no value.
     """
 
     model_config = SettingsConfigDict(
@@ -141,7 +137,7 @@ class Settings(BaseSettings):
     db_ssl_key: File | None = None
     db_ssl_ca: File | None = None
     db_allow_unverified_tls: bool = Field(
-        default=False, description="in production, any server elsewhere gets the password"
+        default=False, description="in production, any remote server may receive the password"
     )
 
     db_pool_size: int = Field(default=5, ge=1, le=1000)
@@ -156,7 +152,7 @@ class Settings(BaseSettings):
     db_slow_query_seconds: float = Field(
         default=1, ge=0, le=86400, description="seconds; 0: log none"
     )
-    db_debug: bool = Field(default=False, description="log every statement, without parameters")
+    db_debug: bool = Field(default=False, description="log all statements, without parameters")
 
     tiger_db_home: Path | None = Field(default=None, description="folder of the embedded server")
 
@@ -165,7 +161,7 @@ class Settings(BaseSettings):
     api_key_peppers: SecretStr | None = None
     api_key_peppers_file: File | None = None
     api_keys_allow_unpeppered_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
-        default=None, description="the last day, UTC"
+        default=None, description="last day, UTC"
     )
     audit_signing_key: SecretStr | None = None
     audit_signing_key_file: File | None = None
@@ -173,7 +169,7 @@ class Settings(BaseSettings):
 
     def __init__(self, **values: object) -> None:
         try:
-            super().__init__(**values)  # type: ignore[arg-type]  # what pydantic is there to check
+            super().__init__(**values)  # type: ignore[arg-type]  # pydantic checks the types
         except ValidationError as error:
             raise ConfigurationError(_one_line(error)) from None
 
@@ -199,7 +195,7 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> DatabaseURL | None:
-        """`DATABASE_URL`, parsed; None where it is not set."""
+        """The parsed `DATABASE_URL`, or None if it is not set."""
         text = self.database_url
         return None if text is None else parse_url(text.get_secret_value())
 
@@ -209,19 +205,19 @@ class Settings(BaseSettings):
 
     @property
     def embedded(self) -> bool:
-        """Whether the embedded PostgreSQL serves, because no other server is named."""
+        """Whether the embedded PostgreSQL is used: no other server is set."""
         return self.database_url is None and self.db_host is None
 
     @property
     def pooled(self) -> bool:
-        """Whether each transaction may be in another session of the server."""
+        """Whether a transaction pooler is used: each transaction may use another server session."""
         return self.db_pooler != "none"
 
     def without_pooler(self) -> Self:
-        """Settings that lead past the pooler, for what outlasts a transaction.
+        """Return settings for direct connections, for work that needs a session of its own.
 
         Raises:
-            ConfigurationError: there is a pooler, and `DB_DIRECT_HOST` is not set.
+            ConfigurationError: `DB_POOLER` is set and `DB_DIRECT_HOST` is not.
         """
         if self.embedded:
             return self
@@ -229,7 +225,7 @@ class Settings(BaseSettings):
             if self.pooled:
                 raise ConfigurationError(
                     "DB_DIRECT_HOST is not set: with DB_POOLER, LISTEN, migrations and sealing need"
-                    " a connection of their own to the server"
+                    " direct connections to the server"
                 )
             return self
         address = Address(self.db_direct_host, self.db_direct_port)
@@ -251,14 +247,14 @@ class Settings(BaseSettings):
 
     @property
     def search_path(self) -> str:
-        """The search path of every session: see the function `search_path`."""
+        """The search path of all sessions: see the function `search_path`."""
         return search_path(self.db_schema)
 
     def channel(self, name: str) -> str:
-        """The NOTIFY channel of this name in `DB_SCHEMA`.
+        """Return the NOTIFY channel with this name for `DB_SCHEMA`.
 
-        In `public` it is the name itself, as in releases without `DB_SCHEMA`. Elsewhere a digest
-        follows, because the longest schema names leave no room in a channel's 63 bytes.
+        In `public` it is the name itself, as in releases without `DB_SCHEMA`. In other schemas a
+        digest of the schema follows, because channels are limited to 63 bytes.
         """
         if self.db_schema == DEFAULT_SCHEMA:
             return name
@@ -266,27 +262,27 @@ class Settings(BaseSettings):
 
     @property
     def addresses(self) -> tuple[Address, ...]:
-        """The servers, one of which takes writes; none of the embedded server."""
+        """The servers to try, one of which accepts writes. Empty for the embedded server."""
         if (url := self.url) is not None:
             return url.addresses
         return () if self.db_host is None else parse_hosts("DB_HOST", self.db_host, self.db_port)
 
     @property
     def location(self) -> str:
-        """Where the database is, for people: no user name and no password."""
+        """The servers and the database for messages, without user name and password."""
         servers = "embedded" if self.embedded else ",".join(map(str, self.addresses))
         return f"{servers}/{self.database}"
 
     @property
     def replicas(self) -> tuple[Address, ...]:
-        """The standbys that may answer readonly sessions."""
+        """The replicas for readonly sessions."""
         if self.db_replica_hosts is None:
             return ()
         return parse_hosts("DB_REPLICA_HOSTS", self.db_replica_hosts, self.db_port)
 
     @property
     def tls(self) -> dict[str, str]:
-        """The parameters that libpq has for TLS: `DATABASE_URL` wins over `DB_SSL_*`."""
+        """The TLS parameters in libpq's names. `DATABASE_URL` takes precedence over `DB_SSL_*`."""
         if self.embedded:
             return {}
         given = {
@@ -304,10 +300,10 @@ class Settings(BaseSettings):
 
     @property
     def unverified(self) -> list[str]:
-        """The variables that name a server on another machine whose identity is not verified.
+        """The variables whose servers are remote and whose identity is not verified.
 
-        Only `verify-full` verifies it: `verify-ca` takes every server that has a certificate of the
-        authority, which may be everybody's.
+        Only `verify-full` verifies it. `verify-ca` accepts every server with a certificate of the
+        authority, and public authorities give certificates to anyone.
         """
         if self.embedded or self.tls.get("sslmode") == SSLMode.VERIFY_FULL:
             return []
@@ -319,30 +315,30 @@ class Settings(BaseSettings):
         return [name for name, found in servers.items() if not all(a.is_local for a in found)]
 
     def _tls_problem(self) -> str | None:
-        """Why no password may leave, in one line."""
+        """Return why no password may be sent to the server, in one line, or None."""
         if not self.production or self.db_allow_unverified_tls or not self.unverified:
             return None
         in_url = self.url is not None and "sslmode" in self.url.parameters
         return (
             f"{'DATABASE_URL: sslmode' if in_url else 'DB_SSL_MODE'} must be verify-full when"
             f" ENVIRONMENT=production and {' and '.join(self.unverified)} names another machine:"
-            " set it, with DB_SSL_CA, or set DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
+            " set it and DB_SSL_CA, or set DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
         )
 
     def connect_args(self, replica: Address | None = None) -> ConnectArgs:
-        """How to reach the server, or a replica, as keyword arguments of `asyncpg.connect`.
+        """Return keyword arguments of `asyncpg.connect` for the server, or for a replica.
 
-        A server that does not take writes will not do, unless DATABASE_URL says otherwise. Not for
-        the embedded server, whose arguments `embedded.start` returns. TLS goes in as a DSN, because
-        asyncpg gives `sslmode` and the files libpq's meaning only there; nothing else is in it.
+        The server must accept writes, unless `DATABASE_URL` has `target_session_attrs`. Only TLS
+        parameters are in the DSN, because asyncpg gives them the meaning of libpq only there. For
+        the embedded server, see `embedded.start`.
 
         Raises:
             ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or in production the
-                server's identity would not be verified.
+                identity of the server would not be verified.
         """
         if self.embedded:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
-        if problem := self._tls_problem():  # of a copy, which pydantic does not validate
+        if problem := self._tls_problem():  # pydantic does not validate copies
             raise ConfigurationError(problem)
         url = self.url or DatabaseURL(
             self.addresses,
@@ -361,7 +357,9 @@ class Settings(BaseSettings):
             port=[a.port for a in addresses] if several else addresses[0].port,
             database=self.database,
             timeout=float(found.get("connect_timeout", self.db_connect_timeout)),
-            command_timeout=self.db_query_timeout + _GRACE if self.db_query_timeout else None,
+            command_timeout=self.db_query_timeout + _LOST_SERVER_SECONDS
+            if self.db_query_timeout
+            else None,
             target_session_attrs=(
                 "standby" if replica else found.get("target_session_attrs", "read-write")
             ),
@@ -378,17 +376,17 @@ class Settings(BaseSettings):
             arguments["passfile"] = Path(found["passfile"])
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
-        if self.pooled:  # which allows nothing that a session of the server would keep
+        if self.pooled:  # a pooler supports no other session state
             given = arguments["server_settings"]
             arguments["server_settings"] = {
-                name: given[name] for name in _POOLED_SETTINGS if name in given
+                name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given
             }
             arguments["statement_cache_size"] = 0
             arguments["command_timeout"] = self.db_query_timeout or None
         return arguments
 
     def server_settings(self) -> dict[str, str]:
-        """What every session tells the server when it starts."""
+        """Return the PostgreSQL parameters of all sessions."""
         return {
             "application_name": "tiger_db",
             "statement_timeout": str(math.ceil(self.db_query_timeout * 1000)),
@@ -396,35 +394,29 @@ class Settings(BaseSettings):
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
             "timezone": "UTC",
-            # Of the packet that starts a session: it overrides ALTER ROLE and ALTER DATABASE.
+            # In the startup packet, it takes precedence over ALTER ROLE and ALTER DATABASE.
             "search_path": self.search_path,
         }
 
 
 def quote_identifier(name: str) -> str:
-    """A name as SQL has it between double quotes."""
+    """Quote a name for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def search_path(schema: str) -> str:
-    """The search path that leads to a schema, after pg_catalog and before temporary objects.
+    """Return the search path of a schema, for SQL.
 
-    PostgreSQL searches pg_catalog first where the path does not name it. It would search pg_temp
-    even before that, so the path names it last.
+    PostgreSQL searches pg_catalog first if the path does not include it. It would search pg_temp
+    even before that, so the path has pg_temp at its end.
     """
     return f"{quote_identifier(schema)}, pg_temp"
 
 
 def _one_line(error: ValidationError) -> str:
-    return "; ".join(
-        ": ".join(
-            filter(
-                None,
-                (
-                    ".".join(str(part) for part in problem["loc"]).upper(),
-                    problem["msg"].removeprefix("Value error, "),
-                ),
-            )
-        )
-        for problem in error.errors(include_url=False, include_context=False, include_input=False)
-    )
+    problems = []
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        variable = ".".join(map(str, problem["loc"])).upper()
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{variable}: {message}" if variable else message)
+    return "; ".join(problems)

@@ -136,7 +136,7 @@ async def test_a_server_that_falls_silent_is_lost(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No statement_timeout ends a statement then: the server is not there to do it."""
-    monkeypatch.setattr(settings_module, "_GRACE", 0.3)
+    monkeypatch.setattr(settings_module, "_LOST_SERVER_SECONDS", 0.3)
     async with Database(cluster.settings(db_query_timeout=0.2)) as database:
         with pytest.raises(DatabaseUnavailable, match=cluster.primary.location):
             async with asyncio.timeout(10), database.session() as session:
@@ -152,7 +152,7 @@ async def test_a_commit_that_the_synchronous_standby_does_not_confirm_is_not_ack
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No statement_timeout ends that wait; and the function is not run again."""
-    monkeypatch.setattr(settings_module, "_GRACE", 0.3)
+    monkeypatch.setattr(settings_module, "_LOST_SERVER_SECONDS", 0.3)
     cluster.standby.stop()
     cluster.primary.stop()
     cluster.primary.start(synchronous_standby_names="*")
