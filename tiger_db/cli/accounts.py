@@ -7,24 +7,7 @@ from uuid import UUID
 import typer
 
 import tiger_db
-from tiger_db.cli.options import (
-    DEFAULT_PAGE_SIZE,
-    AccountArgument,
-    After,
-    AsJson,
-    Limit,
-    PrivateKey,
-    PrivateKeyFile,
-    Yes,
-    confirm,
-    parse_member,
-    parse_members,
-    parse_time,
-    read_required_secret,
-    read_secret,
-)
-from tiger_db.cli.output import print_message, print_warning, show_page, show_row
-from tiger_db.cli.runtime import find_account, in_transaction, settings
+from tiger_db.cli import options, output, runtime
 from tiger_db.errors import InvalidValue
 from tiger_db.redaction import mask_account_number
 
@@ -48,8 +31,8 @@ def create_account(
     account_name: Annotated[str, typer.Option(help="Display name.")],
     account_number: Annotated[str, typer.Option(help="Tiger's account number.")],
     tiger_id: Annotated[str, typer.Option(help="Tiger's developer id.")],
-    private_key: PrivateKey = None,
-    private_key_file: PrivateKeyFile = None,
+    private_key: options.PrivateKey = None,
+    private_key_file: options.PrivateKeyFile = None,
     account_type: Annotated[
         AccountTypes | None, typer.Option(help="By default derived from the account number.")
     ] = None,
@@ -84,14 +67,14 @@ def create_account(
         str | None,
         typer.Option(metavar="TIME", help="The token's expiry, such as 2026-01-31T12:00:00Z."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Create a broker account. Its secrets are stored encrypted.
 
     The private key is PEM or base64 DER, in PKCS#1 or PKCS#8. Without an option, the command asks
     for it.
     """
-    production = settings().production
+    production = runtime.settings().production
     given: dict[str, Any] = {
         "account_name": account_name,
         "account_number": account_number,
@@ -100,15 +83,17 @@ def create_account(
         "license": license,
         "environment": environment,
         "server_url": server_url,
-        "market_permissions": parse_members(
+        "market_permissions": options.parse_members(
             tiger_db.MarketPermission, market_permissions, "--market-permissions"
         ),
         "description": description,
         "token_expires_at": (
-            None if token_expires_at is None else parse_time(token_expires_at, "--token-expires-at")
+            None
+            if token_expires_at is None
+            else options.parse_time(token_expires_at, "--token-expires-at")
         ),
-        "access_token": read_secret("access-token", access_token, access_token_file),
-        "secret_key": read_secret("secret-key", secret_key, secret_key_file),
+        "access_token": options.read_secret("access-token", access_token, access_token_file),
+        "secret_key": options.read_secret("secret-key", secret_key, secret_key_file),
         **_read_private_key(private_key, private_key_file, production=production),
     }
     account = tiger_db.TigerAccount(
@@ -123,22 +108,22 @@ def create_account(
             await tiger_db.crud.accounts.set_default_data_account(session, account.id)
         return account
 
-    created = in_transaction(create)
-    print_message(f"created account {mask_account_number(created.account_number)}")
-    show_row(created, as_json=as_json)
+    created = runtime.in_transaction(create)
+    output.print_message(f"created account {mask_account_number(created.account_number)}")
+    output.show_row(created, as_json=as_json)
 
 
 def _read_private_key(
     value: str | None, file: str | None, *, production: bool
 ) -> "dict[str, str | tiger_db.PrivateKeyFormat]":
     """Read a private key. Outside production, a key that is not RSA only causes a warning."""
-    key = read_required_secret("private-key", value, file)
+    key = options.read_required_secret("private-key", value, file)
     try:
         key, key_format = tiger_db.tiger.parse_private_key(key)
     except InvalidValue as error:
         if production:
             raise
-        print_warning(f"{error}: it is stored, but Tiger will refuse it")
+        output.print_warning(f"{error}: it is stored, but Tiger will refuse it")
         key_format = tiger_db.PrivateKeyFormat.UNKNOWN
     return {"private_key": key, "private_key_format": key_format}
 
@@ -149,22 +134,22 @@ def list_accounts(
     status: Annotated[AccountStatuses | None, typer.Option(help="Only this status.")] = None,
     environment: Annotated[Environments | None, typer.Option(help="Only this environment.")] = None,
     account_type: Annotated[AccountTypes | None, typer.Option(help="Only this type.")] = None,
-    limit: Limit = DEFAULT_PAGE_SIZE,
-    after: After = None,
-    as_json: AsJson = False,
+    limit: options.Limit = options.DEFAULT_PAGE_SIZE,
+    after: options.After = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """List the accounts, newest first."""
-    page = in_transaction(
+    page = runtime.in_transaction(
         lambda session: tiger_db.crud.accounts.list_accounts(
             session,
-            status=parse_member(tiger_db.AccountStatus, status),
-            environment=parse_member(tiger_db.TigerEnvironment, environment),
-            account_type=parse_member(tiger_db.AccountType, account_type),
+            status=options.parse_member(tiger_db.AccountStatus, status),
+            environment=options.parse_member(tiger_db.TigerEnvironment, environment),
+            account_type=options.parse_member(tiger_db.AccountType, account_type),
             after=after,
             limit=limit,
         )
     )
-    show_page(
+    output.show_page(
         page,
         {
             "Number": lambda account: account.account_number,
@@ -182,9 +167,12 @@ def list_accounts(
 
 
 @app.command(rich_help_panel=_PANEL)
-def show_account(account: AccountArgument, *, as_json: AsJson = False) -> None:
+def show_account(account: options.AccountArgument, *, as_json: options.AsJson = False) -> None:
     """Show an account. Its secrets are masked."""
-    show_row(in_transaction(lambda session: find_account(session, account)), as_json=as_json)
+    output.show_row(
+        runtime.in_transaction(lambda session: runtime.find_account(session, account)),
+        as_json=as_json,
+    )
 
 
 def _change(
@@ -197,21 +185,21 @@ def _change(
     """Change an account and show it, after a message about it in which `{status}` is replaced."""
 
     async def run(session: "AsyncSession") -> "tiger_db.TigerAccount":
-        return await change(session, (await find_account(session, account)).id)
+        return await change(session, (await runtime.find_account(session, account)).id)
 
-    changed = in_transaction(run)
+    changed = runtime.in_transaction(run)
     message = message.format(status=changed.status.value)
-    print_message(f"account {mask_account_number(changed.account_number)} {message}")
-    show_row(changed, as_json=as_json)
+    output.print_message(f"account {mask_account_number(changed.account_number)} {message}")
+    output.show_row(changed, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def set_default_account(
-    account: AccountArgument,
+    account: options.AccountArgument,
     *,
     trading: Annotated[bool, typer.Option("--trading", help="Default for trading.")] = False,
     data: Annotated[bool, typer.Option("--data", help="Default for data.")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Make an account the default for trading, for data, or for both."""
     if not (trading or data):
@@ -230,26 +218,28 @@ def set_default_account(
 
 
 @app.command(rich_help_panel=_PANEL)
-def close_account(account: AccountArgument, *, yes: Yes = False, as_json: AsJson = False) -> None:
+def close_account(
+    account: options.AccountArgument, *, yes: options.Yes = False, as_json: options.AsJson = False
+) -> None:
     """Close an account: delete its credentials, revoke its API keys and cancel its refreshes.
 
     The account and its audit events stay.
     """
-    settings()  # wrong settings are reported before the question
-    confirm(f"Close account {account} and revoke its API keys?", yes=yes)
+    runtime.settings()  # wrong settings are reported before the question
+    options.confirm(f"Close account {account} and revoke its API keys?", yes=yes)
     _change(account, tiger_db.crud.accounts.close, "is closed", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def reopen_account(
-    account: AccountArgument,
+    account: options.AccountArgument,
     *,
-    private_key: PrivateKey = None,
-    private_key_file: PrivateKeyFile = None,
-    as_json: AsJson = False,
+    private_key: options.PrivateKey = None,
+    private_key_file: options.PrivateKeyFile = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Reopen a closed account with a new private key. Its API keys stay revoked."""
-    key = _read_private_key(private_key, private_key_file, production=settings().production)
+    key = _read_private_key(private_key, private_key_file, production=runtime.settings().production)
 
     async def reopen(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
         return await tiger_db.crud.accounts.reopen(session, account_id, **key)  # type: ignore[arg-type]
@@ -259,10 +249,10 @@ def reopen_account(
 
 @app.command(rich_help_panel=_PANEL)
 def set_account_status(
-    account: AccountArgument,
+    account: options.AccountArgument,
     status: Annotated[OpenStatuses, typer.Argument(help="Only an active account serves requests.")],
     *,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Set the status of an account. `close-account` closes one."""
 
@@ -273,7 +263,9 @@ def set_account_status(
 
 
 @app.command(rich_help_panel=_PANEL)
-def reset_account_errors(account: AccountArgument, *, as_json: AsJson = False) -> None:
+def reset_account_errors(
+    account: options.AccountArgument, *, as_json: options.AsJson = False
+) -> None:
     """Reset the error count of an account, and end a suspension that errors caused."""
     change = tiger_db.crud.accounts.reset_errors
     _change(account, change, "has no errors and is {status}", as_json=as_json)

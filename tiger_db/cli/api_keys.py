@@ -9,35 +9,7 @@ from uuid import UUID
 import typer
 
 import tiger_db
-from tiger_db.cli.options import (
-    DEFAULT_PAGE_SIZE,
-    SINCE,
-    After,
-    AsJson,
-    ExpiresAt,
-    ExpiresIn,
-    KeyId,
-    Limit,
-    new_key_id,
-    parse_duration,
-    parse_expiry,
-    parse_member,
-    parse_members,
-    parse_past,
-    read_required_secret,
-    split_words,
-)
-from tiger_db.cli.output import (
-    count_by_period,
-    dump,
-    print_json,
-    print_message,
-    print_warning,
-    show_bars,
-    show_page,
-    show_row,
-)
-from tiger_db.cli.runtime import account_numbers, find_account, find_api_key, in_transaction
+from tiger_db.cli import options, output, runtime
 from tiger_db.errors import AccessDenied, NotFound, RateLimited
 
 if TYPE_CHECKING:
@@ -65,8 +37,8 @@ def create_api_key(
         str | None,
         typer.Option(help="Number or id of the only account for the key; by default all accounts."),
     ] = None,
-    expires_in: ExpiresIn = None,
-    expires_at: ExpiresAt = None,
+    expires_in: options.ExpiresIn = None,
+    expires_at: options.ExpiresAt = None,
     rate_limit_per_hour: Annotated[int | None, typer.Option(help="Uses per clock hour.")] = None,
     rate_limit_per_day: Annotated[int | None, typer.Option(help="Uses per UTC day.")] = None,
     allowed_ips: Annotated[
@@ -79,14 +51,14 @@ def create_api_key(
     ] = None,
     description: Annotated[str | None, typer.Option(help="Notes.")] = None,
     created_by: Annotated[str | None, typer.Option(help="Creator of the key.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Create an API key and show it once. It cannot be shown again."""
-    granted = parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
-    expiry = parse_expiry(expires_in, expires_at)
+    granted = options.parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
+    expiry = options.parse_expiry(expires_in, expires_at)
 
     async def create(session: "AsyncSession") -> "tuple[tiger_db.APIKey, str]":
-        bound = await find_account(session, account) if account is not None else None
+        bound = await runtime.find_account(session, account) if account is not None else None
         return await tiger_db.crud.api_keys.create_api_key(
             session,
             name=name,
@@ -95,38 +67,36 @@ def create_api_key(
             expires_at=expiry,
             rate_limit_per_hour=rate_limit_per_hour,
             rate_limit_per_day=rate_limit_per_day,
-            allowed_ips=split_words(allowed_ips),
-            allowed_user_agents=split_words(allowed_user_agents),
+            allowed_ips=options.split_words(allowed_ips),
+            allowed_user_agents=options.split_words(allowed_user_agents),
             created_by=created_by,
             description=description,
         )
 
-    key, raw_key = in_transaction(create)
-    print_message(f"created API key {key.key_prefix}")
+    key, raw_key = runtime.in_transaction(create)
+    output.print_message(f"created API key {key.key_prefix}")
     _show_new_key(key, raw_key, as_json=as_json)
 
 
 def _show_new_key(key: "tiger_db.APIKey", raw_key: str, *, as_json: bool) -> None:
     if as_json:
-        print_json({**dump(key), "key": raw_key})
+        output.print_json({**output.dump(key), "key": raw_key})
     else:
-        show_row(key, as_json=False)
+        output.show_row(key, as_json=False)
         typer.echo(raw_key)
-    print_warning("the key is shown only now: store it in a safe place")
+    output.print_warning("the key is shown only now: store it in a safe place")
 
 
 @app.command(rich_help_panel=_PANEL)
 def list_api_keys(
     *,
     status: Annotated[KeyStatuses | None, typer.Option(help="Only this status.")] = None,
-    account: Annotated[
-        str | None, typer.Option(help="Only keys bound to this account (number or id).")
-    ] = None,
-    limit: Limit = DEFAULT_PAGE_SIZE,
-    after: After = None,
-    as_json: AsJson = False,
+    account: options.AccountOption = None,
+    limit: options.Limit = options.DEFAULT_PAGE_SIZE,
+    after: options.After = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """List the API keys, newest first."""
+    """List the API keys, or those bound to an account, newest first."""
     if account is not None and status is not None:
         raise typer.BadParameter("excludes --account", param_hint="--status")
 
@@ -134,19 +104,19 @@ def list_api_keys(
         session: "AsyncSession",
     ) -> "tuple[tiger_db.Page[tiger_db.APIKey], dict[UUID | None, str]]":
         if account is not None:
-            bound = await find_account(session, account)
+            bound = await runtime.find_account(session, account)
             page = await tiger_db.crud.api_keys.get_keys_for_account(
                 session, bound.id, after=after, limit=limit
             )
         else:
-            wanted = parse_member(tiger_db.APIKeyStatus, status)
+            wanted = options.parse_member(tiger_db.APIKeyStatus, status)
             page = await tiger_db.crud.api_keys.list_api_keys(
                 session, status=wanted, after=after, limit=limit
             )
-        return page, await account_numbers(session, (key.tiger_account_id for key in page))
+        return page, await runtime.account_numbers(session, (key.tiger_account_id for key in page))
 
-    page, numbers = in_transaction(find)
-    show_page(
+    page, numbers = runtime.in_transaction(find)
+    output.show_page(
         page,
         {
             "Prefix": lambda key: key.key_prefix,
@@ -179,20 +149,18 @@ def verify_api_key(
     scopes: Annotated[
         str | None, typer.Option(metavar="trade:read", help="Scopes that the request needs.")
     ] = None,
-    account: Annotated[
-        str | None, typer.Option(help="Number or id of the account that the request needs.")
-    ] = None,
+    account: options.AccountOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count no use, and record no event.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Check an API key, and show the reason if it is refused. An accepted use is counted."""
-    requested = parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
-    raw_key = read_required_secret("key", key, key_file)
+    requested = options.parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
+    raw_key = options.read_required_secret("key", key, key_file)
 
     async def verify(session: "AsyncSession") -> "tiger_db.APIKey":
-        target = await find_account(session, account) if account is not None else None
+        target = await runtime.find_account(session, account) if account is not None else None
         if dry_run:
             _write_in_transaction(session)
         try:
@@ -212,15 +180,15 @@ def verify_api_key(
         return found
 
     try:
-        found = in_transaction(verify)
+        found = runtime.in_transaction(verify)
     except AccessDenied as denial:
-        print_message(f"refused ({type(denial).__name__}): {denial}")
+        output.print_message(f"refused ({type(denial).__name__}): {denial}")
         if isinstance(denial, RateLimited):
             seconds = ceil(denial.retry_after.total_seconds())
-            print_message(f"the next use is possible in {seconds} s")
+            output.print_message(f"the next use is possible in {seconds} s")
         raise typer.Exit(1) from None
-    print_message("accepted")
-    show_row(found, as_json=as_json)
+    output.print_message("accepted")
+    output.show_row(found, as_json=as_json)
 
 
 def _write_in_transaction(session: "AsyncSession") -> None:
@@ -233,26 +201,29 @@ def _write_in_transaction(session: "AsyncSession") -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def show_api_key(
-    key: KeyArgument, *, since: Annotated[str, SINCE] = "24h", as_json: AsJson = False
+    key: KeyArgument,
+    *,
+    since: Annotated[str, options.SINCE] = "24h",
+    as_json: options.AsJson = False,
 ) -> None:
     """Show an API key and a chart of its uses: by hour up to two days, by day beyond."""
-    now, start = datetime.now(UTC), parse_past(since, "--since")
+    now, start = datetime.now(UTC), options.parse_past(since, "--since")
 
     async def find(session: "AsyncSession") -> "tuple[tiger_db.APIKey, list[HourlyUsage]]":
-        found = await find_api_key(session, key)
+        found = await runtime.find_api_key(session, key)
         return found, await tiger_db.crud.api_keys.usage(session, found.id, since=start)
 
-    found, usage = in_transaction(find)
+    found, usage = runtime.in_transaction(find)
     if as_json:
         items = [{"hour": hourly.hour.isoformat(), "count": hourly.count} for hourly in usage]
-        print_json({**dump(found), "usage": items})
+        output.print_json({**output.dump(found), "usage": items})
         return
-    show_row(found, as_json=False)
+    output.show_row(found, as_json=False)
     if usage:
         hours = {hourly.hour: hourly.count for hourly in usage}
-        show_bars(count_by_period(hours, start, now))
+        output.show_bars(output.count_by_period(hours, start, now))
     else:
-        print_message(f"not used since {start:%Y-%m-%d %H:%MZ}")
+        output.print_message(f"not used since {start:%Y-%m-%d %H:%MZ}")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -261,18 +232,18 @@ def list_expiring_api_keys(
     within: Annotated[
         str, typer.Option(metavar="7d", help="Time until expiry: s, m, h, d or w.")
     ] = "7d",
-    limit: Limit = DEFAULT_PAGE_SIZE,
-    after: After = None,
-    as_json: AsJson = False,
+    limit: options.Limit = options.DEFAULT_PAGE_SIZE,
+    after: options.After = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """List the API keys that expire soon, soonest first."""
-    length = parse_duration(within, "--within")
-    page = in_transaction(
+    length = options.parse_duration(within, "--within")
+    page = runtime.in_transaction(
         lambda session: tiger_db.crud.api_keys.list_expiring(
             session, within=length, after=after, limit=limit
         )
     )
-    show_page(
+    output.show_page(
         page,
         {
             "Prefix": lambda key: key.key_prefix,
@@ -292,17 +263,17 @@ def rotate_api_key(
     grace: Annotated[
         str, typer.Option(metavar="24h", help="Time for which the old key stays valid; or 0.")
     ] = "24h",
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Create a successor of an API key, with the same permissions, and show it once."""
-    length = timedelta(0) if grace == "0" else parse_duration(grace, "--grace")
+    length = timedelta(0) if grace == "0" else options.parse_duration(grace, "--grace")
 
     async def rotate(session: "AsyncSession") -> "tuple[tiger_db.APIKey, str]":
-        found = await find_api_key(session, key)
+        found = await runtime.find_api_key(session, key)
         return await tiger_db.crud.api_keys.rotate(session, found.id, grace=length)
 
-    successor, raw_key = in_transaction(rotate)
-    print_message(f"created API key {successor.key_prefix} as the successor")
+    successor, raw_key = runtime.in_transaction(rotate)
+    output.print_message(f"created API key {successor.key_prefix} as the successor")
     _show_new_key(successor, raw_key, as_json=as_json)
 
 
@@ -310,25 +281,25 @@ def rotate_api_key(
 def extend_api_key(
     key: KeyArgument,
     *,
-    expires_in: ExpiresIn = None,
-    expires_at: ExpiresAt = None,
+    expires_in: options.ExpiresIn = None,
+    expires_at: options.ExpiresAt = None,
     never: Annotated[bool, typer.Option("--never", help="Remove the expiry.")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Extend the validity of an API key."""
-    expiry = parse_expiry(expires_in, expires_at)
+    expiry = options.parse_expiry(expires_in, expires_at)
     if never == (expiry is not None):
         raise typer.BadParameter(
             "give one of them", param_hint="--expires-in, --expires-at, --never"
         )
 
     async def extend(session: "AsyncSession") -> "tiger_db.APIKey":
-        found = await find_api_key(session, key)
+        found = await runtime.find_api_key(session, key)
         return await tiger_db.crud.api_keys.extend(session, found.id, expires_at=expiry)
 
-    extended = in_transaction(extend)
-    print_message(f"API key {extended.key_prefix} is extended")
-    show_row(extended, as_json=as_json)
+    extended = runtime.in_transaction(extend)
+    output.print_message(f"API key {extended.key_prefix} is extended")
+    output.show_row(extended, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -343,14 +314,14 @@ def revoke_api_key(
     ] = False,
     key_file: KeyFile = None,
     reason: Annotated[str | None, typer.Option(help="Reason, which is stored.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Revoke an API key. This cannot be undone."""
     if key_file is not None and not raw:
         raise typer.BadParameter("requires --raw", param_hint="--key-file")
     if key is None and not raw:
         raise typer.BadParameter("is missing", param_hint="PREFIX")
-    raw_key = read_required_secret("key", key, key_file) if raw else ""
+    raw_key = options.read_required_secret("key", key, key_file) if raw else ""
 
     async def revoke(session: "AsyncSession") -> "tiger_db.APIKey":
         if raw:
@@ -358,12 +329,12 @@ def revoke_api_key(
             if found is None:
                 raise NotFound("this is no API key of this database; try the prefix without --raw")
         else:
-            found = await find_api_key(session, key or "")
+            found = await runtime.find_api_key(session, key or "")
         return await tiger_db.crud.api_keys.revoke(session, found.id, reason=reason)
 
-    revoked = in_transaction(revoke)
-    print_message(f"API key {revoked.key_prefix} is revoked")
-    show_row(revoked, as_json=as_json)
+    revoked = runtime.in_transaction(revoke)
+    output.print_message(f"API key {revoked.key_prefix} is revoked")
+    output.show_row(revoked, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -373,10 +344,10 @@ def print_api_key_pattern() -> None:
 
 
 @app.command(rich_help_panel=_PANEL)
-def generate_api_key_pepper(*, pepper_id: KeyId = None) -> None:
+def generate_api_key_pepper(*, pepper_id: options.KeyId = None) -> None:
     """Print a new random pepper for API_KEY_PEPPERS. The pepper is not stored."""
-    typer.echo(tiger_db.encryption.generate_key(pepper_id or new_key_id()))
-    print_message(
+    typer.echo(tiger_db.encryption.generate_key(pepper_id or options.new_key_id()))
+    output.print_message(
         "put it first in API_KEY_PEPPERS, followed by a comma and the existing peppers, and keep"
         " all of them: a key needs its pepper, and gets the first pepper at its next use"
     )

@@ -12,36 +12,7 @@ from uuid import UUID
 import typer
 
 import tiger_db
-from tiger_db.cli.options import (
-    DEFAULT_PAGE_SIZE,
-    SINCE,
-    After,
-    AsJson,
-    Limit,
-    Out,
-    Overwrite,
-    parse_past,
-)
-from tiger_db.cli.output import (
-    count_by_period,
-    counter,
-    dump,
-    open_output,
-    print_json,
-    print_message,
-    show_bars,
-    show_line,
-    show_page,
-    show_table,
-)
-from tiger_db.cli.runtime import (
-    account_numbers,
-    find_account,
-    find_api_key,
-    in_transaction,
-    parse_uuid,
-    with_database,
-)
+from tiger_db.cli import options, output, runtime
 
 if TYPE_CHECKING:
     from tiger_db.crud.audit_logs import Criteria
@@ -53,7 +24,7 @@ Results = Literal["success", "failure", "partial", "error"]
 Severities = Literal["low", "medium", "high", "critical"]
 PANEL = "Audit trail"
 
-Since = Annotated[str | None, SINCE]
+Since = Annotated[str | None, options.SINCE]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="End, in the same forms.")]
 Action = Annotated[
     list[str] | None,
@@ -61,7 +32,6 @@ Action = Annotated[
 ]
 ResultOption = Annotated[Results | None, typer.Option("--result", help="Only this result.")]
 Severity = Annotated[Severities | None, typer.Option(help="Only this severity.")]
-Account = Annotated[str | None, typer.Option(help="Number or id of an account.")]
 ApiKey = Annotated[str | None, typer.Option(help="Prefix or id of an API key.")]
 User = Annotated[str | None, typer.Option(help="Id of a user.")]
 Ip = Annotated[str | None, typer.Option(help="Address or network, such as 10.0.0.0/8.")]
@@ -82,7 +52,7 @@ def list_events(
     action: Action = None,
     result: ResultOption = None,
     severity: Severity = None,
-    account: Account = None,
+    account: options.AccountOption = None,
     api_key: ApiKey = None,
     user: User = None,
     ip: Ip = None,
@@ -90,12 +60,12 @@ def list_events(
     request_id: Request = None,
     resource: Resource = None,
     details: Details = None,
-    limit: Limit = DEFAULT_PAGE_SIZE,
-    after: After = None,
+    limit: options.Limit = options.DEFAULT_PAGE_SIZE,
+    after: options.After = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Wait for new events, and show each.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """List the events that match all options, newest first.
 
@@ -105,7 +75,7 @@ def list_events(
     if follow:
         if until is not None or after is not None:
             raise typer.BadParameter("excludes --until and --after", param_hint="--follow")
-        with_database(lambda database: _follow(database, find_criteria, as_json=as_json))
+        runtime.with_database(lambda database: _follow(database, find_criteria, as_json=as_json))
         return
 
     async def find(
@@ -114,10 +84,12 @@ def list_events(
         page = await tiger_db.crud.audit_logs.search(
             session, **await find_criteria(session), after=after, limit=limit
         )
-        return page, await account_numbers(session, (event.tiger_account_id for event in page))
+        return page, await runtime.account_numbers(
+            session, (event.tiger_account_id for event in page)
+        )
 
-    page, numbers = in_transaction(find)
-    show_page(page, _columns(numbers), as_json=as_json)
+    page, numbers = runtime.in_transaction(find)
+    output.show_page(page, _columns(numbers), as_json=as_json)
 
 
 def _columns(
@@ -140,49 +112,51 @@ async def _follow(
     async with database.session() as session:
         criteria = await find_criteria(session)
     following = tiger_db.audit.follow(
-        database, begun=lambda: print_message("waiting for events; Ctrl-C to stop"), **criteria
+        database,
+        begun=lambda: output.print_message("waiting for events; Ctrl-C to stop"),
+        **criteria,
     )
     async with aclosing(following) as events:
         async for event in events:
             if as_json:
-                sys.stdout.write(json.dumps(dump(event)) + "\n")
+                sys.stdout.write(json.dumps(output.dump(event)) + "\n")
             else:
                 async with database.session() as session:
-                    numbers = await account_numbers(session, [event.tiger_account_id])
-                show_line([column(event) for column in _columns(numbers).values()])
+                    numbers = await runtime.account_numbers(session, [event.tiger_account_id])
+                output.show_line([column(event) for column in _columns(numbers).values()])
             sys.stdout.flush()
 
 
 @app.command(rich_help_panel=PANEL)
 def count_events(
     *,
-    since: Annotated[str, SINCE] = "24h",
+    since: Annotated[str, options.SINCE] = "24h",
     chart: Annotated[bool, typer.Option("--chart", help="Draw a chart over time.")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Count the events since a time by action and by result, or over time."""
-    until, start = datetime.now(UTC), parse_past(since, "--since")
-    counts = in_transaction(
+    until, start = datetime.now(UTC), options.parse_past(since, "--since")
+    counts = runtime.in_transaction(
         lambda session: tiger_db.crud.audit_logs.statistics(session, since=start)
     )
     if as_json:
         hours = {hour.isoformat(): count for hour, count in counts.hours.items()}
-        print_json({"actions": counts.actions, "results": counts.results, "hours": hours})
+        output.print_json({"actions": counts.actions, "results": counts.results, "hours": hours})
     elif not counts.actions:
-        print_message("there are none")
+        output.print_message("there are none")
     elif chart:
-        show_bars(count_by_period(counts.hours, start, until))
+        output.show_bars(output.count_by_period(counts.hours, start, until))
     else:
-        show_table(("Result", "Events"), list(counts.results.items()))
+        output.show_table(("Result", "Events"), list(counts.results.items()))
         typer.echo()
-        show_table(("Action", "Events"), list(counts.actions.items()))
+        output.show_table(("Action", "Events"), list(counts.actions.items()))
 
 
 @app.command(rich_help_panel=PANEL)
 def export_events(
     *,
-    out: Out = None,
-    overwrite: Overwrite = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
     form: Annotated[
         Literal["jsonl", "csv"], typer.Option("--format", help="JSON Lines, or CSV.")
     ] = "jsonl",
@@ -191,7 +165,7 @@ def export_events(
     action: Action = None,
     result: ResultOption = None,
     severity: Severity = None,
-    account: Account = None,
+    account: options.AccountOption = None,
     api_key: ApiKey = None,
     user: User = None,
     ip: Ip = None,
@@ -208,12 +182,12 @@ def export_events(
     count = 0
 
     async def export(database: "tiger_db.Database", file: IO[str]) -> None:
-        with counter("events") as update:
+        with output.progress("Exporting") as update:
 
             def advance(events: int) -> None:
                 nonlocal count
                 count += events
-                update(count)
+                update(description=f"{count:,} events")
 
             async with database.session() as session:
                 criteria = await find_criteria(session)
@@ -222,33 +196,33 @@ def export_events(
                 async for line in lines:
                     file.write(line)
 
-    with open_output(out, overwrite=overwrite) as file:  # waits for the reader of a pipe
-        with_database(lambda database: export(database, file))
-    print_message(f"exported {count} events")
+    with output.open_output(out, overwrite=overwrite) as file:  # waits for the reader of a pipe
+        runtime.with_database(lambda database: export(database, file))
+    output.print_message(f"exported {count} events")
 
 
-def _parse_filters(options: dict[str, Any]) -> "FindCriteria":
+def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
     """Parse the filter options of a command.
 
     Returns a function that looks up the account and the API key in a session, and returns the
     criteria. An id is not looked up, because events outlive accounts and keys.
     """
     start, end = (
-        parse_past(text, f"--{name}") if (text := options[name]) is not None else None
+        options.parse_past(text, f"--{name}") if (text := given[name]) is not None else None
         for name in ("since", "until")
     )
-    actions = _parse_actions(options["action"] or ())
-    details = _parse_details(options["details"])
-    result, severity = options["result"], options["severity"]
-    account, api_key = options["account"], options["api_key"]
+    actions = _parse_actions(given["action"] or ())
+    details = _parse_details(given["details"])
+    result, severity = given["result"], given["severity"]
+    account, api_key = given["account"], given["api_key"]
 
     async def find_criteria(session: "AsyncSession") -> "Criteria":
-        account_id = parse_uuid(account or "")
+        account_id = runtime.parse_uuid(account or "")
         if account is not None and account_id is None:
-            account_id = (await find_account(session, account)).id
-        key_id = parse_uuid(api_key or "")
+            account_id = (await runtime.find_account(session, account)).id
+        key_id = runtime.parse_uuid(api_key or "")
         if api_key is not None and key_id is None:
-            key_id = (await find_api_key(session, api_key)).id
+            key_id = (await runtime.find_api_key(session, api_key)).id
         return {
             "since": start,
             "until": end,
@@ -257,11 +231,11 @@ def _parse_filters(options: dict[str, Any]) -> "FindCriteria":
             "severities": [tiger_db.AuditSeverity(severity)] if severity else (),
             "account_id": account_id,
             "api_key_id": key_id,
-            "user_id": options["user"],
-            "ip": options["ip"],
-            "session_id": options["session_id"],
-            "request_id": options["request_id"],
-            "resource": options["resource"],
+            "user_id": given["user"],
+            "ip": given["ip"],
+            "session_id": given["session_id"],
+            "request_id": given["request_id"],
+            "resource": given["resource"],
             "details": details,
         }
 

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 import tiger_db
+from tiger_db.cli import options, output, runtime
 from tiger_db.cli.audit_events import PANEL
-from tiger_db.cli.options import AsJson, Out, Overwrite
-from tiger_db.cli.output import open_output, print_json, print_message, progress, show_table
-from tiger_db.cli.runtime import run_async, settings, with_database
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ app = typer.Typer()
 def generate_audit_signing_key() -> None:
     """Print a new random key for AUDIT_SIGNING_KEY. The key is not stored."""
     typer.echo(tiger_db.signing.generate_signing_key())
-    print_message(
+    output.print_message(
         "only sealing needs this key. Verifying needs the public key:"
         " `tiger-db print-audit-public-key`"
     )
@@ -35,7 +33,7 @@ def generate_audit_signing_key() -> None:
 @app.command(rich_help_panel=PANEL)
 def print_audit_public_key() -> None:
     """Print the public key of AUDIT_SIGNING_KEY as PEM, for `verify-audit`."""
-    key = with_database(tiger_db.audit.required_key)
+    key = runtime.with_database(tiger_db.audit.required_key)
     typer.echo(tiger_db.signing.public_pem(key.public_key()), nl=False)
 
 
@@ -45,18 +43,20 @@ def seal_audit(
     patience: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Maximum wait for open transactions.")
     ] = 10,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Seal the events that can no longer change. Run it every minute, from cron."""
-    result = with_database(lambda database: tiger_db.audit.seal(database, patience=patience))
+    result = runtime.with_database(
+        lambda database: tiger_db.audit.seal(database, patience=patience)
+    )
     if as_json:
-        print_json(asdict(result))
+        output.print_json(asdict(result))
     if result.waits_for:
         pids = ", ".join(str(pid or "a prepared transaction") for pid in result.waits_for)
         raise DatabaseUnavailable(
             f"nothing was sealed: transactions that wrote events are still open (processes {pids})"
         )
-    print_message(f"sealed {result.rows} events in {result.seals} seals")
+    output.print_message(f"sealed {result.rows} events in {result.seals} seals")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -75,7 +75,7 @@ def verify_audit(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Public key; by default of AUDIT_SIGNING_KEY."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Verify all events with the seals. Fail on any finding, and show the first ones."""
     keys = [_read(file, tiger_db.signing.parse_public_key) for file in public_key or ()]
@@ -84,27 +84,27 @@ def verify_audit(
     async def verify(database: "tiger_db.Database") -> "Verification":
         return await tiger_db.audit.verify(database, keys=keys, checkpoint=head, advance=advance)
 
-    with progress("Verifying") as update:
+    with output.progress("Verifying") as update:
 
         def advance(done: int, total: int) -> None:
             update(completed=done, total=total)
 
         if export is None:
-            report = with_database(verify)
+            report = runtime.with_database(verify)
         else:
             if not keys:
                 setting = tiger_db.keys_in_force.AUDIT_SIGNING_KEY
-                own = tiger_db.keys_in_force.configured(settings(), setting)
+                own = tiger_db.keys_in_force.configured(runtime.settings(), setting)
                 keys = [own.public_key()] if own is not None else []
-            report = run_async(
+            report = runtime.run_async(
                 tiger_db.audit.verify_export(export, keys=keys, checkpoint=head, advance=advance)
             )
     if as_json:
-        print_json({"sound": report.sound, **asdict(report)})
+        output.print_json({"sound": report.sound, **asdict(report)})
     elif not report.sound:
         rows = [(f.position, f.seal, f.kind, f.message) for f in report.findings]
-        show_table(("Position", "Seal", "Finding", "Message"), rows[:_MAX_FINDINGS_SHOWN])
-    print_message(
+        output.show_table(("Position", "Seal", "Finding", "Message"), rows[:_MAX_FINDINGS_SHOWN])
+    output.print_message(
         f"{report.rows:,} events verified against {report.seals:,} seals;"
         f" {report.unsealed:,} events not sealed yet; {report.retired:,} retired"
     )
@@ -116,25 +116,25 @@ def verify_audit(
 
 
 @app.command(rich_help_panel=PANEL)
-def export_checkpoint(*, out: Out = None, overwrite: Overwrite = False) -> None:
+def export_checkpoint(*, out: options.Out = None, overwrite: options.Overwrite = False) -> None:
     """Export the newest seal. Keep it elsewhere: it reveals missing or replaced seals."""
-    text = with_database(tiger_db.audit.export_checkpoint)
-    with open_output(out, overwrite=overwrite) as file:
+    text = runtime.with_database(tiger_db.audit.export_checkpoint)
+    with output.open_output(out, overwrite=overwrite) as file:
         file.write(text)
 
 
 @app.command(rich_help_panel=PANEL)
-def maintain_audit(*, as_json: AsJson = False) -> None:
+def maintain_audit(*, as_json: options.AsJson = False) -> None:
     """Create partitions for the next months, and remove months that exceed the retention.
 
     AUDIT_RETENTION_MONTHS sets the retention. Events in the default partition are moved to the
     partitions of their months. Run it every day from cron, on any number of machines.
     """
-    result = with_database(tiger_db.audit.maintain)
+    result = runtime.with_database(tiger_db.audit.maintain)
     if as_json:
-        print_json(asdict(result))
+        output.print_json(asdict(result))
     removed = "".join(f"; removed {month}" for month in result.retired)
-    print_message(f"created {result.made} partitions{removed}")
+    output.print_message(f"created {result.made} partitions{removed}")
     for month, reason in result.kept.items():
         raise InvalidValue(f"{month} was not removed: {reason}")
 

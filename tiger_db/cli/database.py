@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 import tiger_db
-from tiger_db.cli.options import AsJson, Yes, confirm
-from tiger_db.cli.output import (
-    print_json,
-    print_message,
-    print_warning,
-    show_fields,
-    show_items,
-    show_lines,
-)
-from tiger_db.cli.runtime import run_async, settings
+from tiger_db.cli import options, output, runtime
 from tiger_db.errors import DatabaseUnavailable, SchemaMismatch
 
 if TYPE_CHECKING:
@@ -33,7 +24,7 @@ _PANEL = "Database"
 @app.command(rich_help_panel=_PANEL)
 def init() -> None:
     """Create what is missing: database, schema and encryption key. Existing data stays."""
-    config = settings()
+    config = runtime.settings()
     keys = tiger_db.keys_in_force
     pepper = keys.configured(config, keys.API_KEY_PEPPERS)
     signing_key = keys.configured(config, keys.AUDIT_SIGNING_KEY)
@@ -45,28 +36,28 @@ def init() -> None:
         if config.embedded:
             await asyncio.to_thread(_start, config)
         if await _create_database(config):
-            print_message(f"created the database {config.location}")
+            output.print_message(f"created the database {config.location}")
         await _migrate(config, "head")
         if config.embedded and encryption_keys is None:
             await _generate_encryption_key(config)
 
-    run_async(create())
+    runtime.run_async(create())
     if pepper is None and not config.embedded:
-        print_warning(
+        output.print_warning(
             "no pepper is set, so API keys cannot be created or checked: set API_KEY_PEPPERS to the"
             " output of `tiger-db generate-api-key-pepper`, and keep it: API keys need it"
         )
     if signing_key is None and not config.embedded:
-        print_message(
+        output.print_message(
             "no signing key is set: for `tiger-db seal-audit`, set AUDIT_SIGNING_KEY to the output"
             " of `tiger-db generate-audit-signing-key`"
         )
     if encryption_keys is None and not config.embedded:
-        print_warning(
+        output.print_warning(
             "no encryption key is set, so accounts cannot be stored: set ENCRYPTION_KEYS to the"
             " output of `tiger-db generate-encryption-key`, and keep it: accounts need it"
         )
-    print_message(f"{config.location} is ready")
+    output.print_message(f"{config.location} is ready")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -77,7 +68,7 @@ def migrate(
         bool, typer.Option("--dry-run", help="List pending migrations; change nothing.")
     ] = False,
     sql: Annotated[bool, typer.Option("--sql", help="Print SQL for psql; change nothing.")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Run the pending migrations, and create audit partitions for the next months.
 
@@ -85,18 +76,20 @@ def migrate(
 
     A migration that waits 2 s for a lock is rolled back and tried again, for up to 5 min.
     """
-    config = settings()
+    config = runtime.settings()
     if sql and (dry_run or as_json):
         raise typer.BadParameter("excludes --dry-run and --json", param_hint="--sql")
     if dry_run:
-        _show_scripts(run_async(_pending(config, revision)), as_json=as_json)
+        _show_scripts(runtime.run_async(_pending(config, revision)), as_json=as_json)
     elif sql:
         work = tiger_db.migrations.pending_sql
-        typer.echo(run_async(_with_engine(config, lambda engine: work(engine, revision))), nl=False)
+        typer.echo(
+            runtime.run_async(_with_engine(config, lambda engine: work(engine, revision))), nl=False
+        )
     else:
-        result = run_async(_migrate(config, revision))
+        result = runtime.run_async(_migrate(config, revision))
         if as_json:
-            print_json(asdict(result))
+            output.print_json(asdict(result))
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -110,8 +103,10 @@ def revision(
     """Write a migration from the schema of the database to the models, and print its path."""
     work = tiger_db.migrations.revision
     with redirect_stdout(sys.stderr):  # Alembic prints messages to stdout
-        path = run_async(
-            _with_engine(settings(), lambda engine: work(engine, message, autogenerate=not empty))
+        path = runtime.run_async(
+            _with_engine(
+                runtime.settings(), lambda engine: work(engine, message, autogenerate=not empty)
+            )
         )
     typer.echo(path)
 
@@ -120,60 +115,60 @@ def revision(
 def downgrade(
     revision: Annotated[str, typer.Argument(help="A revision, -1 for one step, or base.")],
     *,
-    yes: Yes = False,
+    yes: options.Yes = False,
 ) -> None:
     """Downgrade the schema to an earlier revision. Data without a column there is lost."""
-    config, work = settings(), tiger_db.migrations.downgrade
-    confirm(f"Downgrade {config.location} to {revision}? Data will be lost.", yes=yes)
-    state = run_async(
-        _with_engine(config, lambda engine: work(engine, revision, progress=print_message))
+    config, work = runtime.settings(), tiger_db.migrations.downgrade
+    options.confirm(f"Downgrade {config.location} to {revision}? Data will be lost.", yes=yes)
+    state = runtime.run_async(
+        _with_engine(config, lambda engine: work(engine, revision, progress=output.print_message))
     )
-    print_message(f"{config.location} is at {state.current or 'base'} now")
+    output.print_message(f"{config.location} is at {state.current or 'base'} now")
 
 
 @app.command(rich_help_panel=_PANEL)
-def current(*, as_json: AsJson = False) -> None:
+def current(*, as_json: options.AsJson = False) -> None:
     """Show the revision of the database."""
-    state = run_async(_with_engine(settings(), _load_state))
+    state = runtime.run_async(_with_engine(runtime.settings(), _load_state))
     if as_json:
-        print_json(asdict(state))
+        output.print_json(asdict(state))
     elif state.current:
         typer.echo(f"{state.current} (head)" if state.problem is None else state.current)
     if state.problem:
-        print_message(state.problem)
+        output.print_message(state.problem)
 
 
 @app.command(rich_help_panel=_PANEL)
-def history(*, as_json: AsJson = False) -> None:
+def history(*, as_json: options.AsJson = False) -> None:
     """List the migrations, newest first."""
     _show_scripts(tiger_db.migrations.history(), as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
-def check(*, as_json: AsJson = False) -> None:
+def check(*, as_json: options.AsJson = False) -> None:
     """List pending migrations, or differences between the schema and this release.
 
     Compares tables with the models, and triggers, functions, row security and rules with those of
     this release. Each line of the latter has the SQL that restores them. Added triggers are not
     listed: see `doctor`.
     """
-    config = settings()
-    state = run_async(_with_engine(config, _load_state))
+    config = runtime.settings()
+    state = runtime.run_async(_with_engine(config, _load_state))
     if not state.known:
         state.check()
     if state.problem:
-        scripts = run_async(_pending(config, "head"))
+        scripts = runtime.run_async(_pending(config, "head"))
         lines = [f"pending {script.revision} {' '.join(script.doc.split())}" for script in scripts]
     else:
-        lines = run_async(_with_engine(config, tiger_db.migrations.drift))
-    show_lines(lines, as_json=as_json)
+        lines = runtime.run_async(_with_engine(config, tiger_db.migrations.drift))
+    output.show_lines(lines, as_json=as_json)
     state.check()
     if lines:
         raise SchemaMismatch(
             "the schema differs: if the database was changed, run the SQL on its line, and find out"
             " who changed it; if the models were changed, run `tiger-db revision -m ...`"
         )
-    print_message(f"{config.location} has the schema of this release")
+    output.print_message(f"{config.location} has the schema of this release")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -182,34 +177,34 @@ def health_check(
     live: Annotated[
         bool, typer.Option("--live", help="Check only the settings; connect to no database.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Report whether the database can serve, with advice on problems. For probes.
 
     It fails if the database is not ready, or with --live if the settings are not valid.
     """
     check = tiger_db.health.check_liveness if live else tiger_db.health.check_readiness
-    report = asdict(run_async(check(settings())))
+    report = asdict(runtime.run_async(check(runtime.settings())))
     failed = not report["live" if live else "ready"]
     if as_json:
-        print_json(report)
+        output.print_json(report)
     else:
         problems = report.pop("problems")
         for group in ("pool", "rows"):
             report |= {f"{group}: {name}": value for name, value in report.pop(group).items()}
-        show_fields(report)
+        output.show_fields(report)
         for problem in problems:
-            print_message(f"problem: {problem}")
+            output.print_message(f"problem: {problem}")
     if failed:
         raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=_PANEL)
-def doctor(*, as_json: AsJson = False) -> None:
+def doctor(*, as_json: options.AsJson = False) -> None:
     """Check the installation, with advice on each problem."""
-    results = run_async(tiger_db.doctor.run(settings()))
+    results = runtime.run_async(tiger_db.doctor.run(runtime.settings()))
     items = [asdict(result) for result in results]
-    show_items(("Check", "Status", "Result", "Advice"), items, as_json=as_json)
+    output.show_items(("Check", "Status", "Result", "Advice"), items, as_json=as_json)
     if any(result.status == "problem" for result in results):
         raise typer.Exit(1)
 
@@ -217,28 +212,30 @@ def doctor(*, as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=_PANEL)
 def start_embedded() -> None:
     """Start the embedded PostgreSQL. It runs until `stop-embedded`."""
-    config = settings()
+    config = runtime.settings()
     _start(config)
     if not config.embedded:
-        print_warning("DATABASE_URL or DB_HOST is set, so the other commands do not use it")
+        output.print_warning("DATABASE_URL or DB_HOST is set, so the other commands do not use it")
 
 
 @app.command(rich_help_panel=_PANEL)
 def stop_embedded() -> None:
     """Stop the embedded PostgreSQL. Its data stays."""
-    config = settings()
+    config = runtime.settings()
     folder = tiger_db.embedded.home_folder(config)
     result = "is stopped" if tiger_db.embedded.stop(config) else "was not running"
-    print_message(f"the embedded PostgreSQL in {folder} {result}")
+    output.print_message(f"the embedded PostgreSQL in {folder} {result}")
 
 
 def _start(config: "tiger_db.Settings") -> None:
     folder = tiger_db.embedded.home_folder(config)  # raises an error in production
     if tiger_db.embedded.running(config):
-        print_message(f"the embedded PostgreSQL in {folder} is running")
+        output.print_message(f"the embedded PostgreSQL in {folder} is running")
         return
-    print_message(f"starting the embedded PostgreSQL in {folder}")
-    print_message(f"started; its socket is in {tiger_db.embedded.start(config).socket_folder}")
+    output.print_message(f"starting the embedded PostgreSQL in {folder}")
+    output.print_message(
+        f"started; its socket is in {tiger_db.embedded.start(config).socket_folder}"
+    )
 
 
 async def _create_database(config: "tiger_db.Settings") -> bool:
@@ -296,7 +293,7 @@ def _show_scripts(scripts: "list[Script]", *, as_json: bool) -> None:
         {"revision": script.revision, "follows": script.down_revision, "message": script.doc}
         for script in scripts
     ]
-    show_items(("Revision", "Follows", "Message"), items, as_json=as_json)
+    output.show_items(("Revision", "Follows", "Message"), items, as_json=as_json)
 
 
 async def _migrate(
@@ -306,17 +303,19 @@ async def _migrate(
     if before.current is not None and not before.known:
         before.check()
     if before.current != before.head:
-        print_message(f"migrating {config.location}")
+        output.print_message(f"migrating {config.location}")
     after = await _with_engine(
         config,
-        lambda engine: tiger_db.migrations.upgrade(engine, revision, progress=print_message),
+        lambda engine: tiger_db.migrations.upgrade(engine, revision, progress=output.print_message),
     )
     if after.applied:
-        print_message(f"migrated the schema from {before.current or 'nothing'} to {after.current}")
+        output.print_message(
+            f"migrated the schema from {before.current or 'nothing'} to {after.current}"
+        )
     else:
-        print_message(f"the schema is at {after.current} already")
+        output.print_message(f"the schema is at {after.current} already")
     if after.problem:
-        print_message(after.problem)
+        output.print_message(after.problem)
     return after
 
 
@@ -327,4 +326,4 @@ async def _generate_encryption_key(config: "tiger_db.Settings") -> None:
     async with tiger_db.Database(config) as database:
         await database.check()
     action = "the encryption key is in" if existed else "generated an encryption key in"
-    print_message(f"{action} {path}")
+    output.print_message(f"{action} {path}")

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tiger_db
-from tiger_db.cli.options import AsJson, KeyId, new_key_id
-from tiger_db.cli.output import print_json, print_message, progress, show_items
-from tiger_db.cli.runtime import in_transaction, with_database
+from tiger_db.cli import options, output, runtime
 from tiger_db.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,10 +19,10 @@ _PANEL = "Encryption keys"
 
 
 @app.command(rich_help_panel=_PANEL)
-def generate_encryption_key(*, key_id: KeyId = None) -> None:
+def generate_encryption_key(*, key_id: options.KeyId = None) -> None:
     """Print a new random key for ENCRYPTION_KEYS. The key is not stored."""
-    typer.echo(tiger_db.encryption.generate_key(key_id or new_key_id()))
-    print_message(
+    typer.echo(tiger_db.encryption.generate_key(key_id or options.new_key_id()))
+    output.print_message(
         "put it first in ENCRYPTION_KEYS, followed by a comma and the existing keys, and keep it:"
         " without it, the secrets that it encrypts are lost. Then run"
         " `tiger-db rotate-encryption-key`"
@@ -32,7 +30,7 @@ def generate_encryption_key(*, key_id: KeyId = None) -> None:
 
 
 @app.command(rich_help_panel=_PANEL)
-def list_encryption_keys(*, as_json: AsJson = False) -> None:
+def list_encryption_keys(*, as_json: options.AsJson = False) -> None:
     """List the configured and the missing keys, with the number of rows that need each key."""
 
     async def count(session: "AsyncSession") -> "tuple[tuple[str, ...], list[EncryptionKeyUsage]]":
@@ -40,7 +38,7 @@ def list_encryption_keys(*, as_json: AsJson = False) -> None:
         uses = await tiger_db.encryption_key_rotation.list_encryption_key_usage(session)
         return provider.key_ids if provider else (), uses
 
-    _show_keys(*in_transaction(count), as_json=as_json)
+    _show_keys(*runtime.in_transaction(count), as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -49,7 +47,7 @@ def rotate_encryption_key(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Decrypt all secrets, but write nothing.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Re-encrypt all stored secrets with the first key, while the system runs.
 
@@ -61,25 +59,25 @@ def rotate_encryption_key(
             total = await tiger_db.encryption_key_rotation.count_rows_to_rotate(session)
             provider = tiger_db.models.secrets.key_provider(session.sync_session)
         assert provider is not None
-        with progress("Checking" if dry_run else "Encrypting", total) as update:
+        with output.progress("Checking" if dry_run else "Encrypting", total) as update:
             report = await tiger_db.encryption_key_rotation.rotate(
                 database, dry_run=dry_run, advance=lambda rows: update(advance=rows)
             )
         return provider.key_ids, report
 
-    key_ids, report = with_database(rotate)
+    key_ids, report = runtime.with_database(rotate)
     if as_json:
-        print_json(asdict(report))
+        output.print_json(asdict(report))
     else:
         _show_keys(key_ids, report.uses, as_json=False)
     for problem in report.problems:
-        print_message(problem)
-    print_message(
+        output.print_message(problem)
+    output.print_message(
         f"{report.rotated} rows {'can be' if dry_run else 'were'} encrypted with"
         f" {report.key_id!r}, {report.stuck} cannot be"
     )
     for key_id in report.retirable:
-        print_message(
+        output.print_message(
             f"no row needs {key_id!r}: remove it when every process has {report.key_id!r} first,"
             " and keep it as long as you keep backups that need it"
         )
@@ -104,4 +102,4 @@ def _show_keys(
         for key_id, tables in tables_of.items()
         for table, rows in tables or [(None, 0)]
     ]
-    show_items(("Key", "Role", "Table", "Rows"), items, as_json=as_json)
+    output.show_items(("Key", "Role", "Table", "Rows"), items, as_json=as_json)

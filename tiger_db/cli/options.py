@@ -17,6 +17,7 @@ S = TypeVar("S", bound=StrEnum)
 DEFAULT_PAGE_SIZE = 50  # that of crud.pagination, which --help does not import
 
 AccountArgument = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Account number or id.")]
+AccountOption = Annotated[str | None, typer.Option(help="Number or id of an account.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of rows.")]
 After = Annotated[
@@ -66,11 +67,7 @@ def parse_member(enum: type[S], value: str | None) -> S | None:
 
 
 def parse_members(enum: type[S], text: str | None, option: str) -> list[S]:
-    """Parse names of enum members, separated by commas.
-
-    Raises:
-        BadParameter: a name is unknown.
-    """
+    """Parse values of an enum, separated by commas. Raise BadParameter for an unknown one."""
     try:
         return [enum(word) for word in split_words(text)]
     except ValueError:
@@ -83,11 +80,7 @@ def split_words(text: str | None) -> list[str]:
 
 
 def parse_time(text: str, option: str) -> datetime:
-    """Parse a time with a time zone, and return it in UTC.
-
-    Raises:
-        BadParameter: the text is not a time, or has no time zone.
-    """
+    """Parse a time with a time zone, and return it in UTC. Raise BadParameter for other texts."""
     try:
         found = datetime.fromisoformat(text)
         if found.tzinfo is not None:
@@ -100,22 +93,14 @@ def parse_time(text: str, option: str) -> datetime:
 
 
 def parse_past(text: str, option: str) -> datetime:
-    """Parse a time with a time zone, or an age such as `24h`. Return the time in UTC.
-
-    Raises:
-        BadParameter: the text is neither.
-    """
+    """Parse a time with a time zone, or an age such as `24h`. Return the time in UTC."""
     if re.fullmatch(r"\d+[a-z]", text, re.ASCII):
         return datetime.now(UTC) - parse_duration(text, option)
     return parse_time(text, option)
 
 
 def parse_duration(text: str, option: str) -> timedelta:
-    """Parse a duration such as `30d`, of more than 0 and at most a century.
-
-    Raises:
-        BadParameter: the text is not such a duration.
-    """
+    """Parse a duration such as `30d`, of more than 0 and at most a century."""
     if match := re.fullmatch(r"(\d{1,8})([smhdw])", text, re.ASCII):
         length = timedelta(**{_UNITS[match[2]]: int(match[1])})
         if timedelta(0) < length <= _MAX_DURATION:
@@ -127,11 +112,7 @@ def parse_duration(text: str, option: str) -> timedelta:
 
 
 def parse_expiry(expires_in: str | None, expires_at: str | None) -> datetime | None:
-    """Return the expiry that the options --expires-in or --expires-at give, or None.
-
-    Raises:
-        BadParameter: both are given, one is malformed, or the time is not in the future.
-    """
+    """Return the future time that --expires-in or --expires-at gives, or None."""
     if expires_in is not None and expires_at is not None:
         raise typer.BadParameter("excludes --expires-at", param_hint="--expires-in")
     if expires_in is not None:
@@ -150,11 +131,7 @@ def new_key_id() -> str:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask a question at the terminal unless `yes` is set. Abort the command if the answer is no.
-
-    Raises:
-        BadParameter: there is no terminal.
-    """
+    """Ask a question at the terminal unless `yes` is set. Abort the command if the answer is no."""
     if yes:
         return
     if not _at_terminal():
@@ -201,11 +178,7 @@ def read_secret(name: str, value: str | None, file: str | None) -> str | None:
 
 
 def read_required_secret(name: str, value: str | None, file: str | None) -> str:
-    """Read a secret as `read_secret` does; if neither is given, ask for it at the terminal.
-
-    Raises:
-        BadParameter: nothing is given, and there is no terminal.
-    """
+    """Read a secret as `read_secret` does; if neither is given, ask for it at the terminal."""
     if value is None and file is None:
         if not _at_terminal():
             raise typer.BadParameter(

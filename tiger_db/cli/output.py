@@ -51,17 +51,6 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
 
 
 @contextmanager
-def counter(unit: str) -> Iterator[Callable[[int], None]]:
-    """Show a count if stderr is a terminal. Yields a function that takes the new count."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _count: None
-        return
-    with console.status("") as status:
-        yield lambda count: status.update(f"{count:,} {unit}")
-
-
-@contextmanager
 def open_output(path: Path | None, *, overwrite: bool) -> Iterator[IO[str]]:
     """Open the file of `--out` as `output_files` does, or standard output for None."""
     if path is None:

@@ -11,16 +11,7 @@ from uuid import UUID
 import typer
 
 import tiger_db
-from tiger_db.cli.options import (
-    DEFAULT_PAGE_SIZE,
-    AccountArgument,
-    After,
-    AsJson,
-    Limit,
-    parse_duration,
-)
-from tiger_db.cli.output import dump, print_json, print_message, show_page, show_table
-from tiger_db.cli.runtime import account_numbers, find_account, in_transaction, with_database
+from tiger_db.cli import options, output, runtime
 from tiger_db.errors import RefreshFailed
 
 if TYPE_CHECKING:
@@ -43,15 +34,13 @@ app = typer.Typer()
 @app.command(rich_help_panel=_PANEL)
 def list_refreshes(
     *,
-    account: Annotated[
-        str | None, typer.Option(help="Only refreshes of this account (number or id).")
-    ] = None,
+    account: options.AccountOption = None,
     status: Annotated[RefreshStatuses | None, typer.Option(help="Only this status.")] = None,
-    limit: Limit = DEFAULT_PAGE_SIZE,
-    after: After = None,
-    as_json: AsJson = False,
+    limit: options.Limit = options.DEFAULT_PAGE_SIZE,
+    after: options.After = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """List the token refreshes, newest first."""
+    """List the token refreshes, or those of an account, newest first."""
     if account is not None and status is not None:
         raise typer.BadParameter("excludes --account", param_hint="--status")
 
@@ -64,12 +53,14 @@ def list_refreshes(
         elif status == "failed":
             page = await crud.get_failed_refreshes(session, after=after, limit=limit)
         else:
-            account_id = (await find_account(session, account)).id if account is not None else None
+            account_id = (
+                (await runtime.find_account(session, account)).id if account is not None else None
+            )
             page = await crud.history(session, account_id=account_id, after=after, limit=limit)
-        return page, await account_numbers(session, (row.tiger_account_id for row in page))
+        return page, await runtime.account_numbers(session, (row.tiger_account_id for row in page))
 
-    page, numbers = in_transaction(find)
-    show_page(
+    page, numbers = runtime.in_transaction(find)
+    output.show_page(
         page,
         {
             "Account": lambda refresh: numbers[refresh.tiger_account_id],
@@ -90,18 +81,18 @@ def watch_refreshes(
     live: Annotated[
         bool, typer.Option("--live", help="Update the output every second, until Ctrl-C.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show the running, due, waiting and failed refreshes, and statistics of the last 24 hours."""
     if live and as_json:
         raise typer.BadParameter("excludes --json", param_hint="--live")
     if live:
-        with_database(_redraw)
+        runtime.with_database(_redraw)
         return
-    groups, numbers, day = in_transaction(_load)
+    groups, numbers, day = runtime.in_transaction(_load)
     if as_json:
-        rows_of = {name: [dump(row) for row in rows] for name, rows in groups.items()}
-        print_json({**rows_of, "last_24h": asdict(day)})
+        rows_of = {name: [output.dump(row) for row in rows] for name, rows in groups.items()}
+        output.print_json({**rows_of, "last_24h": asdict(day)})
     else:
         _draw(groups, numbers, day)
 
@@ -124,14 +115,14 @@ async def _load(
     groups = await tiger_db.crud.token_status.overview(session, since=since, limit=_MAX_ROWS_SHOWN)
     accounts = (row.tiger_account_id for rows in groups.values() for row in rows)
     day = await tiger_db.crud.token_status.statistics(session, since=since)
-    return groups, await account_numbers(session, accounts), day
+    return groups, await runtime.account_numbers(session, accounts), day
 
 
 def _draw(groups: "Groups", numbers: dict[UUID | None, str], day: "RefreshStatistics") -> None:
     for name, rows in groups.items():
         typer.echo(f"{name.capitalize()}: {len(rows)}{'+' if len(rows) == _MAX_ROWS_SHOWN else ''}")
         if rows:
-            show_table(
+            output.show_table(
                 ("Account", "Due", "Worker", "Lease until", "Failures", "Error"),
                 [
                     (
@@ -180,28 +171,28 @@ def run_refresh_worker(
             loop.add_signal_handler(name, worker.stop)
         await database.check()
         if not once:
-            print_message("waiting for due refreshes; Ctrl-C to stop")
+            output.print_message("waiting for due refreshes; Ctrl-C to stop")
         await worker.run(once=once)
         return worker.counts
 
     from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # slow, and `--help` must be fast
 
     load_sdk()  # a missing SDK ends the command; otherwise each account would get a failed refresh
-    counts = with_database(work)
-    print_message(
+    counts = runtime.with_database(work)
+    output.print_message(
         ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "nothing was due"
     )
 
 
 @app.command(rich_help_panel=_PANEL)
-def refresh_token(account: AccountArgument, *, as_json: AsJson = False) -> None:
+def refresh_token(account: options.AccountArgument, *, as_json: options.AsJson = False) -> None:
     """Refresh the access token of an account at Tiger now."""
     # The command reports the error. Without a handler, logging would print it to stderr again.
     logging.getLogger("tiger_db").addHandler(logging.NullHandler())
 
     async def refresh(database: "tiger_db.Database") -> "tiger_db.TokenStatus":
         async with database.session() as session:
-            found = await find_account(session, account)
+            found = await runtime.find_account(session, account)
             opened = await tiger_db.crud.token_status.create_refresh_operation(
                 session, tiger_account_id=found.id, trigger=tiger_db.RefreshTrigger.MANUAL
             )
@@ -211,12 +202,12 @@ def refresh_token(account: AccountArgument, *, as_json: AsJson = False) -> None:
         assert ended is not None
         return ended
 
-    ended = with_database(refresh)
+    ended = runtime.with_database(refresh)
     if as_json:
-        print_json(dump(ended))
+        output.print_json(output.dump(ended))
     if ended.status != tiger_db.TokenRefreshStatus.SUCCESS:
         raise RefreshFailed(ended.error_message or f"the refresh is {ended.status.value}")
-    print_message(f"refreshed; the new token expires at {ended.new_token_expires_at}")
+    output.print_message(f"refreshed; the new token expires at {ended.new_token_expires_at}")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -227,7 +218,7 @@ def prune_refreshes(
     ] = "90d",
 ) -> None:
     """Delete old refreshes. Refreshes that have not ended are kept."""
-    age = parse_duration(older_than, "--older-than")
+    age = options.parse_duration(older_than, "--older-than")
 
     async def prune(database: "tiger_db.Database") -> int:
         total = 0
@@ -238,4 +229,4 @@ def prune_refreshes(
             if not deleted:
                 return total
 
-    print_message(f"deleted {with_database(prune)} refreshes")
+    output.print_message(f"deleted {runtime.with_database(prune)} refreshes")

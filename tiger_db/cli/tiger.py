@@ -7,9 +7,7 @@ from typing import Annotated
 import typer
 
 import tiger_db
-from tiger_db.cli.options import AccountArgument, AsJson, Overwrite
-from tiger_db.cli.output import print_message, print_warning, show_lines, show_row
-from tiger_db.cli.runtime import find_account, in_transaction, with_database
+from tiger_db.cli import options, output, runtime
 from tiger_db.redaction import mask_account_number
 
 app = typer.Typer()
@@ -28,46 +26,48 @@ def import_account(
         str | None,
         typer.Option(help="Display name; for a new account, the account number by default."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Create or update an account from Tiger's files.
 
     Fields that the files do not contain are not changed.
     """
-    result = in_transaction(
+    result = runtime.in_transaction(
         lambda session: tiger_db.tiger.import_account(
             session, file, token_file=token_file, name=name
         )
     )
     account = f"account {mask_account_number(result.account.account_number)}"
     if result.created:
-        print_message(f"created {account}")
+        output.print_message(f"created {account}")
     elif result.changed:
-        print_message(f"changed {account}: {', '.join(result.changed)}")
+        output.print_message(f"changed {account}: {', '.join(result.changed)}")
     else:
-        print_message(f"{account} has these values already: nothing was changed")
+        output.print_message(f"{account} has these values already: nothing was changed")
     if result.token_kept:
-        print_warning("the stored access token is newer than the one in the file, and was kept")
+        output.print_warning(
+            "the stored access token is newer than the one in the file, and was kept"
+        )
     if result.ignored:
-        print_warning(f"unknown lines in {file} were ignored: {', '.join(result.ignored)}")
+        output.print_warning(f"unknown lines in {file} were ignored: {', '.join(result.ignored)}")
     for path in filter(None, (file, token_file)):
         mode = path.stat().st_mode
         if stat.S_ISREG(mode) and mode & 0o077:
-            print_warning(
+            output.print_warning(
                 f"other users of this machine can read the secrets in {path}: chmod 600 {path}"
             )
-    show_row(result.account, as_json=as_json)
+    output.show_row(result.account, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def export_account(
-    account: AccountArgument,
+    account: options.AccountArgument,
     *,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder of the files; created if it is missing.")
     ],
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write an account's files for Tiger's SDKs, and print their paths. They contain secrets."""
 
@@ -75,13 +75,13 @@ def export_account(
         database: "tiger_db.Database",
     ) -> "tuple[tiger_db.TigerAccount, list[Path]]":
         async with database.session() as session:
-            found = await find_account(session, account)
+            found = await runtime.find_account(session, account)
         paths = await tiger_db.tiger.export_account(
             database, found.id, folder=out, overwrite=overwrite
         )
         return found, paths
 
-    exported, paths = with_database(export)
+    exported, paths = runtime.with_database(export)
     number = mask_account_number(exported.account_number)
-    print_message(f"exported account {number}: keep the files secret")
-    show_lines([str(path) for path in paths], as_json=as_json)
+    output.print_message(f"exported account {number}: keep the files secret")
+    output.show_lines([str(path) for path in paths], as_json=as_json)
