@@ -1,4 +1,4 @@
-"""Has squawk read the SQL of every migration: part of `make lint`."""
+"""Check the SQL of every migration with squawk; `make lint` runs this."""
 
 import subprocess
 import sys
@@ -12,7 +12,10 @@ CONFIGURATION = Path(__file__).parents[1] / ".squawk.toml"
 
 
 def main() -> int:
-    """Its exit code. A migration's `squawk_ignore` names rules, each with the reason."""
+    """Run squawk and return its exit code.
+
+    `squawk_ignore` of a migration has the rules that are ignored, each with a reason.
+    """
     with TemporaryDirectory() as folder:
         for script in history():
             ignored: dict[str, str] = getattr(script.module, "squawk_ignore", {})
@@ -20,7 +23,7 @@ def main() -> int:
             header = f"-- squawk-ignore-file {', '.join(ignored)}\n" if ignored else ""
             follows = script.down_revision
             if not (follows is None or isinstance(follows, str)):
-                continue  # it joins branches
+                continue  # a merge of branches has no SQL
             written = header + migration_sql(follows, script.revision)
             Path(folder, f"{Path(script.path).stem}.sql").write_text(written, encoding="utf-8")
         files = sorted(Path(folder).iterdir())

@@ -1,4 +1,4 @@
-"""Writes docs/schema.md from the models and the migrated database: `make schema`."""
+"""Write docs/schema.md from the models and the migrated database: `make schema`."""
 
 import asyncio
 from collections.abc import Iterator
@@ -35,12 +35,12 @@ SELECT attname AS name, format_type(atttypid, atttypmod) AS type, attnotnull AS 
 FROM pg_attribute LEFT JOIN pg_attrdef ON (adrelid, adnum) = (attrelid, attnum)
 WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 """
-# What is not null is told by the columns.
+# Without NOT NULL, which the table of columns shows.
 CONSTRAINTS = """
 SELECT conname AS name, contype::text AS kind, pg_get_constraintdef(oid) AS rule,
     confrelid::regclass::text AS target,
-    ARRAY(SELECT attname::text FROM unnest(conkey) WITH ORDINALITY AS k (number, place)
-        JOIN pg_attribute ON attrelid = conrelid AND attnum = number ORDER BY place) AS columns
+    ARRAY(SELECT attname::text FROM unnest(conkey) WITH ORDINALITY AS k (number, n)
+        JOIN pg_attribute ON attrelid = conrelid AND attnum = number ORDER BY n) AS columns
 FROM pg_constraint WHERE conrelid = $1::text::regclass AND contype IN ('p', 'u', 'f', 'c')
 ORDER BY array_position('{p,u,f,c}', contype::text), conname
 """
@@ -60,7 +60,7 @@ KEYS = {"p": "PK", "f": "FK", "u": "UK"}
 
 
 async def page(connection: asyncpg.Connection) -> str:
-    """The page of the schema that a connection sees."""
+    """Return the page about the current schema of a connection."""
     about = {m.local_table: cleandoc(m.class_.__doc__ or "") for m in Entity._sa_registry.mappers}
     entities: list[str] = []
     relations: list[str] = []

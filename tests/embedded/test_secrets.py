@@ -1,4 +1,4 @@
-"""The password and the secrets that are kept beside it."""
+"""The private files of the home folder: the password and other secrets."""
 
 import secrets
 import stat
@@ -39,7 +39,7 @@ def _kept_key(settings: Settings) -> str:
 
 
 @pytest.mark.slow
-def test_kept_secret_of_ten_processes(settings: Settings, home: Path) -> None:
+def test_ten_processes_get_the_same_secret(settings: Settings, home: Path) -> None:
     values = at_once(_kept_key, settings)
     kept = (home / "key").read_text()
     assert set(values) == {kept}
@@ -47,14 +47,14 @@ def test_kept_secret_of_ten_processes(settings: Settings, home: Path) -> None:
     assert unfinished(home) == []
 
 
-def test_kept_secret(settings: Settings, home: Path) -> None:
+def test_load_or_create_secret(settings: Settings, home: Path) -> None:
     def fail() -> str:
         raise ValueError("no entropy")
 
     with pytest.raises(ValueError, match="no entropy"):
         load_or_create_secret(settings, "key", fail)
     assert not (home / "key").exists()
-    # What a crash could leave behind.
+    # A file that a crash left.
     (home / f"{UNFINISHED}key").write_text("hal")
 
     assert load_or_create_secret(settings, "key", lambda: "whole\nkey ä") == "whole\nkey ä"

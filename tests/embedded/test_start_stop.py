@@ -1,4 +1,4 @@
-"""Starting, stopping, and what a running server is like."""
+"""Start, stop and the properties of a running server."""
 
 import asyncio
 import fcntl
@@ -76,7 +76,7 @@ def test_configuration(shared: Settings) -> None:
         asyncio.run(asyncpg.connect(**{**arguments, "password": "guessed"}))
 
 
-def test_fast_path(shared: Settings) -> None:
+def test_start_takes_less_than_2_ms_if_the_server_runs(shared: Settings) -> None:
     def seconds() -> float:
         begin = time.perf_counter()
         start(shared)
@@ -85,7 +85,7 @@ def test_fast_path(shared: Settings) -> None:
     assert min(seconds() for _ in range(50)) < 0.002
 
 
-def test_fast_path_needs_no_lock_and_the_server_holds_none(shared: Settings) -> None:
+def test_start_takes_no_lock_if_the_server_runs(shared: Settings) -> None:
     with (embedded.home_folder(shared) / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert start(shared) == running(shared)
@@ -129,7 +129,7 @@ def test_ctrl_c_and_the_end_of_the_starter(settings: Settings, home: Path) -> No
         pid = int(process.stdout.readline())
         assert os.getsid(pid) != process.pid
         os.killpg(process.pid, signal.SIGINT)
-        # Reading ends only if the server has not kept the other end open.
+        # read() returns only if the server has closed the other end of the pipe.
         assert process.stdout.read() == ""
     server = running(settings)
     assert server
@@ -162,7 +162,7 @@ def test_the_wheel_is_not_imported() -> None:
 
 
 @pytest.mark.slow
-def test_failing_start_tells_why(settings: Settings) -> None:
+def test_the_error_of_a_failed_start_has_the_reason(settings: Settings) -> None:
     server = start(settings)
     stop(settings)
     with (server.folder / "data" / "postgresql.conf").open("a") as file:

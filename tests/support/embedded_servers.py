@@ -1,4 +1,4 @@
-"""Embedded servers of a test's own, and what is done to them: real processes, real kills."""
+"""Embedded servers for tests: real processes that are started, killed and inspected."""
 
 import asyncio
 import multiprocessing
@@ -27,7 +27,7 @@ from tiger_db.settings import Settings
 
 IS_ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not IS_ROOT, reason="only root drops privileges")
-# Clean processes that have imported everything already: a fork of pytest would not be clean.
+# Processes with all imports done. A fork of pytest would inherit its threads and files.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tiger_db.embedded", "pytest", "asyncpg"])
 STARTER = """
@@ -40,7 +40,7 @@ print("starting", flush=True)
 print(embedded.start(settings).pid, flush=True)
 time.sleep(60)
 """
-# Killed at the moment at which it would record the server, which goes on starting.
+# The starter is killed when it would record the server, which continues to start.
 KILLED_STARTER = """
 import os, signal, sys
 from pathlib import Path
@@ -58,7 +58,7 @@ def settings_for(home: Path) -> Settings:
 
 @contextmanager
 def reachable_folder() -> Iterator[Path]:
-    """One that the server's user can reach, unlike `tmp_path` of root."""
+    """Create a folder that the server's user can enter, unlike `tmp_path` of root."""
     base = Path(tempfile.mkdtemp(prefix="tiger-")).resolve()
     base.chmod(0o755)
     try:
@@ -70,18 +70,18 @@ def reachable_folder() -> Iterator[Path]:
 def discard(home: Path) -> None:
     settings = settings_for(home)
     stop(settings)
-    for place in {home, embedded.home_folder(settings), copies_outside(home)}:
-        shutil.rmtree(place, ignore_errors=True)
+    for folder in {home, embedded.home_folder(settings), copies_outside(home)}:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def copies_outside(home: Path) -> Path:
-    """Where the server's programs are copied to if they cannot be run from the folder."""
+    """Return the folder of the copied programs if they cannot run from the home folder."""
     caches = platformdirs.user_cache_path("tiger_db", appauthor=False)
     return (folders._SYSTEM_FOLDER if IS_ROOT else caches) / folders._digest(home)
 
 
 def install_wheel(site: Path) -> None:
-    """Copy the server's wheel to where Python may find it."""
+    """Copy the wheel of the server to a folder for `sys.path`."""
     package, _ = processes.find_wheel()
     for source in (package, package.with_name(f"{package.name}.libs")):
         if source.exists():
@@ -109,7 +109,7 @@ def kill(server: EmbeddedServer) -> None:
 
 
 def alive(pid: int) -> bool:
-    """A zombie is not; some containers leave them for long."""
+    """Return whether a process runs. Zombies do not count; some containers keep them long."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -134,7 +134,7 @@ def run_as_server(home: Path, *command: str, cwd: str | Path = "/") -> subproces
 
 @contextmanager
 def server_without_lock(server: EmbeddedServer) -> Iterator[subprocess.Popen[bytes]]:
-    """Replace the server by one that holds no lock, as older releases started it."""
+    """Replace the server by one that holds no lock, like those of older releases."""
     settings, data = settings_for(server.folder), server.folder / "data"
     command = psutil.Process(server.pid).cmdline()
     stop(settings)
@@ -163,19 +163,19 @@ def start_and_kill_the_starter(settings: Settings) -> EmbeddedServer:
 
 
 def is_recorded(server: EmbeddedServer) -> bool:
-    """Whether the lock file has the identity of the server."""
+    """Return whether the lock file has the identity of the server."""
     pid, _, since, *_ = (server.folder / "data" / "postmaster.pid").read_text().split("\n")
     return (server.folder / "server.lock").read_text().endswith(f"\n{pid} {since}\n")
 
 
 def works_in(data: Path) -> list[int]:
-    """The processes whose working folder is the data folder of a server."""
+    """Return the processes that have the data folder of a server as working folder."""
     found = psutil.process_iter(["cwd"])
     return [process.pid for process in found if process.info["cwd"] == str(data)]
 
 
 def at_once(function: Callable[[Settings], object], settings: Settings) -> list[object]:
-    """What ten processes return that call the function at once; pipes need no /dev/shm."""
+    """Call a function in ten processes at once, and return the results. Pipes need no /dev/shm."""
     pipes = [FORKS.Pipe() for _ in range(10)]
     children = [
         FORKS.Process(target=_wait_and_answer, args=(there, function, settings))

@@ -1,4 +1,4 @@
-"""The `alembic` command, in this checkout and in a copy of it whose models have changed."""
+"""The `alembic` command, in this checkout and in a copy with changed models."""
 
 import asyncio
 import os
@@ -19,11 +19,11 @@ from tiger_db import Settings
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import drift, scripts, upgrade
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HEAD = scripts().get_current_head()
 MODELS = "tiger_db/models"
 NICKNAME = "nickname: Text | None = Field(default=None, max_length=7)"
-# Of each file of models: a text, and what takes its place.
+# A file of models, a text in it, and the replacement.
 CHANGES = [
     ("accounts.py", '    PAPER = "paper"', '    PAPER = "paper"\n    MARGIN = "margin"'),
     ("accounts.py", "    account_number: Text", f"    {NICKNAME}\n    account_number: Text"),
@@ -42,7 +42,7 @@ CHANGES = [
     ),
     ("__init__.py", "__all__ =", "from tiger_db.models.webhooks import Webhook\n\n__all__ ="),
 ]
-# What `alembic check` says of them, as regular expressions.
+# The output of `alembic check` for these changes, as regular expressions.
 FOUND = {
     "an added column": r"'add_column', None, 'tiger_accounts', Column\('nickname'",
     "its rule": r"'add_constraint', CheckConstraint\(.*'ck_tiger_accounts_nickname_max_7'",
@@ -75,7 +75,7 @@ class WebhookKind(StrEnum):
 
 
 class Webhook(MutableEntity, table=True):
-    """Whom to tell what happened."""
+    """The receiver of notifications."""
 
     __tablename__ = "webhooks"
 
@@ -98,7 +98,7 @@ for command in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Checkout:
-    """A folder with the package and its migrations, and the database it works on."""
+    """A folder with the package and its migrations, and its database."""
 
     folder: Path
     settings: Settings
@@ -125,7 +125,7 @@ class Checkout:
         )
 
     async def alembic(self, *arguments: str) -> str:
-        """What a command prints, if it works."""
+        """Run a command that must succeed, and return its output."""
         done = await self.run(str(Path(sys.executable).with_name("alembic")), *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -147,7 +147,7 @@ def copied(folder: Path, settings: Settings) -> Checkout:
 
 @pytest.fixture
 def checkout(tmp_path: Path, clone_settings: Settings) -> Checkout:
-    """An unchanged copy, on a migrated database."""
+    """An unchanged copy with a migrated database."""
     return copied(tmp_path, clone_settings)
 
 
@@ -166,7 +166,7 @@ async def test_the_plain_command_works_with_the_same_settings(empty_database: Se
 
 
 @pytest.mark.slow
-async def test_offline_it_prints_sql_that_works(server_url: str, empty_database: Settings) -> None:
+async def test_offline_sql_creates_the_schema(server_url: str, empty_database: Settings) -> None:
     sql = await Checkout(ROOT, empty_database).alembic("upgrade", "head", "--sql")
     connection = await connect(empty_database)
     await connection.execute(sql)
@@ -176,7 +176,7 @@ async def test_offline_it_prints_sql_that_works(server_url: str, empty_database:
 
 
 @pytest.mark.slow
-async def test_it_tells_an_unreachable_server_without_a_credential(
+async def test_the_error_of_an_unreachable_server_has_no_credential(
     empty_database: Settings,
 ) -> None:
     url = "postgresql://tiger_db:s3cret@127.0.0.1:1/tiger_db"
@@ -194,7 +194,7 @@ async def test_it_tells_an_unreachable_server_without_a_credential(
 async def changed(
     server_url: str, template: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Checkout]:
-    """A copy with all of the changes at once, on a migrated database."""
+    """A copy with all changes, with a migrated database."""
     name = f"tiger_db_changed_{uuid4().hex[:12]}"
     settings = await databases.create(server_url, name, template)
     checkout = copied(tmp_path_factory.mktemp("changed"), settings)
@@ -207,7 +207,7 @@ async def changed(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def checked(changed: Checkout) -> str:
-    """What `alembic check` says of it."""
+    """The output of `alembic check` in the changed copy."""
     done = await changed.run(sys.executable, "-m", "alembic", "check")
     assert done.returncode != 0
     return done.stdout + done.stderr
@@ -220,7 +220,7 @@ def test_check_finds(checked: str, change: str) -> None:
 
 @pytest.mark.slow
 async def test_a_generated_migration_runs_as_it_is(server_url: str, changed: Checkout) -> None:
-    """Up, down and up again; then nothing is left to find; and no key is in it."""
+    """It runs up, down and up again; afterwards `check` finds nothing. It has no key."""
     await changed.alembic("revision", "--autogenerate", "-m", "webhooks and more")
     (written,) = (changed.folder / "alembic" / "versions").glob("*_webhooks_and_more.py")
     generated = written.read_text()
@@ -252,7 +252,7 @@ async def main():
 
 asyncio.run(main())
 """
-BROKEN = '''"""Fails half-way."""
+BROKEN = '''"""Fails in its second statement."""
 
 from alembic import op
 

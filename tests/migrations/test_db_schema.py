@@ -1,4 +1,4 @@
-"""DB_SCHEMA: everything is in one schema, whatever search path a role has, whoever is beside it."""
+"""DB_SCHEMA: all objects are in one schema, with any search path of the role."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ from tiger_db.migrations import MONTHS_AHEAD, downgrade, drift, schema_state, up
 from tiger_db.migrations.locks import MIGRATION_LOCK_ID, migration_lock
 from tiger_db.signing import generate_signing_key
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHANNELS = ("tiger_db_api_keys", "tiger_db_audit_logs", "tiger_db_refreshes")
 ODD = ["Tiger-DB", 'a "b".c, d', "select", "été $$ 100%", "x" * 63]
 TABLES = """
@@ -52,7 +52,7 @@ async def migrate(settings: Settings) -> None:
 
 
 async def tables(settings: Settings) -> tuple[int, int]:
-    """How many relations are in the schema, and in others."""
+    """Return the numbers of relations in the schema and in other schemas."""
     connection = await connect(settings)
     try:
         row = await connection.fetchrow(TABLES, settings.db_schema)
@@ -72,14 +72,12 @@ async def two(empty_database: Settings) -> AsyncIterator[tuple[Database, Databas
         yield one, another
 
 
-# Where everything is
+# The schema of all objects
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schema", ODD)
-async def test_any_schema_that_postgresql_allows_will_do(
-    empty_database: Settings, schema: str
-) -> None:
+async def test_every_name_of_a_schema_works(empty_database: Settings, schema: str) -> None:
     settings = in_schema(empty_database, schema)
     await migrate(settings)
     inside, outside = await tables(settings)
@@ -108,7 +106,7 @@ async def test_any_schema_that_postgresql_allows_will_do(
         assert await drift(engine) == []
 
 
-async def test_every_function_looks_for_names_in_its_schema_only(two: tuple[Database, ...]) -> None:
+async def test_every_function_has_its_schema_as_search_path(two: tuple[Database, ...]) -> None:
     for database in two:
         connection = await connect(database.settings)
         rows = await connection.fetch(
@@ -125,7 +123,7 @@ async def test_every_function_looks_for_names_in_its_schema_only(two: tuple[Data
 
 
 @pytest.mark.schema_changes
-async def test_going_back_to_0005_restores_its_functions(empty_database: Settings) -> None:
+async def test_a_downgrade_to_0005_restores_its_functions(empty_database: Settings) -> None:
     functions = (
         "SELECT string_agg(pg_get_functiondef(oid), '' ORDER BY proname) FROM pg_proc"
         " WHERE pronamespace = 'public'::regnamespace"
@@ -154,7 +152,7 @@ async def test_the_plain_alembic_command_uses_the_schema(empty_database: Setting
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plain", [True, False])
-async def test_printed_sql_builds_the_schema_in_any_session(
+async def test_printed_sql_creates_the_schema_with_any_search_path(
     empty_database: Settings, *, plain: bool
 ) -> None:
     settings = in_schema(empty_database, "Tiger")
@@ -178,7 +176,7 @@ async def test_printed_sql_builds_the_schema_in_any_session(
         assert await drift(engine) == []
 
 
-async def test_ten_machines_may_create_the_schema_at_once(empty_database: Settings) -> None:
+async def test_ten_machines_create_the_schema_concurrently(empty_database: Settings) -> None:
     settings = in_schema(empty_database, "tiger")
 
     async def create() -> None:
@@ -192,7 +190,7 @@ async def test_ten_machines_may_create_the_schema_at_once(empty_database: Settin
 
 @asynccontextmanager
 async def as_role(settings: Settings, *grants: str) -> AsyncIterator[Settings]:
-    """Settings of another role."""
+    """Create a role, and yield settings with which it connects."""
     role = f"somebody_{os.getpid()}"
     await sql(settings, f"CREATE ROLE {role} LOGIN PASSWORD 'p'", "SELECT 1")
     for grant in grants:
@@ -227,7 +225,7 @@ async def test_without_the_right_to_create_the_schema_the_reason_is_one_line(
         await migrate(owner)
 
 
-async def test_a_schema_that_is_missing_is_told_as_such(empty_database: Settings) -> None:
+async def test_a_missing_schema_is_reported(empty_database: Settings) -> None:
     async with maintenance_engine(in_schema(empty_database, "tiger")) as engine:
         async with engine.connect() as connection:
             state = await schema_state(connection)
@@ -236,7 +234,7 @@ async def test_a_schema_that_is_missing_is_told_as_such(empty_database: Settings
     assert await sql(empty_database, "SELECT to_regnamespace('tiger')") is None
 
 
-# A search path that leads astray
+# Wrong search paths
 
 
 @pytest.mark.schema_changes
@@ -258,7 +256,7 @@ async def test_no_connection_follows_the_search_path_of_its_role(clone_settings:
     )  # fmt: skip
     for connection in (await connect(clone_settings), await connect_directly(past)):
         assert await connection.fetchval(right)
-        await connection.reset()  # as a pool may do
+        await connection.reset()  # pools do this
         assert await connection.fetchval(right)
         await connection.close()
     async with Database(clone_settings) as database, maintenance_engine(clone_settings) as engine:
@@ -272,7 +270,7 @@ async def test_no_connection_follows_the_search_path_of_its_role(clone_settings:
                 text("SELECT abs(extract(epoch FROM updated_at - clock_timestamp())) < 60"
                      " FROM tiger_accounts")
             )  # fmt: skip
-    # Nor does a trigger, in a session that does.
+    # Triggers do not follow the search path of a session either.
     changed = await sql_without_search_path(
         clone_settings,
         "UPDATE tiger_accounts SET description = 'again'",
@@ -281,17 +279,17 @@ async def test_no_connection_follows_the_search_path_of_its_role(clone_settings:
     assert changed is True
 
 
-async def test_a_replica_and_the_embedded_server_get_it_too() -> None:
+async def test_replicas_and_the_embedded_server_get_the_search_path() -> None:
     settings = Settings(db_host="h", db_replica_hosts="r", db_schema="Tiger")
     wanted = '"Tiger", pg_temp'
     assert settings.connect_args(settings.replicas[0])["server_settings"]["search_path"] == wanted
-    # test_configuration in tests/embedded shows that the embedded server gets these.
+    # test_configuration in tests/embedded checks that the embedded server gets these settings.
     assert Settings(db_schema="Tiger").server_settings()["search_path"] == wanted
 
 
-async def test_options_do_not_override_it(clone_settings: Settings) -> None:
+async def test_options_do_not_override_the_search_path(clone_settings: Settings) -> None:
     arguments = clone_settings.connect_args()
-    arguments["server_settings"]["options"] = "-csearch_path=evil"  # which Settings refuses
+    arguments["server_settings"]["options"] = "-csearch_path=evil"  # Settings refuses this option
     connection = await asyncpg.connect(**arguments)
     assert await connection.fetchval("SHOW search_path") == '"public", pg_temp'
     await connection.close()
@@ -333,7 +331,7 @@ async def listened(settings: Settings, heard: list[str]) -> "asyncpg.Connection[
 
 
 async def write_all(database: Database) -> None:
-    """Something of which each channel tells."""
+    """Make a change for each channel."""
     async with database.session() as session:
         key, _ = await factories.api_key(session)
         await crud.api_keys.revoke(session, key.id)
@@ -342,13 +340,15 @@ async def write_all(database: Database) -> None:
 
 
 @pytest.mark.slow
-async def test_changes_in_one_are_not_told_to_the_other(two: tuple[Database, Database]) -> None:
+async def test_an_installation_gets_no_notifications_of_the_other(
+    two: tuple[Database, Database],
+) -> None:
     one, another = two
     heard = list[str](), list[str]()
     listeners = [await listened(two[n].settings, heard[n]) for n in (0, 1)]
     await write_all(one)
     await until(lambda: set(heard[0]) == {*CHANNELS})
-    # Notifications come in the order of commits: this one comes after all that `one` caused.
+    # Notifications arrive in the order of commits: this one arrives after those of `one`.
     await sql(another.settings, f'NOTIFY "{another.settings.channel(CHANNELS[0])}"', "SELECT 1")
     await until(lambda: heard[1])
     assert heard[1] == [CHANNELS[0]]
@@ -364,7 +364,7 @@ async def test_changes_in_one_are_not_told_to_the_other(two: tuple[Database, Dat
 
 
 @pytest.mark.slow
-async def test_keys_that_one_removes_are_still_remembered_by_the_other(
+async def test_removing_keys_of_one_installation_keeps_those_of_the_other_in_memory(
     two: tuple[Database, Database],
 ) -> None:
     raw_keys, keys = [], []
@@ -377,7 +377,7 @@ async def test_keys_that_one_removes_are_still_remembered_by_the_other(
         await one.authorize(raw_keys[0])
         await another.authorize(raw_keys[1])
         changes = another._notifications
-        await sql(two[0].settings, "TRUNCATE api_keys CASCADE", "SELECT 1")  # which tells `all`
+        await sql(two[0].settings, "TRUNCATE api_keys CASCADE", "SELECT 1")  # notifies `all`
         await until(lambda: not one._cache)
         channel = two[1].settings.channel("tiger_db_api_keys")
         await sql(two[1].settings, f"NOTIFY \"{channel}\", 'key {keys[0].id}'", "SELECT 1")
@@ -392,14 +392,16 @@ async def finishes(work: Any) -> Any:
 
 
 @pytest.mark.slow
-async def test_neither_waits_for_the_locks_of_the_other(two: tuple[Database, Database]) -> None:
+async def test_installations_do_not_wait_for_each_others_locks(
+    two: tuple[Database, Database],
+) -> None:
     one, another = two
     for database in two:
         async with database.session() as session:
             await crud.audit_logs.log_events(session, [factories.new_event() for _ in range(3)])
             await factories.account(session)
     async with one.session() as session, maintenance_engine(one.settings) as engine:
-        # `one` seals, chooses a default, makes months, and migrates, all at the same time.
+        # `one` holds the locks of a seal, a default account, audit partitions and migrations.
         await session.execute(text(TAKE_SEALING_LOCK))
         await session.execute(text(f"SELECT make_audit_months({MONTHS_AHEAD})"))
         (account,) = (await crud.accounts.list_accounts(session)).items
@@ -413,17 +415,17 @@ async def test_neither_waits_for_the_locks_of_the_other(two: tuple[Database, Dat
             async with another.session() as its:
                 (account,) = (await crud.accounts.list_accounts(its)).items
                 await finishes(crud.accounts.set_default_trading_account(its, account.id))
-            # It does wait for its own.
+            # It waits for its own lock.
             own = asyncio.create_task(audit.seal(one, patience=60))
             await asyncio.wait([own], timeout=0.5)
             assert not own.done()
             own.cancel()
 
 
-# Releases without DB_SCHEMA beside this one
+# Older releases without DB_SCHEMA on the same database
 
 
-async def test_in_public_channels_and_locks_are_those_of_older_releases(clone: Database) -> None:
+async def test_channels_and_locks_in_public_are_those_of_older_releases(clone: Database) -> None:
     assert [clone.settings.channel(name) for name in CHANNELS] == [*CHANNELS]
     heard: list[str] = []
     listener = await connect(clone.settings)
@@ -460,7 +462,7 @@ async def test_in_public_channels_and_locks_are_those_of_older_releases(clone: D
 async def test_sessions_that_lost_their_search_path_are_refused(
     two: tuple[Database, Database],
 ) -> None:
-    """As behind a pooler that drops what a session sets when it starts."""
+    """Some poolers drop the settings with which a session starts."""
     one = two[0]
     path = 'SET search_path = "Two", pg_temp'
     async with maintenance_engine(one.settings) as engine, engine.connect() as connection:
@@ -479,7 +481,7 @@ async def test_sessions_that_lost_their_search_path_are_refused(
 async def test_a_search_path_that_a_session_sets_ends_with_its_transaction(
     settings: Settings, watched: float
 ) -> None:
-    """Also if it commits, and for the isolation levels, whose transactions start in other words."""
+    """Also after a commit, and with each isolation level."""
     one = {"db_pool_size": 1, "db_max_overflow": 0, "db_slow_query_seconds": watched}
     read = text("SELECT current_setting('search_path'), pg_backend_pid()")
     seen = []

@@ -1,4 +1,4 @@
-"""Migrations on a system that works: many machines at once, long transactions, bad migrations."""
+"""Migrations of a system in use: concurrent machines, long transactions, bad migrations."""
 
 import asyncio
 import json
@@ -52,7 +52,7 @@ def downgrade():
 
 @pytest.fixture
 def alembic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the migrations to write more into, in place of the real ones."""
+    """A copy of the migrations that replaces them, to which tests add migrations."""
     folder = tmp_path / "alembic"
     shutil.copytree(migrations.script_location(), folder)
     monkeypatch.setattr(migrations, "script_location", lambda: folder)
@@ -86,7 +86,7 @@ async def start(settings: Settings, *command: str) -> Process:
 
 
 @asynccontextmanager
-async def ended_at_last(*processes: Process) -> AsyncIterator[None]:
+async def killed_at_the_end(*processes: Process) -> AsyncIterator[None]:
     try:
         yield
     finally:
@@ -96,8 +96,8 @@ async def ended_at_last(*processes: Process) -> AsyncIterator[None]:
             await process.communicate()
 
 
-async def said(process: Process, text: str) -> str:
-    """What a process says until it says that."""
+async def read_until(process: Process, text: str) -> str:
+    """Return the standard error of a process up to the line with the text."""
     assert process.stderr is not None
     lines = ""
     async with asyncio.timeout(60):
@@ -108,7 +108,7 @@ async def said(process: Process, text: str) -> str:
     return lines
 
 
-# Many machines
+# Concurrent machines
 
 
 @pytest.mark.slow
@@ -126,10 +126,10 @@ async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
     )
     await gate.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK_ID)
     machines = [await start(empty_database, *COMMAND, "migrate") for _ in range(10)]
-    async with ended_at_last(*machines):
+    async with killed_at_the_end(*machines):
         waiting = f"waiting for process {gate.get_server_pid()} ("
-        await asyncio.gather(*(said(machine, waiting) for machine in machines))
-        async with asyncio.timeout(20):  # who waits has no transaction that this would wait for
+        await asyncio.gather(*(read_until(machine, waiting) for machine in machines))
+        async with asyncio.timeout(20):  # a waiting machine has no open transaction
             await gate.execute("CREATE INDEX CONCURRENTLY ON steps (revision)")
         await gate.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK_ID)
         told = [(await machine.communicate())[1].decode() for machine in machines]
@@ -146,7 +146,7 @@ async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
 
 @pytest.mark.slow
 @pytest.mark.schema_changes
-async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
+async def test_queries_continue_while_a_long_transaction_blocks_a_migration(
     alembic: Path, clone: Database
 ) -> None:
     add = 'op.add_column("tiger_accounts", sa.Column("nickname", sa.Text()))'
@@ -175,11 +175,11 @@ async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
 
     command = [sys.executable, "-c", MIGRATE_FROM, str(alembic), "migrate", "--json"]
     migrate = await start(clone.settings, *command)
-    async with ended_at_last(migrate), asyncio.timeout(60), asyncio.TaskGroup() as group:
+    async with killed_at_the_end(migrate), asyncio.timeout(60), asyncio.TaskGroup() as group:
         for account in accounts:
             group.create_task(traffic(account))
-        gave_way = await said(migrate, "gave way")
-        while await passed.get() < 1:  # whoever waited behind the migration
+        gave_way = await read_until(migrate, "gave way")
+        while await passed.get() < 1:  # the query that waited behind the migration
             pass
         for _ in range(20):
             await passed.get()
@@ -198,7 +198,7 @@ async def test_while_a_long_transaction_blocks_a_migration_the_traffic_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.schema_changes
-async def test_a_migration_that_gives_up_says_why_and_leaves_nothing_half_done(
+async def test_a_migration_that_gives_up_names_the_blocker_and_is_rolled_back(
     alembic: Path, cli: CommandLine, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_LOCK_RETRY_SECONDS", 0.5)
@@ -234,7 +234,7 @@ async def test_a_migration_that_gives_up_says_why_and_leaves_nothing_half_done(
     assert "the schema is at 9007 already" in (await asyncio.to_thread(cli.ok, "migrate")).err
 
 
-# One transaction each, and the script for psql
+# Transactions, and the script for psql
 
 
 NOTE = "op.execute(\"INSERT INTO notes VALUES ('{}', pg_current_xact_id()::text)\")"
@@ -247,7 +247,7 @@ CONCURRENTLY = (
 
 @pytest.fixture
 def three_more(alembic: Path) -> Path:
-    """Three migrations more, of which the second leaves its transaction meanwhile."""
+    """Add three migrations; the second has an autocommit block."""
     make = 'op.execute("CREATE TABLE notes (revision text, transaction text)")'
     write(alembic, "9006", HEAD, "Notes", make, NOTE.format("9006"))
     again = NOTE.format("9007 again")
@@ -257,7 +257,7 @@ def three_more(alembic: Path) -> Path:
 
 
 async def check_notes(settings: Settings) -> None:
-    """All of the three were run, each in its own transaction, and months were made."""
+    """Check that each of the three ran in its own transaction, and that months were created."""
     connection = await connect(settings)
     try:
         notes = dict(await connection.fetch("SELECT * FROM notes"))
@@ -270,7 +270,7 @@ async def check_notes(settings: Settings) -> None:
         months = await connection.fetchval(
             "SELECT count(*) FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass"
         )
-        assert months == MONTHS_AHEAD + 2  # this one, and the default partition
+        assert months == MONTHS_AHEAD + 2  # the current month, and the default partition
     finally:
         await connection.close()
 
@@ -305,7 +305,7 @@ def test_each_migration_has_a_transaction_of_its_own(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("psql") is None, reason="psql is not installed")
 @pytest.mark.parametrize("begin", ["empty", "migrated"])
-def test_the_script_for_psql_ends_where_migrate_does(
+def test_the_script_for_psql_has_the_result_of_migrate(
     three_more: Path, cli: CommandLine, clone_settings: Settings, server_url: str, begin: str
 ) -> None:
     name = f"{clone_settings.database}_sql"
@@ -326,7 +326,7 @@ def test_the_script_for_psql_ends_where_migrate_does(
         asyncio.run(databases.drop(server_url, name))
 
 
-def test_neither_script_nor_plan_changes_anything(
+def test_printing_the_script_or_the_plan_changes_nothing(
     cli: CommandLine, empty_database: Settings
 ) -> None:
     cli.env["DATABASE_URL"] = url_of(empty_database)
@@ -341,7 +341,7 @@ def test_neither_script_nor_plan_changes_anything(
 
 
 @pytest.mark.schema_changes
-def test_more_than_one_head_is_told_in_one_line(alembic: Path, cli: CommandLine) -> None:
+def test_more_than_one_head_is_an_error_of_one_line(alembic: Path, cli: CommandLine) -> None:
     write(alembic, "9006a", HEAD, "Mine", "pass")
     write(alembic, "9006b", HEAD, "Yours", "pass")
     for command in ("check", "migrate", "current", "list-accounts"):
@@ -353,7 +353,7 @@ def test_more_than_one_head_is_told_in_one_line(alembic: Path, cli: CommandLine)
     assert cli.ok("check").out == ""
 
 
-# What squawk finds
+# squawk
 
 
 BAD = {
@@ -366,7 +366,7 @@ BAD = {
 
 
 @pytest.mark.slow
-def test_lint_refuses_migrations_that_would_stop_the_system(
+def test_lint_refuses_migrations_that_block_running_code(
     alembic: Path, clone_settings: Settings, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def revision() -> Path:

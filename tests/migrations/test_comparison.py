@@ -1,4 +1,4 @@
-"""Whatever is changed of triggers, functions and tables is seen, and its repair repairs it."""
+"""Each change of a trigger, function or table is found, and its repair SQL reverses it."""
 
 from collections.abc import AsyncIterator
 from typing import TypeAlias
@@ -25,7 +25,7 @@ SET = (
     "DO $$BEGIN EXECUTE format('ALTER {} SET session_replication_role = replica',"
     " current_database(), current_user); END$$"
 )
-# What is done, the tables that it concerns, and how it is told.
+# The change, the tables concerned, and a part of the description.
 KEYS, ACCOUNTS, TRAIL = ("api_keys",), ("tiger_accounts",), ("audit_logs",)
 ALL = tuple(sorted(metadata.tables))
 KEY_TABLES = ("api_keys", "tiger_accounts")
@@ -140,7 +140,7 @@ ADDED = (
 
 @pytest.fixture
 async def other(clone_settings: Settings) -> AsyncIterator[Connection]:
-    """A connection of somebody else, who knows nothing of tiger_db."""
+    """A connection that tiger_db did not make."""
     connection = await connect(clone_settings)
     yield connection
     await connection.close()
@@ -156,7 +156,7 @@ async def found_by_doctor(settings: Settings) -> doctor.CheckResult:
     return finding
 
 
-async def test_the_declaration_is_what_the_migrations_make(clone_settings: Settings) -> None:
+async def test_migrations_create_the_declared_objects(clone_settings: Settings) -> None:
     assert await differences(clone_settings) == []
     async with maintenance_engine(clone_settings) as engine, engine.connect() as connection:
         await connection.exec_driver_sql("SELECT make_audit_months(30)")
@@ -164,8 +164,10 @@ async def test_the_declaration_is_what_the_migrations_make(clone_settings: Setti
 
 
 @pytest.mark.schema_changes
-async def test_all_that_there_is_is_declared(other: Connection, clone_settings: Settings) -> None:
-    """Dropping every trigger and every function leaves none that was not missed."""
+async def test_every_trigger_and_function_is_declared(
+    other: Connection, clone_settings: Settings
+) -> None:
+    """If all triggers are dropped, all of them are reported as missing."""
     names = await other.fetch(
         "SELECT proname FROM pg_proc WHERE pronamespace = current_schema()::regnamespace"
     )
@@ -183,7 +185,7 @@ async def test_all_that_there_is_is_declared(other: Connection, clone_settings: 
 @pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_is_seen_by_all_and_can_be_repaired(
+async def test_each_command_reports_a_change_and_the_repair_reverses_it(
     clone_settings: Settings, other: Connection, change: str
 ) -> None:
     tables, seen = CHANGES[change]
@@ -213,7 +215,7 @@ async def test_a_change_is_seen_by_all_and_can_be_repaired(
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("change", NOT_REPAIRED)
-async def test_a_table_that_is_none_is_seen(
+async def test_a_missing_table_or_a_view_in_its_place_is_reported(
     clone_settings: Settings, other: Connection, change: str
 ) -> None:
     await other.execute(change)
@@ -226,7 +228,7 @@ async def test_a_table_that_is_none_is_seen(
 
 
 @pytest.mark.schema_changes
-async def test_all_triggers_disabled_are_three_lines_for_people_and_all_for_check(
+async def test_health_and_doctor_shorten_many_differences_and_check_lists_all(
     clone_settings: Settings, other: Connection
 ) -> None:
     for table in ("audit_logs", "audit_seals", "api_keys", "tiger_accounts"):
@@ -243,7 +245,7 @@ async def test_all_triggers_disabled_are_three_lines_for_people_and_all_for_chec
 
 
 @pytest.mark.schema_changes
-async def test_a_trigger_of_somebody_else_is_a_warning_of_the_doctor_alone(
+async def test_only_doctor_warns_of_an_undeclared_trigger(
     clone_settings: Settings, other: Connection
 ) -> None:
     await other.execute(ADDED)
@@ -251,7 +253,7 @@ async def test_a_trigger_of_somebody_else_is_a_warning_of_the_doctor_alone(
     assert finding.status == "warning"
     assert "trigger mine on api_keys is not one of tiger_db's" in finding.seen
     assert "trigger mine on audit_logs is not one of tiger_db's" in finding.seen
-    assert "audit_logs_default" not in finding.seen  # its copies in partitions
+    assert "audit_logs_default" not in finding.seen  # partitions have copies of the trigger
     assert "unless it is yours, DROP TRIGGER mine ON " in str(finding.advice)
     assert (await check_readiness(clone_settings)).problems == []
     async with maintenance_engine(clone_settings) as engine:
@@ -259,10 +261,10 @@ async def test_a_trigger_of_somebody_else_is_a_warning_of_the_doctor_alone(
 
 
 @pytest.mark.schema_changes
-async def test_somebody_elses_search_path_and_functions_fool_nobody(
+async def test_a_search_path_does_not_hide_a_replaced_function(
     clone_settings: Settings, other: Connection
 ) -> None:
-    """A function of the same name, found first, does not pass for the one that is declared."""
+    """A function with the declared name in another schema is reported."""
     await other.execute(
         f"CREATE SCHEMA evil; CREATE FUNCTION evil.notify_api_key_change() {BODY};"
         "CREATE OR REPLACE TRIGGER notify_delete AFTER DELETE ON api_keys FOR EACH ROW"
@@ -279,7 +281,7 @@ async def test_somebody_elses_search_path_and_functions_fool_nobody(
 async def test_an_operator_of_the_schema_does_not_hide_a_changed_function(
     clone_settings: Settings, other: Connection
 ) -> None:
-    """It would, if the queries could mean it: functions are looked for in a schema of copies."""
+    """The operator would redirect the query for functions to a schema with copies."""
     await other.execute("CREATE SCHEMA decoy")
     for (definition,) in await other.fetch(
         "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
@@ -311,7 +313,7 @@ async def test_quoting_all_identifiers_changes_nothing(
 
 
 @pytest.mark.schema_changes
-async def test_functions_and_operators_of_an_extension_are_no_differences(
+async def test_functions_and_operators_of_extensions_are_not_reported(
     clone_settings: Settings, other: Connection
 ) -> None:
     if not await other.fetchval("SELECT count(*) FROM pg_available_extensions WHERE name='citext'"):
@@ -321,7 +323,7 @@ async def test_functions_and_operators_of_an_extension_are_no_differences(
 
 
 @pytest.mark.schema_changes
-async def test_the_applications_own_types_may_have_casts(
+async def test_casts_of_the_applications_types_are_not_reported(
     clone_settings: Settings, other: Connection
 ) -> None:
     await other.execute(
@@ -333,7 +335,9 @@ async def test_the_applications_own_types_may_have_casts(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schema", ['My "Own"', "it's", "a\\b, c"])
-async def test_it_works_in_a_schema_of_any_name(empty_database: Settings, schema: str) -> None:
+async def test_a_schema_with_an_odd_name_has_no_differences(
+    empty_database: Settings, schema: str
+) -> None:
     settings = empty_database.model_copy(update={"db_schema": schema})
     async with maintenance_engine(settings) as engine:
         await upgrade(engine)

@@ -32,17 +32,17 @@ UNION ALL SELECT 'schema', nspname, '' FROM pg_namespace WHERE nspname !~ '^pg_'
 
 
 async def everything(engine: AsyncEngine) -> set[tuple[Any, ...]]:
-    """What is in the database, but for Alembic's own table."""
+    """Return all objects of the database except the table of Alembic."""
     async with engine.connect() as connection:
         rows = await connection.execute(text(EVERYTHING))
         return {tuple(row) for row in rows if "alembic_version" not in row[1]}
 
 
-# Up and down
+# Upgrades and downgrades
 
 
 @pytest.mark.slow
-async def test_up_down_and_up_again_leave_nothing_behind(empty_database: Settings) -> None:
+async def test_a_downgrade_to_base_removes_all_objects(empty_database: Settings) -> None:
     async with maintenance_engine(empty_database) as engine:
         nothing = await everything(engine)
         state = await upgrade(engine)
@@ -83,10 +83,10 @@ async def test_an_unknown_revision_is_refused(clone_settings: Settings, revision
         with pytest.raises(MigrationError):
             await downgrade(engine, revision)
         assert await everything(engine) == before
-        assert (await upgrade(engine)).problem is None  # the lock was let go
+        assert (await upgrade(engine)).problem is None  # the lock was released
 
 
-async def test_migrations_know_no_query_timeout(clone: Database) -> None:
+async def test_migrations_have_no_query_timeout(clone: Database) -> None:
     hurried = clone.settings.model_copy(update={"db_query_timeout": 0.001})
     async with maintenance_engine(hurried) as engine, engine.connect() as connection:
         assert await connection.scalar(text("SHOW statement_timeout")) == "0"
@@ -109,14 +109,14 @@ INSERT INTO tiger_accounts (
 
 
 async def accounts_in(engine: AsyncEngine) -> dict[str, dict[str, Any]]:
-    """The stored accounts, by their numbers."""
+    """Return the stored accounts by account number."""
     async with engine.connect() as connection:
         rows = await connection.execute(text("SELECT * FROM tiger_accounts"))
         return {row["account_number"]: dict(row) for row in rows.mappings()}
 
 
 @pytest.mark.slow
-async def test_0002_destroys_the_credentials_of_closed_accounts(empty_database: Settings) -> None:
+async def test_0002_removes_the_credentials_of_closed_accounts(empty_database: Settings) -> None:
     statuses = ["active", "inactive", "suspended", "pending_verification", "closed"]
     async with maintenance_engine(empty_database) as engine:
         await upgrade(engine, "0001")
@@ -145,7 +145,7 @@ async def test_0002_destroys_the_credentials_of_closed_accounts(empty_database: 
 
 
 @pytest.mark.schema_changes
-async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> None:
+async def test_0002_can_be_undone_and_repeated_with_data(clone: Database) -> None:
     async with clone.session() as session:
         used = await factories.account(session, access_token="t", client_options={"timeout": 7})
         failed = await factories.account(session)
@@ -162,7 +162,7 @@ async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> N
         await upgrade(engine)
         after = await accounts_in(engine)
         assert await drift(engine) == []
-    # What 0001 has no place for is lost.
+    # Values without a column in 0001 are lost.
     before[used.account_number]["client_options"] = {}
     before[failed.account_number]["auto_suspended"] = False
     for row in (before[closed.account_number], after[closed.account_number]):
@@ -183,7 +183,7 @@ async def test_0002_goes_down_and_up_again_with_data_in_it(clone: Database) -> N
 
 
 @pytest.mark.slow
-async def test_0005_has_tokens_refreshed_an_hour_before_they_expire(
+async def test_0005_sets_the_refresh_time_to_an_hour_before_expiry(
     empty_database: Settings,
 ) -> None:
     expiry, due = datetime(2030, 1, 1, tzinfo=UTC), datetime(2029, 12, 31, 23, tzinfo=UTC)
@@ -248,7 +248,7 @@ FROM api_key_limits AS l LEFT JOIN api_keys AS k ON k.id = l.api_key_id
 
 
 @pytest.mark.slow
-async def test_0007_finds_the_lines_of_keys_and_adds_up_their_counts(
+async def test_0007_finds_the_lines_of_keys_and_sums_their_counts(
     empty_database: Settings,
 ) -> None:
     async def rows(engine: AsyncEngine, query: str) -> set[tuple[Any, ...]]:
@@ -263,7 +263,7 @@ async def test_0007_finds_the_lines_of_keys_and_adds_up_their_counts(
             for key, successor in (
                 ("a", "b"), ("b", "c"), ("a", "d"),  # a was rotated twice
                 ("gone", "last"),
-                # Events that anybody may have written.
+                # Applications can write such events.
                 ("alone", "no id"), ("alone", ""), ("alone", None),
                 ("x", "y"), ("y", "x"),
             ):  # fmt: skip
@@ -320,7 +320,7 @@ LEASED = "ck_token_statuses_in_progress_is_leased"
 
 
 @pytest.mark.slow
-async def test_0008_gives_refreshes_a_lease_that_nothing_could_claim(
+async def test_0008_adds_a_lease_to_refreshes_that_cannot_be_claimed(
     empty_database: Settings,
 ) -> None:
     lease = datetime(2030, 1, 1, tzinfo=UTC)
@@ -357,7 +357,7 @@ async def test_0008_gives_refreshes_a_lease_that_nothing_could_claim(
             }
             await downgrade(engine, "0005")
             assert await rows(engine) == after
-        # As if the validation had been cut off: then all of it runs again.
+        # After an interrupted validation, the whole migration runs again.
 
         async with engine.begin() as connection:
             await connection.execute(
@@ -376,7 +376,7 @@ def undated(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 async def functions(engine: AsyncEngine, name: str) -> int:
-    """How many functions and triggers are called that."""
+    """Return the number of functions and triggers with a name."""
     async with engine.connect() as connection:
         found = await connection.scalar(
             text(
@@ -391,7 +391,7 @@ async def functions(engine: AsyncEngine, name: str) -> int:
 # Drift
 
 
-async def test_the_migrated_schema_is_the_models(clone_settings: Settings) -> None:
+async def test_the_migrated_schema_matches_the_models(clone_settings: Settings) -> None:
     async with maintenance_engine(clone_settings) as engine:
         assert await drift(engine) == []
 
@@ -458,20 +458,20 @@ async def test_drift_is_found(clone_settings: Settings, change: str, found: str)
 
 @pytest.mark.slow
 @pytest.mark.schema_changes
-async def test_partitions_are_no_drift(clone_settings: Settings) -> None:
+async def test_partitions_are_not_reported_as_drift(clone_settings: Settings) -> None:
     async with maintenance_engine(clone_settings) as engine:
         async with engine.begin() as connection:
             await connection.exec_driver_sql("SELECT make_audit_months(30)")
         assert await drift(engine) == []
 
 
-async def test_drift_needs_the_schema_of_this_code(empty_database: Settings) -> None:
+async def test_drift_needs_the_head_revision(empty_database: Settings) -> None:
     async with maintenance_engine(empty_database) as engine:
         with pytest.raises(SchemaMismatch, match="no tiger_db schema"):
             await drift(engine)
 
 
-async def test_looking_for_drift_only_reads(clone: Database) -> None:
+async def test_drift_only_reads(clone: Database) -> None:
     with recorded(clone) as sent:
         await drift(clone.engine)
     assert sent
@@ -480,18 +480,18 @@ async def test_looking_for_drift_only_reads(clone: Database) -> None:
     ]
 
 
-# Months of the audit trail
+# Partitions of the audit trail
 
 
 def month_starts(count: int) -> list[datetime]:
-    """Of this month and those that follow, in UTC."""
+    """Return the starts of this month and the following ones, in UTC."""
     now = datetime.now(UTC)
     months = range(now.year * 12 + now.month - 1, now.year * 12 + now.month - 1 + count)
     return [datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC) for month in months]
 
 
 def floor_of(moment: datetime) -> UUID:
-    """The smallest UUIDv7 of a time: RFC 9562, 5.7, without version and variant."""
+    """Return the smallest UUIDv7 of a time: RFC 9562, section 5.7, without version and variant."""
     milliseconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
     return UUID(int=min(max(milliseconds, 0), 2**48 - 1) << 80)
 
@@ -536,7 +536,7 @@ async def test_months_are_utc_in_any_time_zone(clone: Database, zone: str) -> No
 
 
 @pytest.mark.schema_changes
-async def test_migrating_makes_a_year_of_months(clone: Database) -> None:
+async def test_upgrade_creates_a_year_of_partitions(clone: Database) -> None:
     async with clone.session() as session:
         assert len(await bounds(session)) == MONTHS_AHEAD + 1
         await forget_months(session)
@@ -545,7 +545,7 @@ async def test_migrating_makes_a_year_of_months(clone: Database) -> None:
         assert len(await bounds(session)) == MONTHS_AHEAD + 1
 
 
-async def test_a_pooled_connection_keeps_no_lock(clone: Database) -> None:
+async def test_upgrade_releases_its_lock(clone: Database) -> None:
     await upgrade(clone.engine)
     async with clone.session() as session:
         held = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database"
@@ -554,7 +554,7 @@ async def test_a_pooled_connection_keeps_no_lock(clone: Database) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 12, -1])
-async def test_months_that_are_there_stay(clone: Database, ahead: int) -> None:
+async def test_existing_partitions_stay(clone: Database, ahead: int) -> None:
     async with clone.session() as session:
         before = await bounds(session)
         assert await make_months(session, ahead) == 0
@@ -562,7 +562,7 @@ async def test_months_that_are_there_stay(clone: Database, ahead: int) -> None:
 
 
 @pytest.mark.schema_changes
-async def test_strays_move_into_their_month(clone: Database) -> None:
+async def test_events_of_the_default_partition_move_to_their_month(clone: Database) -> None:
     this_month, next_month, later = month_starts(3)
     strays = [
         factories.new_event(id=UUID(int=floor_of(moment).int + n), details={"n": n})
@@ -577,15 +577,15 @@ async def test_strays_move_into_their_month(clone: Database) -> None:
         assert await make_months(session, 1) == 2
     async with clone.session() as session:
         assert [event.model_dump() for event in await factories.events(session)] == before
-        places = await session.execute(
+        locations = await session.execute(
             text("SELECT id, tableoid::regclass::text FROM audit_logs ORDER BY id")
         )
         months = [f"audit_logs_{this_month:%Y_%m}", *[f"audit_logs_{next_month:%Y_%m}"] * 2]
-        assert [place for _, place in places] == [*months, "audit_logs_default"]
+        assert [partition for _, partition in locations] == [*months, "audit_logs_default"]
 
 
 @pytest.mark.schema_changes
-async def test_concurrent_callers_make_each_month_once(clone: Database) -> None:
+async def test_concurrent_callers_create_each_partition_once(clone: Database) -> None:
     async with clone.session() as session:
         await forget_months(session)
     gate = asyncio.Barrier(6)
@@ -599,8 +599,8 @@ async def test_concurrent_callers_make_each_month_once(clone: Database) -> None:
     assert sorted(await asyncio.gather(*(make() for _ in range(6)))) == [0, 0, 0, 0, 0, 6]
 
 
-async def test_a_new_month_keeps_every_rule(clone: Database) -> None:
-    """Columns, constraints and indexes are those of its parent."""
+async def test_a_new_partition_has_every_rule(clone: Database) -> None:
+    """Its columns, constraints and indexes are those of the parent."""
     describe = """
         SELECT attname || format_type(atttypid, atttypmod) || attnotnull FROM pg_attribute
             WHERE attrelid = cast(:name as regclass) AND attnum > 0
@@ -621,7 +621,7 @@ async def test_a_new_month_keeps_every_rule(clone: Database) -> None:
             assert await described(session, name) == whole
 
 
-# The function that turns a time into an id
+# uuid7_floor
 
 LAST = datetime(9999, 12, 31)  # noqa: DTZ001  # for asyncpg, datetime.max is infinity
 
@@ -651,7 +651,9 @@ async def test_uuid7_floor_beyond_python(session: AsyncSession, moment: str, flo
     assert found == UUID(int=floor)
 
 
-async def test_an_id_made_now_is_at_the_floor_of_now(session: AsyncSession) -> None:
+async def test_the_id_of_a_new_event_is_not_below_the_floor_of_its_time(
+    session: AsyncSession,
+) -> None:
     before = datetime.now(UTC)
     event = factories.new_event()
     after = datetime.now(UTC) + timedelta(milliseconds=1)
