@@ -1,3 +1,5 @@
+"""Recording, searching and counting of audit events."""
+
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta, timezone
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -27,7 +29,7 @@ json_values = st.recursive(
     | st.booleans()
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False, allow_infinity=False).filter(
-        lambda x: abs(x) < 2**53  # a larger one comes back as a whole number with other digits
+        lambda x: abs(x) < 2**53  # larger ones are read as integers
     )
     | storable_text,
     lambda inner: st.lists(inner) | st.dictionaries(storable_text, inner),
@@ -35,7 +37,7 @@ json_values = st.recursive(
 )
 
 
-async def test_an_event_holds_what_was_told(clone: Database) -> None:
+async def test_an_event_stores_all_given_fields(clone: Database) -> None:
     told: dict[str, Any] = {
         "action": AuditAction.TRADE_PLACE_ORDER,
         "result": AuditResult.PARTIAL,
@@ -78,7 +80,7 @@ async def test_an_event_holds_what_was_told(clone: Database) -> None:
         (AuditAction.DATA_QUERY, AuditResult.FAILURE, AuditSeverity.MEDIUM),
     ],
 )
-async def test_severity_follows_where_it_is_not_given(
+async def test_severity_follows_from_action_and_result_unless_given(
     session: AsyncSession, action: AuditAction, result: AuditResult, severity: AuditSeverity
 ) -> None:
     assert (await audit_logs.log_event(session, action=action, result=result)).severity == severity
@@ -87,7 +89,7 @@ async def test_severity_follows_where_it_is_not_given(
 
 
 @pytest.mark.parametrize(("field", "value"), [("action", "trade:guess"), ("result", "lost")])
-async def test_a_refused_value_is_named_and_nothing_recorded(
+async def test_an_invalid_value_is_named_and_nothing_recorded(
     session: AsyncSession, field: str, value: object
 ) -> None:
     with pytest.raises(ValidationError, match=field):
@@ -95,7 +97,7 @@ async def test_a_refused_value_is_named_and_nothing_recorded(
     assert await factories.events(session) == []
 
 
-async def test_no_event_is_lost_to_a_bad_detail(session: AsyncSession) -> None:
+async def test_an_event_with_unstorable_values_is_recorded(session: AsyncSession) -> None:
     bad: dict[str, Any] = {
         "user_id": "x" * 101,
         "request_method": "a\0b" * 9,
@@ -120,13 +122,13 @@ async def test_no_event_is_lost_to_a_bad_detail(session: AsyncSession) -> None:
 @pytest.mark.slow
 @no_deadline
 @given(details=st.dictionaries(storable_text, json_values))
-async def test_any_json_comes_back_as_it_went_in(
+async def test_any_json_is_read_as_it_was_recorded(
     session: AsyncSession, details: dict[str, Any]
 ) -> None:
     event = await audit_logs.log_event(session, action=LOGIN, details=details)
     session.expire(event)
     await session.refresh(event)
-    assert event.details == AuditLog(action=LOGIN, details=details).details  # but for secrets
+    assert event.details == AuditLog(action=LOGIN, details=details).details  # with masked secrets
 
 
 async def test_many_events_are_recorded_at_once(session: AsyncSession) -> None:
@@ -136,7 +138,7 @@ async def test_many_events_are_recorded_at_once(session: AsyncSession) -> None:
     assert await audit_logs.log_events(session, []) == 0
 
 
-async def test_one_bad_event_leaves_all_out(session: AsyncSession) -> None:
+async def test_one_invalid_event_refuses_the_whole_batch(session: AsyncSession) -> None:
     batch: list[Any] = [AuditLog(action=LOGIN), {"action": "dashboard:login"}]
     with pytest.raises(InvalidValue, match="AuditLog"):
         await audit_logs.log_events(session, batch)
@@ -155,7 +157,7 @@ async def test_an_event_is_recorded_only_once(clone: Database) -> None:
         assert ids(await factories.events(session)) == [event.id]
 
 
-async def test_events_vanish_with_their_transaction(clone: Database) -> None:
+async def test_a_rolled_back_transaction_leaves_no_events(clone: Database) -> None:
     with pytest.raises(ZeroDivisionError):
         async with clone.session() as session:
             await audit_logs.log_event(session, action=LOGIN)
@@ -169,7 +171,7 @@ async def test_events_vanish_with_their_transaction(clone: Database) -> None:
 async def test_a_recorded_event_stays_when_the_caller_rolls_back(
     clone_settings: Settings, pool: int
 ) -> None:
-    """Also with a pool of one connection, which the caller holds."""
+    """This includes a pool of one connection, which the caller holds."""
     few = {"db_pool_size": pool, "db_max_overflow": 0, "db_pool_timeout": 3}
     async with Database(clone_settings.model_copy(update=few)) as database:
         with pytest.raises(ZeroDivisionError):
@@ -182,14 +184,14 @@ async def test_a_recorded_event_stays_when_the_caller_rolls_back(
     assert (stored.id, stored.user_id) == (event.id, "kept")
 
 
-async def test_a_session_of_no_database_records_in_its_own_transaction(
+async def test_without_an_out_of_band_writer_events_are_recorded_in_the_transaction(
     session: AsyncSession,
 ) -> None:
     event = await audit_logs.record_event(session, action=LOGIN)
     assert (await factories.events(session)) == [event]
 
 
-# Reading
+# Queries
 
 
 def ids(events: Iterable[AuditLog]) -> list[UUID]:
@@ -197,13 +199,15 @@ def ids(events: Iterable[AuditLog]) -> list[UUID]:
 
 
 def event_at(time: datetime, **values: Any) -> AuditLog:
-    """An event whose id was made at a time."""
+    """Build an event whose UUIDv7 has the given time."""
     milliseconds = int(time.timestamp() * 1000)
     bits = milliseconds << 80 | 7 << 76 | 0b10 << 62 | uuid4().int & (2**62 - 1)
     return factories.new_event(id=UUID(int=bits), **values)
 
 
-async def test_security_events_are_that_family_or_severe_and_recent(session: AsyncSession) -> None:
+async def test_security_events_are_recent_and_of_the_family_or_severe(
+    session: AsyncSession,
+) -> None:
     now = datetime.now(UTC)
 
     def hours_ago(hours: float, **values: Any) -> AuditLog:
@@ -269,7 +273,7 @@ async def test_each_criterion_finds_its_events(
     assert (await audit_logs.search(session, **{criterion: wanted}, since=tomorrow)).items == []
 
 
-async def test_a_resource_is_found_by_kind_and_id(session: AsyncSession) -> None:
+async def test_a_resource_is_found_by_type_and_id(session: AsyncSession) -> None:
     wanted = AuditLog(action=LOGIN, resource_type="order", resource_id="1")
     others = [
         AuditLog(action=LOGIN, resource_type="order", resource_id="2"),
@@ -287,7 +291,7 @@ async def test_a_resource_is_found_by_kind_and_id(session: AsyncSession) -> None
     assert await found("order/") == await found("%") == set()
 
 
-async def test_details_are_found_by_what_they_contain_at_their_top(session: AsyncSession) -> None:
+async def test_details_match_at_the_top_level_only(session: AsyncSession) -> None:
     event = AuditLog(action=LOGIN, details={"a": {"symbol": "AAPL"}, "n": 1})
     await audit_logs.log_events(session, [event, AuditLog(action=LOGIN)])
     for details, count in (({"n": 1}, 1), ({"n": "1"}, 0), ({"symbol": "AAPL"}, 0), ({}, 1)):
@@ -323,7 +327,9 @@ async def test_statistics_count_by_action_result_and_hour(session: AsyncSession)
         await audit_logs.statistics(session, since=noon.replace(tzinfo=None))
 
 
-async def test_no_criterion_finds_all_newest_first(session: AsyncSession) -> None:
+async def test_a_search_without_criteria_returns_all_events_newest_first(
+    session: AsyncSession,
+) -> None:
     events = [await audit_logs.log_event(session, action=LOGIN) for _ in range(3)]
     assert (await audit_logs.search(session)).items == events[::-1]
     assert (await audit_logs.get_recent_events(session)).items == events[::-1]
@@ -350,7 +356,7 @@ async def test_since_is_inclusive_and_until_exclusive(session: AsyncSession) -> 
 @example(moment=datetime.min.replace(tzinfo=UTC))
 @example(moment=datetime.max.replace(tzinfo=UTC))
 @example(moment=datetime.min.replace(tzinfo=timezone(timedelta(hours=14))))
-async def test_any_aware_time_is_a_bound_or_refused(
+async def test_every_aware_time_is_accepted_or_raises_invalid_value(
     session: AsyncSession, moment: datetime
 ) -> None:
     try:
@@ -377,14 +383,14 @@ async def test_any_aware_time_is_a_bound_or_refused(
         lambda s: audit_logs.search(s, actions=[NONSENSE]),
     ],
 )
-async def test_a_criterion_that_cannot_be_is_refused(
+async def test_an_invalid_criterion_raises_invalid_value(
     session: AsyncSession, search: Callable[[AsyncSession], Awaitable[object]]
 ) -> None:
     with pytest.raises(InvalidValue):
         await search(session)
 
 
-async def test_an_unknown_criterion_is_refused(session: AsyncSession) -> None:
+async def test_an_unknown_criterion_raises_type_error(session: AsyncSession) -> None:
     misspelt: dict[str, Any] = {"user": "alice"}
     with pytest.raises(TypeError, match="user"):
         await audit_logs.search(session, **misspelt)

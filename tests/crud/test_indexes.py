@@ -1,4 +1,4 @@
-"""Every index serves the query that it is for, on tables that are worth an index."""
+"""EXPLAIN shows that every index is used by its query, on tables of realistic size."""
 
 import re
 from collections.abc import AsyncIterator
@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import text
 
-from tests.crud.serves import NOW, SERVES, id_of, limited_use
 from tests.support import databases
+from tests.support.index_queries import NOW, SERVES, id_of, limited_use
 from tests.support.plans import Plan, Query, as_json, nodes, plan_of, used_indexes
 from tiger_db import AuditLog, Database, Settings, doctor
 from tiger_db.crud import api_keys, audit_logs, token_status
@@ -74,7 +74,7 @@ WHERE amname = 'brin' AND relkind = 'i'
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def full(server_url: str, template: str) -> AsyncIterator[Settings]:
-    """A database with some ten thousand rows in every table, and those in four partitions."""
+    """A database with about ten thousand rows in each table, and events in four partitions."""
     name = f"tiger_db_full_{uuid4().hex[:12]}"
     settings = await databases.create(server_url, name, template)
     async with Database(settings) as database, database.engine.connect() as connection:
@@ -97,7 +97,7 @@ async def verifier_miss(session: AsyncSession) -> None:
 
 
 @pytest.mark.parametrize(("index", "query"), SERVES, ids=str)
-async def test_an_index_serves_its_query(full: Settings, index: str, query: Query) -> None:
+async def test_an_index_is_used_by_its_query(full: Settings, index: str, query: Query) -> None:
     assert index in await used_indexes(full, query)
 
 
@@ -113,7 +113,7 @@ async def test_an_index_serves_its_query(full: Settings, index: str, query: Quer
         (limited_use, {"pk_api_keys", "pk_tiger_accounts", "pk_api_key_limits"}),
     ],
 )
-async def test_a_key_is_checked_by_index_alone(
+async def test_authorizing_a_key_reads_by_index_only(
     full: Settings, query: Query, indexes: set[str]
 ) -> None:
     assert await used_indexes(full, query) == indexes
@@ -130,22 +130,20 @@ async def test_a_key_is_checked_by_index_alone(
         lambda s: token_status.overview(s, since=NOW),
     ],
 )
-async def test_refreshes_are_worked_on_by_index_alone(full: Settings, query: Query) -> None:
+async def test_work_on_refreshes_reads_by_index_only(full: Settings, query: Query) -> None:
     assert "Seq Scan" not in {node["Node Type"] for node in await plan_of(full, query)}
 
 
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
-        (doctor.UNSEALED_EVENTS, "position"),  # as PostgreSQL names those of partitions
+        (doctor.UNSEALED_EVENTS, "position"),  # part of the name of an index of a partition
         (doctor.OPEN_REFRESHES, "ix_token_statuses_due|uq_token_statuses_tiger_account_id_open"),
         (doctor.DUE_TOKENS, "ix_tiger_accounts_token_refresh_at"),
         (doctor.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
     ],
 )
-async def test_the_doctor_reads_no_table_that_is_large(
-    full: Settings, statement: str, index: str
-) -> None:
+async def test_the_doctor_scans_no_large_table(full: Settings, statement: str, index: str) -> None:
     async with Database(full) as database, database.session() as session:
         plan = await session.scalar(text(f"EXPLAIN (FORMAT JSON) {statement}"))
         filled = set(
@@ -178,12 +176,12 @@ def partitions(plan: Plan) -> set[str]:
 
 
 def month(ahead: int) -> datetime:
-    """The start of the month that is so many months ahead."""
+    """Return the start of the month, this many months ahead."""
     years, months = divmod(NOW.month - 1 + ahead, 12)
     return datetime(NOW.year + years, months + 1, 1, tzinfo=UTC)
 
 
-async def test_an_id_leads_to_its_month(full: Settings) -> None:
+async def test_an_event_id_is_looked_up_in_its_month_only(full: Settings) -> None:
     milliseconds = int(month(2).timestamp() * 1000)
     event_id = UUID(int=milliseconds << 80 | 5)
     plan = await plan_of(full, lambda s: s.get(AuditLog, event_id))
@@ -205,7 +203,7 @@ async def test_a_time_window_reads_only_its_months(
     assert partitions(plan) == {f"audit_logs_{start:%Y_%m}" for start in expected}
 
 
-async def test_security_events_read_no_month_before(full: Settings) -> None:
+async def test_security_events_read_no_earlier_month(full: Settings) -> None:
     async with Database(full) as database, database.engine.begin() as connection:
         await connection.exec_driver_sql(
             "CREATE TABLE audit_logs_2020_01 PARTITION OF audit_logs"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import asyncpg
 
-from tests.crud.serves import SERVES
+from tests.support.index_queries import SERVES
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import schema_state
 from tiger_db.models import Entity, metadata

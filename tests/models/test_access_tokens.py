@@ -1,22 +1,15 @@
-"""What a token says of itself, and that an older one never takes a newer one's place."""
+"""The times in an access token, and the comparison of tokens by age."""
 
 import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.support import factories
-from tests.support.contexts import changed_context
-from tests.support.factories import new_account, plain
+from tests.support.factories import new_account
 from tests.support.tiger_tokens import MONTH, NOW, SOON, tiger_token
-from tiger_db import Database, TigerAccount, TokenStatus
-from tiger_db.crud import accounts, token_status
-from tiger_db.database import AsyncSession
-from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.errors import StaleToken
 from tiger_db.models.accounts import TokenTimes, token_times
 
@@ -157,119 +150,3 @@ def test_an_older_token_is_refused(
     account = new_account(access_token=held, token_expires_at=until)
     with pytest.raises(StaleToken, match="newer access token"):
         account.check_not_stale(new, given_expiry)
-
-
-# In the database
-
-Replace = Callable[[AsyncSession, UUID, str], Awaitable[object]]
-
-
-async def complete(session: AsyncSession, account_id: UUID, token: str) -> TokenStatus:
-    account = await accounts.get(session, account_id)
-    await factories.refresh(session, account)
-    (claim,) = await token_status.claim_due(session, worker="w")
-    return await token_status.complete(session, claim, access_token=token)
-
-
-REPLACE: dict[str, Replace] = {
-    "update": lambda s, i, token: accounts.update(s, i, access_token=token),
-    "update_tokens": lambda s, i, token: accounts.update_tokens(s, i, access_token=token),
-    "complete": complete,
-}
-replace = pytest.mark.parametrize("replace", REPLACE)
-
-
-async def stored(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    session.expunge_all()
-    account = await accounts.get(session, account_id)
-    assert account is not None
-    return account
-
-
-async def test_creating_reads_the_expiry(session: AsyncSession) -> None:
-    token = tiger_token()
-    created = await factories.account(session, access_token=token)
-    account = await stored(session, created.id)
-    assert (plain(account.access_token), account.token_expires_at) == (token, NOW + MONTH)
-    (event,) = await factories.events(session)
-    assert event.new_values is not None
-    assert event.new_values["token_expires_at"] == "2026-12-25T12:00:00Z"
-    given = await factories.account(session, access_token=token, token_expires_at=LATER)
-    assert given.token_expires_at == LATER
-
-
-@replace
-async def test_replacing_reads_the_expiry(session: AsyncSession, replace: str) -> None:
-    created = await factories.account(session)
-    for token, expiry in (
-        (tiger_token(), NOW + MONTH),
-        (tiger_token(SOON), SOON + MONTH),
-        ("opaque", None),
-        (tiger_token(), NOW + MONTH),
-    ):
-        done = await REPLACE[replace](session, created.id, token)
-        account = await stored(session, created.id)
-        assert (plain(account.access_token), account.token_expires_at) == (token, expiry)
-        if isinstance(done, TokenStatus):
-            assert done.new_token_expires_at == expiry
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda s, i: accounts.update(s, i, access_token=tiger_token(), token_expires_at=LATER),
-        lambda s, i: accounts.update_tokens(
-            s, i, access_token=tiger_token(), token_expires_at=LATER
-        ),
-    ],
-)
-async def test_a_given_expiry_wins(
-    session: AsyncSession, change: Callable[[AsyncSession, UUID], Awaitable[TigerAccount]]
-) -> None:
-    created = await factories.account(session)
-    await change(session, created.id)
-    assert (await stored(session, created.id)).token_expires_at == LATER
-
-
-OLDER: dict[str, Callable[[AsyncSession, UUID], Awaitable[object]]] = {
-    "update": lambda s, i: accounts.update(
-        s, i, access_token=tiger_token(), description="half", token_expires_at=LATER
-    ),
-    "update_tokens": lambda s, i: accounts.update_tokens(
-        s, i, access_token=tiger_token(), refresh_token="new", token_expires_at=LATER
-    ),
-}
-
-
-@pytest.mark.parametrize("change", OLDER)
-async def test_an_older_token_changes_nothing_and_writes_no_event(
-    clone: Database, change: str
-) -> None:
-    async with clone.session() as session:
-        account = await factories.account(session, access_token=tiger_token(SOON))
-        before = await factories.everything(session)
-    async with clone.session() as session:
-        with pytest.raises(StaleToken):
-            await OLDER[change](session, account.id)
-    async with clone.session() as session:  # the refused transaction was committed
-        assert await factories.everything(session) == before
-
-
-@replace
-async def test_the_same_token_again_is_fine(session: AsyncSession, replace: str) -> None:
-    token = tiger_token()
-    account = await factories.account(session, access_token=token)
-    await REPLACE[replace](session, account.id, token)
-    assert plain((await stored(session, account.id)).access_token) == token
-
-
-@replace
-async def test_a_token_that_nobody_can_read_is_replaced(clone: Database, replace: str) -> None:
-    async with clone.session() as session:
-        account = await factories.account(session, access_token=tiger_token(SOON, MONTH / 2))
-    info = changed_context(clone.info, key_provider=KeyRing.parse(generate_key("other")))
-    token = tiger_token()
-    async with clone.sessions(info=info) as session:
-        await REPLACE[replace](session, account.id, token)
-        read = await stored(session, account.id)
-    assert (plain(read.access_token), read.token_expires_at) == (token, NOW + MONTH)

@@ -1,10 +1,13 @@
-"""Which accounts may serve a request, and in which order."""
+"""Lookups and lists of accounts, and the accounts that can serve a request."""
 
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import InvalidRequestError
 
 from tests.support import factories
 from tests.support.recording import recorded
@@ -18,7 +21,12 @@ from tiger_db import (
 )
 from tiger_db.crud import accounts
 from tiger_db.database import AsyncSession
-from tiger_db.errors import InvalidValue
+from tiger_db.errors import (
+    InvalidValue,
+    TigerDBError,
+)
+
+NONSENSE: Any = "nonsense"
 
 S = AccountStatus
 
@@ -33,7 +41,7 @@ async def fail(session: AsyncSession, account: TigerAccount, times: int = 1) -> 
 
 
 async def execute(session: AsyncSession, account: TigerAccount, assignments: str) -> None:
-    """Change the account by SQL, as a person with `psql` would."""
+    """Change the account with raw SQL, outside the ORM."""
     statement = text(f"UPDATE tiger_accounts SET {assignments} WHERE id = :id")
     await session.execute(statement, {"id": account.id})
 
@@ -51,7 +59,7 @@ async def numbers(session: AsyncSession, **criteria: Any) -> list[str]:
         ({"license": None, "access_token": "t", "token_expires_at": NOW - timedelta(days=1)}, ""),
         ({"license": "TBNZ", "access_token": "t", "token_expires_at": NOW}, ""),
         (TBHK | {"token_expires_at": NOW + timedelta(hours=1)}, ""),
-        (TBHK, ""),  # until when is unknown
+        (TBHK, ""),  # the expiry is unknown
         ({}, "error_count = 2, last_error_at = now()"),
         ({}, "error_count = 3, last_error_at = now() - interval '5 minutes 1 second'"),
         ({}, "error_count = 9, last_error_at = now() - interval '1 hour'"),
@@ -59,7 +67,7 @@ async def numbers(session: AsyncSession, **criteria: Any) -> list[str]:
         ({}, "last_error_at = now()"),
     ],
 )
-async def test_an_account_may_serve(
+async def test_an_account_can_serve_a_request(
     session: AsyncSession, values: dict[str, Any], assignments: str
 ) -> None:
     account = await factories.account(session, account_number="1", **values)
@@ -85,7 +93,7 @@ async def test_an_account_may_serve(
         ({"is_default_data": True}, "error_count = 9, last_error_at = now()"),
     ],
 )
-async def test_an_account_may_not_serve(
+async def test_an_account_cannot_serve_a_request(
     session: AsyncSession, values: dict[str, Any], assignments: str
 ) -> None:
     account = await factories.account(session, **values)
@@ -94,7 +102,7 @@ async def test_an_account_may_not_serve(
     assert await numbers(session) == []
 
 
-async def test_an_account_that_fails_serves_again_after_a_success(session: AsyncSession) -> None:
+async def test_a_failing_account_can_serve_again_after_a_success(session: AsyncSession) -> None:
     account = await factories.account(session, account_number="1")
     await fail(session, account, 2)
     assert await numbers(session) == ["1"]
@@ -104,7 +112,7 @@ async def test_an_account_that_fails_serves_again_after_a_success(session: Async
     assert await numbers(session) == ["1"]
 
 
-async def test_the_permission_is_held(session: AsyncSession) -> None:
+async def test_found_accounts_have_the_market_permission(session: AsyncSession) -> None:
     await factories.account(session, account_number="none")
     await factories.account(session, account_number="hk", market_permissions=["HK"])
     await factories.account(session, account_number="us, hk", market_permissions=["US", "HK"])
@@ -114,15 +122,14 @@ async def test_the_permission_is_held(session: AsyncSession) -> None:
     assert await numbers(session) == ["none", "hk", "us, hk"]
 
 
-async def test_the_environment_is_the_one_asked_for(session: AsyncSession) -> None:
+async def test_found_accounts_are_of_the_requested_environment(session: AsyncSession) -> None:
     await factories.account(session, account_number="1")
     await factories.account(session, account_number="2", environment="SANDBOX")
     assert await numbers(session) == ["1"]
     assert await numbers(session, environment=TigerEnvironment.SANDBOX) == ["2"]
 
 
-async def test_the_best_come_first(session: AsyncSession) -> None:
-    """The default for the purpose, then those with the fewest errors, then the oldest."""
+async def test_found_accounts_are_sorted_by_default_errors_and_age(session: AsyncSession) -> None:
     for number, errors, defaults in (
         ("oldest", 0, {}),
         ("one error", 1, {}),
@@ -145,7 +152,7 @@ PAPER = "20191106192858300"
     ("default", "found"),
     [(None, ["51230001", "U1"]), ("U1", ["U1", "51230001"]), (PAPER, [PAPER])],
 )
-async def test_paper_and_real_trade_apart(
+async def test_trading_never_mixes_paper_and_real_accounts(
     session: AsyncSession, default: str | None, found: list[str]
 ) -> None:
     for number in ("51230001", PAPER, "U1"):
@@ -167,7 +174,7 @@ async def test_paper_and_real_trade_apart(
 
 
 @pytest.mark.parametrize("default", ["51230001", PAPER])
-async def test_a_default_that_may_not_serve_is_not_replaced_by_the_other_kind(
+async def test_a_suspended_default_account_is_not_replaced_by_one_of_the_other_kind(
     session: AsyncSession, default: str
 ) -> None:
     for number in ("51230001", PAPER):
@@ -181,13 +188,13 @@ async def test_a_default_that_may_not_serve_is_not_replaced_by_the_other_kind(
 
 
 @pytest.mark.parametrize("limit", [0, 1001, True])
-async def test_a_bad_limit_is_refused(session: AsyncSession, limit: int) -> None:
+async def test_an_invalid_limit_is_refused(session: AsyncSession, limit: int) -> None:
     with pytest.raises(InvalidValue, match="limit"):
         await accounts.find_for_operation(session, limit=limit)
 
 
 @pytest.mark.parametrize("trading", [False, True])
-async def test_finding_is_one_statement(
+async def test_find_for_operation_sends_one_statement(
     database: Database, session: AsyncSession, *, trading: bool
 ) -> None:
     for _ in range(3):
@@ -199,8 +206,105 @@ async def test_finding_is_one_statement(
     assert (len(found), len(sent)) == (3, 1)
 
 
-async def test_what_is_found_is_as_it_is_now(session: AsyncSession) -> None:
+async def test_found_accounts_have_current_values(session: AsyncSession) -> None:
     account = await factories.account(session)
     await execute(session, account, "description = 'raw'")
     (found,) = await accounts.find_for_operation(session)
     assert (found is account, found.description) == (True, "raw")
+
+
+# Lookups and lists
+
+
+async def test_looking_up_an_unknown_account_returns_none(session: AsyncSession) -> None:
+    assert await accounts.get(session, uuid4()) is None
+    assert await accounts.get_by_account_number(session, "no 'such\" account 🐅") is None
+    assert await accounts.get_default_trading_account(session) is None
+    assert await accounts.get_default_data_account(session) is None
+    assert await accounts.list_by_tiger_id(session, "none") == []
+    assert await accounts.list_by_tiger_id(session, "\ud800") == []
+
+
+async def test_requested_relationships_are_loaded_and_others_raise(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+        key, _ = await factories.api_key(session, tiger_account_id=account.id)
+        refresh = await factories.refresh(session, account)
+    async with clone.session() as session:
+        loaded = await accounts.get(session, account.id, load=["api_keys", "token_statuses"])
+        assert loaded is not None
+    assert [k.id for k in loaded.api_keys] == [key.id]
+    assert [r.id for r in loaded.token_statuses] == [refresh.id]
+    async with clone.session() as session:
+        bare = await accounts.get_by_account_number(session, account.account_number)
+        with pytest.raises(InvalidRequestError, match="lazy='raise'"):
+            _ = bare and bare.api_keys
+
+
+@pytest.mark.parametrize("load", [["nothing"], ["account_name"], "api_keys"])
+async def test_an_unknown_relationship_is_refused(
+    session: AsyncSession, load: list[str] | str
+) -> None:
+    with pytest.raises(InvalidValue, match="has no relationship"):
+        await accounts.get(session, uuid4(), load=load)
+
+
+async def test_list_by_tiger_id_returns_all_accounts_of_the_id(session: AsyncSession) -> None:
+    first = await factories.account(session, tiger_id="1")
+    await factories.account(session, tiger_id="2")
+    third = await factories.account(session, tiger_id="2")
+    await accounts.update(session, third.id, tiger_id="1")
+    assert await accounts.list_by_tiger_id(session, "1") == [first, third]
+
+
+async def test_listed_accounts_match_all_criteria(session: AsyncSession) -> None:
+    first = await factories.account(session)
+    second = await factories.account(session, environment="SANDBOX")
+    third = await factories.account(session, status="suspended", account_number="U1")
+
+    async def listed(**criteria: Any) -> list[TigerAccount]:
+        return (await accounts.list_accounts(session, **criteria)).items
+
+    assert await listed() == [third, second, first]
+    assert await listed(status=AccountStatus.ACTIVE) == [second, first]
+    assert await listed(environment=TigerEnvironment.SANDBOX) == [second]
+    assert await listed(account_type=AccountType.GLOBAL) == [third]
+    assert await listed(status=AccountStatus.SUSPENDED, environment=TigerEnvironment.SANDBOX) == []
+
+
+async def test_accounts_needing_a_refresh_are_sorted_by_expiry(session: AsyncSession) -> None:
+    now = datetime.now(UTC)
+
+    async def expiring(minutes: int, **overrides: Any) -> TigerAccount:
+        at = now + timedelta(minutes=minutes)
+        return await factories.account_with_token(session, token_expires_at=at, **overrides)
+
+    soon, expired, later = await expiring(50), await expiring(-50), await expiring(120)
+    await expiring(5, status="suspended")
+    await expiring(5, access_token=None)
+    await factories.account(session, access_token="no expiry known")
+    await session.execute(text("SET LOCAL enable_indexscan = off"))  # an index scan would sort them
+    needing = accounts.get_accounts_needing_token_refresh
+    assert await needing(session) == [expired, soon]
+    assert await needing(session, within=timedelta(hours=3)) == [expired, soon, later]
+    assert await needing(session, within=timedelta(hours=3), limit=1) == [expired]
+
+
+@pytest.mark.parametrize(
+    "lookup",
+    [
+        lambda s: accounts.get(s, NONSENSE),
+        lambda s: accounts.get_by_account_number(s, "a\0b"),
+        lambda s: accounts.get_by_account_number(s, "\ud800"),
+        lambda s: accounts.list_accounts(s, status=NONSENSE),
+        lambda s: accounts.get_accounts_needing_token_refresh(s, within=timedelta.max),
+        lambda s: accounts.update(s, NONSENSE, description="new"),
+    ],
+)
+async def test_invalid_input_raises_an_error_without_the_value(
+    session: AsyncSession, lookup: Callable[[AsyncSession], Awaitable[object]]
+) -> None:
+    with pytest.raises(TigerDBError) as caught:
+        await lookup(session)
+    assert type(caught.value) is InvalidValue
+    assert NONSENSE not in str(caught.value)

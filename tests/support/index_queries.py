@@ -1,4 +1,4 @@
-"""Which queries each index is for: told once, for test_indexes.py and for docs/schema.md."""
+"""The queries that use each index: for tests/crud/test_indexes.py and docs/schema.md."""
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,11 +15,11 @@ from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 
 NOW = datetime.now(UTC)
-OLD = NOW - datetime(2024, 6, 24, tzinfo=UTC)  # so long that it was before any id_of
+OLD = NOW - datetime(2024, 6, 24, tzinfo=UTC)  # longer ago than the time in any id of `id_of`
 
 
 def id_of(n: int) -> UUID:
-    """The id of row n in the tables that test_indexes.py fills."""
+    """Return the id of row n in the tables of test_indexes.py."""
     return UUID(f"0190a000-0000-7000-8000-{n:012}")
 
 
@@ -29,7 +29,7 @@ def cursor_of(n: int) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a CRUD function, or of one whose docstring says what is asked."""
+    """A call of a CRUD function, or of another function whose docstring describes its query."""
 
     function: Callable[..., Awaitable[object]]
     arguments: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Call:
         return self.function(session, *self.arguments, **self.keywords)
 
     def __str__(self) -> str:
-        """For people: with the keywords that may be left out, which tell calls of it apart."""
+        """Return the call as text, with its optional keywords."""
         package, _, module = self.function.__module__.partition("tiger_db.")
         if package:
             return inspect.getdoc(self.function) or self.function.__name__
@@ -56,7 +56,7 @@ class Call:
 def asks(
     function: Callable[..., Awaitable[object]], *arguments: object, **keywords: object
 ) -> Call:
-    """A call of a function that takes the session first."""
+    """Build the call of a function whose first argument is the session."""
     return Call(function, arguments, keywords)
 
 

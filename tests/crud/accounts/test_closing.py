@@ -1,4 +1,4 @@
-"""A closed account keeps no credential, key, refresh or default; and every line of its trail."""
+"""A closed account has no credential, API key, refresh or default, and keeps its audit trail."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from tests.support import factories
-from tests.support.account_changes import SECRETS
+from tests.support.account_changes import CHANGES, SECRETS
 from tests.support.factories import plain
 from tiger_db import (
     AccountStatus,
@@ -19,10 +19,15 @@ from tiger_db import (
     PrivateKeyFormat,
     TigerAccount,
     TokenRefreshStatus,
+    crud,
 )
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.database import AsyncSession
-from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue
+from tiger_db.errors import (
+    AlreadyExists,
+    InvalidState,
+    InvalidValue,
+)
 from tiger_db.redaction import MASK
 
 S = AccountStatus
@@ -43,7 +48,7 @@ REASON = "the account was closed"
 
 
 async def busy_account(session: AsyncSession) -> TigerAccount:
-    """An account with all that closing ends, and keys of every status."""
+    """Create an account with secrets, defaults, an open refresh and API keys of every status."""
     values = SECRETS | {"private_key_format": "PK8", "token_expires_at": EXPIRY}
     account = await factories.account(
         session, **values, is_default_data=True, is_default_trading=True
@@ -59,7 +64,7 @@ async def busy_account(session: AsyncSession) -> TigerAccount:
 
 
 async def row_of(session: AsyncSession, account: TigerAccount) -> dict[str, Any]:
-    """As it is stored."""
+    """Return the stored row of an account."""
     row = await session.execute(
         text("SELECT *, status::text AS status FROM tiger_accounts WHERE id = :id"),
         {"id": account.id},
@@ -68,7 +73,7 @@ async def row_of(session: AsyncSession, account: TigerAccount) -> dict[str, Any]
 
 
 async def trail(session: AsyncSession) -> list[str]:
-    """Every audit row, with the transaction that wrote it and the place it is in."""
+    """Return every audit row with its transaction id and physical location."""
     rows = await session.scalars(
         text("SELECT concat_ws(' ', a.tableoid, a.ctid, a.xmin, a) FROM audit_logs a ORDER BY id")
     )
@@ -82,7 +87,7 @@ async def events_since(session: AsyncSession, before: list[str]) -> list[AuditLo
 # Closing
 
 
-async def test_the_credentials_are_destroyed(clone: Database) -> None:
+async def test_closing_deletes_the_credentials(clone: Database) -> None:
     async with clone.session() as session:
         account = await busy_account(session)
         other = await factories.account(session, **SECRETS)
@@ -101,7 +106,7 @@ async def test_the_credentials_are_destroyed(clone: Database) -> None:
     assert after["tiger_id"].hex() in everything
 
 
-async def test_closing_writes_its_event_with_old_and_new_values(session: AsyncSession) -> None:
+async def test_closing_records_an_event_with_old_and_new_values(session: AsyncSession) -> None:
     account = await busy_account(session)
     await accounts.close(session, account.id)
     event = (await factories.events(session))[-1]
@@ -124,7 +129,7 @@ async def test_closing_writes_its_event_with_old_and_new_values(session: AsyncSe
     assert details["cancelled_refreshes"] == [str(refresh.id)]
 
 
-async def test_each_key_is_revoked_with_its_event(session: AsyncSession) -> None:
+async def test_closing_revokes_each_key_with_an_event(session: AsyncSession) -> None:
     account = await busy_account(session)
     keys = (await api_keys.get_keys_for_account(session, account.id)).items
     revoked_before, *working = sorted(keys, key=lambda k: k.status != APIKeyStatus.REVOKED)
@@ -147,7 +152,7 @@ async def test_each_key_is_revoked_with_its_event(session: AsyncSession) -> None
 
 
 @pytest.mark.parametrize("claimed", [False, True])
-async def test_an_open_refresh_is_cancelled_with_its_event(
+async def test_closing_cancels_an_open_refresh_with_an_event(
     session: AsyncSession, *, claimed: bool
 ) -> None:
     account = await factories.account_with_token(session)
@@ -182,7 +187,7 @@ async def test_an_open_refresh_is_cancelled_with_its_event(
     assert still_open.is_open
 
 
-async def test_the_trail_before_it_stays_byte_for_byte(clone: Database) -> None:
+async def test_closing_changes_no_earlier_audit_event(clone: Database) -> None:
     async with clone.session() as session:
         account = await busy_account(session)
         await accounts.record_error(session, account.id, message="no answer")
@@ -215,7 +220,7 @@ async def test_closing_is_one_transaction(clone: Database) -> None:
 
 
 @pytest.mark.parametrize("status", [S.INACTIVE, S.SUSPENDED, S.PENDING_VERIFICATION])
-async def test_an_account_of_any_status_is_closed(
+async def test_an_account_of_any_status_can_be_closed(
     session: AsyncSession, status: AccountStatus
 ) -> None:
     account = await factories.account(session, status=status)
@@ -223,7 +228,7 @@ async def test_an_account_of_any_status_is_closed(
     assert (await row_of(session, account))["status"] == "closed"
 
 
-async def test_a_suspension_by_errors_ends(session: AsyncSession) -> None:
+async def test_closing_ends_a_suspension_by_errors(session: AsyncSession) -> None:
     account = await factories.account(session)
     await accounts.record_error(session, account.id, message="no answer", suspend_after=1)
     await accounts.close(session, account.id)
@@ -246,11 +251,38 @@ async def test_closing_again_changes_nothing(clone: Database) -> None:
         assert await factories.everything(session) == before
 
 
-# The database keeps it, too
+async def test_closing_ends_keys_refreshes_tokens_and_defaults_but_keeps_the_row(
+    session: AsyncSession,
+) -> None:
+    account = await factories.account_with_token(
+        session, refresh_token="r", is_default_data=True, is_default_trading=True
+    )
+    key, raw_key = await factories.api_key(session, tiger_account_id=account.id)
+    unbound, raw_unbound = await factories.api_key(session)
+    refresh = await factories.refresh(session, account)
+    assert await accounts.close(session, account.id) is account
+    assert account.status == AccountStatus.CLOSED
+    assert (account.access_token, account.refresh_token, account.token_expires_at) == (None,) * 3
+    assert not account.is_default_data
+    assert not account.is_default_trading
+    assert (key.status, key.revocation_reason) == (APIKeyStatus.REVOKED, "the account was closed")
+    assert refresh.status == TokenRefreshStatus.CANCELLED
+    event = (await factories.events(session))[-1]
+    assert event.details == {
+        "revoked_api_keys": [key.key_prefix],
+        "cancelled_refreshes": [str(refresh.id)],
+    }
+    await accounts.close(session, account.id)
+    assert (await factories.events(session))[-1] is event
+    assert await crud.api_keys.verify_api_key(session, raw_key) is None
+    assert await crud.api_keys.verify_api_key(session, raw_unbound) is unbound
+
+
+# Constraints of the database
 
 
 @pytest.mark.parametrize("kept", [*CREDENTIALS, "is_default_trading", "is_default_data"])
-async def test_no_sql_closes_an_account_that_keeps_something(
+async def test_no_sql_can_close_an_account_that_keeps_credentials_or_defaults(
     session: AsyncSession, kept: str
 ) -> None:
     account = await busy_account(session)
@@ -264,7 +296,7 @@ async def test_no_sql_closes_an_account_that_keeps_something(
 
 
 @pytest.mark.parametrize("status", [status for status in S if status != S.CLOSED])
-async def test_no_sql_opens_one_without_credentials(
+async def test_no_sql_can_open_an_account_without_credentials(
     session: AsyncSession, status: AccountStatus
 ) -> None:
     account = await factories.account(session)
@@ -274,7 +306,9 @@ async def test_no_sql_opens_one_without_credentials(
 
 
 @pytest.mark.parametrize("name", [*CREDENTIALS, "is_default_trading", "is_default_data"])
-async def test_no_sql_gives_a_closed_one_something(session: AsyncSession, name: str) -> None:
+async def test_no_sql_can_give_a_closed_account_credentials_or_defaults(
+    session: AsyncSession, name: str
+) -> None:
     account = await factories.account(session)
     await accounts.close(session, account.id)
     value = "true" if name.startswith("is_") else "tiger_id"
@@ -282,25 +316,27 @@ async def test_no_sql_gives_a_closed_one_something(session: AsyncSession, name: 
         await session.execute(text(f"UPDATE tiger_accounts SET {name} = {value}"))
 
 
-async def test_no_sql_takes_the_key_of_an_open_one(session: AsyncSession) -> None:
+async def test_no_sql_can_delete_the_private_key_of_an_open_account(session: AsyncSession) -> None:
     await factories.account(session)
     with pytest.raises(IntegrityError, match="ck_tiger_accounts_credentials_unless_closed"):
         await session.execute(text("UPDATE tiger_accounts SET private_key = NULL"))
 
 
-# What a closed account refuses
+# Refused changes of a closed account
 
 
 @pytest.mark.parametrize(
     "values", [{"status": "closed", "private_key": None}, {"status": "closed"}]
 )
-async def test_no_account_is_created_closed(session: AsyncSession, values: dict[str, Any]) -> None:
+async def test_a_closed_account_cannot_be_created(
+    session: AsyncSession, values: dict[str, Any]
+) -> None:
     with pytest.raises(InvalidValue, match="closed by `close`"):
         await factories.account(session, **values)
     assert (await accounts.list_accounts(session)).items == []
 
 
-async def test_its_number_is_taken(session: AsyncSession) -> None:
+async def test_the_number_of_a_closed_account_stays_taken(session: AsyncSession) -> None:
     account = await factories.account(session)
     await accounts.close(session, account.id)
     with pytest.raises(AlreadyExists, match="account_number"):
@@ -313,7 +349,7 @@ async def test_its_number_is_taken(session: AsyncSession) -> None:
 
 @pytest.mark.parametrize("status", [status for status in S if status != S.CLOSED])
 @pytest.mark.parametrize("rest", [{}, {"private_key": "new"}])
-async def test_no_update_opens_it(
+async def test_no_update_can_open_a_closed_account(
     session: AsyncSession, status: AccountStatus, rest: dict[str, str]
 ) -> None:
     account = await factories.account(session)
@@ -335,7 +371,9 @@ async def test_no_update_opens_it(
         {"private_key": "new", "description": "half done"},
     ],
 )
-async def test_no_update_gives_it_something(session: AsyncSession, values: dict[str, Any]) -> None:
+async def test_no_update_can_give_a_closed_account_credentials_or_defaults(
+    session: AsyncSession, values: dict[str, Any]
+) -> None:
     account = await factories.account(session)
     await accounts.close(session, account.id)
     before = await factories.everything(session)
@@ -345,17 +383,29 @@ async def test_no_update_gives_it_something(session: AsyncSession, values: dict[
     assert account.private_key is None
 
 
-async def test_what_is_told_about_it_can_be_changed(session: AsyncSession) -> None:
+async def test_the_description_of_a_closed_account_can_be_changed(session: AsyncSession) -> None:
     account = await factories.account(session)
     await accounts.close(session, account.id)
     await accounts.update(session, account.id, status="closed", description="was Tom's")
     assert (account.status, account.description) == (S.CLOSED, "was Tom's")
 
 
+@pytest.mark.parametrize(
+    "change", ["set_default_trading_account", "set_default_data_account", "update_tokens"]
+)
+async def test_a_closed_account_refuses_tokens_and_defaults(
+    session: AsyncSession, change: str
+) -> None:
+    account = await factories.account(session)
+    await accounts.close(session, account.id)
+    with pytest.raises(InvalidState, match="closed"):
+        await CHANGES[change](session, account.id)
+
+
 # Reopening
 
 
-async def test_reopening_takes_new_credentials(clone: Database) -> None:
+async def test_reopening_stores_new_credentials(clone: Database) -> None:
     async with clone.session() as session:
         account = await busy_account(session)
         await accounts.record_error(session, account.id, message="no answer")
@@ -389,7 +439,7 @@ async def test_reopening_takes_new_credentials(clone: Database) -> None:
         assert await api_keys.verify_api_key(session, raw_key) is key
 
 
-async def test_reopening_writes_its_event(session: AsyncSession) -> None:
+async def test_reopening_records_an_event(session: AsyncSession) -> None:
     account = await factories.account(session)
     await accounts.close(session, account.id)
     before = await trail(session)
@@ -401,7 +451,7 @@ async def test_reopening_writes_its_event(session: AsyncSession) -> None:
 
 
 @pytest.mark.parametrize("status", [status for status in S if status != S.CLOSED])
-async def test_only_a_closed_account_is_reopened(
+async def test_only_a_closed_account_can_be_reopened(
     session: AsyncSession, status: AccountStatus
 ) -> None:
     account = await factories.account(session, status=status)
@@ -421,7 +471,7 @@ REFUSED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("values", REFUSED)
-async def test_reopening_with_refused_values_changes_nothing(
+async def test_reopening_with_invalid_values_changes_nothing(
     session: AsyncSession, values: dict[str, Any]
 ) -> None:
     account = await factories.account(session)
@@ -433,7 +483,7 @@ async def test_reopening_with_refused_values_changes_nothing(
     assert await factories.everything(session) == before
 
 
-async def test_closing_and_reopening_again_and_again(session: AsyncSession) -> None:
+async def test_an_account_can_be_closed_and_reopened_repeatedly(session: AsyncSession) -> None:
     account = await factories.account(session)
     for n in range(3):
         await accounts.close(session, account.id)

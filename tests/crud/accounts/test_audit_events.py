@@ -1,4 +1,4 @@
-"""What a change leaves in the audit trail, and what it never does."""
+"""The audit events that changes of accounts record."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +20,7 @@ from tiger_db.database import AsyncSession
 from tiger_db.redaction import MASK
 
 
-def test_every_change_is_looked_at() -> None:
+def test_the_changes_of_these_tests_are_all_that_the_module_has() -> None:
     reading = ("get", "list", "find")
     changes = {name for name in accounts.__all__ if not name.startswith(reading)}
     assert changes == {"create", *CHANGES}
@@ -133,7 +133,9 @@ async def test_every_change_writes_its_event(session: AsyncSession) -> None:
     }
 
 
-async def test_the_default_that_was_is_told_of_too(session: AsyncSession) -> None:
+async def test_replacing_a_default_account_records_an_event_for_both_accounts(
+    session: AsyncSession,
+) -> None:
     first = await factories.account(session, is_default_trading=True)
     second = await factories.account(session)
     await accounts.set_default_trading_account(session, second.id)
@@ -145,7 +147,7 @@ async def test_the_default_that_was_is_told_of_too(session: AsyncSession) -> Non
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_an_event_is_gone_if_its_transaction_rolls_back(clone: Database, change: str) -> None:
+async def test_a_rolled_back_change_leaves_no_event(clone: Database, change: str) -> None:
     async with clone.session() as session:
         account = await factories.account(session)
         await accounts.record_error(session, account.id, message="one to forget")
@@ -162,7 +164,7 @@ async def test_an_event_is_gone_if_its_transaction_rolls_back(clone: Database, c
         assert await factories.everything(session) == before
 
 
-async def test_an_account_is_gone_with_its_event(clone: Database) -> None:
+async def test_a_rolled_back_creation_leaves_no_account_and_no_event(clone: Database) -> None:
     with pytest.raises(ZeroDivisionError):
         async with clone.session() as session:
             await factories.account(session)
@@ -173,7 +175,7 @@ async def test_an_account_is_gone_with_its_event(clone: Database) -> None:
         assert (await accounts.list_accounts(session)).items == []
 
 
-async def test_no_secret_is_in_any_row(clone: Database) -> None:
+async def test_no_row_contains_a_secret_in_plain_text(clone: Database) -> None:
     newer = {name: f"new-{value}" for name, value in SECRETS.items()}
     last: dict[str, Any] = {"private_key": "the-last-key", "secret_key": "the-last-secret"}
     tokens = [tiger_token(), tiger_token(SOON), "newer-refresh"]
@@ -207,7 +209,7 @@ async def test_no_secret_is_in_any_row(clone: Database) -> None:
     assert account.account_number in stored
 
 
-async def test_deleting_an_account_costs_no_audit_row(clone: Database) -> None:
+async def test_deleting_an_account_deletes_no_audit_event(clone: Database) -> None:
     async with clone.session() as session:
         account = await factories.account_with_token(session)
         _, raw_key = await factories.api_key(session, tiger_account_id=account.id)

@@ -1,3 +1,5 @@
+"""Pages, cursors and limits of all lists."""
+
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable
@@ -32,7 +34,7 @@ async def all_pages(session: AsyncSession, name: str, limit: int) -> list[Page[A
 
 
 @pytest.mark.parametrize("name", LISTS)
-async def test_pages_hold_every_row_once_newest_first(session: AsyncSession, name: str) -> None:
+async def test_pages_contain_every_row_once_newest_first(session: AsyncSession, name: str) -> None:
     assert (await LISTS[name](session)).items == []
     if "account" in name and name != "list_accounts":
         await factories.account_with_token(session, id=ACCOUNT)
@@ -44,7 +46,7 @@ async def test_pages_hold_every_row_once_newest_first(session: AsyncSession, nam
         assert [row.id for page in pages for row in page] == rows[::-1]
 
 
-async def test_rows_inserted_meanwhile_neither_repeat_nor_hide_others(clone: Database) -> None:
+async def test_concurrent_inserts_neither_repeat_nor_skip_rows(clone: Database) -> None:
     async with clone.session() as session:
         await crud.audit_logs.log_events(session, (AuditLog(action=LEAK) for _ in range(300)))
     written = asyncio.Semaphore(0)
@@ -61,7 +63,7 @@ async def test_rows_inserted_meanwhile_neither_repeat_nor_hide_others(clone: Dat
     writers = [asyncio.create_task(write()) for _ in range(3)]
     cursor = None
     while True:
-        await written.acquire()  # so that there is one before each page
+        await written.acquire()  # at least one insert before each page
         async with clone.session() as session:
             page = await crud.audit_logs.get_recent_events(session, after=cursor, limit=20)
         seen += [event.id for event in page]
@@ -80,7 +82,7 @@ async def test_rows_inserted_meanwhile_neither_repeat_nor_hide_others(clone: Dat
 @given(row_id=st.uuids())
 @example(row_id=UUID(int=0))
 @example(row_id=UUID(int=2**128 - 1))
-def test_a_cursor_leads_back(row_id: UUID) -> None:
+def test_a_cursor_decodes_to_its_row_id(row_id: UUID) -> None:
     cursor = encode_cursor(row_id)
     assert decode_cursor(cursor) == row_id
     assert cursor.isascii()
@@ -113,10 +115,12 @@ cursors: st.SearchStrategy[object] = (
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cursor=cursors.filter(malformed))
 @example(cursor="")
-@example(cursor="A" * 21 + "B")  # the last character has bits to spare
+@example(cursor="A" * 21 + "B")  # unused bits of the last character are set
 @example(cursor=encode_cursor(uuid4()) + "\n")
 @example(cursor="' OR true --")
-async def test_a_malformed_cursor_is_a_clear_error(database: Database, cursor: Any) -> None:
+async def test_a_malformed_cursor_raises_invalid_cursor_without_a_query(
+    database: Database, cursor: Any
+) -> None:
     with recorded(database) as sent:
         async with database.session() as session:
             for list_ in LISTS.values():
@@ -126,9 +130,7 @@ async def test_a_malformed_cursor_is_a_clear_error(database: Database, cursor: A
 
 
 @pytest.mark.parametrize("name", LISTS)
-async def test_the_cursor_of_a_row_that_is_gone_still_serves(
-    session: AsyncSession, name: str
-) -> None:
+async def test_the_cursor_of_a_deleted_row_is_valid(session: AsyncSession, name: str) -> None:
     assert (await LISTS[name](session, after=encode_cursor(uuid4()))).items == []
 
 

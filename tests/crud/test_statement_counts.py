@@ -1,4 +1,4 @@
-"""How many statements a read sends."""
+"""The number of SQL statements that CRUD functions send."""
 
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ LOOKUPS: dict[str, Read] = {
 
 @pytest.fixture
 async def seeded(session: AsyncSession) -> AsyncSession:
-    """One account with three keys, and three refreshes that were cancelled."""
+    """A session with one account, three API keys and three cancelled refreshes."""
     await factories.account_with_token(
         session, id=ACCOUNT, account_number="1", tiger_id="1", is_default_trading=True
     )
@@ -43,7 +43,7 @@ async def seeded(session: AsyncSession) -> AsyncSession:
 
 
 @pytest.mark.parametrize("name", LOOKUPS)
-async def test_a_lookup_is_one_statement(
+async def test_a_lookup_sends_one_statement(
     database: Database, seeded: AsyncSession, name: str
 ) -> None:
     with recorded(database) as sent:
@@ -53,7 +53,7 @@ async def test_a_lookup_is_one_statement(
 
 
 @pytest.mark.parametrize("name", LISTS)
-async def test_a_page_is_one_statement_that_never_counts(
+async def test_a_page_sends_one_statement_without_count_or_offset(
     database: Database, seeded: AsyncSession, name: str
 ) -> None:
     cursors = [None, encode_cursor(ACCOUNT)]
@@ -68,7 +68,7 @@ async def test_a_page_is_one_statement_that_never_counts(
 @pytest.mark.parametrize(
     "load", [(), ("api_keys",), ("token_statuses",), ("api_keys", "token_statuses")]
 )
-async def test_each_relationship_is_one_statement_more(
+async def test_each_loaded_relationship_sends_one_more_statement(
     database: Database, seeded: AsyncSession, load: tuple[str, ...]
 ) -> None:
     with recorded(database) as sent:
@@ -80,7 +80,7 @@ async def test_each_relationship_is_one_statement_more(
     assert len(sent) == 2 * (1 + len(load))
 
 
-async def test_an_event_is_one_statement_and_many_are_few(
+async def test_one_event_sends_one_statement_and_a_batch_at_most_two(
     database: Database, session: AsyncSession
 ) -> None:
     events = [factories.new_event() for _ in range(1000)]
@@ -96,7 +96,7 @@ async def test_an_event_is_one_statement_and_many_are_few(
 async def test_a_claim_looks_for_lost_refreshes_only_when_no_more_are_due(
     database: Database, session: AsyncSession
 ) -> None:
-    """That look reads all that are due: with a backlog, each claim would."""
+    """The search reads all due refreshes, which is slow with a backlog."""
     for _ in range(3):
         await factories.refresh(session)
     counts = []

@@ -1,8 +1,7 @@
-"""Errors, what is kept of them, and the suspensions that they make."""
+"""Error counts of accounts, stored error messages, and suspensions by errors."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
@@ -36,13 +35,13 @@ async def fail(session: AsyncSession, account: TigerAccount, times: int = 1, **r
 
 
 async def execute(session: AsyncSession, account: TigerAccount, assignments: str) -> None:
-    """Change the account by SQL, as a person with `psql` would."""
+    """Change the account with raw SQL, outside the ORM."""
     statement = text(f"UPDATE tiger_accounts SET {assignments} WHERE id = :id")
     await session.execute(statement, {"id": account.id})
 
 
 async def state(session: AsyncSession, account: TigerAccount) -> tuple[str, bool, int]:
-    """Status, whether too many errors made it, and their count: here and in the database."""
+    """Return status, auto_suspended and error_count, equal in the object and in the database."""
     row = await session.execute(
         text("SELECT status::text, auto_suspended, error_count FROM tiger_accounts WHERE id = :id"),
         {"id": account.id},
@@ -60,7 +59,7 @@ async def events_of(session: AsyncSession, action: AuditAction) -> list[AuditLog
 
 
 @pytest.mark.parametrize(("given", "limit"), [({}, 10), ({"suspend_after": 3}, 3)])
-async def test_that_many_consecutive_errors_suspend(
+async def test_consecutive_errors_suspend_an_account_at_the_limit(
     session: AsyncSession, given: dict[str, int], limit: int
 ) -> None:
     account = await factories.account(session)
@@ -81,13 +80,13 @@ async def test_that_many_consecutive_errors_suspend(
     ]
 
 
-async def test_one_error_may_be_enough(session: AsyncSession) -> None:
+async def test_a_limit_of_one_suspends_at_the_first_error(session: AsyncSession) -> None:
     account = await factories.account(session)
     await fail(session, account, suspend_after=1)
     assert await state(session, account) == ("suspended", True, 1)
 
 
-async def test_a_limit_that_was_lowered_counts_at_once(session: AsyncSession) -> None:
+async def test_a_lowered_limit_applies_to_the_next_error(session: AsyncSession) -> None:
     account = await factories.account(session)
     await fail(session, account, 5)
     await fail(session, account, suspend_after=3)
@@ -95,14 +94,14 @@ async def test_a_limit_that_was_lowered_counts_at_once(session: AsyncSession) ->
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-async def test_a_limit_that_is_none_is_refused(session: AsyncSession, limit: int) -> None:
+async def test_a_limit_that_is_not_positive_is_refused(session: AsyncSession, limit: int) -> None:
     account = await factories.account(session)
     with pytest.raises(InvalidValue, match="suspend_after"):
         await fail(session, account, suspend_after=limit)
     assert await state(session, account) == ("active", False, 0)
 
 
-async def test_a_success_in_between_starts_anew(session: AsyncSession) -> None:
+async def test_a_success_restarts_the_count_of_consecutive_errors(session: AsyncSession) -> None:
     account = await factories.account(session)
     await fail(session, account, 9)
     await accounts.reset_errors(session, account.id)
@@ -122,7 +121,7 @@ async def test_only_an_active_account_is_suspended(
     assert await events_of(session, AuditAction.ACCOUNT_STATUS_CHANGE) == []
 
 
-async def test_a_closed_account_stays_closed(session: AsyncSession) -> None:
+async def test_errors_and_successes_leave_a_closed_account_closed(session: AsyncSession) -> None:
     account = await factories.account(session)
     await accounts.close(session, account.id)
     await fail(session, account, 12)
@@ -130,16 +129,36 @@ async def test_a_closed_account_stays_closed(session: AsyncSession) -> None:
     assert await state(session, account) == ("closed", False, 0)
 
 
-async def test_errors_are_counted_in_the_database(session: AsyncSession) -> None:
+async def test_the_error_count_is_read_from_the_database_not_the_session(
+    session: AsyncSession,
+) -> None:
     account = await factories.account(session)
     await execute(session, account, "error_count = 8")
-    await fail(session, account)  # which the session believes to be the first
+    await fail(session, account)  # the object in the session still has 0
     assert await state(session, account) == ("active", False, 9)
     await fail(session, account)
     assert await state(session, account) == ("suspended", True, 10)
 
 
-# Suspensions: one by errors ends with a success, one by a person never does
+async def test_errors_are_counted_until_reset(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    for message in ("first", "naïve \0 \ud800 🐅"):
+        await accounts.record_error(session, account.id, message=message)
+    assert account.error_count == 2
+    assert account.last_error is not None
+    assert account.last_error.startswith("naïve")
+    assert account.last_error.endswith("🐅")
+    assert account.last_error_at is not None
+    await accounts.reset_errors(session, account.id)
+    assert account.error_count == 0
+    assert account.last_error is None
+    assert account.last_error_at is None
+    before = len(await factories.events(session))
+    await accounts.reset_errors(session, account.id)
+    assert len(await factories.events(session)) == before
+
+
+# Suspensions: a success lifts those by errors, and no manual ones
 
 
 async def by_update(session: AsyncSession, account: TigerAccount, status: AccountStatus) -> None:
@@ -188,7 +207,7 @@ async def test_a_success_lifts_a_suspension_by_errors(session: AsyncSession) -> 
 
 @person
 @pytest.mark.parametrize("errors", [0, 3, 12])
-async def test_a_persons_suspension_stays(
+async def test_a_success_does_not_lift_a_manual_suspension(
     session: AsyncSession, person: Person, errors: int
 ) -> None:
     account = await factories.account(session)
@@ -200,7 +219,7 @@ async def test_a_persons_suspension_stays(
 
 @person
 @other_person
-async def test_a_persons_suspension_stays_after_one_by_errors_that_a_person_ended(
+async def test_a_success_does_not_lift_a_manual_suspension_after_a_lifted_one_by_errors(
     session: AsyncSession, person: Person, other_person: Person
 ) -> None:
     account = await factories.account(session)
@@ -213,7 +232,9 @@ async def test_a_persons_suspension_stays_after_one_by_errors_that_a_person_ende
     assert await state(session, account) == ("suspended", False, 0)
 
 
-async def test_a_persons_suspension_stays_after_one_by_errors(session: AsyncSession) -> None:
+async def test_a_success_does_not_lift_a_manual_suspension_that_replaces_one_by_errors(
+    session: AsyncSession,
+) -> None:
     account = await factories.account(session)
     await fail(session, account, 10)
     await accounts.update(session, account.id, status=S.SUSPENDED)
@@ -226,7 +247,7 @@ async def test_a_persons_suspension_stays_after_one_by_errors(session: AsyncSess
     assert await state(session, account) == ("suspended", False, 0)
 
 
-async def test_a_persons_suspension_by_raw_sql_stays_after_one_by_errors(
+async def test_a_success_does_not_lift_a_suspension_by_raw_sql_that_replaces_one_by_errors(
     session: AsyncSession,
 ) -> None:
     account = await factories.account(session)
@@ -238,7 +259,7 @@ async def test_a_persons_suspension_by_raw_sql_stays_after_one_by_errors(
     assert await state(session, account) == ("suspended", False, 0)
 
 
-async def test_no_row_is_suspended_by_errors_without_being_suspended(
+async def test_auto_suspended_requires_the_status_suspended(
     session: AsyncSession,
 ) -> None:
     account = await factories.account(session)
@@ -248,7 +269,7 @@ async def test_no_row_is_suspended_by_errors_without_being_suspended(
 
 @person
 @pytest.mark.parametrize("status", [S.INACTIVE, S.PENDING_VERIFICATION])
-async def test_a_success_does_not_activate_what_a_person_has_set(
+async def test_a_success_does_not_change_a_status_that_was_set_manually(
     session: AsyncSession, person: Person, status: AccountStatus
 ) -> None:
     account = await factories.account(session)
@@ -259,19 +280,19 @@ async def test_a_success_does_not_activate_what_a_person_has_set(
 
 
 @person
-async def test_errors_suspend_again_after_a_person_has_ended_it(
+async def test_the_next_error_suspends_again_after_a_manual_activation(
     session: AsyncSession, person: Person
 ) -> None:
     account = await factories.account(session)
     await fail(session, account, 10)
     await person(session, account, S.ACTIVE)
-    await fail(session, account)  # still consecutive: no success has come between
+    await fail(session, account)  # consecutive, because there was no success
     assert await state(session, account) == ("suspended", True, 11)
     await accounts.reset_errors(session, account.id)
     assert await state(session, account) == ("active", False, 0)
 
 
-async def test_other_changes_leave_a_suspension_by_errors(session: AsyncSession) -> None:
+async def test_other_changes_do_not_lift_a_suspension_by_errors(session: AsyncSession) -> None:
     account = await factories.account(session)
     await fail(session, account, 10)
     await accounts.update(session, account.id, description="what is wrong here?")
@@ -281,48 +302,9 @@ async def test_other_changes_leave_a_suspension_by_errors(session: AsyncSession)
     assert await state(session, account) == ("suspended", True, 10)
 
 
-@pytest.mark.parametrize(
-    ("since", "lifted"),
-    [
-        ([], True),
-        (["inactive"], False),
-        (["active"], False),
-        (["active", "suspended"], False),  # by a person
-    ],
-)
-async def test_an_answer_that_was_missed_lifts_the_suspension_that_followed(
-    session: AsyncSession, since: list[str], *, lifted: bool
+async def test_the_trigger_ends_auto_suspension_for_every_row_of_a_statement(
+    session: AsyncSession,
 ) -> None:
-    claim = await factories.claim(session)
-    await token_status.fail(session, claim, error="refused", credentials_refused=True)
-    for status in since:
-        await accounts.update(session, claim.tiger_account_id, status=status)
-    events = len(await factories.events(session))
-    account = await accounts.update_tokens(
-        session, claim.tiger_account_id, access_token="new", refresh_id=claim.id
-    )
-    assert account.status == ("active" if lifted else since[-1])
-    told = (await factories.events(session))[events:]
-    assert [event.action for event in told] == [
-        AuditAction.TOKEN_UPDATE,
-        *[AuditAction.ACCOUNT_STATUS_CHANGE] * lifted,
-    ]
-
-
-@pytest.mark.parametrize("given", [True, False])
-async def test_another_token_lifts_no_suspension(session: AsyncSession, *, given: bool) -> None:
-    claim = await factories.claim(session)
-    await token_status.fail(session, claim, error="refused", credentials_refused=True)
-    account = await accounts.update_tokens(
-        session,
-        claim.tiger_account_id,
-        access_token="new",
-        refresh_id=uuid4() if given else None,
-    )
-    assert account.status == S.SUSPENDED
-
-
-async def test_the_trigger_ends_it_for_every_row_of_a_statement(session: AsyncSession) -> None:
     failed = [await factories.account(session) for _ in range(3)]
     for account in failed:
         await fail(session, account, 10)
@@ -335,7 +317,7 @@ async def test_the_trigger_ends_it_for_every_row_of_a_statement(session: AsyncSe
     assert await state(session, account) == ("active", False, 10)
 
 
-async def test_nobody_sets_the_mark_by_hand(session: AsyncSession) -> None:
+async def test_auto_suspended_cannot_be_set_by_callers(session: AsyncSession) -> None:
     with pytest.raises(InvalidValue, match="auto_suspended"):
         await factories.account(session, status="suspended", auto_suspended=True)
     account = await factories.account(session)
@@ -343,7 +325,7 @@ async def test_nobody_sets_the_mark_by_hand(session: AsyncSession) -> None:
         await accounts.update(session, account.id, auto_suspended=True)
 
 
-async def test_a_refresh_lifts_no_suspension(session: AsyncSession) -> None:
+async def test_a_successful_refresh_lifts_no_suspension(session: AsyncSession) -> None:
     claims = [await factories.claim(session) for _ in range(3)]
     active, auto, manual = [
         account
@@ -363,11 +345,11 @@ async def test_a_refresh_lifts_no_suspension(session: AsyncSession) -> None:
     assert await state(session, manual) == ("suspended", False, 0)
 
 
-# What is kept of an error's message
+# Masking of stored error messages
 
 
 @pytest.mark.parametrize("secret", [tiger_token(), API_KEY, JWT, PEM])
-async def test_a_token_in_a_message_is_not_kept(session: AsyncSession, secret: str) -> None:
+async def test_a_token_in_an_error_message_is_masked(session: AsyncSession, secret: str) -> None:
     account = await factories.account(session)
     await accounts.record_error(session, account.id, message=f"before {secret} after")
     (event,) = await events_of(session, AuditAction.ACCOUNT_ERROR)
@@ -385,7 +367,7 @@ ODD_SECRETS = dict(
 
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("secrets", [SECRETS, ODD_SECRETS])
-async def test_the_accounts_own_secrets_are_not_kept(
+async def test_the_secrets_of_the_account_are_masked_in_an_error_message(
     session: AsyncSession, secrets: dict[str, str], *, stored: bool
 ) -> None:
     account = await factories.account(session, **secrets)
@@ -403,7 +385,9 @@ async def test_the_accounts_own_secrets_are_not_kept(
 
 
 @pytest.mark.parametrize("keys", [None, KeyRing.parse(generate_key("other"))])
-async def test_a_missing_key_stops_no_error(clone: Database, keys: KeyRing | None) -> None:
+async def test_an_error_is_recorded_without_the_encryption_key(
+    clone: Database, keys: KeyRing | None
+) -> None:
     async with clone.session() as session:
         account = await factories.account(session, **SECRETS)
     message = f"refused: {tiger_token()}"
@@ -413,7 +397,9 @@ async def test_a_missing_key_stops_no_error(clone: Database, keys: KeyRing | Non
         await session.commit()
 
 
-async def test_of_several_keys_those_that_are_here_are_used(session: AsyncSession) -> None:
+async def test_readable_secrets_are_masked_if_another_cannot_be_decrypted(
+    session: AsyncSession,
+) -> None:
     account = await factories.account(session, **SECRETS)
     await execute(session, account, "secret_key = 'no ciphertext'")
     session.expunge_all()
