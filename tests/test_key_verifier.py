@@ -56,7 +56,7 @@ async def test_uses_are_counted_within_a_second_or_so(clone: Database) -> None:
     assert row.last_used_at is not None
 
 
-async def test_the_key_is_usable_afterwards_and_shows_no_hash(clone: Database) -> None:
+async def test_the_returned_key_is_usable_and_shows_no_hash(clone: Database) -> None:
     _, raw_key = await make_key(clone, tags={"a": [1]})
     accepted = await KeyVerifier(clone).authorize(raw_key)
     await clone.close()
@@ -76,7 +76,7 @@ async def test_the_key_is_usable_afterwards_and_shows_no_hash(clone: Database) -
         ({"user_agent": "curl"}, UserAgentNotAllowed),
     ],
 )
-async def test_everything_asked_is_checked(
+async def test_every_field_of_the_request_is_checked(
     clone: Database, request_: dict[str, Any], reason: type[AccessDenied]
 ) -> None:
     async with clone.session() as session:
@@ -99,7 +99,7 @@ async def test_everything_asked_is_checked(
     assert (await stored(clone, key)).usage_count == 2
 
 
-async def test_no_answer_is_stale(clone: Database) -> None:
+async def test_no_answer_is_outdated(clone: Database) -> None:
     """Without memory, each answer is that of the row as it is."""
     async with clone.session() as session:
         account = await factories.account(session)
@@ -124,12 +124,12 @@ async def test_no_answer_is_stale(clone: Database) -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, -1])
-def test_a_memory_of_no_keys_is_refused(database: Database, capacity: int) -> None:
+def test_a_capacity_that_is_not_positive_is_refused(database: Database, capacity: int) -> None:
     with pytest.raises(InvalidValue, match="capacity"):
         KeyVerifier(database, memory=True, capacity=capacity)
 
 
-async def test_a_call_takes_one_connection_and_starts_nothing(clone: Database) -> None:
+async def test_a_call_uses_one_connection_and_starts_no_task(clone: Database) -> None:
     _, raw_key = await make_key(clone)
     tasks = asyncio.all_tasks()
     async with KeyVerifier(clone) as verifier:
@@ -143,7 +143,7 @@ async def test_a_call_takes_one_connection_and_starts_nothing(clone: Database) -
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("change", ["DISABLE TRIGGER USER", "ENABLE REPLICA TRIGGER notify_update"])
-async def test_a_revocation_without_a_trigger_is_honoured_at_once(
+async def test_a_revocation_without_a_trigger_takes_effect_at_once(
     clone: Database, change: str
 ) -> None:
     key, raw_key = await make_key(clone)
@@ -158,7 +158,7 @@ async def test_a_revocation_without_a_trigger_is_honoured_at_once(
             await verifier.authorize(raw_key)
 
 
-async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> None:
+async def test_the_least_recently_used_key_is_evicted_first(clone: Database) -> None:
     verifier = KeyVerifier(clone, capacity=3)
     keys = [await make_key(clone) for _ in range(4)]
     for number in (0, 1, 2, 0, 3):
@@ -166,7 +166,7 @@ async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> Non
     assert {*verifier._digests} == {keys[n][0].id for n in (0, 2, 3)}
 
 
-async def test_nonsense_costs_no_statement(database: Database) -> None:
+async def test_a_malformed_key_sends_no_statement(database: Database) -> None:
     verifier = KeyVerifier(database)
     with checkouts(database) as taken:
         with pytest.raises(InvalidAPIKey):
@@ -184,7 +184,7 @@ async def test_the_database_stays_open(clone: Database) -> None:
     assert await KeyVerifier(clone).verify(raw_key)
 
 
-async def test_what_is_wrong_is_told_at_the_start(empty_database: Settings) -> None:
+async def test_errors_are_raised_when_the_verifier_is_entered(empty_database: Settings) -> None:
     async with Database(empty_database) as database:
         with pytest.raises(SchemaMismatch):
             await KeyVerifier(database).__aenter__()
@@ -193,7 +193,7 @@ async def test_what_is_wrong_is_told_at_the_start(empty_database: Settings) -> N
             await KeyVerifier(database).__aenter__()
 
 
-async def test_no_answer_is_not_a_no(clone: Database) -> None:
+async def test_an_unavailable_database_is_no_denial(clone: Database) -> None:
     """A key that could not be checked was not refused: the caller must be able to tell."""
     _, raw_key = await make_key(clone)
     pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 0.05}
@@ -229,7 +229,7 @@ async def test_a_pool_that_fills_up_while_a_hash_is_verified_is_an_unavailable_d
         assert await KeyVerifier(database).verify(raw_key)
 
 
-async def test_a_first_use_takes_one_connection(clone: Database) -> None:
+async def test_a_first_use_uses_one_connection(clone: Database) -> None:
     _, raw_key = await make_key(clone)
     verifier = KeyVerifier(clone)
     with checkouts(clone) as taken:

@@ -1,4 +1,4 @@
-"""What a KeyVerifier remembers is right, as long as it says so, and forgotten when it is not."""
+"""A KeyVerifier with memory: no answer from the cache is outdated."""
 
 import asyncio
 import multiprocessing
@@ -74,7 +74,7 @@ async def make_key(database: Database, **values: Any) -> tuple[APIKey, str]:
         return await factories.api_key(session, **values)
 
 
-async def test_a_second_call_sends_nothing(clone: Database, listening: KeyVerifier) -> None:
+async def test_a_second_call_sends_no_statement(clone: Database, listening: KeyVerifier) -> None:
     key, raw_key = await make_key(clone)
     assert await listening.verify(raw_key)
     with checkouts(clone) as taken:
@@ -104,13 +104,13 @@ async def test_a_wrong_secret_of_a_known_key_is_refused(
     assert await listening.verify(raw_key)
 
 
-def test_every_column_is_covered() -> None:
+def test_the_tests_cover_every_column() -> None:
     untold = {"id", "created_at", "updated_at", "usage_count", "last_used_at"}
     assert OTHER.keys() == {column.name for column in table_of(APIKey).columns} - untold
 
 
 @pytest.mark.parametrize("column", OTHER)
-async def test_a_change_of_a_column_is_heard_of(
+async def test_a_change_of_a_column_evicts_the_key(
     clone: Database, listening: KeyVerifier, other: Connection, column: str
 ) -> None:
     async with clone.session() as session:
@@ -130,7 +130,7 @@ async def test_a_change_of_a_column_is_heard_of(
     assert [*listening._digests] == [same[0].id]
 
 
-async def test_what_a_use_writes_is_told_to_nobody(
+async def test_a_use_evicts_no_key(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:
     key, raw_key = await make_key(clone)
@@ -156,7 +156,7 @@ async def test_what_a_use_writes_is_told_to_nobody(
         "TRUNCATE tiger_accounts CASCADE",
     ],
 )
-async def test_what_ends_a_key_is_heard_of(
+async def test_changes_that_end_a_key_evict_it(
     clone: Database, listening: KeyVerifier, other: Connection, change: str, role: str
 ) -> None:
     async with clone.session() as session:
@@ -189,7 +189,7 @@ async def test_a_change_that_is_rolled_back_changes_nothing(
 
 
 @pytest.mark.slow
-async def test_a_revocation_by_somebody_else_is_honoured_at_once(
+async def test_a_revocation_by_another_process_takes_effect_at_once(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:
     keys = [await make_key(clone) for _ in range(100)]
@@ -225,7 +225,7 @@ def revoke_in_a_while(settings: Settings, key: APIKey, pipe: Any) -> None:
 
 
 @pytest.mark.slow
-async def test_a_loop_that_never_waits_hears_of_a_revocation(
+async def test_a_revocation_takes_effect_in_a_loop_without_other_awaits(
     clone: Database, listening: KeyVerifier
 ) -> None:
     key, raw_key = await make_key(clone)
@@ -248,7 +248,7 @@ async def test_a_loop_that_never_waits_hears_of_a_revocation(
 
 
 @pytest.mark.slow
-async def test_without_the_listening_connection_the_database_answers(
+async def test_without_the_listening_connection_the_database_is_read(
     clone: Database,
     listening: KeyVerifier,
     other: Connection,
@@ -315,7 +315,7 @@ async def test_without_the_listening_connection_the_database_answers(
         ),
     ],
 )
-async def test_memory_needs_the_triggers_at_the_start(
+async def test_a_verifier_with_memory_needs_the_triggers_when_it_is_entered(
     clone: Database, other: Connection, change: str, seen: str
 ) -> None:
     _, raw_key = await make_key(clone)
@@ -330,7 +330,7 @@ async def test_memory_needs_the_triggers_at_the_start(
 
 
 @pytest.mark.schema_changes
-async def test_triggers_of_others_and_on_other_tables_are_no_reason_not_to_start(
+async def test_other_triggers_and_other_tables_do_not_matter(
     clone: Database, other: Connection
 ) -> None:
     await other.execute("ALTER TABLE audit_logs DISABLE TRIGGER USER")
@@ -349,7 +349,7 @@ def make_older(listening: KeyVerifier, seconds: float) -> None:
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("table", ["api_keys", "tiger_accounts"])
-async def test_a_change_that_nobody_tells_of_is_honoured_within_a_minute(
+async def test_a_change_without_notification_takes_effect_within_a_minute(
     clone: Database, listening: KeyVerifier, other: Connection, table: str
 ) -> None:
     async with clone.session() as session:
@@ -378,7 +378,7 @@ async def test_a_key_is_read_once_a_minute(clone: Database, listening: KeyVerifi
 
 
 @pytest.mark.schema_changes
-async def test_memory_ends_with_what_keeps_it_current(
+async def test_the_cache_is_not_used_after_the_lease(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:
     _, raw_key = await make_key(clone)
@@ -391,7 +391,7 @@ async def test_memory_ends_with_what_keeps_it_current(
     assert await listening.verify(raw_key) is None
 
 
-async def test_a_key_with_limits_is_asked_for_every_time(
+async def test_a_key_with_limits_is_read_at_each_use(
     clone: Database, listening: KeyVerifier
 ) -> None:
     _, raw_key = await make_key(clone, rate_limit_per_day=3)
@@ -404,7 +404,7 @@ async def test_a_key_with_limits_is_asked_for_every_time(
 
 
 @pytest.mark.slow
-async def test_a_flood_of_unknown_keys_drives_no_good_one_out(clone: Database) -> None:
+async def test_a_flood_of_unknown_keys_evicts_no_key(clone: Database) -> None:
     async with KeyVerifier(clone, memory=True, capacity=10) as listening:
         key, raw_key = await make_key(clone)
         assert await listening.verify(raw_key)
@@ -421,7 +421,7 @@ async def test_a_flood_of_unknown_keys_drives_no_good_one_out(clone: Database) -
         assert taken == []
 
 
-async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> None:
+async def test_the_least_recently_used_key_is_evicted_first(clone: Database) -> None:
     async with KeyVerifier(clone, memory=True, capacity=3) as listening:
         keys = [await make_key(clone) for _ in range(4)]
         for number in (0, 1, 2, 0, 3):
@@ -433,7 +433,7 @@ async def test_the_longest_unused_key_is_forgotten_first(clone: Database) -> Non
 
 
 @pytest.mark.slow
-async def test_an_expiry_is_honoured_from_memory(
+async def test_an_expiry_takes_effect_in_the_cache(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:
     now = await other.fetchval("SELECT clock_timestamp()")
@@ -453,7 +453,9 @@ async def test_an_expiry_is_honoured_from_memory(
     assert abs(datetime.now(UTC) - ends) < timedelta(seconds=0.1)
 
 
-async def test_the_databases_clock_decides(clone: Database, listening: KeyVerifier) -> None:
+async def test_an_expiry_follows_the_clock_of_the_database(
+    clone: Database, listening: KeyVerifier
+) -> None:
     """As if it went an hour ahead of this machine's."""
     _, raw_key = await make_key(clone, expires_at=datetime.now(UTC) + timedelta(minutes=30))
     assert await listening.verify(raw_key)
@@ -462,7 +464,7 @@ async def test_the_databases_clock_decides(clone: Database, listening: KeyVerifi
         await listening.authorize(raw_key)
 
 
-async def test_denials_from_memory_are_on_record(clone: Database, listening: KeyVerifier) -> None:
+async def test_denials_from_the_cache_are_recorded(clone: Database, listening: KeyVerifier) -> None:
     key, raw_key = await make_key(clone, allowed_ips=["10.0.0.0/8"])
     assert await listening.verify(raw_key, ip_address="10.0.0.1")
     with pytest.raises(ScopeMissing):
@@ -482,7 +484,7 @@ async def test_denials_from_memory_are_on_record(clone: Database, listening: Key
     assert raw_key.rpartition("_")[2] not in f"{[e.model_dump() for e in denied]}"
 
 
-async def test_a_changed_copy_of_the_key_gives_nobody_more(
+async def test_changes_of_the_returned_key_grant_nothing(
     clone: Database, listening: KeyVerifier
 ) -> None:
     _, raw_key = await make_key(clone, allowed_ips=["10.0.0.0/8"])

@@ -1,4 +1,4 @@
-"""Every refusal is on record, whatever becomes of who caused it."""
+"""Each denial is recorded, even if the transaction of the caller rolls back."""
 
 import asyncio
 from ipaddress import ip_address
@@ -49,7 +49,7 @@ async def denials(database: Database) -> list[AuditLog]:
     return [event for event in events if event.action == AuditAction.API_KEY_DENY]
 
 
-def test_every_reason_is_tried() -> None:
+def test_every_reason_for_a_denial_is_tested() -> None:
     reasons = {
         name
         for name, value in vars(tiger_errors).items()
@@ -60,7 +60,7 @@ def test_every_reason_is_tried() -> None:
 
 @pytest.mark.parametrize("by", ["session", "verifier", "listening verifier"])
 @pytest.mark.parametrize("case", CASES)
-async def test_a_refusal_is_on_record_though_its_cause_rolls_back(
+async def test_a_denial_is_recorded_even_if_the_caller_rolls_back(
     clone: Database, case: str, by: str
 ) -> None:
     change, asked, reason = CASES[case]
@@ -114,14 +114,16 @@ async def test_a_refusal_is_on_record_though_its_cause_rolls_back(
     assert found == "Main"
 
 
-async def test_a_malformed_key_is_not_on_record(clone: Database) -> None:
+async def test_a_malformed_key_is_not_recorded(clone: Database) -> None:
     async with clone.session() as session:
         for malformed in ("", "nonsense", unknown_key()[:-1]):
             assert await api_keys.verify_api_key(session, malformed) is None
     assert await denials(clone) == []
 
 
-async def test_a_session_of_no_database_records_in_its_transaction(clone: Database) -> None:
+async def test_a_session_without_out_of_band_writer_records_in_its_transaction(
+    clone: Database,
+) -> None:
     async with clone.sessions(info=context_without_out_of_band(clone.info)) as session:
         with pytest.raises(InvalidAPIKey):
             await api_keys.authorize_api_key(session, unknown_key())
@@ -130,7 +132,7 @@ async def test_a_session_of_no_database_records_in_its_transaction(clone: Databa
     assert await denials(clone) == []
 
 
-async def test_to_the_outside_an_unknown_key_is_a_wrong_secret(clone: Database) -> None:
+async def test_callers_cannot_tell_an_unknown_key_from_a_wrong_secret(clone: Database) -> None:
     async with clone.session() as session:
         key, raw_key = await factories.api_key(session)
         await api_keys.revoke(session, key.id)
@@ -149,7 +151,7 @@ async def test_to_the_outside_an_unknown_key_is_a_wrong_secret(clone: Database) 
 
 
 @pytest.mark.slow
-async def test_with_one_connection_nothing_hangs(clone: Database) -> None:
+async def test_a_pool_of_one_connection_does_not_hang(clone: Database) -> None:
     pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 1}
     async with clone.session() as session:
         key, raw_key = await factories.api_key(session)
@@ -214,7 +216,7 @@ ODD_ADDRESSES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["session", "own transaction", "verifier"])
-async def test_whatever_a_caller_says_is_stored_safely(clone: Database, by: str) -> None:
+async def test_texts_of_callers_are_stored_redacted(clone: Database, by: str) -> None:
     async with clone.session() as session:
         _, raw_key = await factories.api_key(session)
     callers = [{"user_agent": odd} for odd in ODD_TEXTS] + [

@@ -1,4 +1,4 @@
-"""The text of a key: what it is made of, and that nothing else passes for one."""
+"""The format of API keys: new keys are parsed, and other text is refused."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def number(secret: str) -> int:
 
 
 @pytest.mark.parametrize("environment", ["live", "test"])
-def test_what_is_made_is_read(environment: str) -> None:
+def test_a_new_key_is_parsed(environment: str) -> None:
     for _ in range(200):
         made = key_format.new_key(environment)
         assert key_format.parse_key(made.raw_key) == made
@@ -91,14 +91,14 @@ async def test_the_prefix_names_the_environment(clone_settings: Settings) -> Non
 @example(raw_key=key_format.new_key("test").raw_key, at=40, letter="٣")  # a digit, but not of ASCII
 @example(raw_key=key_format.new_key("live").raw_key, at=15, letter="３")  # noqa: RUF001  # a wide digit
 @example(raw_key=key_format.new_key("live").raw_key, at=70, letter="\n")
-def test_a_mistyped_character_is_told(raw_key: str, at: int, letter: str) -> None:
+def test_a_mistyped_character_is_detected(raw_key: str, at: int, letter: str) -> None:
     assert len(raw_key) == 71
     assume(raw_key[at] != letter)
     assert key_format.parse_key(raw_key[:at] + letter + raw_key[at + 1 :]) is None
 
 
 @given(raw_key=KEYS, at=st.integers(0, 69))
-def test_swapped_neighbours_are_told(raw_key: str, at: int) -> None:
+def test_swapped_neighbours_are_detected(raw_key: str, at: int) -> None:
     assume(raw_key[at] != raw_key[at + 1])
     swapped = raw_key[:at] + raw_key[at + 1] + raw_key[at] + raw_key[at + 2 :]
     assert key_format.parse_key(swapped) is None
@@ -106,7 +106,7 @@ def test_swapped_neighbours_are_told(raw_key: str, at: int) -> None:
 
 @given(raw_key=KEYS, at=st.integers(0, 70), more=st.text(min_size=1, max_size=3))
 @example(raw_key=key_format.new_key("test").raw_key, at=0, more="\n")
-def test_what_is_too_short_or_too_long_is_told(raw_key: str, at: int, more: str) -> None:
+def test_a_key_that_is_too_short_or_too_long_is_refused(raw_key: str, at: int, more: str) -> None:
     cut = [raw_key[:at], raw_key[at + 1 :], raw_key[:at] + raw_key[at + 1 :]]
     extended = [raw_key + more, more + raw_key, raw_key[:at] + more + raw_key[at:]]
     around = [f" {raw_key}", f"{raw_key}\n", f"\t{raw_key} ", f"{raw_key}\0", f"\ufeff{raw_key}"]
@@ -116,11 +116,11 @@ def test_what_is_too_short_or_too_long_is_told(raw_key: str, at: int, more: str)
 
 
 @given(anything=st.text() | st.binary() | st.none() | st.integers())
-def test_nothing_else_is_a_key(anything: Any) -> None:
+def test_other_values_are_refused(anything: Any) -> None:
     assert key_format.parse_key(anything) is None
 
 
-def test_bytes_and_other_cases_are_no_key() -> None:
+def test_bytes_and_another_case_are_refused() -> None:
     raw_key: Any = key_format.new_key("test").raw_key
     wrongs: list[Any] = [raw_key.encode(), bytearray(raw_key.encode()), [raw_key], raw_key.upper()]
     for wrong in wrongs:
@@ -129,7 +129,7 @@ def test_bytes_and_other_cases_are_no_key() -> None:
     assert key_format.parse_key(sealed("tdb_test_" + "0" * 12 + "_" + "0" * 43)) is not None
 
 
-async def test_what_is_no_key_is_refused_without_a_statement(clone: Database) -> None:
+async def test_a_malformed_key_is_refused_without_a_statement(clone: Database) -> None:
     async with clone.session() as session:
         _, good = await factories.api_key(session)
     wrongs: list[Any] = [

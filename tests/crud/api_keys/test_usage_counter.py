@@ -1,4 +1,4 @@
-"""Counts and events are written out of band, and none is lost or doubled."""
+"""Uses of API keys are counted out of band; none is lost or counted twice."""
 
 import asyncio
 import random
@@ -11,14 +11,13 @@ from uuid import UUID
 
 import asyncpg
 import pytest
-from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
 from tiger_db.connections import connect
-from tiger_db.errors import AlreadyExists, DatabaseUnavailable, ScopeMissing
+from tiger_db.errors import DatabaseUnavailable, ScopeMissing
 from tiger_db.models import APIKeyScope
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -51,7 +50,7 @@ async def counts(connection: Connection, key_id: UUID) -> tuple[int, int] | None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("committed", [True, False])
-async def test_a_commit_that_nobody_confirmed(
+async def test_uses_of_an_unconfirmed_commit_are_counted_once(
     clone_settings: Settings,
     other: Connection,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +93,7 @@ async def test_a_commit_that_nobody_confirmed(
         assert await counts(other, key_id) == (15, 15)
 
 
-async def test_counts_of_a_line_whose_keys_are_gone_are_deleted_in_time(
+async def test_limits_of_lines_without_keys_are_deleted_after_30_days(
     clone_settings: Settings, other: Connection
 ) -> None:
     ((key, _),) = await make_keys(clone_settings, 1)
@@ -113,7 +112,7 @@ async def true_after(condition: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.slow
-async def test_counts_are_exact_however_often_connections_are_cut(
+async def test_counts_are_exact_while_connections_are_terminated(
     clone_settings: Settings, other: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiger_db.crud.api_keys.usage_counter.WRITE_INTERVAL_SECONDS", 0.004)
@@ -135,7 +134,7 @@ async def test_counts_are_exact_however_often_connections_are_cut(
 
 
 @pytest.mark.slow
-async def test_a_locked_key_delays_nobody_elses_counts(
+async def test_a_locked_key_does_not_delay_the_counts_of_other_keys(
     clone_settings: Settings, other: Connection
 ) -> None:
     (locked, locked_key), (free, free_key) = await make_keys(clone_settings, 2)
@@ -165,7 +164,7 @@ async def test_a_locked_key_delays_nobody_elses_counts(
     await watcher.close()
 
 
-async def test_closing_writes_what_is_left(clone_settings: Settings, other: Connection) -> None:
+async def test_close_writes_all_counts(clone_settings: Settings, other: Connection) -> None:
     keys = await make_keys(clone_settings, 20)
     async with Database(clone_settings) as database:
         for _ in range(7):
@@ -175,9 +174,7 @@ async def test_closing_writes_what_is_left(clone_settings: Settings, other: Conn
     assert [await counts(other, key.id) for key, _ in keys] == [(7, 7)] * 20
 
 
-async def test_closing_waits_for_who_has_the_key(
-    clone_settings: Settings, other: Connection
-) -> None:
+async def test_close_waits_for_a_locked_key(clone_settings: Settings, other: Connection) -> None:
     ((key, _),) = await make_keys(clone_settings, 1)
     database = Database(clone_settings)
     await database.check()
@@ -193,7 +190,7 @@ async def test_closing_waits_for_who_has_the_key(
     assert await counts(other, key.id) == (1, 1)
 
 
-async def test_hours_are_counted_apart(clone_settings: Settings, other: Connection) -> None:
+async def test_uses_are_counted_by_the_hour(clone_settings: Settings, other: Connection) -> None:
     ((key, _),) = await make_keys(clone_settings, 1)
     async with Database(clone_settings) as database:
         for at in (7199.9, 7200.0, 3600.0, 10_799.9):
@@ -202,89 +199,6 @@ async def test_hours_are_counted_apart(clone_settings: Settings, other: Connecti
     assert {tuple(row) for row in rows} == {(3600, 2), (7200, 2)}
     last = await other.fetchval("SELECT extract(epoch FROM last_used_at)::float FROM api_keys")
     assert last == 10_799.9
-
-
-@pytest.mark.slow
-async def test_events_recorded_at_once_are_all_there(
-    clone_settings: Settings, other: Connection
-) -> None:
-    async with Database(clone_settings) as database:
-        commits = 0
-
-        def committed(_: object) -> None:
-            nonlocal commits
-            commits += 1
-
-        event.listen(database.out_of_band.engine.sync_engine, "commit", committed)
-
-        async def record(number: int) -> None:
-            event_ = factories.new_event(error_message=str(number))
-            await database.out_of_band.record(event_)
-            found = "SELECT count(*) FROM audit_logs WHERE error_message = $1"
-            async with database.out_of_band.connection() as connection:
-                assert await connection.fetchval(found, str(number)) == 1
-
-        async with asyncio.timeout(20):
-            await asyncio.gather(*(record(number) for number in range(500)))
-    rows = await other.fetch("SELECT error_message FROM audit_logs")
-    assert sorted(int(row[0]) for row in rows) == [*range(500)]
-    print(f"{commits} commits for 500 events")  # noqa: T201
-    assert commits < 100
-
-
-async def test_one_who_gives_up_takes_no_event_away(
-    clone_settings: Settings, other: Connection
-) -> None:
-    async with Database(clone_settings) as database:
-        tasks = [
-            asyncio.create_task(
-                database.out_of_band.record(factories.new_event(error_message=str(number)))
-            )
-            for number in range(20)
-        ]
-        await asyncio.sleep(0)
-        for task in tasks[::2]:
-            task.cancel()
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    assert outcomes[1::2] == [None] * 10
-    rows = await other.fetch("SELECT error_message FROM audit_logs")
-    assert {str(number) for number in range(1, 20, 2)} <= {row[0] for row in rows}
-    assert len(rows) == len({row[0] for row in rows})
-
-
-async def test_an_event_that_cannot_be_stored_spoils_no_other(
-    clone_settings: Settings, other: Connection
-) -> None:
-    """They are written together, as long as that goes well."""
-    async with Database(clone_settings) as database:
-        first = factories.new_event()
-        await database.out_of_band.record(first)
-        outcomes = await asyncio.gather(
-            *(
-                database.out_of_band.record(factories.new_event(error_message=str(number)))
-                for number in range(5)
-            ),
-            database.out_of_band.record(factories.new_event(id=first.id)),
-            *(
-                database.out_of_band.record(factories.new_event(error_message=str(number)))
-                for number in range(5, 9)
-            ),
-            return_exceptions=True,
-        )
-    refused = [outcome for outcome in outcomes if outcome is not None]
-    assert len(refused) == 1
-    assert isinstance(refused[0], AlreadyExists)
-    rows = await other.fetch("SELECT error_message FROM audit_logs WHERE error_message IS NOT NULL")
-    assert sorted(int(row[0]) for row in rows) == [*range(9)]
-
-
-async def test_an_event_that_cannot_be_stored_says_so(clone_settings: Settings) -> None:
-    pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 0.05}
-    async with Database(clone_settings.model_copy(update=pool)) as database:
-        async with database.out_of_band.connection():
-            with pytest.raises(Exception, match=r"QueuePool|in use|lost"):
-                await database.out_of_band.record(factories.new_event())
-        await database.out_of_band.record(factories.new_event())
 
 
 @pytest.mark.slow
@@ -308,7 +222,7 @@ async def test_the_counts_of_a_deleted_key_are_dropped(
     assert not caplog.records
 
 
-async def test_a_count_stays_when_the_caller_rolls_back(
+async def test_counts_and_denials_survive_a_rollback_of_the_caller(
     clone_settings: Settings, other: Connection
 ) -> None:
     ((key, raw_key),) = await make_keys(clone_settings, 1)
@@ -354,7 +268,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["with_a_database", "with_the_default", "interrupted"])
-async def test_a_program_that_ends_writes_its_counts(
+async def test_a_program_writes_its_counts_when_it_ends(
     clone_settings: Settings, other: Connection, how: str
 ) -> None:
     ((key, raw_key),) = await make_keys(clone_settings, 1)

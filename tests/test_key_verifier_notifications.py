@@ -1,4 +1,4 @@
-"""What PostgreSQL tells of changes to keys, whoever makes them; a verifier forgets by it."""
+"""Notifications of changes of API keys, and their effect on a KeyVerifier."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -62,7 +62,7 @@ async def told(clone: Database, other: Connection) -> AsyncIterator[Told]:
 
 
 @pytest.mark.parametrize("role", ["origin", "replica"])
-async def test_every_change_of_a_key_is_told(
+async def test_every_change_of_a_key_is_notified(
     clone: Database, told: Told, other: Connection, role: str
 ) -> None:
     async with clone.session() as session:
@@ -84,7 +84,7 @@ async def test_every_change_of_a_key_is_told(
 
 
 @pytest.mark.parametrize("role", ["origin", "replica"])
-async def test_what_ends_an_account_is_told(
+async def test_changes_that_end_an_account_are_notified(
     clone: Database, told: Told, other: Connection, role: str
 ) -> None:
     async with clone.session() as session:
@@ -104,7 +104,7 @@ async def test_what_ends_an_account_is_told(
     assert "all" in await told.since_last()
 
 
-async def test_what_is_rolled_back_is_not_told(
+async def test_a_change_that_is_rolled_back_is_not_notified(
     clone: Database, told: Told, other: Connection
 ) -> None:
     async with clone.session() as session:
@@ -117,7 +117,7 @@ async def test_what_is_rolled_back_is_not_told(
     assert await told.since_last() == []
 
 
-async def test_each_function_tells_what_it_changes(clone: Database, told: Told) -> None:
+async def test_each_function_notifies_its_changes(clone: Database, told: Told) -> None:
     soon = datetime.now(UTC) + timedelta(days=1)
     async with clone.session() as session:
         account = await factories.account(session)
@@ -140,7 +140,7 @@ async def test_each_function_tells_what_it_changes(clone: Database, told: Told) 
     assert {*await told.since_last()} == {f"account {account.id}", f"key {successor.id}"}
 
 
-async def test_a_use_is_told_to_nobody(clone: Database, told: Told) -> None:
+async def test_a_use_is_not_notified(clone: Database, told: Told) -> None:
     async with clone.session() as session:
         _, unlimited = await factories.api_key(session)
         _, limited = await factories.api_key(session, rate_limit_per_day=9)
@@ -154,7 +154,7 @@ async def test_a_use_is_told_to_nobody(clone: Database, told: Told) -> None:
 
 
 @pytest.mark.parametrize("uses", [0, 1])
-async def test_a_limited_key_that_is_deleted_meanwhile_is_no_key(
+async def test_a_limited_key_that_is_deleted_during_a_call_is_refused(
     clone: Database, uses: int
 ) -> None:
     """Between the reading of its row and the count of its use."""

@@ -1,4 +1,4 @@
-"""How secrets of keys are stored: under a pepper, whatever they were stored under before."""
+"""Hashes of the secrets of API keys: peppers, older schemes, damaged hashes."""
 
 import asyncio
 import base64
@@ -106,7 +106,7 @@ async def store(database: Database, key_hash: str, pepper_id: str | None = None)
 # Peppers
 
 
-async def test_a_hash_is_under_the_first_pepper(clone_settings: Settings) -> None:
+async def test_a_new_hash_has_the_first_pepper(clone_settings: Settings) -> None:
     both = with_peppers(clone_settings, f"new:{NEW},old:{OLD}")
     raw_key = await make_key(both)
     async with Database(both) as database:
@@ -119,7 +119,7 @@ async def test_a_hash_is_under_the_first_pepper(clone_settings: Settings) -> Non
 
 
 @CHECKS
-async def test_a_dump_without_the_pepper_is_of_no_use(
+async def test_a_dump_without_the_pepper_verifies_no_key(
     clone_settings: Settings, check: Check
 ) -> None:
     raw_key = await make_key(with_peppers(clone_settings, f"p:{OLD}"))
@@ -161,7 +161,7 @@ async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
             await check(database, raw_key)
 
 
-async def test_a_hash_that_was_changed_meanwhile_stays(clone_settings: Settings) -> None:
+async def test_a_concurrently_changed_hash_is_not_replaced(clone_settings: Settings) -> None:
     """Two who upgrade at once, and one who upgrades what is locked."""
     async with Database(allowing(clone_settings, TODAY)) as clone:
         await hash_that_was_changed_meanwhile_stays(clone)
@@ -196,7 +196,7 @@ async def told_of(database: Database) -> list[AuditLog]:
 
 @CHECKS
 @pytest.mark.parametrize("scheme", HASHERS)
-async def test_an_allowed_hash_without_a_pepper_is_made_anew_at_the_first_use_on_record(
+async def test_the_first_use_of_an_allowed_unpeppered_hash_replaces_and_records_it(
     clone_settings: Settings, check: Check, scheme: str
 ) -> None:
     raw_key = await make_key(clone_settings)
@@ -238,7 +238,7 @@ VALUES (gen_random_uuid(), 'minted', :prefix, :hash, 'active', '{system:admin,tr
 @CHECKS
 @pytest.mark.parametrize("scheme", HASHERS)
 @pytest.mark.parametrize("until", [None, TODAY - timedelta(days=1)])
-async def test_sql_mints_no_key(
+async def test_a_key_that_was_inserted_with_sql_is_refused(
     clone_settings: Settings, check: Check, scheme: str, until: date | None
 ) -> None:
     raw_key = unknown_key()
@@ -266,7 +266,9 @@ async def test_sql_mints_no_key(
 
 
 @CHECKS
-async def test_sql_takes_over_no_key(clone: Database, check: Check) -> None:
+async def test_a_key_whose_hash_was_replaced_with_sql_is_refused(
+    clone: Database, check: Check
+) -> None:
     """Not even one that a verifier has checked before."""
     raw_key = await make_key(clone.settings)
     assert await check(clone, raw_key)
@@ -276,7 +278,7 @@ async def test_sql_takes_over_no_key(clone: Database, check: Check) -> None:
     assert (await stored(clone))[1] is None
 
 
-async def test_a_listening_verifier_asks_the_database_for_each_use_of_an_unpeppered_hash(
+async def test_a_verifier_with_memory_reads_the_database_for_each_use_of_an_unpeppered_hash(
     clone_settings: Settings,
 ) -> None:
     """So that each is on record, and none is accepted after the day."""
@@ -343,7 +345,7 @@ def test_the_day_ends_at_midnight_utc(now: datetime, accepted: bool) -> None:
 
 
 @CHECKS
-async def test_the_database_tells_the_day(
+async def test_the_day_is_that_of_the_clock_of_the_database(
     clone_settings: Settings, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not this machine's clock, which here is a year ahead."""
@@ -364,7 +366,7 @@ async def test_a_leaked_key_is_found_by_a_hash_without_a_pepper(clone: Database)
 
 
 @pytest.mark.parametrize("scheme", HASHERS)
-async def test_a_hash_of_the_whole_key_or_a_part_is_not_its_own(
+async def test_a_hash_of_the_whole_key_or_of_another_part_is_refused(
     clone: Database, scheme: str
 ) -> None:
     raw_key = await make_key(clone.settings)
@@ -376,9 +378,7 @@ async def test_a_hash_of_the_whole_key_or_a_part_is_not_its_own(
 
 @pytest.mark.slow
 @CHECKS
-async def test_a_slow_hash_does_not_keep_the_event_loop_waiting(
-    clone: Database, check: Check
-) -> None:
+async def test_a_slow_hash_does_not_block_the_event_loop(clone: Database, check: Check) -> None:
     raw_key = await make_key(clone.settings)
     applied = peppers_of(clone.info).apply("test", secret_of(raw_key))
     await store(clone, bcrypt.using(rounds=13).hash(applied), "test")
@@ -427,7 +427,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("pepper_id", [None, "test", "gone"])
-async def test_a_damaged_hash_is_nobodys(clone: Database, pepper_id: str | None) -> None:
+async def test_a_damaged_hash_verifies_no_secret(clone: Database, pepper_id: str | None) -> None:
     raw_key = await make_key(clone.settings)
     for damaged in DAMAGED:
         await store(clone, damaged, pepper_id)
@@ -443,7 +443,7 @@ async def test_a_damaged_hash_is_nobodys(clone: Database, pepper_id: str | None)
     assert {event.action for event in denied} == {AuditAction.API_KEY_DENY}
 
 
-async def test_a_hash_of_any_length_is_not_taken() -> None:
+async def test_a_hash_that_is_too_long_is_refused() -> None:
     """Its text tells the cost of Argon2, so it is kept short."""
     peppers = Peppers({"test": bytes(32)})
     for size, accepted in ((100, True), (1000, False)):
@@ -451,7 +451,7 @@ async def test_a_hash_of_any_length_is_not_taken() -> None:
         assert await verify_secret(peppers, "secret", hashed, None) is accepted
 
 
-async def test_an_empty_hash_is_nobodys_and_is_not_stored(clone: Database) -> None:
+async def test_an_empty_hash_verifies_no_secret_and_is_not_stored(clone: Database) -> None:
     peppers = Peppers({"test": bytes(32)})
     for pepper_id in (None, "", "test", "gone"):
         assert not await verify_secret(peppers, "", "", pepper_id)
@@ -469,7 +469,7 @@ async def test_an_empty_hash_is_nobodys_and_is_not_stored(clone: Database) -> No
     other=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3),
 )
 @pytest.mark.filterwarnings("ignore::passlib.exc.PasslibHashWarning")
-async def test_no_damage_crashes(good: str, at: int, size: int, other: str) -> None:
+async def test_a_damaged_hash_raises_nothing(good: str, at: int, size: int, other: str) -> None:
     """Argon2 is left out: its cost is in its text, and with it our time."""
     damaged = good[:at] + other + good[at + size :]
     if damaged.startswith(("$2a$", "$2b$", "$2y$")) and damaged[4:7] != "04$":
@@ -479,7 +479,7 @@ async def test_no_damage_crashes(good: str, at: int, size: int, other: str) -> N
     assert await verify_secret(Peppers({"p": bytes(32)}), "secret", damaged, "p") is False
 
 
-async def test_what_is_hashed_verifies_and_is_up_to_date() -> None:
+async def test_a_new_hash_verifies_and_is_not_outdated() -> None:
     peppers = Peppers({"new": bytes(32), "old": bytes([1]) * 32})
     hashed, pepper_id = hash_secret(peppers, "secret")
     assert pepper_id == "new"
@@ -496,7 +496,7 @@ async def test_what_is_hashed_verifies_and_is_up_to_date() -> None:
 # Without peppers
 
 
-async def test_without_peppers_no_key_is_made_or_checked(clone_settings: Settings) -> None:
+async def test_without_peppers_no_key_is_created_or_verified(clone_settings: Settings) -> None:
     raw_key = await make_key(clone_settings)
     async with Database(with_peppers(clone_settings, None)) as database:
         async with database.session() as session:
@@ -574,7 +574,7 @@ async def test_no_hash_costs_as_much_as_a_wrong_one() -> None:
     assert max(medians) < 1.3 * min(medians)
 
 
-async def test_both_send_the_same(clone: Database) -> None:
+async def test_unknown_keys_and_wrong_secrets_send_the_same_statements(clone: Database) -> None:
     async with clone.session() as session:
         _, raw_key = await factories.api_key(session)
     sent: list[list[str]] = []
