@@ -49,7 +49,7 @@ def test_a_file_is_replaced_only_when_told(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text("old")
     path.chmod(0o644)
-    with pytest.raises(AlreadyExists, match=f"{path} is there already"):
+    with pytest.raises(AlreadyExists, match=f"{path} already exists"):
         write(path)
     assert path.read_text() == "old"
     write(path, overwrite=True)

@@ -1,17 +1,17 @@
-"""Everything this package raises on purpose. The default message is the class's docstring."""
+"""The errors of this package. The default message of an error is the docstring of its class."""
 
 from datetime import timedelta
 
 
 class TigerDBError(Exception):
-    """Something went wrong in tiger_db."""
+    """An operation of tiger_db failed."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message or (type(self).__doc__ or "").strip())
 
 
 class ConfigurationError(TigerDBError):
-    """A setting is missing or has a bad value."""
+    """A setting is missing or not valid."""
 
 
 class DatabaseUnavailable(TigerDBError):
@@ -19,23 +19,23 @@ class DatabaseUnavailable(TigerDBError):
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """The commit was not confirmed: it may have happened, or not."""
+    """The commit was not confirmed: the transaction may be saved or not."""
 
 
 class QueryTimeout(TigerDBError):
-    """A statement took longer than DB_QUERY_TIMEOUT, or was cancelled; nothing was saved."""
+    """A statement took longer than DB_QUERY_TIMEOUT or was cancelled. Nothing was saved."""
 
 
 class Conflict(TigerDBError):
-    """Other transactions were in the way, nothing was saved: the whole of it may be run again."""
+    """Another transaction conflicts with this one. Nothing was saved: repeat the transaction."""
 
 
 class StatementRefused(TigerDBError):
-    """The database refused a statement, for want of a right, for one."""
+    """The database refused a statement, for example because a privilege is missing."""
 
 
 class SchemaMismatch(TigerDBError):
-    """The database's schema is not the one this version of tiger_db needs."""
+    """The schema of the database does not match this version of tiger_db."""
 
 
 class MigrationError(TigerDBError):
@@ -43,7 +43,7 @@ class MigrationError(TigerDBError):
 
 
 class EmbeddedError(TigerDBError):
-    """The embedded PostgreSQL cannot do what was asked."""
+    """The embedded PostgreSQL failed."""
 
 
 class EncryptionError(TigerDBError):
@@ -51,15 +51,15 @@ class EncryptionError(TigerDBError):
 
 
 class NotFound(TigerDBError):
-    """There is no such row."""
+    """The row does not exist."""
 
 
 class AlreadyExists(TigerDBError):
-    """A row with these values exists already."""
+    """A row with these values already exists."""
 
 
 class MissingReference(TigerDBError):
-    """A row that this one refers to does not exist."""
+    """A referenced row does not exist."""
 
 
 class InvalidValue(TigerDBError):
@@ -67,23 +67,23 @@ class InvalidValue(TigerDBError):
 
 
 class InvalidCursor(InvalidValue):
-    """The cursor is malformed: pass a page's next_cursor, unchanged."""
+    """The cursor is malformed: pass the next_cursor of a page unchanged."""
 
 
 class InvalidState(TigerDBError):
-    """The row's status does not allow this."""
+    """The status of the row does not allow this."""
 
 
 class StaleToken(InvalidState):
-    """The account has a newer access token than this one."""
+    """The account has a newer access token."""
 
 
 class LeaseLost(InvalidState):
-    """The claim on this refresh has ended: another worker may hold it."""
+    """The claim on this refresh has ended: another worker may have claimed it."""
 
 
 class RefreshFailed(TigerDBError):
-    """The access token could not be refreshed this time; `code` is the broker's, if it answered."""
+    """The access token was not refreshed. `code` is the error code of the broker, or None."""
 
     def __init__(self, message: str = "", *, code: int | None = None) -> None:
         super().__init__(message)
@@ -91,7 +91,7 @@ class RefreshFailed(TigerDBError):
 
 
 class RefreshLimited(RefreshFailed):
-    """The broker wants to be asked later."""
+    """The broker limits requests: repeat after `retry_after`."""
 
     def __init__(
         self, message: str = "", *, code: int | None = None, retry_after: timedelta
@@ -101,11 +101,11 @@ class RefreshLimited(RefreshFailed):
 
 
 class CredentialsRefused(RefreshFailed):
-    """The broker refuses the account's credentials: asking again is of no use."""
+    """The broker refuses the credentials of the account: a retry cannot succeed."""
 
 
 class AnswerLost(RefreshFailed):
-    """The broker was asked and its answer was lost: the account may have another token now."""
+    """The broker's answer was lost: the account may have a new token."""
 
 
 class AccessDenied(TigerDBError):
@@ -121,7 +121,7 @@ class APIKeyExpired(AccessDenied):
 
 
 class APIKeyRevoked(AccessDenied):
-    """The API key has been revoked or switched off."""
+    """The API key is revoked or not active."""
 
 
 class AccountNotActive(AccessDenied):
@@ -137,15 +137,15 @@ class AddressNotAllowed(AccessDenied):
 
 
 class UserAgentNotAllowed(AccessDenied):
-    """The API key may not be used by this client."""
+    """The API key may not be used with this user agent."""
 
 
 class ScopeMissing(AccessDenied):
-    """The API key lacks a scope."""
+    """The API key does not have a required scope."""
 
 
 class RateLimited(AccessDenied):
-    """The API key has reached its limit."""
+    """The API key has reached its rate limit."""
 
     def __init__(self, message: str = "", *, retry_after: timedelta, remaining: int = 0) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Private, atomic files: mode 0600, and written completely or not at all.
+"""Private files (mode 0600) that are written atomically.
 
 Devices and pipes are written to, never replaced.
 """
@@ -16,27 +16,27 @@ from typing import IO
 
 from tiger_db.errors import AlreadyExists, InvalidValue
 
-# Prefix of the name of every file and folder that is renamed when it is complete.
+# Prefix of the names of files and folders until they are complete.
 UNFINISHED = ".tiger_db-unfinished-"
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)  # /dev/stdout is a link to one
-_MOST_LINKS = 40  # as Linux follows
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_MAX_SYMLINKS = 40  # like Linux
+_NO_HARD_LINKS_ERRORS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def output_files(
     *paths: Path, overwrite: bool, without: Path | None = None
 ) -> Iterator[list[IO[str]]]:
-    """Open files for writing UTF-8 text. On success all of them exist, on failure no new one does.
+    """Open files for writing UTF-8 text. Create all of them, or none if an error occurs.
 
-    Symbolic links are followed. A file gets its name when it is complete. Its mode is 0600, also if
-    it replaces another file, which needs `overwrite`. Pipes and devices are written to, as by a
-    shell's redirection; opening a pipe blocks until the pipe has a reader. The file or link
-    `without` is removed when the others exist.
+    Symbolic links are followed. A file gets its name when it is complete. Its mode is always 0600.
+    Existing files are replaced only with `overwrite`. Pipes and devices are written to, like with
+    the redirection of a shell. Opening a pipe blocks until the pipe has a reader. When all files
+    exist, the file or link `without` is removed.
 
     Raises:
-        AlreadyExists: the path is a file, folder or block device and `overwrite` is false, or a
-            link whose target is missing. The message names the path.
+        AlreadyExists: the path is a file, folder or block device and `overwrite` is false, or the
+            path is a symbolic link whose target is missing. The message names the path.
         InvalidValue: the path is a socket.
         OSError: a file cannot be written. The message names the path.
     """
@@ -61,9 +61,9 @@ def output_files(
 def write_private(
     folder: Path, texts: Mapping[str, str], *, overwrite: bool, without: str | None = None
 ) -> list[Path]:
-    """Write texts to files of these names in a folder with `output_files`, and return their paths.
+    """Write files with these names and texts to a folder, and return their paths.
 
-    With `overwrite`, the file `without` is removed.
+    With `overwrite`, existing files are replaced and the file `without` is removed.
 
     Raises:
         AlreadyExists, InvalidValue, OSError: see `output_files`.
@@ -84,7 +84,7 @@ def make_private_folder(folder: Path) -> None:
 
 
 def is_private_folder(path: Path, uid: int) -> bool:
-    """Return whether the path is a folder, not a link, that only this user can enter."""
+    """Return whether the path is a folder that only this user can enter. A link is not a folder."""
     with suppress(OSError):
         status = path.lstat()
         kind_and_mode = status.st_mode & ~stat.S_ISGID  # folders inherit this bit
@@ -93,12 +93,12 @@ def is_private_folder(path: Path, uid: int) -> bool:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for `open(opener=...)`: no symbolic links, mode 0600."""
+    """Open a file with mode 0600 and refuse symbolic links: an opener for `open`."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the files and folders that killed processes left unfinished in a folder."""
+    """Remove the incomplete files and folders of killed processes from a folder."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -107,7 +107,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the renames in a folder survive a power failure."""
+    """Flush the directory entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -122,15 +122,15 @@ def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
         AlreadyExists, InvalidValue, OSError: see `output_files`.
     """
     try:
-        found = path.stat()  # follows links, unless the system protects a shared folder
+        found = path.stat()  # follows links, except in protected shared folders
     except FileNotFoundError:
         if path.is_symlink():
             raise AlreadyExists(f"{path} is a link whose target is missing") from None
         return None
     if stat.S_ISSOCK(found.st_mode):
-        raise InvalidValue(f"{path} is a socket: nothing can be written there")
+        raise InvalidValue(f"{path} is a socket: files cannot be written to it")
     if not overwrite and not _is_stream(found) and _descriptor(path) is None:
-        raise AlreadyExists(f"{path} is there already: --overwrite replaces it")
+        raise AlreadyExists(f"{path} already exists: --overwrite replaces it")
     return found
 
 
@@ -140,7 +140,7 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # Only a descriptor that the parent process passed on: others belong to this process.
+            # Only descriptors from the parent process are inheritable. Others are internal.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
             descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)  # mode 0600
@@ -156,26 +156,26 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
         and found is not None
         and not os.path.samestat(found, os.fstat(file.fileno()))
     ):
-        raise AlreadyExists(f"{path} was replaced meanwhile")
+        raise AlreadyExists(f"{path} was replaced while it was opened")
     return file, unfinished, target
 
 
 def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) -> None:
-    """Give a complete file its name."""
+    """Move a complete file to its final path."""
     try:
-        target.hardlink_to(unfinished)  # unlike a rename, it never replaces a file
+        target.hardlink_to(unfinished)  # unlike a rename, this never replaces a file
         undo.callback(target.unlink)
     except OSError as error:
-        if error.errno not in {errno.EEXIST, *_NO_HARD_LINKS}:
+        if error.errno not in {errno.EEXIST, *_NO_HARD_LINKS_ERRORS}:
             raise
         if os.path.lexists(target) and not (overwrite and stat.S_ISREG(target.lstat().st_mode)):
-            raise AlreadyExists(f"{target} is there already") from None
+            raise AlreadyExists(f"{target} already exists") from None
         unfinished.replace(target)
 
 
 def _followed(path: Path) -> Path:
-    """Resolve symbolic links, except those of the descriptors of this process."""
-    for _ in range(_MOST_LINKS):
+    """Resolve symbolic links, except those of file descriptors of this process."""
+    for _ in range(_MAX_SYMLINKS):
         if _DESCRIPTOR.fullmatch(str(path)) or not path.is_symlink():
             break
         path = path.parent / path.readlink()

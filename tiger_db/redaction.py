@@ -1,4 +1,4 @@
-"""What others may see of texts that can hold secrets: errors, logs, account numbers."""
+"""Masking of secrets in texts such as errors, logs and events."""
 
 import json
 import re
@@ -6,25 +6,26 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 MASK = "**********"
-_SHORTEST = 4  # characters of a known secret; a shorter one would mask parts of common words
+# Shorter secrets are not masked, because they would match parts of common words.
+_MIN_SECRET_CHARACTERS = 4
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)
-# The base64 of `1700000000000,1…`, with which Tiger's tokens begin wherever they stand.
+# The base64 of `1700000000000,1…`, which is the start of each of Tiger's tokens.
 _TIGER_TOKEN = re.compile(
     r"(?:[M-O][DTjz][AEIMQUYcgk][w-z0-5]){4}[M-O][CSiy]w(?:[A-Za-z0-9+/_%-]|\\/)*={0,2}"
 )
 _JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]+)+")
 _API_KEY = re.compile(r"\b(tdb_(?:live|test)_[0-9A-Za-z]{12})_[0-9A-Za-z]+")
 _BEARER = re.compile(r"\b(Bearer)\s+[^\s'\",;\\]+", re.IGNORECASE)
-# As long as Tiger's tokens, which are 60 characters of base64, keys, signatures and digests; also
-# with a slash as JSON may have it and as a URL has it, and in lines of which the last is shorter.
+# Base64 of at least 40 characters: Tiger's tokens have 60, keys, signatures and digests are longer.
+# Slashes may be escaped as in JSON or in URLs. `_LINES` matches base64 in several lines.
 _RANDOM = re.compile(r"(?:[A-Za-z0-9+_-]|\\?/|%2[BbFf]){40,}={0,2}")
 _LINES = re.compile(
     r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,}+(?:\r?\n|(?:\\+r)?\\+n)[ \t]*)+[A-Za-z0-9+/]*={0,2}"
 )
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
-_WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")  # aWordLIKEThis2
-# `name=value`, `"name": "value"` and the like, where the name tells that the value is a secret.
+_WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")  # such as aWordLIKEThis2
+# `name=value`, `"name": "value"` and similar forms in which the name is that of a secret.
 _NAMED = re.compile(
     r"""
     (?<![\w-])
@@ -41,20 +42,22 @@ _NAMED = re.compile(
 
 
 def mask_account_number(account_number: str) -> str:
-    """An account number for places that others may see: its last four characters at most."""
-    shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual
+    """Mask an account number except its last four characters. Shorter numbers are masked whole."""
+    shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual number of visible characters
     return "*" * (len(account_number) - len(shown)) + shown
 
 
 def redact_aggressively(text: str, *known: str) -> str:
-    """The text with everything masked that is, or looks like, a token, a key or a password.
+    """Mask everything in a text that is or resembles a token, a key or a password.
 
-    `known` are secrets that are masked wherever they stand, if they have four characters or more.
-    The rest is told by its form: PEM blocks, tokens of Tiger's and JWTs, Bearer credentials, values
-    under names such as `token` or `Authorization`, API keys of ours, and runs of 40 or more letters
-    and digits that are no words.
+    The secrets in `known` are masked if they have at least four characters. Others are recognized
+    by their form: PEM blocks, Tiger's tokens, JWTs, Bearer credentials, values after names such as
+    `token` or `Authorization`, API keys of this package, and 40 or more letters and digits that are
+    not words.
     """
-    forms = {form for secret in known if len(secret) >= _SHORTEST for form in _forms(secret)}
+    forms = {
+        form for secret in known if len(secret) >= _MIN_SECRET_CHARACTERS for form in _forms(secret)
+    }
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, MASK)
     for secret in (_PEM, _TIGER_TOKEN, _JWT):
@@ -67,7 +70,7 @@ def redact_aggressively(text: str, *known: str) -> str:
 
 
 def _forms(secret: str) -> set[str]:
-    """A secret as it is, in JSON, in Python's `repr`, and in a URL."""
+    """Return a secret as plain text, in JSON, in a `repr` of Python, and in a URL."""
     return {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")}
 
 
@@ -77,7 +80,7 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _without_random(match: re.Match[str]) -> str:
-    """Paths, class names and UUIDs stay; what has neither words nor separators does not."""
+    """Mask random text. Paths, class names and UUIDs are not masked."""
     run = match[0]
     parts = _SEPARATORS.split(run)
     if all(map(_WORDS.fullmatch, parts)):
@@ -86,47 +89,52 @@ def _without_random(match: re.Match[str]) -> str:
     return MASK if mixed or len(parts) == 1 else run
 
 
-# Secrets by name
+# Names of secrets
 
 _SECRET_WORDS = {
     "token", "secret", "password", "passwd", "pwd", "passphrase", "authorization", "credential",
     "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
 }  # fmt: skip
 _SECRET_NAMES = {"sign", "signature", "pin", "otp", "pepper"}
-# Those that `_NAMED` lacks, as they may stand in a text.
-_ASSIGNED = {"cookie", "access[_-]?key", "signing[_-]?key", "encryption[_-]?key"}
+# Patterns of names that `_NAMED` does not have.
+_MORE_NAME_PATTERNS = {"cookie", "access[_-]?key", "signing[_-]?key", "encryption[_-]?key"}
 _HARMLESS = {
     "id", "ids", "prefix", "hash", "fingerprint", "expiresat", "expiry", "expiration", "expires",
     "type", "count", "name", "status", "format", "at", "url", "scope", "scopes", "version",
     "refreshid", "length",
 }  # fmt: skip
-_PASSWORDS = re.compile("passw|pwd|passphrase")  # whose hashes can be guessed from
+# A password can be guessed from its hash, so a hash of these is a secret, too.
+_PASSWORDS = re.compile("passw|pwd|passphrase")
 _NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
-_LONGEST_NAME = 100  # characters of one that is remembered
+_MAX_CACHED_NAME_CHARACTERS = 100
 
 _BASE64 = r"(?:[A-Za-z0-9+/]|\\/)"
-# Also in lines; the last one of these may be short.
+# DER in base64, also in several lines. The last line may be short.
 _DER = re.compile(
     rf"(?<![A-Za-z0-9+])MII{_BASE64}{{27,}}+(?:(?:\s|\\+[rnt])+{_BASE64}{{30,}}+)*+"
     rf"(?:(?:\r?\n|(?:\\+r)?\\+n)[ \t]*{_BASE64}+)?={{0,2}}"
 )
-_SHORTEST_DER = 100  # characters of base64
-_SHORTEST_TIGER_TOKEN = 19  # characters that tell one
+_MIN_DER_CHARACTERS = 100  # of base64
+_MIN_TIGER_TOKEN_CHARACTERS = 19  # that `_TIGER_TOKEN` matches
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what bears this name, in any spelling of it, is a secret.
+    """Return whether a field with this name, in any spelling, contains a secret.
 
-    `accessToken` and `X-API-Key` are such names; `token_expires_at` and `api_key_id`, which tell
-    about a secret, are not.
+    Examples are `accessToken` and `X-API-Key`. `token_expires_at` and `api_key_id` describe a
+    secret and do not contain one.
     """
-    return _is_secret(name) if len(name) <= _LONGEST_NAME else _is_secret.__wrapped__(name)
+    return (
+        _is_secret(name)
+        if len(name) <= _MAX_CACHED_NAME_CHARACTERS
+        else _is_secret.__wrapped__(name)
+    )
 
 
 def add_secret_names(*names: str) -> None:
-    """Have what bears a name that contains one of these masked, in this process, from now on.
+    """Add names of secrets. Fields whose names contain one of them are masked in this process.
 
-    Spelling does not matter: `tradePin`, `trade_pin` and `TRADE-PIN` are one name.
+    Spelling does not matter: `tradePin`, `trade_pin` and `TRADE-PIN` are the same name.
 
     Raises:
         ValueError: a name has no letter or digit.
@@ -135,21 +143,21 @@ def add_secret_names(*names: str) -> None:
     if [] in added:
         raise ValueError("a secret's name must have a letter or a digit")
     _SECRET_WORDS.update(map("".join, added))
-    _ASSIGNED.update(map("[_-]?".join, added))
+    _MORE_NAME_PATTERNS.update(map("[_-]?".join, added))
     _is_secret.cache_clear()
     _assignments.cache_clear()
 
 
 def redact_known(text: str) -> str:
-    """The text without what is a secret beyond doubt; long random text, as digests are, stays.
+    """Mask the text that is certainly a secret. Other random text, such as digests, is kept.
 
-    Masked are PEM blocks and bare base64 of private keys, tokens of Tiger's, JWTs, Bearer
-    credentials, API keys of ours, and values after a secret's name: `password=…`.
+    Masked are PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer credentials, API
+    keys of this package, and values after the name of a secret, as in `password=…`.
     """
-    # Most texts hold nothing: what is cheap to see comes first.
+    # Most texts have no secrets. The cheap checks avoid most searches.
     if "-----BEGIN" in text:
         text = _PEM.sub(MASK, text)
-    if len(text) >= _SHORTEST_TIGER_TOKEN:
+    if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:
         text = _TIGER_TOKEN.sub(MASK, text)
     if "eyJ" in text:
         text = _JWT.sub(MASK, text)
@@ -180,18 +188,18 @@ def _is_secret(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name in any style: `APIKeyId` as well as `api-key id`."""
+    """Return the words of a name in any style, such as `APIKeyId` or `api-key id`."""
     return [word.lower() for word in _NAME_WORDS.findall(name)]
 
 
 @cache
 def _assignments() -> re.Pattern[str]:
-    """As `_NAMED`, with all names of secrets."""
-    names = " | ".join(["| credential", *sorted(_ASSIGNED)])
+    """Return `_NAMED` with all names of secrets."""
+    names = " | ".join(["| credential", *sorted(_MORE_NAME_PATTERNS)])
     exact = " | ".join(["| sign (?: ature )?", *sorted(_SECRET_NAMES)])
     pattern = _NAMED.pattern.replace("| credential", names)
     return re.compile(pattern.replace("| sign (?: ature )?", exact), _NAMED.flags)
 
 
 def _without_der(match: re.Match[str]) -> str:
-    return MASK if len(re.sub(r"\s|\\+[rnt]?", "", match[0])) >= _SHORTEST_DER else match[0]
+    return MASK if len(re.sub(r"\s|\\+[rnt]?", "", match[0])) >= _MIN_DER_CHARACTERS else match[0]

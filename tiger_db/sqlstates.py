@@ -1,4 +1,4 @@
-"""SQLSTATEs and the errors of this package that they stand for: the one table.
+"""The table of SQLSTATEs and the errors of this package that they become.
 
 https://www.postgresql.org/docs/current/errcodes-appendix.html
 """
@@ -23,8 +23,8 @@ from tiger_db.errors import (
 # Errors of asyncpg when the connection is lost. The last one comes from its protocol state machine.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 READ_ONLY_SQL_TRANSACTION = "25006"  # from a former primary, or in a readonly session
-# By SQLSTATE or its first characters. The message is this package's own where PostgreSQL's quotes
-# values of the row; None: PostgreSQL's own is shown.
+# Error types and messages by SQLSTATE or its first characters. With None, the message of PostgreSQL
+# is used. It must not be used where it contains values of the row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "08": (DatabaseUnavailable, "lost the database"),
     "22000": (InvalidValue, "a value is not of its column's type"),
@@ -35,29 +35,32 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "22P02": (InvalidValue, "a value is not of its column's type"),
     "22P05": (InvalidValue, "a text has a character that cannot be stored"),
     "23502": (InvalidValue, "a value is missing"),
-    "23503": (MissingReference, "the row referred to does not exist"),
+    "23503": (MissingReference, "the referenced row does not exist"),
     "23505": (AlreadyExists, "the value exists already"),
     "23514": (InvalidValue, "a value is not allowed"),
-    READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "lost the database: it takes no writes"),
+    READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "lost the database: it accepts no writes"),
     "25P03": (DatabaseUnavailable, "lost the database: idle_in_transaction_session_timeout"),
     "25P04": (DatabaseUnavailable, "lost the database: transaction_timeout"),
     "28": (DatabaseUnavailable, "the database refuses this role"),
     "3D000": (DatabaseUnavailable, "the database does not exist"),
-    "40001": (Conflict, None),  # a serialization failure, or a standby's conflict with its replay
-    "40P01": (Conflict, None),  # a deadlock
-    "42501": (StatementRefused, None),  # a right is missing
+    "40001": (
+        Conflict,
+        None,
+    ),  # a serialization failure, or a conflict with the replay on a replica
+    "40P01": (Conflict, None),  # deadlock
+    "42501": (StatementRefused, None),  # a privilege is missing
     "53300": (DatabaseUnavailable, "the database has no connection left"),
-    "55P03": (Conflict, None),  # a lock was not available in time
+    "55P03": (Conflict, None),  # lock timeout
     "57014": (QueryTimeout, None),
     "57P0": (DatabaseUnavailable, "lost the database"),
 }
-# Classes of SQLSTATEs that the same transaction may not meet later: connection, rollback by others,
-# resources, objects in use, intervention by the operator.
-_TRANSIENT = {"08", "40", "53", "55", "57"}
+# Classes of SQLSTATEs after which the same transaction may succeed: connection, rollback,
+# resources, objects in use, operator intervention.
+_TRANSIENT_CLASSES = {"08", "40", "53", "55", "57"}
 
 
 def error_type(sqlstate: str) -> type[TigerDBError] | None:
-    """Return the error that a SQLSTATE stands for, None if there is none."""
+    """Return the error type of a SQLSTATE, or None."""
     kind, _ = _entry(sqlstate)
     return kind
 
@@ -70,9 +73,9 @@ def _entry(sqlstate: str) -> tuple[type[TigerDBError] | None, str | None]:
 
 
 def classify(error: BaseException) -> TigerDBError | None:
-    """Return the typed error for an error of asyncpg or SQLAlchemy, None if there is none.
+    """Return the typed error for an error of asyncpg or SQLAlchemy, or None.
 
-    Its message has no value of a row: a constraint or column is named where PostgreSQL tells it.
+    Its message contains no values of a row. It names the constraint or column if that is known.
     """
     cause = _cause(error)
     if isinstance(cause, asyncpg.PostgresError):
@@ -91,22 +94,22 @@ def classify(error: BaseException) -> TigerDBError | None:
 def is_transient(error: BaseException) -> bool:
     """Return whether the same transaction may succeed later.
 
-    The server was away or short of something, or other transactions were in the way.
+    Causes are an unavailable server, a lack of resources, or another transaction.
     """
     if isinstance(error, DatabaseUnavailable | Conflict | QueryTimeout):
         return True
     lost: bool = getattr(error, "connection_invalidated", False)
-    return lost or (getattr(_cause(error), "sqlstate", None) or "")[:2] in _TRANSIENT
+    return lost or (getattr(_cause(error), "sqlstate", None) or "")[:2] in _TRANSIENT_CLASSES
 
 
 @contextmanager
 def raw_errors() -> Iterator[None]:
-    """Raise what calls of asyncpg's own raise as errors of this package.
+    """Convert errors of direct calls of asyncpg to errors of this package.
 
     Raises:
-        DatabaseUnavailable, Conflict, QueryTimeout: is_transient.
+        DatabaseUnavailable, Conflict, QueryTimeout: see `is_transient`.
         AlreadyExists, MissingReference, InvalidValue: a constraint or type refuses a value.
-        StatementRefused: anything else, such as a missing right.
+        StatementRefused: any other error, such as a missing privilege.
     """
     try:
         yield
@@ -116,5 +119,5 @@ def raw_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """Return the driver's error within one of SQLAlchemy's; any other error as it is."""
+    """Return the error of asyncpg inside an error of SQLAlchemy, or else the error itself."""
     return error.orig and error.orig.__cause__ if isinstance(error, DBAPIError) else error

@@ -55,7 +55,7 @@ def test_a_file_is_replaced_only_with_overwrite(
     link.symlink_to(file)
     for out in (file, link):
         reason = sealed.fails(command, "--out", str(out))
-        assert reason == f"error: {out} is there already: --overwrite replaces it\n"
+        assert reason == f"error: {out} already exists: --overwrite replaces it\n"
         assert file.read_text() == "mine"
     expected = sealed.ok(command).out
     sealed.ok(command, "--out", str(link), "--overwrite")

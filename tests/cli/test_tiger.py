@@ -140,7 +140,7 @@ def test_export_replaces_files_only_with_overwrite(
     mine = file.read_text() + "# mine"
     file.write_text(mine)
     export = ("export-account", NUMBER, "--out", str(tmp_path))
-    assert cli.fails(*export) == f"error: {file} is there already: --overwrite replaces it\n"
+    assert cli.fails(*export) == f"error: {file} already exists: --overwrite replaces it\n"
     assert file.read_text() == mine
     cli.ok(*export, "--overwrite")
     assert file.read_text() != mine
