@@ -122,30 +122,26 @@ class TigerAccount(MutableEntity, table=True):
 
     __tablename__ = "tiger_accounts"
     __table_args__ = (
-        Index(
-            "uq_tiger_accounts_is_default_trading",
-            "is_default_trading",
-            unique=True,
-            postgresql_where=text("is_default_trading"),
+        *(
+            Index(f"uq_tiger_accounts_{name}", name, unique=True, postgresql_where=text(name))
+            for name in ("is_default_trading", "is_default_data")
         ),
-        Index(
-            "uq_tiger_accounts_is_default_data",
-            "is_default_data",
-            unique=True,
-            postgresql_where=text("is_default_data"),
+        *(
+            Index(
+                f"ix_tiger_accounts_{name}",
+                name,
+                postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
+            )
+            for name in ("token_expires_at", "token_refresh_at")
         ),
-        Index(
-            "ix_tiger_accounts_token_expires_at",
-            "token_expires_at",
-            postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
+        *(
+            CheckConstraint(f"jsonb_typeof({name}) = '{kind}'", name=f"{name}_{kind}")
+            for name, kind in (
+                ("tags", "object"),
+                ("client_options", "object"),
+                ("quote_permissions", "array"),
+            )
         ),
-        Index(
-            "ix_tiger_accounts_token_refresh_at",
-            "token_refresh_at",
-            postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
-        ),
-        CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
-        CheckConstraint("jsonb_typeof(client_options) = 'object'", name="client_options_object"),
         CheckConstraint(
             "status = 'suspended' OR NOT auto_suspended", name="auto_suspended_is_suspended"
         ),
@@ -155,9 +151,6 @@ class TigerAccount(MutableEntity, table=True):
             " AND NOT is_default_trading AND NOT is_default_data"
             " ELSE private_key IS NOT NULL END",
             name="credentials_unless_closed",
-        ),
-        CheckConstraint(
-            "jsonb_typeof(quote_permissions) = 'array'", name="quote_permissions_array"
         ),
     )
 
@@ -271,7 +264,7 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def needs_token_refresh(self) -> bool:
-        """Whether the access token expires within an hour, by this machine's clock."""
+        """Whether the access token expires within an hour, by the local clock."""
         return self.is_token_due(datetime.now(UTC), within=REFRESH_AHEAD)
 
     def is_token_due(self, now: datetime, *, within: timedelta | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""API keys: who may do what, from where, how often."""
+"""API keys: scopes, allowed networks and clients, rate limits, and counts of uses."""
 
 import re
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ class APIKeyStatus(StrEnum):
 
 
 class APIKeyScope(StrEnum):
-    """`family:level`; admin implies write, write implies read."""
+    """`family:level`. In a family, admin implies write, and write implies read."""
 
     MCP_READ = "mcp:read"
     MCP_WRITE = "mcp:write"
@@ -60,7 +60,7 @@ class APIKeyScope(StrEnum):
     SYSTEM_ADMIN = "system:admin"
 
     def implies(self, other: "APIKeyScope") -> bool:
-        """Whether who holds this scope holds the other too."""
+        """Return whether this scope includes the other."""
         family, level = self.split(":")
         other_family, other_level = other.split(":")
         return family == other_family and _LEVELS.index(level) >= _LEVELS.index(other_level)
@@ -70,7 +70,7 @@ _LEVELS = ("read", "write", "admin")
 
 
 def parse_address(address: str | IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """An IP address in any spelling; an IPv4-mapped IPv6 address is the IPv4 one.
+    """Parse an IP address. An IPv4-mapped IPv6 address becomes the IPv4 address.
 
     Raises:
         ValueError: not an address.
@@ -83,7 +83,7 @@ def parse_address(address: str | IPv4Address | IPv6Address) -> IPv4Address | IPv
 def parse_network(
     network: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network,
 ) -> IPv4Network | IPv6Network:
-    """A network, or an address as one; IPv4-mapped IPv6 ones are the IPv4 ones.
+    """Parse a network or address. An IPv4-mapped IPv6 network becomes the IPv4 network.
 
     Raises:
         ValueError: not a network.
@@ -99,30 +99,30 @@ _IPV4_MAPPED_BITS = 96  # RFC 4291, 2.5.5.2: ::ffff:0:0/96
 
 
 def _matches(pattern: str, text: str) -> bool:
-    """Whether they are the same, where `*` stands for any run of characters."""
+    """Return whether a text matches a pattern, in which `*` matches any characters."""
     start, *middle = map(re.escape, pattern.split("*"))
     if not middle:
         return pattern == text
-    # Atomic: a run that was found stays, or many `*` would try each place with each other one.
-    runs = "".join(f"(?>.*?{part})" for part in middle[:-1])
-    return re.fullmatch(f"{start}{runs}.*{middle[-1]}", text, re.DOTALL) is not None
+    # Atomic groups prevent catastrophic backtracking with many `*`.
+    groups = "".join(f"(?>.*?{part})" for part in middle[:-1])
+    return re.fullmatch(f"{start}{groups}.*{middle[-1]}", text, re.DOTALL) is not None
 
 
 def address_allowed(
     networks: Iterable[IPv4Network | IPv6Network], address: str | IPv4Address | IPv6Address | None
 ) -> bool:
-    """Whether an address is known, and in one of the networks."""
+    """Return whether an address is in one of the networks; an unknown address is not."""
     if address is None:
         return False
     try:
-        known = parse_address(address)
+        parsed = parse_address(address)
     except ValueError:
         return False
-    return any(known in network for network in networks)
+    return any(parsed in network for network in networks)
 
 
 def user_agent_allowed(patterns: Iterable[str], user_agent: str | None) -> bool:
-    """Whether a client is known, and one of the patterns is its."""
+    """Return whether a User-Agent matches one of the patterns; an unknown one does not."""
     return user_agent is not None and any(_matches(pattern, user_agent) for pattern in patterns)
 
 
@@ -131,7 +131,7 @@ def _distinct(scopes: list[APIKeyScope]) -> list[APIKeyScope]:
 
 
 class APIKey(MutableEntity, table=True):
-    """An API key. The key itself is known only to who created it: here is its hash."""
+    """An API key, of which only the hash is stored."""
 
     __tablename__ = "api_keys"
     __table_args__ = (
@@ -215,7 +215,7 @@ class APIKey(MutableEntity, table=True):
 
     @property
     def is_expired(self) -> bool:
-        """Whether it has expired, by this machine's clock."""
+        """Whether the key has expired, by the local clock."""
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
     @property
@@ -223,7 +223,7 @@ class APIKey(MutableEntity, table=True):
         return self.status == APIKeyStatus.ACTIVE and not self.is_expired
 
     def has_scope(self, scope: APIKeyScope) -> bool:
-        """Whether it holds the scope, or one that implies it."""
+        """Return whether the key has the scope, or one that implies it."""
         return any(held.implies(scope) for held in self.scopes)
 
     def has_any_scope(self, scopes: Iterable[APIKeyScope]) -> bool:
@@ -233,11 +233,11 @@ class APIKey(MutableEntity, table=True):
         return all(self.has_scope(scope) for scope in scopes)
 
     def is_ip_allowed(self, address: str | IPv4Address | IPv6Address | None) -> bool:
-        """Whether it may be used from an address: with networks set, only from a known one."""
+        """Return whether the key is accepted from an address."""
         return not self.allowed_ips or address_allowed(self.allowed_ips, address)
 
     def is_user_agent_allowed(self, user_agent: str | None) -> bool:
-        """Whether a client may use it: with clients set, only a known one."""
+        """Return whether the key is accepted from a client."""
         return not self.allowed_user_agents or user_agent_allowed(
             self.allowed_user_agents, user_agent
         )
@@ -246,7 +246,7 @@ class APIKey(MutableEntity, table=True):
         return self.tiger_account_id is None or self.tiger_account_id == account_id
 
 
-# Not an entity but its counters, which is why it has no id and no class.
+# A table without a class: counters are written and read as raw rows.
 api_key_usage = Table(
     "api_key_usage",
     metadata,
@@ -264,8 +264,8 @@ api_key_usage = Table(
 )
 
 
-# What the limits decide on, apart from the key's row: a use of a limited key locks nothing else.
-# No foreign key: the counts of a line outlive its first key.
+# A table of its own, so that a use of a limited key does not lock the row of the key. There is no
+# foreign key, because the counts of a line of keys outlive its first key.
 api_key_limits = Table(
     "api_key_limits",
     metadata,
