@@ -1,11 +1,10 @@
-"""The declared triggers and functions of the schema.
+"""The declared triggers and functions of the schema, read from `declared.sql`.
 
-The text has the form in which PostgreSQL prints definitions if the search path has pg_catalog only;
-{schema} stands for the name of the schema. A migration that changes a trigger or a function must
-change the declaration too. The owner of the tables can disable triggers, also by accident (an
-interrupted `pg_restore --disable-triggers`); `find_differences` detects this.
+The owner of the tables can disable triggers, also by accident (an interrupted `pg_restore
+--disable-triggers`). `find_differences` compares a database with this declaration.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,10 @@ from tiger_db.models import metadata
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """A trigger: the parts that `pg_get_triggerdef` prints, and `pg_trigger.tgenabled`."""
+    """A trigger: the parts that `pg_get_triggerdef` prints, and `pg_trigger.tgenabled`.
+
+    `{schema}.` qualifies names.
+    """
 
     table: str
     name: str
@@ -32,83 +34,23 @@ class Trigger:
         return f"CREATE TRIGGER {self.name} {self.events} ON {table} {action}"
 
 
-_NOTIFY_KEYS = "EXECUTE FUNCTION {schema}.notify_api_key_change()"
-_NOTIFY_KEYS_ROW = f"FOR EACH ROW {_NOTIFY_KEYS}"
-_NOTIFY_KEYS_STATEMENT = f"FOR EACH STATEMENT {_NOTIFY_KEYS}"
-_REFUSE = "EXECUTE FUNCTION {schema}.refuse_audit_change()"
-_USE = "'{usage_count,last_used_at,updated_at}'::text[]"  # columns that every use of a key changes
-TRIGGERS = (
-    Trigger(
-        "api_keys",
-        "notify_update",
-        "AFTER UPDATE",
-        f"FOR EACH ROW WHEN ((to_jsonb(old.*) - {_USE})"
-        f" IS DISTINCT FROM (to_jsonb(new.*) - {_USE})) {_NOTIFY_KEYS}",
-        "A",
-    ),
-    Trigger("api_keys", "notify_delete", "AFTER DELETE", _NOTIFY_KEYS_ROW, "A"),
-    Trigger("api_keys", "notify_truncate", "AFTER TRUNCATE", _NOTIFY_KEYS_STATEMENT, "A"),
-    Trigger(
-        "tiger_accounts",
-        "notify_api_keys_update",
-        "AFTER UPDATE",
-        f"FOR EACH ROW WHEN (old.status IS DISTINCT FROM new.status) {_NOTIFY_KEYS}",
-        "A",
-    ),
-    Trigger("tiger_accounts", "notify_api_keys_delete", "AFTER DELETE", _NOTIFY_KEYS_ROW, "A"),
-    Trigger(
-        "tiger_accounts", "notify_api_keys_truncate", "AFTER TRUNCATE", _NOTIFY_KEYS_STATEMENT, "A"
-    ),
-    Trigger(
-        "tiger_accounts",
-        "end_auto_suspension",
-        "BEFORE UPDATE OF status",
-        "FOR EACH ROW WHEN (new.auto_suspended AND (old.auto_suspended"
-        " OR new.status <> 'suspended'::{schema}.account_status))"
-        " EXECUTE FUNCTION {schema}.end_auto_suspension()",
-    ),
-    Trigger(
-        "token_statuses",
-        "notify_refresh",
-        "AFTER INSERT OR UPDATE OF status",
-        "FOR EACH ROW WHEN (new.status = 'pending'::{schema}.token_refresh_status)"
-        " EXECUTE FUNCTION {schema}.notify_refresh()",
-    ),
-    *(
-        Trigger("audit_logs", name, events, f"FOR EACH {level} {_REFUSE}", partitions=True)
-        for name, events, level in (
-            ("refuse_change", "BEFORE DELETE OR UPDATE", "ROW"),
-            ("refuse_truncate", "BEFORE TRUNCATE", "STATEMENT"),
-        )
-    ),
-    Trigger(
-        "audit_logs",
-        "notify_insert",
-        "AFTER INSERT",
-        "FOR EACH STATEMENT EXECUTE FUNCTION {schema}.notify_audit_event()",
-    ),
-    Trigger(
-        "audit_seals",
-        "refuse_change",
-        "BEFORE DELETE OR UPDATE OR TRUNCATE",
-        f"FOR EACH STATEMENT {_REFUSE}",
-    ),
-    *(
-        Trigger(
-            table.name,
-            "set_updated_at",
-            "BEFORE UPDATE",
-            "FOR EACH ROW EXECUTE FUNCTION {schema}.set_updated_at()",
-        )
-        for table in metadata.sorted_tables
-        if "updated_at" in table.c
-    ),
-)
+_SQL = Path(__file__).with_name("declared.sql").read_text(encoding="utf-8")
+_TRIGGER = re.compile(r"CREATE TRIGGER (\w+) (.+) ON public\.(\w+) (FOR EACH .+);(.*)")
+
+
+def _read_triggers() -> list[Trigger]:
+    triggers = []
+    for name, events, table, printed, comment in _TRIGGER.findall(_SQL):
+        action = printed.replace("public.", "{schema}.")
+        enabled = "A" if f"{table} ENABLE ALWAYS TRIGGER {name};" in _SQL else "O"
+        triggers.append(Trigger(table, name, events, action, enabled, "partition" in comment))
+    action = "FOR EACH ROW EXECUTE FUNCTION {schema}.set_updated_at()"
+    tables = [table.name for table in metadata.sorted_tables if "updated_at" in table.c]
+    return triggers + [Trigger(t, "set_updated_at", "BEFORE UPDATE", action) for t in tables]
 
 
 def _read_functions() -> dict[str, str]:
-    sql = Path(__file__).with_name("functions.sql").read_text(encoding="utf-8")
-    sql = sql.replace("SET search_path TO 'public',", "SET search_path TO {schema},")
+    sql = _SQL.replace("SET search_path TO 'public',", "SET search_path TO {schema},")
     functions = {}
     for definition in sql.split("CREATE OR REPLACE FUNCTION public.")[1:]:
         signature, _, rest = definition.partition("\n")
@@ -116,5 +58,6 @@ def _read_functions() -> dict[str, str]:
     return functions
 
 
+TRIGGERS = _read_triggers()
 # By signature: what `pg_get_functiondef` prints after the first line. {schema} is a literal here.
 FUNCTIONS = _read_functions()

@@ -1,5 +1,25 @@
--- The declared functions, as pg_get_functiondef() prints them in the schema public.
--- A migration that changes a function must change this file too. Migrations contain their own SQL.
+-- The declared triggers and functions, as pg_get_triggerdef() and pg_get_functiondef() print them in
+-- the schema public. A migration that changes one must change this file too. Migrations contain
+-- their own SQL. declared.py adds a trigger set_updated_at to each table with a column updated_at.
+
+CREATE TRIGGER notify_update AFTER UPDATE ON public.api_keys FOR EACH ROW WHEN ((to_jsonb(old.*) - '{usage_count,last_used_at,updated_at}'::text[]) IS DISTINCT FROM (to_jsonb(new.*) - '{usage_count,last_used_at,updated_at}'::text[])) EXECUTE FUNCTION public.notify_api_key_change();
+ALTER TABLE public.api_keys ENABLE ALWAYS TRIGGER notify_update;
+CREATE TRIGGER notify_delete AFTER DELETE ON public.api_keys FOR EACH ROW EXECUTE FUNCTION public.notify_api_key_change();
+ALTER TABLE public.api_keys ENABLE ALWAYS TRIGGER notify_delete;
+CREATE TRIGGER notify_truncate AFTER TRUNCATE ON public.api_keys FOR EACH STATEMENT EXECUTE FUNCTION public.notify_api_key_change();
+ALTER TABLE public.api_keys ENABLE ALWAYS TRIGGER notify_truncate;
+CREATE TRIGGER notify_api_keys_update AFTER UPDATE ON public.tiger_accounts FOR EACH ROW WHEN (old.status IS DISTINCT FROM new.status) EXECUTE FUNCTION public.notify_api_key_change();
+ALTER TABLE public.tiger_accounts ENABLE ALWAYS TRIGGER notify_api_keys_update;
+CREATE TRIGGER notify_api_keys_delete AFTER DELETE ON public.tiger_accounts FOR EACH ROW EXECUTE FUNCTION public.notify_api_key_change();
+ALTER TABLE public.tiger_accounts ENABLE ALWAYS TRIGGER notify_api_keys_delete;
+CREATE TRIGGER notify_api_keys_truncate AFTER TRUNCATE ON public.tiger_accounts FOR EACH STATEMENT EXECUTE FUNCTION public.notify_api_key_change();
+ALTER TABLE public.tiger_accounts ENABLE ALWAYS TRIGGER notify_api_keys_truncate;
+CREATE TRIGGER end_auto_suspension BEFORE UPDATE OF status ON public.tiger_accounts FOR EACH ROW WHEN (new.auto_suspended AND (old.auto_suspended OR new.status <> 'suspended'::public.account_status)) EXECUTE FUNCTION public.end_auto_suspension();
+CREATE TRIGGER notify_refresh AFTER INSERT OR UPDATE OF status ON public.token_statuses FOR EACH ROW WHEN (new.status = 'pending'::public.token_refresh_status) EXECUTE FUNCTION public.notify_refresh();
+CREATE TRIGGER refuse_change BEFORE DELETE OR UPDATE ON public.audit_logs FOR EACH ROW EXECUTE FUNCTION public.refuse_audit_change(); -- also on each partition
+CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.audit_logs FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_audit_change(); -- also on each partition
+CREATE TRIGGER notify_insert AFTER INSERT ON public.audit_logs FOR EACH STATEMENT EXECUTE FUNCTION public.notify_audit_event();
+CREATE TRIGGER refuse_change BEFORE DELETE OR UPDATE OR TRUNCATE ON public.audit_seals FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_audit_change();
 
 CREATE OR REPLACE FUNCTION public.end_auto_suspension()
  RETURNS trigger
