@@ -1,4 +1,4 @@
-"""One module of plain async functions per entity."""
+"""CRUD functions, in one module per entity. They flush and never commit."""
 
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.pagination import Page

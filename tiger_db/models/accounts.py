@@ -27,7 +27,7 @@ from sqlmodel import Field, Relationship, col
 from typing_extensions import TypedDict  # pydantic: the standard one from Python 3.12 on
 
 from tiger_db.encryption import EncryptedType, Secret
-from tiger_db.errors import EncryptionError, StaleToken
+from tiger_db.errors import EncryptionError, InvalidValue, StaleToken
 from tiger_db.models.base import MutableEntity
 from tiger_db.models.columns import (
     Int64,
@@ -333,7 +333,12 @@ def due_tokens(
     """Return the criterion of active accounts whose token is due, and the column to order them by.
 
     The criterion is the rule of `TigerAccount.is_token_due` at the start of the transaction.
+
+    Raises:
+        InvalidValue: `within` is longer than a century.
     """
+    if within is not None and abs(within) > timedelta(days=36525):
+        raise InvalidValue("within must be a century at most")
     at, until = (
         (col(TigerAccount.token_refresh_at), func.now())
         if within is None

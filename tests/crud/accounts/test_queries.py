@@ -308,3 +308,13 @@ async def test_invalid_input_raises_an_error_without_the_value(
         await lookup(session)
     assert type(caught.value) is InvalidValue
     assert NONSENSE not in str(caught.value)
+
+
+@pytest.mark.parametrize("within", [timedelta.max, timedelta.min])
+async def test_a_time_out_of_range_is_refused_whatever_the_query_plan(
+    session: AsyncSession, within: timedelta
+) -> None:
+    await session.execute(text("SET LOCAL enable_indexscan = off"))
+    await session.execute(text("SET LOCAL enable_bitmapscan = off"))
+    with pytest.raises(InvalidValue, match="within"):
+        await accounts.get_accounts_needing_token_refresh(session, within=within)
