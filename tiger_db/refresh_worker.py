@@ -1,4 +1,4 @@
-"""Refreshes access tokens as they become due: any number of workers on any number of machines."""
+"""Worker that refreshes access tokens when they are due. Any number of workers can run at once."""
 
 import asyncio
 import logging
@@ -16,8 +16,8 @@ from uuid import UUID, uuid4
 
 from sqlalchemy.exc import DBAPIError
 
-from tiger_db import crud
 from tiger_db.connections.listener import listen
+from tiger_db.crud import accounts, token_status
 from tiger_db.crud.common import get_or_raise, replace_unstorable
 from tiger_db.database import AsyncSession, Database
 from tiger_db.errors import (
@@ -39,39 +39,35 @@ from tiger_db.sqlstates import is_transient
 T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
 CHANNEL = "tiger_db_refreshes"
-POLL = 5.0  # seconds after which it looks, though nothing was heard: for leases that ran out
-_PAUSE = 0.2  # seconds before the database is tried again
-_LONGEST_PAUSE = 5.0
-_MINUTE = 60.0
-_BEATS = 3  # in a lease
-_GRACE = 30.0  # seconds from `stop` to the end of `run`
-_RESERVE = 0.2  # of the grace, to store what became of the attempts
-_LAST = 0.05  # of the grace, to end what is still under way
-_CANCELLING = 1.0  # seconds for a task to end that was cancelled
-_LONGEST_CODE = 50  # characters
-_LONGEST_WAIT = timedelta(days=7)  # that a broker may ask for
+POLL_SECONDS = 5.0  # longest time between two looks for due refreshes and expired leases
+_RETRY_PAUSE_SECONDS = 0.2  # before the database is tried again; doubled each time
+_MAX_RETRY_PAUSE_SECONDS = 5.0
+_RATE_WINDOW_SECONDS = 60.0
+_HEARTBEATS_PER_LEASE = 3
+_GRACE_SECONDS = 30.0  # from `stop` to the end of `run`
+_STORING_SHARE = 0.2  # of the grace, reserved for the outcomes of attempts
+_CANCELLING_SHARE = 0.05  # of the grace, reserved for cancelling attempts
+_CANCEL_SECONDS = 1.0  # for a cancelled task to end
+_MAX_ERROR_CODE_LENGTH = 50  # characters
+_MAX_RETRY_AFTER = timedelta(days=7)
 _logger = logging.getLogger("tiger_db")
 
 
 class RefreshWorker:
-    """Claims refreshes that are due, asks for the new tokens, and saves them.
+    """Claims due refreshes, asks the broker for new tokens, and stores them.
 
-    `refresher` is given an account, with its secrets readable, and returns its new token, or raises
-    one of the errors derived from `RefreshFailed`. It should ask once, and end by itself. No
-    transaction is open meanwhile, and the claim's lease is renewed. `per_minute` bounds how often
-    this worker asks for one `tiger_id`, as brokers limit that.
+    `refresher` gets an account with readable secrets, asks the broker once, and returns the new
+    token or raises a `RefreshFailed`. No transaction is open meanwhile, and the lease of the claim
+    is renewed. `per_minute` limits the calls per minute for each `tiger_id`.
 
-    A refresher that takes longer than `attempt_timeout` is cancelled: the broker may have issued a
-    token, so the attempt fails with `AnswerLost`. A refresher that does not end when it is
-    cancelled is left behind; a token that it returns after all is offered to the account. Neither
-    helps against a refresher that blocks the event loop.
+    A refresher that takes longer than `attempt_timeout` is cancelled, and the attempt fails with
+    `AnswerLost`. A token that it returns in spite of that is stored if it is newer than the
+    account's token. A refresher must not block the event loop.
 
-    What the broker answered is saved whatever happens: while the database is away, it is tried
-    again; when the claim was lost, the token is still offered to the account, which takes it if it
-    is newer than what it has. What else came with a token is left out where it cannot be stored.
-    Only `kill -9` between the answer and the commit loses a token. The next attempt then finds the
-    old token refused: the account is suspended, with an event of severity critical that says so,
-    until a person gives it a new token.
+    A token is stored even if the database is unavailable for a while, or if the claim is lost and
+    the account's token is older. Other values of an answer are left out if they cannot be stored. A
+    token is lost only if the process is killed between the broker's answer and the commit. The
+    broker then refuses the next attempt, and the account is suspended until it gets a new token.
 
     Raises:
         InvalidValue: `concurrency`, `lease`, `attempt_timeout` or `per_minute` is not positive.
@@ -97,84 +93,97 @@ class RefreshWorker:
         self.attempt_timeout = attempt_timeout
         self.per_minute = per_minute
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
-        self.counts: Counter[str] = Counter()  # of what became of its claims
-        self._asked: dict[bytes | None, deque[float]] = defaultdict(deque)
-        self._running: dict[UUID, asyncio.Task[None]] = {}  # by refresh
-        self._news = asyncio.Event()
-        self._late: set[asyncio.Task[Any]] = set()  # refreshers left behind, and their offers
+        self.counts: Counter[str] = Counter()  # of claims, by outcome
+        self._call_times: dict[bytes | None, deque[float]] = defaultdict(deque)  # by tiger_id
+        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # by refresh
+        self._late: set[asyncio.Task[Any]] = set()  # refreshers that ignored their cancellation
+        self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._give_up = math.inf
+        self._deadline = math.inf  # monotonic time at which `run` returns
 
     def stop(self) -> None:
-        """Claim nothing more, finish or give back what is under way, and have `run` return.
+        """Claim no more refreshes, finish or give back the current ones, and let `run` return.
 
-        It returns within half a minute: by then a refresher that has not answered is cancelled, as
-        after `attempt_timeout`, and an outcome that could not be stored is left to the next worker.
+        `run` returns within half a minute. A refresher that does not answer in time is cancelled as
+        after `attempt_timeout`. If an outcome cannot be stored in time, the lease expires.
         """
-        self._give_up = min(self._give_up, time.monotonic() + _GRACE)
+        self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
         self._stopping.set()
-        self._news.set()
+        self._wake.set()
 
     async def run(self, *, once: bool = False) -> None:
-        """Work until `stop` is called, or, with `once`, until nothing is due.
+        """Work until `stop` is called or, with `once`, until no refresh is due.
 
-        A database that is away is waited for. Cancelling it is `stop`, too.
+        Without `once`, the worker waits while the database is unavailable. Cancellation has the
+        effect of `stop`.
 
         Raises:
-            ConfigurationError: without `once`: there is a pooler, and no way past it is given.
+            ConfigurationError: there is a pooler and no URL past it is set. Not with `once`.
         """
         if not once:
             self.database.settings.without_pooler()
         working = asyncio.create_task(self._work(once=once))
         try:
-            await self._wait(working, reserve=_LAST)
+            await self._wait(working, reserve=_CANCELLING_SHARE)
         except asyncio.CancelledError:
             self.stop()
-            await self._wait(working, reserve=_LAST)
+            await self._wait(working, reserve=_CANCELLING_SHARE)
             raise
         finally:
             if not working.done():
-                _logger.warning("%d refreshes were not finished in time", len(self._running))
-                await _cancel(working, *self._running.values())
+                _logger.warning("%d refreshes were not finished in time", len(self._attempts))
+                await _cancel(working, *self._attempts.values())
         if working.done() and not working.cancelled():
             working.result()
+
+    async def run_one(self, refresh_id: UUID) -> None:
+        """Claim one refresh and make one attempt.
+
+        Raises:
+            InvalidState: the refresh has ended, another worker has claimed it, or no attempt is
+                left.
+        """
+        start = time.monotonic()
+        async with self.database.session() as session:
+            await token_status.fail_expired_leases(session, skip=self._attempts)
+        async with self.database.session() as session:
+            claim = await token_status.claim(
+                session, refresh_id, worker=self.name, lease=self.lease
+            )
+        await self._attempt(claim, start)
 
     async def _work(self, *, once: bool) -> None:
         listener = None
         if not once:
-            hearing = listen(self.database.settings, CHANNEL, lambda _: self._news.set())
-            listener = asyncio.create_task(hearing)
-        pause = _PAUSE
+            listening = listen(self.database.settings, CHANNEL, lambda _: self._wake.set())
+            listener = asyncio.create_task(listening)
+        pause = _RETRY_PAUSE_SECONDS
         try:
             while not self._stopping.is_set():
-                self._news.clear()
+                self._wake.clear()
                 try:
-                    wait = await self._claim()
-                    pause = _PAUSE
+                    wait = await self._start_due()
+                    pause = _RETRY_PAUSE_SECONDS
                 except (TigerDBError, DBAPIError) as error:
                     if once or not is_transient(error):
                         raise
                     _logger.warning("refreshes wait for the database: %s", error)
-                    wait, pause = pause, min(pause * 2, _LONGEST_PAUSE)
-                if once and wait > 0 and not self._running and not self._news.is_set():
+                    wait, pause = pause, min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
+                if once and wait > 0 and not self._attempts and not self._wake.is_set():
                     return
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), wait)
+                    await asyncio.wait_for(self._wake.wait(), wait)
         finally:
             if listener is not None:
                 await _cancel(listener)
-            if self._running:
-                await asyncio.wait(self._running.values())
+            if self._attempts:
+                await asyncio.wait(self._attempts.values())
 
     async def _wait(
-        self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float = 0.0
+        self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task to end, or for its time to be up.
-
-        That is after `seconds`, and when `stop` was called, at the end of the grace but for
-        `reserve`, a share of it.
-        """
-        start = time.monotonic()
+        """Wait for a task, at most `seconds`, and after `stop` until the reserved share of time."""
+        end = math.inf if seconds is None else time.monotonic() + seconds
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait(
@@ -183,114 +192,110 @@ class RefreshWorker:
         finally:
             stopping.cancel()
         if not task.done() and self._stopping.is_set():
-            end = self._give_up - reserve * _GRACE
-            if seconds is not None:
-                end = min(end, start + seconds)
+            end = min(end, self._deadline - reserve * _GRACE_SECONDS)
             await asyncio.wait({task}, timeout=max(end - time.monotonic(), 0))
 
-    async def run_one(self, refresh_id: UUID) -> None:
-        """Claim one refresh, if nobody has, and finish one attempt.
-
-        Raises:
-            InvalidState: another worker is at it, it has ended, or its attempts are used up.
-        """
+    async def _start_due(self) -> float:
+        """Claim due refreshes and start their attempts; return the seconds until the next look."""
+        free = min(self.concurrency - len(self._attempts), 1000)
+        if free <= 0:
+            return POLL_SECONDS
         start = time.monotonic()
         async with self.database.session() as session:
-            await crud.token_status.fail_expired_leases(session, skip=self._running)
-        async with self.database.session() as session:
-            claim = await crud.token_status.claim(
-                session, refresh_id, worker=self.name, lease=self.lease
+            claims = await token_status.claim_due(
+                session, worker=self.name, limit=free, lease=self.lease, skip=self._attempts
             )
-        await self._refresh(claim, start)
+        for claim in claims:
+            task = asyncio.create_task(self._attempt(claim, start))
+            self._attempts[claim.id] = task
+            task.add_done_callback(partial(self._attempt_ended, claim.id))
+        if len(claims) == free:
+            return POLL_SECONDS if len(self._attempts) >= self.concurrency else 0.0
+        async with self.database.session() as session:
+            if await token_status.schedule_due(session, limit=100):
+                return 0.0
+            wait = await token_status.next_due(session)
+        return POLL_SECONDS if wait is None else min(max(wait.total_seconds(), 0.0), POLL_SECONDS)
 
-    def _ended(self, refresh_id: UUID, task: asyncio.Task[None]) -> None:
-        del self._running[refresh_id]
-        self._news.set()
+    def _attempt_ended(self, refresh_id: UUID, task: asyncio.Task[None]) -> None:
+        del self._attempts[refresh_id]
+        self._wake.set()
         if task.cancelled():
             self.counts["abandoned"] += 1
         elif (error := task.exception()) is not None:
             self.counts["broken"] += 1
             _logger.error("a refresh broke: %s", type(error).__name__)
 
-    async def _claim(self) -> float:
-        """Start on what is due, as far as there is room; after how many seconds to look again."""
-        free = min(self.concurrency - len(self._running), 1000)
-        if free <= 0:
-            return POLL
-        start = time.monotonic()
-        async with self.database.session() as session:
-            claims = await crud.token_status.claim_due(
-                session, worker=self.name, limit=free, lease=self.lease, skip=self._running
-            )
-        for claim in claims:
-            task = asyncio.create_task(self._refresh(claim, start))
-            self._running[claim.id] = task
-            task.add_done_callback(partial(self._ended, claim.id))
-        if len(claims) == free:
-            return POLL if len(self._running) >= self.concurrency else 0.0
-        async with self.database.session() as session:
-            if await crud.token_status.schedule_due(session, limit=100):
-                return 0.0
-            wait = await crud.token_status.next_due(session)
-        return POLL if wait is None else min(max(wait.total_seconds(), 0.0), POLL)
-
-    async def _refresh(self, claim: TokenStatus, start: float) -> None:
-        """One attempt at what was claimed not before `start`, by the monotonic clock."""
-        account = claim.tiger_account
+    async def _attempt(self, claim: TokenStatus, claimed_after: float) -> None:
+        """Make one attempt. `claimed_after` is a monotonic time before the claim."""
         try:
-            wait = self._wait_for(account)
+            wait = self._rate_limit_wait(claim.tiger_account)
             if self._stopping.is_set() or wait > 0:
-                await self._saved(
-                    lambda session: crud.token_status.give_back(
-                        session, claim, wait=timedelta(seconds=wait)
-                    )
-                )
+                again = timedelta(seconds=wait)
+                await self._save(partial(token_status.give_back, claim=claim, wait=again))
                 self.counts["given back"] += 1
                 return
-            if time.monotonic() - start > self.lease.total_seconds() / _BEATS:
-                # Not with a lease that others may take for lost.
-                await self._saved(
-                    lambda session: crud.token_status.heartbeat(session, claim, lease=self.lease)
-                )
+            interval = self.lease.total_seconds() / _HEARTBEATS_PER_LEASE
+            if time.monotonic() - claimed_after > interval:  # the lease may expire soon
+                await self._save(partial(token_status.heartbeat, claim=claim, lease=self.lease))
         except LeaseLost:
             self.counts["lost"] += 1
             return
-        beating = asyncio.create_task(self._beat(claim))
+        heartbeats = asyncio.create_task(self._send_heartbeats(claim, interval))
         try:
-            await self._ask(claim, account)
+            start = time.monotonic()
+            answer: NewToken | RefreshFailed | None = await self._ask(claim)
+            milliseconds = round((time.monotonic() - start) * 1000)
+            if isinstance(answer, NewToken):
+                answer = await self._complete(claim, answer, milliseconds)
+            if answer is not None:
+                await self._fail(claim, answer, milliseconds)
         finally:
-            beating.cancel()
-            await asyncio.wait([beating])
+            heartbeats.cancel()
+            await asyncio.wait([heartbeats])
 
-    async def _ask(self, claim: TokenStatus, account: TigerAccount) -> None:
+    def _rate_limit_wait(self, account: TigerAccount) -> float:
+        """Count a call for the account's `tiger_id`, or return the seconds until one is allowed."""
+        now = time.monotonic()
+        times = self._call_times[account.tiger_id_fingerprint]
+        while times and times[0] <= now - _RATE_WINDOW_SECONDS:
+            times.popleft()
+        if len(times) >= self.per_minute:
+            return times[0] + _RATE_WINDOW_SECONDS - now
+        times.append(now)
+        return 0.0
+
+    async def _send_heartbeats(self, claim: TokenStatus, interval: float) -> None:
+        """Renew the lease every `interval` seconds until it is lost."""
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                async with self.database.session() as session:
+                    await token_status.heartbeat(session, claim, lease=self.lease)
+            except LeaseLost:
+                return
+            except (TigerDBError, DBAPIError) as error:
+                if not is_transient(error):  # the database may be back before the lease expires
+                    raise
+
+    async def _ask(self, claim: TokenStatus) -> NewToken | RefreshFailed:
+        """Call the refresher; return its token or its error."""
+
+        async def call() -> NewToken:
+            return await self.refresher(claim.tiger_account)
+
         start = time.monotonic()
-        answer = await self._answer(claim, account)
-        milliseconds = round((time.monotonic() - start) * 1000)
-        failure = (
-            await self._complete(claim, account, answer, milliseconds)
-            if isinstance(answer, NewToken)
-            else answer
-        )
-        if failure is not None:
-            await self._fail(claim, account, failure, milliseconds)
-
-    async def _answer(self, claim: TokenStatus, account: TigerAccount) -> NewToken | RefreshFailed:
-        """Ask the refresher; return the token, or why there is none."""
-
-        async def ask() -> NewToken:
-            return await self.refresher(account)
-
-        start = time.monotonic()
-        asking = asyncio.create_task(ask())
+        asking = asyncio.create_task(call())
         try:
-            await self._wait(asking, self.attempt_timeout.total_seconds(), reserve=_RESERVE)
+            await self._wait(asking, self.attempt_timeout.total_seconds(), reserve=_STORING_SHARE)
             if not asking.done():
                 await _cancel(asking)
         finally:
             if not asking.done():
                 asking.cancel()
-                self._late.add(asking)
-                asking.add_done_callback(partial(self._came_late, claim, account, start))
+                late = asyncio.create_task(self._store_late(claim, start, asking))
+                self._late.add(late)
+                late.add_done_callback(self._late.discard)
         if not asking.done() or asking.cancelled():
             return AnswerLost(
                 "the refresher was stopped before it answered: the broker may have issued a token"
@@ -298,94 +303,82 @@ class RefreshWorker:
         error = asking.exception()
         if isinstance(error, RefreshFailed):
             return error
-        if error is not None:
-            return RefreshFailed(
-                _text(error) if isinstance(error, TigerDBError) else type(error).__name__
-            )
+        if error is not None:  # other libraries' messages may quote secrets
+            known = isinstance(error, TigerDBError)
+            return RefreshFailed(_text(error) if known else type(error).__name__)
         token = asking.result()
         if not isinstance(token, NewToken):
             return AnswerLost(f"the refresher returned no NewToken, but {type(token).__name__}")
         return token
 
-    def _came_late(
-        self,
-        claim: TokenStatus,
-        account: TigerAccount,
-        start: float,
-        asking: asyncio.Task[NewToken],
+    async def _store_late(
+        self, claim: TokenStatus, start: float, asking: asyncio.Task[Any]
     ) -> None:
-        """Store the token of a refresher that was left behind, if there is one and still time."""
-        self._late.discard(asking)
+        """Store the token that a refresher returns although it was cancelled."""
+        await asyncio.wait([asking])
         if asking.cancelled() or asking.exception() or not isinstance(asking.result(), NewToken):
             return
         if self._stopping.is_set():  # the database may be closed
-            _logger.warning("%s: a token came too late, and is lost", account.label())
+            _logger.warning("%s: a token came too late, and is lost", claim.tiger_account.label())
             return
         milliseconds = round((time.monotonic() - start) * 1000)
-        storing = asyncio.create_task(self._complete(claim, account, asking.result(), milliseconds))
-        self._late.add(storing)
-        storing.add_done_callback(self._stored_late)
-
-    def _stored_late(self, storing: asyncio.Task[AnswerLost | None]) -> None:
-        self._late.discard(storing)
-        if not storing.cancelled() and (error := storing.exception() or storing.result()):
+        try:
+            error: Exception | None = await self._complete(claim, asking.result(), milliseconds)
+        except Exception as problem:  # noqa: BLE001  # it may quote a secret
+            error = problem
+        if error is not None:
             self.counts["broken"] += 1
             _logger.error("a token that came late is lost: %s", type(error).__name__)
 
     async def _complete(
-        self, claim: TokenStatus, account: TigerAccount, token: NewToken, milliseconds: int
+        self, claim: TokenStatus, token: NewToken, milliseconds: int
     ) -> AnswerLost | None:
-        """Store a token with what came with it, as far as that can be stored; None: it is stored.
-
-        Without it, if that fails still.
-        """
-        token = _storable(claim, account, token)
-        for stored in (token, NewToken(token.access_token)):
+        """Store a token; return None, or an error if not even the token alone can be stored."""
+        token = _without_unstorable(claim, token)
+        for storable in (token, NewToken(token.access_token)):
             try:
-                await self._store(claim, account.label(), stored, milliseconds)
+                await self._store(claim, storable, milliseconds)
             except Exception as error:
                 if is_transient(error):
                     raise
-                why = f"the new token cannot be stored: {type(error).__name__}"
+                reason = f"the new token cannot be stored: {type(error).__name__}"
             else:
                 return None
-        return AnswerLost(why, code=token.code)
+        return AnswerLost(reason, code=token.code)
 
-    async def _store(
-        self, claim: TokenStatus, who: str, token: NewToken, milliseconds: int
-    ) -> None:
-        async def complete(session: AsyncSession) -> TokenStatus:
-            return await crud.token_status.complete(
-                session,
-                claim,
-                access_token=token.access_token,
-                refresh_token=token.refresh_token,
-                expires_at=token.expires_at,
-                api_response_code=token.code,
-                api_response_time_ms=milliseconds,
-            )
-
+    async def _store(self, claim: TokenStatus, token: NewToken, milliseconds: int) -> None:
+        """Complete the refresh with a token, or offer the token to the account."""
+        label = claim.tiger_account.label()
         try:
-            done = await self._saved(complete)
+            refresh = await self._save(
+                lambda session: token_status.complete(
+                    session,
+                    claim,
+                    access_token=token.access_token,
+                    refresh_token=token.refresh_token,
+                    expires_at=token.expires_at,
+                    api_response_code=token.code,
+                    api_response_time_ms=milliseconds,
+                )
+            )
         except (LeaseLost, NotFound):
-            await self._offer(claim, who, token)
+            await self._offer(claim, token)
         except StaleToken:
             self.counts["stale"] += 1
-            _logger.warning("%s has a newer token than the one that was refreshed", who)
+            _logger.warning("%s has a newer token than the one that was refreshed", label)
         else:
             self.counts["refreshed"] += 1
-            _logger.info("%s has a new token; the next at %s", who, done.next_refresh_at)
+            _logger.info("%s has a new token; the next at %s", label, refresh.next_refresh_at)
 
-    async def _offer(self, claim: TokenStatus, who: str, token: NewToken) -> None:
-        """The claim was lost, or the commit was not confirmed: the token may be the valid one."""
+    async def _offer(self, claim: TokenStatus, token: NewToken) -> None:
+        """Store the token of a lost claim if it is newer than the account's token."""
 
         async def offer(session: AsyncSession) -> bool:
-            now = await crud.token_status.get(session, claim.id)
-            if now is not None and now.new_token_hash == crud.token_status.token_hash(
-                token.access_token
-            ):
-                return True  # it was saved
-            await crud.accounts.update_tokens(
+            refresh = await token_status.get(session, claim.id)
+            new_hash = token_status.token_hash(token.access_token)
+            if refresh is not None and refresh.new_token_hash == new_hash:
+                return False  # an unconfirmed commit has stored it
+            await accounts.update_tokens(
                 session,
                 claim.tiger_account_id,
                 access_token=token.access_token,
@@ -393,146 +386,115 @@ class RefreshWorker:
                 token_expires_at=token.expires_at,
                 refresh_id=claim.id,
             )
-            return False
+            return True
 
+        label = claim.tiger_account.label()
         try:
-            saved = await self._saved(offer)
-        except (InvalidState, NotFound) as error:  # StaleToken is one
+            offered = await self._save(offer)
+        except (InvalidState, NotFound) as error:  # StaleToken is an InvalidState
             self.counts["lost"] += 1
-            _logger.warning("%s: the claim was lost, and the token is not needed: %s", who, error)
+            _logger.warning("%s: the claim was lost, and the token is not needed: %s", label, error)
             return
-        self.counts["refreshed" if saved else "offered"] += 1
-        if not saved:
-            _logger.warning("%s: the claim was lost; its token was newer, and is kept", who)
+        self.counts["offered" if offered else "refreshed"] += 1
+        if offered:
+            _logger.warning("%s: the claim was lost; its token was newer, and is stored", label)
 
-    async def _fail(
-        self, claim: TokenStatus, account: TigerAccount, error: RefreshFailed, milliseconds: int
-    ) -> None:
-        who = account.label()
+    async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
+        """Store a failure, as far as it can be stored."""
+        account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:
-            refused, said = isinstance(error, CredentialsRefused), _text(error)
+            refused, message = isinstance(error, CredentialsRefused), _text(error)
             if refused:
                 now = await get_or_raise(session, TigerAccount, account.id, lock=True)
                 if now.readable_token() != account.readable_token():
-                    refused, said = False, f"{error} (of a token that the account no longer has)"
-            return await crud.token_status.fail(
+                    message = f"{error} (of a token that the account no longer has)"
+                    refused = False
+            return await token_status.fail(
                 session,
                 claim,
-                error=said,
-                error_code=replace_unstorable(type(error).__name__)[:_LONGEST_CODE],
+                error=message,
+                error_code=replace_unstorable(type(error).__name__)[:_MAX_ERROR_CODE_LENGTH],
                 retry_after=_retry_after(error),
                 credentials_refused=refused,
                 answer_lost=isinstance(error, AnswerLost),
-                api_response_code=_kept(claim, "api_response_code", error.code),
+                api_response_code=_storable(claim, "api_response_code", error.code),
                 api_response_time_ms=milliseconds,
             )
 
-        async def lose(session: AsyncSession) -> None:
-            await crud.token_status.fail_unknown(session, claim)
-
         try:
             try:
-                done = await self._saved(fail)
-            except (LeaseLost, NotFound):
-                raise
+                refresh = await self._save(fail)
             except Exception as problem:
-                if is_transient(problem):
+                if isinstance(problem, LeaseLost | NotFound) or is_transient(problem):
                     raise
-                await self._saved(lose)
-                self.counts["failed"] += 1
-                _logger.error("%s: a failure cannot be stored: %s", who, type(problem).__name__)  # noqa: TRY400  # it may quote a secret
-                return
+                await self._save(partial(token_status.fail_unknown, claim=claim))
+                outcome = f"the failure cannot be stored: {type(problem).__name__}"
+            else:
+                given_up = refresh.status == TokenRefreshStatus.FAILED
+                again = "given up" if given_up else f"again at {refresh.scheduled_at}"
+                outcome = f"{refresh.error_message}; {again}"
         except (LeaseLost, NotFound):
             self.counts["lost"] += 1
-            _logger.warning("%s: the claim was lost after a failure", who)
+            _logger.warning("%s: the claim was lost after a failure", account.label())
             return
         self.counts["failed"] += 1
-        again = (
-            "given up"
-            if done.status == TokenRefreshStatus.FAILED
-            else f"again at {done.scheduled_at}"
-        )
-        _logger.warning("%s: no new token: %s; %s", who, done.error_message, again)
+        _logger.warning("%s: no new token: %s", account.label(), outcome)
 
-    async def _beat(self, claim: TokenStatus) -> None:
-        """Renew the lease until it is lost; a database that is away may be back in time."""
-        while True:
-            await asyncio.sleep(self.lease.total_seconds() / _BEATS)
-            try:
-                async with self.database.session() as session:
-                    await crud.token_status.heartbeat(session, claim, lease=self.lease)
-            except LeaseLost:
-                return
-            except (TigerDBError, DBAPIError) as error:
-                if not is_transient(error):
-                    raise
-
-    async def _saved(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-        """What a transaction returns, which is tried again as long as the database is away."""
-        pause = _PAUSE
+    async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
+        """Run `work` in a transaction, again and again while the database is unavailable."""
+        pause = _RETRY_PAUSE_SECONDS
         while True:
             try:
                 async with self.database.session() as session:
                     return await work(session)
             except (TigerDBError, DBAPIError) as error:
-                if not is_transient(error) or time.monotonic() + pause > self._give_up:
+                if not is_transient(error) or time.monotonic() + pause > self._deadline:
                     raise
                 _logger.warning("a refresh waits for the database: %s", type(error).__name__)
             await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
-
-    def _wait_for(self, account: TigerAccount) -> float:
-        """Seconds until the account's `tiger_id` may be asked for again; if none, it counts."""
-        now = time.monotonic()
-        asked = self._asked[account.tiger_id_fingerprint]
-        while asked and asked[0] <= now - _MINUTE:
-            asked.popleft()
-        if len(asked) >= self.per_minute:
-            return asked[0] + _MINUTE - now
-        asked.append(now)
-        return 0.0
+            pause = min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks, and wait for them to end, a second at most."""
+    """Cancel tasks, and wait at most a second for them to end."""
     for task in tasks:
         task.cancel()
-    await asyncio.wait(tasks, timeout=_CANCELLING)
+    await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
 
 
-def _storable(claim: TokenStatus, account: TigerAccount, token: NewToken) -> NewToken:
-    """Return a token without what else came with it and cannot be stored."""
-    refresh_token = token.refresh_token
+def _without_unstorable(claim: TokenStatus, token: NewToken) -> NewToken:
+    """Return a token without its accompanying values that cannot be stored."""
+    account, refresh_token = claim.tiger_account, token.refresh_token
     return NewToken(
         token.access_token,
-        expires_at=_kept(account, "token_expires_at", token.expires_at),
-        refresh_token=refresh_token if _kept(account, "refresh_token", refresh_token) else None,
-        code=_kept(claim, "api_response_code", token.code),
+        expires_at=_storable(account, "token_expires_at", token.expires_at),
+        refresh_token=refresh_token if _storable(account, "refresh_token", refresh_token) else None,
+        code=_storable(claim, "api_response_code", token.code),
     )
 
 
-def _kept(row: Entity, name: str, value: T | None) -> T | None:
-    """Return a value that came from a broker as the row's field can hold it, else None."""
+def _storable(row: Entity, name: str, value: T | None) -> T | None:
+    """Return a broker's value as a field can hold it; None if the field cannot."""
     try:
-        kept: T | None = row.validate_changes({name: value})[name]
+        storable: T | None = row.validate_changes({name: value})[name]
     except (ValueError, TypeError, OverflowError):  # ValidationError is a ValueError
         _logger.warning("%s: a broker's %s cannot be stored, and is left out", row.label(), name)
         return None
-    return kept
+    return storable
 
 
 def _text(error: BaseException) -> str:
-    """Return an error's text, or its type where it has none that can be had."""
+    """Return an error's text, or its type if `__str__` fails."""
     try:
         return str(error)
-    except Exception:  # noqa: BLE001  # its class may be anyone's
+    except Exception:  # noqa: BLE001  # a refresher may raise errors of any class
         return type(error).__name__
 
 
 def _retry_after(error: RefreshFailed) -> timedelta | None:
-    """Return how long the broker wants to be left alone; None: it says nothing that makes sense."""
+    """Return the wait that the broker asked for, at most 7 days; None if it is not valid."""
     wait = error.retry_after if isinstance(error, RefreshLimited) else None
     if not isinstance(wait, timedelta) or wait < timedelta(0):
         return None
-    return min(wait, _LONGEST_WAIT)
+    return min(wait, _MAX_RETRY_AFTER)

@@ -277,7 +277,7 @@ import asyncio, datetime, os, sys
 import tiger_db
 from tiger_db import refresh_worker
 from tiger_db.settings import Settings
-refresh_worker.POLL = 0.05
+refresh_worker.POLL_SECONDS = 0.05
 async def ask(account):
     with open(sys.argv[1], "a") as asked:
         asked.write("x")
@@ -448,7 +448,7 @@ async def hanging(how: str) -> AsyncIterator[Hanging]:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh_worker, "_CANCELLING", 0.1, raising=False)
+    monkeypatch.setattr(refresh_worker, "_CANCEL_SECONDS", 0.1, raising=False)
 
 
 LOST = {
@@ -524,7 +524,7 @@ async def stops(
 async def test_stopping_ends_within_its_grace_whatever_hangs(
     clone: Database, monkeypatch: pytest.MonkeyPatch, how: str, *, cancel: bool
 ) -> None:
-    monkeypatch.setattr(refresh_worker, "_GRACE", 2.0)
+    monkeypatch.setattr(refresh_worker, "_GRACE_SECONDS", 2.0)
     refresh = await opened(clone)
     async with hanging(how) as refresher:
         worker = RefreshWorker(clone, refresher)
@@ -542,8 +542,8 @@ async def test_stopping_ends_within_its_grace_though_the_database_hangs(
     clone: Database, monkeypatch: pytest.MonkeyPatch, *, cancel: bool
 ) -> None:
     """Both the saving of an answer, and the claiming of the next."""
-    monkeypatch.setattr(refresh_worker, "_GRACE", 2.0)
-    monkeypatch.setattr(refresh_worker, "POLL", 0.05)
+    monkeypatch.setattr(refresh_worker, "_GRACE_SECONDS", 2.0)
+    monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 0.05)
     refresh = await opened(clone)
     other = await connect(clone.settings)
     asked = asyncio.Event()
@@ -578,7 +578,7 @@ import asyncio, signal, sys
 import tiger_db
 from tiger_db import refresh_worker
 from tiger_db.settings import Settings
-refresh_worker._GRACE, refresh_worker._CANCELLING = 5.0, 0.2
+refresh_worker._GRACE_SECONDS, refresh_worker._CANCEL_SECONDS = 5.0, 0.2
 async def ask(account):
     print("asked", flush=True)
     try:

@@ -63,7 +63,7 @@ from tiger_db.crud.token_status import outcomes
 from tiger_db.settings import Settings
 from tiger_db.tiger import refreshing
 name, concurrency, lease = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-refresh_worker.POLL = 0.5
+refresh_worker.POLL_SECONDS = 0.5
 outcomes.BACKOFF, refreshing._RATE_LIMIT_WINDOW = timedelta(seconds=0.2), timedelta(seconds=0.3)
 async def ask(account):
     account.server_url += "/" + name

@@ -137,7 +137,7 @@ async def test_once_ends_when_nothing_is_due(clone: Database) -> None:
 
 @pytest.mark.slow
 async def test_a_new_refresh_is_heard_of(clone: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh_worker, "POLL", 60.0)
+    monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 60.0)
     started: dict[UUID, float] = {}
 
     async def note(account: TigerAccount) -> NewToken:
@@ -177,7 +177,7 @@ async def counted_listeners(database: Database, besides: int | None = None) -> i
 async def test_listening_survives_its_connection(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refresh_worker, "POLL", 60.0)
+    monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 60.0)
     connection = await connect(clone.settings)
     async with working(clone, at_once) as worker:
         for number in range(3):
@@ -194,7 +194,7 @@ async def test_listening_survives_its_connection(
 async def test_what_is_due_later_is_started_then(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refresh_worker, "POLL", 60.0)
+    monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 60.0)
     async with working(clone, at_once) as worker:
         await counted_listeners(clone)
         at = datetime.now(UTC) + 0.3 * SECOND
@@ -210,7 +210,7 @@ async def test_what_is_due_later_is_started_then(
 async def test_a_token_whose_time_comes_is_refreshed_then(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refresh_worker, "POLL", 60.0)
+    monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 60.0)
     lasting = timedelta(minutes=50)  # a fifth of it is left 0.5 s from now
     generated = datetime.now(UTC) - timedelta(minutes=40) + 0.5 * SECOND
     token = tiger_token(generated, lasting)
@@ -264,7 +264,7 @@ async def test_each_tiger_id_is_asked_for_only_so_often(clone: Database) -> None
 async def test_heartbeats_keep_a_slow_refresh(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refresh_worker, "POLL", 0.05)
+    monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 0.05)
     refresh = await opened(clone)
     gate = Gate()
     async with working(clone, gate, lease=0.9 * SECOND) as worker:
@@ -368,7 +368,7 @@ async def test_the_answer_is_saved_when_the_database_is_back(
 async def test_a_worker_that_ends_waits_for_the_database_only_so_long(
     private_server: Settings, private: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refresh_worker, "_GRACE", 0.3)
+    monkeypatch.setattr(refresh_worker, "_GRACE_SECONDS", 0.3)
     gate = Gate()
     async with Database(private) as database:
         await opened(database)

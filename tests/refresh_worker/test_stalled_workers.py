@@ -62,7 +62,7 @@ import tiger_db
 from tiger_db import refresh_worker
 from tiger_db.settings import Settings
 from tiger_db.tiger import refresh_token
-refresh_worker.POLL = 0.05
+refresh_worker.POLL_SECONDS = 0.05
 if shift:
     assert abs(tiger_db.models.accounts.datetime.now(datetime.UTC).timestamp() - time.time()) < 1
     assert abs(real.now().timestamp() + shift - time.time()) < 1
