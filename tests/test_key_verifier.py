@@ -100,7 +100,7 @@ async def test_every_field_of_the_request_is_checked(
 
 
 async def test_no_answer_is_outdated(clone: Database) -> None:
-    """Without memory, each answer is that of the row as it is."""
+    """Without memory, each answer follows the current row."""
     async with clone.session() as session:
         account = await factories.account(session)
     key, raw_key = await make_key(clone, tiger_account_id=account.id)
@@ -112,7 +112,7 @@ async def test_no_answer_is_outdated(clone: Database) -> None:
         assert (await verifier.verify(raw_key) is not None) == accepted
     async with clone.session() as session:
         await session.execute(text("UPDATE api_keys SET rate_limit_per_day = 1"))
-    assert await verifier.verify(raw_key)  # limits count what passes since there are any
+    assert await verifier.verify(raw_key)  # a new limit counts from its first use on
     with pytest.raises(RateLimited) as limited:
         await verifier.authorize(raw_key)
     assert limited.value.retry_after > timedelta(0)
@@ -194,7 +194,7 @@ async def test_errors_are_raised_when_the_verifier_is_entered(empty_database: Se
 
 
 async def test_an_unavailable_database_is_no_denial(clone: Database) -> None:
-    """A key that could not be checked was not refused: the caller must be able to tell."""
+    """A caller can tell a key that could not be checked from a denied key."""
     _, raw_key = await make_key(clone)
     pool = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 0.05}
     async with Database(clone.settings.model_copy(update=pool)) as database:

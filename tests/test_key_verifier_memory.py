@@ -63,7 +63,7 @@ async def listening(clone: Database) -> AsyncIterator[KeyVerifier]:
 
 @pytest.fixture
 async def other(clone: Database) -> AsyncIterator[Connection]:
-    """A connection of somebody else, who knows nothing of tiger_db."""
+    """A plain connection, as of another program."""
     connection = await connect(clone.settings)
     yield connection
     await connection.close()
@@ -139,7 +139,7 @@ async def test_a_use_evicts_no_key(
     await other.execute("UPDATE api_keys SET usage_count = 9, last_used_at = now()")
     last, last_key = await make_key(clone)
     assert await listening.verify(last_key)
-    await other.execute(REVOKE, last.id)  # is heard of after the use would have been
+    await other.execute(REVOKE, last.id)  # the notification follows those of the use, if any
     await until(lambda: listening._notifications > changes)
     assert listening._notifications == changes + 1
     assert [*listening._digests] == [key.id]
@@ -169,7 +169,7 @@ async def test_changes_that_end_a_key_evict_it(
     await other.execute(change)
     await until(lambda: key.id not in listening._digests)
     assert len(listening._cache) == (0 if "TRUNCATE" in change else 1)
-    if (change, role) != ("DELETE FROM tiger_accounts", "replica"):  # which leaves the key behind
+    if (change, role) != ("DELETE FROM tiger_accounts", "replica"):  # a replica keeps the key
         assert await listening.verify(raw_key) is None
     assert (await listening.verify(unbound) is None) == ("TRUNCATE" in change)
 
@@ -210,13 +210,13 @@ async def test_a_revocation_by_another_process_takes_effect_at_once(
 
 
 def revoke_in_a_while(settings: Settings, key: APIKey, pipe: Any) -> None:
-    """In a process of its own: revoke the key, and tell the time when that was committed."""
+    """Revoke the key in another process, and return the time of the commit."""
 
     async def run() -> None:
         connection = await connect(settings)
         pipe.send("ready")
         await asyncio.to_thread(pipe.recv)
-        await asyncio.sleep(0.3)  # of the other's loop
+        await asyncio.sleep(0.3)  # time for the loop of the other task
         await connection.execute(REVOKE, key.id)
         pipe.send(time.monotonic())
         await connection.close()
@@ -360,10 +360,10 @@ async def test_a_change_without_notification_takes_effect_within_a_minute(
     await other.execute(f"UPDATE {table} SET status = 'inactive'")
     assert key_verifier.MAX_AGE_SECONDS == 60
     make_older(listening, 30)
-    assert await listening.verify(raw_key)  # which a minute's trust costs
+    assert await listening.verify(raw_key)  # accepted until the cached key is a minute old
     make_older(listening, 30)
     assert await listening.verify(raw_key) is None
-    assert await listening.verify(raw_key) is None  # from memory now
+    assert await listening.verify(raw_key) is None
 
 
 async def test_a_key_is_read_once_a_minute(clone: Database, listening: KeyVerifier) -> None:
@@ -456,7 +456,7 @@ async def test_an_expiry_takes_effect_in_the_cache(
 async def test_an_expiry_follows_the_clock_of_the_database(
     clone: Database, listening: KeyVerifier
 ) -> None:
-    """As if it went an hour ahead of this machine's."""
+    """The clock of the database is an hour ahead of the clock of this machine."""
     _, raw_key = await make_key(clone, expires_at=datetime.now(UTC) + timedelta(minutes=30))
     assert await listening.verify(raw_key)
     listening._clock_offset += 3600  # until the next heartbeat
@@ -530,7 +530,7 @@ def private_server() -> Iterator[Settings]:
 
 @pytest.fixture
 async def private(private_server: Settings) -> Settings:
-    """A database on the private server, which a Database does not start by itself."""
+    """A database on a private server, which no Database starts."""
     server = embedded.start(private_server)
     name = f"private_{random.randrange(10**9)}"
     connection = await connect(private_server, database="postgres")
@@ -549,7 +549,7 @@ def stop(settings: Settings) -> None:
 
 
 def stop_at_once(settings: Settings) -> None:
-    """As `pg_ctl stop -m immediate` does."""
+    """Stop the server as `pg_ctl stop -m immediate` does."""
     kill(settings, signal.SIGQUIT)
 
 
@@ -602,7 +602,7 @@ async def test_a_restarted_server(
             before = told["unavailable"]
             await until(lambda: told["unavailable"] > before + 20)
             accepted = told["good: True"]
-            await asyncio.sleep(0.6)  # longer than the memory may answer
+            await asyncio.sleep(0.6)  # longer than the lease
             assert told["good: True"] == accepted
             await asyncio.to_thread(embedded.start, private_server)
             started = time.monotonic()

@@ -23,8 +23,8 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 OF_ACCOUNTS = ("account_name = 'another'", "error_count = 3", "description = 'another'")
 
 
-class Told:
-    """What is told to a connection that listens."""
+class Received:
+    """The notifications that a listening connection receives."""
 
     def __init__(self, teller: Connection) -> None:
         self.teller = teller
@@ -34,14 +34,14 @@ class Told:
         self.payloads.append(str(notification[-1]))
 
     async def since_last(self) -> list[str]:
-        """All that was committed before: notifications come in the order of commits."""
+        """Return the notifications of all earlier commits: they arrive in the order of commits."""
         await self.teller.execute("SELECT pg_notify($1, 'end')", CHANNEL)
         deadline = asyncio.get_running_loop().time() + 5
         while "end" not in self.payloads:
             assert asyncio.get_running_loop().time() < deadline
             await asyncio.sleep(0.001)
-        told, self.payloads = self.payloads[:-1], []
-        return told
+        received, self.payloads = self.payloads[:-1], []
+        return received
 
 
 @pytest.fixture
@@ -52,40 +52,40 @@ async def other(clone: Database) -> AsyncIterator[Connection]:
 
 
 @pytest.fixture
-async def told(clone: Database, other: Connection) -> AsyncIterator[Told]:
+async def received(clone: Database, other: Connection) -> AsyncIterator[Received]:
     listener = await connect(clone.settings)
-    told = Told(other)
-    await listener.add_listener(CHANNEL, told.hear)
-    yield told
-    await listener.remove_listener(CHANNEL, told.hear)
+    received = Received(other)
+    await listener.add_listener(CHANNEL, received.hear)
+    yield received
+    await listener.remove_listener(CHANNEL, received.hear)
     await listener.close()
 
 
 @pytest.mark.parametrize("role", ["origin", "replica"])
 async def test_every_change_of_a_key_is_notified(
-    clone: Database, told: Told, other: Connection, role: str
+    clone: Database, received: Received, other: Connection, role: str
 ) -> None:
     async with clone.session() as session:
         await factories.account(session)
         key, _ = await factories.api_key(session)
         unchanged, _ = await factories.api_key(session)
-    assert await told.since_last() == []  # nobody knows them yet
+    assert await received.since_last() == []  # new keys are not cached anywhere
     await other.execute(f"SET session_replication_role = {role}")
     for column, value in OTHER.items():
         await other.execute(f"UPDATE api_keys SET {column} = {value} WHERE id = $1", key.id)
-        assert (column, await told.since_last()) == (column, [f"key {key.id}"])
+        assert (column, await received.since_last()) == (column, [f"key {key.id}"])
     await other.execute("UPDATE api_keys SET usage_count = 8, last_used_at = now()")
     await other.execute("UPDATE api_keys SET updated_at = now(), name = name")
-    assert await told.since_last() == []
+    assert await received.since_last() == []
     await other.execute("DELETE FROM api_keys WHERE id = $1", unchanged.id)
-    assert await told.since_last() == [f"key {unchanged.id}"]
+    assert await received.since_last() == [f"key {unchanged.id}"]
     await other.execute("TRUNCATE api_keys CASCADE")
-    assert await told.since_last() == ["all"]
+    assert await received.since_last() == ["all"]
 
 
 @pytest.mark.parametrize("role", ["origin", "replica"])
 async def test_changes_that_end_an_account_are_notified(
-    clone: Database, told: Told, other: Connection, role: str
+    clone: Database, received: Received, other: Connection, role: str
 ) -> None:
     async with clone.session() as session:
         first, second = [await factories.account(session) for _ in range(2)]
@@ -93,19 +93,19 @@ async def test_changes_that_end_an_account_are_notified(
     await other.execute(f"SET session_replication_role = {role}")
     for change in OF_ACCOUNTS:
         await other.execute(f"UPDATE tiger_accounts SET {change}")
-    assert await told.since_last() == []
+    assert await received.since_last() == []
     await other.execute("UPDATE tiger_accounts SET status = 'suspended' WHERE id = $1", first.id)
-    assert await told.since_last() == [f"account {first.id}"]
+    assert await received.since_last() == [f"account {first.id}"]
     await other.execute("DELETE FROM tiger_accounts WHERE id = $1", second.id)
-    # A replica deletes a row's dependants by changes of their own.
+    # A replica deletes the dependants of a row by separate changes.
     expected = {f"account {second.id}"} | ({f"key {key.id}"} if role == "origin" else set())
-    assert {*await told.since_last()} == expected
+    assert {*await received.since_last()} == expected
     await other.execute("TRUNCATE tiger_accounts CASCADE")
-    assert "all" in await told.since_last()
+    assert "all" in await received.since_last()
 
 
 async def test_a_change_that_is_rolled_back_is_not_notified(
-    clone: Database, told: Told, other: Connection
+    clone: Database, received: Received, other: Connection
 ) -> None:
     async with clone.session() as session:
         await factories.api_key(session)
@@ -114,33 +114,33 @@ async def test_a_change_that_is_rolled_back_is_not_notified(
     await other.execute("UPDATE api_keys SET status = 'revoked'")
     await other.execute("DELETE FROM api_keys")
     await transaction.rollback()
-    assert await told.since_last() == []
+    assert await received.since_last() == []
 
 
-async def test_each_function_notifies_its_changes(clone: Database, told: Told) -> None:
+async def test_each_function_notifies_its_changes(clone: Database, received: Received) -> None:
     soon = datetime.now(UTC) + timedelta(days=1)
     async with clone.session() as session:
         account = await factories.account(session)
         key, _ = await factories.api_key(session, expires_at=soon, tiger_account_id=account.id)
-    assert await told.since_last() == []
+    assert await received.since_last() == []
     async with clone.session() as session:
         await crud.api_keys.extend(session, key.id, expires_at=soon + timedelta(days=1))
-    assert await told.since_last() == [f"key {key.id}"]
+    assert await received.since_last() == [f"key {key.id}"]
     async with clone.session() as session:
         successor, _ = await crud.api_keys.rotate(session, key.id)
-    assert await told.since_last() == [f"key {key.id}"]
+    assert await received.since_last() == [f"key {key.id}"]
     async with clone.session() as session:
         await crud.api_keys.revoke(session, key.id)
-    assert await told.since_last() == [f"key {key.id}"]
+    assert await received.since_last() == [f"key {key.id}"]
     async with clone.session() as session:
-        await crud.api_keys.revoke(session, key.id)  # which it is
-    assert await told.since_last() == []
+        await crud.api_keys.revoke(session, key.id)  # the key is revoked
+    assert await received.since_last() == []
     async with clone.session() as session:
         await crud.accounts.close(session, account.id)
-    assert {*await told.since_last()} == {f"account {account.id}", f"key {successor.id}"}
+    assert {*await received.since_last()} == {f"account {account.id}", f"key {successor.id}"}
 
 
-async def test_a_use_is_not_notified(clone: Database, told: Told) -> None:
+async def test_a_use_is_not_notified(clone: Database, received: Received) -> None:
     async with clone.session() as session:
         _, unlimited = await factories.api_key(session)
         _, limited = await factories.api_key(session, rate_limit_per_day=9)
@@ -150,14 +150,14 @@ async def test_a_use_is_not_notified(clone: Database, told: Told) -> None:
     await clone.close()
     async with clone.session() as session:
         assert await session.scalar(text("SELECT min(usage_count) FROM api_keys")) == 1
-    assert await told.since_last() == []
+    assert await received.since_last() == []
 
 
 @pytest.mark.parametrize("uses", [0, 1])
 async def test_a_limited_key_that_is_deleted_during_a_call_is_refused(
     clone: Database, uses: int
 ) -> None:
-    """Between the reading of its row and the count of its use."""
+    """The key is deleted between the reading of its row and the count of its use."""
     async with clone.session() as session:
         key, raw_key = await factories.api_key(session, rate_limit_per_hour=9)
     verifier = KeyVerifier(clone)

@@ -74,7 +74,7 @@ async def test_a_cancelled_caller_does_not_affect_the_events_of_others(
 async def test_a_refused_event_does_not_affect_other_events(
     clone_settings: Settings, other: Connection
 ) -> None:
-    """They are written together, as long as that goes well."""
+    """Events are stored together, or one by one if one of them is refused."""
     async with Database(clone_settings) as database:
         first = factories.new_event()
         await database.out_of_band.record(first)

@@ -1,4 +1,4 @@
-"""API keys as text: good ones, wrong ones, unknown ones."""
+"""Raw API keys: with a wrong secret, or unknown."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,27 +10,27 @@ from tiger_db import Database
 from tiger_db.crud.api_keys import key_format
 
 
-def sealed(head: str) -> str:
-    """A key of anybody's making: what is before the checksum, and the right checksum."""
+def with_checksum(head: str) -> str:
+    """Return a text with the checksum of an API key."""
     return head + key_format.checksum(head)
 
 
 def wrong_secret(raw_key: str) -> str:
-    """Well-formed, of the same id, and one character beside the key."""
+    """Return a well-formed key with the same public id and another secret."""
     head = raw_key[:-6]
-    return sealed(head[:-1] + ("0" if head[-1] != "0" else "1"))
+    return with_checksum(head[:-1] + ("0" if head[-1] != "0" else "1"))
 
 
 def unknown_key() -> str:
-    """Well-formed, and nobody's."""
+    """Return a well-formed key that is not stored."""
     return key_format.new_key("test").raw_key
 
 
 @contextmanager
-def asked(database: Database) -> Iterator[list[str]]:
-    """The statements of sessions and what is sent out of band; there, connections taken.
+def sent_statements(database: Database) -> Iterator[list[str]]:
+    """Record the statements of sessions, and the statements and checkouts out of band.
 
-    Events go past SQLAlchemy: of them, only the connection shows.
+    Events are stored without SQLAlchemy: of them, only the checkout is recorded.
     """
     sent: list[str] = []
 

@@ -6,7 +6,7 @@ import textwrap
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from tests.support.raw_keys import sealed
+from tests.support.raw_keys import with_checksum
 from tests.support.tiger_tokens import SOON, tiger_token
 
 KEY = rsa.generate_private_key(65537, 1024)
@@ -15,7 +15,7 @@ DER = "".join(PEM.splitlines()[1:-1])
 SIGN = base64.b64encode(bytes(range(256))).decode()
 TOKEN, NEW_TOKEN = tiger_token(), tiger_token(SOON)
 SLASHED = f"{TOKEN[:40]}/a+b/{TOKEN[45:]}"
-API_KEY = sealed("tdb_live_0123456789Ab_Wn3hZ0qTgYc7LrKx5PvE1mJsDu9oBiF8aVtRk2MyXwQ")
+API_KEY = with_checksum("tdb_live_0123456789Ab_Wn3hZ0qTgYc7LrKx5PvE1mJsDu9oBiF8aVtRk2MyXwQ")
 JWT = ".".join(
     base64.urlsafe_b64encode(part).decode().rstrip("=")
     for part in (b'{"alg":"HS256"}', b'{"sub":"20150001"}', bytes(range(60, 92)))

@@ -1,4 +1,4 @@
-"""What tests of a KeyVerifier share: changes of columns, counted checkouts, a killed server."""
+"""Helpers of the tests of KeyVerifier: changes of columns, counted checkouts, a killed server."""
 
 import asyncio
 import signal
@@ -37,7 +37,7 @@ OTHER = {
 
 @contextmanager
 def checkouts(database: Database) -> Iterator[list[object]]:
-    """The connections that the current task takes meanwhile: without one, nothing is sent."""
+    """Record the connections that the current task checks out. Without one, nothing is sent."""
     taken: list[object] = []
     task = asyncio.current_task()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.raw_keys import asked, unknown_key, wrong_secret
+from tests.support.raw_keys import sent_statements, unknown_key, wrong_secret
 from tiger_db import APIKeyScope, APIKeyStatus, Database
 from tiger_db.crud import api_keys
 from tiger_db.database import AsyncSession
@@ -98,7 +98,7 @@ async def test_only_an_active_key_is_accepted(
     key.sqlmodel_update({"status": status})
     with pytest.raises(reason):
         await api_keys.authorize_api_key(session, raw_key)
-    with pytest.raises(InvalidAPIKey):  # so that nobody can probe a key's status
+    with pytest.raises(InvalidAPIKey):  # the status stays hidden without the secret
         await api_keys.authorize_api_key(session, wrong_secret(raw_key))
 
 
@@ -115,7 +115,7 @@ async def test_an_unknown_key_and_a_wrong_secret_look_alike(clone: Database) -> 
         _, raw_key = await factories.api_key(session)
     answers = []
     for wrong in (wrong_secret(raw_key), unknown_key()):
-        with asked(clone) as sent:
+        with sent_statements(clone) as sent:
             async with clone.session() as session:
                 with pytest.raises(InvalidAPIKey) as refused:
                     await api_keys.authorize_api_key(session, wrong)
@@ -131,7 +131,7 @@ async def test_an_unknown_key_and_a_wrong_secret_look_alike(clone: Database) -> 
     | st.binary()
     | st.none()
 )
-@example(raw_key="tdb_test_0123456789ab_" + "0" * 48 + "٣")  # a digit, but not of ASCII
+@example(raw_key="tdb_test_0123456789ab_" + "0" * 48 + "٣")  # a digit that is not ASCII
 @example(raw_key="tdb_test_0123456789ab_" + "0" * 49 + "\n")
 async def test_no_malformed_key_is_accepted(session: AsyncSession, raw_key: Any) -> None:
     assert await api_keys.verify_api_key(session, raw_key) is None
@@ -181,7 +181,7 @@ Network = IPv4Network | IPv6Network
 
 
 def spellings(address: Address) -> list[str | Address]:
-    """All ways to write an address; an IPv4 one also as an IPv4-mapped IPv6 one."""
+    """Return all spellings of an address. An IPv4 address is also written as IPv4-mapped IPv6."""
     if isinstance(address, IPv6Address):
         written = {address.compressed, address.exploded}
     else:
@@ -208,7 +208,7 @@ async def test_an_address_of_a_network_is_accepted_in_any_spelling(
 ) -> None:
     within = data.draw(st.integers(0, network.num_addresses - 1))
     address = network.network_address + within
-    # Those are IPv4 addresses, wherever they stand.
+    # IPv4-mapped IPv6 addresses are IPv4 addresses.
     assume(not (isinstance(address, IPv6Address) and address.ipv4_mapped))
     allowed = data.draw(st.sampled_from(written_networks(network)))
     key, raw_key = await factories.api_key(session, allowed_ips=["192.0.2.7", allowed])
@@ -224,7 +224,7 @@ async def test_an_address_of_a_network_is_accepted_in_any_spelling(
 async def test_an_address_of_no_network_is_refused_in_any_spelling(
     session: AsyncSession, networks: list[Network], data: st.DataObject
 ) -> None:
-    # Beside a network's ends, or anywhere.
+    # An address next to the ends of a network, or any address.
     ends = [int(n[at]) + step for n in networks for at, step in ((0, -1), (-1, 1))]
     near = st.sampled_from([end for end in ends if 0 < end < 2**128] or [1]).map(
         lambda number: IPv4Address(number) if number < 2**32 else IPv6Address(number)
@@ -233,7 +233,7 @@ async def test_an_address_of_no_network_is_refused_in_any_spelling(
     if isinstance(address, IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
     assume(not any(address in network for network in networks))
-    # Only a network within ::ffff:0:0/96 is one of IPv4 addresses.
+    # Only a network within ::ffff:0:0/96 contains IPv4 addresses.
     mapped = IPv6Network("::ffff:0:0/96")
     assume(not any(isinstance(n, IPv6Network) and n.subnet_of(mapped) for n in networks))
     allowed = [data.draw(st.sampled_from(written_networks(n))) for n in networks]

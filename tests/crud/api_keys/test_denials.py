@@ -83,7 +83,7 @@ async def test_a_denial_is_recorded_even_if_the_caller_rolls_back(
                     await KeyVerifier(clone).authorize(tried, **REQUEST | asked)
                 else:
                     async with KeyVerifier(clone, memory=True) as verifier:
-                        await verifier.verify(tried, **REQUEST)  # now it may be remembered
+                        await verifier.verify(tried, **REQUEST)  # the key may be cached now
                         await verifier.authorize(tried, **REQUEST | asked)
             assert type(refused.value).__name__ == reason
             _ = 1 / 0
@@ -162,7 +162,7 @@ async def test_a_pool_of_one_connection_does_not_hang(clone: Database) -> None:
                 await session.execute(
                     text("SELECT FROM api_keys WHERE id = :id FOR SHARE"), {"id": key.id}
                 )
-                with pytest.raises(DatabaseUnavailable):  # it is the only one
+                with pytest.raises(DatabaseUnavailable):  # the only connection is in use
                     async with database.session() as second:
                         await second.execute(text("SELECT 1"))
                 for _ in range(3):
@@ -185,7 +185,7 @@ async def test_a_pool_of_one_connection_does_not_hang(clone: Database) -> None:
                 accepted = await asyncio.gather(*(verifier.verify(raw_key) for _ in range(40)))
                 assert {found.id for found in accepted if found} == {key.id}
                 assert len(await factories.events(session)) == 2 + 6 + 1 + 40
-            # Each has a session of its own, which waits for the connection.
+            # Each task has its own session, which waits for the connection.
             wrong = wrong_secret(raw_key)
             answers = await asyncio.gather(*(_verify(database, wrong) for _ in range(20)))
             assert answers == [None] * 20
@@ -245,7 +245,7 @@ async def test_texts_of_callers_are_stored_redacted(clone: Database, by: str) ->
 
 
 def assert_safe(event: AuditLog, who: dict[str, str]) -> None:
-    """What a caller said is there, of a bearable length, and of characters that can be stored."""
+    """Assert that the texts of the caller are stored, short and without unstorable characters."""
     assert event.details is not None
     name, said = next(iter(who.items()))
     if name == "user_agent":

@@ -19,7 +19,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.contexts import changed_context
-from tests.support.raw_keys import asked, unknown_key, wrong_secret
+from tests.support.raw_keys import sent_statements, unknown_key, wrong_secret
 from tests.support.servers import PRODUCTION
 from tiger_db import AuditAction, AuditLog, AuditSeverity, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
@@ -49,7 +49,7 @@ async def in_a_session(database: Database, raw_key: str) -> object:
 
 async def in_a_session_that_fails(database: Database, raw_key: str) -> object:
     async with database.sessions() as session:
-        return await api_keys.authorize_api_key(session, raw_key)  # and rolls back
+        return await api_keys.authorize_api_key(session, raw_key)  # the session is rolled back
 
 
 async def by_a_verifier(database: Database, raw_key: str) -> object:
@@ -70,7 +70,7 @@ TODAY = datetime.now(UTC).date()
 
 
 def allowing(settings: Settings, until: date | None) -> Settings:
-    """Settings that accept hashes without a pepper until the end of a day."""
+    """Return settings that accept hashes without a pepper until the end of a day."""
     return settings.model_copy(update={"api_keys_allow_unpeppered_until": until})
 
 
@@ -89,7 +89,7 @@ def secret_of(raw_key: str) -> str:
 
 
 async def stored(database: Database) -> tuple[str, str | None]:
-    """The hash and the pepper of the only key."""
+    """Return the hash and the pepper id of the only key."""
     async with database.sessions() as session:
         row = (await session.execute(text("SELECT key_hash, pepper_id FROM api_keys"))).one()
         return row[0], row[1]
@@ -123,7 +123,7 @@ async def test_a_dump_without_the_pepper_verifies_no_key(
     clone_settings: Settings, check: Check
 ) -> None:
     raw_key = await make_key(with_peppers(clone_settings, f"p:{OLD}"))
-    for others in (f"p:{NEW}", f"q:{OLD}", f"q:{NEW}"):  # of the same id, or the same value
+    for others in (f"p:{NEW}", f"q:{OLD}", f"q:{NEW}"):  # the same id, the same value, or neither
         async with Database(with_peppers(clone_settings, others)) as database:
             before = await stored(database)
             with pytest.raises(InvalidAPIKey):
@@ -135,12 +135,12 @@ async def test_a_dump_without_the_pepper_verifies_no_key(
 async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
     raw_key = await make_key(with_peppers(clone_settings, f"old:{OLD}"))
     async with Database(with_peppers(clone_settings, f"new:{NEW}")) as database:
-        with pytest.raises(InvalidAPIKey):  # not used meanwhile
+        with pytest.raises(InvalidAPIKey):  # the key is denied with other peppers
             await check(database, raw_key)
     async with Database(with_peppers(clone_settings, f"old:{OLD},new:{NEW}")) as database:
         before = await stored(database)
         assert await check(database, raw_key)
-        assert await stored(database) == before  # not yet
+        assert await stored(database) == before  # the hash is not replaced yet
     async with Database(with_peppers(clone_settings, f"new:{NEW},old:{OLD}")) as database:
         with pytest.raises(InvalidAPIKey):
             await check(database, wrong_secret(raw_key))
@@ -149,7 +149,7 @@ async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
         moved = await stored(database)
         assert (moved[1], before[1]) == ("new", "old")
         assert await check(database, raw_key)
-        assert await stored(database) == moved  # once is enough
+        assert await stored(database) == moved  # the hash is replaced once
         (event,) = [e for e in await told_of(database) if e.action == AuditAction.API_KEY_UPDATE]
         assert (event.old_values, event.new_values) == ({"pepper_id": "old"}, {"pepper_id": "new"})
     async with Database(with_peppers(clone_settings, f"new:{NEW}")) as database:
@@ -162,7 +162,7 @@ async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
 
 
 async def test_a_concurrently_changed_hash_is_not_replaced(clone_settings: Settings) -> None:
-    """Two who upgrade at once, and one who upgrades what is locked."""
+    """Two uses replace a hash concurrently, and a use finds the row locked."""
     async with Database(allowing(clone_settings, TODAY)) as clone:
         await hash_that_was_changed_meanwhile_stays(clone)
 
@@ -181,7 +181,9 @@ async def hash_that_was_changed_meanwhile_stays(clone: Database) -> None:
         async with asyncio.timeout(5):
             assert await in_a_session(clone, raw_key)
         assert await stored(clone) == (slow, None)
-        assert (await told_of(clone))[-1].action == AuditAction.API_KEY_USE  # all the same
+        assert (await told_of(clone))[
+            -1
+        ].action == AuditAction.API_KEY_USE  # the use is recorded without a replacement
     assert await in_a_session(clone, raw_key)
     assert (await stored(clone))[1] == "test"
 
@@ -200,7 +202,7 @@ async def test_the_first_use_of_an_allowed_unpeppered_hash_replaces_and_records_
     clone_settings: Settings, check: Check, scheme: str
 ) -> None:
     raw_key = await make_key(clone_settings)
-    async with Database(allowing(clone_settings, TODAY)) as clone:  # the day counts, too
+    async with Database(allowing(clone_settings, TODAY)) as clone:  # the last day is included
         await store(clone, old := HASHERS[scheme].hash(secret_of(raw_key)))
         with pytest.raises(InvalidAPIKey):
             await check(clone, wrong_secret(raw_key))
@@ -252,7 +254,7 @@ async def test_a_key_that_was_inserted_with_sql_is_refused(
             with pytest.raises(InvalidAPIKey) as refused:
                 await check(clone, wrong)
             refusals.append((type(refused.value), str(refused.value), vars(refused.value)))
-        assert refusals[0] == refusals[1] == refusals[2]  # the caller learns nothing of it
+        assert refusals[0] == refusals[1] == refusals[2]  # the caller cannot tell the reasons apart
         assert await stored(clone) == (hashed, None)
         denied, *others = await told_of(clone)
     assert denied.action == AuditAction.API_KEY_DENY
@@ -269,7 +271,7 @@ async def test_a_key_that_was_inserted_with_sql_is_refused(
 async def test_a_key_whose_hash_was_replaced_with_sql_is_refused(
     clone: Database, check: Check
 ) -> None:
-    """Not even one that a verifier has checked before."""
+    """The key is refused even if a verifier has verified it before."""
     raw_key = await make_key(clone.settings)
     assert await check(clone, raw_key)
     await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
@@ -281,14 +283,14 @@ async def test_a_key_whose_hash_was_replaced_with_sql_is_refused(
 async def test_a_verifier_with_memory_reads_the_database_for_each_use_of_an_unpeppered_hash(
     clone_settings: Settings,
 ) -> None:
-    """So that each is on record, and none is accepted after the day."""
+    """Each use is recorded, and none is accepted after the day."""
     raw_key = await make_key(clone_settings)
     async with (
         Database(allowing(clone_settings, TODAY)) as clone,
         KeyVerifier(clone) as verifier,
     ):
         await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
-        async with clone.session() as holder:  # no hash can be replaced meanwhile
+        async with clone.session() as holder:  # locks the row, so that the hash is not replaced
             await holder.execute(text("SELECT FROM api_keys FOR UPDATE"))
             for _ in range(3):
                 assert await verifier.authorize(raw_key)
@@ -348,7 +350,7 @@ def test_the_day_ends_at_midnight_utc(now: datetime, accepted: bool) -> None:
 async def test_the_day_is_that_of_the_clock_of_the_database(
     clone_settings: Settings, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not this machine's clock, which here is a year ahead."""
+    """The clock of this machine, a year ahead in this test, does not matter."""
     raw_key = await make_key(clone_settings)
     async with Database(allowing(clone_settings, TODAY)) as clone:
         await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
@@ -357,7 +359,7 @@ async def test_the_day_is_that_of_the_clock_of_the_database(
 
 
 async def test_a_leaked_key_is_found_by_a_hash_without_a_pepper(clone: Database) -> None:
-    """To be revoked: that lets nobody in."""
+    """find_by_raw_key grants no access: it serves to revoke the key."""
     raw_key = await make_key(clone.settings)
     await store(clone, ldap_salted_sha256.hash(secret_of(raw_key)))
     async with clone.session() as session:
@@ -398,9 +400,9 @@ async def test_a_slow_hash_does_not_block_the_event_loop(clone: Database, check:
     assert await check(clone, raw_key)
     took = time.perf_counter() - started
     ticker.cancel()
-    assert took > 0.2  # else it was not the slow hash
-    # On the loop's own thread, one gap would be nearly all of it. 100 ms on an idle machine; a
-    # third of the whole on one that is so busy that the hash takes longer, too.
+    assert took > 0.2  # else another hash was verified
+    # In the thread of the event loop, the longest gap would be about the whole time. A gap is up to
+    # 100 ms on an idle machine, and up to a third of the whole time on a busy one.
     assert max(gaps) < max(0.1, took / 3)
     assert len(gaps) > 10
 
@@ -444,7 +446,7 @@ async def test_a_damaged_hash_verifies_no_secret(clone: Database, pepper_id: str
 
 
 async def test_a_hash_that_is_too_long_is_refused() -> None:
-    """Its text tells the cost of Argon2, so it is kept short."""
+    """The text of a hash contains the cost of Argon2, so its length is limited."""
     peppers = Peppers({"test": bytes(32)})
     for size, accepted in ((100, True), (1000, False)):
         hashed = FAST_ARGON2.using(digest_size=size).hash("secret")
@@ -470,10 +472,10 @@ async def test_an_empty_hash_verifies_no_secret_and_is_not_stored(clone: Databas
 )
 @pytest.mark.filterwarnings("ignore::passlib.exc.PasslibHashWarning")
 async def test_a_damaged_hash_raises_nothing(good: str, at: int, size: int, other: str) -> None:
-    """Argon2 is left out: its cost is in its text, and with it our time."""
+    """Argon2 is left out, because a damaged cost in its text makes the test slow."""
     damaged = good[:at] + other + good[at + size :]
     if damaged.startswith(("$2a$", "$2b$", "$2y$")) and damaged[4:7] != "04$":
-        return  # for the same reason
+        return  # see the docstring
     assert await verify_secret(Peppers({"p": bytes(32)}), "wrong", damaged, None) is False
     assert await verify_secret(Peppers({"p": bytes(32)}), "secret", damaged, None) in (True, False)
     assert await verify_secret(Peppers({"p": bytes(32)}), "secret", damaged, "p") is False
@@ -516,7 +518,7 @@ async def test_without_peppers_no_key_is_created_or_verified(clone_settings: Set
                         await attempt(well_formed)
             with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
                 await api_keys.find_by_raw_key(session, raw_key)
-        async with database.session() as session:  # all else goes on
+        async with database.session() as session:  # all other functions work
             (key,) = (await api_keys.list_api_keys(session)).items
             assert key.usage_count == 0
             await api_keys.revoke(session, key.id)
@@ -547,14 +549,14 @@ async def test_an_unknown_key_costs_as_much_as_a_wrong_secret(clone: Database) -
                     started = time.perf_counter()
                     with pytest.raises(InvalidAPIKey):
                         await api_keys.authorize_api_key(session, keys[kind])
-                    if sample >= 100:  # the first ones warm up
+                    if sample >= 100:  # the first samples are for warming up
                         times[kind].append(time.perf_counter() - started)
         finally:
             gc.enable()
     unknown, wrong = (statistics.median(times[kind]) for kind in ("unknown", "wrong"))
     assert len(times["unknown"]) == len(times["wrong"]) == 2000
-    # Interleaved, such medians differ by 1 or 2 % here. One more round trip, or loading the row for
-    # one of them, is 20 % or more; the hash alone is less, and has a test of its own below.
+    # Medians of interleaved samples differ by 1 or 2 %. One more round trip, or loading the row, is
+    # a difference of 20 % or more. The next test measures the hash alone.
     assert abs(unknown - wrong) < 0.1 * min(unknown, wrong)
 
 
@@ -570,7 +572,7 @@ async def test_no_hash_costs_as_much_as_a_wrong_one() -> None:
             assert not await verify_secret(peppers, secret, *cases[case])
             times[case].append(time.perf_counter() - started)
     medians = [statistics.median(each) for each in times.values()]
-    # Without a hash of nobody's to verify, a half or less; the rest is to tell which case it is.
+    # Without the dummy hash, an empty hash would take half of the time or less.
     assert max(medians) < 1.3 * min(medians)
 
 
@@ -579,7 +581,7 @@ async def test_unknown_keys_and_wrong_secrets_send_the_same_statements(clone: Da
         _, raw_key = await factories.api_key(session)
     sent: list[list[str]] = []
     for key in (unknown_key(), wrong_secret(raw_key)):
-        with asked(clone) as statements, pytest.raises(InvalidAPIKey):
+        with sent_statements(clone) as statements, pytest.raises(InvalidAPIKey):
             await in_a_session(clone, key)
         sent.append(statements)
     assert sent[0] == sent[1]

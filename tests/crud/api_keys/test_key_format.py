@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tests.support import factories
-from tests.support.raw_keys import asked, sealed, wrong_secret
+from tests.support.raw_keys import sent_statements, with_checksum, wrong_secret
 from tests.support.servers import PRODUCTION
 from tiger_db import AuditAction, Database, KeyVerifier, Settings
 from tiger_db.crud import api_keys
@@ -60,9 +60,11 @@ def test_a_key_is_256_random_bits() -> None:
         assert secret < 2**256
         ones |= secret
         zeros |= ~secret
-    assert ones == zeros & (2**256 - 1) == 2**256 - 1  # each bit is set in some, unset in others
+    assert (
+        ones == zeros & (2**256 - 1) == 2**256 - 1
+    )  # each bit is set in some keys, and unset in others
     quarters = {secret >> shift & (2**64 - 1) for secret in secrets for shift in (0, 64, 128, 192)}
-    assert len(quarters) == 4 * 64  # no part repeats
+    assert len(quarters) == 4 * 64  # no part is repeated
     ids = [key.prefix[-12:] for key in made]
     assert len(set(ids)) == 64
     assert {letter for public_id in ids for letter in public_id} == set(ALPHABET)
@@ -88,7 +90,7 @@ async def test_the_prefix_names_the_environment(clone_settings: Settings) -> Non
 @given(
     raw_key=KEYS, at=st.integers(0, 70), letter=st.sampled_from(ALPHABET + "_-") | st.characters()
 )
-@example(raw_key=key_format.new_key("test").raw_key, at=40, letter="٣")  # a digit, but not of ASCII
+@example(raw_key=key_format.new_key("test").raw_key, at=40, letter="٣")  # a digit that is not ASCII
 @example(raw_key=key_format.new_key("live").raw_key, at=15, letter="３")  # noqa: RUF001  # a wide digit
 @example(raw_key=key_format.new_key("live").raw_key, at=70, letter="\n")
 def test_a_mistyped_character_is_detected(raw_key: str, at: int, letter: str) -> None:
@@ -110,7 +112,11 @@ def test_a_key_that_is_too_short_or_too_long_is_refused(raw_key: str, at: int, m
     cut = [raw_key[:at], raw_key[at + 1 :], raw_key[:at] + raw_key[at + 1 :]]
     extended = [raw_key + more, more + raw_key, raw_key[:at] + more + raw_key[at:]]
     around = [f" {raw_key}", f"{raw_key}\n", f"\t{raw_key} ", f"{raw_key}\0", f"\ufeff{raw_key}"]
-    resealed = [sealed(raw_key + "0"), sealed(f"{raw_key}_"), sealed(raw_key[:-7])]
+    resealed = [
+        with_checksum(raw_key + "0"),
+        with_checksum(f"{raw_key}_"),
+        with_checksum(raw_key[:-7]),
+    ]
     for wrong in (*cut, *extended, *around, *resealed):
         assert key_format.parse_key(wrong) is None
 
@@ -125,8 +131,8 @@ def test_bytes_and_another_case_are_refused() -> None:
     wrongs: list[Any] = [raw_key.encode(), bytearray(raw_key.encode()), [raw_key], raw_key.upper()]
     for wrong in wrongs:
         assert key_format.parse_key(wrong) is None
-    assert key_format.parse_key(sealed("tdb_prod_" + "0" * 12 + "_" + "0" * 43)) is None
-    assert key_format.parse_key(sealed("tdb_test_" + "0" * 12 + "_" + "0" * 43)) is not None
+    assert key_format.parse_key(with_checksum("tdb_prod_" + "0" * 12 + "_" + "0" * 43)) is None
+    assert key_format.parse_key(with_checksum("tdb_test_" + "0" * 12 + "_" + "0" * 43)) is not None
 
 
 async def test_a_malformed_key_is_refused_without_a_statement(clone: Database) -> None:
@@ -139,7 +145,7 @@ async def test_a_malformed_key_is_refused_without_a_statement(clone: Database) -
     ]  # fmt: skip
     verifier = KeyVerifier(clone)
     for wrong in wrongs:
-        with asked(clone) as sent:
+        with sent_statements(clone) as sent:
             async with clone.session() as session:
                 assert await api_keys.verify_api_key(session, wrong) is None
                 assert await api_keys.find_by_raw_key(session, wrong) is None
@@ -148,7 +154,7 @@ async def test_a_malformed_key_is_refused_without_a_statement(clone: Database) -
             with pytest.raises(InvalidAPIKey):
                 await verifier.authorize(wrong)
         assert sent == [], wrong
-    with asked(clone) as sent:  # what would have been seen
+    with sent_statements(clone) as sent:  # the recording works
         async with clone.session() as session:
             assert await api_keys.verify_api_key(session, wrong_secret(good)) is None
     assert "a connection" in sent

@@ -244,7 +244,7 @@ async def test_a_rollback_undoes_a_revocation_but_not_a_use(clone: Database) -> 
 
 
 async def everything_now(session: AsyncSession) -> str:
-    """All rows, after all that is pending is stored."""
+    """Flush the session, and return all rows."""
     await session.flush()
     return await factories.everything(session)
 
@@ -253,9 +253,9 @@ async def everything_now(session: AsyncSession) -> str:
 @pytest.mark.parametrize(
     "broken",
     [
-        "ALTER TABLE api_keys ADD CHECK (expires_at IS NULL)",  # the old key's expiry
-        "ALTER TABLE audit_logs ADD CHECK (action <> 'api_key:rotate')",  # the event, at last
-        "ALTER TABLE api_keys ADD CHECK (name <> 'once') NOT VALID",  # the successor
+        "ALTER TABLE api_keys ADD CHECK (expires_at IS NULL)",  # refuses the expiry of the old key
+        "ALTER TABLE audit_logs ADD CHECK (action <> 'api_key:rotate')",  # refuses the event
+        "ALTER TABLE api_keys ADD CHECK (name <> 'once') NOT VALID",  # refuses the successor
     ],
 )
 async def test_a_rotation_that_fails_leaves_the_old_key_as_it_was(
@@ -296,7 +296,7 @@ async def test_a_key_has_one_successor(session: AsyncSession) -> None:
     key, raw_key = await factories.api_key(session)
     successor, _ = await api_keys.rotate(session, key.id)
     before = await everything_now(session)
-    for grace in (timedelta(0), 48 * HOUR):  # in the grace, in which the key still works
+    for grace in (timedelta(0), 48 * HOUR):  # a second rotation, while the key still works
         with pytest.raises(InvalidState, match=str(successor.id)):
             await api_keys.rotate(session, key.id, grace=grace)
     assert await everything_now(session) == before
@@ -304,7 +304,7 @@ async def test_a_key_has_one_successor(session: AsyncSession) -> None:
     third, _ = await api_keys.rotate(session, successor.id)
     assert third.root_id == successor.root_id == key.id
     await api_keys.revoke(session, third.id)
-    with pytest.raises(InvalidState, match="successor"):  # also of one that is revoked
+    with pytest.raises(InvalidState, match="successor"):  # a revoked successor counts, too
         await api_keys.rotate(session, successor.id)
 
 
@@ -350,7 +350,7 @@ async def test_a_session_without_a_database_is_refused(session: AsyncSession, us
 
 
 async def test_a_session_without_a_database_creates_no_key(clone: Database) -> None:
-    """With the info of a Database it makes the same keys as the Database's own sessions."""
+    """With the info of a Database, a session creates the same keys as those of the Database."""
     async with AsyncSession(clone.engine) as session:
         with pytest.raises(ConfigurationError, match=r"info=database\.info"):
             await factories.api_key(session)
@@ -443,7 +443,9 @@ async def test_a_key_of_a_closed_account_is_not_extended(session: AsyncSession) 
     until = datetime(2100, 1, 1, tzinfo=UTC)
     key, _ = await factories.api_key(session, tiger_account_id=account.id, expires_at=until)
     await accounts.close(session, account.id)
-    key.sqlmodel_update({"status": "active", "revoked_at": None})  # closing revokes it
+    key.sqlmodel_update(
+        {"status": "active", "revoked_at": None}
+    )  # the closing of the account has revoked the key
     with pytest.raises(InvalidState, match="closed"):
         await api_keys.extend(session, key.id, expires_at=None)
     assert key.expires_at == until

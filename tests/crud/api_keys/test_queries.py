@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.raw_keys import sealed, unknown_key, wrong_secret
+from tests.support.raw_keys import unknown_key, with_checksum, wrong_secret
 from tiger_db import APIKeyStatus, AuditAction
 from tiger_db.crud import api_keys
 from tiger_db.database import AsyncSession
@@ -37,7 +37,7 @@ async def test_keys_are_found_by_status_account_id_and_prefix(session: AsyncSess
 
 async def test_expiring_keys_come_soonest_first_page_by_page(session: AsyncSession) -> None:
     now = datetime.now(UTC)
-    hours = [5, 2, 2, 9, 2, 2, 1, 5, 2, 7, 5, 23]  # ties within a page and across its end
+    hours = [5, 2, 2, 9, 2, 2, 1, 5, 2, 7, 5, 23]  # equal expiries within a page and across its end
     keys = [(await factories.api_key(session, expires_at=now + h * HOUR))[0] for h in hours]
     for other in (None, now - HOUR, now + 25 * HOUR):
         await factories.api_key(session, expires_at=other)
@@ -88,7 +88,7 @@ async def test_a_key_is_found_by_its_raw_key_whatever_its_status(session: AsyncS
     other, _ = await factories.api_key(session)
     for wrong in (
         wrong_secret(raw_key),
-        sealed(f"{other.key_prefix}_{raw_key.rpartition('_')[2][:43]}"),
+        with_checksum(f"{other.key_prefix}_{raw_key.rpartition('_')[2][:43]}"),
         unknown_key(),
         raw_key[:-1],
         key.key_prefix,

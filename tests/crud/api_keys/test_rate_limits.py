@@ -33,20 +33,22 @@ async def test_a_limit_allows_exactly_its_number_of_uses(
             await api_keys.authorize_api_key(session, raw_key)
     until = datetime.now(UTC) + refused.value.retry_after
     assert timedelta(0) < refused.value.retry_after <= longest
-    assert abs((until + HOUR / 2).minute - 30) <= 1  # at the turn of an hour
+    assert abs((until + HOUR / 2).minute - 30) <= 1  # the window ends with the clock hour
     assert (refused.value.remaining, key.usage_count) == (0, 3)
 
 
 @pytest.mark.parametrize("limit", ["hour", "day"])
 async def test_a_rotation_does_not_renew_a_limit(session: AsyncSession, limit: str) -> None:
-    """attacks.md, A19: a limit of 5, 4 rotations, 20 uses."""
+    """A limit of 5, with 4 rotations and 20 uses."""
     key, raw_key = await factories.api_key(session, **{f"rate_limit_per_{limit}": 5})
     keys = [raw_key]
     for _ in range(4):
         await api_keys.authorize_api_key(session, keys[-1])
         key, raw_key = await api_keys.rotate(session, key.id)
         keys.append(raw_key)
-    await api_keys.authorize_api_key(session, keys[0])  # in its grace: one line, one count
+    await api_keys.authorize_api_key(
+        session, keys[0]
+    )  # the old key is in its grace, and counts for the same line
     for each in keys:
         with pytest.raises(RateLimited) as refused:
             await api_keys.authorize_api_key(session, each)
@@ -87,7 +89,7 @@ async def test_the_counts_of_a_line_outlive_its_first_key(session: AsyncSession)
 async def count_limits(
     session: AsyncSession, key_id: UUID, count: int, hours_ago: int = 0, days_ago: int = 0
 ) -> None:
-    """As if so many uses had been counted in the hour and the day that many ago."""
+    """Store counts as if the uses had been in an earlier hour and day."""
     await session.execute(
         text(
             "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"

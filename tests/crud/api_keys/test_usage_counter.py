@@ -56,7 +56,7 @@ async def test_uses_of_an_unconfirmed_commit_are_counted_once(
     monkeypatch: pytest.MonkeyPatch,
     committed: bool,
 ) -> None:
-    """The connection is cut before or after the commit, which looks the same from here."""
+    """The connection is terminated before or after the commit. The client sees the same error."""
     monkeypatch.setattr("tiger_db.crud.api_keys.usage_counter.WRITE_INTERVAL_SECONDS", 0.1)
     (key, _), (locked, _) = await make_keys(clone_settings, 2)
     who_locks = await connect(clone_settings)
@@ -152,7 +152,7 @@ async def test_a_locked_key_does_not_delay_the_counts_of_other_keys(
 
         await until(free_is_counted, 3)
         assert await counts(watcher, locked.id) == (0, 0)
-        with pytest.raises(ScopeMissing):  # no event waits for it either
+        with pytest.raises(ScopeMissing):  # no event waits for the lock either
             async with asyncio.timeout(2):
                 await verifier.authorize(free_key, scopes=[APIKeyScope.TRADE_READ])
         await transaction.rollback()
