@@ -111,7 +111,7 @@ async def test_unsealed_events_are_reported(
         async with clone.session() as session:
             await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
     result = await found(clone_settings, "unsealed events")
-    assert result.status == "problem", "who has sealed once means to go on"
+    assert result.status == "problem", "after the first seal, sealing should go on"
     assert result.seen.startswith("1 events")
 
 

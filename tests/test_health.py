@@ -87,7 +87,7 @@ async def test_rows_are_estimates_over_all_partitions(
     await sql(clone_settings, "ANALYZE tiger_accounts, audit_logs")
     await sql(clone_settings, "ALTER TABLE tiger_accounts SET (autovacuum_enabled = false)")
     async with clone.session() as session:
-        await session.execute(text("DELETE FROM tiger_accounts"))  # which no estimate knows of
+        await session.execute(text("DELETE FROM tiger_accounts"))  # does not change the estimates
     assert (await check_readiness(clone_settings)).rows == {
         "api_key_limits": 0, "api_key_usage": 0, "api_keys": 0,
         "audit_logs": 5, "audit_seals": 0, "tiger_accounts": 3, "token_statuses": 0,
@@ -117,7 +117,7 @@ async def test_missing_partitions_are_reported(clone: Database, clone_settings: 
     await sql(clone_settings, f"DROP TABLE {months(4, 4)[0]}")
     report = await check_readiness(clone_settings)
     assert (report.audit_months_ahead, report.problems) == (3, [])
-    # A table of the name that is no partition does not count.
+    # A detached table with the name of a partition does not count.
     await sql(clone_settings, f"ALTER TABLE audit_logs DETACH PARTITION {months(2, 2)[0]}")
     report = await check_readiness(clone_settings)
     assert report.audit_months_ahead == 1
@@ -259,7 +259,7 @@ async def test_a_server_that_stops_answering_is_reported_in_time(
     took = time.monotonic() - start
     assert asked.is_set()
     assert (report.live, report.ready) == (True, False)
-    assert report.server_version, "it answered at first"
+    assert report.server_version, "the server answered the first queries"
     assert "did not finish answering within 1 s (DB_CONNECT_TIMEOUT)" in only_problem(report)
     assert took < 1.5
     proxy.close()
@@ -292,7 +292,7 @@ async def test_missing_or_wrong_encryption_keys_are_reported(
     report = await check_readiness(keyed(None))
     assert report.encryption_keys == []
     assert "ENCRYPTION_KEYS is not set" in only_problem(report)
-    assert report.rows, "the rest is looked at all the same"
+    assert report.rows, "the database is checked too"
     production = await check_readiness(keyed(None, environment="production"))
     assert "ENCRYPTION_KEYS" in only_problem(production)
     assert "ENCRYPTION_KEYS" in only_problem(await check_readiness(keyed("k1:hunter2")))
@@ -320,7 +320,7 @@ async def test_the_embedded_server_is_reported_and_not_started(home: Path) -> No
         f"the embedded PostgreSQL in {home} is not running: run `tiger-db start-embedded`",
         "there is no encryption key yet: run `tiger-db init`",
     ]
-    assert not exists(home), "a report makes nothing"
+    assert not exists(home), "a report creates no folder"
 
     server = await asyncio.to_thread(embedded.start, settings)
     report = await check_readiness(settings)
@@ -341,7 +341,7 @@ async def test_the_embedded_server_is_reported_and_not_started(home: Path) -> No
     assert str(home / "encryption_keys") in only_problem(await check_readiness(settings))
     await asyncio.to_thread(embedded.stop, settings)
     assert "start-embedded" in (await check_readiness(settings)).problems[0]
-    assert embedded.running(settings) is None, "a report starts nothing"
+    assert embedded.running(settings) is None, "a report starts no server"
 
 
 async def test_an_invalid_folder_of_the_embedded_server_is_reported(home: Path) -> None:

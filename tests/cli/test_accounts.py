@@ -160,7 +160,7 @@ def test_an_error_names_the_option_of_an_invalid_value(
     options = dict(zip(REQUIRED[::2], REQUIRED[1::2], strict=True))
     options |= {"--account-number": NUMBER, "--private-key-file": "-", option: value}
     given = [part for pair in options.items() for part in pair]
-    # The warning about the plain key comes first.
+    # A warning about the private key precedes the error.
     reason = cli("create-account", *given, stdin="test_key")
     assert reason.code == 1
     assert f"error: {option}: " in reason.err

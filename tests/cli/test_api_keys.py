@@ -278,7 +278,7 @@ def test_a_leaked_key_is_revoked_by_its_text(cli: CommandLine, tmp_path: Path, h
     assert text not in result.out + result.err
     assert ("--key-file" in result.err) == (how == "argument")
     assert "APIKeyRevoked" in refusal(cli, text)
-    assert cli.ok("revoke-api-key", "--raw", "-", stdin=text)  # again changes nothing
+    assert cli.ok("revoke-api-key", "--raw", "-", stdin=text)  # a second time has no effect
 
 
 def test_a_text_that_is_not_a_key_revokes_nothing(cli: CommandLine) -> None:
@@ -359,7 +359,9 @@ def test_the_pattern_finds_keys_and_a_pepper_is_generated(cli: CommandLine) -> N
     assert "API_KEY_PEPPERS" in made.err
     peppers = f"{made.out.strip()},{cli.env['API_KEY_PEPPERS']}"
     assert cli.ok("verify-api-key", "-", stdin=key, API_KEY_PEPPERS=peppers)
-    assert cli.ok("verify-api-key", "-", stdin=key, API_KEY_PEPPERS=made.out.strip())  # moved to it
+    assert cli.ok(
+        "verify-api-key", "-", stdin=key, API_KEY_PEPPERS=made.out.strip()
+    )  # has this pepper now
     assert "InvalidAPIKey" in refusal(cli, key)
 
 
@@ -393,7 +395,7 @@ def test_a_guessed_secret_revokes_nothing(cli: CommandLine) -> None:
     row = create(cli)
     key = row["key"]
     start = key[:-7] + ("x" if key[-7] != "x" else "y")
-    guessed = start + checksum(start)  # well-formed: only its secret is wrong
+    guessed = start + checksum(start)  # a well-formed key with a wrong secret
     reason = cli.fails("revoke-api-key", "--raw", "-", stdin=guessed)
     assert "no API key of this database" in reason
     assert "tdb_" not in reason
@@ -411,7 +413,7 @@ def test_a_missing_or_doubled_text_of_a_leaked_key_is_refused(
     cli: CommandLine, tmp_path: Path
 ) -> None:
     row = create(cli)
-    assert "--key-file" in cli.misused("revoke-api-key", "--raw")  # nobody can be asked
+    assert "--key-file" in cli.misused("revoke-api-key", "--raw")  # there is no terminal
     both = ("--raw", row["key"], "--key-file", "y")
     reason = cli.misused("revoke-api-key", *both)
     assert "not both" in reason
@@ -444,7 +446,7 @@ def test_a_whole_key_in_place_of_its_prefix_is_not_repeated(
         reason = cli.fails(*command, text)
         assert "there is no API key with this prefix or id" in reason
         assert text not in reason
-    process = cli.process(*command, key, DB_DEBUG="1")  # which logs statements
+    process = cli.process(*command, key, DB_DEBUG="1")  # statements are logged
     assert (process.code, process.out) == (1, "")
     assert key not in process.err
 

@@ -367,7 +367,7 @@ def test_follow_shows_all_events_after_its_first_message(
                 await connection.execute("LOCK audit_logs")
                 while not await connection.fetchval(WAITING):
                     assert process.returncode is None
-                with pytest.raises(TimeoutError):  # it has not looked at what was there before
+                with pytest.raises(TimeoutError):  # the lock delays the first read
                     await asyncio.wait_for(process.stderr.readline(), 0.2)
                 await connection.execute(INSERT, "before")
             assert "waiting" in (await asyncio.wait_for(process.stderr.readline(), 10)).decode()

@@ -441,7 +441,7 @@ def test_the_embedded_server_is_created_started_and_stopped(bare: CommandLine, h
     assert bare("health-check").code == 1
     assert f"starting the embedded PostgreSQL in {home}" in bare.ok("start-embedded").err
     bare.ok("stop-embedded")
-    assert bare.ok("list-accounts", "--json").json["items"], "it starts when it is needed"
+    assert bare.ok("list-accounts", "--json").json["items"], "a command starts the server"
 
 
 @pytest.mark.parametrize("command", ["start-embedded", "stop-embedded"])

@@ -44,7 +44,7 @@ def test_help_imports_no_slow_module(bare: CommandLine, command: str | None) -> 
     )  # fmt: skip
     loaded = set(done.stderr.split())
     assert "tiger_db" in loaded
-    # typer itself takes pydantic to look at a command's options.
+    # typer imports pydantic for the options of a command.
     assert not loaded & (SLOW - {"pydantic"} if command else SLOW)
 
 

@@ -98,9 +98,7 @@ def test_files_that_the_shell_opened_are_written_to(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only there is it seen what a process waits for"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/PID/wchan")
 @pytest.mark.parametrize("command", EXPORTS)
 def test_a_pipe_without_a_reader_is_waited_for_until_ctrl_c(
     sealed: CommandLine, tmp_path: Path, command: str
@@ -111,7 +109,9 @@ def test_a_pipe_without_a_reader_is_waited_for_until_ctrl_c(
         [*COMMAND, command, "--out", str(pipe)], env=sealed.environment(), stderr=subprocess.PIPE
     ) as process:
         try:
-            waits = Path(f"/proc/{process.pid}/wchan")  # where in the kernel: in open()
+            waits = Path(
+                f"/proc/{process.pid}/wchan"
+            )  # the kernel function that the process waits in
             wait_until(lambda: waits.read_text() == "wait_for_partner")
             process.send_signal(signal.SIGINT)
             assert process.communicate(timeout=10)[1] == b"interrupted\n"

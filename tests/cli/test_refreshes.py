@@ -187,7 +187,7 @@ def test_a_failed_refresh_of_one_account_is_reported(
     assert len(gateway.refreshes) == 3
     assert "the answer to an earlier attempt was lost" in said
     assert stored(cli).status == AccountStatus.SUSPENDED
-    # A person may try again, whatever the account's status.
+    # A manual refresh is allowed for each status but closed.
     cli.ok("refresh-token", NUMBER)
     assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
 

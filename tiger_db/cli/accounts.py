@@ -38,7 +38,7 @@ def create_account(
     ] = None,
     license: Annotated[Licenses | None, typer.Option(help="Tiger's licence.")] = None,  # noqa: A002  # the option's name
     environment: Annotated[
-        Environments, typer.Option(help="Not for paper trading, which has its own numbers.")
+        Environments, typer.Option(help="Paper trading depends on the account number instead.")
     ] = "PROD",
     server_url: Annotated[str | None, typer.Option(help="Gateway other than Tiger's.")] = None,
     market_permissions: Annotated[
