@@ -244,11 +244,7 @@ class EncryptedSecret(Secret):
     """A secret as it is stored. `get_secret_value` decrypts it."""
 
     def __init__(
-        self,
-        ciphertext: bytes,
-        aad: str = "",
-        provider: KeyProvider | None = None,
-        owner: str = "",
+        self, ciphertext: bytes, aad: str = "", provider: KeyProvider | None = None, owner: str = ""
     ) -> None:
         self.ciphertext = ciphertext
         self.aad = aad

@@ -29,13 +29,7 @@ from typing_extensions import TypedDict  # pydantic: the standard one from Pytho
 from tiger_db.encryption import EncryptedType, Secret
 from tiger_db.errors import EncryptionError, InvalidValue, StaleToken
 from tiger_db.models.base import MutableEntity
-from tiger_db.models.columns import (
-    Int64,
-    JsonObject,
-    Text,
-    UTCDateTime,
-    require_storable_json,
-)
+from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime, require_storable_json
 from tiger_db.redaction import mask_account_number
 
 if TYPE_CHECKING:

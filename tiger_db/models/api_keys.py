@@ -4,14 +4,7 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
-from ipaddress import (
-    IPv4Address,
-    IPv4Network,
-    IPv6Address,
-    IPv6Network,
-    ip_address,
-    ip_network,
-)
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Annotated, Optional
 from uuid import UUID
 
@@ -21,13 +14,7 @@ from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field, Relationship
 
 from tiger_db.models.base import MutableEntity
-from tiger_db.models.columns import (
-    Int64,
-    JsonObject,
-    Text,
-    UTCDateTime,
-    metadata,
-)
+from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime, metadata
 
 if TYPE_CHECKING:
     from tiger_db.models.accounts import TigerAccount

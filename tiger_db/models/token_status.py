@@ -12,12 +12,7 @@ from sqlmodel import Field, Relationship
 from tiger_db.errors import InvalidState
 from tiger_db.models.accounts import TigerEnvironment
 from tiger_db.models.base import MutableEntity
-from tiger_db.models.columns import (
-    Int64,
-    JsonObject,
-    Text,
-    UTCDateTime,
-)
+from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime
 
 if TYPE_CHECKING:
     from tiger_db.models.accounts import TigerAccount
