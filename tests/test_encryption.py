@@ -1,4 +1,4 @@
-"""Secrets at rest: nobody reads one without its key, and none shows by accident."""
+"""Encryption of secrets: only their key decrypts them, and only in their row and column."""
 
 import base64
 import copy
@@ -47,15 +47,15 @@ UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
 
 @given(secret=UNICODE, aad=UNICODE)
 @example(secret="x" * 100_000, aad=AAD)
-def test_any_text_comes_back(secret: str, aad: str) -> None:
+def test_any_text_is_decrypted_unchanged(secret: str, aad: str) -> None:
     assert decrypt(RING, encrypt(RING, secret, aad), aad) == secret
 
 
-def test_the_same_text_is_never_encrypted_alike() -> None:
+def test_two_ciphertexts_of_a_text_are_never_equal() -> None:
     assert len({encrypt(RING, "text", AAD) for _ in range(100)}) == 100
 
 
-def test_a_ciphertext_names_its_format_and_its_key() -> None:
+def test_a_ciphertext_begins_with_version_and_key_id() -> None:
     ciphertext = encrypt(RING, "text", AAD)
     assert ciphertext[:4] == b"\x01\x02k1"
     assert key_id_of(ciphertext) == "k1"
@@ -72,7 +72,7 @@ def test_a_changed_byte_is_an_error_and_never_another_text(
         decrypt(RING, bytes(ciphertext), AAD)
 
 
-def test_each_single_byte_counts() -> None:
+def test_a_change_of_any_single_byte_is_an_error() -> None:
     ciphertext = encrypt(RING, "text", AAD)
     for position in range(len(ciphertext)):
         for changed in (
@@ -85,26 +85,26 @@ def test_each_single_byte_counts() -> None:
 
 
 @given(st.binary(max_size=80) | st.binary(max_size=60).map(lambda rest: b"\x01\x02k1" + rest))
-def test_what_is_no_ciphertext_is_an_error(garbage: bytes) -> None:
+def test_other_bytes_than_a_ciphertext_are_an_error(garbage: bytes) -> None:
     with pytest.raises(EncryptionError):
         decrypt(RING, garbage, AAD)
 
 
 @given(one=UNICODE, other=UNICODE)
 @example(one="t.a:1", other="t.a:12")
-def test_a_ciphertext_is_of_one_place(one: str, other: str) -> None:
+def test_a_ciphertext_does_not_decrypt_with_other_associated_data(one: str, other: str) -> None:
     assume(one != other)
     with pytest.raises(EncryptionError):
         decrypt(RING, encrypt(RING, "text", one), other)
 
 
-def test_the_same_key_id_with_another_key_reads_nothing() -> None:
+def test_another_key_with_the_same_id_decrypts_nothing() -> None:
     other = KeyRing({"k1": bytes(32)})
     with pytest.raises(EncryptionError, match="'k1' is not the one that made it"):
         decrypt(other, encrypt(RING, "text", AAD), AAD)
 
 
-def test_a_missing_key_is_named() -> None:
+def test_the_error_names_a_missing_key() -> None:
     with pytest.raises(EncryptionError, match="key 'k1' is not configured") as caught:
         decrypt(KeyRing({"k2": bytes(32)}), encrypt(RING, "text", AAD), AAD)
     assert AAD in str(caught.value)
@@ -141,7 +141,7 @@ def encoded(key: bytes) -> str:
 KEY = encoded(bytes(range(100, 132)))
 
 
-def test_a_ring_is_read_from_text() -> None:
+def test_a_key_ring_is_parsed_from_text() -> None:
     ring = KeyRing.parse(f" k1:{KEY} , old.key_2-x:{encoded(bytes(32))}\n")
     assert (ring.key_ids[0], ring.key_ids) == ("k1", ("k1", "old.key_2-x"))
     assert KeyRing.parse(generate_key("k9")).key_ids == ("k9",)
@@ -173,7 +173,7 @@ def test_a_ring_is_read_from_text() -> None:
         "k1:",
     ],
 )
-def test_a_malformed_ring_is_an_error_that_shows_no_key(bad: str) -> None:
+def test_the_error_of_a_malformed_key_ring_shows_no_key(bad: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         KeyRing.parse(bad)
     shown = "".join(traceback.format_exception(caught.value))
@@ -183,18 +183,18 @@ def test_a_malformed_ring_is_an_error_that_shows_no_key(bad: str) -> None:
 
 
 @given(st.text(max_size=60))
-def test_any_text_is_a_ring_or_an_error(anything: str) -> None:
+def test_any_other_text_is_an_error(anything: str) -> None:
     with pytest.raises(ConfigurationError):
         KeyRing.parse(anything)
 
 
 @pytest.mark.parametrize("bad", ["", "k 1", "k" * 33, "k:1", "ключ"])
-def test_no_key_is_generated_under_a_bad_id(bad: str) -> None:
+def test_no_key_is_generated_with_an_invalid_id(bad: str) -> None:
     with pytest.raises(InvalidValue, match="a key id is"):
         generate_key(bad)
 
 
-def test_a_ring_shows_only_ids() -> None:
+def test_a_key_ring_shows_only_ids() -> None:
     ring = KeyRing.parse(f"k1:{KEY}")
     assert (repr(ring), str(ring)) == ("KeyRing(k1)", "KeyRing(k1)")
 
@@ -241,7 +241,7 @@ SWAPS = {
 
 
 @pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
-async def test_a_ciphertext_that_was_put_elsewhere_is_refused(
+async def test_a_ciphertext_in_another_row_or_column_does_not_decrypt(
     session: AsyncSession, swap: str
 ) -> None:
     for _ in range(2):
@@ -262,7 +262,7 @@ async def test_a_row_with_a_new_id_keeps_its_secrets(session: AsyncSession) -> N
     assert values_of((await session.scalars(select(TigerAccount))).one()) == SECRETS
 
 
-async def test_a_secret_can_be_taken_over_from_another_row(session: AsyncSession) -> None:
+async def test_a_secret_of_another_row_is_encrypted_again(session: AsyncSession) -> None:
     one = await secret_account(session)
     other = await factories.account(session, secret_key=one.private_key)
     other.access_token = one.access_token
@@ -276,7 +276,7 @@ async def test_a_secret_can_be_taken_over_from_another_row(session: AsyncSession
     assert read.access_token.get_secret_value() == SECRETS["access_token"]
 
 
-async def test_a_secret_loaded_without_its_row_says_what_it_needs(session: AsyncSession) -> None:
+async def test_a_secret_loaded_without_its_row_does_not_decrypt(session: AsyncSession) -> None:
     await secret_account(session)
     secret = (await session.scalars(select(TigerAccount.__table__.c.private_key))).one()  # type: ignore[attr-defined]
     assert SECRETS["private_key"] not in repr(secret)
@@ -321,7 +321,7 @@ async def test_a_copy_of_a_stored_secret_is_readable(
 
 
 async def rotated(session: AsyncSession) -> tuple[TigerAccount, TigerAccount]:
-    """Accounts of one tiger_id, stored before and after a new key came."""
+    """Create two accounts with one tiger_id, before and after a key rotation."""
     session.info.update(changed_context(session.info, key_provider=K1))
     old = await secret_account(session)
     session.info.update(changed_context(session.info, key_provider=K2))
@@ -330,7 +330,7 @@ async def rotated(session: AsyncSession) -> tuple[TigerAccount, TigerAccount]:
     return old, new
 
 
-async def test_both_keys_read_and_the_new_one_writes(session: AsyncSession) -> None:
+async def test_both_keys_decrypt_and_the_new_key_encrypts(session: AsyncSession) -> None:
     old, new = await rotated(session)
     for row, key_id in ((old, "k1"), (new, "k2")):
         read = await crud.accounts.get(session, row.id)
@@ -359,7 +359,7 @@ async def test_a_changed_tiger_id_is_found_by_the_new_one_only(session: AsyncSes
     assert found.id == account.id
 
 
-async def test_a_key_that_is_gone_is_named_and_nothing_else_is_lost(session: AsyncSession) -> None:
+async def test_a_missing_key_affects_only_its_own_secrets(session: AsyncSession) -> None:
     old, _ = await rotated(session)
     session.info.update(changed_context(session.info, key_provider=ONLY_K2))
     read = await crud.accounts.update(session, old.id, account_name="Other", access_token="new")

@@ -1,4 +1,4 @@
-"""A KMS in the key ring's place, and that nobody is asked to decrypt in vain."""
+"""A key management service (KMS) as key provider, and the number of its calls."""
 
 import hashlib
 import hmac
@@ -19,7 +19,7 @@ from tiger_db.errors import EncryptionError
 
 
 class KMS:
-    """As a key management service would be used: it hands out no key, and counts its calls."""
+    """A key management service that returns no keys and counts its calls."""
 
     def __init__(self, *key_ids: str) -> None:
         self.key_ids = key_ids
@@ -51,7 +51,7 @@ class KMS:
 
 
 class Moving(KMS):
-    """A KMS that still reads what a key ring has encrypted, to move to it."""
+    """A KMS that can also decrypt with a key ring, for a migration."""
 
     def __init__(self, key_id: str, ring: KeyRing) -> None:
         super().__init__(key_id, *ring.key_ids)
@@ -71,7 +71,7 @@ def with_keys(clone_settings: Settings, provider: KeyProvider) -> Database:
     return Database(without, key_provider=provider)
 
 
-async def test_a_kms_takes_the_place_of_the_ring(clone_settings: Settings) -> None:
+async def test_a_kms_replaces_the_key_ring(clone_settings: Settings) -> None:
     kms = KMS("kms-2026")
     async with with_keys(clone_settings, kms) as database:
         async with database.session() as session:
@@ -90,7 +90,7 @@ async def test_a_kms_takes_the_place_of_the_ring(clone_settings: Settings) -> No
                 plain(swapped.secret_key)
 
 
-async def test_a_kms_that_is_out_of_reach_is_no_wrong_key(clone_settings: Settings) -> None:
+async def test_an_unreachable_kms_is_not_reported_as_a_wrong_key(clone_settings: Settings) -> None:
     kms = KMS("kms")
     async with with_keys(clone_settings, kms) as database:
         async with database.session() as session:

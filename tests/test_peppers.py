@@ -1,4 +1,4 @@
-"""Peppers of API keys: their text, what shows of them, and what they make of a secret."""
+"""Peppers of API keys: parsing, representation, HMAC, settings."""
 
 import base64
 import hashlib
@@ -28,13 +28,13 @@ TEXT = f"p2:{encoded(FIRST)},p1:{encoded(SECOND)}"
 
 
 def by_hand(key: bytes, message: bytes) -> str:
-    """HMAC-SHA256 of a key of up to 64 bytes, as RFC 2104 defines it."""
+    """Return the HMAC-SHA256 for a key of up to 64 bytes by RFC 2104."""
     padded = key.ljust(64, b"\0")
     inner = hashlib.sha256(bytes(b ^ 0x36 for b in padded) + message).digest()
     return hashlib.sha256(bytes(b ^ 0x5C for b in padded) + inner).hexdigest()
 
 
-def test_the_check_itself_follows_rfc_4231() -> None:
+def test_the_reference_hmac_follows_rfc_4231() -> None:
     assert by_hand(b"\x0b" * 20, b"Hi There") == (
         "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"
     )
@@ -47,13 +47,13 @@ def test_the_check_itself_follows_rfc_4231() -> None:
     pepper=st.binary(min_size=32, max_size=32),
     secret=st.text(st.characters(exclude_categories=["Cs"])),
 )
-def test_what_is_hashed_is_the_hmac_sha256(pepper: bytes, secret: str) -> None:
+def test_the_hashed_value_is_the_hmac_sha256(pepper: bytes, secret: str) -> None:
     applied = Peppers({"a": pepper, "b": bytes(32)}).apply("a", secret)
     assert applied == by_hand(pepper, secret.encode())
     assert applied == hmac.new(pepper, secret.encode(), hashlib.sha256).hexdigest()
 
 
-def test_peppers_are_read_in_their_order() -> None:
+def test_peppers_are_parsed_in_their_order() -> None:
     peppers = Peppers.parse(f" p2:{encoded(FIRST)} , p1:{encoded(SECOND)}\n")
     assert peppers.key_ids == ("p2", "p1")
     assert peppers.apply("p2", "secret") == by_hand(FIRST, b"secret")
@@ -86,7 +86,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("bad", MALFORMED)
-def test_malformed_peppers_are_an_error_that_shows_none(bad: str) -> None:
+def test_the_error_of_malformed_peppers_shows_none(bad: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         Peppers.parse(bad)
     assert "\n" not in str(caught.value)
@@ -101,20 +101,20 @@ def test_any_text_is_refused_as_peppers(anything: str) -> None:
         Peppers.parse(anything)
 
 
-def test_peppers_are_checked_however_they_are_made() -> None:
+def test_the_constructor_validates_peppers() -> None:
     for bad in ({}, {"p1": FIRST[:-1]}, {"p 1": FIRST}, {"": FIRST}):
         with pytest.raises(ConfigurationError):
             Peppers(bad)
 
 
-def test_peppers_do_not_follow_the_mapping_that_they_were_made_of() -> None:
+def test_a_later_change_of_the_mapping_has_no_effect() -> None:
     given_ = {"p1": FIRST}
     peppers = Peppers(given_)
     given_["p1"] = SECOND
     assert peppers.apply("p1", "secret") == by_hand(FIRST, b"secret")
 
 
-def test_only_ids_show() -> None:
+def test_the_representation_shows_only_ids() -> None:
     peppers = Peppers.parse(TEXT)
     assert (repr(peppers), str(peppers), f"{[peppers]}") == (
         "Peppers(p2, p1)",
@@ -130,7 +130,7 @@ def test_only_ids_show() -> None:
 # In the settings
 
 
-def test_settings_hand_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peppers_are_read_from_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert configured(Settings(), API_KEY_PEPPERS) is None
     file = tmp_path / "peppers"
     file.write_text(f"{TEXT}\n")
@@ -148,7 +148,9 @@ def test_settings_hand_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("bad", [text for text in MALFORMED if text])
-def test_malformed_settings_are_named_and_not_shown(server_url: str, bad: str) -> None:
+def test_the_error_of_a_malformed_setting_names_it_and_shows_no_value(
+    server_url: str, bad: str
+) -> None:
     good = settings_for(server_url, "postgres").model_dump() | {"api_key_peppers": bad}
     with pytest.raises(ConfigurationError, match=r"^API_KEY_PEPPERS: ") as caught:
         Database(Settings(**good))
@@ -158,7 +160,9 @@ def test_malformed_settings_are_named_and_not_shown(server_url: str, bad: str) -
 
 
 @pytest.mark.parametrize("bad", MALFORMED)
-def test_a_malformed_file_is_named_and_not_shown(server_url: str, tmp_path: Path, bad: str) -> None:
+def test_the_error_of_a_malformed_file_names_it_and_shows_no_value(
+    server_url: str, tmp_path: Path, bad: str
+) -> None:
     file = tmp_path / "peppers"
     file.write_text(bad, encoding="utf-8")
     good = settings_for(server_url, "postgres").model_dump()
@@ -168,7 +172,7 @@ def test_a_malformed_file_is_named_and_not_shown(server_url: str, tmp_path: Path
     assert encoded(FIRST)[:8] not in "".join(traceback.format_exception(caught.value))
 
 
-def test_production_needs_them(server_url: str) -> None:
+def test_production_requires_peppers(server_url: str) -> None:
     values = settings_for(server_url, "postgres").model_dump() | PRODUCTION
     with pytest.raises(ConfigurationError, match="API_KEY_PEPPERS"):
         Database(Settings(**values | {"api_key_peppers": None}))

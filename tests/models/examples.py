@@ -1,4 +1,4 @@
-"""What the tests of all entities are parametrized with: valid values, fields and their limits."""
+"""Parameters for the tests of all entities: valid values, fields and their limits."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -19,18 +19,18 @@ ENTITIES: tuple[type[Entity], ...] = (TigerAccount, APIKey, AuditLog, TokenStatu
 E = TypeVar("E", bound=Entity)
 Field = tuple[type[Entity], str]
 FIELDS: list[Field] = [(entity, name) for entity in ENTITIES for name in entity.model_fields]
-# An event makes the others of its fields safe, whatever they are: see test_event_sanitizer.py.
+# AuditLog converts invalid values of its other fields: see test_event_sanitizer.py.
 STRICT = [
     (entity, name)
     for entity, name in FIELDS
     if entity is not AuditLog or name in {"id", "created_at", "action", "result", "position"}
 ]
-# What a refused value must never show.
+# A part of invalid values, which no error may show.
 SECRET = "Kx9-never-shown"
 
 
 def minimal(entity: type[Entity], **values: object) -> dict[str, Any]:
-    """The required values of an entity, and what the test is about on top."""
+    """Return the required values of an entity and the given ones."""
     required: dict[type[Entity], dict[str, Any]] = {
         TigerAccount: {
             "account_name": "Main",
@@ -51,7 +51,7 @@ def minimal(entity: type[Entity], **values: object) -> dict[str, Any]:
 
 
 def made(entity: type[E], **values: object) -> E:
-    """A valid row of an entity."""
+    """Return a valid row of an entity."""
     return entity(**minimal(entity, **values))
 
 
@@ -62,7 +62,7 @@ def table_of(entity: type[Entity]) -> Table:
 
 
 def fields_of(kind: type[TypeEngine[Any]]) -> list[Field]:
-    """The fields whose column is of this type."""
+    """Return the fields whose column has this SQL type."""
     return [(e, name) for e, name in FIELDS if isinstance(table_of(e).c[name].type, kind)]
 
 
@@ -74,7 +74,7 @@ SECRETS = fields_of(EncryptedType)
 
 
 def _limits() -> Iterator[tuple[type[Entity], str, str, Any, Any]]:
-    """Each limit: entity, field, the constraint's suffix, the last value within, one beyond."""
+    """Yield each limit: entity, field, suffix of the constraint, a valid and an invalid value."""
     for entity, name in FIELDS:
         is_list = (entity, name) == (APIKey, "scopes")
         for rule in entity.model_fields[name].metadata:
@@ -93,5 +93,5 @@ LIMITS = list(_limits())
 
 
 def label(value: object) -> str | None:
-    """The ids of parametrized tests: entities by their name."""
+    """Return the id of a test parameter: the name of an entity."""
     return value.__name__ if isinstance(value, type) else None

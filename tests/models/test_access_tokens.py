@@ -25,7 +25,7 @@ LAST = datetime(2286, 11, 20, 17, 46, 39, 999000, tzinfo=UTC)
 )
 @example(stamps=[10**12, 10**13 - 1], opaque=bytes(16))
 @example(stamps=[10**12, 10**12 + 1], opaque=b"4,17000000000000")
-def test_a_token_tells_its_times(stamps: list[int], opaque: bytes) -> None:
+def test_the_times_are_read_from_a_token(stamps: list[int], opaque: bytes) -> None:
     generated, expires = sorted(stamps)
     times = token_times(base64.b64encode(f"{generated},{expires}".encode() + opaque).decode())
     assert times is not None
@@ -45,7 +45,7 @@ def test_a_token_tells_its_times(stamps: list[int], opaque: bytes) -> None:
         lambda token: token[:36],
     ],
 )
-def test_spelling_makes_no_difference(spelled: Callable[[str], str]) -> None:
+def test_the_base64_alphabet_and_padding_make_no_difference(spelled: Callable[[str], str]) -> None:
     for _ in range(20):
         assert token_times(spelled(tiger_token())) == TokenTimes(NOW, NOW + MONTH)
 
@@ -83,12 +83,12 @@ def encoded(content: str) -> str:
         base64.b64encode(bytes(43)).decode(),
     ],
 )
-def test_what_is_no_token_of_tigers_tells_none(token: str) -> None:
+def test_a_text_in_another_format_has_no_times(token: str) -> None:
     assert token_times(token) is None
 
 
 @given(st.text() | st.text(st.sampled_from("MNODTjzwxyAEIQ0123=")))
-def test_any_text_is_a_token_or_none(anything: str) -> None:
+def test_any_text_is_parsed_without_an_error(anything: str) -> None:
     token_times(anything)
 
 
@@ -103,16 +103,16 @@ SAME = tiger_token()
     ("held", "until", "new", "given_expiry", "expires_at"),
     [
         (None, None, T(), None, NOW + MONTH),
-        (None, None, T(), LATER, LATER),  # what is given wins
+        (None, None, T(), LATER, LATER),  # the given expiry wins
         (None, None, "opaque", None, None),
         (None, None, "opaque", LATER, LATER),
-        (None, LATER, "opaque", NOW, NOW),  # an expiry without a token is nobody's
+        (None, LATER, "opaque", NOW, NOW),  # an expiry without a token does not count
         (T(), None, T(SOON), None, SOON + MONTH),
         (T(), None, T(SOON, timedelta(hours=1)), None, SOON + timedelta(hours=1)),
         (T(), None, T(NOW), None, NOW + MONTH),  # of the same millisecond
         (SAME, None, SAME, None, NOW + MONTH),
         (SAME, LATER + MONTH, SAME, None, NOW + MONTH),
-        (T(NOW, MONTH), LATER + MONTH, T(SOON), None, SOON + MONTH),  # the format knows better
+        (T(NOW, MONTH), LATER + MONTH, T(SOON), None, SOON + MONTH),  # the times in the token win
         ("opaque", LATER, "newer", LATER, LATER),
         ("opaque", LATER, "opaque", NOW, NOW),
         ("opaque", LATER, "newer", None, None),
@@ -144,7 +144,7 @@ def test_a_token_that_is_not_older_is_accepted(
         (T(), NOW + MONTH, "opaque", LATER),
     ],
 )
-def test_an_older_token_is_refused(
+def test_an_older_token_is_stale(
     held: str, until: datetime | None, new: str, given_expiry: datetime | None
 ) -> None:
     account = new_account(access_token=held, token_expires_at=until)

@@ -1,4 +1,4 @@
-"""What an account knows about itself."""
+"""Derived values of an account: type, state, token, permissions."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -25,7 +25,7 @@ from tiger_db import AccountStatus, AccountType, MarketPermission, TigerEnvironm
         ("\N{ARABIC-INDIC DIGIT TWO}" * 17, AccountType.STANDARD),
     ],
 )
-def test_the_number_tells_the_type(number: str, type_: AccountType) -> None:
+def test_the_type_follows_from_the_account_number(number: str, type_: AccountType) -> None:
     assert new_account(account_number=number).account_type == type_
 
 
@@ -34,7 +34,7 @@ def test_a_given_type_is_kept() -> None:
     assert account.account_type is AccountType.PRIME
 
 
-def test_a_new_account_is_active_in_production_and_nobody_s_default() -> None:
+def test_a_new_account_is_active_in_production_and_not_a_default() -> None:
     account = new_account()
     assert account.is_active
     assert account.environment is TigerEnvironment.PROD
@@ -73,7 +73,7 @@ def test_a_token_is_valid_until_it_expires_and_due_an_hour_before(
     assert (account.has_valid_token, account.needs_token_refresh) == (valid, due)
 
 
-def test_a_market_permission_is_had_or_not() -> None:
+def test_an_account_has_the_market_permissions_in_its_list() -> None:
     account = new_account(market_permissions=["US", "HK"])
     had = [
         permission for permission in MarketPermission if account.has_market_permission(permission)

@@ -1,4 +1,4 @@
-"""What a key allows: by its scopes, networks, clients, account and expiry."""
+"""Permissions of a key: scopes, networks, clients, account, expiry."""
 
 import itertools
 from datetime import UTC, datetime, timedelta, timezone
@@ -94,18 +94,18 @@ def test_an_ipv4_mapped_network_is_the_ipv4_one(address: IPv4Address, prefix: in
 
 
 @pytest.mark.parametrize("unknown", [None, "", "localhost", "10.0.0.1/32", "10.0.0.01", "::g"])
-def test_with_networks_set_who_comes_from_nowhere_is_not_allowed(unknown: str | None) -> None:
+def test_with_networks_set_an_unknown_address_is_not_allowed(unknown: str | None) -> None:
     assert not key(allowed_ips=["0.0.0.0/0", "::/0"]).is_ip_allowed(unknown)
     assert key().is_ip_allowed(unknown)
 
 
 @pytest.mark.parametrize("bad", ["10.0.0.1/8", "10.0.0.0/33", "localhost", "::/129", ""])
-def test_what_is_no_network_is_refused(bad: str) -> None:
+def test_an_invalid_network_is_refused(bad: str) -> None:
     with pytest.raises(ValidationError, match="allowed_ips"):
         key(allowed_ips=["10.0.0.0/8", bad])
 
 
-async def test_networks_come_back_as_they_were(session: AsyncSession) -> None:
+async def test_networks_are_stored_and_read_unchanged(session: AsyncSession) -> None:
     given_ = ["10.0.0.0/8", "10.1.2.3", "0.0.0.0/0", "2001:db8::/32", "::1", "::/0"]
     stored, _ = await factories.api_key(session, allowed_ips=given_)
     await session.refresh(stored)
@@ -140,7 +140,7 @@ def test_without_patterns_any_user_agent_is_allowed() -> None:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """What a pattern means, slowly and obviously."""
+    """Match a pattern with a slow and simple reference."""
     if not pattern:
         return not text
     if pattern[0] == "*":
@@ -150,14 +150,14 @@ def matches(pattern: str, text: str) -> bool:
 
 @given(pattern=st.text("ab*\n", max_size=6), agent=st.text("ab\n", max_size=8))
 @example(pattern="*ab*ba*", agent="aba")
-def test_a_pattern_means_what_it_says(pattern: str, agent: str) -> None:
+def test_a_pattern_matches_like_a_simple_reference(pattern: str, agent: str) -> None:
     assert key(allowed_user_agents=[pattern]).is_user_agent_allowed(agent) == matches(
         pattern, agent
     )
 
 
 def test_no_user_agent_makes_a_pattern_slow() -> None:
-    # Backtracking over each star would take longer than the universe has been there.
+    # With backtracking over each star, this would not end.
     assert not key(allowed_user_agents=["*a" * 30 + "*b"]).is_user_agent_allowed("a" * 5000)
 
 
@@ -181,7 +181,7 @@ def test_a_key_is_active_until_it_expires(
     assert holder.is_expired == (expires_at is not None and not active)
 
 
-async def test_a_key_from_the_database_expires_alike(session: AsyncSession) -> None:
+async def test_a_key_from_the_database_expires_too(session: AsyncSession) -> None:
     expires_at = datetime.now(UTC) + timedelta(minutes=1)
     stored, _ = await factories.api_key(session, expires_at=expires_at)
     await session.refresh(stored)
@@ -196,7 +196,7 @@ def test_a_bound_key_accesses_its_account_only(bound_to: UUID | None) -> None:
     assert holder.can_access_account(uuid4()) == (bound_to is None)
 
 
-def test_the_hash_shows_nowhere() -> None:
+def test_the_hash_is_in_no_output() -> None:
     shown = key(key_hash="never-shown")
     outputs = (repr(shown), str(shown), str(shown.model_dump()), shown.model_dump_json())
     assert not [output for output in outputs if "never-shown" in output]

@@ -1,4 +1,4 @@
-"""What an event says without being told."""
+"""Derived values of an event: severity, actions, addresses."""
 
 import itertools
 from ipaddress import IPv4Address, IPv6Address
@@ -40,7 +40,7 @@ def test_the_severity_follows_from_action_and_result(
         assert severity(action, result) == otherwise
 
 
-def test_what_failed_is_never_less_severe_than_what_succeeded() -> None:
+def test_a_failure_is_never_less_severe_than_a_success() -> None:
     for action, result in itertools.product(AuditAction, AuditResult):
         rank = SEVERITIES.index(severity(action, result))
         assert rank >= SEVERITIES.index(severity(action))
@@ -52,8 +52,8 @@ def test_a_given_severity_is_kept(given_: AuditSeverity) -> None:
     assert event.severity is given_
 
 
-def test_a_refused_action_is_all_that_is_refused() -> None:
-    # The severity, which follows from it, has no complaint of its own.
+def test_an_invalid_action_is_the_only_error() -> None:
+    # There is no second error for the severity, which is derived from the action.
     with pytest.raises(ValidationError) as caught:
         made(AuditLog, action="trade:give_away")
     assert [problem["loc"] for problem in caught.value.errors()] == [("action",)]
@@ -67,7 +67,7 @@ TRADES = {
 }  # fmt: skip
 
 
-def test_every_order_that_tiger_takes_has_a_name() -> None:
+def test_every_kind_of_order_has_an_action() -> None:
     assert {f"trade:{name}" for name in TRADES} <= set(AuditAction)
     assert {"data:grab_quote_permission", "token:refresh"} <= set(AuditAction)
     assert {f"token:oauth_{name}" for name in ("login", "refresh", "logout")} <= set(AuditAction)

@@ -1,4 +1,4 @@
-"""Every entity is valid whenever it exists, and a refusal shows nothing of what was refused."""
+"""Validation of all entities: rows are always valid, and errors show no input."""
 
 import itertools
 import json
@@ -78,7 +78,7 @@ def names_of(error: ValidationError) -> set[object]:
 
 
 def shown(error: ValidationError) -> str:
-    """All that a log or a response could have of it."""
+    """Return everything that a log or a response could show of an error."""
     trace = "".join(traceback.format_exception(error))
     return f"{trace} {error!r} {error.errors()} {error.json()}"
 
@@ -113,7 +113,7 @@ def test_a_mistyped_field_is_named(entity: type[Entity], way: Callable[..., obje
 
 
 @pytest.mark.parametrize(("entity", "name"), STRICT, ids=label)
-def test_no_field_takes_just_anything(entity: type[Entity], name: str) -> None:
+def test_a_field_refuses_an_arbitrary_object(entity: type[Entity], name: str) -> None:
     assert names_of(refused(setattr, made(entity), name, object())) == {name}
 
 
@@ -122,7 +122,7 @@ def test_no_field_takes_just_anything(entity: type[Entity], name: str) -> None:
     [limit for limit in LIMITS if limit[:2] in STRICT],
     ids=label,
 )
-def test_a_limit_is_kept(
+def test_a_limit_is_validated(
     entity: type[Entity], name: str, rule: str, within: object, beyond: object
 ) -> None:
     row = made(entity, **{name: within})
@@ -148,7 +148,9 @@ def test_a_text_that_postgres_cannot_store_is_refused(entity: type[Entity], name
 @given(text=st.text(STORABLE, min_size=1, max_size=100))
 @example(text="'; DROP TABLE tiger_accounts; --")
 @example(text='"\\u0000" \N{TIGER} e\N{COMBINING ACUTE ACCENT}\r\n\t\x01\ufffe')
-async def test_any_other_text_comes_back_as_it_was(session: AsyncSession, text: str) -> None:
+async def test_any_other_text_is_stored_and_read_unchanged(
+    session: AsyncSession, text: str
+) -> None:
     account = await factories.account(session, account_name=text)
     await session.refresh(account)
     assert account.account_name == text
@@ -186,12 +188,14 @@ def test_a_datetime_of_any_zone_becomes_utc(
         datetime(1, 1, 1, 1, tzinfo=timezone(timedelta(hours=2))),
     ],
 )
-def test_a_datetime_that_utc_does_not_have_is_refused(moment: datetime) -> None:
+def test_a_datetime_outside_the_range_of_utc_is_refused(moment: datetime) -> None:
     assert names_of(refused(made, APIKey, expires_at=moment)) == {"expires_at"}
 
 
 @pytest.mark.parametrize("end", ["max", "min"])
-async def test_the_ends_of_time_come_back_aware(session: AsyncSession, end: str) -> None:
+async def test_the_first_and_last_datetime_are_read_with_a_time_zone(
+    session: AsyncSession, end: str
+) -> None:
     # asyncpg stores these two as infinity, and reads infinity without a time zone.
     moment = getattr(datetime, end).replace(tzinfo=UTC)
     key, raw_key = await factories.api_key(session, expires_at=moment)
@@ -223,7 +227,7 @@ def test_the_name_of_a_quote_permission_is_storable(name: str) -> None:
     assert names_of(error) == {"quote_permissions"}
 
 
-def test_json_of_any_depth_is_refused_or_taken_without_a_crash() -> None:
+def test_json_of_any_depth_does_not_crash_validation() -> None:
     deep: dict[str, Any] = {}
     for _ in range(100_000):
         deep = {"deeper": deep}
@@ -233,7 +237,7 @@ def test_json_of_any_depth_is_refused_or_taken_without_a_crash() -> None:
 
 @given(key=st.text(alphabet="\\u0a\0"), text=st.text(alphabet="\\u0a\0"))
 @example(key="\\u0000", text="\\\\u0000")
-def test_only_a_nul_is_taken_for_a_nul(key: str, text: str) -> None:
+def test_only_a_real_nul_is_refused(key: str, text: str) -> None:
     tags = {"list": [{key: text}]}
     if "\0" in key + text:
         assert names_of(refused(made, APIKey, tags=tags)) == {"tags"}
@@ -251,13 +255,15 @@ def test_a_secret_is_a_text_and_not_its_mask(
 
 
 @pytest.mark.parametrize("bad", [Secret(""), SecretStr(MASK), SecretStr("\ud800"), "\ud800"])
-def test_a_secret_that_is_wrapped_is_looked_into(bad: object) -> None:
+def test_a_wrapped_secret_is_validated_too(bad: object) -> None:
     assert names_of(refused(made, TigerAccount, private_key=bad)) == {"private_key"}
 
 
 @every_way
 @every_entity
-def test_a_refusal_shows_no_input(entity: type[Entity], way: Callable[..., object]) -> None:
+def test_a_validation_error_shows_no_input(
+    entity: type[Entity], way: Callable[..., object]
+) -> None:
     values = ([SECRET + "\0"], {"key": SECRET + "\0"}, SECRET + "\0" * 501, [{"name": SECRET}])
     for name, value in itertools.product(entity.model_fields, values):
         if (entity, name) not in STRICT or ((entity, name) in SECRETS and isinstance(value, str)):
@@ -272,7 +278,7 @@ def test_a_refusal_shows_no_input(entity: type[Entity], way: Callable[..., objec
     [*STRICT_TEXTS, *SECRETS, (AuditLog, "action"), (AuditLog, "result")],
     ids=label,
 )
-def test_a_refusal_of_bad_unicode_shows_no_input(entity: type[Entity], name: str) -> None:
+def test_an_error_about_invalid_unicode_shows_no_input(entity: type[Entity], name: str) -> None:
     # Python's own error about it would have the whole text.
     error = refused(made, entity, **{name: SECRET + "\ud800"})
     assert names_of(error) == {name}
@@ -280,7 +286,7 @@ def test_a_refusal_of_bad_unicode_shows_no_input(entity: type[Entity], name: str
 
 
 @pytest.mark.parametrize("body", [f'"{SECRET}"', f'["{SECRET}"]', f'{{"tiger_id": "{SECRET}', "5"])
-def test_input_that_is_no_object_is_not_shown(body: str) -> None:
+def test_an_error_about_malformed_json_shows_no_input(body: str) -> None:
     assert SECRET not in shown(refused(TigerAccount.model_validate_json, body))
 
 
@@ -292,7 +298,7 @@ def test_an_update_is_all_or_nothing() -> None:
     assert account.model_dump() == before
 
 
-async def test_a_refused_assignment_leaves_nothing_to_save(database: Database) -> None:
+async def test_an_invalid_assignment_leaves_nothing_to_flush(database: Database) -> None:
     async with database.session() as session:
         account = await factories.account(session)
         refused(setattr, account, "account_name", "")
@@ -319,7 +325,7 @@ def test_the_json_schema_marks_secrets() -> None:
         assert (kind["format"], kind["writeOnly"]) == ("password", True)
 
 
-def test_json_goes_out_and_in() -> None:
+def test_a_row_is_equal_after_a_round_trip_through_json() -> None:
     event = made(AuditLog, ip_address="10.0.0.1", details={"n": [1, {"x": None}]})
     assert AuditLog.model_validate_json(event.model_dump_json()) == event
     assert AuditLog.model_validate(event.model_dump(mode="json")) == event
@@ -387,7 +393,7 @@ async def test_rows_are_usable_after_the_session_has_closed(clone: Database) -> 
         assert (saved.account_name, saved.tags) == ("Other", {"team": {"name": "b"}})
 
 
-async def test_a_row_from_the_database_has_the_database_s_time(session: AsyncSession) -> None:
+async def test_created_at_is_the_time_of_the_database(session: AsyncSession) -> None:
     account = await factories.account(session)
     assert account.created_at == await session.scalar(select(func.now()))
 

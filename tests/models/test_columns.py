@@ -1,4 +1,4 @@
-"""JSON and lists changed in place, at any depth, are saved; copies belong to nobody."""
+"""Tracked JSON and lists: changes in place, at any depth, are saved; copies belong to no row."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ LIST_CHANGES: dict[str, Callable[[list[Any]], object]] = {
 
 
 async def reloaded(session: AsyncSession, row: TigerAccount | APIKey) -> Any:
-    """The row, with what is in the database in place of what is in memory."""
+    """Flush the row and reload its values from the database."""
     await session.flush()
     await session.refresh(row)
     return row
@@ -115,7 +115,7 @@ async def test_a_half_sorted_list_is_saved_as_it_is(session: AsyncSession) -> No
 
 
 @pytest.mark.parametrize(("tracked", "plain"), [(TrackedDict, dict), (TrackedList, list)])
-def test_no_method_that_changes_is_forgotten(tracked: type, plain: type) -> None:
+def test_every_method_that_changes_is_overridden(tracked: type, plain: type) -> None:
     readers = {
         "__class_getitem__", "__contains__", "__eq__", "__ge__", "__getattribute__", "__getitem__",
         "__gt__", "__iter__", "__le__", "__len__", "__lt__", "__ne__", "__or__", "__repr__",
@@ -178,7 +178,7 @@ def change(root: Any, which: int, how: int, value: Any) -> None:
     start=st.dictionaries(st.sampled_from("abc"), json_values),
     transactions=st.lists(steps, min_size=1, max_size=3),
 )
-async def test_any_changes_are_saved_as_a_plain_value_would_have_them(
+async def test_any_changes_are_saved_as_of_a_plain_value(
     session: AsyncSession, start: dict[str, Any], transactions: list[list[tuple[int, int, Any]]]
 ) -> None:
     plain: Any = copy.deepcopy(start)
@@ -262,23 +262,23 @@ async def test_a_change_in_place_is_validated_before_it_is_saved(
     assert account.model_dump() == before
 
 
-async def test_a_list_takes_texts_and_has_members(session: AsyncSession) -> None:
+async def test_texts_in_a_list_become_enum_members(session: AsyncSession) -> None:
     key, _ = await factories.api_key(session)
     scopes = key.scopes
-    scopes.append("trade:admin")  # type: ignore[arg-type]  # that is the point
+    scopes.append("trade:admin")  # type: ignore[arg-type]  # the test is about it
     await session.flush()
     assert scopes is key.scopes
     assert scopes == [APIKeyScope.MCP_READ, APIKeyScope.TRADE_ADMIN]
     assert key.has_scope(APIKeyScope.TRADE_READ)
 
 
-async def test_a_list_that_validation_has_changed_goes_on_being_saved(
+async def test_a_list_changed_by_validation_is_still_tracked(
     session: AsyncSession,
 ) -> None:
     key, _ = await factories.api_key(session)
     networks, scopes = key.allowed_ips, key.scopes
     for number in range(3):
-        networks.append(f"10.{number}.0.0/16")  # type: ignore[arg-type]  # that is the point
+        networks.append(f"10.{number}.0.0/16")  # type: ignore[arg-type]  # the test is about it
         scopes.append(APIKeyScope.MCP_READ)  # which it has
         await session.flush()
         assert key.is_ip_allowed(f"10.{number}.0.1")
@@ -309,7 +309,7 @@ async def test_a_copy_of_json_belongs_to_no_row(
 
 
 @pytest.mark.parametrize("copied", [*COPIES[:2], TigerAccount.model_copy])
-async def test_a_copy_of_a_row_is_a_row_of_its_own(
+async def test_a_copy_of_a_row_is_independent(
     session: AsyncSession, copied: Callable[[TigerAccount], TigerAccount]
 ) -> None:
     account = await factories.account(session, tags={"a": [1]}, market_permissions=["US"])

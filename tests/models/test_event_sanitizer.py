@@ -1,4 +1,4 @@
-"""No event is lost to a bad detail, and none tells a secret."""
+"""The sanitizer: an event with any values is stored, and contains no secret."""
 
 import base64
 import json
@@ -58,7 +58,7 @@ def notes(event: AuditLog) -> dict[str, Any]:
 
 
 def told(event: AuditLog) -> str:
-    """All that the event says, and that it can be stored."""
+    """Return all text of an event; assert that it can be stored."""
     text = json.dumps(event.model_dump(mode="json"), allow_nan=False, ensure_ascii=False)
     assert b"\\u0000" not in text.replace("\\\\", "").encode()
     return text + repr(event)
@@ -141,7 +141,7 @@ FIELDS: dict[str, list[tuple[object, object, str | dict[str, str] | None]]] = {
 @pytest.mark.parametrize(
     ("field", "given_", "kept", "note"), [(name, *case) for name in FIELDS for case in FIELDS[name]]
 )
-def test_a_bad_field_is_made_safe_and_noted(
+def test_an_invalid_field_is_converted_and_noted(
     field: str, given_: object, kept: object, note: str | dict[str, str] | None
 ) -> None:
     event = made(AuditLog, **{field: given_})
@@ -153,7 +153,7 @@ def test_a_bad_field_is_made_safe_and_noted(
     assert_unchanged(event)
 
 
-def test_what_is_no_event_is_refused() -> None:
+def test_an_invalid_action_or_result_is_refused() -> None:
     for field in ("action", "result", "id", "created_at", "colour"):
         with pytest.raises(ValidationError, match=field):
             made(AuditLog, **{field: "?"})
@@ -188,7 +188,7 @@ def test_any_value_becomes_json(given_: object, kept: object, note: str | None) 
     assert notes(event) == ({} if note is None else {"tags.t": note, "tags.a.0": note})
 
 
-def test_what_refers_to_itself_ends() -> None:
+def test_recursive_values_are_cut() -> None:
     loop: list[Any] = [1]
     loop += [loop, {"a": loop}]
     assert "cut to 10000 values" in told(made(AuditLog, tags={"loop": loop}))
@@ -198,12 +198,12 @@ def test_what_refers_to_itself_ends() -> None:
     assert made(AuditLog, tags=deep["a"]).tags == deep["a"]
 
 
-def test_an_object_may_raise_whatever_is_done_with_it() -> None:
+def test_an_object_whose_methods_raise_is_noted() -> None:
     for name in (*OTHER_FIELDS, *JSON_FIELDS):
         assert list(notes(made(AuditLog, **{name: Ruder()}))) == [name]
 
 
-def test_notes_of_the_caller_stay() -> None:
+def test_earlier_notes_are_kept() -> None:
     event = made(AuditLog, details={NOTES: {"a": "b", "c": 1j}, "n": Decimal(1)})
     assert notes(event) == {"a": "b", "c": "complex", "details.n": "Decimal"}
     assert made(AuditLog, details={NOTES: "mine"}).details == {NOTES: "mine"}
@@ -235,7 +235,7 @@ def places(text: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("text", "secret"), SHAPES.values(), ids=SHAPES)
-def test_a_secret_is_told_by_its_form_wherever_it_is(text: str, secret: str) -> None:
+def test_a_secret_is_masked_by_its_form_in_any_field(text: str, secret: str) -> None:
     for values in places(text):
         event = made(AuditLog, **values)
         assert not [part for part in parts(secret) if part in told(event)], values
@@ -243,7 +243,7 @@ def test_a_secret_is_told_by_its_form_wherever_it_is(text: str, secret: str) -> 
 
 
 @pytest.mark.parametrize("value", ["x", HIDDEN, 5, [HIDDEN], {"a": {"b": HIDDEN}}, b"x", Leg("A")])
-def test_a_secret_is_told_by_its_name_at_any_depth(value: object) -> None:
+def test_a_secret_is_masked_by_its_name_at_any_depth(value: object) -> None:
     inner = {"refreshToken": value, "api_key_id": "k", "token": None, "has_token": True}
     kept = inner | {"refreshToken": MASK}
     for name in JSON_FIELDS:
@@ -256,21 +256,21 @@ def test_a_secret_is_told_by_its_name_at_any_depth(value: object) -> None:
     assert made(AuditLog, tags=not_kept).tags == dict.fromkeys(not_kept, MASK)
 
 
-def test_assigned_and_changed_in_place_it_is_made_safe_too() -> None:
+def test_assigned_and_changed_values_are_sanitized_too() -> None:
     event = made(AuditLog)
     event.user_agent = "x" * 501
     assert event.user_agent == "x" * 499 + "…"
-    event.details = {"n": Decimal(1), "password": HIDDEN}  # type: ignore[dict-item]  # the point
+    event.details = {"n": Decimal(1), "password": HIDDEN}  # type: ignore[dict-item]  # the test is about it
     assert event.details == {"n": "1", "password": MASK, NOTES: {"details.n": "Decimal"}}
-    event.details["when"] = date(2026, 1, 2)  # type: ignore[assignment]  # the point
+    event.details["when"] = date(2026, 1, 2)  # type: ignore[assignment]  # the test is about it
     changed = event.validate_changes({"details": event.details, "tags": event.tags})
     assert changed.keys() == {"details", "tags"}
     assert changed["details"]["when"] == "2026-01-02"
     with pytest.raises(ValidationError, match="severity"):
-        event.severity = "worst"  # type: ignore[assignment]  # the point
+        event.severity = "worst"  # type: ignore[assignment]  # the test is about it
 
 
-def test_validated_from_json_it_is_made_safe_too() -> None:
+def test_values_from_json_are_sanitized_too() -> None:
     told_ = '{"action": "data:query", "details": {"pwd": "x"}, "user_id": 5}'
     for event in (AuditLog.model_validate(json.loads(told_)), AuditLog.model_validate_json(told_)):
         assert event.details == {"pwd": MASK, NOTES: {"user_id": "int"}}
@@ -296,7 +296,7 @@ ANYTHING = st.recursive(
 @example(
     {"details": {"sign": []}, "severity": None}
 )  # which the stored event has in a tracked list
-def test_an_event_of_anything_is_made(values: dict[str, Any]) -> None:
+def test_an_event_of_any_values_is_valid(values: dict[str, Any]) -> None:
     event = made(AuditLog, **values)
     secrets = (HIDDEN, API_KEY, JWT, DER[:40], base64.b64encode(PEM.encode())[:40].decode())
     assert not [secret for secret in secrets if secret in told(event)]

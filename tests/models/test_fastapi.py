@@ -1,4 +1,4 @@
-"""The entities as request bodies and responses of a web application, over its real interface."""
+"""Entities as request bodies and responses of a FastAPI application."""
 
 import json
 from collections.abc import AsyncIterator
@@ -97,7 +97,7 @@ async def test_the_hash_of_a_key_is_not_in_a_response(client: AsyncClient) -> No
         ("token_statuses", SECRET),
     ],
 )
-async def test_a_refused_body_is_not_echoed(
+async def test_an_invalid_body_is_not_echoed(
     client: AsyncClient, session: AsyncSession, field: str, value: object
 ) -> None:
     answer = await client.post("/accounts", json=body(**{field: value}))
@@ -110,7 +110,7 @@ async def test_a_refused_body_is_not_echoed(
 @pytest.mark.parametrize(
     "content", [f'["{SECRET}"]', f'"{SECRET}"', f'{{"tiger_id": "{SECRET}', "null", "", "{}"]
 )
-async def test_a_body_that_is_no_account_is_not_echoed(client: AsyncClient, content: str) -> None:
+async def test_a_malformed_body_is_not_echoed(client: AsyncClient, content: str) -> None:
     headers = {"content-type": "application/json"}
     answer = await client.post("/accounts", content=content, headers=headers)
     assert answer.status_code == 422

@@ -1,4 +1,4 @@
-"""Rows read past the ORM are what the ORM makes of them."""
+"""Hydrated rows are equal to those of the ORM loader."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -52,7 +52,7 @@ async def rows(session: AsyncSession) -> list[Entity]:
 
 
 def seen(row: Entity) -> dict[str, Any]:
-    """Names, order, types and values."""
+    """Return names, order, types and values of the fields."""
     return {
         name: (
             type(value),
@@ -63,7 +63,7 @@ def seen(row: Entity) -> dict[str, Any]:
     }
 
 
-async def test_they_are_as_the_orm_has_them(session: AsyncSession) -> None:
+async def test_hydrated_rows_are_equal_to_those_of_the_orm(session: AsyncSession) -> None:
     for row in await rows(session):
         values = await values_of(session, row)
         session.expunge_all()
@@ -83,7 +83,7 @@ async def test_they_are_as_the_orm_has_them(session: AsyncSession) -> None:
         assert await session.get(type(row), row.id) is taken
 
 
-async def test_what_the_session_has_is_brought_up_to_date(session: AsyncSession) -> None:
+async def test_merging_updates_a_row_of_the_session(session: AsyncSession) -> None:
     account = await factories.account(session, **FULL)
     await session.execute(text("UPDATE tiger_accounts SET account_name = 'x', tags = '{\"c\": 1}'"))
     assert account.account_name == "Main"
@@ -94,7 +94,7 @@ async def test_what_the_session_has_is_brought_up_to_date(session: AsyncSession)
 
 
 @pytest.mark.parametrize("known", [True, False])
-async def test_changes_are_saved(session: AsyncSession, *, known: bool) -> None:
+async def test_changes_of_a_merged_row_are_saved(session: AsyncSession, *, known: bool) -> None:
     account = await factories.account(session, **FULL)
     values = await values_of(session, account)
     if not known:
@@ -111,7 +111,7 @@ async def test_changes_are_saved(session: AsyncSession, *, known: bool) -> None:
     assert again.description == "changed"
 
 
-async def test_a_rollback_forgets_what_was_not_saved(clone: Database) -> None:
+async def test_a_rollback_discards_merged_values(clone: Database) -> None:
     async with clone.session() as session:
         refresh = await factories.refresh(session)
     async with clone.sessions() as session:
@@ -123,7 +123,7 @@ async def test_a_rollback_forgets_what_was_not_saved(clone: Database) -> None:
         assert taken.retry_count == 0
 
 
-async def test_times_beyond_the_calendar(session: AsyncSession) -> None:
+async def test_infinity_is_the_last_datetime(session: AsyncSession) -> None:
     refresh = await factories.refresh(session)
     await session.execute(text("UPDATE token_statuses SET scheduled_at = 'infinity'"))
     taken = merge_row(session.sync_session, TokenStatus, await values_of(session, refresh))

@@ -1,4 +1,4 @@
-"""What the models promise, the database keeps for raw SQL too."""
+"""The database enforces the rules of the models for raw SQL too."""
 
 import re
 from collections.abc import AsyncIterator
@@ -27,7 +27,7 @@ from tiger_db.settings import Settings
 
 @pytest.fixture
 async def raw(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
-    """A plain connection, whose transaction is rolled back."""
+    """Yield an asyncpg connection whose transaction is rolled back."""
     connection = await connect(settings)
     transaction = connection.transaction()
     await transaction.start()
@@ -107,7 +107,7 @@ async def test_every_row_has_an_id_and_times(raw: asyncpg.Connection, entity: ty
 
 
 @pytest.mark.parametrize("entity", ENTITIES, ids=label)
-async def test_what_a_field_requires_the_column_requires(
+async def test_a_required_field_has_a_not_null_column(
     raw: asyncpg.Connection, entity: type[Entity]
 ) -> None:
     found = await columns(raw)
@@ -156,7 +156,7 @@ async def test_constraints_are_named_by_the_convention(raw: asyncpg.Connection) 
 
 
 async def stored(session: AsyncSession, entity: type[Entity]) -> Entity:
-    """A row of the entity in the database."""
+    """Insert a row of the entity."""
     of_account = entity.model_fields.get("tiger_account_id")
     values = {}
     if of_account is not None and of_account.is_required():
@@ -168,7 +168,7 @@ async def stored(session: AsyncSession, entity: type[Entity]) -> Entity:
 
 
 @pytest.mark.parametrize(("entity", "name", "rule", "within", "beyond"), LIMITS, ids=label)
-async def test_the_database_keeps_the_limit_of_a_field(
+async def test_the_database_enforces_the_limit_of_a_field(
     session: AsyncSession,
     entity: type[Entity],
     *,
@@ -206,7 +206,7 @@ async def test_the_database_keeps_the_limit_of_a_field(
         (AuditLog, "ip_address = 'localhost'", "invalid input syntax for type inet"),
     ],
 )
-async def test_the_database_refuses_what_the_models_do(
+async def test_the_database_refuses_values_that_the_models_refuse(
     session: AsyncSession, entity: type[Entity], change: str, error: str
 ) -> None:
     row = await stored(session, entity)
@@ -230,7 +230,7 @@ async def test_at_most_one_account_is_a_default(session: AsyncSession, column: s
     assert rows.all() == [third.id]
 
 
-async def test_an_account_number_is_taken_once(session: AsyncSession) -> None:
+async def test_an_account_number_is_unique(session: AsyncSession) -> None:
     account = await factories.account(session)
     session.add(made(TigerAccount, account_number=account.account_number))
     with pytest.raises(IntegrityError, match="uq_tiger_accounts_account_number"):
@@ -243,7 +243,7 @@ async def times(raw: asyncpg.Connection, table: str, row_id: UUID) -> tuple[date
 
 
 @pytest.mark.parametrize("entity", [TigerAccount, APIKey, TokenStatus], ids=label)
-async def test_the_database_keeps_the_times_for_raw_sql(
+async def test_the_database_sets_the_times_for_raw_sql(
     clone: Database, entity: type[Entity]
 ) -> None:
     async with clone.session() as session:
@@ -274,7 +274,7 @@ async def test_the_database_keeps_the_times_for_raw_sql(
         await raw.close()
 
 
-async def test_a_changed_row_knows_its_new_time_without_another_statement(
+async def test_an_update_returns_the_new_time_in_the_same_statement(
     clone: Database,
 ) -> None:
     async with clone.session() as session:
@@ -291,7 +291,9 @@ async def test_a_changed_row_knows_its_new_time_without_another_statement(
         assert len(statements) == 1
 
 
-async def test_raw_sql_gets_the_time_and_place_of_an_event_too(raw: asyncpg.Connection) -> None:
+async def test_the_database_sets_time_and_position_of_an_event_for_raw_sql(
+    raw: asyncpg.Connection,
+) -> None:
     first, second = [
         await raw.fetchrow(
             "INSERT INTO audit_logs (id, action, result, severity)"

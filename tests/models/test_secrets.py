@@ -1,4 +1,4 @@
-"""A secret shows in no output, log, echo or error."""
+"""Secrets are in no output, log, SQL echo or error."""
 
 import json
 import logging
@@ -37,19 +37,19 @@ def outputs(account: TigerAccount) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("stored", [False, True])
-async def test_a_secret_shows_in_no_output(session: AsyncSession, *, stored: bool) -> None:
+async def test_a_secret_is_in_no_output(session: AsyncSession, *, stored: bool) -> None:
     account = await secret_account(session) if stored else new_account(**SECRETS)
     for output in outputs(account):
         assert not [secret for secret in SECRETS.values() if secret in output]
     assert values_of(account) == SECRETS
 
 
-def test_its_length_does_not_show_either() -> None:
+def test_the_length_of_a_secret_is_in_no_output() -> None:
     assert repr(Secret("a")) == repr(Secret("a" * 100))
     assert str(Secret("")) == MASK
 
 
-def test_a_secret_is_equal_to_the_same_one_however_stored() -> None:
+def test_an_encrypted_secret_has_the_same_value_and_length() -> None:
     secret = EncryptedSecret(encrypt(RING, "text", AAD), AAD, RING)
     assert secret.get_secret_value() == "text"
     assert len(secret) == 4
@@ -57,16 +57,14 @@ def test_a_secret_is_equal_to_the_same_one_however_stored() -> None:
 
 
 @pytest.mark.parametrize("mask", [MASK, SecretStr(MASK)])
-async def test_a_mask_that_was_shown_does_not_replace_the_secret(
-    session: AsyncSession, mask: object
-) -> None:
+async def test_a_mask_does_not_replace_the_secret(session: AsyncSession, mask: object) -> None:
     account = await secret_account(session)
     with pytest.raises(ValidationError, match="not its mask"):
         await crud.accounts.update(session, account.id, private_key=mask)
     assert values_of(account) == SECRETS
 
 
-async def test_nothing_is_logged_echoed_or_raised(
+async def test_logs_echo_and_errors_contain_no_secret(
     clone: Database, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -90,10 +88,10 @@ async def test_nothing_is_logged_echoed_or_raised(
                 await crud.audit_logs.log_events(session, events)
             event = await crud.audit_logs.log_event(session, action=QUERY, details=told)
         for failing in (
-            lambda s: secret_account(s, account_number="1"),  # is taken
+            lambda s: secret_account(s, account_number="1"),  # this number exists
             lambda s: crud.accounts.update(s, account.id, **SECRETS, account_number=""),
             lambda s: s.execute(text("UPDATE tiger_accounts SET error_count = -1")),
-            lambda s: crud.audit_logs.log_events(s, [event]),  # is recorded already
+            lambda s: crud.audit_logs.log_events(s, [event]),  # this event exists
         ):
             with pytest.raises(Exception) as caught:  # noqa: PT011  # each its own
                 async with database.session() as session:
@@ -102,7 +100,7 @@ async def test_nothing_is_logged_echoed_or_raised(
     for handler in [h for h in logger.handlers if h not in handlers]:
         logger.removeHandler(handler)
     written = "".join(capfd.readouterr()) + caplog.text
-    assert "INSERT INTO tiger_accounts" in written  # it was on
+    assert "INSERT INTO tiger_accounts" in written  # the echo is on
     assert "INSERT INTO audit_logs" in written
     assert "Nobody's" not in written  # nor any other value
     assert isinstance(errors[0], TigerDBError)

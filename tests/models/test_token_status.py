@@ -1,4 +1,4 @@
-"""The state of a refresh, and the ways from one to the next."""
+"""States of a refresh and their transitions."""
 
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
@@ -49,14 +49,14 @@ def test_starting_a_pending_refresh() -> None:
 
 
 @pytest.mark.parametrize("status", [s for s in TokenRefreshStatus if s != "pending"])
-def test_nothing_else_can_be_started(status: TokenRefreshStatus) -> None:
+def test_a_refresh_in_another_state_cannot_be_started(status: TokenRefreshStatus) -> None:
     row = refresh(status=status)
     with pytest.raises(InvalidState, match=status.value):
         row.start_refresh()
     assert (row.status, row.started_at) == (status, None)
 
 
-def test_completing_well() -> None:
+def test_completing_with_success() -> None:
     row = started(error_code="5", error_message="of the attempt before", retry_count=1)
     expires_at = datetime.now(UTC) + timedelta(days=15)
     row.complete_refresh(success=True, new_token_expires_at=expires_at, new_token_hash="ab" * 32)
@@ -70,7 +70,7 @@ def test_completing_well() -> None:
     assert not row.can_retry
 
 
-def test_completing_badly_counts_an_attempt() -> None:
+def test_completing_with_a_failure_counts_an_attempt() -> None:
     row = started(max_retries=2)
     row.complete_refresh(success=False, error_code="4", error_message="access forbidden")
     assert row.status is FAILED
@@ -93,7 +93,7 @@ def test_the_duration_is_that_of_the_attempt(seconds: float) -> None:
 
 @pytest.mark.parametrize("status", [s for s in TokenRefreshStatus if s != "in_progress"])
 @pytest.mark.parametrize("success", [True, False])
-def test_what_is_not_in_progress_cannot_be_completed(
+def test_a_refresh_in_another_state_cannot_be_completed(
     status: TokenRefreshStatus, *, success: bool
 ) -> None:
     row = refresh(status=status)
@@ -112,7 +112,7 @@ def test_what_is_not_in_progress_cannot_be_completed(
         {"success": False, "error_message": "\0"},
     ],
 )
-def test_a_completion_that_is_refused_changes_nothing(bad: dict[str, object]) -> None:
+def test_an_invalid_completion_changes_nothing(bad: dict[str, object]) -> None:
     row = started()
     before = row.model_dump()
     with pytest.raises(ValidationError):
@@ -137,7 +137,7 @@ def test_only_a_failed_refresh_with_attempts_left_can_be_retried(
 
 
 @pytest.mark.parametrize("success", [True, False])
-async def test_a_refresh_that_was_made_elsewhere_is_saved_when_it_has_ended(
+async def test_a_refresh_run_in_memory_is_saved_after_its_end(
     session: AsyncSession, *, success: bool
 ) -> None:
     account = await factories.account(session)
@@ -181,7 +181,7 @@ async def test_no_statement_takes_the_lease_from_a_refresh_in_progress(
     await session.rollback()
 
 
-async def test_a_claim_may_be_changed_by_its_object(session: AsyncSession) -> None:
+async def test_a_claimed_refresh_can_be_changed_through_its_object(session: AsyncSession) -> None:
     claim = await factories.claim(session)
     loaded = await crud.token_status.get(session, claim.id)
     assert loaded is not None
