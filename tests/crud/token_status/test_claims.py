@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.claims import LEASE, USES, claim_due
-from tests.support.concurrency import nobody_passes
+from tests.support.concurrency import lock_until_waiting
 from tests.support.contexts import changed_context
 from tests.support.secrets_in_text import API_KEY, JWT, PEM
 from tests.support.tiger_tokens import SOON, tiger_token
@@ -298,7 +298,7 @@ async def test_completing_waits_for_who_changes_the_account(clone: Database) -> 
         async with clone.session() as session:
             await token_status.complete(session, claim, access_token=older)
 
-    async with nobody_passes(clone, "tiger_accounts", waiting=1) as session:
+    async with lock_until_waiting(clone, "tiger_accounts", waiting=1) as session:
         await crud.accounts.update_tokens(session, claim.tiger_account_id, access_token=newer)
         completing = asyncio.create_task(complete())
     with pytest.raises(StaleToken):
