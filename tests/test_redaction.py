@@ -386,7 +386,7 @@ def test_a_name_tells_of_no_secret(name: str) -> None:
 
 
 def test_names_of_secrets_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    for names in ("_SECRET_WORDS", "_MORE_NAME_PATTERNS"):
+    for names in ("_SECRET_WORDS", "_WORD_PATTERNS"):
         monkeypatch.setattr(redaction, names, set(getattr(redaction, names)))
     try:
         assert not is_secret_name("my_trade_pin")

@@ -25,20 +25,15 @@ _LINES = re.compile(
 )
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
 _WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")  # such as aWordLIKEThis2
-# `name=value`, `"name": "value"` and similar forms in which the name is that of a secret.
-_NAMED = re.compile(
-    r"""
+# `name=value`, `"name": "value"` and similar forms. `_assignments` replaces WORDS and NAMES.
+_ASSIGNMENT = r"""
     (?<![\w-])
-    (?P<name> [\w-]* (?: token | secret | passw(?:or)?d | pwd | passphrase | authorization
-                       | credential | private_?key (?: _?pk[18] )? | api[_-]?key | secret_?key )
-            | sign (?: ature )? )
+    (?P<name> [\w-]* (?: WORDS ) | NAMES )
     (?P<between> \\*["']? \s* (?: =>? | :=? | \uff1a ) \s* )
     (?: (?P<quote> \\*["'] ) .*? (?: (?<!\\)(?P=quote) | (?=\n) | \Z )
       | (?! (?: null | None ) (?: [\s,&})\]] | \Z ) )
         (?: (?: bearer | basic | digest | token ) \s+ )? [^\s"',;&{}()\[\]]+ )
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
+    """
 
 
 def mask_account_number(account_number: str) -> str:
@@ -50,23 +45,16 @@ def mask_account_number(account_number: str) -> str:
 def redact_aggressively(text: str, *known: str) -> str:
     """Mask everything in a text that is or resembles a token, a key or a password.
 
-    The secrets in `known` are masked if they have at least four characters. Others are recognized
-    by their form: PEM blocks, Tiger's tokens, JWTs, Bearer credentials, values after names such as
-    `token` or `Authorization`, API keys of this package, and 40 or more letters and digits that are
-    not words.
+    Masked are the secrets in `known` that have at least four characters, everything that
+    `redact_known` masks, and sequences of 40 or more letters and digits that are not words.
     """
     forms = {
         form for secret in known if len(secret) >= _MIN_SECRET_CHARACTERS for form in _forms(secret)
     }
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, MASK)
-    for secret in (_PEM, _TIGER_TOKEN, _JWT):
-        text = secret.sub(MASK, text)
-    text = _API_KEY.sub(rf"\1_{MASK}", text)
-    text = _BEARER.sub(rf"\1 {MASK}", text)
-    text = _LINES.sub(_without_random, text)
-    text = _RANDOM.sub(_without_random, text)
-    return _NAMED.sub(_without_value, text)
+    text = _LINES.sub(_without_random, redact_known(text))
+    return _RANDOM.sub(_without_random, text)
 
 
 def _forms(secret: str) -> set[str]:
@@ -96,8 +84,12 @@ _SECRET_WORDS = {
     "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
 }  # fmt: skip
 _SECRET_NAMES = {"sign", "signature", "pin", "otp", "pepper"}
-# Patterns of names that `_NAMED` does not have.
-_MORE_NAME_PATTERNS = {"cookie", "access[_-]?key", "signing[_-]?key", "encryption[_-]?key"}
+# The words as they are spelled before a value in a text.
+_WORD_PATTERNS = {
+    "token", "secret", "passw(?:or)?d", "pwd", "passphrase", "authorization", "credential",
+    "private_?key (?: _?pk[18] )?", "api[_-]?key", "secret_?key", "access[_-]?key",
+    "signing[_-]?key", "encryption[_-]?key", "cookie",
+}  # fmt: skip
 _HARMLESS = {
     "id", "ids", "prefix", "hash", "fingerprint", "expiresat", "expiry", "expiration", "expires",
     "type", "count", "name", "status", "format", "at", "url", "scope", "scopes", "version",
@@ -143,7 +135,7 @@ def add_secret_names(*names: str) -> None:
     if [] in added:
         raise ValueError("a secret's name must have a letter or a digit")
     _SECRET_WORDS.update(map("".join, added))
-    _MORE_NAME_PATTERNS.update(map("[_-]?".join, added))
+    _WORD_PATTERNS.update(map("[_-]?".join, added))
     _is_secret.cache_clear()
     _assignments.cache_clear()
 
@@ -194,11 +186,9 @@ def _words(name: str) -> list[str]:
 
 @cache
 def _assignments() -> re.Pattern[str]:
-    """Return `_NAMED` with all names of secrets."""
-    names = " | ".join(["| credential", *sorted(_MORE_NAME_PATTERNS)])
-    exact = " | ".join(["| sign (?: ature )?", *sorted(_SECRET_NAMES)])
-    pattern = _NAMED.pattern.replace("| credential", names)
-    return re.compile(pattern.replace("| sign (?: ature )?", exact), _NAMED.flags)
+    pattern = _ASSIGNMENT.replace("WORDS", " | ".join(sorted(_WORD_PATTERNS)))
+    pattern = pattern.replace("NAMES", " | ".join(sorted(_SECRET_NAMES)))
+    return re.compile(pattern, re.IGNORECASE | re.VERBOSE)
 
 
 def _without_der(match: re.Match[str]) -> str:

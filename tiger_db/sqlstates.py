@@ -23,8 +23,8 @@ from tiger_db.errors import (
 # Errors of asyncpg when the connection is lost. The last one comes from its protocol state machine.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 READ_ONLY_SQL_TRANSACTION = "25006"  # from a former primary, or in a readonly session
-# Error types and messages by SQLSTATE or its first characters. With None, the message of PostgreSQL
-# is used. It must not be used where it contains values of the row.
+# Error types and messages by SQLSTATE or its first characters. None means PostgreSQL's message,
+# where it contains no values of the row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "08": (DatabaseUnavailable, "lost the database"),
     "22000": (InvalidValue, "a value is not of its column's type"),
@@ -43,10 +43,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "25P04": (DatabaseUnavailable, "lost the database: transaction_timeout"),
     "28": (DatabaseUnavailable, "the database refuses this role"),
     "3D000": (DatabaseUnavailable, "the database does not exist"),
-    "40001": (
-        Conflict,
-        None,
-    ),  # a serialization failure, or a conflict with the replay on a replica
+    "40001": (Conflict, None),  # serialization failure, or conflict with the replay on a replica
     "40P01": (Conflict, None),  # deadlock
     "42501": (StatementRefused, None),  # a privilege is missing
     "53300": (DatabaseUnavailable, "the database has no connection left"),

@@ -81,36 +81,28 @@ def _check_mode_of_key(settings: Settings, parameters: dict[str, str]) -> None:
 
 
 def _check_files(settings: Settings, parameters: dict[str, str]) -> None:
-    """Raise an error that names the file if a missing or malformed file is the cause."""
+    """Raise an error that names the variable of a missing or malformed file."""
     if parameters.get("sslmode") == "disable":
         return
-    for parameter in ("sslrootcert", "sslcrl", "sslcert", "sslkey"):
-        if parameter in parameters:
-            try:
-                Path(parameters[parameter]).read_bytes()
-            except OSError as error:
-                name = _name(settings, parameter)
-                raise ConfigurationError(f"{name} cannot be read: {error.strerror}") from None
-    _check_contents(settings, parameters)
-
-
-def _check_contents(settings: Settings, parameters: dict[str, str]) -> None:
+    files = [name for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey") if name in parameters]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    for parameter in ("sslrootcert", "sslcrl"):
-        if parameter in parameters:
-            try:
-                context.load_verify_locations(parameters[parameter])
-            except ssl.SSLError:
-                name = _name(settings, parameter)
-                raise ConfigurationError(f"{name} is not a PEM file of certificates") from None
-    if "sslcert" in parameters:
-        cert, key = _name(settings, "sslcert"), _name(settings, "sslkey")
+    for file in files:
         try:
-            context.load_cert_chain(
-                parameters["sslcert"],
-                parameters.get("sslkey"),
-                lambda: parameters.get("sslpassword", ""),
-            )
+            Path(parameters[file]).read_bytes()
+        except OSError as error:
+            name = _name(settings, file)
+            raise ConfigurationError(f"{name} cannot be read: {error.strerror}") from None
+    for file in (name for name in files if name in ("sslrootcert", "sslcrl")):
+        try:
+            context.load_verify_locations(parameters[file])
+        except ssl.SSLError:
+            name = _name(settings, file)
+            raise ConfigurationError(f"{name} is not a PEM file of certificates") from None
+    if "sslcert" in files:
+        cert, key = _name(settings, "sslcert"), _name(settings, "sslkey")
+        password = parameters.get("sslpassword", "")
+        try:
+            context.load_cert_chain(parameters["sslcert"], parameters.get("sslkey"), password)
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
                 raise ConfigurationError(f"{key} is not the key of {cert}") from None
