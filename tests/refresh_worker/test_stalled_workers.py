@@ -124,7 +124,7 @@ async def account_at(database: Database, gateway: Gateway, tiger_id: str) -> Tig
     async with database.session() as session:
         return await factories.account(
             session, tiger_id=tiger_id, access_token=token, private_key=PK8,
-            server_url=f"{gateway.url}",
+            server_url=gateway.url, client_options={"timeout": "60"},
         )  # fmt: skip
 
 

@@ -24,15 +24,12 @@ from tiger_db.tiger.properties import (
 async def export_account(
     database: Database, account_id: UUID, *, folder: Path, overwrite: bool = False
 ) -> list[Path]:
-    """Write an account as a configuration file and, if it has an access token, a token file.
+    """Write a configuration file and, if the account has an access token, a token file.
 
     Only the owner may read the files (mode 0600). A new folder has mode 0700. The audit event is
     committed before the files are written. With `overwrite`, existing files are replaced, and a
     token file is removed if the account has no token. Symbolic links are followed, and pipes and
-    devices are written to, as `tiger_db.files.output_files` does.
-
-    Returns:
-        The paths of the files.
+    devices are written to, as `tiger_db.files.output_files` does. Return the paths of the files.
 
     Raises:
         AlreadyExists: a file exists; nothing was written.

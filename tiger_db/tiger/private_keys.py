@@ -30,9 +30,8 @@ _PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.*?)-----END \1-----", 
 def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
     """Parse an RSA private key in PEM or base64 DER, PKCS#1 or PKCS#8.
 
-    Returns:
-        The key as base64 DER in one line, as Tiger's files have it, and its format. The format
-        follows from the content, not from the PEM label.
+    Return the key as base64 DER in one line, as Tiger's files have it, and its format, which
+    follows from the content and not from the PEM label.
 
     Raises:
         InvalidValue: the text is not such a key. The message does not quote the text.

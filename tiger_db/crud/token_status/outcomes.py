@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, ColumnElement, and_, cast, func, select
+from sqlalchemy import BigInteger, ColumnElement, and_, cast, func
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import object_mapper
@@ -23,6 +23,7 @@ from tiger_db.crud.common import (
     get_or_raise,
     replace_unstorable,
 )
+from tiger_db.crud.token_status.queries import newest
 from tiger_db.encryption import EncryptedSecret
 from tiger_db.errors import AnswerLost, LeaseLost, StaleToken
 from tiger_db.models import (
@@ -211,7 +212,7 @@ async def complete(
     try:
         refresh = await _complete(session, claim, account, tokens, answer)
     except StaleToken:
-        if await fetch_one(session, select(TokenStatus).where(_is_held(claim))) is None:
+        if await newest(session, _is_held(claim)) is None:
             raise LeaseLost from None
         raise
     if refresh is None:
@@ -352,18 +353,11 @@ async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool
     """Return whether an earlier attempt lost its answer: of this refresh, or of a failed one."""
     if (claim.details or {}).get(ANSWER_LOST):
         return True
-    last = await fetch_one(
-        session,
-        select(TokenStatus)
-        .where(
-            col(TokenStatus.tiger_account_id) == claim.tiger_account_id,
-            col(TokenStatus.id) != claim.id,
-        )
-        .order_by(col(TokenStatus.id).desc())
-        .limit(1),
-    )
-    failed = last is not None and last.status == TokenRefreshStatus.FAILED
-    return last is not None and failed and bool((last.details or {}).get(ANSWER_LOST))
+    of_account = col(TokenStatus.tiger_account_id) == claim.tiger_account_id
+    last = await newest(session, and_(of_account, col(TokenStatus.id) != claim.id))
+    if last is None or last.status != TokenRefreshStatus.FAILED:
+        return False
+    return bool((last.details or {}).get(ANSWER_LOST))
 
 
 def _message(error: str, secrets: list[str]) -> str:

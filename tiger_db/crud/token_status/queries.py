@@ -40,12 +40,12 @@ class RefreshStatistics:
 
 async def get(session: AsyncSession, refresh_id: UUID) -> TokenStatus | None:
     """Return a refresh by its id, or None."""
-    return await _newest(session, col(TokenStatus.id) == refresh_id)
+    return await newest(session, col(TokenStatus.id) == refresh_id)
 
 
 async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenStatus | None:
     """Return the newest refresh of an account, or None."""
-    return await _newest(session, col(TokenStatus.tiger_account_id) == account_id)
+    return await newest(session, col(TokenStatus.tiger_account_id) == account_id)
 
 
 async def get_pending_refreshes(
@@ -156,7 +156,8 @@ async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatis
     )
 
 
-async def _newest(session: AsyncSession, criterion: ColumnElement[bool]) -> TokenStatus | None:
+async def newest(session: AsyncSession, criterion: ColumnElement[bool]) -> TokenStatus | None:
+    """Return the newest refresh that meets the criterion, or None."""
     return await fetch_one(
         session, select(TokenStatus).where(criterion).order_by(col(TokenStatus.id).desc()).limit(1)
     )

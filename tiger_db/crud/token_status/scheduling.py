@@ -1,7 +1,8 @@
 """Scheduling of refreshes: opening, cancelling, retrying and pruning them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from pydantic import JsonValue
@@ -52,9 +53,9 @@ async def create_refresh_operation(
         ValidationError: a value is invalid.
     """
     account = await _lock_account(session, tiger_account_id)
-    new = _new_refresh(account, trigger, scheduled_at, max_retries=max_retries, details=details)
+    values = {"scheduled_at": scheduled_at, "max_retries": max_retries, "details": details}
     while True:
-        if opened := await _insert(session, [new]):
+        if opened := await _open(session, [(account, trigger)], **values):
             return opened[0]
         existing = await fetch_one(
             session,
@@ -88,7 +89,7 @@ async def schedule_due(
         .exists()
     )
     due, at = due_tokens(within)
-    due_accounts = (
+    statement = (
         select(TigerAccount, col(TigerAccount.token_expires_at) <= func.now())
         .where(due, ~of_account.where(IS_OPEN).exists(), ~given_up)
         .order_by(at)
@@ -98,12 +99,12 @@ async def schedule_due(
         .with_for_update(key_share=True, skip_locked=True)
     )
     with typed_errors():
-        rows = await session.execute(due_accounts, execution_options=FRESH)
-    refreshes = [
-        _new_refresh(account, RefreshTrigger.EXPIRED if expired else RefreshTrigger.SCHEDULED)
+        rows = await session.execute(statement, execution_options=FRESH)
+    due_accounts = [
+        (account, RefreshTrigger.EXPIRED if expired else RefreshTrigger.SCHEDULED)
         for account, expired in rows
     ]
-    return await _insert(session, refreshes) if refreshes else []
+    return await _open(session, due_accounts)
 
 
 async def next_due(session: AsyncSession) -> timedelta | None:
@@ -136,10 +137,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
 
 
 async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10_000) -> int:
-    """Delete ended refreshes that were opened longer ago than `older_than`, oldest first.
-
-    Returns:
-        The number of deleted refreshes, at most `limit`.
+    """Delete ended refreshes that were opened longer ago than `older_than`; return how many.
 
     Raises:
         InvalidValue: `older_than` is not positive.
@@ -212,12 +210,7 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
 
 
 async def _lock_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    """Lock an account so that it is not closed until the transaction ends.
-
-    Raises:
-        MissingReference: there is no such account.
-        InvalidState: the account is closed.
-    """
+    """Lock an account that is not closed, so that it is not closed in the meantime."""
     try:
         account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     except NotFound as error:
@@ -227,27 +220,24 @@ async def _lock_account(session: AsyncSession, account_id: UUID) -> TigerAccount
     return account
 
 
-def _new_refresh(
-    account: TigerAccount,
-    trigger: RefreshTrigger,
-    scheduled_at: datetime | None = None,
-    *,
-    max_retries: int = 3,
-    details: dict[str, JsonValue] | None = None,
-) -> TokenStatus:
-    return TokenStatus(
-        tiger_account_id=account.id,
-        trigger=trigger,
-        scheduled_at=scheduled_at,
-        max_retries=max_retries,
-        details=details,
-        old_token_expires_at=account.token_expires_at,
-        environment=account.environment,
-    )
-
-
-async def _insert(session: AsyncSession, refreshes: Sequence[TokenStatus]) -> list[TokenStatus]:
-    """Insert the refreshes of accounts without an open refresh, and record their events."""
+async def _open(
+    session: AsyncSession,
+    accounts: Iterable[tuple[TigerAccount, RefreshTrigger]],
+    **values: Any,  # noqa: ANN401  # fields of TokenStatus
+) -> list[TokenStatus]:
+    """Open refreshes for the accounts that have no open refresh, and record their events."""
+    refreshes = [
+        TokenStatus(
+            tiger_account_id=account.id,
+            trigger=trigger,
+            old_token_expires_at=account.token_expires_at,
+            environment=account.environment,
+            **values,
+        )
+        for account, trigger in accounts
+    ]
+    if not refreshes:
+        return []
     rows = [
         {name: value for name, value in refresh.model_dump().items() if value is not None}
         for refresh in refreshes
