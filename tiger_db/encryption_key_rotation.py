@@ -135,21 +135,6 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
     return usage
 
 
-async def count_rows_to_rotate(session: AsyncSession) -> int:
-    """Count the rows that have a secret encrypted with a key other than the first one.
-
-    Raises:
-        ConfigurationError: No encryption key is configured.
-    """
-    counts = [
-        await session.scalar(
-            select(func.count()).select_from(_table_of(mapper)).where(_is_outdated(session, mapper))
-        )
-        for mapper in encrypted_entities()
-    ]
-    return sum(filter(None, counts))
-
-
 def encrypted_entities() -> list[Mapper[Any]]:
     """Return the mappers of the entities that have encrypted columns."""
     return [mapper for mapper in Entity._sa_registry.mappers if encrypted_columns(mapper)]  # noqa: SLF001  # SQLModel's name for the registry
@@ -355,13 +340,9 @@ def _key_id(header: bytes) -> str:
 
 def _is_outdated(session: AsyncSession, mapper: Mapper[Any]) -> ColumnElement[bool]:
     """Return the SQL condition that a row has a secret not encrypted with the first key."""
-    current = ciphertext_header(_required_provider(session).key_ids[0])
-    table = _table_of(mapper)
-    headers = [
-        func.substr(table.c[name], 1, len(current), type_=LargeBinary)
-        for name in _secret_names(mapper)
-    ]
-    return or_(*(func.coalesce(it != literal(current, LargeBinary), False) for it in headers))
+    current = literal(ciphertext_header(_required_provider(session).key_ids[0]), LargeBinary)
+    headers = [_header(_table_of(mapper).c[name]) for name in _secret_names(mapper)]
+    return or_(*(func.coalesce(header != current, False) for header in headers))
 
 
 def _table_of(mapper: Mapper[Any]) -> Table:

@@ -8,10 +8,10 @@ from uuid import UUID
 import pytest
 from pydantic import SecretStr
 
-from tests.support.trail import SEALS, Trail, fill, typical
+from tests.support.trail import SEALS, Trail, fetch_seals, fill, typical
 from tiger_db import Database, Settings, crud
 from tiger_db.audit import export_checkpoint, read_checkpoint, seal
-from tiger_db.audit.storage import Connection, fetch_seals
+from tiger_db.audit.storage import Connection
 from tiger_db.connections import connect
 from tiger_db.signing import generate_signing_key
 

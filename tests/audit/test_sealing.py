@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from tests.support import factories
+from tests.support.trail import insert_seal
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
 from tiger_db.audit.seal_format import (
@@ -35,7 +36,7 @@ from tiger_db.audit.seal_format import (
     seal_from_json,
     seal_to_json,
 )
-from tiger_db.audit.sealing import EVENTS_PER_SEAL, insert_seal, required_key
+from tiger_db.audit.sealing import EVENTS_PER_SEAL, required_key
 from tiger_db.audit.storage import SELECT_EVENTS, Connection, database_time, fetch_chain_end
 from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, InvalidValue

@@ -17,7 +17,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support import factories
-from tests.support.trail import SEALS, TAMPERINGS, Trail, assert_found, event_found
+from tests.support.trail import (
+    SEALS,
+    TAMPERINGS,
+    Trail,
+    assert_found,
+    event_found,
+    fetch_seals,
+    insert_seal,
+)
 from tiger_db import AuditAction, AuditResult, AuditSeverity, Database, audit, crud
 from tiger_db.audit import AuditFinding, FindingKind
 from tiger_db.audit.seal_format import (
@@ -30,8 +38,8 @@ from tiger_db.audit.seal_format import (
     merkle_root,
     ranges_of,
 )  # fmt: skip
-from tiger_db.audit.sealing import insert_seal, seal_next
-from tiger_db.audit.storage import CONTENT, CONTENT_COLUMNS, Connection, database_time, fetch_seals
+from tiger_db.audit.sealing import seal_next
+from tiger_db.audit.storage import CONTENT, CONTENT_COLUMNS, Connection, database_time
 
 Way: TypeAlias = Callable[[Trail], Awaitable[AuditFinding]]  # returns what is to be found
 COPY = """

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID, uuid4
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import text
 
 from tests.support import factories
@@ -15,6 +16,7 @@ from tiger_db.audit import AuditFinding, FindingKind, Verification
 from tiger_db.audit.seal_format import (
     Seal,
     SealPayload,
+    make_seal,
 )
 from tiger_db.audit.storage import Connection, database_time, read_trail
 from tiger_db.audit.verifying import TrailVerifier
@@ -84,10 +86,7 @@ class Trail:
         verifier.database_time = await database_time(self.superuser)
         async with self.superuser.transaction():
             async for item in read_trail(self.superuser):
-                if isinstance(item, Seal):
-                    verifier.add_seal(item)
-                else:
-                    verifier.add_event(*item)
+                verifier.add(item)
         return verifier.finish()
 
 
@@ -112,3 +111,27 @@ def assert_found(verification: Verification, expected: AuditFinding, what: str) 
     assert replace(first, message="") == expected, (what, verification.findings[:5])
     assert verification.count >= len(verification.findings)
     assert str(first.position if first.position is not None else first.seal) in first.message
+
+
+async def fetch_seals(connection: Connection, after: int, limit: int) -> list[tuple[int, Seal]]:
+    """Return the seals whose number in the table is above `after`, with this number."""
+    rows = await connection.fetch(
+        "SELECT number, statement, signature, digests FROM audit_seals WHERE number > $1"
+        " ORDER BY number LIMIT $2",
+        after,
+        limit,
+    )
+    return [(row[0], Seal(*row[1:])) for row in rows]
+
+
+async def insert_seal(
+    connection: Connection, key: Ed25519PrivateKey, payload: SealPayload, digests: bytes
+) -> None:
+    made = make_seal(key, payload, digests)
+    await connection.execute(
+        "INSERT INTO audit_seals (number, statement, signature, digests) VALUES ($1, $2, $3, $4)",
+        payload.number,
+        made.payload_json,
+        made.signature,
+        made.digests,
+    )

@@ -12,22 +12,15 @@ from typing import Literal, Unpack
 from sqlalchemy import ColumnElement, Select, Text, literal_column, select
 from sqlmodel import col
 
+from tiger_db.audit import storage
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
-from tiger_db.audit.storage import (
-    CONTENT,
-    CONTENT_COLUMNS,
-    Event,
-    fetch_last_seal,
-    open_connection,
-    open_snapshot,
-    read_trail,
-)
+from tiger_db.audit.storage import Event
 from tiger_db.crud.audit_logs import Criteria, conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AuditLog
 
-CSV_COLUMNS = ("position", *CONTENT_COLUMNS)
+CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
 _BATCH_EVENTS = 1000  # per fetch, and per call of `advance`
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
@@ -79,8 +72,8 @@ async def export(
 
 
 async def _whole_trail(database: Database) -> AsyncGenerator[Seal | Event, None]:
-    async with open_snapshot(database) as connection:
-        async for item in read_trail(connection):
+    async with storage.open_snapshot(database) as connection:
+        async for item in storage.read_trail(connection):
             yield item
 
 
@@ -88,7 +81,7 @@ async def _matching_events(
     database: Database, filters: list[ColumnElement[bool]]
 ) -> AsyncGenerator[Seal | Event, None]:
     statement: Select[int | None, str] = (
-        select(col(AuditLog.position), literal_column(CONTENT, type_=Text()))
+        select(col(AuditLog.position), literal_column(storage.CONTENT, type_=Text()))
         .where(*filters)
         .order_by(col(AuditLog.id))
         .execution_options(yield_per=_BATCH_EVENTS)
@@ -101,7 +94,7 @@ async def _matching_events(
 def _cells(content: str) -> Iterator[str | None]:
     """Yield the CSV cells of an event. Numbers keep all digits that the database printed."""
     at = 0
-    for name in CONTENT_COLUMNS:
+    for name in storage.CONTENT_COLUMNS:
         member = f'{"{" if name == "id" else ","}"{name}":'
         if not content.startswith(member, at):
             yield None
@@ -145,8 +138,8 @@ async def export_checkpoint(database: Database) -> str:
     Raises:
         NotFound: There is no seal yet.
     """
-    async with open_connection(database) as connection:
-        seal = await fetch_last_seal(connection)
+    async with storage.open_connection(database) as connection:
+        seal = await storage.fetch_last_seal(connection)
     if seal is None:
         raise NotFound("nothing is sealed yet: run `tiger-db seal-audit`")
     fields = seal_to_json(seal)

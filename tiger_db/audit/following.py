@@ -8,7 +8,7 @@ from typing import Unpack
 from sqlalchemy import select
 from sqlmodel import col
 
-from tiger_db.audit.storage import fetch_writers
+from tiger_db.audit import storage
 from tiger_db.connections.listener import open_listener
 from tiger_db.crud.audit_logs import Criteria, conditions
 from tiger_db.crud.common import fetch_all
@@ -86,5 +86,5 @@ async def _fetch_old_events(database: Database) -> tuple[int, set[int | None]]:
 
 async def _fetch_writers(database: Database) -> tuple[int, set[str]]:
     async with database.out_of_band.connection() as connection:
-        last_position, writers = await fetch_writers(connection)
+        last_position, writers = await storage.fetch_writers(connection)
     return last_position, set(writers)

@@ -12,15 +12,10 @@ from typing import TypeVar
 import asyncpg
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tiger_db.audit import storage
 from tiger_db.audit.seal_format import Seal, digest_of
 from tiger_db.audit.sealing import append_seal, required_key
-from tiger_db.audit.storage import (
-    SELECT_EVENTS,
-    TAKE_SEALING_LOCK,
-    Connection,
-    fetch_chain_end,
-    open_connection,
-)
+from tiger_db.audit.storage import Connection
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable, InvalidState
 from tiger_db.migrations import MONTHS_AHEAD
@@ -78,7 +73,7 @@ async def maintain(database: Database) -> Maintenance:
     """
     done = Maintenance()
     retention = database.settings.audit_retention_months
-    async with open_connection(database) as connection:
+    async with storage.open_connection(database) as connection:
         await connection.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
         try:
             done.made = await _with_lock_retries(partial(_make_months, connection))
@@ -112,7 +107,7 @@ async def _with_lock_retries(work: Callable[[], Awaitable[T]]) -> T:
 
 async def _make_months(connection: Connection) -> int:
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute(TAKE_SEALING_LOCK)
+        await connection.execute(storage.TAKE_SEALING_LOCK)
         made: int = await connection.fetchval("SELECT make_audit_months($1)", MONTHS_AHEAD)
         return made
 
@@ -153,7 +148,7 @@ async def _retire(
     """Remove a month, in one transaction with the seal that records it."""
     partition = f"audit_logs_{month.replace('-', '_')}"
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute(TAKE_SEALING_LOCK)
+        await connection.execute(storage.TAKE_SEALING_LOCK)
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
             return  # a concurrent call was faster
         first, last, is_old = await connection.fetchrow(
@@ -161,7 +156,7 @@ async def _retire(
             kept_from,
         )
         if first is not None:
-            chain_end = await fetch_chain_end(connection)
+            chain_end = await storage.fetch_chain_end(connection)
             if not is_old:
                 raise _CannotRetireError(
                     "it holds events that were written later: the clock of their writer was wrong"
@@ -189,7 +184,7 @@ async def _sealed_events(
 ) -> tuple["array[int]", bytearray]:
     """Return the positions and digests of a month's events, which must all be as sealed."""
     positions, digests = array("q"), bytearray()
-    select_events = SELECT_EVENTS.replace("audit_logs", partition)
+    select_events = storage.SELECT_EVENTS.replace("audit_logs", partition)
     for row in await connection.fetch(_SELECT_COVERING_SEALS, first, last):
         seal = Seal(*row)
         payload = seal.payload()

@@ -12,18 +12,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field, TypeAdapter, ValidationError
 
 from tiger_db.errors import InvalidValue
 
 DIGEST_BYTES = 32  # of SHA-256
 NO_PREVIOUS_DIGEST = "0" * 64  # `previous` of the first seal
-PositionRanges: TypeAlias = tuple[tuple[int, int], ...]  # first and last position, both included
-_VERSION = 1
-_MAX_BIGINT = 2**63 - 1
+PositionRanges: TypeAlias = tuple[tuple[int, int], ...]  # first and last, both included
 
 
 def digest_of(content: str) -> bytes:
@@ -74,7 +73,10 @@ def positions_in(ranges: PositionRanges) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
-@dataclass(frozen=True, slots=True)
+Int64 = Annotated[int, Field(gt=-(2**63) + 1, lt=2**63 - 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SealPayload:
     """Signed part of a seal. It covers the events at positions above `after` up to `upto`.
 
@@ -84,11 +86,12 @@ class SealPayload:
     are UTC by the clock of the database.
     """
 
-    number: int
+    version: int = 1
+    number: Int64
     previous: str
-    after: int
-    upto: int
-    positions: PositionRanges
+    after: Int64
+    upto: Int64
+    positions: tuple[tuple[Int64, Int64], ...]
     root: str
     sealed_at: str
     key: str
@@ -102,22 +105,11 @@ class SealPayload:
     def to_json(self) -> str:
         """Return the JSON that is signed."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return json.dumps(
-            {"version": _VERSION} | {k: v for k, v in fields.items() if v is not None},
-            separators=(",", ":"),
-        )
+        present = {name: value for name, value in fields.items() if value is not None}
+        return json.dumps(present, separators=(",", ":"))
 
-    def has_valid_types(self) -> bool:
-        """Return whether each field has a value of its type; JSON does not ensure this."""
-        positions = [position for range_ in self.positions for position in range_]
-        numbers = (self.number, self.after, self.upto, *positions)
-        texts = (self.previous, self.root, self.sealed_at, self.key)
-        return (
-            all(isinstance(number, int) and abs(number) < _MAX_BIGINT for number in numbers)
-            and all(isinstance(text, str) for text in texts)
-            and isinstance(self.closed_at, str | None)
-            and isinstance(self.retired, str | None)
-        )
+
+_PAYLOAD = TypeAdapter(SealPayload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +141,12 @@ class Seal:
             InvalidValue: It is not valid.
         """
         try:
-            fields = json.loads(self.payload_json)
-            positions = tuple((int(first), int(last)) for first, last in fields.pop("positions"))
-            if fields.pop("version") != _VERSION:
-                raise InvalidValue("the seal has another version: upgrade tiger_db")
-            payload = SealPayload(positions=positions, **fields)
-            valid = payload.to_json() == self.payload_json and payload.has_valid_types()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            valid = False
-        if not valid:
+            payload = _PAYLOAD.validate_json(self.payload_json, strict=True)
+        except (ValidationError, TypeError):
+            payload = None
+        if payload is not None and payload.version != 1:
+            raise InvalidValue("the seal has another version: upgrade tiger_db")
+        if payload is None or payload.to_json() != self.payload_json:
             raise InvalidValue("the payload of the seal is invalid")
         return payload
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tiger_db.audit import storage
 from tiger_db.audit.seal_format import (
     SealPayload,
     digest_of,
@@ -15,16 +16,7 @@ from tiger_db.audit.seal_format import (
     ranges_of,
     split_digests,
 )
-from tiger_db.audit.storage import (
-    SELECT_EVENTS,
-    TAKE_SEALING_LOCK,
-    ChainEnd,
-    Connection,
-    database_time,
-    fetch_chain_end,
-    fetch_writers,
-    open_connection,
-)
+from tiger_db.audit.storage import ChainEnd, Connection
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError
 from tiger_db.signing import public_text
@@ -64,15 +56,15 @@ async def seal(
     """
     key = await required_key(database)
     rows = seals = 0
-    async with open_connection(database) as connection:
-        closed_at = await database_time(connection)
-        upto, writers = await fetch_writers(connection)
+    async with storage.open_connection(database) as connection:
+        closed_at = await storage.database_time(connection)
+        upto, writers = await storage.fetch_writers(connection)
         deadline = time.monotonic() + patience
         while writers:
             if time.monotonic() > deadline:
                 return Sealing(0, 0, tuple(writers.values()))
             await asyncio.sleep(_WRITERS_POLL_SECONDS)
-            _, now = await fetch_writers(connection)
+            _, now = await storage.fetch_writers(connection)
             writers = {name: pid for name, pid in writers.items() if name in now}
         while (sealed := await seal_next(connection, key, upto, closed_at)) is not None:
             rows += sealed
@@ -86,10 +78,10 @@ async def seal_next(
 ) -> int | None:
     """Make one seal of events up to a position, and return their number; None if all are sealed."""
     async with connection.transaction(isolation="read_committed"):
-        await connection.execute(TAKE_SEALING_LOCK)
-        chain_end = await fetch_chain_end(connection)
+        await connection.execute(storage.TAKE_SEALING_LOCK)
+        chain_end = await storage.fetch_chain_end(connection)
         found = await connection.fetch(
-            f"{SELECT_EVENTS} LIMIT {EVENTS_PER_SEAL}", chain_end.upto + 1, upto
+            f"{storage.SELECT_EVENTS} LIMIT {EVENTS_PER_SEAL}", chain_end.upto + 1, upto
         )
         if not found:
             return None
@@ -127,19 +119,12 @@ async def append_seal(
         upto=upto,
         positions=ranges_of(positions),
         root=merkle_root(zip(positions, split_digests(digests), strict=True)).hex(),
-        sealed_at=await database_time(connection),
+        sealed_at=await storage.database_time(connection),
         key=public_text(key.public_key()),
         closed_at=closed_at,
         retired=retired,
     )
-    await insert_seal(connection, key, payload, b"" if retired else bytes(digests))
-
-
-async def insert_seal(
-    connection: Connection, key: Ed25519PrivateKey, payload: SealPayload, digests: bytes
-) -> None:
-    """Sign a payload and insert its seal."""
-    made = make_seal(key, payload, digests)
+    made = make_seal(key, payload, b"" if retired else bytes(digests))
     await connection.execute(
         "INSERT INTO audit_seals (number, statement, signature, digests) VALUES ($1, $2, $3, $4)",
         payload.number,

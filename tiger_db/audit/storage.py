@@ -1,8 +1,10 @@
-"""Queries for stored events and seals. Seals are read and signed as the database prints events."""
+"""Queries for the stored events and seals."""
 
 import contextlib
 import re
+from collections import deque
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import NamedTuple, TypeAlias
 
 import asyncpg
@@ -18,9 +20,8 @@ from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Event: TypeAlias = tuple[int, str]  # position and content
-_SEALS_PER_QUERY = 50
-_EVENTS_PER_QUERY = 20_000
-_PREFETCHED_EVENTS = 1000
+_EVENTS_PER_QUERY = 20_000  # about; the server sorts them
+_PREFETCHED_SEALS, _PREFETCHED_EVENTS = 50, 1000
 _MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # of a bigint
 _ID = re.compile(r'{"id":"([^"]+)"')
 
@@ -63,13 +64,8 @@ WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 LOCK_EVENTS = "LOCK TABLE audit_logs IN ACCESS SHARE MODE"
 # Sealing, retirement and moves of events run one at a time in each schema.
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
-SELECT_LAST_SEAL = """
-SELECT statement, signature, digests FROM audit_seals ORDER BY number DESC LIMIT 1
-"""
-_SELECT_SEALS = """
-SELECT number, statement, signature, digests FROM audit_seals WHERE number > $1
-ORDER BY number LIMIT $2
-"""
+_SELECT_SEALS = "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
+SELECT_LAST_SEAL = f"{_SELECT_SEALS} DESC LIMIT 1"
 # A transaction that has been given a position holds this lock until its rows are visible.
 _SELECT_WRITERS = """
 SELECT DISTINCT virtualtransaction AS id, pid FROM pg_locks
@@ -123,33 +119,37 @@ async def fetch_last_seal(connection: Connection) -> Seal | None:
     return Seal(*row) if row is not None else None
 
 
-async def fetch_seals(connection: Connection, after: int, limit: int) -> list[tuple[int, Seal]]:
-    """Return the seals whose number in the table is above `after`, with this number."""
-    rows = await connection.fetch(_SELECT_SEALS, after, limit)
-    return [(row[0], Seal(*row[1:])) for row in rows]
-
-
 async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
     """Yield all events in the order of positions, each seal before the events that it covers."""
-    number, after = 0, _MIN_POSITION - 1
-    while numbered := await fetch_seals(connection, number, _SEALS_PER_QUERY):
-        number = numbered[-1][0]
-        for seals in _group_seals([seal for _, seal in numbered]):
-            upto = max(after, *(_extent(seal)[0] for seal in seals))
-            waiting = seals[::-1]
-            covered = after
-            events = connection.cursor(SELECT_EVENTS, after + 1, upto, prefetch=_PREFETCHED_EVENTS)
-            async for position, content in events:
-                while waiting and position > covered:
-                    covered = max(covered, _extent(waiting[-1])[0])
-                    yield waiting.pop()
-                yield position, content
-            while waiting:
-                yield waiting.pop()
-            after = upto
-    events = connection.cursor(SELECT_EVENTS, after + 1, _MAX_POSITION, prefetch=_PREFETCHED_EVENTS)
+    after, seals, count = _MIN_POSITION - 1, deque[tuple[Seal, int]](), 0
+    async for row in connection.cursor(_SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
+        seal = Seal(*row)
+        upto, covered = _extent(seal)
+        seals.append((seal, upto))
+        count += covered
+        if count >= _EVENTS_PER_QUERY:
+            upto = max(after, *(upto for _, upto in seals))
+            async for item in _merge(connection, seals, after, upto):
+                yield item
+            after, count = upto, 0
+    async for item in _merge(connection, seals, after, _MAX_POSITION):
+        yield item
+
+
+async def _merge(
+    connection: Connection, seals: deque[tuple[Seal, int]], after: int, upto: int
+) -> AsyncIterator[Seal | Event]:
+    """Yield the events above `after` up to `upto`, and the seals, which it removes from `seals`."""
+    covered = after
+    events = connection.cursor(SELECT_EVENTS, after + 1, upto, prefetch=_PREFETCHED_EVENTS)
     async for position, content in events:
+        while seals and position > covered:
+            seal, seal_upto = seals.popleft()
+            covered = max(covered, seal_upto)
+            yield seal
         yield position, content
+    while seals:
+        yield seals.popleft()[0]
 
 
 def _extent(seal: Seal) -> tuple[int, int]:
@@ -159,20 +159,6 @@ def _extent(seal: Seal) -> tuple[int, int]:
     except InvalidValue:
         return 0, 0
     return payload.upto, 0 if payload.retired else payload.event_count
-
-
-def _group_seals(seals: list[Seal]) -> list[list[Seal]]:
-    """Group consecutive seals so that one query fetches the events of each group."""
-    groups: list[list[Seal]] = []
-    room = 0
-    for seal in seals:
-        count = _extent(seal)[1]
-        if room < count or not groups:
-            groups.append([])
-            room = _EVENTS_PER_QUERY
-        room -= count
-        groups[-1].append(seal)
-    return groups
 
 
 async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | None]]:
@@ -201,8 +187,5 @@ def event_id_in(content: str) -> str | None:
 
 async def database_time(connection: Connection) -> str:
     """Return the database's time in UTC, to the microsecond, in ISO 8601."""
-    now = await connection.fetchval(
-        "SELECT pg_catalog.to_char(clock_timestamp() AT TIME ZONE 'UTC',"
-        ' \'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\')'
-    )
-    return str(now)
+    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from tiger_db.audit import storage
 from tiger_db.audit.exporting import read_export
 from tiger_db.audit.seal_format import (
     DIGEST_BYTES,
@@ -19,7 +20,7 @@ from tiger_db.audit.seal_format import (
     digest_of,
     merkle_root,
 )
-from tiger_db.audit.storage import database_time, event_id_in, open_snapshot, read_trail
+from tiger_db.audit.storage import Event
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidValue
 
@@ -97,17 +98,14 @@ async def verify(
         own = await database.signing_key()
         keys = [own.public_key()] if own is not None else []
     verifier = TrailVerifier(keys, checkpoint)
-    async with open_snapshot(database) as connection:
+    async with storage.open_snapshot(database) as connection:
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
-        verifier.database_time = await database_time(connection)
+        verifier.database_time = await storage.database_time(connection)
         verifier.expect_retired(Seal(*row) for row in await connection.fetch(_SELECT_RETIREMENTS))
-        async for item in read_trail(connection):
-            if isinstance(item, Seal):
-                verifier.add_seal(item)
-            else:
-                verifier.add_event(*item)
-                if item[0] % _PROGRESS_POSITIONS == 0:
-                    advance(item[0], total)
+        async for item in storage.read_trail(connection):
+            verifier.add(item)
+            if not isinstance(item, Seal) and item[0] % _PROGRESS_POSITIONS == 0:
+                advance(item[0], total)
         advance(total, total)
     return verifier.finish()
 
@@ -134,11 +132,9 @@ async def verify_export(
         done = 0
         for item, size in read_export(path):
             done += size
+            verifier.add(item)
             if isinstance(item, Seal):
-                verifier.add_seal(item)
                 advance(done, total)
-            else:
-                verifier.add_event(*item)
         advance(total, total)
         report = verifier.finish()
         if report.seals == 0 and checkpoint is None:
@@ -162,8 +158,8 @@ class TrailVerifier:
     """State machine that compares seals with events.
 
     Add each seal in the order of numbers, and after it the events at its positions in their order.
-    Set `database_time` first: if it is before the time of the seals, the clock went back, and
-    `created_at` of unsealed events proves nothing.
+    Set `database_time` first: if the clock went back behind the newest seal, `created_at` of an
+    unsealed event proves nothing.
 
     Raises:
         ConfigurationError: No key is given.
@@ -197,7 +193,7 @@ class TrailVerifier:
         self._unexpected: list[tuple[int, _Mismatch]] = []
         self._backdated: list[tuple[int, _Mismatch]] = []
         if checkpoint is not None and not checkpoint.is_signed_by(keys):
-            self._add(0, FindingKind.CHECKPOINT, "the checkpoint is not signed by a given key")
+            self._find(0, FindingKind.CHECKPOINT, "the checkpoint is not signed by a given key")
             self._checkpoint_seen = True
 
     def expect_retired(self, seals: Iterable[Seal]) -> None:
@@ -206,7 +202,13 @@ class TrailVerifier:
         retired = (payload for payload in payloads if payload.retired is not None)
         self._retired = tuple(sorted(run for payload in retired for run in payload.positions))
 
-    def add_seal(self, seal: Seal) -> None:
+    def add(self, item: Seal | Event) -> None:
+        if isinstance(item, Seal):
+            self._add_seal(item)
+        else:
+            self._add_event(*item)
+
+    def _add_seal(self, seal: Seal) -> None:
         self._close_seal()
         self._created_after = self._next_created_after
         self._report.seals += 1
@@ -214,19 +216,19 @@ class TrailVerifier:
             payload = seal.payload()
         except InvalidValue as error:
             self._number += 1
-            self._add_forged(str(error))
+            self._find_forged(str(error))
             self._is_unreadable = True
             return
         self._verify_link(payload)
         self._number, self._payload_digest = payload.number, seal.payload_digest
         expected = seal.event_digests(payload)
         if not seal.is_signed_by(self._keys):
-            self._add_forged("it is not signed by a given key")
+            self._find_forged("it is not signed by a given key")
         elif payload.retired is None and (
             len(seal.digests) != payload.event_count * DIGEST_BYTES
             or merkle_root(expected).hex() != payload.root
         ):
-            self._add_forged("its digests do not match its Merkle root")
+            self._find_forged("its digests do not match its Merkle root")
         self._compare_checkpoint(seal, payload)
         if payload.retired is None:
             # A forged seal may cover positions that earlier seals covered.
@@ -247,14 +249,14 @@ class TrailVerifier:
             message = f"the seals from {first} to {last} are missing"
             if first > last:
                 message = f"expected seal {first}, found seal {payload.number}"
-            self._add(self._upto, FindingKind.FORGED, message, seal=first)
+            self._find(self._upto, FindingKind.FORGED, message, seal=first)
             self._missing_upto = payload.after
         elif payload.previous != self._payload_digest:
             self._number = payload.number
-            self._add_forged("its previous digest is not that of the seal before it")
+            self._find_forged("its previous digest is not that of the seal before it")
         elif payload.after != self._upto and payload.retired is None:
             self._number = payload.number
-            self._add_forged("it does not start where the seal before it ends")
+            self._find_forged("it does not start where the seal before it ends")
 
     def _compare_checkpoint(self, seal: Seal, payload: SealPayload) -> None:
         if self._checkpoint is None or self._checkpoint_seen:
@@ -263,7 +265,7 @@ class TrailVerifier:
             self._checkpoint_seen = True
             if seal.payload_json != self._checkpoint.payload_json:
                 message = f"seal {payload.number} is not the one in the checkpoint"
-                self._add(self._upto, FindingKind.CHECKPOINT, message, seal=payload.number)
+                self._find(self._upto, FindingKind.CHECKPOINT, message, seal=payload.number)
 
     def _drop_retired(self, payload: SealPayload) -> None:
         for first, last in self._retired:
@@ -271,12 +273,12 @@ class TrailVerifier:
                 if self._expected.pop(position, None) is not None:
                     self._report.retired += 1
 
-    def add_event(self, position: int, content: str) -> None:
+    def _add_event(self, position: int, content: str) -> None:
         digest = digest_of(content)
         if position > self._upto:
             self._add_unsealed(position, content, digest)
             return
-        event_id = event_id_in(content)
+        event_id = storage.event_id_in(content)
         if content[_CREATED_AT] < self._created_after:
             self._backdated.append((position, _Mismatch(self._number, event_id=event_id)))
         expected = self._expected.pop(position, None)
@@ -297,7 +299,7 @@ class TrailVerifier:
 
     def _add_unsealed(self, position: int, content: str, digest: bytes) -> None:
         self._report.unsealed += 1
-        event_id = event_id_in(content)
+        event_id = storage.event_id_in(content)
         if self._mismatches or self._expected:  # this event may have been moved from there
             self._remember(position, _Mismatch(0, found=digest, event_id=event_id))
         if content[_CREATED_AT] < self._next_created_after <= self.database_time:
@@ -335,7 +337,7 @@ class TrailVerifier:
         if first == checkpoint.number and self._payload_digest != checkpoint.previous:
             kind = FindingKind.CHECKPOINT
             message = f"seal {self._number} is not the one before the checkpoint"
-        self._add(self._upto + 1, kind, message, seal=first)
+        self._find(self._upto + 1, kind, message, seal=first)
 
     def _explain_mismatches(self) -> None:
         """Tell changed, deleted and moved events apart, and add a finding for each."""
@@ -360,37 +362,39 @@ class TrailVerifier:
             else:
                 kind = FindingKind.DELETED
                 message = f"the event at position {position} is missing"
-            self._add_event_finding(kind, message, position, mismatch)
+            self._find(position, kind, message, event=mismatch)
         for position, backdated in self._backdated:
             message = (
                 f"the event at position {position} has a time before seal {backdated.seal - 1},"
                 " but was written after this seal"
             )
-            self._add_event_finding(FindingKind.INSERTED, message, position, backdated)
+            self._find(position, FindingKind.INSERTED, message, event=backdated)
         for position, unexpected in self._unexpected:
             if unexpected.found not in belongs_at and unexpected.seal:
                 message = (
                     f"the event at position {position} was written after seal {unexpected.seal}"
                 )
-                self._add_event_finding(FindingKind.INSERTED, message, position, unexpected)
+                self._find(position, FindingKind.INSERTED, message, event=unexpected)
 
-    def _add_event_finding(
-        self, kind: FindingKind, message: str, position: int, mismatch: _Mismatch
+    def _find_forged(self, reason: str) -> None:
+        message = f"seal {self._number}: {reason}"
+        self._find(self._upto, FindingKind.FORGED, message, seal=self._number)
+
+    def _find(
+        self,
+        position: int,
+        kind: FindingKind,
+        message: str,
+        *,
+        seal: int | None = None,
+        event: _Mismatch | None = None,
     ) -> None:
-        finding = AuditFinding(kind, message, mismatch.seal, position, mismatch.event_id)
+        """Add a finding about a seal, or about the event at the position."""
+        finding = AuditFinding(kind, message, seal)
+        if event is not None:
+            finding = AuditFinding(kind, message, event.seal, position, event.event_id)
         self._report.count += 1
         self._findings.append((position, finding))
-
-    def _add_forged(self, reason: str) -> None:
-        message = f"seal {self._number}: {reason}"
-        self._add(self._upto, FindingKind.FORGED, message, seal=self._number)
-
-    def _add(
-        self, position: int, kind: FindingKind, message: str, *, seal: int | None = None
-    ) -> None:
-        """Add a finding about a seal, sorted by a position."""
-        self._report.count += 1
-        self._findings.append((position, AuditFinding(kind, message, seal)))
 
 
 def _lower_bound(time: str | None) -> str:

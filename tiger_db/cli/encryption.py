@@ -56,14 +56,15 @@ def rotate_encryption_key(
 
     async def rotate(database: "tiger_db.Database") -> "tuple[tuple[str, ...], RotationReport]":
         async with database.session() as session:
-            total = await tiger_db.encryption_key_rotation.count_rows_to_rotate(session)
+            usage = await tiger_db.encryption_key_rotation.list_encryption_key_usage(session)
             provider = tiger_db.models.secrets.key_provider(session.sync_session)
-        assert provider is not None
+        key_ids = provider.key_ids if provider else ()
+        total = sum(use.rows for use in usage if use.key_id not in key_ids[:1])
         with output.progress("Checking" if dry_run else "Encrypting", total) as update:
             report = await tiger_db.encryption_key_rotation.rotate(
                 database, dry_run=dry_run, advance=lambda rows: update(advance=rows)
             )
-        return provider.key_ids, report
+        return key_ids, report
 
     key_ids, report = runtime.with_database(rotate)
     if as_json:
