@@ -1,4 +1,4 @@
-"""Secrets move to another key on a living system: nothing is lost, nothing is left behind."""
+"""Re-encryption with another key while others write: no secret is lost or left behind."""
 
 import asyncio
 import multiprocessing
@@ -39,7 +39,7 @@ processes = multiprocessing.get_context("forkserver")
 
 @pytest.fixture
 def using(clone_settings: Settings) -> Callable[[KeyProvider], Database]:
-    """One and the same database, under other keys."""
+    """Open the same database with other keys."""
     return lambda keys: Database(clone_settings, key_provider=keys)
 
 
@@ -62,7 +62,7 @@ async def uses(database: Database) -> list[EncryptionKeyUsage]:
         return await list_encryption_key_usage(session)
 
 
-async def test_every_secret_moves_to_the_first_key(using: Using) -> None:
+async def test_every_secret_is_encrypted_with_the_first_key(using: Using) -> None:
     async with using(K1) as old:
         before = await store(old, 3) + await store(old, secret_key=None, access_token=None)
         closed = await store(old)
@@ -104,7 +104,7 @@ async def test_each_batch_writes_its_event(using: Using, monkeypatch: pytest.Mon
     ]
 
 
-async def test_what_is_moved_already_costs_nothing(using: Using) -> None:
+async def test_rows_with_the_first_key_are_not_written_again(using: Using) -> None:
     async with using(K2) as both:
         await store(both, 3)
         await encryption_key_rotation.rotate(both)
@@ -174,7 +174,7 @@ async def test_a_key_is_not_retirable_while_one_row_needs_it(using: Using) -> No
 
 
 @pytest.mark.parametrize("garbage", ["''", "'x'", r"'\x0120'", r"'\x02026b31'", r"'\xff'"])
-async def test_what_is_no_ciphertext_is_told_of(using: Using, garbage: str) -> None:
+async def test_a_value_that_is_not_a_ciphertext_is_reported(using: Using, garbage: str) -> None:
     async with using(K2) as both:
         await store(both)
         async with both.session() as session:
@@ -211,7 +211,7 @@ async def test_without_keys_there_is_nothing_to_rotate_to(clone_settings: Settin
 # Beside others who write
 
 
-async def test_a_change_that_came_between_wins(using: Using) -> None:
+async def test_a_concurrent_change_wins(using: Using) -> None:
     async with using(K1) as old, using(K2) as both:
         (account,) = await store(old)
         (mapper,) = encrypted_entities()
@@ -230,7 +230,7 @@ async def test_a_change_that_came_between_wins(using: Using) -> None:
 
 @asynccontextmanager
 async def locked(database: Database, account: TigerAccount) -> AsyncIterator[Any]:
-    """A row that somebody is at, until another transaction waits for it."""
+    """Lock a row until another transaction waits for it."""
     async with database.session() as session:
         await accounts.update(session, account.id, access_token="changed meanwhile")
         yield session
@@ -240,7 +240,7 @@ async def locked(database: Database, account: TigerAccount) -> AsyncIterator[Any
                 await asyncio.sleep(0.01)
 
 
-async def test_a_locked_row_holds_up_nobody_and_is_moved_in_the_end(using: Using) -> None:
+async def test_a_locked_row_delays_no_other_row(using: Using) -> None:
     async with using(K1) as old, using(K2) as both:
         busy, *free = await store(old, 4)
         moved_first = asyncio.Event()
@@ -266,7 +266,7 @@ RINGS = [
 
 
 def write_until_told(settings: Settings, ids: list[UUID], told: Connection) -> None:
-    """In a process of its own: change accounts, and tell their last values in the end."""
+    """Change accounts in another process, and send their last values at the end."""
 
     async def run() -> dict[UUID, str]:
         last: dict[UUID, str] = {}
@@ -318,7 +318,7 @@ async def test_eight_writers_lose_no_update(clone_settings: Settings) -> None:
 
 
 def rotate_and_tell(settings: Settings, told: Connection) -> None:
-    """In a process of its own: rotate in small batches, telling of each."""
+    """Rotate in another process, and send the size of each batch."""
     encryption_key_rotation.BATCH_ROWS = 20
 
     async def run() -> None:
@@ -337,7 +337,7 @@ def start_rotating(settings: Settings) -> tuple[BaseProcess, Connection]:
 
 
 @pytest.mark.slow
-async def test_killed_in_the_middle_it_goes_on_where_it_was(clone_settings: Settings) -> None:
+async def test_a_killed_rotation_can_be_continued(clone_settings: Settings) -> None:
     async with Database(clone_settings, key_provider=K1) as database:
         await store(database, 400)
     async with Database(clone_settings, key_provider=K2) as database:
@@ -361,7 +361,7 @@ async def test_killed_in_the_middle_it_goes_on_where_it_was(clone_settings: Sett
         assert all(values_of(account) == SECRETS for account in await read(database))
 
 
-async def test_two_rotations_at_once_move_each_row_once(using: Using) -> None:
+async def test_concurrent_rotations_write_each_row_once(using: Using) -> None:
     async with using(K1) as old:
         await store(old, 60)
     async with using(K2) as one, using(K2) as other:

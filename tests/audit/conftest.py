@@ -1,4 +1,4 @@
-"""A sealed audit trail, and a superuser to whom no trigger applies."""
+"""A sealed audit trail, and a superuser for whom triggers are disabled."""
 
 import os
 import random
@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from uuid import UUID
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import SecretStr
 
-from tests.support.trail import SEALS, Trail, fetch_seals, fill, typical
+from tests.support.trail import SEALS, Trail, exported, fetch_seals, fill, typical
 from tiger_db import Database, Settings, crud
 from tiger_db.audit import export_checkpoint, read_checkpoint, seal
 from tiger_db.audit.storage import Connection
@@ -18,7 +19,7 @@ from tiger_db.signing import generate_signing_key
 
 @pytest.fixture
 def chance() -> random.Random:
-    """Chance that can be had again: a test that fails shows the seed."""
+    """Random numbers; a failed test prints their seed."""
     seed = int(os.environ.get("TIGER_DB_SEED") or random.randrange(2**32))
     print(f"again with TIGER_DB_SEED={seed}")  # noqa: T201
     return random.Random(seed)
@@ -39,7 +40,7 @@ async def signing(key_settings: Settings) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def superuser(clone_settings: Settings) -> AsyncIterator[Connection]:
-    """To whom no trigger applies."""
+    """A connection for which triggers are disabled."""
     connection = await connect(clone_settings)
     await connection.execute("SET session_replication_role = replica")
     yield connection
@@ -68,3 +69,15 @@ async def trail(signing: Database, superuser: Connection, chance: random.Random)
         sorted(set(range(1, payloads[-1].upto + 1)) - set(ids)),
         chance,
     )
+
+
+@pytest.fixture
+async def key(trail: Trail) -> Ed25519PublicKey:
+    own = await trail.database.signing_key()
+    assert own is not None
+    return own.public_key()
+
+
+@pytest.fixture
+async def lines(trail: Trail) -> list[str]:
+    return await exported(trail.database)

@@ -1,4 +1,4 @@
-"""No event and no seal is changed or deleted, by whoever may everything in the database."""
+"""Events and seals cannot be changed or deleted, with any privilege in the database."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -90,7 +90,7 @@ async def owner(database: Database) -> AsyncIterator[Connection]:
 
 @asynccontextmanager
 async def everything_granted(database: Database) -> AsyncIterator[Connection]:
-    """Somebody who owns nothing, and has every privilege that can be had."""
+    """A connection of a role that owns nothing and has all privileges."""
     role = f"tiger_db_test_{uuid4().hex}"
     async with owner(database) as connection:
         await connection.execute(f"CREATE ROLE {role}")
@@ -141,7 +141,7 @@ async def assert_refused(connection: Connection, sql: str) -> None:
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("who", [owner, everything_granted])
-async def test_what_changes_events_is_refused(
+async def test_statements_that_change_events_are_refused(
     sealed: Database, who: Callable[[Database], AbstractAsyncContextManager[Connection]]
 ) -> None:
     async with who(sealed) as connection:
@@ -157,7 +157,7 @@ async def test_what_changes_events_is_refused(
 
 
 @pytest.mark.schema_changes
-async def test_all_partitions_refuse_to_be_emptied(sealed: Database) -> None:
+async def test_no_partition_can_be_truncated(sealed: Database) -> None:
     async with owner(sealed) as connection:
         partitions = await connection.fetch(
             "SELECT inhrelid::regclass::text FROM pg_inherits"
@@ -213,7 +213,9 @@ async def test_sessions_change_no_event(
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("kind", TIMES)
-async def test_what_goes_straight_into_a_partition_has_a_place(sealed: Database, kind: str) -> None:
+async def test_an_event_inserted_into_a_partition_has_a_position(
+    sealed: Database, kind: str
+) -> None:
     async with owner(sealed) as connection:
         partition = (await tables(connection))[kind]
         before = datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""PostgreSQL is killed while all write and seal, and the trail moves to another cluster."""
+"""Crashes of PostgreSQL under load, prepared transactions, and a move to another cluster."""
 
 import asyncio
 import importlib.util
@@ -75,7 +75,7 @@ async def private(private_server: Settings) -> Settings:
 
 @dataclass
 class Told:
-    """The events that were acknowledged, and how often it was otherwise."""
+    """Ids of acknowledged events, and numbers of failures and sealed events."""
 
     acknowledged: set[UUID] = field(default_factory=set)
     unavailable: int = 0
@@ -141,7 +141,7 @@ async def assert_sealed_once(settings: Settings) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGQUIT], ids=lambda how: how.name)
-async def test_a_killed_server_under_load(
+async def test_a_killed_server_loses_no_acknowledged_event(
     private_server: Settings, private: Settings, how: signal.Signals
 ) -> None:
     told = Told()
@@ -175,7 +175,7 @@ async def test_a_killed_server_under_load(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [records, commits, copies])
-async def test_a_writer_that_is_cut_off_is_told(private: Settings, write: Write) -> None:
+async def test_a_disconnected_writer_gets_an_error(private: Settings, write: Write) -> None:
     """While it waits for the server, which goes away: two at once, so that COPY is what they do."""
     other = await connect(private)
     async with Database(private) as database, asyncio.timeout(20):
@@ -268,7 +268,7 @@ async def contents(connection: Connection) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("copy", [dump_and_restore, dump_as_sql])
-async def test_the_trail_in_another_cluster(
+async def test_a_dump_restored_in_another_cluster_is_verified(
     private: Settings,
     another_server: Settings,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Months are made ahead, events move into theirs, and old months leave when they are sealed."""
+"""Creation of months ahead of time, and retirement of sealed months."""
 
 import asyncio
 import time
@@ -63,7 +63,7 @@ async def keeper(keeping: Settings) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def other(signing: Settings) -> AsyncIterator[Connection]:
-    """A connection of a superuser, who knows nothing of tiger_db."""
+    """A connection of a superuser, without tiger_db."""
     connection = await connect(signing)
     yield connection
     await connection.close()
@@ -118,7 +118,7 @@ def uuid7_at(moment: datetime) -> UUID:
 
 
 class Writers:
-    """They write all the time, and none may fail; one of them may have a wrong clock."""
+    """Concurrent writers that must not fail; with `strays`, one has a wrong clock."""
 
     def __init__(self, database: Database, *, strays: bool = False) -> None:
         self.database = database
@@ -181,7 +181,7 @@ class Writers:
 
 
 @pytest.mark.schema_changes
-async def test_months_are_made(database: Database, other: Connection) -> None:
+async def test_missing_months_are_created(database: Database, other: Connection) -> None:
     before = await partitions(other)
     for ahead in (1, 5, MONTHS_AHEAD):
         await other.execute(f"DROP TABLE {partition(-ahead)}")
@@ -192,7 +192,7 @@ async def test_months_are_made(database: Database, other: Connection) -> None:
 
 
 @pytest.mark.schema_changes
-async def test_strays_move_into_their_months_while_others_write(
+async def test_events_move_into_new_months_while_others_write(
     database: Database, other: Connection
 ) -> None:
     await other.execute(f"DROP TABLE {partition(-1)}")
@@ -224,7 +224,7 @@ async def test_strays_move_into_their_months_while_others_write(
 
 
 async def waits(connection: Connection) -> bool:
-    """Whether somebody waits for a lock on events."""
+    """Return whether a transaction waits for a lock on `audit_logs`."""
     return bool(
         await connection.fetchval(
             "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'audit_logs'::regclass"
@@ -234,7 +234,7 @@ async def waits(connection: Connection) -> bool:
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("how", ["verify", "export"])
-async def test_who_verifies_while_strays_move_finds_them(
+async def test_verification_finds_events_that_move_meanwhile(
     database: Database, other: Connection, tmp_path: Path, how: str
 ) -> None:
     await put(other, 13)
@@ -263,7 +263,7 @@ async def test_who_verifies_while_strays_move_finds_them(
 @pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("later", [0, 1.2])  # before and after who waits looks for deadlocks
-async def test_a_writer_with_a_stray_is_no_victim(
+async def test_a_writer_of_an_old_event_is_no_deadlock_victim(
     database: Database, other: Connection, later: float
 ) -> None:
     """It has written in this month when the move begins, and out of it while that waits."""
@@ -301,7 +301,9 @@ async def retirements(connection: Connection) -> list[str]:
 
 
 @pytest.mark.schema_changes
-async def test_old_months_leave(database: Database, keeper: Database, other: Connection) -> None:
+async def test_old_months_are_retired(
+    database: Database, keeper: Database, other: Connection
+) -> None:
     await seal_five_months(database, other)
     before = await partitions(other)
     assert await audit.maintain(database) == audit.Maintenance()
@@ -324,7 +326,7 @@ async def test_old_months_leave(database: Database, keeper: Database, other: Con
 
 
 @pytest.mark.schema_changes
-async def test_after_that_the_report_has_no_problem(
+async def test_health_has_no_problem_after_a_retirement(
     database: Database, keeper: Database, other: Connection
 ) -> None:
     await seal_five_months(database, other)
@@ -334,7 +336,7 @@ async def test_after_that_the_report_has_no_problem(
     assert (report.problems, report.audit_months_ahead) == ([], MONTHS_AHEAD)
 
 
-async def test_an_empty_month_leaves_without_a_seal(
+async def test_an_empty_month_is_retired_without_a_seal(
     database: Database, keeper: Database, other: Connection
 ) -> None:
     await other.execute(
@@ -347,7 +349,7 @@ async def test_an_empty_month_leaves_without_a_seal(
 
 
 @pytest.mark.schema_changes
-async def test_what_has_left_does_not_come_back(
+async def test_a_retired_event_that_reappears_is_found(
     database: Database, keeper: Database, other: Connection
 ) -> None:
     await seal_five_months(database, other)
@@ -391,7 +393,7 @@ async def late(connection: Connection) -> str:
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("why", [unsealed, changed, put_there, late])
-async def test_a_month_stays_and_the_later_ones_too(
+async def test_a_month_that_cannot_be_retired_keeps_later_months(
     database: Database,
     keeper: Database,
     other: Connection,
@@ -408,7 +410,7 @@ async def test_a_month_stays_and_the_later_ones_too(
 
 
 @pytest.mark.schema_changes
-async def test_a_deleted_event_stays_deleted_when_its_month_leaves(
+async def test_a_deleted_event_is_found_after_its_month_is_retired(
     database: Database, keeper: Database, other: Connection
 ) -> None:
     await seal_five_months(database, other)
@@ -421,7 +423,7 @@ async def test_a_deleted_event_stays_deleted_when_its_month_leaves(
 
 
 @pytest.mark.schema_changes
-async def test_without_a_key_nothing_leaves(
+async def test_no_month_is_retired_without_a_key(
     clone_settings: Settings, database: Database, other: Connection
 ) -> None:
     await seal_five_months(database, other)
@@ -433,7 +435,7 @@ async def test_without_a_key_nothing_leaves(
 
 
 @pytest.mark.schema_changes
-async def test_a_retirement_signed_by_somebody_else(
+async def test_a_retirement_signed_with_another_key_is_a_forgery(
     database: Database, keeping: Settings, other: Connection
 ) -> None:
     await seal_five_months(database, other)
@@ -454,7 +456,7 @@ async def test_a_retirement_signed_by_somebody_else(
 
 @pytest.mark.slow
 @pytest.mark.schema_changes
-async def test_all_at_once_do_everything_once(
+async def test_concurrent_maintenance_does_everything_once(
     signing: Settings, database: Database, other: Connection
 ) -> None:
     rounds = 5
@@ -484,7 +486,7 @@ async def test_all_at_once_do_everything_once(
 @pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.usefixtures("impatient")
-async def test_a_long_transaction_is_not_waited_for(
+async def test_maintenance_gives_way_to_a_long_transaction(
     database: Database, keeper: Database, other: Connection
 ) -> None:
     await seal_five_months(database, other)

@@ -1,5 +1,6 @@
-"""A sealed audit trail, and what verification must find in it."""
+"""A sealed audit trail, and the findings that verification must return."""
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import text
 
 from tests.support import factories
-from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, crud
+from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity, Database, audit, crud
 from tiger_db.audit import AuditFinding, FindingKind, Verification
 from tiger_db.audit.seal_format import (
     Seal,
@@ -48,7 +49,7 @@ FIELDS: dict[str, Callable[[random.Random], Any]] = {
 
 
 def typical(chance: random.Random) -> AuditLog:
-    """An event with about half of what an event can tell."""
+    """An event with a random half of the optional fields."""
     told = {name: make(chance) for name, make in FIELDS.items() if chance.random() < 0.5}
     return factories.new_event(
         action=chance.choice([*AuditAction]),
@@ -60,7 +61,7 @@ def typical(chance: random.Random) -> AuditLog:
 
 @dataclass
 class Trail:
-    """What was sealed, and who can get at it."""
+    """A sealed trail, and a superuser who can tamper with it."""
 
     database: Database
     superuser: Connection
@@ -75,11 +76,11 @@ class Trail:
         return self.payloads[-1].upto
 
     def seal_of(self, position: int) -> int:
-        """The number of the seal that covers a position; the first has all before it too."""
+        """Return the number of the seal that covers a position."""
         return next(payload.number for payload in self.payloads if position <= payload.upto)
 
     async def check(self, checkpoint: Seal | None) -> Verification:
-        """As `audit.verify`, within the superuser's transaction."""
+        """Verify the trail within the superuser's transaction."""
         key = await self.database.signing_key()
         assert key is not None
         verifier = TrailVerifier([key.public_key()], checkpoint)
@@ -91,7 +92,7 @@ class Trail:
 
 
 async def fill(database: Database, chance: random.Random) -> None:
-    """A batch of typical events, and positions that were taken in vain."""
+    """Write a batch of typical events, with unused positions."""
     async with database.session() as session:
         for gaps in (2, 1):
             await crud.audit_logs.log_events(session, [typical(chance) for _ in range(HALF)])
@@ -135,3 +136,21 @@ async def insert_seal(
         made.signature,
         made.digests,
     )
+
+
+async def exported(database: Database, **options: Any) -> list[str]:
+    return [line async for line in audit.export(database, **options)]
+
+
+def events_of(lines: list[str]) -> dict[int, int]:
+    """Return the line number of each position."""
+    return {
+        json.loads(line)["position"]: number
+        for number, line in enumerate(lines)
+        if not line.startswith('{"seal"')
+    }
+
+
+def seals_of(lines: list[str]) -> list[int]:
+    """Return the line numbers of the seals."""
+    return [number for number, line in enumerate(lines) if line.startswith('{"seal"')]

@@ -1,4 +1,4 @@
-"""Whatever a superuser does to sealed events or to seals is found, and the first finding names it.
+"""Tampering by a superuser with sealed events or seals is found; the first finding names it.
 
 Each tampering happens with triggers disabled, in a transaction that is rolled back. The first of
 each way is committed too, for `audit.verify` to find.
@@ -523,7 +523,7 @@ async def test_every_tampering_is_found_and_named(trail: Trail, kind: FindingKin
 @pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("kind", FindingKind)
-async def test_verify_finds_what_is_committed(trail: Trail, kind: FindingKind) -> None:
+async def test_verify_finds_committed_tampering(trail: Trail, kind: FindingKind) -> None:
     await trail.superuser.execute(SAVE)
     ways = WAYS[kind] if kind != FindingKind.CHANGED else trail.chance.sample(WAYS[kind], 3)
     for way in ways:
@@ -536,7 +536,7 @@ async def test_verify_finds_what_is_committed(trail: Trail, kind: FindingKind) -
 
 
 @pytest.mark.slow
-async def test_whatever_a_statement_says(trail: Trail) -> None:
+async def test_any_forged_payload_is_a_finding(trail: Trail) -> None:
     """None of it makes verification fail in another way than by a finding."""
     for number in (1, SEALS):
         seal = await kept(trail, number)
@@ -554,13 +554,13 @@ async def test_whatever_a_statement_says(trail: Trail) -> None:
                 assert_found(verification, expected, f"{name}: {value}")
 
 
-async def test_a_checkpoint_of_somebody_else(trail: Trail) -> None:
+async def test_a_checkpoint_signed_with_another_key_is_a_finding(trail: Trail) -> None:
     forged = make_seal(Ed25519PrivateKey.generate(), trail.payloads[-1], b"")
     (found,) = (await audit.verify(trail.database, checkpoint=forged)).findings
     assert found.kind == FindingKind.CHECKPOINT
 
 
-async def test_what_comes_after_a_checkpoint_is_not_its_business(trail: Trail) -> None:
+async def test_a_checkpoint_does_not_cover_later_seals(trail: Trail) -> None:
     """An old checkpoint stands for what was sealed before it."""
     earlier = await kept(trail, 3)
     async with trail.superuser.transaction():
@@ -608,7 +608,7 @@ CAPTURES = {
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("capture", CAPTURES)
-async def test_what_prints_an_event_cannot_be_captured(
+async def test_objects_of_the_schema_cannot_change_what_is_verified(
     signing: Database, superuser: Connection, capture: str
 ) -> None:
     async with signing.session() as session:

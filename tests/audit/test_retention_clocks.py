@@ -1,4 +1,4 @@
-"""A forged `now()` retires nothing; neither do clocks that disagree."""
+"""No month is retired because of a forged `now()`, or while clocks disagree."""
 
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 
