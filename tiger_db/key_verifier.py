@@ -8,7 +8,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
-from types import TracebackType
 from typing import Self
 from uuid import UUID
 
@@ -63,6 +62,7 @@ class KeyVerifier:
         self._clock_offset = 0.0  # from monotonic time to the database's, in seconds since 1970
         self._yielded_at = 0.0  # monotonic time
         self._listener: asyncio.Task[None] | None = None
+        self._listening = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         """Check the schema. With memory, compare the triggers and start to listen.
@@ -78,23 +78,20 @@ class KeyVerifier:
         await self.database.check()
         if self.memory:
             await self._compare_triggers()
-            listening = asyncio.Event()
-            self._listener = asyncio.create_task(self._listen(listening))
+            settings = self.database.settings
+            listening = listen(settings, CHANNEL, self._handle_notification, self._hold_lease)
+            self._listener = asyncio.create_task(listening)
             with contextlib.suppress(TimeoutError):  # calls read the database until it listens
-                await asyncio.wait_for(listening.wait(), self.database.settings.db_connect_timeout)
+                await asyncio.wait_for(self._listening.wait(), settings.db_connect_timeout)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         """Stop listening. The database stays open."""
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])
             self._listener = None
+            self._listening.clear()
         self._clear()
 
     async def _compare_triggers(self) -> None:
@@ -212,23 +209,19 @@ class KeyVerifier:
         except (AttributeError, UnicodeEncodeError):  # not a string, or not a key
             return b""
 
-    async def _listen(self, listening: asyncio.Event) -> None:
-        """Listen for changes until cancelled. Set `listening` after the first heartbeat."""
-
-        async def hold_lease(connection: Connection) -> None:
-            while True:
-                sent = time.monotonic()
-                async with asyncio.timeout(LEASE_SECONDS):
-                    now = await connection.fetchval("SELECT clock_timestamp()")
-                # Notifications of transactions that were committed before this query arrive before
-                # its result. The offset is measured from the time of sending, so that a key may
-                # expire too early by the round trip, but never too late.
-                self._clock_offset = now.timestamp() - sent
-                self._valid_until = sent + LEASE_SECONDS
-                listening.set()
-                await asyncio.sleep(HEARTBEAT_SECONDS)
-
-        await listen(self.database.settings, CHANNEL, self._handle_notification, hold_lease)
+    async def _hold_lease(self, connection: Connection) -> None:
+        """Query the listening connection until it fails, and extend the lease after each answer."""
+        while True:
+            sent = time.monotonic()
+            async with asyncio.timeout(LEASE_SECONDS):
+                now = await connection.fetchval("SELECT clock_timestamp()")
+            # Notifications of transactions that were committed before this query arrive before its
+            # result. The offset is measured from the time of sending, so that a key may expire too
+            # early by the round trip, but never too late.
+            self._clock_offset = now.timestamp() - sent
+            self._valid_until = sent + LEASE_SECONDS
+            self._listening.set()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _handle_notification(self, payload: str | None) -> None:
         """Evict the keys of a notification: `key ID`, `account ID`, or `all` after a TRUNCATE."""

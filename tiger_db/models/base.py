@@ -279,16 +279,12 @@ def row_expression(entity: type[Entity], table: str) -> str:
 
     It is one value of type record: SQLAlchemy needs time for each column of a result.
     """
-    return f"ROW({column_list(entity, table)})"
-
-
-def column_list(entity: type[Entity], table: str) -> str:
-    """Return the columns of `row_expression`, for statements that asyncpg executes directly."""
-    return ", ".join(f"{table}.{name}{_cast(type_)}" for name, type_ in _columns(entity).items())
+    columns = [f"{table}.{name}{_cast(type_)}" for name, type_ in _columns(entity).items()]
+    return f"ROW({', '.join(columns)})"
 
 
 def column_names(entity: type[Entity]) -> list[str]:
-    """Return the names of `column_list`."""
+    """Return the names of the columns of `row_expression`."""
     return list(_columns(entity))
 
 

@@ -3,9 +3,8 @@
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -33,7 +32,7 @@ from tiger_db.errors import AccessDenied, InvalidAPIKey
 from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.api_keys import parse_address
 from tiger_db.models.audit_logs import insert_events
-from tiger_db.models.base import column_list, column_names, hydrate, merge_row, row_expression
+from tiger_db.models.base import column_names, hydrate, merge_row, row_expression
 from tiger_db.peppers import Peppers
 from tiger_db.redaction import redact_aggressively
 from tiger_db.sqlstates import raw_errors
@@ -41,12 +40,10 @@ from tiger_db.sqlstates import raw_errors
 if TYPE_CHECKING:
     import asyncpg
 
-_FIND = """
-SELECT {}, a.status::text, clock_timestamp() FROM api_keys AS k
+FIND_KEY = f"""
+SELECT {row_expression(APIKey, "k")}, a.status::text, clock_timestamp() FROM api_keys AS k
 LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
-"""
-FIND_KEY = _FIND.format(column_list(APIKey, "k"))
-_FIND_IN_SESSION = _FIND.format(row_expression(APIKey, "k"))
+"""  # noqa: S608  # names of columns
 _NAMES = column_names(APIKey)
 _COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that change with every use
 _RECORDED_CHARACTERS = 200  # of an address or user agent of a caller
@@ -64,6 +61,17 @@ class KeyRow(NamedTuple):
     values: Sequence[Any] = ()  # all columns, to hydrate the key
     columns: Mapping[str, Any] = {}  # by name, with account_status and without the counters
     now: float = 0.0  # the database's time in seconds since 1970
+
+    @classmethod
+    def of(cls, records: Sequence[Sequence[Any]]) -> Self:
+        """Return the row in the result of `FIND_KEY`."""
+        if not records:
+            return cls()
+        values, account_status, now = records[0]
+        by_name = dict(zip(_NAMES, values, strict=True), account_status=account_status)
+        for name in _COUNTERS:
+            del by_name[name]
+        return cls(values, by_name, now.timestamp())
 
 
 @dataclass(slots=True)
@@ -173,6 +181,7 @@ async def authorize_parsed_key(
     writer = limiter = context_of(info).out_of_band or in_session
     assert writer is not None
     assert limiter is not None
+    found: Sequence[Sequence[Any]]
     verified, counted = cached, False
     while not counted:
         row = KeyRow()
@@ -180,10 +189,11 @@ async def authorize_parsed_key(
             async with AsyncExitStack() as stack:
                 connection = None
                 if session is not None:
-                    row = await find_key(session, parsed.prefix)
+                    found = await execute_driver_sql(session, FIND_KEY, parsed.prefix)
                 else:
                     connection = await stack.enter_async_context(writer.connection())
-                    row = await _find_out_of_band(connection, parsed.prefix)
+                    found = await connection.fetch(FIND_KEY, parsed.prefix)
+                row = KeyRow.of(found)
                 if verified is None or verified.columns != row.columns:
                     await stack.aclose()  # a slow hash must not hold a connection
                     connection = None
@@ -212,26 +222,6 @@ async def authorize_parsed_key(
         assert session is not None
         await count_in_session(session, verified.key, row.now)
     return verified
-
-
-async def find_key(session: AsyncSession, prefix: str) -> KeyRow:
-    """Read the row of a key by its prefix, after a flush of the session."""
-    rows: Sequence[Sequence[Any]] = await execute_driver_sql(session, _FIND_IN_SESSION, prefix)
-    return _key_row(*rows[0]) if rows else KeyRow()
-
-
-async def _find_out_of_band(
-    connection: "asyncpg.Connection[asyncpg.Record]", prefix: str
-) -> KeyRow:
-    record = await connection.fetchrow(FIND_KEY, prefix)
-    return _key_row(record[:-2], *record[-2:]) if record else KeyRow()
-
-
-def _key_row(values: Sequence[Any], account_status: str | None, now: datetime) -> KeyRow:
-    by_name = dict(zip(_NAMES, values, strict=True), account_status=account_status)
-    for name in _COUNTERS:
-        del by_name[name]
-    return KeyRow(values, by_name, now.timestamp())
 
 
 async def _verify(
