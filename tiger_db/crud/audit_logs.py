@@ -184,17 +184,17 @@ def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]
 
 
 class Criteria(TypedDict, total=False):
-    """The criteria of `search`. None matches every event."""
+    """The criteria of `search`. A criterion that is None matches every event."""
 
-    since: datetime | None  # inclusive, aware; compared with the time in the event's id
-    until: datetime | None  # exclusive, aware; compared with the time in the event's id
-    actions: Sequence[AuditAction]  # one of them; empty: all
-    results: Sequence[AuditResult]  # one of them; empty: all
-    severities: Sequence[AuditSeverity]  # one of them; empty: all
+    since: datetime | None  # inclusive; aware; compared with the time in the event's id
+    until: datetime | None  # exclusive
+    actions: Sequence[AuditAction]  # the event has one of these; an empty list matches all
+    results: Sequence[AuditResult]
+    severities: Sequence[AuditSeverity]
     account_id: UUID | None
     api_key_id: UUID | None
     user_id: str | None
-    ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None  # or its network
+    ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None  # network or address
     session_id: str | None
     request_id: str | None
     resource: str | None  # the type, the id, or `type/id`
@@ -253,7 +253,7 @@ async def get_security_events(
 
 
 def conditions(**criteria: Unpack[Criteria]) -> list[ColumnElement[bool]]:
-    """Return the SQL conditions of the given criteria.
+    """Return the SQL conditions for the given criteria.
 
     Raises:
         InvalidValue: as `search`.

@@ -30,7 +30,7 @@ _FIXED = {"id", "created_at", "updated_at", "auto_suspended"}
 
 
 async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
-    """Store a new account. If no expiry of its access token is given, it is read from the token.
+    """Store a new account. The expiry of its access token is read from the token, unless given.
 
     Raises:
         AlreadyExists: the account number is taken (`reopen` a closed account instead), or there is
@@ -39,9 +39,9 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
         InvalidValue: the account is closed or `auto_suspended`.
     """
     if account.status == AccountStatus.CLOSED:
-        raise InvalidValue("status: an account is closed by `close`, not created so")
+        raise InvalidValue("status: a new account cannot be closed")
     if account.auto_suspended:
-        raise InvalidValue("auto_suspended: an account is suspended so by `record_error` alone")
+        raise InvalidValue("auto_suspended: only `record_error` sets this")
     if account.access_token is not None:
         account.token_expires_at = account.check_not_stale(
             account.access_token.get_secret_value(), account.token_expires_at
@@ -57,7 +57,7 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
 async def update(session: AsyncSession, account_id: UUID, **changes: object) -> TigerAccount:
     """Change all given fields of an account, or none of them.
 
-    If no expiry of a new access token is given, it is read from the token. `reset_errors` does not
+    The expiry of a new access token is read from the token, unless given. `reset_errors` does not
     lift a suspension that is set here.
 
     Raises:
@@ -160,9 +160,9 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
     closes = values.get("status", account.status) == AccountStatus.CLOSED
     if account.status != AccountStatus.CLOSED:
         if closes:
-            raise InvalidValue("status: an account is closed by `close`, which ends its keys too")
+            raise InvalidValue("status: use `close`, which also revokes the API keys")
     elif not closes or any(values.get(name, old) != old for name, old in CLOSED_VALUES.items()):
-        raise InvalidState("the account is closed: `reopen` gives it credentials again")
+        raise InvalidState("the account is closed: use `reopen`, which stores new credentials")
 
 
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:

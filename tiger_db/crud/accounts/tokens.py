@@ -49,7 +49,7 @@ async def update_tokens(
             account,
             {"status": AccountStatus.ACTIVE},
             action=AuditAction.ACCOUNT_STATUS_CHANGE,
-            details={"reason": "the answer that was missed has come", "refresh": str(refresh_id)},
+            details={"reason": "its refresh returned a token late", "refresh": str(refresh_id)},
         )
     return account
 
