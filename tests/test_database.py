@@ -49,7 +49,7 @@ async def test_a_session_rolls_back_on_an_exception(
 
 
 @pytest.mark.parametrize("how", [asyncio.CancelledError, TimeoutError])
-async def test_cancelling_a_query_cancels_its_task_and_costs_no_connection(
+async def test_cancelling_a_query_cancels_its_task_and_loses_no_connection(
     database: Database, how: type[BaseException]
 ) -> None:
     limit = asyncio.timeout(None)
@@ -82,7 +82,7 @@ async def somebody_sleeps(database: Database) -> None:
             await connection.rollback()  # the next look is a new one
 
 
-async def test_a_query_that_takes_too_long_is_stopped(settings: Settings) -> None:
+async def test_a_query_is_cancelled_after_its_timeout(settings: Settings) -> None:
     hurried = settings.model_copy(update={"db_query_timeout": 0.05})
     async with Database(hurried) as database:
         with pytest.raises(QueryTimeout, match="statement timeout"):
@@ -105,7 +105,7 @@ async def test_errors_and_logs_hide_parameters(
     assert "my secret" not in logged
 
 
-async def test_sessions_speak_utc(database: Database) -> None:
+async def test_sessions_use_utc(database: Database) -> None:
     async with database.session() as session:
         assert await session.scalar(text("SHOW timezone")) == "UTC"
 
@@ -113,7 +113,7 @@ async def test_sessions_speak_utc(database: Database) -> None:
 # Keys
 
 
-async def test_two_databases_in_one_process_keep_their_keys_apart(clone: Database) -> None:
+async def test_two_databases_in_one_process_have_separate_keys(clone: Database) -> None:
     other_keys = clone.settings.model_copy(
         update={"encryption_keys": SecretStr(generate_key("other"))}
     )
@@ -132,7 +132,7 @@ async def test_two_databases_in_one_process_keep_their_keys_apart(clone: Databas
             plain(accounts[sealed.id].private_key)
 
 
-async def test_after_a_change_of_keys_the_old_one_still_reads_and_finds(clone: Database) -> None:
+async def test_after_a_change_of_keys_the_old_key_still_decrypts_and_finds(clone: Database) -> None:
     async with clone.session() as session:
         account = await factories.account(session, tiger_id="20159999")
     assert clone.settings.encryption_keys
@@ -220,7 +220,7 @@ async def test_rows_are_usable_when_everything_is_closed(clone_settings: Setting
 # Schemas
 
 
-async def test_a_missing_schema_is_told_and_then_found(empty_database: Settings) -> None:
+async def test_a_missing_schema_is_an_error_until_it_exists(empty_database: Settings) -> None:
     async with Database(empty_database) as database:
         for _ in range(2):
             with pytest.raises(SchemaMismatch, match="no tiger_db schema: run `tiger-db init`"):
@@ -233,7 +233,7 @@ async def test_a_missing_schema_is_told_and_then_found(empty_database: Settings)
 
 
 @pytest.mark.schema_changes
-async def test_a_schema_of_a_newer_version_is_told(clone_settings: Settings) -> None:
+async def test_a_schema_of_a_newer_version_is_an_error(clone_settings: Settings) -> None:
     connection = await connect(clone_settings)
     await connection.execute("UPDATE alembic_version SET version_num = 'from the future'")
     await connection.close()

@@ -1,4 +1,4 @@
-"""Transactions that are run again, and those that must not be."""
+"""Retries of transactions."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -54,7 +54,7 @@ class Meeting:
 
 
 @pytest.mark.slow
-async def test_after_a_deadlock_one_is_run_again_from_its_start_and_both_succeed(
+async def test_after_a_deadlock_one_transaction_is_repeated_and_both_succeed(
     clone: Database, accounts: list[UUID]
 ) -> None:
     meeting = Meeting()
@@ -79,7 +79,7 @@ async def test_after_a_deadlock_one_is_run_again_from_its_start_and_both_succeed
             assert account.error_count == 2
 
 
-async def test_serializable_transactions_that_contradict_each_other_succeed_one_after_the_other(
+async def test_conflicting_serializable_transactions_succeed_one_after_the_other(
     clone: Database, accounts: list[UUID]
 ) -> None:
     """Each writes what it has read of the other: at most one may have read the beginning."""
@@ -132,7 +132,7 @@ async def cut(session: AsyncSession, locked: UUID) -> None:
         (bad_input, NotFound, 1),
     ],
 )
-async def test_what_does_not_succeed_in_the_end_is_one_typed_line(
+async def test_the_last_failure_is_a_typed_error_of_one_line(
     clone: Database,
     accounts: list[UUID],
     monkeypatch: pytest.MonkeyPatch,
@@ -162,7 +162,7 @@ async def test_what_does_not_succeed_in_the_end_is_one_typed_line(
 
 
 @pytest.mark.slow
-async def test_a_connection_lost_before_the_commit_is_no_reason_to_give_up(
+async def test_a_transaction_is_repeated_after_a_loss_before_the_commit(
     clone: Database,
 ) -> None:
     runs = 0
@@ -186,7 +186,7 @@ async def test_a_connection_lost_before_the_commit_is_no_reason_to_give_up(
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("inside", [False, True])
-async def test_a_connection_lost_during_the_commit_is_told_and_nothing_is_run_again(
+async def test_a_transaction_is_not_repeated_after_a_loss_during_the_commit(
     clone: Database, inside: bool
 ) -> None:
     """Also where the function commits itself."""
@@ -226,7 +226,7 @@ async def test_a_connection_lost_during_the_commit_is_told_and_nothing_is_run_ag
     assert len(pids) == 1
 
 
-async def test_who_idles_in_a_transaction_is_cut_off_and_told(clone: Database) -> None:
+async def test_an_idle_transaction_is_ended_with_a_typed_error(clone: Database) -> None:
     hurried = clone.settings.model_copy(update={"db_idle_transaction_timeout": 0.1})
     async with Database(hurried) as database:
         with pytest.raises(DatabaseUnavailable) as caught:

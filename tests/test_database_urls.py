@@ -1,4 +1,4 @@
-"""URLs and lists of hosts mean what libpq takes them to mean, on every Python."""
+"""URLs and lists of hosts have the meaning of libpq."""
 
 import re
 from ipaddress import IPv6Address
@@ -85,7 +85,7 @@ def urls(draw: st.DrawFn) -> str:
 @example(text="postgresql://u@localhost:5433/d?host=/cloudsql/one")
 @example(text="postgresql://h1:1,h2:2/d?port=3")
 @example(text="postgresql://h/d?options=-csearch_path%3Dx+y&user=u&user=v&password=")
-def test_a_url_means_what_libpq_takes_it_to_mean(text: str) -> None:
+def test_a_url_has_the_meaning_of_libpq(text: str) -> None:
     expected = by_libpq(text)
     assert expected is not None
     url = parse_url(text)
@@ -107,7 +107,7 @@ TOKENS = [
 @example(tokens=["[", "::1", "]", "h"])
 @example(tokens=["?", "="])
 @example(tokens=["u", ":", "1", "@", "h", ":", "1", "?", "host=", "&", "port=", "&", "user="])
-def test_whatever_is_accepted_libpq_takes_to_mean_the_same(tokens: list[str]) -> None:
+def test_each_accepted_url_has_the_same_meaning_for_libpq(tokens: list[str]) -> None:
     text = f"postgresql://{''.join(tokens)}"
     assume(not re.search(r"host=[^&]*(:|%3A|\[)", text))  # SQLAlchemy's form, which libpq lacks
     try:
@@ -118,7 +118,7 @@ def test_whatever_is_accepted_libpq_takes_to_mean_the_same(tokens: list[str]) ->
 
 
 @given(host=HOSTS, port=PORTS)
-def test_sqlalchemy_s_form_of_a_list_is_accepted_too(host: str, port: str) -> None:
+def test_sqlalchemy_s_form_of_a_list_of_hosts_is_accepted(host: str, port: str) -> None:
     named = f"[{host}]" if ":" in host and host[0] != "/" else host
     own = "" if host[0] == "/" else f":{port}"
     text = f"postgresql+asyncpg:///d?host=h1,{quote(named + own)}&port=9"
@@ -150,12 +150,12 @@ def test_an_address_as_text_names_the_host_and_ends_with_the_port(host: str, por
 @pytest.mark.parametrize(
     "host", ["", "/run", "localhost", "LOCALHOST", "127.1.2.3", "::1", "::ffff:127.0.0.1"]
 )
-def test_a_local_address_is_told(host: str) -> None:
+def test_a_local_address_is_recognized(host: str) -> None:
     assert Address(host).is_local
 
 
 @given(host=st.ip_addresses().filter(lambda ip: not ip.is_loopback).map(str) | NAMES)
-def test_a_remote_address_is_told(host: str) -> None:
+def test_a_remote_address_is_recognized(host: str) -> None:
     assert Address(host).is_local == (host == "localhost")
 
 
@@ -176,7 +176,7 @@ def test_a_remote_address_is_told(host: str) -> None:
         f"postgresql://u:{SECRET}@h/d?user=a=b",
     ],
 )
-def test_what_cannot_be_told_apart_is_refused_and_not_shown(text: str) -> None:
+def test_an_ambiguous_list_of_hosts_is_refused_and_not_shown(text: str) -> None:
     with pytest.raises(ValueError, match=r"^DATABASE_URL is not a valid URL") as caught:
         parse_url(text)
     assert SECRET not in str(caught.value)

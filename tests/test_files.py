@@ -1,4 +1,4 @@
-"""Output files on whatever may be at their path; devices are made here, never the machine's own."""
+"""Output files at paths of files, links, pipes and devices. The tests create the devices."""
 
 import errno
 import fcntl
@@ -45,7 +45,7 @@ def test_a_new_file_appears_when_it_is_complete(tmp_path: Path, overwrite: bool)
     assert (mode(path), names(tmp_path)) == (0o600, ["out"])
 
 
-def test_a_file_is_replaced_only_when_told(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text("old")
     path.chmod(0o644)
@@ -57,7 +57,7 @@ def test_a_file_is_replaced_only_when_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
-def test_what_fails_or_is_cancelled_leaves_the_old_file(
+def test_a_failure_or_cancellation_leaves_the_old_file(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     old, new = tmp_path / "old", tmp_path / "fresh"
@@ -69,7 +69,7 @@ def test_what_fails_or_is_cancelled_leaves_the_old_file(
     assert (old.read_text(), names(tmp_path)) == ("old", ["old"])
 
 
-def test_what_comes_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_file_created_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     with (
         pytest.raises(AlreadyExists, match=str(second)),
@@ -85,7 +85,7 @@ def test_what_comes_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
-def test_a_file_system_without_hard_links_will_do(
+def test_a_file_system_without_hard_links_is_supported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """As FAT is, which cannot be mounted everywhere."""
@@ -103,7 +103,7 @@ def test_a_file_system_without_hard_links_will_do(
     assert (path.read_text(), names(tmp_path)) == ("mine", ["out"])
 
 
-def test_what_goes_stays_until_the_others_are_there(tmp_path: Path) -> None:
+def test_the_removed_file_exists_until_the_new_files_exist(tmp_path: Path) -> None:
     new, stale, pipe = (tmp_path / name for name in ("new", "stale", "pipe"))
     stale.write_text("old")
     with pytest.raises(AlreadyExists), output_files(new, overwrite=False, without=stale):
@@ -129,7 +129,7 @@ def test_an_error_names_the_path_that_was_given(tmp_path: Path) -> None:
 # Links
 
 
-def test_a_link_stands_for_what_it_leads_to(tmp_path: Path) -> None:
+def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     target, link = tmp_path / "far/target", tmp_path / "link"
     target.write_text("old")
@@ -145,7 +145,7 @@ def test_a_link_stands_for_what_it_leads_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_link_to_nothing_or_in_a_circle_is_refused(tmp_path: Path, overwrite: bool) -> None:
+def test_a_broken_or_circular_link_is_refused(tmp_path: Path, overwrite: bool) -> None:
     link, circle = tmp_path / "link", tmp_path / "circle"
     link.symlink_to("target")
     circle.symlink_to("circle")
@@ -161,7 +161,7 @@ def test_a_link_to_nothing_or_in_a_circle_is_refused(tmp_path: Path, overwrite: 
 
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_device_is_written_into(tmp_path: Path, *, overwrite: bool, linked: bool) -> None:
+def test_a_device_is_written_to(tmp_path: Path, *, overwrite: bool, linked: bool) -> None:
     null, full = (device(tmp_path / str(n), stat.S_IFCHR, 1, n) for n in (3, 7))
     before = {path: path.lstat() for path in (null, full)}
     if linked:
@@ -173,7 +173,7 @@ def test_a_device_is_written_into(tmp_path: Path, *, overwrite: bool, linked: bo
     assert names(tmp_path) == ["3", "7", "link"][: 2 + linked]
 
 
-def test_a_disk_is_replaced_by_nothing_and_written_into_only_when_told(tmp_path: Path) -> None:
+def test_a_disk_is_never_replaced_and_written_to_only_with_overwrite(tmp_path: Path) -> None:
     disk = device(tmp_path / "disk", stat.S_IFBLK, 240, 77)  # for experiments: there is none
     with pytest.raises(AlreadyExists, match=str(disk)):
         write(disk)
@@ -183,7 +183,7 @@ def test_a_disk_is_replaced_by_nothing_and_written_into_only_when_told(tmp_path:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_pipe_is_written_into_once_it_has_a_reader(tmp_path: Path, overwrite: bool) -> None:
+def test_a_pipe_is_written_to_when_it_has_a_reader(tmp_path: Path, overwrite: bool) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writing = threading.Thread(target=write, args=[pipe], kwargs={"overwrite": overwrite})
@@ -203,7 +203,7 @@ def test_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert Path("socket").is_socket()
 
 
-def test_an_inherited_descriptor_is_written_into(tmp_path: Path) -> None:
+def test_an_inherited_descriptor_is_written_to(tmp_path: Path) -> None:
     """Where it stands, even if it is a file's: as `>>` has opened it."""
     link = tmp_path / "link"
     reader, pipe = os.pipe()

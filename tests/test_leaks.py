@@ -1,4 +1,4 @@
-"""What a thief of the database, a dump, the server's log or an error report would find."""
+"""No secrets in the database's files, dumps, the server's log and error messages."""
 
 import asyncio
 import base64
@@ -154,14 +154,14 @@ async def cut_off(database: Database) -> str:
 
 
 @pytest.mark.slow
-def test_errors_tell_no_secret(witness: Witness) -> None:
+def test_errors_contain_no_secret(witness: Witness) -> None:
     assert len(witness.raised) == 3
     for shown in witness.raised:
         witness.assert_safe(shown.encode())
 
 
 @pytest.mark.parametrize("format_", ["plain", "custom", "directory", "plain --inserts"])
-def test_a_dump_tells_no_secret(witness: Witness, tmp_path: Path, format_: str) -> None:
+def test_a_dump_contains_no_secret(witness: Witness, tmp_path: Path, format_: str) -> None:
     programs = Path(psutil.Process(witness.server.pid).exe()).parent
     arguments = witness.server.connect_args(witness.settings)
     dump = tmp_path / "dump"
@@ -181,14 +181,14 @@ def test_a_dump_tells_no_secret(witness: Witness, tmp_path: Path, format_: str) 
 
 
 @pytest.mark.slow
-def test_the_files_of_the_server_hold_no_secret(witness: Witness) -> None:
+def test_the_files_of_the_server_contain_no_secret(witness: Witness) -> None:
     content = contents(witness.server.folder / "data")  # tables, indexes, write-ahead log
     assert PUBLIC.encode() in content
     assert SEEN.encode() in content
     witness.assert_safe(content)
 
 
-def test_the_log_of_every_statement_tells_no_secret(witness: Witness) -> None:
+def test_the_log_of_all_statements_contains_no_secret(witness: Witness) -> None:
     content = (witness.server.folder / "log").read_bytes()
     assert re.search(rb"INSERT INTO tiger_accounts", content)
     assert re.search(rb"parameters: \$1 = ", content, re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""No token, key or password comes through; what people need to read does."""
+"""Secrets are masked, and other text is not."""
 
 import base64
 import json
@@ -89,7 +89,7 @@ def asked(url: str) -> str:
     return str(caught.value)
 
 
-def test_what_the_sdk_says_of_a_request_that_failed() -> None:
+def test_the_message_of_the_sdk_for_a_failed_request_is_masked() -> None:
     told = asked("http://127.0.0.1:1/gateway")
     assert leaked(told, TOKEN, SIGN, "institutional") == []
     shown = redact_aggressively(told)
@@ -104,7 +104,7 @@ def test_what_the_sdk_says_of_a_request_that_failed() -> None:
         assert word in shown
 
 
-def test_what_the_sdk_says_of_an_answer_that_is_none() -> None:
+def test_the_message_of_the_sdk_for_a_malformed_answer_is_masked() -> None:
     data = json.dumps({"token": "short", "expires": 1}, separators=(",", ":"))
     answer = json.dumps({"code": 4, "message": "access forbidden", "data": data, "sign": SIGN})
     with gateway(answer.encode()) as url:
@@ -118,7 +118,7 @@ def test_what_the_sdk_says_of_an_answer_that_is_none() -> None:
     assert rf'\\"token\\":\\"{MASK}\\",\\"expires\\":1' in shown
 
 
-def test_what_the_sdk_logs_of_a_refresh() -> None:
+def test_the_log_of_the_sdk_for_a_refresh_is_masked() -> None:
     told = f"refresh token, old:{TOKEN}, new:{NEW_TOKEN}"
     assert redact_aggressively(told) == f"refresh token, old:{MASK}, new:{MASK}"
     told = f"load token from changed token file, old: {TOKEN}, new:{NEW_TOKEN}"
@@ -164,7 +164,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_secret_is_told_by_its_form(name: str) -> None:
+def test_a_secret_is_recognized_by_its_form(name: str) -> None:
     text, secret = FORMS[name]
     assert leaked(text, secret) == []
 
@@ -207,7 +207,7 @@ NAMED = [
 
 
 @pytest.mark.parametrize("text", NAMED)
-def test_a_secret_is_told_by_its_name(text: str) -> None:
+def test_a_secret_is_recognized_by_its_name(text: str) -> None:
     shown = redact_aggressively(f"before {text} after")
     assert "hunter2" not in shown
     assert MASK in shown
@@ -275,7 +275,7 @@ def test_a_known_secret_in_any_text_is_masked(before: str, secret: str, after: s
     assert secret not in redact_aggressively(before + secret + after, secret)
 
 
-def test_the_longer_of_two_known_secrets_is_masked_whole() -> None:
+def test_the_longer_of_two_known_secrets_is_masked_completely() -> None:
     assert redact_aggressively("long-and-longer", "long", "long-and-longer", "and") == MASK
 
 
@@ -313,11 +313,11 @@ def test_a_known_secret_of_a_letter_does_not_mask_every_word() -> None:
         f"ends with {MASK}",
     ],
 )
-def test_an_ordinary_text_stays_as_it_is(text: str) -> None:
+def test_an_ordinary_text_is_unchanged(text: str) -> None:
     assert redact_aggressively(text) == text
 
 
-def test_what_is_around_a_secret_stays() -> None:
+def test_the_text_around_a_secret_is_unchanged() -> None:
     assert redact_aggressively(f"key\n{PEM}of account 1") == f"key\n{MASK}\nof account 1"
     assert (
         redact_aggressively(f"{API_KEY} was denied") == f"tdb_live_0123456789Ab_{MASK} was denied"
@@ -330,7 +330,7 @@ def test_what_is_around_a_secret_stays() -> None:
 @pytest.mark.parametrize(
     ("number", "shown"), [("51230321", "****0321"), ("12345", "*2345"), ("1234", "****"), ("", "")]
 )
-def test_of_an_account_number_four_characters_show(number: str, shown: str) -> None:
+def test_a_masked_account_number_shows_at_most_four_characters(number: str, shown: str) -> None:
     assert mask_account_number(number) == shown
 
 
@@ -348,7 +348,7 @@ for start in ("", "token:", "token", "a" * 60, "-----BEGIN A-----"):
 
 
 @pytest.mark.slow
-def test_a_long_text_takes_no_long_time() -> None:
+def test_a_long_text_is_masked_in_linear_time() -> None:
     root = Path(__file__).parent.parent
     # Ten seconds at most; a square of the length is hours.
     subprocess.run([sys.executable, "-c", TIMED], check=True, timeout=60, cwd=root, env=os.environ)
@@ -367,7 +367,7 @@ def test_a_long_text_takes_no_long_time() -> None:
         "sign", "Signature", "PIN", "otp", "pepper", "x" * 999 + "_token",
     ],
 )  # fmt: skip
-def test_a_name_tells_of_a_secret(name: str) -> None:
+def test_a_name_of_a_secret_is_recognized(name: str) -> None:
     assert is_secret_name(name)
 
 
@@ -381,7 +381,7 @@ def test_a_name_tells_of_a_secret(name: str) -> None:
         "encryption_key_version", "design", "spin", "shipping",
     ],
 )  # fmt: skip
-def test_a_name_tells_of_no_secret(name: str) -> None:
+def test_a_name_of_no_secret_is_recognized(name: str) -> None:
     assert not is_secret_name(name)
 
 
@@ -402,7 +402,7 @@ def test_names_of_secrets_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in FORMS if "digest" not in n and "only" not in n])
-def test_a_secret_beyond_doubt_is_masked_by_its_form(name: str) -> None:
+def test_redact_known_masks_a_secret_by_its_form(name: str) -> None:
     text, secret = FORMS[name]
     if name in {
         "PEM, cut off at its beginning",
@@ -414,7 +414,7 @@ def test_a_secret_beyond_doubt_is_masked_by_its_form(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", [*NAMED, "pin=hunter2", "accessKey: hunter2", "cookie=hunter2"])
-def test_a_secret_beyond_doubt_is_masked_by_its_name(text: str) -> None:
+def test_redact_known_masks_a_secret_by_its_name(text: str) -> None:
     shown = redact_known(f"before {text} after")
     assert "hunter2" not in shown
     assert shown.startswith("before ")
@@ -423,6 +423,6 @@ def test_a_secret_beyond_doubt_is_masked_by_its_name(text: str) -> None:
 @pytest.mark.parametrize(
     "text", [bytes(range(32)).hex(), "MIIxyz", f"MII{'A' * 96}", SIGN, "a" * 100, "shipping: 1"]
 )
-def test_what_may_be_no_secret_stays(text: str) -> None:
+def test_redact_known_keeps_other_random_text(text: str) -> None:
     assert redact_known(text) == text
     assert redact_known(f"see {text}, 2") == f"see {text}, 2"

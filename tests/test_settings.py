@@ -1,4 +1,4 @@
-"""What the environment may say, what it means, and what it never shows."""
+"""Settings from environment variables, and messages that show no values."""
 
 import os
 import subprocess
@@ -122,7 +122,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name in BAD for text in BAD[name]])
-def test_a_bad_value_is_one_line_that_names_the_variable(
+def test_the_message_of_a_bad_value_is_one_line_that_names_the_variable(
     name: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, text)
@@ -173,13 +173,13 @@ def test_a_nul_is_refused(name: str) -> None:
     assert name in refused(**{name.lower(): "postgresql://h/\0"})
 
 
-def test_every_bad_variable_is_named_in_the_one_line() -> None:
+def test_the_message_names_all_bad_variables() -> None:
     message = refused(db_port=0, db_pool_size="x")
     assert "DB_PORT: " in message
     assert "DB_POOL_SIZE: " in message
 
 
-def test_an_argument_that_is_no_setting_is_refused() -> None:
+def test_an_unknown_setting_is_refused() -> None:
     assert "DB_HOTS" in refused(db_hots=SECRET)
 
 
@@ -245,7 +245,7 @@ def test_production_needs_encryption_keys() -> None:
         "true", SECRET, 20270131, True,
     ],
 )  # fmt: skip
-def test_a_day_that_is_none_is_named(bad: object) -> None:
+def test_a_malformed_date_is_refused(bad: object) -> None:
     message = refused(api_keys_allow_unpeppered_until=bad)
     assert message == "API_KEYS_ALLOW_UNPEPPERED_UNTIL: must be a date such as 2027-01-31"
 
@@ -268,9 +268,7 @@ def elsewhere(host: str) -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize(
     "host", ["db.example", "10.1.2.3", "[fd00::1]", "[::ffff:10.1.2.3]", "127.1", "0.0.0.0"]
 )
-def test_in_production_a_server_elsewhere_has_to_prove_who_it_is(
-    host: str, mode: str | None
-) -> None:
+def test_in_production_a_remote_server_needs_verify_full(host: str, mode: str | None) -> None:
     """Each name counts that is not this machine's for certain, whatever it resolves to."""
     production = {"environment": "production", "db_password": SECRET}
     for name, place in elsewhere(host).items():
@@ -289,7 +287,7 @@ def test_in_production_a_server_elsewhere_has_to_prove_who_it_is(
 
 
 @pytest.mark.parametrize("mode", WEAK[1:])
-def test_the_mode_in_the_url_is_the_one_that_counts(mode: str) -> None:
+def test_the_sslmode_of_the_url_takes_precedence(mode: str) -> None:
     given = {"environment": "production", "db_ssl_mode": "verify-full"}
     url = f"postgresql://u:{SECRET}@db.example/d?sslrootcert=/ca.crt&sslmode="
     told = refused(**given, database_url=url + mode)
@@ -299,7 +297,7 @@ def test_the_mode_in_the_url_is_the_one_that_counts(mode: str) -> None:
 
 
 @pytest.mark.parametrize("query", ["host=db.example", "host=localhost,db.example", "port=1"])
-def test_a_host_in_the_query_counts_as_one_before_it(query: str) -> None:
+def test_a_host_in_the_query_replaces_the_one_before_it(query: str) -> None:
     url = f"postgresql://{'db.example' if 'host' not in query else 'localhost'}/d?{query}"
     assert "verify-full" in refused(environment="production", database_url=url)
     # libpq would connect there, and verify the certificate of `host`.
@@ -307,7 +305,7 @@ def test_a_host_in_the_query_counts_as_one_before_it(query: str) -> None:
     assert "unknown parameter: hostaddr" in refused(environment="production", database_url=url)
 
 
-def test_a_certificate_of_ours_says_nothing_of_the_server() -> None:
+def test_a_client_certificate_does_not_verify_the_server() -> None:
     certificate = {"db_ssl_mode": "require", "db_ssl_cert": "/c", "db_ssl_key": "/k"}
     told = refused(environment="production", db_host="db.example", **certificate)
     assert told.startswith("DB_SSL_MODE must be verify-full")
@@ -318,7 +316,7 @@ def test_a_certificate_of_ours_says_nothing_of_the_server() -> None:
     ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "[::1]", "[::ffff:127.0.0.1]", "%2Frun"],
 )
 @pytest.mark.parametrize("mode", WEAK)
-def test_on_this_machine_a_server_need_not_prove_who_it_is(host: str, mode: str | None) -> None:
+def test_a_local_server_needs_no_verified_tls(host: str, mode: str | None) -> None:
     given = {"environment": "production", "db_ssl_mode": mode}
     plain = unquote(host.strip("[]"))
     assert Settings(**given, database_url=f"postgresql://u@{host}:5432/d").connect_args()
@@ -347,7 +345,7 @@ def test_a_file_of_keys_is_read_to_its_end(tmp_path: Path) -> None:
     assert len(ring.key_ids) == len(keys)
 
 
-def test_a_signing_key_is_read_from_either_and_needed_by_none(tmp_path: Path) -> None:
+def test_a_signing_key_is_optional_and_read_from_variable_or_file(tmp_path: Path) -> None:
     text = generate_signing_key()
     path = tmp_path / "key"
     path.write_text(f"{text}\n")
@@ -363,7 +361,7 @@ def test_a_signing_key_is_read_from_either_and_needed_by_none(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["", SECRET, "AAAA", b64encode(bytes(33)).decode()])
-def test_what_is_no_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
+def test_a_malformed_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "key"
     path.write_text(text)
     with pytest.raises(ConfigurationError) as caught:
@@ -384,7 +382,7 @@ def test_what_is_no_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
         (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS_FILE: key 'k1' is not 32 bytes of base64"),
     ],
 )
-def test_a_file_that_holds_no_keys_is_an_error(
+def test_a_file_without_keys_is_an_error(
     tmp_path: Path, content: bytes | None, reason: str
 ) -> None:
     path = tmp_path / "keys"
@@ -396,12 +394,12 @@ def test_a_file_that_holds_no_keys_is_an_error(
     assert SECRET not in str(caught.value)
 
 
-def test_a_folder_is_no_file_of_keys(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_of_keys_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read: Is a directory"):
         configured(Settings(encryption_keys_file=tmp_path), ENCRYPTION_KEYS)
 
 
-def test_keys_are_given_once(tmp_path: Path) -> None:
+def test_keys_in_variable_and_file_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="exclude each other"):
         configured(
             Settings(encryption_keys=generate_key(), encryption_keys_file=tmp_path), ENCRYPTION_KEYS

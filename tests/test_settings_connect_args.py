@@ -1,4 +1,4 @@
-"""What asyncpg makes of the settings, and that a real server agrees."""
+"""Connection arguments of settings, parsed by asyncpg and used with a real server."""
 
 import asyncio
 import os
@@ -53,13 +53,13 @@ def parsed(chosen: Settings) -> SimpleNamespace:
     return SimpleNamespace(**parameters._asdict(), addresses=addresses)
 
 
-def test_without_a_host_the_embedded_server_serves() -> None:
+def test_without_a_host_the_embedded_server_is_used() -> None:
     assert Settings().embedded
     assert not Settings(db_host="h").embedded
     assert not Settings(database_url="postgresql://h/d").embedded
 
 
-def test_database_url_wins() -> None:
+def test_database_url_takes_precedence() -> None:
     others = {"db_host": "other", "db_port": 1, "db_name": "o", "db_user": "o", "db_password": "o"}
     taken = parsed(Settings(database_url="postgresql://u:p@h:6432/d", **others))
     assert (taken.addresses, taken.user, taken.password, taken.database) == (
@@ -82,7 +82,7 @@ def test_database_url_wins() -> None:
         ("postgresql://", "tiger_db", "localhost:5432/tiger_db"),
     ],
 )
-def test_a_url_names_database_and_place(url: str, database: str, place: str) -> None:
+def test_a_url_gives_database_and_location(url: str, database: str, place: str) -> None:
     chosen = Settings(database_url=url)
     assert (chosen.database, chosen.location) == (database, place)
     assert parsed(chosen).database == database
@@ -103,7 +103,7 @@ def test_a_url_names_database_and_place(url: str, database: str, place: str) -> 
         ("postgresql://u:p@h/d?sslmode", "percent-encode"),
     ],
 )
-def test_a_url_that_cannot_work_is_refused(url: str, reason: str) -> None:
+def test_an_unusable_url_is_refused(url: str, reason: str) -> None:
     message = refused(database_url=url)
     assert message.startswith("DATABASE_URL")
     assert reason in message
@@ -178,7 +178,7 @@ def test_a_host_may_be_any_socket_folder(folder: str) -> None:
         ),
     ],
 )
-def test_several_hosts_may_be_primaries_and_one_must(
+def test_several_hosts_are_tried_until_one_accepts_writes(
     chosen: dict[str, Any], addresses: list[object], place: str
 ) -> None:
     settings = Settings(db_name="d", db_replica_hosts="s1,[::2]:6", **chosen)
@@ -195,11 +195,11 @@ def test_several_hosts_may_be_primaries_and_one_must(
 @pytest.mark.parametrize(
     "url", ["postgresql://h1,,h2/d", "postgresql://h1,h2/d?port=1,2,3", "postgresql:///d?host=h,"]
 )
-def test_a_url_whose_hosts_cannot_be_told_apart_is_refused(url: str) -> None:
+def test_a_url_with_an_ambiguous_list_of_hosts_is_refused(url: str) -> None:
     assert "separate hosts by one comma" in refused(database_url=url)
 
 
-def test_without_a_host_the_usual_places_are_tried_whatever_libpq_s_variables_say(
+def test_without_a_host_the_default_hosts_are_tried_and_pg_variables_are_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PGHOST", "elsewhere.example")
@@ -213,7 +213,7 @@ def test_without_a_host_the_usual_places_are_tried_whatever_libpq_s_variables_sa
         assert parsed(Settings(database_url=url)).addresses == [*folders, ("localhost", port)]
 
 
-def test_a_url_may_name_a_password_file(tmp_path: Path) -> None:
+def test_a_url_can_have_a_password_file(tmp_path: Path) -> None:
     path = tmp_path / "a b"
     path.write_text("h:5432:d:u:kept\n")
     path.chmod(0o600)
@@ -221,7 +221,7 @@ def test_a_url_may_name_a_password_file(tmp_path: Path) -> None:
     assert parsed(Settings(database_url=url)).password == "kept"
 
 
-def test_a_url_may_want_another_kind_of_server() -> None:
+def test_a_url_can_select_another_kind_of_server() -> None:
     chosen = Settings(database_url="postgresql://h/d?target_session_attrs=any")
     assert parsed(chosen).target_session_attrs == "any"
 
@@ -229,16 +229,14 @@ def test_a_url_may_want_another_kind_of_server() -> None:
 @pytest.mark.parametrize(
     ("seconds", "milliseconds"), [(30, "30000"), (0, "0"), (0.0001, "1"), (0.25, "250")]
 )
-def test_a_time_limit_of_queries_is_never_none_by_rounding(
-    seconds: float, milliseconds: str
-) -> None:
+def test_a_short_query_timeout_is_not_rounded_to_none(seconds: float, milliseconds: str) -> None:
     chosen = Settings(db_host="h", db_query_timeout=seconds, db_idle_transaction_timeout=seconds)
     server = parsed(chosen).server_settings
     assert server["statement_timeout"] == milliseconds
     assert server["idle_in_transaction_session_timeout"] == milliseconds
 
 
-def test_a_url_s_connect_timeout_application_name_and_options_win() -> None:
+def test_connect_timeout_application_name_and_options_of_a_url_take_precedence() -> None:
     url = "postgresql://h/d?connect_timeout=2.5&application_name=mine&options=-cgeqo%3Doff"
     arguments = Settings(database_url=url).connect_args()
     assert arguments["timeout"] == 2.5
@@ -279,7 +277,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("verify-full", True, True),
     ],
 )
-def test_each_ssl_mode_means_what_libpq_means(
+def test_each_ssl_mode_has_the_meaning_of_libpq(
     authority: Path, mode: str, *, verified_with_a_ca: bool, host_is_checked: bool
 ) -> None:
     url = f"postgresql://h/d?sslmode={mode}&sslrootcert={quote(str(authority), safe='')}"
@@ -295,7 +293,7 @@ def test_each_ssl_mode_means_what_libpq_means(
         assert len(taken.ssl.get_ca_certs()) == verified_with_a_ca
 
 
-def test_behind_a_pooler_a_session_of_the_server_keeps_nothing() -> None:
+def test_behind_a_pooler_no_session_state_is_used() -> None:
     for chosen in (
         Settings(db_host="h", db_pooler="pgbouncer", db_query_timeout=3),
         Settings(database_url="postgresql://h/d", db_pooler="pgbouncer", db_query_timeout=3),
@@ -320,7 +318,7 @@ def test_behind_a_pooler_a_session_of_the_server_keeps_nothing() -> None:
         ("/a b%", "/a b%/.s.PGSQL.5433"),
     ],
 )
-def test_the_way_past_a_pooler_differs_in_its_place_only(host: str, address: object) -> None:
+def test_settings_without_the_pooler_differ_in_the_address_only(host: str, address: object) -> None:
     given = {"db_pooler": "pgbouncer", "db_direct_host": host, "db_direct_port": 5433}
     login = "postgresql://u%40x:p%40s"
     query = "sslmode=disable&application_name=mine"
@@ -344,7 +342,7 @@ def test_the_way_past_a_pooler_differs_in_its_place_only(host: str, address: obj
     assert not by_parts.pooled
 
 
-def test_without_a_pooler_the_way_is_direct_already() -> None:
+def test_without_a_pooler_the_settings_are_the_same() -> None:
     for chosen in (Settings(db_host="h"), Settings(), Settings(db_pooler="pgbouncer")):
         assert chosen.without_pooler() is chosen
 
@@ -356,7 +354,7 @@ def test_without_a_ca_require_encrypts_and_verify_needs_one() -> None:
             parsed(Settings(db_host="h", db_ssl_mode=mode))
 
 
-def test_disable_is_no_tls_and_the_default_is_prefer() -> None:
+def test_disable_means_no_tls_and_the_default_is_prefer() -> None:
     assert parsed(Settings(db_host="h", db_ssl_mode="disable")).ssl is False
     assert parsed(Settings(db_host="h")).sslmode.name == "prefer"
 
@@ -399,7 +397,7 @@ async def false_server() -> AsyncIterator[tuple[int, list[bytes]]]:
 
 
 @pytest.mark.parametrize("mode", SSLMode)
-async def test_in_production_no_password_leaves_in_clear(
+async def test_in_production_no_password_is_sent_without_verified_tls(
     false_server: tuple[int, list[bytes]], authority: Path, mode: str
 ) -> None:
     port, seen = false_server

@@ -1,4 +1,4 @@
-"""Whatever way a statement takes to the database, its failure is an error of this package."""
+"""Errors of PostgreSQL become errors of this package, through SQLAlchemy and through asyncpg."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -81,7 +81,7 @@ _tasks: set[asyncio.Task[None]] = set()
         (hurried, QueryTimeout, 1),
     ],
 )
-async def test_recording_events_fails_as_all_else_does(
+async def test_recording_events_raises_the_usual_typed_errors(
     clone: Database,
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -178,7 +178,7 @@ async def test_a_readonly_session_records_no_events(clone: Database, count: int)
 
 
 @COUNTS
-async def test_events_that_a_role_may_not_record_are_refused(clone: Database, count: int) -> None:
+async def test_events_are_refused_if_the_role_has_no_privilege(clone: Database, count: int) -> None:
     with pytest.raises(StatementRefused, match="permission denied for table audit_logs"):
         async with clone.session() as session:
             await session.execute(text("SET LOCAL ROLE pg_monitor"))
@@ -245,7 +245,7 @@ USES = [
 
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("use", USES)
-async def test_a_missing_right_is_told_in_one_line(
+async def test_a_missing_privilege_is_a_message_of_one_line(
     nobody: Database, use: Callable[[Database], Awaitable[object]]
 ) -> None:
     with pytest.raises(StatementRefused, match=r"^permission denied for \w+ \w+$"):
@@ -254,7 +254,9 @@ async def test_a_missing_right_is_told_in_one_line(
 
 
 @pytest.mark.schema_changes
-async def test_a_verifier_without_rights_says_so(clone: Database, nobody: Database) -> None:
+async def test_a_key_verifier_without_privileges_raises_statement_refused(
+    clone: Database, nobody: Database
+) -> None:
     async with clone.session() as session:
         _, raw_key = await factories.api_key(session)
     async with KeyVerifier(nobody) as verifier:
@@ -263,7 +265,7 @@ async def test_a_verifier_without_rights_says_so(clone: Database, nobody: Databa
 
 
 @pytest.mark.parametrize("what", ["authorize", "record"])
-async def test_a_statement_that_takes_too_long_is_told_the_same_everywhere(
+async def test_a_statement_timeout_raises_the_same_error_everywhere(
     clone: Database, what: str
 ) -> None:
     """As in a session: a QueryTimeout, which is no lost database."""
@@ -285,7 +287,9 @@ async def test_a_statement_that_takes_too_long_is_told_the_same_everywhere(
                     await session.execute(text(f"SELECT FROM {table}"))
 
 
-async def test_a_limit_in_a_session_of_no_database_is_no_other(clone: Database) -> None:
+async def test_a_timeout_in_a_session_without_a_database_raises_the_same_error(
+    clone: Database,
+) -> None:
     """Its statement is given to the session's own connection."""
     async with clone.session() as session:
         _, raw_key = await factories.api_key(session, rate_limit_per_hour=5)
@@ -320,7 +324,7 @@ async def test_a_limit_in_a_session_of_no_database_is_no_other(clone: Database) 
         ("57P01", DatabaseUnavailable, True),
     ],
 )
-def test_each_sqlstate_has_one_meaning(
+def test_each_sqlstate_becomes_one_error(
     sqlstate: str, error: type[TigerDBError] | None, *, transient: bool
 ) -> None:
     raised = asyncpg.PostgresError.new({"C": sqlstate, "M": "a message\nof two lines"})

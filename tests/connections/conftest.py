@@ -1,4 +1,4 @@
-"""A replicated database; a cluster of its own for a test that breaks one."""
+"""Fixtures: a primary with a standby for each test."""
 
 import asyncio
 import shutil
@@ -15,7 +15,7 @@ from tiger_db.migrations import upgrade
 
 @pytest.fixture(scope="module")
 def seed() -> Iterator[Path]:
-    """The files of a migrated server that does not run."""
+    """The data folder of a migrated server that is stopped."""
     home = servers.folder()
     server = first_server(home)
 
@@ -32,7 +32,7 @@ def seed() -> Iterator[Path]:
 
 @pytest.fixture
 def cluster(seed: Path) -> Iterator[Cluster]:
-    """A primary and its standby, which is asynchronous."""
+    """A primary and its asynchronous standby."""
     home = servers.folder()
     primary = Server(home / "primary", free_port())
     shutil.copytree(seed, primary.data)

@@ -1,4 +1,4 @@
-"""Failover from a primary that dies or is replaced to its standby."""
+"""Failover to the standby when the primary is killed or replaced."""
 
 import asyncio
 import os
@@ -93,7 +93,7 @@ async def test_a_transaction_is_run_again_on_the_new_primary(cluster: Cluster) -
     assert runs == [cluster.primary.port, cluster.standby.port]
 
 
-async def test_a_primary_that_takes_no_writes_any_more_is_left_for_the_new_one(
+async def test_a_former_primary_is_replaced_by_the_new_one(
     cluster: Cluster,
 ) -> None:
     """As an administrator may fence it; its connections live on."""
@@ -123,7 +123,7 @@ async def writes(database: Database) -> bool:
     return False
 
 
-async def test_a_host_that_is_silent_does_not_keep_from_the_next(cluster: Cluster) -> None:
+async def test_a_silent_host_does_not_block_the_next_one(cluster: Cluster) -> None:
     with socket.create_server((LOOPBACK, 0)) as silent:
         nobody = Server(cluster.primary.data, silent.getsockname()[1])
         settings = cluster.settings(nobody, cluster.standby, cluster.primary)
@@ -132,7 +132,7 @@ async def test_a_host_that_is_silent_does_not_keep_from_the_next(cluster: Cluste
             assert await port_of(session) == cluster.primary.port
 
 
-async def test_a_server_that_falls_silent_is_lost(
+async def test_a_server_that_stops_answering_is_lost(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No statement_timeout ends a statement then: the server is not there to do it."""
@@ -148,7 +148,7 @@ async def test_a_server_that_falls_silent_is_lost(
             assert await session.scalar(text("SELECT 1")) == 1
 
 
-async def test_a_commit_that_the_synchronous_standby_does_not_confirm_is_not_acknowledged(
+async def test_an_unconfirmed_synchronous_commit_raises_outcome_unknown(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No statement_timeout ends that wait; and the function is not run again."""

@@ -1,4 +1,4 @@
-"""LISTEN on a connection that is lost."""
+"""LISTEN after the loss of its connection."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Behind PgBouncer in transaction mode, everything works, and what needs a session goes past it."""
+"""Transactions behind PgBouncer, and direct connections for work that needs a session."""
 
 import asyncio
 import json
@@ -191,7 +191,7 @@ async def migrate_under_way(settings: Settings) -> None:
 
 
 @pytest.mark.slow
-async def test_two_processes_and_a_migration_meet_no_error_and_no_wrong_row(
+async def test_two_processes_and_a_migration_work_behind_the_pooler(
     behind: Settings,
 ) -> None:
     with start(behind, "A") as a, start(behind, "B") as b:
@@ -212,7 +212,7 @@ async def test_two_processes_and_a_migration_meet_no_error_and_no_wrong_row(
     assert await sql(behind, count) == 2 * TASKS * ROUNDS
 
 
-async def test_a_schema_is_made_past_the_pooler(
+async def test_a_schema_is_created_on_a_direct_connection(
     empty_database: Settings, folder: Path, server_url: str
 ) -> None:
     settings = pooled(empty_database, folder, server_url)
@@ -222,7 +222,7 @@ async def test_a_schema_is_made_past_the_pooler(
         await factories.account(session)
 
 
-async def test_a_revocation_is_heard_of_past_the_pooler(database: Database) -> None:
+async def test_a_revocation_is_notified_on_a_direct_connection(database: Database) -> None:
     async with KeyVerifier(database, memory=True) as verifier:
         async with database.session() as session:
             key, raw = await factories.api_key(session)
@@ -238,7 +238,7 @@ async def test_a_revocation_is_heard_of_past_the_pooler(database: Database) -> N
             await verifier.authorize(raw, scopes=[APIKeyScope.MCP_READ])
 
 
-async def test_a_worker_is_woken_past_the_pooler(database: Database) -> None:
+async def test_a_worker_is_notified_on_a_direct_connection(database: Database) -> None:
     asked: asyncio.Queue[str] = asyncio.Queue()
 
     async def refresh(account: TigerAccount) -> NewToken:
@@ -296,7 +296,7 @@ def needs() -> dict[str, Callable[[Database], Awaitable[object]]]:
 
 
 @pytest.mark.parametrize("what", needs())
-async def test_without_a_way_past_the_pooler_what_needs_one_says_so(
+async def test_without_db_direct_host_direct_connections_are_an_error(
     behind: Settings, what: str
 ) -> None:
     changes = {"db_direct_host": None, "audit_signing_key": generate_signing_key()}
@@ -313,7 +313,7 @@ async def test_without_a_way_past_the_pooler_what_needs_one_says_so(
 
 
 @pytest.mark.slow
-async def test_a_statement_is_given_up_in_time_and_leaves_nothing_behind(
+async def test_a_statement_timeout_behind_the_pooler_leaves_no_state(
     behind: Settings,
 ) -> None:
     limited = behind.model_copy(update={"db_query_timeout": 0.2, "db_pool_size": 1})
@@ -338,13 +338,13 @@ async def test_a_statement_is_given_up_in_time_and_leaves_nothing_behind(
 # Health
 
 
-async def test_health_finds_nothing_wrong_with_a_pooler_that_is_named(behind: Settings) -> None:
+async def test_health_finds_no_problem_with_a_configured_pooler(behind: Settings) -> None:
     report = await check_readiness(behind)
     assert report.problems == []
     assert report.latency_ms is not None
 
 
-async def test_health_tells_of_a_pooler_that_is_not_named(
+async def test_health_reports_a_pooler_that_is_not_configured(
     clone_settings: Settings, folder: Path, server_url: str
 ) -> None:
     hidden = {"db_pooler": "none", "db_direct_host": None}
@@ -367,7 +367,7 @@ async def test_health_tells_of_a_pooler_that_is_not_named(
         assert problem == "DB_DIRECT_HOST leads to a pooler: set it to the server"
 
 
-async def test_health_tells_that_the_way_past_the_pooler_leads_elsewhere(
+async def test_health_reports_a_direct_host_with_another_database(
     server_url: str, folder: Path, clone_settings: Settings
 ) -> None:
     await sql(clone_settings, "CREATE DATABASE elsewhere")
@@ -444,7 +444,7 @@ async def test_the_doctor_compares_the_search_path_behind_the_pooler(
 
 
 @pytest.mark.schema_changes
-async def test_a_pooler_that_drops_the_search_path_silently_is_found_out(
+async def test_a_pooler_that_drops_the_search_path_is_detected(
     clone_settings: Settings, server_url: str
 ) -> None:
     await sql(

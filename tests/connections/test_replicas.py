@@ -39,13 +39,13 @@ async def answers(database: Database, server: Server, **options: Any) -> bool:
 
 @pytest.fixture
 async def reading(cluster: Cluster) -> AsyncIterator[Database]:
-    """A database whose readonly sessions are answered by the standby."""
+    """A database whose readonly sessions use the standby."""
     async with Database(cluster.settings(replicas=(cluster.standby,))) as database:
         await until(partial(answers, database, cluster.standby))
         yield database
 
 
-async def test_a_readonly_session_can_neither_write_nor_decide(reading: Database) -> None:
+async def test_a_readonly_session_can_neither_write_nor_authorize(reading: Database) -> None:
     async with reading.session() as session:
         account = await factories.account_with_token(session)
         _, raw_key = await factories.api_key(session)
@@ -121,7 +121,7 @@ async def cut_off(standby: Server) -> None:
 
 
 @pytest.mark.parametrize("hold_up", [pause, cut_off])
-async def test_a_standby_answers_within_its_lag_and_the_primary_beyond(
+async def test_a_replica_is_used_within_max_lag_and_otherwise_the_primary(
     cluster: Cluster, reading: Database, hold_up: Any
 ) -> None:
     await cluster.primary.sql("CREATE TABLE ticks AS SELECT 0 AS n")
@@ -164,7 +164,7 @@ async def test_a_standby_answers_within_its_lag_and_the_primary_beyond(
         done.set()
 
 
-async def test_without_a_standby_within_reach_the_primary_answers(
+async def test_without_a_reachable_replica_the_primary_is_used(
     cluster: Cluster, reading: Database
 ) -> None:
     cluster.standby.stop()
@@ -178,7 +178,7 @@ async def test_without_a_standby_within_reach_the_primary_answers(
     assert await answers(reading, cluster.primary)
 
 
-async def test_standbys_answer_while_the_primary_is_away_as_long_as_their_lag_is_known(
+async def test_replicas_are_used_without_the_primary_while_their_lag_is_known(
     cluster: Cluster, reading: Database
 ) -> None:
     cluster.primary.kill()
@@ -187,7 +187,7 @@ async def test_standbys_answer_while_the_primary_is_away_as_long_as_their_lag_is
         await until(partial(answers, reading, cluster.primary, max_lag=SHORT))
 
 
-async def test_without_standbys_a_readonly_session_is_the_primary_s(database: Database) -> None:
+async def test_without_replicas_a_readonly_session_uses_the_primary(database: Database) -> None:
     async with database.session(readonly=True) as session:
         assert await session.scalar(text("SHOW transaction_read_only")) == "on"
         with pytest.raises(InvalidState, match="cannot write"):

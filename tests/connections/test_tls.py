@@ -1,4 +1,4 @@
-"""Every TLS mode against a real server with good and bad certificates, beside libpq itself."""
+"""Each sslmode against a real server with good and bad certificates, compared with libpq."""
 
 import asyncio
 import ctypes
@@ -281,7 +281,7 @@ def certificate(kind: str, ours: Authority, theirs: Authority) -> Path | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-async def test_each_mode_comes_to_what_libpq_comes_to(
+async def test_each_mode_has_the_same_result_as_libpq(
     server: TLSServer, ours: Authority, theirs: Authority, kind: str
 ) -> None:
     await asyncio.to_thread(server.show, certificate(kind, ours, theirs))
@@ -331,7 +331,7 @@ async def test_each_mode_comes_to_what_libpq_comes_to(
         ("unknown", "localhost", dict.fromkeys(MODES[1:], "unable to get local issuer")),
     ],
 )
-async def test_with_a_ca_a_certificate_is_taken_or_refused_in_one_line(
+async def test_with_a_ca_a_certificate_is_accepted_or_refused_in_one_line(
     server: TLSServer, authorities: tuple[Authority, Authority], kind: str, host: str,
     refused: dict[str, str],
 ) -> None:  # fmt: skip
@@ -370,7 +370,7 @@ async def test_a_server_without_tls(server: TLSServer, ours: Authority) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_client_s_certificate_lets_in(
+async def test_a_client_certificate_is_accepted(
     server: TLSServer, ours: Authority, mode: str
 ) -> None:
     await asyncio.to_thread(server.show, ours.folder / "good.crt")
@@ -396,7 +396,7 @@ async def test_a_client_s_certificate_lets_in(
         (1, "client", "unknown ca|closed|reset"),
     ],
 )
-async def test_a_client_whose_certificate_is_missing_or_wrong_is_told(
+async def test_a_missing_or_wrong_client_certificate_is_explained(
     server: TLSServer,
     authorities: tuple[Authority, Authority],
     whose: int,
@@ -445,7 +445,7 @@ def encrypted(path: Path) -> Path:
         ({"key": "open"}, "DB_SSL_KEY can be read by other users"),
     ],
 )
-async def test_a_bad_file_is_named_by_its_variable(
+async def test_the_message_of_a_bad_file_names_its_variable(
     server: TLSServer, ours: Authority, mode: str, changes: dict[str, str], reason: str
 ) -> None:
     tmp_path = Path.home()
@@ -489,7 +489,7 @@ async def test_without_a_ca_nothing_can_be_verified(server: TLSServer, mode: str
 # Production
 
 
-async def test_health_tells_in_production_what_to_set(keys: dict[str, str]) -> None:
+async def test_health_advises_verified_tls_in_production(keys: dict[str, str]) -> None:
     remote = {
         "environment": "production", "db_allow_unverified_tls": True, "db_connect_timeout": 0.1,
         **keys,

@@ -1,4 +1,4 @@
-"""What OpenTelemetry's own instrumentation of SQLAlchemy shows of our statements."""
+"""Traces of OpenTelemetry's instrumentation of SQLAlchemy."""
 
 import pytest
 from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor

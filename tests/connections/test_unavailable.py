@@ -1,4 +1,4 @@
-"""Servers that cannot be reached, and servers that go away."""
+"""Unreachable servers and lost connections."""
 
 import asyncio
 import shutil
@@ -49,7 +49,7 @@ async def test_an_unreachable_server(changes: dict[str, object]) -> None:
     assert_one_line_without_credentials(caught.value, "p@ss%word")
 
 
-async def test_a_silent_server_is_given_up_in_time() -> None:
+async def test_a_silent_server_raises_an_error_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         settings = Settings(db_host="127.0.0.1", db_port=port, db_connect_timeout=0.2)
@@ -80,7 +80,7 @@ async def test_an_exhausted_pool(settings: Settings) -> None:
 
 @pytest.fixture(scope="module")
 def private_server() -> Iterator[Settings]:
-    """A server of our own, to stop and to kill."""
+    """A private server that tests stop and kill."""
     home = servers.folder()
     settings = Settings(tiger_db_home=home / "home", db_query_timeout=20)
     place = embedded.start(settings).folder
@@ -179,7 +179,7 @@ async def test_a_restarted_server(
             assert (await crud.accounts.list_accounts(session)).items == []
 
 
-async def test_a_restart_between_two_sessions_goes_unnoticed(
+async def test_a_restart_between_two_sessions_causes_no_error(
     private_server: Settings, private: Database
 ) -> None:
     async with private.session() as idle, private.session() as idle_too:
@@ -191,7 +191,7 @@ async def test_a_restart_between_two_sessions_goes_unnoticed(
         assert await first.scalar(text("SELECT 1")) == await second.scalar(text("SELECT 1"))
 
 
-async def test_a_terminated_connection_is_told_and_replaced(database: Database) -> None:
+async def test_a_terminated_connection_raises_an_error_and_is_replaced(database: Database) -> None:
     with pytest.raises(DatabaseUnavailable, match="lost") as caught:
         async with database.session() as session:
             await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))

@@ -1,4 +1,4 @@
-"""A primary and a standby of the PostgreSQL that is installed here, on the loopback."""
+"""A primary and a standby of the installed PostgreSQL, on the loopback address."""
 
 import os
 import shutil
@@ -23,7 +23,9 @@ from tiger_db.encryption import generate_key
 
 def _programs() -> Path | None:
     try:
-        found = (servers._programs() / "initdb").resolve().parent  # a link does not have them all
+        found = (
+            (servers._programs() / "initdb").resolve().parent
+        )  # the folder of a link lacks some programs
     except ValueError:
         return None
     return found if (found / "pg_basebackup").exists() else None
@@ -38,7 +40,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def run(program: str, *arguments: str) -> None:
-    """Run one of PostgreSQL's programs, as an ordinary user: it refuses root."""
+    """Run a program of PostgreSQL as an ordinary user, because it refuses root."""
     assert PROGRAMS
     root = os.geteuid() == 0
     subprocess.run(
@@ -60,7 +62,7 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """One of them: its data folder, and where it listens."""
+    """A PostgreSQL server with its data folder and port."""
 
     data: Path
     port: int
@@ -70,12 +72,12 @@ class Server:
         return f"{LOOPBACK}:{self.port}"
 
     def start(self, **settings: str) -> None:
-        """Start it, with settings for this time only."""
+        """Start the server with settings for this run only."""
         chosen = {
             "port": str(self.port),
             "listen_addresses": LOOPBACK,
             "fsync": "off",
-            "dynamic_shared_memory_type": "mmap",  # in its folder, so that none outlives it
+            "dynamic_shared_memory_type": "mmap",  # so that no shared memory is left
             "wal_retrieve_retry_interval": "100ms",  # by default a standby sleeps for 5 s
         } | settings
         options = " ".join(f"-c {name}={value}" for name, value in chosen.items())
@@ -90,7 +92,7 @@ class Server:
             run("pg_ctl", "-D", str(self.data), "-m", "immediate", "-w", "stop")
 
     def kill(self) -> None:
-        """As a power cut would: `kill -9` of the postmaster. What it leaves is taken away."""
+        """Kill the postmaster with SIGKILL, and remove its shared memory and lock file."""
         file = self.data / "postmaster.pid"
         lines = file.read_text().splitlines()
         os.kill(int(lines[0]), signal.SIGKILL)
@@ -98,7 +100,7 @@ class Server:
         file.unlink()
 
     async def sql(self, statement: str, *values: object) -> Any:
-        """One value, asked for by the superuser, of whichever role the server is in."""
+        """Return one value of a query by the superuser, on a primary or a standby."""
         settings = Settings(
             database_url=f"postgresql://tiger_db@{self.location}/tiger_db?target_session_attrs=any"
         )
@@ -115,7 +117,7 @@ class Cluster:
     standby: Server
 
     def settings(self, *hosts: Server, replicas: tuple[Server, ...] = (), **more: Any) -> Settings:
-        """Settings with these hosts for writing, or the primary alone."""
+        """Return settings with these hosts, or with the primary only."""
         return Settings(
             db_host=",".join(server.location for server in hosts or (self.primary,)),
             db_replica_hosts=",".join(server.location for server in replicas) or None,
@@ -126,7 +128,7 @@ class Cluster:
 
 
 def first_server(home: Path) -> Server:
-    """A server of its own in the folder, with an empty database `tiger_db`."""
+    """Create and start a server in a folder, with an empty database `tiger_db`."""
     if os.geteuid() == 0:
         shutil.chown(home, "postgres")
     server = Server(home / "primary", free_port())
@@ -141,7 +143,7 @@ def standby_of(primary: Server) -> Server:
     standby = Server(primary.data.with_name("standby"), free_port())
     run("pg_basebackup", "-D", str(standby.data), "-h", LOOPBACK, "-p", str(primary.port),
         "-U", "tiger_db", "-R", "-c", "fast", "--no-sync")  # fmt: skip
-    # What pg_basebackup writes may be unknown to the libpq that the server finds.
+    # The libpq of the server may not support the parameters that pg_basebackup writes.
     with (standby.data / "postgresql.auto.conf").open("a") as file:
         file.write(f"primary_conninfo = 'host={LOOPBACK} port={primary.port} user=tiger_db'\n")
     standby.start()

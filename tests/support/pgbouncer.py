@@ -1,4 +1,4 @@
-"""A real PgBouncer that pools by transaction, before the server that the tests run on."""
+"""A PgBouncer with transaction pooling in front of the server of the tests."""
 
 import os
 import shutil
@@ -20,8 +20,8 @@ PORT = 6432
 SIZE = 4  # sessions of the server, for all clients of one database
 
 
-def place_of(server_url: str) -> tuple[str, int]:
-    """The host (or socket folder) and the port of the server itself."""
+def address_of(server_url: str) -> tuple[str, int]:
+    """Return host or socket folder, and port, of the server."""
     url = urlsplit(server_url)
     query = parse_qs(url.query)
     port = url.port or int(query.get("port", ["5432"])[0])
@@ -30,9 +30,9 @@ def place_of(server_url: str) -> tuple[str, int]:
 
 @contextmanager
 def pgbouncer(server_url: str, **more: str) -> Iterator[Path]:
-    """The folder of its socket."""
+    """Start PgBouncer and return its socket folder."""
     assert PROGRAM is not None
-    url, (host, port) = urlsplit(server_url), place_of(server_url)
+    url, (host, port) = urlsplit(server_url), address_of(server_url)
     way = f"host='{host}' port={port} user='{url.username}'"
     if url.password:
         way += f" password='{unquote(url.password)}'"
@@ -77,8 +77,8 @@ def _wait(path: Path) -> None:
 
 
 def pooled(settings: Settings, folder: Path, server_url: str, **changes: object) -> Settings:
-    """Settings of the same database, through the pooler, with the way past it."""
-    host, port = place_of(server_url)
+    """Return settings of the same database through the pooler, with `DB_DIRECT_HOST`."""
+    host, port = address_of(server_url)
     login = urlsplit(server_url).netloc.rpartition("@")[0]
     query = urlencode({"host": str(folder), "port": PORT})
     through = {
