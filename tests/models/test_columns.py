@@ -4,12 +4,15 @@ import copy
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from sqlalchemy.dialects import postgresql
 
 from tests.models.examples import made
 from tests.support import factories
@@ -17,8 +20,18 @@ from tests.support.factories import plain
 from tests.support.recording import recorded
 from tiger_db import APIKey, APIKeyScope, Database, MarketPermission, TigerAccount, crud
 from tiger_db.database import AsyncSession
+from tiger_db.encryption import Secret
 from tiger_db.errors import EncryptionError
-from tiger_db.models.columns import TrackedDict, TrackedList
+from tiger_db.models import QuotePermission
+from tiger_db.models.columns import (
+    Int64,
+    JsonObject,
+    Text,
+    TrackedDict,
+    TrackedList,
+    UTCDateTime,
+    sql_type,
+)
 
 
 def half_of(items: list[Any]) -> Iterator[Any]:
@@ -346,3 +359,20 @@ async def test_a_pickled_row_comes_back_without_the_keys(session: AsyncSession) 
     twin.tags["a"].append(2)
     assert (await reloaded(session, twin)).tags == {"a": [1, 2]}
     assert plain(twin.private_key) == "test_key"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "sql"),
+    [
+        (bool, "BOOLEAN"), (int, "BIGINT"), (Int64 | None, "BIGINT"), (Text, "TEXT"),
+        (Text | None, "TEXT"), (UTCDateTime | None, "TIMESTAMP WITH TIME ZONE"), (UUID, "UUID"),
+        (Secret | None, "BYTEA"), (IPv4Address | IPv6Address | None, "INET"),
+        (list[IPv4Network | IPv6Network], "CIDR[]"), (list[Text], "TEXT[]"), (JsonObject, "JSONB"),
+        (JsonObject | None, "JSONB"), (list[QuotePermission], "JSONB"),
+        (MarketPermission | None, "market_permission"),
+        (list[MarketPermission], "market_permission[]"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_sql_type_follows_from_the_annotation(annotation: object, sql: str) -> None:
+    assert sql_type(annotation).compile(dialect=postgresql.dialect()) == sql  # type: ignore[no-untyped-call]

@@ -107,7 +107,7 @@ def account_type_of(account_number: str) -> AccountType:
 
 def _unless_closed(value: Secret | None, info: ValidationInfo) -> Secret | None:
     if value is None and info.data.get("status", AccountStatus.CLOSED) != AccountStatus.CLOSED:
-        raise ValueError("is missing, and only a closed account has none")
+        raise ValueError("is required unless the account is closed")
     return value
 
 
