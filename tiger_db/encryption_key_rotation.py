@@ -280,13 +280,9 @@ async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: 
 
 
 async def _write(
-    session: AsyncSession,
-    mapper: Mapper[Any],
-    changes: Sequence[dict[str, object]],
-    *,
-    wait: bool,
+    session: AsyncSession, mapper: Mapper[Any], changes: Sequence[dict[str, object]], *, wait: bool
 ) -> int:
-    """Store the rows that nobody has changed since, with an audit event; return their number.
+    """Store the rows that were not changed since, with an audit event; return their number.
 
     Raises:
         Conflict, QueryTimeout: A row is locked.

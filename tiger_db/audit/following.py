@@ -23,10 +23,7 @@ _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 
 async def follow(
-    database: Database,
-    *,
-    begun: Callable[[], None] = lambda: None,
-    **wanted: Unpack[Criteria],
+    database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[Criteria]
 ) -> AsyncGenerator[AuditLog, None]:
     """Yield the events that are committed from now on, once each.
 

@@ -39,10 +39,7 @@ class Sealing:
 
 
 async def seal(
-    database: Database,
-    *,
-    patience: float = 10,
-    advance: Callable[[int], None] = lambda _rows: None,
+    database: Database, *, patience: float = 10, advance: Callable[[int], None] = lambda _rows: None
 ) -> Sealing:
     """Seal the events that were written before this call.
 
