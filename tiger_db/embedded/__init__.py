@@ -22,16 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiger_db import files
 from tiger_db.embedded import folders, processes, server_process
 from tiger_db.embedded.server_process import Postmaster
 from tiger_db.errors import ConfigurationError, EmbeddedError
-from tiger_db.files import (
-    UNFINISHED,
-    private_opener,
-    remove_unfinished,
-    sync_folder,
-    write_private,
-)
 from tiger_db.settings import ConnectArgs, Settings
 
 
@@ -172,7 +166,7 @@ def _errors_explained(home: Path) -> Iterator[None]:
 @contextmanager
 def _home_lock(home: Path) -> Iterator[None]:
     """Hold the lock of the home folder; the kernel releases it if the process is killed."""
-    with open(home / "lock", "ab", opener=private_opener) as lock:
+    with open(home / "lock", "ab", opener=files.private_opener) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
@@ -184,8 +178,8 @@ def _load_or_create(home: Path, name: str, make: Callable[[], str]) -> str:
     """Return the text of a private file, created if missing. The caller must hold the home lock."""
     path = home / name
     if not os.path.lexists(path):
-        remove_unfinished(home)
-        write_private(home, {name: make()}, overwrite=False)
+        files.remove_unfinished(home)
+        files.write_private(home, {name: make()}, overwrite=False)
     return _read_secret(path)
 
 
@@ -197,7 +191,7 @@ def _read_secret(path: Path) -> str:
             not UTF-8 text.
         OSError: the file cannot be read.
     """
-    with open(path, encoding="utf-8", opener=private_opener) as file:
+    with open(path, encoding="utf-8", opener=files.private_opener) as file:
         status = os.fstat(file.fileno())
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise EmbeddedError(f"{path} must be yours and have mode 0600")
@@ -223,7 +217,7 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
     with server_process.open_lock(home) as lock:
         if found := server_process.wait_until_settled(home, lock):
             return found
-        remove_unfinished(home)
+        files.remove_unfinished(home)
         programs = processes.find_programs(package, user) or processes.copy_programs(
             folders.create_programs_folder(home), package, version
         )
@@ -255,7 +249,7 @@ def _check_data(home: Path, version: str) -> None:
 def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     """Run initdb in a temporary folder, then rename the folder to `data`."""
     password = _load_or_create(home, "password", lambda: secrets.token_urlsafe(32))
-    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=home))
+    temporary = Path(tempfile.mkdtemp(prefix=files.UNFINISHED, dir=home))
     reading, writing = os.pipe()
     os.write(writing, password.encode())
     os.close(writing)
@@ -277,14 +271,14 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise EmbeddedError(f"initdb failed in {home}: {processes.failure_reason(initdb.stderr)}")
     temporary.rename(home / "data")
-    sync_folder(home)
+    files.sync_folder(home)
 
 
 def _launch(
     home: Path, programs: Path, user: processes.User, socket_folder: Path, lock: int
 ) -> Postmaster:
     log = home / "log"
-    with open(log, "ab", opener=private_opener) as file:
+    with open(log, "ab", opener=files.private_opener) as file:
         if os.geteuid() == 0:
             os.fchown(file.fileno(), *user)
         log_size = file.tell()

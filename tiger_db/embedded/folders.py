@@ -13,14 +13,7 @@ from pathlib import Path
 
 import platformdirs
 
-from tiger_db.embedded.processes import (
-    MAX_PATH_BYTES,
-    UNSAFE_CHARACTERS,
-    User,
-    can_run_from,
-    failure_reason,
-    run,
-)
+from tiger_db.embedded import processes
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import is_private_folder
 from tiger_db.settings import Settings
@@ -43,9 +36,9 @@ def configured_folder(settings: Settings) -> Path:
         raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
     if "\n" in str(resolved):
         raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} must not contain a line break")
-    if len(os.fsencode(resolved)) > MAX_PATH_BYTES:
+    if len(os.fsencode(resolved)) > processes.MAX_PATH_BYTES:
         raise EmbeddedError(
-            f"TIGER_DB_HOME {str(resolved)!r} is longer than {MAX_PATH_BYTES} bytes"
+            f"TIGER_DB_HOME {str(resolved)!r} is longer than {processes.MAX_PATH_BYTES} bytes"
         )
     return resolved
 
@@ -75,7 +68,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
 
 
-def server_user(home: Path) -> User:
+def server_user(home: Path) -> processes.User:
     """Return the owner of the data, or the user who will own it.
 
     The owner has precedence, because a user `postgres` may be added between two starts by root.
@@ -91,11 +84,11 @@ def server_user(home: Path) -> User:
     raise EmbeddedError("PostgreSQL refuses root, and there is no user postgres or nobody")
 
 
-def _can_reach(user: User, path: Path) -> bool:
+def _can_reach(user: processes.User, path: Path) -> bool:
     """Return whether the user can enter a folder; also True where mkdir will report the reason."""
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)
-    return not existing.is_dir() or run(*enter, user=user).returncode == 0
+    return not existing.is_dir() or processes.run(*enter, user=user).returncode == 0
 
 
 def create_home(home: Path) -> None:
@@ -104,11 +97,13 @@ def create_home(home: Path) -> None:
     mkdir has its own umask, so that other processes never see a folder with a wrong mode.
     """
     umask = 0o022 if os.geteuid() == 0 else 0o077
-    if not home.is_dir() and (mkdir := run("mkdir", "-p", "--", home, umask=umask)).returncode:
-        raise EmbeddedError(
-            f"the folder {home} cannot be made: {failure_reason(mkdir.stderr)}:"
-            " set TIGER_DB_HOME to another"
-        )
+    if not home.is_dir():
+        mkdir = processes.run("mkdir", "-p", "--", home, umask=umask)
+        if mkdir.returncode:
+            why = processes.failure_reason(mkdir.stderr)
+            raise EmbeddedError(
+                f"the folder {home} cannot be made: {why}: set TIGER_DB_HOME to another"
+            )
     status = home.stat()
     if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
         raise EmbeddedError(
@@ -123,14 +118,14 @@ def create_programs_folder(home: Path) -> Path:
     It is `home` if the programs can run there, else a folder in the user's cache or, for root, in
     `/var/lib/tiger_db`.
     """
-    if can_run_from(home):
+    if processes.can_run_from(home):
         return home
     try:
         caches = _SYSTEM_FOLDER
         if os.geteuid() != 0:
             caches = platformdirs.user_cache_path("tiger_db", appauthor=False).resolve()
         folder = caches / _digest(home)
-        if can_run_from(folder):
+        if processes.can_run_from(folder):
             create_home(folder)
             return folder
         why = f"nor from {str(folder)!r}"
@@ -138,11 +133,11 @@ def create_programs_folder(home: Path) -> Path:
         why = str(error)
     raise EmbeddedError(
         f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"
-        f" path is UTF-8 text without any of {UNSAFE_CHARACTERS} ({why})"
+        f" path is UTF-8 text without any of {processes.UNSAFE_CHARACTERS} ({why})"
     )
 
 
-def create_socket_folder(home: Path, user: User) -> Path:
+def create_socket_folder(home: Path, user: processes.User) -> Path:
     """Create the private folder of the server's socket.
 
     It is in `home` if the path of the socket is short enough, else in the runtime folder or the
@@ -161,7 +156,7 @@ def create_socket_folder(home: Path, user: User) -> Path:
     raise EmbeddedError(f"no folder is short enough for the socket of {home}: set XDG_RUNTIME_DIR")
 
 
-def _create_private_folder(path: Path, user: User) -> None:
+def _create_private_folder(path: Path, user: processes.User) -> None:
     with suppress(FileExistsError):
         path.mkdir(0o700)
     if os.geteuid() == 0 and is_private_folder(path, 0):

@@ -15,6 +15,9 @@ the lock before, and
 A server of an older release, or one that was started by hand, does not hold the lock. Such a server
 counts as running as long as its `postmaster.pid` exists. So does a server that crashed before
 `start` recorded it, because its starter was killed.
+
+The functions raise EmbeddedError if a server does not start or stop in time, or if it runs, or may
+run, in another container or on another machine.
 """
 
 import fcntl

@@ -235,12 +235,8 @@ def search_path_sql(schema: str, *, create: bool) -> str:
     return f"{created}SET search_path = {search_path(schema)};\n\n"
 
 
-def _no_progress(_: str) -> None:
-    pass
-
-
 async def upgrade(
-    engine: AsyncEngine, revision: str = "head", *, progress: Progress = _no_progress
+    engine: AsyncEngine, revision: str = "head", *, progress: Progress = lambda _: None
 ) -> UpgradeResult:
     """Run migrations up to a revision, then create the audit partitions of the next months.
 
@@ -273,7 +269,7 @@ async def upgrade(
 
 
 async def downgrade(
-    engine: AsyncEngine, revision: str, *, progress: Progress = _no_progress
+    engine: AsyncEngine, revision: str, *, progress: Progress = lambda _: None
 ) -> SchemaState:
     """Undo migrations down to a revision, `-1` or `base`, with the same locks as `upgrade`.
 

@@ -143,7 +143,15 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
             for row in await connection.execute(_OVERRIDES, values)
         ),
         *_compare_functions(schema, functions),
-        *_compare_tables(tables),
+        *(
+            SchemaDifference((name,), f"table {name} is missing", "restore it from a backup")
+            for name in metadata.tables.keys() - {table.root for table in tables}
+        ),
+        *(
+            SchemaDifference((table.root,), description, repair)
+            for table in tables
+            for description, repair in _compare_table(table)
+        ),
         *_compare_triggers(
             schema.quoted, tables, (await connection.execute(_TRIGGERS, values)).all()
         ),
@@ -199,15 +207,8 @@ def _function_sql(signature: str, definition: str) -> str:
     return f"{sql} AS E'{body}'".replace("\n", "\\n")
 
 
-def _compare_tables(found: Iterable[Row[Any]]) -> Iterator[SchemaDifference]:
-    for name in metadata.tables.keys() - {table.root for table in found}:
-        yield SchemaDifference((name,), f"table {name} is missing", "restore it from a backup")
-    for table in found:
-        for description, repair in _table_differences(table):
-            yield SchemaDifference((table.root,), description, repair)
-
-
-def _table_differences(table: Row[Any]) -> Iterator[tuple[str, str]]:
+def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
+    """Yield descriptions and repairs."""
     name, qualified = table.name, table.qualified
     if table.kind != (kind := _expected_kind(table)):
         yield f"{name} is {_KINDS[table.kind]}, not {_KINDS[kind]}", "restore it from a backup"

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from itertools import count
 from typing import TypeVar
 
-from sqlalchemy import Connection, event, text
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -69,17 +69,13 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
         # Every transaction sets the timeout, because a SET before Alembic's first transaction would
         # begin one. An autocommit_block has no timeout: CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
-        event.listen(connection.sync_connection, "begin", _set_lock_timeout)
+        event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
             yield connection
         finally:
             await connection.rollback()
             await connection.execute(text(f"SELECT pg_advisory_unlock({_KEY})"))
             await connection.commit()
-
-
-def _set_lock_timeout(connection: Connection) -> None:
-    connection.exec_driver_sql(LOCK_TIMEOUT)
 
 
 async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
