@@ -86,7 +86,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "DROP FUNCTION make_audit_months(integer)": (TRAIL, "make_audit_months (of audit_logs) is mis"),
     f"CREATE FUNCTION uuid7_floor(timestamp) RETURNS uuid LANGUAGE sql AS $$ {SQL_BODY} $$": (
         TRAIL,
-        "uuid7_floor(timestamp without time zone) has the name of one of tiger_db's",
+        "uuid7_floor(timestamp without time zone) has the name of a tiger_db function",
     ),
     "ALTER TABLE api_keys ENABLE ROW LEVEL SECURITY": (KEYS, "security of api_keys is enabled"),
     "ALTER TABLE audit_logs FORCE ROW LEVEL SECURITY": (TRAIL, "of audit_logs is forced"),
@@ -102,16 +102,16 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "CREATE FUNCTION concat(text, text) RETURNS text LANGUAGE sql RETURN $1": (
         ALL,
-        "function public.concat(text,text) has the name of one of PostgreSQL's",
+        "function public.concat(text,text) has the name of a PostgreSQL function",
     ),
     "CREATE AGGREGATE max(api_key_status) (SFUNC = enum_larger, STYPE = api_key_status)": (
         ALL,
-        "function public.max(public.api_key_status) has the name of one of PostgreSQL's",
+        "function public.max(public.api_key_status) has the name of a PostgreSQL function",
     ),
     "CREATE FUNCTION glue(text, uuid) RETURNS text LANGUAGE sql RETURN $1;"
     "CREATE OPERATOR || (LEFTARG = text, RIGHTARG = uuid, FUNCTION = glue)": (
         ALL,
-        "operator public.||(text,uuid) has the name of one of PostgreSQL's",
+        "operator public.||(text,uuid) has the name of a PostgreSQL operator",
     ),
     f"CREATE FUNCTION js(api_key_status) {JSON}; CREATE CAST (api_key_status AS json)"
     " WITH FUNCTION js(api_key_status)": (
@@ -251,8 +251,8 @@ async def test_only_doctor_warns_of_an_undeclared_trigger(
     await other.execute(ADDED)
     finding = await found_by_doctor(clone_settings)
     assert finding.status == "warning"
-    assert "trigger mine on api_keys is not one of tiger_db's" in finding.seen
-    assert "trigger mine on audit_logs is not one of tiger_db's" in finding.seen
+    assert "trigger mine on api_keys is not declared by tiger_db" in finding.seen
+    assert "trigger mine on audit_logs is not declared by tiger_db" in finding.seen
     assert "audit_logs_default" not in finding.seen  # partitions have copies of the trigger
     assert "unless it is yours, DROP TRIGGER mine ON " in str(finding.advice)
     assert (await check_readiness(clone_settings)).problems == []
@@ -295,7 +295,7 @@ async def test_an_operator_of_the_schema_does_not_hide_a_changed_function(
     )
     await other.execute(EMPTY)
     seen = [difference.description for difference in await differences(clone_settings)]
-    assert seen[0] == "operator public.=(oid,regnamespace) has the name of one of PostgreSQL's"
+    assert seen[0] == "operator public.=(oid,regnamespace) has the name of a PostgreSQL operator"
     assert "has `BEGIN RETURN NULL; END`" in seen[1]
 
 

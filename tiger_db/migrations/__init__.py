@@ -263,7 +263,7 @@ async def upgrade(
                     created = text("SELECT make_audit_months(:months)")
                     return int(await connection.scalar(created, {"months": MONTHS_AHEAD}))
 
-            title = "making months of the audit trail"
+            title = "creating audit partitions"
             months, *_ = await with_lock_retries(engine, connection, title, create_months, progress)
         return UpgradeResult(state.current, state.head, state.known, applied, months)
 

@@ -72,19 +72,19 @@ WITH of_columns AS (
 ), of_extensions AS (
     SELECT classid, objid FROM pg_depend WHERE deptype = 'e'
 )
-SELECT format('function %s has the name of one of PostgreSQL''s', oid::regprocedure) AS description,
-    format('DROP ROUTINE %s', oid::regprocedure) AS repair
+SELECT format('function %s has the name of a PostgreSQL function', oid::regprocedure)
+    AS description, format('DROP ROUTINE %s', oid::regprocedure) AS repair
 FROM pg_proc WHERE pronamespace = :schema
     AND proname IN (SELECT proname FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace)
     AND ('pg_proc'::regclass, oid) NOT IN (SELECT * FROM of_extensions)
 UNION ALL
-SELECT format('operator %s has the name of one of PostgreSQL''s', oid::regoperator),
+SELECT format('operator %s has the name of a PostgreSQL operator', oid::regoperator),
     format('DROP OPERATOR %s', oid::regoperator)
 FROM pg_operator WHERE oprnamespace = :schema
     AND oprname IN (SELECT oprname FROM pg_operator WHERE oprnamespace = 'pg_catalog'::regnamespace)
     AND ('pg_operator'::regclass, oid) NOT IN (SELECT * FROM of_extensions)
 UNION ALL
-SELECT format('the cast from %s to %s is not one of tiger_db''s', source, target),
+SELECT format('the cast from %s to %s is not declared by tiger_db', source, target),
     format('DROP CAST (%s AS %s)', source, target)
 FROM (SELECT castsource::regtype AS source, casttarget::regtype AS target FROM pg_cast
     WHERE castsource IN (SELECT oid FROM of_types) OR casttarget IN (SELECT oid FROM of_types)) AS c
@@ -178,7 +178,7 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
         if row.signature not in FUNCTIONS:
             yield SchemaDifference(
                 ("audit_logs",),
-                f"function {row.identity} has the name of one of tiger_db's",
+                f"function {row.identity} has the name of a tiger_db function",
                 f"DROP FUNCTION {schema.quoted}.{row.identity}",
             )
 
@@ -194,7 +194,7 @@ def _first_changes(expected: str, definition: str) -> str:
         for verb, lines, others in (("has", after, before), ("lacks", before, after))
         for line in [line for line in lines if line and line not in others][:1]
     ]
-    return " and ".join(changes or ["has other white space or another order of lines"])
+    return " and ".join(changes or ["has different white space or another order of lines"])
 
 
 def _function_sql(signature: str, definition: str) -> str:
@@ -263,7 +263,7 @@ def _compare_triggers(
                 repair = f"ALTER TABLE {qualified} ENABLE TRIGGER {row.name}"
                 yield SchemaDifference(of, description, repair)
             elif not (row.internal or row.cloned):
-                description = f"trigger {row.name} on {on} is not one of tiger_db's"
+                description = f"trigger {row.name} on {on} is not declared by tiger_db"
                 repair = f"unless it is yours, DROP TRIGGER {row.name} ON {qualified}"
                 yield SchemaDifference(of, description, repair, undeclared=True)
 
@@ -272,5 +272,5 @@ def _state(trigger: Trigger, expected: str, row: Row[Any] | None) -> str | None:
     if row is None:
         return "is missing"
     if row.definition != expected:
-        return f"is another one: {row.definition}"
+        return f"differs: {row.definition}"
     return _STATES[row.enabled] if row.enabled != trigger.enabled else None

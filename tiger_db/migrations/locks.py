@@ -1,4 +1,4 @@
-"""The lock of migrations, and attempts that give way to sessions that wait behind them."""
+"""The migration lock, and retries of migrations that wait too long for other locks."""
 
 import asyncio
 import time
@@ -85,13 +85,13 @@ async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
     """
     start, reported = time.monotonic(), -_REPORT_SECONDS
     while not await connection.scalar(text(f"SELECT pg_try_advisory_lock({_KEY})")):
-        holders = ", ".join((await connection.scalars(_LOCK_HOLDERS)).all()) or "somebody"
+        holders = ", ".join((await connection.scalars(_LOCK_HOLDERS)).all()) or "another session"
         await connection.rollback()
         waited = time.monotonic() - start
         if waited > _MIGRATION_LOCK_SECONDS:
             raise MigrationError(
                 f"{holders} has been migrating for {waited / 60:.0f} min: nothing was done here;"
-                " run `tiger-db migrate` again when that is through"
+                " run `tiger-db migrate` again afterwards"
             )
         if waited - reported >= _REPORT_SECONDS:
             progress(f"waiting for {holders} to migrate: {waited:.0f} s")
@@ -130,16 +130,18 @@ async def with_lock_retries(
             raise
         finally:
             done.set()
-            blockers = ", ".join(await watcher) or "somebody"
+            blockers = ", ".join(await watcher) or "another session"
         await connection.rollback()
         pause = min(2.0 ** (attempt - 1), _MAX_PAUSE_SECONDS)
         if time.monotonic() + pause > end:
             break
-        progress(f"{title}: attempt {attempt} gave way to {blockers}; again in {pause:.0f} s")
+        progress(
+            f"{title}: attempt {attempt} was blocked by {blockers}; next attempt in {pause:.0f} s"
+        )
         await asyncio.sleep(pause)
     raise MigrationError(
-        f"{title}: gave up after attempt {attempt}, which gave way to {blockers}: it is rolled"
-        " back, what came before it stays; run `tiger-db migrate` again when that is through"
+        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: it is"
+        " rolled back, earlier migrations stay applied; run `tiger-db migrate` again afterwards"
     )
 
 
