@@ -11,12 +11,14 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.support import factories
 from tests.support.waiting import until
 from tiger_db import APIKey, Database, KeyVerifier, Settings, crud
 from tiger_db.connections import connect
+from tiger_db.crud.api_keys import usage_counter
 from tiger_db.errors import DatabaseUnavailable, ScopeMissing
 from tiger_db.models import APIKeyScope
 
@@ -91,6 +93,26 @@ async def test_uses_of_an_unconfirmed_commit_are_counted_once(
     assert cuts >= 3
     for key_id in (key.id, locked.id):
         assert await counts(other, key_id) == (15, 15)
+
+
+async def test_a_transaction_that_the_server_has_lost_was_rolled_back(clone: Database) -> None:
+    """After a crash, the server may assign its id again. Until then, the id is in the future."""
+    async with clone.engine.connect() as connection:
+        xid = await connection.scalar(text("SELECT pg_current_xact_id()"))
+        assert await usage_counter._was_rolled_back(connection, xid + 1_000_000)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_the_status_of_a_transaction_is_known_when_it_has_ended(
+    clone: Database, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    monkeypatch.setattr(usage_counter, "_STATUS_INTERVAL_SECONDS", 0.001)
+    async with clone.engine.connect() as writer, clone.engine.connect() as connection:
+        xid = await writer.scalar(text("SELECT pg_current_xact_id()"))
+        with pytest.raises(DatabaseUnavailable, match="has not ended"):
+            await usage_counter._was_rolled_back(connection, xid)
+        await (writer.commit() if committed else writer.rollback())
+        assert await usage_counter._was_rolled_back(connection, xid) is not committed
 
 
 async def test_limits_of_lines_without_keys_are_deleted_after_30_days(
