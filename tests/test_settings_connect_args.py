@@ -426,7 +426,7 @@ async def test_in_production_no_password_is_sent_without_verified_tls(
 # A real server that asks for passwords
 
 
-ROLE = "rôle @:/%"
+ROLE = f"rôle @:/% {os.getpid()}"  # each test process has its own
 
 
 async def administer(url: str, statement: str, *values: str) -> None:
