@@ -25,7 +25,7 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 from tiger_db.models.api_keys import parse_address
 from tiger_db.redaction import MASK, is_secret_name, redact_aggressively, redact_known
 
-NOTES = "_made_safe"  # key in `details` of the notes on what was changed
+NOTES = "_made_safe"  # key in `details` of the notes on converted values
 _ELLIPSIS = "…"
 _MAX_DEPTH = 32
 _MAX_VALUES = 10_000  # in one field
@@ -98,7 +98,7 @@ class _Sanitizer:
         return self.fit(text, path, limit, mask)
 
     def error_message(self, value: object, path: Path) -> str:
-        return self.text_field(value, path, _MAX_TEXT, _redact)
+        return self.text_field(value, path, _MAX_TEXT, redact_aggressively)
 
     def uuid(self, value: object, path: Path) -> UUID | None:
         if isinstance(value, UUID):
@@ -380,7 +380,7 @@ def _scalar_text(value: object) -> str:
         ):  # fmt: skip
             return str(value)
         case BaseException():
-            return _redact(f"{type(value).__name__}: {value}"[:_MAX_CHARACTERS])
+            return redact_aggressively(f"{type(value).__name__}: {value}"[:_MAX_CHARACTERS])
     return type(value).__name__
 
 
@@ -397,10 +397,6 @@ def _is_harmless(name: str, value: object) -> bool:
     if issubclass(type(value), list | tuple):  # includes TrackedList
         items = cast("Iterable[object]", value)
     return all(type(item) is str and _KEY_PREFIX.fullmatch(item) for item in items)
-
-
-def _redact(text: str) -> str:
-    return redact_aggressively(redact_known(text))
 
 
 def _shown(value: object) -> str:
