@@ -101,7 +101,7 @@ def answering(answer: object) -> Refresher:
     ],
 )
 @pytest.mark.parametrize("lost", [False, True])
-async def test_a_token_is_stored_without_what_came_with_it_and_cannot_be(
+async def test_a_token_is_stored_without_values_that_cannot_be_stored(
     clone: Database, more: dict[str, Any], *, lost: bool
 ) -> None:
     """Also where the claim was lost meanwhile, and the account is offered the token."""
@@ -125,7 +125,7 @@ async def test_a_token_is_stored_without_what_came_with_it_and_cannot_be(
     assert (now.status, now.api_response_code) == (S.IN_PROGRESS if lost else S.SUCCESS, None)
 
 
-async def test_what_can_be_stored_is_stored_beside_what_cannot(clone: Database) -> None:
+async def test_storable_values_are_stored_although_others_are_not(clone: Database) -> None:
     refresh = await opened(clone)
     await run_once(clone, answering(NewToken("opaque", EXPIRY, "again", 10**20)))
     account = await account_of(clone, refresh.tiger_account_id)
@@ -142,7 +142,7 @@ async def test_what_can_be_stored_is_stored_beside_what_cannot(clone: Database) 
     [None, "token", {"access_token": "x"}, NewToken(""), NewToken(7), NewToken("\ud800"),  # type: ignore[arg-type]
      NewToken(None), NewToken("**********")],  # type: ignore[arg-type]
 )  # fmt: skip
-async def test_what_is_no_token_is_a_lost_answer(clone: Database, answer: object) -> None:
+async def test_an_answer_that_is_no_token_is_a_lost_answer(clone: Database, answer: object) -> None:
     refresh = await opened(clone)
     worker = await run_once(clone, answering(answer))
     now = await row(clone, refresh.id)
@@ -151,7 +151,7 @@ async def test_what_is_no_token_is_a_lost_answer(clone: Database, answer: object
 
 
 @pytest.mark.parametrize("refresher", [lambda _: None, lambda: None, None])
-async def test_what_is_no_refresher_fails(clone: Database, refresher: Any) -> None:
+async def test_an_object_that_is_no_refresher_fails(clone: Database, refresher: Any) -> None:
     refresh = await opened(clone)
     worker = await run_once(clone, refresher)
     now = await row(clone, refresh.id)
@@ -201,7 +201,7 @@ Long = type("Long" * 30, (RefreshFailed,), {})
     ],
     ids=lambda error: type(error).__name__[:15],
 )
-async def test_a_failure_is_stored_whatever_it_brings(
+async def test_a_failure_with_unstorable_values_is_stored(
     clone: Database, error: BaseException
 ) -> None:
     async def fail(_: TigerAccount) -> NewToken:
@@ -234,7 +234,7 @@ async def test_a_message_is_cut_and_no_part_of_a_secret_is_left(clone: Database,
 
 @pytest.mark.parametrize("error", [RefreshFailed("no"), AnswerLost("no"), CredentialsRefused("no")])
 @pytest.mark.parametrize("max_retries", [1, 3])
-async def test_the_last_resort_writes_constants(
+async def test_fail_unknown_writes_constants(
     clone: Database, error: Exception, max_retries: int
 ) -> None:
     """The row has what no failure can be written beside."""
@@ -291,7 +291,7 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-async def test_a_worker_that_always_dies_asks_only_so_often(
+async def test_a_worker_that_always_dies_asks_at_most_max_retries_times(
     clone: Database, tmp_path: Path
 ) -> None:
     refresh = await opened(clone, max_retries=2)
@@ -353,7 +353,7 @@ async def test_a_refresh_that_is_always_lost_is_given_up(
         assert await crud.token_status.schedule_due(session, within=timedelta(days=99)) == []
 
 
-async def test_many_who_give_up_do_it_once(clone: Database) -> None:
+async def test_parallel_callers_give_up_a_refresh_once(clone: Database) -> None:
     refreshes = [await opened(clone, max_retries=1) for _ in range(30)]
     async with clone.session() as session:
         assert len(await crud.token_status.claim_due(session, worker="w", limit=30)) == 30
@@ -370,7 +370,7 @@ async def test_many_who_give_up_do_it_once(clone: Database) -> None:
 
 
 @pytest.mark.parametrize("table", ["tiger_accounts", "token_statuses"])
-async def test_giving_up_waits_for_nobody(clone: Database, table: str) -> None:
+async def test_giving_up_skips_locked_rows(clone: Database, table: str) -> None:
     refresh = await opened(clone, max_retries=1)
     async with clone.session() as session:
         await crud.token_status.claim(session, refresh.id, worker="w")
@@ -493,7 +493,7 @@ async def test_a_token_that_comes_too_late_is_kept(clone: Database) -> None:
 
 
 @pytest.mark.parametrize("timeout", [timedelta(0), -SECOND])
-def test_an_attempt_takes_some_time(timeout: timedelta) -> None:
+def test_the_attempt_timeout_must_be_positive(timeout: timedelta) -> None:
     with pytest.raises(InvalidValue, match="attempt_timeout"):
         RefreshWorker(Database(Settings()), answering(None), attempt_timeout=timeout)
 
@@ -521,7 +521,7 @@ async def stops(
 @pytest.mark.slow
 @pytest.mark.parametrize("cancel", [False, True])
 @pytest.mark.parametrize("how", LOST)
-async def test_stopping_ends_within_its_grace_whatever_hangs(
+async def test_stopping_ends_within_its_grace_if_a_refresher_hangs(
     clone: Database, monkeypatch: pytest.MonkeyPatch, how: str, *, cancel: bool
 ) -> None:
     monkeypatch.setattr(refresh_worker, "_GRACE_SECONDS", 2.0)
@@ -538,7 +538,7 @@ async def test_stopping_ends_within_its_grace_whatever_hangs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cancel", [False, True])
-async def test_stopping_ends_within_its_grace_though_the_database_hangs(
+async def test_stopping_ends_within_its_grace_if_the_database_hangs(
     clone: Database, monkeypatch: pytest.MonkeyPatch, *, cancel: bool
 ) -> None:
     """Both the saving of an answer, and the claiming of the next."""

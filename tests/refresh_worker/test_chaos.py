@@ -245,7 +245,7 @@ async def work_off(database: Database) -> int:
 
 
 @pytest.mark.slow
-async def test_chaos(private_server: Settings, tmp_path: Path) -> None:
+async def test_workers_survive_kills_and_outages(private_server: Settings, tmp_path: Path) -> None:
     settings = await new_database(private_server)
     async with maintenance_engine(settings) as engine:
         await upgrade(engine)

@@ -124,7 +124,7 @@ async def test_a_due_account_at_the_gateway(clone: Database) -> None:
     assert (await account_of(clone, other.id)).updated_at == other.updated_at
 
 
-async def test_once_ends_when_nothing_is_due(clone: Database) -> None:
+async def test_running_once_ends_when_nothing_is_due(clone: Database) -> None:
     assert (await run_once(clone, at_once)).counts == {}
     await due(clone, 30)
     later = await opened(clone, scheduled_at=datetime.now(UTC) + timedelta(hours=1))
@@ -136,7 +136,9 @@ async def test_once_ends_when_nothing_is_due(clone: Database) -> None:
 
 
 @pytest.mark.slow
-async def test_a_new_refresh_is_heard_of(clone: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_listens_for_new_refreshes(
+    clone: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 60.0)
     started: dict[UUID, float] = {}
 
@@ -191,7 +193,7 @@ async def test_listening_survives_its_connection(
     await connection.close()
 
 
-async def test_what_is_due_later_is_started_then(
+async def test_a_refresh_starts_when_it_becomes_due(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 60.0)
@@ -207,7 +209,7 @@ async def test_what_is_due_later_is_started_then(
     assert timedelta(0) <= late < 5 * SECOND
 
 
-async def test_a_token_whose_time_comes_is_refreshed_then(
+async def test_a_token_is_refreshed_when_it_becomes_due(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 60.0)
@@ -246,7 +248,7 @@ async def test_concurrency_is_bounded(clone: Database) -> None:
     assert (worker.counts, most) == ({"refreshed": 14}, 3)
 
 
-async def test_each_tiger_id_is_asked_for_only_so_often(clone: Database) -> None:
+async def test_calls_per_tiger_id_are_limited(clone: Database) -> None:
     accounts = await due(clone, 3, tiger_id="20150001")
     (other,) = await due(clone, tiger_id="20150002")
     worker = await run_once(clone, at_once, per_minute=2)
@@ -281,7 +283,7 @@ async def test_heartbeats_keep_a_slow_refresh(
 @pytest.mark.parametrize(
     "options", [{"concurrency": 0}, {"per_minute": 0}, {"lease": timedelta(0)}]
 )
-def test_bad_bounds(options: dict[str, object]) -> None:
+def test_invalid_bounds_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(InvalidValue):
         RefreshWorker(Database(Settings()), at_once, **options)  # type: ignore[arg-type]
 
@@ -289,7 +291,7 @@ def test_bad_bounds(options: dict[str, object]) -> None:
 # Stopping
 
 
-async def test_stopping_finishes_what_was_asked(clone: Database) -> None:
+async def test_stopping_finishes_attempts_that_have_asked_the_broker(clone: Database) -> None:
     asked, waiting = [await opened(clone) for _ in range(2)]
     gate = Gate()
     worker = RefreshWorker(clone, gate, concurrency=1)
@@ -304,7 +306,7 @@ async def test_stopping_finishes_what_was_asked(clone: Database) -> None:
     assert (worker.counts, gate.times) == ({"refreshed": 1}, 1)
 
 
-async def test_stopping_gives_back_what_was_not_asked(clone: Database) -> None:
+async def test_stopping_gives_back_claims_before_the_broker_is_asked(clone: Database) -> None:
     refresh = await opened(clone)
     worker = RefreshWorker(clone, at_once)
     worker.stop()
@@ -365,7 +367,7 @@ async def test_the_answer_is_saved_when_the_database_is_back(
 
 
 @pytest.mark.slow
-async def test_a_worker_that_ends_waits_for_the_database_only_so_long(
+async def test_a_stopping_worker_waits_for_the_database_until_its_deadline(
     private_server: Settings, private: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refresh_worker, "_GRACE_SECONDS", 0.3)
@@ -466,7 +468,7 @@ async def take_over(database: Database, refresh: TokenStatus) -> TokenStatus:
     return claim
 
 
-async def test_a_worker_takes_nothing_over_from_itself(clone: Database) -> None:
+async def test_a_worker_does_not_claim_its_own_expired_leases(clone: Database) -> None:
     refresh = await opened(clone)
     gate = Gate()
     async with working(clone, gate) as worker:
@@ -545,7 +547,7 @@ async def test_an_account_that_is_closed_meanwhile(clone: Database) -> None:
 # Failures
 
 
-async def test_what_passes_is_tried_again(clone: Database) -> None:
+async def test_a_temporary_failure_is_retried(clone: Database) -> None:
     refresh = await opened(clone)
     worker = await run_once(clone, failing(RefreshFailed("code=1010 msg=no", code=1010)))
     now = await row(clone, refresh.id)
@@ -560,7 +562,7 @@ async def test_what_passes_is_tried_again(clone: Database) -> None:
     assert account.status == AccountStatus.ACTIVE
 
 
-async def test_what_never_passes_is_given_up(
+async def test_a_permanent_failure_is_given_up(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outcomes, "BACKOFF", timedelta(milliseconds=1))
@@ -573,7 +575,7 @@ async def test_what_never_passes_is_given_up(
     assert (await account_of(clone, account.id)).status == AccountStatus.ACTIVE
 
 
-async def test_the_brokers_wait_is_honoured(clone: Database) -> None:
+async def test_the_worker_waits_as_long_as_the_broker_asked(clone: Database) -> None:
     refresh = await opened(clone)
     await run_once(clone, failing(RefreshLimited("wait", code=5, retry_after=90 * SECOND)))
     now = await row(clone, refresh.id)
@@ -605,7 +607,9 @@ async def test_refused_credentials_suspend_the_account(
     assert (await run_once(clone, at_once)).counts == {}
 
 
-async def test_that_an_old_token_is_refused_says_nothing_of_a_new_one(clone: Database) -> None:
+async def test_a_refused_old_token_does_not_suspend_an_account_with_a_new_one(
+    clone: Database,
+) -> None:
     """A person, or a claim that was lost, has given the account another one meanwhile."""
     refresh = await opened(clone)
     gate = Gate(CredentialsRefused("code=1000 msg=no", code=1000))
@@ -625,7 +629,7 @@ async def test_that_an_old_token_is_refused_says_nothing_of_a_new_one(clone: Dat
 
 
 @pytest.mark.parametrize("last", [RefreshFailed("not now"), AnswerLost("again")])
-async def test_what_is_given_up_tells_that_an_answer_was_lost(
+async def test_a_refresh_that_is_given_up_mentions_a_lost_answer(
     clone: Database, monkeypatch: pytest.MonkeyPatch, last: RefreshFailed
 ) -> None:
     monkeypatch.setattr(outcomes, "BACKOFF", timedelta(milliseconds=1))
@@ -638,7 +642,7 @@ async def test_what_is_given_up_tells_that_an_answer_was_lost(
     assert now.error_message.startswith(f"{last} (the answer to an earlier attempt was lost")
 
 
-async def test_of_an_unknown_error_only_the_type_is_shown(
+async def test_only_the_type_of_an_unknown_error_is_shown(
     clone: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     refresh = await opened(clone)

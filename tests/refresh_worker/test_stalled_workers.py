@@ -159,7 +159,7 @@ async def lost_claims(database: Database, count: int) -> AsyncIterator[list[Toke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
-async def test_a_zombie_is_refused_every_time(clone: Database, use: str) -> None:
+async def test_a_lost_claim_is_always_refused(clone: Database, use: str) -> None:
     refused = 0
     async with lost_claims(clone, 100) as zombies:
         async with clone.session() as session:
@@ -265,7 +265,7 @@ async def test_a_stopped_process_does_not_ask_again_itself(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", [-3600, 3600])
-async def test_the_workers_clock_means_nothing(
+async def test_the_clock_of_a_worker_has_no_effect(
     clone: Database, gateway: Gateway, shift: float
 ) -> None:
     """Due times, leases and takeovers are the database's."""

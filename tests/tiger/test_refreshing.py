@@ -146,7 +146,7 @@ async def test_after_a_lost_answer_the_old_token_is_good_or_not(gateway: Gateway
     assert isinstance(await failure(after), CredentialsRefused)
 
 
-async def test_nothing_was_asked_where_nobody_listens() -> None:
+async def test_a_refused_connection_is_no_lost_answer() -> None:
     with closing(socket.socket()) as bound:  # and does not listen
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/gateway"
@@ -156,7 +156,7 @@ async def test_nothing_was_asked_where_nobody_listens() -> None:
     assert str(error) == "Tiger cannot be reached: NewConnectionError"
 
 
-async def test_what_tiger_says_of_the_secrets_is_masked(gateway: Gateway) -> None:
+async def test_secrets_in_tiger_s_message_are_masked(gateway: Gateway) -> None:
     account = account_at(gateway)
     said = f"token {account.readable_token()} of {TIGER_ID} is bad"
     answer = f'{{"code": 1010, "message": "{said}"}}'.encode()
@@ -173,7 +173,7 @@ async def test_another_key_is_refused(gateway: Gateway) -> None:
     assert gateway.known[TIGER_ID].token == gateway.of(TIGER_ID)[0].token
 
 
-async def test_a_closed_account_is_not_asked_for(gateway: Gateway) -> None:
+async def test_a_closed_account_is_not_refreshed(gateway: Gateway) -> None:
     closed = new_account(status="closed", private_key=None, server_url=gateway.url)
     with pytest.raises(InvalidState):
         await refresh_token(closed)
@@ -181,7 +181,7 @@ async def test_a_closed_account_is_not_asked_for(gateway: Gateway) -> None:
 
 
 @pytest.mark.slow
-async def test_many_at_a_time(gateway: Gateway) -> None:
+async def test_many_refreshes_at_a_time(gateway: Gateway) -> None:
     """The SDK's pool and thread-locals are shared; each account gets its own token."""
     accounts = [account_at(gateway, f"2015{number:04}") for number in range(40)]
     gates = [f"2015{number:04}" for number in range(40)]
@@ -196,7 +196,7 @@ async def test_many_at_a_time(gateway: Gateway) -> None:
     assert max(known.most for known in gateway.known.values()) == 1
 
 
-def test_the_gateways_tokens_are_tigers() -> None:
+def test_the_fake_gateway_makes_tokens_in_tiger_s_format() -> None:
     times = token_times(make_token(1_764_072_000_000))
     assert times is not None
     assert times.expires_at - times.generated_at == timedelta(days=30)

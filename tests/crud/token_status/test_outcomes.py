@@ -1,13 +1,18 @@
-"""Claims of one refresh, claims given back, and the kinds of failure."""
+"""Outcomes of refreshes: new tokens, failures, backoff and suspension."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
 
 import pytest
+from pydantic import ValidationError
 
 from tests.support import factories
-from tests.support.tiger_tokens import tiger_token
+from tests.support.claims import LEASE, claim_due
+from tests.support.concurrency import lock_until_waiting
+from tests.support.contexts import changed_context
+from tests.support.secrets_in_text import API_KEY, JWT, PEM
+from tests.support.tiger_tokens import SOON, tiger_token
 from tiger_db import (
     AccountStatus,
     AuditAction,
@@ -21,12 +26,25 @@ from tiger_db import (
 )
 from tiger_db.crud import accounts, token_status
 from tiger_db.database import AsyncSession
-from tiger_db.errors import InvalidState, InvalidValue, LeaseLost
+from tiger_db.encryption import KeyRing, generate_key
+from tiger_db.errors import (
+    LeaseLost,
+    StaleToken,
+)
+from tiger_db.redaction import MASK
 
 S = TokenRefreshStatus
 EXPIRED = timedelta(microseconds=1)  # a lease that has, as soon as it is given
 MINUTE = timedelta(minutes=1)
 LOST = {"answer_lost": True}
+
+
+async def claim_with_token(session: AsyncSession) -> TokenStatus:
+    """A claim on the refresh of an account whose token was made at `SOON`."""
+    account = await factories.account(session, access_token=tiger_token(SOON))
+    await factories.refresh(session, account)
+    (claim,) = await claim_due(session, lease=LEASE)
+    return claim
 
 
 async def account_of(session: AsyncSession, refresh: TokenStatus) -> TigerAccount:
@@ -39,93 +57,286 @@ def about(wait: timedelta, at: datetime | None) -> bool:
     return at is not None and abs(at - datetime.now(UTC) - wait) < timedelta(seconds=10)
 
 
-# Claiming one
-
-
-async def test_one_refresh_is_claimed_by_its_id(session: AsyncSession) -> None:
-    other = await factories.refresh(session)
-    later = await factories.refresh(session, scheduled_at=datetime.now(UTC) + MINUTE)
-    await accounts.update(session, later.tiger_account_id, status="suspended")
-    claim = await token_status.claim(session, later.id, worker="w", lease=5 * MINUTE)
-    assert (claim.id, claim.status, claim.worker) == (later.id, S.IN_PROGRESS, "w")
-    assert (claim.fencing_token, claim.details) == (1, None)
-    assert about(5 * MINUTE, claim.lease_expires_at)
-    assert claim not in session
-    await session.refresh(other)
-    assert other.status == S.PENDING
-
-
-async def test_a_refresh_that_is_held_or_has_ended_is_not_claimed(session: AsyncSession) -> None:
+async def test_completing_stores_the_token_and_resets_errors(session: AsyncSession) -> None:
     claim = await factories.claim(session)
-    with pytest.raises(InvalidState, match="another worker"):
-        await token_status.claim(session, claim.id, worker="w")
-    await token_status.complete(session, claim, access_token="new")
-    cancelled = await factories.refresh(session)
-    await token_status.cancel(session, cancelled.id)
-    failed = await factories.claim(session, max_retries=1)
-    await token_status.fail(session, failed, error="no answer")
-    for ended in (claim.id, cancelled.id, failed.id, uuid4()):
-        with pytest.raises(InvalidState):
-            await token_status.claim(session, ended, worker="w")
+    await crud.accounts.record_error(session, claim.tiger_account_id, message="no answer")
+    expiry = datetime.now(UTC) + timedelta(days=15)
+    refresh = await token_status.complete(
+        session,
+        claim,
+        access_token="token-2",
+        refresh_token="refresh-2",
+        expires_at=expiry,
+        api_response_code=0,
+        api_response_time_ms=12,
+        server_version="3.1",
+    )
+    account = await crud.accounts.get(session, claim.tiger_account_id)
+    assert account is not None
+    assert account.access_token is not None
+    assert account.access_token.get_secret_value() == "token-2"
+    assert account.refresh_token is not None
+    assert account.refresh_token.get_secret_value() == "refresh-2"
+    assert account.token_expires_at == expiry
+    assert (account.error_count, account.last_error, account.last_error_at) == (0, None, None)
+    assert refresh.status == S.SUCCESS
+    assert refresh.completed_at is not None
+    assert refresh.duration_ms is not None
+    assert refresh.lease_expires_at is None
+    assert refresh.old_token_hash == token_status.token_hash("token-1")
+    assert refresh.new_token_hash == token_status.token_hash("token-2")
+    assert refresh.new_token_expires_at == expiry
+    assert refresh.next_refresh_at is not None
+    ahead = expiry - refresh.next_refresh_at  # a fifth of the life
+    assert abs(ahead - timedelta(days=3)) < timedelta(seconds=10)
+    assert account.token_refresh_at is not None
+    assert abs(account.token_refresh_at - refresh.next_refresh_at) < timedelta(seconds=10)
+    answer = (refresh.api_response_code, refresh.api_response_time_ms, refresh.server_version)
+    assert answer == (0, 12, "3.1")
+    event = (await factories.events(session))[-1]
+    assert (event.action, event.result) == (AuditAction.TOKEN_REFRESH, AuditResult.SUCCESS)
+    assert (event.resource_id, event.tiger_account_id) == (str(claim.id), account.id)
+    stored = await factories.everything(session)
+    assert not any(secret in stored for secret in ("token-1", "token-2", "refresh-2"))
 
 
-@pytest.mark.parametrize("arguments", [{"lease": timedelta(0)}, {"worker": "x" * 101}])
-async def test_a_bad_claim_is_refused(clone: Database, arguments: Any) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"access_token": ""},
+        {"access_token": "\ud800"},
+        {"access_token": "new", "refresh_token": "**********"},
+        {"access_token": "new", "expires_at": datetime(2027, 1, 1)},  # noqa: DTZ001
+        {"access_token": "new", "server_version": "x" * 51},
+        {"access_token": "new", "api_response_code": 2**63},
+        {"access_token": "new", "api_response_time_ms": -1},
+    ],
+)
+async def test_a_refused_completion_changes_nothing(clone: Database, values: Any) -> None:
     async with clone.session() as session:
-        refresh = await factories.refresh(session)
-    with pytest.raises(InvalidValue):
+        claim = await factories.claim(session)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(ValidationError):
+            await token_status.complete(session, claim, **values)
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+        await token_status.complete(session, claim, access_token="good")
+
+
+@pytest.mark.parametrize(
+    "values", [{"error_code": "x" * 51}, {"api_response_code": 2**63}, {"api_response_time_ms": -1}]
+)
+async def test_a_refused_failure_changes_nothing(clone: Database, values: Any) -> None:
+    async with clone.session() as session:
+        claim = await factories.claim(session)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(ValidationError):
+            await token_status.fail(session, claim, error="no answer", **values)
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+
+
+async def test_an_unreadable_token_is_replaced(clone: Database) -> None:
+    async with clone.session() as session:
+        await factories.refresh(session)
+    async with clone.sessions(
+        info=changed_context(clone.info, key_provider=KeyRing.parse(generate_key("other")))
+    ) as session:
+        (claim,) = await claim_due(session)
+        refresh = await token_status.complete(session, claim, access_token="new")
+        account = await crud.accounts.get(session, claim.tiger_account_id)
+    assert refresh.old_token_hash is None
+    assert account is not None
+    assert account.access_token is not None
+    assert account.access_token.get_secret_value() == "new"
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_completing_after_the_token_has_changed_since_the_claim(
+    clone: Database, *, known: bool
+) -> None:
+    """What the claim saw is not what it replaces."""
+    older, changed, newer = (tiger_token(SOON + n * timedelta(days=1)) for n in range(3))
+    async with clone.session() as session:
+        claim = await factories.claim(session)
+        claim = claim if known else claim.model_copy()
+        account_id = claim.tiger_account_id
+        await crud.accounts.update_tokens(session, account_id, access_token=changed)
+    async with clone.session() as session:
+        before = await factories.everything(session)
+        with pytest.raises(StaleToken):
+            await token_status.complete(session, claim, access_token=older)
+        assert await factories.everything(session) == before
+    async with clone.session() as session:
+        done = await token_status.complete(session, claim, access_token=newer)
+    assert done.old_token_hash == token_status.token_hash(changed)
+    assert done.new_token_hash == token_status.token_hash(newer)
+
+
+async def test_completing_waits_for_another_change_of_the_account(clone: Database) -> None:
+    """Then it decides on what that has left."""
+    older, newer = tiger_token(), tiger_token(SOON)
+    async with clone.session() as session:
+        claim = await factories.claim(session)
+
+    async def complete() -> None:
         async with clone.session() as session:
-            await token_status.claim(session, refresh.id, **{"worker": "w"} | arguments)
+            await token_status.complete(session, claim, access_token=older)
+
+    async with lock_until_waiting(clone, "tiger_accounts", waiting=1) as session:
+        await crud.accounts.update_tokens(session, claim.tiger_account_id, access_token=newer)
+        completing = asyncio.create_task(complete())
+    with pytest.raises(StaleToken):
+        await completing
     async with clone.session() as session:
-        assert await token_status.get(session, refresh.id) == refresh
+        account = await crud.accounts.get(session, claim.tiger_account_id)
+        assert account is not None
+        assert factories.plain(account.access_token) == newer
 
 
-@pytest.mark.parametrize("one", [True, False])
-@pytest.mark.parametrize(("details", "then"), [(None, LOST), ({"a": 1}, {"a": 1} | LOST)])
-async def test_who_takes_over_knows_that_an_answer_may_be_lost(
-    session: AsyncSession, one: bool, details: Any, then: Any
+async def test_completing_updates_the_objects_of_the_session(
+    session: AsyncSession,
 ) -> None:
-    await factories.refresh(session, details=details)
-    (dead,) = await token_status.claim_due(session, worker="dead", lease=EXPIRED)
-    assert dead.details == details
-    if one:
-        alive = await token_status.claim(session, dead.id, worker="alive")
-    else:
-        (alive,) = await token_status.claim_due(session, worker="alive")
-    assert (alive.worker, alive.fencing_token, alive.details) == ("alive", 2, then)
-    with pytest.raises(LeaseLost):
-        await token_status.heartbeat(session, dead)
-    failed = await token_status.fail(session, alive, error="busy", retry_after=timedelta(0))
-    (again,) = await token_status.claim_due(session, worker="third")
-    assert (failed.details, again.details) == (then, then)
+    account = await factories.account_with_token(session)
+    refresh = await factories.refresh(session, account)
+    (claim,) = await claim_due(session)
+    account.description = "not yet saved"
+    token = tiger_token()
+    done = await token_status.complete(session, claim, access_token=token)
+    assert done is refresh
+    assert (refresh.status, refresh.worker) == (S.SUCCESS, "worker-1")
+    assert factories.plain(account.access_token) == token
+    assert account.token_expires_at == done.new_token_expires_at
+    assert account.description == "not yet saved"
+    done.details = {"a": 1}
+    await session.flush()
+    await session.refresh(done)
+    assert done.details == {"a": 1}
 
 
-# Giving back
+async def test_an_older_token_leaves_the_claim_as_it_was(clone: Database) -> None:
+    async with clone.session() as session:
+        claim = await claim_with_token(session)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(StaleToken):
+            await token_status.complete(session, claim, access_token=tiger_token())
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+        newer = await token_status.complete(session, claim, access_token=tiger_token(SOON))
+        assert newer.status == S.SUCCESS
 
 
-@pytest.mark.parametrize("wait", [timedelta(0), 7 * MINUTE])
-async def test_a_claim_given_back_is_due_after_the_wait(
-    session: AsyncSession, wait: timedelta
-) -> None:
+@pytest.mark.parametrize("how", ["taken over", "cancelled", "completed", "account closed"])
+async def test_a_lost_claim_with_an_older_token_is_lost(clone: Database, how: str) -> None:
+    async with clone.session() as session:
+        zombie = await claim_with_token(session)
+    async with clone.session() as session:
+        match how:
+            case "taken over":
+                assert len(await claim_due(session, worker="alive")) == 1
+            case "cancelled":
+                await token_status.cancel(session, zombie.id)
+            case "completed":
+                await token_status.complete(session, zombie, access_token=tiger_token(SOON))
+            case "account closed":
+                await crud.accounts.close(session, zombie.tiger_account_id)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(LeaseLost):
+            await token_status.complete(session, zombie, access_token=tiger_token())
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+
+
+@pytest.mark.parametrize("secret", [tiger_token(), API_KEY, JWT, PEM, "token=hunter2"])
+async def test_a_token_in_an_error_message_is_masked(session: AsyncSession, secret: str) -> None:
     claim = await factories.claim(session)
-    events = len(await factories.events(session))
-    given = await token_status.give_back(session, claim, wait=wait)
-    assert (given.status, given.worker, given.lease_expires_at) == (S.PENDING, None, None)
-    assert (given.retry_count, given.details) == (0, None)
-    assert about(wait, given.scheduled_at)
-    assert len(await factories.events(session)) == events
-    again = await token_status.claim_due(session, worker="other")
-    assert [c.fencing_token for c in again] == ([2] if not wait else [])
-    assert all(c.details is None for c in again)  # nobody was asked
-    with pytest.raises(LeaseLost):
-        await token_status.give_back(session, claim)
+    failed = await token_status.fail(session, claim, error=f"before {secret}; after")
+    event = (await factories.events(session))[-1]
+    assert failed.error_message is not None
+    assert failed.error_message.startswith("before ")
+    assert failed.error_message.endswith("; after")
+    assert event.error_message == failed.error_message
+    session.expunge_all()
+    stored = await factories.everything(session)
+    for line in secret.splitlines()[1:-1] or [secret.removeprefix("token=")[-20:]]:
+        assert line not in stored
 
 
-# Failing for good
+async def test_the_account_s_own_secrets_in_an_error_message_are_masked(
+    session: AsyncSession,
+) -> None:
+    own = await factories.account_with_token(session, secret_key="a.b+c", access_token="opaque 1")
+    claim = await factories.claim(session, of=own)
+    failed = await token_status.fail(session, claim, error="a.b+c, or opaque 1, was refused")
+    assert failed.error_message == f"{MASK}, or {MASK}, was refused"
+
+
+async def test_a_failure_is_tried_again_until_it_is_given_up(session: AsyncSession) -> None:
+    await factories.refresh(session, max_retries=3)
+    for attempt in (1, 2, 3):
+        (claim,) = await claim_due(session)
+        failed = await token_status.fail(
+            session,
+            claim,
+            error="no \0 answer \ud800",
+            error_code="TIMEOUT",
+            api_response_code=-1,
+            retry_after=timedelta(0),
+        )
+        assert (failed.retry_count, failed.error_code, failed.api_response_code) == (
+            attempt,
+            "TIMEOUT",
+            -1,
+        )
+        assert failed.lease_expires_at is None
+        assert failed.status == (S.PENDING if attempt < 3 else S.FAILED)
+        assert (failed.completed_at is None) == (attempt < 3)
+    assert await claim_due(session) == []
+    event = (await factories.events(session))[-1]
+    assert (event.result, event.error_code) == (AuditResult.FAILURE, "TIMEOUT")
+    assert event.error_message == failed.error_message
+    assert event.error_message == "no \ufffd answer ?"
+
+
+@pytest.mark.parametrize(
+    ("failed_before", "longest"), [(0, 30), (1, 60), (5, 960), (6, 1800), (60, 1800)]
+)
+async def test_the_wait_doubles_up_to_half_an_hour(
+    session: AsyncSession, failed_before: int, longest: int
+) -> None:
+    refresh = await factories.refresh(session, max_retries=100)
+    refresh.retry_count = failed_before
+    waits = []
+    for _ in range(12):
+        (claim,) = await claim_due(session)
+        claim.retry_count = failed_before
+        before = datetime.now(UTC)
+        failed = await token_status.fail(session, claim, error="no answer")
+        assert failed.scheduled_at is not None
+        waits.append((failed.scheduled_at - before).total_seconds())
+        failed.scheduled_at = before
+    assert min(waits) >= -1
+    assert max(waits) <= longest + 1
+    assert max(waits) > longest / 4  # 12 times less than a quarter: one in 17 million
+    assert len(set(waits)) == 12
+
+
+async def test_the_next_attempt_is_due_after_the_given_wait(session: AsyncSession) -> None:
+    claim = await factories.claim(session)
+    wait = timedelta(minutes=7)
+    before = datetime.now(UTC)
+    failed = await token_status.fail(session, claim, error="busy", retry_after=wait)
+    assert failed.scheduled_at is not None
+    assert timedelta(0) <= failed.scheduled_at - before - wait < timedelta(seconds=5)
+    assert await claim_due(session) == []
 
 
 @pytest.mark.parametrize("status", ["active", "inactive", "suspended", "pending_verification"])
-async def test_dead_credentials_suspend_an_active_account(
+async def test_refused_credentials_suspend_an_active_account(
     session: AsyncSession, status: str
 ) -> None:
     claim = await factories.claim(session, max_retries=5)
@@ -161,7 +372,7 @@ async def test_dead_credentials_suspend_an_active_account(
     assert await token_status.schedule_due(session) == []
 
 
-async def test_a_person_brings_an_account_with_dead_credentials_back(
+async def test_a_person_activates_an_account_with_refused_credentials(
     session: AsyncSession,
 ) -> None:
     claim = await factories.claim(session)
@@ -173,7 +384,7 @@ async def test_a_person_brings_an_account_with_dead_credentials_back(
     assert (again.id, again.retry_count) == (claim.id, 0)
 
 
-async def test_a_suspension_is_undone_with_its_failure(clone: Database) -> None:
+async def test_a_rollback_undoes_the_suspension_with_its_failure(clone: Database) -> None:
     async with clone.session() as session:
         claim = await factories.claim(session)
         before = await factories.everything(session)
@@ -191,7 +402,7 @@ async def test_a_suspension_is_undone_with_its_failure(clone: Database) -> None:
 
 
 @pytest.mark.parametrize("how", ["taken over", "cancelled", "completed", "account closed"])
-async def test_a_zombie_suspends_nobody(clone: Database, how: str) -> None:
+async def test_a_lost_claim_suspends_no_account(clone: Database, how: str) -> None:
     async with clone.session() as session:
         await factories.refresh(session)
         (zombie,) = await token_status.claim_due(session, worker="zombie", lease=EXPIRED)
@@ -217,11 +428,10 @@ async def test_a_zombie_suspends_nobody(clone: Database, how: str) -> None:
         assert await factories.everything(session) == before
 
 
-# Failing for now
-
-
 @pytest.mark.parametrize(("details", "then"), [(None, LOST), ({"a": 1}, {"a": 1} | LOST)])
-async def test_a_lost_answer_is_kept(session: AsyncSession, details: Any, then: Any) -> None:
+async def test_a_lost_answer_is_recorded_in_the_details(
+    session: AsyncSession, details: Any, then: Any
+) -> None:
     claim = await factories.claim(session, details=details)
     failed = await token_status.fail(
         session, claim, error="timeout", answer_lost=True, retry_after=timedelta(0)
@@ -235,7 +445,7 @@ async def test_a_lost_answer_is_kept(session: AsyncSession, details: Any, then: 
     assert done.details == then
 
 
-async def test_the_next_refresh_knows_of_a_lost_answer(session: AsyncSession) -> None:
+async def test_the_next_refresh_mentions_a_lost_answer(session: AsyncSession) -> None:
     claim = await factories.claim(session, max_retries=1)
     await token_status.fail(session, claim, error="timeout", answer_lost=True)
     account = await account_of(session, claim)
@@ -252,7 +462,7 @@ async def test_the_next_refresh_knows_of_a_lost_answer(session: AsyncSession) ->
     assert (failed.details, failed.error_message) == (None, "refused")
 
 
-async def test_the_broker_s_wait_is_kept_by_the_next_refresh(session: AsyncSession) -> None:
+async def test_the_next_refresh_waits_as_long_as_the_broker_asked(session: AsyncSession) -> None:
     claim = await factories.claim(session, max_retries=1)
     failed = await token_status.fail(session, claim, error="busy", retry_after=100 * MINUTE)
     assert failed.status == S.FAILED
@@ -260,7 +470,7 @@ async def test_the_broker_s_wait_is_kept_by_the_next_refresh(session: AsyncSessi
 
 
 @pytest.mark.parametrize("wait", [timedelta(0), timedelta(seconds=90), timedelta(days=2)])
-async def test_the_broker_s_wait_is_kept_exactly(clone: Database, wait: timedelta) -> None:
+async def test_the_broker_s_wait_is_used_exactly(clone: Database, wait: timedelta) -> None:
     async with clone.session() as session:
         claim = await factories.claim(session)
     async with clone.session() as session:
@@ -271,7 +481,7 @@ async def test_the_broker_s_wait_is_kept_exactly(clone: Database, wait: timedelt
         assert timedelta(0) <= over < timedelta(seconds=5)
 
 
-async def test_who_was_given_up_is_scheduled_when_it_says(session: AsyncSession) -> None:
+async def test_an_account_is_scheduled_again_at_next_refresh_at(session: AsyncSession) -> None:
     claim = await factories.claim(session, max_retries=2)
     failed = await token_status.fail(session, claim, error="busy", retry_after=timedelta(0))
     assert failed.next_refresh_at is None
@@ -286,7 +496,7 @@ async def test_who_was_given_up_is_scheduled_when_it_says(session: AsyncSession)
     assert opened.tiger_account_id == failed.tiger_account_id
 
 
-async def test_completing_forgets_the_errors_of_both(session: AsyncSession) -> None:
+async def test_completing_resets_the_errors_of_account_and_refresh(session: AsyncSession) -> None:
     claim = await factories.claim(session)
     await token_status.fail(
         session, claim, error="busy", error_code="BUSY", retry_after=timedelta(0)

@@ -59,7 +59,9 @@ def test_a_fifth_of_a_token_s_life_is_left(life: timedelta, ahead: timedelta) ->
 @example(born=START, life=MS)
 @example(born=START, life=25 * MINUTE)
 @example(born=START, life=10 * MINUTE)
-def test_it_comes_in_the_second_half_of_the_life(born: datetime, life: timedelta) -> None:
+def test_the_refresh_time_is_in_the_second_half_of_the_life(
+    born: datetime, life: timedelta
+) -> None:
     born -= born.microsecond % 1000 * timedelta(microseconds=1)
     life -= life % MS
     expires = born + life
@@ -73,7 +75,7 @@ def test_it_comes_in_the_second_half_of_the_life(born: datetime, life: timedelta
 
 
 @given(left=st.timedeltas(timedelta(milliseconds=100), timedelta(days=10_000)))
-def test_that_of_a_token_of_another_form_counts_from_now(left: timedelta) -> None:
+def test_the_life_of_a_token_in_another_format_begins_now(left: timedelta) -> None:
     before = datetime.now(UTC)
     expires = before + left
     at = refresh_time("opaque", expires)
@@ -82,12 +84,12 @@ def test_that_of_a_token_of_another_form_counts_from_now(left: timedelta) -> Non
 
 
 @pytest.mark.parametrize("token", ["opaque", tiger_token(START, LIFE)])
-def test_a_token_that_never_expires_has_none(token: str) -> None:
+def test_a_token_that_never_expires_has_no_refresh_time(token: str) -> None:
     assert refresh_time(token, None) is None
 
 
 @pytest.mark.parametrize("token", ["opaque", tiger_token(START + DAY, LIFE)])
-def test_an_expiry_before_the_token_s_birth_is_due_then(token: str) -> None:
+def test_a_token_that_expires_before_it_is_generated_is_due_at_its_expiry(token: str) -> None:
     assert refresh_time(token, START) == START
 
 
@@ -118,7 +120,9 @@ async def to_assign(session: AsyncSession, account: TigerAccount, token: str) ->
 
 @pytest.mark.parametrize("change", [to_update, to_update_tokens, to_complete, to_assign])
 @pytest.mark.parametrize("before", [{}, {"access_token": "old", "token_expires_at": START}])
-async def test_it_follows_the_token(session: AsyncSession, change: Change, before: Any) -> None:
+async def test_token_refresh_at_follows_the_token(
+    session: AsyncSession, change: Change, before: Any
+) -> None:
     account = await factories.account(session, **before)
     assert (account.token_refresh_at is None) == (before == {})
     now = datetime.now(UTC).replace(microsecond=0)
@@ -131,7 +135,7 @@ async def test_it_follows_the_token(session: AsyncSession, change: Change, befor
     assert abs(ahead - LIFE / 5) <= timedelta(seconds=5)
 
 
-async def test_a_new_account_s_token_has_one(session: AsyncSession) -> None:
+async def test_a_new_account_has_a_token_refresh_at(session: AsyncSession) -> None:
     now = datetime.now(UTC).replace(microsecond=0)
     account = await factories.account(session, access_token=tiger_token(now, LIFE))
     await session.refresh(account)
@@ -143,7 +147,9 @@ async def test_a_new_account_s_token_has_one(session: AsyncSession) -> None:
     assert abs(plain.token_refresh_at - now - LIFE * 4 / 5) < 10 * timedelta(seconds=1)
 
 
-async def test_an_imported_token_has_one(session: AsyncSession, tmp_path: Path) -> None:
+async def test_an_imported_account_has_a_token_refresh_at(
+    session: AsyncSession, tmp_path: Path
+) -> None:
     old, new = (tiger_token(START + n * DAY, LIFE) for n in range(2))
     for n, token in enumerate((old, new)):
         file = config(tmp_path, EVERYTHING | {"token": token})
@@ -152,7 +158,7 @@ async def test_an_imported_token_has_one(session: AsyncSession, tmp_path: Path) 
         assert account.token_refresh_at == START + n * DAY + LIFE * 4 / 5
 
 
-async def test_it_goes_with_the_token(session: AsyncSession) -> None:
+async def test_token_refresh_at_is_removed_with_the_token(session: AsyncSession) -> None:
     account = await factories.account(session, access_token=tiger_token(START, LIFE))
     await accounts.close(session, account.id)
     await session.refresh(account)
@@ -166,7 +172,7 @@ async def test_it_goes_with_the_token(session: AsyncSession) -> None:
     assert account.token_refresh_at is None
 
 
-async def test_a_token_without_expiry_has_none(session: AsyncSession) -> None:
+async def test_a_token_without_expiry_has_no_refresh_time(session: AsyncSession) -> None:
     account = await factories.account(session, access_token=tiger_token(START, LIFE))
     await accounts.update_tokens(session, account.id, access_token="opaque")
     await session.refresh(account)
@@ -177,7 +183,7 @@ async def test_a_token_without_expiry_has_none(session: AsyncSession) -> None:
     assert account.token_refresh_at == START
 
 
-async def test_other_changes_leave_it_alone(session: AsyncSession) -> None:
+async def test_other_changes_keep_token_refresh_at(session: AsyncSession) -> None:
     account = await factories.account_with_token(session)
     at = account.token_refresh_at
     await accounts.update(session, account.id, description="new", status="inactive")
@@ -266,7 +272,7 @@ async def test_any_number_of_schedulers_open_one_each(clone: Database) -> None:
 # How long until then
 
 
-async def test_nothing_becomes_due(session: AsyncSession) -> None:
+async def test_next_due_is_none_if_nothing_becomes_due(session: AsyncSession) -> None:
     assert await token_status.next_due(session) is None
     await factories.account(session)
     await factories.account(session, access_token="opaque")
@@ -278,7 +284,7 @@ async def test_nothing_becomes_due(session: AsyncSession) -> None:
     assert await token_status.next_due(session) is None
 
 
-async def test_what_is_due_already_is_not_waited_for(session: AsyncSession) -> None:
+async def test_next_due_ignores_what_is_due_already(session: AsyncSession) -> None:
     await factories.account_with_token(session)
     await factories.refresh(session)
     assert await token_status.next_due(session) is None
@@ -288,7 +294,7 @@ async def test_what_is_due_already_is_not_waited_for(session: AsyncSession) -> N
     assert timedelta(seconds=40) < lease < timedelta(seconds=50)
 
 
-async def test_the_first_of_refreshes_and_tokens_is_waited_for(session: AsyncSession) -> None:
+async def test_next_due_is_the_first_of_refreshes_and_tokens(session: AsyncSession) -> None:
     async def wait() -> timedelta:
         found = await token_status.next_due(session)
         assert found is not None

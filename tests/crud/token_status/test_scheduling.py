@@ -1,14 +1,19 @@
+"""Scheduling of refreshes: opening, cancelling, retrying and pruning."""
+
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import text
 
 from tests.support import factories
+from tests.support.claims import claim_due
 from tiger_db import (
     AuditAction,
+    Database,
     RefreshTrigger,
     TigerAccount,
     TokenRefreshStatus,
@@ -18,22 +23,42 @@ from tiger_db import (
 from tiger_db.crud import token_status
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
+    AlreadyExists,
     InvalidState,
     InvalidValue,
+    LeaseLost,
     MissingReference,
+    NotFound,
 )
 
 S = TokenRefreshStatus
+DAY, MINUTE = timedelta(days=1), timedelta(minutes=1)
 
 
-async def claim_due(session: AsyncSession, **arguments: Any) -> list[TokenStatus]:
-    return await token_status.claim_due(session, **{"worker": "worker-1"} | arguments)
+async def opened(
+    session: AsyncSession, ago: timedelta, status: TokenRefreshStatus = S.SUCCESS
+) -> TokenStatus:
+    """A refresh of a new account that was opened so long ago."""
+    milliseconds = round((datetime.now(UTC) - ago).timestamp() * 1000)
+    account = await factories.account(session)
+    row = TokenStatus(
+        id=UUID(int=milliseconds << 80 | account.id.int % 2**64),
+        tiger_account_id=account.id,
+        trigger=RefreshTrigger.MANUAL,
+        status=status,
+    )
+    if status == S.IN_PROGRESS:
+        row.worker, row.lease_expires_at = "worker-1", datetime.now(UTC)
+    session.add(row)
+    await session.flush()
+    return row
 
 
-# Opening
+async def left(session: AsyncSession) -> set[UUID]:
+    return {refresh.id for refresh in await token_status.history(session, limit=1000)}
 
 
-async def test_a_refresh_is_opened_with_what_is_known(session: AsyncSession) -> None:
+async def test_a_new_refresh_has_the_values_of_its_account(session: AsyncSession) -> None:
     account = await factories.account_with_token(session, environment="SANDBOX")
     refresh = await factories.refresh(session, account, max_retries=5, details={"a": [1]})
     assert refresh.model_dump(exclude_none=True) == {
@@ -141,57 +166,90 @@ async def test_an_account_given_up_is_left_alone_for_half_an_hour(session: Async
     assert len(await token_status.schedule_due(session)) == 1
 
 
-# Reading
+async def test_an_open_refresh_is_cancelled(session: AsyncSession) -> None:
+    refresh = await factories.refresh(session)
+    cancelled = await token_status.cancel(session, refresh.id)
+    assert (cancelled.status, cancelled.completed_at is None) == (S.CANCELLED, False)
+    assert (await factories.events(session))[-1].action == AuditAction.TOKEN_REFRESH_CANCEL
+    with pytest.raises(InvalidState, match="cancelled"):
+        await token_status.cancel(session, refresh.id)
+    assert await claim_due(session) == []
 
 
-async def test_lists(session: AsyncSession) -> None:
-    account = await factories.account_with_token(session)
-    failed = await factories.refresh(session, account, max_retries=1)
-    await token_status.fail(session, (await claim_due(session))[0], error="no answer")
-    pending = await factories.refresh(session, account)
-    other = await factories.refresh(session)
-    await token_status.cancel(session, other.id)
-
-    assert (await token_status.get_pending_refreshes(session)).items == [pending]
-    assert [r.id for r in await token_status.get_failed_refreshes(session)] == [failed.id]
-    everyone = [r.id for r in await token_status.history(session)]
-    assert everyone == [other.id, pending.id, failed.id]
-    mine = [r.id for r in await token_status.history(session, account_id=account.id)]
-    assert mine == [pending.id, failed.id]
-    assert await token_status.get_latest_status(session, account.id) is pending
-    assert await token_status.get(session, pending.id) is pending
-    assert await token_status.get(session, uuid4()) is None
-    assert await token_status.get_latest_status(session, uuid4()) is None
+async def test_a_failed_refresh_is_retried(session: AsyncSession) -> None:
+    claim = await factories.claim(session, max_retries=1)
+    with pytest.raises(InvalidState, match="in_progress"):
+        await token_status.retry(session, claim.id)
+    await token_status.fail(session, claim, error="no answer")
+    again = await token_status.retry(session, claim.id)
+    assert (again.status, again.retry_count, again.completed_at) == (S.PENDING, 0, None)
+    (second,) = await claim_due(session)
+    assert second.id == claim.id
+    with pytest.raises(LeaseLost):
+        await token_status.heartbeat(session, claim)
 
 
-async def test_statistics(session: AsyncSession) -> None:
-    since = datetime.now(UTC) - timedelta(minutes=1)
-    account = await factories.account_with_token(session)
-    for milliseconds in (100, 200, 300):
-        refresh = await factories.refresh(session, account)
-        (claim,) = await claim_due(session)
-        await token_status.complete(session, claim, access_token="new")
-        await session.execute(
-            text("UPDATE token_statuses SET duration_ms = :ms WHERE id = :id"),
-            {"ms": milliseconds, "id": refresh.id},
-        )
-    for code in ("TIMEOUT", None):
-        await factories.refresh(session, account, max_retries=1, trigger=RefreshTrigger.ERROR)
-        (claim,) = await claim_due(session)
-        await token_status.fail(session, claim, error="no answer", error_code=code)
-    await factories.refresh(session, account)
-    assert await token_status.statistics(session, since=since) == token_status.RefreshStatistics(
-        total=6,
-        succeeded=3,
-        failed=2,
-        open=1,
-        success_rate=0.6,
-        p50_ms=200,
-        p95_ms=290,
-        by_trigger={"manual": 4, "error": 2},
-        by_error={"TIMEOUT": 1, "unknown": 1},
-    )
-    empty = await token_status.statistics(session, since=datetime.now(UTC) + timedelta(hours=1))
-    assert (empty.total, empty.success_rate, empty.p50_ms, empty.by_trigger) == (0, None, None, {})
-    with pytest.raises(InvalidValue, match="since"):
-        await token_status.statistics(session, since=datetime(2026, 1, 1))  # noqa: DTZ001
+async def test_retrying_opens_no_second_refresh(clone: Database) -> None:
+    async with clone.session() as session:
+        claim = await factories.claim(session, max_retries=1)
+        failed = await token_status.fail(session, claim, error="no answer")
+        account = await crud.accounts.get(session, claim.tiger_account_id)
+        other = await factories.refresh(session, account)
+        with pytest.raises(AlreadyExists):
+            await token_status.retry(session, failed.id)
+        await token_status.cancel(session, other.id)
+        await crud.accounts.close(session, claim.tiger_account_id)
+        with pytest.raises(InvalidState, match="closed"):
+            await token_status.retry(session, failed.id)
+    async with clone.session() as session:
+        refreshes = await token_status.history(session)
+        assert [refresh.status for refresh in refreshes] == [S.CANCELLED, S.FAILED]
+
+
+@pytest.mark.parametrize("change", [token_status.cancel, token_status.retry])
+async def test_cancelling_or_retrying_a_missing_refresh_raises_not_found(
+    session: AsyncSession, change: Callable[[AsyncSession, UUID], Awaitable[object]]
+) -> None:
+    with pytest.raises(NotFound):
+        await change(session, uuid4())
+
+
+async def test_old_ended_refreshes_are_pruned(session: AsyncSession) -> None:
+    old = {status: await opened(session, 31 * DAY, status) for status in S}
+    young = await opened(session, 29 * DAY)
+    assert await token_status.prune(session, older_than=32 * DAY) == 0
+    assert await token_status.prune(session, older_than=30 * DAY) == 4
+    assert await left(session) == {old[S.PENDING].id, old[S.IN_PROGRESS].id, young.id}
+    assert await token_status.prune(session, older_than=30 * DAY) == 0
+
+
+@pytest.mark.parametrize("off", [[], ["hashjoin", "hashagg", "mergejoin", "material", "sort"]])
+async def test_the_oldest_refreshes_are_pruned_first_up_to_the_limit(
+    session: AsyncSession, off: list[str]
+) -> None:
+    """Whatever the plan: one that runs the search again for each row would find others."""
+    for method in off:
+        await session.execute(text(f"SET LOCAL enable_{method} = off"))
+    ids = [(await opened(session, days * DAY)).id for days in (5, 4, 3, 2)]
+    assert await token_status.prune(session, older_than=DAY, limit=3) == 3
+    assert await left(session) == {ids[-1]}
+    assert await token_status.prune(session, older_than=DAY, limit=3) == 1
+
+
+@pytest.mark.parametrize("older_than", [timedelta(0), -DAY])
+async def test_the_age_of_pruned_refreshes_must_be_positive(
+    session: AsyncSession, older_than: timedelta
+) -> None:
+    await opened(session, DAY)
+    with pytest.raises(InvalidValue, match="older_than"):
+        await token_status.prune(session, older_than=older_than)
+    assert len(await left(session)) == 1
+
+
+async def test_parallel_prunes_do_not_wait_for_each_other(clone: Database) -> None:
+    async with clone.session() as session:
+        for _ in range(4):
+            await opened(session, 2 * DAY)
+    async with clone.session() as one, clone.session() as other:
+        assert await token_status.prune(one, older_than=DAY, limit=3) == 3
+        assert await token_status.prune(other, older_than=DAY, limit=3) == 1
