@@ -1,4 +1,4 @@
-"""Refreshers that return, raise or do what they should not: no token is lost, none is burnt."""
+"""Refreshers that return invalid values, raise unexpected errors, or hang."""
 
 import asyncio
 import subprocess
@@ -62,12 +62,12 @@ EXPIRY = datetime.now(UTC).replace(microsecond=0) + timedelta(days=99)
 
 @pytest.fixture(autouse=True)
 def _no_short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wait after a failure is random, and once in thousands too short to end the run."""
+    """Replace the random backoff, which is rarely so short that the run does not end."""
     monkeypatch.setattr(outcomes, "_backoff", lambda _: outcomes.BACKOFF)
 
 
 def answering(answer: object) -> Refresher:
-    """A refresher that returns anything."""
+    """Return a refresher that returns this value."""
 
     async def answer_it(_: TigerAccount) -> Any:
         return answer
@@ -104,7 +104,7 @@ def answering(answer: object) -> Refresher:
 async def test_a_token_is_stored_without_values_that_cannot_be_stored(
     clone: Database, more: dict[str, Any], *, lost: bool
 ) -> None:
-    """Also where the claim was lost meanwhile, and the account is offered the token."""
+    """This is also true if the claim is lost and the account is offered the token."""
     refresh = await opened(clone)
     token = fresh().access_token
 
@@ -163,14 +163,14 @@ async def test_an_object_that_is_no_refresher_fails(clone: Database, refresher: 
 
 
 class Mute(RefreshFailed):
-    """Has no text."""
+    """Its `__str__` fails."""
 
     def __str__(self) -> str:
         raise ZeroDivisionError
 
 
 class MuteToo(StaleToken):
-    """Has no text, and is no failure of a refresh."""
+    """Its `__str__` fails, and it is no RefreshFailed."""
 
     def __str__(self) -> str:
         raise ZeroDivisionError
@@ -237,7 +237,7 @@ async def test_a_message_is_cut_and_no_part_of_a_secret_is_left(clone: Database,
 async def test_fail_unknown_writes_constants(
     clone: Database, error: Exception, max_retries: int
 ) -> None:
-    """The row has what no failure can be written beside."""
+    """The row has values with which no failure can be stored."""
     refresh = await opened(clone, max_retries=max_retries)
     async with clone.session() as session:
         await session.execute(text("UPDATE token_statuses SET details = '[1]'"))
@@ -399,7 +399,7 @@ async def test_an_attempt_that_ends_is_not_counted_twice(clone: Database) -> Non
 
 
 class Hanging:
-    """A refresher that hangs for the account with the lowest number, in one way or another."""
+    """Refresher that hangs for the account with the lowest number."""
 
     def __init__(self, how: str) -> None:
         self.how = how
@@ -438,7 +438,7 @@ class Hanging:
 
 @asynccontextmanager
 async def hanging(how: str) -> AsyncIterator[Hanging]:
-    """A refresher that hangs meanwhile."""
+    """Run a worker with a refresher that hangs."""
     refresher = Hanging(how)
     try:
         yield refresher
@@ -462,7 +462,7 @@ LOST = {
 
 @pytest.mark.parametrize("how", LOST)
 async def test_a_refresher_that_hangs_is_ended(clone: Database, how: str) -> None:
-    """And another account gets its place."""
+    """Another account is refreshed in its place."""
     refresh, other = await opened(clone), await opened(clone)
     async with hanging(how) as refresher:
         async with working(clone, refresher, concurrency=1, attempt_timeout=0.2 * SECOND) as worker:
@@ -501,7 +501,7 @@ def test_the_attempt_timeout_must_be_positive(timeout: timedelta) -> None:
 async def stops(
     worker: RefreshWorker, ready: Callable[[], Awaitable[object]], *, cancel: bool
 ) -> float:
-    """Stop or cancel a worker that runs, when it is ready; how many seconds it took."""
+    """Stop or cancel a running worker when it is ready; return the seconds until it ended."""
     task = asyncio.create_task(worker.run())
     await asyncio.wait_for(ready(), 10)
     start = time.monotonic()
@@ -541,7 +541,7 @@ async def test_stopping_ends_within_its_grace_if_a_refresher_hangs(
 async def test_stopping_ends_within_its_grace_if_the_database_hangs(
     clone: Database, monkeypatch: pytest.MonkeyPatch, *, cancel: bool
 ) -> None:
-    """Both the saving of an answer, and the claiming of the next."""
+    """This concerns storing an answer and claiming the next refresh."""
     monkeypatch.setattr(refresh_worker, "_GRACE_SECONDS", 2.0)
     monkeypatch.setattr(refresh_worker, "POLL_SECONDS", 0.05)
     refresh = await opened(clone)

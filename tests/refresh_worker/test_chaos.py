@@ -1,4 +1,4 @@
-"""Workers are killed and stopped, the database restarts, answers get lost: no account suffers.
+"""Workers survive kills, stops, restarts of the database and lost answers.
 
 `make test` runs a short version; TIGER_DB_SOAK=1 the full one.
 """
@@ -103,7 +103,7 @@ CLAIMED = "SELECT * FROM claims_log WHERE fencing = old_fencing + 1 ORDER BY at"
 
 @dataclass
 class Staff:
-    """Worker processes, and what was done to them and to the database, by `time.time`."""
+    """Worker processes, and the times (`time.time`) of faults."""
 
     settings: Settings
     log: Path
@@ -133,7 +133,7 @@ class Staff:
         self.counts["killed"] += 1
 
     def stop(self, name: str) -> None:
-        """For longer than its lease."""
+        """Stop a worker for longer than its lease."""
         self.running[name].send_signal(signal.SIGSTOP)
         self.hurt[name].append(time.time())
         self.stopped[name] = time.time() + LEASE + 0.3 + self.random.random()
@@ -163,7 +163,7 @@ class Staff:
 
 @contextmanager
 def gateway_process(seed: int) -> Iterator[str]:
-    """Its URL."""
+    """Run the gateway in a process; return its URL."""
     public = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.refresh_gateway"],
@@ -194,7 +194,7 @@ async def open_refreshes(database: Database) -> int:
 
 
 async def havoc(staff: Staff, database: Database, place: Settings, url: str) -> None:
-    """Until all of it was done, and for as long as there is work left."""
+    """Cause all faults, and go on until no work is left."""
     for _ in range(WORKERS):
         staff.start()
     deadline = time.monotonic() + (600 if SOAK else 60)
@@ -230,7 +230,7 @@ async def havoc(staff: Staff, database: Database, place: Settings, url: str) -> 
 
 
 async def work_off(database: Database) -> int:
-    """By one last worker: what others had is free when their leases have run out."""
+    """Finish the work with one worker, which claims expired leases."""
     worker = RefreshWorker(
         database, refresh_token, name="last", concurrency=8, per_minute=10**6,
         lease=timedelta(seconds=60),
@@ -295,7 +295,7 @@ async def test_workers_survive_kills_and_outages(private_server: Settings, tmp_p
 async def judge(
     settings: Settings, state: dict[str, Any], staff: Staff, accounts: dict[Any, str]
 ) -> str:
-    """Assert what must hold of everything that happened."""
+    """Assert the invariants of the whole run."""
     connection = await connect(settings)
     claimed = await connection.fetch(CLAIMED)
     await connection.close()
@@ -326,7 +326,7 @@ async def judge(
 def judge_claims(
     claimed: list[asyncpg.Record], state: dict[str, Any], staff: Staff, accounts: dict[Any, str]
 ) -> Counter[str]:
-    """Nobody took a claim whose lease was good; no claim asked twice; whoever overlapped was lost.
+    """No worker claimed a leased refresh, no claim asked twice, and overlapping claims were lost.
 
     Of two requests in flight for one account, that of the older claim had lost its lease before the
     newer claim was made, and so before its request.
@@ -371,7 +371,7 @@ def judge_ends(
     state: dict[str, Any],
     accounts: dict[Any, str],
 ) -> Counter[str]:
-    """Each account has the token that the gateway takes, or an error that says an answer was lost.
+    """Each account has the current token, or an error that mentions a lost answer.
 
     A completed refresh has brought one token, and no other refresh has.
     """

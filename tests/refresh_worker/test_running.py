@@ -1,4 +1,4 @@
-"""A worker refreshes what is due, once, whatever happens to it, to its claims and the database."""
+"""Workers refresh due tokens once, in spite of lost claims, failures and database outages."""
 
 import asyncio
 import shutil
@@ -74,7 +74,7 @@ LISTENING = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'LISTEN %tiger_db
 
 
 async def due(database: Database, count: int = 1, **fields: object) -> list[TigerAccount]:
-    """Accounts whose tokens are due, though no refresh is open yet."""
+    """Create accounts whose tokens are due, without open refreshes."""
     async with database.session() as session:
         return [
             await factories.account(
@@ -160,7 +160,7 @@ async def test_a_worker_listens_for_new_refreshes(
 
 
 async def counted_listeners(database: Database, besides: int | None = None) -> int:
-    """The process of the server that listens, once there is one."""
+    """Wait for the server process that listens; return its pid."""
     found: list[int] = []
 
     async def listens() -> bool:
@@ -388,7 +388,7 @@ async def test_a_stopping_worker_waits_for_the_database_until_its_deadline(
 
 
 class Proxy:
-    """Between a worker and the server: of one COMMIT, it brings no answer."""
+    """Proxy between worker and server that drops the answer to one COMMIT."""
 
     def __init__(self, folder: str) -> None:
         self.target = f"{folder}/.s.PGSQL.5432"
@@ -450,7 +450,7 @@ async def test_a_commit_that_was_not_confirmed(private_server: Settings, private
 
 
 async def run_out(database: Database, refresh: TokenStatus) -> None:
-    """End its lease."""
+    """Make the lease expire."""
     connection = await connect(database.settings)
     await connection.execute(
         "UPDATE token_statuses SET lease_expires_at = now() - interval '1 s' WHERE id = $1",
@@ -460,7 +460,7 @@ async def run_out(database: Database, refresh: TokenStatus) -> None:
 
 
 async def take_over(database: Database, refresh: TokenStatus) -> TokenStatus:
-    """By another worker, as if the lease had run out."""
+    """Claim the refresh for another worker, as if the lease had expired."""
     await run_out(database, refresh)
     async with database.session() as session:
         claim = await crud.token_status.claim(session, refresh.id, worker="another")
@@ -610,7 +610,7 @@ async def test_refused_credentials_suspend_the_account(
 async def test_a_refused_old_token_does_not_suspend_an_account_with_a_new_one(
     clone: Database,
 ) -> None:
-    """A person, or a claim that was lost, has given the account another one meanwhile."""
+    """A person or a lost claim has given the account another token in the meantime."""
     refresh = await opened(clone)
     gate = Gate(CredentialsRefused("code=1000 msg=no", code=1000))
     new = tiger_token(datetime.now(UTC) + SECOND)

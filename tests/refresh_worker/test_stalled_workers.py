@@ -1,4 +1,4 @@
-"""A worker that comes back after its lease can do nothing more, whatever its clock says."""
+"""Workers that continue after their lease has expired, and workers with wrong clocks."""
 
 import asyncio
 import signal
@@ -87,7 +87,7 @@ class Worker:
         self.process.send_signal(what)
 
     def end(self) -> dict[str, int]:
-        """What became of its claims, once it has finished."""
+        """Wait for the process to end; return its counts."""
         self.tell(signal.SIGTERM)
         return self.ended()
 
@@ -119,7 +119,7 @@ def gateway() -> Iterator[Gateway]:
 
 
 async def account_at(database: Database, gateway: Gateway, tiger_id: str) -> TigerAccount:
-    """One that is due."""
+    """Create an account whose token is due."""
     token = gateway.add(tiger_id)
     async with database.session() as session:
         return await factories.account(
@@ -142,7 +142,7 @@ async def now(database: Database, account: TigerAccount) -> TigerAccount:
 
 @asynccontextmanager
 async def lost_claims(database: Database, count: int) -> AsyncIterator[list[TokenStatus]]:
-    """Claims whose leases have run out, and which somebody else has by now."""
+    """Yield claims whose leases have expired, and which another worker has claimed."""
     async with database.session() as session:
         for _ in range(count):
             await factories.refresh(session)
@@ -179,7 +179,7 @@ async def test_a_lost_claim_is_always_refused(clone: Database, use: str) -> None
 async def test_a_stopped_process_comes_back_too_late(
     clone: Database, gateway: Gateway, *, late: bool
 ) -> None:
-    """It is stopped while it asks; what it brings is newer than what the other has, or older."""
+    """The process is stopped while it asks. Its token is newer or older than the stored one."""
     account = await account_at(clone, gateway, "1")
     # The first request is held before or after it has replaced the token.
     gateway.plan("1", "gate" if late else "gate after")
@@ -226,7 +226,7 @@ async def test_a_stopped_process_comes_back_too_late(
 async def test_a_stopped_process_does_not_ask_again_itself(
     clone: Database, gateway: Gateway
 ) -> None:
-    """Its lease has run out while it was asking, and nobody else was there to take over."""
+    """The lease expired while the process was asking, and no other worker runs."""
     account = await account_at(clone, gateway, "1")
     gateway.plan("1", "gate after")
     with worker(clone.settings, "alone", lease=0.6) as alone:
@@ -268,7 +268,7 @@ async def test_a_stopped_process_does_not_ask_again_itself(
 async def test_the_clock_of_a_worker_has_no_effect(
     clone: Database, gateway: Gateway, shift: float
 ) -> None:
-    """Due times, leases and takeovers are the database's."""
+    """Due times and leases follow the clock of the database."""
     due = await account_at(clone, gateway, "1")
     later = await account_at(clone, gateway, "2")
     async with clone.session() as session:

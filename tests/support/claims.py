@@ -1,4 +1,4 @@
-"""What a claim is used for."""
+"""Functions that use a claim."""
 
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -10,7 +10,7 @@ from tiger_db import (
 from tiger_db.crud import token_status
 from tiger_db.database import AsyncSession
 
-LEASE = timedelta(microseconds=1)  # expired as soon as it is given
+LEASE = timedelta(microseconds=1)  # expires at once
 Use = Callable[[AsyncSession, TokenStatus], Awaitable[object]]
 USES: dict[str, Use] = {
     "heartbeat": token_status.heartbeat,

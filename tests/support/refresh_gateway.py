@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 DAY = 86_400_000  # milliseconds
 LIMIT_TEXT = "rate limit error(current limiting interface: user_token_refresh)"
-# What it says in place of a new token: HTTP status and body.
+# Answers in place of a new token: HTTP status and body.
 ANSWERS: dict[str, tuple[int, bytes]] = {
     "limited 5": (200, b'{"code": 5, "message": "too often"}'),
     "limited 429": (429, b"slow down"),
@@ -52,11 +52,11 @@ ANSWERS: dict[str, tuple[int, bytes]] = {
 
 @dataclass
 class Refresh:
-    """One request, as the gateway saw it; times are those of `time.time`."""
+    """One request to the gateway. Times are those of `time.time`."""
 
     tiger_id: str
     worker: str  # the last part of the path
-    token: str | None  # that came with it
+    token: str | None  # token of the request
     start: float
     outcome: str = "in flight"
     made: str | None = None
@@ -65,28 +65,28 @@ class Refresh:
 
 @dataclass
 class Known:
-    """An account."""
+    """State of one account at the gateway."""
 
     token: str | None
-    last: int = 0  # stamp of its newest token
+    last: int = 0  # generation time of the newest token, epoch milliseconds
     in_flight: int = 0
-    most: int = 0  # that ever were
+    most: int = 0  # maximum of `in_flight`
     plan: deque[str] = field(default_factory=deque)
 
 
 def make_token(generated: int, lasting: int = 30 * DAY) -> str:
-    """In Tiger's format, from epoch milliseconds."""
+    """Make a token in Tiger's format; both times are in milliseconds."""
     return base64.b64encode(f"{generated},{generated + lasting}".encode() + os.urandom(16)).decode()
 
 
 def due_token() -> str:
-    """One that Tiger has made a month ago, and that ends in ten minutes."""
+    """Make a token that was generated a month ago and expires in ten minutes."""
     return make_token(round(time.time() * 1000) - 30 * DAY + 600_000)
 
 
 @dataclass(frozen=True)
 class Odds:
-    """How often what goes wrong at random, from 0 to 1; up to how many seconds it is slow."""
+    """Probabilities of random faults, from 0 to 1. A slow answer takes up to `seconds`."""
 
     slow: float = 0.0
     seconds: float = 0.0
@@ -96,7 +96,7 @@ class Odds:
 
 
 class Gateway(ThreadingHTTPServer):
-    """Each account has a tiger_id of its own; a plan says what becomes of its next requests."""
+    """Fake gateway. The plan of a `tiger_id` determines the answers to its next requests."""
 
     daemon_threads = True
     request_queue_size = 1024
@@ -117,14 +117,14 @@ class Gateway(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/gateway"
 
     def add(self, tiger_id: str, token: str | None = None) -> str:
-        """A new account; its token."""
+        """Add an account; return its token."""
         token = token or due_token()
         with self.lock:
             self.known[tiger_id] = Known(token)
         return token
 
     def plan(self, tiger_id: str, *what: str) -> None:
-        """What becomes of its next requests: a name of ANSWERS, or as `Answers.answer` has it."""
+        """Plan the next answers: names in ANSWERS, or those that `Answers.answer` handles."""
         self.known[tiger_id].plan.extend(what)
 
     def of(self, tiger_id: str) -> list[Refresh]:
@@ -132,7 +132,7 @@ class Gateway(ThreadingHTTPServer):
             return [refresh for refresh in self.refreshes if refresh.tiger_id == tiger_id]
 
     def wait_for(self, count: int, seconds: float = 10) -> None:
-        """Until so many requests have come."""
+        """Wait until this many requests have arrived."""
         with self.arrived:
             assert self.arrived.wait_for(lambda: len(self.refreshes) >= count, seconds)
 
@@ -145,7 +145,7 @@ class Gateway(ThreadingHTTPServer):
             }
 
     def decide(self, known: Known) -> list[str]:
-        """What becomes of a request."""
+        """Choose the outcome of a request."""
         if known.plan:
             return known.plan.popleft().split(" then ")
         odds, what = self.odds, []
@@ -164,7 +164,7 @@ class Gateway(ThreadingHTTPServer):
         return what
 
     def replace(self, known: Known, came: str | None) -> str | None:
-        """The new token, which ends the one that came; None: that is not the current one."""
+        """Replace the current token; return the new one, or None if `token` is not current."""
         with self.lock:
             if known.token != came:
                 return None
@@ -185,7 +185,7 @@ class Answers(BaseHTTPRequestHandler):
         self.say(200, b"{}")
 
     def do_PATCH(self) -> None:
-        """Nothing goes wrong at random any more."""
+        """End the random faults."""
         self.server.odds = Odds()
         self.say(200, b"{}")
 
@@ -193,7 +193,7 @@ class Answers(BaseHTTPRequestHandler):
         gateway = self.server
         try:
             asked = json.loads(self.body())
-        except ValueError:  # who asked was killed meanwhile
+        except ValueError:  # the client was killed
             self.close_connection = True
             return
         sign = asked.pop("sign")
@@ -219,7 +219,7 @@ class Answers(BaseHTTPRequestHandler):
             known.in_flight -= 1
             refresh.outcome, refresh.end = answer, time.time()
         if answer.startswith("drop"):
-            # A reset, as of a machine that went down.
+            # A reset, as if the machine failed.
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.connection.close()
@@ -230,7 +230,7 @@ class Answers(BaseHTTPRequestHandler):
             self.say(*ANSWERS[answer])
 
     def answer(self, refresh: Refresh, known: Known, what: list[str]) -> str:
-        """Do what is planned; what came of it: new token, drop before, drop after, or an answer."""
+        """Answer as planned; return the outcome: new token, drop before or after, or an answer."""
         gateway, after = self.server, []
         for step in what:
             if step.startswith("slow before "):
@@ -272,15 +272,15 @@ class Answers(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
         except OSError:
-            self.close_connection = True  # who asked is gone
+            self.close_connection = True  # the client is gone
 
     def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
 
 @contextmanager
 def serving(key: RSAPublicKey) -> Iterator[Gateway]:
-    """A gateway in a thread of its own."""
+    """Run a gateway in a thread."""
     with Gateway(key) as gateway:
         thread = threading.Thread(target=gateway.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -294,13 +294,13 @@ def serving(key: RSAPublicKey) -> Iterator[Gateway]:
 
 
 def state_of(url: str) -> dict[str, Any]:
-    """What a gateway in another process tells of itself."""
+    """Return the state of a gateway in another process."""
     with urlopen(url, timeout=60) as answer:
         return dict(json.load(answer))
 
 
 def tell(url: str, method: str, body: object = None) -> None:
-    """PUT: accounts and their tokens. PATCH: from now on, nothing goes wrong."""
+    """Send a command: PUT adds accounts and tokens, PATCH ends the random faults."""
     with urlopen(Request(url, json.dumps(body).encode(), method=method), timeout=60) as answer:
         answer.read()
 
@@ -310,7 +310,7 @@ def outcomes(refreshes: list[dict[str, Any]]) -> Counter[str]:
 
 
 def main() -> None:
-    """Serve until standard input ends: the first line of it has the key and the odds."""
+    """Serve until standard input ends. Its first line has the key and the odds."""
     given = json.loads(sys.stdin.readline())
     key = load_pem_public_key(given["key"].encode())
     assert isinstance(key, RSAPublicKey)

@@ -1,4 +1,4 @@
-"""Workers in this process, refreshers for them, and what they leave in the database."""
+"""Refresh workers in this process, refreshers for them, and look-ups of the results."""
 
 import asyncio
 import time
@@ -36,7 +36,7 @@ async def at_once(_: TigerAccount) -> NewToken:
 
 
 class Gate:
-    """A refresher that waits to be told."""
+    """Refresher that waits for `go` before it answers."""
 
     def __init__(self, result: NewToken | Exception | None = None) -> None:
         self.asked = asyncio.Event()
@@ -54,7 +54,7 @@ class Gate:
 
 
 def failing(*errors: Exception) -> Refresher:
-    """Raises each in turn."""
+    """Return a refresher that raises these errors in turn."""
     left = list(errors)
 
     async def fail(_: TigerAccount) -> NewToken:
@@ -67,7 +67,7 @@ def failing(*errors: Exception) -> Refresher:
 async def working(
     database: Database, refresher: Refresher, **options: Any
 ) -> AsyncIterator[RefreshWorker]:
-    """A worker that runs meanwhile."""
+    """Run a worker during the block."""
     worker = RefreshWorker(database, refresher, per_minute=1000, **options)
     task = asyncio.create_task(worker.run())
     try:
@@ -85,7 +85,7 @@ async def counted(worker: RefreshWorker, name: str, count: int = 1) -> None:
 
 
 async def opened(database: Database, **fields: object) -> TokenStatus:
-    """A refresh that is due, of an account whose token is not."""
+    """Open a refresh that is due, for an account whose token is not due."""
     token = tiger_token(datetime.now(UTC) - SECOND)
     async with database.session() as session:
         account = await factories.account(session, access_token=token)

@@ -1,4 +1,4 @@
-"""What the SDK does, seen from outside: a gateway that checks signatures."""
+"""Fake gateway that records the SDK's requests and checks their signatures."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ from tests.support.private_keys import KEY
 
 
 class Gateway(HTTPServer):
-    """Answers what is signed with KEY; tells what it was asked."""
+    """Accepts requests that are signed with KEY, and records all requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -47,11 +47,11 @@ class Answers(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
 
 def signed(signature: str, content: str) -> bool:
-    """Whether the private key that belongs to KEY's public one has signed it."""
+    """Return whether KEY has signed the content."""
     try:
         KEY.public_key().verify(
             base64.b64decode(signature),
@@ -65,5 +65,5 @@ def signed(signature: str, content: str) -> bool:
 
 
 def loaded(folder: Path) -> Any:
-    """As the SDK reads the files of a folder."""
+    """Return the SDK's configuration from the files of a folder."""
     return TigerOpenClientConfig(enable_dynamic_domain=False, props_path=str(folder))

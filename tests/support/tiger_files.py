@@ -1,4 +1,4 @@
-"""Tiger's files as people have them. The keys and tokens in them are made here."""
+"""Properties files with test keys and tokens."""
 
 import base64
 import stat
@@ -43,7 +43,7 @@ OPTIONS = [*EVERYTHING][-6:]
 
 
 def token(made: datetime, good_for: timedelta = timedelta(days=15)) -> str:
-    """As Tiger makes them."""
+    """Make a token in Tiger's format."""
     stamps = ",".join(str(int(time.timestamp() * 1000)) for time in (made, made + good_for))
     return base64.b64encode(stamps.encode() + b"0123456789abcdef").decode()
 
@@ -52,7 +52,7 @@ OLD, NEW = token(datetime(2026, 1, 1, tzinfo=UTC)), token(datetime(2026, 2, 1, t
 
 
 def config(folder: Path, lines: Mapping[str, str | None], name: str = CONFIG_FILE) -> Path:
-    """A file with these lines as they are; None: without it."""
+    """Write a file with these lines, without those that are None."""
     path = folder / name
     given = [f"{key}={value}\n" for key, value in lines.items() if value is not None]
     path.write_text("".join(given), encoding="utf-8", newline="")

@@ -1,4 +1,4 @@
-"""Access tokens as Tiger makes them."""
+"""Access tokens in Tiger's format."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ MONTH = timedelta(days=30)
 
 
 def tiger_token(generated: datetime = NOW, lasting: timedelta = MONTH) -> str:
-    """In Tiger's format; no two are alike, and those of every run are."""
+    """Make a token in Tiger's format. All are different, but the same in each run."""
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     stamps = [(at - epoch) // timedelta(milliseconds=1) for at in (generated, generated + lasting)]
     opaque = hashlib.sha256(str(next(_made)).encode()).digest()[:16]

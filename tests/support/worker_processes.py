@@ -1,4 +1,4 @@
-"""The environment of a worker process."""
+"""Environment of worker processes."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """What a process needs to know of a database."""
+    """Return the environment variables of a process that uses this database."""
     assert settings.database_url is not None
     assert settings.encryption_keys is not None
     assert settings.api_key_peppers is not None

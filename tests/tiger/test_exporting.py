@@ -1,4 +1,4 @@
-"""Accounts as files for Tiger's SDKs."""
+"""Export of accounts to files for Tiger's SDKs."""
 
 import asyncio
 import os

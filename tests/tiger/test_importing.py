@@ -1,4 +1,4 @@
-"""Accounts from Tiger's files."""
+"""Import of accounts from Tiger's files."""
 
 import textwrap
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""Private keys as people have them. The keys are made here: nobody's are in this repository."""
+"""Private keys in all formats. The keys are generated: the repository contains none."""
 
 import base64
 import subprocess

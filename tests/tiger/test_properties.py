@@ -1,4 +1,4 @@
-"""Properties files, as texts and as private files."""
+"""Properties files: reading, formatting and file modes."""
 
 import subprocess
 import sys

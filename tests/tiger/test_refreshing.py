@@ -1,4 +1,4 @@
-"""Tiger is asked through its own SDK, once, and every kind of answer is understood."""
+"""Token refreshes through Tiger's SDK, and every kind of answer."""
 
 import asyncio
 import logging
@@ -182,7 +182,7 @@ async def test_a_closed_account_is_not_refreshed(gateway: Gateway) -> None:
 
 @pytest.mark.slow
 async def test_many_refreshes_at_a_time(gateway: Gateway) -> None:
-    """The SDK's pool and thread-locals are shared; each account gets its own token."""
+    """Each account gets its own token, although the SDK shares its connection pool."""
     accounts = [account_at(gateway, f"2015{number:04}") for number in range(40)]
     gates = [f"2015{number:04}" for number in range(40)]
     for tiger_id in gates:

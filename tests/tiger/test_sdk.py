@@ -1,4 +1,4 @@
-"""Tiger's real SDK, set up by us."""
+"""Configuration of Tiger's real SDK."""
 
 import logging
 import os
@@ -90,7 +90,7 @@ def gateway() -> Iterator[Gateway]:
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Variables and files that say otherwise, where the SDK looks for them."""
+    """Set variables and files with other values, where the SDK reads them."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     lines = {name.lower(): value for name, value in HOSTILE.items()}

@@ -1,4 +1,4 @@
-"""Our files, read by Tiger's real SDK."""
+"""Exported files, read by Tiger's real SDK."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tiger_db.tiger.properties import format_properties
 
 
 def said(config: Any) -> dict[str, Any]:
-    """All that a configuration of the SDK knows."""
+    """Return all values of a configuration of the SDK."""
     return {name: value for name, value in vars(config).items() if name != "props_path"}
 
 

@@ -3,43 +3,22 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from datetime import timedelta
 
 import pytest
 
 from tests.support import factories
-from tiger_db import Database, RefreshTrigger, TokenRefreshStatus, TokenStatus
+from tiger_db import Database, TokenRefreshStatus
 from tiger_db.connections import connect
 from tiger_db.crud import accounts, token_status
-from tiger_db.database import AsyncSession
 from tiger_db.refresh_worker import CHANNEL
 
 S = TokenRefreshStatus
 
 
-async def opened(
-    session: AsyncSession, ago: timedelta, status: TokenRefreshStatus = S.SUCCESS
-) -> TokenStatus:
-    """A refresh of a new account that was opened so long ago."""
-    milliseconds = round((datetime.now(UTC) - ago).timestamp() * 1000)
-    account = await factories.account(session)
-    row = TokenStatus(
-        id=UUID(int=milliseconds << 80 | account.id.int % 2**64),
-        tiger_account_id=account.id,
-        trigger=RefreshTrigger.MANUAL,
-        status=status,
-    )
-    if status == S.IN_PROGRESS:
-        row.worker, row.lease_expires_at = "worker-1", datetime.now(UTC)
-    session.add(row)
-    await session.flush()
-    return row
-
-
 @asynccontextmanager
 async def listening(database: Database) -> AsyncIterator[Callable[[], Awaitable[int]]]:
-    """A function that counts what was heard since it was last called."""
+    """Yield a function that counts the notifications since its last call."""
     heard: asyncio.Queue[str] = asyncio.Queue()
     listener, teller = [await connect(database.settings) for _ in range(2)]
 

@@ -40,7 +40,7 @@ LOST = {"answer_lost": True}
 
 
 async def claim_with_token(session: AsyncSession) -> TokenStatus:
-    """A claim on the refresh of an account whose token was made at `SOON`."""
+    """Claim the refresh of an account whose token was generated at `SOON`."""
     account = await factories.account(session, access_token=tiger_token(SOON))
     await factories.refresh(session, account)
     (claim,) = await claim_due(session, lease=LEASE)
@@ -157,7 +157,7 @@ async def test_an_unreadable_token_is_replaced(clone: Database) -> None:
 async def test_completing_after_the_token_has_changed_since_the_claim(
     clone: Database, *, known: bool
 ) -> None:
-    """What the claim saw is not what it replaces."""
+    """The account's token is not the one in the claim."""
     older, changed, newer = (tiger_token(SOON + n * timedelta(days=1)) for n in range(3))
     async with clone.session() as session:
         claim = await factories.claim(session)
@@ -176,7 +176,7 @@ async def test_completing_after_the_token_has_changed_since_the_claim(
 
 
 async def test_completing_waits_for_another_change_of_the_account(clone: Database) -> None:
-    """Then it decides on what that has left."""
+    """Completing then uses the changed account."""
     older, newer = tiger_token(), tiger_token(SOON)
     async with clone.session() as session:
         claim = await factories.claim(session)

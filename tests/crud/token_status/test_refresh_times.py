@@ -1,4 +1,4 @@
-"""When a token is to be refreshed, and that whatever changes the token changes that too."""
+"""The time at which a token is due for a refresh."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -38,7 +38,7 @@ DAY, MINUTE = timedelta(days=1), timedelta(minutes=1)
 async def opened(
     session: AsyncSession, ago: timedelta, status: TokenRefreshStatus = S.SUCCESS
 ) -> TokenStatus:
-    """A refresh of a new account that was opened so long ago."""
+    """Store a refresh of a new account that was opened this long ago."""
     milliseconds = round((datetime.now(UTC) - ago).timestamp() * 1000)
     account = await factories.account(session)
     row = TokenStatus(
@@ -227,7 +227,7 @@ async def test_old_ended_refreshes_are_pruned(session: AsyncSession) -> None:
 async def test_the_oldest_refreshes_are_pruned_first_up_to_the_limit(
     session: AsyncSession, off: list[str]
 ) -> None:
-    """Whatever the plan: one that runs the search again for each row would find others."""
+    """The result does not depend on the plan, even if it could run the subquery again."""
     for method in off:
         await session.execute(text(f"SET LOCAL enable_{method} = off"))
     ids = [(await opened(session, days * DAY)).id for days in (5, 4, 3, 2)]
