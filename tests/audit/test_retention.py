@@ -454,6 +454,45 @@ async def test_a_retirement_signed_with_another_key_is_a_forgery(
 # At once
 
 
+@pytest.mark.schema_changes
+@pytest.mark.parametrize("is_empty", [False, True])
+async def test_an_event_committed_while_its_month_is_retired_is_not_lost(
+    database: Database,
+    keeper: Database,
+    other: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    is_empty: bool,
+) -> None:
+    """The writer's clock is wrong; it commits while `maintain` waits for the table lock."""
+    monkeypatch.setattr("tiger_db.audit.retention._LOCK_TIMEOUT", "60s")
+    await put(other, 15)
+    assert (await audit.maintain(database)).made == 1
+    assert (await audit.seal(database)).rows == 3
+    ago = 15
+    if is_empty:
+        ago = 16
+        await other.execute(
+            "SELECT make_audit_partition(date_trunc('month', now() AT TIME ZONE 'UTC')"
+            " - interval '16 months')"
+        )
+    writer = await connect(database.settings)
+    transaction = writer.transaction()
+    await transaction.start()
+    await put(writer, ago, 1, minute=1)
+    maintaining = asyncio.create_task(audit.maintain(keeper))
+    await until(lambda: waits(other))
+    await transaction.commit()
+    await writer.close()
+    done = await maintaining
+    reason = "it holds events that are not sealed: run `tiger-db seal-audit`"
+    assert (done.retired, done.kept) == ([], {month(ago): reason})
+    assert (await partitions(other))[partition(ago)] == (1 if is_empty else 4)
+    assert (await audit.seal(database)).rows == 1
+    assert month(ago) in (await audit.maintain(keeper)).retired
+    await audit.seal(database)
+    await assert_clean(database, retired=4, unsealed=0)
+
+
 @pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_concurrent_maintenance_does_everything_once(

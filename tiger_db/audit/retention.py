@@ -29,6 +29,7 @@ _RETRY_PAUSE_SECONDS = 1.0
 # the server's deadlock_timeout, so that no writer is chosen as the victim of a deadlock.
 _LOCK_TIMEOUT = "800ms"
 _MAX_CLOCK_DIFFERENCE = timedelta(minutes=1)
+_NOT_SEALED = "it holds events that are not sealed: run `tiger-db seal-audit`"
 _PARTITION_NAME = re.compile(r"audit_logs_(\d{4})_(\d{2})")
 _SELECT_PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
@@ -151,8 +152,9 @@ async def _retire(
         await connection.execute(storage.TAKE_SEALING_LOCK)
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
             return  # a concurrent call was faster
-        first, last, is_old = await connection.fetchrow(
-            f"SELECT min(position), max(position), max(created_at) < $1 FROM {partition}",  # noqa: S608  # from _SELECT_PARTITIONS
+        first, last, is_old, count = await connection.fetchrow(
+            "SELECT min(position), max(position), max(created_at) < $1, count(*)"
+            f" FROM {partition}",  # noqa: S608  # from _SELECT_PARTITIONS
             kept_from,
         )
         if first is not None:
@@ -162,10 +164,8 @@ async def _retire(
                     "it holds events that were written later: the clock of their writer was wrong"
                 )
             if last > chain_end.upto:
-                raise _CannotRetireError(
-                    "it holds events that are not sealed: run `tiger-db seal-audit`"
-                )
-            positions, digests = await _sealed_events(connection, partition, first, last)
+                raise _CannotRetireError(_NOT_SEALED)
+            positions, digests = await _sealed_events(connection, partition, first, last, count)
             event = AuditLog(
                 action=AuditAction.SYSTEM_AUDIT_RETIRE,
                 resource_type="audit_month",
@@ -176,11 +176,18 @@ async def _retire(
             await append_seal(
                 connection, key, chain_end, positions, digests, upto=chain_end.upto, retired=month
             )
+        # DROP TABLE takes these locks too, in this order. Until the locks are granted, a writer can
+        # commit an event to the month; the position of this event is after all sealed positions.
+        await connection.execute(
+            f"LOCK TABLE ONLY audit_logs, ONLY {partition} IN ACCESS EXCLUSIVE MODE"
+        )
+        if last != await connection.fetchval(f"SELECT max(position) FROM {partition}"):  # noqa: S608  # from _SELECT_PARTITIONS
+            raise _CannotRetireError(_NOT_SEALED)
         await connection.execute(f"DROP TABLE {partition}")
 
 
 async def _sealed_events(
-    connection: Connection, partition: str, first: int, last: int
+    connection: Connection, partition: str, first: int, last: int, count: int
 ) -> tuple["array[int]", bytearray]:
     """Return the positions and digests of a month's events, which must all be as sealed."""
     positions, digests = array("q"), bytearray()
@@ -198,6 +205,6 @@ async def _sealed_events(
                 )
             positions.append(position)
             digests += digest
-    if len(positions) != await connection.fetchval(f"SELECT count(*) FROM {partition}"):  # noqa: S608  # from _SELECT_PARTITIONS
+    if len(positions) != count:
         raise _CannotRetireError("it holds events that no seal covers: run verify-audit")
     return positions, digests
