@@ -153,8 +153,7 @@ async def _retire(
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
             return  # a concurrent call was faster
         first, last, is_old, count = await connection.fetchrow(
-            "SELECT min(position), max(position), max(created_at) < $1, count(*)"
-            f" FROM {partition}",  # noqa: S608  # from _SELECT_PARTITIONS
+            f"SELECT min(position), max(position), max(created_at) < $1, count(*) FROM {partition}",  # noqa: S608  # from _SELECT_PARTITIONS
             kept_from,
         )
         if first is not None:
