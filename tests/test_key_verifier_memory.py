@@ -304,7 +304,7 @@ async def test_without_the_listening_connection_the_database_is_read(
                 "CREATE OR REPLACE TRIGGER notify_update AFTER UPDATE OF name ON api_keys"
                 " FOR EACH ROW EXECUTE FUNCTION notify_api_key_change()"
             ),
-            "is another one",
+            "trigger notify_update on api_keys differs: CREATE",
         ),
         (
             (

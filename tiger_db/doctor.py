@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from sqlalchemy import Row, text
+from sqlalchemy import Executable, Float, Row, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
 
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
@@ -23,6 +24,8 @@ from tiger_db.errors import Conflict, QueryTimeout, SchemaMismatch, TigerDBError
 from tiger_db.keys_in_force import required_key_ring
 from tiger_db.migrations import SEARCH_PATH, SearchPath, schema_state
 from tiger_db.migrations.comparison import find_differences
+from tiger_db.models import TigerAccount
+from tiger_db.models.accounts import due_tokens
 from tiger_db.settings import Settings, quote_identifier
 
 Status: TypeAlias = Literal["ok", "warning", "problem"]
@@ -122,8 +125,11 @@ async def _run_check(connection: AsyncConnection, name: str, check: Check) -> Ch
         return CheckResult(name, "warning", f"not checked: {explain(error)}", advice)
 
 
-async def _fetch_all(connection: AsyncConnection, statement: str) -> Sequence[Row[Any]]:
-    return (await connection.execute(text(statement))).all()
+async def _fetch_all(
+    connection: AsyncConnection, statement: str | Executable
+) -> Sequence[Row[Any]]:
+    query = text(statement) if isinstance(statement, str) else statement
+    return (await connection.execute(query)).all()
 
 
 def _grade(value: float, thresholds: tuple[float, float]) -> Status:
@@ -308,13 +314,12 @@ async def _check_refreshes(connection: AsyncConnection) -> Outcome:
     )
 
 
-# ix_tiger_accounts_token_refresh_at has this order.
-DUE_TOKENS = """
-SELECT count(*) AS accounts, count(*) FILTER (WHERE token_expires_at <= now()) AS expired,
-    extract(epoch FROM now() - min(token_refresh_at))::float AS age
-FROM tiger_accounts
-WHERE status = 'active' AND access_token IS NOT NULL AND token_refresh_at <= now()
-"""
+_DUE, _DUE_SINCE = due_tokens()
+DUE_TOKENS = select(
+    func.count().label("accounts"),
+    func.count().filter(col(TigerAccount.token_expires_at) <= func.now()).label("expired"),
+    func.extract("epoch", func.now() - func.min(_DUE_SINCE)).cast(Float).label("age"),
+).where(_DUE)
 
 
 async def _check_tokens(connection: AsyncConnection) -> Outcome:
