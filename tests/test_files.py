@@ -106,13 +106,13 @@ def test_a_file_system_without_hard_links_is_supported(
 def test_the_removed_file_exists_until_the_new_files_exist(tmp_path: Path) -> None:
     new, stale, pipe = (tmp_path / name for name in ("new", "stale", "pipe"))
     stale.write_text("old")
-    with pytest.raises(AlreadyExists), output_files(new, overwrite=False, without=stale):
+    with pytest.raises(AlreadyExists), output_files(new, overwrite=False, obsolete=stale):
         new.write_text("mine")
     assert stale.read_text() == "old"
-    with output_files(new, overwrite=True, without=stale):
+    with output_files(new, overwrite=True, obsolete=stale):
         pass
     os.mkfifo(pipe)
-    with output_files(new, overwrite=True, without=pipe):
+    with output_files(new, overwrite=True, obsolete=pipe):
         pass
     assert names(tmp_path) == ["new", "pipe"]
 
@@ -149,7 +149,7 @@ def test_a_broken_or_circular_link_is_refused(tmp_path: Path, overwrite: bool) -
     link, circle = tmp_path / "link", tmp_path / "circle"
     link.symlink_to("target")
     circle.symlink_to("circle")
-    with pytest.raises(AlreadyExists, match=f"{link} is a link whose target is missing"):
+    with pytest.raises(AlreadyExists, match=f"{link} is a symbolic link whose target is missing"):
         write(link, overwrite=overwrite)
     with pytest.raises(OSError, match="symbolic links"):
         write(circle, overwrite=overwrite)

@@ -318,7 +318,7 @@ async def test_the_embedded_server_is_reported_and_not_started(home: Path) -> No
     assert report.embedded_pid is None
     assert report.problems == [
         f"the embedded PostgreSQL in {home} is not running: run `tiger-db start-embedded`",
-        "there is no encryption key yet: run `tiger-db init`",
+        "the embedded server has no encryption key yet: run `tiger-db init`",
     ]
     assert not exists(home), "a report creates no folder"
 

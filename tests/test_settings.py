@@ -247,7 +247,7 @@ def test_production_needs_encryption_keys() -> None:
 )  # fmt: skip
 def test_a_malformed_date_is_refused(bad: object) -> None:
     message = refused(api_keys_allow_unpeppered_until=bad)
-    assert message == "API_KEYS_ALLOW_UNPEPPERED_UNTIL: must be a date such as 2027-01-31"
+    assert message == "API_KEYS_ALLOW_UNPEPPERED_UNTIL: the value must be a date such as 2027-01-31"
 
 
 WEAK = [None, *(mode for mode in SSLMode if mode != SSLMode.VERIFY_FULL)]
@@ -274,7 +274,8 @@ def test_in_production_a_remote_server_needs_verify_full(host: str, mode: str | 
     for name, place in elsewhere(host).items():
         told = refused(**production, **place, db_ssl_mode=mode, db_ssl_ca="/ca.crt")
         assert told.startswith(
-            f"DB_SSL_MODE must be verify-full when ENVIRONMENT=production and {name} names"
+            "DB_SSL_MODE must be verify-full when ENVIRONMENT=production and another machine is"
+            f" named by {name}: "
         )
         assert "DB_ALLOW_UNVERIFIED_TLS=true" in told
         assert SECRET not in told
@@ -378,7 +379,7 @@ def test_a_malformed_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
     [
         (None, "ENCRYPTION_KEYS_FILE cannot be read: No such file"),
         (b"", "ENCRYPTION_KEYS_FILE: key 1 is not id:base64"),
-        (SECRET.encode() + b"\xff", "ENCRYPTION_KEYS_FILE cannot be read: it is not UTF-8"),
+        (SECRET.encode() + b"\xff", "ENCRYPTION_KEYS_FILE cannot be read: the file is not UTF-8"),
         (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS_FILE: key 'k1' is not 32 bytes of base64"),
     ],
 )
@@ -400,7 +401,7 @@ def test_a_folder_in_place_of_a_file_of_keys_is_an_error(tmp_path: Path) -> None
 
 
 def test_keys_in_variable_and_file_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="exclude each other"):
+    with pytest.raises(ConfigurationError, match="but not both"):
         configured(
             Settings(encryption_keys=generate_key(), encryption_keys_file=tmp_path), ENCRYPTION_KEYS
         )

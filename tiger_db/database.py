@@ -35,13 +35,13 @@ from tiger_db.settings import Settings
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-_OUT_OF_BAND_CONNECTIONS = 4  # at most, besides those of the pool
-# The longest wait before the first retry of a transaction. It doubles with each retry.
+_OUT_OF_BAND_CONNECTIONS = 4  # at most, in addition to the pool
+# Longest random wait before the first retry of a transaction, doubled for each further retry.
 _CONFLICT_WAIT_SECONDS, _UNAVAILABLE_WAIT_SECONDS = 0.05, 1.0
 
 
 class AsyncSession(SQLModelSession):
-    """SQLModel's session with the `execute` of SQLAlchemy: SQLModel's own is deprecated."""
+    """SQLModel's session with SQLAlchemy's `execute`: SQLModel's own `execute` is deprecated."""
 
     execute = SQLAlchemySession.execute
 
@@ -52,7 +52,7 @@ class AsyncSession(SQLModelSession):
             OutcomeUnknown: the connection was lost during the commit, or the synchronous standby
                 did not confirm the commit in time.
             DatabaseUnavailable: the connection was lost before the commit. Nothing was saved.
-            Conflict: another transaction is the cause. Nothing was saved.
+            Conflict: another transaction conflicts with this transaction. Nothing was saved.
         """
         await self.flush()
         try:
@@ -66,8 +66,8 @@ class AsyncSession(SQLModelSession):
 class Database:
     """The connections of one process to one database, in one event loop.
 
-    `key_provider` replaces `ENCRYPTION_KEYS`, for example with a KMS. In addition to the pool, up
-    to four connections are used for writes out of band: see `out_of_band`.
+    `key_provider` replaces `ENCRYPTION_KEYS`, for example with the keys of a KMS. Out-of-band
+    writes use up to four connections in addition to the pool: see `tiger_db.out_of_band`.
 
     Raises:
         ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or is missing in
@@ -85,7 +85,8 @@ class Database:
             "pool_recycle": self.settings.db_pool_recycle,
         }
         self.engine = create_engine(self.settings, **pool)
-        # Sessions that wait for an out-of-band write can hold all connections of a pooler.
+        # Out-of-band writes bypass the pooler: sessions that wait for such writes can hold all
+        # connections of the pooler.
         out_of_band = (
             self.settings.without_pooler() if self.settings.db_direct_host else self.settings
         )
@@ -104,7 +105,7 @@ class Database:
             out_of_band=self.out_of_band,
             count_use=self.usage_counter.count,
         )
-        self.info = {CONTEXT: context}  # of every session
+        self.info = {CONTEXT: context}  # `info` of each session
         self.sessions = async_sessionmaker(
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
         )
@@ -117,19 +118,19 @@ class Database:
         await self.close()
 
     async def close(self) -> None:
-        """Write the pending counts and events, and close all connections."""
+        """Write pending audit events and usage counts of API keys, then close all connections."""
         await self.usage_counter.close()
         await self.out_of_band.close()
         await self.replicas.close()
         await self.engine.dispose()
 
     async def check(self) -> None:
-        """Check the connection and the revision of the schema. After a success, do nothing.
+        """Check the connection and the schema revision, unless an earlier check succeeded.
 
         Raises:
             DatabaseUnavailable: the database cannot be reached.
             SchemaMismatch: the schema is missing, older or newer than this code, or sessions do not
-                use `DB_SCHEMA` because a pooler dropped their search path.
+                use `DB_SCHEMA` because a pooler dropped the `search_path`.
         """
         if self._checked:
             return
@@ -143,7 +144,7 @@ class Database:
         self._checked = True
 
     async def signing_key(self) -> Ed25519PrivateKey | None:
-        """Return the key that signs the seals of the audit trail, or None if none is set.
+        """Return the key that signs audit seals, or None if no signing key is configured.
 
         Raises:
             ConfigurationError: `AUDIT_SIGNING_KEY` is malformed or unreadable.
@@ -160,10 +161,11 @@ class Database:
     ) -> AsyncIterator[AsyncSession]:
         """Open a session that commits on success and rolls back on an exception.
 
-        A `readonly` session cannot write or authorize. It uses one of `DB_REPLICA_HOSTS` that has
-        replayed all commits older than `max_lag`, or else the primary. It may not see the last
-        commits of this process. `isolation` defaults to that of the server. Replicas do not support
-        "SERIALIZABLE", so such a session uses the primary.
+        A `readonly` session can neither write nor authorize API keys. A `readonly` session uses a
+        replica (`DB_REPLICA_HOSTS`) that has replayed all commits older than `max_lag`, or else the
+        primary. A replica can lack the last commits of this process. `isolation` defaults to the
+        isolation level of the server. Replicas do not support "SERIALIZABLE", so sessions with this
+        level use the primary.
 
         Raises:
             DatabaseUnavailable: the database cannot be reached, or the connection was lost. Nothing
@@ -171,7 +173,7 @@ class Database:
             OutcomeUnknown: the connection was lost during the commit: see `AsyncSession.commit`.
             Conflict: a deadlock, a serialization failure or a lock timeout. Nothing was saved.
             QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`. Nothing was saved.
-            InvalidState: a readonly session cannot write or authorize.
+            InvalidState: a readonly session tried to write or to authorize an API key.
             SchemaMismatch: see `check`.
         """
         options: dict[str, Any] = {"isolation_level": isolation} if isolation else {}
@@ -208,14 +210,15 @@ class Database:
 
         After `Conflict` or `DatabaseUnavailable`, `work` is run again in a new session, at most
         `retries` times. A random wait precedes each retry: at most 0.05, 0.1, 0.2 s after
-        `Conflict`, and 1, 2, 4 s after `DatabaseUnavailable`. So `work` must create its objects
-        itself and must have no effects outside of the session.
+        `Conflict`, and 1, 2, 4 s after `DatabaseUnavailable`. `work` can run several
+        times, so `work` must create the objects that it stores, and must have no effects outside
+        its session.
 
         Raises:
             OutcomeUnknown: see `AsyncSession.commit`. Check whether the transaction was saved
                 before you repeat it.
-            Conflict, DatabaseUnavailable: the last attempt failed, too.
-            QueryTimeout, SchemaMismatch: see `session`. There is no retry.
+            Conflict, DatabaseUnavailable: the last retry failed, too.
+            QueryTimeout, SchemaMismatch: see `session`. These errors cause no retry.
         """
         attempt = 0
         while True:
@@ -227,7 +230,7 @@ class Database:
                     raise
                 conflict = isinstance(error, Conflict)
             wait_seconds = _CONFLICT_WAIT_SECONDS if conflict else _UNAVAILABLE_WAIT_SECONDS
-            spread = random.uniform(0.5, 1)  # noqa: S311  # so that processes do not retry together
+            spread = random.uniform(0.5, 1)  # noqa: S311  # spreads the retries of processes
             await asyncio.sleep(wait_seconds * 2**attempt * spread)
             attempt += 1
 
@@ -242,19 +245,20 @@ async def _default_database() -> AsyncGenerator[Database, None]:
         try:
             yield database
         finally:
-            _defaults.pop(asyncio.get_running_loop(), None)  # the two refer to each other
+            _defaults.pop(asyncio.get_running_loop(), None)  # breaks a reference cycle
 
 
 @asynccontextmanager
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """Open a session of the default `Database` of this event loop, with the environment's settings.
+    """Open a session of this event loop's default `Database`, which has default `Settings`.
 
     Raises:
         ConfigurationError, DatabaseUnavailable, SchemaMismatch: see `Database`.
     """
     loop = asyncio.get_running_loop()
     if loop not in _defaults:
-        # An event loop closes its suspended generators when it ends. So this closes the pool.
+        # The generator closes the connection pool when the event loop ends: an event loop that ends
+        # closes its suspended generators.
         generator = _default_database()
         _defaults[loop] = (await anext(generator), generator)
     async with _defaults[loop][0].session() as session:

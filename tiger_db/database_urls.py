@@ -1,6 +1,7 @@
-"""Database URLs and lists of hosts, in the grammar of libpq.
+"""Parsers for database URLs and lists of hosts, in the grammar of libpq.
 
-`urllib.parse.urlsplit` is not used: its patch releases differ in the lists of hosts they accept.
+This module does not use `urllib.parse.urlsplit`, because patch releases of Python differ in the
+lists of hosts that `urlsplit` accepts.
 https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS
 """
 
@@ -13,16 +14,16 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote, urlencode
 
 DEFAULT_PORT = 5432
-# libpq's schemes, and SQLAlchemy's for asyncpg.
+# The URL schemes of libpq, and SQLAlchemy's URL scheme for asyncpg.
 _SCHEME = re.compile(r"(?:postgres|postgresql|postgresql\+asyncpg)://")
-# Stricter than libpq in one point: "@" must be percent-encoded. Otherwise a part of a password with
-# "@" would be read as a host, and messages would show it.
+# Unlike libpq, this pattern refuses "@" in a password: "@" must be percent-encoded. Otherwise, a
+# part of the password would be parsed as a host name and shown in error messages.
 _URL = re.compile(
     _SCHEME.pattern + r"(?:(?P<user>[^:@/?]*)(?::(?P<password>[^@/?]*))?@)?"
     r"(?P<hosts>[^@/?]*)(?:/(?P<dbname>[^@?]*))?(?:\?(?P<query>[^@]*))?"
 )
 _HOST = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]*))(?::(\d*))?", re.ASCII)
-_MALFORMED = "DATABASE_URL is not a valid URL: percent-encode its parts"
+_MALFORMED = "DATABASE_URL is not a valid URL: percent-encode special characters"
 _PARAMETERS = {
     "application_name", "connect_timeout", "options", "passfile", "ssl_max_protocol_version",
     "ssl_min_protocol_version", "sslcert", "sslcrl", "sslkey", "sslmode", "sslnegotiation",
@@ -31,7 +32,10 @@ _PARAMETERS = {
 
 
 class SSLMode(StrEnum):
-    """https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION."""
+    """The sslmode values of libpq.
+
+    https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION
+    """
 
     DISABLE = "disable"
     ALLOW = "allow"
@@ -42,9 +46,10 @@ class SSLMode(StrEnum):
 
 
 class Address(NamedTuple):
-    """A server: host name, IP address or absolute path of the socket folder, and port.
+    """The address of a server: its host and its port.
 
-    An empty host means the defaults: the usual socket folders, then localhost.
+    The host is a host name, an IP address or the absolute path of a socket folder. An empty host
+    stands for the default hosts: the usual socket folders, then localhost.
     """
 
     host: str
@@ -60,7 +65,7 @@ class Address(NamedTuple):
     def is_local(self) -> bool:
         """Whether the host is a socket folder, a loopback address or `localhost`.
 
-        Other names are not resolved, because their addresses can change.
+        Other host names count as remote and are not resolved, because their addresses can change.
         """
         if not self.host or self.host.startswith("/"):
             return True
@@ -73,10 +78,10 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DatabaseURL:
-    """The decoded parts of a `DATABASE_URL`. There is at least one address.
+    """The decoded parts of a `DATABASE_URL`. `addresses` is never empty.
 
-    As in libpq, host, port, user, password and database in the query replace those before it. All
-    other parts of the query are in `parameters`.
+    As in libpq, a host, port, user, password or database in the query string replaces the same part
+    before the query string. All other parameters of the query string are in `parameters`.
     """
 
     addresses: tuple[Address, ...]
@@ -86,7 +91,7 @@ class DatabaseURL:
     parameters: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_text(self) -> str:
-        """Return a URL that parses to this value. It contains the password."""
+        """Return a URL with the password. `parse_url` parses this URL to an equal object."""
         login = quote(self.user or "", safe="")
         if self.password is not None:
             login += ":" + quote(self.password, safe="")
@@ -101,13 +106,13 @@ def parse_url(text: str) -> DatabaseURL:
     """Parse a `DATABASE_URL`.
 
     Raises:
-        ValueError: the URL is malformed, or a parameter is unknown or has a bad value. The message
-            is one line, names the variable and shows no value.
+        ValueError: the URL is malformed, or a parameter is unknown or has an invalid value. The
+            error message is one line that names DATABASE_URL and does not show any value.
     """
     if not _SCHEME.match(text):
         raise ValueError("DATABASE_URL must start with postgresql://")
     found = _URL.fullmatch(text)
-    if found is None or re.search(r"[\x01-\x20\x7f]", text):  # libpq 18 refuses spaces, too
+    if found is None or re.search(r"[\x01-\x20\x7f]", text):  # libpq 18 also refuses spaces
         raise ValueError(_MALFORMED)
     hosts = [_HOST.fullmatch(host) for host in found["hosts"].split(",")]
     if not all(hosts):
@@ -139,12 +144,12 @@ def parse_url(text: str) -> DatabaseURL:
 
 
 def parse_hosts(name: str, text: str, port: int) -> tuple[Address, ...]:
-    """Parse the list of hosts in the variable `name`. `port` is the default port.
+    """Parse the list of hosts in the environment variable `name`. `port` is the default port.
 
-    A text that begins with a slash is one socket folder and may contain commas.
+    A text that begins with a slash is the path of one socket folder, which may contain commas.
 
     Raises:
-        ValueError: the list is malformed. The message is one line that names the variable.
+        ValueError: the list is malformed. The error message is one line that names the variable.
     """
     if text.startswith("/"):
         named = [(text, "")]
@@ -160,7 +165,7 @@ def encode_query(parameters: dict[str, str]) -> str:
 
 
 def _parse_query(text: str) -> dict[str, str]:
-    """Parse a query like libpq: the last value of a name is used, and "+" does not mean a space."""
+    """Parse a query string like libpq: the last value of a name counts, and "+" is no space."""
     items = [item.split("=") for item in text.removesuffix("&").split("&")] if text else []
     if not all(len(item) == 2 for item in items):  # noqa: PLR2004  # name and value
         raise ValueError(_MALFORMED)
@@ -180,16 +185,16 @@ def _decode(text: str) -> str:
 
 
 def _split_port(text: str) -> tuple[str, str]:
-    """Return host and port, either of which may be empty. IPv6 with a port needs brackets."""
+    """Split a text into host and port, which may be empty. `[::1]:5432` needs its brackets."""
     found = None if text.startswith("/") else _HOST.fullmatch(text)
     host = found and (found[1] or found[2])
     return (host, found[3] or "") if found and host else (text, "")
 
 
 def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> tuple[Address, ...]:
-    """Return addresses with the port of each host, or else of the list of ports.
+    """Return one address per host. A host without a port gets its port from `ports`.
 
-    The list has one port for all hosts, or one for each.
+    `ports` has one port for all hosts, or one port per host.
     """
     if len(ports) == 1:
         ports = list(ports) * len(hosts)
@@ -198,7 +203,7 @@ def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> 
     numbers = [
         own or port or str(DEFAULT_PORT) for (_, own), port in zip(hosts, ports, strict=True)
     ]
-    if not all(re.fullmatch(r"\d{1,5}", n, re.ASCII) and 1 <= int(n) <= 65535 for n in numbers):  # noqa: PLR2004  # TCP's
+    if not all(re.fullmatch(r"\d{1,5}", n, re.ASCII) and 1 <= int(n) <= 65535 for n in numbers):  # noqa: PLR2004  # TCP ports
         raise ValueError(f"{name}: a port must be a number from 1 to 65535")
     return tuple(
         Address(host, int(number)) for (host, _), number in zip(hosts, numbers, strict=True)
@@ -206,4 +211,6 @@ def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> 
 
 
 def _list_error(name: str) -> str:
-    return f"{name}: separate hosts by one comma, and give one port for all or one for each"
+    return (
+        f"{name}: separate hosts by single commas, and give one port for all or one port per host"
+    )

@@ -19,7 +19,7 @@ class DatabaseUnavailable(TigerDBError):
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """The commit was not confirmed: the transaction may be saved or not."""
+    """The commit was not confirmed, so it is unknown whether the transaction was saved."""
 
 
 class QueryTimeout(TigerDBError):
@@ -63,7 +63,7 @@ class MissingReference(TigerDBError):
 
 
 class InvalidValue(TigerDBError):
-    """A value is not allowed here."""
+    """A value is not allowed for its field or parameter."""
 
 
 class InvalidCursor(InvalidValue):
@@ -71,7 +71,7 @@ class InvalidCursor(InvalidValue):
 
 
 class InvalidState(TigerDBError):
-    """The status of the row does not allow this."""
+    """The status of the row does not allow this operation."""
 
 
 class StaleToken(InvalidState):
@@ -79,7 +79,7 @@ class StaleToken(InvalidState):
 
 
 class LeaseLost(InvalidState):
-    """The claim on this refresh has ended: another worker may have claimed it."""
+    """The claim on the refresh has ended: another worker may have claimed the refresh."""
 
 
 class RefreshFailed(TigerDBError):
@@ -91,7 +91,7 @@ class RefreshFailed(TigerDBError):
 
 
 class RefreshLimited(RefreshFailed):
-    """The broker limits requests: repeat after `retry_after`."""
+    """The broker's rate limit is reached: repeat the request after `retry_after`."""
 
     def __init__(
         self, message: str = "", *, code: int | None = None, retry_after: timedelta
@@ -105,11 +105,11 @@ class CredentialsRefused(RefreshFailed):
 
 
 class AnswerLost(RefreshFailed):
-    """The broker's answer was lost: the account may have a new token."""
+    """The broker's answer was lost: the broker may have issued a new token."""
 
 
 class AccessDenied(TigerDBError):
-    """The API key does not allow this."""
+    """The API key does not allow this request."""
 
 
 class InvalidAPIKey(AccessDenied):
@@ -133,7 +133,7 @@ class AccountNotAllowed(AccessDenied):
 
 
 class AddressNotAllowed(AccessDenied):
-    """The API key may not be used from this address."""
+    """The API key may not be used from this IP address."""
 
 
 class UserAgentNotAllowed(AccessDenied):

@@ -1,6 +1,6 @@
 """Private files (mode 0600) that are written atomically.
 
-Devices and pipes are written to, never replaced.
+A device or a pipe is never replaced: output is written to the existing device or pipe.
 """
 
 import errno
@@ -16,29 +16,29 @@ from typing import IO
 
 from tiger_db.errors import AlreadyExists, InvalidValue
 
-# Prefix of the names of files and folders until they are complete.
+# Prefix of the temporary names of incomplete files and folders.
 UNFINISHED = ".tiger_db-unfinished-"
-_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)  # /dev/stdout is a link to one
-_MAX_SYMLINKS = 40  # like Linux
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)  # /dev/stdout is a link to 1
+_MAX_SYMLINKS = 40  # the limit of Linux
 _NO_HARD_LINKS_ERRORS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def output_files(
-    *paths: Path, overwrite: bool, without: Path | None = None
+    *paths: Path, overwrite: bool, obsolete: Path | None = None
 ) -> Iterator[list[IO[str]]]:
-    """Open files for writing UTF-8 text. Create all of them, or none if an error occurs.
+    """Open files for writing UTF-8 text. If an error occurs, no file is created.
 
-    Symbolic links are followed. A file gets its name when it is complete. Its mode is always 0600.
-    Existing files are replaced only with `overwrite`. Pipes and devices are written to, like with
-    the redirection of a shell. Opening a pipe blocks until the pipe has a reader. When all files
-    exist, the file or link `without` is removed.
+    Symbolic links are followed. A file has a temporary name until the file is complete, and the
+    mode 0600. Existing files are replaced only with `overwrite`. Output to a pipe or a device is
+    written as with shell redirection. Opening a pipe blocks until the pipe has a reader. After all
+    files are written, the file or symbolic link `obsolete` is removed.
 
     Raises:
-        AlreadyExists: the path is a file, folder or block device and `overwrite` is false, or the
-            path is a symbolic link whose target is missing. The message names the path.
-        InvalidValue: the path is a socket.
-        OSError: a file cannot be written. The message names the path.
+        AlreadyExists: a path is a file, folder or block device and `overwrite` is false, or a path
+            is a symbolic link whose target is missing. The error message names the path.
+        InvalidValue: a path is a socket.
+        OSError: a file cannot be written. The error message names the path.
     """
     with ExitStack() as cleanup, ExitStack() as undo:
         outputs = [_open(path, cleanup, overwrite=overwrite) for path in paths]
@@ -51,54 +51,54 @@ def output_files(
         for _, unfinished, target in outputs:
             if unfinished is not None:
                 _put(unfinished, target, undo, overwrite=overwrite)
-        if without is not None and os.path.lexists(without) and not _is_stream(without.lstat()):
-            without.unlink()
+        if obsolete is not None and os.path.lexists(obsolete) and not _is_stream(obsolete.lstat()):
+            obsolete.unlink()
         for folder in {target.parent for _, unfinished, target in outputs if unfinished}:
             sync_folder(folder)
         undo.pop_all()
 
 
 def write_private(
-    folder: Path, texts: Mapping[str, str], *, overwrite: bool, without: str | None = None
+    folder: Path, texts: Mapping[str, str], *, overwrite: bool, obsolete: str | None = None
 ) -> list[Path]:
-    """Write files with these names and texts to a folder, and return their paths.
+    """Write files to a folder and return the paths of the files. `texts` has the texts by name.
 
-    With `overwrite`, existing files are replaced and the file `without` is removed.
+    With `overwrite`, existing files are replaced, and the file with the name `obsolete` is removed.
 
     Raises:
         AlreadyExists, InvalidValue, OSError: see `output_files`.
     """
     paths = [folder / name for name in texts]
-    stale = folder / without if overwrite and without is not None else None
-    with output_files(*paths, overwrite=overwrite, without=stale) as files:
+    path = folder / obsolete if overwrite and obsolete is not None else None
+    with output_files(*paths, overwrite=overwrite, obsolete=path) as files:
         for file, text in zip(files, texts.values(), strict=True):
             file.write(text)
     return paths
 
 
 def make_private_folder(folder: Path) -> None:
-    """Create a folder and its missing parents with mode 0700."""
+    """Create a folder and its missing parent folders, with mode 0700."""
     if not folder.is_dir():
         make_private_folder(folder.parent)
         folder.mkdir(mode=0o700)
 
 
 def is_private_folder(path: Path, uid: int) -> bool:
-    """Return whether the path is a folder that only this user can enter. A link is not a folder."""
+    """Return whether the path is a folder, not a symbolic link, that only user `uid` can enter."""
     with suppress(OSError):
         status = path.lstat()
-        kind_and_mode = status.st_mode & ~stat.S_ISGID  # folders inherit this bit
+        kind_and_mode = status.st_mode & ~stat.S_ISGID  # new folders inherit the setgid bit
         return (kind_and_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
     return False
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file with mode 0600 and refuse symbolic links: an opener for `open`."""
+    """Open a file for `open(opener=…)`: a new file has mode 0600, a symbolic link is an error."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the incomplete files and folders of killed processes from a folder."""
+    """Remove incomplete files and folders that killed processes left in a folder."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -116,31 +116,31 @@ def sync_folder(path: Path) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
-    """Return the status of the file, pipe or device at the path, or None if there is none.
+    """Check an output path. Return the status of its file, pipe or device, or None if it is new.
 
     Raises:
         AlreadyExists, InvalidValue, OSError: see `output_files`.
     """
     try:
-        found = path.stat()  # follows links, except in protected shared folders
+        found = path.stat()  # follows symbolic links
     except FileNotFoundError:
         if path.is_symlink():
-            raise AlreadyExists(f"{path} is a link whose target is missing") from None
+            raise AlreadyExists(f"{path} is a symbolic link whose target is missing") from None
         return None
     if stat.S_ISSOCK(found.st_mode):
-        raise InvalidValue(f"{path} is a socket: files cannot be written to it")
+        raise InvalidValue(f"{path} is a socket, and output to a socket is not supported")
     if not overwrite and not _is_stream(found) and _descriptor(path) is None:
         raise AlreadyExists(f"{path} already exists: --overwrite replaces it")
     return found
 
 
 def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], Path | None, Path]:
-    """Open one output. Return the file, its temporary path or None, and its final path."""
+    """Open one output file. Return the file, its temporary path or None, and its final path."""
     descriptor, unfinished, target = _descriptor(path), None, _followed(path)
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # Only descriptors from the parent process are inheritable. Others are internal.
+            # A descriptor from the parent process is inheritable. Otherwise, dup(-1) fails.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
             descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)  # mode 0600
@@ -156,14 +156,14 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
         and found is not None
         and not os.path.samestat(found, os.fstat(file.fileno()))
     ):
-        raise AlreadyExists(f"{path} was replaced while it was opened")
+        raise AlreadyExists(f"{path} was replaced by another file while the file was opened")
     return file, unfinished, target
 
 
 def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) -> None:
     """Move a complete file to its final path."""
     try:
-        target.hardlink_to(unfinished)  # unlike a rename, this never replaces a file
+        target.hardlink_to(unfinished)  # unlike a rename, a hard link replaces no file
         undo.callback(target.unlink)
     except OSError as error:
         if error.errno not in {errno.EEXIST, *_NO_HARD_LINKS_ERRORS}:
@@ -174,7 +174,7 @@ def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) ->
 
 
 def _followed(path: Path) -> Path:
-    """Resolve symbolic links, except those of file descriptors of this process."""
+    """Resolve symbolic links, except paths such as /dev/fd/1 of this process's descriptors."""
     for _ in range(_MAX_SYMLINKS):
         if _DESCRIPTOR.fullmatch(str(path)) or not path.is_symlink():
             break

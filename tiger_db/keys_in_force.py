@@ -1,4 +1,4 @@
-"""The keys in use: those of the settings, or else those in the embedded server's folder."""
+"""The keys in force: the keys of the settings, or else the keys of the embedded server."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeySetting(Generic[T]):
-    """A setting with keys. The embedded server's folder has a file of the same name."""
+    """A setting that holds keys. The embedded server keeps such keys in a file of that name."""
 
     field: str
     parse: Callable[[str], T]
@@ -29,7 +29,7 @@ AUDIT_SIGNING_KEY = KeySetting("audit_signing_key", parse_signing_key, generate_
 
 
 def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
-    """Return the keys of a setting or of its file (`…_FILE`), or None.
+    """Return the keys in a setting or in the file of its `…_FILE` setting, or None without keys.
 
     Raises:
         ConfigurationError: the keys are malformed, unreadable, or missing in production.
@@ -37,44 +37,45 @@ def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
     name = keys.field.upper()
     value, file = getattr(settings, keys.field), getattr(settings, f"{keys.field}_file")
     if value is not None and file is not None:
-        raise ConfigurationError(f"{name} and {name}_FILE exclude each other")
+        raise ConfigurationError(f"set {name} or {name}_FILE, but not both")
     if value is not None:
         return _parse(keys, value.get_secret_value(), f"{name}: %s")
     if file is not None:
         try:
             text = file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8 text"
             raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
         return _parse(keys, text, f"{name}_FILE: %s")
-    if settings.production and keys is not AUDIT_SIGNING_KEY:  # needed for sealing only
+    if settings.production and keys is not AUDIT_SIGNING_KEY:  # optional
         raise ConfigurationError(f"{name} or {name}_FILE is required when ENVIRONMENT=production")
     return None
 
 
 def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) -> T | None:
-    """Return the configured keys, or else those in the embedded server's folder, or None.
+    """Return the configured keys, or else the keys in the embedded server's folder, or None.
 
-    With `generate`, missing keys of the embedded server are generated. Blocks: call it in a thread.
+    With `generate`, missing keys of the embedded server are generated. This function blocks: call
+    it in a thread.
 
     Raises:
-        ConfigurationError: see `configured`, or the file in the folder is malformed.
-        EmbeddedError: the file in the folder cannot be read or written.
+        ConfigurationError: see `configured`, or the embedded server's key file is malformed.
+        EmbeddedError: the embedded server's key file cannot be read or written.
     """
     found = configured(settings, keys)
     if found is not None or not settings.embedded:
         return found
-    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+    from tiger_db import embedded  # noqa: PLC0415  # requires POSIX and an extra
 
     path = embedded.home_folder(settings) / keys.field
     if not generate and not os.path.lexists(path):
         return None
     text = embedded.load_or_create_secret(settings, keys.field, keys.generate)
-    return _parse(keys, text, f"{path}: %s: restore it")
+    return _parse(keys, text, f"{path}: %s: restore this file")
 
 
 def required_key_ring(settings: Settings) -> KeyRing:
-    """Return the encryption keys. Generate none. Blocks: call it in a thread.
+    """Return the encryption keys in force. This function blocks: call it in a thread.
 
     Raises:
         ConfigurationError: the keys are missing, malformed or unreadable.
@@ -82,7 +83,7 @@ def required_key_ring(settings: Settings) -> KeyRing:
     if ring := in_force(settings, ENCRYPTION_KEYS, generate=False):
         return ring
     raise ConfigurationError(
-        "there is no encryption key yet: run `tiger-db init`"
+        "the embedded server has no encryption key yet: run `tiger-db init`"
         if settings.embedded
         else "ENCRYPTION_KEYS is not set, so accounts cannot be stored: run `tiger-db init`"
     )

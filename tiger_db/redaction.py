@@ -1,4 +1,4 @@
-"""Masking of secrets in texts such as errors, logs and events."""
+"""Masking of secrets in texts such as error messages, log lines and audit events."""
 
 import json
 import re
@@ -6,26 +6,27 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 MASK = "**********"
-# Shorter secrets are not masked, because they would match parts of common words.
+# Secrets with fewer characters are not masked, because such secrets match parts of common words.
 _MIN_SECRET_CHARACTERS = 4
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)
-# The base64 of `1700000000000,1…`, which is the start of each of Tiger's tokens.
+# A token of Tiger: the base64 of a text that starts with two times, as in `1700000000000,1…`.
 _TIGER_TOKEN = re.compile(
     r"(?:[M-O][DTjz][AEIMQUYcgk][w-z0-5]){4}[M-O][CSiy]w(?:[A-Za-z0-9+/_%-]|\\/)*={0,2}"
 )
 _JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]+)+")
 _API_KEY = re.compile(r"\b(tdb_(?:live|test)_[0-9A-Za-z]{12})_[0-9A-Za-z]+")
 _BEARER = re.compile(r"\b(Bearer)\s+[^\s'\",;\\]+", re.IGNORECASE)
-# Base64 of at least 40 characters: Tiger's tokens have 60, keys, signatures and digests are longer.
-# Slashes may be escaped as in JSON or in URLs. `_LINES` matches base64 in several lines.
+# Base64 text of at least 40 characters, such as keys, tokens, signatures and digests. Slashes may
+# be escaped as in JSON or in URLs. `_LINES` matches base64 text that is wrapped to several lines.
 _RANDOM = re.compile(r"(?:[A-Za-z0-9+_-]|\\?/|%2[BbFf]){40,}={0,2}")
 _LINES = re.compile(
     r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,}+(?:\r?\n|(?:\\+r)?\\+n)[ \t]*)+[A-Za-z0-9+/]*={0,2}"
 )
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
-_WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")  # such as aWordLIKEThis2
-# `name=value`, `"name": "value"` and similar forms. `_assignments` replaces WORDS and NAMES.
+_WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")  # like aWordLIKEThis2
+# A secret after its name: `name=value`, `"name": "value"` and similar forms. The function
+# `_assignments` replaces WORDS and NAMES by the names of secrets.
 _ASSIGNMENT = r"""
     (?<![\w-])
     (?P<name> [\w-]* (?: WORDS ) | NAMES )
@@ -37,7 +38,7 @@ _ASSIGNMENT = r"""
 
 
 def mask_account_number(account_number: str) -> str:
-    """Mask an account number except its last four characters. Shorter numbers are masked whole."""
+    """Mask an account number except its last four characters. Mask shorter numbers completely."""
     shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual number of visible characters
     return "*" * (len(account_number) - len(shown)) + shown
 
@@ -45,7 +46,7 @@ def mask_account_number(account_number: str) -> str:
 def redact_aggressively(text: str, *known: str) -> str:
     """Mask everything in a text that is or resembles a token, a key or a password.
 
-    Masked are the secrets in `known` that have at least four characters, everything that
+    This function masks the secrets in `known` that have at least four characters, all text that
     `redact_known` masks, and sequences of 40 or more letters and digits that are not words.
     """
     forms = {
@@ -58,7 +59,7 @@ def redact_aggressively(text: str, *known: str) -> str:
 
 
 def _forms(secret: str) -> set[str]:
-    """Return a secret as plain text, in JSON, in a `repr` of Python, and in a URL."""
+    """Return the forms of a secret in plain text, in JSON, in a Python `repr` and in a URL."""
     return {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")}
 
 
@@ -68,7 +69,7 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _without_random(match: re.Match[str]) -> str:
-    """Mask random text. Paths, class names and UUIDs are not masked."""
+    """Mask text that looks random. Paths, class names and UUIDs are not masked."""
     run = match[0]
     parts = _SEPARATORS.split(run)
     if all(map(_WORDS.fullmatch, parts)):
@@ -84,7 +85,7 @@ _SECRET_WORDS = {
     "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
 }  # fmt: skip
 _SECRET_NAMES = {"sign", "signature", "pin", "otp", "pepper"}
-# The words as they are spelled before a value in a text.
+# Patterns of words that name the secret after them in a text, as in `password=…`.
 _WORD_PATTERNS = {
     "token", "secret", "passw(?:or)?d", "pwd", "passphrase", "authorization", "credential",
     "private_?key (?: _?pk[18] )?", "api[_-]?key", "secret_?key", "access[_-]?key",
@@ -95,26 +96,26 @@ _HARMLESS = {
     "type", "count", "name", "status", "format", "at", "url", "scope", "scopes", "version",
     "refreshid", "length",
 }  # fmt: skip
-# A password can be guessed from its hash, so a hash of these is a secret, too.
+# Names of passwords: the hash of a password is secret, because the password can be guessed from it.
 _PASSWORDS = re.compile("passw|pwd|passphrase")
 _NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
 _MAX_CACHED_NAME_CHARACTERS = 100
 
 _BASE64 = r"(?:[A-Za-z0-9+/]|\\/)"
-# DER in base64, also in several lines. The last line may be short.
+# Base64 of DER, such as private keys, in one or several lines. The last line may be short.
 _DER = re.compile(
     rf"(?<![A-Za-z0-9+])MII{_BASE64}{{27,}}+(?:(?:\s|\\+[rnt])+{_BASE64}{{30,}}+)*+"
     rf"(?:(?:\r?\n|(?:\\+r)?\\+n)[ \t]*{_BASE64}+)?={{0,2}}"
 )
-_MIN_DER_CHARACTERS = 100  # of base64
-_MIN_TIGER_TOKEN_CHARACTERS = 19  # that `_TIGER_TOKEN` matches
+_MIN_DER_CHARACTERS = 100  # of base64 text
+_MIN_TIGER_TOKEN_CHARACTERS = 19  # of the shortest match of `_TIGER_TOKEN`
 
 
 def is_secret_name(name: str) -> bool:
     """Return whether a field with this name, in any spelling, contains a secret.
 
-    Examples are `accessToken` and `X-API-Key`. `token_expires_at` and `api_key_id` describe a
-    secret and do not contain one.
+    For example, `accessToken` and `X-API-Key` contain a secret. `token_expires_at` and `api_key_id`
+    only describe a secret.
     """
     return (
         _is_secret(name)
@@ -124,9 +125,9 @@ def is_secret_name(name: str) -> bool:
 
 
 def add_secret_names(*names: str) -> None:
-    """Add names of secrets. Fields whose names contain one of them are masked in this process.
+    """Add names of secrets for this process. A field is masked if its name contains such a name.
 
-    Spelling does not matter: `tradePin`, `trade_pin` and `TRADE-PIN` are the same name.
+    Case and separators do not matter: `tradePin`, `trade_pin` and `TRADE-PIN` are the same name.
 
     Raises:
         ValueError: a name has no letter or digit.
@@ -141,12 +142,13 @@ def add_secret_names(*names: str) -> None:
 
 
 def redact_known(text: str) -> str:
-    """Mask the text that is certainly a secret. Other random text, such as digests, is kept.
+    """Mask the parts of a text that are certainly secrets.
 
-    Masked are PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer credentials, API
-    keys of this package, and values after the name of a secret, as in `password=…`.
+    This function masks PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer
+    credentials, API keys of this package, and values after the name of a secret, as in
+    `password=…`. Other random text, such as a digest, is not masked.
     """
-    # Most texts have no secrets. The cheap checks avoid most searches.
+    # Most texts contain no secret, so cheap substring checks avoid most of the pattern searches.
     if "-----BEGIN" in text:
         text = _PEM.sub(MASK, text)
     if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:

@@ -40,7 +40,7 @@ class ConnectArgs(TypedDict, total=False):
     """Keyword arguments of `asyncpg.connect`."""
 
     dsn: str
-    host: str | list[str]  # a list: try each in order
+    host: str | list[str]  # a list: hosts to try in order
     port: int | list[int]
     user: str
     password: str | None
@@ -56,7 +56,7 @@ class ConnectArgs(TypedDict, total=False):
 
 def _without_nul(value: StrOrPath) -> StrOrPath:
     if "\0" in str(value):
-        raise ValueError("must not contain a NUL character")
+        raise ValueError("the value must not contain a NUL character")
     return value
 
 
@@ -64,25 +64,25 @@ def _utf8_secret(value: SecretStr) -> SecretStr:
     try:
         _without_nul(value.get_secret_value()).encode()
     except UnicodeEncodeError:
-        raise ValueError("must be UTF-8 text") from None
+        raise ValueError("the value must be UTF-8 text") from None
     return value
 
 
 def _iso_date(value: object) -> object:
-    """Accept dates only in the form YYYY-MM-DD, which is unambiguous."""
+    """Return a date. Accept text only in the form YYYY-MM-DD, which is unambiguous."""
     if value is None or type(value) is date:
         return value
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
         with suppress(ValueError):
             return date.fromisoformat(value)
-    raise ValueError("must be a date such as 2027-01-31")
+    raise ValueError("the value must be a date such as 2027-01-31")
 
 
 def _schema_name(value: str) -> str:
     if len(value.encode()) > _MAX_IDENTIFIER_BYTES:
-        raise ValueError(f"must have at most {_MAX_IDENTIFIER_BYTES} bytes")
+        raise ValueError(f"the name must have at most {_MAX_IDENTIFIER_BYTES} bytes")
     if value.startswith("pg_") or value in ("information_schema", "$user"):
-        raise ValueError("is reserved by PostgreSQL")
+        raise ValueError("the name is reserved by PostgreSQL")
     return value
 
 
@@ -90,24 +90,24 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_without_nul)]
 SecretText = Annotated[SecretStr, AfterValidator(_utf8_secret)]
 _MAX_IDENTIFIER_BYTES = 63
-# A server that has not answered this long after DB_QUERY_TIMEOUT is considered lost.
+# If a query has no answer this long after DB_QUERY_TIMEOUT, the connection is considered lost.
 _LOST_SERVER_SECONDS = 5
 DEFAULT_SCHEMA = "public"
-SCHEMA_OPTION = "tiger_db_schema"  # the execution option of an engine that has DB_SCHEMA
-# The session parameters that PgBouncer accepts and tracks for each client.
+SCHEMA_OPTION = "tiger_db_schema"  # name of the execution option that holds DB_SCHEMA
+# Session parameters that PgBouncer accepts and tracks for each client.
 _PGBOUNCER_PARAMETERS = ("application_name", "timezone")
-# For a DATABASE_URL without a host. The defaults of asyncpg include the variable PGHOST.
-_DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # no file is made
+# Hosts for a DATABASE_URL without a host. (The default host of asyncpg would depend on PGHOST.)
+_DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # socket folders
 
 
 class Settings(BaseSettings):
-    """The settings of a process. Each field is the environment variable of the same name.
+    """The settings of a process. Each field has the name of its environment variable.
 
-    The environment is read when an instance is created.
+    Environment variables are read when an instance is created.
 
     Raises:
-        ConfigurationError: a value is not valid. The message is one line that names the variable
-            and shows no value.
+        ConfigurationError: a value is invalid. The error message is one line that names the
+            variable and does not show the value.
     """
 
     model_config = SettingsConfigDict(
@@ -137,22 +137,23 @@ class Settings(BaseSettings):
     db_ssl_key: File | None = None
     db_ssl_ca: File | None = None
     db_allow_unverified_tls: bool = Field(
-        default=False, description="in production, any remote server may receive the password"
+        default=False,
+        description="whether production may send the password to unverified remote servers",
     )
 
     db_pool_size: int = Field(default=5, ge=1, le=1000)
     db_max_overflow: int = Field(default=10, ge=0, le=1000)
     db_pool_timeout: float = Field(default=30, gt=0, le=3600, description="seconds")
-    db_pool_recycle: int = Field(default=1800, ge=-1, description="seconds; -1: never")
+    db_pool_recycle: int = Field(default=1800, ge=-1, description="seconds; -1: no limit")
     db_connect_timeout: float = Field(default=10, gt=0, le=3600, description="seconds")
-    db_query_timeout: float = Field(default=30, ge=0, le=86400, description="seconds; 0: none")
+    db_query_timeout: float = Field(default=30, ge=0, le=86400, description="seconds; 0: no limit")
     db_idle_transaction_timeout: float = Field(
-        default=60, ge=0, le=86400, description="seconds; 0: none"
+        default=60, ge=0, le=86400, description="seconds; 0: no limit"
     )
     db_slow_query_seconds: float = Field(
-        default=1, ge=0, le=86400, description="seconds; 0: log none"
+        default=1, ge=0, le=86400, description="seconds; 0: log no query"
     )
-    db_debug: bool = Field(default=False, description="log all statements, without parameters")
+    db_debug: bool = Field(default=False, description="log all SQL statements")
 
     tiger_db_home: Path | None = Field(default=None, description="folder of the embedded server")
 
@@ -161,7 +162,7 @@ class Settings(BaseSettings):
     api_key_peppers: SecretStr | None = None
     api_key_peppers_file: File | None = None
     api_keys_allow_unpeppered_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
-        default=None, description="last day, UTC"
+        default=None, description="last day (UTC) on which keys without a pepper are valid"
     )
     audit_signing_key: SecretStr | None = None
     audit_signing_key_file: File | None = None
@@ -177,13 +178,15 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         url = self.url
         if url is not None and self.pooled and "options" in url.parameters:
-            raise ValueError("DATABASE_URL: options are not for DB_POOLER: use ALTER ROLE")
+            raise ValueError(
+                "DATABASE_URL must have no options if DB_POOLER is set: use ALTER ROLE"
+            )
         if url is not None and "search_path" in url.parameters.get("options", ""):
-            raise ValueError("DATABASE_URL: options must not set search_path: use DB_SCHEMA")
+            raise ValueError("options in DATABASE_URL must not set search_path: use DB_SCHEMA")
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
-            raise ValueError("DB_SSL_CERT and DB_SSL_KEY go together")
+            raise ValueError("DB_SSL_CERT and DB_SSL_KEY must be set together")
         if self.embedded and self.db_replica_hosts is not None:
             raise ValueError("DB_REPLICA_HOSTS needs DB_HOST or DATABASE_URL")
         for name, hosts in (("DB_HOST", self.db_host), ("DB_REPLICA_HOSTS", self.db_replica_hosts)):
@@ -205,27 +208,27 @@ class Settings(BaseSettings):
 
     @property
     def embedded(self) -> bool:
-        """Whether the embedded PostgreSQL is used: no other server is set."""
+        """Whether the embedded PostgreSQL is used, because no other server is set."""
         return self.database_url is None and self.db_host is None
 
     @property
     def pooled(self) -> bool:
-        """Whether a transaction pooler is used: each transaction may use another server session."""
+        """Whether a transaction pooler may run each transaction in another server session."""
         return self.db_pooler != "none"
 
     def without_pooler(self) -> Self:
-        """Return settings for direct connections, for work that needs a session of its own.
+        """Return settings that bypass the pooler, for work that needs one server session.
 
         Raises:
-            ConfigurationError: `DB_POOLER` is set and `DB_DIRECT_HOST` is not.
+            ConfigurationError: `DB_POOLER` is set, but `DB_DIRECT_HOST` is not set.
         """
         if self.embedded:
             return self
         if self.db_direct_host is None:
             if self.pooled:
                 raise ConfigurationError(
-                    "DB_DIRECT_HOST is not set: with DB_POOLER, LISTEN, migrations and sealing need"
-                    " direct connections to the server"
+                    "DB_DIRECT_HOST is not set, but DB_POOLER is set: migrations, sealing and"
+                    " LISTEN need direct connections to the server"
                 )
             return self
         address = Address(self.db_direct_host, self.db_direct_port)
@@ -247,14 +250,14 @@ class Settings(BaseSettings):
 
     @property
     def search_path(self) -> str:
-        """The search path of all sessions: see the function `search_path`."""
+        """The value of `search_path` in all sessions, as SQL text."""
         return search_path(self.db_schema)
 
     def channel(self, name: str) -> str:
-        """Return the NOTIFY channel with this name for `DB_SCHEMA`.
+        """Return the NOTIFY channel of `DB_SCHEMA` for a channel name.
 
-        In `public` it is the name itself, as in releases without `DB_SCHEMA`. In other schemas a
-        digest of the schema follows, because channels are limited to 63 bytes.
+        In the schema `public`, the channel has the given name. In other schemas, a digest of the
+        schema's name is appended: PostgreSQL limits channel names to 63 bytes.
         """
         if self.db_schema == DEFAULT_SCHEMA:
             return name
@@ -262,27 +265,27 @@ class Settings(BaseSettings):
 
     @property
     def addresses(self) -> tuple[Address, ...]:
-        """The servers to try, one of which accepts writes. Empty for the embedded server."""
+        """The addresses of the servers, in the order to try. Empty for the embedded server."""
         if (url := self.url) is not None:
             return url.addresses
         return () if self.db_host is None else parse_hosts("DB_HOST", self.db_host, self.db_port)
 
     @property
     def location(self) -> str:
-        """The servers and the database for messages, without user name and password."""
+        """The servers and the database as text for messages, without user name and password."""
         servers = "embedded" if self.embedded else ",".join(map(str, self.addresses))
         return f"{servers}/{self.database}"
 
     @property
     def replicas(self) -> tuple[Address, ...]:
-        """The replicas for readonly sessions."""
+        """The addresses of the replicas for readonly sessions."""
         if self.db_replica_hosts is None:
             return ()
         return parse_hosts("DB_REPLICA_HOSTS", self.db_replica_hosts, self.db_port)
 
     @property
     def tls(self) -> dict[str, str]:
-        """The TLS parameters in libpq's names. `DATABASE_URL` takes precedence over `DB_SSL_*`."""
+        """The TLS parameters by libpq's names. `DATABASE_URL` takes precedence over `DB_SSL_*`."""
         if self.embedded:
             return {}
         given = {
@@ -300,10 +303,10 @@ class Settings(BaseSettings):
 
     @property
     def unverified(self) -> list[str]:
-        """The variables whose servers are remote and whose identity is not verified.
+        """The names of variables with remote servers whose identity is not verified.
 
-        Only `verify-full` verifies it. `verify-ca` accepts every server with a certificate of the
-        authority, and public authorities give certificates to anyone.
+        Only the sslmode verify-full verifies the identity. verify-ca accepts each server with a
+        certificate of the authority, and a public authority issues certificates to anyone.
         """
         if self.embedded or self.tls.get("sslmode") == SSLMode.VERIFY_FULL:
             return []
@@ -315,22 +318,23 @@ class Settings(BaseSettings):
         return [name for name, found in servers.items() if not all(a.is_local for a in found)]
 
     def _tls_problem(self) -> str | None:
-        """Return why no password may be sent to the server, in one line, or None."""
+        """Return one line that says why TLS is too weak for production, or None."""
         if not self.production or self.db_allow_unverified_tls or not self.unverified:
             return None
         in_url = self.url is not None and "sslmode" in self.url.parameters
         return (
             f"{'DATABASE_URL: sslmode' if in_url else 'DB_SSL_MODE'} must be verify-full when"
-            f" ENVIRONMENT=production and {' and '.join(self.unverified)} names another machine:"
-            " set it and DB_SSL_CA, or set DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
+            f" ENVIRONMENT=production and another machine is named by"
+            f" {' and '.join(self.unverified)}: set verify-full and DB_SSL_CA, or set"
+            " DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
         )
 
     def connect_args(self, replica: Address | None = None) -> ConnectArgs:
         """Return keyword arguments of `asyncpg.connect` for the server, or for a replica.
 
-        The server must accept writes, unless `DATABASE_URL` has `target_session_attrs`. Only TLS
-        parameters are in the DSN, because asyncpg gives them the meaning of libpq only there. For
-        the embedded server, see `embedded.start`.
+        The server must accept writes, unless `DATABASE_URL` has `target_session_attrs`. TLS
+        parameters are passed in a DSN, because asyncpg interprets TLS parameters like libpq only in
+        a DSN. For the embedded server, use `embedded.start`.
 
         Raises:
             ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or in production the
@@ -338,7 +342,7 @@ class Settings(BaseSettings):
         """
         if self.embedded:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
-        if problem := self._tls_problem():  # pydantic does not validate copies
+        if problem := self._tls_problem():  # pydantic does not validate copied settings
             raise ConfigurationError(problem)
         url = self.url or DatabaseURL(
             self.addresses,
@@ -376,7 +380,7 @@ class Settings(BaseSettings):
             arguments["passfile"] = Path(found["passfile"])
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
-        if self.pooled:  # a pooler supports no other session state
+        if self.pooled:  # PgBouncer supports no other session state
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given
@@ -394,21 +398,21 @@ class Settings(BaseSettings):
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
             "timezone": "UTC",
-            # In the startup packet, it takes precedence over ALTER ROLE and ALTER DATABASE.
+            # A search_path in the startup packet overrides ALTER ROLE and ALTER DATABASE.
             "search_path": self.search_path,
         }
 
 
 def quote_identifier(name: str) -> str:
-    """Quote a name for SQL."""
+    """Quote an identifier for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def search_path(schema: str) -> str:
-    """Return the search path of a schema, for SQL.
+    """Return the value of `search_path` for a schema, as SQL text.
 
-    PostgreSQL searches pg_catalog first if the path does not include it. It would search pg_temp
-    even before that, so the path has pg_temp at its end.
+    PostgreSQL searches pg_catalog first if the path does not include pg_catalog. Without pg_temp at
+    the end of the path, PostgreSQL would search pg_temp even before pg_catalog.
     """
     return f"{quote_identifier(schema)}, pg_temp"
 

@@ -1,4 +1,4 @@
-"""The table of SQLSTATEs and the errors of this package that they become.
+"""Conversion of PostgreSQL's SQLSTATEs to the errors of this package.
 
 https://www.postgresql.org/docs/current/errcodes-appendix.html
 """
@@ -20,13 +20,13 @@ from tiger_db.errors import (
     TigerDBError,
 )
 
-# Errors of asyncpg when the connection is lost. The last one comes from its protocol state machine.
+# Errors of asyncpg for a lost connection. InternalClientError comes from asyncpg's state machine.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-READ_ONLY_SQL_TRANSACTION = "25006"  # from a former primary, or in a readonly session
-# Error types and messages by SQLSTATE or its first characters. None means PostgreSQL's message,
-# where it contains no values of the row.
+READ_ONLY_SQL_TRANSACTION = "25006"  # on a former primary, or in a readonly session
+# Error types and messages by SQLSTATE, or by the first characters of SQLSTATEs. None stands for
+# PostgreSQL's own message, if this message cannot contain values of a row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
-    "08": (DatabaseUnavailable, "lost the database"),
+    "08": (DatabaseUnavailable, "the connection was lost"),
     "22000": (InvalidValue, "a value is not of its column's type"),
     "22001": (InvalidValue, "a text is too long"),
     "22003": (InvalidValue, "a number is out of range"),
@@ -36,11 +36,11 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "22P05": (InvalidValue, "a text has a character that cannot be stored"),
     "23502": (InvalidValue, "a value is missing"),
     "23503": (MissingReference, "the referenced row does not exist"),
-    "23505": (AlreadyExists, "the value exists already"),
+    "23505": (AlreadyExists, "the value already exists"),
     "23514": (InvalidValue, "a value is not allowed"),
-    READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "lost the database: it accepts no writes"),
-    "25P03": (DatabaseUnavailable, "lost the database: idle_in_transaction_session_timeout"),
-    "25P04": (DatabaseUnavailable, "lost the database: transaction_timeout"),
+    READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "the database accepts no writes"),
+    "25P03": (DatabaseUnavailable, "the connection was lost: idle_in_transaction_session_timeout"),
+    "25P04": (DatabaseUnavailable, "the connection was lost: transaction_timeout"),
     "28": (DatabaseUnavailable, "the database refuses this role"),
     "3D000": (DatabaseUnavailable, "the database does not exist"),
     "40001": (Conflict, None),  # serialization failure, or conflict with the replay on a replica
@@ -49,15 +49,15 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "53300": (DatabaseUnavailable, "the database has no connection left"),
     "55P03": (Conflict, None),  # lock timeout
     "57014": (QueryTimeout, None),
-    "57P0": (DatabaseUnavailable, "lost the database"),
+    "57P0": (DatabaseUnavailable, "the connection was lost"),
 }
-# Classes of SQLSTATEs after which the same transaction may succeed: connection, rollback,
+# Classes of SQLSTATEs after which a repeated transaction may succeed: connection, rollback,
 # resources, objects in use, operator intervention.
 _TRANSIENT_CLASSES = {"08", "40", "53", "55", "57"}
 
 
 def error_type(sqlstate: str) -> type[TigerDBError] | None:
-    """Return the error type of a SQLSTATE, or None."""
+    """Return the error type for a SQLSTATE, or None if `_ERRORS` has no such SQLSTATE."""
     kind, _ = _entry(sqlstate)
     return kind
 
@@ -70,9 +70,10 @@ def _entry(sqlstate: str) -> tuple[type[TigerDBError] | None, str | None]:
 
 
 def classify(error: BaseException) -> TigerDBError | None:
-    """Return the typed error for an error of asyncpg or SQLAlchemy, or None.
+    """Convert an error of asyncpg or SQLAlchemy to an error of this package, or return None.
 
-    Its message contains no values of a row. It names the constraint or column if that is known.
+    The new error's message contains no values of a row. The message names the constraint or the
+    column if PostgreSQL reports one of the two.
     """
     cause = _cause(error)
     if isinstance(cause, asyncpg.PostgresError):
@@ -84,14 +85,15 @@ def classify(error: BaseException) -> TigerDBError | None:
             return kind(str(cause).partition("\n")[0])
         return kind(f"{message} ({where})" if where else message)
     if isinstance(cause, CONNECTION_ERRORS):
-        return DatabaseUnavailable(f"lost the database: {type(cause).__name__}")
+        return DatabaseUnavailable(f"the connection was lost: {type(cause).__name__}")
     return None
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the same transaction may succeed later.
+    """Return whether an error is transient: the same transaction may succeed later.
 
-    Causes are an unavailable server, a lack of resources, or another transaction.
+    Transient errors are caused by an unavailable server, a lack of resources, or another
+    transaction.
     """
     if isinstance(error, DatabaseUnavailable | Conflict | QueryTimeout):
         return True
@@ -101,17 +103,17 @@ def is_transient(error: BaseException) -> bool:
 
 @contextmanager
 def raw_errors() -> Iterator[None]:
-    """Convert errors of direct calls of asyncpg to errors of this package.
+    """Convert errors of asyncpg in the body of the `with` to errors of this package.
 
     Raises:
-        DatabaseUnavailable, Conflict, QueryTimeout: see `is_transient`.
+        DatabaseUnavailable, Conflict, QueryTimeout: the error is transient.
         AlreadyExists, MissingReference, InvalidValue: a constraint or type refuses a value.
-        StatementRefused: any other error, such as a missing privilege.
+        StatementRefused: any other error of asyncpg, for example because a privilege is missing.
     """
     try:
         yield
     except (*CONNECTION_ERRORS, asyncpg.PostgresError) as error:
-        refused = StatementRefused(f"the database refused: {type(error).__name__}")
+        refused = StatementRefused(f"the database refused a statement: {type(error).__name__}")
         raise classify(error) or refused from None
 
 

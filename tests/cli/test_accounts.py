@@ -192,7 +192,7 @@ def test_an_account_number_can_be_used_only_once(cli: CommandLine) -> None:
     options = ("create-account", *REQUIRED, "--account-number", NUMBER)
     result = cli(*options, "--private-key", "test_key")
     assert (result.code, result.out) == (1, "")
-    assert "exists already" in result.err
+    assert "already exists" in result.err
 
 
 def test_a_new_default_replaces_the_old_one(cli: CommandLine) -> None:

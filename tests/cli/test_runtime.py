@@ -32,7 +32,7 @@ def test_data_goes_to_stdout_and_messages_to_stderr(cli: CommandLine) -> None:
     ]  # fmt: skip
     failed = cli.process("create-account", *options)
     assert (failed.code, failed.out) == (1, "")
-    assert "exists already" in failed.err
+    assert "already exists" in failed.err
     for command in ("list-events", "health-check", "init"):
         done = cli.process(command)
         assert done.code == 0, done.err

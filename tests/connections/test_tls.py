@@ -438,10 +438,16 @@ def encrypted(path: Path) -> Path:
         ({"ca": "folder"}, "DB_SSL_CA cannot be read: Is a directory"),
         ({"ca": "text"}, "DB_SSL_CA is not a PEM file of certificates"),
         ({"cert": "missing"}, "DB_SSL_CERT cannot be read: No such file or directory"),
-        ({"cert": "text"}, "DB_SSL_CERT and DB_SSL_KEY are not a PEM certificate and its key"),
+        (
+            {"cert": "text"},
+            "DB_SSL_CERT and DB_SSL_KEY must be a PEM certificate and its private key",
+        ),
         ({"key": "missing"}, "DB_SSL_KEY cannot be read: No such file or directory"),
-        ({"key": "encrypted"}, "DB_SSL_CERT and DB_SSL_KEY are not a PEM certificate and its key"),
-        ({"key": "other"}, "DB_SSL_KEY is not the key of DB_SSL_CERT"),
+        (
+            {"key": "encrypted"},
+            "DB_SSL_CERT and DB_SSL_KEY must be a PEM certificate and its private key",
+        ),
+        ({"key": "other"}, "DB_SSL_KEY is not the private key of DB_SSL_CERT"),
         ({"key": "open"}, "DB_SSL_KEY can be read by other users"),
     ],
 )
@@ -482,7 +488,7 @@ async def test_the_message_of_a_bad_file_names_its_variable(
 
 @pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])
 async def test_without_a_ca_nothing_can_be_verified(server: TLSServer, mode: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"^DB_SSL_CA is not set: {mode}"):
+    with pytest.raises(ConfigurationError, match=f"^DB_SSL_CA is not set: sslmode {mode}"):
         await connect(Settings(db_host="localhost", db_port=server.port, db_ssl_mode=mode))
 
 

@@ -1,4 +1,4 @@
-"""Connections and SQLAlchemy engines: several hosts, TLS, typed errors."""
+"""asyncpg connections and SQLAlchemy engines, with several hosts, TLS and typed errors."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -23,13 +23,13 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTi
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type
 
-# After one of these errors, the next host may succeed.
+# Errors after which a connection to the next host may succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
 _CONNECT_ERRORS = (*_HOST_ERRORS, ValueError, asyncpg.PostgresError)
 
 
 async def connect_args(settings: Settings) -> ConnectArgs:
-    """Return arguments for `asyncpg.connect`. Start the embedded server if it is used.
+    """Return arguments for `asyncpg.connect`. Start the embedded server if the settings use it.
 
     Raises:
         EmbeddedError: the embedded server cannot be started.
@@ -50,13 +50,13 @@ async def connect(
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """Open an asyncpg connection to the database of the settings, or to `database`.
 
-    Several hosts are tried in order until one accepts writes. Each may take `DB_CONNECT_TIMEOUT`.
-    With `replica`, only that server is tried, and it must be a standby.
+    Hosts are tried in order until a host accepts writes. Each host may take `DB_CONNECT_TIMEOUT`.
+    With `replica`, only this replica is tried, and the replica must be a standby.
 
     Raises:
-        ConfigurationError: a file of `DB_SSL_*` is missing or malformed.
-        DatabaseUnavailable: no host can be reached or accepts the login. The message has the
-            location and no credentials.
+        ConfigurationError: a file in `DB_SSL_*` is missing or malformed.
+        DatabaseUnavailable: each host is unreachable or refuses the connection. The error message
+            names the servers and contains no credentials.
     """
     arguments = await connect_args(settings) if replica is None else settings.connect_args(replica)
     if database is not None:
@@ -75,7 +75,7 @@ async def connect_directly(
     """Open a connection that bypasses the pooler, for session state such as LISTEN.
 
     Raises:
-        ConfigurationError: `DB_DIRECT_HOST` is missing, or see `connect`.
+        ConfigurationError: `DB_DIRECT_HOST` is required but not set, or see `connect`.
         DatabaseUnavailable: see `connect`.
     """
     return await connect(settings.without_pooler(), database=database)
@@ -87,7 +87,8 @@ async def _connect_to_first(
     hosts, ports = arguments.get("host"), arguments.get("port")
     if not isinstance(hosts, list) or not isinstance(ports, list):
         return await tls.connect(settings, arguments)
-    # asyncpg would apply one timeout to all hosts: a silent host would leave no time for the next.
+    # asyncpg is called once per host: asyncpg has one timeout for all hosts, so that a host without
+    # an answer would leave no time for the next host.
     reasons = []
     for host, port in zip(hosts, ports, strict=True):
         try:
@@ -98,7 +99,7 @@ async def _connect_to_first(
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
-    """A connection in which no `SET search_path` outlives its transaction."""
+    """A connection that resets `search_path` at the start of each transaction."""
 
     async def execute(
         self,
@@ -106,7 +107,7 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         *args: object,
         **options: Any,  # noqa: ANN401  # asyncpg's
     ) -> Any:  # noqa: ANN401  # asyncpg's
-        """Execute a query. Each BEGIN also resets the search path, in the same round trip."""
+        """Execute a query. A BEGIN also resets `search_path`, in the same round trip."""
         if query.startswith("BEGIN") and not args:
             query = f"{query.rstrip(';')}; SET LOCAL search_path TO DEFAULT"
         return await super().execute(query, *args, **options)
@@ -118,7 +119,7 @@ def _unavailable(settings: Settings) -> Iterator[None]:
         yield
     except asyncpg.InvalidCatalogNameError:
         raise DatabaseUnavailable(
-            f"{settings.location} does not exist: run `tiger-db init`"
+            f"the database {settings.location} does not exist: run `tiger-db init`"
         ) from None
     except _CONNECT_ERRORS as e:
         raise DatabaseUnavailable(f"cannot connect to {settings.location}: {reason(e)}") from None
@@ -132,14 +133,14 @@ def create_engine(
 ) -> AsyncEngine:
     """Create an engine for the database of the settings, or for one of its replicas.
 
-    Its errors are those of `tiger_db.errors` where the cause is the connection, a timeout or
+    The engine raises errors of `tiger_db.errors` if the cause is the connection, a timeout or
     another transaction.
     """
     engine = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
             "async_creator_fn": lambda **_: connect(settings, replica=replica),
-            # Behind a pooler, the next transaction may run in a session without the statement.
+            # A pooler may use a session without the prepared statement for the next transaction.
             **({"prepared_statement_cache_size": 0} if settings.pooled else {}),
         },
         execution_options={SCHEMA_OPTION: settings.db_schema},
@@ -152,7 +153,7 @@ def create_engine(
     def _raise_typed(context: ExceptionContext) -> None:
         error = context.original_exception
         if not isinstance(error, Exception):
-            return  # such as a cancelled task: the connection is closed, but the server is there
+            return  # for example CancelledError, which does not mean that the server is lost
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
@@ -163,12 +164,13 @@ def create_engine(
             error.__cause__, asyncpg.InternalClientError
         )
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
-            # A former primary counts as lost. The pool then closes its other connections, too.
+            # A former primary counts as lost, so that the pool closes all connections to it.
             context.is_disconnect = True
             why = reason(error)
             if isinstance(error, TimeoutError) and settings.pooled:  # asyncpg's command_timeout
                 why = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
-            raise DatabaseUnavailable(f"lost {replica or settings.location}: {why}") from None
+            location = replica or settings.location
+            raise DatabaseUnavailable(f"the connection to {location} was lost: {why}") from None
 
     event.listen(engine.sync_engine, "handle_error", _hide_values)
     event.listen(engine.sync_engine, "checkout", _check_open)
@@ -182,16 +184,16 @@ def _is_readonly(connection: Connection | None) -> bool:
 
 
 def _hide_values(context: ExceptionContext) -> None:
-    """Pass only the type of an error to later listeners, such as traces: its message has values."""
+    """Hide the message of an error, which contains values, from later listeners such as traces."""
     error = context.original_exception
     state = getattr(error, "sqlstate", None) or ""
     context.original_exception = RuntimeError(f"{type(error).__name__} {state}".rstrip())
 
 
 def _check_open(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
-    # asyncpg notices a closed connection by itself, so no ping and no round trip is needed.
+    # A ping to the server is not needed: asyncpg detects closed connections without a round trip.
     if connection.driver_connection.is_closed():
-        raise DisconnectionError("closed by the server")
+        raise DisconnectionError("the server closed the connection")
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Reasons and advice for people when the database fails."""
+"""Explanations of errors for people: the reason, and advice."""
 
 import ssl
 
@@ -9,7 +9,7 @@ from tiger_db.errors import DatabaseUnavailable, TigerDBError
 
 
 def reason(error: BaseException) -> str:
-    """Return why a connection failed or was lost, in one line without credentials."""
+    """Return why a connection failed or was lost, as one line without credentials."""
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return "the server accepts no writes"
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -22,11 +22,11 @@ def reason(error: BaseException) -> str:
 
 
 def explain(error: Exception) -> str | None:
-    """Return why an operation failed and what to do, in one line, or None for unknown errors."""
+    """Return the reason of an error and advice in one line, or None for unknown error types."""
     if isinstance(error, DBAPIError):
         cause = getattr(error.orig, "__cause__", None) or error.orig
         text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        return f"the database refused: {text}"
+        return f"the database refused a statement: {text}"
     if isinstance(error, TigerDBError):
         advice = _advice(error.__context__) if isinstance(error, DatabaseUnavailable) else None
         return f"{error}: {advice}" if advice else str(error)
@@ -36,10 +36,10 @@ def explain(error: Exception) -> str | None:
     return f"{text}: {error.filename}" if error.filename else text
 
 
-def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one per cause
+def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one return per cause
     match cause:
         case asyncpg.InvalidCatalogNameError():
-            return None  # the message has the advice
+            return None  # the error message has the advice
         case asyncpg.InvalidAuthorizationSpecificationError() if "certificate" in str(cause):
             return "check DB_USER, DB_SSL_CERT and DB_SSL_KEY"
         case asyncpg.InvalidAuthorizationSpecificationError() if "encryption" in str(cause):
@@ -54,7 +54,7 @@ def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one 
             return "check DB_SSL_MODE, DB_SSL_CA, DB_SSL_CERT and DB_SSL_KEY"
         case _ if _lacks_tls(cause):
             return "enable TLS on the server, or check DB_SSL_MODE"
-        case OSError():  # including TimeoutError
+        case OSError():  # TimeoutError is an OSError
             return "is the server running? Check DATABASE_URL, or DB_HOST and DB_PORT"
     return None
 

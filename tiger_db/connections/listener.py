@@ -1,4 +1,4 @@
-"""LISTEN on a direct connection that is replaced when it is lost."""
+"""LISTEN on a direct connection, with automatic reconnection."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-# Called with the payload of a notification, or with None when notifications may have been missed.
+# Callback that gets the payload of a notification, or None if notifications may have been missed.
 OnNotification: TypeAlias = Callable[[str | None], None]
 RECONNECT_PAUSE_SECONDS = 0.1
 _logger = logging.getLogger("tiger_db")
@@ -28,7 +28,7 @@ async def open_listener(
 
     Raises:
         ConfigurationError, DatabaseUnavailable: see `connect_directly`.
-        TigerDBError: for any error of asyncpg in the body of the `with`: see `raw_errors`.
+        TigerDBError: asyncpg raised an error in the body of the `with`: see `raw_errors`.
     """
     with raw_errors():
         connection = await connect_directly(settings)
@@ -50,10 +50,10 @@ async def listen(
     on_notification: OnNotification,
     watch: Callable[[Connection], Awaitable[None]] | None = None,
 ) -> None:
-    """Listen on a channel until cancelled, and reconnect when the connection is lost.
+    """Listen on a channel until the task is cancelled. Replace a lost connection.
 
-    `watch` is awaited on each connection. When it raises, the connection is closed. The first
-    failure after a success is logged as a warning.
+    `watch` is called with each new connection, and its result is awaited. If `watch` raises an
+    error, the connection is replaced. After a success, the first failure is logged as a warning.
     """
     failing = False
     while True:
@@ -61,9 +61,9 @@ async def listen(
             async with open_listener(settings, channel, on_notification) as connection:
                 failing = False
                 await (watch or _until_closed)(connection)
-        except TigerDBError as error:  # includes EmbeddedError: the server may not start
+        except TigerDBError as error:  # or EmbeddedError from a failed start
             if not failing:
-                _logger.warning("not listening on %s: %s", channel, error)
+                _logger.warning("LISTEN on the channel %s failed: %s", channel, error)
             failing = True
         await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
 

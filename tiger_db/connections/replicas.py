@@ -19,37 +19,37 @@ from tiger_db.errors import TigerDBError
 from tiger_db.out_of_band import OutOfBandWriter
 
 S = TypeVar("S", bound=AsyncSession)
-_RETRY_PAUSE_SECONDS = 5.0  # after a failure of a replica
+_RETRY_PAUSE_SECONDS = 5.0  # before a failed replica is tried again
 _MAX_LSN_SAMPLES = 8
-# Commits are visible to others only after their WAL is flushed.
+# A commit is visible to other sessions only after the WAL of the commit is flushed.
 _PRIMARY_LSN = "SELECT CAST(pg_current_wal_flush_lsn() AS text)"
 _HAS_REPLAYED = text(
     "SELECT pg_is_in_recovery() AND pg_last_wal_replay_lsn() >= CAST(CAST(:lsn AS text) AS pg_lsn)"
 )
-_Sample = tuple[float, str]  # monotonic time in seconds, and an LSN that the primary had then
+_Sample = tuple[float, str]  # monotonic time in seconds, and the LSN of the primary
 
 
 @dataclass(slots=True)
 class _Replica:
     engine: AsyncEngine
     failed_until: float = 0.0  # monotonic time in seconds; 0 if the last attempt succeeded
-    replayed: _Sample = (-math.inf, "")  # the newest sample that it is known to have replayed
+    replayed: _Sample = (-math.inf, "")  # the newest sample that this replica has replayed
 
 
 class Replicas:
     """The replicas of one `Database`, for readonly sessions.
 
-    Bounded staleness is measured by LSN, because a replica cannot measure its own lag: without a
-    connection to the primary, it has replayed all that it received. While replicas are used, the
-    LSN of the primary is sampled up to twice per `max_lag`. A replica is fresh if it has replayed a
-    sample that is at most `max_lag` old. All times are from the monotonic clock of this machine.
-    While the primary is unavailable, replicas are used until the samples are too old.
+    Staleness is measured by LSN, because a replica cannot measure its own lag: a replica without a
+    connection to the primary has replayed all WAL that was received. While replicas are used, the
+    LSN of the primary is sampled up to twice per `max_lag`. A replica is fresh if the replica has
+    replayed a sampled LSN that is at most `max_lag` old. Times are from this machine's monotonic
+    clock. While the primary is unavailable, replicas are used until all samples are too old.
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:
         self._replicas = [_Replica(engine) for engine in engines]
         self._primary = primary
-        # The oldest sample within `max_lag` is used, because replicas need time to replay.
+        # A replica is compared with the oldest sample within `max_lag`, because replay takes time.
         self._samples: deque[_Sample] = deque(maxlen=_MAX_LSN_SAMPLES)
         self._sampling = asyncio.Lock()
 
@@ -62,18 +62,18 @@ class Replicas:
     ) -> S | None:
         """Return a session on a replica that has replayed all commits older than `max_lag`.
 
-        Return None if there is no such replica.
+        Return None if no replica is available and fresh.
         """
         if not self._replicas:
             return None
         await self._sample_primary(max_lag.total_seconds())
         oldest = time.monotonic() - max_lag.total_seconds()
-        for replica in random.sample(self._replicas, len(self._replicas)):  # spreads load
+        for replica in random.sample(self._replicas, len(self._replicas)):  # spreads the load
             now = time.monotonic()
             samples = [s for s in (replica.replayed, *self._samples) if s[0] >= oldest]
             if not samples or now < replica.failed_until:
                 continue
-            if replica.failed_until:  # one session tries again, the others do not wait for it
+            if replica.failed_until:  # other sessions skip this replica during the retry
                 replica.failed_until = now + _RETRY_PAUSE_SECONDS
             session, fresh = make_session(replica.engine), False
             try:
@@ -90,7 +90,7 @@ class Replicas:
         return None
 
     async def _sample_primary(self, max_lag_seconds: float) -> None:
-        """Sample the LSN of the primary unless the last sample is recent enough."""
+        """Sample the LSN of the primary unless the last sample is at most half of the lag old."""
         async with self._sampling:
             now = time.monotonic()
             if not self._samples or self._samples[-1][0] < now - max_lag_seconds / 2:

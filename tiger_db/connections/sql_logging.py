@@ -1,4 +1,4 @@
-"""The log of slow queries. It shows no parameters."""
+"""Log of slow queries, without the parameters of the queries."""
 
 import logging
 import time
@@ -12,14 +12,14 @@ from sqlalchemy.engine.interfaces import DBAPICursor
 
 from tiger_db.redaction import redact_known
 
-_LOGGED_CHARACTERS = 500  # of each query
+_MAX_LOGGED_CHARACTERS = 500  # of each query
 _logger = logging.getLogger("tiger_db")
 
 
 def log_slow_queries_of_engine(engine: Engine, threshold_seconds: float) -> None:
-    """Log each query that SQLAlchemy sends and that takes at least this many seconds."""
+    """Log each query of SQLAlchemy that takes at least `threshold_seconds`."""
 
-    # Listeners on connection events would cost more: SQLAlchemy then does extra work per query.
+    # Listeners on connection events would be slower, because SQLAlchemy does extra work for them.
     @event.listens_for(engine, "do_execute")
     def _execute(
         cursor: DBAPICursor,
@@ -38,10 +38,10 @@ def log_slow_queries_of_engine(engine: Engine, threshold_seconds: float) -> None
 def log_slow_queries_of_connection(
     connection: "asyncpg.Connection[asyncpg.Record]", threshold_seconds: float
 ) -> None:
-    """Log each query that bypasses SQLAlchemy and takes at least this many seconds.
+    """Log each query that bypasses SQLAlchemy and takes at least `threshold_seconds`.
 
-    asyncpg does not report executions of prepared statements, through which SQLAlchemy sends its
-    queries. So no query is logged twice.
+    SQLAlchemy uses prepared statements, whose executions asyncpg does not report. So queries of
+    SQLAlchemy are not logged twice.
     """
 
     def log(query: LoggedQuery) -> None:
@@ -54,6 +54,6 @@ def _log_if_slow(query: str, seconds: float, threshold_seconds: float) -> None:
     if seconds < threshold_seconds:
         return
     shown = redact_known(" ".join(query.split()))
-    if len(shown) > _LOGGED_CHARACTERS:
-        shown = f"{shown[:_LOGGED_CHARACTERS]}..."
+    if len(shown) > _MAX_LOGGED_CHARACTERS:
+        shown = f"{shown[:_MAX_LOGGED_CHARACTERS]}..."
     _logger.warning("slow query: %.3f s: %s", seconds, shown)

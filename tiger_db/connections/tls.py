@@ -1,4 +1,4 @@
-"""The sslmode of libpq, on top of asyncpg."""
+"""libpq-compatible sslmode on top of asyncpg."""
 
 import ssl
 from pathlib import Path
@@ -8,22 +8,23 @@ import asyncpg
 from tiger_db.errors import ConfigurationError
 from tiger_db.settings import ConnectArgs, Settings
 
-# With a CA file, libpq verifies the server's certificate in these modes, and asyncpg does not.
-# These pairs of attempts of asyncpg have the same effect.
+# If a CA file is set, libpq verifies the server's certificate even with the modes allow and prefer.
+# asyncpg does not, so each of these modes becomes two attempts with other modes of asyncpg.
 _ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
-# Permission bits that a key file must not have: libpq allows group access if root owns the file.
+# Permission bits that a private key file must not have. Like in libpq, the group may read the file
+# if root owns the file.
 _FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 
 async def connect(
     settings: Settings, arguments: ConnectArgs
 ) -> "asyncpg.Connection[asyncpg.Record]":
-    """Call `asyncpg.connect`, with the meaning that libpq gives to each sslmode.
+    """Call `asyncpg.connect` so that each sslmode has the same effect as in libpq.
 
     Raises:
         ConfigurationError: a file that TLS needs is missing or malformed.
-        Exception: any error of `asyncpg.connect`.
+        Exception: `asyncpg.connect` failed.
     """
     parameters = settings.tls
     attempts = (
@@ -42,14 +43,14 @@ async def connect(
             try:
                 return await asyncpg.connect(**arguments, ssl=attempts[1])
             except (OSError, asyncpg.PostgresError):
-                if isinstance(e, ssl.SSLError):  # the first error is the cause
+                if isinstance(e, ssl.SSLError):  # the first attempt's error is the cause
                     raise e from None
                 raise
     except asyncpg.ClientConfigurationError:
         if parameters.get("sslmode", "").startswith("verify-") and "sslrootcert" not in parameters:
             raise ConfigurationError(
-                f"DB_SSL_CA is not set: {parameters['sslmode']} needs the certificate of the"
-                " authority"
+                f"DB_SSL_CA is not set: sslmode {parameters['sslmode']} needs the certificate of"
+                " the certificate authority"
             ) from None
         raise
     except asyncpg.ConnectionDoesNotExistError as error:
@@ -62,7 +63,7 @@ async def connect(
 
 
 def _name(settings: Settings, parameter: str) -> str:
-    """Return the variable, for messages, that sets a parameter."""
+    """Return the name, for messages, of the variable that sets a TLS parameter."""
     url = settings.url
     if url is not None and parameter in url.parameters:
         return f"DATABASE_URL: {parameter}"
@@ -81,7 +82,7 @@ def _check_mode_of_key(settings: Settings, parameters: dict[str, str]) -> None:
 
 
 def _check_files(settings: Settings, parameters: dict[str, str]) -> None:
-    """Raise an error that names the variable of a missing or malformed file."""
+    """Raise a ConfigurationError with the variable's name if a file is missing or malformed."""
     if parameters.get("sslmode") == "disable":
         return
     files = [name for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey") if name in parameters]
@@ -105,7 +106,8 @@ def _check_files(settings: Settings, parameters: dict[str, str]) -> None:
             context.load_cert_chain(parameters["sslcert"], parameters.get("sslkey"), password)
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
-                raise ConfigurationError(f"{key} is not the key of {cert}") from None
+                raise ConfigurationError(f"{key} is not the private key of {cert}") from None
             raise ConfigurationError(
-                f"{cert} and {key} are not a PEM certificate and its key, without a passphrase"
+                f"{cert} and {key} must be a PEM certificate and its private key, without a"
+                " passphrase"
             ) from None

@@ -54,8 +54,10 @@ async def export_account(
         )
         await crud.audit_logs.insert_event(session, event)
     # The SDK would send the token of another account, if its file stayed.
-    stale = None if TOKEN_FILE in texts else TOKEN_FILE
-    return await asyncio.to_thread(write_private, folder, texts, overwrite=overwrite, without=stale)
+    obsolete = None if TOKEN_FILE in texts else TOKEN_FILE
+    return await asyncio.to_thread(
+        write_private, folder, texts, overwrite=overwrite, obsolete=obsolete
+    )
 
 
 def _check_folder(folder: Path, *, overwrite: bool) -> None:
