@@ -1,4 +1,4 @@
-"""Run the migrations on the connection in the configuration, or on one made from the settings."""
+"""Run the migrations on the connection in the Alembic configuration, or on a new connection."""
 
 import asyncio
 
@@ -24,16 +24,15 @@ async def connect_and_run() -> None:
 
 
 if context.is_offline_mode():
-    # With its default parameter style, the dialect would double every % in the SQL.
+    # The default parameter style of the dialect would double each % in the SQL.
     context.configure(
         dialect_name="postgresql",
         dialect_opts={"paramstyle": "named"},
         literal_binds=True,
         **OPTIONS,
     )
-    if (
-        "connection" not in context.config.attributes
-    ):  # with the attribute, tiger_db writes this SQL
+    # With a "connection" attribute (possibly None), tiger_db itself prints the search path.
+    if "connection" not in context.config.attributes:
         schema = Settings().db_schema
         context.get_context().impl.static_output(
             search_path_sql(schema, create=schema != DEFAULT_SCHEMA).strip()

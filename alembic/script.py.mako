@@ -4,23 +4,24 @@ Revision: ${up_revision}
 Follows: ${down_revision | comma,n}
 Made: ${create_date}
 
-Before you merge this migration, read it and run it up, down and up again. Code of the previous
-release runs during the migration. Check for each statement which locks it takes, for how long, and
-whether that code works with the changed schema:
+Before you merge this migration, read the code, and run upgrade, downgrade and upgrade again. Code of
+the previous release runs during the migration. For each statement, check which locks PostgreSQL
+takes, for how long, and whether the code of the previous release works with the changed schema:
 
 - Expand in this release and contract in a later release, when no running code needs the old schema.
   Do not rename, drop, change a type or set NOT NULL in one step.
-- Make a new column nullable or give it a constant default: neither rewrites the table.
-- Add a CHECK or foreign key as NOT VALID, and validate it in a later migration. Set NOT NULL after a
-  valid CHECK (... IS NOT NULL), which makes a scan of the table unnecessary.
-- Create or drop an index on a table in use CONCURRENTLY, alone in its migration, within
-  op.get_context().autocommit_block(). Begin with DROP INDEX CONCURRENTLY IF EXISTS, then CREATE INDEX
-  CONCURRENTLY IF NOT EXISTS: a failure leaves an invalid index, and the migration runs again.
+- Make a new column nullable, or set a constant default. PostgreSQL then does not rewrite the table.
+- Add a CHECK or foreign key as NOT VALID, and validate the constraint in a later migration. Set
+  NOT NULL after a valid CHECK (... IS NOT NULL), so that PostgreSQL does not scan the table.
+- Create or drop an index on a table in use with CONCURRENTLY, in a migration without other
+  statements, within op.get_context().autocommit_block(). Run DROP INDEX CONCURRENTLY IF EXISTS before
+  CREATE INDEX CONCURRENTLY IF NOT EXISTS, because a failed attempt leaves an invalid index.
 - A migration that waits 2 s for a lock (lock_timeout) is rolled back and run again. Take few locks,
   lock the busiest table last, and keep the transaction short. Change many rows in batches, outside of
   migrations.
 
-`make lint` checks this with squawk. Give each exemption a reason: squawk_ignore = {"rule": "reason"}
+`make lint` checks these rules with squawk. Each exemption needs a reason:
+squawk_ignore = {"rule": "reason"}
 """
 
 import sqlalchemy as sa

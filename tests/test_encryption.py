@@ -100,7 +100,7 @@ def test_a_ciphertext_does_not_decrypt_with_other_associated_data(one: str, othe
 
 def test_another_key_with_the_same_id_decrypts_nothing() -> None:
     other = KeyRing({"k1": bytes(32)})
-    with pytest.raises(EncryptionError, match="'k1' is not the one that made it"):
+    with pytest.raises(EncryptionError, match="'k1' is not the key of the encryption"):
         decrypt(other, encrypt(RING, "text", AAD), AAD)
 
 
@@ -190,7 +190,7 @@ def test_any_other_text_is_an_error(anything: str) -> None:
 
 @pytest.mark.parametrize("bad", ["", "k 1", "k" * 33, "k:1", "ключ"])
 def test_no_key_is_generated_with_an_invalid_id(bad: str) -> None:
-    with pytest.raises(InvalidValue, match="a key id is"):
+    with pytest.raises(InvalidValue, match="a key id must be"):
         generate_key(bad)
 
 
@@ -280,7 +280,7 @@ async def test_a_secret_loaded_without_its_row_does_not_decrypt(session: AsyncSe
     await secret_account(session)
     secret = (await session.scalars(select(TigerAccount.__table__.c.private_key))).one()  # type: ignore[attr-defined]
     assert SECRETS["private_key"] not in repr(secret)
-    with pytest.raises(EncryptionError, match="load the whole row"):
+    with pytest.raises(EncryptionError, match="load the whole entity"):
         secret.get_secret_value()
 
 
@@ -289,7 +289,7 @@ async def test_a_secret_loaded_without_its_row_does_not_decrypt(session: AsyncSe
 async def test_a_plain_text_is_refused_by_the_column(
     session: AsyncSession, statement: Callable[[type[Entity]], Any], value: object
 ) -> None:
-    with pytest.raises(StatementError, match="only be written as part of its row") as caught:
+    with pytest.raises(StatementError, match="stored only as part of an entity") as caught:
         await session.execute(statement(TigerAccount).values(private_key=value))
     assert "plain-secret" not in "".join(traceback.format_exception(caught.value))
 

@@ -367,11 +367,11 @@ def test_a_malformed_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigurationError) as caught:
         configured(Settings(audit_signing_key_file=path), AUDIT_SIGNING_KEY)
-    assert str(caught.value) == "AUDIT_SIGNING_KEY_FILE: must be base64 of 32 bytes"
+    assert str(caught.value) == "AUDIT_SIGNING_KEY_FILE: the signing key must be base64 of 32 bytes"
     if text:
         with pytest.raises(ConfigurationError) as caught:
             configured(Settings(audit_signing_key=text), AUDIT_SIGNING_KEY)
-        assert str(caught.value) == "AUDIT_SIGNING_KEY: must be base64 of 32 bytes"
+        assert str(caught.value) == "AUDIT_SIGNING_KEY: the signing key must be base64 of 32 bytes"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Encrypted secrets: AES-256-GCM ciphertexts that are bound to their row and decrypt on demand.
+"""Encrypted secrets: AES-256-GCM ciphertexts that are bound to a row and decrypted on access.
 
 Format: `version (1 byte) | length of the key id (1 byte) | key id | nonce (12) | ciphertext and tag
-(16)`. The bytes before the nonce and the associated data (`table.column:row id`) are authenticated:
-a ciphertext that was changed, or copied to another row or column, does not decrypt.
+(16)`. The bytes before the nonce and the associated data (`table.column:row id`) are authenticated.
+Therefore, a ciphertext that was changed, or copied to another row or column, cannot be decrypted.
 """
 
 import base64
@@ -29,19 +29,19 @@ from tiger_db.errors import ConfigurationError, EncryptionError, InvalidValue
 from tiger_db.redaction import MASK
 
 _VERSION = 1
-_KEY_BYTES = 32  # AES-256, HMAC-SHA256
+_KEY_BYTES = 32  # key size of AES-256 and HMAC-SHA256
 _NONCE_BYTES = 12  # NIST SP 800-38D, 8.2.2: a random 96-bit nonce
 _TAG_BYTES = 16
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}", re.ASCII)
-_BAD_KEY_ID = "a key id is 1 to 32 letters, digits, '.', '_' or '-'"
+_BAD_KEY_ID = "a key id must be 1 to 32 letters, digits, '.', '_' or '-'"
 
 
 class KeySet:
-    """Secret keys of 32 bytes by id. The first is the current one."""
+    """Secret keys of 32 bytes, by key id. The first key is the current key."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         if not keys:
-            raise ConfigurationError("no key is given")
+            raise ConfigurationError("at least one key is required")
         for key_id, key in keys.items():
             if not _KEY_ID.fullmatch(key_id):
                 raise ConfigurationError(_BAD_KEY_ID)
@@ -54,7 +54,7 @@ class KeySet:
         """Parse `id:base64-32-bytes[,id:…]`.
 
         Raises:
-            ConfigurationError: malformed text; the message never shows a key.
+            ConfigurationError: the text is malformed. The error message never shows a key.
         """
         keys: dict[str, bytes] = {}
         for number, item in enumerate(text.strip().split(","), start=1):
@@ -62,7 +62,7 @@ class KeySet:
             if not colon or not _KEY_ID.fullmatch(key_id):
                 raise ConfigurationError(f"key {number} is not id:base64-32-bytes")
             if key_id in keys:
-                raise ConfigurationError(f"key id {key_id!r} is given twice")
+                raise ConfigurationError(f"key id {key_id!r} occurs twice")
             try:
                 keys[key_id] = base64.b64decode(encoded, validate=True)
             except (binascii.Error, ValueError):
@@ -77,7 +77,7 @@ def generate_key(key_id: str = "k1") -> str:
     """Return a new random key as `id:base64`, the format of `ENCRYPTION_KEYS`.
 
     Raises:
-        InvalidValue: the id is invalid.
+        InvalidValue: the key id is invalid.
     """
     if not _KEY_ID.fullmatch(key_id):
         raise InvalidValue(_BAD_KEY_ID)
@@ -85,28 +85,27 @@ def generate_key(key_id: str = "k1") -> str:
 
 
 class KeyProvider(Protocol):
-    """Encryption under keys with ids: a `KeyRing`, or a key management service.
+    """Interface of encryption keys: a `KeyRing`, or an adapter for a key management service.
 
-    The methods run in the thread of the event loop, once for each secret that is encrypted or
-    decrypted, so slow results should be cached. Exceptions other than `EncryptionError` reach the
-    caller unchanged.
+    The methods block the event loop and are called for each secret, so an adapter should cache slow
+    results. Exceptions other than `EncryptionError` reach the caller unchanged.
     """
 
     @property
     def key_ids(self) -> tuple[str, ...]:
-        """The ids, each 1 to 32 letters, digits, '.', '_' or '-'. The first key encrypts."""
+        """The key ids, each 1 to 32 letters, digits, '.', '_' or '-'. The first key encrypts."""
         ...
 
     def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
-        """Encrypt under a fresh nonce. `aad` is authenticated and not part of the result."""
+        """Encrypt data with a new nonce. `aad` is authenticated, but not part of the result."""
         ...
 
     def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
-        """Decrypt. Raise EncryptionError if the key or `aad` is not that of the encryption."""
+        """Decrypt data. Raise EncryptionError if the key or `aad` of the encryption differs."""
         ...
 
     def fingerprint(self, key_id: str, data: bytes) -> bytes:
-        """Return a message authentication code (MAC): equal for equal data."""
+        """Return a message authentication code (MAC). Equal data must have equal MACs."""
         ...
 
 
@@ -136,22 +135,22 @@ class KeyRing(KeySet):
 
 
 def _fingerprint_key(key: bytes) -> bytes:
-    """Derive the fingerprint key (RFC 5869), because encryption and search must not share a key."""
+    """Derive the fingerprint key with HKDF (RFC 5869), separate from the encryption key."""
     return HKDF(SHA256(), length=32, salt=None, info=b"tiger_db fingerprint").derive(key)
 
 
 def encrypt(provider: KeyProvider, text: str, aad: str) -> bytes:
-    """Encrypt a text under the first key; `aad` is `table.column:row id`."""
+    """Encrypt a text with the first key of the provider; `aad` is `table.column:row id`."""
     key_id = provider.key_ids[0]
     header = ciphertext_header(key_id)
     return header + provider.encrypt(key_id, text.encode(), header + aad.encode())
 
 
 def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "") -> str:
-    """Decrypt a result of `encrypt` with the same `aad`. Error messages name the `owner`, a row.
+    """Decrypt a result of `encrypt` with the same `aad`. Error messages contain `owner`.
 
     Raises:
-        EncryptionError: other associated data, a changed ciphertext, or a missing key.
+        EncryptionError: `aad` differs, the ciphertext was changed, or the key is missing.
     """
     where = f"{aad} ({owner})" if owner else aad
     header, key_id = _read_header(ciphertext, where)
@@ -162,7 +161,7 @@ def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "")
     except EncryptionError:
         raise EncryptionError(
             f"{where}: the ciphertext was changed, belongs to another row or column,"
-            f" or key {key_id!r} is not the one that made it"
+            f" or key {key_id!r} is not the key of the encryption"
         ) from None
 
 
@@ -173,21 +172,21 @@ def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> b
 
 @lru_cache(maxsize=256)
 def ciphertext_header(key_id: str) -> bytes:
-    """Return the bytes with which all ciphertexts of a key begin, and no others."""
+    """Return the prefix of all ciphertexts of a key, which is unique for the key id."""
     if not _KEY_ID.fullmatch(key_id):
         raise EncryptionError(_BAD_KEY_ID)
     return bytes([_VERSION, len(key_id)]) + key_id.encode("ascii")
 
 
 def key_id_of(ciphertext: bytes) -> str:
-    """Return the id of the key that made a ciphertext."""
+    """Return the id of the encryption key of a ciphertext."""
     return _read_header(ciphertext, "ciphertext")[1]
 
 
 def _read_header(ciphertext: bytes, where: str) -> tuple[bytes, str]:
-    """Return the header and the key id in it; `where` begins the error message."""
-    if len(ciphertext) < 2 or ciphertext[0] != _VERSION:  # noqa: PLR2004  # version and length
-        raise EncryptionError(f"{where}: not a ciphertext of a known version")
+    """Return the header of a ciphertext and its key id. Error messages begin with `where`."""
+    if len(ciphertext) < 2 or ciphertext[0] != _VERSION:  # noqa: PLR2004  # bytes of version and length
+        raise EncryptionError(f"{where}: the value is not a ciphertext of a known version")
     header = ciphertext[: 2 + ciphertext[1]]
     key_id = header[2:].decode("ascii", errors="replace")
     try:
@@ -228,7 +227,7 @@ class Secret(SecretStr):
         if not text:
             raise PydanticCustomError("secret_empty", "Input should not be empty")
         if text == MASK:
-            # A client sent a masked response back: its mask must not replace the secret.
+            # The client sent a masked response back. The mask must not replace the secret.
             raise PydanticCustomError("secret_masked", "Input should be the secret, not its mask")
         try:
             text.encode("utf-8")
@@ -241,7 +240,7 @@ class Secret(SecretStr):
 
 
 class EncryptedSecret(Secret):
-    """A secret as it is stored. `get_secret_value` decrypts it."""
+    """A stored secret: a ciphertext, which `get_secret_value` decrypts."""
 
     def __init__(
         self, ciphertext: bytes, aad: str = "", provider: KeyProvider | None = None, owner: str = ""
@@ -257,14 +256,14 @@ class EncryptedSecret(Secret):
         return key_id_of(self.ciphertext)
 
     def get_secret_value(self) -> str:
-        """Decrypt.
+        """Return the decrypted secret.
 
         Raises:
-            EncryptionError: the key is missing or wrong, or the ciphertext is of another row.
+            EncryptionError: the key is missing or wrong, or the ciphertext belongs to another row.
         """
         if not self.aad:
             raise EncryptionError(
-                "a secret can be decrypted only as part of its row: load the whole row"
+                "a secret can be decrypted only as part of its entity: load the whole entity"
             )
         if self.provider is None:
             raise EncryptionError(
@@ -283,13 +282,18 @@ class EncryptedSecret(Secret):
         return self.__copy__()
 
     def __reduce__(self) -> tuple[type["EncryptedSecret"], tuple[bytes, str, None, str]]:
-        return EncryptedSecret, (self.ciphertext, self.aad, None, self.owner)  # without the keys
+        return EncryptedSecret, (
+            self.ciphertext,
+            self.aad,
+            None,
+            self.owner,
+        )  # None: keys are not copied
 
 
 class EncryptedType(TypeDecorator[SecretStr]):
-    """A `bytea` column of ciphertexts. It refuses plain texts, which are not bound to a row.
+    """A `bytea` column of ciphertexts. Plain texts raise EncryptionError.
 
-    `fingerprint` is the name of the column with the blind index.
+    `fingerprint` is the name of the column with the blind index of the secret.
     """
 
     impl = LargeBinary
@@ -307,7 +311,9 @@ class EncryptedType(TypeDecorator[SecretStr]):
         if value is None:
             return None
         if not isinstance(value, EncryptedSecret):
-            raise EncryptionError("a secret can only be written as part of its row")
+            raise EncryptionError(
+                "a secret can be stored only as part of an entity, which encrypts the secret"
+            )
         return value.ciphertext
 
     def process_result_value(

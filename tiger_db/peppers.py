@@ -1,4 +1,4 @@
-"""Peppers: server-side secrets in the hashes of API keys. The database does not contain them."""
+"""Peppers: secrets in the hashes of API keys, which are not stored in the database."""
 
 import hashlib
 import hmac
@@ -8,12 +8,12 @@ from tiger_db.encryption import KeySet
 
 
 class Peppers(KeySet):
-    """Peppers by id. The first makes new hashes; all verify existing ones."""
+    """Peppers by pepper id. New hashes use the first pepper; each pepper can verify old hashes."""
 
     def __init__(self, peppers: Mapping[str, bytes]) -> None:
         super().__init__(peppers)
         self._peppers = dict(peppers)
 
     def apply(self, pepper_id: str, secret: str) -> str:
-        """Return the HMAC-SHA256 of a secret in hexadecimal, which is hashed in its place."""
+        """Return the hexadecimal HMAC-SHA256 of a secret, which is hashed instead of the secret."""
         return hmac.digest(self._peppers[pepper_id], secret.encode(), hashlib.sha256).hex()

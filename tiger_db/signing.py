@@ -17,19 +17,19 @@ def generate_signing_key() -> str:
 
 
 def parse_signing_key(text: str) -> Ed25519PrivateKey:
-    """Parse `AUDIT_SIGNING_KEY`: base64 of a seed of 32 bytes.
+    """Parse the value of `AUDIT_SIGNING_KEY`, which is base64 of a 32-byte seed.
 
     Raises:
-        ConfigurationError: malformed text.
+        ConfigurationError: the text is malformed.
     """
     try:
         return Ed25519PrivateKey.from_private_bytes(base64.b64decode(text, validate=True))
     except ValueError:
-        raise ConfigurationError("must be base64 of 32 bytes") from None
+        raise ConfigurationError("the signing key must be base64 of 32 bytes") from None
 
 
 def public_text(key: Ed25519PublicKey) -> str:
-    """Return a public key as base64 of its 32 bytes."""
+    """Return an Ed25519 public key as base64 of the 32 key bytes."""
     return base64.b64encode(key.public_bytes_raw()).decode()
 
 
@@ -38,10 +38,10 @@ def public_pem(key: Ed25519PublicKey) -> str:
 
 
 def parse_public_key(text: str) -> Ed25519PublicKey:
-    """Parse a public key in PEM format, or base64 of its 32 bytes.
+    """Parse a public key in PEM format, or base64 of the 32 key bytes.
 
     Raises:
-        InvalidValue: malformed text, or another kind of key.
+        InvalidValue: the text is malformed, or the key is not an Ed25519 key.
     """
     try:
         if "-----BEGIN" not in text:
@@ -51,5 +51,5 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
     except ValueError:
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise InvalidValue("not an Ed25519 public key, in PEM or as base64 of its 32 bytes")
+        raise InvalidValue("not an Ed25519 public key in PEM format or as base64 of 32 bytes")
     return key

@@ -144,7 +144,8 @@ END
 $$
 """
 
-# The smallest UUIDv7 of a time (RFC 9562, section 5.7: it begins with 48 bits of milliseconds).
+# uuid7_floor returns the smallest UUIDv7 of a time. A UUIDv7 begins with 48 bits of epoch milliseconds
+# (RFC 9562, section 5.7).
 UUID7_FLOOR = """
 CREATE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
@@ -154,8 +155,8 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
 $$
 """
 
-# ATTACH PARTITION does not block writers, unlike CREATE TABLE ... PARTITION OF. Rows that were
-# inserted when their month had no partition are moved from the default partition.
+# ATTACH PARTITION does not block writers, unlike CREATE TABLE ... PARTITION OF. Events of a
+# month without a partition are in the default partition, and are moved to the new partition.
 MAKE_AUDIT_MONTHS = """
 CREATE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE

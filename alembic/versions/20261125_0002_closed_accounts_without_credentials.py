@@ -4,8 +4,8 @@ Revision: 0002
 Follows: 0001
 Made: 2026-11-25
 
-Locks tiger_accounts, which is small, while its rows are scanned. Code of revision 0001 works with this
-schema, except that it cannot close an account, because it keeps the private key.
+The migration locks the small table tiger_accounts during a scan of all rows. Code of revision 0001
+works with this schema, but cannot close an account, because that code keeps the private key.
 """
 
 import sqlalchemy as sa
@@ -96,7 +96,8 @@ def downgrade() -> None:
     op.execute("DROP TRIGGER end_auto_suspension ON tiger_accounts")
     op.execute("DROP FUNCTION end_auto_suspension()")
     op.drop_constraint(op.f("ck_tiger_accounts_credentials_unless_closed"), "tiger_accounts")
-    # The removed keys cannot be restored. No key decrypts an empty text.
+    # The removed private keys cannot be restored. The replacement is an empty ciphertext, which
+    # cannot be decrypted.
     op.execute("UPDATE tiger_accounts SET private_key = '' WHERE private_key IS NULL")
     op.alter_column(
         "tiger_accounts",

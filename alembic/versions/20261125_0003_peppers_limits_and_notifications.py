@@ -1,10 +1,10 @@
-"""Add peppers, a table of rate limits, and notifications of changes of API keys.
+"""Add peppers, a table for rate limits, and notifications on changes of API keys.
 
 Revision: 0003
 Follows: 0002
 Made: 2026-11-25
 
-Locks api_keys and tiger_accounts briefly. Code of revision 0002 works with this schema.
+The migration locks api_keys and tiger_accounts briefly. Code of revision 0002 works with this schema.
 """
 
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ squawk_ignore = {
 }
 
 CHANNEL = "tiger_db_api_keys"
-# Changes of these columns alone are not notified.
+# If only these columns of an API key change, the trigger sends no notification.
 COUNTERS = "'{usage_count,last_used_at,updated_at}'::text[]"
 CHANGED = f"to_jsonb(OLD) - {COUNTERS} IS DISTINCT FROM to_jsonb(NEW) - {COUNTERS}"
 
@@ -124,7 +124,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("writer", name=op.f("pk_api_key_batches")),
         comment="The latest batch of counts that each process has written",
     )
-    # Copy the current counts, so that the limits continue.
+    # Copy the current usage counts, so that the rate limits include earlier uses.
     op.execute(
         "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"
         " SELECT u.api_key_id, date_trunc('hour', now(), 'UTC'),"
@@ -137,7 +137,7 @@ def upgrade() -> None:
     op.execute(NOTIFY)
     for name, (table, when) in TRIGGERS.items():
         op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION notify_api_key_change()")
-        # Fire for replication and restores too.
+        # ALWAYS: the trigger also fires during replication and restores.
         op.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {name}")
 
 

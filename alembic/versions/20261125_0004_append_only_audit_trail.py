@@ -4,8 +4,8 @@ Revision: 0004
 Follows: 0003
 Made: 2026-11-25
 
-Rewrites and locks audit_logs to add the positions of its events. If it has many events, stop the
-writers first. Code of revision 0003 works with this schema, except that changes of events fail.
+The migration rewrites and locks audit_logs to add the positions of events. If audit_logs has many rows,
+stop the writers first. Code of revision 0003 works with this schema, but can no longer change events.
 """
 
 import sqlalchemy as sa
@@ -32,8 +32,9 @@ END
 $$
 """
 
-# Commits that notify wait for each other. A transaction that does not get the lock does not notify, so
-# that writers never wait. Readers also poll, so that they miss no event.
+# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a transaction
+# that does not get the advisory lock sends no notification. Readers also poll for events, so readers
+# miss no event.
 NOTIFY = """
 CREATE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -45,7 +46,7 @@ END
 $$
 """
 
-# The time of a UUIDv7: the inverse of uuid7_floor.
+# uuid7_time returns the time in a UUIDv7, and is the inverse of uuid7_floor.
 UUID7_TIME = """
 CREATE FUNCTION uuid7_time(id uuid) RETURNS timestamptz
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
@@ -70,9 +71,9 @@ END
 $$
 """
 
-# The default partition has the events that were inserted when their month had no partition, or with
-# a wrong clock. Events cannot be deleted, so the partition is replaced and its events are inserted
-# again.
+# The default partition contains events of months without a partition, and events with ids from a wrong
+# clock. Events cannot be deleted. Therefore, make_audit_months replaces the default partition and
+# inserts the events of the replaced partition again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -117,7 +118,7 @@ END
 $$
 """
 
-# The function of revision 0001.
+# Definition of the function in revision 0001, for the downgrade.
 MAKE_AUDIT_MONTHS_BEFORE = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -152,7 +153,7 @@ END
 $$
 """
 
-# Rows that are inserted into a partition directly get the default of the partition.
+# An INSERT directly into a partition uses the column default of the partition, not of audit_logs.
 DEFAULTS = """
 DO $$
 DECLARE
@@ -209,8 +210,8 @@ def upgrade() -> None:
             comment="Place in the order of writing; what was rolled back leaves gaps",
         ),
     )
-    # With now(), the start of the transaction, an event could have an earlier time than a seal that
-    # was written before it.
+    # now() returns the start time of the transaction. With now(), an event could get an earlier time
+    # than a seal that was written before the event.
     op.alter_column(
         "audit_logs",
         "created_at",

@@ -4,7 +4,8 @@ Revision: 0005
 Follows: 0004
 Made: 2026-11-25
 
-Code of revision 0004 works with this schema. The tokens that it writes are due an hour before expiry.
+Code of revision 0004 works with this schema. Tokens
+that code of revision 0004 writes are due for a refresh an hour before the expiry.
 """
 
 import sqlalchemy as sa

@@ -4,8 +4,8 @@ Revision: 0006
 Follows: 0005
 Made: 2026-11-28
 
-Replaces functions and locks no table. Code of revision 0005 works with this schema: in `public`, the
-channels and the keys of the locks do not change.
+The migration replaces functions and locks no table. Code of revision 0005 works with this schema: in
+the schema `public`, the names of channels and the keys of advisory locks do not change.
 """
 
 from alembic import op
@@ -15,7 +15,8 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-# Quoted like quote_identifier does, so that the path is the same if DB_SCHEMA, psql or a role set it.
+# quote_ident quotes like quote_identifier in Python. The stored search path is the same, whether
+# DB_SCHEMA, psql or a role set the path.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )
@@ -23,13 +24,13 @@ FROM_CURRENT = "SET search_path FROM CURRENT"
 
 MONTHS_LOCK = """
         pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))"""
-# The name of a channel, and of a schema, has at most 63 bytes; therefore the digest.
+# Names of channels and schemas have at most 63 bytes, so the channel contains a digest of the schema.
 DECLARE = """DECLARE
     channel CONSTANT text := pg_catalog.concat('{}', '_' ||
         left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 """
 
-# A function or operator of the schema with closer argument types must not be called instead.
+# Qualified names prevent calls of a function or operator in the schema with closer argument types.
 QUALIFIED = {
     "key": "pg_catalog.concat('key ', OLD.id)",
     "account": "pg_catalog.concat('account ', OLD.id)",
@@ -51,8 +52,9 @@ END
 $$
 """
 
-# Commits that notify wait for each other. A transaction that does not get the lock does not notify, so
-# that writers never wait. Readers also poll, so that they miss no event.
+# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a transaction
+# that does not get the advisory lock sends no notification. Readers also poll for events, so readers
+# miss no event.
 NOTIFY_AUDIT_EVENT = """
 CREATE OR REPLACE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
 {declare}BEGIN
@@ -73,9 +75,9 @@ END
 $$
 """
 
-# The default partition has the events that were inserted when their month had no partition, or with
-# a wrong clock. Events cannot be deleted, so the partition is replaced and its events are inserted
-# again.
+# The default partition contains events of months without a partition, and events with ids from a wrong
+# clock. Events cannot be deleted. Therefore, make_audit_months replaces the default partition and
+# inserts the events of the replaced partition again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql
 {keep} AS $$
@@ -121,7 +123,8 @@ END
 $$
 """
 
-# The smallest UUIDv7 of a time (RFC 9562, section 5.7: it begins with 48 bits of milliseconds).
+# uuid7_floor returns the smallest UUIDv7 of a time. A UUIDv7 begins with 48 bits of epoch milliseconds
+# (RFC 9562, section 5.7).
 UUID7_FLOOR = """
 CREATE OR REPLACE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
@@ -130,7 +133,7 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
         AS milliseconds{end}
 """
 
-# The time of a UUIDv7: the inverse of uuid7_floor.
+# uuid7_time returns the time in a UUIDv7, and is the inverse of uuid7_floor.
 UUID7_TIME = """
 CREATE OR REPLACE FUNCTION uuid7_time(id uuid) RETURNS timestamptz
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
@@ -142,7 +145,7 @@ NOTIFYING = {
     "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
     "tiger_db_refreshes": NOTIFY_REFRESH,
 }
-# Functions that get a search path and no other change.
+# Functions that get a search path, but no other change.
 UNCHANGED = (
     "set_updated_at()",
     "end_auto_suspension()",

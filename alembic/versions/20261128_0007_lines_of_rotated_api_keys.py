@@ -1,12 +1,12 @@
-"""Share limits between an API key and its successors; record the successor of a key.
+"""Share rate limits between a rotated API key and the replacements; record each key's replacement.
 
 Revision: 0007
 Follows: 0006
 Made: 2026-11-28
 
-A key and its successors are a line. The migration reads the rotations from the audit trail once, then
-locks api_keys and api_key_limits briefly. Code of revision 0005 works with this schema: a successor
-that it creates begins a new line.
+A rotation chain ("line" in this file) is an API key with all replacements from rotations. The
+migration reads the rotations from the audit trail once, then locks api_keys and api_key_limits briefly.
+Code of revision 0005 works with this schema: a replacement key from that code begins a new chain.
 """
 
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ squawk_ignore = {
     "ban-drop-table": "a temporary table of this migration",
 }
 
-# The ids are text, because an event may name a successor that is not a valid id.
+# rotations_0007 stores key ids as text, because the replacement's id in an audit event can be invalid.
 ROTATIONS = """
 CREATE TABLE rotations_0007 AS
 SELECT api_key_id::text AS id, new_values ->> 'successor' AS successor, max(position) AS position
@@ -38,7 +38,7 @@ WITH RECURSIVE line (id, root) AS (
 UPDATE api_keys AS k SET root_id = line.root::uuid FROM line
 WHERE k.id::text = line.id AND line.root NOT IN (SELECT successor FROM rotations_0007)
 """
-# If a key was rotated more than once, the newest successor counts.
+# If an API key was rotated more than once, successor_id is the id of the newest replacement key.
 SUCCESSORS = """
 UPDATE api_keys AS k SET successor_id = r.successor_id
 FROM (SELECT DISTINCT ON (r.id) r.id, s.id AS successor_id
@@ -46,7 +46,7 @@ FROM (SELECT DISTINCT ON (r.id) r.id, s.id AS successor_id
     ORDER BY r.id, r.position DESC) AS r
 WHERE k.id::text = r.id
 """
-# The limits continue with the sum of the uses of all keys in the line.
+# The rate limits of a rotation chain begin with the sum of the uses of all keys in the chain.
 MERGE_COUNTS = """
 WITH counts AS (
     SELECT coalesce(k.root_id, k.id) AS line, l.hour, l.hour_count, l.day, l.day_count,
@@ -63,7 +63,7 @@ FROM counts GROUP BY line, last_hour, last_day
 ON CONFLICT (api_key_id) DO UPDATE SET hour = excluded.hour, hour_count = excluded.hour_count,
     day = excluded.day, day_count = excluded.day_count
 """
-# The counts go to the newest key of a line, which is the key in use.
+# The usage counts of a rotation chain go to the newest key of the chain, which is the key in use.
 LEAVE_COUNTS = """
 DELETE FROM api_key_limits USING api_keys AS k WHERE k.id = api_key_id AND k.root_id IS NOT NULL;
 UPDATE api_key_limits AS l SET api_key_id = k.id
@@ -84,7 +84,7 @@ COMMENTS = {
 
 def upgrade() -> None:
     op.execute(ROTATIONS)
-    # The order of the locks is that of a use of a key.
+    # Lock the tables in the same order as the verification of an API key.
     op.drop_constraint(FOREIGN_KEY, "api_key_limits", type_="foreignkey")
     for name, comment in (
         ("root_id", "First key of the line that rotations made, which may be gone; none: this one"),

@@ -4,11 +4,12 @@ Revision: 0008
 Follows: 0007
 Made: 2026-11-28
 
-A refresh without a worker or a lease could not be claimed or replaced. Such rows get an expired lease,
-so that the next worker claims them, or fails them after `max_retries`. Code of revision 0005 works
-with this schema, except that `TokenStatus.start_refresh()` on a stored row is refused.
+A refresh in progress without a worker or a lease could not be claimed or replaced. The migration gives
+such refreshes an expired lease, so that a worker claims each of them, or sets the status to failed
+after `max_retries`. Code of revision 0005 works with this schema, but cannot flush a stored refresh
+after `TokenStatus.start_refresh()`.
 
-The constraint is validated in a transaction of its own, which blocks neither readers nor writers.
+A separate transaction validates the constraint, and blocks neither readers nor writers.
 """
 
 from alembic import op
@@ -25,7 +26,7 @@ NAME = "ck_token_statuses_in_progress_is_leased"
 
 
 def upgrade() -> None:
-    # The migration runs again if the validation was interrupted.
+    # The constraint exists already if the validation was interrupted and this migration runs again.
     op.execute(f"ALTER TABLE token_statuses DROP CONSTRAINT IF EXISTS {NAME}")
     op.execute(
         f"ALTER TABLE token_statuses ADD CONSTRAINT {NAME} CHECK (status <> 'in_progress'"

@@ -4,8 +4,9 @@ Revision: 0010
 Follows: 0009
 Made: 2026-11-28
 
-Takes a SHARE UPDATE EXCLUSIVE lock on each table for a moment; reads and writes go on. Partitions of
-audit_logs that exist keep their comments. Code of revision 0009 is not affected.
+The migration takes a brief SHARE UPDATE EXCLUSIVE lock on each table, which blocks neither reads nor
+writes. Existing partitions of audit_logs keep the old comments. Code of revision 0009 works with this
+schema.
 """
 
 from alembic import op
@@ -15,89 +16,104 @@ down_revision = "0009"
 branch_labels = None
 depends_on = None
 
-# The comment before and after, by table.
+# The old and the new comment of each table.
 TABLES = {
     "api_key_limits": (
         "Uses of each line of limited API keys in its latest hour and day",
-        "Counts for the rate limits of API keys, in the latest hour and day",
+        "Usage counts in the latest hour and day, for the rate limits of API keys",
     ),
     "audit_seals": (
         "Proof of what the audit trail held",
         "Seals: signed proofs of the contents of the audit trail",
     ),
+    "api_key_usage": (
+        "Accepted uses of each API key by the hour",
+        "Number of accepted uses per API key and hour",
+    ),
 }
-# The comment before and after, by table and column.
+# The old and the new comment of each column, by table.
 COLUMNS = {
     "api_key_limits": {
-        "api_key_id": ("First key of the line", "First key of the line (a key and its successors)"),
+        "api_key_id": (
+            "First key of the line",
+            "First key of the rotation chain (a key and its replacements)",
+        ),
+        "hour_count": ("Uses in this hour", "Number of uses of the rotation chain in this hour"),
+        "day_count": ("Uses in this day", "Number of uses of the rotation chain on this day"),
     },
     "audit_logs": {
         "id": (
             "UUIDv7, made by the application: ordered by time of creation",
-            "UUIDv7 made by the application, ordered by creation time",
+            "UUIDv7 that the application generates; ids increase with creation time",
         ),
         "created_at": (
             "When it was written, by the database's clock",
             "Time of the insert, by the database's clock",
         ),
-        "action": ("What was done", "Action, as family:verb"),
+        "action": ("What was done", "Action of the event, as family:verb"),
         "result": ("How it ended", "Outcome of the action"),
         "severity": (
             "Follows from action and result where it is not given",
-            "Severity; by default, it follows from action and result",
+            "Severity; derived from action and result by default",
         ),
-        "resource_type": ("Kind of thing it was done to", "Type of the resource, e.g. order"),
+        "resource_type": (
+            "Kind of thing it was done to",
+            "Type of the affected resource, e.g. order",
+        ),
         "resource_id": (
             "Which one, e.g. an order id",
-            "Identifier of the resource, e.g. an order id",
+            "Identifier of the affected resource, e.g. an order id",
         ),
-        "user_id": ("Who did it", "User or service that acted"),
+        "user_id": ("Who did it", "User or service that performed the action"),
         "user_type": ("Kind of user, e.g. admin", "Type of the user, e.g. admin"),
-        "session_id": ("Session it was done in", "Session of the user"),
+        "session_id": ("Session it was done in", "Id of the user's session"),
         "ip_address": ("Address it came from", "IP address of the client"),
         "user_agent": ("Client it came from", "User-Agent of the client"),
         "request_id": (
             "Ties the events of a request",
-            "Identifier that the events of a request share",
+            "Id of the request; all events of one request have the same id",
         ),
         "tiger_account_id": (
             "Account concerned; no foreign key: it may be gone",
-            "Account concerned; no foreign key, because accounts can be deleted",
+            "Account that was used or changed; no foreign key: accounts can be deleted",
         ),
         "api_key_id": (
             "API key used; no foreign key: it may be gone",
-            "API key used; no foreign key, because keys can be deleted",
+            "API key that was used or changed; no foreign key: API keys can be deleted",
         ),
         "details": ("Whatever else is worth knowing", "Other details of the event"),
         "old_values": (
             "Values before a change, secrets masked",
-            "Values before a change, with masked secrets",
+            "Changed values before the change, with masked secrets",
         ),
         "new_values": (
             "Values after a change, secrets masked",
-            "Values after a change, with masked secrets",
+            "Changed values after the change, with masked secrets",
         ),
-        "duration_ms": ("How long it took, in milliseconds", "Duration in milliseconds"),
+        "duration_ms": (
+            "How long it took, in milliseconds",
+            "Duration of the action in milliseconds",
+        ),
         "position": (
             "Place in the order of writing; what was rolled back leaves gaps",
-            "Order of the inserts; rolled-back transactions leave gaps",
+            "Position in the order of the inserts; rolled-back transactions leave gaps",
         ),
     },
     "audit_seals": {
-        "number": ("Counts from 1, without gaps", "Number of the seal, from 1, without gaps"),
+        "number": ("Counts from 1, without gaps", "Consecutive number of the seal, starting at 1"),
         "statement": (
             "What is signed, as JSON: places of the events, root of their Merkle tree, digest of the previous statement",
-            "Signed JSON: positions of the events, root of their Merkle tree, digest of the previous statement",
+            "Signed JSON: positions of the sealed events, root of the Merkle tree of the events, digest of the previous statement",
         ),
         "digests": (
             "SHA-256 of each event, in the order of their places",
-            "SHA-256 of each event, in the order of their positions",
+            "SHA-256 digests of the sealed events, in the order of the event positions",
         ),
     },
     "tiger_accounts": {
         "id": (
             "UUIDv7, made by the application: ordered by time of creation",
-            "UUIDv7 made by the application, ordered by creation time",
+            "UUIDv7 that the application generates; ids increase with creation time",
         ),
         "created_at": (
             "When the row was made, by the database's clock",
@@ -111,19 +127,27 @@ COLUMNS = {
         "account_number": ("Tiger's number of the account", "Account number at Tiger"),
         "account_type": (
             "Follows from the account number where it is not given",
-            "Type; by default, it follows from the account number",
+            "Account type; derived from the account number by default",
+        ),
+        "status": (
+            "Only an active account serves requests",
+            "Status of the account; only active accounts serve requests",
         ),
         "tiger_id": (
             "Tiger's id of the developer, encrypted; one may own several accounts",
-            "Developer id at Tiger, encrypted; several accounts can share it",
+            "Developer id at Tiger, encrypted; several accounts can share an id",
         ),
         "tiger_id_fingerprint": (
             "HMAC-SHA256 of tiger_id under a derived key, to search by",
-            "Blind index of tiger_id: HMAC-SHA256 under a derived key",
+            "Blind index of tiger_id: keyed hash (HMAC-SHA256) for equality search",
         ),
         "private_key": (
             "RSA private key, base64 DER, encrypted; a closed account has none",
             "RSA private key (base64 DER), encrypted; null if the account is closed",
+        ),
+        "private_key_format": (
+            "PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
+            "Format of the private key: PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
         ),
         "secret_key": (
             "Institutional trader's key, encrypted",
@@ -132,11 +156,11 @@ COLUMNS = {
         "license": ("Tiger's licence of the account", "License of the account at Tiger"),
         "environment": (
             "Tiger's environment; paper trading is chosen by the account number instead",
-            "Environment at Tiger; the account number determines paper trading",
+            "Environment at Tiger; paper trading depends on account_type instead",
         ),
         "server_url": (
             "Gateway, if not the default one",
-            "URL of the gateway, if it is not the default",
+            "URL of Tiger's gateway; null: default URL of the environment",
         ),
         "access_token": ("Current access token, encrypted", "Access token, encrypted"),
         "token_expires_at": ("When the access token expires", "Expiry of the access token"),
@@ -146,11 +170,11 @@ COLUMNS = {
         ),
         "is_default_trading": (
             "Serves trades that name no account; at most one",
-            "Default account for trades; at most one",
+            "Whether this account is the default for trades; at most one is",
         ),
         "is_default_data": (
             "Serves data that names no account; at most one",
-            "Default account for market data; at most one",
+            "Whether this account is the default for market data; at most one is",
         ),
         "market_permissions": (
             "Markets the account may trade in",
@@ -158,7 +182,7 @@ COLUMNS = {
         ),
         "quote_permissions": (
             "Tiger's quote permissions: name and expire_at (epoch ms, -1 permanent)",
-            "Quote permissions at Tiger: name and expire_at (epoch ms, -1: permanent)",
+            "Quote permissions at Tiger: name and expire_at (epoch ms; -1: no expiry)",
         ),
         "client_options": (
             "What else Tiger's configuration file says: timeout, language and the like",
@@ -166,14 +190,18 @@ COLUMNS = {
         ),
         "auto_suspended": (
             "Suspended after too many errors, not by a person; ends with the suspension",
-            "Suspended after too many errors, not by a person; reset with the suspension",
+            "Whether the account is suspended because of too many errors, not by a person",
+        ),
+        "error_count": (
+            "Consecutive errors since the last success",
+            "Number of consecutive errors since the last success",
         ),
         "last_error_at": ("When the last error happened", "Time of the last error"),
     },
     "api_keys": {
         "id": (
             "UUIDv7, made by the application: ordered by time of creation",
-            "UUIDv7 made by the application, ordered by creation time",
+            "UUIDv7 that the application generates; ids increase with creation time",
         ),
         "created_at": (
             "When the row was made, by the database's clock",
@@ -186,7 +214,7 @@ COLUMNS = {
         "name": ("What people call the key", "Display name of the key"),
         "key_prefix": (
             "The public part of the key, by which it is found",
-            "Public part of the key, for look-up",
+            "Public part of the key, by which the key is found",
         ),
         "key_hash": (
             "passlib hash of the secret part of the key, under the pepper",
@@ -194,48 +222,55 @@ COLUMNS = {
         ),
         "pepper_id": (
             "Id of the pepper in the hash; none: a hash of the secret itself",
-            "Id of the pepper in the hash; null: no pepper",
+            "Id of the pepper in key_hash; null: no pepper",
         ),
         "root_id": (
             "First key of the line that rotations made, which may be gone; none: this one",
-            "First key of the line that rotations made, possibly deleted; null: this key",
+            "First key of the rotation chain, possibly deleted; null: this key",
         ),
         "successor_id": (
             "Key that it was rotated to, which may be gone",
-            "Key that replaced this one, possibly deleted",
+            "Key that replaced this key in a rotation, possibly deleted",
         ),
-        "scopes": ("What the key may do", "Scopes of the key"),
+        "status": (
+            "Only an active key is accepted",
+            "Status of the key; only active keys are accepted",
+        ),
+        "scopes": ("What the key may do", "Scopes (permissions) of the key"),
         "tiger_account_id": (
             "The only account it may act on; none: every account",
             "The only account that the key can access; null: all accounts",
         ),
-        "expires_at": ("From when on it is refused", "Time from which the key is refused"),
-        "last_used_at": ("When it was last accepted", "Time of the last accepted use"),
-        "usage_count": ("How often it was accepted", "Number of accepted uses"),
+        "expires_at": (
+            "From when on it is refused",
+            "Expiry of the key, from which on the key is refused",
+        ),
+        "last_used_at": ("When it was last accepted", "Time of the last accepted use of the key"),
+        "usage_count": ("How often it was accepted", "Number of accepted uses of the key"),
         "rate_limit_per_hour": (
             "Uses in one clock hour (UTC)",
-            "Maximum uses in a clock hour (UTC)",
+            "Maximum number of uses per clock hour (UTC); null: no limit",
         ),
         "rate_limit_per_day": (
             "Uses in one calendar day (UTC)",
-            "Maximum uses in a calendar day (UTC)",
+            "Maximum number of uses per calendar day (UTC); null: no limit",
         ),
         "allowed_ips": (
             "Networks it may be used from; none: any",
-            "Networks from which the key is accepted; empty: all",
+            "Networks from which the key is accepted; empty: all networks",
         ),
         "allowed_user_agents": (
             "Clients that may use it, * for any run of characters; none: any",
-            "Accepted User-Agents, with * as wildcard; empty: all",
+            "Patterns of accepted User-Agents (* is a wildcard); empty: all User-Agents",
         ),
-        "created_by": ("Who created it", "Creator of the key"),
+        "created_by": ("Who created it", "User or service that created the key"),
         "revoked_at": ("When it was revoked", "Time of the revocation"),
         "revocation_reason": ("Why it was revoked", "Reason for the revocation"),
     },
     "token_statuses": {
         "id": (
             "UUIDv7, made by the application: ordered by time of creation",
-            "UUIDv7 made by the application, ordered by creation time",
+            "UUIDv7 that the application generates; ids increase with creation time",
         ),
         "created_at": (
             "When the row was made, by the database's clock",
@@ -251,49 +286,61 @@ COLUMNS = {
         ),
         "status": (
             "Pending and in progress are open; the others are final",
-            "pending and in_progress are open, the others are final",
+            "Status: pending and in_progress are open, all other statuses are final",
         ),
         "trigger": ("Why it was asked for", "Reason for the refresh"),
-        "old_token_expires_at": ("Expiry of the token it replaces", "Expiry of the replaced token"),
-        "new_token_expires_at": ("Expiry of the token it brought", "Expiry of the new token"),
-        "old_token_hash": ("SHA-256 of the token it replaces", "SHA-256 of the replaced token"),
-        "new_token_hash": ("SHA-256 of the token it brought", "SHA-256 of the new token"),
+        "old_token_expires_at": (
+            "Expiry of the token it replaces",
+            "Expiry of the replaced access token",
+        ),
+        "new_token_expires_at": (
+            "Expiry of the token it brought",
+            "Expiry of the new access token",
+        ),
+        "old_token_hash": (
+            "SHA-256 of the token it replaces",
+            "SHA-256 of the replaced access token",
+        ),
+        "new_token_hash": ("SHA-256 of the token it brought", "SHA-256 of the new access token"),
         "scheduled_at": (
             "From when on it may be claimed",
-            "Time from which the refresh can be claimed",
+            "Earliest time at which a worker can claim the refresh",
         ),
         "started_at": ("When the last attempt started", "Start of the last attempt"),
-        "completed_at": ("When it ended for good", "Time of the final status"),
+        "completed_at": ("When it ended for good", "Time at which the refresh got a final status"),
         "duration_ms": ("Length of the last attempt, in ms", "Duration of the last attempt, in ms"),
         "next_refresh_at": (
             "When the new token should be refreshed",
-            "Time at which the new token should be refreshed",
+            "Time at which the new access token should be refreshed",
         ),
         "retry_count": ("How many attempts failed", "Number of failed attempts"),
         "max_retries": (
             "After how many failed attempts it is given up",
             "Maximum number of failed attempts",
         ),
-        "api_response_code": ("Tiger's code in the last answer", "Code of Tiger's last response"),
+        "api_response_code": ("Tiger's code in the last answer", "Code in Tiger's last response"),
         "api_response_time_ms": (
             "How long Tiger took to answer, in ms",
-            "Duration of Tiger's last response, in ms",
+            "Response time of the last request to Tiger, in ms",
         ),
         "details": ("Whatever else is worth knowing", "Other details of the refresh"),
         "environment": ("Tiger's environment asked", "Environment at Tiger"),
-        "worker": ("Who holds the claim", "Worker that holds the claim"),
+        "worker": ("Who holds the claim", "Name of the worker that claimed the refresh"),
         "lease_expires_at": (
             "When the claim ends unless it is renewed",
-            "End of the claim, unless it is renewed",
+            "Expiry of the worker's lease, unless the worker renews the lease",
         ),
         "fencing_token": (
             "Number of the claim: an older one is void",
-            "Number of the claim; claims with lower numbers are void",
+            "Number of the latest claim; earlier claims of the refresh are void",
         ),
     },
     "api_key_usage": {
         "api_key_id": ("The key", "API key"),
-        "count": ("How often the key was accepted in it", "Accepted uses in the hour"),
+        "count": (
+            "How often the key was accepted in it",
+            "Number of accepted uses of the key in the hour",
+        ),
     },
 }
 

@@ -161,7 +161,7 @@ def test_malformed_files_are_refused(
     Path(key).write_text(sealed.ok("print-audit-public-key").out, encoding="ascii")
     Path(head).write_text(sealed.ok("export-checkpoint").out, encoding="ascii")
     for content, reason in (
-        (b"nonsense", "not an Ed25519 public key, in PEM or as base64 of its 32 bytes"),
+        (b"nonsense", "not an Ed25519 public key in PEM format or as base64 of 32 bytes"),
         (b"-----BEGIN PUBLIC KEY-----\nAAAA\n", "not an Ed25519 public key"),
         (b"\xff\xfe", "not text"),
         (Path(head).read_bytes(), "not an Ed25519 public key"),

@@ -34,7 +34,7 @@ CHANGES = [
     ),
     ("api_keys.py", '500, description="Reason', '501, description="Reason'),
     ("api_keys.py", "args__ = (", "args__ = (\n        Index('ix_api_keys_name', 'name'),"),
-    ("api_keys.py", '"Creator of the key"', '"Who made it"'),
+    ("api_keys.py", '"User or service that created the key"', '"Who made it"'),
     (
         "token_status.py",
         "retry_count: Int64 = Field(",

@@ -74,9 +74,9 @@ CUT = object()
 KEPT = {"digest": DIGEST, "id": str(ID), "note": "no token, no secret", "blob": "QUJD" * 40}
 FIELDS: dict[str, list[tuple[object, object, str | dict[str, str] | None]]] = {
     "ip_address": [
-        ("unknown", None, "no address: unknown"), ("", None, "no address: "),
-        ("10.0.0.0/8", None, "no address: 10.0.0.0/8"), (5, None, "no address: 5"),
-        ("x" * 999, None, f"no address: {'x' * 199}…"),
+        ("unknown", None, "not an IP address: unknown"), ("", None, "not an IP address: "),
+        ("10.0.0.0/8", None, "not an IP address: 10.0.0.0/8"), (5, None, "not an IP address: 5"),
+        ("x" * 999, None, f"not an IP address: {'x' * 199}…"),
         ("?, ::1, 1.2.3.4", IPv6Address("::1"), "taken from: ?, ::1, 1.2.3.4"),
         ("1.2.3.4:5678", IPv4Address("1.2.3.4"), "taken from: 1.2.3.4:5678"),
         ("[::1]:80", IPv6Address("::1"), "taken from: [::1]:80"),
@@ -100,19 +100,23 @@ FIELDS: dict[str, list[tuple[object, object, str | dict[str, str] | None]]] = {
         (ValueError("no"), "ValueError: no", "ValueError"),
         ("x y" * 40_000, CUT, "cut from 120000 characters"), (DIGEST, MASK, None),
     ],
-    "tiger_account_id": [(str(ID), ID, None), ("main", None, "no UUID: main")],
-    "api_key_id": [(5, None, "no UUID: 5"), (API_KEY, None, f"no UUID: {API_KEY[:21]}_{MASK}")],
+    "tiger_account_id": [(str(ID), ID, None), ("main", None, "not a UUID: main")],
+    "api_key_id": [
+        (5, None, "not a UUID: 5"), (API_KEY, None, f"not a UUID: {API_KEY[:21]}_{MASK}"),
+    ],
     "duration_ms": [
         (2**63 - 1, 2**63 - 1, None), (12.6, 13, "float"), (Decimal("12.4"), 12, "Decimal"),
         (timedelta(seconds=1.5), 1500, "timedelta"), (" 12.4", 12, "str"),
-        (-1, None, "no duration: -1"), (2**63, None, f"no duration: {2**63}"),
-        (float("nan"), None, "no duration: NaN"), (Decimal("sNaN"), None, "no duration: sNaN"),
-        (Decimal("1e999999"), None, "no duration: 1E+999999"), ("soon", None, "no duration: soon"),
-        (True, None, "no duration: True"),
-        (2**63 - Decimal("0.4"), None, f"no duration: {2**63 - 1}.6"),
+        (-1, None, "not a duration: -1"), (2**63, None, f"not a duration: {2**63}"),
+        (float("nan"), None, "not a duration: NaN"),
+        (Decimal("sNaN"), None, "not a duration: sNaN"),
+        (Decimal("1e999999"), None, "not a duration: 1E+999999"),
+        ("soon", None, "not a duration: soon"),
+        (True, None, "not a duration: True"),
+        (2**63 - Decimal("0.4"), None, f"not a duration: {2**63 - 1}.6"),
     ],
     "severity": [
-        ("worst", "low", "no severity: worst"), (["high"], "low", 'no severity: ["high"]'),
+        ("worst", "low", "not a severity: worst"), (["high"], "low", 'not a severity: ["high"]'),
         ("high", "high", None),
     ],
     "tags": [

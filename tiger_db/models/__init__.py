@@ -1,4 +1,4 @@
-"""The entities. Importing this package maps all of them."""
+"""Entities (ORM classes). An import of this package maps all entities."""
 
 from tiger_db.models.accounts import (
     AccountStatus,

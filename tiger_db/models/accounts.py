@@ -1,4 +1,4 @@
-"""Broker accounts, their credentials, and the life of access tokens."""
+"""Broker accounts with their credentials, and rules for the refresh of access tokens."""
 
 import base64
 import binascii
@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped
 from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlmodel import Field, Relationship, col
-from typing_extensions import TypedDict  # pydantic: the standard one from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from 3.12 on
 
 from tiger_db.encryption import EncryptedType, Secret
 from tiger_db.errors import EncryptionError, InvalidValue, StaleToken
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from tiger_db.models.token_status import TokenStatus
 
 REFRESH_AHEAD = timedelta(hours=1)
-# Tiger's tokens live for weeks: a fifth of their life leaves days for retries.
-_SHARE_OF_LIFE_LEFT = 0.2
-_MAX_CLOCK_SKEW = timedelta(minutes=5)  # of Tiger's clock ahead of the database's
+# Access tokens of Tiger are valid for weeks, so a fifth of the validity leaves days for retries.
+_REMAINING_FRACTION_AT_REFRESH = 0.2
+_MAX_CLOCK_SKEW = timedelta(minutes=5)  # lead of Tiger's clock over the database's
 
 
 class AccountType(StrEnum):
@@ -72,7 +72,7 @@ class TigerLicense(StrEnum):
     TBUS = "TBUS"
 
 
-# Licenses whose requests need an access token, by Tiger's documentation.
+# Licenses whose requests need an access token, according to Tiger's documentation.
 LICENSES_WITH_TOKEN = (TigerLicense.TBHK,)
 
 
@@ -82,7 +82,7 @@ class TigerEnvironment(StrEnum):
 
 
 class PrivateKeyFormat(StrEnum):
-    """PK1 is PKCS#1, PK8 is PKCS#8: Tiger's names."""
+    """Format of a private key, in Tiger's terms: PK1 is PKCS#1, and PK8 is PKCS#8."""
 
     PK1 = "PK1"
     PK8 = "PK8"
@@ -90,14 +90,17 @@ class PrivateKeyFormat(StrEnum):
 
 
 class QuotePermission(TypedDict):
-    """One of Tiger's quote permissions."""
+    """Permission of an account to receive market data (quotes) from Tiger."""
 
     name: str
-    expire_at: int  # epoch milliseconds; -1: permanent
+    expire_at: int  # epoch milliseconds; -1: no expiry
 
 
 def account_type_of(account_number: str) -> AccountType:
-    """Return the account type by Tiger's numbering: `U…` global, 17 digits paper, else standard."""
+    """Return the account type for an account number at Tiger.
+
+    The type is global for `U` and digits, paper for 17 digits, and standard otherwise.
+    """
     if re.fullmatch(r"U\d+", account_number, re.ASCII):
         return AccountType.GLOBAL
     if re.fullmatch(r"\d{17}", account_number, re.ASCII):
@@ -107,12 +110,12 @@ def account_type_of(account_number: str) -> AccountType:
 
 def _unless_closed(value: Secret | None, info: ValidationInfo) -> Secret | None:
     if value is None and info.data.get("status", AccountStatus.CLOSED) != AccountStatus.CLOSED:
-        raise ValueError("is required unless the account is closed")
+        raise ValueError("private key is required unless the account is closed")
     return value
 
 
 class TigerAccount(MutableEntity, table=True):
-    """A broker account. Its secrets are ciphertext in the database and masked everywhere else."""
+    """A broker account. The secrets of an account are encrypted in the database."""
 
     __tablename__ = "tiger_accounts"
     __table_args__ = (
@@ -155,30 +158,32 @@ class TigerAccount(MutableEntity, table=True):
         min_length=1, max_length=50, unique=True, description="Account number at Tiger"
     )
     account_type: AccountType = Field(
-        default_factory=lambda data: account_type_of(data["account_number"]),  # type: ignore[misc, arg-type]  # SQLModel's stub knows only pydantic's older form
+        default_factory=lambda data: account_type_of(data["account_number"]),  # type: ignore[misc, arg-type]  # SQLModel's stub allows no argument
         sa_column_kwargs={"default": None},
-        description="Type; by default, it follows from the account number",
+        description="Account type; derived from the account number by default",
     )
     status: AccountStatus = Field(
-        default=AccountStatus.ACTIVE, description="Only an active account serves requests"
+        default=AccountStatus.ACTIVE,
+        description="Status of the account; only active accounts serve requests",
     )
     tiger_id: Secret = Field(
         sa_type=EncryptedType(fingerprint="tiger_id_fingerprint"),
-        description="Developer id at Tiger, encrypted; several accounts can share it",
+        description="Developer id at Tiger, encrypted; several accounts can share an id",
     )
-    # Not a field: the flush derives it from tiger_id.
+    # A column without a model field: the flush derives tiger_id_fingerprint from tiger_id.
     tiger_id_fingerprint: ClassVar[Any] = Column(
         LargeBinary,
         nullable=False,
         index=True,
-        comment="Blind index of tiger_id: HMAC-SHA256 under a derived key",
+        comment="Blind index of tiger_id: keyed hash (HMAC-SHA256) for equality search",
     )
     private_key: Annotated[Secret | None, AfterValidator(_unless_closed)] = Field(
         nullable=True,
         description="RSA private key (base64 DER), encrypted; null if the account is closed",
     )
     private_key_format: PrivateKeyFormat = Field(
-        default=PrivateKeyFormat.UNKNOWN, description="PK1 (PKCS#1), PK8 (PKCS#8) or unknown"
+        default=PrivateKeyFormat.UNKNOWN,
+        description="Format of the private key: PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
     )
     secret_key: Secret | None = Field(
         default=None, description="Secret key of institutional traders, encrypted"
@@ -188,10 +193,12 @@ class TigerAccount(MutableEntity, table=True):
     )
     environment: TigerEnvironment = Field(
         default=TigerEnvironment.PROD,
-        description="Environment at Tiger; the account number determines paper trading",
+        description="Environment at Tiger; paper trading depends on account_type instead",
     )
     server_url: Text | None = Field(
-        default=None, max_length=500, description="URL of the gateway, if it is not the default"
+        default=None,
+        max_length=500,
+        description="URL of Tiger's gateway; null: default URL of the environment",
     )
     access_token: Secret | None = Field(default=None, description="Access token, encrypted")
     refresh_token: Secret | None = Field(default=None, description="OAuth refresh token, encrypted")
@@ -202,10 +209,12 @@ class TigerAccount(MutableEntity, table=True):
         default=None, description="Time at which the access token should be refreshed"
     )
     is_default_trading: bool = Field(
-        default=False, description="Default account for trades; at most one"
+        default=False,
+        description="Whether this account is the default for trades; at most one is",
     )
     is_default_data: bool = Field(
-        default=False, description="Default account for market data; at most one"
+        default=False,
+        description="Whether this account is the default for market data; at most one is",
     )
     market_permissions: list[MarketPermission] = Field(
         default_factory=list, description="Markets in which the account may trade"
@@ -213,7 +222,7 @@ class TigerAccount(MutableEntity, table=True):
     quote_permissions: Annotated[list[QuotePermission], AfterValidator(require_storable_json)] = (
         Field(
             default_factory=list,
-            description="Quote permissions at Tiger: name and expire_at (epoch ms, -1: permanent)",
+            description="Quote permissions at Tiger: name and expire_at (epoch ms; -1: no expiry)",
         )
     )
     client_options: JsonObject = Field(
@@ -224,10 +233,10 @@ class TigerAccount(MutableEntity, table=True):
     auto_suspended: bool = Field(
         default=False,
         sa_column_kwargs={"server_default": false(), "server_onupdate": FetchedValue()},
-        description="Suspended after too many errors, not by a person; reset with the suspension",
+        description="Whether the account is suspended because of too many errors, not by a person",
     )
     error_count: Int64 = Field(
-        default=0, ge=0, description="Consecutive errors since the last success"
+        default=0, ge=0, description="Number of consecutive errors since the last success"
     )
     last_error: Text | None = Field(default=None, description="Message of the last error")
     last_error_at: UTCDateTime | None = Field(default=None, description="Time of the last error")
@@ -258,14 +267,14 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def needs_token_refresh(self) -> bool:
-        """Whether the access token expires within an hour, by the local clock."""
+        """Whether the access token has expired or expires within an hour, by the local clock."""
         return self.is_token_due(datetime.now(UTC), within=REFRESH_AHEAD)
 
     def is_token_due(self, now: datetime, *, within: timedelta | None = None) -> bool:
-        """Return whether the access token is due for a refresh at `now`, an aware datetime.
+        """Return whether the access token is due for a refresh at the aware datetime `now`.
 
-        A token is due from `token_refresh_at` on or, if `within` is given, that long before it
-        expires. `due_tokens` is the same rule in SQL.
+        Without `within`, the token is due from `token_refresh_at` on. With `within`, the token is
+        due from `token_expires_at - within` on. `due_tokens` is the same rule in SQL.
         """
         at, until = (
             (self.token_refresh_at, now)
@@ -277,14 +286,14 @@ class TigerAccount(MutableEntity, table=True):
     def check_not_stale(
         self, access_token: str, expires_at: datetime | None = None
     ) -> datetime | None:
-        """Return the expiry of a replacement for the access token, or None if it is unknown.
+        """Check that a replacement token is not stale, and return the expiry or None.
 
-        Without `expires_at`, the expiry is read from a token in Tiger's format. Of two tokens in
-        this format, the one generated later is newer; otherwise, the one that expires later. The
-        current token is not stale.
+        If `expires_at` is None, the expiry is read from a replacement in Tiger's token format. If
+        both tokens have Tiger's format, the token that was generated later is newer. Otherwise, the
+        token that expires later is newer. A replacement may equal the current token.
 
         Raises:
-            StaleToken: the current token is newer.
+            StaleToken: the current token is newer than the replacement.
         """
         current = self.readable_token()
         new, old = token_times(access_token), token_times(current)
@@ -302,7 +311,7 @@ class TigerAccount(MutableEntity, table=True):
         return expires_at
 
     def readable_token(self) -> str:
-        """Return the access token, or an empty text if there is none or its key is missing."""
+        """Return the access token; an empty string if the token is null or cannot be decrypted."""
         try:
             return self.access_token.get_secret_value() if self.access_token is not None else ""
         except EncryptionError:
@@ -315,7 +324,7 @@ class TigerAccount(MutableEntity, table=True):
         return permission in self.market_permissions
 
 
-# The predicate of the two partial indexes on token times.
+# Predicate of the partial indexes on token_expires_at and token_refresh_at.
 ACTIVE_WITH_TOKEN = text(
     "tiger_accounts.status = 'active' AND tiger_accounts.access_token IS NOT NULL"
 )
@@ -324,15 +333,15 @@ ACTIVE_WITH_TOKEN = text(
 def due_tokens(
     within: timedelta | None = None,
 ) -> tuple[ColumnElement[bool], Mapped[datetime | None]]:
-    """Return the criterion of active accounts whose token is due, and the column to order them by.
+    """Return an SQL condition for active accounts with a due token, and the column to order by.
 
-    The criterion is the rule of `TigerAccount.is_token_due` at the start of the transaction.
+    The condition is the rule of `TigerAccount.is_token_due` at the start time of the transaction.
 
     Raises:
-        InvalidValue: `within` is longer than a century.
+        InvalidValue: `within` is longer than 100 years.
     """
     if within is not None and abs(within) > timedelta(days=36525):
-        raise InvalidValue("within must be a century at most")
+        raise InvalidValue("`within` must be at most 100 years")
     at, until = (
         (col(TigerAccount.token_refresh_at), func.now())
         if within is None
@@ -342,32 +351,35 @@ def due_tokens(
 
 
 def refresh_time(access_token: str, expires_at: datetime | None) -> datetime | None:
-    """Compute the `token_refresh_at` of a token; None if its expiry is unknown.
+    """Return the time at which to refresh an access token, or None if `expires_at` is None.
 
-    A token is refreshed when a fifth of its life is left, at least five minutes before it expires,
-    and not before half of its life has passed. The life of a token that is not in Tiger's format
-    begins now.
+    A refresh is due when a fifth of the token's validity remains, but at least five minutes before
+    the expiry. A refresh is never due in the first half of the validity. The validity of a token
+    that is not in Tiger's format begins now.
     """
     if expires_at is None:
         return None
     times = token_times(access_token)
-    life = max(expires_at - (times.generated_at if times else datetime.now(UTC)), timedelta(0))
-    return expires_at - min(max(life * _SHARE_OF_LIFE_LEFT, _MAX_CLOCK_SKEW), life / 2)
+    start = times.generated_at if times else datetime.now(UTC)
+    validity = max(expires_at - start, timedelta(0))
+    return expires_at - min(
+        max(validity * _REMAINING_FRACTION_AT_REFRESH, _MAX_CLOCK_SKEW), validity / 2
+    )
 
 
 class TokenTimes(NamedTuple):
-    """Generation and expiry of an access token, by Tiger's clock (UTC)."""
+    """Generation time and expiry of an access token, by Tiger's clock (UTC)."""
 
     generated_at: datetime
     expires_at: datetime
 
 
 def token_times(token: str) -> TokenTimes | None:
-    """Return the times in a token, or None if it is not in Tiger's format, as OAuth tokens.
+    """Return the times in an access token, or None if the token is not in Tiger's format.
 
-    A token of Tiger is the base64 form of `<generated>,<expires>`, two times in epoch milliseconds
-    of 13 digits, and 16 opaque bytes (tigeropen 3.8.0, `should_token_refresh`). The opaque bytes
-    and the padding are not checked.
+    Tiger's format is base64 of `<generated>,<expires>` and 16 opaque bytes. Each time is a 13-digit
+    number of epoch milliseconds (see `should_token_refresh` in tigeropen 3.8.0). The opaque bytes
+    and the base64 padding are not checked. OAuth tokens are not in Tiger's format.
     """
     try:
         content = base64.b64decode(token.strip()[:_TIMES_LENGTH], validate=True)
@@ -381,14 +393,14 @@ def token_times(token: str) -> TokenTimes | None:
 
 
 _TIMES = re.compile(rb"(\d{13}),(\d{13})")
-_TIMES_LENGTH = 36  # characters of base64 for these 27 bytes
+_TIMES_LENGTH = 36  # base64 characters of `<generated>,<expires>`, which has 27 bytes
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @event.listens_for(TigerAccount, "before_insert")
 @event.listens_for(TigerAccount, "before_update")
 def _set_refresh_time(_mapper: object, _connection: object, account: TigerAccount) -> None:
-    """Set `token_refresh_at` if the token or its expiry was changed."""
+    """Set `token_refresh_at` if `access_token` or `token_expires_at` was changed."""
     changed = instance_state(account).committed_state.keys()
     if changed & {"access_token", "token_expires_at"} and "token_expires_at" in vars(account):
         token = account.readable_token()

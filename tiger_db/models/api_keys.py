@@ -1,4 +1,4 @@
-"""API keys: scopes, allowed networks and clients, rate limits, and counts of uses."""
+"""API keys: scopes, allowed networks and User-Agents, rate limits, and usage counts."""
 
 import re
 from collections.abc import Iterable
@@ -28,7 +28,10 @@ class APIKeyStatus(StrEnum):
 
 
 class APIKeyScope(StrEnum):
-    """`family:level`. In a family, admin implies write, and write implies read."""
+    """Permission of an API key, as `family:level`.
+
+    Within a family, admin implies write, and write implies read.
+    """
 
     MCP_READ = "mcp:read"
     MCP_WRITE = "mcp:write"
@@ -47,7 +50,7 @@ class APIKeyScope(StrEnum):
     SYSTEM_ADMIN = "system:admin"
 
     def implies(self, other: "APIKeyScope") -> bool:
-        """Return whether this scope includes the other."""
+        """Return whether this scope includes all permissions of the other scope."""
         family, level = self.split(":")
         other_family, other_level = other.split(":")
         return family == other_family and _LEVELS.index(level) >= _LEVELS.index(other_level)
@@ -57,10 +60,10 @@ _LEVELS = ("read", "write", "admin")
 
 
 def parse_address(address: str | IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """Parse an IP address. An IPv4-mapped IPv6 address becomes the IPv4 address.
+    """Parse an IP address. An IPv4-mapped IPv6 address is converted to IPv4.
 
     Raises:
-        ValueError: not an address.
+        ValueError: the text is not an IP address.
     """
     parsed = ip_address(address)
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
@@ -70,10 +73,10 @@ def parse_address(address: str | IPv4Address | IPv6Address) -> IPv4Address | IPv
 def parse_network(
     network: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network,
 ) -> IPv4Network | IPv6Network:
-    """Parse a network or address. An IPv4-mapped IPv6 network becomes the IPv4 network.
+    """Parse an IP network or address. An IPv4-mapped IPv6 network is converted to IPv4.
 
     Raises:
-        ValueError: not a network.
+        ValueError: the text is not an IP network.
     """
     parsed = ip_network(network)
     mapped = parsed.network_address.ipv4_mapped if isinstance(parsed, IPv6Network) else None
@@ -86,11 +89,11 @@ _IPV4_MAPPED_BITS = 96  # RFC 4291, 2.5.5.2: ::ffff:0:0/96
 
 
 def _matches(pattern: str, text: str) -> bool:
-    """Return whether a text matches a pattern, in which `*` matches any characters."""
+    """Return whether a text matches a pattern, in which `*` matches any run of characters."""
     start, *middle = map(re.escape, pattern.split("*"))
     if not middle:
         return pattern == text
-    # Atomic groups prevent catastrophic backtracking with many `*`.
+    # Atomic groups prevent catastrophic backtracking in patterns with many `*`.
     groups = "".join(f"(?>.*?{part})" for part in middle[:-1])
     return re.fullmatch(f"{start}{groups}.*{middle[-1]}", text, re.DOTALL) is not None
 
@@ -98,7 +101,7 @@ def _matches(pattern: str, text: str) -> bool:
 def address_allowed(
     networks: Iterable[IPv4Network | IPv6Network], address: str | IPv4Address | IPv6Address | None
 ) -> bool:
-    """Return whether an address is in one of the networks; an unknown address is not."""
+    """Return whether an address is in one of the networks; False if the address is None."""
     if address is None:
         return False
     try:
@@ -109,7 +112,7 @@ def address_allowed(
 
 
 def user_agent_allowed(patterns: Iterable[str], user_agent: str | None) -> bool:
-    """Return whether a User-Agent matches one of the patterns; an unknown one does not."""
+    """Return whether a User-Agent matches one of the patterns; False if `user_agent` is None."""
     return user_agent is not None and any(_matches(pattern, user_agent) for pattern in patterns)
 
 
@@ -118,7 +121,7 @@ def _distinct(scopes: list[APIKeyScope]) -> list[APIKeyScope]:
 
 
 class APIKey(MutableEntity, table=True):
-    """An API key, of which only the hash is stored."""
+    """An API key. The secret part of the key is stored only as a hash."""
 
     __tablename__ = "api_keys"
     __table_args__ = (
@@ -134,7 +137,10 @@ class APIKey(MutableEntity, table=True):
 
     name: Text = Field(min_length=1, max_length=100, description="Display name of the key")
     key_prefix: Text = Field(
-        min_length=1, max_length=50, unique=True, description="Public part of the key, for look-up"
+        min_length=1,
+        max_length=50,
+        unique=True,
+        description="Public part of the key, by which the key is found",
     )
     key_hash: Text = Field(
         min_length=1,
@@ -148,20 +154,22 @@ class APIKey(MutableEntity, table=True):
         max_length=32,
         exclude=True,
         repr=False,
-        description="Id of the pepper in the hash; null: no pepper",
+        description="Id of the pepper in key_hash; null: no pepper",
     )
     root_id: UUID | None = Field(
         default=None,
-        description="First key of the line that rotations made, possibly deleted; null: this key",
+        description="First key of the rotation chain, possibly deleted; null: this key",
     )
     successor_id: UUID | None = Field(
-        default=None, description="Key that replaced this one, possibly deleted"
+        default=None,
+        description="Key that replaced this key in a rotation, possibly deleted",
     )
     status: APIKeyStatus = Field(
-        default=APIKeyStatus.ACTIVE, description="Only an active key is accepted"
+        default=APIKeyStatus.ACTIVE,
+        description="Status of the key; only active keys are accepted",
     )
     scopes: Annotated[list[APIKeyScope], AfterValidator(_distinct)] = Field(
-        min_length=1, description="Scopes of the key"
+        min_length=1, description="Scopes (permissions) of the key"
     )
     tiger_account_id: UUID | None = Field(
         default=None,
@@ -170,25 +178,33 @@ class APIKey(MutableEntity, table=True):
         description="The only account that the key can access; null: all accounts",
     )
     expires_at: UTCDateTime | None = Field(
-        default=None, description="Time from which the key is refused"
+        default=None, description="Expiry of the key, from which on the key is refused"
     )
     last_used_at: UTCDateTime | None = Field(
-        default=None, description="Time of the last accepted use"
+        default=None, description="Time of the last accepted use of the key"
     )
-    usage_count: Int64 = Field(default=0, ge=0, description="Number of accepted uses")
+    usage_count: Int64 = Field(default=0, ge=0, description="Number of accepted uses of the key")
     rate_limit_per_hour: Int64 | None = Field(
-        default=None, ge=1, description="Maximum uses in a clock hour (UTC)"
+        default=None,
+        ge=1,
+        description="Maximum number of uses per clock hour (UTC); null: no limit",
     )
     rate_limit_per_day: Int64 | None = Field(
-        default=None, ge=1, description="Maximum uses in a calendar day (UTC)"
+        default=None,
+        ge=1,
+        description="Maximum number of uses per calendar day (UTC); null: no limit",
     )
     allowed_ips: list[Annotated[IPv4Network | IPv6Network, AfterValidator(parse_network)]] = Field(
-        default_factory=list, description="Networks from which the key is accepted; empty: all"
+        default_factory=list,
+        description="Networks from which the key is accepted; empty: all networks",
     )
     allowed_user_agents: list[Text] = Field(
-        default_factory=list, description="Accepted User-Agents, with * as wildcard; empty: all"
+        default_factory=list,
+        description="Patterns of accepted User-Agents (* is a wildcard); empty: all User-Agents",
     )
-    created_by: Text | None = Field(default=None, max_length=100, description="Creator of the key")
+    created_by: Text | None = Field(
+        default=None, max_length=100, description="User or service that created the key"
+    )
     revoked_at: UTCDateTime | None = Field(default=None, description="Time of the revocation")
     revocation_reason: Text | None = Field(
         default=None, max_length=500, description="Reason for the revocation"
@@ -196,7 +212,7 @@ class APIKey(MutableEntity, table=True):
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
 
-    tiger_account: Optional["TigerAccount"] = Relationship(  # SQLModel resolves it
+    tiger_account: Optional["TigerAccount"] = Relationship(  # SQLModel cannot resolve `|`
         back_populates="api_keys", sa_relationship_kwargs={"lazy": "raise"}
     )
 
@@ -210,7 +226,7 @@ class APIKey(MutableEntity, table=True):
         return self.status == APIKeyStatus.ACTIVE and not self.is_expired
 
     def has_scope(self, scope: APIKeyScope) -> bool:
-        """Return whether the key has the scope, or one that implies it."""
+        """Return whether a scope of the key equals or implies the given scope."""
         return any(held.implies(scope) for held in self.scopes)
 
     def has_any_scope(self, scopes: Iterable[APIKeyScope]) -> bool:
@@ -220,11 +236,11 @@ class APIKey(MutableEntity, table=True):
         return all(self.has_scope(scope) for scope in scopes)
 
     def is_ip_allowed(self, address: str | IPv4Address | IPv6Address | None) -> bool:
-        """Return whether the key is accepted from an address."""
+        """Return whether the key is accepted from an IP address."""
         return not self.allowed_ips or address_allowed(self.allowed_ips, address)
 
     def is_user_agent_allowed(self, user_agent: str | None) -> bool:
-        """Return whether the key is accepted from a client."""
+        """Return whether the key is accepted in requests with a User-Agent."""
         return not self.allowed_user_agents or user_agent_allowed(
             self.allowed_user_agents, user_agent
         )
@@ -233,7 +249,7 @@ class APIKey(MutableEntity, table=True):
         return self.tiger_account_id is None or self.tiger_account_id == account_id
 
 
-# A table without a class: counters are written and read as raw rows.
+# The table has no entity class, because usage counts are written and read as raw rows.
 api_key_usage = Table(
     "api_key_usage",
     metadata,
@@ -245,14 +261,20 @@ api_key_usage = Table(
         comment="API key",
     ),
     Column("hour", DateTime(timezone=True), primary_key=True, comment="Start of the hour, UTC"),
-    Column("count", BigInteger, nullable=False, comment="Accepted uses in the hour"),
+    Column(
+        "count",
+        BigInteger,
+        nullable=False,
+        comment="Number of accepted uses of the key in the hour",
+    ),
     CheckConstraint("count >= 1", name="count_ge_1"),
-    comment="Accepted uses of each API key by the hour",
+    comment="Number of accepted uses per API key and hour",
 )
 
 
-# A table of its own, so that a use of a limited key does not lock the row of the key. There is no
-# foreign key, because the counts of a line of keys outlive its first key.
+# The usage counts are not in api_keys, so that a use of a key with a rate limit takes no row lock
+# there. The table has no foreign key, because the counts of a rotation chain remain when the first
+# key is deleted.
 api_key_limits = Table(
     "api_key_limits",
     metadata,
@@ -260,11 +282,21 @@ api_key_limits = Table(
         "api_key_id",
         SQLUUID,
         primary_key=True,
-        comment="First key of the line (a key and its successors)",
+        comment="First key of the rotation chain (a key and its replacements)",
     ),
     Column("hour", DateTime(timezone=True), nullable=False, comment="Start of the hour, UTC"),
-    Column("hour_count", BigInteger, nullable=False, comment="Uses in this hour"),
+    Column(
+        "hour_count",
+        BigInteger,
+        nullable=False,
+        comment="Number of uses of the rotation chain in this hour",
+    ),
     Column("day", DateTime(timezone=True), nullable=False, comment="Start of the day, UTC"),
-    Column("day_count", BigInteger, nullable=False, comment="Uses in this day"),
-    comment="Counts for the rate limits of API keys, in the latest hour and day",
+    Column(
+        "day_count",
+        BigInteger,
+        nullable=False,
+        comment="Number of uses of the rotation chain on this day",
+    ),
+    comment="Usage counts in the latest hour and day, for the rate limits of API keys",
 )

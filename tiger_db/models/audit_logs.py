@@ -1,4 +1,4 @@
-"""Audit events, their rows, and the table of seals."""
+"""Audit events, SQL to insert events without the ORM, and the table of audit seals."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class AuditAction(StrEnum):
-    """`family:verb`. The trading actions are named as in Tiger's API."""
+    """Action of an audit event, as `family:verb`. Trading actions have the names of Tiger's API."""
 
     ACCOUNT_CREATE = "account:create"
     ACCOUNT_UPDATE = "account:update"
@@ -115,12 +115,13 @@ class AuditSeverity(StrEnum):
     CRITICAL = "critical"
 
 
-# These change money, credentials or rights, so even a success has medium severity.
+# Actions of these families change money, credentials or permissions, so that even a successful
+# action has medium severity.
 _MEDIUM_FAMILIES = {"account", "api_key", "token", "trade", "system"}
 
 
 def severity_of(action: AuditAction, result: AuditResult) -> AuditSeverity:
-    """Return the severity of an event that does not specify one."""
+    """Return the default severity of an event with this action and result."""
     if action.family == "security":
         return AuditSeverity.HIGH
     if action.family in _MEDIUM_FAMILIES:
@@ -132,9 +133,10 @@ _BRIN: dict[str, Any] = {"postgresql_with": {"pages_per_range": 32, "autosummari
 
 
 class AuditLog(Entity, table=True):
-    """One event. It is never changed, and has no foreign keys, so that it outlives its subject.
+    """One audit event. Events are append-only.
 
-    Values that cannot be stored are converted, and secrets are masked. `details` list the changes.
+    The table has no foreign keys, so that events remain when an account or API key is deleted.
+    Secrets are masked. Values that cannot be stored are converted, with notes in `details`.
     """
 
     __tablename__ = "audit_logs"
@@ -143,7 +145,7 @@ class AuditLog(Entity, table=True):
             Index(f"ix_audit_logs_{name}", name, postgresql_where=text(f"{name} IS NOT NULL"))
             for name in ("tiger_account_id", "api_key_id", "user_id")
         ),
-        # BRIN indexes are small, and leave few pages to read.
+        # BRIN indexes are small, and a search with a BRIN index reads few pages of the table.
         Index("ix_audit_logs_position", "position", postgresql_using="brin", **_BRIN),
         *(
             Index(
@@ -164,26 +166,30 @@ class AuditLog(Entity, table=True):
         sa_column_kwargs={"server_default": func.clock_timestamp()},
         description="Time of the insert, by the database's clock",
     )
-    action: AuditAction = Field(description="Action, as family:verb")
+    action: AuditAction = Field(description="Action of the event, as family:verb")
     result: AuditResult = Field(default=AuditResult.SUCCESS, description="Outcome of the action")
     severity: AuditSeverity = Field(
-        default_factory=lambda data: severity_of(data["action"], data["result"]),  # type: ignore[misc, arg-type]  # as in accounts.py
+        default_factory=lambda data: severity_of(data["action"], data["result"]),  # type: ignore[misc, arg-type]  # see accounts.py
         sa_column_kwargs={"default": None},
-        description="Severity; by default, it follows from action and result",
+        description="Severity; derived from action and result by default",
     )
     resource_type: Text | None = Field(
-        default=None, max_length=50, description="Type of the resource, e.g. order"
+        default=None, max_length=50, description="Type of the affected resource, e.g. order"
     )
     resource_id: Text | None = Field(
-        default=None, max_length=100, description="Identifier of the resource, e.g. an order id"
+        default=None,
+        max_length=100,
+        description="Identifier of the affected resource, e.g. an order id",
     )
     user_id: Text | None = Field(
-        default=None, max_length=100, description="User or service that acted"
+        default=None, max_length=100, description="User or service that performed the action"
     )
     user_type: Text | None = Field(
         default=None, max_length=50, description="Type of the user, e.g. admin"
     )
-    session_id: Text | None = Field(default=None, max_length=100, description="Session of the user")
+    session_id: Text | None = Field(
+        default=None, max_length=100, description="Id of the user's session"
+    )
     ip_address: Annotated[IPv4Address | IPv6Address, AfterValidator(parse_address)] | None = Field(
         default=None, description="IP address of the client"
     )
@@ -193,44 +199,49 @@ class AuditLog(Entity, table=True):
     request_method: Text | None = Field(default=None, max_length=10, description="HTTP method")
     request_path: Text | None = Field(default=None, max_length=500, description="HTTP path")
     request_id: Text | None = Field(
-        default=None, max_length=100, description="Identifier that the events of a request share"
+        default=None,
+        max_length=100,
+        description="Id of the request; all events of one request have the same id",
     )
     tiger_account_id: UUID | None = Field(
         default=None,
-        description="Account concerned; no foreign key, because accounts can be deleted",
+        description="Account that was used or changed; no foreign key: accounts can be deleted",
     )
     api_key_id: UUID | None = Field(
-        default=None, description="API key used; no foreign key, because keys can be deleted"
+        default=None,
+        description="API key that was used or changed; no foreign key: API keys can be deleted",
     )
     details: JsonObject | None = Field(default=None, description="Other details of the event")
     old_values: JsonObject | None = Field(
-        default=None, description="Values before a change, with masked secrets"
+        default=None, description="Changed values before the change, with masked secrets"
     )
     new_values: JsonObject | None = Field(
-        default=None, description="Values after a change, with masked secrets"
+        default=None, description="Changed values after the change, with masked secrets"
     )
     error_code: Text | None = Field(default=None, max_length=50, description="Code of the error")
     error_message: Text | None = Field(default=None, description="Message of the error")
-    duration_ms: Int64 | None = Field(default=None, ge=0, description="Duration in milliseconds")
+    duration_ms: Int64 | None = Field(
+        default=None, ge=0, description="Duration of the action in milliseconds"
+    )
     tags: JsonObject | None = Field(default=None, description="Free-form object")
     position: Int64 | None = Field(
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": text("nextval('audit_logs_position_seq'::regclass)")},
-        description="Order of the inserts; rolled-back transactions leave gaps",
+        description="Position in the order of the inserts; rolled-back transactions leave gaps",
     )
 
-    # Not mode="before": on assignment, pydantic gives that mode the values of the whole row.
+    # With mode="before", pydantic would pass all values of the event to _sanitize on assignment.
     @model_validator(mode="wrap")
     @classmethod
-    def _sanitize(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # as pydantic has it
+    def _sanitize(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # pydantic's signature
         return handler(_sanitize(data) if isinstance(data, Mapping) else data)
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
-        made = _sanitize(changes)
-        # Only the assigned fields: the notes are in `details`, if these are assigned.
+        sanitized = _sanitize(changes)
+        # Notes are kept only if `details` is assigned, because other fields must not change.
         return super().validate_changes(
-            {name: made.get(name, value) for name, value in changes.items()}
+            {name: sanitized.get(name, value) for name, value in changes.items()}
         )
 
 
@@ -240,7 +251,7 @@ def _sanitize(values: Mapping[str, object]) -> dict[str, object]:
 
 @cache
 def _text_limits() -> dict[str, int]:
-    """Return the maximum length of each text field that has one, in characters."""
+    """Return the maximum lengths of text fields, in characters, by field name."""
     return {
         name: rule.max_length
         for name, field in AuditLog.model_fields.items()
@@ -249,20 +260,20 @@ def _text_limits() -> dict[str, int]:
     }
 
 
-# Writes that bypass the ORM
+# Inserts that bypass the ORM
 
-SERVER_COLUMNS = ("created_at", "position")  # set by the database
-_TABLE: Table = AuditLog.__table__  # type: ignore[attr-defined]  # SQLAlchemy's
+SERVER_COLUMNS = ("created_at", "position")  # columns that the database sets
+_TABLE: Table = AuditLog.__table__  # type: ignore[attr-defined]  # set by SQLModel
 _COLUMNS = [column.name for column in _TABLE.columns if column.name not in SERVER_COLUMNS]
 _JSON_COLUMNS = {column.name for column in _TABLE.columns if isinstance(column.type, JSONB)}
 INSERT = (
-    f"INSERT INTO audit_logs ({', '.join(_COLUMNS)})"  # noqa: S608  # names of columns
+    f"INSERT INTO audit_logs ({', '.join(_COLUMNS)})"  # noqa: S608  # only column names
     f" VALUES ({', '.join(f'${n}' for n, _ in enumerate(_COLUMNS, start=1))})"
 )
 
 
 def insert_values(event: AuditLog) -> tuple[Any, ...]:
-    """Return the parameters of `INSERT`."""
+    """Return the parameters of the `INSERT` statement for an event."""
     values = {name: event.__dict__.get(name) for name in _COLUMNS}
     for name in _JSON_COLUMNS:
         value = values[name]
@@ -275,7 +286,7 @@ def insert_values(event: AuditLog) -> tuple[Any, ...]:
 async def insert_events(
     connection: "asyncpg.Connection[asyncpg.Record]", events: Sequence[AuditLog]
 ) -> None:
-    """Insert all events or none; without a transaction, in one of their own."""
+    """Insert events with one statement, which is atomic even without a transaction."""
     if len(events) == 1:
         await connection.execute(INSERT, *insert_values(events[0]))
     else:
@@ -283,7 +294,7 @@ async def insert_events(
         await connection.copy_records_to_table("audit_logs", columns=_COLUMNS, records=rows)
 
 
-# A table without a class: seals are written and read as raw rows.
+# The table has no entity class, because seals are written and read as raw rows.
 audit_seals = Table(
     "audit_seals",
     metadata,
@@ -292,21 +303,21 @@ audit_seals = Table(
         BigInteger,
         primary_key=True,
         autoincrement=False,
-        comment="Number of the seal, from 1, without gaps",
+        comment="Consecutive number of the seal, starting at 1",
     ),
     Column(
         "statement",
         SQLText,
         nullable=False,
-        comment="Signed JSON: positions of the events,"
-        " root of their Merkle tree, digest of the previous statement",
+        comment="Signed JSON: positions of the sealed events,"
+        " root of the Merkle tree of the events, digest of the previous statement",
     ),
     Column("signature", LargeBinary, nullable=False, comment="Ed25519 signature of the statement"),
     Column(
         "digests",
         LargeBinary,
         nullable=False,
-        comment="SHA-256 of each event, in the order of their positions",
+        comment="SHA-256 digests of the sealed events, in the order of the event positions",
     ),
     comment="Seals: signed proofs of the contents of the audit trail",
 )

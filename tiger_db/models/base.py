@@ -1,4 +1,4 @@
-"""Entities: validation, constraints from field limits, flush events, hydration from raw rows."""
+"""Base classes of entities: validation, CHECK constraints, flush, and hydration from raw rows."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -35,14 +35,15 @@ E_ = TypeVar("E_", bound="Entity")
 
 
 class Entity(SQLModel, registry=registry(metadata=metadata)):
-    """A row that is valid at all times: construction and assignment validate.
+    """Base class of entities. Construction and assignment validate the values of fields.
 
     Raises:
-        ValidationError: names the field and shows no input. The object is unchanged.
+        ValidationError: a value is invalid. The error shows the field but no value, and the entity
+            is unchanged.
     """
 
     __abstract__: ClassVar[bool] = True
-    # INSERT and UPDATE return the timestamps, which the database sets.
+    # With eager_defaults, INSERT and UPDATE return the timestamps that the database sets.
     __mapper_args__: ClassVar[dict[str, object]] = {"eager_defaults": True}
     model_config = SQLModelConfig(
         extra="forbid", hide_input_in_errors=True, validate_assignment=True
@@ -51,7 +52,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     id: UUID = Field(
         default_factory=uuid7,
         primary_key=True,
-        description="UUIDv7 made by the application, ordered by creation time",
+        description="UUIDv7 that the application generates; ids increase with creation time",
     )
     created_at: UTCDateTime | None = Field(
         default=None,
@@ -61,7 +62,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     )
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  # as pydantic has it
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  # pydantic's signature
         """Choose the SQL type of each field that does not set `sa_type`."""
         super().__pydantic_init_subclass__(**options)
         for field in cls.model_fields.values():
@@ -71,28 +72,28 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # as pydantic has it
+    def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # pydantic's signature
         try:
             return handler(data)
         except ValidationError as error:
             raise _without_input(error) from None
 
-    def __init__(self, **data: Any) -> None:  # noqa: ANN401  # as SQLModel has it
-        if not finish_init.get():  # SQLModel.model_validate fills the instance itself
+    def __init__(self, **data: Any) -> None:  # noqa: ANN401  # SQLModel's signature
+        if not finish_init.get():  # SQLModel.model_validate sets the fields
             return
         state = self.__dict__
         related = {name: data.pop(name) for name in self.__sqlmodel_relationships__.keys() & data}
         self.__pydantic_validator__.validate_python(data, self_instance=self)
         values, given = self.__dict__, self.__pydantic_fields_set__
         object.__setattr__(self, "__dict__", state)
-        # Pydantic bypasses SQLAlchemy's instrumentation.
+        # Set the validated values again, because pydantic bypasses SQLAlchemy's instrumentation.
         for name, value in values.items():
             set_attribute(self, name, value)
         object.__setattr__(self, "__pydantic_fields_set__", given)
         for name, value in related.items():
             self._relate(name, value)
 
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  # as SQLModel has it
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  # SQLModel's signature
         if name == "_sa_instance_state":
             self.__dict__[name] = value
         elif name in self.__sqlmodel_relationships__:
@@ -101,7 +102,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.sqlmodel_update({name: value})
 
     def _relate(self, name: str, value: object) -> None:
-        """Set a relationship. Raise ValidationError if the value is not of the related class."""
+        """Set a relationship. Raise ValidationError if a value is not an instance of its class."""
         relationship = object_mapper(self).relationships[name]
         kind = relationship.mapper.class_
         items = value if relationship.uselist else [] if value is None else [value]
@@ -120,7 +121,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     def sqlmodel_update(
         self, obj: dict[str, Any] | BaseModel, *, update: dict[str, Any] | None = None
     ) -> Self:
-        """Assign several fields: all of them, or none if one is invalid."""
+        """Assign several fields. If one value is invalid, no field is changed."""
         fields = (
             obj if isinstance(obj, dict) else {k: getattr(obj, k) for k in obj.model_fields_set}
         )
@@ -130,7 +131,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         return self
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """Return the validated values. They are validated on a copy: the row is unchanged."""
+        """Validate new field values on a copy of the entity, and return the validated values."""
         if not changes:
             return {}
         draft = object.__new__(type(self))
@@ -144,11 +145,11 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         return {name: draft.__dict__[name] for name in changes}
 
     def label(self) -> str:
-        """Return a name of the row for error messages, from loaded values; may be empty."""
+        """Return a name of the entity for error messages, or an empty string. Loads no columns."""
         return ""
 
     def __copy__(self) -> Self:
-        """Return a row with the same values and id, in no session and without relationships."""
+        """Return a transient entity with the same id and values, without relationships."""
         with partial_init():
             twin = type(self)()
         for name in object_mapper(self).column_attrs.keys() & self.__dict__.keys():
@@ -165,11 +166,11 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         update: Mapping[str, Any] | None = None,
         deep: bool = False,  # noqa: ARG002  # every copy is deep
     ) -> Self:
-        """Return a copy with the changes in `update`, which are validated."""
+        """Return a copy of the entity with the validated changes in `update`."""
         return self.__copy__().sqlmodel_update(dict(update or {}))
 
     @classmethod
-    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401  # as pydantic has it
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature
         try:
             return super().model_validate_json(json_data, **options)
         except ValidationError as error:  # malformed JSON
@@ -190,7 +191,7 @@ class MutableEntity(Entity):
 
 
 def _without_input(error: ValidationError) -> ValidationError:
-    """Return the same error without the invalid values, which may be secrets."""
+    """Return a copy of the error without the invalid values, which can be secrets."""
     return ValidationError.from_exception_data(
         error.title,
         [
@@ -200,7 +201,7 @@ def _without_input(error: ValidationError) -> ValidationError:
                 input=None,
             )
             for problem in error.errors(include_url=False, include_input=False)
-            # A consequence of another invalid field, which has its own error.
+            # Omit default_factory_not_called, which only follows from the error of another field.
             if problem["type"] != "default_factory_not_called"
         ],
         hide_input=True,
@@ -212,9 +213,9 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 @event.listens_for(Entity, "after_mapper_constructed", propagate=True)
 def _add_constraints(mapper: Mapper[Entity], cls: type[Entity]) -> None:
-    """Add the descriptions of the fields to the table as comments, and their limits as CHECKs.
+    """Add field descriptions to the table as column comments, and field limits as CHECKs.
 
-    The limit is part of the constraint's name, so that autogenerate detects a changed limit.
+    The constraint name contains the limit, so that autogenerate detects a changed limit.
     """
     table = mapper.local_table
     assert isinstance(table, Table)
@@ -245,7 +246,7 @@ def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[s
 @event.listens_for(Entity, "before_insert", propagate=True)
 @event.listens_for(Entity, "before_update", propagate=True)
 def _prepare_flush(mapper: Mapper[Any], connection: object, row: Entity) -> None:  # noqa: ARG001
-    """Validate the values that were changed in place, and encrypt the secrets that were set."""
+    """Validate JSON and lists that were changed in place, and encrypt secrets that were set."""
     changed = {
         name: row.__dict__[name]
         for name in instance_state(row).committed_state
@@ -258,7 +259,7 @@ def _prepare_flush(mapper: Mapper[Any], connection: object, row: Entity) -> None
 
 @event.listens_for(Entity, "load", propagate=True)
 def _order_fields(row: Entity, *_: object) -> None:
-    """Put the fields in the order of the class, for `repr` and JSON."""
+    """Sort the loaded values in the field order of the class, for `repr` and JSON."""
     values = row.__dict__
     for name in type(row).model_fields:
         if name in values:
@@ -271,37 +272,38 @@ def _bind_secrets(row: Entity, *_: object) -> None:
     bind_secrets(row, key_provider(object_session(row)))
 
 
-# Hydration: entities from the rows of driver-level SQL, without the ORM loader
+# Hydration: create entities from raw rows of asyncpg, without the ORM loader
 
 
 def row_expression(entity: type[Entity], table: str) -> str:
-    """Return the SQL expression of a row of a table or alias, for `hydrate` and `merge_row`.
+    """Return an SQL expression for the row of a table or alias, for `hydrate` and `merge_row`.
 
-    It is one value of type record: SQLAlchemy needs time for each column of a result.
+    The expression combines all columns in one ROW value, because SQLAlchemy's overhead grows with
+    the number of result columns.
     """
     columns = [f"{table}.{name}{_cast(type_)}" for name, type_ in _columns(entity).items()]
     return f"ROW({', '.join(columns)})"
 
 
 def column_names(entity: type[Entity]) -> list[str]:
-    """Return the names of the columns of `row_expression`."""
+    """Return the column names in the order of `row_expression`."""
     return list(_columns(entity))
 
 
 def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | None) -> E_:
-    """Return an entity of a raw row, in no session. The provider decrypts its secrets."""
+    """Create a detached entity from a raw row. `provider` decrypts the secrets on access."""
     mapper: Mapper[E_] = class_mapper(entity)
     row = mapper.class_manager.new_instance()
-    vars(row).update(_converted(entity, values))  # not through the instrumentation: no changes
+    vars(row).update(_converted(entity, values))  # bypasses change tracking
     _bind_loaded(row, provider)
     make_transient_to_detached(row)
     return row
 
 
 def merge_row(session: Session, entity: type[E_], values: Sequence[Any]) -> E_:
-    """Return the session's entity of a raw row, updated with the values of the row."""
+    """Create or update the session's entity from a raw row, and return the entity."""
     mapper: Mapper[E_] = class_mapper(entity)
-    key = mapper.identity_key_from_primary_key((values[0],))  # id is the first column
+    key = mapper.identity_key_from_primary_key((values[0],))  # the first value is the id
     row: E_ | None = session.identity_map.get(key)
     if row is None:
         row = hydrate(entity, values, key_provider(session))
@@ -323,7 +325,7 @@ def _bind_loaded(row: Entity, provider: KeyProvider | None) -> None:
 
 
 def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
-    """Return the values of a raw row as SQLAlchemy would convert them, by column."""
+    """Return the values of a raw row by column name, converted as by SQLAlchemy's loader."""
     row = dict(zip(_columns(entity), values, strict=True))
     for name, convert in _converters(entity):
         if row[name] is not None:
@@ -333,7 +335,7 @@ def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
 
 @cache
 def _columns(entity: type[Entity]) -> dict[str, TypeEngine[Any]]:
-    """Return the types of the columns: first those of the fields, in their order."""
+    """Return the SQL types by column name: fields in class order, then other columns."""
     table = class_mapper(entity).local_table
     assert isinstance(table, Table)
     names = [*entity.model_fields, *(table.c.keys() - entity.model_fields.keys())]
@@ -342,13 +344,13 @@ def _columns(entity: type[Entity]) -> dict[str, TypeEngine[Any]]:
 
 @cache
 def _converters(entity: type[Entity]) -> list[tuple[str, Callable[[Any], Any]]]:
-    """Return the columns whose values need a conversion, with the conversion."""
+    """Return the names of columns that need a conversion, each with the conversion function."""
     converters = ((name, _converter(type_)) for name, type_ in _columns(entity).items())
     return [(name, convert) for name, convert in converters if convert is not None]
 
 
 def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
-    if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):  # see _cast
+    if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):  # cast to text[] by _cast
         return lambda networks: track([ip_network(network) for network in networks])
     process = type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
     if not isinstance(type_, ARRAY | JSONB):
@@ -357,7 +359,7 @@ def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
 
 
 def _cast(type_: TypeEngine[Any]) -> str:
-    # In a record, asyncpg decodes only built-in types, and not the arrays of all of them.
+    # asyncpg cannot decode enums and some arrays in a ROW value, so the query casts them to text.
     if isinstance(type_, Enum):
         return "::text"
     return "::text[]" if isinstance(type_, ARRAY) else ""

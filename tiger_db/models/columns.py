@@ -1,4 +1,4 @@
-"""Column types: naming convention, validated values, SQL types, and tracked JSON and lists."""
+"""Types of columns: value validators, SQL types, and change tracking of JSON and lists."""
 
 import json
 import re
@@ -41,28 +41,30 @@ def _to_utc(value: datetime) -> datetime:
     try:
         return value.astimezone(UTC)
     except OverflowError:
-        raise ValueError("must be from the year 1 to 9999 in UTC") from None
+        raise ValueError("datetime must be in the years 1 to 9999 in UTC") from None
 
 
 def _require_storable_text(value: str) -> str:
     if "\0" in value:
-        raise ValueError("must not contain a NUL character")
+        raise ValueError("text must not contain a NUL character")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode") from None
+        raise ValueError("text must be valid Unicode") from None
     return value
 
 
 def require_storable_json(value: T) -> T:
-    """Return a JSON value unchanged. Raise ValueError if JSONB cannot store it."""
+    """Return a JSON value unchanged. Raise ValueError if JSONB cannot store the value."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode()
-    except (ValueError, RecursionError):  # includes UnicodeEncodeError
-        raise ValueError("must be JSON that PostgreSQL can store: no NaN, no infinity") from None
+    except (ValueError, RecursionError):  # ValueError includes UnicodeEncodeError
+        raise ValueError(
+            "value must be JSON without NaN and infinity, as PostgreSQL requires"
+        ) from None
     if _ESCAPED_NUL.search(text):
-        raise ValueError("must not contain a NUL character")
+        raise ValueError("text in JSON must not contain a NUL character")
     return value
 
 
@@ -71,7 +73,7 @@ _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 def _require_64_bits(value: int) -> int:
     if not -(2**63) <= value < 2**63:
-        raise ValueError("must fit in 64 bits")
+        raise ValueError("integer must fit in 64 bits")
     return value
 
 
@@ -84,9 +86,9 @@ JsonObject = Annotated[dict[str, JsonValue], AfterValidator(require_storable_jso
 
 
 class Timestamp(TypeDecorator[datetime]):
-    """A `timestamptz` column.
+    """A `timestamptz` column whose values are always aware datetimes.
 
-    asyncpg reads infinity as a naive `datetime.max` or `datetime.min`. This type adds UTC.
+    For infinity, asyncpg returns a naive `datetime.max` or `datetime.min`. This type adds UTC.
     """
 
     impl = DateTime(timezone=True)
@@ -101,7 +103,7 @@ class Timestamp(TypeDecorator[datetime]):
 
 
 def enum_type(enum: type[StrEnum]) -> SQLEnum:
-    """Return a native PostgreSQL enum that stores the values of the members."""
+    """Return the native PostgreSQL enum of a Python enum, with the member values as labels."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", enum.__name__).lower()
     return SQLEnum(
         enum, name=name, metadata=metadata, values_callable=lambda e: [m.value for m in e]
@@ -120,11 +122,11 @@ _SQL_TYPES: list[tuple[type, Callable[[], TypeEngine[Any]]]] = [
 ]
 
 
-def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotation
-    """Return the SQL type of a field by its annotation.
+def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotation is valid
+    """Return the SQL type for the annotation of a field.
 
-    Lists of scalars are arrays; dicts and lists of dicts are JSONB. Their changes in place are
-    saved. `None` and validators in the annotation make no difference.
+    Lists of scalars become arrays. Dicts and lists of dicts become JSONB. In-place changes of
+    dicts and lists are tracked. `None` and validators in the annotation are ignored.
     """
     while get_origin(annotation) in {Annotated, Union, UnionType}:
         annotation = get_args(annotation)[0]
@@ -139,13 +141,14 @@ def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotat
     return next(make() for python_type, make in _SQL_TYPES if issubclass(kind, python_type))
 
 
-# Tracked JSON and lists
+# Change tracking of JSON and lists
 
 
 class Tracked(Mutable):
-    """A dict or list of a column, or a part of one, that reports its changes.
+    """A dict or list that reports in-place changes, so that the ORM saves the changes.
 
-    A part reports to its root. The root marks the column of its row as modified.
+    The value of a column is the root. A nested dict or list reports changes to the root, and the
+    root marks the column as modified.
     """
 
     root: "Tracked | None" = None  # None: this object is the root
@@ -163,58 +166,58 @@ class Tracked(Mutable):
             self.root.changed()
 
     def set_parent(self, state: InstanceState[Any], name: str) -> None:
-        """Report changes to a column of a row. The ORM does this for the rows that it loads."""
+        """Report changes to a column of an entity; only hydrated entities need this call."""
         self._parents[state] = name
 
     def tracked_part(self, value: object) -> object:
-        """Return the value as a part of this root: a dict or list of another root is copied."""
+        """Return a value that reports to this root; copy a dict or list of another root."""
         root = self.root or self
         if isinstance(value, Tracked) and (value.root or value) is root:
             return value
         return track(value, root)
 
     def track_parts(self) -> None:
-        """Replace each dict and list in this container by a part of this root."""
+        """Replace nested dicts and lists by tracked copies that report to this root."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
-        return track, (_untracked(self),)  # a copy belongs to no row
+        return track, (_untracked(self),)  # copies report to no entity
 
 
 class TrackedDict(Tracked, dict[Any, Any]):
-    """A dict that reports its changes."""
+    """A dict that reports in-place changes."""
 
     def track_parts(self) -> None:
         for key, value in self.items():
             dict.__setitem__(self, key, self.tracked_part(value))
 
     def replace_content(self, value: dict[Any, Any]) -> None:
-        """Take over the validated content; nothing is reported if it is equal."""
+        """Replace the content by the validated value. Equal content causes no report."""
         if value != self:
             self.clear()
             self.update(value)
 
-    def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # as dict's
+    def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # dict's signature
         if key not in self:
             self[key] = default
-        return self[key]  # the tracked part, not the default itself
+        return self[key]  # the tracked copy, not the default itself
 
 
 class TrackedList(Tracked, list[Any]):
-    """A list that reports its changes."""
+    """A list that reports in-place changes."""
 
     def track_parts(self) -> None:
         for index, value in enumerate(self):
             list.__setitem__(self, index, self.tracked_part(value))
 
     def replace_content(self, value: list[Any]) -> None:
-        """Take over the validated content, in which texts may have become enum members."""
+        """Replace the content by the validated value, in which enum members can replace texts."""
         if value != self or not all(map(isinstance, self, map(type, value))):
             self[:] = value
 
 
 def track(value: object, root: Tracked | None = None) -> object:
-    """Return a copy of a dict or list whose parts, at any depth, report changes to the root."""
+    """Return a tracked copy of a dict or list at any depth; return other values unchanged."""
     if isinstance(value, dict):
         tracked: Tracked = TrackedDict({k: _untracked(v) for k, v in value.items()})
     elif isinstance(value, list):
@@ -227,7 +230,7 @@ def track(value: object, root: Tracked | None = None) -> object:
 
 
 def _untracked(value: object) -> object:
-    """Return a plain copy of a tracked container; other values as they are."""
+    """Return a plain copy of a tracked dict or list; return other values unchanged."""
     match value:
         case TrackedDict():
             return dict(value)
@@ -242,7 +245,7 @@ def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[...,
     def report(self: TrackedDict | TrackedList, /, *args: object, **kwargs: object) -> object:
         try:
             return change(self, *args, **kwargs)
-        finally:  # an update that failed halfway is a change too
+        finally:  # an update that fails halfway is also a change
             self.track_parts()
             self.changed()
 

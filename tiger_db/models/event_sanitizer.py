@@ -1,7 +1,7 @@
-"""Sanitizer of audit events: any value becomes storable JSON without secrets.
+"""Sanitizer of audit events, which converts any value to storable JSON and masks secrets.
 
-`pydantic_core.to_jsonable_python` masks no secrets, has no limits of size, and fails for unknown
-objects. An event must be stored anyway.
+An event with unusual values must be stored too. `pydantic_core.to_jsonable_python` is not enough:
+the function fails for unknown objects, masks no secrets and has no size limits.
 """
 
 import base64
@@ -25,32 +25,32 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 from tiger_db.models.api_keys import parse_address
 from tiger_db.redaction import MASK, is_secret_name, redact_aggressively, redact_known
 
-NOTES = "_made_safe"  # key in `details` of the notes on converted values
+NOTES = "_made_safe"  # key in `details` for the notes on converted values
 _ELLIPSIS = "…"
-_MAX_DEPTH = 32
-_MAX_VALUES = 10_000  # in one field
-_MAX_CHARACTERS = 1_000_000  # in one field
+_MAX_DEPTH = 32  # levels of nested JSON
+_MAX_VALUES = 10_000  # values in one JSON field
+_MAX_CHARACTERS = 1_000_000  # characters in one JSON field
 _MAX_TEXT = 100_000  # characters of one text
-_MAX_NOTES = 50
-_MAX_NOTE = 300  # characters
+_MAX_NOTES = 50  # notes on one event
+_MAX_NOTE = 300  # characters of one note
 _MAX_SHOWN = 200  # characters of a value in a note
-_MAX_BITS = 1000  # of an integer
+_MAX_BITS = 1000  # bits of an integer
 _64_BITS = 2**63
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")
 _KEY_PREFIX = re.compile(r"tdb_(?:live|test)_[0-9A-Za-z]{12}")
 _MORE = re.compile(r"and (\d{1,9}) more")
 
-Path = tuple["Path", str] | None  # linked list from a value up to its field
+Path = tuple["Path", str] | None  # linked list of names, from a value up to the field
 
 
 def sanitize_event(
     values: Mapping[str, object], limits: Mapping[str, int], severities: Collection[str]
 ) -> dict[str, object]:
-    """Return the values of an event in storable form, with notes on the changes in `details`.
+    """Return the storable values of an event; `details` contains notes on converted values.
 
-    `limits` are the maximum lengths of the text fields. Invalid values of other fields, such as an
-    unknown action, are unchanged.
+    `limits` are the maximum lengths of text fields, in characters. Fields without a conversion,
+    such as `action`, are returned unchanged, even if the value is invalid.
     """
     sanitizer = _Sanitizer()
     result = dict(values)
@@ -68,7 +68,7 @@ def sanitize_event(
     severity = result.get("severity")
     if "severity" in result and not (issubclass(type(severity), str) and severity in severities):
         del result["severity"]
-        sanitizer.note((None, "severity"), f"no severity: {_shown(severity)}")
+        sanitizer.note((None, "severity"), f"not a severity: {_shown(severity)}")
     if sanitizer.notes:
         details = result.get("details")
         details = details if isinstance(details, dict) else {}
@@ -79,7 +79,7 @@ def sanitize_event(
 
 
 class _Sanitizer:
-    """Conversions, the notes on them, and the remaining size of the current field."""
+    """Converter of values, with notes on conversions and the remaining size of the field."""
 
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
@@ -106,7 +106,7 @@ class _Sanitizer:
         try:
             return UUID(_as_text(value))
         except ValueError:
-            self.note(path, f"no UUID: {_shown(value)}")
+            self.note(path, f"not a UUID: {_shown(value)}")
             return None
 
     def milliseconds(self, value: object, path: Path) -> int | None:
@@ -119,11 +119,11 @@ class _Sanitizer:
                 return round(number)
         except (ArithmeticError, ValueError):
             pass
-        self.note(path, f"no duration: {_shown(value)}")
+        self.note(path, f"not a duration: {_shown(value)}")
         return None
 
     def address(self, value: object, path: Path) -> IPv4Address | IPv6Address | None:
-        """Return the first address in a text, without port and zone, or None."""
+        """Return the first IP address in a text, without port and IPv6 zone, or None."""
         if type(value) is IPv4Address or (type(value) is IPv6Address and value.scope_id is None):
             return value
         text = _as_text(value)[:_MAX_TEXT]
@@ -131,14 +131,14 @@ class _Sanitizer:
             port = _WITH_PORT.fullmatch(part.strip())
             bare = (port[1] or port[2] or "") if port else part.strip()
             try:
-                # PostgreSQL has no zones, as in fe80::1%eth0.
+                # PostgreSQL cannot store an IPv6 zone, such as eth0 in fe80::1%eth0.
                 address = parse_address(bare.split("%")[0])
             except ValueError:
                 continue
             if part != text or bare != text or "%" in text:
                 self.note(path, f"taken from: {_shown(value)}")
             return address
-        self.note(path, f"no address: {_shown(value)}")
+        self.note(path, f"not an IP address: {_shown(value)}")
         return None
 
     # JSON
@@ -155,7 +155,9 @@ class _Sanitizer:
         converted = self.json(value, path, 0)
         if isinstance(converted, dict):
             return converted
-        if isinstance(value, str | int | float | list | tuple):  # the others have a note already
+        if isinstance(
+            value, str | int | float | list | tuple
+        ):  # json() added a note for other types
             self.note(path, type(value).__name__)
         return {"value": converted}
 
@@ -175,7 +177,7 @@ class _Sanitizer:
             self.note(path, kind.__name__)
             return self.text(kind.__name__, path)
 
-    def converted(self, value: object, path: Path, depth: int) -> object:  # noqa: PLR0911  # one for each kind
+    def converted(self, value: object, path: Path, depth: int) -> object:  # noqa: PLR0911  # one return for each type
         match value:
             case Enum() if not isinstance(value, str):
                 self.note(path, type(value).__name__)
@@ -230,7 +232,7 @@ class _Sanitizer:
     def mapping(
         self, items: Iterable[tuple[object, object]], path: Path, depth: int
     ) -> dict[str, object]:
-        """Return an object; keys become texts, equal ones get a number."""
+        """Return a JSON object. Keys are converted to texts; a duplicate key gets a number."""
         result: dict[str, object] = {}
         next_numbers: dict[str, int] = {}
         for key, value in items:
@@ -253,7 +255,7 @@ class _Sanitizer:
         return result
 
     def is_full(self, path: Path) -> bool:
-        """Return whether the field has reached a limit, and note the first limit."""
+        """Return whether the field has reached a size limit, and add a note on the limit."""
         if self.values_left > 0 and self.characters_left > 0:
             return False
         while path is not None and path[0] is not None:
@@ -262,7 +264,7 @@ class _Sanitizer:
             f"{_MAX_VALUES} values" if self.values_left <= 0 else f"{_MAX_CHARACTERS} characters"
         )
         if limit not in self.notes.get(path[1] if path else "", ""):
-            while len(self.notes) >= _MAX_NOTES:  # this note is more important than the last one
+            while len(self.notes) >= _MAX_NOTES:  # the note on a limit replaces the last note
                 self.notes.popitem()
                 self.notes_left_out += 1
             self.note(path, f"cut to {limit}")
@@ -278,7 +280,7 @@ class _Sanitizer:
     def fit(
         self, text: str, path: Path, limit: int, mask: Callable[[str], str] = redact_known
     ) -> str:
-        """Return a text with unstorable characters replaced, secrets masked, and then cut."""
+        """Replace unstorable characters, mask secrets, and then cut the text to the limit."""
         result = text[:_MAX_CHARACTERS]
         if not result.isascii() or "\0" in result:
             stored = _UNSTORABLE.sub("\ufffd", result)
@@ -289,7 +291,7 @@ class _Sanitizer:
         if len(result) <= limit and len(text) <= _MAX_CHARACTERS:
             return result
         self.note(path, f"cut from {len(text)} characters")
-        # Not within a mask: the rest of the mask would be masked again.
+        # Do not cut within a mask, because the rest of the mask would be masked again.
         size, back = limit - 1, 16
         while (cut := result[: max(size, 0)] + _ELLIPSIS) != mask(cut) and size > 0:
             size, back = limit - 1 - back, back * 2
@@ -310,7 +312,7 @@ class _Sanitizer:
         self.notes[key] = _note_text(text if earlier in {None, text} else f"{earlier}; {text}")
 
     def merged_notes(self, earlier: Mapping[object, object]) -> dict[str, object]:
-        """Return earlier notes and those of this sanitizer, up to the limit."""
+        """Return the earlier notes and the notes of this sanitizer, up to `_MAX_NOTES`."""
         notes: dict[str, object] = {}
         left_out = self.notes_left_out
         for key, value in earlier.items():
@@ -355,10 +357,10 @@ def _number(value: object) -> Decimal | float | None:
 
 
 def _as_text(value: object) -> str:
-    """Return a value as a text; never its `repr`, which may contain a secret."""
-    # issubclass, because isinstance also reads `__class__`, which an object can override.
+    """Convert a value to a text, without `repr`, because a `repr` can contain a secret."""
+    # issubclass is safer here: isinstance also reads `__class__`, which an object can override.
     if issubclass(type(value), str):
-        return str.__str__(value)  # also of an enum member
+        return str.__str__(value)  # also correct for an enum member
     if type(value) is bytes or type(value) is bytearray:
         return value[:_MAX_CHARACTERS].decode(errors="replace")
     converted = _Sanitizer().json(value, None, 0)
@@ -366,7 +368,7 @@ def _as_text(value: object) -> str:
 
 
 def _scalar_text(value: object) -> str:
-    """Return the text of a known kind of scalar; of any other object, the name of its class."""
+    """Return a scalar of a known type as a text. For other objects, return the class name."""
     match value:
         case bytes() | bytearray() | memoryview():
             data = bytes(value)[:_MAX_CHARACTERS]
@@ -385,16 +387,16 @@ def _scalar_text(value: object) -> str:
 
 
 def _is_harmless(name: str, value: object) -> bool:
-    """Return whether a value is no secret in spite of its name.
+    """Return whether a value is harmless, although the name suggests a secret.
 
-    These are numbers of tokens, such as `max_tokens`, and prefixes of API keys.
+    Harmless values are null, booleans, token counts such as `max_tokens`, and API key prefixes.
     """
     if value is None or value is True or value is False:
         return True
     if type(value) is int and value.bit_length() <= _MAX_BITS:
         return name.rstrip(" ()0123456789").lower().endswith("tokens")
     items: Iterable[object] = (value,)
-    if issubclass(type(value), list | tuple):  # includes TrackedList
+    if issubclass(type(value), list | tuple):  # a TrackedList is a list, too
         items = cast("Iterable[object]", value)
     return all(type(item) is str and _KEY_PREFIX.fullmatch(item) for item in items)
 

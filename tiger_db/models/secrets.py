@@ -1,4 +1,4 @@
-"""Secrets of entities: encrypted for their row at the flush, bound to it at the load."""
+"""Secrets of entities: encryption before a flush, and access to decryption after a load."""
 
 from functools import cache
 from typing import Any, Protocol
@@ -18,11 +18,11 @@ from tiger_db.encryption import (
 )
 from tiger_db.errors import ConfigurationError, EncryptionError
 
-CONTEXT = "tiger_db"  # key of the SessionContext (crud.common) in the `info` of a session
+CONTEXT = "tiger_db"  # key of the SessionContext (see crud.common) in Session.info
 
 
 class Row(Protocol):
-    """An `Entity`."""
+    """The part of an `Entity` that this module needs."""
 
     id: UUID
 
@@ -30,7 +30,7 @@ class Row(Protocol):
 
 
 def key_provider(session: Session | None) -> KeyProvider | None:
-    """Return the key provider of the session's Database, or None if there is none."""
+    """Return the key provider of a session's Database, or None without a provider."""
     context = None if session is None else session.info.get(CONTEXT)
     provider: KeyProvider | None = None if context is None else context.key_provider
     return provider
@@ -49,18 +49,18 @@ def aad_of(mapper: Mapper[Any], name: str, row_id: UUID | str) -> str:
 
 
 def encrypt_secret(provider: KeyProvider | None, text: str, aad: str) -> bytes:
-    """Return the ciphertext of a secret for its associated data.
+    """Encrypt a secret with the associated data `aad`, and return the ciphertext.
 
     Raises:
-        ConfigurationError: there is no provider.
+        ConfigurationError: the provider is None.
     """
     if provider is None:
-        raise ConfigurationError(f"{aad}: ENCRYPTION_KEYS is not set, so it cannot be stored")
+        raise ConfigurationError(f"{aad}: the secret cannot be stored: ENCRYPTION_KEYS is not set")
     return encrypt(provider, text, aad)
 
 
 def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
-    """Encrypt the secrets of a row that are not encrypted for it yet, and set fingerprints."""
+    """Encrypt the new secrets of an entity for its row, and set the blind indexes."""
     for name, type_ in encrypted_columns(mapper):
         secret, aad = row.__dict__.get(name), aad_of(mapper, name, row.id)
         if not isinstance(secret, Secret):
@@ -70,7 +70,7 @@ def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
         provider = key_provider(object_session(row))
         text = secret.get_secret_value()
         ciphertext = encrypt_secret(provider, text, aad)
-        assert provider is not None  # `encrypt_secret` requires it
+        assert provider is not None  # `encrypt_secret` requires a provider
         set_attribute(row, name, EncryptedSecret(ciphertext, aad, provider, row.label()))
         if type_.fingerprint:
             mark = fingerprint(provider, provider.key_ids[0], text, aad.split(":")[0])
@@ -78,12 +78,12 @@ def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
 
 
 def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
-    """Give loaded ciphertexts their associated data and the provider that can decrypt them."""
+    """Set the associated data and the key provider of loaded secrets, for the decryption."""
     mapper = object_mapper(row)
     columns = encrypted_columns(mapper)
     if not columns:
         return
-    owner, row_id = row.label(), str(row.id)  # once per row: as slow as all the rest
+    owner, row_id = row.label(), str(row.id)  # computed once per row, to save time
     for name, _type in columns:
         secret = row.__dict__.get(name)
         if isinstance(secret, EncryptedSecret) and not secret.aad:
@@ -92,13 +92,16 @@ def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
 
 
 def secrets_of(row: Row) -> list[Secret]:
-    """Return the secrets that a row has."""
+    """Return the secrets of an entity, without null values."""
     values = (row.__dict__.get(name) for name, _type in encrypted_columns(object_mapper(row)))
     return [value for value in values if isinstance(value, Secret)]
 
 
 def readable_secrets(row: Row) -> list[str]:
-    """Return the plain texts of the secrets that can be decrypted, to mask them in other texts."""
+    """Return the decrypted secrets of an entity, to mask the secrets in other texts.
+
+    Secrets that cannot be decrypted are omitted.
+    """
     texts = []
     for secret in secrets_of(row):
         try:

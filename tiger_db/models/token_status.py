@@ -1,4 +1,4 @@
-"""Token refreshes: their state, lease and outcome."""
+"""Refreshes of access tokens: state, lease and outcome of each refresh."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,15 +38,16 @@ class RefreshTrigger(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """The tokens that a refresh returned.
+    """The tokens that a token refresh returned.
 
-    `expires_at` is timezone-aware; None: it is read from an access token in Tiger's format.
+    `expires_at` is timezone-aware. If `expires_at` is None, the expiry is read from an access token
+    in Tiger's format.
     """
 
     access_token: str = field(repr=False)
     expires_at: datetime | None = None
     refresh_token: str | None = field(default=None, repr=False)
-    code: int | None = None  # of the broker's response
+    code: int | None = None  # code of Tiger's response
 
 
 OPEN_STATUSES = (TokenRefreshStatus.PENDING, TokenRefreshStatus.IN_PROGRESS)
@@ -54,11 +55,12 @@ _IS_OPEN = text("status IN ('pending', 'in_progress')")
 
 
 class TokenStatus(MutableEntity, table=True):
-    """One refresh of an account's access token. An account has at most one open at a time."""
+    """A refresh of an account's access token. An account has at most one open refresh."""
 
     __tablename__ = "token_statuses"
     __table_args__ = (
-        # Without a lease, it could not be claimed, and would block the account's next refresh.
+        # A refresh in progress without a lease could not be claimed, and would block further
+        # refreshes of the account.
         CheckConstraint(
             "status <> 'in_progress' OR num_nulls(worker, lease_expires_at) = 0",
             name="in_progress_is_leased",
@@ -81,36 +83,38 @@ class TokenStatus(MutableEntity, table=True):
     )
     status: TokenRefreshStatus = Field(
         default=TokenRefreshStatus.PENDING,
-        description="pending and in_progress are open, the others are final",
+        description="Status: pending and in_progress are open, all other statuses are final",
     )
     trigger: RefreshTrigger = Field(
         default=RefreshTrigger.SCHEDULED, description="Reason for the refresh"
     )
     old_token_expires_at: UTCDateTime | None = Field(
-        default=None, description="Expiry of the replaced token"
+        default=None, description="Expiry of the replaced access token"
     )
     new_token_expires_at: UTCDateTime | None = Field(
-        default=None, description="Expiry of the new token"
+        default=None, description="Expiry of the new access token"
     )
     old_token_hash: Text | None = Field(
-        default=None, max_length=128, description="SHA-256 of the replaced token"
+        default=None, max_length=128, description="SHA-256 of the replaced access token"
     )
     new_token_hash: Text | None = Field(
-        default=None, max_length=128, description="SHA-256 of the new token"
+        default=None, max_length=128, description="SHA-256 of the new access token"
     )
     scheduled_at: UTCDateTime | None = Field(
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": func.now()},
-        description="Time from which the refresh can be claimed",
+        description="Earliest time at which a worker can claim the refresh",
     )
     started_at: UTCDateTime | None = Field(default=None, description="Start of the last attempt")
-    completed_at: UTCDateTime | None = Field(default=None, description="Time of the final status")
+    completed_at: UTCDateTime | None = Field(
+        default=None, description="Time at which the refresh got a final status"
+    )
     duration_ms: Int64 | None = Field(
         default=None, ge=0, description="Duration of the last attempt, in ms"
     )
     next_refresh_at: UTCDateTime | None = Field(
-        default=None, description="Time at which the new token should be refreshed"
+        default=None, description="Time at which the new access token should be refreshed"
     )
     error_code: Text | None = Field(
         default=None, max_length=50, description="Code of the last error"
@@ -119,10 +123,10 @@ class TokenStatus(MutableEntity, table=True):
     retry_count: Int64 = Field(default=0, ge=0, description="Number of failed attempts")
     max_retries: Int64 = Field(default=3, ge=0, description="Maximum number of failed attempts")
     api_response_code: Int64 | None = Field(
-        default=None, description="Code of Tiger's last response"
+        default=None, description="Code in Tiger's last response"
     )
     api_response_time_ms: Int64 | None = Field(
-        default=None, ge=0, description="Duration of Tiger's last response, in ms"
+        default=None, ge=0, description="Response time of the last request to Tiger, in ms"
     )
     details: JsonObject | None = Field(default=None, description="Other details of the refresh")
     environment: TigerEnvironment | None = Field(default=None, description="Environment at Tiger")
@@ -130,13 +134,15 @@ class TokenStatus(MutableEntity, table=True):
         default=None, max_length=50, description="Version of Tiger's gateway"
     )
     worker: Text | None = Field(
-        default=None, max_length=100, description="Worker that holds the claim"
+        default=None, max_length=100, description="Name of the worker that claimed the refresh"
     )
     lease_expires_at: UTCDateTime | None = Field(
-        default=None, description="End of the claim, unless it is renewed"
+        default=None, description="Expiry of the worker's lease, unless the worker renews the lease"
     )
     fencing_token: Int64 = Field(
-        default=0, ge=0, description="Number of the claim; claims with lower numbers are void"
+        default=0,
+        ge=0,
+        description="Number of the latest claim; earlier claims of the refresh are void",
     )
 
     tiger_account: "TigerAccount" = Relationship(
@@ -153,10 +159,10 @@ class TokenStatus(MutableEntity, table=True):
         return self.status == TokenRefreshStatus.FAILED and self.retry_count < self.max_retries
 
     def start_refresh(self) -> None:
-        """Change the status from pending to in progress, in memory.
+        """Change the status from pending to in progress, in memory and without a lease.
 
-        This is for a refresh that is stored after its end. A flush before `complete_refresh` raises
-        InvalidState, because there is no lease. `crud.token_status.claim` claims a stored refresh.
+        Use `start_refresh` only if the first flush is after `complete_refresh`: a refresh in
+        progress without a lease cannot be flushed. `crud.token_status.claim` claims stored rows.
 
         Raises:
             InvalidState: the refresh is not pending.
@@ -176,11 +182,13 @@ class TokenStatus(MutableEntity, table=True):
         error_code: str | None = None,
         error_message: str | None = None,
     ) -> None:
-        """Change the status from in progress to success or failed. A failure counts as an attempt.
+        """Change the status from in progress to success or failed.
+
+        A failure increments `retry_count`.
 
         Raises:
             InvalidState: the refresh is not in progress.
-            ValidationError: a value is invalid; nothing has changed.
+            ValidationError: an argument is invalid. The refresh is unchanged.
         """
         if self.status != TokenRefreshStatus.IN_PROGRESS or self.started_at is None:
             raise InvalidState(f"a {self.status.value} refresh cannot be completed")
@@ -210,12 +218,12 @@ class TokenStatus(MutableEntity, table=True):
 @event.listens_for(TokenStatus, "before_insert")
 @event.listens_for(TokenStatus, "before_update")
 def _require_lease(_mapper: object, _connection: object, refresh: TokenStatus) -> None:
-    """Check the rule of `ck_token_statuses_in_progress_is_leased` before the flush.
+    """Check before the flush that a refresh in progress has a worker and a lease.
 
     Raises:
-        InvalidState: the refresh is in progress without a lease.
+        InvalidState: the refresh is in progress without a worker or a lease.
     """
-    values = refresh.__dict__  # unloaded columns have not changed
+    values = refresh.__dict__  # columns that are not loaded are unchanged
     if values.get("status") == TokenRefreshStatus.IN_PROGRESS and None in (
         values.get("worker", ""),
         values.get("lease_expires_at", ""),
