@@ -1,4 +1,4 @@
-"""Worker that refreshes access tokens when they are due. Any number of workers can run at once."""
+"""Worker that refreshes due access tokens. Any number of workers can run at the same time."""
 
 import asyncio
 import logging
@@ -39,35 +39,36 @@ from tiger_db.sqlstates import is_transient
 T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
 CHANNEL = "tiger_db_refreshes"
-POLL_SECONDS = 5.0  # longest time between two looks for due refreshes and expired leases
-_RETRY_PAUSE_SECONDS = 0.2  # before the database is tried again; doubled each time
+POLL_SECONDS = 5.0  # longest time between two queries for due refreshes and expired leases
+_RETRY_PAUSE_SECONDS = 0.2  # before the first retry after a database error; then doubled
 _MAX_RETRY_PAUSE_SECONDS = 5.0
 _RATE_WINDOW_SECONDS = 60.0
 _HEARTBEATS_PER_LEASE = 3
-_GRACE_SECONDS = 30.0  # from `stop` to the end of `run`
-_STORING_SHARE = 0.2  # of the grace, reserved for the outcomes of attempts
-_CANCELLING_SHARE = 0.05  # of the grace, reserved for cancelling attempts
-_CANCEL_SECONDS = 1.0  # for a cancelled task to end
+_GRACE_SECONDS = 30.0  # longest time from `stop` to the end of `run`
+_STORING_SHARE = 0.2  # of _GRACE_SECONDS, reserved for storing outcomes of attempts
+_CANCELLING_SHARE = 0.05  # of _GRACE_SECONDS, reserved for cancelling attempts
+_CANCEL_SECONDS = 1.0  # longest wait for the end of a cancelled task
 _MAX_ERROR_CODE_LENGTH = 50  # characters
 _MAX_RETRY_AFTER = timedelta(days=7)
 _logger = logging.getLogger("tiger_db")
 
 
 class RefreshWorker:
-    """Claims due refreshes, asks the broker for new tokens, and stores them.
+    """Worker that claims due refreshes, asks the broker for new tokens, and stores the tokens.
 
     `refresher` gets an account with readable secrets, asks the broker once, and returns the new
-    token or raises a `RefreshFailed`. No transaction is open meanwhile, and the lease of the claim
-    is renewed. `per_minute` limits the calls per minute for each `tiger_id`.
+    token or raises a `RefreshFailed`. During the call, no transaction is open, and the worker
+    renews the lease of the claim. `per_minute` limits the calls per minute for each `tiger_id`.
 
     A refresher that takes longer than `attempt_timeout` is cancelled, and the attempt fails with
-    `AnswerLost`. A token that it returns in spite of that is stored if it is newer than the
-    account's token. A refresher must not block the event loop.
+    `AnswerLost`. If a cancelled refresher still returns a token, the token is stored if it is newer
+    than the account's token. A refresher must not block the event loop.
 
-    A token is stored even if the database is unavailable for a while, or if the claim is lost and
-    the account's token is older. Other values of an answer are left out if they cannot be stored. A
-    token is lost only if the process is killed between the broker's answer and the commit. The
-    broker then refuses the next attempt, and the account is suspended until it gets a new token.
+    A new token is stored even if the database is unavailable for a while, or if the claim is lost
+    and the account's token is older. Other values in the broker's answer are omitted if they cannot
+    be stored. A token is lost only if the process is killed between the broker's answer and the
+    commit. The broker then refuses the next attempt, and the account is suspended until a new token
+    is stored.
 
     Raises:
         InvalidValue: `concurrency`, `lease`, `attempt_timeout` or `per_minute` is not positive.
@@ -93,32 +94,35 @@ class RefreshWorker:
         self.attempt_timeout = attempt_timeout
         self.per_minute = per_minute
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
-        self.counts: Counter[str] = Counter()  # of claims, by outcome
-        self._call_times: dict[bytes | None, deque[float]] = defaultdict(deque)  # by tiger_id
-        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # by refresh
-        self._late: set[asyncio.Task[Any]] = set()  # refreshers that ignored their cancellation
+        self.counts: Counter[str] = Counter()  # number of claims by outcome
+        self._call_times: dict[bytes | None, deque[float]] = defaultdict(
+            deque
+        )  # call times by tiger_id
+        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # tasks by refresh id
+        self._late: set[asyncio.Task[Any]] = set()  # tasks that wait for cancelled refreshers
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._deadline = math.inf  # monotonic time at which `run` returns
 
     def stop(self) -> None:
-        """Claim no more refreshes, finish or give back the current ones, and let `run` return.
+        """Claim no more refreshes, finish or give back claimed refreshes, and let `run` return.
 
-        `run` returns within half a minute. A refresher that does not answer in time is cancelled as
-        after `attempt_timeout`. If an outcome cannot be stored in time, the lease expires.
+        `run` returns within 30 seconds. A refresher that does not return in time is cancelled, as
+        after `attempt_timeout`. If the outcome of a refresh cannot be stored in time, the lease of
+        the refresh expires.
         """
         self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
         self._stopping.set()
         self._wake.set()
 
     async def run(self, *, once: bool = False) -> None:
-        """Work until `stop` is called or, with `once`, until no refresh is due.
+        """Refresh due tokens until `stop` is called or, with `once`, until no refresh is due.
 
-        Without `once`, the worker waits while the database is unavailable. Cancellation has the
-        effect of `stop`.
+        Without `once`, the worker waits while the database is unavailable. If the task is
+        cancelled, `run` calls `stop`.
 
         Raises:
-            ConfigurationError: there is a pooler and no URL past it is set. Not with `once`.
+            ConfigurationError: `once` is false, `DB_POOLER` is set and `DB_DIRECT_HOST` is not set.
         """
         if not once:
             self.database.settings.without_pooler()
@@ -131,17 +135,17 @@ class RefreshWorker:
             raise
         finally:
             if not working.done():
-                _logger.warning("%d refreshes were not finished in time", len(self._attempts))
+                _logger.warning("refreshes that were not finished in time: %d", len(self._attempts))
                 await _cancel(working, *self._attempts.values())
         if working.done() and not working.cancelled():
             working.result()
 
     async def run_one(self, refresh_id: UUID) -> None:
-        """Claim one refresh and make one attempt.
+        """Claim one refresh and make one attempt to refresh the token.
 
         Raises:
-            InvalidState: the refresh has ended, another worker has claimed it, or no attempt is
-                left.
+            InvalidState: the refresh has ended, has no attempt left, or another worker has claimed
+                the refresh.
         """
         start = time.monotonic()
         async with self.database.session() as session:
@@ -167,7 +171,7 @@ class RefreshWorker:
                 except (TigerDBError, DBAPIError) as error:
                     if once or not is_transient(error):
                         raise
-                    _logger.warning("refreshes wait for the database: %s", error)
+                    _logger.warning("the refresh worker waits for the database: %s", error)
                     wait, pause = pause, min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
                 if once and wait > 0 and not self._attempts and not self._wake.is_set():
                     return
@@ -182,7 +186,7 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task, at most `seconds`, and after `stop` until the reserved share of time."""
+        """Wait for a task, at most `seconds`. After `stop`, leave `reserve` of the grace period."""
         end = math.inf if seconds is None else time.monotonic() + seconds
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -196,7 +200,7 @@ class RefreshWorker:
             await asyncio.wait({task}, timeout=max(end - time.monotonic(), 0))
 
     async def _start_due(self) -> float:
-        """Claim due refreshes and start their attempts; return the seconds until the next look."""
+        """Claim due refreshes and start the attempts. Return the seconds until the next query."""
         free = min(self.concurrency - len(self._attempts), 1000)
         if free <= 0:
             return POLL_SECONDS
@@ -224,10 +228,10 @@ class RefreshWorker:
             self.counts["abandoned"] += 1
         elif (error := task.exception()) is not None:
             self.counts["broken"] += 1
-            _logger.error("a refresh broke: %s", type(error).__name__)
+            _logger.error("a refresh stopped with an unexpected error: %s", type(error).__name__)
 
     async def _attempt(self, claim: TokenStatus, claimed_after: float) -> None:
-        """Make one attempt. `claimed_after` is a monotonic time before the claim."""
+        """Make one attempt of a claimed refresh, which was claimed after time `claimed_after`."""
         try:
             wait = self._rate_limit_wait(claim.tiger_account)
             if self._stopping.is_set() or wait > 0:
@@ -255,7 +259,7 @@ class RefreshWorker:
             await asyncio.wait([heartbeats])
 
     def _rate_limit_wait(self, account: TigerAccount) -> float:
-        """Count a call for the account's `tiger_id`, or return the seconds until one is allowed."""
+        """Count a call for a `tiger_id`, or return the seconds until a call is allowed."""
         now = time.monotonic()
         times = self._call_times[account.tiger_id_fingerprint]
         while times and times[0] <= now - _RATE_WINDOW_SECONDS:
@@ -266,7 +270,7 @@ class RefreshWorker:
         return 0.0
 
     async def _send_heartbeats(self, claim: TokenStatus, interval: float) -> None:
-        """Renew the lease every `interval` seconds until it is lost."""
+        """Renew the lease of the claim every `interval` seconds until the claim is lost."""
         while True:
             await asyncio.sleep(interval)
             try:
@@ -279,7 +283,7 @@ class RefreshWorker:
                     raise
 
     async def _ask(self, claim: TokenStatus) -> NewToken | RefreshFailed:
-        """Call the refresher; return its token or its error."""
+        """Call the refresher. Return the new token, or a RefreshFailed for any error."""
 
         async def call() -> NewToken:
             return await self.refresher(claim.tiger_account)
@@ -303,37 +307,42 @@ class RefreshWorker:
         error = asking.exception()
         if isinstance(error, RefreshFailed):
             return error
-        if error is not None:  # other libraries' messages may quote secrets
+        if error is not None:  # messages of other libraries may contain secrets
             known = isinstance(error, TigerDBError)
             return RefreshFailed(_text(error) if known else type(error).__name__)
         token = asking.result()
         if not isinstance(token, NewToken):
-            return AnswerLost(f"the refresher returned no NewToken, but {type(token).__name__}")
+            return AnswerLost(f"the refresher returned {type(token).__name__} instead of NewToken")
         return token
 
     async def _store_late(
         self, claim: TokenStatus, start: float, asking: asyncio.Task[Any]
     ) -> None:
-        """Store the token that a refresher returns although it was cancelled."""
+        """Store the token that a refresher returns in spite of its cancellation."""
         await asyncio.wait([asking])
         if asking.cancelled() or asking.exception() or not isinstance(asking.result(), NewToken):
             return
         if self._stopping.is_set():  # the database may be closed
-            _logger.warning("%s: a token came too late, and is lost", claim.tiger_account.label())
+            _logger.warning(
+                "%s: a new token is lost, because it came after the worker stopped",
+                claim.tiger_account.label(),
+            )
             return
         milliseconds = round((time.monotonic() - start) * 1000)
         try:
             error: Exception | None = await self._complete(claim, asking.result(), milliseconds)
-        except Exception as problem:  # noqa: BLE001  # it may quote a secret
+        except Exception as problem:  # noqa: BLE001  # its message may contain a secret
             error = problem
         if error is not None:
             self.counts["broken"] += 1
-            _logger.error("a token that came late is lost: %s", type(error).__name__)
+            _logger.error(
+                "a new token is lost, because it cannot be stored: %s", type(error).__name__
+            )
 
     async def _complete(
         self, claim: TokenStatus, token: NewToken, milliseconds: int
     ) -> AnswerLost | None:
-        """Store a token; return None, or an error if not even the token alone can be stored."""
+        """Store a new token and return None, or return an error if the token cannot be stored."""
         token = _without_unstorable(claim, token)
         for storable in (token, NewToken(token.access_token)):
             try:
@@ -347,7 +356,7 @@ class RefreshWorker:
         return AnswerLost(reason, code=token.code)
 
     async def _store(self, claim: TokenStatus, token: NewToken, milliseconds: int) -> None:
-        """Complete the refresh with a token, or offer the token to the account."""
+        """Complete the refresh with a new token. If the claim was lost, use `_offer`."""
         label = claim.tiger_account.label()
         try:
             refresh = await self._save(
@@ -365,10 +374,12 @@ class RefreshWorker:
             await self._offer(claim, token)
         except StaleToken:
             self.counts["stale"] += 1
-            _logger.warning("%s has a newer token than the one that was refreshed", label)
+            _logger.warning("%s already has a newer token than the refreshed token", label)
         else:
             self.counts["refreshed"] += 1
-            _logger.info("%s has a new token; the next at %s", label, refresh.next_refresh_at)
+            _logger.info(
+                "%s has a new token; the next refresh is due at %s", label, refresh.next_refresh_at
+            )
 
     async def _offer(self, claim: TokenStatus, token: NewToken) -> None:
         """Store the token of a lost claim if it is newer than the account's token."""
@@ -377,7 +388,7 @@ class RefreshWorker:
             refresh = await token_status.get(session, claim.id)
             new_hash = token_status.token_hash(token.access_token)
             if refresh is not None and refresh.new_token_hash == new_hash:
-                return False  # an unconfirmed commit has stored it
+                return False  # an unconfirmed commit has stored the token
             await accounts.update_tokens(
                 session,
                 claim.tiger_account_id,
@@ -393,14 +404,18 @@ class RefreshWorker:
             offered = await self._save(offer)
         except (InvalidState, NotFound) as error:  # StaleToken is an InvalidState
             self.counts["lost"] += 1
-            _logger.warning("%s: the claim was lost, and the token is not needed: %s", label, error)
+            _logger.warning(
+                "%s: the claim was lost, and the new token is not needed: %s", label, error
+            )
             return
         self.counts["offered" if offered else "refreshed"] += 1
         if offered:
-            _logger.warning("%s: the claim was lost; its token was newer, and is stored", label)
+            _logger.warning(
+                "%s: the claim was lost, but the new token is newer and was stored", label
+            )
 
     async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
-        """Store a failure, as far as it can be stored."""
+        """Store the failure of a refresh, or an unknown failure if its values cannot be stored."""
         account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:
@@ -408,7 +423,7 @@ class RefreshWorker:
             if refused:
                 now = await get_or_raise(session, TigerAccount, account.id, lock=True)
                 if now.readable_token() != account.readable_token():
-                    message = f"{error} (of a token that the account no longer has)"
+                    message = f"{error} (the account no longer has the refused token)"
                     refused = False
             return await token_status.fail(
                 session,
@@ -429,20 +444,22 @@ class RefreshWorker:
                 if isinstance(problem, LeaseLost | NotFound) or is_transient(problem):
                     raise
                 await self._save(partial(token_status.fail_unknown, claim=claim))
-                outcome = f"the failure cannot be stored: {type(problem).__name__}"
+                outcome = f"the error of the refresh cannot be stored: {type(problem).__name__}"
             else:
                 given_up = refresh.status == TokenRefreshStatus.FAILED
-                again = "given up" if given_up else f"again at {refresh.scheduled_at}"
+                again = (
+                    "no attempt is left" if given_up else f"next attempt at {refresh.scheduled_at}"
+                )
                 outcome = f"{refresh.error_message}; {again}"
         except (LeaseLost, NotFound):
             self.counts["lost"] += 1
-            _logger.warning("%s: the claim was lost after a failure", account.label())
+            _logger.warning("%s: the claim was lost after the refresh had failed", account.label())
             return
         self.counts["failed"] += 1
         _logger.warning("%s: no new token: %s", account.label(), outcome)
 
     async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-        """Run `work` in a transaction, again and again while the database is unavailable."""
+        """Run `work` in a transaction. Repeat it while the database is unavailable."""
         pause = _RETRY_PAUSE_SECONDS
         while True:
             try:
@@ -451,20 +468,22 @@ class RefreshWorker:
             except (TigerDBError, DBAPIError) as error:
                 if not is_transient(error) or time.monotonic() + pause > self._deadline:
                     raise
-                _logger.warning("a refresh waits for the database: %s", type(error).__name__)
+                _logger.warning(
+                    "storing a refresh waits for the database: %s", type(error).__name__
+                )
             await asyncio.sleep(pause)
             pause = min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks, and wait at most a second for them to end."""
+    """Cancel tasks, and wait at most one second for the end of the tasks."""
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
 
 
 def _without_unstorable(claim: TokenStatus, token: NewToken) -> NewToken:
-    """Return a token without its accompanying values that cannot be stored."""
+    """Return a NewToken without the optional values that cannot be stored."""
     account, refresh_token = claim.tiger_account, token.refresh_token
     return NewToken(
         token.access_token,
@@ -475,17 +494,19 @@ def _without_unstorable(claim: TokenStatus, token: NewToken) -> NewToken:
 
 
 def _storable(row: Entity, name: str, value: T | None) -> T | None:
-    """Return a broker's value as a field can hold it; None if the field cannot."""
+    """Return a value from the broker as validated by a field, or None if the value is invalid."""
     try:
         storable: T | None = row.validate_changes({name: value})[name]
     except (ValueError, TypeError, OverflowError):  # ValidationError is a ValueError
-        _logger.warning("%s: a broker's %s cannot be stored, and is left out", row.label(), name)
+        _logger.warning(
+            "%s: the value of %s from the broker is invalid and is not stored", row.label(), name
+        )
         return None
     return storable
 
 
 def _text(error: BaseException) -> str:
-    """Return an error's text, or its type if `__str__` fails."""
+    """Return the message of an error, or the name of its type if `__str__` fails."""
     try:
         return str(error)
     except Exception:  # noqa: BLE001  # a refresher may raise errors of any class
@@ -493,7 +514,7 @@ def _text(error: BaseException) -> str:
 
 
 def _retry_after(error: RefreshFailed) -> timedelta | None:
-    """Return the wait that the broker asked for, at most 7 days; None if it is not valid."""
+    """Return the broker's `retry_after`, at most 7 days, or None if it is missing or invalid."""
     wait = error.retry_after if isinstance(error, RefreshLimited) else None
     if not isinstance(wait, timedelta) or wait < timedelta(0):
         return None

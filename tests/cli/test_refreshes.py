@@ -97,7 +97,12 @@ def test_a_worker_with_once_refreshes_what_is_due(
     assert (done.code, done.out) == (0, "")
     told = done.err.splitlines()
     assert set(told[-1].split(", ")) == {"1 refreshed", "1 failed"}
-    assert sum("account ****0321 has a new token; the next at " in line for line in told) == 1
+    assert (
+        sum(
+            "account ****0321 has a new token; the next refresh is due at " in line for line in told
+        )
+        == 1
+    )
     assert sum("****0322: no new token: code=1000 msg=common" in line for line in told) == 1
     assert_no_secret(gateway, done)
     assert stored(cli).readable_token() == gateway.known[TIGER_ID].token

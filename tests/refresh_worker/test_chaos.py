@@ -278,7 +278,7 @@ async def test_workers_survive_kills_and_outages(private_server: Settings, tmp_p
             left = await work_off(database)
         state = state_of(url)
     log = staff.log.read_text()
-    assert "a refresh broke" not in log, log
+    assert "a refresh stopped with an unexpected error" not in log, log
     # SQLAlchemy's pool shows those of connections that a stopping server closes under its hands.
     assert log.count("Traceback") == log.count("Exception closing connection"), log
     assert not [token for token in state["tokens"].values() if token in log]

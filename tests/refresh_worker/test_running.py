@@ -622,7 +622,7 @@ async def test_a_refused_old_token_does_not_suspend_an_account_with_a_new_one(
         await counted(worker, "failed")
     now = await row(clone, refresh.id)
     assert (now.status, now.retry_count, now.error_code) == (S.PENDING, 1, "CredentialsRefused")
-    assert now.error_message == "code=1000 msg=no (of a token that the account no longer has)"
+    assert now.error_message == "code=1000 msg=no (the account no longer has the refused token)"
     account = await account_of(clone, refresh.tiger_account_id)
     assert (account.status, plain(account.access_token)) == (AccountStatus.ACTIVE, new)
     assert await events(clone, AuditAction.ACCOUNT_STATUS_CHANGE) == []

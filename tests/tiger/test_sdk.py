@@ -218,7 +218,7 @@ def test_options_that_were_not_imported(options: Any, name: str, wanted: object)
 )
 def test_a_bad_option_is_named(name: str, value: str) -> None:
     account = new_account(private_key=PK8, client_options={name: value})
-    with pytest.raises(InvalidValue, match=f"client_options: {name} has a bad value"):
+    with pytest.raises(InvalidValue, match=f"{name} in client_options has an invalid value"):
         client_config(account)
 
 

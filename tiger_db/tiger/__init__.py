@@ -1,4 +1,4 @@
-"""Tiger's Open API: import and export of its files, setup of its SDK, refreshes of its tokens."""
+"""Tiger's Open API: import and export of accounts, configuration of the SDK, token refreshes."""
 
 from tiger_db.tiger.exporting import export_account
 from tiger_db.tiger.importing import Imported, import_account

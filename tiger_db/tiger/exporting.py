@@ -26,18 +26,18 @@ async def export_account(
 ) -> list[Path]:
     """Write a configuration file and, if the account has an access token, a token file.
 
-    Only the owner may read the files (mode 0600). A new folder has mode 0700. The audit event is
-    committed before the files are written. With `overwrite`, existing files are replaced, and a
-    token file is removed if the account has no token. Symbolic links are followed, and pipes and
-    devices are written to, as `tiger_db.files.output_files` does. Return the paths of the files.
+    Return the paths of the files. New files have mode 0600, and a new folder has mode 0700. The
+    audit event is committed before the files are written. With `overwrite`, existing files are
+    replaced, and an existing token file is removed if the account has no token. For symbolic links,
+    pipes and devices, see `tiger_db.files.output_files`.
 
     Raises:
-        AlreadyExists: a file exists; nothing was written.
+        AlreadyExists: a file already exists. Nothing was written.
         NotFound: the account does not exist.
         InvalidState: the account is closed.
         InvalidValue: the private key is not an RSA key, or the path is not a folder.
         EncryptionError: the account's secrets cannot be decrypted.
-        OSError: the files cannot be written; no new file is left behind.
+        OSError: the files cannot be written. No new file was created.
     """
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:
@@ -53,7 +53,7 @@ async def export_account(
             details={"files": [*texts]},
         )
         await crud.audit_logs.insert_event(session, event)
-    # The SDK would send the token of another account, if its file stayed.
+    # A token file of another account must not stay, because the SDK would send that token.
     obsolete = None if TOKEN_FILE in texts else TOKEN_FILE
     return await asyncio.to_thread(
         write_private, folder, texts, overwrite=overwrite, obsolete=obsolete
@@ -68,12 +68,12 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def _file_texts(account: TigerAccount) -> dict[str, str]:
-    """Return the texts of an account's files by file name."""
+    """Return the text of each file of an account, by file name."""
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     key, _ = load_private_key(plaintext(account.private_key))
     config = {
-        # Both formats, as in Tiger's own files: each of its SDKs reads one of them.
+        # The private key is written in both formats, because each of Tiger's SDKs reads one format.
         "private_key_pk1": base64_der(key, PrivateKeyFormat.PK1),
         "private_key_pk8": base64_der(key, PrivateKeyFormat.PK8),
         "tiger_id": plaintext(account.tiger_id),

@@ -37,8 +37,8 @@ class Imported:
 
     account: TigerAccount
     created: bool
-    changed: list[str]  # fields whose value changed; for a new account, all fields of the files
-    token_kept: bool  # the stored access token is newer than that of the files, so it was kept
+    changed: list[str]  # changed fields; for a new account, all fields in the files
+    token_kept: bool  # the stored access token was kept because it is newer
     ignored: list[str]  # names of unknown properties
 
 
@@ -49,19 +49,19 @@ async def import_account(
     token_file: Path | None = None,
     name: str | None = None,
 ) -> Imported:
-    """Create an account from Tiger's files, or update the stored account of that number.
+    """Create an account from Tiger's files, or update the account with the same account number.
 
-    Fields that the files do not mention are not changed. A stored access token that is newer than
-    that of the files is kept. If both files have a token, the newer one is used. The same private
-    key in another format is not a change. Importing an account's own export changes nothing and
-    writes no audit event. `name` is the account's name; by default, a new account is named after
-    its number.
+    Fields that are not in the files keep their values. A stored access token that is newer than the
+    files' token is kept. If both files have a token, the newer token is used. The same private key
+    in another format is not a change. The import of an account's own export changes nothing and
+    writes no audit event. `name` is the account's name. The default name of a new account is its
+    account number.
 
     Raises:
-        InvalidValue: a file cannot be read, or a property is missing or invalid. The message names
-            the file and the property, and quotes no value.
+        InvalidValue: a file cannot be read, or a property is missing or invalid. The error
+            message names the file and the property, and does not show the value.
         InvalidState: the account is closed.
-        AlreadyExists: another session has created the account meanwhile.
+        AlreadyExists: another session created the account at the same time.
     """
     values = await asyncio.to_thread(read_properties, config_file)
     given = _fields(config_file, values)
@@ -89,8 +89,8 @@ async def import_account(
             details={"created": stored is None, "changed": [*changed]},
         )
         await crud.audit_logs.insert_event(session, event)
-    # A name that may be a part of a private key is masked: it has no plain words, or its value is
-    # only the padding of base64.
+    # A property name that may be part of a private key is masked: such a name is not made of plain
+    # words, or the value of the property is only the padding of base64.
     ignored = {
         name if _WORDS.fullmatch(name) and values[name].strip("=") else MASK
         for name in values.keys() - _KNOWN
@@ -106,7 +106,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
     given: dict[str, Any] = {
         field: values[name] for field, name in FIELD_PROPERTIES.items() if name in values
     }
-    if "environment" in given:  # the SDK accepts two names of the sandbox, in upper or lower case
+    if "environment" in given:  # the SDK accepts SANDBOX and TEST, in any case
         environment = given["environment"].upper()
         given["environment"] = TigerEnvironment.SANDBOX if environment == "TEST" else environment
     if options := {name: values[name] for name in CLIENT_OPTIONS if name in values}:
@@ -117,7 +117,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _private_key(file: Path, values: Mapping[str, str]) -> str:
-    """Return the private key by the SDK's precedence; all its properties must have the same key."""
+    """Return the private key by the SDK's precedence. All key properties must have the same key."""
     keys: dict[str, RSAPublicNumbers] = {}
     for name in PRIVATE_KEY_PROPERTIES:
         if name in values:
@@ -128,12 +128,12 @@ def _private_key(file: Path, values: Mapping[str, str]) -> str:
     if not keys:
         raise InvalidValue(f"{file}: private_key_pk1 or private_key_pk8 is missing")
     if len({*keys.values()}) > 1:
-        raise InvalidValue(f"{file}: {' and '.join(keys)} are different keys: keep the right one")
+        raise InvalidValue(f"{file}: {' and '.join(keys)} are different keys: remove the wrong key")
     return values[next(iter(keys))]
 
 
 def _invalid_property(error: ValidationError, file: Path, *, named: bool) -> InvalidValue:
-    """Return an error that names the file and the property of an invalid field."""
+    """Return an InvalidValue that names the file and the property of the invalid field."""
     problem = error.errors(include_url=False, include_input=False)[0]
     reason = problem["msg"].removeprefix("Value error, ")
     field = str(problem["loc"][0])
@@ -144,7 +144,7 @@ def _invalid_property(error: ValidationError, file: Path, *, named: bool) -> Inv
 
 
 def _newer_token(token: str | None, other: str) -> str:
-    """Return the token that was generated later; if unknown, the first, as the SDK does."""
+    """Return the newer token. If the age of a token is unknown, return the first, like the SDK."""
     if token is None:
         return other
     times, others = token_times(token), token_times(other)
@@ -155,7 +155,7 @@ def _newer_token(token: str | None, other: str) -> str:
 async def _update(
     session: AsyncSession, stored: TigerAccount, draft: TigerAccount, given: list[str]
 ) -> tuple[list[str], bool]:
-    """Update the given fields that differ. Return their names, and whether a token was kept."""
+    """Update the fields that differ. Return their names, and whether the stored token was kept."""
     if stored.status == AccountStatus.CLOSED:
         raise InvalidState(
             f"{stored.label()} is closed: reopen it first (`tiger-db reopen-account`)"
@@ -163,7 +163,7 @@ async def _update(
     options = {k: v for k, v in draft.client_options.items() if client_option(stored, k) != v}
     draft.client_options = {**stored.client_options, **options}
     changed = [field for field in given if _comparable(stored, field) != _comparable(draft, field)]
-    if "private_key" not in changed:  # the stored format belongs to the stored key
+    if "private_key" not in changed:  # the stored key keeps its format
         changed = [field for field in changed if field != "private_key_format"]
     changes = {field: getattr(draft, field) for field in changed if field != "access_token"}
     if changes:
@@ -179,7 +179,7 @@ async def _update(
 
 
 def _comparable(account: TigerAccount, field: str) -> object:
-    """Return a field's value for comparison with a file; None for an unreadable secret."""
+    """Return a field's value for comparisons, or None if the value is an unreadable secret."""
     value = getattr(account, field)
     try:
         if isinstance(value, Secret):

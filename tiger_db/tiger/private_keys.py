@@ -19,7 +19,7 @@ _DER_FORMATS = {
     PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
     PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
 }
-# Each PEM label stands for one format only (RFC 7468, 10; RFC 8017, A.1.2).
+# The format that each PEM label stands for (RFC 7468, 10; RFC 8017, A.1.2).
 _PEM_LABELS = {
     "PRIVATE KEY": PrivateKeyFormat.PK8,
     "RSA PRIVATE KEY": PrivateKeyFormat.PK1,
@@ -30,22 +30,24 @@ _PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.*?)-----END \1-----", 
 def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
     """Parse an RSA private key in PEM or base64 DER, PKCS#1 or PKCS#8.
 
-    Return the key as base64 DER in one line, as Tiger's files have it, and its format, which
-    follows from the content and not from the PEM label.
+    Return the key as base64 DER in one line, as in Tiger's files, and the format of the key. The
+    format is detected from the content, because PEM labels can be wrong.
 
     Raises:
-        InvalidValue: the text is not such a key. The message does not quote the text.
+        InvalidValue: the text is not an RSA private key. The error message does not show the text.
     """
     key, key_format = load_private_key(text)
     return base64_der(key, key_format), key_format
 
 
 def load_private_key(text: str) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
-    """Parse an RSA private key as `parse_private_key` does, and return the key object."""
+    """Parse an RSA private key like `parse_private_key`, but return the key as an object."""
     pem = _PEM.search(text)
     body = "".join((pem[2] if pem else text).replace("\\n", "\n").split())
     if pem and ("ENCRYPTED" in pem[1] or ",ENCRYPTED" in body):
-        raise InvalidValue("the private key is protected by a passphrase: remove it first")
+        raise InvalidValue(
+            "the private key is protected by a passphrase: remove the passphrase first"
+        )
     if not body:
         raise InvalidValue("the private key is empty")
     for label, key_format in _PEM_LABELS.items():
@@ -56,19 +58,19 @@ def load_private_key(text: str) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
         except (ValueError, TypeError, UnsupportedAlgorithm):
             continue
         if not isinstance(key, RSAPrivateKey):
-            raise InvalidValue("the private key is not an RSA key, which Tiger needs")
+            raise InvalidValue("the private key is not an RSA key, but Tiger needs an RSA key")
         return key, key_format
     raise InvalidValue("the private key is not RSA in PEM or base64 DER (PKCS#1 or PKCS#8)")
 
 
 def base64_der(key: RSAPrivateKey, key_format: PrivateKeyFormat) -> str:
-    """Encode a key as base64 DER in one line."""
+    """Encode a private key as base64 DER in one line."""
     der = key.private_bytes(Encoding.DER, _DER_FORMATS[key_format], NoEncryption())
     return base64.b64encode(der).decode("ascii")
 
 
 def public_numbers(private_key: str) -> RSAPublicNumbers:
-    """Return the public numbers of a private key. They are equal in all formats of one key.
+    """Return the public numbers of a private key, which are the same in all formats of the key.
 
     Raises:
         InvalidValue: the text is not an RSA private key.

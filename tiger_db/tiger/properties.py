@@ -1,4 +1,4 @@
-"""Properties files of Tiger's SDKs: reading, formatting, and the names of their properties."""
+"""Reading and formatting of the properties files of Tiger's SDKs."""
 
 import re
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
 TOKEN_FILE = "tiger_openapi_token.properties"  # noqa: S105  # a file name
-# In the SDK's order of precedence.
+# Properties with private keys, in the SDK's order of precedence.
 PRIVATE_KEY_PROPERTIES = ("private_key", "private_key_pk8", "private_key_pk1")
-# The property of each field of TigerAccount.
+# The names of properties by field of TigerAccount.
 FIELD_PROPERTIES = {
     "tiger_id": "tiger_id",
     "account_number": "account",
@@ -24,7 +24,7 @@ FIELD_PROPERTIES = {
     "server_url": "server_url",
     "access_token": "token",
 }
-# Properties that `TigerAccount.client_options` keeps unchanged.
+# Properties that are stored unchanged in `TigerAccount.client_options`.
 CLIENT_OPTIONS = (
     "timeout", "token_refresh_duration", "socket_host_port", "timezone", "language",
     "use_full_tick",
@@ -32,37 +32,37 @@ CLIENT_OPTIONS = (
 
 _MAX_FILE_BYTES = 1_000_000
 _PEM_BLOCK = re.compile(r"-----BEGIN [A-Z ]+-----.*?-----END ", re.DOTALL)
-# Characters to escape in a value. `=` and `:` stay: Tiger's own files do not escape them, and
-# simple readers misread the escapes.
+# Characters to escape in a value. `=` and `:` are not escaped: Tiger's own files do not escape `=`
+# and `:`, and simple parsers do not decode the escapes.
 _MUST_ESCAPE = re.compile(r"\A |[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """Read a properties file. Values are stripped of whitespace; empty ones are left out.
+    """Read a properties file. Strip whitespace from values, and omit properties without a value.
 
     A value may be a PEM block of several lines. The file may begin with a byte order mark.
 
     Raises:
-        InvalidValue: the file cannot be read, or is not UTF-8 or not a properties file.
+        InvalidValue: the file is unreadable, too large, not UTF-8 or not a properties file.
     """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES:
-            raise InvalidValue(f"{path}: is too large to be one of Tiger's files")
+            raise InvalidValue(f"{path} is too large for a properties file of Tiger")
         text = content.decode("utf-8-sig")
         values = javaproperties.loads(_PEM_BLOCK.sub(_escape_line_ends, text))
     except OSError as error:
         raise InvalidValue(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InvalidValue(f"{path}: is not UTF-8 text") from None
+        raise InvalidValue(f"{path} is not UTF-8 text") from None
     except javaproperties.InvalidUEscapeError:
-        raise InvalidValue(f"{path}: has a malformed \\u escape") from None
+        raise InvalidValue(f"{path} has a malformed \\u escape") from None
     return {key: value.strip() for key, value in values.items() if value.strip()}
 
 
 def format_properties(values: Mapping[str, str | None]) -> str:
-    """Format the text of a properties file. Empty values are left out."""
+    """Format the text of a properties file. Omit properties without a value."""
     return "".join(
         f"{key}={_MUST_ESCAPE.sub(lambda found: javaproperties.escape(found[0]), value)}\n"
         for key, value in values.items()
@@ -71,7 +71,7 @@ def format_properties(values: Mapping[str, str | None]) -> str:
 
 
 def client_option(account: TigerAccount, name: str) -> str:
-    """Return one of the `client_options` as text, or an empty string."""
+    """Return one of the account's `client_options` as text, or an empty string."""
     value = account.client_options.get(name)
     return "" if value is None else str(value).strip()
 

@@ -1,4 +1,4 @@
-"""Refreshes of access tokens through Tiger's SDK."""
+"""Refresh of access tokens with Tiger's SDK."""
 
 import asyncio
 import json
@@ -15,26 +15,26 @@ from tiger_db.models.token_status import NewToken
 from tiger_db.redaction import redact_aggressively
 from tiger_db.tiger.sdk import client_config
 
-# https://quant.itigerup.com/openapi/en/python/appendix2/overview.html: codes of the Open API
+# https://quant.itigerup.com/openapi/en/python/appendix2/overview.html: error codes
 _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
 _REFUSED = {1000, 4000}  # common parameter or signature error; permission denied
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
-_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # a rolling window
+_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # Tiger counts requests in a rolling window
 _disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
 _disabled_logger.disabled = True  # the SDK logs tokens
 
 
 async def refresh_token(account: TigerAccount) -> NewToken:
-    """Ask Tiger for a new access token, once. Tiger then invalidates the current token.
+    """Send Tiger one request for a new access token, which invalidates the current token.
 
-    The SDK blocks, so it runs in a thread. Call this outside transactions. Error messages contain
-    Tiger's code and text, with secrets masked.
+    The request runs in a thread, because the SDK blocks. Call this function outside of database
+    transactions. Error messages contain Tiger's error code and error text, with secrets masked.
 
     Raises:
         RefreshLimited: Tiger's rate limit is reached.
         CredentialsRefused: Tiger refuses the key, the signature or the token.
-        AnswerLost: Tiger's answer is missing or malformed: Tiger may have issued a token.
-        RefreshFailed: another failure, which may be temporary.
+        AnswerLost: Tiger may have issued a token, but its answer is missing or malformed.
+        RefreshFailed: the refresh failed for another reason, which may be temporary.
         ConfigurationError: the SDK is not installed.
     """
     config = client_config(account)
@@ -79,35 +79,35 @@ def _ask(config: Any) -> Any:  # noqa: ANN401  # the SDK has no types
 def _http_error(status: int | None, text: str) -> RefreshFailed:
     if status == _HTTP_LIMIT:
         return RefreshLimited(
-            "Tiger's limit is reached (HTTP 429)", code=_LIMIT, retry_after=_RATE_LIMIT_WINDOW
+            "Tiger's rate limit is reached (HTTP 429)", code=_LIMIT, retry_after=_RATE_LIMIT_WINDOW
         )
     if status in _HTTP_UNAUTHORIZED:
         return CredentialsRefused(f"Tiger refuses the credentials (HTTP {status})")
     if status is not None and status < _HTTP_SERVER_ERROR:
-        return RefreshFailed(f"HTTP {status}")
-    # Tiger may have issued a token before the error: the outcome is unknown.
-    return AnswerLost(f"HTTP {status}" if status is not None else text)
+        return RefreshFailed(f"Tiger refuses the request (HTTP {status})")
+    # Tiger may have issued a token before the error, so the outcome is unknown.
+    return AnswerLost(f"Tiger failed (HTTP {status})" if status is not None else text)
 
 
 def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # any JSON value
-    """Return the token of an answer, or raise the error that the answer means."""
+    """Return the token in Tiger's answer, or raise a RefreshFailed for an error in the answer."""
     if not isinstance(answer, dict):
-        raise AnswerLost("Tiger's answer is no object")
+        raise AnswerLost("Tiger's answer is not a JSON object")
     code, text = answer.get("code"), str(answer.get("message") or answer.get("msg") or "")
     message = f"code={code} msg={text}"
     if code == _OK:
         data = answer.get("data")
-        if isinstance(data, str):  # the SDK's parsers accept JSON in a string
+        if isinstance(data, str):  # a string may contain JSON
             try:
                 data = json.loads(data)
             except ValueError:
                 data = None
         token = data.get("token") if isinstance(data, dict) else None
         if not isinstance(token, str) or not token:
-            raise AnswerLost("Tiger's answer has no token", code=code)
+            raise AnswerLost("Tiger's answer contains no token", code=code)
         return NewToken(token, code=code)
     if not isinstance(code, int):
-        raise AnswerLost("Tiger's answer has no code")
+        raise AnswerLost("Tiger's answer contains no error code")
     if code == _LIMIT or (code == _FORBIDDEN and "rate limit" in text):
         raise RefreshLimited(message, code=code, retry_after=_RATE_LIMIT_WINDOW)
     if code in _REFUSED or code == _FORBIDDEN:

@@ -18,13 +18,13 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     """Return a configuration of Tiger's SDK for one account, from stored values alone.
 
-    The configuration reads no properties file and no `TIGEROPEN_*` variable, and sends nothing. The
-    SDK puts the machine's MAC address into its requests. The SDK never refreshes the token, even if
-    an imported file has a `token_refresh_duration`: a second refresh would invalidate the token of
-    the first one.
+    This function reads no properties file and no `TIGEROPEN_*` variable, and sends no request. The
+    SDK adds the machine's MAC address to its requests. The SDK never refreshes the token, even if
+    an imported file has a `token_refresh_duration`, because each refresh invalidates the last
+    token.
 
     `retry_max_tries` is 0, because the SDK would also repeat requests that are not idempotent:
-    transfers, option exercises, token refreshes. Raise it in programs that only read.
+    transfers, option exercises, token refreshes. Programs that only read can set a higher number.
 
     Raises:
         ConfigurationError: the SDK is not installed.
@@ -35,25 +35,28 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     sdk, config_class = load_sdk()
-    config = config_class(enable_dynamic_domain=False)  # True sends a request for server names
+    config = config_class(enable_dynamic_domain=False)  # with True, the SDK requests server names
     config.props_path = None
     config.tiger_id, config.account = plaintext(account.tiger_id), account.account_number
     config.private_key, _ = parse_private_key(plaintext(account.private_key))
-    config.license = account.license.value if account.license else ""  # None sends a request
+    config.license = (
+        account.license.value if account.license else ""
+    )  # with None, the SDK sends a request
     config.token = plaintext(account.access_token)
     config.secret_key = plaintext(account.secret_key)
     config.token_refresh_duration = config.retry_max_tries = 0
     url = sdk.SERVER_URL
     if account.environment == TigerEnvironment.SANDBOX:
-        # The constructor's argument logs a warning, which configures the root logger.
-        config._sandbox_debug = True  # noqa: SLF001  # see above
+        # This private attribute avoids the constructor's argument, which logs a warning and so
+        # configures the root logger.
+        config._sandbox_debug = True  # noqa: SLF001
         config.tiger_public_key = sdk.SANDBOX_TIGER_PUBLIC_KEY
         url, config.socket_host_port = sdk.SANDBOX_SERVER_URL, sdk.SANDBOX_SOCKET_HOST_PORT
     elif account.license == TigerLicense.TBUS:
         url, config.socket_host_port = sdk.US_SERVER_URL, sdk.US_SOCKET_HOST_PORT
     config.server_url = config.quote_server_url = account.server_url or url
     parsers: dict[str, Callable[[str], object]] = {
-        "timeout": lambda text: _natural(text) or sdk.TIMEOUT,  # 0 is the default, as in the SDK
+        "timeout": lambda text: _natural(text) or sdk.TIMEOUT,  # 0: the SDK's default
         "socket_host_port": _socket,
         "timezone": str,
         "language": sdk.Language,
@@ -64,22 +67,22 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
             try:
                 setattr(config, name, parse(text))
             except (ValueError, LookupError):
-                raise InvalidValue(f"client_options: {name} has a bad value") from None
+                raise InvalidValue(f"{name} in client_options has an invalid value") from None
     return config
 
 
 @cache
 def load_sdk() -> tuple[Any, Any]:
-    """Import the SDK. Return its configuration module, and a class that reads no files.
+    """Import the SDK. Return its configuration module, and a configuration class without I/O.
 
     Raises:
         ConfigurationError: the SDK is not installed.
     """
     try:
-        from tigeropen import tiger_open_config as sdk  # noqa: PLC0415  # slow, and an extra
+        from tigeropen import tiger_open_config as sdk  # noqa: PLC0415  # the SDK is slow to import, and optional
     except ImportError as error:
         raise ConfigurationError(
-            "Tiger's SDK is not installed: install tiger-db with its extra, tiger-db[tiger]"
+            "Tiger's SDK is not installed: run `pip install tiger-db[tiger]`"
         ) from error
 
     class ExplicitConfig(sdk.TigerOpenClientConfig):  # type: ignore[misc]  # the SDK has no types
