@@ -199,8 +199,8 @@ async def test_files_that_cannot_be_read(session: AsyncSession, tmp_path: Path) 
     for name, reason in (
         ("none", "No such file or directory"),
         (".", "Is a directory"),
-        ("latin", "is not UTF-8 text"),
-        ("large", "is too large"),
+        ("latin", "the file is not UTF-8 text"),
+        ("large", "the file is too large"),
         ("tokenless", "token is missing"),
     ):
         path = tmp_path / name

@@ -75,7 +75,7 @@ def test_a_file_is_read_whole_or_refused(tmp_path: Path) -> None:
     assert read_properties(path) == {"a": value}
     for more in ("x", "é"):  # of the latter, the limit takes the half
         path.write_bytes(f"a={value}{more}".encode())
-        with pytest.raises(InvalidValue, match="large is too large"):
+        with pytest.raises(InvalidValue, match="large: the file is too large"):
             read_properties(path)
 
 

@@ -49,15 +49,15 @@ def read_properties(path: Path) -> dict[str, str]:
         with path.open("rb") as file:
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES:
-            raise InvalidValue(f"{path} is too large for a properties file of Tiger")
+            raise InvalidValue(f"{path}: the file is too large for a properties file of Tiger")
         text = content.decode("utf-8-sig")
         values = javaproperties.loads(_PEM_BLOCK.sub(_escape_line_ends, text))
     except OSError as error:
         raise InvalidValue(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InvalidValue(f"{path} is not UTF-8 text") from None
+        raise InvalidValue(f"{path}: the file is not UTF-8 text") from None
     except javaproperties.InvalidUEscapeError:
-        raise InvalidValue(f"{path} has a malformed \\u escape") from None
+        raise InvalidValue(f"{path}: the file has a malformed \\u escape") from None
     return {key: value.strip() for key, value in values.items() if value.strip()}
 
 
