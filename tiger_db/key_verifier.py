@@ -1,4 +1,4 @@
-"""Authorize API keys for servers, with a cache of verified keys."""
+"""Authorize API keys in servers, with an optional cache of verified keys."""
 
 import asyncio
 import contextlib
@@ -21,28 +21,28 @@ from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import APIKey, APIKeyScope
 
 CHANNEL = "tiger_db_api_keys"
-_TABLES = {"api_keys", "tiger_accounts"}  # whose triggers notify the channel
-HEARTBEAT_SECONDS = 0.2  # between two queries on the listening connection
-LEASE_SECONDS = 0.5  # from a heartbeat, during which cached keys are valid
-MAX_AGE_SECONDS = 60.0  # after which a cached key is read again, even without a notification
-_YIELD_SECONDS = 0.005  # after which a call lets the event loop read notifications
+_TABLES = {"api_keys", "tiger_accounts"}  # tables with triggers that notify CHANNEL
+HEARTBEAT_SECONDS = 0.2  # interval of the queries on the listening connection
+LEASE_SECONDS = 0.5  # cached keys are valid for this time after a heartbeat query
+MAX_AGE_SECONDS = 60.0  # a cached key of this age is read from the database again
+_YIELD_INTERVAL_SECONDS = 0.005  # calls let the event loop read notifications at this interval
 
 
 class KeyVerifier:
-    """Authorizes API keys without a session, in one event loop.
+    """Authorizes API keys without a session. Use a KeyVerifier in one event loop only.
 
-    Each call reads the row of the key with one query, so that no answer is older than the call. The
-    hash is verified once, and again when the row has changed.
+    Each call reads the key's row with one query, so that a change of a key takes effect at once.
+    The hash of a key is verified in the first call, and again after a change of the row.
 
-    With `memory=True`, an entered verifier listens for changes, and authorizes verified keys from a
-    cache. Triggers on api_keys and tiger_accounts notify it of each change within milliseconds,
-    also of changes by plain SQL. `__aenter__` compares them with `migrations.declared`. A cached
-    key is read again after 60 s, in case that a notification is missing. Every call reads the
-    database while the listening connection is lost or has not answered for half a second, and for
-    each key with rate limits.
+    With `memory=True`, verified keys are cached inside the `async with` block. Triggers on api_keys
+    and tiger_accounts notify the verifier of each change within milliseconds, including changes by
+    plain SQL. `__aenter__` compares these triggers with `migrations.declared`. A cached key is read
+    from the database again after 60 seconds, in case a notification was lost. A call does not use
+    the cache if the key has rate limits, or if the listening connection is lost or has not answered
+    for half a second.
 
-    The cache holds at most `capacity` keys, by digests under a random key instead of the raw keys.
-    The least recently used key is evicted first.
+    The cache holds at most `capacity` API keys, and evicts the least recently used key first. The
+    cache contains no raw keys, but keyed BLAKE2b digests of raw keys.
 
     Raises:
         InvalidValue: `capacity` is not positive.
@@ -55,23 +55,23 @@ class KeyVerifier:
         self.memory = memory
         self.capacity = capacity
         self._digest_key = secrets.token_bytes(32)
-        self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()  # by digest
-        self._digests: dict[UUID, bytes] = {}  # by id of the key
-        self._notifications = 0  # a row that was read before a notification is not cached
-        self._valid_until = 0.0  # monotonic time of the end of the lease
-        self._clock_offset = 0.0  # from monotonic time to the database's, in seconds since 1970
-        self._yielded_at = 0.0  # monotonic time
+        self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()  # verified keys by digest
+        self._digests: dict[UUID, bytes] = {}  # digests by key id
+        self._notifications = 0  # number received; a row read before the last one is not cached
+        self._valid_until = 0.0  # monotonic time at which the lease ends
+        self._clock_offset = 0.0  # database time (seconds since 1970) minus monotonic time
+        self._yielded_at = 0.0  # monotonic time at which a call last yielded
         self._listener: asyncio.Task[None] | None = None
         self._listening = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        """Check the schema. With memory, compare the triggers and start to listen.
+        """Check the schema. With `memory=True`, also check the triggers and listen for changes.
 
         Raises:
             DatabaseUnavailable: the database cannot be reached.
-            SchemaMismatch: the schema is missing, older or newer than this code, or, with memory, a
-                trigger or its function differs from the declared one.
-            ConfigurationError: with memory, behind a pooler and without `DB_DIRECT_HOST`.
+            SchemaMismatch: the schema is missing, or is older or newer than this code. With
+                `memory=True`, also if api_keys or tiger_accounts differs from the declared table.
+            ConfigurationError: `memory=True` and `DB_POOLER` are set, but `DB_DIRECT_HOST` is not.
         """
         if self.memory:
             self.database.settings.without_pooler()
@@ -81,12 +81,12 @@ class KeyVerifier:
             settings = self.database.settings
             listening = listen(settings, CHANNEL, self._handle_notification, self._hold_lease)
             self._listener = asyncio.create_task(listening)
-            with contextlib.suppress(TimeoutError):  # calls read the database until it listens
+            with contextlib.suppress(TimeoutError):  # until then, calls read the database
                 await asyncio.wait_for(self._listening.wait(), settings.db_connect_timeout)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Stop listening. The database stays open."""
+        """Stop listening for changes. The Database stays open."""
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])
@@ -99,8 +99,8 @@ class KeyVerifier:
             for difference in await find_differences(connection):
                 if not (difference.undeclared or _TABLES.isdisjoint(difference.tables)):
                     raise SchemaMismatch(
-                        "a KeyVerifier with memory relies on api_keys and tiger_accounts as"
-                        f" tiger_db makes them, but {difference.description}: run `tiger-db check`"
+                        "a KeyVerifier with memory needs api_keys and tiger_accounts as tiger_db"
+                        f" declares them, but {difference.description}: run `tiger-db check`"
                     )
 
     async def authorize(
@@ -114,7 +114,7 @@ class KeyVerifier:
     ) -> APIKey:
         """Authorize a key as `crud.api_keys.authorize_api_key` does.
 
-        All callers get the same object of a key: do not change it.
+        Several calls may return the same APIKey object: do not change the object.
         """
         request = AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
         if self._listener is not None:
@@ -156,12 +156,12 @@ class KeyVerifier:
         """Authorize a key from the cache. Return None if the database must be read.
 
         Raises:
-            AccessDenied: a subclass of it, by the check that failed.
+            AccessDenied: a check failed. The subclass names the check.
         """
         now = time.monotonic()
-        if now - self._yielded_at > _YIELD_SECONDS:
-            # Calls without any other await would starve the listening connection. The event loop
-            # polls the socket in its first iteration, and reads it in its second.
+        if now - self._yielded_at > _YIELD_INTERVAL_SECONDS:
+            # Without an await, calls that use the cache would starve the listening connection. The
+            # event loop polls a socket in one iteration, and reads the socket in the next one.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             self._yielded_at = now = time.monotonic()
@@ -206,29 +206,29 @@ class KeyVerifier:
     def _digest(self, raw_key: str) -> bytes:
         try:
             return hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
-        except (AttributeError, UnicodeEncodeError):  # not a string, or not a key
+        except (AttributeError, UnicodeEncodeError):  # no string, or lone surrogates
             return b""
 
     async def _hold_lease(self, connection: Connection) -> None:
-        """Query the listening connection until it fails, and extend the lease after each answer."""
+        """Query the listening connection until a query fails. Extend the lease after each query."""
         while True:
             sent = time.monotonic()
             async with asyncio.timeout(LEASE_SECONDS):
                 now = await connection.fetchval("SELECT clock_timestamp()")
-            # Notifications of transactions that were committed before this query arrive before its
-            # result. The offset is measured from the time of sending, so that a key may expire too
-            # early by the round trip, but never too late.
+            # PostgreSQL sends the notifications of transactions that committed before this query
+            # ahead of the query's result. The clock offset is measured from the time of sending, so
+            # that a key may expire too early by the round trip time, but never too late.
             self._clock_offset = now.timestamp() - sent
             self._valid_until = sent + LEASE_SECONDS
             self._listening.set()
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _handle_notification(self, payload: str | None) -> None:
-        """Evict the keys of a notification: `key ID`, `account ID`, or `all` after a TRUNCATE."""
+        """Evict the cached keys that a payload names: `key ID`, `account ID`, or `all`."""
         kind, _, text = (payload or "").partition(" ")
         try:
             changed = UUID(text)
-        except ValueError:  # `all`, or notifications may be missing
+        except ValueError:  # `all` after TRUNCATE, or None after lost notifications
             self._clear()
             return
         self._notifications += 1

@@ -1,6 +1,7 @@
-"""Audit events and statements out of band: on connections of their own, outside the sessions.
+"""Audit events and SQL statements out of band: on connections that no session uses.
 
-They neither wait for the pool of the sessions nor roll back with the caller's transaction.
+Out-of-band statements need no connection of the sessions' pool, and stay committed if the caller's
+transaction rolls back.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from tiger_db.sqlstates import CONNECTION_ERRORS, raw_errors
 
 @dataclass(slots=True)
 class _PendingEvent:
-    """An event, and the future of the task that waits for its commit."""
+    """An audit event that is not committed yet, and a future that completes at the commit."""
 
     event: AuditLog
     recorded: asyncio.Future[None] = field(
@@ -28,7 +29,7 @@ class _PendingEvent:
     )
 
     def settle(self, error: Exception | None) -> None:
-        if self.recorded.done():  # the waiting task was cancelled
+        if self.recorded.done():  # the task that awaits `recorded` was cancelled
             return
         if error is None:
             self.recorded.set_result(None)
@@ -37,7 +38,7 @@ class _PendingEvent:
 
 
 class OutOfBandWriter:
-    """Connections and recorded events of one Database that are independent of its sessions."""
+    """Records audit events of a Database, and opens connections, independently of sessions."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -49,9 +50,9 @@ class OutOfBandWriter:
         return asyncpg_connection(self.engine)
 
     async def record(self, event: AuditLog) -> None:
-        """Store an event, which is committed when this returns.
+        """Store an audit event, and commit the event before the method returns.
 
-        Events that are recorded at the same time are committed together.
+        Concurrent calls share one transaction.
 
         Raises:
             DatabaseUnavailable: the event could not be stored.
@@ -63,7 +64,7 @@ class OutOfBandWriter:
         await pending.recorded
 
     async def close(self) -> None:
-        """Store the pending events, and close the connections."""
+        """Store the pending audit events, and close the connections."""
         if self._task is not None:
             with suppress(asyncio.CancelledError):
                 await self._task
@@ -75,14 +76,14 @@ class OutOfBandWriter:
             await self._store(batch)
 
     async def _store(self, batch: list[_PendingEvent]) -> None:
-        error: Exception | None = DatabaseUnavailable("the process ends")
+        error: Exception | None = DatabaseUnavailable("cannot store the event: shutdown")
         try:
             async with self.connection() as connection:
                 await insert_events(connection, [pending.event for pending in batch])
             error = None
-        except Exception as problem:  # noqa: BLE001  # the waiting tasks get every error
+        except Exception as problem:  # noqa: BLE001  # every error is raised by the calls of `record`
             if len(batch) > 1 and not isinstance(problem, DatabaseUnavailable):
-                for pending in batch:  # one refused event must not stop the others
+                for pending in batch:  # a refused event must not prevent the other events
                     await self._store([pending])
             error = problem
         finally:
@@ -94,10 +95,10 @@ class OutOfBandWriter:
 async def asyncpg_connection(
     engine: AsyncEngine,
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    """Open a connection of asyncpg, on which each statement is a transaction of its own.
+    """Open an asyncpg connection. Each SQL statement on the connection is its own transaction.
 
     Raises:
-        DatabaseUnavailable: no connection could be opened, or it was lost.
+        DatabaseUnavailable: no connection could be opened, or the connection was lost.
         Conflict, QueryTimeout, StatementRefused: see `raw_errors`.
     """
     try:
@@ -108,11 +109,11 @@ async def asyncpg_connection(
                 try:
                     yield raw
                 except TimeoutError:
-                    raise  # an invalidated connection could not cancel its statement
+                    raise  # no invalidation, because asyncpg must still cancel the statement
                 except (
                     *CONNECTION_ERRORS,
                     asyncpg.ReadOnlySQLTransactionError,
-                ):  # no longer the primary
+                ):  # ReadOnlySQLTransactionError: the server is no longer the primary
                     await connection.invalidate()
                     raise
     except PoolTimeoutError as error:

@@ -324,7 +324,7 @@ def test_a_key_is_rotated(cli: CommandLine) -> None:
     assert cli.ok("verify-api-key", "-", stdin=at_once.out.splitlines()[-1])
     assert "shown only now" in at_once.err
     assert "only an active key" in cli.fails("rotate-api-key", new["id"])
-    assert "has a successor already" in cli.fails("rotate-api-key", row["id"])
+    assert "was replaced by" in cli.fails("rotate-api-key", row["id"])
     assert "--grace" in cli.misused("rotate-api-key", row["id"], "--grace", "soon")
 
 

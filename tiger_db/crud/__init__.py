@@ -1,4 +1,4 @@
-"""CRUD functions, in one module per entity. They flush and never commit."""
+"""CRUD functions, one module per entity. A CRUD function flushes the session, never commits."""
 
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.pagination import Page

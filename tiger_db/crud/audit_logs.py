@@ -1,4 +1,4 @@
-"""CRUD of the audit trail: record events, search and count them. No function changes an event."""
+"""CRUD of the audit trail: record, search and count audit events. Recorded events never change."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ _SECURITY_ACTIONS = [action for action in AuditAction if action.family == "secur
 
 
 class EventFields(TypedDict, total=False):
-    """The fields of an event. Only `action` is required."""
+    """The fields of an audit event. Only `action` is required."""
 
     action: Required[AuditAction]
     result: AuditResult
@@ -70,26 +70,26 @@ class EventFields(TypedDict, total=False):
 
 
 async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
-    """Record one event in the caller's transaction: it is stored when that commits.
+    """Record one audit event in the caller's transaction. A rollback removes the event.
 
-    Values that cannot be stored are converted, and secrets are masked: see `AuditLog`.
+    Values that PostgreSQL cannot store are converted, and secrets are masked: see `AuditLog`.
 
     Raises:
-        ValidationError: a field is unknown or its value is invalid.
+        ValidationError: a field is unknown, or a value is invalid.
     """
     return await insert_event(session, build_event(**fields))
 
 
 async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
-    """Record one event out of band: it is committed before this function returns.
+    """Record one audit event out of band, and commit the event before the function returns.
 
-    The event stays if the caller's transaction rolls back. Use it for the intent before an order,
-    for the order's outcome, or for a denial. If the session's context has no `out_of_band`, the
-    event is recorded in the session's transaction.
+    The event stays if the caller's transaction rolls back. Use this function for the intent and the
+    outcome of an order, or for a denial. If `SessionContext.out_of_band` is None, the event is
+    recorded in the session's transaction.
 
     Raises:
-        ValidationError: a field is unknown or its value is invalid.
-        ConfigurationError: the session was not made for a Database.
+        ValidationError: a field is unknown, or a value is invalid.
+        ConfigurationError: the session does not belong to a Database.
         DatabaseUnavailable: the event could not be stored.
     """
     event = build_event(**fields)
@@ -101,25 +101,26 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
 
 
 async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
-    """Record many events in the caller's transaction with COPY; return their number.
+    """Record many audit events in the caller's transaction with COPY. Return the number of events.
 
-    The objects are not added to the session, and their `created_at` and `position` are not set.
+    The AuditLog objects are not added to the session. The database's values of `created_at` and
+    `position` are not read back into the objects.
 
     Raises:
-        InvalidValue: one of them is not an AuditLog; none is recorded.
-        AlreadyExists: one of them is recorded already; the transaction must be rolled back.
+        InvalidValue: an item is not an AuditLog. No event is recorded.
+        AlreadyExists: an event was recorded before. The transaction must be rolled back.
         InvalidState: the session is readonly.
-        DatabaseUnavailable, Conflict, QueryTimeout: as `Database.session`.
+        DatabaseUnavailable, Conflict, QueryTimeout: see `Database.session`.
     """
     batch = list(events)
     if not all(isinstance(event, AuditLog) for event in batch):
         raise InvalidValue("events must be AuditLog objects")
     if not batch:
         return 0
-    refuse_readonly(session)  # COPY's error would look like that of a lost primary
+    refuse_readonly(session)  # COPY would raise the error that means a failover
     await session.flush()
     connection = await session.connection()
-    await connection.exec_driver_sql("SELECT")  # begins the transaction, which COPY would not
+    await connection.exec_driver_sql("SELECT")  # begins a transaction; COPY would autocommit
     raw = (await connection.get_raw_connection()).driver_connection
     assert raw is not None
     try:
@@ -132,7 +133,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
 
 
 async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
-    """Insert an event in the caller's transaction without the ORM, and add it to the session."""
+    """Insert an audit event without the ORM, and add the AuditLog object to the session."""
     (values,) = await execute_driver_sql(session, _INSERT, *insert_values(event))
     for name, value in zip(SERVER_COLUMNS, values, strict=True):
         set_committed_value(event, name, value)
@@ -142,22 +143,22 @@ async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
         session.sync_session.get_nested_transaction() or session.sync_session.get_transaction()
     )
     assert transaction is not None
-    # As after a flush of the session: a rollback makes the event transient and does not expire it.
+    # Mark the object as flushed, so that a rollback makes the object transient, not expired.
     transaction._new[instance_state(event)] = True  # noqa: SLF001
     return event
 
 
-# Builders of events, one per entity
+# Builders of audit events, one per entity
 
 
 def build_event(**fields: Unpack[EventFields]) -> AuditLog:
-    """Build an event. A field that is None keeps its default."""
+    """Build an audit event. A field with the value None gets the default of the field."""
     given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     return AuditLog(**given)
 
 
 def account_event(account_id: UUID, **fields: Unpack[EventFields]) -> AuditLog:
-    """Build an event of an account."""
+    """Build an audit event about an account."""
     fields |= {"resource_type": "tiger_account", "resource_id": str(account_id)}
     fields["tiger_account_id"] = account_id
     return build_event(**fields)
@@ -166,14 +167,14 @@ def account_event(account_id: UUID, **fields: Unpack[EventFields]) -> AuditLog:
 def api_key_event(
     key_id: UUID | None, account_id: UUID | None, **fields: Unpack[EventFields]
 ) -> AuditLog:
-    """Build an event of an API key, and of the account to which the key is bound."""
+    """Build an audit event about an API key and the account that the key is bound to."""
     fields |= {"resource_type": "api_key", "resource_id": str(key_id) if key_id else None}
     fields |= {"api_key_id": key_id, "tiger_account_id": account_id}
     return build_event(**fields)
 
 
 def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]) -> AuditLog:
-    """Build an event of a token refresh, or of a row with its columns."""
+    """Build an audit event about a token refresh, given as an entity or as a row."""
     fields |= {"resource_type": "token_status", "resource_id": str(refresh.id)}
     fields["tiger_account_id"] = refresh.tiger_account_id
     fields.setdefault("details", {"status": str(refresh.status), "trigger": str(refresh.trigger)})
@@ -184,21 +185,21 @@ def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]
 
 
 class Criteria(TypedDict, total=False):
-    """The criteria of `search`. A criterion that is None matches every event."""
+    """The criteria of `search`. A criterion with the value None matches every audit event."""
 
-    since: datetime | None  # inclusive; aware; compared with the time in the event's id
-    until: datetime | None  # exclusive
-    actions: Sequence[AuditAction]  # the event has one of these; an empty list matches all
+    since: datetime | None  # aware, inclusive start; compared with the time in the event's id
+    until: datetime | None  # aware, exclusive end
+    actions: Sequence[AuditAction]  # allowed actions; an empty list allows all actions
     results: Sequence[AuditResult]
     severities: Sequence[AuditSeverity]
     account_id: UUID | None
     api_key_id: UUID | None
     user_id: str | None
-    ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None  # network or address
+    ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None  # IP address or network
     session_id: str | None
     request_id: str | None
-    resource: str | None  # the type, the id, or `type/id`
-    details: Mapping[str, JsonValue] | None  # contained in the event's details
+    resource: str | None  # resource type, resource id, or `type/id`
+    details: Mapping[str, JsonValue] | None  # JSON that the event's details contain
 
 
 async def search(
@@ -208,11 +209,11 @@ async def search(
     limit: int = DEFAULT_PAGE_SIZE,
     **criteria: Unpack[Criteria],
 ) -> Page[AuditLog]:
-    """Return the events that match all criteria, newest first: see `Criteria`.
+    """Return a page of the audit events that match all `Criteria`, newest first.
 
     Raises:
-        InvalidValue: a datetime is naive, `ip` is neither an address nor a network, `details` is no
-            JSON object, or `limit` is not from 1 to 1000.
+        InvalidValue: a datetime is naive, `ip` is neither an IP address nor an IP network,
+            `details` is not a JSON object, or `limit` is not from 1 to 1000.
         InvalidCursor: `after` is not the `next_cursor` of a page.
     """
     found = select(AuditLog).where(*conditions(**criteria))
@@ -222,7 +223,7 @@ async def search(
 async def get_recent_events(
     session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[AuditLog]:
-    """Return the events, newest first."""
+    """Return a page of all audit events, newest first."""
     return await search(session, after=after, limit=limit)
 
 
@@ -233,15 +234,15 @@ async def get_security_events(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[AuditLog]:
-    """Return the events of the last hours that concern security, newest first.
+    """Return a page of the security events of the last `hours`, newest first.
 
-    These are the events of the family `security`, and those of severity high or critical.
+    A security event has the severity high or critical, or an action of the family `security`.
 
     Raises:
-        InvalidValue: `hours` is not positive.
+        InvalidValue: `hours` is zero, negative or more than 100 years.
     """
     if not 0 < hours <= 24 * 366 * 100:
-        raise InvalidValue("hours must be positive, and a century at most")
+        raise InvalidValue("hours must be positive and at most 100 years")
     statement = select(AuditLog).where(
         col(AuditLog.id) >= func.uuid7_floor(func.now() - timedelta(hours=hours)),
         or_(
@@ -256,8 +257,8 @@ def conditions(**criteria: Unpack[Criteria]) -> list[ColumnElement[bool]]:
     """Return the SQL conditions for the given criteria.
 
     Raises:
-        InvalidValue: as `search`.
-        TypeError: there is no such criterion.
+        InvalidValue: see `search`.
+        TypeError: the name of a criterion is unknown.
     """
     given: dict[str, Any] = {**criteria}
     if unknown := given.keys() - _CONDITIONS.keys():
@@ -275,7 +276,7 @@ def _in_network(
     try:
         network = str(parse_network(ip))
     except ValueError:
-        raise InvalidValue("ip is neither an address nor a network") from None
+        raise InvalidValue("ip is neither an IP address nor an IP network") from None
     return col(AuditLog.ip_address).op("<<=")(cast(network, INET))
 
 
@@ -312,7 +313,7 @@ _CONDITIONS: dict[str, Callable[[Any], ColumnElement[bool]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Numbers of events by action, by result, and by the hour (UTC) of the event."""
+    """Numbers of audit events, counted by action, by result and by hour (UTC)."""
 
     actions: dict[AuditAction, int]
     results: dict[AuditResult, int]
@@ -322,9 +323,9 @@ class Statistics:
 async def statistics(
     session: AsyncSession, *, since: datetime, until: datetime | None = None
 ) -> Statistics:
-    """Count the events from `since` (inclusive) to `until` (exclusive), both aware datetimes.
+    """Count the audit events from `since` (inclusive) to `until` (exclusive), aware datetimes.
 
-    The times are those in the events' ids. Hours without an event are left out.
+    The time of an event is the time in the event's id. `hours` contains no hour without an event.
 
     Raises:
         InvalidValue: a datetime is naive.

@@ -29,20 +29,20 @@ from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import classify
 
-# Execution options: returned rows overwrite the attributes of objects in the identity map.
+# SQLAlchemy execution options: a fetched row overwrites its object in the session's identity map.
 FRESH = {"populate_existing": True, "synchronize_session": False}
 E_ = TypeVar("E_", bound=Entity)
 
 
 async def fetch_one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
-    """Execute a statement; return its first row with current values, or None."""
+    """Return the entity of a statement's first row, refreshed from the row; None without a row."""
     with typed_errors():
         row: E_ | None = await session.scalar(statement, execution_options=FRESH)
     return row
 
 
 async def fetch_all(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
-    """Execute a statement; return its rows with current values."""
+    """Return the entities of a statement's rows, refreshed from the rows."""
     with typed_errors():
         return list(await session.scalars(statement, execution_options=FRESH))
 
@@ -53,7 +53,7 @@ async def execute_driver_sql(
     """Flush the session, execute constant SQL without SQLAlchemy's compiler, and return the rows.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: as `typed_errors`.
+        AlreadyExists, MissingReference, InvalidValue: see `typed_errors`.
     """
 
     def run(sync_session: Session) -> Sequence[Row[Any]]:
@@ -61,16 +61,16 @@ async def execute_driver_sql(
         return sync_session.connection().exec_driver_sql(statement, values).all()
 
     with typed_errors():
-        return await session.run_sync(run)  # one greenlet switch for all three calls
+        return await session.run_sync(run)  # one greenlet switch for flush, connect and execute
 
 
 async def get_or_raise(
     session: AsyncSession, entity: type[E_], row_id: UUID, *, lock: bool = False
 ) -> E_:
-    """Return a row with current values; `lock` locks it until the transaction ends.
+    """Return the entity with an id, refreshed. `lock` locks the row until the transaction ends.
 
     Raises:
-        NotFound: there is no such row.
+        NotFound: no row of the entity has this id.
     """
     statement = select(entity).where(col(entity.id) == row_id)
     if lock:
@@ -83,15 +83,16 @@ async def get_or_raise(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionContext:
-    """The objects of a Database that CRUD functions use, in the `info` of each session."""
+    """Helpers and settings of a Database for CRUD functions, stored in the `info` of a session."""
 
     key_provider: KeyProvider | None
     peppers: Peppers | None
-    key_environment: Literal["live", "test"]  # of new API keys
-    allow_unpeppered_until: date | None  # the last day, UTC
-    # Without these two, events and counts are written in the session's transaction.
+    key_environment: Literal["live", "test"]  # environment in new API keys
+    allow_unpeppered_until: date | None  # last day (UTC) that allows hashes without a pepper
+    # If the next two fields are None, audit events and usage counts of API keys are written in the
+    # session's transaction.
     out_of_band: OutOfBandWriter | None
-    count_use: Callable[[UUID, float], None] | None  # of a UsageCounter
+    count_use: Callable[[UUID, float], None] | None  # method `count` of a UsageCounter
     readonly: bool = False
 
 
@@ -99,43 +100,45 @@ def context_of(info: Mapping[Any, object]) -> SessionContext:
     """Return the SessionContext in the `info` of a session or a Database.
 
     Raises:
-        ConfigurationError: there is none, so the session was not made for a Database.
+        ConfigurationError: `info` has no SessionContext.
     """
     context = info.get(CONTEXT)
     if not isinstance(context, SessionContext):
         raise ConfigurationError(
-            f"the session's info has no {CONTEXT!r}: use Database.session(), or make the session"
-            " with info=database.info"
+            f"session.info has no {CONTEXT!r}: use Database.session(), or create the session with"
+            " info=database.info"
         )
     return context
 
 
 def refuse_readonly(session: AsyncSession) -> None:
-    """Raise InvalidState if a session is readonly, where PostgreSQL would not refuse the work."""
+    """Raise InvalidState if the session is readonly. PostgreSQL itself refuses only writes."""
     if CONTEXT in session.info and context_of(session.info).readonly:
-        raise InvalidState("a readonly session cannot write, or decide by data that may be old")
+        raise InvalidState(
+            "a readonly session cannot write, and may read stale data: use Database.session()"
+        )
 
 
 def require_aware(name: str, value: datetime | None) -> datetime | None:
-    """Return a datetime; raise InvalidValue if it has no time zone."""
+    """Return a datetime unchanged. Raise InvalidValue if the datetime has no time zone."""
     if value is not None and value.tzinfo is None:
         raise InvalidValue(f"{name} must have a time zone")
     return value
 
 
 def replace_unstorable(text: str) -> str:
-    """Replace the characters of a text that PostgreSQL cannot store: NUL and lone surrogates."""
+    """Replace the characters that PostgreSQL cannot store in a text: NUL and lone surrogates."""
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 @asynccontextmanager
 async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]:
-    """Wrap changes in a savepoint: a violated constraint rolls back to it, not the transaction.
+    """Run a block in a savepoint. A violated constraint rolls back the block, not the transaction.
 
-    After a rollback, the given changed `rows` are refreshed from the database.
+    After a rollback to the savepoint, the entities in `rows` are refreshed from the database.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: as `typed_errors`.
+        AlreadyExists, MissingReference, InvalidValue: see `typed_errors`.
     """
     try:
         async with session.begin_nested():
@@ -148,11 +151,12 @@ async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]
 
 @contextmanager
 def typed_errors() -> Iterator[None]:
-    """Convert errors of the database driver to those of tiger_db, by SQLSTATE.
+    """Convert errors of the database driver to errors of tiger_db, by SQLSTATE.
 
     Raises:
-        AlreadyExists, MissingReference: a constraint is violated.
-        InvalidValue: a check is violated, or PostgreSQL cannot take a value.
+        AlreadyExists: a unique constraint is violated.
+        MissingReference: a foreign key constraint is violated.
+        InvalidValue: another constraint is violated, or PostgreSQL cannot store a value.
     """
     try:
         yield

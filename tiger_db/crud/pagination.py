@@ -1,4 +1,4 @@
-"""Keyset pagination: pages, cursors and the limits of their size."""
+"""Keyset pagination: pages, cursors and page sizes."""
 
 import base64
 import binascii
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """A page of a list. `next_cursor` is the `after` of the next page; None on the last page."""
+    """A page of a list of rows."""
 
     items: list[T]
-    next_cursor: str | None = None
+    next_cursor: str | None = None  # argument `after` for the next page; None: last page
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.items)
@@ -41,7 +41,7 @@ async def paginate(
     after: str | None,
     limit: int,
 ) -> Page[E_]:
-    """Fetch a page of a statement's rows, newest first, with one query.
+    """Fetch one page of a statement's rows, newest row first, with one query.
 
     Raises:
         InvalidCursor: `after` is not the `next_cursor` of a page.
@@ -50,7 +50,7 @@ async def paginate(
     check_limit(limit)
     if after is not None:
         statement = statement.where(col(entity.id) < decode_cursor(after))
-    # One row more shows whether there is a next page.
+    # One extra row shows whether a next page exists.
     statement = statement.order_by(col(entity.id).desc()).limit(limit + 1)
     rows = await fetch_all(session, statement)
     more = len(rows) > limit
@@ -68,10 +68,10 @@ def encode_cursor(row_id: UUID) -> str:
 
 
 def decode_cursor(cursor: str) -> UUID:
-    """Return the row id in a cursor.
+    """Return the row id that a cursor contains.
 
     Raises:
-        InvalidCursor: the text is not what `encode_cursor` returns.
+        InvalidCursor: the cursor was not created by `encode_cursor`.
     """
     try:
         row_id = UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))

@@ -260,7 +260,7 @@ async def test_a_key_that_was_inserted_with_sql_is_refused(
     assert denied.action == AuditAction.API_KEY_DENY
     assert denied.error_code == "UnpepperedHash"
     assert denied.error_message is not None
-    assert "its hash has no pepper" in denied.error_message
+    assert "hash of the API key has no pepper" in denied.error_message
     assert "rotate or revoke the key" in denied.error_message
     setting = f"is {until}" if until else "is not set"
     assert f"(API_KEYS_ALLOW_UNPEPPERED_UNTIL {setting})" in denied.error_message

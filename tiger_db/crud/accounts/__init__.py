@@ -1,4 +1,4 @@
-"""CRUD of broker accounts. Each change records its audit event in the same transaction."""
+"""CRUD of broker accounts. Each change records an audit event in the same transaction."""
 
 from tiger_db.crud.accounts.changes import (
     create,

@@ -1,4 +1,4 @@
-"""Create accounts, change their fields, and choose the default accounts."""
+"""Create accounts, change the fields of accounts, and choose the default accounts."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,18 +30,18 @@ _FIXED = {"id", "created_at", "updated_at", "auto_suspended"}
 
 
 async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
-    """Store a new account. The expiry of its access token is read from the token, unless given.
+    """Store a new account. If `token_expires_at` is None, the access token is read for the expiry.
 
     Raises:
-        AlreadyExists: the account number is taken (`reopen` a closed account instead), or there is
-            a default account already.
-        ConfigurationError: there is no encryption key for its secrets.
-        InvalidValue: the account is closed or `auto_suspended`.
+        AlreadyExists: an account has the same account number (use `reopen` if the account is
+            closed), or another account is the default account.
+        ConfigurationError: ENCRYPTION_KEYS is not set, so secrets cannot be encrypted.
+        InvalidValue: the status is closed, or `auto_suspended` is true.
     """
     if account.status == AccountStatus.CLOSED:
         raise InvalidValue("status: a new account cannot be closed")
     if account.auto_suspended:
-        raise InvalidValue("auto_suspended: only `record_error` sets this")
+        raise InvalidValue("auto_suspended: only `record_error` can set auto_suspended")
     if account.access_token is not None:
         account.token_expires_at = account.check_not_stale(
             account.access_token.get_secret_value(), account.token_expires_at
@@ -55,19 +55,19 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
 
 
 async def update(session: AsyncSession, account_id: UUID, **changes: object) -> TigerAccount:
-    """Change all given fields of an account, or none of them.
+    """Change fields of an account. If one change is invalid, no field is changed.
 
-    The expiry of a new access token is read from the token, unless given. `reset_errors` does not
-    lift a suspension that is set here.
+    If `access_token` is given without `token_expires_at`, the expiry is read from the token.
+    `reset_errors` does not lift a suspension that `update` has set.
 
     Raises:
-        NotFound: there is no such account.
-        InvalidValue: a field cannot be changed, or only by another function such as `close`.
-        InvalidState: the account is closed, and the change would open it or store credentials: see
-            `reopen`.
+        NotFound: no account has this id.
+        InvalidValue: a field is read-only, or the new status is closed: use `close`.
+        InvalidState: the account is closed, so status, credentials and default flags cannot be
+            changed: use `reopen`.
         StaleToken: the account has a newer access token.
-        ValidationError: a field is unknown or its value is invalid.
-        AlreadyExists: the account number is taken, or there is a default account already.
+        ValidationError: a field is unknown, or a value is invalid.
+        AlreadyExists: another account has the same account number, or is the default account.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if fixed := sorted(_FIXED & changes.keys()):
@@ -88,7 +88,7 @@ async def set_default_trading_account(session: AsyncSession, account_id: UUID) -
     """Make an account the only default account for trading.
 
     Raises:
-        NotFound: there is no such account.
+        NotFound: no account has this id.
         InvalidState: the account is closed.
     """
     return await _set_default(session, account_id, "is_default_trading")
@@ -98,7 +98,7 @@ async def set_default_data_account(session: AsyncSession, account_id: UUID) -> T
     """Make an account the only default account for data.
 
     Raises:
-        NotFound: there is no such account.
+        NotFound: no account has this id.
         InvalidState: the account is closed.
     """
     return await _set_default(session, account_id, "is_default_data")
@@ -113,10 +113,10 @@ async def apply_change(
     given: Iterable[str] = (),
     details: Mapping[str, object] | None = None,
 ) -> None:
-    """Assign values to an account, flush, and record the event with the old and new values.
+    """Assign values to an account, flush the session, and record an audit event of the change.
 
-    The event has the fields that changed. It also has those in `given`, because two masked secrets
-    look the same.
+    The event contains the old and new values of changed fields and of the fields in `given`. Name
+    changed secrets in `given`, because two different secrets look the same when masked.
     """
     old = _event_values(account)
     account.sqlmodel_update({**values})
@@ -137,7 +137,7 @@ def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
     """Add the expiry of a new access token to the validated values of a change.
 
     Raises:
-        StaleToken: the account has a newer token.
+        StaleToken: the account has a newer access token.
     """
     if values.get("access_token") is not None:
         values["token_expires_at"] = account.check_not_stale(
@@ -152,7 +152,7 @@ def refuse_closed(account: TigerAccount) -> None:
 
 
 def _event_values(account: TigerAccount) -> dict[str, JsonValue]:
-    """Return the values of an account for its audit events; secrets are masked."""
+    """Return the values of an account for an audit event, with masked secrets."""
     return account.model_dump(mode="json", exclude={"created_at", "updated_at", "token_refresh_at"})
 
 
@@ -160,14 +160,14 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
     closes = values.get("status", account.status) == AccountStatus.CLOSED
     if account.status != AccountStatus.CLOSED:
         if closes:
-            raise InvalidValue("status: use `close`, which also revokes the API keys")
+            raise InvalidValue("use `close` to close an account and revoke the account's API keys")
     elif not closes or any(values.get(name, old) != old for name, old in CLOSED_VALUES.items()):
         raise InvalidState("the account is closed: use `reopen`, which stores new credentials")
 
 
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:
-    # The lock serializes the calls, so that each sees the committed default. Both columns share the
-    # lock: two calls that swap their accounts would deadlock.
+    # An advisory lock serializes the calls, so that each call reads the committed default account.
+    # Both columns share one lock, because with two locks, two calls could deadlock.
     lock = func.concat("set_default", func.nullif(func.current_schema(), "public"))
     await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(lock))))
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)

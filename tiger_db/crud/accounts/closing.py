@@ -31,12 +31,13 @@ E_ = TypeVar("E_", APIKey, TokenStatus)
 async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Close an account: delete its credentials, revoke its API keys and cancel its open refreshes.
 
-    The account is no default account any more. Its row stays, with its number and tiger_id, and so
-    does its audit trail. The ciphertexts leave the row at once, the files of the table with the
-    next VACUUM, and backups when these are deleted. Closing a closed account changes nothing.
+    A closed account is not a default account. The account number, the tiger_id and the audit trail
+    of the account are kept. Encrypted secrets are removed from the row at once. The next VACUUM
+    removes the secrets from the files of the table. Backups contain the secrets until the backups
+    are deleted. Closing a closed account changes nothing.
 
     Raises:
-        NotFound: there is no such account.
+        NotFound: no account has this id.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status == AccountStatus.CLOSED:
@@ -100,12 +101,12 @@ async def reopen(
     private_key_format: PrivateKeyFormat = PrivateKeyFormat.UNKNOWN,
     secret_key: str | None = None,
 ) -> TigerAccount:
-    """Activate a closed account with new credentials. Its revoked API keys stay revoked.
+    """Activate a closed account with new credentials. Revoked API keys stay revoked.
 
     Raises:
-        NotFound: there is no such account.
+        NotFound: no account has this id.
         InvalidState: the account is not closed.
-        ValidationError: a value is invalid; nothing has changed.
+        ValidationError: a value is invalid. The account is unchanged.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status != AccountStatus.CLOSED:
@@ -126,7 +127,7 @@ async def reopen(
 async def _end(
     session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool], **values: object
 ) -> list[tuple[E_, str]]:
-    """Update the rows that match the criteria; return each with its old status."""
+    """Update the rows that match the criteria. Return each updated row with the old status."""
     rows = await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
     old = {row.id: row.status.value for row in rows}
     changed = await fetch_all(

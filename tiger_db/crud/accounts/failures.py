@@ -1,4 +1,4 @@
-"""Count the errors of accounts, suspend accounts that fail, and reset the count."""
+"""Count the errors of accounts, suspend failing accounts, and reset error counts."""
 
 from uuid import UUID
 
@@ -19,13 +19,13 @@ from tiger_db.redaction import redact_aggressively
 async def record_error(
     session: AsyncSession, account_id: UUID, *, message: str, suspend_after: int = 10
 ) -> TigerAccount:
-    """Add one to the error count of an account, and store the message with masked secrets.
+    """Add 1 to the error count of an account, and store the error message with masked secrets.
 
-    An active account is suspended when it has `suspend_after` consecutive errors or more.
-    `reset_errors` lifts this suspension.
+    An active account with `suspend_after` or more consecutive errors is suspended. `reset_errors`
+    lifts the suspension.
 
     Raises:
-        NotFound: there is no such account.
+        NotFound: no account has this id.
         InvalidValue: `suspend_after` is not positive.
     """
     if suspend_after < 1:
@@ -67,10 +67,10 @@ async def record_error(
 async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Set the error count of an account to zero, and lift a suspension by `record_error`.
 
-    Other suspensions stay.
+    A suspension by another function is not lifted.
 
     Raises:
-        NotFound: there is no such account.
+        NotFound: no account has this id.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     changes: dict[str, object] = {"error_count": 0, "last_error": None, "last_error_at": None}

@@ -1,4 +1,4 @@
-"""Look up accounts, list them, and choose those that can serve a request."""
+"""Look up accounts, list accounts, and choose accounts that can serve a request."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,22 +23,26 @@ from tiger_db.models import (
 from tiger_db.models.accounts import LICENSES_WITH_TOKEN, due_tokens
 from tiger_db.models.secrets import key_provider
 
-# An account with this many consecutive errors serves no request until FAILING_FOR after the last.
-FAILING_AFTER = 3
+# An account with FAILING_AFTER_ERRORS or more consecutive errors serves no request until
+# FAILING_FOR has passed since the last error.
+FAILING_AFTER_ERRORS = 3
 FAILING_FOR = timedelta(minutes=5)
 
 
 async def get(
     session: AsyncSession, account_id: UUID, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """Return an account; `load` names relationships to load: `api_keys`, `token_statuses`."""
+    """Return the account with an id, or None. Load the relationships that `load` names.
+
+    The relationships are `api_keys` and `token_statuses`.
+    """
     return await _get(session, col(TigerAccount.id) == account_id, load)
 
 
 async def get_by_account_number(
     session: AsyncSession, account_number: str, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """Return the account with Tiger's account number; `load` is that of `get`."""
+    """Return the account with a Tiger account number, or None. For `load`, see `get`."""
     return await _get(session, col(TigerAccount.account_number) == account_number, load)
 
 
@@ -46,7 +50,7 @@ async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAc
     """Return all accounts with a Tiger id, oldest first.
 
     Raises:
-        ConfigurationError: there is no encryption key to compute the blind index with.
+        ConfigurationError: ENCRYPTION_KEYS is not set, so the blind index cannot be computed.
     """
     provider = key_provider(session.sync_session)
     if provider is None:
@@ -56,7 +60,7 @@ async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAc
             fingerprint(provider, key_id, tiger_id, "tiger_accounts.tiger_id")
             for key_id in provider.key_ids
         ]
-    except UnicodeEncodeError:  # a lone surrogate, which PostgreSQL cannot store
+    except UnicodeEncodeError:  # tiger_id has a lone surrogate, which PostgreSQL cannot store
         return []
     criterion = col(TigerAccount.tiger_id_fingerprint).in_(fingerprints)
     statement = select(TigerAccount).where(criterion).order_by(col(TigerAccount.id))
@@ -72,7 +76,7 @@ async def list_accounts(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[TigerAccount]:
-    """Return the accounts that match all given criteria, newest first."""
+    """Return a page of the accounts that match all given criteria, newest first."""
     criteria = {"status": status, "environment": environment, "account_type": account_type}
     given = {name: value for name, value in criteria.items() if value is not None}
     statement = select(TigerAccount).filter_by(**given)
@@ -92,7 +96,7 @@ async def get_default_data_account(session: AsyncSession) -> TigerAccount | None
 async def get_accounts_needing_token_refresh(
     session: AsyncSession, *, within: timedelta = timedelta(hours=1), limit: int = 100
 ) -> list[TigerAccount]:
-    """Return the active accounts whose token expires `within` this time, or has; soonest first."""
+    """Return active accounts whose token has expired or expires `within` a time, soonest first."""
     check_limit(limit)
     due, at = due_tokens(within)
     statement = select(TigerAccount).where(due).order_by(at, col(TigerAccount.id)).limit(limit)
@@ -108,14 +112,16 @@ async def find_for_operation(
     environment: TigerEnvironment = TigerEnvironment.PROD,
     limit: int = 10,
 ) -> list[TigerAccount]:
-    """Return the accounts that can serve a request now, best first.
+    """Return the accounts that can serve a request now, best account first.
 
-    They are active, have the market permission, and have a valid token if their license needs one.
-    Accounts with three or more consecutive errors, the last within five minutes, are left out. The
-    default account comes first, then the fewest errors, then the oldest account.
+    Each account is active and has the market permission. If the license of an account requires an
+    access token, the token is valid. Accounts with three or more consecutive errors are omitted for
+    five minutes after the last error. The default account comes first. The other accounts are
+    ordered by the number of errors, and then by age, oldest first.
 
-    For trading without `account_type`, all accounts are paper accounts if the default trading
-    account is one. Otherwise, or without a default account, none of them is a paper account.
+    If `trading` is true and `account_type` is None, the default trading account determines the
+    account type. If the default is a paper account, only paper accounts are returned. Otherwise, no
+    paper account is returned.
 
     Raises:
         InvalidState: the session is readonly.
@@ -131,7 +137,7 @@ async def find_for_operation(
         ),
     )
     failing = and_(
-        col(TigerAccount.error_count) >= FAILING_AFTER,
+        col(TigerAccount.error_count) >= FAILING_AFTER_ERRORS,
         col(TigerAccount.last_error_at) > func.now() - FAILING_FOR,
     )
     statement = select(TigerAccount).where(

@@ -21,19 +21,19 @@ async def update_tokens(
     token_expires_at: datetime | None = None,
     refresh_id: UUID | None = None,
 ) -> TigerAccount:
-    """Replace the access token of an account, and its refresh token if one is given.
+    """Replace the access token of an account, and the refresh token if `refresh_token` is given.
 
-    `token_expires_at` is an aware datetime. If it is None, the expiry is read from a token in
-    Tiger's format; for other tokens it is unknown, and they are never due for a refresh.
+    `token_expires_at` is an aware datetime, or None to read the expiry from a token in Tiger's
+    format. A token in another format without `token_expires_at` is never due for a refresh.
 
-    `refresh_id` is the refresh that returned the token after its claim was lost. If that refresh
-    has suspended the account within the last day, the account is activated again.
+    `refresh_id` is the id of a refresh that lost the claim before the broker returned the token. If
+    that refresh has suspended the account within the last day, the account is activated again.
 
     Raises:
-        NotFound: there is no such account.
+        NotFound: no account has this id.
         InvalidState: the account is closed.
-        StaleToken: the account has a newer token; nothing has changed.
-        ValidationError: a value is invalid; nothing has changed.
+        StaleToken: the account has a newer access token. The account is unchanged.
+        ValidationError: a value is invalid. The account is unchanged.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     refuse_closed(account)
@@ -49,13 +49,13 @@ async def update_tokens(
             account,
             {"status": AccountStatus.ACTIVE},
             action=AuditAction.ACCOUNT_STATUS_CHANGE,
-            details={"reason": "its refresh returned a token late", "refresh": str(refresh_id)},
+            details={"reason": "the refresh returned a token late", "refresh": str(refresh_id)},
         )
     return account
 
 
 async def _is_suspended_by(session: AsyncSession, account: TigerAccount, refresh_id: UUID) -> bool:
-    """Return whether the last change of the account's status is a suspension by this refresh."""
+    """Return whether the last status change of an account was a suspension by a given refresh."""
     if account.status != AccountStatus.SUSPENDED:
         return False
     last = await fetch_one(

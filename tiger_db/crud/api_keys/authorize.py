@@ -45,9 +45,10 @@ SELECT {row_expression(APIKey, "k")}, a.status::text, clock_timestamp() FROM api
 LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
 """  # noqa: S608  # names of columns
 _NAMES = column_names(APIKey)
-_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that change with every use
-_RECORDED_CHARACTERS = 200  # of an address or user agent of a caller
-# A hash that was changed since it was read stays. A locked row is skipped, so that no use waits.
+_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use of a key changes
+_RECORDED_CHARACTERS = 200  # maximum length of an IP address or user agent in an audit event
+# A hash that another transaction has replaced since it was read is kept. A locked row is skipped,
+# so that authorization never waits for a row lock.
 _REPLACE_HASH = """
 UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
     (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 FOR NO KEY UPDATE SKIP LOCKED)
@@ -56,15 +57,15 @@ RETURNING true
 
 
 class KeyRow(NamedTuple):
-    """The row of a key as it was read. Empty: there is no such key."""
+    """The row of an API key. If no key has the prefix, the KeyRow is empty."""
 
-    values: Sequence[Any] = ()  # all columns, to hydrate the key
-    columns: Mapping[str, Any] = {}  # by name, with account_status and without the counters
+    values: Sequence[Any] = ()  # values of all columns, to hydrate an APIKey
+    columns: Mapping[str, Any] = {}  # columns by name: with account_status, without _COUNTERS
     now: float = 0.0  # the database's time in seconds since 1970
 
     @classmethod
     def of(cls, records: Sequence[Sequence[Any]]) -> Self:
-        """Return the row in the result of `FIND_KEY`."""
+        """Build a KeyRow from the result of `FIND_KEY`."""
         if not records:
             return cls()
         values, account_status, now = records[0]
@@ -76,18 +77,18 @@ class KeyRow(NamedTuple):
 
 @dataclass(slots=True)
 class VerifiedKey:
-    """A key whose secret was verified, and the columns that were read at that time."""
+    """An API key with a verified secret, and the columns of the key when it was verified."""
 
     key: APIKey
     permissions: KeyPermissions
     columns: Mapping[str, Any] = field(repr=False)
-    outdated: bool  # the hash should be replaced
-    read_at: float = 0.0  # monotonic time, for caches
+    outdated: bool  # whether the hash should be replaced
+    read_at: float = 0.0  # monotonic time of the read, for caches
 
 
 @dataclass(frozen=True, slots=True)
 class _SessionWriter:
-    """The methods of OutOfBandWriter, in the transaction of a session."""
+    """A substitute for OutOfBandWriter that writes in the transaction of a session."""
 
     session: AsyncSession
 
@@ -131,28 +132,30 @@ async def authorize_api_key(
     ip_address: str | IPv4Address | IPv6Address | None = None,
     user_agent: str | None = None,
 ) -> APIKey:
-    """Authorize a key for a request, and count the use. Return the row of the key.
+    """Authorize an API key for a request, and count the use. Return the entity of the key.
 
-    The checks, in this order: format, existence and hash (`InvalidAPIKey` for each of them),
-    status, expiry, status of the bound account, address, user agent, scopes, account, rate limits.
-    The first check that fails raises its error. Every denial except that of a malformed key is
-    recorded before the error is raised. A rollback of the caller's transaction undoes neither this
-    event nor the counted use: they are written out of band.
+    The order of the checks is: format, existence and hash of the key (each raises `InvalidAPIKey`),
+    status, expiry, status of the bound account, IP address, user agent, scopes, requested account,
+    rate limits. The first failed check raises an error. Before the error is raised, an audit event
+    of the denial is recorded, unless the key is malformed. Denials and uses are written out of
+    band, so that a rollback of the caller's transaction does not remove them.
 
-    A hash without a pepper is denied with `InvalidAPIKey`, except until the end of the day (UTC,
-    the database's clock) in API_KEYS_ALLOW_UNPEPPERED_UNTIL. An accepted use replaces a hash that
-    has an older pepper, no pepper, or a slow scheme, and records the replacement.
+    A key whose hash has no pepper is denied with `InvalidAPIKey`, unless the date in
+    API_KEYS_ALLOW_UNPEPPERED_UNTIL is today (UTC, database clock) or later. If an accepted key has
+    a hash with an older pepper, no pepper or a slow scheme, the hash is replaced, and an audit
+    event of the replacement is recorded.
 
-    Rate limits are exact across processes, and count a key and its predecessors and successors by
-    rotation together. Their windows are the clock hour and the calendar day (UTC): at worst, twice
-    the limit passes in a short time around the end of a window.
+    Rate limits are exact across processes. A key and its replacements by rotation share one count.
+    Rate limits apply to a clock hour or a calendar day (UTC), so twice the limit may pass in a
+    short time around the end of an hour or day.
 
-    `usage_count` and `last_used_at` are written behind: see `UsageCounter`. A use of a key that was
-    created in the same transaction may not be counted.
+    `usage_count` and `last_used_at` are written later: see `UsageCounter`. A use may not be counted
+    if the same transaction has created the key.
 
     Raises:
-        AccessDenied: a subclass of it, by the check that failed. The use is not counted.
-        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
+        AccessDenied: a check failed. The subclass names the check. The use is not counted.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
+            Database.
         InvalidState: the session is readonly.
         DatabaseUnavailable: the key could not be checked, or the denial could not be recorded.
     """
@@ -172,10 +175,10 @@ async def authorize_parsed_key(
     session: AsyncSession | None = None,
     cached: VerifiedKey | None = None,
 ) -> VerifiedKey:
-    """Authorize a well-formed key, whose row is read in the session, or out of band without one.
+    """Authorize a well-formed API key. If `session` is None, the key's row is read out of band.
 
-    `info` is that of the session or of the Database. If `cached` has the columns of the row, the
-    secret is not verified again. Raises the errors of `authorize_api_key`.
+    `info` is `AsyncSession.info` or `Database.info`. If the key's row has not changed since
+    `cached` was read, the secret is not verified again. For the errors, see `authorize_api_key`.
     """
     in_session = _SessionWriter(session) if session is not None else None
     writer = limiter = context_of(info).out_of_band or in_session
@@ -195,7 +198,7 @@ async def authorize_parsed_key(
                     found = await connection.fetch(FIND_KEY, parsed.prefix)
                 row = KeyRow.of(found)
                 if verified is None or verified.columns != row.columns:
-                    await stack.aclose()  # a slow hash must not hold a connection
+                    await stack.aclose()  # no connection is held while a hash is verified
                     connection = None
                     verified = await _verify(parsed, row, info, session)
                 check_access(verified.permissions, row.now, request)
@@ -210,7 +213,7 @@ async def authorize_parsed_key(
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        # An out-of-band connection cannot read a key that the session's transaction has created.
+        # Try again in the session: an out-of-band connection cannot read an uncommitted new key.
         limiter = in_session or writer
     assert verified is not None
     if verified.outdated:
@@ -230,11 +233,11 @@ async def _verify(
     info: Mapping[Any, object],
     session: AsyncSession | None,
 ) -> VerifiedKey:
-    """Verify the secret of a key, and hydrate the key, in the session if there is one.
+    """Verify the secret of an API key, and hydrate the key, in the session if one is given.
 
     Raises:
-        InvalidAPIKey: the secret is wrong, or there is no such key; both take equal time.
-        UnpepperedHash: the hash has no pepper, and such hashes are not allowed.
+        InvalidAPIKey: the secret is wrong, or the row is empty. Both checks take equal time.
+        UnpepperedHash: the hash has no pepper, and hashes without a pepper are not allowed.
     """
     peppers = peppers_of(info)
     key_hash, pepper_id = row.columns.get("key_hash", ""), row.columns.get("pepper_id")
@@ -256,9 +259,9 @@ async def _replace_hash(
     row: KeyRow,
     peppers: Peppers,
 ) -> None:
-    """Replace the outdated hash of an accepted key by one with the first pepper, and record it.
+    """Replace an outdated hash by a hash with the first pepper, and record an audit event.
 
-    The use of a hash without a pepper is recorded even if the hash is not replaced.
+    A use of a hash without a pepper is recorded even if the hash is not replaced.
     """
     old_pepper_id = row.columns["pepper_id"]
     ids = row.columns["id"], row.columns["tiger_account_id"]
@@ -297,7 +300,7 @@ def denial_event(
     key_id: UUID | None,
     account_id: UUID | None,
 ) -> AuditLog:
-    """Build the event of a denied request."""
+    """Build the audit event of a denied request."""
     return _request_event(
         request,
         key_id,
@@ -316,7 +319,7 @@ def _request_event(
     account_id: UUID | None,
     **fields: Unpack[EventFields],
 ) -> AuditLog:
-    """Build an event of a request. The texts of the caller are redacted and shortened."""
+    """Build the audit event of a request. Texts from the caller are redacted and shortened."""
     details = dict(fields["details"] or {})
     if request.scopes:
         details["scopes"] = [str(scope) for scope in request.scopes]

@@ -1,4 +1,4 @@
-"""Salted hashes of the secrets of API keys, over an HMAC with a server-side pepper."""
+"""Hash the secrets of API keys: HMAC with a server-side pepper, then a salted hash."""
 
 import asyncio
 import secrets
@@ -13,41 +13,42 @@ from tiger_db.crud.common import context_of
 from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
-# One salted SHA-256 is enough for 256 random bits: NIST SP 800-63B, 5.1.2.2, requires key
-# stretching only for secrets of less than 112 bits. Imported keys may have a slow hash.
+# One salted SHA-256 is enough for a secret of 256 random bits: NIST SP 800-63B, section 5.1.2.2,
+# requires key stretching only for secrets of less than 112 bits. Imported API keys may have a slow
+# hash: Argon2 or bcrypt.
 _FAST = "ldap_salted_sha256"
 _hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])
-_MAX_HASH_CHARACTERS = 512  # a longer hash could demand a costly Argon2
+_MAX_HASH_CHARACTERS = 512  # a longer Argon2 hash may take too long to verify
 
 
 class UnpepperedHash(InvalidAPIKey):
-    """The reason in the audit event. Callers get a plain `InvalidAPIKey`."""
+    """The hash of the API key has no pepper. Callers of tiger_db get a plain `InvalidAPIKey`."""
 
 
 def peppers_of(info: Mapping[Any, object]) -> Peppers:
     """Return the peppers in the `info` of a session or a Database.
 
     Raises:
-        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
+        ConfigurationError: API_KEY_PEPPERS is not set, or `info` does not belong to a Database.
     """
     peppers = context_of(info).peppers
     if peppers is None:
-        raise ConfigurationError("API_KEY_PEPPERS is not set, so no API key can be made or checked")
+        raise ConfigurationError("API_KEY_PEPPERS is not set: it is needed to verify API keys")
     return peppers
 
 
 def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
-    """Return a hash with the first pepper, and the id of the pepper."""
+    """Hash a secret with the first pepper. Return the hash and the id of the pepper."""
     pepper_id = peppers.key_ids[0]
     hashed: str = _hashes.hash(peppers.apply(pepper_id, secret))
     return hashed, pepper_id
 
 
 async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: str | None) -> bool:
-    """Return whether a hash belongs to a secret. Without a pepper id, no pepper is applied.
+    """Return whether a secret matches a hash. If `pepper_id` is None, no pepper is applied.
 
-    If the hash is empty or malformed or its pepper is unknown, the secret is verified against a
-    dummy hash, so that unknown keys take equal time. Slow hashes are verified in a thread.
+    If the hash is empty or malformed, or the pepper is unknown, the secret is verified against a
+    dummy hash, so that denials take equal time. Slow hashes are verified in a thread.
     """
     known = pepper_id is None or pepper_id in peppers.key_ids
     scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_HASH_CHARACTERS else None
@@ -62,12 +63,13 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
 
 
 def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: float) -> None:
-    """Refuse a hash without a pepper: anyone who can write to the database can make one.
+    """Refuse a hash without a pepper, because anyone with write access can create such a hash.
 
-    `info` is that of a session or a Database; `now` is the database's time in seconds since 1970.
+    `info` is `AsyncSession.info` or `Database.info`. `now` is the database's time in seconds since
+    1970.
 
     Raises:
-        UnpepperedHash: API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set, or that day (UTC) is over.
+        UnpepperedHash: API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set, or is a past day (UTC).
     """
     if pepper_id is not None:
         return
@@ -76,21 +78,21 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
         return
     setting = f"is {until}" if until is not None else "is not set"
     raise UnpepperedHash(
-        "the key is right, but its hash has no pepper, so anyone who can write to the database may"
-        " have made it: rotate or revoke the key"
+        "the secret is right, but the hash of the API key has no pepper, so anyone who can write to"
+        " the database may have created the key: rotate or revoke the key"
         f" (API_KEYS_ALLOW_UNPEPPERED_UNTIL {setting})"
     )
 
 
 def outdated(peppers: Peppers, hashed: str, pepper_id: str | None) -> bool:
-    """Return whether a verified hash should be replaced: a slow scheme, or not the first pepper."""
+    """Return whether a hash has a slow scheme, or a pepper that is not the first pepper."""
     return pepper_id != peppers.key_ids[0] or bool(_hashes.needs_update(hashed))
 
 
 def _verify(text: str, hashed: str) -> bool:
     try:
         return bool(_hashes.verify(text, hashed))
-    except (ValueError, TypeError):  # malformed
+    except (ValueError, TypeError):  # malformed hash
         return False
 
 

@@ -1,7 +1,7 @@
 """The format of API keys: `tdb_<live|test>_<public id>_<secret><checksum>`, in base62.
 
-A double click selects the whole key. The checksum is the CRC-32 of all characters before it: a
-truncated or mistyped key is refused without a query.
+A double click selects the whole key. The checksum is the CRC-32 of all characters before the
+checksum. With the checksum, a truncated or mistyped key is refused without a database query.
 """
 
 import re
@@ -14,14 +14,14 @@ KEY_PATTERN = r"\btdb_(?:live|test)_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}\b"
 
 _FORMAT = re.compile(r"(tdb_(?:live|test)_[0-9A-Za-z]{12})_([0-9A-Za-z]{49})", re.ASCII)
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_ID_CHARACTERS = 12  # 71 bits
-_SECRET_CHARACTERS = 43  # the fewest that hold 256 bits
-_CHECKSUM_CHARACTERS = 6  # the fewest that hold 32 bits
+_ID_CHARACTERS = 12  # 71 random bits
+_SECRET_CHARACTERS = 43  # fewest base62 characters for 256 bits
+_CHECKSUM_CHARACTERS = 6  # fewest base62 characters for 32 bits
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedKey:
-    """A well-formed key: its public prefix, and its secret with the checksum."""
+    """A well-formed API key, split into the public prefix and the secret with the checksum."""
 
     prefix: str
     secret: str = field(repr=False)
@@ -32,7 +32,7 @@ class ParsedKey:
 
 
 def new_key(environment: str) -> ParsedKey:
-    """Generate a random key for an environment, `live` or `test`."""
+    """Generate a random API key for an environment: `live` or `test`."""
     public_id = "".join(secrets.choice(_ALPHABET) for _ in range(_ID_CHARACTERS))
     prefix = f"tdb_{environment}_{public_id}"
     secret = _base62(secrets.randbits(256), _SECRET_CHARACTERS)
@@ -40,7 +40,7 @@ def new_key(environment: str) -> ParsedKey:
 
 
 def parse_key(raw_key: str) -> ParsedKey | None:
-    """Split a raw key into its parts. Return None if it is malformed or not a string."""
+    """Split a raw API key. Return None if the raw key is malformed or not a string."""
     match = _FORMAT.fullmatch(raw_key) if isinstance(raw_key, str) else None
     at = -_CHECKSUM_CHARACTERS
     if match is None or checksum(raw_key[:at]) != raw_key[at:]:
@@ -49,7 +49,7 @@ def parse_key(raw_key: str) -> ParsedKey | None:
 
 
 def checksum(text: str) -> str:
-    """Return the CRC-32 of a text as 6 characters of base62."""
+    """Return the CRC-32 of a text as 6 base62 characters."""
     return _base62(zlib.crc32(text.encode()), _CHECKSUM_CHARACTERS)
 
 

@@ -1,4 +1,4 @@
-"""Changes of API keys, each with its audit event: create, rotate, extend, revoke."""
+"""Create, rotate, extend and revoke API keys, and record an audit event of each change."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -45,13 +45,14 @@ async def create_api_key(
     description: str | None = None,
     tags: Mapping[str, JsonValue] | None = None,
 ) -> tuple[APIKey, str]:
-    """Create a key. Return its row and the raw key, which is not stored.
+    """Create an API key. Return the entity and the raw key. The raw key is not stored.
 
     Raises:
-        ValidationError: a value is invalid; the error names the field.
-        MissingReference: there is no such account.
+        ValidationError: a value is invalid. The error names the field.
+        MissingReference: no account has the id `tiger_account_id`.
         InvalidState: the account is closed.
-        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
+            Database.
     """
     if tiger_account_id is not None:
         await _refuse_closed(session, tiger_account_id)
@@ -77,28 +78,29 @@ async def create_api_key(
 async def rotate(
     session: AsyncSession, key_id: UUID, *, grace: timedelta = timedelta(hours=24)
 ) -> tuple[APIKey, str]:
-    """Create a successor with the same permissions. Return its row and the raw key.
+    """Replace an API key by a new key with the same permissions. Return the new entity and raw key.
 
-    The old key expires when the grace period ends, or at its own expiry if that is earlier. Rate
-    limits count the uses of both keys together. A key has at most one successor: if the successor's
-    raw key is lost, rotate the successor. A rotation that fails leaves the old key unchanged.
+    The old key expires at the end of the grace period, unless the old key already expires earlier.
+    Both keys share one count for rate limits. A key can be replaced only once: if the new raw key
+    is lost, rotate the new key. A rotation that fails leaves the old key unchanged.
 
     Raises:
-        NotFound: there is no such key.
-        InvalidState: the key has a successor, is not active or has expired, or its account is
-            closed.
+        NotFound: no API key has this id.
+        InvalidState: the key was replaced before, is not active or has expired, or the account of
+            the key is closed.
         InvalidValue: the grace period is negative, or ends after the year 9999.
-        ConfigurationError: API_KEY_PEPPERS is not set, or the session has no Database.
+        ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
+            Database.
     """
     if grace < timedelta(0):
-        raise InvalidValue("grace must not be negative")
+        raise InvalidValue("the grace period must not be negative")
     key, now = await _lock_active(session, key_id, "rotated")
     if key.successor_id is not None:
-        raise InvalidState(f"the key has a successor already: rotate {key.successor_id} instead")
+        raise InvalidState(f"this API key was replaced by {key.successor_id}: rotate that key")
     try:
         ends = now + grace
     except OverflowError:
-        raise InvalidValue("grace is too long") from None
+        raise InvalidValue("the grace period must end before the year 10000") from None
     copied = key.model_dump(include=_COPIED_FIELDS)
     async with savepoint(session, key):
         successor, raw_key = await _store(session, {**copied, "root_id": key.root_id or key.id})
@@ -111,18 +113,18 @@ async def rotate(
 
 
 async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | None) -> APIKey:
-    """Move the expiry of a key to a later, aware time. None: the key never expires.
+    """Extend an API key to a later expiry: an aware datetime, or None for a key without expiry.
 
     Raises:
-        NotFound: there is no such key.
-        InvalidState: the key is not active or has expired, or its account is closed.
-        InvalidValue: `expires_at` is naive, or not later than the key's expiry.
+        NotFound: no API key has this id.
+        InvalidState: the key is not active or has expired, or the account of the key is closed.
+        InvalidValue: `expires_at` is naive, or is not later than the current expiry of the key.
     """
     require_aware("expires_at", expires_at)
     key, _ = await _lock_active(session, key_id, "extended")
     before = key.expires_at
     if before is None or (expires_at is not None and expires_at <= before):
-        raise InvalidValue("expires_at is not later than the key's expiry")
+        raise InvalidValue("expires_at must be later than the current expiry of the API key")
     key.expires_at = expires_at
     await session.flush()
     await _log(
@@ -136,10 +138,10 @@ async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | 
 
 
 async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> APIKey:
-    """Revoke a key permanently. Revoking a revoked key changes nothing.
+    """Revoke an API key permanently. A second call for the same key changes nothing.
 
     Raises:
-        NotFound: there is no such key.
+        NotFound: no API key has this id.
         ValidationError: the reason is too long.
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
@@ -164,24 +166,24 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
 async def _lock_active(
     session: AsyncSession, key_id: UUID, participle: str
 ) -> tuple[APIKey, datetime]:
-    """Lock an active key until the transaction ends; return it and the database's time.
+    """Lock the row of an active API key. Return the key and the database's time.
 
     Raises:
-        NotFound: there is no such key.
-        InvalidState: the key is not active or has expired, or its account is closed.
+        NotFound: no API key has this id.
+        InvalidState: the key is not active or has expired, or the account of the key is closed.
     """
     key = await get_or_raise(session, APIKey, key_id)
-    if key.tiger_account_id is not None:  # lock order: the account before its keys
+    if key.tiger_account_id is not None:  # lock order: the account before the key
         await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)
     if key.status != APIKeyStatus.ACTIVE or (key.expires_at is not None and key.expires_at <= now):
-        raise InvalidState(f"only an active key can be {participle}")
+        raise InvalidState(f"only an active API key can be {participle}")
     return key, now
 
 
 async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
-    """Lock an account against being closed before the transaction ends.
+    """Lock an account's row, so that the account stays open until the transaction ends.
 
     Raises:
         InvalidState: the account is closed.

@@ -20,7 +20,7 @@ from tiger_db.models.api_keys import address_allowed, user_agent_allowed
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """The access that a caller requests with a key, and the origin of the request."""
+    """The access that a caller requests with an API key, and the IP address and user agent."""
 
     scopes: tuple[APIKeyScope, ...] = ()
     account_id: UUID | None = None
@@ -30,26 +30,26 @@ class AccessRequest:
 
 @dataclass(frozen=True, slots=True)
 class KeyPermissions:
-    """The columns of a key on which the policy depends, as they were read."""
+    """The columns of an API key that the access policy depends on."""
 
     key_id: UUID
-    line_id: UUID  # first key of the line of rotated keys, which have common limits
+    limits_key_id: UUID  # id in api_key_limits: the first key of a chain of rotations
     status: APIKeyStatus
     expires_at: float | None  # seconds since 1970
     account_id: UUID | None
     account_status: AccountStatus | None
     networks: tuple[IPv4Network | IPv6Network, ...]
     user_agents: tuple[str, ...]
-    scopes: frozenset[APIKeyScope]  # including implied scopes
+    scopes: frozenset[APIKeyScope]  # all scopes, including implied scopes
     per_hour: int | None
     per_day: int | None
 
     @classmethod
     def of(cls, key: APIKey, account_status: str | None) -> Self:
-        """Return the permissions of a key, given the status of the account of the key."""
+        """Build the permissions of an API key. `account_status` is that of the key's account."""
         return cls(
             key_id=key.id,
-            line_id=key.root_id or key.id,
+            limits_key_id=key.root_id or key.id,
             status=key.status,
             expires_at=key.expires_at.timestamp() if key.expires_at is not None else None,
             account_id=key.tiger_account_id,
@@ -67,10 +67,10 @@ class KeyPermissions:
 
 
 def check_access(permissions: KeyPermissions, now: float, request: AccessRequest) -> None:
-    """Check all conditions but the rate limits, at `now` in seconds since 1970.
+    """Check all conditions of an API key except rate limits. `now` is in seconds since 1970.
 
     Raises:
-        AccessDenied: a subclass of it, by the first check that failed.
+        AccessDenied: a check failed. The subclass names the first failed check.
     """
     if permissions.status is APIKeyStatus.EXPIRED:
         raise APIKeyExpired

@@ -1,4 +1,4 @@
-"""Queries of API keys and their usage."""
+"""Queries of API keys, and of the usage of API keys."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -33,19 +33,19 @@ class HourlyUsage:
 
 
 async def get(session: AsyncSession, key_id: UUID) -> APIKey | None:
-    """Return a key by its id."""
+    """Return the API key with an id, or None."""
     statement = select(APIKey).where(col(APIKey.id) == key_id)
     return await fetch_one(session, statement)
 
 
 async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None:
-    """Return a key by its public prefix."""
+    """Return the API key with a public prefix, or None."""
     statement = select(APIKey).where(col(APIKey.key_prefix) == key_prefix)
     return await fetch_one(session, statement)
 
 
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """Return a key by its raw key, whatever its status, without counting a use.
+    """Return the API key of a raw key in any status, or None. No use is counted.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
@@ -66,7 +66,7 @@ async def get_keys_for_account(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
-    """Return a page of the keys that are bound to an account, newest first."""
+    """Return a page of the API keys that are bound to an account, newest first."""
     statement = select(APIKey).where(col(APIKey.tiger_account_id) == account_id)
     return await paginate(session, statement, APIKey, after=after, limit=limit)
 
@@ -78,7 +78,7 @@ async def list_api_keys(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
-    """Return a page of keys, newest first."""
+    """Return a page of API keys, newest first."""
     statement = select(APIKey)
     if status is not None:
         statement = statement.where(col(APIKey.status) == status)
@@ -92,16 +92,16 @@ async def list_expiring(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
-    """Return a page of the active keys that expire within a period from now, soonest first.
+    """Return a page of active API keys that expire within a period from now, soonest first.
 
     Raises:
         InvalidCursor: `after` is not the `next_cursor` of a page.
-        InvalidValue: `within` is not positive or longer than a century, or `limit` is not from 1 to
+        InvalidValue: `within` is zero, negative or more than 100 years, or `limit` is not from 1 to
             1000.
     """
     check_limit(limit)
     if not timedelta(0) < within <= timedelta(days=36525):
-        raise InvalidValue("within must be positive, and a century at most")
+        raise InvalidValue("within must be positive and at most 100 years")
     expires_at, key_id = col(APIKey.expires_at), col(APIKey.id)
     statement = select(APIKey).where(
         col(APIKey.status) == APIKeyStatus.ACTIVE,
@@ -118,9 +118,9 @@ async def list_expiring(
 
 
 async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
-    """Return the accepted uses of a key by the hour, oldest first, without hours of no use.
+    """Return the number of accepted uses of an API key per hour, oldest hour first.
 
-    The uses of the last second may be missing: see `UsageCounter`.
+    An hour without uses is omitted. Uses in the last second may be missing: see `UsageCounter`.
 
     Raises:
         InvalidValue: `since` is naive.

@@ -9,9 +9,9 @@ from tiger_db.errors import RateLimited
 if TYPE_CHECKING:
     import asyncpg
 
-# Checks the limits and counts the use for the line of rotated keys. Concurrent uses wait for the
-# lock of the row, and check the committed counts. The windows follow the database's clock; if it
-# steps back, the later window stays.
+# Check the rate limits, and count one use. An API key and its replacements by rotation share one
+# row. Concurrent uses wait for the row lock, and then check the committed counts. Hours and days
+# follow the database's clock. If the clock steps back, the later hour and day stay in the row.
 CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,
@@ -38,18 +38,19 @@ FROM api_key_limits WHERE api_key_id = $1
 async def consume(
     connection: "asyncpg.Connection[asyncpg.Record]", permissions: KeyPermissions
 ) -> bool:
-    """Count one use within the limits.
+    """Count one use of an API key, if no rate limit is reached.
 
-    Returns False if the key has changed since `permissions` were read. Read them again then.
+    Return False if the key has changed since `permissions` were read. The caller must then read the
+    permissions again.
 
     Raises:
-        RateLimited: a limit is reached.
+        RateLimited: a rate limit is reached.
     """
     if await connection.fetchval(
         CONSUME, permissions.key_id, permissions.per_hour, permissions.per_day
     ):
         return True
-    counts = await connection.fetchrow(_COUNTS, permissions.line_id)
+    counts = await connection.fetchrow(_COUNTS, permissions.limits_key_id)
     if counts is None:
         return False
     now: datetime = counts["now"]

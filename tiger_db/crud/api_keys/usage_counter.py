@@ -19,8 +19,8 @@ WRITE_INTERVAL_SECONDS = 1.0
 _STATUS_INTERVAL_SECONDS, _STATUS_QUERIES = 0.1, 20
 _HOUR_SECONDS = 3600
 
-# With SKIP LOCKED, the counts of locked keys stay for the next batch, so that no count waits for
-# another transaction. Counts of deleted keys are dropped.
+# With SKIP LOCKED, the usage counts of API keys with locked rows stay in memory for the next batch,
+# so that no write waits for another transaction. Usage counts of deleted keys are dropped.
 _WRITE = """
 WITH given AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:hours AS timestamptz[]),
@@ -45,13 +45,13 @@ SELECT pg_current_xact_id(), ARRAY(SELECT id FROM api_keys WHERE id IN (SELECT i
 """
 _WRITE_UNLOCKED = text(_WRITE.format(skip_locked="SKIP LOCKED"))
 _WRITE_ALL = text(_WRITE.format(skip_locked=""))
-# After a crash or a failover, the server assigns the ids of lost transactions again. A lost id that
-# is not assigned yet is greater than the current one.
+# After a crash or a failover, PostgreSQL assigns the ids of lost transactions again. If the id of a
+# lost transaction is not assigned yet, the id is greater than the current transaction id.
 _STATUS = text("""
 SELECT CASE WHEN CAST(:xid AS xid8) > pg_current_xact_id() THEN 'aborted'
     ELSE pg_xact_status(CAST(:xid AS xid8)) END
 """)
-# Limits never read the counts of an earlier day. Those of lines without keys are not replaced.
+# Rate limits do not use the counts of earlier days. Counts of deleted API keys would stay forever.
 _DELETE_OLD_LIMITS = text("DELETE FROM api_key_limits WHERE day < now() - interval '30 days'")
 _COUNT_ONE = text("""
 WITH used AS (
@@ -66,34 +66,35 @@ _logger = logging.getLogger("tiger_db")
 
 @dataclass(slots=True)
 class _Uses:
-    """The uses of one key in one hour; `last` is in seconds since 1970."""
+    """The uses of one API key in one hour."""
 
     count: int
-    last: float
+    last: float  # time of the last use, in seconds since 1970
 
 
-_Batch = dict[tuple[UUID, int], _Uses]  # by key and hour, in hours since 1970
+_Batch = dict[tuple[UUID, int], _Uses]  # by key id and hour (number of hours since 1970)
 
 
 class UsageCounter:
-    """Counts uses of API keys in memory, and writes them every second, in one event loop.
+    """Counts uses of API keys in memory, and writes the counts to the database every second.
 
-    A killed process loses the uses of its last second. A batch whose commit was not confirmed is
-    counted once; if the server crashed or failed over at that moment, at most once.
+    Use a UsageCounter in one event loop only. A killed process loses the counts of the last second.
+    If the commit of a batch is not confirmed, the batch is still counted exactly once. If the
+    server also crashes or fails over, the batch is counted at most once.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._uses: _Batch = {}
-        self._batch: _Batch = {}  # taken from `_uses`; kept until the commit is confirmed
-        self._xid: int | None = None  # of the transaction that wrote the batch
-        self._skipped: Collection[UUID] = ()  # keys of the batch that were locked
+        self._batch: _Batch = {}  # counts taken from `_uses`, kept until the commit
+        self._xid: int | None = None  # id of the transaction that wrote `_batch`
+        self._skipped: Collection[UUID] = ()  # ids of keys in `_batch` with locked rows
         self._has_written = False
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
     def count(self, key_id: UUID, at: float) -> None:
-        """Count one use of a key, at a time in seconds since 1970."""
+        """Count one use of an API key. `at` is the time in seconds since 1970."""
         slot = (key_id, int(at) // _HOUR_SECONDS)
         uses = self._uses.get(slot)
         if uses is not None:
@@ -105,7 +106,7 @@ class UsageCounter:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Write all counts. Counts that cannot be written are lost, with a warning in the log."""
+        """Write all usage counts. If the write fails, log a warning: the counts are lost."""
         self._closing.set()
         if self._task is not None:
             with suppress(asyncio.CancelledError):
@@ -114,7 +115,7 @@ class UsageCounter:
             while self._batch or self._uses:
                 await self._write(_WRITE_ALL)
             if self._has_written:
-                # `begin` is an async generator, which the loop would not run while it shuts down.
+                # `AsyncEngine.begin` would fail: a loop in shutdown runs no async generators.
                 async with self._engine.connect() as connection:
                     await connection.execute(_DELETE_OLD_LIMITS)
                     await connection.commit()
@@ -122,7 +123,7 @@ class UsageCounter:
             lost = sum(uses.count for uses in [*self._batch.values(), *self._uses.values()])
             if lost:
                 reason = type(error).__name__
-                _logger.warning("%d uses of API keys were not counted: %s", lost, reason)
+                _logger.warning("lost usage counts of API keys: %d (%s)", lost, reason)
         self._closing.clear()
 
     async def _run(self) -> None:
@@ -130,7 +131,9 @@ class UsageCounter:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), WRITE_INTERVAL_SECONDS)
                 return
-            with suppress(TigerDBError, SQLAlchemyError):  # the next attempt writes the same batch
+            with suppress(
+                TigerDBError, SQLAlchemyError
+            ):  # the next iteration writes the same batch
                 await self._write(_WRITE_UNLOCKED)
 
     async def _write(self, statement: TextClause) -> None:
@@ -160,21 +163,21 @@ class UsageCounter:
 
 
 async def _was_rolled_back(connection: AsyncConnection, xid: int) -> bool:
-    """Return whether a transaction whose commit was not confirmed is rolled back.
+    """Return whether a transaction with an unconfirmed commit was rolled back.
 
     Raises:
-        DatabaseUnavailable: the server has not ended the transaction within two seconds.
+        DatabaseUnavailable: the transaction is still in progress after two seconds.
     """
     for _ in range(_STATUS_QUERIES):
         status = await connection.scalar(_STATUS, {"xid": xid})
         if status != "in progress":
             return bool(status == "aborted")
         await asyncio.sleep(_STATUS_INTERVAL_SECONDS)
-    raise DatabaseUnavailable("the transaction that writes counts has not ended")
+    raise DatabaseUnavailable("the transaction that writes usage counts has not ended")
 
 
 async def count_in_session(session: AsyncSession, key: APIKey, at: float) -> None:
-    """Count one use of a key in the transaction of a session, at a time in seconds since 1970."""
+    """Count one use of an API key in the session's transaction. `at` is in seconds since 1970."""
     now = _utc(at)
     hour = now.replace(minute=0, second=0, microsecond=0)
     await session.execute(_COUNT_ONE, {"id": key.id, "hour": hour, "at": now})

@@ -1,8 +1,9 @@
 """Token refreshes: scheduling, claims and outcomes.
 
-A claim is a `TokenStatus` that `claim_due` or `claim` returned. It holds until its lease has
-expired and another worker has claimed the refresh. The fencing token is then higher, and functions
-that are called with the old claim raise `LeaseLost`. All times are those of the database's clock.
+A claim is a `TokenStatus` that `claim_due` or `claim` has returned. A claim with an expired lease
+stays valid until another worker claims the refresh. A new claim of the refresh has a higher fencing
+token, and a function that is called with the old claim raises `LeaseLost`. All times are times of
+the database's clock.
 """
 
 from tiger_db.crud.token_status.claims import (

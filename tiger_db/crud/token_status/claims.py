@@ -1,4 +1,4 @@
-"""Claims of refreshes: claiming, renewing the lease, and giving back."""
+"""Claims of token refreshes: claim a refresh, renew the lease, and give back the refresh."""
 
 from collections.abc import Collection
 from datetime import timedelta
@@ -17,13 +17,13 @@ from tiger_db.models.base import hydrate, row_expression
 from tiger_db.models.secrets import key_provider
 
 LEASE = timedelta(seconds=60)
-# A constant that bypasses the ORM, because workers claim refreshes all the time.
+# Constant SQL that bypasses the ORM for speed, because workers claim refreshes frequently.
 CLAIM = f"""
 WITH due AS (%s)
 UPDATE token_statuses t
 SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
     lease_expires_at = clock_timestamp() + $2::interval, fencing_token = t.fencing_token + 1,
-    -- An expired lease is a failed attempt, which may have lost the broker's answer.
+    -- An expired lease counts as a failed attempt, whose answer from the broker may be lost.
     retry_count = t.retry_count + (t.status = 'in_progress')::int,
     details = CASE t.status
         WHEN 'in_progress' THEN coalesce(t.details, '{{}}') || '{{"{ANSWER_LOST}": true}}'
@@ -37,7 +37,8 @@ RETURNING {row_expression(TokenStatus, "t")} AS refresh,
 _IS_CLAIMABLE = """t.status IN ('pending', 'in_progress')
     AND (t.status = 'pending'
         OR t.lease_expires_at < clock_timestamp() AND t.retry_count + 1 < t.max_retries)"""
-# The limit is formatted in: with a parameter, PostgreSQL would plan the statement each time.
+# LIMIT is a constant in the SQL. With a parameter for LIMIT, PostgreSQL would plan the statement at
+# every execution.
 DUE = f"""
     SELECT t.id, t.tiger_account_id
     FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
@@ -59,23 +60,23 @@ async def claim_due(
     lease: timedelta = LEASE,
     skip: Collection[UUID] = (),
 ) -> list[TokenStatus]:
-    """Claim refreshes that are due, or whose lease has expired, longest due first.
+    """Claim refreshes that are due or have an expired lease, longest due refresh first.
 
-    Only one worker can claim a refresh. An expired lease counts as a failed attempt. After the last
-    attempt, the refresh is given up by `fail_expired_leases`, which runs when fewer than `limit`
-    refreshes are due.
+    Only one worker can claim a refresh. An expired lease counts as a failed attempt. If fewer than
+    `limit` refreshes can be claimed, `fail_expired_leases` gives up the refreshes whose lease has
+    expired in the last attempt.
 
-    Commit before asking the broker. The claims belong to no session: pass them to `heartbeat`,
-    `complete`, `fail` or `give_back`. The `tiger_account` of a claim is loaded. `skip` are the ids
-    of refreshes that this worker works on, so that it does not take over its own expired leases.
+    Commit before the request to the broker. A claim belongs to no session: pass the claim to
+    `heartbeat`, `complete`, `fail` or `give_back`. The `tiger_account` of a claim is loaded. `skip`
+    contains the ids of refreshes that this worker is still working on: they are not claimed again.
 
     Raises:
-        InvalidValue: the lease is not positive, the limit is not from 1 to 1000, or the worker's
-            name is invalid.
+        InvalidValue: the lease is not positive, `limit` is not from 1 to 1000, or the name of the
+            worker is invalid.
     """
     check_limit(limit)
     claims = await _claim(session, DUE % limit, worker, lease, list(skip))
-    if len(claims) < limit:  # it reads all due refreshes, which takes long if there are many
+    if len(claims) < limit:  # fail_expired_leases reads all due refreshes, so few should be due
         await fail_expired_leases(session, skip=skip)
     return claims
 
@@ -83,16 +84,18 @@ async def claim_due(
 async def claim(
     session: AsyncSession, refresh_id: UUID, *, worker: str, lease: timedelta = LEASE
 ) -> TokenStatus:
-    """Claim one refresh, even if it is not due or its account is not active. See `claim_due`.
+    """Claim one refresh, even if the refresh is not due, or the account is not active.
 
     Raises:
-        InvalidState: the refresh has ended, another worker has claimed it, or no attempt is left.
-        InvalidValue: the lease is not positive, or the worker's name is invalid.
+        InvalidState: the refresh has ended, is claimed by another worker, has no attempt left, or
+            does not exist.
+        InvalidValue: the lease is not positive, or the name of the worker is invalid.
     """
     claims = await _claim(session, _BY_ID, worker, lease, refresh_id)
     if not claims:
         raise InvalidState(
-            "another worker has claimed this refresh, it has ended, or no attempt is left"
+            "this refresh has ended, is claimed by another worker, has no attempt left, or does not"
+            " exist"
         )
     return claims[0]
 
@@ -114,10 +117,10 @@ async def _claim(
 async def heartbeat(
     session: AsyncSession, claim: TokenStatus, *, lease: timedelta = LEASE
 ) -> TokenStatus:
-    """Renew the lease of a claim, from now on.
+    """Renew the lease of a claim. The new lease starts now.
 
     Raises:
-        LeaseLost: the claim is lost; nothing has changed.
+        LeaseLost: the claim is lost. The refresh is unchanged.
     """
     _check_lease(lease)
     return await update_claimed(session, claim, lease_expires_at=func.clock_timestamp() + lease)
@@ -126,10 +129,10 @@ async def heartbeat(
 async def give_back(
     session: AsyncSession, claim: TokenStatus, *, wait: timedelta = timedelta(0)
 ) -> TokenStatus:
-    """End a claim before the broker was asked. The refresh is due again after `wait`.
+    """End a claim without a request to the broker. The refresh is due again after `wait`.
 
     Raises:
-        LeaseLost: the claim is lost; nothing has changed.
+        LeaseLost: the claim is lost. The refresh is unchanged.
     """
     return await update_claimed(
         session,

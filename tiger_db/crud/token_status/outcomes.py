@@ -1,4 +1,4 @@
-"""Outcomes of refreshes: success, failure with backoff, and unknown outcomes."""
+"""Outcomes of token refreshes: success, failure with backoff, and unknown outcomes."""
 
 import hashlib
 import random
@@ -45,18 +45,18 @@ from tiger_db.redaction import redact_aggressively
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 BACKOFF = timedelta(seconds=30)
 MAX_BACKOFF = timedelta(minutes=30)
-ANSWER_LOST = "answer_lost"  # in `TokenStatus.details`: the broker may have issued a token
+ANSWER_LOST = "answer_lost"  # key in `TokenStatus.details`: the broker may have issued a token
 UNKNOWN_OUTCOME = (
-    "the answer was lost with its worker, or cannot be stored: the broker may have issued a token"
+    "the answer of the broker was lost or cannot be stored: the broker may have issued a token"
 )
 _MAX_MESSAGE_LENGTH = 10_000  # characters
 _MAX_SECRET_LENGTH = 2_000  # characters
 _EXPIRED_LEASES_LIMIT = 100
 _EVENT = AuditAction.TOKEN_REFRESH
 
-# A constant that bypasses the ORM, because workers complete refreshes all the time. It changes
-# nothing if the account's token has changed or the claim is lost. All functions that lock both
-# rows lock the account first.
+# Constant SQL that bypasses the ORM for speed, because workers complete refreshes frequently. If
+# the account's token has changed or the claim is lost, the statement changes no row. To prevent
+# deadlocks, every function locks the row of an account before the row of a refresh.
 COMPLETE = f"""
 WITH account AS (
     SELECT id FROM tiger_accounts
@@ -92,8 +92,8 @@ WITH account AS (
 SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
-# Fails attempts with an unknown outcome. It loads no entity and writes constants, so that it also
-# works for rows and answers that Python cannot handle.
+# Fail attempts with an unknown outcome. The statement loads no entity and writes only constants,
+# because Python may be unable to load the row, or to store the answer of the broker.
 _FAIL_UNKNOWN = f"""
 WITH attempt AS (%s), refresh AS (
     UPDATE token_statuses t
@@ -119,7 +119,7 @@ SELECT refresh.*, account.error_count
 FROM refresh LEFT JOIN account ON account.id = refresh.tiger_account_id
 """  # noqa: S608  # constants
 _IS_LAST_ATTEMPT = "t.retry_count + 1 >= t.max_retries"
-# Locked rows are skipped, so that a claim never waits for them.
+# Locked rows are skipped, so that a call of `claim_due` never waits for a row lock.
 _EXPIRED_LEASES = f"""
     SELECT t.id, t.fencing_token, true AS given_up
     FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
@@ -138,7 +138,7 @@ _HELD_CLAIM = f"""
 async def update_refresh(
     session: AsyncSession, criterion: ColumnElement[bool], **values: object
 ) -> TokenStatus | None:
-    """Update the refresh that meets the criterion, and return it; None if there is none."""
+    """Update and return the refresh that meets a criterion. Return None if no refresh does."""
     return await fetch_one(
         session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
     )
@@ -147,11 +147,11 @@ async def update_refresh(
 async def update_claimed(
     session: AsyncSession, claim: TokenStatus, **values: object
 ) -> TokenStatus:
-    """Update a refresh if the claim still holds.
+    """Update the refresh of a claim, if the claim is still valid.
 
     Raises:
-        LeaseLost: the claim is lost; nothing has changed.
-        ValidationError: a value is invalid; nothing has changed.
+        LeaseLost: the claim is lost. The refresh is unchanged.
+        ValidationError: a value is invalid. The refresh is unchanged.
     """
     given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
     claim.validate_changes(given)
@@ -162,7 +162,7 @@ async def update_claimed(
 
 
 def _is_held(claim: TokenStatus) -> ColumnElement[bool]:
-    """Return the criterion that a claim still holds: the fencing token is unchanged."""
+    """Return the SQL criterion of a valid claim: in progress, with the same fencing token."""
     return and_(
         col(TokenStatus.id) == claim.id,
         col(TokenStatus.fencing_token) == claim.fencing_token,
@@ -181,17 +181,17 @@ async def complete(
     api_response_time_ms: int | None = None,
     server_version: str | None = None,
 ) -> TokenStatus:
-    """End a refresh with success: store the new token on the account and reset its errors.
+    """End a refresh with success: store the new token of the account, and reset the error count.
 
-    `expires_at` is an aware datetime. If it is None, the expiry is read from a token in Tiger's
-    format; for other tokens it is unknown, and they are never due for a refresh. The errors of an
-    account that `accounts.record_error` has suspended are kept until `accounts.reset_errors`.
+    `expires_at` is an aware datetime, or None to read the expiry from a token in Tiger's format. A
+    token in another format without `expires_at` is never due for a refresh. If
+    `accounts.record_error` has suspended the account, the error count is not reset.
 
     Raises:
-        LeaseLost: the claim is lost; nothing has changed.
-        StaleToken: the account has a newer token; nothing has changed.
-        NotFound: the account does not exist any more.
-        ValidationError: a value is invalid; nothing has changed.
+        LeaseLost: the claim is lost. The account and the refresh are unchanged.
+        StaleToken: the account has a newer access token. The account and the refresh are unchanged.
+        NotFound: the account was deleted.
+        ValidationError: a value is invalid. The account and the refresh are unchanged.
     """
     answer = {
         "api_response_code": api_response_code,
@@ -207,7 +207,7 @@ async def complete(
         with suppress(StaleToken):
             if refresh := await _complete(session, claim, account, tokens, answer):
                 return refresh
-    # The claim has no account, the account's token has changed since, or the claim is lost.
+    # The claim has no loaded account, the account's token has changed, or the claim is lost.
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     try:
         refresh = await _complete(session, claim, account, tokens, answer)
@@ -227,7 +227,7 @@ async def _complete(
     tokens: dict[str, Any],
     answer: dict[str, Any],
 ) -> TokenStatus | None:
-    """Return the completed refresh; None if the claim is lost or the account's token changed."""
+    """Return the completed refresh, or None if the claim is lost or the token has changed."""
     expires_at = account.validate_changes(tokens)["token_expires_at"]
     access_token = tokens["access_token"]
     expires_at = account.check_not_stale(access_token, expires_at)
@@ -276,19 +276,19 @@ async def fail(
     api_response_code: int | None = None,
     api_response_time_ms: int | None = None,
 ) -> TokenStatus:
-    """End an attempt with a failure. The refresh is pending again, or given up (failed).
+    """End an attempt with a failure. The refresh becomes pending again, or is given up (failed).
 
-    The next attempt is due after `retry_after`, the wait that the broker asked for, or after a
-    random backoff. The refresh is given up after `max_retries` attempts. `credentials_refused`
-    gives it up at once and suspends an active account. `answer_lost` means that the broker may
-    have issued a token: the refresh's details record it, and the messages of later failures mention
-    it. Tokens, keys and the account's own secrets are masked in `error`, of which the first 10,000
-    characters are stored.
+    The next attempt is due after `retry_after`, which the broker has requested, or after a random
+    backoff. A refresh is given up after `max_retries` attempts. With `credentials_refused`, the
+    refresh is given up at once, and an active account is suspended. `answer_lost` means that the
+    broker may have issued a token. A lost answer is stored in the details of the refresh, and the
+    error messages of later failures mention the lost answer. The first 10,000 characters of `error`
+    are stored, with masked secrets.
 
     Raises:
-        LeaseLost: the claim is lost; nothing has changed.
-        NotFound: the account does not exist any more.
-        ValidationError: a value is invalid; nothing has changed.
+        LeaseLost: the claim is lost. The account and the refresh are unchanged.
+        NotFound: the account was deleted.
+        ValidationError: a value is invalid. The account and the refresh are unchanged.
     """
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     secrets = readable_secrets(account)
@@ -343,14 +343,14 @@ async def fail(
             severity=AuditSeverity.CRITICAL,
             old_values={"status": AccountStatus.ACTIVE},
             new_values={"status": AccountStatus.SUSPENDED},
-            details={"reason": "the broker refuses its credentials", "refresh": str(refresh.id)},
+            details={"reason": "the broker refuses the credentials", "refresh": str(refresh.id)},
         )
         await audit_logs.insert_event(session, event)
     return refresh
 
 
 async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool:
-    """Return whether an earlier attempt lost its answer: of this refresh, or of a failed one."""
+    """Return whether an earlier attempt of this refresh or the previous refresh lost the answer."""
     if (claim.details or {}).get(ANSWER_LOST):
         return True
     of_account = col(TokenStatus.tiger_account_id) == claim.tiger_account_id
@@ -361,10 +361,10 @@ async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool
 
 
 def _message(error: str, secrets: list[str]) -> str:
-    """Return an error's text with masked secrets, and cut if it is too long."""
+    """Return an error message with masked secrets. A long message is truncated."""
     if len(error) <= _MAX_MESSAGE_LENGTH:
         return replace_unstorable(redact_aggressively(error, *secrets))
-    # Redaction does not recognize a secret that is cut off. So the end is removed after redaction.
+    # Redaction does not recognize a truncated secret. The end is therefore removed after redaction.
     start = error[: _MAX_MESSAGE_LENGTH + _MAX_SECRET_LENGTH]
     message = redact_aggressively(start, *secrets)[:-_MAX_SECRET_LENGTH]
     return f"{replace_unstorable(message)}... ({len(error)} characters)"
@@ -372,27 +372,28 @@ def _message(error: str, secrets: list[str]) -> str:
 
 def _backoff(attempts: int) -> timedelta:
     longest: timedelta = min(MAX_BACKOFF, BACKOFF * 2 ** min(attempts - 1, 20))
-    return longest * random.random()  # noqa: S311  # spreads load, protects nothing
+    return longest * random.random()  # noqa: S311  # spreads load; needs no secure randomness
 
 
 async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
-    """End an attempt whose outcome cannot be stored, not even by `fail`.
+    """End an attempt with an unknown outcome, if `complete` and `fail` cannot store the outcome.
 
     Only constants are written. The refresh is due again in half an hour, or given up after
     `max_retries` attempts. A refresh that is given up counts as an error of the account.
 
     Raises:
-        LeaseLost: the claim is lost; nothing has changed.
+        LeaseLost: the claim is lost. The refresh is unchanged.
     """
     if not await _fail_unknown(session, _HELD_CLAIM, claim.id, claim.fencing_token):
         raise LeaseLost
 
 
 async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
-    """Give up refreshes whose lease expired in their last attempt; return how many, 100 at most.
+    """Give up at most 100 refreshes whose lease expired in the last attempt. Return the number.
 
-    Their worker has stopped, and the broker may have issued a token: each one counts as an error of
-    its account. `skip` are the ids of refreshes that the caller works on.
+    The worker of such a refresh has stopped, and the broker may have issued a token. Each refresh
+    counts as an error of the account. `skip` contains the ids of refreshes that the caller is still
+    working on.
     """
     return await _fail_unknown(session, _EXPIRED_LEASES, list(skip))
 
@@ -424,5 +425,5 @@ async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -
 
 
 def token_hash(token: str) -> str:
-    """Return the SHA-256 of a token, by which the history tells tokens apart."""
+    """Return the SHA-256 of a token. The history of refreshes stores hashes instead of tokens."""
     return hashlib.sha256(token.encode("utf-8")).hexdigest()

@@ -1,4 +1,4 @@
-"""Queries of refreshes: single ones, lists, and statistics."""
+"""Queries of token refreshes: look-ups, lists and statistics."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,14 +18,14 @@ from tiger_db.models import (
 )
 from tiger_db.models.token_status import OPEN_STATUSES
 
-# These predicates are spelled as in the partial indexes.
+# These SQL predicates have the same text as in the partial indexes, so that the indexes are used.
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")
 _IS_FAILED = text("token_statuses.status = 'failed'")
 
 
 @dataclass(frozen=True, slots=True)
 class RefreshStatistics:
-    """Counts and durations of refreshes. `success_rate` is None if no refresh has ended."""
+    """Counts and durations of refreshes. Without a success or failure, `success_rate` is None."""
 
     total: int
     succeeded: int
@@ -39,7 +39,7 @@ class RefreshStatistics:
 
 
 async def get(session: AsyncSession, refresh_id: UUID) -> TokenStatus | None:
-    """Return a refresh by its id, or None."""
+    """Return the refresh with an id, or None."""
     return await newest(session, col(TokenStatus.id) == refresh_id)
 
 
@@ -51,7 +51,7 @@ async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenSta
 async def get_pending_refreshes(
     session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[TokenStatus]:
-    """List the refreshes that are pending, newest first."""
+    """Return a page of the pending refreshes, newest first."""
     statement = select(TokenStatus).where(
         IS_OPEN, col(TokenStatus.status) == TokenRefreshStatus.PENDING
     )
@@ -61,7 +61,7 @@ async def get_pending_refreshes(
 async def get_failed_refreshes(
     session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[TokenStatus]:
-    """List the refreshes that were given up, newest first."""
+    """Return a page of the refreshes that were given up, newest first."""
     statement = select(TokenStatus).where(_IS_FAILED)
     return await paginate(session, statement, TokenStatus, after=after, limit=limit)
 
@@ -73,7 +73,7 @@ async def history(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[TokenStatus]:
-    """List all refreshes, or those of one account, newest first."""
+    """Return a page of the refreshes of one account, or of all accounts, newest first."""
     statement = select(TokenStatus)
     if account_id is not None:
         statement = statement.where(col(TokenStatus.tiger_account_id) == account_id)
@@ -83,10 +83,11 @@ async def history(
 async def overview(
     session: AsyncSession, *, since: datetime, limit: int = DEFAULT_PAGE_SIZE
 ) -> dict[str, list[TokenStatus]]:
-    """Return the refreshes that are `running`, `due`, `waiting`, and `failed`.
+    """Return lists of refreshes by state: `running`, `due`, `waiting` and `failed`.
 
-    The first three lists are ordered by `scheduled_at`. `failed` lists the refreshes that were
-    opened since an aware datetime, newest first. Each list has at most `limit` items.
+    The lists of running, due and waiting refreshes are ordered by `scheduled_at`. The list of
+    failed refreshes has those that were opened since an aware datetime, newest first. Each list has
+    at most `limit` items.
 
     Raises:
         InvalidValue: `since` is naive, or `limit` is not from 1 to 1000.

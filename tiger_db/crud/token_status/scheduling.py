@@ -1,4 +1,4 @@
-"""Scheduling of refreshes: opening, cancelling, retrying and pruning them."""
+"""Scheduling of token refreshes: open, cancel, retry and prune refreshes."""
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
@@ -43,12 +43,12 @@ async def create_refresh_operation(
     max_retries: int = 3,
     details: dict[str, JsonValue] | None = None,
 ) -> TokenStatus:
-    """Open a refresh of an account's token, or return the open refresh of the account.
+    """Open a refresh of an account's token, or return the refresh that is open already.
 
-    The refresh is due at `scheduled_at`, an aware datetime, or now if it is None.
+    The refresh is due at `scheduled_at`, an aware datetime, or now if `scheduled_at` is None.
 
     Raises:
-        MissingReference: there is no such account.
+        MissingReference: no account has this id.
         InvalidState: the account is closed.
         ValidationError: a value is invalid.
     """
@@ -63,7 +63,7 @@ async def create_refresh_operation(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
             ),
         )
-        if existing is not None:  # None: it ended between the two statements
+        if existing is not None:  # None: the open refresh has ended since
             return existing
 
 
@@ -72,9 +72,10 @@ async def schedule_due(
 ) -> list[TokenStatus]:
     """Open a refresh for every active account whose token is due, and return the new refreshes.
 
-    A token is due from the account's `token_refresh_at` on or, if `within` is given, that long
-    before it expires. Parallel callers open one refresh per account. An account whose last refresh
-    was given up is skipped until the `next_refresh_at` of that refresh.
+    A token is due at the account's `token_refresh_at`. If `within` is given, a token is due when
+    the time to the token's expiry is `within` or less. Parallel calls open only one refresh per
+    account. An account whose last refresh was given up is skipped until the `next_refresh_at` of
+    that refresh.
     """
     check_limit(limit)
     of_account = select(col(TokenStatus.id)).where(
@@ -85,7 +86,7 @@ async def schedule_due(
             col(TokenStatus.status) == TokenRefreshStatus.FAILED,
             col(TokenStatus.next_refresh_at) > func.now(),
         )
-        .offset(0)  # makes PostgreSQL look up each account instead of scanning all failures
+        .offset(0)  # makes PostgreSQL look up each account instead of scanning all failed refreshes
         .exists()
     )
     due, at = due_tokens(within)
@@ -94,8 +95,8 @@ async def schedule_due(
         .where(due, ~of_account.where(IS_OPEN).exists(), ~given_up)
         .order_by(at)
         .limit(limit)
-        # The lock prevents closing until the transaction ends. Accounts that are locked by other
-        # transactions are skipped.
+        # The row lock prevents that the account is closed before the transaction ends. Accounts
+        # that are locked by other transactions are skipped.
         .with_for_update(key_share=True, skip_locked=True)
     )
     with typed_errors():
@@ -108,7 +109,7 @@ async def schedule_due(
 
 
 async def next_due(session: AsyncSession) -> timedelta | None:
-    """Return the time until another refresh or token becomes due or a lease expires, or None."""
+    """Return the time until the next refresh or token is due or the next lease expires, or None."""
     pending = (
         select(col(TokenStatus.scheduled_at))
         .where(
@@ -128,7 +129,8 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     lease = select(func.min(col(TokenStatus.lease_expires_at))).where(
         IS_OPEN,
         col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
-        col(TokenStatus.scheduled_at) <= func.clock_timestamp(),  # for the index
+        col(TokenStatus.scheduled_at)
+        <= func.clock_timestamp(),  # needed to use the index
         col(TokenStatus.lease_expires_at) > func.clock_timestamp(),
     )
     first = func.least(*(times.scalar_subquery() for times in (pending, lease, token)))
@@ -137,7 +139,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
 
 
 async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10_000) -> int:
-    """Delete ended refreshes that were opened longer ago than `older_than`; return how many.
+    """Delete ended refreshes that were opened before now - `older_than`. Return their number.
 
     Raises:
         InvalidValue: `older_than` is not positive.
@@ -153,7 +155,7 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
         .order_by(col(TokenStatus.id))
         .limit(limit)
         .with_for_update(skip_locked=True)
-        .cte("old")  # runs once; a subquery may run again and select other rows
+        .cte("old")  # a CTE runs once; a subquery may run again and select other rows
     )
     deleted = await session.scalars(
         delete(TokenStatus).where(col(TokenStatus.id) == old.c.id).returning(col(TokenStatus.id)),
@@ -163,10 +165,10 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
 
 
 async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
-    """Cancel an open refresh. A worker that has claimed it loses the claim.
+    """Cancel an open refresh. A worker that has claimed the refresh loses the claim.
 
     Raises:
-        NotFound: there is no such refresh.
+        NotFound: no refresh has this id.
         InvalidState: the refresh has ended.
     """
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
@@ -184,11 +186,11 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
 
 
 async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
-    """Open a failed refresh again: it is due now, and no attempt is counted.
+    """Open a failed refresh again. The refresh is due now, and the count of attempts starts at 0.
 
     Raises:
-        NotFound: there is no such refresh.
-        InvalidState: the refresh has not failed, or its account is closed.
+        NotFound: no refresh has this id.
+        InvalidState: the refresh has not failed, or the account is closed.
         AlreadyExists: the account has another open refresh.
     """
     refresh = await get_or_raise(session, TokenStatus, refresh_id)
@@ -210,7 +212,7 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
 
 
 async def _lock_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    """Lock an account that is not closed, so that it is not closed in the meantime."""
+    """Lock the row of an open account, so that the account stays open during the transaction."""
     try:
         account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     except NotFound as error:
@@ -225,7 +227,7 @@ async def _open(
     accounts: Iterable[tuple[TigerAccount, RefreshTrigger]],
     **values: Any,  # noqa: ANN401  # fields of TokenStatus
 ) -> list[TokenStatus]:
-    """Open refreshes for the accounts that have no open refresh, and record their events."""
+    """Open refreshes for accounts without an open refresh, and record an audit event for each."""
     refreshes = [
         TokenStatus(
             tiger_account_id=account.id,
