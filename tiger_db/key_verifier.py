@@ -31,7 +31,7 @@ _YIELD_INTERVAL_SECONDS = 0.005  # calls let the event loop read notifications a
 class KeyVerifier:
     """Authorizes API keys without a session. Use a KeyVerifier in one event loop only.
 
-    Each call reads the key's row with one query, so that a change of a key takes effect at once.
+    By default, each call reads the key's row with one query, so that a change takes effect at once.
     The hash of a key is verified in the first call, and again after a change of the row.
 
     With `memory=True`, verified keys are cached inside the `async with` block. Triggers on api_keys
@@ -57,7 +57,7 @@ class KeyVerifier:
         self._digest_key = secrets.token_bytes(32)
         self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()  # verified keys by digest
         self._digests: dict[UUID, bytes] = {}  # digests by key id
-        self._notifications = 0  # number received; a row read before the last one is not cached
+        self._notifications = 0  # received so far; rows read before the last one are not cached
         self._valid_until = 0.0  # monotonic time at which the lease ends
         self._clock_offset = 0.0  # database time (seconds since 1970) minus monotonic time
         self._yielded_at = 0.0  # monotonic time at which a call last yielded
@@ -69,8 +69,8 @@ class KeyVerifier:
 
         Raises:
             DatabaseUnavailable: the database cannot be reached.
-            SchemaMismatch: the schema is missing, or is older or newer than this code. With
-                `memory=True`, also if api_keys or tiger_accounts differs from the declared table.
+            SchemaMismatch: the schema is missing, is older or newer than this code, or (with
+                `memory=True`) has unexpected changes of api_keys or tiger_accounts.
             ConfigurationError: `memory=True` and `DB_POOLER` are set, but `DB_DIRECT_HOST` is not.
         """
         if self.memory:
@@ -156,7 +156,7 @@ class KeyVerifier:
         """Authorize a key from the cache. Return None if the database must be read.
 
         Raises:
-            AccessDenied: a check failed. The subclass names the check.
+            AccessDenied: a check failed; each check raises its own subclass.
         """
         now = time.monotonic()
         if now - self._yielded_at > _YIELD_INTERVAL_SECONDS:

@@ -323,7 +323,7 @@ def test_a_key_is_rotated(cli: CommandLine) -> None:
     assert "APIKeyExpired" in refusal(cli, new["key"])
     assert cli.ok("verify-api-key", "-", stdin=at_once.out.splitlines()[-1])
     assert "shown only now" in at_once.err
-    assert "only an active key" in cli.fails("rotate-api-key", new["id"])
+    assert "only an active API key" in cli.fails("rotate-api-key", new["id"])
     assert "was replaced by" in cli.fails("rotate-api-key", row["id"])
     assert "--grace" in cli.misused("rotate-api-key", row["id"], "--grace", "soon")
 
@@ -345,7 +345,7 @@ def test_a_key_is_extended_and_expiring_keys_are_listed(cli: CommandLine) -> Non
     assert expiring() == [late["id"], soon["id"]]
     assert cli.ok("extend-api-key", late["id"], "--never", "--json").json["expires_at"] is None
     assert expiring() == [soon["id"]]
-    assert "not later" in cli.fails("extend-api-key", soon["id"], "--expires-in", "1h")
+    assert "must be later" in cli.fails("extend-api-key", soon["id"], "--expires-in", "1h")
     for options in ((), ("--never", "--expires-in", "1h")):
         assert "--never" in cli.misused("extend-api-key", soon["id"], *options)
 
@@ -510,7 +510,7 @@ def test_a_key_is_extended_to_a_time(cli: CommandLine) -> None:
     cli.ok(*options, "--never")
     cli.fails(*options, "--never")
     cli.ok("revoke-api-key", row["id"])
-    assert "only an active key" in cli.fails(*options, "--expires-in", "1w")
+    assert "only an active API key" in cli.fails(*options, "--expires-in", "1w")
 
 
 @pytest.mark.slow

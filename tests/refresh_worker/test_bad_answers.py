@@ -324,7 +324,7 @@ async def test_a_refresh_that_is_always_lost_is_given_up(
         assert (claim.retry_count, claim.fencing_token) == (number, number + 1)
         await expire_lease(clone, refresh)
     if by_id:
-        with pytest.raises(InvalidState, match="no attempt is left"):
+        with pytest.raises(InvalidState, match="no attempt left"):
             async with clone.session() as session:
                 await crud.token_status.claim(session, refresh.id, worker="w")
         with pytest.raises(InvalidState):

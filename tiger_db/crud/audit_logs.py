@@ -70,7 +70,7 @@ class EventFields(TypedDict, total=False):
 
 
 async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
-    """Record one audit event in the caller's transaction. A rollback removes the event.
+    """Record one audit event in the caller's transaction. A rollback also removes the event.
 
     Values that PostgreSQL cannot store are converted, and secrets are masked: see `AuditLog`.
 
@@ -83,9 +83,9 @@ async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> Aud
 async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
     """Record one audit event out of band, and commit the event before the function returns.
 
-    The event stays if the caller's transaction rolls back. Use this function for the intent and the
-    outcome of an order, or for a denial. If `SessionContext.out_of_band` is None, the event is
-    recorded in the session's transaction.
+    The event stays if the caller's transaction rolls back. Use `record_event` for the intent
+    and the outcome of an order, or for a denial. If `SessionContext.out_of_band` is None, the event
+    is recorded in the session's transaction.
 
     Raises:
         ValidationError: a field is unknown, or a value is invalid.
@@ -103,12 +103,12 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
 async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     """Record many audit events in the caller's transaction with COPY. Return the number of events.
 
-    The AuditLog objects are not added to the session. The database's values of `created_at` and
-    `position` are not read back into the objects.
+    The AuditLog objects are not added to the session. The attributes `created_at` and `position` of
+    the AuditLog objects are not set.
 
     Raises:
-        InvalidValue: an item is not an AuditLog. No event is recorded.
-        AlreadyExists: an event was recorded before. The transaction must be rolled back.
+        InvalidValue: an item of `events` is not an AuditLog; no event is recorded.
+        AlreadyExists: an event was recorded before; the transaction must be rolled back.
         InvalidState: the session is readonly.
         DatabaseUnavailable, Conflict, QueryTimeout: see `Database.session`.
     """
@@ -325,7 +325,7 @@ async def statistics(
 ) -> Statistics:
     """Count the audit events from `since` (inclusive) to `until` (exclusive), aware datetimes.
 
-    The time of an event is the time in the event's id. `hours` contains no hour without an event.
+    The time of an event is the time in the event's id. The result omits hours without an event.
 
     Raises:
         InvalidValue: a datetime is naive.

@@ -35,14 +35,14 @@ E_ = TypeVar("E_", bound=Entity)
 
 
 async def fetch_one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
-    """Return the entity of a statement's first row, refreshed from the row; None without a row."""
+    """Return the entity in the first row of a statement, refreshed from the row, or None."""
     with typed_errors():
         row: E_ | None = await session.scalar(statement, execution_options=FRESH)
     return row
 
 
 async def fetch_all(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
-    """Return the entities of a statement's rows, refreshed from the rows."""
+    """Return the entities in the rows of a statement, refreshed from the rows."""
     with typed_errors():
         return list(await session.scalars(statement, execution_options=FRESH))
 
@@ -67,7 +67,7 @@ async def execute_driver_sql(
 async def get_or_raise(
     session: AsyncSession, entity: type[E_], row_id: UUID, *, lock: bool = False
 ) -> E_:
-    """Return the entity with an id, refreshed. `lock` locks the row until the transaction ends.
+    """Return the entity with the given id, refreshed. `lock=True` takes a row lock.
 
     Raises:
         NotFound: no row of the entity has this id.
@@ -112,7 +112,7 @@ def context_of(info: Mapping[Any, object]) -> SessionContext:
 
 
 def refuse_readonly(session: AsyncSession) -> None:
-    """Raise InvalidState if the session is readonly. PostgreSQL itself refuses only writes."""
+    """Raise InvalidState if the session is readonly. PostgreSQL itself would refuse only writes."""
     if CONTEXT in session.info and context_of(session.info).readonly:
         raise InvalidState(
             "a readonly session cannot write, and may read stale data: use Database.session()"
@@ -133,7 +133,7 @@ def replace_unstorable(text: str) -> str:
 
 @asynccontextmanager
 async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]:
-    """Run a block in a savepoint. A violated constraint rolls back the block, not the transaction.
+    """Run a code block in a savepoint. A violated constraint rolls back only the code block.
 
     After a rollback to the savepoint, the entities in `rows` are refreshed from the database.
 

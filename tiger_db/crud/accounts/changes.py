@@ -30,11 +30,11 @@ _FIXED = {"id", "created_at", "updated_at", "auto_suspended"}
 
 
 async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
-    """Store a new account. If `token_expires_at` is None, the access token is read for the expiry.
+    """Store a new account. If `token_expires_at` is None, read the expiry from the access token.
 
     Raises:
-        AlreadyExists: an account has the same account number (use `reopen` if the account is
-            closed), or another account is the default account.
+        AlreadyExists: the account number is in use (use `reopen` if that account is closed), or
+            there would be two default accounts.
         ConfigurationError: ENCRYPTION_KEYS is not set, so secrets cannot be encrypted.
         InvalidValue: the status is closed, or `auto_suspended` is true.
     """
@@ -67,7 +67,7 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
             changed: use `reopen`.
         StaleToken: the account has a newer access token.
         ValidationError: a field is unknown, or a value is invalid.
-        AlreadyExists: another account has the same account number, or is the default account.
+        AlreadyExists: the account number is in use, or there would be two default accounts.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if fixed := sorted(_FIXED & changes.keys()):
@@ -167,7 +167,7 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
 
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:
     # An advisory lock serializes the calls, so that each call reads the committed default account.
-    # Both columns share one lock, because with two locks, two calls could deadlock.
+    # Both default columns share one lock: with one lock per column, two calls could deadlock.
     lock = func.concat("set_default", func.nullif(func.current_schema(), "public"))
     await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(lock))))
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)

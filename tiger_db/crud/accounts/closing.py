@@ -31,10 +31,10 @@ E_ = TypeVar("E_", APIKey, TokenStatus)
 async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Close an account: delete its credentials, revoke its API keys and cancel its open refreshes.
 
-    A closed account is not a default account. The account number, the tiger_id and the audit trail
-    of the account are kept. Encrypted secrets are removed from the row at once. The next VACUUM
-    removes the secrets from the files of the table. Backups contain the secrets until the backups
-    are deleted. Closing a closed account changes nothing.
+    A closed account cannot be a default account. The account number, the tiger_id and the audit
+    trail of the account are kept. Encrypted secrets are removed from the row at once. The next
+    VACUUM removes the secrets from the files of the table. Backups contain the secrets until the
+    backups are deleted. Closing a closed account changes nothing.
 
     Raises:
         NotFound: no account has this id.

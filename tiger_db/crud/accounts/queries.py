@@ -32,9 +32,9 @@ FAILING_FOR = timedelta(minutes=5)
 async def get(
     session: AsyncSession, account_id: UUID, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """Return the account with an id, or None. Load the relationships that `load` names.
+    """Return the account with the given id, or None.
 
-    The relationships are `api_keys` and `token_statuses`.
+    `load` names the relationships to load with the account: `api_keys`, `token_statuses`.
     """
     return await _get(session, col(TigerAccount.id) == account_id, load)
 
@@ -42,7 +42,7 @@ async def get(
 async def get_by_account_number(
     session: AsyncSession, account_number: str, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """Return the account with a Tiger account number, or None. For `load`, see `get`."""
+    """Return the account with the given Tiger account number, or None. For `load`, see `get`."""
     return await _get(session, col(TigerAccount.account_number) == account_number, load)
 
 
@@ -96,7 +96,7 @@ async def get_default_data_account(session: AsyncSession) -> TigerAccount | None
 async def get_accounts_needing_token_refresh(
     session: AsyncSession, *, within: timedelta = timedelta(hours=1), limit: int = 100
 ) -> list[TigerAccount]:
-    """Return active accounts whose token has expired or expires `within` a time, soonest first."""
+    """Return active accounts whose token expires before now + `within`, soonest expiry first."""
     check_limit(limit)
     due, at = due_tokens(within)
     statement = select(TigerAccount).where(due).order_by(at, col(TigerAccount.id)).limit(limit)
@@ -114,14 +114,13 @@ async def find_for_operation(
 ) -> list[TigerAccount]:
     """Return the accounts that can serve a request now, best account first.
 
-    Each account is active and has the market permission. If the license of an account requires an
-    access token, the token is valid. Accounts with three or more consecutive errors are omitted for
-    five minutes after the last error. The default account comes first. The other accounts are
-    ordered by the number of errors, and then by age, oldest first.
+    Each returned account is active and has the market permission. If the license of an account
+    requires an access token, the account has a valid token. Accounts with three or more consecutive
+    errors are omitted for five minutes after the last error. The default account comes first. The
+    other accounts are ordered by the number of errors, and then by age, oldest account first.
 
     If `trading` is true and `account_type` is None, the default trading account determines the
-    account type. If the default is a paper account, only paper accounts are returned. Otherwise, no
-    paper account is returned.
+    account type: only paper accounts if the default account is a paper account, else none.
 
     Raises:
         InvalidState: the session is readonly.

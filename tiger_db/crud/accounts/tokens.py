@@ -24,10 +24,10 @@ async def update_tokens(
     """Replace the access token of an account, and the refresh token if `refresh_token` is given.
 
     `token_expires_at` is an aware datetime, or None to read the expiry from a token in Tiger's
-    format. A token in another format without `token_expires_at` is never due for a refresh.
+    format. A token with an unknown expiry is never due for a refresh.
 
     `refresh_id` is the id of a refresh that lost the claim before the broker returned the token. If
-    that refresh has suspended the account within the last day, the account is activated again.
+    this late refresh has suspended the account within the last day, the account is activated again.
 
     Raises:
         NotFound: no account has this id.

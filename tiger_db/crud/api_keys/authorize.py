@@ -47,8 +47,8 @@ LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = 
 _NAMES = column_names(APIKey)
 _COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use of a key changes
 _RECORDED_CHARACTERS = 200  # maximum length of an IP address or user agent in an audit event
-# A hash that another transaction has replaced since it was read is kept. A locked row is skipped,
-# so that authorization never waits for a row lock.
+# Replace the hash of a key, unless another transaction has replaced the hash since the read. A
+# locked row is skipped, so that authorization never waits for a row lock.
 _REPLACE_HASH = """
 UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
     (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 FOR NO KEY UPDATE SKIP LOCKED)
@@ -132,7 +132,7 @@ async def authorize_api_key(
     ip_address: str | IPv4Address | IPv6Address | None = None,
     user_agent: str | None = None,
 ) -> APIKey:
-    """Authorize an API key for a request, and count the use. Return the entity of the key.
+    """Authorize an API key for a request, and count the use. Return the APIKey entity.
 
     The order of the checks is: format, existence and hash of the key (each raises `InvalidAPIKey`),
     status, expiry, status of the bound account, IP address, user agent, scopes, requested account,
@@ -145,15 +145,16 @@ async def authorize_api_key(
     a hash with an older pepper, no pepper or a slow scheme, the hash is replaced, and an audit
     event of the replacement is recorded.
 
-    Rate limits are exact across processes. A key and its replacements by rotation share one count.
-    Rate limits apply to a clock hour or a calendar day (UTC), so twice the limit may pass in a
-    short time around the end of an hour or day.
+    Rate limits are exact across processes. An API key and its replacements by rotation share one
+    count of uses. A rate limit applies to a clock hour or a calendar day (UTC), so up to twice the
+    limit may be used in a short time around the end of an hour or day.
 
-    `usage_count` and `last_used_at` are written later: see `UsageCounter`. A use may not be counted
+    `usage_count` and `last_used_at` are written later: see `UsageCounter`. A use may stay uncounted
     if the same transaction has created the key.
 
     Raises:
-        AccessDenied: a check failed. The subclass names the check. The use is not counted.
+        AccessDenied: a check failed; each check raises its own subclass. A denied use is not
+            counted.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
             Database.
         InvalidState: the session is readonly.
@@ -233,10 +234,10 @@ async def _verify(
     info: Mapping[Any, object],
     session: AsyncSession | None,
 ) -> VerifiedKey:
-    """Verify the secret of an API key, and hydrate the key, in the session if one is given.
+    """Verify the secret of an API key, and hydrate the key, in `session` if one is given.
 
     Raises:
-        InvalidAPIKey: the secret is wrong, or the row is empty. Both checks take equal time.
+        InvalidAPIKey: the secret is wrong or the row is empty; both checks take equal time.
         UnpepperedHash: the hash has no pepper, and hashes without a pepper are not allowed.
     """
     peppers = peppers_of(info)

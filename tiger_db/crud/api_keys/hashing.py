@@ -33,12 +33,12 @@ def peppers_of(info: Mapping[Any, object]) -> Peppers:
     """
     peppers = context_of(info).peppers
     if peppers is None:
-        raise ConfigurationError("API_KEY_PEPPERS is not set: it is needed to verify API keys")
+        raise ConfigurationError("API_KEY_PEPPERS is not set, but API keys need a pepper")
     return peppers
 
 
 def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
-    """Hash a secret with the first pepper. Return the hash and the id of the pepper."""
+    """Hash a secret with the first pepper. Return the hash and the pepper's id."""
     pepper_id = peppers.key_ids[0]
     hashed: str = _hashes.hash(peppers.apply(pepper_id, secret))
     return hashed, pepper_id

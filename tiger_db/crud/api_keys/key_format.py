@@ -40,7 +40,7 @@ def new_key(environment: str) -> ParsedKey:
 
 
 def parse_key(raw_key: str) -> ParsedKey | None:
-    """Split a raw API key. Return None if the raw key is malformed or not a string."""
+    """Parse a raw API key. Return None if the raw key is malformed or not a string."""
     match = _FORMAT.fullmatch(raw_key) if isinstance(raw_key, str) else None
     at = -_CHECKSUM_CHARACTERS
     if match is None or checksum(raw_key[:at]) != raw_key[at:]:

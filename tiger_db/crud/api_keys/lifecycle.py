@@ -45,10 +45,10 @@ async def create_api_key(
     description: str | None = None,
     tags: Mapping[str, JsonValue] | None = None,
 ) -> tuple[APIKey, str]:
-    """Create an API key. Return the entity and the raw key. The raw key is not stored.
+    """Create an API key. Return the APIKey entity and the raw key. The raw key is not stored.
 
     Raises:
-        ValidationError: a value is invalid. The error names the field.
+        ValidationError: a value is invalid; the error names the field.
         MissingReference: no account has the id `tiger_account_id`.
         InvalidState: the account is closed.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
@@ -78,11 +78,12 @@ async def create_api_key(
 async def rotate(
     session: AsyncSession, key_id: UUID, *, grace: timedelta = timedelta(hours=24)
 ) -> tuple[APIKey, str]:
-    """Replace an API key by a new key with the same permissions. Return the new entity and raw key.
+    """Replace an API key by a new key with the same permissions. Return its entity and raw key.
 
     The old key expires at the end of the grace period, unless the old key already expires earlier.
-    Both keys share one count for rate limits. A key can be replaced only once: if the new raw key
-    is lost, rotate the new key. A rotation that fails leaves the old key unchanged.
+    The rate limits count the uses of the old and the new key together. A key can be rotated only
+    once: if the new raw key is lost, rotate the new key. A failed rotation leaves the old key
+    unchanged.
 
     Raises:
         NotFound: no API key has this id.
@@ -113,7 +114,7 @@ async def rotate(
 
 
 async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | None) -> APIKey:
-    """Extend an API key to a later expiry: an aware datetime, or None for a key without expiry.
+    """Set a later expiry for an API key: an aware datetime, or None for a key without expiry.
 
     Raises:
         NotFound: no API key has this id.
@@ -166,7 +167,7 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
 async def _lock_active(
     session: AsyncSession, key_id: UUID, participle: str
 ) -> tuple[APIKey, datetime]:
-    """Lock the row of an active API key. Return the key and the database's time.
+    """Lock the row of an active API key. Return the APIKey entity and the database's time.
 
     Raises:
         NotFound: no API key has this id.

@@ -20,7 +20,7 @@ from tiger_db.models.api_keys import address_allowed, user_agent_allowed
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """The access that a caller requests with an API key, and the IP address and user agent."""
+    """The access that a caller requests with an API key, and the caller's IP and user agent."""
 
     scopes: tuple[APIKeyScope, ...] = ()
     account_id: UUID | None = None
@@ -46,7 +46,7 @@ class KeyPermissions:
 
     @classmethod
     def of(cls, key: APIKey, account_status: str | None) -> Self:
-        """Build the permissions of an API key. `account_status` is that of the key's account."""
+        """Build the permissions of an API key. `account_status` is the status of its account."""
         return cls(
             key_id=key.id,
             limits_key_id=key.root_id or key.id,
@@ -70,7 +70,7 @@ def check_access(permissions: KeyPermissions, now: float, request: AccessRequest
     """Check all conditions of an API key except rate limits. `now` is in seconds since 1970.
 
     Raises:
-        AccessDenied: a check failed. The subclass names the first failed check.
+        AccessDenied: a check failed; each check raises its own subclass.
     """
     if permissions.status is APIKeyStatus.EXPIRED:
         raise APIKeyExpired

@@ -33,19 +33,19 @@ class HourlyUsage:
 
 
 async def get(session: AsyncSession, key_id: UUID) -> APIKey | None:
-    """Return the API key with an id, or None."""
+    """Return the API key with the given id, or None."""
     statement = select(APIKey).where(col(APIKey.id) == key_id)
     return await fetch_one(session, statement)
 
 
 async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None:
-    """Return the API key with a public prefix, or None."""
+    """Return the API key with the given public prefix, or None."""
     statement = select(APIKey).where(col(APIKey.key_prefix) == key_prefix)
     return await fetch_one(session, statement)
 
 
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """Return the API key of a raw key in any status, or None. No use is counted.
+    """Return the API key of a raw key, in any status, or None. The look-up is not counted as a use.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
@@ -92,7 +92,7 @@ async def list_expiring(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
-    """Return a page of active API keys that expire within a period from now, soonest first.
+    """Return a page of active API keys that expire between now and now + `within`, soonest first.
 
     Raises:
         InvalidCursor: `after` is not the `next_cursor` of a page.

@@ -40,8 +40,7 @@ async def consume(
 ) -> bool:
     """Count one use of an API key, if no rate limit is reached.
 
-    Return False if the key has changed since `permissions` were read. The caller must then read the
-    permissions again.
+    Return False if the key has changed since `permissions` were read: read the permissions again.
 
     Raises:
         RateLimited: a rate limit is reached.

@@ -51,7 +51,7 @@ _STATUS = text("""
 SELECT CASE WHEN CAST(:xid AS xid8) > pg_current_xact_id() THEN 'aborted'
     ELSE pg_xact_status(CAST(:xid AS xid8)) END
 """)
-# Rate limits do not use the counts of earlier days. Counts of deleted API keys would stay forever.
+# Delete old counts of rate limits, because the counts of deleted API keys would stay forever.
 _DELETE_OLD_LIMITS = text("DELETE FROM api_key_limits WHERE day < now() - interval '30 days'")
 _COUNT_ONE = text("""
 WITH used AS (
@@ -79,8 +79,8 @@ class UsageCounter:
     """Counts uses of API keys in memory, and writes the counts to the database every second.
 
     Use a UsageCounter in one event loop only. A killed process loses the counts of the last second.
-    If the commit of a batch is not confirmed, the batch is still counted exactly once. If the
-    server also crashes or fails over, the batch is counted at most once.
+    If the commit of a batch is not confirmed, the uses in the batch are still counted exactly once.
+    If the server crashes during the commit, the uses in the batch are counted at most once.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -106,7 +106,7 @@ class UsageCounter:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Write all usage counts. If the write fails, log a warning: the counts are lost."""
+        """Write all usage counts. If the write fails, log the number of lost uses as a warning."""
         self._closing.set()
         if self._task is not None:
             with suppress(asyncio.CancelledError):

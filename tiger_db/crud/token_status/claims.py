@@ -66,9 +66,10 @@ async def claim_due(
     `limit` refreshes can be claimed, `fail_expired_leases` gives up the refreshes whose lease has
     expired in the last attempt.
 
-    Commit before the request to the broker. A claim belongs to no session: pass the claim to
-    `heartbeat`, `complete`, `fail` or `give_back`. The `tiger_account` of a claim is loaded. `skip`
-    contains the ids of refreshes that this worker is still working on: they are not claimed again.
+    Commit the transaction before a request to the broker. A claim belongs to no session: pass the
+    claim to `heartbeat`, `complete`, `fail` or `give_back`. The `tiger_account` of a claim is
+    loaded. `skip` contains the ids of refreshes that are not claimed, because this worker still
+    works on them.
 
     Raises:
         InvalidValue: the lease is not positive, `limit` is not from 1 to 1000, or the name of the

@@ -138,7 +138,7 @@ _HELD_CLAIM = f"""
 async def update_refresh(
     session: AsyncSession, criterion: ColumnElement[bool], **values: object
 ) -> TokenStatus | None:
-    """Update and return the refresh that meets a criterion. Return None if no refresh does."""
+    """Update the refresh that meets a criterion. Return the updated refresh, or None."""
     return await fetch_one(
         session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
     )
@@ -184,8 +184,8 @@ async def complete(
     """End a refresh with success: store the new token of the account, and reset the error count.
 
     `expires_at` is an aware datetime, or None to read the expiry from a token in Tiger's format. A
-    token in another format without `expires_at` is never due for a refresh. If
-    `accounts.record_error` has suspended the account, the error count is not reset.
+    token with an unknown expiry is never due for a refresh. If `accounts.record_error` has
+    suspended the account, the error count is not reset.
 
     Raises:
         LeaseLost: the claim is lost. The account and the refresh are unchanged.
@@ -251,7 +251,7 @@ async def _complete(
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
-        await get_or_raise(session, TigerAccount, account.id)  # refreshes the session's object
+        await get_or_raise(session, TigerAccount, account.id)  # updates the session's object
     return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
 
@@ -281,9 +281,9 @@ async def fail(
     The next attempt is due after `retry_after`, which the broker has requested, or after a random
     backoff. A refresh is given up after `max_retries` attempts. With `credentials_refused`, the
     refresh is given up at once, and an active account is suspended. `answer_lost` means that the
-    broker may have issued a token. A lost answer is stored in the details of the refresh, and the
-    error messages of later failures mention the lost answer. The first 10,000 characters of `error`
-    are stored, with masked secrets.
+    broker may have issued a token. `answer_lost` is recorded in the details of the refresh, and
+    mentioned in the error messages of later failures. The first 10,000 characters of `error` are
+    stored, with masked secrets.
 
     Raises:
         LeaseLost: the claim is lost. The account and the refresh are unchanged.
@@ -350,7 +350,7 @@ async def fail(
 
 
 async def _answer_lost_before(session: AsyncSession, claim: TokenStatus) -> bool:
-    """Return whether an earlier attempt of this refresh or the previous refresh lost the answer."""
+    """Return whether the broker's answer to an earlier attempt for the account was lost."""
     if (claim.details or {}).get(ANSWER_LOST):
         return True
     of_account = col(TokenStatus.tiger_account_id) == claim.tiger_account_id
@@ -364,7 +364,7 @@ def _message(error: str, secrets: list[str]) -> str:
     """Return an error message with masked secrets. A long message is truncated."""
     if len(error) <= _MAX_MESSAGE_LENGTH:
         return replace_unstorable(redact_aggressively(error, *secrets))
-    # Redaction does not recognize a truncated secret. The end is therefore removed after redaction.
+    # Redaction does not recognize a truncated secret, so a message is truncated after redaction.
     start = error[: _MAX_MESSAGE_LENGTH + _MAX_SECRET_LENGTH]
     message = redact_aggressively(start, *secrets)[:-_MAX_SECRET_LENGTH]
     return f"{replace_unstorable(message)}... ({len(error)} characters)"
@@ -378,7 +378,7 @@ def _backoff(attempts: int) -> timedelta:
 async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
     """End an attempt with an unknown outcome, if `complete` and `fail` cannot store the outcome.
 
-    Only constants are written. The refresh is due again in half an hour, or given up after
+    Only constant texts are stored. The refresh is due again in half an hour, or given up after
     `max_retries` attempts. A refresh that is given up counts as an error of the account.
 
     Raises:
@@ -392,8 +392,8 @@ async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] =
     """Give up at most 100 refreshes whose lease expired in the last attempt. Return the number.
 
     The worker of such a refresh has stopped, and the broker may have issued a token. Each refresh
-    counts as an error of the account. `skip` contains the ids of refreshes that the caller is still
-    working on.
+    that is given up counts as an error of the account. `skip` contains the ids of refreshes that
+    the caller still works on.
     """
     return await _fail_unknown(session, _EXPIRED_LEASES, list(skip))
 

@@ -25,13 +25,13 @@ _IS_FAILED = text("token_statuses.status = 'failed'")
 
 @dataclass(frozen=True, slots=True)
 class RefreshStatistics:
-    """Counts and durations of refreshes. Without a success or failure, `success_rate` is None."""
+    """Counts and durations of token refreshes."""
 
     total: int
     succeeded: int
     failed: int
     open: int
-    success_rate: float | None
+    success_rate: float | None  # succeeded / (succeeded + failed); None: division by zero
     p50_ms: float | None
     p95_ms: float | None
     by_trigger: dict[str, int]
@@ -39,7 +39,7 @@ class RefreshStatistics:
 
 
 async def get(session: AsyncSession, refresh_id: UUID) -> TokenStatus | None:
-    """Return the refresh with an id, or None."""
+    """Return the refresh with the given id, or None."""
     return await newest(session, col(TokenStatus.id) == refresh_id)
 
 
@@ -85,9 +85,9 @@ async def overview(
 ) -> dict[str, list[TokenStatus]]:
     """Return lists of refreshes by state: `running`, `due`, `waiting` and `failed`.
 
-    The lists of running, due and waiting refreshes are ordered by `scheduled_at`. The list of
-    failed refreshes has those that were opened since an aware datetime, newest first. Each list has
-    at most `limit` items.
+    The lists of running, due and waiting refreshes are ordered by `scheduled_at`. The list `failed`
+    contains refreshes that were opened after `since`, an aware datetime, newest refresh first. Each
+    list has at most `limit` items.
 
     Raises:
         InvalidValue: `since` is naive, or `limit` is not from 1 to 1000.
@@ -120,7 +120,7 @@ async def overview(
 
 
 async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatistics:
-    """Count the refreshes that were opened since an aware datetime.
+    """Count the refreshes that were opened after `since`, an aware datetime.
 
     Raises:
         InvalidValue: `since` is naive.

@@ -63,7 +63,7 @@ async def create_refresh_operation(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
             ),
         )
-        if existing is not None:  # None: the open refresh has ended since
+        if existing is not None:  # None: the other refresh has ended since
             return existing
 
 
@@ -95,8 +95,8 @@ async def schedule_due(
         .where(due, ~of_account.where(IS_OPEN).exists(), ~given_up)
         .order_by(at)
         .limit(limit)
-        # The row lock prevents that the account is closed before the transaction ends. Accounts
-        # that are locked by other transactions are skipped.
+        # While the transaction holds the row lock of an account, the account cannot be closed.
+        # Accounts that are locked by other transactions are skipped.
         .with_for_update(key_share=True, skip_locked=True)
     )
     with typed_errors():
@@ -129,8 +129,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     lease = select(func.min(col(TokenStatus.lease_expires_at))).where(
         IS_OPEN,
         col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
-        col(TokenStatus.scheduled_at)
-        <= func.clock_timestamp(),  # needed to use the index
+        col(TokenStatus.scheduled_at) <= func.clock_timestamp(),  # lets PostgreSQL use the index
         col(TokenStatus.lease_expires_at) > func.clock_timestamp(),
     )
     first = func.least(*(times.scalar_subquery() for times in (pending, lease, token)))
@@ -139,7 +138,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
 
 
 async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10_000) -> int:
-    """Delete ended refreshes that were opened before now - `older_than`. Return their number.
+    """Delete ended refreshes that are older than `older_than`. Return the number of refreshes.
 
     Raises:
         InvalidValue: `older_than` is not positive.
@@ -173,7 +172,7 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     """
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
     if not refresh.is_open:
-        raise InvalidState(f"a {refresh.status.value} refresh cannot be cancelled")
+        raise InvalidState(f"a refresh with status {refresh.status.value} cannot be cancelled")
     await update_refresh(
         session,
         col(TokenStatus.id) == refresh_id,
@@ -197,7 +196,7 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     await _lock_account(session, refresh.tiger_account_id)
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
     if refresh.status != TokenRefreshStatus.FAILED:
-        raise InvalidState(f"a {refresh.status.value} refresh cannot be tried again")
+        raise InvalidState(f"a refresh with status {refresh.status.value} cannot be tried again")
     async with savepoint(session):
         await update_refresh(
             session,
