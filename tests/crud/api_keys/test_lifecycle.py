@@ -304,7 +304,7 @@ async def test_a_key_has_one_successor(session: AsyncSession) -> None:
     third, _ = await api_keys.rotate(session, successor.id)
     assert third.root_id == successor.root_id == key.id
     await api_keys.revoke(session, third.id)
-    with pytest.raises(InvalidState, match="successor"):  # a revoked successor counts, too
+    with pytest.raises(InvalidState, match="was replaced by"):  # a revoked successor counts, too
         await api_keys.rotate(session, successor.id)
 
 

@@ -160,7 +160,9 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
     closes = values.get("status", account.status) == AccountStatus.CLOSED
     if account.status != AccountStatus.CLOSED:
         if closes:
-            raise InvalidValue("use `close` to close an account and revoke the account's API keys")
+            raise InvalidValue(
+                "status cannot be set to closed: use `close`, which also revokes the API keys"
+            )
     elif not closes or any(values.get(name, old) != old for name, old in CLOSED_VALUES.items()):
         raise InvalidState("the account is closed: use `reopen`, which stores new credentials")
 
