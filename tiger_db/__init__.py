@@ -1,6 +1,6 @@
 """The database of a Tiger Brokers MCP system.
 
-Names and submodules are imported at their first use, so that `tiger-db --help` imports none.
+Each public name and submodule is imported at its first use, so that `tiger-db --help` is fast.
 """
 
 from importlib import import_module
@@ -58,7 +58,7 @@ __all__ = [
     "TigerAccount", "TigerEnvironment", "TigerLicense", "TokenRefreshStatus", "TokenStatus",
     "crud", "errors", "get_session",
 ]  # fmt: skip
-# The submodules of the names in `__all__` that are not from `tiger_db.models`.
+# Public name -> submodule that defines the name. `tiger_db.models` defines the other classes.
 _SUBMODULES = {
     "Database": "database",
     "KeyVerifier": "key_verifier",
@@ -69,7 +69,7 @@ _SUBMODULES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker would accept any name
+if not TYPE_CHECKING:  # with `__getattr__`, type checkers accept every name
 
     def __getattr__(name: str) -> object:
         try:

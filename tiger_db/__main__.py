@@ -1,4 +1,4 @@
-"""`python -m tiger_db` is `tiger-db`."""
+"""Run the command line `tiger-db` as `python -m tiger_db`."""
 
 from tiger_db.cli import main
 

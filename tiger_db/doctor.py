@@ -1,8 +1,8 @@
-"""Checks of an installation for people and cron: each result has advice.
+"""Checks of an installation, with advice on each warning and problem.
 
-Every check runs in a transaction of its own with short timeouts. A check that fails is a warning,
-and the other checks still run. Tables that grow are read through indexes only; `tiger_accounts`
-and `api_keys` are read once.
+Every check runs in a transaction of its own with short timeouts. If a check raises
+an error, its result is a warning, and the other checks still run. Tables that grow are read through
+indexes only. The small tables `tiger_accounts` and `api_keys` may be scanned once.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86400  # seconds
 _TIMEOUTS = text(
     "SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '1s', true)"
 )
-_LISTED = 3  # items of each kind in a message
+_MAX_ITEMS_LISTED = 3  # items of a list in a message
 
-# Thresholds of a warning and of a problem.
+# Minimum ages in seconds: (for a warning, for a problem).
 UNSEALED_SECONDS = (_HOUR, _DAY)
 _OVERDUE_SECONDS = (5 * _MINUTE, _HOUR)
 _STALE_SECONDS = (_HOUR, _DAY)
@@ -44,7 +44,7 @@ _STALE_SECONDS = (_HOUR, _DAY)
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The result of a check: its status, what it saw, and advice or None."""
+    """Result of a check: status, observed state, and advice or None."""
 
     check: str
     status: Status
@@ -64,9 +64,9 @@ Check: TypeAlias = Callable[[AsyncConnection], Awaitable[Outcome]]
 
 
 async def run(settings: Settings) -> list[CheckResult]:
-    """Run all checks. Change nothing, and do not start the embedded server."""
+    """Run all checks, without changing data or starting the embedded server."""
     if settings.embedded:
-        from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+        from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and the extra `embedded`
 
         if await asyncio.to_thread(embedded.running, settings) is None:
             seen = f"{settings.location} is not running"
@@ -110,16 +110,18 @@ def _checks(settings: Settings) -> dict[str, Check]:
 
 
 async def _run_check(connection: AsyncConnection, name: str, check: Check) -> CheckResult:
-    """Run a check. If it fails, return a warning with the reason."""
+    """Run a check. If the check raises an error, return a warning with the reason."""
     try:
         async with connection.begin():
             await connection.execute(_TIMEOUTS)
             return CheckResult(name, *await check(connection))
     except (DBAPIError, Conflict, QueryTimeout) as error:
         if isinstance(error, Conflict | QueryTimeout):
-            advice = "run it again; `pg_stat_activity` shows sessions that hold locks"
+            advice = (
+                "run `tiger-db doctor` again; `pg_stat_activity` shows sessions that hold locks"
+            )
         elif getattr(error.orig, "sqlstate", None) == "42501":
-            advice = "GRANT the missing privilege to this role, or run it as the tables' owner"
+            advice = "GRANT the missing privilege to this role, or connect as the tables' owner"
         else:
             advice = "see `tiger-db check`"
         return CheckResult(name, "warning", f"not checked: {explain(error)}", advice)
@@ -145,16 +147,16 @@ def _duration(seconds: float) -> str:
 
 
 def _join_first(items: Sequence[str]) -> str:
-    """Join the first items with semicolons, followed by the number of the others."""
-    more = len(items) - _LISTED
-    return "; ".join(items[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+    """Join the first items with semicolons, and add the number of the omitted items."""
+    more = len(items) - _MAX_ITEMS_LISTED
+    return "; ".join(items[:_MAX_ITEMS_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
 async def _check_search_path(direct: AsyncConnection, settings: Settings) -> CheckResult:
-    """Compare the search path of sessions with the one that tiger_db needs.
+    """Compare the search path of sessions with the search path that tiger_db needs.
 
-    A pooler refuses or drops the search path that a client sets when it connects. Behind a pooler,
-    the setting of the role or of the database therefore applies.
+    A pooler refuses or drops the search path that a client sets in its connection. Behind a pooler,
+    the search path of the role or of the database therefore applies.
     """
 
     async def check(connection: AsyncConnection) -> Outcome:
@@ -180,9 +182,11 @@ def _grade_search_path(path: SearchPath, settings: Settings) -> Outcome:
     if settings.pooled:
         advice += "; then RECONNECT on the pooler's console"
     if not path.resolves_to(schema):
-        seen = f"{path.setting}, which does not lead to {quote_identifier(schema)} (DB_SCHEMA)"
+        seen = (
+            f"{path.setting}: this path does not resolve to {quote_identifier(schema)} (DB_SCHEMA)"
+        )
         return Outcome("problem", seen, advice)
-    # Quoted as in the settings, or as PostgreSQL prints the setting of ALTER ROLE.
+    # The names are quoted as in `Settings`, or as PostgreSQL prints a setting of ALTER ROLE.
     if path.setting.removeprefix("pg_catalog, ") in (settings.search_path, f"{schema}, pg_temp"):
         return Outcome("ok", path.setting)
     seen = f"{path.setting}: another schema or a temporary table may come before DB_SCHEMA"
@@ -226,11 +230,13 @@ async def check_triggers(connection: AsyncConnection) -> Outcome:
     added = [difference for difference in differences if difference.undeclared]
     seen = _join_first([*changed, *(difference.description for difference in added)])
     if changed:
-        advice = "run `tiger-db check` for the SQL that restores this, and find out who changed it"
+        advice = (
+            "run `tiger-db check` for the SQL that repairs this, and find the author of the change"
+        )
         return Outcome("problem", seen, advice)
     if added:  # an added trigger can change or refuse a write, such as a revocation
         return Outcome("warning", seen, added[0].repair)
-    return Outcome("ok", "all are those of this release")
+    return Outcome("ok", "all triggers, functions and rules match this release")
 
 
 _MONTHS_AHEAD = """
@@ -242,13 +248,13 @@ WHERE NOT EXISTS (SELECT FROM pg_inherits WHERE inhparent = 'audit_logs'::regcla
 
 
 async def audit_months_ahead(connection: AsyncConnection) -> int:
-    """Count the months after this one, without a gap, that have an audit partition."""
+    """Count the consecutive months after the current month that have an audit partition."""
     return int((await _fetch_all(connection, _MONTHS_AHEAD))[0][0])
 
 
 def grade_partitions(months_ahead: int) -> Outcome:
-    """Grade the number of months ahead that have an audit partition."""
-    seen = f"the audit trail has partitions for {months_ahead} months ahead"
+    """Grade the number of future months that have an audit partition."""
+    seen = f"future months with an audit partition: {months_ahead}"
     match months_ahead:
         case 0:
             advice = "run `tiger-db migrate` now, and `tiger-db maintain-audit` every day"
@@ -262,7 +268,7 @@ async def _check_partitions(connection: AsyncConnection) -> Outcome:
     return grade_partitions(await audit_months_ahead(connection))
 
 
-# The age is that of the oldest of 1,000 positions, found through ix_audit_logs_position.
+# The age is that of the oldest of the next 1,000 positions. ix_audit_logs_position finds the rows.
 UNSEALED_EVENTS = """
 SELECT taken - upto AS events, seals, extract(epoch FROM clock_timestamp() - (
     SELECT min(created_at) FROM audit_logs WHERE position > upto AND position <= upto + 1000
@@ -280,16 +286,16 @@ async def _check_unsealed(connection: AsyncConnection) -> Outcome:
         return Outcome("ok", "none")
     status = _grade(row.age, UNSEALED_SECONDS)
     if status == "problem" and not row.seals:
-        status = "warning"  # an installation may do without seals
+        status = "warning"  # an installation may work without seals
     return Outcome(
         status,
-        f"{row.events:,} events at most, the oldest of {_duration(row.age)} ago",
+        f"unsealed events: at most {row.events:,}, the oldest {_duration(row.age)} old",
         None if status == "ok" else "run `tiger-db seal-audit` every minute",
     )
 
 
-# Two partial indexes contain the open refreshes. OFFSET 0 makes PostgreSQL look up their accounts
-# one by one.
+# Two partial indexes contain the open refreshes. OFFSET 0 makes PostgreSQL look up the account of
+# one refresh at a time.
 OPEN_REFRESHES = """
 SELECT count(*) FILTER (WHERE status = 'pending') AS waiting,
     count(*) FILTER (WHERE status = 'in_progress' AND lease_expires_at < now()) AS abandoned,
@@ -305,11 +311,12 @@ WHERE status IN ('pending', 'in_progress') AND scheduled_at <= now()
 async def _check_refreshes(connection: AsyncConnection) -> Outcome:
     row = (await _fetch_all(connection, OPEN_REFRESHES))[0]
     if row.age is None:
-        return Outcome("ok", "none is overdue")
+        return Outcome("ok", "no refresh is overdue")
     status = _grade(row.age, _OVERDUE_SECONDS)
     return Outcome(
         status,
-        f"{row.waiting} are due, {row.abandoned} have lost their worker, for {_duration(row.age)}",
+        f"due refreshes: {row.waiting}; refreshes whose worker is lost: {row.abandoned};"
+        f" overdue for {_duration(row.age)}",
         None if status == "ok" else "run more `tiger-db run-refresh-worker` processes",
     )
 
@@ -325,18 +332,18 @@ DUE_TOKENS = select(
 async def _check_tokens(connection: AsyncConnection) -> Outcome:
     row = (await _fetch_all(connection, DUE_TOKENS))[0]
     if not row.accounts:
-        return Outcome("ok", "none is due for a refresh")
+        return Outcome("ok", "no token is due for a refresh")
     status: Status = "problem" if row.expired else _grade(row.age, _STALE_SECONDS)
-    advice = "see `tiger-db watch-refreshes`; is `tiger-db run-refresh-worker` running?"
+    advice = "see `tiger-db watch-refreshes`; keep `tiger-db run-refresh-worker` running"
     return Outcome(
         status,
-        f"{row.accounts} are due for a refresh, for {_duration(row.age)};"
-        f" {row.expired} have expired",
+        f"tokens that are due for a refresh: {row.accounts}, overdue for {_duration(row.age)};"
+        f" expired tokens: {row.expired}",
         None if status == "ok" else advice,
     )
 
 
-# ix_api_keys_expires_at_id
+# The index ix_api_keys_expires_at_id serves this query.
 EXPIRING_KEYS = """
 SELECT key_prefix, extract(epoch FROM expires_at - now())::float AS left, count(*) OVER () AS keys
 FROM api_keys
@@ -348,16 +355,17 @@ ORDER BY expires_at LIMIT 1
 async def _check_api_keys(connection: AsyncConnection) -> Outcome:
     rows = await _fetch_all(connection, EXPIRING_KEYS)
     if not rows:
-        return Outcome("ok", "none expires within 7 days")
+        return Outcome("ok", "no API key expires within 7 days")
     row = rows[0]
     return Outcome(
         "warning",
-        f"{row.keys} expire within 7 days, {row.key_prefix} in {_duration(row.left)}",
-        "see `tiger-db list-expiring-api-keys`; `extend-api-key` or `rotate-api-key` them",
+        f"API keys that expire within 7 days: {row.keys}, the first ({row.key_prefix}) in"
+        f" {_duration(row.left)}",
+        "list the keys with `tiger-db list-expiring-api-keys`; extend or rotate each key",
     )
 
 
-# A sequential scan: api_keys is small, and no index has only this use.
+# This query scans api_keys, a small table, because an index would serve only this query.
 _UNPEPPERED_KEYS = """
 SELECT array_agg(key_prefix ORDER BY id) AS prefixes,
     (clock_timestamp() AT TIME ZONE 'UTC')::date AS today
@@ -372,28 +380,31 @@ async def _check_hashes(connection: AsyncConnection, settings: Settings) -> Outc
     row = (await _fetch_all(connection, _UNPEPPERED_KEYS))[0]
     if row.prefixes is None:
         return Outcome("ok", "all active keys have hashes with a pepper")
-    seen = f"{len(row.prefixes)} active keys have hashes without a pepper"
-    seen = f"{seen}: {_join_first(row.prefixes)}"
-    advice = "revoke those that you did not make, `rotate-api-key` the others"
+    seen = f"active keys with a hash without a pepper: {len(row.prefixes)}"
+    seen = f"{seen} ({_join_first(row.prefixes)})"
+    advice = "revoke the keys that you did not create, and rotate the other keys"
     if until is not None and row.today <= until:
         return Outcome(
             "warning",
-            f"{seen}; accepted until the end of {until} (UTC)",
-            f"{advice} unless they are used by then: a use replaces the hash",
+            f"{seen}; these keys are accepted until the end of {until} (UTC)",
+            f"{advice}; the next use of a key gives its hash a pepper",
         )
-    advice += ", or set API_KEYS_ALLOW_UNPEPPERED_UNTIL to a day"
-    return Outcome("problem", f"{seen}; refused", advice)
+    advice += ", or set API_KEYS_ALLOW_UNPEPPERED_UNTIL to a date"
+    return Outcome("problem", f"{seen}; these keys are refused", advice)
 
 
 async def _check_encryption_keys(connection: AsyncConnection, ring: KeyRing) -> Outcome:
     async with AsyncSession(connection) as session:
         uses = await list_encryption_key_usage(session)
-    seen = ", ".join(f"{use.key_id}: {use.rows:,} rows of {use.table}" for use in uses)
+    seen = ", ".join(
+        f"{use.key_id}: {use.rows:,} {'row' if use.rows == 1 else 'rows'} of {use.table}"
+        for use in uses
+    )
     needed = {use.key_id for use in uses}
     if missing := sorted(needed - {*ring.key_ids}):
-        advice = f"these rows cannot be decrypted: put {', '.join(missing)} back"
+        advice = f"to decrypt these rows, put {', '.join(missing)} back into ENCRYPTION_KEYS"
         return Outcome("problem", seen, advice)
     if old := sorted(needed - {ring.key_ids[0]}):
-        advice = f"run `tiger-db rotate-encryption-key`; until then keep {old[0]}"
+        advice = f"run `tiger-db rotate-encryption-key`; until then keep {', '.join(old)}"
         return Outcome("warning", seen, advice)
-    return Outcome("ok", seen or "none is in use")
+    return Outcome("ok", seen or "no encryption key is in use")

@@ -1,4 +1,4 @@
-"""Reports for probes: whether a process and its database can serve, with advice on problems."""
+"""Health reports for probes: liveness and readiness, with advice on problems."""
 
 import asyncio
 import time
@@ -34,13 +34,13 @@ FROM pg_control_system(), pg_database WHERE datname = current_database()
 class HealthReport:
     """The health of a process and its database. A field that is unknown or not applicable is None.
 
-    `rows` has the estimated number of rows of each table. `problems` has one line for each problem,
-    with advice.
+    `rows` maps each table to its estimated number of rows. Each of the `problems` is one line with
+    advice.
     """
 
     location: str
     live: bool = True  # the settings and keys of this process are valid
-    ready: bool | None = None  # the process is live, and the database can serve
+    ready: bool | None = None  # the process is live, and the database can serve requests
     embedded_folder: str | None = None
     embedded_socket_folder: str | None = None
     embedded_pid: int | None = None
@@ -56,13 +56,13 @@ class HealthReport:
 
 
 async def check_liveness(settings: Settings) -> HealthReport:
-    """Check the settings and keys of this process. Connect to no database."""
+    """Check the settings and keys of this process, without connecting to a database."""
     report, _ = await _check_process(settings)
     return report
 
 
 async def check_readiness(settings: Settings) -> HealthReport:
-    """Check the process and its database. Raise no error and start no server.
+    """Check the process and its database. Problems are reported in `problems`, not raised.
 
     A database that does not answer within `DB_CONNECT_TIMEOUT` is not ready.
     """
@@ -88,7 +88,7 @@ async def check_readiness(settings: Settings) -> HealthReport:
             async with asyncio.timeout_at(deadline):
                 await _check_pooler(settings)
         async with maintenance_engine(settings) as engine:
-            # This listener is the first one, because SQLAlchemy's own listeners send queries.
+            # insert=True runs this listener before SQLAlchemy's listeners, which send queries.
             @event.listens_for(engine.sync_engine, "connect", insert=True)
             def _terminate_at_deadline(connection: AdaptedConnection, _record: object) -> None:
                 loop.call_at(deadline, connection.driver_connection.terminate)
@@ -144,7 +144,7 @@ async def _check_process(settings: Settings) -> tuple[HealthReport, KeyRing | No
 
 
 def _check_embedded(report: HealthReport, settings: Settings) -> HealthReport:
-    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and the extra `embedded`
 
     folder = embedded.home_folder(settings)
     report = replace(report, embedded_folder=str(folder))
@@ -163,9 +163,9 @@ async def _check_pooler(settings: Settings) -> None:
     """Check that the pooler and the direct connection lead to the same database and schema.
 
     Raises:
-        ConfigurationError: they lead to different databases.
+        ConfigurationError: the two connections lead to different databases.
         SchemaMismatch: the sessions behind the pooler do not use the schema of `DB_SCHEMA`.
-        DatabaseUnavailable: one of them cannot be reached.
+        DatabaseUnavailable: the pooler or the server cannot be reached.
     """
     databases, paths = [], []
     for open_connection in (connect, connect_directly):
@@ -177,31 +177,31 @@ async def _check_pooler(settings: Settings) -> None:
         finally:
             connection.terminate()
     if databases[0] != databases[1]:
-        raise ConfigurationError("DB_DIRECT_HOST is another server than the one behind the pooler")
+        raise ConfigurationError("DB_DIRECT_HOST is not the server behind the pooler")
     paths[0].check(settings.db_schema)
 
 
 async def _check_database(
     connection: AsyncConnection, settings: Settings, ring: KeyRing | None, problems: list[str]
 ) -> AsyncIterator[dict[str, Any]]:
-    """Yield fields of the report as they are found, and append to `problems`."""
+    """Yield each field of the report as soon as it is known, and append problems to `problems`."""
     await connection.execute(
         text("SELECT set_config('statement_timeout', :timeout, false)"),
         {"timeout": str(round(settings.db_query_timeout * 1000))},
     )
     driver = (await connection.get_raw_connection()).driver_connection
     assert driver is not None
-    # A pooler makes up the process id that it reports to its clients.
+    # The server process id that a pooler reports to a client is not the real process id.
     if driver.get_server_pid() != await connection.scalar(text("SELECT pg_backend_pid()")):
         problems.append(
-            "DB_DIRECT_HOST leads to a pooler: set it to the server"
+            "DB_DIRECT_HOST leads to a pooler: set DB_DIRECT_HOST to the server"
             if settings.db_direct_host
             else "the connection leads to a pooler: set DB_POOLER=pgbouncer and DB_DIRECT_HOST"
         )
     version = text("SHOW server_version")
     yield {"server_version": await connection.scalar(version)}
     start = time.perf_counter()
-    await connection.scalar(version)  # one round trip, because the statement is prepared
+    await connection.scalar(version)  # one round trip, because the statement is prepared already
     yield {"latency_ms": round((time.perf_counter() - start) * 1000, 3)}
     state = await schema_state(connection)
     yield {"revision": state.current, "head": state.head}
@@ -220,13 +220,13 @@ async def _check_database(
     triggers = await check_triggers(connection)
     if triggers.status == "problem":
         problems.append(f"{triggers.seen}: {triggers.advice}")
-    yield {"ready": not unreadable}  # missed upkeep does not make it unready
+    yield {"ready": not unreadable}  # overdue maintenance does not affect readiness
 
 
 async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int]:
     """Estimate the rows of each table and its partitions.
 
-    The estimates are those of the last ANALYZE, or of the cumulative statistics before the first.
+    The estimates are from the last ANALYZE, or before any ANALYZE from the cumulative statistics.
     """
     rows = await connection.execute(
         text(
@@ -243,9 +243,10 @@ async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> 
 
 
 async def _check_default_partition(connection: AsyncConnection) -> list[str]:
-    """Return the problems of events in the default partition.
+    """Return problems about audit events in the default partition.
 
-    `migrate` moves events to the partitions that it makes: those of this month and the next ones.
+    `tiger-db migrate` creates the partitions of this month and the next months, and moves the
+    events of these months to the new partitions.
     """
     movable, other = (
         await connection.execute(
@@ -274,7 +275,7 @@ async def _check_default_partition(connection: AsyncConnection) -> list[str]:
 
 
 async def _check_decryption(connection: AsyncConnection, ring: KeyRing) -> list[str]:
-    """Return a problem if the keys do not decrypt the newest account."""
+    """Return a problem if the key ring cannot decrypt the newest account."""
     async with AsyncSession(connection) as session:
         account = await session.scalar(
             select(TigerAccount).order_by(col(TigerAccount.id).desc()).limit(1)

@@ -76,7 +76,7 @@ def test_a_new_account_is_shown_without_secrets(cli: CommandLine) -> None:
 
 def test_a_key_that_is_not_rsa_is_stored_outside_production(cli: CommandLine) -> None:
     result = create(cli)
-    assert "Tiger will refuse it" in result.err
+    assert "Tiger will refuse the key" in result.err
     assert plain(stored(cli).private_key) == "test_key"
     assert stored(cli).private_key_format == PrivateKeyFormat.UNKNOWN
 
@@ -206,7 +206,7 @@ def test_a_new_default_replaces_the_old_one(cli: CommandLine) -> None:
 
 
 def test_accounts_are_listed_in_pages(cli: CommandLine) -> None:
-    assert cli.ok("list-accounts") == Result(0, "", "there are none\n")
+    assert cli.ok("list-accounts") == Result(0, "", "no rows found\n")
     assert cli.ok("list-accounts", "--json").json == {"items": [], "next_cursor": None}
     for number in ("1111111", "U2222222", PAPER):
         create(cli, number)

@@ -116,7 +116,7 @@ def test_events_are_shown_as_a_table(cli: CommandLine, events: list[AuditLog]) -
     assert "trade:place_order" in lines[-1]
     assert "51230321" in lines[-1]
     assert "out of luck" in shown
-    assert cli.ok("list-events", "--user", "nobody") == Result(0, "", "there are none\n")
+    assert cli.ok("list-events", "--user", "nobody") == Result(0, "", "no rows found\n")
 
 
 @pytest.mark.schema_changes
@@ -223,7 +223,7 @@ def test_events_are_filtered_by_resource_and_details(
 
 
 def test_events_are_counted(cli: CommandLine, clone_settings: Settings) -> None:
-    assert cli.ok("count-events") == Result(0, "", "there are none\n")
+    assert cli.ok("count-events") == Result(0, "", "no events found\n")
     log(
         clone_settings,
         *[{"action": AuditAction.DATA_QUERY}] * 3,
@@ -268,7 +268,7 @@ async def following(cli: CommandLine, *options: str) -> AsyncIterator[asyncio.su
     try:
         assert process.stderr is not None
         said = await asyncio.wait_for(process.stderr.readline(), 20)
-        assert said.decode() == "waiting for events; Ctrl-C to stop\n"
+        assert said.decode() == "waiting for new events; press Ctrl-C to stop\n"
         yield process
     finally:
         if process.returncode is None:

@@ -45,7 +45,10 @@ def test_events_are_sealed_and_verified(sealed: CommandLine, clone_settings: Set
     assert sealed.ok("seal-audit") == Result(0, "", "sealed 0 events in 0 seals\n")
     log(clone_settings, {}, {})
     assert sealed.ok("verify-audit") == Result(
-        0, "", "12 events verified against 1 seals; 2 events not sealed yet; 0 retired\n"
+        0,
+        "",
+        "verified 12 events against 1 seal; not sealed yet: 2 events;"
+        " removed by the retention: 0 events\n",
     )
     assert sealed.ok("seal-audit", "--json").json == {"rows": 2, "seals": 1, "waits_for": []}
     assert sealed.ok("verify-audit", "--json").json == {
@@ -104,7 +107,7 @@ def test_open_transactions_are_named(signing: CommandLine, clone_settings: Setti
 
     pid, result, as_json = asyncio.run(run())
     assert (result.code, as_json.code) == (1, 1)
-    assert f"still open (processes {pid})" in result.err
+    assert f"still open (server processes: {pid})" in result.err
     assert as_json.json == {"rows": 0, "seals": 0, "waits_for": [pid]}
     assert "--patience" in signing.misused("seal-audit", "--patience", "-1")
 
@@ -132,7 +135,10 @@ def test_an_export_is_verified_without_a_database(
 
     secret, bare.env = bare.env.pop("AUDIT_SIGNING_KEY"), {}
     options = ("--from", str(events), "--checkpoint", str(head))
-    says = "12 events verified against 1 seals; 0 events not sealed yet; 0 retired\n"
+    says = (
+        "verified 12 events against 1 seal; not sealed yet: 0 events;"
+        " removed by the retention: 0 events\n"
+    )
     assert bare.ok("verify-audit", *options, "--public-key", str(key)) == Result(0, "", says)
     assert bare.ok("verify-audit", *options, AUDIT_SIGNING_KEY=secret).err == says
     as_text = tmp_path / "key.txt"
@@ -163,7 +169,7 @@ def test_malformed_files_are_refused(
     for content, reason in (
         (b"nonsense", "not an Ed25519 public key in PEM format or as base64 of 32 bytes"),
         (b"-----BEGIN PUBLIC KEY-----\nAAAA\n", "not an Ed25519 public key"),
-        (b"\xff\xfe", "not text"),
+        (b"\xff\xfe", "the file is not UTF-8 text"),
         (Path(head).read_bytes(), "not an Ed25519 public key"),
     ):
         Path(other).write_bytes(content)
@@ -171,7 +177,7 @@ def test_malformed_files_are_refused(
         assert said.startswith(f"error: {other}: {reason}")
     for content, reason in (
         (b"nonsense", "not a checkpoint of an audit trail"),
-        (b"\xff\xfe", "not text"),
+        (b"\xff\xfe", "the file is not UTF-8 text"),
         (b"{}", "not a checkpoint of an audit trail"),
         (Path(key).read_bytes(), "not a checkpoint of an audit trail"),
     ):
@@ -190,6 +196,6 @@ def test_a_checkpoint_requires_a_seal(sealed: CommandLine, clone_settings: Setti
     file = os.devnull
     assert {*json.loads(head)} == {"statement", "signature"}
     run_sql(clone_settings, REPLICA, "DELETE FROM audit_seals", "DELETE FROM audit_logs")
-    assert sealed.ok("verify-audit").err.startswith("0 events verified against 0 seals;")
+    assert sealed.ok("verify-audit").err.startswith("verified 0 events against 0 seals;")
     assert "nothing is sealed yet: run `tiger-db seal-audit`" in sealed.fails("export-checkpoint")
     assert "not a checkpoint" in sealed.fails("verify-audit", "--checkpoint", file)

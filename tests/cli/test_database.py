@@ -162,7 +162,7 @@ def test_init_without_the_privilege_to_create_a_database_fails(
 ) -> None:
     bare.env = {"DATABASE_URL": url_of(server_url, new_database, nobody)}
     reason = bare.fails("init", **SECRETS)
-    assert "may not create it" in reason
+    assert "may not create databases" in reason
     assert "CREATE DATABASE" in reason
     assert "hunter2" not in reason
 
@@ -285,7 +285,7 @@ def test_check_prints_the_sql_that_restores_changes(
     )
     ill = cli("check")
     assert ill.code == 1
-    assert "run the SQL on its line" in ill.err
+    assert "run the listed SQL" in ill.err
     lines = ill.out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         (
@@ -452,7 +452,7 @@ def test_production_has_no_embedded_server(bare: CommandLine, command: str) -> N
 
 @pytest.mark.slow
 def test_start_embedded_warns_if_another_server_is_set(cli: CommandLine, home: Path) -> None:
-    assert "other commands do not use it" in cli.ok("start-embedded").err
+    assert "other commands do not use the embedded PostgreSQL" in cli.ok("start-embedded").err
     assert "stopped" in cli.ok("stop-embedded").err
 
 

@@ -23,7 +23,7 @@ def test_each_generated_key_is_one_line_and_unique(bare: CommandLine) -> None:
     for result in made:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d-[0-9a-f]{4}:[A-Za-z0-9+/]{43}=\n", result.out)
         assert len(KeyRing.parse(result.out).key_ids) == 1
-        assert "put it first in ENCRYPTION_KEYS" in result.err
+        assert "put the new key first in ENCRYPTION_KEYS" in result.err
         assert result.out.strip().partition(":")[2] not in result.err
     assert "key id" in bare.fails("generate-encryption-key", "--id", "a b")
 
@@ -54,12 +54,12 @@ def test_rotation_reports_the_key_that_can_be_removed(cli: CommandLine, new_key:
     create(cli)
     both = {"ENCRYPTION_KEYS": f"{new_key},{KEYS}"}
     tried = cli.ok("rotate-encryption-key", "--dry-run", **both)
-    assert "1 rows can be encrypted with 'new', 0 cannot be" in tried.err
+    assert "rows that can be encrypted with 'new': 1; rows that cannot be: 0" in tried.err
     assert "no row needs" not in tried.err
     assert cli.ok("list-encryption-keys", "--json").json["items"][0]["rows"] == 1
     done = cli.ok("rotate-encryption-key", **both)
-    assert "1 rows were encrypted with 'new', 0 cannot be" in done.err
-    assert "no row needs 'test': remove it when every process" in done.err
+    assert "rows that were encrypted with 'new': 1; rows that cannot be: 0" in done.err
+    assert "no row needs the key 'test': remove the key from ENCRYPTION_KEYS when" in done.err
     again = cli.ok("rotate-encryption-key", "--json", **both)
     assert again.json == {
         "key_id": "new", "rotated": 0, "stuck": 0, "problems": [],
@@ -77,7 +77,7 @@ def test_rotation_fails_while_a_row_needs_a_missing_key(cli: CommandLine, new_ke
         assert "'test' is not configured" in result.err
         assert "(account ****0321)" in result.err
         assert NUMBER not in result.out + result.err
-        assert "error: rows still need other keys: keep test" in result.err
+        assert "error: rows still need other encryption keys: keep test" in result.err
     assert plain(stored(cli).private_key) == "test_key"
 
 

@@ -109,7 +109,7 @@ def test_a_worker_with_once_refreshes_what_is_due(
     assert stored(cli, "51230322").status == AccountStatus.SUSPENDED
     assert [refresh.tiger_id for refresh in gateway.refreshes].count("20150003") == 0
     again = cli.process("run-refresh-worker", "--once", "--concurrency", "1", "--per-minute", "1")
-    assert again == Result(0, "", "nothing was due\n")
+    assert again == Result(0, "", "no refresh was due\n")
     assert len(gateway.refreshes) == 2
 
 
@@ -138,7 +138,7 @@ def test_a_signal_lets_a_running_refresh_finish(
         finally:
             process.kill()
     assert (process.returncode, out) == (0, "")
-    assert err.startswith("waiting for due refreshes; Ctrl-C to stop\n")
+    assert err.startswith("waiting for due refreshes; press Ctrl-C to stop\n")
     assert err.endswith("\n1 refreshed\n")
     assert_no_secret(gateway, Result(0, out, err))
     (refresh,) = refreshes(clone_settings)
@@ -163,7 +163,7 @@ def test_one_account_is_refreshed(
     account = stored(cli)
     assert done.out == ""
     assert done.err.splitlines()[-1] == (
-        f"refreshed; the new token expires at {account.token_expires_at}"
+        f"refreshed the access token; the new token expires at {account.token_expires_at}"
     )
     assert account.readable_token() == gateway.known[TIGER_ID].token
     again = cli.ok("refresh-token", str(account.id), "--json")
@@ -295,7 +295,9 @@ def test_refreshes_are_shown_by_group(
     ):
         assert part.startswith(title)
         assert all(word in part for word in words)
-    assert day.startswith("Last 24 hours: 1 succeeded, 50% of those that ended; p50 ")
+    assert day.startswith(
+        "Last 24 hours: 1 refresh succeeded, 50% of the ended refreshes; duration p50 "
+    )
     as_json = cli.ok("watch-refreshes", "--json")
     groups = as_json.json
     day_json = groups.pop("last_24h")
@@ -338,7 +340,7 @@ def test_old_refreshes_are_pruned(
     assert cli.ok("prune-refreshes") == Result(0, "", "deleted 0 refreshes\n")
     run_sql(clone_settings, OLDER)
     assert cli.ok("prune-refreshes", "--older-than", "101d").err == "deleted 0 refreshes\n"
-    assert cli.ok("prune-refreshes").err == "deleted 1 refreshes\n"
+    assert cli.ok("prune-refreshes").err == "deleted 1 refresh\n"
     assert sorted(refresh.status for refresh in refreshes(clone_settings)) == [
         S.FAILED, S.IN_PROGRESS, S.PENDING, S.PENDING
     ]  # fmt: skip
@@ -366,7 +368,7 @@ def test_a_missing_sdk_causes_no_failed_refresh(
 
 @pytest.mark.slow
 def test_refreshes_are_listed(cli: CommandLine, clone_settings: Settings) -> None:
-    assert cli.ok("list-refreshes") == Result(0, "", "there are none\n")
+    assert cli.ok("list-refreshes") == Result(0, "", "no rows found\n")
     for number in ("1111111", "2222222"):
         create_account(cli, number)
 

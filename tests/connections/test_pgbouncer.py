@@ -364,7 +364,7 @@ async def test_health_reports_a_pooler_that_is_not_configured(
         assert problem.endswith("set DB_POOLER=pgbouncer and DB_DIRECT_HOST")
         wrong = {"db_direct_host": str(careless), "db_direct_port": PORT}
         (problem,) = (await check_readiness(named.model_copy(update=wrong))).problems
-        assert problem == "DB_DIRECT_HOST leads to a pooler: set it to the server"
+        assert problem == "DB_DIRECT_HOST leads to a pooler: set DB_DIRECT_HOST to the server"
 
 
 async def test_health_reports_a_direct_host_with_another_database(
@@ -376,9 +376,7 @@ async def test_health_reports_a_direct_host_with_another_database(
             update={"database_url": None, "db_host": "x", "db_name": "elsewhere"}
         )
         report = await check_readiness(pooled(url, folder, server_url))
-        assert report.problems == [
-            "DB_DIRECT_HOST is another server than the one behind the pooler"
-        ]
+        assert report.problems == ["DB_DIRECT_HOST is not the server behind the pooler"]
     finally:
         await sql(clone_settings, "DROP DATABASE elsewhere")
 
@@ -406,9 +404,13 @@ def advised(settings: Settings) -> str:
         ('"$user", public', "warning", "another schema or a temporary table may come before"),
         ("public, pg_temp", "ok", "public, pg_temp"),
         ("pg_catalog, public, pg_temp", "ok", "pg_catalog, public, pg_temp"),
-        ("evil, public, pg_temp", "problem", "evil, public, pg_temp, which does not lead to"),
-        ("evil, pg_catalog, public", "problem", "which does not lead to"),
-        ("public, pg_catalog", "problem", "which does not lead to"),
+        (
+            "evil, public, pg_temp",
+            "problem",
+            "evil, public, pg_temp: this path does not resolve to",
+        ),
+        ("evil, pg_catalog, public", "problem", "this path does not resolve to"),
+        ("public, pg_catalog", "problem", "this path does not resolve to"),
     ],
 )
 async def test_the_doctor_compares_the_search_path_behind_the_pooler(

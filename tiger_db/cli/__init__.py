@@ -1,6 +1,6 @@
 """Command line `tiger-db`.
 
-Slow modules are imported where they are used, so that `--help` is fast.
+Functions import slow modules themselves, so that `tiger-db --help` is fast.
 """
 
 import io
@@ -25,10 +25,11 @@ from tiger_db.cli.runtime import describe_error
 
 app = typer.Typer(
     name="tiger-db",
-    help="Accounts, API keys, audit trail and token refreshes of a Tiger Brokers MCP system.",
-    epilog="Settings are environment variables: DATABASE_URL, or DB_HOST, DB_PORT, DB_NAME,"
+    help="Manage accounts, API keys, the audit trail and token refreshes of a Tiger Brokers MCP"
+    " system.",
+    epilog="Environment variables select the database: DATABASE_URL, or DB_HOST, DB_PORT, DB_NAME,"
     " DB_USER and DB_PASSWORD. Without DATABASE_URL and DB_HOST, the embedded PostgreSQL is used."
-    " Exit code: 0 success, 1 failure, 2 wrong usage.",
+    " Exit codes: 0 success, 1 failure, 2 wrong usage.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +42,7 @@ for _module in (
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer's signature
     if wanted:
-        from importlib.metadata import version  # noqa: PLC0415  # slow, and `--help` must be fast
+        from importlib.metadata import version  # noqa: PLC0415  # slow import, not needed by `--help`
 
         typer.echo(f"tiger-db {version('tiger-db')}")
         raise typer.Exit
@@ -57,18 +58,18 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Declare the options before the command."""
+    """Declare the options that precede the name of a command."""
 
 
 def main() -> None:
-    """Run the command of this process's arguments, and exit. Print no traceback."""
+    """Run the command in `sys.argv`, and exit. Print errors without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for terminals that lack a character
+            stream.reconfigure(errors="backslashreplace")  # for characters the terminal cannot show
     code = _run()
     try:
         sys.stdout.flush()
-    except OSError:  # already reported; without this, Python would report it again at exit
+    except OSError:  # `_run` reported the error; dup2 stops Python from reporting it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -83,9 +84,9 @@ def _run() -> int | str | None:
         if end.code == 130:  # noqa: PLR2004  # typer's exit code for Ctrl-C: 128 + SIGINT
             print_message("interrupted")
         return end.code
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed the pipe
         return 1
-    except Exception as error:  # noqa: BLE001  # the last resort of a program
+    except Exception as error:  # noqa: BLE001  # report every error in one line
         print_message(f"error: {describe_error(error)}")
         return 1
     return 0

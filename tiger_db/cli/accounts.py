@@ -14,7 +14,7 @@ from tiger_db.redaction import mask_account_number
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
-# The values of enums of tiger_db.models, whose import would make `--help` slow.
+# These types repeat enums of tiger_db.models, because importing tiger_db.models is slow.
 AccountTypes = Literal["standard", "prime", "global", "paper"]
 AccountStatuses = Literal["active", "inactive", "suspended", "pending_verification", "closed"]
 OpenStatuses = Literal["active", "inactive", "suspended", "pending_verification"]
@@ -28,51 +28,59 @@ _PANEL = "Accounts"
 @app.command(rich_help_panel=_PANEL)
 def create_account(
     *,
-    account_name: Annotated[str, typer.Option(help="Display name.")],
+    account_name: Annotated[str, typer.Option(help="Display name of the account.")],
     account_number: Annotated[str, typer.Option(help="Tiger's account number.")],
     tiger_id: Annotated[str, typer.Option(help="Tiger's developer id.")],
     private_key: options.PrivateKey = None,
     private_key_file: options.PrivateKeyFile = None,
     account_type: Annotated[
-        AccountTypes | None, typer.Option(help="By default derived from the account number.")
+        AccountTypes | None,
+        typer.Option(help="Account type; by default derived from the account number."),
     ] = None,
-    license: Annotated[Licenses | None, typer.Option(help="Tiger's licence.")] = None,  # noqa: A002  # the option's name
+    license: Annotated[  # noqa: A002  # the option's name
+        Licenses | None, typer.Option(help="Tiger's licence for the account.")
+    ] = None,
     environment: Annotated[
-        Environments, typer.Option(help="Paper trading depends on the account number instead.")
+        Environments,
+        typer.Option(help="Tiger's servers. Paper accounts are recognized by account number."),
     ] = "PROD",
-    server_url: Annotated[str | None, typer.Option(help="Gateway other than Tiger's.")] = None,
-    market_permissions: Annotated[
-        str | None, typer.Option(metavar="US,HK", help="Markets for trading.")
+    server_url: Annotated[
+        str | None, typer.Option(help="URL of a gateway that replaces Tiger's own gateway.")
     ] = None,
-    description: Annotated[str | None, typer.Option(help="Notes.")] = None,
+    market_permissions: Annotated[
+        str | None, typer.Option(metavar="US,HK", help="Markets in which the account may trade.")
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="Notes about the account.")] = None,
     default_trading: Annotated[
-        bool, typer.Option("--default-trading", help="Make it the default for trading.")
+        bool, typer.Option("--default-trading", help="Make the account the default for trading.")
     ] = False,
     default_data: Annotated[
-        bool, typer.Option("--default-data", help="Make it the default for data.")
+        bool, typer.Option("--default-data", help="Make the account the default for data.")
     ] = False,
     secret_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Institutional trader's key, or -.")
+        str | None,
+        typer.Option(metavar="KEY", help="Institutional trader's key, or - for standard input."),
     ] = None,
     secret_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the institutional trader's key.")
     ] = None,
     access_token: Annotated[
-        str | None, typer.Option(metavar="TOKEN", help="Current access token, or -.")
+        str | None,
+        typer.Option(metavar="TOKEN", help="Current access token, or - for standard input."),
     ] = None,
     access_token_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with the access token.")
+        str | None, typer.Option(metavar="FILE", help="File with the current access token.")
     ] = None,
     token_expires_at: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="The token's expiry, such as 2026-01-31T12:00:00Z."),
+        typer.Option(metavar="TIME", help="Expiry of the access token: 2026-01-31T12:00:00Z."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Create a broker account. Its secrets are stored encrypted.
+    """Create a broker account, and store its secrets encrypted.
 
-    The private key is PEM or base64 DER, in PKCS#1 or PKCS#8. Without an option, the command asks
-    for it.
+    The RSA private key is PEM or base64 DER, in PKCS#1 or PKCS#8. Without --private-key and
+    --private-key-file, the command asks for the private key.
     """
     production = runtime.settings().production
     given: dict[str, Any] = {
@@ -116,14 +124,14 @@ def create_account(
 def _read_private_key(
     value: str | None, file: str | None, *, production: bool
 ) -> "dict[str, str | tiger_db.PrivateKeyFormat]":
-    """Read a private key. Outside production, a key that is not RSA only causes a warning."""
+    """Read a private key. A key that is not RSA is an error in production, else a warning."""
     key = options.read_required_secret("private-key", value, file)
     try:
         key, key_format = tiger_db.tiger.parse_private_key(key)
     except InvalidValue as error:
         if production:
             raise
-        output.print_warning(f"{error}: it is stored, but Tiger will refuse it")
+        output.print_warning(f"{error}: the private key is stored, but Tiger will refuse the key")
         key_format = tiger_db.PrivateKeyFormat.UNKNOWN
     return {"private_key": key, "private_key_format": key_format}
 
@@ -131,9 +139,15 @@ def _read_private_key(
 @app.command(rich_help_panel=_PANEL)
 def list_accounts(
     *,
-    status: Annotated[AccountStatuses | None, typer.Option(help="Only this status.")] = None,
-    environment: Annotated[Environments | None, typer.Option(help="Only this environment.")] = None,
-    account_type: Annotated[AccountTypes | None, typer.Option(help="Only this type.")] = None,
+    status: Annotated[
+        AccountStatuses | None, typer.Option(help="List only accounts with this status.")
+    ] = None,
+    environment: Annotated[
+        Environments | None, typer.Option(help="List only accounts in this environment.")
+    ] = None,
+    account_type: Annotated[
+        AccountTypes | None, typer.Option(help="List only accounts of this type.")
+    ] = None,
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
     as_json: options.AsJson = False,
@@ -168,7 +182,7 @@ def list_accounts(
 
 @app.command(rich_help_panel=_PANEL)
 def show_account(account: options.AccountArgument, *, as_json: options.AsJson = False) -> None:
-    """Show an account. Its secrets are masked."""
+    """Show an account with masked secrets."""
     output.show_row(
         runtime.in_transaction(lambda session: runtime.find_account(session, account)),
         as_json=as_json,
@@ -182,14 +196,17 @@ def _change(
     *,
     as_json: bool,
 ) -> None:
-    """Change an account and show it, after a message about it in which `{status}` is replaced."""
+    """Change an account, print `message`, and show the changed account.
+
+    `{account}` and `{status}` in the message are replaced by the masked number and the new status.
+    """
 
     async def run(session: "AsyncSession") -> "tiger_db.TigerAccount":
         return await change(session, (await runtime.find_account(session, account)).id)
 
     changed = runtime.in_transaction(run)
-    message = message.format(status=changed.status.value)
-    output.print_message(f"account {mask_account_number(changed.account_number)} {message}")
+    number = mask_account_number(changed.account_number)
+    output.print_message(message.format(account=f"account {number}", status=changed.status.value))
     output.show_row(changed, as_json=as_json)
 
 
@@ -197,13 +214,19 @@ def _change(
 def set_default_account(
     account: options.AccountArgument,
     *,
-    trading: Annotated[bool, typer.Option("--trading", help="Default for trading.")] = False,
-    data: Annotated[bool, typer.Option("--data", help="Default for data.")] = False,
+    trading: Annotated[
+        bool, typer.Option("--trading", help="Make the account the default for trading.")
+    ] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Make the account the default for data.")
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Make an account the default for trading, for data, or for both."""
     if not (trading or data):
-        raise typer.BadParameter("give at least one", param_hint="--trading, --data")
+        raise typer.BadParameter(
+            "give at least one of these options", param_hint="--trading, --data"
+        )
 
     async def set_default(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
         crud = tiger_db.crud.accounts
@@ -214,20 +237,20 @@ def set_default_account(
         return changed
 
     uses = " and ".join(["trading"] * trading + ["data"] * data)
-    _change(account, set_default, f"is now the default for {uses}", as_json=as_json)
+    _change(account, set_default, f"{{account}} is now the default for {uses}", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def close_account(
     account: options.AccountArgument, *, yes: options.Yes = False, as_json: options.AsJson = False
 ) -> None:
-    """Close an account: delete its credentials, revoke its API keys and cancel its refreshes.
+    """Close an account: delete its credentials, revoke its API keys and cancel its token refreshes.
 
-    The account and its audit events stay.
+    The account and its audit events stay in the database.
     """
-    runtime.settings()  # wrong settings are reported before the question
+    runtime.settings()  # report invalid settings before asking for confirmation
     options.confirm(f"Close account {account} and revoke its API keys?", yes=yes)
-    _change(account, tiger_db.crud.accounts.close, "is closed", as_json=as_json)
+    _change(account, tiger_db.crud.accounts.close, "{account} is closed", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -238,34 +261,36 @@ def reopen_account(
     private_key_file: options.PrivateKeyFile = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Reopen a closed account with a new private key. Its API keys stay revoked."""
+    """Reopen a closed account with a new private key. The account's API keys stay revoked."""
     key = _read_private_key(private_key, private_key_file, production=runtime.settings().production)
 
     async def reopen(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
         return await tiger_db.crud.accounts.reopen(session, account_id, **key)  # type: ignore[arg-type]
 
-    _change(account, reopen, "is open again", as_json=as_json)
+    _change(account, reopen, "{account} is open again", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def set_account_status(
     account: options.AccountArgument,
-    status: Annotated[OpenStatuses, typer.Argument(help="Only an active account serves requests.")],
+    status: Annotated[
+        OpenStatuses, typer.Argument(help="New status. Only an active account serves requests.")
+    ],
     *,
     as_json: options.AsJson = False,
 ) -> None:
-    """Set the status of an account. `close-account` closes one."""
+    """Set the status of an account. To close an account, use `close-account`."""
 
     async def change(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
         return await tiger_db.crud.accounts.update(session, account_id, status=status)
 
-    _change(account, change, "is {status}", as_json=as_json)
+    _change(account, change, "{account} is {status}", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
 def reset_account_errors(
     account: options.AccountArgument, *, as_json: options.AsJson = False
 ) -> None:
-    """Reset the error count of an account, and end a suspension that errors caused."""
+    """Set an account's error count to 0, and end a suspension that errors caused."""
     change = tiger_db.crud.accounts.reset_errors
-    _change(account, change, "has no errors and is {status}", as_json=as_json)
+    _change(account, change, "{account} has no errors and is {status}", as_json=as_json)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
 KeyStatuses = Literal["active", "inactive", "revoked", "expired"]
-KeyArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="Prefix or id of the key.")]
-KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="File with the whole key.")]
+KeyArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="Prefix or id of the API key.")]
+KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="File with the whole API key.")]
 _SCOPES = (
-    "Separated by commas: mcp, dashboard, account, trade or system, each with :read, :write or"
-    " :admin. Admin includes write, and write includes read."
+    "Scopes of the API key, separated by commas: mcp, dashboard, account, trade or system, each"
+    " with :read, :write or :admin. An admin scope includes write, and a write scope includes read."
 )
 
 app = typer.Typer()
@@ -31,29 +31,37 @@ _PANEL = "API keys"
 @app.command(rich_help_panel=_PANEL)
 def create_api_key(
     *,
-    name: Annotated[str, typer.Option(help="Display name.")],
+    name: Annotated[str, typer.Option(help="Display name of the API key.")],
     scopes: Annotated[str, typer.Option(metavar="mcp:read,mcp:write", help=_SCOPES)],
     account: Annotated[
         str | None,
-        typer.Option(help="Number or id of the only account for the key; by default all accounts."),
+        typer.Option(help="Number or id of the only account that the API key may access."),
     ] = None,
     expires_in: options.ExpiresIn = None,
     expires_at: options.ExpiresAt = None,
-    rate_limit_per_hour: Annotated[int | None, typer.Option(help="Uses per clock hour.")] = None,
-    rate_limit_per_day: Annotated[int | None, typer.Option(help="Uses per UTC day.")] = None,
+    rate_limit_per_hour: Annotated[
+        int | None, typer.Option(help="Maximum number of uses of the API key per clock hour.")
+    ] = None,
+    rate_limit_per_day: Annotated[
+        int | None, typer.Option(help="Maximum number of uses of the API key per UTC day.")
+    ] = None,
     allowed_ips: Annotated[
         str | None,
-        typer.Option(metavar="10.0.0.0/8,::1", help="Addresses or networks; by default any."),
+        typer.Option(
+            metavar="10.0.0.0/8,::1", help="Allowed IP addresses and networks; by default all."
+        ),
     ] = None,
     allowed_user_agents: Annotated[
         str | None,
-        typer.Option(metavar="'claude/*'", help="Patterns of user agents; by default any."),
+        typer.Option(metavar="'claude/*'", help="Patterns of allowed user agents; by default all."),
     ] = None,
-    description: Annotated[str | None, typer.Option(help="Notes.")] = None,
-    created_by: Annotated[str | None, typer.Option(help="Creator of the key.")] = None,
+    description: Annotated[str | None, typer.Option(help="Notes about the API key.")] = None,
+    created_by: Annotated[
+        str | None, typer.Option(help="Person or program that creates the API key.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Create an API key and show it once. It cannot be shown again."""
+    """Create an API key, and show the key once. The key cannot be shown again."""
     granted = options.parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
     expiry = options.parse_expiry(expires_in, expires_at)
 
@@ -84,21 +92,23 @@ def _show_new_key(key: "tiger_db.APIKey", raw_key: str, *, as_json: bool) -> Non
     else:
         output.show_row(key, as_json=False)
         typer.echo(raw_key)
-    output.print_warning("the key is shown only now: store it in a safe place")
+    output.print_warning("the API key is shown only now: store the key in a safe place")
 
 
 @app.command(rich_help_panel=_PANEL)
 def list_api_keys(
     *,
-    status: Annotated[KeyStatuses | None, typer.Option(help="Only this status.")] = None,
+    status: Annotated[
+        KeyStatuses | None, typer.Option(help="List only API keys with this status.")
+    ] = None,
     account: options.AccountOption = None,
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the API keys, or those bound to an account, newest first."""
+    """List all API keys, or the API keys bound to one account, newest first."""
     if account is not None and status is not None:
-        raise typer.BadParameter("excludes --account", param_hint="--status")
+        raise typer.BadParameter("cannot be combined with --account", param_hint="--status")
 
     async def find(
         session: "AsyncSession",
@@ -131,7 +141,7 @@ def list_api_keys(
 
 
 def _status(key: "tiger_db.APIKey") -> str:
-    """Return the status of a key. The status of an expired key may still be stored as active."""
+    """Return the status of an API key. An expired key may still be stored as active."""
     active = tiger_db.APIKeyStatus.ACTIVE
     return "expired" if key.status == active and key.is_expired else key.status.value
 
@@ -140,22 +150,23 @@ def _status(key: "tiger_db.APIKey") -> str:
 def verify_api_key(
     key: Annotated[
         str | None,
-        typer.Argument(help="The whole key, or - for standard input; by default asked for."),
+        typer.Argument(help="Whole API key, or - for standard input; by default read at a prompt."),
     ] = None,
     *,
     key_file: KeyFile = None,
-    ip: Annotated[str | None, typer.Option(help="Address of the request.")] = None,
+    ip: Annotated[str | None, typer.Option(help="IP address of the request's client.")] = None,
     user_agent: Annotated[str | None, typer.Option(help="User agent of the request.")] = None,
     scopes: Annotated[
         str | None, typer.Option(metavar="trade:read", help="Scopes that the request needs.")
     ] = None,
     account: options.AccountOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count no use, and record no event.")
+        bool,
+        typer.Option("--dry-run", help="Do not count a use of the API key; record no audit event."),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check an API key, and show the reason if it is refused. An accepted use is counted."""
+    """Check an API key. If the key is accepted, count a use; if it is refused, show the reason."""
     requested = options.parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
     raw_key = options.read_required_secret("key", key, key_file)
 
@@ -185,15 +196,15 @@ def verify_api_key(
         output.print_message(f"refused ({type(denial).__name__}): {denial}")
         if isinstance(denial, RateLimited):
             seconds = ceil(denial.retry_after.total_seconds())
-            output.print_message(f"the next use is possible in {seconds} s")
+            output.print_message(f"the API key can be used again in {seconds} s")
         raise typer.Exit(1) from None
     output.print_message("accepted")
     output.show_row(found, as_json=as_json)
 
 
 def _write_in_transaction(session: "AsyncSession") -> None:
-    """Make the session write uses and events in its own transaction, which can be rolled back."""
-    from tiger_db.crud.common import context_of  # noqa: PLC0415  # slow, and `--help` must be fast
+    """Write usage counts and audit events in the session's transaction, which is rolled back."""
+    from tiger_db.crud.common import context_of  # noqa: PLC0415  # slow import, not needed by `--help`
 
     context = replace(context_of(session.info), out_of_band=None, count_use=None)
     session.info[tiger_db.models.secrets.CONTEXT] = context
@@ -206,7 +217,10 @@ def show_api_key(
     since: Annotated[str, options.SINCE] = "24h",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show an API key and a chart of its uses: by hour up to two days, by day beyond."""
+    """Show an API key and a chart of its uses.
+
+    The chart has a bar for each hour if --since is at most two days ago, else for each day.
+    """
     now, start = datetime.now(UTC), options.parse_past(since, "--since")
 
     async def find(session: "AsyncSession") -> "tuple[tiger_db.APIKey, list[HourlyUsage]]":
@@ -223,20 +237,21 @@ def show_api_key(
         hours = {hourly.hour: hourly.count for hourly in usage}
         output.show_bars(output.count_by_period(hours, start, now))
     else:
-        output.print_message(f"not used since {start:%Y-%m-%d %H:%MZ}")
+        output.print_message(f"the API key has not been used since {start:%Y-%m-%d %H:%MZ}")
 
 
 @app.command(rich_help_panel=_PANEL)
 def list_expiring_api_keys(
     *,
     within: Annotated[
-        str, typer.Option(metavar="7d", help="Time until expiry: s, m, h, d or w.")
+        str,
+        typer.Option(metavar="7d", help="Maximum time until the expiry, such as 12h, 7d or 2w."),
     ] = "7d",
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the API keys that expire soon, soonest first."""
+    """List the API keys that expire soon, in the order of expiry."""
     length = options.parse_duration(within, "--within")
     page = runtime.in_transaction(
         lambda session: tiger_db.crud.api_keys.list_expiring(
@@ -261,20 +276,21 @@ def rotate_api_key(
     key: KeyArgument,
     *,
     grace: Annotated[
-        str, typer.Option(metavar="24h", help="Time for which the old key stays valid; or 0.")
+        str,
+        typer.Option(metavar="24h", help="Time until the old API key expires, such as 24h, or 0."),
     ] = "24h",
     as_json: options.AsJson = False,
 ) -> None:
-    """Create a successor of an API key, with the same permissions, and show it once."""
+    """Replace an API key by a new key with the same permissions, and show the new key once."""
     length = timedelta(0) if grace == "0" else options.parse_duration(grace, "--grace")
 
     async def rotate(session: "AsyncSession") -> "tuple[tiger_db.APIKey, str]":
         found = await runtime.find_api_key(session, key)
         return await tiger_db.crud.api_keys.rotate(session, found.id, grace=length)
 
-    successor, raw_key = runtime.in_transaction(rotate)
-    output.print_message(f"created API key {successor.key_prefix} as the successor")
-    _show_new_key(successor, raw_key, as_json=as_json)
+    replacement, raw_key = runtime.in_transaction(rotate)
+    output.print_message(f"created API key {replacement.key_prefix} to replace the rotated key")
+    _show_new_key(replacement, raw_key, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -283,14 +299,14 @@ def extend_api_key(
     *,
     expires_in: options.ExpiresIn = None,
     expires_at: options.ExpiresAt = None,
-    never: Annotated[bool, typer.Option("--never", help="Remove the expiry.")] = False,
+    never: Annotated[bool, typer.Option("--never", help="Let the API key never expire.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Extend the validity of an API key."""
     expiry = options.parse_expiry(expires_in, expires_at)
     if never == (expiry is not None):
         raise typer.BadParameter(
-            "give one of them", param_hint="--expires-in, --expires-at, --never"
+            "give exactly one of these options", param_hint="--expires-in, --expires-at, --never"
         )
 
     async def extend(session: "AsyncSession") -> "tiger_db.APIKey":
@@ -306,17 +322,22 @@ def extend_api_key(
 def revoke_api_key(
     key: Annotated[
         str | None,
-        typer.Argument(metavar="PREFIX", help="Prefix or id; with --raw, the whole key or -."),
+        typer.Argument(
+            metavar="PREFIX",
+            help="Prefix or id of the API key; with --raw, the whole key, or - for standard input.",
+        ),
     ] = None,
     *,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Find a leaked key by its whole text.")
+        bool, typer.Option("--raw", help="Find a leaked API key by the whole key.")
     ] = False,
     key_file: KeyFile = None,
-    reason: Annotated[str | None, typer.Option(help="Reason, which is stored.")] = None,
+    reason: Annotated[
+        str | None, typer.Option(help="Reason for the revocation, stored with the API key.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Revoke an API key. This cannot be undone."""
+    """Revoke an API key. A revocation cannot be undone."""
     if key_file is not None and not raw:
         raise typer.BadParameter("requires --raw", param_hint="--key-file")
     if key is None and not raw:
@@ -327,7 +348,9 @@ def revoke_api_key(
         if raw:
             found = await tiger_db.crud.api_keys.find_by_raw_key(session, raw_key)
             if found is None:
-                raise NotFound("this is no API key of this database; try the prefix without --raw")
+                raise NotFound(
+                    "the database does not contain this API key: try the key's prefix without --raw"
+                )
         else:
             found = await runtime.find_api_key(session, key or "")
         return await tiger_db.crud.api_keys.revoke(session, found.id, reason=reason)
@@ -339,7 +362,7 @@ def revoke_api_key(
 
 @app.command(rich_help_panel=_PANEL)
 def print_api_key_pattern() -> None:
-    """Print the regular expression of API keys, for secret scanners."""
+    """Print the regular expression that matches API keys, for secret scanners."""
     typer.echo(tiger_db.crud.api_keys.KEY_PATTERN)
 
 
@@ -348,6 +371,7 @@ def generate_api_key_pepper(*, pepper_id: options.KeyId = None) -> None:
     """Print a new random pepper for API_KEY_PEPPERS. The pepper is not stored."""
     typer.echo(tiger_db.encryption.generate_key(pepper_id or options.new_key_id()))
     output.print_message(
-        "put it first in API_KEY_PEPPERS, followed by a comma and the existing peppers, and keep"
-        " all of them: a key needs its pepper, and gets the first pepper at its next use"
+        "put the new pepper first in API_KEY_PEPPERS, followed by a comma and the existing peppers."
+        " Keep all peppers: an API key is valid only with the pepper of its hash. At its next use,"
+        " an API key is hashed again with the first pepper"
     )

@@ -25,21 +25,44 @@ Severities = Literal["low", "medium", "high", "critical"]
 PANEL = "Audit trail"
 
 Since = Annotated[str | None, options.SINCE]
-Until = Annotated[str | None, typer.Option(metavar="TIME", help="End, in the same forms.")]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME", help="End of the period: a time or an age, in the forms of --since."
+    ),
+]
 Action = Annotated[
     list[str] | None,
-    typer.Option(help="An action such as trade:place_order, or a family such as trade."),
+    typer.Option(
+        help="Only events of this action (trade:place_order) or family of actions (trade)."
+    ),
 ]
-ResultOption = Annotated[Results | None, typer.Option("--result", help="Only this result.")]
-Severity = Annotated[Severities | None, typer.Option(help="Only this severity.")]
-ApiKey = Annotated[str | None, typer.Option(help="Prefix or id of an API key.")]
-User = Annotated[str | None, typer.Option(help="Id of a user.")]
-Ip = Annotated[str | None, typer.Option(help="Address or network, such as 10.0.0.0/8.")]
-Session = Annotated[str | None, typer.Option("--session-id", help="Id of a session.")]
-Request = Annotated[str | None, typer.Option("--request-id", help="Id of a request.")]
-Resource = Annotated[str | None, typer.Option(help="Resource: its type, its id, or TYPE/ID.")]
+ResultOption = Annotated[
+    Results | None, typer.Option("--result", help="Only events with this result.")
+]
+Severity = Annotated[Severities | None, typer.Option(help="Only events with this severity.")]
+ApiKey = Annotated[
+    str | None, typer.Option(help="Only events of the API key with this prefix or id.")
+]
+User = Annotated[str | None, typer.Option(help="Only events of the user with this id.")]
+Ip = Annotated[
+    str | None,
+    typer.Option(help="Only events from this IP address or network, such as 10.0.0.0/8."),
+]
+Session = Annotated[
+    str | None, typer.Option("--session-id", help="Only events of the session with this id.")
+]
+Request = Annotated[
+    str | None, typer.Option("--request-id", help="Only events of the request with this id.")
+]
+Resource = Annotated[
+    str | None, typer.Option(help="Only events of the resource with this type, id, or TYPE/ID.")
+]
 Details = Annotated[
-    str | None, typer.Option(metavar="JSON", help='Part of the details: {"symbol": "AAPL"}.')
+    str | None,
+    typer.Option(
+        metavar="JSON", help='Only events whose details contain this JSON: {"symbol": "AAPL"}.'
+    ),
 ]
 app = typer.Typer()
 
@@ -63,18 +86,20 @@ def list_events(
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Wait for new events, and show each.")
+        bool, typer.Option("--follow", "-f", help="Wait for new events, and show each event.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the events that match all options, newest first.
+    """List the audit events that match all options, newest first.
 
-    With --follow, only new events are shown. With --json, each is an object on one line.
+    With --follow, only new events are shown, and --json prints each event on one line.
     """
     find_criteria = _parse_filters(locals())
     if follow:
         if until is not None or after is not None:
-            raise typer.BadParameter("excludes --until and --after", param_hint="--follow")
+            raise typer.BadParameter(
+                "cannot be combined with --until or --after", param_hint="--follow"
+            )
         runtime.with_database(lambda database: _follow(database, find_criteria, as_json=as_json))
         return
 
@@ -113,7 +138,7 @@ async def _follow(
         criteria = await find_criteria(session)
     following = tiger_db.audit.follow(
         database,
-        begun=lambda: output.print_message("waiting for events; Ctrl-C to stop"),
+        begun=lambda: output.print_message("waiting for new events; press Ctrl-C to stop"),
         **criteria,
     )
     async with aclosing(following) as events:
@@ -131,10 +156,12 @@ async def _follow(
 def count_events(
     *,
     since: Annotated[str, options.SINCE] = "24h",
-    chart: Annotated[bool, typer.Option("--chart", help="Draw a chart over time.")] = False,
+    chart: Annotated[
+        bool, typer.Option("--chart", help="Draw a bar chart of the events of each hour or day.")
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Count the events since a time by action and by result, or over time."""
+    """Count the audit events by result and by action, or with --chart by hour or day."""
     until, start = datetime.now(UTC), options.parse_past(since, "--since")
     counts = runtime.in_transaction(
         lambda session: tiger_db.crud.audit_logs.statistics(session, since=start)
@@ -143,7 +170,7 @@ def count_events(
         hours = {hour.isoformat(): count for hour, count in counts.hours.items()}
         output.print_json({"actions": counts.actions, "results": counts.results, "hours": hours})
     elif not counts.actions:
-        output.print_message("there are none")
+        output.print_message("no events found")
     elif chart:
         output.show_bars(output.count_by_period(counts.hours, start, until))
     else:
@@ -158,7 +185,7 @@ def export_events(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     form: Annotated[
-        Literal["jsonl", "csv"], typer.Option("--format", help="JSON Lines, or CSV.")
+        Literal["jsonl", "csv"], typer.Option("--format", help="Format: JSON Lines or CSV.")
     ] = "jsonl",
     since: Since = None,
     until: Until = None,
@@ -174,9 +201,9 @@ def export_events(
     resource: Resource = None,
     details: Details = None,
 ) -> None:
-    """Export the events that match all options, oldest first, in any number.
+    """Export all audit events that match all options, oldest first.
 
-    Without filters, the seals are exported too. `verify-audit --from` verifies such a file.
+    Without filters, JSON Lines also contain the seals, which `verify-audit --from` needs.
     """
     find_criteria = _parse_filters(locals())
     count = 0
@@ -187,7 +214,7 @@ def export_events(
             def advance(events: int) -> None:
                 nonlocal count
                 count += events
-                update(description=f"{count:,} events")
+                update(description=output.count_of(count, "event"))
 
             async with database.session() as session:
                 criteria = await find_criteria(session)
@@ -196,16 +223,18 @@ def export_events(
                 async for line in lines:
                     file.write(line)
 
-    with output.open_output(out, overwrite=overwrite) as file:  # waits for the reader of a pipe
+    with output.open_output(
+        out, overwrite=overwrite
+    ) as file:  # opening a pipe waits for its reader
         runtime.with_database(lambda database: export(database, file))
-    output.print_message(f"exported {count} events")
+    output.print_message(f"exported {output.count_of(count, 'event')}")
 
 
 def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
-    """Parse the filter options of a command.
+    """Parse the filter options of a command into a function that returns search criteria.
 
-    Returns a function that looks up the account and the API key in a session, and returns the
-    criteria. An id is not looked up, because events outlive accounts and keys.
+    The function looks up account numbers and key prefixes in the database. Ids are used without a
+    look-up, because audit events outlive accounts and API keys.
     """
     start, end = (
         options.parse_past(text, f"--{name}") if (text := given[name]) is not None else None

@@ -22,11 +22,11 @@ app = typer.Typer()
 
 @app.command(rich_help_panel=PANEL)
 def generate_audit_signing_key() -> None:
-    """Print a new random key for AUDIT_SIGNING_KEY. The key is not stored."""
+    """Print a new random signing key for AUDIT_SIGNING_KEY. The key is not stored."""
     typer.echo(tiger_db.signing.generate_signing_key())
     output.print_message(
-        "only sealing needs this key. Verifying needs the public key:"
-        " `tiger-db print-audit-public-key`"
+        "only `tiger-db seal-audit` and `tiger-db maintain-audit` need this key. To verify, use the"
+        " public key that `tiger-db print-audit-public-key` prints"
     )
 
 
@@ -41,11 +41,12 @@ def print_audit_public_key() -> None:
 def seal_audit(
     *,
     patience: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Maximum wait for open transactions.")
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="Maximum time to wait for open transactions."),
     ] = 10,
     as_json: options.AsJson = False,
 ) -> None:
-    """Seal the events that can no longer change. Run it every minute, from cron."""
+    """Seal the new audit events that are committed. Run this command every minute from cron."""
     result = runtime.with_database(
         lambda database: tiger_db.audit.seal(database, patience=patience)
     )
@@ -54,9 +55,12 @@ def seal_audit(
     if result.waits_for:
         pids = ", ".join(str(pid or "a prepared transaction") for pid in result.waits_for)
         raise DatabaseUnavailable(
-            f"nothing was sealed: transactions that wrote events are still open (processes {pids})"
+            "no event was sealed, because transactions that wrote events are still open"
+            f" (server processes: {pids})"
         )
-    output.print_message(f"sealed {result.rows} events in {result.seals} seals")
+    output.print_message(
+        f"sealed {output.count_of(result.rows, 'event')} in {output.count_of(result.seals, 'seal')}"
+    )
 
 
 @app.command(rich_help_panel=PANEL)
@@ -65,19 +69,22 @@ def verify_audit(
     export: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="FILE", help="Output of `export-events`; needs no database."
+            "--from",
+            metavar="FILE",
+            help="Verify an output of `export-events`, without a database.",
         ),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Earlier output of `export-checkpoint`.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Checkpoint that `export-checkpoint` exported earlier."),
     ] = None,
     public_key: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Public key; by default of AUDIT_SIGNING_KEY."),
+        typer.Option(metavar="FILE", help="Public key; by default from AUDIT_SIGNING_KEY."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Verify all events with the seals. Fail on any finding, and show the first ones."""
+    """Verify all audit events against their seals. On failure, show the first findings."""
     keys = [_read(file, tiger_db.signing.parse_public_key) for file in public_key or ()]
     head = _read(checkpoint, tiger_db.audit.read_checkpoint) if checkpoint is not None else None
 
@@ -105,8 +112,10 @@ def verify_audit(
         rows = [(f.position, f.seal, f.kind, f.message) for f in report.findings]
         output.show_table(("Position", "Seal", "Finding", "Message"), rows[:_MAX_FINDINGS_SHOWN])
     output.print_message(
-        f"{report.rows:,} events verified against {report.seals:,} seals;"
-        f" {report.unsealed:,} events not sealed yet; {report.retired:,} retired"
+        f"verified {output.count_of(report.rows, 'event')} against"
+        f" {output.count_of(report.seals, 'seal')}; not sealed yet:"
+        f" {output.count_of(report.unsealed, 'event')}; removed by the retention:"
+        f" {output.count_of(report.retired, 'event')}"
     )
     if not report.sound:
         first = report.findings[0]
@@ -117,7 +126,10 @@ def verify_audit(
 
 @app.command(rich_help_panel=PANEL)
 def export_checkpoint(*, out: options.Out = None, overwrite: options.Overwrite = False) -> None:
-    """Export the newest seal. Keep it elsewhere: it reveals missing or replaced seals."""
+    """Export the newest seal as a checkpoint. Keep the checkpoint on another machine.
+
+    With the checkpoint, `verify-audit` detects missing or replaced seals up to this seal.
+    """
     text = runtime.with_database(tiger_db.audit.export_checkpoint)
     with output.open_output(out, overwrite=overwrite) as file:
         file.write(text)
@@ -125,16 +137,17 @@ def export_checkpoint(*, out: options.Out = None, overwrite: options.Overwrite =
 
 @app.command(rich_help_panel=PANEL)
 def maintain_audit(*, as_json: options.AsJson = False) -> None:
-    """Create partitions for the next months, and remove months that exceed the retention.
+    """Create audit partitions for the next months, and remove the expired audit partitions.
 
-    AUDIT_RETENTION_MONTHS sets the retention. Events in the default partition are moved to the
-    partitions of their months. Run it every day from cron, on any number of machines.
+    A partition expires AUDIT_RETENTION_MONTHS months after its end. Events in the default partition
+    are moved to the partitions of their months. Run this command every day from cron; several
+    machines may run it.
     """
     result = runtime.with_database(tiger_db.audit.maintain)
     if as_json:
         output.print_json(asdict(result))
     removed = "".join(f"; removed {month}" for month in result.retired)
-    output.print_message(f"created {result.made} partitions{removed}")
+    output.print_message(f"created {output.count_of(result.made, 'partition')}{removed}")
     for month, reason in result.kept.items():
         raise InvalidValue(f"{month} was not removed: {reason}")
 
@@ -143,6 +156,6 @@ def _read(file: Path, parse: Callable[[str], T]) -> T:
     try:
         return parse(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise InvalidValue(f"{file}: not text") from None
+        raise InvalidValue(f"{file}: the file is not UTF-8 text") from None
     except InvalidValue as error:
         raise InvalidValue(f"{file}: {error}") from None

@@ -23,7 +23,7 @@ _PANEL = "Database"
 
 @app.command(rich_help_panel=_PANEL)
 def init() -> None:
-    """Create what is missing: database, schema and encryption key. Existing data stays."""
+    """Create the database, the schema and the embedded server's encryption key, if missing."""
     config = runtime.settings()
     keys = tiger_db.keys_in_force
     pepper = keys.configured(config, keys.API_KEY_PEPPERS)
@@ -31,7 +31,7 @@ def init() -> None:
     encryption_keys = keys.configured(config, keys.ENCRYPTION_KEYS)
 
     async def create() -> None:
-        import asyncio  # noqa: PLC0415  # slow, and `--help` must be fast
+        import asyncio  # noqa: PLC0415  # slow import, not needed by `--help`
 
         if config.embedded:
             await asyncio.to_thread(_start, config)
@@ -45,7 +45,7 @@ def init() -> None:
     if pepper is None and not config.embedded:
         output.print_warning(
             "no pepper is set, so API keys cannot be created or checked: set API_KEY_PEPPERS to the"
-            " output of `tiger-db generate-api-key-pepper`, and keep it: API keys need it"
+            " output of `tiger-db generate-api-key-pepper`, and keep the pepper in a safe place"
         )
     if signing_key is None and not config.embedded:
         output.print_message(
@@ -55,7 +55,7 @@ def init() -> None:
     if encryption_keys is None and not config.embedded:
         output.print_warning(
             "no encryption key is set, so accounts cannot be stored: set ENCRYPTION_KEYS to the"
-            " output of `tiger-db generate-encryption-key`, and keep it: accounts need it"
+            " output of `tiger-db generate-encryption-key`, and keep the key in a safe place"
         )
     output.print_message(f"{config.location} is ready")
 
@@ -63,22 +63,27 @@ def init() -> None:
 @app.command(rich_help_panel=_PANEL)
 def migrate(
     *,
-    revision: Annotated[str, typer.Option(metavar="ID", help="Last migration to run.")] = "head",
+    revision: Annotated[
+        str, typer.Option(metavar="ID", help="Revision id of the last migration to run.")
+    ] = "head",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List pending migrations; change nothing.")
+        bool, typer.Option("--dry-run", help="List the pending migrations; change nothing.")
     ] = False,
-    sql: Annotated[bool, typer.Option("--sql", help="Print SQL for psql; change nothing.")] = False,
+    sql: Annotated[
+        bool,
+        typer.Option("--sql", help="Print the SQL of the migrations for psql; change nothing."),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Run the pending migrations, and create audit partitions for the next months.
 
-    Several machines may run it at a time: each migration runs once.
+    Several machines may run this command at the same time: each migration runs once.
 
-    A migration that waits 2 s for a lock is rolled back and tried again, for up to 5 min.
+    A migration that waits 2 s for a lock is rolled back, and tried again for up to 5 min.
     """
     config = runtime.settings()
     if sql and (dry_run or as_json):
-        raise typer.BadParameter("excludes --dry-run and --json", param_hint="--sql")
+        raise typer.BadParameter("cannot be combined with --dry-run or --json", param_hint="--sql")
     if dry_run:
         _show_scripts(runtime.run_async(_pending(config, revision)), as_json=as_json)
     elif sql:
@@ -100,7 +105,7 @@ def revision(
         bool, typer.Option("--empty", help="Write a migration without changes.")
     ] = False,
 ) -> None:
-    """Write a migration from the schema of the database to the models, and print its path."""
+    """Generate a migration of the database schema to the models, and print the file's path."""
     work = tiger_db.migrations.revision
     with redirect_stdout(sys.stderr):  # Alembic prints messages to stdout
         path = runtime.run_async(
@@ -113,22 +118,24 @@ def revision(
 
 @app.command(rich_help_panel=_PANEL, context_settings={"ignore_unknown_options": True})
 def downgrade(
-    revision: Annotated[str, typer.Argument(help="A revision, -1 for one step, or base.")],
+    revision: Annotated[
+        str, typer.Argument(help="Revision id; -1 for the previous revision; base for no tables.")
+    ],
     *,
     yes: options.Yes = False,
 ) -> None:
-    """Downgrade the schema to an earlier revision. Data without a column there is lost."""
+    """Downgrade the schema to an earlier revision. The data of dropped columns is lost."""
     config, work = runtime.settings(), tiger_db.migrations.downgrade
     options.confirm(f"Downgrade {config.location} to {revision}? Data will be lost.", yes=yes)
     state = runtime.run_async(
         _with_engine(config, lambda engine: work(engine, revision, progress=output.print_message))
     )
-    output.print_message(f"{config.location} is at {state.current or 'base'} now")
+    output.print_message(f"the schema of {config.location} is at {state.current or 'base'} now")
 
 
 @app.command(rich_help_panel=_PANEL)
 def current(*, as_json: options.AsJson = False) -> None:
-    """Show the revision of the database."""
+    """Show the revision of the database schema."""
     state = runtime.run_async(_with_engine(runtime.settings(), _load_state))
     if as_json:
         output.print_json(asdict(state))
@@ -148,9 +155,9 @@ def history(*, as_json: options.AsJson = False) -> None:
 def check(*, as_json: options.AsJson = False) -> None:
     """List pending migrations, or differences between the schema and this release.
 
-    Compares tables with the models, and triggers, functions, row security and rules with those of
-    this release. Each line of the latter has the SQL that restores them. Added triggers are not
-    listed: see `doctor`.
+    Tables are compared with the models. Triggers, functions, row security and rules are compared
+    with this release, and each difference is listed with the SQL that repairs it. Added triggers
+    are listed by `doctor` only.
     """
     config = runtime.settings()
     state = runtime.run_async(_with_engine(config, _load_state))
@@ -165,8 +172,8 @@ def check(*, as_json: options.AsJson = False) -> None:
     state.check()
     if lines:
         raise SchemaMismatch(
-            "the schema differs: if the database was changed, run the SQL on its line, and find out"
-            " who changed it; if the models were changed, run `tiger-db revision -m ...`"
+            "the schema differs: if the database was changed, run the listed SQL, and find out who"
+            " changed the database; if the models were changed, run `tiger-db revision -m ...`"
         )
     output.print_message(f"{config.location} has the schema of this release")
 
@@ -179,9 +186,10 @@ def health_check(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Report whether the database can serve, with advice on problems. For probes.
+    """Report to a probe whether the database can serve requests, with advice on problems.
 
-    It fails if the database is not ready, or with --live if the settings are not valid.
+    The command fails if the database is not ready. With --live, it fails if the settings are not
+    valid.
     """
     check = tiger_db.health.check_liveness if live else tiger_db.health.check_readiness
     report = asdict(runtime.run_async(check(runtime.settings())))
@@ -201,7 +209,7 @@ def health_check(
 
 @app.command(rich_help_panel=_PANEL)
 def doctor(*, as_json: options.AsJson = False) -> None:
-    """Check the installation, with advice on each problem."""
+    """Check the installation, and print advice on each problem."""
     results = runtime.run_async(tiger_db.doctor.run(runtime.settings()))
     items = [asdict(result) for result in results]
     output.show_items(("Check", "Status", "Result", "Advice"), items, as_json=as_json)
@@ -211,16 +219,18 @@ def doctor(*, as_json: options.AsJson = False) -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def start_embedded() -> None:
-    """Start the embedded PostgreSQL. It runs until `stop-embedded`."""
+    """Start the embedded PostgreSQL server, which runs until `stop-embedded`."""
     config = runtime.settings()
     _start(config)
     if not config.embedded:
-        output.print_warning("DATABASE_URL or DB_HOST is set, so the other commands do not use it")
+        output.print_warning(
+            "DATABASE_URL or DB_HOST is set, so other commands do not use the embedded PostgreSQL"
+        )
 
 
 @app.command(rich_help_panel=_PANEL)
 def stop_embedded() -> None:
-    """Stop the embedded PostgreSQL. Its data stays."""
+    """Stop the embedded PostgreSQL server. The server's data is kept."""
     config = runtime.settings()
     folder = tiger_db.embedded.home_folder(config)
     result = "is stopped" if tiger_db.embedded.stop(config) else "was not running"
@@ -228,23 +238,23 @@ def stop_embedded() -> None:
 
 
 def _start(config: "tiger_db.Settings") -> None:
-    folder = tiger_db.embedded.home_folder(config)  # raises an error in production
+    folder = tiger_db.embedded.home_folder(config)  # ConfigurationError in production
     if tiger_db.embedded.running(config):
         output.print_message(f"the embedded PostgreSQL in {folder} is running")
         return
     output.print_message(f"starting the embedded PostgreSQL in {folder}")
     output.print_message(
-        f"started; its socket is in {tiger_db.embedded.start(config).socket_folder}"
+        f"started the server; its socket is in {tiger_db.embedded.start(config).socket_folder}"
     )
 
 
 async def _create_database(config: "tiger_db.Settings") -> bool:
-    """Create the database if it is missing. Returns False if it exists.
+    """Create the database if it is missing, and return whether it was created.
 
     Raises:
-        DatabaseUnavailable: the server cannot be reached, or does not allow it.
+        DatabaseUnavailable: the server cannot be reached, or the user may not create databases.
     """
-    import asyncpg  # noqa: PLC0415  # slow, and `--help` must be fast
+    import asyncpg  # noqa: PLC0415  # slow import, not needed by `--help`
 
     try:
         await (await tiger_db.connections.connect_directly(config)).close()
@@ -260,10 +270,10 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
         )
         await server.execute(statement)
     except (asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
-        return False  # another `init` has created it
+        return False  # another `init` has created the database
     except asyncpg.InsufficientPrivilegeError:
         raise DatabaseUnavailable(
-            f"{config.location} does not exist, and this user may not create it: ask an"
+            f"{config.location} does not exist, and this user may not create databases: ask an"
             f" administrator to run {statement}"
         ) from None
     finally:
@@ -320,7 +330,7 @@ async def _migrate(
 
 
 async def _generate_encryption_key(config: "tiger_db.Settings") -> None:
-    """Generate the encryption key of the embedded server if it is missing."""
+    """Generate the encryption key of the embedded server if the key is missing."""
     path = tiger_db.embedded.home_folder(config) / "encryption_keys"
     existed = path.exists()
     async with tiger_db.Database(config) as database:

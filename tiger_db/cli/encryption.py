@@ -20,18 +20,17 @@ _PANEL = "Encryption keys"
 
 @app.command(rich_help_panel=_PANEL)
 def generate_encryption_key(*, key_id: options.KeyId = None) -> None:
-    """Print a new random key for ENCRYPTION_KEYS. The key is not stored."""
+    """Print a new random encryption key for ENCRYPTION_KEYS. The key is not stored."""
     typer.echo(tiger_db.encryption.generate_key(key_id or options.new_key_id()))
     output.print_message(
-        "put it first in ENCRYPTION_KEYS, followed by a comma and the existing keys, and keep it:"
-        " without it, the secrets that it encrypts are lost. Then run"
-        " `tiger-db rotate-encryption-key`"
+        "put the new key first in ENCRYPTION_KEYS, followed by a comma and the existing keys, and"
+        " run `tiger-db rotate-encryption-key`. Keep every key: without its key, a secret is lost"
     )
 
 
 @app.command(rich_help_panel=_PANEL)
 def list_encryption_keys(*, as_json: options.AsJson = False) -> None:
-    """List the configured and the missing keys, with the number of rows that need each key."""
+    """List the configured and the missing encryption keys, with the rows that need each key."""
 
     async def count(session: "AsyncSession") -> "tuple[tuple[str, ...], list[EncryptionKeyUsage]]":
         provider = tiger_db.models.secrets.key_provider(session.sync_session)
@@ -49,9 +48,9 @@ def rotate_encryption_key(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Re-encrypt all stored secrets with the first key, while the system runs.
+    """Re-encrypt all secrets with the first key of ENCRYPTION_KEYS, while the system runs.
 
-    The command may be interrupted and run again. It fails as long as a row needs another key.
+    The command may be interrupted and run again. The command fails if a row needs another key.
     """
 
     async def rotate(database: "tiger_db.Database") -> "tuple[tuple[str, ...], RotationReport]":
@@ -74,17 +73,17 @@ def rotate_encryption_key(
     for problem in report.problems:
         output.print_message(problem)
     output.print_message(
-        f"{report.rotated} rows {'can be' if dry_run else 'were'} encrypted with"
-        f" {report.key_id!r}, {report.stuck} cannot be"
+        f"rows that {'can be' if dry_run else 'were'} encrypted with {report.key_id!r}:"
+        f" {report.rotated:,}; rows that cannot be: {report.stuck:,}"
     )
     for key_id in report.retirable:
         output.print_message(
-            f"no row needs {key_id!r}: remove it when every process has {report.key_id!r} first,"
-            " and keep it as long as you keep backups that need it"
+            f"no row needs the key {key_id!r}: remove the key from ENCRYPTION_KEYS when every"
+            f" process has {report.key_id!r} first, and keep a copy for backups that need the key"
         )
     needed = sorted({use.key_id for use in report.uses} - {report.key_id})
     if report.stuck or (needed and not dry_run):
-        raise ConfigurationError(f"rows still need other keys: keep {', '.join(needed)}")
+        raise ConfigurationError(f"rows still need other encryption keys: keep {', '.join(needed)}")
 
 
 def _show_keys(

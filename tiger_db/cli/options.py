@@ -1,4 +1,4 @@
-"""Options and arguments that commands share, their parsing, and prompts."""
+"""Shared options and arguments of commands, with their parsing and prompts."""
 
 import re
 import sys
@@ -14,50 +14,53 @@ from tiger_db.cli.output import print_warning
 from tiger_db.errors import InvalidValue
 
 S = TypeVar("S", bound=StrEnum)
-DEFAULT_PAGE_SIZE = 50  # that of crud.pagination, which --help does not import
+DEFAULT_PAGE_SIZE = 50  # equal to crud.pagination.DEFAULT_PAGE_SIZE, whose import is slow
 
 AccountArgument = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Account number or id.")]
 AccountOption = Annotated[str | None, typer.Option(help="Number or id of an account.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of rows.")]
 After = Annotated[
     str | None,
-    typer.Option(metavar="CURSOR", help="Continue an earlier list: its next_cursor."),
+    typer.Option(
+        metavar="CURSOR", help="Cursor of the next page: the next_cursor of the earlier list."
+    ),
 ]
 SINCE = typer.Option(
     metavar="TIME",
-    help="Start: a time such as 2026-01-31T12:00:00Z, or an age such as 24h or 7d.",
+    help="Start of the period: a time such as 2026-01-31T12:00:00Z, or an age such as 24h or 7d.",
 )
 ExpiresIn = Annotated[
-    str | None, typer.Option(metavar="30d", help="Time until expiry: s, m, h, d or w.")
+    str | None,
+    typer.Option(metavar="30d", help="Time until the expiry, such as 12h, 30d or 2w."),
 ]
 ExpiresAt = Annotated[
-    str | None, typer.Option(metavar="TIME", help="Expiry, such as 2026-01-31T12:00:00Z.")
+    str | None, typer.Option(metavar="TIME", help="Time of expiry, such as 2026-01-31T12:00:00Z.")
 ]
 PrivateKey = Annotated[
     str | None,
-    typer.Option(metavar="KEY", help="RSA private key, or - to read it from standard input."),
+    typer.Option(metavar="KEY", help="RSA private key, or - to read the key from standard input."),
 ]
 PrivateKeyFile = Annotated[
     str | None, typer.Option(metavar="FILE", help="File with the RSA private key.")
 ]
 KeyId = Annotated[
     str | None,
-    typer.Option("--id", metavar="ID", help="Key id; by default made from today's date."),
+    typer.Option(
+        "--id", metavar="ID", help="Id of the new key or pepper; by default made from today's date."
+    ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="New file, pipe or device; standard output if it is omitted."
-    ),
+    typer.Option(metavar="FILE", help="New file, pipe or device; by default standard output."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 _MAX_DURATION = timedelta(days=36525)
 _MAX_SECRET_LENGTH = 1_000_000  # characters
-_LINE_END_LENGTH = 2  # characters that may follow a secret in a file
-# Linux passes on at most this many bytes of a line from a terminal, and drops the others.
+_LINE_END_LENGTH = 2  # characters of a line end, such as CR LF, after a secret
+# Linux truncates a longer line that is typed at a terminal.
 _MAX_TERMINAL_LINE_BYTES = 4095
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -67,7 +70,7 @@ def parse_member(enum: type[S], value: str | None) -> S | None:
 
 
 def parse_members(enum: type[S], text: str | None, option: str) -> list[S]:
-    """Parse values of an enum, separated by commas. Raise BadParameter for an unknown one."""
+    """Parse values of an enum, separated by commas. Raise BadParameter for an unknown value."""
     try:
         return [enum(word) for word in split_words(text)]
     except ValueError:
@@ -75,12 +78,12 @@ def parse_members(enum: type[S], text: str | None, option: str) -> list[S]:
 
 
 def split_words(text: str | None) -> list[str]:
-    """Split a text at commas, and strip white space."""
+    """Split a text at commas, and strip white space from each word."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def parse_time(text: str, option: str) -> datetime:
-    """Parse a time with a time zone, and return it in UTC. Raise BadParameter for other texts."""
+    """Parse a time with a time zone, and return the time in UTC. Raise BadParameter otherwise."""
     try:
         found = datetime.fromisoformat(text)
         if found.tzinfo is not None:
@@ -100,7 +103,7 @@ def parse_past(text: str, option: str) -> datetime:
 
 
 def parse_duration(text: str, option: str) -> timedelta:
-    """Parse a duration such as `30d`, of more than 0 and at most a century."""
+    """Parse a duration such as `30d`, which must be positive and at most a century."""
     if match := re.fullmatch(r"(\d{1,8})([smhdw])", text, re.ASCII):
         length = timedelta(**{_UNITS[match[2]]: int(match[1])})
         if timedelta(0) < length <= _MAX_DURATION:
@@ -112,9 +115,9 @@ def parse_duration(text: str, option: str) -> timedelta:
 
 
 def parse_expiry(expires_in: str | None, expires_at: str | None) -> datetime | None:
-    """Return the future time that --expires-in or --expires-at gives, or None."""
+    """Return the expiry that --expires-in or --expires-at sets, or None if neither is given."""
     if expires_in is not None and expires_at is not None:
-        raise typer.BadParameter("excludes --expires-at", param_hint="--expires-in")
+        raise typer.BadParameter("cannot be combined with --expires-at", param_hint="--expires-in")
     if expires_in is not None:
         return datetime.now(UTC) + parse_duration(expires_in, "--expires-in")
     expiry = None if expires_at is None else parse_time(expires_at, "--expires-at")
@@ -124,8 +127,8 @@ def parse_expiry(expires_in: str | None, expires_at: str | None) -> datetime | N
 
 
 def new_key_id() -> str:
-    """Return today's date and random digits, because two keys must not have the same id."""
-    import secrets  # noqa: PLC0415  # slow, and `--help` must be fast
+    """Return a key id of today's date and random digits, which make the id unique."""
+    import secrets  # noqa: PLC0415  # slow import, not needed by `--help`
 
     return f"{datetime.now(UTC):%Y-%m-%d}-{secrets.token_hex(2)}"
 
@@ -142,10 +145,10 @@ def confirm(question: str, *, yes: bool) -> None:
 def read_secret(name: str, value: str | None, file: str | None) -> str | None:
     """Read a secret from a file, from standard input (`-`), or from the command line.
 
-    A secret on the command line causes a warning. Returns None if neither is given.
+    A secret on the command line causes a warning. Returns None if `value` and `file` are None.
 
     Raises:
-        BadParameter: both are given.
+        BadParameter: both `value` and `file` are given.
         InvalidValue: the secret is empty, too long, or not text.
     """
     if value is not None and file is not None:
@@ -165,7 +168,7 @@ def read_secret(name: str, value: str | None, file: str | None) -> str | None:
         else:
             print_warning(
                 "other users of this machine can see a secret on the command line, and the shell"
-                f" stores it in its history: use --{name}-file, or - for standard input"
+                f" history stores the secret: use --{name}-file, or - for standard input"
             )
             text = value or ""
     except UnicodeDecodeError:
@@ -178,7 +181,7 @@ def read_secret(name: str, value: str | None, file: str | None) -> str | None:
 
 
 def read_required_secret(name: str, value: str | None, file: str | None) -> str:
-    """Read a secret as `read_secret` does; if neither is given, ask for it at the terminal."""
+    """Read a secret. If `value` and `file` are None, ask for the secret at the terminal."""
     if value is None and file is None:
         if not _at_terminal():
             raise typer.BadParameter(
@@ -197,11 +200,11 @@ def _at_terminal() -> bool:
 def _read_hidden(name: str) -> str:
     """Ask for a secret at the terminal, without echo.
 
-    All lines of a pasted PEM are read. `getpass` would read only the first, and the shell would
-    execute the others.
+    All lines of a pasted PEM are read. `getpass` would read only the first line, and the shell
+    would execute the other lines.
 
     Raises:
-        InvalidValue: a line is so long that the terminal may have cut it.
+        InvalidValue: a line is so long that the terminal may have truncated the line.
     """
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)

@@ -32,6 +32,11 @@ def print_message(message: str) -> None:
     sys.stderr.write(_escape(" ".join(message.split())) + "\n")
 
 
+def count_of(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a count with its noun, such as `1 seal` or `1,200 seals`."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def print_warning(message: str) -> None:
     print_message(f"warning: {message}")
 
@@ -42,7 +47,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
 
     Yields a function that takes the keyword arguments of `rich.progress.Progress.update`.
     """
-    from rich.progress import Progress  # noqa: PLC0415  # slow, and `--help` must be fast
+    from rich.progress import Progress  # noqa: PLC0415  # slow import, not needed by `--help`
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -52,7 +57,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
 
 @contextmanager
 def open_output(path: Path | None, *, overwrite: bool) -> Iterator[IO[str]]:
-    """Open the file of `--out` as `output_files` does, or standard output for None."""
+    """Open the file of the option --out. If `path` is None, yield standard output."""
     if path is None:
         yield sys.stdout
         return
@@ -65,7 +70,7 @@ def print_json(value: object) -> None:
 
 
 def dump(row: "Entity") -> dict[str, Any]:
-    """Return all fields for JSON, in the order of the class, with masked secrets."""
+    """Return all fields of an entity for JSON, in declaration order, with masked secrets."""
     dumped = row.model_dump(mode="json")
     return {name: dumped[name] for name in type(row).model_fields if name in dumped}
 
@@ -92,7 +97,7 @@ def show_page(
 def show_items(
     headings: Iterable[str], items: Sequence[Mapping[str, object]], *, as_json: bool
 ) -> None:
-    """Print a complete list of rows that are not entities."""
+    """Print a list of mappings as a table or as JSON."""
     if as_json:
         print_json({"items": items, "next_cursor": None})
     else:
@@ -100,7 +105,7 @@ def show_items(
 
 
 def show_lines(lines: Sequence[str], *, as_json: bool) -> None:
-    """Print a complete list of texts."""
+    """Print a list of texts on one line each, or as JSON."""
     if as_json:
         print_json({"items": lines, "next_cursor": None})
     else:
@@ -108,15 +113,15 @@ def show_lines(lines: Sequence[str], *, as_json: bool) -> None:
 
 
 def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table without its empty columns."""
+    """Print a table, and omit empty columns."""
     if not rows:
-        print_message("there are none")
+        print_message("no rows found")
         return
     cells = [[_format(value) for value in row] for row in rows]
     columns = [column for column in zip(headings, *cells, strict=True) if any(column[1:])]
     console, table = _console(), _table()
     for (heading, *_), width in zip(columns, _widths(columns, console.width), strict=True):
-        # The first column is an argument of other commands, so it is not wrapped.
+        # The first column is not wrapped, because users copy its values into other commands.
         rigid = width is None and heading == columns[0][0]
         table.add_column(heading, width=width, no_wrap=rigid, overflow="fold")
     for row in list(zip(*columns, strict=True))[1:]:
@@ -125,12 +130,12 @@ def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def show_line(row: Iterable[object]) -> None:
-    """Print one row of an endless table."""
+    """Print the non-empty values of a row on one line."""
     sys.stdout.write("  ".join(text for value in row if (text := _format(value))) + "\n")
 
 
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
-    """Return widths that break no word, or None for each column if the words are too long."""
+    """Return column widths that break no word. If the words do not fit, every width is None."""
     least = [max(map(cell_len, " ".join(column).split())) for column in columns]
     room = width - sum(least) - _COLUMN_GAP * (len(least) - 1)
     if room < 0:
@@ -161,7 +166,7 @@ def show_bars(counts: Mapping[str, int]) -> None:
     room -= max(map(len, counts)) + len(f"{greatest:,}")
     table = _table(show_header=False)
     for name, count in counts.items():
-        # The last cell has eighths: U+2588 is a full block, U+258F is one eighth.
+        # A bar may end in a partial block: U+2588 is a full block, U+258F is one eighth.
         eighths = round(count / greatest * max(room, 1) * 8)
         part = chr(0x2590 - eighths % 8) if eighths % 8 else ""
         table.add_row(name, "\u2588" * (eighths // 8) + part, f"{count:,}")
@@ -171,7 +176,7 @@ def show_bars(counts: Mapping[str, int]) -> None:
 def count_by_period(
     hours: Mapping[datetime, int], since: datetime, until: datetime
 ) -> dict[str, int]:
-    """Add up counts by hour if the period is at most two days, else by day. Gaps are 0."""
+    """Add up counts by hour if the period is at most two days, else by day. Fill gaps with 0."""
     by_hour = until - since <= 2 * _DAY
     step, form = (timedelta(hours=1), "%m-%d %H:00") if by_hour else (_DAY, "%Y-%m-%d")
     time = since.replace(minute=0, second=0, microsecond=0)
@@ -196,7 +201,7 @@ def _console() -> Console:
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _format(value: object) -> str:  # noqa: PLR0911  # one for each type
+def _format(value: object) -> str:  # noqa: PLR0911  # one return for each type
     match value:
         case None:
             return ""

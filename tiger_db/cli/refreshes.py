@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     Groups = dict[str, list[tiger_db.TokenStatus]]
 
-RefreshStatuses = Literal["pending", "failed"]  # those that have a list in crud.token_status
+RefreshStatuses = Literal["pending", "failed"]  # statuses that crud.token_status lists
 
 _PANEL = "Token refreshes"
 _REDRAW_SECONDS = 1.0
-_MAX_ROWS_SHOWN = 100  # of each group
+_MAX_ROWS_SHOWN = 100  # rows of each group
 _CLEAR_SCREEN = "\033[2J\033[H"
 app = typer.Typer()
 
@@ -35,14 +35,16 @@ app = typer.Typer()
 def list_refreshes(
     *,
     account: options.AccountOption = None,
-    status: Annotated[RefreshStatuses | None, typer.Option(help="Only this status.")] = None,
+    status: Annotated[
+        RefreshStatuses | None, typer.Option(help="List only refreshes with this status.")
+    ] = None,
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the token refreshes, or those of an account, newest first."""
+    """List all token refreshes, or the token refreshes of one account, newest first."""
     if account is not None and status is not None:
-        raise typer.BadParameter("excludes --account", param_hint="--status")
+        raise typer.BadParameter("cannot be combined with --account", param_hint="--status")
 
     async def find(
         session: "AsyncSession",
@@ -83,9 +85,9 @@ def watch_refreshes(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the running, due, waiting and failed refreshes, and statistics of the last 24 hours."""
+    """Show running, due, waiting and failed token refreshes, and statistics of the last day."""
     if live and as_json:
-        raise typer.BadParameter("excludes --json", param_hint="--live")
+        raise typer.BadParameter("cannot be combined with --json", param_hint="--live")
     if live:
         runtime.with_database(_redraw)
         return
@@ -98,12 +100,12 @@ def watch_refreshes(
 
 
 async def _redraw(database: "tiger_db.Database") -> None:
-    import asyncio  # noqa: PLC0415  # slow, and `--help` must be fast
+    import asyncio  # noqa: PLC0415  # slow import, not needed by `--help`
 
     while True:
         async with database.session() as session:
             loaded = await _load(session)
-        typer.echo(f"{_CLEAR_SCREEN}{datetime.now(UTC):%Y-%m-%d %H:%M:%SZ}  Ctrl-C to stop\n")
+        typer.echo(f"{_CLEAR_SCREEN}{datetime.now(UTC):%Y-%m-%d %H:%M:%SZ}  Press Ctrl-C to stop\n")
         _draw(*loaded)
         await asyncio.sleep(_REDRAW_SECONDS)
 
@@ -137,9 +139,12 @@ def _draw(groups: "Groups", numbers: dict[UUID | None, str], day: "RefreshStatis
                 ],
             )
         typer.echo()
-    rate = "" if day.success_rate is None else f", {day.success_rate:.0%} of those that ended"
-    times = "" if day.p50_ms is None else f"; p50 {day.p50_ms:.0f} ms, p95 {day.p95_ms:.0f} ms"
-    typer.echo(f"Last 24 hours: {day.succeeded} succeeded{rate}{times}")
+    rate = "" if day.success_rate is None else f", {day.success_rate:.0%} of the ended refreshes"
+    times = (
+        "" if day.p50_ms is None else f"; duration p50 {day.p50_ms:.0f} ms, p95 {day.p95_ms:.0f} ms"
+    )
+    succeeded = output.count_of(day.succeeded, "refresh", "refreshes")
+    typer.echo(f"Last 24 hours: {succeeded} succeeded{rate}{times}")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -148,20 +153,22 @@ def run_refresh_worker(
     once: Annotated[
         bool, typer.Option("--once", help="Exit when no refresh is due, instead of waiting.")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Refreshes at a time.")] = 4,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=64, help="Maximum number of refreshes at the same time.")
+    ] = 4,
     per_minute: Annotated[
         int, typer.Option(min=1, help="Maximum number of requests per minute for one tiger_id.")
     ] = 10,
 ) -> None:
-    """Refresh access tokens at Tiger when they are due. Run any number, on any machines.
+    """Refresh due access tokens at Tiger. Several workers may run, on any machines.
 
-    After SIGTERM or Ctrl-C, running refreshes are finished before the command exits.
+    After SIGTERM or Ctrl-C, the command finishes the running refreshes, and exits.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("tiger_db").setLevel(logging.INFO)
 
     async def work(database: "tiger_db.Database") -> "Counter[str]":
-        import asyncio  # noqa: PLC0415  # slow, and `--help` must be fast
+        import asyncio  # noqa: PLC0415  # slow import, not needed by `--help`
 
         worker = tiger_db.RefreshWorker(
             database, tiger_db.tiger.refresh_token, concurrency=concurrency, per_minute=per_minute
@@ -171,23 +178,23 @@ def run_refresh_worker(
             loop.add_signal_handler(name, worker.stop)
         await database.check()
         if not once:
-            output.print_message("waiting for due refreshes; Ctrl-C to stop")
+            output.print_message("waiting for due refreshes; press Ctrl-C to stop")
         await worker.run(once=once)
         return worker.counts
 
-    from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # slow, and `--help` must be fast
+    from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # slow import, not needed by `--help`
 
-    load_sdk()  # a missing SDK ends the command; otherwise each account would get a failed refresh
+    load_sdk()  # a missing SDK ends the command here, before the refresh of an account fails
     counts = runtime.with_database(work)
     output.print_message(
-        ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "nothing was due"
+        ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no refresh was due"
     )
 
 
 @app.command(rich_help_panel=_PANEL)
 def refresh_token(account: options.AccountArgument, *, as_json: options.AsJson = False) -> None:
     """Refresh the access token of an account at Tiger now."""
-    # The command reports the error. Without a handler, logging would print it to stderr again.
+    # The command reports a failed refresh. Without a handler, logging would print the error again.
     logging.getLogger("tiger_db").addHandler(logging.NullHandler())
 
     async def refresh(database: "tiger_db.Database") -> "tiger_db.TokenStatus":
@@ -207,17 +214,22 @@ def refresh_token(account: options.AccountArgument, *, as_json: options.AsJson =
         output.print_json(output.dump(ended))
     if ended.status != tiger_db.TokenRefreshStatus.SUCCESS:
         raise RefreshFailed(ended.error_message or f"the refresh is {ended.status.value}")
-    output.print_message(f"refreshed; the new token expires at {ended.new_token_expires_at}")
+    output.print_message(
+        f"refreshed the access token; the new token expires at {ended.new_token_expires_at}"
+    )
 
 
 @app.command(rich_help_panel=_PANEL)
 def prune_refreshes(
     *,
     older_than: Annotated[
-        str, typer.Option(metavar="90d", help="Minimum age of deleted refreshes: s, m, h, d or w.")
+        str,
+        typer.Option(
+            metavar="90d", help="Minimum age of the refreshes to delete, such as 12h or 90d."
+        ),
     ] = "90d",
 ) -> None:
-    """Delete old refreshes. Refreshes that have not ended are kept."""
+    """Delete old token refreshes. Refreshes that are pending or in progress are kept."""
     age = options.parse_duration(older_than, "--older-than")
 
     async def prune(database: "tiger_db.Database") -> int:
@@ -229,4 +241,5 @@ def prune_refreshes(
             if not deleted:
                 return total
 
-    output.print_message(f"deleted {runtime.with_database(prune)} refreshes")
+    deleted = output.count_of(runtime.with_database(prune), "refresh", "refreshes")
+    output.print_message(f"deleted {deleted}")

@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 
 def settings() -> "tiger_db.Settings":
-    """Read the settings from the environment. DB_DEBUG logs SQL statements to stderr."""
+    """Read the settings from the environment. If DB_DEBUG is set, log SQL statements to stderr."""
     found = tiger_db.Settings()
     logger = logging.getLogger("sqlalchemy.engine.Engine")
-    if found.db_debug and not logger.handlers:  # SQLAlchemy would add a handler for stdout
+    if found.db_debug and not logger.handlers:  # SQLAlchemy's own handler writes to stdout
         logger.addHandler(logging.StreamHandler())
     return found
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in a new event loop."""
-    import asyncio  # noqa: PLC0415  # slow, and `--help` must be fast
+    import asyncio  # noqa: PLC0415  # slow import, not needed by `--help`
 
     return asyncio.run(coroutine)
 
@@ -44,7 +44,7 @@ def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
 
 
 def in_transaction(work: "Callable[[AsyncSession], Awaitable[T]]") -> T:
-    """Run an async function in a session, and commit."""
+    """Run an async function in a session, and commit the transaction."""
 
     async def run(database: "tiger_db.Database") -> T:
         async with database.session() as session:
@@ -67,7 +67,7 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
     if key is None and (key_id := parse_uuid(prefix_or_id)):
         key = await tiger_db.crud.api_keys.get(session, key_id)
     if key is None:
-        # The message does not repeat the text, because it may be a whole key.
+        # The message omits `prefix_or_id`, because users may pass a whole API key.
         raise NotFound("there is no API key with this prefix or id")
     return key
 
@@ -75,8 +75,8 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
 async def account_numbers(
     session: "AsyncSession", ids: Iterable[UUID | None]
 ) -> dict[UUID | None, str]:
-    """Return the numbers of accounts by id. A deleted account has its id in place of a number."""
-    from sqlmodel import col, select  # noqa: PLC0415  # slow, and `--help` must be fast
+    """Map account ids to account numbers. The id of a deleted account is mapped to itself."""
+    from sqlmodel import col, select  # noqa: PLC0415  # slow import, not needed by `--help`
 
     numbers: dict[UUID | None, str] = {
         account_id: str(account_id) for account_id in ids if account_id is not None
@@ -97,10 +97,10 @@ def parse_uuid(text: str) -> UUID | None:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the reason of a failure in one line. The text of an unknown error is not shown."""
-    from pydantic import ValidationError  # noqa: PLC0415  # slow, and `--help` must be fast
+    """Describe an error in one line. Omit the text of an unexpected error."""
+    from pydantic import ValidationError  # noqa: PLC0415  # slow import, not needed by `--help`
 
-    from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # the same
+    from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # slow import, not needed by `--help`
 
     if explanation := explain(error):
         return explanation
@@ -111,9 +111,11 @@ def describe_error(error: Exception) -> str:
             for problem in error.errors(include_url=False, include_input=False)
         )
     if os.environ.get("DB_DEBUG", "").lower() in ("1", "true", "yes", "on"):
-        sys.stderr.writelines(traceback.format_tb(error.__traceback__))  # code without values
+        sys.stderr.writelines(
+            traceback.format_tb(error.__traceback__)
+        )  # source lines without values
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
-        f"unexpected {type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}:"  # noqa: PTH119  # a name
-        " please report it, with the output of DB_DEBUG=1"
+        f"unexpected {type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}:"  # noqa: PTH119  # a file name
+        " please report this error, with the output of DB_DEBUG=1"
     )

@@ -16,21 +16,23 @@ _PANEL = "Tiger's files"
 
 @app.command(rich_help_panel=_PANEL)
 def import_account(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="tiger_openapi_config.properties")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Path of tiger_openapi_config.properties.")
+    ],
     *,
     token_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="tiger_openapi_token.properties, if there is one."),
+        typer.Option(metavar="FILE", help="Path of tiger_openapi_token.properties, if it exists."),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Display name; for a new account, the account number by default."),
+        typer.Option(help="Display name; by default a new account gets the account number."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Create or update an account from Tiger's files.
+    """Create or update an account from the configuration files of Tiger's SDKs.
 
-    Fields that the files do not contain are not changed.
+    An update changes only the fields that the files contain.
     """
     result = runtime.in_transaction(
         lambda session: tiger_db.tiger.import_account(
@@ -43,10 +45,12 @@ def import_account(
     elif result.changed:
         output.print_message(f"changed {account}: {', '.join(result.changed)}")
     else:
-        output.print_message(f"{account} has these values already: nothing was changed")
+        output.print_message(
+            f"{account} was not changed, because it has the values of the files already"
+        )
     if result.token_kept:
         output.print_warning(
-            "the stored access token is newer than the one in the file, and was kept"
+            "the stored access token was kept, because the token in the file is older"
         )
     if result.ignored:
         output.print_warning(f"unknown lines in {file} were ignored: {', '.join(result.ignored)}")
@@ -54,7 +58,7 @@ def import_account(
         mode = path.stat().st_mode
         if stat.S_ISREG(mode) and mode & 0o077:
             output.print_warning(
-                f"other users of this machine can read the secrets in {path}: chmod 600 {path}"
+                f"other users of this machine can read the secrets in {path}: run chmod 600 {path}"
             )
     output.show_row(result.account, as_json=as_json)
 
@@ -64,12 +68,15 @@ def export_account(
     account: options.AccountArgument,
     *,
     out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Folder of the files; created if it is missing.")
+        Path, typer.Option(metavar="FOLDER", help="Folder of the files, created if it is missing.")
     ],
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write an account's files for Tiger's SDKs, and print their paths. They contain secrets."""
+    """Write an account's files for Tiger's SDKs, and print the paths of the files.
+
+    The files contain secrets.
+    """
 
     async def export(
         database: "tiger_db.Database",
