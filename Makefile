@@ -1,7 +1,7 @@
-# Every target sets up what it needs: Python 3.11 or later and make are enough.
+# Each target installs its own requirements. Only Python 3.11 or later and make must be installed.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-# Compiling each module again takes a process longer than its work.
+# Without cached bytecode, most processes spend more time on compiling than on their work.
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -23,7 +23,8 @@ help: ## show this list
 
 setup: $(READY) ## install everything into .venv, at the locked versions
 
-# As constraints too: else pip wants the newest version, and its hash, of what is asked for with an extra.
+# requirements.txt is also the constraints file, because pip would otherwise require a hash for the
+# newest version of each package that is required with an extra.
 $(READY): $(REQUIREMENTS) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "tiger_db needs Python 3.11 or later" >&2; exit 1; }
 	@echo "setting up $(VENV) with $(PYTHON) ..."
@@ -33,34 +34,34 @@ $(READY): $(REQUIREMENTS) pyproject.toml
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(READY) ## from nothing to accounts, keys, events and refreshes in a real PostgreSQL
+demo: $(READY) ## show accounts, API keys, events and refreshes in a real PostgreSQL
 	@$(RUN)/python examples/demo.py
 
-test: $(READY) ## the tests (two minutes) on TIGER_DB_TEST_URL, else Docker, else the embedded PostgreSQL
+test: $(READY) ## run the tests (two minutes) on TIGER_DB_TEST_URL, else Docker, else the embedded PostgreSQL
 	@$(PYTEST) $(ARGS)
 
-test-system: $(READY) ## the same, on the PostgreSQL that is installed here
+test-system: $(READY) ## run the tests on the PostgreSQL that is installed on this machine
 	@TIGER_DB_TEST_URL=system $(PYTEST) $(ARGS)
 
-test-docker: $(READY) ## the same, in a container: needs a Docker engine, at DOCKER_HOST or as usual
+test-docker: $(READY) ## run the tests in a container: needs a Docker engine, which DOCKER_HOST can name
 	@TIGER_DB_TEST_URL=docker $(PYTEST) $(ARGS)
 
-test-slow: $(READY) ## the tests that take half a second or more each: processes, crashes, what the pages show
+test-slow: $(READY) ## run the slow tests, which take half a second or more each
 	@$(PYTEST) -m slow $(ARGS)
 
-test-settings: $(READY) ## make test as on other machines: users, folders, Pythons, PostgreSQLs (an hour)
+test-settings: $(READY) ## run the tests as other users, with other Pythons and other PostgreSQLs (an hour)
 	@ONLY="$(ONLY)" ARGS="$(ARGS)" $(RUN)/python -m tests.machine_settings
 
-test-lowest: $(READY) ## the tests on the lowest versions of the dependencies that are allowed
+test-lowest: $(READY) ## run the tests with the lowest allowed versions of the dependencies
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(COMPILE) --resolution lowest-direct --output-file .venv-lowest.txt
 	@$(MAKE) --no-print-directory test VENV=.venv-lowest REQUIREMENTS=.venv-lowest.txt
 
-soak: $(READY) ## the stress tests at their full length (minutes)
+soak: $(READY) ## run the stress tests at their full length (minutes)
 	@TIGER_DB_SOAK=1 $(PYTEST) -m "not wheel" tests/audit tests/refresh_worker/test_chaos.py \
 		tests/crud/token_status/test_index_use.py $(ARGS)
 
-test-wheel: $(READY) ## build the wheel, install it into an empty environment, and use it there
+test-wheel: $(READY) ## build the wheel, install it into an empty environment, and test it there
 	@$(RUN)/python -m pytest -m wheel $(ARGS)
 
 lint: $(READY) ## check style, types and the SQL of the migrations; changes nothing
@@ -69,38 +70,38 @@ lint: $(READY) ## check style, types and the SQL of the migrations; changes noth
 	@$(RUN)/mypy
 	@$(RUN)/python -m tests.squawk
 
-format: $(READY) ## put the code into style
+format: $(READY) ## format the code, and fix its style
 	@$(RUN)/ruff format .
 	@$(RUN)/ruff check --fix .
 
 schema: $(READY) ## write docs/schema.md from the models and the migrated database
 	@$(RUN)/python -m tests.docs.schema
 
-bench: $(READY) ## measure beside plain asyncpg, into benchmarks/RESULTS.md
+bench: $(READY) ## compare with plain asyncpg, and write benchmarks/RESULTS.md
 	@$(RUN)/python -m benchmarks
 
-lock: $(READY) ## pin the newest allowed dependencies, with hashes, in requirements.txt
+lock: $(READY) ## write the newest allowed versions of the dependencies to requirements.txt, with hashes
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(COMPILE) --output-file requirements.txt
 
-migrate: $(READY) ## bring the database's schema up to date
+migrate: $(READY) ## run the pending migrations of the database
 	@$(RUN)/tiger-db migrate
 
 revision: $(READY) ## write a migration from the models: make revision m="add a column"
 	@$(RUN)/tiger-db revision -m "$(m)"
 
-downgrade: $(READY) ## undo the last migration (or back to: make downgrade r=REVISION)
+downgrade: $(READY) ## undo the last migration, or all after a revision: make downgrade r=REVISION
 	@$(RUN)/tiger-db downgrade $(if $(r),$(r),-1)
 
-current: $(READY) ## show the revision the database is at
+current: $(READY) ## show the revision of the database
 	@$(RUN)/tiger-db current
 
 history: $(READY) ## show every migration
 	@$(RUN)/tiger-db history
 
-check: $(READY) ## tell whether models and database agree
+check: $(READY) ## list the differences between the models and the database
 	@$(RUN)/tiger-db check
 
-clean: ## remove .venv, caches and builds; no data
+clean: ## remove .venv, caches and builds, but no data
 	@rm -rf $(VENV) .venv-* dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,11 +17,12 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "schema.md"
 HEAD = """\
 # The schema
 
-Written by `make schema` from the models and the migrated database: change those, not this page.
-`tests/docs/test_schema.py` fails when it is out of date.
+This page is written by `make schema` from the models and the migrated database. Do not edit the page:
+change the models. `tests/docs/test_schema.py` fails if the page is out of date.
 
-In the diagram are keys only; below it every table has its columns, rules, and indexes with the
-queries that they serve, as `EXPLAIN` shows in `tests/crud/test_indexes.py`.
+The diagram shows the keys only. After the diagram, each table has its columns, constraints and indexes.
+The column "serves" names the queries that use an index. `tests/crud/test_indexes.py` proves this with
+`EXPLAIN`.
 """
 TABLES = """
 SELECT relname AS name, coalesce(obj_description(oid, 'pg_class'), '') AS comment,
