@@ -1,1 +1,1 @@
-"""What tiger_db costs, each figure beside the same work in plain asyncpg in the same run."""
+"""Benchmarks of tiger_db. Each compares with the same work in plain asyncpg, in the same run."""

@@ -1,4 +1,4 @@
-"""Runs every benchmark on a server of the tests and writes RESULTS.md: `make bench`."""
+"""Run all benchmarks on a test server, and write RESULTS.md: `make bench`."""
 
 import asyncio
 import json
@@ -34,19 +34,19 @@ async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
         ):
             results: list[Result] = []
             async with sessions.works(database) as more:
-                results += [await told(work) for work in more]
+                results += [await measured(work) for work in more]
             for works in (accounts.works, keys.works, audit.works):
-                results += [await told(work) for work in await works(database, pool)]
+                results += [await measured(work) for work in await works(database, pool)]
             async with keys.memory_works(database, pool) as more:
-                results += [await told(work) for work in more]
+                results += [await measured(work) for work in more]
             async with (
-                others(server, "peer", migrated=False) as peer,
+                other_database(server, "peer", migrated=False) as peer,
                 keys.keyshield_works(database, peer) as more,
             ):
-                results += [await told(work) for work in more]
-            async with others(server, "few") as few, others(server, "many") as many:
-                results.append(await told(await keys.depth_work(few, many)))
-            async with others(server, "trail") as trail:
+                results += [await measured(work) for work in more]
+            async with other_database(server, "few") as few, other_database(server, "many") as many:
+                results.append(await measured(await keys.depth_work(few, many)))
+            async with other_database(server, "trail") as trail:
                 results_, facts = await trail_results(trail, _writing(results))
             more_results, more_facts = await refresh_results(server)
             starts = [*sessions.facts()]
@@ -61,7 +61,7 @@ async def trail_results(trail: Database, writing: float) -> tuple[list[Result], 
     async with asyncpg.create_pool(
         **await connect_args(trail.settings), init=_json, min_size=1
     ) as pool:
-        results = [await told(work) for work in await audit.page_works(trail, pool)]
+        results = [await measured(work) for work in await audit.page_works(trail, pool)]
         facts = []
         async for fact in audit.facts(trail, pool, writing):
             print(fact)
@@ -72,20 +72,21 @@ async def trail_results(trail: Database, writing: float) -> tuple[list[Result], 
 async def refresh_results(server: servers.Server) -> tuple[list[Result], list[str]]:
     facts = []
     async with (
-        others(server, "refreshes") as made,
-        # As many connections as asyncpg's pool has: none is opened for each of many at once.
+        other_database(server, "refreshes") as made,
+        # With fewer connections than the pool below, many concurrent tasks would open and close
+        # connections.
         Database(made.settings.model_copy(update={"db_pool_size": 20})) as database,
-        others(server, "queues", migrated=False) as queues,
+        other_database(server, "queues", migrated=False) as queues,
         asyncpg.create_pool(
             **await connect_args(made.settings), init=_json, min_size=1, max_size=20
         ) as pool,
     ):
-        results = [await told(work) for work in await refreshes.works(database, pool)]
+        results = [await measured(work) for work in await refreshes.works(database, pool)]
         async for fact in refreshes.facts(database, pool, queues):
             print(fact)
             facts.append(fact)
-    async with others(server, "some") as some, others(server, "most") as most:
-        results.append(await told(await refreshes.depth_work(some, most)))
+    async with other_database(server, "some") as some, other_database(server, "most") as most:
+        results.append(await measured(await refreshes.depth_work(some, most)))
     return results, facts
 
 
@@ -93,17 +94,17 @@ def _writing(results: Sequence[Result]) -> float:
     return next(result.ours for result in results if result.name.startswith("record one event"))
 
 
-async def told(work: Work) -> Result:
+async def measured(work: Work) -> Result:
     result = await measure(work)
     print(f"{result.ratio:8.4f}  {result.name}")
     return result
 
 
 @asynccontextmanager
-async def others(
+async def other_database(
     server: servers.Server, name: str, *, migrated: bool = True
 ) -> AsyncIterator[Database]:
-    """Another database on the same server."""
+    """Create another database on the same server, and drop it at the end."""
     settings = await databases.create(server.url, f"{NAME}_{name}")
     try:
         if migrated:
@@ -116,7 +117,7 @@ async def others(
 
 
 async def _json(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-    # Binary, because COPY is; jsonb's binary form is a version byte and the text.
+    # COPY needs binary values. The binary form of jsonb is a version byte and the text.
     await connection.set_type_codec(
         "jsonb",
         schema="pg_catalog",
@@ -138,22 +139,23 @@ def report(results: Sequence[Result], facts: Sequence[str], server: servers.Serv
     facts_ = "\n".join(f"- {fact}" for fact in facts)
     return f"""# Results
 
-Microseconds per operation: the median of {ROUNDS} rounds in which ours and plain asyncpg's way of
-doing the same work take turns, over a Unix socket. A ratio above 1 is what tiger_db costs on top:
-validation, one class for row and schema, decryption on demand, typed errors. Where a row says
-"beside", the other side is what it says.
+Each row compares tiger_db with the same work in plain asyncpg, over a Unix socket. The times are
+microseconds per operation: the median of {ROUNDS} rounds, in which both sides take turns. If the
+ratio is above 1, tiger_db takes longer: it validates, wraps secrets for decryption on demand, and
+converts errors. If the name of a row contains "compared with", tiger_db is compared with that work
+instead of plain asyncpg.
 
-| work | tiger_db | plain asyncpg | ratio |
+| work | tiger_db | plain asyncpg, or the other work | ratio |
 |---|---:|---:|---:|
 {rows}
 
-Depth: taking turns with our first page, the deep page costs {depth.ratio:.2f} times as much.
+With tiger_db, page {audit.ROWS // audit.PAGE:,} takes {depth.ratio:.2f} times as long as page 1.
 
 {facts_}
 
 {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python \
 {platform.python_version()}, PostgreSQL {servers.version(server)} ({server.kind}); {versions}.
-Made by `make bench`.
+This page was written by `make bench`.
 """
 
 

@@ -1,4 +1,4 @@
-"""Listing accounts, whose secrets are decrypted on demand only, and re-encrypting them."""
+"""Benchmarks of listing accounts, whose secrets are decrypted on demand, and of re-encryption."""
 
 import base64
 import os
@@ -15,7 +15,7 @@ from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.models.secrets import CONTEXT, encrypted_columns
 
 ACCOUNTS, PAGE = 10_000, 1000
-# Lengths as Tiger's are: a 2,048-bit key, and the tokens of its API.
+# The secrets are as long as those of Tiger: a 2,048-bit key, and tokens of its API.
 SECRETS: dict[str, Any] = {
     "tiger_id": "20150001",
     "private_key": base64.b64encode(os.urandom(1218)).decode(),
@@ -23,8 +23,8 @@ SECRETS: dict[str, Any] = {
     "access_token": base64.b64encode(os.urandom(43)).decode(),
     "refresh_token": base64.b64encode(os.urandom(43)).decode(),
 }
-LISTED = f"list {PAGE:,} accounts, beside the same without secret columns"
-ROTATED = f"re-encrypt {ACCOUNTS:,} accounts, beside UPDATE … RETURNING in such batches"
+LISTED = f"list {PAGE:,} accounts, compared with the same without secret columns"
+ROTATED = f"re-encrypt {ACCOUNTS:,} accounts, compared with UPDATE … RETURNING in such batches"
 
 
 async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> list[Work]:
@@ -77,7 +77,7 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
         f" RETURNING a.id, {', '.join(f'a.{name}' for name in columns)}"
     )
 
-    async def updated() -> None:  # which puts the old ciphertexts back
+    async def updated() -> None:  # stores the old ciphertexts again
         for batch in batches:
             async with pool.acquire() as connection, connection.transaction():
                 assert len(await connection.fetch(update, *batch)) == len(batch[0])

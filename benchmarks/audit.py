@@ -1,4 +1,4 @@
-"""Writing, paging, sealing and verifying the audit trail."""
+"""Benchmarks of the audit trail: writing, paging, sealing and verifying."""
 
 import resource
 import sys
@@ -34,7 +34,8 @@ INSERT = (
     f"INSERT INTO audit_logs ({', '.join(COLUMNS)})"
     f" VALUES ({', '.join(f'${n + 1}' for n in range(len(COLUMNS)))})"
 )
-# Of an account, through a key, by one of 50 users; every second one in a session, from an address.
+# Each event has an account, an API key and one of 50 users. Every second event has a session and an
+# address.
 FILL = """
 INSERT INTO audit_logs (id, action, result, severity, resource_type, resource_id, user_id,
     session_id, ip_address, user_agent, request_id, tiger_account_id, api_key_id, details,
@@ -62,7 +63,7 @@ WHERE inhparent = 'audit_logs'::regclass
 
 
 def record() -> tuple[object, ...]:
-    """An event as plain asyncpg takes it."""
+    """Return the values of an event for plain asyncpg."""
     return (uuid7(), "success", "medium", *EVENT.values())
 
 
@@ -98,12 +99,17 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
     return [
         Work("log one event in a transaction", log_one, insert_one, times=100),
         Work("record one event out of band", record_one, insert_alone, times=100),
-        Work("log 1,000 events that are there, beside COPY", log_thousand, copy_thousand, times=1),
+        Work(
+            "log 1,000 events that exist as objects, compared with COPY",
+            log_thousand,
+            copy_thousand,
+            times=1,
+        ),
     ]
 
 
 async def fill(database: Database) -> None:
-    """A million events, over the last twelve months."""
+    """Insert a million events, spread over the last twelve months."""
     connection = await connect(database.settings)
     try:
         await connection.execute("SET statement_timeout = 0")
@@ -149,7 +155,7 @@ async def page_works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -
 
     return [
         Work(f"first page ({PAGE} of {ROWS:,} events)", first_page, plain_first_page, times=60),
-        Work(f"page {ROWS // PAGE:,} of the same", deep_page, plain_deep_page, times=60),
+        Work(f"page {ROWS // PAGE:,} of the same events", deep_page, plain_deep_page, times=60),
         Work(DEPTH, deep_page, first_page, times=60),
     ]
 
@@ -157,9 +163,12 @@ async def page_works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -
 async def facts(
     database: Database, pool: "asyncpg.Pool[asyncpg.Record]", writes: float
 ) -> AsyncIterator[str]:
-    """What is no comparison, of the same million events; `writes` is how long one takes to log."""
+    """Yield other measurements of the same million events.
+
+    `writes` is the time in seconds that one writer needs for one event.
+    """
     size = await pool.fetchval(SIZE)
-    yield f"{ROWS:,} events take {size / 2**20:.0f} MiB, indexes included."
+    yield f"{ROWS:,} events take {size / 2**20:.0f} MiB, including indexes."
     settings = database.settings.model_copy(
         update={"audit_signing_key": SecretStr(generate_signing_key())}
     )
@@ -170,8 +179,8 @@ async def facts(
         assert sealed.rows == ROWS
         seals = await pool.fetchval("SELECT pg_total_relation_size('audit_seals')")
         yield (
-            f"Sealing: {rate:,.0f} events a second, {rate * writes:.0f} times what one writer logs;"
-            f" the seals take {seals / 2**20:.0f} MiB."
+            f"Sealing: {rate:,.0f} events a second, {rate * writes:.0f} times as many as one writer"
+            f" records out of band. The seals take {seals / 2**20:.0f} MiB."
         )
         before = _peak()
         start = time.perf_counter()
@@ -179,8 +188,8 @@ async def facts(
         assert report.sound
         assert report.rows == ROWS
         yield (
-            f"Verifying all of it: {time.perf_counter() - start:.1f} s; the process grew by"
-            f" {_peak() - before:.0f} MiB."
+            f"Verifying all events: {time.perf_counter() - start:.1f} s. The memory of the process"
+            f" grew by {_peak() - before:.0f} MiB."
         )
     plan = await pool.fetch(
         "EXPLAIN (ANALYZE, TIMING OFF, COSTS OFF) SELECT * FROM audit_logs"
@@ -192,12 +201,12 @@ async def facts(
     async with database.session() as session:
         found = await crud.audit_logs.get_security_events(session)
     yield (
-        f"The security events of a day: {len(found)}, for which {removed + len(found):,} of"
-        f" {ROWS:,} rows were read."
+        f"Listing the {len(found)} security events of the last day reads {removed + len(found):,}"
+        f" of {ROWS:,} rows."
     )
 
 
 def _peak() -> float:
-    """MiB that this process had at most."""
+    """Return the peak memory of this process in MiB."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,4 +1,4 @@
-"""Checking API keys: from the database, within limits, from memory, among a million, and a peer."""
+"""Benchmarks of checking API keys: from the database, with limits, from memory, and keyshield."""
 
 import asyncio
 import warnings
@@ -49,7 +49,7 @@ async def new_key(database: Database, **values: int) -> tuple[APIKey, str]:
 
 
 def at_once(check: Check) -> Check:
-    """So many at a time: what counts is how many are done in a second."""
+    """Return a function that runs TASKS checks concurrently."""
 
     async def run() -> None:
         await asyncio.gather(*(check() for _ in range(TASKS)))
@@ -95,9 +95,11 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
     return [
         Work("check a key, from the database", from_database, read, times=200),
         Work("check a key, session and commit included", in_a_session, read, times=100),
-        Work("check a key within limits, beside INSERT … ON CONFLICT", within_limits, take, 200),
         Work(
-            f"{TASKS} checks at once, beside SQLAlchemy: select, update, commit",
+            "check a key with limits, compared with INSERT … ON CONFLICT", within_limits, take, 200
+        ),
+        Work(
+            f"{TASKS} concurrent checks, compared with SQLAlchemy: select, update, commit",
             at_once(from_database),
             at_once(orm),
             times=5,
@@ -124,7 +126,7 @@ async def memory_works(
 
 @asynccontextmanager
 async def keyshield_works(database: Database, peer: Database) -> AsyncIterator[list[Work]]:
-    """Beside keyshield as it comes, and without its delays but with its cache."""
+    """Compare with keyshield: with its defaults, without its delays, and with its cache."""
     _, raw_key = await new_key(database)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,21 +156,24 @@ async def keyshield_works(database: Database, peer: Database) -> AsyncIterator[l
         async def from_memory() -> None:
             assert await verifier.verify(raw_key)
 
-        import aiocache  # noqa: PLC0415  # keyshield's
+        import aiocache  # noqa: PLC0415  # keyshield requires aiocache
 
         best = {"min_delay": 0.0, "max_delay": 0.0, "cache": aiocache.SimpleMemoryCache()}
         yield [
             Work(
-                "check a key, beside keyshield as it comes", from_database, theirs(ApiKeyService), 1
+                "check a key, compared with keyshield's defaults",
+                from_database,
+                theirs(ApiKeyService),
+                times=1,
             ),
             Work(
-                "check a key, beside keyshield without its delays",
+                "check a key, compared with keyshield without delays",
                 from_database,
                 theirs(ApiKeyService, min_delay=0.0, max_delay=0.0),
                 times=5,
             ),
             Work(
-                "from memory, beside keyshield without delays, with its cache",
+                "check a key, from memory, compared with keyshield without delays and with a cache",
                 from_memory,
                 theirs(CachedApiKeyService, **best),
                 times=50,
@@ -177,7 +182,7 @@ async def keyshield_works(database: Database, peer: Database) -> AsyncIterator[l
 
 
 async def fill(database: Database, keys: int) -> list[str]:
-    """So many keys in all; returns the texts of some."""
+    """Fill the database up to a number of keys, and return 100 of the raw keys."""
     await database.check()
     async with database.out_of_band.connection() as connection:
         await connection.execute(FILL, keys - 100)
@@ -186,7 +191,7 @@ async def fill(database: Database, keys: int) -> list[str]:
 
 
 async def depth_work(few: Database, many: Database) -> Work:
-    """Among a million, beside among a thousand."""
+    """Compare checks among a million keys with checks among a thousand keys."""
 
     async def checks(database: Database, keys: int) -> Check:
         texts = cycle(await fill(database, keys))
@@ -198,7 +203,7 @@ async def depth_work(few: Database, many: Database) -> Work:
         return check
 
     return Work(
-        f"check a key among {MANY:,}, beside among {FEW:,}",
+        f"check a key among {MANY:,}, compared with among {FEW:,}",
         await checks(many, MANY),
         await checks(few, FEW),
         times=300,

@@ -1,4 +1,4 @@
-"""Working on token refreshes: beside the same statements, among a million, and beside peers."""
+"""Benchmarks of token refreshes, compared with the same statements and with job queues."""
 
 import asyncio
 import statistics
@@ -18,13 +18,14 @@ from tiger_db.encryption import Secret
 from tiger_db.models.token_status import NewToken
 
 FEW, MANY = 10_000, 1_000_000
-JOBS_DUE = 12_000  # how many of the former are, and more than all the works take
+JOBS_DUE = 12_000  # due refreshes, more than all benchmarks complete
 WORKERS = (1, 4, 16)
 JOBS = 1_000
 SAMPLES = 100
 LEASE = timedelta(hours=1)
 LIFE = timedelta(days=15)
-# Like the account that is there, each with a refresh that is done and, the first of them, one due.
+# Copies of the account `bench`. Each copy gets a refresh that has ended, and the first copies get
+# a refresh that is due.
 FILL = """
 INSERT INTO tiger_accounts (id, account_name, account_number, account_type, status, tiger_id,
     tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
@@ -43,7 +44,7 @@ SELECT md5($3 || n)::uuid, md5('a' || n)::uuid, $2::token_refresh_status, 'sched
     now() - make_interval(secs => n), 0, 3, 0
 FROM generate_series(1, $1::int) n
 """
-# Where these stand in the rows that a claim returns.
+# Positions of columns in the rows that CLAIM returns.
 ID = 0
 FENCING_TOKEN = list(TokenStatus.model_fields).index("fencing_token")
 ACCESS_TOKEN = list(TigerAccount.model_fields).index("access_token")
@@ -92,7 +93,7 @@ def ours(database: Database) -> Job:
 
 
 def plain(pool: "asyncpg.Pool[asyncpg.Record]") -> Job:
-    """The same two statements, in transactions too, with values that are there."""
+    """Return the same two statements with constant values, each in a transaction of asyncpg."""
     ciphertext, hashed = bytes(100), "0" * 64
 
     async def claim_and_complete() -> None:
@@ -115,11 +116,11 @@ def at_once(job: Job, workers: int) -> Job:
 
 
 async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> list[Work]:
-    """On a database of their own, which they fill."""
+    """Fill an empty database, and return the benchmarks on it."""
     await fill(database, 2 * JOBS_DUE, JOBS_DUE)
     return [
         Work(
-            f"claim and complete a refresh, {workers} at once",
+            f"claim and complete a refresh, {workers} concurrently",
             at_once(ours(database), workers),
             at_once(plain(pool), workers),
             times=max(2, 32 // workers),
@@ -129,7 +130,7 @@ async def works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -> lis
 
 
 async def depth_work(few: Database, many: Database) -> Work:
-    """Among a million accounts, beside among ten thousand."""
+    """Compare claims among a million accounts with claims among ten thousand accounts."""
 
     def claims(database: Database) -> Job:
         async def claim() -> None:
@@ -141,7 +142,7 @@ async def depth_work(few: Database, many: Database) -> Work:
     await fill(few, FEW, 1_000)
     await fill(many, MANY, 1_000)
     return Work(
-        f"claim a refresh among {MANY:,} accounts, beside among {FEW:,}",
+        f"claim a refresh among {MANY:,} accounts, compared with among {FEW:,}",
         claims(many),
         claims(few),
         times=40,
@@ -151,7 +152,7 @@ async def depth_work(few: Database, many: Database) -> Work:
 async def facts(
     database: Database, pool: "asyncpg.Pool[asyncpg.Record]", peer: Database
 ) -> AsyncIterator[str]:
-    """What is no comparison; `database` is that of `works`, `peer` an empty one."""
+    """Yield other measurements. `database` is that of `works`, and `peer` is an empty database."""
     async with database.session() as session:
         account = await crud.accounts.get_by_account_number(session, "bench")
     assert account is not None
@@ -159,32 +160,36 @@ async def facts(
     waits = sorted([wait async for wait in _waits(database, account)])
     p50, p99 = statistics.median(waits), waits[round(0.99 * SAMPLES) - 1]
     yield (
-        f"From the commit of a due refresh to an idle worker's asking: p50 {p50 * 1e3:.1f} ms,"
-        f" p99 {p99 * 1e3:.1f} ms, of {SAMPLES}."
+        f"Time from the commit of a due refresh until an idle worker asks the broker:"
+        f" p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, in {SAMPLES} samples."
     )
     rows = {
-        "claimed and completed": [await _rate(database, ours(database), n) for n in WORKERS],
-        "the same statements in plain asyncpg": [
+        "tiger_db, claim and complete": [await _rate(database, ours(database), n) for n in WORKERS],
+        "plain asyncpg, the same statements": [
             await _rate(database, plain(pool), n) for n in WORKERS
         ],
-        "by a RefreshWorker, from due to saved": [await _worker(database, n) for n in WORKERS],
+        "RefreshWorker, from due to stored": [await _worker(database, n) for n in WORKERS],
     }
     for name, measured in (("procrastinate", _procrastinate), ("pgqueuer", _pgqueuer)):
         try:
-            rows[f"jobs that do nothing, {name}"] = [await measured(peer, n) for n in WORKERS]
+            rows[f"{name}, empty jobs"] = [await measured(peer, n) for n in WORKERS]
         except ImportError:
-            yield f"{name} is not installed, and left out."
+            yield f"{name} is not installed, so it is left out."
     workers = ", ".join(map(str, WORKERS[:-1]))
-    yield f"Refreshes a second, by {workers} and {WORKERS[-1]} at once in one process: " + (
-        "; ".join(
-            f"{name} {' / '.join(f'{rate:,.0f}' for rate in rates)}" for name, rates in rows.items()
+    yield (
+        f"Refreshes a second, with {workers} and {WORKERS[-1]} concurrent workers in one process: "
+        + (
+            "; ".join(
+                f"{name} {' / '.join(f'{rate:,.0f}' for rate in rates)}"
+                for name, rates in rows.items()
+            )
+            + "."
         )
-        + "."
     )
 
 
 async def _waits(database: Database, account: TigerAccount) -> AsyncIterator[float]:
-    """How long each took; the worker has nothing to do before the next."""
+    """Yield the seconds from a commit to the call of the refresher, for an idle worker."""
     started: asyncio.Queue[float] = asyncio.Queue()
 
     async def refresher(_: TigerAccount) -> NewToken:
@@ -195,9 +200,9 @@ async def _waits(database: Database, account: TigerAccount) -> AsyncIterator[flo
     running = asyncio.create_task(worker.run())
     try:
         for done in range(SAMPLES):
-            while worker.counts["refreshed"] < done:  # noqa: ASYNC110  # nothing tells
+            while worker.counts["refreshed"] < done:  # noqa: ASYNC110  # the worker has no event for this
                 await asyncio.sleep(0.001)
-            await asyncio.sleep(0.05)  # it listens, and is idle
+            await asyncio.sleep(0.05)  # the worker is idle and listens again
             async with database.session() as session:
                 await crud.token_status.create_refresh_operation(
                     session, tiger_account_id=account.id, trigger=RefreshTrigger.MANUAL
@@ -210,7 +215,7 @@ async def _waits(database: Database, account: TigerAccount) -> AsyncIterator[flo
 
 
 async def _due(database: Database, jobs: int) -> None:
-    """So many refreshes are, and no other."""
+    """Make a number of refreshes due, and cancel all others."""
     connection = await connect(database.settings)
     try:
         await connection.execute(
@@ -225,7 +230,7 @@ async def _due(database: Database, jobs: int) -> None:
 
 async def _rate(database: Database, job: Job, workers: int) -> float:
     await _due(database, JOBS)
-    await at_once(job, workers)()  # connects
+    await at_once(job, workers)()  # opens the connections
 
     async def work() -> None:
         for _ in range((JOBS - workers) // workers):
@@ -249,8 +254,8 @@ async def _worker(database: Database, workers: int) -> float:
 
 
 async def _procrastinate(peer: Database, workers: int) -> float:
-    """As its documentation has it: psycopg's pool, one worker, with concurrency."""
-    import procrastinate  # noqa: PLC0415  # may be missing
+    """Measure procrastinate as its documentation shows it: one worker on psycopg's pool."""
+    import procrastinate  # noqa: PLC0415  # optional
 
     connector = procrastinate.PsycopgConnector(conninfo=_url(peer), max_size=workers + 4)
     app = procrastinate.App(connector=connector)
@@ -269,8 +274,8 @@ async def _procrastinate(peer: Database, workers: int) -> float:
 
 
 async def _pgqueuer(peer: Database, workers: int) -> float:
-    """As its documentation has it: one asyncpg connection, and batches of so many jobs."""
-    from pgqueuer import PgQueuer  # noqa: PLC0415  # may be missing
+    """Measure pgqueuer as its documentation shows it: one asyncpg connection, batches of jobs."""
+    from pgqueuer import PgQueuer  # noqa: PLC0415  # optional
     from pgqueuer.db import AsyncpgDriver  # noqa: PLC0415
     from pgqueuer.queries import Queries  # noqa: PLC0415
     from pgqueuer.types import QueueExecutionMode  # noqa: PLC0415
@@ -299,5 +304,5 @@ async def _pgqueuer(peer: Database, workers: int) -> float:
 
 
 def _url(peer: Database) -> str:
-    assert peer.settings.database_url is not None  # as those of the tests' servers are
+    assert peer.settings.database_url is not None  # the settings of test servers have a URL
     return peer.settings.database_url.get_secret_value()

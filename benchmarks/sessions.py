@@ -1,4 +1,4 @@
-"""What a session of ours costs beside a bare one of SQLAlchemy, and how fast a process starts."""
+"""Benchmarks of sessions, compared with SQLAlchemy's sessions, and of the start of processes."""
 
 import statistics
 import subprocess
@@ -14,7 +14,7 @@ from benchmarks.work import Work
 from tiger_db import Database
 from tiger_db.connections import connect_args
 
-STARTS = 31  # of each program
+STARTS = 31  # processes of each program
 _EMPTY = """
 import typer
 app = typer.Typer()
@@ -49,7 +49,9 @@ async def works(database: Database) -> AsyncIterator[list[Work]]:
             await session.execute(statement)
             await session.commit()
 
-    yield [Work("a session of one statement, beside a bare one of SQLAlchemy", ours, theirs, 300)]
+    yield [
+        Work("a session of one statement, compared with SQLAlchemy's session", ours, theirs, 300)
+    ]
     await engine.dispose()
 
 
@@ -60,19 +62,19 @@ def facts() -> Iterator[str]:
         ["-c", "from tiger_db import *"],
     )
     yield (
-        f"`import tiger_db`, a process from start to end: {ours * 1000:.0f} ms, as names are loaded"
-        f" when first asked for; all of them: {names * 1000:.0f} ms, where sqlmodel and"
-        f" sqlalchemy.ext.asyncio take {bare * 1000:.0f} ms."
+        f"A process with `import tiger_db`: {ours * 1000:.0f} ms, because names are loaded at first"
+        f" use. With all names: {names * 1000:.0f} ms. A process that imports only sqlmodel and"
+        f" sqlalchemy.ext.asyncio: {bare * 1000:.0f} ms."
     )
     ours, empty = _starts(["-m", "tiger_db", "--help"], ["-c", _EMPTY, "--help"])
     yield (
-        f"`tiger-db --help`: {ours * 1000:.0f} ms, {ours / empty:.2f} times an empty typer"
-        f" application's {empty * 1000:.0f} ms."
+        f"`tiger-db --help`: {ours * 1000:.0f} ms, {ours / empty:.2f} times as long as an empty"
+        f" typer application ({empty * 1000:.0f} ms)."
     )
 
 
 def _starts(*programs: list[str]) -> list[float]:
-    """Seconds that each takes from start to end: the median of processes that take turns."""
+    """Return the median seconds of a process of each program; the programs take turns."""
     taken: list[list[float]] = [[] for _ in programs]
     for _ in range(STARTS):
         for program, seconds in zip(programs, taken, strict=True):

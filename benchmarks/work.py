@@ -1,4 +1,4 @@
-"""One thing to measure: ours and plain asyncpg's way of doing the same."""
+"""Comparison of two operations: one of tiger_db, and one with plain asyncpg or other work."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ ROUNDS = 15
 
 @dataclass(frozen=True)
 class Work:
-    """`times` operations of each side make a round; the sides take turns."""
+    """Two operations to compare. A round executes each one `times` times; the sides take turns."""
 
     name: str
     ours: Callable[[], Awaitable[object]]
@@ -20,7 +20,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds per operation, the median of the rounds."""
+    """Medians of the seconds per operation."""
 
     name: str
     ours: float

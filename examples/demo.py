@@ -1,4 +1,4 @@
-"""A tour on the database that the settings name; by default the embedded PostgreSQL."""
+"""A demo of tiger_db on the database of the settings: by default, the embedded PostgreSQL."""
 
 import asyncio
 import base64
@@ -29,11 +29,11 @@ def say(text: str) -> None:
 def tiger_db(*arguments: str) -> None:
     say(f"$ tiger-db {' '.join(arguments)}")
     if subprocess.run([TIGER_DB, *arguments], check=False).returncode:
-        sys.exit(1)  # it has said why
+        sys.exit(1)  # the command has printed the reason
 
 
 def tiger_token(lifetime: timedelta) -> str:
-    """A token of the form that Tiger gives out, made now."""
+    """Return a token in Tiger's format, issued now."""
     now = datetime.now(UTC)
     stamps = (f"{round(at.timestamp() * 1000)}" for at in (now, now + lifetime))
     return base64.b64encode(",".join(stamps).encode() + os.urandom(16)).decode()
@@ -61,7 +61,7 @@ async def create() -> tuple[TigerAccount, APIKey, str]:
             expires_at=datetime.now(UTC) + timedelta(days=30),
         )
     say(f"account {account.account_number} ({account.account_type}), token {account.access_token}")
-    say(f"key {key.key_prefix}, shown only this once: {raw_key}")
+    say(f"API key {key.key_prefix}, which is shown only once: {raw_key}")
     return account, key, raw_key
 
 
@@ -80,23 +80,23 @@ async def trade(account: TigerAccount, raw_key: str) -> None:
             details={"symbol": "AAPL", "side": "BUY", "quantity": 100, "limit_price": "187.50"},
             duration_ms=42,
         )
-    say(f"the key is accepted (use number {key.usage_count}), and the trade is on record")
+    say("the API key is accepted, and the trade is recorded as an audit event")
 
 
 async def refresh() -> None:
     async with get_session() as session:
-        due = await crud.token_status.schedule_due(session, within=timedelta(days=16))
+        await crud.token_status.schedule_due(session, within=timedelta(days=16))
     async with get_session() as session:
         claims = await crud.token_status.claim_due(session, worker="demo")
-    for claim in claims:  # here a worker would ask Tiger, with no transaction open
+    for claim in claims:  # a worker asks Tiger here, while no transaction is open
         async with get_session() as session:
             done = await crud.token_status.complete(
                 session, claim, access_token=tiger_token(timedelta(days=15))
             )
-        say(f"{len(due)} refresh due; completed, next one at {done.next_refresh_at:%Y-%m-%d}")
+        say(f"token refreshed; the next refresh is due on {done.next_refresh_at:%Y-%m-%d}")
 
 
-async def tour() -> None:
+async def demo() -> None:
     account, _, raw_key = await create()
     await trade(account, raw_key)
     await refresh()
@@ -104,9 +104,9 @@ async def tour() -> None:
 
 def main() -> None:
     if Settings().production:
-        raise SystemExit("the demo writes a made-up account: not with ENVIRONMENT=production")
+        raise SystemExit("the demo stores a made-up account, so it needs another ENVIRONMENT")
     tiger_db("init")
-    asyncio.run(tour())
+    asyncio.run(demo())
     tiger_db("list-accounts")
     tiger_db("list-api-keys", "--limit", "5")
     tiger_db("list-events", "--limit", "8")
@@ -114,7 +114,7 @@ def main() -> None:
     tiger_db("verify-audit")
     tiger_db("list-refreshes", "--limit", "5")
     tiger_db("health-check")
-    say("It stays up. `.venv/bin/tiger-db --help` tells what else there is;")
+    say("`.venv/bin/tiger-db --help` lists all commands.")
     print("`.venv/bin/tiger-db stop-embedded` stops the embedded PostgreSQL.")
 
 

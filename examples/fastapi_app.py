@@ -1,4 +1,4 @@
-"""A web server whose routes need API keys with a scope: `PORT=8000 python examples/fastapi_app.py`.
+"""A web server whose routes require API keys. Run `PORT=8000 python examples/fastapi_app.py`.
 
 Try it with `curl -H "Authorization: Bearer tdb_test_..." http://127.0.0.1:8000/accounts`.
 """
@@ -29,7 +29,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 def require(scope: APIKeyScope) -> Callable[..., Awaitable[APIKey]]:
-    """A dependency: the caller's key, which has the scope."""
+    """Return a dependency that authorizes the caller's API key for the scope."""
 
     async def authorized(
         request: Request,
@@ -47,7 +47,7 @@ def require(scope: APIKeyScope) -> Callable[..., Awaitable[APIKey]]:
             raise HTTPException(429, "too many requests", {"Retry-After": str(wait)}) from None
         except (errors.ScopeMissing, errors.AccountNotAllowed) as error:
             raise HTTPException(403, str(error)) from None
-        except errors.AccessDenied:  # why is on record; a caller need not know
+        except errors.AccessDenied:  # the audit event has the reason, the caller gets no details
             raise HTTPException(401, "invalid API key", {"WWW-Authenticate": "Bearer"}) from None
         except errors.DatabaseUnavailable:
             raise HTTPException(503, "try again later") from None
@@ -61,7 +61,7 @@ async def accounts(
 ) -> list[str]:
     async with request.app.state.database.session() as session:
         page = await crud.accounts.list_accounts(session)
-    return [one.account_name for one in page if key.can_access_account(one.id)]
+    return [account.account_name for account in page if key.can_access_account(account.id)]
 
 
 @app.post("/orders", dependencies=[Depends(require(APIKeyScope.TRADE_WRITE))])

@@ -1,4 +1,4 @@
-"""An MCP server whose clients need an API key: `PORT=8000 python examples/mcp_server.py`.
+"""An MCP server whose clients need an API key. Run `PORT=8000 python examples/mcp_server.py`.
 
 Clients connect to http://127.0.0.1:8000/mcp with `Authorization: Bearer tdb_test_...`.
 """
@@ -19,7 +19,7 @@ URL = f"http://127.0.0.1:{PORT}"
 
 
 class APIKeys:
-    """The SDK's TokenVerifier."""
+    """A TokenVerifier of the MCP SDK that verifies API keys."""
 
     def __init__(self, verifier: KeyVerifier) -> None:
         self.verifier = verifier
@@ -48,19 +48,23 @@ async def main() -> None:
                 issuer_url=AnyHttpUrl(URL),
                 resource_server_url=AnyHttpUrl(f"{URL}/mcp"),
                 required_scopes=[APIKeyScope.MCP_READ.value],
-                validate_token_resource=False,  # the key is for this server, or it is none
+                validate_token_resource=False,  # an API key has no resource
             ),
         )
 
         @server.tool()
         async def account_names() -> list[str]:
-            """Name the broker accounts that the key may see."""
+            """Return the names of the broker accounts that the API key can access."""
             access = get_access_token()
-            if access is None:  # never: the server requires one
+            if access is None:  # cannot happen: the server requires an access token
                 return []
             async with database.session() as session:
                 page = await crud.accounts.list_accounts(session)
-            return [one.account_name for one in page if access.subject in (None, str(one.id))]
+            return [
+                account.account_name
+                for account in page
+                if access.subject in (None, str(account.id))
+            ]
 
         await server.run_streamable_http_async(port=PORT)
 

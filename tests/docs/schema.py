@@ -17,11 +17,11 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "schema.md"
 HEAD = """\
 # The schema
 
-This page is written by `make schema` from the models and the migrated database. Do not edit the page:
+`make schema` writes this page from the models and the migrated database. Do not edit the page:
 change the models. `tests/docs/test_schema.py` fails if the page is out of date.
 
-The diagram shows the keys only. After the diagram, each table has its columns, constraints and indexes.
-The column "serves" names the queries that use an index. `tests/crud/test_indexes.py` proves this with
+The diagram shows the keys only. After it, each table has its columns, constraints and indexes. The
+column "serves" names the queries that use an index, as `tests/crud/test_indexes.py` proves with
 `EXPLAIN`.
 """
 TABLES = """
