@@ -1,8 +1,8 @@
 """Re-encryption of the stored secrets with the first encryption key, while the system runs.
 
-One UPDATE stores each batch. It compares the old ciphertexts, so that a concurrent change of a row
-wins and the row is re-encrypted later. Each ciphertext contains the id of its key: a run that was
-killed needs no cleanup, and the next run continues.
+One UPDATE statement stores each batch of rows. If another transaction has changed the secret of a
+row, the UPDATE skips the row, which is re-encrypted later. Each ciphertext contains the id of the
+encryption key: if a rotation is killed, the next rotation finds the remaining rows.
 """
 
 import asyncio
@@ -43,20 +43,20 @@ from tiger_db.errors import ConfigurationError, Conflict, EncryptionError, Query
 from tiger_db.models import AuditAction, Entity
 from tiger_db.models.secrets import aad_of, encrypted_columns, key_provider, secrets_of
 
-BATCH_ROWS = 1000  # per transaction
-DAMAGED = "(damaged)"  # stands for the key id of a value that is not a ciphertext
-_HEADER_BYTES = 34  # at most: version, length of the key id, 32 bytes of key id
+BATCH_ROWS = 1000  # rows per transaction
+DAMAGED = "(damaged)"  # reported as the key id of a value that is not a ciphertext
+_HEADER_BYTES = 34  # maximum: version, length of the key id, 32 bytes of key id
 _FIRST_KEY_SAMPLE_ROWS = 10
 _REPORTED_PROBLEMS = 20
-# Both are shorter than deadlock_timeout (1 s by default) or hold one row: no deadlock is detected
-# in a transaction of an application.
+# No lock wait of a rotation may cause a deadlock error in an application. A batch waits for less
+# than deadlock_timeout (1 s by default). A transaction that waits for longer locks only one row.
 _LOCK_TIMEOUT_OF_BATCH = "100ms"
 _LOCK_TIMEOUT_OF_ROW = "10s"
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionKeyUsage:
-    """Number of rows of a table that have a secret encrypted with a key."""
+    """Number of rows of a table that have a secret encrypted with the key `key_id`."""
 
     table: str
     key_id: str
@@ -65,13 +65,13 @@ class EncryptionKeyUsage:
 
 @dataclass(slots=True)
 class RotationReport:
-    """Result of `rotate`. With `dry_run`, `rotated` counts the rows that can be re-encrypted."""
+    """Result of `rotate`."""
 
-    key_id: str  # the first key
-    rotated: int = 0  # rows
-    stuck: int = 0  # rows that could not be re-encrypted
-    problems: list[str] = field(default_factory=list)  # reasons, for the first stuck rows
-    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # afterwards
+    key_id: str  # id of the first encryption key
+    rotated: int = 0  # number of rows that were re-encrypted, or with `dry_run` would be
+    stuck: int = 0  # number of rows that could not be re-encrypted
+    problems: list[str] = field(default_factory=list)  # error messages of the first stuck rows
+    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # key usage after the rotation
     retirable: list[str] = field(default_factory=list)  # ids of other keys that no row needs
 
 
@@ -81,20 +81,22 @@ async def rotate(
     dry_run: bool = False,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> RotationReport:
-    """Re-encrypt all secrets with the first key, and recompute their fingerprints.
+    """Re-encrypt all secrets with the first encryption key, and recompute their fingerprints.
 
-    Other transactions may read and write meanwhile. Each batch is one transaction with its audit
-    event; `advance` is called with the number of rows of the batch. Locked rows are skipped at
-    first; at the end `rotate` waits for each of them. A row that cannot be decrypted stays as it is
-    and is reported. With `dry_run`, all secrets are decrypted and nothing is written.
+    Other transactions can read and write the rows at the same time. Each batch of rows has its own
+    transaction, with an audit event. After each batch, `advance` is called with the number of
+    re-encrypted rows. `rotate` first skips rows that are locked, and later waits for their row
+    locks. A row that cannot be decrypted is reported and not changed. With `dry_run`, all secrets
+    are decrypted, but no row is changed.
 
-    Keep a `retirable` key while any process still encrypts with it, and while a backup may be
-    restored that needs it.
+    Do not remove a `retirable` key while a process encrypts with the key, or while a backup that
+    needs the key may be restored.
 
     Raises:
-        ConfigurationError: No encryption key is configured.
-        EncryptionError: The first key does not decrypt the rows that have its id.
-        DatabaseUnavailable: The connection was lost. Finished batches stay; run it again.
+        ConfigurationError: `ENCRYPTION_KEYS` is not set.
+        EncryptionError: The first key does not decrypt the rows that have the id of this key.
+        DatabaseUnavailable: The connection to the database was lost. Committed batches are kept;
+            call `rotate` again.
     """
     async with database.session() as session:
         report = RotationReport(_required_provider(session).key_ids[0])
@@ -120,7 +122,7 @@ async def rotate(
 
 
 async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKeyUsage]:
-    """Count the rows per table and key. A row that needs several keys counts for each of them."""
+    """Count the rows per table and encryption key. A row with secrets of two keys counts twice."""
     usage = []
     for mapper in encrypted_entities():
         table, counts = _table_of(mapper), Counter[str]()
@@ -137,13 +139,13 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
 
 def encrypted_entities() -> list[Mapper[Any]]:
     """Return the mappers of the entities that have encrypted columns."""
-    return [mapper for mapper in Entity._sa_registry.mappers if encrypted_columns(mapper)]  # noqa: SLF001  # SQLModel's name for the registry
+    return [mapper for mapper in Entity._sa_registry.mappers if encrypted_columns(mapper)]  # noqa: SLF001  # SQLModel has no public name for the registry
 
 
 async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
-    """Verify that the first key decrypts at least one of the newest rows that have its id.
+    """Verify that the first key decrypts at least one of the newest rows with the id of this key.
 
-    A different key under an id in use would leave rows that no configured key decrypts.
+    If a new key had the id of an old key, no configured key could decrypt the old key's rows.
     """
     current = select(mapper.class_).where(not_(_is_outdated(session, mapper)))
     rows = await session.scalars(
@@ -164,7 +166,10 @@ async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
 
 @dataclass(slots=True)
 class _Sweep:
-    """One pass over the outdated rows of a table. With `wait`, row by row, waiting for locks."""
+    """One pass over the rows of a table that need re-encryption.
+
+    With `wait`, each batch is one row, and the pass waits for row locks.
+    """
 
     database: Database
     mapper: Mapper[Any]
@@ -181,7 +186,7 @@ class _Sweep:
             if dry_run:
                 self.rotated += len(changes)
                 batch = await self._prepare(last_id)
-            else:  # the next batch is decrypted while the server stores this one
+            else:  # decrypt the next batch while PostgreSQL stores the current batch
                 stored, prepared = await asyncio.gather(
                     self._store(changes), self._prepare(last_id), return_exceptions=True
                 )
@@ -193,7 +198,7 @@ class _Sweep:
             advance(self.rotated - before)
 
     async def _prepare(self, after: UUID) -> tuple[UUID, list[dict[str, object]]] | None:
-        """Return the last id of the next batch and its changes, or None at the end of the table."""
+        """Return the last row id and the changes of the next batch, or None if no row is left."""
         changes = []
         async with self.database.session() as session:
             limit = 1 if self.wait else BATCH_ROWS
@@ -208,7 +213,7 @@ class _Sweep:
         return (rows[-1].id, changes) if rows else None
 
     async def _store(self, changes: Sequence[dict[str, object]]) -> None:
-        """Store a batch. If a row is locked, store each half of the batch on its own."""
+        """Store a batch. If a row is locked, bisect the batch, so that other rows are stored."""
         if not changes:
             return
         try:
@@ -221,7 +226,8 @@ class _Sweep:
             elif self.wait:
                 self.stuck += 1
                 self.problems.append(
-                    f"{_table_of(self.mapper).name}:{changes[0]['id']}: the row stays locked"
+                    f"{_table_of(self.mapper).name}:{changes[0]['id']}:"
+                    " another transaction keeps the row locked"
                 )
             else:
                 self.skipped += 1
@@ -245,10 +251,10 @@ async def _outdated_rows(
 
 
 def _reencrypt(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict[str, object]:
-    """Return the parameters of `_write`: the old ciphertexts of a row and the new ones.
+    """Return the old and the new ciphertexts of a row, as SQL parameters for `_write`.
 
     Raises:
-        EncryptionError: A ciphertext cannot be decrypted. Then no secret of the row is changed.
+        EncryptionError: A secret of the row cannot be decrypted.
     """
     first = provider.key_ids[0]
     current, row_id = ciphertext_header(first), str(row.id)
@@ -269,7 +275,7 @@ def _reencrypt(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dic
 
 
 async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: UUID) -> str:
-    """Return why a row cannot be decrypted, with the label of its owner."""
+    """Return the error message of a row that cannot be decrypted, with the label of the row."""
     row = await session.get(mapper.class_, row_id)
     for secret in secrets_of(row) if row else ():
         try:
@@ -282,10 +288,12 @@ async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: 
 async def _write(
     session: AsyncSession, mapper: Mapper[Any], changes: Sequence[dict[str, object]], *, wait: bool
 ) -> int:
-    """Store the rows that were not changed since, with an audit event; return their number.
+    """Store the new ciphertexts of a batch, with an audit event. Return the number of stored rows.
+
+    A row is not stored if its ciphertexts differ from the old ciphertexts in `changes`.
 
     Raises:
-        Conflict, QueryTimeout: A row is locked.
+        Conflict, QueryTimeout: Another transaction holds the lock of a row.
     """
     lock_timeout = _LOCK_TIMEOUT_OF_ROW if wait else _LOCK_TIMEOUT_OF_BATCH
     await session.execute(text(f"SET LOCAL lock_timeout = '{lock_timeout}'"))
@@ -295,7 +303,7 @@ async def _write(
     casts = (f"CAST(:{name} AS {'uuid' if name == 'id' else 'bytea'}[])" for name in arrays)
     written = await session.scalars(
         text(
-            f"UPDATE {table} SET"  # noqa: S608  # names of the models
+            f"UPDATE {table} SET"  # noqa: S608  # names of tables and columns
             f" {', '.join(f'{name} = new_{name}' for name in names)},"
             f" {', '.join(f'{mark} = coalesce(given.{mark}, {table}.{mark})' for mark in marks)}"
             f" FROM unnest({', '.join(casts)})"
@@ -318,9 +326,9 @@ async def _write(
 
 
 def _header(secret: ColumnElement[Any]) -> ColumnElement[bytes | None]:
-    """Return the SQL expression of a ciphertext's version and key id.
+    """Return the SQL expression of a ciphertext's header, which has the version and the key id.
 
-    PostgreSQL reads only the first bytes of a long value for it.
+    For this expression, PostgreSQL reads only the first bytes of a long ciphertext.
     """
     start = func.substr(secret, 1, _HEADER_BYTES)
     header = func.substr(start, 1, 2 + func.get_byte(start, 1), type_=LargeBinary)
@@ -335,7 +343,7 @@ def _key_id(header: bytes) -> str:
 
 
 def _is_outdated(session: AsyncSession, mapper: Mapper[Any]) -> ColumnElement[bool]:
-    """Return the SQL condition that a row has a secret not encrypted with the first key."""
+    """Return the SQL condition that a row has a secret that the first key did not encrypt."""
     current = literal(ciphertext_header(_required_provider(session).key_ids[0]), LargeBinary)
     headers = [_header(_table_of(mapper).c[name]) for name in _secret_names(mapper)]
     return or_(*(func.coalesce(header != current, False) for header in headers))
@@ -353,5 +361,5 @@ def _secret_names(mapper: Mapper[Any]) -> list[str]:
 def _required_provider(session: AsyncSession) -> KeyProvider:
     provider = key_provider(session.sync_session)
     if provider is None:
-        raise ConfigurationError("ENCRYPTION_KEYS is not set, so there is no key to rotate to")
+        raise ConfigurationError("ENCRYPTION_KEYS is not set: a rotation needs an encryption key")
     return provider

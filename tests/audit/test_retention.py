@@ -368,14 +368,14 @@ async def test_a_retired_event_that_reappears_is_found(
 
 async def unsealed(connection: Connection) -> str:
     await put(connection, 14, 1, minute=1)
-    return "it holds events that are not sealed: run `tiger-db seal-audit`"
+    return "the month holds events that are not sealed: run `tiger-db seal-audit`"
 
 
 async def changed(connection: Connection) -> str:
     position = await connection.fetchval(f"SELECT max(position) FROM {partition(14)}")
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("UPDATE audit_logs SET user_id = 'x' WHERE position = $1", position)
-    return f"the event at position {position} is not the sealed one: run verify-audit"
+    return f"the event at position {position} is not the sealed event: run `tiger-db verify-audit`"
 
 
 async def put_there(connection: Connection) -> str:
@@ -383,12 +383,12 @@ async def put_there(connection: Connection) -> str:
     await connection.execute("SET session_replication_role = replica")
     await put(connection, 14, 1, minute=1)
     await connection.execute("UPDATE audit_logs SET position = -1 WHERE position = 16")
-    return "it holds events that no seal covers: run verify-audit"
+    return "the month holds events that no seal covers: run `tiger-db verify-audit`"
 
 
 async def late(connection: Connection) -> str:
     await put(connection, 14, 1, now=True, minute=1)
-    return "it holds events that were written later: the clock of their writer was wrong"
+    return "the month holds events that were written later: the writer's clock was wrong"
 
 
 @pytest.mark.schema_changes
@@ -447,7 +447,7 @@ async def test_a_retirement_signed_with_another_key_is_a_forgery(
     assert [one.kind for one in found.findings].count(FindingKind.DELETED) == 9
     forgeries = [one for one in found.findings if one.kind is FindingKind.FORGED]
     assert [(one.seal, one.message) for one in forgeries] == [
-        (number, f"seal {number}: it is not signed by a given key") for number in (2, 3, 4)
+        (number, f"seal {number}: the seal is not signed by a given key") for number in (2, 3, 4)
     ]
 
 
@@ -484,7 +484,7 @@ async def test_an_event_committed_while_its_month_is_retired_is_not_lost(
     await transaction.commit()
     await writer.close()
     done = await maintaining
-    reason = "it holds events that are not sealed: run `tiger-db seal-audit`"
+    reason = "the month holds events that are not sealed: run `tiger-db seal-audit`"
     assert (done.retired, done.kept) == ([], {month(ago): reason})
     assert (await partitions(other))[partition(ago)] == (1 if is_empty else 4)
     assert (await audit.seal(database)).rows == 1

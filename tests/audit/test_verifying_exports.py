@@ -236,7 +236,7 @@ async def test_a_rewritten_trail_does_not_match_the_checkpoint(
 
 
 async def test_missing_keys_and_checkpoints_are_refused(signing: Database, tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="nothing is sealed yet"):
+    with pytest.raises(NotFound, match="the audit trail has no seal yet"):
         await audit.export_checkpoint(signing)
     with pytest.raises(ConfigurationError, match="public key"):
         await audit.verify_export(tmp_path / "none", keys=[])

@@ -254,7 +254,7 @@ async def test_only_doctor_warns_of_an_undeclared_trigger(
     assert "trigger mine on api_keys is not declared by tiger_db" in finding.seen
     assert "trigger mine on audit_logs is not declared by tiger_db" in finding.seen
     assert "audit_logs_default" not in finding.seen  # partitions have copies of the trigger
-    assert "unless it is yours, DROP TRIGGER mine ON " in str(finding.advice)
+    assert "unless you need the trigger, DROP TRIGGER mine ON " in str(finding.advice)
     assert (await check_readiness(clone_settings)).problems == []
     async with maintenance_engine(clone_settings) as engine:
         assert await drift(engine) == []

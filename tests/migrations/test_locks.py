@@ -299,7 +299,10 @@ def test_each_migration_has_a_transaction_of_its_own(
     scripts.cache_clear()
     failed = cli("migrate")
     assert failed.code == 1
-    assert "9008 More: failed, and is rolled back\nerror: the database refused" in failed.err
+    assert (
+        "9008 More: the migration failed, and is rolled back\nerror: the database refused"
+        in failed.err
+    )
     assert cli.ok("current", "--json").json["current"] == "9007"
 
 

@@ -1,4 +1,4 @@
-"""Exports of the audit trail as JSON Lines or CSV, and checkpoints."""
+"""Exports of the audit trail as JSON Lines or CSV, and checkpoints (exports of the newest seal)."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from tiger_db.models import AuditLog
 
 CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
-_BATCH_EVENTS = 1000  # per fetch, and per call of `advance`
+_BATCH_EVENTS = 1000  # number of events per fetch, and per call of `advance`
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 _JSON = json.JSONDecoder()
 
@@ -36,25 +36,26 @@ async def export(
 ) -> AsyncGenerator[str, None]:
     """Yield the events that match the criteria of `crud.audit_logs.search`, as lines of text.
 
-    In JSON Lines, each event is an object with its position and the fields that have a value.
-    Without criteria, events are in the order of their positions, each seal (`{"seal": …}`) before
-    the events that it covers: this is the input of `verify_export`. With criteria, events are
-    oldest first, without seals.
+    In JSON Lines, an event is an object with the event's position and the fields that are not NULL.
+    Without criteria, the export has all events in the order of positions. A seal (`{"seal": …}`)
+    precedes the events that the seal covers. `verify_export` verifies only an export without
+    criteria. With criteria, the export has no seals, and the oldest event comes first.
 
-    In CSV, the first line has the column names, and JSON is text. Text that a spreadsheet would
-    evaluate as a formula starts with an apostrophe.
+    In CSV, the first line has the names of the columns. A cell that a spreadsheet would evaluate as
+    a formula gets a leading apostrophe.
 
-    Memory use does not depend on the number of events. `advance` is called with numbers of events.
+    Memory use does not depend on the number of events. After each batch of events, `advance` is
+    called with the number of events in the batch.
 
     Raises:
-        InvalidValue: See `search`.
+        InvalidValue: A criterion is not valid. See `crud.audit_logs.search`.
     """
     filters = conditions(**wanted)
     items = _matching_events(database, filters) if filters else _whole_trail(database)
     if form == "csv":
         yield _csv_line(CSV_COLUMNS)
     count = 0
-    async with aclosing(items):  # closes the transaction when the caller stops early
+    async with aclosing(items):  # ends the transaction if the caller stops early
         async for item in items:
             if isinstance(item, Seal):
                 if form == "jsonl":
@@ -115,7 +116,7 @@ def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
     """Yield the seals and events of an export in JSON Lines, with the size of each line in bytes.
 
     Raises:
-        InvalidValue: A line is neither a seal nor an event. The message has the number of the line.
+        InvalidValue: A line is neither a seal nor an event. The error message has the line number.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -133,25 +134,25 @@ def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
 
 
 async def export_checkpoint(database: Database) -> str:
-    """Return the payload and signature of the newest seal, as JSON. See `verify` for its use.
+    """Return a checkpoint, which is the payload and the signature of the newest seal, as JSON.
 
     Raises:
-        NotFound: There is no seal yet.
+        NotFound: The audit trail has no seal yet.
     """
     async with storage.open_connection(database) as connection:
         seal = await storage.fetch_last_seal(connection)
     if seal is None:
-        raise NotFound("nothing is sealed yet: run `tiger-db seal-audit`")
+        raise NotFound("the audit trail has no seal yet: run `tiger-db seal-audit`")
     fields = seal_to_json(seal)
     del fields["digests"]
     return json.dumps(fields, indent=2) + "\n"
 
 
 def read_checkpoint(text: str) -> Seal:
-    """Parse the output of `export_checkpoint`.
+    """Return the seal in a checkpoint, which is the output of `export_checkpoint`.
 
     Raises:
-        InvalidValue: The text is not a checkpoint.
+        InvalidValue: The text is not a checkpoint of an audit trail.
     """
     try:
         return seal_from_json(json.loads(text))

@@ -1,4 +1,4 @@
-"""Stream of the events that are committed from now on."""
+"""Stream of the audit events that are committed after the stream starts."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -17,32 +17,31 @@ from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
 
 CHANNEL = "tiger_db_audit_logs"
-POLL_SECONDS = 1.0  # without a notification
-# Transactions that are open at the start may still write at the last positions.
+POLL_SECONDS = 1.0  # longest pause between two queries
+# A transaction that is open when `follow` starts may later commit events at these last positions.
 _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 
 async def follow(
     database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[Criteria]
 ) -> AsyncGenerator[AuditLog, None]:
-    """Yield the events that are committed from now on, once each.
+    """Yield each matching audit event that is committed after `begun` is called, once.
 
-    The events of each query are in the order of their positions. A notification of PostgreSQL
-    starts each query; without notifications there is one query per second. An event appears when
-    its transaction commits, even after events with higher positions. `begun` is called when all
-    later events will be found.
+    PostgreSQL's NOTIFY starts a query; without NOTIFY, `follow` queries once per second. The events
+    of one query are yielded in the order of positions. If a transaction commits late, the events of
+    the transaction are yielded after events with higher positions.
 
     Raises:
-        InvalidValue: See `crud.audit_logs.search`.
-        DatabaseUnavailable: The connection was lost.
+        InvalidValue: A criterion is not valid. See `crud.audit_logs.search`.
+        DatabaseUnavailable: The connection to the database was lost.
     """
     filters = conditions(**wanted)
     notified = asyncio.Event()
     async with AsyncExitStack() as stack:
-        with suppress(DatabaseUnavailable):  # without LISTEN, it polls
+        with suppress(DatabaseUnavailable):  # without LISTEN, `follow` polls
             listener = open_listener(database.settings, CHANNEL, lambda _: notified.set())
             await stack.enter_async_context(listener)
-        # All events up to `floor` are old or were yielded; above it, those in `seen`.
+        # An event must not be yielded if its position is at most `floor`, or is in `seen`.
         floor, seen = await _fetch_old_events(database)
         last_position, writers = await _fetch_writers(database)
         begun()
@@ -59,7 +58,7 @@ async def follow(
                 if event.position not in seen:
                     seen.add(event.position)
                     yield event
-            if not writers:  # no transaction can write up to `last_position` any more
+            if not writers:  # no transaction can still commit an event up to `last_position`
                 floor = last_position
                 seen = {position for position in seen if position and position > floor}
                 last_position, writers = await _fetch_writers(database)
@@ -70,7 +69,7 @@ async def follow(
 
 
 async def _fetch_old_events(database: Database) -> tuple[int, set[int | None]]:
-    """Return the position above which to search, and the positions of the old events there."""
+    """Return the position after which to search, and the positions of existing events after it."""
     await database.check()
     last_position, _ = await _fetch_writers(database)
     floor = max(last_position - _POSITIONS_OF_OPEN_TRANSACTIONS, 0)

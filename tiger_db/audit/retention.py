@@ -1,4 +1,4 @@
-"""Monthly partitions of the audit trail: creation ahead of time, and retirement of old months."""
+"""Monthly partitions of the audit trail: creation of new partitions, retirement of old months."""
 
 import asyncio
 import re
@@ -25,11 +25,11 @@ from tiger_db.models.audit_logs import insert_events
 T = TypeVar("T")
 _LOCK_ATTEMPTS = 5
 _RETRY_PAUSE_SECONDS = 1.0
-# Other transactions queue behind a waiting DDL statement no longer than this. It is shorter than
-# the server's deadlock_timeout, so that no writer is chosen as the victim of a deadlock.
+# Other transactions queue behind a DDL statement that waits for a table lock. The lock timeout is
+# shorter than deadlock_timeout (1 s), so that PostgreSQL aborts no writer because of a deadlock.
 _LOCK_TIMEOUT = "800ms"
 _MAX_CLOCK_DIFFERENCE = timedelta(minutes=1)
-_NOT_SEALED = "it holds events that are not sealed: run `tiger-db seal-audit`"
+_NOT_SEALED = "the month holds events that are not sealed: run `tiger-db seal-audit`"
 _PARTITION_NAME = re.compile(r"audit_logs_(\d{4})_(\d{2})")
 _SELECT_PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
@@ -45,13 +45,12 @@ WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
 
 @dataclass(slots=True)
 class Maintenance:
-    """Result of `maintain`: number of created partitions, and months such as `2025-01`.
+    """Result of `maintain`. A month is text such as `2025-01`."""
 
-    `kept` has the oldest month that was due and could not be retired, with the reason.
-    """
-
-    made: int = 0
-    retired: list[str] = field(default_factory=list)
+    made: int = 0  # number of created partitions
+    retired: list[str] = field(default_factory=list)  # removed months
+    # The oldest month that was due but could not be retired, with the reason; empty if there is no
+    # such month.
     kept: dict[str, str] = field(default_factory=dict)
 
 
@@ -60,17 +59,20 @@ class _CannotRetireError(Exception):
 
 
 async def maintain(database: Database) -> Maintenance:
-    """Create the partitions of coming months, move events into them, and retire old months.
+    """Create the partitions of the next months, and retire old months.
 
-    A month is retired when `AUDIT_RETENTION_MONTHS` full months have passed since its end, and all
-    of its events are sealed and unchanged. Older months are retired first. A new seal records the
-    retirement; the seals of the removed events stay. Concurrent calls are safe.
+    Events in the default partition are moved to the partitions of the events' months. A month is
+    due if it ended at least `AUDIT_RETENTION_MONTHS` full months ago. A due month is retired if all
+    events of the month are sealed and unchanged. The oldest month is retired first. A new seal
+    records the retirement; the seals of the removed events are kept.
+
+    `maintain` may run concurrently, on any number of machines.
 
     Raises:
-        ConfigurationError: A month is due, and `AUDIT_SIGNING_KEY` is not set.
-        InvalidState: The clocks of the database and of this machine differ by more than a minute,
-            and `AUDIT_RETENTION_MONTHS` is set. The coming months are created.
-        DatabaseUnavailable: A table was locked for too long; run it again.
+        ConfigurationError: A month is due for retirement, and `AUDIT_SIGNING_KEY` is not set.
+        InvalidState: Months are to be retired (`AUDIT_RETENTION_MONTHS` is set), but the clocks of
+            the database and of this machine differ by more than a minute.
+        DatabaseUnavailable: Another transaction locked `audit_logs` for too long: try again later.
     """
     done = Maintenance()
     retention = database.settings.audit_retention_months
@@ -89,7 +91,7 @@ async def maintain(database: Database) -> Maintenance:
                     await _with_lock_retries(partial(_retire, connection, key, month, kept_from))
                 except _CannotRetireError as reason:
                     done.kept[month] = str(reason)
-                    break  # later months wait for this one
+                    break  # a month is retired only after all earlier months
                 done.retired.append(month)
         finally:
             if not connection.is_closed():
@@ -102,7 +104,7 @@ async def _with_lock_retries(work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await work()
         except asyncpg.LockNotAvailableError:
-            await asyncio.sleep(_RETRY_PAUSE_SECONDS)  # the queued transactions run meanwhile
+            await asyncio.sleep(_RETRY_PAUSE_SECONDS)  # queued transactions run in this pause
     raise DatabaseUnavailable("audit_logs is in use by a long transaction: try again later")
 
 
@@ -114,19 +116,19 @@ async def _make_months(connection: Connection) -> int:
 
 
 def first_kept_month(database_time: datetime, machine_time: datetime, retention: int) -> datetime:
-    """Return the start, in UTC, of the first month that must stay.
+    """Return the start, in UTC, of the oldest month that must not be retired.
 
-    The current month and `retention` full months before it stay.
+    The current month and the `retention` full months before the current month must not be retired.
 
     Raises:
-        InvalidState: The two clocks differ by more than a minute.
+        InvalidState: The clocks of the database and of this machine differ by more than a minute.
     """
     difference = database_time - machine_time
     if abs(difference) > _MAX_CLOCK_DIFFERENCE:
         raise InvalidState(
             f"the database's clock is {abs(difference).total_seconds():.0f} s"
             f" {'ahead of' if difference > timedelta() else 'behind'} this machine's:"
-            " no month leaves the audit trail until they agree"
+            " no month is retired until the two clocks agree"
         )
     now = min(database_time, machine_time).astimezone(UTC)
     months = now.year * 12 + now.month - 1 - max(retention, 0)
@@ -134,7 +136,7 @@ def first_kept_month(database_time: datetime, machine_time: datetime, retention:
 
 
 async def _due_months(connection: Connection, kept_from: datetime) -> list[str]:
-    """Return the months with a partition that end before `kept_from`, oldest first."""
+    """Return the months before `kept_from` that have a partition, oldest first."""
     return [
         f"{name[1]}-{name[2]}"
         for (partition,) in await connection.fetch(_SELECT_PARTITIONS)
@@ -146,12 +148,16 @@ async def _due_months(connection: Connection, kept_from: datetime) -> list[str]:
 async def _retire(
     connection: Connection, key: Ed25519PrivateKey, month: str, kept_from: datetime
 ) -> None:
-    """Remove a month, in one transaction with the seal that records it."""
+    """Drop the partition of a month, and append a seal that records it, in one transaction.
+
+    Raises:
+        _CannotRetireError: An event of the month is not sealed, was changed, or is too recent.
+    """
     partition = f"audit_logs_{month.replace('-', '_')}"
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
-            return  # a concurrent call was faster
+            return  # a concurrent call of `maintain` dropped the partition
         first, last, is_old, count = await connection.fetchrow(
             f"SELECT min(position), max(position), max(created_at) < $1, count(*) FROM {partition}",  # noqa: S608  # from _SELECT_PARTITIONS
             kept_from,
@@ -160,7 +166,7 @@ async def _retire(
             chain_end = await storage.fetch_chain_end(connection)
             if not is_old:
                 raise _CannotRetireError(
-                    "it holds events that were written later: the clock of their writer was wrong"
+                    "the month holds events that were written later: the writer's clock was wrong"
                 )
             if last > chain_end.upto:
                 raise _CannotRetireError(_NOT_SEALED)
@@ -188,7 +194,11 @@ async def _retire(
 async def _sealed_events(
     connection: Connection, partition: str, first: int, last: int, count: int
 ) -> tuple["array[int]", bytearray]:
-    """Return the positions and digests of a month's events, which must all be as sealed."""
+    """Return the positions and the digests of a month's events.
+
+    Raises:
+        _CannotRetireError: An event of the month was changed, or no seal covers an event.
+    """
     positions, digests = array("q"), bytearray()
     select_events = storage.SELECT_EVENTS.replace("audit_logs", partition)
     for row in await connection.fetch(_SELECT_COVERING_SEALS, first, last):
@@ -200,10 +210,13 @@ async def _sealed_events(
             digest = digest_of(content)
             if expected.get(position) != digest:
                 raise _CannotRetireError(
-                    f"the event at position {position} is not the sealed one: run verify-audit"
+                    f"the event at position {position} is not the sealed event:"
+                    " run `tiger-db verify-audit`"
                 )
             positions.append(position)
             digests += digest
     if len(positions) != count:
-        raise _CannotRetireError("it holds events that no seal covers: run verify-audit")
+        raise _CannotRetireError(
+            "the month holds events that no seal covers: run `tiger-db verify-audit`"
+        )
     return positions, digests

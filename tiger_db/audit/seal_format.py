@@ -1,9 +1,9 @@
-"""Seal format: digests of events, Merkle root, signed payload. Nothing here uses the database.
+"""Seal format: digests of events, Merkle root, signed payload. This module uses no database.
 
-The content of an event is one line of JSON with its fields in a fixed order; fields without a value
-are left out. A seal covers events by position. A leaf of its Merkle tree (RFC 6962, section 2.1) is
-a position in 8 bytes and the SHA-256 digest of the content. The payload of a seal is JSON as well.
-It contains the digest of the payload before it, and is signed with Ed25519 (RFC 8032).
+The content of an event is one line of JSON: the fields that are not NULL, in a fixed order. A seal
+covers a list of events. A leaf of the seal's Merkle tree (RFC 6962, section 2.1) is the position of
+an event in 8 bytes, and the SHA-256 digest of the event's content. The payload of a seal is JSON,
+contains the digest of the previous seal's payload, and is signed with Ed25519 (RFC 8032).
 """
 
 import base64
@@ -20,9 +20,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tiger_db.errors import InvalidValue
 
-DIGEST_BYTES = 32  # of SHA-256
-NO_PREVIOUS_DIGEST = "0" * 64  # `previous` of the first seal
-PositionRanges: TypeAlias = tuple[tuple[int, int], ...]  # first and last, both included
+DIGEST_BYTES = 32  # size of a SHA-256 digest
+NO_PREVIOUS_DIGEST = "0" * 64  # value of the field `previous` in the first seal
+# Each range is a pair of the first and the last position, both included.
+PositionRanges: TypeAlias = tuple[tuple[int, int], ...]
 
 
 def digest_of(content: str) -> bytes:
@@ -36,8 +37,8 @@ def split_digests(digests: bytes | bytearray) -> Iterator[bytes]:
 
 
 def merkle_root(leaves: Iterable[tuple[int, bytes]]) -> bytes:
-    """Compute the Merkle root of positions and digests, in the given order."""
-    stack: list[tuple[int, bytes]] = []  # complete subtrees: number of leaves and root
+    """Compute the Merkle root of leaves: pairs of a position and a digest."""
+    stack: list[tuple[int, bytes]] = []  # number of leaves and root of each complete subtree
     for position, digest in leaves:
         size = 1
         root = hashlib.sha256(b"\0" + position.to_bytes(8, "big", signed=True) + digest).digest()
@@ -78,12 +79,13 @@ Int64 = Annotated[int, Field(gt=-(2**63) + 1, lt=2**63 - 1)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealPayload:
-    """Signed part of a seal. It covers the events at positions above `after` up to `upto`.
+    """Signed part of a seal, which covers the events at positions above `after` and up to `upto`.
 
-    `closed_at`: events that neither this seal nor an earlier one covers were written after this
-    time; None if more seals follow for events written before it. `retired`: the month, such as
-    `2025-01`, whose events at `positions` were removed; such a seal covers no other events. Times
-    are UTC by the clock of the database.
+    All events that are still unsealed after this seal were written after the time `closed_at`. If
+    `closed_at` is None, the next seal may cover events that were written earlier.
+
+    `retired`: the retired month, such as `2025-01`, whose events at `positions` were removed. A
+    seal with `retired` covers no new events. Times are UTC, by the database's clock.
     """
 
     version: int = 1
@@ -103,7 +105,7 @@ class SealPayload:
         return sum(last - first + 1 for first, last in self.positions)
 
     def to_json(self) -> str:
-        """Return the JSON that is signed."""
+        """Return the payload as JSON, in the form that the signature covers."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         present = {name: value for name, value in fields.items() if value is not None}
         return json.dumps(present, separators=(",", ":"))
@@ -114,7 +116,7 @@ _PAYLOAD = TypeAdapter(SealPayload)
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """Payload as JSON, its signature, and the concatenated digests of the events by position."""
+    """A signed payload, and the digests of the events, concatenated in the order of positions."""
 
     payload_json: str
     signature: bytes
@@ -125,7 +127,7 @@ class Seal:
         return hashlib.sha256(self.payload_json.encode()).hexdigest()
 
     def is_signed_by(self, keys: Sequence[Ed25519PublicKey]) -> bool:
-        """Return whether one of the keys made the signature."""
+        """Return whether the seal's signature is valid for one of the public keys."""
         for key in keys:
             try:
                 key.verify(self.signature, self.payload_json.encode())
@@ -138,20 +140,20 @@ class Seal:
         """Parse the payload.
 
         Raises:
-            InvalidValue: It is not valid.
+            InvalidValue: The payload is not valid, or has a version that is not supported.
         """
         try:
             payload = _PAYLOAD.validate_json(self.payload_json, strict=True)
         except (ValidationError, TypeError):
             payload = None
         if payload is not None and payload.version != 1:
-            raise InvalidValue("the seal has another version: upgrade tiger_db")
+            raise InvalidValue("the version of the seal is not supported: upgrade tiger_db")
         if payload is None or payload.to_json() != self.payload_json:
             raise InvalidValue("the payload of the seal is invalid")
         return payload
 
     def event_digests(self, payload: SealPayload) -> list[tuple[int, bytes]]:
-        """Return each covered position with the digest of its event."""
+        """Return the position and the digest of each event that the seal covers."""
         return list(zip(positions_in(payload.positions), split_digests(self.digests), strict=False))
 
 
@@ -170,10 +172,10 @@ def seal_to_json(seal: Seal) -> dict[str, str]:
 
 
 def seal_from_json(fields: object) -> Seal:
-    """Return the seal that `seal_to_json` encoded; `digests` may be missing.
+    """Decode a seal from the output of `seal_to_json`, in which `digests` may be missing.
 
     Raises:
-        InvalidValue: The fields are not those of a seal.
+        InvalidValue: The fields do not encode a valid seal.
     """
     try:
         assert isinstance(fields, dict)

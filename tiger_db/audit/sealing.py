@@ -1,4 +1,4 @@
-"""Seals for events that can no longer change."""
+"""Creation of seals for audit events."""
 
 import asyncio
 import time
@@ -21,20 +21,20 @@ from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError
 from tiger_db.signing import public_text
 
-EVENTS_PER_SEAL = 10_000  # at most
+EVENTS_PER_SEAL = 10_000  # maximum number of events that one seal covers
 _WRITERS_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Sealing:
-    """Result of `seal`: numbers of sealed events and of seals.
+    """Result of `seal`.
 
-    `waits_for` has the process ids of open transactions because of which nothing was sealed. None
-    stands for a prepared transaction.
+    If open transactions prevent sealing, no event is sealed, and `waits_for` has the process ids of
+    these transactions. None in `waits_for` stands for a prepared transaction.
     """
 
-    rows: int
-    seals: int
+    rows: int  # number of sealed events
+    seals: int  # number of new seals
     waits_for: tuple[int | None, ...] = ()
 
 
@@ -43,13 +43,14 @@ async def seal(
 ) -> Sealing:
     """Seal the events that were written before this call.
 
-    Writers never wait for a seal. `seal` waits for the open transactions that have written events,
-    at most `patience` seconds; while one of them is open, no event is sealed. Concurrent calls seal
-    each event once. `advance` is called with the number of events in each seal.
+    Writers of events never wait for `seal`. `seal` waits at most `patience` seconds for open
+    transactions that have written events. If one of these transactions stays open, no event is
+    sealed. Concurrent calls of `seal` seal each event once. After each new seal, `advance` is
+    called with the number of events that the seal covers.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.
-        DatabaseUnavailable: The connection was lost. Finished seals stay.
+        DatabaseUnavailable: The connection to the database was lost. Committed seals are kept.
     """
     key = await required_key(database)
     rows = seals = 0
@@ -73,7 +74,10 @@ async def seal(
 async def seal_next(
     connection: Connection, key: Ed25519PrivateKey, upto: int, closed_at: str | None
 ) -> int | None:
-    """Make one seal of events up to a position, and return their number; None if all are sealed."""
+    """Make one seal, which covers unsealed events up to the position `upto`.
+
+    Return the number of covered events, or None if all events up to `upto` are sealed.
+    """
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)
         chain_end = await storage.fetch_chain_end(connection)
@@ -84,7 +88,7 @@ async def seal_next(
             return None
         if len(found) == EVENTS_PER_SEAL:
             upto, closed_at = found[-1]["position"], None
-        # The sequence gives each position once: a second event at a position is a forgery.
+        # The sequence assigns each position once, so that a second event at a position is forged.
         contents = {row["position"]: row["content"] for row in reversed(found)}
         positions = sorted(contents)
         digests = b"".join(digest_of(contents[position]) for position in positions)
@@ -105,9 +109,9 @@ async def append_seal(
     closed_at: str | None = None,
     retired: str | None = None,
 ) -> None:
-    """Sign and insert the next seal. The caller's transaction holds the sealing lock.
+    """Sign and insert the next seal. The caller must hold the sealing lock (`TAKE_SEALING_LOCK`).
 
-    The seal of a retired month stores no digests.
+    A seal that records a retired month stores no digests of events.
     """
     payload = SealPayload(
         number=chain_end.number + 1,
@@ -132,7 +136,7 @@ async def append_seal(
 
 
 async def required_key(database: Database) -> Ed25519PrivateKey:
-    """Return the key that signs seals.
+    """Return the private key that signs seals.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.
@@ -140,6 +144,6 @@ async def required_key(database: Database) -> Ed25519PrivateKey:
     key = await database.signing_key()
     if key is None:
         raise ConfigurationError(
-            "AUDIT_SIGNING_KEY is not set: make one with `tiger-db generate-audit-signing-key`"
+            "AUDIT_SIGNING_KEY is not set: make a key with `tiger-db generate-audit-signing-key`"
         )
     return key

@@ -1,4 +1,4 @@
-"""Queries for the stored events and seals."""
+"""Queries for the audit events and seals in the database."""
 
 import contextlib
 import re
@@ -19,14 +19,14 @@ from tiger_db.models import AuditLog
 from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-Event: TypeAlias = tuple[int, str]  # position and content
-_EVENTS_PER_QUERY = 20_000  # about; the server sorts them
+Event: TypeAlias = tuple[int, str]  # position and content of an event
+_EVENTS_PER_QUERY = 20_000  # approximate number of events that the server sorts at once
 _PREFETCHED_SEALS, _PREFETCHED_EVENTS = 50, 1000
-_MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # of a bigint
+_MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of a bigint
 _ID = re.compile(r'{"id":"([^"]+)"')
 
-# Fields of an event's content, in this order. Append new columns at the end: events without a value
-# there keep their content and digest.
+# Columns in the content of an event, in order. New columns must be appended at the end, so that
+# older events, in which new columns are NULL, keep their content and digest.
 CONTENT_COLUMNS = (
     "id", "created_at", "action", "result", "severity", "resource_type", "resource_id", "user_id",
     "user_type", "session_id", "ip_address", "user_agent", "request_method", "request_path",
@@ -37,15 +37,16 @@ assert set(CONTENT_COLUMNS) == {c.name for c in AuditLog.__table__.columns} - {"
 
 
 def _member(name: str) -> str:
-    """Return the SQL expression of a member of the JSON object.
+    """Return the SQL expression of one member of the JSON object of an event.
 
-    The database prints each value, and Python never parses it: no digit of a number is lost. Calls
-    cannot be captured by objects that others create in the schema: polymorphic and variadic
-    functions are qualified, and operators have operands of exactly their types. to_json() of an
-    enum would use a cast from the enum to json.
+    PostgreSQL converts each value to JSON text, which Python does not parse, so that numbers keep
+    all digits. The expression never calls functions or operators that other roles created in the
+    schema: polymorphic and variadic functions are qualified with pg_catalog, and the types of
+    operands match operators of pg_catalog exactly. An enum is converted to text first, because
+    to_json() of an enum would use a cast from the enum to json.
     """
     value = f"pg_catalog.to_json({name})::text"
-    if name == "created_at":  # in UTC, whatever the time zone of the session
+    if name == "created_at":  # in UTC, independent of the session's time zone
         utc = f"pg_catalog.to_json({name} AT TIME ZONE 'UTC')"
         value = f"""'"' || ({utc} #>> '{{}}'::text[]) || 'Z"'"""
     elif isinstance(AuditLog.__table__.c[name].type, Enum):  # type: ignore[attr-defined]  # SQLAlchemy's
@@ -53,20 +54,21 @@ def _member(name: str) -> str:
     return f"""'{"{" if name == "id" else ","}"{name}":' || {value}"""
 
 
-# SQL expression of an event's content. concat() leaves out members that are NULL.
+# SQL expression of an event's content. The SQL function concat() omits members that are NULL.
 CONTENT = f"pg_catalog.concat({', '.join(map(_member, CONTENT_COLUMNS))}, '}}')"
 SELECT_EVENTS = f"""
 SELECT position, {CONTENT} AS content FROM audit_logs
 WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 """  # noqa: S608  # names of columns
-# Before the snapshot of a transaction is taken: otherwise rows that `maintain` moves to another
-# partition meanwhile would be visible in neither partition.
+# A transaction that reads events takes this table lock before its snapshot. Otherwise, an event
+# that `maintain` moves to another partition could be invisible in both partitions.
 LOCK_EVENTS = "LOCK TABLE audit_logs IN ACCESS SHARE MODE"
-# Sealing, retirement and moves of events run one at a time in each schema.
+# This advisory lock ensures that one transaction at a time seals, retires or moves events.
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
 _SELECT_SEALS = "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
 SELECT_LAST_SEAL = f"{_SELECT_SEALS} DESC LIMIT 1"
-# A transaction that has been given a position holds this lock until its rows are visible.
+# A transaction that inserts an event holds a RowExclusiveLock from before the event gets a position
+# until the event is visible.
 _SELECT_WRITERS = """
 SELECT DISTINCT virtualtransaction AS id, pid FROM pg_locks
 WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()
@@ -80,7 +82,7 @@ _SELECT_LAST_POSITION = (
 
 
 class ChainEnd(NamedTuple):
-    """Number of the newest seal, digest of its payload, and last position that it covers."""
+    """The newest seal: number, digest of the payload, and last covered position."""
 
     number: int
     payload_digest: str
@@ -89,11 +91,11 @@ class ChainEnd(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def open_connection(database: Database) -> AsyncIterator[Connection]:
-    """Open a connection without a statement timeout.
+    """Open a database connection without a statement timeout.
 
     Raises:
-        DatabaseUnavailable: There is no connection, or it was lost.
-        SchemaMismatch: See `Database.check`.
+        DatabaseUnavailable: The database cannot be reached, or the connection was lost.
+        SchemaMismatch: The schema does not fit this release. See `Database.check`.
     """
     await database.check()
     async with (
@@ -105,7 +107,7 @@ async def open_connection(database: Database) -> AsyncIterator[Connection]:
 
 @contextlib.asynccontextmanager
 async def open_snapshot(database: Database) -> AsyncIterator[Connection]:
-    """Open a connection whose queries all see the database as of one moment."""
+    """Open a database connection whose queries all use the same snapshot."""
     async with (
         open_connection(database) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
@@ -120,7 +122,7 @@ async def fetch_last_seal(connection: Connection) -> Seal | None:
 
 
 async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
-    """Yield all events in the order of positions, each seal before the events that it covers."""
+    """Yield all events in the order of positions, and each seal before the events of the seal."""
     after, seals, count = _MIN_POSITION - 1, deque[tuple[Seal, int]](), 0
     async for row in connection.cursor(_SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
         seal = Seal(*row)
@@ -139,7 +141,10 @@ async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
 async def _merge(
     connection: Connection, seals: deque[tuple[Seal, int]], after: int, upto: int
 ) -> AsyncIterator[Seal | Event]:
-    """Yield the events above `after` up to `upto`, and the seals, which it removes from `seals`."""
+    """Yield the seals, and the events at positions above `after` and up to `upto`.
+
+    Each seal is yielded before the events that the seal covers, and is removed from `seals`.
+    """
     covered = after
     events = connection.cursor(SELECT_EVENTS, after + 1, upto, prefetch=_PREFETCHED_EVENTS)
     async for position, content in events:
@@ -153,7 +158,7 @@ async def _merge(
 
 
 def _extent(seal: Seal) -> tuple[int, int]:
-    """Return the last covered position and the number of covered events; zeros if invalid."""
+    """Return the last position and the number of events that a seal covers, or zeros on error."""
     try:
         payload = seal.payload()
     except InvalidValue:
@@ -162,10 +167,10 @@ def _extent(seal: Seal) -> tuple[int, int]:
 
 
 async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | None]]:
-    """Return the last assigned position, and the transactions that may write up to it.
+    """Return the last assigned position, and the open transactions that have written events.
 
-    Transactions are virtual transaction ids with process ids. A prepared transaction has no process
-    id. When all of them have ended, no event up to the position can be added any more.
+    The dict maps virtual transaction ids to process ids, which are None for prepared transactions.
+    After all these transactions have ended, no event up to the position can be added.
     """
     position = await connection.fetchval(_SELECT_LAST_POSITION)
     return position, {row["id"]: row["pid"] for row in await connection.fetch(_SELECT_WRITERS)}
@@ -180,12 +185,12 @@ async def fetch_chain_end(connection: Connection) -> ChainEnd:
 
 
 def event_id_in(content: str) -> str | None:
-    """Return the id in an event's content, if there is one."""
+    """Return the event id in the content of an event, or None if the content has no id."""
     found = _ID.match(content)
     return found[1] if found else None
 
 
 async def database_time(connection: Connection) -> str:
-    """Return the database's time in UTC, to the microsecond, in ISO 8601."""
+    """Return the time of the database's clock in UTC, to the microsecond, in ISO 8601."""
     now: datetime = await connection.fetchval("SELECT clock_timestamp()")
     return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

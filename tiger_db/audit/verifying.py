@@ -25,16 +25,16 @@ from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidValue
 
 _REPORTED_FINDINGS = 1000
-_REMEMBERED_EVENTS = 100_000  # unexpected ones, to tell moved events from deleted ones
-_PROGRESS_POSITIONS = 1000  # between two calls of `advance`
-# The database's clock may go back by as much without a false finding.
+_REMEMBERED_EVENTS = 100_000  # maximum number of mismatches that are kept in memory
+_PROGRESS_POSITIONS = 1000  # number of positions between two calls of `advance`
+# If the database's clock is set back by at most this tolerance, no false finding is reported.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
-# Where the content has the event's time, to the second: after {"id":"…","created_at":"
+# Slice of an event's content with `created_at` to the second, after {"id":"…","created_at":"
 _CREATED_AT = slice(59, 78)
 _SELECT_RETIREMENTS = """
 SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
 """
-Advance = Callable[[int, int], None]  # is called with the finished part and the total
+Advance = Callable[[int, int], None]  # finished and total positions or bytes
 
 
 class FindingKind(StrEnum):
@@ -49,27 +49,25 @@ class FindingKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AuditFinding:
-    """Evidence of tampering: number of the seal, and position and id of the event, where known."""
+    """Evidence of tampering with a seal or an event."""
 
     kind: FindingKind
     message: str
-    seal: int | None = None
-    position: int | None = None
+    seal: int | None = None  # number of the seal
+    position: int | None = None  # position of the event
     event_id: str | None = None
 
 
 @dataclass(slots=True)
 class Verification:
-    """Result of a verification: numbers of seals, and of verified, retired and unsealed events.
+    """Result of a verification of the audit trail."""
 
-    `findings` has the first 1,000 of `count` findings, in the order of positions.
-    """
-
-    seals: int = 0
-    rows: int = 0
-    retired: int = 0
-    unsealed: int = 0
-    count: int = 0
+    seals: int = 0  # number of seals
+    rows: int = 0  # number of events that match their seals
+    retired: int = 0  # number of events in retired months
+    unsealed: int = 0  # number of events that no seal covers
+    count: int = 0  # number of all findings
+    # The first 1,000 findings, in the order of positions.
     findings: list[AuditFinding] = field(default_factory=list)
 
     @property
@@ -84,15 +82,15 @@ async def verify(
     checkpoint: Seal | None = None,
     advance: Advance = lambda _done, _total: None,
 ) -> Verification:
-    """Verify all seals and events in the database, as of one moment.
+    """Verify all seals and events in one snapshot of the database.
 
-    `keys` are the public keys that may have signed; by default that of `AUDIT_SIGNING_KEY`. A
-    checkpoint that was exported earlier and kept elsewhere reveals that the newest seals and their
-    events were removed, or that all events were sealed again. Memory use does not depend on the
-    number of events.
+    Each seal must be signed with one of the `keys`, by default with `AUDIT_SIGNING_KEY`. A
+    checkpoint that was exported earlier and kept outside the database detects two attacks: removal
+    of the newest seals and their events, and new seals for the whole audit trail. Memory use does
+    not depend on the number of events.
 
     Raises:
-        ConfigurationError: No key is given or configured.
+        ConfigurationError: No public key is given, and `AUDIT_SIGNING_KEY` is not set.
     """
     if not keys:
         own = await database.signing_key()
@@ -117,12 +115,13 @@ async def verify_export(
     checkpoint: Seal | None = None,
     advance: Advance = lambda _done, _total: None,
 ) -> Verification:
-    """Verify an export of the whole trail in JSON Lines, without a database. See `verify`.
+    """Verify an export of the whole audit trail in JSON Lines, without a database. See `verify`.
 
     Raises:
-        ConfigurationError: No key is given.
-        InvalidValue: The file is not such an export, or has no seal and no checkpoint is given.
-        OSError: The file cannot be read.
+        ConfigurationError: No public key is given.
+        InvalidValue: The file is not an export in JSON Lines; or the export has no seal, and no
+            checkpoint is given.
+        OSError: The export cannot be read.
     """
     verifier = TrailVerifier(keys, checkpoint)
 
@@ -138,7 +137,7 @@ async def verify_export(
         advance(total, total)
         report = verifier.finish()
         if report.seals == 0 and checkpoint is None:
-            raise InvalidValue(f"{path} holds no seal: export the whole trail, without criteria")
+            raise InvalidValue(f"{path} holds no seal: export the audit trail without criteria")
         return report
 
     return await asyncio.to_thread(run)
@@ -146,9 +145,9 @@ async def verify_export(
 
 @dataclass(slots=True)
 class _Mismatch:
-    """Event at a position that is not the sealed one, or is missing (`found` is None)."""
+    """A position whose event is not the sealed event, or is missing (`found` is None)."""
 
-    seal: int  # number; 0: the position is not sealed
+    seal: int  # number of the seal that covers the position; 0: no seal
     expected: bytes | None = None
     found: bytes | None = None
     event_id: str | None = None
@@ -157,38 +156,39 @@ class _Mismatch:
 class TrailVerifier:
     """State machine that compares seals with events.
 
-    Add each seal in the order of numbers, and after it the events at its positions in their order.
-    Set `database_time` first: if the clock went back behind the newest seal, `created_at` of an
-    unsealed event proves nothing.
+    Add the seals in the order of their numbers. After each seal, add the events that the seal
+    covers, in the order of positions. Set `database_time` before the first seal is added: if the
+    database's clock is behind the newest seal, `created_at` of unsealed events is not checked.
 
     Raises:
-        ConfigurationError: No key is given.
+        ConfigurationError: No public key is given.
     """
 
     def __init__(self, keys: Sequence[Ed25519PublicKey], checkpoint: Seal | None = None) -> None:
         if not keys:
             raise ConfigurationError(
-                "give a public key, or set AUDIT_SIGNING_KEY: there is no key to verify seals with"
+                "there is no key to verify seals with: give a public key, or set AUDIT_SIGNING_KEY"
             )
-        self.database_time = "9"  # after any time
+        self.database_time = "9"  # sorts after every time in ISO 8601
         self._keys = keys
         self._checkpoint = checkpoint
         self._checkpoint_seen = checkpoint is None
         self._report = Verification()
-        self._findings: list[tuple[int, AuditFinding]] = []  # with the position to sort by
+        self._findings: list[tuple[int, AuditFinding]] = []  # position as sort key, and finding
         self._retired: PositionRanges = ()
-        # The last seal.
+        # State of the last added seal.
         self._number = 0
         self._payload_digest = NO_PREVIOUS_DIGEST
         self._is_unreadable = False
-        self._upto = 0  # last position that any seal covers
-        self._missing_upto = -(2**63) - 1  # up to here, events may belong to missing seals
-        # Lower bounds of `created_at`, to the second: for events of this seal, and of later ones.
+        self._upto = 0  # highest position that a seal covers
+        self._missing_upto = -(2**63) - 1  # highest position that a missing seal may cover
+        # Lower bounds of `created_at`, to the second: for events of the last added seal, and for
+        # events of later seals.
         self._created_after = ""
         self._next_created_after = ""
-        # Events, by position.
-        self._expected: dict[int, bytes] = {}  # of the last seal, not added yet
-        self._last_found = 0  # last position with its sealed event
+        # Events by position.
+        self._expected: dict[int, bytes] = {}  # digests of sealed events that were not added yet
+        self._last_found = 0  # highest position whose event was expected and added
         self._mismatches: dict[int, _Mismatch] = {}
         self._unexpected: list[tuple[int, _Mismatch]] = []
         self._backdated: list[tuple[int, _Mismatch]] = []
@@ -197,7 +197,7 @@ class TrailVerifier:
             self._checkpoint_seen = True
 
     def expect_retired(self, seals: Iterable[Seal]) -> None:
-        """Do not expect the events of retired months, according to seals with a valid signature."""
+        """Accept that events are missing if a correctly signed seal records their retirement."""
         payloads = (seal.payload() for seal in seals if seal.is_signed_by(self._keys))
         retired = (payload for payload in payloads if payload.retired is not None)
         self._retired = tuple(sorted(run for payload in retired for run in payload.positions))
@@ -223,12 +223,12 @@ class TrailVerifier:
         self._number, self._payload_digest = payload.number, seal.payload_digest
         expected = seal.event_digests(payload)
         if not seal.is_signed_by(self._keys):
-            self._find_forged("it is not signed by a given key")
+            self._find_forged("the seal is not signed by a given key")
         elif payload.retired is None and (
             len(seal.digests) != payload.event_count * DIGEST_BYTES
             or merkle_root(expected).hex() != payload.root
         ):
-            self._find_forged("its digests do not match its Merkle root")
+            self._find_forged("the digests of the events do not match the Merkle root")
         self._compare_checkpoint(seal, payload)
         if payload.retired is None:
             # A forged seal may cover positions that earlier seals covered.
@@ -236,27 +236,27 @@ class TrailVerifier:
             self._drop_retired(payload)
         self._upto = max(self._upto, payload.upto)
         if payload.sealed_at[:19] < self._created_after:
-            self._created_after = ""  # the clock went back
+            self._created_after = ""  # the database's clock went back
         self._next_created_after = _lower_bound(payload.closed_at) or self._created_after
 
     def _verify_link(self, payload: SealPayload) -> None:
-        """Verify that a seal continues the one before it."""
+        """Verify that a seal continues the chain of the previous seals."""
         if self._is_unreadable:
             self._is_unreadable = False
             self._missing_upto = payload.after
         elif payload.number != self._number + 1:
             first, last = self._number + 1, payload.number - 1
-            message = f"the seals from {first} to {last} are missing"
+            message = _missing_seals(first, last)
             if first > last:
                 message = f"expected seal {first}, found seal {payload.number}"
             self._find(self._upto, FindingKind.FORGED, message, seal=first)
             self._missing_upto = payload.after
         elif payload.previous != self._payload_digest:
             self._number = payload.number
-            self._find_forged("its previous digest is not that of the seal before it")
+            self._find_forged("the field `previous` is not the digest of the previous seal")
         elif payload.after != self._upto and payload.retired is None:
             self._number = payload.number
-            self._find_forged("it does not start where the seal before it ends")
+            self._find_forged("the field `after` is not the last position of the previous seal")
 
     def _compare_checkpoint(self, seal: Seal, payload: SealPayload) -> None:
         if self._checkpoint is None or self._checkpoint_seen:
@@ -264,7 +264,7 @@ class TrailVerifier:
         if payload.number == self._checkpoint.payload().number:
             self._checkpoint_seen = True
             if seal.payload_json != self._checkpoint.payload_json:
-                message = f"seal {payload.number} is not the one in the checkpoint"
+                message = f"seal {payload.number} is not the seal in the checkpoint"
                 self._find(self._upto, FindingKind.CHECKPOINT, message, seal=payload.number)
 
     def _drop_retired(self, payload: SealPayload) -> None:
@@ -289,7 +289,7 @@ class TrailVerifier:
             else:
                 self._mismatches[position] = _Mismatch(self._number, expected, digest, event_id)
         elif (other := self._mismatches.get(position)) is not None and other.expected == digest:
-            # Of two events at this position, the sealed one came second.
+            # Two events have this position, and the second one is the sealed event.
             self._report.rows += 1
             del self._mismatches[position]
             unexpected = _Mismatch(self._number, found=other.found, event_id=other.event_id)
@@ -300,7 +300,7 @@ class TrailVerifier:
     def _add_unsealed(self, position: int, content: str, digest: bytes) -> None:
         self._report.unsealed += 1
         event_id = storage.event_id_in(content)
-        if self._mismatches or self._expected:  # this event may have been moved from there
+        if self._mismatches or self._expected:  # this event may be a moved sealed event
             self._remember(position, _Mismatch(0, found=digest, event_id=event_id))
         if content[_CREATED_AT] < self._next_created_after <= self.database_time:
             self._backdated.append((position, _Mismatch(self._number + 1, event_id=event_id)))
@@ -312,7 +312,7 @@ class TrailVerifier:
             self._report.count += 1
 
     def _close_seal(self) -> None:
-        """Record the events of the last seal that were not added as missing."""
+        """Record as missing each event of the last seal that was not added."""
         for position, digest in self._expected.items():
             if len(self._mismatches) < _REMEMBERED_EVENTS:
                 self._mismatches[position] = _Mismatch(self._number, digest)
@@ -321,7 +321,7 @@ class TrailVerifier:
         self._expected = {}
 
     def finish(self) -> Verification:
-        """Return the result, after all seals and events were added."""
+        """Return the result of the verification, after all seals and events have been added."""
         self._close_seal()
         self._explain_mismatches()
         if self._checkpoint is not None and not self._checkpoint_seen:
@@ -333,32 +333,32 @@ class TrailVerifier:
     def _add_missing_checkpoint(self, checkpoint: SealPayload) -> None:
         first = self._number + 1
         kind = FindingKind.TRUNCATED
-        message = f"the seals from {first} to {checkpoint.number}, of the checkpoint, are missing"
+        message = f"{_missing_seals(first, checkpoint.number)}, according to the checkpoint"
         if first == checkpoint.number and self._payload_digest != checkpoint.previous:
             kind = FindingKind.CHECKPOINT
-            message = f"seal {self._number} is not the one before the checkpoint"
+            message = f"seal {self._number} is not the seal before the checkpoint"
         self._find(self._upto + 1, kind, message, seal=first)
 
     def _explain_mismatches(self) -> None:
-        """Tell changed, deleted and moved events apart, and add a finding for each."""
+        """Add a finding for each changed, deleted, moved or inserted event."""
         now_at = {other.found: (at, other.event_id) for at, other in self._unexpected}
         now_at |= {o.found: (at, o.event_id) for at, o in self._mismatches.items() if o.found}
         belongs_at = {other.expected: at for at, other in self._mismatches.items()}
         for position, mismatch in self._mismatches.items():
             if (now := now_at.get(mismatch.expected)) is not None:
                 kind = FindingKind.MOVED
-                message = f"the event of position {position} is at position {now[0]}"
+                message = f"the event of position {position} was moved to position {now[0]}"
                 mismatch.event_id = now[1]
             elif mismatch.found in belongs_at:
                 kind = FindingKind.MOVED
                 origin = belongs_at[mismatch.found]
-                message = f"the event of position {origin} is at position {position}"
+                message = f"the event of position {origin} was moved to position {position}"
             elif mismatch.found is not None:
                 kind = FindingKind.CHANGED
                 message = f"the event at position {position} was changed"
             elif position > self._last_found:
                 kind = FindingKind.TRUNCATED
-                message = f"the event at position {position} and all later ones are missing"
+                message = f"the event at position {position} and all later events are missing"
             else:
                 kind = FindingKind.DELETED
                 message = f"the event at position {position} is missing"
@@ -397,8 +397,14 @@ class TrailVerifier:
         self._findings.append((position, finding))
 
 
+def _missing_seals(first: int, last: int) -> str:
+    if first == last:
+        return f"seal {first} is missing"
+    return f"the seals from {first} to {last} are missing"
+
+
 def _lower_bound(time: str | None) -> str:
-    """Return a time of a seal less the clock tolerance, to the second; "" if there is none."""
+    """Return a time minus the clock tolerance, or "" if the time is None or not in ISO 8601."""
     try:
         return (datetime.fromisoformat(time or "") - _CLOCK_TOLERANCE).isoformat()[:19]
     except (ValueError, OverflowError):

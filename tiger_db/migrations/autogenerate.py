@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import alembic_postgresql_enum  # noqa: F401  # registers its comparison of enum members
+import alembic_postgresql_enum  # noqa: F401  # registers a comparison of enum members
 from alembic.autogenerate import comparators
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations.ops import ExecuteSQLOp, UpgradeOps
@@ -19,12 +19,12 @@ _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")
 
 
 def include_name(name: str | None, kind: str, _parents: object) -> bool:
-    """Return False for partitions, which have no model."""
+    """Return False for a partition of audit_logs, because partitions have no model."""
     return not (kind == "table" and name is not None and _PARTITION.match(name))
 
 
 def render_item(kind: str, item: object, _context: AutogenContext) -> str | Literal[False]:
-    """Render tiger_db's column types as the database types that implement them."""
+    """Render a column type of tiger_db as the database type that implements the column type."""
     if kind == "type" and isinstance(item, TypeDecorator):
         return f"sa.{item.impl_instance!r}"
     return False
@@ -38,14 +38,17 @@ def compare_server_default(
     _metadata_default: object,
     rendered_metadata_default: str | None,
 ) -> bool | None:
-    """Compare defaults from sequences as text, because two values of a sequence always differ."""
+    """Compare defaults with nextval() as text, because each call returns another value.
+
+    Return None for other defaults, which Alembic compares.
+    """
     if inspected_default and inspected_default.startswith("nextval("):
         return inspected_default != rendered_metadata_default
     return None
 
 
 class TriggerOp(ExecuteSQLOp):
-    """Operation that creates or drops a `set_updated_at` trigger."""
+    """Alembic operation that creates or drops a `set_updated_at` trigger."""
 
     def __init__(self, trigger: Trigger, *, create: bool = True) -> None:
         self.trigger, self.create = trigger, create

@@ -1,4 +1,4 @@
-"""The differences between a database and the declared triggers and functions, with repair SQL."""
+"""Differences between a database and the declared triggers and functions, with SQL for repair."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from tiger_db.models import metadata
 class SchemaDifference:
     """A difference between a database and the declaration, and the SQL that repairs it."""
 
-    tables: tuple[str, ...]  # the tables concerned, not their partitions
+    tables: tuple[str, ...]  # tables with the difference; for a partition, its parent table
     description: str
     repair: str
-    undeclared: bool = False  # a trigger that tiger_db does not declare; it may be legitimate
+    undeclared: bool = False  # whether the difference is a trigger that tiger_db does not declare
 
     def __str__(self) -> str:
         return f"{self.description}: {self.repair}"
@@ -57,8 +57,9 @@ SELECT format('%I(%s)', proname, pg_get_function_arguments(oid)) AS signature,
 FROM pg_proc WHERE pronamespace = :schema
     AND proname = ANY (CAST(:names AS text[])) AND prokind <> 'a' ORDER BY 1
 """)
-# What can change the effect of tiger_db's SQL: functions and operators with names of PostgreSQL's,
-# casts of the tables' types, and a session_replication_role that disables triggers.
+# Selects objects and settings that can change the effect of tiger_db's SQL: functions and operators
+# with the name of a PostgreSQL function or operator, casts of the tables' types, and a
+# session_replication_role that disables triggers.
 _OVERRIDES = text("""
 WITH of_columns AS (
     SELECT t.oid, t.typelem FROM pg_attribute JOIN pg_type AS t ON t.oid = atttypid
@@ -117,17 +118,17 @@ _STATES = {
 async def find_differences(connection: AsyncConnection) -> list[SchemaDifference]:
     """Compare triggers, functions, row security, rules and kinds of tables with the declaration.
 
-    Also compares what can change their effect: functions, operators, casts, inheriting tables and
-    `session_replication_role`.
+    Also find functions, operators, casts, inheriting tables and a `session_replication_role` that
+    change the effect of tiger_db's SQL.
 
-    The database must be at the head revision. The search path of the connection's transaction is
-    set to pg_catalog.
+    The database must be at the head revision. `find_differences` sets the search path of the
+    current transaction to pg_catalog.
     """
-    # The settings of the database must not change how PostgreSQL prints names.
+    # A database may set quote_all_identifiers, which changes the names that PostgreSQL prints.
     await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
     schema = (await connection.execute(_SCHEMA)).one()
-    # With this path, no function or operator of the schema can replace PostgreSQL's, and PostgreSQL
-    # prints qualified names.
+    # With this search path, the queries use only functions and operators of PostgreSQL, and
+    # PostgreSQL prints qualified names.
     await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     values: dict[str, Any] = {
         "schema": schema.oid,
@@ -144,7 +145,7 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
         ),
         *_compare_functions(schema, functions),
         *(
-            SchemaDifference((name,), f"table {name} is missing", "restore it from a backup")
+            SchemaDifference((name,), f"table {name} is missing", "restore the table from a backup")
             for name in metadata.tables.keys() - {table.root for table in tables}
         ),
         *(
@@ -166,7 +167,7 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
         if definition == expected:
             continue
         name = signature.partition("(")[0]
-        # Functions without a trigger serve the partitions of audit_logs.
+        # A function that no trigger calls is used for the partitions of audit_logs.
         tables = sorted({t.table for t in TRIGGERS if f".{name}()" in t.action}) or ["audit_logs"]
         state = "is missing" if definition is None else _first_changes(expected, definition)
         yield SchemaDifference(
@@ -201,17 +202,20 @@ def _function_sql(signature: str, definition: str) -> str:
     """Return the SQL that creates or replaces a function, as one line."""
     clauses, _, body = definition.partition("AS $function$")
     sql = f"CREATE OR REPLACE FUNCTION {signature} {' '.join(clauses.split())}"
-    if not body:  # a function in standard SQL: its body is one of the clauses
+    if not body:  # the clauses include the body of a function in standard SQL
         return sql
     body = body.removesuffix("$function$\n").replace("\\", "\\\\").replace("'", "''")
     return f"{sql} AS E'{body}'".replace("\n", "\\n")
 
 
 def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
-    """Yield descriptions and repairs."""
+    """Yield the description and the repair SQL of each difference of a table."""
     name, qualified = table.name, table.qualified
     if table.kind != (kind := _expected_kind(table)):
-        yield f"{name} is {_KINDS[table.kind]}, not {_KINDS[kind]}", "restore it from a backup"
+        yield (
+            f"{name} is {_KINDS[table.kind]}, not {_KINDS[kind]}",
+            "restore the table from a backup",
+        )
     if table.secured:
         repair = f"ALTER TABLE {qualified} DISABLE ROW LEVEL SECURITY"
         yield f"row security of {name} is enabled", repair
@@ -222,7 +226,7 @@ def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
         yield f"{name} has the policy {policy}", f"DROP POLICY {policy} ON {qualified}"
     for rule in table.rules:
         yield f"{name} has the rule {rule}", f"DROP RULE {rule} ON {qualified}"
-    for child in table.children:  # its rows stay
+    for child in table.children:  # NO INHERIT keeps the rows of the child table
         yield f"table {child} inherits from {name}", f"ALTER TABLE {child} NO INHERIT {qualified}"
 
 
@@ -245,7 +249,7 @@ def _compare_triggers(
             row = present.pop(trigger.name, None)
             expected = trigger.definition(qualified, schema)
             state = states[table.oid, trigger.name] = _state(trigger, expected, row)
-            # PostgreSQL copies row triggers, and their repairs, to partitions.
+            # PostgreSQL copies a row trigger, and changes of the row trigger, to all partitions.
             copied = not is_root and trigger.action.startswith("FOR EACH ROW")
             if state is None or (copied and states[table.root_oid, trigger.name] == state):
                 continue
@@ -264,7 +268,7 @@ def _compare_triggers(
                 yield SchemaDifference(of, description, repair)
             elif not (row.internal or row.cloned):
                 description = f"trigger {row.name} on {on} is not declared by tiger_db"
-                repair = f"unless it is yours, DROP TRIGGER {row.name} ON {qualified}"
+                repair = f"unless you need the trigger, DROP TRIGGER {row.name} ON {qualified}"
                 yield SchemaDifference(of, description, repair, undeclared=True)
 
 

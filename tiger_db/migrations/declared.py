@@ -1,7 +1,7 @@
 """The declared triggers and functions of the schema, read from `declared.sql`.
 
-The owner of the tables can disable triggers, also by accident (an interrupted `pg_restore
---disable-triggers`). `find_differences` compares a database with this declaration.
+`find_differences` compares a database with this declaration. A difference may be an accident: if
+`pg_restore --disable-triggers` is interrupted, for example, the triggers stay disabled.
 """
 
 import re
@@ -13,22 +13,22 @@ from tiger_db.models import metadata
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """A trigger: the parts that `pg_get_triggerdef` prints, and `pg_trigger.tgenabled`.
+    """A trigger: the parts of the output of `pg_get_triggerdef`, and `pg_trigger.tgenabled`.
 
-    `{schema}.` qualifies names.
+    In `action`, the placeholder `{schema}.` precedes each name in the schema.
     """
 
     table: str
     name: str
     events: str
     action: str
-    enabled: str = "O"  # A (ENABLE ALWAYS): fires for replication and restores too
-    partitions: bool = False  # whether each partition has the trigger too
+    enabled: str = "O"  # O: enabled; A: ENABLE ALWAYS, also for replication
+    partitions: bool = False  # whether each partition of the table has the trigger too
 
     def definition(self, table: str, schema: str | None = None) -> str:
-        """Return the SQL that creates the trigger on the table or on one of its partitions.
+        """Return the SQL that creates the trigger on its table, or on a partition of the table.
 
-        With a schema, names are qualified.
+        If a schema is given, names are qualified with the schema.
         """
         action = self.action.replace("{schema}.", f"{schema}." if schema else "")
         return f"CREATE TRIGGER {self.name} {self.events} ON {table} {action}"
@@ -59,5 +59,6 @@ def _read_functions() -> dict[str, str]:
 
 
 TRIGGERS = _read_triggers()
-# By signature: what `pg_get_functiondef` prints after the first line. {schema} is a literal here.
+# Maps the signature of a function to the output of `pg_get_functiondef` without the first line. The
+# placeholder {schema} stands for the schema as an SQL string literal.
 FUNCTIONS = _read_functions()

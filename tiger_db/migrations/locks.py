@@ -1,4 +1,4 @@
-"""The migration lock, and retries of migrations that wait too long for other locks."""
+"""The migration lock, and retries of migrations that wait too long for table locks."""
 
 import asyncio
 import time
@@ -15,13 +15,13 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, MigrationError
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
-MIGRATION_LOCK_ID = 0x7469676572  # "tiger"
+MIGRATION_LOCK_ID = 0x7469676572  # "tiger" in ASCII
 
 
 def lock_key(number: int) -> str:
     """Return the SQL expression of an advisory lock's key, which depends on the current schema.
 
-    In `public` the key is the number itself, as in releases without `DB_SCHEMA`.
+    In the schema `public`, the key is the number itself, as in releases without `DB_SCHEMA`.
     """
     return (
         f"CASE coalesce(current_schema(), 'public') WHEN 'public' THEN {number}"
@@ -29,14 +29,15 @@ def lock_key(number: int) -> str:
     )
 
 
-# Sessions that need a lock that a migration waits for wait behind the migration. The timeout is
-# longer than deadlock_timeout, because autovacuum gives way to a migration only after that.
+# While a migration waits for a table lock, other sessions queue behind the migration. The lock
+# timeout is longer than deadlock_timeout (1 s), because PostgreSQL cancels a blocking autovacuum
+# only after deadlock_timeout.
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'"
-_LOCK_RETRY_SECONDS = 300.0  # for all attempts of one migration
-_MAX_PAUSE_SECONDS = 15.0  # between two attempts
+_LOCK_RETRY_SECONDS = 300.0  # limit for all attempts of one migration
+_MAX_PAUSE_SECONDS = 15.0  # longest pause between two attempts of a migration
 _MIGRATION_LOCK_SECONDS = 3600.0  # longest wait for the migrations of other processes
 _POLL_SECONDS = 0.5
-_REPORT_SECONDS = 30.0  # between two lines about the same wait
+_REPORT_SECONDS = 30.0  # pause between two progress lines about the same wait
 _KEY = lock_key(MIGRATION_LOCK_ID)
 _SESSION = """
 CASE pid WHEN 0 THEN 'a prepared transaction' ELSE concat('process ', pid, ' (', concat_ws(', ',
@@ -57,17 +58,18 @@ _LOCK_HOLDERS = text(
 
 @asynccontextmanager
 async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterator[AsyncConnection]:
-    """Return a connection that holds the migration lock and sets the lock timeout.
+    """Open a connection that holds the migration lock, and sets the lock timeout.
 
-    One process at a time can hold the lock of a schema.
+    One process at a time can hold the migration lock of a schema.
 
     Raises:
-        MigrationError: other processes held the lock for an hour.
+        MigrationError: other processes held the migration lock for an hour.
     """
     async with engine.connect() as connection:
         await _take_lock(connection, progress)
-        # Every transaction sets the timeout, because a SET before Alembic's first transaction would
-        # begin one. An autocommit_block has no timeout: CONCURRENTLY does not block other sessions.
+        # Each transaction sets the timeout when it begins, because Alembic must get a connection
+        # without an open transaction. An autocommit_block has no timeout: CREATE INDEX CONCURRENTLY
+        # does not block other sessions.
         assert connection.sync_connection is not None
         event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
@@ -79,9 +81,10 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
 
 
 async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
-    """Take the migration lock, and report the processes that hold it.
+    """Take the migration lock, and report the processes that hold the lock.
 
-    No transaction is open between attempts, because CREATE INDEX CONCURRENTLY would wait for it.
+    No transaction is open between two attempts: CREATE INDEX CONCURRENTLY in another process waits
+    for all open transactions.
     """
     start, reported = time.monotonic(), -_REPORT_SECONDS
     while not await connection.scalar(text(f"SELECT pg_try_advisory_lock({_KEY})")):
@@ -90,14 +93,14 @@ async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
         waited = time.monotonic() - start
         if waited > _MIGRATION_LOCK_SECONDS:
             raise MigrationError(
-                f"{holders} has been migrating for {waited / 60:.0f} min: nothing was done here;"
+                f"{holders} has been migrating for {waited / 60:.0f} min: no migration was run;"
                 " run `tiger-db migrate` again afterwards"
             )
         if waited - reported >= _REPORT_SECONDS:
             progress(f"waiting for {holders} to migrate: {waited:.0f} s")
             reported = waited
         await asyncio.sleep(_POLL_SECONDS)
-    await connection.commit()  # keeps the lock; Alembic begins its own transactions
+    await connection.commit()  # the lock is kept, and Alembic begins its own transactions
 
 
 async def with_lock_retries(
@@ -107,12 +110,12 @@ async def with_lock_retries(
     work: Callable[[], Awaitable[T]],
     progress: Progress,
 ) -> tuple[T, float, int]:
-    """Run a migration until it gets its locks.
+    """Run a migration. Run the migration again while table locks are not granted in time.
 
-    Returns its result, the seconds of the last attempt, and the number of attempts.
+    Return the migration's result, the seconds of the last attempt, and the number of attempts.
 
     Raises:
-        MigrationError: the migration did not get its locks. The message names the blockers.
+        MigrationError: all attempts were blocked. The error names the blocking sessions.
     """
     driver = (await connection.get_raw_connection()).driver_connection
     assert driver is not None
@@ -126,7 +129,7 @@ async def with_lock_retries(
         except Conflict:
             pass
         except DBAPIError:
-            progress(f"{title}: failed, and is rolled back")
+            progress(f"{title}: the migration failed, and is rolled back")
             raise
         finally:
             done.set()
@@ -140,13 +143,13 @@ async def with_lock_retries(
         )
         await asyncio.sleep(pause)
     raise MigrationError(
-        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: it is"
-        " rolled back, earlier migrations stay applied; run `tiger-db migrate` again afterwards"
+        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: the migration"
+        " is rolled back, earlier migrations stay applied; run `tiger-db migrate` again afterwards"
     )
 
 
 async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
-    """Return the sessions for which a session waited when it was last observed to wait."""
+    """Poll until `done` is set; return the sessions that last blocked the session `pid`."""
     blockers: Sequence[str] = ()
 
     async def is_done() -> bool:
@@ -154,9 +157,9 @@ async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) ->
             await asyncio.wait_for(done.wait(), _POLL_SECONDS)
         return done.is_set()
 
-    if await is_done():  # the usual case: no second connection is needed
+    if await is_done():  # a short migration needs no connection for polling
         return blockers
-    with suppress(DatabaseUnavailable, DBAPIError):  # the blockers are for messages only
+    with suppress(DatabaseUnavailable, DBAPIError):  # only messages need the result
         async with engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             while True:
