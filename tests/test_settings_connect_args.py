@@ -339,7 +339,7 @@ def test_settings_without_the_pooler_differ_in_the_address_only(host: str, addre
     by_parts = Settings(db_host="pooler", db_user="u", db_name="d", **given).without_pooler()
     taken = parsed(by_parts)
     assert (taken.addresses, taken.user, taken.database) == ([address], "u", "d")
-    assert not by_parts.pooled
+    assert not by_parts.uses_pooler
 
 
 def test_without_a_pooler_the_settings_are_the_same() -> None:

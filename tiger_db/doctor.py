@@ -163,7 +163,7 @@ async def _check_search_path(direct: AsyncConnection, settings: Settings) -> Che
         row = (await connection.exec_driver_sql(SEARCH_PATH)).one()
         return _grade_search_path(SearchPath._make(row), settings)
 
-    if not settings.pooled:
+    if not settings.uses_pooler:
         return await _run_check(direct, "search path", check)
     try:
         connection = await connect(settings)
@@ -179,7 +179,7 @@ async def _check_search_path(direct: AsyncConnection, settings: Settings) -> Che
 
 def _grade_search_path(path: SearchPath, settings: Settings) -> Outcome:
     schema, advice = settings.db_schema, f"run {path.repair_sql(settings.db_schema)}"
-    if settings.pooled:
+    if settings.uses_pooler:
         advice += "; then RECONNECT on the pooler's console"
     if not path.resolves_to(schema):
         seen = (

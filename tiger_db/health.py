@@ -82,9 +82,9 @@ async def check_readiness(settings: Settings) -> HealthReport:
             report.problems.extend(
                 f"the identity of the server in {name} is not verified:"
                 " set DB_SSL_MODE=verify-full and DB_SSL_CA"
-                for name in settings.unverified
+                for name in settings.unverified_variables
             )
-        if settings.pooled:
+        if settings.uses_pooler:
             async with asyncio.timeout_at(deadline):
                 await _check_pooler(settings)
         async with maintenance_engine(settings) as engine:

@@ -110,11 +110,9 @@ async def asyncpg_connection(
                     yield raw
                 except TimeoutError:
                     raise  # no invalidation, because asyncpg must still cancel the statement
-                except (
-                    *CONNECTION_ERRORS,
-                    asyncpg.ReadOnlySQLTransactionError,
-                ):  # ReadOnlySQLTransactionError: the server is no longer the primary
+                # ReadOnlySQLTransactionError: the server is no longer the primary.
+                except (*CONNECTION_ERRORS, asyncpg.ReadOnlySQLTransactionError):
                     await connection.invalidate()
                     raise
     except PoolTimeoutError as error:
-        raise DatabaseUnavailable(f"lost the database: {type(error).__name__}") from None
+        raise DatabaseUnavailable(f"the connection was lost: {type(error).__name__}") from None

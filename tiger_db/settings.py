@@ -177,7 +177,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         url = self.url
-        if url is not None and self.pooled and "options" in url.parameters:
+        if url is not None and self.uses_pooler and "options" in url.parameters:
             raise ValueError(
                 "DATABASE_URL must have no options if DB_POOLER is set: use ALTER ROLE"
             )
@@ -212,7 +212,7 @@ class Settings(BaseSettings):
         return self.database_url is None and self.db_host is None
 
     @property
-    def pooled(self) -> bool:
+    def uses_pooler(self) -> bool:
         """Whether a transaction pooler may run each transaction in another server session."""
         return self.db_pooler != "none"
 
@@ -225,7 +225,7 @@ class Settings(BaseSettings):
         if self.embedded:
             return self
         if self.db_direct_host is None:
-            if self.pooled:
+            if self.uses_pooler:
                 raise ConfigurationError(
                     "DB_DIRECT_HOST is not set, but DB_POOLER is set: migrations, sealing and"
                     " LISTEN need direct connections to the server"
@@ -302,7 +302,7 @@ class Settings(BaseSettings):
         }
 
     @property
-    def unverified(self) -> list[str]:
+    def unverified_variables(self) -> list[str]:
         """The names of variables with remote servers whose identity is not verified.
 
         Only the sslmode verify-full verifies the identity. verify-ca accepts each server with a
@@ -319,13 +319,13 @@ class Settings(BaseSettings):
 
     def _tls_problem(self) -> str | None:
         """Return one line that says why TLS is too weak for production, or None."""
-        if not self.production or self.db_allow_unverified_tls or not self.unverified:
+        if not self.production or self.db_allow_unverified_tls or not self.unverified_variables:
             return None
         in_url = self.url is not None and "sslmode" in self.url.parameters
         return (
             f"{'DATABASE_URL: sslmode' if in_url else 'DB_SSL_MODE'} must be verify-full when"
             f" ENVIRONMENT=production and another machine is named by"
-            f" {' and '.join(self.unverified)}: set verify-full and DB_SSL_CA, or set"
+            f" {' and '.join(self.unverified_variables)}: set verify-full and DB_SSL_CA, or set"
             " DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
         )
 
@@ -380,7 +380,7 @@ class Settings(BaseSettings):
             arguments["passfile"] = Path(found["passfile"])
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
-        if self.pooled:  # PgBouncer supports no other session state
+        if self.uses_pooler:  # PgBouncer supports no other session state
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given

@@ -141,7 +141,7 @@ def create_engine(
         connect_args={
             "async_creator_fn": lambda **_: connect(settings, replica=replica),
             # A pooler may use a session without the prepared statement for the next transaction.
-            **({"prepared_statement_cache_size": 0} if settings.pooled else {}),
+            **({"prepared_statement_cache_size": 0} if settings.uses_pooler else {}),
         },
         execution_options={SCHEMA_OPTION: settings.db_schema},
         echo=settings.db_debug,
@@ -167,7 +167,8 @@ def create_engine(
             # A former primary counts as lost, so that the pool closes all connections to it.
             context.is_disconnect = True
             why = reason(error)
-            if isinstance(error, TimeoutError) and settings.pooled:  # asyncpg's command_timeout
+            # Behind a pooler, asyncpg's command_timeout limits statements.
+            if isinstance(error, TimeoutError) and settings.uses_pooler:
                 why = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
             location = replica or settings.location
             raise DatabaseUnavailable(f"the connection to {location} was lost: {why}") from None
