@@ -282,7 +282,7 @@ def test_refreshes_are_shown_by_group(
 ) -> None:
     nothing = cli.ok("watch-refreshes")
     assert nothing.out.split("\n\n") == [
-        "Running: 0", "Due: 0", "Waiting: 0", "Failed: 0", "Last 24 hours: 0 succeeded\n"
+        "Running: 0", "Due: 0", "Waiting: 0", "Failed: 0", "Last 24 hours: 0 refreshes succeeded\n"
     ]  # fmt: skip
     fill(clone_settings, gateway)
     shown = cli.ok("watch-refreshes")
