@@ -319,7 +319,7 @@ def test_live_output_is_redrawn(
         assert "Due: 0" in terminal.seen
         assert "Ctrl-C to stop" in terminal.seen
         fill(clone_settings, gateway)
-        terminal.wait_for("1 succeeded")
+        terminal.wait_for("1 refresh succeeded")
         assert "Due: 1" in terminal.seen
         assert terminal.seen.count("\x1b[2J\x1b[H") > 1
         program.send_signal(signal.SIGINT)
