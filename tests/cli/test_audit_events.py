@@ -161,7 +161,7 @@ def test_malformed_filters_are_refused(cli: CommandLine) -> None:
         ("--severity", "urgent", "--severity"),
     ):
         assert reason in cli.misused("list-events", option, value)
-    assert "address nor a network" in cli.fails("list-events", "--ip", "300.1.1.1")
+    assert "IP address nor an IP network" in cli.fails("list-events", "--ip", "300.1.1.1")
     assert "no account" in cli.fails("list-events", "--account", "nope")
     assert "no API key" in cli.fails("list-events", "--api-key", "nope")
 
@@ -385,4 +385,4 @@ def test_follow_refuses_an_end(cli: CommandLine) -> None:
     for option in (("--until", "1h"), ("--after", "x")):
         assert "--follow" in cli.misused("list-events", "--follow", *option)
     assert "no account" in cli.fails("list-events", "-f", "--account", "nope")
-    assert "address nor a network" in cli.fails("list-events", "-f", "--ip", "300.1.1.1")
+    assert "IP address nor an IP network" in cli.fails("list-events", "-f", "--ip", "300.1.1.1")
