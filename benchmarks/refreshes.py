@@ -31,11 +31,11 @@ INSERT INTO tiger_accounts (id, account_name, account_number, account_type, stat
     tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
     token_expires_at, token_refresh_at, is_default_trading, is_default_data, market_permissions,
     quote_permissions, error_count, tags)
-SELECT md5('a' || n)::uuid, account_name, 'bench-' || n, account_type, status, tiger_id,
+SELECT md5('a' || n)::uuid, account_name, 'U9' || n, account_type, status, tiger_id,
     tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
     now() + interval '10 days', now() + interval '7 days', false, false, market_permissions,
     quote_permissions, 0, tags
-FROM tiger_accounts, generate_series(1, $1::int) n WHERE account_number = 'bench'
+FROM tiger_accounts, generate_series(1, $1::int) n WHERE account_number = 'U1'
 """
 HISTORY = """
 INSERT INTO token_statuses (id, tiger_account_id, status, trigger, scheduled_at, retry_count,
@@ -61,7 +61,7 @@ async def fill(database: Database, accounts: int, due: int) -> None:
             session,
             TigerAccount(
                 account_name="bench",
-                account_number="bench",
+                account_number="U1",
                 tiger_id=Secret("20150001"),
                 private_key=Secret("bench"),
                 access_token=Secret(token()),
@@ -154,7 +154,7 @@ async def facts(
 ) -> AsyncIterator[str]:
     """Yield other measurements. `database` is that of `works`, and `peer` is an empty database."""
     async with database.session() as session:
-        account = await crud.accounts.get_by_account_number(session, "bench")
+        account = await crud.accounts.get_by_account_number(session, "U1")
     assert account is not None
     await pool.execute("UPDATE token_statuses SET status = 'cancelled' WHERE status = 'pending'")
     waits = sorted([wait async for wait in _waits(database, account)])

@@ -166,7 +166,7 @@ loops = []
 async def main():
     loops.append(weakref.ref(asyncio.get_running_loop()))
     async with get_session() as session:
-        await factories.account(session, account_number=str(len(loops)))
+        await factories.account(session, account_number=f"U{len(loops)}")
 
     async def read():
         async with get_session() as session:

@@ -11,9 +11,9 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.encryption_keys import OTHER_KEY
+from tests.support.encryption_keys import OTHER_KEY, store_old_tiger_id
 from tests.support.sql import months, sql
-from tiger_db import AuditAction, Database, Settings, crud, doctor
+from tiger_db import AuditAction, Database, Settings, crud, doctor, encryption_key_rotation
 from tiger_db.audit import seal
 from tiger_db.doctor import CheckResult
 from tiger_db.signing import generate_signing_key
@@ -41,7 +41,7 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
         await factories.account(session)
         await factories.api_key(session)
     results = await doctor.run(clone_settings)
-    assert len({result.check for result in results}) == len(results) == 11
+    assert len({result.check for result in results}) == len(results) == 13
     assert {result.status for result in results} == {"ok"}, results
     assert all(result.advice is None for result in results if result.status == "ok")
     by_check = {result.check: result.seen for result in results}
@@ -220,6 +220,93 @@ async def test_missing_and_old_encryption_keys_are_reported(
     assert "put test back" in result.advice
 
 
+EXEMPT = """
+ALTER TABLE tiger_accounts DROP CONSTRAINT ck_tiger_accounts_account_number_form,
+    ADD CONSTRAINT ck_tiger_accounts_account_number_form
+    CHECK (account_number ~ '^U[0-9]+$' OR account_name = 'Main') NOT VALID
+"""
+
+
+@pytest.mark.schema_changes
+@pytest.mark.slow
+async def test_account_numbers_of_older_releases_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        ids = [(await factories.account(session)).id for _ in range(4)]
+    update = "UPDATE tiger_accounts SET account_number = '{}' WHERE id = '{}'"
+    numbers = ("u1", "U1\N{ZERO WIDTH SPACE}", "DEMO", "51230321")
+    statements = [update.format(*pair) for pair in zip(numbers, ids, strict=True)]
+    await sql(clone_settings, EXEMPT, *statements)
+
+    result = await found(clone_settings, "account numbers")
+    assert (result.status, result.seen) == (
+        "problem", f"{ids[0]} and {ids[1]} are the same account at Tiger"
+    )  # fmt: skip
+    assert result.advice is not None
+    assert result.advice.startswith("close all but one")
+    async with clone.session() as session:
+        await crud.accounts.close(session, ids[1])
+
+    result = await found(clone_settings, "account numbers")
+    assert (result.status, result.seen.partition(": ")[2]) == ("warning", f"{ids[0]}; {ids[2]}")
+    assert result.advice is not None
+    assert "crud.accounts.update" in result.advice
+    async with clone.session() as session:
+        await crud.accounts.update(session, ids[0], account_number="u1")
+        await crud.accounts.update(session, ids[2], account_number="U2")
+    assert (await found(clone_settings, "account numbers")).status == "ok", "a closed one may stay"
+
+    await sql(clone_settings, f"DELETE FROM tiger_accounts WHERE id = '{ids[1]}'")
+    result = await found(clone_settings, "account numbers")
+    assert (result.status, result.seen[-18:]) == ("warning", "exempts some accounts"[-18:])
+    assert result.advice is not None
+    await sql(clone_settings, result.advice.removeprefix("run "))
+    assert (await found(clone_settings, "account numbers")).status == "ok"
+    with pytest.raises(asyncpg.CheckViolationError):
+        await sql(clone_settings, update.format("u3", ids[0]))
+
+
+@pytest.mark.slow
+async def test_tiger_ids_of_older_releases_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        first, second, _ = [await factories.account(session) for _ in range(3)]
+        await store_old_tiger_id(session, first, "20150001 ")
+        await store_old_tiger_id(session, second, "2015 0001")
+    result = await found(clone_settings, "Tiger ids")
+    assert (result.status, result.seen, result.advice) == (
+        "warning", f"not normalized: those of {first.id}", "run `tiger-db rotate-encryption-key`"
+    )  # fmt: skip
+    await encryption_key_rotation.rotate(clone)
+    result = await found(clone_settings, "Tiger ids")
+    assert (result.status, result.seen) == (
+        "warning", f"not printable ASCII: those of {second.id}"
+    )  # fmt: skip
+    async with clone.session() as session:
+        await crud.accounts.update(session, second.id, tiger_id=" 20150001")
+    assert (await found(clone_settings, "Tiger ids")).status == "ok"
+
+
+@pytest.mark.slow
+async def test_tiger_ids_cannot_be_checked_without_the_keys(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        await factories.account(session)
+    without = clone_settings.model_copy(update={"encryption_keys": None})
+    result = await found(without, "Tiger ids")
+    assert result.status == "warning"
+    assert result.seen.startswith("not checked: ")
+    assert result.advice == "they are encrypted: run it where ENCRYPTION_KEYS is set"
+    other = clone_settings.model_copy(update={"encryption_keys": SecretStr(OTHER_KEY)})
+    result = await found(other, "Tiger ids")
+    assert (result.status, result.seen) == (
+        "warning", "1 were not checked, because they cannot be decrypted"
+    )  # fmt: skip
+
+
 @pytest.fixture
 async def guest(clone_settings: Settings) -> AsyncIterator[Settings]:
     """Settings of a role that may read only the version of the schema."""
@@ -239,7 +326,7 @@ async def test_missing_privileges_are_reported(clone: Database, guest: Settings)
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
         results = {result.check: result for result in await doctor.run(guest)}
-    assert len(results) == 11
+    assert len(results) == 13
     assert {f.status for f in results.values()} == {"ok", "warning"}, results
     for check in ("unsealed events", "refreshes", "tokens", "API keys", "encryption keys"):
         assert results[check].status == "warning"

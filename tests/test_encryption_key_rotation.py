@@ -13,11 +13,19 @@ import pytest
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.encryption_keys import K1, K2, ONLY_K2, SECRETS, values_of
+from tests.support.encryption_keys import (
+    K1,
+    K2,
+    ONLY_K2,
+    SECRETS,
+    store_old_tiger_id,
+    values_of,
+)
 from tests.support.factories import plain
 from tests.support.recording import recorded
 from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, encryption_key_rotation
 from tiger_db.crud import accounts
+from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyProvider, KeyRing
 from tiger_db.encryption_key_rotation import (
     DAMAGED,
@@ -208,6 +216,50 @@ async def test_without_keys_there_is_nothing_to_rotate_to(clone_settings: Settin
             await encryption_key_rotation.rotate(database)
 
 
+async def with_tiger_id(session: AsyncSession, tiger_id: str) -> list[UUID]:
+    return [account.id for account in await accounts.list_by_tiger_id(session, tiger_id)]
+
+
+@pytest.mark.slow
+async def test_old_tiger_ids_are_normalized(using: Using) -> None:
+    old_ids = " 2015\N{ZERO WIDTH SPACE}0001", "\N{FULLWIDTH DIGIT TWO}2015", "2015 0001"
+    async with using(K1) as old:
+        outdated, invalid = await store(old, 2, tiger_id="20150001")
+        async with old.session() as session:
+            await store_old_tiger_id(session, outdated, old_ids[1])
+    async with using(K2) as both:
+        current, fine = await store(both, 2, tiger_id="20150001")
+        async with both.session() as session:
+            await store_old_tiger_id(session, current, old_ids[0])
+            await store_old_tiger_id(session, invalid, old_ids[2])
+            assert await with_tiger_id(session, "20150001") == [fine.id]
+            assert await with_tiger_id(session, "22015") == []
+            for tiger_id, account in zip(old_ids, (current, outdated, invalid), strict=True):
+                assert account.id in await with_tiger_id(session, tiger_id)
+        report = await encryption_key_rotation.rotate(both, dry_run=True)
+        assert (report.rotated, report.stuck) == (3, 0)
+        report = await encryption_key_rotation.rotate(both)
+        assert (report.rotated, report.stuck) == (3, 0)
+        assert (await encryption_key_rotation.rotate(both)).rotated == 0
+        async with both.session() as session:
+            assert await with_tiger_id(session, "20150001") == [current.id, fine.id]
+            assert await with_tiger_id(session, "22015") == [outdated.id]
+            assert await with_tiger_id(session, "2015 0001") == [invalid.id]
+            (event,) = (
+                await crud.audit_logs.search(
+                    session, actions=[AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE]
+                )
+            ).items
+        assert event.details is not None
+        assert event.details["normalized"] == sorted([str(outdated.id), str(current.id)])
+    async with using(ONLY_K2) as new:
+        texts = [plain(account.tiger_id) for account in await read(new)]
+        assert texts == ["22015", "2015 0001", "20150001", "20150001"]
+        assert [values_of(account)["private_key"] for account in await read(new)] == [
+            SECRETS["private_key"]
+        ] * 4
+
+
 # Beside others who write
 
 
@@ -216,8 +268,11 @@ async def test_a_concurrent_change_wins(using: Using) -> None:
         (account,) = await store(old)
         (mapper,) = encrypted_entities()
         async with both.session() as session:
-            (row,) = await encryption_key_rotation._outdated_rows(session, mapper, UUID(int=0), 10)
+            (row,) = await encryption_key_rotation._outdated_rows(
+                session, mapper, [], UUID(int=0), 10
+            )
             change = encryption_key_rotation._reencrypt(K2, mapper, row)
+            assert change is not None
         async with old.session() as session:
             await accounts.update(session, account.id, refresh_token="newer")
         async with both.session() as session:
@@ -257,6 +312,19 @@ async def test_a_locked_row_delays_no_other_row(using: Using) -> None:
         first, *others = await read(both)
         assert values_of(first) == SECRETS | {"access_token": "changed meanwhile"}
         assert [values_of(account) for account in others] == [SECRETS] * 3
+
+
+@pytest.mark.slow
+async def test_a_locked_row_is_normalized_after_the_others(using: Using) -> None:
+    async with using(K1) as database, using(K1) as rotating:
+        busy, free = await store(database, 2)
+        async with database.session() as session:
+            for account in (busy, free):
+                await store_old_tiger_id(session, account, " 2015")
+        async with asyncio.TaskGroup() as group, locked(database, busy):
+            task = group.create_task(encryption_key_rotation.rotate(rotating))
+        assert (task.result().rotated, task.result().stuck) == (2, 0)
+        assert [plain(account.tiger_id) for account in await read(database)] == ["2015"] * 2
 
 
 RINGS = [

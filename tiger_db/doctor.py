@@ -2,30 +2,36 @@
 
 Every check runs in a transaction of its own with short timeouts. If a check raises
 an error, its result is a warning, and the other checks still run. Tables that grow are read through
-indexes only. The small tables `tiger_accounts` and `api_keys` may be scanned once.
+indexes only. Some checks scan the small tables `tiger_accounts` and `api_keys`.
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sqlalchemy import Executable, Float, Row, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import class_mapper
 from sqlmodel import col
 
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyRing
-from tiger_db.encryption_key_rotation import list_encryption_key_usage
+from tiger_db.encryption_key_rotation import (
+    find_unnormalized_secrets,
+    list_encryption_key_usage,
+)
 from tiger_db.errors import Conflict, QueryTimeout, SchemaMismatch, TigerDBError
 from tiger_db.keys_in_force import required_key_ring
 from tiger_db.migrations import SEARCH_PATH, SearchPath, schema_state
 from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import TigerAccount
-from tiger_db.models.accounts import due_tokens
+from tiger_db.models.accounts import ACCOUNT_NUMBER, due_tokens, normalize_account_number
 from tiger_db.settings import Settings, quote_identifier
 
 Status: TypeAlias = Literal["ok", "warning", "problem"]
@@ -95,6 +101,14 @@ def _checks(settings: Settings) -> dict[str, Check]:
             return Outcome("problem", str(error), "set ENCRYPTION_KEYS to its earlier value")
         return await _check_encryption_keys(connection, ring)
 
+    async def check_tiger_ids(connection: AsyncConnection) -> Outcome:
+        try:
+            ring = await asyncio.to_thread(required_key_ring, settings)
+        except TigerDBError as error:
+            advice = "they are encrypted: run it where ENCRYPTION_KEYS is set"
+            return Outcome("warning", f"not checked: {error}", advice)
+        return await _check_tiger_ids(connection, ring)
+
     return {
         "invalid indexes": _check_indexes,
         "schema": _check_schema,
@@ -105,7 +119,9 @@ def _checks(settings: Settings) -> dict[str, Check]:
         "tokens": _check_tokens,
         "API keys": _check_api_keys,
         "API key hashes": check_hashes,
+        "account numbers": _check_account_numbers,
         "encryption keys": check_encryption_keys,
+        "Tiger ids": check_tiger_ids,
     }
 
 
@@ -391,6 +407,60 @@ async def _check_hashes(connection: AsyncConnection, settings: Settings) -> Outc
         )
     advice += ", or set API_KEYS_ALLOW_UNPEPPERED_UNTIL to a date"
     return Outcome("problem", f"{seen}; these keys are refused", advice)
+
+
+_ACCOUNT_NUMBERS = f"""
+SELECT id::text, account_number, status <> 'closed' AS open,
+    account_number ~ '^({ACCOUNT_NUMBER})$' AS normal
+FROM tiger_accounts ORDER BY tiger_accounts.id
+"""  # noqa: S608  # a constant
+_EXEMPTING = """
+SELECT format('ALTER TABLE tiger_accounts DROP CONSTRAINT %1$I, ADD CONSTRAINT %1$I', conname)
+FROM pg_constraint WHERE conrelid = 'tiger_accounts'::regclass AND NOT convalidated
+    AND conname = 'ck_tiger_accounts_account_number_form'
+"""
+
+
+async def _check_account_numbers(connection: AsyncConnection) -> Outcome:
+    """Find the accounts whose numbers an older release has stored without normalization."""
+    rows = await _fetch_all(connection, _ACCOUNT_NUMBERS)
+    ids_of = defaultdict[str, list[str]](list)
+    for row in rows:
+        if row.open:
+            with suppress(ValueError):
+                ids_of[normalize_account_number(row.account_number)].append(row.id)
+    if same := [" and ".join(ids) for ids in ids_of.values() if len(ids) > 1]:
+        seen = _join_first([f"{ids} are the same account at Tiger" for ids in same])
+        advice = "close all but one: a refresh of one ends the access tokens of the others"
+        return Outcome("problem", seen, advice)
+    if old := [row.id for row in rows if row.open and not row.normal]:
+        seen = f"these accounts have no number of Tiger's in its normal form: {_join_first(old)}"
+        advice = "set their numbers with `crud.accounts.update`, or close them"
+        return Outcome("warning", seen, advice)
+    exempting = await _fetch_all(connection, _EXEMPTING)
+    if exempting and all(row.normal for row in rows):
+        return Outcome(
+            "warning",
+            "all are normalized, but the constraint exempts some accounts",
+            f"run {exempting[0][0]} CHECK (account_number ~ '^({ACCOUNT_NUMBER})$')",
+        )
+    return Outcome("ok", "all are normalized")
+
+
+async def _check_tiger_ids(connection: AsyncConnection, ring: KeyRing) -> Outcome:
+    """Find the accounts whose Tiger ids an older release has stored without normalization."""
+    async with AsyncSession(connection) as session:
+        found = await find_unnormalized_secrets(session, class_mapper(TigerAccount), ring)
+    if found.normalizable:
+        seen = f"not normalized: those of {_join_first([*map(str, found.normalizable)])}"
+        return Outcome("warning", seen, "run `tiger-db rotate-encryption-key`")
+    if found.invalid:
+        seen = f"not printable ASCII: those of {_join_first([*map(str, found.invalid)])}"
+        return Outcome("warning", seen, "set them with `crud.accounts.update`")
+    if found.unreadable:
+        seen = f"{found.unreadable:,} were not checked, because they cannot be decrypted"
+        return Outcome("warning", seen, "put the missing encryption keys back")
+    return Outcome("ok", "all are normalized")
 
 
 async def _check_encryption_keys(connection: AsyncConnection, ring: KeyRing) -> Outcome:

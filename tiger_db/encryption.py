@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Protocol, Self
 
@@ -293,15 +293,19 @@ class EncryptedSecret(Secret):
 class EncryptedType(TypeDecorator[SecretStr]):
     """A `bytea` column of ciphertexts. Plain texts raise EncryptionError.
 
-    `fingerprint` is the name of the column with the blind index of the secret.
+    `fingerprint` is the name of the column with the blind index of the secret. `normalize` converts
+    a secret to the only form in which it is stored, or raises ValueError.
     """
 
     impl = LargeBinary
     cache_ok = True
 
-    def __init__(self, fingerprint: str | None = None) -> None:
+    def __init__(
+        self, fingerprint: str | None = None, normalize: Callable[[str], str] | None = None
+    ) -> None:
         super().__init__()
         self.fingerprint = fingerprint
+        self.normalize = normalize
 
     def process_bind_param(
         self,

@@ -7,16 +7,18 @@ encryption key: if a rotation is killed, the next rotation finds the remaining r
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
     LargeBinary,
     Row,
     Table,
+    any_,
     case,
     func,
     literal,
@@ -64,6 +66,15 @@ class EncryptionKeyUsage:
 
 
 @dataclass(slots=True)
+class UnnormalizedSecrets:
+    """Rows with a secret that an older release has stored and that is not normalized."""
+
+    normalizable: list[UUID] = field(default_factory=list)
+    invalid: list[UUID] = field(default_factory=list)  # no normal form exists
+    unreadable: int = 0  # rows that cannot be decrypted
+
+
+@dataclass(slots=True)
 class RotationReport:
     """Result of `rotate`."""
 
@@ -82,6 +93,8 @@ async def rotate(
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> RotationReport:
     """Re-encrypt all secrets with the first encryption key, and recompute their fingerprints.
+
+    Secrets that an older release has stored without normalization are normalized.
 
     Other transactions can read and write the rows at the same time. Each batch of rows has its own
     transaction, with an audit event. After each batch, `advance` is called with the number of
@@ -103,9 +116,12 @@ async def rotate(
         for mapper in encrypted_entities():
             await _check_first_key(session, mapper)
     for mapper in encrypted_entities():
+        async with database.session() as session:
+            provider = _required_provider(session)
+            found = await find_unnormalized_secrets(session, mapper, provider)
         wait = False
         while True:
-            sweep = _Sweep(database, mapper, wait=wait)
+            sweep = _Sweep(database, mapper, {*found.normalizable}, wait=wait)
             await sweep.run(advance, dry_run=dry_run)
             report.rotated += sweep.rotated
             if not sweep.skipped:
@@ -135,6 +151,33 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
             EncryptionKeyUsage(table.name, key_id, counts[key_id]) for key_id in sorted(counts)
         ]
     return usage
+
+
+async def find_unnormalized_secrets(
+    session: AsyncSession, mapper: Mapper[Any], provider: KeyProvider
+) -> UnnormalizedSecrets:
+    """Decrypt the secrets of a table that have a normal form, and compare them with it."""
+    found, table = UnnormalizedSecrets(), _table_of(mapper)
+    for name, type_ in encrypted_columns(mapper):
+        if type_.normalize is None:
+            continue
+        secret = type_coerce(table.c[name], LargeBinary)
+        page = select(table.c.id, secret).where(secret.is_not(None)).order_by(table.c.id)
+        after = UUID(int=0)
+        while rows := (
+            await session.execute(page.where(table.c.id > after).limit(BATCH_ROWS))
+        ).all():
+            for row_id, ciphertext in rows:
+                try:
+                    plain = decrypt(provider, ciphertext, aad_of(mapper, name, row_id))
+                    if type_.normalize(plain) != plain:
+                        found.normalizable.append(row_id)
+                except EncryptionError:
+                    found.unreadable += 1
+                except ValueError:
+                    found.invalid.append(row_id)
+            after = rows[-1].id
+    return found
 
 
 def encrypted_entities() -> list[Mapper[Any]]:
@@ -173,6 +216,7 @@ class _Sweep:
 
     database: Database
     mapper: Mapper[Any]
+    unnormalized: Collection[UUID]  # ids of the rows to normalize
     wait: bool
     rotated: int = 0
     skipped: int = 0  # rows that were locked or changed concurrently
@@ -202,10 +246,12 @@ class _Sweep:
         changes = []
         async with self.database.session() as session:
             limit = 1 if self.wait else BATCH_ROWS
-            rows = await _outdated_rows(session, self.mapper, after, limit)
+            rows = await _outdated_rows(session, self.mapper, self.unnormalized, after, limit)
             for row in rows:
                 try:
-                    changes.append(_reencrypt(_required_provider(session), self.mapper, row))
+                    provider, normalize = _required_provider(session), row.id in self.unnormalized
+                    if change := _reencrypt(provider, self.mapper, row, normalize=normalize):
+                        changes.append(change)
                 except EncryptionError:
                     self.stuck += 1
                     if len(self.problems) < _REPORTED_PROBLEMS:
@@ -218,7 +264,9 @@ class _Sweep:
             return
         try:
             async with self.database.session() as session:
-                written = await _write(session, self.mapper, changes, wait=self.wait)
+                written = await _write(
+                    session, self.mapper, changes, self.unnormalized, wait=self.wait
+                )
         except (Conflict, QueryTimeout):
             if half := len(changes) // 2:
                 await self._store(changes[:half])
@@ -237,21 +285,35 @@ class _Sweep:
 
 
 async def _outdated_rows(
-    session: AsyncSession, mapper: Mapper[Any], after: UUID, limit: int
+    session: AsyncSession,
+    mapper: Mapper[Any],
+    unnormalized: Collection[UUID],
+    after: UUID,
+    limit: int,
 ) -> Sequence[Row[Any]]:
     table = _table_of(mapper)
     secrets = [type_coerce(table.c[name], LargeBinary) for name in _secret_names(mapper)]
     rows = await session.execute(
         select(table.c.id, *secrets)
-        .where(table.c.id > after, _is_outdated(session, mapper))
+        .where(
+            table.c.id > after,
+            or_(
+                _is_outdated(session, mapper),
+                table.c.id == any_(literal([*unnormalized], ARRAY(table.c.id.type))),
+            ),
+        )
         .order_by(table.c.id)
         .limit(limit)
     )
     return rows.all()
 
 
-def _reencrypt(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dict[str, object]:
+def _reencrypt(
+    provider: KeyProvider, mapper: Mapper[Any], row: Row[Any], *, normalize: bool = False
+) -> dict[str, object] | None:
     """Return the old and the new ciphertexts of a row, as SQL parameters for `_write`.
+
+    Return None if nothing is to be changed: another session may have normalized the secrets.
 
     Raises:
         EncryptionError: A secret of the row cannot be decrypted.
@@ -264,14 +326,28 @@ def _reencrypt(provider: KeyProvider, mapper: Mapper[Any], row: Row[Any]) -> dic
         change[f"old_{name}"] = change[f"new_{name}"] = ciphertext
         if type_.fingerprint:
             change[type_.fingerprint] = None
-        if ciphertext is None or ciphertext.startswith(current):
+        normal_form = type_.normalize if normalize else None
+        if ciphertext is None or (ciphertext.startswith(current) and normal_form is None):
             continue
         aad = aad_of(mapper, name, row_id)
         plain = decrypt(provider, ciphertext, aad)
-        change[f"new_{name}"] = encrypt(provider, plain, aad)
+        normal = plain if normal_form is None else _normalized(plain, normal_form)
+        if normal == plain and ciphertext.startswith(current):
+            continue
+        change[f"new_{name}"] = encrypt(provider, normal, aad)
         if type_.fingerprint:
-            change[type_.fingerprint] = fingerprint(provider, first, plain, aad.split(":")[0])
-    return change
+            change[type_.fingerprint] = fingerprint(provider, first, normal, aad.split(":")[0])
+    names = _secret_names(mapper)
+    changed = any(change[f"new_{name}"] is not change[f"old_{name}"] for name in names)
+    return change if changed else None
+
+
+def _normalized(text: str, normalize: Callable[[str], str]) -> str:
+    """Return the normal form of a secret, or the text itself if there is none."""
+    try:
+        return normalize(text)
+    except ValueError:
+        return text
 
 
 async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: UUID) -> str:
@@ -286,11 +362,18 @@ async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: 
 
 
 async def _write(
-    session: AsyncSession, mapper: Mapper[Any], changes: Sequence[dict[str, object]], *, wait: bool
+    session: AsyncSession,
+    mapper: Mapper[Any],
+    changes: Sequence[dict[str, object]],
+    unnormalized: Collection[UUID] = (),
+    *,
+    wait: bool,
 ) -> int:
     """Store the new ciphertexts of a batch, with an audit event. Return the number of stored rows.
 
     A row is not stored if its ciphertexts differ from the old ciphertexts in `changes`.
+
+    The event names the rows that were normalized.
 
     Raises:
         Conflict, QueryTimeout: Another transaction holds the lock of a row.
@@ -315,12 +398,14 @@ async def _write(
     )
     ids = sorted(written)
     if ids:
+        normalized = [str(row_id) for row_id in ids if row_id in unnormalized]
         await audit_logs.log_event(
             session,
             action=AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE,
             resource_type="encryption_key",
             resource_id=_required_provider(session).key_ids[0],
-            details={"table": table, "rows": len(ids), "from": str(ids[0]), "to": str(ids[-1])},
+            details={"table": table, "rows": len(ids), "from": str(ids[0]), "to": str(ids[-1])}
+            | ({"normalized": normalized} if normalized else {}),
         )
     return len(ids)
 

@@ -10,6 +10,7 @@ import pytest
 from tests.support.cli_accounts import NUMBER, PAPER, REQUIRED, create, stored
 from tests.support.command_line import CommandLine, Result
 from tests.support.factories import plain
+from tests.support.private_keys import SHORT_BITS, short_pem
 from tiger_db import Database, PrivateKeyFormat, Settings, TigerAccount, crud
 from tiger_db.tiger import parse_private_key
 
@@ -93,16 +94,20 @@ def test_production_refuses_a_key_that_is_not_rsa(cli: CommandLine, key_file: st
 
 
 def test_a_secret_is_read_from_standard_input(cli: CommandLine, pem: str) -> None:
-    for number, option in (("1", "--private-key"), ("2", "--private-key-file")):
+    for number, option in (("U1", "--private-key"), ("U2", "--private-key-file")):
         result = create(cli, number, option, "-", stdin=pem)
         assert "warning" not in result.err
         assert plain(stored(cli, number).private_key) == parse_private_key(pem)[0]
 
 
 def test_a_secret_on_the_command_line_causes_a_warning(cli: CommandLine, key_file: str) -> None:
-    for option in ("--private-key", "--secret-key", "--access-token"):
+    for number, option in (
+        ("U1", "--private-key"),
+        ("U2", "--secret-key"),
+        ("U3", "--access-token"),
+    ):
         private = () if option == "--private-key" else ("--private-key-file", key_file)
-        result = create(cli, option[2:], *private, option, "hunter2")
+        result = create(cli, number, *private, option, "hunter2")
         assert f"{option}-file" in result.err
         assert "other users of this machine can see" in result.err
         assert "hunter2" not in result.out + result.err
@@ -187,6 +192,47 @@ def test_an_error_names_the_option_of_a_malformed_value(
     assert option in cli.misused(*options, option, value)
 
 
+@pytest.mark.slow
+def test_an_account_is_found_by_each_spelling_of_its_number(cli: CommandLine) -> None:
+    made = create(cli, " u12300123\N{NO-BREAK SPACE}", "--json").json
+    assert made["account_number"] == "U12300123"
+    spelling = "\N{ZERO WIDTH SPACE}u123\N{FULLWIDTH DIGIT ZERO}0123 "
+    new_key = ("create-api-key", "--name", "assistant", "--scopes", "mcp:read")
+    key = cli.ok(*new_key, "--account", spelling, "--json").json
+    assert key["tiger_account_id"] == made["id"]
+    for command in ("list-api-keys", "list-events"):
+        listed = cli.ok(command, "--account", spelling, "--json").json["items"]
+        assert {row["tiger_account_id"] for row in listed} == {made["id"]}
+    assert cli.ok("list-refreshes", "--account", spelling, "--json").json["items"] == []
+    assert made["id"] in cli.ok("export-events", "--account", spelling).out
+    verified = cli.ok("verify-api-key", "--account", spelling, "-", "--json", stdin=key["key"])
+    assert verified.json["id"] == key["id"]
+    assert "no account" not in cli.fails("refresh-token", spelling)
+    for arguments in (
+        ("show-account", spelling),
+        ("set-default-account", spelling, "--data"),
+        ("set-account-status", spelling, "inactive"),
+        ("reset-account-errors", spelling),
+        ("close-account", spelling, "--yes"),
+        ("reopen-account", spelling, "--private-key", "test_key"),
+    ):
+        assert cli.ok(*arguments, "--json").json["id"] == made["id"]
+    options = ("create-account", *REQUIRED, "--private-key", "test_key")
+    result = cli(*options, "--account-number", spelling)
+    assert (result.code, "already exists" in result.err) == (1, True)
+
+
+def test_a_short_rsa_key_is_refused(cli: CommandLine) -> None:
+    short = short_pem()
+    options = ("create-account", *REQUIRED, "--account-number", NUMBER, "--private-key-file", "-")
+    reason = cli.fails(*options, stdin=short)
+    assert reason == f"error: --private-key: must have 1024 bits or more, but has {SHORT_BITS}\n"
+    create(cli)
+    cli.ok("close-account", NUMBER, "--yes")
+    again = ("reopen-account", NUMBER, "--private-key-file", "-")
+    assert "1024 bits" in cli.fails(*again, stdin=short)
+
+
 def test_an_account_number_can_be_used_only_once(cli: CommandLine) -> None:
     create(cli)
     options = ("create-account", *REQUIRED, "--account-number", NUMBER)
@@ -196,13 +242,13 @@ def test_an_account_number_can_be_used_only_once(cli: CommandLine) -> None:
 
 
 def test_a_new_default_replaces_the_old_one(cli: CommandLine) -> None:
-    create(cli, "1", "--default-trading", "--default-data")
-    create(cli, "2", "--default-trading")
+    create(cli, "U1", "--default-trading", "--default-data")
+    create(cli, "U2", "--default-trading")
     flags = [
         (account["account_number"], account["is_default_trading"], account["is_default_data"])
         for account in cli.ok("list-accounts", "--json").json["items"]
     ]
-    assert flags == [("2", True, False), ("1", False, True)]
+    assert flags == [("U2", True, False), ("U1", False, True)]
 
 
 def test_accounts_are_listed_in_pages(cli: CommandLine) -> None:
@@ -257,16 +303,16 @@ def test_an_account_is_shown_by_number_and_by_id(cli: CommandLine) -> None:
 
 
 def test_an_account_is_made_the_default(cli: CommandLine) -> None:
-    create(cli, "1", "--default-trading", "--default-data")
-    create(cli, "2")
-    result = cli.ok("set-default-account", "2", "--trading", "--data", "--json")
+    create(cli, "U1", "--default-trading", "--default-data")
+    create(cli, "U2")
+    result = cli.ok("set-default-account", "U2", "--trading", "--data", "--json")
     assert result.json["is_default_trading"]
     assert result.json["is_default_data"]
     assert "default for trading and data" in result.err
-    assert not stored(cli, "1").is_default_trading
-    assert "--trading" in cli.misused("set-default-account", "1")
-    cli.ok("close-account", "1", "--yes")
-    assert "closed" in cli.fails("set-default-account", "1", "--data")
+    assert not stored(cli, "U1").is_default_trading
+    assert "--trading" in cli.misused("set-default-account", "U1")
+    cli.ok("close-account", "U1", "--yes")
+    assert "closed" in cli.fails("set-default-account", "U1", "--data")
 
 
 def test_an_account_is_closed(cli: CommandLine) -> None:

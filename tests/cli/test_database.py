@@ -76,7 +76,7 @@ def test_init_creates_what_is_missing(
     assert first.out == ""
     assert "created the database" in first.err
     assert "migrated the schema from nothing to" in first.err
-    bare.ok("create-account", "--account-name", "x", "--account-number", "1",
+    bare.ok("create-account", "--account-name", "x", "--account-number", "U1",
             "--tiger-id", "1", "--private-key", "x")  # fmt: skip
     again = bare.ok("init")
     assert "created" not in again.err
@@ -428,7 +428,7 @@ def test_the_embedded_server_is_created_started_and_stopped(bare: CommandLine, h
     assert f"the encryption key is in {home}" in again
     assert (home / "encryption_keys").read_text() == key
 
-    bare.ok("create-account", "--account-name", "x", "--account-number", "1",
+    bare.ok("create-account", "--account-name", "x", "--account-number", "U1",
             "--tiger-id", "1", "--private-key", "x")  # fmt: skip
     report = bare.ok("health-check", "--json").json
     assert report["embedded_folder"] == str(home)

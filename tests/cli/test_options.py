@@ -55,7 +55,7 @@ def test_a_secret_is_read_from_the_terminal_without_echo(
     cli: CommandLine, terminal: Terminal, pem: str
 ) -> None:
     bare_key, _ = parse_private_key(pem)
-    for number, typed in (("1", "hunter2\n"), ("2", bare_key + "\n"), ("3", pem)):
+    for number, typed in (("U1", "hunter2\n"), ("U2", bare_key + "\n"), ("U3", pem)):
         command = ("create-account", *REQUIRED, "--account-number", number, "--json")
         with terminal.program(cli, *command) as program:
             terminal.wait_for("private key (hidden): ")
@@ -64,7 +64,7 @@ def test_a_secret_is_read_from_the_terminal_without_echo(
             assert terminal.end(program) == 0, terminal.seen
         assert terminal.echoes
         kept = plain(stored(cli, number).private_key)
-        assert kept == ("hunter2" if number == "1" else bare_key)
+        assert kept == ("hunter2" if number == "U1" else bare_key)
         os.set_blocking(terminal.screen, True)
         assert not any(line in terminal.seen for line in typed.split())
         terminal.seen = ""

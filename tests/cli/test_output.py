@@ -195,8 +195,8 @@ def test_tables_fit_the_width_of_the_terminal(cli: CommandLine, terminal: Termin
 
 def test_stored_text_cannot_control_the_terminal(cli: CommandLine) -> None:
     name = "[bold]:smile: \x1b[31m\u202eevil\r\n"
-    create(cli, "1", "--account-name", name)
-    for command in (("list-accounts",), ("show-account", "1")):
+    create(cli, "U1", "--account-name", name)
+    for command in (("list-accounts",), ("show-account", "U1")):
         shown = cli.ok(*command).out
         assert "[bold]:smile: \\x1b[31m\\u202eevil\\r\\n" in shown
-    assert cli.ok("show-account", "1", "--json").json["account_name"] == name
+    assert cli.ok("show-account", "U1", "--json").json["account_name"] == name

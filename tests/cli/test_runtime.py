@@ -48,7 +48,7 @@ def test_statements_are_logged_to_stderr(cli: CommandLine) -> None:
     assert "FROM tiger_accounts" in done.err
     assert NUMBER not in done.err
     done = cli.process(
-        "create-account", *REQUIRED, "--account-number", "1", "--private-key", "-",
+        "create-account", *REQUIRED, "--account-number", "U1", "--private-key", "-",
         stdin="hunter2", DB_DEBUG="1",
     )  # fmt: skip
     assert "INSERT INTO tiger_accounts" in done.err

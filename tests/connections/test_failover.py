@@ -43,7 +43,7 @@ async def test_writes_resume_after_a_failover_and_no_acknowledged_one_is_lost(
         number = 0
         while not done.is_set():
             number += 1
-            name = f"{writer}-{number}"
+            name = f"U{writer}{number:09}"
             try:
                 async with database.session() as session:
                     await factories.account(session, account_number=name)

@@ -72,17 +72,18 @@ async def work(database, task):
             print("going", flush=True)
 
 async def once(database, me):
+    number = "U" + str(int.from_bytes(me.encode()))
     soon = datetime.now(UTC) + timedelta(minutes=5)
     async with database.session() as session:
         account = await crud.accounts.create(session, TigerAccount(
-            account_name=me, account_number=me, tiger_id=me, private_key="key of " + me,
+            account_name=me, account_number=number, tiger_id=me, private_key="key of " + me,
             access_token="token of " + me, token_expires_at=soon, tags={"of": me}))
         key, raw = await crud.api_keys.create_api_key(
             session, name=me, scopes=[APIKeyScope.TRADE_READ], tiger_account_id=account.id,
             allowed_ips=["10.0.0.0/8"], rate_limit_per_hour=100)
     found["transactions"] += 1
     async with database.session() as session:
-        read = await crud.accounts.get_by_account_number(session, me)
+        read = await crud.accounts.get_by_account_number(session, number)
         same("account", (read.id, account.id), (read.account_name, me), (read.tags, {"of": me}),
              (read.private_key.get_secret_value(), "key of " + me))
         await crud.accounts.update(session, read.id, description="about " + me)

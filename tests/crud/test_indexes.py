@@ -21,7 +21,7 @@ from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidAPIKey
 
-# Row n has the account number n, and 0…0n in its ids.
+# Row n has the account number Un, and 0…0n in its ids.
 ROWS = """
 CREATE FUNCTION id(n bigint) RETURNS uuid LANGUAGE sql AS
     $$ SELECT ('0190a000-0000-7000-8000-' || lpad(n::text, 12, '0'))::uuid $$;
@@ -30,9 +30,9 @@ INSERT INTO tiger_accounts (id, account_name, account_number, account_type, stat
     tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
     token_expires_at, token_refresh_at, is_default_trading, is_default_data, market_permissions,
     quote_permissions, error_count, tags)
-SELECT id(n), 'Main', n, 'standard', 'active', '', sha256(n::text::bytea), '', 'unknown', 'PROD',
-    '', now() + make_interval(mins => n::int), now() + make_interval(mins => n::int - 60), n = 1,
-    n = 2, '{}', '[]', 0, '{}'
+SELECT id(n), 'Main', 'U' || n, 'standard', 'active', '', sha256(n::text::bytea), '', 'unknown',
+    'PROD', '', now() + make_interval(mins => n::int), now() + make_interval(mins => n::int - 60),
+    n = 1, n = 2, '{}', '[]', 0, '{}'
 FROM generate_series(1, 20000) n;
 
 INSERT INTO api_keys (id, name, key_prefix, key_hash, status, scopes, tiger_account_id,

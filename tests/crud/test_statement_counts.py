@@ -17,7 +17,7 @@ SINCE = datetime(2026, 1, 1, tzinfo=UTC)
 Read = Callable[[AsyncSession], Awaitable[object]]
 LOOKUPS: dict[str, Read] = {
     "accounts.get": lambda s: accounts.get(s, ACCOUNT),
-    "get_by_account_number": lambda s: accounts.get_by_account_number(s, "1"),
+    "get_by_account_number": lambda s: accounts.get_by_account_number(s, "U1"),
     "list_by_tiger_id": lambda s: accounts.list_by_tiger_id(s, "1"),
     "get_default_trading_account": accounts.get_default_trading_account,
     "get_default_data_account": accounts.get_default_data_account,
@@ -34,7 +34,7 @@ LOOKUPS: dict[str, Read] = {
 async def seeded(session: AsyncSession) -> AsyncSession:
     """A session with one account, three API keys and three cancelled refreshes."""
     await factories.account_with_token(
-        session, id=ACCOUNT, account_number="1", tiger_id="1", is_default_trading=True
+        session, id=ACCOUNT, account_number="U1", tiger_id="1", is_default_trading=True
     )
     for _ in range(3):
         await one_row_for("get_keys_for_account", session)
@@ -73,7 +73,7 @@ async def test_each_loaded_relationship_sends_one_more_statement(
 ) -> None:
     with recorded(database) as sent:
         account = await accounts.get(seeded, ACCOUNT, load=load)
-        same = await accounts.get_by_account_number(seeded, "1", load=load)
+        same = await accounts.get_by_account_number(seeded, "U1", load=load)
         assert account is same is not None
         for name in load:
             assert getattr(account, name)

@@ -26,7 +26,7 @@ NICKNAME = "nickname: Text | None = Field(default=None, max_length=7)"
 # A file of models, a text in it, and the replacement.
 CHANGES = [
     ("accounts.py", '    PAPER = "paper"', '    PAPER = "paper"\n    MARGIN = "margin"'),
-    ("accounts.py", "    account_number: Text", f"    {NICKNAME}\n    account_number: Text"),
+    ("accounts.py", "    account_name: Text", f"    {NICKNAME}\n    account_name: Text"),
     (
         "accounts.py",
         "error_count: Int64 = Field(",

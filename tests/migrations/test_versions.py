@@ -1,6 +1,7 @@
 import asyncio
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.support import factories
@@ -17,8 +19,9 @@ from tests.support.recording import recorded
 from tiger_db import AccountStatus, Database, Settings, crud
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import AsyncSession
-from tiger_db.errors import MigrationError, SchemaMismatch
-from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, upgrade
+from tiger_db.errors import AlreadyExists, MigrationError, SchemaMismatch
+from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, history, upgrade
+from tiger_db.models.accounts import normalize_account_number
 
 EVERYTHING = """
 SELECT 'relation', relname::text, relkind::text FROM pg_class
@@ -369,6 +372,117 @@ async def test_0008_adds_a_lease_to_refreshes_that_cannot_be_claimed(
             assert await connection.scalar(
                 text(f"SELECT convalidated FROM pg_constraint WHERE conname = '{LEASED}'")
             )
+
+
+# 0011
+
+FORM_CONSTRAINT = "ck_tiger_accounts_account_number_form"
+
+
+@pytest.mark.slow
+async def test_0011_normalizes_numbers_as_the_model_does(clone: Database) -> None:
+    (module,) = (script.module for script in history() if script.revision == "0011")
+    points = [*range(1, 0xD800), *range(0xE000, 0x1CCD6), *range(0x1CCFA, 0x20000)]
+    points += range(0xE0000, 0xE1000)  # without U+1CCD6 to U+1CCF9, which Unicode 16 added
+    texts = [
+        text for n in points for text in (f"u1{chr(n)}2345", f"{chr(n)}12345", f"12345{chr(n)}")
+    ]
+    normal = {}
+    for number in texts:
+        with suppress(ValueError):
+            normal[number] = normalize_account_number(number)
+    assert len(normal) > 3000
+    statement = text(
+        f"SELECT account_number, normal FROM (SELECT account_number, {module.NORMAL} AS normal"
+        " FROM unnest(CAST(:texts AS text[])) AS t (account_number)) AS n WHERE normal ~ :form"
+    )
+    async with clone.session() as session:
+        found = await session.execute(statement, {"texts": texts, "form": module.FORM})
+        assert dict(map(tuple, found)) == normal
+
+
+async def numbered(database: Database, *numbers: str) -> list[UUID]:
+    """Store accounts with numbers that only revision 0010 accepts."""
+    async with database.session() as session:
+        ids = [(await factories.account(session, access_token="t")).id for _ in numbers]
+    await database.close()
+    async with maintenance_engine(database.settings) as engine:
+        await downgrade(engine, "0010")
+        async with engine.begin() as connection:
+            for account_id, number in zip(ids, numbers, strict=True):
+                await connection.execute(
+                    text("UPDATE tiger_accounts SET account_number = :number WHERE id = :id"),
+                    {"number": number, "id": account_id},
+                )
+        await upgrade(engine)
+        assert await drift(engine) == []
+    return ids
+
+
+async def form_is_valid(database: Database) -> bool:
+    statement = f"SELECT convalidated FROM pg_constraint WHERE conname = '{FORM_CONSTRAINT}'"
+    async with database.session() as session:
+        return bool(await session.scalar(text(statement)))
+
+
+@pytest.mark.schema_changes
+@pytest.mark.slow
+async def test_0011_normalizes_account_numbers(clone: Database) -> None:
+    spellings = ["51230321", "u1 ", "U2\N{ZERO WIDTH SPACE}", "\N{FULLWIDTH DIGIT SEVEN}7777"]
+    ids = await numbered(clone, *spellings)
+    async with clone.session() as session:
+        for account_id, number in zip(ids, ["51230321", "U1", "U2", "77777"], strict=True):
+            account = await crud.accounts.get(session, account_id)
+            assert account is not None
+            assert account.account_number == number
+    assert await form_is_valid(clone)
+
+
+@pytest.mark.schema_changes
+@pytest.mark.slow
+async def test_0011_keeps_numbers_that_would_collide_and_their_accounts_stay_usable(
+    clone: Database,
+) -> None:
+    same = ["U1", "U1 ", "u2", "U2\N{NO-BREAK SPACE}"]
+    ids = await numbered(clone, *same, "DEMO", "u3")
+    assert not await form_is_valid(clone)
+    async with clone.session() as session:
+        stored = [await crud.accounts.get(session, account_id) for account_id in ids]
+        numbers = [account.account_number for account in stored if account is not None]
+        assert numbers == [*same, "DEMO", "U3"]
+        for account_id, number in zip(ids, numbers, strict=True):
+            found = await crud.accounts.get_by_account_number(session, number)
+            assert found is not None
+            assert found.id == (ids[0] if number == "U1 " else account_id)
+            await crud.accounts.update_tokens(session, account_id, access_token="new")
+            await crud.accounts.record_error(session, account_id, message="no answer")
+        assert await crud.accounts.get_by_account_number(session, "U2") is None
+        await crud.accounts.close(session, ids[1])
+        with pytest.raises(AlreadyExists):
+            await crud.accounts.update(session, ids[1], account_number="u1")
+        await crud.accounts.update(session, ids[2], account_number="u2")
+        with pytest.raises(DBAPIError, match=FORM_CONSTRAINT):
+            await session.execute(
+                text("UPDATE tiger_accounts SET account_number = 'u3' WHERE account_number = 'U3'")
+            )
+
+
+@pytest.mark.schema_changes
+@pytest.mark.slow
+async def test_0011_can_be_undone_and_repeated(clone: Database) -> None:
+    await numbered(clone, "U1", "u1")
+    async with maintenance_engine(clone.settings) as engine:
+        for _ in range(2):
+            await downgrade(engine, "0010")
+            await upgrade(engine)
+            assert await drift(engine) == []
+        # After an interrupted validation, the whole migration runs again.
+        async with engine.begin() as connection:
+            await connection.execute(text("UPDATE alembic_version SET version_num = '0010'"))
+            await connection.execute(text("DELETE FROM tiger_accounts WHERE account_number = 'u1'"))
+        await upgrade(engine)
+        assert await drift(engine) == []
+    assert await form_is_valid(clone)
 
 
 def undated(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -3,9 +3,19 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from pydantic import SecretStr, ValidationError
 
-from tests.support.factories import new_account
-from tiger_db import AccountStatus, AccountType, MarketPermission, TigerEnvironment
+from tests.support.factories import new_account, plain
+from tests.support.private_keys import FORMS, SHORT_BITS, der, short_pem
+from tiger_db import (
+    AccountStatus,
+    AccountType,
+    MarketPermission,
+    PrivateKeyFormat,
+    TigerEnvironment,
+)
+from tiger_db.encryption import Secret
+from tiger_db.redaction import MASK
 
 
 @pytest.mark.parametrize(
@@ -15,18 +25,109 @@ from tiger_db import AccountStatus, AccountType, MarketPermission, TigerEnvironm
         ("U1", AccountType.GLOBAL),
         ("51230321", AccountType.STANDARD),
         ("12345", AccountType.STANDARD),
+        ("5123032151", AccountType.STANDARD),
         ("20191106192858300", AccountType.PAPER),
-        ("2019110619285830", AccountType.STANDARD),  # a digit less
-        ("201911061928583000", AccountType.STANDARD),  # a digit more
-        ("u12300123", AccountType.STANDARD),
-        ("U", AccountType.STANDARD),
-        ("U12300123\n", AccountType.STANDARD),
-        ("U\N{ARABIC-INDIC DIGIT ONE}", AccountType.STANDARD),
-        ("\N{ARABIC-INDIC DIGIT TWO}" * 17, AccountType.STANDARD),
+        ("201911061928583000", AccountType.PAPER),  # 18 digits, as the SDK counts
+        ("u12300123", AccountType.GLOBAL),
+        ("U12300123\n", AccountType.GLOBAL),
     ],
 )
 def test_the_type_follows_from_the_account_number(number: str, type_: AccountType) -> None:
     assert new_account(account_number=number).account_type == type_
+
+
+SPELLINGS = [
+    "U12300123",
+    " u12300123 ",
+    "U12300123\N{NO-BREAK SPACE}",
+    "\N{IDEOGRAPHIC SPACE}u12300123\r\n",
+    "\N{ZERO WIDTH NO-BREAK SPACE}U12300123",
+    "U123\N{ZERO WIDTH SPACE}00\N{SOFT HYPHEN}123",
+    "\N{RIGHT-TO-LEFT OVERRIDE}U12300123\N{POP DIRECTIONAL FORMATTING}",
+    "\N{FULLWIDTH LATIN SMALL LETTER U}\N{FULLWIDTH DIGIT ONE}2300123\N{VARIATION SELECTOR-16}",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=ascii)
+def test_an_account_number_has_one_stored_form(spelling: str) -> None:
+    account = new_account(account_number=spelling)
+    assert (account.account_number, account.account_type) == ("U12300123", AccountType.GLOBAL)
+    other = new_account()
+    other.account_number = spelling
+    assert other.account_number == "U12300123"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "", " ", "U", "UU1", "1U", "A12300123", "DU12300123", "U1-2", "U1 2", "5123 0321",
+        "51230321\n51230321", "5123", "51230321512", "2019110619285830", "9" * 51, "U" + "9" * 50,
+        "+51230321", "51230321.0", "5123\x000321", "5123\x080321",
+        "\N{CYRILLIC CAPITAL LETTER U}12300123",
+        "U\N{ARABIC-INDIC DIGIT ONE}",
+        "\N{ARABIC-INDIC DIGIT TWO}" * 17,
+        "U\N{COMBINING DIAERESIS}12300123",
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_a_number_that_is_not_one_of_tigers_is_refused(number: str) -> None:
+    account = new_account()
+    before = account.account_number
+    with pytest.raises(ValidationError, match=r"account_number\n.*must be U and digits"):
+        new_account(account_number=number)
+    with pytest.raises(ValidationError, match="account_number"):
+        account.account_number = number
+    assert account.account_number == before
+
+
+@pytest.mark.parametrize(
+    ("spelling", "tiger_id"),
+    [
+        ("20150001", "20150001"),
+        (" 20150001\n", "20150001"),
+        ("\N{FULLWIDTH DIGIT TWO}0150001\N{ZERO WIDTH JOINER}", "20150001"),
+        (SecretStr("2015\N{WORD JOINER}0001"), "20150001"),
+        ("Case-Stays_Case", "Case-Stays_Case"),
+    ],
+)
+def test_a_tiger_id_has_one_stored_form(spelling: object, tiger_id: str) -> None:
+    assert plain(new_account(tiger_id=spelling).tiger_id) == tiger_id
+
+
+@pytest.mark.parametrize(
+    ("tiger_id", "reason"),
+    [
+        ("2015 0001", "must be printable ASCII"),
+        ("2015\N{ARABIC-INDIC DIGIT ONE}", "must be printable ASCII"),
+        ("\N{ZERO WIDTH SPACE}", "must be printable ASCII"),
+        ("2015\x000001", "must be printable ASCII"),
+        ("\ud800", "must be printable ASCII"),
+        ("", "should not be empty"),
+        (f" {MASK} ", "not its mask"),
+        (20150001, "should be a text"),
+    ],
+    ids=ascii,
+)
+def test_an_invalid_tiger_id_is_refused_and_not_shown(tiger_id: object, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason) as caught:
+        new_account(tiger_id=tiger_id)
+    assert "2015" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_rsa_key_of_less_than_1024_bits_is_refused(form: PrivateKeyFormat) -> None:
+    short = short_pem(form)
+    account = new_account(private_key=der(form))  # 1024 bits
+    with pytest.raises(ValidationError, match=f"must have 1024 bits or more, but has {SHORT_BITS}"):
+        new_account(private_key=short)
+    with pytest.raises(ValidationError, match="private_key"):
+        account.private_key = Secret(short)
+    assert plain(account.private_key) == der(form)
+
+
+@pytest.mark.parametrize("text", ["test_key", "MIIB", "-----BEGIN PRIVATE KEY-----", "\ud7ff"])
+def test_a_key_that_cannot_be_parsed_is_accepted(text: str) -> None:
+    assert plain(new_account(private_key=text).private_key) == text
 
 
 def test_a_given_type_is_kept() -> None:

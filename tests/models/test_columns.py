@@ -330,7 +330,7 @@ async def test_a_copy_of_a_row_is_independent(
     assert twin.model_dump() == account.model_dump()
     twin.tags["a"].append(2)  # type: ignore[union-attr]  # it is a list
     twin.market_permissions.append(MarketPermission.HK)
-    twin.sqlmodel_update({"id": made(TigerAccount).id, "account_number": "1"})
+    twin.sqlmodel_update({"id": made(TigerAccount).id, "account_number": "77777"})
     session.add(twin)
     await reloaded(session, account)
     assert (account.tags, account.market_permissions) == ({"a": [1]}, ["US"])

@@ -193,6 +193,12 @@ async def test_the_database_enforces_the_limit_of_a_field(
 @pytest.mark.parametrize(
     ("entity", "change", "error"),
     [
+        (TigerAccount, "account_number = 'u1'", "ck_tiger_accounts_account_number_form"),
+        (TigerAccount, "account_number = '51230321 '", "ck_tiger_accounts_account_number_form"),
+        (TigerAccount, "account_number = E'51230321\\n'", "ck_tiger_accounts_account_number_form"),
+        (TigerAccount, "account_number = '5123'", "ck_tiger_accounts_account_number_form"),
+        (TigerAccount, "account_number = '51230321512'", "ck_tiger_accounts_account_number_form"),
+        (TigerAccount, "account_number = 'A51230321'", "ck_tiger_accounts_account_number_form"),
         (TigerAccount, "tags = '[]'", "ck_tiger_accounts_tags_object"),
         (TigerAccount, "tags = 'null'", "ck_tiger_accounts_tags_object"),
         (TigerAccount, "quote_permissions = '{}'", "ck_tiger_accounts_quote_permissions_array"),
@@ -260,7 +266,7 @@ async def test_the_database_sets_the_times_for_raw_sql(
 
         other = UUID(int=row.id.int + 1)
         names = [c for c in table_of(entity).c.keys() if not c.endswith("_at")]  # noqa: SIM118
-        new = {"id": "$1", "account_number": "'other'", "key_prefix": "'other'"} | (
+        new = {"id": "$1", "account_number": "'77777'", "key_prefix": "'other'"} | (
             {"status": "'success'"} if entity is TokenStatus else {}
         )
         await raw.execute(

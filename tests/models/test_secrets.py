@@ -74,7 +74,7 @@ async def test_logs_echo_and_errors_contain_no_secret(
     settings = clone.settings.model_copy(update={"db_debug": True})
     async with Database(settings) as database:
         async with database.session() as session:
-            account = await secret_account(session, account_number="1", account_name="Nobody's")
+            account = await secret_account(session, account_number="77777", account_name="Nobody's")
             key, raw_key = await crud.api_keys.create_api_key(
                 session, name="key", scopes=[APIKeyScope.MCP_READ]
             )
@@ -88,7 +88,7 @@ async def test_logs_echo_and_errors_contain_no_secret(
                 await crud.audit_logs.log_events(session, events)
             event = await crud.audit_logs.log_event(session, action=QUERY, details=told)
         for failing in (
-            lambda s: secret_account(s, account_number="1"),  # this number exists
+            lambda s: secret_account(s, account_number="77777"),  # this number exists
             lambda s: crud.accounts.update(s, account.id, **SECRETS, account_number=""),
             lambda s: s.execute(text("UPDATE tiger_accounts SET error_count = -1")),
             lambda s: crud.audit_logs.log_events(s, [event]),  # this event exists

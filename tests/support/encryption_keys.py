@@ -3,12 +3,13 @@
 import base64
 from typing import Any
 
+from sqlalchemy import text as sql_text
+
 from tests.support import factories
 from tiger_db import TigerAccount
 from tiger_db.database import AsyncSession
-from tiger_db.encryption import (
-    KeyRing,
-)
+from tiger_db.encryption import KeyRing, encrypt, fingerprint
+from tiger_db.models.secrets import key_provider
 
 AAD = "tiger_accounts.private_key:01890a5d-ac96-774b-bcce-b302099a8057"
 RING = KeyRing({"k1": bytes(range(32))})
@@ -21,6 +22,24 @@ SECRETS = {
 
 async def secret_account(session: AsyncSession, **overrides: Any) -> TigerAccount:
     return await factories.account(session, **SECRETS | overrides)
+
+
+async def store_old_tiger_id(session: AsyncSession, account: TigerAccount, text: str) -> None:
+    """Store a Tiger id as an older release did: without normalization."""
+    provider = key_provider(session.sync_session)
+    assert provider is not None
+    values = {
+        "id": account.id,
+        "tiger_id": encrypt(provider, text, f"tiger_accounts.tiger_id:{account.id}"),
+        "mark": fingerprint(provider, provider.key_ids[0], text, "tiger_accounts.tiger_id"),
+    }
+    await session.execute(
+        sql_text(
+            "UPDATE tiger_accounts SET tiger_id = :tiger_id, tiger_id_fingerprint = :mark"
+            " WHERE id = :id"
+        ),
+        values,
+    )
 
 
 def values_of(account: TigerAccount) -> dict[str, str]:

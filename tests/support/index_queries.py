@@ -81,7 +81,7 @@ async def newest_seal(session: AsyncSession) -> None:
 SERVES: list[tuple[str, Call]] = [
     ("pk_tiger_accounts", asks(accounts.get, id_of(77))),
     ("pk_tiger_accounts", asks(accounts.list_accounts, after=cursor_of(77))),
-    ("uq_tiger_accounts_account_number", asks(accounts.get_by_account_number, "77")),
+    ("uq_tiger_accounts_account_number", asks(accounts.get_by_account_number, "U77")),
     ("ix_tiger_accounts_tiger_id_fingerprint", asks(accounts.list_by_tiger_id, "77")),
     ("uq_tiger_accounts_is_default_trading", asks(accounts.get_default_trading_account)),
     ("uq_tiger_accounts_is_default_data", asks(accounts.get_default_data_account)),

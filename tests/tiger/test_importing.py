@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
 from tests.support import factories
 from tests.support.factories import plain
-from tests.support.private_keys import FORMS, NO_PASSWORD, der, pem
+from tests.support.private_keys import FORMS, NO_PASSWORD, der, pem, short_pem
 from tests.support.tiger_files import (
     EVERYTHING,
     NEW,
@@ -144,6 +144,22 @@ async def test_environments(session: AsyncSession, tmp_path: Path, env: str, sto
     assert done.account.environment == stored
 
 
+async def test_a_short_rsa_key_is_refused(session: AsyncSession, tmp_path: Path) -> None:
+    path = config(tmp_path, REQUIRED | {"private_key_pk8": short_pem().strip()})
+    with pytest.raises(InvalidValue, match="private_key: must have 1024 bits or more"):
+        await import_account(session, path)
+
+
+async def test_a_file_with_another_spelling_updates_the_account(
+    session: AsyncSession, tmp_path: Path
+) -> None:
+    first = await import_account(session, config(tmp_path, REQUIRED | {"account": "u1\\u200b"}))
+    assert (first.account.account_number, first.account.account_name) == ("U1", "U1")
+    for spelling in ("U1", "\\uff35\\uff11"):
+        again = await import_account(session, config(tmp_path, REQUIRED | {"account": spelling}))
+        assert (again.account.id, again.changed) == (first.account.id, [])
+
+
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
@@ -156,13 +172,12 @@ async def test_environments(session: AsyncSession, tmp_path: Path, env: str, sto
         ({"private_key": OTHER}, "private_key and private_key_pk8 are different keys"),
         ({"env": "STAGING"}, "env: Input should be 'PROD' or 'SANDBOX'"),
         ({"license": "TBXX"}, "license: Input should be 'TBNZ'"),
-        ({"account": "9" * 51}, "account: String should have at most 50 "),
-        ({"account": "5123\\u00000321"}, "account: text must not contain a NUL character"),
-        ({"account": "9" * 101}, "account: String should have at most 100 "),
-        ({"account": "5123\\udead0321"}, "account: Input should be a valid string"),
+        ({"account": "9" * 51}, "account: must be U and digits, 5 to 10 digits, or 17 digits"),
+        ({"account": "5123\\u00000321"}, "account: must be U and digits"),
+        ({"account": "5123\\udead0321"}, "account: must be U and digits"),
         ({"server_url": "x" * 501}, "server_url: Value should have at most 500 "),
         ({"secret_key": MASK}, "secret_key: Input should be the secret, not its mask"),
-        ({"tiger_id": "\\udead"}, "tiger_id: Input should be valid Unicode"),
+        ({"tiger_id": "\\udead"}, "tiger_id: must be printable ASCII without spaces"),
         ({"timeout": "\\u0000"}, "client_options: text in JSON must not contain a NUL character"),
         ({"server_url": "\\u00zz"}, "malformed \\u escape"),
     ],

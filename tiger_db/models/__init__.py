@@ -4,7 +4,6 @@ from tiger_db.models.accounts import (
     AccountStatus,
     AccountType,
     MarketPermission,
-    PrivateKeyFormat,
     QuotePermission,
     TigerAccount,
     TigerEnvironment,
@@ -14,6 +13,7 @@ from tiger_db.models.api_keys import APIKey, APIKeyScope, APIKeyStatus
 from tiger_db.models.audit_logs import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.base import Entity, MutableEntity
 from tiger_db.models.columns import metadata
+from tiger_db.models.private_keys import PrivateKeyFormat
 from tiger_db.models.token_status import NewToken, RefreshTrigger, TokenRefreshStatus, TokenStatus
 
 __all__ = [

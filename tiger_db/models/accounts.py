@@ -3,11 +3,12 @@
 import base64
 import binascii
 import re
+import unicodedata
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import AfterValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, SecretStr, ValidationInfo
 from sqlalchemy import (
     CheckConstraint,
     Column,
@@ -26,10 +27,11 @@ from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlmodel import Field, Relationship, col
 from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from 3.12 on
 
-from tiger_db.encryption import EncryptedType, Secret
+from tiger_db.encryption import EncryptedSecret, EncryptedType, Secret
 from tiger_db.errors import EncryptionError, InvalidValue, StaleToken
 from tiger_db.models.base import MutableEntity
 from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime, require_storable_json
+from tiger_db.models.private_keys import PrivateKeyFormat, key_bits
 from tiger_db.redaction import mask_account_number
 
 if TYPE_CHECKING:
@@ -81,14 +83,6 @@ class TigerEnvironment(StrEnum):
     SANDBOX = "SANDBOX"
 
 
-class PrivateKeyFormat(StrEnum):
-    """Format of a private key, in Tiger's terms: PK1 is PKCS#1, and PK8 is PKCS#8."""
-
-    PK1 = "PK1"
-    PK8 = "PK8"
-    UNKNOWN = "unknown"
-
-
 class QuotePermission(TypedDict):
     """Permission of an account to receive market data (quotes) from Tiger."""
 
@@ -96,21 +90,85 @@ class QuotePermission(TypedDict):
     expire_at: int  # epoch milliseconds; -1: no expiry
 
 
-def account_type_of(account_number: str) -> AccountType:
-    """Return the account type for an account number at Tiger.
+# Tiger's account numbers: global, standard and prime, paper (17 digits; the SDK accepts more).
+ACCOUNT_NUMBER = "U[0-9]{1,49}|[0-9]{5,10}|[0-9]{17,50}"
+_MIN_PAPER_DIGITS = 17
+_MIN_KEY_BITS = 1024  # of RSA
+# The code points with the Unicode property Default_Ignorable_Code_Point, and U+FFF9 to U+FFFB.
+_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+# Controls, and the white space that NFKC does not convert to spaces.
+_BLANKS = "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1)])) + "\u1680\u2028\u2029\u2800"
 
-    The type is global for `U` and digits, paper for 17 digits, and standard otherwise.
+
+def normalize_account_number(text: str) -> str:
+    """Return an account number in the only form in which it is stored.
+
+    Raises:
+        ValueError: it is not one of Tiger's numbers.
     """
-    if re.fullmatch(r"U\d+", account_number, re.ASCII):
+    number = _normalize(text).upper()
+    if not re.fullmatch(ACCOUNT_NUMBER, number):
+        raise ValueError("must be U and digits, 5 to 10 digits, or 17 digits (paper)")
+    return number
+
+
+def normalize_tiger_id(text: str) -> str:
+    """Return a Tiger id in the only form in which it is stored.
+
+    Raises:
+        ValueError: it has other characters than printable ASCII without spaces.
+    """
+    tiger_id = _normalize(text)
+    if not re.fullmatch("[!-~]+", tiger_id):
+        raise ValueError("must be printable ASCII without spaces")
+    return tiger_id
+
+
+def _normalize(text: str) -> str:
+    """Convert to NFKC without invisible characters and without blanks at both ends."""
+    return unicodedata.normalize("NFKC", _IGNORABLE.sub("", text)).strip(_BLANKS)
+
+
+def account_type_of(account_number: str) -> AccountType:
+    """Return the account type for a normalized account number at Tiger.
+
+    The type is global for `U` and digits, paper for 17 digits or more, and standard otherwise.
+    """
+    if account_number.startswith("U"):
         return AccountType.GLOBAL
-    if re.fullmatch(r"\d{17}", account_number, re.ASCII):
+    if len(account_number) >= _MIN_PAPER_DIGITS:
         return AccountType.PAPER
     return AccountType.STANDARD
+
+
+def _normalize_secret(value: object) -> object:
+    """Normalize a Tiger id in each form that `Secret` accepts, if it can be decrypted."""
+    try:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    except EncryptionError:
+        return value
+    if not isinstance(text, str) or not text:
+        return value  # `Secret` refuses it
+    normal = normalize_tiger_id(text)
+    return value if normal == text else normal
 
 
 def _unless_closed(value: Secret | None, info: ValidationInfo) -> Secret | None:
     if value is None and info.data.get("status", AccountStatus.CLOSED) != AccountStatus.CLOSED:
         raise ValueError("private key is required unless the account is closed")
+    return value
+
+
+def _require_key_size(value: Secret | None) -> Secret | None:
+    """Refuse a short RSA key. A text that is not an RSA key is accepted, for tests."""
+    if value is not None and not isinstance(value, EncryptedSecret):
+        bits = key_bits(value.get_secret_value())
+        if bits is not None and bits < _MIN_KEY_BITS:
+            raise ValueError(f"must have {_MIN_KEY_BITS} bits or more, but has {bits}")
     return value
 
 
@@ -149,13 +207,14 @@ class TigerAccount(MutableEntity, table=True):
             " ELSE private_key IS NOT NULL END",
             name="credentials_unless_closed",
         ),
+        CheckConstraint(f"account_number ~ '^({ACCOUNT_NUMBER})$'", name="account_number_form"),
     )
 
     account_name: Text = Field(
         min_length=1, max_length=100, description="Display name of the account"
     )
-    account_number: Text = Field(
-        min_length=1, max_length=50, unique=True, description="Account number at Tiger"
+    account_number: Annotated[str, AfterValidator(normalize_account_number)] = Field(
+        unique=True, description="Account number at Tiger"
     )
     account_type: AccountType = Field(
         default_factory=lambda data: account_type_of(data["account_number"]),  # type: ignore[misc, arg-type]  # SQLModel's stub allows no argument
@@ -166,8 +225,8 @@ class TigerAccount(MutableEntity, table=True):
         default=AccountStatus.ACTIVE,
         description="Status of the account; only active accounts serve requests",
     )
-    tiger_id: Secret = Field(
-        sa_type=EncryptedType(fingerprint="tiger_id_fingerprint"),
+    tiger_id: Annotated[Secret, BeforeValidator(_normalize_secret)] = Field(
+        sa_type=EncryptedType(fingerprint="tiger_id_fingerprint", normalize=normalize_tiger_id),
         description="Developer id at Tiger, encrypted; several accounts can share an id",
     )
     # A column without a model field: the flush derives tiger_id_fingerprint from tiger_id.
@@ -177,7 +236,9 @@ class TigerAccount(MutableEntity, table=True):
         index=True,
         comment="Blind index of tiger_id: keyed hash (HMAC-SHA256) for equality search",
     )
-    private_key: Annotated[Secret | None, AfterValidator(_unless_closed)] = Field(
+    private_key: Annotated[
+        Secret | None, AfterValidator(_unless_closed), AfterValidator(_require_key_size)
+    ] = Field(
         nullable=True,
         description="RSA private key (base64 DER), encrypted; null if the account is closed",
     )

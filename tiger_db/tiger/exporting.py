@@ -10,7 +10,7 @@ from tiger_db.database import Database
 from tiger_db.errors import InvalidState, InvalidValue, NotFound
 from tiger_db.files import check_output, make_private_folder, write_private
 from tiger_db.models import AuditAction, AuditSeverity, PrivateKeyFormat, TigerAccount
-from tiger_db.tiger.private_keys import base64_der, load_private_key
+from tiger_db.models.private_keys import base64_der, load_private_key
 from tiger_db.tiger.properties import (
     CLIENT_OPTIONS,
     CONFIG_FILE,

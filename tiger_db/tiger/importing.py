@@ -16,8 +16,8 @@ from tiger_db.encryption import Secret
 from tiger_db.errors import EncryptionError, InvalidState, InvalidValue, StaleToken
 from tiger_db.models import AccountStatus, AuditAction, TigerAccount, TigerEnvironment
 from tiger_db.models.accounts import token_times
+from tiger_db.models.private_keys import parse_private_key, public_numbers
 from tiger_db.redaction import MASK
-from tiger_db.tiger.private_keys import parse_private_key, public_numbers
 from tiger_db.tiger.properties import (
     CLIENT_OPTIONS,
     FIELD_PROPERTIES,
@@ -73,10 +73,12 @@ async def import_account(
     if name is not None:
         given["account_name"] = name
     try:
-        draft = TigerAccount(**{"account_name": values["account"], **given})
+        draft = TigerAccount(**{"account_name": "(new)", **given})
     except ValidationError as error:
-        raise _invalid_property(error, config_file, named=name is not None) from None
-    stored = await crud.accounts.get_by_account_number(session, draft.account_number)
+        raise _invalid_property(error, config_file) from None
+    if name is None:
+        draft.account_name = draft.account_number
+    stored = await crud.accounts.get_by_account_number(session, values["account"])
     if stored is None:
         account, changed, token_kept = await crud.accounts.create(session, draft), [*given], False
     else:
@@ -132,15 +134,14 @@ def _private_key(file: Path, values: Mapping[str, str]) -> str:
     return values[next(iter(keys))]
 
 
-def _invalid_property(error: ValidationError, file: Path, *, named: bool) -> InvalidValue:
+def _invalid_property(error: ValidationError, file: Path) -> InvalidValue:
     """Return an InvalidValue that names the file and the property of the invalid field."""
     problem = error.errors(include_url=False, include_input=False)[0]
     reason = problem["msg"].removeprefix("Value error, ")
     field = str(problem["loc"][0])
-    if field == "account_name" and named:
+    if field == "account_name":
         return InvalidValue(f"name: {reason}")
-    name = {**FIELD_PROPERTIES, "account_name": "account"}.get(field, field)
-    return InvalidValue(f"{file}: {name}: {reason}")
+    return InvalidValue(f"{file}: {FIELD_PROPERTIES.get(field, field)}: {reason}")
 
 
 def _newer_token(token: str | None, other: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TigerEnvironment, TigerLicense
-from tiger_db.tiger.private_keys import parse_private_key
+from tiger_db.models.private_keys import parse_private_key
 from tiger_db.tiger.properties import client_option, plaintext
 
 if TYPE_CHECKING:

@@ -85,9 +85,9 @@ async def test_a_refused_account_can_be_corrected_and_stored(session: AsyncSessi
     second = factories.new_account(account_number=first.account_number)
     with pytest.raises(AlreadyExists):
         await accounts.create(session, second)
-    second.account_number = "another"
+    second.account_number = "77777"
     await accounts.create(session, second)
-    stored = await accounts.get_by_account_number(session, "another")
+    stored = await accounts.get_by_account_number(session, "77777")
     assert stored is second
     assert plain(stored.private_key) == "test_key"
 

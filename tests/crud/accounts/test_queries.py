@@ -22,6 +22,7 @@ from tiger_db import (
 from tiger_db.crud import accounts
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
+    AlreadyExists,
     InvalidValue,
     TigerDBError,
 )
@@ -70,10 +71,10 @@ async def numbers(session: AsyncSession, **criteria: Any) -> list[str]:
 async def test_an_account_can_serve_a_request(
     session: AsyncSession, values: dict[str, Any], assignments: str
 ) -> None:
-    account = await factories.account(session, account_number="1", **values)
+    account = await factories.account(session, account_number="U1", **values)
     if assignments:
         await execute(session, account, assignments)
-    assert await numbers(session) == ["1"]
+    assert await numbers(session) == ["U1"]
 
 
 @pytest.mark.parametrize(
@@ -103,46 +104,48 @@ async def test_an_account_cannot_serve_a_request(
 
 
 async def test_a_failing_account_can_serve_again_after_a_success(session: AsyncSession) -> None:
-    account = await factories.account(session, account_number="1")
+    account = await factories.account(session, account_number="U1")
     await fail(session, account, 2)
-    assert await numbers(session) == ["1"]
+    assert await numbers(session) == ["U1"]
     await fail(session, account)
     assert await numbers(session) == []
     await accounts.reset_errors(session, account.id)
-    assert await numbers(session) == ["1"]
+    assert await numbers(session) == ["U1"]
 
 
 async def test_found_accounts_have_the_market_permission(session: AsyncSession) -> None:
-    await factories.account(session, account_number="none")
-    await factories.account(session, account_number="hk", market_permissions=["HK"])
-    await factories.account(session, account_number="us, hk", market_permissions=["US", "HK"])
-    assert await numbers(session, permission=MarketPermission.US) == ["us, hk"]
-    assert await numbers(session, permission=MarketPermission.HK) == ["hk", "us, hk"]
+    none, hk, both = "U1", "U2", "U3"
+    await factories.account(session, account_number=none)
+    await factories.account(session, account_number=hk, market_permissions=["HK"])
+    await factories.account(session, account_number=both, market_permissions=["US", "HK"])
+    assert await numbers(session, permission=MarketPermission.US) == [both]
+    assert await numbers(session, permission=MarketPermission.HK) == [hk, both]
     assert await numbers(session, permission=MarketPermission.SG) == []
-    assert await numbers(session) == ["none", "hk", "us, hk"]
+    assert await numbers(session) == [none, hk, both]
 
 
 async def test_found_accounts_are_of_the_requested_environment(session: AsyncSession) -> None:
-    await factories.account(session, account_number="1")
-    await factories.account(session, account_number="2", environment="SANDBOX")
-    assert await numbers(session) == ["1"]
-    assert await numbers(session, environment=TigerEnvironment.SANDBOX) == ["2"]
+    await factories.account(session, account_number="U1")
+    await factories.account(session, account_number="U2", environment="SANDBOX")
+    assert await numbers(session) == ["U1"]
+    assert await numbers(session, environment=TigerEnvironment.SANDBOX) == ["U2"]
 
 
 async def test_found_accounts_are_sorted_by_default_errors_and_age(session: AsyncSession) -> None:
+    oldest, one_error, data, trading, newest = "U1", "U2", "U3", "U4", "U5"
     for number, errors, defaults in (
-        ("oldest", 0, {}),
-        ("one error", 1, {}),
-        ("data", 2, {"is_default_data": True}),
-        ("trading", 2, {"is_default_trading": True}),
-        ("newest", 0, {}),
+        (oldest, 0, {}),
+        (one_error, 1, {}),
+        (data, 2, {"is_default_data": True}),
+        (trading, 2, {"is_default_trading": True}),
+        (newest, 0, {}),
     ):
         account = await factories.account(session, account_number=number, **defaults)
         await fail(session, account, errors)
-    rest = ["oldest", "newest", "one error"]
-    assert await numbers(session) == ["data", *rest, "trading"]
-    assert await numbers(session, trading=True) == ["trading", *rest, "data"]
-    assert await numbers(session, trading=True, limit=2) == ["trading", "oldest"]
+    rest = [oldest, newest, one_error]
+    assert await numbers(session) == [data, *rest, trading]
+    assert await numbers(session, trading=True) == [trading, *rest, data]
+    assert await numbers(session, trading=True, limit=2) == [trading, oldest]
 
 
 PAPER = "20191106192858300"
@@ -216,6 +219,32 @@ async def test_found_accounts_have_current_values(session: AsyncSession) -> None
 # Lookups and lists
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    ["U12300123", " u12300123\n", "U123\N{ZERO WIDTH SPACE}\N{FULLWIDTH DIGIT ZERO}0123"],
+    ids=ascii,
+)
+async def test_an_account_is_found_by_each_spelling_of_its_number(
+    session: AsyncSession, spelling: str
+) -> None:
+    account = await factories.account(session, account_number="U12300123")
+    await factories.account(session)
+    assert await accounts.get_by_account_number(session, spelling) is account
+    with pytest.raises(AlreadyExists):
+        await factories.account(session, account_number=spelling)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["20150007", " 20150007\n", "2015\N{ZERO WIDTH SPACE}\N{FULLWIDTH DIGIT ZERO}007"]
+)
+async def test_accounts_are_found_by_each_spelling_of_their_tiger_id(
+    session: AsyncSession, spelling: str
+) -> None:
+    account = await factories.account(session, tiger_id="20150007")
+    await factories.account(session)
+    assert await accounts.list_by_tiger_id(session, spelling) == [account]
+
+
 async def test_looking_up_an_unknown_account_returns_none(session: AsyncSession) -> None:
     assert await accounts.get(session, uuid4()) is None
     assert await accounts.get_by_account_number(session, "no 'such\" account 🐅") is None
@@ -250,11 +279,11 @@ async def test_an_unknown_relationship_is_refused(
 
 
 async def test_list_by_tiger_id_returns_all_accounts_of_the_id(session: AsyncSession) -> None:
-    first = await factories.account(session, tiger_id="1")
-    await factories.account(session, tiger_id="2")
-    third = await factories.account(session, tiger_id="2")
-    await accounts.update(session, third.id, tiger_id="1")
-    assert await accounts.list_by_tiger_id(session, "1") == [first, third]
+    first = await factories.account(session, tiger_id="U1")
+    await factories.account(session, tiger_id="U2")
+    third = await factories.account(session, tiger_id="U2")
+    await accounts.update(session, third.id, tiger_id="U1")
+    assert await accounts.list_by_tiger_id(session, "U1") == [first, third]
 
 
 async def test_listed_accounts_match_all_criteria(session: AsyncSession) -> None:

@@ -25,7 +25,7 @@ INSERT INTO tiger_accounts (id, account_name, account_number, account_type, stat
     tiger_id_fingerprint, private_key, private_key_format, environment, access_token,
     token_expires_at, token_refresh_at, is_default_trading, is_default_data, market_permissions,
     quote_permissions, error_count, tags)
-SELECT id(n), 'Main', n, 'standard', 'active', '', int8send(n), '', 'unknown', 'PROD', '',
+SELECT id(n), 'Main', 'U' || n, 'standard', 'active', '', int8send(n), '', 'unknown', 'PROD', '',
     at + interval '3 days', at, false, false, '{{}}', '[]', 0, '{{}}'
 FROM generate_series(1, {ACCOUNTS}) n,
     LATERAL (SELECT now() + make_interval(secs => n - 2000)) a (at);

@@ -1,6 +1,6 @@
 """Look up accounts, list accounts, and choose accounts that can serve a request."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -20,7 +20,12 @@ from tiger_db.models import (
     TigerAccount,
     TigerEnvironment,
 )
-from tiger_db.models.accounts import LICENSES_WITH_TOKEN, due_tokens
+from tiger_db.models.accounts import (
+    LICENSES_WITH_TOKEN,
+    due_tokens,
+    normalize_account_number,
+    normalize_tiger_id,
+)
 from tiger_db.models.secrets import key_provider
 
 # An account with FAILING_AFTER_ERRORS or more consecutive errors serves no request until
@@ -42,12 +47,20 @@ async def get(
 async def get_by_account_number(
     session: AsyncSession, account_number: str, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """Return the account with the given Tiger account number, or None. For `load`, see `get`."""
-    return await _get(session, col(TigerAccount.account_number) == account_number, load)
+    """Return the account with the given Tiger account number, or None. For `load`, see `get`.
+
+    The number is normalized first. If no account has the normalized number, the account is returned
+    whose number, stored by an older release, is exactly the given text.
+    """
+    for number in _normal_first(account_number, normalize_account_number):
+        criterion = col(TigerAccount.account_number) == number
+        if account := await _get(session, criterion, load):
+            return account
+    return None
 
 
 async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
-    """Return all accounts with a Tiger id, oldest first.
+    """Return all accounts with a Tiger id, oldest first. The id is normalized as on assignment.
 
     Raises:
         ConfigurationError: ENCRYPTION_KEYS is not set, so the blind index cannot be computed.
@@ -57,8 +70,9 @@ async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAc
         raise ConfigurationError("ENCRYPTION_KEYS is not set, so tiger_id cannot be searched")
     try:
         fingerprints = [
-            fingerprint(provider, key_id, tiger_id, "tiger_accounts.tiger_id")
+            fingerprint(provider, key_id, text, "tiger_accounts.tiger_id")
             for key_id in provider.key_ids
+            for text in _normal_first(tiger_id, normalize_tiger_id)
         ]
     except UnicodeEncodeError:  # tiger_id has a lone surrogate, which PostgreSQL cannot store
         return []
@@ -177,3 +191,14 @@ async def _get(
     options = [selectinload(getattr(TigerAccount, name)) for name in load]
     statement = select(TigerAccount).where(criterion).options(*options)
     return await fetch_one(session, statement)
+
+
+def _normal_first(text: str, normalize: Callable[[str], str]) -> list[str]:
+    """Return the texts to look up: the normal form, if there is one, and the text itself.
+
+    Rows that an older release has stored may have texts that are not normalized.
+    """
+    try:
+        return list(dict.fromkeys((normalize(text), text)))
+    except ValueError:
+        return [text]

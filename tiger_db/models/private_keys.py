@@ -2,6 +2,7 @@
 
 import base64
 import re
+from enum import StrEnum
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicNumbers
@@ -13,7 +14,15 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from tiger_db.errors import InvalidValue
-from tiger_db.models import PrivateKeyFormat
+
+
+class PrivateKeyFormat(StrEnum):
+    """Format of a private key, in Tiger's terms: PK1 is PKCS#1, and PK8 is PKCS#8."""
+
+    PK1 = "PK1"
+    PK8 = "PK8"
+    UNKNOWN = "unknown"
+
 
 _DER_FORMATS = {
     PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
@@ -40,8 +49,13 @@ def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
     return base64_der(key, key_format), key_format
 
 
-def load_private_key(text: str) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
-    """Parse an RSA private key like `parse_private_key`, but return the key as an object."""
+def load_private_key(
+    text: str, *, check_numbers: bool = True
+) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
+    """Parse an RSA private key like `parse_private_key`, but return the key as an object.
+
+    The check of the numbers in a key takes up to a second for a key of 4,096 bits.
+    """
     pem = _PEM.search(text)
     body = "".join((pem[2] if pem else text).replace("\\n", "\n").split())
     if pem and ("ENCRYPTED" in pem[1] or ",ENCRYPTED" in body):
@@ -53,7 +67,9 @@ def load_private_key(text: str) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
     for label, key_format in _PEM_LABELS.items():
         try:
             key = load_pem_private_key(
-                f"-----BEGIN {label}-----\n{body}\n-----END {label}-----\n".encode("ascii"), None
+                f"-----BEGIN {label}-----\n{body}\n-----END {label}-----\n".encode("ascii"),
+                None,
+                unsafe_skip_rsa_key_validation=not check_numbers,
             )
         except (ValueError, TypeError, UnsupportedAlgorithm):
             continue
@@ -61,6 +77,14 @@ def load_private_key(text: str) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
             raise InvalidValue("the private key is not an RSA key, but Tiger needs an RSA key")
         return key, key_format
     raise InvalidValue("the private key is not RSA in PEM or base64 DER (PKCS#1 or PKCS#8)")
+
+
+def key_bits(text: str) -> int | None:
+    """Return the size of an RSA private key in bits, or None if the text is not such a key."""
+    try:
+        return load_private_key(text, check_numbers=False)[0].key_size
+    except InvalidValue:
+        return None
 
 
 def base64_der(key: RSAPrivateKey, key_format: PrivateKeyFormat) -> str:

@@ -1,0 +1,92 @@
+"""Normalize account numbers, and accept only the forms of Tiger's numbers.
+
+Revision: 0011
+Follows: 0010
+Made: 2026-11-28
+
+Blocks tiger_accounts while it reads the table once. Numbers that differ only in invisible characters,
+width or letter case belong to one account: such rows keep their numbers, and so do rows whose number
+has no form of Tiger's. The constraint exempts these rows, because each of their updates, such as a new
+access token, would otherwise fail; it then stays NOT VALID, and `doctor` names the rows. Code of revision
+0010 works with this schema, except that it cannot store other numbers.
+
+The constraint is validated in a transaction of its own, which blocks neither readers nor writers.
+"""
+
+from alembic import op
+
+revision = "0011"
+down_revision = "0010"
+branch_labels = None
+depends_on = None
+squawk_ignore = {
+    "ban-drop-constraint": "account_number_form also limits the length",
+}
+
+FORM = "^(U[0-9]{1,49}|[0-9]{5,10}|[0-9]{17,50})$"
+NAME = "ck_tiger_accounts_account_number_form"
+LENGTHS = {
+    "min_1": "char_length(account_number) >= 1",
+    "max_50": "char_length(account_number) <= 50",
+}
+# The rules of `normalize_account_number` in tiger_db/models/accounts.py. PostgreSQL normalizes
+# UTF-8 only.
+IGNORABLE = (
+    r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    r"\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    r"\U000e0000-\U000e0fff]"
+)
+BLANK = r"[\u0001-\u0020\u007f-\u00a0\u1680\u2028\u2029\u2800]+"
+NORMAL = (
+    "CASE getdatabaseencoding() WHEN 'UTF8' THEN upper(regexp_replace(normalize("
+    f"regexp_replace(account_number, '{IGNORABLE}', '', 'g'), NFKC), '^{BLANK}|{BLANK}$', '', 'g'))"
+    " ELSE upper(btrim(account_number)) END"
+)
+NORMALIZE = f"""
+WITH accounts AS (
+    SELECT id, {NORMAL} AS number, count(*) OVER (PARTITION BY {NORMAL}) AS rows FROM tiger_accounts
+)
+UPDATE tiger_accounts AS a SET account_number = number FROM accounts
+WHERE accounts.id = a.id AND number <> account_number AND number ~ '{FORM}' AND rows = 1
+"""
+CONSTRAIN = f"""
+DO $$
+BEGIN
+    EXECUTE concat('ALTER TABLE tiger_accounts ADD CONSTRAINT {NAME} CHECK (account_number ~ ',
+        quote_literal('{FORM}'),
+        (SELECT ' OR id IN (' || string_agg(quote_literal(id), ', ' ORDER BY id) || ')'
+            FROM tiger_accounts WHERE account_number !~ '{FORM}'),
+        ') NOT VALID');
+END
+$$
+"""
+VALIDATE = f"""
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM tiger_accounts WHERE account_number !~ '{FORM}') THEN
+        ALTER TABLE tiger_accounts VALIDATE CONSTRAINT {NAME};
+    END IF;
+END
+$$
+"""
+
+
+def upgrade() -> None:
+    op.execute("LOCK TABLE tiger_accounts")
+    # The migration runs again if the validation was interrupted.
+    for name in ("form", *LENGTHS):
+        op.execute(
+            "ALTER TABLE tiger_accounts"
+            f" DROP CONSTRAINT IF EXISTS ck_tiger_accounts_account_number_{name}"
+        )
+    op.execute(NORMALIZE)
+    op.execute(CONSTRAIN)
+    with op.get_context().autocommit_block():
+        op.execute(VALIDATE)
+
+
+def downgrade() -> None:
+    op.drop_constraint(op.f(NAME), "tiger_accounts")
+    for name, rule in LENGTHS.items():
+        constraint = f"ck_tiger_accounts_account_number_{name}"
+        op.execute(f"ALTER TABLE tiger_accounts ADD CONSTRAINT {constraint} CHECK ({rule})")
