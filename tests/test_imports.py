@@ -21,6 +21,7 @@ LAYERS = [
     ["settings"],
     ["crud"],
     ["out_of_band"],
+    ["actor"],
     ["models", "peppers"],
     ["encryption", "files", "signing", "sqlstates"],
     ["database_urls", "errors", "redaction"],

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tiger_db import actor as actor
     from tiger_db import audit as audit
     from tiger_db import connections as connections
     from tiger_db import crud as crud
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from tiger_db import redaction as redaction
     from tiger_db import signing as signing
     from tiger_db import tiger as tiger
+    from tiger_db.actor import Actor, acting_as
     from tiger_db.crud import Page
-    from tiger_db.database import Database, get_session
+    from tiger_db.database import AsyncSession, Database, get_session
+    from tiger_db.encryption import Secret
     from tiger_db.key_verifier import KeyVerifier
     from tiger_db.models import (
         AccountStatus,
@@ -52,19 +55,23 @@ if TYPE_CHECKING:
     from tiger_db.settings import Settings
 
 __all__ = [
-    "APIKey", "APIKeyScope", "APIKeyStatus", "AccountStatus", "AccountType", "AuditAction",
-    "AuditLog", "AuditResult", "AuditSeverity", "Database", "KeyVerifier", "MarketPermission",
-    "NewToken", "Page", "PrivateKeyFormat", "RefreshTrigger", "RefreshWorker", "Settings",
-    "TigerAccount", "TigerEnvironment", "TigerLicense", "TokenRefreshStatus", "TokenStatus",
-    "crud", "errors", "get_session",
+    "APIKey", "APIKeyScope", "APIKeyStatus", "AccountStatus", "AccountType", "Actor",
+    "AsyncSession", "AuditAction", "AuditLog", "AuditResult", "AuditSeverity", "Database",
+    "KeyVerifier", "MarketPermission", "NewToken", "Page", "PrivateKeyFormat", "RefreshTrigger",
+    "RefreshWorker", "Secret", "Settings", "TigerAccount", "TigerEnvironment", "TigerLicense",
+    "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors", "get_session",
 ]  # fmt: skip
 # Public name -> submodule that defines the name. `tiger_db.models` defines the other classes.
 _SUBMODULES = {
+    "Actor": "actor",
+    "AsyncSession": "database",
     "Database": "database",
     "KeyVerifier": "key_verifier",
     "Page": "crud",
     "RefreshWorker": "refresh_worker",
+    "Secret": "encryption",
     "Settings": "settings",
+    "acting_as": "actor",
     "get_session": "database",
 }
 

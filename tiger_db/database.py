@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
+from tiger_db.actor import Actor, require_actor
 from tiger_db.connections import create_engine
 from tiger_db.connections.replicas import Replicas
 from tiger_db.crud.api_keys.usage_counter import UsageCounter
@@ -155,12 +156,14 @@ class Database:
     async def session(
         self,
         *,
+        actor: Actor | None = None,
         readonly: bool = False,
         max_lag: timedelta = timedelta(seconds=5),
         isolation: Isolation | None = None,
     ) -> AsyncIterator[AsyncSession]:
         """Open a session that commits on success and rolls back on an exception.
 
+        The audit events of the session are attributed to `actor`, or else to that of `acting_as`.
         A `readonly` session can neither write nor authorize API keys. A `readonly` session uses a
         replica (`DB_REPLICA_HOSTS`) that has replayed all commits older than `max_lag`, or else the
         primary. A replica can lack the last commits of this process. `isolation` defaults to the
@@ -173,17 +176,20 @@ class Database:
             OutcomeUnknown: the connection was lost during the commit: see `AsyncSession.commit`.
             Conflict: a deadlock, a serialization failure or a lock timeout. Nothing was saved.
             QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`. Nothing was saved.
+            InvalidValue: `actor` is not an Actor.
             InvalidState: a readonly session tried to write or to authorize an API key.
             SchemaMismatch: see `check`.
         """
+        if actor is not None:
+            require_actor(actor)
         options: dict[str, Any] = {"isolation_level": isolation} if isolation else {}
         if readonly:
             options["postgresql_readonly"] = True
 
         def session_on(engine: AsyncEngine) -> AsyncSession:
             bind = engine.execution_options(**options) if options else engine
-            info = {CONTEXT: replace(self.info[CONTEXT], readonly=True)} if readonly else {}
-            return self.sessions(bind=bind, info=info)
+            context = replace(self.info[CONTEXT], readonly=readonly, actor=actor)
+            return self.sessions(bind=bind, info={CONTEXT: context})
 
         try:
             await self.check()
@@ -249,11 +255,13 @@ async def _default_database() -> AsyncGenerator[Database, None]:
 
 
 @asynccontextmanager
-async def get_session() -> AsyncIterator[AsyncSession]:
+async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSession]:
     """Open a session of this event loop's default `Database`, which has default `Settings`.
 
+    For `actor`, see `Database.session`.
+
     Raises:
-        ConfigurationError, DatabaseUnavailable, SchemaMismatch: see `Database`.
+        ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: see `Database`.
     """
     loop = asyncio.get_running_loop()
     if loop not in _defaults:
@@ -261,5 +269,5 @@ async def get_session() -> AsyncIterator[AsyncSession]:
         # closes its suspended generators.
         generator = _default_database()
         _defaults[loop] = (await anext(generator), generator)
-    async with _defaults[loop][0].session() as session:
+    async with _defaults[loop][0].session(actor=actor) as session:
         yield session

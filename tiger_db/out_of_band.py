@@ -13,6 +13,7 @@ import asyncpg
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from tiger_db.actor import Actor, attribute
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
 from tiger_db.models.audit_logs import insert_events
@@ -49,15 +50,15 @@ class OutOfBandWriter:
         """Open a connection as `asyncpg_connection` does."""
         return asyncpg_connection(self.engine)
 
-    async def record(self, event: AuditLog) -> None:
-        """Store an audit event, and commit the event before the method returns.
+    async def record(self, event: AuditLog, actor: Actor | None = None) -> None:
+        """Attribute and store an audit event, and commit the event before the method returns.
 
         Concurrent calls share one transaction.
 
         Raises:
             DatabaseUnavailable: the event could not be stored.
         """
-        pending = _PendingEvent(event)
+        pending = _PendingEvent(attribute(event, actor))
         self._pending.append(pending)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._store_pending())

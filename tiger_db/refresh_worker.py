@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy.exc import DBAPIError
 
+from tiger_db.actor import Actor, acting_as
 from tiger_db.connections.listener import listen
 from tiger_db.crud import accounts, token_status
 from tiger_db.crud.common import get_or_raise, replace_unstorable
@@ -60,6 +61,9 @@ class RefreshWorker:
     token or raises a `RefreshFailed`. During the call, no transaction is open, and the worker
     renews the lease of the claim. `per_minute` limits the calls per minute for each `tiger_id`.
 
+    Audit events of the worker and of the refresher name the worker as the actor: the user id is
+    `name`, and the user type is `worker`.
+
     A refresher that takes longer than `attempt_timeout` is cancelled, and the attempt fails with
     `AnswerLost`. If a cancelled refresher still returns a token, the token is stored if it is newer
     than the account's token. A refresher must not block the event loop.
@@ -94,6 +98,7 @@ class RefreshWorker:
         self.attempt_timeout = attempt_timeout
         self.per_minute = per_minute
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
+        self._actor = Actor(user_id=self.name, user_type="worker")
         self.counts: Counter[str] = Counter()  # number of claims by outcome
         self._call_times: dict[bytes | None, deque[float]] = defaultdict(
             deque
@@ -126,7 +131,8 @@ class RefreshWorker:
         """
         if not once:
             self.database.settings.without_pooler()
-        working = asyncio.create_task(self._work(once=once))
+        with acting_as(self._actor):  # the tasks that the worker starts inherit the actor
+            working = asyncio.create_task(self._work(once=once))
         try:
             await self._wait(working, reserve=_CANCELLING_SHARE)
         except asyncio.CancelledError:
@@ -148,13 +154,14 @@ class RefreshWorker:
                 the refresh.
         """
         start = time.monotonic()
-        async with self.database.session() as session:
-            await token_status.fail_expired_leases(session, skip=self._attempts)
-        async with self.database.session() as session:
-            claim = await token_status.claim(
-                session, refresh_id, worker=self.name, lease=self.lease
-            )
-        await self._attempt(claim, start)
+        with acting_as(self._actor):
+            async with self.database.session() as session:
+                await token_status.fail_expired_leases(session, skip=self._attempts)
+            async with self.database.session() as session:
+                claim = await token_status.claim(
+                    session, refresh_id, worker=self.name, lease=self.lease
+                )
+            await self._attempt(claim, start)
 
     async def _work(self, *, once: bool) -> None:
         listener = None

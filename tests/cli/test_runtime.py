@@ -1,6 +1,8 @@
 """Execution of commands: exit codes, streams, logs, unexpected errors, and Ctrl-C."""
 
 import asyncio
+import os
+import pwd
 import signal
 import subprocess
 
@@ -19,6 +21,24 @@ def test_wrong_usage_is_exit_code_2(bare: CommandLine) -> None:
     assert "--account-name" in bare.misused("create-account")
     process = bare.process("nonsense")
     assert (process.code, process.out) == (2, "")
+
+
+def test_the_audit_trail_names_who_runs_a_command(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment cannot change the name of the operating system's user."""
+    options = ("create-api-key", "--name", "assistant", "--scopes", "mcp:read")
+    cli.ok("--actor", "alice", *options)
+    cli.ok(*options, LOGNAME="mallory", USER="mallory")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)  # as in a container
+    cli.ok(*options)
+    events = cli.ok("list-events", "--action", "api_key:create", "--json").json["items"]
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    assert [(event["user_id"], event["user_type"]) for event in events] == [
+        ("4000000", "cli"), (user, "cli"), ("alice", "cli")
+    ]  # fmt: skip
+    assert "--actor" in cli.misused("--actor", " ", *options)
+    assert "unattributed" not in cli.ok("list-events").out
 
 
 @pytest.mark.slow

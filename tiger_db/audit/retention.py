@@ -12,6 +12,7 @@ from typing import TypeVar
 import asyncpg
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tiger_db.actor import attribute
 from tiger_db.audit import storage
 from tiger_db.audit.seal_format import Seal, digest_of
 from tiger_db.audit.sealing import append_seal, required_key
@@ -177,7 +178,7 @@ async def _retire(
                 resource_id=month,
                 details={"events": len(positions), "seal": chain_end.number + 1},
             )
-            await insert_events(connection, [event])
+            await insert_events(connection, [attribute(event)])
             await append_seal(
                 connection, key, chain_end, positions, digests, upto=chain_end.upto, retired=month
             )

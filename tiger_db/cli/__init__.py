@@ -21,7 +21,7 @@ from tiger_db.cli import (
     tiger,
 )
 from tiger_db.cli.output import print_message
-from tiger_db.cli.runtime import describe_error
+from tiger_db.cli.runtime import actor_name, describe_error
 
 app = typer.Typer(
     name="tiger-db",
@@ -57,8 +57,18 @@ def _options(
             "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
+    actor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="User who runs the command, for the audit trail; by default the system's user.",
+        ),
+    ] = None,
 ) -> None:
     """Declare the options that precede the name of a command."""
+    if actor is not None and not actor.strip():
+        raise typer.BadParameter("is empty", param_hint="--actor")
+    actor_name.set(actor)
 
 
 def main() -> None:

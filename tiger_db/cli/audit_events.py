@@ -126,7 +126,7 @@ def _columns(
         "Result": lambda event: event.result,
         "Severity": lambda event: event.severity,
         "Account": lambda event: numbers.get(event.tiger_account_id),
-        "User": lambda event: event.user_id,
+        "User": lambda event: event.user_id or event.user_type,
         "Error": lambda event: event.error_message or event.error_code,
     }
 

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import pwd
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
 T = TypeVar("T")
+# The value of --actor; None: the user of the operating system.
+actor_name: ContextVar[str | None] = ContextVar("actor_name", default=None)
 
 
 def settings() -> "tiger_db.Settings":
@@ -34,13 +38,24 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
-    """Run an async function with an open Database."""
+    """Run an async function with an open Database, as the actor of --actor."""
 
     async def run() -> T:
-        async with tiger_db.Database(settings()) as database:
-            return await work(database)
+        actor = tiger_db.Actor(user_id=actor_name.get() or _system_user(), user_type="cli")
+        with tiger_db.acting_as(actor):
+            async with tiger_db.Database(settings()) as database:
+                return await work(database)
 
     return run_async(run())
+
+
+def _system_user() -> str:
+    """Return the name of the process's user, or its number. The environment cannot change it."""
+    number = os.getuid()
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # containers may run as any number
+        return str(number)
 
 
 def in_transaction(work: "Callable[[AsyncSession], Awaitable[T]]") -> T:

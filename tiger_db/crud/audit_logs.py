@@ -9,14 +9,23 @@ from typing import Any, Required, TypedDict, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, Row, cast, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, cast, func, or_, select
 from sqlalchemy.dialects.postgresql import INET, JSONB
+from sqlalchemy.event import listens_for
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import make_transient_to_detached
+from sqlalchemy.orm import Mapper, make_transient_to_detached, object_session
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlmodel import col
 
-from tiger_db.crud.common import context_of, execute_driver_sql, refuse_readonly, require_aware
+from tiger_db.actor import attribute
+from tiger_db.crud.common import (
+    actor_of,
+    context_of,
+    execute_driver_sql,
+    fetch_one,
+    refuse_readonly,
+    require_aware,
+)
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, paginate
 from tiger_db.errors import DatabaseUnavailable, InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity, TokenStatus
@@ -29,6 +38,7 @@ __all__ = [
     "Criteria",
     "EventFields",
     "Statistics",
+    "get",
     "get_recent_events",
     "get_security_events",
     "log_event",
@@ -96,7 +106,7 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
     out_of_band = context_of(session.info).out_of_band
     if out_of_band is None:
         return await insert_event(session, event)
-    await out_of_band.record(event)
+    await out_of_band.record(event, actor_of(session.info))
     return event
 
 
@@ -117,6 +127,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
         raise InvalidValue("events must be AuditLog objects")
     if not batch:
         return 0
+    actor = actor_of(session.info)
     refuse_readonly(session)  # COPY would raise the error that means a failover
     await session.flush()
     connection = await session.connection()
@@ -125,7 +136,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     assert raw is not None
     try:
         with raw_errors():
-            await insert_events(raw, batch)
+            await insert_events(raw, [attribute(event, actor) for event in batch])
     except DatabaseUnavailable:
         await connection.invalidate()
         raise
@@ -133,7 +144,8 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
 
 
 async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
-    """Insert an audit event without the ORM, and add the AuditLog object to the session."""
+    """Attribute an audit event, insert it without the ORM, and add the object to the session."""
+    attribute(event, actor_of(session.info))
     (values,) = await execute_driver_sql(session, _INSERT, *insert_values(event))
     for name, value in zip(SERVER_COLUMNS, values, strict=True):
         set_committed_value(event, name, value)
@@ -146,6 +158,14 @@ async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
     # Mark the object as flushed, so that a rollback makes the object transient, not expired.
     transaction._new[instance_state(event)] = True  # noqa: SLF001
     return event
+
+
+@listens_for(AuditLog, "before_insert")
+def _attribute_flushed(_mapper: Mapper[AuditLog], _connection: Connection, event: AuditLog) -> None:
+    """Attribute an audit event that the ORM inserts, because a caller has added it to a session."""
+    session = object_session(event)
+    assert session is not None
+    attribute(event, actor_of(session.info))
 
 
 # Builders of audit events, one per entity
@@ -182,6 +202,11 @@ def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]
 
 
 # Queries
+
+
+async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
+    """Return the audit event with the given id, or None."""
+    return await fetch_one(session, select(AuditLog).where(col(AuditLog.id) == event_id))
 
 
 class Criteria(TypedDict, total=False):

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlmodel import col
 
+from tiger_db.actor import Actor
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import (
     AlreadyExists,
@@ -94,6 +95,7 @@ class SessionContext:
     out_of_band: OutOfBandWriter | None
     count_use: Callable[[UUID, float], None] | None  # method `count` of a UsageCounter
     readonly: bool = False
+    actor: Actor | None = None  # actor that `Database.session` was given
 
 
 def context_of(info: Mapping[Any, object]) -> SessionContext:
@@ -109,6 +111,11 @@ def context_of(info: Mapping[Any, object]) -> SessionContext:
             " info=database.info"
         )
     return context
+
+
+def actor_of(info: Mapping[Any, object]) -> Actor | None:
+    """Return the actor that the session was given, or None."""
+    return context_of(info).actor if CONTEXT in info else None
 
 
 def refuse_readonly(session: AsyncSession) -> None:

@@ -231,21 +231,22 @@ class AuditLog(Entity, table=True):
         description="Position in the order of the inserts; rolled-back transactions leave gaps",
     )
 
-    # With mode="before", pydantic would pass all values of the event to _sanitize on assignment.
+    # With mode="before", pydantic would pass all values of the event to _sanitized on assignment.
     @model_validator(mode="wrap")
     @classmethod
-    def _sanitize(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # pydantic's signature
-        return handler(_sanitize(data) if isinstance(data, Mapping) else data)
+    def _sanitized(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # pydantic's signature
+        return handler(sanitize(data) if isinstance(data, Mapping) else data)
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
-        sanitized = _sanitize(changes)
+        sanitized = sanitize(changes)
         # Notes are kept only if `details` is assigned, because other fields must not change.
         return super().validate_changes(
             {name: sanitized.get(name, value) for name, value in changes.items()}
         )
 
 
-def _sanitize(values: Mapping[str, object]) -> dict[str, object]:
+def sanitize(values: Mapping[str, object]) -> dict[str, Any]:
+    """Return storable values of an event's fields: see `sanitize_event`."""
     return sanitize_event(values, _text_limits(), frozenset(AuditSeverity))
 
 

@@ -21,7 +21,16 @@ from tests.support import factories
 from tests.support.contexts import changed_context
 from tests.support.raw_keys import sent_statements, unknown_key, wrong_secret
 from tests.support.servers import PRODUCTION
-from tiger_db import AuditAction, AuditLog, AuditSeverity, Database, KeyVerifier, Settings
+from tiger_db import (
+    Actor,
+    AuditAction,
+    AuditLog,
+    AuditSeverity,
+    Database,
+    KeyVerifier,
+    Settings,
+    acting_as,
+)
 from tiger_db.crud import api_keys
 from tiger_db.crud.api_keys.hashing import (
     hash_secret,
@@ -145,13 +154,15 @@ async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
         with pytest.raises(InvalidAPIKey):
             await check(database, wrong_secret(raw_key))
         assert await stored(database) == before
-        assert await check(database, raw_key)
+        with acting_as(Actor(user_id="alice")):
+            assert await check(database, raw_key)
         moved = await stored(database)
         assert (moved[1], before[1]) == ("new", "old")
         assert await check(database, raw_key)
         assert await stored(database) == moved  # the hash is replaced once
         (event,) = [e for e in await told_of(database) if e.action == AuditAction.API_KEY_UPDATE]
         assert (event.old_values, event.new_values) == ({"pepper_id": "old"}, {"pepper_id": "new"})
+        assert event.user_id == "alice"
     async with Database(with_peppers(clone_settings, f"new:{NEW}")) as database:
         assert await check(database, raw_key)
         with pytest.raises(InvalidAPIKey):

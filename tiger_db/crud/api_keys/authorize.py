@@ -9,6 +9,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tiger_db.actor import Actor, attribute
 from tiger_db.crud.api_keys.hashing import (
     UnpepperedHash,
     hash_secret,
@@ -23,6 +24,7 @@ from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.api_keys.usage_counter import count_in_session
 from tiger_db.crud.audit_logs import EventFields, api_key_event, insert_event
 from tiger_db.crud.common import (
+    actor_of,
     context_of,
     execute_driver_sql,
     refuse_readonly,
@@ -33,7 +35,6 @@ from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, AuditRes
 from tiger_db.models.api_keys import parse_address
 from tiger_db.models.audit_logs import insert_events
 from tiger_db.models.base import column_names, hydrate, merge_row, row_expression
-from tiger_db.peppers import Peppers
 from tiger_db.redaction import redact_aggressively
 from tiger_db.sqlstates import raw_errors
 
@@ -99,7 +100,7 @@ class _SessionWriter:
         with raw_errors():
             yield connection.driver_connection
 
-    async def record(self, event: AuditLog) -> None:
+    async def record(self, event: AuditLog, _: Actor | None) -> None:
         await insert_event(self.session, event)
 
 
@@ -210,7 +211,8 @@ async def authorize_parsed_key(
                     counted = await consume(connection, verified.permissions)
         except AccessDenied as reason:
             key_id, account_id = row.columns.get("id"), row.columns.get("tiger_account_id")
-            await writer.record(denial_event(reason, parsed.prefix, request, key_id, account_id))
+            event = denial_event(reason, parsed.prefix, request, key_id, account_id)
+            await writer.record(event, actor_of(info))
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
@@ -219,7 +221,7 @@ async def authorize_parsed_key(
     assert verified is not None
     if verified.outdated:
         async with writer.connection() as connection:
-            await _replace_hash(connection, parsed, request, row, peppers_of(info))
+            await _replace_hash(connection, parsed, request, row, info)
     if (count_use := context_of(info).count_use) is not None:
         count_use(verified.permissions.key_id, row.now)
     else:
@@ -258,7 +260,7 @@ async def _replace_hash(
     parsed: ParsedKey,
     request: AccessRequest,
     row: KeyRow,
-    peppers: Peppers,
+    info: Mapping[Any, object],
 ) -> None:
     """Replace an outdated hash by a hash with the first pepper, and record an audit event.
 
@@ -266,7 +268,7 @@ async def _replace_hash(
     """
     old_pepper_id = row.columns["pepper_id"]
     ids = row.columns["id"], row.columns["tiger_account_id"]
-    new_hash, new_pepper_id = hash_secret(peppers, parsed.secret)
+    new_hash, new_pepper_id = hash_secret(peppers_of(info), parsed.secret)
     events: list[AuditLog] = []
     if old_pepper_id is None:
         event = _request_event(
@@ -291,7 +293,8 @@ async def _replace_hash(
             )
             events.append(event)
         if events:
-            await insert_events(connection, events)
+            actor = actor_of(info)
+            await insert_events(connection, [attribute(event, actor) for event in events])
 
 
 def denial_event(

@@ -16,8 +16,10 @@ from sqlalchemy.orm.util import identity_key
 from sqlmodel import col
 from uuid_utils.compat import uuid7
 
+from tiger_db.actor import ACTOR_FIELDS, actor_in_force
 from tiger_db.crud import audit_logs
 from tiger_db.crud.common import (
+    actor_of,
     execute_driver_sql,
     fetch_one,
     get_or_raise,
@@ -82,9 +84,10 @@ WITH account AS (
     FROM refresh WHERE a.id = refresh.tiger_account_id
 ), event AS (
     INSERT INTO audit_logs (id, action, result, severity, resource_type, resource_id,
-        tiger_account_id, details, duration_ms)
+        tiger_account_id, {", ".join(ACTOR_FIELDS)}, details, duration_ms)
     SELECT $14, '{_EVENT}', 'success', '{severity_of(_EVENT, AuditResult.SUCCESS)}',
         'token_status', refresh.id::text, refresh.tiger_account_id,
+        {", ".join(f"${number}" for number, _ in enumerate(ACTOR_FIELDS, start=15))},
         jsonb_build_object('status', refresh.status, 'trigger', refresh.trigger),
         refresh.duration_ms
     FROM refresh
@@ -232,6 +235,7 @@ async def _complete(
     access_token = tokens["access_token"]
     expires_at = account.check_not_stale(access_token, expires_at)
     old, encrypted = account.readable_token(), account.access_token
+    actor = actor_in_force(actor_of(session.info))
     rows = await execute_driver_sql(
         session,
         COMPLETE,
@@ -247,6 +251,7 @@ async def _complete(
         _encrypt_token(session, account, "access_token", access_token),
         _encrypt_token(session, account, "refresh_token", tokens.get("refresh_token")),
         uuid7(),
+        *(getattr(actor, name) for name in ACTOR_FIELDS),
     )
     if not rows:
         return None
