@@ -1,7 +1,7 @@
 """Audit events and SQL statements out of band: on connections that no session uses.
 
-Out-of-band statements need no connection of the sessions' pool, and stay committed if the caller's
-transaction rolls back.
+Out-of-band statements need no connection from the pool of the sessions. The effects of these
+statements stay if the caller's transaction rolls back.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from tiger_db.sqlstates import CONNECTION_ERRORS, raw_errors
 
 @dataclass(slots=True)
 class _PendingEvent:
-    """An audit event that is not committed yet, and a future that completes at the commit."""
+    """An audit event, and a future that is done after the event is stored or refused."""
 
     event: AuditLog
     recorded: asyncio.Future[None] = field(
@@ -30,7 +30,7 @@ class _PendingEvent:
     )
 
     def settle(self, error: Exception | None) -> None:
-        if self.recorded.done():  # the task that awaits `recorded` was cancelled
+        if self.recorded.done():  # the future has a result or was cancelled
             return
         if error is None:
             self.recorded.set_result(None)
@@ -39,7 +39,7 @@ class _PendingEvent:
 
 
 class OutOfBandWriter:
-    """Records audit events of a Database, and opens connections, independently of sessions."""
+    """Writer of audit events and opener of connections, independent of all sessions."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -47,7 +47,7 @@ class OutOfBandWriter:
         self._task: asyncio.Task[None] | None = None
 
     def connection(self) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]:
-        """Open a connection as `asyncpg_connection` does."""
+        """Open an asyncpg connection to the database of this writer."""
         return asyncpg_connection(self.engine)
 
     async def record(self, event: AuditLog, actor: Actor | None = None) -> None:
@@ -77,14 +77,16 @@ class OutOfBandWriter:
             await self._store(batch)
 
     async def _store(self, batch: list[_PendingEvent]) -> None:
-        error: Exception | None = DatabaseUnavailable("cannot store the event: shutdown")
+        error: Exception | None = DatabaseUnavailable(
+            "the audit event is not stored, because the process stops"
+        )
         try:
             async with self.connection() as connection:
                 await insert_events(connection, [pending.event for pending in batch])
             error = None
         except Exception as problem:  # noqa: BLE001  # every error is raised by the calls of `record`
             if len(batch) > 1 and not isinstance(problem, DatabaseUnavailable):
-                for pending in batch:  # a refused event must not prevent the other events
+                for pending in batch:  # a refused event must not block other events
                     await self._store([pending])
             error = problem
         finally:
@@ -100,7 +102,7 @@ async def asyncpg_connection(
 
     Raises:
         DatabaseUnavailable: no connection could be opened, or the connection was lost.
-        Conflict, QueryTimeout, StatementRefused: see `raw_errors`.
+        Conflict, QueryTimeout, StatementRefused: as documented for `raw_errors`.
     """
     try:
         with raw_errors():
@@ -110,8 +112,8 @@ async def asyncpg_connection(
                 try:
                     yield raw
                 except TimeoutError:
-                    raise  # no invalidation, because asyncpg must still cancel the statement
-                # ReadOnlySQLTransactionError: the server is no longer the primary.
+                    raise  # the connection is kept: asyncpg cancels the statement on it
+                # ReadOnlySQLTransactionError means that the server is no longer the primary.
                 except (*CONNECTION_ERRORS, asyncpg.ReadOnlySQLTransactionError):
                     await connection.invalidate()
                     raise

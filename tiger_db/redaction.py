@@ -6,27 +6,27 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 MASK = "**********"
-# Secrets with fewer characters are not masked, because such secrets match parts of common words.
+# Shorter secrets are not masked, because they would match parts of common words.
 _MIN_SECRET_CHARACTERS = 4
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)
-# A token of Tiger: the base64 of a text that starts with two times, as in `1700000000000,1…`.
+# Tiger's tokens are base64 text. The decoded text starts with two times: `1700000000000,1…`.
 _TIGER_TOKEN = re.compile(
     r"(?:[M-O][DTjz][AEIMQUYcgk][w-z0-5]){4}[M-O][CSiy]w(?:[A-Za-z0-9+/_%-]|\\/)*={0,2}"
 )
 _JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]+)+")
 _API_KEY = re.compile(r"\b(tdb_(?:live|test)_[0-9A-Za-z]{12})_[0-9A-Za-z]+")
 _BEARER = re.compile(r"\b(Bearer)\s+[^\s'\",;\\]+", re.IGNORECASE)
-# Base64 text of at least 40 characters, such as keys, tokens, signatures and digests. Slashes may
-# be escaped as in JSON or in URLs. `_LINES` matches base64 text that is wrapped to several lines.
+# `_RANDOM` matches 40 or more characters of base64, such as keys, tokens and digests, where slashes
+# may be escaped as in JSON or URLs. `_LINES` matches base64 text of several lines.
 _RANDOM = re.compile(r"(?:[A-Za-z0-9+_-]|\\?/|%2[BbFf]){40,}={0,2}")
 _LINES = re.compile(
     r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,}+(?:\r?\n|(?:\\+r)?\\+n)[ \t]*)+[A-Za-z0-9+/]*={0,2}"
 )
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
 _WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")  # like aWordLIKEThis2
-# A secret after its name: `name=value`, `"name": "value"` and similar forms. The function
-# `_assignments` replaces WORDS and NAMES by the names of secrets.
+# This pattern matches a name with a secret value, such as `token=value` or `"token": "value"`. The
+# function `_assignments` replaces WORDS and NAMES by the names of secrets.
 _ASSIGNMENT = r"""
     (?<![\w-])
     (?P<name> [\w-]* (?: WORDS ) | NAMES )
@@ -38,7 +38,7 @@ _ASSIGNMENT = r"""
 
 
 def mask_account_number(account_number: str) -> str:
-    """Mask an account number except its last four characters. Mask shorter numbers completely."""
+    """Mask an account number except its last four characters. Mask up to four characters fully."""
     shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual number of visible characters
     return "*" * (len(account_number) - len(shown)) + shown
 
@@ -46,8 +46,8 @@ def mask_account_number(account_number: str) -> str:
 def redact_aggressively(text: str, *known: str) -> str:
     """Mask everything in a text that is or resembles a token, a key or a password.
 
-    This function masks the secrets in `known` that have at least four characters, all text that
-    `redact_known` masks, and sequences of 40 or more letters and digits that are not words.
+    Mask the secrets in `known` if they have at least four characters, all text that `redact_known`
+    masks, and 40 or more letters and digits in sequence that are not words.
     """
     forms = {
         form for secret in known if len(secret) >= _MIN_SECRET_CHARACTERS for form in _forms(secret)
@@ -69,7 +69,7 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _without_random(match: re.Match[str]) -> str:
-    """Mask text that looks random. Paths, class names and UUIDs are not masked."""
+    """Mask a match that looks random. Paths, class names and UUIDs are not masked."""
     run = match[0]
     parts = _SEPARATORS.split(run)
     if all(map(_WORDS.fullmatch, parts)):
@@ -85,7 +85,7 @@ _SECRET_WORDS = {
     "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
 }  # fmt: skip
 _SECRET_NAMES = {"sign", "signature", "pin", "otp", "pepper"}
-# Patterns of words that name the secret after them in a text, as in `password=…`.
+# Patterns of names, such as `password`, before a secret value in a text such as `password=…`.
 _WORD_PATTERNS = {
     "token", "secret", "passw(?:or)?d", "pwd", "passphrase", "authorization", "credential",
     "private_?key (?: _?pk[18] )?", "api[_-]?key", "secret_?key", "access[_-]?key",
@@ -96,26 +96,26 @@ _HARMLESS = {
     "type", "count", "name", "status", "format", "at", "url", "scope", "scopes", "version",
     "refreshid", "length",
 }  # fmt: skip
-# Names of passwords: the hash of a password is secret, because the password can be guessed from it.
+# The hash of a password is secret too, because passwords can be guessed from hashes.
 _PASSWORDS = re.compile("passw|pwd|passphrase")
 _NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
 _MAX_CACHED_NAME_CHARACTERS = 100
 
 _BASE64 = r"(?:[A-Za-z0-9+/]|\\/)"
-# Base64 of DER, such as private keys, in one or several lines. The last line may be short.
+# `_DER` matches a private key as base64 of DER, in one or several lines.
 _DER = re.compile(
     rf"(?<![A-Za-z0-9+])MII{_BASE64}{{27,}}+(?:(?:\s|\\+[rnt])+{_BASE64}{{30,}}+)*+"
     rf"(?:(?:\r?\n|(?:\\+r)?\\+n)[ \t]*{_BASE64}+)?={{0,2}}"
 )
-_MIN_DER_CHARACTERS = 100  # of base64 text
-_MIN_TIGER_TOKEN_CHARACTERS = 19  # of the shortest match of `_TIGER_TOKEN`
+_MIN_DER_CHARACTERS = 100  # characters of base64 text
+_MIN_TIGER_TOKEN_CHARACTERS = 19  # length of the shortest match of `_TIGER_TOKEN`
 
 
 def is_secret_name(name: str) -> bool:
     """Return whether a field with this name, in any spelling, contains a secret.
 
-    For example, `accessToken` and `X-API-Key` contain a secret. `token_expires_at` and `api_key_id`
-    only describe a secret.
+    For example, fields named `accessToken` or `X-API-Key` contain a secret. Fields named
+    `token_expires_at` or `api_key_id` only describe a secret.
     """
     return (
         _is_secret(name)
@@ -125,7 +125,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def add_secret_names(*names: str) -> None:
-    """Add names of secrets for this process. A field is masked if its name contains such a name.
+    """Add names of secrets for this process. Fields whose name contains an added name are masked.
 
     Case and separators do not matter: `tradePin`, `trade_pin` and `TRADE-PIN` are the same name.
 
@@ -144,11 +144,11 @@ def add_secret_names(*names: str) -> None:
 def redact_known(text: str) -> str:
     """Mask the parts of a text that are certainly secrets.
 
-    This function masks PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer
-    credentials, API keys of this package, and values after the name of a secret, as in
-    `password=…`. Other random text, such as a digest, is not masked.
+    Mask PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer credentials, API keys of
+    tiger_db, and values after the name of a secret, as in `password=…`. Do not mask other random
+    text, such as digests.
     """
-    # Most texts contain no secret, so cheap substring checks avoid most of the pattern searches.
+    # Most texts contain no secret, so fast checks for substrings avoid slow searches for patterns.
     if "-----BEGIN" in text:
         text = _PEM.sub(MASK, text)
     if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:

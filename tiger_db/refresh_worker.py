@@ -41,13 +41,13 @@ T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
 CHANNEL = "tiger_db_refreshes"
 POLL_SECONDS = 5.0  # longest time between two queries for due refreshes and expired leases
-_RETRY_PAUSE_SECONDS = 0.2  # before the first retry after a database error; then doubled
+_RETRY_PAUSE_SECONDS = 0.2  # pause before the first retry; each retry doubles the pause
 _MAX_RETRY_PAUSE_SECONDS = 5.0
 _RATE_WINDOW_SECONDS = 60.0
 _HEARTBEATS_PER_LEASE = 3
 _GRACE_SECONDS = 30.0  # longest time from `stop` to the end of `run`
-_STORING_SHARE = 0.2  # of _GRACE_SECONDS, reserved for storing outcomes of attempts
-_CANCELLING_SHARE = 0.05  # of _GRACE_SECONDS, reserved for cancelling attempts
+_STORING_SHARE = 0.2  # the part of _GRACE_SECONDS for storing the outcomes of attempts
+_CANCELLING_SHARE = 0.05  # the part of _GRACE_SECONDS for cancelling attempts
 _CANCEL_SECONDS = 1.0  # longest wait for the end of a cancelled task
 _MAX_ERROR_CODE_LENGTH = 50  # characters
 _MAX_RETRY_AFTER = timedelta(days=7)
@@ -61,18 +61,16 @@ class RefreshWorker:
     token or raises a `RefreshFailed`. During the call, no transaction is open, and the worker
     renews the lease of the claim. `per_minute` limits the calls per minute for each `tiger_id`.
 
-    Audit events of the worker and of the refresher name the worker as the actor: the user id is
-    `name`, and the user type is `worker`.
+    The actor of audit events during the work has the user id `name` and the user type `worker`.
 
     A refresher that takes longer than `attempt_timeout` is cancelled, and the attempt fails with
-    `AnswerLost`. If a cancelled refresher still returns a token, the token is stored if it is newer
-    than the account's token. A refresher must not block the event loop.
+    `AnswerLost`. A token that a cancelled refresher still returns is stored if the account's token
+    is older. A refresher must not block the event loop.
 
-    A new token is stored even if the database is unavailable for a while, or if the claim is lost
-    and the account's token is older. Other values in the broker's answer are omitted if they cannot
-    be stored. A token is lost only if the process is killed between the broker's answer and the
-    commit. The broker then refuses the next attempt, and the account is suspended until a new token
-    is stored.
+    The worker repeats the storing of a new token while the database is unavailable. If the process
+    is killed before the commit, the new token is lost: the broker then refuses the next attempt,
+    and the account is suspended until a new token is stored. Invalid values in the broker's answer
+    are not stored.
 
     Raises:
         InvalidValue: `concurrency`, `lease`, `attempt_timeout` or `per_minute` is not positive.
@@ -99,22 +97,19 @@ class RefreshWorker:
         self.per_minute = per_minute
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
         self._actor = Actor(user_id=self.name, user_type="worker")
-        self.counts: Counter[str] = Counter()  # number of claims by outcome
-        self._call_times: dict[bytes | None, deque[float]] = defaultdict(
-            deque
-        )  # call times by tiger_id
-        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # tasks by refresh id
+        self.counts: Counter[str] = Counter()  # the keys are outcomes of claims
+        self._call_times: dict[bytes | None, deque[float]] = defaultdict(deque)
+        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # the keys are refresh ids
         self._late: set[asyncio.Task[Any]] = set()  # tasks that wait for cancelled refreshers
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._deadline = math.inf  # monotonic time at which `run` returns
 
     def stop(self) -> None:
-        """Claim no more refreshes, finish or give back claimed refreshes, and let `run` return.
+        """Stop the claiming of refreshes, so that `run` returns within 30 seconds.
 
-        `run` returns within 30 seconds. A refresher that does not return in time is cancelled, as
-        after `attempt_timeout`. If the outcome of a refresh cannot be stored in time, the lease of
-        the refresh expires.
+        A refresher that does not return in time is cancelled. If the outcome of a refresh cannot be
+        stored in time, the lease of the refresh expires.
         """
         self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
         self._stopping.set()
@@ -123,8 +118,8 @@ class RefreshWorker:
     async def run(self, *, once: bool = False) -> None:
         """Refresh due tokens until `stop` is called or, with `once`, until no refresh is due.
 
-        Without `once`, the worker waits while the database is unavailable. If the task is
-        cancelled, `run` calls `stop`.
+        Without `once`, the worker waits while the database is unavailable. If the task of `run`
+        is cancelled, `run` calls `stop`.
 
         Raises:
             ConfigurationError: `once` is false, `DB_POOLER` is set and `DB_DIRECT_HOST` is not set.
@@ -193,7 +188,7 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task, at most `seconds`. After `stop`, leave `reserve` of the grace period."""
+        """Wait for a task. After `stop`, end the wait early: keep `reserve` of the grace period."""
         end = math.inf if seconds is None else time.monotonic() + seconds
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -238,7 +233,7 @@ class RefreshWorker:
             _logger.error("a refresh stopped with an unexpected error: %s", type(error).__name__)
 
     async def _attempt(self, claim: TokenStatus, claimed_after: float) -> None:
-        """Make one attempt of a claimed refresh, which was claimed after time `claimed_after`."""
+        """Make one attempt of a refresh that was claimed after the monotonic time `claimed_after`."""
         try:
             wait = self._rate_limit_wait(claim.tiger_account)
             if self._stopping.is_set() or wait > 0:
@@ -308,9 +303,7 @@ class RefreshWorker:
                 self._late.add(late)
                 late.add_done_callback(self._late.discard)
         if not asking.done() or asking.cancelled():
-            return AnswerLost(
-                "the refresher was stopped before it answered: the broker may have issued a token"
-            )
+            return AnswerLost("the refresher was stopped: the broker may have issued a token")
         error = asking.exception()
         if isinstance(error, RefreshFailed):
             return error
@@ -322,29 +315,23 @@ class RefreshWorker:
             return AnswerLost(f"the refresher returned {type(token).__name__} instead of NewToken")
         return token
 
-    async def _store_late(
-        self, claim: TokenStatus, start: float, asking: asyncio.Task[Any]
-    ) -> None:
+    async def _store_late(self, claim: TokenStatus, start: float, task: asyncio.Task[Any]) -> None:
         """Store the token that a refresher returns in spite of its cancellation."""
-        await asyncio.wait([asking])
-        if asking.cancelled() or asking.exception() or not isinstance(asking.result(), NewToken):
+        await asyncio.wait([task])
+        if task.cancelled() or task.exception() or not isinstance(task.result(), NewToken):
             return
         if self._stopping.is_set():  # the database may be closed
-            _logger.warning(
-                "%s: a new token is lost, because it came after the worker stopped",
-                claim.tiger_account.label(),
-            )
+            label = claim.tiger_account.label()
+            _logger.warning("%s: a new token is lost: it came after the worker stopped", label)
             return
         milliseconds = round((time.monotonic() - start) * 1000)
         try:
-            error: Exception | None = await self._complete(claim, asking.result(), milliseconds)
+            error: Exception | None = await self._complete(claim, task.result(), milliseconds)
         except Exception as problem:  # noqa: BLE001  # its message may contain a secret
             error = problem
         if error is not None:
             self.counts["broken"] += 1
-            _logger.error(
-                "a new token is lost, because it cannot be stored: %s", type(error).__name__
-            )
+            _logger.error("a new token cannot be stored and is lost: %s", type(error).__name__)
 
     async def _complete(
         self, claim: TokenStatus, token: NewToken, milliseconds: int
@@ -363,7 +350,7 @@ class RefreshWorker:
         return AnswerLost(reason, code=token.code)
 
     async def _store(self, claim: TokenStatus, token: NewToken, milliseconds: int) -> None:
-        """Complete the refresh with a new token. If the claim was lost, use `_offer`."""
+        """Complete the refresh with a new token. If the claim was lost, call `_offer`."""
         label = claim.tiger_account.label()
         try:
             refresh = await self._save(
@@ -389,13 +376,13 @@ class RefreshWorker:
             )
 
     async def _offer(self, claim: TokenStatus, token: NewToken) -> None:
-        """Store the token of a lost claim if it is newer than the account's token."""
+        """Store the new token of a lost claim if the account's token is older."""
 
         async def offer(session: AsyncSession) -> bool:
             refresh = await token_status.get(session, claim.id)
             new_hash = token_status.token_hash(token.access_token)
             if refresh is not None and refresh.new_token_hash == new_hash:
-                return False  # an unconfirmed commit has stored the token
+                return False  # the token was stored by a commit without an answer
             await accounts.update_tokens(
                 session,
                 claim.tiger_account_id,
@@ -411,18 +398,14 @@ class RefreshWorker:
             offered = await self._save(offer)
         except (InvalidState, NotFound) as error:  # StaleToken is an InvalidState
             self.counts["lost"] += 1
-            _logger.warning(
-                "%s: the claim was lost, and the new token is not needed: %s", label, error
-            )
+            _logger.warning("%s: the claim was lost; new token not stored: %s", label, error)
             return
         self.counts["offered" if offered else "refreshed"] += 1
         if offered:
-            _logger.warning(
-                "%s: the claim was lost, but the new token is newer and was stored", label
-            )
+            _logger.warning("%s: the claim was lost, but the new token was stored", label)
 
     async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
-        """Store the failure of a refresh, or an unknown failure if its values cannot be stored."""
+        """Store the failure of a refresh. If that fails, store an unknown failure."""
         account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:
@@ -453,11 +436,9 @@ class RefreshWorker:
                 await self._save(partial(token_status.fail_unknown, claim=claim))
                 outcome = f"the error of the refresh cannot be stored: {type(problem).__name__}"
             else:
-                given_up = refresh.status == TokenRefreshStatus.FAILED
-                again = (
-                    "no attempt is left" if given_up else f"next attempt at {refresh.scheduled_at}"
-                )
-                outcome = f"{refresh.error_message}; {again}"
+                final = refresh.status == TokenRefreshStatus.FAILED
+                then = "no attempt is left" if final else f"next attempt at {refresh.scheduled_at}"
+                outcome = f"{refresh.error_message}; {then}"
         except (LeaseLost, NotFound):
             self.counts["lost"] += 1
             _logger.warning("%s: the claim was lost after the refresh had failed", account.label())
@@ -466,7 +447,7 @@ class RefreshWorker:
         _logger.warning("%s: no new token: %s", account.label(), outcome)
 
     async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-        """Run `work` in a transaction. Repeat it while the database is unavailable."""
+        """Run `work` in a transaction. Repeat `work` while the database is unavailable."""
         pause = _RETRY_PAUSE_SECONDS
         while True:
             try:
@@ -475,15 +456,13 @@ class RefreshWorker:
             except (TigerDBError, DBAPIError) as error:
                 if not is_transient(error) or time.monotonic() + pause > self._deadline:
                     raise
-                _logger.warning(
-                    "storing a refresh waits for the database: %s", type(error).__name__
-                )
+                _logger.warning("a refresh waits for the database: %s", type(error).__name__)
             await asyncio.sleep(pause)
             pause = min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks, and wait at most one second for the end of the tasks."""
+    """Cancel tasks, and wait at most one second until the tasks end."""
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
@@ -501,13 +480,11 @@ def _without_unstorable(claim: TokenStatus, token: NewToken) -> NewToken:
 
 
 def _storable(row: Entity, name: str, value: T | None) -> T | None:
-    """Return a value from the broker as validated by a field, or None if the value is invalid."""
+    """Validate a value from the broker for a field of `row`. Return None for an invalid value."""
     try:
         storable: T | None = row.validate_changes({name: value})[name]
-    except (ValueError, TypeError, OverflowError):  # ValidationError is a ValueError
-        _logger.warning(
-            "%s: the value of %s from the broker is invalid and is not stored", row.label(), name
-        )
+    except (ValueError, TypeError, OverflowError):  # a pydantic ValidationError is a ValueError
+        _logger.warning("%s: the broker's %s is invalid and not stored", row.label(), name)
         return None
     return storable
 
@@ -521,7 +498,7 @@ def _text(error: BaseException) -> str:
 
 
 def _retry_after(error: RefreshFailed) -> timedelta | None:
-    """Return the broker's `retry_after`, at most 7 days, or None if it is missing or invalid."""
+    """Return the valid `retry_after` of an error, at most 7 days, or else None."""
     wait = error.retry_after if isinstance(error, RefreshLimited) else None
     if not isinstance(wait, timedelta) or wait < timedelta(0):
         return None

@@ -40,7 +40,7 @@ class ConnectArgs(TypedDict, total=False):
     """Keyword arguments of `asyncpg.connect`."""
 
     dsn: str
-    host: str | list[str]  # a list: hosts to try in order
+    host: str | list[str]  # hosts of a list are tried in order
     port: int | list[int]
     user: str
     password: str | None
@@ -90,20 +90,20 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_without_nul)]
 SecretText = Annotated[SecretStr, AfterValidator(_utf8_secret)]
 _MAX_IDENTIFIER_BYTES = 63
-# If a query has no answer this long after DB_QUERY_TIMEOUT, the connection is considered lost.
+# A connection counts as lost if a query is not answered this long after DB_QUERY_TIMEOUT.
 _LOST_SERVER_SECONDS = 5
 DEFAULT_SCHEMA = "public"
 SCHEMA_OPTION = "tiger_db_schema"  # name of the execution option that holds DB_SCHEMA
 # Session parameters that PgBouncer accepts and tracks for each client.
 _PGBOUNCER_PARAMETERS = ("application_name", "timezone")
-# Hosts for a DATABASE_URL without a host. (The default host of asyncpg would depend on PGHOST.)
+# Hosts for a DATABASE_URL without a host. The default host of asyncpg would depend on PGHOST.
 _DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # socket folders
 
 
 class Settings(BaseSettings):
     """The settings of a process. Each field has the name of its environment variable.
 
-    Environment variables are read when an instance is created.
+    The environment variables are read when a Settings object is created.
 
     Raises:
         ConfigurationError: a value is invalid. The error message is one line that names the
@@ -138,7 +138,7 @@ class Settings(BaseSettings):
     db_ssl_ca: File | None = None
     db_allow_unverified_tls: bool = Field(
         default=False,
-        description="whether production may send the password to unverified remote servers",
+        description="whether production may connect to remote servers with unverified identity",
     )
 
     db_pool_size: int = Field(default=5, ge=1, le=1000)
@@ -151,7 +151,7 @@ class Settings(BaseSettings):
         default=60, ge=0, le=86400, description="seconds; 0: no limit"
     )
     db_slow_query_seconds: float = Field(
-        default=1, ge=0, le=86400, description="seconds; 0: log no query"
+        default=1, ge=0, le=86400, description="seconds; 0: log no slow query"
     )
     db_debug: bool = Field(default=False, description="log all SQL statements")
 
@@ -162,7 +162,7 @@ class Settings(BaseSettings):
     api_key_peppers: SecretStr | None = None
     api_key_peppers_file: File | None = None
     api_keys_allow_unpeppered_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
-        default=None, description="last day (UTC) on which keys without a pepper are valid"
+        default=None, description="last day (UTC) on which API keys without a pepper are valid"
     )
     audit_signing_key: SecretStr | None = None
     audit_signing_key_file: File | None = None
@@ -213,7 +213,7 @@ class Settings(BaseSettings):
 
     @property
     def uses_pooler(self) -> bool:
-        """Whether a transaction pooler may run each transaction in another server session."""
+        """Whether a pooler may assign each transaction to another server session."""
         return self.db_pooler != "none"
 
     def without_pooler(self) -> Self:
@@ -256,8 +256,8 @@ class Settings(BaseSettings):
     def channel(self, name: str) -> str:
         """Return the NOTIFY channel of `DB_SCHEMA` for a channel name.
 
-        In the schema `public`, the channel has the given name. In other schemas, a digest of the
-        schema's name is appended: PostgreSQL limits channel names to 63 bytes.
+        For the schema `public`, the channel is `name`. For other schemas, the channel ends with a
+        digest of the schema's name, because PostgreSQL limits channel names to 63 bytes.
         """
         if self.db_schema == DEFAULT_SCHEMA:
             return name
@@ -265,14 +265,14 @@ class Settings(BaseSettings):
 
     @property
     def addresses(self) -> tuple[Address, ...]:
-        """The addresses of the servers, in the order to try. Empty for the embedded server."""
+        """The addresses of the servers, in the order to try; none for the embedded server."""
         if (url := self.url) is not None:
             return url.addresses
         return () if self.db_host is None else parse_hosts("DB_HOST", self.db_host, self.db_port)
 
     @property
     def location(self) -> str:
-        """The servers and the database as text for messages, without user name and password."""
+        """The servers and the database, as text without user name and password for messages."""
         servers = "embedded" if self.embedded else ",".join(map(str, self.addresses))
         return f"{servers}/{self.database}"
 
@@ -285,7 +285,7 @@ class Settings(BaseSettings):
 
     @property
     def tls(self) -> dict[str, str]:
-        """The TLS parameters by libpq's names. `DATABASE_URL` takes precedence over `DB_SSL_*`."""
+        """The TLS parameters with libpq's names. `DATABASE_URL` takes precedence over `DB_SSL_*`."""
         if self.embedded:
             return {}
         given = {
@@ -303,10 +303,11 @@ class Settings(BaseSettings):
 
     @property
     def unverified_variables(self) -> list[str]:
-        """The names of variables with remote servers whose identity is not verified.
+        """The variables that name remote servers whose identity is not verified.
 
-        Only the sslmode verify-full verifies the identity. verify-ca accepts each server with a
-        certificate of the authority, and a public authority issues certificates to anyone.
+        Only the sslmode verify-full verifies the identity of a server. The sslmode verify-ca
+        accepts any certificate of the authority, and a public authority issues certificates to
+        anyone.
         """
         if self.embedded or self.tls.get("sslmode") == SSLMode.VERIFY_FULL:
             return []
@@ -318,7 +319,7 @@ class Settings(BaseSettings):
         return [name for name, found in servers.items() if not all(a.is_local for a in found)]
 
     def _tls_problem(self) -> str | None:
-        """Return one line that says why TLS is too weak for production, or None."""
+        """Return why TLS is too weak for production, as one line, or None if it is not."""
         if not self.production or self.db_allow_unverified_tls or not self.unverified_variables:
             return None
         in_url = self.url is not None and "sslmode" in self.url.parameters
@@ -333,16 +334,16 @@ class Settings(BaseSettings):
         """Return keyword arguments of `asyncpg.connect` for the server, or for a replica.
 
         The server must accept writes, unless `DATABASE_URL` has `target_session_attrs`. TLS
-        parameters are passed in a DSN, because asyncpg interprets TLS parameters like libpq only in
-        a DSN. For the embedded server, use `embedded.start`.
+        parameters are passed in a DSN, where asyncpg interprets TLS parameters like libpq. For the
+        embedded server, call `embedded.start` instead.
 
         Raises:
-            ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or in production the
-                identity of the server would not be verified.
+            ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or TLS is too weak for
+                production.
         """
         if self.embedded:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
-        if problem := self._tls_problem():  # pydantic does not validate copied settings
+        if problem := self._tls_problem():  # `model_copy` validates nothing
             raise ConfigurationError(problem)
         url = self.url or DatabaseURL(
             self.addresses,
@@ -380,7 +381,7 @@ class Settings(BaseSettings):
             arguments["passfile"] = Path(found["passfile"])
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
-        if self.uses_pooler:  # PgBouncer supports no other session state
+        if self.uses_pooler:  # PgBouncer supports only these parameters
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given
@@ -398,7 +399,7 @@ class Settings(BaseSettings):
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
             "timezone": "UTC",
-            # A search_path in the startup packet overrides ALTER ROLE and ALTER DATABASE.
+            # This search_path overrides the search_path of ALTER ROLE and ALTER DATABASE.
             "search_path": self.search_path,
         }
 
@@ -411,8 +412,8 @@ def quote_identifier(name: str) -> str:
 def search_path(schema: str) -> str:
     """Return the value of `search_path` for a schema, as SQL text.
 
-    PostgreSQL searches pg_catalog first if the path does not include pg_catalog. Without pg_temp at
-    the end of the path, PostgreSQL would search pg_temp even before pg_catalog.
+    PostgreSQL searches pg_catalog first, because the path does not contain pg_catalog. Without
+    pg_temp in the path, PostgreSQL would search pg_temp before pg_catalog.
     """
     return f"{quote_identifier(schema)}, pg_temp"
 

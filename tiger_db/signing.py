@@ -51,5 +51,7 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
     except ValueError:
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise InvalidValue("not an Ed25519 public key in PEM format or as base64 of 32 bytes")
+        raise InvalidValue(
+            "the text is not an Ed25519 public key in PEM format or as base64 of 32 bytes"
+        )
     return key

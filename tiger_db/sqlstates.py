@@ -20,11 +20,11 @@ from tiger_db.errors import (
     TigerDBError,
 )
 
-# Errors of asyncpg for a lost connection. InternalClientError comes from asyncpg's state machine.
+# The errors that asyncpg raises if a connection is lost.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-READ_ONLY_SQL_TRANSACTION = "25006"  # on a former primary, or in a readonly session
-# Error types and messages by SQLSTATE, or by the first characters of SQLSTATEs. None stands for
-# PostgreSQL's own message, if this message cannot contain values of a row.
+READ_ONLY_SQL_TRANSACTION = "25006"  # a former primary or a readonly session refuses writes
+# Error types and messages by SQLSTATE or by its first characters. None stands for the message
+# of PostgreSQL, which contains no values of a row for these SQLSTATEs.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "08": (DatabaseUnavailable, "the connection was lost"),
     "22000": (InvalidValue, "a value is not of its column's type"),
@@ -43,7 +43,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "25P04": (DatabaseUnavailable, "the connection was lost: transaction_timeout"),
     "28": (DatabaseUnavailable, "the database refuses this role"),
     "3D000": (DatabaseUnavailable, "the database does not exist"),
-    "40001": (Conflict, None),  # serialization failure, or conflict with the replay on a replica
+    "40001": (Conflict, None),  # serialization failure, or conflict with recovery on a replica
     "40P01": (Conflict, None),  # deadlock
     "42501": (StatementRefused, None),  # a privilege is missing
     "53300": (DatabaseUnavailable, "the database has no connection left"),
@@ -51,8 +51,8 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "57014": (QueryTimeout, None),
     "57P0": (DatabaseUnavailable, "the connection was lost"),
 }
-# Classes of SQLSTATEs after which a repeated transaction may succeed: connection, rollback,
-# resources, objects in use, operator intervention.
+# The first two characters of the SQLSTATEs of transient errors: connection, rollback, resources,
+# objects in use, operator intervention.
 _TRANSIENT_CLASSES = {"08", "40", "53", "55", "57"}
 
 
@@ -73,7 +73,7 @@ def classify(error: BaseException) -> TigerDBError | None:
     """Convert an error of asyncpg or SQLAlchemy to an error of this package, or return None.
 
     The new error's message contains no values of a row. The message names the constraint or the
-    column if PostgreSQL reports one of the two.
+    column if PostgreSQL reports a constraint or a column.
     """
     cause = _cause(error)
     if isinstance(cause, asyncpg.PostgresError):
@@ -103,7 +103,7 @@ def is_transient(error: BaseException) -> bool:
 
 @contextmanager
 def raw_errors() -> Iterator[None]:
-    """Convert errors of asyncpg in the body of the `with` to errors of this package.
+    """Convert errors of asyncpg in the body of a `with` statement to errors of this package.
 
     Raises:
         DatabaseUnavailable, Conflict, QueryTimeout: the error is transient.
@@ -118,5 +118,5 @@ def raw_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """Return the error of asyncpg inside an error of SQLAlchemy, or else the error itself."""
+    """Return the asyncpg error inside an SQLAlchemy error. Return other errors unchanged."""
     return error.orig and error.orig.__cause__ if isinstance(error, DBAPIError) else error

@@ -300,7 +300,7 @@ def test_each_migration_has_a_transaction_of_its_own(
     failed = cli("migrate")
     assert failed.code == 1
     assert (
-        "9008 More: the migration failed, and is rolled back\nerror: the database refused"
+        "9008 More: the migration failed and was rolled back\nerror: the database refused"
         in failed.err
     )
     assert cli.ok("current", "--json").json["current"] == "9007"

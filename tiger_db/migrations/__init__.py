@@ -27,14 +27,14 @@ from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
 MONTHS_AHEAD = 12
-# Selects the fields of `SearchPath`. The functions are qualified, because another schema in the
-# search path may have functions with the same names.
+# The query for the fields of `SearchPath`. Its function names are qualified, because another schema
+# in the search path may have functions with the same names.
 SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
 """
-# Selects a schema that has three tables of tiger_db. The table `alembic_version` alone proves
-# nothing, because the application's own migrations may have created it.
+# The query for a schema with three tables of tiger_db. The table `alembic_version` alone is not
+# enough, because the application's own migrations may have created it.
 _OTHER_SCHEMA = text("""
 SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
     WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
@@ -45,15 +45,15 @@ SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_cl
 class SchemaState:
     """The revision of the database, and the head revision of this tiger_db release."""
 
-    current: str | None  # None: the database has no tiger_db schema
+    current: str | None  # None if tiger_db is not installed in the schema
     head: str
     known: bool  # whether this release has a migration with the current revision
-    # Another schema with an installation of tiger_db, if the configured schema has none.
+    # Another schema where tiger_db is installed, if tiger_db is not installed in `DB_SCHEMA`.
     other_schema: str | None = field(default=None, kw_only=True)
 
     @property
     def problem(self) -> str | None:
-        """Message about a difference between the two revisions, with the remedy, or None."""
+        """Why the schema does not fit this release, and what to do; None if the schema fits."""
         if self.current is None and (schema := self.other_schema) is not None:
             return f"tiger_db is in the schema {schema}: set DB_SCHEMA={schema}"
         if self.current is None:
@@ -75,7 +75,7 @@ class SchemaState:
 
 @dataclass(frozen=True, slots=True)
 class AppliedMigration:
-    """A migration that was run, with the duration of its last attempt."""
+    """A migration that was run. `seconds` is the duration of the last attempt."""
 
     revision: str
     message: str
@@ -92,7 +92,7 @@ class UpgradeResult(SchemaState):
 
 
 class SearchPath(NamedTuple):
-    """The search path of a session: the row that `SEARCH_PATH` selects."""
+    """The search path of a session: a row of the query `SEARCH_PATH`."""
 
     schemas: list[str]  # existing schemas in order, including pg_catalog
     setting: str
@@ -127,12 +127,12 @@ def script_location() -> Path:
 
 @cache
 def scripts() -> ScriptDirectory:
-    """Return the migration scripts, which are read once per process."""
+    """Read the migration scripts once per process, and return them."""
     return ScriptDirectory.from_config(alembic_config())
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return the configuration of Alembic. If `connection` is given, env.py uses it."""
+    """Return the configuration of Alembic, with the connection that env.py must use, or None."""
     config = Config(stdout=io.StringIO())
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -185,8 +185,8 @@ def _configured_schema(connection: Connection) -> str | None:
 
 def _check_search_path(connection: Connection) -> None:
     schema = _configured_schema(connection)
-    # An expected `search_path` is not resolved with current_schemas(): if the schema is missing,
-    # PostgreSQL resolves the path only for a role that may create temporary tables.
+    # If the setting has the expected text, current_schemas() is not called: for a missing schema,
+    # current_schemas() works only for a role that may create temporary tables.
     setting = text("SELECT pg_catalog.current_setting('search_path')")
     if schema is not None and connection.scalar(setting) != search_path(schema):
         SearchPath._make(connection.exec_driver_sql(SEARCH_PATH).one()).check(schema)
@@ -218,12 +218,12 @@ def create_schema(connection: Connection) -> None:
                     ) from None
                 if state not in ("42P06", "23505"):  # another process created the schema first
                     raise
-        # If the role lacks USAGE on the schema, PostgreSQL skips the schema in the search path, and
-        # creates temporary tables instead.
+        # If the role lacks USAGE on the schema, PostgreSQL skips the schema and creates temporary
+        # tables instead.
         usage = text("SELECT has_schema_privilege(:schema, 'USAGE')")
         if not connection.scalar(usage, {"schema": schema}):
             raise MigrationError(f"GRANT USAGE, CREATE ON SCHEMA {quoted} (DB_SCHEMA) to this role")
-        # SQLAlchemy caches the default schema of its first connection, which is outdated now.
+        # SQLAlchemy cached the default schema before the schema was created.
         connection.dialect.default_schema_name = schema
     connection.rollback()
 
@@ -244,14 +244,14 @@ async def upgrade(
 ) -> UpgradeResult:
     """Run migrations up to a revision, then create the audit partitions of the next months.
 
-    Each migration has its own transaction. `upgrade` waits for other processes that migrate. A
-    migration that waits too long for a table lock is rolled back, so that blocked sessions can
-    continue, and is run again. `progress` is called with a line of text for each migration, for
-    each failed attempt, and while `upgrade` waits.
+    Each migration has its own transaction. `upgrade` waits while another process runs migrations. A
+    migration that waits too long for a table lock is rolled back and run again, so that blocked
+    sessions can continue. `progress` is called with one line of text for each migration, for each
+    failed attempt, and while `upgrade` waits.
 
     Raises:
         MigrationError: the role lacks the privilege to create the schema; the revision is unknown;
-            or all attempts of a migration were blocked. Earlier migrations stay applied.
+            or all attempts of a migration were blocked. Completed migrations stay applied.
         SchemaMismatch: the search path of the sessions does not lead to `DB_SCHEMA`.
     """
     async with engine.connect() as connection:
@@ -304,7 +304,7 @@ async def pending(engine: AsyncEngine, revision: str = "head") -> list[Script]:
 
 
 async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
-    """Return the SQL of `upgrade`, for `psql -v ON_ERROR_STOP=1`.
+    """Return the SQL that `upgrade` would execute, for `psql -v ON_ERROR_STOP=1`.
 
     Raises:
         MigrationError: the revision is unknown, or the database is at several revisions.
@@ -320,7 +320,9 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
-            raise MigrationError("the database is at several revisions; a script starts at one")
+            raise MigrationError(
+                "the database is at several revisions, but a script can start at only one"
+            )
         script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
         months = f"SELECT make_audit_months({MONTHS_AHEAD});"
@@ -362,14 +364,14 @@ async def drift(engine: AsyncEngine) -> list[str]:
         try:
             await _run(connection, command.check)
         except AutogenerateDiffsDetected as detected:
-            # Missing triggers are reported by `find_differences` already.
+            # `find_differences` already reports missing triggers.
             diffs = [_describe(diff) for diff in detected.diffs if diff[0] != "add_trigger"]
             return [" ".join(diff.split()) for diff in diffs] + changed
     return changed
 
 
 async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = True) -> Path:
-    """Write a migration from the schema of the database to the models, and return its path.
+    """Write a migration that changes the schema to that of the models. Return the path.
 
     Raises:
         MigrationError: tiger_db is an installed package, and not a checkout of the repository.
@@ -413,7 +415,7 @@ def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionS
 async def _apply(
     engine: AsyncEngine, connection: AsyncConnection, revision: str, progress: Progress, *, up: bool
 ) -> list[AppliedMigration]:
-    """Run the migrations up or down to a revision, each migration in a transaction of its own."""
+    """Run the migrations up or down to a revision. Each migration has its own transaction."""
     current = await connection.run_sync(_current)
     await connection.rollback()
     applied = []
@@ -426,7 +428,7 @@ async def _apply(
         await connection.rollback()
         if not set(step.to_revisions) <= set(current):
             raise MigrationError(
-                f"{title} ended with the schema at revision {', '.join(current) or 'base'}"
+                f"{title}: after this migration, the schema is at revision {', '.join(current) or 'base'}"
             )
         progress(f"{title}: {seconds:.1f} s")
         applied.append(AppliedMigration(script.revision, script.doc, round(seconds, 3), attempts))
@@ -434,7 +436,7 @@ async def _apply(
 
 
 def _run_step(step: RevisionStep, config: Config) -> None:
-    """Run one migration with Alembic, as `alembic upgrade` does."""
+    """Run one migration, as the command `alembic upgrade` does."""
     with EnvironmentContext(config, scripts(), fn=lambda _revision, _context: [step]) as context:
         context.script.run_env()
 
@@ -450,7 +452,7 @@ async def _run(connection: AsyncConnection, run: Callable[[Config], T]) -> T:
 
 
 def _describe(difference: object) -> str:
-    """Describe a difference that Alembic found, which is a tuple or a list of tuples."""
+    """Describe a difference that Alembic found: a tuple, or a list of tuples."""
     if isinstance(difference, list):
         return "; ".join(map(_describe, difference))
     if not isinstance(difference, tuple):

@@ -15,10 +15,10 @@ from tiger_db.models import metadata
 class SchemaDifference:
     """A difference between a database and the declaration, and the SQL that repairs it."""
 
-    tables: tuple[str, ...]  # tables with the difference; for a partition, its parent table
+    tables: tuple[str, ...]  # affected tables; the parent table represents its partitions
     description: str
     repair: str
-    undeclared: bool = False  # whether the difference is a trigger that tiger_db does not declare
+    undeclared: bool = False  # True for a trigger that tiger_db does not declare
 
     def __str__(self) -> str:
         return f"{self.description}: {self.repair}"
@@ -57,9 +57,8 @@ SELECT format('%I(%s)', proname, pg_get_function_arguments(oid)) AS signature,
 FROM pg_proc WHERE pronamespace = :schema
     AND proname = ANY (CAST(:names AS text[])) AND prokind <> 'a' ORDER BY 1
 """)
-# Selects objects and settings that can change the effect of tiger_db's SQL: functions and operators
-# with the name of a PostgreSQL function or operator, casts of the tables' types, and a
-# session_replication_role that disables triggers.
+# This query finds objects and settings that can change the effect of tiger_db's SQL: functions and
+# operators with PostgreSQL's names, casts of column types, and disabled triggers of a session.
 _OVERRIDES = text("""
 WITH of_columns AS (
     SELECT t.oid, t.typelem FROM pg_attribute JOIN pg_type AS t ON t.oid = atttypid
@@ -118,16 +117,14 @@ _STATES = {
 async def find_differences(connection: AsyncConnection) -> list[SchemaDifference]:
     """Compare triggers, functions, row security, rules and kinds of tables with the declaration.
 
-    Also find functions, operators, casts, inheriting tables and a `session_replication_role` that
-    change the effect of tiger_db's SQL.
-
-    The database must be at the head revision. `find_differences` sets the search path of the
-    current transaction to pg_catalog.
+    Also find objects and settings that change the effect of tiger_db's SQL, such as casts. The
+    database must be at the head revision. This function sets the search path of the current
+    transaction to pg_catalog.
     """
     # A database may set quote_all_identifiers, which changes the names that PostgreSQL prints.
     await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
     schema = (await connection.execute(_SCHEMA)).one()
-    # With this search path, the queries use only functions and operators of PostgreSQL, and
+    # With the search path pg_catalog, the queries use only PostgreSQL's functions and operators, and
     # PostgreSQL prints qualified names.
     await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     values: dict[str, Any] = {
@@ -167,7 +164,7 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
         if definition == expected:
             continue
         name = signature.partition("(")[0]
-        # A function that no trigger calls is used for the partitions of audit_logs.
+        # Functions that no trigger calls create or drop partitions of audit_logs.
         tables = sorted({t.table for t in TRIGGERS if f".{name}()" in t.action}) or ["audit_logs"]
         state = "is missing" if definition is None else _first_changes(expected, definition)
         yield SchemaDifference(
@@ -185,7 +182,7 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
 
 
 def _first_changes(expected: str, definition: str) -> str:
-    """Describe the first added line and the first missing line of a definition."""
+    """Return the first added line and the first missing line of a definition, as text."""
     before, after = (
         [" ".join(line.split()) for line in source.replace("$function$", "\n").splitlines()]
         for source in (expected, definition)
@@ -202,14 +199,14 @@ def _function_sql(signature: str, definition: str) -> str:
     """Return the SQL that creates or replaces a function, as one line."""
     clauses, _, body = definition.partition("AS $function$")
     sql = f"CREATE OR REPLACE FUNCTION {signature} {' '.join(clauses.split())}"
-    if not body:  # the clauses include the body of a function in standard SQL
+    if not body:  # a function in standard SQL has no $function$ body
         return sql
     body = body.removesuffix("$function$\n").replace("\\", "\\\\").replace("'", "''")
     return f"{sql} AS E'{body}'".replace("\n", "\\n")
 
 
 def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
-    """Yield the description and the repair SQL of each difference of a table."""
+    """Yield a description and the SQL for repair of each difference of a table."""
     name, qualified = table.name, table.qualified
     if table.kind != (kind := _expected_kind(table)):
         yield (
@@ -249,7 +246,7 @@ def _compare_triggers(
             row = present.pop(trigger.name, None)
             expected = trigger.definition(qualified, schema)
             state = states[table.oid, trigger.name] = _state(trigger, expected, row)
-            # PostgreSQL copies a row trigger, and changes of the row trigger, to all partitions.
+            # PostgreSQL copies row triggers, and changes of row triggers, to all partitions.
             copied = not is_root and trigger.action.startswith("FOR EACH ROW")
             if state is None or (copied and states[table.root_oid, trigger.name] == state):
                 continue
@@ -262,7 +259,7 @@ def _compare_triggers(
             description = f"trigger {trigger.name} on {on} {state}"
             yield SchemaDifference(of, description, "; ".join(statements))
         for row in present.values():
-            if row.internal and row.enabled != "O":  # the trigger of a foreign key
+            if row.internal and row.enabled != "O":  # this trigger enforces a foreign key
                 description = f"trigger {row.name} on {on} {_STATES[row.enabled]}"
                 repair = f"ALTER TABLE {qualified} ENABLE TRIGGER {row.name}"
                 yield SchemaDifference(of, description, repair)

@@ -1,7 +1,7 @@
 """The declared triggers and functions of the schema, read from `declared.sql`.
 
-`find_differences` compares a database with this declaration. A difference may be an accident: if
-`pg_restore --disable-triggers` is interrupted, for example, the triggers stay disabled.
+`find_differences` compares a database with this declaration. Differences can be accidents: for
+example, an interrupted `pg_restore --disable-triggers` leaves triggers disabled.
 """
 
 import re
@@ -13,7 +13,7 @@ from tiger_db.models import metadata
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """A trigger: the parts of the output of `pg_get_triggerdef`, and `pg_trigger.tgenabled`.
+    """A trigger, with the parts of its SQL as `pg_get_triggerdef` prints them.
 
     In `action`, the placeholder `{schema}.` precedes each name in the schema.
     """
@@ -22,13 +22,13 @@ class Trigger:
     name: str
     events: str
     action: str
-    enabled: str = "O"  # O: enabled; A: ENABLE ALWAYS, also for replication
-    partitions: bool = False  # whether each partition of the table has the trigger too
+    enabled: str = "O"  # pg_trigger.tgenabled: O is ENABLE, A is ENABLE ALWAYS
+    partitions: bool = False  # whether all partitions of the table have the trigger too
 
     def definition(self, table: str, schema: str | None = None) -> str:
         """Return the SQL that creates the trigger on its table, or on a partition of the table.
 
-        If a schema is given, names are qualified with the schema.
+        If `schema` is given, it qualifies the names in the SQL.
         """
         action = self.action.replace("{schema}.", f"{schema}." if schema else "")
         return f"CREATE TRIGGER {self.name} {self.events} ON {table} {action}"
@@ -59,6 +59,6 @@ def _read_functions() -> dict[str, str]:
 
 
 TRIGGERS = _read_triggers()
-# Maps the signature of a function to the output of `pg_get_functiondef` without the first line. The
-# placeholder {schema} stands for the schema as an SQL string literal.
+# The SQL of each function by signature: the output of `pg_get_functiondef` without its first line.
+# The placeholder {schema} stands for the schema's name as an SQL string literal.
 FUNCTIONS = _read_functions()

@@ -19,9 +19,9 @@ MIGRATION_LOCK_ID = 0x7469676572  # "tiger" in ASCII
 
 
 def lock_key(number: int) -> str:
-    """Return the SQL expression of an advisory lock's key, which depends on the current schema.
+    """Return an SQL expression for the key of an advisory lock in the current schema.
 
-    In the schema `public`, the key is the number itself, as in releases without `DB_SCHEMA`.
+    In the schema `public`, the key is `number`, as in releases without `DB_SCHEMA`.
     """
     return (
         f"CASE coalesce(current_schema(), 'public') WHEN 'public' THEN {number}"
@@ -29,15 +29,14 @@ def lock_key(number: int) -> str:
     )
 
 
-# While a migration waits for a table lock, other sessions queue behind the migration. The lock
-# timeout is longer than deadlock_timeout (1 s), because PostgreSQL cancels a blocking autovacuum
-# only after deadlock_timeout.
+# While a migration waits for a table lock, other sessions wait behind the migration. The lock
+# timeout must exceed deadlock_timeout (1 s), after which PostgreSQL cancels a blocking autovacuum.
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'"
-_LOCK_RETRY_SECONDS = 300.0  # limit for all attempts of one migration
+_LOCK_RETRY_SECONDS = 300.0  # longest time for all attempts of one migration
 _MAX_PAUSE_SECONDS = 15.0  # longest pause between two attempts of a migration
 _MIGRATION_LOCK_SECONDS = 3600.0  # longest wait for the migrations of other processes
 _POLL_SECONDS = 0.5
-_REPORT_SECONDS = 30.0  # pause between two progress lines about the same wait
+_REPORT_SECONDS = 30.0  # time between two progress lines about one wait
 _KEY = lock_key(MIGRATION_LOCK_ID)
 _SESSION = """
 CASE pid WHEN 0 THEN 'a prepared transaction' ELSE concat('process ', pid, ' (', concat_ws(', ',
@@ -58,7 +57,7 @@ _LOCK_HOLDERS = text(
 
 @asynccontextmanager
 async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterator[AsyncConnection]:
-    """Open a connection that holds the migration lock, and sets the lock timeout.
+    """Open a connection that holds the migration lock and has the lock timeout.
 
     One process at a time can hold the migration lock of a schema.
 
@@ -67,9 +66,8 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
     """
     async with engine.connect() as connection:
         await _take_lock(connection, progress)
-        # Each transaction sets the timeout when it begins, because Alembic must get a connection
-        # without an open transaction. An autocommit_block has no timeout: CREATE INDEX CONCURRENTLY
-        # does not block other sessions.
+        # Each transaction sets the lock timeout when the transaction begins. An autocommit_block has
+        # no lock timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
         event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
@@ -81,10 +79,10 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
 
 
 async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
-    """Take the migration lock, and report the processes that hold the lock.
+    """Take the migration lock. While another process holds the lock, report that process.
 
-    No transaction is open between two attempts: CREATE INDEX CONCURRENTLY in another process waits
-    for all open transactions.
+    No transaction is open between two attempts, because an open transaction would block CREATE
+    INDEX CONCURRENTLY in the other process.
     """
     start, reported = time.monotonic(), -_REPORT_SECONDS
     while not await connection.scalar(text(f"SELECT pg_try_advisory_lock({_KEY})")):
@@ -94,13 +92,13 @@ async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
         if waited > _MIGRATION_LOCK_SECONDS:
             raise MigrationError(
                 f"{holders} has been migrating for {waited / 60:.0f} min: no migration was run;"
-                " run `tiger-db migrate` again afterwards"
+                " run `tiger-db migrate` again later"
             )
         if waited - reported >= _REPORT_SECONDS:
-            progress(f"waiting for {holders} to migrate: {waited:.0f} s")
+            progress(f"waiting for {holders} to finish its migrations: {waited:.0f} s")
             reported = waited
         await asyncio.sleep(_POLL_SECONDS)
-    await connection.commit()  # the lock is kept, and Alembic begins its own transactions
+    await connection.commit()  # the commit does not release the migration lock
 
 
 async def with_lock_retries(
@@ -110,9 +108,10 @@ async def with_lock_retries(
     work: Callable[[], Awaitable[T]],
     progress: Progress,
 ) -> tuple[T, float, int]:
-    """Run a migration. Run the migration again while table locks are not granted in time.
+    """Run a migration. If a table lock is not granted in time, run the migration again.
 
-    Return the migration's result, the seconds of the last attempt, and the number of attempts.
+    Return the result of `work`, the duration of the last attempt in seconds, and the number of
+    attempts.
 
     Raises:
         MigrationError: all attempts were blocked. The error names the blocking sessions.
@@ -129,7 +128,7 @@ async def with_lock_retries(
         except Conflict:
             pass
         except DBAPIError:
-            progress(f"{title}: the migration failed, and is rolled back")
+            progress(f"{title}: the migration failed and was rolled back")
             raise
         finally:
             done.set()
@@ -143,13 +142,13 @@ async def with_lock_retries(
         )
         await asyncio.sleep(pause)
     raise MigrationError(
-        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: the migration"
-        " is rolled back, earlier migrations stay applied; run `tiger-db migrate` again afterwards"
+        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: this step"
+        " is rolled back; run `tiger-db migrate` again later"
     )
 
 
 async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
-    """Poll until `done` is set; return the sessions that last blocked the session `pid`."""
+    """Poll until `done` is set. Return the sessions that last blocked the process `pid`."""
     blockers: Sequence[str] = ()
 
     async def is_done() -> bool:
@@ -157,9 +156,9 @@ async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) ->
             await asyncio.wait_for(done.wait(), _POLL_SECONDS)
         return done.is_set()
 
-    if await is_done():  # a short migration needs no connection for polling
+    if await is_done():  # a short migration needs no polling
         return blockers
-    with suppress(DatabaseUnavailable, DBAPIError):  # only messages need the result
+    with suppress(DatabaseUnavailable, DBAPIError):  # the result is only for messages
         async with engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             while True:

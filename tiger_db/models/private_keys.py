@@ -28,7 +28,7 @@ _DER_FORMATS = {
     PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
     PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
 }
-# The format that each PEM label stands for (RFC 7468, 10; RFC 8017, A.1.2).
+# Key formats by PEM label (RFC 7468, section 10; RFC 8017, appendix A.1.2).
 _PEM_LABELS = {
     "PRIVATE KEY": PrivateKeyFormat.PK8,
     "RSA PRIVATE KEY": PrivateKeyFormat.PK1,
@@ -52,9 +52,9 @@ def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
 def load_private_key(
     text: str, *, check_numbers: bool = True
 ) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
-    """Parse an RSA private key like `parse_private_key`, but return the key as an object.
+    """Parse an RSA private key. Return the key as an object, and the format of the key.
 
-    The check of the numbers in a key takes up to a second for a key of 4,096 bits.
+    `check_numbers` takes up to a second for a key of 4,096 bits.
     """
     pem = _PEM.search(text)
     body = "".join((pem[2] if pem else text).replace("\\n", "\n").split())
@@ -94,7 +94,7 @@ def base64_der(key: RSAPrivateKey, key_format: PrivateKeyFormat) -> str:
 
 
 def public_numbers(private_key: str) -> RSAPublicNumbers:
-    """Return the public numbers of a private key, which are the same in all formats of the key.
+    """Return the public numbers of a private key, for comparisons of keys in different formats.
 
     Raises:
         InvalidValue: the text is not an RSA private key.

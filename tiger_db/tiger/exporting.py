@@ -29,10 +29,10 @@ async def export_account(
     Return the paths of the files. New files have mode 0600, and a new folder has mode 0700. The
     audit event is committed before the files are written. With `overwrite`, existing files are
     replaced, and an existing token file is removed if the account has no token. For symbolic links,
-    pipes and devices, see `tiger_db.files.output_files`.
+    pipes and devices, read `tiger_db.files.output_files`.
 
     Raises:
-        AlreadyExists: a file already exists. Nothing was written.
+        AlreadyExists: a file already exists. No file was written.
         NotFound: the account does not exist.
         InvalidState: the account is closed.
         InvalidValue: the private key is not an RSA key, or the path is not a folder.
@@ -53,7 +53,7 @@ async def export_account(
             details={"files": [*texts]},
         )
         await crud.audit_logs.insert_event(session, event)
-    # A token file of another account must not stay, because the SDK would send that token.
+    # An old token file may belong to another account, and the SDK would send the token in it.
     obsolete = None if TOKEN_FILE in texts else TOKEN_FILE
     return await asyncio.to_thread(
         write_private, folder, texts, overwrite=overwrite, obsolete=obsolete
@@ -68,7 +68,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def _file_texts(account: TigerAccount) -> dict[str, str]:
-    """Return the text of each file of an account, by file name."""
+    """Return the texts of an account's files by file name."""
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     key, _ = load_private_key(plaintext(account.private_key))

@@ -37,9 +37,9 @@ class Imported:
 
     account: TigerAccount
     created: bool
-    changed: list[str]  # changed fields; for a new account, all fields in the files
-    token_kept: bool  # the stored access token was kept because it is newer
-    ignored: list[str]  # names of unknown properties
+    changed: list[str]  # names of changed fields; for a new account, of all fields in the files
+    token_kept: bool  # True if a newer access token was already stored
+    ignored: list[str]  # names of the unknown properties in the files
 
 
 async def import_account(
@@ -49,13 +49,13 @@ async def import_account(
     token_file: Path | None = None,
     name: str | None = None,
 ) -> Imported:
-    """Create an account from Tiger's files, or update the account with the same account number.
+    """Create an account from Tiger's files, or update the account that has the account number.
 
-    Fields that are not in the files keep their values. A stored access token that is newer than the
-    files' token is kept. If both files have a token, the newer token is used. The same private key
-    in another format is not a change. The import of an account's own export changes nothing and
-    writes no audit event. `name` is the account's name. The default name of a new account is its
-    account number.
+    Fields that are not in the files keep their values. If both files have a token, the newer token is
+    used. If the stored access token is newer than the files' token, the stored token is kept. The
+    same private key in another format is not a change. The import of unchanged exported files
+    writes no audit event. `name` is the account's name; by default, a new account is named after
+    its account number.
 
     Raises:
         InvalidValue: a file cannot be read, or a property is missing or invalid. The error
@@ -91,8 +91,8 @@ async def import_account(
             details={"created": stored is None, "changed": [*changed]},
         )
         await crud.audit_logs.insert_event(session, event)
-    # A property name that may be part of a private key is masked: such a name is not made of plain
-    # words, or the value of the property is only the padding of base64.
+    # Mask property names that may be a part of a private key: the name is not made of words, or the
+    # value is only the padding of base64.
     ignored = {
         name if _WORDS.fullmatch(name) and values[name].strip("=") else MASK
         for name in values.keys() - _KNOWN
@@ -108,7 +108,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
     given: dict[str, Any] = {
         field: values[name] for field, name in FIELD_PROPERTIES.items() if name in values
     }
-    if "environment" in given:  # the SDK accepts SANDBOX and TEST, in any case
+    if "environment" in given:  # the SDK treats TEST as SANDBOX, and ignores case
         environment = given["environment"].upper()
         given["environment"] = TigerEnvironment.SANDBOX if environment == "TEST" else environment
     if options := {name: values[name] for name in CLIENT_OPTIONS if name in values}:
@@ -119,7 +119,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _private_key(file: Path, values: Mapping[str, str]) -> str:
-    """Return the private key by the SDK's precedence. All key properties must have the same key."""
+    """Return the private key that the SDK would use. All key properties must have the same key."""
     keys: dict[str, RSAPublicNumbers] = {}
     for name in PRIVATE_KEY_PROPERTIES:
         if name in values:
@@ -145,7 +145,7 @@ def _invalid_property(error: ValidationError, file: Path) -> InvalidValue:
 
 
 def _newer_token(token: str | None, other: str) -> str:
-    """Return the newer token. If the age of a token is unknown, return the first, like the SDK."""
+    """Return the newer token. If an age is unknown, return `token`, as the SDK would."""
     if token is None:
         return other
     times, others = token_times(token), token_times(other)
@@ -156,7 +156,7 @@ def _newer_token(token: str | None, other: str) -> str:
 async def _update(
     session: AsyncSession, stored: TigerAccount, draft: TigerAccount, given: list[str]
 ) -> tuple[list[str], bool]:
-    """Update the fields that differ. Return their names, and whether the stored token was kept."""
+    """Update changed fields. Return the field names, and whether the stored token was kept."""
     if stored.status == AccountStatus.CLOSED:
         raise InvalidState(
             f"{stored.label()} is closed: reopen it first (`tiger-db reopen-account`)"
@@ -180,7 +180,7 @@ async def _update(
 
 
 def _comparable(account: TigerAccount, field: str) -> object:
-    """Return a field's value for comparisons, or None if the value is an unreadable secret."""
+    """Return a field's value for comparison. Return None for a secret that is unreadable."""
     value = getattr(account, field)
     try:
         if isinstance(value, Secret):

@@ -1,4 +1,4 @@
-"""Reading and formatting of the properties files of Tiger's SDKs."""
+"""The properties files of Tiger's SDKs: reading and formatting."""
 
 import re
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
 TOKEN_FILE = "tiger_openapi_token.properties"  # noqa: S105  # a file name
-# Properties with private keys, in the SDK's order of precedence.
+# The properties for a private key. The SDK uses the first property that has a value.
 PRIVATE_KEY_PROPERTIES = ("private_key", "private_key_pk8", "private_key_pk1")
-# The names of properties by field of TigerAccount.
+# Maps each field of TigerAccount to the property with the field's value.
 FIELD_PROPERTIES = {
     "tiger_id": "tiger_id",
     "account_number": "account",
@@ -24,7 +24,7 @@ FIELD_PROPERTIES = {
     "server_url": "server_url",
     "access_token": "token",
 }
-# Properties that are stored unchanged in `TigerAccount.client_options`.
+# The properties whose values are stored unchanged in `TigerAccount.client_options`.
 CLIENT_OPTIONS = (
     "timeout", "token_refresh_duration", "socket_host_port", "timezone", "language",
     "use_full_tick",
@@ -32,8 +32,8 @@ CLIENT_OPTIONS = (
 
 _MAX_FILE_BYTES = 1_000_000
 _PEM_BLOCK = re.compile(r"-----BEGIN [A-Z ]+-----.*?-----END ", re.DOTALL)
-# Characters to escape in a value. `=` and `:` are not escaped: Tiger's own files do not escape `=`
-# and `:`, and simple parsers do not decode the escapes.
+# The characters to escape in a value. `=` and `:` are not escaped, because some parsers of Tiger's
+# files do not decode the escapes.
 _MUST_ESCAPE = re.compile(r"\A |[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
 
 
@@ -71,7 +71,7 @@ def format_properties(values: Mapping[str, str | None]) -> str:
 
 
 def client_option(account: TigerAccount, name: str) -> str:
-    """Return one of the account's `client_options` as text, or an empty string."""
+    """Return the value of an option in `client_options` as text. By default, return an empty text."""
     value = account.client_options.get(name)
     return "" if value is None else str(value).strip()
 

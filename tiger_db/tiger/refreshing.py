@@ -17,15 +17,15 @@ from tiger_db.tiger.sdk import client_config
 
 # https://quant.itigerup.com/openapi/en/python/appendix2/overview.html: error codes
 _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
-_REFUSED = {1000, 4000}  # common parameter or signature error; permission denied
+_REFUSED = {1000, 4000}  # 1000: wrong parameter or signature; 4000: permission denied
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
-_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # Tiger counts requests in a rolling window
+_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # Tiger limits the requests in a rolling window
 _disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
 _disabled_logger.disabled = True  # the SDK logs tokens
 
 
 async def refresh_token(account: TigerAccount) -> NewToken:
-    """Send Tiger one request for a new access token, which invalidates the current token.
+    """Request a new access token from Tiger, once. Tiger then invalidates the current token.
 
     The request runs in a thread, because the SDK blocks. Call this function outside of database
     transactions. Error messages contain Tiger's error code and error text, with secrets masked.
@@ -68,7 +68,7 @@ def _ask(config: Any) -> Any:  # noqa: ANN401  # the SDK has no types
         raise _http_error(error.status, str(error)) from None
     except RequestException as error:
         cause = error.__context__
-        reason = getattr(cause, "reason", cause)  # a MaxRetryError has a reason
+        reason = getattr(cause, "reason", cause)  # a MaxRetryError contains the actual error
         if isinstance(reason, NewConnectionError | ConnectTimeoutError):
             raise RefreshFailed(f"Tiger cannot be reached: {type(reason).__name__}") from None
         raise AnswerLost(f"Tiger's answer was lost: {type(reason).__name__}") from None
@@ -90,14 +90,14 @@ def _http_error(status: int | None, text: str) -> RefreshFailed:
 
 
 def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # any JSON value
-    """Return the token in Tiger's answer, or raise a RefreshFailed for an error in the answer."""
+    """Return the token in Tiger's answer. If the answer has no token, raise a RefreshFailed."""
     if not isinstance(answer, dict):
         raise AnswerLost("Tiger's answer is not a JSON object")
     code, text = answer.get("code"), str(answer.get("message") or answer.get("msg") or "")
     message = f"code={code} msg={text}"
     if code == _OK:
         data = answer.get("data")
-        if isinstance(data, str):  # a string may contain JSON
+        if isinstance(data, str):  # Tiger may encode the data as a JSON string
             try:
                 data = json.loads(data)
             except ValueError:

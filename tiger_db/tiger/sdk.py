@@ -1,4 +1,4 @@
-"""Configuration of Tiger's SDK, an optional dependency, from a stored account."""
+"""Configuration of Tiger's SDK for a stored account. The SDK is an optional dependency."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,15 +16,14 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 
 
 def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
-    """Return a configuration of Tiger's SDK for one account, from stored values alone.
+    """Return a configuration of Tiger's SDK for one account, made only from stored values.
 
     This function reads no properties file and no `TIGEROPEN_*` variable, and sends no request. The
-    SDK adds the machine's MAC address to its requests. The SDK never refreshes the token, even if
-    an imported file has a `token_refresh_duration`, because each refresh invalidates the last
-    token.
+    SDK adds the machine's MAC address to its requests. The SDK does not refresh the token, even if
+    `client_options` has a `token_refresh_duration`: a refresh invalidates the stored token.
 
-    `retry_max_tries` is 0, because the SDK would also repeat requests that are not idempotent:
-    transfers, option exercises, token refreshes. Programs that only read can set a higher number.
+    `retry_max_tries` is 0, because the SDK would also repeat requests that are not idempotent,
+    such as transfers. Programs that only read data can set a higher number.
 
     Raises:
         ConfigurationError: the SDK is not installed.
@@ -35,20 +34,22 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     sdk, config_class = load_sdk()
-    config = config_class(enable_dynamic_domain=False)  # with True, the SDK requests server names
+    config = config_class(
+        enable_dynamic_domain=False
+    )  # with True, the SDK would request server names
     config.props_path = None
     config.tiger_id, config.account = plaintext(account.tiger_id), account.account_number
     config.private_key, _ = parse_private_key(plaintext(account.private_key))
     config.license = (
         account.license.value if account.license else ""
-    )  # with None, the SDK sends a request
+    )  # with None, the SDK would send a request
     config.token = plaintext(account.access_token)
     config.secret_key = plaintext(account.secret_key)
     config.token_refresh_duration = config.retry_max_tries = 0
     url = sdk.SERVER_URL
     if account.environment == TigerEnvironment.SANDBOX:
-        # This private attribute avoids the constructor's argument, which logs a warning and so
-        # configures the root logger.
+        # The constructor's argument `sandbox_debug` would log a warning, and so configure the root
+        # logger. The private attribute does not.
         config._sandbox_debug = True  # noqa: SLF001
         config.tiger_public_key = sdk.SANDBOX_TIGER_PUBLIC_KEY
         url, config.socket_host_port = sdk.SANDBOX_SERVER_URL, sdk.SANDBOX_SOCKET_HOST_PORT
@@ -56,7 +57,7 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
         url, config.socket_host_port = sdk.US_SERVER_URL, sdk.US_SOCKET_HOST_PORT
     config.server_url = config.quote_server_url = account.server_url or url
     parsers: dict[str, Callable[[str], object]] = {
-        "timeout": lambda text: _natural(text) or sdk.TIMEOUT,  # 0: the SDK's default
+        "timeout": lambda text: _natural(text) or sdk.TIMEOUT,  # 0 stands for the SDK's default
         "socket_host_port": _socket,
         "timezone": str,
         "language": sdk.Language,
@@ -73,7 +74,7 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
 
 @cache
 def load_sdk() -> tuple[Any, Any]:
-    """Import the SDK. Return its configuration module, and a configuration class without I/O.
+    """Import the SDK. Return the SDK's configuration module, and a configuration class without I/O.
 
     Raises:
         ConfigurationError: the SDK is not installed.
