@@ -39,7 +39,7 @@ class _PendingEvent:
 
 
 class OutOfBandWriter:
-    """Writer of audit events and opener of connections, independent of all sessions."""
+    """Writer of audit events on connections that no session uses."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -77,9 +77,7 @@ class OutOfBandWriter:
             await self._store(batch)
 
     async def _store(self, batch: list[_PendingEvent]) -> None:
-        error: Exception | None = DatabaseUnavailable(
-            "the audit event is not stored, because the process stops"
-        )
+        error: Exception | None = DatabaseUnavailable("the event is lost: the process stops")
         try:
             async with self.connection() as connection:
                 await insert_events(connection, [pending.event for pending in batch])

@@ -64,8 +64,8 @@ class RefreshWorker:
     The actor of audit events during the work has the user id `name` and the user type `worker`.
 
     A refresher that takes longer than `attempt_timeout` is cancelled, and the attempt fails with
-    `AnswerLost`. A token that a cancelled refresher still returns is stored if the account's token
-    is older. A refresher must not block the event loop.
+    `AnswerLost`. The token of a cancelled refresher or of a lost claim is stored if the account's
+    token is older. A refresher must not block the event loop.
 
     The worker repeats the storing of a new token while the database is unavailable. If the process
     is killed before the commit, the new token is lost: the broker then refuses the next attempt,
@@ -188,7 +188,7 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task. After `stop`, end the wait early: keep `reserve` of the grace period."""
+        """Wait for a task. After `stop`, keep the share `reserve` of the grace period for later."""
         end = math.inf if seconds is None else time.monotonic() + seconds
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -233,7 +233,7 @@ class RefreshWorker:
             _logger.error("a refresh stopped with an unexpected error: %s", type(error).__name__)
 
     async def _attempt(self, claim: TokenStatus, claimed_after: float) -> None:
-        """Make one attempt of a refresh that was claimed after the monotonic time `claimed_after`."""
+        """Make one attempt of a refresh that was claimed after the time `claimed_after`."""
         try:
             wait = self._rate_limit_wait(claim.tiger_account)
             if self._stopping.is_set() or wait > 0:
@@ -382,7 +382,7 @@ class RefreshWorker:
             refresh = await token_status.get(session, claim.id)
             new_hash = token_status.token_hash(token.access_token)
             if refresh is not None and refresh.new_token_hash == new_hash:
-                return False  # the token was stored by a commit without an answer
+                return False  # a commit without confirmation has stored the token
             await accounts.update_tokens(
                 session,
                 claim.tiger_account_id,
@@ -405,7 +405,7 @@ class RefreshWorker:
             _logger.warning("%s: the claim was lost, but the new token was stored", label)
 
     async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
-        """Store the failure of a refresh. If that fails, store an unknown failure."""
+        """Store the failure of a refresh. If its values are invalid, store an unknown failure."""
         account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:

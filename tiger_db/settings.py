@@ -90,7 +90,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_without_nul)]
 SecretText = Annotated[SecretStr, AfterValidator(_utf8_secret)]
 _MAX_IDENTIFIER_BYTES = 63
-# A connection counts as lost if a query is not answered this long after DB_QUERY_TIMEOUT.
+# Seconds after DB_QUERY_TIMEOUT until a connection without an answer counts as lost.
 _LOST_SERVER_SECONDS = 5
 DEFAULT_SCHEMA = "public"
 SCHEMA_OPTION = "tiger_db_schema"  # name of the execution option that holds DB_SCHEMA
@@ -285,7 +285,7 @@ class Settings(BaseSettings):
 
     @property
     def tls(self) -> dict[str, str]:
-        """The TLS parameters with libpq's names. `DATABASE_URL` takes precedence over `DB_SSL_*`."""
+        """The TLS parameters with libpq's names. `DATABASE_URL` has precedence over `DB_SSL_*`."""
         if self.embedded:
             return {}
         given = {
@@ -319,7 +319,7 @@ class Settings(BaseSettings):
         return [name for name, found in servers.items() if not all(a.is_local for a in found)]
 
     def _tls_problem(self) -> str | None:
-        """Return why TLS is too weak for production, as one line, or None if it is not."""
+        """Return the reason why TLS is too weak for production, or None if TLS is strong enough."""
         if not self.production or self.db_allow_unverified_tls or not self.unverified_variables:
             return None
         in_url = self.url is not None and "sslmode" in self.url.parameters

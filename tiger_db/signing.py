@@ -51,7 +51,5 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
     except ValueError:
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise InvalidValue(
-            "the text is not an Ed25519 public key in PEM format or as base64 of 32 bytes"
-        )
+        raise InvalidValue("the text is not an Ed25519 public key in PEM or base64 of 32 bytes")
     return key

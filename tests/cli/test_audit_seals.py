@@ -166,10 +166,7 @@ def test_malformed_files_are_refused(
     Path(key).write_text(sealed.ok("print-audit-public-key").out, encoding="ascii")
     Path(head).write_text(sealed.ok("export-checkpoint").out, encoding="ascii")
     for content, reason in (
-        (
-            b"nonsense",
-            "the text is not an Ed25519 public key in PEM format or as base64 of 32 bytes",
-        ),
+        (b"nonsense", "the text is not an Ed25519 public key in PEM or base64 of 32 bytes"),
         (b"-----BEGIN PUBLIC KEY-----\nAAAA\n", "the text is not an Ed25519 public key"),
         (b"\xff\xfe", "the file is not UTF-8 text"),
         (Path(head).read_bytes(), "the text is not an Ed25519 public key"),

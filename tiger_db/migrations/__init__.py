@@ -320,9 +320,7 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
-            raise MigrationError(
-                "the database is at several revisions, but a script can start at only one"
-            )
+            raise MigrationError("the database is at several revisions: SQL needs one revision")
         script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
         months = f"SELECT make_audit_months({MONTHS_AHEAD});"
@@ -428,7 +426,7 @@ async def _apply(
         await connection.rollback()
         if not set(step.to_revisions) <= set(current):
             raise MigrationError(
-                f"{title}: after this migration, the schema is at revision {', '.join(current) or 'base'}"
+                f"{title}: the schema is afterwards at revision {', '.join(current) or 'base'}"
             )
         progress(f"{title}: {seconds:.1f} s")
         applied.append(AppliedMigration(script.revision, script.doc, round(seconds, 3), attempts))

@@ -124,8 +124,8 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
     # A database may set quote_all_identifiers, which changes the names that PostgreSQL prints.
     await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
     schema = (await connection.execute(_SCHEMA)).one()
-    # With the search path pg_catalog, the queries use only PostgreSQL's functions and operators, and
-    # PostgreSQL prints qualified names.
+    # With the search path pg_catalog, the queries use only functions of PostgreSQL, and PostgreSQL
+    # prints qualified names.
     await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     values: dict[str, Any] = {
         "schema": schema.oid,
@@ -164,7 +164,7 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
         if definition == expected:
             continue
         name = signature.partition("(")[0]
-        # Functions that no trigger calls create or drop partitions of audit_logs.
+        # Functions that no trigger calls serve the partitions of audit_logs.
         tables = sorted({t.table for t in TRIGGERS if f".{name}()" in t.action}) or ["audit_logs"]
         state = "is missing" if definition is None else _first_changes(expected, definition)
         yield SchemaDifference(

@@ -66,8 +66,8 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
     """
     async with engine.connect() as connection:
         await _take_lock(connection, progress)
-        # Each transaction sets the lock timeout when the transaction begins. An autocommit_block has
-        # no lock timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
+        # Each transaction begins with the lock timeout. An autocommit_block has no lock timeout,
+        # because CREATE INDEX CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
         event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
@@ -142,8 +142,8 @@ async def with_lock_retries(
         )
         await asyncio.sleep(pause)
     raise MigrationError(
-        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: this step"
-        " is rolled back; run `tiger-db migrate` again later"
+        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: only this"
+        " step is rolled back; run `tiger-db migrate` again later"
     )
 
 

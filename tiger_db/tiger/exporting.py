@@ -29,7 +29,7 @@ async def export_account(
     Return the paths of the files. New files have mode 0600, and a new folder has mode 0700. The
     audit event is committed before the files are written. With `overwrite`, existing files are
     replaced, and an existing token file is removed if the account has no token. For symbolic links,
-    pipes and devices, read `tiger_db.files.output_files`.
+    pipes and devices, see `tiger_db.files.output_files`.
 
     Raises:
         AlreadyExists: a file already exists. No file was written.

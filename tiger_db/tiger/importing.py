@@ -51,9 +51,9 @@ async def import_account(
 ) -> Imported:
     """Create an account from Tiger's files, or update the account that has the account number.
 
-    Fields that are not in the files keep their values. If both files have a token, the newer token is
-    used. If the stored access token is newer than the files' token, the stored token is kept. The
-    same private key in another format is not a change. The import of unchanged exported files
+    Fields that are not in the files keep their values. If both files have a token, the newer token
+    is used. If the stored access token is newer than the files' token, the stored token is kept.
+    The same private key in another format is not a change. The import of unchanged exported files
     writes no audit event. `name` is the account's name; by default, a new account is named after
     its account number.
 

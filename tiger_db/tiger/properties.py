@@ -71,7 +71,7 @@ def format_properties(values: Mapping[str, str | None]) -> str:
 
 
 def client_option(account: TigerAccount, name: str) -> str:
-    """Return the value of an option in `client_options` as text. By default, return an empty text."""
+    """Return an option of the account's `client_options` as text; an empty text if it is not set."""
     value = account.client_options.get(name)
     return "" if value is None else str(value).strip()
 
