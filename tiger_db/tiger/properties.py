@@ -71,7 +71,7 @@ def format_properties(values: Mapping[str, str | None]) -> str:
 
 
 def client_option(account: TigerAccount, name: str) -> str:
-    """Return an option of the account's `client_options` as text; an empty text if it is not set."""
+    """Return an option of the account's `client_options` as text, or an empty string."""
     value = account.client_options.get(name)
     return "" if value is None else str(value).strip()
 
