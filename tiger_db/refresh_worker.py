@@ -60,17 +60,15 @@ class RefreshWorker:
     `refresher` gets an account with readable secrets, asks the broker once, and returns the new
     token or raises a `RefreshFailed`. During the call, no transaction is open, and the worker
     renews the lease of the claim. `per_minute` limits the calls per minute for each `tiger_id`.
-
-    The actor of audit events during the work has the user id `name` and the user type `worker`.
+    Audit events during the work have the user id `name` and the user type `worker`.
 
     A refresher that takes longer than `attempt_timeout` is cancelled, and the attempt fails with
     `AnswerLost`. The token of a cancelled refresher or of a lost claim is stored if the account's
     token is older. A refresher must not block the event loop.
 
-    The worker repeats the storing of a new token while the database is unavailable. If the process
-    is killed before the commit, the new token is lost: the broker then refuses the next attempt,
-    and the account is suspended until a new token is stored. Invalid values in the broker's answer
-    are not stored.
+    While the database is unavailable, the worker waits and then stores the new token. If the
+    process is killed before that commit, the new token is lost: the broker refuses the next
+    attempt, and the account is suspended. Invalid values in the broker's answer are not stored.
 
     Raises:
         InvalidValue: `concurrency`, `lease`, `attempt_timeout` or `per_minute` is not positive.
@@ -190,13 +188,11 @@ class RefreshWorker:
     ) -> None:
         """Wait for a task. After `stop`, keep the share `reserve` of the grace period for later."""
         end = math.inf if seconds is None else time.monotonic() + seconds
-        stopping = asyncio.create_task(self._stopping.wait())
+        stop = asyncio.create_task(self._stopping.wait())
         try:
-            await asyncio.wait(
-                {task, stopping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({task, stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            stopping.cancel()
+            stop.cancel()
         if not task.done() and self._stopping.is_set():
             end = min(end, self._deadline - reserve * _GRACE_SECONDS)
             await asyncio.wait({task}, timeout=max(end - time.monotonic(), 0))
@@ -371,9 +367,8 @@ class RefreshWorker:
             _logger.warning("%s already has a newer token than the refreshed token", label)
         else:
             self.counts["refreshed"] += 1
-            _logger.info(
-                "%s has a new token; the next refresh is due at %s", label, refresh.next_refresh_at
-            )
+            due = refresh.next_refresh_at
+            _logger.info("%s has a new token; the next refresh is due at %s", label, due)
 
     async def _offer(self, claim: TokenStatus, token: NewToken) -> None:
         """Store the new token of a lost claim if the account's token is older."""
