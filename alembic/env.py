@@ -37,7 +37,7 @@ if context.is_offline_mode():
         literal_binds=True,
         **OPTIONS,
     )
-    # With a "connection" attribute (possibly None), tiger_db itself prints the search path.
+    # If tiger_db sets the attribute "connection" (even to None), tiger_db prints the search path.
     if "connection" not in context.config.attributes:
         schema = Settings().db_schema
         context.get_context().impl.static_output(

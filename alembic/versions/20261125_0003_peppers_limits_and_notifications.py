@@ -137,7 +137,7 @@ def upgrade() -> None:
     op.execute(NOTIFY)
     for name, (table, when) in TRIGGERS.items():
         op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION notify_api_key_change()")
-        # ALWAYS: the trigger also fires during replication and restores.
+        # ENABLE ALWAYS makes the trigger fire during replication and restores too.
         op.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {name}")
 
 

@@ -118,7 +118,7 @@ END
 $$
 """
 
-# Definition of the function in revision 0001, for the downgrade.
+# The downgrade restores this function of revision 0001.
 MAKE_AUDIT_MONTHS_BEFORE = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE

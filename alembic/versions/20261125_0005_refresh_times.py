@@ -4,8 +4,8 @@ Revision: 0005
 Follows: 0004
 Made: 2026-11-25
 
-Code of revision 0004 works with this schema. Tokens
-that code of revision 0004 writes are due for a refresh an hour before the expiry.
+Code of revision 0004 works with this schema. A token that code of revision 0004 writes is due for a
+refresh one hour before the token expires.
 """
 
 import sqlalchemy as sa

@@ -15,8 +15,8 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-# quote_ident quotes like quote_identifier in Python. The stored search path is the same, whether
-# DB_SCHEMA, psql or a role set the path.
+# The SQL function quote_ident quotes names like quote_identifier in Python. The stored search path
+# is the same, whether DB_SCHEMA, psql or a role set the path.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )
@@ -30,7 +30,7 @@ DECLARE = """DECLARE
         left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 """
 
-# Qualified names prevent calls of a function or operator in the schema with closer argument types.
+# The name pg_catalog.concat is qualified, so that no function in the schema is called instead.
 QUALIFIED = {
     "key": "pg_catalog.concat('key ', OLD.id)",
     "account": "pg_catalog.concat('account ', OLD.id)",
@@ -52,9 +52,9 @@ END
 $$
 """
 
-# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a transaction
-# that does not get the advisory lock sends no notification. Readers also poll for events, so readers
-# miss no event.
+# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a
+# transaction that does not get the advisory lock sends no notification. Readers also poll, so that
+# readers miss no event.
 NOTIFY_AUDIT_EVENT = """
 CREATE OR REPLACE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
 {declare}BEGIN
@@ -145,7 +145,7 @@ NOTIFYING = {
     "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
     "tiger_db_refreshes": NOTIFY_REFRESH,
 }
-# Functions that get a search path, but no other change.
+# These functions only get a search path.
 UNCHANGED = (
     "set_updated_at()",
     "end_auto_suspension()",

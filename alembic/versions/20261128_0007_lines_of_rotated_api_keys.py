@@ -1,12 +1,12 @@
-"""Share rate limits between a rotated API key and the replacements; record each key's replacement.
+"""Let a rotated API key and its replacement share rate limits; record each key's replacement.
 
 Revision: 0007
 Follows: 0006
 Made: 2026-11-28
 
-A rotation chain ("line" in this file) is an API key with all replacements from rotations. The
-migration reads the rotations from the audit trail once, then locks api_keys and api_key_limits briefly.
-Code of revision 0005 works with this schema: a replacement key from that code begins a new chain.
+A rotation chain ("line" in this file) is an API key and all its replacement keys. The migration
+reads the rotations from the audit trail once, then locks api_keys and api_key_limits briefly. Code
+of revision 0005 works with this schema, but begins a new chain for each replacement key.
 """
 
 import sqlalchemy as sa

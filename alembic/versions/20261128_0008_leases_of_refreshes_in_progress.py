@@ -4,12 +4,12 @@ Revision: 0008
 Follows: 0007
 Made: 2026-11-28
 
-A refresh in progress without a worker or a lease could not be claimed or replaced. The migration gives
-such refreshes an expired lease, so that a worker claims each of them, or sets the status to failed
-after `max_retries`. Code of revision 0005 works with this schema, but cannot flush a stored refresh
-after `TokenStatus.start_refresh()`.
+A refresh in progress without a worker or a lease could not be claimed or replaced. The migration
+gives each incomplete refresh an expired lease. A worker then claims the refresh, or sets the status
+to failed after `max_retries`. Code of revision 0005 works with this schema, but cannot flush a
+stored refresh after `TokenStatus.start_refresh()`.
 
-A separate transaction validates the constraint, and blocks neither readers nor writers.
+A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """
 
 from alembic import op

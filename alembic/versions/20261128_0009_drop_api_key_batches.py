@@ -4,9 +4,9 @@ Revision: 0009
 Follows: 0008
 Made: 2026-11-28
 
-The usage counter of API keys now reads the status of a transaction from the server, and does not need
-the table. The migration locks api_key_batches only. Code of revision 0008 can no longer count uses of
-API keys, so stop that code first. Rate limits use another table.
+The usage counter of API keys now reads the status of a transaction from the server, and no longer
+needs the table api_key_batches. The migration locks api_key_batches only. Code of revision 0008 can
+no longer count uses of API keys, so stop that code first. Rate limits use another table.
 """
 
 import sqlalchemy as sa

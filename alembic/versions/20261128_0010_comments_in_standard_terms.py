@@ -1,4 +1,4 @@
-"""Comments of columns in standard terms.
+"""Rewrite the comments of tables and columns in standard terms.
 
 Revision: 0010
 Follows: 0009

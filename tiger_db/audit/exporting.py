@@ -55,7 +55,7 @@ async def export(
     if form == "csv":
         yield _csv_line(CSV_COLUMNS)
     count = 0
-    async with aclosing(items):  # ends the transaction if the caller stops early
+    async with aclosing(items):  # aclosing ends the transaction if the caller stops early
         async for item in items:
             if isinstance(item, Seal):
                 if form == "jsonl":

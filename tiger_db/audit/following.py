@@ -17,17 +17,17 @@ from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
 
 CHANNEL = "tiger_db_audit_logs"
-POLL_SECONDS = 1.0  # longest pause between two queries
-# A transaction that is open when `follow` starts may later commit events at these last positions.
+POLL_SECONDS = 1.0  # maximum pause between two queries
+# `follow` assumes that open transactions commit events only at this many newest positions.
 _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 
 async def follow(
     database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[Criteria]
 ) -> AsyncGenerator[AuditLog, None]:
-    """Yield each matching audit event that is committed after `begun` is called, once.
+    """Yield once each matching audit event that is committed after the call of `begun`.
 
-    PostgreSQL's NOTIFY starts a query; without NOTIFY, `follow` queries once per second. The events
+    `follow` queries after each NOTIFY of PostgreSQL, or after a second without NOTIFY. The events
     of one query are yielded in the order of positions. If a transaction commits late, the events of
     the transaction are yielded after events with higher positions.
 
@@ -58,7 +58,7 @@ async def follow(
                 if event.position not in seen:
                     seen.add(event.position)
                     yield event
-            if not writers:  # no transaction can still commit an event up to `last_position`
+            if not writers:  # no event can be added up to `last_position`
                 floor = last_position
                 seen = {position for position in seen if position and position > floor}
                 last_position, writers = await _fetch_writers(database)
@@ -69,7 +69,7 @@ async def follow(
 
 
 async def _fetch_old_events(database: Database) -> tuple[int, set[int | None]]:
-    """Return the position after which to search, and the positions of existing events after it."""
+    """Return a lower bound of positions, and the positions of existing events above the bound."""
     await database.check()
     last_position, _ = await _fetch_writers(database)
     floor = max(last_position - _POSITIONS_OF_OPEN_TRANSACTIONS, 0)

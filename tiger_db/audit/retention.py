@@ -149,7 +149,7 @@ async def _due_months(connection: Connection, kept_from: datetime) -> list[str]:
 async def _retire(
     connection: Connection, key: Ed25519PrivateKey, month: str, kept_from: datetime
 ) -> None:
-    """Drop the partition of a month, and append a seal that records it, in one transaction.
+    """In one transaction, drop a month's partition and append a seal that records the removal.
 
     Raises:
         _CannotRetireError: An event of the month is not sealed, was changed, or is too recent.

@@ -82,10 +82,10 @@ class SealPayload:
     """Signed part of a seal, which covers the events at positions above `after` and up to `upto`.
 
     All events that are still unsealed after this seal were written after the time `closed_at`. If
-    `closed_at` is None, the next seal may cover events that were written earlier.
+    `closed_at` is None, unsealed events may be older than this seal.
 
     `retired`: the retired month, such as `2025-01`, whose events at `positions` were removed. A
-    seal with `retired` covers no new events. Times are UTC, by the database's clock.
+    seal that records a retired month covers no new events. Times are UTC, by the database's clock.
     """
 
     version: int = 1

@@ -44,13 +44,13 @@ async def seal(
     """Seal the events that were written before this call.
 
     Writers of events never wait for `seal`. `seal` waits at most `patience` seconds for open
-    transactions that have written events. If one of these transactions stays open, no event is
-    sealed. Concurrent calls of `seal` seal each event once. After each new seal, `advance` is
-    called with the number of events that the seal covers.
+    transactions that have written events. If a transaction that has written events stays open
+    longer, no event is sealed. Concurrent calls of `seal` seal each event once. After each new
+    seal, `advance` is called with the number of events that the seal covers.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.
-        DatabaseUnavailable: The connection to the database was lost. Committed seals are kept.
+        DatabaseUnavailable: The connection to the database was lost. Committed seals remain.
     """
     key = await required_key(database)
     rows = seals = 0
@@ -88,7 +88,7 @@ async def seal_next(
             return None
         if len(found) == EVENTS_PER_SEAL:
             upto, closed_at = found[-1]["position"], None
-        # The sequence assigns each position once, so that a second event at a position is forged.
+        # Each position is assigned once, so a second event at the same position is forged.
         contents = {row["position"]: row["content"] for row in reversed(found)}
         positions = sorted(contents)
         digests = b"".join(digest_of(contents[position]) for position in positions)

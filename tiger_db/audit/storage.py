@@ -41,9 +41,9 @@ def _member(name: str) -> str:
 
     PostgreSQL converts each value to JSON text, which Python does not parse, so that numbers keep
     all digits. The expression never calls functions or operators that other roles created in the
-    schema: polymorphic and variadic functions are qualified with pg_catalog, and the types of
-    operands match operators of pg_catalog exactly. An enum is converted to text first, because
-    to_json() of an enum would use a cast from the enum to json.
+    schema. Polymorphic and variadic functions are therefore qualified with pg_catalog, and the
+    types of operands match operators of pg_catalog exactly. An enum is converted to text first,
+    because to_json() of an enum would use a cast from the enum to json.
     """
     value = f"pg_catalog.to_json({name})::text"
     if name == "created_at":  # in UTC, independent of the session's time zone
@@ -67,8 +67,8 @@ LOCK_EVENTS = "LOCK TABLE audit_logs IN ACCESS SHARE MODE"
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
 _SELECT_SEALS = "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
 SELECT_LAST_SEAL = f"{_SELECT_SEALS} DESC LIMIT 1"
-# A transaction that inserts an event holds a RowExclusiveLock from before the event gets a position
-# until the event is visible.
+# A transaction that inserts an event takes a RowExclusiveLock before the event gets a position, and
+# holds the lock until the event is visible.
 _SELECT_WRITERS = """
 SELECT DISTINCT virtualtransaction AS id, pid FROM pg_locks
 WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()
@@ -158,7 +158,7 @@ async def _merge(
 
 
 def _extent(seal: Seal) -> tuple[int, int]:
-    """Return the last position and the number of events that a seal covers, or zeros on error."""
+    """Return a seal's last position and number of events, or zeros if its payload is invalid."""
     try:
         payload = seal.payload()
     except InvalidValue:
@@ -170,7 +170,7 @@ async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | No
     """Return the last assigned position, and the open transactions that have written events.
 
     The dict maps virtual transaction ids to process ids, which are None for prepared transactions.
-    After all these transactions have ended, no event up to the position can be added.
+    After all these transactions have ended, no event can be added up to the returned position.
     """
     position = await connection.fetchval(_SELECT_LAST_POSITION)
     return position, {row["id"]: row["pid"] for row in await connection.fetch(_SELECT_WRITERS)}

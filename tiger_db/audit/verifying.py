@@ -29,12 +29,12 @@ _REMEMBERED_EVENTS = 100_000  # maximum number of mismatches that are kept in me
 _PROGRESS_POSITIONS = 1000  # number of positions between two calls of `advance`
 # If the database's clock is set back by at most this tolerance, no false finding is reported.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
-# Slice of an event's content with `created_at` to the second, after {"id":"…","created_at":"
+# Slice of an event's content that contains `created_at` without fractions of a second.
 _CREATED_AT = slice(59, 78)
 _SELECT_RETIREMENTS = """
 SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
 """
-Advance = Callable[[int, int], None]  # finished and total positions or bytes
+Advance = Callable[[int, int], None]  # takes the finished and the total positions (or bytes)
 
 
 class FindingKind(StrEnum):
@@ -169,12 +169,12 @@ class TrailVerifier:
             raise ConfigurationError(
                 "there is no key to verify seals with: give a public key, or set AUDIT_SIGNING_KEY"
             )
-        self.database_time = "9"  # sorts after every time in ISO 8601
+        self.database_time = "9"  # "9" sorts after every time in ISO 8601
         self._keys = keys
         self._checkpoint = checkpoint
         self._checkpoint_seen = checkpoint is None
         self._report = Verification()
-        self._findings: list[tuple[int, AuditFinding]] = []  # position as sort key, and finding
+        self._findings: list[tuple[int, AuditFinding]] = []  # findings with positions as sort keys
         self._retired: PositionRanges = ()
         # State of the last added seal.
         self._number = 0
@@ -236,7 +236,7 @@ class TrailVerifier:
             self._drop_retired(payload)
         self._upto = max(self._upto, payload.upto)
         if payload.sealed_at[:19] < self._created_after:
-            self._created_after = ""  # the database's clock went back
+            self._created_after = ""  # the database's clock was set back
         self._next_created_after = _lower_bound(payload.closed_at) or self._created_after
 
     def _verify_link(self, payload: SealPayload) -> None:
@@ -300,7 +300,7 @@ class TrailVerifier:
     def _add_unsealed(self, position: int, content: str, digest: bytes) -> None:
         self._report.unsealed += 1
         event_id = storage.event_id_in(content)
-        if self._mismatches or self._expected:  # this event may be a moved sealed event
+        if self._mismatches or self._expected:  # a sealed event may have moved here
             self._remember(position, _Mismatch(0, found=digest, event_id=event_id))
         if content[_CREATED_AT] < self._next_created_after <= self.database_time:
             self._backdated.append((position, _Mismatch(self._number + 1, event_id=event_id)))

@@ -75,7 +75,7 @@ def main() -> None:
     """Run the command in `sys.argv`, and exit. Print errors without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for characters the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # the terminal may lack a character
     code = _run()
     try:
         sys.stdout.flush()

@@ -225,7 +225,7 @@ def export_events(
 
     with output.open_output(
         out, overwrite=overwrite
-    ) as file:  # opening a pipe waits for its reader
+    ) as file:  # opening a named pipe blocks until a program reads the pipe
         runtime.with_database(lambda database: export(database, file))
     output.print_message(f"exported {output.count_of(count, 'event')}")
 

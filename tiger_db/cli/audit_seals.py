@@ -128,7 +128,8 @@ def verify_audit(
 def export_checkpoint(*, out: options.Out = None, overwrite: options.Overwrite = False) -> None:
     """Export the newest seal as a checkpoint. Keep the checkpoint on another machine.
 
-    With the checkpoint, `verify-audit` detects missing or replaced seals up to this seal.
+    With the checkpoint, `verify-audit` detects missing or replaced seals up to the seal in the
+    checkpoint.
     """
     text = runtime.with_database(tiger_db.audit.export_checkpoint)
     with output.open_output(out, overwrite=overwrite) as file:

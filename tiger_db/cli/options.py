@@ -59,7 +59,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmat
 
 _MAX_DURATION = timedelta(days=36525)
 _MAX_SECRET_LENGTH = 1_000_000  # characters
-_LINE_END_LENGTH = 2  # characters of a line end, such as CR LF, after a secret
+_LINE_END_LENGTH = 2  # number of characters in CR LF, the longest line end
 # Linux truncates a longer line that is typed at a terminal.
 _MAX_TERMINAL_LINE_BYTES = 4095
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

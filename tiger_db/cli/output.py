@@ -24,7 +24,7 @@ E_ = TypeVar("E_", bound="Entity")
 _DAY = timedelta(days=1)
 _COLUMN_GAP = 2  # characters
 _MAX_CHART_WIDTH = 100  # characters
-_UNLIMITED_WIDTH = 10_000  # characters; without a terminal, no row is wrapped
+_UNLIMITED_WIDTH = 10_000  # characters; prevents wrapping if there is no terminal
 
 
 def print_message(message: str) -> None:
@@ -135,7 +135,7 @@ def show_line(row: Iterable[object]) -> None:
 
 
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
-    """Return column widths that break no word. If the words do not fit, every width is None."""
+    """Return column widths that break no word. Without enough space, all are None."""
     least = [max(map(cell_len, " ".join(column).split())) for column in columns]
     room = width - sum(least) - _COLUMN_GAP * (len(least) - 1)
     if room < 0:
@@ -176,7 +176,7 @@ def show_bars(counts: Mapping[str, int]) -> None:
 def count_by_period(
     hours: Mapping[datetime, int], since: datetime, until: datetime
 ) -> dict[str, int]:
-    """Add up counts by hour if the period is at most two days, else by day. Fill gaps with 0."""
+    """Add up counts by hour if the period is at most two days, else by day. Gaps get 0."""
     by_hour = until - since <= 2 * _DAY
     step, form = (timedelta(hours=1), "%m-%d %H:00") if by_hour else (_DAY, "%Y-%m-%d")
     time = since.replace(minute=0, second=0, microsecond=0)

@@ -26,7 +26,7 @@ RefreshStatuses = Literal["pending", "failed"]  # statuses that crud.token_statu
 
 _PANEL = "Token refreshes"
 _REDRAW_SECONDS = 1.0
-_MAX_ROWS_SHOWN = 100  # rows of each group
+_MAX_ROWS_SHOWN = 100  # maximum number of rows per group
 _CLEAR_SCREEN = "\033[2J\033[H"
 app = typer.Typer()
 
@@ -184,7 +184,7 @@ def run_refresh_worker(
 
     from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # slow import, not needed by `--help`
 
-    load_sdk()  # a missing SDK ends the command here, before the refresh of an account fails
+    load_sdk()  # if the SDK is missing, fail before any refresh starts
     counts = runtime.with_database(work)
     output.print_message(
         ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no refresh was due"

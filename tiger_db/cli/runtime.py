@@ -128,7 +128,7 @@ def describe_error(error: Exception) -> str:
     if os.environ.get("DB_DEBUG", "").lower() in ("1", "true", "yes", "on"):
         sys.stderr.writelines(
             traceback.format_tb(error.__traceback__)
-        )  # source lines without values
+        )  # the traceback has source lines, but no values
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"unexpected {type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}:"  # noqa: PTH119  # a file name

@@ -75,7 +75,7 @@ async def connect_directly(
     """Open a connection that bypasses the pooler, for session state such as LISTEN.
 
     Raises:
-        ConfigurationError: `DB_DIRECT_HOST` is required but not set, or see `connect`.
+        ConfigurationError: `DB_DIRECT_HOST` is required but not set. See also `connect`.
         DatabaseUnavailable: see `connect`.
     """
     return await connect(settings.without_pooler(), database=database)
@@ -87,8 +87,8 @@ async def _connect_to_first(
     hosts, ports = arguments.get("host"), arguments.get("port")
     if not isinstance(hosts, list) or not isinstance(ports, list):
         return await tls.connect(settings, arguments)
-    # asyncpg is called once per host: asyncpg has one timeout for all hosts, so that a host without
-    # an answer would leave no time for the next host.
+    # asyncpg has one timeout for all hosts, so asyncpg is called once per host. Otherwise, a host
+    # that does not answer would leave no time for the next host.
     reasons = []
     for host, port in zip(hosts, ports, strict=True):
         try:
@@ -153,7 +153,7 @@ def create_engine(
     def _raise_typed(context: ExceptionContext) -> None:
         error = context.original_exception
         if not isinstance(error, Exception):
-            return  # for example CancelledError, which does not mean that the server is lost
+            return  # such as CancelledError: the server is not lost
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
@@ -185,7 +185,7 @@ def _is_readonly(connection: Connection | None) -> bool:
 
 
 def _hide_values(context: ExceptionContext) -> None:
-    """Hide the message of an error, which contains values, from later listeners such as traces."""
+    """Hide an error's message from later listeners, because the message contains values."""
     error = context.original_exception
     state = getattr(error, "sqlstate", None) or ""
     context.original_exception = RuntimeError(f"{type(error).__name__} {state}".rstrip())

@@ -39,7 +39,7 @@ def explain(error: Exception) -> str | None:
 def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one return per cause
     match cause:
         case asyncpg.InvalidCatalogNameError():
-            return None  # the error message has the advice
+            return None  # the message of this error contains advice already
         case asyncpg.InvalidAuthorizationSpecificationError() if "certificate" in str(cause):
             return "check DB_USER, DB_SSL_CERT and DB_SSL_KEY"
         case asyncpg.InvalidAuthorizationSpecificationError() if "encryption" in str(cause):

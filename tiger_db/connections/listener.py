@@ -52,8 +52,9 @@ async def listen(
 ) -> None:
     """Listen on a channel until the task is cancelled. Replace a lost connection.
 
-    `watch` is called with each new connection, and its result is awaited. If `watch` raises an
-    error, the connection is replaced. After a success, the first failure is logged as a warning.
+    `watch` is called with each new connection, and awaited. If `watch` raises an error, the
+    connection is replaced. Only the first failure after a successful connection is logged, as a
+    warning.
     """
     failing = False
     while True:
@@ -61,7 +62,7 @@ async def listen(
             async with open_listener(settings, channel, on_notification) as connection:
                 failing = False
                 await (watch or _until_closed)(connection)
-        except TigerDBError as error:  # or EmbeddedError from a failed start
+        except TigerDBError as error:  # also EmbeddedError: the server did not start
             if not failing:
                 _logger.warning("LISTEN on the channel %s failed: %s", channel, error)
             failing = True

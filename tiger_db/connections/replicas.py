@@ -19,7 +19,7 @@ from tiger_db.errors import TigerDBError
 from tiger_db.out_of_band import OutOfBandWriter
 
 S = TypeVar("S", bound=AsyncSession)
-_RETRY_PAUSE_SECONDS = 5.0  # before a failed replica is tried again
+_RETRY_PAUSE_SECONDS = 5.0  # time until a failed replica is tried again
 _MAX_LSN_SAMPLES = 8
 # A commit is visible to other sessions only after the WAL of the commit is flushed.
 _PRIMARY_LSN = "SELECT CAST(pg_current_wal_flush_lsn() AS text)"
@@ -90,7 +90,7 @@ class Replicas:
         return None
 
     async def _sample_primary(self, max_lag_seconds: float) -> None:
-        """Sample the LSN of the primary unless the last sample is at most half of the lag old."""
+        """Sample the LSN of the primary unless a sample is newer than half the maximum lag."""
         async with self._sampling:
             now = time.monotonic()
             if not self._samples or self._samples[-1][0] < now - max_lag_seconds / 2:

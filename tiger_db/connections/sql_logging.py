@@ -19,7 +19,7 @@ _logger = logging.getLogger("tiger_db")
 def log_slow_queries_of_engine(engine: Engine, threshold_seconds: float) -> None:
     """Log each query of SQLAlchemy that takes at least `threshold_seconds`."""
 
-    # Listeners on connection events would be slower, because SQLAlchemy does extra work for them.
+    # Listeners on connection events would be slower: SQLAlchemy does extra work for these events.
     @event.listens_for(engine, "do_execute")
     def _execute(
         cursor: DBAPICursor,

@@ -9,7 +9,8 @@ from tiger_db.errors import ConfigurationError
 from tiger_db.settings import ConnectArgs, Settings
 
 # If a CA file is set, libpq verifies the server's certificate even with the modes allow and prefer.
-# asyncpg does not, so each of these modes becomes two attempts with other modes of asyncpg.
+# asyncpg does not verify the certificate in these modes, so two attempts with other asyncpg modes
+# replace each mode.
 _ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
 # Permission bits that a private key file must not have. Like in libpq, the group may read the file
@@ -43,7 +44,7 @@ async def connect(
             try:
                 return await asyncpg.connect(**arguments, ssl=attempts[1])
             except (OSError, asyncpg.PostgresError):
-                if isinstance(e, ssl.SSLError):  # the first attempt's error is the cause
+                if isinstance(e, ssl.SSLError):  # the TLS error of the first attempt is more useful
                     raise e from None
                 raise
     except asyncpg.ClientConfigurationError:
@@ -54,7 +55,7 @@ async def connect(
             ) from None
         raise
     except asyncpg.ConnectionDoesNotExistError as error:
-        if isinstance(error.__cause__, ssl.SSLError):  # the server refuses the client certificate
+        if isinstance(error.__cause__, ssl.SSLError):  # the server refused the client certificate
             raise error.__cause__ from None
         raise
     except OSError:
