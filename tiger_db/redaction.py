@@ -38,7 +38,7 @@ _ASSIGNMENT = r"""
 
 
 def mask_account_number(account_number: str) -> str:
-    """Mask an account number except its last four characters. Mask up to four characters fully."""
+    """Mask an account number except its last four characters. Mask short numbers completely."""
     shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual number of visible characters
     return "*" * (len(account_number) - len(shown)) + shown
 
@@ -85,7 +85,7 @@ _SECRET_WORDS = {
     "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
 }  # fmt: skip
 _SECRET_NAMES = {"sign", "signature", "pin", "otp", "pepper"}
-# Patterns of names, such as `password`, before a secret value in a text such as `password=…`.
+# Patterns of names that precede a secret in a text, as in `password=…`.
 _WORD_PATTERNS = {
     "token", "secret", "passw(?:or)?d", "pwd", "passphrase", "authorization", "credential",
     "private_?key (?: _?pk[18] )?", "api[_-]?key", "secret_?key", "access[_-]?key",

@@ -23,8 +23,8 @@ from tiger_db.errors import (
 # The errors that asyncpg raises if a connection is lost.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 READ_ONLY_SQL_TRANSACTION = "25006"  # a former primary or a readonly session refuses writes
-# Error types and messages by SQLSTATE or by its first characters. None stands for the message
-# of PostgreSQL, which contains no values of a row for these SQLSTATEs.
+# Error types and messages by SQLSTATE or by its first characters. For None, PostgreSQL's
+# message is used, because that message contains no values of a row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "08": (DatabaseUnavailable, "the connection was lost"),
     "22000": (InvalidValue, "a value is not of its column's type"),

@@ -320,7 +320,7 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
-            raise MigrationError("the database is at several revisions: SQL needs one revision")
+            raise MigrationError("the database has several revisions: a script needs one")
         script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
         months = f"SELECT make_audit_months({MONTHS_AHEAD});"
@@ -426,7 +426,7 @@ async def _apply(
         await connection.rollback()
         if not set(step.to_revisions) <= set(current):
             raise MigrationError(
-                f"{title}: the schema is afterwards at revision {', '.join(current) or 'base'}"
+                f"{title} ended at the wrong revision: {', '.join(current) or 'base'}"
             )
         progress(f"{title}: {seconds:.1f} s")
         applied.append(AppliedMigration(script.revision, script.doc, round(seconds, 3), attempts))

@@ -54,7 +54,7 @@ def load_private_key(
 ) -> tuple[RSAPrivateKey, PrivateKeyFormat]:
     """Parse an RSA private key. Return the key as an object, and the format of the key.
 
-    `check_numbers` takes up to a second for a key of 4,096 bits.
+    With `check_numbers`, parsing a key of 4,096 bits takes up to one second.
     """
     pem = _PEM.search(text)
     body = "".join((pem[2] if pem else text).replace("\\n", "\n").split())

@@ -34,11 +34,12 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     sdk, config_class = load_sdk()
-    config = config_class(enable_dynamic_domain=False)  # True would send a request
+    config = config_class(enable_dynamic_domain=False)  # with True, the SDK sends a request
     config.props_path = None
     config.tiger_id, config.account = plaintext(account.tiger_id), account.account_number
     config.private_key, _ = parse_private_key(plaintext(account.private_key))
-    config.license = account.license.value if account.license else ""  # None would send a request
+    # If the license were None, the SDK would send a request.
+    config.license = account.license.value if account.license else ""
     config.token = plaintext(account.access_token)
     config.secret_key = plaintext(account.secret_key)
     config.token_refresh_duration = config.retry_max_tries = 0
