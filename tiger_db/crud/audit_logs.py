@@ -128,10 +128,10 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     if not batch:
         return 0
     actor = actor_of(session.info)
-    refuse_readonly(session)  # COPY would raise the error that means a failover
+    refuse_readonly(session)  # COPY would raise the same error as after a failover
     await session.flush()
     connection = await session.connection()
-    await connection.exec_driver_sql("SELECT")  # begins a transaction; COPY would autocommit
+    await connection.exec_driver_sql("SELECT")  # begins a transaction, so that COPY does not commit
     raw = (await connection.get_raw_connection()).driver_connection
     assert raw is not None
     try:
@@ -172,7 +172,7 @@ def _attribute_flushed(_mapper: Mapper[AuditLog], _connection: Connection, event
 
 
 def build_event(**fields: Unpack[EventFields]) -> AuditLog:
-    """Build an audit event. A field with the value None gets the default of the field."""
+    """Build an audit event. A field that is None gets the default value."""
     given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     return AuditLog(**given)
 
@@ -212,8 +212,8 @@ async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
 class Criteria(TypedDict, total=False):
     """The criteria of `search`. A criterion with the value None matches every audit event."""
 
-    since: datetime | None  # aware, inclusive start; compared with the time in the event's id
-    until: datetime | None  # aware, exclusive end
+    since: datetime | None  # aware datetime, inclusive; compared with the time in the id
+    until: datetime | None  # aware datetime, exclusive
     actions: Sequence[AuditAction]  # allowed actions; an empty list allows all actions
     results: Sequence[AuditResult]
     severities: Sequence[AuditSeverity]
@@ -350,7 +350,7 @@ async def statistics(
 ) -> Statistics:
     """Count the audit events from `since` (inclusive) to `until` (exclusive), aware datetimes.
 
-    The time of an event is the time in the event's id. The result omits hours without an event.
+    The time of an event is taken from the event's id. The result omits hours without an event.
 
     Raises:
         InvalidValue: a datetime is naive.

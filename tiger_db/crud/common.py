@@ -30,20 +30,20 @@ from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import classify
 
-# SQLAlchemy execution options: a fetched row overwrites its object in the session's identity map.
+# With these execution options, a fetched row overwrites the entity in the session's identity map.
 FRESH = {"populate_existing": True, "synchronize_session": False}
 E_ = TypeVar("E_", bound=Entity)
 
 
 async def fetch_one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
-    """Return the entity in the first row of a statement, refreshed from the row, or None."""
+    """Execute a statement. Return the entity in the first row, refreshed from the row, or None."""
     with typed_errors():
         row: E_ | None = await session.scalar(statement, execution_options=FRESH)
     return row
 
 
 async def fetch_all(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
-    """Return the entities in the rows of a statement, refreshed from the rows."""
+    """Execute a statement. Return the entities in the rows, refreshed from the rows."""
     with typed_errors():
         return list(await session.scalars(statement, execution_options=FRESH))
 
@@ -68,7 +68,7 @@ async def execute_driver_sql(
 async def get_or_raise(
     session: AsyncSession, entity: type[E_], row_id: UUID, *, lock: bool = False
 ) -> E_:
-    """Return the entity with the given id, refreshed. `lock=True` takes a row lock.
+    """Return the entity with the given id, read from the database. `lock=True` takes a row lock.
 
     Raises:
         NotFound: no row of the entity has this id.
@@ -88,10 +88,10 @@ class SessionContext:
 
     key_provider: KeyProvider | None
     peppers: Peppers | None
-    key_environment: Literal["live", "test"]  # environment in new API keys
+    key_environment: Literal["live", "test"]  # environment of new API keys
     allow_unpeppered_until: date | None  # last day (UTC) that allows hashes without a pepper
-    # If the next two fields are None, audit events and usage counts of API keys are written in the
-    # session's transaction.
+    # If `out_of_band` and `count_use` are None, audit events and usage counts of API keys are
+    # written in the session's transaction.
     out_of_band: OutOfBandWriter | None
     count_use: Callable[[UUID, float], None] | None  # method `count` of a UsageCounter
     readonly: bool = False

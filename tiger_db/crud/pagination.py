@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """A page of a list of rows."""
+    """One page of rows, with the cursor of the next page."""
 
     items: list[T]
-    next_cursor: str | None = None  # argument `after` for the next page; None: last page
+    next_cursor: str | None = None  # argument `after` for the next page; None on the last page
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.items)

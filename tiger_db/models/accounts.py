@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped
 from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlmodel import Field, Relationship, col
-from typing_extensions import TypedDict  # pydantic accepts typing.TypedDict from 3.12 on
+from typing_extensions import TypedDict  # pydantic needs Python 3.12 for typing.TypedDict
 
 from tiger_db.encryption import EncryptedSecret, EncryptedType, Secret
 from tiger_db.errors import EncryptionError, InvalidValue, StaleToken
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 REFRESH_AHEAD = timedelta(hours=1)
 # Access tokens of Tiger are valid for weeks, so a fifth of the validity leaves days for retries.
 _REMAINING_FRACTION_AT_REFRESH = 0.2
-_MAX_CLOCK_SKEW = timedelta(minutes=5)  # lead of Tiger's clock over the database's
+_MAX_CLOCK_SKEW = timedelta(minutes=5)  # Tiger's clock may be ahead of the database's
 
 
 class AccountType(StrEnum):
@@ -87,7 +87,7 @@ class QuotePermission(TypedDict):
     """Permission of an account to receive market data (quotes) from Tiger."""
 
     name: str
-    expire_at: int  # epoch milliseconds; -1: no expiry
+    expire_at: int  # epoch milliseconds, or -1 for no expiry
 
 
 # Tiger's account numbers: global, standard and prime, paper (17 digits; the SDK accepts more).
@@ -105,10 +105,10 @@ _BLANKS = "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1)])) + "\u1680\u2028\
 
 
 def normalize_account_number(text: str) -> str:
-    """Return an account number in the only form in which it is stored.
+    """Return the normalized form of an account number, in which the number is stored.
 
     Raises:
-        ValueError: it is not one of Tiger's numbers.
+        ValueError: the text is not an account number at Tiger.
     """
     number = _normalize(text).upper()
     if not re.fullmatch(ACCOUNT_NUMBER, number):
@@ -117,10 +117,10 @@ def normalize_account_number(text: str) -> str:
 
 
 def normalize_tiger_id(text: str) -> str:
-    """Return a Tiger id in the only form in which it is stored.
+    """Return the normalized form of a Tiger id, in which the id is stored.
 
     Raises:
-        ValueError: it has other characters than printable ASCII without spaces.
+        ValueError: the id contains a space, or a character that is not printable ASCII.
     """
     tiger_id = _normalize(text)
     if not re.fullmatch("[!-~]+", tiger_id):
@@ -129,7 +129,7 @@ def normalize_tiger_id(text: str) -> str:
 
 
 def _normalize(text: str) -> str:
-    """Convert to NFKC without invisible characters and without blanks at both ends."""
+    """Convert a text to NFKC, and remove invisible characters and outer blanks."""
     return unicodedata.normalize("NFKC", _IGNORABLE.sub("", text)).strip(_BLANKS)
 
 
@@ -229,7 +229,7 @@ class TigerAccount(MutableEntity, table=True):
         sa_type=EncryptedType(fingerprint="tiger_id_fingerprint", normalize=normalize_tiger_id),
         description="Developer id at Tiger, encrypted; several accounts can share an id",
     )
-    # A column without a model field: the flush derives tiger_id_fingerprint from tiger_id.
+    # tiger_id_fingerprint is not a model field: the flush derives the column from tiger_id.
     tiger_id_fingerprint: ClassVar[Any] = Column(
         LargeBinary,
         nullable=False,
@@ -334,8 +334,8 @@ class TigerAccount(MutableEntity, table=True):
     def is_token_due(self, now: datetime, *, within: timedelta | None = None) -> bool:
         """Return whether the access token is due for a refresh at the aware datetime `now`.
 
-        Without `within`, the token is due from `token_refresh_at` on. With `within`, the token is
-        due from `token_expires_at - within` on. `due_tokens` is the same rule in SQL.
+        If `within` is None, the token is due at `token_refresh_at`. Otherwise, the token is due
+        when the time to the token's expiry is `within`. `due_tokens` is the same rule in SQL.
         """
         at, until = (
             (self.token_refresh_at, now)
@@ -347,14 +347,14 @@ class TigerAccount(MutableEntity, table=True):
     def check_not_stale(
         self, access_token: str, expires_at: datetime | None = None
     ) -> datetime | None:
-        """Check that a replacement token is not stale, and return the expiry or None.
+        """Check that a new access token is not stale. Return the expiry of the new token, or None.
 
-        If `expires_at` is None, the expiry is read from a replacement in Tiger's token format. If
-        both tokens have Tiger's format, the token that was generated later is newer. Otherwise, the
-        token that expires later is newer. A replacement may equal the current token.
+        If `expires_at` is None, the expiry is read from a new token in Tiger's format. If both
+        tokens have Tiger's format, the token that was generated later is newer. In all other cases,
+        the token that expires later is newer. The new token may equal the current token.
 
         Raises:
-            StaleToken: the current token is newer than the replacement.
+            StaleToken: the current token is newer than the new token.
         """
         current = self.readable_token()
         new, old = token_times(access_token), token_times(current)
@@ -372,7 +372,7 @@ class TigerAccount(MutableEntity, table=True):
         return expires_at
 
     def readable_token(self) -> str:
-        """Return the access token; an empty string if the token is null or cannot be decrypted."""
+        """Return the access token, or an empty string if it is null or cannot be decrypted."""
         try:
             return self.access_token.get_secret_value() if self.access_token is not None else ""
         except EncryptionError:
@@ -415,8 +415,8 @@ def refresh_time(access_token: str, expires_at: datetime | None) -> datetime | N
     """Return the time at which to refresh an access token, or None if `expires_at` is None.
 
     A refresh is due when a fifth of the token's validity remains, but at least five minutes before
-    the expiry. A refresh is never due in the first half of the validity. The validity of a token
-    that is not in Tiger's format begins now.
+    the expiry. A refresh is never due in the first half of the token's validity. If a token is not
+    in Tiger's format, the validity of the token begins now.
     """
     if expires_at is None:
         return None
@@ -454,7 +454,7 @@ def token_times(token: str) -> TokenTimes | None:
 
 
 _TIMES = re.compile(rb"(\d{13}),(\d{13})")
-_TIMES_LENGTH = 36  # base64 characters of `<generated>,<expires>`, which has 27 bytes
+_TIMES_LENGTH = 36  # number of base64 characters for the 27 bytes `<generated>,<expires>`
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

@@ -249,7 +249,7 @@ class APIKey(MutableEntity, table=True):
         return self.tiger_account_id is None or self.tiger_account_id == account_id
 
 
-# The table has no entity class, because usage counts are written and read as raw rows.
+# api_key_usage has no entity class, because usage counts are written and read as raw rows.
 api_key_usage = Table(
     "api_key_usage",
     metadata,
@@ -272,9 +272,9 @@ api_key_usage = Table(
 )
 
 
-# The usage counts are not in api_keys, so that a use of a key with a rate limit takes no row lock
-# there. The table has no foreign key, because the counts of a rotation chain remain when the first
-# key is deleted.
+# The counts for rate limits are not in api_keys, so that a use of an API key does not lock the row
+# of the key. api_key_limits has no foreign key, because the counts of a rotation chain remain when
+# the first key is deleted.
 api_key_limits = Table(
     "api_key_limits",
     metadata,

@@ -135,8 +135,9 @@ _BRIN: dict[str, Any] = {"postgresql_with": {"pages_per_range": 32, "autosummari
 class AuditLog(Entity, table=True):
     """One audit event. Events are append-only.
 
-    The table has no foreign keys, so that events remain when an account or API key is deleted.
-    Secrets are masked. Values that cannot be stored are converted, with notes in `details`.
+    The table audit_logs has no foreign keys, so that events remain when an account or API key is
+    deleted. Secrets are masked. Values that cannot be stored are converted; `details` contains
+    notes on the conversions.
     """
 
     __tablename__ = "audit_logs"
@@ -239,7 +240,8 @@ class AuditLog(Entity, table=True):
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
         sanitized = sanitize(changes)
-        # Notes are kept only if `details` is assigned, because other fields must not change.
+        # Keep notes on conversions only if `details` is assigned: a change of another field must
+        # not change `details`.
         return super().validate_changes(
             {name: sanitized.get(name, value) for name, value in changes.items()}
         )
@@ -295,7 +297,7 @@ async def insert_events(
         await connection.copy_records_to_table("audit_logs", columns=_COLUMNS, records=rows)
 
 
-# The table has no entity class, because seals are written and read as raw rows.
+# audit_seals has no entity class, because seals are written and read as raw rows.
 audit_seals = Table(
     "audit_seals",
     metadata,

@@ -102,7 +102,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.sqlmodel_update({name: value})
 
     def _relate(self, name: str, value: object) -> None:
-        """Set a relationship. Raise ValidationError if a value is not an instance of its class."""
+        """Set a relationship. Raise ValidationError if a related object has the wrong class."""
         relationship = object_mapper(self).relationships[name]
         kind = relationship.mapper.class_
         items = value if relationship.uselist else [] if value is None else [value]
@@ -145,7 +145,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         return {name: draft.__dict__[name] for name in changes}
 
     def label(self) -> str:
-        """Return a name of the entity for error messages, or an empty string. Loads no columns."""
+        """Return the name for error messages, or an empty string, without loading columns."""
         return ""
 
     def __copy__(self) -> Self:
@@ -325,7 +325,7 @@ def _bind_loaded(row: Entity, provider: KeyProvider | None) -> None:
 
 
 def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
-    """Return the values of a raw row by column name, converted as by SQLAlchemy's loader."""
+    """Convert a raw row as SQLAlchemy's loader does, and return the values by column name."""
     row = dict(zip(_columns(entity), values, strict=True))
     for name, convert in _converters(entity):
         if row[name] is not None:
@@ -350,7 +350,7 @@ def _converters(entity: type[Entity]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
-    if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):  # cast to text[] by _cast
+    if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):  # _cast casts it to text[]
         return lambda networks: track([ip_network(network) for network in networks])
     process = type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
     if not isinstance(type_, ARRAY | JSONB):

@@ -88,7 +88,7 @@ JsonObject = Annotated[dict[str, JsonValue], AfterValidator(require_storable_jso
 class Timestamp(TypeDecorator[datetime]):
     """A `timestamptz` column whose values are always aware datetimes.
 
-    For infinity, asyncpg returns a naive `datetime.max` or `datetime.min`. This type adds UTC.
+    asyncpg returns infinity as a naive `datetime.max` or `datetime.min`; `Timestamp` adds UTC.
     """
 
     impl = DateTime(timezone=True)
@@ -147,11 +147,11 @@ def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotat
 class Tracked(Mutable):
     """A dict or list that reports in-place changes, so that the ORM saves the changes.
 
-    The value of a column is the root. A nested dict or list reports changes to the root, and the
-    root marks the column as modified.
+    The root is the dict or list that is the value of a column. A nested dict or list reports
+    changes to the root, and the root marks the column as modified.
     """
 
-    root: "Tracked | None" = None  # None: this object is the root
+    root: "Tracked | None" = None  # None if this object is the root
     modified = False  # whether the root was changed in place
 
     @classmethod
@@ -166,11 +166,11 @@ class Tracked(Mutable):
             self.root.changed()
 
     def set_parent(self, state: InstanceState[Any], name: str) -> None:
-        """Report changes to a column of an entity; only hydrated entities need this call."""
+        """Report in-place changes to an entity's column; only hydrated entities need this call."""
         self._parents[state] = name
 
     def tracked_part(self, value: object) -> object:
-        """Return a value that reports to this root; copy a dict or list of another root."""
+        """Return a value that reports changes to this root; copy a dict or list of another root."""
         root = self.root or self
         if isinstance(value, Tracked) and (value.root or value) is root:
             return value
@@ -181,7 +181,7 @@ class Tracked(Mutable):
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
-        return track, (_untracked(self),)  # copies report to no entity
+        return track, (_untracked(self),)  # a copy reports changes to no entity
 
 
 class TrackedDict(Tracked, dict[Any, Any]):
@@ -192,7 +192,7 @@ class TrackedDict(Tracked, dict[Any, Any]):
             dict.__setitem__(self, key, self.tracked_part(value))
 
     def replace_content(self, value: dict[Any, Any]) -> None:
-        """Replace the content by the validated value. Equal content causes no report."""
+        """Replace the content by a validated value. Report a change unless both are equal."""
         if value != self:
             self.clear()
             self.update(value)
@@ -200,7 +200,7 @@ class TrackedDict(Tracked, dict[Any, Any]):
     def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # dict's signature
         if key not in self:
             self[key] = default
-        return self[key]  # the tracked copy, not the default itself
+        return self[key]  # the tracked copy of the default
 
 
 class TrackedList(Tracked, list[Any]):
@@ -211,7 +211,7 @@ class TrackedList(Tracked, list[Any]):
             list.__setitem__(self, index, self.tracked_part(value))
 
     def replace_content(self, value: list[Any]) -> None:
-        """Replace the content by the validated value, in which enum members can replace texts."""
+        """Replace the content by a validated list, in which texts may have become enum members."""
         if value != self or not all(map(isinstance, self, map(type, value))):
             self[:] = value
 

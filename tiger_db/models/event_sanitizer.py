@@ -79,7 +79,7 @@ def sanitize_event(
 
 
 class _Sanitizer:
-    """Converter of values, with notes on conversions and the remaining size of the field."""
+    """Converter of the values of one event; collects notes on conversions."""
 
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
@@ -360,7 +360,7 @@ def _as_text(value: object) -> str:
     """Convert a value to a text, without `repr`, because a `repr` can contain a secret."""
     # issubclass is safer here: isinstance also reads `__class__`, which an object can override.
     if issubclass(type(value), str):
-        return str.__str__(value)  # also correct for an enum member
+        return str.__str__(value)  # `str.__str__` is also correct for an enum member
     if type(value) is bytes or type(value) is bytearray:
         return value[:_MAX_CHARACTERS].decode(errors="replace")
     converted = _Sanitizer().json(value, None, 0)

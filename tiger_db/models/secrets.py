@@ -1,4 +1,4 @@
-"""Secrets of entities: encryption before a flush, and access to decryption after a load."""
+"""Secrets of entities: encryption before a flush, and preparation for decryption after a load."""
 
 from functools import cache
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ class Row(Protocol):
 
 
 def key_provider(session: Session | None) -> KeyProvider | None:
-    """Return the key provider of a session's Database, or None without a provider."""
+    """Return the key provider of a session's Database, or None if the Database has no provider."""
     context = None if session is None else session.info.get(CONTEXT)
     provider: KeyProvider | None = None if context is None else context.key_provider
     return provider
@@ -60,7 +60,7 @@ def encrypt_secret(provider: KeyProvider | None, text: str, aad: str) -> bytes:
 
 
 def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
-    """Encrypt the new secrets of an entity for its row, and set the blind indexes."""
+    """Encrypt the new secrets of an entity, and set the blind indexes."""
     for name, type_ in encrypted_columns(mapper):
         secret, aad = row.__dict__.get(name), aad_of(mapper, name, row.id)
         if not isinstance(secret, Secret):
@@ -78,7 +78,7 @@ def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
 
 
 def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
-    """Set the associated data and the key provider of loaded secrets, for the decryption."""
+    """Set the associated data and the key provider that loaded secrets need for decryption."""
     mapper = object_mapper(row)
     columns = encrypted_columns(mapper)
     if not columns:
@@ -92,7 +92,7 @@ def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
 
 
 def secrets_of(row: Row) -> list[Secret]:
-    """Return the secrets of an entity, without null values."""
+    """Return the secrets of an entity that are not null."""
     values = (row.__dict__.get(name) for name, _type in encrypted_columns(object_mapper(row)))
     return [value for value in values if isinstance(value, Secret)]
 

@@ -161,8 +161,8 @@ class TokenStatus(MutableEntity, table=True):
     def start_refresh(self) -> None:
         """Change the status from pending to in progress, in memory and without a lease.
 
-        Use `start_refresh` only if the first flush is after `complete_refresh`: a refresh in
-        progress without a lease cannot be flushed. `crud.token_status.claim` claims stored rows.
+        Call `complete_refresh` before the first flush, because a refresh in progress without a
+        lease cannot be flushed. For a stored refresh, use `crud.token_status.claim` instead.
 
         Raises:
             InvalidState: the refresh is not pending.
@@ -223,7 +223,7 @@ def _require_lease(_mapper: object, _connection: object, refresh: TokenStatus) -
     Raises:
         InvalidState: the refresh is in progress without a worker or a lease.
     """
-    values = refresh.__dict__  # columns that are not loaded are unchanged
+    values = refresh.__dict__  # a column that is not loaded has not changed
     if values.get("status") == TokenRefreshStatus.IN_PROGRESS and None in (
         values.get("worker", ""),
         values.get("lease_expires_at", ""),

@@ -33,8 +33,8 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
     """Store a new account. If `token_expires_at` is None, read the expiry from the access token.
 
     Raises:
-        AlreadyExists: the account number is in use (use `reopen` if that account is closed), or
-            there would be two default accounts.
+        AlreadyExists: another account has the same number (if that account is closed, use
+            `reopen`), or is already the default account.
         ConfigurationError: ENCRYPTION_KEYS is not set, so secrets cannot be encrypted.
         InvalidValue: the status is closed, or `auto_suspended` is true.
     """
@@ -58,16 +58,16 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
     """Change fields of an account. If one change is invalid, no field is changed.
 
     If `access_token` is given without `token_expires_at`, the expiry is read from the token.
-    `reset_errors` does not lift a suspension that `update` has set.
+    `reset_errors` does not activate an account that `update` has suspended.
 
     Raises:
         NotFound: no account has this id.
-        InvalidValue: a field is read-only, or the new status is closed: use `close`.
+        InvalidValue: a field is read-only, or the new status is closed (use `close` instead).
         InvalidState: the account is closed, so status, credentials and default flags cannot be
             changed: use `reopen`.
         StaleToken: the account has a newer access token.
         ValidationError: a field is unknown, or a value is invalid.
-        AlreadyExists: the account number is in use, or there would be two default accounts.
+        AlreadyExists: another account has the same number, or is already the default account.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if fixed := sorted(_FIXED & changes.keys()):
@@ -115,8 +115,8 @@ async def apply_change(
 ) -> None:
     """Assign values to an account, flush the session, and record an audit event of the change.
 
-    The event contains the old and new values of changed fields and of the fields in `given`. Name
-    changed secrets in `given`, because two different secrets look the same when masked.
+    The event contains the old and new values of changed fields and of the fields in `given`.
+    `given` must name the changed secrets, because different secrets look the same when masked.
     """
     old = _event_values(account)
     account.sqlmodel_update({**values})
@@ -134,7 +134,7 @@ async def apply_change(
 
 
 def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
-    """Add the expiry of a new access token to the validated values of a change.
+    """If `values` contain an access token, add the expiry of the token to `values`.
 
     Raises:
         StaleToken: the account has a newer access token.
@@ -168,8 +168,9 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
 
 
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:
-    # An advisory lock serializes the calls, so that each call reads the committed default account.
-    # Both default columns share one lock: with one lock per column, two calls could deadlock.
+    # An advisory lock serializes changes of default accounts, so that each change reads the
+    # committed default account. The columns is_default_trading and is_default_data share one lock:
+    # with two locks, two changes could deadlock.
     lock = func.concat("set_default", func.nullif(func.current_schema(), "public"))
     await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(lock))))
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)

@@ -32,9 +32,9 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Close an account: delete its credentials, revoke its API keys and cancel its open refreshes.
 
     A closed account cannot be a default account. The account number, the tiger_id and the audit
-    trail of the account are kept. Encrypted secrets are removed from the row at once. The next
-    VACUUM removes the secrets from the files of the table. Backups contain the secrets until the
-    backups are deleted. Closing a closed account changes nothing.
+    trail of the account are kept. Encrypted secrets are removed from the account's row at once. The
+    next VACUUM removes the secrets from the table's files. Older backups of the database still
+    contain the secrets. If the account is already closed, nothing changes.
 
     Raises:
         NotFound: no account has this id.
@@ -127,7 +127,7 @@ async def reopen(
 async def _end(
     session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool], **values: object
 ) -> list[tuple[E_, str]]:
-    """Update the rows that match the criteria. Return each updated row with the old status."""
+    """Update the matching rows. Return each row together with the status before the update."""
     rows = await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
     old = {row.id: row.status.value for row in rows}
     changed = await fetch_all(

@@ -22,7 +22,7 @@ async def record_error(
     """Add 1 to the error count of an account, and store the error message with masked secrets.
 
     An active account with `suspend_after` or more consecutive errors is suspended. `reset_errors`
-    lifts the suspension.
+    activates the account again.
 
     Raises:
         NotFound: no account has this id.
@@ -65,9 +65,9 @@ async def record_error(
 
 
 async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    """Set the error count of an account to zero, and lift a suspension by `record_error`.
+    """Set an account's error count to zero, and activate an account that `record_error` suspended.
 
-    A suspension by another function is not lifted.
+    An account that another function suspended stays suspended.
 
     Raises:
         NotFound: no account has this id.

@@ -28,8 +28,8 @@ from tiger_db.models.accounts import (
 )
 from tiger_db.models.secrets import key_provider
 
-# An account with FAILING_AFTER_ERRORS or more consecutive errors serves no request until
-# FAILING_FOR has passed since the last error.
+# An account with FAILING_AFTER_ERRORS or more consecutive errors is not used for FAILING_FOR after
+# the last error.
 FAILING_AFTER_ERRORS = 3
 FAILING_FOR = timedelta(minutes=5)
 
@@ -39,7 +39,7 @@ async def get(
 ) -> TigerAccount | None:
     """Return the account with the given id, or None.
 
-    `load` names the relationships to load with the account: `api_keys`, `token_statuses`.
+    `load` contains names of relationships to load: `api_keys` or `token_statuses`.
     """
     return await _get(session, col(TigerAccount.id) == account_id, load)
 
@@ -47,10 +47,10 @@ async def get(
 async def get_by_account_number(
     session: AsyncSession, account_number: str, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """Return the account with the given Tiger account number, or None. For `load`, see `get`.
+    """Return the account with the given account number, or None. `get` explains `load`.
 
-    The number is normalized first. If no account has the normalized number, the account is returned
-    whose number, stored by an older release, is exactly the given text.
+    The number is normalized first. If no account has the normalized number, find an account with
+    exactly the given text, which an older release stored.
     """
     for number in _normal_first(account_number, normalize_account_number):
         criterion = col(TigerAccount.account_number) == number
@@ -60,7 +60,7 @@ async def get_by_account_number(
 
 
 async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
-    """Return all accounts with a Tiger id, oldest first. The id is normalized as on assignment.
+    """Return all accounts with the given Tiger id, oldest first. The id is normalized first.
 
     Raises:
         ConfigurationError: ENCRYPTION_KEYS is not set, so the blind index cannot be computed.
@@ -98,12 +98,12 @@ async def list_accounts(
 
 
 async def get_default_trading_account(session: AsyncSession) -> TigerAccount | None:
-    """Return the account for trades that do not specify one, or None."""
+    """Return the default account for trading, or None."""
     return await _get(session, col(TigerAccount.is_default_trading), ())
 
 
 async def get_default_data_account(session: AsyncSession) -> TigerAccount | None:
-    """Return the account for data requests that do not specify one, or None."""
+    """Return the default account for market data, or None."""
     return await _get(session, col(TigerAccount.is_default_data), ())
 
 
@@ -128,13 +128,14 @@ async def find_for_operation(
 ) -> list[TigerAccount]:
     """Return the accounts that can serve a request now, best account first.
 
-    Each returned account is active and has the market permission. If the license of an account
-    requires an access token, the account has a valid token. Accounts with three or more consecutive
-    errors are omitted for five minutes after the last error. The default account comes first. The
-    other accounts are ordered by the number of errors, and then by age, oldest account first.
+    Each returned account is active and has the given `permission`. An account whose license
+    requires an access token is returned only if the account has a valid token. Accounts with three
+    or more consecutive errors are omitted for five minutes after the last error. The default
+    account comes first; the other accounts are ordered by error count, and then by age, oldest
+    first.
 
-    If `trading` is true and `account_type` is None, the default trading account determines the
-    account type: only paper accounts if the default account is a paper account, else none.
+    If `trading` is true and `account_type` is None, only paper accounts are returned if the default
+    trading account is a paper account, and only real accounts if not.
 
     Raises:
         InvalidState: the session is readonly.

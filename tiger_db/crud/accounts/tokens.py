@@ -26,8 +26,8 @@ async def update_tokens(
     `token_expires_at` is an aware datetime, or None to read the expiry from a token in Tiger's
     format. A token with an unknown expiry is never due for a refresh.
 
-    `refresh_id` is the id of a refresh that lost the claim before the broker returned the token. If
-    this late refresh has suspended the account within the last day, the account is activated again.
+    `refresh_id` is the id of a refresh whose claim was lost before the broker returned the token.
+    If the refresh suspended the account within the last day, the account is activated again.
 
     Raises:
         NotFound: no account has this id.
@@ -55,7 +55,7 @@ async def update_tokens(
 
 
 async def _is_suspended_by(session: AsyncSession, account: TigerAccount, refresh_id: UUID) -> bool:
-    """Return whether the last status change of an account was a suspension by a given refresh."""
+    """Return whether the account is suspended because of the given refresh."""
     if account.status != AccountStatus.SUSPENDED:
         return False
     last = await fetch_one(

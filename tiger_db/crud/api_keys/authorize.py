@@ -46,7 +46,7 @@ SELECT {row_expression(APIKey, "k")}, a.status::text, clock_timestamp() FROM api
 LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
 """  # noqa: S608  # names of columns
 _NAMES = column_names(APIKey)
-_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use of a key changes
+_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use changes
 _RECORDED_CHARACTERS = 200  # maximum length of an IP address or user agent in an audit event
 # Replace the hash of a key, unless another transaction has replaced the hash since the read. A
 # locked row is skipped, so that authorization never waits for a row lock.
@@ -58,7 +58,7 @@ RETURNING true
 
 
 class KeyRow(NamedTuple):
-    """The row of an API key. If no key has the prefix, the KeyRow is empty."""
+    """The row of an API key, or an empty row if the key does not exist."""
 
     values: Sequence[Any] = ()  # values of all columns, to hydrate an APIKey
     columns: Mapping[str, Any] = {}  # columns by name: with account_status, without _COUNTERS
@@ -78,13 +78,13 @@ class KeyRow(NamedTuple):
 
 @dataclass(slots=True)
 class VerifiedKey:
-    """An API key with a verified secret, and the columns of the key when it was verified."""
+    """An API key whose secret was verified, and the key's columns at the time of verification."""
 
     key: APIKey
     permissions: KeyPermissions
     columns: Mapping[str, Any] = field(repr=False)
     outdated: bool  # whether the hash should be replaced
-    read_at: float = 0.0  # monotonic time of the read, for caches
+    read_at: float = 0.0  # monotonic time at which the row was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +135,23 @@ async def authorize_api_key(
 ) -> APIKey:
     """Authorize an API key for a request, and count the use. Return the APIKey entity.
 
-    The order of the checks is: format, existence and hash of the key (each raises `InvalidAPIKey`),
-    status, expiry, status of the bound account, IP address, user agent, scopes, requested account,
-    rate limits. The first failed check raises an error. Before the error is raised, an audit event
-    of the denial is recorded, unless the key is malformed. Denials and uses are written out of
-    band, so that a rollback of the caller's transaction does not remove them.
+    The checks run in this order: format, existence and hash of the key (each raises
+    `InvalidAPIKey`), status, expiry, status of the bound account, IP address, user agent, scopes,
+    requested account, rate limits. The first failed check raises an error, and records an audit
+    event unless the key is malformed. Denials and uses are written out of band, so that a rollback
+    of the caller's transaction does not remove them.
 
     A key whose hash has no pepper is denied with `InvalidAPIKey`, unless the date in
-    API_KEYS_ALLOW_UNPEPPERED_UNTIL is today (UTC, database clock) or later. If an accepted key has
-    a hash with an older pepper, no pepper or a slow scheme, the hash is replaced, and an audit
-    event of the replacement is recorded.
+    API_KEYS_ALLOW_UNPEPPERED_UNTIL is today (UTC, database clock) or later. If the hash of an
+    accepted key has an older pepper, no pepper or a slow scheme, the hash is replaced, and an audit
+    event is recorded.
 
-    Rate limits are exact across processes. An API key and its replacements by rotation share one
-    count of uses. A rate limit applies to a clock hour or a calendar day (UTC), so up to twice the
-    limit may be used in a short time around the end of an hour or day.
+    Rate limits are exact, even if several processes authorize the same key. All keys of a rotation
+    chain share one count of uses. A rate limit applies to a clock hour or a calendar day (UTC), so
+    a caller may use twice the limit around the end of the hour or day.
 
-    `usage_count` and `last_used_at` are written later: see `UsageCounter`. A use may stay uncounted
-    if the same transaction has created the key.
+    `UsageCounter` writes `usage_count` and `last_used_at` later. If the key was created in the same
+    transaction, the use may not be counted.
 
     Raises:
         AccessDenied: a check failed; each check raises its own subclass. A denied use is not
@@ -180,7 +180,8 @@ async def authorize_parsed_key(
     """Authorize a well-formed API key. If `session` is None, the key's row is read out of band.
 
     `info` is `AsyncSession.info` or `Database.info`. If the key's row has not changed since
-    `cached` was read, the secret is not verified again. For the errors, see `authorize_api_key`.
+    `cached` was read, the secret is not verified again. The function raises the same errors as
+    `authorize_api_key`.
     """
     in_session = _SessionWriter(session) if session is not None else None
     writer = limiter = context_of(info).out_of_band or in_session
@@ -216,7 +217,7 @@ async def authorize_parsed_key(
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        # Try again in the session: an out-of-band connection cannot read an uncommitted new key.
+        # Try again in the session: an out-of-band connection cannot read keys before the commit.
         limiter = in_session or writer
     assert verified is not None
     if verified.outdated:
@@ -236,10 +237,11 @@ async def _verify(
     info: Mapping[Any, object],
     session: AsyncSession | None,
 ) -> VerifiedKey:
-    """Verify the secret of an API key, and hydrate the key, in `session` if one is given.
+    """Verify the secret of an API key, and hydrate the APIKey, in `session` if it is not None.
 
     Raises:
-        InvalidAPIKey: the secret is wrong or the row is empty; both checks take equal time.
+        InvalidAPIKey: the secret is wrong, or the row is empty. The function takes the same time in
+            both cases.
         UnpepperedHash: the hash has no pepper, and hashes without a pepper are not allowed.
     """
     peppers = peppers_of(info)
@@ -264,7 +266,7 @@ async def _replace_hash(
 ) -> None:
     """Replace an outdated hash by a hash with the first pepper, and record an audit event.
 
-    A use of a hash without a pepper is recorded even if the hash is not replaced.
+    If the hash has no pepper, an audit event is recorded even if the hash is not replaced.
     """
     old_pepper_id = row.columns["pepper_id"]
     ids = row.columns["id"], row.columns["tiger_account_id"]

@@ -26,7 +26,7 @@ class UnpepperedHash(InvalidAPIKey):
 
 
 def peppers_of(info: Mapping[Any, object]) -> Peppers:
-    """Return the peppers in the `info` of a session or a Database.
+    """Return the peppers from the attribute `info` of a session or a Database.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set, or `info` does not belong to a Database.
@@ -48,7 +48,7 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
     """Return whether a secret matches a hash. If `pepper_id` is None, no pepper is applied.
 
     If the hash is empty or malformed, or the pepper is unknown, the secret is verified against a
-    dummy hash, so that denials take equal time. Slow hashes are verified in a thread.
+    dummy hash, so that all denials take the same time. Slow hashes are verified in a thread.
     """
     known = pepper_id is None or pepper_id in peppers.key_ids
     scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_HASH_CHARACTERS else None
@@ -63,13 +63,14 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
 
 
 def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: float) -> None:
-    """Refuse a hash without a pepper, because anyone with write access can create such a hash.
+    """Refuse a hash without a pepper, because anyone who can write to the database can create one.
 
     `info` is `AsyncSession.info` or `Database.info`. `now` is the database's time in seconds since
     1970.
 
     Raises:
-        UnpepperedHash: API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set, or is a past day (UTC).
+        UnpepperedHash: the hash has no pepper, and API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set or is
+            a past day (UTC).
     """
     if pepper_id is not None:
         return

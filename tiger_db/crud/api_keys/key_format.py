@@ -15,8 +15,8 @@ KEY_PATTERN = r"\btdb_(?:live|test)_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}\b"
 _FORMAT = re.compile(r"(tdb_(?:live|test)_[0-9A-Za-z]{12})_([0-9A-Za-z]{49})", re.ASCII)
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _ID_CHARACTERS = 12  # 71 random bits
-_SECRET_CHARACTERS = 43  # fewest base62 characters for 256 bits
-_CHECKSUM_CHARACTERS = 6  # fewest base62 characters for 32 bits
+_SECRET_CHARACTERS = 43  # minimum number of base62 characters for 256 bits
+_CHECKSUM_CHARACTERS = 6  # minimum number of base62 characters for 32 bits
 
 
 @dataclass(frozen=True, slots=True)

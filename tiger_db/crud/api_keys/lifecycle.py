@@ -78,7 +78,7 @@ async def create_api_key(
 async def rotate(
     session: AsyncSession, key_id: UUID, *, grace: timedelta = timedelta(hours=24)
 ) -> tuple[APIKey, str]:
-    """Replace an API key by a new key with the same permissions. Return its entity and raw key.
+    """Replace an API key by a key with the same permissions. Return the new APIKey and raw key.
 
     The old key expires at the end of the grace period, unless the old key already expires earlier.
     The rate limits count the uses of the old and the new key together. A key can be rotated only
@@ -174,7 +174,7 @@ async def _lock_active(
         InvalidState: the key is not active or has expired, or the account of the key is closed.
     """
     key = await get_or_raise(session, APIKey, key_id)
-    if key.tiger_account_id is not None:  # lock order: the account before the key
+    if key.tiger_account_id is not None:  # to prevent deadlocks, lock the account first
         await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)

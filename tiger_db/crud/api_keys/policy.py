@@ -33,7 +33,7 @@ class KeyPermissions:
     """The columns of an API key that the access policy depends on."""
 
     key_id: UUID
-    limits_key_id: UUID  # id in api_key_limits: the first key of a chain of rotations
+    limits_key_id: UUID  # id in api_key_limits, which is the first key of the rotation chain
     status: APIKeyStatus
     expires_at: float | None  # seconds since 1970
     account_id: UUID | None
@@ -46,7 +46,7 @@ class KeyPermissions:
 
     @classmethod
     def of(cls, key: APIKey, account_status: str | None) -> Self:
-        """Build the permissions of an API key. `account_status` is the status of its account."""
+        """Build the permissions of an API key, whose account has the status `account_status`."""
         return cls(
             key_id=key.id,
             limits_key_id=key.root_id or key.id,
@@ -67,7 +67,7 @@ class KeyPermissions:
 
 
 def check_access(permissions: KeyPermissions, now: float, request: AccessRequest) -> None:
-    """Check all conditions of an API key except rate limits. `now` is in seconds since 1970.
+    """Check that an API key allows a request, except for rate limits. `now` is a Unix timestamp.
 
     Raises:
         AccessDenied: a check failed; each check raises its own subclass.

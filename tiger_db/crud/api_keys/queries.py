@@ -1,4 +1,4 @@
-"""Queries of API keys, and of the usage of API keys."""
+"""Queries of API keys and usage counts."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta

@@ -9,9 +9,9 @@ from tiger_db.errors import RateLimited
 if TYPE_CHECKING:
     import asyncpg
 
-# Check the rate limits, and count one use. An API key and its replacements by rotation share one
-# row. Concurrent uses wait for the row lock, and then check the committed counts. Hours and days
-# follow the database's clock. If the clock steps back, the later hour and day stay in the row.
+# Check the rate limits, and count one use. All keys of a rotation chain share one row. Concurrent
+# uses wait for the row lock, and then check the committed counts. Hours and days follow the
+# database's clock. If the clock steps back, the later hour and day stay in the row.
 CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,
@@ -40,7 +40,8 @@ async def consume(
 ) -> bool:
     """Count one use of an API key, if no rate limit is reached.
 
-    Return False if the key has changed since `permissions` were read: read the permissions again.
+    Return False if the key has changed since `permissions` were read; the caller must read the
+    permissions again.
 
     Raises:
         RateLimited: a rate limit is reached.

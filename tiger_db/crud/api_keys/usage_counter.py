@@ -19,8 +19,8 @@ WRITE_INTERVAL_SECONDS = 1.0
 _STATUS_INTERVAL_SECONDS, _STATUS_QUERIES = 0.1, 20
 _HOUR_SECONDS = 3600
 
-# With SKIP LOCKED, the usage counts of API keys with locked rows stay in memory for the next batch,
-# so that no write waits for another transaction. Usage counts of deleted keys are dropped.
+# With SKIP LOCKED, a write never waits for another transaction: usage counts of locked API keys
+# stay in memory until the next batch. Usage counts of deleted keys are dropped.
 _WRITE = """
 WITH given AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:hours AS timestamptz[]),
@@ -45,13 +45,13 @@ SELECT pg_current_xact_id(), ARRAY(SELECT id FROM api_keys WHERE id IN (SELECT i
 """
 _WRITE_UNLOCKED = text(_WRITE.format(skip_locked="SKIP LOCKED"))
 _WRITE_ALL = text(_WRITE.format(skip_locked=""))
-# After a crash or a failover, PostgreSQL assigns the ids of lost transactions again. If the id of a
-# lost transaction is not assigned yet, the id is greater than the current transaction id.
+# After a crash or a failover, PostgreSQL assigns the ids of lost transactions again. Until then,
+# the id of a lost transaction is greater than the current transaction id.
 _STATUS = text("""
 SELECT CASE WHEN CAST(:xid AS xid8) > pg_current_xact_id() THEN 'aborted'
     ELSE pg_xact_status(CAST(:xid AS xid8)) END
 """)
-# Delete old counts of rate limits, because the counts of deleted API keys would stay forever.
+# Delete old rows of api_key_limits, because the rows of deleted API keys would stay forever.
 _DELETE_OLD_LIMITS = text("DELETE FROM api_key_limits WHERE day < now() - interval '30 days'")
 _COUNT_ONE = text("""
 WITH used AS (
@@ -72,7 +72,7 @@ class _Uses:
     last: float  # time of the last use, in seconds since 1970
 
 
-_Batch = dict[tuple[UUID, int], _Uses]  # by key id and hour (number of hours since 1970)
+_Batch = dict[tuple[UUID, int], _Uses]  # uses by key id and hour (hours since 1970)
 
 
 class UsageCounter:
@@ -86,9 +86,9 @@ class UsageCounter:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._uses: _Batch = {}
-        self._batch: _Batch = {}  # counts taken from `_uses`, kept until the commit
+        self._batch: _Batch = {}  # counts moved from `_uses`, kept until the commit
         self._xid: int | None = None  # id of the transaction that wrote `_batch`
-        self._skipped: Collection[UUID] = ()  # ids of keys in `_batch` with locked rows
+        self._skipped: Collection[UUID] = ()  # ids of API keys in `_batch` whose rows are locked
         self._has_written = False
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -115,7 +115,8 @@ class UsageCounter:
             while self._batch or self._uses:
                 await self._write(_WRITE_ALL)
             if self._has_written:
-                # `AsyncEngine.begin` would fail: a loop in shutdown runs no async generators.
+                # `AsyncEngine.begin` fails while the event loop shuts down: async generators cannot
+                # run.
                 async with self._engine.connect() as connection:
                     await connection.execute(_DELETE_OLD_LIMITS)
                     await connection.commit()

@@ -1,9 +1,9 @@
 """Token refreshes: scheduling, claims and outcomes.
 
 A claim is a `TokenStatus` that `claim_due` or `claim` has returned. A claim with an expired lease
-stays valid until another worker claims the refresh. A new claim of the refresh has a higher fencing
-token, and a function that is called with the old claim raises `LeaseLost`. All times are times of
-the database's clock.
+stays valid until another worker claims the refresh. Each new claim of a refresh has a higher
+fencing token. CRUD functions raise `LeaseLost` for an older claim. All times are taken from the
+database's clock.
 """
 
 from tiger_db.crud.token_status.claims import (

@@ -37,8 +37,8 @@ RETURNING {row_expression(TokenStatus, "t")} AS refresh,
 _IS_CLAIMABLE = """t.status IN ('pending', 'in_progress')
     AND (t.status = 'pending'
         OR t.lease_expires_at < clock_timestamp() AND t.retry_count + 1 < t.max_retries)"""
-# LIMIT is a constant in the SQL. With a parameter for LIMIT, PostgreSQL would plan the statement at
-# every execution.
+# LIMIT is a constant, because PostgreSQL would plan a statement with a LIMIT parameter at every
+# execution.
 DUE = f"""
     SELECT t.id, t.tiger_account_id
     FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
@@ -63,13 +63,12 @@ async def claim_due(
     """Claim refreshes that are due or have an expired lease, longest due refresh first.
 
     Only one worker can claim a refresh. An expired lease counts as a failed attempt. If fewer than
-    `limit` refreshes can be claimed, `fail_expired_leases` gives up the refreshes whose lease has
-    expired in the last attempt.
+    `limit` refreshes can be claimed, `claim_due` also calls `fail_expired_leases`.
 
-    Commit the transaction before a request to the broker. A claim belongs to no session: pass the
-    claim to `heartbeat`, `complete`, `fail` or `give_back`. The `tiger_account` of a claim is
-    loaded. `skip` contains the ids of refreshes that are not claimed, because this worker still
-    works on them.
+    Commit the transaction before you send a request to the broker. A claim belongs to no session:
+    pass the claim to `heartbeat`, `complete`, `fail` or `give_back`. The relationship
+    `tiger_account` of each claim is loaded. Refreshes with an id in `skip` are not claimed; the
+    worker still works on these refreshes.
 
     Raises:
         InvalidValue: the lease is not positive, `limit` is not from 1 to 1000, or the name of the
@@ -77,7 +76,7 @@ async def claim_due(
     """
     check_limit(limit)
     claims = await _claim(session, DUE % limit, worker, lease, list(skip))
-    if len(claims) < limit:  # fail_expired_leases reads all due refreshes, so few should be due
+    if len(claims) < limit:  # fail_expired_leases is slow if many refreshes are due
         await fail_expired_leases(session, skip=skip)
     return claims
 

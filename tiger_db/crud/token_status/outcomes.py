@@ -95,8 +95,8 @@ WITH account AS (
 SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
-# Fail attempts with an unknown outcome. The statement loads no entity and writes only constants,
-# because Python may be unable to load the row, or to store the answer of the broker.
+# SQL to fail attempts with an unknown outcome. The statement loads no entity and writes only
+# constants, because Python may be unable to load the row, or to store the answer of the broker.
 _FAIL_UNKNOWN = f"""
 WITH attempt AS (%s), refresh AS (
     UPDATE token_statuses t
@@ -141,7 +141,7 @@ _HELD_CLAIM = f"""
 async def update_refresh(
     session: AsyncSession, criterion: ColumnElement[bool], **values: object
 ) -> TokenStatus | None:
-    """Update the refresh that meets a criterion. Return the updated refresh, or None."""
+    """Update the refresh that meets a criterion. Return the refresh, or None if there is none."""
     return await fetch_one(
         session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
     )
@@ -210,7 +210,7 @@ async def complete(
         with suppress(StaleToken):
             if refresh := await _complete(session, claim, account, tokens, answer):
                 return refresh
-    # The claim has no loaded account, the account's token has changed, or the claim is lost.
+    # Slow path: the account is not loaded, the account's token has changed, or the claim is lost.
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     try:
         refresh = await _complete(session, claim, account, tokens, answer)
@@ -256,7 +256,7 @@ async def _complete(
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
-        await get_or_raise(session, TigerAccount, account.id)  # updates the session's object
+        await get_or_raise(session, TigerAccount, account.id)  # updates the account in the session
     return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
 
@@ -283,12 +283,11 @@ async def fail(
 ) -> TokenStatus:
     """End an attempt with a failure. The refresh becomes pending again, or is given up (failed).
 
-    The next attempt is due after `retry_after`, which the broker has requested, or after a random
-    backoff. A refresh is given up after `max_retries` attempts. With `credentials_refused`, the
+    The next attempt is due after `retry_after`, or after a random backoff if `retry_after` is None.
+    A refresh is given up after `max_retries` attempts. If `credentials_refused` is true, the
     refresh is given up at once, and an active account is suspended. `answer_lost` means that the
-    broker may have issued a token. `answer_lost` is recorded in the details of the refresh, and
-    mentioned in the error messages of later failures. The first 10,000 characters of `error` are
-    stored, with masked secrets.
+    broker may have issued a token. The details of the refresh and the messages of later failures
+    show `answer_lost`. The first 10,000 characters of `error` are stored, with masked secrets.
 
     Raises:
         LeaseLost: the claim is lost. The account and the refresh are unchanged.
@@ -381,7 +380,7 @@ def _backoff(attempts: int) -> timedelta:
 
 
 async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
-    """End an attempt with an unknown outcome, if `complete` and `fail` cannot store the outcome.
+    """End an attempt whose outcome cannot be stored by `complete` or `fail`.
 
     Only constant texts are stored. The refresh is due again in half an hour, or given up after
     `max_retries` attempts. A refresh that is given up counts as an error of the account.
@@ -394,11 +393,11 @@ async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
 
 
 async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
-    """Give up at most 100 refreshes whose lease expired in the last attempt. Return the number.
+    """Give up at most 100 refreshes whose lease expired in the last attempt. Return their number.
 
-    The worker of such a refresh has stopped, and the broker may have issued a token. Each refresh
-    that is given up counts as an error of the account. `skip` contains the ids of refreshes that
-    the caller still works on.
+    If a lease has expired, the worker has stopped, and the broker may have issued a token. Each
+    refresh that is given up counts as an error of the account. `skip` contains the ids of refreshes
+    that the caller still works on.
     """
     return await _fail_unknown(session, _EXPIRED_LEASES, list(skip))
 

@@ -18,7 +18,7 @@ from tiger_db.models import (
 )
 from tiger_db.models.token_status import OPEN_STATUSES
 
-# These SQL predicates have the same text as in the partial indexes, so that the indexes are used.
+# These SQL predicates equal the predicates of partial indexes, so that PostgreSQL uses the indexes.
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")
 _IS_FAILED = text("token_statuses.status = 'failed'")
 
@@ -31,7 +31,7 @@ class RefreshStatistics:
     succeeded: int
     failed: int
     open: int
-    success_rate: float | None  # succeeded / (succeeded + failed); None: division by zero
+    success_rate: float | None  # succeeded / (succeeded + failed), or None if both are 0
     p50_ms: float | None
     p95_ms: float | None
     by_trigger: dict[str, int]

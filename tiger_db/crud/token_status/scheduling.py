@@ -63,7 +63,7 @@ async def create_refresh_operation(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
             ),
         )
-        if existing is not None:  # None: the other refresh has ended since
+        if existing is not None:  # None if the other refresh has ended meanwhile
             return existing
 
 
@@ -109,7 +109,7 @@ async def schedule_due(
 
 
 async def next_due(session: AsyncSession) -> timedelta | None:
-    """Return the time until the next refresh or token is due or the next lease expires, or None."""
+    """Return the time until the next due refresh, due token or expiry of a lease, or None."""
     pending = (
         select(col(TokenStatus.scheduled_at))
         .where(
@@ -138,7 +138,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
 
 
 async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10_000) -> int:
-    """Delete ended refreshes that are older than `older_than`. Return the number of refreshes.
+    """Delete ended refreshes that are older than `older_than`. Return the number of deleted rows.
 
     Raises:
         InvalidValue: `older_than` is not positive.
