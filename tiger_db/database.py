@@ -36,18 +36,18 @@ from tiger_db.settings import Settings
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-_OUT_OF_BAND_CONNECTIONS = 4  # at most, in addition to the pool
-# Longest random wait before the first retry of a transaction, doubled for each further retry.
+_OUT_OF_BAND_CONNECTIONS = 4  # maximum, in addition to the connections of the pool
+# Maximum wait before the first retry of a transaction. Each further retry doubles this maximum.
 _CONFLICT_WAIT_SECONDS, _UNAVAILABLE_WAIT_SECONDS = 0.05, 1.0
 
 
 class AsyncSession(SQLModelSession):
-    """SQLModel's session with SQLAlchemy's `execute`: SQLModel's own `execute` is deprecated."""
+    """An SQLModel session with the `execute` method of SQLAlchemy, which is not deprecated."""
 
     execute = SQLAlchemySession.execute
 
     async def commit(self) -> None:
-        """Flush and commit.
+        """Flush the session and commit the transaction.
 
         Raises:
             OutcomeUnknown: the connection was lost during the commit, or the synchronous standby
@@ -106,7 +106,7 @@ class Database:
             out_of_band=self.out_of_band,
             count_use=self.usage_counter.count,
         )
-        self.info = {CONTEXT: context}  # `info` of each session
+        self.info = {CONTEXT: context}  # copied to `Session.info` of each session
         self.sessions = async_sessionmaker(
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
         )
@@ -130,8 +130,8 @@ class Database:
 
         Raises:
             DatabaseUnavailable: the database cannot be reached.
-            SchemaMismatch: the schema is missing, older or newer than this code, or sessions do not
-                use `DB_SCHEMA` because a pooler dropped the `search_path`.
+            SchemaMismatch: the schema is missing, older or newer than this code, or a pooler
+                dropped the `search_path`.
         """
         if self._checked:
             return
@@ -174,7 +174,7 @@ class Database:
             DatabaseUnavailable: the database cannot be reached, or the connection was lost. Nothing
                 was saved.
             OutcomeUnknown: the connection was lost during the commit: see `AsyncSession.commit`.
-            Conflict: a deadlock, a serialization failure or a lock timeout. Nothing was saved.
+            Conflict: a deadlock, serialization failure or lock timeout occurred. Nothing was saved.
             QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`. Nothing was saved.
             InvalidValue: `actor` is not an Actor.
             InvalidState: a readonly session tried to write or to authorize an API key.
@@ -215,16 +215,16 @@ class Database:
         """Run `work` in a session, commit, and return the result of `work`.
 
         After `Conflict` or `DatabaseUnavailable`, `work` is run again in a new session, at most
-        `retries` times. A random wait precedes each retry: at most 0.05, 0.1, 0.2 s after
-        `Conflict`, and 1, 2, 4 s after `DatabaseUnavailable`. `work` can run several
-        times, so `work` must create the objects that it stores, and must have no effects outside
-        its session.
+        `retries` times. `transaction` waits before each retry: after `Conflict` at most 0.05, 0.1
+        and 0.2 s, after `DatabaseUnavailable` at most 1, 2 and 4 s. `work` can run several times,
+        so `work` must create the objects that it stores, and must have no effects outside its
+        session.
 
         Raises:
-            OutcomeUnknown: see `AsyncSession.commit`. Check whether the transaction was saved
-                before you repeat it.
-            Conflict, DatabaseUnavailable: the last retry failed, too.
-            QueryTimeout, SchemaMismatch: see `session`. These errors cause no retry.
+            OutcomeUnknown: see `AsyncSession.commit`. Before you repeat the transaction, check
+                whether it was saved.
+            Conflict, DatabaseUnavailable: the last retry failed with this error.
+            QueryTimeout, SchemaMismatch: see `session`. `work` is not run again.
         """
         attempt = 0
         while True:
@@ -256,7 +256,7 @@ async def _default_database() -> AsyncGenerator[Database, None]:
 
 @asynccontextmanager
 async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSession]:
-    """Open a session of this event loop's default `Database`, which has default `Settings`.
+    """Open a session of the event loop's default `Database`, which uses `Settings()`.
 
     For `actor`, see `Database.session`.
 
@@ -265,8 +265,8 @@ async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSessi
     """
     loop = asyncio.get_running_loop()
     if loop not in _defaults:
-        # The generator closes the connection pool when the event loop ends: an event loop that ends
-        # closes its suspended generators.
+        # When the event loop ends, asyncio closes this generator, and the generator closes the
+        # pool.
         generator = _default_database()
         _defaults[loop] = (await anext(generator), generator)
     async with _defaults[loop][0].session(actor=actor) as session:

@@ -1,7 +1,7 @@
 """Parsers for database URLs and lists of hosts, in the grammar of libpq.
 
-This module does not use `urllib.parse.urlsplit`, because patch releases of Python differ in the
-lists of hosts that `urlsplit` accepts.
+This module does not use `urllib.parse.urlsplit`: whether `urlsplit` accepts a list of hosts
+depends on the patch release of Python.
 https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS
 """
 
@@ -80,8 +80,8 @@ class Address(NamedTuple):
 class DatabaseURL:
     """The decoded parts of a `DATABASE_URL`. `addresses` is never empty.
 
-    As in libpq, a host, port, user, password or database in the query string replaces the same part
-    before the query string. All other parameters of the query string are in `parameters`.
+    As in libpq, a host, port, user, password or database in the query string takes precedence over
+    the rest of the URL. All other parameters of the query string are in `parameters`.
     """
 
     addresses: tuple[Address, ...]
@@ -91,7 +91,7 @@ class DatabaseURL:
     parameters: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_text(self) -> str:
-        """Return a URL with the password. `parse_url` parses this URL to an equal object."""
+        """Return a URL with the password. `parse_url` returns an equal object for this URL."""
         login = quote(self.user or "", safe="")
         if self.password is not None:
             login += ":" + quote(self.password, safe="")
@@ -112,7 +112,7 @@ def parse_url(text: str) -> DatabaseURL:
     if not _SCHEME.match(text):
         raise ValueError("DATABASE_URL must start with postgresql://")
     found = _URL.fullmatch(text)
-    if found is None or re.search(r"[\x01-\x20\x7f]", text):  # libpq 18 also refuses spaces
+    if found is None or re.search(r"[\x01-\x20\x7f]", text):  # like libpq 18, refuse spaces
         raise ValueError(_MALFORMED)
     hosts = [_HOST.fullmatch(host) for host in found["hosts"].split(",")]
     if not all(hosts):
@@ -165,7 +165,7 @@ def encode_query(parameters: dict[str, str]) -> str:
 
 
 def _parse_query(text: str) -> dict[str, str]:
-    """Parse a query string like libpq: the last value of a name counts, and "+" is no space."""
+    """Parse a query string like libpq: the last value of a name wins, and "+" is not a space."""
     items = [item.split("=") for item in text.removesuffix("&").split("&")] if text else []
     if not all(len(item) == 2 for item in items):  # noqa: PLR2004  # name and value
         raise ValueError(_MALFORMED)
@@ -185,7 +185,7 @@ def _decode(text: str) -> str:
 
 
 def _split_port(text: str) -> tuple[str, str]:
-    """Split a text into host and port, which may be empty. `[::1]:5432` needs its brackets."""
+    """Split a text into host and port. A missing port is an empty string."""
     found = None if text.startswith("/") else _HOST.fullmatch(text)
     host = found and (found[1] or found[2])
     return (host, found[3] or "") if found and host else (text, "")

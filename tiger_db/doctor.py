@@ -1,8 +1,8 @@
 """Checks of an installation, with advice on each warning and problem.
 
 Every check runs in a transaction of its own with short timeouts. If a check raises
-an error, its result is a warning, and the other checks still run. Tables that grow are read through
-indexes only. Some checks scan the small tables `tiger_accounts` and `api_keys`.
+an error, its result is a warning, and the other checks still run. The checks read large tables
+through indexes only. Some checks scan the small tables `tiger_accounts` and `api_keys`.
 """
 
 import asyncio
@@ -40,9 +40,9 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86400  # seconds
 _TIMEOUTS = text(
     "SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '1s', true)"
 )
-_MAX_ITEMS_LISTED = 3  # items of a list in a message
+_MAX_ITEMS_LISTED = 3  # maximum length of a list in a message
 
-# Minimum ages in seconds: (for a warning, for a problem).
+# Minimum ages in seconds: the first is for a warning, the second is for a problem.
 UNSEALED_SECONDS = (_HOUR, _DAY)
 _OVERDUE_SECONDS = (5 * _MINUTE, _HOUR)
 _STALE_SECONDS = (_HOUR, _DAY)
@@ -171,8 +171,8 @@ def _join_first(items: Sequence[str]) -> str:
 async def _check_search_path(direct: AsyncConnection, settings: Settings) -> CheckResult:
     """Compare the search path of sessions with the search path that tiger_db needs.
 
-    A pooler refuses or drops the search path that a client sets in its connection. Behind a pooler,
-    the search path of the role or of the database therefore applies.
+    A pooler refuses or drops the search path that a client sets in its connection. Sessions behind
+    a pooler therefore use the search path of the role or of the database.
     """
 
     async def check(connection: AsyncConnection) -> Outcome:
@@ -202,7 +202,7 @@ def _grade_search_path(path: SearchPath, settings: Settings) -> Outcome:
             f"{path.setting}: this path does not resolve to {quote_identifier(schema)} (DB_SCHEMA)"
         )
         return Outcome("problem", seen, advice)
-    # The names are quoted as in `Settings`, or as PostgreSQL prints a setting of ALTER ROLE.
+    # Accept the quoting of `Settings.search_path`, and PostgreSQL's quoting of ALTER ROLE settings.
     if path.setting.removeprefix("pg_catalog, ") in (settings.search_path, f"{schema}, pg_temp"):
         return Outcome("ok", path.setting)
     seen = f"{path.setting}: another schema or a temporary table may come before DB_SCHEMA"
@@ -240,7 +240,7 @@ async def _check_schema(connection: AsyncConnection) -> Outcome:
 
 
 async def check_triggers(connection: AsyncConnection) -> Outcome:
-    """Compare triggers, functions, row security and rules with those of this release."""
+    """Compare the triggers, functions, row security and rules in the database with this release."""
     differences = await find_differences(connection)
     changed = [difference.description for difference in differences if not difference.undeclared]
     added = [difference for difference in differences if difference.undeclared]
@@ -250,7 +250,7 @@ async def check_triggers(connection: AsyncConnection) -> Outcome:
             "run `tiger-db check` for the SQL that repairs this, and find the author of the change"
         )
         return Outcome("problem", seen, advice)
-    if added:  # an added trigger can change or refuse a write, such as a revocation
+    if added:  # an added trigger can change or refuse a write, such as the revocation of a key
         return Outcome("warning", seen, added[0].repair)
     return Outcome("ok", "all triggers, functions and rules match this release")
 
@@ -284,7 +284,8 @@ async def _check_partitions(connection: AsyncConnection) -> Outcome:
     return grade_partitions(await audit_months_ahead(connection))
 
 
-# The age is that of the oldest of the next 1,000 positions. ix_audit_logs_position finds the rows.
+# `age` is the age of the oldest event in the first 1,000 unsealed positions, which the index
+# ix_audit_logs_position finds.
 UNSEALED_EVENTS = """
 SELECT taken - upto AS events, seals, extract(epoch FROM clock_timestamp() - (
     SELECT min(created_at) FROM audit_logs WHERE position > upto AND position <= upto + 1000
@@ -310,8 +311,8 @@ async def _check_unsealed(connection: AsyncConnection) -> Outcome:
     )
 
 
-# Two partial indexes contain the open refreshes. OFFSET 0 makes PostgreSQL look up the account of
-# one refresh at a time.
+# Two partial indexes serve this query. OFFSET 0 makes PostgreSQL look up the account of each
+# refresh separately.
 OPEN_REFRESHES = """
 SELECT count(*) FILTER (WHERE status = 'pending') AS waiting,
     count(*) FILTER (WHERE status = 'in_progress' AND lease_expires_at < now()) AS abandoned,
@@ -381,7 +382,7 @@ async def _check_api_keys(connection: AsyncConnection) -> Outcome:
     )
 
 
-# This query scans api_keys, a small table, because an index would serve only this query.
+# This query scans the small table api_keys: an index would serve this query only.
 _UNPEPPERED_KEYS = """
 SELECT array_agg(key_prefix ORDER BY id) AS prefixes,
     (clock_timestamp() AT TIME ZONE 'UTC')::date AS today

@@ -18,8 +18,8 @@ from tiger_db.errors import AlreadyExists, InvalidValue
 
 # Prefix of the temporary names of incomplete files and folders.
 UNFINISHED = ".tiger_db-unfinished-"
-_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)  # /dev/stdout is a link to 1
-_MAX_SYMLINKS = 40  # the limit of Linux
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)  # target of /dev/stdout
+_MAX_SYMLINKS = 40  # Linux has the same limit
 _NO_HARD_LINKS_ERRORS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -29,10 +29,10 @@ def output_files(
 ) -> Iterator[list[IO[str]]]:
     """Open files for writing UTF-8 text. If an error occurs, no file is created.
 
-    Symbolic links are followed. A file has a temporary name until the file is complete, and the
-    mode 0600. Existing files are replaced only with `overwrite`. Output to a pipe or a device is
-    written as with shell redirection. Opening a pipe blocks until the pipe has a reader. After all
-    files are written, the file or symbolic link `obsolete` is removed.
+    Symbolic links are followed. A new file has mode 0600, and a temporary name until it is
+    complete. Existing files are replaced only with `overwrite`. Output to a pipe or a device works
+    as shell redirection does. Opening a pipe blocks until the pipe has a reader. After all files
+    are written, the file or symbolic link `obsolete` is removed.
 
     Raises:
         AlreadyExists: a path is a file, folder or block device and `overwrite` is false, or a path
@@ -61,9 +61,9 @@ def output_files(
 def write_private(
     folder: Path, texts: Mapping[str, str], *, overwrite: bool, obsolete: str | None = None
 ) -> list[Path]:
-    """Write files to a folder and return the paths of the files. `texts` has the texts by name.
+    """Write files to a folder and return their paths. `texts` maps file names to texts.
 
-    With `overwrite`, existing files are replaced, and the file with the name `obsolete` is removed.
+    With `overwrite`, existing files are replaced, and the file named `obsolete` is removed.
 
     Raises:
         AlreadyExists, InvalidValue, OSError: see `output_files`.
@@ -84,16 +84,16 @@ def make_private_folder(folder: Path) -> None:
 
 
 def is_private_folder(path: Path, uid: int) -> bool:
-    """Return whether the path is a folder, not a symbolic link, that only user `uid` can enter."""
+    """Return whether the path is a folder (no symbolic link) with owner `uid` and mode 0700."""
     with suppress(OSError):
         status = path.lstat()
-        kind_and_mode = status.st_mode & ~stat.S_ISGID  # new folders inherit the setgid bit
+        kind_and_mode = status.st_mode & ~stat.S_ISGID  # a new folder may inherit the bit
         return (kind_and_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
     return False
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for `open(opener=…)`: a new file has mode 0600, a symbolic link is an error."""
+    """Open a file for `open`: create files with mode 0600, and refuse symbolic links."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
@@ -116,7 +116,7 @@ def sync_folder(path: Path) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
-    """Check an output path. Return the status of its file, pipe or device, or None if it is new.
+    """Check an output path. Return the path's status, or None if the path does not exist.
 
     Raises:
         AlreadyExists, InvalidValue, OSError: see `output_files`.
@@ -140,7 +140,7 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # A descriptor from the parent process is inheritable. Otherwise, dup(-1) fails.
+            # Descriptors from the parent process are inheritable. For others, dup(-1) fails.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
             descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)  # mode 0600
@@ -174,7 +174,7 @@ def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) ->
 
 
 def _followed(path: Path) -> Path:
-    """Resolve symbolic links, except paths such as /dev/fd/1 of this process's descriptors."""
+    """Resolve symbolic links, but not descriptors of this process such as /dev/fd/1."""
     for _ in range(_MAX_SYMLINKS):
         if _DESCRIPTOR.fullmatch(str(path)) or not path.is_symlink():
             break

@@ -34,8 +34,8 @@ FROM pg_control_system(), pg_database WHERE datname = current_database()
 class HealthReport:
     """The health of a process and its database. A field that is unknown or not applicable is None.
 
-    `rows` maps each table to its estimated number of rows. Each of the `problems` is one line with
-    advice.
+    `rows` maps each table to its estimated number of rows. `problems` has one line with advice for
+    each problem.
     """
 
     location: str
@@ -163,8 +163,8 @@ async def _check_pooler(settings: Settings) -> None:
     """Check that the pooler and the direct connection lead to the same database and schema.
 
     Raises:
-        ConfigurationError: the two connections lead to different databases.
-        SchemaMismatch: the sessions behind the pooler do not use the schema of `DB_SCHEMA`.
+        ConfigurationError: the pooler and the direct connection lead to different databases.
+        SchemaMismatch: the sessions behind the pooler do not use the schema `DB_SCHEMA`.
         DatabaseUnavailable: the pooler or the server cannot be reached.
     """
     databases, paths = [], []
@@ -191,7 +191,7 @@ async def _check_database(
     )
     driver = (await connection.get_raw_connection()).driver_connection
     assert driver is not None
-    # The server process id that a pooler reports to a client is not the real process id.
+    # The process ID that a pooler reports to a client differs from pg_backend_pid().
     if driver.get_server_pid() != await connection.scalar(text("SELECT pg_backend_pid()")):
         problems.append(
             "DB_DIRECT_HOST leads to a pooler: set DB_DIRECT_HOST to the server"
@@ -226,7 +226,8 @@ async def _check_database(
 async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int]:
     """Estimate the rows of each table and its partitions.
 
-    The estimates are from the last ANALYZE, or before any ANALYZE from the cumulative statistics.
+    The estimates are from the last ANALYZE or, for a table that was never analyzed, from the
+    cumulative statistics.
     """
     rows = await connection.execute(
         text(

@@ -29,10 +29,11 @@ _YIELD_INTERVAL_SECONDS = 0.005  # calls let the event loop read notifications a
 
 
 class KeyVerifier:
-    """Authorizes API keys without a session. Use a KeyVerifier in one event loop only.
+    """A verifier of API keys that needs no session. Use a KeyVerifier in one event loop only.
 
-    By default, each call reads the key's row with one query, so that a change takes effect at once.
-    The hash of a key is verified in the first call, and again after a change of the row.
+    By default, each call reads the key's row with one query, so that changes of the key
+    take effect at once. The hash of a key is verified in the first call, and again after a change
+    of the row.
 
     With `memory=True`, verified keys are cached inside the `async with` block. Triggers on api_keys
     and tiger_accounts notify the verifier of each change within milliseconds, including changes by
@@ -56,11 +57,11 @@ class KeyVerifier:
         self.capacity = capacity
         self._digest_key = secrets.token_bytes(32)
         self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()  # verified keys by digest
-        self._digests: dict[UUID, bytes] = {}  # digests by key id
-        self._notifications = 0  # received so far; rows read before the last one are not cached
+        self._digests: dict[UUID, bytes] = {}  # digests of the cached keys by key id
+        self._notifications = 0  # a row that was read before the last notification is not cached
         self._valid_until = 0.0  # monotonic time at which the lease ends
         self._clock_offset = 0.0  # database time (seconds since 1970) minus monotonic time
-        self._yielded_at = 0.0  # monotonic time at which a call last yielded
+        self._yielded_at = 0.0  # monotonic time at which a call last yielded to the event loop
         self._listener: asyncio.Task[None] | None = None
         self._listening = asyncio.Event()
 
@@ -81,12 +82,12 @@ class KeyVerifier:
             settings = self.database.settings
             listening = listen(settings, CHANNEL, self._handle_notification, self._hold_lease)
             self._listener = asyncio.create_task(listening)
-            with contextlib.suppress(TimeoutError):  # until then, calls read the database
+            with contextlib.suppress(TimeoutError):  # calls can read the database
                 await asyncio.wait_for(self._listening.wait(), settings.db_connect_timeout)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Stop listening for changes. The Database stays open."""
+        """Stop listening for changes. This method does not close the Database."""
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])
@@ -206,7 +207,7 @@ class KeyVerifier:
     def _digest(self, raw_key: str) -> bytes:
         try:
             return hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
-        except (AttributeError, UnicodeEncodeError):  # no string, or lone surrogates
+        except (AttributeError, UnicodeEncodeError):  # the key is no string, or has lone surrogates
             return b""
 
     async def _hold_lease(self, connection: Connection) -> None:
@@ -215,20 +216,20 @@ class KeyVerifier:
             sent = time.monotonic()
             async with asyncio.timeout(LEASE_SECONDS):
                 now = await connection.fetchval("SELECT clock_timestamp()")
-            # PostgreSQL sends the notifications of transactions that committed before this query
-            # ahead of the query's result. The clock offset is measured from the time of sending, so
-            # that a key may expire too early by the round trip time, but never too late.
+            # PostgreSQL sends the notifications of all earlier commits before the result of this
+            # query. The clock offset starts at the time of sending: a key can expire early by the
+            # round trip time, but never late.
             self._clock_offset = now.timestamp() - sent
             self._valid_until = sent + LEASE_SECONDS
             self._listening.set()
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _handle_notification(self, payload: str | None) -> None:
-        """Evict the cached keys that a payload names: `key ID`, `account ID`, or `all`."""
+        """Evict the cached keys that the payload `key ID`, `account ID` or `all` names."""
         kind, _, text = (payload or "").partition(" ")
         try:
             changed = UUID(text)
-        except ValueError:  # `all` after TRUNCATE, or None after lost notifications
+        except ValueError:  # the payload is `all` after TRUNCATE, or None after lost notifications
             self._clear()
             return
         self._notifications += 1

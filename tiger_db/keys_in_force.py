@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeySetting(Generic[T]):
-    """A setting that holds keys. The embedded server keeps such keys in a file of that name."""
+    """A setting that holds keys. The embedded server stores its keys in files named by `field`."""
 
     field: str
     parse: Callable[[str], T]
@@ -29,7 +29,7 @@ AUDIT_SIGNING_KEY = KeySetting("audit_signing_key", parse_signing_key, generate_
 
 
 def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
-    """Return the keys in a setting or in the file of its `…_FILE` setting, or None without keys.
+    """Return the keys in a setting or in its `…_FILE`, or None if neither setting is set.
 
     Raises:
         ConfigurationError: the keys are malformed, unreadable, or missing in production.
@@ -55,11 +55,11 @@ def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
 def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) -> T | None:
     """Return the configured keys, or else the keys in the embedded server's folder, or None.
 
-    With `generate`, missing keys of the embedded server are generated. This function blocks: call
-    it in a thread.
+    With `generate`, the function generates missing keys of the embedded server. This function
+    blocks: call it in a thread.
 
     Raises:
-        ConfigurationError: see `configured`, or the embedded server's key file is malformed.
+        ConfigurationError: the embedded server's key file is malformed, or see `configured`.
         EmbeddedError: the embedded server's key file cannot be read or written.
     """
     found = configured(settings, keys)
