@@ -1,7 +1,7 @@
 """Encrypted secrets: AES-256-GCM ciphertexts that are bound to a row and decrypted on access.
 
 Format: `version (1 byte) | length of the key id (1 byte) | key id | nonce (12) | ciphertext and tag
-(16)`. The bytes before the nonce and the associated data (`table.column:row id`) are authenticated.
+(16)`. The associated data `table.column:row id` and the bytes before the nonce are authenticated.
 Therefore, a ciphertext that was changed, or copied to another row or column, cannot be decrypted.
 """
 
@@ -30,7 +30,7 @@ from tiger_db.redaction import MASK
 
 _VERSION = 1
 _KEY_BYTES = 32  # key size of AES-256 and HMAC-SHA256
-_NONCE_BYTES = 12  # NIST SP 800-38D, 8.2.2: a random 96-bit nonce
+_NONCE_BYTES = 12  # a random 96-bit nonce, as in NIST SP 800-38D, 8.2.2
 _TAG_BYTES = 16
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}", re.ASCII)
 _BAD_KEY_ID = "a key id must be 1 to 32 letters, digits, '.', '_' or '-'"
@@ -93,15 +93,15 @@ class KeyProvider(Protocol):
 
     @property
     def key_ids(self) -> tuple[str, ...]:
-        """The key ids, each 1 to 32 letters, digits, '.', '_' or '-'. The first key encrypts."""
+        """The key ids: 1 to 32 letters, digits, '.', '_' or '-'. The first key is current."""
         ...
 
     def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
-        """Encrypt data with a new nonce. `aad` is authenticated, but not part of the result."""
+        """Encrypt data with a new nonce. The result authenticates `aad`, but omits it."""
         ...
 
     def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
-        """Decrypt data. Raise EncryptionError if the key or `aad` of the encryption differs."""
+        """Decrypt data. Raise EncryptionError if another key or `aad` encrypted the data."""
         ...
 
     def fingerprint(self, key_id: str, data: bytes) -> bytes:
@@ -150,7 +150,7 @@ def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "")
     """Decrypt a result of `encrypt` with the same `aad`. Error messages contain `owner`.
 
     Raises:
-        EncryptionError: `aad` differs, the ciphertext was changed, or the key is missing.
+        EncryptionError: `aad` is wrong, the ciphertext was changed, or the key is missing.
     """
     where = f"{aad} ({owner})" if owner else aad
     header, key_id = _read_header(ciphertext, where)
@@ -172,7 +172,7 @@ def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> b
 
 @lru_cache(maxsize=256)
 def ciphertext_header(key_id: str) -> bytes:
-    """Return the prefix of all ciphertexts of a key, which is unique for the key id."""
+    """Return the first bytes of all ciphertexts of a key: version, length of the key id, key id."""
     if not _KEY_ID.fullmatch(key_id):
         raise EncryptionError(_BAD_KEY_ID)
     return bytes([_VERSION, len(key_id)]) + key_id.encode("ascii")
@@ -227,7 +227,7 @@ class Secret(SecretStr):
         if not text:
             raise PydanticCustomError("secret_empty", "Input should not be empty")
         if text == MASK:
-            # The client sent a masked response back. The mask must not replace the secret.
+            # A client can send a masked response back, but the mask must not replace the secret.
             raise PydanticCustomError("secret_masked", "Input should be the secret, not its mask")
         try:
             text.encode("utf-8")
@@ -287,11 +287,11 @@ class EncryptedSecret(Secret):
             self.aad,
             None,
             self.owner,
-        )  # None: keys are not copied
+        )  # a pickle must not contain keys
 
 
 class EncryptedType(TypeDecorator[SecretStr]):
-    """A `bytea` column of ciphertexts. Plain texts raise EncryptionError.
+    """A `bytea` column of ciphertexts. Storing a plain text raises EncryptionError.
 
     `fingerprint` is the name of the column with the blind index of the secret. `normalize` converts
     a secret to the only form in which it is stored, or raises ValueError.

