@@ -161,7 +161,7 @@ def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "")
     except EncryptionError:
         raise EncryptionError(
             f"{where}: the ciphertext was changed, belongs to another row or column,"
-            f" or key {key_id!r} is not the key of the encryption"
+            f" or was encrypted with another key {key_id!r}"
         ) from None
 
 

@@ -27,7 +27,7 @@ class QueryTimeout(TigerDBError):
 
 
 class Conflict(TigerDBError):
-    """Another transaction conflicts with this one. Nothing was saved: repeat the transaction."""
+    """Another transaction caused a conflict. Nothing was saved: repeat the transaction."""
 
 
 class StatementRefused(TigerDBError):
