@@ -93,14 +93,14 @@ class QuotePermission(TypedDict):
 # Tiger's account numbers: global, standard and prime, paper (17 digits; the SDK accepts more).
 ACCOUNT_NUMBER = "U[0-9]{1,49}|[0-9]{5,10}|[0-9]{17,50}"
 _MIN_PAPER_DIGITS = 17
-_MIN_KEY_BITS = 1024  # of RSA
+_MIN_KEY_BITS = 1024  # minimum size of an RSA key
 # The code points with the Unicode property Default_Ignorable_Code_Point, and U+FFF9 to U+FFFB.
 _IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
     "\U000e0000-\U000e0fff]"
 )
-# Controls, and the white space that NFKC does not convert to spaces.
+# Control characters, and white space that NFKC does not convert to spaces.
 _BLANKS = "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1)])) + "\u1680\u2028\u2029\u2800"
 
 
