@@ -43,8 +43,7 @@ INSERT INTO audit_logs (id, action, result, severity, resource_type, resource_id
 SELECT (left(uuid7_floor(now() - make_interval(months => $2::int) * (1 - n / $1::float))::text, 14)
         || '7' || substr(md5(n::text), 1, 3) || '-8' || substr(md5(n::text), 4, 3) || '-'
         || lpad(to_hex(n), 12, '0'))::uuid,
-    (ARRAY['trade:place_order', 'data:query', 'mcp:tool_call', 'token:refresh'])[1 + n % 4]
-        ::audit_action,
+    (ARRAY['trade:place_order', 'data:query', 'mcp:tool_call', 'token:refresh'])[1 + n % 4],
     'success', CASE WHEN n % 1000 = 0 THEN 'high' ELSE 'medium' END::audit_severity, 'order',
     (31318009878020096 + n)::text, 'user-' || n % 50,
     CASE WHEN n % 2 = 0 THEN substr(md5((n / 20)::text), 1, 16) END,

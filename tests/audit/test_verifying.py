@@ -47,7 +47,7 @@ INSERT INTO audit_logs SELECT (jsonb_populate_record(a, $2::jsonb)).* FROM audit
 WHERE position = $1
 """
 ENUMS: dict[str, list[str]] = {
-    "action": [*AuditAction], "result": [*AuditResult], "severity": [*AuditSeverity],
+    "action": [*AuditAction, "backup:run"], "result": [*AuditResult], "severity": [*AuditSeverity],
 }  # fmt: skip
 REQUIRED = {"id", "created_at", *ENUMS}
 EVENTS = f"""
@@ -106,7 +106,7 @@ def another(column: str, kind: str, value: str | None, chance: Random) -> str | 
             return chance.choice(["192.0.2.8", "192.0.2.7/8", "::ffff:192.0.2.7", "2001:db8::8"])
         case "jsonb":
             return another_json(value, chance)
-        case "text":
+        case "text" if column not in ENUMS:
             return another_text(value, chance)
         case _:
             return chance.choice(ENUMS[column])

@@ -16,7 +16,8 @@ import pytest
 from tests.support.cli_accounts import create as create_account
 from tests.support.cli_events import log
 from tests.support.command_line import COMMAND, CommandLine, Result
-from tests.support.sql import write
+from tests.support.newer_release import NEWER_EVENT, NEWER_SCHEMA, NEWER_VALUES
+from tests.support.sql import run_sql, write
 from tiger_db import (
     AuditAction,
     AuditLog,
@@ -149,10 +150,36 @@ def test_events_of_a_deleted_account_are_listed(
     assert "trade:place_order" in listed.out
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
+def test_events_with_unknown_values_are_shown(cli: CommandLine, clone_settings: Settings) -> None:
+    """A newer release has recorded them, or an application."""
+    run_sql(clone_settings, *NEWER_SCHEMA, NEWER_EVENT)
+    log(clone_settings, {"action": "backup:run", "result": "pending"})
+    (line,) = cli.ok("list-events", "--action", "mcp").out.splitlines()[1:]
+    assert line.split()[-3:] == [*NEWER_VALUES]
+    (found,) = cli.ok("list-events", "--action", "mcp:future", "--json").json["items"]
+    assert (found["action"], found["result"], found["severity"]) == NEWER_VALUES
+    for option in (("--action", "backup"), ("--action", "backup:run"), ("--result", "pending")):
+        listed = cli.ok("list-events", "--json", *option)
+        assert [item["action"] for item in listed.json["items"]] == ["backup:run"]
+        assert listed.err == ""
+    assert cli.ok("count-events", "--json").json["actions"] == {
+        "mcp:future": 1, "backup:run": 1
+    }  # fmt: skip
+    assert '"result":"deferred"' in cli.ok("export-events").out
+
+
+def test_a_misspelt_action_causes_a_warning(cli: CommandLine) -> None:
+    for name, meant in (("trade:place_ordre", "trade:place_order"), ("trad", "trade")):
+        listed = cli.ok("list-events", "--action", name)
+        assert f"no action {name}; did you mean {meant}" in listed.err
+
+
 def test_malformed_filters_are_refused(cli: CommandLine) -> None:
     for option, value, reason in (
-        ("--action", "place_order", "trade:place_order"),
-        ("--action", "x", "no action"),
+        ("--action", "Trade:place_order", "trade:place_order"),
+        ("--action", "trade:", "a family such as trade"),
         ("--since", "yesterday", "zone"),
         ("--since", "2026-01-01T00:00:00", "zone"),
         ("--since", "2026-01-01", "zone"),

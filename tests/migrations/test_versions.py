@@ -1,8 +1,10 @@
 import asyncio
 import itertools
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,12 +18,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tests.support import factories
 from tests.support.factories import plain
 from tests.support.recording import recorded
-from tiger_db import AccountStatus, Database, Settings, crud
-from tiger_db.connections import maintenance_engine
+from tests.support.trail import exported
+from tiger_db import AccountStatus, AuditAction, AuditResult, Database, Settings, audit, crud
+from tiger_db.audit.exporting import read_export
+from tiger_db.audit.seal_format import Seal
+from tiger_db.connections import connect, maintenance_engine
 from tiger_db.database import AsyncSession
 from tiger_db.errors import AlreadyExists, MigrationError, SchemaMismatch
 from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, history, upgrade
 from tiger_db.models.accounts import normalize_account_number
+from tiger_db.signing import parse_public_key
 
 EVERYTHING = """
 SELECT 'relation', relname::text, relkind::text FROM pg_class
@@ -477,6 +483,7 @@ async def test_0011_can_be_undone_and_repeated(clone: Database) -> None:
             await upgrade(engine)
             assert await drift(engine) == []
         # After an interrupted validation, the whole migration runs again.
+        await downgrade(engine, "0011")
         async with engine.begin() as connection:
             await connection.execute(text("UPDATE alembic_version SET version_num = '0010'"))
             await connection.execute(text("DELETE FROM tiger_accounts WHERE account_number = 'u1'"))
@@ -500,6 +507,110 @@ async def functions(engine: AsyncEngine, name: str) -> int:
             {"name": name},
         )
     return int(found)
+
+
+# 0012
+
+# A whole trail of 61 sealed events, one of each action, and one that is not sealed: the code of
+# revision 0010 sealed and exported it.
+TRAIL_OF_0010 = Path(__file__).with_name("trail_of_0010.jsonl")
+ACTIONS_OF_0010 = list(
+    dict.fromkeys(
+        json.loads(item[1])["action"]
+        for item, _ in read_export(TRAIL_OF_0010)
+        if not isinstance(item, Seal)
+    )
+)
+KEY_OF_0010 = parse_public_key("VaIRs8S6d1IhzwBb+eKT9dgZfqbMSI4tRQvVGxPi5/Y=")
+EVENT_AT_0010 = "INSERT INTO audit_logs SELECT * FROM json_populate_record(NULL::audit_logs, $1)"
+SEAL_AT_0010 = (
+    "INSERT INTO audit_seals (number, statement, signature, digests) VALUES ($1, $2, $3, $4)"
+)
+TYPES_OF_ACTION = """
+SELECT DISTINCT format_type(atttypid, NULL) FROM pg_partition_tree('audit_logs')
+JOIN pg_attribute ON attrelid = relid WHERE attname = 'action'
+"""
+
+
+async def load_trail_of_0010(settings: Settings) -> None:
+    connection = await connect(settings)
+    try:
+        await connection.execute("SELECT make_audit_months(1)")
+        for item, _ in read_export(TRAIL_OF_0010):
+            if isinstance(item, Seal):
+                seal = item.payload().number, item.payload_json, item.signature, item.digests
+                await connection.execute(SEAL_AT_0010, *seal)
+            else:
+                position, content = item
+                event = f'{{"position":{position},{content[1:]}'
+                await connection.execute(EVENT_AT_0010, event)
+        await connection.execute("SELECT setval('audit_logs_position_seq', 100)")
+    finally:
+        await connection.close()
+
+
+@pytest.mark.slow
+async def test_a_trail_sealed_before_0012_verifies_after_it(empty_database: Settings) -> None:
+    async with maintenance_engine(empty_database) as engine:
+        await upgrade(engine, "0010")
+        await load_trail_of_0010(empty_database)
+        for _ in range(2):
+            await upgrade(engine)
+            assert await drift(engine) == []
+            async with Database(empty_database) as database:
+                found = await audit.verify(database, keys=[KEY_OF_0010])
+                assert (found.sound, found.seals, found.rows, found.unsealed) == (True, 3, 61, 1)
+                assert "".join(await exported(database)) == TRAIL_OF_0010.read_text("utf-8")
+                async with database.session() as session:
+                    actions = [event.action for event in await factories.events(session)]
+                    assert list(dict.fromkeys(actions)) == ACTIONS_OF_0010
+                    assert {type(action) for action in actions} == {AuditAction}
+                    assert (await session.scalars(text(TYPES_OF_ACTION))).all() == ["text"]
+            await downgrade(engine, "0010")
+            async with engine.connect() as connection:
+                types = await connection.scalars(text(TYPES_OF_ACTION))
+                assert types.all() == ["audit_action"]
+
+
+async def test_an_export_sealed_before_0012_verifies() -> None:
+    found = await audit.verify_export(TRAIL_OF_0010, keys=[KEY_OF_0010])
+    assert (found.sound, found.seals, found.rows, found.unsealed) == (True, 3, 61, 1)
+
+
+@pytest.mark.parametrize(
+    "query", ["action = $1::audit_action", "action IN ($1::audit_action, $2::audit_action)"]
+)
+async def test_queries_of_0011_work_after_0012(clone: Database, query: str) -> None:
+    async with clone.session() as session:
+        await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+        await crud.audit_logs.log_event(session, action=AuditAction.MCP_CONNECT)
+    connection = await connect(clone.settings)
+    try:
+        arguments = ["data:query", "trade:place_order"][: query.count("$")]
+        found = await connection.fetch(f"SELECT action FROM audit_logs WHERE {query}", *arguments)
+        assert [row["action"] for row in found] == ["data:query"]
+    finally:
+        await connection.close()
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_a_downgrade_of_0012_keeps_all_events(clone: Database) -> None:
+    async with clone.session() as session:
+        for action in ("backup:run", AuditAction.DATA_QUERY, "trade:close_all", "backup:run"):
+            await crud.audit_logs.log_event(session, action=action, result=AuditResult.PENDING)
+    before = await exported(clone)
+    await clone.close()
+    async with maintenance_engine(clone.settings) as engine:
+        await downgrade(engine, "0010")
+        async with engine.connect() as connection:
+            labels = (
+                await connection.scalars(text("SELECT unnest(enum_range(NULL::audit_action))"))
+            ).all()
+        assert labels == [*ACTIONS_OF_0010, "backup:run", "trade:close_all"]
+        await upgrade(engine)
+        assert await drift(engine) == []
+    assert await exported(clone) == before
 
 
 # Drift
@@ -553,7 +664,7 @@ async def test_the_migrated_schema_matches_the_models(clone_settings: Settings) 
             FOREIGN KEY (tiger_account_id) REFERENCES tiger_accounts ON DELETE SET NULL""",
             "add_fk fk_api_keys_tiger_account_id_tiger_accounts",
         ),
-        ("ALTER TYPE audit_action ADD VALUE 'x:y'", "'x:y'"),
+        ("ALTER TYPE audit_result ADD VALUE 'odd'", "'odd'"),
         ("CREATE TYPE extra AS ENUM ('a')", "extra"),
         (
             "DROP TRIGGER set_updated_at ON api_keys",

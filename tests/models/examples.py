@@ -83,6 +83,8 @@ def _limits() -> Iterator[tuple[type[Entity], str, str, Any, Any]]:
                     yield entity, name, "min_1", ["mcp:read"], []
                 case rules.MinLen(int(n)):
                     yield entity, name, f"min_{n}", "😀" * n, "😀" * (n - 1)
+                case rules.MaxLen(int(n)) if (entity, name) == (AuditLog, "action"):
+                    yield entity, name, f"max_{n}", "a:" + "b" * (n - 2), "a:" + "b" * (n - 1)
                 case rules.MaxLen(int(n)):
                     yield entity, name, f"max_{n}", "😀" * n, "😀" * (n + 1)
                 case rules.Ge(int(n)):

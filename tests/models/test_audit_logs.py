@@ -10,11 +10,12 @@ from pydantic import ValidationError
 
 from tests.models.examples import made
 from tiger_db import AuditAction, AuditLog, AuditResult, AuditSeverity
+from tiger_db.models.audit_logs import family_of
 
-SEVERITIES = list(AuditSeverity)
+SEVERITIES: list[str] = list(AuditSeverity)
 
 
-def severity(action: AuditAction | str, result: AuditResult | str = "success") -> AuditSeverity:
+def severity(action: str, result: str = "success") -> str:
     return made(AuditLog, action=action, result=result).severity
 
 
@@ -30,12 +31,15 @@ def severity(action: AuditAction | str, result: AuditResult | str = "success") -
         ("trade:place_order", "medium", "high"),
         ("system:encryption_key_rotate", "medium", "high"),
         ("security:access_denied", "high", "high"),
+        ("security:odd_login", "high", "high"),  # an application's
+        ("trade:close_all", "medium", "high"),
+        ("backup:run", "low", "medium"),
     ],
 )
 def test_the_severity_follows_from_action_and_result(
     action: str, success: str, otherwise: str
 ) -> None:
-    assert severity(action) == success
+    assert severity(action) == severity(action, "pending") == success
     for result in ("failure", "partial", "error"):
         assert severity(action, result) == otherwise
 
@@ -55,8 +59,27 @@ def test_a_given_severity_is_kept(given_: AuditSeverity) -> None:
 def test_an_invalid_action_is_the_only_error() -> None:
     # There is no second error for the severity, which is derived from the action.
     with pytest.raises(ValidationError) as caught:
-        made(AuditLog, action="trade:give_away")
+        made(AuditLog, action="give_away")
     assert [problem["loc"] for problem in caught.value.errors()] == [("action",)]
+
+
+def test_a_known_action_is_a_member_and_another_one_a_text() -> None:
+    for action in AuditAction:
+        for given_ in (action, action.value):
+            assert made(AuditLog, action=given_).action is action
+    assert type(made(AuditLog, action="backup:run").action) is str
+    assert family_of("backup:run") == "backup"
+    assert AuditAction.TRADE_PLACE_ORDER.family == "trade"
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["place_order", ":", "a:", ":b", "Trade:buy", "trade:Buy", "trade:buy:now", "trade: buy",
+     "trade:buy\n", "1a:b", "_a:b", "tradé:buy", "a:" + "b" * 59, "", 5, None, b"a:b"],
+)  # fmt: skip
+def test_an_action_has_a_family_and_a_verb(action: object) -> None:
+    with pytest.raises(ValidationError, match="action"):
+        made(AuditLog, action=action)
 
 
 # shared/tiger-sdk.md, "What an audit trail must be able to name"

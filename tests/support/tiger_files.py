@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
 from tests.support import factories
 from tests.support.private_keys import NO_PASSWORD, der
-from tiger_db import AuditAction, PrivateKeyFormat
+from tiger_db import PrivateKeyFormat
 from tiger_db.database import AsyncSession
 from tiger_db.tiger import CONFIG_FILE
 
@@ -67,5 +67,5 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-async def actions(session: AsyncSession) -> list[AuditAction]:
+async def actions(session: AsyncSession) -> list[str]:
     return [event.action for event in await factories.events(session)]

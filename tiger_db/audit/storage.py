@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import NamedTuple, TypeAlias
 
 import asyncpg
-from sqlalchemy import Enum
 
 from tiger_db.audit.seal_format import NO_PREVIOUS_DIGEST, Seal
 from tiger_db.connections import maintenance_engine
@@ -16,6 +15,7 @@ from tiger_db.database import Database
 from tiger_db.errors import InvalidValue
 from tiger_db.migrations.locks import lock_key
 from tiger_db.models import AuditLog
+from tiger_db.models.columns import is_native_enum
 from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -49,7 +49,7 @@ def _member(name: str) -> str:
     if name == "created_at":  # in UTC, independent of the session's time zone
         utc = f"pg_catalog.to_json({name} AT TIME ZONE 'UTC')"
         value = f"""'"' || ({utc} #>> '{{}}'::text[]) || 'Z"'"""
-    elif isinstance(AuditLog.__table__.c[name].type, Enum):  # type: ignore[attr-defined]  # SQLAlchemy's
+    elif is_native_enum(AuditLog.__table__.c[name].type):  # type: ignore[attr-defined]  # SQLAlchemy's
         value = f"pg_catalog.to_json(pg_catalog.concat({name}))::text"
     return f"""'{"{" if name == "id" else ","}"{name}":' || {value}"""
 

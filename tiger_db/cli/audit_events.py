@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     FindCriteria = Callable[[AsyncSession], Awaitable[Criteria]]
 
-Results = Literal["success", "failure", "partial", "error"]
+Results = Literal["success", "failure", "partial", "error", "pending"]
 Severities = Literal["low", "medium", "high", "critical"]
 PANEL = "Audit trail"
 
@@ -285,17 +285,21 @@ def _parse_details(text: str | None) -> dict[str, Any] | None:
     return details
 
 
-def _parse_actions(names: Iterable[str]) -> "list[tiger_db.AuditAction]":
-    actions = []
+def _parse_actions(names: Sequence[str]) -> Sequence[str]:
+    """Check the form of actions and families, and print a warning if one may be misspelt.
+
+    Applications and newer releases can have recorded other actions than `AuditAction` has.
+    """
+    known = {*tiger_db.AuditAction, *(action.family for action in tiger_db.AuditAction)}
     for name in names:
-        matching = [
-            action for action in tiger_db.AuditAction if name in (action.value, action.family)
-        ]
-        if not matching:
-            near = get_close_matches(name, tiger_db.AuditAction, n=3)
-            suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
+        if not tiger_db.crud.audit_logs.ACTION_OR_FAMILY.fullmatch(name):
             raise typer.BadParameter(
-                f"there is no action {name!r}{suggestion}", param_hint="--action"
+                f"{name!r} is neither an action such as trade:place_order nor a family such as"
+                " trade",
+                param_hint="--action",
             )
-        actions += matching
-    return actions
+        if name not in known and (near := get_close_matches(name, known, n=3)):
+            output.print_warning(
+                f"tiger_db itself records no action {name}; did you mean {' or '.join(near)}?"
+            )
+    return names

@@ -1,5 +1,6 @@
 """CRUD of the audit trail: record, search and count audit events. Recorded events never change."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Required, TypedDict, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, Connection, Row, cast, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Text, cast, func, or_, select
 from sqlalchemy.dialects.postgresql import INET, JSONB
 from sqlalchemy.event import listens_for
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -48,14 +49,14 @@ __all__ = [
     "statistics",
 ]
 
+ACTION_OR_FAMILY = re.compile("[a-z][a-z0-9_]*(:[a-z][a-z0-9_]*)?")
 _INSERT = f"{INSERT} RETURNING {', '.join(SERVER_COLUMNS)}"
-_SECURITY_ACTIONS = [action for action in AuditAction if action.family == "security"]
 
 
 class EventFields(TypedDict, total=False):
     """The fields of an audit event. Only `action` is required."""
 
-    action: Required[AuditAction]
+    action: Required[AuditAction | str]
     result: AuditResult
     severity: AuditSeverity | None
     resource_type: str | None
@@ -214,7 +215,8 @@ class Criteria(TypedDict, total=False):
 
     since: datetime | None  # aware datetime, inclusive; compared with the time in the id
     until: datetime | None  # aware datetime, exclusive
-    actions: Sequence[AuditAction]  # allowed actions; an empty list allows all actions
+    # Allowed actions and families, such as trade; an empty list allows all actions.
+    actions: Sequence[AuditAction | str]
     results: Sequence[AuditResult]
     severities: Sequence[AuditSeverity]
     account_id: UUID | None
@@ -261,7 +263,7 @@ async def get_security_events(
 ) -> Page[AuditLog]:
     """Return a page of the security events of the last `hours`, newest first.
 
-    A security event has the severity high or critical, or an action of the family `security`.
+    A security event has the severity high or above, or an action of the family `security`.
 
     Raises:
         InvalidValue: `hours` is zero, negative or more than 100 years.
@@ -270,10 +272,7 @@ async def get_security_events(
         raise InvalidValue("hours must be positive and at most 100 years")
     statement = select(AuditLog).where(
         col(AuditLog.id) >= func.uuid7_floor(func.now() - timedelta(hours=hours)),
-        or_(
-            col(AuditLog.severity).in_([AuditSeverity.HIGH, AuditSeverity.CRITICAL]),
-            col(AuditLog.action).in_(_SECURITY_ACTIONS),
-        ),
+        or_(col(AuditLog.severity) >= AuditSeverity.HIGH, _of_actions(["security"])),
     )
     return await paginate(session, statement, AuditLog, after=after, limit=limit)
 
@@ -305,6 +304,18 @@ def _in_network(
     return col(AuditLog.ip_address).op("<<=")(cast(network, INET))
 
 
+def _of_actions(names: Sequence[str]) -> ColumnElement[bool]:
+    for name in names:
+        if not ACTION_OR_FAMILY.fullmatch(name):
+            raise InvalidValue(f"{name!r} is neither an action nor a family of actions")
+    action = col(AuditLog.action)
+    families = [name for name in names if ":" not in name]
+    has_action = action.in_(names)
+    if not families:
+        return has_action
+    return or_(has_action, func.split_part(action, ":", 1, type_=Text).in_(families))
+
+
 def _of_resource(resource: str) -> ColumnElement[bool]:
     kind, thing = col(AuditLog.resource_type), col(AuditLog.resource_id)
     return or_(thing == resource, kind == resource, kind + "/" + thing == resource)
@@ -322,7 +333,7 @@ _LISTS = {"actions", "results", "severities"}
 _CONDITIONS: dict[str, Callable[[Any], ColumnElement[bool]]] = {
     "since": lambda at: col(AuditLog.id) >= func.uuid7_floor(require_aware("since", at)),
     "until": lambda at: col(AuditLog.id) < func.uuid7_floor(require_aware("until", at)),
-    "actions": col(AuditLog.action).in_,
+    "actions": _of_actions,
     "results": col(AuditLog.result).in_,
     "severities": col(AuditLog.severity).in_,
     "ip": _in_network,
@@ -340,8 +351,8 @@ _CONDITIONS: dict[str, Callable[[Any], ColumnElement[bool]]] = {
 class Statistics:
     """Numbers of audit events, counted by action, by result and by hour (UTC)."""
 
-    actions: dict[AuditAction, int]
-    results: dict[AuditResult, int]
+    actions: dict[AuditAction | str, int]
+    results: dict[AuditResult | str, int]
     hours: dict[datetime, int]
 
 
@@ -362,7 +373,7 @@ async def statistics(
         .group_by(col(AuditLog.action), col(AuditLog.result), hour)
         .order_by(hour)
     )
-    actions, results, hours = Counter[AuditAction](), Counter[AuditResult](), Counter[datetime]()
+    actions, results, hours = Counter[str](), Counter[str](), Counter[datetime]()
     for action, result, at, count in rows:
         actions[action] += count
         results[result] += count

@@ -9,15 +9,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from uuid import UUID
 
 from annotated_types import MaxLen
-from pydantic import AfterValidator, ModelWrapValidatorHandler, model_validator
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, Table, func, text
+from pydantic import (
+    AfterValidator,
+    ModelWrapValidatorHandler,
+    StringConstraints,
+    model_validator,
+)
+from sqlalchemy import BigInteger, CheckConstraint, Column, Index, LargeBinary, Table, func, text
 from sqlalchemy import Text as SQLText
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlmodel import Field
 
 from tiger_db.models.api_keys import parse_address
 from tiger_db.models.base import Entity
-from tiger_db.models.columns import Int64, JsonObject, Text, Tracked, UTCDateTime, metadata
+from tiger_db.models.columns import (
+    Int64,
+    JsonObject,
+    OpenEnum,
+    Text,
+    Tracked,
+    UTCDateTime,
+    enum_type,
+    metadata,
+    open_enum,
+)
 from tiger_db.models.event_sanitizer import sanitize_event
 
 if TYPE_CHECKING:
@@ -25,7 +40,10 @@ if TYPE_CHECKING:
 
 
 class AuditAction(StrEnum):
-    """Action of an audit event, as `family:verb`. Trading actions have the names of Tiger's API."""
+    """Known actions of audit events, as `family:verb`. Trading actions are named as in Tiger's API.
+
+    An application can record other actions of this form.
+    """
 
     ACCOUNT_CREATE = "account:create"
     ACCOUNT_UPDATE = "account:update"
@@ -98,14 +116,22 @@ class AuditAction(StrEnum):
 
     @property
     def family(self) -> str:
-        return self.split(":")[0]
+        return family_of(self)
+
+
+def family_of(action: str) -> str:
+    """Return the family of an action: the part before the colon."""
+    return action.partition(":")[0]
 
 
 class AuditResult(StrEnum):
+    """Outcome of an action. `PENDING`: the event records the intent, before the outcome."""
+
     SUCCESS = "success"
     FAILURE = "failure"
     PARTIAL = "partial"
     ERROR = "error"
+    PENDING = "pending"
 
 
 class AuditSeverity(StrEnum):
@@ -120,13 +146,26 @@ class AuditSeverity(StrEnum):
 _MEDIUM_FAMILIES = {"account", "api_key", "token", "trade", "system"}
 
 
-def severity_of(action: AuditAction, result: AuditResult) -> AuditSeverity:
+def severity_of(action: str, result: str) -> AuditSeverity:
     """Return the default severity of an event with this action and result."""
-    if action.family == "security":
+    failed = result not in {AuditResult.SUCCESS, AuditResult.PENDING}
+    family = family_of(action)
+    if family == "security":
         return AuditSeverity.HIGH
-    if action.family in _MEDIUM_FAMILIES:
-        return AuditSeverity.MEDIUM if result == AuditResult.SUCCESS else AuditSeverity.HIGH
-    return AuditSeverity.LOW if result == AuditResult.SUCCESS else AuditSeverity.MEDIUM
+    if family in _MEDIUM_FAMILIES:
+        return AuditSeverity.HIGH if failed else AuditSeverity.MEDIUM
+    return AuditSeverity.MEDIUM if failed else AuditSeverity.LOW
+
+
+ACTION_FORM = "^[a-z][a-z0-9_]*:[a-z][a-z0-9_]*$"
+_ACTIONS: dict[str, AuditAction] = {action.value: action for action in AuditAction}
+
+
+Action = Annotated[
+    str,
+    StringConstraints(pattern=ACTION_FORM, strict=True),
+    AfterValidator(lambda action: _ACTIONS.get(action, action)),
+]
 
 
 _BRIN: dict[str, Any] = {"postgresql_with": {"pages_per_range": 32, "autosummarize": True}}
@@ -138,6 +177,9 @@ class AuditLog(Entity, table=True):
     The table audit_logs has no foreign keys, so that events remain when an account or API key is
     deleted. Secrets are masked. Values that cannot be stored are converted; `details` contains
     notes on the conversions.
+
+    `action` is a text if `AuditAction` does not have it. So are `result` and `severity` of an event
+    that a newer release has recorded.
     """
 
     __tablename__ = "audit_logs"
@@ -158,6 +200,7 @@ class AuditLog(Entity, table=True):
             )
             for name in ("request_id", "session_id")
         ),
+        CheckConstraint(f"action ~ '{ACTION_FORM}'", name="action_form"),
         {"postgresql_partition_by": "RANGE (id)"},
     )
 
@@ -167,10 +210,19 @@ class AuditLog(Entity, table=True):
         sa_column_kwargs={"server_default": func.clock_timestamp()},
         description="Time of the insert, by the database's clock",
     )
-    action: AuditAction = Field(description="Action of the event, as family:verb")
-    result: AuditResult = Field(default=AuditResult.SUCCESS, description="Outcome of the action")
-    severity: AuditSeverity = Field(
+    action: Action = Field(
+        max_length=60,
+        sa_type=OpenEnum(AuditAction, SQLText()),
+        description="Action of the event, as family:verb",
+    )
+    result: Annotated[AuditResult | str, open_enum(AuditResult)] = Field(
+        default=AuditResult.SUCCESS,
+        sa_type=OpenEnum(AuditResult, enum_type(AuditResult)),
+        description="Outcome of the action",
+    )
+    severity: Annotated[AuditSeverity | str, open_enum(AuditSeverity)] = Field(
         default_factory=lambda data: severity_of(data["action"], data["result"]),  # type: ignore[misc, arg-type]  # see accounts.py
+        sa_type=OpenEnum(AuditSeverity, enum_type(AuditSeverity)),
         sa_column_kwargs={"default": None},
         description="Severity; derived from action and result by default",
     )
@@ -259,7 +311,7 @@ def _text_limits() -> dict[str, int]:
         name: rule.max_length
         for name, field in AuditLog.model_fields.items()
         for rule in field.metadata
-        if isinstance(rule, MaxLen)
+        if isinstance(rule, MaxLen) and name != "action"  # a long action is refused, not cut
     }
 
 

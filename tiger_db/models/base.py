@@ -9,7 +9,7 @@ from uuid import UUID
 import annotated_types as rules
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefined
-from sqlalchemy import CheckConstraint, Column, Enum, FetchedValue, Table, event, func
+from sqlalchemy import CheckConstraint, Column, FetchedValue, Table, event, func
 from sqlalchemy.dialects.postgresql import ARRAY, CIDR, JSONB
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.orm import (
@@ -28,7 +28,14 @@ from sqlmodel._compat import SQLModelConfig, finish_init, partial_init
 from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import KeyProvider
-from tiger_db.models.columns import Tracked, UTCDateTime, metadata, sql_type, track
+from tiger_db.models.columns import (
+    Tracked,
+    UTCDateTime,
+    is_native_enum,
+    metadata,
+    sql_type,
+    track,
+)
 from tiger_db.models.secrets import bind_secrets, encrypt_secrets, key_provider
 
 E_ = TypeVar("E_", bound="Entity")
@@ -360,7 +367,7 @@ def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
 
 def _cast(type_: TypeEngine[Any]) -> str:
     # asyncpg cannot decode enums and some arrays in a ROW value, so the query casts them to text.
-    if isinstance(type_, Enum):
+    if is_native_enum(type_):
         return "::text"
     return "::text[]" if isinstance(type_, ARRAY) else ""
 

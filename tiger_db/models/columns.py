@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from uuid import UUID
 
-from pydantic import AfterValidator, AwareDatetime, JsonValue
+from pydantic import AfterValidator, AwareDatetime, GetPydanticSchema, JsonValue, SerializeAsAny
 from sqlalchemy import BigInteger, Boolean, DateTime, Dialect, MetaData
 from sqlalchemy import Enum as SQLEnum
 from sqlalchemy import Text as SQLText
@@ -100,6 +100,51 @@ class Timestamp(TypeDecorator[datetime]):
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
     ) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class OpenEnum(TypeDecorator[str]):
+    """A column of members of an enum in which other texts can be stored too.
+
+    Members are read as members, and other texts as texts. A newer release or an application has
+    stored them.
+    """
+
+    impl = SQLText
+    cache_ok = True
+
+    def __init__(self, enum: type[StrEnum], impl: TypeEngine[Any]) -> None:
+        self.enum = enum
+        self.impl = impl  # type: ignore[assignment]  # the class has the default
+
+    def process_bind_param(
+        self,
+        value: str | None,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> str | None:
+        return value
+
+    def result_processor(
+        self,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+        coltype: object,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> Callable[[Any], Any]:
+        # Not process_result_value: the native enum's own processor refuses other texts.
+        members: dict[str, StrEnum] = {member.value: member for member in self.enum}
+        return lambda value: members.get(value, value)
+
+
+def is_native_enum(type_: TypeEngine[Any]) -> bool:
+    """Return whether the column has a PostgreSQL enum."""
+    return isinstance(getattr(type_, "impl", type_), SQLEnum)
+
+
+def open_enum(enum: type[StrEnum]) -> GetPydanticSchema:
+    """Return the annotation of a field for a column of `OpenEnum`.
+
+    Only members are valid input. Other texts that were read are serialized.
+    """
+    open_: Any = SerializeAsAny  # for mypy, a variable is no type
+    return GetPydanticSchema(lambda _source, handler: handler(open_[enum]))
 
 
 def enum_type(enum: type[StrEnum]) -> SQLEnum:
