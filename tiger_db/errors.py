@@ -19,7 +19,7 @@ class DatabaseUnavailable(TigerDBError):
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """The commit was not confirmed, so it is unknown whether the transaction was saved."""
+    """The commit or the outcome of an action was not confirmed: it is unknown what was saved."""
 
 
 class QueryTimeout(TigerDBError):

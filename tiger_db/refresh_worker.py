@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from tiger_db.actor import Actor, acting_as
 from tiger_db.connections.listener import listen
 from tiger_db.crud import accounts, token_status
-from tiger_db.crud.common import get_or_raise, replace_unstorable
+from tiger_db.crud.common import error_text, get_or_raise, replace_unstorable
 from tiger_db.database import AsyncSession, Database
 from tiger_db.errors import (
     AnswerLost,
@@ -305,7 +305,7 @@ class RefreshWorker:
             return error
         if error is not None:  # messages of other libraries may contain secrets
             known = isinstance(error, TigerDBError)
-            return RefreshFailed(_text(error) if known else type(error).__name__)
+            return RefreshFailed(error_text(error) if known else type(error).__name__)
         token = asking.result()
         if not isinstance(token, NewToken):
             return AnswerLost(f"the refresher returned {type(token).__name__} instead of NewToken")
@@ -404,7 +404,7 @@ class RefreshWorker:
         account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:
-            refused, message = isinstance(error, CredentialsRefused), _text(error)
+            refused, message = isinstance(error, CredentialsRefused), error_text(error)
             if refused:
                 now = await get_or_raise(session, TigerAccount, account.id, lock=True)
                 if now.readable_token() != account.readable_token():
@@ -482,14 +482,6 @@ def _storable(row: Entity, name: str, value: T | None) -> T | None:
         _logger.warning("%s: the broker's %s is invalid and not stored", row.label(), name)
         return None
     return storable
-
-
-def _text(error: BaseException) -> str:
-    """Return the message of an error, or the name of its type if `__str__` fails."""
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001  # a refresher may raise errors of any class
-        return type(error).__name__
 
 
 def _retry_after(error: RefreshFailed) -> timedelta | None:

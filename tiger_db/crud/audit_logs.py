@@ -1,12 +1,16 @@
 """CRUD of the audit trail: record, search and count audit events. Recorded events never change."""
 
+import logging
 import re
+import time
+from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Any, Required, TypedDict, Unpack
+from typing import Any, Protocol, Required, TypedDict, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
@@ -17,27 +21,37 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper, make_transient_to_detached, object_session
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlmodel import col
+from uuid_utils.compat import uuid7
 
 from tiger_db.actor import attribute
 from tiger_db.crud.common import (
     actor_of,
     context_of,
+    error_text,
     execute_driver_sql,
     fetch_one,
     refuse_readonly,
     require_aware,
 )
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, paginate
-from tiger_db.errors import DatabaseUnavailable, InvalidValue
+from tiger_db.errors import DatabaseUnavailable, InvalidValue, OutcomeUnknown, TigerDBError
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity, TokenStatus
 from tiger_db.models.api_keys import parse_network
-from tiger_db.models.audit_logs import INSERT, SERVER_COLUMNS, insert_events, insert_values
+from tiger_db.models.audit_logs import (
+    INSERT,
+    SERVER_COLUMNS,
+    insert_events,
+    insert_values,
+    severity_of,
+)
 from tiger_db.models.columns import require_storable_json
 from tiger_db.sqlstates import raw_errors
 
 __all__ = [
     "Criteria",
     "EventFields",
+    "IntentFields",
+    "SessionSource",
     "Statistics",
     "get",
     "get_recent_events",
@@ -45,6 +59,7 @@ __all__ = [
     "log_event",
     "log_events",
     "record_event",
+    "recorded",
     "search",
     "statistics",
 ]
@@ -53,11 +68,14 @@ ACTION_OR_FAMILY = re.compile("[a-z][a-z0-9_]*(:[a-z][a-z0-9_]*)?")
 _INSERT = f"{INSERT} RETURNING {', '.join(SERVER_COLUMNS)}"
 
 
-class EventFields(TypedDict, total=False):
-    """The fields of an audit event. Only `action` is required."""
+INTENT = "_intent"  # key in `details` of an outcome for the id of the intent
+_logger = logging.getLogger("tiger_db")
+
+
+class IntentFields(TypedDict, total=False):
+    """The fields of an audit event that are known before the action. Only `action` is required."""
 
     action: Required[AuditAction | str]
-    result: AuditResult
     severity: AuditSeverity | None
     resource_type: str | None
     resource_id: str | None
@@ -74,10 +92,22 @@ class EventFields(TypedDict, total=False):
     details: Mapping[str, object] | None
     old_values: Mapping[str, object] | None
     new_values: Mapping[str, object] | None
+    tags: Mapping[str, object] | None
+
+
+class EventFields(IntentFields, total=False):
+    """The fields of an audit event. Only `action` is required."""
+
+    result: AuditResult
     error_code: str | None
     error_message: str | None
     duration_ms: float | timedelta | None
-    tags: Mapping[str, object] | None
+
+
+class SessionSource(Protocol):
+    """An object that opens sessions, such as a Database."""
+
+    def session(self) -> AbstractAsyncContextManager[AsyncSession]: ...
 
 
 async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
@@ -94,21 +124,109 @@ async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> Aud
 async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
     """Record one audit event out of band, and commit the event before the function returns.
 
-    The event stays if the caller's transaction rolls back. Use `record_event` for the intent
-    and the outcome of an order, or for a denial. If `SessionContext.out_of_band` is None, the event
-    is recorded in the session's transaction.
+    The event stays if the caller's transaction rolls back. For the intent and the outcome of an
+    order, use `recorded`. If `SessionContext.out_of_band` is None, the event is recorded in the
+    session's transaction.
 
     Raises:
         ValidationError: a field is unknown, or a value is invalid.
         ConfigurationError: the session does not belong to a Database.
         DatabaseUnavailable: the event could not be stored.
     """
-    event = build_event(**fields)
+    return await _record(session, build_event(**fields))
+
+
+async def _record(session: AsyncSession, event: AuditLog) -> AuditLog:
     out_of_band = context_of(session.info).out_of_band
     if out_of_band is None:
         return await insert_event(session, event)
     await out_of_band.record(event, actor_of(session.info))
     return event
+
+
+@asynccontextmanager
+async def recorded(
+    source: SessionSource | Callable[[], AbstractAsyncContextManager[AsyncSession]],
+    **fields: Unpack[IntentFields],
+) -> AsyncIterator[AuditLog]:
+    """Record the intent of an action before a code block, and the outcome after it, out of band.
+
+    `source` is a Database, another object with a method `session`, or a function such as
+    `get_session`. No session is open while the block runs.
+
+    The intent has the result `pending`. The code block gets the event of the outcome, and can set
+    its fields, such as `details`. Both events have the same `request_id`: the given one, that of
+    the actor, or a new one. `details` of the outcome contains the id of the intent under `_intent`.
+    By default, `result` is `success`, or `error` if the block raises an exception or is cancelled,
+    and `duration_ms` is the duration of the block. If the process is killed in the block, the
+    intent has no outcome.
+
+    Raises:
+        ValidationError: a field is unknown, or a value is invalid. The block does not run.
+        DatabaseUnavailable: the intent could not be stored. The block does not run.
+        OutcomeUnknown: the block has succeeded, but its outcome could not be stored. Do not repeat
+            the action. If the block has failed, its own exception is raised instead.
+    """
+    open_session = source if callable(source) else source.session
+    intent = build_event(**fields, result=AuditResult.PENDING)
+    async with open_session() as session:
+        attribute(intent, actor_of(session.info))
+        if intent.request_id is None:
+            intent.request_id = str(uuid7())
+        outcome = intent.model_copy(update={"id": uuid7(), "result": AuditResult.SUCCESS})
+        try:
+            await _record(session, intent)
+        except CancelledError as error:  # the intent is stored nevertheless
+            _fail(outcome, error, "cancelled before the action began")
+            await _record(session, _complete(outcome, intent, 0))
+            raise
+    start = time.monotonic()
+
+    async def record_outcome() -> None:
+        milliseconds = round((time.monotonic() - start) * 1000)
+        async with open_session() as session:
+            await _record(session, _complete(outcome, intent, milliseconds))
+
+    try:
+        yield outcome
+    except GeneratorExit:  # the event loop has closed the task, and nothing can be awaited
+        raise
+    except BaseException as error:
+        _fail(outcome, error, "cancelled: the action may have been done")
+        try:
+            await record_outcome()
+        except TigerDBError as problem:
+            _logger.error(  # noqa: TRY400  # a traceback may contain secrets
+                "the outcome of event %s is not recorded: %s", intent.id, problem
+            )
+        raise
+    try:
+        await record_outcome()
+    except TigerDBError as error:
+        raise OutcomeUnknown(
+            f"{error}: the action has ended, but its outcome is not recorded (intent {intent.id})"
+        ) from None
+
+
+def _fail(outcome: AuditLog, error: BaseException, cancelled: str) -> None:
+    """Set the empty fields of an outcome from the exception of its code block."""
+    if outcome.result == AuditResult.SUCCESS:
+        outcome.result = AuditResult.ERROR
+    if outcome.error_code is None:
+        outcome.error_code = type(error).__name__
+    if outcome.error_message is None:
+        is_cancelled = isinstance(error, CancelledError)
+        outcome.error_message = cancelled if is_cancelled else error_text(error)
+
+
+def _complete(outcome: AuditLog, intent: AuditLog, milliseconds: int) -> AuditLog:
+    """Set the duration, the severity and the id of the intent, and return the outcome."""
+    if outcome.duration_ms is None:
+        outcome.duration_ms = milliseconds
+    if "severity" not in outcome.model_fields_set:
+        outcome.severity = severity_of(outcome.action, outcome.result)
+    outcome.details = {INTENT: str(intent.id), **(outcome.details or {})}
+    return outcome
 
 
 async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:

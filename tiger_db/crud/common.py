@@ -138,6 +138,14 @@ def replace_unstorable(text: str) -> str:
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
+def error_text(error: BaseException) -> str:
+    """Return the message of an error, or the name of its type if `__str__` fails."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # code of the caller may raise errors of any class
+        return type(error).__name__
+
+
 @asynccontextmanager
 async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]:
     """Run a code block in a savepoint. A violated constraint rolls back only the code block.
