@@ -2,17 +2,23 @@
 
 import base64
 import json
+import subprocess
+import sys
 import uuid
+from array import array
+from collections import UserDict, UserList, UserString, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
+from fractions import Fraction
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -105,8 +111,11 @@ FIELDS: dict[str, list[tuple[object, object, str | dict[str, str] | None]]] = {
         (5, None, "not a UUID: 5"), (API_KEY, None, f"not a UUID: {API_KEY[:21]}_{MASK}"),
     ],
     "duration_ms": [
-        (2**63 - 1, 2**63 - 1, None), (12.6, 13, "float"), (Decimal("12.4"), 12, "Decimal"),
-        (timedelta(seconds=1.5), 1500, "timedelta"), (" 12.4", 12, "str"),
+        (2**63 - 1, 2**63 - 1, None), (12.6, 13, None), (Decimal("12.4"), 12, "Decimal"),
+        (timedelta(seconds=1.5), 1500, None), (" 12.4", 12, "str"),
+        (np.int64(12), 12, None), (np.float32(12.5), 12, None), (Fraction(25, 2), 12, None),
+        (np.float64("nan"), None, "not a duration: NaN"),
+        (np.bool_(True), None, "not a duration: True"),  # noqa: FBT003  # NumPy's
         (-1, None, "not a duration: -1"), (2**63, None, f"not a duration: {2**63}"),
         (float("nan"), None, "not a duration: NaN"),
         (Decimal("sNaN"), None, "not a duration: sNaN"),
@@ -184,12 +193,47 @@ def test_an_invalid_action_or_result_is_refused() -> None:
         (PurePosixPath("/a"), "/a", "PurePosixPath"), (RudeError(), "RudeError", "RudeError"),
         (ValueError(DIGEST), f"ValueError: {MASK}", "ValueError"), (Rude(), "Rude", "Rude"),
         (Rude, "type", "type"), ("a\0\udfff", "a\ufffd\ufffd", "unstorable characters"),
+        (Fraction(1, 3), "1/3", "Fraction"), (Fraction(2), "2", "Fraction"),
+        (range(3), [0, 1, 2], None), (array("d", [0.5]), [0.5], None),
+        (deque([1, "a"]), [1, "a"], None), (UserList([1]), [1], None), (UserString("a"), "a", None),
+        (UserDict(a=1), {"a": 1}, None), ({"a": 1}.keys(), ["a"], None),
+        ({"a": 1}.values(), [1], None), ({"a": 1}.items(), [["a", 1]], None),
+        (deque([SecretStr("a"), TOKEN]), [MASK, MASK], None),
+        (np.int64(-5), -5, None), (np.uint64(2**64 - 1), 2**64 - 1, None),
+        (np.bool_(True), True, None), (np.bool_(False), False, None),  # noqa: FBT003
+        (np.float64(0.1), 0.1, None), (np.float32(0.5), 0.5, None),
+        (np.float16(0.5), 0.5, None), (np.float32("inf"), "Infinity", "float"),
+        (np.longdouble("1.5"), 1.5, None), (np.str_("a"), "a", None),
+        (np.datetime64("2026-01-02T00:00", "ns"), "2026-01-02T00:00:00.000000000", "datetime64"),
+        (np.timedelta64(5, "s"), "5 seconds", "timedelta64"),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]], None),
+        (np.array([True, False]), [True, False], None), (np.array(7), 7, None),
+        (np.array([0.5, 1]), [0.5, 1.0], None), (np.array([]), [], None),
+        (np.array([{"password": HIDDEN}, None]), [{"password": MASK}, None], None),
     ],
 )  # fmt: skip
 def test_any_value_becomes_json(given_: object, kept: object, note: str | None) -> None:
     event = made(AuditLog, tags={"t": given_, "a": [given_]})
     assert event.tags == {"t": kept, "a": [kept]}
+    assert json.dumps(event.tags) == json.dumps({"t": kept, "a": [kept]})  # 1 is not true or 1.0
     assert notes(event) == ({} if note is None else {"tags.t": note, "tags.a.0": note})
+
+
+def test_an_array_is_cut_like_a_list() -> None:
+    for given_ in (np.arange(10_001), deque(range(10_001)), range(10**12)):
+        event = made(AuditLog, tags={"a": given_})
+        assert event.tags == {"a": [*range(9_999)]}
+        assert notes(event) == {"tags": "cut to 10000 values"}
+
+
+def test_numbers_of_numpy_are_kept_where_a_name_suggests_a_secret() -> None:
+    given_ = {"max_tokens": np.int64(5), "has_token": np.bool_(True), "pin": np.int64(5)}  # noqa: FBT003
+    assert made(AuditLog, tags=given_).tags == {"max_tokens": 5, "has_token": True, "pin": MASK}
+
+
+def test_numpy_is_not_imported() -> None:
+    code = "import sys, tiger_db.models; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_recursive_values_are_cut() -> None:

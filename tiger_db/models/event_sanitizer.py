@@ -6,17 +6,32 @@ the function fails for unknown objects, masks no secrets and has no size limits.
 
 import base64
 import json
+import numbers
+import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import UserString
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    MappingView,
+    Sequence,
+)
+from collections.abc import (
+    Set as AbstractSet,
+)
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import islice
 from math import isfinite
 from pathlib import PurePath
-from typing import cast
+from typing import Any, TypeGuard, cast
 from uuid import UUID
 
 import pydantic
@@ -115,7 +130,8 @@ class _Sanitizer:
         try:
             number = _number(value)
             if number is not None and 0 <= number < _64_BITS and round(number) < _64_BITS:
-                self.note(path, type(value).__name__)
+                if isinstance(value, str | Decimal):
+                    self.note(path, type(value).__name__)
                 return round(number)
         except (ArithmeticError, ValueError):
             pass
@@ -188,8 +204,26 @@ class _Sanitizer:
                 return self.text(str.__str__(value), path)
             case SecretStr() | SecretBytes() | pydantic.Secret():
                 return self.text(MASK, path)
-            case dict() | list() | tuple() | Mapping() | set() | frozenset():
+            case dict() | list() | tuple() | Mapping() | AbstractSet():
                 return self.container(value, path, depth)
+            case UserString():
+                return self.text(str(value), path)
+        if (scalar := _builtin_scalar(value)) is not None:
+            return self.scalar(scalar, value, path)
+        if _is_list_like(value):
+            return self.container(value, path, depth)
+        return self.unknown(value, path, depth)
+
+    def scalar(self, scalar: bool | float | str, value: object, path: Path) -> object:  # noqa: FBT001  # a value
+        """Return the built-in value of a library's scalar as JSON."""
+        if isinstance(scalar, bool):
+            return scalar
+        if isinstance(scalar, str) or (isfinite(scalar) and scalar != value):
+            self.note(path, type(value).__name__)
+        return self.text(scalar, path) if isinstance(scalar, str) else self.number(scalar, path)
+
+    def unknown(self, value: object, path: Path, depth: int) -> object:
+        """Return a model, a dataclass or another object as JSON, with a note."""
         self.note(path, type(value).__name__)
         if isinstance(value, BaseModel):
             value = value.model_dump(mode="json", warnings=False)
@@ -220,7 +254,7 @@ class _Sanitizer:
             return self.text(_ELLIPSIS, path)
         if isinstance(value, Mapping):
             return self.mapping(value.items(), path, depth)
-        if isinstance(value, set | frozenset):
+        if isinstance(value, AbstractSet) and not isinstance(value, MappingView):
             self.note(path, type(value).__name__)
         result: list[object] = []
         for index, item in enumerate(value):
@@ -343,17 +377,47 @@ _FIELDS: dict[str, Callable[[_Sanitizer, object, Path], object]] = {
 }
 
 
-def _number(value: object) -> Decimal | float | None:
+def _number(value: object) -> Decimal | Fraction | float | None:
     match value:
         case bool():
             return None
-        case int() | float() | Decimal():
+        case int() | float() | Decimal() | Fraction():
             return value
         case timedelta():
             return value / timedelta(milliseconds=1)
         case str() if len(value) <= _MAX_SHOWN:
             return Decimal(value)
+    scalar = _builtin_scalar(value)
+    return None if isinstance(scalar, bool | str) else scalar
+
+
+def _builtin_scalar(value: Any) -> bool | float | str | None:  # noqa: ANN401  # any object
+    """Return a number or a time of a library as a built-in value. For other objects, return None.
+
+    NumPy need not be installed: `dtype` and `ndim` show what an object is. A fraction becomes a
+    text, because a float is not exact.
+    """
+    with suppress(Exception):  # methods of an unknown object can raise anything
+        kind = getattr(getattr(value, "dtype", None), "kind", None)
+        if kind is not None and value.ndim == 0:
+            value = value[()]  # the scalar in an array without dimensions
+        if kind == "b" and value.ndim == 0:
+            return bool(value)
+        if isinstance(value, numbers.Rational) and kind != "m":  # includes integers
+            return operator.index(value) if isinstance(value, numbers.Integral) else str(value)
+        if isinstance(value, numbers.Real) and kind != "m":
+            return float(value)
+        if kind in {"m", "M"} and value.ndim == 0:  # timedelta64, which is an Integral; datetime64
+            return str(value)
     return None
+
+
+def _is_list_like(value: Any) -> TypeGuard[Collection[object]]:  # noqa: ANN401  # any object
+    """Return whether a JSON array can hold the items of an object: sequence, dict view or array."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return False
+    is_array = hasattr(value, "dtype") and getattr(value, "ndim", 0) > 0
+    return is_array or isinstance(value, Sequence | MappingView)
 
 
 def _as_text(value: object) -> str:
@@ -393,7 +457,10 @@ def _is_harmless(name: str, value: object) -> bool:
     """
     if value is None or value is True or value is False:
         return True
-    if type(value) is int and value.bit_length() <= _MAX_BITS:
+    scalar = _builtin_scalar(value)
+    if isinstance(scalar, bool):
+        return True
+    if isinstance(scalar, int) and scalar.bit_length() <= _MAX_BITS:
         return name.rstrip(" ()0123456789").lower().endswith("tokens")
     items: Iterable[object] = (value,)
     if issubclass(type(value), list | tuple):  # a TrackedList is a list, too
