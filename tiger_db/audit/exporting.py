@@ -22,7 +22,7 @@ from tiger_db.models import AuditLog
 
 CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
-_BATCH_EVENTS = 1000  # number of events per fetch, and per call of `advance`
+_BATCH_EVENTS = 1000  # number of events that are fetched at once
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 _JSON = json.JSONDecoder()
 
@@ -36,10 +36,10 @@ async def export(
 ) -> AsyncGenerator[str, None]:
     """Yield the events that match the criteria of `crud.audit_logs.search`, as lines of text.
 
-    In JSON Lines, an event is an object with the event's position and the fields that are not NULL.
-    Without criteria, the export has all events in the order of positions. A seal (`{"seal": …}`)
-    precedes the events that the seal covers. `verify_export` verifies only an export without
-    criteria. With criteria, the export has no seals, and the oldest event comes first.
+    In JSON Lines, each event is a JSON object with the event's position and the event's fields that
+    are not NULL. Without criteria, the export has all events in the order of positions, and a seal
+    (`{"seal": …}`) precedes the events that the seal covers. `verify_export` verifies only an
+    export without criteria. With criteria, the export has no seals, and the oldest event is first.
 
     In CSV, the first line has the names of the columns. A cell that a spreadsheet would evaluate as
     a formula gets a leading apostrophe.
@@ -48,14 +48,14 @@ async def export(
     called with the number of events in the batch.
 
     Raises:
-        InvalidValue: A criterion is not valid. See `crud.audit_logs.search`.
+        InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
     """
     filters = conditions(**wanted)
     items = _matching_events(database, filters) if filters else _whole_trail(database)
     if form == "csv":
         yield _csv_line(CSV_COLUMNS)
     count = 0
-    async with aclosing(items):  # aclosing ends the transaction if the caller stops early
+    async with aclosing(items):  # aclosing() ends the transaction if the caller stops early
         async for item in items:
             if isinstance(item, Seal):
                 if form == "jsonl":
@@ -116,7 +116,8 @@ def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
     """Yield the seals and events of an export in JSON Lines, with the size of each line in bytes.
 
     Raises:
-        InvalidValue: A line is neither a seal nor an event. The error message has the line number.
+        InvalidValue: A line of the file is neither a seal nor an event. The error message has the
+            line number.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -17,8 +17,8 @@ from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
 
 CHANNEL = "tiger_db_audit_logs"
-POLL_SECONDS = 1.0  # maximum pause between two queries
-# `follow` assumes that open transactions commit events only at this many newest positions.
+POLL_SECONDS = 1.0  # maximum pause between two queries for new events, in seconds
+# `follow` assumes that open transactions add events only among this many newest positions.
 _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 
@@ -32,16 +32,16 @@ async def follow(
     the transaction are yielded after events with higher positions.
 
     Raises:
-        InvalidValue: A criterion is not valid. See `crud.audit_logs.search`.
+        InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
         DatabaseUnavailable: The connection to the database was lost.
     """
     filters = conditions(**wanted)
     notified = asyncio.Event()
     async with AsyncExitStack() as stack:
-        with suppress(DatabaseUnavailable):  # without LISTEN, `follow` polls
+        with suppress(DatabaseUnavailable):  # `follow` polls if LISTEN is unavailable
             listener = open_listener(database.settings, CHANNEL, lambda _: notified.set())
             await stack.enter_async_context(listener)
-        # An event must not be yielded if its position is at most `floor`, or is in `seen`.
+        # `follow` yields no event whose position is at most `floor` or is in `seen`.
         floor, seen = await _fetch_old_events(database)
         last_position, writers = await _fetch_writers(database)
         begun()
@@ -58,7 +58,7 @@ async def follow(
                 if event.position not in seen:
                     seen.add(event.position)
                     yield event
-            if not writers:  # no event can be added up to `last_position`
+            if not writers:  # no transaction can add an event up to `last_position`
                 floor = last_position
                 seen = {position for position in seen if position and position > floor}
                 last_position, writers = await _fetch_writers(database)

@@ -48,10 +48,10 @@ WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
 class Maintenance:
     """Result of `maintain`. A month is text such as `2025-01`."""
 
-    made: int = 0  # number of created partitions
-    retired: list[str] = field(default_factory=list)  # removed months
-    # The oldest month that was due but could not be retired, with the reason; empty if there is no
-    # such month.
+    made: int = 0  # number of partitions that `maintain` created
+    retired: list[str] = field(default_factory=list)  # months whose events `maintain` removed
+    # `kept` maps the oldest month that was due but could not be retired to the reason, and is empty
+    # if there is no such month.
     kept: dict[str, str] = field(default_factory=dict)
 
 
@@ -71,9 +71,10 @@ async def maintain(database: Database) -> Maintenance:
 
     Raises:
         ConfigurationError: A month is due for retirement, and `AUDIT_SIGNING_KEY` is not set.
-        InvalidState: Months are to be retired (`AUDIT_RETENTION_MONTHS` is set), but the clocks of
-            the database and of this machine differ by more than a minute.
-        DatabaseUnavailable: Another transaction locked `audit_logs` for too long: try again later.
+        InvalidState: `AUDIT_RETENTION_MONTHS` is set, and the clocks of the database and of this
+            machine differ by more than a minute.
+        DatabaseUnavailable: Another transaction locked `audit_logs` for too long. A later call of
+            `maintain` can succeed.
     """
     done = Maintenance()
     retention = database.settings.audit_retention_months
@@ -92,7 +93,7 @@ async def maintain(database: Database) -> Maintenance:
                     await _with_lock_retries(partial(_retire, connection, key, month, kept_from))
                 except _CannotRetireError as reason:
                     done.kept[month] = str(reason)
-                    break  # a month is retired only after all earlier months
+                    break  # `maintain` retires a month only after all earlier months
                 done.retired.append(month)
         finally:
             if not connection.is_closed():
@@ -105,7 +106,7 @@ async def _with_lock_retries(work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await work()
         except asyncpg.LockNotAvailableError:
-            await asyncio.sleep(_RETRY_PAUSE_SECONDS)  # queued transactions run in this pause
+            await asyncio.sleep(_RETRY_PAUSE_SECONDS)  # waiting transactions run now
     raise DatabaseUnavailable("audit_logs is in use by a long transaction: try again later")
 
 
@@ -152,7 +153,7 @@ async def _retire(
     """In one transaction, drop a month's partition and append a seal that records the removal.
 
     Raises:
-        _CannotRetireError: An event of the month is not sealed, was changed, or is too recent.
+        _CannotRetireError: The month has an event that is unsealed, was changed, or is too recent.
     """
     partition = f"audit_logs_{month.replace('-', '_')}"
     async with connection.transaction(isolation="read_committed"):
@@ -182,8 +183,8 @@ async def _retire(
             await append_seal(
                 connection, key, chain_end, positions, digests, upto=chain_end.upto, retired=month
             )
-        # DROP TABLE takes these locks too, in this order. Until the locks are granted, a writer can
-        # commit an event to the month; the position of this event is after all sealed positions.
+        # DROP TABLE takes the table locks of this statement too, in the same order. Until the locks
+        # are granted, a writer can commit an event to the month. That event is not sealed.
         await connection.execute(
             f"LOCK TABLE ONLY audit_logs, ONLY {partition} IN ACCESS EXCLUSIVE MODE"
         )
@@ -198,7 +199,7 @@ async def _sealed_events(
     """Return the positions and the digests of a month's events.
 
     Raises:
-        _CannotRetireError: An event of the month was changed, or no seal covers an event.
+        _CannotRetireError: The month has an event that was changed, or that no seal covers.
     """
     positions, digests = array("q"), bytearray()
     select_events = storage.SELECT_EVENTS.replace("audit_logs", partition)

@@ -22,7 +22,7 @@ from tiger_db.errors import InvalidValue
 
 DIGEST_BYTES = 32  # size of a SHA-256 digest
 NO_PREVIOUS_DIGEST = "0" * 64  # value of the field `previous` in the first seal
-# Each range is a pair of the first and the last position, both included.
+# Each range of positions is a pair: the first position and the last position of the range.
 PositionRanges: TypeAlias = tuple[tuple[int, int], ...]
 
 
@@ -31,14 +31,14 @@ def digest_of(content: str) -> bytes:
 
 
 def split_digests(digests: bytes | bytearray) -> Iterator[bytes]:
-    """Split concatenated digests."""
+    """Yield each digest from a concatenation of digests."""
     for start in range(0, len(digests), DIGEST_BYTES):
         yield bytes(digests[start : start + DIGEST_BYTES])
 
 
 def merkle_root(leaves: Iterable[tuple[int, bytes]]) -> bytes:
     """Compute the Merkle root of leaves: pairs of a position and a digest."""
-    stack: list[tuple[int, bytes]] = []  # number of leaves and root of each complete subtree
+    stack: list[tuple[int, bytes]] = []  # leaf count and root of each complete subtree
     for position, digest in leaves:
         size = 1
         root = hashlib.sha256(b"\0" + position.to_bytes(8, "big", signed=True) + digest).digest()
@@ -59,7 +59,7 @@ def _node(left: bytes, right: bytes) -> bytes:
 
 
 def ranges_of(positions: Iterable[int]) -> PositionRanges:
-    """Combine ascending positions into ranges."""
+    """Return the ranges that contain exactly the given ascending positions."""
     ranges: list[list[int]] = []
     for position in positions:
         if ranges and ranges[-1][1] == position - 1:
@@ -84,8 +84,9 @@ class SealPayload:
     All events that are still unsealed after this seal were written after the time `closed_at`. If
     `closed_at` is None, unsealed events may be older than this seal.
 
-    `retired`: the retired month, such as `2025-01`, whose events at `positions` were removed. A
-    seal that records a retired month covers no new events. Times are UTC, by the database's clock.
+    `retired` is the retired month, such as `2025-01`, whose events at `positions` were removed. A
+    seal that records a retired month covers no new events. All times are in UTC, and are from the
+    database's clock.
     """
 
     version: int = 1
@@ -105,7 +106,7 @@ class SealPayload:
         return sum(last - first + 1 for first, last in self.positions)
 
     def to_json(self) -> str:
-        """Return the payload as JSON, in the form that the signature covers."""
+        """Return the payload as JSON, in the exact form that is signed."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         present = {name: value for name, value in fields.items() if value is not None}
         return json.dumps(present, separators=(",", ":"))
@@ -137,10 +138,10 @@ class Seal:
         return False
 
     def payload(self) -> SealPayload:
-        """Parse the payload.
+        """Return the parsed payload of the seal.
 
         Raises:
-            InvalidValue: The payload is not valid, or has a version that is not supported.
+            InvalidValue: The payload of the seal is not valid, or has an unsupported version.
         """
         try:
             payload = _PAYLOAD.validate_json(self.payload_json, strict=True)
@@ -158,7 +159,7 @@ class Seal:
 
 
 def make_seal(key: Ed25519PrivateKey, payload: SealPayload, digests: bytes) -> Seal:
-    """Sign a payload."""
+    """Sign a payload, and return the seal."""
     payload_json = payload.to_json()
     return Seal(payload_json, key.sign(payload_json.encode()), digests)
 
@@ -175,7 +176,7 @@ def seal_from_json(fields: object) -> Seal:
     """Decode a seal from the output of `seal_to_json`, in which `digests` may be missing.
 
     Raises:
-        InvalidValue: The fields do not encode a valid seal.
+        InvalidValue: The argument `fields` does not encode a valid seal.
     """
     try:
         assert isinstance(fields, dict)

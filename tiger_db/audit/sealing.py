@@ -50,7 +50,8 @@ async def seal(
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.
-        DatabaseUnavailable: The connection to the database was lost. Committed seals remain.
+        DatabaseUnavailable: The connection to the database was lost. Seals that were committed
+            before the loss stay in the database.
     """
     key = await required_key(database)
     rows = seals = 0
@@ -74,7 +75,7 @@ async def seal(
 async def seal_next(
     connection: Connection, key: Ed25519PrivateKey, upto: int, closed_at: str | None
 ) -> int | None:
-    """Make one seal, which covers unsealed events up to the position `upto`.
+    """Create one seal, which covers unsealed events up to the position `upto`.
 
     Return the number of covered events, or None if all events up to `upto` are sealed.
     """
@@ -88,7 +89,7 @@ async def seal_next(
             return None
         if len(found) == EVENTS_PER_SEAL:
             upto, closed_at = found[-1]["position"], None
-        # Each position is assigned once, so a second event at the same position is forged.
+        # PostgreSQL assigns each position once, so a second event at the same position is forged.
         contents = {row["position"]: row["content"] for row in reversed(found)}
         positions = sorted(contents)
         digests = b"".join(digest_of(contents[position]) for position in positions)

@@ -19,14 +19,14 @@ from tiger_db.models.columns import is_native_enum
 from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-Event: TypeAlias = tuple[int, str]  # position and content of an event
+Event: TypeAlias = tuple[int, str]  # pair of an event's position and content
 _EVENTS_PER_QUERY = 20_000  # approximate number of events that the server sorts at once
 _PREFETCHED_SEALS, _PREFETCHED_EVENTS = 50, 1000
-_MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of a bigint
+_MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of PostgreSQL's type bigint
 _ID = re.compile(r'{"id":"([^"]+)"')
 
-# Columns in the content of an event, in order. New columns must be appended at the end, so that
-# older events, in which new columns are NULL, keep their content and digest.
+# The content of an event has these columns in this order. New columns must be appended at the end,
+# so that older events, in which new columns are NULL, keep their content and digest.
 CONTENT_COLUMNS = (
     "id", "created_at", "action", "result", "severity", "resource_type", "resource_id", "user_id",
     "user_type", "session_id", "ip_address", "user_agent", "request_method", "request_path",
@@ -46,7 +46,7 @@ def _member(name: str) -> str:
     because to_json() of an enum would use a cast from the enum to json.
     """
     value = f"pg_catalog.to_json({name})::text"
-    if name == "created_at":  # in UTC, independent of the session's time zone
+    if name == "created_at":  # the time is printed in UTC, whatever the session's time zone is
         utc = f"pg_catalog.to_json({name} AT TIME ZONE 'UTC')"
         value = f"""'"' || ({utc} #>> '{{}}'::text[]) || 'Z"'"""
     elif is_native_enum(AuditLog.__table__.c[name].type):  # type: ignore[attr-defined]  # SQLAlchemy's
@@ -54,14 +54,16 @@ def _member(name: str) -> str:
     return f"""'{"{" if name == "id" else ","}"{name}":' || {value}"""
 
 
-# SQL expression of an event's content. The SQL function concat() omits members that are NULL.
+# This SQL expression returns the content of an event. The SQL function concat() omits members that
+# are NULL.
 CONTENT = f"pg_catalog.concat({', '.join(map(_member, CONTENT_COLUMNS))}, '}}')"
 SELECT_EVENTS = f"""
 SELECT position, {CONTENT} AS content FROM audit_logs
 WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 """  # noqa: S608  # names of columns
-# A transaction that reads events takes this table lock before its snapshot. Otherwise, an event
-# that `maintain` moves to another partition could be invisible in both partitions.
+# A transaction that reads events takes this table lock before the transaction's snapshot.
+# Otherwise, an event that `maintain` moves to another partition could be invisible in both
+# partitions.
 LOCK_EVENTS = "LOCK TABLE audit_logs IN ACCESS SHARE MODE"
 # This advisory lock ensures that one transaction at a time seals, retires or moves events.
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
@@ -82,7 +84,7 @@ _SELECT_LAST_POSITION = (
 
 
 class ChainEnd(NamedTuple):
-    """The newest seal: number, digest of the payload, and last covered position."""
+    """The number of the newest seal, the digest of its payload, and the last sealed position."""
 
     number: int
     payload_digest: str
@@ -94,7 +96,7 @@ async def open_connection(database: Database) -> AsyncIterator[Connection]:
     """Open a database connection without a statement timeout.
 
     Raises:
-        DatabaseUnavailable: The database cannot be reached, or the connection was lost.
+        DatabaseUnavailable: The database cannot be reached, or the connection to it was lost.
         SchemaMismatch: The schema does not fit this release. See `Database.check`.
     """
     await database.check()

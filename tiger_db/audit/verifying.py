@@ -27,14 +27,14 @@ from tiger_db.errors import ConfigurationError, InvalidValue
 _REPORTED_FINDINGS = 1000
 _REMEMBERED_EVENTS = 100_000  # maximum number of mismatches that are kept in memory
 _PROGRESS_POSITIONS = 1000  # number of positions between two calls of `advance`
-# If the database's clock is set back by at most this tolerance, no false finding is reported.
+# Setting the database's clock back by at most this tolerance causes no false finding.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
-# Slice of an event's content that contains `created_at` without fractions of a second.
+# This slice of an event's content is the value of `created_at` without fractions of a second.
 _CREATED_AT = slice(59, 78)
 _SELECT_RETIREMENTS = """
 SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
 """
-Advance = Callable[[int, int], None]  # takes the finished and the total positions (or bytes)
+Advance = Callable[[int, int], None]  # takes the finished and total number of positions or bytes
 
 
 class FindingKind(StrEnum):
@@ -53,8 +53,8 @@ class AuditFinding:
 
     kind: FindingKind
     message: str
-    seal: int | None = None  # number of the seal
-    position: int | None = None  # position of the event
+    seal: int | None = None  # number of the seal that the finding is about
+    position: int | None = None  # position of the event that the finding is about
     event_id: str | None = None
 
 
@@ -62,12 +62,12 @@ class AuditFinding:
 class Verification:
     """Result of a verification of the audit trail."""
 
-    seals: int = 0  # number of seals
+    seals: int = 0  # number of seals that the verification read
     rows: int = 0  # number of events that match their seals
     retired: int = 0  # number of events in retired months
     unsealed: int = 0  # number of events that no seal covers
-    count: int = 0  # number of all findings
-    # The first 1,000 findings, in the order of positions.
+    count: int = 0  # number of findings, including those that are not in `findings`
+    # `findings` has the first 1,000 findings, in the order of positions.
     findings: list[AuditFinding] = field(default_factory=list)
 
     @property
@@ -119,9 +119,9 @@ async def verify_export(
 
     Raises:
         ConfigurationError: No public key is given.
-        InvalidValue: The file is not an export in JSON Lines; or the export has no seal, and no
+        InvalidValue: The file is not an export in JSON Lines, or the export has no seal and no
             checkpoint is given.
-        OSError: The export cannot be read.
+        OSError: The file of the export cannot be read.
     """
     verifier = TrailVerifier(keys, checkpoint)
 
@@ -145,16 +145,16 @@ async def verify_export(
 
 @dataclass(slots=True)
 class _Mismatch:
-    """A position whose event is not the sealed event, or is missing (`found` is None)."""
+    """A position whose event is not the sealed event, or is missing if `found` is None."""
 
-    seal: int  # number of the seal that covers the position; 0: no seal
+    seal: int  # number of the seal that covers the position, or 0 if no seal does
     expected: bytes | None = None
     found: bytes | None = None
     event_id: str | None = None
 
 
 class TrailVerifier:
-    """State machine that compares seals with events.
+    """An unfinished verification, which compares the added seals with the added events.
 
     Add the seals in the order of their numbers. After each seal, add the events that the seal
     covers, in the order of positions. Set `database_time` before the first seal is added: if the
@@ -174,21 +174,21 @@ class TrailVerifier:
         self._checkpoint = checkpoint
         self._checkpoint_seen = checkpoint is None
         self._report = Verification()
-        self._findings: list[tuple[int, AuditFinding]] = []  # findings with positions as sort keys
+        self._findings: list[tuple[int, AuditFinding]] = []  # findings with sort keys
         self._retired: PositionRanges = ()
-        # State of the last added seal.
+        # The following attributes describe the last added seal.
         self._number = 0
         self._payload_digest = NO_PREVIOUS_DIGEST
         self._is_unreadable = False
-        self._upto = 0  # highest position that a seal covers
+        self._upto = 0  # highest position that an added seal covers
         self._missing_upto = -(2**63) - 1  # highest position that a missing seal may cover
-        # Lower bounds of `created_at`, to the second: for events of the last added seal, and for
-        # events of later seals.
+        # The next two attributes are lower bounds of `created_at`, to the second, for events of the
+        # last added seal and for events of later seals.
         self._created_after = ""
         self._next_created_after = ""
-        # Events by position.
-        self._expected: dict[int, bytes] = {}  # digests of sealed events that were not added yet
-        self._last_found = 0  # highest position whose event was expected and added
+        # The following attributes describe events, with positions as keys.
+        self._expected: dict[int, bytes] = {}  # digests of sealed events that are not added yet
+        self._last_found = 0  # highest position at which a sealed event was added
         self._mismatches: dict[int, _Mismatch] = {}
         self._unexpected: list[tuple[int, _Mismatch]] = []
         self._backdated: list[tuple[int, _Mismatch]] = []
@@ -236,7 +236,7 @@ class TrailVerifier:
             self._drop_retired(payload)
         self._upto = max(self._upto, payload.upto)
         if payload.sealed_at[:19] < self._created_after:
-            self._created_after = ""  # the database's clock was set back
+            self._created_after = ""  # the database's clock was set back, so times prove nothing
         self._next_created_after = _lower_bound(payload.closed_at) or self._created_after
 
     def _verify_link(self, payload: SealPayload) -> None:
@@ -289,7 +289,7 @@ class TrailVerifier:
             else:
                 self._mismatches[position] = _Mismatch(self._number, expected, digest, event_id)
         elif (other := self._mismatches.get(position)) is not None and other.expected == digest:
-            # Two events have this position, and the second one is the sealed event.
+            # Two events have the same position, and the second of these events is the sealed event.
             self._report.rows += 1
             del self._mismatches[position]
             unexpected = _Mismatch(self._number, found=other.found, event_id=other.event_id)
@@ -300,7 +300,7 @@ class TrailVerifier:
     def _add_unsealed(self, position: int, content: str, digest: bytes) -> None:
         self._report.unsealed += 1
         event_id = storage.event_id_in(content)
-        if self._mismatches or self._expected:  # a sealed event may have moved here
+        if self._mismatches or self._expected:  # a sealed event may have moved to `position`
             self._remember(position, _Mismatch(0, found=digest, event_id=event_id))
         if content[_CREATED_AT] < self._next_created_after <= self.database_time:
             self._backdated.append((position, _Mismatch(self._number + 1, event_id=event_id)))

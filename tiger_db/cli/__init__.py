@@ -1,6 +1,6 @@
 """Command line `tiger-db`.
 
-Functions import slow modules themselves, so that `tiger-db --help` is fast.
+Slow modules are imported inside functions, so that `tiger-db --help` is fast.
 """
 
 import io
@@ -72,14 +72,14 @@ def _options(
 
 
 def main() -> None:
-    """Run the command in `sys.argv`, and exit. Print errors without a traceback."""
+    """Run the command in `sys.argv`, then exit the process. Print errors without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # the terminal may lack a character
+            stream.reconfigure(errors="backslashreplace")  # some terminals lack characters
     code = _run()
     try:
         sys.stdout.flush()
-    except OSError:  # `_run` reported the error; dup2 stops Python from reporting it again
+    except OSError:  # dup2() stops Python from reporting the OSError again after `_run`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 

@@ -124,7 +124,7 @@ def create_account(
 def _read_private_key(
     value: str | None, file: str | None, *, production: bool
 ) -> "dict[str, str | tiger_db.PrivateKeyFormat]":
-    """Read a private key. A key that is not RSA is an error in production, else a warning."""
+    """Read a private key. A key that is not RSA causes an error in production, else a warning."""
     key = options.read_required_secret("private-key", value, file)
     try:
         key, key_format = tiger_db.tiger.parse_private_key(key)

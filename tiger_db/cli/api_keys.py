@@ -141,7 +141,7 @@ def list_api_keys(
 
 
 def _status(key: "tiger_db.APIKey") -> str:
-    """Return the status of an API key. An expired key may still be stored as active."""
+    """Return the current status of an API key. An expired key may be stored as active."""
     active = tiger_db.APIKeyStatus.ACTIVE
     return "expired" if key.status == active and key.is_expired else key.status.value
 

@@ -225,7 +225,7 @@ def export_events(
 
     with output.open_output(
         out, overwrite=overwrite
-    ) as file:  # opening a named pipe blocks until a program reads the pipe
+    ) as file:  # open_output() of a named pipe waits for a reader of the pipe
         runtime.with_database(lambda database: export(database, file))
     output.print_message(f"exported {output.count_of(count, 'event')}")
 
@@ -288,7 +288,7 @@ def _parse_details(text: str | None) -> dict[str, Any] | None:
 def _parse_actions(names: Sequence[str]) -> Sequence[str]:
     """Check the form of actions and families, and print a warning if one may be misspelt.
 
-    Applications and newer releases can have recorded other actions than `AuditAction` has.
+    Applications and newer releases of tiger_db can record actions that `AuditAction` does not have.
     """
     known = {*tiger_db.AuditAction, *(action.family for action in tiger_db.AuditAction)}
     for name in names:

@@ -238,7 +238,7 @@ def stop_embedded() -> None:
 
 
 def _start(config: "tiger_db.Settings") -> None:
-    folder = tiger_db.embedded.home_folder(config)  # ConfigurationError in production
+    folder = tiger_db.embedded.home_folder(config)  # raises ConfigurationError in production
     if tiger_db.embedded.running(config):
         output.print_message(f"the embedded PostgreSQL in {folder} is running")
         return
@@ -249,10 +249,11 @@ def _start(config: "tiger_db.Settings") -> None:
 
 
 async def _create_database(config: "tiger_db.Settings") -> bool:
-    """Create the database if it is missing, and return whether it was created.
+    """Create the database if the database is missing. Return True if this call created it.
 
     Raises:
-        DatabaseUnavailable: the server cannot be reached, or the user may not create databases.
+        DatabaseUnavailable: the database server cannot be reached, or the database user lacks the
+            privilege to create databases.
     """
     import asyncpg  # noqa: PLC0415  # slow import, not needed by `--help`
 
@@ -270,7 +271,7 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
         )
         await server.execute(statement)
     except (asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
-        return False  # another `init` has created the database
+        return False  # another process of `init` created the database first
     except asyncpg.InsufficientPrivilegeError:
         raise DatabaseUnavailable(
             f"{config.location} does not exist, and this user may not create databases: ask an"

@@ -14,7 +14,7 @@ from tiger_db.cli.output import print_warning
 from tiger_db.errors import InvalidValue
 
 S = TypeVar("S", bound=StrEnum)
-DEFAULT_PAGE_SIZE = 50  # equal to crud.pagination.DEFAULT_PAGE_SIZE, whose import is slow
+DEFAULT_PAGE_SIZE = 50  # copy of crud.pagination.DEFAULT_PAGE_SIZE, whose import is slow
 
 AccountArgument = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Account number or id.")]
 AccountOption = Annotated[str | None, typer.Option(help="Number or id of an account.")]
@@ -58,7 +58,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing f
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 _MAX_DURATION = timedelta(days=36525)
-_MAX_SECRET_LENGTH = 1_000_000  # characters
+_MAX_SECRET_LENGTH = 1_000_000  # maximum number of characters of a secret
 _LINE_END_LENGTH = 2  # number of characters in CR LF, the longest line end
 # Linux truncates a longer line that is typed at a terminal.
 _MAX_TERMINAL_LINE_BYTES = 4095
@@ -70,7 +70,7 @@ def parse_member(enum: type[S], value: str | None) -> S | None:
 
 
 def parse_members(enum: type[S], text: str | None, option: str) -> list[S]:
-    """Parse values of an enum, separated by commas. Raise BadParameter for an unknown value."""
+    """Parse a comma-separated list of enum values. Raise BadParameter for an unknown value."""
     try:
         return [enum(word) for word in split_words(text)]
     except ValueError:
@@ -83,7 +83,7 @@ def split_words(text: str | None) -> list[str]:
 
 
 def parse_time(text: str, option: str) -> datetime:
-    """Parse a time with a time zone, and return the time in UTC. Raise BadParameter otherwise."""
+    """Return a time with a time zone in UTC. Raise BadParameter for any other text."""
     try:
         found = datetime.fromisoformat(text)
         if found.tzinfo is not None:
@@ -127,14 +127,14 @@ def parse_expiry(expires_in: str | None, expires_at: str | None) -> datetime | N
 
 
 def new_key_id() -> str:
-    """Return a key id of today's date and random digits, which make the id unique."""
+    """Return a new unique key id, which consists of today's date and random digits."""
     import secrets  # noqa: PLC0415  # slow import, not needed by `--help`
 
     return f"{datetime.now(UTC):%Y-%m-%d}-{secrets.token_hex(2)}"
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask a question at the terminal unless `yes` is set. Abort the command if the answer is no."""
+    """Ask a yes-or-no question at the terminal unless `yes` is True. If the answer is no, abort."""
     if yes:
         return
     if not _at_terminal():
@@ -145,10 +145,11 @@ def confirm(question: str, *, yes: bool) -> None:
 def read_secret(name: str, value: str | None, file: str | None) -> str | None:
     """Read a secret from a file, from standard input (`-`), or from the command line.
 
-    A secret on the command line causes a warning. Returns None if `value` and `file` are None.
+    A secret on the command line causes a warning. The result is None if neither `value` nor `file`
+    is given.
 
     Raises:
-        BadParameter: both `value` and `file` are given.
+        BadParameter: both arguments, `value` and `file`, are given.
         InvalidValue: the secret is empty, too long, or not text.
     """
     if value is not None and file is not None:
@@ -198,13 +199,13 @@ def _at_terminal() -> bool:
 
 
 def _read_hidden(name: str) -> str:
-    """Ask for a secret at the terminal, without echo.
+    """Ask for a secret at the terminal, which does not show the typed secret.
 
     All lines of a pasted PEM are read. `getpass` would read only the first line, and the shell
     would execute the other lines.
 
     Raises:
-        InvalidValue: a line is so long that the terminal may have truncated the line.
+        InvalidValue: a typed line is so long that the terminal may have truncated the line.
     """
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)

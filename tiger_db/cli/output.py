@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 E_ = TypeVar("E_", bound="Entity")
 _DAY = timedelta(days=1)
-_COLUMN_GAP = 2  # characters
-_MAX_CHART_WIDTH = 100  # characters
-_UNLIMITED_WIDTH = 10_000  # characters; prevents wrapping if there is no terminal
+_COLUMN_GAP = 2  # number of spaces between two columns of a table
+_MAX_CHART_WIDTH = 100  # maximum number of characters in a line of a chart
+_UNLIMITED_WIDTH = 10_000  # number of characters that prevents line wrapping without a terminal
 
 
 def print_message(message: str) -> None:
-    """Print a message to stderr, in one line."""
+    """Print a message to stderr as one line."""
     sys.stderr.write(_escape(" ".join(message.split())) + "\n")
 
 
@@ -45,7 +45,8 @@ def print_warning(message: str) -> None:
 def progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Show a progress bar if stderr is a terminal.
 
-    Yields a function that takes the keyword arguments of `rich.progress.Progress.update`.
+    The context manager yields a function that has the keyword arguments of
+    `rich.progress.Progress.update`.
     """
     from rich.progress import Progress  # noqa: PLC0415  # slow import, not needed by `--help`
 
@@ -121,7 +122,7 @@ def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> Non
     columns = [column for column in zip(headings, *cells, strict=True) if any(column[1:])]
     console, table = _console(), _table()
     for (heading, *_), width in zip(columns, _widths(columns, console.width), strict=True):
-        # The first column is not wrapped, because users copy its values into other commands.
+        # The table does not wrap the first column, whose values users copy into other commands.
         rigid = width is None and heading == columns[0][0]
         table.add_column(heading, width=width, no_wrap=rigid, overflow="fold")
     for row in list(zip(*columns, strict=True))[1:]:
@@ -135,7 +136,7 @@ def show_line(row: Iterable[object]) -> None:
 
 
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
-    """Return column widths that break no word. Without enough space, all are None."""
+    """Return column widths that break no word, or None for each column if space is lacking."""
     least = [max(map(cell_len, " ".join(column).split())) for column in columns]
     room = width - sum(least) - _COLUMN_GAP * (len(least) - 1)
     if room < 0:
@@ -166,7 +167,8 @@ def show_bars(counts: Mapping[str, int]) -> None:
     room -= max(map(len, counts)) + len(f"{greatest:,}")
     table = _table(show_header=False)
     for name, count in counts.items():
-        # A bar may end in a partial block: U+2588 is a full block, U+258F is one eighth.
+        # The last character of a bar may be a partial block. U+2588 is a full block, and U+258F is
+        # an eighth of a block.
         eighths = round(count / greatest * max(room, 1) * 8)
         part = chr(0x2590 - eighths % 8) if eighths % 8 else ""
         table.add_row(name, "\u2588" * (eighths // 8) + part, f"{count:,}")
@@ -176,7 +178,7 @@ def show_bars(counts: Mapping[str, int]) -> None:
 def count_by_period(
     hours: Mapping[datetime, int], since: datetime, until: datetime
 ) -> dict[str, int]:
-    """Add up counts by hour if the period is at most two days, else by day. Gaps get 0."""
+    """Return counts by hour for a period of at most two days, else by day, including zeros."""
     by_hour = until - since <= 2 * _DAY
     step, form = (timedelta(hours=1), "%m-%d %H:00") if by_hour else (_DAY, "%Y-%m-%d")
     time = since.replace(minute=0, second=0, microsecond=0)
@@ -201,7 +203,7 @@ def _console() -> Console:
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _format(value: object) -> str:  # noqa: PLR0911  # one return for each type
+def _format(value: object) -> str:  # noqa: PLR0911  # one return statement for each type
     match value:
         case None:
             return ""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
 T = TypeVar("T")
-# The value of --actor; None: the user of the operating system.
+# `actor_name` is the value of --actor, or None for the user of the operating system.
 actor_name: ContextVar[str | None] = ContextVar("actor_name", default=None)
 
 
@@ -25,7 +25,7 @@ def settings() -> "tiger_db.Settings":
     """Read the settings from the environment. If DB_DEBUG is set, log SQL statements to stderr."""
     found = tiger_db.Settings()
     logger = logging.getLogger("sqlalchemy.engine.Engine")
-    if found.db_debug and not logger.handlers:  # SQLAlchemy's own handler writes to stdout
+    if found.db_debug and not logger.handlers:  # SQLAlchemy's log handler would write to stdout
         logger.addHandler(logging.StreamHandler())
     return found
 
@@ -38,7 +38,7 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
-    """Run an async function with an open Database, as the actor of --actor."""
+    """Run an async function with an open Database, and with the actor that --actor names."""
 
     async def run() -> T:
         actor = tiger_db.Actor(user_id=actor_name.get() or _system_user(), user_type="cli")
@@ -50,16 +50,16 @@ def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
 
 
 def _system_user() -> str:
-    """Return the name of the process's user, or its number. The environment cannot change it."""
+    """Return the name or number of the process's user, independent of environment variables."""
     number = os.getuid()
     try:
         return pwd.getpwuid(number).pw_name
-    except KeyError:  # containers may run as any number
+    except KeyError:  # a container may run as a user number without a name
         return str(number)
 
 
 def in_transaction(work: "Callable[[AsyncSession], Awaitable[T]]") -> T:
-    """Run an async function in a session, and commit the transaction."""
+    """Run an async function in a database session, and commit the session's transaction."""
 
     async def run(database: "tiger_db.Database") -> T:
         async with database.session() as session:
@@ -82,7 +82,7 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
     if key is None and (key_id := parse_uuid(prefix_or_id)):
         key = await tiger_db.crud.api_keys.get(session, key_id)
     if key is None:
-        # The message omits `prefix_or_id`, because users may pass a whole API key.
+        # The error message omits `prefix_or_id`, because a user may pass a whole API key.
         raise NotFound("there is no API key with this prefix or id")
     return key
 
@@ -112,7 +112,7 @@ def parse_uuid(text: str) -> UUID | None:
 
 
 def describe_error(error: Exception) -> str:
-    """Describe an error in one line. Omit the text of an unexpected error."""
+    """Describe an error in one line, without the message of an unexpected error."""
     from pydantic import ValidationError  # noqa: PLC0415  # slow import, not needed by `--help`
 
     from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # slow import, not needed by `--help`
@@ -128,7 +128,7 @@ def describe_error(error: Exception) -> str:
     if os.environ.get("DB_DEBUG", "").lower() in ("1", "true", "yes", "on"):
         sys.stderr.writelines(
             traceback.format_tb(error.__traceback__)
-        )  # the traceback has source lines, but no values
+        )  # the printed traceback has source lines, but no values of variables
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"unexpected {type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}:"  # noqa: PTH119  # a file name

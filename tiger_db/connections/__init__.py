@@ -23,7 +23,7 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTi
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type
 
-# Errors after which a connection to the next host may succeed.
+# After one of these errors, a connection to the next host may succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
 _CONNECT_ERRORS = (*_HOST_ERRORS, ValueError, asyncpg.PostgresError)
 
@@ -32,7 +32,7 @@ async def connect_args(settings: Settings) -> ConnectArgs:
     """Return arguments for `asyncpg.connect`. Start the embedded server if the settings use it.
 
     Raises:
-        EmbeddedError: the embedded server cannot be started.
+        EmbeddedError: the embedded PostgreSQL server cannot be started.
     """
     if settings.embedded:
         from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
@@ -51,12 +51,12 @@ async def connect(
     """Open an asyncpg connection to the database of the settings, or to `database`.
 
     Hosts are tried in order until a host accepts writes. Each host may take `DB_CONNECT_TIMEOUT`.
-    With `replica`, only this replica is tried, and the replica must be a standby.
+    If `replica` is given, only this replica is tried, and the replica must be a standby.
 
     Raises:
-        ConfigurationError: a file in `DB_SSL_*` is missing or malformed.
-        DatabaseUnavailable: each host is unreachable or refuses the connection. The error message
-            names the servers and contains no credentials.
+        ConfigurationError: a file that a `DB_SSL_*` variable names is missing or malformed.
+        DatabaseUnavailable: every host is unreachable or refuses the connection. The error message
+            names the hosts and contains no credentials.
     """
     arguments = await connect_args(settings) if replica is None else settings.connect_args(replica)
     if database is not None:
@@ -75,8 +75,8 @@ async def connect_directly(
     """Open a connection that bypasses the pooler, for session state such as LISTEN.
 
     Raises:
-        ConfigurationError: `DB_DIRECT_HOST` is required but not set. See also `connect`.
-        DatabaseUnavailable: see `connect`.
+        ConfigurationError: `DB_DIRECT_HOST` is required but not set, or see `connect`.
+        DatabaseUnavailable: see the errors of `connect`.
     """
     return await connect(settings.without_pooler(), database=database)
 
@@ -107,7 +107,7 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         *args: object,
         **options: Any,  # noqa: ANN401  # asyncpg's
     ) -> Any:  # noqa: ANN401  # asyncpg's
-        """Execute a query. A BEGIN also resets `search_path`, in the same round trip."""
+        """Execute a query. If the query is BEGIN, reset `search_path` in the same round trip."""
         if query.startswith("BEGIN") and not args:
             query = f"{query.rstrip(';')}; SET LOCAL search_path TO DEFAULT"
         return await super().execute(query, *args, **options)
@@ -133,14 +133,14 @@ def create_engine(
 ) -> AsyncEngine:
     """Create an engine for the database of the settings, or for one of its replicas.
 
-    The engine raises errors of `tiger_db.errors` if the cause is the connection, a timeout or
-    another transaction.
+    The engine raises errors of `tiger_db.errors` if a connection failed, a timeout expired, or
+    another transaction caused the failure.
     """
     engine = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
             "async_creator_fn": lambda **_: connect(settings, replica=replica),
-            # A pooler may use a session without the prepared statement for the next transaction.
+            # A pooler may run the next transaction in a session that lacks the prepared statement.
             **({"prepared_statement_cache_size": 0} if settings.uses_pooler else {}),
         },
         execution_options={SCHEMA_OPTION: settings.db_schema},
@@ -153,7 +153,7 @@ def create_engine(
     def _raise_typed(context: ExceptionContext) -> None:
         error = context.original_exception
         if not isinstance(error, Exception):
-            return  # such as CancelledError: the server is not lost
+            return  # for example, a CancelledError does not mean that the server is lost
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
@@ -164,10 +164,10 @@ def create_engine(
             error.__cause__, asyncpg.InternalClientError
         )
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
-            # A former primary counts as lost, so that the pool closes all connections to it.
+            # This makes the pool close all connections to a server that is no longer the primary.
             context.is_disconnect = True
             why = reason(error)
-            # Behind a pooler, asyncpg's command_timeout limits statements.
+            # With a pooler, asyncpg's command_timeout limits the duration of statements.
             if isinstance(error, TimeoutError) and settings.uses_pooler:
                 why = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
             location = replica or settings.location
@@ -192,7 +192,7 @@ def _hide_values(context: ExceptionContext) -> None:
 
 
 def _check_open(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
-    # A ping to the server is not needed: asyncpg detects closed connections without a round trip.
+    # asyncpg detects a closed connection without a query, so a query to the server is not needed.
     if connection.driver_connection.is_closed():
         raise DisconnectionError("the server closed the connection")
 
@@ -202,7 +202,7 @@ async def maintenance_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
     """Open an engine that bypasses the pooler and has no time limits, for migrations and checks.
 
     Raises:
-        ConfigurationError: see `connect_directly`.
+        ConfigurationError: see the errors of `connect_directly`.
     """
     unlimited = {
         "db_query_timeout": 0,

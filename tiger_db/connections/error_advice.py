@@ -1,4 +1,4 @@
-"""Explanations of errors for people: the reason, and advice."""
+"""Explanations of database errors for users, with reasons and advice."""
 
 import ssl
 
@@ -9,7 +9,7 @@ from tiger_db.errors import DatabaseUnavailable, TigerDBError
 
 
 def reason(error: BaseException) -> str:
-    """Return why a connection failed or was lost, as one line without credentials."""
+    """Return the reason why a connection failed or was lost, in one line without credentials."""
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return "the server accepts no writes"
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -36,10 +36,10 @@ def explain(error: Exception) -> str | None:
     return f"{text}: {error.filename}" if error.filename else text
 
 
-def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one return per cause
+def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one return for each cause
     match cause:
         case asyncpg.InvalidCatalogNameError():
-            return None  # the message of this error contains advice already
+            return None  # the error message already contains advice
         case asyncpg.InvalidAuthorizationSpecificationError() if "certificate" in str(cause):
             return "check DB_USER, DB_SSL_CERT and DB_SSL_KEY"
         case asyncpg.InvalidAuthorizationSpecificationError() if "encryption" in str(cause):
@@ -54,7 +54,7 @@ def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one 
             return "check DB_SSL_MODE, DB_SSL_CA, DB_SSL_CERT and DB_SSL_KEY"
         case _ if _lacks_tls(cause):
             return "enable TLS on the server, or check DB_SSL_MODE"
-        case OSError():  # TimeoutError is an OSError
+        case OSError():  # TimeoutError is a subclass of OSError
             return "is the server running? Check DATABASE_URL, or DB_HOST and DB_PORT"
     return None
 

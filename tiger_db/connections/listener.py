@@ -1,4 +1,4 @@
-"""LISTEN on a direct connection, with automatic reconnection."""
+"""Connections that LISTEN for notifications of PostgreSQL, with automatic reconnection."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-# Callback that gets the payload of a notification, or None if notifications may have been missed.
+# The callback gets the payload of a notification, or None if notifications may have been missed.
 OnNotification: TypeAlias = Callable[[str | None], None]
 RECONNECT_PAUSE_SECONDS = 0.1
 _logger = logging.getLogger("tiger_db")
@@ -27,8 +27,9 @@ async def open_listener(
     """Open a direct connection that listens on a channel of `DB_SCHEMA`.
 
     Raises:
-        ConfigurationError, DatabaseUnavailable: see `connect_directly`.
-        TigerDBError: asyncpg raised an error in the body of the `with`: see `raw_errors`.
+        ConfigurationError, DatabaseUnavailable: see the errors of `connect_directly`.
+        TigerDBError: asyncpg raised an error in the body of the `with` statement. See
+            `raw_errors`.
     """
     with raw_errors():
         connection = await connect_directly(settings)
@@ -50,7 +51,7 @@ async def listen(
     on_notification: OnNotification,
     watch: Callable[[Connection], Awaitable[None]] | None = None,
 ) -> None:
-    """Listen on a channel until the task is cancelled. Replace a lost connection.
+    """Listen on a channel until the task is cancelled. A lost connection is replaced.
 
     `watch` is called with each new connection, and awaited. If `watch` raises an error, the
     connection is replaced. Only the first failure after a successful connection is logged, as a
@@ -62,7 +63,7 @@ async def listen(
             async with open_listener(settings, channel, on_notification) as connection:
                 failing = False
                 await (watch or _until_closed)(connection)
-        except TigerDBError as error:  # also EmbeddedError: the server did not start
+        except TigerDBError as error:  # EmbeddedError too, if the embedded server did not start
             if not failing:
                 _logger.warning("LISTEN on the channel %s failed: %s", channel, error)
             failing = True

@@ -1,4 +1,4 @@
-"""Readonly sessions on replicas whose lag is bounded."""
+"""Readonly sessions on replicas that lag behind the primary by at most a given time."""
 
 import asyncio
 import math
@@ -19,21 +19,21 @@ from tiger_db.errors import TigerDBError
 from tiger_db.out_of_band import OutOfBandWriter
 
 S = TypeVar("S", bound=AsyncSession)
-_RETRY_PAUSE_SECONDS = 5.0  # time until a failed replica is tried again
+_RETRY_PAUSE_SECONDS = 5.0  # time until a failed replica is tried again, in seconds
 _MAX_LSN_SAMPLES = 8
 # A commit is visible to other sessions only after the WAL of the commit is flushed.
 _PRIMARY_LSN = "SELECT CAST(pg_current_wal_flush_lsn() AS text)"
 _HAS_REPLAYED = text(
     "SELECT pg_is_in_recovery() AND pg_last_wal_replay_lsn() >= CAST(CAST(:lsn AS text) AS pg_lsn)"
 )
-_Sample = tuple[float, str]  # monotonic time in seconds, and the LSN of the primary
+_Sample = tuple[float, str]  # monotonic time in seconds, and LSN of the primary at that time
 
 
 @dataclass(slots=True)
 class _Replica:
     engine: AsyncEngine
-    failed_until: float = 0.0  # monotonic time in seconds; 0 if the last attempt succeeded
-    replayed: _Sample = (-math.inf, "")  # the newest sample that this replica has replayed
+    failed_until: float = 0.0  # monotonic time in seconds, or 0 after a success
+    replayed: _Sample = (-math.inf, "")  # newest LSN sample that this replica has replayed
 
 
 class Replicas:
@@ -42,14 +42,15 @@ class Replicas:
     Staleness is measured by LSN, because a replica cannot measure its own lag: a replica without a
     connection to the primary has replayed all WAL that was received. While replicas are used, the
     LSN of the primary is sampled up to twice per `max_lag`. A replica is fresh if the replica has
-    replayed a sampled LSN that is at most `max_lag` old. Times are from this machine's monotonic
-    clock. While the primary is unavailable, replicas are used until all samples are too old.
+    replayed a sampled LSN that is at most `max_lag` old. All times are from this machine's
+    monotonic clock. While the primary is unavailable, replicas are used until all samples are too
+    old.
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:
         self._replicas = [_Replica(engine) for engine in engines]
         self._primary = primary
-        # A replica is compared with the oldest sample within `max_lag`, because replay takes time.
+        # Replay takes time, so a replica is compared with the oldest sample within `max_lag`.
         self._samples: deque[_Sample] = deque(maxlen=_MAX_LSN_SAMPLES)
         self._sampling = asyncio.Lock()
 
@@ -62,18 +63,18 @@ class Replicas:
     ) -> S | None:
         """Return a session on a replica that has replayed all commits older than `max_lag`.
 
-        Return None if no replica is available and fresh.
+        The result is None if no replica is both available and fresh.
         """
         if not self._replicas:
             return None
         await self._sample_primary(max_lag.total_seconds())
         oldest = time.monotonic() - max_lag.total_seconds()
-        for replica in random.sample(self._replicas, len(self._replicas)):  # spreads the load
+        for replica in random.sample(self._replicas, len(self._replicas)):  # spreads sessions
             now = time.monotonic()
             samples = [s for s in (replica.replayed, *self._samples) if s[0] >= oldest]
             if not samples or now < replica.failed_until:
                 continue
-            if replica.failed_until:  # other sessions skip this replica during the retry
+            if replica.failed_until:  # other sessions skip this replica while it is tried again
                 replica.failed_until = now + _RETRY_PAUSE_SECONDS
             session, fresh = make_session(replica.engine), False
             try:

@@ -1,4 +1,4 @@
-"""Log of slow queries, without the parameters of the queries."""
+"""Logging of slow queries, without the parameters of the queries."""
 
 import logging
 import time
@@ -12,14 +12,14 @@ from sqlalchemy.engine.interfaces import DBAPICursor
 
 from tiger_db.redaction import redact_known
 
-_MAX_LOGGED_CHARACTERS = 500  # of each query
+_MAX_LOGGED_CHARACTERS = 500  # maximum length of a query in the log
 _logger = logging.getLogger("tiger_db")
 
 
 def log_slow_queries_of_engine(engine: Engine, threshold_seconds: float) -> None:
     """Log each query of SQLAlchemy that takes at least `threshold_seconds`."""
 
-    # Listeners on connection events would be slower: SQLAlchemy does extra work for these events.
+    # A listener on connection events would be slower, because SQLAlchemy does extra work for them.
     @event.listens_for(engine, "do_execute")
     def _execute(
         cursor: DBAPICursor,
@@ -40,8 +40,8 @@ def log_slow_queries_of_connection(
 ) -> None:
     """Log each query that bypasses SQLAlchemy and takes at least `threshold_seconds`.
 
-    SQLAlchemy uses prepared statements, whose executions asyncpg does not report. So queries of
-    SQLAlchemy are not logged twice.
+    asyncpg does not report executions of prepared statements, which SQLAlchemy uses. Therefore,
+    queries of SQLAlchemy are not logged twice.
     """
 
     def log(query: LoggedQuery) -> None:

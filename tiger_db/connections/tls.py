@@ -1,4 +1,4 @@
-"""libpq-compatible sslmode on top of asyncpg."""
+"""TLS connections of asyncpg, with the same meaning of `sslmode` as in libpq."""
 
 import ssl
 from pathlib import Path
@@ -9,12 +9,12 @@ from tiger_db.errors import ConfigurationError
 from tiger_db.settings import ConnectArgs, Settings
 
 # If a CA file is set, libpq verifies the server's certificate even with the modes allow and prefer.
-# asyncpg does not verify the certificate in these modes, so two attempts with other asyncpg modes
-# replace each mode.
+# asyncpg does not verify the certificate in these modes, so each mode is replaced by two attempts
+# with other modes of asyncpg.
 _ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
-# Permission bits that a private key file must not have. Like in libpq, the group may read the file
-# if root owns the file.
+# The file of a private key must not have these permission bits. As in libpq, the group may read the
+# file if root owns the file.
 _FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 
@@ -25,7 +25,7 @@ async def connect(
 
     Raises:
         ConfigurationError: a file that TLS needs is missing or malformed.
-        Exception: `asyncpg.connect` failed.
+        Exception: `asyncpg.connect` raised this exception.
     """
     parameters = settings.tls
     attempts = (
@@ -44,7 +44,7 @@ async def connect(
             try:
                 return await asyncpg.connect(**arguments, ssl=attempts[1])
             except (OSError, asyncpg.PostgresError):
-                if isinstance(e, ssl.SSLError):  # the TLS error of the first attempt is more useful
+                if isinstance(e, ssl.SSLError):  # the first attempt's TLS error is more useful
                     raise e from None
                 raise
     except asyncpg.ClientConfigurationError:
@@ -55,7 +55,7 @@ async def connect(
             ) from None
         raise
     except asyncpg.ConnectionDoesNotExistError as error:
-        if isinstance(error.__cause__, ssl.SSLError):  # the server refused the client certificate
+        if isinstance(error.__cause__, ssl.SSLError):  # the server refused the TLS certificate
             raise error.__cause__ from None
         raise
     except OSError:
@@ -64,7 +64,7 @@ async def connect(
 
 
 def _name(settings: Settings, parameter: str) -> str:
-    """Return the name, for messages, of the variable that sets a TLS parameter."""
+    """Return the name of the environment variable that sets a TLS parameter, for messages."""
     url = settings.url
     if url is not None and parameter in url.parameters:
         return f"DATABASE_URL: {parameter}"
@@ -83,7 +83,7 @@ def _check_mode_of_key(settings: Settings, parameters: dict[str, str]) -> None:
 
 
 def _check_files(settings: Settings, parameters: dict[str, str]) -> None:
-    """Raise a ConfigurationError with the variable's name if a file is missing or malformed."""
+    """Raise a ConfigurationError if a file that TLS needs is missing or malformed."""
     if parameters.get("sslmode") == "disable":
         return
     files = [name for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey") if name in parameters]

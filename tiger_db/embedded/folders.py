@@ -1,6 +1,6 @@
 """The folders of the embedded server, and the user who owns the server's data.
 
-If a folder or user cannot be used, the functions raise EmbeddedError with advice.
+The functions of this module raise EmbeddedError with advice if a folder or user cannot be used.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from tiger_db.settings import Settings
 SOCKET_NAME = ".s.PGSQL.5432"
 
 _SYSTEM_FOLDER = Path("/var/lib/tiger_db")
-_MAX_SOCKET_PATH_BYTES = 100  # macOS allows 104 bytes, and Linux allows 108 bytes
+_MAX_SOCKET_PATH_BYTES = 100  # macOS allows socket paths of 104 bytes, and Linux of 108 bytes
 
 
 def configured_folder(settings: Settings) -> Path:
@@ -31,7 +31,7 @@ def configured_folder(settings: Settings) -> Path:
         folder = home or platformdirs.user_data_path("tiger_db", appauthor=False)
         resolved = folder.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        if home is None:  # HOME is not set, and the user is not in /etc/passwd
+        if home is None:  # HOME is not set, and /etc/passwd does not list the user
             raise EmbeddedError(f"TIGER_DB_HOME is not set: {error}") from None
         raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
     if "\n" in str(resolved):
@@ -69,7 +69,7 @@ def _digest(path: Path) -> str:
 
 
 def server_user(home: Path) -> processes.User:
-    """Return the owner of the data folder or, if the folder is missing, its future owner.
+    """Return the owner of the data folder, or the future owner if the folder is missing.
 
     The owner of a data folder does not change if a user `postgres` is created later.
     """
@@ -85,9 +85,9 @@ def server_user(home: Path) -> processes.User:
 
 
 def _can_reach(user: processes.User, path: Path) -> bool:
-    """Return whether the user can enter a folder or, if it is missing, its nearest parent.
+    """Return whether the user can enter a folder, or the nearest existing parent folder.
 
-    Return True if this parent is a file, because mkdir reports the error.
+    The result is True if the nearest existing parent is a file, because mkdir reports this error.
     """
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)
@@ -97,7 +97,7 @@ def _can_reach(user: processes.User, path: Path) -> bool:
 def create_home(home: Path) -> None:
     """Create the home folder if it is missing, and check the folder's owner and mode.
 
-    A child process runs mkdir with its own umask, so that the folder has the right mode at once.
+    A child process with another umask runs mkdir, so that the folder never has a wrong mode.
     """
     umask = 0o022 if os.geteuid() == 0 else 0o077
     if not home.is_dir():
@@ -116,10 +116,10 @@ def create_home(home: Path) -> None:
 
 
 def create_programs_folder(home: Path) -> Path:
-    """Return the folder for a copy of PostgreSQL's programs, and create the folder if missing.
+    """Create the folder for a copy of PostgreSQL's programs if it is missing, and return it.
 
-    If the programs can run from `home`, return `home`. Otherwise return a folder in the user's
-    cache folder or, for root, in `/var/lib/tiger_db`.
+    If the programs can run from `home`, the result is `home`. Otherwise, the result is a folder in
+    the user's cache folder or, for root, in `/var/lib/tiger_db`.
     """
     if processes.can_run_from(home):
         return home
@@ -132,7 +132,7 @@ def create_programs_folder(home: Path) -> Path:
             create_home(folder)
             return folder
         why = f"nor from {str(folder)!r}"
-    except (EmbeddedError, RuntimeError) as error:  # RuntimeError if HOME is unknown
+    except (EmbeddedError, RuntimeError) as error:  # pathlib raises RuntimeError if HOME is unknown
         why = str(error)
     raise EmbeddedError(
         f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"

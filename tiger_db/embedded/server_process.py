@@ -35,7 +35,7 @@ from tiger_db.embedded.processes import SERVER_TIMEOUT_SECONDS, import_psutil
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import is_private_folder, private_opener
 
-# Types of file systems that only one kernel at a time can mount.
+# Only one kernel at a time can mount a file system of these types.
 _LOCAL = frozenset(
     {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
 )
@@ -54,29 +54,29 @@ class Postmaster(NamedTuple):
     def accepts_connections(self) -> bool:
         return (
             self.ready
-            # If the socket folder is not private, the listener may belong to another user.
+            # If the socket folder is not private, another user's server may listen on the socket.
             and is_private_folder(self.socket_folder, self.owner)
             and is_listening(self.socket_folder)
         )
 
     def interrupt(self) -> None:
-        """Send SIGINT, which starts PostgreSQL's fast shutdown."""
+        """Send SIGINT to the postmaster, which then starts PostgreSQL's fast shutdown."""
         with suppress(import_psutil().NoSuchProcess):
             self.process.send_signal(signal.SIGINT)
 
 
 class Origin(NamedTuple):
-    """The machine and time of a server's start: the first lines of `server.lock`.
+    """The machine and time of a server's start, from the first lines of `server.lock`.
 
     The next line of `server.lock` is the identity of the server, from `postmaster.pid`. The
     identity is missing if the start failed, or if the starting process was killed early. Without
-    the identity, the lock proves nothing: `postmaster.pid` may be from another server.
+    the identity, the lock proves nothing, because another server may have written `postmaster.pid`.
     """
 
     host: str
     since: str
-    boot: str  # boot ID; empty if the system has no boot ID
-    namespace: str  # PID namespace; empty if the system has no PID namespaces
+    boot: str  # boot ID, or an empty text if the system has no boot ID
+    namespace: str  # PID namespace, or an empty text if the system has none
     device: str
 
     @classmethod
@@ -90,7 +90,7 @@ class Origin(NamedTuple):
 
 
 def find_ready(home: Path) -> Postmaster | None:
-    """Return the embedded server if it accepts connections, or None."""
+    """Return the embedded server if the server accepts connections, else None."""
     found = _find(home)
     return found if found and found.accepts_connections() else None
 
@@ -98,7 +98,7 @@ def find_ready(home: Path) -> Postmaster | None:
 def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
     """Wait until the server accepts connections, or until this process can take the server lock.
 
-    Return the server, or None if this process holds the lock now.
+    The result is the server, or None if this process holds the server lock now.
     """
     for _ in _poll():
         found = _find(home)
@@ -108,7 +108,7 @@ def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
             _refuse_other_namespace(home, lock)
         elif found.accepts_connections():
             return found
-        elif found.ready:  # the socket was removed, for example when a login session ended
+        elif found.ready:  # the end of a login session, for example, removed the socket
             found.interrupt()
     server = _describe_server(home, lock, held=True)
     if holders := _lock_holders(lock):
@@ -136,7 +136,7 @@ def is_listening(socket_folder: Path) -> bool:
     """Return whether any PostgreSQL server listens on a socket in the folder."""
     with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
         client.settimeout(5)
-        with suppress(BlockingIOError):  # a server listens, but its queue is full
+        with suppress(BlockingIOError):  # BlockingIOError means that the server's queue is full
             client.connect(str(socket_folder / SOCKET_NAME))
         return True
     return False
@@ -145,8 +145,8 @@ def is_listening(socket_folder: Path) -> bool:
 def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
     """Remove PostgreSQL's lock files of a server that has ended.
 
-    The caller must hold the server lock. PostgreSQL keeps an old lock file if another process now
-    has the process ID in the file.
+    The caller must hold the server lock. PostgreSQL does not remove an old lock file if another
+    process now has the process ID that the file contains.
     """
     pid_file = home / "data" / "postmaster.pid"
     if pid_file.exists() and not _has_ended(home, lock, _identity(_pid_file_lines(home))):
@@ -158,12 +158,12 @@ def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
         lock_file.unlink(missing_ok=True)
 
 
-# The lock file
+# The functions below use the lock file.
 
 
 @contextmanager
 def open_lock(home: Path) -> Iterator[int]:
-    """Open the file of the server lock. Closing the file does not release a server's lock."""
+    """Open the file of the server lock. A server keeps the lock after this file is closed."""
     lock = private_opener(str(home / "server.lock"), os.O_RDWR | os.O_CREAT)
     _open_locks.add(lock)
     try:
@@ -194,11 +194,11 @@ def record_start(lock: int) -> None:
     """Record the origin of a server before its start. The caller must hold the server lock."""
     os.ftruncate(lock, 0)
     os.pwrite(lock, "".join(f"{line}\n" for line in Origin.here(lock)).encode(), 0)
-    os.fsync(lock)  # PostgreSQL flushes postmaster.pid to disk too
+    os.fsync(lock)  # PostgreSQL also flushes postmaster.pid to disk
 
 
 def record_server(home: Path, lock: int, *, started: bool = False) -> None:
-    """Record the identity of the server, if the identity is missing and the server holds the lock.
+    """Record the server's identity if the identity is missing and the server holds the lock.
 
     The caller must hold the lock of the home folder, so that no process starts another server.
     `started` means that pg_ctl has just started the server, so that the server inherited the lock.
@@ -234,7 +234,7 @@ def _origin(lock: int, identity: str | None) -> Origin | None:
 
 
 def _read_lock_file(lock: int) -> tuple[list[bytes], list[bytes]]:
-    """Return the complete lines of `server.lock`: the lines of the origin, and of the identity."""
+    """Return the complete lines of `server.lock` for the origin, and for the identity."""
     *lines, _ = os.pread(lock, 4096, 0).split(b"\n")
     return lines[: len(Origin._fields)], lines[len(Origin._fields) :]
 
@@ -252,8 +252,8 @@ def _refuse_other_namespace(home: Path, lock: int) -> None:
 def _has_ended(home: Path, lock: int, identity: str | None) -> bool:
     """Return whether the server lock proves that the writer of `postmaster.pid` has ended.
 
-    The caller must hold the lock. `identity` is None if `postmaster.pid` is damaged. A postmaster
-    stops within a minute after `postmaster.pid` is damaged.
+    The caller must hold the server lock. `identity` is None if `postmaster.pid` is damaged. A
+    postmaster stops within a minute after `postmaster.pid` is damaged.
     """
     origin, here = _origin(lock, identity), Origin.here(lock)
     if origin is None:
@@ -263,8 +263,8 @@ def _has_ended(home: Path, lock: int, identity: str | None) -> bool:
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system of a path."""
-    # A later mount hides an earlier mount with the same mount point.
+    """Return the type of the file system that contains a path."""
+    # The list is reversed, because a later mount hides an earlier mount at the same mount point.
     mounts = reversed(import_psutil().disk_partitions(all=True))
     over = [mount for mount in mounts if path.is_relative_to(mount.mountpoint)]
     return str(max(over, key=lambda mount: len(mount.mountpoint)).fstype) if over else ""
@@ -306,11 +306,11 @@ def _describe_server(home: Path, lock: int, *, held: bool) -> str:
     return f"a server that was started by hand, by a killed process or by an older release{process}"
 
 
-# The processes
+# The functions below find the processes of the server.
 
 
 def _find(home: Path) -> Postmaster | None:
-    """Return the server in `postmaster.pid` if its working folder is the data folder, or None."""
+    """Return the server in `postmaster.pid` if the server runs in the data folder, else None."""
     lines = _pid_file_lines(home)
     identity = _identity(lines)
     process = _process(home, lines[0]) if identity else None
@@ -325,7 +325,8 @@ def _find(home: Path) -> Postmaster | None:
 def _pid_file_lines(home: Path) -> list[bytes]:
     """Return the lines of `postmaster.pid`, padded with empty lines.
 
-    Format: https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
+    The format is described in
+    https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         return [*(home / "data" / "postmaster.pid").read_bytes().split(b"\n"), *[b""] * 8]
@@ -333,9 +334,9 @@ def _pid_file_lines(home: Path) -> list[bytes]:
 
 
 def _identity(lines: list[bytes]) -> str | None:
-    """Return a server's identity: the process ID and start time in the lines of `postmaster.pid`.
+    """Return a server's identity, which is the process ID and start time in `postmaster.pid`.
 
-    Return None if the lines are damaged. The process ID of a single-user backend is negative.
+    The result is None if the lines are damaged. A single-user backend has a negative process ID.
     """
     pid, started = lines[0].strip(), lines[2].strip()
     valid = pid.removeprefix(b"-").isdigit() and started.isdigit()
@@ -343,7 +344,7 @@ def _identity(lines: list[bytes]) -> str | None:
 
 
 def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has no types
-    """Return the process with this ID if it is a PostgreSQL process in the data folder, or None.
+    """Return the process `pid` if the process is PostgreSQL in the data folder, else None.
 
     After a reboot, another process may have the recorded process ID. The process is identified by
     its working folder, because a comparison of start times would depend on the system clock.
@@ -358,7 +359,7 @@ def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has
 def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has no types
     try:
         return bool(process.cwd() == str(data))
-    except import_psutil().AccessDenied:  # containers drop CAP_SYS_PTRACE by default
+    except import_psutil().AccessDenied:  # containers lack the capability CAP_SYS_PTRACE by default
         arguments = process.cmdline()
         return bool(
             process.uids().real == data.stat().st_uid
@@ -368,7 +369,7 @@ def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has n
 
 
 def _poll() -> Iterator[None]:
-    """Yield every 20 ms until the timeout, and once more in case this process was suspended."""
+    """Yield every 20 ms until the timeout, and once after the timeout in case of a suspension."""
     deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         yield

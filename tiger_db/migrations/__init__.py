@@ -1,4 +1,4 @@
-"""Migrations: run and write Alembic scripts, and compare the schema with its declaration."""
+"""Functions that run and write migrations, and compare the schema with its declaration."""
 
 import asyncio
 import io
@@ -27,14 +27,14 @@ from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
 MONTHS_AHEAD = 12
-# The query for the fields of `SearchPath`. Its function names are qualified, because another schema
-# in the search path may have functions with the same names.
+# This query returns the fields of `SearchPath`. The names of functions are qualified, because
+# another schema in the search path may have functions with the same names.
 SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
 """
-# The query for a schema with three tables of tiger_db. The table `alembic_version` alone is not
-# enough, because the application's own migrations may have created it.
+# This query finds another schema that has three tables of tiger_db. The table `alembic_version`
+# alone is not enough, because the application's own migrations may have created that table.
 _OTHER_SCHEMA = text("""
 SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
     WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
@@ -45,15 +45,15 @@ SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_cl
 class SchemaState:
     """The revision of the database, and the head revision of this tiger_db release."""
 
-    current: str | None  # None if tiger_db is not installed in the schema
+    current: str | None  # current revision, or None if tiger_db is not installed in `DB_SCHEMA`
     head: str
-    known: bool  # whether this release has a migration with the current revision
-    # Another schema where tiger_db is installed, if tiger_db is not installed in `DB_SCHEMA`.
+    known: bool  # True if this release has a migration with the current revision
+    # If tiger_db is not installed in `DB_SCHEMA`, this is another schema that has tiger_db.
     other_schema: str | None = field(default=None, kw_only=True)
 
     @property
     def problem(self) -> str | None:
-        """Why the schema does not fit this release, and what to do; None if the schema fits."""
+        """The reason why the schema does not fit this release, with advice, or None if it fits."""
         if self.current is None and (schema := self.other_schema) is not None:
             return f"tiger_db is in the schema {schema}: set DB_SCHEMA={schema}"
         if self.current is None:
@@ -68,7 +68,7 @@ class SchemaState:
         )
 
     def check(self) -> None:
-        """Raise SchemaMismatch if `problem` is not None."""
+        """Raise SchemaMismatch if the schema does not fit this release."""
         if self.problem:
             raise SchemaMismatch(self.problem)
 
@@ -85,16 +85,16 @@ class AppliedMigration:
 
 @dataclass(frozen=True, slots=True)
 class UpgradeResult(SchemaState):
-    """The schema state after an upgrade, with the migrations that were run."""
+    """The schema state after an upgrade, with the migrations that the upgrade ran."""
 
     applied: list[AppliedMigration]
-    months: int  # number of audit partitions that were created
+    months: int  # number of audit partitions that the upgrade created
 
 
 class SearchPath(NamedTuple):
-    """The search path of a session: a row of the query `SEARCH_PATH`."""
+    """The search path of a session, from the result of the query `SEARCH_PATH`."""
 
-    schemas: list[str]  # existing schemas in order, including pg_catalog
+    schemas: list[str]  # existing schemas of the search path in order, including pg_catalog
     setting: str
     role: str
     database: str
@@ -132,7 +132,7 @@ def scripts() -> ScriptDirectory:
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return the configuration of Alembic, with the connection that env.py must use, or None."""
+    """Return Alembic's configuration. If a connection is given, env.py uses that connection."""
     config = Config(stdout=io.StringIO())
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -145,8 +145,8 @@ async def schema_state(connection: AsyncConnection) -> SchemaState:
     """Return the revision of the database and the head revision of this release.
 
     Raises:
-        MigrationError: there are no migrations, or the migrations have more than one head.
-        SchemaMismatch: the search path of the session does not lead to `DB_SCHEMA`.
+        MigrationError: the folder of migrations has no migration, or has more than one head.
+        SchemaMismatch: the search path of the session does not resolve to `DB_SCHEMA`.
     """
     directory = await asyncio.to_thread(scripts)
     head = _head(directory)
@@ -170,7 +170,7 @@ def _head(directory: ScriptDirectory) -> str:
 
 
 def _current(connection: Connection) -> tuple[str, ...]:
-    """Return the revisions of the database: usually one, and more if branches were not merged."""
+    """Return the revisions of the database. There are several if branches were not merged."""
     _check_search_path(connection)
     if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
         return ()
@@ -185,19 +185,19 @@ def _configured_schema(connection: Connection) -> str | None:
 
 def _check_search_path(connection: Connection) -> None:
     schema = _configured_schema(connection)
-    # If the setting has the expected text, current_schemas() is not called: for a missing schema,
-    # current_schemas() works only for a role that may create temporary tables.
+    # If the setting has the expected text, current_schemas() is not called, because for a missing
+    # schema, current_schemas() fails if the role may not create temporary tables.
     setting = text("SELECT pg_catalog.current_setting('search_path')")
     if schema is not None and connection.scalar(setting) != search_path(schema):
         SearchPath._make(connection.exec_driver_sql(SEARCH_PATH).one()).check(schema)
 
 
 def create_schema(connection: Connection) -> None:
-    """Create the schema of `DB_SCHEMA` if it is missing, and commit.
+    """Create the schema that `DB_SCHEMA` names if the schema is missing, and commit.
 
     Raises:
-        MigrationError: the role lacks the privilege to create or to use the schema.
-        SchemaMismatch: the search path of the session does not lead to the schema.
+        MigrationError: the database role lacks the privilege to create or to use the schema.
+        SchemaMismatch: the search path of the session does not resolve to `DB_SCHEMA`.
     """
     _check_search_path(connection)
     schema = _configured_schema(connection)
@@ -210,20 +210,20 @@ def create_schema(connection: Connection) -> None:
             except DBAPIError as error:
                 connection.rollback()
                 state = getattr(error.orig, "sqlstate", None)
-                if state == "42501":  # insufficient_privilege
+                if state == "42501":  # PostgreSQL's code for insufficient_privilege
                     raise MigrationError(
                         "the schema of DB_SCHEMA is missing, and this role may not create it: have"
                         f" an administrator run CREATE SCHEMA {quoted}, and GRANT USAGE, CREATE on"
                         " it to this role"
                     ) from None
-                if state not in ("42P06", "23505"):  # another process created the schema first
+                if state not in ("42P06", "23505"):  # another process created the same schema first
                     raise
         # If the role lacks USAGE on the schema, PostgreSQL skips the schema and creates temporary
         # tables instead.
         usage = text("SELECT has_schema_privilege(:schema, 'USAGE')")
         if not connection.scalar(usage, {"schema": schema}):
             raise MigrationError(f"GRANT USAGE, CREATE ON SCHEMA {quoted} (DB_SCHEMA) to this role")
-        # SQLAlchemy cached the default schema before the schema was created.
+        # SQLAlchemy cached the default schema when the schema `DB_SCHEMA` did not exist yet.
         connection.dialect.default_schema_name = schema
     connection.rollback()
 
@@ -234,7 +234,7 @@ def _is_missing(connection: Connection, schema: str) -> bool:
 
 
 def search_path_sql(schema: str, *, create: bool) -> str:
-    """Return the first SQL statements of a psql script: CREATE SCHEMA, and SET search_path."""
+    """Return the CREATE SCHEMA and SET search_path statements that begin a psql script."""
     created = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)};\n\n" if create else ""
     return f"{created}SET search_path = {search_path(schema)};\n\n"
 
@@ -250,9 +250,9 @@ async def upgrade(
     failed attempt, and while `upgrade` waits.
 
     Raises:
-        MigrationError: the role lacks the privilege to create the schema; the revision is unknown;
-            or all attempts of a migration were blocked. Completed migrations stay applied.
-        SchemaMismatch: the search path of the sessions does not lead to `DB_SCHEMA`.
+        MigrationError: the database role lacks the privilege to create the schema, the revision is
+            unknown, or all attempts of a migration were blocked. Completed migrations stay applied.
+        SchemaMismatch: the search path of the sessions does not resolve to `DB_SCHEMA`.
     """
     async with engine.connect() as connection:
         await connection.run_sync(create_schema)
@@ -276,10 +276,10 @@ async def upgrade(
 async def downgrade(
     engine: AsyncEngine, revision: str, *, progress: Progress = lambda _: None
 ) -> SchemaState:
-    """Undo migrations down to a revision, `-1` or `base`, with the locks and retries of `upgrade`.
+    """Undo migrations down to a revision, `-1` or `base`. Locks and retries are as in `upgrade`.
 
     Raises:
-        MigrationError: the revision is unknown, or all attempts of a migration were blocked.
+        MigrationError: the target revision is unknown, or all attempts of a migration were blocked.
     """
     async with migration_lock(engine, progress) as connection:
         await _apply(engine, connection, revision, progress, up=False)
@@ -292,8 +292,8 @@ async def pending(engine: AsyncEngine, revision: str = "head") -> list[Script]:
     """Return the migrations that `upgrade` would run, in order.
 
     Raises:
-        MigrationError: the revision is unknown.
-        SchemaMismatch: the schema is newer than this release.
+        MigrationError: the target revision is unknown.
+        SchemaMismatch: the database schema is newer than this tiger_db release.
     """
     async with engine.connect() as connection:
         state = await schema_state(connection)
@@ -307,8 +307,8 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
     """Return the SQL that `upgrade` would execute, for `psql -v ON_ERROR_STOP=1`.
 
     Raises:
-        MigrationError: the revision is unknown, or the database is at several revisions.
-        SchemaMismatch: the schema is newer than this release.
+        MigrationError: the target revision is unknown, or the database is at several revisions.
+        SchemaMismatch: the database schema is newer than this tiger_db release.
     """
     steps = await pending(engine, revision)
     async with engine.connect() as connection:
@@ -334,7 +334,7 @@ def migration_sql(start: str | None, end: str) -> str:
     If `start` is None, the SQL begins with the first migration.
 
     Raises:
-        MigrationError: a revision is unknown.
+        MigrationError: the revision `start` or `end` is unknown.
     """
     config = alembic_config()
     config.output_buffer = io.StringIO()
@@ -347,9 +347,9 @@ def migration_sql(start: str | None, end: str) -> str:
 
 
 async def drift(engine: AsyncEngine) -> list[str]:
-    """Return the differences between the schema and its declaration, one line per difference.
+    """Return one line for each difference between the schema and the schema's declaration.
 
-    Triggers that tiger_db does not declare are not included; `doctor` reports such triggers.
+    The result omits triggers that tiger_db does not declare. `doctor` reports such triggers.
 
     Raises:
         SchemaMismatch: the database is not at the head revision.
@@ -369,10 +369,10 @@ async def drift(engine: AsyncEngine) -> list[str]:
 
 
 async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = True) -> Path:
-    """Write a migration that changes the schema to that of the models. Return the path.
+    """Write a migration that makes the schema match the models. Return the migration's path.
 
     Raises:
-        MigrationError: tiger_db is an installed package, and not a checkout of the repository.
+        MigrationError: tiger_db is not imported from a checkout of the repository.
         SchemaMismatch: the database is not at the head revision.
     """
     if script_location().parent == Path(__file__).parents[1]:
@@ -413,7 +413,7 @@ def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionS
 async def _apply(
     engine: AsyncEngine, connection: AsyncConnection, revision: str, progress: Progress, *, up: bool
 ) -> list[AppliedMigration]:
-    """Run the migrations up or down to a revision. Each migration has its own transaction."""
+    """Run the migrations up or down to a revision, each migration in its own transaction."""
     current = await connection.run_sync(_current)
     await connection.rollback()
     applied = []
@@ -450,7 +450,7 @@ async def _run(connection: AsyncConnection, run: Callable[[Config], T]) -> T:
 
 
 def _describe(difference: object) -> str:
-    """Describe a difference that Alembic found: a tuple, or a list of tuples."""
+    """Return a description of a difference that Alembic found as a tuple or a list of tuples."""
     if isinstance(difference, list):
         return "; ".join(map(_describe, difference))
     if not isinstance(difference, tuple):

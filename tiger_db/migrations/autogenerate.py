@@ -24,7 +24,7 @@ def include_name(name: str | None, kind: str, _parents: object) -> bool:
 
 
 def render_item(kind: str, item: object, _context: AutogenContext) -> str | Literal[False]:
-    """Render a TypeDecorator as the SQLAlchemy type that it wraps."""
+    """Render a TypeDecorator as the SQLAlchemy type that the TypeDecorator wraps."""
     if kind == "type" and isinstance(item, TypeDecorator):
         return f"sa.{item.impl_instance!r}"
     return False
@@ -38,9 +38,9 @@ def compare_server_default(
     _metadata_default: object,
     rendered_metadata_default: str | None,
 ) -> bool | None:
-    """Compare the text of defaults with nextval(), because each call returns another value.
+    """Compare defaults with nextval() as text, because each call of nextval() has a new value.
 
-    For all other defaults, return None: Alembic then compares the values.
+    For all other defaults, the result is None, and Alembic compares the values of the defaults.
     """
     if inspected_default and inspected_default.startswith("nextval("):
         return inspected_default != rendered_metadata_default

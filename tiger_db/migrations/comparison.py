@@ -15,7 +15,7 @@ from tiger_db.models import metadata
 class SchemaDifference:
     """A difference between a database and the declaration, and the SQL that repairs it."""
 
-    tables: tuple[str, ...]  # affected tables; the parent table represents its partitions
+    tables: tuple[str, ...]  # affected tables, where a parent table represents its partitions
     description: str
     repair: str
     undeclared: bool = False  # True for a trigger that tiger_db does not declare
@@ -121,11 +121,11 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
     database must be at the head revision. This function sets the search path of the current
     transaction to pg_catalog.
     """
-    # A database may set quote_all_identifiers, which changes the names that PostgreSQL prints.
+    # A database may have the setting quote_all_identifiers, which adds quotes to printed names.
     await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
     schema = (await connection.execute(_SCHEMA)).one()
-    # With the search path pg_catalog, the queries use only functions of PostgreSQL, and PostgreSQL
-    # prints qualified names.
+    # If the search path is pg_catalog, the queries call only PostgreSQL's own functions, and
+    # PostgreSQL prints qualified names.
     await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     values: dict[str, Any] = {
         "schema": schema.oid,
@@ -182,7 +182,7 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
 
 
 def _first_changes(expected: str, definition: str) -> str:
-    """Return the first added line and the first missing line of a definition, as text."""
+    """Return a text with the first added line and the first missing line of a definition."""
     before, after = (
         [" ".join(line.split()) for line in source.replace("$function$", "\n").splitlines()]
         for source in (expected, definition)
@@ -199,7 +199,7 @@ def _function_sql(signature: str, definition: str) -> str:
     """Return the SQL that creates or replaces a function, as one line."""
     clauses, _, body = definition.partition("AS $function$")
     sql = f"CREATE OR REPLACE FUNCTION {signature} {' '.join(clauses.split())}"
-    if not body:  # a function in standard SQL has no $function$ body
+    if not body:  # the body of a function in standard SQL has no $function$
         return sql
     body = body.removesuffix("$function$\n").replace("\\", "\\\\").replace("'", "''")
     return f"{sql} AS E'{body}'".replace("\n", "\\n")
@@ -223,7 +223,7 @@ def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
         yield f"{name} has the policy {policy}", f"DROP POLICY {policy} ON {qualified}"
     for rule in table.rules:
         yield f"{name} has the rule {rule}", f"DROP RULE {rule} ON {qualified}"
-    for child in table.children:  # NO INHERIT keeps the rows of the child table
+    for child in table.children:  # NO INHERIT does not delete rows of the child table
         yield f"table {child} inherits from {name}", f"ALTER TABLE {child} NO INHERIT {qualified}"
 
 
@@ -259,7 +259,7 @@ def _compare_triggers(
             description = f"trigger {trigger.name} on {on} {state}"
             yield SchemaDifference(of, description, "; ".join(statements))
         for row in present.values():
-            if row.internal and row.enabled != "O":  # this trigger enforces a foreign key
+            if row.internal and row.enabled != "O":  # an internal trigger enforces a foreign key
                 description = f"trigger {row.name} on {on} {_STATES[row.enabled]}"
                 repair = f"ALTER TABLE {qualified} ENABLE TRIGGER {row.name}"
                 yield SchemaDifference(of, description, repair)

@@ -1,7 +1,7 @@
 """The declared triggers and functions of the schema, read from `declared.sql`.
 
-`find_differences` compares a database with this declaration. Differences can be accidents: for
-example, an interrupted `pg_restore --disable-triggers` leaves triggers disabled.
+`find_differences` compares a database with this declaration. A difference can be the result of an
+accident. For example, an interrupted `pg_restore --disable-triggers` leaves triggers disabled.
 """
 
 import re
@@ -22,13 +22,13 @@ class Trigger:
     name: str
     events: str
     action: str
-    enabled: str = "O"  # pg_trigger.tgenabled: O is ENABLE, A is ENABLE ALWAYS
-    partitions: bool = False  # whether all partitions of the table have the trigger too
+    enabled: str = "O"  # value of pg_trigger.tgenabled: O for ENABLE, A for ENABLE ALWAYS
+    partitions: bool = False  # True if all partitions of the table also have the trigger
 
     def definition(self, table: str, schema: str | None = None) -> str:
         """Return the SQL that creates the trigger on its table, or on a partition of the table.
 
-        If `schema` is given, it qualifies the names in the SQL.
+        If `schema` is given, the names in the SQL are qualified with the schema's name.
         """
         action = self.action.replace("{schema}.", f"{schema}." if schema else "")
         return f"CREATE TRIGGER {self.name} {self.events} ON {table} {action}"
@@ -59,6 +59,7 @@ def _read_functions() -> dict[str, str]:
 
 
 TRIGGERS = _read_triggers()
-# The SQL of each function by signature: the output of `pg_get_functiondef` without its first line.
-# The placeholder {schema} stands for the schema's name as an SQL string literal.
+# FUNCTIONS maps the signature of each function to the function's SQL, which is the output of
+# `pg_get_functiondef` without the first line. In the SQL, the placeholder {schema} stands for the
+# schema's name as an SQL string literal.
 FUNCTIONS = _read_functions()

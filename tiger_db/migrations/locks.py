@@ -15,7 +15,7 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, MigrationError
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
-MIGRATION_LOCK_ID = 0x7469676572  # "tiger" in ASCII
+MIGRATION_LOCK_ID = 0x7469676572  # the ASCII codes of the text "tiger"
 
 
 def lock_key(number: int) -> str:
@@ -32,11 +32,11 @@ def lock_key(number: int) -> str:
 # While a migration waits for a table lock, other sessions wait behind the migration. The lock
 # timeout must exceed deadlock_timeout (1 s), after which PostgreSQL cancels a blocking autovacuum.
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'"
-_LOCK_RETRY_SECONDS = 300.0  # longest time for all attempts of one migration
-_MAX_PAUSE_SECONDS = 15.0  # longest pause between two attempts of a migration
-_MIGRATION_LOCK_SECONDS = 3600.0  # longest wait for the migrations of other processes
+_LOCK_RETRY_SECONDS = 300.0  # maximum time for all attempts of one migration, in seconds
+_MAX_PAUSE_SECONDS = 15.0  # maximum pause between two attempts of a migration, in seconds
+_MIGRATION_LOCK_SECONDS = 3600.0  # maximum wait for migrations of other processes, in seconds
 _POLL_SECONDS = 0.5
-_REPORT_SECONDS = 30.0  # time between two progress lines about one wait
+_REPORT_SECONDS = 30.0  # time between two progress messages about a wait, in seconds
 _KEY = lock_key(MIGRATION_LOCK_ID)
 _SESSION = """
 CASE pid WHEN 0 THEN 'a prepared transaction' ELSE concat('process ', pid, ' (', concat_ws(', ',
@@ -66,8 +66,8 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
     """
     async with engine.connect() as connection:
         await _take_lock(connection, progress)
-        # Each transaction begins with the lock timeout. An autocommit_block has no lock timeout,
-        # because CREATE INDEX CONCURRENTLY does not block other sessions.
+        # Each transaction begins by setting the lock timeout. An autocommit_block has no lock
+        # timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
         event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
@@ -110,11 +110,12 @@ async def with_lock_retries(
 ) -> tuple[T, float, int]:
     """Run a migration. If a table lock is not granted in time, run the migration again.
 
-    Return the result of `work`, the duration of the last attempt in seconds, and the number of
-    attempts.
+    The return value is the result of `work`, the duration of the last attempt in seconds, and the
+    number of attempts.
 
     Raises:
-        MigrationError: all attempts were blocked. The error names the blocking sessions.
+        MigrationError: all attempts of the migration were blocked. The error message names the
+            blocking sessions.
     """
     driver = (await connection.get_raw_connection()).driver_connection
     assert driver is not None
@@ -148,7 +149,7 @@ async def with_lock_retries(
 
 
 async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
-    """Poll until `done` is set. Return the sessions that last blocked the process `pid`."""
+    """Poll until `done` is set. Return the last sessions that blocked the process `pid`."""
     blockers: Sequence[str] = ()
 
     async def is_done() -> bool:
@@ -156,9 +157,9 @@ async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) ->
             await asyncio.wait_for(done.wait(), _POLL_SECONDS)
         return done.is_set()
 
-    if await is_done():  # a short migration needs no polling
+    if await is_done():  # a migration that ends soon needs no polling
         return blockers
-    with suppress(DatabaseUnavailable, DBAPIError):  # the result is only for messages
+    with suppress(DatabaseUnavailable, DBAPIError):  # only messages need the blocking sessions
         async with engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             while True:

@@ -32,12 +32,12 @@ async def export_account(
     pipes and devices, see `tiger_db.files.output_files`.
 
     Raises:
-        AlreadyExists: a file already exists. No file was written.
-        NotFound: the account does not exist.
-        InvalidState: the account is closed.
-        InvalidValue: the private key is not an RSA key, or the path is not a folder.
+        AlreadyExists: a file to be written already exists. The export wrote no file.
+        NotFound: the account to export does not exist.
+        InvalidState: the account to export is closed.
+        InvalidValue: the account's private key is not an RSA key, or the path is not a folder.
         EncryptionError: the account's secrets cannot be decrypted.
-        OSError: the files cannot be written. No new file was created.
+        OSError: the files cannot be written. The export created no new file.
     """
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:
@@ -53,7 +53,7 @@ async def export_account(
             details={"files": [*texts]},
         )
         await crud.audit_logs.insert_event(session, event)
-    # An old token file may belong to another account, and the SDK would send the token in it.
+    # An old token file may belong to another account, and the SDK would send that file's token.
     obsolete = None if TOKEN_FILE in texts else TOKEN_FILE
     return await asyncio.to_thread(
         write_private, folder, texts, overwrite=overwrite, obsolete=obsolete

@@ -37,9 +37,9 @@ class Imported:
 
     account: TigerAccount
     created: bool
-    changed: list[str]  # names of changed fields; for a new account, of all fields in the files
+    changed: list[str]  # names of changed fields, or of all imported fields for a new account
     token_kept: bool  # True if a newer access token was already stored
-    ignored: list[str]  # names of the unknown properties in the files
+    ignored: list[str]  # names of unknown properties in the imported files
 
 
 async def import_account(
@@ -51,16 +51,16 @@ async def import_account(
 ) -> Imported:
     """Create an account from Tiger's files, or update the account that has the account number.
 
-    Fields that are not in the files keep their values. If both files have a token, the newer token
-    is used. If the stored access token is newer than the files' token, the stored token is kept.
-    The same private key in another format is not a change. The import of unchanged exported files
-    writes no audit event. `name` is the account's name; by default, a new account is named after
-    its account number.
+    Fields that are not in the files keep their values. If both files have an access token, the
+    newer token is used. If the stored access token is newer than the files' token, the stored token
+    is kept. The same private key in another format is not a change. The import of unchanged
+    exported files writes no audit event. The argument `name` sets the account's name. By default,
+    the name of a new account is the account number.
 
     Raises:
-        InvalidValue: a file cannot be read, or a property is missing or invalid. The error
-            message names the file and the property, and does not show the value.
-        InvalidState: the account is closed.
+        InvalidValue: a file cannot be read, or a property of a file is missing or invalid. The
+            error message names the file and the property, and does not contain the value.
+        InvalidState: the account to update is closed.
         AlreadyExists: another session created the account at the same time.
     """
     values = await asyncio.to_thread(read_properties, config_file)
@@ -91,8 +91,8 @@ async def import_account(
             details={"created": stored is None, "changed": [*changed]},
         )
         await crud.audit_logs.insert_event(session, event)
-    # Mask property names that may be a part of a private key: the name is not made of words, or the
-    # value is only the padding of base64.
+    # A property name is masked if the name may be a part of a private key, because the name is not
+    # made of words, or because the value is only the padding of base64.
     ignored = {
         name if _WORDS.fullmatch(name) and values[name].strip("=") else MASK
         for name in values.keys() - _KNOWN
@@ -108,7 +108,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
     given: dict[str, Any] = {
         field: values[name] for field, name in FIELD_PROPERTIES.items() if name in values
     }
-    if "environment" in given:  # the SDK treats TEST as SANDBOX, and ignores case
+    if "environment" in given:  # the SDK treats TEST as SANDBOX, in upper or lower case
         environment = given["environment"].upper()
         given["environment"] = TigerEnvironment.SANDBOX if environment == "TEST" else environment
     if options := {name: values[name] for name in CLIENT_OPTIONS if name in values}:
@@ -135,7 +135,7 @@ def _private_key(file: Path, values: Mapping[str, str]) -> str:
 
 
 def _invalid_property(error: ValidationError, file: Path) -> InvalidValue:
-    """Return an InvalidValue that names the file and the property of the invalid field."""
+    """Return an InvalidValue error that names the file and the property of the invalid field."""
     problem = error.errors(include_url=False, include_input=False)[0]
     reason = problem["msg"].removeprefix("Value error, ")
     field = str(problem["loc"][0])
@@ -145,7 +145,7 @@ def _invalid_property(error: ValidationError, file: Path) -> InvalidValue:
 
 
 def _newer_token(token: str | None, other: str) -> str:
-    """Return the newer token. If an age is unknown, return `token`, as the SDK would."""
+    """Return the newer of two tokens. If the age of a token is unknown, return `token`."""
     if token is None:
         return other
     times, others = token_times(token), token_times(other)
@@ -156,7 +156,7 @@ def _newer_token(token: str | None, other: str) -> str:
 async def _update(
     session: AsyncSession, stored: TigerAccount, draft: TigerAccount, given: list[str]
 ) -> tuple[list[str], bool]:
-    """Update changed fields. Return the field names, and whether the stored token was kept."""
+    """Update an account. Return the changed fields, and whether the stored token was kept."""
     if stored.status == AccountStatus.CLOSED:
         raise InvalidState(
             f"{stored.label()} is closed: reopen it first (`tiger-db reopen-account`)"
@@ -164,7 +164,7 @@ async def _update(
     options = {k: v for k, v in draft.client_options.items() if client_option(stored, k) != v}
     draft.client_options = {**stored.client_options, **options}
     changed = [field for field in given if _comparable(stored, field) != _comparable(draft, field)]
-    if "private_key" not in changed:  # the stored key keeps its format
+    if "private_key" not in changed:  # an unchanged private key keeps the stored format
         changed = [field for field in changed if field != "private_key_format"]
     changes = {field: getattr(draft, field) for field in changed if field != "access_token"}
     if changes:
@@ -180,7 +180,7 @@ async def _update(
 
 
 def _comparable(account: TigerAccount, field: str) -> object:
-    """Return a field's value for comparison. Return None for a secret that is unreadable."""
+    """Return the value of a field for comparison, or None for an unreadable secret."""
     value = getattr(account, field)
     try:
         if isinstance(value, Secret):

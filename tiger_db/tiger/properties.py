@@ -1,4 +1,4 @@
-"""The properties files of Tiger's SDKs: reading and formatting."""
+"""Functions that read and format the properties files of Tiger's SDKs."""
 
 import re
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
 TOKEN_FILE = "tiger_openapi_token.properties"  # noqa: S105  # a file name
-# The properties for a private key. The SDK uses the first property that has a value.
+# These properties may contain the private key. The SDK uses the first property that has a value.
 PRIVATE_KEY_PROPERTIES = ("private_key", "private_key_pk8", "private_key_pk1")
-# Maps each field of TigerAccount to the property with the field's value.
+# FIELD_PROPERTIES maps each field of TigerAccount to the property that has the field's value.
 FIELD_PROPERTIES = {
     "tiger_id": "tiger_id",
     "account_number": "account",
@@ -24,7 +24,7 @@ FIELD_PROPERTIES = {
     "server_url": "server_url",
     "access_token": "token",
 }
-# The properties whose values are stored unchanged in `TigerAccount.client_options`.
+# The values of these properties are stored unchanged in `TigerAccount.client_options`.
 CLIENT_OPTIONS = (
     "timeout", "token_refresh_duration", "socket_host_port", "timezone", "language",
     "use_full_tick",
@@ -32,8 +32,8 @@ CLIENT_OPTIONS = (
 
 _MAX_FILE_BYTES = 1_000_000
 _PEM_BLOCK = re.compile(r"-----BEGIN [A-Z ]+-----.*?-----END ", re.DOTALL)
-# The characters to escape in a value. `=` and `:` are not escaped, because some parsers of Tiger's
-# files do not decode the escapes.
+# These characters must be escaped in a value. `=` and `:` are not escaped, because some parsers of
+# Tiger's files do not decode escapes of `=` and `:`.
 _MUST_ESCAPE = re.compile(r"\A |[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
 
 

@@ -15,27 +15,27 @@ from tiger_db.models.token_status import NewToken
 from tiger_db.redaction import redact_aggressively
 from tiger_db.tiger.sdk import client_config
 
-# https://quant.itigerup.com/openapi/en/python/appendix2/overview.html: error codes
+# Tiger's error codes: https://quant.itigerup.com/openapi/en/python/appendix2/overview.html
 _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
-_REFUSED = {1000, 4000}  # 1000: wrong parameter or signature; 4000: permission denied
+_REFUSED = {1000, 4000}  # codes for a wrong parameter or signature, and for a denied permission
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
-_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # Tiger limits the requests in a rolling window
+_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # Tiger limits the number of requests in this period
 _disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
-_disabled_logger.disabled = True  # the SDK logs tokens
+_disabled_logger.disabled = True  # the SDK would log access tokens
 
 
 async def refresh_token(account: TigerAccount) -> NewToken:
-    """Request a new access token from Tiger, once. Tiger then invalidates the current token.
+    """Request a new access token from Tiger once. Tiger then invalidates the current token.
 
     The request runs in a thread, because the SDK blocks. Call this function outside of database
     transactions. Error messages contain Tiger's error code and error text, with secrets masked.
 
     Raises:
-        RefreshLimited: Tiger's rate limit is reached.
-        CredentialsRefused: Tiger refuses the key, the signature or the token.
-        AnswerLost: Tiger may have issued a token, but its answer is missing or malformed.
-        RefreshFailed: the refresh failed for another reason, which may be temporary.
-        ConfigurationError: the SDK is not installed.
+        RefreshLimited: Tiger's rate limit for requests is reached.
+        CredentialsRefused: Tiger refuses the private key, the signature or the access token.
+        AnswerLost: Tiger may have issued a token, but Tiger's answer is missing or malformed.
+        RefreshFailed: the token refresh failed for another reason, which may be temporary.
+        ConfigurationError: Tiger's SDK is not installed.
     """
     config = client_config(account)
     try:
@@ -68,7 +68,7 @@ def _ask(config: Any) -> Any:  # noqa: ANN401  # the SDK has no types
         raise _http_error(error.status, str(error)) from None
     except RequestException as error:
         cause = error.__context__
-        reason = getattr(cause, "reason", cause)  # a MaxRetryError contains the actual error
+        reason = getattr(cause, "reason", cause)  # a MaxRetryError contains the original error
         if isinstance(reason, NewConnectionError | ConnectTimeoutError):
             raise RefreshFailed(f"Tiger cannot be reached: {type(reason).__name__}") from None
         raise AnswerLost(f"Tiger's answer was lost: {type(reason).__name__}") from None
@@ -85,11 +85,11 @@ def _http_error(status: int | None, text: str) -> RefreshFailed:
         return CredentialsRefused(f"Tiger refuses the credentials (HTTP {status})")
     if status is not None and status < _HTTP_SERVER_ERROR:
         return RefreshFailed(f"Tiger refuses the request (HTTP {status})")
-    # Tiger may have issued a token before the error, so the outcome is unknown.
+    # Tiger may have issued a token before the error, so the result of the refresh is unknown.
     return AnswerLost(f"Tiger failed (HTTP {status})" if status is not None else text)
 
 
-def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # any JSON value
+def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # the answer is any JSON value
     """Return the token in Tiger's answer. If the answer has no token, raise a RefreshFailed."""
     if not isinstance(answer, dict):
         raise AnswerLost("Tiger's answer is not a JSON object")
@@ -97,7 +97,7 @@ def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # any JSON value
     message = f"code={code} msg={text}"
     if code == _OK:
         data = answer.get("data")
-        if isinstance(data, str):  # Tiger may encode the data as a JSON string
+        if isinstance(data, str):  # Tiger may encode the answer's data as a JSON string
             try:
                 data = json.loads(data)
             except ValueError:

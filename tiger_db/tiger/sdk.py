@@ -16,25 +16,25 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 
 
 def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
-    """Return a configuration of Tiger's SDK for one account, made only from stored values.
+    """Return a configuration of Tiger's SDK that has only the stored values of an account.
 
     This function reads no properties file and no `TIGEROPEN_*` variable, and sends no request. The
-    SDK adds the machine's MAC address to its requests. The SDK does not refresh the token, even if
+    SDK adds the machine's MAC address to each request. The SDK does not refresh the token, even if
     `client_options` has a `token_refresh_duration`: a refresh invalidates the stored token.
 
     `retry_max_tries` is 0, because the SDK would also repeat requests that are not idempotent,
     such as transfers. Programs that only read data can set a higher number.
 
     Raises:
-        ConfigurationError: the SDK is not installed.
-        InvalidState: the account is closed.
-        InvalidValue: the private key is not an RSA key, or one of the `client_options` is invalid.
+        ConfigurationError: Tiger's SDK is not installed.
+        InvalidState: the given account is closed.
+        InvalidValue: the private key is not an RSA key, or a value in `client_options` is invalid.
         EncryptionError: the account's secrets cannot be decrypted.
     """
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     sdk, config_class = load_sdk()
-    config = config_class(enable_dynamic_domain=False)  # with True, the SDK sends a request
+    config = config_class(enable_dynamic_domain=False)  # True would make the SDK send a request
     config.props_path = None
     config.tiger_id, config.account = plaintext(account.tiger_id), account.account_number
     config.private_key, _ = parse_private_key(plaintext(account.private_key))
@@ -45,8 +45,8 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     config.token_refresh_duration = config.retry_max_tries = 0
     url = sdk.SERVER_URL
     if account.environment == TigerEnvironment.SANDBOX:
-        # The constructor's argument `sandbox_debug` would log a warning, and so configure the root
-        # logger. The private attribute does not.
+        # The private attribute is set, because the constructor's argument `sandbox_debug` would log
+        # a warning, and would thereby configure the root logger.
         config._sandbox_debug = True  # noqa: SLF001
         config.tiger_public_key = sdk.SANDBOX_TIGER_PUBLIC_KEY
         url, config.socket_host_port = sdk.SANDBOX_SERVER_URL, sdk.SANDBOX_SOCKET_HOST_PORT
@@ -54,7 +54,7 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
         url, config.socket_host_port = sdk.US_SERVER_URL, sdk.US_SOCKET_HOST_PORT
     config.server_url = config.quote_server_url = account.server_url or url
     parsers: dict[str, Callable[[str], object]] = {
-        "timeout": lambda text: _natural(text) or sdk.TIMEOUT,  # 0 stands for the SDK's default
+        "timeout": lambda text: _natural(text) or sdk.TIMEOUT,  # 0 means the SDK's default timeout
         "socket_host_port": _socket,
         "timezone": str,
         "language": sdk.Language,
@@ -71,10 +71,10 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
 
 @cache
 def load_sdk() -> tuple[Any, Any]:
-    """Import the SDK. Return the SDK's configuration module, and a configuration class without I/O.
+    """Import the SDK. Return its configuration module, and a configuration class without I/O.
 
     Raises:
-        ConfigurationError: the SDK is not installed.
+        ConfigurationError: Tiger's SDK is not installed.
     """
     try:
         from tigeropen import tiger_open_config as sdk  # noqa: PLC0415  # the SDK is slow to import, and optional
