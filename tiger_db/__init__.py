@@ -61,7 +61,7 @@ __all__ = [
     "RefreshWorker", "Secret", "Settings", "TigerAccount", "TigerEnvironment", "TigerLicense",
     "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors", "get_session",
 ]  # fmt: skip
-# Public name -> submodule that defines the name. `tiger_db.models` defines the other classes.
+# This dict has the submodule that defines each public name, except the names in `tiger_db.models`.
 _SUBMODULES = {
     "Actor": "actor",
     "AsyncSession": "database",
@@ -76,7 +76,7 @@ _SUBMODULES = {
 }
 
 
-if not TYPE_CHECKING:  # with `__getattr__`, type checkers accept every name
+if not TYPE_CHECKING:  # because of `__getattr__`, a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         try:

@@ -13,16 +13,17 @@ from tiger_db.models import AuditLog
 from tiger_db.models.audit_logs import sanitize
 
 UNATTRIBUTED = "unattributed"
-_IDENTITY = {"user_id", "user_type"}  # fields that an event takes from one source only
+# An audit event has both of these fields from the same source: the event itself, or its actor.
+_IDENTITY = {"user_id", "user_type"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
-    """The user or service that acts, and the request. Audit events take their fields from it.
+    """The user or service that audit events are attributed to, and the details of its request.
 
-    The values are converted as those of an `AuditLog`: a long text is truncated, secrets are
-    masked, and an invalid IP address becomes None. Without a user id and a user type, the user type
-    is `unattributed`.
+    The fields of an Actor are converted like those of an `AuditLog`: a long text is truncated,
+    secrets are masked, and an invalid IP address becomes None. An Actor without a user id and a
+    user type gets the user type `unattributed`.
     """
 
     user_id: str | None = None
@@ -40,8 +41,9 @@ class Actor:
             object.__setattr__(self, name, values[name])
 
 
-ACTOR_FIELDS = tuple(field.name for field in fields(Actor))  # also names of columns of audit_logs
-_current: ContextVar[Actor] = ContextVar("tiger_db_actor", default=Actor())  # noqa: B039  # frozen
+# The table audit_logs has a column for each field of an Actor, with the same name.
+ACTOR_FIELDS = tuple(field.name for field in fields(Actor))
+_current: ContextVar[Actor] = ContextVar("tiger_db_actor", default=Actor())  # noqa: B039  # an Actor is immutable
 
 
 @contextmanager
@@ -61,22 +63,22 @@ def acting_as(actor: Actor) -> Iterator[None]:
 
 
 def require_actor(actor: Actor) -> Actor:
-    """Return an actor unchanged. Raise InvalidValue if it is not an Actor."""
+    """Return the argument `actor`. Raise InvalidValue if the argument is not an Actor."""
     if not isinstance(actor, Actor):
         raise InvalidValue("actor must be an Actor")
     return actor
 
 
 def actor_in_force(explicit: Actor | None = None) -> Actor:
-    """Return the explicit actor, or else that of `acting_as`, or else an unattributed actor."""
+    """Return `explicit`, or else the actor of `acting_as`, or else an unattributed actor."""
     return explicit or _current.get()
 
 
 def attribute(event: AuditLog, explicit: Actor | None = None) -> AuditLog:
     """Set the empty fields of an audit event from the actor in force, and return the event.
 
-    Call it once for each event, in the task of the caller. If the event has a user id or a user
-    type, both fields stay unchanged.
+    Call `attribute` once for each event, in the task of the caller. If the event already has a
+    user id or a user type, `attribute` sets neither of these two fields.
     """
     actor, given = actor_in_force(explicit), vars(event)
     identified = given.get("user_id") or given.get("user_type")

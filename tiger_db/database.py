@@ -36,8 +36,11 @@ from tiger_db.settings import Settings
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-_OUT_OF_BAND_CONNECTIONS = 4  # maximum, in addition to the connections of the pool
-# Maximum wait before the first retry of a transaction. Each further retry doubles this maximum.
+# Maximum number of connections for out-of-band writes, in addition to the connection pool of the
+# sessions.
+_OUT_OF_BAND_CONNECTIONS = 4
+# Maximum waits before the first retry of a transaction, after `Conflict` and after
+# `DatabaseUnavailable`. Each further retry doubles the maximum wait.
 _CONFLICT_WAIT_SECONDS, _UNAVAILABLE_WAIT_SECONDS = 0.05, 1.0
 
 
@@ -52,8 +55,10 @@ class AsyncSession(SQLModelSession):
         Raises:
             OutcomeUnknown: the connection was lost during the commit, or the synchronous standby
                 did not confirm the commit in time.
-            DatabaseUnavailable: the connection was lost before the commit. Nothing was saved.
-            Conflict: another transaction conflicts with this transaction. Nothing was saved.
+            DatabaseUnavailable: the connection was lost before the commit. The database saved
+                nothing of the transaction.
+            Conflict: another transaction conflicts with this transaction. The database saved
+                nothing of this transaction.
         """
         await self.flush()
         try:
@@ -67,8 +72,9 @@ class AsyncSession(SQLModelSession):
 class Database:
     """The connections of one process to one database, in one event loop.
 
-    `key_provider` replaces `ENCRYPTION_KEYS`, for example with the keys of a KMS. Out-of-band
-    writes use up to four connections in addition to the pool: see `tiger_db.out_of_band`.
+    The parameter `key_provider` replaces `ENCRYPTION_KEYS`, for example with the keys of a key
+    management service. Out-of-band writes use up to four connections in addition to the pool: see
+    `tiger_db.out_of_band`.
 
     Raises:
         ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or is missing in
@@ -106,7 +112,7 @@ class Database:
             out_of_band=self.out_of_band,
             count_use=self.usage_counter.count,
         )
-        self.info = {CONTEXT: context}  # copied to `Session.info` of each session
+        self.info = {CONTEXT: context}  # each session gets a copy of this dict
         self.sessions = async_sessionmaker(
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
         )
@@ -163,22 +169,24 @@ class Database:
     ) -> AsyncIterator[AsyncSession]:
         """Open a session that commits on success and rolls back on an exception.
 
-        The audit events of the session are attributed to `actor`, or else to that of `acting_as`.
-        A `readonly` session can neither write nor authorize API keys. A `readonly` session uses a
-        replica (`DB_REPLICA_HOSTS`) that has replayed all commits older than `max_lag`, or else the
-        primary. A replica can lack the last commits of this process. `isolation` defaults to the
-        isolation level of the server. Replicas do not support "SERIALIZABLE", so sessions with this
-        level use the primary.
+        The audit events of the session are attributed to `actor`, or else to the actor of
+        `acting_as`. A `readonly` session can neither write nor authorize API keys. A `readonly`
+        session uses a replica (`DB_REPLICA_HOSTS`) that has replayed all commits older than
+        `max_lag`, or else the primary. A replica can lack the last commits of this process. The
+        default of `isolation` is the default isolation level of the server. Replicas do not support
+        the isolation level "SERIALIZABLE", so sessions with this level use the primary.
 
         Raises:
-            DatabaseUnavailable: the database cannot be reached, or the connection was lost. Nothing
-                was saved.
+            DatabaseUnavailable: the database cannot be reached, or the connection was lost before
+                the commit. The database saved nothing of the transaction.
             OutcomeUnknown: the connection was lost during the commit: see `AsyncSession.commit`.
-            Conflict: a deadlock, serialization failure or lock timeout occurred. Nothing was saved.
-            QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`. Nothing was saved.
+            Conflict: a deadlock, serialization failure or lock timeout occurred. The database saved
+                nothing of the transaction.
+            QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`. The database saved
+                nothing of the transaction.
             InvalidValue: `actor` is not an Actor.
             InvalidState: a readonly session tried to write or to authorize an API key.
-            SchemaMismatch: see `check`.
+            SchemaMismatch: the method `check` found a wrong schema.
         """
         if actor is not None:
             require_actor(actor)
@@ -212,19 +220,20 @@ class Database:
         retries: int = 3,
         isolation: Isolation | None = None,
     ) -> T:
-        """Run `work` in a session, commit, and return the result of `work`.
+        """Call `work` with a session, commit the session, and return the result of `work`.
 
-        After `Conflict` or `DatabaseUnavailable`, `work` is run again in a new session, at most
-        `retries` times. `transaction` waits before each retry: after `Conflict` at most 0.05, 0.1
-        and 0.2 s, after `DatabaseUnavailable` at most 1, 2 and 4 s. `work` can run several times,
-        so `work` must create the objects that it stores, and must have no effects outside its
-        session.
+        After a `Conflict` or `DatabaseUnavailable` error, `transaction` calls `work` again with a
+        new session, at most `retries` times. The waits before the first three retries are at most
+        0.05, 0.1 and 0.2 s after `Conflict`, and at most 1, 2 and 4 s after `DatabaseUnavailable`.
+        The function `work` can run several times, so `work` must create the objects that it stores,
+        and must have no effects outside its session.
 
         Raises:
-            OutcomeUnknown: see `AsyncSession.commit`. Before you repeat the transaction, check
-                whether it was saved.
+            OutcomeUnknown: it is unknown whether the transaction was saved, as documented for
+                `AsyncSession.commit`. Check this before you repeat the transaction.
             Conflict, DatabaseUnavailable: the last retry failed with this error.
-            QueryTimeout, SchemaMismatch: see `session`. `work` is not run again.
+            QueryTimeout, SchemaMismatch: the session raised the error, as documented for the method
+                `session`. After these errors, `transaction` does not call `work` again.
         """
         attempt = 0
         while True:
@@ -236,7 +245,7 @@ class Database:
                     raise
                 conflict = isinstance(error, Conflict)
             wait_seconds = _CONFLICT_WAIT_SECONDS if conflict else _UNAVAILABLE_WAIT_SECONDS
-            spread = random.uniform(0.5, 1)  # noqa: S311  # spreads the retries of processes
+            spread = random.uniform(0.5, 1)  # noqa: S311  # processes retry at different times
             await asyncio.sleep(wait_seconds * 2**attempt * spread)
             attempt += 1
 
@@ -251,22 +260,23 @@ async def _default_database() -> AsyncGenerator[Database, None]:
         try:
             yield database
         finally:
-            _defaults.pop(asyncio.get_running_loop(), None)  # breaks a reference cycle
+            _defaults.pop(asyncio.get_running_loop(), None)  # the removal breaks a reference cycle
 
 
 @asynccontextmanager
 async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSession]:
     """Open a session of the event loop's default `Database`, which uses `Settings()`.
 
-    For `actor`, see `Database.session`.
+    The parameter `actor` has the same meaning as in `Database.session`.
 
     Raises:
-        ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: see `Database`.
+        ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: `Database` or its
+            method `session` raised the error, as documented there.
     """
     loop = asyncio.get_running_loop()
     if loop not in _defaults:
-        # When the event loop ends, asyncio closes this generator, and the generator closes the
-        # pool.
+        # When the event loop ends, asyncio closes this generator. The generator then closes the
+        # `Database`.
         generator = _default_database()
         _defaults[loop] = (await anext(generator), generator)
     async with _defaults[loop][0].session(actor=actor) as session:

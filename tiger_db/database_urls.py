@@ -78,7 +78,7 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DatabaseURL:
-    """The decoded parts of a `DATABASE_URL`. `addresses` is never empty.
+    """The decoded parts of a `DATABASE_URL`. The tuple `addresses` is never empty.
 
     As in libpq, a host, port, user, password or database in the query string takes precedence over
     the rest of the URL. All other parameters of the query string are in `parameters`.
@@ -91,7 +91,7 @@ class DatabaseURL:
     parameters: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_text(self) -> str:
-        """Return a URL with the password. `parse_url` returns an equal object for this URL."""
+        """Return the URL, with the password. `parse_url` converts this URL to an equal object."""
         login = quote(self.user or "", safe="")
         if self.password is not None:
             login += ":" + quote(self.password, safe="")
@@ -112,7 +112,7 @@ def parse_url(text: str) -> DatabaseURL:
     if not _SCHEME.match(text):
         raise ValueError("DATABASE_URL must start with postgresql://")
     found = _URL.fullmatch(text)
-    if found is None or re.search(r"[\x01-\x20\x7f]", text):  # like libpq 18, refuse spaces
+    if found is None or re.search(r"[\x01-\x20\x7f]", text):  # libpq 18 also refuses spaces
         raise ValueError(_MALFORMED)
     hosts = [_HOST.fullmatch(host) for host in found["hosts"].split(",")]
     if not all(hosts):
@@ -144,9 +144,9 @@ def parse_url(text: str) -> DatabaseURL:
 
 
 def parse_hosts(name: str, text: str, port: int) -> tuple[Address, ...]:
-    """Parse the list of hosts in the environment variable `name`. `port` is the default port.
+    """Parse the list of hosts in the environment variable `name`, with the default port `port`.
 
-    A text that begins with a slash is the path of one socket folder, which may contain commas.
+    A text that begins with a slash is the path of one socket folder, and may contain commas.
 
     Raises:
         ValueError: the list is malformed. The error message is one line that names the variable.
@@ -167,7 +167,7 @@ def encode_query(parameters: dict[str, str]) -> str:
 def _parse_query(text: str) -> dict[str, str]:
     """Parse a query string like libpq: the last value of a name wins, and "+" is not a space."""
     items = [item.split("=") for item in text.removesuffix("&").split("&")] if text else []
-    if not all(len(item) == 2 for item in items):  # noqa: PLR2004  # name and value
+    if not all(len(item) == 2 for item in items):  # noqa: PLR2004  # an item is a name and a value
         raise ValueError(_MALFORMED)
     return {_decode(name): _decode(value) for name, value in items}
 
@@ -185,7 +185,7 @@ def _decode(text: str) -> str:
 
 
 def _split_port(text: str) -> tuple[str, str]:
-    """Split a text into host and port. A missing port is an empty string."""
+    """Split a text into a host and a port. If the text has no port, return an empty port."""
     found = None if text.startswith("/") else _HOST.fullmatch(text)
     host = found and (found[1] or found[2])
     return (host, found[3] or "") if found and host else (text, "")
@@ -194,7 +194,7 @@ def _split_port(text: str) -> tuple[str, str]:
 def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> tuple[Address, ...]:
     """Return one address per host. A host without a port gets its port from `ports`.
 
-    `ports` has one port for all hosts, or one port per host.
+    The sequence `ports` has one port for all hosts, or one port per host.
     """
     if len(ports) == 1:
         ports = list(ports) * len(hosts)
@@ -203,7 +203,7 @@ def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> 
     numbers = [
         own or port or str(DEFAULT_PORT) for (_, own), port in zip(hosts, ports, strict=True)
     ]
-    if not all(re.fullmatch(r"\d{1,5}", n, re.ASCII) and 1 <= int(n) <= 65535 for n in numbers):  # noqa: PLR2004  # TCP ports
+    if not all(re.fullmatch(r"\d{1,5}", n, re.ASCII) and 1 <= int(n) <= 65535 for n in numbers):  # noqa: PLR2004  # TCP ports are 1 to 65535
         raise ValueError(f"{name}: a port must be a number from 1 to 65535")
     return tuple(
         Address(host, int(number)) for (host, _), number in zip(hosts, numbers, strict=True)

@@ -1,8 +1,8 @@
 """Checks of an installation, with advice on each warning and problem.
 
-Every check runs in a transaction of its own with short timeouts. If a check raises
-an error, its result is a warning, and the other checks still run. The checks read large tables
-through indexes only. Some checks scan the small tables `tiger_accounts` and `api_keys`.
+Every check runs in its own transaction, with short timeouts. If a check raises an error, the result
+of the check is a warning, and the other checks still run. The checks read large tables through
+indexes only. Some checks scan the small tables `tiger_accounts` and `api_keys`.
 """
 
 import asyncio
@@ -36,13 +36,14 @@ from tiger_db.settings import Settings, quote_identifier
 
 Status: TypeAlias = Literal["ok", "warning", "problem"]
 
-_MINUTE, _HOUR, _DAY = 60, 3600, 86400  # seconds
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400  # durations in seconds
 _TIMEOUTS = text(
     "SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '1s', true)"
 )
-_MAX_ITEMS_LISTED = 3  # maximum length of a list in a message
+_MAX_ITEMS_LISTED = 3  # maximum number of items that a message lists
 
-# Minimum ages in seconds: the first is for a warning, the second is for a problem.
+# Each of these pairs contains the minimum age in seconds for a warning, and the minimum age in
+# seconds for a problem.
 UNSEALED_SECONDS = (_HOUR, _DAY)
 _OVERDUE_SECONDS = (5 * _MINUTE, _HOUR)
 _STALE_SECONDS = (_HOUR, _DAY)
@@ -50,7 +51,7 @@ _STALE_SECONDS = (_HOUR, _DAY)
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """Result of a check: status, observed state, and advice or None."""
+    """The result of a check: its name, its status, the state that it saw, and advice or None."""
 
     check: str
     status: Status
@@ -70,9 +71,9 @@ Check: TypeAlias = Callable[[AsyncConnection], Awaitable[Outcome]]
 
 
 async def run(settings: Settings) -> list[CheckResult]:
-    """Run all checks, without changing data or starting the embedded server."""
+    """Run all checks. The checks change no data and do not start the embedded server."""
     if settings.embedded:
-        from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and the extra `embedded`
+        from tiger_db import embedded  # noqa: PLC0415  # `embedded` needs POSIX and an extra
 
         if await asyncio.to_thread(embedded.running, settings) is None:
             seen = f"{settings.location} is not running"
@@ -202,7 +203,8 @@ def _grade_search_path(path: SearchPath, settings: Settings) -> Outcome:
             f"{path.setting}: this path does not resolve to {quote_identifier(schema)} (DB_SCHEMA)"
         )
         return Outcome("problem", seen, advice)
-    # Accept the quoting of `Settings.search_path`, and PostgreSQL's quoting of ALTER ROLE settings.
+    # The schema's name has quotes in `Settings.search_path`. After ALTER ROLE, PostgreSQL reports
+    # the name without unnecessary quotes.
     if path.setting.removeprefix("pg_catalog, ") in (settings.search_path, f"{schema}, pg_temp"):
         return Outcome("ok", path.setting)
     seen = f"{path.setting}: another schema or a temporary table may come before DB_SCHEMA"
@@ -269,7 +271,7 @@ async def audit_months_ahead(connection: AsyncConnection) -> int:
 
 
 def grade_partitions(months_ahead: int) -> Outcome:
-    """Grade the number of future months that have an audit partition."""
+    """Return the status, with advice, for the number of future months with an audit partition."""
     seen = f"future months with an audit partition: {months_ahead}"
     match months_ahead:
         case 0:
@@ -284,8 +286,8 @@ async def _check_partitions(connection: AsyncConnection) -> Outcome:
     return grade_partitions(await audit_months_ahead(connection))
 
 
-# `age` is the age of the oldest event in the first 1,000 unsealed positions, which the index
-# ix_audit_logs_position finds.
+# The column `age` is the age in seconds of the oldest event in the first 1,000 unsealed positions.
+# The index ix_audit_logs_position finds these events.
 UNSEALED_EVENTS = """
 SELECT taken - upto AS events, seals, extract(epoch FROM clock_timestamp() - (
     SELECT min(created_at) FROM audit_logs WHERE position > upto AND position <= upto + 1000
@@ -303,7 +305,7 @@ async def _check_unsealed(connection: AsyncConnection) -> Outcome:
         return Outcome("ok", "none")
     status = _grade(row.age, UNSEALED_SECONDS)
     if status == "problem" and not row.seals:
-        status = "warning"  # an installation may work without seals
+        status = "warning"  # some installations use no seals
     return Outcome(
         status,
         f"unsealed events: at most {row.events:,}, the oldest {_duration(row.age)} old",
@@ -311,8 +313,8 @@ async def _check_unsealed(connection: AsyncConnection) -> Outcome:
     )
 
 
-# Two partial indexes serve this query. OFFSET 0 makes PostgreSQL look up the account of each
-# refresh separately.
+# PostgreSQL reads two partial indexes for this query. OFFSET 0 makes PostgreSQL look up the account
+# of each refresh separately.
 OPEN_REFRESHES = """
 SELECT count(*) FILTER (WHERE status = 'pending') AS waiting,
     count(*) FILTER (WHERE status = 'in_progress' AND lease_expires_at < now()) AS abandoned,
@@ -360,7 +362,7 @@ async def _check_tokens(connection: AsyncConnection) -> Outcome:
     )
 
 
-# The index ix_api_keys_expires_at_id serves this query.
+# PostgreSQL reads the index ix_api_keys_expires_at_id for this query.
 EXPIRING_KEYS = """
 SELECT key_prefix, extract(epoch FROM expires_at - now())::float AS left, count(*) OVER () AS keys
 FROM api_keys
@@ -382,7 +384,7 @@ async def _check_api_keys(connection: AsyncConnection) -> Outcome:
     )
 
 
-# This query scans the small table api_keys: an index would serve this query only.
+# This query scans the small table api_keys. An index for this query would help no other query.
 _UNPEPPERED_KEYS = """
 SELECT array_agg(key_prefix ORDER BY id) AS prefixes,
     (clock_timestamp() AT TIME ZONE 'UTC')::date AS today
@@ -414,7 +416,7 @@ _ACCOUNT_NUMBERS = f"""
 SELECT id::text, account_number, status <> 'closed' AS open,
     account_number ~ '^({ACCOUNT_NUMBER})$' AS normal
 FROM tiger_accounts ORDER BY tiger_accounts.id
-"""  # noqa: S608  # a constant
+"""  # noqa: S608  # the inserted text is a constant
 _EXEMPTING = """
 SELECT format('ALTER TABLE tiger_accounts DROP CONSTRAINT %1$I, ADD CONSTRAINT %1$I', conname)
 FROM pg_constraint WHERE conrelid = 'tiger_accounts'::regclass AND NOT convalidated

@@ -29,15 +29,15 @@ from tiger_db.errors import ConfigurationError, EncryptionError, InvalidValue
 from tiger_db.redaction import MASK
 
 _VERSION = 1
-_KEY_BYTES = 32  # key size of AES-256 and HMAC-SHA256
-_NONCE_BYTES = 12  # a random 96-bit nonce, as in NIST SP 800-38D, 8.2.2
+_KEY_BYTES = 32  # length of the keys of AES-256 and HMAC-SHA256
+_NONCE_BYTES = 12  # section 8.2.2 of NIST SP 800-38D allows random nonces of 96 bits
 _TAG_BYTES = 16
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}", re.ASCII)
 _BAD_KEY_ID = "a key id must be 1 to 32 letters, digits, '.', '_' or '-'"
 
 
 class KeySet:
-    """Secret keys of 32 bytes, by key id. The first key is the current key."""
+    """Secret keys of 32 bytes with key ids. The first key is the current key."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         if not keys:
@@ -51,7 +51,7 @@ class KeySet:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse `id:base64-32-bytes[,id:…]`.
+        """Parse a text of the form `id:base64-32-bytes[,id:…]`.
 
         Raises:
             ConfigurationError: the text is malformed. The error message never shows a key.
@@ -85,23 +85,24 @@ def generate_key(key_id: str = "k1") -> str:
 
 
 class KeyProvider(Protocol):
-    """Interface of encryption keys: a `KeyRing`, or an adapter for a key management service.
+    """The interface of `KeyRing`, and of adapters for key management services.
 
-    The methods block the event loop and are called for each secret, so an adapter should cache slow
-    results. Exceptions other than `EncryptionError` reach the caller unchanged.
+    The methods of a provider block the event loop and are called for each secret, so an adapter
+    should cache the results of slow calls. If a method raises an exception other than
+    `EncryptionError`, the caller of tiger_db gets this exception unchanged.
     """
 
     @property
     def key_ids(self) -> tuple[str, ...]:
-        """The key ids: 1 to 32 letters, digits, '.', '_' or '-'. The first key is current."""
+        """The key ids, each of 1 to 32 letters, digits, '.', '_' or '-'. The first key encrypts."""
         ...
 
     def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
-        """Encrypt data with a new nonce. The result authenticates `aad`, but omits it."""
+        """Encrypt data with a new nonce. The result authenticates `aad`, but omits `aad`."""
         ...
 
     def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
-        """Decrypt data. Raise EncryptionError if another key or `aad` encrypted the data."""
+        """Decrypt data. Raise EncryptionError for data encrypted with another key or `aad`."""
         ...
 
     def fingerprint(self, key_id: str, data: bytes) -> bytes:
@@ -110,7 +111,7 @@ class KeyProvider(Protocol):
 
 
 class KeyRing(KeySet):
-    """The built-in `KeyProvider`: AES-256-GCM and HMAC-SHA256 with keys in memory."""
+    """The built-in `KeyProvider`, which uses AES-256-GCM and HMAC-SHA256 with keys in memory."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         super().__init__(keys)
@@ -135,22 +136,24 @@ class KeyRing(KeySet):
 
 
 def _fingerprint_key(key: bytes) -> bytes:
-    """Derive the fingerprint key with HKDF (RFC 5869), separate from the encryption key."""
+    """Derive a key for fingerprints from an encryption key with HKDF (RFC 5869)."""
     return HKDF(SHA256(), length=32, salt=None, info=b"tiger_db fingerprint").derive(key)
 
 
 def encrypt(provider: KeyProvider, text: str, aad: str) -> bytes:
-    """Encrypt a text with the first key of the provider; `aad` is `table.column:row id`."""
+    """Encrypt a text with the provider's first key. `aad` has the form `table.column:row id`."""
     key_id = provider.key_ids[0]
     header = ciphertext_header(key_id)
     return header + provider.encrypt(key_id, text.encode(), header + aad.encode())
 
 
 def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "") -> str:
-    """Decrypt a result of `encrypt` with the same `aad`. Error messages contain `owner`.
+    """Decrypt a ciphertext that `encrypt` made with the same `aad`.
+
+    The text `owner` describes the row of the ciphertext in error messages.
 
     Raises:
-        EncryptionError: `aad` is wrong, the ciphertext was changed, or the key is missing.
+        EncryptionError: the ciphertext was changed or has another `aad`, or the key is missing.
     """
     where = f"{aad} ({owner})" if owner else aad
     header, key_id = _read_header(ciphertext, where)
@@ -166,13 +169,16 @@ def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "")
 
 
 def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> bytes:
-    """Return the blind index of a text in a column (`table.column`), for equality search."""
+    """Return the blind index of a text: a MAC with which equal texts in a column can be found.
+
+    The argument `column` has the form `table.column`.
+    """
     return provider.fingerprint(key_id, f"{column}\0{text}".encode())
 
 
 @lru_cache(maxsize=256)
 def ciphertext_header(key_id: str) -> bytes:
-    """Return the first bytes of all ciphertexts of a key: version, length of the key id, key id."""
+    """Return the header of all ciphertexts of a key: version, length of the key id, key id."""
     if not _KEY_ID.fullmatch(key_id):
         raise EncryptionError(_BAD_KEY_ID)
     return bytes([_VERSION, len(key_id)]) + key_id.encode("ascii")
@@ -185,7 +191,7 @@ def key_id_of(ciphertext: bytes) -> str:
 
 def _read_header(ciphertext: bytes, where: str) -> tuple[bytes, str]:
     """Return the header of a ciphertext and its key id. Error messages begin with `where`."""
-    if len(ciphertext) < 2 or ciphertext[0] != _VERSION:  # noqa: PLR2004  # bytes of version and length
+    if len(ciphertext) < 2 or ciphertext[0] != _VERSION:  # noqa: PLR2004  # a header has at least 2 bytes
         raise EncryptionError(f"{where}: the value is not a ciphertext of a known version")
     header = ciphertext[: 2 + ciphertext[1]]
     key_id = header[2:].decode("ascii", errors="replace")
@@ -198,7 +204,7 @@ def _read_header(ciphertext: bytes, where: str) -> tuple[bytes, str]:
 
 
 class Secret(SecretStr):
-    """A secret text, masked in `repr`, `str`, JSON and errors."""
+    """A secret text that is masked in `repr`, `str`, JSON and error messages."""
 
     @classmethod
     def __get_pydantic_core_schema__(
@@ -240,7 +246,7 @@ class Secret(SecretStr):
 
 
 class EncryptedSecret(Secret):
-    """A stored secret: a ciphertext, which `get_secret_value` decrypts."""
+    """A secret that is stored as a ciphertext. `get_secret_value` decrypts the ciphertext."""
 
     def __init__(
         self, ciphertext: bytes, aad: str = "", provider: KeyProvider | None = None, owner: str = ""
@@ -252,14 +258,15 @@ class EncryptedSecret(Secret):
 
     @property
     def key_id(self) -> str:
-        """The id of the encryption key."""
+        """The id of the key that encrypted this secret."""
         return key_id_of(self.ciphertext)
 
     def get_secret_value(self) -> str:
         """Return the decrypted secret.
 
         Raises:
-            EncryptionError: the key is missing or wrong, or the ciphertext belongs to another row.
+            EncryptionError: the encryption key is missing or wrong, the ciphertext belongs to
+                another row, or the secret is not part of an entity.
         """
         if not self.aad:
             raise EncryptionError(
@@ -291,10 +298,11 @@ class EncryptedSecret(Secret):
 
 
 class EncryptedType(TypeDecorator[SecretStr]):
-    """A `bytea` column of ciphertexts. Storing a plain text raises EncryptionError.
+    """A type for `bytea` columns of ciphertexts. Storing a plain text raises EncryptionError.
 
-    `fingerprint` is the name of the column with the blind index of the secret. `normalize` converts
-    a secret to the only form in which it is stored, or raises ValueError.
+    The text `fingerprint` is the name of the column with the blind index of the secret. The
+    function `normalize` converts a secret to its normal form, or raises ValueError if the secret
+    has no normal form. Only normal forms are stored.
     """
 
     impl = LargeBinary
@@ -310,7 +318,7 @@ class EncryptedType(TypeDecorator[SecretStr]):
     def process_bind_param(
         self,
         value: SecretStr | None,
-        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy passes this argument
     ) -> bytes | None:
         if value is None:
             return None
@@ -323,7 +331,7 @@ class EncryptedType(TypeDecorator[SecretStr]):
     def process_result_value(
         self,
         value: bytes | None,
-        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy passes this argument
     ) -> EncryptedSecret | None:
         return None if value is None else EncryptedSecret(value)
 

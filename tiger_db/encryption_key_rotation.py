@@ -1,8 +1,8 @@
 """Re-encryption of the stored secrets with the first encryption key, while the system runs.
 
 One UPDATE statement stores each batch of rows. If another transaction has changed the secret of a
-row, the UPDATE skips the row, which is re-encrypted later. Each ciphertext contains the id of the
-encryption key: if a rotation is killed, the next rotation finds the remaining rows.
+row, the UPDATE skips the row, and a later UPDATE stores the row. Each ciphertext contains the id of
+its encryption key. Therefore, if a rotation is killed, the next rotation finds the remaining rows.
 """
 
 import asyncio
@@ -45,20 +45,23 @@ from tiger_db.errors import ConfigurationError, Conflict, EncryptionError, Query
 from tiger_db.models import AuditAction, Entity
 from tiger_db.models.secrets import aad_of, encrypted_columns, key_provider, secrets_of
 
-BATCH_ROWS = 1000  # rows per transaction
-DAMAGED = "(damaged)"  # reported as the key id of a value that is not a ciphertext
-_HEADER_BYTES = 34  # maximum: version (1), length of the key id (1), key id (32)
+BATCH_ROWS = 1000  # maximum number of rows per transaction
+# `list_encryption_key_usage` reports this key id for values that are not ciphertexts.
+DAMAGED = "(damaged)"
+# Maximum length of a header: version (1 byte), length of the key id (1 byte), key id (32 bytes).
+_HEADER_BYTES = 34
 _FIRST_KEY_SAMPLE_ROWS = 10
 _REPORTED_PROBLEMS = 20
-# A rotation must not cause deadlock errors in applications. A batch waits for less than
-# deadlock_timeout (1 s by default). A transaction with a longer wait locks only one row.
+# A rotation must not cause deadlock errors in applications. Therefore, the lock timeout of a batch
+# is less than PostgreSQL's deadlock_timeout (1 s by default). A transaction that may wait longer
+# locks only one row.
 _LOCK_TIMEOUT_OF_BATCH = "100ms"
 _LOCK_TIMEOUT_OF_ROW = "10s"
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionKeyUsage:
-    """Number of rows of a table that have a secret encrypted with the key `key_id`."""
+    """The number of rows of a table that have a secret encrypted with the key `key_id`."""
 
     table: str
     key_id: str
@@ -67,22 +70,22 @@ class EncryptionKeyUsage:
 
 @dataclass(slots=True)
 class UnnormalizedSecrets:
-    """Rows with a secret that an older release has stored and that is not normalized."""
+    """Rows whose secrets an older release has stored without normalization."""
 
     normalizable: list[UUID] = field(default_factory=list)
-    invalid: list[UUID] = field(default_factory=list)  # no normal form exists
-    unreadable: int = 0  # rows that cannot be decrypted
+    invalid: list[UUID] = field(default_factory=list)  # ids of rows without a normal form
+    unreadable: int = 0  # number of rows that cannot be decrypted
 
 
 @dataclass(slots=True)
 class RotationReport:
-    """Result of `rotate`."""
+    """The result of the function `rotate`."""
 
     key_id: str  # id of the first encryption key
-    rotated: int = 0  # number of re-encrypted rows; with `dry_run`, of rows to re-encrypt
+    rotated: int = 0  # number of re-encrypted rows, or of rows to re-encrypt (`dry_run`)
     stuck: int = 0  # number of rows that could not be re-encrypted
     problems: list[str] = field(default_factory=list)  # error messages of the first stuck rows
-    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # key usage after the rotation
+    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # usage of all keys after rotation
     retirable: list[str] = field(default_factory=list)  # ids of old keys that no row needs
 
 
@@ -94,22 +97,22 @@ async def rotate(
 ) -> RotationReport:
     """Re-encrypt all secrets with the first encryption key, and recompute their fingerprints.
 
-    Secrets that an older release has stored without normalization are normalized.
+    `rotate` also normalizes the secrets that an older release has stored without normalization.
 
     Other transactions can read and write the rows at the same time. Each batch of rows has its own
-    transaction, with an audit event. After each batch, `advance` is called with the number of
-    re-encrypted rows. `rotate` first skips locked rows, and waits for these rows at the end. A row
-    that cannot be decrypted is reported and not changed. With `dry_run`, all secrets are decrypted,
-    but no row is changed.
+    transaction, with an audit event. After each batch, `rotate` calls `advance` with the number of
+    re-encrypted rows. `rotate` first skips locked rows, and waits for these rows at the end. If a
+    row cannot be decrypted, `rotate` reports the row and does not change it. If `dry_run` is true,
+    `rotate` decrypts all secrets that it would re-encrypt, but changes no row.
 
-    Do not remove a `retirable` key while a process encrypts with the key, or while a backup that
-    needs the key may be restored.
+    Do not remove a key in `RotationReport.retirable` while a process encrypts with the key, or
+    while a backup that needs the key may be restored.
 
     Raises:
         ConfigurationError: `ENCRYPTION_KEYS` is not set.
-        EncryptionError: The first key cannot decrypt the rows that have its key id.
-        DatabaseUnavailable: The connection to the database was lost. Committed batches are kept;
-            call `rotate` again.
+        EncryptionError: the first key cannot decrypt the rows that have the id of this key.
+        DatabaseUnavailable: the connection to the database was lost. The committed batches stay
+            re-encrypted. To re-encrypt the other rows, call `rotate` again.
     """
     async with database.session() as session:
         report = RotationReport(_required_provider(session).key_ids[0])
@@ -156,7 +159,7 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
 async def find_unnormalized_secrets(
     session: AsyncSession, mapper: Mapper[Any], provider: KeyProvider
 ) -> UnnormalizedSecrets:
-    """Decrypt the secrets of a table that have a normal form, and compare them with it."""
+    """Find the rows of a table that have a secret which differs from its normal form."""
     found, table = UnnormalizedSecrets(), _table_of(mapper)
     for name, type_ in encrypted_columns(mapper):
         if type_.normalize is None:
@@ -186,7 +189,7 @@ def encrypted_entities() -> list[Mapper[Any]]:
 
 
 async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
-    """Check that the first key decrypts one of the newest rows that have its key id.
+    """Check that the first key decrypts one of the newest rows that have the id of this key.
 
     If a new key had the id of an old key, no configured key could decrypt the old key's rows.
     """
@@ -211,7 +214,7 @@ async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
 class _Sweep:
     """One pass over the rows of a table that need re-encryption.
 
-    With `wait`, each batch is one row, and the pass waits for row locks.
+    If `wait` is true, each batch is one row, and the pass waits for row locks.
     """
 
     database: Database
@@ -219,7 +222,7 @@ class _Sweep:
     unnormalized: Collection[UUID]  # ids of the rows to normalize
     wait: bool
     rotated: int = 0
-    skipped: int = 0  # rows that were locked or changed concurrently
+    skipped: int = 0  # number of rows that were locked or changed concurrently
     stuck: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -230,7 +233,7 @@ class _Sweep:
             if dry_run:
                 self.rotated += len(changes)
                 batch = await self._prepare(last_id)
-            else:  # decrypt the next batch while PostgreSQL stores the current batch
+            else:  # PostgreSQL stores a batch while this process decrypts the next batch
                 stored, prepared = await asyncio.gather(
                     self._store(changes), self._prepare(last_id), return_exceptions=True
                 )
@@ -259,7 +262,7 @@ class _Sweep:
         return (rows[-1].id, changes) if rows else None
 
     async def _store(self, changes: Sequence[dict[str, object]]) -> None:
-        """Store a batch. If a row is locked, bisect the batch, so that other rows are stored."""
+        """Store a batch. If a row is locked, store each half of the batch separately."""
         if not changes:
             return
         try:
@@ -313,10 +316,11 @@ def _reencrypt(
 ) -> dict[str, object] | None:
     """Return the old and the new ciphertexts of a row, as SQL parameters for `_write`.
 
-    Return None if nothing is to be changed: another session may have normalized the secrets.
+    Return None if no secret of the row needs a new ciphertext. Another session may have changed the
+    row.
 
     Raises:
-        EncryptionError: A secret of the row cannot be decrypted.
+        EncryptionError: a secret of the row cannot be decrypted.
     """
     first = provider.key_ids[0]
     current, row_id = ciphertext_header(first), str(row.id)
@@ -343,7 +347,7 @@ def _reencrypt(
 
 
 def _normalized(text: str, normalize: Callable[[str], str]) -> str:
-    """Return the normal form of a secret, or the text itself if there is none."""
+    """Return the normal form of a text, or the text itself if the text has no normal form."""
     try:
         return normalize(text)
     except ValueError:
@@ -351,7 +355,7 @@ def _normalized(text: str, normalize: Callable[[str], str]) -> str:
 
 
 async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: UUID) -> str:
-    """Return the error message, with the row's label, for a row that cannot be decrypted."""
+    """Return an error message that names a row and says why the row cannot be decrypted."""
     row = await session.get(mapper.class_, row_id)
     for secret in secrets_of(row) if row else ():
         try:
@@ -371,12 +375,11 @@ async def _write(
 ) -> int:
     """Store the new ciphertexts of a batch, with an audit event. Return the number of stored rows.
 
-    Rows whose ciphertexts were changed concurrently are skipped.
-
-    The event names the rows that were normalized.
+    The function skips rows whose ciphertexts were changed concurrently. The audit event names the
+    rows whose secrets were normalized.
 
     Raises:
-        Conflict, QueryTimeout: Another transaction holds the lock of a row.
+        Conflict, QueryTimeout: another transaction holds the lock of a row.
     """
     lock_timeout = _LOCK_TIMEOUT_OF_ROW if wait else _LOCK_TIMEOUT_OF_BATCH
     await session.execute(text(f"SET LOCAL lock_timeout = '{lock_timeout}'"))
@@ -386,7 +389,7 @@ async def _write(
     casts = (f"CAST(:{name} AS {'uuid' if name == 'id' else 'bytea'}[])" for name in arrays)
     written = await session.scalars(
         text(
-            f"UPDATE {table} SET"  # noqa: S608  # names of tables and columns
+            f"UPDATE {table} SET"  # noqa: S608  # inserts only names of tables and columns
             f" {', '.join(f'{name} = new_{name}' for name in names)},"
             f" {', '.join(f'{mark} = coalesce(given.{mark}, {table}.{mark})' for mark in marks)}"
             f" FROM unnest({', '.join(casts)})"
@@ -428,7 +431,7 @@ def _key_id(header: bytes) -> str:
 
 
 def _is_outdated(session: AsyncSession, mapper: Mapper[Any]) -> ColumnElement[bool]:
-    """Return an SQL condition: a secret of the row is not encrypted with the first key."""
+    """Return the SQL condition that a secret of a row is not encrypted with the first key."""
     current = literal(ciphertext_header(_required_provider(session).key_ids[0]), LargeBinary)
     headers = [_header(_table_of(mapper).c[name]) for name in _secret_names(mapper)]
     return or_(*(func.coalesce(header != current, False) for header in headers))

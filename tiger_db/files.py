@@ -16,10 +16,11 @@ from typing import IO
 
 from tiger_db.errors import AlreadyExists, InvalidValue
 
-# Prefix of the temporary names of incomplete files and folders.
+# The prefix of the temporary names of incomplete files and folders.
 UNFINISHED = ".tiger_db-unfinished-"
-_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)  # target of /dev/stdout
-_MAX_SYMLINKS = 40  # Linux has the same limit
+# This pattern matches the paths of file descriptors, such as the target of the link /dev/stdout.
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)
+_MAX_SYMLINKS = 40  # Linux follows at most 40 symbolic links too
 _NO_HARD_LINKS_ERRORS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -27,12 +28,13 @@ _NO_HARD_LINKS_ERRORS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTS
 def output_files(
     *paths: Path, overwrite: bool, obsolete: Path | None = None
 ) -> Iterator[list[IO[str]]]:
-    """Open files for writing UTF-8 text. If an error occurs, no file is created.
+    """Open files for writing UTF-8 text. If an error occurs, the function creates no file.
 
-    Symbolic links are followed. A new file has mode 0600, and a temporary name until it is
-    complete. Existing files are replaced only with `overwrite`. Output to a pipe or a device works
-    as shell redirection does. Opening a pipe blocks until the pipe has a reader. After all files
-    are written, the file or symbolic link `obsolete` is removed.
+    The function follows symbolic links. A new file has mode 0600, and has a temporary name until
+    the file is complete. The function replaces existing files only if `overwrite` is true. Output
+    to a pipe or a device works as shell redirection does. Opening a pipe blocks until the pipe has
+    a reader. After all files are written, the function removes the file or symbolic link
+    `obsolete`.
 
     Raises:
         AlreadyExists: a path is a file, folder or block device and `overwrite` is false, or a path
@@ -61,12 +63,13 @@ def output_files(
 def write_private(
     folder: Path, texts: Mapping[str, str], *, overwrite: bool, obsolete: str | None = None
 ) -> list[Path]:
-    """Write files to a folder and return their paths. `texts` maps file names to texts.
+    """Write files to a folder and return their paths. The keys of `texts` are the file names.
 
-    With `overwrite`, existing files are replaced, and the file named `obsolete` is removed.
+    If `overwrite` is true, the function replaces existing files, and removes the file `obsolete`.
 
     Raises:
-        AlreadyExists, InvalidValue, OSError: see `output_files`.
+        AlreadyExists, InvalidValue, OSError: a file cannot be written, as documented for
+            `output_files`.
     """
     paths = [folder / name for name in texts]
     path = folder / obsolete if overwrite and obsolete is not None else None
@@ -84,16 +87,16 @@ def make_private_folder(folder: Path) -> None:
 
 
 def is_private_folder(path: Path, uid: int) -> bool:
-    """Return whether the path is a folder (no symbolic link) with owner `uid` and mode 0700."""
+    """Return whether the path is a folder, not a symbolic link, with owner `uid` and mode 0700."""
     with suppress(OSError):
         status = path.lstat()
-        kind_and_mode = status.st_mode & ~stat.S_ISGID  # a new folder may inherit the bit
+        kind_and_mode = status.st_mode & ~stat.S_ISGID  # a new folder may inherit the setgid bit
         return (kind_and_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
     return False
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for `open`: create files with mode 0600, and refuse symbolic links."""
+    """Opener for `open`, which creates files with mode 0600 and refuses symbolic links."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
@@ -116,13 +119,14 @@ def sync_folder(path: Path) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
-    """Check an output path. Return the path's status, or None if the path does not exist.
+    """Check an output path. Return the file status of the path, or None if no such file exists.
 
     Raises:
-        AlreadyExists, InvalidValue, OSError: see `output_files`.
+        AlreadyExists, InvalidValue, OSError: the path is not allowed, as documented for
+            `output_files`.
     """
     try:
-        found = path.stat()  # follows symbolic links
+        found = path.stat()  # `Path.stat` follows symbolic links
     except FileNotFoundError:
         if path.is_symlink():
             raise AlreadyExists(f"{path} is a symbolic link whose target is missing") from None
@@ -140,10 +144,12 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # Descriptors from the parent process are inheritable. For others, dup(-1) fails.
+            # Only the descriptors from the parent process are inheritable. If the path names
+            # another descriptor, dup(-1) fails.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
-            descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)  # mode 0600
+            # The function `mkstemp` creates a file with mode 0600.
+            descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)
             unfinished = Path(name)
             cleanup.callback(unfinished.unlink, missing_ok=True)
         else:

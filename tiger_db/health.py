@@ -1,4 +1,4 @@
-"""Health reports for probes: liveness and readiness, with advice on problems."""
+"""Health reports for probes of liveness and readiness. The reports give advice on problems."""
 
 import asyncio
 import time
@@ -34,13 +34,13 @@ FROM pg_control_system(), pg_database WHERE datname = current_database()
 class HealthReport:
     """The health of a process and its database. A field that is unknown or not applicable is None.
 
-    `rows` maps each table to its estimated number of rows. `problems` has one line with advice for
-    each problem.
+    The field `rows` maps the name of each table to its estimated number of rows. The field
+    `problems` has one line with advice for each problem.
     """
 
     location: str
-    live: bool = True  # the settings and keys of this process are valid
-    ready: bool | None = None  # the process is live, and the database can serve requests
+    live: bool = True  # whether the settings and keys of this process are valid
+    ready: bool | None = None  # whether this process and its database can serve requests
     embedded_folder: str | None = None
     embedded_socket_folder: str | None = None
     embedded_pid: int | None = None
@@ -62,9 +62,9 @@ async def check_liveness(settings: Settings) -> HealthReport:
 
 
 async def check_readiness(settings: Settings) -> HealthReport:
-    """Check the process and its database. Problems are reported in `problems`, not raised.
+    """Check the process and its database. Report problems in the field `problems`, not as errors.
 
-    A database that does not answer within `DB_CONNECT_TIMEOUT` is not ready.
+    If the database does not answer within `DB_CONNECT_TIMEOUT`, the field `ready` is false.
     """
     report, ring = await _check_process(settings)
     report = replace(report, ready=False)
@@ -88,7 +88,7 @@ async def check_readiness(settings: Settings) -> HealthReport:
             async with asyncio.timeout_at(deadline):
                 await _check_pooler(settings)
         async with maintenance_engine(settings) as engine:
-            # insert=True runs this listener before SQLAlchemy's listeners, which send queries.
+            # insert=True makes this listener run before SQLAlchemy's listeners, which send queries.
             @event.listens_for(engine.sync_engine, "connect", insert=True)
             def _terminate_at_deadline(connection: AdaptedConnection, _record: object) -> None:
                 loop.call_at(deadline, connection.driver_connection.terminate)
@@ -144,7 +144,7 @@ async def _check_process(settings: Settings) -> tuple[HealthReport, KeyRing | No
 
 
 def _check_embedded(report: HealthReport, settings: Settings) -> HealthReport:
-    from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and the extra `embedded`
+    from tiger_db import embedded  # noqa: PLC0415  # `embedded` needs POSIX and an extra
 
     folder = embedded.home_folder(settings)
     report = replace(report, embedded_folder=str(folder))
@@ -184,7 +184,7 @@ async def _check_pooler(settings: Settings) -> None:
 async def _check_database(
     connection: AsyncConnection, settings: Settings, ring: KeyRing | None, problems: list[str]
 ) -> AsyncIterator[dict[str, Any]]:
-    """Yield each field of the report as soon as it is known, and append problems to `problems`."""
+    """Yield each field of the report as soon as the field is known. Append to `problems`."""
     await connection.execute(
         text("SELECT set_config('statement_timeout', :timeout, false)"),
         {"timeout": str(round(settings.db_query_timeout * 1000))},
@@ -201,7 +201,7 @@ async def _check_database(
     version = text("SHOW server_version")
     yield {"server_version": await connection.scalar(version)}
     start = time.perf_counter()
-    await connection.scalar(version)  # one round trip, because the statement is prepared already
+    await connection.scalar(version)  # the prepared statement needs one round trip
     yield {"latency_ms": round((time.perf_counter() - start) * 1000, 3)}
     state = await schema_state(connection)
     yield {"revision": state.current, "head": state.head}
@@ -224,10 +224,10 @@ async def _check_database(
 
 
 async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int]:
-    """Estimate the rows of each table and its partitions.
+    """Return the estimated number of rows of each table, including its partitions.
 
-    The estimates are from the last ANALYZE or, for a table that was never analyzed, from the
-    cumulative statistics.
+    The estimates come from the last ANALYZE. For a table that was never analyzed, the estimate
+    comes from PostgreSQL's cumulative statistics.
     """
     rows = await connection.execute(
         text(
@@ -240,11 +240,11 @@ async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> 
         ),
         {"tables": list(tables)},
     )
-    return {name: estimate for name, estimate in rows}  # noqa: C416  # names the two columns
+    return {name: estimate for name, estimate in rows}  # noqa: C416  # the loop names the two columns
 
 
 async def _check_default_partition(connection: AsyncConnection) -> list[str]:
-    """Return problems about audit events in the default partition.
+    """Return a list of the problems with audit events in the default partition.
 
     `tiger-db migrate` creates the partitions of this month and the next months, and moves the
     events of these months to the new partitions.
@@ -276,7 +276,7 @@ async def _check_default_partition(connection: AsyncConnection) -> list[str]:
 
 
 async def _check_decryption(connection: AsyncConnection, ring: KeyRing) -> list[str]:
-    """Return a problem if the key ring cannot decrypt the newest account."""
+    """Return a list with a problem if the key ring cannot decrypt the newest account."""
     async with AsyncSession(connection) as session:
         account = await session.scalar(
             select(TigerAccount).order_by(col(TigerAccount.id).desc()).limit(1)

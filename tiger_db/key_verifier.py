@@ -1,4 +1,4 @@
-"""Authorize API keys in servers, with an optional cache of verified keys."""
+"""The class `KeyVerifier`, with which servers authorize API keys, with an optional cache."""
 
 import asyncio
 import contextlib
@@ -21,29 +21,30 @@ from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import APIKey, APIKeyScope
 
 CHANNEL = "tiger_db_api_keys"
-_TABLES = {"api_keys", "tiger_accounts"}  # tables with triggers that notify CHANNEL
-HEARTBEAT_SECONDS = 0.2  # interval of the queries on the listening connection
-LEASE_SECONDS = 0.5  # cached keys are valid for this time after a heartbeat query
+_TABLES = {"api_keys", "tiger_accounts"}  # the triggers of these tables notify CHANNEL
+HEARTBEAT_SECONDS = 0.2  # the pause between two heartbeat queries
+LEASE_SECONDS = 0.5  # the cache may be used for this time after a heartbeat query
 MAX_AGE_SECONDS = 60.0  # a cached key of this age is read from the database again
-_YIELD_INTERVAL_SECONDS = 0.005  # calls let the event loop read notifications at this interval
+# After this time, a call lets the event loop run, so that the event loop reads notifications.
+_YIELD_INTERVAL_SECONDS = 0.005
 
 
 class KeyVerifier:
     """A verifier of API keys that needs no session. Use a KeyVerifier in one event loop only.
 
-    By default, each call reads the key's row with one query, so that changes of the key
-    take effect at once. The hash of a key is verified in the first call, and again after a change
-    of the row.
+    By default, each call reads the row of the API key with one query, so that changes of the key
+    take effect at once. A KeyVerifier verifies the hash of a key in the first call, and again after
+    a change of the key's row.
 
-    With `memory=True`, verified keys are cached inside the `async with` block. Triggers on api_keys
-    and tiger_accounts notify the verifier of each change within milliseconds, including changes by
-    plain SQL. `__aenter__` compares these triggers with `migrations.declared`. A cached key is read
-    from the database again after 60 seconds, in case a notification was lost. A call does not use
-    the cache if the key has rate limits, or if the listening connection is lost or has not answered
-    for half a second.
+    With `memory=True`, a KeyVerifier caches verified keys inside the `async with` block. Triggers
+    on api_keys and tiger_accounts notify the verifier of each change within milliseconds, including
+    changes by plain SQL. `__aenter__` compares these triggers with `migrations.declared`. A cached
+    key is read from the database again after 60 seconds, in case a notification was lost. A call
+    does not use the cache if the key has rate limits, or if the listening connection is lost or has
+    not answered for half a second.
 
     The cache holds at most `capacity` API keys, and evicts the least recently used key first. The
-    cache contains no raw keys, but keyed BLAKE2b digests of raw keys.
+    cache does not contain raw keys, but only keyed BLAKE2b digests of raw keys.
 
     Raises:
         InvalidValue: `capacity` is not positive.
@@ -56,10 +57,13 @@ class KeyVerifier:
         self.memory = memory
         self.capacity = capacity
         self._digest_key = secrets.token_bytes(32)
-        self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()  # verified keys by digest
-        self._digests: dict[UUID, bytes] = {}  # digests of the cached keys by key id
-        self._notifications = 0  # a row that was read before the last notification is not cached
-        self._valid_until = 0.0  # monotonic time at which the lease ends
+        # Verified keys, by digest of the raw key.
+        self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()
+        self._digests: dict[UUID, bytes] = {}  # digests of raw keys, by id of the API key
+        # Number of received notifications. A row that was read before the last notification is not
+        # cached.
+        self._notifications = 0
+        self._valid_until = 0.0  # monotonic time until which the cache may be used
         self._clock_offset = 0.0  # database time (seconds since 1970) minus monotonic time
         self._yielded_at = 0.0  # monotonic time at which a call last yielded to the event loop
         self._listener: asyncio.Task[None] | None = None
@@ -72,7 +76,8 @@ class KeyVerifier:
             DatabaseUnavailable: the database cannot be reached.
             SchemaMismatch: the schema is missing, is older or newer than this code, or (with
                 `memory=True`) has unexpected changes of api_keys or tiger_accounts.
-            ConfigurationError: `memory=True` and `DB_POOLER` are set, but `DB_DIRECT_HOST` is not.
+            ConfigurationError: `memory` is true and `DB_POOLER` is set, but `DB_DIRECT_HOST` is not
+                set.
         """
         if self.memory:
             self.database.settings.without_pooler()
@@ -82,7 +87,7 @@ class KeyVerifier:
             settings = self.database.settings
             listening = listen(settings, CHANNEL, self._handle_notification, self._hold_lease)
             self._listener = asyncio.create_task(listening)
-            with contextlib.suppress(TimeoutError):  # calls can read the database
+            with contextlib.suppress(TimeoutError):  # a call can read the database
                 await asyncio.wait_for(self._listening.wait(), settings.db_connect_timeout)
         return self
 
@@ -113,7 +118,7 @@ class KeyVerifier:
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
     ) -> APIKey:
-        """Authorize a key as `crud.api_keys.authorize_api_key` does.
+        """Authorize an API key like the function `crud.api_keys.authorize_api_key`.
 
         Several calls may return the same APIKey object: do not change the object.
         """
@@ -147,17 +152,17 @@ class KeyVerifier:
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
     ) -> APIKey | None:
-        """Authorize a key as `authorize` does. Return None if the key is denied."""
+        """Authorize an API key like `authorize`, but return None if access is denied."""
         try:
             return await self.authorize(raw_key, ip_address=ip_address, user_agent=user_agent)
         except AccessDenied:
             return None
 
     async def _from_memory(self, raw_key: str, request: AccessRequest) -> APIKey | None:
-        """Authorize a key from the cache. Return None if the database must be read.
+        """Authorize an API key from the cache, or return None if the database must be read.
 
         Raises:
-            AccessDenied: a check failed; each check raises its own subclass.
+            AccessDenied: access is denied. The subclass of the error shows the reason.
         """
         now = time.monotonic()
         if now - self._yielded_at > _YIELD_INTERVAL_SECONDS:
@@ -207,18 +212,18 @@ class KeyVerifier:
     def _digest(self, raw_key: str) -> bytes:
         try:
             return hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
-        except (AttributeError, UnicodeEncodeError):  # the key is no string, or has lone surrogates
+        except (AttributeError, UnicodeEncodeError):  # the raw key is not a valid text
             return b""
 
     async def _hold_lease(self, connection: Connection) -> None:
-        """Query the listening connection until a query fails. Extend the lease after each query."""
+        """Query the listening connection until a query fails. Each answer extends the lease."""
         while True:
             sent = time.monotonic()
             async with asyncio.timeout(LEASE_SECONDS):
                 now = await connection.fetchval("SELECT clock_timestamp()")
             # PostgreSQL sends the notifications of all earlier commits before the result of this
-            # query. The clock offset starts at the time of sending: a key can expire early by the
-            # round trip time, but never late.
+            # query. The clock offset is computed with the time before the query. Therefore, a key
+            # can expire too early by the round trip time, but never too late.
             self._clock_offset = now.timestamp() - sent
             self._valid_until = sent + LEASE_SECONDS
             self._listening.set()
@@ -229,7 +234,7 @@ class KeyVerifier:
         kind, _, text = (payload or "").partition(" ")
         try:
             changed = UUID(text)
-        except ValueError:  # the payload is `all` after TRUNCATE, or None after lost notifications
+        except ValueError:  # `all` and None mean that any row may have changed
             self._clear()
             return
         self._notifications += 1

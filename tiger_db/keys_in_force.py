@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeySetting(Generic[T]):
-    """A setting that holds keys. The embedded server stores its keys in files named by `field`."""
+    """A setting that holds keys. The embedded server stores these keys in a file named `field`."""
 
     field: str
     parse: Callable[[str], T]
@@ -29,7 +29,7 @@ AUDIT_SIGNING_KEY = KeySetting("audit_signing_key", parse_signing_key, generate_
 
 
 def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
-    """Return the keys in a setting or in its `…_FILE`, or None if neither setting is set.
+    """Return the keys in a setting, or in its file setting `…_FILE`, or None if neither is set.
 
     Raises:
         ConfigurationError: the keys are malformed, unreadable, or missing in production.
@@ -47,7 +47,7 @@ def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
             reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8 text"
             raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
         return _parse(keys, text, f"{name}_FILE: %s")
-    if settings.production and keys is not AUDIT_SIGNING_KEY:  # optional
+    if settings.production and keys is not AUDIT_SIGNING_KEY:  # the signing key is optional
         raise ConfigurationError(f"{name} or {name}_FILE is required when ENVIRONMENT=production")
     return None
 
@@ -55,17 +55,18 @@ def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
 def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) -> T | None:
     """Return the configured keys, or else the keys in the embedded server's folder, or None.
 
-    With `generate`, the function generates missing keys of the embedded server. This function
-    blocks: call it in a thread.
+    If `generate` is true, `in_force` generates missing keys of the embedded server. `in_force`
+    blocks the event loop, so call this function in a thread.
 
     Raises:
-        ConfigurationError: the embedded server's key file is malformed, or see `configured`.
+        ConfigurationError: the embedded server's key file is malformed, or `configured` raised the
+            error.
         EmbeddedError: the embedded server's key file cannot be read or written.
     """
     found = configured(settings, keys)
     if found is not None or not settings.embedded:
         return found
-    from tiger_db import embedded  # noqa: PLC0415  # requires POSIX and an extra
+    from tiger_db import embedded  # noqa: PLC0415  # `embedded` needs POSIX and an extra
 
     path = embedded.home_folder(settings) / keys.field
     if not generate and not os.path.lexists(path):
@@ -75,10 +76,12 @@ def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) 
 
 
 def required_key_ring(settings: Settings) -> KeyRing:
-    """Return the encryption keys in force. This function blocks: call it in a thread.
+    """Return the encryption keys in force.
+
+    This function blocks the event loop, so call this function in a thread.
 
     Raises:
-        ConfigurationError: the keys are missing, malformed or unreadable.
+        ConfigurationError: the encryption keys are missing, malformed or unreadable.
     """
     if ring := in_force(settings, ENCRYPTION_KEYS, generate=False):
         return ring

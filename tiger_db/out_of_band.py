@@ -1,7 +1,7 @@
-"""Audit events and SQL statements out of band: on connections that no session uses.
+"""Out-of-band SQL statements, which run on connections that no session uses.
 
-Out-of-band statements need no connection from the pool of the sessions. The effects of these
-statements stay if the caller's transaction rolls back.
+An out-of-band statement needs no connection from the pool of the sessions. If the caller's
+transaction rolls back, the effects of the out-of-band statement stay.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from tiger_db.sqlstates import CONNECTION_ERRORS, raw_errors
 
 @dataclass(slots=True)
 class _PendingEvent:
-    """An audit event, and a future that is done after the event is stored or refused."""
+    """An audit event, and a future that is done as soon as the event is stored or refused."""
 
     event: AuditLog
     recorded: asyncio.Future[None] = field(
@@ -51,12 +51,12 @@ class OutOfBandWriter:
         return asyncpg_connection(self.engine)
 
     async def record(self, event: AuditLog, actor: Actor | None = None) -> None:
-        """Attribute and store an audit event, and commit the event before the method returns.
+        """Store an audit event, attributed to the actor in force, and wait for the commit.
 
-        Concurrent calls share one transaction.
+        One transaction stores the events of concurrent calls.
 
         Raises:
-            DatabaseUnavailable: the event could not be stored.
+            DatabaseUnavailable: the audit event could not be stored.
         """
         pending = _PendingEvent(attribute(event, actor))
         self._pending.append(pending)
@@ -82,7 +82,7 @@ class OutOfBandWriter:
             async with self.connection() as connection:
                 await insert_events(connection, [pending.event for pending in batch])
             error = None
-        except Exception as problem:  # noqa: BLE001  # every error is raised by the calls of `record`
+        except Exception as problem:  # noqa: BLE001  # the calls of `record` raise this error
             if len(batch) > 1 and not isinstance(problem, DatabaseUnavailable):
                 for pending in batch:  # a refused event must not block other events
                     await self._store([pending])
@@ -96,11 +96,12 @@ class OutOfBandWriter:
 async def asyncpg_connection(
     engine: AsyncEngine,
 ) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    """Open an asyncpg connection. Each SQL statement on the connection is its own transaction.
+    """Open an asyncpg connection, on which each SQL statement is its own transaction.
 
     Raises:
         DatabaseUnavailable: no connection could be opened, or the connection was lost.
-        Conflict, QueryTimeout, StatementRefused: as documented for `raw_errors`.
+        Conflict, QueryTimeout, StatementRefused: a statement failed, as documented for
+            `raw_errors`.
     """
     try:
         with raw_errors():
@@ -110,7 +111,7 @@ async def asyncpg_connection(
                 try:
                     yield raw
                 except TimeoutError:
-                    raise  # the connection is kept: asyncpg cancels the statement on it
+                    raise  # the connection stays usable, because asyncpg cancels the statement
                 # ReadOnlySQLTransactionError means that the server is no longer the primary.
                 except (*CONNECTION_ERRORS, asyncpg.ReadOnlySQLTransactionError):
                     await connection.invalidate()

@@ -8,12 +8,12 @@ from tiger_db.encryption import KeySet
 
 
 class Peppers(KeySet):
-    """Peppers by id. New hashes use the first pepper; older hashes may use any pepper."""
+    """Peppers with ids. New hashes use the first pepper. Older hashes may use any pepper."""
 
     def __init__(self, peppers: Mapping[str, bytes]) -> None:
         super().__init__(peppers)
         self._peppers = dict(peppers)
 
     def apply(self, pepper_id: str, secret: str) -> str:
-        """Return the hexadecimal HMAC-SHA256 of a secret with a pepper."""
+        """Return the HMAC-SHA256 of a secret in hexadecimal. The pepper is the key of the HMAC."""
         return hmac.digest(self._peppers[pepper_id], secret.encode(), hashlib.sha256).hex()

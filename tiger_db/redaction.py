@@ -6,11 +6,11 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 MASK = "**********"
-# Shorter secrets are not masked, because they would match parts of common words.
+# Secrets with fewer characters are not masked, because they would match parts of common words.
 _MIN_SECRET_CHARACTERS = 4
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)
-# Tiger's tokens are base64 text. The decoded text starts with two times: `1700000000000,1…`.
+# Tiger's tokens are base64 of a text that starts with two times, such as `1700000000000,1…`.
 _TIGER_TOKEN = re.compile(
     r"(?:[M-O][DTjz][AEIMQUYcgk][w-z0-5]){4}[M-O][CSiy]w(?:[A-Za-z0-9+/_%-]|\\/)*={0,2}"
 )
@@ -24,9 +24,10 @@ _LINES = re.compile(
     r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,}+(?:\r?\n|(?:\\+r)?\\+n)[ \t]*)+[A-Za-z0-9+/]*={0,2}"
 )
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
-_WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")  # like aWordLIKEThis2
+# `_WORDS` matches several words without separators, as in `aWordLIKEThis2`.
+_WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")
 # This pattern matches a name with a secret value, such as `token=value` or `"token": "value"`. The
-# function `_assignments` replaces WORDS and NAMES by the names of secrets.
+# function `_assignments` replaces the placeholders WORDS and NAMES by the names of secrets.
 _ASSIGNMENT = r"""
     (?<![\w-])
     (?P<name> [\w-]* (?: WORDS ) | NAMES )
@@ -38,16 +39,19 @@ _ASSIGNMENT = r"""
 
 
 def mask_account_number(account_number: str) -> str:
-    """Mask an account number except its last four characters. Mask short numbers completely."""
-    shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # the usual number of visible characters
+    """Mask an account number except its last four characters.
+
+    An account number of at most four characters is masked completely.
+    """
+    shown = account_number[-4:] if len(account_number) > 4 else ""  # noqa: PLR2004  # 4 characters stay visible
     return "*" * (len(account_number) - len(shown)) + shown
 
 
 def redact_aggressively(text: str, *known: str) -> str:
     """Mask everything in a text that is or resembles a token, a key or a password.
 
-    Mask the secrets in `known` if they have at least four characters, all text that `redact_known`
-    masks, and 40 or more letters and digits in sequence that are not words.
+    The function masks the secrets in `known` that have at least four characters, all text that
+    `redact_known` masks, and sequences of 40 or more letters and digits that are not words.
     """
     forms = {
         form for secret in known if len(secret) >= _MIN_SECRET_CHARACTERS for form in _forms(secret)
@@ -78,8 +82,6 @@ def _without_random(match: re.Match[str]) -> str:
     return MASK if mixed or len(parts) == 1 else run
 
 
-# Names of secrets
-
 _SECRET_WORDS = {
     "token", "secret", "password", "passwd", "pwd", "passphrase", "authorization", "credential",
     "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
@@ -96,7 +98,7 @@ _HARMLESS = {
     "type", "count", "name", "status", "format", "at", "url", "scope", "scopes", "version",
     "refreshid", "length",
 }  # fmt: skip
-# The hash of a password is secret too, because passwords can be guessed from hashes.
+# The hash of a password is secret too, because an attacker can guess the password from the hash.
 _PASSWORDS = re.compile("passw|pwd|passphrase")
 _NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
 _MAX_CACHED_NAME_CHARACTERS = 100
@@ -107,12 +109,14 @@ _DER = re.compile(
     rf"(?<![A-Za-z0-9+])MII{_BASE64}{{27,}}+(?:(?:\s|\\+[rnt])+{_BASE64}{{30,}}+)*+"
     rf"(?:(?:\r?\n|(?:\\+r)?\\+n)[ \t]*{_BASE64}+)?={{0,2}}"
 )
-_MIN_DER_CHARACTERS = 100  # characters of base64 text
+_MIN_DER_CHARACTERS = 100  # minimum length of base64 text that `_without_der` masks
 _MIN_TIGER_TOKEN_CHARACTERS = 19  # length of the shortest match of `_TIGER_TOKEN`
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a field with this name, in any spelling, contains a secret.
+    """Return whether fields with this name contain a secret.
+
+    Case and separators of the name do not matter.
 
     For example, fields named `accessToken` or `X-API-Key` contain a secret. Fields named
     `token_expires_at` or `api_key_id` only describe a secret.
@@ -127,10 +131,10 @@ def is_secret_name(name: str) -> bool:
 def add_secret_names(*names: str) -> None:
     """Add names of secrets for this process. Fields whose name contains an added name are masked.
 
-    Case and separators do not matter: `tradePin`, `trade_pin` and `TRADE-PIN` are the same name.
+    Case and separators of a name do not matter: `tradePin` and `TRADE-PIN` are the same name.
 
     Raises:
-        ValueError: a name has no letter or digit.
+        ValueError: a name has neither a letter nor a digit.
     """
     added = [_words(name) for name in names]
     if [] in added:
@@ -144,11 +148,11 @@ def add_secret_names(*names: str) -> None:
 def redact_known(text: str) -> str:
     """Mask the parts of a text that are certainly secrets.
 
-    Mask PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer credentials, API keys of
-    tiger_db, and values after the name of a secret, as in `password=…`. Do not mask other random
-    text, such as digests.
+    These parts are PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer credentials,
+    API keys of tiger_db, and values after the name of a secret, as in `password=…`. The function
+    does not mask other random text, such as digests.
     """
-    # Most texts contain no secret, so fast checks for substrings avoid slow searches for patterns.
+    # Most texts contain no secret. Fast checks for substrings avoid slow searches for patterns.
     if "-----BEGIN" in text:
         text = _PEM.sub(MASK, text)
     if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:

@@ -1,4 +1,4 @@
-"""Worker that refreshes due access tokens. Any number of workers can run at the same time."""
+"""A worker that refreshes due access tokens. Any number of workers can run at the same time."""
 
 import asyncio
 import logging
@@ -40,31 +40,31 @@ from tiger_db.sqlstates import is_transient
 T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
 CHANNEL = "tiger_db_refreshes"
-POLL_SECONDS = 5.0  # longest time between two queries for due refreshes and expired leases
+POLL_SECONDS = 5.0  # longest pause between two queries for due refreshes and expired leases
 _RETRY_PAUSE_SECONDS = 0.2  # pause before the first retry; each retry doubles the pause
 _MAX_RETRY_PAUSE_SECONDS = 5.0
 _RATE_WINDOW_SECONDS = 60.0
 _HEARTBEATS_PER_LEASE = 3
-_GRACE_SECONDS = 30.0  # longest time from `stop` to the end of `run`
-_STORING_SHARE = 0.2  # the part of _GRACE_SECONDS for storing the outcomes of attempts
-_CANCELLING_SHARE = 0.05  # the part of _GRACE_SECONDS for cancelling attempts
+_GRACE_SECONDS = 30.0  # longest time from a call of `stop` to the end of `run`
+_STORING_SHARE = 0.2  # share of _GRACE_SECONDS that is reserved for storing the outcomes
+_CANCELLING_SHARE = 0.05  # share of _GRACE_SECONDS that is reserved for cancelling attempts
 _CANCEL_SECONDS = 1.0  # longest wait for the end of a cancelled task
-_MAX_ERROR_CODE_LENGTH = 50  # characters
+_MAX_ERROR_CODE_LENGTH = 50
 _MAX_RETRY_AFTER = timedelta(days=7)
 _logger = logging.getLogger("tiger_db")
 
 
 class RefreshWorker:
-    """Worker that claims due refreshes, asks the broker for new tokens, and stores the tokens.
+    """A worker that claims due refreshes, asks the broker for new tokens, and stores the tokens.
 
-    `refresher` gets an account with readable secrets, asks the broker once, and returns the new
-    token or raises a `RefreshFailed`. During the call, no transaction is open, and the worker
-    renews the lease of the claim. `per_minute` limits the calls per minute for each `tiger_id`.
-    Audit events during the work have the user id `name` and the user type `worker`.
+    The `refresher` gets an account with readable secrets, asks the broker once, and returns the new
+    token or raises a `RefreshFailed`. While the refresher runs, no transaction is open, and the
+    worker renews the lease of the claim. `per_minute` is the maximum number of calls per minute for
+    each `tiger_id`. The worker's audit events have the user id `name` and the user type `worker`.
 
-    A refresher that takes longer than `attempt_timeout` is cancelled, and the attempt fails with
-    `AnswerLost`. The token of a cancelled refresher or of a lost claim is stored if the account's
-    token is older. A refresher must not block the event loop.
+    If the refresher takes longer than `attempt_timeout`, the worker cancels the call. The attempt
+    fails with `AnswerLost`. The worker stores a token from a cancelled refresher or for a lost
+    claim if the account's token is older. The refresher must not block the event loop.
 
     While the database is unavailable, the worker waits and then stores the new token. If the
     process is killed before that commit, the new token is lost: the broker refuses the next
@@ -95,19 +95,19 @@ class RefreshWorker:
         self.per_minute = per_minute
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
         self._actor = Actor(user_id=self.name, user_type="worker")
-        self.counts: Counter[str] = Counter()  # the keys are outcomes of claims
+        self.counts: Counter[str] = Counter()  # the number of claims with each outcome
         self._call_times: dict[bytes | None, deque[float]] = defaultdict(deque)
-        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # the keys are refresh ids
+        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # the dict keys are ids of refreshes
         self._late: set[asyncio.Task[Any]] = set()  # tasks that wait for cancelled refreshers
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._deadline = math.inf  # monotonic time at which `run` returns
+        self._deadline = math.inf  # latest monotonic time at which `run` ends
 
     def stop(self) -> None:
         """Stop the claiming of refreshes, so that `run` returns within 30 seconds.
 
-        A refresher that does not return in time is cancelled. If the outcome of a refresh cannot be
-        stored in time, the lease of the refresh expires.
+        If the refresher does not return in time, the worker cancels this call. If the outcome of a
+        refresh cannot be stored in time, the lease of the refresh expires.
         """
         self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
         self._stopping.set()
@@ -116,7 +116,7 @@ class RefreshWorker:
     async def run(self, *, once: bool = False) -> None:
         """Refresh due tokens until `stop` is called or, with `once`, until no refresh is due.
 
-        Without `once`, the worker waits while the database is unavailable. If the task of `run`
+        If `once` is false, the worker waits while the database is unavailable. If the task of `run`
         is cancelled, `run` calls `stop`.
 
         Raises:
@@ -186,7 +186,7 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task. After `stop`, keep the share `reserve` of the grace period for later."""
+        """Wait for a task. After `stop`, leave the share `reserve` of the grace period unused."""
         end = math.inf if seconds is None else time.monotonic() + seconds
         stop = asyncio.create_task(self._stopping.wait())
         try:
@@ -198,7 +198,7 @@ class RefreshWorker:
             await asyncio.wait({task}, timeout=max(end - time.monotonic(), 0))
 
     async def _start_due(self) -> float:
-        """Claim due refreshes and start the attempts. Return the seconds until the next query."""
+        """Claim due refreshes and start their attempts. Return the seconds until the next call."""
         free = min(self.concurrency - len(self._attempts), 1000)
         if free <= 0:
             return POLL_SECONDS
@@ -229,7 +229,7 @@ class RefreshWorker:
             _logger.error("a refresh stopped with an unexpected error: %s", type(error).__name__)
 
     async def _attempt(self, claim: TokenStatus, claimed_after: float) -> None:
-        """Make one attempt of a refresh that was claimed after the time `claimed_after`."""
+        """Make one attempt for a claim that was made after the monotonic time `claimed_after`."""
         try:
             wait = self._rate_limit_wait(claim.tiger_account)
             if self._stopping.is_set() or wait > 0:
@@ -281,7 +281,7 @@ class RefreshWorker:
                     raise
 
     async def _ask(self, claim: TokenStatus) -> NewToken | RefreshFailed:
-        """Call the refresher. Return the new token, or a RefreshFailed for any error."""
+        """Call the refresher. Return the new token, or return a RefreshFailed for any error."""
 
         async def call() -> NewToken:
             return await self.refresher(claim.tiger_account)
@@ -303,7 +303,7 @@ class RefreshWorker:
         error = asking.exception()
         if isinstance(error, RefreshFailed):
             return error
-        if error is not None:  # messages of other libraries may contain secrets
+        if error is not None:  # an error message of another library may contain secrets
             known = isinstance(error, TigerDBError)
             return RefreshFailed(error_text(error) if known else type(error).__name__)
         token = asking.result()
@@ -316,14 +316,14 @@ class RefreshWorker:
         await asyncio.wait([task])
         if task.cancelled() or task.exception() or not isinstance(task.result(), NewToken):
             return
-        if self._stopping.is_set():  # the database may be closed
+        if self._stopping.is_set():  # the Database may be closed already
             label = claim.tiger_account.label()
             _logger.warning("%s: a new token is lost: it came after the worker stopped", label)
             return
         milliseconds = round((time.monotonic() - start) * 1000)
         try:
             error: Exception | None = await self._complete(claim, task.result(), milliseconds)
-        except Exception as problem:  # noqa: BLE001  # its message may contain a secret
+        except Exception as problem:  # noqa: BLE001  # the error message may show a secret
             error = problem
         if error is not None:
             self.counts["broken"] += 1
@@ -377,7 +377,7 @@ class RefreshWorker:
             refresh = await token_status.get(session, claim.id)
             new_hash = token_status.token_hash(token.access_token)
             if refresh is not None and refresh.new_token_hash == new_hash:
-                return False  # a commit without confirmation has stored the token
+                return False  # an earlier commit without confirmation stored the token
             await accounts.update_tokens(
                 session,
                 claim.tiger_account_id,
@@ -400,7 +400,7 @@ class RefreshWorker:
             _logger.warning("%s: the claim was lost, but the new token was stored", label)
 
     async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
-        """Store the failure of a refresh. If its values are invalid, store an unknown failure."""
+        """Store the failure of an attempt, without its details if they cannot be stored."""
         account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:
@@ -442,7 +442,7 @@ class RefreshWorker:
         _logger.warning("%s: no new token: %s", account.label(), outcome)
 
     async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-        """Run `work` in a transaction. Repeat `work` while the database is unavailable."""
+        """Call `work` in a transaction. Repeat the call while the database is unavailable."""
         pause = _RETRY_PAUSE_SECONDS
         while True:
             try:
@@ -464,7 +464,7 @@ async def _cancel(*tasks: asyncio.Task[Any]) -> None:
 
 
 def _without_unstorable(claim: TokenStatus, token: NewToken) -> NewToken:
-    """Return a NewToken without the optional values that cannot be stored."""
+    """Return a copy of a new token, without the optional values that cannot be stored."""
     account, refresh_token = claim.tiger_account, token.refresh_token
     return NewToken(
         token.access_token,
@@ -475,7 +475,7 @@ def _without_unstorable(claim: TokenStatus, token: NewToken) -> NewToken:
 
 
 def _storable(row: Entity, name: str, value: T | None) -> T | None:
-    """Validate a value from the broker for a field of `row`. Return None for an invalid value."""
+    """Return the broker's value for the field `name` of a row, or None if it is invalid."""
     try:
         storable: T | None = row.validate_changes({name: value})[name]
     except (ValueError, TypeError, OverflowError):  # a pydantic ValidationError is a ValueError
@@ -485,7 +485,7 @@ def _storable(row: Entity, name: str, value: T | None) -> T | None:
 
 
 def _retry_after(error: RefreshFailed) -> timedelta | None:
-    """Return the valid `retry_after` of an error, at most 7 days, or else None."""
+    """Return the `retry_after` of an error, but at most 7 days, or None if it is not valid."""
     wait = error.retry_after if isinstance(error, RefreshLimited) else None
     if not isinstance(wait, timedelta) or wait < timedelta(0):
         return None

@@ -1,4 +1,4 @@
-"""Settings from environment variables."""
+"""The settings of tiger_db, which are read from environment variables."""
 
 import hashlib
 import math
@@ -37,10 +37,10 @@ StrOrPath = TypeVar("StrOrPath", str, Path)
 
 
 class ConnectArgs(TypedDict, total=False):
-    """Keyword arguments of `asyncpg.connect`."""
+    """The keyword arguments of `asyncpg.connect`."""
 
     dsn: str
-    host: str | list[str]  # hosts of a list are tried in order
+    host: str | list[str]  # asyncpg tries the hosts of a list in order
     port: int | list[int]
     user: str
     password: str | None
@@ -69,7 +69,7 @@ def _utf8_secret(value: SecretStr) -> SecretStr:
 
 
 def _iso_date(value: object) -> object:
-    """Return a date. Accept text only in the form YYYY-MM-DD, which is unambiguous."""
+    """Return a date or None. Accept a text only in the unambiguous form YYYY-MM-DD."""
     if value is None or type(value) is date:
         return value
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
@@ -90,14 +90,14 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_without_nul)]
 SecretText = Annotated[SecretStr, AfterValidator(_utf8_secret)]
 _MAX_IDENTIFIER_BYTES = 63
-# Seconds after DB_QUERY_TIMEOUT until a connection without an answer counts as lost.
+# If the server does not answer for DB_QUERY_TIMEOUT plus 5 seconds, the connection counts as lost.
 _LOST_SERVER_SECONDS = 5
 DEFAULT_SCHEMA = "public"
 SCHEMA_OPTION = "tiger_db_schema"  # name of the execution option that holds DB_SCHEMA
 # Session parameters that PgBouncer accepts and tracks for each client.
 _PGBOUNCER_PARAMETERS = ("application_name", "timezone")
-# Hosts for a DATABASE_URL without a host. The default host of asyncpg would depend on PGHOST.
-_DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # socket folders
+# The hosts for a DATABASE_URL without a host. asyncpg's own default host would depend on PGHOST.
+_DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # a socket folder
 
 
 class Settings(BaseSettings):
@@ -106,8 +106,8 @@ class Settings(BaseSettings):
     The environment variables are read when a Settings object is created.
 
     Raises:
-        ConfigurationError: a value is invalid. The error message is one line that names the
-            variable and does not show the value.
+        ConfigurationError: the value of a variable is invalid. The error message is one line that
+            names the variable and does not show the value.
     """
 
     model_config = SettingsConfigDict(
@@ -198,7 +198,7 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> DatabaseURL | None:
-        """The parsed `DATABASE_URL`, or None if it is not set."""
+        """The parsed `DATABASE_URL`, or None if `DATABASE_URL` is not set."""
         text = self.database_url
         return None if text is None else parse_url(text.get_secret_value())
 
@@ -208,7 +208,7 @@ class Settings(BaseSettings):
 
     @property
     def embedded(self) -> bool:
-        """Whether the embedded PostgreSQL is used, because no other server is set."""
+        """Whether the embedded PostgreSQL is used, because the settings name no other server."""
         return self.database_url is None and self.db_host is None
 
     @property
@@ -250,7 +250,7 @@ class Settings(BaseSettings):
 
     @property
     def search_path(self) -> str:
-        """The value of `search_path` in all sessions, as SQL text."""
+        """The SQL text of the `search_path` in all sessions."""
         return search_path(self.db_schema)
 
     def channel(self, name: str) -> str:
@@ -265,14 +265,14 @@ class Settings(BaseSettings):
 
     @property
     def addresses(self) -> tuple[Address, ...]:
-        """The addresses of the servers, in the order to try; none for the embedded server."""
+        """The addresses of the servers, in the order to try. The embedded server has no address."""
         if (url := self.url) is not None:
             return url.addresses
         return () if self.db_host is None else parse_hosts("DB_HOST", self.db_host, self.db_port)
 
     @property
     def location(self) -> str:
-        """The servers and the database, as text without user name and password for messages."""
+        """A text for messages that names the servers and the database, but no user or password."""
         servers = "embedded" if self.embedded else ",".join(map(str, self.addresses))
         return f"{servers}/{self.database}"
 
@@ -331,11 +331,12 @@ class Settings(BaseSettings):
         )
 
     def connect_args(self, replica: Address | None = None) -> ConnectArgs:
-        """Return keyword arguments of `asyncpg.connect` for the server, or for a replica.
+        """Return the keyword arguments of `asyncpg.connect` for the server, or for a replica.
 
-        The server must accept writes, unless `DATABASE_URL` has `target_session_attrs`. TLS
-        parameters are passed in a DSN, where asyncpg interprets TLS parameters like libpq. For the
-        embedded server, call `embedded.start` instead.
+        The server must accept writes, unless `DATABASE_URL` has the parameter
+        `target_session_attrs`. The TLS parameters are passed in a DSN, because asyncpg
+        interprets the TLS parameters of a DSN as libpq does. For the embedded server, call
+        `embedded.start` instead.
 
         Raises:
             ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or TLS is too weak for
@@ -343,7 +344,7 @@ class Settings(BaseSettings):
         """
         if self.embedded:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
-        if problem := self._tls_problem():  # `model_copy` validates nothing
+        if problem := self._tls_problem():  # a result of `model_copy` is not validated
             raise ConfigurationError(problem)
         url = self.url or DatabaseURL(
             self.addresses,
@@ -381,7 +382,7 @@ class Settings(BaseSettings):
             arguments["passfile"] = Path(found["passfile"])
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
-        if self.uses_pooler:  # PgBouncer supports only these parameters
+        if self.uses_pooler:  # PgBouncer may refuse the other parameters
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given
@@ -391,7 +392,7 @@ class Settings(BaseSettings):
         return arguments
 
     def server_settings(self) -> dict[str, str]:
-        """Return the PostgreSQL parameters of all sessions."""
+        """Return the names and values of the PostgreSQL parameters of all sessions."""
         return {
             "application_name": "tiger_db",
             "statement_timeout": str(math.ceil(self.db_query_timeout * 1000)),
@@ -410,10 +411,10 @@ def quote_identifier(name: str) -> str:
 
 
 def search_path(schema: str) -> str:
-    """Return the value of `search_path` for a schema, as SQL text.
+    """Return the SQL text of the `search_path` for a schema.
 
-    PostgreSQL searches pg_catalog first, because the path does not contain pg_catalog. Without
-    pg_temp in the path, PostgreSQL would search pg_temp before pg_catalog.
+    PostgreSQL searches pg_catalog first, because the search path does not contain pg_catalog. If
+    the search path did not contain pg_temp, PostgreSQL would search pg_temp before pg_catalog.
     """
     return f"{quote_identifier(schema)}, pg_temp"
 

@@ -20,7 +20,7 @@ def parse_signing_key(text: str) -> Ed25519PrivateKey:
     """Parse the value of `AUDIT_SIGNING_KEY`, which is base64 of a 32-byte seed.
 
     Raises:
-        ConfigurationError: the text is malformed.
+        ConfigurationError: the text is not base64 of 32 bytes.
     """
     try:
         return Ed25519PrivateKey.from_private_bytes(base64.b64decode(text, validate=True))
@@ -41,7 +41,8 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
     """Parse a public key in PEM format, or base64 of the 32 key bytes.
 
     Raises:
-        InvalidValue: the text is malformed, or the key is not an Ed25519 key.
+        InvalidValue: the text is not a public key in one of these formats, or the key is not an
+            Ed25519 key.
     """
     try:
         if "-----BEGIN" not in text:

@@ -20,11 +20,12 @@ from tiger_db.errors import (
     TigerDBError,
 )
 
-# The errors that asyncpg raises if a connection is lost.
+# Classes of the errors that asyncpg raises if a connection is lost.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-READ_ONLY_SQL_TRANSACTION = "25006"  # a former primary or a readonly session refuses writes
-# Error types and messages by SQLSTATE or by its first characters. For None, PostgreSQL's
-# message is used, because that message contains no values of a row.
+READ_ONLY_SQL_TRANSACTION = "25006"  # a former primary or a readonly session refused a write
+# The keys are SQLSTATEs or the first characters of SQLSTATEs. The values are the type and the
+# message of the error. If the message is None, PostgreSQL's own message is used, because
+# PostgreSQL's message contains no values of a row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "08": (DatabaseUnavailable, "the connection was lost"),
     "22000": (InvalidValue, "a value is not of its column's type"),
@@ -44,15 +45,16 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "28": (DatabaseUnavailable, "the database refuses this role"),
     "3D000": (DatabaseUnavailable, "the database does not exist"),
     "40001": (Conflict, None),  # serialization failure, or conflict with recovery on a replica
-    "40P01": (Conflict, None),  # deadlock
+    "40P01": (Conflict, None),  # a deadlock occurred
     "42501": (StatementRefused, None),  # a privilege is missing
     "53300": (DatabaseUnavailable, "the database has no connection left"),
-    "55P03": (Conflict, None),  # lock timeout
+    "55P03": (Conflict, None),  # the lock timeout expired
     "57014": (QueryTimeout, None),
     "57P0": (DatabaseUnavailable, "the connection was lost"),
 }
-# The first two characters of the SQLSTATEs of transient errors: connection, rollback, resources,
-# objects in use, operator intervention.
+# The first two characters of the SQLSTATEs of transient errors. PostgreSQL names these five classes
+# connection exception, transaction rollback, insufficient resources, object not in prerequisite
+# state, and operator intervention.
 _TRANSIENT_CLASSES = {"08", "40", "53", "55", "57"}
 
 
@@ -72,8 +74,8 @@ def _entry(sqlstate: str) -> tuple[type[TigerDBError] | None, str | None]:
 def classify(error: BaseException) -> TigerDBError | None:
     """Convert an error of asyncpg or SQLAlchemy to an error of this package, or return None.
 
-    The new error's message contains no values of a row. The message names the constraint or the
-    column if PostgreSQL reports a constraint or a column.
+    The message of the new error contains no values of a row. If PostgreSQL reports a constraint or
+    a column, the message may name the constraint or the column.
     """
     cause = _cause(error)
     if isinstance(cause, asyncpg.PostgresError):
@@ -90,7 +92,7 @@ def classify(error: BaseException) -> TigerDBError | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether an error is transient: the same transaction may succeed later.
+    """Return whether an error is transient, so that the same transaction may succeed later.
 
     Transient errors are caused by an unavailable server, a lack of resources, or another
     transaction.
@@ -108,7 +110,7 @@ def raw_errors() -> Iterator[None]:
     Raises:
         DatabaseUnavailable, Conflict, QueryTimeout: the error is transient.
         AlreadyExists, MissingReference, InvalidValue: a constraint or type refuses a value.
-        StatementRefused: any other error of asyncpg, for example because a privilege is missing.
+        StatementRefused: asyncpg raised another error, for example because a privilege is missing.
     """
     try:
         yield
