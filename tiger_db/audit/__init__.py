@@ -1,4 +1,4 @@
-"""Seals of the audit trail, verification, exports, and retention by month."""
+"""The audit trail's seals, verification, exports, and monthly retention."""
 
 from tiger_db.audit.exporting import export, export_checkpoint, read_checkpoint
 from tiger_db.audit.following import follow

@@ -106,7 +106,8 @@ async def _with_lock_retries(work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await work()
         except asyncpg.LockNotAvailableError:
-            await asyncio.sleep(_RETRY_PAUSE_SECONDS)  # waiting transactions run now
+            # Transactions that wait for the table lock can run during this pause.
+            await asyncio.sleep(_RETRY_PAUSE_SECONDS)
     raise DatabaseUnavailable("audit_logs is in use by a long transaction: try again later")
 
 

@@ -154,7 +154,7 @@ class Seal:
         return payload
 
     def event_digests(self, payload: SealPayload) -> list[tuple[int, bytes]]:
-        """Return the position and the digest of each event that the seal covers."""
+        """Return pairs of position and digest, one for each event that the seal covers."""
         return list(zip(positions_in(payload.positions), split_digests(self.digests), strict=False))
 
 

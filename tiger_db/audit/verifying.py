@@ -34,7 +34,8 @@ _CREATED_AT = slice(59, 78)
 _SELECT_RETIREMENTS = """
 SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
 """
-Advance = Callable[[int, int], None]  # takes the finished and total number of positions or bytes
+# The arguments are the finished and the total number of positions or bytes.
+Advance = Callable[[int, int], None]
 
 
 class FindingKind(StrEnum):

@@ -75,7 +75,8 @@ def main() -> None:
     """Run the command in `sys.argv`, then exit the process. Print errors without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # some terminals lack characters
+            # Some terminals cannot print all characters.
+            stream.reconfigure(errors="backslashreplace")
     code = _run()
     try:
         sys.stdout.flush()

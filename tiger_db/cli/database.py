@@ -238,7 +238,7 @@ def stop_embedded() -> None:
 
 
 def _start(config: "tiger_db.Settings") -> None:
-    folder = tiger_db.embedded.home_folder(config)  # raises ConfigurationError in production
+    folder = tiger_db.embedded.home_folder(config)  # home_folder() raises an error in production
     if tiger_db.embedded.running(config):
         output.print_message(f"the embedded PostgreSQL in {folder} is running")
         return

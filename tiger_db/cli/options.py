@@ -60,7 +60,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmat
 _MAX_DURATION = timedelta(days=36525)
 _MAX_SECRET_LENGTH = 1_000_000  # maximum number of characters of a secret
 _LINE_END_LENGTH = 2  # number of characters in CR LF, the longest line end
-# Linux truncates a longer line that is typed at a terminal.
+# Linux truncates a line that is typed at a terminal and is longer than this limit.
 _MAX_TERMINAL_LINE_BYTES = 4095
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 

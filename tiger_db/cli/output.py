@@ -33,7 +33,7 @@ def print_message(message: str) -> None:
 
 
 def count_of(count: int, noun: str, plural: str | None = None) -> str:
-    """Return a count with its noun, such as `1 seal` or `1,200 seals`."""
+    """Return a text of a number and a noun, such as `1 seal` or `1,200 seals`."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 

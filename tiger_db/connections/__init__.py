@@ -75,7 +75,8 @@ async def connect_directly(
     """Open a connection that bypasses the pooler, for session state such as LISTEN.
 
     Raises:
-        ConfigurationError: `DB_DIRECT_HOST` is required but not set, or see `connect`.
+        ConfigurationError: `DB_DIRECT_HOST` is required but not set. For other causes, see
+            `connect`.
         DatabaseUnavailable: see the errors of `connect`.
     """
     return await connect(settings.without_pooler(), database=database)
@@ -164,7 +165,7 @@ def create_engine(
             error.__cause__, asyncpg.InternalClientError
         )
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
-            # This makes the pool close all connections to a server that is no longer the primary.
+            # `is_disconnect` makes the pool close all connections to a former primary.
             context.is_disconnect = True
             why = reason(error)
             # With a pooler, asyncpg's command_timeout limits the duration of statements.

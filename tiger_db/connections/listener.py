@@ -63,7 +63,7 @@ async def listen(
             async with open_listener(settings, channel, on_notification) as connection:
                 failing = False
                 await (watch or _until_closed)(connection)
-        except TigerDBError as error:  # EmbeddedError too, if the embedded server did not start
+        except TigerDBError as error:  # EmbeddedError is a TigerDBError
             if not failing:
                 _logger.warning("LISTEN on the channel %s failed: %s", channel, error)
             failing = True

@@ -69,7 +69,8 @@ class Replicas:
             return None
         await self._sample_primary(max_lag.total_seconds())
         oldest = time.monotonic() - max_lag.total_seconds()
-        for replica in random.sample(self._replicas, len(self._replicas)):  # spreads sessions
+        # The random order of the replicas spreads sessions evenly.
+        for replica in random.sample(self._replicas, len(self._replicas)):
             now = time.monotonic()
             samples = [s for s in (replica.replayed, *self._samples) if s[0] >= oldest]
             if not samples or now < replica.failed_until:

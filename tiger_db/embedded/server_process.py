@@ -45,7 +45,7 @@ _open_locks: set[int] = set()
 class Postmaster(NamedTuple):
     """The main process of a server, with the contents of the server's `postmaster.pid`."""
 
-    process: Any  # psutil has no types
+    process: Any  # the type is Any, because psutil has no types
     identity: str
     owner: int
     socket_folder: Path

@@ -19,7 +19,7 @@ _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")
 
 
 def include_name(name: str | None, kind: str, _parents: object) -> bool:
-    """Return False for a partition of audit_logs, because partitions have no model."""
+    """Return False if the name is that of a partition of audit_logs, which has no model."""
     return not (kind == "table" and name is not None and _PARTITION.match(name))
 
 

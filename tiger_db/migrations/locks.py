@@ -159,7 +159,8 @@ async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) ->
 
     if await is_done():  # a migration that ends soon needs no polling
         return blockers
-    with suppress(DatabaseUnavailable, DBAPIError):  # only messages need the blocking sessions
+    # Errors of this poll are ignored, because the blocking sessions are needed only for messages.
+    with suppress(DatabaseUnavailable, DBAPIError):
         async with engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             while True:

@@ -34,7 +34,8 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     sdk, config_class = load_sdk()
-    config = config_class(enable_dynamic_domain=False)  # True would make the SDK send a request
+    # If enable_dynamic_domain were True, the SDK would send a request.
+    config = config_class(enable_dynamic_domain=False)
     config.props_path = None
     config.tiger_id, config.account = plaintext(account.tiger_id), account.account_number
     config.private_key, _ = parse_private_key(plaintext(account.private_key))
