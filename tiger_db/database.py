@@ -73,8 +73,8 @@ class Database:
     """The connections of one process to one database, in one event loop.
 
     The parameter `key_provider` replaces `ENCRYPTION_KEYS`, for example with the keys of a key
-    management service. Out-of-band writes use up to four connections in addition to the pool: see
-    `tiger_db.out_of_band`.
+    management service. Out-of-band writes (`tiger_db.out_of_band`) use up to four connections
+    in addition to the pool.
 
     Raises:
         ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or is missing in
@@ -179,7 +179,7 @@ class Database:
         Raises:
             DatabaseUnavailable: the database cannot be reached, or the connection was lost before
                 the commit. The database saved nothing of the transaction.
-            OutcomeUnknown: the connection was lost during the commit: see `AsyncSession.commit`.
+            OutcomeUnknown: the commit was not confirmed, as documented for `AsyncSession.commit`.
             Conflict: a deadlock, serialization failure or lock timeout occurred. The database saved
                 nothing of the transaction.
             QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`. The database saved
@@ -230,7 +230,7 @@ class Database:
 
         Raises:
             OutcomeUnknown: it is unknown whether the transaction was saved, as documented for
-                `AsyncSession.commit`. Check this before you repeat the transaction.
+                `AsyncSession.commit`. Before a repetition, check whether the transaction was saved.
             Conflict, DatabaseUnavailable: the last retry failed with this error.
             QueryTimeout, SchemaMismatch: the session raised the error, as documented for the method
                 `session`. After these errors, `transaction` does not call `work` again.
@@ -271,7 +271,7 @@ async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSessi
 
     Raises:
         ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: `Database` or its
-            method `session` raised the error, as documented there.
+            method `session` raised the error.
     """
     loop = asyncio.get_running_loop()
     if loop not in _defaults:

@@ -1,7 +1,7 @@
 """Parsers for database URLs and lists of hosts, in the grammar of libpq.
 
-This module does not use `urllib.parse.urlsplit`: whether `urlsplit` accepts a list of hosts
-depends on the patch release of Python.
+This module does not use `urllib.parse.urlsplit`, because some patch releases of Python refuse a
+list of hosts in `urlsplit`.
 https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS
 """
 
@@ -91,7 +91,7 @@ class DatabaseURL:
     parameters: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_text(self) -> str:
-        """Return the URL, with the password. `parse_url` converts this URL to an equal object."""
+        """Return the URL, with the password. `parse_url` parses the URL to an equal DatabaseURL."""
         login = quote(self.user or "", safe="")
         if self.password is not None:
             login += ":" + quote(self.password, safe="")

@@ -6,7 +6,7 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 MASK = "**********"
-# Secrets with fewer characters are not masked, because they would match parts of common words.
+# Secrets with fewer characters are not masked, because such secrets match parts of common words.
 _MIN_SECRET_CHARACTERS = 4
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)

@@ -106,8 +106,8 @@ class RefreshWorker:
     def stop(self) -> None:
         """Stop the claiming of refreshes, so that `run` returns within 30 seconds.
 
-        If the refresher does not return in time, the worker cancels this call. If the outcome of a
-        refresh cannot be stored in time, the lease of the refresh expires.
+        If the refresher does not return in time, the worker cancels the refresher. If the outcome
+        of a refresh cannot be stored in time, the lease of the refresh expires.
         """
         self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
         self._stopping.set()
@@ -400,7 +400,7 @@ class RefreshWorker:
             _logger.warning("%s: the claim was lost, but the new token was stored", label)
 
     async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
-        """Store the failure of an attempt, without its details if they cannot be stored."""
+        """Store the failure of an attempt. Omit the details if the details cannot be stored."""
         account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:
@@ -475,7 +475,7 @@ def _without_unstorable(claim: TokenStatus, token: NewToken) -> NewToken:
 
 
 def _storable(row: Entity, name: str, value: T | None) -> T | None:
-    """Return the broker's value for the field `name` of a row, or None if it is invalid."""
+    """Return the broker's value for the field `name` of a row, or None for an invalid value."""
     try:
         storable: T | None = row.validate_changes({name: value})[name]
     except (ValueError, TypeError, OverflowError):  # a pydantic ValidationError is a ValueError
@@ -485,7 +485,7 @@ def _storable(row: Entity, name: str, value: T | None) -> T | None:
 
 
 def _retry_after(error: RefreshFailed) -> timedelta | None:
-    """Return the `retry_after` of an error, but at most 7 days, or None if it is not valid."""
+    """Return `retry_after` of an error, but at most 7 days. Return None for an invalid value."""
     wait = error.retry_after if isinstance(error, RefreshLimited) else None
     if not isinstance(wait, timedelta) or wait < timedelta(0):
         return None
