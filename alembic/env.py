@@ -16,7 +16,7 @@ from tiger_db.settings import DEFAULT_SCHEMA, Settings
 def run(connection: Connection) -> None:
     context.configure(connection=connection, **OPTIONS)
     with warnings.catch_warnings(), context.begin_transaction():
-        # SQLAlchemy 2.1 and Alembic warn of each NOT VALID constraint that they reflect.
+        # SQLAlchemy 2.1 and Alembic warn of each NOT VALID constraint that they read.
         for argument in ("dialect_options", "not_valid"):
             message = f"Can't validate argument '{argument}'"
             warnings.filterwarnings("ignore", message, SAWarning)

@@ -1,4 +1,4 @@
-"""Remove credentials of closed accounts; add automatic suspensions and client options.
+"""Remove the credentials of closed accounts, and add automatic suspensions and client options.
 
 Revision: 0002
 Follows: 0001
@@ -96,8 +96,8 @@ def downgrade() -> None:
     op.execute("DROP TRIGGER end_auto_suspension ON tiger_accounts")
     op.execute("DROP FUNCTION end_auto_suspension()")
     op.drop_constraint(op.f("ck_tiger_accounts_credentials_unless_closed"), "tiger_accounts")
-    # The removed private keys cannot be restored: an empty ciphertext, which cannot be decrypted,
-    # replaces each removed key.
+    # The removed private keys cannot be restored. Each removed key is replaced by an empty
+    # ciphertext, which cannot be decrypted.
     op.execute("UPDATE tiger_accounts SET private_key = '' WHERE private_key IS NULL")
     op.alter_column(
         "tiger_accounts",

@@ -124,7 +124,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("writer", name=op.f("pk_api_key_batches")),
         comment="The latest batch of counts that each process has written",
     )
-    # Copy the current usage counts, so that the rate limits include earlier uses.
+    # The statement copies the current usage counts, so that the rate limits include earlier uses.
     op.execute(
         "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"
         " SELECT u.api_key_id, date_trunc('hour', now(), 'UTC'),"

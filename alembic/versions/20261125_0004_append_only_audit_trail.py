@@ -1,4 +1,4 @@
-"""Make the audit trail append-only; add positions, seals and smaller indexes.
+"""Make the audit trail append-only, and add positions, seals and smaller indexes.
 
 Revision: 0004
 Follows: 0003

@@ -1,4 +1,4 @@
-"""Set the search path of functions; name channels and advisory locks by schema.
+"""Set the search path of functions, and name notification channels and advisory locks by schema.
 
 Revision: 0006
 Follows: 0005
@@ -15,8 +15,8 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-# The SQL function quote_ident quotes names like quote_identifier in Python. The stored search path
-# is the same, whether DB_SCHEMA, psql or a role set the path.
+# The SQL function quote_ident quotes names as the Python function quote_identifier does. The stored
+# search path is the same, whether DB_SCHEMA, psql or a role set the search path of the connection.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )
@@ -24,13 +24,14 @@ FROM_CURRENT = "SET search_path FROM CURRENT"
 
 MONTHS_LOCK = """
         pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))"""
-# Names of channels and schemas have at most 63 bytes, so the channel contains a digest of the schema.
+# A schema and a notification channel have names of at most 63 bytes. Therefore, the name of the
+# channel contains a digest of the schema's name instead of the schema's name.
 DECLARE = """DECLARE
     channel CONSTANT text := pg_catalog.concat('{}', '_' ||
         left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 """
 
-# The name pg_catalog.concat is qualified, so that no function in the schema is called instead.
+# The name pg_catalog.concat is qualified, so that no other function named concat is called.
 QUALIFIED = {
     "key": "pg_catalog.concat('key ', OLD.id)",
     "account": "pg_catalog.concat('account ', OLD.id)",
@@ -145,7 +146,7 @@ NOTIFYING = {
     "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
     "tiger_db_refreshes": NOTIFY_REFRESH,
 }
-# These functions only get a search path.
+# The migration sets the search path of these functions, and does not replace them.
 UNCHANGED = (
     "set_updated_at()",
     "end_auto_suspension()",

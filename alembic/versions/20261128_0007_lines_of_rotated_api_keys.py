@@ -1,4 +1,4 @@
-"""Let a rotated API key and its replacement share rate limits; record each key's replacement.
+"""Let a rotated API key and its replacement share rate limits, and record each replacement.
 
 Revision: 0007
 Follows: 0006
@@ -84,7 +84,8 @@ COMMENTS = {
 
 def upgrade() -> None:
     op.execute(ROTATIONS)
-    # Lock the tables in the same order as the verification of an API key.
+    # To prevent deadlocks, the migration locks the tables in the same order as the verification of an
+    # API key.
     op.drop_constraint(FOREIGN_KEY, "api_key_limits", type_="foreignkey")
     for name, comment in (
         ("root_id", "First key of the line that rotations made, which may be gone; none: this one"),

@@ -26,7 +26,7 @@ NAME = "ck_token_statuses_in_progress_is_leased"
 
 
 def upgrade() -> None:
-    # The constraint exists already if the validation was interrupted and this migration runs again.
+    # If this migration runs again after an interrupted validation, the constraint exists already.
     op.execute(f"ALTER TABLE token_statuses DROP CONSTRAINT IF EXISTS {NAME}")
     op.execute(
         f"ALTER TABLE token_statuses ADD CONSTRAINT {NAME} CHECK (status <> 'in_progress'"

@@ -1,4 +1,4 @@
-"""Drop api_key_batches.
+"""Drop the table api_key_batches.
 
 Revision: 0009
 Follows: 0008
@@ -6,7 +6,7 @@ Made: 2026-11-28
 
 The usage counter of API keys now reads the status of a transaction from the server, and no longer
 needs the table api_key_batches. The migration locks api_key_batches only. Code of revision 0008 can
-no longer count uses of API keys, so stop that code first. Rate limits use another table.
+no longer count uses of API keys, so stop that code first. Rate limits do not use api_key_batches.
 """
 
 import sqlalchemy as sa

@@ -16,7 +16,7 @@ down_revision = "0009"
 branch_labels = None
 depends_on = None
 
-# The old and the new comment of each table.
+# TABLES contains the old and the new comment of each table.
 TABLES = {
     "api_key_limits": (
         "Uses of each line of limited API keys in its latest hour and day",
@@ -31,7 +31,7 @@ TABLES = {
         "Number of accepted uses per API key and hour",
     ),
 }
-# The old and the new comment of each column, by table.
+# COLUMNS contains the old and the new comment of each column, by table.
 COLUMNS = {
     "api_key_limits": {
         "api_key_id": (

@@ -4,13 +4,17 @@ Revision: 0011
 Follows: 0010
 Made: 2026-11-28
 
-Blocks tiger_accounts while it reads the table once. Numbers that differ only in invisible characters,
-width or letter case belong to one account: such rows keep their numbers, and so do rows whose number
-has no form of Tiger's. The constraint exempts these rows, because each of their updates, such as a new
-access token, would otherwise fail; it then stays NOT VALID, and `doctor` names the rows. Code of revision
-0010 works with this schema, except that it cannot store other numbers.
+The migration locks tiger_accounts during one scan of the table. Account numbers that differ only
+in invisible characters, width or letter case belong to one account at Tiger. Rows with such numbers
+are not changed. Rows whose number does not have the form of a Tiger account number are not changed
+either.
 
-The constraint is validated in a transaction of its own, which blocks neither readers nor writers.
+The new CHECK constraint exempts all rows with another form, because each update of such a row, such
+as a new access token, would otherwise fail. If there are such rows, the constraint stays NOT VALID,
+and the command `doctor` names the rows. Code of revision 0010 works with this schema, but can no longer
+store account numbers of another form.
+
+A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """
 
 from alembic import op
@@ -29,8 +33,8 @@ LENGTHS = {
     "min_1": "char_length(account_number) >= 1",
     "max_50": "char_length(account_number) <= 50",
 }
-# The rules of `normalize_account_number` in tiger_db/models/accounts.py. PostgreSQL normalizes
-# UTF-8 only.
+# The SQL expression NORMAL follows `normalize_account_number` in tiger_db/models/accounts.py. In
+# PostgreSQL, the function normalize() works only in databases with the encoding UTF8.
 IGNORABLE = (
     r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     r"\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
@@ -73,7 +77,7 @@ $$
 
 def upgrade() -> None:
     op.execute("LOCK TABLE tiger_accounts")
-    # The migration runs again if the validation was interrupted.
+    # If this migration runs again after an interrupted validation, the new constraint exists already.
     for name in ("form", *LENGTHS):
         op.execute(
             "ALTER TABLE tiger_accounts"

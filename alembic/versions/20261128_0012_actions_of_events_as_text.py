@@ -1,21 +1,21 @@
-"""Actions of audit events as text, and the result pending.
+"""Store the actions of audit events as text, and add the result `pending`.
 
 Revision: 0012
 Follows: 0011
 Made: 2026-11-28
 
-Rewrites audit_logs under an ACCESS EXCLUSIVE lock, because PostgreSQL does not store an enum as text:
-no event can be read or recorded meanwhile. For each million events of 320 bytes with their indexes,
-this takes about 4 s on two processors, and as much free disk space as the table has. If the trail is
-large, retire old months first, or migrate when no order is placed. The contents of the events, their
-digests and their seals do not change.
+The migration rewrites audit_logs, because PostgreSQL does not store an enum value as text. The
+ACCESS EXCLUSIVE lock on audit_logs blocks readers and writers during the rewrite. The rewrite of a
+million events of 320 bytes and their indexes takes about 4 s on two processors. The rewrite needs
+as much free disk space as audit_logs uses. If audit_logs is large, retire old months first, or
+migrate when no order is placed. The contents, digests and seals of events do not change.
 
-Code of revision 0011 works with this schema: the domain audit_action takes the place of the enum in
-its queries. A later release drops the domain. Code of revision 0011 cannot read events that newer
-code has recorded with a new action or with the result pending.
+Code of revision 0011 works with this schema, because the domain audit_action replaces the enum in
+the queries of that code. A later release drops the domain. Code of revision 0011 cannot read events
+with a new action or with the result `pending`, which only newer code records.
 
-The downgrade adds all recorded actions to the enum. The result pending remains, because PostgreSQL
-cannot remove a value of an enum.
+The downgrade adds all recorded actions to the enum audit_action. The value `pending` stays in the
+enum audit_result, because PostgreSQL cannot remove a value of an enum.
 """
 
 from alembic import op

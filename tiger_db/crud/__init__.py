@@ -1,4 +1,4 @@
-"""CRUD functions, one module per entity. CRUD functions flush the session and never commit."""
+"""The CRUD functions, by entity. CRUD functions flush the session, and do not commit."""
 
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.pagination import Page

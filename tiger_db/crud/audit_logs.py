@@ -1,4 +1,4 @@
-"""CRUD of the audit trail: record, search and count audit events. Recorded events never change."""
+"""CRUD functions that record, search and count audit events. Recorded events never change."""
 
 import logging
 import re
@@ -113,10 +113,10 @@ class SessionSource(Protocol):
 async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
     """Record one audit event in the caller's transaction. A rollback also removes the event.
 
-    Values that PostgreSQL cannot store are converted, and secrets are masked: see `AuditLog`.
+    Values that PostgreSQL cannot store are converted, and secrets are masked.
 
     Raises:
-        ValidationError: a field is unknown, or a value is invalid.
+        ValidationError: no field has the given name, or a value is invalid.
     """
     return await insert_event(session, build_event(**fields))
 
@@ -129,7 +129,7 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
     session's transaction.
 
     Raises:
-        ValidationError: a field is unknown, or a value is invalid.
+        ValidationError: no field has the given name, or a value is invalid.
         ConfigurationError: the session does not belong to a Database.
         DatabaseUnavailable: the event could not be stored.
     """
@@ -236,10 +236,10 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     the AuditLog objects are not set.
 
     Raises:
-        InvalidValue: an item of `events` is not an AuditLog; no event is recorded.
-        AlreadyExists: an event was recorded before; the transaction must be rolled back.
+        InvalidValue: an item of `events` is not an AuditLog. No event is recorded.
+        AlreadyExists: an event was recorded before. The caller must roll back the transaction.
         InvalidState: the session is readonly.
-        DatabaseUnavailable, Conflict, QueryTimeout: see `Database.session`.
+        DatabaseUnavailable, Conflict, QueryTimeout: `Database.session` documents these errors.
     """
     batch = list(events)
     if not all(isinstance(event, AuditLog) for event in batch):
@@ -247,10 +247,10 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     if not batch:
         return 0
     actor = actor_of(session.info)
-    refuse_readonly(session)  # COPY would raise the same error as after a failover
+    refuse_readonly(session)  # without this check, COPY would raise the error of a failover
     await session.flush()
     connection = await session.connection()
-    await connection.exec_driver_sql("SELECT")  # begins a transaction, so that COPY does not commit
+    await connection.exec_driver_sql("SELECT")  # SELECT begins a transaction that COPY joins
     raw = (await connection.get_raw_connection()).driver_connection
     assert raw is not None
     try:
@@ -263,7 +263,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
 
 
 async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
-    """Attribute an audit event, insert it without the ORM, and add the object to the session."""
+    """Set the actor of an audit event, insert the event, and add the event to the session."""
     attribute(event, actor_of(session.info))
     (values,) = await execute_driver_sql(session, _INSERT, *insert_values(event))
     for name, value in zip(SERVER_COLUMNS, values, strict=True):
@@ -274,24 +274,24 @@ async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
         session.sync_session.get_nested_transaction() or session.sync_session.get_transaction()
     )
     assert transaction is not None
-    # Mark the object as flushed, so that a rollback makes the object transient, not expired.
+    # The event is marked as flushed, so that a rollback makes the event transient, not expired.
     transaction._new[instance_state(event)] = True  # noqa: SLF001
     return event
 
 
 @listens_for(AuditLog, "before_insert")
 def _attribute_flushed(_mapper: Mapper[AuditLog], _connection: Connection, event: AuditLog) -> None:
-    """Attribute an audit event that the ORM inserts, because a caller has added it to a session."""
+    """Set the actor of an audit event that a caller has added to a session."""
     session = object_session(event)
     assert session is not None
     attribute(event, actor_of(session.info))
 
 
-# Builders of audit events, one per entity
+# Functions that build audit events
 
 
 def build_event(**fields: Unpack[EventFields]) -> AuditLog:
-    """Build an audit event. A field that is None gets the default value."""
+    """Build an audit event. A field with the value None gets its default value."""
     given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     return AuditLog(**given)
 
@@ -320,7 +320,7 @@ def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]
     return build_event(**fields)
 
 
-# Queries
+# Functions that search and count audit events
 
 
 async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
@@ -331,20 +331,22 @@ async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
 class Criteria(TypedDict, total=False):
     """The criteria of `search`. A criterion with the value None matches every audit event."""
 
-    since: datetime | None  # aware datetime, inclusive; compared with the time in the id
-    until: datetime | None  # aware datetime, exclusive
-    # Allowed actions and families, such as trade; an empty list allows all actions.
+    since: datetime | None  # earliest time of events, as an aware datetime
+    until: datetime | None  # time after the last event, as an aware datetime
+    # An item is an action or a family, such as trade. An empty list allows all actions.
     actions: Sequence[AuditAction | str]
     results: Sequence[AuditResult]
     severities: Sequence[AuditSeverity]
     account_id: UUID | None
     api_key_id: UUID | None
     user_id: str | None
-    ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None  # IP address or network
+    ip: (
+        str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None
+    )  # IP address, or network of addresses
     session_id: str | None
     request_id: str | None
     resource: str | None  # resource type, resource id, or `type/id`
-    details: Mapping[str, JsonValue] | None  # JSON that the event's details contain
+    details: Mapping[str, JsonValue] | None  # JSON object that an event's details contain
 
 
 async def search(
@@ -399,8 +401,8 @@ def conditions(**criteria: Unpack[Criteria]) -> list[ColumnElement[bool]]:
     """Return the SQL conditions for the given criteria.
 
     Raises:
-        InvalidValue: see `search`.
-        TypeError: the name of a criterion is unknown.
+        InvalidValue: a criterion is invalid, as in `search`.
+        TypeError: no criterion has the given name.
     """
     given: dict[str, Any] = {**criteria}
     if unknown := given.keys() - _CONDITIONS.keys():

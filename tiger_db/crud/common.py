@@ -1,4 +1,4 @@
-"""Helpers of the CRUD modules: the session context, row look-ups, savepoints, typed errors."""
+"""The session context, and functions that several CRUD modules share."""
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -54,7 +54,7 @@ async def execute_driver_sql(
     """Flush the session, execute constant SQL without SQLAlchemy's compiler, and return the rows.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: see `typed_errors`.
+        AlreadyExists, MissingReference, InvalidValue: `typed_errors` documents these errors.
     """
 
     def run(sync_session: Session) -> Sequence[Row[Any]]:
@@ -62,7 +62,9 @@ async def execute_driver_sql(
         return sync_session.connection().exec_driver_sql(statement, values).all()
 
     with typed_errors():
-        return await session.run_sync(run)  # one greenlet switch for flush, connect and execute
+        return await session.run_sync(
+            run
+        )  # run() needs only one greenlet switch for all three calls
 
 
 async def get_or_raise(
@@ -84,7 +86,7 @@ async def get_or_raise(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionContext:
-    """Helpers and settings of a Database for CRUD functions, stored in the `info` of a session."""
+    """The helpers and settings that a Database stores in the `info` of its sessions."""
 
     key_provider: KeyProvider | None
     peppers: Peppers | None
@@ -93,9 +95,9 @@ class SessionContext:
     # If `out_of_band` and `count_use` are None, audit events and usage counts of API keys are
     # written in the session's transaction.
     out_of_band: OutOfBandWriter | None
-    count_use: Callable[[UUID, float], None] | None  # method `count` of a UsageCounter
+    count_use: Callable[[UUID, float], None] | None  # method `UsageCounter.count`
     readonly: bool = False
-    actor: Actor | None = None  # actor that `Database.session` was given
+    actor: Actor | None = None  # argument `actor` of `Database.session`
 
 
 def context_of(info: Mapping[Any, object]) -> SessionContext:
@@ -114,12 +116,12 @@ def context_of(info: Mapping[Any, object]) -> SessionContext:
 
 
 def actor_of(info: Mapping[Any, object]) -> Actor | None:
-    """Return the actor that the session was given, or None."""
+    """Return the actor of the session, or None if the session has no actor."""
     return context_of(info).actor if CONTEXT in info else None
 
 
 def refuse_readonly(session: AsyncSession) -> None:
-    """Raise InvalidState if the session is readonly. PostgreSQL itself would refuse only writes."""
+    """Raise InvalidState if the session is readonly. PostgreSQL would refuse only writes."""
     if CONTEXT in session.info and context_of(session.info).readonly:
         raise InvalidState(
             "a readonly session cannot write, and may read stale data: use Database.session()"
@@ -153,7 +155,7 @@ async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]
     After a rollback to the savepoint, the entities in `rows` are refreshed from the database.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: see `typed_errors`.
+        AlreadyExists, MissingReference, InvalidValue: `typed_errors` documents these errors.
     """
     try:
         async with session.begin_nested():

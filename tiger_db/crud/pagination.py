@@ -1,4 +1,4 @@
-"""Keyset pagination: pages, cursors and page sizes."""
+"""Functions for keyset pagination, and the class of result pages."""
 
 import base64
 import binascii
@@ -24,7 +24,7 @@ class Page(Generic[T]):
     """One page of rows, with the cursor of the next page."""
 
     items: list[T]
-    next_cursor: str | None = None  # argument `after` for the next page; None on the last page
+    next_cursor: str | None = None  # value of `after` for the next page, or None
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.items)

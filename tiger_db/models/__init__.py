@@ -1,4 +1,4 @@
-"""Entities (ORM classes). An import of this package maps all entities."""
+"""The entities (ORM classes). An import of this package maps all entity classes to tables."""
 
 from tiger_db.models.accounts import (
     AccountStatus,

@@ -1,4 +1,4 @@
-"""Broker accounts with their credentials, and rules for the refresh of access tokens."""
+"""The entity `TigerAccount`, and the rules for when to refresh an access token."""
 
 import base64
 import binascii
@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped
 from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlmodel import Field, Relationship, col
-from typing_extensions import TypedDict  # pydantic needs Python 3.12 for typing.TypedDict
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 from tiger_db.encryption import EncryptedSecret, EncryptedType, Secret
 from tiger_db.errors import EncryptionError, InvalidValue, StaleToken
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 REFRESH_AHEAD = timedelta(hours=1)
 # Access tokens of Tiger are valid for weeks, so a fifth of the validity leaves days for retries.
 _REMAINING_FRACTION_AT_REFRESH = 0.2
-_MAX_CLOCK_SKEW = timedelta(minutes=5)  # Tiger's clock may be ahead of the database's
+_MAX_CLOCK_SKEW = timedelta(minutes=5)  # maximum lead of Tiger's clock over the database's clock
 
 
 class AccountType(StrEnum):
@@ -74,7 +74,7 @@ class TigerLicense(StrEnum):
     TBUS = "TBUS"
 
 
-# Licenses whose requests need an access token, according to Tiger's documentation.
+# Tiger's documentation says that accounts with these licenses need an access token for requests.
 LICENSES_WITH_TOKEN = (TigerLicense.TBHK,)
 
 
@@ -87,28 +87,30 @@ class QuotePermission(TypedDict):
     """Permission of an account to receive market data (quotes) from Tiger."""
 
     name: str
-    expire_at: int  # epoch milliseconds, or -1 for no expiry
+    expire_at: int  # expiry in epoch milliseconds, or -1 for no expiry
 
 
-# Tiger's account numbers: global, standard and prime, paper (17 digits; the SDK accepts more).
+# The three alternatives match the numbers of global accounts, of standard and prime accounts, and
+# of paper accounts. Tiger's paper account numbers have 17 digits, but Tiger's SDK accepts more.
 ACCOUNT_NUMBER = "U[0-9]{1,49}|[0-9]{5,10}|[0-9]{17,50}"
 _MIN_PAPER_DIGITS = 17
-_MIN_KEY_BITS = 1024  # minimum size of an RSA key
-# The code points with the Unicode property Default_Ignorable_Code_Point, and U+FFF9 to U+FFFB.
+_MIN_KEY_BITS = 1024  # minimum size of an RSA key in bits
+# The pattern matches all code points with the Unicode property Default_Ignorable_Code_Point,
+# and U+FFF9 to U+FFFB.
 _IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
     "\U000e0000-\U000e0fff]"
 )
-# Control characters, and white space that NFKC does not convert to spaces.
+# The string contains control characters, and white space that NFKC does not convert to spaces.
 _BLANKS = "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1)])) + "\u1680\u2028\u2029\u2800"
 
 
 def normalize_account_number(text: str) -> str:
-    """Return the normalized form of an account number, in which the number is stored.
+    """Return the normalized form of an account number. Only the normalized form is stored.
 
     Raises:
-        ValueError: the text is not an account number at Tiger.
+        ValueError: `text` does not have the form of a Tiger account number.
     """
     number = _normalize(text).upper()
     if not re.fullmatch(ACCOUNT_NUMBER, number):
@@ -117,10 +119,10 @@ def normalize_account_number(text: str) -> str:
 
 
 def normalize_tiger_id(text: str) -> str:
-    """Return the normalized form of a Tiger id, in which the id is stored.
+    """Return the normalized form of a Tiger id. Only the normalized form is stored.
 
     Raises:
-        ValueError: the id contains a space, or a character that is not printable ASCII.
+        ValueError: the Tiger id contains a space, or a character that is not printable ASCII.
     """
     tiger_id = _normalize(text)
     if not re.fullmatch("[!-~]+", tiger_id):
@@ -129,12 +131,12 @@ def normalize_tiger_id(text: str) -> str:
 
 
 def _normalize(text: str) -> str:
-    """Convert a text to NFKC, and remove invisible characters and outer blanks."""
+    """Convert a text to NFKC. Remove invisible characters, and blanks at the start and the end."""
     return unicodedata.normalize("NFKC", _IGNORABLE.sub("", text)).strip(_BLANKS)
 
 
 def account_type_of(account_number: str) -> AccountType:
-    """Return the account type for a normalized account number at Tiger.
+    """Return the account type that a normalized Tiger account number implies.
 
     The type is global for `U` and digits, paper for 17 digits or more, and standard otherwise.
     """
@@ -146,13 +148,16 @@ def account_type_of(account_number: str) -> AccountType:
 
 
 def _normalize_secret(value: object) -> object:
-    """Normalize a Tiger id in each form that `Secret` accepts, if it can be decrypted."""
+    """Normalize the Tiger id in a text or `Secret`. Return any other value unchanged.
+
+    A `Secret` that cannot be decrypted is also returned unchanged.
+    """
     try:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
     except EncryptionError:
         return value
     if not isinstance(text, str) or not text:
-        return value  # `Secret` refuses it
+        return value  # the validator of `Secret` refuses the value
     normal = normalize_tiger_id(text)
     return value if normal == text else normal
 
@@ -164,7 +169,7 @@ def _unless_closed(value: Secret | None, info: ValidationInfo) -> Secret | None:
 
 
 def _require_key_size(value: Secret | None) -> Secret | None:
-    """Refuse a short RSA key. A text that is not an RSA key is accepted, for tests."""
+    """Refuse a short RSA key. Texts that are no RSA keys are accepted, because tests use them."""
     if value is not None and not isinstance(value, EncryptedSecret):
         bits = key_bits(value.get_secret_value())
         if bits is not None and bits < _MIN_KEY_BITS:
@@ -321,21 +326,22 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def has_valid_token(self) -> bool:
-        """Whether the account has an access token that has not expired, by the local clock."""
+        """Return whether the account has a token that has not expired, by the local clock."""
         if self.access_token is None:
             return False
         return self.token_expires_at is None or self.token_expires_at > datetime.now(UTC)
 
     @property
     def needs_token_refresh(self) -> bool:
-        """Whether the access token has expired or expires within an hour, by the local clock."""
+        """Return whether the token has expired or expires within an hour, by the local clock."""
         return self.is_token_due(datetime.now(UTC), within=REFRESH_AHEAD)
 
     def is_token_due(self, now: datetime, *, within: timedelta | None = None) -> bool:
         """Return whether the access token is due for a refresh at the aware datetime `now`.
 
         If `within` is None, the token is due at `token_refresh_at`. Otherwise, the token is due
-        when the time to the token's expiry is `within`. `due_tokens` is the same rule in SQL.
+        when the time to the token's expiry is `within` or less. `due_tokens` applies the same rule
+        in SQL.
         """
         at, until = (
             (self.token_refresh_at, now)
@@ -385,7 +391,7 @@ class TigerAccount(MutableEntity, table=True):
         return permission in self.market_permissions
 
 
-# Predicate of the partial indexes on token_expires_at and token_refresh_at.
+# The partial indexes on token_expires_at and token_refresh_at have the predicate ACTIVE_WITH_TOKEN.
 ACTIVE_WITH_TOKEN = text(
     "tiger_accounts.status = 'active' AND tiger_accounts.access_token IS NOT NULL"
 )
@@ -394,7 +400,7 @@ ACTIVE_WITH_TOKEN = text(
 def due_tokens(
     within: timedelta | None = None,
 ) -> tuple[ColumnElement[bool], Mapped[datetime | None]]:
-    """Return an SQL condition for active accounts with a due token, and the column to order by.
+    """Return an SQL condition for active accounts with a due token, and the column to sort by.
 
     The condition is the rule of `TigerAccount.is_token_due` at the start time of the transaction.
 
@@ -461,7 +467,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 @event.listens_for(TigerAccount, "before_insert")
 @event.listens_for(TigerAccount, "before_update")
 def _set_refresh_time(_mapper: object, _connection: object, account: TigerAccount) -> None:
-    """Set `token_refresh_at` if `access_token` or `token_expires_at` was changed."""
+    """Set `token_refresh_at` of an account if the token or `token_expires_at` was changed."""
     changed = instance_state(account).committed_state.keys()
     if changed & {"access_token", "token_expires_at"} and "token_expires_at" in vars(account):
         token = account.readable_token()

@@ -1,4 +1,4 @@
-"""API keys: scopes, allowed networks and User-Agents, rate limits, and usage counts."""
+"""The entity `APIKey`, and the tables of usage counts and of counts for rate limits."""
 
 import re
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ class APIKeyStatus(StrEnum):
 
 
 class APIKeyScope(StrEnum):
-    """Permission of an API key, as `family:level`.
+    """A permission of an API key, written as `family:level`.
 
     Within a family, admin implies write, and write implies read.
     """
@@ -85,7 +85,7 @@ def parse_network(
     return IPv4Network((mapped, parsed.prefixlen - _IPV4_MAPPED_BITS))
 
 
-_IPV4_MAPPED_BITS = 96  # RFC 4291, 2.5.5.2: ::ffff:0:0/96
+_IPV4_MAPPED_BITS = 96  # prefix length of ::ffff:0:0/96 (RFC 4291, 2.5.5.2)
 
 
 def _matches(pattern: str, text: str) -> bool:
@@ -101,7 +101,7 @@ def _matches(pattern: str, text: str) -> bool:
 def address_allowed(
     networks: Iterable[IPv4Network | IPv6Network], address: str | IPv4Address | IPv6Address | None
 ) -> bool:
-    """Return whether an address is in one of the networks; False if the address is None."""
+    """Return whether an IP address is in one of the networks. The result for None is False."""
     if address is None:
         return False
     try:
@@ -112,7 +112,7 @@ def address_allowed(
 
 
 def user_agent_allowed(patterns: Iterable[str], user_agent: str | None) -> bool:
-    """Return whether a User-Agent matches one of the patterns; False if `user_agent` is None."""
+    """Return whether a User-Agent matches one of the patterns. The result for None is False."""
     return user_agent is not None and any(_matches(pattern, user_agent) for pattern in patterns)
 
 
@@ -212,13 +212,15 @@ class APIKey(MutableEntity, table=True):
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
 
-    tiger_account: Optional["TigerAccount"] = Relationship(  # SQLModel cannot resolve `|`
-        back_populates="api_keys", sa_relationship_kwargs={"lazy": "raise"}
+    tiger_account: Optional["TigerAccount"] = (
+        Relationship(  # SQLModel cannot resolve a type with `|`
+            back_populates="api_keys", sa_relationship_kwargs={"lazy": "raise"}
+        )
     )
 
     @property
     def is_expired(self) -> bool:
-        """Whether the key has expired, by the local clock."""
+        """Return whether the key has expired, by the local clock."""
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
     @property
@@ -236,11 +238,11 @@ class APIKey(MutableEntity, table=True):
         return all(self.has_scope(scope) for scope in scopes)
 
     def is_ip_allowed(self, address: str | IPv4Address | IPv6Address | None) -> bool:
-        """Return whether the key is accepted from an IP address."""
+        """Return whether the key is accepted in requests from the given IP address."""
         return not self.allowed_ips or address_allowed(self.allowed_ips, address)
 
     def is_user_agent_allowed(self, user_agent: str | None) -> bool:
-        """Return whether the key is accepted in requests with a User-Agent."""
+        """Return whether the key is accepted in requests with the given User-Agent."""
         return not self.allowed_user_agents or user_agent_allowed(
             self.allowed_user_agents, user_agent
         )

@@ -1,4 +1,4 @@
-"""Audit events, SQL to insert events without the ORM, and the table of audit seals."""
+"""The entity `AuditLog`, functions that insert audit events, and the table of seals."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 
 
 class AuditAction(StrEnum):
-    """Known actions of audit events, as `family:verb`. Trading actions are named as in Tiger's API.
+    """The known actions of audit events, written as `family:verb`.
 
-    An application can record other actions of this form.
+    The verbs of trading actions are the names of methods in Tiger's API. An application can also
+    record other actions of the form `family:verb`.
     """
 
     ACCOUNT_CREATE = "account:create"
@@ -120,12 +121,12 @@ class AuditAction(StrEnum):
 
 
 def family_of(action: str) -> str:
-    """Return the family of an action: the part before the colon."""
+    """Return the family of an action, which is the part before the colon."""
     return action.partition(":")[0]
 
 
 class AuditResult(StrEnum):
-    """Outcome of an action. `PENDING`: the event records the intent, before the outcome."""
+    """The outcome of an action. `PENDING` means that the outcome is not yet known."""
 
     SUCCESS = "success"
     FAILURE = "failure"
@@ -175,11 +176,12 @@ class AuditLog(Entity, table=True):
     """One audit event. Events are append-only.
 
     The table audit_logs has no foreign keys, so that events remain when an account or API key is
-    deleted. Secrets are masked. Values that cannot be stored are converted; `details` contains
-    notes on the conversions.
+    deleted. Secrets are masked. Values that cannot be stored are converted, and `details`
+    contains notes on the conversions.
 
-    `action` is a text if `AuditAction` does not have it. So are `result` and `severity` of an event
-    that a newer release has recorded.
+    The attribute `action` is a plain text if the action is not a member of `AuditAction`. The
+    attributes `result` and `severity` are plain texts if a newer release of tiger_db recorded a
+    value that is not a member of the enum.
     """
 
     __tablename__ = "audit_logs"
@@ -292,30 +294,31 @@ class AuditLog(Entity, table=True):
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
         sanitized = sanitize(changes)
-        # Keep notes on conversions only if `details` is assigned: a change of another field must
-        # not change `details`.
+        # sanitize() adds notes to `details`. The notes are kept only if `details` is assigned,
+        # because a change of another field must not change `details`.
         return super().validate_changes(
             {name: sanitized.get(name, value) for name, value in changes.items()}
         )
 
 
 def sanitize(values: Mapping[str, object]) -> dict[str, Any]:
-    """Return storable values of an event's fields: see `sanitize_event`."""
+    """Return the values of an event's fields in a form that PostgreSQL can store."""
     return sanitize_event(values, _text_limits(), frozenset(AuditSeverity))
 
 
 @cache
 def _text_limits() -> dict[str, int]:
-    """Return the maximum lengths of text fields, in characters, by field name."""
+    """Return the maximum length of each text field in characters, by field name."""
     return {
         name: rule.max_length
         for name, field in AuditLog.model_fields.items()
         for rule in field.metadata
-        if isinstance(rule, MaxLen) and name != "action"  # a long action is refused, not cut
+        if isinstance(rule, MaxLen)
+        and name != "action"  # a too long action is refused instead of cut
     }
 
 
-# Inserts that bypass the ORM
+# Insertion of audit events without the ORM
 
 SERVER_COLUMNS = ("created_at", "position")  # columns that the database sets
 _TABLE: Table = AuditLog.__table__  # type: ignore[attr-defined]  # set by SQLModel
@@ -341,7 +344,7 @@ def insert_values(event: AuditLog) -> tuple[Any, ...]:
 async def insert_events(
     connection: "asyncpg.Connection[asyncpg.Record]", events: Sequence[AuditLog]
 ) -> None:
-    """Insert events with one statement, which is atomic even without a transaction."""
+    """Insert audit events with one statement. If the statement fails, no event is inserted."""
     if len(events) == 1:
         await connection.execute(INSERT, *insert_values(events[0]))
     else:

@@ -1,4 +1,4 @@
-"""Base classes of entities: validation, CHECK constraints, flush, and hydration from raw rows."""
+"""The base classes of entities, and functions that create entities from raw rows."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -45,8 +45,8 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     """Base class of entities. Construction and assignment validate the values of fields.
 
     Raises:
-        ValidationError: a value is invalid. The error shows the field but no value, and the entity
-            is unchanged.
+        ValidationError: a value is invalid. The error names the field and does not show the value.
+            The entity is not changed.
     """
 
     __abstract__: ClassVar[bool] = True
@@ -86,7 +86,9 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             raise _without_input(error) from None
 
     def __init__(self, **data: Any) -> None:  # noqa: ANN401  # SQLModel's signature
-        if not finish_init.get():  # SQLModel.model_validate sets the fields
+        if (
+            not finish_init.get()
+        ):  # SQLModel.model_validate() is running, and sets the fields itself
             return
         state = self.__dict__
         related = {name: data.pop(name) for name in self.__sqlmodel_relationships__.keys() & data}
@@ -109,7 +111,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.sqlmodel_update({name: value})
 
     def _relate(self, name: str, value: object) -> None:
-        """Set a relationship. Raise ValidationError if a related object has the wrong class."""
+        """Assign related objects. Raise ValidationError if an object has the wrong class."""
         relationship = object_mapper(self).relationships[name]
         kind = relationship.mapper.class_
         items = value if relationship.uselist else [] if value is None else [value]
@@ -152,7 +154,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         return {name: draft.__dict__[name] for name in changes}
 
     def label(self) -> str:
-        """Return the name for error messages, or an empty string, without loading columns."""
+        """Return the name of the entity for error messages, or an empty string."""
         return ""
 
     def __copy__(self) -> Self:
@@ -180,7 +182,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature
         try:
             return super().model_validate_json(json_data, **options)
-        except ValidationError as error:  # malformed JSON
+        except ValidationError as error:  # the JSON text is malformed
             raise _without_input(error) from None
 
 
@@ -208,21 +210,22 @@ def _without_input(error: ValidationError) -> ValidationError:
                 input=None,
             )
             for problem in error.errors(include_url=False, include_input=False)
-            # Omit default_factory_not_called, which only follows from the error of another field.
+            # The error default_factory_not_called only follows from another error.
             if problem["type"] != "default_factory_not_called"
         ],
         hide_input=True,
     )
 
 
-# Constraints
+# CHECK constraints and column comments
 
 
 @event.listens_for(Entity, "after_mapper_constructed", propagate=True)
 def _add_constraints(mapper: Mapper[Entity], cls: type[Entity]) -> None:
-    """Add field descriptions to the table as column comments, and field limits as CHECKs.
+    """Add column comments from field descriptions, and CHECK constraints from field limits.
 
-    The constraint name contains the limit, so that autogenerate detects a changed limit.
+    The name of each CHECK constraint contains the limit, so that Alembic's autogenerate detects a
+    changed limit.
     """
     table = mapper.local_table
     assert isinstance(table, Table)
@@ -247,13 +250,13 @@ def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[s
                 yield f"{column.name} <= {limit}", f"le_{limit}"
 
 
-# Flush and load
+# Event listeners that run when the ORM flushes or loads entities
 
 
 @event.listens_for(Entity, "before_insert", propagate=True)
 @event.listens_for(Entity, "before_update", propagate=True)
 def _prepare_flush(mapper: Mapper[Any], connection: object, row: Entity) -> None:  # noqa: ARG001
-    """Validate JSON and lists that were changed in place, and encrypt secrets that were set."""
+    """Validate JSON values and lists that were changed in place, and encrypt new secrets."""
     changed = {
         name: row.__dict__[name]
         for name in instance_state(row).committed_state
@@ -279,11 +282,11 @@ def _bind_secrets(row: Entity, *_: object) -> None:
     bind_secrets(row, key_provider(object_session(row)))
 
 
-# Hydration: create entities from raw rows of asyncpg, without the ORM loader
+# Functions that create entities from raw rows of asyncpg without the ORM loader
 
 
 def row_expression(entity: type[Entity], table: str) -> str:
-    """Return an SQL expression for the row of a table or alias, for `hydrate` and `merge_row`.
+    """Return the SQL expression that selects a row for `hydrate` or `merge_row`.
 
     The expression combines all columns in one ROW value, because SQLAlchemy's overhead grows with
     the number of result columns.
@@ -298,17 +301,19 @@ def column_names(entity: type[Entity]) -> list[str]:
 
 
 def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | None) -> E_:
-    """Create a detached entity from a raw row. `provider` decrypts the secrets on access."""
+    """Create a detached entity from a raw row. `provider` decrypts a secret when it is read."""
     mapper: Mapper[E_] = class_mapper(entity)
     row = mapper.class_manager.new_instance()
-    vars(row).update(_converted(entity, values))  # bypasses change tracking
+    vars(row).update(
+        _converted(entity, values)
+    )  # update() bypasses the change tracking of SQLAlchemy
     _bind_loaded(row, provider)
     make_transient_to_detached(row)
     return row
 
 
 def merge_row(session: Session, entity: type[E_], values: Sequence[Any]) -> E_:
-    """Create or update the session's entity from a raw row, and return the entity."""
+    """Create or update an entity in the session from a raw row, and return the entity."""
     mapper: Mapper[E_] = class_mapper(entity)
     key = mapper.identity_key_from_primary_key((values[0],))  # the first value is the id
     row: E_ | None = session.identity_map.get(key)
@@ -342,7 +347,7 @@ def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
 
 @cache
 def _columns(entity: type[Entity]) -> dict[str, TypeEngine[Any]]:
-    """Return the SQL types by column name: fields in class order, then other columns."""
+    """Return the SQL types by column name. Fields in class order precede other columns."""
     table = class_mapper(entity).local_table
     assert isinstance(table, Table)
     names = [*entity.model_fields, *(table.c.keys() - entity.model_fields.keys())]
@@ -357,7 +362,9 @@ def _converters(entity: type[Entity]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
-    if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):  # _cast casts it to text[]
+    if isinstance(type_, ARRAY) and isinstance(
+        type_.item_type, CIDR
+    ):  # _cast() casts the array to text[]
         return lambda networks: track([ip_network(network) for network in networks])
     process = type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
     if not isinstance(type_, ARRAY | JSONB):

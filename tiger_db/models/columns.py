@@ -1,4 +1,4 @@
-"""Types of columns: value validators, SQL types, and change tracking of JSON and lists."""
+"""The Python and SQL types of columns, and the change tracking of JSON values and lists."""
 
 import json
 import re
@@ -34,7 +34,7 @@ metadata = MetaData(
     }
 )
 
-# Validated values
+# Python types that validate values
 
 
 def _to_utc(value: datetime) -> datetime:
@@ -59,7 +59,7 @@ def require_storable_json(value: T) -> T:
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode()
-    except (ValueError, RecursionError):  # ValueError includes UnicodeEncodeError
+    except (ValueError, RecursionError):  # UnicodeEncodeError is a subclass of ValueError
         raise ValueError(
             "value must be JSON without NaN and infinity, as PostgreSQL requires"
         ) from None
@@ -82,7 +82,7 @@ UTCDateTime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
 Text = Annotated[str, AfterValidator(_require_storable_text)]
 JsonObject = Annotated[dict[str, JsonValue], AfterValidator(require_storable_json)]
 
-# SQL types
+# SQL types of columns
 
 
 class Timestamp(TypeDecorator[datetime]):
@@ -103,10 +103,10 @@ class Timestamp(TypeDecorator[datetime]):
 
 
 class OpenEnum(TypeDecorator[str]):
-    """A column of members of an enum in which other texts can be stored too.
+    """The SQL type of a column that stores members of an enum or other texts.
 
-    Members are read as members, and other texts as texts. A newer release or an application has
-    stored them.
+    A text that equals the value of a member is read as the member. Any other text is read as a
+    plain text. A newer release of tiger_db or an application can have stored such a text.
     """
 
     impl = SQLText
@@ -114,7 +114,7 @@ class OpenEnum(TypeDecorator[str]):
 
     def __init__(self, enum: type[StrEnum], impl: TypeEngine[Any]) -> None:
         self.enum = enum
-        self.impl = impl  # type: ignore[assignment]  # the class has the default
+        self.impl = impl  # type: ignore[assignment]  # the class attribute is only a default
 
     def process_bind_param(
         self,
@@ -128,22 +128,24 @@ class OpenEnum(TypeDecorator[str]):
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
         coltype: object,  # noqa: ARG002  # SQLAlchemy's signature
     ) -> Callable[[Any], Any]:
-        # Not process_result_value: the native enum's own processor refuses other texts.
+        # process_result_value is not overridden instead, because SQLAlchemy would first apply the
+        # result processor of the native enum, which refuses texts that are no members.
         members: dict[str, StrEnum] = {member.value: member for member in self.enum}
         return lambda value: members.get(value, value)
 
 
 def is_native_enum(type_: TypeEngine[Any]) -> bool:
-    """Return whether the column has a PostgreSQL enum."""
+    """Return whether an SQL type is a native PostgreSQL enum."""
     return isinstance(getattr(type_, "impl", type_), SQLEnum)
 
 
 def open_enum(enum: type[StrEnum]) -> GetPydanticSchema:
-    """Return the annotation of a field for a column of `OpenEnum`.
+    """Return the annotation for a field whose column has the SQL type `OpenEnum`.
 
-    Only members are valid input. Other texts that were read are serialized.
+    Validation accepts only members of the enum. Serialization also accepts other texts, because
+    they can be read from the database.
     """
-    open_: Any = SerializeAsAny  # for mypy, a variable is no type
+    open_: Any = SerializeAsAny  # with type Any, mypy accepts open_[enum] below
     return GetPydanticSchema(lambda _source, handler: handler(open_[enum]))
 
 
@@ -186,7 +188,7 @@ def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotat
     return next(make() for python_type, make in _SQL_TYPES if issubclass(kind, python_type))
 
 
-# Change tracking of JSON and lists
+# Change tracking of JSON values and lists
 
 
 class Tracked(Mutable):
@@ -196,8 +198,8 @@ class Tracked(Mutable):
     changes to the root, and the root marks the column as modified.
     """
 
-    root: "Tracked | None" = None  # None if this object is the root
-    modified = False  # whether the root was changed in place
+    root: "Tracked | None" = None  # `root` is None if this object is the root
+    modified = False  # `modified` is True after an in-place change of the root
 
     @classmethod
     def coerce(cls, key: str, value: object) -> object:  # noqa: ARG003  # SQLAlchemy's signature
@@ -211,11 +213,11 @@ class Tracked(Mutable):
             self.root.changed()
 
     def set_parent(self, state: InstanceState[Any], name: str) -> None:
-        """Report in-place changes to an entity's column; only hydrated entities need this call."""
+        """Register an entity for reports of changes. Only hydrated entities need this call."""
         self._parents[state] = name
 
     def tracked_part(self, value: object) -> object:
-        """Return a value that reports changes to this root; copy a dict or list of another root."""
+        """Return a value that reports changes to this root. Copy a dict or list of another root."""
         root = self.root or self
         if isinstance(value, Tracked) and (value.root or value) is root:
             return value
@@ -226,7 +228,9 @@ class Tracked(Mutable):
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
-        return track, (_untracked(self),)  # a copy reports changes to no entity
+        return track, (
+            _untracked(self),
+        )  # the copy of a tracked value reports changes to no entity
 
 
 class TrackedDict(Tracked, dict[Any, Any]):
@@ -237,7 +241,7 @@ class TrackedDict(Tracked, dict[Any, Any]):
             dict.__setitem__(self, key, self.tracked_part(value))
 
     def replace_content(self, value: dict[Any, Any]) -> None:
-        """Replace the content by a validated value. Report a change unless both are equal."""
+        """Replace the content by a validated dict. Report a change if the content differs."""
         if value != self:
             self.clear()
             self.update(value)
@@ -245,7 +249,7 @@ class TrackedDict(Tracked, dict[Any, Any]):
     def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # dict's signature
         if key not in self:
             self[key] = default
-        return self[key]  # the tracked copy of the default
+        return self[key]  # `self[key]` is the tracked copy of `default`
 
 
 class TrackedList(Tracked, list[Any]):
@@ -262,7 +266,7 @@ class TrackedList(Tracked, list[Any]):
 
 
 def track(value: object, root: Tracked | None = None) -> object:
-    """Return a tracked copy of a dict or list at any depth; return other values unchanged."""
+    """Return a copy that tracks changes at any depth. Return other values than dicts and lists."""
     if isinstance(value, dict):
         tracked: Tracked = TrackedDict({k: _untracked(v) for k, v in value.items()})
     elif isinstance(value, list):
@@ -275,7 +279,7 @@ def track(value: object, root: Tracked | None = None) -> object:
 
 
 def _untracked(value: object) -> object:
-    """Return a plain copy of a tracked dict or list; return other values unchanged."""
+    """Return a plain copy of a tracked dict or list. Return any other value unchanged."""
     match value:
         case TrackedDict():
             return dict(value)
@@ -290,7 +294,7 @@ def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[...,
     def report(self: TrackedDict | TrackedList, /, *args: object, **kwargs: object) -> object:
         try:
             return change(self, *args, **kwargs)
-        finally:  # an update that fails halfway is also a change
+        finally:  # a method that fails halfway can also have changed the value
             self.track_parts()
             self.changed()
 

@@ -1,7 +1,7 @@
-"""Sanitizer of audit events, which converts any value to storable JSON and masks secrets.
+"""Functions that convert the values of audit events to storable values and mask secrets.
 
-An event with unusual values must be stored too. `pydantic_core.to_jsonable_python` is not enough:
-the function fails for unknown objects, masks no secrets and has no size limits.
+An event with unusual values must be stored too. `pydantic_core.to_jsonable_python` is not
+enough, because that function fails for unknown objects, masks no secrets and has no size limits.
 """
 
 import base64
@@ -40,29 +40,29 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 from tiger_db.models.api_keys import parse_address
 from tiger_db.redaction import MASK, is_secret_name, redact_aggressively, redact_known
 
-NOTES = "_made_safe"  # key in `details` for the notes on converted values
+NOTES = "_made_safe"  # key in `details` of the notes on converted values
 _ELLIPSIS = "…"
-_MAX_DEPTH = 32  # levels of nested JSON
-_MAX_VALUES = 10_000  # values in one JSON field
-_MAX_CHARACTERS = 1_000_000  # characters in one JSON field
-_MAX_TEXT = 100_000  # characters of one text
-_MAX_NOTES = 50  # notes on one event
-_MAX_NOTE = 300  # characters of one note
-_MAX_SHOWN = 200  # characters of a value in a note
-_MAX_BITS = 1000  # bits of an integer
+_MAX_DEPTH = 32  # maximum nesting depth of a JSON value
+_MAX_VALUES = 10_000  # maximum number of values in one JSON field
+_MAX_CHARACTERS = 1_000_000  # maximum number of characters in one JSON field
+_MAX_TEXT = 100_000  # maximum length of one text in characters
+_MAX_NOTES = 50  # maximum number of notes on one event
+_MAX_NOTE = 300  # maximum length of one note in characters
+_MAX_SHOWN = 200  # maximum length of a value in a note, in characters
+_MAX_BITS = 1000  # maximum size of an integer in bits
 _64_BITS = 2**63
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")
 _KEY_PREFIX = re.compile(r"tdb_(?:live|test)_[0-9A-Za-z]{12}")
 _MORE = re.compile(r"and (\d{1,9}) more")
 
-Path = tuple["Path", str] | None  # linked list of names, from a value up to the field
+Path = tuple["Path", str] | None  # linked list of names from a value to its field
 
 
 def sanitize_event(
     values: Mapping[str, object], limits: Mapping[str, int], severities: Collection[str]
 ) -> dict[str, object]:
-    """Return the storable values of an event; `details` contains notes on converted values.
+    """Return the storable values of an event, with notes on converted values in `details`.
 
     `limits` are the maximum lengths of text fields, in characters. Fields without a conversion,
     such as `action`, are returned unchanged, even if the value is invalid.
@@ -94,7 +94,7 @@ def sanitize_event(
 
 
 class _Sanitizer:
-    """Converter of the values of one event; collects notes on conversions."""
+    """A converter for the values of one event, with the notes on the conversions."""
 
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
@@ -102,7 +102,7 @@ class _Sanitizer:
         self.values_left = _MAX_VALUES
         self.characters_left = _MAX_CHARACTERS
 
-    # Fields that are not JSON
+    # Converters of fields that do not contain JSON
 
     def text_field(
         self, value: object, path: Path, limit: int, mask: Callable[[str], str] = redact_known
@@ -139,7 +139,7 @@ class _Sanitizer:
         return None
 
     def address(self, value: object, path: Path) -> IPv4Address | IPv6Address | None:
-        """Return the first IP address in a text, without port and IPv6 zone, or None."""
+        """Return the first IP address in a text without port and IPv6 zone, or None."""
         if type(value) is IPv4Address or (type(value) is IPv6Address and value.scope_id is None):
             return value
         text = _as_text(value)[:_MAX_TEXT]
@@ -157,7 +157,7 @@ class _Sanitizer:
         self.note(path, f"not an IP address: {_shown(value)}")
         return None
 
-    # JSON
+    # Converters of JSON fields
 
     def json_field(self, value: object, path: Path) -> dict[str, object]:
         self.values_left, self.characters_left = _MAX_VALUES, _MAX_CHARACTERS
@@ -173,7 +173,7 @@ class _Sanitizer:
             return converted
         if isinstance(
             value, str | int | float | list | tuple
-        ):  # json() added a note for other types
+        ):  # self.json() has added a note for any other type
             self.note(path, type(value).__name__)
         return {"value": converted}
 
@@ -298,13 +298,15 @@ class _Sanitizer:
             f"{_MAX_VALUES} values" if self.values_left <= 0 else f"{_MAX_CHARACTERS} characters"
         )
         if limit not in self.notes.get(path[1] if path else "", ""):
-            while len(self.notes) >= _MAX_NOTES:  # the note on a limit replaces the last note
+            while (
+                len(self.notes) >= _MAX_NOTES
+            ):  # the note on the size limit replaces the last note
                 self.notes.popitem()
                 self.notes_left_out += 1
             self.note(path, f"cut to {limit}")
         return True
 
-    # Texts
+    # Converters of texts
 
     def text(self, text: str, path: Path) -> str:
         result = self.fit(text, path, max(min(_MAX_TEXT, self.characters_left), 1))
@@ -314,7 +316,7 @@ class _Sanitizer:
     def fit(
         self, text: str, path: Path, limit: int, mask: Callable[[str], str] = redact_known
     ) -> str:
-        """Replace unstorable characters, mask secrets, and then cut the text to the limit."""
+        """Replace unstorable characters, mask secrets, and then cut the text to `limit`."""
         result = text[:_MAX_CHARACTERS]
         if not result.isascii() or "\0" in result:
             stored = _UNSTORABLE.sub("\ufffd", result)
@@ -325,13 +327,13 @@ class _Sanitizer:
         if len(result) <= limit and len(text) <= _MAX_CHARACTERS:
             return result
         self.note(path, f"cut from {len(text)} characters")
-        # Do not cut within a mask, because the rest of the mask would be masked again.
+        # The text is not cut within a mask, because the rest of the mask would be masked again.
         size, back = limit - 1, 16
         while (cut := result[: max(size, 0)] + _ELLIPSIS) != mask(cut) and size > 0:
             size, back = limit - 1 - back, back * 2
         return cut
 
-    # Notes
+    # Notes on conversions
 
     def note(self, path: Path, text: str) -> None:
         if len(self.notes) >= _MAX_NOTES:
@@ -422,7 +424,7 @@ def _is_list_like(value: Any) -> TypeGuard[Collection[object]]:  # noqa: ANN401 
 
 def _as_text(value: object) -> str:
     """Convert a value to a text, without `repr`, because a `repr` can contain a secret."""
-    # issubclass is safer here: isinstance also reads `__class__`, which an object can override.
+    # isinstance is not used, because it reads `__class__`, which an object can override.
     if issubclass(type(value), str):
         return str.__str__(value)  # `str.__str__` is also correct for an enum member
     if type(value) is bytes or type(value) is bytearray:
@@ -432,7 +434,7 @@ def _as_text(value: object) -> str:
 
 
 def _scalar_text(value: object) -> str:
-    """Return a scalar of a known type as a text. For other objects, return the class name."""
+    """Convert a scalar of a known type to a text. Return the class name of any other object."""
     match value:
         case bytes() | bytearray() | memoryview():
             data = bytes(value)[:_MAX_CHARACTERS]
@@ -451,7 +453,7 @@ def _scalar_text(value: object) -> str:
 
 
 def _is_harmless(name: str, value: object) -> bool:
-    """Return whether a value is harmless, although the name suggests a secret.
+    """Return whether a value is harmless, although its name suggests a secret.
 
     Harmless values are null, booleans, token counts such as `max_tokens`, and API key prefixes.
     """
@@ -463,7 +465,7 @@ def _is_harmless(name: str, value: object) -> bool:
     if isinstance(scalar, int) and scalar.bit_length() <= _MAX_BITS:
         return name.rstrip(" ()0123456789").lower().endswith("tokens")
     items: Iterable[object] = (value,)
-    if issubclass(type(value), list | tuple):  # a TrackedList is a list, too
+    if issubclass(type(value), list | tuple):  # TrackedList is a subclass of list
         items = cast("Iterable[object]", value)
     return all(type(item) is str and _KEY_PREFIX.fullmatch(item) for item in items)
 

@@ -1,4 +1,4 @@
-"""RSA private keys in PEM or base64 DER, PKCS#1 or PKCS#8."""
+"""Functions that parse and encode RSA private keys in the formats PKCS#1 and PKCS#8."""
 
 import base64
 import re
@@ -17,7 +17,7 @@ from tiger_db.errors import InvalidValue
 
 
 class PrivateKeyFormat(StrEnum):
-    """Format of a private key, in Tiger's terms: PK1 is PKCS#1, and PK8 is PKCS#8."""
+    """The format of a private key. Tiger's name PK1 means PKCS#1, and PK8 means PKCS#8."""
 
     PK1 = "PK1"
     PK8 = "PK8"
@@ -28,7 +28,7 @@ _DER_FORMATS = {
     PrivateKeyFormat.PK1: PrivateFormat.TraditionalOpenSSL,
     PrivateKeyFormat.PK8: PrivateFormat.PKCS8,
 }
-# Key formats by PEM label (RFC 7468, section 10; RFC 8017, appendix A.1.2).
+# The formats of private keys, by PEM label (RFC 7468, section 10; RFC 8017, appendix A.1.2).
 _PEM_LABELS = {
     "PRIVATE KEY": PrivateKeyFormat.PK8,
     "RSA PRIVATE KEY": PrivateKeyFormat.PK1,

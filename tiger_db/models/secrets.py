@@ -1,4 +1,4 @@
-"""Secrets of entities: encryption before a flush, and preparation for decryption after a load."""
+"""Functions that encrypt the secrets of entities, and prepare secrets for decryption."""
 
 from functools import cache
 from typing import Any, Protocol
@@ -18,11 +18,11 @@ from tiger_db.encryption import (
 )
 from tiger_db.errors import ConfigurationError, EncryptionError
 
-CONTEXT = "tiger_db"  # key of the SessionContext (see crud.common) in Session.info
+CONTEXT = "tiger_db"  # key of the SessionContext in Session.info
 
 
 class Row(Protocol):
-    """The part of an `Entity` that this module needs."""
+    """A protocol with the attributes of `Entity` that this module needs."""
 
     id: UUID
 
@@ -52,7 +52,7 @@ def encrypt_secret(provider: KeyProvider | None, text: str, aad: str) -> bytes:
     """Encrypt a secret with the associated data `aad`, and return the ciphertext.
 
     Raises:
-        ConfigurationError: the provider is None.
+        ConfigurationError: `provider` is None.
     """
     if provider is None:
         raise ConfigurationError(f"{aad}: the secret cannot be stored: ENCRYPTION_KEYS is not set")
@@ -70,7 +70,7 @@ def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
         provider = key_provider(object_session(row))
         text = secret.get_secret_value()
         ciphertext = encrypt_secret(provider, text, aad)
-        assert provider is not None  # `encrypt_secret` requires a provider
+        assert provider is not None  # encrypt_secret() has raised an error if the provider is None
         set_attribute(row, name, EncryptedSecret(ciphertext, aad, provider, row.label()))
         if type_.fingerprint:
             mark = fingerprint(provider, provider.key_ids[0], text, aad.split(":")[0])
@@ -83,7 +83,7 @@ def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
     columns = encrypted_columns(mapper)
     if not columns:
         return
-    owner, row_id = row.label(), str(row.id)  # computed once per row, to save time
+    owner, row_id = row.label(), str(row.id)  # the values are the same for all secrets of the row
     for name, _type in columns:
         secret = row.__dict__.get(name)
         if isinstance(secret, EncryptedSecret) and not secret.aad:

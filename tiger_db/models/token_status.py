@@ -1,4 +1,4 @@
-"""Refreshes of access tokens: state, lease and outcome of each refresh."""
+"""The entity `TokenStatus`: the state, lease and outcome of a refresh of an access token."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,7 +47,7 @@ class NewToken:
     access_token: str = field(repr=False)
     expires_at: datetime | None = None
     refresh_token: str | None = field(default=None, repr=False)
-    code: int | None = None  # code of Tiger's response
+    code: int | None = None  # code in Tiger's response
 
 
 OPEN_STATUSES = (TokenRefreshStatus.PENDING, TokenRefreshStatus.IN_PROGRESS)
@@ -59,8 +59,8 @@ class TokenStatus(MutableEntity, table=True):
 
     __tablename__ = "token_statuses"
     __table_args__ = (
-        # A refresh in progress without a lease could not be claimed, and would block further
-        # refreshes of the account.
+        # No worker could claim a refresh in progress without a lease, and the refresh would block
+        # further refreshes of the account.
         CheckConstraint(
             "status <> 'in_progress' OR num_nulls(worker, lease_expires_at) = 0",
             name="in_progress_is_leased",
@@ -155,7 +155,7 @@ class TokenStatus(MutableEntity, table=True):
 
     @property
     def can_retry(self) -> bool:
-        """Whether the refresh failed and has attempts left."""
+        """Return whether the refresh failed and can be attempted again."""
         return self.status == TokenRefreshStatus.FAILED and self.retry_count < self.max_retries
 
     def start_refresh(self) -> None:
@@ -184,11 +184,11 @@ class TokenStatus(MutableEntity, table=True):
     ) -> None:
         """Change the status from in progress to success or failed.
 
-        A failure increments `retry_count`.
+        If the new status is failed, `retry_count` increases by 1.
 
         Raises:
             InvalidState: the refresh is not in progress.
-            ValidationError: an argument is invalid. The refresh is unchanged.
+            ValidationError: an argument is invalid. The refresh is not changed.
         """
         if self.status != TokenRefreshStatus.IN_PROGRESS or self.started_at is None:
             raise InvalidState(f"a {self.status.value} refresh cannot be completed")
@@ -223,7 +223,7 @@ def _require_lease(_mapper: object, _connection: object, refresh: TokenStatus) -
     Raises:
         InvalidState: the refresh is in progress without a worker or a lease.
     """
-    values = refresh.__dict__  # a column that is not loaded has not changed
+    values = refresh.__dict__  # columns that are not loaded have no changes to check
     if values.get("status") == TokenRefreshStatus.IN_PROGRESS and None in (
         values.get("worker", ""),
         values.get("lease_expires_at", ""),

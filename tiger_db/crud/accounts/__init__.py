@@ -1,4 +1,4 @@
-"""CRUD of broker accounts. Each change records an audit event in the same transaction."""
+"""CRUD functions for accounts. A change and its audit event are in the same transaction."""
 
 from tiger_db.crud.accounts.changes import (
     create,

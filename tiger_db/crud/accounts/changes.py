@@ -1,4 +1,4 @@
-"""Create accounts, change the fields of accounts, and choose the default accounts."""
+"""Functions that create accounts, change accounts, and set the default accounts."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,10 +33,10 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
     """Store a new account. If `token_expires_at` is None, read the expiry from the access token.
 
     Raises:
-        AlreadyExists: another account has the same number (if that account is closed, use
-            `reopen`), or is already the default account.
+        AlreadyExists: another account has the same number, or is already the default account. To
+            use the number of a closed account, call `reopen`.
         ConfigurationError: ENCRYPTION_KEYS is not set, so secrets cannot be encrypted.
-        InvalidValue: the status is closed, or `auto_suspended` is true.
+        InvalidValue: the status of the new account is closed, or `auto_suspended` is true.
     """
     if account.status == AccountStatus.CLOSED:
         raise InvalidValue("status: a new account cannot be closed")
@@ -63,10 +63,10 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
     Raises:
         NotFound: no account has this id.
         InvalidValue: a field is read-only, or the new status is closed (use `close` instead).
-        InvalidState: the account is closed, so status, credentials and default flags cannot be
-            changed: use `reopen`.
+        InvalidState: the account is closed, and a change concerns the status, the credentials or
+            a default flag. To change these fields, call `reopen`.
         StaleToken: the account has a newer access token.
-        ValidationError: a field is unknown, or a value is invalid.
+        ValidationError: no field has the given name, or a value is invalid.
         AlreadyExists: another account has the same number, or is already the default account.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
@@ -116,7 +116,7 @@ async def apply_change(
     """Assign values to an account, flush the session, and record an audit event of the change.
 
     The event contains the old and new values of changed fields and of the fields in `given`.
-    `given` must name the changed secrets, because different secrets look the same when masked.
+    `given` must name the changed secrets, because the masks of different secrets are equal.
     """
     old = _event_values(account)
     account.sqlmodel_update({**values})
@@ -152,7 +152,7 @@ def refuse_closed(account: TigerAccount) -> None:
 
 
 def _event_values(account: TigerAccount) -> dict[str, JsonValue]:
-    """Return the values of an account for an audit event, with masked secrets."""
+    """Return the values of an account for an audit event. Secrets are masked."""
     return account.model_dump(mode="json", exclude={"created_at", "updated_at", "token_refresh_at"})
 
 
@@ -169,8 +169,8 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
 
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:
     # An advisory lock serializes changes of default accounts, so that each change reads the
-    # committed default account. The columns is_default_trading and is_default_data share one lock:
-    # with two locks, two changes could deadlock.
+    # committed default account. The columns is_default_trading and is_default_data share one lock,
+    # because two changes could deadlock if each column had its own lock.
     lock = func.concat("set_default", func.nullif(func.current_schema(), "public"))
     await session.execute(select(func.pg_advisory_xact_lock(func.hashtext(lock))))
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)

@@ -1,4 +1,4 @@
-"""Close and reopen accounts."""
+"""Functions that close and reopen accounts."""
 
 from typing import TypeVar
 from uuid import UUID
@@ -34,7 +34,7 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     A closed account cannot be a default account. The account number, the tiger_id and the audit
     trail of the account are kept. Encrypted secrets are removed from the account's row at once. The
     next VACUUM removes the secrets from the table's files. Older backups of the database still
-    contain the secrets. If the account is already closed, nothing changes.
+    contain the secrets. If the account is already closed, `close` changes nothing.
 
     Raises:
         NotFound: no account has this id.
@@ -101,12 +101,12 @@ async def reopen(
     private_key_format: PrivateKeyFormat = PrivateKeyFormat.UNKNOWN,
     secret_key: str | None = None,
 ) -> TigerAccount:
-    """Activate a closed account with new credentials. Revoked API keys stay revoked.
+    """Activate a closed account with new credentials. The account's revoked API keys stay revoked.
 
     Raises:
         NotFound: no account has this id.
         InvalidState: the account is not closed.
-        ValidationError: a value is invalid. The account is unchanged.
+        ValidationError: a value is invalid. The account is not changed.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status != AccountStatus.CLOSED:
@@ -127,7 +127,7 @@ async def reopen(
 async def _end(
     session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool], **values: object
 ) -> list[tuple[E_, str]]:
-    """Update the matching rows. Return each row together with the status before the update."""
+    """Update the rows that match. Return each updated row with its status before the update."""
     rows = await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
     old = {row.id: row.status.value for row in rows}
     changed = await fetch_all(

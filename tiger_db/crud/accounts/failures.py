@@ -1,4 +1,4 @@
-"""Count the errors of accounts, suspend failing accounts, and reset error counts."""
+"""Functions that count the errors of accounts, and suspend and reactivate accounts."""
 
 from uuid import UUID
 
@@ -21,8 +21,8 @@ async def record_error(
 ) -> TigerAccount:
     """Add 1 to the error count of an account, and store the error message with masked secrets.
 
-    An active account with `suspend_after` or more consecutive errors is suspended. `reset_errors`
-    activates the account again.
+    An active account with `suspend_after` or more consecutive errors is suspended. The function
+    `reset_errors` activates the suspended account again.
 
     Raises:
         NotFound: no account has this id.

@@ -1,4 +1,4 @@
-"""Look up accounts, list accounts, and choose accounts that can serve a request."""
+"""Functions that look up and list accounts, and choose accounts for a request."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -28,8 +28,8 @@ from tiger_db.models.accounts import (
 )
 from tiger_db.models.secrets import key_provider
 
-# An account with FAILING_AFTER_ERRORS or more consecutive errors is not used for FAILING_FOR after
-# the last error.
+# An account with FAILING_AFTER_ERRORS or more consecutive errors serves no requests until
+# FAILING_FOR after the last error.
 FAILING_AFTER_ERRORS = 3
 FAILING_FOR = timedelta(minutes=5)
 
@@ -39,7 +39,8 @@ async def get(
 ) -> TigerAccount | None:
     """Return the account with the given id, or None.
 
-    `load` contains names of relationships to load: `api_keys` or `token_statuses`.
+    `load` contains the names of relationships to load. The names are `api_keys` and
+    `token_statuses`.
     """
     return await _get(session, col(TigerAccount.id) == account_id, load)
 
@@ -47,10 +48,11 @@ async def get(
 async def get_by_account_number(
     session: AsyncSession, account_number: str, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
-    """Return the account with the given account number, or None. `get` explains `load`.
+    """Return the account with the given account number, or None.
 
-    The number is normalized first. If no account has the normalized number, find an account with
-    exactly the given text, which an older release stored.
+    If no account has the normalized number, return an account whose stored number equals the given
+    text, because older releases stored numbers that are not normalized. `load` contains the names
+    of relationships to load, as in `get`.
     """
     for number in _normal_first(account_number, normalize_account_number):
         criterion = col(TigerAccount.account_number) == number
@@ -60,7 +62,7 @@ async def get_by_account_number(
 
 
 async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
-    """Return all accounts with the given Tiger id, oldest first. The id is normalized first.
+    """Return all accounts with the given Tiger id, oldest first.
 
     Raises:
         ConfigurationError: ENCRYPTION_KEYS is not set, so the blind index cannot be computed.
@@ -134,8 +136,9 @@ async def find_for_operation(
     account comes first; the other accounts are ordered by error count, and then by age, oldest
     first.
 
-    If `trading` is true and `account_type` is None, only paper accounts are returned if the default
-    trading account is a paper account, and only real accounts if not.
+    If `trading` is true and `account_type` is None, the default trading account determines the
+    returned accounts. If the default trading account is a paper account, only paper accounts are
+    returned. Otherwise, only real accounts are returned.
 
     Raises:
         InvalidState: the session is readonly.
@@ -195,9 +198,9 @@ async def _get(
 
 
 def _normal_first(text: str, normalize: Callable[[str], str]) -> list[str]:
-    """Return the texts to look up: the normal form, if there is one, and the text itself.
+    """Return the normalized form of a text, if the text has one, and the text itself.
 
-    Rows that an older release has stored may have texts that are not normalized.
+    Older releases may have stored texts that are not normalized.
     """
     try:
         return list(dict.fromkeys((normalize(text), text)))

@@ -1,4 +1,4 @@
-"""Store the access tokens of accounts."""
+"""A function that stores new access tokens of accounts."""
 
 from datetime import datetime, timedelta
 from uuid import UUID
@@ -32,8 +32,8 @@ async def update_tokens(
     Raises:
         NotFound: no account has this id.
         InvalidState: the account is closed.
-        StaleToken: the account has a newer access token. The account is unchanged.
-        ValidationError: a value is invalid. The account is unchanged.
+        StaleToken: the account has a newer access token. The account is not changed.
+        ValidationError: a value is invalid. The account is not changed.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     refuse_closed(account)

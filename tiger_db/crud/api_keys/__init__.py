@@ -1,4 +1,4 @@
-"""CRUD of API keys: create, authorize, rotate, extend, revoke and look up API keys."""
+"""CRUD functions that create, authorize, rotate, extend, revoke and look up API keys."""
 
 from tiger_db.crud.api_keys.authorize import authorize_api_key, verify_api_key
 from tiger_db.crud.api_keys.key_format import KEY_PATTERN

@@ -1,4 +1,4 @@
-"""Authorize an API key for a request."""
+"""Functions that authorize an API key for a request."""
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -46,10 +46,14 @@ SELECT {row_expression(APIKey, "k")}, a.status::text, clock_timestamp() FROM api
 LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
 """  # noqa: S608  # names of columns
 _NAMES = column_names(APIKey)
-_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use changes
+_COUNTERS = (
+    "usage_count",
+    "last_used_at",
+    "updated_at",
+)  # columns that change with each use of a key
 _RECORDED_CHARACTERS = 200  # maximum length of an IP address or user agent in an audit event
-# Replace the hash of a key, unless another transaction has replaced the hash since the read. A
-# locked row is skipped, so that authorization never waits for a row lock.
+# The statement replaces the hash of a key, unless another transaction has replaced the hash since
+# the hash was read. A locked row is skipped, so that authorization never waits for a row lock.
 _REPLACE_HASH = """
 UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
     (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 FOR NO KEY UPDATE SKIP LOCKED)
@@ -60,8 +64,8 @@ RETURNING true
 class KeyRow(NamedTuple):
     """The row of an API key, or an empty row if the key does not exist."""
 
-    values: Sequence[Any] = ()  # values of all columns, to hydrate an APIKey
-    columns: Mapping[str, Any] = {}  # columns by name: with account_status, without _COUNTERS
+    values: Sequence[Any] = ()  # values of all columns, from which an APIKey is hydrated
+    columns: Mapping[str, Any] = {}  # column values and account_status, without _COUNTERS
     now: float = 0.0  # the database's time in seconds since 1970
 
     @classmethod
@@ -83,8 +87,8 @@ class VerifiedKey:
     key: APIKey
     permissions: KeyPermissions
     columns: Mapping[str, Any] = field(repr=False)
-    outdated: bool  # whether the hash should be replaced
-    read_at: float = 0.0  # monotonic time at which the row was read
+    outdated: bool  # True if the hash should be replaced
+    read_at: float = 0.0  # monotonic time at which the key's row was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +158,8 @@ async def authorize_api_key(
     transaction, the use may not be counted.
 
     Raises:
-        AccessDenied: a check failed; each check raises its own subclass. A denied use is not
-            counted.
+        AccessDenied: a check failed. Each check raises its own subclass of AccessDenied. A denied
+            use is not counted.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
             Database.
         InvalidState: the session is readonly.
@@ -201,7 +205,7 @@ async def authorize_parsed_key(
                     found = await connection.fetch(FIND_KEY, parsed.prefix)
                 row = KeyRow.of(found)
                 if verified is None or verified.columns != row.columns:
-                    await stack.aclose()  # no connection is held while a hash is verified
+                    await stack.aclose()  # the connection is returned before the hash is verified
                     connection = None
                     verified = await _verify(parsed, row, info, session)
                 check_access(verified.permissions, row.now, request)
@@ -217,7 +221,8 @@ async def authorize_parsed_key(
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        # Try again in the session: an out-of-band connection cannot read keys before the commit.
+        # The key is read again in the session, because another connection cannot read a key before
+        # the commit of the transaction that created the key.
         limiter = in_session or writer
     assert verified is not None
     if verified.outdated:
@@ -240,8 +245,7 @@ async def _verify(
     """Verify the secret of an API key, and hydrate the APIKey, in `session` if it is not None.
 
     Raises:
-        InvalidAPIKey: the secret is wrong, or the row is empty. The function takes the same time in
-            both cases.
+        InvalidAPIKey: the secret is wrong, or the row is empty. Both cases take the same time.
         UnpepperedHash: the hash has no pepper, and hashes without a pepper are not allowed.
     """
     peppers = peppers_of(info)

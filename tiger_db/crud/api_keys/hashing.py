@@ -1,4 +1,4 @@
-"""Hash the secrets of API keys: HMAC with a server-side pepper, then a salted hash."""
+"""Functions that hash the secrets of API keys with a pepper and a salt."""
 
 import asyncio
 import secrets
@@ -63,14 +63,16 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
 
 
 def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: float) -> None:
-    """Refuse a hash without a pepper, because anyone who can write to the database can create one.
+    """Refuse a hash without a pepper, unless such hashes are still allowed.
+
+    Anyone who can write to the database can create a hash without a pepper.
 
     `info` is `AsyncSession.info` or `Database.info`. `now` is the database's time in seconds since
     1970.
 
     Raises:
-        UnpepperedHash: the hash has no pepper, and API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set or is
-            a past day (UTC).
+        UnpepperedHash: the hash has no pepper, and hashes without a pepper are not allowed, because
+            API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set or is a past day (UTC).
     """
     if pepper_id is not None:
         return
@@ -93,7 +95,7 @@ def outdated(peppers: Peppers, hashed: str, pepper_id: str | None) -> bool:
 def _verify(text: str, hashed: str) -> bool:
     try:
         return bool(_hashes.verify(text, hashed))
-    except (ValueError, TypeError):  # malformed hash
+    except (ValueError, TypeError):  # the hash is malformed
         return False
 
 

@@ -1,7 +1,8 @@
 """The format of API keys: `tdb_<live|test>_<public id>_<secret><checksum>`, in base62.
 
-A double click selects the whole key. The checksum is the CRC-32 of all characters before the
-checksum. With the checksum, a truncated or mistyped key is refused without a database query.
+A double click on an API key selects the whole key. The checksum is the CRC-32 of all characters
+before the checksum. Because of the checksum, a truncated or mistyped key is refused without a
+database query.
 """
 
 import re
@@ -14,7 +15,7 @@ KEY_PATTERN = r"\btdb_(?:live|test)_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}\b"
 
 _FORMAT = re.compile(r"(tdb_(?:live|test)_[0-9A-Za-z]{12})_([0-9A-Za-z]{49})", re.ASCII)
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_ID_CHARACTERS = 12  # 71 random bits
+_ID_CHARACTERS = 12  # length of a public id with 71 random bits
 _SECRET_CHARACTERS = 43  # minimum number of base62 characters for 256 bits
 _CHECKSUM_CHARACTERS = 6  # minimum number of base62 characters for 32 bits
 

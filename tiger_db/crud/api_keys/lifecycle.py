@@ -1,4 +1,4 @@
-"""Create, rotate, extend and revoke API keys, and record an audit event of each change."""
+"""Functions that create, rotate, extend and revoke API keys, and record audit events."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -48,8 +48,8 @@ async def create_api_key(
     """Create an API key. Return the APIKey entity and the raw key. The raw key is not stored.
 
     Raises:
-        ValidationError: a value is invalid; the error names the field.
-        MissingReference: no account has the id `tiger_account_id`.
+        ValidationError: a value is invalid. The error names the field.
+        MissingReference: no account has the given `tiger_account_id`.
         InvalidState: the account is closed.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
             Database.
@@ -82,12 +82,12 @@ async def rotate(
 
     The old key expires at the end of the grace period, unless the old key already expires earlier.
     The rate limits count the uses of the old and the new key together. A key can be rotated only
-    once: if the new raw key is lost, rotate the new key. A failed rotation leaves the old key
+    once. If the new raw key is lost, rotate the new key. A failed rotation leaves the old key
     unchanged.
 
     Raises:
         NotFound: no API key has this id.
-        InvalidState: the key was replaced before, is not active or has expired, or the account of
+        InvalidState: the key was already rotated, is not active or has expired, or the account of
             the key is closed.
         InvalidValue: the grace period is negative, or ends after the year 9999.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
@@ -114,7 +114,7 @@ async def rotate(
 
 
 async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | None) -> APIKey:
-    """Set a later expiry for an API key: an aware datetime, or None for a key without expiry.
+    """Set a later expiry for an API key. If `expires_at` is None, the key never expires.
 
     Raises:
         NotFound: no API key has this id.
@@ -174,7 +174,7 @@ async def _lock_active(
         InvalidState: the key is not active or has expired, or the account of the key is closed.
     """
     key = await get_or_raise(session, APIKey, key_id)
-    if key.tiger_account_id is not None:  # to prevent deadlocks, lock the account first
+    if key.tiger_account_id is not None:  # the account is locked first to prevent deadlocks
         await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""Access policy of API keys: a pure function of the permissions, the time and the request."""
+"""The access policy of API keys, which decides whether a key allows a request."""
 
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -33,14 +33,14 @@ class KeyPermissions:
     """The columns of an API key that the access policy depends on."""
 
     key_id: UUID
-    limits_key_id: UUID  # id in api_key_limits, which is the first key of the rotation chain
+    limits_key_id: UUID  # id of the first key in the rotation chain
     status: APIKeyStatus
-    expires_at: float | None  # seconds since 1970
+    expires_at: float | None  # expiry in seconds since 1970, or None for no expiry
     account_id: UUID | None
     account_status: AccountStatus | None
     networks: tuple[IPv4Network | IPv6Network, ...]
     user_agents: tuple[str, ...]
-    scopes: frozenset[APIKeyScope]  # all scopes, including implied scopes
+    scopes: frozenset[APIKeyScope]  # scopes of the key, and the scopes that they imply
     per_hour: int | None
     per_day: int | None
 
@@ -70,7 +70,7 @@ def check_access(permissions: KeyPermissions, now: float, request: AccessRequest
     """Check that an API key allows a request, except for rate limits. `now` is a Unix timestamp.
 
     Raises:
-        AccessDenied: a check failed; each check raises its own subclass.
+        AccessDenied: a check failed. Each check raises its own subclass of AccessDenied.
     """
     if permissions.status is APIKeyStatus.EXPIRED:
         raise APIKeyExpired

@@ -1,4 +1,4 @@
-"""Queries of API keys and usage counts."""
+"""Functions that look up and list API keys and usage counts."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -45,7 +45,7 @@ async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None
 
 
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """Return the API key of a raw key, in any status, or None. The look-up is not counted as a use.
+    """Return the API key of a raw key, whatever its status, or None. No use is counted.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
@@ -120,7 +120,8 @@ async def list_expiring(
 async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
     """Return the number of accepted uses of an API key per hour, oldest hour first.
 
-    An hour without uses is omitted. Uses in the last second may be missing: see `UsageCounter`.
+    An hour without uses is omitted. Uses in the last second may be missing, because `UsageCounter`
+    writes counts once per second.
 
     Raises:
         InvalidValue: `since` is naive.

@@ -1,4 +1,4 @@
-"""Rate limits of API keys, exact across processes."""
+"""A function that checks the rate limits of API keys exactly, even across processes."""
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -9,9 +9,9 @@ from tiger_db.errors import RateLimited
 if TYPE_CHECKING:
     import asyncpg
 
-# Check the rate limits, and count one use. All keys of a rotation chain share one row. Concurrent
-# uses wait for the row lock, and then check the committed counts. Hours and days follow the
-# database's clock. If the clock steps back, the later hour and day stay in the row.
+# The statement checks the rate limits, and counts one use. All keys of a rotation chain share one
+# row. Concurrent uses wait for the row lock, and then check the committed counts. Hours and days
+# follow the database's clock. If the clock steps back, the later hour and day stay in the row.
 CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,

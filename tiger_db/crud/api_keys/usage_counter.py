@@ -1,4 +1,4 @@
-"""Write-behind counter of the uses of API keys."""
+"""A counter that collects the uses of API keys in memory and writes them in batches."""
 
 import asyncio
 import logging
@@ -51,7 +51,8 @@ _STATUS = text("""
 SELECT CASE WHEN CAST(:xid AS xid8) > pg_current_xact_id() THEN 'aborted'
     ELSE pg_xact_status(CAST(:xid AS xid8)) END
 """)
-# Delete old rows of api_key_limits, because the rows of deleted API keys would stay forever.
+# The statement deletes old rows of api_key_limits, because the rows of deleted API keys would stay
+# forever.
 _DELETE_OLD_LIMITS = text("DELETE FROM api_key_limits WHERE day < now() - interval '30 days'")
 _COUNT_ONE = text("""
 WITH used AS (
@@ -76,7 +77,7 @@ _Batch = dict[tuple[UUID, int], _Uses]  # uses by key id and hour (hours since 1
 
 
 class UsageCounter:
-    """Counts uses of API keys in memory, and writes the counts to the database every second.
+    """A counter of API key uses in memory, which writes the counts to the database every second.
 
     Use a UsageCounter in one event loop only. A killed process loses the counts of the last second.
     If the commit of a batch is not confirmed, the uses in the batch are still counted exactly once.
@@ -86,7 +87,7 @@ class UsageCounter:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._uses: _Batch = {}
-        self._batch: _Batch = {}  # counts moved from `_uses`, kept until the commit
+        self._batch: _Batch = {}  # uses that are kept until their commit is confirmed
         self._xid: int | None = None  # id of the transaction that wrote `_batch`
         self._skipped: Collection[UUID] = ()  # ids of API keys in `_batch` whose rows are locked
         self._has_written = False
@@ -115,8 +116,8 @@ class UsageCounter:
             while self._batch or self._uses:
                 await self._write(_WRITE_ALL)
             if self._has_written:
-                # `AsyncEngine.begin` fails while the event loop shuts down: async generators cannot
-                # run.
+                # `AsyncEngine.begin` is not used, because it fails while the event loop shuts down.
+                # Async generators cannot run then.
                 async with self._engine.connect() as connection:
                     await connection.execute(_DELETE_OLD_LIMITS)
                     await connection.commit()

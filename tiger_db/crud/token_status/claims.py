@@ -1,4 +1,4 @@
-"""Claims of token refreshes: claim a refresh, renew the lease, and give back the refresh."""
+"""Functions that claim token refreshes, renew leases, and give back refreshes."""
 
 from collections.abc import Collection
 from datetime import timedelta
@@ -17,7 +17,7 @@ from tiger_db.models.base import hydrate, row_expression
 from tiger_db.models.secrets import key_provider
 
 LEASE = timedelta(seconds=60)
-# Constant SQL that bypasses the ORM for speed, because workers claim refreshes frequently.
+# The constant SQL bypasses the ORM for speed, because workers claim refreshes frequently.
 CLAIM = f"""
 WITH due AS (%s)
 UPDATE token_statuses t
@@ -120,7 +120,7 @@ async def heartbeat(
     """Renew the lease of a claim. The new lease starts now.
 
     Raises:
-        LeaseLost: the claim is lost. The refresh is unchanged.
+        LeaseLost: the claim is lost. The refresh is not changed.
     """
     _check_lease(lease)
     return await update_claimed(session, claim, lease_expires_at=func.clock_timestamp() + lease)
@@ -132,7 +132,7 @@ async def give_back(
     """End a claim without a request to the broker. The refresh is due again after `wait`.
 
     Raises:
-        LeaseLost: the claim is lost. The refresh is unchanged.
+        LeaseLost: the claim is lost. The refresh is not changed.
     """
     return await update_claimed(
         session,

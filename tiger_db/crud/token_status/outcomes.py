@@ -1,4 +1,4 @@
-"""Outcomes of token refreshes: success, failure with backoff, and unknown outcomes."""
+"""Functions that store the outcome of a token refresh: success, failure or unknown."""
 
 import hashlib
 import random
@@ -43,21 +43,21 @@ from tiger_db.models.base import merge_row, row_expression
 from tiger_db.models.secrets import aad_of, encrypt_secret, key_provider, readable_secrets
 from tiger_db.redaction import redact_aggressively
 
-# Exponential backoff with full jitter:
+# Failed refreshes are attempted again after an exponential backoff with full jitter:
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 BACKOFF = timedelta(seconds=30)
 MAX_BACKOFF = timedelta(minutes=30)
-ANSWER_LOST = "answer_lost"  # key in `TokenStatus.details`: the broker may have issued a token
+ANSWER_LOST = "answer_lost"  # key in `TokenStatus.details` if the answer was lost
 UNKNOWN_OUTCOME = (
     "the answer of the broker was lost or cannot be stored: the broker may have issued a token"
 )
-_MAX_MESSAGE_LENGTH = 10_000  # characters
-_MAX_SECRET_LENGTH = 2_000  # characters
+_MAX_MESSAGE_LENGTH = 10_000  # maximum length of an error message in characters
+_MAX_SECRET_LENGTH = 2_000  # expected maximum length of a secret in characters
 _EXPIRED_LEASES_LIMIT = 100
 _EVENT = AuditAction.TOKEN_REFRESH
 
-# Constant SQL that bypasses the ORM for speed, because workers complete refreshes frequently. If
-# the account's token has changed or the claim is lost, the statement changes no row. To prevent
+# The constant SQL bypasses the ORM for speed, because workers complete refreshes frequently. If the
+# account's token has changed or the claim is lost, the statement changes no row. To prevent
 # deadlocks, every function locks the row of an account before the row of a refresh.
 COMPLETE = f"""
 WITH account AS (
@@ -95,8 +95,8 @@ WITH account AS (
 SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
-# SQL to fail attempts with an unknown outcome. The statement loads no entity and writes only
-# constants, because Python may be unable to load the row, or to store the answer of the broker.
+# The statement fails attempts with an unknown outcome. The statement loads no entity and writes
+# only constants, because Python may be unable to load the row, or to store the answer of the broker.
 _FAIL_UNKNOWN = f"""
 WITH attempt AS (%s), refresh AS (
     UPDATE token_statuses t
@@ -141,7 +141,7 @@ _HELD_CLAIM = f"""
 async def update_refresh(
     session: AsyncSession, criterion: ColumnElement[bool], **values: object
 ) -> TokenStatus | None:
-    """Update the refresh that meets a criterion. Return the refresh, or None if there is none."""
+    """Update the refresh that meets a criterion. Return the refresh, or None if no refresh does."""
     return await fetch_one(
         session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
     )
@@ -153,8 +153,8 @@ async def update_claimed(
     """Update the refresh of a claim, if the claim is still valid.
 
     Raises:
-        LeaseLost: the claim is lost. The refresh is unchanged.
-        ValidationError: a value is invalid. The refresh is unchanged.
+        LeaseLost: the claim is lost. The refresh is not changed.
+        ValidationError: a value is invalid. The refresh is not changed.
     """
     given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
     claim.validate_changes(given)
@@ -165,7 +165,7 @@ async def update_claimed(
 
 
 def _is_held(claim: TokenStatus) -> ColumnElement[bool]:
-    """Return the SQL criterion of a valid claim: in progress, with the same fencing token."""
+    """Return the SQL condition that a claim is still valid."""
     return and_(
         col(TokenStatus.id) == claim.id,
         col(TokenStatus.fencing_token) == claim.fencing_token,
@@ -191,10 +191,11 @@ async def complete(
     suspended the account, the error count is not reset.
 
     Raises:
-        LeaseLost: the claim is lost. The account and the refresh are unchanged.
-        StaleToken: the account has a newer access token. The account and the refresh are unchanged.
+        LeaseLost: the claim is lost. The account and the refresh are not changed.
+        StaleToken: the account has a newer access token. The account and the refresh are not
+            changed.
         NotFound: the account was deleted.
-        ValidationError: a value is invalid. The account and the refresh are unchanged.
+        ValidationError: a value is invalid. The account and the refresh are not changed.
     """
     answer = {
         "api_response_code": api_response_code,
@@ -210,7 +211,7 @@ async def complete(
         with suppress(StaleToken):
             if refresh := await _complete(session, claim, account, tokens, answer):
                 return refresh
-    # Slow path: the account is not loaded, the account's token has changed, or the claim is lost.
+    # The ORM is used if the account is not loaded, its token has changed, or the claim is lost.
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     try:
         refresh = await _complete(session, claim, account, tokens, answer)
@@ -256,7 +257,9 @@ async def _complete(
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
-        await get_or_raise(session, TigerAccount, account.id)  # updates the account in the session
+        await get_or_raise(
+            session, TigerAccount, account.id
+        )  # get_or_raise() updates the account in the session
     return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
 
@@ -290,9 +293,9 @@ async def fail(
     show `answer_lost`. The first 10,000 characters of `error` are stored, with masked secrets.
 
     Raises:
-        LeaseLost: the claim is lost. The account and the refresh are unchanged.
+        LeaseLost: the claim is lost. The account and the refresh are not changed.
         NotFound: the account was deleted.
-        ValidationError: a value is invalid. The account and the refresh are unchanged.
+        ValidationError: a value is invalid. The account and the refresh are not changed.
     """
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     secrets = readable_secrets(account)
@@ -376,7 +379,7 @@ def _message(error: str, secrets: list[str]) -> str:
 
 def _backoff(attempts: int) -> timedelta:
     longest: timedelta = min(MAX_BACKOFF, BACKOFF * 2 ** min(attempts - 1, 20))
-    return longest * random.random()  # noqa: S311  # spreads load; needs no secure randomness
+    return longest * random.random()  # noqa: S311  # jitter needs no secure randomness
 
 
 async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
@@ -386,14 +389,14 @@ async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
     `max_retries` attempts. A refresh that is given up counts as an error of the account.
 
     Raises:
-        LeaseLost: the claim is lost. The refresh is unchanged.
+        LeaseLost: the claim is lost. The refresh is not changed.
     """
     if not await _fail_unknown(session, _HELD_CLAIM, claim.id, claim.fencing_token):
         raise LeaseLost
 
 
 async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
-    """Give up at most 100 refreshes whose lease expired in the last attempt. Return their number.
+    """Give up at most 100 refreshes whose last attempt has an expired lease. Return the number.
 
     If a lease has expired, the worker has stopped, and the broker may have issued a token. Each
     refresh that is given up counts as an error of the account. `skip` contains the ids of refreshes

@@ -1,4 +1,4 @@
-"""Queries of token refreshes: look-ups, lists and statistics."""
+"""Functions that look up, list and count token refreshes."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +18,7 @@ from tiger_db.models import (
 )
 from tiger_db.models.token_status import OPEN_STATUSES
 
-# These SQL predicates equal the predicates of partial indexes, so that PostgreSQL uses the indexes.
+# PostgreSQL uses the partial indexes, because IS_OPEN and _IS_FAILED equal their predicates.
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")
 _IS_FAILED = text("token_statuses.status = 'failed'")
 

@@ -1,4 +1,4 @@
-"""Scheduling of token refreshes: open, cancel, retry and prune refreshes."""
+"""Functions that open, cancel, retry and prune token refreshes."""
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
@@ -63,7 +63,7 @@ async def create_refresh_operation(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
             ),
         )
-        if existing is not None:  # None if the other refresh has ended meanwhile
+        if existing is not None:  # the value is None if the open refresh has ended meanwhile
             return existing
 
 
@@ -86,7 +86,7 @@ async def schedule_due(
             col(TokenStatus.status) == TokenRefreshStatus.FAILED,
             col(TokenStatus.next_refresh_at) > func.now(),
         )
-        .offset(0)  # makes PostgreSQL look up each account instead of scanning all failed refreshes
+        .offset(0)  # OFFSET 0 makes PostgreSQL look up each account in an index
         .exists()
     )
     due, at = due_tokens(within)
@@ -129,7 +129,8 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     lease = select(func.min(col(TokenStatus.lease_expires_at))).where(
         IS_OPEN,
         col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
-        col(TokenStatus.scheduled_at) <= func.clock_timestamp(),  # lets PostgreSQL use the index
+        col(TokenStatus.scheduled_at)
+        <= func.clock_timestamp(),  # this condition allows an index scan
         col(TokenStatus.lease_expires_at) > func.clock_timestamp(),
     )
     first = func.least(*(times.scalar_subquery() for times in (pending, lease, token)))
@@ -154,7 +155,7 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
         .order_by(col(TokenStatus.id))
         .limit(limit)
         .with_for_update(skip_locked=True)
-        .cte("old")  # a CTE runs once; a subquery may run again and select other rows
+        .cte("old")  # unlike a subquery, a CTE runs only once
     )
     deleted = await session.scalars(
         delete(TokenStatus).where(col(TokenStatus.id) == old.c.id).returning(col(TokenStatus.id)),
