@@ -84,8 +84,8 @@ COMMENTS = {
 
 def upgrade() -> None:
     op.execute(ROTATIONS)
-    # To prevent deadlocks, the migration locks the tables in the same order as the verification of an
-    # API key.
+    # To prevent deadlocks, the migration locks the tables in the same order as the verification of
+    # an API key.
     op.drop_constraint(FOREIGN_KEY, "api_key_limits", type_="foreignkey")
     for name, comment in (
         ("root_id", "First key of the line that rotations made, which may be gone; none: this one"),

@@ -11,8 +11,8 @@ either.
 
 The new CHECK constraint exempts all rows with another form, because each update of such a row, such
 as a new access token, would otherwise fail. If there are such rows, the constraint stays NOT VALID,
-and the command `doctor` names the rows. Code of revision 0010 works with this schema, but can no longer
-store account numbers of another form.
+and the command `doctor` names the rows. Code of revision 0010 works with this schema, but can no
+longer store account numbers of another form.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """
@@ -77,7 +77,7 @@ $$
 
 def upgrade() -> None:
     op.execute("LOCK TABLE tiger_accounts")
-    # If this migration runs again after an interrupted validation, the new constraint exists already.
+    # If this migration runs again after an interrupted validation, the constraint exists already.
     for name in ("form", *LENGTHS):
         op.execute(
             "ALTER TABLE tiger_accounts"

@@ -52,7 +52,7 @@ UNKNOWN_OUTCOME = (
     "the answer of the broker was lost or cannot be stored: the broker may have issued a token"
 )
 _MAX_MESSAGE_LENGTH = 10_000  # maximum length of an error message in characters
-_MAX_SECRET_LENGTH = 2_000  # expected maximum length of a secret in characters
+_MAX_SECRET_LENGTH = 2_000  # maximum length of a secret in a long message
 _EXPIRED_LEASES_LIMIT = 100
 _EVENT = AuditAction.TOKEN_REFRESH
 
@@ -96,7 +96,7 @@ SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
 # The statement fails attempts with an unknown outcome. The statement loads no entity and writes
-# only constants, because Python may be unable to load the row, or to store the answer of the broker.
+# only constants, because Python may be unable to load the row or to store the broker's answer.
 _FAIL_UNKNOWN = f"""
 WITH attempt AS (%s), refresh AS (
     UPDATE token_statuses t
