@@ -340,9 +340,7 @@ class Criteria(TypedDict, total=False):
     account_id: UUID | None
     api_key_id: UUID | None
     user_id: str | None
-    ip: (
-        str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None
-    )  # IP address, or network of addresses
+    ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None
     session_id: str | None
     request_id: str | None
     resource: str | None  # resource type, resource id, or `type/id`

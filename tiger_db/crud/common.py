@@ -62,9 +62,8 @@ async def execute_driver_sql(
         return sync_session.connection().exec_driver_sql(statement, values).all()
 
     with typed_errors():
-        return await session.run_sync(
-            run
-        )  # run() needs only one greenlet switch for all three calls
+        # One call of run_sync() needs only one greenlet switch for all three steps of run().
+        return await session.run_sync(run)
 
 
 async def get_or_raise(

@@ -212,10 +212,9 @@ class APIKey(MutableEntity, table=True):
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
 
-    tiger_account: Optional["TigerAccount"] = (
-        Relationship(  # SQLModel cannot resolve a type with `|`
-            back_populates="api_keys", sa_relationship_kwargs={"lazy": "raise"}
-        )
+    # The annotation uses Optional, because SQLModel cannot resolve a relationship type with `|`.
+    tiger_account: Optional["TigerAccount"] = Relationship(
+        back_populates="api_keys", sa_relationship_kwargs={"lazy": "raise"}
     )
 
     @property

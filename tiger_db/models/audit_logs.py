@@ -313,8 +313,8 @@ def _text_limits() -> dict[str, int]:
         name: rule.max_length
         for name, field in AuditLog.model_fields.items()
         for rule in field.metadata
-        if isinstance(rule, MaxLen)
-        and name != "action"  # a too long action is refused instead of cut
+        # An action that is too long is refused instead of cut.
+        if isinstance(rule, MaxLen) and name != "action"
     }
 
 

@@ -86,9 +86,8 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             raise _without_input(error) from None
 
     def __init__(self, **data: Any) -> None:  # noqa: ANN401  # SQLModel's signature
-        if (
-            not finish_init.get()
-        ):  # SQLModel.model_validate() is running, and sets the fields itself
+        # While SQLModel.model_validate() runs, that method sets the fields.
+        if not finish_init.get():
             return
         state = self.__dict__
         related = {name: data.pop(name) for name in self.__sqlmodel_relationships__.keys() & data}
@@ -304,9 +303,8 @@ def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | Non
     """Create a detached entity from a raw row. `provider` decrypts a secret when it is read."""
     mapper: Mapper[E_] = class_mapper(entity)
     row = mapper.class_manager.new_instance()
-    vars(row).update(
-        _converted(entity, values)
-    )  # update() bypasses the change tracking of SQLAlchemy
+    # The method `update` of the dict bypasses the change tracking of SQLAlchemy.
+    vars(row).update(_converted(entity, values))
     _bind_loaded(row, provider)
     make_transient_to_detached(row)
     return row
@@ -362,9 +360,8 @@ def _converters(entity: type[Entity]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
-    if isinstance(type_, ARRAY) and isinstance(
-        type_.item_type, CIDR
-    ):  # _cast() casts the array to text[]
+    # The function _cast() has cast an array of networks to text[].
+    if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):
         return lambda networks: track([ip_network(network) for network in networks])
     process = type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
     if not isinstance(type_, ARRAY | JSONB):

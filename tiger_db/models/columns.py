@@ -228,9 +228,8 @@ class Tracked(Mutable):
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
-        return track, (
-            _untracked(self),
-        )  # the copy of a tracked value reports changes to no entity
+        # A copy of a tracked value reports changes to no entity.
+        return track, (_untracked(self),)
 
 
 class TrackedDict(Tracked, dict[Any, Any]):
@@ -266,7 +265,7 @@ class TrackedList(Tracked, list[Any]):
 
 
 def track(value: object, root: Tracked | None = None) -> object:
-    """Return a copy that tracks changes at any depth. Return other values than dicts and lists."""
+    """Return a tracked copy of a dict or list at any depth. Return any other value unchanged."""
     if isinstance(value, dict):
         tracked: Tracked = TrackedDict({k: _untracked(v) for k, v in value.items()})
     elif isinstance(value, list):

@@ -171,9 +171,8 @@ class _Sanitizer:
         converted = self.json(value, path, 0)
         if isinstance(converted, dict):
             return converted
-        if isinstance(
-            value, str | int | float | list | tuple
-        ):  # self.json() has added a note for any other type
+        # For a value of any other type, self.json() has added a note.
+        if isinstance(value, str | int | float | list | tuple):
             self.note(path, type(value).__name__)
         return {"value": converted}
 
@@ -298,9 +297,8 @@ class _Sanitizer:
             f"{_MAX_VALUES} values" if self.values_left <= 0 else f"{_MAX_CHARACTERS} characters"
         )
         if limit not in self.notes.get(path[1] if path else "", ""):
-            while (
-                len(self.notes) >= _MAX_NOTES
-            ):  # the note on the size limit replaces the last note
+            # The note on the size limit replaces the last note.
+            while len(self.notes) >= _MAX_NOTES:
                 self.notes.popitem()
                 self.notes_left_out += 1
             self.note(path, f"cut to {limit}")

@@ -62,7 +62,7 @@ async def get_by_account_number(
 
 
 async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
-    """Return all accounts with the given Tiger id, oldest first.
+    """Return all accounts whose normalized Tiger id equals that of the given id, oldest first.
 
     Raises:
         ConfigurationError: ENCRYPTION_KEYS is not set, so the blind index cannot be computed.

@@ -46,11 +46,7 @@ SELECT {row_expression(APIKey, "k")}, a.status::text, clock_timestamp() FROM api
 LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
 """  # noqa: S608  # names of columns
 _NAMES = column_names(APIKey)
-_COUNTERS = (
-    "usage_count",
-    "last_used_at",
-    "updated_at",
-)  # columns that change with each use of a key
+_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use of a key changes
 _RECORDED_CHARACTERS = 200  # maximum length of an IP address or user agent in an audit event
 # The statement replaces the hash of a key, unless another transaction has replaced the hash since
 # the hash was read. A locked row is skipped, so that authorization never waits for a row lock.

@@ -116,8 +116,8 @@ class UsageCounter:
             while self._batch or self._uses:
                 await self._write(_WRITE_ALL)
             if self._has_written:
-                # `AsyncEngine.begin` is not used, because it fails while the event loop shuts down.
-                # Async generators cannot run then.
+                # `AsyncEngine.begin` is not used, because `begin` is an async generator, and async
+                # generators cannot run while the event loop shuts down.
                 async with self._engine.connect() as connection:
                     await connection.execute(_DELETE_OLD_LIMITS)
                     await connection.commit()
@@ -133,9 +133,8 @@ class UsageCounter:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), WRITE_INTERVAL_SECONDS)
                 return
-            with suppress(
-                TigerDBError, SQLAlchemyError
-            ):  # the next iteration writes the same batch
+            # After an error, the next iteration writes the same batch.
+            with suppress(TigerDBError, SQLAlchemyError):
                 await self._write(_WRITE_UNLOCKED)
 
     async def _write(self, statement: TextClause) -> None:

@@ -52,7 +52,7 @@ UNKNOWN_OUTCOME = (
     "the answer of the broker was lost or cannot be stored: the broker may have issued a token"
 )
 _MAX_MESSAGE_LENGTH = 10_000  # maximum length of an error message in characters
-_MAX_SECRET_LENGTH = 2_000  # maximum length of a secret in a long message
+_MAX_SECRET_LENGTH = 2_000  # maximum length of a secret in characters
 _EXPIRED_LEASES_LIMIT = 100
 _EVENT = AuditAction.TOKEN_REFRESH
 
@@ -211,7 +211,8 @@ async def complete(
         with suppress(StaleToken):
             if refresh := await _complete(session, claim, account, tokens, answer):
                 return refresh
-    # The ORM is used if the account is not loaded, its token has changed, or the claim is lost.
+    # The account is not loaded, the account's token has changed, or the claim is lost. Therefore,
+    # the account is locked and read before the next attempt to complete the refresh.
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     try:
         refresh = await _complete(session, claim, account, tokens, answer)
@@ -257,9 +258,8 @@ async def _complete(
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
-        await get_or_raise(
-            session, TigerAccount, account.id
-        )  # get_or_raise() updates the account in the session
+        # The call of get_or_raise() updates the account in the session.
+        await get_or_raise(session, TigerAccount, account.id)
     return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
 

@@ -129,8 +129,8 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     lease = select(func.min(col(TokenStatus.lease_expires_at))).where(
         IS_OPEN,
         col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
-        col(TokenStatus.scheduled_at)
-        <= func.clock_timestamp(),  # this condition allows an index scan
+        # The condition on scheduled_at lets PostgreSQL use the index.
+        col(TokenStatus.scheduled_at) <= func.clock_timestamp(),
         col(TokenStatus.lease_expires_at) > func.clock_timestamp(),
     )
     first = func.least(*(times.scalar_subquery() for times in (pending, lease, token)))
