@@ -137,7 +137,7 @@ def test_peppers_are_read_from_settings(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("API_KEY_PEPPERS_FILE", str(file))
     from_file = configured(Settings(), API_KEY_PEPPERS)
     monkeypatch.setenv("API_KEY_PEPPERS", TEXT)
-    with pytest.raises(ConfigurationError, match="exclude"):
+    with pytest.raises(ConfigurationError, match="not both"):
         configured(Settings(), API_KEY_PEPPERS)
     monkeypatch.delenv("API_KEY_PEPPERS_FILE")
     from_text = configured(Settings(), API_KEY_PEPPERS)
