@@ -1,4 +1,4 @@
-"""The keys in force: the keys of the settings, or else the keys of the embedded server."""
+"""Choice of secret keys: from the settings, or else from the embedded server's folder."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeySetting(Generic[T]):
-    """A setting that holds keys. The embedded server stores these keys in a file named `field`."""
+    """Setting with secret keys. The folder of the embedded server has a file of the same name."""
 
     field: str
     parse: Callable[[str], T]

@@ -1,4 +1,4 @@
-"""The audit trail's seals, verification, exports, and monthly retention."""
+"""Audit trail: signed seals over its events, verification, exports, and monthly retention."""
 
 from tiger_db.audit.exporting import export, export_checkpoint, read_checkpoint
 from tiger_db.audit.following import follow

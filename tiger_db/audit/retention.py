@@ -184,8 +184,8 @@ async def _retire(
             await append_seal(
                 connection, key, chain_end, positions, digests, upto=chain_end.upto, retired=month
             )
-        # DROP TABLE takes the table locks of this statement too, in the same order. Until the locks
-        # are granted, a writer can commit an event to the month. That event is not sealed.
+        # This LOCK takes the locks of the later DROP TABLE, in the same order. Until the locks are
+        # granted, a writer can commit an event to the month. That event is not sealed.
         await connection.execute(
             f"LOCK TABLE ONLY audit_logs, ONLY {partition} IN ACCESS EXCLUSIVE MODE"
         )

@@ -220,7 +220,7 @@ def _fail(outcome: AuditLog, error: BaseException, cancelled: str) -> None:
 
 
 def _complete(outcome: AuditLog, intent: AuditLog, milliseconds: int) -> AuditLog:
-    """Set the duration, the severity and the id of the intent, and return the outcome."""
+    """Complete and return the outcome event: duration, severity and id of the intent event."""
     if outcome.duration_ms is None:
         outcome.duration_ms = milliseconds
     if "severity" not in outcome.model_fields_set:

@@ -128,7 +128,7 @@ def refuse_readonly(session: AsyncSession) -> None:
 
 
 def require_aware(name: str, value: datetime | None) -> datetime | None:
-    """Return a datetime unchanged. Raise InvalidValue if the datetime has no time zone."""
+    """Raise InvalidValue if a datetime has no time zone, or else return the datetime."""
     if value is not None and value.tzinfo is None:
         raise InvalidValue(f"{name} must have a time zone")
     return value

@@ -424,7 +424,7 @@ def _as_text(value: object) -> str:
     """Convert a value to a text, without `repr`, because a `repr` can contain a secret."""
     # isinstance is not used, because it reads `__class__`, which an object can override.
     if issubclass(type(value), str):
-        return str.__str__(value)  # `str.__str__` is also correct for an enum member
+        return str.__str__(value)  # for a member of a string enum, `str` may return its name
     if type(value) is bytes or type(value) is bytearray:
         return value[:_MAX_CHARACTERS].decode(errors="replace")
     converted = _Sanitizer().json(value, None, 0)
