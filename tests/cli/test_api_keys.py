@@ -539,7 +539,7 @@ def test_each_generated_pepper_is_one_line_and_unique(bare: CommandLine) -> None
     for result in made:
         assert result.out.count("\n") == 1
         assert len(KeyRing.parse(result.out).key_ids) == 1
-        assert "put the new pepper first in API_KEY_PEPPERS" in result.err
+        assert "add the new pepper at the end of API_KEY_PEPPERS" in result.err
         assert result.out.strip().partition(":")[2] not in result.err
     assert "key id" in bare.fails("generate-api-key-pepper", "--id", "a b")
 

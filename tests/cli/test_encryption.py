@@ -23,7 +23,7 @@ def test_each_generated_key_is_one_line_and_unique(bare: CommandLine) -> None:
     for result in made:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d-[0-9a-f]{4}:[A-Za-z0-9+/]{43}=\n", result.out)
         assert len(KeyRing.parse(result.out).key_ids) == 1
-        assert "put the new key first in ENCRYPTION_KEYS" in result.err
+        assert "add the new key at the end of ENCRYPTION_KEYS" in result.err
         assert result.out.strip().partition(":")[2] not in result.err
     assert "key id" in bare.fails("generate-encryption-key", "--id", "a b")
 

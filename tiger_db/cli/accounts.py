@@ -38,7 +38,7 @@ def create_account(
         typer.Option(help="Account type; by default derived from the account number."),
     ] = None,
     license: Annotated[  # noqa: A002  # the option's name
-        Licenses | None, typer.Option(help="Tiger's licence for the account.")
+        Licenses | None, typer.Option(help="Tiger's license of the account.")
     ] = None,
     environment: Annotated[
         Environments,

@@ -371,7 +371,8 @@ def generate_api_key_pepper(*, pepper_id: options.KeyId = None) -> None:
     """Print a new random pepper for API_KEY_PEPPERS. The pepper is not stored."""
     typer.echo(tiger_db.encryption.generate_key(pepper_id or options.new_key_id()))
     output.print_message(
-        "put the new pepper first in API_KEY_PEPPERS, followed by a comma and the existing peppers."
-        " Keep all peppers: an API key is valid only with the pepper of its hash. At its next use,"
-        " an API key is hashed again with the first pepper"
+        "add the new pepper at the end of API_KEY_PEPPERS in every process, after a comma. When"
+        " every process has the pepper, move the pepper to the beginning: at its next use, an API"
+        " key is hashed again with the first pepper. Keep all peppers: an API key is valid only"
+        " with the pepper of its hash"
     )

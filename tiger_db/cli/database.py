@@ -23,7 +23,7 @@ _PANEL = "Database"
 
 @app.command(rich_help_panel=_PANEL)
 def init() -> None:
-    """Create the database, the schema and the embedded server's encryption key, if missing."""
+    """Create the database, the schema and the embedded server's keys, if missing."""
     config = runtime.settings()
     keys = tiger_db.keys_in_force
     pepper = keys.configured(config, keys.API_KEY_PEPPERS)

@@ -23,8 +23,9 @@ def generate_encryption_key(*, key_id: options.KeyId = None) -> None:
     """Print a new random encryption key for ENCRYPTION_KEYS. The key is not stored."""
     typer.echo(tiger_db.encryption.generate_key(key_id or options.new_key_id()))
     output.print_message(
-        "put the new key first in ENCRYPTION_KEYS, followed by a comma and the existing keys, and"
-        " run `tiger-db rotate-encryption-key`. Keep every key: without its key, a secret is lost"
+        "add the new key at the end of ENCRYPTION_KEYS in every process, after a comma. When every"
+        " process has the key, move the key to the beginning, and run `tiger-db"
+        " rotate-encryption-key`. Keep every key: without its key, a secret is lost"
     )
 
 

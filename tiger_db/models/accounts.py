@@ -114,7 +114,7 @@ def normalize_account_number(text: str) -> str:
     """
     number = _normalize(text).upper()
     if not re.fullmatch(ACCOUNT_NUMBER, number):
-        raise ValueError("must be U and digits, 5 to 10 digits, or 17 digits (paper)")
+        raise ValueError("must be U and digits, 5 to 10 digits, or 17 digits or more (paper)")
     return number
 
 
