@@ -9,11 +9,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from tiger_db import (
+    Actor,
     APIKey,
     APIKeyScope,
     AuditAction,
+    RefreshTrigger,
     Settings,
     TigerAccount,
+    acting_as,
     crud,
     get_session,
 )
@@ -83,30 +86,33 @@ async def trade(account: TigerAccount, raw_key: str) -> None:
     say("the API key is accepted, and the trade is recorded as an audit event")
 
 
-async def refresh() -> None:
+async def refresh(account: TigerAccount) -> None:
     async with get_session() as session:
-        await crud.token_status.schedule_due(session, within=timedelta(days=16))
+        planned = await crud.token_status.create_refresh_operation(
+            session, tiger_account_id=account.id, trigger=RefreshTrigger.MANUAL
+        )
     async with get_session() as session:
-        claims = await crud.token_status.claim_due(session, worker="demo")
-    for claim in claims:  # a worker asks Tiger here, while no transaction is open
-        async with get_session() as session:
-            done = await crud.token_status.complete(
-                session, claim, access_token=tiger_token(timedelta(days=15))
-            )
-        say(f"token refreshed; the next refresh is due on {done.next_refresh_at:%Y-%m-%d}")
+        claim = await crud.token_status.claim(session, planned.id, worker="demo")
+    # A worker asks Tiger here, while no transaction is open.
+    async with get_session() as session:
+        done = await crud.token_status.complete(
+            session, claim, access_token=tiger_token(timedelta(days=15))
+        )
+    say(f"token refreshed; the next refresh is due on {done.next_refresh_at:%Y-%m-%d}")
 
 
 async def demo() -> None:
     account, _, raw_key = await create()
     await trade(account, raw_key)
-    await refresh()
+    await refresh(account)
 
 
 def main() -> None:
     if Settings().production:
         raise SystemExit("the demo stores a made-up account, so it needs another ENVIRONMENT")
     tiger_db("init")
-    asyncio.run(demo())
+    with acting_as(Actor(user_id="demo", user_type="script")):
+        asyncio.run(demo())
     tiger_db("list-accounts")
     tiger_db("list-api-keys", "--limit", "5")
     tiger_db("list-events", "--limit", "8")
