@@ -201,6 +201,13 @@ async def test_the_request_id_is_that_of_the_actor_or_a_given_one(clone: Databas
     assert {(event.details or {})["_intent"] for event in outcomes} == intents
 
 
+async def test_details_cannot_replace_the_link_to_the_intent(clone: Database) -> None:
+    details = {"_intent": "forged", "symbol": "AAPL"}
+    async with recorded(clone, action=PLACE, details=details):
+        pass
+    await pair(clone)
+
+
 async def test_intent_and_outcome_have_one_actor(clone: Database) -> None:
     with acting_as(ALICE):
         context = recorded(clone, action=PLACE)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import uuid
 from array import array
-from collections import UserDict, UserList, UserString, deque
+from collections import OrderedDict, UserDict, UserList, UserString, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -16,7 +16,7 @@ from fractions import Fraction
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import PurePosixPath
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -349,3 +349,25 @@ def test_an_event_of_any_values_is_valid(values: dict[str, Any]) -> None:
     secrets = (HIDDEN, API_KEY, JWT, DER[:40], base64.b64encode(PEM.encode())[:40].decode())
     assert not [secret for secret in secrets if secret in told(event)]
     assert_unchanged(event)
+
+
+class _Login(NamedTuple):
+    user: str
+    password: str
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"password": "hunter2hunter2", "user": "ann"}.items(),
+        OrderedDict(password="hunter2hunter2").items(),
+        UserDict(password="hunter2hunter2").items(),
+        [("password", "hunter2hunter2")],
+        [["api_secret", "hunter2hunter2"]],
+        _Login("ann", "hunter2hunter2"),
+    ],
+)
+def test_secrets_in_pairs_and_named_tuples_are_masked(value: object) -> None:
+    for details in ({"items": value}, value):
+        event = AuditLog(action="trade:place_order", **cast("Any", {"details": details}))
+        assert "hunter2hunter2" not in event.model_dump_json()

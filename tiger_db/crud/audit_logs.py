@@ -225,7 +225,9 @@ def _complete(outcome: AuditLog, intent: AuditLog, milliseconds: int) -> AuditLo
         outcome.duration_ms = milliseconds
     if "severity" not in outcome.model_fields_set:
         outcome.severity = severity_of(outcome.action, outcome.result)
-    outcome.details = {INTENT: str(intent.id), **(outcome.details or {})}
+    details = {**(outcome.details or {})}
+    details.pop(INTENT, None)
+    outcome.details = {INTENT: str(intent.id), **details}
     return outcome
 
 

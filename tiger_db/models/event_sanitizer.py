@@ -253,12 +253,18 @@ class _Sanitizer:
             return self.text(_ELLIPSIS, path)
         if isinstance(value, Mapping):
             return self.mapping(value.items(), path, depth)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+            return self.mapping(zip(value._fields, value, strict=True), path, depth)
         if isinstance(value, AbstractSet) and not isinstance(value, MappingView):
             self.note(path, type(value).__name__)
         result: list[object] = []
         for index, item in enumerate(value):
             if self.is_full(path):
                 break
+            match item:
+                # The item is a pair of a name and a value, such as an item of `dict.items()`.
+                case [str(name), secret] if is_secret_name(name) and not _is_harmless(name, secret):
+                    item = [name, MASK]  # noqa: PLW2901  # the secret must not be converted
             result.append(self.json(item, (path, str(index)), depth + 1))
         return result
 

@@ -196,6 +196,18 @@ async def test_close_writes_all_counts(clone_settings: Settings, other: Connecti
     assert [await counts(other, key.id) for key, _ in keys] == [(7, 7)] * 20
 
 
+async def test_parallel_calls_of_close_count_each_use_once(
+    clone_settings: Settings, other: Connection
+) -> None:
+    ((key, _),) = await make_keys(clone_settings, 1)
+    async with Database(clone_settings) as database:
+        counter = usage_counter.UsageCounter(database.engine)
+        for _ in range(7):
+            counter.count(key.id, time.time())
+        await asyncio.gather(counter.close(), counter.close(), counter.close())
+    assert await counts(other, key.id) == (7, 7)
+
+
 async def test_close_waits_for_a_locked_key(clone_settings: Settings, other: Connection) -> None:
     ((key, _),) = await make_keys(clone_settings, 1)
     database = Database(clone_settings)

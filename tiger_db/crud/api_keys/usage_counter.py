@@ -93,6 +93,7 @@ class UsageCounter:
         self._has_written = False
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
+        self._write_lock = asyncio.Lock()  # two calls of `close` must not write the same batch
 
     def count(self, key_id: UUID, at: float) -> None:
         """Count one use of an API key. `at` is the time in seconds since 1970."""
@@ -138,8 +139,13 @@ class UsageCounter:
                 await self._write(_WRITE_UNLOCKED)
 
     async def _write(self, statement: TextClause) -> None:
-        if not self._batch:
-            self._batch, self._uses = self._uses, {}
+        async with self._write_lock:
+            if not self._batch:
+                self._batch, self._uses = self._uses, {}
+            if self._batch:
+                await self._write_batch(statement)
+
+    async def _write_batch(self, statement: TextClause) -> None:
         batch = self._batch
         async with self._engine.connect() as connection:
             if self._xid is None or await _was_rolled_back(connection, self._xid):
