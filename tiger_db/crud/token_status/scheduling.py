@@ -240,10 +240,10 @@ async def _open(
     ]
     if not refreshes:
         return []
-    rows = [
-        {name: value for name, value in refresh.model_dump().items() if value is not None}
-        for refresh in refreshes
-    ]
+    rows = [refresh.model_dump() for refresh in refreshes]
+    # All rows have the same columns. PostgreSQL sets the columns that no row has a value for.
+    names = {name for row in rows for name, value in row.items() if value is not None}
+    rows = [{name: row[name] for name in names} for row in rows]
     inserted = await fetch_all(
         session,
         insert(TokenStatus)
