@@ -61,7 +61,7 @@ class OutOfBandWriter:
         pending = _PendingEvent(attribute(event, actor))
         self._pending.append(pending)
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._store_pending())
+            self._task = asyncio.create_task(self._store_pending())
         await pending.recorded
 
     async def close(self) -> None:
@@ -72,9 +72,13 @@ class OutOfBandWriter:
         await self.engine.dispose()
 
     async def _store_pending(self) -> None:
-        while self._pending:
-            batch, self._pending = self._pending, []
-            await self._store(batch)
+        try:
+            while self._pending:
+                batch, self._pending = self._pending, []
+                await self._store(batch)
+        finally:
+            if self._pending:  # `asyncio.run` cancels this task when the program ends
+                self._task = asyncio.create_task(self._store_pending())
 
     async def _store(self, batch: list[_PendingEvent]) -> None:
         error: Exception | None = DatabaseUnavailable("the event is lost: the process stops")

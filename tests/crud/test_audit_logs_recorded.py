@@ -332,6 +332,30 @@ async def test_the_exception_of_the_action_wins_over_one_of_the_database(
     assert f"the outcome of event {intent.id} is not recorded" in caplog.text
 
 
+async def test_a_cancellation_while_the_intent_cannot_be_stored_stays_a_cancellation(
+    clone: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storing = asyncio.Event()
+
+    async def wait_or_fail(event: AuditLog, _actor: Actor | None = None) -> None:
+        if event.result != AuditResult.PENDING:
+            raise DatabaseUnavailable
+        storing.set()
+        await asyncio.Event().wait()
+
+    async def act() -> None:
+        async with recorded(clone, action=PLACE):
+            pytest.fail("the action ran")
+
+    monkeypatch.setattr(clone.out_of_band, "record", wait_or_fail)
+    task = asyncio.create_task(act())
+    await asyncio.wait_for(storing.wait(), 30)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert "is not recorded" in caplog.text
+
+
 async def test_invalid_fields_are_refused_before_the_action(clone: Database) -> None:
     wrong: dict[str, Any] = {"action": PLACE, "result": AuditResult.SUCCESS}
     with pytest.raises(TypeError, match="result"):
@@ -366,3 +390,47 @@ async def test_a_killed_process_leaves_the_intent_pending(clone: Database) -> No
     assert done.returncode == -signal.SIGKILL
     (intent,) = await trail(clone)
     assert intent.result == AuditResult.PENDING
+
+
+ENDED = """
+import asyncio
+from tiger_db import AuditAction, Database, crud
+
+async def act(database, begun):
+    async with crud.audit_logs.recorded(database, action=AuditAction.TRADE_PLACE_ORDER):
+        begun.set()
+        await asyncio.Event().wait()
+
+async def record(database):
+    async with database.session() as session:
+        await crud.audit_logs.record_event(session, action=AuditAction.MCP_TOOL_CALL)
+
+async def main():
+    database = Database()
+    begun = asyncio.Event()
+    tasks.append(asyncio.create_task(act(database, begun)))
+    await begun.wait()
+    tasks.append(asyncio.create_task(record(database)))
+    while not database.out_of_band._pending:
+        await asyncio.sleep(0)
+
+tasks = []
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_an_event_loop_that_ends_while_events_are_stored_still_records_the_outcome(
+    clone: Database,
+) -> None:
+    assert clone.settings.database_url is not None
+    url = clone.settings.database_url.get_secret_value()
+    await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", ENDED],
+        env={**os.environ, **SECRETS, "DATABASE_URL": url},
+        check=True,
+        timeout=60,
+    )
+    events = [event for event in await trail(clone) if event.action == PLACE]
+    assert [event.result for event in events] == [AuditResult.PENDING, AuditResult.ERROR]

@@ -5,8 +5,8 @@ import re
 import time
 from asyncio import CancelledError
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -178,7 +178,8 @@ async def recorded(
             await _record(session, intent)
         except CancelledError as error:  # the intent is stored nevertheless
             _fail(outcome, error, "cancelled before the action began")
-            await _record(session, _complete(outcome, intent, 0))
+            with _logged(intent):
+                await _record(session, _complete(outcome, intent, 0))
             raise
     start = time.monotonic()
 
@@ -193,12 +194,8 @@ async def recorded(
         raise
     except BaseException as error:
         _fail(outcome, error, "cancelled: the action may have been done")
-        try:
+        with _logged(intent):
             await record_outcome()
-        except TigerDBError as problem:
-            _logger.error(  # noqa: TRY400  # a traceback may contain secrets
-                "the outcome of event %s is not recorded: %s", intent.id, problem
-            )
         raise
     try:
         await record_outcome()
@@ -206,6 +203,17 @@ async def recorded(
         raise OutcomeUnknown(
             f"{error}: the action has ended, but its outcome is not recorded (intent {intent.id})"
         ) from None
+
+
+@contextmanager
+def _logged(intent: AuditLog) -> Iterator[None]:
+    """Log an error of recording an outcome, so that it does not replace the caller's exception."""
+    try:
+        yield
+    except TigerDBError as error:
+        _logger.error(  # noqa: TRY400  # a traceback may contain secrets
+            "the outcome of event %s is not recorded: %s", intent.id, error
+        )
 
 
 def _fail(outcome: AuditLog, error: BaseException, cancelled: str) -> None:
