@@ -377,7 +377,8 @@ async def changed(connection: Connection) -> str:
     position = await connection.fetchval(f"SELECT max(position) FROM {partition(14)}")
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("UPDATE audit_logs SET user_id = 'x' WHERE position = $1", position)
-    return f"the event at position {position} is not the sealed event: run `tiger-db verify-audit`"
+    reason = "differs from the sealed event: run `tiger-db verify-audit`"
+    return f"the event at position {position} {reason}"
 
 
 async def put_there(connection: Connection) -> str:
@@ -390,7 +391,7 @@ async def put_there(connection: Connection) -> str:
 
 async def late(connection: Connection) -> str:
     await put(connection, 14, 1, now=True, minute=1)
-    return "the month holds events that were written later: the writer's clock was wrong"
+    return "the month holds events that were written in a later month: the writer's clock was wrong"
 
 
 @pytest.mark.schema_changes

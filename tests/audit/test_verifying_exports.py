@@ -271,5 +271,7 @@ async def test_a_file_that_is_not_an_export_is_refused(
     file = tmp_path / "file"
     file.write_bytes(b'{"position":1,"id":"x"}\n' * (line - 1) + what)
     keys = [Ed25519PrivateKey.generate().public_key()]
-    with pytest.raises(InvalidValue, match=f"line {line} is neither an event nor a seal"):
+    with pytest.raises(
+        InvalidValue, match=f"line {line} of the export is neither an event nor a seal"
+    ):
         await audit.verify_export(file, keys=keys)

@@ -44,8 +44,8 @@ async def export(
     In CSV, the first line has the names of the columns. A cell that a spreadsheet would evaluate as
     a formula gets a leading apostrophe.
 
-    Memory use does not depend on the number of events. After each batch of events, `advance` is
-    called with the number of events in the batch.
+    The memory use of `export` does not depend on the number of events. After each batch of events,
+    `export` calls `advance` with the number of events in the batch.
 
     Raises:
         InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
@@ -116,8 +116,8 @@ def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
     """Yield the seals and events of an export in JSON Lines, with the size of each line in bytes.
 
     Raises:
-        InvalidValue: A line of the file is neither a seal nor an event. The error message has the
-            line number.
+        InvalidValue: A line of the file is neither a seal nor an event. The error message contains
+            the line number.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -130,7 +130,7 @@ def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
             except (ValueError, RecursionError, InvalidValue):
                 position = None
             if position is None:
-                raise InvalidValue(f"line {number} is neither an event nor a seal")
+                raise InvalidValue(f"line {number} of the export is neither an event nor a seal")
             yield (int(position[1]), "{" + text[position.end() :]), len(line)
 
 
@@ -158,4 +158,4 @@ def read_checkpoint(text: str) -> Seal:
     try:
         return seal_from_json(json.loads(text))
     except (ValueError, RecursionError, InvalidValue):
-        raise InvalidValue("not a checkpoint of an audit trail") from None
+        raise InvalidValue("the text is not a checkpoint of an audit trail") from None

@@ -18,18 +18,18 @@ from tiger_db.models import AuditLog
 
 CHANNEL = "tiger_db_audit_logs"
 POLL_SECONDS = 1.0  # maximum pause between two queries for new events, in seconds
-# `follow` assumes that open transactions add events only among this many newest positions.
+# `follow` assumes that open transactions add events only at the 10,000 newest positions.
 _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 
 async def follow(
     database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[Criteria]
 ) -> AsyncGenerator[AuditLog, None]:
-    """Yield once each matching audit event that is committed after the call of `begun`.
+    """Yield each matching audit event that is committed after the call of `begun`, once.
 
-    `follow` queries after each NOTIFY of PostgreSQL, or after a second without NOTIFY. The events
-    of one query are yielded in the order of positions. If a transaction commits late, the events of
-    the transaction are yielded after events with higher positions.
+    `follow` queries the database after each NOTIFY of PostgreSQL, or after one second without a
+    NOTIFY. The events of one query are yielded in the order of positions. If a transaction commits
+    late, the events of the transaction are yielded after events with higher positions.
 
     Raises:
         InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
@@ -58,7 +58,7 @@ async def follow(
                 if event.position not in seen:
                     seen.add(event.position)
                     yield event
-            if not writers:  # no transaction can add an event up to `last_position`
+            if not writers:  # no open transaction adds events up to `last_position`
                 floor = last_position
                 seen = {position for position in seen if position and position > floor}
                 last_position, writers = await _fetch_writers(database)

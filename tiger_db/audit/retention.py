@@ -46,17 +46,16 @@ WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
 
 @dataclass(slots=True)
 class Maintenance:
-    """Result of `maintain`. A month is text such as `2025-01`."""
+    """The result of `maintain`. A month is text such as `2025-01`."""
 
     made: int = 0  # number of partitions that `maintain` created
     retired: list[str] = field(default_factory=list)  # months whose events `maintain` removed
-    # `kept` maps the oldest month that was due but could not be retired to the reason, and is empty
-    # if there is no such month.
+    # If a month was due but could not be retired, `kept` maps the oldest such month to the reason.
     kept: dict[str, str] = field(default_factory=dict)
 
 
 class _CannotRetireError(Exception):
-    """The reason why a month cannot be retired."""
+    """An error whose message is the reason why a month cannot be retired."""
 
 
 async def maintain(database: Database) -> Maintenance:
@@ -169,7 +168,8 @@ async def _retire(
             chain_end = await storage.fetch_chain_end(connection)
             if not is_old:
                 raise _CannotRetireError(
-                    "the month holds events that were written later: the writer's clock was wrong"
+                    "the month holds events that were written in a later month:"
+                    " the writer's clock was wrong"
                 )
             if last > chain_end.upto:
                 raise _CannotRetireError(_NOT_SEALED)
@@ -184,8 +184,8 @@ async def _retire(
             await append_seal(
                 connection, key, chain_end, positions, digests, upto=chain_end.upto, retired=month
             )
-        # This LOCK takes the locks of the later DROP TABLE, in the same order. Until the locks are
-        # granted, a writer can commit an event to the month. That event is not sealed.
+        # LOCK TABLE takes the locks of the DROP TABLE below, in the same order. While LOCK TABLE
+        # waits, a writer can still commit an unsealed event to the month.
         await connection.execute(
             f"LOCK TABLE ONLY audit_logs, ONLY {partition} IN ACCESS EXCLUSIVE MODE"
         )
@@ -213,7 +213,7 @@ async def _sealed_events(
             digest = digest_of(content)
             if expected.get(position) != digest:
                 raise _CannotRetireError(
-                    f"the event at position {position} is not the sealed event:"
+                    f"the event at position {position} differs from the sealed event:"
                     " run `tiger-db verify-audit`"
                 )
             positions.append(position)

@@ -37,7 +37,7 @@ def split_digests(digests: bytes | bytearray) -> Iterator[bytes]:
 
 
 def merkle_root(leaves: Iterable[tuple[int, bytes]]) -> bytes:
-    """Compute the Merkle root of leaves: pairs of a position and a digest."""
+    """Compute the Merkle root of leaves. A leaf is a pair of a position and a digest."""
     stack: list[tuple[int, bytes]] = []  # leaf count and root of each complete subtree
     for position, digest in leaves:
         size = 1
@@ -79,14 +79,14 @@ Int64 = Annotated[int, Field(gt=-(2**63) + 1, lt=2**63 - 1)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealPayload:
-    """Signed part of a seal, which covers the events at positions above `after` and up to `upto`.
+    """The signed part of a seal that covers the events at positions above `after`, up to `upto`.
 
     All events that are still unsealed after this seal were written after the time `closed_at`. If
     `closed_at` is None, unsealed events may be older than this seal.
 
     `retired` is the retired month, such as `2025-01`, whose events at `positions` were removed. A
-    seal that records a retired month covers no new events. All times are in UTC, and are from the
-    database's clock.
+    seal that records a retired month covers no new events. All times in the payload are UTC times
+    of the database's clock.
     """
 
     version: int = 1
@@ -117,7 +117,7 @@ _PAYLOAD = TypeAdapter(SealPayload)
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """A signed payload, and the digests of the events, concatenated in the order of positions."""
+    """A signed payload, and the concatenated digests of the events in the order of positions."""
 
     payload_json: str
     signature: bytes
@@ -154,7 +154,7 @@ class Seal:
         return payload
 
     def event_digests(self, payload: SealPayload) -> list[tuple[int, bytes]]:
-        """Return pairs of position and digest, one for each event that the seal covers."""
+        """Return a pair of position and digest for each event that the seal covers."""
         return list(zip(positions_in(payload.positions), split_digests(self.digests), strict=False))
 
 
@@ -185,5 +185,5 @@ def seal_from_json(fields: object) -> Seal:
         seal = Seal(fields["statement"], signature, digests)
         seal.payload()
     except (AssertionError, KeyError, TypeError, binascii.Error):
-        raise InvalidValue("not a seal") from None
+        raise InvalidValue("the JSON value is not a seal") from None
     return seal

@@ -27,7 +27,7 @@ _WRITERS_POLL_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Sealing:
-    """Result of `seal`.
+    """The result of `seal`.
 
     If open transactions prevent sealing, no event is sealed, and `waits_for` has the process ids of
     these transactions. None in `waits_for` stands for a prepared transaction.
@@ -41,12 +41,12 @@ class Sealing:
 async def seal(
     database: Database, *, patience: float = 10, advance: Callable[[int], None] = lambda _rows: None
 ) -> Sealing:
-    """Seal the events that were written before this call.
+    """Seal the audit events that were written before the call of `seal`.
 
     Writers of events never wait for `seal`. `seal` waits at most `patience` seconds for open
     transactions that have written events. If a transaction that has written events stays open
-    longer, no event is sealed. Concurrent calls of `seal` seal each event once. After each new
-    seal, `advance` is called with the number of events that the seal covers.
+    longer, no event is sealed. Concurrent calls of `seal` seal each event only once. After each new
+    seal, `seal` calls `advance` with the number of events that the new seal covers.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.

@@ -20,13 +20,13 @@ from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Event: TypeAlias = tuple[int, str]  # pair of an event's position and content
-_EVENTS_PER_QUERY = 20_000  # approximate number of events that the server sorts at once
+_EVENTS_PER_QUERY = 20_000  # approximate number of events that PostgreSQL sorts at once
 _PREFETCHED_SEALS, _PREFETCHED_EVENTS = 50, 1000
 _MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of PostgreSQL's type bigint
 _ID = re.compile(r'{"id":"([^"]+)"')
 
-# The content of an event has these columns in this order. New columns must be appended at the end,
-# so that older events, in which new columns are NULL, keep their content and digest.
+# The content of an event has these columns in this order. New columns must be appended at the end.
+# Then the content and the digest of older events, whose new columns are NULL, stay the same.
 CONTENT_COLUMNS = (
     "id", "created_at", "action", "result", "severity", "resource_type", "resource_id", "user_id",
     "user_type", "session_id", "ip_address", "user_agent", "request_method", "request_path",
@@ -65,7 +65,7 @@ WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 # Otherwise, an event that `maintain` moves to another partition could be invisible in both
 # partitions.
 LOCK_EVENTS = "LOCK TABLE audit_logs IN ACCESS SHARE MODE"
-# This advisory lock ensures that one transaction at a time seals, retires or moves events.
+# This advisory lock ensures that only one transaction at a time seals, retires or moves events.
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
 _SELECT_SEALS = "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
 SELECT_LAST_SEAL = f"{_SELECT_SEALS} DESC LIMIT 1"
@@ -96,7 +96,7 @@ async def open_connection(database: Database) -> AsyncIterator[Connection]:
     """Open a database connection without a statement timeout.
 
     Raises:
-        DatabaseUnavailable: The database cannot be reached, or the connection to it was lost.
+        DatabaseUnavailable: The database cannot be reached, or the connection was lost.
         SchemaMismatch: The schema does not fit this release. See `Database.check`.
     """
     await database.check()
@@ -160,7 +160,7 @@ async def _merge(
 
 
 def _extent(seal: Seal) -> tuple[int, int]:
-    """Return a seal's last position and number of events, or zeros if its payload is invalid."""
+    """Return a seal's last position and number of events, or zeros for an invalid payload."""
     try:
         payload = seal.payload()
     except InvalidValue:
@@ -171,8 +171,9 @@ def _extent(seal: Seal) -> tuple[int, int]:
 async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | None]]:
     """Return the last assigned position, and the open transactions that have written events.
 
-    The dict maps virtual transaction ids to process ids, which are None for prepared transactions.
-    After all these transactions have ended, no event can be added up to the returned position.
+    The returned dict maps virtual transaction ids to process ids, which are None for prepared
+    transactions. When all returned transactions have ended, no transaction can add an event at a
+    position up to the returned position.
     """
     position = await connection.fetchval(_SELECT_LAST_POSITION)
     return position, {row["id"]: row["pid"] for row in await connection.fetch(_SELECT_WRITERS)}

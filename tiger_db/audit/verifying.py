@@ -27,14 +27,14 @@ from tiger_db.errors import ConfigurationError, InvalidValue
 _REPORTED_FINDINGS = 1000
 _REMEMBERED_EVENTS = 100_000  # maximum number of mismatches that are kept in memory
 _PROGRESS_POSITIONS = 1000  # number of positions between two calls of `advance`
-# Setting the database's clock back by at most this tolerance causes no false finding.
+# If the database's clock was set back by at most this tolerance, no false finding is reported.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
 # This slice of an event's content is the value of `created_at` without fractions of a second.
 _CREATED_AT = slice(59, 78)
 _SELECT_RETIREMENTS = """
 SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
 """
-# The arguments are the finished and the total number of positions or bytes.
+# The arguments of `advance` are the finished and the total number of positions or bytes.
 Advance = Callable[[int, int], None]
 
 
@@ -61,10 +61,10 @@ class AuditFinding:
 
 @dataclass(slots=True)
 class Verification:
-    """Result of a verification of the audit trail."""
+    """The result of a verification of the audit trail."""
 
     seals: int = 0  # number of seals that the verification read
-    rows: int = 0  # number of events that match their seals
+    rows: int = 0  # number of sealed events that are unchanged
     retired: int = 0  # number of events in retired months
     unsealed: int = 0  # number of events that no seal covers
     count: int = 0  # number of findings, including those that are not in `findings`
@@ -87,11 +87,11 @@ async def verify(
 
     Each seal must be signed with one of the `keys`, by default with `AUDIT_SIGNING_KEY`. A
     checkpoint that was exported earlier and kept outside the database detects two attacks: removal
-    of the newest seals and their events, and new seals for the whole audit trail. Memory use does
-    not depend on the number of events.
+    of the newest seals and their events, and new seals for the whole audit trail. The memory use of
+    `verify` does not depend on the number of events.
 
     Raises:
-        ConfigurationError: No public key is given, and `AUDIT_SIGNING_KEY` is not set.
+        ConfigurationError: The list `keys` is empty, and `AUDIT_SIGNING_KEY` is not set.
     """
     if not keys:
         own = await database.signing_key()
@@ -116,10 +116,10 @@ async def verify_export(
     checkpoint: Seal | None = None,
     advance: Advance = lambda _done, _total: None,
 ) -> Verification:
-    """Verify an export of the whole audit trail in JSON Lines, without a database. See `verify`.
+    """Verify an export of the whole audit trail in JSON Lines, without a database.
 
     Raises:
-        ConfigurationError: No public key is given.
+        ConfigurationError: The list `keys` is empty.
         InvalidValue: The file is not an export in JSON Lines, or the export has no seal and no
             checkpoint is given.
         OSError: The file of the export cannot be read.
@@ -146,9 +146,9 @@ async def verify_export(
 
 @dataclass(slots=True)
 class _Mismatch:
-    """A position whose event is not the sealed event, or is missing if `found` is None."""
+    """A position where the event differs from the sealed event, or is missing (`found` is None)."""
 
-    seal: int  # number of the seal that covers the position, or 0 if no seal does
+    seal: int  # number of the seal that covers the position, or 0 for an unsealed event
     expected: bytes | None = None
     found: bytes | None = None
     event_id: str | None = None
@@ -157,12 +157,12 @@ class _Mismatch:
 class TrailVerifier:
     """An unfinished verification, which compares the added seals with the added events.
 
-    Add the seals in the order of their numbers. After each seal, add the events that the seal
-    covers, in the order of positions. Set `database_time` before the first seal is added: if the
-    database's clock is behind the newest seal, `created_at` of unsealed events is not checked.
+    Add the seals in the order of seal numbers. After each seal, add the events that the seal
+    covers, in the order of positions. Set `database_time` before the first seal is added. If
+    `database_time` is earlier than the newest seal, the times of unsealed events are not checked.
 
     Raises:
-        ConfigurationError: No public key is given.
+        ConfigurationError: The list `keys` is empty.
     """
 
     def __init__(self, keys: Sequence[Ed25519PublicKey], checkpoint: Seal | None = None) -> None:
@@ -170,7 +170,7 @@ class TrailVerifier:
             raise ConfigurationError(
                 "there is no key to verify seals with: give a public key, or set AUDIT_SIGNING_KEY"
             )
-        self.database_time = "9"  # "9" sorts after every time in ISO 8601
+        self.database_time = "9"  # the text "9" sorts after every time in ISO 8601
         self._keys = keys
         self._checkpoint = checkpoint
         self._checkpoint_seen = checkpoint is None
@@ -198,7 +198,7 @@ class TrailVerifier:
             self._checkpoint_seen = True
 
     def expect_retired(self, seals: Iterable[Seal]) -> None:
-        """Accept that events are missing if a correctly signed seal records their retirement."""
+        """Accept missing events whose retirement is recorded by a correctly signed seal."""
         payloads = (seal.payload() for seal in seals if seal.is_signed_by(self._keys))
         retired = (payload for payload in payloads if payload.retired is not None)
         self._retired = tuple(sorted(run for payload in retired for run in payload.positions))
@@ -236,8 +236,9 @@ class TrailVerifier:
             self._expected = {at: digest for at, digest in expected if at > self._upto}
             self._drop_retired(payload)
         self._upto = max(self._upto, payload.upto)
+        # If the database's clock was set back, the creation times of events prove nothing.
         if payload.sealed_at[:19] < self._created_after:
-            self._created_after = ""  # the database's clock was set back, so times prove nothing
+            self._created_after = ""
         self._next_created_after = _lower_bound(payload.closed_at) or self._created_after
 
     def _verify_link(self, payload: SealPayload) -> None:
@@ -313,7 +314,7 @@ class TrailVerifier:
             self._report.count += 1
 
     def _close_seal(self) -> None:
-        """Record as missing each event of the last seal that was not added."""
+        """Record each event of the last seal as missing if the event was not added."""
         for position, digest in self._expected.items():
             if len(self._mismatches) < _REMEMBERED_EVENTS:
                 self._mismatches[position] = _Mismatch(self._number, digest)
@@ -405,7 +406,7 @@ def _missing_seals(first: int, last: int) -> str:
 
 
 def _lower_bound(time: str | None) -> str:
-    """Return a time minus the clock tolerance, or "" if the time is None or not in ISO 8601."""
+    """Return a time minus the clock tolerance, or "" for None or a time not in ISO 8601."""
     try:
         return (datetime.fromisoformat(time or "") - _CLOCK_TOLERANCE).isoformat()[:19]
     except (ValueError, OverflowError):
