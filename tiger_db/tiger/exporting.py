@@ -32,12 +32,12 @@ async def export_account(
     pipes and devices, see `tiger_db.files.output_files`.
 
     Raises:
-        AlreadyExists: a file to be written already exists. The export wrote no file.
+        AlreadyExists: a file that the export would write already exists. No file is written.
         NotFound: the account to export does not exist.
         InvalidState: the account to export is closed.
-        InvalidValue: the account's private key is not an RSA key, or the path is not a folder.
+        InvalidValue: the account's private key is not an RSA key, or `folder` is not a folder.
         EncryptionError: the account's secrets cannot be decrypted.
-        OSError: the files cannot be written. The export created no new file.
+        OSError: the files cannot be written. No new file is created.
     """
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:
@@ -53,7 +53,7 @@ async def export_account(
             details={"files": [*texts]},
         )
         await crud.audit_logs.insert_event(session, event)
-    # An old token file may belong to another account, and the SDK would send that file's token.
+    # The SDK would send the token in an old token file, which may belong to another account.
     obsolete = None if TOKEN_FILE in texts else TOKEN_FILE
     return await asyncio.to_thread(
         write_private, folder, texts, overwrite=overwrite, obsolete=obsolete
@@ -73,7 +73,7 @@ def _file_texts(account: TigerAccount) -> dict[str, str]:
         raise InvalidState(f"{account.label()} is closed")
     key, _ = load_private_key(plaintext(account.private_key))
     config = {
-        # The private key is written in both formats, because each of Tiger's SDKs reads one format.
+        # Each of Tiger's SDKs reads the private key in only one of the two formats.
         "private_key_pk1": base64_der(key, PrivateKeyFormat.PK1),
         "private_key_pk8": base64_der(key, PrivateKeyFormat.PK8),
         "tiger_id": plaintext(account.tiger_id),

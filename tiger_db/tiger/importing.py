@@ -33,7 +33,7 @@ _WORDS = re.compile(r"(?=.{1,40}\Z)[A-Za-z]{1,24}(?:[_.-][A-Za-z]{1,24})*[0-9]?"
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """Result of `import_account`."""
+    """The result of `import_account`."""
 
     account: TigerAccount
     created: bool
@@ -49,13 +49,13 @@ async def import_account(
     token_file: Path | None = None,
     name: str | None = None,
 ) -> Imported:
-    """Create an account from Tiger's files, or update the account that has the account number.
+    """Create an account from Tiger's files, or update the account with the same account number.
 
-    Fields that are not in the files keep their values. If both files have an access token, the
+    A field that is not in the files keeps the stored value. If both files have an access token, the
     newer token is used. If the stored access token is newer than the files' token, the stored token
-    is kept. The same private key in another format is not a change. The import of unchanged
-    exported files writes no audit event. The argument `name` sets the account's name. By default,
-    the name of a new account is the account number.
+    is kept. A private key that differs only in the format counts as unchanged. The import of
+    unchanged exported files writes no audit event. The argument `name` sets the account's name. By
+    default, the name of a new account is the account number.
 
     Raises:
         InvalidValue: a file cannot be read, or a property of a file is missing or invalid. The
@@ -91,8 +91,8 @@ async def import_account(
             details={"created": stored is None, "changed": [*changed]},
         )
         await crud.audit_logs.insert_event(session, event)
-    # A property name is masked if the name may be a part of a private key, because the name is not
-    # made of words, or because the value is only the padding of base64.
+    # A property name is masked if the name may be a part of a private key: the name is not made of
+    # words, or the value is only base64 padding.
     ignored = {
         name if _WORDS.fullmatch(name) and values[name].strip("=") else MASK
         for name in values.keys() - _KNOWN
@@ -108,7 +108,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
     given: dict[str, Any] = {
         field: values[name] for field, name in FIELD_PROPERTIES.items() if name in values
     }
-    if "environment" in given:  # the SDK treats TEST as SANDBOX, in upper or lower case
+    if "environment" in given:  # the SDK reads the environment TEST as SANDBOX
         environment = given["environment"].upper()
         given["environment"] = TigerEnvironment.SANDBOX if environment == "TEST" else environment
     if options := {name: values[name] for name in CLIENT_OPTIONS if name in values}:
@@ -119,7 +119,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _private_key(file: Path, values: Mapping[str, str]) -> str:
-    """Return the private key that the SDK would use. All key properties must have the same key."""
+    """Return the private key that the SDK uses. All private key properties must have equal keys."""
     keys: dict[str, RSAPublicNumbers] = {}
     for name in PRIVATE_KEY_PROPERTIES:
         if name in values:

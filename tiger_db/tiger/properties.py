@@ -12,7 +12,7 @@ from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
 TOKEN_FILE = "tiger_openapi_token.properties"  # noqa: S105  # a file name
-# These properties may contain the private key. The SDK uses the first property that has a value.
+# Each of these properties may hold a private key. The SDK uses the first one that has a value.
 PRIVATE_KEY_PROPERTIES = ("private_key", "private_key_pk8", "private_key_pk1")
 # FIELD_PROPERTIES maps each field of TigerAccount to the property that has the field's value.
 FIELD_PROPERTIES = {
@@ -71,7 +71,7 @@ def format_properties(values: Mapping[str, str | None]) -> str:
 
 
 def client_option(account: TigerAccount, name: str) -> str:
-    """Return an option of the account's `client_options` as text, or an empty string."""
+    """Return an option of the account's `client_options` as text, or "" for an unset option."""
     value = account.client_options.get(name)
     return "" if value is None else str(value).strip()
 

@@ -19,16 +19,17 @@ from tiger_db.tiger.sdk import client_config
 _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
 _REFUSED = {1000, 4000}  # codes for a wrong parameter or signature, and for a denied permission
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
-_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # Tiger limits the number of requests in this period
+_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # period in which Tiger counts requests
 _disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
 _disabled_logger.disabled = True  # the SDK would log access tokens
 
 
 async def refresh_token(account: TigerAccount) -> NewToken:
-    """Request a new access token from Tiger once. Tiger then invalidates the current token.
+    """Send Tiger one request for a new access token. Tiger then invalidates the current token.
 
-    The request runs in a thread, because the SDK blocks. Call this function outside of database
-    transactions. Error messages contain Tiger's error code and error text, with secrets masked.
+    The request runs in a thread, because Tiger's SDK blocks. Call `refresh_token` outside of
+    database transactions. Error messages contain Tiger's error code and error text, with masked
+    secrets.
 
     Raises:
         RefreshLimited: Tiger's rate limit for requests is reached.

@@ -18,12 +18,12 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     """Return a configuration of Tiger's SDK that has only the stored values of an account.
 
-    This function reads no properties file and no `TIGEROPEN_*` variable, and sends no request. The
-    SDK adds the machine's MAC address to each request. The SDK does not refresh the token, even if
-    `client_options` has a `token_refresh_duration`: a refresh invalidates the stored token.
+    `client_config` reads no properties file and no `TIGEROPEN_*` variable, and sends no request.
+    The SDK adds the machine's MAC address to each request. A `token_refresh_duration` in
+    `client_options` has no effect, because a refresh by the SDK would invalidate the stored token.
 
-    `retry_max_tries` is 0, because the SDK would also repeat requests that are not idempotent,
-    such as transfers. Programs that only read data can set a higher number.
+    `retry_max_tries` is 0, because the SDK would also repeat requests that are not idempotent, such
+    as transfers. A program that only reads data can set `retry_max_tries` to a higher number.
 
     Raises:
         ConfigurationError: Tiger's SDK is not installed.
@@ -72,7 +72,7 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
 
 @cache
 def load_sdk() -> tuple[Any, Any]:
-    """Import the SDK. Return its configuration module, and a configuration class without I/O.
+    """Import Tiger's SDK. Return the configuration module, and a configuration class without I/O.
 
     Raises:
         ConfigurationError: Tiger's SDK is not installed.

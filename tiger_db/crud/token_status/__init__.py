@@ -2,8 +2,8 @@
 
 A claim is a `TokenStatus` that `claim_due` or `claim` has returned. A claim with an expired lease
 stays valid until another worker claims the refresh. Each new claim of a refresh has a higher
-fencing token. CRUD functions raise `LeaseLost` for an older claim. All times are taken from the
-database's clock.
+fencing token. CRUD functions raise `LeaseLost` for a claim with an older fencing token. All times
+are times of the database's clock.
 """
 
 from tiger_db.crud.token_status.claims import (

@@ -1,4 +1,4 @@
-"""Functions that claim token refreshes, renew leases, and give back refreshes."""
+"""Functions that claim token refreshes, renew leases, and give claimed refreshes back."""
 
 from collections.abc import Collection
 from datetime import timedelta
@@ -17,13 +17,13 @@ from tiger_db.models.base import hydrate, row_expression
 from tiger_db.models.secrets import key_provider
 
 LEASE = timedelta(seconds=60)
-# The constant SQL bypasses the ORM for speed, because workers claim refreshes frequently.
+# The SQL text CLAIM bypasses the ORM for speed, because workers claim refreshes frequently.
 CLAIM = f"""
 WITH due AS (%s)
 UPDATE token_statuses t
 SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
     lease_expires_at = clock_timestamp() + $2::interval, fencing_token = t.fencing_token + 1,
-    -- An expired lease counts as a failed attempt, whose answer from the broker may be lost.
+    -- An expired lease counts as a failed attempt: the broker's answer may be lost.
     retry_count = t.retry_count + (t.status = 'in_progress')::int,
     details = CASE t.status
         WHEN 'in_progress' THEN coalesce(t.details, '{{}}') || '{{"{ANSWER_LOST}": true}}'
@@ -62,13 +62,13 @@ async def claim_due(
 ) -> list[TokenStatus]:
     """Claim refreshes that are due or have an expired lease, longest due refresh first.
 
-    Only one worker can claim a refresh. An expired lease counts as a failed attempt. If fewer than
-    `limit` refreshes can be claimed, `claim_due` also calls `fail_expired_leases`.
+    Only one worker at a time can claim a refresh. An expired lease counts as a failed attempt. If
+    fewer than `limit` refreshes can be claimed, `claim_due` also calls `fail_expired_leases`.
 
     Commit the transaction before you send a request to the broker. A claim belongs to no session:
     pass the claim to `heartbeat`, `complete`, `fail` or `give_back`. The relationship
-    `tiger_account` of each claim is loaded. Refreshes with an id in `skip` are not claimed; the
-    worker still works on these refreshes.
+    `tiger_account` of each claim is loaded. Pass the ids of refreshes that the worker still works
+    on as `skip`: `claim_due` does not claim these refreshes.
 
     Raises:
         InvalidValue: the lease is not positive, `limit` is not from 1 to 1000, or the name of the
@@ -117,7 +117,7 @@ async def _claim(
 async def heartbeat(
     session: AsyncSession, claim: TokenStatus, *, lease: timedelta = LEASE
 ) -> TokenStatus:
-    """Renew the lease of a claim. The new lease starts now.
+    """Renew the lease of a claim. The claim then expires after the time `lease`.
 
     Raises:
         LeaseLost: the claim is lost. The refresh is not changed.

@@ -47,7 +47,7 @@ from tiger_db.redaction import redact_aggressively
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 BACKOFF = timedelta(seconds=30)
 MAX_BACKOFF = timedelta(minutes=30)
-ANSWER_LOST = "answer_lost"  # key in `TokenStatus.details` if the answer was lost
+ANSWER_LOST = "answer_lost"  # key in `TokenStatus.details`: the broker's answer was lost
 UNKNOWN_OUTCOME = (
     "the answer of the broker was lost or cannot be stored: the broker may have issued a token"
 )
@@ -56,8 +56,8 @@ _MAX_SECRET_LENGTH = 2_000  # maximum length of a secret in characters
 _EXPIRED_LEASES_LIMIT = 100
 _EVENT = AuditAction.TOKEN_REFRESH
 
-# The constant SQL bypasses the ORM for speed, because workers complete refreshes frequently. If the
-# account's token has changed or the claim is lost, the statement changes no row. To prevent
+# The statement COMPLETE bypasses the ORM for speed, because workers complete refreshes frequently.
+# If the account's token has changed or the claim is lost, COMPLETE changes no row. To prevent
 # deadlocks, every function locks the row of an account before the row of a refresh.
 COMPLETE = f"""
 WITH account AS (
@@ -95,8 +95,8 @@ WITH account AS (
 SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
-# The statement fails attempts with an unknown outcome. The statement loads no entity and writes
-# only constants, because Python may be unable to load the row or to store the broker's answer.
+# The statement _FAIL_UNKNOWN ends attempts with an unknown outcome. _FAIL_UNKNOWN loads no entity
+# and writes only constants, because the row or the broker's answer may be invalid.
 _FAIL_UNKNOWN = f"""
 WITH attempt AS (%s), refresh AS (
     UPDATE token_statuses t
@@ -141,7 +141,7 @@ _HELD_CLAIM = f"""
 async def update_refresh(
     session: AsyncSession, criterion: ColumnElement[bool], **values: object
 ) -> TokenStatus | None:
-    """Update the refresh that meets a criterion. Return the refresh, or None if no refresh does."""
+    """Update the refresh that meets a criterion, and return the updated refresh or None."""
     return await fetch_one(
         session, sql_update(TokenStatus).where(criterion).values(**values).returning(TokenStatus)
     )
@@ -154,7 +154,7 @@ async def update_claimed(
 
     Raises:
         LeaseLost: the claim is lost. The refresh is not changed.
-        ValidationError: a value is invalid. The refresh is not changed.
+        ValidationError: a new value is invalid. The refresh is not changed.
     """
     given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
     claim.validate_changes(given)
@@ -184,11 +184,11 @@ async def complete(
     api_response_time_ms: int | None = None,
     server_version: str | None = None,
 ) -> TokenStatus:
-    """End a refresh with success: store the new token of the account, and reset the error count.
+    """End a refresh with success: store the account's new token, and reset the error count.
 
-    `expires_at` is an aware datetime, or None to read the expiry from a token in Tiger's format. A
-    token with an unknown expiry is never due for a refresh. If `accounts.record_error` has
-    suspended the account, the error count is not reset.
+    The aware datetime `expires_at` is the expiry of the access token. If `expires_at` is None, the
+    expiry is read from a token in Tiger's format. A token with an unknown expiry is never due for a
+    refresh. If `accounts.record_error` has suspended the account, the error count is not reset.
 
     Raises:
         LeaseLost: the claim is lost. The account and the refresh are not changed.
@@ -211,8 +211,8 @@ async def complete(
         with suppress(StaleToken):
             if refresh := await _complete(session, claim, account, tokens, answer):
                 return refresh
-    # The account is not loaded, the account's token has changed, or the claim is lost. Therefore,
-    # the account is locked and read before the next attempt to complete the refresh.
+    # The refresh is not completed if the account is not loaded, the account's token has changed, or
+    # the claim is lost. The second call of _complete() uses the locked and reloaded account.
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     try:
         refresh = await _complete(session, claim, account, tokens, answer)
@@ -258,7 +258,7 @@ async def _complete(
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
-        # The call of get_or_raise() updates the account in the session.
+        # get_or_raise() reloads the account, because COMPLETE bypasses the session.
         await get_or_raise(session, TigerAccount, account.id)
     return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
@@ -288,9 +288,10 @@ async def fail(
 
     The next attempt is due after `retry_after`, or after a random backoff if `retry_after` is None.
     A refresh is given up after `max_retries` attempts. If `credentials_refused` is true, the
-    refresh is given up at once, and an active account is suspended. `answer_lost` means that the
-    broker may have issued a token. The details of the refresh and the messages of later failures
-    show `answer_lost`. The first 10,000 characters of `error` are stored, with masked secrets.
+    refresh is given up at once, and an active account is suspended. Set `answer_lost` to true if
+    the broker may have issued a token. The details of the refresh and the messages of later
+    failures then mention the lost answer. The first 10,000 characters of `error` are stored, with
+    masked secrets.
 
     Raises:
         LeaseLost: the claim is lost. The account and the refresh are not changed.
@@ -385,7 +386,7 @@ def _backoff(attempts: int) -> timedelta:
 async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
     """End an attempt whose outcome cannot be stored by `complete` or `fail`.
 
-    Only constant texts are stored. The refresh is due again in half an hour, or given up after
+    Only constant texts are stored. The refresh is due again in half an hour, or is given up after
     `max_retries` attempts. A refresh that is given up counts as an error of the account.
 
     Raises:
@@ -396,11 +397,11 @@ async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
 
 
 async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
-    """Give up at most 100 refreshes whose last attempt has an expired lease. Return the number.
+    """Give up at most 100 refreshes whose last attempt has an expired lease.
 
-    If a lease has expired, the worker has stopped, and the broker may have issued a token. Each
-    refresh that is given up counts as an error of the account. `skip` contains the ids of refreshes
-    that the caller still works on.
+    Return the number of refreshes that were given up. A lease expires if a worker stops during an
+    attempt; the broker may have issued a token. Each refresh that is given up counts as an error of
+    the account. `skip` contains the ids of refreshes that the caller still works on.
     """
     return await _fail_unknown(session, _EXPIRED_LEASES, list(skip))
 

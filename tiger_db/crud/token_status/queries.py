@@ -18,7 +18,7 @@ from tiger_db.models import (
 )
 from tiger_db.models.token_status import OPEN_STATUSES
 
-# PostgreSQL uses the partial indexes, because IS_OPEN and _IS_FAILED equal their predicates.
+# IS_OPEN and _IS_FAILED equal the predicates of partial indexes, so PostgreSQL uses the indexes.
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")
 _IS_FAILED = text("token_statuses.status = 'failed'")
 
@@ -31,7 +31,7 @@ class RefreshStatistics:
     succeeded: int
     failed: int
     open: int
-    success_rate: float | None  # succeeded / (succeeded + failed), or None if both are 0
+    success_rate: float | None  # succeeded / (succeeded + failed), or None if both numbers are 0
     p50_ms: float | None
     p95_ms: float | None
     by_trigger: dict[str, int]
@@ -86,11 +86,11 @@ async def overview(
     """Return lists of refreshes by state: `running`, `due`, `waiting` and `failed`.
 
     The lists of running, due and waiting refreshes are ordered by `scheduled_at`. The list `failed`
-    contains refreshes that were opened after `since`, an aware datetime, newest refresh first. Each
+    contains refreshes that were opened after the aware datetime `since`, newest refresh first. Each
     list has at most `limit` items.
 
     Raises:
-        InvalidValue: `since` is naive, or `limit` is not from 1 to 1000.
+        InvalidValue: `since` is a naive datetime, or `limit` is not from 1 to 1000.
     """
     check_limit(limit)
     pending = col(TokenStatus.status) == TokenRefreshStatus.PENDING
@@ -120,10 +120,10 @@ async def overview(
 
 
 async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatistics:
-    """Count the refreshes that were opened after `since`, an aware datetime.
+    """Return statistics of the refreshes that were opened after the aware datetime `since`.
 
     Raises:
-        InvalidValue: `since` is naive.
+        InvalidValue: `since` is a naive datetime.
     """
     recent = col(TokenStatus.id) >= func.uuid7_floor(require_aware("since", since))
     succeeded = col(TokenStatus.status) == TokenRefreshStatus.SUCCESS

@@ -45,12 +45,12 @@ async def create_refresh_operation(
 ) -> TokenStatus:
     """Open a refresh of an account's token, or return the refresh that is open already.
 
-    The refresh is due at `scheduled_at`, an aware datetime, or now if `scheduled_at` is None.
+    The refresh is due at the aware datetime `scheduled_at`, or now if `scheduled_at` is None.
 
     Raises:
-        MissingReference: no account has this id.
+        MissingReference: no account has the id `tiger_account_id`.
         InvalidState: the account is closed.
-        ValidationError: a value is invalid.
+        ValidationError: a value for the refresh is invalid.
     """
     account = await _lock_account(session, tiger_account_id)
     values = {"scheduled_at": scheduled_at, "max_retries": max_retries, "details": details}
@@ -63,7 +63,7 @@ async def create_refresh_operation(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
             ),
         )
-        if existing is not None:  # the value is None if the open refresh has ended meanwhile
+        if existing is not None:  # the open refresh may have ended meanwhile
             return existing
 
 
@@ -73,8 +73,8 @@ async def schedule_due(
     """Open a refresh for every active account whose token is due, and return the new refreshes.
 
     A token is due at the account's `token_refresh_at`. If `within` is given, a token is due when
-    the time to the token's expiry is `within` or less. Parallel calls open only one refresh per
-    account. An account whose last refresh was given up is skipped until the `next_refresh_at` of
+    the time to the token's expiry is `within` or less. Parallel calls open one refresh per account
+    at most. An account whose last refresh was given up is skipped until the `next_refresh_at` of
     that refresh.
     """
     check_limit(limit)
@@ -109,7 +109,7 @@ async def schedule_due(
 
 
 async def next_due(session: AsyncSession) -> timedelta | None:
-    """Return the time until the next due refresh, due token or expiry of a lease, or None."""
+    """Return the time until a refresh or token becomes due or a lease expires, or None."""
     pending = (
         select(col(TokenStatus.scheduled_at))
         .where(
@@ -129,7 +129,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     lease = select(func.min(col(TokenStatus.lease_expires_at))).where(
         IS_OPEN,
         col(TokenStatus.status) == TokenRefreshStatus.IN_PROGRESS,
-        # The condition on scheduled_at lets PostgreSQL use the index.
+        # The condition on scheduled_at lets PostgreSQL use the index ix_token_statuses_due.
         col(TokenStatus.scheduled_at) <= func.clock_timestamp(),
         col(TokenStatus.lease_expires_at) > func.clock_timestamp(),
     )
@@ -168,7 +168,7 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     """Cancel an open refresh. A worker that has claimed the refresh loses the claim.
 
     Raises:
-        NotFound: no refresh has this id.
+        NotFound: no refresh has the id `refresh_id`.
         InvalidState: the refresh has ended.
     """
     refresh = await get_or_raise(session, TokenStatus, refresh_id, lock=True)
@@ -189,7 +189,7 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     """Open a failed refresh again. The refresh is due now, and the count of attempts starts at 0.
 
     Raises:
-        NotFound: no refresh has this id.
+        NotFound: no refresh has the id `refresh_id`.
         InvalidState: the refresh has not failed, or the account is closed.
         AlreadyExists: the account has another open refresh.
     """
@@ -227,7 +227,7 @@ async def _open(
     accounts: Iterable[tuple[TigerAccount, RefreshTrigger]],
     **values: Any,  # noqa: ANN401  # fields of TokenStatus
 ) -> list[TokenStatus]:
-    """Open refreshes for accounts without an open refresh, and record an audit event for each."""
+    """Open refreshes for accounts without an open refresh, and audit each new refresh."""
     refreshes = [
         TokenStatus(
             tiger_account_id=account.id,
@@ -241,7 +241,7 @@ async def _open(
     if not refreshes:
         return []
     rows = [refresh.model_dump() for refresh in refreshes]
-    # All rows have the same columns. PostgreSQL sets the columns that no row has a value for.
+    # PostgreSQL sets the default of a column if all rows of the INSERT omit the column.
     names = {name for row in rows for name, value in row.items() if value is not None}
     rows = [{name: row[name] for name in names} for row in rows]
     inserted = await fetch_all(
