@@ -1,8 +1,9 @@
 """Encrypted secrets: AES-256-GCM ciphertexts that are bound to a row and decrypted on access.
 
-Format: `version (1 byte) | length of the key id (1 byte) | key id | nonce (12) | ciphertext and tag
-(16)`. The associated data `table.column:row id` and the bytes before the nonce are authenticated.
-Therefore, a ciphertext that was changed, or copied to another row or column, cannot be decrypted.
+A stored value is `version (1 byte) | length of the key id (1 byte) | key id | nonce (12 bytes) |
+ciphertext and tag (16 bytes)`. The associated data `table.column:row id` and the bytes before the
+nonce are authenticated. Therefore, a ciphertext that was changed, or copied to another row or
+column, cannot be decrypted.
 """
 
 import base64
@@ -37,7 +38,7 @@ _BAD_KEY_ID = "a key id must be 1 to 32 letters, digits, '.', '_' or '-'"
 
 
 class KeySet:
-    """Secret keys of 32 bytes with key ids. The first key is the current key."""
+    """Secret keys of 32 bytes, each with a key id. The first key is the current key."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         if not keys:
@@ -98,15 +99,15 @@ class KeyProvider(Protocol):
         ...
 
     def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
-        """Encrypt data with a new nonce. The result authenticates `aad`, but omits `aad`."""
+        """Encrypt data with a new nonce. The result authenticates, but does not contain, `aad`."""
         ...
 
     def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
-        """Decrypt data. Raise EncryptionError for data encrypted with another key or `aad`."""
+        """Decrypt a ciphertext. Raise EncryptionError if the key or `aad` is wrong."""
         ...
 
     def fingerprint(self, key_id: str, data: bytes) -> bytes:
-        """Return a message authentication code (MAC). Equal data must have equal MACs."""
+        """Return a message authentication code (MAC) of data. Equal data have equal MACs."""
         ...
 
 
@@ -190,7 +191,7 @@ def key_id_of(ciphertext: bytes) -> str:
 
 
 def _read_header(ciphertext: bytes, where: str) -> tuple[bytes, str]:
-    """Return the header of a ciphertext and its key id. Error messages begin with `where`."""
+    """Return the header and the key id of a ciphertext. Error messages begin with `where`."""
     if len(ciphertext) < 2 or ciphertext[0] != _VERSION:  # noqa: PLR2004  # a header has at least 2 bytes
         raise EncryptionError(f"{where}: the value is not a ciphertext of a known version")
     header = ciphertext[: 2 + ciphertext[1]]
@@ -270,7 +271,7 @@ class EncryptedSecret(Secret):
         """
         if not self.aad:
             raise EncryptionError(
-                "a secret can be decrypted only as part of its entity: load the whole entity"
+                "a secret can be decrypted only as part of an entity: load the whole entity"
             )
         if self.provider is None:
             raise EncryptionError(
@@ -289,20 +290,16 @@ class EncryptedSecret(Secret):
         return self.__copy__()
 
     def __reduce__(self) -> tuple[type["EncryptedSecret"], tuple[bytes, str, None, str]]:
-        return EncryptedSecret, (
-            self.ciphertext,
-            self.aad,
-            None,
-            self.owner,
-        )  # a pickle must not contain keys
+        # A pickle must not contain keys, so the provider is omitted.
+        return EncryptedSecret, (self.ciphertext, self.aad, None, self.owner)
 
 
 class EncryptedType(TypeDecorator[SecretStr]):
     """A type for `bytea` columns of ciphertexts. Storing a plain text raises EncryptionError.
 
     The text `fingerprint` is the name of the column with the blind index of the secret. The
-    function `normalize` converts a secret to its normal form, or raises ValueError if the secret
-    has no normal form. Only normal forms are stored.
+    function `normalize` returns the normal form of a secret, or raises ValueError if the secret has
+    no normal form. Only normal forms are stored.
     """
 
     impl = LargeBinary

@@ -2,7 +2,7 @@
 
 One UPDATE statement stores each batch of rows. If another transaction has changed the secret of a
 row, the UPDATE skips the row, and a later UPDATE stores the row. Each ciphertext contains the id of
-its encryption key. Therefore, if a rotation is killed, the next rotation finds the remaining rows.
+the encryption key. Therefore, if a rotation is killed, the next rotation finds the remaining rows.
 """
 
 import asyncio
@@ -48,13 +48,13 @@ from tiger_db.models.secrets import aad_of, encrypted_columns, key_provider, sec
 BATCH_ROWS = 1000  # maximum number of rows per transaction
 # `list_encryption_key_usage` reports this key id for values that are not ciphertexts.
 DAMAGED = "(damaged)"
-# Maximum length of a header: version (1 byte), length of the key id (1 byte), key id (32 bytes).
+# Maximum length of a ciphertext's header: version (1 byte), length of the id (1), key id (32).
 _HEADER_BYTES = 34
 _FIRST_KEY_SAMPLE_ROWS = 10
 _REPORTED_PROBLEMS = 20
 # A rotation must not cause deadlock errors in applications. Therefore, the lock timeout of a batch
-# is less than PostgreSQL's deadlock_timeout (1 s by default). A transaction that may wait longer
-# locks only one row.
+# is less than PostgreSQL's deadlock_timeout (1 s by default). A transaction with the longer lock
+# timeout locks only one row.
 _LOCK_TIMEOUT_OF_BATCH = "100ms"
 _LOCK_TIMEOUT_OF_ROW = "10s"
 
@@ -73,7 +73,7 @@ class UnnormalizedSecrets:
     """Rows whose secrets an older release has stored without normalization."""
 
     normalizable: list[UUID] = field(default_factory=list)
-    invalid: list[UUID] = field(default_factory=list)  # ids of rows without a normal form
+    invalid: list[UUID] = field(default_factory=list)  # ids of rows whose secret has no normal form
     unreadable: int = 0  # number of rows that cannot be decrypted
 
 
@@ -84,9 +84,9 @@ class RotationReport:
     key_id: str  # id of the first encryption key
     rotated: int = 0  # number of re-encrypted rows, or of rows to re-encrypt (`dry_run`)
     stuck: int = 0  # number of rows that could not be re-encrypted
-    problems: list[str] = field(default_factory=list)  # error messages of the first stuck rows
-    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # usage of all keys after rotation
-    retirable: list[str] = field(default_factory=list)  # ids of old keys that no row needs
+    problems: list[str] = field(default_factory=list)  # first error messages of stuck rows
+    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # key usage after the rotation
+    retirable: list[str] = field(default_factory=list)  # ids of old keys that no row uses
 
 
 async def rotate(
@@ -102,8 +102,8 @@ async def rotate(
     Other transactions can read and write the rows at the same time. Each batch of rows has its own
     transaction, with an audit event. After each batch, `rotate` calls `advance` with the number of
     re-encrypted rows. `rotate` first skips locked rows, and waits for these rows at the end. If a
-    row cannot be decrypted, `rotate` reports the row and does not change it. If `dry_run` is true,
-    `rotate` decrypts all secrets that it would re-encrypt, but changes no row.
+    row cannot be decrypted, `rotate` reports the row and leaves the row unchanged. If `dry_run` is
+    true, `rotate` decrypts the secrets that need re-encryption, but changes no row.
 
     Do not remove a key in `RotationReport.retirable` while a process encrypts with the key, or
     while a backup that needs the key may be restored.
@@ -141,7 +141,7 @@ async def rotate(
 
 
 async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKeyUsage]:
-    """Count the rows per table and encryption key. A row with secrets of two keys counts twice."""
+    """Count the rows per table and encryption key. A row that uses two keys counts twice."""
     usage = []
     for mapper in encrypted_entities():
         table, counts = _table_of(mapper), Counter[str]()
@@ -262,7 +262,7 @@ class _Sweep:
         return (rows[-1].id, changes) if rows else None
 
     async def _store(self, changes: Sequence[dict[str, object]]) -> None:
-        """Store a batch. If a row is locked, store each half of the batch separately."""
+        """Store a batch. If a row is locked, split the batch, so that the other rows are stored."""
         if not changes:
             return
         try:
@@ -316,8 +316,8 @@ def _reencrypt(
 ) -> dict[str, object] | None:
     """Return the old and the new ciphertexts of a row, as SQL parameters for `_write`.
 
-    Return None if no secret of the row needs a new ciphertext. Another session may have changed the
-    row.
+    Return None if no secret of the row needs a new ciphertext, for example because another session
+    has changed the row.
 
     Raises:
         EncryptionError: a secret of the row cannot be decrypted.
@@ -375,8 +375,8 @@ async def _write(
 ) -> int:
     """Store the new ciphertexts of a batch, with an audit event. Return the number of stored rows.
 
-    The function skips rows whose ciphertexts were changed concurrently. The audit event names the
-    rows whose secrets were normalized.
+    Rows whose ciphertexts were changed concurrently are skipped. The audit event names the rows
+    whose secrets were normalized.
 
     Raises:
         Conflict, QueryTimeout: another transaction holds the lock of a row.

@@ -59,16 +59,19 @@ class RefreshWorker:
 
     The `refresher` gets an account with readable secrets, asks the broker once, and returns the new
     token or raises a `RefreshFailed`. While the refresher runs, no transaction is open, and the
-    worker renews the lease of the claim. `per_minute` is the maximum number of calls per minute for
-    each `tiger_id`. The worker's audit events have the user id `name` and the user type `worker`.
+    worker renews the lease of the claim. `per_minute` is the maximum number of calls of the
+    refresher per minute for each `tiger_id`. The worker's audit events have the user id `name` and
+    the user type `worker`.
 
     If the refresher takes longer than `attempt_timeout`, the worker cancels the call. The attempt
-    fails with `AnswerLost`. The worker stores a token from a cancelled refresher or for a lost
-    claim if the account's token is older. The refresher must not block the event loop.
+    fails with `AnswerLost`. If a cancelled refresher returns a token, or if the claim is lost, the
+    worker stores the token only if the account's token is older. The refresher must not block the
+    event loop.
 
-    While the database is unavailable, the worker waits and then stores the new token. If the
-    process is killed before that commit, the new token is lost: the broker refuses the next
-    attempt, and the account is suspended. Invalid values in the broker's answer are not stored.
+    While the database is unavailable, the worker keeps a new token in memory and stores the token
+    later. If the process is killed before the new token is stored, the token is lost: the broker
+    refuses the next attempt, and the account is suspended. Invalid values in the broker's answer
+    are not stored.
 
     Raises:
         InvalidValue: `concurrency`, `lease`, `attempt_timeout` or `per_minute` is not positive.
@@ -95,7 +98,7 @@ class RefreshWorker:
         self.per_minute = per_minute
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
         self._actor = Actor(user_id=self.name, user_type="worker")
-        self.counts: Counter[str] = Counter()  # the number of claims with each outcome
+        self.counts: Counter[str] = Counter()  # number of claims by outcome
         self._call_times: dict[bytes | None, deque[float]] = defaultdict(deque)
         self._attempts: dict[UUID, asyncio.Task[None]] = {}  # the dict keys are ids of refreshes
         self._late: set[asyncio.Task[Any]] = set()  # tasks that wait for cancelled refreshers
@@ -186,7 +189,7 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task. After `stop`, leave the share `reserve` of the grace period unused."""
+        """Wait for a task. After `stop`, keep the fraction `reserve` of the grace period free."""
         end = math.inf if seconds is None else time.monotonic() + seconds
         stop = asyncio.create_task(self._stopping.wait())
         try:
@@ -257,7 +260,7 @@ class RefreshWorker:
             await asyncio.wait([heartbeats])
 
     def _rate_limit_wait(self, account: TigerAccount) -> float:
-        """Count a call for a `tiger_id`, or return the seconds until a call is allowed."""
+        """Count a refresher call and return 0, or return the seconds until a call is allowed."""
         now = time.monotonic()
         times = self._call_times[account.tiger_id_fingerprint]
         while times and times[0] <= now - _RATE_WINDOW_SECONDS:
@@ -277,7 +280,7 @@ class RefreshWorker:
             except LeaseLost:
                 return
             except (TigerDBError, DBAPIError) as error:
-                if not is_transient(error):  # the database may be back before the lease expires
+                if not is_transient(error):  # the database may recover before the lease expires
                     raise
 
     async def _ask(self, claim: TokenStatus) -> NewToken | RefreshFailed:
@@ -312,13 +315,15 @@ class RefreshWorker:
         return token
 
     async def _store_late(self, claim: TokenStatus, start: float, task: asyncio.Task[Any]) -> None:
-        """Store the token that a refresher returns in spite of its cancellation."""
+        """Store the token that a refresher returns although the refresher was cancelled."""
         await asyncio.wait([task])
         if task.cancelled() or task.exception() or not isinstance(task.result(), NewToken):
             return
-        if self._stopping.is_set():  # the Database may be closed already
+        if self._stopping.is_set():  # the Database object may be closed already
             label = claim.tiger_account.label()
-            _logger.warning("%s: a new token is lost: it came after the worker stopped", label)
+            _logger.warning(
+                "%s: a new token is lost: the worker stopped before the answer came", label
+            )
             return
         milliseconds = round((time.monotonic() - start) * 1000)
         try:
@@ -377,7 +382,7 @@ class RefreshWorker:
             refresh = await token_status.get(session, claim.id)
             new_hash = token_status.token_hash(token.access_token)
             if refresh is not None and refresh.new_token_hash == new_hash:
-                return False  # an earlier commit without confirmation stored the token
+                return False  # an earlier, unconfirmed commit has stored the token
             await accounts.update_tokens(
                 session,
                 claim.tiger_account_id,
@@ -393,14 +398,16 @@ class RefreshWorker:
             offered = await self._save(offer)
         except (InvalidState, NotFound) as error:  # StaleToken is an InvalidState
             self.counts["lost"] += 1
-            _logger.warning("%s: the claim was lost; new token not stored: %s", label, error)
+            _logger.warning(
+                "%s: the claim was lost, and the new token was not stored: %s", label, error
+            )
             return
         self.counts["offered" if offered else "refreshed"] += 1
         if offered:
             _logger.warning("%s: the claim was lost, but the new token was stored", label)
 
     async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
-        """Store the failure of an attempt. Omit the details if the details cannot be stored."""
+        """Store the failure of an attempt. If the error cannot be stored, store constant texts."""
         account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:

@@ -209,7 +209,7 @@ def _without_input(error: ValidationError) -> ValidationError:
                 input=None,
             )
             for problem in error.errors(include_url=False, include_input=False)
-            # The error default_factory_not_called only follows from another error.
+            # pydantic adds default_factory_not_called only if another error occurred.
             if problem["type"] != "default_factory_not_called"
         ],
         hide_input=True,
@@ -300,10 +300,10 @@ def column_names(entity: type[Entity]) -> list[str]:
 
 
 def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | None) -> E_:
-    """Create a detached entity from a raw row. `provider` decrypts a secret when it is read."""
+    """Create a detached entity from a raw row. `provider` decrypts each secret on access."""
     mapper: Mapper[E_] = class_mapper(entity)
     row = mapper.class_manager.new_instance()
-    # The method `update` of the dict bypasses the change tracking of SQLAlchemy.
+    # vars(row).update() bypasses the change tracking of SQLAlchemy.
     vars(row).update(_converted(entity, values))
     _bind_loaded(row, provider)
     make_transient_to_detached(row)
@@ -345,7 +345,7 @@ def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
 
 @cache
 def _columns(entity: type[Entity]) -> dict[str, TypeEngine[Any]]:
-    """Return the SQL types by column name. Fields in class order precede other columns."""
+    """Return the SQL types by column name: first the fields in class order, then other columns."""
     table = class_mapper(entity).local_table
     assert isinstance(table, Table)
     names = [*entity.model_fields, *(table.c.keys() - entity.model_fields.keys())]
@@ -360,7 +360,7 @@ def _converters(entity: type[Entity]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
-    # The function _cast() has cast an array of networks to text[].
+    # The SQL query has cast arrays of networks to text[] (see _cast).
     if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):
         return lambda networks: track([ip_network(network) for network in networks])
     process = type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
@@ -370,7 +370,7 @@ def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
 
 
 def _cast(type_: TypeEngine[Any]) -> str:
-    # asyncpg cannot decode enums and some arrays in a ROW value, so the query casts them to text.
+    # asyncpg cannot decode enums and some arrays in a ROW value, so enums and arrays become text.
     if is_native_enum(type_):
         return "::text"
     return "::text[]" if isinstance(type_, ARRAY) else ""

@@ -128,8 +128,8 @@ class OpenEnum(TypeDecorator[str]):
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
         coltype: object,  # noqa: ARG002  # SQLAlchemy's signature
     ) -> Callable[[Any], Any]:
-        # process_result_value is not overridden instead, because SQLAlchemy would first apply the
-        # result processor of the native enum, which refuses texts that are no members.
+        # result_processor() is overridden instead of process_result_value(), because the result
+        # processor of the native enum raises an error for texts that are not members.
         members: dict[str, StrEnum] = {member.value: member for member in self.enum}
         return lambda value: members.get(value, value)
 
@@ -143,7 +143,7 @@ def open_enum(enum: type[StrEnum]) -> GetPydanticSchema:
     """Return the annotation for a field whose column has the SQL type `OpenEnum`.
 
     Validation accepts only members of the enum. Serialization also accepts other texts, because
-    they can be read from the database.
+    the database may contain other texts.
     """
     open_: Any = SerializeAsAny  # with type Any, mypy accepts open_[enum] below
     return GetPydanticSchema(lambda _source, handler: handler(open_[enum]))
@@ -213,11 +213,11 @@ class Tracked(Mutable):
             self.root.changed()
 
     def set_parent(self, state: InstanceState[Any], name: str) -> None:
-        """Register an entity for reports of changes. Only hydrated entities need this call."""
+        """Register the entity that has this value. Only hydrated entities need this call."""
         self._parents[state] = name
 
     def tracked_part(self, value: object) -> object:
-        """Return a value that reports changes to this root. Copy a dict or list of another root."""
+        """Return a value that reports to this root. Copy a dict or list with another root."""
         root = self.root or self
         if isinstance(value, Tracked) and (value.root or value) is root:
             return value
@@ -293,7 +293,7 @@ def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[...,
     def report(self: TrackedDict | TrackedList, /, *args: object, **kwargs: object) -> object:
         try:
             return change(self, *args, **kwargs)
-        finally:  # a method that fails halfway can also have changed the value
+        finally:  # a failed method may have changed a part of the value
             self.track_parts()
             self.changed()
 

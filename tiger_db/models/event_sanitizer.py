@@ -1,6 +1,6 @@
 """Functions that convert the values of audit events to storable values and mask secrets.
 
-An event with unusual values must be stored too. `pydantic_core.to_jsonable_python` is not
+Audit events with unusual values must be stored too. `pydantic_core.to_jsonable_python` is not
 enough, because that function fails for unknown objects, masks no secrets and has no size limits.
 """
 
@@ -50,13 +50,13 @@ _MAX_NOTES = 50  # maximum number of notes on one event
 _MAX_NOTE = 300  # maximum length of one note in characters
 _MAX_SHOWN = 200  # maximum length of a value in a note, in characters
 _MAX_BITS = 1000  # maximum size of an integer in bits
-_64_BITS = 2**63
+_INT64_LIMIT = 2**63
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")
 _KEY_PREFIX = re.compile(r"tdb_(?:live|test)_[0-9A-Za-z]{12}")
 _MORE = re.compile(r"and (\d{1,9}) more")
 
-Path = tuple["Path", str] | None  # linked list of names from a value to its field
+Path = tuple["Path", str] | None  # linked list of names, from a value up to the field
 
 
 def sanitize_event(
@@ -64,8 +64,8 @@ def sanitize_event(
 ) -> dict[str, object]:
     """Return the storable values of an event, with notes on converted values in `details`.
 
-    `limits` are the maximum lengths of text fields, in characters. Fields without a conversion,
-    such as `action`, are returned unchanged, even if the value is invalid.
+    `limits` maps names of text fields to maximum lengths in characters. Fields without a
+    conversion, such as `action`, are returned unchanged, even if the value is invalid.
     """
     sanitizer = _Sanitizer()
     result = dict(values)
@@ -77,7 +77,7 @@ def sanitize_event(
                 result[name] = sanitizer.text_field(value, (None, name), limits[name])
             elif name in _FIELDS:
                 result[name] = _FIELDS[name](sanitizer, value, (None, name))
-        except Exception:  # noqa: BLE001  # methods of an unknown object can raise anything
+        except Exception:  # noqa: BLE001  # methods of an unknown object can raise any exception
             result[name] = None
             sanitizer.note((None, name), type(value).__name__)
     severity = result.get("severity")
@@ -125,11 +125,11 @@ class _Sanitizer:
             return None
 
     def milliseconds(self, value: object, path: Path) -> int | None:
-        if type(value) is int and 0 <= value < _64_BITS:
+        if type(value) is int and 0 <= value < _INT64_LIMIT:
             return value
         try:
             number = _number(value)
-            if number is not None and 0 <= number < _64_BITS and round(number) < _64_BITS:
+            if number is not None and 0 <= number < _INT64_LIMIT and round(number) < _INT64_LIMIT:
                 if isinstance(value, str | Decimal):
                     self.note(path, type(value).__name__)
                 return round(number)
@@ -184,11 +184,11 @@ class _Sanitizer:
             return self.text(cast("str", value), path)
         if value is None or kind is bool:
             return value
-        if kind is int and -_64_BITS < cast("int", value) < _64_BITS:
+        if kind is int and -_INT64_LIMIT < cast("int", value) < _INT64_LIMIT:
             return value
         try:
             return self.converted(value, path, depth)
-        except Exception:  # noqa: BLE001  # methods of an unknown object can raise anything
+        except Exception:  # noqa: BLE001  # methods of an unknown object can raise any exception
             self.note(path, kind.__name__)
             return self.text(kind.__name__, path)
 
@@ -403,17 +403,17 @@ def _builtin_scalar(value: Any) -> bool | float | str | None:  # noqa: ANN401  #
     NumPy need not be installed: `dtype` and `ndim` show what an object is. A fraction becomes a
     text, because a float is not exact.
     """
-    with suppress(Exception):  # methods of an unknown object can raise anything
+    with suppress(Exception):  # methods of an unknown object can raise any exception
         kind = getattr(getattr(value, "dtype", None), "kind", None)
         if kind is not None and value.ndim == 0:
             value = value[()]  # the scalar in an array without dimensions
         if kind == "b" and value.ndim == 0:
             return bool(value)
-        if isinstance(value, numbers.Rational) and kind != "m":  # includes integers
+        if isinstance(value, numbers.Rational) and kind != "m":  # Rational includes integers
             return operator.index(value) if isinstance(value, numbers.Integral) else str(value)
         if isinstance(value, numbers.Real) and kind != "m":
             return float(value)
-        if kind in {"m", "M"} and value.ndim == 0:  # timedelta64, which is an Integral; datetime64
+        if kind in {"m", "M"} and value.ndim == 0:  # timedelta64 (an Integral) or datetime64
             return str(value)
     return None
 
@@ -428,9 +428,9 @@ def _is_list_like(value: Any) -> TypeGuard[Collection[object]]:  # noqa: ANN401 
 
 def _as_text(value: object) -> str:
     """Convert a value to a text, without `repr`, because a `repr` can contain a secret."""
-    # isinstance is not used, because it reads `__class__`, which an object can override.
+    # isinstance() is not used, because isinstance() reads `__class__`, which a class can override.
     if issubclass(type(value), str):
-        return str.__str__(value)  # for a member of a string enum, `str` may return its name
+        return str.__str__(value)  # str() of a string enum's member may return the name
     if type(value) is bytes or type(value) is bytearray:
         return value[:_MAX_CHARACTERS].decode(errors="replace")
     converted = _Sanitizer().json(value, None, 0)

@@ -83,7 +83,7 @@ def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
     columns = encrypted_columns(mapper)
     if not columns:
         return
-    owner, row_id = row.label(), str(row.id)  # the values are the same for all secrets of the row
+    owner, row_id = row.label(), str(row.id)
     for name, _type in columns:
         secret = row.__dict__.get(name)
         if isinstance(secret, EncryptedSecret) and not secret.aad:
@@ -98,7 +98,7 @@ def secrets_of(row: Row) -> list[Secret]:
 
 
 def readable_secrets(row: Row) -> list[str]:
-    """Return the decrypted secrets of an entity, to mask the secrets in other texts.
+    """Return the decrypted secrets of an entity, for masking of the secrets in other texts.
 
     Secrets that cannot be decrypted are omitted.
     """

@@ -38,7 +38,7 @@ class RefreshTrigger(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """The tokens that a token refresh returned.
+    """The tokens that the broker returned for a refresh.
 
     `expires_at` is timezone-aware. If `expires_at` is None, the expiry is read from an access token
     in Tiger's format.
@@ -59,8 +59,8 @@ class TokenStatus(MutableEntity, table=True):
 
     __tablename__ = "token_statuses"
     __table_args__ = (
-        # No worker could claim a refresh in progress without a lease, and the refresh would block
-        # further refreshes of the account.
+        # A refresh in progress without a lease could never be claimed, and would block further
+        # refreshes of the account.
         CheckConstraint(
             "status <> 'in_progress' OR num_nulls(worker, lease_expires_at) = 0",
             name="in_progress_is_leased",
@@ -223,12 +223,12 @@ def _require_lease(_mapper: object, _connection: object, refresh: TokenStatus) -
     Raises:
         InvalidState: the refresh is in progress without a worker or a lease.
     """
-    values = refresh.__dict__  # columns that are not loaded have no changes to check
+    values = refresh.__dict__  # a column that is not loaded has no change to check
     if values.get("status") == TokenRefreshStatus.IN_PROGRESS and None in (
         values.get("worker", ""),
         values.get("lease_expires_at", ""),
     ):
         raise InvalidState(
-            "a refresh in progress needs a worker and a lease: claim it with"
-            " crud.token_status.claim, or complete it before it is stored"
+            "a refresh in progress needs a worker and a lease: claim the refresh with"
+            " crud.token_status.claim, or complete the refresh before the first flush"
         )
