@@ -158,7 +158,7 @@ async def test_a_refresh_in_progress_without_a_lease_is_not_saved(
     async with clone.session() as session:
         account = await factories.account(session)
         stored = None if new else await factories.refresh(session, account)
-    with pytest.raises(InvalidState, match=r"claim it with crud\.token_status\.claim"):
+    with pytest.raises(InvalidState, match=r"claim the refresh with crud\.token_status\.claim"):
         async with clone.session() as session:
             row = stored or TokenStatus(tiger_account_id=account.id)
             session.add(row)
