@@ -208,7 +208,7 @@ async def test_a_file_cut_within_a_line_is_found_or_refused(
         try:
             found = await audit.verify_export(file, keys=[key])
         except InvalidValue as error:
-            assert f"line {last + 1} is neither" in str(error)  # noqa: PT017  # one or the other
+            assert f"line {last + 1} of the export is neither" in str(error)  # noqa: PT017  # one or the other
         else:
             assert found.findings[0].kind in {FindingKind.CHANGED, FindingKind.TRUNCATED}
             assert found.findings[0].position == [*trail.ids][-1]
