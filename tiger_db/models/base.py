@@ -28,14 +28,7 @@ from sqlmodel._compat import SQLModelConfig, finish_init, partial_init
 from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import KeyProvider
-from tiger_db.models.columns import (
-    Tracked,
-    UTCDateTime,
-    is_native_enum,
-    metadata,
-    sql_type,
-    track,
-)
+from tiger_db.models.columns import Tracked, UTCDateTime, is_native_enum, metadata, sql_type, track
 from tiger_db.models.secrets import bind_secrets, encrypt_secrets, key_provider
 
 E_ = TypeVar("E_", bound="Entity")

@@ -10,17 +10,8 @@ import numbers
 import operator
 import re
 from collections import UserString
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Mapping,
-    MappingView,
-    Sequence,
-)
-from collections.abc import (
-    Set as AbstractSet,
-)
+from collections.abc import Callable, Collection, Iterable, Mapping, MappingView, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta

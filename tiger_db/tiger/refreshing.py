@@ -54,10 +54,7 @@ def _threads() -> ThreadPoolExecutor:
 
 def _ask(config: Any) -> Any:  # noqa: ANN401  # the SDK has no types
     from tigeropen.common.consts.service_types import USER_TOKEN_REFRESH  # noqa: PLC0415  # slow
-    from tigeropen.common.exceptions import (  # noqa: PLC0415
-        RequestException,
-        ResponseException,
-    )
+    from tigeropen.common.exceptions import RequestException, ResponseException  # noqa: PLC0415
     from tigeropen.common.request import OpenApiRequest  # noqa: PLC0415
     from tigeropen.tiger_open_client import TigerOpenClient  # noqa: PLC0415
     from urllib3.exceptions import ConnectTimeoutError, NewConnectionError  # noqa: PLC0415

@@ -6,12 +6,7 @@ fencing token. CRUD functions raise `LeaseLost` for a claim with an older fencin
 are times of the database's clock.
 """
 
-from tiger_db.crud.token_status.claims import (
-    claim,
-    claim_due,
-    give_back,
-    heartbeat,
-)
+from tiger_db.crud.token_status.claims import claim, claim_due, give_back, heartbeat
 from tiger_db.crud.token_status.outcomes import (
     complete,
     fail,

@@ -12,10 +12,7 @@ from sqlmodel import col
 
 from tiger_db.crud.common import fetch_all, fetch_one, require_aware
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, check_limit, paginate
-from tiger_db.models import (
-    TokenRefreshStatus,
-    TokenStatus,
-)
+from tiger_db.models import TokenRefreshStatus, TokenStatus
 from tiger_db.models.token_status import OPEN_STATUSES
 
 # IS_OPEN and _IS_FAILED equal the predicates of partial indexes, so PostgreSQL uses the indexes.
@@ -104,8 +101,7 @@ async def overview(
         "waiting": (and_(IS_OPEN, pending, at > func.clock_timestamp()), at.asc()),
         "failed": (
             and_(
-                _IS_FAILED,
-                col(TokenStatus.id) >= func.uuid7_floor(require_aware("since", since)),
+                _IS_FAILED, col(TokenStatus.id) >= func.uuid7_floor(require_aware("since", since))
             ),
             col(TokenStatus.id).desc(),
         ),

@@ -16,12 +16,7 @@ from tiger_db.crud.common import FRESH, fetch_all, fetch_one, get_or_raise, save
 from tiger_db.crud.pagination import check_limit
 from tiger_db.crud.token_status.outcomes import update_refresh
 from tiger_db.crud.token_status.queries import IS_OPEN
-from tiger_db.errors import (
-    InvalidState,
-    InvalidValue,
-    MissingReference,
-    NotFound,
-)
+from tiger_db.errors import InvalidState, InvalidValue, MissingReference, NotFound
 from tiger_db.models import (
     AccountStatus,
     AuditAction,
