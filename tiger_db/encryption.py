@@ -117,7 +117,10 @@ class KeyRing(KeySet):
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         super().__init__(keys)
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
-        self._fingerprint_keys = {key_id: _fingerprint_key(key) for key_id, key in keys.items()}
+        self._fingerprint_keys = {  # keys that HKDF (RFC 5869) derives from the encryption keys
+            key_id: HKDF(SHA256(), length=32, salt=None, info=b"tiger_db fingerprint").derive(key)
+            for key_id, key in keys.items()
+        }
 
     def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)
@@ -134,11 +137,6 @@ class KeyRing(KeySet):
 
     def fingerprint(self, key_id: str, data: bytes) -> bytes:
         return hmac.digest(self._fingerprint_keys[key_id], data, hashlib.sha256)
-
-
-def _fingerprint_key(key: bytes) -> bytes:
-    """Derive a key for fingerprints from an encryption key with HKDF (RFC 5869)."""
-    return HKDF(SHA256(), length=32, salt=None, info=b"tiger_db fingerprint").derive(key)
 
 
 def encrypt(provider: KeyProvider, text: str, aad: str) -> bytes:

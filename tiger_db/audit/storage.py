@@ -61,10 +61,6 @@ SELECT_EVENTS = f"""
 SELECT position, {CONTENT} AS content FROM audit_logs
 WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 """  # noqa: S608  # names of columns
-# A transaction that reads events takes this table lock before the transaction's snapshot.
-# Otherwise, an event that `maintain` moves to another partition could be invisible in both
-# partitions.
-LOCK_EVENTS = "LOCK TABLE audit_logs IN ACCESS SHARE MODE"
 # This advisory lock ensures that only one transaction at a time seals, retires or moves events.
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
 _SELECT_SEALS = "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
@@ -114,7 +110,9 @@ async def open_snapshot(database: Database) -> AsyncIterator[Connection]:
         open_connection(database) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
-        await connection.execute(LOCK_EVENTS)
+        # The table lock precedes the snapshot. Otherwise, an event that `maintain` moves to another
+        # partition could be invisible in both partitions.
+        await connection.execute("LOCK TABLE audit_logs IN ACCESS SHARE MODE")
         yield connection
 
 

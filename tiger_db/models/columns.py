@@ -116,13 +116,6 @@ class OpenEnum(TypeDecorator[str]):
         self.enum = enum
         self.impl = impl  # type: ignore[assignment]  # the class attribute is only a default
 
-    def process_bind_param(
-        self,
-        value: str | None,
-        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
-    ) -> str | None:
-        return value
-
     def result_processor(
         self,
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature

@@ -6,8 +6,9 @@ from pathlib import Path
 from uuid import UUID
 
 from tiger_db import crud
+from tiger_db.crud.common import get_or_raise
 from tiger_db.database import Database
-from tiger_db.errors import InvalidState, InvalidValue, NotFound
+from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.files import check_output, make_private_folder, write_private
 from tiger_db.models import AuditAction, AuditSeverity, PrivateKeyFormat, TigerAccount
 from tiger_db.models.private_keys import base64_der, load_private_key
@@ -41,9 +42,7 @@ async def export_account(
     """
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:
-        account = await crud.accounts.get(session, account_id)
-        if account is None:
-            raise NotFound(f"there is no TigerAccount {account_id}")
+        account = await get_or_raise(session, TigerAccount, account_id)
         texts = _file_texts(account)
         await asyncio.to_thread(make_private_folder, folder)
         event = crud.audit_logs.account_event(

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import delete, func, select, text
+from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
@@ -243,10 +243,7 @@ async def _open(
         session,
         insert(TokenStatus)
         .values(rows)
-        .on_conflict_do_nothing(
-            index_elements=["tiger_account_id"],
-            index_where=text("status IN ('pending', 'in_progress')"),
-        )
+        .on_conflict_do_nothing(index_elements=["tiger_account_id"], index_where=IS_OPEN)
         .returning(TokenStatus),
     )
     await _log(session, AuditAction.TOKEN_REFRESH_SCHEDULE, *inserted)
