@@ -1,7 +1,7 @@
 """Parsers for database URLs and lists of hosts, in the grammar of libpq.
 
-This module does not use `urllib.parse.urlsplit`, because some patch releases of Python refuse a
-list of hosts in `urlsplit`.
+`urllib.parse.urlsplit` is not used, because in some patch releases of Python, `urlsplit` refuses a
+URL with a list of hosts. The grammar of libpq:
 https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS
 """
 
@@ -14,10 +14,10 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote, urlencode
 
 DEFAULT_PORT = 5432
-# The URL schemes of libpq, and SQLAlchemy's URL scheme for asyncpg.
+# `_SCHEME` matches the URL schemes of libpq, and SQLAlchemy's URL scheme for asyncpg.
 _SCHEME = re.compile(r"(?:postgres|postgresql|postgresql\+asyncpg)://")
-# Unlike libpq, this pattern refuses "@" in a password: "@" must be percent-encoded. Otherwise, a
-# part of the password would be parsed as a host name and shown in error messages.
+# Unlike libpq, `_URL` refuses "@" in a password: "@" must be percent-encoded. Otherwise, a part of
+# the password would be parsed as a host name, and error messages would show that part.
 _URL = re.compile(
     _SCHEME.pattern + r"(?:(?P<user>[^:@/?]*)(?::(?P<password>[^@/?]*))?@)?"
     r"(?P<hosts>[^@/?]*)(?:/(?P<dbname>[^@?]*))?(?:\?(?P<query>[^@]*))?"
@@ -32,7 +32,7 @@ _PARAMETERS = {
 
 
 class SSLMode(StrEnum):
-    """The sslmode values of libpq.
+    """The values of the connection parameter `sslmode` of libpq.
 
     https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION
     """
@@ -48,8 +48,8 @@ class SSLMode(StrEnum):
 class Address(NamedTuple):
     """The address of a server: its host and its port.
 
-    The host is a host name, an IP address or the absolute path of a socket folder. An empty host
-    stands for the default hosts: the usual socket folders, then localhost.
+    The host is a host name, an IP address or the absolute path of a socket folder. If the host is
+    empty, clients try the usual socket folders, then localhost.
     """
 
     host: str
@@ -65,7 +65,8 @@ class Address(NamedTuple):
     def is_local(self) -> bool:
         """Whether the host is a socket folder, a loopback address or `localhost`.
 
-        Other host names count as remote and are not resolved, because their addresses can change.
+        All other host names count as remote, without a DNS query, because the address of a host
+        name can change.
         """
         if not self.host or self.host.startswith("/"):
             return True
@@ -78,10 +79,10 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DatabaseURL:
-    """The decoded parts of a `DATABASE_URL`. The tuple `addresses` is never empty.
+    """The decoded parts of a `DATABASE_URL`, which has at least one address.
 
     As in libpq, a host, port, user, password or database in the query string takes precedence over
-    the rest of the URL. All other parameters of the query string are in `parameters`.
+    the rest of the URL. The field `parameters` has all other parameters of the query string.
     """
 
     addresses: tuple[Address, ...]
@@ -91,7 +92,7 @@ class DatabaseURL:
     parameters: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_text(self) -> str:
-        """Return the URL, with the password. `parse_url` parses the URL to an equal DatabaseURL."""
+        """Return the URL with the password, so that `parse_url` returns an equal DatabaseURL."""
         login = quote(self.user or "", safe="")
         if self.password is not None:
             login += ":" + quote(self.password, safe="")
@@ -106,8 +107,8 @@ def parse_url(text: str) -> DatabaseURL:
     """Parse a `DATABASE_URL`.
 
     Raises:
-        ValueError: the URL is malformed, or a parameter is unknown or has an invalid value. The
-            error message is one line that names DATABASE_URL and does not show any value.
+        ValueError: the URL is malformed, or a parameter of the URL is unknown or has an invalid
+            value. The error message is one line that names DATABASE_URL and shows no value.
     """
     if not _SCHEME.match(text):
         raise ValueError("DATABASE_URL must start with postgresql://")
@@ -149,7 +150,8 @@ def parse_hosts(name: str, text: str, port: int) -> tuple[Address, ...]:
     A text that begins with a slash is the path of one socket folder, and may contain commas.
 
     Raises:
-        ValueError: the list is malformed. The error message is one line that names the variable.
+        ValueError: the list of hosts is malformed. The error message is one line that names the
+            environment variable.
     """
     if text.startswith("/"):
         named = [(text, "")]
@@ -167,7 +169,7 @@ def encode_query(parameters: dict[str, str]) -> str:
 def _parse_query(text: str) -> dict[str, str]:
     """Parse a query string like libpq: the last value of a name wins, and "+" is not a space."""
     items = [item.split("=") for item in text.removesuffix("&").split("&")] if text else []
-    if not all(len(item) == 2 for item in items):  # noqa: PLR2004  # an item is a name and a value
+    if not all(len(item) == 2 for item in items):  # noqa: PLR2004  # each item must be a name and a value
         raise ValueError(_MALFORMED)
     return {_decode(name): _decode(value) for name, value in items}
 
@@ -192,9 +194,9 @@ def _split_port(text: str) -> tuple[str, str]:
 
 
 def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> tuple[Address, ...]:
-    """Return one address per host. A host without a port gets its port from `ports`.
+    """Return one address per host. A host without a port gets a port from `ports`.
 
-    The sequence `ports` has one port for all hosts, or one port per host.
+    The argument `ports` has either one port for all hosts, or one port per host.
     """
     if len(ports) == 1:
         ports = list(ports) * len(hosts)

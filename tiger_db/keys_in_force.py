@@ -1,4 +1,4 @@
-"""Choice of secret keys: from the settings, or else from the embedded server's folder."""
+"""The secret keys in force, which come from the settings or the embedded server's folder."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeySetting(Generic[T]):
-    """Setting with secret keys. The folder of the embedded server has a file of the same name."""
+    """A setting that contains secret keys, and the file of the same name in the home folder.
+
+    The home folder is the folder of the embedded server.
+    """
 
     field: str
     parse: Callable[[str], T]
@@ -29,10 +32,10 @@ AUDIT_SIGNING_KEY = KeySetting("audit_signing_key", parse_signing_key, generate_
 
 
 def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
-    """Return the keys in a setting, or in its file setting `…_FILE`, or None if neither is set.
+    """Return the keys in a setting or in the file that its variant `…_FILE` names, or None.
 
     Raises:
-        ConfigurationError: the keys are malformed, unreadable, or missing in production.
+        ConfigurationError: the secret keys are malformed, unreadable, or missing in production.
     """
     name = keys.field.upper()
     value, file = getattr(settings, keys.field), getattr(settings, f"{keys.field}_file")
@@ -55,12 +58,12 @@ def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
 def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) -> T | None:
     """Return the configured keys, or else the keys in the embedded server's folder, or None.
 
-    If `generate` is true, `in_force` generates missing keys of the embedded server. `in_force`
-    blocks the event loop, so call this function in a thread.
+    If `generate` is true, `in_force` generates missing keys of the embedded server. Call `in_force`
+    in a thread, because `in_force` blocks the event loop.
 
     Raises:
-        ConfigurationError: the embedded server's key file is malformed, or `configured` raised the
-            error.
+        ConfigurationError: the embedded server's key file is malformed, or the configured keys are
+            malformed, unreadable, or missing in production.
         EmbeddedError: the embedded server's key file cannot be read or written.
     """
     found = configured(settings, keys)
@@ -78,7 +81,7 @@ def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) 
 def required_key_ring(settings: Settings) -> KeyRing:
     """Return the encryption keys in force.
 
-    This function blocks the event loop, so call this function in a thread.
+    Call `required_key_ring` in a thread, because `required_key_ring` blocks the event loop.
 
     Raises:
         ConfigurationError: the encryption keys are missing, malformed or unreadable.

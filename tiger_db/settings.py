@@ -40,7 +40,7 @@ class ConnectArgs(TypedDict, total=False):
     """The keyword arguments of `asyncpg.connect`."""
 
     dsn: str
-    host: str | list[str]  # asyncpg tries the hosts of a list in order
+    host: str | list[str]  # asyncpg tries the hosts in a list in order
     port: int | list[int]
     user: str
     password: str | None
@@ -69,7 +69,7 @@ def _utf8_secret(value: SecretStr) -> SecretStr:
 
 
 def _iso_date(value: object) -> object:
-    """Return a date or None. Accept a text only in the unambiguous form YYYY-MM-DD."""
+    """Return a date or None. Raise ValueError for a text that is not in the form YYYY-MM-DD."""
     if value is None or type(value) is date:
         return value
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
@@ -94,20 +94,21 @@ _MAX_IDENTIFIER_BYTES = 63
 _LOST_SERVER_SECONDS = 5
 DEFAULT_SCHEMA = "public"
 SCHEMA_OPTION = "tiger_db_schema"  # name of the execution option that holds DB_SCHEMA
-# Session parameters that PgBouncer accepts and tracks for each client.
+# PgBouncer accepts these session parameters from clients, and tracks the values of each client.
 _PGBOUNCER_PARAMETERS = ("application_name", "timezone")
-# The hosts for a DATABASE_URL without a host. asyncpg's own default host would depend on PGHOST.
+# These hosts are the default for a DATABASE_URL without a host. asyncpg's own default host depends
+# on the environment variable PGHOST.
 _DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # a socket folder
 
 
 class Settings(BaseSettings):
     """The settings of a process. Each field has the name of its environment variable.
 
-    The environment variables are read when a Settings object is created.
+    `Settings` reads the environment variables when a Settings object is created.
 
     Raises:
-        ConfigurationError: the value of a variable is invalid. The error message is one line that
-            names the variable and does not show the value.
+        ConfigurationError: the value of an environment variable is invalid. The error message is
+            one line that names the variable and does not show the value.
     """
 
     model_config = SettingsConfigDict(
@@ -217,7 +218,7 @@ class Settings(BaseSettings):
         return self.db_pooler != "none"
 
     def without_pooler(self) -> Self:
-        """Return settings that bypass the pooler, for work that needs one server session.
+        """Return settings whose connections bypass the pooler, for work in one server session.
 
         Raises:
             ConfigurationError: `DB_POOLER` is set, but `DB_DIRECT_HOST` is not set.
@@ -272,7 +273,7 @@ class Settings(BaseSettings):
 
     @property
     def location(self) -> str:
-        """A text for messages that names the servers and the database, but no user or password."""
+        """The servers and the database as a text for messages, without user and password."""
         servers = "embedded" if self.embedded else ",".join(map(str, self.addresses))
         return f"{servers}/{self.database}"
 
@@ -306,8 +307,8 @@ class Settings(BaseSettings):
         """The variables that name remote servers whose identity is not verified.
 
         Only the sslmode verify-full verifies the identity of a server. The sslmode verify-ca
-        accepts any certificate of the authority, and a public authority issues certificates to
-        anyone.
+        accepts any certificate of the certificate authority (CA), and a public CA issues
+        certificates to anyone.
         """
         if self.embedded or self.tls.get("sslmode") == SSLMode.VERIFY_FULL:
             return []
@@ -333,10 +334,10 @@ class Settings(BaseSettings):
     def connect_args(self, replica: Address | None = None) -> ConnectArgs:
         """Return the keyword arguments of `asyncpg.connect` for the server, or for a replica.
 
-        The server must accept writes, unless `DATABASE_URL` has the parameter
-        `target_session_attrs`. The TLS parameters are passed in a DSN, because asyncpg
-        interprets the TLS parameters of a DSN as libpq does. For the embedded server, call
-        `embedded.start` instead.
+        With these arguments, asyncpg refuses a server that accepts no writes, unless
+        `DATABASE_URL` has the parameter `target_session_attrs`. The TLS parameters are passed in
+        a DSN, because asyncpg interprets the TLS parameters of a DSN as libpq does. For the
+        embedded server, call `embedded.start` instead of `connect_args`.
 
         Raises:
             ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or TLS is too weak for
@@ -344,7 +345,7 @@ class Settings(BaseSettings):
         """
         if self.embedded:
             raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
-        if problem := self._tls_problem():  # a result of `model_copy` is not validated
+        if problem := self._tls_problem():  # pydantic does not validate the result of `model_copy`
             raise ConfigurationError(problem)
         url = self.url or DatabaseURL(
             self.addresses,
@@ -392,7 +393,7 @@ class Settings(BaseSettings):
         return arguments
 
     def server_settings(self) -> dict[str, str]:
-        """Return the names and values of the PostgreSQL parameters of all sessions."""
+        """Return the PostgreSQL parameters of all sessions, by name."""
         return {
             "application_name": "tiger_db",
             "statement_timeout": str(math.ceil(self.db_query_timeout * 1000)),
@@ -400,13 +401,13 @@ class Settings(BaseSettings):
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
             "timezone": "UTC",
-            # This search_path overrides the search_path of ALTER ROLE and ALTER DATABASE.
+            # This search_path overrides a search_path that ALTER ROLE or ALTER DATABASE has set.
             "search_path": self.search_path,
         }
 
 
 def quote_identifier(name: str) -> str:
-    """Quote an identifier for SQL."""
+    """Quote an SQL identifier, such as the name of a table."""
     return '"' + name.replace('"', '""') + '"'
 
 

@@ -23,19 +23,19 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTi
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type
 
-# After one of these errors, a connection to the next host may succeed.
+# After one of these errors of a host, a connection to the next host may succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
 _CONNECT_ERRORS = (*_HOST_ERRORS, ValueError, asyncpg.PostgresError)
 
 
 async def connect_args(settings: Settings) -> ConnectArgs:
-    """Return arguments for `asyncpg.connect`. Start the embedded server if the settings use it.
+    """Return arguments for `asyncpg.connect`. If the embedded server is in use, start the server.
 
     Raises:
         EmbeddedError: the embedded PostgreSQL server cannot be started.
     """
     if settings.embedded:
-        from tiger_db import embedded  # noqa: PLC0415  # needs POSIX and an extra
+        from tiger_db import embedded  # noqa: PLC0415  # `embedded` needs POSIX and an extra
 
         server = await asyncio.to_thread(embedded.start, settings)
         return server.connect_args(settings)
@@ -50,8 +50,9 @@ async def connect(
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """Open an asyncpg connection to the database of the settings, or to `database`.
 
-    Hosts are tried in order until a host accepts writes. Each host may take `DB_CONNECT_TIMEOUT`.
-    If `replica` is given, only this replica is tried, and the replica must be a standby.
+    Hosts are tried in order until a host accepts writes. The timeout for each host is
+    `DB_CONNECT_TIMEOUT`. If `replica` is given, only this replica is tried, and the replica must
+    be a standby.
 
     Raises:
         ConfigurationError: a file that a `DB_SSL_*` variable names is missing or malformed.
@@ -75,9 +76,9 @@ async def connect_directly(
     """Open a connection that bypasses the pooler, for session state such as LISTEN.
 
     Raises:
-        ConfigurationError: `DB_DIRECT_HOST` is required but not set. For other causes, see
-            `connect`.
-        DatabaseUnavailable: see the errors of `connect`.
+        ConfigurationError: `DB_POOLER` is set but `DB_DIRECT_HOST` is not, or the function
+            `connect` raised the error.
+        DatabaseUnavailable: every host is unreachable or refuses the connection.
     """
     return await connect(settings.without_pooler(), database=database)
 
@@ -88,8 +89,8 @@ async def _connect_to_first(
     hosts, ports = arguments.get("host"), arguments.get("port")
     if not isinstance(hosts, list) or not isinstance(ports, list):
         return await tls.connect(settings, arguments)
-    # asyncpg has one timeout for all hosts, so asyncpg is called once per host. Otherwise, a host
-    # that does not answer would leave no time for the next host.
+    # asyncpg is called once per host, because asyncpg has one timeout for all hosts of a call. A
+    # host that does not answer would leave no time for the next host.
     reasons = []
     for host, port in zip(hosts, ports, strict=True):
         try:
@@ -108,7 +109,7 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         *args: object,
         **options: Any,  # noqa: ANN401  # asyncpg's
     ) -> Any:  # noqa: ANN401  # asyncpg's
-        """Execute a query. If the query is BEGIN, reset `search_path` in the same round trip."""
+        """Execute a query. After BEGIN, also reset `search_path`, in the same round trip."""
         if query.startswith("BEGIN") and not args:
             query = f"{query.rstrip(';')}; SET LOCAL search_path TO DEFAULT"
         return await super().execute(query, *args, **options)
@@ -132,10 +133,10 @@ def create_engine(
     replica: Address | None = None,
     **pool_options: Any,  # noqa: ANN401  # SQLAlchemy's
 ) -> AsyncEngine:
-    """Create an engine for the database of the settings, or for one of its replicas.
+    """Create an SQLAlchemy engine for the database of the settings, or for one of its replicas.
 
-    The engine raises errors of `tiger_db.errors` if a connection failed, a timeout expired, or
-    another transaction caused the failure.
+    The engine raises an error of `tiger_db.errors` if a connection fails, a timeout expires, or
+    another transaction causes a conflict.
     """
     engine = create_async_engine(
         "postgresql+asyncpg://",
@@ -154,7 +155,7 @@ def create_engine(
     def _raise_typed(context: ExceptionContext) -> None:
         error = context.original_exception
         if not isinstance(error, Exception):
-            return  # for example, a CancelledError does not mean that the server is lost
+            return  # after a CancelledError, for example, the connection is not lost
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
@@ -165,7 +166,7 @@ def create_engine(
             error.__cause__, asyncpg.InternalClientError
         )
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
-            # `is_disconnect` makes the pool close all connections to a former primary.
+            # If `is_disconnect` is true, the pool closes all its connections to a former primary.
             context.is_disconnect = True
             why = reason(error)
             # With a pooler, asyncpg's command_timeout limits the duration of statements.
@@ -186,14 +187,14 @@ def _is_readonly(connection: Connection | None) -> bool:
 
 
 def _hide_values(context: ExceptionContext) -> None:
-    """Hide an error's message from later listeners, because the message contains values."""
+    """Hide an error's message from later event listeners, because the message has row values."""
     error = context.original_exception
     state = getattr(error, "sqlstate", None) or ""
     context.original_exception = RuntimeError(f"{type(error).__name__} {state}".rstrip())
 
 
 def _check_open(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
-    # asyncpg detects a closed connection without a query, so a query to the server is not needed.
+    # Without a query to the server, asyncpg detects that the server closed the connection.
     if connection.driver_connection.is_closed():
         raise DisconnectionError("the server closed the connection")
 
@@ -203,7 +204,7 @@ async def maintenance_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
     """Open an engine that bypasses the pooler and has no time limits, for migrations and checks.
 
     Raises:
-        ConfigurationError: see the errors of `connect_directly`.
+        ConfigurationError: `DB_POOLER` is set, but `DB_DIRECT_HOST` is not set.
     """
     unlimited = {
         "db_query_timeout": 0,

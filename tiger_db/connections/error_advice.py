@@ -22,7 +22,7 @@ def reason(error: BaseException) -> str:
 
 
 def explain(error: Exception) -> str | None:
-    """Return the reason of an error and advice in one line, or None for unknown error types."""
+    """Return an error's reason, with advice, in one line. Return None for other error types."""
     if isinstance(error, DBAPIError):
         cause = getattr(error.orig, "__cause__", None) or error.orig
         text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
@@ -39,7 +39,7 @@ def explain(error: Exception) -> str | None:
 def _advice(cause: BaseException | None) -> str | None:  # noqa: PLR0911  # one return for each cause
     match cause:
         case asyncpg.InvalidCatalogNameError():
-            return None  # the error message already contains advice
+            return None  # the message of DatabaseUnavailable already contains advice
         case asyncpg.InvalidAuthorizationSpecificationError() if "certificate" in str(cause):
             return "check DB_USER, DB_SSL_CERT and DB_SSL_KEY"
         case asyncpg.InvalidAuthorizationSpecificationError() if "encryption" in str(cause):

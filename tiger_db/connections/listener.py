@@ -1,4 +1,4 @@
-"""Connections that LISTEN for notifications of PostgreSQL, with automatic reconnection."""
+"""Connections that LISTEN for notifications of PostgreSQL, and reconnect automatically."""
 
 import asyncio
 import logging
@@ -14,7 +14,8 @@ from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-# The callback gets the payload of a notification, or None if notifications may have been missed.
+# The function `on_notification` gets the payload of each notification. After a connection is opened
+# or lost, `on_notification` gets None, because notifications may have been missed.
 OnNotification: TypeAlias = Callable[[str | None], None]
 RECONNECT_PAUSE_SECONDS = 0.1
 _logger = logging.getLogger("tiger_db")
@@ -24,12 +25,12 @@ _logger = logging.getLogger("tiger_db")
 async def open_listener(
     settings: Settings, channel: str, on_notification: OnNotification
 ) -> AsyncIterator[Connection]:
-    """Open a direct connection that listens on a channel of `DB_SCHEMA`.
+    """Open a direct connection that listens on a notification channel of `DB_SCHEMA`.
 
     Raises:
-        ConfigurationError, DatabaseUnavailable: see the errors of `connect_directly`.
-        TigerDBError: asyncpg raised an error in the body of the `with` statement. See
-            `raw_errors`.
+        ConfigurationError, DatabaseUnavailable: `connect_directly` raised this error.
+        TigerDBError: asyncpg raised an error in the `with` block, and `raw_errors` converted the
+            error.
     """
     with raw_errors():
         connection = await connect_directly(settings)
@@ -51,11 +52,11 @@ async def listen(
     on_notification: OnNotification,
     watch: Callable[[Connection], Awaitable[None]] | None = None,
 ) -> None:
-    """Listen on a channel until the task is cancelled. A lost connection is replaced.
+    """Listen on a notification channel until the task is cancelled. Replace a lost connection.
 
-    `watch` is called with each new connection, and awaited. If `watch` raises an error, the
-    connection is replaced. Only the first failure after a successful connection is logged, as a
-    warning.
+    The function `watch` is called with each new connection, and awaited. If `watch` raises an
+    error, `listen` opens a new connection. Only the first failure after a successful connection is
+    logged, as a warning.
     """
     failing = False
     while True:
@@ -63,7 +64,7 @@ async def listen(
             async with open_listener(settings, channel, on_notification) as connection:
                 failing = False
                 await (watch or _until_closed)(connection)
-        except TigerDBError as error:  # EmbeddedError is a TigerDBError
+        except TigerDBError as error:
             if not failing:
                 _logger.warning("LISTEN on the channel %s failed: %s", channel, error)
             failing = True

@@ -21,7 +21,7 @@ from tiger_db.out_of_band import OutOfBandWriter
 S = TypeVar("S", bound=AsyncSession)
 _RETRY_PAUSE_SECONDS = 5.0  # time until a failed replica is tried again, in seconds
 _MAX_LSN_SAMPLES = 8
-# A commit is visible to other sessions only after the WAL of the commit is flushed.
+# A commit becomes visible to other sessions only after its WAL is flushed to disk.
 _PRIMARY_LSN = "SELECT CAST(pg_current_wal_flush_lsn() AS text)"
 _HAS_REPLAYED = text(
     "SELECT pg_is_in_recovery() AND pg_last_wal_replay_lsn() >= CAST(CAST(:lsn AS text) AS pg_lsn)"
@@ -39,18 +39,19 @@ class _Replica:
 class Replicas:
     """The replicas of one `Database`, for readonly sessions.
 
-    Staleness is measured by LSN, because a replica cannot measure its own lag: a replica without a
-    connection to the primary has replayed all WAL that was received. While replicas are used, the
-    LSN of the primary is sampled up to twice per `max_lag`. A replica is fresh if the replica has
-    replayed a sampled LSN that is at most `max_lag` old. All times are from this machine's
-    monotonic clock. While the primary is unavailable, replicas are used until all samples are too
-    old.
+    The lag of a replica is measured by LSN, because a replica cannot measure its own lag: a replica
+    without a connection to the primary may have replayed all WAL that it received. While replicas
+    are in use, the primary's LSN is sampled up to twice per `max_lag`. A replica is fresh if the
+    replica has replayed an LSN sample that is at most `max_lag` old. The times of LSN samples are
+    from this machine's monotonic clock. While the primary is unavailable, replicas are used until
+    all LSN samples are older than `max_lag`.
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:
         self._replicas = [_Replica(engine) for engine in engines]
         self._primary = primary
-        # Replay takes time, so a replica is compared with the oldest sample within `max_lag`.
+        # A replica replays WAL with a delay, so `session` compares the replica with the oldest LSN
+        # sample within `max_lag`.
         self._samples: deque[_Sample] = deque(maxlen=_MAX_LSN_SAMPLES)
         self._sampling = asyncio.Lock()
 
@@ -63,7 +64,7 @@ class Replicas:
     ) -> S | None:
         """Return a session on a replica that has replayed all commits older than `max_lag`.
 
-        The result is None if no replica is both available and fresh.
+        If all replicas are unavailable or lag too far behind, the result is None.
         """
         if not self._replicas:
             return None
@@ -75,7 +76,7 @@ class Replicas:
             samples = [s for s in (replica.replayed, *self._samples) if s[0] >= oldest]
             if not samples or now < replica.failed_until:
                 continue
-            if replica.failed_until:  # other sessions skip this replica while it is tried again
+            if replica.failed_until:  # while a failed replica is tried, other sessions skip it
                 replica.failed_until = now + _RETRY_PAUSE_SECONDS
             session, fresh = make_session(replica.engine), False
             try:
@@ -92,7 +93,7 @@ class Replicas:
         return None
 
     async def _sample_primary(self, max_lag_seconds: float) -> None:
-        """Sample the LSN of the primary unless a sample is newer than half the maximum lag."""
+        """Sample the primary's LSN if the last LSN sample is older than half the maximum lag."""
         async with self._sampling:
             now = time.monotonic()
             if not self._samples or self._samples[-1][0] < now - max_lag_seconds / 2:

@@ -1,4 +1,4 @@
-"""Logging of slow queries, without the parameters of the queries."""
+"""Logging of slow SQL queries, without the parameters of the queries."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ _logger = logging.getLogger("tiger_db")
 def log_slow_queries_of_engine(engine: Engine, threshold_seconds: float) -> None:
     """Log each query of SQLAlchemy that takes at least `threshold_seconds`."""
 
-    # A listener on connection events would be slower, because SQLAlchemy does extra work for them.
+    # An event listener for `before_cursor_execute` would slow down each query of SQLAlchemy.
     @event.listens_for(engine, "do_execute")
     def _execute(
         cursor: DBAPICursor,
@@ -40,8 +40,8 @@ def log_slow_queries_of_connection(
 ) -> None:
     """Log each query that bypasses SQLAlchemy and takes at least `threshold_seconds`.
 
-    asyncpg does not report executions of prepared statements, which SQLAlchemy uses. Therefore,
-    queries of SQLAlchemy are not logged twice.
+    SQLAlchemy uses prepared statements, whose executions asyncpg does not report. Therefore, each
+    query of SQLAlchemy is logged only once.
     """
 
     def log(query: LoggedQuery) -> None:

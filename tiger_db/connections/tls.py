@@ -8,13 +8,13 @@ import asyncpg
 from tiger_db.errors import ConfigurationError
 from tiger_db.settings import ConnectArgs, Settings
 
-# If a CA file is set, libpq verifies the server's certificate even with the modes allow and prefer.
-# asyncpg does not verify the certificate in these modes, so each mode is replaced by two attempts
-# with other modes of asyncpg.
+# If a CA file is set, libpq verifies the server's certificate even with the sslmodes `allow` and
+# `prefer`, but asyncpg does not. Therefore, `connect` replaces each of these two sslmodes by two
+# connection attempts with other sslmodes of asyncpg.
 _ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
-# The file of a private key must not have these permission bits. As in libpq, the group may read the
-# file if root owns the file.
+# The file of a private key must not have these permission bits. As in libpq, the file's group may
+# read the file only if root owns the file.
 _FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 
@@ -24,7 +24,7 @@ async def connect(
     """Call `asyncpg.connect` so that each sslmode has the same effect as in libpq.
 
     Raises:
-        ConfigurationError: a file that TLS needs is missing or malformed.
+        ConfigurationError: a certificate or key file for TLS is missing or malformed.
         Exception: `asyncpg.connect` raised this exception.
     """
     parameters = settings.tls
@@ -44,7 +44,7 @@ async def connect(
             try:
                 return await asyncpg.connect(**arguments, ssl=attempts[1])
             except (OSError, asyncpg.PostgresError):
-                if isinstance(e, ssl.SSLError):  # the first attempt's TLS error is more useful
+                if isinstance(e, ssl.SSLError):  # the TLS error of the first attempt says more
                     raise e from None
                 raise
     except asyncpg.ClientConfigurationError:
@@ -55,7 +55,7 @@ async def connect(
             ) from None
         raise
     except asyncpg.ConnectionDoesNotExistError as error:
-        if isinstance(error.__cause__, ssl.SSLError):  # the server refused the TLS certificate
+        if isinstance(error.__cause__, ssl.SSLError):  # the server refused the client certificate
             raise error.__cause__ from None
         raise
     except OSError:
@@ -64,7 +64,7 @@ async def connect(
 
 
 def _name(settings: Settings, parameter: str) -> str:
-    """Return the name of the environment variable that sets a TLS parameter, for messages."""
+    """Return the name of the environment variable that sets a TLS parameter."""
     url = settings.url
     if url is not None and parameter in url.parameters:
         return f"DATABASE_URL: {parameter}"
@@ -83,7 +83,7 @@ def _check_mode_of_key(settings: Settings, parameters: dict[str, str]) -> None:
 
 
 def _check_files(settings: Settings, parameters: dict[str, str]) -> None:
-    """Raise a ConfigurationError if a file that TLS needs is missing or malformed."""
+    """Raise ConfigurationError if a certificate or key file for TLS is missing or malformed."""
     if parameters.get("sslmode") == "disable":
         return
     files = [name for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey") if name in parameters]
