@@ -70,7 +70,7 @@ async def test_active_keys_with_unpeppered_hashes_are_reported(
         result = await found(allowing, check)
         assert result.status == status
         assert result.seen.startswith(
-            "active keys with a hash without a pepper: 2"
+            "active API keys with a hash without a pepper: 2"
             f" ({keys[3].key_prefix}; {keys[4].key_prefix}); these keys are "
         )
         end = f"accepted until the end of {today} (UTC)" if status == "warning" else "refused"
@@ -277,12 +277,14 @@ async def test_tiger_ids_of_older_releases_are_reported(
         await store_old_tiger_id(session, second, "2015 0001")
     result = await found(clone_settings, "Tiger ids")
     assert (result.status, result.seen, result.advice) == (
-        "warning", f"not normalized: those of {first.id}", "run `tiger-db rotate-encryption-key`"
+        "warning",
+        f"not normalized in the accounts {first.id}",
+        "run `tiger-db rotate-encryption-key`",
     )  # fmt: skip
     await encryption_key_rotation.rotate(clone)
     result = await found(clone_settings, "Tiger ids")
     assert (result.status, result.seen) == (
-        "warning", f"not printable ASCII: those of {second.id}"
+        "warning", f"not printable ASCII in the accounts {second.id}"
     )  # fmt: skip
     async with clone.session() as session:
         await crud.accounts.update(session, second.id, tiger_id=" 20150001")
@@ -299,11 +301,14 @@ async def test_tiger_ids_cannot_be_checked_without_the_keys(
     result = await found(without, "Tiger ids")
     assert result.status == "warning"
     assert result.seen.startswith("not checked: ")
-    assert result.advice == "they are encrypted: run it where ENCRYPTION_KEYS is set"
+    assert (
+        result.advice
+        == "Tiger ids are encrypted: run `tiger-db doctor` where ENCRYPTION_KEYS is set"
+    )
     other = clone_settings.model_copy(update={"encryption_keys": SecretStr(OTHER_KEY)})
     result = await found(other, "Tiger ids")
     assert (result.status, result.seen) == (
-        "warning", "1 were not checked, because they cannot be decrypted"
+        "warning", "Tiger ids that cannot be decrypted, and were not checked: 1"
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""The database of a Tiger Brokers MCP system.
+"""The database of an MCP server for the broker Tiger Brokers.
 
-Each public name and submodule is imported at its first use, so that `tiger-db --help` is fast.
+Each public name and each submodule is imported at its first use, so that `tiger-db --help` is fast.
 """
 
 from importlib import import_module
@@ -61,7 +61,7 @@ __all__ = [
     "RefreshWorker", "Secret", "Settings", "TigerAccount", "TigerEnvironment", "TigerLicense",
     "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors", "get_session",
 ]  # fmt: skip
-# This dict has the submodule that defines each public name, except the names in `tiger_db.models`.
+# `_SUBMODULES` maps public names to submodules. Other public names are in `tiger_db.models`.
 _SUBMODULES = {
     "Actor": "actor",
     "AsyncSession": "database",
@@ -76,7 +76,7 @@ _SUBMODULES = {
 }
 
 
-if not TYPE_CHECKING:  # because of `__getattr__`, a type checker would accept any name
+if not TYPE_CHECKING:  # a type checker that sees `__getattr__` accepts any name
 
     def __getattr__(name: str) -> object:
         try:

@@ -1,4 +1,4 @@
-"""Run the command line `tiger-db` as `python -m tiger_db`."""
+"""Entry point of `python -m tiger_db`, which runs the program `tiger-db`."""
 
 from tiger_db.cli import main
 

@@ -13,7 +13,7 @@ from tiger_db.models import AuditLog
 from tiger_db.models.audit_logs import sanitize
 
 UNATTRIBUTED = "unattributed"
-# An audit event has both of these fields from the same source: the event itself, or its actor.
+# An audit event gets both of these fields from one source: from the caller, or from the actor.
 _IDENTITY = {"user_id", "user_type"}
 
 
@@ -22,8 +22,8 @@ class Actor:
     """The user or service that audit events are attributed to, and the details of its request.
 
     The fields of an Actor are converted like those of an `AuditLog`: a long text is truncated,
-    secrets are masked, and an invalid IP address becomes None. An Actor without a user id and a
-    user type gets the user type `unattributed`.
+    secrets are masked, and an invalid IP address becomes None. If an Actor has no user id and no
+    user type, its user type is `unattributed`.
     """
 
     user_id: str | None = None
@@ -43,17 +43,17 @@ class Actor:
 
 # The table audit_logs has a column for each field of an Actor, with the same name.
 ACTOR_FIELDS = tuple(field.name for field in fields(Actor))
-_current: ContextVar[Actor] = ContextVar("tiger_db_actor", default=Actor())  # noqa: B039  # an Actor is immutable
+_current: ContextVar[Actor] = ContextVar("tiger_db_actor", default=Actor())  # noqa: B039  # the class Actor is immutable
 
 
 @contextmanager
 def acting_as(actor: Actor) -> Iterator[None]:
-    """Attribute the audit events of a code block, and of the tasks that it starts, to an actor.
+    """Attribute the audit events of a `with` block, and of tasks started in the block, to an actor.
 
-    The actor of a session (`Database.session(actor=...)`) has precedence.
+    The actor of a session (`Database.session(actor=...)`) takes precedence over `acting_as`.
 
     Raises:
-        InvalidValue: `actor` is not an Actor.
+        InvalidValue: the argument `actor` is not an `Actor`.
     """
     token = _current.set(require_actor(actor))
     try:
@@ -63,7 +63,7 @@ def acting_as(actor: Actor) -> Iterator[None]:
 
 
 def require_actor(actor: Actor) -> Actor:
-    """Return the argument `actor`. Raise InvalidValue if the argument is not an Actor."""
+    """Return the argument `actor`. Raise InvalidValue if the argument is not an `Actor`."""
     if not isinstance(actor, Actor):
         raise InvalidValue("actor must be an Actor")
     return actor
@@ -75,10 +75,10 @@ def actor_in_force(explicit: Actor | None = None) -> Actor:
 
 
 def attribute(event: AuditLog, explicit: Actor | None = None) -> AuditLog:
-    """Set the empty fields of an audit event from the actor in force, and return the event.
+    """Fill the empty fields of an audit event from the actor in force, and return the event.
 
-    Call `attribute` once for each event, in the task of the caller. If the event already has a
-    user id or a user type, `attribute` sets neither of these two fields.
+    Call `attribute` once for each audit event, in the task that records the event. If the event
+    already has a user id or a user type, `attribute` changes neither of these two fields.
     """
     actor, given = actor_in_force(explicit), vars(event)
     identified = given.get("user_id") or given.get("user_type")

@@ -36,16 +36,15 @@ from tiger_db.settings import Settings
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-# Maximum number of connections for out-of-band writes, in addition to the connection pool of the
-# sessions.
+# Maximum number of connections for out-of-band writes, which do not use the pool of the sessions.
 _OUT_OF_BAND_CONNECTIONS = 4
 # Maximum waits before the first retry of a transaction, after `Conflict` and after
-# `DatabaseUnavailable`. Each further retry doubles the maximum wait.
+# `DatabaseUnavailable`. The maximum wait doubles with each further retry.
 _CONFLICT_WAIT_SECONDS, _UNAVAILABLE_WAIT_SECONDS = 0.05, 1.0
 
 
 class AsyncSession(SQLModelSession):
-    """An SQLModel session with the `execute` method of SQLAlchemy, which is not deprecated."""
+    """An SQLModel session with SQLAlchemy's method `execute`, which SQLModel deprecates."""
 
     execute = SQLAlchemySession.execute
 
@@ -53,7 +52,7 @@ class AsyncSession(SQLModelSession):
         """Flush the session and commit the transaction.
 
         Raises:
-            OutcomeUnknown: the connection was lost during the commit, or the synchronous standby
+            OutcomeUnknown: the connection was lost during the commit, or the synchronous replica
                 did not confirm the commit in time.
             DatabaseUnavailable: the connection was lost before the commit. The database saved
                 nothing of the transaction.
@@ -92,8 +91,8 @@ class Database:
             "pool_recycle": self.settings.db_pool_recycle,
         }
         self.engine = create_engine(self.settings, **pool)
-        # Out-of-band writes bypass the pooler: sessions that wait for such writes can hold all
-        # connections of the pooler.
+        # Out-of-band writes bypass the pooler, because sessions that wait for out-of-band writes
+        # may hold all connections of the pooler.
         out_of_band = (
             self.settings.without_pooler() if self.settings.db_direct_host else self.settings
         )
@@ -136,8 +135,8 @@ class Database:
 
         Raises:
             DatabaseUnavailable: the database cannot be reached.
-            SchemaMismatch: the schema is missing, older or newer than this code, or a pooler
-                dropped the `search_path`.
+            SchemaMismatch: the schema is missing, is older or newer than this tiger_db release, or
+                a pooler dropped the `search_path`.
         """
         if self._checked:
             return
@@ -182,11 +181,12 @@ class Database:
             OutcomeUnknown: the commit was not confirmed, as documented for `AsyncSession.commit`.
             Conflict: a deadlock, serialization failure or lock timeout occurred. The database saved
                 nothing of the transaction.
-            QueryTimeout: a statement took longer than `DB_QUERY_TIMEOUT`. The database saved
+            QueryTimeout: an SQL statement took longer than `DB_QUERY_TIMEOUT`. The database saved
                 nothing of the transaction.
-            InvalidValue: `actor` is not an Actor.
+            InvalidValue: the argument `actor` is not an `Actor`.
             InvalidState: a readonly session tried to write or to authorize an API key.
-            SchemaMismatch: the method `check` found a wrong schema.
+            SchemaMismatch: the schema does not fit this tiger_db release, as documented for the
+                method `check`.
         """
         if actor is not None:
             require_actor(actor)
@@ -231,9 +231,9 @@ class Database:
         Raises:
             OutcomeUnknown: it is unknown whether the transaction was saved, as documented for
                 `AsyncSession.commit`. Before a repetition, check whether the transaction was saved.
-            Conflict, DatabaseUnavailable: the last retry failed with this error.
-            QueryTimeout, SchemaMismatch: the session raised the error, as documented for the method
-                `session`. After these errors, `transaction` does not call `work` again.
+            Conflict, DatabaseUnavailable: the last retry of the transaction failed with this error.
+            QueryTimeout, SchemaMismatch: the session raised this error, after which `transaction`
+                does not call `work` again.
         """
         attempt = 0
         while True:
@@ -245,7 +245,7 @@ class Database:
                     raise
                 conflict = isinstance(error, Conflict)
             wait_seconds = _CONFLICT_WAIT_SECONDS if conflict else _UNAVAILABLE_WAIT_SECONDS
-            spread = random.uniform(0.5, 1)  # noqa: S311  # processes retry at different times
+            spread = random.uniform(0.5, 1)  # noqa: S311  # so that processes retry at different times
             await asyncio.sleep(wait_seconds * 2**attempt * spread)
             attempt += 1
 
@@ -267,16 +267,16 @@ async def _default_database() -> AsyncGenerator[Database, None]:
 async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSession]:
     """Open a session of the event loop's default `Database`, which uses `Settings()`.
 
-    The parameter `actor` has the same meaning as in `Database.session`.
+    The session's audit events are attributed to `actor`, or else to the actor of `acting_as`.
 
     Raises:
-        ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: `Database` or its
-            method `session` raised the error.
+        ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: `Database` or
+            `Database.session` raised this error.
     """
     loop = asyncio.get_running_loop()
     if loop not in _defaults:
-        # When the event loop ends, asyncio closes this generator. The generator then closes the
-        # `Database`.
+        # When the event loop ends, asyncio closes the generator, and the generator closes the
+        # default `Database`.
         generator = _default_database()
         _defaults[loop] = (await anext(generator), generator)
     async with _defaults[loop][0].session(actor=actor) as session:

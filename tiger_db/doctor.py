@@ -1,4 +1,4 @@
-"""Checks of an installation, with advice on each warning and problem.
+"""Checks of an installation of tiger_db, with advice on each warning and problem.
 
 Every check runs in its own transaction, with short timeouts. If a check raises an error, the result
 of the check is a warning, and the other checks still run. The checks read large tables through
@@ -42,8 +42,7 @@ _TIMEOUTS = text(
 )
 _MAX_ITEMS_LISTED = 3  # maximum number of items that a message lists
 
-# Each of these pairs contains the minimum age in seconds for a warning, and the minimum age in
-# seconds for a problem.
+# Each pair contains the minimum age for a warning and the minimum age for a problem, in seconds.
 UNSEALED_SECONDS = (_HOUR, _DAY)
 _OVERDUE_SECONDS = (5 * _MINUTE, _HOUR)
 _STALE_SECONDS = (_HOUR, _DAY)
@@ -51,7 +50,7 @@ _STALE_SECONDS = (_HOUR, _DAY)
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The result of a check: its name, its status, the state that it saw, and advice or None."""
+    """A check's name, status, observed state, and advice or None."""
 
     check: str
     status: Status
@@ -60,7 +59,7 @@ class CheckResult:
 
 
 class Outcome(NamedTuple):
-    """A CheckResult without the name of the check."""
+    """The fields of a CheckResult without the name of the check."""
 
     status: Status
     seen: str
@@ -71,7 +70,7 @@ Check: TypeAlias = Callable[[AsyncConnection], Awaitable[Outcome]]
 
 
 async def run(settings: Settings) -> list[CheckResult]:
-    """Run all checks. The checks change no data and do not start the embedded server."""
+    """Run all checks of the installation, without changes to data or a start of a server."""
     if settings.embedded:
         from tiger_db import embedded  # noqa: PLC0415  # `embedded` needs POSIX and an extra
 
@@ -85,7 +84,7 @@ async def run(settings: Settings) -> list[CheckResult]:
             for name, check in _checks(settings).items():
                 results.append(await _run_check(connection, name, check))
                 if name == "schema" and results[-1].status != "ok":
-                    break  # the other checks need the tables of this release
+                    break  # the later checks need the tables of this release
     except (TigerDBError, OSError) as error:
         results.append(CheckResult("server", "problem", explain(error) or type(error).__name__))
     return results
@@ -106,7 +105,7 @@ def _checks(settings: Settings) -> dict[str, Check]:
         try:
             ring = await asyncio.to_thread(required_key_ring, settings)
         except TigerDBError as error:
-            advice = "they are encrypted: run it where ENCRYPTION_KEYS is set"
+            advice = "Tiger ids are encrypted: run `tiger-db doctor` where ENCRYPTION_KEYS is set"
             return Outcome("warning", f"not checked: {error}", advice)
         return await _check_tiger_ids(connection, ring)
 
@@ -127,7 +126,7 @@ def _checks(settings: Settings) -> dict[str, Check]:
 
 
 async def _run_check(connection: AsyncConnection, name: str, check: Check) -> CheckResult:
-    """Run a check. If the check raises an error, return a warning with the reason."""
+    """Run a check. If the check raises an error, return a warning with the error's reason."""
     try:
         async with connection.begin():
             await connection.execute(_TIMEOUTS)
@@ -164,7 +163,7 @@ def _duration(seconds: float) -> str:
 
 
 def _join_first(items: Sequence[str]) -> str:
-    """Join the first items with semicolons, and add the number of the omitted items."""
+    """Join the first items with semicolons, and append the number of the omitted items."""
     more = len(items) - _MAX_ITEMS_LISTED
     return "; ".join(items[:_MAX_ITEMS_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
@@ -172,8 +171,8 @@ def _join_first(items: Sequence[str]) -> str:
 async def _check_search_path(direct: AsyncConnection, settings: Settings) -> CheckResult:
     """Compare the search path of sessions with the search path that tiger_db needs.
 
-    A pooler refuses or drops the search path that a client sets in its connection. Sessions behind
-    a pooler therefore use the search path of the role or of the database.
+    A pooler refuses or drops the search path that a client sends when the client connects.
+    Therefore, sessions behind a pooler use the search path of the role or of the database.
     """
 
     async def check(connection: AsyncConnection) -> Outcome:
@@ -203,8 +202,8 @@ def _grade_search_path(path: SearchPath, settings: Settings) -> Outcome:
             f"{path.setting}: this path does not resolve to {quote_identifier(schema)} (DB_SCHEMA)"
         )
         return Outcome("problem", seen, advice)
-    # The schema's name has quotes in `Settings.search_path`. After ALTER ROLE, PostgreSQL reports
-    # the name without unnecessary quotes.
+    # `Settings.search_path` has the schema's name in quotes. After ALTER ROLE, PostgreSQL reports
+    # the schema's name without unnecessary quotes.
     if path.setting.removeprefix("pg_catalog, ") in (settings.search_path, f"{schema}, pg_temp"):
         return Outcome("ok", path.setting)
     seen = f"{path.setting}: another schema or a temporary table may come before DB_SCHEMA"
@@ -252,7 +251,7 @@ async def check_triggers(connection: AsyncConnection) -> Outcome:
             "run `tiger-db check` for the SQL that repairs this, and find the author of the change"
         )
         return Outcome("problem", seen, advice)
-    if added:  # an added trigger can change or refuse a write, such as the revocation of a key
+    if added:  # an added trigger can change or refuse writes, such as the revocation of an API key
         return Outcome("warning", seen, added[0].repair)
     return Outcome("ok", "all triggers, functions and rules match this release")
 
@@ -271,7 +270,7 @@ async def audit_months_ahead(connection: AsyncConnection) -> int:
 
 
 def grade_partitions(months_ahead: int) -> Outcome:
-    """Return the status, with advice, for the number of future months with an audit partition."""
+    """Return a status, with advice, for a number of future months with an audit partition."""
     seen = f"future months with an audit partition: {months_ahead}"
     match months_ahead:
         case 0:
@@ -286,8 +285,8 @@ async def _check_partitions(connection: AsyncConnection) -> Outcome:
     return grade_partitions(await audit_months_ahead(connection))
 
 
-# The column `age` is the age in seconds of the oldest event in the first 1,000 unsealed positions.
-# The index ix_audit_logs_position finds these events.
+# The column `age` is the age in seconds of the oldest audit event in the first 1,000 unsealed
+# positions. PostgreSQL finds these events with the index ix_audit_logs_position.
 UNSEALED_EVENTS = """
 SELECT taken - upto AS events, seals, extract(epoch FROM clock_timestamp() - (
     SELECT min(created_at) FROM audit_logs WHERE position > upto AND position <= upto + 1000
@@ -305,7 +304,7 @@ async def _check_unsealed(connection: AsyncConnection) -> Outcome:
         return Outcome("ok", "none")
     status = _grade(row.age, UNSEALED_SECONDS)
     if status == "problem" and not row.seals:
-        status = "warning"  # some installations use no seals
+        status = "warning"  # some installations do not seal audit events
     return Outcome(
         status,
         f"unsealed events: at most {row.events:,}, the oldest {_duration(row.age)} old",
@@ -313,8 +312,8 @@ async def _check_unsealed(connection: AsyncConnection) -> Outcome:
     )
 
 
-# PostgreSQL reads two partial indexes for this query. OFFSET 0 makes PostgreSQL look up the account
-# of each refresh separately.
+# For OPEN_REFRESHES, PostgreSQL reads two partial indexes. Because of OFFSET 0, PostgreSQL looks up
+# the account of each refresh separately.
 OPEN_REFRESHES = """
 SELECT count(*) FILTER (WHERE status = 'pending') AS waiting,
     count(*) FILTER (WHERE status = 'in_progress' AND lease_expires_at < now()) AS abandoned,
@@ -362,7 +361,7 @@ async def _check_tokens(connection: AsyncConnection) -> Outcome:
     )
 
 
-# PostgreSQL reads the index ix_api_keys_expires_at_id for this query.
+# For EXPIRING_KEYS, PostgreSQL reads the index ix_api_keys_expires_at_id.
 EXPIRING_KEYS = """
 SELECT key_prefix, extract(epoch FROM expires_at - now())::float AS left, count(*) OVER () AS keys
 FROM api_keys
@@ -380,11 +379,11 @@ async def _check_api_keys(connection: AsyncConnection) -> Outcome:
         "warning",
         f"API keys that expire within 7 days: {row.keys}, the first ({row.key_prefix}) in"
         f" {_duration(row.left)}",
-        "list the keys with `tiger-db list-expiring-api-keys`; extend or rotate each key",
+        "list the API keys with `tiger-db list-expiring-api-keys`; extend or rotate each key",
     )
 
 
-# This query scans the small table api_keys. An index for this query would help no other query.
+# _UNPEPPERED_KEYS scans the small table api_keys, because an index would serve no other query.
 _UNPEPPERED_KEYS = """
 SELECT array_agg(key_prefix ORDER BY id) AS prefixes,
     (clock_timestamp() AT TIME ZONE 'UTC')::date AS today
@@ -398,8 +397,8 @@ async def _check_hashes(connection: AsyncConnection, settings: Settings) -> Outc
     until = settings.api_keys_allow_unpeppered_until
     row = (await _fetch_all(connection, _UNPEPPERED_KEYS))[0]
     if row.prefixes is None:
-        return Outcome("ok", "all active keys have hashes with a pepper")
-    seen = f"active keys with a hash without a pepper: {len(row.prefixes)}"
+        return Outcome("ok", "all active API keys have hashes with a pepper")
+    seen = f"active API keys with a hash without a pepper: {len(row.prefixes)}"
     seen = f"{seen} ({_join_first(row.prefixes)})"
     advice = "revoke the keys that you did not create, and rotate the other keys"
     if until is not None and row.today <= until:
@@ -425,7 +424,7 @@ FROM pg_constraint WHERE conrelid = 'tiger_accounts'::regclass AND NOT convalida
 
 
 async def _check_account_numbers(connection: AsyncConnection) -> Outcome:
-    """Find the accounts whose numbers an older release has stored without normalization."""
+    """Find the accounts whose numbers an older release of tiger_db stored without normalization."""
     rows = await _fetch_all(connection, _ACCOUNT_NUMBERS)
     ids_of = defaultdict[str, list[str]](list)
     for row in rows:
@@ -434,36 +433,36 @@ async def _check_account_numbers(connection: AsyncConnection) -> Outcome:
                 ids_of[normalize_account_number(row.account_number)].append(row.id)
     if same := [" and ".join(ids) for ids in ids_of.values() if len(ids) > 1]:
         seen = _join_first([f"{ids} are the same account at Tiger" for ids in same])
-        advice = "close all but one: a refresh of one ends the access tokens of the others"
+        advice = "close all but one of the accounts: a refresh ends the other accounts' tokens"
         return Outcome("problem", seen, advice)
     if old := [row.id for row in rows if row.open and not row.normal]:
-        seen = f"these accounts have no number of Tiger's in its normal form: {_join_first(old)}"
-        advice = "set their numbers with `crud.accounts.update`, or close them"
+        seen = f"account numbers are not normalized in these accounts: {_join_first(old)}"
+        advice = "set the numbers with `crud.accounts.update`, or close the accounts"
         return Outcome("warning", seen, advice)
     exempting = await _fetch_all(connection, _EXEMPTING)
     if exempting and all(row.normal for row in rows):
         return Outcome(
             "warning",
-            "all are normalized, but the constraint exempts some accounts",
+            "all account numbers are normalized, but the CHECK constraint exempts some accounts",
             f"run {exempting[0][0]} CHECK (account_number ~ '^({ACCOUNT_NUMBER})$')",
         )
-    return Outcome("ok", "all are normalized")
+    return Outcome("ok", "all account numbers are normalized")
 
 
 async def _check_tiger_ids(connection: AsyncConnection, ring: KeyRing) -> Outcome:
-    """Find the accounts whose Tiger ids an older release has stored without normalization."""
+    """Find accounts whose Tiger ids an older release of tiger_db stored without normalization."""
     async with AsyncSession(connection) as session:
         found = await find_unnormalized_secrets(session, class_mapper(TigerAccount), ring)
     if found.normalizable:
-        seen = f"not normalized: those of {_join_first([*map(str, found.normalizable)])}"
+        seen = f"not normalized in the accounts {_join_first([*map(str, found.normalizable)])}"
         return Outcome("warning", seen, "run `tiger-db rotate-encryption-key`")
     if found.invalid:
-        seen = f"not printable ASCII: those of {_join_first([*map(str, found.invalid)])}"
-        return Outcome("warning", seen, "set them with `crud.accounts.update`")
+        seen = f"not printable ASCII in the accounts {_join_first([*map(str, found.invalid)])}"
+        return Outcome("warning", seen, "set the Tiger ids with `crud.accounts.update`")
     if found.unreadable:
-        seen = f"{found.unreadable:,} were not checked, because they cannot be decrypted"
+        seen = f"Tiger ids that cannot be decrypted, and were not checked: {found.unreadable:,}"
         return Outcome("warning", seen, "put the missing encryption keys back")
-    return Outcome("ok", "all are normalized")
+    return Outcome("ok", "all Tiger ids are normalized")
 
 
 async def _check_encryption_keys(connection: AsyncConnection, ring: KeyRing) -> Outcome:

@@ -1,6 +1,6 @@
 """Private files (mode 0600) that are written atomically.
 
-A device or a pipe is never replaced: output is written to the existing device or pipe.
+A device or a pipe is never replaced by a file: output goes to the existing device or pipe.
 """
 
 import errno
@@ -16,11 +16,11 @@ from typing import IO
 
 from tiger_db.errors import AlreadyExists, InvalidValue
 
-# The prefix of the temporary names of incomplete files and folders.
+# Prefix of the temporary names of incomplete files and folders.
 UNFINISHED = ".tiger_db-unfinished-"
-# This pattern matches the paths of file descriptors, such as the target of the link /dev/stdout.
+# `_DESCRIPTOR` matches the path of a file descriptor, such as the target of the link /dev/stdout.
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)
-_MAX_SYMLINKS = 40  # Linux follows at most 40 symbolic links too
+_MAX_SYMLINKS = 40  # maximum number of symbolic links to follow, as in Linux
 _NO_HARD_LINKS_ERRORS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -28,19 +28,18 @@ _NO_HARD_LINKS_ERRORS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTS
 def output_files(
     *paths: Path, overwrite: bool, obsolete: Path | None = None
 ) -> Iterator[list[IO[str]]]:
-    """Open files for writing UTF-8 text. If an error occurs, the function creates no file.
+    """Open output files for UTF-8 text. If an error occurs, `output_files` creates no file.
 
-    The function follows symbolic links. A new file has mode 0600, and has a temporary name until
-    the file is complete. The function replaces existing files only if `overwrite` is true. Output
-    to a pipe or a device works as shell redirection does. Opening a pipe blocks until the pipe has
-    a reader. After all files are written, the function removes the file or symbolic link
-    `obsolete`.
+    `output_files` follows symbolic links, and replaces existing files only if `overwrite` is true.
+    A new file has mode 0600, and has a temporary name until the file is complete. Output to a pipe
+    or a device works as in a shell redirection. Opening a pipe blocks until the pipe has a reader.
+    After all output files are written, `output_files` removes the file or symbolic link `obsolete`.
 
     Raises:
-        AlreadyExists: a path is a file, folder or block device and `overwrite` is false, or a path
+        AlreadyExists: an output path is a file, folder or block device and `overwrite` is false, or
             is a symbolic link whose target is missing. The error message names the path.
-        InvalidValue: a path is a socket.
-        OSError: a file cannot be written. The error message names the path.
+        InvalidValue: an output path is a socket.
+        OSError: an output file cannot be written. The error message names the path.
     """
     with ExitStack() as cleanup, ExitStack() as undo:
         outputs = [_open(path, cleanup, overwrite=overwrite) for path in paths]
@@ -63,13 +62,14 @@ def output_files(
 def write_private(
     folder: Path, texts: Mapping[str, str], *, overwrite: bool, obsolete: str | None = None
 ) -> list[Path]:
-    """Write files to a folder and return their paths. The keys of `texts` are the file names.
+    """Write private files to a folder, and return the paths. `texts` maps file names to contents.
 
-    If `overwrite` is true, the function replaces existing files, and removes the file `obsolete`.
+    If `overwrite` is true, `write_private` replaces existing files, and removes the file
+    `obsolete`.
 
     Raises:
-        AlreadyExists, InvalidValue, OSError: a file cannot be written, as documented for
-            `output_files`.
+        AlreadyExists, InvalidValue, OSError: the function `output_files` raised this error, because
+            a file cannot be written.
     """
     paths = [folder / name for name in texts]
     path = folder / obsolete if overwrite and obsolete is not None else None
@@ -87,7 +87,7 @@ def make_private_folder(folder: Path) -> None:
 
 
 def is_private_folder(path: Path, uid: int) -> bool:
-    """Return whether the path is a folder, not a symbolic link, with owner `uid` and mode 0700."""
+    """Return whether a path is a folder with owner `uid` and mode 0700, and no symbolic link."""
     with suppress(OSError):
         status = path.lstat()
         kind_and_mode = status.st_mode & ~stat.S_ISGID  # a new folder may inherit the setgid bit
@@ -96,7 +96,7 @@ def is_private_folder(path: Path, uid: int) -> bool:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Opener for `open`, which creates files with mode 0600 and refuses symbolic links."""
+    """Open a file as the `opener` of `open`, with mode 0600 and without symbolic links."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
@@ -119,14 +119,14 @@ def sync_folder(path: Path) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
-    """Check an output path. Return the file status of the path, or None if no such file exists.
+    """Check an output path. Return the file status of the path, or None if the path is new.
 
     Raises:
-        AlreadyExists, InvalidValue, OSError: the path is not allowed, as documented for
+        AlreadyExists, InvalidValue, OSError: the output path is not allowed, as documented for
             `output_files`.
     """
     try:
-        found = path.stat()  # `Path.stat` follows symbolic links
+        found = path.stat()
     except FileNotFoundError:
         if path.is_symlink():
             raise AlreadyExists(f"{path} is a symbolic link whose target is missing") from None
@@ -139,16 +139,15 @@ def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
 
 
 def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], Path | None, Path]:
-    """Open one output file. Return the file, its temporary path or None, and its final path."""
+    """Open an output file. Return the file, its temporary path or None, and its final path."""
     descriptor, unfinished, target = _descriptor(path), None, _followed(path)
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # Only the descriptors from the parent process are inheritable. If the path names
-            # another descriptor, dup(-1) fails.
+            # Only file descriptors from the parent process are inheritable. If the path names
+            # another file descriptor, dup(-1) fails.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
-            # The function `mkstemp` creates a file with mode 0600.
             descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)
             unfinished = Path(name)
             cleanup.callback(unfinished.unlink, missing_ok=True)
@@ -169,7 +168,7 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
 def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) -> None:
     """Move a complete file to its final path."""
     try:
-        target.hardlink_to(unfinished)  # unlike a rename, a hard link replaces no file
+        target.hardlink_to(unfinished)  # unlike a rename, a hard link never replaces a file
         undo.callback(target.unlink)
     except OSError as error:
         if error.errno not in {errno.EEXIST, *_NO_HARD_LINKS_ERRORS}:
@@ -180,7 +179,7 @@ def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) ->
 
 
 def _followed(path: Path) -> Path:
-    """Resolve symbolic links, but not descriptors of this process such as /dev/fd/1."""
+    """Resolve symbolic links, except file descriptors of this process such as /dev/fd/1."""
     for _ in range(_MAX_SYMLINKS):
         if _DESCRIPTOR.fullmatch(str(path)) or not path.is_symlink():
             break

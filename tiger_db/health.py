@@ -1,4 +1,4 @@
-"""Health reports for probes of liveness and readiness. The reports give advice on problems."""
+"""Health reports for liveness and readiness probes, with advice on problems."""
 
 import asyncio
 import time
@@ -32,10 +32,10 @@ FROM pg_control_system(), pg_database WHERE datname = current_database()
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
-    """The health of a process and its database. A field that is unknown or not applicable is None.
+    """The health of a process and of its database. A field is None if its value is unknown.
 
-    The field `rows` maps the name of each table to its estimated number of rows. The field
-    `problems` has one line with advice for each problem.
+    The field `rows` maps the name of each table to the estimated number of rows in the table. The
+    field `problems` has one line with advice for each problem.
     """
 
     location: str
@@ -62,7 +62,7 @@ async def check_liveness(settings: Settings) -> HealthReport:
 
 
 async def check_readiness(settings: Settings) -> HealthReport:
-    """Check the process and its database. Report problems in the field `problems`, not as errors.
+    """Check this process and its database. Return problems in `HealthReport.problems`.
 
     If the database does not answer within `DB_CONNECT_TIMEOUT`, the field `ready` is false.
     """
@@ -88,7 +88,8 @@ async def check_readiness(settings: Settings) -> HealthReport:
             async with asyncio.timeout_at(deadline):
                 await _check_pooler(settings)
         async with maintenance_engine(settings) as engine:
-            # insert=True makes this listener run before SQLAlchemy's listeners, which send queries.
+            # With insert=True, this event listener runs before SQLAlchemy's own event listeners,
+            # which send queries.
             @event.listens_for(engine.sync_engine, "connect", insert=True)
             def _terminate_at_deadline(connection: AdaptedConnection, _record: object) -> None:
                 loop.call_at(deadline, connection.driver_connection.terminate)
@@ -160,7 +161,7 @@ def _check_embedded(report: HealthReport, settings: Settings) -> HealthReport:
 
 
 async def _check_pooler(settings: Settings) -> None:
-    """Check that the pooler and the direct connection lead to the same database and schema.
+    """Check that the pooler and the direct connection use the same database and schema.
 
     Raises:
         ConfigurationError: the pooler and the direct connection lead to different databases.
@@ -184,14 +185,14 @@ async def _check_pooler(settings: Settings) -> None:
 async def _check_database(
     connection: AsyncConnection, settings: Settings, ring: KeyRing | None, problems: list[str]
 ) -> AsyncIterator[dict[str, Any]]:
-    """Yield each field of the report as soon as the field is known. Append to `problems`."""
+    """Yield fields of the HealthReport as soon as they are known. Append problems to `problems`."""
     await connection.execute(
         text("SELECT set_config('statement_timeout', :timeout, false)"),
         {"timeout": str(round(settings.db_query_timeout * 1000))},
     )
     driver = (await connection.get_raw_connection()).driver_connection
     assert driver is not None
-    # The process ID that a pooler reports to a client differs from pg_backend_pid().
+    # A pooler reports to its clients a process ID that differs from pg_backend_pid().
     if driver.get_server_pid() != await connection.scalar(text("SELECT pg_backend_pid()")):
         problems.append(
             "DB_DIRECT_HOST leads to a pooler: set DB_DIRECT_HOST to the server"
@@ -224,10 +225,10 @@ async def _check_database(
 
 
 async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> dict[str, int]:
-    """Return the estimated number of rows of each table, including its partitions.
+    """Return the estimated number of rows of each table, including the table's partitions.
 
-    The estimates come from the last ANALYZE. For a table that was never analyzed, the estimate
-    comes from PostgreSQL's cumulative statistics.
+    The estimate for a table comes from the last ANALYZE of the table. If a table was never
+    analyzed, the estimate comes from PostgreSQL's cumulative statistics.
     """
     rows = await connection.execute(
         text(
@@ -246,8 +247,8 @@ async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> 
 async def _check_default_partition(connection: AsyncConnection) -> list[str]:
     """Return a list of the problems with audit events in the default partition.
 
-    `tiger-db migrate` creates the partitions of this month and the next months, and moves the
-    events of these months to the new partitions.
+    `tiger-db migrate` creates the partitions of the current month and the next months, and moves
+    the audit events of these months from the default partition to the new partitions.
     """
     movable, other = (
         await connection.execute(
@@ -276,7 +277,7 @@ async def _check_default_partition(connection: AsyncConnection) -> list[str]:
 
 
 async def _check_decryption(connection: AsyncConnection, ring: KeyRing) -> list[str]:
-    """Return a list with a problem if the key ring cannot decrypt the newest account."""
+    """Return a list with one problem if the key ring cannot decrypt the newest account."""
     async with AsyncSession(connection) as session:
         account = await session.scalar(
             select(TigerAccount).order_by(col(TigerAccount.id).desc()).limit(1)
@@ -284,7 +285,7 @@ async def _check_decryption(connection: AsyncConnection, ring: KeyRing) -> list[
     if account is None:
         return []
     secret = account.tiger_id
-    assert isinstance(secret, EncryptedSecret)  # a loaded secret is not decrypted yet
+    assert isinstance(secret, EncryptedSecret)  # the loaded secret is not decrypted yet
     try:
         decrypt(ring, secret.ciphertext, secret.aad, secret.owner)
     except EncryptionError as error:

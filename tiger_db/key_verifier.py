@@ -1,4 +1,4 @@
-"""The class `KeyVerifier`, with which servers authorize API keys, with an optional cache."""
+"""The class `KeyVerifier`, which authorizes API keys for servers, with an optional cache."""
 
 import asyncio
 import contextlib
@@ -22,32 +22,32 @@ from tiger_db.models import APIKey, APIKeyScope
 
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # the triggers of these tables notify CHANNEL
-HEARTBEAT_SECONDS = 0.2  # the pause between two heartbeat queries
-LEASE_SECONDS = 0.5  # the cache may be used for this time after a heartbeat query
-MAX_AGE_SECONDS = 60.0  # a cached key of this age is read from the database again
-# After this time, a call lets the event loop run, so that the event loop reads notifications.
+HEARTBEAT_SECONDS = 0.2  # pause between two heartbeat queries, in seconds
+LEASE_SECONDS = 0.5  # time after a heartbeat query in which the cache may be used, in seconds
+MAX_AGE_SECONDS = 60.0  # age at which a cached key is read from the database again, in seconds
+# After this time, a call that uses the cache lets the event loop read notifications.
 _YIELD_INTERVAL_SECONDS = 0.005
 
 
 class KeyVerifier:
     """A verifier of API keys that needs no session. Use a KeyVerifier in one event loop only.
 
-    By default, each call reads the row of the API key with one query, so that changes of the key
-    take effect at once. A KeyVerifier verifies the hash of a key in the first call, and again after
-    a change of the key's row.
+    By default, each call reads the row of the API key with one query, so that changes of the API
+    key take effect at once. A KeyVerifier verifies the hash of an API key in the first call, and
+    again after a change of the API key's row.
 
-    With `memory=True`, a KeyVerifier caches verified keys inside the `async with` block. Triggers
-    on api_keys and tiger_accounts notify the verifier of each change within milliseconds, including
-    changes by plain SQL. `__aenter__` compares these triggers with `migrations.declared`. A cached
-    key is read from the database again after 60 seconds, in case a notification was lost. A call
-    does not use the cache if the key has rate limits, or if the listening connection is lost or has
-    not answered for half a second.
+    With `memory=True`, a KeyVerifier caches verified API keys inside the `async with` block.
+    Triggers on api_keys and tiger_accounts notify the KeyVerifier of each change within
+    milliseconds, including changes by plain SQL. `__aenter__` compares these triggers with
+    `migrations.declared`. A cached API key is read from the database again after 60 seconds, in
+    case a notification was lost. A call does not use the cache if the API key has rate limits, or
+    if the listening connection is lost or has not answered for half a second.
 
-    The cache holds at most `capacity` API keys, and evicts the least recently used key first. The
-    cache does not contain raw keys, but only keyed BLAKE2b digests of raw keys.
+    The cache of a KeyVerifier holds at most `capacity` API keys, and evicts the least recently used
+    API key first. Instead of raw keys, the cache contains keyed BLAKE2b digests of raw keys.
 
     Raises:
-        InvalidValue: `capacity` is not positive.
+        InvalidValue: the argument `capacity` is not positive.
     """
 
     def __init__(self, database: Database, *, memory: bool = False, capacity: int = 10_000) -> None:
@@ -57,11 +57,11 @@ class KeyVerifier:
         self.memory = memory
         self.capacity = capacity
         self._digest_key = secrets.token_bytes(32)
-        # Verified keys, by digest of the raw key.
+        # The cache maps the digests of raw keys to verified API keys.
         self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()
         self._digests: dict[UUID, bytes] = {}  # digests of raw keys, by id of the API key
-        # Number of received notifications. A row that was read before the last notification is not
-        # cached.
+        # Number of received notifications. An API key that was read before the last notification is
+        # not cached.
         self._notifications = 0
         self._valid_until = 0.0  # monotonic time until which the cache may be used
         self._clock_offset = 0.0  # database time (seconds since 1970) minus monotonic time
@@ -74,8 +74,8 @@ class KeyVerifier:
 
         Raises:
             DatabaseUnavailable: the database cannot be reached.
-            SchemaMismatch: the schema is missing, is older or newer than this code, or (with
-                `memory=True`) has unexpected changes of api_keys or tiger_accounts.
+            SchemaMismatch: the schema is missing, is older or newer than this tiger_db release, or
+                (with `memory=True`) has unexpected changes of api_keys or tiger_accounts.
             ConfigurationError: `memory` is true and `DB_POOLER` is set, but `DB_DIRECT_HOST` is not
                 set.
         """
@@ -87,12 +87,12 @@ class KeyVerifier:
             settings = self.database.settings
             listening = listen(settings, CHANNEL, self._handle_notification, self._hold_lease)
             self._listener = asyncio.create_task(listening)
-            with contextlib.suppress(TimeoutError):  # a call can read the database
+            with contextlib.suppress(TimeoutError):  # without a listener, calls read the database
                 await asyncio.wait_for(self._listening.wait(), settings.db_connect_timeout)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Stop listening for changes. This method does not close the Database."""
+        """Stop listening for changes of API keys. The Database stays open."""
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])
@@ -120,7 +120,7 @@ class KeyVerifier:
     ) -> APIKey:
         """Authorize an API key like the function `crud.api_keys.authorize_api_key`.
 
-        Several calls may return the same APIKey object: do not change the object.
+        Several calls may return the same APIKey object, so do not change the returned object.
         """
         request = AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
         if self._listener is not None:
@@ -152,7 +152,7 @@ class KeyVerifier:
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
     ) -> APIKey | None:
-        """Authorize an API key like `authorize`, but return None if access is denied."""
+        """Authorize an API key like the method `authorize`, but return None if access is denied."""
         try:
             return await self.authorize(raw_key, ip_address=ip_address, user_agent=user_agent)
         except AccessDenied:
@@ -162,12 +162,12 @@ class KeyVerifier:
         """Authorize an API key from the cache, or return None if the database must be read.
 
         Raises:
-            AccessDenied: access is denied. The subclass of the error shows the reason.
+            AccessDenied: the API key does not allow the request. The subclass shows the reason.
         """
         now = time.monotonic()
         if now - self._yielded_at > _YIELD_INTERVAL_SECONDS:
-            # Without an await, calls that use the cache would starve the listening connection. The
-            # event loop polls a socket in one iteration, and reads the socket in the next one.
+            # Without an await, calls that use the cache would block the listening connection. The
+            # event loop polls a socket in one iteration, and reads it in the next iteration.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             self._yielded_at = now = time.monotonic()
@@ -216,25 +216,25 @@ class KeyVerifier:
             return b""
 
     async def _hold_lease(self, connection: Connection) -> None:
-        """Query the listening connection until a query fails. Each answer extends the lease."""
+        """Query the listening connection until a query fails. Each result keeps the cache valid."""
         while True:
             sent = time.monotonic()
             async with asyncio.timeout(LEASE_SECONDS):
                 now = await connection.fetchval("SELECT clock_timestamp()")
             # PostgreSQL sends the notifications of all earlier commits before the result of this
-            # query. The clock offset is computed with the time before the query. Therefore, a key
-            # can expire too early by the round trip time, but never too late.
+            # query. The clock offset is computed with the time before the query. Therefore, a
+            # cached API key may expire too early by the round trip time, but never too late.
             self._clock_offset = now.timestamp() - sent
             self._valid_until = sent + LEASE_SECONDS
             self._listening.set()
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _handle_notification(self, payload: str | None) -> None:
-        """Evict the cached keys that the payload `key ID`, `account ID` or `all` names."""
+        """Evict the cached API keys that a payload `key ID`, `account ID` or `all` names."""
         kind, _, text = (payload or "").partition(" ")
         try:
             changed = UUID(text)
-        except ValueError:  # `all` and None mean that any row may have changed
+        except ValueError:  # after `all` or None, any API key may have changed
             self._clear()
             return
         self._notifications += 1

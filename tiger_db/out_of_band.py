@@ -1,7 +1,6 @@
 """Out-of-band SQL statements, which run on connections that no session uses.
 
-An out-of-band statement needs no connection from the pool of the sessions. If the caller's
-transaction rolls back, the effects of the out-of-band statement stay.
+If the caller's transaction rolls back, the changes of an out-of-band statement stay.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ from tiger_db.sqlstates import CONNECTION_ERRORS, raw_errors
 
 @dataclass(slots=True)
 class _PendingEvent:
-    """An audit event, and a future that is done as soon as the event is stored or refused."""
+    """An audit event, and a future that is done when the database stores or refuses the event."""
 
     event: AuditLog
     recorded: asyncio.Future[None] = field(
@@ -30,7 +29,7 @@ class _PendingEvent:
     )
 
     def settle(self, error: Exception | None) -> None:
-        if self.recorded.done():  # the future has a result or was cancelled
+        if self.recorded.done():  # the future has a result, or was cancelled
             return
         if error is None:
             self.recorded.set_result(None)
@@ -39,7 +38,7 @@ class _PendingEvent:
 
 
 class OutOfBandWriter:
-    """Writer of audit events on connections that no session uses."""
+    """A writer of audit events that uses its own database connections, not those of sessions."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -51,9 +50,9 @@ class OutOfBandWriter:
         return asyncpg_connection(self.engine)
 
     async def record(self, event: AuditLog, actor: Actor | None = None) -> None:
-        """Store an audit event, attributed to the actor in force, and wait for the commit.
+        """Store an audit event with the fields of the actor in force, and wait for the commit.
 
-        One transaction stores the events of concurrent calls.
+        One transaction stores the audit events of concurrent calls of `record`.
 
         Raises:
             DatabaseUnavailable: the audit event could not be stored.
@@ -65,7 +64,7 @@ class OutOfBandWriter:
         await pending.recorded
 
     async def close(self) -> None:
-        """Store the pending audit events, and close the connections."""
+        """Store the pending audit events, and close the connections of this writer."""
         if self._task is not None:
             with suppress(asyncio.CancelledError):
                 await self._task
@@ -88,7 +87,7 @@ class OutOfBandWriter:
             error = None
         except Exception as problem:  # noqa: BLE001  # the calls of `record` raise this error
             if len(batch) > 1 and not isinstance(problem, DatabaseUnavailable):
-                for pending in batch:  # a refused event must not block other events
+                for pending in batch:  # so that a refused event does not block other events
                     await self._store([pending])
             error = problem
         finally:
@@ -104,7 +103,7 @@ async def asyncpg_connection(
 
     Raises:
         DatabaseUnavailable: no connection could be opened, or the connection was lost.
-        Conflict, QueryTimeout, StatementRefused: a statement failed, as documented for
+        Conflict, QueryTimeout, StatementRefused: an SQL statement failed, as documented for
             `raw_errors`.
     """
     try:
@@ -116,7 +115,7 @@ async def asyncpg_connection(
                     yield raw
                 except TimeoutError:
                     raise  # the connection stays usable, because asyncpg cancels the statement
-                # ReadOnlySQLTransactionError means that the server is no longer the primary.
+                # A server that is no longer the primary raises ReadOnlySQLTransactionError.
                 except (*CONNECTION_ERRORS, asyncpg.ReadOnlySQLTransactionError):
                     await connection.invalidate()
                     raise

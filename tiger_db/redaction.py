@@ -6,19 +6,20 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 MASK = "**********"
-# Secrets with fewer characters are not masked, because such secrets match parts of common words.
+# Shorter secrets are not masked, because such secrets match parts of common words.
 _MIN_SECRET_CHARACTERS = 4
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)
-# Tiger's tokens are base64 of a text that starts with two times, such as `1700000000000,1…`.
+# Tiger's tokens are base64 of a text that begins with two times in epoch milliseconds, such as
+# `1700000000000,1…`.
 _TIGER_TOKEN = re.compile(
     r"(?:[M-O][DTjz][AEIMQUYcgk][w-z0-5]){4}[M-O][CSiy]w(?:[A-Za-z0-9+/_%-]|\\/)*={0,2}"
 )
 _JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]+)+")
 _API_KEY = re.compile(r"\b(tdb_(?:live|test)_[0-9A-Za-z]{12})_[0-9A-Za-z]+")
 _BEARER = re.compile(r"\b(Bearer)\s+[^\s'\",;\\]+", re.IGNORECASE)
-# `_RANDOM` matches 40 or more characters of base64, such as keys, tokens and digests, where slashes
-# may be escaped as in JSON or URLs. `_LINES` matches base64 text of several lines.
+# `_RANDOM` matches 40 or more characters of base64, such as keys, tokens and digests. A slash may
+# be escaped as in JSON or URLs. `_LINES` matches base64 text of several lines.
 _RANDOM = re.compile(r"(?:[A-Za-z0-9+_-]|\\?/|%2[BbFf]){40,}={0,2}")
 _LINES = re.compile(
     r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,}+(?:\r?\n|(?:\\+r)?\\+n)[ \t]*)+[A-Za-z0-9+/]*={0,2}"
@@ -26,7 +27,7 @@ _LINES = re.compile(
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
 # `_WORDS` matches several words without separators, as in `aWordLIKEThis2`.
 _WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")
-# This pattern matches a name with a secret value, such as `token=value` or `"token": "value"`. The
+# `_ASSIGNMENT` matches a name with a secret value, such as `token=value` or `"token": "value"`. The
 # function `_assignments` replaces the placeholders WORDS and NAMES by the names of secrets.
 _ASSIGNMENT = r"""
     (?<![\w-])
@@ -50,8 +51,9 @@ def mask_account_number(account_number: str) -> str:
 def redact_aggressively(text: str, *known: str) -> str:
     """Mask everything in a text that is or resembles a token, a key or a password.
 
-    The function masks the secrets in `known` that have at least four characters, all text that
-    `redact_known` masks, and sequences of 40 or more letters and digits that are not words.
+    `redact_aggressively` masks the secrets in `known` that have at least four characters, the
+    secrets that `redact_known` masks, and sequences of 40 or more letters and digits that are not
+    words.
     """
     forms = {
         form for secret in known if len(secret) >= _MIN_SECRET_CHARACTERS for form in _forms(secret)
@@ -63,7 +65,7 @@ def redact_aggressively(text: str, *known: str) -> str:
 
 
 def _forms(secret: str) -> set[str]:
-    """Return the forms of a secret in plain text, in JSON, in a Python `repr` and in a URL."""
+    """Return a secret in the forms of plain text, JSON, Python's `repr` and URLs."""
     return {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")}
 
 
@@ -73,7 +75,7 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def _without_random(match: re.Match[str]) -> str:
-    """Mask a match that looks random. Paths, class names and UUIDs are not masked."""
+    """Mask a matched text that looks random. Paths, class names and UUIDs are not masked."""
     run = match[0]
     parts = _SEPARATORS.split(run)
     if all(map(_WORDS.fullmatch, parts)):
@@ -87,7 +89,7 @@ _SECRET_WORDS = {
     "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
 }  # fmt: skip
 _SECRET_NAMES = {"sign", "signature", "pin", "otp", "pepper"}
-# Patterns of names that precede a secret in a text, as in `password=…`.
+# These patterns match names that precede a secret in a text, as in `password=…`.
 _WORD_PATTERNS = {
     "token", "secret", "passw(?:or)?d", "pwd", "passphrase", "authorization", "credential",
     "private_?key (?: _?pk[18] )?", "api[_-]?key", "secret_?key", "access[_-]?key",
@@ -104,7 +106,7 @@ _NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
 _MAX_CACHED_NAME_CHARACTERS = 100
 
 _BASE64 = r"(?:[A-Za-z0-9+/]|\\/)"
-# `_DER` matches a private key as base64 of DER, in one or several lines.
+# `_DER` matches a private key in DER format, as base64 text in one or several lines.
 _DER = re.compile(
     rf"(?<![A-Za-z0-9+])MII{_BASE64}{{27,}}+(?:(?:\s|\\+[rnt])+{_BASE64}{{30,}}+)*+"
     rf"(?:(?:\r?\n|(?:\\+r)?\\+n)[ \t]*{_BASE64}+)?={{0,2}}"
@@ -114,9 +116,7 @@ _MIN_TIGER_TOKEN_CHARACTERS = 19  # length of the shortest match of `_TIGER_TOKE
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether fields with this name contain a secret.
-
-    Case and separators of the name do not matter.
+    """Return whether fields with a name contain a secret, for any case and separators of the name.
 
     For example, fields named `accessToken` or `X-API-Key` contain a secret. Fields named
     `token_expires_at` or `api_key_id` only describe a secret.
@@ -131,10 +131,10 @@ def is_secret_name(name: str) -> bool:
 def add_secret_names(*names: str) -> None:
     """Add names of secrets for this process. Fields whose name contains an added name are masked.
 
-    Case and separators of a name do not matter: `tradePin` and `TRADE-PIN` are the same name.
+    Case and separators of an added name do not matter: `tradePin` and `TRADE-PIN` are one name.
 
     Raises:
-        ValueError: a name has neither a letter nor a digit.
+        ValueError: an added name contains no letter and no digit.
     """
     added = [_words(name) for name in names]
     if [] in added:
@@ -148,11 +148,11 @@ def add_secret_names(*names: str) -> None:
 def redact_known(text: str) -> str:
     """Mask the parts of a text that are certainly secrets.
 
-    These parts are PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer credentials,
-    API keys of tiger_db, and values after the name of a secret, as in `password=…`. The function
-    does not mask other random text, such as digests.
+    `redact_known` masks PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer
+    credentials, API keys of tiger_db, and values after the name of a secret, as in `password=…`.
+    Other random text, such as a digest, is not masked.
     """
-    # Most texts contain no secret. Fast checks for substrings avoid slow searches for patterns.
+    # Most texts contain no secret, so fast checks for substrings avoid slow pattern searches.
     if "-----BEGIN" in text:
         text = _PEM.sub(MASK, text)
     if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:
@@ -186,7 +186,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """Return the words of a name in any style, such as `APIKeyId` or `api-key id`."""
+    """Return the lower-case words of a name, such as `APIKeyId` or `api-key id`."""
     return [word.lower() for word in _NAME_WORDS.findall(name)]
 
 

@@ -1,4 +1,4 @@
-"""Conversion of PostgreSQL's SQLSTATEs to the errors of this package.
+"""Conversion of PostgreSQL's SQLSTATEs to the errors of tiger_db.
 
 https://www.postgresql.org/docs/current/errcodes-appendix.html
 """
@@ -20,12 +20,11 @@ from tiger_db.errors import (
     TigerDBError,
 )
 
-# Classes of the errors that asyncpg raises if a connection is lost.
+# If a connection is lost, asyncpg raises an error of one of these classes.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 READ_ONLY_SQL_TRANSACTION = "25006"  # a former primary or a readonly session refused a write
-# The keys are SQLSTATEs or the first characters of SQLSTATEs. The values are the type and the
-# message of the error. If the message is None, PostgreSQL's own message is used, because
-# PostgreSQL's message contains no values of a row.
+# `_ERRORS` maps a SQLSTATE, or its first characters, to an error's type and message. If the message
+# is None, PostgreSQL's own message is used, which contains no values of a row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "08": (DatabaseUnavailable, "the connection was lost"),
     "22000": (InvalidValue, "a value is not of its column's type"),
@@ -45,23 +44,22 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "28": (DatabaseUnavailable, "the database refuses this role"),
     "3D000": (DatabaseUnavailable, "the database does not exist"),
     "40001": (Conflict, None),  # serialization failure, or conflict with recovery on a replica
-    "40P01": (Conflict, None),  # a deadlock occurred
-    "42501": (StatementRefused, None),  # a privilege is missing
+    "40P01": (Conflict, None),  # deadlock
+    "42501": (StatementRefused, None),  # missing privilege
     "53300": (DatabaseUnavailable, "the database has no connection left"),
-    "55P03": (Conflict, None),  # the lock timeout expired
+    "55P03": (Conflict, None),  # lock timeout
     "57014": (QueryTimeout, None),
     "57P0": (DatabaseUnavailable, "the connection was lost"),
 }
-# The first two characters of the SQLSTATEs of transient errors. PostgreSQL names these five classes
-# connection exception, transaction rollback, insufficient resources, object not in prerequisite
-# state, and operator intervention.
+# The SQLSTATEs of transient errors begin with these characters. PostgreSQL names the five classes
+# "connection exception", "transaction rollback", "insufficient resources", "object not in
+# prerequisite state" and "operator intervention".
 _TRANSIENT_CLASSES = {"08", "40", "53", "55", "57"}
 
 
 def error_type(sqlstate: str) -> type[TigerDBError] | None:
-    """Return the error type for a SQLSTATE, or None if `_ERRORS` has no such SQLSTATE."""
-    kind, _ = _entry(sqlstate)
-    return kind
+    """Return tiger_db's error type for a SQLSTATE, or None for an unknown SQLSTATE."""
+    return _entry(sqlstate)[0]
 
 
 def _entry(sqlstate: str) -> tuple[type[TigerDBError] | None, str | None]:
@@ -72,10 +70,9 @@ def _entry(sqlstate: str) -> tuple[type[TigerDBError] | None, str | None]:
 
 
 def classify(error: BaseException) -> TigerDBError | None:
-    """Convert an error of asyncpg or SQLAlchemy to an error of this package, or return None.
+    """Convert an error of asyncpg or SQLAlchemy to an error of tiger_db, or return None.
 
-    The message of the new error contains no values of a row. If PostgreSQL reports a constraint or
-    a column, the message may name the constraint or the column.
+    The message of the new error contains no values of a row, but may name a constraint or a column.
     """
     cause = _cause(error)
     if isinstance(cause, asyncpg.PostgresError):
@@ -94,8 +91,7 @@ def classify(error: BaseException) -> TigerDBError | None:
 def is_transient(error: BaseException) -> bool:
     """Return whether an error is transient, so that the same transaction may succeed later.
 
-    Transient errors are caused by an unavailable server, a lack of resources, or another
-    transaction.
+    An unavailable server, a lack of resources, or another transaction causes a transient error.
     """
     if isinstance(error, DatabaseUnavailable | Conflict | QueryTimeout):
         return True
@@ -105,12 +101,14 @@ def is_transient(error: BaseException) -> bool:
 
 @contextmanager
 def raw_errors() -> Iterator[None]:
-    """Convert errors of asyncpg in the body of a `with` statement to errors of this package.
+    """Convert errors of asyncpg in a `with` block to errors of tiger_db.
 
     Raises:
-        DatabaseUnavailable, Conflict, QueryTimeout: the error is transient.
-        AlreadyExists, MissingReference, InvalidValue: a constraint or type refuses a value.
-        StatementRefused: asyncpg raised another error, for example because a privilege is missing.
+        DatabaseUnavailable, Conflict, QueryTimeout: asyncpg raised a transient error.
+        AlreadyExists, MissingReference, InvalidValue: a constraint or a column type refuses a
+            value.
+        StatementRefused: the database refused a statement, for example because a privilege is
+            missing.
     """
     try:
         yield
@@ -120,5 +118,5 @@ def raw_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """Return the asyncpg error inside an SQLAlchemy error. Return other errors unchanged."""
+    """Return the asyncpg error inside an SQLAlchemy error. Return any other error unchanged."""
     return error.orig and error.orig.__cause__ if isinstance(error, DBAPIError) else error
