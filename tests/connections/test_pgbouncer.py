@@ -435,7 +435,7 @@ async def test_the_doctor_compares_the_search_path_behind_the_pooler(
                 await database.check()
             return
         (problem,) = problems
-        assert problem.startswith("a pooler dropped the search path: it is ")
+        assert problem.startswith("a pooler dropped the search path: the path ")
         assert problem.endswith(advised(behind))
         async with Database(behind) as database:
             with pytest.raises(SchemaMismatch, match="a pooler dropped the search path"):

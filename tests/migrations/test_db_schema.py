@@ -470,7 +470,7 @@ async def test_sessions_that_lost_their_search_path_are_refused(
         with pytest.raises(SchemaMismatch) as refused:
             await schema_state(connection)
     expected = (
-        'a pooler dropped the search path: it is "Two", pg_temp, which does not lead to "one"'
+        'a pooler dropped the search path: the path "Two", pg_temp does not lead to "one"'
         ' (DB_SCHEMA): run ALTER ROLE "'
     )
     assert str(refused.value).startswith(expected)

@@ -1,4 +1,4 @@
-"""Functions that run and write migrations, and compare the schema with its declaration."""
+"""Functions that run or write migrations, and compare the schema with its declaration."""
 
 import asyncio
 import io
@@ -27,14 +27,14 @@ from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
 MONTHS_AHEAD = 12
-# This query returns the fields of `SearchPath`. The names of functions are qualified, because
-# another schema in the search path may have functions with the same names.
+# `SEARCH_PATH` returns the fields of the class `SearchPath`. The names of functions are qualified,
+# because another schema in the search path may have functions with the same names.
 SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
 """
-# This query finds another schema that has three tables of tiger_db. The table `alembic_version`
-# alone is not enough, because the application's own migrations may have created that table.
+# `_OTHER_SCHEMA` finds another schema that has three tables of tiger_db. The query does not rely on
+# the table `alembic_version` only, because the application's own migrations may have created it.
 _OTHER_SCHEMA = text("""
 SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
     WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
@@ -47,13 +47,13 @@ class SchemaState:
 
     current: str | None  # current revision, or None if tiger_db is not installed in `DB_SCHEMA`
     head: str
-    known: bool  # True if this release has a migration with the current revision
-    # If tiger_db is not installed in `DB_SCHEMA`, this is another schema that has tiger_db.
+    known: bool  # whether this release has a migration with the current revision
+    # Name of the schema that has tiger_db, if tiger_db is not installed in `DB_SCHEMA`.
     other_schema: str | None = field(default=None, kw_only=True)
 
     @property
     def problem(self) -> str | None:
-        """The reason why the schema does not fit this release, with advice, or None if it fits."""
+        """The reason why the schema does not fit this release, with advice, or None."""
         if self.current is None and (schema := self.other_schema) is not None:
             return f"tiger_db is in the schema {schema}: set DB_SCHEMA={schema}"
         if self.current is None:
@@ -75,7 +75,7 @@ class SchemaState:
 
 @dataclass(frozen=True, slots=True)
 class AppliedMigration:
-    """A migration that was run. `seconds` is the duration of the last attempt."""
+    """A migration that was run. `seconds` is the duration of the migration's last attempt."""
 
     revision: str
     message: str
@@ -100,7 +100,7 @@ class SearchPath(NamedTuple):
     database: str
 
     def resolves_to(self, schema: str) -> bool:
-        """Return whether the search path is pg_catalog, followed by the schema if it exists."""
+        """Return whether the search path starts with pg_catalog and, if it exists, the schema."""
         found = [name for name in self.schemas if not name.startswith("pg_temp")]
         return found == ["pg_catalog"] or found[:2] == ["pg_catalog", schema]
 
@@ -113,7 +113,7 @@ class SearchPath(NamedTuple):
         """Raise SchemaMismatch if the search path does not resolve to the schema."""
         if not self.resolves_to(schema):
             raise SchemaMismatch(
-                f"a pooler dropped the search path: it is {self.setting}, which does not lead to"
+                f"a pooler dropped the search path: the path {self.setting} does not lead to"
                 f" {quote_identifier(schema)} (DB_SCHEMA): run {self.repair_sql(schema)}"
             )
 
@@ -127,12 +127,12 @@ def script_location() -> Path:
 
 @cache
 def scripts() -> ScriptDirectory:
-    """Read the migration scripts once per process, and return them."""
+    """Return Alembic's directory of migration scripts, which is read once per process."""
     return ScriptDirectory.from_config(alembic_config())
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration. If a connection is given, env.py uses that connection."""
+    """Return Alembic's configuration. If `connection` is given, `alembic/env.py` uses it."""
     config = Config(stdout=io.StringIO())
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -145,7 +145,7 @@ async def schema_state(connection: AsyncConnection) -> SchemaState:
     """Return the revision of the database and the head revision of this release.
 
     Raises:
-        MigrationError: the folder of migrations has no migration, or has more than one head.
+        MigrationError: the folder of migration scripts is empty, or has more than one head.
         SchemaMismatch: the search path of the session does not resolve to `DB_SCHEMA`.
     """
     directory = await asyncio.to_thread(scripts)
@@ -170,7 +170,7 @@ def _head(directory: ScriptDirectory) -> str:
 
 
 def _current(connection: Connection) -> tuple[str, ...]:
-    """Return the revisions of the database. There are several if branches were not merged."""
+    """Return the revisions of the database: several revisions if branches were not merged."""
     _check_search_path(connection)
     if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
         return ()
@@ -185,15 +185,15 @@ def _configured_schema(connection: Connection) -> str | None:
 
 def _check_search_path(connection: Connection) -> None:
     schema = _configured_schema(connection)
-    # If the setting has the expected text, current_schemas() is not called, because for a missing
-    # schema, current_schemas() fails if the role may not create temporary tables.
+    # If the setting `search_path` is as expected, current_schemas() is not called. If the schema is
+    # missing and the role may not create temporary tables, current_schemas() fails.
     setting = text("SELECT pg_catalog.current_setting('search_path')")
     if schema is not None and connection.scalar(setting) != search_path(schema):
         SearchPath._make(connection.exec_driver_sql(SEARCH_PATH).one()).check(schema)
 
 
 def create_schema(connection: Connection) -> None:
-    """Create the schema that `DB_SCHEMA` names if the schema is missing, and commit.
+    """Create the schema that `DB_SCHEMA` names if the schema is missing, and commit the change.
 
     Raises:
         MigrationError: the database role lacks the privilege to create or to use the schema.
@@ -210,7 +210,7 @@ def create_schema(connection: Connection) -> None:
             except DBAPIError as error:
                 connection.rollback()
                 state = getattr(error.orig, "sqlstate", None)
-                if state == "42501":  # PostgreSQL's code for insufficient_privilege
+                if state == "42501":  # SQLSTATE of insufficient_privilege
                     raise MigrationError(
                         "the schema of DB_SCHEMA is missing, and this role may not create it: have"
                         f" an administrator run CREATE SCHEMA {quoted}, and GRANT USAGE, CREATE on"
@@ -223,7 +223,7 @@ def create_schema(connection: Connection) -> None:
         usage = text("SELECT has_schema_privilege(:schema, 'USAGE')")
         if not connection.scalar(usage, {"schema": schema}):
             raise MigrationError(f"GRANT USAGE, CREATE ON SCHEMA {quoted} (DB_SCHEMA) to this role")
-        # SQLAlchemy cached the default schema when the schema `DB_SCHEMA` did not exist yet.
+        # When SQLAlchemy cached the default schema, the schema `DB_SCHEMA` may have been missing.
         connection.dialect.default_schema_name = schema
     connection.rollback()
 
@@ -234,7 +234,7 @@ def _is_missing(connection: Connection, schema: str) -> bool:
 
 
 def search_path_sql(schema: str, *, create: bool) -> str:
-    """Return the CREATE SCHEMA and SET search_path statements that begin a psql script."""
+    """Return the statements CREATE SCHEMA and SET search_path for the begin of a psql script."""
     created = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)};\n\n" if create else ""
     return f"{created}SET search_path = {search_path(schema)};\n\n"
 
@@ -246,12 +246,13 @@ async def upgrade(
 
     Each migration has its own transaction. `upgrade` waits while another process runs migrations. A
     migration that waits too long for a table lock is rolled back and run again, so that blocked
-    sessions can continue. `progress` is called with one line of text for each migration, for each
-    failed attempt, and while `upgrade` waits.
+    sessions can continue. The function `progress` is called with one line of text for each
+    migration, for each failed attempt, and while `upgrade` waits.
 
     Raises:
-        MigrationError: the database role lacks the privilege to create the schema, the revision is
-            unknown, or all attempts of a migration were blocked. Completed migrations stay applied.
+        MigrationError: the database role lacks the privilege to create the schema, the target
+            revision is unknown, or all attempts of a migration were blocked. Completed migrations
+            stay applied.
         SchemaMismatch: the search path of the sessions does not resolve to `DB_SCHEMA`.
     """
     async with engine.connect() as connection:
@@ -276,7 +277,7 @@ async def upgrade(
 async def downgrade(
     engine: AsyncEngine, revision: str, *, progress: Progress = lambda _: None
 ) -> SchemaState:
-    """Undo migrations down to a revision, `-1` or `base`. Locks and retries are as in `upgrade`.
+    """Undo migrations down to a revision, `-1` or `base`, with the same locks as `upgrade`.
 
     Raises:
         MigrationError: the target revision is unknown, or all attempts of a migration were blocked.
@@ -289,7 +290,7 @@ async def downgrade(
 
 
 async def pending(engine: AsyncEngine, revision: str = "head") -> list[Script]:
-    """Return the migrations that `upgrade` would run, in order.
+    """Return the pending migrations, in the order in which `upgrade` would run them.
 
     Raises:
         MigrationError: the target revision is unknown.
@@ -304,7 +305,7 @@ async def pending(engine: AsyncEngine, revision: str = "head") -> list[Script]:
 
 
 async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
-    """Return the SQL that `upgrade` would execute, for `psql -v ON_ERROR_STOP=1`.
+    """Return the SQL that `upgrade` would execute, as a script for `psql -v ON_ERROR_STOP=1`.
 
     Raises:
         MigrationError: the target revision is unknown, or the database is at several revisions.
@@ -349,7 +350,8 @@ def migration_sql(start: str | None, end: str) -> str:
 async def drift(engine: AsyncEngine) -> list[str]:
     """Return one line for each difference between the schema and the schema's declaration.
 
-    The result omits triggers that tiger_db does not declare. `doctor` reports such triggers.
+    The result omits triggers that tiger_db does not declare. `tiger-db doctor` reports these
+    triggers.
 
     Raises:
         SchemaMismatch: the database is not at the head revision.
@@ -362,17 +364,18 @@ async def drift(engine: AsyncEngine) -> list[str]:
         try:
             await _run(connection, command.check)
         except AutogenerateDiffsDetected as detected:
-            # `find_differences` already reports missing triggers.
+            # The list `changed` already has the missing triggers.
             diffs = [_describe(diff) for diff in detected.diffs if diff[0] != "add_trigger"]
             return [" ".join(diff.split()) for diff in diffs] + changed
     return changed
 
 
 async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = True) -> Path:
-    """Write a migration that makes the schema match the models. Return the migration's path.
+    """Write a migration that makes the schema match the models. Return the path of the new file.
 
     Raises:
-        MigrationError: tiger_db is not imported from a checkout of the repository.
+        MigrationError: tiger_db was imported from an installed package instead of a checkout of the
+            repository.
         SchemaMismatch: the database is not at the head revision.
     """
     if script_location().parent == Path(__file__).parents[1]:
@@ -413,7 +416,7 @@ def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionS
 async def _apply(
     engine: AsyncEngine, connection: AsyncConnection, revision: str, progress: Progress, *, up: bool
 ) -> list[AppliedMigration]:
-    """Run the migrations up or down to a revision, each migration in its own transaction."""
+    """Run the migrations up or down to a revision. Each migration has its own transaction."""
     current = await connection.run_sync(_current)
     await connection.rollback()
     applied = []
@@ -450,7 +453,7 @@ async def _run(connection: AsyncConnection, run: Callable[[Config], T]) -> T:
 
 
 def _describe(difference: object) -> str:
-    """Return a description of a difference that Alembic found as a tuple or a list of tuples."""
+    """Describe a difference that Alembic reported as a tuple or as a list of tuples."""
     if isinstance(difference, list):
         return "; ".join(map(_describe, difference))
     if not isinstance(difference, tuple):

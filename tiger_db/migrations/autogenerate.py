@@ -1,10 +1,10 @@
-"""Extensions of Alembic's autogenerate: partitions, column types, defaults and triggers."""
+"""Extensions of Alembic's autogenerate for partitions, column types, defaults and triggers."""
 
 import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import alembic_postgresql_enum  # noqa: F401  # registers a comparison of enum members
+import alembic_postgresql_enum  # noqa: F401  # the import registers a comparison of enum members
 from alembic.autogenerate import comparators
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations.ops import ExecuteSQLOp, UpgradeOps
@@ -19,7 +19,7 @@ _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")
 
 
 def include_name(name: str | None, kind: str, _parents: object) -> bool:
-    """Return False if the name is that of a partition of audit_logs, which has no model."""
+    """Return False for partitions of audit_logs, because partitions have no model."""
     return not (kind == "table" and name is not None and _PARTITION.match(name))
 
 
@@ -38,9 +38,9 @@ def compare_server_default(
     _metadata_default: object,
     rendered_metadata_default: str | None,
 ) -> bool | None:
-    """Compare defaults with nextval() as text, because each call of nextval() has a new value.
+    """Compare column defaults with nextval() as text, because nextval() returns changing values.
 
-    For all other defaults, the result is None, and Alembic compares the values of the defaults.
+    For all other column defaults, the result is None, and Alembic compares the defaults' values.
     """
     if inspected_default and inspected_default.startswith("nextval("):
         return inspected_default != rendered_metadata_default
@@ -48,7 +48,7 @@ def compare_server_default(
 
 
 class TriggerOp(ExecuteSQLOp):
-    """Alembic operation that creates or drops a `set_updated_at` trigger."""
+    """An Alembic operation that creates or drops a trigger `set_updated_at`."""
 
     def __init__(self, trigger: Trigger, *, create: bool = True) -> None:
         self.trigger, self.create = trigger, create

@@ -1,4 +1,4 @@
-"""Differences between a database and the declared triggers and functions, with SQL for repair."""
+"""Differences between a database and the declared triggers and functions, with repairing SQL."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from tiger_db.models import metadata
 
 @dataclass(frozen=True, slots=True)
 class SchemaDifference:
-    """A difference between a database and the declaration, and the SQL that repairs it."""
+    """A difference between a database and its declaration, with the SQL that repairs it."""
 
-    tables: tuple[str, ...]  # affected tables, where a parent table represents its partitions
+    tables: tuple[str, ...]  # affected tables, with the parent table instead of a partition
     description: str
     repair: str
-    undeclared: bool = False  # True for a trigger that tiger_db does not declare
+    undeclared: bool = False  # whether the difference is an undeclared trigger
 
     def __str__(self) -> str:
         return f"{self.description}: {self.repair}"
@@ -57,8 +57,9 @@ SELECT format('%I(%s)', proname, pg_get_function_arguments(oid)) AS signature,
 FROM pg_proc WHERE pronamespace = :schema
     AND proname = ANY (CAST(:names AS text[])) AND prokind <> 'a' ORDER BY 1
 """)
-# This query finds objects and settings that can change the effect of tiger_db's SQL: functions and
-# operators with PostgreSQL's names, casts of column types, and disabled triggers of a session.
+# `_OVERRIDES` finds objects and settings that can change the effect of tiger_db's SQL: functions
+# and operators with PostgreSQL's names, casts of column types, and a session setting that disables
+# triggers.
 _OVERRIDES = text("""
 WITH of_columns AS (
     SELECT t.oid, t.typelem FROM pg_attribute JOIN pg_type AS t ON t.oid = atttypid
@@ -118,13 +119,13 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
     """Compare triggers, functions, row security, rules and kinds of tables with the declaration.
 
     Also find objects and settings that change the effect of tiger_db's SQL, such as casts. The
-    database must be at the head revision. This function sets the search path of the current
+    database must be at the head revision. `find_differences` sets the search path of the current
     transaction to pg_catalog.
     """
-    # A database may have the setting quote_all_identifiers, which adds quotes to printed names.
+    # With the setting quote_all_identifiers, PostgreSQL would print additional quotes.
     await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
     schema = (await connection.execute(_SCHEMA)).one()
-    # If the search path is pg_catalog, the queries call only PostgreSQL's own functions, and
+    # With the search path pg_catalog, the queries call only PostgreSQL's own functions, and
     # PostgreSQL prints qualified names.
     await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     values: dict[str, Any] = {
@@ -182,7 +183,7 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
 
 
 def _first_changes(expected: str, definition: str) -> str:
-    """Return a text with the first added line and the first missing line of a definition."""
+    """Describe the first added line and the first missing line of a function's definition."""
     before, after = (
         [" ".join(line.split()) for line in source.replace("$function$", "\n").splitlines()]
         for source in (expected, definition)
@@ -196,17 +197,17 @@ def _first_changes(expected: str, definition: str) -> str:
 
 
 def _function_sql(signature: str, definition: str) -> str:
-    """Return the SQL that creates or replaces a function, as one line."""
+    """Return the SQL that creates or replaces an SQL function, as one line."""
     clauses, _, body = definition.partition("AS $function$")
     sql = f"CREATE OR REPLACE FUNCTION {signature} {' '.join(clauses.split())}"
-    if not body:  # the body of a function in standard SQL has no $function$
+    if not body:  # a function body in standard SQL has no $function$
         return sql
     body = body.removesuffix("$function$\n").replace("\\", "\\\\").replace("'", "''")
     return f"{sql} AS E'{body}'".replace("\n", "\\n")
 
 
 def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
-    """Yield a description and the SQL for repair of each difference of a table."""
+    """Yield the description of each difference of a table, and the SQL that repairs it."""
     name, qualified = table.name, table.qualified
     if table.kind != (kind := _expected_kind(table)):
         yield (
@@ -223,7 +224,7 @@ def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
         yield f"{name} has the policy {policy}", f"DROP POLICY {policy} ON {qualified}"
     for rule in table.rules:
         yield f"{name} has the rule {rule}", f"DROP RULE {rule} ON {qualified}"
-    for child in table.children:  # NO INHERIT does not delete rows of the child table
+    for child in table.children:  # NO INHERIT keeps the rows of the child table
         yield f"table {child} inherits from {name}", f"ALTER TABLE {child} NO INHERIT {qualified}"
 
 
@@ -246,7 +247,7 @@ def _compare_triggers(
             row = present.pop(trigger.name, None)
             expected = trigger.definition(qualified, schema)
             state = states[table.oid, trigger.name] = _state(trigger, expected, row)
-            # PostgreSQL copies row triggers, and changes of row triggers, to all partitions.
+            # PostgreSQL copies row triggers of a table, and their changes, to all partitions.
             copied = not is_root and trigger.action.startswith("FOR EACH ROW")
             if state is None or (copied and states[table.root_oid, trigger.name] == state):
                 continue

@@ -1,7 +1,8 @@
 """The declared triggers and functions of the schema, read from `declared.sql`.
 
-`find_differences` compares a database with this declaration. A difference can be the result of an
-accident. For example, an interrupted `pg_restore --disable-triggers` leaves triggers disabled.
+`find_differences` compares a database with the declared triggers and functions. An accident can
+cause a difference. For example, an interrupted `pg_restore --disable-triggers` leaves triggers
+disabled.
 """
 
 import re
@@ -13,9 +14,9 @@ from tiger_db.models import metadata
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """A trigger, with the parts of its SQL as `pg_get_triggerdef` prints them.
+    """A declared trigger, with the parts of its SQL in the format of `pg_get_triggerdef`.
 
-    In `action`, the placeholder `{schema}.` precedes each name in the schema.
+    In the field `action`, the placeholder `{schema}.` precedes each name that the schema contains.
     """
 
     table: str
@@ -23,7 +24,7 @@ class Trigger:
     events: str
     action: str
     enabled: str = "O"  # value of pg_trigger.tgenabled: O for ENABLE, A for ENABLE ALWAYS
-    partitions: bool = False  # True if all partitions of the table also have the trigger
+    partitions: bool = False  # whether all partitions of the table also have the trigger
 
     def definition(self, table: str, schema: str | None = None) -> str:
         """Return the SQL that creates the trigger on its table, or on a partition of the table.
@@ -59,7 +60,6 @@ def _read_functions() -> dict[str, str]:
 
 
 TRIGGERS = _read_triggers()
-# FUNCTIONS maps the signature of each function to the function's SQL, which is the output of
-# `pg_get_functiondef` without the first line. In the SQL, the placeholder {schema} stands for the
-# schema's name as an SQL string literal.
+# FUNCTIONS maps the signature of each SQL function to the output of `pg_get_functiondef` without
+# its first line. The placeholder {schema} replaces the schema's name as an SQL string literal.
 FUNCTIONS = _read_functions()

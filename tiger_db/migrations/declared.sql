@@ -1,6 +1,6 @@
--- The declared triggers and functions. The format is the output of pg_get_triggerdef() and
--- pg_get_functiondef() in the schema public. A migration that changes a trigger or a function must
--- change this file too, because migrations do not read this file. declared.py declares a trigger
+-- The declared triggers and functions, in the output format of pg_get_triggerdef() and
+-- pg_get_functiondef() in the schema public. Migrations do not read declared.sql. If a migration
+-- changes a trigger or a function, change declared.sql too. declared.py declares a trigger
 -- set_updated_at on each table with a column updated_at.
 
 CREATE TRIGGER notify_update AFTER UPDATE ON public.api_keys FOR EACH ROW WHEN ((to_jsonb(old.*) - '{usage_count,last_used_at,updated_at}'::text[]) IS DISTINCT FROM (to_jsonb(new.*) - '{usage_count,last_used_at,updated_at}'::text[])) EXECUTE FUNCTION public.notify_api_key_change();

@@ -29,14 +29,14 @@ def lock_key(number: int) -> str:
     )
 
 
-# While a migration waits for a table lock, other sessions wait behind the migration. The lock
-# timeout must exceed deadlock_timeout (1 s), after which PostgreSQL cancels a blocking autovacuum.
+# While a migration waits for a table lock, other sessions wait for the migration. The lock timeout
+# must exceed deadlock_timeout (1 s), after which PostgreSQL cancels a blocking autovacuum.
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'"
-_LOCK_RETRY_SECONDS = 300.0  # maximum time for all attempts of one migration, in seconds
-_MAX_PAUSE_SECONDS = 15.0  # maximum pause between two attempts of a migration, in seconds
-_MIGRATION_LOCK_SECONDS = 3600.0  # maximum wait for migrations of other processes, in seconds
+_LOCK_RETRY_SECONDS = 300.0  # maximum time for all attempts of one migration
+_MAX_PAUSE_SECONDS = 15.0  # maximum pause between two attempts of a migration
+_MIGRATION_LOCK_SECONDS = 3600.0  # maximum wait for the migration lock
 _POLL_SECONDS = 0.5
-_REPORT_SECONDS = 30.0  # time between two progress messages about a wait, in seconds
+_REPORT_SECONDS = 30.0  # time between two progress messages about a wait
 _KEY = lock_key(MIGRATION_LOCK_ID)
 _SESSION = """
 CASE pid WHEN 0 THEN 'a prepared transaction' ELSE concat('process ', pid, ' (', concat_ws(', ',
@@ -57,17 +57,17 @@ _LOCK_HOLDERS = text(
 
 @asynccontextmanager
 async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterator[AsyncConnection]:
-    """Open a connection that holds the migration lock and has the lock timeout.
+    """Open a connection that holds the migration lock, and sets the lock timeout.
 
-    One process at a time can hold the migration lock of a schema.
+    Only one process at a time can hold the migration lock of a schema.
 
     Raises:
         MigrationError: other processes held the migration lock for an hour.
     """
     async with engine.connect() as connection:
         await _take_lock(connection, progress)
-        # Each transaction begins by setting the lock timeout. An autocommit_block has no lock
-        # timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
+        # Each transaction begins with LOCK_TIMEOUT. An autocommit_block has no lock timeout,
+        # because CREATE INDEX CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
         event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
@@ -79,10 +79,10 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
 
 
 async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
-    """Take the migration lock. While another process holds the lock, report that process.
+    """Take the migration lock. While another process holds the migration lock, report that process.
 
-    No transaction is open between two attempts, because an open transaction would block CREATE
-    INDEX CONCURRENTLY in the other process.
+    Between two attempts to take the migration lock, no transaction is open. An open transaction
+    would block CREATE INDEX CONCURRENTLY in the other process.
     """
     start, reported = time.monotonic(), -_REPORT_SECONDS
     while not await connection.scalar(text(f"SELECT pg_try_advisory_lock({_KEY})")):
@@ -108,7 +108,7 @@ async def with_lock_retries(
     work: Callable[[], Awaitable[T]],
     progress: Progress,
 ) -> tuple[T, float, int]:
-    """Run a migration. If a table lock is not granted in time, run the migration again.
+    """Run the migration `work`. If PostgreSQL grants no table lock in time, run `work` again.
 
     The return value is the result of `work`, the duration of the last attempt in seconds, and the
     number of attempts.
@@ -149,7 +149,7 @@ async def with_lock_retries(
 
 
 async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
-    """Poll until `done` is set. Return the last sessions that blocked the process `pid`."""
+    """Poll until `done` is set. Return the last sessions that blocked the backend `pid`."""
     blockers: Sequence[str] = ()
 
     async def is_done() -> bool:
@@ -157,9 +157,9 @@ async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) ->
             await asyncio.wait_for(done.wait(), _POLL_SECONDS)
         return done.is_set()
 
-    if await is_done():  # a migration that ends soon needs no polling
+    if await is_done():  # a short migration needs no polling
         return blockers
-    # Errors of this poll are ignored, because the blocking sessions are needed only for messages.
+    # Errors of `_BLOCKERS` are ignored, because only messages need the blocking sessions.
     with suppress(DatabaseUnavailable, DBAPIError):
         async with engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
