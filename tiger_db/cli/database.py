@@ -23,7 +23,7 @@ _PANEL = "Database"
 
 @app.command(rich_help_panel=_PANEL)
 def init() -> None:
-    """Create the database, the schema and the embedded server's keys, if missing."""
+    """Create the database, the schema and the embedded server's keys if they are missing."""
     config = runtime.settings()
     keys = tiger_db.keys_in_force
     pepper = keys.configured(config, keys.API_KEY_PEPPERS)
@@ -105,7 +105,7 @@ def revision(
         bool, typer.Option("--empty", help="Write a migration without changes.")
     ] = False,
 ) -> None:
-    """Generate a migration of the database schema to the models, and print the file's path."""
+    """Write a migration that makes the schema match the models, and print the new file's path."""
     work = tiger_db.migrations.revision
     with redirect_stdout(sys.stderr):  # Alembic prints messages to stdout
         path = runtime.run_async(
@@ -119,7 +119,7 @@ def revision(
 @app.command(rich_help_panel=_PANEL, context_settings={"ignore_unknown_options": True})
 def downgrade(
     revision: Annotated[
-        str, typer.Argument(help="Revision id; -1 for the previous revision; base for no tables.")
+        str, typer.Argument(help="Revision id, or -1 (previous revision), or base (no tables).")
     ],
     *,
     yes: options.Yes = False,
@@ -156,8 +156,8 @@ def check(*, as_json: options.AsJson = False) -> None:
     """List pending migrations, or differences between the schema and this release.
 
     Tables are compared with the models. Triggers, functions, row security and rules are compared
-    with this release, and each difference is listed with the SQL that repairs it. Added triggers
-    are listed by `doctor` only.
+    with this release, and each difference is listed with the SQL that repairs it. Only `doctor`
+    lists triggers that were added to the schema.
     """
     config = runtime.settings()
     state = runtime.run_async(_with_engine(config, _load_state))
@@ -188,8 +188,8 @@ def health_check(
 ) -> None:
     """Report to a probe whether the database can serve requests, with advice on problems.
 
-    The command fails if the database is not ready. With --live, it fails if the settings are not
-    valid.
+    The command fails if the database is not ready. With --live, the command fails only if a setting
+    is not valid.
     """
     check = tiger_db.health.check_liveness if live else tiger_db.health.check_readiness
     report = asdict(runtime.run_async(check(runtime.settings())))
@@ -209,7 +209,7 @@ def health_check(
 
 @app.command(rich_help_panel=_PANEL)
 def doctor(*, as_json: options.AsJson = False) -> None:
-    """Check the installation, and print advice on each problem."""
+    """Check the installation of tiger_db, and print advice on each problem."""
     results = runtime.run_async(tiger_db.doctor.run(runtime.settings()))
     items = [asdict(result) for result in results]
     output.show_items(("Check", "Status", "Result", "Advice"), items, as_json=as_json)
@@ -238,7 +238,7 @@ def stop_embedded() -> None:
 
 
 def _start(config: "tiger_db.Settings") -> None:
-    folder = tiger_db.embedded.home_folder(config)  # home_folder() raises an error in production
+    folder = tiger_db.embedded.home_folder(config)
     if tiger_db.embedded.running(config):
         output.print_message(f"the embedded PostgreSQL in {folder} is running")
         return
@@ -249,7 +249,7 @@ def _start(config: "tiger_db.Settings") -> None:
 
 
 async def _create_database(config: "tiger_db.Settings") -> bool:
-    """Create the database if the database is missing. Return True if this call created it.
+    """Create the database if it is missing. Return whether this call created the database.
 
     Raises:
         DatabaseUnavailable: the database server cannot be reached, or the database user lacks the
@@ -274,8 +274,8 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
         return False  # another process of `init` created the database first
     except asyncpg.InsufficientPrivilegeError:
         raise DatabaseUnavailable(
-            f"{config.location} does not exist, and this user may not create databases: ask an"
-            f" administrator to run {statement}"
+            f"the database {config.location} does not exist, and this user may not create"
+            f" databases: ask an administrator to run {statement}"
         ) from None
     finally:
         await server.close()
@@ -331,7 +331,7 @@ async def _migrate(
 
 
 async def _generate_encryption_key(config: "tiger_db.Settings") -> None:
-    """Generate the encryption key of the embedded server if the key is missing."""
+    """Generate the encryption key of the embedded server if the encryption key is missing."""
     path = tiger_db.embedded.home_folder(config) / "encryption_keys"
     existed = path.exists()
     async with tiger_db.Database(config) as database:

@@ -1,4 +1,4 @@
-"""Shared options and arguments of commands, with their parsing and prompts."""
+"""Options and arguments that several commands share, and functions that parse or ask for values."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ Limit = Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of row
 After = Annotated[
     str | None,
     typer.Option(
-        metavar="CURSOR", help="Cursor of the next page: the next_cursor of the earlier list."
+        metavar="CURSOR", help="Cursor of the next page: the next_cursor of the previous page."
     ),
 ]
 SINCE = typer.Option(
@@ -60,7 +60,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmat
 _MAX_DURATION = timedelta(days=36525)
 _MAX_SECRET_LENGTH = 1_000_000  # maximum number of characters of a secret
 _LINE_END_LENGTH = 2  # number of characters in CR LF, the longest line end
-# Linux truncates a line that is typed at a terminal and is longer than this limit.
+# Linux truncates a line that a user types at a terminal if the line is longer than this limit.
 _MAX_TERMINAL_LINE_BYTES = 4095
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -83,7 +83,7 @@ def split_words(text: str | None) -> list[str]:
 
 
 def parse_time(text: str, option: str) -> datetime:
-    """Return a time with a time zone in UTC. Raise BadParameter for any other text."""
+    """Parse a time with a time zone, and return the time in UTC. Otherwise, raise BadParameter."""
     try:
         found = datetime.fromisoformat(text)
         if found.tzinfo is not None:
@@ -115,7 +115,7 @@ def parse_duration(text: str, option: str) -> timedelta:
 
 
 def parse_expiry(expires_in: str | None, expires_at: str | None) -> datetime | None:
-    """Return the expiry that --expires-in or --expires-at sets, or None if neither is given."""
+    """Return the expiry that --expires-in or --expires-at sets, or None without these options."""
     if expires_in is not None and expires_at is not None:
         raise typer.BadParameter("cannot be combined with --expires-at", param_hint="--expires-in")
     if expires_in is not None:
@@ -134,7 +134,10 @@ def new_key_id() -> str:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask a yes-or-no question at the terminal unless `yes` is True. If the answer is no, abort."""
+    """Ask a yes-or-no question at the terminal, and abort if the answer is no.
+
+    If the argument `yes` is True, the question is not asked.
+    """
     if yes:
         return
     if not _at_terminal():
@@ -145,11 +148,11 @@ def confirm(question: str, *, yes: bool) -> None:
 def read_secret(name: str, value: str | None, file: str | None) -> str | None:
     """Read a secret from a file, from standard input (`-`), or from the command line.
 
-    A secret on the command line causes a warning. The result is None if neither `value` nor `file`
-    is given.
+    A secret on the command line causes a warning. If `value` and `file` are None, the result is
+    None.
 
     Raises:
-        BadParameter: both arguments, `value` and `file`, are given.
+        BadParameter: both `value` and `file` are given.
         InvalidValue: the secret is empty, too long, or not text.
     """
     if value is not None and file is not None:
@@ -199,9 +202,9 @@ def _at_terminal() -> bool:
 
 
 def _read_hidden(name: str) -> str:
-    """Ask for a secret at the terminal, which does not show the typed secret.
+    """Ask for a secret at the terminal. The terminal does not show the typed secret.
 
-    All lines of a pasted PEM are read. `getpass` would read only the first line, and the shell
+    All lines of a pasted PEM file are read. `getpass` would read only the first line, and the shell
     would execute the other lines.
 
     Raises:
@@ -222,5 +225,5 @@ def _read_hidden(name: str) -> str:
         termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
         sys.stderr.write("\n")
     if any(len(line.rstrip("\n").encode()) >= _MAX_TERMINAL_LINE_BYTES for line in lines):
-        raise InvalidValue(f"the line is too long for a terminal: use --{name}-file")
+        raise InvalidValue(f"a line of the secret is too long for a terminal: use --{name}-file")
     return "".join(lines)

@@ -1,4 +1,4 @@
-"""Output of commands: data on stdout, messages and progress on stderr."""
+"""The output of commands: data on stdout, messages and progress on stderr."""
 
 import json
 import sys
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 E_ = TypeVar("E_", bound="Entity")
 _DAY = timedelta(days=1)
-_COLUMN_GAP = 2  # number of spaces between two columns of a table
+_COLUMN_GAP = 2  # number of spaces between two table columns
 _MAX_CHART_WIDTH = 100  # maximum number of characters in a line of a chart
-_UNLIMITED_WIDTH = 10_000  # number of characters that prevents line wrapping without a terminal
+_UNLIMITED_WIDTH = 10_000  # line width without a terminal, so that lines are not wrapped
 
 
 def print_message(message: str) -> None:
@@ -33,7 +33,7 @@ def print_message(message: str) -> None:
 
 
 def count_of(count: int, noun: str, plural: str | None = None) -> str:
-    """Return a text of a number and a noun, such as `1 seal` or `1,200 seals`."""
+    """Return a text with a number and a noun, such as `1 seal` or `1,200 seals`."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
@@ -58,7 +58,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
 
 @contextmanager
 def open_output(path: Path | None, *, overwrite: bool) -> Iterator[IO[str]]:
-    """Open the file of the option --out. If `path` is None, yield standard output."""
+    """Open the output file of the option --out. If `path` is None, yield standard output."""
     if path is None:
         yield sys.stdout
         return
@@ -71,7 +71,7 @@ def print_json(value: object) -> None:
 
 
 def dump(row: "Entity") -> dict[str, Any]:
-    """Return all fields of an entity for JSON, in declaration order, with masked secrets."""
+    """Return all fields of an entity as JSON values, in declaration order, with masked secrets."""
     dumped = row.model_dump(mode="json")
     return {name: dumped[name] for name in type(row).model_fields if name in dumped}
 
@@ -106,7 +106,7 @@ def show_items(
 
 
 def show_lines(lines: Sequence[str], *, as_json: bool) -> None:
-    """Print a list of texts on one line each, or as JSON."""
+    """Print each text of a list on its own line, or print the list as JSON."""
     if as_json:
         print_json({"items": lines, "next_cursor": None})
     else:
@@ -114,7 +114,7 @@ def show_lines(lines: Sequence[str], *, as_json: bool) -> None:
 
 
 def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table, and omit empty columns."""
+    """Print a table without its empty columns."""
     if not rows:
         print_message("no rows found")
         return
@@ -122,7 +122,7 @@ def show_table(headings: Iterable[str], rows: Sequence[Sequence[object]]) -> Non
     columns = [column for column in zip(headings, *cells, strict=True) if any(column[1:])]
     console, table = _console(), _table()
     for (heading, *_), width in zip(columns, _widths(columns, console.width), strict=True):
-        # The table does not wrap the first column, whose values users copy into other commands.
+        # The first column is not wrapped, because users copy its values into other commands.
         rigid = width is None and heading == columns[0][0]
         table.add_column(heading, width=width, no_wrap=rigid, overflow="fold")
     for row in list(zip(*columns, strict=True))[1:]:
@@ -136,7 +136,7 @@ def show_line(row: Iterable[object]) -> None:
 
 
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
-    """Return column widths that break no word, or None for each column if space is lacking."""
+    """Return column widths that break no word. If space is lacking, return None for each column."""
     least = [max(map(cell_len, " ".join(column).split())) for column in columns]
     room = width - sum(least) - _COLUMN_GAP * (len(least) - 1)
     if room < 0:
@@ -150,7 +150,7 @@ def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
 
 
 def show_fields(fields: Mapping[str, object]) -> None:
-    """Print a line for each field that is not empty."""
+    """Print one line with name and value for each field that is not empty."""
     table = _table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -167,8 +167,8 @@ def show_bars(counts: Mapping[str, int]) -> None:
     room -= max(map(len, counts)) + len(f"{greatest:,}")
     table = _table(show_header=False)
     for name, count in counts.items():
-        # The last character of a bar may be a partial block. U+2588 is a full block, and U+258F is
-        # an eighth of a block.
+        # The last character of a bar may be a partial block. U+2588 is a full block. U+258F is a
+        # block of one eighth.
         eighths = round(count / greatest * max(room, 1) * 8)
         part = chr(0x2590 - eighths % 8) if eighths % 8 else ""
         table.add_row(name, "\u2588" * (eighths // 8) + part, f"{count:,}")
@@ -178,7 +178,7 @@ def show_bars(counts: Mapping[str, int]) -> None:
 def count_by_period(
     hours: Mapping[datetime, int], since: datetime, until: datetime
 ) -> dict[str, int]:
-    """Return counts by hour for a period of at most two days, else by day, including zeros."""
+    """Return the counts of a period, including zeros: by hour up to two days, else by day."""
     by_hour = until - since <= 2 * _DAY
     step, form = (timedelta(hours=1), "%m-%d %H:00") if by_hour else (_DAY, "%Y-%m-%d")
     time = since.replace(minute=0, second=0, microsecond=0)
@@ -203,7 +203,7 @@ def _console() -> Console:
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _format(value: object) -> str:  # noqa: PLR0911  # one return statement for each type
+def _format(value: object) -> str:  # noqa: PLR0911  # one return statement for each type of value
     match value:
         case None:
             return ""

@@ -1,4 +1,4 @@
-"""Execution of commands: settings, event loop, database sessions, look-ups, and error messages."""
+"""Functions that run commands: settings, event loop, sessions, look-ups and error messages."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
 T = TypeVar("T")
-# `actor_name` is the value of --actor, or None for the user of the operating system.
+# `actor_name` is the value of --actor, or None if the actor is the operating system's user.
 actor_name: ContextVar[str | None] = ContextVar("actor_name", default=None)
 
 
@@ -25,13 +25,13 @@ def settings() -> "tiger_db.Settings":
     """Read the settings from the environment. If DB_DEBUG is set, log SQL statements to stderr."""
     found = tiger_db.Settings()
     logger = logging.getLogger("sqlalchemy.engine.Engine")
-    if found.db_debug and not logger.handlers:  # SQLAlchemy's log handler would write to stdout
+    if found.db_debug and not logger.handlers:  # SQLAlchemy's own log handler writes to stdout
         logger.addHandler(logging.StreamHandler())
     return found
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in a new event loop."""
+    """Run a coroutine in a new event loop, and return the result of the coroutine."""
     import asyncio  # noqa: PLC0415  # slow import, not needed by `--help`
 
     return asyncio.run(coroutine)
@@ -50,11 +50,11 @@ def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
 
 
 def _system_user() -> str:
-    """Return the name or number of the process's user, independent of environment variables."""
+    """Return the name or number of this process's user, without use of environment variables."""
     number = os.getuid()
     try:
         return pwd.getpwuid(number).pw_name
-    except KeyError:  # a container may run as a user number without a name
+    except KeyError:  # in a container, the user may have a number but no name
         return str(number)
 
 
@@ -82,7 +82,7 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
     if key is None and (key_id := parse_uuid(prefix_or_id)):
         key = await tiger_db.crud.api_keys.get(session, key_id)
     if key is None:
-        # The error message omits `prefix_or_id`, because a user may pass a whole API key.
+        # The message omits `prefix_or_id`, because the user may have passed a whole API key.
         raise NotFound("there is no API key with this prefix or id")
     return key
 
@@ -112,7 +112,7 @@ def parse_uuid(text: str) -> UUID | None:
 
 
 def describe_error(error: Exception) -> str:
-    """Describe an error in one line, without the message of an unexpected error."""
+    """Describe an error in one line. Omit the message of an unexpected error."""
     from pydantic import ValidationError  # noqa: PLC0415  # slow import, not needed by `--help`
 
     from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # slow import, not needed by `--help`
@@ -128,7 +128,7 @@ def describe_error(error: Exception) -> str:
     if os.environ.get("DB_DEBUG", "").lower() in ("1", "true", "yes", "on"):
         sys.stderr.writelines(
             traceback.format_tb(error.__traceback__)
-        )  # the printed traceback has source lines, but no values of variables
+        )  # a traceback has source lines, but no values of variables
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"unexpected {type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}:"  # noqa: PTH119  # a file name
