@@ -16,7 +16,7 @@ from tiger_db.settings import DEFAULT_SCHEMA, Settings
 def run(connection: Connection) -> None:
     context.configure(connection=connection, **OPTIONS)
     with warnings.catch_warnings(), context.begin_transaction():
-        # SQLAlchemy 2.1 and Alembic warn of each NOT VALID constraint that they read.
+        # SQLAlchemy 2.1 and Alembic warn about each NOT VALID constraint that Alembic reads.
         for argument in ("dialect_options", "not_valid"):
             message = f"Can't validate argument '{argument}'"
             warnings.filterwarnings("ignore", message, SAWarning)
@@ -37,7 +37,8 @@ if context.is_offline_mode():
         literal_binds=True,
         **OPTIONS,
     )
-    # If tiger_db sets the attribute "connection" (even to None), tiger_db prints the search path.
+    # If the configuration has the attribute "connection" (even None), `pending_sql` prints the
+    # search path.
     if "connection" not in context.config.attributes:
         schema = Settings().db_schema
         context.get_context().impl.static_output(

@@ -1,4 +1,4 @@
-"""Create the tables of the four entities.
+"""Create the tables of accounts, API keys, audit events and refreshes.
 
 Revision: 0001
 Follows:
@@ -144,8 +144,8 @@ END
 $$
 """
 
-# uuid7_floor returns the smallest UUIDv7 of a time. A UUIDv7 begins with 48 bits of epoch milliseconds
-# (RFC 9562, section 5.7).
+# uuid7_floor returns the smallest UUIDv7 of a time. A UUIDv7 begins with 48 bits of epoch
+# milliseconds (RFC 9562, section 5.7).
 UUID7_FLOOR = """
 CREATE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
@@ -155,8 +155,9 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
 $$
 """
 
-# ATTACH PARTITION does not block writers, unlike CREATE TABLE ... PARTITION OF. Events of a
-# month without a partition are in the default partition, and are moved to the new partition.
+# Unlike CREATE TABLE ... PARTITION OF, ATTACH PARTITION does not block writers. If a month has no
+# partition, its events are in the default partition, and make_audit_months moves these events to
+# the new partition.
 MAKE_AUDIT_MONTHS = """
 CREATE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE

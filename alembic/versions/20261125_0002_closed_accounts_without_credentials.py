@@ -5,7 +5,8 @@ Follows: 0001
 Made: 2026-11-25
 
 The migration locks the small table tiger_accounts during a scan of all rows. Code of revision 0001
-works with this schema, but cannot close an account, because that code keeps the private key.
+works with the schema of revision 0002, but cannot close an account, because that code keeps the
+private key.
 """
 
 import sqlalchemy as sa
@@ -96,8 +97,8 @@ def downgrade() -> None:
     op.execute("DROP TRIGGER end_auto_suspension ON tiger_accounts")
     op.execute("DROP FUNCTION end_auto_suspension()")
     op.drop_constraint(op.f("ck_tiger_accounts_credentials_unless_closed"), "tiger_accounts")
-    # The removed private keys cannot be restored. Each removed key is replaced by an empty
-    # ciphertext, which cannot be decrypted.
+    # The removed private keys cannot be restored. An empty ciphertext, which cannot be decrypted,
+    # replaces each removed private key.
     op.execute("UPDATE tiger_accounts SET private_key = '' WHERE private_key IS NULL")
     op.alter_column(
         "tiger_accounts",

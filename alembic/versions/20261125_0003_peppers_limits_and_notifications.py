@@ -4,7 +4,8 @@ Revision: 0003
 Follows: 0002
 Made: 2026-11-25
 
-The migration locks api_keys and tiger_accounts briefly. Code of revision 0002 works with this schema.
+The migration locks api_keys and tiger_accounts briefly. Code of revision 0002 works with the schema
+of revision 0003.
 """
 
 import sqlalchemy as sa
@@ -22,7 +23,7 @@ squawk_ignore = {
 }
 
 CHANNEL = "tiger_db_api_keys"
-# If only these columns of an API key change, the trigger sends no notification.
+# If a statement changes only these columns of api_keys, the trigger sends no notification.
 COUNTERS = "'{usage_count,last_used_at,updated_at}'::text[]"
 CHANGED = f"to_jsonb(OLD) - {COUNTERS} IS DISTINCT FROM to_jsonb(NEW) - {COUNTERS}"
 
@@ -124,7 +125,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("writer", name=op.f("pk_api_key_batches")),
         comment="The latest batch of counts that each process has written",
     )
-    # The statement copies the current usage counts, so that the rate limits include earlier uses.
+    # The INSERT copies the current usage counts of API keys, so that rate limits include earlier
+    # uses.
     op.execute(
         "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"
         " SELECT u.api_key_id, date_trunc('hour', now(), 'UTC'),"
@@ -137,7 +139,7 @@ def upgrade() -> None:
     op.execute(NOTIFY)
     for name, (table, when) in TRIGGERS.items():
         op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION notify_api_key_change()")
-        # ENABLE ALWAYS makes the trigger fire during replication and restores too.
+        # With ENABLE ALWAYS, the trigger also fires during replication and restores.
         op.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {name}")
 
 

@@ -4,8 +4,9 @@ Revision: 0004
 Follows: 0003
 Made: 2026-11-25
 
-The migration rewrites and locks audit_logs to add the positions of events. If audit_logs has many rows,
-stop the writers first. Code of revision 0003 works with this schema, but can no longer change events.
+The migration rewrites and locks audit_logs to add the positions of audit events. If audit_logs has
+many rows, stop the programs that write audit events first. Code of revision 0003 works with the
+schema of revision 0004, but can no longer change audit events.
 """
 
 import sqlalchemy as sa
@@ -32,9 +33,9 @@ END
 $$
 """
 
-# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a transaction
-# that does not get the advisory lock sends no notification. Readers also poll for events, so readers
-# miss no event.
+# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a
+# transaction that does not get the advisory lock sends no notification. Readers of audit events
+# also poll, so readers miss no event.
 NOTIFY = """
 CREATE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -54,7 +55,7 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
 $$
 """
 
-# ATTACH PARTITION does not block writers, unlike CREATE TABLE ... PARTITION OF.
+# Unlike CREATE TABLE ... PARTITION OF, ATTACH PARTITION does not block writers.
 MAKE_AUDIT_PARTITION = """
 CREATE FUNCTION make_audit_partition(month timestamp) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -71,9 +72,9 @@ END
 $$
 """
 
-# The default partition contains events of months without a partition, and events with ids from a wrong
-# clock. Events cannot be deleted. Therefore, make_audit_months replaces the default partition and
-# inserts the events of the replaced partition again.
+# The default partition contains events of months without a partition, and events with ids from a
+# wrong clock. Audit events cannot be deleted. Therefore, make_audit_months replaces the default
+# partition and inserts the events of the replaced partition again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -118,7 +119,7 @@ END
 $$
 """
 
-# The downgrade restores this function of revision 0001.
+# The downgrade restores the function make_audit_months of revision 0001.
 MAKE_AUDIT_MONTHS_BEFORE = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -153,7 +154,7 @@ END
 $$
 """
 
-# An INSERT directly into a partition uses the column default of the partition, not of audit_logs.
+# A direct INSERT into a partition uses the column defaults of the partition, not of audit_logs.
 DEFAULTS = """
 DO $$
 DECLARE
@@ -210,8 +211,8 @@ def upgrade() -> None:
             comment="Place in the order of writing; what was rolled back leaves gaps",
         ),
     )
-    # now() returns the start time of the transaction. With now(), an event could get an earlier time
-    # than a seal that was written before the event.
+    # now() returns the start time of the transaction. With now(), an audit event could get an
+    # earlier time than a seal that was written before the event.
     op.alter_column(
         "audit_logs",
         "created_at",

@@ -1,11 +1,11 @@
-"""Add the refresh times of tokens, and notify workers of pending refreshes.
+"""Add the refresh times of access tokens, and notify workers of pending refreshes.
 
 Revision: 0005
 Follows: 0004
 Made: 2026-11-25
 
-Code of revision 0004 works with this schema. A token that code of revision 0004 writes is due for a
-refresh one hour before the token expires.
+Code of revision 0004 works with the schema of revision 0005. An access token that code of revision
+0004 writes is due for a refresh one hour before the token expires.
 """
 
 import sqlalchemy as sa

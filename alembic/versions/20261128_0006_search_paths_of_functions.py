@@ -1,11 +1,12 @@
-"""Set the search path of functions, and name notification channels and advisory locks by schema.
+"""Set the search path of SQL functions, and use channels and advisory locks of each schema.
 
 Revision: 0006
 Follows: 0005
 Made: 2026-11-28
 
-The migration replaces functions and locks no table. Code of revision 0005 works with this schema: in
-the schema `public`, the names of channels and the keys of advisory locks do not change.
+The migration replaces SQL functions and locks no table. Code of revision 0005 works with the schema
+of revision 0006: in the schema `public`, the names of notification channels and the keys of
+advisory locks do not change.
 """
 
 from alembic import op
@@ -15,8 +16,8 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-# The SQL function quote_ident quotes names as the Python function quote_identifier does. The stored
-# search path is the same, whether DB_SCHEMA, psql or a role set the search path of the connection.
+# The SQL function quote_ident quotes a name like the Python function quote_identifier. The search
+# path that a function stores does not depend on how the connection's search path was set.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )
@@ -24,14 +25,14 @@ FROM_CURRENT = "SET search_path FROM CURRENT"
 
 MONTHS_LOCK = """
         pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))"""
-# A schema and a notification channel have names of at most 63 bytes. Therefore, the name of the
+# The names of schemas and notification channels have at most 63 bytes. Therefore, the name of the
 # channel contains a digest of the schema's name instead of the schema's name.
 DECLARE = """DECLARE
     channel CONSTANT text := pg_catalog.concat('{}', '_' ||
         left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 """
 
-# The name pg_catalog.concat is qualified, so that no other function named concat is called.
+# The name pg_catalog.concat is qualified, so that no function concat of another schema is called.
 QUALIFIED = {
     "key": "pg_catalog.concat('key ', OLD.id)",
     "account": "pg_catalog.concat('account ', OLD.id)",
@@ -54,8 +55,8 @@ $$
 """
 
 # PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a
-# transaction that does not get the advisory lock sends no notification. Readers also poll, so that
-# readers miss no event.
+# transaction that does not get the advisory lock sends no notification. Readers of audit events
+# also poll, so readers miss no event.
 NOTIFY_AUDIT_EVENT = """
 CREATE OR REPLACE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
 {declare}BEGIN
@@ -76,9 +77,9 @@ END
 $$
 """
 
-# The default partition contains events of months without a partition, and events with ids from a wrong
-# clock. Events cannot be deleted. Therefore, make_audit_months replaces the default partition and
-# inserts the events of the replaced partition again.
+# The default partition contains events of months without a partition, and events with ids from a
+# wrong clock. Audit events cannot be deleted. Therefore, make_audit_months replaces the default
+# partition and inserts the events of the replaced partition again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql
 {keep} AS $$
@@ -124,8 +125,8 @@ END
 $$
 """
 
-# uuid7_floor returns the smallest UUIDv7 of a time. A UUIDv7 begins with 48 bits of epoch milliseconds
-# (RFC 9562, section 5.7).
+# uuid7_floor returns the smallest UUIDv7 of a time. A UUIDv7 begins with 48 bits of epoch
+# milliseconds (RFC 9562, section 5.7).
 UUID7_FLOOR = """
 CREATE OR REPLACE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
@@ -146,7 +147,7 @@ NOTIFYING = {
     "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
     "tiger_db_refreshes": NOTIFY_REFRESH,
 }
-# The migration sets the search path of these functions, and does not replace them.
+# The migration sets the search path of these SQL functions, and keeps their bodies.
 UNCHANGED = (
     "set_updated_at()",
     "end_auto_suspension()",

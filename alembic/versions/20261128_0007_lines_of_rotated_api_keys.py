@@ -1,12 +1,13 @@
-"""Let a rotated API key and its replacement share rate limits, and record each replacement.
+"""Apply one rate limit to a rotated API key and its replacement, and record each replacement.
 
 Revision: 0007
 Follows: 0006
 Made: 2026-11-28
 
-A rotation chain ("line" in this file) is an API key and all its replacement keys. The migration
-reads the rotations from the audit trail once, then locks api_keys and api_key_limits briefly. Code
-of revision 0005 works with this schema, but begins a new chain for each replacement key.
+A rotation chain ("line" in the SQL of this migration) is an API key and all its replacement keys.
+The migration reads the rotations of API keys from the audit trail once, then locks api_keys and
+api_key_limits briefly. Code of revision 0005 works with the schema of revision 0007, but begins a
+new rotation chain for each replacement key.
 """
 
 import sqlalchemy as sa
@@ -22,7 +23,8 @@ squawk_ignore = {
     "ban-drop-table": "a temporary table of this migration",
 }
 
-# rotations_0007 stores key ids as text, because the replacement's id in an audit event can be invalid.
+# rotations_0007 stores the ids of API keys as text, because the id of a replacement key in an audit
+# event may be an invalid UUID.
 ROTATIONS = """
 CREATE TABLE rotations_0007 AS
 SELECT api_key_id::text AS id, new_values ->> 'successor' AS successor, max(position) AS position
@@ -38,7 +40,7 @@ WITH RECURSIVE line (id, root) AS (
 UPDATE api_keys AS k SET root_id = line.root::uuid FROM line
 WHERE k.id::text = line.id AND line.root NOT IN (SELECT successor FROM rotations_0007)
 """
-# If an API key was rotated more than once, successor_id is the id of the newest replacement key.
+# If an API key was rotated more than once, `successor_id` is the id of the newest replacement key.
 SUCCESSORS = """
 UPDATE api_keys AS k SET successor_id = r.successor_id
 FROM (SELECT DISTINCT ON (r.id) r.id, s.id AS successor_id
@@ -46,7 +48,7 @@ FROM (SELECT DISTINCT ON (r.id) r.id, s.id AS successor_id
     ORDER BY r.id, r.position DESC) AS r
 WHERE k.id::text = r.id
 """
-# The rate limits of a rotation chain begin with the sum of the uses of all keys in the chain.
+# The rate limits of a rotation chain start with the sum of the uses of all API keys in the chain.
 MERGE_COUNTS = """
 WITH counts AS (
     SELECT coalesce(k.root_id, k.id) AS line, l.hour, l.hour_count, l.day, l.day_count,
@@ -63,7 +65,7 @@ FROM counts GROUP BY line, last_hour, last_day
 ON CONFLICT (api_key_id) DO UPDATE SET hour = excluded.hour, hour_count = excluded.hour_count,
     day = excluded.day, day_count = excluded.day_count
 """
-# The usage counts of a rotation chain go to the newest key of the chain, which is the key in use.
+# The usage counts of a rotation chain are moved to the newest API key of the rotation chain.
 LEAVE_COUNTS = """
 DELETE FROM api_key_limits USING api_keys AS k WHERE k.id = api_key_id AND k.root_id IS NOT NULL;
 UPDATE api_key_limits AS l SET api_key_id = k.id
@@ -84,8 +86,8 @@ COMMENTS = {
 
 def upgrade() -> None:
     op.execute(ROTATIONS)
-    # To prevent deadlocks, the migration locks the tables in the same order as the verification of
-    # an API key.
+    # To prevent deadlocks, the migration locks api_keys and api_key_limits in the same order as the
+    # authorization of an API key.
     op.drop_constraint(FOREIGN_KEY, "api_key_limits", type_="foreignkey")
     for name, comment in (
         ("root_id", "First key of the line that rotations made, which may be gone; none: this one"),

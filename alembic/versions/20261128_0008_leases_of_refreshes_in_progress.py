@@ -1,13 +1,13 @@
-"""Require a worker and a lease for refreshes in progress.
+"""Require a worker and a lease for each refresh in progress.
 
 Revision: 0008
 Follows: 0007
 Made: 2026-11-28
 
-A refresh in progress without a worker or a lease could not be claimed or replaced. The migration
-gives each incomplete refresh an expired lease. A worker then claims the refresh, or sets the status
-to failed after `max_retries`. Code of revision 0005 works with this schema, but cannot flush a
-stored refresh after `TokenStatus.start_refresh()`.
+Without a worker or a lease, a refresh in progress could not be claimed or replaced. The migration
+gives each of these refreshes an expired lease. A worker then claims the refresh or, after
+`max_retries`, sets the refresh's status to failed. Code of revision 0005 works with the schema of
+revision 0008, but cannot flush a stored refresh after `TokenStatus.start_refresh()`.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """
@@ -26,7 +26,7 @@ NAME = "ck_token_statuses_in_progress_is_leased"
 
 
 def upgrade() -> None:
-    # If this migration runs again after an interrupted validation, the constraint exists already.
+    # If the validation was interrupted, the constraint exists when this migration runs again.
     op.execute(f"ALTER TABLE token_statuses DROP CONSTRAINT IF EXISTS {NAME}")
     op.execute(
         f"ALTER TABLE token_statuses ADD CONSTRAINT {NAME} CHECK (status <> 'in_progress'"

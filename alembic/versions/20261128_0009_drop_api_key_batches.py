@@ -1,12 +1,13 @@
-"""Drop the table api_key_batches.
+"""Drop the unused table api_key_batches.
 
 Revision: 0009
 Follows: 0008
 Made: 2026-11-28
 
-The usage counter of API keys now reads the status of a transaction from the server, and no longer
-needs the table api_key_batches. The migration locks api_key_batches only. Code of revision 0008 can
-no longer count uses of API keys, so stop that code first. Rate limits do not use api_key_batches.
+The usage counter of API keys now reads the status of a transaction from PostgreSQL instead of the
+table api_key_batches. The migration locks api_key_batches only. After the migration, code of
+revision 0008 cannot count uses of API keys, so stop that code before the migration. Rate limits do
+not use api_key_batches.
 """
 
 import sqlalchemy as sa

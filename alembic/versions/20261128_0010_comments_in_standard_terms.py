@@ -4,9 +4,9 @@ Revision: 0010
 Follows: 0009
 Made: 2026-11-28
 
-The migration takes a brief SHARE UPDATE EXCLUSIVE lock on each table, which blocks neither reads nor
-writes. Existing partitions of audit_logs keep the old comments. Code of revision 0009 works with this
-schema.
+The migration briefly takes a SHARE UPDATE EXCLUSIVE lock on each table. This lock does not block
+reads and writes. Existing partitions of audit_logs keep the old comments. Code of revision 0009
+works with the schema of revision 0010.
 """
 
 from alembic import op
@@ -16,7 +16,7 @@ down_revision = "0009"
 branch_labels = None
 depends_on = None
 
-# TABLES contains the old and the new comment of each table.
+# TABLES maps the name of each table to the table's old and new comment.
 TABLES = {
     "api_key_limits": (
         "Uses of each line of limited API keys in its latest hour and day",
@@ -31,7 +31,7 @@ TABLES = {
         "Number of accepted uses per API key and hour",
     ),
 }
-# COLUMNS contains the old and the new comment of each column, by table.
+# COLUMNS maps the name of each table to the old and new comments of the table's columns.
 COLUMNS = {
     "api_key_limits": {
         "api_key_id": (

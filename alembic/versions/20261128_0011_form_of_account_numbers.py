@@ -4,15 +4,16 @@ Revision: 0011
 Follows: 0010
 Made: 2026-11-28
 
-The migration locks tiger_accounts during one scan of the table. Account numbers that differ only
-in invisible characters, width or letter case belong to one account at Tiger. Rows with such numbers
-are not changed. Rows whose number does not have the form of a Tiger account number are not changed
-either.
+The migration locks tiger_accounts during one scan of the table. Account numbers that differ only in
+invisible characters, width or letter case belong to one account at Tiger. The migration changes
+neither rows whose numbers belong to the same account at Tiger, nor rows whose number does not have
+the form of a Tiger account number.
 
-The new CHECK constraint exempts all rows with another form, because each update of such a row, such
-as a new access token, would otherwise fail. If there are such rows, the constraint stays NOT VALID,
-and the command `doctor` names the rows. Code of revision 0010 works with this schema, but can no
-longer store account numbers of another form.
+The new CHECK constraint exempts, by their ids, all rows whose account numbers have another form.
+Otherwise, each update of an exempted row, such as a new access token, would fail. If the CHECK
+constraint exempts rows, the constraint stays NOT VALID, and `tiger-db doctor` lists these rows. Code
+of revision 0010 works with the schema of revision 0011, but can store only account numbers that
+have the form of Tiger's numbers.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """
@@ -33,8 +34,9 @@ LENGTHS = {
     "min_1": "char_length(account_number) >= 1",
     "max_50": "char_length(account_number) <= 50",
 }
-# The SQL expression NORMAL follows `normalize_account_number` in tiger_db/models/accounts.py. In
-# PostgreSQL, the function normalize() works only in databases with the encoding UTF8.
+# The SQL expression NORMAL computes the same value as the Python function
+# `normalize_account_number`. PostgreSQL's function normalize() needs a database with the encoding
+# UTF8.
 IGNORABLE = (
     r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     r"\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
@@ -77,7 +79,7 @@ $$
 
 def upgrade() -> None:
     op.execute("LOCK TABLE tiger_accounts")
-    # If this migration runs again after an interrupted validation, the constraint exists already.
+    # If the validation was interrupted, the constraint exists when this migration runs again.
     for name in ("form", *LENGTHS):
         op.execute(
             "ALTER TABLE tiger_accounts"

@@ -6,13 +6,15 @@ Made: 2026-11-28
 
 The migration rewrites audit_logs, because PostgreSQL does not store an enum value as text. The
 ACCESS EXCLUSIVE lock on audit_logs blocks readers and writers during the rewrite. The rewrite of a
-million events of 320 bytes and their indexes takes about 4 s on two processors. The rewrite needs
-as much free disk space as audit_logs uses. If audit_logs is large, retire old months first, or
-migrate when no order is placed. The contents, digests and seals of events do not change.
+million audit events of 320 bytes, with indexes, takes about 4 s on two processors. The rewrite
+needs as much free disk space as audit_logs uses. If audit_logs is large, move the oldest months out
+of audit_logs first with `tiger-db maintain-audit`, or migrate when no order is placed. The contents,
+digests and seals of audit events do not change.
 
-Code of revision 0011 works with this schema, because the domain audit_action replaces the enum in
-the queries of that code. A later release drops the domain. Code of revision 0011 cannot read events
-with a new action or with the result `pending`, which only newer code records.
+Code of revision 0011 works with the schema of revision 0012, because the domain audit_action
+replaces the enum audit_action in SQL queries. A later release drops the domain audit_action. Code
+of revision 0011 cannot read audit events with a new action or with the result `pending`, which only
+newer code records.
 
 The downgrade adds all recorded actions to the enum audit_action. The value `pending` stays in the
 enum audit_result, because PostgreSQL cannot remove a value of an enum.

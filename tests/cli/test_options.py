@@ -85,7 +85,7 @@ def test_a_line_that_the_terminal_may_have_cut_is_refused(
         assert (code, plain(stored(cli).private_key)) == (0, "x" * length)
     else:
         assert code == 1
-        assert "the line is too long for a terminal: use --private-key-file" in terminal.seen
+        assert "is too long for a terminal: use --private-key-file" in terminal.seen
         assert cli.ok("list-accounts", "--json").json["items"] == []
 
 
