@@ -81,7 +81,7 @@ def test_a_crud_module_imports_another_only_to_write_an_event(module: str) -> No
     elif module == "tiger_db.crud.audit_logs":
         assert inside <= shared
     else:
-        assert inside <= shared | {"tiger_db.crud.audit_logs"}
+        assert inside <= shared | {"tiger_db.crud.audit_logs", "tiger_db.crud.change_events"}
 
 
 def test_the_folder_of_migrations_hides_no_library() -> None:

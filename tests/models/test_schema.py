@@ -301,7 +301,9 @@ async def test_an_update_returns_the_new_time_in_the_same_statement(
             assert account.updated_at is not None
             assert made_at is not None
             assert account.updated_at > made_at == account.created_at
-        assert len(statements) == 1
+        update, event = statements
+        assert update.startswith("UPDATE tiger_accounts")
+        assert event.startswith("INSERT INTO audit_logs")
 
 
 async def test_the_database_sets_time_and_position_of_an_event_for_raw_sql(

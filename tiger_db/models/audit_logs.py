@@ -62,6 +62,7 @@ class AuditAction(StrEnum):
     API_KEY_UPDATE = "api_key:update"
     API_KEY_ROTATE = "api_key:rotate"
     API_KEY_REVOKE = "api_key:revoke"
+    API_KEY_DELETE = "api_key:delete"
     API_KEY_USE = "api_key:use"
     API_KEY_DENY = "api_key:deny"
 

@@ -1,16 +1,15 @@
 """Functions that create accounts, change accounts, and set the default accounts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
-from pydantic import JsonValue
 from sqlalchemy import func, select
-from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.audit_logs import account_event, insert_event
+from tiger_db.crud.audit_logs import EventFields
+from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import AccountStatus, AuditAction, PrivateKeyFormat, TigerAccount
@@ -48,9 +47,6 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
         )
     async with savepoint(session):
         session.add(account)
-    created = _event_values(account)
-    event = account_event(account.id, action=AuditAction.ACCOUNT_CREATE, new_values=created)
-    await insert_event(session, event)
     return account
 
 
@@ -104,35 +100,6 @@ async def set_default_data_account(session: AsyncSession, account_id: UUID) -> T
     return await _set_default(session, account_id, "is_default_data")
 
 
-async def apply_change(
-    session: AsyncSession,
-    account: TigerAccount,
-    values: Mapping[str, object],
-    *,
-    action: AuditAction,
-    given: Iterable[str] = (),
-    details: Mapping[str, object] | None = None,
-) -> None:
-    """Assign values to an account, flush the session, and record an audit event of the change.
-
-    The event contains the old and new values of changed fields and of the fields in `given`.
-    `given` must name the changed secrets, because the masks of different secrets are equal.
-    """
-    old = _event_values(account)
-    account.sqlmodel_update({**values})
-    await session.flush()
-    new = _event_values(account)
-    names = [name for name in new if new[name] != old[name] or name in {*given}]
-    event = account_event(
-        account.id,
-        action=action,
-        old_values={name: old[name] for name in names},
-        new_values={name: new[name] for name in names},
-        details=details,
-    )
-    await insert_event(session, event)
-
-
 def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
     """If `values` contain an access token, add the expiry of the token to `values`.
 
@@ -149,11 +116,6 @@ def refuse_closed(account: TigerAccount) -> None:
     """Raise InvalidState if an account is closed."""
     if account.status == AccountStatus.CLOSED:
         raise InvalidState("the account is closed")
-
-
-def _event_values(account: TigerAccount) -> dict[str, JsonValue]:
-    """Return the values of an account for an audit event. Secrets are masked."""
-    return account.model_dump(mode="json", exclude={"created_at", "updated_at", "token_refresh_at"})
 
 
 def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
@@ -177,22 +139,14 @@ async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> 
     refuse_closed(account)
     if getattr(account, column):
         return account
-    is_default = col(getattr(TigerAccount, column))
-    replaced = await fetch_one(
-        session,
-        sql_update(TigerAccount)
-        .where(is_default, col(TigerAccount.id) != account_id)
-        .values({column: False})
-        .returning(TigerAccount),
+    default = select(TigerAccount).where(col(getattr(TigerAccount, column)))
+    replaced = await fetch_one(session, default.with_for_update(key_share=True))
+    event = EventFields(
+        action=AuditAction.ACCOUNT_SET_DEFAULT,
+        old_values={column: str(replaced.id) if replaced else None},
+        new_values={column: str(account.id)},
     )
-    account.sqlmodel_update({column: True})
-    await session.flush()
-    for changed in filter(None, (replaced, account)):
-        event = account_event(
-            changed.id,
-            action=AuditAction.ACCOUNT_SET_DEFAULT,
-            old_values={column: str(replaced.id) if replaced else None},
-            new_values={column: str(account.id)},
-        )
-        await insert_event(session, event)
+    if replaced is not None:
+        await apply_change(session, replaced, {column: False}, **event)
+    await apply_change(session, account, {column: True}, **event)
     return account

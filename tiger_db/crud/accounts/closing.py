@@ -8,8 +8,9 @@ from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.accounts.changes import CLOSED_VALUES, apply_change
+from tiger_db.crud.accounts.changes import CLOSED_VALUES
 from tiger_db.crud.audit_logs import api_key_event, log_events, refresh_event
+from tiger_db.crud.change_events import RECORDED, apply_change
 from tiger_db.crud.common import fetch_all, get_or_raise
 from tiger_db.errors import InvalidState
 from tiger_db.models import (
@@ -130,8 +131,6 @@ async def _end(
     """Update the rows that match. Return each updated row with its status before the update."""
     rows = await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
     old = {row.id: row.status.value for row in rows}
-    changed = await fetch_all(
-        session,
-        sql_update(entity).where(col(entity.id).in_(old)).values(**values).returning(entity),
-    )
+    statement = sql_update(entity).where(col(entity.id).in_(old)).values(**values)
+    changed = await fetch_all(session, statement.execution_options(**RECORDED).returning(entity))
     return [(row, old[row.id]) for row in changed]

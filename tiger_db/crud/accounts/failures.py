@@ -7,8 +7,8 @@ from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.accounts.changes import apply_change
 from tiger_db.crud.audit_logs import account_event, insert_event
+from tiger_db.crud.change_events import RECORDED, apply_change
 from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
@@ -42,7 +42,7 @@ async def record_error(
     if suspended:
         values |= {"status": AccountStatus.SUSPENDED, "auto_suspended": True}
     statement = sql_update(TigerAccount).where(col(TigerAccount.id) == account_id).values(**values)
-    await fetch_one(session, statement.returning(TigerAccount))
+    await fetch_one(session, statement.execution_options(**RECORDED).returning(TigerAccount))
     event = account_event(
         account_id,
         action=AuditAction.ACCOUNT_ERROR,

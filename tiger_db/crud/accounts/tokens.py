@@ -7,7 +7,8 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.accounts.changes import add_token_expiry, apply_change, refuse_closed
+from tiger_db.crud.accounts.changes import add_token_expiry, refuse_closed
+from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import fetch_one, get_or_raise
 from tiger_db.models import AccountStatus, AuditAction, AuditLog, TigerAccount
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, Unpack
+from typing import Any
 from uuid import UUID
 
 from pydantic import JsonValue
@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.key_format import new_key
-from tiger_db.crud.audit_logs import EventFields, api_key_event, insert_event
+from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import context_of, fetch_one, get_or_raise, require_aware, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
@@ -69,10 +69,7 @@ async def create_api_key(
         "description": description,
         "tags": tags or {},
     }
-    key, raw_key = await _store(session, values)
-    created = key.model_dump(mode="json", exclude={"created_at", "updated_at"})
-    await _log(session, key, action=AuditAction.API_KEY_CREATE, new_values=created)
-    return key, raw_key
+    return await _store(session, values)
 
 
 async def rotate(
@@ -105,11 +102,15 @@ async def rotate(
     copied = key.model_dump(include=_COPIED_FIELDS)
     async with savepoint(session, key):
         successor, raw_key = await _store(session, {**copied, "root_id": key.root_id or key.id})
-        key.successor_id = successor.id
-        key.expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
-        await session.flush()
-        new_values = {"successor": str(successor.id), "expires_at": key.expires_at.isoformat()}
-        await _log(session, key, action=AuditAction.API_KEY_ROTATE, new_values=new_values)
+        expires_at = min(ends, key.expires_at) if key.expires_at is not None else ends
+        await apply_change(
+            session,
+            key,
+            {"successor_id": successor.id, "expires_at": expires_at},
+            action=AuditAction.API_KEY_ROTATE,
+            old_values=None,
+            new_values={"successor": str(successor.id), "expires_at": expires_at.isoformat()},
+        )
     return successor, raw_key
 
 
@@ -126,14 +127,14 @@ async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | 
     before = key.expires_at
     if before is None or (expires_at is not None and expires_at <= before):
         raise InvalidValue("expires_at must be later than the current expiry of the API key")
-    key.expires_at = expires_at
-    await session.flush()
-    await _log(
+    validated = key.validate_changes({"expires_at": expires_at})["expires_at"]
+    await apply_change(
         session,
         key,
+        {"expires_at": validated},
         action=AuditAction.API_KEY_UPDATE,
         old_values={"expires_at": before.isoformat()},
-        new_values={"expires_at": key.expires_at.isoformat() if key.expires_at else None},
+        new_values={"expires_at": validated.isoformat() if validated else None},
     )
     return key
 
@@ -148,18 +149,14 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     if key.status == APIKeyStatus.REVOKED:
         return key
-    old_values = {"status": key.status.value}
     now = await session.scalar(select(func.clock_timestamp()))
-    key.sqlmodel_update(
-        {"status": APIKeyStatus.REVOKED, "revoked_at": now, "revocation_reason": reason}
-    )
-    await session.flush()
-    await _log(
+    await apply_change(
         session,
         key,
+        {"status": APIKeyStatus.REVOKED, "revoked_at": now, "revocation_reason": reason},
         action=AuditAction.API_KEY_REVOKE,
-        old_values=old_values,
-        new_values={"status": key.status.value, "revocation_reason": reason},
+        old_values={"status": key.status},
+        new_values={"status": APIKeyStatus.REVOKED, "revocation_reason": reason},
     )
     return key
 
@@ -202,7 +199,3 @@ async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey,
     async with savepoint(session):
         session.add(key)
     return key, parsed.raw_key
-
-
-async def _log(session: AsyncSession, key: APIKey, **fields: Unpack[EventFields]) -> None:
-    await insert_event(session, api_key_event(key.id, key.tiger_account_id, **fields))

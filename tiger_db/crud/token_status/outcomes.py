@@ -18,6 +18,7 @@ from uuid_utils.compat import uuid7
 
 from tiger_db.actor import ACTOR_FIELDS, actor_in_force
 from tiger_db.crud import audit_logs
+from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import (
     actor_of,
     execute_driver_sql,
@@ -343,17 +344,14 @@ async def fail(
     )
     await audit_logs.insert_event(session, event)
     if credentials_refused and account.status == AccountStatus.ACTIVE:
-        account.status = AccountStatus.SUSPENDED
-        await session.flush()
-        event = audit_logs.account_event(
-            account.id,
+        await apply_change(
+            session,
+            account,
+            {"status": AccountStatus.SUSPENDED},
             action=AuditAction.ACCOUNT_STATUS_CHANGE,
             severity=AuditSeverity.CRITICAL,
-            old_values={"status": AccountStatus.ACTIVE},
-            new_values={"status": AccountStatus.SUSPENDED},
             details={"reason": "the broker refuses the credentials", "refresh": str(refresh.id)},
         )
-        await audit_logs.insert_event(session, event)
     return refresh
 
 

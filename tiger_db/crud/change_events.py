@@ -1,0 +1,227 @@
+"""Audit events of changed accounts and API keys, recorded when the ORM flushes the changes."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Unpack
+
+from pydantic import JsonValue
+from sqlalchemy import Connection, select
+from sqlalchemy.event import listens_for
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session, object_session
+from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.base import NO_VALUE
+
+from tiger_db.actor import attribute
+from tiger_db.crud.audit_logs import EventFields, account_event, api_key_event
+from tiger_db.crud.common import actor_of
+from tiger_db.encryption import EncryptedSecret
+from tiger_db.errors import EncryptionError, InvalidState
+from tiger_db.models import APIKey, APIKeyStatus, AuditAction, TigerAccount
+from tiger_db.models.audit_logs import INSERT, insert_values
+from tiger_db.redaction import MASK
+
+# A function that changes accounts or API keys with an ORM bulk statement, and records the events of
+# the changes itself, executes the statement with these execution options.
+RECORDED = {"tiger_db_recorded": True}
+_HIDDEN = {"key_hash", "pepper_id"}  # fields whose values an event does not show
+_OMITTED = {"created_at", "updated_at", "token_refresh_at"}  # columns that an event does not list
+# Keys in InstanceState.info: fields of the audit event, fields to list, old values of fields
+_FIELDS, _GIVEN, _OLD = "tiger_db_fields", "tiger_db_given", "tiger_db_old"
+
+
+async def apply_change(
+    session: AsyncSession,
+    entity: TigerAccount | APIKey,
+    values: Mapping[str, object],
+    *,
+    given: Iterable[str] = (),
+    **fields: Unpack[EventFields],
+) -> None:
+    """Assign values to an account or API key, and flush the session.
+
+    The flush records one audit event with `fields`, and with the old and new values of the changed
+    fields and of the fields in `given`. If no field is changed, no event is recorded.
+
+    Raises:
+        ValidationError: a value is invalid. The entity is not changed.
+    """
+    entity.sqlmodel_update({**values})
+    with described(entity, given=given, **fields):
+        await session.flush()
+
+
+@contextmanager
+def described(
+    entity: TigerAccount | APIKey, *, given: Iterable[str] = (), **fields: Unpack[EventFields]
+) -> Iterator[None]:
+    """Set fields of the audit event of a change that is flushed in a code block.
+
+    `old_values` and `new_values` replace the values that the flush would record. If an update
+    changes any field, its event also lists the fields in `given`.
+    """
+    info = instance_state(entity).info
+    info[_FIELDS], info[_GIVEN] = fields, {*given}
+    try:
+        yield
+    finally:
+        del info[_FIELDS], info[_GIVEN]
+
+
+# Event listeners that run when the ORM flushes accounts and API keys
+
+
+@listens_for(TigerAccount, "after_insert")
+@listens_for(APIKey, "after_insert")
+def _record_insert(_mapper: object, connection: Connection, entity: TigerAccount | APIKey) -> None:
+    is_account = isinstance(entity, TigerAccount)
+    action = AuditAction.ACCOUNT_CREATE if is_account else AuditAction.API_KEY_CREATE
+    values = {name: getattr(entity, name) for name in _names(entity)}
+    _insert_event(connection, entity, action=action, new_values=_dump(entity, values))
+
+
+@listens_for(TigerAccount, "before_update")
+@listens_for(APIKey, "before_update")
+def _keep_old_values(
+    mapper: Mapper[Any], connection: Connection, entity: TigerAccount | APIKey
+) -> None:
+    """Keep the old values of changed fields, because UPDATE ... RETURNING can replace them."""
+    state = instance_state(entity)
+    names = _names(entity) & (state.committed_state.keys() | state.info.get(_GIVEN, set()))
+    if "status" in names and isinstance(entity, TigerAccount):
+        names.add("auto_suspended")  # a trigger changes this column if the status changes
+    state.info[_OLD] = _stored_values(mapper, connection, entity, names)
+
+
+@listens_for(TigerAccount, "after_update")
+@listens_for(APIKey, "after_update")
+def _record_update(_mapper: object, connection: Connection, entity: TigerAccount | APIKey) -> None:
+    info = instance_state(entity).info
+    old: dict[str, object] = info.pop(_OLD)
+    new = {name: getattr(entity, name) for name in old}
+    changed = {name for name in old if not _is_equal(old[name], new[name])}
+    if not changed:
+        return
+    action = AuditAction.ACCOUNT_UPDATE
+    if isinstance(entity, APIKey):
+        is_revoked = "status" in changed and entity.status == APIKeyStatus.REVOKED
+        action = AuditAction.API_KEY_REVOKE if is_revoked else AuditAction.API_KEY_UPDATE
+    elif "status" in changed:
+        action = AuditAction.ACCOUNT_STATUS_CHANGE
+    hidden: dict[str, JsonValue] = dict.fromkeys(changed & _HIDDEN, MASK)
+    listed = changed | info.get(_GIVEN, set())
+    old_values, new_values = (
+        hidden | _dump(entity, {name: value for name, value in values.items() if name in listed})
+        for values in (old, new)
+    )
+    _insert_event(connection, entity, action=action, old_values=old_values, new_values=new_values)
+
+
+@listens_for(TigerAccount, "before_delete")
+@listens_for(APIKey, "before_delete")
+def _record_delete(
+    mapper: Mapper[Any], connection: Connection, entity: TigerAccount | APIKey
+) -> None:
+    is_account = isinstance(entity, TigerAccount)
+    action = AuditAction.ACCOUNT_DELETE if is_account else AuditAction.API_KEY_DELETE
+    old = _stored_values(mapper, connection, entity, _names(entity))
+    _insert_event(connection, entity, action=action, old_values=_dump(entity, old))
+
+
+def _names(entity: TigerAccount | APIKey) -> set[str]:
+    """Return the names of the fields that an audit event can list."""
+    return type(entity).model_fields.keys() - _OMITTED
+
+
+def _stored_values(
+    mapper: Mapper[Any], connection: Connection, entity: TigerAccount | APIKey, names: set[str]
+) -> dict[str, object]:
+    """Return the values of fields before the flush. Unknown values are read from the database.
+
+    An old value is unknown if the field was not loaded, or if its value was changed in place.
+    """
+    state = instance_state(entity)
+    values: dict[str, object] = {
+        name: state.committed_state.get(name, state.dict.get(name, NO_VALUE)) for name in names
+    }
+    unknown = [name for name in names if values[name] is NO_VALUE]
+    if unknown:
+        columns = mapper.local_table.c
+        statement = select(*(columns[name] for name in unknown)).where(columns.id == entity.id)
+        row = connection.execute(statement.with_for_update(key_share=True)).one_or_none()
+        values |= zip(unknown, row or [None] * len(unknown), strict=True)
+    return values
+
+
+def _is_equal(old: object, new: object) -> bool:
+    if isinstance(old, EncryptedSecret) and isinstance(new, EncryptedSecret):
+        try:
+            readable = EncryptedSecret(old.ciphertext, new.aad, new.provider)
+            return readable.get_secret_value() == new.get_secret_value()
+        except EncryptionError:
+            return old.ciphertext == new.ciphertext
+    return old == new
+
+
+def _dump(entity: TigerAccount | APIKey, values: Mapping[str, object]) -> dict[str, JsonValue]:
+    """Return values of fields as JSON, with masked secrets, and without hidden fields."""
+    draft = object.__new__(type(entity))
+    for slot in ("__pydantic_extra__", "__pydantic_private__"):
+        object.__setattr__(draft, slot, None)
+    object.__setattr__(draft, "__pydantic_fields_set__", set())
+    object.__setattr__(draft, "__dict__", values)
+    dumped: dict[str, JsonValue] = entity.__pydantic_serializer__.to_python(draft, mode="json")
+    return dumped
+
+
+def _insert_event(
+    connection: Connection, entity: TigerAccount | APIKey, **derived: Unpack[EventFields]
+) -> None:
+    given: EventFields = instance_state(entity).info.get(_FIELDS, {})
+    fields: EventFields = {**derived, **given}
+    if isinstance(entity, TigerAccount):
+        event = account_event(entity.id, **fields)
+    else:
+        event = api_key_event(entity.id, entity.tiger_account_id, **fields)
+    session = object_session(entity)
+    assert session is not None
+    attribute(event, actor_of(session.info))
+    connection.exec_driver_sql(INSERT, insert_values(event))
+
+
+# Refusal of ORM bulk statements
+
+_FUNCTIONS: Mapping[type[Any], Mapping[str, str]] = {
+    TigerAccount: {
+        "insert": "crud.accounts.create",
+        "update": "crud.accounts.update",
+        "delete": "crud.accounts.delete",
+    },
+    APIKey: {
+        "insert": "crud.api_keys.create_api_key",
+        "update": "crud.api_keys.update",
+        "delete": "crud.api_keys.delete",
+    },
+}
+
+
+@listens_for(Session, "do_orm_execute")
+def _refuse_bulk_statement(execution: ORMExecuteState) -> None:
+    """Refuse an ORM bulk statement on accounts or API keys, which runs no mapper event.
+
+    Raises:
+        InvalidState: the statement would change accounts or API keys without audit events.
+    """
+    if execution.is_select:
+        return
+    mapper = execution.bind_mapper
+    if mapper is None or mapper.class_ not in _FUNCTIONS:
+        return
+    if RECORDED.items() <= execution.execution_options.items():
+        return
+    entity = mapper.class_
+    kind = "insert" if execution.is_insert else "update" if execution.is_update else "delete"
+    raise InvalidState(
+        f"an ORM bulk {kind} of {entity.__name__} rows would record no audit events:"
+        f" use {_FUNCTIONS[entity][kind]}"
+    )
