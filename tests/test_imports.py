@@ -23,6 +23,7 @@ LAYERS = [
     ["out_of_band"],
     ["actor"],
     ["models", "peppers"],
+    ["public"],
     ["encryption", "files", "signing", "sqlstates"],
     ["database_urls", "errors", "redaction"],
 ]

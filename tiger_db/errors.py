@@ -1,10 +1,16 @@
 """The errors of this package. The default message of an error is the docstring of its class."""
 
+from collections.abc import Iterable
 from datetime import timedelta
+from typing import ClassVar, Self
+
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 
 class TigerDBError(Exception):
     """An operation of tiger_db failed."""
+
+    code: ClassVar[str] = "error"
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message or (type(self).__doc__ or "").strip())
@@ -13,139 +19,221 @@ class TigerDBError(Exception):
 class ConfigurationError(TigerDBError):
     """A setting is missing or not valid."""
 
+    code = "configuration_error"
+
 
 class DatabaseUnavailable(TigerDBError):
     """The database cannot be reached, or the connection to it was lost."""
+
+    code = "database_unavailable"
 
 
 class OutcomeUnknown(DatabaseUnavailable):
     """The commit or the outcome of an action was not confirmed: it is unknown what was saved."""
 
+    code = "outcome_unknown"
+
 
 class QueryTimeout(TigerDBError):
     """A statement took longer than DB_QUERY_TIMEOUT or was cancelled. Nothing was saved."""
+
+    code = "query_timeout"
 
 
 class Conflict(TigerDBError):
     """Another transaction caused a conflict. Nothing was saved: repeat the transaction."""
 
+    code = "conflict"
+
 
 class StatementRefused(TigerDBError):
     """The database refused a statement, for example because a privilege is missing."""
+
+    code = "statement_refused"
 
 
 class SchemaMismatch(TigerDBError):
     """The schema of the database does not match this version of tiger_db."""
 
+    code = "schema_mismatch"
+
 
 class MigrationError(TigerDBError):
     """The schema could not be migrated."""
+
+    code = "migration_error"
 
 
 class EmbeddedError(TigerDBError):
     """The embedded PostgreSQL failed."""
 
+    code = "embedded_error"
+
 
 class EncryptionError(TigerDBError):
     """A secret could not be encrypted or decrypted."""
+
+    code = "encryption_error"
 
 
 class NotFound(TigerDBError):
     """The row does not exist."""
 
+    code = "not_found"
+
 
 class AlreadyExists(TigerDBError):
     """A row with these values already exists."""
+
+    code = "already_exists"
 
 
 class MissingReference(TigerDBError):
     """A referenced row does not exist."""
 
+    code = "missing_reference"
+
 
 class InvalidValue(TigerDBError):
     """A value is not allowed for its field or parameter."""
 
+    code = "invalid_value"
+
+
+class InvalidFields(InvalidValue, ValidationError):
+    """Fields or arguments are not valid. The error names each of them, and shows no values."""
+
+    code = "invalid_fields"
+
+    def __init__(self, *_arguments: object) -> None:
+        # pydantic_core stores the arguments in __new__, and builds the message from them.
+        Exception.__init__(self)
+
+    @classmethod
+    def of(
+        cls, title: str, problems: Iterable[tuple[tuple[str | int, ...], PydanticCustomError]]
+    ) -> Self:
+        """Build the error of a class or function from the location and the reason of problems."""
+        details = [InitErrorDetails(type=why, loc=where, input=None) for where, why in problems]
+        return cls.from_exception_data(title, details, hide_input=True)
+
 
 class InvalidCursor(InvalidValue):
-    """The cursor is malformed: pass the next_cursor of a page unchanged."""
+    """The cursor is not of this list: pass the next_cursor of a page of this list unchanged."""
+
+    code = "invalid_cursor"
 
 
 class InvalidState(TigerDBError):
     """The status of the row does not allow this operation."""
 
+    code = "invalid_state"
+
 
 class StaleToken(InvalidState):
     """The account has a newer access token."""
+
+    code = "stale_token"
 
 
 class LeaseLost(InvalidState):
     """The claim on the refresh has ended: another worker may have claimed the refresh."""
 
+    code = "lease_lost"
+
 
 class RefreshFailed(TigerDBError):
-    """The access token was not refreshed. `code` is the error code of the broker, or None."""
+    """The access token was not refreshed. `broker_code` is the broker's error code, or None."""
 
-    def __init__(self, message: str = "", *, code: int | None = None) -> None:
+    code = "refresh_failed"
+
+    def __init__(self, message: str = "", *, broker_code: int | None = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.broker_code = broker_code
 
 
 class RefreshLimited(RefreshFailed):
     """The broker's rate limit is reached: repeat the request after `retry_after`."""
 
+    code = "refresh_limited"
+
     def __init__(
-        self, message: str = "", *, code: int | None = None, retry_after: timedelta
+        self, message: str = "", *, broker_code: int | None = None, retry_after: timedelta
     ) -> None:
-        super().__init__(message, code=code)
+        super().__init__(message, broker_code=broker_code)
         self.retry_after = retry_after
 
 
 class CredentialsRefused(RefreshFailed):
     """The broker refuses the credentials of the account: a retry cannot succeed."""
 
+    code = "credentials_refused"
+
 
 class AnswerLost(RefreshFailed):
     """The broker's answer was lost: the broker may have issued a new token."""
+
+    code = "answer_lost"
 
 
 class AccessDenied(TigerDBError):
     """The API key does not allow this request."""
 
+    code = "access_denied"
+
 
 class InvalidAPIKey(AccessDenied):
     """The API key is not valid."""
+
+    code = "invalid_api_key"
 
 
 class APIKeyExpired(AccessDenied):
     """The API key has expired."""
 
+    code = "api_key_expired"
+
 
 class APIKeyRevoked(AccessDenied):
     """The API key is revoked or not active."""
+
+    code = "api_key_revoked"
 
 
 class AccountNotActive(AccessDenied):
     """The account of this API key is not active."""
 
+    code = "account_not_active"
+
 
 class AccountNotAllowed(AccessDenied):
     """The API key is bound to another account."""
+
+    code = "account_not_allowed"
 
 
 class AddressNotAllowed(AccessDenied):
     """The API key may not be used from this IP address."""
 
+    code = "address_not_allowed"
+
 
 class UserAgentNotAllowed(AccessDenied):
     """The API key may not be used with this user agent."""
+
+    code = "user_agent_not_allowed"
 
 
 class ScopeMissing(AccessDenied):
     """The API key does not have a required scope."""
 
+    code = "scope_missing"
+
 
 class RateLimited(AccessDenied):
     """The API key has reached its rate limit."""
+
+    code = "rate_limited"
 
     def __init__(self, message: str = "", *, retry_after: timedelta, remaining: int = 0) -> None:
         super().__init__(message)

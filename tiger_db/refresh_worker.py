@@ -348,7 +348,7 @@ class RefreshWorker:
                 reason = f"the new token cannot be stored: {type(error).__name__}"
             else:
                 return None
-        return AnswerLost(reason, code=token.code)
+        return AnswerLost(reason, broker_code=token.code)
 
     async def _store(self, claim: TokenStatus, token: NewToken, milliseconds: int) -> None:
         """Complete the refresh with a new token. If the claim was lost, call `_offer`."""
@@ -425,7 +425,7 @@ class RefreshWorker:
                 retry_after=_retry_after(error),
                 credentials_refused=refused,
                 answer_lost=isinstance(error, AnswerLost),
-                api_response_code=_storable(claim, "api_response_code", error.code),
+                api_response_code=_storable(claim, "api_response_code", error.broker_code),
                 api_response_time_ms=milliseconds,
             )
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from tiger_db.errors import (
     AlreadyExists,
     Conflict,
     DatabaseUnavailable,
+    InvalidState,
     InvalidValue,
     MissingReference,
     QueryTimeout,
@@ -38,6 +39,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "23503": (MissingReference, "the referenced row does not exist"),
     "23505": (AlreadyExists, "the value already exists"),
     "23514": (InvalidValue, "a value is not allowed"),
+    "25P02": (InvalidState, "an earlier error aborted the transaction: roll back the session"),
     READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "the database accepts no writes"),
     "25P03": (DatabaseUnavailable, "the connection was lost: idle_in_transaction_session_timeout"),
     "25P04": (DatabaseUnavailable, "the connection was lost: transaction_timeout"),
@@ -86,6 +88,15 @@ def classify(error: BaseException) -> TigerDBError | None:
     if isinstance(cause, CONNECTION_ERRORS):
         return DatabaseUnavailable(f"the connection was lost: {type(cause).__name__}")
     return None
+
+
+def typed(error: SQLAlchemyError) -> TigerDBError:
+    """Convert any error of SQLAlchemy to an error of this package, without values of a row."""
+    if (known := classify(error)) is not None:
+        return known
+    if isinstance(error, DBAPIError):
+        return StatementRefused(f"the database refused a statement: {type(error.orig).__name__}")
+    return InvalidState(f"the session cannot do this: {type(error).__name__}")
 
 
 def is_transient(error: BaseException) -> bool:

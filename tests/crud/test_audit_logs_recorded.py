@@ -28,7 +28,7 @@ from tiger_db import (
 from tiger_db.actor import ACTOR_FIELDS
 from tiger_db.crud.audit_logs import recorded
 from tiger_db.database import AsyncSession
-from tiger_db.errors import DatabaseUnavailable, OutcomeUnknown
+from tiger_db.errors import DatabaseUnavailable, InvalidValue, OutcomeUnknown
 
 PLACE = AuditAction.TRADE_PLACE_ORDER
 ALICE = Actor(user_id="alice", ip_address="10.0.0.1", request_id="r1")
@@ -358,7 +358,7 @@ async def test_a_cancellation_while_the_intent_cannot_be_stored_stays_a_cancella
 
 async def test_invalid_fields_are_refused_before_the_action(clone: Database) -> None:
     wrong: dict[str, Any] = {"action": PLACE, "result": AuditResult.SUCCESS}
-    with pytest.raises(TypeError, match="result"):
+    with pytest.raises(InvalidValue, match="result"):
         async with recorded(clone, **wrong):
             pytest.fail("the action ran")
     assert await trail(clone) == []

@@ -182,10 +182,10 @@ Long = type("Long" * 30, (RefreshFailed,), {})
 @pytest.mark.parametrize(
     "error",
     [
-        RefreshFailed("no", code=10**20),
-        RefreshFailed("no", code="E5"),  # type: ignore[arg-type]
-        RefreshFailed("no", code=float("nan")),  # type: ignore[arg-type]
-        AnswerLost("no", code=[1]),  # type: ignore[arg-type]
+        RefreshFailed("no", broker_code=10**20),
+        RefreshFailed("no", broker_code="E5"),  # type: ignore[arg-type]
+        RefreshFailed("no", broker_code=float("nan")),  # type: ignore[arg-type]
+        AnswerLost("no", broker_code=[1]),  # type: ignore[arg-type]
         RefreshLimited("no", retry_after=timedelta.max),
         RefreshLimited("no", retry_after=timedelta.min),
         RefreshLimited("no", retry_after=-SECOND),

@@ -517,7 +517,7 @@ async def test_the_token_of_a_lost_claim_is_dropped_if_it_is_older(clone: Databa
 
 async def test_a_failure_of_a_lost_claim_changes_nothing(clone: Database) -> None:
     refresh = await opened(clone)
-    gate = Gate(CredentialsRefused("no", code=1000))
+    gate = Gate(CredentialsRefused("no", broker_code=1000))
     async with working(clone, gate) as worker:
         await gate.asked.wait()
         await take_over(clone, refresh)
@@ -549,7 +549,7 @@ async def test_an_account_that_is_closed_meanwhile(clone: Database) -> None:
 
 async def test_a_temporary_failure_is_retried(clone: Database) -> None:
     refresh = await opened(clone)
-    worker = await run_once(clone, failing(RefreshFailed("code=1010 msg=no", code=1010)))
+    worker = await run_once(clone, failing(RefreshFailed("code=1010 msg=no", broker_code=1010)))
     now = await row(clone, refresh.id)
     assert (now.status, now.retry_count, now.error_code) == (S.PENDING, 1, "RefreshFailed")
     assert (now.error_message, now.api_response_code) == ("code=1010 msg=no", 1010)
@@ -577,7 +577,7 @@ async def test_a_permanent_failure_is_given_up(
 
 async def test_the_worker_waits_as_long_as_the_broker_asked(clone: Database) -> None:
     refresh = await opened(clone)
-    await run_once(clone, failing(RefreshLimited("wait", code=5, retry_after=90 * SECOND)))
+    await run_once(clone, failing(RefreshLimited("wait", broker_code=5, retry_after=90 * SECOND)))
     now = await row(clone, refresh.id)
     assert (now.status, now.error_code, now.api_response_code) == (S.PENDING, "RefreshLimited", 5)
     assert now.scheduled_at is not None
@@ -591,7 +591,7 @@ async def test_refused_credentials_suspend_the_account(
     monkeypatch.setattr(outcomes, "BACKOFF", timedelta(milliseconds=1))
     refresh = await opened(clone)
     first: RefreshFailed = AnswerLost("it was lost") if lost else RefreshFailed("not now")
-    refuse = failing(first, CredentialsRefused("code=1000 msg=no", code=1000))
+    refuse = failing(first, CredentialsRefused("code=1000 msg=no", broker_code=1000))
     async with working(clone, refuse) as worker:
         await counted(worker, "failed", 2)
     now = await row(clone, refresh.id)
@@ -612,7 +612,7 @@ async def test_a_refused_old_token_does_not_suspend_an_account_with_a_new_one(
 ) -> None:
     """A person or a lost claim has given the account another token in the meantime."""
     refresh = await opened(clone)
-    gate = Gate(CredentialsRefused("code=1000 msg=no", code=1000))
+    gate = Gate(CredentialsRefused("code=1000 msg=no", broker_code=1000))
     new = tiger_token(datetime.now(UTC) + SECOND)
     async with working(clone, gate) as worker:
         await gate.asked.wait()

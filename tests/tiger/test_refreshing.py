@@ -126,7 +126,7 @@ async def test_each_kind_of_failure(
     gateway.plan(TIGER_ID, answer, answer)
     error = await failure(account)
     kind, code, text = KINDS[answer]
-    assert (type(error), error.code) == (kind, code)
+    assert (type(error), error.broker_code) == (kind, code)
     assert str(error).startswith(text)
     if isinstance(error, RefreshLimited):
         assert error.retry_after == timedelta(seconds=60)

@@ -117,14 +117,14 @@ def describe_error(error: Exception) -> str:
 
     from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # slow import, not needed by `--help`
 
-    if explanation := explain(error):
-        return explanation
-    if isinstance(error, ValidationError):
+    if isinstance(error, ValidationError):  # InvalidFields, whose message has several lines
         return "; ".join(
             f"--{str(problem['loc'][0]).replace('_', '-')}: " * bool(problem["loc"])
             + problem["msg"].removeprefix("Value error, ")
             for problem in error.errors(include_url=False, include_input=False)
         )
+    if explanation := explain(error):
+        return explanation
     if os.environ.get("DB_DEBUG", "").lower() in ("1", "true", "yes", "on"):
         sys.stderr.writelines(
             traceback.format_tb(error.__traceback__)

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Any, Protocol, Required, TypedDict, Unpack
+from typing import Any, Protocol, Required, TypedDict, Unpack, get_type_hints, runtime_checkable
 from uuid import UUID
 
 from pydantic import JsonValue
@@ -45,6 +45,7 @@ from tiger_db.models.audit_logs import (
     severity_of,
 )
 from tiger_db.models.columns import require_storable_json
+from tiger_db.public import Types, public
 from tiger_db.sqlstates import raw_errors
 
 __all__ = [
@@ -104,23 +105,26 @@ class EventFields(IntentFields, total=False):
     duration_ms: float | timedelta | None
 
 
+@runtime_checkable
 class SessionSource(Protocol):
     """An object that opens sessions, such as a Database."""
 
     def session(self) -> AbstractAsyncContextManager[AsyncSession]: ...
 
 
+@public
 async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
     """Record one audit event in the caller's transaction. A rollback also removes the event.
 
     Values that PostgreSQL cannot store are converted, and secrets are masked.
 
     Raises:
-        ValidationError: no field has the given name, or a value is invalid.
+        InvalidFields: no field has the given name, or a value is invalid.
     """
     return await insert_event(session, build_event(**fields))
 
 
+@public
 async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
     """Record one audit event out of band, and commit the event before the function returns.
 
@@ -129,7 +133,7 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
     session's transaction.
 
     Raises:
-        ValidationError: no field has the given name, or a value is invalid.
+        InvalidFields: no field has the given name, or a value is invalid.
         ConfigurationError: the session does not belong to a Database.
         DatabaseUnavailable: the event could not be stored.
     """
@@ -144,6 +148,7 @@ async def _record(session: AsyncSession, event: AuditLog) -> AuditLog:
     return event
 
 
+@public
 @asynccontextmanager
 async def recorded(
     source: SessionSource | Callable[[], AbstractAsyncContextManager[AsyncSession]],
@@ -162,11 +167,13 @@ async def recorded(
     intent has no outcome.
 
     Raises:
-        ValidationError: a field is unknown, or a value is invalid. The block does not run.
+        InvalidFields: a field is unknown, or a value is invalid. The block does not run.
         DatabaseUnavailable: the intent could not be stored. The block does not run.
         OutcomeUnknown: the block has succeeded, but its outcome could not be stored. Do not repeat
             the action. If the block has failed, its own exception is raised instead.
     """
+    if unknown := fields.keys() - IntentFields.__annotations__.keys():
+        raise InvalidValue(f"unknown fields of an intent: {', '.join(sorted(unknown))}")
     open_session = source if callable(source) else source.session
     intent = build_event(**fields, result=AuditResult.PENDING)
     async with open_session() as session:
@@ -239,6 +246,7 @@ def _complete(outcome: AuditLog, intent: AuditLog, milliseconds: int) -> AuditLo
     return outcome
 
 
+@public
 async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     """Record many audit events in the caller's transaction with COPY. Return the number of events.
 
@@ -333,6 +341,7 @@ def refresh_event(refresh: TokenStatus | Row[Any], **fields: Unpack[EventFields]
 # Functions that search and count audit events
 
 
+@public
 async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
     """Return the audit event with the given id, or None."""
     return await fetch_one(session, select(AuditLog).where(col(AuditLog.id) == event_id))
@@ -357,6 +366,7 @@ class Criteria(TypedDict, total=False):
     details: Mapping[str, JsonValue] | None  # JSON object that an event's details contain
 
 
+@public
 async def search(
     session: AsyncSession,
     *,
@@ -375,6 +385,7 @@ async def search(
     return await paginate(session, found, AuditLog, after=after, limit=limit)
 
 
+@public
 async def get_recent_events(
     session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[AuditLog]:
@@ -382,6 +393,7 @@ async def get_recent_events(
     return await search(session, after=after, limit=limit)
 
 
+@public
 async def get_security_events(
     session: AsyncSession,
     *,
@@ -409,16 +421,16 @@ def conditions(**criteria: Unpack[Criteria]) -> list[ColumnElement[bool]]:
     """Return the SQL conditions for the given criteria.
 
     Raises:
-        InvalidValue: a criterion is invalid, as in `search`.
-        TypeError: no criterion has the given name.
+        InvalidValue: a criterion is invalid, or no criterion has the given name.
     """
-    given: dict[str, Any] = {**criteria}
-    if unknown := given.keys() - _CONDITIONS.keys():
-        raise TypeError(f"unknown criteria: {', '.join(sorted(unknown))}")
+    given: dict[str, Any] = {name: value for name, value in criteria.items() if value is not None}
+    if unknown := criteria.keys() - _CONDITIONS.keys():
+        raise InvalidValue(f"unknown criteria: {', '.join(sorted(unknown))}")
+    _CRITERIA.check(given)
     return [
         condition(given[name])
         for name, condition in _CONDITIONS.items()
-        if given.get(name) is not None and (given[name] or name not in _LISTS)
+        if name in given and (given[name] or name not in _LISTS)
     ]
 
 
@@ -457,6 +469,7 @@ def _with_details(details: Mapping[str, JsonValue]) -> ColumnElement[bool]:
     return cast(col(AuditLog.details), JSONB).contains(contained)
 
 
+_CRITERIA = Types("search", get_type_hints(Criteria))
 _LISTS = {"actions", "results", "severities"}
 _CONDITIONS: dict[str, Callable[[Any], ColumnElement[bool]]] = {
     "since": lambda at: col(AuditLog.id) >= func.uuid7_floor(require_aware("since", at)),
@@ -484,6 +497,7 @@ class Statistics:
     hours: dict[datetime, int]
 
 
+@public
 async def statistics(
     session: AsyncSession, *, since: datetime, until: datetime | None = None
 ) -> Statistics:

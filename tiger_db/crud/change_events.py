@@ -44,7 +44,7 @@ async def apply_change(
     fields and of the fields in `given`. If no field is changed, no event is recorded.
 
     Raises:
-        ValidationError: a value is invalid. The entity is not changed.
+        InvalidFields: a value is invalid. The entity is not changed.
     """
     entity.sqlmodel_update({**values})
     with described(entity, given=given, **fields):

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import annotated_types as rules
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefined
+from pydantic_core import PydanticCustomError, PydanticUndefined
 from sqlalchemy import CheckConstraint, Column, FetchedValue, Table, event, func
 from sqlalchemy.dialects.postgresql import ARRAY, CIDR, JSONB
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
@@ -28,7 +28,15 @@ from sqlmodel._compat import SQLModelConfig, finish_init, partial_init
 from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import KeyProvider
-from tiger_db.models.columns import Tracked, UTCDateTime, is_native_enum, metadata, sql_type, track
+from tiger_db.errors import InvalidFields
+from tiger_db.models.columns import (
+    Tracked,
+    UTCDateTime,
+    is_native_enum,
+    metadata,
+    sql_type,
+    track,
+)
 from tiger_db.models.secrets import bind_secrets, encrypt_secrets, key_provider
 
 E_ = TypeVar("E_", bound="Entity")
@@ -38,7 +46,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     """Base class of entities. Construction and assignment validate the values of fields.
 
     Raises:
-        ValidationError: a value is invalid. The error names the field and does not show the value.
+        InvalidFields: a value is invalid. The error names the field and does not show the value.
             The entity is not changed.
     """
 
@@ -76,7 +84,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         try:
             return handler(data)
         except ValidationError as error:
-            raise _without_input(error) from None
+            raise _invalid_fields(error) from None
 
     def __init__(self, **data: Any) -> None:  # noqa: ANN401  # SQLModel's signature
         # While SQLModel.model_validate() runs, that method sets the fields.
@@ -84,7 +92,10 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             return
         state = self.__dict__
         related = {name: data.pop(name) for name in self.__sqlmodel_relationships__.keys() & data}
-        self.__pydantic_validator__.validate_python(data, self_instance=self)
+        try:
+            self.__pydantic_validator__.validate_python(data, self_instance=self)
+        except ValidationError as error:
+            raise _invalid_fields(error) from None
         values, given = self.__dict__, self.__pydantic_fields_set__
         object.__setattr__(self, "__dict__", state)
         # Set the validated values again, because pydantic bypasses SQLAlchemy's instrumentation.
@@ -103,7 +114,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.sqlmodel_update({name: value})
 
     def _relate(self, name: str, value: object) -> None:
-        """Assign related objects. Raise ValidationError if an object has the wrong class."""
+        """Assign related objects. Raise InvalidFields if an object has the wrong class."""
         relationship = object_mapper(self).relationships[name]
         kind = relationship.mapper.class_
         items = value if relationship.uselist else [] if value is None else [value]
@@ -112,11 +123,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             reason = PydanticCustomError(
                 "relationship_type", "Input should be {wanted}", {"wanted": wanted}
             )
-            raise ValidationError.from_exception_data(
-                type(self).__name__,
-                [InitErrorDetails(type=reason, loc=(name,), input=None)],
-                hide_input=True,
-            )
+            raise InvalidFields.of(type(self).__name__, [((name,), reason)])
         set_attribute(self, name, value)
 
     def sqlmodel_update(
@@ -141,8 +148,11 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         object.__setattr__(draft, "__pydantic_fields_set__", set())
         object.__setattr__(draft, "__dict__", self.__dict__.copy())
         del draft.__dict__["_sa_instance_state"]
-        for name, value in changes.items():
-            self.__pydantic_validator__.validate_assignment(draft, name, value)
+        try:
+            for name, value in changes.items():
+                self.__pydantic_validator__.validate_assignment(draft, name, value)
+        except ValidationError as error:
+            raise _invalid_fields(error) from None
         return {name: draft.__dict__[name] for name in changes}
 
     def label(self) -> str:
@@ -171,11 +181,18 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         return self.__copy__().sqlmodel_update(dict(update or {}))
 
     @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise _invalid_fields(error) from None
+
+    @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature
         try:
             return super().model_validate_json(json_data, **options)
-        except ValidationError as error:  # the JSON text is malformed
-            raise _without_input(error) from None
+        except ValidationError as error:
+            raise _invalid_fields(error) from None
 
 
 class MutableEntity(Entity):
@@ -191,21 +208,19 @@ class MutableEntity(Entity):
     )
 
 
-def _without_input(error: ValidationError) -> ValidationError:
-    """Return a copy of the error without the invalid values, which can be secrets."""
-    return ValidationError.from_exception_data(
+def _invalid_fields(error: ValidationError) -> InvalidFields:
+    """Convert an error of pydantic, without the invalid values, which can be secrets."""
+    return InvalidFields.of(
         error.title,
         [
-            InitErrorDetails(
-                type=PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx")),
-                loc=problem["loc"],
-                input=None,
+            (
+                problem["loc"],
+                PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx")),
             )
             for problem in error.errors(include_url=False, include_input=False)
             # pydantic adds default_factory_not_called only if another error occurred.
             if problem["type"] != "default_factory_not_called"
         ],
-        hide_input=True,
     )
 
 

@@ -188,7 +188,7 @@ class TokenStatus(MutableEntity, table=True):
 
         Raises:
             InvalidState: the refresh is not in progress.
-            ValidationError: an argument is invalid. The TokenStatus is not changed.
+            InvalidFields: an argument is invalid. The TokenStatus is not changed.
         """
         if self.status != TokenRefreshStatus.IN_PROGRESS or self.started_at is None:
             raise InvalidState(f"a {self.status.value} refresh cannot be completed")

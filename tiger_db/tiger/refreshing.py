@@ -77,7 +77,9 @@ def _ask(config: Any) -> Any:  # noqa: ANN401  # the SDK has no types
 def _http_error(status: int | None, text: str) -> RefreshFailed:
     if status == _HTTP_LIMIT:
         return RefreshLimited(
-            "Tiger's rate limit is reached (HTTP 429)", code=_LIMIT, retry_after=_RATE_LIMIT_WINDOW
+            "Tiger's rate limit is reached (HTTP 429)",
+            broker_code=_LIMIT,
+            retry_after=_RATE_LIMIT_WINDOW,
         )
     if status in _HTTP_UNAUTHORIZED:
         return CredentialsRefused(f"Tiger refuses the credentials (HTTP {status})")
@@ -102,14 +104,14 @@ def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # the answer is any JS
                 data = None
         token = data.get("token") if isinstance(data, dict) else None
         if not isinstance(token, str) or not token:
-            raise AnswerLost("Tiger's answer contains no token", code=code)
+            raise AnswerLost("Tiger's answer contains no token", broker_code=code)
         return NewToken(token, code=code)
     if not isinstance(code, int):
         raise AnswerLost("Tiger's answer contains no error code")
     if code == _LIMIT or (code == _FORBIDDEN and "rate limit" in text):
-        raise RefreshLimited(message, code=code, retry_after=_RATE_LIMIT_WINDOW)
+        raise RefreshLimited(message, broker_code=code, retry_after=_RATE_LIMIT_WINDOW)
     if code in _REFUSED or code == _FORBIDDEN:
-        raise CredentialsRefused(message, code=code)
+        raise CredentialsRefused(message, broker_code=code)
     if code in {_SERVER_ERROR, _TIMEOUT}:
-        raise AnswerLost(message, code=code)
-    raise RefreshFailed(message, code=code)
+        raise AnswerLost(message, broker_code=code)
+    raise RefreshFailed(message, broker_code=code)

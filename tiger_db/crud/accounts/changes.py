@@ -13,6 +13,7 @@ from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import AccountStatus, AuditAction, PrivateKeyFormat, TigerAccount
+from tiger_db.public import public
 
 CLOSED_VALUES: Mapping[str, object] = {
     "auto_suspended": False,
@@ -28,6 +29,7 @@ CLOSED_VALUES: Mapping[str, object] = {
 _FIXED = {"id", "created_at", "updated_at", "auto_suspended"}
 
 
+@public
 async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
     """Store a new account. If `token_expires_at` is None, read the expiry from the access token.
 
@@ -50,6 +52,7 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
     return account
 
 
+@public
 async def update(session: AsyncSession, account_id: UUID, **changes: object) -> TigerAccount:
     """Change fields of an account. If one change is invalid, no field is changed.
 
@@ -62,7 +65,7 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
         InvalidState: the account is closed, and a change concerns the status, the credentials or
             a default flag. To change these fields, call `reopen`.
         StaleToken: the account has a newer access token.
-        ValidationError: no field has the given name, or a value is invalid.
+        InvalidFields: no field has the given name, or a value is invalid.
         AlreadyExists: another account has the same number, or is already the default account.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
@@ -80,6 +83,7 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
     return account
 
 
+@public
 async def set_default_trading_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Make an account the only default account for trading.
 
@@ -90,6 +94,7 @@ async def set_default_trading_account(session: AsyncSession, account_id: UUID) -
     return await _set_default(session, account_id, "is_default_trading")
 
 
+@public
 async def set_default_data_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Make an account the only default account for data.
 

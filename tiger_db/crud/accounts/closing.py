@@ -24,11 +24,13 @@ from tiger_db.models import (
     TokenStatus,
 )
 from tiger_db.models.token_status import OPEN_STATUSES
+from tiger_db.public import public
 
 _REASON = "the account was closed"
 E_ = TypeVar("E_", APIKey, TokenStatus)
 
 
+@public
 async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Close an account: delete its credentials, revoke its API keys and cancel its open refreshes.
 
@@ -94,6 +96,7 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     return account
 
 
+@public
 async def reopen(
     session: AsyncSession,
     account_id: UUID,
@@ -107,7 +110,7 @@ async def reopen(
     Raises:
         NotFound: no account has this id.
         InvalidState: the account is not closed.
-        ValidationError: a value is invalid. The account is not changed.
+        InvalidFields: a value is invalid. The account is not changed.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status != AccountStatus.CLOSED:

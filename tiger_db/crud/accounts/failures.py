@@ -13,9 +13,11 @@ from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
 from tiger_db.models.secrets import readable_secrets
+from tiger_db.public import public
 from tiger_db.redaction import redact_aggressively
 
 
+@public
 async def record_error(
     session: AsyncSession, account_id: UUID, *, message: str, suspend_after: int = 10
 ) -> TigerAccount:
@@ -64,6 +66,7 @@ async def record_error(
     return account
 
 
+@public
 async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Set an account's error count to zero, and activate an account that `record_error` suspended.
 

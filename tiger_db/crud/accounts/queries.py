@@ -27,6 +27,7 @@ from tiger_db.models.accounts import (
     normalize_tiger_id,
 )
 from tiger_db.models.secrets import key_provider
+from tiger_db.public import public
 
 # An account with FAILING_AFTER_ERRORS or more consecutive errors serves no requests until
 # FAILING_FOR after the last error.
@@ -34,6 +35,7 @@ FAILING_AFTER_ERRORS = 3
 FAILING_FOR = timedelta(minutes=5)
 
 
+@public
 async def get(
     session: AsyncSession, account_id: UUID, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
@@ -45,6 +47,7 @@ async def get(
     return await _get(session, col(TigerAccount.id) == account_id, load)
 
 
+@public
 async def get_by_account_number(
     session: AsyncSession, account_number: str, *, load: Sequence[str] = ()
 ) -> TigerAccount | None:
@@ -61,6 +64,7 @@ async def get_by_account_number(
     return None
 
 
+@public
 async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
     """Return all accounts whose normalized Tiger id equals that of the given id, oldest first.
 
@@ -83,6 +87,7 @@ async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAc
     return await fetch_all(session, statement)
 
 
+@public
 async def list_accounts(
     session: AsyncSession,
     *,
@@ -99,16 +104,19 @@ async def list_accounts(
     return await paginate(session, statement, TigerAccount, after=after, limit=limit)
 
 
+@public
 async def get_default_trading_account(session: AsyncSession) -> TigerAccount | None:
     """Return the default account for trading, or None."""
     return await _get(session, col(TigerAccount.is_default_trading), ())
 
 
+@public
 async def get_default_data_account(session: AsyncSession) -> TigerAccount | None:
     """Return the default account for market data, or None."""
     return await _get(session, col(TigerAccount.is_default_data), ())
 
 
+@public
 async def get_accounts_needing_token_refresh(
     session: AsyncSession, *, within: timedelta = timedelta(hours=1), limit: int = 100
 ) -> list[TigerAccount]:
@@ -119,6 +127,7 @@ async def get_accounts_needing_token_refresh(
     return await fetch_all(session, statement)
 
 
+@public
 async def find_for_operation(
     session: AsyncSession,
     *,

@@ -11,8 +11,10 @@ from tiger_db.crud.accounts.changes import add_token_expiry, refuse_closed
 from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import fetch_one, get_or_raise
 from tiger_db.models import AccountStatus, AuditAction, AuditLog, TigerAccount
+from tiger_db.public import public
 
 
+@public
 async def update_tokens(
     session: AsyncSession,
     account_id: UUID,
@@ -34,7 +36,7 @@ async def update_tokens(
         NotFound: no account has this id.
         InvalidState: the account is closed.
         StaleToken: the account has a newer access token. The account is not changed.
-        ValidationError: a value is invalid. The account is not changed.
+        InvalidFields: a value is invalid. The account is not changed.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     refuse_closed(account)

@@ -35,6 +35,7 @@ from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, AuditRes
 from tiger_db.models.api_keys import parse_address
 from tiger_db.models.audit_logs import insert_events
 from tiger_db.models.base import column_names, hydrate, merge_row, row_expression
+from tiger_db.public import public
 from tiger_db.redaction import redact_aggressively
 from tiger_db.sqlstates import raw_errors
 
@@ -104,6 +105,7 @@ class _SessionWriter:
         await insert_event(self.session, event)
 
 
+@public
 async def verify_api_key(
     session: AsyncSession,
     raw_key: str,
@@ -124,6 +126,7 @@ async def verify_api_key(
         return None
 
 
+@public
 async def authorize_api_key(
     session: AsyncSession,
     raw_key: str,

@@ -23,6 +23,7 @@ from tiger_db.models import (
     AuditAction,
     TigerAccount,
 )
+from tiger_db.public import public
 
 _COPIED_FIELDS = {
     "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour", "rate_limit_per_day",
@@ -30,6 +31,7 @@ _COPIED_FIELDS = {
 }  # fmt: skip
 
 
+@public
 async def create_api_key(
     session: AsyncSession,
     *,
@@ -48,7 +50,7 @@ async def create_api_key(
     """Create an API key. Return the APIKey entity and the raw key. The raw key is not stored.
 
     Raises:
-        ValidationError: a value is invalid. The error names the field.
+        InvalidFields: a value is invalid. The error names the field.
         MissingReference: no account has the given `tiger_account_id`.
         InvalidState: the account is closed.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
@@ -72,6 +74,7 @@ async def create_api_key(
     return await _store(session, values)
 
 
+@public
 async def rotate(
     session: AsyncSession, key_id: UUID, *, grace: timedelta = timedelta(hours=24)
 ) -> tuple[APIKey, str]:
@@ -114,6 +117,7 @@ async def rotate(
     return successor, raw_key
 
 
+@public
 async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | None) -> APIKey:
     """Set a later expiry for an API key. If `expires_at` is None, the key never expires.
 
@@ -139,12 +143,13 @@ async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | 
     return key
 
 
+@public
 async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> APIKey:
     """Revoke an API key permanently. A second call for the same key changes nothing.
 
     Raises:
         NotFound: no API key has this id.
-        ValidationError: the reason is too long.
+        InvalidFields: the reason is too long.
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     if key.status == APIKeyStatus.REVOKED:

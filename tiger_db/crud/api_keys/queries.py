@@ -22,6 +22,7 @@ from tiger_db.crud.pagination import (
 from tiger_db.errors import InvalidValue
 from tiger_db.models import APIKey, APIKeyStatus
 from tiger_db.models.api_keys import api_key_usage
+from tiger_db.public import public
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +33,21 @@ class HourlyUsage:
     count: int
 
 
+@public
 async def get(session: AsyncSession, key_id: UUID) -> APIKey | None:
     """Return the API key with the given id, or None."""
     statement = select(APIKey).where(col(APIKey.id) == key_id)
     return await fetch_one(session, statement)
 
 
+@public
 async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None:
     """Return the API key with the given public prefix, or None."""
     statement = select(APIKey).where(col(APIKey.key_prefix) == key_prefix)
     return await fetch_one(session, statement)
 
 
+@public
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
     """Return the API key of a raw key, whatever its status, or None. No use is counted.
 
@@ -59,6 +63,7 @@ async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
     return key if verified else None
 
 
+@public
 async def get_keys_for_account(
     session: AsyncSession,
     account_id: UUID,
@@ -71,6 +76,7 @@ async def get_keys_for_account(
     return await paginate(session, statement, APIKey, after=after, limit=limit)
 
 
+@public
 async def list_api_keys(
     session: AsyncSession,
     *,
@@ -85,6 +91,7 @@ async def list_api_keys(
     return await paginate(session, statement, APIKey, after=after, limit=limit)
 
 
+@public
 async def list_expiring(
     session: AsyncSession,
     *,
@@ -117,6 +124,7 @@ async def list_expiring(
     return Page(keys[:limit], encode_cursor(keys[limit - 1].id) if more else None)
 
 
+@public
 async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
     """Return the number of accepted uses of an API key per hour, oldest hour first.
 

@@ -15,6 +15,7 @@ from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.base import hydrate, row_expression
 from tiger_db.models.secrets import key_provider
+from tiger_db.public import public
 
 LEASE = timedelta(seconds=60)
 # The SQL text CLAIM bypasses the ORM for speed, because workers claim refreshes frequently.
@@ -52,6 +53,7 @@ _BY_ID = f"""
 """  # noqa: S608  # a constant
 
 
+@public
 async def claim_due(
     session: AsyncSession,
     *,
@@ -81,6 +83,7 @@ async def claim_due(
     return claims
 
 
+@public
 async def claim(
     session: AsyncSession, refresh_id: UUID, *, worker: str, lease: timedelta = LEASE
 ) -> TokenStatus:
@@ -114,6 +117,7 @@ async def _claim(
     return sorted(claims, key=lambda claim: (claim.scheduled_at, claim.id))
 
 
+@public
 async def heartbeat(
     session: AsyncSession, claim: TokenStatus, *, lease: timedelta = LEASE
 ) -> TokenStatus:
@@ -126,6 +130,7 @@ async def heartbeat(
     return await update_claimed(session, claim, lease_expires_at=func.clock_timestamp() + lease)
 
 
+@public
 async def give_back(
     session: AsyncSession, claim: TokenStatus, *, wait: timedelta = timedelta(0)
 ) -> TokenStatus:

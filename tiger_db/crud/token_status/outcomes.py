@@ -42,6 +42,7 @@ from tiger_db.models.accounts import refresh_time
 from tiger_db.models.audit_logs import severity_of
 from tiger_db.models.base import merge_row, row_expression
 from tiger_db.models.secrets import aad_of, encrypt_secret, key_provider, readable_secrets
+from tiger_db.public import public
 from tiger_db.redaction import redact_aggressively
 
 # Failed refreshes are attempted again after an exponential backoff with full jitter:
@@ -155,7 +156,7 @@ async def update_claimed(
 
     Raises:
         LeaseLost: the claim is lost. The refresh is not changed.
-        ValidationError: a new value is invalid. The refresh is not changed.
+        InvalidFields: a new value is invalid. The refresh is not changed.
     """
     given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
     claim.validate_changes(given)
@@ -174,6 +175,7 @@ def _is_held(claim: TokenStatus) -> ColumnElement[bool]:
     )
 
 
+@public
 async def complete(
     session: AsyncSession,
     claim: TokenStatus,
@@ -196,7 +198,7 @@ async def complete(
         StaleToken: the account has a newer access token. The account and the refresh are not
             changed.
         NotFound: the account was deleted.
-        ValidationError: a value is invalid. The account and the refresh are not changed.
+        InvalidFields: a value is invalid. The account and the refresh are not changed.
     """
     answer = {
         "api_response_code": api_response_code,
@@ -273,6 +275,7 @@ def _encrypt_token(
     return encrypt_secret(key_provider(session.sync_session), text, aad)
 
 
+@public
 async def fail(
     session: AsyncSession,
     claim: TokenStatus,
@@ -297,7 +300,7 @@ async def fail(
     Raises:
         LeaseLost: the claim is lost. The account and the refresh are not changed.
         NotFound: the account was deleted.
-        ValidationError: a value is invalid. The account and the refresh are not changed.
+        InvalidFields: a value is invalid. The account and the refresh are not changed.
     """
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     secrets = readable_secrets(account)
@@ -381,6 +384,7 @@ def _backoff(attempts: int) -> timedelta:
     return longest * random.random()  # noqa: S311  # jitter needs no secure randomness
 
 
+@public
 async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
     """End an attempt whose outcome cannot be stored by `complete` or `fail`.
 
@@ -394,6 +398,7 @@ async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
         raise LeaseLost
 
 
+@public
 async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
     """Give up at most 100 refreshes whose last attempt has an expired lease.
 
@@ -430,6 +435,7 @@ async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -
     return len(ended)
 
 
+@public
 def token_hash(token: str) -> str:
     """Return the SHA-256 of a token. The history of refreshes stores hashes instead of tokens."""
     return hashlib.sha256(token.encode("utf-8")).hexdigest()

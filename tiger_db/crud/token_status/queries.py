@@ -14,6 +14,7 @@ from tiger_db.crud.common import fetch_all, fetch_one, require_aware
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, check_limit, paginate
 from tiger_db.models import TokenRefreshStatus, TokenStatus
 from tiger_db.models.token_status import OPEN_STATUSES
+from tiger_db.public import public
 
 # IS_OPEN and _IS_FAILED equal the predicates of partial indexes, so PostgreSQL uses the indexes.
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")
@@ -35,16 +36,19 @@ class RefreshStatistics:
     by_error: dict[str, int]
 
 
+@public
 async def get(session: AsyncSession, refresh_id: UUID) -> TokenStatus | None:
     """Return the refresh with the given id, or None."""
     return await newest(session, col(TokenStatus.id) == refresh_id)
 
 
+@public
 async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenStatus | None:
     """Return the newest refresh of an account, or None."""
     return await newest(session, col(TokenStatus.tiger_account_id) == account_id)
 
 
+@public
 async def get_pending_refreshes(
     session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[TokenStatus]:
@@ -55,6 +59,7 @@ async def get_pending_refreshes(
     return await paginate(session, statement, TokenStatus, after=after, limit=limit)
 
 
+@public
 async def get_failed_refreshes(
     session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
 ) -> Page[TokenStatus]:
@@ -63,6 +68,7 @@ async def get_failed_refreshes(
     return await paginate(session, statement, TokenStatus, after=after, limit=limit)
 
 
+@public
 async def history(
     session: AsyncSession,
     *,
@@ -77,6 +83,7 @@ async def history(
     return await paginate(session, statement, TokenStatus, after=after, limit=limit)
 
 
+@public
 async def overview(
     session: AsyncSession, *, since: datetime, limit: int = DEFAULT_PAGE_SIZE
 ) -> dict[str, list[TokenStatus]]:
@@ -115,6 +122,7 @@ async def overview(
     }
 
 
+@public
 async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatistics:
     """Return statistics of the refreshes that were opened after the aware datetime `since`.
 

@@ -27,8 +27,10 @@ from tiger_db.models import (
 )
 from tiger_db.models.accounts import ACTIVE_WITH_TOKEN, due_tokens
 from tiger_db.models.token_status import OPEN_STATUSES
+from tiger_db.public import public
 
 
+@public
 async def create_refresh_operation(
     session: AsyncSession,
     *,
@@ -45,7 +47,7 @@ async def create_refresh_operation(
     Raises:
         MissingReference: no account has the id `tiger_account_id`.
         InvalidState: the account is closed.
-        ValidationError: a value for the refresh is invalid.
+        InvalidFields: a value for the refresh is invalid.
     """
     account = await _lock_account(session, tiger_account_id)
     values = {"scheduled_at": scheduled_at, "max_retries": max_retries, "details": details}
@@ -62,6 +64,7 @@ async def create_refresh_operation(
             return existing
 
 
+@public
 async def schedule_due(
     session: AsyncSession, *, within: timedelta | None = None, limit: int = 1000
 ) -> list[TokenStatus]:
@@ -103,6 +106,7 @@ async def schedule_due(
     return await _open(session, due_accounts)
 
 
+@public
 async def next_due(session: AsyncSession) -> timedelta | None:
     """Return the time until a refresh or token becomes due or a lease expires, or None."""
     pending = (
@@ -133,6 +137,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     return wait
 
 
+@public
 async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10_000) -> int:
     """Delete ended refreshes that are older than `older_than`. Return the number of deleted rows.
 
@@ -159,6 +164,7 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
     return len(deleted.all())
 
 
+@public
 async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     """Cancel an open refresh. A worker that has claimed the refresh loses the claim.
 
@@ -180,6 +186,7 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     return refresh
 
 
+@public
 async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
     """Open a failed refresh again. The refresh is due now, and the count of attempts starts at 0.
 

@@ -1,0 +1,158 @@
+"""The decorator of public functions, which checks arguments and converts errors of SQLAlchemy."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from functools import wraps
+from math import isfinite
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic_core import PydanticCustomError
+from sqlalchemy.exc import SQLAlchemyError
+
+from tiger_db.errors import InvalidFields
+from tiger_db.sqlstates import typed
+
+F_ = TypeVar("F_", bound=Callable[..., Any])
+_MAX_DURATION = timedelta(days=36525)  # 100 years
+# The functions check these parameters themselves: a wrong cursor is an InvalidCursor, and a wrong
+# raw key is an InvalidAPIKey.
+_CHECKED_BY_FUNCTION = {"after", "raw_key"}
+
+
+def public(function: F_) -> F_:
+    """Check the arguments of a function, and convert errors of SQLAlchemy to errors of tiger_db.
+
+    The arguments of each call are compared with the annotations of the parameters. A member of an
+    enum can be given by its value. A datetime must have a time zone, a duration is at most 100
+    years, and a text is not a collection of texts. Keyword arguments that the function collects
+    with `**` are not checked.
+
+    Raises:
+        InvalidFields: arguments have wrong types. The error names the parameters and does not show
+            the arguments. The function is not called.
+    """
+    parameters = inspect.signature(function).parameters
+    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    hints = get_type_hints(function)
+    checked_names = hints.keys() & {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    types = Types(function.__name__, {name: hints[name] for name in checked_names})
+
+    def check(arguments: tuple[object, ...], keywords: dict[str, object]) -> dict[str, object]:
+        given = dict(zip(positional, arguments, strict=False)) | keywords
+        if len(given) != len(arguments) + len(keywords):
+            function(*arguments, **keywords)  # raises TypeError
+        types.check(given)
+        return given
+
+    if inspect.iscoroutinefunction(function):
+
+        @wraps(function)
+        async def checked(*arguments: object, **keywords: object) -> object:
+            given = check(arguments, keywords)
+            try:
+                return await function(**given)
+            except SQLAlchemyError as error:
+                raise typed(error) from None
+    else:
+
+        @wraps(function)
+        def checked(*arguments: object, **keywords: object) -> object:
+            return function(**check(arguments, keywords))
+
+    return checked  # type: ignore[return-value]  # the wrapper has the signature of the function
+
+
+class Types:
+    """The types of named values, such as the arguments of a function."""
+
+    def __init__(self, title: str, hints: Mapping[str, Any]) -> None:
+        self._title = title
+        self._hints = hints
+        self._tests = {
+            name: _test(hint) for name, hint in hints.items() if name not in _CHECKED_BY_FUNCTION
+        }
+        self._iterables = [name for name, hint in hints.items() if get_origin(hint) is Iterable]
+
+    def check(self, values: dict[str, Any]) -> None:
+        """Raise InvalidFields if a value has a wrong type. Replace each iterator by a list."""
+        for name in self._iterables:  # an iterator can be read only once
+            if isinstance(values.get(name), Iterator):
+                values[name] = list(values[name])
+        wrong = []
+        for name, value in values.items():
+            test = self._tests.get(name)
+            if test is not None and not test(value):
+                wrong.append(((name,), _reason(self._hints[name], value)))
+        if wrong:
+            raise InvalidFields.of(self._title, wrong)
+
+
+def _reason(hint: Any, value: object) -> PydanticCustomError:  # noqa: ANN401  # a type annotation
+    """Return the reason why a value is refused."""
+    if isinstance(value, datetime):
+        return PydanticCustomError(
+            "timezone_aware", "Input must have a time zone and be in the years 1 to 9999 in UTC"
+        )
+    if isinstance(value, timedelta):
+        return PydanticCustomError("duration", "Input must be a duration of at most 100 years")
+    wanted = re.sub(r"\w+\.", "", inspect.formatannotation(hint))
+    return PydanticCustomError(
+        "argument_type",
+        "Input should be of the type {wanted}, not {given}",
+        {"wanted": wanted, "given": type(value).__name__},
+    )
+
+
+def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each type has a return
+    """Return the function that tests whether a value has the type of an annotation."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        tests = [_test(part) for part in parts]
+        return lambda value: any(test(value) for test in tests)
+    if origin is Literal:
+        return lambda value: isinstance(value, str) and value in parts
+    if origin is Callable:
+        return callable
+    kind = origin or hint
+    if not isinstance(kind, type) or kind is object:  # for example Any or a TypeVar
+        return lambda _value: True
+    if issubclass(kind, Enum):
+        values = {member.value for member in kind}
+        return lambda value: isinstance(value, kind) or (type(value) is str and value in values)
+    if issubclass(kind, Mapping):
+        return lambda value: isinstance(value, kind) and all(isinstance(k, str) for k in value)
+    if issubclass(kind, Iterable) and parts:
+        item = _test(parts[0])
+        return lambda value: (
+            isinstance(value, kind)
+            and not isinstance(value, str | bytes | bytearray | Mapping)
+            and all(map(item, value))
+        )
+    return _SPECIAL_TESTS.get(kind, lambda value: isinstance(value, kind))
+
+
+def _is_storable_datetime(value: object) -> bool:
+    try:
+        return (
+            isinstance(value, datetime)
+            and value.utcoffset() is not None
+            and bool(value.astimezone(UTC))
+        )
+    except OverflowError:
+        return False
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+_SPECIAL_TESTS: dict[type, Callable[[Any], bool]] = {
+    int: _is_int,
+    float: lambda value: _is_int(value) or (isinstance(value, float) and isfinite(value)),
+    datetime: _is_storable_datetime,
+    timedelta: lambda value: isinstance(value, timedelta) and abs(value) <= _MAX_DURATION,
+}
