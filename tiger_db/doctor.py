@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sqlalchemy import Executable, Float, Row, func, select, text
@@ -21,7 +22,6 @@ from sqlmodel import col
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
 from tiger_db.database import AsyncSession
-from tiger_db.encryption import KeyRing
 from tiger_db.encryption_key_rotation import (
     find_unnormalized_secrets,
     list_encryption_key_usage,
@@ -91,24 +91,6 @@ async def run(settings: Settings) -> list[CheckResult]:
 
 
 def _checks(settings: Settings) -> dict[str, Check]:
-    async def check_hashes(connection: AsyncConnection) -> Outcome:
-        return await _check_hashes(connection, settings)
-
-    async def check_encryption_keys(connection: AsyncConnection) -> Outcome:
-        try:
-            ring = await asyncio.to_thread(required_key_ring, settings)
-        except TigerDBError as error:
-            return Outcome("problem", str(error), "set ENCRYPTION_KEYS to its earlier value")
-        return await _check_encryption_keys(connection, ring)
-
-    async def check_tiger_ids(connection: AsyncConnection) -> Outcome:
-        try:
-            ring = await asyncio.to_thread(required_key_ring, settings)
-        except TigerDBError as error:
-            advice = "Tiger ids are encrypted: run `tiger-db doctor` where ENCRYPTION_KEYS is set"
-            return Outcome("warning", f"not checked: {error}", advice)
-        return await _check_tiger_ids(connection, ring)
-
     return {
         "invalid indexes": _check_indexes,
         "schema": _check_schema,
@@ -118,10 +100,10 @@ def _checks(settings: Settings) -> dict[str, Check]:
         "refreshes": _check_refreshes,
         "tokens": _check_tokens,
         "API keys": _check_api_keys,
-        "API key hashes": check_hashes,
+        "API key hashes": partial(_check_hashes, settings=settings),
         "account numbers": _check_account_numbers,
-        "encryption keys": check_encryption_keys,
-        "Tiger ids": check_tiger_ids,
+        "encryption keys": partial(_check_encryption_keys, settings=settings),
+        "Tiger ids": partial(_check_tiger_ids, settings=settings),
     }
 
 
@@ -449,8 +431,13 @@ async def _check_account_numbers(connection: AsyncConnection) -> Outcome:
     return Outcome("ok", "all account numbers are normalized")
 
 
-async def _check_tiger_ids(connection: AsyncConnection, ring: KeyRing) -> Outcome:
+async def _check_tiger_ids(connection: AsyncConnection, settings: Settings) -> Outcome:
     """Find accounts whose Tiger ids an older release of tiger_db stored without normalization."""
+    try:
+        ring = await asyncio.to_thread(required_key_ring, settings)
+    except TigerDBError as error:
+        advice = "Tiger ids are encrypted: run `tiger-db doctor` where ENCRYPTION_KEYS is set"
+        return Outcome("warning", f"not checked: {error}", advice)
     async with AsyncSession(connection) as session:
         found = await find_unnormalized_secrets(session, class_mapper(TigerAccount), ring)
     if found.normalizable:
@@ -465,7 +452,11 @@ async def _check_tiger_ids(connection: AsyncConnection, ring: KeyRing) -> Outcom
     return Outcome("ok", "all Tiger ids are normalized")
 
 
-async def _check_encryption_keys(connection: AsyncConnection, ring: KeyRing) -> Outcome:
+async def _check_encryption_keys(connection: AsyncConnection, settings: Settings) -> Outcome:
+    try:
+        ring = await asyncio.to_thread(required_key_ring, settings)
+    except TigerDBError as error:
+        return Outcome("problem", str(error), "set ENCRYPTION_KEYS to the earlier value")
     async with AsyncSession(connection) as session:
         uses = await list_encryption_key_usage(session)
     seen = ", ".join(

@@ -56,17 +56,15 @@ def redact_aggressively(text: str, *known: str) -> str:
     words.
     """
     forms = {
-        form for secret in known if len(secret) >= _MIN_SECRET_CHARACTERS for form in _forms(secret)
+        form  # a secret in plain text, in JSON, in a Python `repr` or in a URL
+        for secret in known
+        if len(secret) >= _MIN_SECRET_CHARACTERS
+        for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe=""))
     }
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, MASK)
     text = _LINES.sub(_without_random, redact_known(text))
     return _RANDOM.sub(_without_random, text)
-
-
-def _forms(secret: str) -> set[str]:
-    """Return a secret in the forms of plain text, JSON, Python's `repr` and URLs."""
-    return {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")}
 
 
 def _without_value(match: re.Match[str]) -> str:

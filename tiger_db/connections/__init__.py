@@ -7,7 +7,7 @@ from typing import Any
 
 import asyncpg
 from sqlalchemy import event
-from sqlalchemy.engine import AdaptedConnection, Connection, ExceptionContext
+from sqlalchemy.engine import AdaptedConnection, ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -160,7 +160,8 @@ def create_engine(
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
             raise kind(reason(error)) from None
-        if state == READ_ONLY_SQL_TRANSACTION and _is_readonly(context.connection):
+        options = context.connection.get_execution_options() if context.connection else {}
+        if state == READ_ONLY_SQL_TRANSACTION and options.get("postgresql_readonly"):
             raise InvalidState("a readonly session cannot write") from None
         lost = isinstance(error, OSError) or isinstance(
             error.__cause__, asyncpg.InternalClientError
@@ -180,10 +181,6 @@ def create_engine(
     if settings.db_slow_query_seconds:
         log_slow_queries_of_engine(engine.sync_engine, settings.db_slow_query_seconds)
     return engine
-
-
-def _is_readonly(connection: Connection | None) -> bool:
-    return bool(connection and connection.get_execution_options().get("postgresql_readonly"))
 
 
 def _hide_values(context: ExceptionContext) -> None:
