@@ -111,7 +111,7 @@ class Database:
             out_of_band=self.out_of_band,
             count_use=self.usage_counter.count,
         )
-        self.info = {CONTEXT: context}  # each session gets a copy of this dict
+        self.info = {CONTEXT: context}  # each session gets a copy of the dict `info`
         self.sessions = async_sessionmaker(
             self.engine, class_=AsyncSession, expire_on_commit=False, info=self.info
         )

@@ -202,7 +202,7 @@ async def _check_database(
     version = text("SHOW server_version")
     yield {"server_version": await connection.scalar(version)}
     start = time.perf_counter()
-    await connection.scalar(version)  # the prepared statement needs one round trip
+    await connection.scalar(version)  # a prepared statement needs only one round trip
     yield {"latency_ms": round((time.perf_counter() - start) * 1000, 3)}
     state = await schema_state(connection)
     yield {"revision": state.current, "head": state.head}

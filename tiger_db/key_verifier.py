@@ -25,7 +25,7 @@ _TABLES = {"api_keys", "tiger_accounts"}  # the triggers of these tables notify 
 HEARTBEAT_SECONDS = 0.2  # pause between two heartbeat queries, in seconds
 LEASE_SECONDS = 0.5  # time after a heartbeat query in which the cache may be used, in seconds
 MAX_AGE_SECONDS = 60.0  # age at which a cached key is read from the database again, in seconds
-# After this time, a call that uses the cache lets the event loop read notifications.
+# Calls that use the cache let the event loop read notifications at this interval.
 _YIELD_INTERVAL_SECONDS = 0.005
 
 
@@ -167,7 +167,7 @@ class KeyVerifier:
         now = time.monotonic()
         if now - self._yielded_at > _YIELD_INTERVAL_SECONDS:
             # Without an await, calls that use the cache would block the listening connection. The
-            # event loop polls a socket in one iteration, and reads it in the next iteration.
+            # event loop polls a socket in one iteration, and reads the socket in the next.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             self._yielded_at = now = time.monotonic()

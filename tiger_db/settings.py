@@ -383,7 +383,7 @@ class Settings(BaseSettings):
             arguments["passfile"] = Path(found["passfile"])
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
-        if self.uses_pooler:  # PgBouncer may refuse the other parameters
+        if self.uses_pooler:  # PgBouncer may refuse all other session parameters
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given
@@ -401,7 +401,7 @@ class Settings(BaseSettings):
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
             "timezone": "UTC",
-            # This search_path overrides a search_path that ALTER ROLE or ALTER DATABASE has set.
+            # This setting overrides a search_path that ALTER ROLE or ALTER DATABASE has set.
             "search_path": self.search_path,
         }
 

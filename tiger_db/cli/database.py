@@ -67,11 +67,11 @@ def migrate(
         str, typer.Option(metavar="ID", help="Revision id of the last migration to run.")
     ] = "head",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the pending migrations; change nothing.")
+        bool, typer.Option("--dry-run", help="List the pending migrations without running them.")
     ] = False,
     sql: Annotated[
         bool,
-        typer.Option("--sql", help="Print the SQL of the migrations for psql; change nothing."),
+        typer.Option("--sql", help="Print the SQL of the pending migrations for psql."),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -83,7 +83,9 @@ def migrate(
     """
     config = runtime.settings()
     if sql and (dry_run or as_json):
-        raise typer.BadParameter("cannot be combined with --dry-run or --json", param_hint="--sql")
+        raise typer.BadParameter(
+            "the option cannot be combined with --dry-run or --json", param_hint="--sql"
+        )
     if dry_run:
         _show_scripts(runtime.run_async(_pending(config, revision)), as_json=as_json)
     elif sql:
@@ -182,7 +184,7 @@ def check(*, as_json: options.AsJson = False) -> None:
 def health_check(
     *,
     live: Annotated[
-        bool, typer.Option("--live", help="Check only the settings; connect to no database.")
+        bool, typer.Option("--live", help="Check only the settings, without use of the database.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:

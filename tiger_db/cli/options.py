@@ -47,12 +47,12 @@ PrivateKeyFile = Annotated[
 KeyId = Annotated[
     str | None,
     typer.Option(
-        "--id", metavar="ID", help="Id of the new key or pepper; by default made from today's date."
+        "--id", metavar="ID", help="Id of the new key or pepper. Default: an id with today's date."
     ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="New file, pipe or device; by default standard output."),
+    typer.Option(metavar="FILE", help="New output file, pipe or device. Default: standard output."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
@@ -117,12 +117,14 @@ def parse_duration(text: str, option: str) -> timedelta:
 def parse_expiry(expires_in: str | None, expires_at: str | None) -> datetime | None:
     """Return the expiry that --expires-in or --expires-at sets, or None without these options."""
     if expires_in is not None and expires_at is not None:
-        raise typer.BadParameter("cannot be combined with --expires-at", param_hint="--expires-in")
+        raise typer.BadParameter(
+            "the option cannot be combined with --expires-at", param_hint="--expires-in"
+        )
     if expires_in is not None:
         return datetime.now(UTC) + parse_duration(expires_in, "--expires-in")
     expiry = None if expires_at is None else parse_time(expires_at, "--expires-at")
     if expiry is not None and expiry <= datetime.now(UTC):
-        raise typer.BadParameter("is in the past", param_hint="--expires-at")
+        raise typer.BadParameter("the time is in the past", param_hint="--expires-at")
     return expiry
 
 
@@ -141,7 +143,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not _at_terminal():
-        raise typer.BadParameter("is required without a terminal", param_hint="--yes")
+        raise typer.BadParameter("the option is required without a terminal", param_hint="--yes")
     typer.confirm(question, abort=True, err=True)
 
 
@@ -157,7 +159,7 @@ def read_secret(name: str, value: str | None, file: str | None) -> str | None:
     """
     if value is not None and file is not None:
         raise typer.BadParameter(
-            "give the value or the file, not both", param_hint=f"--{name}-file"
+            "give the secret or the file, but not both", param_hint=f"--{name}-file"
         )
     if value is None and file is None:
         return None

@@ -23,7 +23,7 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTi
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type
 
-# After one of these errors of a host, a connection to the next host may succeed.
+# If a host causes one of these errors, a connection to the next host may succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
 _CONNECT_ERRORS = (*_HOST_ERRORS, ValueError, asyncpg.PostgresError)
 

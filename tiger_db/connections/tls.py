@@ -13,8 +13,8 @@ from tiger_db.settings import ConnectArgs, Settings
 # connection attempts with other sslmodes of asyncpg.
 _ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
-# The file of a private key must not have these permission bits. As in libpq, the file's group may
-# read the file only if root owns the file.
+# `_check_mode_of_key` refuses the file of a private key with these permission bits. As in libpq,
+# the file's group may read the file only if root owns the file.
 _FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 

@@ -236,7 +236,7 @@ def _start(home: Path, package: Path, version: str) -> Postmaster:
             _create_data(home, programs, user)
         socket_folder = folders.create_socket_folder(home, user)
         if server_process.is_listening(socket_folder):
-            raise EmbeddedError(f"another server listens in {socket_folder}: stop that server")
+            raise EmbeddedError(f"another server listens in {socket_folder}: stop the other server")
         server_process.remove_stale_lock_files(home, socket_folder, lock)
         server_process.record_start(lock)
         return _launch(home, programs, user, socket_folder, lock)

@@ -321,7 +321,7 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
-            raise MigrationError("the database has several revisions: a script needs one")
+            raise MigrationError("the database has several revisions: a script needs one revision")
         script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
         months = f"SELECT make_audit_months({MONTHS_AHEAD});"

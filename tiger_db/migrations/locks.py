@@ -66,8 +66,8 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
     """
     async with engine.connect() as connection:
         await _take_lock(connection, progress)
-        # Each transaction begins with LOCK_TIMEOUT. An autocommit_block has no lock timeout,
-        # because CREATE INDEX CONCURRENTLY does not block other sessions.
+        # Each transaction begins with the SQL statement LOCK_TIMEOUT. An autocommit_block has no
+        # lock timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
         event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
