@@ -165,7 +165,7 @@ def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
 
 @contextmanager
 def open_lock(home: Path) -> Iterator[int]:
-    """Open the file `server.lock`. A started server keeps the lock after this file is closed."""
+    """Open `server.lock`. A started server keeps the server lock after `server.lock` is closed."""
     lock = private_opener(str(home / "server.lock"), os.O_RDWR | os.O_CREAT)
     _open_locks.add(lock)
     try:
