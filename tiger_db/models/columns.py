@@ -116,6 +116,14 @@ class OpenEnum(TypeDecorator[str]):
         self.enum = enum
         self.impl = impl  # type: ignore[assignment]  # the class attribute is only a default
 
+    # Without this method, alembic_postgresql_enum could not compare the defaults of columns.
+    def process_bind_param(
+        self,
+        value: str | None,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> str | None:
+        return value
+
     def result_processor(
         self,
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
