@@ -116,7 +116,7 @@ class OpenEnum(TypeDecorator[str]):
         self.enum = enum
         self.impl = impl  # type: ignore[assignment]  # the class attribute is only a default
 
-    # Without this method, alembic_postgresql_enum could not compare the defaults of columns.
+    # alembic_postgresql_enum calls `process_bind_param` when it compares the members of enums.
     def process_bind_param(
         self,
         value: str | None,
