@@ -63,6 +63,8 @@ __all__ = [
 ]  # fmt: skip
 # `_SUBMODULES` maps public names to submodules. Other public names are in `tiger_db.models`.
 _SUBMODULES = {
+    # The import of `change_events` registers the functions that record changes of these entities.
+    "APIKey": "crud.change_events",
     "Actor": "actor",
     "AsyncSession": "database",
     "Database": "database",
@@ -71,6 +73,7 @@ _SUBMODULES = {
     "RefreshWorker": "refresh_worker",
     "Secret": "encryption",
     "Settings": "settings",
+    "TigerAccount": "crud.change_events",
     "acting_as": "actor",
     "get_session": "database",
 }

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy import Table
 from sqlalchemy.orm import Mapper, Session, object_mapper, object_session
-from sqlalchemy.orm.attributes import set_attribute
+from sqlalchemy.orm.attributes import instance_state, set_attribute
 
 from tiger_db.encryption import (
     EncryptedSecret,
@@ -60,7 +60,10 @@ def encrypt_secret(provider: KeyProvider | None, text: str, aad: str) -> bytes:
 
 
 def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
-    """Encrypt the new secrets of an entity, and set the blind indexes."""
+    """Encrypt the new secrets of an entity, and set the blind indexes.
+
+    If a secret is set to its old text, the old ciphertext is kept.
+    """
     for name, type_ in encrypted_columns(mapper):
         secret, aad = row.__dict__.get(name), aad_of(mapper, name, row.id)
         if not isinstance(secret, Secret):
@@ -69,12 +72,25 @@ def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
             continue
         provider = key_provider(object_session(row))
         text = secret.get_secret_value()
+        old = instance_state(row).committed_state.get(name)
+        if isinstance(old, EncryptedSecret) and _has_text(old, text, provider):
+            set_attribute(row, name, old)  # the flush writes no column whose value is unchanged
+            continue
         ciphertext = encrypt_secret(provider, text, aad)
         assert provider is not None  # encrypt_secret() has raised an error if the provider is None
         set_attribute(row, name, EncryptedSecret(ciphertext, aad, provider, row.label()))
         if type_.fingerprint:
             mark = fingerprint(provider, provider.key_ids[0], text, aad.split(":")[0])
             set_attribute(row, type_.fingerprint, mark)
+
+
+def _has_text(secret: EncryptedSecret, text: str, provider: KeyProvider | None) -> bool:
+    """Return whether the current encryption key has encrypted this text as the given secret."""
+    try:
+        current = provider is not None and secret.key_id == provider.key_ids[0]
+        return current and secret.get_secret_value() == text
+    except EncryptionError:
+        return False
 
 
 def bind_secrets(row: Row, provider: KeyProvider | None) -> None:

@@ -17,6 +17,7 @@ from tests.support.tiger_files import EVERYTHING, config
 from tests.support.tiger_tokens import tiger_token
 from tiger_db import Database, RefreshTrigger, TigerAccount, TokenStatus
 from tiger_db.crud import accounts, token_status
+from tiger_db.crud.change_events import RECORDED
 from tiger_db.database import AsyncSession
 from tiger_db.models.accounts import refresh_time
 from tiger_db.tiger import import_account
@@ -235,7 +236,10 @@ async def test_python_and_postgresql_find_the_same_tokens_due(
             "token_expires_at": None if expires_at is None else now + ahead + expires_at,
         }
         await session.execute(
-            update(TigerAccount).where(col(TigerAccount.id) == account.id).values(**values)
+            update(TigerAccount)
+            .where(col(TigerAccount.id) == account.id)
+            .values(**values)
+            .execution_options(**RECORDED)
         )
     for account, _, _ in made:
         await session.refresh(account)
