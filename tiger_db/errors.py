@@ -89,7 +89,7 @@ class AlreadyExists(TigerDBError):
 
 
 class MissingReference(TigerDBError):
-    """A referenced row does not exist."""
+    """A referenced row does not exist, or other rows refer to the deleted row."""
 
     code = "missing_reference"
 

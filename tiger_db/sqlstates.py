@@ -24,6 +24,8 @@ from tiger_db.errors import (
 # If a connection is lost, asyncpg raises an error of one of these classes.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 READ_ONLY_SQL_TRANSACTION = "25006"  # a former primary or a readonly session refused a write
+# Before version 18, PostgreSQL reports both cases of this message with the same SQLSTATE.
+_BROKEN_REFERENCE = "the referenced row does not exist, or other rows refer to the deleted row"
 # `_ERRORS` maps a SQLSTATE, or its first characters, to an error's type and message. If the message
 # is None, PostgreSQL's own message is used, which contains no values of a row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
@@ -35,9 +37,10 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "22021": (InvalidValue, "a text has a character that cannot be stored"),
     "22P02": (InvalidValue, "a value is not of its column's type"),
     "22P05": (InvalidValue, "a text has a character that cannot be stored"),
+    "23001": (MissingReference, _BROKEN_REFERENCE),
     "23502": (InvalidValue, "a value is missing"),
-    "23503": (MissingReference, "the referenced row does not exist"),
-    "23505": (AlreadyExists, "the value already exists"),
+    "23503": (MissingReference, _BROKEN_REFERENCE),
+    "23505": (AlreadyExists, "the value already exists"),  # _DUPLICATES has other messages
     "23514": (InvalidValue, "a value is not allowed"),
     "25P02": (InvalidState, "an earlier error aborted the transaction: roll back the session"),
     READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "the database accepts no writes"),
@@ -52,6 +55,14 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "55P03": (Conflict, None),  # lock timeout
     "57014": (QueryTimeout, None),
     "57P0": (DatabaseUnavailable, "the connection was lost"),
+}
+# Messages for violations of unique constraints and indexes, by the name of the constraint or index.
+_DUPLICATES = {
+    "uq_tiger_accounts_account_number": "an account with this account number already exists",
+    "uq_tiger_accounts_is_default_trading": "a default account for trading already exists",
+    "uq_tiger_accounts_is_default_data": "a default account for data already exists",
+    "uq_api_keys_key_prefix": "an API key with this prefix already exists",
+    "uq_token_statuses_tiger_account_id_open": "an open refresh of this account already exists",
 }
 # The SQLSTATEs of transient errors begin with these characters. PostgreSQL names the five classes
 # "connection exception", "transaction rollback", "insufficient resources", "object not in
@@ -84,7 +95,9 @@ def classify(error: BaseException) -> TigerDBError | None:
         where = getattr(cause, "constraint_name", None) or getattr(cause, "column_name", None)
         if message is None:
             return kind(str(cause).partition("\n")[0])
-        return kind(f"{message} ({where})" if where else message)
+        if where:
+            return kind(f"{_DUPLICATES.get(where, message)} ({where})")
+        return kind(message)
     if isinstance(cause, CONNECTION_ERRORS):
         return DatabaseUnavailable(f"the connection was lost: {type(cause).__name__}")
     return None

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import factories
 from tests.support.cli_accounts import NUMBER, PAPER, REQUIRED, create, stored
 from tests.support.command_line import CommandLine, Result
+from tests.support.concurrency import lock_until_waiting
 from tests.support.factories import plain
 from tests.support.private_keys import SHORT_BITS, short_pem
 from tiger_db import Database, PrivateKeyFormat, Settings, TigerAccount, crud
@@ -165,11 +167,9 @@ def test_an_error_names_the_option_of_an_invalid_value(
     options = dict(zip(REQUIRED[::2], REQUIRED[1::2], strict=True))
     options |= {"--account-number": NUMBER, "--private-key-file": "-", option: value}
     given = [part for pair in options.items() for part in pair]
-    # A warning about the private key precedes the error.
-    reason = cli("create-account", *given, stdin="test_key")
-    assert reason.code == 1
-    assert f"error: {option}: " in reason.err
-    assert "test_key" not in reason.err
+    reason = cli.fails("create-account", *given, stdin="test_key")
+    assert reason.startswith(f"error: {option}: ")
+    assert "test_key" not in reason
     assert cli.ok("list-accounts", "--json").json["items"] == []
 
 
@@ -236,9 +236,9 @@ def test_a_short_rsa_key_is_refused(cli: CommandLine) -> None:
 def test_an_account_number_can_be_used_only_once(cli: CommandLine) -> None:
     create(cli)
     options = ("create-account", *REQUIRED, "--account-number", NUMBER)
-    result = cli(*options, "--private-key", "test_key")
-    assert (result.code, result.out) == (1, "")
-    assert "already exists" in result.err
+    reason = cli.fails(*options, "--private-key", "-", stdin="test_key")
+    exists = "an account with this account number already exists"
+    assert reason == f"error: {exists} (uq_tiger_accounts_account_number)\n"
 
 
 def test_a_new_default_replaces_the_old_one(cli: CommandLine) -> None:
@@ -302,6 +302,15 @@ def test_an_account_is_shown_by_number_and_by_id(cli: CommandLine) -> None:
     assert "no account" in cli.fails("show-account", "01a2090b-d025-77ee-b352-1c8a2d49097f")
 
 
+def test_a_number_of_32_digits_is_not_an_id(cli: CommandLine) -> None:
+    number = "10000000000000000000000000000032"
+    made = create(cli, number, "--json").json
+    assert cli.ok("show-account", number, "--json").json == made
+    for command in (("list-events", "--json"), ("export-events",)):
+        assert made["id"] in cli.ok(*command, "--account", number).out
+    assert "no account" in cli.fails("list-events", "--account", made["id"].replace("-", ""))
+
+
 def test_an_account_is_made_the_default(cli: CommandLine) -> None:
     create(cli, "U1", "--default-trading", "--default-data")
     create(cli, "U2")
@@ -323,6 +332,73 @@ def test_an_account_is_closed(cli: CommandLine) -> None:
     assert closed.json["status"] == "closed"
     assert stored(cli).status == "closed"
     assert "no account" in cli.fails("close-account", "0", "--yes")
+
+
+def test_a_closed_account_is_deleted(cli: CommandLine) -> None:
+    create(cli)
+    key = ("create-api-key", "--name", "assistant", "--scopes", "mcp:read", "--account", NUMBER)
+    cli.ok(*key)
+    assert "--yes" in cli.misused("delete-account", NUMBER, stdin="y\n")
+    assert "must be closed" in cli.fails("delete-account", NUMBER, "--yes")
+    closed = cli.ok("close-account", NUMBER, "--yes", "--json").json
+    deleted = cli.ok("delete-account", NUMBER, "--yes", "--reason", "moved away", "--json")
+    assert deleted.json == closed
+    assert deleted.err == "account ****0321 is deleted\n"
+    assert "no account" in cli.fails("show-account", closed["id"])
+    assert cli.ok("list-api-keys", "--json").json["items"] == []
+    of_account, of_key = cli.ok("list-events", "--limit", "2", "--json").json["items"]
+    assert (of_account["action"], of_key["action"]) == ("account:delete", "api_key:delete")
+    assert of_account["details"]["reason"] == "moved away"
+    assert of_account["user_type"] == "cli"
+    assert "no account" in cli.fails("delete-account", NUMBER, "--yes")
+
+
+def test_a_new_status_has_its_reason_on_record(cli: CommandLine) -> None:
+    create(cli)
+    cli.ok("set-account-status", NUMBER, "inactive", "--reason", "on holiday")
+    event = cli.ok("list-events", "--limit", "1", "--json").json["items"][0]
+    assert (event["action"], event["details"]) == (
+        "account:status_change", {"reason": "on holiday"}
+    )  # fmt: skip
+
+
+def test_market_permissions_are_added_and_removed(cli: CommandLine) -> None:
+    create(cli, NUMBER, "--market-permissions", "US")
+    added = cli.ok("add-market-permission", NUMBER, "HK", "--json")
+    assert added.json["market_permissions"] == ["US", "HK"]
+    assert added.err == "account ****0321 may trade in HK\n"
+    removed = cli.ok("remove-market-permission", NUMBER, "US", "--json")
+    assert removed.json["market_permissions"] == ["HK"]
+    assert removed.err == "account ****0321 may not trade in US\n"
+    events = cli.ok("list-events", "--json").json["items"]
+    assert cli.ok("remove-market-permission", NUMBER, "US", "--json").json == removed.json
+    assert cli.ok("list-events", "--json").json["items"] == events
+    for command in ("add-market-permission", "remove-market-permission"):
+        assert "MARKET" in cli.misused(command, NUMBER, "XX")
+        assert "no account" in cli.fails(command, "0", "US")
+
+
+@pytest.mark.slow
+async def test_two_processes_that_add_market_permissions_lose_none(
+    cli: CommandLine, clone: Database
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+    async with lock_until_waiting(clone, "tiger_accounts", waiting=2):
+        adding = [
+            asyncio.create_task(
+                asyncio.to_thread(
+                    cli.process, "add-market-permission", account.account_number, market
+                )
+            )
+            for market in ("US", "HK")
+        ]
+    assert [result.code for result in await asyncio.gather(*adding)] == [0, 0]
+    async with clone.session() as session:
+        stored = await crud.accounts.get(session, account.id)
+        assert stored is not None
+        assert sorted(stored.market_permissions) == ["HK", "US"]
+        assert len(await factories.events(session)) == 3
 
 
 def test_a_closed_account_can_be_reopened(cli: CommandLine, key_file: str, pem: str) -> None:

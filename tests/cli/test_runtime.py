@@ -48,7 +48,7 @@ def test_data_goes_to_stdout_and_messages_to_stderr(cli: CommandLine) -> None:
     assert done.code == 0
     assert done.json["account_number"] == NUMBER
     assert [line.partition(" ")[0] for line in done.err.splitlines()] == [
-        "warning:", "warning:", "created"
+        "warning:", "created", "warning:"
     ]  # fmt: skip
     failed = cli.process("create-account", *options)
     assert (failed.code, failed.out) == (1, "")

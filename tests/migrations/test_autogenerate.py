@@ -84,7 +84,7 @@ class Webhook(MutableEntity, table=True):
     kinds: list[WebhookKind] = Field()
     secret: Secret = Field(description="To sign with")
     tags: JsonObject = Field(default_factory=dict)
-    tiger_account_id: UUID = Field(foreign_key="tiger_accounts.id", ondelete="CASCADE", index=True)
+    tiger_account_id: UUID = Field(foreign_key="tiger_accounts.id", ondelete="RESTRICT", index=True)
 '''
 
 

@@ -24,10 +24,11 @@ from tiger_db.audit.exporting import read_export
 from tiger_db.audit.seal_format import Seal
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.database import AsyncSession
-from tiger_db.errors import AlreadyExists, MigrationError, SchemaMismatch
+from tiger_db.errors import AlreadyExists, MigrationError, MissingReference, SchemaMismatch
 from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, history, upgrade
 from tiger_db.models.accounts import normalize_account_number
 from tiger_db.signing import parse_public_key
+from tiger_db.sqlstates import classify
 
 EVERYTHING = """
 SELECT 'relation', relname::text, relkind::text FROM pg_class
@@ -611,6 +612,73 @@ async def test_a_downgrade_of_0012_keeps_all_events(clone: Database) -> None:
         await upgrade(engine)
         assert await drift(engine) == []
     assert await exported(clone) == before
+
+
+# 0013
+
+FOREIGN_KEYS = """
+SELECT conrelid::regclass::text, confdeltype, convalidated FROM pg_constraint
+WHERE contype = 'f' AND confrelid = 'tiger_accounts'::regclass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_0013_restricts_the_deletion_of_accounts_and_changes_no_row(clone: Database) -> None:
+    async def keys(engine: AsyncEngine) -> set[tuple[Any, ...]]:
+        async with engine.connect() as connection:
+            return {tuple(row) for row in await connection.execute(text(FOREIGN_KEYS))}
+
+    async def rows() -> str:
+        async with clone.session() as session:
+            return (await factories.everything(session)).replace("0012", "0013")
+
+    async with clone.session() as session:
+        account = await factories.account_with_token(session)
+        await factories.api_key(session, tiger_account_id=account.id)
+        await factories.refresh(session, account)
+    before = await rows()
+    delete = text("DELETE FROM tiger_accounts")
+    tables = ("api_keys", "token_statuses")
+    async with maintenance_engine(clone.settings) as engine:
+        for _ in range(2):
+            await downgrade(engine, "0012")
+            assert await keys(engine) == {(table, b"c", True) for table in tables}
+            assert await rows() == before
+            await upgrade(engine)
+            assert await keys(engine) == {(table, b"r", True) for table in tables}
+            assert await rows() == before
+            assert await drift(engine) == []
+        for table in tables:
+            async with engine.begin() as connection:
+                with pytest.raises(DBAPIError, match=f"fk_{table}_tiger_account_id") as refused:
+                    await connection.execute(delete)
+                assert isinstance(classify(refused.value), MissingReference)
+            async with engine.begin() as connection:
+                await connection.execute(text(f"DELETE FROM {table}"))
+        async with engine.begin() as connection:
+            await connection.execute(delete)
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_an_interrupted_0013_is_repeated(clone: Database) -> None:
+    name = "fk_api_keys_tiger_account_id_tiger_accounts"
+    async with maintenance_engine(clone.settings) as engine:
+        async with engine.begin() as connection:
+            await connection.execute(text("UPDATE alembic_version SET version_num = '0012'"))
+            await connection.execute(
+                text(
+                    f"ALTER TABLE api_keys DROP CONSTRAINT {name}, ADD CONSTRAINT {name}"
+                    " FOREIGN KEY (tiger_account_id) REFERENCES tiger_accounts"
+                    " ON DELETE RESTRICT NOT VALID"
+                )
+            )
+        await upgrade(engine)
+        assert await drift(engine) == []
+        async with engine.connect() as connection:
+            found = (await connection.execute(text(FOREIGN_KEYS))).all()
+    assert [row.convalidated for row in found] == [True, True]
 
 
 # Drift

@@ -3,11 +3,17 @@
 from collections.abc import Awaitable, Callable
 from uuid import UUID
 
+from tiger_db import MarketPermission
 from tiger_db.crud import accounts
 from tiger_db.database import AsyncSession
 
 Change = Callable[[AsyncSession, UUID], Awaitable[object]]
 CHANGES: dict[str, Change] = {
+    "add_market_permission": lambda s, i: accounts.add_market_permission(s, i, MarketPermission.HK),
+    "remove_market_permission": lambda s, i: accounts.remove_market_permission(
+        s, i, MarketPermission.US
+    ),
+    "delete": accounts.delete,
     "update": lambda s, i: accounts.update(s, i, description="new"),
     "set_default_trading_account": accounts.set_default_trading_account,
     "set_default_data_account": accounts.set_default_data_account,

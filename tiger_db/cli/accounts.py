@@ -21,6 +21,11 @@ OpenStatuses = Literal["active", "inactive", "suspended", "pending_verification"
 Licenses = Literal["TBNZ", "TBSG", "TBHK", "TBAU", "TBUS"]
 Environments = Literal["PROD", "SANDBOX"]
 
+Markets = Literal["US", "HK", "CN", "SG"]
+
+_MarketArgument = Annotated[
+    Markets, typer.Argument(metavar="MARKET", help="Market: US, HK, CN or SG.")
+]
 app = typer.Typer()
 _PANEL = "Accounts"
 
@@ -102,8 +107,9 @@ def create_account(
         ),
         "access_token": options.read_secret("access-token", access_token, access_token_file),
         "secret_key": options.read_secret("secret-key", secret_key, secret_key_file),
-        **_read_private_key(private_key, private_key_file, production=production),
     }
+    key, warning = _read_private_key(private_key, private_key_file, production=production)
+    given |= key
     account = tiger_db.TigerAccount(
         **{name: value for name, value in given.items() if value is not None}
     )
@@ -118,22 +124,33 @@ def create_account(
 
     created = runtime.in_transaction(create)
     output.print_message(f"created account {mask_account_number(created.account_number)}")
+    _print_key_warning(warning)
     output.show_row(created, as_json=as_json)
 
 
 def _read_private_key(
     value: str | None, file: str | None, *, production: bool
-) -> "dict[str, str | tiger_db.PrivateKeyFormat]":
-    """Read a private key. A key that is not RSA causes an error in production, else a warning."""
+) -> "tuple[dict[str, str | tiger_db.PrivateKeyFormat], str | None]":
+    """Read a private key. Return the fields of the key, and a warning if the key is not RSA.
+
+    Raises:
+        InvalidValue: the key is not RSA, and `production` is true.
+    """
     key = options.read_required_secret("private-key", value, file)
+    key_format, warning = tiger_db.PrivateKeyFormat.UNKNOWN, None
     try:
         key, key_format = tiger_db.tiger.parse_private_key(key)
     except InvalidValue as error:
         if production:
             raise
-        output.print_warning(f"{error}: the private key is stored, but Tiger will refuse the key")
-        key_format = tiger_db.PrivateKeyFormat.UNKNOWN
-    return {"private_key": key, "private_key_format": key_format}
+        warning = f"{error}: the private key is stored, but Tiger will refuse the key"
+    return {"private_key": key, "private_key_format": key_format}, warning
+
+
+def _print_key_warning(warning: str | None) -> None:
+    """Print the warning of `_read_private_key`, after the key was stored."""
+    if warning is not None:
+        output.print_warning(warning)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -262,12 +279,38 @@ def reopen_account(
     as_json: options.AsJson = False,
 ) -> None:
     """Reopen a closed account with a new private key. The account's API keys stay revoked."""
-    key = _read_private_key(private_key, private_key_file, production=runtime.settings().production)
+    production = runtime.settings().production
+    key, warning = _read_private_key(private_key, private_key_file, production=production)
 
     async def reopen(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
         return await tiger_db.crud.accounts.reopen(session, account_id, **key)  # type: ignore[arg-type]
 
     _change(account, reopen, "{account} is open again", as_json=as_json)
+    _print_key_warning(warning)
+
+
+@app.command(rich_help_panel=_PANEL)
+def delete_account(
+    account: options.AccountArgument,
+    *,
+    reason: options.Reason = None,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Delete an account permanently, with its API keys and token refreshes.
+
+    An account that is not closed is deleted only if the account has neither API keys nor an open
+    refresh. The audit events of the account stay in the database.
+    """
+    runtime.settings()  # report invalid settings before asking for confirmation
+    options.confirm(f"Delete account {account} permanently?", yes=yes)
+
+    async def delete(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
+        deleted = await runtime.find_account(session, str(account_id))
+        await tiger_db.crud.accounts.delete(session, account_id, reason=reason)
+        return deleted
+
+    _change(account, delete, "{account} is deleted", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -277,14 +320,49 @@ def set_account_status(
         OpenStatuses, typer.Argument(help="New status. Only an active account serves requests.")
     ],
     *,
+    reason: options.Reason = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Set the status of an account. To close an account, use `close-account`."""
 
     async def change(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
-        return await tiger_db.crud.accounts.update(session, account_id, status=status)
+        return await tiger_db.crud.accounts.update(
+            session, account_id, status=status, reason=reason
+        )
 
     _change(account, change, "{account} is {status}", as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def add_market_permission(
+    account: options.AccountArgument,
+    permission: _MarketArgument,
+    *,
+    as_json: options.AsJson = False,
+) -> None:
+    """Allow an account to trade in a market."""
+
+    async def change(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
+        market = tiger_db.MarketPermission(permission)
+        return await tiger_db.crud.accounts.add_market_permission(session, account_id, market)
+
+    _change(account, change, f"{{account}} may trade in {permission}", as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def remove_market_permission(
+    account: options.AccountArgument,
+    permission: _MarketArgument,
+    *,
+    as_json: options.AsJson = False,
+) -> None:
+    """Forbid an account to trade in a market."""
+
+    async def change(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
+        market = tiger_db.MarketPermission(permission)
+        return await tiger_db.crud.accounts.remove_market_permission(session, account_id, market)
+
+    _change(account, change, f"{{account}} may not trade in {permission}", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)

@@ -37,6 +37,9 @@ ExpiresIn = Annotated[
 ExpiresAt = Annotated[
     str | None, typer.Option(metavar="TIME", help="Time of expiry, such as 2026-01-31T12:00:00Z.")
 ]
+Reason = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Reason to record in the audit event.")
+]
 PrivateKey = Annotated[
     str | None,
     typer.Option(metavar="KEY", help="RSA private key, or - to read the key from standard input."),

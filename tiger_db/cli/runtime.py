@@ -3,6 +3,7 @@
 import logging
 import os
 import pwd
+import re
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
 T = TypeVar("T")
+_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 # `actor_name` is the value of --actor, or None if the actor is the operating system's user.
 actor_name: ContextVar[str | None] = ContextVar("actor_name", default=None)
 
@@ -69,18 +71,20 @@ def in_transaction(work: "Callable[[AsyncSession], Awaitable[T]]") -> T:
 
 
 async def find_account(session: "AsyncSession", number_or_id: str) -> "tiger_db.TigerAccount":
-    account = await tiger_db.crud.accounts.get_by_account_number(session, number_or_id)
-    if account is None and (account_id := parse_uuid(number_or_id)):
+    if account_id := parse_uuid(number_or_id):
         account = await tiger_db.crud.accounts.get(session, account_id)
+    else:
+        account = await tiger_db.crud.accounts.get_by_account_number(session, number_or_id)
     if account is None:
         raise NotFound("there is no account with this number or id")
     return account
 
 
 async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.APIKey":
-    key = await tiger_db.crud.api_keys.get_by_prefix(session, prefix_or_id)
-    if key is None and (key_id := parse_uuid(prefix_or_id)):
+    if key_id := parse_uuid(prefix_or_id):
         key = await tiger_db.crud.api_keys.get(session, key_id)
+    else:
+        key = await tiger_db.crud.api_keys.get_by_prefix(session, prefix_or_id)
     if key is None:
         # The message omits `prefix_or_id`, because the user may have passed a whole API key.
         raise NotFound("there is no API key with this prefix or id")
@@ -105,10 +109,11 @@ async def account_numbers(
 
 
 def parse_uuid(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
+    """Return the UUID in a text with four hyphens, or None for any other text.
+
+    A text without hyphens may be an account number, because account numbers can have 32 digits.
+    """
+    return UUID(text) if _UUID.fullmatch(text) else None
 
 
 def describe_error(error: Exception) -> str:

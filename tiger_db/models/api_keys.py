@@ -174,7 +174,7 @@ class APIKey(MutableEntity, table=True):
     tiger_account_id: UUID | None = Field(
         default=None,
         foreign_key="tiger_accounts.id",
-        ondelete="CASCADE",
+        ondelete="RESTRICT",
         description="The only account that the key can access; null: all accounts",
     )
     expires_at: UTCDateTime | None = Field(

@@ -78,7 +78,7 @@ class TokenStatus(MutableEntity, table=True):
 
     tiger_account_id: UUID = Field(
         foreign_key="tiger_accounts.id",
-        ondelete="CASCADE",
+        ondelete="RESTRICT",
         description="Account whose token is refreshed",
     )
     status: TokenRefreshStatus = Field(

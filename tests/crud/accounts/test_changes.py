@@ -13,19 +13,18 @@ from tests.support import factories
 from tests.support.account_changes import CHANGES, SECRETS
 from tests.support.contexts import changed_context
 from tests.support.factories import plain
-from tiger_db import (
-    Database,
-    TigerAccount,
-)
+from tiger_db import AuditAction, Database, MarketPermission, TigerAccount
 from tiger_db.crud import accounts
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
     AlreadyExists,
     ConfigurationError,
+    InvalidFields,
     InvalidValue,
     NotFound,
 )
 
+M = MarketPermission
 NONSENSE: Any = "nonsense"
 
 
@@ -52,6 +51,13 @@ async def test_changing_an_unknown_account_raises_not_found(
     assert await factories.events(session) == []
 
 
+EXISTS = {
+    "account_number": "an account with this account number already exists",
+    "is_default_trading": "a default account for trading already exists",
+    "is_default_data": "a default account for data already exists",
+}
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -65,7 +71,8 @@ async def test_a_duplicate_is_refused_and_the_transaction_continues(
 ) -> None:
     async with clone.session() as session:
         first = await factories.account(session, **values)
-        with pytest.raises(AlreadyExists, match=f"uq_tiger_accounts_{next(iter(values))}"):
+        (name,) = values
+        with pytest.raises(AlreadyExists, match=rf"^{EXISTS[name]} \(uq_tiger_accounts_{name}\)$"):
             await factories.account(session, **values)
         other = await factories.account(session)
         with pytest.raises(AlreadyExists):
@@ -133,7 +140,7 @@ async def test_an_update_changes_all_or_nothing(session: AsyncSession) -> None:
     ],
 )
 async def test_an_update_refuses_invalid_values_and_fixed_fields(
-    session: AsyncSession, name: str, value: object, error: type[Exception]
+    session: AsyncSession, name: str, value: Any, error: type[Exception]
 ) -> None:
     account = await factories.account(session)
     before = account.model_dump()
@@ -158,6 +165,87 @@ async def test_raw_sql_updates_updated_at_too(clone: Database) -> None:
     assert stored.updated_at is not None
     assert account.updated_at is not None
     assert stored.updated_at > account.updated_at
+
+
+async def test_the_reason_of_an_update_is_in_the_details_of_its_event(
+    session: AsyncSession,
+) -> None:
+    account = await factories.account(session)
+    await accounts.update(session, account.id, description="new", reason="asked by Alice")
+    await accounts.update(session, account.id, status="inactive", reason="on holiday")
+    await accounts.update(session, account.id, status="active")
+    events = (await factories.events(session))[1:]
+    assert [(event.action, event.new_values, event.details) for event in events] == [
+        (AuditAction.ACCOUNT_UPDATE, {"description": "new"}, {"reason": "asked by Alice"}),
+        (AuditAction.ACCOUNT_STATUS_CHANGE, {"status": "inactive"}, {"reason": "on holiday"}),
+        (AuditAction.ACCOUNT_STATUS_CHANGE, {"status": "active"}, None),
+    ]
+    assert "asked by Alice" not in str(account.model_dump())
+
+
+@pytest.mark.parametrize("same", [{}, {"account_name": "Main"}, {"tags": {}, "status": "active"}])
+async def test_a_reason_without_a_change_changes_nothing(
+    clone: Database, same: dict[str, Any]
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        await accounts.update(session, account.id, reason="no change", **same)
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+
+
+async def test_an_update_with_the_same_secret_writes_no_event(session: AsyncSession) -> None:
+    account = await factories.account(session, **SECRETS)
+    await accounts.update(session, account.id, reason="no change", **SECRETS)
+    assert len(await factories.events(session)) == 1
+
+
+# Market permissions
+
+
+async def test_market_permissions_are_added_and_removed_on_record(session: AsyncSession) -> None:
+    account = await factories.account(session, market_permissions=["HK"])
+    assert await accounts.add_market_permission(session, account.id, M.US) is account
+    assert account.market_permissions == [M.HK, M.US]
+    assert account.has_market_permission(M.US)
+    assert await accounts.remove_market_permission(session, account.id, M.HK) is account
+    assert account.market_permissions == [M.US]
+    events = (await factories.events(session))[1:]
+    assert [(event.action, event.old_values, event.new_values) for event in events] == [
+        (
+            AuditAction.ACCOUNT_UPDATE,
+            {"market_permissions": ["HK"]},
+            {"market_permissions": ["HK", "US"]},
+        ),
+        (
+            AuditAction.ACCOUNT_UPDATE,
+            {"market_permissions": ["HK", "US"]},
+            {"market_permissions": ["US"]},
+        ),
+    ]
+
+
+async def test_a_market_permission_is_added_and_removed_once(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session, market_permissions=["HK"])
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        await accounts.add_market_permission(session, account.id, M.HK)
+        await accounts.remove_market_permission(session, account.id, M.US)
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+
+
+@pytest.mark.parametrize("permission", ["XX", "us", None, 1, ["US"]])
+async def test_an_unknown_market_is_refused(session: AsyncSession, permission: Any) -> None:
+    account = await factories.account(session, market_permissions=["US"])
+    for change in (accounts.add_market_permission, accounts.remove_market_permission):
+        with pytest.raises(InvalidFields, match="permission"):
+            await change(session, account.id, permission)
+    assert account.market_permissions == [M.US]
+    assert len(await factories.events(session)) == 1
 
 
 # Defaults

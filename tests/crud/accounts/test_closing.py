@@ -1,6 +1,7 @@
-"""A closed account has no credential, API key, refresh or default, and keeps its audit trail."""
+"""Accounts are closed, reopened and deleted. Their audit events stay."""
 
 from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import ValidationError
@@ -22,11 +23,13 @@ from tiger_db import (
     crud,
 )
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
+from tiger_db.crud.common import savepoint
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
     AlreadyExists,
     InvalidState,
     InvalidValue,
+    MissingReference,
 )
 from tiger_db.redaction import MASK
 
@@ -491,3 +494,171 @@ async def test_an_account_can_be_closed_and_reopened_repeatedly(session: AsyncSe
         assert plain(account.private_key) == f"key {n}"
     actions = [event.action for event in await factories.events(session)]
     assert actions[1:] == [AuditAction.ACCOUNT_CLOSE, AuditAction.ACCOUNT_REOPEN] * 3
+
+
+# Deleting
+
+
+async def rows_of(session: AsyncSession, account: TigerAccount) -> list[int]:
+    """Return the numbers of accounts, keys, usage rows and refreshes of one account."""
+    keys = "SELECT id FROM api_keys WHERE tiger_account_id = :id"
+    criteria = {
+        "tiger_accounts": "id = :id",
+        "api_keys": f"id IN ({keys})",
+        "api_key_usage": f"api_key_id IN ({keys})",
+        "token_statuses": "tiger_account_id = :id",
+    }
+    return [
+        await session.scalar(text(f"SELECT count(*) FROM {table} WHERE {rule}"), {"id": account.id})
+        or 0
+        for table, rule in criteria.items()
+    ]
+
+
+async def test_a_closed_account_is_deleted_with_its_keys_and_refreshes(clone: Database) -> None:
+    async with clone.session() as session:
+        account, other = await busy_account(session), await factories.account(session)
+        await factories.api_key(session, tiger_account_id=other.id)
+        await factories.refresh(session, other)
+        await accounts.close(session, account.id)
+    async with clone.session() as session:
+        assert await rows_of(session, account) == [1, 4, 0, 1]
+        row = await row_of(session, account)
+        await accounts.delete(session, account.id, reason="moved to another broker")
+    async with clone.session() as session:
+        assert await accounts.get(session, account.id) is None
+        assert await rows_of(session, account) == [0, 0, 0, 0]
+        assert await rows_of(session, other) == [1, 1, 0, 1]
+        everything = await factories.everything(session)
+        assert row["tiger_id"].hex() not in everything
+        again = await factories.account(session, account_number=account.account_number)
+        assert again.id != account.id
+
+
+async def test_deleting_records_each_key_and_then_the_account_with_old_values(
+    session: AsyncSession,
+) -> None:
+    account = await busy_account(session)
+    await accounts.close(session, account.id)
+    keys = {
+        str(key.id): key.model_dump(mode="json", exclude={"created_at", "updated_at"})
+        for key in await api_keys.get_keys_for_account(session, account.id)
+    }
+    values = account.model_dump(
+        mode="json", exclude={"created_at", "updated_at", "token_refresh_at"}
+    )
+    before = await trail(session)
+    await accounts.delete(session, account.id, reason="moved to another broker")
+    *of_keys, of_account = await events_since(session, before)
+    for event in of_keys:
+        assert event.action == AuditAction.API_KEY_DELETE
+        assert (event.api_key_id, event.tiger_account_id) == (UUID(event.resource_id), account.id)
+        assert event.details == {"reason": "the account was deleted"}
+        assert event.new_values is None
+    assert {event.resource_id: event.old_values for event in of_keys} == keys
+    assert of_account.action == AuditAction.ACCOUNT_DELETE
+    assert (of_account.tiger_account_id, of_account.resource_id) == (account.id, str(account.id))
+    assert of_account.old_values == values
+    assert values["tiger_id"] == MASK
+    assert of_account.new_values is None
+    assert of_account.details == {
+        "reason": "moved to another broker",
+        "deleted_api_keys": [keys[str(event.resource_id)]["key_prefix"] for event in of_keys],
+        "deleted_refreshes": 1,
+    }
+
+
+async def test_deleting_changes_no_earlier_audit_event(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await busy_account(session)
+        await accounts.close(session, account.id)
+        before = await trail(session)
+    async with clone.session() as session:
+        await accounts.delete(session, account.id)
+    async with clone.session() as session:
+        after = await trail(session)
+    assert after[: len(before)] == before
+    assert len(after) == len(before) + 5  # four keys, the account
+
+
+@pytest.mark.parametrize("child", [*APIKeyStatus, "pending", "in_progress"])
+async def test_an_account_with_a_key_or_an_open_refresh_is_deleted_only_if_it_is_closed(
+    clone: Database, child: str
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account_with_token(session)
+        if child in {*APIKeyStatus}:
+            key, _ = await factories.api_key(session, tiger_account_id=account.id)
+            key.status = APIKeyStatus(child)
+        else:
+            await factories.refresh(session, account)
+            if child == "in_progress":
+                await token_status.claim_due(session, worker="w")
+        await session.flush()
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(InvalidState, match="must be closed before it is deleted"):
+            await accounts.delete(session, account.id)
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+        await accounts.close(session, account.id)
+        await accounts.delete(session, account.id)
+        assert await rows_of(session, account) == [0, 0, 0, 0]
+
+
+async def test_an_open_account_with_ended_refreshes_only_is_deleted(session: AsyncSession) -> None:
+    account = await factories.account_with_token(session, is_default_trading=True)
+    refresh = await factories.refresh(session, account)
+    await token_status.cancel(session, refresh.id)
+    await accounts.delete(session, account.id)
+    assert await rows_of(session, account) == [0, 0, 0, 0]
+    assert refresh not in session
+    event = (await factories.events(session))[-1]
+    assert event.details == {"deleted_api_keys": [], "deleted_refreshes": 1}
+    assert event.old_values is not None
+    assert (event.old_values["is_default_trading"], event.old_values["access_token"]) == (
+        True, MASK
+    )  # fmt: skip
+
+
+@pytest.mark.schema_changes
+async def test_an_account_to_which_other_rows_refer_is_not_deleted(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+        await factories.api_key(session, tiger_account_id=account.id)
+        await accounts.close(session, account.id)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        await session.execute(text("CREATE TABLE watched (id uuid REFERENCES tiger_accounts)"))
+        await session.execute(text("INSERT INTO watched SELECT id FROM tiger_accounts"))
+        with pytest.raises(MissingReference, match="other rows refer to the deleted row"):
+            await accounts.delete(session, account.id)
+        stored = await accounts.get(session, account.id)
+        assert stored is not None
+        await session.execute(text("DROP TABLE watched"))
+    async with clone.session() as session:
+        assert await factories.everything(session) == before
+
+
+@pytest.mark.parametrize("child", ["api_key", "refresh"])
+async def test_no_sql_can_delete_an_account_that_has_a_key_or_a_refresh(
+    clone: Database, child: str
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account_with_token(session)
+        if child == "api_key":
+            await factories.api_key(session, tiger_account_id=account.id)
+        else:
+            refresh = await factories.refresh(session, account)
+            await token_status.cancel(session, refresh.id)
+        before = await factories.everything(session)
+    async with clone.session() as session:
+        with pytest.raises(MissingReference, match="_tiger_account_id_tiger_accounts"):
+            async with savepoint(session):
+                await session.execute(text("DELETE FROM tiger_accounts"))
+        await session.delete(await accounts.get(session, account.id))
+        with pytest.raises(IntegrityError, match="_tiger_account_id_tiger_accounts"):
+            await session.flush()
+        await session.rollback()
+    async with clone.session() as session:
+        assert await factories.everything(session) == before

@@ -19,6 +19,7 @@ from tiger_db import (
     APIKey,
     AuditAction,
     Database,
+    MarketPermission,
     TigerAccount,
     TokenRefreshStatus,
     TokenStatus,
@@ -29,8 +30,12 @@ from tiger_db.database import AsyncSession
 from tiger_db.errors import (
     InvalidState,
     LeaseLost,
+    MissingReference,
+    NotFound,
     StaleToken,
 )
+
+MarketChange = Callable[[AsyncSession, UUID, MarketPermission], Awaitable[TigerAccount]]
 
 
 @pytest.mark.slow
@@ -172,6 +177,95 @@ async def test_events_of_concurrent_updates_have_the_replaced_values(crowd: Data
     while old := replaced.get(chain[-1]):
         chain.append(old["description"])
     assert sorted(chain, key=int) == ["0", *numbers]
+
+
+async def test_concurrent_changes_of_market_permissions_lose_none(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account(session, market_permissions=["CN"])
+
+    async def change(function: MarketChange, market: MarketPermission) -> None:
+        async with crowd.session() as session:
+            await accounts.get(session, account.id)
+            await function(session, account.id, market)
+
+    gate = lock_until_waiting(crowd, "tiger_accounts", waiting=4)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group, gate:
+        for market in (MarketPermission.US, MarketPermission.HK, MarketPermission.HK):
+            group.create_task(change(accounts.add_market_permission, market))
+        group.create_task(change(accounts.remove_market_permission, MarketPermission.CN))
+    async with crowd.session() as session:
+        stored = await accounts.get(session, account.id)
+        events = (await factories.events(session))[1:]
+    assert stored is not None
+    assert sorted(stored.market_permissions) == [MarketPermission.HK, MarketPermission.US]
+    assert len(events) == 3  # the second call for HK changes nothing
+    markets: object = ["CN"]
+    for event in events:  # in the order of the row lock
+        assert event.old_values == {"market_permissions": markets}
+        assert event.new_values is not None
+        markets = event.new_values["market_permissions"]
+
+
+async def test_no_key_is_created_while_its_account_is_deleted(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account_with_token(session)
+
+    async def create(make: Callable[[AsyncSession], Awaitable[object]]) -> None:
+        async with crowd.session() as session:
+            with pytest.raises(MissingReference):
+                await make(session)
+
+    gate = lock_until_waiting(crowd, "tiger_accounts", waiting=2)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group, gate as session:
+        group.create_task(create(partial(factories.api_key, tiger_account_id=account.id)))
+        group.create_task(create(partial(factories.refresh, of=account)))
+        await accounts.delete(session, account.id)
+    async with crowd.session() as session:
+        assert await accounts.get(session, account.id) is None
+
+
+@pytest.mark.parametrize("child", ["key", "refresh"])
+async def test_an_account_is_not_deleted_while_a_key_or_refresh_is_created(
+    crowd: Database, child: str
+) -> None:
+    async with crowd.session() as session:
+        account = await factories.account_with_token(session)
+
+    async def delete() -> None:
+        async with crowd.session() as session:
+            await accounts.delete(session, account.id)
+
+    async with crowd.session() as session:
+        if child == "key":
+            await factories.api_key(session, tiger_account_id=account.id)
+        else:
+            await factories.refresh(session, account)
+        deleting = asyncio.create_task(delete())
+        await until_waiting(session, 1)
+    with pytest.raises(InvalidState, match="must be closed"):
+        await deleting
+    async with crowd.session() as session:
+        assert await accounts.get(session, account.id) is not None
+
+
+async def test_an_account_is_deleted_once(crowd: Database) -> None:
+    async with crowd.session() as session:
+        account = await factories.account(session)
+        await factories.api_key(session, tiger_account_id=account.id)
+        await accounts.close(session, account.id)
+
+    async def delete(session: AsyncSession) -> str:
+        try:
+            await accounts.delete(session, account.id)
+        except NotFound:
+            return "not found"
+        return "deleted"
+
+    assert sorted(await at_once(crowd, [delete] * 4)) == ["deleted", *["not found"] * 3]
+    async with crowd.session() as session:
+        actions = [event.action for event in await factories.events(session)]
+    assert actions.count(AuditAction.ACCOUNT_DELETE) == 1
+    assert actions.count(AuditAction.API_KEY_DELETE) == 1
 
 
 async def test_no_refresh_is_opened_while_its_account_is_closed(crowd: Database) -> None:

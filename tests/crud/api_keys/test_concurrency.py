@@ -9,7 +9,6 @@ from multiprocessing.connection import Connection
 from typing import TypeVar
 
 import pytest
-from sqlalchemy import text
 
 from tests.support import factories
 from tiger_db import (
@@ -160,7 +159,8 @@ async def close_account(session: AsyncSession, key: APIKey) -> None:
 
 
 async def delete_account(session: AsyncSession, key: APIKey) -> None:
-    await session.execute(text("DELETE FROM tiger_accounts"))
+    await close_account(session, key)
+    await accounts.delete(session, key.tiger_account_id)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", ["session", "verifier"])

@@ -5,7 +5,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.claims import LEASE, USES, claim_due
@@ -157,7 +156,8 @@ async def test_a_lost_claim_changes_nothing(clone: Database, use: str, how: str)
 @pytest.mark.parametrize("use", ["complete", "fail"])
 async def test_a_claim_goes_with_its_account(session: AsyncSession, use: str) -> None:
     claim = await factories.claim(session)
-    await session.execute(text("DELETE FROM tiger_accounts"))
+    await accounts.close(session, claim.tiger_account_id)
+    await accounts.delete(session, claim.tiger_account_id)
     with pytest.raises(NotFound, match="TigerAccount"):
         await USES[use](session, claim)
 

@@ -1,12 +1,14 @@
 """CRUD functions for accounts. A change and its audit event are in the same transaction."""
 
 from tiger_db.crud.accounts.changes import (
+    add_market_permission,
     create,
+    remove_market_permission,
     set_default_data_account,
     set_default_trading_account,
     update,
 )
-from tiger_db.crud.accounts.closing import close, reopen
+from tiger_db.crud.accounts.closing import close, delete, reopen
 from tiger_db.crud.accounts.failures import record_error, reset_errors
 from tiger_db.crud.accounts.queries import (
     find_for_operation,
@@ -21,8 +23,10 @@ from tiger_db.crud.accounts.queries import (
 from tiger_db.crud.accounts.tokens import update_tokens
 
 __all__ = [
+    "add_market_permission",
     "close",
     "create",
+    "delete",
     "find_for_operation",
     "get",
     "get_accounts_needing_token_refresh",
@@ -32,6 +36,7 @@ __all__ = [
     "list_accounts",
     "list_by_tiger_id",
     "record_error",
+    "remove_market_permission",
     "reopen",
     "reset_errors",
     "set_default_data_account",

@@ -12,7 +12,13 @@ from tiger_db.crud.audit_logs import EventFields
 from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
-from tiger_db.models import AccountStatus, AuditAction, PrivateKeyFormat, TigerAccount
+from tiger_db.models import (
+    AccountStatus,
+    AuditAction,
+    MarketPermission,
+    PrivateKeyFormat,
+    TigerAccount,
+)
 from tiger_db.public import public
 
 CLOSED_VALUES: Mapping[str, object] = {
@@ -53,11 +59,14 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
 
 
 @public
-async def update(session: AsyncSession, account_id: UUID, **changes: object) -> TigerAccount:
+async def update(
+    session: AsyncSession, account_id: UUID, *, reason: str | None = None, **changes: object
+) -> TigerAccount:
     """Change fields of an account. If one change is invalid, no field is changed.
 
-    If `access_token` is given without `token_expires_at`, the expiry is read from the token.
-    `reset_errors` does not activate an account that `update` has suspended.
+    The audit event has `reason` in its details. If no value changes, no event is recorded, even if
+    a reason is given. If `access_token` is given without `token_expires_at`, the expiry is read
+    from the token. `reset_errors` does not activate an account that `update` has suspended.
 
     Raises:
         NotFound: no account has this id.
@@ -79,8 +88,36 @@ async def update(session: AsyncSession, account_id: UUID, **changes: object) -> 
         action = AuditAction.ACCOUNT_STATUS_CHANGE
         values["auto_suspended"] = False
     async with savepoint(session, account):
-        await apply_change(session, account, values, action=action, given=changes)
+        await apply_change(
+            session, account, values, action=action, given=changes, details=reason_details(reason)
+        )
     return account
+
+
+@public
+async def add_market_permission(
+    session: AsyncSession, account_id: UUID, permission: MarketPermission
+) -> TigerAccount:
+    """Allow an account to trade in a market. If the account already may, nothing is changed.
+
+    Raises:
+        NotFound: no account has this id.
+        InvalidFields: the market is unknown.
+    """
+    return await _set_market_permission(session, account_id, permission, allowed=True)
+
+
+@public
+async def remove_market_permission(
+    session: AsyncSession, account_id: UUID, permission: MarketPermission
+) -> TigerAccount:
+    """Forbid an account to trade in a market. If it already may not, nothing is changed.
+
+    Raises:
+        NotFound: no account has this id.
+        InvalidFields: the market is unknown.
+    """
+    return await _set_market_permission(session, account_id, permission, allowed=False)
 
 
 @public
@@ -117,6 +154,11 @@ def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
         )
 
 
+def reason_details(reason: str | None) -> dict[str, object] | None:
+    """Return the details of an audit event whose only detail is the reason for the change."""
+    return None if reason is None else {"reason": reason}
+
+
 def refuse_closed(account: TigerAccount) -> None:
     """Raise InvalidState if an account is closed."""
     if account.status == AccountStatus.CLOSED:
@@ -132,6 +174,19 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
             )
     elif not closes or any(values.get(name, old) != old for name, old in CLOSED_VALUES.items()):
         raise InvalidState("the account is closed: use `reopen`, which stores new credentials")
+
+
+async def _set_market_permission(
+    session: AsyncSession, account_id: UUID, permission: MarketPermission, *, allowed: bool
+) -> TigerAccount:
+    # The row lock serializes changes, so that each change extends or reduces the committed list.
+    account = await get_or_raise(session, TigerAccount, account_id, lock=True)
+    held = account.market_permissions
+    if (permission in held) != allowed:
+        others = [market for market in held if market != permission]
+        values = {"market_permissions": [*others, permission] if allowed else others}
+        await apply_change(session, account, values, action=AuditAction.ACCOUNT_UPDATE)
+    return account
 
 
 async def _set_default(session: AsyncSession, account_id: UUID, column: str) -> TigerAccount:

@@ -1,17 +1,18 @@
-"""Functions that close and reopen accounts."""
+"""Functions that close, reopen and delete accounts."""
 
 from typing import TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, exists, func, select
+from sqlalchemy import delete as sql_delete
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.accounts.changes import CLOSED_VALUES
+from tiger_db.crud.accounts.changes import CLOSED_VALUES, reason_details
 from tiger_db.crud.audit_logs import api_key_event, log_events, refresh_event
-from tiger_db.crud.change_events import RECORDED, apply_change
-from tiger_db.crud.common import fetch_all, get_or_raise
+from tiger_db.crud.change_events import RECORDED, apply_change, described
+from tiger_db.crud.common import fetch_all, get_or_raise, savepoint
 from tiger_db.errors import InvalidState
 from tiger_db.models import (
     AccountStatus,
@@ -27,6 +28,7 @@ from tiger_db.models.token_status import OPEN_STATUSES
 from tiger_db.public import public
 
 _REASON = "the account was closed"
+_DELETED = "the account was deleted"
 E_ = TypeVar("E_", APIKey, TokenStatus)
 
 
@@ -126,6 +128,54 @@ async def reopen(
     }
     await apply_change(session, account, values, action=AuditAction.ACCOUNT_REOPEN)
     return account
+
+
+@public
+async def delete(session: AsyncSession, account_id: UUID, *, reason: str | None = None) -> None:
+    """Delete an account permanently, with its API keys and refreshes.
+
+    An account that is not closed is deleted only if it has neither API keys nor an open refresh.
+    Each deleted API key and the account have an audit event with their last values. The `reason` is
+    in the details of the account's event. All audit events stay unchanged.
+
+    Raises:
+        NotFound: no account has this id.
+        InvalidState: the account has API keys or an open refresh, and is not closed.
+        MissingReference: rows of another table refer to the account.
+    """
+    account = await get_or_raise(session, TigerAccount, account_id, lock=True)
+    keys = await fetch_all(
+        session,
+        select(APIKey)
+        .where(col(APIKey.tiger_account_id) == account_id)
+        .order_by(col(APIKey.id))
+        .with_for_update(),
+    )
+    of_account = col(TokenStatus.tiger_account_id) == account_id
+    if account.status != AccountStatus.CLOSED:
+        is_open = col(TokenStatus.status).in_(OPEN_STATUSES)
+        if keys or await session.scalar(select(exists().where(of_account, is_open))):
+            raise InvalidState(
+                "an account with API keys or an open refresh must be closed before it is deleted"
+            )
+    async with savepoint(session):
+        for key in keys:
+            with described(
+                key, action=AuditAction.API_KEY_DELETE, details=reason_details(_DELETED)
+            ):
+                await session.delete(key)
+                await session.flush()
+        deleted = await session.execute(
+            sql_delete(TokenStatus).where(of_account).returning(col(TokenStatus.id))
+        )
+        details = {
+            **(reason_details(reason) or {}),
+            "deleted_api_keys": [key.key_prefix for key in keys],
+            "deleted_refreshes": len(deleted.all()),
+        }
+        with described(account, action=AuditAction.ACCOUNT_DELETE, details=details):
+            await session.delete(account)
+            await session.flush()
 
 
 async def _end(
