@@ -189,7 +189,7 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task. After `stop`, keep the fraction `reserve` of the grace period free."""
+        """Wait for a task, after `stop` only until the share `reserve` of the grace period is left."""
         end = math.inf if seconds is None else time.monotonic() + seconds
         stop = asyncio.create_task(self._stopping.wait())
         try:
@@ -201,7 +201,7 @@ class RefreshWorker:
             await asyncio.wait({task}, timeout=max(end - time.monotonic(), 0))
 
     async def _start_due(self) -> float:
-        """Claim due refreshes and start their attempts. Return the seconds until the next call."""
+        """Claim due refreshes and start attempts. Return the seconds until the next call."""
         free = min(self.concurrency - len(self._attempts), 1000)
         if free <= 0:
             return POLL_SECONDS
@@ -446,7 +446,7 @@ class RefreshWorker:
             _logger.warning("%s: the claim was lost after the refresh had failed", account.label())
             return
         self.counts["failed"] += 1
-        _logger.warning("%s: no new token: %s", account.label(), outcome)
+        _logger.warning("%s: the refresh failed: %s", account.label(), outcome)
 
     async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
         """Call `work` in a transaction. Repeat the call while the database is unavailable."""
