@@ -152,7 +152,7 @@ class RefreshWorker:
         start = time.monotonic()
         with acting_as(self._actor):
             async with self.database.session() as session:
-                await token_status.fail_expired_leases(session, skip=self._attempts)
+                await token_status.fail_expired_leases(session, skip=[*self._attempts])
             async with self.database.session() as session:
                 claim = await token_status.claim(
                     session, refresh_id, worker=self.name, lease=self.lease
@@ -189,7 +189,7 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task, after `stop` only until the share `reserve` of the grace period is left."""
+        """Wait for a task. After `stop`, keep the share `reserve` of the grace period for later."""
         end = math.inf if seconds is None else time.monotonic() + seconds
         stop = asyncio.create_task(self._stopping.wait())
         try:
@@ -208,7 +208,7 @@ class RefreshWorker:
         start = time.monotonic()
         async with self.database.session() as session:
             claims = await token_status.claim_due(
-                session, worker=self.name, limit=free, lease=self.lease, skip=self._attempts
+                session, worker=self.name, limit=free, lease=self.lease, skip=[*self._attempts]
             )
         for claim in claims:
             task = asyncio.create_task(self._attempt(claim, start))
