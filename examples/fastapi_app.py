@@ -45,7 +45,7 @@ def require(scope: APIKeyScope) -> Callable[..., Awaitable[APIKey]]:
         except errors.RateLimited as error:
             wait = ceil(error.retry_after.total_seconds())
             raise HTTPException(429, "too many requests", {"Retry-After": str(wait)}) from None
-        except (errors.ScopeMissing, errors.AccountNotAllowed) as error:
+        except (errors.ScopeMissing, errors.AccountNotAllowed, errors.TradingPaused) as error:
             raise HTTPException(403, str(error)) from None
         except errors.AccessDenied:  # the audit event has the reason, the caller gets no details
             raise HTTPException(401, "invalid API key", {"WWW-Authenticate": "Bearer"}) from None

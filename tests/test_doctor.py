@@ -41,7 +41,7 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
         await factories.account(session)
         await factories.api_key(session)
     results = await doctor.run(clone_settings)
-    assert len({result.check for result in results}) == len(results) == 13
+    assert len({result.check for result in results}) == len(results) == 15
     assert {result.status for result in results} == {"ok"}, results
     assert all(result.advice is None for result in results if result.status == "ok")
     by_check = {result.check: result.seen for result in results}
@@ -77,6 +77,32 @@ async def test_active_keys_with_unpeppered_hashes_are_reported(
         assert result.seen.endswith(end)
         assert result.advice is not None
         assert "revoke the keys that you did not create, and rotate the other keys" in result.advice
+
+
+@pytest.mark.slow
+async def test_missing_peppers_are_reported(clone: Database, clone_settings: Settings) -> None:
+    async with clone.session() as session:
+        keys = [(await factories.api_key(session))[0] for _ in range(4)]
+    check = "API key peppers"
+    assert await found(clone_settings, check) == CheckResult(check, "ok", "test: 4 active keys")
+    await sql(
+        clone_settings,
+        f"UPDATE api_keys SET pepper_id = 'old' WHERE id IN ('{keys[0].id}', '{keys[1].id}')",
+        f"UPDATE api_keys SET pepper_id = 'gone', status = 'revoked' WHERE id = '{keys[2].id}'",
+    )
+    seen = "active keys whose pepper is missing: 2; these keys are refused"
+    advice = "put old back into API_KEY_PEPPERS"
+    assert await found(clone_settings, check) == CheckResult(check, "problem", seen, advice)
+    for environment, seen in (
+        ("development", "API_KEY_PEPPERS is not set, so API keys cannot be created or checked"),
+        ("production", "API_KEY_PEPPERS or API_KEY_PEPPERS_FILE is required"),
+    ):
+        changes = {"api_key_peppers": None, "environment": environment}
+        result = await found(clone_settings.model_copy(update=changes), check)
+        assert (result.status, result.seen.partition(" when ")[0]) == ("problem", seen)
+        assert result.advice is not None
+        assert "its earlier value" in result.advice
+        assert "`tiger-db generate-api-key-pepper`" in result.advice
 
 
 @pytest.mark.slow
@@ -331,9 +357,16 @@ async def test_missing_privileges_are_reported(clone: Database, guest: Settings)
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
         results = {result.check: result for result in await doctor.run(guest)}
-    assert len(results) == 13
+    assert len(results) == 15
     assert {f.status for f in results.values()} == {"ok", "warning"}, results
-    for check in ("unsealed events", "refreshes", "tokens", "API keys", "encryption keys"):
+    for check in (
+        "unsealed events",
+        "refreshes",
+        "tokens",
+        "trading",
+        "API keys",
+        "encryption keys",
+    ):
         assert results[check].status == "warning"
         assert "permission denied" in results[check].seen
     assert "partition: 12" in results["audit partitions"].seen

@@ -91,6 +91,7 @@ async def test_rows_are_estimates_over_all_partitions(
     assert (await check_readiness(clone_settings)).rows == {
         "api_key_limits": 0, "api_key_usage": 0, "api_keys": 0,
         "audit_logs": 5, "audit_seals": 0, "tiger_accounts": 3, "token_statuses": 0,
+        "trading_pauses": 0,
     }  # fmt: skip
 
 
@@ -277,7 +278,12 @@ async def test_a_missing_database_is_reported(clone_settings: Settings) -> None:
 
 async def test_missing_or_malformed_peppers_are_reported(clone_settings: Settings) -> None:
     unset = clone_settings.model_copy(update={"api_key_peppers": None})
-    assert "API_KEY_PEPPERS is not set" in only_problem(await check_readiness(unset))
+    problem = only_problem(await check_readiness(unset))
+    assert "API_KEY_PEPPERS is not set" in problem
+    assert "`tiger-db generate-api-key-pepper`" in problem
+    unset = unset.model_copy(update={"environment": "production"})
+    problems = (await check_readiness(unset)).problems
+    assert any("API_KEY_PEPPERS" in p and "generate-api-key-pepper`" in p for p in problems)
     bad = clone_settings.model_copy(update={"api_key_peppers": SecretStr("p1:hunter2")})
     assert "API_KEY_PEPPERS" in only_problem(await check_readiness(bad))
 
@@ -292,6 +298,7 @@ async def test_missing_or_wrong_encryption_keys_are_reported(
     report = await check_readiness(keyed(None))
     assert report.encryption_keys == []
     assert "ENCRYPTION_KEYS is not set" in only_problem(report)
+    assert "`tiger-db generate-encryption-key`" in only_problem(report)
     assert report.rows, "the database is checked too"
     production = await check_readiness(keyed(None, environment="production"))
     assert "ENCRYPTION_KEYS" in only_problem(production)

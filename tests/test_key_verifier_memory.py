@@ -475,7 +475,7 @@ async def test_denials_from_the_cache_are_recorded(clone: Database, listening: K
     assert await listening.verify(raw_key, ip_address="10.0.0.1")
     with pytest.raises(ScopeMissing):
         await listening.authorize(
-            raw_key, ip_address="10.0.0.1", scopes=[APIKeyScope.TRADE_READ], user_agent="curl"
+            raw_key, ip_address="10.0.0.1", scopes=[APIKeyScope.ACCOUNT_READ], user_agent="curl"
         )
     with pytest.raises(AddressNotAllowed):
         await listening.authorize(raw_key, ip_address="11.0.0.1")

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy import Executable, Float, Row, func, select, text
 from sqlalchemy.exc import DBAPIError
@@ -21,19 +21,33 @@ from sqlmodel import col
 
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
+from tiger_db.crud.api_keys import current_pause
 from tiger_db.database import AsyncSession
 from tiger_db.encryption_key_rotation import (
     find_unnormalized_secrets,
     list_encryption_key_usage,
 )
-from tiger_db.errors import Conflict, QueryTimeout, SchemaMismatch, TigerDBError
-from tiger_db.keys_in_force import required_key_ring
+from tiger_db.errors import (
+    Conflict,
+    QueryTimeout,
+    SchemaMismatch,
+    StatementRefused,
+    TigerDBError,
+)
+from tiger_db.keys_in_force import (
+    API_KEY_PEPPERS,
+    ENCRYPTION_KEYS,
+    KeySetting,
+    required_key_ring,
+    required_peppers,
+)
 from tiger_db.migrations import SEARCH_PATH, SearchPath, schema_state
 from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import TigerAccount
 from tiger_db.models.accounts import ACCOUNT_NUMBER, due_tokens, normalize_account_number
 from tiger_db.settings import Settings, quote_identifier
 
+T = TypeVar("T")
 Status: TypeAlias = Literal["ok", "warning", "problem"]
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400  # durations in seconds
@@ -99,12 +113,19 @@ def _checks(settings: Settings) -> dict[str, Check]:
         "unsealed events": _check_unsealed,
         "refreshes": _check_refreshes,
         "tokens": _check_tokens,
+        "trading": _check_trading,
         "API keys": _check_api_keys,
         "API key hashes": partial(_check_hashes, settings=settings),
+        "API key peppers": partial(_check_peppers, settings=settings),
         "account numbers": _check_account_numbers,
         "encryption keys": partial(_check_encryption_keys, settings=settings),
         "Tiger ids": partial(_check_tiger_ids, settings=settings),
     }
+
+
+def _unusable(error: TigerDBError, keys: KeySetting[T]) -> Outcome:
+    """Return the Outcome for keys that are missing, malformed or unreadable."""
+    return Outcome("problem", str(error).removesuffix(f": {keys.advice}"), keys.advice)
 
 
 async def _run_check(connection: AsyncConnection, name: str, check: Check) -> CheckResult:
@@ -113,12 +134,14 @@ async def _run_check(connection: AsyncConnection, name: str, check: Check) -> Ch
         async with connection.begin():
             await connection.execute(_TIMEOUTS)
             return CheckResult(name, *await check(connection))
-    except (DBAPIError, Conflict, QueryTimeout) as error:
+    except (DBAPIError, Conflict, QueryTimeout, StatementRefused) as error:
         if isinstance(error, Conflict | QueryTimeout):
             advice = (
                 "run `tiger-db doctor` again; `pg_stat_activity` shows sessions that hold locks"
             )
-        elif getattr(error.orig, "sqlstate", None) == "42501":
+        elif (
+            isinstance(error, StatementRefused) or getattr(error.orig, "sqlstate", None) == "42501"
+        ):
             advice = "GRANT the missing privilege to this role, or connect as the tables' owner"
         else:
             advice = "see `tiger-db check`"
@@ -343,6 +366,15 @@ async def _check_tokens(connection: AsyncConnection) -> Outcome:
     )
 
 
+async def _check_trading(connection: AsyncConnection) -> Outcome:
+    async with AsyncSession(connection) as session:
+        paused = await current_pause(session)
+    if paused is None:
+        return Outcome("ok", "not paused")
+    advice = "when the reason no longer applies, run `tiger-db resume`"
+    return Outcome("warning", f"paused {paused}", advice)
+
+
 # For EXPIRING_KEYS, PostgreSQL reads the index ix_api_keys_expires_at_id.
 EXPIRING_KEYS = """
 SELECT key_prefix, extract(epoch FROM expires_at - now())::float AS left, count(*) OVER () AS keys
@@ -391,6 +423,33 @@ async def _check_hashes(connection: AsyncConnection, settings: Settings) -> Outc
         )
     advice += ", or set API_KEYS_ALLOW_UNPEPPERED_UNTIL to a date"
     return Outcome("problem", f"{seen}; these keys are refused", advice)
+
+
+# This query scans the small table api_keys.
+_PEPPERS_IN_USE = """
+SELECT pepper_id AS id, count(*) AS keys FROM api_keys
+WHERE status = 'active' AND coalesce(expires_at > now(), true) AND pepper_id IS NOT NULL
+GROUP BY pepper_id ORDER BY pepper_id
+"""
+
+
+async def _check_peppers(connection: AsyncConnection, settings: Settings) -> Outcome:
+    """Find the active API keys whose pepper is missing."""
+    try:
+        peppers = await asyncio.to_thread(required_peppers, settings)
+    except TigerDBError as error:
+        return _unusable(error, API_KEY_PEPPERS)
+    configured = peppers.key_ids if peppers is not None else ()
+    rows = await _fetch_all(connection, _PEPPERS_IN_USE)
+    if missing := [row for row in rows if row.id not in configured]:
+        refused = sum(row.keys for row in missing)
+        names = ", ".join(row.id for row in missing)
+        seen = f"active keys whose pepper is missing: {refused}; these keys are refused"
+        return Outcome("problem", seen, f"put {names} back into API_KEY_PEPPERS")
+    seen = ", ".join(
+        f"{row.id}: {row.keys:,} active {'key' if row.keys == 1 else 'keys'}" for row in rows
+    )
+    return Outcome("ok", seen or "no pepper is in use")
 
 
 _ACCOUNT_NUMBERS = f"""
@@ -456,7 +515,7 @@ async def _check_encryption_keys(connection: AsyncConnection, settings: Settings
     try:
         ring = await asyncio.to_thread(required_key_ring, settings)
     except TigerDBError as error:
-        return Outcome("problem", str(error), "set ENCRYPTION_KEYS to the earlier value")
+        return _unusable(error, ENCRYPTION_KEYS)
     async with AsyncSession(connection) as session:
         uses = await list_encryption_key_usage(session)
     seen = ", ".join(

@@ -230,6 +230,16 @@ class ScopeMissing(AccessDenied):
     code = "scope_missing"
 
 
+class TradingPaused(AccessDenied):
+    """Trading is paused. `reason` is the reason of the pause."""
+
+    code = "trading_paused"
+
+    def __init__(self, message: str = "", *, reason: str) -> None:
+        super().__init__(message or f"trading is paused: {reason}")
+        self.reason = reason
+
+
 class RateLimited(AccessDenied):
     """The API key has reached its rate limit."""
 

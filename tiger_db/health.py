@@ -14,11 +14,12 @@ from sqlmodel import col
 
 from tiger_db.connections import connect, connect_directly, maintenance_engine
 from tiger_db.connections.error_advice import explain
+from tiger_db.crud.api_keys import current_pause
 from tiger_db.database import AsyncSession
 from tiger_db.doctor import audit_months_ahead, check_triggers, grade_partitions
 from tiger_db.encryption import EncryptedSecret, KeyRing, decrypt
 from tiger_db.errors import ConfigurationError, EncryptionError, TigerDBError
-from tiger_db.keys_in_force import API_KEY_PEPPERS, configured, required_key_ring
+from tiger_db.keys_in_force import required_key_ring, required_peppers
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
 from tiger_db.models import TigerAccount, metadata
 from tiger_db.settings import Settings
@@ -52,6 +53,8 @@ class HealthReport:
     rows: dict[str, int] = field(default_factory=dict)
     audit_months_ahead: int | None = None
     encryption_keys: list[str] = field(default_factory=list)
+    # The pause of trading in force. A pause is not a problem, and does not affect readiness.
+    trading_pause: dict[str, str | None] | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -134,11 +137,7 @@ async def _check_process(settings: Settings) -> tuple[HealthReport, KeyRing | No
     except TigerDBError as error:
         report.problems.append(_describe(error))
     try:
-        if configured(settings, API_KEY_PEPPERS) is None and not settings.embedded:
-            report.problems.append(
-                "API_KEY_PEPPERS is not set, so API keys cannot be created or checked:"
-                " run `tiger-db init`"
-            )
+        await asyncio.to_thread(required_peppers, settings)
     except TigerDBError as error:
         report.problems.append(_describe(error))
     return replace(report, live=not report.problems), ring
@@ -209,6 +208,9 @@ async def _check_database(
     if state.problem:
         problems.append(state.problem)
         return
+    async with AsyncSession(connection) as session:
+        if (paused := await current_pause(session)) is not None:
+            yield {"trading_pause": paused.as_json()}
     yield {"rows": await _estimate_rows(connection, sorted(metadata.tables))}
     months_ahead = await audit_months_ahead(connection)
     yield {"audit_months_ahead": months_ahead}

@@ -40,8 +40,10 @@ class KeyVerifier:
     Triggers on api_keys and tiger_accounts notify the KeyVerifier of each change within
     milliseconds, including changes by plain SQL. `__aenter__` compares these triggers with
     `migrations.declared`. A cached API key is read from the database again after 60 seconds, in
-    case a notification was lost. A call does not use the cache if the API key has rate limits, or
-    if the listening connection is lost or has not answered for half a second.
+    case a notification was lost. A call does not use the cache if the API key has rate limits, if
+    the request requires a scope of the family `trade`, or if the listening connection is lost or
+    has not answered for half a second. A pause of trading therefore takes effect with its commit,
+    even if no notification arrives.
 
     The cache of a KeyVerifier holds at most `capacity` API keys, and evicts the least recently used
     API key first. Instead of raw keys, the cache contains keyed BLAKE2b digests of raw keys.
@@ -123,7 +125,7 @@ class KeyVerifier:
         Several calls may return the same APIKey object, so do not change the returned object.
         """
         request = AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
-        if self._listener is not None:
+        if self._listener is not None and not request.trades:  # the cache has no pause of trading
             key = await self._from_memory(raw_key, request)
             if key is not None:
                 return key
@@ -152,7 +154,11 @@ class KeyVerifier:
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
     ) -> APIKey | None:
-        """Authorize an API key like the method `authorize`, but return None if access is denied."""
+        """Authorize an API key like the method `authorize`, but return None if access is denied.
+
+        The method requires no scopes, so it also returns the key during a pause of trading. To
+        authorize a trade, call `authorize` with the scope that the trade requires.
+        """
         try:
             return await self.authorize(raw_key, ip_address=ip_address, user_agent=user_agent)
         except AccessDenied:
@@ -180,7 +186,7 @@ class KeyVerifier:
         self._cache.move_to_end(digest)
         now += self._clock_offset
         try:
-            check_access(permissions, now, request)
+            check_access(permissions, now, request, None)
         except AccessDenied as reason:
             prefix = cached.key.key_prefix
             event = denial_event(

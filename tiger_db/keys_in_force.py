@@ -24,11 +24,26 @@ class KeySetting(Generic[T]):
     field: str
     parse: Callable[[str], T]
     generate: Callable[[], str]
+    command: str  # command that prints a new key
+
+    @property
+    def advice(self) -> str:
+        """What to do if the keys are missing."""
+        return (
+            f"set {self.field.upper()} to its earlier value, or, in a new installation, to the"
+            f" output of `tiger-db {self.command}`"
+        )
 
 
-ENCRYPTION_KEYS = KeySetting("encryption_keys", KeyRing.parse, generate_key)
-API_KEY_PEPPERS = KeySetting("api_key_peppers", Peppers.parse, generate_key)
-AUDIT_SIGNING_KEY = KeySetting("audit_signing_key", parse_signing_key, generate_signing_key)
+ENCRYPTION_KEYS = KeySetting(
+    "encryption_keys", KeyRing.parse, generate_key, "generate-encryption-key"
+)
+API_KEY_PEPPERS = KeySetting(
+    "api_key_peppers", Peppers.parse, generate_key, "generate-api-key-pepper"
+)
+AUDIT_SIGNING_KEY = KeySetting(
+    "audit_signing_key", parse_signing_key, generate_signing_key, "generate-audit-signing-key"
+)
 
 
 def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
@@ -51,7 +66,9 @@ def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
             raise ConfigurationError(f"{name}_FILE cannot be read: {reason}") from None
         return _parse(keys, text, f"{name}_FILE: %s")
     if settings.production and keys is not AUDIT_SIGNING_KEY:  # the signing key is optional
-        raise ConfigurationError(f"{name} or {name}_FILE is required when ENVIRONMENT=production")
+        raise ConfigurationError(
+            f"{name} or {name}_FILE is required when ENVIRONMENT=production: {keys.advice}"
+        )
     return None
 
 
@@ -91,8 +108,25 @@ def required_key_ring(settings: Settings) -> KeyRing:
     raise ConfigurationError(
         "the embedded server has no encryption key yet: run `tiger-db init`"
         if settings.embedded
-        else "ENCRYPTION_KEYS is not set, so accounts cannot be stored: run `tiger-db init`"
+        else f"ENCRYPTION_KEYS is not set, so accounts cannot be stored: {ENCRYPTION_KEYS.advice}"
     )
+
+
+def required_peppers(settings: Settings) -> Peppers | None:
+    """Return the peppers in force, or None if the embedded server has no pepper yet.
+
+    This function blocks the event loop, so call this function in a thread.
+
+    Raises:
+        ConfigurationError: the peppers are missing, malformed or unreadable.
+    """
+    peppers = in_force(settings, API_KEY_PEPPERS, generate=False)
+    if peppers is None and not settings.embedded:
+        raise ConfigurationError(
+            "API_KEY_PEPPERS is not set, so API keys cannot be created or checked:"
+            f" {API_KEY_PEPPERS.advice}"
+        )
+    return peppers
 
 
 def _parse(keys: KeySetting[T], text: str, message: str) -> T:

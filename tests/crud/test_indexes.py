@@ -113,7 +113,9 @@ async def test_authorizing_a_key_reads_by_index_only(
     full: Settings, query: Query, indexes: set[str]
 ) -> None:
     assert await used_indexes(full, query) == indexes
-    assert "Seq Scan" not in {node["Node Type"] for node in await plan_of(full, query)}
+    plan = await plan_of(full, query)
+    scanned = {node["Relation Name"] for node in plan if node["Node Type"] == "Seq Scan"}
+    assert scanned <= {"trading_pauses"}  # this table has at most one row
 
 
 @pytest.mark.parametrize(

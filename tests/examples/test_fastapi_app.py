@@ -42,6 +42,12 @@ async def test_a_route_needs_a_key_with_its_scope(clone: Database, serve: Serve)
 
         trade = {"Authorization": f"Bearer {raw_key}"}
         assert (await client.post("/orders", headers=trade)).status_code == 403
+        async with clone.session() as session:
+            await crud.api_keys.pause(session, reason="stop")
+        paused = await client.post("/orders", headers={"Authorization": f"Bearer {limited}"})
+        assert (paused.status_code, paused.text) == (403, '{"detail":"trading is paused: stop"}')
+        async with clone.session() as session:
+            await crud.api_keys.resume(session)
         trade = {"Authorization": f"Bearer {limited}"}
         assert (await client.post("/orders", headers=trade)).status_code == 200
         again = await client.post("/orders", headers=trade)

@@ -104,6 +104,7 @@ SERVES: list[tuple[str, Call]] = [
     ("ix_api_keys_expires_at_id", asks(api_keys.list_expiring, after=cursor_of(77))),
     ("pk_api_key_limits", asks(limited_use)),
     ("pk_api_key_usage", asks(api_keys.usage, id_of(77), since=NOW - timedelta(hours=3))),
+    ("pk_trading_pauses", asks(api_keys.pause, reason="stop")),
     ("pk_token_statuses", asks(token_status.get, id_of(77))),
     ("pk_token_statuses", asks(token_status.history, after=cursor_of(777))),
     ("pk_token_statuses", asks(token_status.statistics, since=NOW)),

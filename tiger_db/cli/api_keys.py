@@ -13,7 +13,7 @@ from tiger_db.cli import options, output, runtime
 from tiger_db.errors import AccessDenied, NotFound, RateLimited
 
 if TYPE_CHECKING:
-    from tiger_db.crud.api_keys import HourlyUsage
+    from tiger_db.crud.api_keys import HourlyUsage, TradingPause
     from tiger_db.database import AsyncSession
 
 KeyStatuses = Literal["active", "inactive", "revoked", "expired"]
@@ -106,13 +106,16 @@ def list_api_keys(
     after: options.After = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List all API keys, or the API keys bound to one account, newest first."""
+    """List all API keys, or the API keys bound to one account, newest first.
+
+    If trading is paused, the command says so.
+    """
     if account is not None and status is not None:
         raise typer.BadParameter("cannot be combined with --account", param_hint="--status")
 
     async def find(
         session: "AsyncSession",
-    ) -> "tuple[tiger_db.Page[tiger_db.APIKey], dict[UUID | None, str]]":
+    ) -> "tuple[tiger_db.Page[tiger_db.APIKey], dict[UUID | None, str], TradingPause | None]":
         if account is not None:
             bound = await runtime.find_account(session, account)
             page = await tiger_db.crud.api_keys.get_keys_for_account(
@@ -123,9 +126,12 @@ def list_api_keys(
             page = await tiger_db.crud.api_keys.list_api_keys(
                 session, status=wanted, after=after, limit=limit
             )
-        return page, await runtime.account_numbers(session, (key.tiger_account_id for key in page))
+        numbers = await runtime.account_numbers(session, (key.tiger_account_id for key in page))
+        return page, numbers, await tiger_db.crud.api_keys.current_pause(session)
 
-    page, numbers = runtime.in_transaction(find)
+    page, numbers, paused = runtime.in_transaction(find)
+    if paused is not None:
+        output.print_warning(f"trading is paused {paused}")
     output.show_page(
         page,
         {
@@ -137,6 +143,7 @@ def list_api_keys(
             "Expires": lambda key: key.expires_at,
         },
         as_json=as_json,
+        more={"trading_pause": paused.as_json() if paused is not None else None},
     )
 
 
@@ -358,6 +365,44 @@ def revoke_api_key(
     revoked = runtime.in_transaction(revoke)
     output.print_message(f"API key {revoked.key_prefix} is revoked")
     output.show_row(revoked, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def pause(
+    *,
+    reason: Annotated[str, typer.Option(help="Reason of the pause, shown in each refusal.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Stop trading: refuse each request with a trade scope, for all API keys, until `resume`.
+
+    If trading is paused already, the command changes nothing, and shows the first reason.
+    """
+    paused = runtime.in_transaction(
+        lambda session: tiger_db.crud.api_keys.pause(session, reason=reason)
+    )
+    output.print_message(f"trading is paused {paused}")
+    if as_json:
+        output.print_json({"trading_pause": paused.as_json()})
+
+
+@app.command(rich_help_panel=_PANEL)
+def resume(
+    *,
+    reason: Annotated[
+        str | None, typer.Option(help="Reason why trading may go on, for the audit trail.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """End the pause of trading that `pause` has started."""
+    ended = runtime.in_transaction(
+        lambda session: tiger_db.crud.api_keys.resume(session, reason=reason)
+    )
+    if ended is None:
+        output.print_message("trading was not paused")
+    else:
+        output.print_message(f"trading is resumed; it was paused {ended}")
+    if as_json:
+        output.print_json({"trading_pause": None})
 
 
 @app.command(rich_help_panel=_PANEL)

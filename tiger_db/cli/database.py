@@ -199,9 +199,11 @@ def health_check(
     if as_json:
         output.print_json(report)
     else:
-        problems = report.pop("problems")
+        problems, paused = report.pop("problems"), report.pop("trading_pause")
         for group in ("pool", "rows"):
             report |= {f"{group}: {name}": value for name, value in report.pop(group).items()}
+        if paused is not None:
+            report |= {f"trading pause: {name}": value for name, value in paused.items()}
         output.show_fields(report)
         for problem in problems:
             output.print_message(f"problem: {problem}")

@@ -84,11 +84,19 @@ def show_row(row: "Entity", *, as_json: bool) -> None:
 
 
 def show_page(
-    page: "tiger_db.Page[E_]", columns: Mapping[str, Callable[[E_], object]], *, as_json: bool
+    page: "tiger_db.Page[E_]",
+    columns: Mapping[str, Callable[[E_], object]],
+    *,
+    as_json: bool,
+    more: Mapping[str, object] | None = None,
 ) -> None:
-    """Print a page of entities. `columns` maps each heading to a function of an entity."""
+    """Print a page of entities. `columns` maps each heading to a function of an entity.
+
+    `more` has further fields of the JSON object.
+    """
     if as_json:
-        print_json({"items": [dump(row) for row in page], "next_cursor": page.next_cursor})
+        items = [dump(row) for row in page]
+        print_json({"items": items, "next_cursor": page.next_cursor, **(more or {})})
         return
     show_table(columns, [[column(row) for column in columns.values()] for row in page])
     if page.next_cursor:

@@ -1,4 +1,4 @@
-"""The entity `APIKey`, and the tables of usage counts and of counts for rate limits."""
+"""The entity `APIKey`, and the tables of usage counts, of counts for rate limits and of pauses."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Optional
 from uuid import UUID
 
 from pydantic import AfterValidator
-from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, ForeignKey, Index, Table
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Table,
+    func,
+    true,
+)
+from sqlalchemy import Text as SQLText
 from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field, Relationship
 
@@ -48,6 +60,10 @@ class APIKeyScope(StrEnum):
     SYSTEM_READ = "system:read"
     SYSTEM_WRITE = "system:write"
     SYSTEM_ADMIN = "system:admin"
+
+    @property
+    def family(self) -> str:
+        return self.partition(":")[0]
 
     def implies(self, other: "APIKeyScope") -> bool:
         """Return whether this scope includes all permissions of the other scope."""
@@ -227,7 +243,11 @@ class APIKey(MutableEntity, table=True):
         return self.status == APIKeyStatus.ACTIVE and not self.is_expired
 
     def has_scope(self, scope: APIKeyScope) -> bool:
-        """Return whether a scope of the key equals or implies the given scope."""
+        """Return whether a scope of the key equals or implies the given scope.
+
+        A pause of trading (`crud.api_keys.pause`) does not change the result. Only `authorize` with
+        scopes denies requests during a pause.
+        """
         return any(held.implies(scope) for held in self.scopes)
 
     def has_any_scope(self, scopes: Iterable[APIKeyScope]) -> bool:
@@ -300,4 +320,31 @@ api_key_limits = Table(
         comment="Number of uses of the rotation chain on this day",
     ),
     comment="Usage counts in the latest hour and day, for the rate limits of API keys",
+)
+
+
+# The primary key allows one row only. The row exists while trading is paused. The audit trail has
+# the earlier pauses.
+trading_pauses = Table(
+    "trading_pauses",
+    metadata,
+    Column(
+        "singleton",
+        Boolean,
+        primary_key=True,
+        server_default=true(),
+        comment="Always true, so that there is at most one pause",
+    ),
+    Column("reason", SQLText, nullable=False, comment="Reason of the pause"),
+    Column(
+        "paused_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=func.clock_timestamp(),
+        comment="Start of the pause",
+    ),
+    Column("paused_by", SQLText, comment="User or service that started the pause"),
+    CheckConstraint("singleton", name="singleton"),
+    CheckConstraint("char_length(reason) BETWEEN 1 AND 500", name="reason_length"),
+    comment="The pause of trading that is in force; empty: trading is not paused",
 )

@@ -88,6 +88,9 @@ class AuditAction(StrEnum):
     CANCEL_SEGMENT_FUND = "trade:cancel_segment_fund"
     TRANSFER_POSITION = "trade:transfer_position"
 
+    TRADING_PAUSE = "trading:pause"
+    TRADING_RESUME = "trading:resume"
+
     DATA_QUERY = "data:query"
     DATA_GRAB_QUOTE_PERMISSION = "data:grab_quote_permission"
 

@@ -26,6 +26,7 @@ from tiger_db.errors import (
     InvalidAPIKey,
     RateLimited,
     ScopeMissing,
+    TradingPaused,
     UserAgentNotAllowed,
 )
 
@@ -43,12 +44,14 @@ async def test_the_first_failed_check_is_raised_and_no_denial_is_counted(
         allowed_ips=["10.0.0.0/8"],
         allowed_user_agents=["claude/*"],
         rate_limit_per_day=1,
+        scopes=[APIKeyScope.MCP_READ, APIKeyScope.TRADE_READ],
     )
+    await api_keys.pause(session, reason="stop")
     key.status = APIKeyStatus.INACTIVE
     await count_limits(session, key.id, 1)
     request: dict[str, Any] = {
         "raw_key": "nonsense",
-        "scopes": [APIKeyScope.MCP_READ, APIKeyScope.MCP_WRITE],
+        "scopes": [APIKeyScope.MCP_READ, APIKeyScope.TRADE_WRITE],
         "account_id": uuid4(),
     }
     wrong = wrong_secret(raw_key)
@@ -61,8 +64,9 @@ async def test_the_first_failed_check_is_raised_and_no_denial_is_counted(
         (AccountNotActive, lambda: setattr(account, "status", "active")),
         (AddressNotAllowed, lambda: request.update(ip_address="10.1.2.3")),
         (UserAgentNotAllowed, lambda: request.update(user_agent="claude/1.0")),
-        (ScopeMissing, lambda: request.update(scopes=[APIKeyScope.MCP_READ])),
+        (ScopeMissing, lambda: request.update(scopes=[APIKeyScope.TRADE_READ])),
         (AccountNotAllowed, lambda: request.update(account_id=account.id)),
+        (TradingPaused, lambda: request.update(scopes=[APIKeyScope.MCP_READ])),
         (RateLimited, lambda: setattr(key, "rate_limit_per_day", None)),
     ]
     for reason, repair in steps:

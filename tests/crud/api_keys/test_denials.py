@@ -37,6 +37,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "client": ("UPDATE api_keys SET allowed_user_agents = '{b*}'", {}, "UserAgentNotAllowed"),
     "scope": ("", {"scopes": [APIKeyScope.TRADE_ADMIN]}, "ScopeMissing"),
     "other account": ("", {"account_id": UUID(int=1)}, "AccountNotAllowed"),
+    "pause": (
+        """WITH paused AS (INSERT INTO trading_pauses (reason) VALUES ('stop'))
+        UPDATE api_keys SET scopes = '{trade:admin}'""",
+        {"scopes": [APIKeyScope.TRADE_READ]},
+        "TradingPaused",
+    ),
     "hour": ("UPDATE api_keys SET rate_limit_per_hour = 1", {}, "RateLimited"),
     "day": ("UPDATE api_keys SET rate_limit_per_day = 1", {}, "RateLimited"),
 }

@@ -35,6 +35,7 @@ from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, AuditRes
 from tiger_db.models.api_keys import parse_address
 from tiger_db.models.audit_logs import insert_events
 from tiger_db.models.base import column_names, hydrate, merge_row, row_expression
+from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.public import public
 from tiger_db.redaction import redact_aggressively
 from tiger_db.sqlstates import raw_errors
@@ -42,9 +43,13 @@ from tiger_db.sqlstates import raw_errors
 if TYPE_CHECKING:
     import asyncpg
 
+_FIND_PAUSE = "SELECT reason FROM trading_pauses"
 FIND_KEY = f"""
-SELECT {row_expression(APIKey, "k")}, a.status::text, clock_timestamp() FROM api_keys AS k
-LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id WHERE k.key_prefix = $1
+SELECT {row_expression(APIKey, "k")}, a.status::text, clock_timestamp(),
+    ({_FIND_PAUSE}),
+    current_setting('transaction_isolation') IN ('repeatable read', 'serializable')
+FROM api_keys AS k LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id
+WHERE k.key_prefix = $1
 """  # noqa: S608  # names of columns
 _NAMES = column_names(APIKey)
 _COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use of a key changes
@@ -64,17 +69,19 @@ class KeyRow(NamedTuple):
     values: Sequence[Any] = ()  # values of all columns, from which an APIKey is hydrated
     columns: Mapping[str, Any] = {}  # column values and account_status, without _COUNTERS
     now: float = 0.0  # the database's time in seconds since 1970
+    pause_reason: str | None = None  # reason of the pause of trading, or None without a pause
+    from_snapshot: bool = False  # True if the row may be older than the last commits
 
     @classmethod
     def of(cls, records: Sequence[Sequence[Any]]) -> Self:
         """Build a KeyRow from the result of `FIND_KEY`."""
         if not records:
             return cls()
-        values, account_status, now = records[0]
+        values, account_status, now, pause_reason, from_snapshot = records[0]
         by_name = dict(zip(_NAMES, values, strict=True), account_status=account_status)
         for name in _COUNTERS:
             del by_name[name]
-        return cls(values, by_name, now.timestamp())
+        return cls(values, by_name, now.timestamp(), pause_reason, from_snapshot)
 
 
 @dataclass(slots=True)
@@ -115,6 +122,9 @@ async def verify_api_key(
 ) -> APIKey | None:
     """Authorize a key as `authorize_api_key` does. Return None if the key is denied.
 
+    The function requires no scopes, so it also returns the key during a pause of trading. To
+    authorize a trade, call `authorize_api_key` with the scope that the trade requires.
+
     Raises:
         InvalidState: the session is readonly.
     """
@@ -140,9 +150,9 @@ async def authorize_api_key(
 
     The checks run in this order: format, existence and hash of the key (each raises
     `InvalidAPIKey`), status, expiry, status of the bound account, IP address, user agent, scopes,
-    requested account, rate limits. The first failed check raises an error, and records an audit
-    event unless the key is malformed. Denials and uses are written out of band, so that a rollback
-    of the caller's transaction does not remove them.
+    requested account, pause of trading, rate limits. The first failed check raises an error, and
+    records an audit event unless the key is malformed. Denials and uses are written out of band, so
+    that a rollback of the caller's transaction does not remove them.
 
     A key whose hash has no pepper is denied with `InvalidAPIKey`, unless the date in
     API_KEYS_ALLOW_UNPEPPERED_UNTIL is today (UTC, database clock) or later. If the hash of an
@@ -207,7 +217,8 @@ async def authorize_parsed_key(
                     await stack.aclose()  # the connection is returned before the hash is verified
                     connection = None
                     verified = await _verify(parsed, row, info, session)
-                check_access(verified.permissions, row.now, request)
+                pause_reason = await _pause_reason(row, request, writer)
+                check_access(verified.permissions, row.now, request, pause_reason)
                 counted = not verified.permissions.limited
                 if not counted:
                     if connection is None:
@@ -233,6 +244,18 @@ async def authorize_parsed_key(
         assert session is not None
         await count_in_session(session, verified.key, row.now)
     return verified
+
+
+async def _pause_reason(
+    row: KeyRow, request: AccessRequest, writer: OutOfBandWriter | _SessionWriter
+) -> str | None:
+    """Return the reason of the current pause of trading, or None."""
+    if row.pause_reason is None and row.from_snapshot and request.trades:
+        # The snapshot of the session's transaction does not show a later pause.
+        async with writer.connection() as connection:
+            reason: str | None = await connection.fetchval(_FIND_PAUSE)
+        return reason
+    return row.pause_reason
 
 
 async def _verify(

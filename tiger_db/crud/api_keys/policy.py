@@ -12,10 +12,13 @@ from tiger_db.errors import (
     APIKeyExpired,
     APIKeyRevoked,
     ScopeMissing,
+    TradingPaused,
     UserAgentNotAllowed,
 )
 from tiger_db.models import AccountStatus, APIKey, APIKeyScope, APIKeyStatus
 from tiger_db.models.api_keys import address_allowed, user_agent_allowed
+
+_TRADE_SCOPES = frozenset(scope for scope in APIKeyScope if scope.family == "trade")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,11 @@ class AccessRequest:
     account_id: UUID | None = None
     ip_address: str | IPv4Address | IPv6Address | None = None
     user_agent: str | None = None
+
+    @property
+    def trades(self) -> bool:
+        """Whether the request requires a scope of the family `trade`."""
+        return not _TRADE_SCOPES.isdisjoint(self.scopes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,14 @@ class KeyPermissions:
         return self.per_hour is not None or self.per_day is not None
 
 
-def check_access(permissions: KeyPermissions, now: float, request: AccessRequest) -> None:
-    """Check that an API key allows a request, except for rate limits. `now` is a Unix timestamp.
+def check_access(
+    permissions: KeyPermissions, now: float, request: AccessRequest, pause_reason: str | None
+) -> None:
+    """Check that an API key allows a request, except for rate limits.
+
+    `now` is a Unix timestamp. `pause_reason` is the reason of the current pause of trading, or None
+    if trading is not paused. A pause is the last check, so that only a caller whose key allows the
+    request sees the reason.
 
     Raises:
         AccessDenied: a check failed. Each check raises its own subclass of AccessDenied.
@@ -93,3 +107,5 @@ def check_access(permissions: KeyPermissions, now: float, request: AccessRequest
         raise ScopeMissing(f"the API key lacks the scope {', '.join(missing)}")
     if request.account_id is not None and permissions.account_id not in (None, request.account_id):
         raise AccountNotAllowed
+    if pause_reason is not None and request.trades:
+        raise TradingPaused(reason=pause_reason)

@@ -1,0 +1,123 @@
+"""Functions that pause and resume trading, for all API keys."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tiger_db.actor import actor_in_force
+from tiger_db.crud.audit_logs import log_event
+from tiger_db.crud.common import actor_of, execute_driver_sql, refuse_readonly, replace_unstorable
+from tiger_db.errors import InvalidValue
+from tiger_db.models import AuditAction, AuditSeverity
+from tiger_db.public import public
+
+_MAX_REASON_LENGTH = 500
+# If trading is paused already, the UPDATE changes no value, but locks the row: a concurrent
+# `resume` waits for the end of this transaction. In an inserted row, `xmax` is 0.
+_PAUSE = """
+INSERT INTO trading_pauses AS p (reason, paused_by) VALUES ($1, $2)
+ON CONFLICT (singleton) DO UPDATE SET reason = p.reason
+RETURNING reason, paused_at, paused_by, xmax = 0 AS is_new
+"""
+_RESUME = "DELETE FROM trading_pauses RETURNING reason, paused_at, paused_by"
+_CURRENT = "SELECT reason, paused_at, paused_by FROM trading_pauses"
+
+
+@dataclass(frozen=True, slots=True)
+class TradingPause:
+    """A pause of trading: its reason, its start, and the user or service that started it."""
+
+    reason: str
+    paused_at: datetime
+    paused_by: str | None
+
+    def __str__(self) -> str:
+        by = f" by {self.paused_by}" if self.paused_by else ""
+        return f"since {self.paused_at.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}{by}: {self.reason}"
+
+    def as_json(self) -> dict[str, str | None]:
+        """Return the fields of the pause as a JSON object."""
+        paused_at = self.paused_at.astimezone(UTC).isoformat()
+        return {"reason": self.reason, "paused_at": paused_at, "paused_by": self.paused_by}
+
+
+@public
+async def pause(session: AsyncSession, *, reason: str) -> TradingPause:
+    """Pause trading until `resume`, for all API keys. Return the pause in force.
+
+    From the commit of the session's transaction on, each request that requires a scope of the
+    family `trade` is denied with `TradingPaused`, in every process. Requests with other scopes are
+    not affected.
+
+    If trading is paused already, the function changes nothing, and returns the first pause.
+
+    Raises:
+        InvalidValue: the reason is blank, or longer than 500 characters.
+        InvalidState: the session is readonly.
+    """
+    refuse_readonly(session)
+    _check_reason(reason)
+    actor = actor_in_force(actor_of(session.info))
+    paused_by = actor.user_id or actor.user_type
+    rows = await execute_driver_sql(session, _PAUSE, replace_unstorable(reason), paused_by)
+    current = _pause_of(rows[0])
+    if rows[0].is_new:
+        await log_event(
+            session,
+            action=AuditAction.TRADING_PAUSE,
+            severity=AuditSeverity.CRITICAL,
+            new_values=current.as_json(),
+        )
+    return current
+
+
+@public
+async def resume(session: AsyncSession, *, reason: str | None = None) -> TradingPause | None:
+    """End the pause of trading. Return the ended pause, or None if trading was not paused.
+
+    The reason is stored in the audit event. If trading is not paused, the function changes nothing.
+
+    Raises:
+        InvalidValue: the reason is blank, or longer than 500 characters.
+        InvalidState: the session is readonly.
+    """
+    refuse_readonly(session)
+    if reason is not None:
+        _check_reason(reason)
+    rows = await execute_driver_sql(session, _RESUME)
+    if not rows:
+        return None
+    ended = _pause_of(rows[0])
+    await log_event(
+        session,
+        action=AuditAction.TRADING_RESUME,
+        severity=AuditSeverity.CRITICAL,
+        old_values=ended.as_json(),
+        details={"reason": reason} if reason is not None else None,
+    )
+    return ended
+
+
+@public
+async def current_pause(session: AsyncSession) -> TradingPause | None:
+    """Return the pause of trading that is in force, or None. A replica may return an old state."""
+    rows = await execute_driver_sql(session, _CURRENT)
+    return _pause_of(rows[0]) if rows else None
+
+
+@public
+async def is_paused(session: AsyncSession) -> bool:
+    """Return whether trading is paused. A replica may return an old state."""
+    return await current_pause(session) is not None
+
+
+def _pause_of(row: Row[Any]) -> TradingPause:
+    return TradingPause(row.reason, row.paused_at, row.paused_by)
+
+
+def _check_reason(reason: str) -> None:
+    if not reason.strip() or len(reason) > _MAX_REASON_LENGTH:
+        raise InvalidValue(f"reason must be a text of 1 to {_MAX_REASON_LENGTH} characters")
