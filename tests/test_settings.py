@@ -378,7 +378,7 @@ def test_a_malformed_signing_key_is_an_error(tmp_path: Path, text: str) -> None:
     ("content", "reason"),
     [
         (None, "ENCRYPTION_KEYS_FILE cannot be read: No such file"),
-        (b"", "ENCRYPTION_KEYS_FILE: key 1 is not id:base64"),
+        (b"", "ENCRYPTION_KEYS_FILE: key 1 does not have the form id:base64"),
         (SECRET.encode() + b"\xff", "ENCRYPTION_KEYS_FILE cannot be read: the file is not UTF-8"),
         (b"k1:" + SECRET.encode(), "ENCRYPTION_KEYS_FILE: key 'k1' is not 32 bytes of base64"),
     ],

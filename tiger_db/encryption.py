@@ -1,6 +1,6 @@
 """Encrypted secrets: AES-256-GCM ciphertexts that are bound to a row and decrypted on access.
 
-A stored value is `version (1 byte) | length of the key id (1 byte) | key id | nonce (12 bytes) |
+A stored secret is `version (1 byte) | length of the key id (1 byte) | key id | nonce (12 bytes) |
 ciphertext and tag (16 bytes)`. The associated data `table.column:row id` and the bytes before the
 nonce are authenticated. Therefore, a ciphertext that was changed, or copied to another row or
 column, cannot be decrypted.
@@ -61,7 +61,7 @@ class KeySet:
         for number, item in enumerate(text.strip().split(","), start=1):
             key_id, colon, encoded = item.strip().partition(":")
             if not colon or not _KEY_ID.fullmatch(key_id):
-                raise ConfigurationError(f"key {number} is not id:base64-32-bytes")
+                raise ConfigurationError(f"key {number} does not have the form id:base64-32-bytes")
             if key_id in keys:
                 raise ConfigurationError(f"key id {key_id!r} occurs twice")
             try:

@@ -95,15 +95,15 @@ async def rotate(
     dry_run: bool = False,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> RotationReport:
-    """Re-encrypt all secrets with the first encryption key, and recompute their fingerprints.
+    """Re-encrypt all secrets with the first encryption key, and recompute the fingerprints.
 
     `rotate` also normalizes the secrets that an older release has stored without normalization.
 
-    Other transactions can read and write the rows at the same time. Each batch of rows has its own
-    transaction, with an audit event. After each batch, `rotate` calls `advance` with the number of
-    re-encrypted rows. `rotate` first skips locked rows, and waits for these rows at the end. If a
-    row cannot be decrypted, `rotate` reports the row and leaves the row unchanged. If `dry_run` is
-    true, `rotate` decrypts the secrets that need re-encryption, but changes no row.
+    Other transactions can read and write the rows during the rotation. Each batch of rows has its
+    own transaction, with an audit event. After each batch, `rotate` calls `advance` with the number
+    of re-encrypted rows. `rotate` first skips locked rows, and waits for these rows at the end. If
+    a row cannot be decrypted, `rotate` reports the row and leaves the row unchanged. If `dry_run`
+    is true, `rotate` decrypts the secrets that need re-encryption, but changes no row.
 
     Do not remove a key in `RotationReport.retirable` while a process encrypts with the key, or
     while a backup that needs the key may be restored.
@@ -159,7 +159,7 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
 async def find_unnormalized_secrets(
     session: AsyncSession, mapper: Mapper[Any], provider: KeyProvider
 ) -> UnnormalizedSecrets:
-    """Find the rows of a table that have a secret which differs from its normal form."""
+    """Find the rows of a table with a secret that differs from the secret's normal form."""
     found, table = UnnormalizedSecrets(), _table_of(mapper)
     for name, type_ in encrypted_columns(mapper):
         if type_.normalize is None:

@@ -152,7 +152,7 @@ class RefreshWorker:
         start = time.monotonic()
         with acting_as(self._actor):
             async with self.database.session() as session:
-                await token_status.fail_expired_leases(session, skip=self._attempts)
+                await token_status.fail_expired_leases(session, skip=[*self._attempts])
             async with self.database.session() as session:
                 claim = await token_status.claim(
                     session, refresh_id, worker=self.name, lease=self.lease
@@ -189,7 +189,7 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task. After `stop`, keep the fraction `reserve` of the grace period free."""
+        """Wait for a task. After `stop`, keep the share `reserve` of the grace period for later."""
         end = math.inf if seconds is None else time.monotonic() + seconds
         stop = asyncio.create_task(self._stopping.wait())
         try:
@@ -201,14 +201,14 @@ class RefreshWorker:
             await asyncio.wait({task}, timeout=max(end - time.monotonic(), 0))
 
     async def _start_due(self) -> float:
-        """Claim due refreshes and start their attempts. Return the seconds until the next call."""
+        """Claim due refreshes and start attempts. Return the seconds until the next call."""
         free = min(self.concurrency - len(self._attempts), 1000)
         if free <= 0:
             return POLL_SECONDS
         start = time.monotonic()
         async with self.database.session() as session:
             claims = await token_status.claim_due(
-                session, worker=self.name, limit=free, lease=self.lease, skip=self._attempts
+                session, worker=self.name, limit=free, lease=self.lease, skip=[*self._attempts]
             )
         for claim in claims:
             task = asyncio.create_task(self._attempt(claim, start))
@@ -446,7 +446,7 @@ class RefreshWorker:
             _logger.warning("%s: the claim was lost after the refresh had failed", account.label())
             return
         self.counts["failed"] += 1
-        _logger.warning("%s: no new token: %s", account.label(), outcome)
+        _logger.warning("%s: the refresh failed: %s", account.label(), outcome)
 
     async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
         """Call `work` in a transaction. Repeat the call while the database is unavailable."""

@@ -103,7 +103,7 @@ def test_a_worker_with_once_refreshes_what_is_due(
         )
         == 1
     )
-    assert sum("****0322: no new token: code=1000 msg=common" in line for line in told) == 1
+    assert sum("****0322: the refresh failed: code=1000 msg=common" in line for line in told) == 1
     assert_no_secret(gateway, done)
     assert stored(cli).readable_token() == gateway.known[TIGER_ID].token
     assert stored(cli, "51230322").status == AccountStatus.SUSPENDED

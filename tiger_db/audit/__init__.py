@@ -1,4 +1,4 @@
-"""Audit trail: signed seals over its events, verification, exports, and monthly retention."""
+"""Audit trail: signed seals of audit events, verification, exports, and monthly retention."""
 
 from tiger_db.audit.exporting import export, export_checkpoint, read_checkpoint
 from tiger_db.audit.following import follow

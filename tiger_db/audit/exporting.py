@@ -22,7 +22,7 @@ from tiger_db.models import AuditLog
 
 CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
-_BATCH_EVENTS = 1000  # number of events that are fetched at once
+_BATCH_EVENTS = 1000  # number of events per batch of an export
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 _JSON = json.JSONDecoder()
 
@@ -38,7 +38,7 @@ async def export(
 
     In JSON Lines, each event is a JSON object with the event's position and the event's fields that
     are not NULL. Without criteria, the export has all events in the order of positions, and a seal
-    (`{"seal": …}`) precedes the events that the seal covers. `verify_export` verifies only an
+    (`{"seal": …}`) precedes the events that the seal covers. `verify_export` can verify only an
     export without criteria. With criteria, the export has no seals, and the oldest event is first.
 
     In CSV, the first line has the names of the columns. A cell that a spreadsheet would evaluate as

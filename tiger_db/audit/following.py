@@ -25,7 +25,7 @@ _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 async def follow(
     database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[Criteria]
 ) -> AsyncGenerator[AuditLog, None]:
-    """Yield each matching audit event that is committed after the call of `begun`, once.
+    """Yield each matching audit event that is committed after the call of `begun`.
 
     `follow` queries the database after each NOTIFY of PostgreSQL, or after one second without a
     NOTIFY. The events of one query are yielded in the order of positions. If a transaction commits
@@ -58,7 +58,8 @@ async def follow(
                 if event.position not in seen:
                     seen.add(event.position)
                     yield event
-            if not writers:  # no open transaction adds events up to `last_position`
+            # Without writers, no transaction can add an event at a position up to `last_position`.
+            if not writers:
                 floor = last_position
                 seen = {position for position in seen if position and position > floor}
                 last_position, writers = await _fetch_writers(database)

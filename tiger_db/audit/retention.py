@@ -46,7 +46,7 @@ WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
 
 @dataclass(slots=True)
 class Maintenance:
-    """The result of `maintain`. A month is text such as `2025-01`."""
+    """The result of `maintain`. Months are texts such as `2025-01`."""
 
     made: int = 0  # number of partitions that `maintain` created
     retired: list[str] = field(default_factory=list)  # months whose events `maintain` removed
@@ -62,9 +62,9 @@ async def maintain(database: Database) -> Maintenance:
     """Create the partitions of the next months, and retire old months.
 
     Events in the default partition are moved to the partitions of the events' months. A month is
-    due if it ended at least `AUDIT_RETENTION_MONTHS` full months ago. A due month is retired if all
-    events of the month are sealed and unchanged. The oldest month is retired first. A new seal
-    records the retirement; the seals of the removed events are kept.
+    due if the month ended at least `AUDIT_RETENTION_MONTHS` full months ago. A due month is retired
+    if all events of the month are sealed and unchanged. The oldest month is retired first. A new
+    seal records the retirement; the seals of the removed events are kept.
 
     `maintain` may run concurrently, on any number of machines.
 

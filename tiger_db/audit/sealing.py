@@ -44,14 +44,15 @@ async def seal(
     """Seal the audit events that were written before the call of `seal`.
 
     Writers of events never wait for `seal`. `seal` waits at most `patience` seconds for open
-    transactions that have written events. If a transaction that has written events stays open
-    longer, no event is sealed. Concurrent calls of `seal` seal each event only once. After each new
-    seal, `seal` calls `advance` with the number of events that the new seal covers.
+    transactions that have written events. If a transaction that has written events is still open
+    after `patience` seconds, no event is sealed. Concurrent calls of `seal` seal each event only
+    once. After each new seal, `seal` calls `advance` with the number of events that the new seal
+    covers.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.
         DatabaseUnavailable: The connection to the database was lost. Seals that were committed
-            before the loss stay in the database.
+            before the connection was lost stay in the database.
     """
     key = await required_key(database)
     rows = seals = 0

@@ -25,8 +25,8 @@ _PREFETCHED_SEALS, _PREFETCHED_EVENTS = 50, 1000
 _MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of PostgreSQL's type bigint
 _ID = re.compile(r'{"id":"([^"]+)"')
 
-# The content of an event has these columns in this order. New columns must be appended at the end.
-# Then the content and the digest of older events, whose new columns are NULL, stay the same.
+# The content of an event has these columns in this order. New columns must be appended at the end,
+# so that the digests of older events, whose new columns are NULL, stay the same.
 CONTENT_COLUMNS = (
     "id", "created_at", "action", "result", "severity", "resource_type", "resource_id", "user_id",
     "user_type", "session_id", "ip_address", "user_agent", "request_method", "request_path",
@@ -80,7 +80,7 @@ _SELECT_LAST_POSITION = (
 
 
 class ChainEnd(NamedTuple):
-    """The number of the newest seal, the digest of its payload, and the last sealed position."""
+    """The number and the payload digest of the newest seal, and the last sealed position."""
 
     number: int
     payload_digest: str
@@ -110,8 +110,8 @@ async def open_snapshot(database: Database) -> AsyncIterator[Connection]:
         open_connection(database) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
-        # The table lock precedes the snapshot. Otherwise, an event that `maintain` moves to another
-        # partition could be invisible in both partitions.
+        # The table is locked before the snapshot is taken. Without the lock, an event that
+        # `maintain` moves to another partition could be invisible in both partitions.
         await connection.execute("LOCK TABLE audit_logs IN ACCESS SHARE MODE")
         yield connection
 

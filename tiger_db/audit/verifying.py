@@ -1,4 +1,4 @@
-"""Verification of the audit trail against its seals, in the database or in an export."""
+"""Verification of the audit trail against the seals, in the database or in an export."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence

@@ -321,7 +321,7 @@ def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | Non
 def merge_row(session: Session, entity: type[E_], values: Sequence[Any]) -> E_:
     """Create or update an entity in the session from a raw row, and return the entity."""
     mapper: Mapper[E_] = class_mapper(entity)
-    key = mapper.identity_key_from_primary_key((values[0],))  # the first value is the id
+    key = mapper.identity_key_from_primary_key((values[0],))  # the first value of a row is the id
     row: E_ | None = session.identity_map.get(key)
     if row is None:
         row = hydrate(entity, values, key_provider(session))

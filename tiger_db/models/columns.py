@@ -105,8 +105,8 @@ class Timestamp(TypeDecorator[datetime]):
 class OpenEnum(TypeDecorator[str]):
     """The SQL type of a column that stores members of an enum or other texts.
 
-    A text that equals the value of a member is read as the member. Any other text is read as a
-    plain text. A newer release of tiger_db or an application can have stored such a text.
+    A text that equals the value of a member is read as the member. Any other text, which a newer
+    release of tiger_db or an application has stored, is read as a plain text.
     """
 
     impl = SQLText
@@ -218,7 +218,7 @@ class Tracked(Mutable):
         self._parents[state] = name
 
     def tracked_part(self, value: object) -> object:
-        """Return a value that reports to this root. Copy a dict or list with another root."""
+        """Return a value that reports changes to this root. Copy a dict or list of another root."""
         root = self.root or self
         if isinstance(value, Tracked) and (value.root or value) is root:
             return value

@@ -31,7 +31,7 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 from tiger_db.models.api_keys import parse_address
 from tiger_db.redaction import MASK, is_secret_name, redact_aggressively, redact_known
 
-NOTES = "_made_safe"  # key in `details` of the notes on converted values
+NOTES = "_made_safe"  # key of the notes on converted values in `details`
 _ELLIPSIS = "…"
 _MAX_DEPTH = 32  # maximum nesting depth of a JSON value
 _MAX_VALUES = 10_000  # maximum number of values in one JSON field
@@ -404,7 +404,7 @@ def _builtin_scalar(value: Any) -> bool | float | str | None:  # noqa: ANN401  #
             return operator.index(value) if isinstance(value, numbers.Integral) else str(value)
         if isinstance(value, numbers.Real) and kind != "m":
             return float(value)
-        if kind in {"m", "M"} and value.ndim == 0:  # timedelta64 (an Integral) or datetime64
+        if kind in {"m", "M"} and value.ndim == 0:  # NumPy's timedelta64 (Integral) or datetime64
             return str(value)
     return None
 
@@ -448,7 +448,7 @@ def _scalar_text(value: object) -> str:
 
 
 def _is_harmless(name: str, value: object) -> bool:
-    """Return whether a value is harmless, although its name suggests a secret.
+    """Return whether a value is harmless, although the name suggests a secret.
 
     Harmless values are null, booleans, token counts such as `max_tokens`, and API key prefixes.
     """

@@ -108,7 +108,7 @@ def bind_secrets(row: Row, provider: KeyProvider | None) -> None:
 
 
 def secrets_of(row: Row) -> list[Secret]:
-    """Return the secrets of an entity that are not null."""
+    """Return the secrets of an entity, without null values."""
     values = (row.__dict__.get(name) for name, _type in encrypted_columns(object_mapper(row)))
     return [value for value in values if isinstance(value, Secret)]
 

@@ -33,12 +33,12 @@ async def export_account(
     pipes and devices, see `tiger_db.files.output_files`.
 
     Raises:
-        AlreadyExists: a file that the export would write already exists. No file is written.
+        AlreadyExists: a file that the export would write exists. The export wrote no file.
         NotFound: the account to export does not exist.
         InvalidState: the account to export is closed.
         InvalidValue: the account's private key is not an RSA key, or `folder` is not a folder.
         EncryptionError: the account's secrets cannot be decrypted.
-        OSError: the files cannot be written. No new file is created.
+        OSError: the files cannot be written. The export created no new file.
     """
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:
@@ -67,7 +67,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def _file_texts(account: TigerAccount) -> dict[str, str]:
-    """Return the texts of an account's files by file name."""
+    """Return a dict from file names to the texts of an account's files."""
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
     key, _ = load_private_key(plaintext(account.private_key))

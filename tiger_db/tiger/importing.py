@@ -119,7 +119,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _private_key(file: Path, values: Mapping[str, str]) -> str:
-    """Return the private key that the SDK uses. All private key properties must have equal keys."""
+    """Return the private key that the SDK uses. All key properties must hold this key."""
     keys: dict[str, RSAPublicNumbers] = {}
     for name in PRIVATE_KEY_PROPERTIES:
         if name in values:
@@ -159,7 +159,7 @@ async def _update(
     """Update an account. Return the changed fields, and whether the stored token was kept."""
     if stored.status == AccountStatus.CLOSED:
         raise InvalidState(
-            f"{stored.label()} is closed: reopen it first (`tiger-db reopen-account`)"
+            f"{stored.label()} is closed: reopen the account first (`tiger-db reopen-account`)"
         )
     options = {k: v for k, v in draft.client_options.items() if client_option(stored, k) != v}
     draft.client_options = {**stored.client_options, **options}

@@ -12,7 +12,7 @@ from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
 TOKEN_FILE = "tiger_openapi_token.properties"  # noqa: S105  # a file name
-# Each of these properties may hold a private key. The SDK uses the first one that has a value.
+# Each of these properties may hold a private key. The SDK uses the first non-empty property.
 PRIVATE_KEY_PROPERTIES = ("private_key", "private_key_pk8", "private_key_pk1")
 # FIELD_PROPERTIES maps each field of TigerAccount to the property that has the field's value.
 FIELD_PROPERTIES = {

@@ -1,4 +1,4 @@
-"""Configuration of Tiger's SDK for a stored account. The SDK is an optional dependency."""
+"""Configuration of Tiger's SDK for a stored account. Tiger's SDK is an optional dependency."""
 
 from collections.abc import Callable
 from functools import cache

@@ -1,4 +1,4 @@
-"""CRUD functions that schedule and claim token refreshes, and store their outcomes.
+"""CRUD functions that schedule and claim token refreshes, and store the outcomes.
 
 A claim is a `TokenStatus` that `claim_due` or `claim` has returned. A claim with an expired lease
 stays valid until another worker claims the refresh. Each new claim of a refresh has a higher

@@ -121,7 +121,7 @@ async def _claim(
 async def heartbeat(
     session: AsyncSession, claim: TokenStatus, *, lease: timedelta = LEASE
 ) -> TokenStatus:
-    """Renew the lease of a claim. The claim then expires after the time `lease`.
+    """Renew the lease of a claim. The renewed lease starts now and lasts for `lease`.
 
     Raises:
         LeaseLost: the claim is lost. The refresh is not changed.

@@ -71,9 +71,9 @@ async def schedule_due(
     """Open a refresh for every active account whose token is due, and return the new refreshes.
 
     A token is due at the account's `token_refresh_at`. If `within` is given, a token is due when
-    the time to the token's expiry is `within` or less. Parallel calls open one refresh per account
-    at most. An account whose last refresh was given up is skipped until the `next_refresh_at` of
-    that refresh.
+    the time to the token's expiry is `within` or less. Parallel calls of `schedule_due` open at
+    most one refresh per account. An account whose last refresh was given up is skipped until the
+    `next_refresh_at` of that refresh.
     """
     check_limit(limit)
     of_account = select(col(TokenStatus.id)).where(
@@ -188,7 +188,7 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
 
 @public
 async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
-    """Open a failed refresh again. The refresh is due now, and the count of attempts starts at 0.
+    """Open a failed refresh again. The refresh is due now, and has no failed attempts.
 
     Raises:
         NotFound: no refresh has the id `refresh_id`.
