@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import delete, insert, select, text, update
+from sqlalchemy.exc import SAWarning
 from sqlalchemy.ext.asyncio import AsyncSession as PlainAsyncSession
 from sqlalchemy.orm import Session
 from sqlmodel import col
@@ -175,6 +176,27 @@ async def test_old_values_of_expired_objects_are_read_from_the_database(
     account.sqlmodel_update({"description": "new", "secret_key": "one"})
     event = await only_event(session, before)
     assert (event.old_values, event.new_values) == ({"description": "old"}, {"description": "new"})
+
+
+async def test_old_values_are_those_of_the_row_and_not_those_that_were_loaded(
+    clone: Database,
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session, description="old")
+        key, _ = await factories.api_key(session)
+        before = await factories.events(session)
+    async with clone.session() as session:
+        await accounts.update(session, account.id, description="newer")
+        await session.execute(delete(APIKey.__table__))  # type: ignore[attr-defined]
+    async with clone.session() as session:
+        session.add_all([account, key])
+        account.description = "newest"
+        await session.flush()
+        await session.delete(key)
+        with pytest.warns(SAWarning, match="expected to delete 1 row"):
+            await session.flush()
+        _, event = await new_events(session, before)
+    assert (event.action, event.old_values) == (A.ACCOUNT_UPDATE, {"description": "newer"})
 
 
 # Inserts and deletions

@@ -301,7 +301,8 @@ async def test_an_update_returns_the_new_time_in_the_same_statement(
             assert account.updated_at is not None
             assert made_at is not None
             assert account.updated_at > made_at == account.created_at
-        update, event = statements
+        lock, update, event = statements
+        assert lock.endswith("FOR NO KEY UPDATE")
         assert update.startswith("UPDATE tiger_accounts")
         assert event.startswith("INSERT INTO audit_logs")
 

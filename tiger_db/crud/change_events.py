@@ -38,7 +38,7 @@ async def apply_change(
     given: Iterable[str] = (),
     **fields: Unpack[EventFields],
 ) -> None:
-    """Assign values to an account or API key, and flush the session.
+    """Assign values to an account or API key whose row is locked, and flush the session.
 
     The flush records one audit event with `fields`, and with the old and new values of the changed
     fields and of the fields in `given`. If no field is changed, no event is recorded.
@@ -57,8 +57,9 @@ def described(
 ) -> Iterator[None]:
     """Set fields of the audit event of a change that is flushed in a code block.
 
-    `old_values` and `new_values` replace the values that the flush would record. If an update
-    changes any field, its event also lists the fields in `given`.
+    The caller has locked the row of the entity, or creates the row. `old_values` and `new_values`
+    replace the values that the flush would record. If an update changes any field, its event also
+    lists the fields in `given`.
     """
     info = instance_state(entity).info
     info[_FIELDS], info[_GIVEN] = fields, {*given}
@@ -87,7 +88,11 @@ def _keep_old_values(
 ) -> None:
     """Keep the old values of changed fields, because UPDATE ... RETURNING can replace them."""
     state = instance_state(entity)
+    session = object_session(entity)
+    assert session is not None
     names = _names(entity) & (state.committed_state.keys() | state.info.get(_GIVEN, set()))
+    if not session.is_modified(entity):
+        names.clear()
     if "status" in names and isinstance(entity, TigerAccount):
         names.add("auto_suspended")  # a trigger changes this column if the status changes
     state.info[_OLD] = _stored_values(mapper, connection, entity, names)
@@ -125,7 +130,8 @@ def _record_delete(
     is_account = isinstance(entity, TigerAccount)
     action = AuditAction.ACCOUNT_DELETE if is_account else AuditAction.API_KEY_DELETE
     old = _stored_values(mapper, connection, entity, _names(entity))
-    _insert_event(connection, entity, action=action, old_values=_dump(entity, old))
+    if old:  # otherwise, another transaction has deleted the row
+        _insert_event(connection, entity, action=action, old_values=_dump(entity, old))
 
 
 def _names(entity: TigerAccount | APIKey) -> set[str]:
@@ -136,20 +142,27 @@ def _names(entity: TigerAccount | APIKey) -> set[str]:
 def _stored_values(
     mapper: Mapper[Any], connection: Connection, entity: TigerAccount | APIKey, names: set[str]
 ) -> dict[str, object]:
-    """Return the values of fields before the flush. Unknown values are read from the database.
+    """Return the values of fields before the flush, or an empty dict if the row does not exist.
 
-    An old value is unknown if the field was not loaded, or if its value was changed in place.
+    A function that calls `described` has locked the row, so that the values in the session are
+    current. Other values are read from the row, which is locked. The values of fields that were not
+    loaded, or were changed in place, are always read from the row.
     """
     state = instance_state(entity)
-    values: dict[str, object] = {
-        name: state.committed_state.get(name, state.dict.get(name, NO_VALUE)) for name in names
-    }
+    values: dict[str, object] = dict.fromkeys(names, NO_VALUE)
+    if _FIELDS in state.info:
+        values |= {name: state.dict[name] for name in names & state.dict.keys()}
+        values |= {
+            name: state.committed_state[name] for name in names & state.committed_state.keys()
+        }
     unknown = [name for name in names if values[name] is NO_VALUE]
     if unknown:
         columns = mapper.local_table.c
         statement = select(*(columns[name] for name in unknown)).where(columns.id == entity.id)
         row = connection.execute(statement.with_for_update(key_share=True)).one_or_none()
-        values |= zip(unknown, row or [None] * len(unknown), strict=True)
+        if row is None:
+            return {}
+        values |= zip(unknown, row, strict=True)
     return values
 
 
