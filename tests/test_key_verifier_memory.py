@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, TypeAlias
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -33,14 +35,18 @@ from tiger_db import (
 )
 from tiger_db.connections import connect, listener, maintenance_engine
 from tiger_db.crud.api_keys.key_format import new_key
+from tiger_db.database import AsyncSession
 from tiger_db.errors import (
+    AccessDenied,
     AddressNotAllowed,
     APIKeyExpired,
     APIKeyRevoked,
     DatabaseUnavailable,
+    InvalidAPIKey,
     RateLimited,
     SchemaMismatch,
     ScopeMissing,
+    UserAgentNotAllowed,
 )
 from tiger_db.migrations import upgrade
 
@@ -192,6 +198,67 @@ async def test_a_change_that_is_rolled_back_changes_nothing(
     await transaction.rollback()
     await asyncio.sleep(0.1)
     assert key.id in listening._digests
+
+
+async def expire_soon(session: AsyncSession, key_id: UUID) -> None:
+    soon = datetime.now(UTC) + timedelta(milliseconds=700)
+    await crud.api_keys.update(session, key_id, expires_at=soon)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (partial(crud.api_keys.update, scopes=[APIKeyScope.MCP_READ]), ScopeMissing),
+        (partial(crud.api_keys.update, allowed_ips=["192.0.2.0/24"]), AddressNotAllowed),
+        (partial(crud.api_keys.update, allowed_user_agents=["x"]), UserAgentNotAllowed),
+        (partial(crud.api_keys.update, rate_limit_per_day=1), RateLimited),
+        pytest.param(expire_soon, APIKeyExpired, marks=pytest.mark.slow),
+        (crud.api_keys.deactivate, APIKeyRevoked),
+        (crud.api_keys.delete, InvalidAPIKey),
+    ],
+)
+async def test_each_function_that_restricts_a_key_takes_effect_at_once(
+    clone: Database,
+    listening: KeyVerifier,
+    change: Callable[[AsyncSession, UUID], Awaitable[object]],
+    reason: type[AccessDenied],
+) -> None:
+    key, raw_key = await make_key(clone, scopes=[APIKeyScope.MCP_WRITE])
+
+    async def authorize() -> None:
+        await listening.authorize(
+            raw_key,
+            scopes=[APIKeyScope.MCP_WRITE],
+            ip_address="10.0.0.1",
+            user_agent="claude/1",
+        )
+
+    await authorize()
+    with checkouts(clone) as taken:
+        await authorize()
+    assert taken == []
+    async with Database(clone.settings) as elsewhere, elsewhere.session() as session:
+        await change(session, key.id)
+    committed = time.monotonic()
+    with pytest.raises(reason):
+        while time.monotonic() < committed + 5:
+            await authorize()
+    assert key.id not in listening._digests or reason is APIKeyExpired
+
+
+async def test_a_key_is_accepted_at_once_after_its_activation(
+    clone: Database, listening: KeyVerifier
+) -> None:
+    key, raw_key = await make_key(clone)
+    for _ in range(2):
+        assert await listening.verify(raw_key)
+        async with clone.session() as session:
+            await crud.api_keys.deactivate(session, key.id)
+        await until(lambda: key.id not in listening._digests)
+        assert await listening.verify(raw_key) is None
+        async with clone.session() as session:
+            await crud.api_keys.activate(session, key.id)
+    assert await listening.verify(raw_key)
 
 
 @pytest.mark.slow

@@ -123,8 +123,13 @@ async def test_each_function_notifies_its_changes(clone: Database, received: Rec
         key, _ = await factories.api_key(session, expires_at=soon, tiger_account_id=account.id)
     assert await received.since_last() == []
     async with clone.session() as session:
-        await crud.api_keys.extend(session, key.id, expires_at=soon + timedelta(days=1))
+        await crud.api_keys.update(session, key.id, expires_at=soon + timedelta(days=1))
     assert await received.since_last() == [f"key {key.id}"]
+    for change in (crud.api_keys.deactivate, crud.api_keys.activate):
+        for expected in ([f"key {key.id}"], []):  # the second call changes nothing
+            async with clone.session() as session:
+                await change(session, key.id)
+            assert await received.since_last() == expected
     async with clone.session() as session:
         successor, _ = await crud.api_keys.rotate(session, key.id)
     assert await received.since_last() == [f"key {key.id}"]
@@ -137,6 +142,9 @@ async def test_each_function_notifies_its_changes(clone: Database, received: Rec
     async with clone.session() as session:
         await crud.accounts.close(session, account.id)
     assert {*await received.since_last()} == {f"account {account.id}", f"key {successor.id}"}
+    async with clone.session() as session:
+        await crud.api_keys.delete(session, key.id)
+    assert await received.since_last() == [f"key {key.id}"]
 
 
 async def test_a_use_is_not_notified(clone: Database, received: Received) -> None:

@@ -393,7 +393,8 @@ async def _check_api_keys(connection: AsyncConnection) -> Outcome:
         "warning",
         f"API keys that expire within 7 days: {row.keys}, the first ({row.key_prefix}) in"
         f" {_duration(row.left)}",
-        "list the API keys with `tiger-db list-expiring-api-keys`; extend or rotate each key",
+        "list the API keys with `tiger-db list-expiring-api-keys`; give each key a later expiry"
+        " with `tiger-db update-api-key`, or rotate the key",
     )
 
 

@@ -13,6 +13,7 @@ from uuid_utils.compat import uuid7
 from tests.support.cli_accounts import create as create_account
 from tests.support.command_line import KEYS, CommandLine, Result
 from tests.support.sql import run_sql
+from tests.support.terminal import Terminal
 from tiger_db import APIKey
 from tiger_db.connections import connect
 from tiger_db.crud.api_keys.key_format import checksum
@@ -329,7 +330,7 @@ def test_a_key_is_rotated(cli: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_a_key_is_extended_and_expiring_keys_are_listed(cli: CommandLine) -> None:
+def test_expiring_keys_are_listed_and_given_another_expiry(cli: CommandLine) -> None:
     late, soon = create(cli, "--expires-in", "5d"), create(cli, "--expires-in", "2d")
     create(cli)
 
@@ -340,14 +341,13 @@ def test_a_key_is_extended_and_expiring_keys_are_listed(cli: CommandLine) -> Non
     assert expiring() == [soon["id"], late["id"]]
     assert expiring("--within", "3d") == [soon["id"]]
     assert soon["key_prefix"] in cli.ok("list-expiring-api-keys").out
-    extended = cli.ok("extend-api-key", soon["key_prefix"], "--expires-in", "6d", "--json").json
+    extended = cli.ok("update-api-key", soon["key_prefix"], "--expires-in", "6d", "--json").json
     assert extended["expires_at"] > late["expires_at"]
     assert expiring() == [late["id"], soon["id"]]
-    assert cli.ok("extend-api-key", late["id"], "--never", "--json").json["expires_at"] is None
+    assert cli.ok("update-api-key", late["id"], "--never", "--json").json["expires_at"] is None
     assert expiring() == [soon["id"]]
-    assert "must be later" in cli.fails("extend-api-key", soon["id"], "--expires-in", "1h")
-    for options in ((), ("--never", "--expires-in", "1h")):
-        assert "--never" in cli.misused("extend-api-key", soon["id"], *options)
+    cli.ok("update-api-key", soon["id"], "--expires-in", "1h")
+    assert expiring("--within", "1d") == [soon["id"]]
 
 
 def test_the_pattern_finds_keys_and_a_pepper_is_generated(cli: CommandLine) -> None:
@@ -434,8 +434,11 @@ def test_a_missing_or_doubled_text_of_a_leaked_key_is_refused(
     [
         ("show-api-key",),
         ("rotate-api-key",),
-        ("extend-api-key", "--never"),
+        ("update-api-key", "--never"),
+        ("activate-api-key",),
+        ("deactivate-api-key",),
         ("revoke-api-key",),
+        ("delete-api-key", "--yes"),
     ],
 )
 def test_a_whole_key_in_place_of_its_prefix_is_not_repeated(
@@ -445,6 +448,8 @@ def test_a_whole_key_in_place_of_its_prefix_is_not_repeated(
     for text in (key, str(uuid7()), "tdb_test_000000000000"):
         reason = cli.fails(*command, text)
         assert "there is no API key with this prefix or id" in reason
+        assert ("a whole API key" in reason) == (text == key)
+        assert ("`revoke-api-key --raw`" in reason) == (text == key)
         assert text not in reason
     process = cli.process(*command, key, DB_DEBUG="1")  # statements are logged
     assert (process.code, process.out) == (1, "")
@@ -493,12 +498,12 @@ def test_a_rotated_key_has_the_same_permissions_and_is_shown_once(cli: CommandLi
         assert "--grace" in cli.misused("rotate-api-key", prefix, f"--grace={grace}")
 
 
-def test_a_key_is_extended_to_a_time(cli: CommandLine) -> None:
+def test_the_expiry_of_a_key_is_changed(cli: CommandLine) -> None:
     row = create(cli, "--expires-in", "1d")
-    options = ("extend-api-key", row["key_prefix"])
+    options = ("update-api-key", row["key_prefix"])
     shown = cli.ok(*options, "--expires-at", "2099-01-31T20:00:00+08:00")
     assert "2099-01-31 12:00:00Z" in shown.out
-    assert f"API key {row['key_prefix']} is extended" in shown.err
+    assert shown.err == f"API key {row['key_prefix']} is updated\n"
     for given in (
         ("--expires-in", "1h", "--expires-at", "2099-01-31T12:00:00Z"),
         ("--never", "--expires-at", "2099-01-31T12:00:00Z"),
@@ -507,10 +512,125 @@ def test_a_key_is_extended_to_a_time(cli: CommandLine) -> None:
         ("--expires-at", "2099-02-01T12:00:00"),
     ):
         assert "--expires-" in cli.misused(*options, *given)
-    cli.ok(*options, "--never")
-    cli.fails(*options, "--never")
+    earlier = cli.ok(*options, "--expires-in", "1w", "--json").json
+    assert earlier["expires_at"] < "2099"
+    assert cli.ok(*options, "--never", "--json").json["expires_at"] is None
     cli.ok("revoke-api-key", row["id"])
-    assert "only an active API key" in cli.fails(*options, "--expires-in", "1w")
+    assert "the API key is revoked" in cli.fails(*options, "--expires-in", "1w")
+
+
+def test_the_fields_of_a_key_are_changed_and_cleared(cli: CommandLine) -> None:
+    row = create(
+        cli, "--rate-limit-per-hour", "10", "--allowed-ips", "10.0.0.0/8", "--description", "notes",
+    )  # fmt: skip
+    key = row.pop("key")
+    options = ("update-api-key", row["id"], "--json")
+    result = cli.ok(
+        *options, "--name", "trader", "--scopes", "trade:read, mcp:write",
+        "--rate-limit-per-day", "100", "--allowed-user-agents", "claude/*,curl*",
+        "--allowed-ips", "::1", "--description", "new", "--rate-limit-per-hour", "20",
+    )  # fmt: skip
+    changed = {
+        "name": "trader", "scopes": ["trade:read", "mcp:write"],
+        "rate_limit_per_hour": 20, "rate_limit_per_day": 100,
+        "allowed_ips": ["::1/128"], "allowed_user_agents": ["claude/*", "curl*"],
+        "description": "new",
+    }  # fmt: skip
+    assert result.json == {**row, **changed, "updated_at": result.json["updated_at"]}
+    assert key not in result.out + result.err
+    cleared = cli.ok(
+        *options, "--description", "", "--rate-limit-per-hour", "none",
+        "--rate-limit-per-day", "none", "--allowed-ips", "all", "--allowed-user-agents", "all",
+    ).json  # fmt: skip
+    assert cleared == {
+        **row, **changed, "updated_at": cleared["updated_at"], "description": None,
+        "rate_limit_per_hour": None, "rate_limit_per_day": None, "allowed_ips": [],
+        "allowed_user_agents": [],
+    }  # fmt: skip
+    events = cli.ok("list-events", "--json").json["items"]
+    assert [event["action"] for event in events] == ["api_key:update"] * 2 + ["api_key:create"]
+    assert cli.ok(*options, "--name", "trader").json == cleared
+    assert cli.ok("list-events", "--json").json["items"] == events
+
+
+def test_an_invalid_change_of_a_key_changes_nothing(cli: CommandLine) -> None:
+    row = create(cli, "--allowed-ips", "10.0.0.0/8")
+    row.pop("key")
+    options = ("update-api-key", row["id"], "--name", "new")
+    for option, value in (
+        ("--scopes", "mcp:nope"),
+        ("--rate-limit-per-hour", "many"),
+        ("--rate-limit-per-day", ""),
+        ("--allowed-ips", ""),  # as of an empty variable of the shell
+        ("--allowed-user-agents", " , "),
+    ):
+        assert option in cli.misused(*options, option, value)
+    for option, value in (
+        ("--scopes", ","),
+        ("--rate-limit-per-hour", "0"),
+        ("--allowed-ips", "10.0.0.1/8"),
+        ("--name", ""),
+    ):
+        assert f"error: {option}: " in cli.fails(*options, option, value)
+    assert "give at least one field" in cli.misused("update-api-key", row["id"])
+    shown = cli.ok("show-api-key", row["id"], "--json").json
+    assert shown == {**row, "usage": []}
+
+
+@pytest.mark.parametrize("option", ["--allowed-ips", "--allowed-user-agents"])
+def test_an_empty_restriction_creates_no_key(cli: CommandLine, option: str) -> None:
+    options = ("create-api-key", "--name", "x", "--scopes", "mcp:read", option, "")
+    assert option in cli.misused(*options)
+    assert cli.ok("list-api-keys", "--json").json["items"] == []
+
+
+def test_a_key_is_switched_off_and_on(cli: CommandLine) -> None:
+    row = create(cli)
+    off = cli.ok("deactivate-api-key", row["key_prefix"], "--reason", "on holiday", "--json")
+    assert (off.json["status"], off.err) == (
+        "inactive", f"API key {row['key_prefix']} is inactive\n",
+    )  # fmt: skip
+    assert "APIKeyRevoked" in refusal(cli, row["key"])
+    cli.ok("deactivate-api-key", row["id"])  # a second time has no effect
+    on = cli.ok("activate-api-key", row["id"], "--json")
+    assert (on.json["status"], on.err) == ("active", f"API key {row['key_prefix']} is active\n")
+    assert cli.ok("verify-api-key", "-", stdin=row["key"])
+    events = cli.ok("list-events", "--json").json["items"]
+    assert [event["action"] for event in events] == [
+        "api_key:activate", "api_key:deny", "api_key:deactivate", "api_key:create"
+    ]  # fmt: skip
+    assert events[2]["details"] == {"reason": "on holiday"}
+    assert {event["user_type"] for event in events} == {"cli"}
+    cli.ok("revoke-api-key", row["id"])
+    for command in ("activate-api-key", "deactivate-api-key"):
+        assert "the API key is revoked" in cli.fails(command, row["id"])
+
+
+def test_a_key_is_deleted_after_a_confirmation(cli: CommandLine) -> None:
+    row = create(cli)
+    delete = ("delete-api-key", row["key_prefix"], "--reason", "no longer needed")
+    assert "--yes" in cli.misused(*delete, stdin="y\n")  # there is no terminal
+    deleted = cli.ok(*delete, "--yes", "--json")
+    row.pop("key")
+    assert (deleted.json, deleted.err) == (row, f"API key {row['key_prefix']} is deleted\n")
+    assert cli.ok("list-api-keys", "--json").json["items"] == []
+    event = cli.ok("list-events", "--json").json["items"][0]
+    assert (event["action"], event["api_key_id"]) == ("api_key:delete", row["id"])
+    assert event["details"] == {"reason": "no longer needed"}
+    assert "no API key" in cli.fails(*delete, "--yes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_the_deletion_of_a_key_is_confirmed_at_a_terminal(
+    cli: CommandLine, terminal: Terminal, answer: str
+) -> None:
+    row = create(cli)
+    with terminal.program(cli, "delete-api-key", row["id"]) as program:
+        terminal.wait_for("Delete this API key")
+        terminal.type(f"{answer}\n")
+        assert (terminal.end(program) == 0) == (answer == "y")
+    assert (cli.ok("list-api-keys", "--json").json["items"] == []) == (answer == "y")
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 from uuid import UUID
 
 import typer
@@ -13,12 +14,17 @@ from tiger_db.cli import options, output, runtime
 from tiger_db.errors import AccessDenied, NotFound, RateLimited
 
 if TYPE_CHECKING:
-    from tiger_db.crud.api_keys import HourlyUsage, TradingPause
+    from collections.abc import Awaitable, Callable
+
+    from tiger_db.crud.api_keys import HourlyUsage, KeyChanges, TradingPause
     from tiger_db.database import AsyncSession
 
 KeyStatuses = Literal["active", "inactive", "revoked", "expired"]
 KeyArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="Prefix or id of the API key.")]
 KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="File with the whole API key.")]
+Reason = Annotated[
+    str | None, typer.Option(help="Reason for the change, stored in the audit event.")
+]
 _SCOPES = (
     "Scopes of the API key, separated by commas: mcp, dashboard, account, trade or system, each"
     " with :read, :write or :admin. An admin scope includes write, and a write scope includes read."
@@ -46,15 +52,13 @@ def create_api_key(
         int | None, typer.Option(help="Maximum number of uses of the API key per UTC day.")
     ] = None,
     allowed_ips: Annotated[
-        str | None,
-        typer.Option(
-            metavar="10.0.0.0/8,::1", help="Allowed IP addresses and networks; by default all."
-        ),
-    ] = None,
+        str,
+        typer.Option(metavar="10.0.0.0/8,::1", help="Allowed IP addresses and networks."),
+    ] = "all",
     allowed_user_agents: Annotated[
-        str | None,
-        typer.Option(metavar="'claude/*'", help="Patterns of allowed user agents; by default all."),
-    ] = None,
+        str,
+        typer.Option(metavar="'claude/*'", help="Patterns of allowed user agents."),
+    ] = "all",
     description: Annotated[str | None, typer.Option(help="Notes about the API key.")] = None,
     created_by: Annotated[
         str | None, typer.Option(help="Person or program that creates the API key.")
@@ -64,6 +68,8 @@ def create_api_key(
     """Create an API key, and show the key once. The key cannot be shown again."""
     granted = options.parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
     expiry = options.parse_expiry(expires_in, expires_at)
+    networks = _parse_allowed(allowed_ips, "--allowed-ips")
+    user_agents = _parse_allowed(allowed_user_agents, "--allowed-user-agents")
 
     async def create(session: "AsyncSession") -> "tuple[tiger_db.APIKey, str]":
         bound = await runtime.find_account(session, account) if account is not None else None
@@ -75,8 +81,8 @@ def create_api_key(
             expires_at=expiry,
             rate_limit_per_hour=rate_limit_per_hour,
             rate_limit_per_day=rate_limit_per_day,
-            allowed_ips=options.split_words(allowed_ips),
-            allowed_user_agents=options.split_words(allowed_user_agents),
+            allowed_ips=networks,
+            allowed_user_agents=user_agents,
             created_by=created_by,
             description=description,
         )
@@ -278,6 +284,126 @@ def list_expiring_api_keys(
     )
 
 
+def _change(
+    key: str,
+    change: "Callable[[AsyncSession, UUID], Awaitable[object]]",
+    participle: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Change an API key, print a message with a participle such as `deleted`, and show the key."""
+
+    async def run(session: "AsyncSession") -> "tiger_db.APIKey":
+        found = await runtime.find_api_key(session, key)
+        await change(session, found.id)
+        return found
+
+    changed = runtime.in_transaction(run)
+    output.print_message(f"API key {changed.key_prefix} is {participle}")
+    output.show_row(changed, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def update_api_key(
+    key: KeyArgument,
+    *,
+    name: Annotated[str | None, typer.Option(help="New display name.")] = None,
+    description: Annotated[
+        str | None, typer.Option(help="New notes. An empty text removes the notes.")
+    ] = None,
+    scopes: Annotated[
+        str | None,
+        typer.Option(metavar="mcp:read,mcp:write", help="New scopes, in place of the old ones."),
+    ] = None,
+    expires_in: options.ExpiresIn = None,
+    expires_at: options.ExpiresAt = None,
+    never: Annotated[bool, typer.Option("--never", help="Let the API key never expire.")] = False,
+    rate_limit_per_hour: Annotated[
+        str | None,
+        typer.Option(metavar="N|none", help="New maximum number of uses per clock hour."),
+    ] = None,
+    rate_limit_per_day: Annotated[
+        str | None, typer.Option(metavar="N|none", help="New maximum number of uses per UTC day.")
+    ] = None,
+    allowed_ips: Annotated[
+        str | None,
+        typer.Option(
+            metavar="10.0.0.0/8,::1|all", help="New list of allowed IP addresses and networks."
+        ),
+    ] = None,
+    allowed_user_agents: Annotated[
+        str | None,
+        typer.Option(metavar="'claude/*'|all", help="New list of patterns of allowed user agents."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Change an API key. Fields whose options are not given stay as they are."""
+    expiry = options.parse_expiry(expires_in, expires_at)
+    if never and expiry is not None:
+        raise typer.BadParameter(
+            "cannot be combined with --expires-in or --expires-at", param_hint="--never"
+        )
+    fields: dict[str, tuple[str | None, Callable[[str, str], object]]] = {
+        "name": (name, lambda text, _: text),
+        "description": (description, lambda text, _: text or None),
+        "scopes": (scopes, partial(options.parse_members, tiger_db.APIKeyScope)),
+        "rate_limit_per_hour": (rate_limit_per_hour, _parse_limit),
+        "rate_limit_per_day": (rate_limit_per_day, _parse_limit),
+        "allowed_ips": (allowed_ips, _parse_allowed),
+        "allowed_user_agents": (allowed_user_agents, _parse_allowed),
+    }
+    changes = {
+        field: parse(text, "--" + field.replace("_", "-"))
+        for field, (text, parse) in fields.items()
+        if text is not None
+    }
+    if never or expiry is not None:
+        changes["expires_at"] = expiry
+    if not changes:
+        raise typer.BadParameter("give at least one field to change", param_hint="OPTIONS")
+
+    async def update(session: "AsyncSession", key_id: UUID) -> None:
+        await tiger_db.crud.api_keys.update(session, key_id, **cast("KeyChanges", changes))
+
+    _change(key, update, "updated", as_json=as_json)
+
+
+def _parse_limit(text: str, option: str) -> int | None:
+    """Parse a rate limit. Return None for `none`."""
+    if text == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter("give a number, or none", param_hint=option) from None
+
+
+def _parse_allowed(text: str, option: str) -> list[str]:
+    """Split a list of networks or user agents at commas. Return an empty list for `all`.
+
+    An empty text is refused, because an empty variable of a shell must not remove a restriction.
+    """
+    words = options.split_words(text)
+    if not words:
+        raise typer.BadParameter("is empty: give a list, or all", param_hint=option)
+    return [] if words == ["all"] else words
+
+
+@app.command(rich_help_panel=_PANEL)
+def activate_api_key(key: KeyArgument, *, as_json: options.AsJson = False) -> None:
+    """Activate an API key that was deactivated."""
+    _change(key, tiger_db.crud.api_keys.activate, "active", as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def deactivate_api_key(
+    key: KeyArgument, *, reason: Reason = None, as_json: options.AsJson = False
+) -> None:
+    """Deactivate an API key until it is activated again."""
+    change = partial(tiger_db.crud.api_keys.deactivate, reason=reason)
+    _change(key, change, "inactive", as_json=as_json)
+
+
 @app.command(rich_help_panel=_PANEL)
 def rotate_api_key(
     key: KeyArgument,
@@ -298,31 +424,6 @@ def rotate_api_key(
     replacement, raw_key = runtime.in_transaction(rotate)
     output.print_message(f"created API key {replacement.key_prefix} to replace the rotated key")
     _show_new_key(replacement, raw_key, as_json=as_json)
-
-
-@app.command(rich_help_panel=_PANEL)
-def extend_api_key(
-    key: KeyArgument,
-    *,
-    expires_in: options.ExpiresIn = None,
-    expires_at: options.ExpiresAt = None,
-    never: Annotated[bool, typer.Option("--never", help="Let the API key never expire.")] = False,
-    as_json: options.AsJson = False,
-) -> None:
-    """Extend the validity of an API key."""
-    expiry = options.parse_expiry(expires_in, expires_at)
-    if never == (expiry is not None):
-        raise typer.BadParameter(
-            "give exactly one of these options", param_hint="--expires-in, --expires-at, --never"
-        )
-
-    async def extend(session: "AsyncSession") -> "tiger_db.APIKey":
-        found = await runtime.find_api_key(session, key)
-        return await tiger_db.crud.api_keys.extend(session, found.id, expires_at=expiry)
-
-    extended = runtime.in_transaction(extend)
-    output.print_message(f"API key {extended.key_prefix} is extended")
-    output.show_row(extended, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -365,6 +466,21 @@ def revoke_api_key(
     revoked = runtime.in_transaction(revoke)
     output.print_message(f"API key {revoked.key_prefix} is revoked")
     output.show_row(revoked, as_json=as_json)
+
+
+@app.command(rich_help_panel=_PANEL)
+def delete_api_key(
+    key: KeyArgument,
+    *,
+    reason: Reason = None,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Delete an API key and its usage counts. The audit events of the API key stay."""
+    runtime.settings()  # report invalid settings before asking for confirmation
+    options.confirm("Delete this API key and its usage counts?", yes=yes)
+    change = partial(tiger_db.crud.api_keys.delete, reason=reason)
+    _change(key, change, "deleted", as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)

@@ -87,7 +87,13 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
         key = await tiger_db.crud.api_keys.get_by_prefix(session, prefix_or_id)
     if key is None:
         # The message omits `prefix_or_id`, because the user may have passed a whole API key.
-        raise NotFound("there is no API key with this prefix or id")
+        message = "there is no API key with this prefix or id"
+        if re.fullmatch(tiger_db.crud.api_keys.KEY_PATTERN, prefix_or_id.strip(), re.ASCII):
+            message += (
+                ": this is a whole API key, whose prefix ends before the last underscore."
+                " To revoke a leaked API key by the whole key, use `revoke-api-key --raw`"
+            )
+        raise NotFound(message)
     return key
 
 

@@ -60,6 +60,8 @@ class AuditAction(StrEnum):
 
     API_KEY_CREATE = "api_key:create"
     API_KEY_UPDATE = "api_key:update"
+    API_KEY_ACTIVATE = "api_key:activate"
+    API_KEY_DEACTIVATE = "api_key:deactivate"
     API_KEY_ROTATE = "api_key:rotate"
     API_KEY_REVOKE = "api_key:revoke"
     API_KEY_DELETE = "api_key:delete"

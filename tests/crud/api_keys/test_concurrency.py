@@ -153,6 +153,14 @@ async def rotate(session: AsyncSession, key: APIKey) -> None:
     await api_keys.rotate(session, key.id, grace=timedelta(0))
 
 
+async def deactivate(session: AsyncSession, key: APIKey) -> None:
+    await api_keys.deactivate(session, key.id)
+
+
+async def delete(session: AsyncSession, key: APIKey) -> None:
+    await api_keys.delete(session, key.id)
+
+
 async def close_account(session: AsyncSession, key: APIKey) -> None:
     assert key.tiger_account_id
     await accounts.close(session, key.tiger_account_id)
@@ -171,6 +179,10 @@ async def delete_account(session: AsyncSession, key: APIKey) -> None:
         (revoke, APIKeyRevoked, 1000),
         (rotate, APIKeyExpired, None),
         (rotate, APIKeyExpired, 1000),
+        (deactivate, APIKeyRevoked, None),
+        (deactivate, APIKeyRevoked, 1000),
+        (delete, InvalidAPIKey, None),
+        (delete, InvalidAPIKey, 1000),
         (close_account, APIKeyRevoked, None),
         (close_account, APIKeyRevoked, 1000),
         (delete_account, InvalidAPIKey, None),

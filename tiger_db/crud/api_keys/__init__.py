@@ -1,11 +1,20 @@
-"""CRUD functions that create, authorize, rotate, extend, revoke and look up API keys.
+"""CRUD functions that create, authorize, change, rotate, revoke and look up API keys.
 
 Other functions pause and resume trading for all API keys.
 """
 
 from tiger_db.crud.api_keys.authorize import authorize_api_key, verify_api_key
 from tiger_db.crud.api_keys.key_format import KEY_PATTERN
-from tiger_db.crud.api_keys.lifecycle import create_api_key, extend, revoke, rotate
+from tiger_db.crud.api_keys.lifecycle import (
+    KeyChanges,
+    activate,
+    create_api_key,
+    deactivate,
+    delete,
+    revoke,
+    rotate,
+    update,
+)
 from tiger_db.crud.api_keys.pausing import TradingPause, current_pause, is_paused, pause, resume
 from tiger_db.crud.api_keys.queries import (
     HourlyUsage,
@@ -21,11 +30,14 @@ from tiger_db.crud.api_keys.queries import (
 __all__ = [
     "KEY_PATTERN",
     "HourlyUsage",
+    "KeyChanges",
     "TradingPause",
+    "activate",
     "authorize_api_key",
     "create_api_key",
     "current_pause",
-    "extend",
+    "deactivate",
+    "delete",
     "find_by_raw_key",
     "get",
     "get_by_prefix",
@@ -37,6 +49,7 @@ __all__ = [
     "resume",
     "revoke",
     "rotate",
+    "update",
     "usage",
     "verify_api_key",
 ]

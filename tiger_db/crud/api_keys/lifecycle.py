@@ -1,20 +1,21 @@
-"""Functions that create, rotate, extend and revoke API keys, and record audit events."""
+"""Functions that create, change, rotate, revoke and delete API keys, and record audit events."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
+from pydantic_core import PydanticCustomError
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.key_format import new_key
-from tiger_db.crud.change_events import apply_change
-from tiger_db.crud.common import context_of, fetch_one, get_or_raise, require_aware, savepoint
-from tiger_db.errors import InvalidState, InvalidValue
+from tiger_db.crud.change_events import apply_change, described
+from tiger_db.crud.common import context_of, fetch_one, get_or_raise, savepoint
+from tiger_db.errors import InvalidFields, InvalidState, InvalidValue
 from tiger_db.models import (
     AccountStatus,
     APIKey,
@@ -29,6 +30,30 @@ _COPIED_FIELDS = {
     "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour", "rate_limit_per_day",
     "allowed_ips", "allowed_user_agents", "created_by", "description", "tags",
 }  # fmt: skip
+# Fields that `update` refuses, with the functions that change them.
+_OTHER_FUNCTIONS = {
+    "status": "`activate`, `deactivate` or `revoke`",
+    "revoked_at": "`revoke`",
+    "revocation_reason": "`revoke`",
+    "key_prefix": "`rotate`, which creates a new key",
+    "key_hash": "`rotate`, which creates a new key",
+    "successor_id": "`rotate`",
+    "tiger_account_id": "`create_api_key`, which creates a new key",
+}
+
+
+class KeyChanges(TypedDict, total=False):
+    """The fields of an API key that `update` can change."""
+
+    name: str
+    description: str | None
+    scopes: Iterable[APIKeyScope]
+    allowed_ips: Iterable[str]
+    allowed_user_agents: Iterable[str]
+    rate_limit_per_hour: int | None
+    rate_limit_per_day: int | None
+    expires_at: datetime | None
+    tags: Mapping[str, JsonValue]
 
 
 @public
@@ -95,7 +120,9 @@ async def rotate(
     """
     if grace < timedelta(0):
         raise InvalidValue("the grace period must not be negative")
-    key, now = await _lock_active(session, key_id, "rotated")
+    key, now = await _lock_unrevoked(session, key_id)
+    if key.status != APIKeyStatus.ACTIVE or (key.expires_at is not None and key.expires_at <= now):
+        raise InvalidState("only an active API key can be rotated")
     if key.successor_id is not None:
         raise InvalidState(f"this API key was replaced by {key.successor_id}: rotate that key")
     try:
@@ -118,27 +145,70 @@ async def rotate(
 
 
 @public
-async def extend(session: AsyncSession, key_id: UUID, *, expires_at: datetime | None) -> APIKey:
-    """Set a later expiry for an API key. If `expires_at` is None, the key never expires.
+async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChanges]) -> APIKey:
+    """Change fields of an API key. If one change is invalid, no field is changed.
+
+    One audit event contains the old and new values of the changed fields. If every field already
+    has its new value, nothing is written. A key that has expired is valid again with a later
+    `expires_at`, or with None for no expiry. The expiry of a key that was replaced by `rotate` can
+    only be made earlier, so that the grace period is never prolonged.
 
     Raises:
         NotFound: no API key has this id.
-        InvalidState: the key is not active or has expired, or the account of the key is closed.
-        InvalidValue: `expires_at` is naive, or is not later than the current expiry of the key.
+        InvalidFields: a field does not exist or cannot be changed by `update`, or a value is
+            invalid. The error names the field.
+        InvalidValue: the new `expires_at` is in the past, by the database's clock. To end a key
+            now, call `deactivate` or `revoke`.
+        InvalidState: the key is revoked, the account of the key is closed, or the new `expires_at`
+            of a replaced key is later.
     """
-    require_aware("expires_at", expires_at)
-    key, _ = await _lock_active(session, key_id, "extended")
-    before = key.expires_at
-    if before is None or (expires_at is not None and expires_at <= before):
-        raise InvalidValue("expires_at must be later than the current expiry of the API key")
-    validated = key.validate_changes({"expires_at": expires_at})["expires_at"]
+    _refuse_other_fields(changes)
+    key, now = await _lock_unrevoked(session, key_id)
+    values = key.validate_changes({**changes})
+    values = {name: value for name, value in values.items() if value != getattr(key, name)}
+    if "expires_at" in values:
+        _check_expiry(key, values["expires_at"], now)
+        if key.status == APIKeyStatus.EXPIRED:
+            values["status"] = APIKeyStatus.ACTIVE
+    if values:
+        async with savepoint(session, key):
+            await apply_change(session, key, values, action=AuditAction.API_KEY_UPDATE)
+    return key
+
+
+@public
+async def activate(session: AsyncSession, key_id: UUID) -> APIKey:
+    """Activate an API key that was deactivated. If the key is active, nothing is written.
+
+    Raises:
+        NotFound: no API key has this id.
+        InvalidState: the key is revoked or has expired, or the account of the key is closed.
+    """
+    key, now = await _lock_unrevoked(session, key_id)
+    if key.expires_at is not None and key.expires_at <= now:
+        raise InvalidState("the API key has expired: set a later expires_at with `update`")
+    await apply_change(
+        session, key, {"status": APIKeyStatus.ACTIVE}, action=AuditAction.API_KEY_ACTIVATE
+    )
+    return key
+
+
+@public
+async def deactivate(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> APIKey:
+    """Deactivate an API key until `activate` is called. If the key is inactive, nothing is written.
+
+    Raises:
+        NotFound: no API key has this id.
+        InvalidState: the key is revoked.
+    """
+    key = await get_or_raise(session, APIKey, key_id, lock=True)
+    _refuse_revoked(key)
     await apply_change(
         session,
         key,
-        {"expires_at": validated},
-        action=AuditAction.API_KEY_UPDATE,
-        old_values={"expires_at": before.isoformat()},
-        new_values={"expires_at": validated.isoformat() if validated else None},
+        {"status": APIKeyStatus.INACTIVE},
+        action=AuditAction.API_KEY_DEACTIVATE,
+        details=_reason(reason),
     )
     return key
 
@@ -166,23 +236,72 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
     return key
 
 
-async def _lock_active(
-    session: AsyncSession, key_id: UUID, participle: str
-) -> tuple[APIKey, datetime]:
-    """Lock the row of an active API key. Return the APIKey entity and the database's time.
+@public
+async def delete(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> None:
+    """Delete an API key and its usage counts.
+
+    The audit events of the key stay. If the key was rotated, its replacements and the counts for
+    their rate limits stay too. To refuse a key and keep its row, call `revoke` instead.
 
     Raises:
         NotFound: no API key has this id.
-        InvalidState: the key is not active or has expired, or the account of the key is closed.
+    """
+    key = await get_or_raise(session, APIKey, key_id, lock=True)
+    await session.delete(key)
+    with described(key, action=AuditAction.API_KEY_DELETE, details=_reason(reason)):
+        await session.flush()
+
+
+async def _lock_unrevoked(session: AsyncSession, key_id: UUID) -> tuple[APIKey, datetime]:
+    """Lock the row of an API key. Return the APIKey entity and the database's time.
+
+    Raises:
+        NotFound: no API key has this id.
+        InvalidState: the key is revoked, or the account of the key is closed.
     """
     key = await get_or_raise(session, APIKey, key_id)
     if key.tiger_account_id is not None:  # the account is locked first to prevent deadlocks
         await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
+    _refuse_revoked(key)
     now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)
-    if key.status != APIKeyStatus.ACTIVE or (key.expires_at is not None and key.expires_at <= now):
-        raise InvalidState(f"only an active API key can be {participle}")
     return key, now
+
+
+def _refuse_revoked(key: APIKey) -> None:
+    if key.status == APIKeyStatus.REVOKED:
+        raise InvalidState("the API key is revoked: a revocation is final")
+
+
+def _refuse_other_fields(changes: Mapping[str, object]) -> None:
+    """Raise InvalidFields if `changes` contain fields that `update` cannot change."""
+    problems = []
+    for name in sorted(changes.keys() - KeyChanges.__annotations__.keys()):
+        reason = "an API key has no such field"
+        if name in APIKey.model_fields:
+            reason = "`update` cannot change this field"
+            reason += f": use {_OTHER_FUNCTIONS[name]}" if name in _OTHER_FUNCTIONS else ""
+        problems.append(((name,), PydanticCustomError("other_field", "{why}", {"why": reason})))
+    if problems:
+        raise InvalidFields.of(APIKey.__name__, problems)
+
+
+def _check_expiry(key: APIKey, expires_at: datetime | None, now: datetime) -> None:
+    """Check the new expiry of an API key against the database's time.
+
+    Raises:
+        InvalidValue: the expiry is in the past.
+        InvalidState: the key was replaced, and the new expiry is later.
+    """
+    if expires_at is not None and expires_at <= now:
+        raise InvalidValue(
+            "expires_at must be in the future: to end the API key now, use `deactivate` or `revoke`"
+        )
+    is_earlier = expires_at is not None and (key.expires_at is None or expires_at < key.expires_at)
+    if key.successor_id is not None and not is_earlier:
+        raise InvalidState(
+            f"this API key was replaced by {key.successor_id}: its grace period cannot be prolonged"
+        )
 
 
 async def _refuse_closed(session: AsyncSession, account_id: UUID) -> None:
@@ -204,3 +323,8 @@ async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey,
     async with savepoint(session):
         session.add(key)
     return key, parsed.raw_key
+
+
+def _reason(reason: str | None) -> dict[str, object] | None:
+    """Return the `details` of an audit event with a reason."""
+    return {"reason": reason} if reason is not None else None
