@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 KeyStatuses = Literal["active", "inactive", "revoked", "expired"]
 KeyArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="Prefix or id of the API key.")]
 KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="File with the whole API key.")]
-Reason = Annotated[
-    str | None, typer.Option(help="Reason for the change, stored in the audit event.")
-]
 _SCOPES = (
     "Scopes of the API key, separated by commas: mcp, dashboard, account, trade or system, each"
     " with :read, :write or :admin. An admin scope includes write, and a write scope includes read."
@@ -397,7 +394,7 @@ def activate_api_key(key: KeyArgument, *, as_json: options.AsJson = False) -> No
 
 @app.command(rich_help_panel=_PANEL)
 def deactivate_api_key(
-    key: KeyArgument, *, reason: Reason = None, as_json: options.AsJson = False
+    key: KeyArgument, *, reason: options.Reason = None, as_json: options.AsJson = False
 ) -> None:
     """Deactivate an API key until it is activated again."""
     change = partial(tiger_db.crud.api_keys.deactivate, reason=reason)
@@ -472,7 +469,7 @@ def revoke_api_key(
 def delete_api_key(
     key: KeyArgument,
     *,
-    reason: Reason = None,
+    reason: options.Reason = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:

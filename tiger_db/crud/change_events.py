@@ -69,6 +69,11 @@ def described(
         del info[_FIELDS], info[_GIVEN]
 
 
+def reason_details(reason: str | None) -> dict[str, object] | None:
+    """Return the details of an audit event whose only detail is the reason for the change."""
+    return None if reason is None else {"reason": reason}
+
+
 # Event listeners that run when the ORM flushes accounts and API keys
 
 

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.audit_logs import EventFields
-from tiger_db.crud.change_events import apply_change
+from tiger_db.crud.change_events import apply_change, reason_details
 from tiger_db.crud.common import fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
@@ -152,11 +152,6 @@ def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
         values["token_expires_at"] = account.check_not_stale(
             values["access_token"].get_secret_value(), values.get("token_expires_at")
         )
-
-
-def reason_details(reason: str | None) -> dict[str, object] | None:
-    """Return the details of an audit event whose only detail is the reason for the change."""
-    return None if reason is None else {"reason": reason}
 
 
 def refuse_closed(account: TigerAccount) -> None:

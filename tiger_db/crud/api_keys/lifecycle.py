@@ -13,7 +13,7 @@ from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.key_format import new_key
-from tiger_db.crud.change_events import apply_change, described
+from tiger_db.crud.change_events import apply_change, described, reason_details
 from tiger_db.crud.common import context_of, fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidFields, InvalidState, InvalidValue
 from tiger_db.models import (
@@ -208,7 +208,7 @@ async def deactivate(session: AsyncSession, key_id: UUID, *, reason: str | None 
         key,
         {"status": APIKeyStatus.INACTIVE},
         action=AuditAction.API_KEY_DEACTIVATE,
-        details=_reason(reason),
+        details=reason_details(reason),
     )
     return key
 
@@ -248,7 +248,7 @@ async def delete(session: AsyncSession, key_id: UUID, *, reason: str | None = No
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     await session.delete(key)
-    with described(key, action=AuditAction.API_KEY_DELETE, details=_reason(reason)):
+    with described(key, action=AuditAction.API_KEY_DELETE, details=reason_details(reason)):
         await session.flush()
 
 
@@ -323,8 +323,3 @@ async def _store(session: AsyncSession, values: dict[str, Any]) -> tuple[APIKey,
     async with savepoint(session):
         session.add(key)
     return key, parsed.raw_key
-
-
-def _reason(reason: str | None) -> dict[str, object] | None:
-    """Return the `details` of an audit event with a reason."""
-    return {"reason": reason} if reason is not None else None
