@@ -140,7 +140,9 @@ async def page_works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -
 
     async def deep_page() -> None:
         async with database.session() as session:
-            page = await crud.audit_logs.search(session, after=encode_cursor(oldest), limit=PAGE)
+            page = await crud.audit_logs.search(
+                session, after=encode_cursor("audit_logs", oldest), limit=PAGE
+            )
             assert len(page) == PAGE
 
     async def plain_deep_page() -> None:

@@ -85,9 +85,9 @@ def test_an_actor_without_identity_is_unattributed() -> None:
 
 async def test_only_an_actor_is_accepted(database: Database) -> None:
     wrong: Any = "alice"
-    with pytest.raises(InvalidValue, match="must be an Actor"), acting_as(wrong):
+    with pytest.raises(InvalidValue, match=r"actor\n.*not str"), acting_as(wrong):
         pass
-    with pytest.raises(InvalidValue, match="must be an Actor"):
+    with pytest.raises(InvalidValue, match=r"actor\n.*not str"):
         async with database.session(actor=wrong):
             pass
 

@@ -8,9 +8,9 @@ from ipaddress import IPv4Address, IPv6Address
 
 from sqlalchemy.orm.attributes import set_attribute
 
-from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditLog
 from tiger_db.models.audit_logs import sanitize
+from tiger_db.public import public
 
 UNATTRIBUTED = "unattributed"
 # An audit event gets both of these fields from one source: from the caller, or from the actor.
@@ -46,6 +46,7 @@ ACTOR_FIELDS = tuple(field.name for field in fields(Actor))
 _current: ContextVar[Actor] = ContextVar("tiger_db_actor", default=Actor())  # noqa: B039  # the class Actor is immutable
 
 
+@public
 @contextmanager
 def acting_as(actor: Actor) -> Iterator[None]:
     """Attribute the audit events of a `with` block, and of tasks started in the block, to an actor.
@@ -55,18 +56,11 @@ def acting_as(actor: Actor) -> Iterator[None]:
     Raises:
         InvalidValue: the argument `actor` is not an `Actor`.
     """
-    token = _current.set(require_actor(actor))
+    token = _current.set(actor)
     try:
         yield
     finally:
         _current.reset(token)
-
-
-def require_actor(actor: Actor) -> Actor:
-    """Return the argument `actor`. Raise InvalidValue if the argument is not an `Actor`."""
-    if not isinstance(actor, Actor):
-        raise InvalidValue("actor must be an Actor")
-    return actor
 
 
 def actor_in_force(explicit: Actor | None = None) -> Actor:

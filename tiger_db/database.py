@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
-from tiger_db.actor import Actor, require_actor
+from tiger_db.actor import Actor
 from tiger_db.connections import create_engine
 from tiger_db.connections.replicas import Replicas
 from tiger_db.crud.api_keys.usage_counter import UsageCounter
@@ -32,6 +32,7 @@ from tiger_db.keys_in_force import (
 from tiger_db.migrations import schema_state
 from tiger_db.models.secrets import CONTEXT
 from tiger_db.out_of_band import OutOfBandWriter
+from tiger_db.public import public
 from tiger_db.settings import Settings
 
 T = TypeVar("T")
@@ -80,6 +81,7 @@ class Database:
             production.
     """
 
+    @public
     def __init__(
         self, settings: Settings | None = None, *, key_provider: KeyProvider | None = None
     ) -> None:
@@ -157,6 +159,7 @@ class Database:
         """
         return await asyncio.to_thread(in_force, self.settings, AUDIT_SIGNING_KEY)
 
+    @public
     @asynccontextmanager
     async def session(
         self,
@@ -183,13 +186,11 @@ class Database:
                 nothing of the transaction.
             QueryTimeout: an SQL statement took longer than `DB_QUERY_TIMEOUT`. The database saved
                 nothing of the transaction.
-            InvalidValue: the argument `actor` is not an `Actor`.
+            InvalidFields: an argument has a wrong type.
             InvalidState: a readonly session tried to write or to authorize an API key.
             SchemaMismatch: the schema does not fit this tiger_db release, as documented for the
                 method `check`.
         """
-        if actor is not None:
-            require_actor(actor)
         options: dict[str, Any] = {"isolation_level": isolation} if isolation else {}
         if readonly:
             options["postgresql_readonly"] = True
@@ -213,6 +214,7 @@ class Database:
                 f" {self.settings.db_pool_timeout:g} s (DB_POOL_SIZE, DB_MAX_OVERFLOW)"
             ) from None
 
+    @public
     async def transaction(
         self,
         work: Callable[[AsyncSession], Awaitable[T]],
@@ -263,6 +265,7 @@ async def _default_database() -> AsyncGenerator[Database, None]:
             _defaults.pop(asyncio.get_running_loop(), None)  # the removal breaks a reference cycle
 
 
+@public
 @asynccontextmanager
 async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSession]:
     """Open a session of the event loop's default `Database`, which uses `Settings()`.

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -85,6 +85,7 @@ def generate_key(key_id: str = "k1") -> str:
     return f"{key_id}:{base64.b64encode(os.urandom(_KEY_BYTES)).decode('ascii')}"
 
 
+@runtime_checkable
 class KeyProvider(Protocol):
     """The interface of `KeyRing`, and of adapters for key management services.
 

@@ -14,11 +14,12 @@ from uuid import UUID
 from tiger_db.connections.listener import Connection, listen
 from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key, denial_event
 from tiger_db.crud.api_keys.key_format import parse_key
-from tiger_db.crud.api_keys.policy import AccessRequest, check_access
+from tiger_db.crud.api_keys.policy import AccessRequest, access_request, check_access
 from tiger_db.database import Database
 from tiger_db.errors import AccessDenied, InvalidAPIKey, InvalidValue, SchemaMismatch
 from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import APIKey, APIKeyScope
+from tiger_db.public import public
 
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # the triggers of these tables notify CHANNEL
@@ -52,6 +53,7 @@ class KeyVerifier:
         InvalidValue: the argument `capacity` is not positive.
     """
 
+    @public
     def __init__(self, database: Database, *, memory: bool = False, capacity: int = 10_000) -> None:
         if capacity < 1:
             raise InvalidValue("capacity must be positive")
@@ -124,7 +126,7 @@ class KeyVerifier:
 
         Several calls may return the same APIKey object, so do not change the returned object.
         """
-        request = AccessRequest(tuple(scopes), account_id, ip_address, user_agent)
+        request = access_request(scopes, account_id, ip_address, user_agent)
         if self._listener is not None and not request.trades:  # the cache has no pause of trading
             key = await self._from_memory(raw_key, request)
             if key is not None:

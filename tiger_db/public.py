@@ -8,7 +8,7 @@ from enum import Enum
 from functools import wraps
 from math import isfinite
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic_core import PydanticCustomError
 from sqlalchemy.exc import SQLAlchemyError
@@ -37,9 +37,10 @@ def public(function: F_) -> F_:
     """
     parameters = inspect.signature(function).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    hints = get_type_hints(function)
-    checked_names = hints.keys() & {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    types = Types(function.__name__, {name: hints[name] for name in checked_names})
+    types = Types(
+        function.__qualname__,
+        {n: p.annotation for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD},
+    )
 
     def check(arguments: tuple[object, ...], keywords: dict[str, object]) -> dict[str, object]:
         given = dict(zip(positional, arguments, strict=False)) | keywords
@@ -118,7 +119,7 @@ def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each 
     if origin is Callable:
         return callable
     kind = origin or hint
-    if not isinstance(kind, type) or kind is object:  # for example Any or a TypeVar
+    if not isinstance(kind, type) or kind in (object, inspect.Parameter.empty):
         return lambda _value: True
     if issubclass(kind, Enum):
         values = {member.value for member in kind}
@@ -129,7 +130,7 @@ def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each 
         item = _test(parts[0])
         return lambda value: (
             isinstance(value, kind)
-            and not isinstance(value, str | bytes | bytearray | Mapping)
+            and not isinstance(value, str | bytes | bytearray)
             and all(map(item, value))
         )
     return _SPECIAL_TESTS.get(kind, lambda value: isinstance(value, kind))

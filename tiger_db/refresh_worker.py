@@ -35,6 +35,7 @@ from tiger_db.errors import (
 )
 from tiger_db.models import Entity, TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.token_status import NewToken
+from tiger_db.public import public
 from tiger_db.sqlstates import is_transient
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class RefreshWorker:
         InvalidValue: `concurrency`, `lease`, `attempt_timeout` or `per_minute` is not positive.
     """
 
+    @public
     def __init__(
         self,
         database: Database,
@@ -116,6 +118,7 @@ class RefreshWorker:
         self._stopping.set()
         self._wake.set()
 
+    @public
     async def run(self, *, once: bool = False) -> None:
         """Refresh due tokens until `stop` is called or, with `once`, until no refresh is due.
 
@@ -142,6 +145,7 @@ class RefreshWorker:
         if working.done() and not working.cancelled():
             working.result()
 
+    @public
     async def run_one(self, refresh_id: UUID) -> None:
         """Claim one refresh and make one attempt to refresh the token.
 

@@ -53,6 +53,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "42501": (StatementRefused, None),  # missing privilege
     "53300": (DatabaseUnavailable, "the database has no connection left"),
     "55P03": (Conflict, None),  # lock timeout
+    "P0001": (StatementRefused, None),  # a trigger raised an exception
     "57014": (QueryTimeout, None),
     "57P0": (DatabaseUnavailable, "the connection was lost"),
 }
@@ -108,7 +109,7 @@ def typed(error: SQLAlchemyError) -> TigerDBError:
     if (known := classify(error)) is not None:
         return known
     if isinstance(error, DBAPIError):
-        return StatementRefused(f"the database refused a statement: {type(error.orig).__name__}")
+        return StatementRefused(f"the database refused a statement: {type(_cause(error)).__name__}")
     return InvalidState(f"the session cannot do this: {type(error).__name__}")
 
 

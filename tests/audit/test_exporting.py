@@ -78,6 +78,21 @@ async def test_criteria_select_events(trail: Trail) -> None:
         await exported(trail.database, since=datetime(2026, 1, 1))  # noqa: DTZ001  # which is wrong
 
 
+@pytest.mark.parametrize("function", [audit.export, audit.follow])
+def test_wrong_arguments_are_refused_at_the_call(database: Database, function: Any) -> None:
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("since", {"since": datetime(2026, 1, 1)}),  # noqa: DTZ001  # the point
+        ("account_id", {"account_id": "x"}),
+        ("ip", {"ip": "nowhere"}),
+        ("user", {"user": "alice"}),
+        ("form", {"form": "xml"}),
+        ("begun", {"begun": 1}),
+    ]
+    for name, keywords in wrong:
+        with pytest.raises(InvalidValue, match=name):
+            function(database, **keywords)
+
+
 @pytest.mark.parametrize("options", [{}, {"since": datetime(2020, 1, 1, tzinfo=UTC)}])
 async def test_csv_has_the_values_of_json_lines(trail: Trail, options: dict[str, Any]) -> None:
     written = await exported(trail.database, **options)

@@ -213,7 +213,7 @@ async def test_security_events_read_no_earlier_month(full: Settings) -> None:
 
 
 async def test_a_deep_page_reads_no_later_month(full: Settings) -> None:
-    after = encode_cursor(UUID(int=int(month(1).timestamp() * 1000) << 80 | 10**6))
+    after = encode_cursor("audit_logs", UUID(int=int(month(1).timestamp() * 1000) << 80 | 10**6))
     plan = await plan_of(full, partial(audit_logs.get_recent_events, after=after))
     assert f"audit_logs_{month(2):%Y_%m}" not in partitions(plan)
     assert not [node for node in plan if node["Node Type"] in {"Seq Scan", "Sort"}]

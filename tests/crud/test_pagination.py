@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support import factories
-from tests.support.lists import ACCOUNT, LEAK, LISTS, one_row_for
+from tests.support.lists import ACCOUNT, LEAK, LISTS, cursor_of, one_row_for
 from tests.support.recording import recorded
 from tiger_db import AuditLog, Database, Page, crud
 from tiger_db.crud.pagination import decode_cursor, encode_cursor
@@ -79,27 +79,46 @@ async def test_concurrent_inserts_neither_repeat_nor_skip_rows(clone: Database) 
 # Cursors
 
 
-@given(row_id=st.uuids())
-@example(row_id=UUID(int=0))
-@example(row_id=UUID(int=2**128 - 1))
-def test_a_cursor_decodes_to_its_row_id(row_id: UUID) -> None:
-    cursor = encode_cursor(row_id)
-    assert decode_cursor(cursor) == row_id
+NAMES = ["tiger_accounts", "api_keys", "audit_logs", "token_statuses", "expiring_api_keys"]
+
+
+@given(name=st.sampled_from(NAMES), row_id=st.uuids())
+@example(name="api_keys", row_id=UUID(int=0))
+@example(name="api_keys", row_id=UUID(int=2**128 - 1))
+def test_a_cursor_decodes_to_its_row_id_in_its_list_only(name: str, row_id: UUID) -> None:
+    cursor = encode_cursor(name, row_id)
+    assert decode_cursor(name, cursor) == row_id
     assert cursor.isascii()
     assert str(row_id) not in cursor
+    for other in NAMES:
+        if other != name:
+            with pytest.raises(InvalidCursor):
+                decode_cursor(other, cursor)
+
+
+@pytest.mark.parametrize("name", LISTS)
+async def test_a_list_refuses_the_cursor_of_another_list(session: AsyncSession, name: str) -> None:
+    own = cursor_of(name, ACCOUNT)
+    await LISTS[name](session, after=own)
+    for cursor in {cursor_of(other, ACCOUNT) for other in LISTS} - {own}:
+        with pytest.raises(InvalidCursor):
+            await LISTS[name](session, after=cursor)
 
 
 def malformed(cursor: object) -> bool:
     if not isinstance(cursor, str):
         return True
     try:
-        row_id = UUID(bytes=base64.urlsafe_b64decode(f"{cursor}==".encode()))
+        content = base64.urlsafe_b64decode(f"{cursor}==".encode())
     except ValueError:
         return True
-    return base64.urlsafe_b64encode(row_id.bytes).decode() != f"{cursor}=="
+    named = any(
+        len(content) == len(name) + 16 and content.startswith(name.encode()) for name in NAMES
+    )
+    return not named or base64.urlsafe_b64encode(content).decode().rstrip("=") != cursor
 
 
-nearly = st.uuids().map(encode_cursor)
+nearly = st.builds(encode_cursor, st.sampled_from(NAMES), st.uuids())
 cursors: st.SearchStrategy[object] = (
     st.text()
     | st.from_regex(r"[\w-]{20,24}={0,2}", fullmatch=True)
@@ -116,7 +135,7 @@ cursors: st.SearchStrategy[object] = (
 @given(cursor=cursors.filter(malformed))
 @example(cursor="")
 @example(cursor="A" * 21 + "B")  # unused bits of the last character are set
-@example(cursor=encode_cursor(uuid4()) + "\n")
+@example(cursor=encode_cursor("api_keys", uuid4()) + "\n")
 @example(cursor="' OR true --")
 async def test_a_malformed_cursor_raises_invalid_cursor_without_a_query(
     database: Database, cursor: Any
@@ -131,7 +150,7 @@ async def test_a_malformed_cursor_raises_invalid_cursor_without_a_query(
 
 @pytest.mark.parametrize("name", LISTS)
 async def test_the_cursor_of_a_deleted_row_is_valid(session: AsyncSession, name: str) -> None:
-    assert (await LISTS[name](session, after=encode_cursor(uuid4()))).items == []
+    assert (await LISTS[name](session, after=cursor_of(name, uuid4()))).items == []
 
 
 @pytest.mark.parametrize("name", LIMITED)

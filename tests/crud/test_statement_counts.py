@@ -6,11 +6,10 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.support import factories
-from tests.support.lists import ACCOUNT, LISTS, one_row_for
+from tests.support.lists import ACCOUNT, LISTS, cursor_of, one_row_for
 from tests.support.recording import recorded
 from tiger_db import Database
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
-from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)
@@ -57,7 +56,7 @@ async def test_a_lookup_sends_one_statement(
 async def test_a_page_sends_one_statement_without_count_or_offset(
     database: Database, seeded: AsyncSession, name: str
 ) -> None:
-    cursors = [None, encode_cursor(ACCOUNT)]
+    cursors = [None, cursor_of(name, ACCOUNT)]
     for cursor in cursors:
         with recorded(database) as sent:
             await LISTS[name](seeded, after=cursor, limit=2)

@@ -46,7 +46,15 @@ async def account(session: AsyncSession, **overrides: Any) -> TigerAccount:
 
 async def api_key(session: AsyncSession, **overrides: Any) -> tuple[APIKey, str]:
     arguments = {"name": "assistant", "scopes": [APIKeyScope.MCP_READ]} | overrides
-    return await crud.api_keys.create_api_key(session, **arguments)
+    expires_at = arguments.get("expires_at")
+    if expires_at is None or expires_at.tzinfo is None or expires_at > datetime.now(UTC):
+        return await crud.api_keys.create_api_key(session, **arguments)
+    # `create_api_key` refuses an expiry in the past.
+    key, raw_key = await crud.api_keys.create_api_key(session, **{**arguments, "expires_at": None})
+    expire = text("UPDATE api_keys SET expires_at = :expires_at WHERE id = :id")
+    await session.execute(expire, {"expires_at": expires_at, "id": key.id})
+    await session.refresh(key)
+    return key, raw_key
 
 
 async def account_with_token(session: AsyncSession, **overrides: Any) -> TigerAccount:

@@ -6,6 +6,7 @@ from uuid import UUID
 
 from tests.support import factories
 from tiger_db import AuditAction, Page, crud
+from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.models import Entity
 
@@ -24,6 +25,20 @@ LISTS: dict[str, List] = {
     "history": crud.token_status.history,
     "history of an account": lambda s, **p: crud.token_status.history(s, account_id=ACCOUNT, **p),
 }
+
+_TABLES = {
+    "list_accounts": "tiger_accounts",
+    "list_api_keys": "api_keys",
+    "get_keys_for_account": "api_keys",
+    "get_recent_events": "audit_logs",
+    "get_security_events": "audit_logs",
+    "search": "audit_logs",
+}
+
+
+def cursor_of(name: str, row_id: UUID) -> str:
+    """Return the cursor of a list after the row with the given id."""
+    return encode_cursor(_TABLES.get(name, "token_statuses"), row_id)
 
 
 async def one_row_for(name: str, session: AsyncSession) -> Entity:

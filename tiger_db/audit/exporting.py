@@ -19,6 +19,7 @@ from tiger_db.crud.audit_logs import Criteria, conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AuditLog
+from tiger_db.public import public
 
 CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
@@ -27,14 +28,15 @@ _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 _JSON = json.JSONDecoder()
 
 
-async def export(
+@public
+def export(
     database: Database,
     *,
     form: Literal["jsonl", "csv"] = "jsonl",
     advance: Callable[[int], None] = lambda _events: None,
     **wanted: Unpack[Criteria],
 ) -> AsyncGenerator[str, None]:
-    """Yield the events that match the criteria of `crud.audit_logs.search`, as lines of text.
+    """Return a generator of lines of text, one for each event that matches the criteria.
 
     In JSON Lines, each event is a JSON object with the event's position and the event's fields that
     are not NULL. Without criteria, the export has all events in the order of positions, and a seal
@@ -48,10 +50,17 @@ async def export(
     `export` calls `advance` with the number of events in the batch.
 
     Raises:
-        InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
+        InvalidValue: an argument is not valid. See `crud.audit_logs.search`. `export` raises the
+            error when it is called, before the first line.
     """
     filters = conditions(**wanted)
     items = _matching_events(database, filters) if filters else _whole_trail(database)
+    return _lines(items, form, advance)
+
+
+async def _lines(
+    items: AsyncGenerator[Seal | Event, None], form: str, advance: Callable[[int], None]
+) -> AsyncGenerator[str, None]:
     if form == "csv":
         yield _csv_line(CSV_COLUMNS)
     count = 0
@@ -134,6 +143,7 @@ def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
             yield (int(position[1]), "{" + text[position.end() :]), len(line)
 
 
+@public
 async def export_checkpoint(database: Database) -> str:
     """Return a checkpoint, which is the payload and the signature of the newest seal, as JSON.
 
@@ -149,6 +159,7 @@ async def export_checkpoint(database: Database) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
+@public
 def read_checkpoint(text: str) -> Seal:
     """Return the seal in a checkpoint, which is the output of `export_checkpoint`.
 

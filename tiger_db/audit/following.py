@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Unpack
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlmodel import col
 
 from tiger_db.audit import storage
@@ -15,6 +15,7 @@ from tiger_db.crud.common import fetch_all
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
+from tiger_db.public import public
 
 CHANNEL = "tiger_db_audit_logs"
 POLL_SECONDS = 1.0  # maximum pause between two queries for new events, in seconds
@@ -22,7 +23,8 @@ POLL_SECONDS = 1.0  # maximum pause between two queries for new events, in secon
 _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 
-async def follow(
+@public
+def follow(
     database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[Criteria]
 ) -> AsyncGenerator[AuditLog, None]:
     """Yield each matching audit event that is committed after the call of `begun`.
@@ -35,7 +37,12 @@ async def follow(
         InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
         DatabaseUnavailable: The connection to the database was lost.
     """
-    filters = conditions(**wanted)
+    return _follow(database, begun, conditions(**wanted))
+
+
+async def _follow(
+    database: Database, begun: Callable[[], None], filters: list[ColumnElement[bool]]
+) -> AsyncGenerator[AuditLog, None]:
     notified = asyncio.Event()
     async with AsyncExitStack() as stack:
         with suppress(DatabaseUnavailable):  # `follow` polls if LISTEN is unavailable

@@ -22,6 +22,7 @@ from tiger_db.errors import DatabaseUnavailable, InvalidState
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.models import AuditAction, AuditLog
 from tiger_db.models.audit_logs import insert_events
+from tiger_db.public import public
 
 T = TypeVar("T")
 _LOCK_ATTEMPTS = 5
@@ -58,6 +59,7 @@ class _CannotRetireError(Exception):
     """An error whose message is the reason why a month cannot be retired."""
 
 
+@public
 async def maintain(database: Database) -> Maintenance:
     """Create the partitions of the next months, and retire old months.
 

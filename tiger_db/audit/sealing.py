@@ -19,6 +19,7 @@ from tiger_db.audit.seal_format import (
 from tiger_db.audit.storage import ChainEnd, Connection
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError
+from tiger_db.public import public
 from tiger_db.signing import public_text
 
 EVENTS_PER_SEAL = 10_000  # maximum number of events that one seal covers
@@ -38,6 +39,7 @@ class Sealing:
     waits_for: tuple[int | None, ...] = ()
 
 
+@public
 async def seal(
     database: Database, *, patience: float = 10, advance: Callable[[int], None] = lambda _rows: None
 ) -> Sealing:
@@ -137,6 +139,7 @@ async def append_seal(
     )
 
 
+@public
 async def required_key(database: Database) -> Ed25519PrivateKey:
     """Return the private key that signs seals.
 

@@ -23,6 +23,7 @@ from tiger_db.audit.seal_format import (
 from tiger_db.audit.storage import Event
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidValue
+from tiger_db.public import public
 
 _REPORTED_FINDINGS = 1000
 _REMEMBERED_EVENTS = 100_000  # maximum number of mismatches that are kept in memory
@@ -76,6 +77,7 @@ class Verification:
         return self.count == 0
 
 
+@public
 async def verify(
     database: Database,
     *,
@@ -109,6 +111,7 @@ async def verify(
     return verifier.finish()
 
 
+@public
 async def verify_export(
     path: Path,
     *,

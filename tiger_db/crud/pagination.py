@@ -44,17 +44,18 @@ async def paginate(
     """Fetch one page of a statement's rows, newest row first, with one query.
 
     Raises:
-        InvalidCursor: `after` is not the `next_cursor` of a page.
+        InvalidCursor: `after` is not the `next_cursor` of a page of the entity.
         InvalidValue: `limit` is not from 1 to 1000.
     """
     check_limit(limit)
+    name = str(entity.__tablename__)
     if after is not None:
-        statement = statement.where(col(entity.id) < decode_cursor(after))
+        statement = statement.where(col(entity.id) < decode_cursor(name, after))
     # One extra row shows whether a next page exists.
     statement = statement.order_by(col(entity.id).desc()).limit(limit + 1)
     rows = await fetch_all(session, statement)
     more = len(rows) > limit
-    return Page(rows[:limit], encode_cursor(rows[limit - 1].id) if more else None)
+    return Page(rows[:limit], encode_cursor(name, rows[limit - 1].id) if more else None)
 
 
 def check_limit(limit: int) -> None:
@@ -63,20 +64,22 @@ def check_limit(limit: int) -> None:
         raise InvalidValue(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}")
 
 
-def encode_cursor(row_id: UUID) -> str:
-    return base64.urlsafe_b64encode(row_id.bytes).rstrip(b"=").decode("ascii")
+def encode_cursor(list_name: str, row_id: UUID) -> str:
+    """Return the cursor after a row of a list. Cursors of lists with other names are different."""
+    content = list_name.encode() + row_id.bytes
+    return base64.urlsafe_b64encode(content).rstrip(b"=").decode("ascii")
 
 
-def decode_cursor(cursor: str) -> UUID:
+def decode_cursor(list_name: str, cursor: str) -> UUID:
     """Return the row id that a cursor contains.
 
     Raises:
-        InvalidCursor: the cursor was not created by `encode_cursor`.
+        InvalidCursor: `encode_cursor` did not create the cursor, or created it for another list.
     """
     try:
-        row_id = UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
+        row_id = UUID(bytes=base64.urlsafe_b64decode(cursor + "==")[-16:])
     except (binascii.Error, ValueError, TypeError, UnicodeError):
         raise InvalidCursor from None
-    if encode_cursor(row_id) != cursor:
+    if encode_cursor(list_name, row_id) != cursor:
         raise InvalidCursor
     return row_id

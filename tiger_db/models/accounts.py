@@ -32,6 +32,7 @@ from tiger_db.errors import EncryptionError, InvalidValue, StaleToken
 from tiger_db.models.base import MutableEntity
 from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime, require_storable_json
 from tiger_db.models.private_keys import PrivateKeyFormat, key_bits
+from tiger_db.public import public
 from tiger_db.redaction import mask_account_number
 
 if TYPE_CHECKING:
@@ -387,6 +388,7 @@ class TigerAccount(MutableEntity, table=True):
     def label(self) -> str:
         return f"account {mask_account_number(self.__dict__.get('account_number') or '')}"
 
+    @public
     def has_market_permission(self, permission: MarketPermission) -> bool:
         return permission in self.market_permissions
 

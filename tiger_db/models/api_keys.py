@@ -27,6 +27,7 @@ from sqlmodel import Field, Relationship
 
 from tiger_db.models.base import MutableEntity
 from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime, metadata
+from tiger_db.public import public
 
 if TYPE_CHECKING:
     from tiger_db.models.accounts import TigerAccount
@@ -242,30 +243,37 @@ class APIKey(MutableEntity, table=True):
     def is_active(self) -> bool:
         return self.status == APIKeyStatus.ACTIVE and not self.is_expired
 
+    @public
     def has_scope(self, scope: APIKeyScope) -> bool:
         """Return whether a scope of the key equals or implies the given scope.
 
         A pause of trading (`crud.api_keys.pause`) does not change the result. Only `authorize` with
         scopes denies requests during a pause.
         """
-        return any(held.implies(scope) for held in self.scopes)
+        wanted = APIKeyScope(scope)
+        return any(held.implies(wanted) for held in self.scopes)
 
+    @public
     def has_any_scope(self, scopes: Iterable[APIKeyScope]) -> bool:
         return any(self.has_scope(scope) for scope in scopes)
 
+    @public
     def has_all_scopes(self, scopes: Iterable[APIKeyScope]) -> bool:
         return all(self.has_scope(scope) for scope in scopes)
 
+    @public
     def is_ip_allowed(self, address: str | IPv4Address | IPv6Address | None) -> bool:
         """Return whether the key is accepted in requests from the given IP address."""
         return not self.allowed_ips or address_allowed(self.allowed_ips, address)
 
+    @public
     def is_user_agent_allowed(self, user_agent: str | None) -> bool:
         """Return whether the key is accepted in requests with the given User-Agent."""
         return not self.allowed_user_agents or user_agent_allowed(
             self.allowed_user_agents, user_agent
         )
 
+    @public
     def can_access_account(self, account_id: UUID) -> bool:
         return self.tiger_account_id is None or self.tiger_account_id == account_id
 

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from tiger_db.errors import InvalidValue
+from tiger_db.public import public
 
 
 class PrivateKeyFormat(StrEnum):
@@ -36,6 +37,7 @@ _PEM_LABELS = {
 _PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.*?)-----END \1-----", re.DOTALL)
 
 
+@public
 def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
     """Parse an RSA private key in PEM or base64 DER, PKCS#1 or PKCS#8.
 

@@ -13,6 +13,7 @@ from tiger_db.errors import InvalidState
 from tiger_db.models.accounts import TigerEnvironment
 from tiger_db.models.base import MutableEntity
 from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime
+from tiger_db.public import public
 
 if TYPE_CHECKING:
     from tiger_db.models.accounts import TigerAccount
@@ -173,6 +174,7 @@ class TokenStatus(MutableEntity, table=True):
             {"status": TokenRefreshStatus.IN_PROGRESS, "started_at": datetime.now(UTC)}
         )
 
+    @public
     def complete_refresh(
         self,
         *,

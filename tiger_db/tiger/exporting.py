@@ -12,6 +12,7 @@ from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.files import check_output, make_private_folder, write_private
 from tiger_db.models import AuditAction, AuditSeverity, PrivateKeyFormat, TigerAccount
 from tiger_db.models.private_keys import base64_der, load_private_key
+from tiger_db.public import public
 from tiger_db.tiger.properties import (
     CLIENT_OPTIONS,
     CONFIG_FILE,
@@ -22,6 +23,7 @@ from tiger_db.tiger.properties import (
 )
 
 
+@public
 async def export_account(
     database: Database, account_id: UUID, *, folder: Path, overwrite: bool = False
 ) -> list[Path]:

@@ -17,6 +17,7 @@ from tiger_db.errors import EncryptionError, InvalidState, InvalidValue, StaleTo
 from tiger_db.models import AccountStatus, AuditAction, TigerAccount, TigerEnvironment
 from tiger_db.models.accounts import token_times
 from tiger_db.models.private_keys import parse_private_key, public_numbers
+from tiger_db.public import public
 from tiger_db.redaction import MASK
 from tiger_db.tiger.properties import (
     CLIENT_OPTIONS,
@@ -42,6 +43,7 @@ class Imported:
     ignored: list[str]  # names of unknown properties in the imported files
 
 
+@public
 async def import_account(
     session: AsyncSession,
     config_file: Path,

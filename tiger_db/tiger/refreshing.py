@@ -12,6 +12,7 @@ from tiger_db.errors import AnswerLost, CredentialsRefused, RefreshFailed, Refre
 from tiger_db.models import TigerAccount
 from tiger_db.models.secrets import readable_secrets
 from tiger_db.models.token_status import NewToken
+from tiger_db.public import public
 from tiger_db.redaction import redact_aggressively
 from tiger_db.tiger.sdk import client_config
 
@@ -24,6 +25,7 @@ _disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
 _disabled_logger.disabled = True  # the SDK would log access tokens
 
 
+@public
 async def refresh_token(account: TigerAccount) -> NewToken:
     """Send Tiger one request for a new access token. Tiger then invalidates the current token.
 

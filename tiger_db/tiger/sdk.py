@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tiger_db.errors import ConfigurationError, InvalidState, InvalidValue
 from tiger_db.models import TigerAccount, TigerEnvironment, TigerLicense
 from tiger_db.models.private_keys import parse_private_key
+from tiger_db.public import public
 from tiger_db.tiger.properties import client_option, plaintext
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
+@public
 def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     """Return a configuration of Tiger's SDK that has only the stored values of an account.
 

@@ -129,6 +129,7 @@ async def test_found_accounts_are_of_the_requested_environment(session: AsyncSes
     await factories.account(session, account_number="U2", environment="SANDBOX")
     assert await numbers(session) == ["U1"]
     assert await numbers(session, environment=TigerEnvironment.SANDBOX) == ["U2"]
+    assert sorted(await numbers(session, environment=None)) == ["U1", "U2"]
 
 
 async def test_found_accounts_are_sorted_by_default_errors_and_age(session: AsyncSession) -> None:

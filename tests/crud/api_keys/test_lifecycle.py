@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 from passlib.hash import ldap_salted_sha256
 from pydantic import ValidationError
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
 from tests.support import factories
@@ -112,6 +112,20 @@ async def test_the_error_names_an_invalid_field(
     with pytest.raises(ValidationError, match=field):
         await factories.api_key(session, **{field: value})
     assert (await api_keys.list_api_keys(session)).items == []
+
+
+async def test_an_expiry_that_has_passed_by_the_clock_of_the_database_is_refused(
+    session: AsyncSession,
+) -> None:
+    now = (await session.execute(select(func.clock_timestamp()))).scalar_one()
+    for past in (now, now - HOUR, datetime(1, 1, 2, tzinfo=UTC)):
+        with pytest.raises(InvalidValue, match="expires_at must be in the future"):
+            await api_keys.create_api_key(
+                session, name="late", scopes=[APIKeyScope.MCP_READ], expires_at=past
+            )
+    assert (await api_keys.list_api_keys(session)).items == []
+    key, _ = await factories.api_key(session, expires_at=now + HOUR)
+    assert key.expires_at == now + HOUR
 
 
 async def test_a_key_of_an_unknown_account_is_refused_and_the_transaction_continues(

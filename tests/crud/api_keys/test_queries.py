@@ -32,6 +32,25 @@ async def test_keys_are_found_by_status_account_id_and_prefix(session: AsyncSess
     assert await api_keys.get_by_prefix(session, "tdb_none") is None
 
 
+async def test_an_expired_key_is_listed_as_expired_and_not_as_active(session: AsyncSession) -> None:
+    now = datetime.now(UTC)
+    expired, _ = await factories.api_key(session, expires_at=now - HOUR)
+    lasting, _ = await factories.api_key(session, expires_at=now + HOUR)
+    endless, _ = await factories.api_key(session)
+    revoked, _ = await factories.api_key(session, expires_at=now - HOUR)
+    await api_keys.revoke(session, revoked.id)
+    by_status = {
+        status: (await api_keys.list_api_keys(session, status=status)).items
+        for status in (*APIKeyStatus, "expired")
+    }
+    assert by_status == {
+        APIKeyStatus.ACTIVE: [endless, lasting],
+        APIKeyStatus.EXPIRED: [expired],
+        APIKeyStatus.REVOKED: [revoked],
+        APIKeyStatus.INACTIVE: [],
+    }
+
+
 # Expiring
 
 

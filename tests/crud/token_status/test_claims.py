@@ -184,9 +184,11 @@ async def test_a_claimed_or_ended_refresh_is_not_claimed(session: AsyncSession) 
     await token_status.cancel(session, cancelled.id)
     failed = await factories.claim(session, max_retries=1)
     await token_status.fail(session, failed, error="no answer")
-    for ended in (claim.id, cancelled.id, failed.id, uuid4()):
+    for ended in (claim.id, cancelled.id, failed.id):
         with pytest.raises(InvalidState):
             await token_status.claim(session, ended, worker="w")
+    with pytest.raises(NotFound):
+        await token_status.claim(session, uuid4(), worker="w")
 
 
 @pytest.mark.parametrize("arguments", [{"lease": timedelta(0)}, {"worker": "x" * 101}])

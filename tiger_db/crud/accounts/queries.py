@@ -134,12 +134,13 @@ async def find_for_operation(
     permission: MarketPermission | None = None,
     trading: bool = False,
     account_type: AccountType | None = None,
-    environment: TigerEnvironment = TigerEnvironment.PROD,
+    environment: TigerEnvironment | None = TigerEnvironment.PROD,
     limit: int = 10,
 ) -> list[TigerAccount]:
     """Return the accounts that can serve a request now, best account first.
 
-    Each returned account is active and has the given `permission`. An account whose license
+    Each returned account is active, belongs to the `environment` (None means any environment), and
+    has the given `permission`. An account whose license
     requires an access token is returned only if the account has a valid token. Accounts with three
     or more consecutive errors are omitted for five minutes after the last error. The default
     account comes first; the other accounts are ordered by error count, and then by age, oldest
@@ -168,13 +169,14 @@ async def find_for_operation(
     )
     statement = select(TigerAccount).where(
         col(TigerAccount.status) == AccountStatus.ACTIVE,
-        col(TigerAccount.environment) == environment,
         or_(
             func.coalesce(col(TigerAccount.license).not_in(LICENSES_WITH_TOKEN), True),
             token_valid,
         ),
         not_(func.coalesce(failing, False)),
     )
+    if environment is not None:
+        statement = statement.where(col(TigerAccount.environment) == environment)
     if permission is not None:
         statement = statement.where(col(TigerAccount.market_permissions).contains([permission]))
     if account_type is not None:

@@ -1,7 +1,8 @@
 """Functions that create, change, rotate, revoke and delete API keys, and record audit events."""
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, TypedDict, Unpack
 from uuid import UUID
 
@@ -48,7 +49,7 @@ class KeyChanges(TypedDict, total=False):
     name: str
     description: str | None
     scopes: Iterable[APIKeyScope]
-    allowed_ips: Iterable[str]
+    allowed_ips: Iterable[str | IPv4Network | IPv6Network]
     allowed_user_agents: Iterable[str]
     rate_limit_per_hour: int | None
     rate_limit_per_day: int | None
@@ -66,7 +67,7 @@ async def create_api_key(
     expires_at: datetime | None = None,
     rate_limit_per_hour: int | None = None,
     rate_limit_per_day: int | None = None,
-    allowed_ips: Iterable[str] = (),
+    allowed_ips: Iterable[str | IPv4Network | IPv6Network] = (),
     allowed_user_agents: Iterable[str] = (),
     created_by: str | None = None,
     description: str | None = None,
@@ -76,11 +77,14 @@ async def create_api_key(
 
     Raises:
         InvalidFields: a value is invalid. The error names the field.
+        InvalidValue: `expires_at` has passed, by the database's clock.
         MissingReference: no account has the given `tiger_account_id`.
         InvalidState: the account is closed.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
             Database.
     """
+    if expires_at is not None and expires_at <= await _database_time(session):
+        raise InvalidValue("expires_at must be in the future, by the database's clock")
     if tiger_account_id is not None:
         await _refuse_closed(session, tiger_account_id)
     values: dict[str, Any] = {
@@ -114,7 +118,7 @@ async def rotate(
         NotFound: no API key has this id.
         InvalidState: the key was already rotated, is not active or has expired, or the account of
             the key is closed.
-        InvalidValue: the grace period is negative, or ends after the year 9999.
+        InvalidValue: the grace period is negative.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
             Database.
     """
@@ -125,10 +129,7 @@ async def rotate(
         raise InvalidState("only an active API key can be rotated")
     if key.successor_id is not None:
         raise InvalidState(f"this API key was replaced by {key.successor_id}: rotate that key")
-    try:
-        ends = now + grace
-    except OverflowError:
-        raise InvalidValue("the grace period must end before the year 10000") from None
+    ends = now + grace
     copied = key.model_dump(include=_COPIED_FIELDS)
     async with savepoint(session, key):
         successor, raw_key = await _store(session, {**copied, "root_id": key.root_id or key.id})
@@ -264,8 +265,12 @@ async def _lock_unrevoked(session: AsyncSession, key_id: UUID) -> tuple[APIKey, 
         await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     _refuse_revoked(key)
-    now: datetime = await session.scalar(select(func.clock_timestamp())) or datetime.now(UTC)
-    return key, now
+    return key, await _database_time(session)
+
+
+async def _database_time(session: AsyncSession) -> datetime:
+    now: datetime = (await session.execute(select(func.clock_timestamp()))).scalar_one()
+    return now
 
 
 def _refuse_revoked(key: APIKey) -> None:

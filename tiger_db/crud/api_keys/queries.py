@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import and_, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
@@ -23,6 +23,8 @@ from tiger_db.errors import InvalidValue
 from tiger_db.models import APIKey, APIKeyStatus
 from tiger_db.models.api_keys import api_key_usage
 from tiger_db.public import public
+
+_EXPIRING = "expiring_api_keys"  # name of the list in cursors
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,22 @@ async def list_api_keys(
     after: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
-    """Return a page of API keys, newest first."""
+    """Return a page of API keys, newest first.
+
+    The status `active` matches the keys that have not expired, by the database's clock. The status
+    `expired` matches the keys whose `expires_at` has passed, because their stored status stays
+    `active`.
+    """
     statement = select(APIKey)
     if status is not None:
-        statement = statement.where(col(APIKey.status) == status)
+        is_expired = func.coalesce(col(APIKey.expires_at) <= func.now(), False)
+        is_active = col(APIKey.status) == APIKeyStatus.ACTIVE
+        has_status = col(APIKey.status) == status
+        if status == APIKeyStatus.ACTIVE:
+            has_status = and_(is_active, ~is_expired)
+        elif status == APIKeyStatus.EXPIRED:
+            has_status = or_(has_status, and_(is_active, is_expired))
+        statement = statement.where(has_status)
     return await paginate(session, statement, APIKey, after=after, limit=limit)
 
 
@@ -116,12 +130,12 @@ async def list_expiring(
         expires_at <= func.now() + within,
     )
     if after is not None:
-        last = decode_cursor(after)
+        last = decode_cursor(_EXPIRING, after)
         expiry = select(expires_at).where(key_id == last).scalar_subquery()
         statement = statement.where(tuple_(expires_at, key_id) > tuple_(expiry, last))
     keys = await fetch_all(session, statement.order_by(expires_at, key_id).limit(limit + 1))
     more = len(keys) > limit
-    return Page(keys[:limit], encode_cursor(keys[limit - 1].id) if more else None)
+    return Page(keys[:limit], encode_cursor(_EXPIRING, keys[limit - 1].id) if more else None)
 
 
 @public

@@ -8,7 +8,7 @@ from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import set_committed_value
 
-from tiger_db.crud.common import execute_driver_sql
+from tiger_db.crud.common import execute_driver_sql, get_or_raise
 from tiger_db.crud.pagination import check_limit
 from tiger_db.crud.token_status.outcomes import ANSWER_LOST, fail_expired_leases, update_claimed
 from tiger_db.errors import InvalidState, InvalidValue
@@ -90,15 +90,15 @@ async def claim(
     """Claim one refresh, even if the refresh is not due, or the account is not active.
 
     Raises:
-        InvalidState: the refresh has ended, is claimed by another worker, has no attempt left, or
-            does not exist.
+        NotFound: no refresh has this id.
+        InvalidState: the refresh has ended, is claimed by another worker, or has no attempt left.
         InvalidValue: the lease is not positive, or the name of the worker is invalid.
     """
     claims = await _claim(session, _BY_ID, worker, lease, refresh_id)
     if not claims:
+        await get_or_raise(session, TokenStatus, refresh_id)
         raise InvalidState(
-            "this refresh has ended, is claimed by another worker, has no attempt left, or does not"
-            " exist"
+            "this refresh has ended, is claimed by another worker, or has no attempt left"
         )
     return claims[0]
 
