@@ -25,7 +25,15 @@ from tiger_db.audit.seal_format import Seal
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.database import AsyncSession
 from tiger_db.errors import AlreadyExists, MigrationError, MissingReference, SchemaMismatch
-from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, history, upgrade
+from tiger_db.migrations import (
+    MONTHS_AHEAD,
+    SchemaState,
+    downgrade,
+    drift,
+    history,
+    scripts,
+    upgrade,
+)
 from tiger_db.models.accounts import normalize_account_number
 from tiger_db.signing import parse_public_key
 from tiger_db.sqlstates import classify
@@ -629,9 +637,11 @@ async def test_0013_restricts_the_deletion_of_accounts_and_changes_no_row(clone:
         async with engine.connect() as connection:
             return {tuple(row) for row in await connection.execute(text(FOREIGN_KEYS))}
 
+    newest = scripts().get_current_head() or ""
+
     async def rows() -> str:
         async with clone.session() as session:
-            return (await factories.everything(session)).replace("0012", "0013")
+            return (await factories.everything(session)).replace("0012", newest)
 
     async with clone.session() as session:
         account = await factories.account_with_token(session)
@@ -665,6 +675,7 @@ async def test_0013_restricts_the_deletion_of_accounts_and_changes_no_row(clone:
 async def test_an_interrupted_0013_is_repeated(clone: Database) -> None:
     name = "fk_api_keys_tiger_account_id_tiger_accounts"
     async with maintenance_engine(clone.settings) as engine:
+        await downgrade(engine, "0013")
         async with engine.begin() as connection:
             await connection.execute(text("UPDATE alembic_version SET version_num = '0012'"))
             await connection.execute(
