@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_network
 from typing import Any
 
@@ -152,6 +152,38 @@ async def test_changes_in_place_are_recorded_with_old_and_new_values(
     change(key)
     event = await only_event(session, before)
     assert (event.old_values, event.new_values) == ({name: old}, {name: new})
+
+
+async def _assign(session: AsyncSession, key: APIKey) -> None:
+    key.tags = {"on": True}
+    await session.flush()
+
+
+async def _change_in_place(session: AsyncSession, key: APIKey) -> None:
+    key.tags["on"] = True
+    await session.flush()
+
+
+async def _update(session: AsyncSession, key: APIKey) -> None:
+    await api_keys.update(session, key.id, tags={"on": True})
+
+
+@pytest.mark.parametrize("change", [_assign, _change_in_place, _update])
+async def test_a_change_between_json_values_that_only_python_finds_equal_is_saved_and_recorded(
+    session: AsyncSession, change: Callable[[AsyncSession, APIKey], Awaitable[None]]
+) -> None:
+    key, _ = await factories.api_key(session, tags={"on": 1})
+    before = await factories.events(session)
+    await change(session, key)
+    (event,) = await new_events(session, before)
+    assert (
+        repr((event.old_values, event.new_values))
+        == "({'tags': {'on': 1}}, {'tags': {'on': True}})"
+    )
+    stored = await session.scalar(
+        text("SELECT tags::text FROM api_keys WHERE id = :id"), {"id": key.id}
+    )
+    assert stored == '{"on": true}'
 
 
 async def test_a_change_of_a_list_of_an_account_in_place_is_recorded(session: AsyncSession) -> None:

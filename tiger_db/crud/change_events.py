@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Unpack
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, inspect, select
 from sqlalchemy.event import listens_for
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, object_session
@@ -109,7 +109,7 @@ def _record_update(_mapper: object, connection: Connection, entity: TigerAccount
     info = instance_state(entity).info
     old: dict[str, object] = info.pop(_OLD)
     new = {name: getattr(entity, name) for name in old}
-    changed = {name for name in old if not _is_equal(old[name], new[name])}
+    changed = {name for name in old if not is_equal(type(entity), name, old[name], new[name])}
     if not changed:
         return
     action = AuditAction.ACCOUNT_UPDATE
@@ -171,14 +171,16 @@ def _stored_values(
     return values
 
 
-def _is_equal(old: object, new: object) -> bool:
+def is_equal(entity: type[TigerAccount | APIKey], name: str, old: object, new: object) -> bool:
+    """Return whether two values of a field are equal in the database."""
     if isinstance(old, EncryptedSecret) and isinstance(new, EncryptedSecret):
         try:
             readable = EncryptedSecret(old.ciphertext, new.aad, new.provider)
             return readable.get_secret_value() == new.get_secret_value()
         except EncryptionError:
             return old.ciphertext == new.ciphertext
-    return old == new
+    equal: bool = inspect(entity).columns[name].type.compare_values(old, new)
+    return equal
 
 
 def _dump(entity: TigerAccount | APIKey, values: Mapping[str, object]) -> dict[str, JsonValue]:

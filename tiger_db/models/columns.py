@@ -102,6 +102,16 @@ class Timestamp(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
 
 
+class Json(JSONB):
+    """A `jsonb` column that saves a change between values that only Python finds equal.
+
+    For Python, `{"a": 1}`, `{"a": 1.0}` and `{"a": True}` are equal.
+    """
+
+    def compare_values(self, x: object, y: object) -> bool:
+        return x == y and json.dumps(x, sort_keys=True) == json.dumps(y, sort_keys=True)
+
+
 class OpenEnum(TypeDecorator[str]):
     """The SQL type of a column that stores members of an enum or other texts.
 
@@ -183,7 +193,7 @@ def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotat
         item = sql_type(get_args(annotation)[0])
         return item if isinstance(item, JSONB) else Tracked.as_mutable(ARRAY(item, dimensions=1))
     if issubclass(kind, dict):
-        return Tracked.as_mutable(JSONB(none_as_null=True))
+        return Tracked.as_mutable(Json(none_as_null=True))
     if issubclass(kind, Enum):
         return enum_type(kind)
     return next(make() for python_type, make in _SQL_TYPES if issubclass(kind, python_type))

@@ -14,7 +14,7 @@ from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.key_format import new_key
-from tiger_db.crud.change_events import apply_change, described, reason_details
+from tiger_db.crud.change_events import apply_change, described, is_equal, reason_details
 from tiger_db.crud.common import context_of, fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidFields, InvalidState, InvalidValue
 from tiger_db.models import (
@@ -166,7 +166,11 @@ async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChang
     _refuse_other_fields(changes)
     key, now = await _lock_unrevoked(session, key_id)
     values = key.validate_changes({**changes})
-    values = {name: value for name, value in values.items() if value != getattr(key, name)}
+    values = {
+        name: value
+        for name, value in values.items()
+        if not is_equal(APIKey, name, getattr(key, name), value)
+    }
     if "expires_at" in values:
         _check_expiry(key, values["expires_at"], now)
         if key.status == APIKeyStatus.EXPIRED:
