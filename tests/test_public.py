@@ -34,6 +34,10 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Awaitable[object]]]] = {
         lambda s: functions.api_keys.create_api_key(s, name="x", scopes="mcp:read"),
     ),
     "negative limit": ("limit", lambda s: functions.accounts.list_accounts(s, limit=-1)),
+    "negative limit of a deletion": (
+        "limit",
+        lambda s: functions.token_status.prune(s, older_than=timedelta(days=1), limit=-1),
+    ),
     "text as limit": ("limit", lambda s: functions.accounts.list_accounts(s, limit="5")),
     "number as id": ("account_id", lambda s: functions.accounts.get(s, 1)),
     "text as id": ("account_id", lambda s: functions.accounts.get(s, str(ID))),
@@ -154,3 +158,7 @@ async def test_an_error_of_sqlalchemy_becomes_one_of_tiger_db(session: AsyncSess
         await fail()
     with pytest.raises(InvalidState, match="roll back"):
         await crud.accounts.get(session, ID)
+
+
+def test_any_text_has_a_hash() -> None:
+    assert len(crud.token_status.token_hash("\ud800")) == 64

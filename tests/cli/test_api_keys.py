@@ -131,7 +131,7 @@ def test_an_unknown_scope_or_account_is_refused(cli: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_keys_are_listed_in_pages_and_filtered(cli: CommandLine) -> None:
+def test_keys_are_listed_in_pages_and_filtered(cli: CommandLine, clone_settings: Settings) -> None:
     create_account(cli, "51230321")
     assert cli.ok("list-api-keys") == Result(0, "", "no rows found\n")
     bound, free = create(cli, "--account", "51230321"), create(cli)
@@ -151,6 +151,10 @@ def test_keys_are_listed_in_pages_and_filtered(cli: CommandLine) -> None:
     cli.ok("revoke-api-key", free["key_prefix"])
     items = cli.ok("list-api-keys", "--status", "revoked", "--json").json["items"]
     assert [item["id"] for item in items] == [free["id"]]
+    run_sql(clone_settings, f"UPDATE api_keys SET expires_at = now() WHERE id = '{bound['id']}'")
+    for status, expected in (("active", []), ("expired", [bound["id"]])):
+        items = cli.ok("list-api-keys", "--status", status, "--json").json["items"]
+        assert [item["id"] for item in items] == expected
     both = ("--status", "active", "--account", "51230321")
     assert "--status" in cli.misused("list-api-keys", *both)
     assert "no account" in cli.fails("list-api-keys", "--account", "nope")

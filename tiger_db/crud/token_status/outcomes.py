@@ -438,4 +438,4 @@ async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -
 @public
 def token_hash(token: str) -> str:
     """Return the SHA-256 of a token. The history of refreshes stores hashes instead of tokens."""
-    return hashlib.sha256(token.encode("utf-8")).hexdigest()
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

@@ -142,10 +142,10 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
     """Delete ended refreshes that are older than `older_than`. Return the number of deleted rows.
 
     Raises:
-        InvalidValue: `older_than` is not positive.
+        InvalidValue: `older_than` or `limit` is not positive.
     """
-    if older_than <= timedelta(0):
-        raise InvalidValue("older_than must be positive")
+    if older_than <= timedelta(0) or limit < 1:
+        raise InvalidValue("older_than and limit must be positive")
     old = (
         select(col(TokenStatus.id))
         .where(
