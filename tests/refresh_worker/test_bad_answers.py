@@ -46,6 +46,7 @@ from tiger_db.crud.token_status import outcomes
 from tiger_db.errors import (
     AnswerLost,
     CredentialsRefused,
+    InvalidFields,
     InvalidState,
     InvalidValue,
     RefreshFailed,
@@ -150,13 +151,19 @@ async def test_an_answer_that_is_no_token_is_a_lost_answer(clone: Database, answ
     assert (now.details, worker.counts) == ({"answer_lost": True}, {"failed": 1})
 
 
-@pytest.mark.parametrize("refresher", [lambda _: None, lambda: None, None])
-async def test_an_object_that_is_no_refresher_fails(clone: Database, refresher: Any) -> None:
+@pytest.mark.parametrize("refresher", [lambda _: None, lambda: None])
+async def test_a_function_that_is_no_refresher_fails(clone: Database, refresher: Any) -> None:
     refresh = await opened(clone)
     worker = await run_once(clone, refresher)
     now = await row(clone, refresh.id)
     assert (now.status, now.error_message, now.retry_count) == (S.PENDING, "TypeError", 1)
     assert worker.counts == {"failed": 1}
+
+
+def test_an_object_that_cannot_be_called_is_refused(clone: Database) -> None:
+    wrong: Any = None
+    with pytest.raises(InvalidFields, match="refresher"):
+        RefreshWorker(clone, wrong)
 
 
 # A failure that cannot be stored as it is
