@@ -1,4 +1,4 @@
-"""The CRUD functions, by entity. CRUD functions flush the session, and do not commit."""
+"""CRUD functions, in one module per entity. CRUD functions flush the session, and never commit."""
 
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
 from tiger_db.crud.pagination import Page

@@ -21,12 +21,13 @@ from tiger_db.models import APIKey, APIKeyStatus, AuditAction, TigerAccount
 from tiger_db.models.audit_logs import INSERT, insert_values
 from tiger_db.redaction import MASK
 
-# A function that changes accounts or API keys with an ORM bulk statement, and records the events of
-# the changes itself, executes the statement with these execution options.
+# An ORM bulk statement on accounts or API keys needs these execution options. The function that
+# executes the statement must record the audit events of the changed rows.
 RECORDED = {"tiger_db_recorded": True}
-_HIDDEN = {"key_hash", "pepper_id"}  # fields whose values an event does not show
-_OMITTED = {"created_at", "updated_at", "token_refresh_at"}  # columns that an event does not list
-# Keys in InstanceState.info: fields of the audit event, fields to list, old values of fields
+_HIDDEN = {"key_hash", "pepper_id"}  # fields whose values are masked in audit events
+_OMITTED = {"created_at", "updated_at", "token_refresh_at"}  # columns that audit events omit
+# The keys under which InstanceState.info stores: the fields of the audit event, the names of fields
+# to list in the audit event, and the old values of fields
 _FIELDS, _GIVEN, _OLD = "tiger_db_fields", "tiger_db_given", "tiger_db_old"
 
 
@@ -41,10 +42,10 @@ async def apply_change(
     """Assign values to an account or API key whose row is locked, and flush the session.
 
     The flush records one audit event with `fields`, and with the old and new values of the changed
-    fields and of the fields in `given`. If no field is changed, no event is recorded.
+    fields and of the fields in `given`. If no field is changed, no audit event is recorded.
 
     Raises:
-        InvalidFields: a value is invalid. The entity is not changed.
+        InvalidFields: an item of `values` is invalid. The entity is not changed.
     """
     entity.sqlmodel_update({**values})
     with described(entity, given=given, **fields):
@@ -55,11 +56,11 @@ async def apply_change(
 def described(
     entity: TigerAccount | APIKey, *, given: Iterable[str] = (), **fields: Unpack[EventFields]
 ) -> Iterator[None]:
-    """Set fields of the audit event of a change that is flushed in a code block.
+    """Set fields of the audit event that a flush in the code block records for an entity.
 
     The caller has locked the row of the entity, or creates the row. `old_values` and `new_values`
-    replace the values that the flush would record. If an update changes any field, its event also
-    lists the fields in `given`.
+    replace the values that the flush would record. If an update changes any field, the audit event
+    also lists the fields in `given`.
     """
     info = instance_state(entity).info
     info[_FIELDS], info[_GIVEN] = fields, {*given}
@@ -91,7 +92,7 @@ def _record_insert(_mapper: object, connection: Connection, entity: TigerAccount
 def _keep_old_values(
     mapper: Mapper[Any], connection: Connection, entity: TigerAccount | APIKey
 ) -> None:
-    """Keep the old values of changed fields, because UPDATE ... RETURNING can replace them."""
+    """Save the old values of changed fields before UPDATE ... RETURNING can replace the values."""
     state = instance_state(entity)
     session = object_session(entity)
     assert session is not None
@@ -99,7 +100,7 @@ def _keep_old_values(
     if not session.is_modified(entity):
         names.clear()
     if "status" in names and isinstance(entity, TigerAccount):
-        names.add("auto_suspended")  # a trigger changes this column if the status changes
+        names.add("auto_suspended")  # a trigger sets auto_suspended if status changes
     state.info[_OLD] = _stored_values(mapper, connection, entity, names)
 
 
@@ -135,7 +136,7 @@ def _record_delete(
     is_account = isinstance(entity, TigerAccount)
     action = AuditAction.ACCOUNT_DELETE if is_account else AuditAction.API_KEY_DELETE
     old = _stored_values(mapper, connection, entity, _names(entity))
-    if old:  # otherwise, another transaction has deleted the row
+    if old:  # `old` is empty if another transaction has deleted the row
         _insert_event(connection, entity, action=action, old_values=_dump(entity, old))
 
 
@@ -149,9 +150,9 @@ def _stored_values(
 ) -> dict[str, object]:
     """Return the values of fields before the flush, or an empty dict if the row does not exist.
 
-    A function that calls `described` has locked the row, so that the values in the session are
-    current. Other values are read from the row, which is locked. The values of fields that were not
-    loaded, or were changed in place, are always read from the row.
+    Values in the session are current only inside `described`, whose caller has locked the row. All
+    other values are read from the database, and the row is locked. Fields that were not loaded, or
+    whose values were changed in place, are always read from the database.
     """
     state = instance_state(entity)
     values: dict[str, object] = dict.fromkeys(names, NO_VALUE)
@@ -227,7 +228,7 @@ _FUNCTIONS: Mapping[type[Any], Mapping[str, str]] = {
 
 @listens_for(Session, "do_orm_execute")
 def _refuse_bulk_statement(execution: ORMExecuteState) -> None:
-    """Refuse an ORM bulk statement on accounts or API keys, which runs no mapper event.
+    """Refuse an ORM bulk statement on accounts or API keys, because it would bypass the listeners.
 
     Raises:
         InvalidState: the statement would change accounts or API keys without audit events.

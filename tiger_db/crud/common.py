@@ -54,7 +54,7 @@ async def execute_driver_sql(
     """Flush the session, execute constant SQL without SQLAlchemy's compiler, and return the rows.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: `typed_errors` documents these errors.
+        AlreadyExists, MissingReference, InvalidValue: the statements violate a constraint.
     """
 
     def run(sync_session: Session) -> Sequence[Row[Any]]:
@@ -85,12 +85,14 @@ async def get_or_raise(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionContext:
-    """The helpers and settings that a Database stores in the `info` of its sessions."""
+    """Helpers and settings of a Database, stored in the `info` of each session of the Database."""
 
     key_provider: KeyProvider | None
     peppers: Peppers | None
     key_environment: Literal["live", "test"]  # environment of new API keys
-    allow_unpeppered_until: date | None  # last day (UTC) that allows hashes without a pepper
+    allow_unpeppered_until: (
+        date | None
+    )  # last day (UTC) on which hashes without a pepper are accepted
     # If `out_of_band` and `count_use` are None, audit events and usage counts of API keys are
     # written in the session's transaction.
     out_of_band: OutOfBandWriter | None
@@ -120,7 +122,7 @@ def actor_of(info: Mapping[Any, object]) -> Actor | None:
 
 
 def refuse_readonly(session: AsyncSession) -> None:
-    """Raise InvalidState if the session is readonly. PostgreSQL would refuse only writes."""
+    """Raise InvalidState if the session is readonly, because a readonly session may be stale."""
     if CONTEXT in session.info and context_of(session.info).readonly:
         raise InvalidState(
             "a readonly session cannot write, and may read stale data: use Database.session()"
@@ -140,10 +142,10 @@ def replace_unstorable(text: str) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """Return the message of an error, or the name of its type if `__str__` fails."""
+    """Return the message of an error, or the name of the error's type if `__str__` fails."""
     try:
         return str(error)
-    except Exception:  # noqa: BLE001  # code of the caller may raise errors of any class
+    except Exception:  # noqa: BLE001  # an application's `__str__` may raise any exception
         return type(error).__name__
 
 
@@ -154,7 +156,7 @@ async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]
     After a rollback to the savepoint, the entities in `rows` are refreshed from the database.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: `typed_errors` documents these errors.
+        AlreadyExists, MissingReference, InvalidValue: the statements violate a constraint.
     """
     try:
         async with session.begin_nested():

@@ -24,7 +24,7 @@ class Page(Generic[T]):
     """One page of rows, with the cursor of the next page."""
 
     items: list[T]
-    next_cursor: str | None = None  # value of `after` for the next page, or None
+    next_cursor: str | None = None  # value of `after` for the next page; None: last page
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.items)
@@ -44,7 +44,7 @@ async def paginate(
     """Fetch one page of a statement's rows, newest row first, with one query.
 
     Raises:
-        InvalidCursor: `after` is not the `next_cursor` of a page of the entity.
+        InvalidCursor: `after` is not the `next_cursor` of an earlier page of the same list.
         InvalidValue: `limit` is not from 1 to 1000.
     """
     check_limit(limit)
@@ -65,7 +65,7 @@ def check_limit(limit: int) -> None:
 
 
 def encode_cursor(list_name: str, row_id: UUID) -> str:
-    """Return the cursor after a row of a list. Cursors of lists with other names are different."""
+    """Return a cursor: the position after a row in a list. The cursor contains the list's name."""
     content = list_name.encode() + row_id.bytes
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode("ascii")
 

@@ -597,7 +597,7 @@ async def test_an_account_with_a_key_or_an_open_refresh_is_deleted_only_if_it_is
         await session.flush()
         before = await factories.everything(session)
     async with clone.session() as session:
-        with pytest.raises(InvalidState, match="must be closed before it is deleted"):
+        with pytest.raises(InvalidState, match="must be closed before the deletion"):
             await accounts.delete(session, account.id)
     async with clone.session() as session:
         assert await factories.everything(session) == before

@@ -1,4 +1,4 @@
-"""CRUD functions for accounts. A change and its audit event are in the same transaction."""
+"""CRUD functions for accounts. Each changed account and its audit event share a transaction."""
 
 from tiger_db.crud.accounts.changes import (
     add_market_permission,

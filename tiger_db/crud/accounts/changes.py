@@ -64,17 +64,18 @@ async def update(
 ) -> TigerAccount:
     """Change fields of an account. If one change is invalid, no field is changed.
 
-    The audit event has `reason` in its details. If no value changes, no event is recorded, even if
-    a reason is given. If `access_token` is given without `token_expires_at`, the expiry is read
-    from the token. `reset_errors` does not activate an account that `update` has suspended.
+    An audit event is recorded only if a field gets a new value. The details of the event contain
+    `reason`. If `access_token` is given without `token_expires_at`, the expiry is read from the
+    token. `reset_errors` does not activate an account that `update` has suspended.
 
     Raises:
-        NotFound: no account has this id.
-        InvalidValue: a field is read-only, or the new status is closed (use `close` instead).
+        NotFound: no account has the id `account_id`.
+        InvalidValue: a given field is read-only, or the new status is closed. To close an account,
+            call `close`.
         InvalidState: the account is closed, and a change concerns the status, the credentials or
-            a default flag. To change these fields, call `reopen`.
-        StaleToken: the account has a newer access token.
-        InvalidFields: no field has the given name, or a value is invalid.
+            a default flag. To change the status of a closed account, call `reopen`.
+        StaleToken: the stored access token is newer than the given access token.
+        InvalidFields: an account has no field with a given name, or a given value is invalid.
         AlreadyExists: another account has the same number, or is already the default account.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
@@ -98,11 +99,11 @@ async def update(
 async def add_market_permission(
     session: AsyncSession, account_id: UUID, permission: MarketPermission
 ) -> TigerAccount:
-    """Allow an account to trade in a market. If the account already may, nothing is changed.
+    """Allow an account to trade in a market. An account with the permission is not changed.
 
     Raises:
-        NotFound: no account has this id.
-        InvalidFields: the market is unknown.
+        NotFound: no account has the id `account_id`.
+        InvalidFields: `permission` is not a MarketPermission.
     """
     return await _set_market_permission(session, account_id, permission, allowed=True)
 
@@ -111,11 +112,11 @@ async def add_market_permission(
 async def remove_market_permission(
     session: AsyncSession, account_id: UUID, permission: MarketPermission
 ) -> TigerAccount:
-    """Forbid an account to trade in a market. If it already may not, nothing is changed.
+    """Forbid an account to trade in a market. An account without the permission is not changed.
 
     Raises:
-        NotFound: no account has this id.
-        InvalidFields: the market is unknown.
+        NotFound: no account has the id `account_id`.
+        InvalidFields: `permission` is not a MarketPermission.
     """
     return await _set_market_permission(session, account_id, permission, allowed=False)
 
@@ -125,7 +126,7 @@ async def set_default_trading_account(session: AsyncSession, account_id: UUID) -
     """Make an account the only default account for trading.
 
     Raises:
-        NotFound: no account has this id.
+        NotFound: no account has the id `account_id`.
         InvalidState: the account is closed.
     """
     return await _set_default(session, account_id, "is_default_trading")
@@ -136,7 +137,7 @@ async def set_default_data_account(session: AsyncSession, account_id: UUID) -> T
     """Make an account the only default account for data.
 
     Raises:
-        NotFound: no account has this id.
+        NotFound: no account has the id `account_id`.
         InvalidState: the account is closed.
     """
     return await _set_default(session, account_id, "is_default_data")
@@ -146,7 +147,7 @@ def add_token_expiry(account: TigerAccount, values: dict[str, Any]) -> None:
     """If `values` contain an access token, add the expiry of the token to `values`.
 
     Raises:
-        StaleToken: the account has a newer access token.
+        StaleToken: the stored access token is newer than the token in `values`.
     """
     if values.get("access_token") is not None:
         values["token_expires_at"] = account.check_not_stale(
@@ -174,7 +175,7 @@ def _check_closed(account: TigerAccount, values: Mapping[str, object]) -> None:
 async def _set_market_permission(
     session: AsyncSession, account_id: UUID, permission: MarketPermission, *, allowed: bool
 ) -> TigerAccount:
-    # The row lock serializes changes, so that each change extends or reduces the committed list.
+    # The row lock serializes changes of an account's permissions, so that no change is lost.
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     held = account.market_permissions
     if (permission in held) != allowed:

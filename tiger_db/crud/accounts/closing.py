@@ -42,7 +42,7 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     contain the secrets. If the account is already closed, `close` changes nothing.
 
     Raises:
-        NotFound: no account has this id.
+        NotFound: no account has the id `account_id`.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status == AccountStatus.CLOSED:
@@ -110,9 +110,9 @@ async def reopen(
     """Activate a closed account with new credentials. The account's revoked API keys stay revoked.
 
     Raises:
-        NotFound: no account has this id.
+        NotFound: no account has the id `account_id`.
         InvalidState: the account is not closed.
-        InvalidFields: a value is invalid. The account is not changed.
+        InvalidFields: a given credential is invalid. The account is not changed.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status != AccountStatus.CLOSED:
@@ -134,13 +134,13 @@ async def reopen(
 async def delete(session: AsyncSession, account_id: UUID, *, reason: str | None = None) -> None:
     """Delete an account permanently, with its API keys and refreshes.
 
-    An account that is not closed is deleted only if it has neither API keys nor an open refresh.
-    Each deleted API key and the account have an audit event with their last values. The `reason` is
-    in the details of the account's event. All audit events stay unchanged.
+    Before an account with API keys or an open refresh is deleted, the account must be closed. For
+    the account and each deleted API key, an audit event records the last values of the row. The
+    details of the account's audit event contain `reason`. Earlier audit events stay unchanged.
 
     Raises:
-        NotFound: no account has this id.
-        InvalidState: the account has API keys or an open refresh, and is not closed.
+        NotFound: no account has the id `account_id`.
+        InvalidState: the account is not closed, and has API keys or an open refresh.
         MissingReference: rows of another table refer to the account.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
@@ -156,7 +156,7 @@ async def delete(session: AsyncSession, account_id: UUID, *, reason: str | None 
         is_open = col(TokenStatus.status).in_(OPEN_STATUSES)
         if keys or await session.scalar(select(exists().where(of_account, is_open))):
             raise InvalidState(
-                "an account with API keys or an open refresh must be closed before it is deleted"
+                "an account with API keys or an open refresh must be closed before the deletion"
             )
     async with savepoint(session):
         for key in keys:
@@ -181,7 +181,7 @@ async def delete(session: AsyncSession, account_id: UUID, *, reason: str | None 
 async def _end(
     session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool], **values: object
 ) -> list[tuple[E_, str]]:
-    """Update the rows that match. Return each updated row with its status before the update."""
+    """Update the rows of an entity that match all criteria. Return pairs of row and old status."""
     rows = await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
     old = {row.id: row.status.value for row in rows}
     statement = sql_update(entity).where(col(entity.id).in_(old)).values(**values)

@@ -27,7 +27,7 @@ async def record_error(
     `reset_errors` activates the suspended account again.
 
     Raises:
-        NotFound: no account has this id.
+        NotFound: no account has the id `account_id`.
         InvalidValue: `suspend_after` is not positive.
     """
     if suspend_after < 1:
@@ -70,10 +70,10 @@ async def record_error(
 async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Set an account's error count to zero, and activate an account that `record_error` suspended.
 
-    An account that another function suspended stays suspended.
+    An account that a function other than `record_error` suspended stays suspended.
 
     Raises:
-        NotFound: no account has this id.
+        NotFound: no account has the id `account_id`.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     changes: dict[str, object] = {"error_count": 0, "last_error": None, "last_error_at": None}

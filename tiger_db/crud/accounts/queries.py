@@ -41,8 +41,7 @@ async def get(
 ) -> TigerAccount | None:
     """Return the account with the given id, or None.
 
-    `load` contains the names of relationships to load. The names are `api_keys` and
-    `token_statuses`.
+    `load` contains the names of relationships to load: `api_keys`, `token_statuses` or both.
     """
     return await _get(session, col(TigerAccount.id) == account_id, load)
 
@@ -66,7 +65,7 @@ async def get_by_account_number(
 
 @public
 async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAccount]:
-    """Return all accounts whose normalized Tiger id equals that of the given id, oldest first.
+    """Return all accounts with the given Tiger id, oldest account first.
 
     Raises:
         ConfigurationError: ENCRYPTION_KEYS is not set, so the blind index cannot be computed.
@@ -120,7 +119,7 @@ async def get_default_data_account(session: AsyncSession) -> TigerAccount | None
 async def get_accounts_needing_token_refresh(
     session: AsyncSession, *, within: timedelta = timedelta(hours=1), limit: int = 100
 ) -> list[TigerAccount]:
-    """Return active accounts whose token expires before now + `within`, soonest expiry first."""
+    """Return active accounts whose access token expires before now + `within`, soonest first."""
     check_limit(limit)
     due, at = due_tokens(within)
     statement = select(TigerAccount).where(due).order_by(at, col(TigerAccount.id)).limit(limit)
@@ -140,11 +139,10 @@ async def find_for_operation(
     """Return the accounts that can serve a request now, best account first.
 
     Each returned account is active, belongs to the `environment` (None means any environment), and
-    has the given `permission`. An account whose license
-    requires an access token is returned only if the account has a valid token. Accounts with three
-    or more consecutive errors are omitted for five minutes after the last error. The default
-    account comes first; the other accounts are ordered by error count, and then by age, oldest
-    first.
+    has the given `permission`. An account whose license requires an access token is returned only
+    if the account has a valid token. Accounts with three or more consecutive errors are omitted for
+    five minutes after the last error. The default account comes first. The other accounts are
+    sorted by error count, and accounts with equal error counts by age, oldest account first.
 
     If `trading` is true and `account_type` is None, the default trading account determines the
     returned accounts. If the default trading account is a paper account, only paper accounts are
@@ -209,9 +207,9 @@ async def _get(
 
 
 def _normal_first(text: str, normalize: Callable[[str], str]) -> list[str]:
-    """Return the normalized form of a text, if the text has one, and the text itself.
+    """Return the normalized form of a text and the text, or only the text if `normalize` fails.
 
-    Older releases may have stored texts that are not normalized.
+    Callers search both forms, because older releases stored texts that are not normalized.
     """
     try:
         return list(dict.fromkeys((normalize(text), text)))

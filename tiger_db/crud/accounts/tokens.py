@@ -33,10 +33,11 @@ async def update_tokens(
     If the refresh suspended the account within the last day, the account is activated again.
 
     Raises:
-        NotFound: no account has this id.
+        NotFound: no account has the id `account_id`.
         InvalidState: the account is closed.
-        StaleToken: the account has a newer access token. The account is not changed.
-        InvalidFields: a value is invalid. The account is not changed.
+        StaleToken: the stored access token is newer than `access_token`. The account is not
+            changed.
+        InvalidFields: a given token or expiry is invalid. The account is not changed.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     refuse_closed(account)

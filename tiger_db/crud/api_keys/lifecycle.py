@@ -115,7 +115,7 @@ async def rotate(
     unchanged.
 
     Raises:
-        NotFound: no API key has this id.
+        NotFound: no API key has the id `key_id`.
         InvalidState: the key was already rotated, is not active or has expired, or the account of
             the key is closed.
         InvalidValue: the grace period is negative.
@@ -155,7 +155,7 @@ async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChang
     only be made earlier, so that the grace period is never prolonged.
 
     Raises:
-        NotFound: no API key has this id.
+        NotFound: no API key has the id `key_id`.
         InvalidFields: a field does not exist or cannot be changed by `update`, or a value is
             invalid. The error names the field.
         InvalidValue: the new `expires_at` is in the past, by the database's clock. To end a key
@@ -186,7 +186,7 @@ async def activate(session: AsyncSession, key_id: UUID) -> APIKey:
     """Activate an API key that was deactivated. If the key is active, nothing is written.
 
     Raises:
-        NotFound: no API key has this id.
+        NotFound: no API key has the id `key_id`.
         InvalidState: the key is revoked or has expired, or the account of the key is closed.
     """
     key, now = await _lock_unrevoked(session, key_id)
@@ -203,7 +203,7 @@ async def deactivate(session: AsyncSession, key_id: UUID, *, reason: str | None 
     """Deactivate an API key until `activate` is called. If the key is inactive, nothing is written.
 
     Raises:
-        NotFound: no API key has this id.
+        NotFound: no API key has the id `key_id`.
         InvalidState: the key is revoked.
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
@@ -223,7 +223,7 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
     """Revoke an API key permanently. A second call for the same key changes nothing.
 
     Raises:
-        NotFound: no API key has this id.
+        NotFound: no API key has the id `key_id`.
         InvalidFields: the reason is too long.
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
@@ -249,7 +249,7 @@ async def delete(session: AsyncSession, key_id: UUID, *, reason: str | None = No
     their rate limits stay too. To refuse a key and keep its row, call `revoke` instead.
 
     Raises:
-        NotFound: no API key has this id.
+        NotFound: no API key has the id `key_id`.
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     await session.delete(key)
@@ -261,7 +261,7 @@ async def _lock_unrevoked(session: AsyncSession, key_id: UUID) -> tuple[APIKey, 
     """Lock the row of an API key. Return the APIKey entity and the database's time.
 
     Raises:
-        NotFound: no API key has this id.
+        NotFound: no API key has the id `key_id`.
         InvalidState: the key is revoked, or the account of the key is closed.
     """
     key = await get_or_raise(session, APIKey, key_id)
