@@ -1,7 +1,4 @@
-"""CRUD functions that create, authorize, change, rotate, revoke and look up API keys.
-
-Other functions pause and resume trading for all API keys.
-"""
+"""CRUD functions for API keys, and functions that pause and resume trading for all API keys."""
 
 from tiger_db.crud.api_keys.authorize import authorize_api_key, verify_api_key
 from tiger_db.crud.api_keys.key_format import KEY_PATTERN

@@ -50,12 +50,12 @@ SELECT {row_expression(APIKey, "k")}, a.status::text, clock_timestamp(),
     current_setting('transaction_isolation') IN ('repeatable read', 'serializable')
 FROM api_keys AS k LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id
 WHERE k.key_prefix = $1
-"""  # noqa: S608  # names of columns
+"""  # noqa: S608  # the f-string inserts only constants
 _NAMES = column_names(APIKey)
 _COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use of a key changes
 _RECORDED_CHARACTERS = 200  # maximum length of an IP address or user agent in an audit event
-# The statement replaces the hash of a key, unless another transaction has replaced the hash since
-# the hash was read. A locked row is skipped, so that authorization never waits for a row lock.
+# The statement replaces the hash of an API key, unless another transaction has replaced the hash
+# already. SKIP LOCKED prevents authorization from waiting for a row lock.
 _REPLACE_HASH = """
 UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
     (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 FOR NO KEY UPDATE SKIP LOCKED)
@@ -64,13 +64,13 @@ RETURNING true
 
 
 class KeyRow(NamedTuple):
-    """The row of an API key, or an empty row if the key does not exist."""
+    """A row of `api_keys`, or an empty KeyRow if no row has the prefix of the API key."""
 
-    values: Sequence[Any] = ()  # values of all columns, from which an APIKey is hydrated
-    columns: Mapping[str, Any] = {}  # column values and account_status, without _COUNTERS
+    values: Sequence[Any] = ()  # values of all columns of the row
+    columns: Mapping[str, Any] = {}  # values by column, except _COUNTERS
     now: float = 0.0  # the database's time in seconds since 1970
-    pause_reason: str | None = None  # reason of the pause of trading, or None without a pause
-    from_snapshot: bool = False  # True if the row may be older than the last commits
+    pause_reason: str | None = None  # reason of the pause of trading; None: no pause
+    from_snapshot: bool = False  # whether the row is from an old snapshot
 
     @classmethod
     def of(cls, records: Sequence[Sequence[Any]]) -> Self:
@@ -91,7 +91,7 @@ class VerifiedKey:
     key: APIKey
     permissions: KeyPermissions
     columns: Mapping[str, Any] = field(repr=False)
-    outdated: bool  # True if the hash should be replaced
+    outdated: bool  # whether the hash of the key should be replaced
     read_at: float = 0.0  # monotonic time at which the key's row was read
 
 
@@ -120,10 +120,10 @@ async def verify_api_key(
     ip_address: str | IPv4Address | IPv6Address | None = None,
     user_agent: str | None = None,
 ) -> APIKey | None:
-    """Authorize a key as `authorize_api_key` does. Return None if the key is denied.
+    """Authorize an API key with `authorize_api_key`. Return None if the key is denied.
 
-    The function requires no scopes, so it also returns the key during a pause of trading. To
-    authorize a trade, call `authorize_api_key` with the scope that the trade requires.
+    Scopes and pauses of trading are not checked. To authorize a trade, call `authorize_api_key`
+    with the scope that the trade requires.
 
     Raises:
         InvalidState: the session is readonly.
@@ -150,29 +150,29 @@ async def authorize_api_key(
 
     The checks run in this order: format, existence and hash of the key (each raises
     `InvalidAPIKey`), status, expiry, status of the bound account, IP address, user agent, scopes,
-    requested account, pause of trading, rate limits. The first failed check raises an error, and
-    records an audit event unless the key is malformed. Denials and uses are written out of band, so
-    that a rollback of the caller's transaction does not remove them.
+    requested account, pause of trading, rate limits. The first failed check raises an error. An
+    audit event records the denial, except for a malformed key. The audit event and the uses of the
+    key are written out of band, so that they stay if the caller's transaction is rolled back.
 
     A key whose hash has no pepper is denied with `InvalidAPIKey`, unless the date in
     API_KEYS_ALLOW_UNPEPPERED_UNTIL is today (UTC, database clock) or later. If the hash of an
     accepted key has an older pepper, no pepper or a slow scheme, the hash is replaced, and an audit
-    event is recorded.
+    event records the replacement.
 
     Rate limits are exact, even if several processes authorize the same key. All keys of a rotation
     chain share one count of uses. A rate limit applies to a clock hour or a calendar day (UTC), so
     a caller may use twice the limit around the end of the hour or day.
 
-    `UsageCounter` writes `usage_count` and `last_used_at` later. If the key was created in the same
-    transaction, the use may not be counted.
+    `UsageCounter` writes `usage_count` and `last_used_at` about a second later. If the key was
+    created in the same transaction, the use of the key may not be counted.
 
     Raises:
-        AccessDenied: a check failed. Each check raises its own subclass of AccessDenied. A denied
-            use is not counted.
+        AccessDenied: the API key is denied. Each check raises its own subclass of AccessDenied. A
+            denied use is not counted.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
             Database.
         InvalidState: the session is readonly.
-        DatabaseUnavailable: the key could not be checked, or the denial could not be recorded.
+        DatabaseUnavailable: the API key could not be read, or the denial could not be recorded.
     """
     refuse_readonly(session)
     parsed = parse_key(raw_key)
@@ -192,9 +192,8 @@ async def authorize_parsed_key(
 ) -> VerifiedKey:
     """Authorize a well-formed API key. If `session` is None, the key's row is read out of band.
 
-    `info` is `AsyncSession.info` or `Database.info`. If the key's row has not changed since
-    `cached` was read, the secret is not verified again. The function raises the same errors as
-    `authorize_api_key`.
+    `info` is `AsyncSession.info` or `Database.info`. The secret is verified only if the key's row
+    has changed since `cached` was read. The function raises the same errors as `authorize_api_key`.
     """
     in_session = _SessionWriter(session) if session is not None else None
     writer = limiter = context_of(info).out_of_band or in_session
@@ -231,8 +230,8 @@ async def authorize_parsed_key(
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        # The key is read again in the session, because another connection cannot read a key before
-        # the commit of the transaction that created the key.
+        # The session counts the next attempt, because an out-of-band connection cannot read an API
+        # key that the session's transaction has created but not committed.
         limiter = in_session or writer
     assert verified is not None
     if verified.outdated:
@@ -251,7 +250,7 @@ async def _pause_reason(
 ) -> str | None:
     """Return the reason of the current pause of trading, or None."""
     if row.pause_reason is None and row.from_snapshot and request.trades:
-        # The snapshot of the session's transaction does not show a later pause.
+        # The snapshot of a session's transaction hides a pause that began after the snapshot.
         async with writer.connection() as connection:
             reason: str | None = await connection.fetchval(_FIND_PAUSE)
         return reason
@@ -267,8 +266,9 @@ async def _verify(
     """Verify the secret of an API key, and hydrate the APIKey, in `session` if it is not None.
 
     Raises:
-        InvalidAPIKey: the secret is wrong, or the row is empty. Both cases take the same time.
-        UnpepperedHash: the hash has no pepper, and hashes without a pepper are not allowed.
+        InvalidAPIKey: the secret is wrong, or the API key does not exist. Both cases take the same
+            time.
+        UnpepperedHash: the hash of the API key has no pepper, and such hashes are not allowed.
     """
     peppers = peppers_of(info)
     key_hash, pepper_id = row.columns.get("key_hash", ""), row.columns.get("pepper_id")
@@ -290,9 +290,9 @@ async def _replace_hash(
     row: KeyRow,
     info: Mapping[Any, object],
 ) -> None:
-    """Replace an outdated hash by a hash with the first pepper, and record an audit event.
+    """Replace an outdated hash by a hash with the first pepper, and record the replacement.
 
-    If the hash has no pepper, an audit event is recorded even if the hash is not replaced.
+    The use of an API key whose hash has no pepper is recorded even if the hash is not replaced.
     """
     old_pepper_id = row.columns["pepper_id"]
     ids = row.columns["id"], row.columns["tiger_account_id"]

@@ -15,14 +15,14 @@ from tiger_db.peppers import Peppers
 
 # One salted SHA-256 is enough for a secret of 256 random bits: NIST SP 800-63B, section 5.1.2.2,
 # requires key stretching only for secrets of less than 112 bits. Imported API keys may have a slow
-# hash: Argon2 or bcrypt.
+# hash (Argon2 or bcrypt).
 _FAST = "ldap_salted_sha256"
 _hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])
-_MAX_HASH_CHARACTERS = 512  # a longer Argon2 hash may take too long to verify
+_MAX_HASH_CHARACTERS = 512  # the verification of a longer Argon2 hash may take too long
 
 
 class UnpepperedHash(InvalidAPIKey):
-    """The hash of the API key has no pepper. Callers of tiger_db get a plain `InvalidAPIKey`."""
+    """The hash of the API key has no pepper. Public functions raise `InvalidAPIKey` instead."""
 
 
 def peppers_of(info: Mapping[Any, object]) -> Peppers:
@@ -45,7 +45,7 @@ def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
 
 
 async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: str | None) -> bool:
-    """Return whether a secret matches a hash. If `pepper_id` is None, no pepper is applied.
+    """Return whether a secret matches a hash. If `pepper_id` is None, the hash has no pepper.
 
     If the hash is empty or malformed, or the pepper is unknown, the secret is verified against a
     dummy hash, so that all denials take the same time. Slow hashes are verified in a thread.
@@ -63,16 +63,15 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
 
 
 def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: float) -> None:
-    """Refuse a hash without a pepper, unless such hashes are still allowed.
+    """Refuse a hash without a pepper after the date in API_KEYS_ALLOW_UNPEPPERED_UNTIL.
 
-    Anyone who can write to the database can create a hash without a pepper.
-
+    A hash without a pepper is unsafe, because anyone who can write to the database can create it.
     `info` is `AsyncSession.info` or `Database.info`. `now` is the database's time in seconds since
     1970.
 
     Raises:
-        UnpepperedHash: the hash has no pepper, and hashes without a pepper are not allowed, because
-            API_KEYS_ALLOW_UNPEPPERED_UNTIL is not set or is a past day (UTC).
+        UnpepperedHash: the hash of the API key has no pepper, and API_KEYS_ALLOW_UNPEPPERED_UNTIL
+            is not set or is a past day (UTC).
     """
     if pepper_id is not None:
         return

@@ -1,8 +1,8 @@
 """The format of API keys: `tdb_<live|test>_<public id>_<secret><checksum>`, in base62.
 
-A double click on an API key selects the whole key. The checksum is the CRC-32 of all characters
-before the checksum. Because of the checksum, a truncated or mistyped key is refused without a
-database query.
+API keys contain only letters, digits and `_`, so that a double click selects a whole API key. The
+checksum is the CRC-32 of all characters before the checksum. Because of the checksum, a truncated
+or mistyped API key is refused without a database query.
 """
 
 import re
@@ -41,7 +41,7 @@ def new_key(environment: str) -> ParsedKey:
 
 
 def parse_key(raw_key: str) -> ParsedKey | None:
-    """Parse a raw API key. Return None if the raw key is malformed or not a string."""
+    """Parse a raw API key. Return None if the raw key is malformed or is not a string."""
     match = _FORMAT.fullmatch(raw_key) if isinstance(raw_key, str) else None
     at = -_CHECKSUM_CHARACTERS
     if match is None or checksum(raw_key[:at]) != raw_key[at:]:

@@ -31,7 +31,7 @@ _COPIED_FIELDS = {
     "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour", "rate_limit_per_day",
     "allowed_ips", "allowed_user_agents", "created_by", "description", "tags",
 }  # fmt: skip
-# Fields that `update` refuses, with the functions that change them.
+# The functions that change the fields that `update` refuses, by name of the field
 _OTHER_FUNCTIONS = {
     "status": "`activate`, `deactivate` or `revoke`",
     "revoked_at": "`revoke`",
@@ -76,7 +76,7 @@ async def create_api_key(
     """Create an API key. Return the APIKey entity and the raw key. The raw key is not stored.
 
     Raises:
-        InvalidFields: a value is invalid. The error names the field.
+        InvalidFields: an argument is invalid. The error names the argument.
         InvalidValue: `expires_at` has passed, by the database's clock.
         MissingReference: no account has the given `tiger_account_id`.
         InvalidState: the account is closed.
@@ -109,15 +109,15 @@ async def rotate(
 ) -> tuple[APIKey, str]:
     """Replace an API key by a key with the same permissions. Return the new APIKey and raw key.
 
-    The old key expires at the end of the grace period, unless the old key already expires earlier.
-    The rate limits count the uses of the old and the new key together. A key can be rotated only
-    once. If the new raw key is lost, rotate the new key. A failed rotation leaves the old key
-    unchanged.
+    The old key expires at the end of the grace period, or at its own earlier expiry. The rate
+    limits count the uses of the old and the new key together. Each API key can be rotated only
+    once: if the new raw key is lost, rotate the new key. A failed rotation does not change the old
+    key.
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidState: the key was already rotated, is not active or has expired, or the account of
-            the key is closed.
+        InvalidState: the API key was already rotated, is not active or has expired, or the account
+            of the API key is closed.
         InvalidValue: the grace period is negative.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
             Database.
@@ -149,19 +149,19 @@ async def rotate(
 async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChanges]) -> APIKey:
     """Change fields of an API key. If one change is invalid, no field is changed.
 
-    One audit event contains the old and new values of the changed fields. If every field already
-    has its new value, nothing is written. A key that has expired is valid again with a later
-    `expires_at`, or with None for no expiry. The expiry of a key that was replaced by `rotate` can
-    only be made earlier, so that the grace period is never prolonged.
+    One audit event contains the old and new values of the changed fields. An update without new
+    values writes nothing. An expired key is valid again with a later `expires_at`, or with None for
+    no expiry. The expiry of a key that was replaced by `rotate` can only be made earlier, so that
+    the grace period is never prolonged.
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidFields: a field does not exist or cannot be changed by `update`, or a value is
-            invalid. The error names the field.
+        InvalidFields: a given field does not exist or cannot be changed by `update`, or a given
+            value is invalid. The error names the field.
         InvalidValue: the new `expires_at` is in the past, by the database's clock. To end a key
             now, call `deactivate` or `revoke`.
-        InvalidState: the key is revoked, the account of the key is closed, or the new `expires_at`
-            of a replaced key is later.
+        InvalidState: the API key is revoked, the account of the API key is closed, or the new
+            `expires_at` would prolong the grace period of a rotated key.
     """
     _refuse_other_fields(changes)
     key, now = await _lock_unrevoked(session, key_id)
@@ -183,11 +183,11 @@ async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChang
 
 @public
 async def activate(session: AsyncSession, key_id: UUID) -> APIKey:
-    """Activate an API key that was deactivated. If the key is active, nothing is written.
+    """Activate an API key that was deactivated. An active API key is not changed.
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidState: the key is revoked or has expired, or the account of the key is closed.
+        InvalidState: the API key is revoked or has expired, or the account of the key is closed.
     """
     key, now = await _lock_unrevoked(session, key_id)
     if key.expires_at is not None and key.expires_at <= now:
@@ -200,11 +200,11 @@ async def activate(session: AsyncSession, key_id: UUID) -> APIKey:
 
 @public
 async def deactivate(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> APIKey:
-    """Deactivate an API key until `activate` is called. If the key is inactive, nothing is written.
+    """Deactivate an API key until `activate` is called. An inactive API key is not changed.
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidState: the key is revoked.
+        InvalidState: the API key is revoked.
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     _refuse_revoked(key)
@@ -220,16 +220,16 @@ async def deactivate(session: AsyncSession, key_id: UUID, *, reason: str | None 
 
 @public
 async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> APIKey:
-    """Revoke an API key permanently. A second call for the same key changes nothing.
+    """Revoke an API key permanently. A revoked API key is not changed.
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidFields: the reason is too long.
+        InvalidFields: `reason` is longer than 500 characters.
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     if key.status == APIKeyStatus.REVOKED:
         return key
-    now = await session.scalar(select(func.clock_timestamp()))
+    now = await _database_time(session)
     await apply_change(
         session,
         key,
@@ -245,8 +245,8 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
 async def delete(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> None:
     """Delete an API key and its usage counts.
 
-    The audit events of the key stay. If the key was rotated, its replacements and the counts for
-    their rate limits stay too. To refuse a key and keep its row, call `revoke` instead.
+    The audit events of the API key stay. The replacements of a rotated API key and the usage counts
+    for their rate limits stay too. To refuse an API key and keep its row, call `revoke` instead.
 
     Raises:
         NotFound: no API key has the id `key_id`.
@@ -262,10 +262,10 @@ async def _lock_unrevoked(session: AsyncSession, key_id: UUID) -> tuple[APIKey, 
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidState: the key is revoked, or the account of the key is closed.
+        InvalidState: the API key is revoked, or the account of the API key is closed.
     """
     key = await get_or_raise(session, APIKey, key_id)
-    if key.tiger_account_id is not None:  # the account is locked first to prevent deadlocks
+    if key.tiger_account_id is not None:  # lock the account before the key: no deadlock
         await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     _refuse_revoked(key)
@@ -299,8 +299,8 @@ def _check_expiry(key: APIKey, expires_at: datetime | None, now: datetime) -> No
     """Check the new expiry of an API key against the database's time.
 
     Raises:
-        InvalidValue: the expiry is in the past.
-        InvalidState: the key was replaced, and the new expiry is later.
+        InvalidValue: `expires_at` is in the past.
+        InvalidState: the API key was replaced, and `expires_at` is later than its expiry.
     """
     if expires_at is not None and expires_at <= now:
         raise InvalidValue(
@@ -309,7 +309,7 @@ def _check_expiry(key: APIKey, expires_at: datetime | None, now: datetime) -> No
     is_earlier = expires_at is not None and (key.expires_at is None or expires_at < key.expires_at)
     if key.successor_id is not None and not is_earlier:
         raise InvalidState(
-            f"this API key was replaced by {key.successor_id}: its grace period cannot be prolonged"
+            f"this API key was replaced by {key.successor_id}: the grace period cannot be prolonged"
         )
 
 

@@ -15,8 +15,8 @@ from tiger_db.models import AuditAction, AuditSeverity
 from tiger_db.public import public
 
 _MAX_REASON_LENGTH = 500
-# If trading is paused already, the UPDATE changes no value, but locks the row: a concurrent
-# `resume` waits for the end of this transaction. In an inserted row, `xmax` is 0.
+# If trading is paused already, the UPDATE only locks the row, so that a concurrent `resume` waits
+# for the end of this transaction. The system column `xmax` is 0 in an inserted row.
 _PAUSE = """
 INSERT INTO trading_pauses AS p (reason, paused_by) VALUES ($1, $2)
 ON CONFLICT (singleton) DO UPDATE SET reason = p.reason
@@ -28,7 +28,7 @@ _CURRENT = "SELECT reason, paused_at, paused_by FROM trading_pauses"
 
 @dataclass(frozen=True, slots=True)
 class TradingPause:
-    """A pause of trading: its reason, its start, and the user or service that started it."""
+    """A pause of trading: the reason, the start, and the user or service that paused trading."""
 
     reason: str
     paused_at: datetime
@@ -48,14 +48,12 @@ class TradingPause:
 async def pause(session: AsyncSession, *, reason: str) -> TradingPause:
     """Pause trading until `resume`, for all API keys. Return the pause in force.
 
-    From the commit of the session's transaction on, each request that requires a scope of the
-    family `trade` is denied with `TradingPaused`, in every process. Requests with other scopes are
-    not affected.
-
-    If trading is paused already, the function changes nothing, and returns the first pause.
+    When the session's transaction is committed, every process denies each request that requires a
+    scope of the family `trade`, and raises `TradingPaused`. Other requests are not affected. If
+    trading is paused already, the function changes nothing, and returns the earlier pause.
 
     Raises:
-        InvalidValue: the reason is blank, or longer than 500 characters.
+        InvalidValue: `reason` is blank, or longer than 500 characters.
         InvalidState: the session is readonly.
     """
     refuse_readonly(session)
@@ -78,10 +76,10 @@ async def pause(session: AsyncSession, *, reason: str) -> TradingPause:
 async def resume(session: AsyncSession, *, reason: str | None = None) -> TradingPause | None:
     """End the pause of trading. Return the ended pause, or None if trading was not paused.
 
-    The reason is stored in the audit event. If trading is not paused, the function changes nothing.
+    The details of the audit event contain `reason`.
 
     Raises:
-        InvalidValue: the reason is blank, or longer than 500 characters.
+        InvalidValue: `reason` is blank, or longer than 500 characters.
         InvalidState: the session is readonly.
     """
     refuse_readonly(session)
@@ -103,14 +101,14 @@ async def resume(session: AsyncSession, *, reason: str | None = None) -> Trading
 
 @public
 async def current_pause(session: AsyncSession) -> TradingPause | None:
-    """Return the pause of trading that is in force, or None. A replica may return an old state."""
+    """Return the current pause of trading, or None. A replica may return stale data."""
     rows = await execute_driver_sql(session, _CURRENT)
     return _pause_of(rows[0]) if rows else None
 
 
 @public
 async def is_paused(session: AsyncSession) -> bool:
-    """Return whether trading is paused. A replica may return an old state."""
+    """Return whether trading is paused. A replica may return stale data."""
     return await current_pause(session) is not None
 
 

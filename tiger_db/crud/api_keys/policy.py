@@ -26,7 +26,7 @@ _TRADE_SCOPES = frozenset(scope for scope in APIKeyScope if scope.family == "tra
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """The access that a caller requests with an API key, and the caller's IP and user agent."""
+    """The access that a client requests with an API key, and the client's IP and user agent."""
 
     scopes: tuple[APIKeyScope, ...] = ()
     account_id: UUID | None = None
@@ -35,7 +35,7 @@ class AccessRequest:
 
     @property
     def trades(self) -> bool:
-        """Whether the request requires a scope of the family `trade`."""
+        """Return whether the request requires a scope of the family `trade`."""
         return not _TRADE_SCOPES.isdisjoint(self.scopes)
 
 
@@ -62,8 +62,8 @@ def access_request(
     Raises:
         InvalidFields: an argument has a wrong type.
     """
-    # KeyVerifier authorizes cached keys in a few microseconds. These comparisons of exact types
-    # accept the usual arguments, and are faster than `Types.check`.
+    # Comparisons of exact types accept the usual arguments, and are faster than `Types.check`.
+    # Without a fast check, KeyVerifier could not authorize cached keys in a few microseconds.
     if not (
         type(scopes) in (tuple, list)
         and _SCOPE.issuperset(map(type, scopes))
@@ -92,7 +92,7 @@ class KeyPermissions:
     account_status: AccountStatus | None
     networks: tuple[IPv4Network | IPv6Network, ...]
     user_agents: tuple[str, ...]
-    scopes: frozenset[APIKeyScope]  # scopes of the key, and the scopes that they imply
+    scopes: frozenset[APIKeyScope]  # scopes of the key, and the implied scopes
     per_hour: int | None
     per_day: int | None
 
@@ -125,12 +125,12 @@ def check_access(
 ) -> None:
     """Check that an API key allows a request, except for rate limits.
 
-    `now` is a Unix timestamp. `pause_reason` is the reason of the current pause of trading, or None
-    if trading is not paused. A pause is the last check, so that only a caller whose key allows the
-    request sees the reason.
+    `now` is the time in seconds since 1970. `pause_reason` is the reason of the current pause of
+    trading, or None if trading is not paused. The pause is checked last, so that only a client
+    whose key allows the request sees the reason.
 
     Raises:
-        AccessDenied: a check failed. Each check raises its own subclass of AccessDenied.
+        AccessDenied: the API key is denied. Each check raises its own subclass of AccessDenied.
     """
     if permissions.status is APIKeyStatus.EXPIRED:
         raise APIKeyExpired

@@ -29,7 +29,7 @@ _EXPIRING = "expiring_api_keys"  # name of the list in cursors
 
 @dataclass(frozen=True, slots=True)
 class HourlyUsage:
-    """The number of accepted uses of a key in the hour that starts at `hour` (UTC)."""
+    """The number of accepted uses of an API key in the hour that starts at `hour` (UTC)."""
 
     hour: datetime
     count: int
@@ -51,7 +51,7 @@ async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None
 
 @public
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """Return the API key of a raw key, whatever its status, or None. No use is counted.
+    """Return the API key of a raw key, with any status, or None. The look-up is not counted as use.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
@@ -116,7 +116,7 @@ async def list_expiring(
     """Return a page of active API keys that expire between now and now + `within`, soonest first.
 
     Raises:
-        InvalidCursor: `after` is not the `next_cursor` of a page.
+        InvalidCursor: `after` is not the `next_cursor` of an earlier page of `list_expiring`.
         InvalidValue: `within` is zero, negative or more than 100 years, or `limit` is not from 1 to
             1000.
     """
@@ -143,10 +143,10 @@ async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list
     """Return the number of accepted uses of an API key per hour, oldest hour first.
 
     An hour without uses is omitted. Uses in the last second may be missing, because `UsageCounter`
-    writes counts once per second.
+    writes usage counts once per second.
 
     Raises:
-        InvalidValue: `since` is naive.
+        InvalidValue: the datetime `since` has no time zone.
     """
     rows = await session.execute(
         select(api_key_usage.c.hour, api_key_usage.c.count)

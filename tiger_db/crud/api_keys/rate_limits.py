@@ -1,4 +1,4 @@
-"""A function that checks the rate limits of API keys exactly, even across processes."""
+"""The exact check of the rate limits of API keys, over all processes."""
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -9,9 +9,9 @@ from tiger_db.errors import RateLimited
 if TYPE_CHECKING:
     import asyncpg
 
-# The statement checks the rate limits, and counts one use. All keys of a rotation chain share one
-# row. Concurrent uses wait for the row lock, and then check the committed counts. Hours and days
-# follow the database's clock. If the clock steps back, the later hour and day stay in the row.
+# CONSUME checks the rate limits of an API key, and counts one use. All keys of a rotation chain
+# share one row of api_key_limits. Concurrent uses wait for the row lock, and then check the
+# committed counts. If the database's clock steps back, the row keeps the later hour and day.
 CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,
@@ -40,11 +40,11 @@ async def consume(
 ) -> bool:
     """Count one use of an API key, if no rate limit is reached.
 
-    Return False if the key has changed since `permissions` were read; the caller must read the
-    permissions again.
+    Return False if the API key has changed since `permissions` were read. The caller must then read
+    the permissions again.
 
     Raises:
-        RateLimited: a rate limit is reached.
+        RateLimited: a rate limit of the API key is reached.
     """
     if await connection.fetchval(
         CONSUME, permissions.key_id, permissions.per_hour, permissions.per_day

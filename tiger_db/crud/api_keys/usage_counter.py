@@ -19,8 +19,8 @@ WRITE_INTERVAL_SECONDS = 1.0
 _STATUS_INTERVAL_SECONDS, _STATUS_QUERIES = 0.1, 20
 _HOUR_SECONDS = 3600
 
-# With SKIP LOCKED, a write never waits for another transaction: usage counts of locked API keys
-# stay in memory until the next batch. Usage counts of deleted keys are dropped.
+# With SKIP LOCKED, a write of usage counts never waits for another transaction: usage counts of
+# locked API keys stay in memory until the next batch. Usage counts of deleted keys are dropped.
 _WRITE = """
 WITH given AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:hours AS timestamptz[]),
@@ -45,14 +45,13 @@ SELECT pg_current_xact_id(), ARRAY(SELECT id FROM api_keys WHERE id IN (SELECT i
 """
 _WRITE_UNLOCKED = text(_WRITE.format(skip_locked="SKIP LOCKED"))
 _WRITE_ALL = text(_WRITE.format(skip_locked=""))
-# After a crash or a failover, PostgreSQL assigns the ids of lost transactions again. Until then,
-# the id of a lost transaction is greater than the current transaction id.
+# After a crash or a failover, PostgreSQL assigns the ids of lost transactions again. A transaction
+# id that is greater than the current transaction id therefore belongs to a lost transaction.
 _STATUS = text("""
 SELECT CASE WHEN CAST(:xid AS xid8) > pg_current_xact_id() THEN 'aborted'
     ELSE pg_xact_status(CAST(:xid AS xid8)) END
 """)
-# The statement deletes old rows of api_key_limits, because the rows of deleted API keys would stay
-# forever.
+# Without _DELETE_OLD_LIMITS, the rows of deleted API keys would stay in api_key_limits forever.
 _DELETE_OLD_LIMITS = text("DELETE FROM api_key_limits WHERE day < now() - interval '30 days'")
 _COUNT_ONE = text("""
 WITH used AS (
@@ -79,21 +78,21 @@ _Batch = dict[tuple[UUID, int], _Uses]  # uses by key id and hour (hours since 1
 class UsageCounter:
     """A counter of API key uses in memory, which writes the counts to the database every second.
 
-    Use a UsageCounter in one event loop only. A killed process loses the counts of the last second.
-    If the commit of a batch is not confirmed, the uses in the batch are still counted exactly once.
-    If the server crashes during the commit, the uses in the batch are counted at most once.
+    A UsageCounter belongs to one event loop. A killed process loses the uses of the last second. If
+    the connection breaks during the commit of a batch, the uses in the batch are counted exactly
+    once. If the server crashes during the commit, the uses in the batch are counted at most once.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._uses: _Batch = {}
-        self._batch: _Batch = {}  # uses that are kept until their commit is confirmed
+        self._batch: _Batch = {}  # uses of API keys that await the confirmation of a commit
         self._xid: int | None = None  # id of the transaction that wrote `_batch`
         self._skipped: Collection[UUID] = ()  # ids of API keys in `_batch` whose rows are locked
         self._has_written = False
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
-        self._write_lock = asyncio.Lock()  # two calls of `close` must not write the same batch
+        self._write_lock = asyncio.Lock()  # two calls of `close` must not write one batch
 
     def count(self, key_id: UUID, at: float) -> None:
         """Count one use of an API key. `at` is the time in seconds since 1970."""
@@ -117,8 +116,8 @@ class UsageCounter:
             while self._batch or self._uses:
                 await self._write(_WRITE_ALL)
             if self._has_written:
-                # `AsyncEngine.begin` is not used, because `begin` is an async generator, and async
-                # generators cannot run while the event loop shuts down.
+                # AsyncEngine.begin() uses an async generator, which cannot run while the event loop
+                # shuts down. AsyncEngine.connect() uses no generator.
                 async with self._engine.connect() as connection:
                     await connection.execute(_DELETE_OLD_LIMITS)
                     await connection.commit()
@@ -134,7 +133,7 @@ class UsageCounter:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), WRITE_INTERVAL_SECONDS)
                 return
-            # After an error, the next iteration writes the same batch.
+            # After an error of the database, the next iteration writes the same batch again.
             with suppress(TigerDBError, SQLAlchemyError):
                 await self._write(_WRITE_UNLOCKED)
 
