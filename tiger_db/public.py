@@ -18,8 +18,8 @@ from tiger_db.sqlstates import typed
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 _MAX_DURATION = timedelta(days=36525)  # 100 years
-# The functions check these parameters themselves: a wrong cursor is an InvalidCursor, and a wrong
-# raw key is an InvalidAPIKey.
+# Public functions check these parameters: a wrong `after` raises InvalidCursor, and a wrong
+# `raw_key` raises InvalidAPIKey.
 _CHECKED_BY_FUNCTION = {"after", "raw_key"}
 
 
@@ -28,12 +28,12 @@ def public(function: F_) -> F_:
 
     The arguments of each call are compared with the annotations of the parameters. A member of an
     enum can be given by its value. A datetime must have a time zone, a duration is at most 100
-    years, and a text is not a collection of texts. Keyword arguments that the function collects
-    with `**` are not checked.
+    years, and a text is refused where a collection of texts is required. Keyword arguments that the
+    function collects with `**` are not checked.
 
     Raises:
-        InvalidFields: arguments have wrong types. The error names the parameters and does not show
-            the arguments. The function is not called.
+        InvalidFields: an argument has a wrong type. The error names the parameter and hides the
+            argument. The function is not called.
     """
     parameters = inspect.signature(function).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -45,7 +45,7 @@ def public(function: F_) -> F_:
     def check(arguments: tuple[object, ...], keywords: dict[str, object]) -> dict[str, object]:
         given = dict(zip(positional, arguments, strict=False)) | keywords
         if len(given) != len(arguments) + len(keywords):
-            function(*arguments, **keywords)  # raises TypeError
+            function(*arguments, **keywords)  # the call raises TypeError
         types.check(given)
         return given
 
@@ -93,7 +93,7 @@ class Types:
 
 
 def _reason(hint: Any, value: object) -> PydanticCustomError:  # noqa: ANN401  # a type annotation
-    """Return the reason why a value is refused."""
+    """Return the reason why a value does not have the type of an annotation."""
     if isinstance(value, datetime):
         return PydanticCustomError(
             "timezone_aware", "Input must have a time zone and be in the years 1 to 9999 in UTC"

@@ -314,7 +314,7 @@ async def test_an_action_whose_outcome_cannot_be_stored_is_not_repeated(
         async with recorded(clone, action=PLACE):
             orders += 1
 
-    with pytest.raises(OutcomeUnknown, match="its outcome is not recorded") as raised:
+    with pytest.raises(OutcomeUnknown, match="the outcome is not recorded") as raised:
         await clone.transaction(place)  # which repeats DatabaseUnavailable, but not OutcomeUnknown
     assert orders == 1
     (intent,) = await trail(clone)

@@ -75,12 +75,12 @@ def main() -> None:
     """Run the command in `sys.argv`, then exit the process. Print errors without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Some terminals cannot print all characters.
+            # Characters that a terminal cannot print are escaped.
             stream.reconfigure(errors="backslashreplace")
     code = _run()
     try:
         sys.stdout.flush()
-    except OSError:  # dup2() stops Python from reporting the OSError again after `_run`
+    except OSError:  # dup2() prevents a second OSError at the exit of Python
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 

@@ -47,7 +47,9 @@ def create_account(
     ] = None,
     environment: Annotated[
         Environments,
-        typer.Option(help="Tiger's servers. Paper accounts are recognized by account number."),
+        typer.Option(
+            help="Tiger's servers. Only the account number decides what is a paper account."
+        ),
     ] = "PROD",
     server_url: Annotated[
         str | None, typer.Option(help="URL of a gateway that replaces Tiger's own gateway.")
@@ -148,7 +150,7 @@ def _read_private_key(
 
 
 def _print_key_warning(warning: str | None) -> None:
-    """Print the warning of `_read_private_key`, after the key was stored."""
+    """Print the warning of `_read_private_key`. The caller has stored the private key."""
     if warning is not None:
         output.print_warning(warning)
 
@@ -215,7 +217,7 @@ def _change(
 ) -> None:
     """Change an account, print `message`, and show the changed account.
 
-    `{account}` and `{status}` in the message are replaced by the masked number and the new status.
+    In `message`, `{account}` is the masked account number, and `{status}` is the new status.
     """
 
     async def run(session: "AsyncSession") -> "tiger_db.TigerAccount":
@@ -242,7 +244,7 @@ def set_default_account(
     """Make an account the default for trading, for data, or for both."""
     if not (trading or data):
         raise typer.BadParameter(
-            "give at least one of these options", param_hint="--trading, --data"
+            "at least one of these options is required", param_hint="--trading, --data"
         )
 
     async def set_default(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
@@ -299,8 +301,8 @@ def delete_account(
 ) -> None:
     """Delete an account permanently, with its API keys and token refreshes.
 
-    An account that is not closed is deleted only if the account has neither API keys nor an open
-    refresh. The audit events of the account stay in the database.
+    Before an account with API keys or an open refresh is deleted, the account must be closed. The
+    audit events of the account stay in the database.
     """
     runtime.settings()  # report invalid settings before asking for confirmation
     options.confirm(f"Delete account {account} permanently?", yes=yes)
@@ -369,6 +371,6 @@ def remove_market_permission(
 def reset_account_errors(
     account: options.AccountArgument, *, as_json: options.AsJson = False
 ) -> None:
-    """Set an account's error count to 0, and end a suspension that errors caused."""
+    """Set an account's error count to 0. Activate the account if errors have suspended it."""
     change = tiger_db.crud.accounts.reset_errors
     _change(account, change, "{account} has no errors and is {status}", as_json=as_json)

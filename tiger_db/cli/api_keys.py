@@ -111,7 +111,7 @@ def list_api_keys(
 ) -> None:
     """List all API keys, or the API keys bound to one account, newest first.
 
-    If trading is paused, the command says so.
+    If trading is paused, the command also prints the reason and the start of the pause.
     """
     if account is not None and status is not None:
         raise typer.BadParameter("cannot be combined with --account", param_hint="--status")
@@ -172,11 +172,11 @@ def verify_api_key(
     account: options.AccountOption = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Do not count a use of the API key; record no audit event."),
+        typer.Option("--dry-run", help="Count no use of the API key, and record no audit event."),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check an API key. If the key is accepted, count a use; if it is refused, show the reason."""
+    """Check an API key. Count a use of an accepted key, or show the reason of a refusal."""
     requested = options.parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
     raw_key = options.read_required_secret("key", key, key_file)
 
@@ -229,7 +229,7 @@ def show_api_key(
 ) -> None:
     """Show an API key and a chart of its uses.
 
-    The chart has a bar for each hour if --since is at most two days ago, else for each day.
+    The chart has a bar for each hour if --since is at most two days ago, or else for each day.
     """
     now, start = datetime.now(UTC), options.parse_past(since, "--since")
 
@@ -334,7 +334,7 @@ def update_api_key(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Change an API key. Fields whose options are not given stay as they are."""
+    """Change the fields of an API key whose options are given. Other fields stay unchanged."""
     expiry = options.parse_expiry(expires_in, expires_at)
     if never and expiry is not None:
         raise typer.BadParameter(
@@ -366,7 +366,7 @@ def update_api_key(
 
 
 def _parse_limit(text: str, option: str) -> int | None:
-    """Parse a rate limit. Return None for `none`."""
+    """Parse a rate limit. Return None (no limit) for the text `none`."""
     if text == "none":
         return None
     try:
@@ -488,7 +488,7 @@ def pause(
 ) -> None:
     """Stop trading: refuse each request with a trade scope, for all API keys, until `resume`.
 
-    If trading is paused already, the command changes nothing, and shows the first reason.
+    If trading is paused already, the command changes nothing, and shows the earlier pause.
     """
     paused = runtime.in_transaction(
         lambda session: tiger_db.crud.api_keys.pause(session, reason=reason)
@@ -506,7 +506,7 @@ def resume(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """End the pause of trading that `pause` has started."""
+    """End the current pause of trading."""
     ended = runtime.in_transaction(
         lambda session: tiger_db.crud.api_keys.resume(session, reason=reason)
     )

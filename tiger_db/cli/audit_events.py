@@ -92,7 +92,8 @@ def list_events(
 ) -> None:
     """List the audit events that match all options, newest first.
 
-    With --follow, only new events are shown, and --json prints each event on one line.
+    With --follow, the command shows only new events. With --follow and --json, the command prints
+    each event as one line of JSON.
     """
     find_criteria = _parse_filters(locals())
     if follow:
@@ -203,7 +204,8 @@ def export_events(
 ) -> None:
     """Export all audit events that match all options, oldest first.
 
-    Without filters, JSON Lines also contain the seals, which `verify-audit --from` needs.
+    An export as JSON Lines without filters also contains the seals that `verify-audit --from`
+    needs.
     """
     find_criteria = _parse_filters(locals())
     count = 0
@@ -223,9 +225,8 @@ def export_events(
                 async for line in lines:
                     file.write(line)
 
-    with output.open_output(
-        out, overwrite=overwrite
-    ) as file:  # open_output() of a named pipe waits for a reader of the pipe
+    # If `out` is a named pipe, open_output() waits for a reader before a database session is open.
+    with output.open_output(out, overwrite=overwrite) as file:
         runtime.with_database(lambda database: export(database, file))
     output.print_message(f"exported {output.count_of(count, 'event')}")
 
@@ -286,9 +287,9 @@ def _parse_details(text: str | None) -> dict[str, Any] | None:
 
 
 def _parse_actions(names: Sequence[str]) -> Sequence[str]:
-    """Check the form of actions and families, and print a warning if one may be misspelt.
+    """Check the form of actions and families. Print a warning for each name that may be misspelt.
 
-    Applications and newer releases of tiger_db can record actions that `AuditAction` does not have.
+    An unknown action is not an error, because applications and newer releases can record others.
     """
     known = {*tiger_db.AuditAction, *(action.family for action in tiger_db.AuditAction)}
     for name in names:

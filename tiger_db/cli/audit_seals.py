@@ -71,7 +71,7 @@ def verify_audit(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Verify an output of `export-events`, without a database.",
+            help="Verify a file that `export-events` wrote. No database is needed.",
         ),
     ] = None,
     checkpoint: Annotated[
@@ -84,7 +84,7 @@ def verify_audit(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Verify all audit events against their seals. On failure, show the first findings."""
+    """Verify all audit events against the seals. If the audit trail is not sound, show findings."""
     keys = [_read(file, tiger_db.signing.parse_public_key) for file in public_key or ()]
     head = _read(checkpoint, tiger_db.audit.read_checkpoint) if checkpoint is not None else None
 
@@ -128,8 +128,8 @@ def verify_audit(
 def export_checkpoint(*, out: options.Out = None, overwrite: options.Overwrite = False) -> None:
     """Export the newest seal as a checkpoint. Keep the checkpoint on another machine.
 
-    With the checkpoint, `verify-audit` detects missing or replaced seals up to the seal in the
-    checkpoint.
+    With a checkpoint, `verify-audit` detects whether a seal up to the checkpoint's seal is missing
+    or replaced.
     """
     text = runtime.with_database(tiger_db.audit.export_checkpoint)
     with output.open_output(out, overwrite=overwrite) as file:

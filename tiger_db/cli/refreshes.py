@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     Groups = dict[str, list[tiger_db.TokenStatus]]
 
-RefreshStatuses = Literal["pending", "failed"]  # statuses that crud.token_status lists
+RefreshStatuses = Literal["pending", "failed"]  # the statuses that `list-refreshes` can select
 
 _PANEL = "Token refreshes"
 _REDRAW_SECONDS = 1.0
-_MAX_ROWS_SHOWN = 100  # maximum number of rows that each group of refreshes shows
+_MAX_ROWS_SHOWN = 100  # maximum number of refreshes shown in each group
 _CLEAR_SCREEN = "\033[2J\033[H"
 app = typer.Typer()
 
@@ -184,7 +184,7 @@ def run_refresh_worker(
 
     from tiger_db.tiger.sdk import load_sdk  # noqa: PLC0415  # slow import, not needed by `--help`
 
-    load_sdk()  # load_sdk() raises an error before any refresh starts if the SDK is missing
+    load_sdk()  # if the SDK is missing, load_sdk() raises an error before the first refresh
     counts = runtime.with_database(work)
     output.print_message(
         ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no refresh was due"
@@ -194,7 +194,7 @@ def run_refresh_worker(
 @app.command(rich_help_panel=_PANEL)
 def refresh_token(account: options.AccountArgument, *, as_json: options.AsJson = False) -> None:
     """Refresh the access token of an account at Tiger now."""
-    # Without this handler, logging would print an error that the command prints already.
+    # Without the NullHandler, logging would print the error of a failed refresh a second time.
     logging.getLogger("tiger_db").addHandler(logging.NullHandler())
 
     async def refresh(database: "tiger_db.Database") -> "tiger_db.TokenStatus":

@@ -26,7 +26,7 @@ def import_account(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Display name; by default a new account gets the account number."),
+        typer.Option(help="Display name of the account; by default the number of a new account."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -46,7 +46,7 @@ def import_account(
         output.print_message(f"changed {account}: {', '.join(result.changed)}")
     else:
         output.print_message(
-            f"{account} was not changed, because it has the values of the files already"
+            f"{account} was not changed, because the account has the values of the files already"
         )
     if result.token_kept:
         output.print_warning(
@@ -73,9 +73,9 @@ def export_account(
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write an account's files for Tiger's SDKs, and print the paths of the files.
+    """Write the configuration files of an account for Tiger's SDKs, and print the files' paths.
 
-    The files contain secrets.
+    The written files contain secrets.
     """
 
     async def export(

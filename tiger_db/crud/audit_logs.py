@@ -69,7 +69,7 @@ ACTION_OR_FAMILY = re.compile("[a-z][a-z0-9_]*(:[a-z][a-z0-9_]*)?")
 _INSERT = f"{INSERT} RETURNING {', '.join(SERVER_COLUMNS)}"
 
 
-INTENT = "_intent"  # key in `details` of an outcome for the id of the intent
+INTENT = "_intent"  # key of the intent's id in the `details` of an outcome event
 _logger = logging.getLogger("tiger_db")
 
 
@@ -119,7 +119,7 @@ async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> Aud
     Values that PostgreSQL cannot store are converted, and secrets are masked.
 
     Raises:
-        InvalidFields: no field has the given name, or a value is invalid.
+        InvalidFields: an audit event has no field with a given name, or a given value is invalid.
     """
     return await insert_event(session, build_event(**fields))
 
@@ -133,9 +133,9 @@ async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> 
     session's transaction.
 
     Raises:
-        InvalidFields: no field has the given name, or a value is invalid.
+        InvalidFields: an audit event has no field with a given name, or a given value is invalid.
         ConfigurationError: the session does not belong to a Database.
-        DatabaseUnavailable: the event could not be stored.
+        DatabaseUnavailable: the audit event could not be stored.
     """
     return await _record(session, build_event(**fields))
 
@@ -154,23 +154,24 @@ async def recorded(
     source: SessionSource | Callable[[], AbstractAsyncContextManager[AsyncSession]],
     **fields: Unpack[IntentFields],
 ) -> AsyncIterator[AuditLog]:
-    """Record the intent of an action before a code block, and the outcome after it, out of band.
+    """Record, out of band, an intent before a code block and an outcome event after the block.
 
     `source` is a Database, another object with a method `session`, or a function such as
     `get_session`. No session is open while the block runs.
 
-    The intent has the result `pending`. The code block gets the event of the outcome, and can set
-    its fields, such as `details`. Both events have the same `request_id`: the given one, that of
-    the actor, or a new one. `details` of the outcome contains the id of the intent under `_intent`.
-    By default, `result` is `success`, or `error` if the block raises an exception or is cancelled,
-    and `duration_ms` is the duration of the block. If the process is killed in the block, the
-    intent has no outcome.
+    The intent is an audit event with the result `pending`. The code block gets the outcome event,
+    and can set fields of that event, such as `details`. Both events have the same `request_id`: the
+    given id, the actor's id, or a new id. The `details` of the outcome event contain the id of the
+    intent under `_intent`. The default `result` of the outcome event is `success`, or `error` if
+    the block raises an exception or is cancelled. The default `duration_ms` is the duration of the
+    block. If the process is killed during the block, the intent has no outcome event.
 
     Raises:
-        InvalidFields: a field is unknown, or a value is invalid. The block does not run.
-        DatabaseUnavailable: the intent could not be stored. The block does not run.
-        OutcomeUnknown: the block has succeeded, but its outcome could not be stored. Do not repeat
-            the action. If the block has failed, its own exception is raised instead.
+        InvalidFields: a given value of an event field is invalid. The code block does not run.
+        InvalidValue: an intent has no field with a given name. The code block does not run.
+        DatabaseUnavailable: the intent could not be stored. The code block does not run.
+        OutcomeUnknown: the code block has succeeded, but the outcome event could not be stored. Do
+            not repeat the action. A failed code block raises its own exception instead.
     """
     if unknown := fields.keys() - IntentFields.__annotations__.keys():
         raise InvalidValue(f"unknown fields of an intent: {', '.join(sorted(unknown))}")
@@ -183,7 +184,7 @@ async def recorded(
         outcome = intent.model_copy(update={"id": uuid7(), "result": AuditResult.SUCCESS})
         try:
             await _record(session, intent)
-        except CancelledError as error:  # the intent is stored nevertheless
+        except CancelledError as error:  # the intent is stored despite the cancellation
             _fail(outcome, error, "cancelled before the action began")
             with _logged(intent):
                 await _record(session, _complete(outcome, intent, 0))
@@ -197,7 +198,7 @@ async def recorded(
 
     try:
         yield outcome
-    except GeneratorExit:  # the event loop has closed the task, and nothing can be awaited
+    except GeneratorExit:  # a closed generator cannot await anything
         raise
     except BaseException as error:
         _fail(outcome, error, "cancelled: the action may have been done")
@@ -208,13 +209,13 @@ async def recorded(
         await record_outcome()
     except TigerDBError as error:
         raise OutcomeUnknown(
-            f"{error}: the action has ended, but its outcome is not recorded (intent {intent.id})"
+            f"{error}: the action has ended, but the outcome is not recorded (intent {intent.id})"
         ) from None
 
 
 @contextmanager
 def _logged(intent: AuditLog) -> Iterator[None]:
-    """Log an error of recording an outcome, so that it does not replace the caller's exception."""
+    """Log an error of recording an outcome event. The error must not hide the block's exception."""
     try:
         yield
     except TigerDBError as error:
@@ -224,7 +225,7 @@ def _logged(intent: AuditLog) -> Iterator[None]:
 
 
 def _fail(outcome: AuditLog, error: BaseException, cancelled: str) -> None:
-    """Set the empty fields of an outcome from the exception of its code block."""
+    """Set the empty fields of an outcome event from the exception of the code block."""
     if outcome.result == AuditResult.SUCCESS:
         outcome.result = AuditResult.ERROR
     if outcome.error_code is None:
@@ -235,7 +236,7 @@ def _fail(outcome: AuditLog, error: BaseException, cancelled: str) -> None:
 
 
 def _complete(outcome: AuditLog, intent: AuditLog, milliseconds: int) -> AuditLog:
-    """Complete and return the outcome event: duration, severity and id of the intent event."""
+    """Set the duration, the severity and the id of the intent in an outcome event. Return it."""
     if outcome.duration_ms is None:
         outcome.duration_ms = milliseconds
     if "severity" not in outcome.model_fields_set:
@@ -255,9 +256,12 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
 
     Raises:
         InvalidValue: an item of `events` is not an AuditLog. No event is recorded.
-        AlreadyExists: an event was recorded before. The caller must roll back the transaction.
+        AlreadyExists: one of the events is recorded already. The caller must roll back the
+            transaction.
         InvalidState: the session is readonly.
-        DatabaseUnavailable, Conflict, QueryTimeout: `Database.session` documents these errors.
+        DatabaseUnavailable: the connection to the database was lost.
+        Conflict: another transaction caused a conflict. The caller must repeat the transaction.
+        QueryTimeout: COPY took longer than DB_QUERY_TIMEOUT.
     """
     batch = list(events)
     if not all(isinstance(event, AuditLog) for event in batch):
@@ -309,7 +313,7 @@ def _attribute_flushed(_mapper: Mapper[AuditLog], _connection: Connection, event
 
 
 def build_event(**fields: Unpack[EventFields]) -> AuditLog:
-    """Build an audit event. A field with the value None gets its default value."""
+    """Build an audit event. A field whose given value is None gets the field's default value."""
     given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     return AuditLog(**given)
 
@@ -352,7 +356,7 @@ class Criteria(TypedDict, total=False):
 
     since: datetime | None  # earliest time of events, as an aware datetime
     until: datetime | None  # time after the last event, as an aware datetime
-    # An item is an action or a family, such as trade. An empty list allows all actions.
+    # Each item of `actions` is an action or a family of actions. An empty list allows all actions.
     actions: Sequence[AuditAction | str]
     results: Sequence[AuditResult]
     severities: Sequence[AuditSeverity]
@@ -377,9 +381,9 @@ async def search(
     """Return a page of the audit events that match all `Criteria`, newest first.
 
     Raises:
-        InvalidValue: a datetime is naive, `ip` is neither an IP address nor an IP network,
-            `details` is not a JSON object, or `limit` is not from 1 to 1000.
-        InvalidCursor: `after` is not the `next_cursor` of a page.
+        InvalidValue: a criterion is invalid, such as a datetime without a time zone, or `limit` is
+            not from 1 to 1000.
+        InvalidCursor: `after` is not the `next_cursor` of an earlier page of audit events.
     """
     found = select(AuditLog).where(*conditions(**criteria))
     return await paginate(session, found, AuditLog, after=after, limit=limit)
@@ -421,7 +425,7 @@ def conditions(**criteria: Unpack[Criteria]) -> list[ColumnElement[bool]]:
     """Return the SQL conditions for the given criteria.
 
     Raises:
-        InvalidValue: a criterion is invalid, or no criterion has the given name.
+        InvalidValue: the value of a criterion is invalid, or the name of a criterion is unknown.
     """
     given: dict[str, Any] = {name: value for name, value in criteria.items() if value is not None}
     if unknown := criteria.keys() - _CONDITIONS.keys():
@@ -490,7 +494,7 @@ _CONDITIONS: dict[str, Callable[[Any], ColumnElement[bool]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Numbers of audit events, counted by action, by result and by hour (UTC)."""
+    """Numbers of audit events by action, by result and by hour (UTC)."""
 
     actions: dict[AuditAction | str, int]
     results: dict[AuditResult | str, int]
@@ -506,7 +510,7 @@ async def statistics(
     The time of an event is taken from the event's id. The result omits hours without an event.
 
     Raises:
-        InvalidValue: a datetime is naive.
+        InvalidValue: `since` or `until` has no time zone.
     """
     hour = func.date_trunc("hour", func.uuid7_time(AuditLog.id), "UTC")
     rows = await session.execute(

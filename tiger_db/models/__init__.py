@@ -1,4 +1,4 @@
-"""The entities (ORM classes). An import of this package maps all entity classes to tables."""
+"""The entities (ORM classes). Importing this package maps all entity classes to tables."""
 
 from tiger_db.models.accounts import (
     AccountStatus,

@@ -75,7 +75,7 @@ class TigerLicense(StrEnum):
     TBUS = "TBUS"
 
 
-# Tiger's documentation says that accounts with these licenses need an access token for requests.
+# According to Tiger's documentation, requests of accounts with these licenses need an access token.
 LICENSES_WITH_TOKEN = (TigerLicense.TBHK,)
 
 
@@ -91,19 +91,20 @@ class QuotePermission(TypedDict):
     expire_at: int  # expiry in epoch milliseconds, or -1 for no expiry
 
 
-# The three alternatives match the numbers of global accounts, of standard and prime accounts, and
-# of paper accounts. Tiger's paper account numbers have 17 digits, but Tiger's SDK accepts more.
+# The three alternatives of ACCOUNT_NUMBER match the numbers of global accounts, of standard and
+# prime accounts, and of paper accounts. Paper account numbers have 17 digits at Tiger, but Tiger's
+# SDK also accepts longer numbers.
 ACCOUNT_NUMBER = "U[0-9]{1,49}|[0-9]{5,10}|[0-9]{17,50}"
 _MIN_PAPER_DIGITS = 17
 _MIN_KEY_BITS = 1024  # minimum size of an RSA key in bits
-# The pattern matches all code points with the Unicode property Default_Ignorable_Code_Point,
-# and U+FFF9 to U+FFFB.
+# _IGNORABLE matches the invisible characters: all code points with the Unicode property
+# Default_Ignorable_Code_Point, and U+FFF9 to U+FFFB.
 _IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
     "\U000e0000-\U000e0fff]"
 )
-# The string contains control characters, and white space that NFKC does not convert to spaces.
+# _BLANKS contains control characters, and the white space that NFKC does not convert to spaces.
 _BLANKS = "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1)])) + "\u1680\u2028\u2029\u2800"
 
 
@@ -170,7 +171,7 @@ def _unless_closed(value: Secret | None, info: ValidationInfo) -> Secret | None:
 
 
 def _require_key_size(value: Secret | None) -> Secret | None:
-    """Refuse a short RSA key. Texts that are no RSA keys are accepted, because tests use them."""
+    """Refuse a short RSA key. Other texts are accepted as private keys, because tests use them."""
     if value is not None and not isinstance(value, EncryptedSecret):
         bits = key_bits(value.get_secret_value())
         if bits is not None and bits < _MIN_KEY_BITS:
@@ -327,14 +328,14 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def has_valid_token(self) -> bool:
-        """Return whether the account has a token that has not expired, by the local clock."""
+        """Return whether the account has an unexpired access token, by the local clock."""
         if self.access_token is None:
             return False
         return self.token_expires_at is None or self.token_expires_at > datetime.now(UTC)
 
     @property
     def needs_token_refresh(self) -> bool:
-        """Return whether the token has expired or expires within an hour, by the local clock."""
+        """Return whether the access token expires within an hour or before, by the local clock."""
         return self.is_token_due(datetime.now(UTC), within=REFRESH_AHEAD)
 
     def is_token_due(self, now: datetime, *, within: timedelta | None = None) -> bool:
@@ -379,7 +380,7 @@ class TigerAccount(MutableEntity, table=True):
         return expires_at
 
     def readable_token(self) -> str:
-        """Return the access token, or an empty string if it is null or cannot be decrypted."""
+        """Return the access token, or an empty string if no access token can be decrypted."""
         try:
             return self.access_token.get_secret_value() if self.access_token is not None else ""
         except EncryptionError:
@@ -407,7 +408,7 @@ def due_tokens(
     The condition is the rule of `TigerAccount.is_token_due` at the start time of the transaction.
 
     Raises:
-        InvalidValue: `within` is longer than 100 years.
+        InvalidValue: the duration `within` is longer than 100 years.
     """
     if within is not None and abs(within) > timedelta(days=36525):
         raise InvalidValue("`within` must be at most 100 years")
@@ -469,7 +470,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 @event.listens_for(TigerAccount, "before_insert")
 @event.listens_for(TigerAccount, "before_update")
 def _set_refresh_time(_mapper: object, _connection: object, account: TigerAccount) -> None:
-    """Set `token_refresh_at` of an account if the token or `token_expires_at` was changed."""
+    """Set `token_refresh_at` of an account if the access token or its expiry was changed."""
     changed = instance_state(account).committed_state.keys()
     if changed & {"access_token", "token_expires_at"} and "token_expires_at" in vars(account):
         token = account.readable_token()

@@ -43,7 +43,7 @@ class APIKeyStatus(StrEnum):
 class APIKeyScope(StrEnum):
     """A permission of an API key, written as `family:level`.
 
-    Within a family, admin implies write, and write implies read.
+    Within a family, the level admin includes write, and the level write includes read.
     """
 
     MCP_READ = "mcp:read"
@@ -80,7 +80,7 @@ def parse_address(address: str | IPv4Address | IPv6Address) -> IPv4Address | IPv
     """Parse an IP address. An IPv4-mapped IPv6 address is converted to IPv4.
 
     Raises:
-        ValueError: the text is not an IP address.
+        ValueError: `address` is not an IP address.
     """
     parsed = ip_address(address)
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
@@ -93,7 +93,7 @@ def parse_network(
     """Parse an IP network or address. An IPv4-mapped IPv6 network is converted to IPv4.
 
     Raises:
-        ValueError: the text is not an IP network.
+        ValueError: `network` is neither an IP network nor an IP address.
     """
     parsed = ip_network(network)
     mapped = parsed.network_address.ipv4_mapped if isinstance(parsed, IPv6Network) else None
@@ -118,7 +118,7 @@ def _matches(pattern: str, text: str) -> bool:
 def address_allowed(
     networks: Iterable[IPv4Network | IPv6Network], address: str | IPv4Address | IPv6Address | None
 ) -> bool:
-    """Return whether an IP address is in one of the networks. The result for None is False."""
+    """Return whether an IP address is in one of the networks. The address None is in no network."""
     if address is None:
         return False
     try:
@@ -129,7 +129,7 @@ def address_allowed(
 
 
 def user_agent_allowed(patterns: Iterable[str], user_agent: str | None) -> bool:
-    """Return whether a User-Agent matches one of the patterns. The result for None is False."""
+    """Return whether a User-Agent matches one of the patterns. None matches no pattern."""
     return user_agent is not None and any(_matches(pattern, user_agent) for pattern in patterns)
 
 
@@ -247,8 +247,8 @@ class APIKey(MutableEntity, table=True):
     def has_scope(self, scope: APIKeyScope) -> bool:
         """Return whether a scope of the key equals or implies the given scope.
 
-        A pause of trading (`crud.api_keys.pause`) does not change the result. Only `authorize` with
-        scopes denies requests during a pause.
+        A pause of trading (`crud.api_keys.pause`) does not change the result of `has_scope`. To
+        deny trades during a pause, authorize each request with the scopes that the request needs.
         """
         wanted = APIKeyScope(scope)
         return any(held.implies(wanted) for held in self.scopes)
@@ -278,7 +278,7 @@ class APIKey(MutableEntity, table=True):
         return self.tiger_account_id is None or self.tiger_account_id == account_id
 
 
-# api_key_usage has no entity class, because usage counts are written and read as raw rows.
+# The table api_key_usage has no entity class, because usage counts are used as raw rows.
 api_key_usage = Table(
     "api_key_usage",
     metadata,
@@ -301,9 +301,9 @@ api_key_usage = Table(
 )
 
 
-# The counts for rate limits are not in api_keys, so that a use of an API key does not lock the row
-# of the key. api_key_limits has no foreign key, because the counts of a rotation chain remain when
-# the first key is deleted.
+# The counts for rate limits are not in the table api_keys, so that a use of an API key does not
+# lock the row of the key. The table api_key_limits has no foreign key, because the counts of a
+# rotation chain stay when the first key of the chain is deleted.
 api_key_limits = Table(
     "api_key_limits",
     metadata,
@@ -331,8 +331,8 @@ api_key_limits = Table(
 )
 
 
-# The primary key allows one row only. The row exists while trading is paused. The audit trail has
-# the earlier pauses.
+# The table trading_pauses has one row while trading is paused, and is empty otherwise. Earlier
+# pauses are in the audit trail.
 trading_pauses = Table(
     "trading_pauses",
     metadata,

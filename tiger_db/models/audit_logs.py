@@ -148,13 +148,13 @@ class AuditSeverity(StrEnum):
     CRITICAL = "critical"
 
 
-# Actions of these families change money, credentials or permissions, so that even a successful
-# action has medium severity.
+# Actions of these families change money, credentials or permissions. Therefore the event of a
+# successful action has the severity medium, and not low.
 _MEDIUM_FAMILIES = {"account", "api_key", "token", "trade", "system"}
 
 
 def severity_of(action: str, result: str) -> AuditSeverity:
-    """Return the default severity of an event with this action and result."""
+    """Return the default severity of an audit event with the given action and result."""
     failed = result not in {AuditResult.SUCCESS, AuditResult.PENDING}
     family = family_of(action)
     if family == "security":
@@ -182,7 +182,7 @@ class AuditLog(Entity, table=True):
     """One audit event. Events are append-only.
 
     The table audit_logs has no foreign keys, so that events remain when an account or API key is
-    deleted. Secrets are masked. Values that cannot be stored are converted, and `details`
+    deleted. Secrets are masked. Values that PostgreSQL cannot store are converted, and `details`
     contains notes on the conversions.
 
     The attribute `action` is a plain text if the action is not a member of `AuditAction`. The
@@ -300,8 +300,8 @@ class AuditLog(Entity, table=True):
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
         sanitized = sanitize(changes)
-        # sanitize() adds notes to `details`. The notes are kept only if `details` is assigned,
-        # because a change of another field must not change `details`.
+        # sanitize() adds notes to `details`. The notes are dropped unless `details` is assigned,
+        # because the assignment of another field must not change `details`.
         return super().validate_changes(
             {name: sanitized.get(name, value) for name, value in changes.items()}
         )
@@ -319,12 +319,12 @@ def _text_limits() -> dict[str, int]:
         name: rule.max_length
         for name, field in AuditLog.model_fields.items()
         for rule in field.metadata
-        # An action that is too long is refused instead of cut.
+        # Too long actions are refused. All other too long texts are shortened.
         if isinstance(rule, MaxLen) and name != "action"
     }
 
 
-# Insertion of audit events without the ORM
+# Statements and functions that insert audit events without the ORM
 
 SERVER_COLUMNS = ("created_at", "position")  # columns that the database sets
 _TABLE: Table = AuditLog.__table__  # type: ignore[attr-defined]  # set by SQLModel
@@ -358,7 +358,7 @@ async def insert_events(
         await connection.copy_records_to_table("audit_logs", columns=_COLUMNS, records=rows)
 
 
-# audit_seals has no entity class, because seals are written and read as raw rows.
+# The table audit_seals has no entity class, because seals are written and read as raw rows.
 audit_seals = Table(
     "audit_seals",
     metadata,
