@@ -1,6 +1,7 @@
 """Commands for broker accounts."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
@@ -326,12 +327,7 @@ def set_account_status(
     as_json: options.AsJson = False,
 ) -> None:
     """Set the status of an account. To close an account, use `close-account`."""
-
-    async def change(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
-        return await tiger_db.crud.accounts.update(
-            session, account_id, status=status, reason=reason
-        )
-
+    change = partial(tiger_db.crud.accounts.update, status=status, reason=reason)
     _change(account, change, "{account} is {status}", as_json=as_json)
 
 
@@ -343,11 +339,8 @@ def add_market_permission(
     as_json: options.AsJson = False,
 ) -> None:
     """Allow an account to trade in a market."""
-
-    async def change(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
-        market = tiger_db.MarketPermission(permission)
-        return await tiger_db.crud.accounts.add_market_permission(session, account_id, market)
-
+    market = tiger_db.MarketPermission(permission)
+    change = partial(tiger_db.crud.accounts.add_market_permission, permission=market)
     _change(account, change, f"{{account}} may trade in {permission}", as_json=as_json)
 
 
@@ -359,11 +352,8 @@ def remove_market_permission(
     as_json: options.AsJson = False,
 ) -> None:
     """Forbid an account to trade in a market."""
-
-    async def change(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
-        market = tiger_db.MarketPermission(permission)
-        return await tiger_db.crud.accounts.remove_market_permission(session, account_id, market)
-
+    market = tiger_db.MarketPermission(permission)
+    change = partial(tiger_db.crud.accounts.remove_market_permission, permission=market)
     _change(account, change, f"{{account}} may not trade in {permission}", as_json=as_json)
 
 
