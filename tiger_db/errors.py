@@ -23,7 +23,7 @@ class ConfigurationError(TigerDBError):
 
 
 class DatabaseUnavailable(TigerDBError):
-    """The database cannot be reached, or the connection to it was lost."""
+    """The database cannot be reached, or the connection to the database was lost."""
 
     code = "database_unavailable"
 
@@ -101,7 +101,7 @@ class InvalidValue(TigerDBError):
 
 
 class InvalidFields(InvalidValue, ValidationError):
-    """Fields or arguments are not valid. The error names each of them, and shows no values."""
+    """Fields or arguments are not valid. The error names each field, and hides the values."""
 
     code = "invalid_fields"
 
