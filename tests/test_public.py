@@ -1,4 +1,4 @@
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, Literal
 from uuid import uuid4
@@ -7,9 +7,25 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tests.support import factories
 from tests.support.recording import recorded
-from tiger_db import AccountStatus, APIKeyStatus, AuditAction, Database, crud
-from tiger_db.errors import InvalidFields, InvalidState, InvalidValue, StatementRefused
+from tiger_db import (
+    AccountStatus,
+    APIKeyScope,
+    APIKeyStatus,
+    AuditAction,
+    Database,
+    KeyVerifier,
+    crud,
+)
+from tiger_db.database import AsyncSession as DatabaseSession
+from tiger_db.errors import (
+    InvalidFields,
+    InvalidState,
+    InvalidValue,
+    ScopeMissing,
+    StatementRefused,
+)
 from tiger_db.public import public
 
 ID = uuid4()
@@ -162,3 +178,45 @@ async def test_an_error_of_sqlalchemy_becomes_one_of_tiger_db(session: AsyncSess
 
 def test_any_text_has_a_hash() -> None:
     assert len(crud.token_status.token_hash("\ud800")) == 64
+
+
+class Once:
+    """An iterable that can be read once, and is not an iterator."""
+
+    def __init__(self, *items: object) -> None:
+        self.items = iter(items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.items
+
+
+async def test_an_iterable_that_can_be_read_once_keeps_its_items(clone: Database) -> None:
+    write, read = APIKeyScope.MCP_WRITE, APIKeyScope.MCP_READ
+    async with clone.session() as session:
+        _, raw_key = await crud.api_keys.create_api_key(session, name="n", scopes=Once(read))
+        with pytest.raises(ScopeMissing):
+            await crud.api_keys.authorize_api_key(session, raw_key, scopes=Once(write))
+    with pytest.raises(ScopeMissing):
+        await KeyVerifier(clone).authorize(raw_key, scopes=Once(write))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rate_limit_per_hour", True),
+        ("rate_limit_per_day", "5"),
+        ("allowed_ips", [167772161]),
+        ("allowed_user_agents", [b"x"]),
+        ("name", b"x"),
+        ("expires_at", 4102444800),
+        ("scopes", [None]),
+        ("tags", [("a", 1)]),
+    ],
+)
+async def test_a_change_of_a_key_with_a_wrong_type_is_refused(
+    session: DatabaseSession, field: str, value: object
+) -> None:
+    key, _ = await factories.api_key(session)
+    with pytest.raises(InvalidFields) as refused:
+        await functions.api_keys.update(session, key.id, **{field: value})
+    assert refused.value.errors()[0]["loc"][0] == field

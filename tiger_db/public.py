@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from functools import wraps
@@ -79,10 +79,15 @@ class Types:
         self._iterables = [name for name, hint in hints.items() if get_origin(hint) is Iterable]
 
     def check(self, values: dict[str, Any]) -> None:
-        """Raise InvalidFields if a value has a wrong type. Replace each iterator by a list."""
-        for name in self._iterables:  # an iterator can be read only once
-            if isinstance(values.get(name), Iterator):
-                values[name] = list(values[name])
+        """Raise InvalidFields if a value has a wrong type.
+
+        An iterable that is no collection, such as an iterator, is replaced by a list, because it
+        may be readable only once.
+        """
+        for name in self._iterables:
+            value = values.get(name)
+            if isinstance(value, Iterable) and not isinstance(value, Collection):
+                values[name] = list(value)
         wrong = []
         for name, value in values.items():
             test = self._tests.get(name)

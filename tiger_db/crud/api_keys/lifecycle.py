@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_type_hints
 from uuid import UUID
 
 from pydantic import JsonValue
@@ -25,7 +25,7 @@ from tiger_db.models import (
     AuditAction,
     TigerAccount,
 )
-from tiger_db.public import public
+from tiger_db.public import Types, public
 
 _COPIED_FIELDS = {
     "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour", "rate_limit_per_day",
@@ -55,6 +55,9 @@ class KeyChanges(TypedDict, total=False):
     rate_limit_per_day: int | None
     expires_at: datetime | None
     tags: Mapping[str, JsonValue]
+
+
+_CHANGES = Types("update", get_type_hints(KeyChanges))
 
 
 @public
@@ -163,9 +166,11 @@ async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChang
         InvalidState: the API key is revoked, the account of the API key is closed, or the new
             `expires_at` would prolong the grace period of a rotated key.
     """
-    _refuse_other_fields(changes)
+    given = {**changes}
+    _refuse_other_fields(given)
+    _CHANGES.check(given)
     key, now = await _lock_unrevoked(session, key_id)
-    values = key.validate_changes({**changes})
+    values = key.validate_changes(given)
     values = {
         name: value
         for name, value in values.items()
