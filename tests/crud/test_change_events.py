@@ -5,6 +5,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_network
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import delete, insert, select, text, update
@@ -280,6 +281,24 @@ async def test_deleted_rows_are_recorded_with_their_last_values(
     old = events[A.API_KEY_DELETE].old_values or {}
     assert (old["name"], old["allowed_ips"]) == ("assistant", ["10.0.0.0/8"])
     assert "key_hash" not in old
+
+
+@pytest.mark.parametrize("change", ["update", "delete"])
+async def test_the_id_of_a_stored_row_cannot_be_changed(session: AsyncSession, change: str) -> None:
+    account = await factories.account(session)
+    key, _ = await factories.api_key(session)
+    before = await factories.events(session)
+    for row in (account, key):
+        with pytest.raises(InvalidState, match=f"the id of a stored {type(row).__name__}"):
+            async with session.begin_nested():
+                with session.no_autoflush:
+                    row.id = uuid4()
+                    if change == "delete":
+                        await session.delete(row)
+                    elif isinstance(row, APIKey):
+                        row.scopes = [APIKeyScope.TRADE_ADMIN]
+                    await session.flush()
+    assert await new_events(session, before) == []
 
 
 # One event for each change

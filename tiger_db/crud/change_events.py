@@ -153,8 +153,13 @@ def _stored_values(
     Values in the session are current only inside `described`, whose caller has locked the row. All
     other values are read from the database, and the row is locked. Fields that were not loaded, or
     whose values were changed in place, are always read from the database.
+
+    Raises:
+        InvalidState: the id was changed. The events of the row would have two ids.
     """
     state = instance_state(entity)
+    if state.key is not None and state.key[1] != (entity.id,):
+        raise InvalidState(f"the id of a stored {type(entity).__name__} cannot be changed")
     values: dict[str, object] = dict.fromkeys(names, NO_VALUE)
     if _FIELDS in state.info:
         values |= {name: state.dict[name] for name in names & state.dict.keys()}
