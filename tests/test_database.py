@@ -11,12 +11,15 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.support import factories
 from tests.support.factories import plain
-from tiger_db import Database, Settings, crud
+from tiger_db import Database, Settings, TigerAccount, crud
 from tiger_db.connections import connect, maintenance_engine
+from tiger_db.crud.common import get_or_raise
 from tiger_db.encryption import generate_key
 from tiger_db.errors import (
+    AlreadyExists,
     ConfigurationError,
     EncryptionError,
+    MissingReference,
     QueryTimeout,
     SchemaMismatch,
 )
@@ -108,6 +111,23 @@ async def test_errors_and_logs_hide_parameters(
 async def test_sessions_use_utc(database: Database) -> None:
     async with database.session() as session:
         assert await session.scalar(text("SHOW timezone")) == "UTC"
+
+
+async def test_a_violated_constraint_at_the_end_of_a_session_is_an_error_of_tiger_db(
+    clone: Database,
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+        await factories.api_key(session, tiger_account_id=account.id)
+    with pytest.raises(MissingReference):
+        async with clone.session() as session:
+            await session.delete(await get_or_raise(session, TigerAccount, account.id))
+    with pytest.raises(AlreadyExists, match="this account number") as caught:
+        async with clone.session() as session:
+            session.add(factories.new_account(account_number=account.account_number))
+    assert caught.value.__cause__ is None
+    async with clone.session() as session:
+        assert len(await crud.accounts.list_accounts(session)) == 1
 
 
 # Keys

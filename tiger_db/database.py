@@ -10,9 +10,11 @@ from typing import Any, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
+from sqlalchemy.orm.exc import FlushError
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db.actor import Actor
@@ -34,6 +36,7 @@ from tiger_db.models.secrets import CONTEXT
 from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.public import public
 from tiger_db.settings import Settings
+from tiger_db.sqlstates import typed
 
 T = TypeVar("T")
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -53,6 +56,8 @@ class AsyncSession(SQLModelSession):
         """Flush the session and commit the transaction.
 
         Raises:
+            AlreadyExists, MissingReference, InvalidValue: the changes violate a constraint. The
+                database saved nothing of the transaction.
             OutcomeUnknown: the connection was lost during the commit, or the synchronous replica
                 did not confirm the commit in time.
             DatabaseUnavailable: the connection was lost before the commit. The database saved
@@ -60,9 +65,14 @@ class AsyncSession(SQLModelSession):
             Conflict: another transaction conflicts with this transaction. The database saved
                 nothing of this transaction.
         """
-        await self.flush()
+        try:
+            await self.flush()
+        except (DBAPIError, FlushError) as error:
+            raise typed(error) from None
         try:
             await super().commit()
+        except DBAPIError as error:  # for example, a deferred constraint of the application
+            raise typed(error) from None
         except DatabaseUnavailable as error:
             raise OutcomeUnknown(
                 f"{error}, during the commit: it is unknown whether the transaction was saved"
@@ -179,6 +189,8 @@ class Database:
         the isolation level "SERIALIZABLE", so sessions with this level use the primary.
 
         Raises:
+            AlreadyExists, MissingReference, InvalidValue: the changes violate a constraint. The
+                database saved nothing of the transaction.
             DatabaseUnavailable: the database cannot be reached, or the connection was lost before
                 the commit. The database saved nothing of the transaction.
             OutcomeUnknown: the commit was not confirmed, as documented for `AsyncSession.commit`.
