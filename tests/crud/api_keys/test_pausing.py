@@ -148,6 +148,17 @@ async def test_no_character_of_a_reason_prevents_a_pause(session: AsyncSession) 
     assert await api_keys.resume(session, reason="go\0 \udcff") == paused
 
 
+async def test_a_secret_in_a_reason_is_masked(session: AsyncSession) -> None:
+    _, raw_key = await factories.api_key(session, scopes=TRADES)
+    pause = await api_keys.pause(session, reason=f"stolen: {raw_key}, password=hunter2")
+    with pytest.raises(TradingPaused) as raised:
+        await api_keys.authorize_api_key(session, raw_key, scopes=TRADES)
+    for text_ in (pause.reason, str(raised.value), repr(raised.value.reason)):
+        assert "stolen" in text_
+        assert raw_key not in text_
+        assert "hunter2" not in text_
+
+
 async def test_a_readonly_session_can_only_read_the_pause(clone: Database) -> None:
     async with clone.session(readonly=True) as session:
         with pytest.raises(InvalidState, match="readonly"):

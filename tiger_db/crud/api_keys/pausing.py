@@ -13,6 +13,7 @@ from tiger_db.crud.common import actor_of, execute_driver_sql, refuse_readonly, 
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditAction, AuditSeverity
 from tiger_db.public import public
+from tiger_db.redaction import redact_aggressively
 
 _MAX_REASON_LENGTH = 500
 # If trading is paused already, the UPDATE only locks the row, so that a concurrent `resume` waits
@@ -50,7 +51,8 @@ async def pause(session: AsyncSession, *, reason: str) -> TradingPause:
 
     When the session's transaction is committed, every process denies each request that requires a
     scope of the family `trade`, and raises `TradingPaused`. Other requests are not affected. If
-    trading is paused already, the function changes nothing, and returns the earlier pause.
+    trading is paused already, the function changes nothing, and returns the earlier pause. Secrets
+    in `reason` are masked, because denied callers see the reason.
 
     Raises:
         InvalidValue: `reason` is blank, or longer than 500 characters.
@@ -58,9 +60,10 @@ async def pause(session: AsyncSession, *, reason: str) -> TradingPause:
     """
     refuse_readonly(session)
     _check_reason(reason)
+    shown = redact_aggressively(replace_unstorable(reason))[:_MAX_REASON_LENGTH]
     actor = actor_in_force(actor_of(session.info))
     paused_by = actor.user_id or actor.user_type
-    rows = await execute_driver_sql(session, _PAUSE, replace_unstorable(reason), paused_by)
+    rows = await execute_driver_sql(session, _PAUSE, shown, paused_by)
     current = _pause_of(rows[0])
     if rows[0].is_new:
         await log_event(
