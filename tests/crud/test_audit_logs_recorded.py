@@ -201,6 +201,13 @@ async def test_the_request_id_is_that_of_the_actor_or_a_given_one(clone: Databas
     assert {(event.details or {})["_intent"] for event in outcomes} == intents
 
 
+async def test_the_block_cannot_change_the_request_id(clone: Database) -> None:
+    async with recorded(clone, action=PLACE, request_id="r7") as event:
+        event.request_id = None
+    _, outcome = await pair(clone)
+    assert outcome.request_id == "r7"
+
+
 async def test_details_cannot_replace_the_link_to_the_intent(clone: Database) -> None:
     details = {"_intent": "forged", "symbol": "AAPL"}
     async with recorded(clone, action=PLACE, details=details):

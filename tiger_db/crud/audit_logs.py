@@ -236,7 +236,8 @@ def _fail(outcome: AuditLog, error: BaseException, cancelled: str) -> None:
 
 
 def _complete(outcome: AuditLog, intent: AuditLog, milliseconds: int) -> AuditLog:
-    """Set the duration, the severity and the id of the intent in an outcome event. Return it."""
+    """Set the duration, the severity and the link to the intent in an outcome event. Return it."""
+    outcome.request_id = intent.request_id
     if outcome.duration_ms is None:
         outcome.duration_ms = milliseconds
     if "severity" not in outcome.model_fields_set:
