@@ -14,6 +14,7 @@ from sqlalchemy.types import TypeDecorator
 
 from tiger_db.migrations.declared import TRIGGERS, Trigger
 from tiger_db.models import metadata
+from tiger_db.models.columns import Json
 
 _PARTITION = re.compile(r"audit_logs_(default|\d{4}_\d{2})(_|$)")
 
@@ -23,10 +24,13 @@ def include_name(name: str | None, kind: str, _parents: object) -> bool:
     return not (kind == "table" and name is not None and _PARTITION.match(name))
 
 
-def render_item(kind: str, item: object, _context: AutogenContext) -> str | Literal[False]:
-    """Render a TypeDecorator as the SQLAlchemy type that the TypeDecorator wraps."""
+def render_item(kind: str, item: object, context: AutogenContext) -> str | Literal[False]:
+    """Render a type of tiger_db as the SQLAlchemy type on which the type is based."""
     if kind == "type" and isinstance(item, TypeDecorator):
         return f"sa.{item.impl_instance!r}"
+    if kind == "type" and isinstance(item, Json):
+        context.imports.add("from sqlalchemy.dialects import postgresql")
+        return "postgresql.JSONB()"
     return False
 
 
