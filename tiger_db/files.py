@@ -87,7 +87,7 @@ def make_private_folder(folder: Path) -> None:
 
 
 def is_private_folder(path: Path, uid: int) -> bool:
-    """Return whether a path is a folder with owner `uid` and mode 0700, and no symbolic link."""
+    """Return whether a path is a folder, not a symbolic link, with owner `uid` and mode 0700."""
     with suppress(OSError):
         status = path.lstat()
         kind_and_mode = status.st_mode & ~stat.S_ISGID  # a new folder may inherit the setgid bit

@@ -49,7 +49,7 @@ def create_account(
     environment: Annotated[
         Environments,
         typer.Option(
-            help="Tiger's servers. Only the account number decides what is a paper account."
+            help="Tiger's servers. SANDBOX does not make a paper account: see --account-type."
         ),
     ] = "PROD",
     server_url: Annotated[

@@ -190,7 +190,7 @@ class TokenStatus(MutableEntity, table=True):
 
         Raises:
             InvalidState: the refresh is not in progress.
-            InvalidFields: an argument is invalid. The TokenStatus is not changed.
+            InvalidFields: an argument is invalid, so the TokenStatus stays unchanged.
         """
         if self.status != TokenRefreshStatus.IN_PROGRESS or self.started_at is None:
             raise InvalidState(f"a {self.status.value} refresh cannot be completed")

@@ -188,7 +188,7 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
 
 @public
 async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
-    """Open a failed refresh again. The refresh is due now, and has no failed attempts.
+    """Open a failed refresh again, due now. The count of failed attempts starts again at 0.
 
     Raises:
         NotFound: no refresh has the id `refresh_id`.
