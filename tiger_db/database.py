@@ -193,15 +193,15 @@ class Database:
                 database saved nothing of the transaction.
             DatabaseUnavailable: the database cannot be reached, or the connection was lost before
                 the commit. The database saved nothing of the transaction.
-            OutcomeUnknown: the commit was not confirmed, as documented for `AsyncSession.commit`.
+            OutcomeUnknown: the connection was lost during the commit, or the synchronous replica
+                did not confirm the commit in time.
             Conflict: a deadlock, serialization failure or lock timeout occurred. The database saved
                 nothing of the transaction.
             QueryTimeout: an SQL statement took longer than `DB_QUERY_TIMEOUT`. The database saved
                 nothing of the transaction.
             InvalidFields: an argument has a wrong type.
             InvalidState: a readonly session tried to write or to authorize an API key.
-            SchemaMismatch: the schema does not fit this tiger_db release, as documented for the
-                method `check`.
+            SchemaMismatch: the schema is missing, or does not fit this tiger_db release.
         """
         options: dict[str, Any] = {"isolation_level": isolation} if isolation else {}
         if readonly:
@@ -243,8 +243,8 @@ class Database:
         and must have no effects outside its session.
 
         Raises:
-            OutcomeUnknown: it is unknown whether the transaction was saved, as documented for
-                `AsyncSession.commit`. Before a repetition, check whether the transaction was saved.
+            OutcomeUnknown: the connection was lost during the commit. Before a repetition, check
+                whether the transaction was saved.
             Conflict, DatabaseUnavailable: the last retry of the transaction failed with this error.
             QueryTimeout, SchemaMismatch: the session raised this error, after which `transaction`
                 does not call `work` again.

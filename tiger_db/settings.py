@@ -257,8 +257,9 @@ class Settings(BaseSettings):
     def channel(self, name: str) -> str:
         """Return the NOTIFY channel of `DB_SCHEMA` for a channel name.
 
-        For the schema `public`, the channel is `name`. For other schemas, the channel ends with a
-        digest of the schema's name, because PostgreSQL limits channel names to 63 bytes.
+        For the schema `public`, the channel is `name`. For every other schema, the channel is
+        `name` and a digest of the schema's name. A channel name can have at most 63 bytes, so the
+        digest replaces the name, which may be longer.
         """
         if self.db_schema == DEFAULT_SCHEMA:
             return name

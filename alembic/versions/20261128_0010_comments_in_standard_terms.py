@@ -4,7 +4,7 @@ Revision: 0010
 Follows: 0009
 Made: 2026-11-28
 
-The migration briefly takes a SHARE UPDATE EXCLUSIVE lock on each table. This lock does not block
+The migration briefly takes a SHARE UPDATE EXCLUSIVE lock on each table, which does not block
 reads and writes. Existing partitions of audit_logs keep the old comments. Code of revision 0009
 works with the schema of revision 0010.
 """

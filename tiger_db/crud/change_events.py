@@ -59,8 +59,8 @@ def described(
     """Set fields of the audit event that a flush in the code block records for an entity.
 
     The caller has locked the row of the entity, or creates the row. `old_values` and `new_values`
-    replace the values that the flush would record. If an update changes any field, the audit event
-    also lists the fields in `given`.
+    replace the values that the flush would record. The event of an update contains the changed
+    fields, and the unchanged fields that the argument `given` names.
     """
     info = instance_state(entity).info
     info[_FIELDS], info[_GIVEN] = fields, {*given}

@@ -308,7 +308,10 @@ def column_names(entity: type[Entity]) -> list[str]:
 
 
 def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | None) -> E_:
-    """Create a detached entity from a raw row. `provider` decrypts each secret on access."""
+    """Create an entity, which belongs to no session, from the column values of a row.
+
+    `provider` decrypts each secret on access.
+    """
     mapper: Mapper[E_] = class_mapper(entity)
     row = mapper.class_manager.new_instance()
     # vars(row).update() bypasses the change tracking of SQLAlchemy.
