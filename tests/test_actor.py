@@ -148,6 +148,7 @@ async def test_get_session_takes_an_actor(clone: Database, monkeypatch: pytest.M
 # Each way to write an event
 
 
+@pytest.mark.slow
 async def test_200_interleaved_tasks_are_recorded_as_their_own_actors(clone: Database) -> None:
     """Every fourth task has no actor, and each way to write an event takes part."""
     _, raw_key = await _key(clone)

@@ -240,6 +240,7 @@ async def test_rows_are_usable_when_everything_is_closed(clone_settings: Setting
 # Schemas
 
 
+@pytest.mark.slow
 async def test_a_missing_schema_is_an_error_until_it_exists(empty_database: Settings) -> None:
     async with Database(empty_database) as database:
         for _ in range(2):

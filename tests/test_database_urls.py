@@ -85,6 +85,7 @@ def urls(draw: st.DrawFn) -> str:
 @example(text="postgresql://u@localhost:5433/d?host=/cloudsql/one")
 @example(text="postgresql://h1:1,h2:2/d?port=3")
 @example(text="postgresql://h/d?options=-csearch_path%3Dx+y&user=u&user=v&password=")
+@pytest.mark.slow
 def test_a_url_has_the_meaning_of_libpq(text: str) -> None:
     expected = by_libpq(text)
     assert expected is not None

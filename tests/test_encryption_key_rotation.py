@@ -295,6 +295,7 @@ async def locked(database: Database, account: TigerAccount) -> AsyncIterator[Any
                 await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 async def test_a_locked_row_delays_no_other_row(using: Using) -> None:
     async with using(K1) as old, using(K2) as both:
         busy, *free = await store(old, 4)

@@ -161,6 +161,7 @@ async def test_events_of_a_wrong_clock_are_reported(
     assert "check the clocks" in only_problem(await check_readiness(clone_settings))
 
 
+@pytest.mark.slow
 async def test_a_missing_or_newer_schema_is_reported(empty_database: Settings) -> None:
     report = await check_readiness(empty_database)
     assert (report.revision, report.rows, report.audit_months_ahead) == (None, {}, None)

@@ -104,6 +104,7 @@ def test_the_message_of_the_sdk_for_a_failed_request_is_masked() -> None:
         assert word in shown
 
 
+@pytest.mark.slow
 def test_the_message_of_the_sdk_for_a_malformed_answer_is_masked() -> None:
     data = json.dumps({"token": "short", "expires": 1}, separators=(",", ":"))
     answer = json.dumps({"code": 4, "message": "access forbidden", "data": data, "sign": SIGN})

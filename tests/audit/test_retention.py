@@ -192,6 +192,7 @@ async def test_missing_months_are_created(database: Database, other: Connection)
 
 
 @pytest.mark.schema_changes
+@pytest.mark.slow
 async def test_events_move_into_new_months_while_others_write(
     database: Database, other: Connection
 ) -> None:
@@ -301,6 +302,7 @@ async def retirements(connection: Connection) -> list[str]:
 
 
 @pytest.mark.schema_changes
+@pytest.mark.slow
 async def test_old_months_are_retired(
     database: Database, keeper: Database, other: Connection
 ) -> None:

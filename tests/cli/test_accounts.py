@@ -251,6 +251,7 @@ def test_a_new_default_replaces_the_old_one(cli: CommandLine) -> None:
     assert flags == [("U2", True, False), ("U1", False, True)]
 
 
+@pytest.mark.slow
 def test_accounts_are_listed_in_pages(cli: CommandLine) -> None:
     assert cli.ok("list-accounts") == Result(0, "", "no rows found\n")
     assert cli.ok("list-accounts", "--json").json == {"items": [], "next_cursor": None}
@@ -334,6 +335,7 @@ def test_an_account_is_closed(cli: CommandLine) -> None:
     assert "no account" in cli.fails("close-account", "0", "--yes")
 
 
+@pytest.mark.slow
 def test_a_closed_account_is_deleted(cli: CommandLine) -> None:
     create(cli)
     key = ("create-api-key", "--name", "assistant", "--scopes", "mcp:read", "--account", NUMBER)

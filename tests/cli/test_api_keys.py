@@ -227,6 +227,7 @@ def everything_stored(settings: Settings) -> list[list[tuple[object, ...]]]:
     return asyncio.run(read())
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(cli: CommandLine, clone_settings: Settings) -> None:
     row = create(cli, "--rate-limit-per-hour", "1", "--scopes", "mcp:read")
     key, dry = row["key"], ("verify-api-key", "-", "--dry-run", "--json")
@@ -471,6 +472,7 @@ def test_a_leaked_key_is_not_logged(cli: CommandLine) -> None:
     assert f"API key {row['key_prefix']} is revoked" in done.err
 
 
+@pytest.mark.slow
 def test_a_rotated_key_has_the_same_permissions_and_is_shown_once(cli: CommandLine) -> None:
     create_account(cli, "51230321")
     old = create(
@@ -588,6 +590,7 @@ def test_an_empty_restriction_creates_no_key(cli: CommandLine, option: str) -> N
     assert cli.ok("list-api-keys", "--json").json["items"] == []
 
 
+@pytest.mark.slow
 def test_a_key_is_switched_off_and_on(cli: CommandLine) -> None:
     row = create(cli)
     off = cli.ok("deactivate-api-key", row["key_prefix"], "--reason", "on holiday", "--json")
@@ -677,6 +680,7 @@ def test_the_pattern_is_printed_without_a_database(bare: CommandLine) -> None:
     assert re.findall(result.out.strip(), text) == [sample]
 
 
+@pytest.mark.slow
 def test_trading_is_paused_and_resumed(cli: CommandLine) -> None:
     key = create(cli, "--scopes", "trade:write,mcp:read")["key"]
     listed = cli.ok("list-api-keys", "--json")

@@ -86,6 +86,7 @@ def test_init_creates_what_is_missing(
     assert bare.ok("health-check").err == ""
 
 
+@pytest.mark.slow
 def test_init_explains_how_to_set_an_encryption_key(empty: CommandLine) -> None:
     del empty.env["ENCRYPTION_KEYS"]
     told = empty.ok("init").err
@@ -95,6 +96,7 @@ def test_init_explains_how_to_set_an_encryption_key(empty: CommandLine) -> None:
     assert "warning" not in empty.ok("init", ENCRYPTION_KEYS=made.out.strip()).err
 
 
+@pytest.mark.slow
 def test_init_explains_how_to_set_a_pepper(empty: CommandLine) -> None:
     del empty.env["API_KEY_PEPPERS"]
     told = empty.ok("init").err

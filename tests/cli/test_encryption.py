@@ -50,6 +50,7 @@ def test_keys_are_listed_with_the_number_of_rows_that_need_them(
     assert new_key.partition(":")[2] not in alone.out + alone.err
 
 
+@pytest.mark.slow
 def test_rotation_reports_the_key_that_can_be_removed(cli: CommandLine, new_key: str) -> None:
     create(cli)
     both = {"ENCRYPTION_KEYS": f"{new_key},{KEYS}"}

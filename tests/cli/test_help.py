@@ -50,6 +50,7 @@ def test_help_imports_no_slow_module(bare: CommandLine, command: str | None) -> 
     assert not loaded & (SLOW - {"pydantic"} if command else SLOW)
 
 
+@pytest.mark.slow
 def test_help_lists_all_commands(bare: CommandLine) -> None:
     shown = bare.ok("--help").out
     assert max(map(len, shown.splitlines())) <= 80

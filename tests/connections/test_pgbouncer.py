@@ -213,6 +213,7 @@ async def test_two_processes_and_a_migration_work_behind_the_pooler(
     assert await sql(behind, count) == 2 * TASKS * ROUNDS
 
 
+@pytest.mark.slow
 async def test_a_schema_is_created_on_a_direct_connection(
     empty_database: Settings, folder: Path, server_url: str
 ) -> None:

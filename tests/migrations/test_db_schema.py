@@ -123,6 +123,7 @@ async def test_every_function_has_its_schema_as_search_path(two: tuple[Database,
 
 
 @pytest.mark.schema_changes
+@pytest.mark.slow
 async def test_a_downgrade_to_0005_restores_its_functions(empty_database: Settings) -> None:
     functions = (
         "SELECT string_agg(pg_get_functiondef(oid), '' ORDER BY proname) FROM pg_proc"
@@ -204,6 +205,7 @@ async def as_role(settings: Settings, *grants: str) -> AsyncIterator[Settings]:
         await sql(settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
+@pytest.mark.slow
 async def test_without_the_right_to_create_the_schema_the_reason_is_one_line(
     empty_database: Settings,
 ) -> None:

@@ -163,6 +163,7 @@ async def test_0002_removes_the_credentials_of_closed_accounts(empty_database: S
 
 
 @pytest.mark.schema_changes
+@pytest.mark.slow
 async def test_0002_can_be_undone_and_repeated_with_data(clone: Database) -> None:
     async with clone.session() as session:
         used = await factories.account(session, access_token="t", client_options={"timeout": 7})

@@ -227,6 +227,7 @@ def test_the_name_of_a_quote_permission_is_storable(name: str) -> None:
     assert names_of(error) == {"quote_permissions"}
 
 
+@pytest.mark.slow
 def test_json_of_any_depth_does_not_crash_validation() -> None:
     deep: dict[str, Any] = {}
     for _ in range(100_000):

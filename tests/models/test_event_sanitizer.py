@@ -231,6 +231,7 @@ def test_numbers_of_numpy_are_kept_where_a_name_suggests_a_secret() -> None:
     assert made(AuditLog, tags=given_).tags == {"max_tokens": 5, "has_token": True, "pin": MASK}
 
 
+@pytest.mark.slow
 def test_numpy_is_not_imported() -> None:
     code = "import sys, tiger_db.models; assert 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -209,6 +209,7 @@ async def test_a_refresh_starts_when_it_becomes_due(
     assert timedelta(0) <= late < 5 * SECOND
 
 
+@pytest.mark.slow
 async def test_a_token_is_refreshed_when_it_becomes_due(
     clone: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,13 +153,10 @@ def _stored_values(
     Values in the session are current only inside `described`, whose caller has locked the row. All
     other values are read from the database, and the row is locked. Fields that were not loaded, or
     whose values were changed in place, are always read from the database.
-
-    Raises:
-        InvalidState: the id was changed. The events of the row would have two ids.
     """
     state = instance_state(entity)
-    if state.key is not None and state.key[1] != (entity.id,):
-        raise InvalidState(f"the id of a stored {type(entity).__name__} cannot be changed")
+    assert state.key is not None
+    (stored_id,) = state.key[1]  # `entity.id` may be a new id
     values: dict[str, object] = dict.fromkeys(names, NO_VALUE)
     if _FIELDS in state.info:
         values |= {name: state.dict[name] for name in names & state.dict.keys()}
@@ -169,7 +166,7 @@ def _stored_values(
     unknown = [name for name in names if values[name] is NO_VALUE]
     if unknown:
         columns = mapper.local_table.c
-        statement = select(*(columns[name] for name in unknown)).where(columns.id == entity.id)
+        statement = select(*(columns[name] for name in unknown)).where(columns.id == stored_id)
         row = connection.execute(statement.with_for_update(key_share=True)).one_or_none()
         if row is None:
             return {}

@@ -36,6 +36,7 @@ processes.set_forkserver_preload(
 )
 
 
+@pytest.mark.slow
 async def test_two_hundred_concurrent_uses_are_counted(crowd: Database) -> None:
     async with crowd.session() as session:
         key, raw_key = await factories.api_key(session)

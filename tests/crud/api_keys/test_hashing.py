@@ -141,6 +141,7 @@ async def test_a_dump_without_the_pepper_verifies_no_key(
 
 
 @CHECKS
+@pytest.mark.slow
 async def test_peppers_rotate(clone_settings: Settings, check: Check) -> None:
     raw_key = await make_key(with_peppers(clone_settings, f"old:{OLD}"))
     async with Database(with_peppers(clone_settings, f"new:{NEW}")) as database:
@@ -482,6 +483,7 @@ async def test_an_empty_hash_verifies_no_secret_and_is_not_stored(clone: Databas
     other=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3),
 )
 @pytest.mark.filterwarnings("ignore::passlib.exc.PasslibHashWarning")
+@pytest.mark.slow
 async def test_a_damaged_hash_raises_nothing(good: str, at: int, size: int, other: str) -> None:
     """Argon2 is left out, because a damaged cost in its text makes the test slow."""
     damaged = good[:at] + other + good[at + size :]
