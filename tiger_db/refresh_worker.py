@@ -373,7 +373,9 @@ class RefreshWorker:
             await self._offer(claim, token)
         except StaleToken:
             self.counts["stale"] += 1
-            _logger.warning("%s already has a newer token than the refreshed token", label)
+            _logger.warning(
+                "%s already has a token that is newer than the token from this refresh", label
+            )
         else:
             self.counts["refreshed"] += 1
             due = refresh.next_refresh_at

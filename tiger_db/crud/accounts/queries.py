@@ -144,9 +144,9 @@ async def find_for_operation(
     five minutes after the last error. The default account comes first. The other accounts are
     sorted by error count, and accounts with equal error counts by age, oldest account first.
 
-    If `trading` is true and `account_type` is None, the default trading account determines the
-    returned accounts. If the default trading account is a paper account, only paper accounts are
-    returned. Otherwise, only real accounts are returned.
+    If `trading` is true and `account_type` is None, the default account for trading decides
+    between paper and real accounts: if it is a paper account, only paper accounts are returned, and
+    otherwise only real accounts.
 
     Raises:
         InvalidState: the session is readonly.

@@ -261,7 +261,7 @@ async def _complete(
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
-        # get_or_raise() reloads the account, because COMPLETE bypasses the session.
+        # The SQL statement has changed the account past the ORM, so the account is read again.
         await get_or_raise(session, TigerAccount, account.id)
     return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
