@@ -29,6 +29,7 @@ class APIKeys:
             key = await self.verifier.authorize(token, scopes=[APIKeyScope.MCP_READ])
         except errors.AccessDenied:
             return None
+        # A tool that trades must call verifier.authorize with its scope: a pause changes no scope.
         scopes = [scope.value for scope in APIKeyScope if key.has_scope(scope)]
         return AccessToken(
             token=token,

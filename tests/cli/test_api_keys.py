@@ -693,10 +693,10 @@ def test_trading_is_paused_and_resumed(cli: CommandLine) -> None:
     pause = paused.json["trading_pause"]
     assert (pause["reason"], pause["paused_by"]) == ("runaway\n", "alice")
     since = datetime.fromisoformat(pause["paused_at"])
-    told = f"trading is paused since {since:%Y-%m-%d %H:%M:%SZ} by alice: runaway\n"
+    told = f"trading has been paused since {since:%Y-%m-%d %H:%M:%SZ} by alice: runaway\n"
     assert paused.err == told
     again = cli.ok("--actor", "bob", "pause", "--reason", "another")
-    assert (again.out, again.err) == ("", told)
+    assert (again.out, again.err) == ("", f"nothing is changed: {told}")
 
     assert "TradingPaused" in refusal(cli, key, "--scopes", "trade:read")
     assert "TradingPaused" in refusal(cli, key, "--scopes", "trade:read", "--dry-run")
@@ -717,7 +717,7 @@ def test_trading_is_paused_and_resumed(cli: CommandLine) -> None:
 
     ended = cli.ok("--actor", "bob", "resume", "--reason", "mended")
     assert (ended.out, ended.err) == (
-        "", f"trading is resumed; it was {told.removeprefix('trading is ')}"
+        "", f"trading is resumed; it had {told.removeprefix('trading has ')}"
     )  # fmt: skip
     assert cli.ok("resume", "--json").json == {"trading_pause": None}
     assert cli.ok("resume").err == "trading was not paused\n"

@@ -190,7 +190,9 @@ def test_malformed_filters_are_refused(cli: CommandLine) -> None:
         assert reason in cli.misused("list-events", option, value)
     assert "IP address nor an IP network" in cli.fails("list-events", "--ip", "300.1.1.1")
     assert "no account" in cli.fails("list-events", "--account", "nope")
-    assert "no API key" in cli.fails("list-events", "--api-key", "nope")
+    reason = cli.fails("list-events", "--api-key", "nope")
+    assert "no API key" in reason
+    assert "list-events --action api_key:delete --json" in reason
 
 
 @pytest.mark.slow

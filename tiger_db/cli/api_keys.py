@@ -134,7 +134,7 @@ def list_api_keys(
 
     page, numbers, paused = runtime.in_transaction(find)
     if paused is not None:
-        output.print_warning(f"trading is paused {paused}")
+        output.print_warning(f"trading has been paused {paused}")
     output.show_page(
         page,
         {
@@ -490,10 +490,18 @@ def pause(
 
     If trading is paused already, the command changes nothing, and shows the earlier pause.
     """
-    paused = runtime.in_transaction(
-        lambda session: tiger_db.crud.api_keys.pause(session, reason=reason)
-    )
-    output.print_message(f"trading is paused {paused}")
+
+    async def find_or_pause(
+        session: "AsyncSession",
+    ) -> "tuple[tiger_db.crud.api_keys.TradingPause | None, tiger_db.crud.api_keys.TradingPause]":
+        earlier = await tiger_db.crud.api_keys.current_pause(session)
+        return earlier, await tiger_db.crud.api_keys.pause(session, reason=reason)
+
+    earlier, paused = runtime.in_transaction(find_or_pause)
+    if earlier is not None:
+        output.print_message(f"nothing is changed: trading has been paused {paused}")
+    else:
+        output.print_message(f"trading has been paused {paused}")
     if as_json:
         output.print_json({"trading_pause": paused.as_json()})
 
@@ -513,7 +521,7 @@ def resume(
     if ended is None:
         output.print_message("trading was not paused")
     else:
-        output.print_message(f"trading is resumed; it was paused {ended}")
+        output.print_message(f"trading is resumed; it had been paused {ended}")
     if as_json:
         output.print_json({"trading_pause": None})
 

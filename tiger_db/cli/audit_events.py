@@ -6,13 +6,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from difflib import get_close_matches
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
 import typer
 
 import tiger_db
 from tiger_db.cli import options, output, runtime
+from tiger_db.errors import NotFound
 
 if TYPE_CHECKING:
     from tiger_db.crud.audit_logs import Criteria
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     FindCriteria = Callable[[AsyncSession], Awaitable[Criteria]]
 
+T = TypeVar("T")
 Results = Literal["success", "failure", "partial", "error", "pending"]
 Severities = Literal["low", "medium", "high", "critical"]
 PANEL = "Audit trail"
@@ -249,10 +251,10 @@ def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
     async def find_criteria(session: "AsyncSession") -> "Criteria":
         account_id = runtime.parse_uuid(account or "")
         if account is not None and account_id is None:
-            account_id = (await runtime.find_account(session, account)).id
+            account_id = (await _find(runtime.find_account(session, account), "account")).id
         key_id = runtime.parse_uuid(api_key or "")
         if api_key is not None and key_id is None:
-            key_id = (await runtime.find_api_key(session, api_key)).id
+            key_id = (await _find(runtime.find_api_key(session, api_key), "api_key")).id
         return {
             "since": start,
             "until": end,
@@ -270,6 +272,17 @@ def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
         }
 
     return find_criteria
+
+
+async def _find(search: Awaitable[T], family: str) -> T:
+    """Await a search for a row. If the row may have been deleted, say how to find its events."""
+    try:
+        return await search
+    except NotFound as error:
+        raise NotFound(
+            f"{error}; to find the events of a deleted row, give the id, which"
+            f" `tiger-db list-events --action {family}:delete --json` shows"
+        ) from None
 
 
 def _parse_details(text: str | None) -> dict[str, Any] | None:
