@@ -10,9 +10,19 @@ from mcp.server import MCPServer
 from mcp.server.auth.middleware.auth_context import get_access_token
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
+from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import AnyHttpUrl
 
-from tiger_db import APIKeyScope, Database, KeyVerifier, crud, errors
+from tiger_db import (
+    Actor,
+    APIKeyScope,
+    AuditAction,
+    Database,
+    KeyVerifier,
+    acting_as,
+    crud,
+    errors,
+)
 
 PORT = int(os.environ.get("PORT", "8000"))
 URL = f"http://127.0.0.1:{PORT}"
@@ -66,6 +76,27 @@ async def main() -> None:
                 for account in page
                 if access.subject in (None, str(account.id))
             ]
+
+        @server.tool()
+        async def place_order(symbol: str, quantity: int) -> str:
+            """Place an order. The API key needs the scope trade:write."""
+            access = get_access_token()
+            if access is None:  # cannot happen: the server requires an access token
+                raise ToolError("no API key")
+            order = {"symbol": symbol, "quantity": quantity}
+            try:
+                with acting_as(Actor(user_id=access.client_id, user_type="api_key")):
+                    async with crud.audit_logs.recorded(
+                        database, action=AuditAction.TRADE_PLACE_ORDER, details=order
+                    ) as event:
+                        key = await verifier.authorize(
+                            access.token, scopes=[APIKeyScope.TRADE_WRITE]
+                        )
+                        event.api_key_id, event.tiger_account_id = key.id, key.tiger_account_id
+                        # Send the order to the broker here.
+            except errors.TigerDBError as error:  # for example, trading is paused
+                raise ToolError(str(error)) from None
+            return "accepted"
 
         await server.run_streamable_http_async(port=PORT)
 

@@ -6,10 +6,11 @@ import pytest
 from mcp import MCPError
 from mcp.client.client import Client
 from mcp.client.streamable_http import streamable_http_client
+from mcp.types import TextContent
 
 from tests.support import factories
 from tests.support.serving import Serve
-from tiger_db import APIKeyScope, Database, crud
+from tiger_db import APIKeyScope, AuditAction, Database, crud
 from tiger_db.crud.api_keys.key_format import new_key
 
 
@@ -21,9 +22,21 @@ async def names(url: str, raw_key: str) -> object:
         Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client,
     ):
         tools = await client.list_tools()
-        assert [tool.name for tool in tools.tools] == ["account_names"]
+        assert [tool.name for tool in tools.tools] == ["account_names", "place_order"]
         result = await client.call_tool("account_names", {})
         return result.structured_content
+
+
+async def order(url: str, raw_key: str) -> tuple[bool | None, str]:
+    """Whether the order tool answers with an error, and its text."""
+    headers = {"Authorization": f"Bearer {raw_key}"}
+    async with (
+        httpx2.AsyncClient(headers=headers) as http,
+        Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client,
+    ):
+        result = await client.call_tool("place_order", {"symbol": "AAPL", "quantity": 1})
+        assert isinstance(result.content[0], TextContent)
+        return result.is_error, result.content[0].text
 
 
 async def refusal(url: str, raw_key: str | None) -> tuple[int, str]:
@@ -73,3 +86,37 @@ async def test_a_key_of_one_account_sees_no_other(clone: Database, serve: Serve)
         _, raw_key = await factories.api_key(session, tiger_account_id=mine.id)
     async with serve("mcp_server.py") as url:
         assert await names(url, raw_key) == {"result": ["Mine"]}
+
+
+@pytest.mark.slow
+async def test_a_pause_stops_orders(clone: Database, serve: Serve) -> None:
+    async with clone.session() as session:
+        key, raw_key = await factories.api_key(
+            session, scopes=[APIKeyScope.MCP_READ, APIKeyScope.TRADE_WRITE]
+        )
+        _, reader = await factories.api_key(session, scopes=[APIKeyScope.MCP_READ])
+    async with serve("mcp_server.py") as url:
+        assert await order(url, raw_key) == (False, "accepted")
+        failed, text = await order(url, reader)
+        assert failed
+        assert "trade:write" in text
+        async with clone.session() as session:
+            await crud.api_keys.pause(session, reason="stop")
+        failed, text = await order(url, raw_key)
+        assert failed
+        assert "trading is paused: stop" in text
+        async with clone.session() as session:
+            await crud.api_keys.resume(session)
+        assert await order(url, raw_key) == (False, "accepted")
+    async with clone.session() as session:
+        events = await crud.audit_logs.search(
+            session, actions=[AuditAction.TRADE_PLACE_ORDER], user_id=key.key_prefix
+        )
+    assert [(event.result, event.error_code, event.api_key_id) for event in events] == [
+        ("success", None, key.id),
+        ("pending", None, None),
+        ("error", "TradingPaused", None),
+        ("pending", None, None),
+        ("success", None, key.id),
+        ("pending", None, None),
+    ]
