@@ -158,6 +158,14 @@ async def test_all_wrong_arguments_are_named_at_once() -> None:
     assert {problem["loc"] for problem in caught.value.errors()} == {(name,) for name in wrong}
 
 
+async def test_the_type_of_a_wrong_item_is_named() -> None:
+    with pytest.raises(InvalidFields, match=r"not list with NoneType"):
+        await functions.api_keys.authorize_api_key(None, "", scopes=["mcp:read", None])
+    with pytest.raises(InvalidFields, match=r"not list with str") as caught:
+        await functions.api_keys.authorize_api_key(None, "", scopes=["secret text"])
+    assert "secret text" not in str(caught.value)
+
+
 async def test_python_refuses_a_call_that_does_not_match_the_signature() -> None:
     call: Any = take
     for arguments, keywords in (((1, 2), {}), ((["a"],), {"texts": ["a"]})):

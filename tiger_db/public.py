@@ -109,8 +109,23 @@ def _reason(hint: Any, value: object) -> PydanticCustomError:  # noqa: ANN401  #
     return PydanticCustomError(
         "argument_type",
         "Input should be of the type {wanted}, not {given}",
-        {"wanted": wanted, "given": type(value).__name__},
+        {"wanted": wanted, "given": _describe_type(hint, value)},
     )
+
+
+def _describe_type(hint: Any, value: object) -> str:  # noqa: ANN401  # a type annotation
+    """Return the name of a value's type, and the type of its first item with a wrong type."""
+    name = type(value).__name__
+    for part in (hint, *get_args(hint)):
+        kind, items = get_origin(part), get_args(part)
+        if not (isinstance(kind, type) and issubclass(kind, Iterable) and isinstance(value, kind)):
+            continue
+        if isinstance(value, Collection) and not isinstance(value, str | bytes | bytearray):
+            test = _test(items[0])
+            for item in value:
+                if not test(item):
+                    return f"{name} with {type(item).__name__}"
+    return name
 
 
 def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each type has a return
