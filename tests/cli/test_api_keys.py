@@ -284,7 +284,9 @@ def test_a_leaked_key_is_revoked_by_its_text(cli: CommandLine, tmp_path: Path, h
     assert text not in result.out + result.err
     assert ("--key-file" in result.err) == (how == "argument")
     assert "APIKeyRevoked" in refusal(cli, text)
-    assert cli.ok("revoke-api-key", "--raw", "-", stdin=text)  # a second time has no effect
+    again = cli.ok("revoke-api-key", "--raw", "-", "--reason", "another", stdin=text)
+    assert again.err.startswith("nothing is changed: API key ")
+    assert again.err.endswith(" is revoked already: on GitHub\n")
 
 
 def test_a_text_that_is_not_a_key_revokes_nothing(cli: CommandLine) -> None:
@@ -510,6 +512,9 @@ def test_the_expiry_of_a_key_is_changed(cli: CommandLine) -> None:
     shown = cli.ok(*options, "--expires-at", "2099-01-31T20:00:00+08:00")
     assert "2099-01-31 12:00:00Z" in shown.out
     assert shown.err == f"API key {row['key_prefix']} is updated\n"
+    again = cli.ok(*options, "--expires-at", "2099-01-31T12:00:00Z")
+    told = f"nothing is changed: API key {row['key_prefix']} has these values already\n"
+    assert again.err == told
     for given in (
         ("--expires-in", "1h", "--expires-at", "2099-01-31T12:00:00Z"),
         ("--never", "--expires-at", "2099-01-31T12:00:00Z"),
@@ -598,7 +603,8 @@ def test_a_key_is_switched_off_and_on(cli: CommandLine) -> None:
         "inactive", f"API key {row['key_prefix']} is inactive\n",
     )  # fmt: skip
     assert "APIKeyRevoked" in refusal(cli, row["key"])
-    cli.ok("deactivate-api-key", row["id"])  # a second time has no effect
+    again = cli.ok("deactivate-api-key", row["id"])
+    assert again.err == f"nothing is changed: API key {row['key_prefix']} is inactive already\n"
     on = cli.ok("activate-api-key", row["id"], "--json")
     assert (on.json["status"], on.err) == ("active", f"API key {row['key_prefix']} is active\n")
     assert cli.ok("verify-api-key", "-", stdin=row["key"])

@@ -286,18 +286,27 @@ def _change(
     change: "Callable[[AsyncSession, UUID], Awaitable[object]]",
     participle: str,
     *,
+    unchanged: str | None = None,
     as_json: bool,
 ) -> None:
-    """Change an API key, print a message with a participle such as `deleted`, and show the key."""
+    """Change an API key, print a message with a participle such as `deleted`, and show the key.
 
-    async def run(session: "AsyncSession") -> "tiger_db.APIKey":
+    `unchanged` completes the message if the API key already was as requested.
+    """
+
+    async def run(session: "AsyncSession") -> "tuple[tiger_db.APIKey, bool]":
         found = await runtime.find_api_key(session, key)
+        before = found.model_dump()
         await change(session, found.id)
-        return found
+        return found, found not in session or found.model_dump() != before
 
-    changed = runtime.in_transaction(run)
-    output.print_message(f"API key {changed.key_prefix} is {participle}")
-    output.show_row(changed, as_json=as_json)
+    found, is_changed = runtime.in_transaction(run)
+    if is_changed:
+        output.print_message(f"API key {found.key_prefix} is {participle}")
+    else:
+        told = unchanged or f"is {participle} already"
+        output.print_message(f"nothing is changed: API key {found.key_prefix} {told}")
+    output.show_row(found, as_json=as_json)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -362,7 +371,7 @@ def update_api_key(
     async def update(session: "AsyncSession", key_id: UUID) -> None:
         await tiger_db.crud.api_keys.update(session, key_id, **cast("KeyChanges", changes))
 
-    _change(key, update, "updated", as_json=as_json)
+    _change(key, update, "updated", unchanged="has these values already", as_json=as_json)
 
 
 def _parse_limit(text: str, option: str) -> int | None:
@@ -449,7 +458,7 @@ def revoke_api_key(
         raise typer.BadParameter("is missing", param_hint="PREFIX")
     raw_key = options.read_required_secret("key", key, key_file) if raw else ""
 
-    async def revoke(session: "AsyncSession") -> "tiger_db.APIKey":
+    async def revoke(session: "AsyncSession") -> "tuple[tiger_db.APIKey, bool]":
         if raw:
             found = await tiger_db.crud.api_keys.find_by_raw_key(session, raw_key)
             if found is None:
@@ -458,10 +467,17 @@ def revoke_api_key(
                 )
         else:
             found = await runtime.find_api_key(session, key or "")
-        return await tiger_db.crud.api_keys.revoke(session, found.id, reason=reason)
+        was_revoked = found.status == tiger_db.APIKeyStatus.REVOKED
+        return await tiger_db.crud.api_keys.revoke(session, found.id, reason=reason), was_revoked
 
-    revoked = runtime.in_transaction(revoke)
-    output.print_message(f"API key {revoked.key_prefix} is revoked")
+    revoked, was_revoked = runtime.in_transaction(revoke)
+    if was_revoked:
+        in_force = revoked.revocation_reason or "without a reason"
+        output.print_message(
+            f"nothing is changed: API key {revoked.key_prefix} is revoked already: {in_force}"
+        )
+    else:
+        output.print_message(f"API key {revoked.key_prefix} is revoked")
     output.show_row(revoked, as_json=as_json)
 
 
@@ -498,7 +514,7 @@ def pause(
         return earlier, await tiger_db.crud.api_keys.pause(session, reason=reason)
 
     earlier, paused = runtime.in_transaction(find_or_pause)
-    if earlier is not None:
+    if earlier == paused:
         output.print_message(f"nothing is changed: trading has been paused {paused}")
     else:
         output.print_message(f"trading has been paused {paused}")
