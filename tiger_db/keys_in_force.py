@@ -96,7 +96,7 @@ def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) 
 
 
 def required_key_ring(settings: Settings) -> KeyRing:
-    """Return the encryption keys in force.
+    """Return the encryption keys that this process uses.
 
     Call `required_key_ring` in a thread, because `required_key_ring` blocks the event loop.
 

@@ -110,7 +110,7 @@ def typed(error: SQLAlchemyError) -> TigerDBError:
         return known
     if isinstance(error, DBAPIError):
         return StatementRefused(f"the database refused a statement: {type(_cause(error)).__name__}")
-    return InvalidState(f"the session cannot do this: {type(error).__name__}")
+    return InvalidState(f"SQLAlchemy refuses the call on this session: {type(error).__name__}")
 
 
 def is_transient(error: BaseException) -> bool:

@@ -11,8 +11,9 @@ needs as much free disk space as audit_logs uses. If audit_logs is large, move t
 of audit_logs first with `tiger-db maintain-audit`, or migrate when no order is placed. The contents,
 digests and seals of audit events do not change.
 
-Code of revision 0011 works with the schema of revision 0012, because the domain audit_action
-replaces the enum audit_action in SQL queries. A later release drops the domain audit_action. Code
+Code of revision 0011 works with the schema of revision 0012, because a domain with
+the name of the former enum, audit_action, accepts the casts of that code. A later release drops the
+domain. Code
 of revision 0011 cannot read audit events with a new action or with the result `pending`, which only
 newer code records.
 

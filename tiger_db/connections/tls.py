@@ -44,7 +44,7 @@ async def connect(
             try:
                 return await asyncpg.connect(**arguments, ssl=attempts[1])
             except (OSError, asyncpg.PostgresError):
-                if isinstance(e, ssl.SSLError):  # the TLS error of the first attempt says more
+                if isinstance(e, ssl.SSLError):  # the error of the second attempt would say less
                     raise e from None
                 raise
     except asyncpg.ClientConfigurationError:

@@ -166,7 +166,7 @@ def _errors_explained(home: Path) -> Iterator[None]:
         yield
     except OSError as error:
         path, why = error.filename or home, error.strerror or error
-        raise EmbeddedError(f"the embedded PostgreSQL in {home}: {why}: {path}") from error
+        raise EmbeddedError(f"the embedded PostgreSQL in {home} failed: {why}: {path}") from error
     except subprocess.TimeoutExpired as error:
         raise EmbeddedError(f"the embedded PostgreSQL in {home}: {error}") from None
 
