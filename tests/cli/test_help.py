@@ -39,6 +39,7 @@ LOADED = (
 
 
 @pytest.mark.parametrize("command", [None, "create-account", "list-events", "init"])
+@pytest.mark.slow
 def test_help_imports_no_slow_module(bare: CommandLine, command: str | None) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", LOADED, *([command] if command else []), "--help"],

@@ -298,6 +298,7 @@ def needs() -> dict[str, Callable[[Database], Awaitable[object]]]:
 
 
 @pytest.mark.parametrize("what", needs())
+@pytest.mark.slow
 async def test_without_db_direct_host_direct_connections_are_an_error(
     behind: Settings, what: str
 ) -> None:
@@ -415,6 +416,7 @@ def advised(settings: Settings) -> str:
         ("public, pg_catalog", "problem", "this path does not resolve to"),
     ],
 )
+@pytest.mark.slow
 async def test_the_doctor_compares_the_search_path_behind_the_pooler(
     clone_settings: Settings, server_url: str, path: str, status: str, seen: str
 ) -> None:

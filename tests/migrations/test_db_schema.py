@@ -300,6 +300,7 @@ async def test_options_do_not_override_the_search_path(clone_settings: Settings)
 # Two installations in one database
 
 
+@pytest.mark.slow
 async def test_an_installation_in_another_schema_is_named(two: tuple[Database, Database]) -> None:
     settings = two[0].settings.model_copy(update={"db_schema": "neither"})
     async with maintenance_engine(settings) as engine, engine.connect() as connection:

@@ -754,6 +754,7 @@ async def test_the_migrated_schema_matches_the_models(clone_settings: Settings) 
         ("CREATE TABLE extra ()", "remove_table extra"),
     ],
 )
+@pytest.mark.slow
 async def test_drift_is_found(clone_settings: Settings, change: str, found: str) -> None:
     async with maintenance_engine(clone_settings) as engine:
         async with engine.begin() as connection:
@@ -828,6 +829,7 @@ async def forget_months(session: AsyncSession) -> None:
 @pytest.mark.parametrize(
     "zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles", "<far>-167", "<far>+167"]
 )
+@pytest.mark.slow
 async def test_months_are_utc_in_any_time_zone(clone: Database, zone: str) -> None:
     async with clone.session() as session:
         await forget_months(session)

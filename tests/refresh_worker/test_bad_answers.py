@@ -468,6 +468,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("how", LOST)
+@pytest.mark.slow
 async def test_a_refresher_that_hangs_is_ended(clone: Database, how: str) -> None:
     """Another account is refreshed in its place."""
     refresh, other = await opened(clone), await opened(clone)

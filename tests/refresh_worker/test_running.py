@@ -420,6 +420,7 @@ class Proxy:
             await asyncio.gather(forth(), back())
 
 
+@pytest.mark.slow
 async def test_a_commit_that_was_not_confirmed(private_server: Settings, private: Settings) -> None:
     started = embedded.start(private_server)
     proxy = Proxy(str(started.socket_folder))

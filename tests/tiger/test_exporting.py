@@ -110,6 +110,7 @@ def printable(text: str) -> str:
         ),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 async def test_importing_an_export_changes_nothing(
     clone: Database, tmp_path: Path, fields: dict[str, Any]
 ) -> None:

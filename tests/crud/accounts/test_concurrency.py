@@ -132,6 +132,7 @@ async def test_concurrent_successes_and_errors_record_every_change(crowd: Databa
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 async def test_the_newest_of_twenty_concurrent_tokens_stays(crowd: Database, seed: int) -> None:
     made = [NOW + timedelta(milliseconds=n) for n in range(1, 21)]
     tokens = [tiger_token(at) for at in made]

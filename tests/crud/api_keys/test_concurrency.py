@@ -190,6 +190,7 @@ async def delete_account(session: AsyncSession, key: APIKey) -> None:
         (delete_account, InvalidAPIKey, 1000),
     ],
 )
+@pytest.mark.slow
 async def test_a_key_is_accepted_until_its_end_is_committed(
     crowd: Database,
     end: Callable[[AsyncSession, APIKey], Awaitable[None]],

@@ -820,6 +820,7 @@ CHANGES: list[Change] = [
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("other", CHANGES)
+@pytest.mark.slow
 async def test_concurrent_changes_of_a_key_end_without_a_conflict(
     crowd: Database, change: Change, other: Change
 ) -> None:
