@@ -157,6 +157,7 @@ WAYS: dict[FindingKind, list[Way]] = {
 
 
 @pytest.mark.parametrize("kind", WAYS)
+@pytest.mark.slow
 async def test_every_tampering_with_a_file_is_found_and_named(
     trail: Trail, lines: list[str], key: Ed25519PublicKey, tmp_path: Path, kind: FindingKind
 ) -> None:

@@ -131,6 +131,7 @@ def test_a_missing_or_unreadable_secret_is_an_error(cli: CommandLine, tmp_path: 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "more"])
 @pytest.mark.parametrize("source", ["file", "standard input"])
+@pytest.mark.slow
 def test_a_secret_is_stored_whole_or_refused(
     cli: CommandLine, tmp_path: Path, source: str, end: str
 ) -> None:

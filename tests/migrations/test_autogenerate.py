@@ -214,6 +214,7 @@ async def checked(changed: Checkout) -> str:
 
 
 @pytest.mark.parametrize("change", FOUND)
+@pytest.mark.slow
 def test_check_finds(checked: str, change: str) -> None:
     assert re.search(FOUND[change], checked), checked
 

@@ -106,6 +106,7 @@ async def test_every_name_of_a_schema_works(empty_database: Settings, schema: st
         assert await drift(engine) == []
 
 
+@pytest.mark.slow
 async def test_every_function_has_its_schema_as_search_path(two: tuple[Database, ...]) -> None:
     for database in two:
         connection = await connect(database.settings)
@@ -462,6 +463,7 @@ async def test_channels_and_locks_in_public_are_those_of_older_releases(clone: D
 # Poolers
 
 
+@pytest.mark.slow
 async def test_sessions_that_lost_their_search_path_are_refused(
     two: tuple[Database, Database],
 ) -> None:

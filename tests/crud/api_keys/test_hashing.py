@@ -210,6 +210,7 @@ async def told_of(database: Database) -> list[AuditLog]:
 
 @CHECKS
 @pytest.mark.parametrize("scheme", HASHERS)
+@pytest.mark.slow
 async def test_the_first_use_of_an_allowed_unpeppered_hash_replaces_and_records_it(
     clone_settings: Settings, check: Check, scheme: str
 ) -> None:
@@ -252,6 +253,7 @@ VALUES (gen_random_uuid(), 'minted', :prefix, :hash, 'active', '{system:admin,tr
 @CHECKS
 @pytest.mark.parametrize("scheme", HASHERS)
 @pytest.mark.parametrize("until", [None, TODAY - timedelta(days=1)])
+@pytest.mark.slow
 async def test_a_key_that_was_inserted_with_sql_is_refused(
     clone_settings: Settings, check: Check, scheme: str, until: date | None
 ) -> None:
