@@ -18,6 +18,8 @@ from tiger_db.encryption import generate_key
 from tiger_db.errors import (
     AlreadyExists,
     ConfigurationError,
+    Conflict,
+    DatabaseUnavailable,
     EncryptionError,
     MissingReference,
     QueryTimeout,
@@ -128,6 +130,34 @@ async def test_a_violated_constraint_at_the_end_of_a_session_is_an_error_of_tige
     assert caught.value.__cause__ is None
     async with clone.session() as session:
         assert len(await crud.accounts.list_accounts(session)) == 1
+
+
+async def test_a_row_that_another_session_has_deleted_is_a_conflict(clone: Database) -> None:
+    async with clone.session() as session:
+        account_id = (await factories.account(session)).id
+    with pytest.raises(Conflict, match="another transaction has deleted a row"):
+        async with clone.session() as session:
+            account = await get_or_raise(session, TigerAccount, account_id)
+            async with clone.session() as other:
+                await crud.accounts.delete(other, account_id)
+            account.description = "changed"
+
+
+@pytest.mark.parametrize("by", ["a function", "the commit"])
+async def test_a_session_without_a_free_connection_is_unavailable(
+    clone_settings: Settings, by: str
+) -> None:
+    one = {"db_pool_size": 1, "db_max_overflow": 0, "db_pool_timeout": 0.1}
+    async with (
+        Database(clone_settings.model_copy(update=one)) as database,
+        database.session() as session,
+    ):
+        await session.execute(text("SELECT"))
+        with pytest.raises(DatabaseUnavailable, match="in use"):
+            async with database.session() as waiting:
+                if by == "a function":
+                    await crud.accounts.list_accounts(waiting)
+                waiting.add(factories.new_account())
 
 
 # Keys

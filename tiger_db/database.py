@@ -10,11 +10,10 @@ from typing import Any, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.ext.asyncio import AsyncSession as SQLAlchemySession
-from sqlalchemy.orm.exc import FlushError
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db.actor import Actor
@@ -62,16 +61,16 @@ class AsyncSession(SQLModelSession):
                 did not confirm the commit in time.
             DatabaseUnavailable: the connection was lost before the commit. The database saved
                 nothing of the transaction.
-            Conflict: another transaction conflicts with this transaction. The database saved
-                nothing of this transaction.
+            Conflict: another transaction conflicts with this transaction, or has deleted a row that
+                this transaction changes. The database saved nothing of this transaction.
         """
         try:
             await self.flush()
-        except (DBAPIError, FlushError) as error:
+        except SQLAlchemyError as error:
             raise typed(error) from None
         try:
             await super().commit()
-        except DBAPIError as error:  # for example, a deferred constraint of the application
+        except SQLAlchemyError as error:  # for example, a deferred constraint of the application
             raise typed(error) from None
         except DatabaseUnavailable as error:
             raise OutcomeUnknown(

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm.exc import StaleDataError
 
 from tiger_db.errors import (
     AlreadyExists,
@@ -108,6 +110,12 @@ def typed(error: SQLAlchemyError) -> TigerDBError:
     """Convert any error of SQLAlchemy to an error of this package, without values of a row."""
     if (known := classify(error)) is not None:
         return known
+    if isinstance(error, PoolTimeoutError):
+        return DatabaseUnavailable(
+            "all connections to the database were in use (DB_POOL_SIZE, DB_MAX_OVERFLOW)"
+        )
+    if isinstance(error, StaleDataError):
+        return Conflict("another transaction has deleted a row that this transaction changes")
     if isinstance(error, DBAPIError):
         return StatementRefused(f"the database refused a statement: {type(_cause(error)).__name__}")
     return InvalidState(f"SQLAlchemy refuses the call on this session: {type(error).__name__}")

@@ -286,7 +286,7 @@ def reopen_account(
     key, warning = _read_private_key(private_key, private_key_file, production=production)
 
     async def reopen(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
-        return await tiger_db.crud.accounts.reopen(session, account_id, **key)  # type: ignore[arg-type]
+        return await tiger_db.crud.accounts.reopen(session, account_id, **key)  # type: ignore[arg-type]  # `key` has both fields
 
     _change(account, reopen, "{account} is open again", as_json=as_json)
     _print_key_warning(warning)
