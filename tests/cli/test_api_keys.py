@@ -5,12 +5,12 @@ import re
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from uuid_utils.compat import uuid7
 
 from tests.support.cli_accounts import create as create_account
+from tests.support.cli_api_keys import create, refusal
 from tests.support.command_line import KEYS, CommandLine, Result
 from tests.support.sql import run_sql
 from tests.support.terminal import Terminal
@@ -19,19 +19,6 @@ from tiger_db.connections import connect
 from tiger_db.crud.api_keys.key_format import checksum
 from tiger_db.encryption import KeyRing
 from tiger_db.settings import Settings
-
-
-def create(cli: CommandLine, *options: str) -> dict[str, Any]:
-    if "--scopes" not in options:
-        options = (*options, "--scopes", "mcp:read")
-    row: dict[str, Any] = cli.ok("create-api-key", "--name", "assistant", *options, "--json").json
-    return row
-
-
-def refusal(cli: CommandLine, key: str, *options: str) -> str:
-    result = cli("verify-api-key", "-", *options, stdin=key)
-    assert (result.code, result.out) == (1, "")
-    return result.err
 
 
 def test_a_key_is_created_with_all_options(cli: CommandLine) -> None:
@@ -684,52 +671,3 @@ def test_the_pattern_is_printed_without_a_database(bare: CommandLine) -> None:
     sample = f"tdb_live_{'a' * 12}_{'B' * 49}"
     text = f"x {sample}, {sample}c tdb_prod_{sample[9:]}"
     assert re.findall(result.out.strip(), text) == [sample]
-
-
-@pytest.mark.slow
-def test_trading_is_paused_and_resumed(cli: CommandLine) -> None:
-    key = create(cli, "--scopes", "trade:write,mcp:read")["key"]
-    listed = cli.ok("list-api-keys", "--json")
-    assert (listed.json["trading_pause"], listed.err) == (None, "")
-    assert "--reason" in cli("pause").err
-    assert cli("pause").code == 2
-    assert "reason must be a text of 1 to 500 characters" in cli.fails("pause", "--reason", " ")
-
-    paused = cli.ok("--actor", "alice", "pause", "--reason", "runaway\n", "--json")
-    pause = paused.json["trading_pause"]
-    assert (pause["reason"], pause["paused_by"]) == ("runaway\n", "alice")
-    since = datetime.fromisoformat(pause["paused_at"])
-    told = f"trading has been paused since {since:%Y-%m-%d %H:%M:%SZ} by alice: runaway\n"
-    assert paused.err == told
-    again = cli.ok("--actor", "bob", "pause", "--reason", "another")
-    assert (again.out, again.err) == ("", f"nothing is changed: {told}")
-
-    assert "TradingPaused" in refusal(cli, key, "--scopes", "trade:read")
-    assert "TradingPaused" in refusal(cli, key, "--scopes", "trade:read", "--dry-run")
-    cli.ok("verify-api-key", "-", "--scopes", "mcp:read", stdin=key)
-    for more in ((), ("--limit", "1")):
-        assert cli.ok("list-api-keys", *more).err == f"warning: {told}"
-    listed = cli.ok("list-api-keys", "--json")
-    assert (listed.json["trading_pause"], listed.err) == (pause, f"warning: {told}")
-    assert len(listed.json["items"]) == 1
-
-    healthy = cli.ok("health-check", "--json").json
-    assert (healthy["trading_pause"], healthy["problems"]) == (pause, [])
-    assert "trading pause: reason" in cli.ok("health-check").out
-    checks = {item["check"]: item for item in cli.ok("doctor", "--json").json["items"]}
-    assert checks["trading"]["status"] == "warning"
-    assert checks["trading"]["seen"].startswith("paused since ")
-    assert "`tiger-db resume`" in checks["trading"]["advice"]
-
-    ended = cli.ok("--actor", "bob", "resume", "--reason", "mended")
-    assert (ended.out, ended.err) == (
-        "", f"trading is resumed; it had {told.removeprefix('trading has ')}"
-    )  # fmt: skip
-    assert cli.ok("resume", "--json").json == {"trading_pause": None}
-    assert cli.ok("resume").err == "trading was not paused\n"
-    cli.ok("verify-api-key", "-", "--scopes", "trade:read", stdin=key)
-    assert cli.ok("health-check", "--json").json["trading_pause"] is None
-    events = cli.ok("list-events", "--action", "trading", "--json").json["items"]
-    assert [(event["action"], event["user_id"]) for event in events] == [
-        ("trading:resume", "bob"), ("trading:pause", "alice")
-    ]  # fmt: skip

@@ -15,7 +15,7 @@ from sqlmodel import col
 from tiger_db.audit import storage
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
 from tiger_db.audit.storage import Event
-from tiger_db.crud.audit_logs import Criteria, conditions
+from tiger_db.crud.audit_logs.queries import Criteria, conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AuditLog

@@ -10,7 +10,7 @@ from sqlmodel import col
 
 from tiger_db.audit import storage
 from tiger_db.connections.listener import open_listener
-from tiger_db.crud.audit_logs import Criteria, conditions
+from tiger_db.crud.audit_logs.queries import Criteria, conditions
 from tiger_db.crud.common import fetch_all
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable

@@ -19,6 +19,7 @@ from tiger_db.cli import (
     encryption,
     refreshes,
     tiger,
+    trading,
 )
 from tiger_db.cli.output import print_message
 from tiger_db.cli.runtime import actor_name, describe_error
@@ -35,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (
-    database, accounts, api_keys, audit_events, audit_seals, refreshes, encryption, tiger,
+    database, accounts, api_keys, trading, audit_events, audit_seals, refreshes, encryption, tiger,
 ):  # fmt: skip
     app.add_typer(_module.app)
 

@@ -497,52 +497,6 @@ def delete_api_key(
 
 
 @app.command(rich_help_panel=_PANEL)
-def pause(
-    *,
-    reason: Annotated[str, typer.Option(help="Reason of the pause, shown in each refusal.")],
-    as_json: options.AsJson = False,
-) -> None:
-    """Stop trading: refuse each request with a trade scope, for all API keys, until `resume`.
-
-    If trading is paused already, the command changes nothing, and shows the earlier pause.
-    """
-
-    async def find_or_pause(
-        session: "AsyncSession",
-    ) -> "tuple[tiger_db.crud.api_keys.TradingPause | None, tiger_db.crud.api_keys.TradingPause]":
-        earlier = await tiger_db.crud.api_keys.current_pause(session)
-        return earlier, await tiger_db.crud.api_keys.pause(session, reason=reason)
-
-    earlier, paused = runtime.in_transaction(find_or_pause)
-    if earlier == paused:
-        output.print_message(f"nothing is changed: trading has been paused {paused}")
-    else:
-        output.print_message(f"trading has been paused {paused}")
-    if as_json:
-        output.print_json({"trading_pause": paused.as_json()})
-
-
-@app.command(rich_help_panel=_PANEL)
-def resume(
-    *,
-    reason: Annotated[
-        str | None, typer.Option(help="Reason why trading may go on, for the audit trail.")
-    ] = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """End the current pause of trading."""
-    ended = runtime.in_transaction(
-        lambda session: tiger_db.crud.api_keys.resume(session, reason=reason)
-    )
-    if ended is None:
-        output.print_message("trading was not paused")
-    else:
-        output.print_message(f"trading is resumed; it had been paused {ended}")
-    if as_json:
-        output.print_json({"trading_pause": None})
-
-
-@app.command(rich_help_panel=_PANEL)
 def print_api_key_pattern() -> None:
     """Print the regular expression that matches API keys, for secret scanners."""
     typer.echo(tiger_db.crud.api_keys.KEY_PATTERN)

@@ -306,7 +306,7 @@ def _parse_actions(names: Sequence[str]) -> Sequence[str]:
     """
     known = {*tiger_db.AuditAction, *(action.family for action in tiger_db.AuditAction)}
     for name in names:
-        if not tiger_db.crud.audit_logs.ACTION_OR_FAMILY.fullmatch(name):
+        if not tiger_db.crud.audit_logs.queries.ACTION_OR_FAMILY.fullmatch(name):
             raise typer.BadParameter(
                 f"{name!r} is neither an action such as trade:place_order nor a family such as"
                 " trade",

@@ -13,7 +13,7 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.base import NO_VALUE
 
 from tiger_db.actor import attribute
-from tiger_db.crud.audit_logs import EventFields, account_event, api_key_event
+from tiger_db.crud.audit_logs.recording import EventFields, account_event, api_key_event
 from tiger_db.crud.common import actor_of
 from tiger_db.encryption import EncryptedSecret
 from tiger_db.errors import EncryptionError, InvalidState

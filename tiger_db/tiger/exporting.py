@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from uuid import UUID
 
-from tiger_db import crud
+from tiger_db.crud.audit_logs import recording
 from tiger_db.crud.common import get_or_raise
 from tiger_db.database import Database
 from tiger_db.errors import InvalidState, InvalidValue
@@ -47,13 +47,13 @@ async def export_account(
         account = await get_or_raise(session, TigerAccount, account_id)
         texts = _file_texts(account)
         await asyncio.to_thread(make_private_folder, folder)
-        event = crud.audit_logs.account_event(
+        event = recording.account_event(
             account.id,
             action=AuditAction.ACCOUNT_EXPORT,
             severity=AuditSeverity.HIGH,
             details={"files": [*texts]},
         )
-        await crud.audit_logs.insert_event(session, event)
+        await recording.insert_event(session, event)
     # The SDK would send the token in an old token file, which may belong to another account.
     obsolete = None if TOKEN_FILE in texts else TOKEN_FILE
     return await asyncio.to_thread(

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tiger_db import crud
+from tiger_db.crud.audit_logs import recording
 from tiger_db.encryption import Secret
 from tiger_db.errors import EncryptionError, InvalidState, InvalidValue, StaleToken
 from tiger_db.models import AccountStatus, AuditAction, TigerAccount, TigerEnvironment
@@ -87,12 +88,12 @@ async def import_account(
         account = stored
         changed, token_kept = await _update(session, stored, draft, [*given])
     if changed:
-        event = crud.audit_logs.account_event(
+        event = recording.account_event(
             account.id,
             action=AuditAction.ACCOUNT_IMPORT,
             details={"created": stored is None, "changed": [*changed]},
         )
-        await crud.audit_logs.insert_event(session, event)
+        await recording.insert_event(session, event)
     # A property name is masked if the name may be a part of a private key: the name is not made of
     # words, or the value is only base64 padding.
     ignored = {

@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.audit_logs import EventFields
+from tiger_db.crud.audit_logs.recording import EventFields
 from tiger_db.crud.change_events import apply_change, reason_details
 from tiger_db.crud.common import fetch_one, get_or_raise, savepoint
 from tiger_db.errors import InvalidState, InvalidValue

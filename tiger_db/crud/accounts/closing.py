@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.accounts.changes import CLOSED_VALUES
-from tiger_db.crud.audit_logs import api_key_event, log_events, refresh_event
+from tiger_db.crud.audit_logs.recording import api_key_event, log_events, refresh_event
 from tiger_db.crud.change_events import RECORDED, apply_change, described, reason_details
 from tiger_db.crud.common import fetch_all, get_or_raise, savepoint
 from tiger_db.errors import InvalidState

@@ -7,7 +7,7 @@ from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.audit_logs import account_event, insert_event
+from tiger_db.crud.audit_logs.recording import account_event, insert_event
 from tiger_db.crud.change_events import RECORDED, apply_change
 from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
 from tiger_db.errors import InvalidValue

@@ -22,7 +22,7 @@ from tiger_db.crud.api_keys.key_format import ParsedKey, parse_key
 from tiger_db.crud.api_keys.policy import AccessRequest, KeyPermissions, check_access
 from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.api_keys.usage_counter import count_in_session
-from tiger_db.crud.audit_logs import EventFields, api_key_event, insert_event
+from tiger_db.crud.audit_logs.recording import EventFields, api_key_event, insert_event
 from tiger_db.crud.common import (
     actor_of,
     context_of,

@@ -8,7 +8,7 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tiger_db.actor import actor_in_force
-from tiger_db.crud.audit_logs import log_event
+from tiger_db.crud.audit_logs.recording import log_event
 from tiger_db.crud.common import actor_of, execute_driver_sql, refuse_readonly, replace_unstorable
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditAction, AuditSeverity

@@ -17,7 +17,7 @@ from sqlmodel import col
 from uuid_utils.compat import uuid7
 
 from tiger_db.actor import ACTOR_FIELDS, actor_in_force
-from tiger_db.crud import audit_logs
+from tiger_db.crud.audit_logs import recording
 from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import (
     actor_of,
@@ -337,7 +337,7 @@ async def fail(
         api_response_code=api_response_code,
         api_response_time_ms=api_response_time_ms,
     )
-    event = audit_logs.refresh_event(
+    event = recording.refresh_event(
         refresh,
         action=_EVENT,
         result=AuditResult.FAILURE,
@@ -345,7 +345,7 @@ async def fail(
         error_message=refresh.error_message,
         duration_ms=refresh.duration_ms,
     )
-    await audit_logs.insert_event(session, event)
+    await recording.insert_event(session, event)
     if credentials_refused and account.status == AccountStatus.ACTIVE:
         await apply_change(
             session,
@@ -412,7 +412,7 @@ async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] =
 async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -> int:
     ended = await execute_driver_sql(session, _FAIL_UNKNOWN % attempts, MAX_BACKOFF, *values)
     events = [
-        audit_logs.refresh_event(
+        recording.refresh_event(
             refresh,
             action=_EVENT,
             result=AuditResult.FAILURE,
@@ -421,7 +421,7 @@ async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -
         )
         for refresh in ended
     ] + [
-        audit_logs.account_event(
+        recording.account_event(
             refresh.tiger_account_id,
             action=AuditAction.ACCOUNT_ERROR,
             old_values={"error_count": refresh.error_count - 1},
@@ -431,7 +431,7 @@ async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -
         for refresh in ended
         if refresh.error_count is not None
     ]
-    await audit_logs.log_events(session, events)
+    await recording.log_events(session, events)
     return len(ended)
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud import audit_logs
+from tiger_db.crud.audit_logs import recording
 from tiger_db.crud.common import FRESH, fetch_all, fetch_one, get_or_raise, savepoint, typed_errors
 from tiger_db.crud.pagination import check_limit
 from tiger_db.crud.token_status.outcomes import update_refresh
@@ -259,7 +259,7 @@ async def _open(
 
 async def _log(session: AsyncSession, action: AuditAction, *refreshes: TokenStatus) -> None:
     events = [
-        audit_logs.refresh_event(refresh, action=action, duration_ms=refresh.duration_ms)
+        recording.refresh_event(refresh, action=action, duration_ms=refresh.duration_ms)
         for refresh in refreshes
     ]
-    await audit_logs.log_events(session, events)
+    await recording.log_events(session, events)

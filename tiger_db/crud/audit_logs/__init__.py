@@ -1,0 +1,37 @@
+"""CRUD functions that record, search and count audit events. Recorded events never change."""
+
+from tiger_db.crud.audit_logs.queries import (
+    Criteria,
+    Statistics,
+    get,
+    get_recent_events,
+    get_security_events,
+    search,
+    statistics,
+)
+from tiger_db.crud.audit_logs.recording import (
+    EventFields,
+    IntentFields,
+    SessionSource,
+    log_event,
+    log_events,
+    record_event,
+    recorded,
+)
+
+__all__ = [
+    "Criteria",
+    "EventFields",
+    "IntentFields",
+    "SessionSource",
+    "Statistics",
+    "get",
+    "get_recent_events",
+    "get_security_events",
+    "log_event",
+    "log_events",
+    "record_event",
+    "recorded",
+    "search",
+    "statistics",
+]
