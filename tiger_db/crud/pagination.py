@@ -24,7 +24,7 @@ class Page(Generic[T]):
     """One page of rows, with the cursor of the next page."""
 
     items: list[T]
-    next_cursor: str | None = None  # value of `after` for the next page; None: last page
+    next_cursor: str | None = None  # `after` for the next page, or None on the last page
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.items)
@@ -51,7 +51,7 @@ async def paginate(
     name = str(entity.__tablename__)
     if after is not None:
         statement = statement.where(col(entity.id) < decode_cursor(name, after))
-    # One extra row shows whether a next page exists.
+    # One row more than `limit` shows whether a next page exists.
     statement = statement.order_by(col(entity.id).desc()).limit(limit + 1)
     rows = await fetch_all(session, statement)
     more = len(rows) > limit
@@ -74,7 +74,7 @@ def decode_cursor(list_name: str, cursor: str) -> UUID:
     """Return the row id that a cursor contains.
 
     Raises:
-        InvalidCursor: `encode_cursor` did not create the cursor, or created it for another list.
+        InvalidCursor: the cursor is malformed, or belongs to another list.
     """
     try:
         row_id = UUID(bytes=base64.urlsafe_b64decode(cursor + "==")[-16:])

@@ -334,7 +334,7 @@ async def test_no_sql_can_delete_the_private_key_of_an_open_account(session: Asy
 async def test_a_closed_account_cannot_be_created(
     session: AsyncSession, values: dict[str, Any]
 ) -> None:
-    with pytest.raises(InvalidValue, match="a new account cannot be closed"):
+    with pytest.raises(InvalidValue, match="a new account cannot have the status closed"):
         await factories.account(session, **values)
     assert (await accounts.list_accounts(session)).items == []
 

@@ -1,4 +1,7 @@
-"""CRUD functions for accounts. Each changed account and its audit event share a transaction."""
+"""CRUD functions for accounts.
+
+The change of an account and its audit event are stored in the same transaction.
+"""
 
 from tiger_db.crud.accounts.changes import (
     add_market_permission,

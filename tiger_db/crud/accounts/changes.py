@@ -40,13 +40,14 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
     """Store a new account. If `token_expires_at` is None, read the expiry from the access token.
 
     Raises:
-        AlreadyExists: another account has the same number, or is already the default account. To
-            use the number of a closed account, call `reopen`.
+        AlreadyExists: another account has the same account number, or the same default flag
+            (`is_default_trading` or `is_default_data`). To use the number of a closed account, call
+            `reopen`.
         ConfigurationError: ENCRYPTION_KEYS is not set, so secrets cannot be encrypted.
         InvalidValue: the status of the new account is closed, or `auto_suspended` is true.
     """
     if account.status == AccountStatus.CLOSED:
-        raise InvalidValue("status: a new account cannot be closed")
+        raise InvalidValue("status: a new account cannot have the status closed")
     if account.auto_suspended:
         raise InvalidValue("auto_suspended: only `record_error` can set auto_suspended")
     if account.access_token is not None:
@@ -64,9 +65,9 @@ async def update(
 ) -> TigerAccount:
     """Change fields of an account. If one change is invalid, no field is changed.
 
-    An audit event is recorded only if a field gets a new value. The details of the event contain
-    `reason`. If `access_token` is given without `token_expires_at`, the expiry is read from the
-    token. `reset_errors` does not activate an account that `update` has suspended.
+    An audit event is recorded only if a field gets a new value. The details of the audit
+    event contain `reason`. If `access_token` is given without `token_expires_at`, the expiry is
+    read from the token. `reset_errors` does not activate an account that `update` has suspended.
 
     Raises:
         NotFound: no account has the id `account_id`.
@@ -75,8 +76,9 @@ async def update(
         InvalidState: the account is closed, and a change concerns the status, the credentials or
             a default flag. To change the status of a closed account, call `reopen`.
         StaleToken: the stored access token is newer than the given access token.
-        InvalidFields: an account has no field with a given name, or a given value is invalid.
-        AlreadyExists: another account has the same number, or is already the default account.
+        InvalidFields: the name of a given field is unknown, or a given value is invalid.
+        AlreadyExists: another account has the same account number, or the same default flag
+            (`is_default_trading` or `is_default_data`).
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if fixed := sorted(_FIXED & changes.keys()):
@@ -99,7 +101,9 @@ async def update(
 async def add_market_permission(
     session: AsyncSession, account_id: UUID, permission: MarketPermission
 ) -> TigerAccount:
-    """Allow an account to trade in a market. An account with the permission is not changed.
+    """Allow an account to trade in a market.
+
+    If the account already has the permission, nothing is changed.
 
     Raises:
         NotFound: no account has the id `account_id`.
@@ -112,7 +116,9 @@ async def add_market_permission(
 async def remove_market_permission(
     session: AsyncSession, account_id: UUID, permission: MarketPermission
 ) -> TigerAccount:
-    """Forbid an account to trade in a market. An account without the permission is not changed.
+    """Forbid an account to trade in a market.
+
+    If the account does not have the permission, nothing is changed.
 
     Raises:
         NotFound: no account has the id `account_id`.
@@ -134,7 +140,7 @@ async def set_default_trading_account(session: AsyncSession, account_id: UUID) -
 
 @public
 async def set_default_data_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    """Make an account the only default account for data.
+    """Make an account the only default account for market data.
 
     Raises:
         NotFound: no account has the id `account_id`.

@@ -112,7 +112,7 @@ async def reopen(
     Raises:
         NotFound: no account has the id `account_id`.
         InvalidState: the account is not closed.
-        InvalidFields: a given credential is invalid. The account is not changed.
+        InvalidFields: a given credential is invalid, so the account stays closed.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status != AccountStatus.CLOSED:
@@ -134,9 +134,9 @@ async def reopen(
 async def delete(session: AsyncSession, account_id: UUID, *, reason: str | None = None) -> None:
     """Delete an account permanently, with its API keys and refreshes.
 
-    Before an account with API keys or an open refresh is deleted, the account must be closed. For
-    the account and each deleted API key, an audit event records the last values of the row. The
-    details of the account's audit event contain `reason`. Earlier audit events stay unchanged.
+    An account with API keys or an open refresh must be closed before it is deleted. For the account
+    and each deleted API key, an audit event records the last values of the row. The details of the
+    account's audit event contain `reason`. Earlier audit events of the account stay unchanged.
 
     Raises:
         NotFound: no account has the id `account_id`.
@@ -181,7 +181,7 @@ async def delete(session: AsyncSession, account_id: UUID, *, reason: str | None 
 async def _end(
     session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool], **values: object
 ) -> list[tuple[E_, str]]:
-    """Update the rows of an entity that match all criteria. Return pairs of row and old status."""
+    """Update the rows that match all criteria. Return each updated row with its old status."""
     rows = await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
     old = {row.id: row.status.value for row in rows}
     statement = sql_update(entity).where(col(entity.id).in_(old)).values(**values)

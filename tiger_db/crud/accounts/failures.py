@@ -70,7 +70,7 @@ async def record_error(
 async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Set an account's error count to zero, and activate an account that `record_error` suspended.
 
-    An account that a function other than `record_error` suspended stays suspended.
+    An account that was suspended by a function other than `record_error` stays suspended.
 
     Raises:
         NotFound: no account has the id `account_id`.

@@ -29,8 +29,8 @@ from tiger_db.models.accounts import (
 from tiger_db.models.secrets import key_provider
 from tiger_db.public import public
 
-# An account with FAILING_AFTER_ERRORS or more consecutive errors serves no requests until
-# FAILING_FOR after the last error.
+# An account with FAILING_AFTER_ERRORS or more consecutive errors serves no requests for the time
+# FAILING_FOR after its last error.
 FAILING_AFTER_ERRORS = 3
 FAILING_FOR = timedelta(minutes=5)
 
@@ -41,7 +41,7 @@ async def get(
 ) -> TigerAccount | None:
     """Return the account with the given id, or None.
 
-    `load` contains the names of relationships to load: `api_keys`, `token_statuses` or both.
+    `load` contains the names of the relationships to load, such as `api_keys` or `token_statuses`.
     """
     return await _get(session, col(TigerAccount.id) == account_id, load)
 
@@ -52,9 +52,9 @@ async def get_by_account_number(
 ) -> TigerAccount | None:
     """Return the account with the given account number, or None.
 
-    If no account has the normalized number, return an account whose stored number equals the given
-    text, because older releases stored numbers that are not normalized. `load` contains the names
-    of relationships to load, as in `get`.
+    Older releases stored account numbers that are not normalized. If no account has the normalized
+    number, return an account whose stored number equals `account_number`. `load` contains the names
+    of the relationships to load, such as `api_keys` or `token_statuses`.
     """
     for number in _normal_first(account_number, normalize_account_number):
         criterion = col(TigerAccount.account_number) == number
@@ -141,12 +141,13 @@ async def find_for_operation(
     Each returned account is active, belongs to the `environment` (None means any environment), and
     has the given `permission`. An account whose license requires an access token is returned only
     if the account has a valid token. Accounts with three or more consecutive errors are omitted for
-    five minutes after the last error. The default account comes first. The other accounts are
-    sorted by error count, and accounts with equal error counts by age, oldest account first.
+    five minutes after the last error. The list begins with the default account if
+    the default account can serve the request. All other accounts are sorted by error count, then
+    by age, oldest account first.
 
-    If `trading` is true and `account_type` is None, the default account for trading decides
-    between paper and real accounts: if it is a paper account, only paper accounts are returned, and
-    otherwise only real accounts.
+    If `trading` is true and `account_type` is None, the list contains either only paper accounts or
+    only real accounts. Paper accounts are returned if the default account for trading is a paper
+    account.
 
     Raises:
         InvalidState: the session is readonly.
@@ -207,9 +208,10 @@ async def _get(
 
 
 def _normal_first(text: str, normalize: Callable[[str], str]) -> list[str]:
-    """Return the normalized form of a text and the text, or only the text if `normalize` fails.
+    """Return the normalized form of a text, followed by the text itself.
 
-    Callers search both forms, because older releases stored texts that are not normalized.
+    If `normalize` raises ValueError, return only the text itself. Callers search for the normalized
+    form and for the text itself, because older releases stored texts that are not normalized.
     """
     try:
         return list(dict.fromkeys((normalize(text), text)))

@@ -26,18 +26,18 @@ async def update_tokens(
 ) -> TigerAccount:
     """Replace the access token of an account, and the refresh token if `refresh_token` is given.
 
-    `token_expires_at` is an aware datetime, or None to read the expiry from a token in Tiger's
-    format. A token with an unknown expiry is never due for a refresh.
+    `token_expires_at` is an aware datetime. If `token_expires_at` is None, the expiry is read from
+    a token in Tiger's format. A token with an unknown expiry is never due for a refresh.
 
     `refresh_id` is the id of a refresh whose claim was lost before the broker returned the token.
-    If the refresh suspended the account within the last day, the account is activated again.
+    If the refresh with the id `refresh_id` suspended the account within the last day, the account
+    is activated again. If `update_tokens` raises an error, the account is not changed.
 
     Raises:
         NotFound: no account has the id `account_id`.
         InvalidState: the account is closed.
-        StaleToken: the stored access token is newer than `access_token`. The account is not
-            changed.
-        InvalidFields: a given token or expiry is invalid. The account is not changed.
+        StaleToken: the stored access token is newer than `access_token`.
+        InvalidFields: a given token or expiry is invalid.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     refuse_closed(account)

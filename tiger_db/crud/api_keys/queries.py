@@ -24,7 +24,7 @@ from tiger_db.models import APIKey, APIKeyStatus
 from tiger_db.models.api_keys import api_key_usage
 from tiger_db.public import public
 
-_EXPIRING = "expiring_api_keys"  # name of the list in cursors
+_EXPIRING = "expiring_api_keys"  # the name of the list in the cursors of `list_expiring`
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,9 @@ async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None
 
 @public
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """Return the API key of a raw key, with any status, or None. The look-up is not counted as use.
+    """Return the API key that belongs to a raw key, or None.
+
+    The status of the API key is not checked. The look-up is not counted as a use of the API key.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
@@ -88,9 +90,9 @@ async def list_api_keys(
 ) -> Page[APIKey]:
     """Return a page of API keys, newest first.
 
-    The status `active` matches the keys that have not expired, by the database's clock. The status
-    `expired` matches the keys whose `expires_at` has passed, because their stored status stays
-    `active`.
+    The status `active` matches active API keys that have not expired by the database's clock. The
+    status `expired` matches API keys whose `expires_at` has passed. When an API key expires, its
+    stored status stays `active`.
     """
     statement = select(APIKey)
     if status is not None:
@@ -142,8 +144,8 @@ async def list_expiring(
 async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
     """Return the number of accepted uses of an API key per hour, oldest hour first.
 
-    An hour without uses is omitted. Uses in the last second may be missing, because `UsageCounter`
-    writes usage counts once per second.
+    An hour without uses is omitted. Uses of the last second can be missing, because tiger_db writes
+    usage counts once per second.
 
     Raises:
         InvalidValue: the datetime `since` has no time zone.

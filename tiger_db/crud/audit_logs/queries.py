@@ -36,11 +36,17 @@ async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
 
 
 class Criteria(TypedDict, total=False):
-    """The criteria of `search`. A criterion with the value None matches every audit event."""
+    """The criteria by which `search` selects audit events.
 
-    since: datetime | None  # earliest time of events, as an aware datetime
-    until: datetime | None  # time after the last event, as an aware datetime
-    # Each item of `actions` is an action or a family of actions. An empty list allows all actions.
+    `since` and `until` are aware datetimes. An event matches if its time is at or after `since`,
+    and before `until`. Each item of `actions` is an action or a family of actions. `resource` is a
+    resource type, a resource id, or `type/id`. An event matches `details` if the details of the
+    event contain the JSON object `details`. A criterion with the value None or an empty list
+    matches every event.
+    """
+
+    since: datetime | None
+    until: datetime | None
     actions: Sequence[AuditAction | str]
     results: Sequence[AuditResult]
     severities: Sequence[AuditSeverity]
@@ -50,8 +56,8 @@ class Criteria(TypedDict, total=False):
     ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None
     session_id: str | None
     request_id: str | None
-    resource: str | None  # resource type, resource id, or `type/id`
-    details: Mapping[str, JsonValue] | None  # JSON object that an event's details contain
+    resource: str | None
+    details: Mapping[str, JsonValue] | None
 
 
 @public
@@ -189,9 +195,10 @@ class Statistics:
 async def statistics(
     session: AsyncSession, *, since: datetime, until: datetime | None = None
 ) -> Statistics:
-    """Count the audit events from `since` (inclusive) to `until` (exclusive), aware datetimes.
+    """Count the audit events from `since` (inclusive) to `until` (exclusive).
 
-    The time of an event is taken from the event's id. The result omits hours without an event.
+    `since` and `until` are aware datetimes. The time of an event is taken from the event's id. The
+    result omits hours without an event.
 
     Raises:
         InvalidValue: `since` or `until` has no time zone.

@@ -47,7 +47,7 @@ async def create_refresh_operation(
     Raises:
         MissingReference: no account has the id `tiger_account_id`.
         InvalidState: the account is closed.
-        InvalidFields: a value for the refresh is invalid.
+        InvalidFields: `scheduled_at`, `max_retries` or `details` is invalid.
     """
     account = await _lock_account(session, tiger_account_id)
     values = {"scheduled_at": scheduled_at, "max_retries": max_retries, "details": details}
@@ -60,7 +60,8 @@ async def create_refresh_operation(
                 col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
             ),
         )
-        if existing is not None:  # the open refresh may have ended meanwhile
+        # If no row is found, the open refresh has ended since the INSERT: insert again.
+        if existing is not None:
             return existing
 
 
@@ -72,8 +73,8 @@ async def schedule_due(
 
     A token is due at the account's `token_refresh_at`. If `within` is given, a token is due when
     the time to the token's expiry is `within` or less. Parallel calls of `schedule_due` open at
-    most one refresh per account. An account whose last refresh was given up is skipped until the
-    `next_refresh_at` of that refresh.
+    most one refresh per account. An account whose last refresh failed is skipped until the time
+    `next_refresh_at` of the failed refresh.
     """
     check_limit(limit)
     of_account = select(col(TokenStatus.id)).where(
@@ -108,7 +109,10 @@ async def schedule_due(
 
 @public
 async def next_due(session: AsyncSession) -> timedelta | None:
-    """Return the time until a refresh or token becomes due or a lease expires, or None."""
+    """Return the time until the next refresh or token becomes due, or the next lease expires.
+
+    Return None if no refresh or token becomes due in the future, and no lease expires.
+    """
     pending = (
         select(col(TokenStatus.scheduled_at))
         .where(
@@ -155,7 +159,7 @@ async def prune(session: AsyncSession, *, older_than: timedelta, limit: int = 10
         .order_by(col(TokenStatus.id))
         .limit(limit)
         .with_for_update(skip_locked=True)
-        .cte("old")  # unlike a subquery, a CTE runs only once
+        .cte("old")  # a CTE runs only once, but a subquery could run again and exceed `limit`
     )
     deleted = await session.scalars(
         delete(TokenStatus).where(col(TokenStatus.id) == old.c.id).returning(col(TokenStatus.id)),
@@ -188,7 +192,9 @@ async def cancel(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
 
 @public
 async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
-    """Open a failed refresh again, due now. The count of failed attempts starts again at 0.
+    """Open a failed refresh again, and make it due now.
+
+    The count of failed attempts of the refresh starts again at 0.
 
     Raises:
         NotFound: no refresh has the id `refresh_id`.
@@ -229,7 +235,7 @@ async def _open(
     accounts: Iterable[tuple[TigerAccount, RefreshTrigger]],
     **values: Any,  # noqa: ANN401  # fields of TokenStatus
 ) -> list[TokenStatus]:
-    """Open refreshes for accounts without an open refresh, and audit each new refresh."""
+    """Open a refresh for each account without an open refresh, and record audit events."""
     refreshes = [
         TokenStatus(
             tiger_account_id=account.id,
@@ -243,7 +249,7 @@ async def _open(
     if not refreshes:
         return []
     rows = [refresh.model_dump() for refresh in refreshes]
-    # PostgreSQL sets the default of a column if all rows of the INSERT omit the column.
+    # Omit the columns that are None in all rows, so that PostgreSQL sets the columns' defaults.
     names = {name for row in rows for name, value in row.items() if value is not None}
     rows = [{name: row[name] for name in names} for row in rows]
     inserted = await fetch_all(
