@@ -13,6 +13,7 @@ from uuid_utils.compat import uuid7
 from benchmarks.work import Work
 from tiger_db import AuditAction, AuditLog, Database, audit, crud
 from tiger_db.connections import connect
+from tiger_db.crud.audit_logs.queries import EVENTS
 from tiger_db.crud.pagination import encode_cursor
 from tiger_db.signing import generate_signing_key
 
@@ -141,7 +142,7 @@ async def page_works(database: Database, pool: "asyncpg.Pool[asyncpg.Record]") -
     async def deep_page() -> None:
         async with database.session() as session:
             page = await crud.audit_logs.search(
-                session, after=encode_cursor("audit_logs", oldest), limit=PAGE
+                session, after=encode_cursor(EVENTS, oldest), limit=PAGE
             )
             assert len(page) == PAGE
 

@@ -33,7 +33,6 @@ from tiger_db import (
     get_session,
     tiger,
 )
-from tiger_db.crud.audit_logs import Criteria
 from tiger_db.errors import TigerDBError
 
 KEY = APIKey(name="x", key_prefix="x", key_hash="x", scopes=[APIKeyScope.MCP_READ])
@@ -127,8 +126,8 @@ def parameters_of(function: Callable[..., object]) -> dict[str, Any]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             hints[name] = parameter.annotation
-        elif get_args(parameter.annotation) == (Criteria,):
-            hints |= {n: hint | None for n, hint in get_type_hints(Criteria).items()}
+        elif get_args(parameter.annotation)[0].__name__.endswith("Filters"):
+            hints |= get_type_hints(get_args(parameter.annotation)[0])
     # A wrong raw key is an InvalidAPIKey.
     return {name: hint for name, hint in hints.items() if name != "raw_key"}
 

@@ -247,7 +247,7 @@ async def test_old_tiger_ids_are_normalized(using: Using) -> None:
             assert await with_tiger_id(session, "2015 0001") == [invalid.id]
             (event,) = (
                 await crud.audit_logs.search(
-                    session, actions=[AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE]
+                    session, action=AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE
                 )
             ).items
         assert event.details is not None
@@ -423,7 +423,7 @@ async def test_a_killed_rotation_can_be_continued(clone_settings: Settings) -> N
         assert (report.rotated, report.stuck, report.retirable) == (left["k1"], 0, ["k1"])
         async with database.session() as session:
             events = await crud.audit_logs.search(
-                session, actions=[AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE], limit=1000
+                session, action=AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE, limit=1000
             )
         assert sum(event.details["rows"] for event in events if event.details) == 400  # type: ignore[misc]  # JSON
     async with Database(clone_settings, key_provider=ONLY_K2) as database:

@@ -83,12 +83,12 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Awaitable[object]]]] = {
             s, since=datetime.max.replace(tzinfo=timezone(timedelta(hours=-5)))
         ),
     ),
-    "text as actions": ("actions", lambda s: functions.audit_logs.search(s, actions="trade")),
+    "text as actions": ("actions", lambda s: functions.audit_logs.search(s, action="trade")),
     "one action": (
         "actions",
-        lambda s: functions.audit_logs.search(s, actions=AuditAction.TRADE_PLACE_ORDER),
+        lambda s: functions.audit_logs.search(s, action=AuditAction.TRADE_PLACE_ORDER),
     ),
-    "text as results": ("results", lambda s: functions.audit_logs.search(s, results="failure")),
+    "text as results": ("results", lambda s: functions.audit_logs.search(s, result="failure")),
     "session of another kind": ("session", lambda s: functions.accounts.get(s.sync_session, ID)),
     "dict as events": ("events", lambda s: functions.audit_logs.log_events(s, [{}])),
 }

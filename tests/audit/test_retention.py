@@ -321,7 +321,7 @@ async def test_old_months_are_retired(
     rows = await other.fetchval("SELECT count(*) FROM audit_logs")
     await assert_clean(database, rows=rows, retired=9, unsealed=0)
     async with database.session() as session:
-        page = await crud.audit_logs.search(session, actions=[AuditAction.SYSTEM_AUDIT_RETIRE])
+        page = await crud.audit_logs.search(session, action=AuditAction.SYSTEM_AUDIT_RETIRE)
     told = [(event.resource_id, event.details) for event in page.items[::-1]]
     assert [name for name, _ in told] == old
     assert {event.user_id for event in page} == {"cron"}

@@ -50,12 +50,12 @@ async def test_unknown_values_are_read_as_texts(signing: Database, event: AuditL
     async with signing.session() as session:
         for page in (
             await crud.audit_logs.search(session),
-            await crud.audit_logs.search(session, actions=["mcp:future"]),
-            await crud.audit_logs.search(session, actions=["data:query", "mcp"]),
+            await crud.audit_logs.search(session, action=["mcp:future"]),
+            await crud.audit_logs.search(session, action=["data:query", "mcp"]),
             await crud.audit_logs.get_security_events(session),  # fatal is above high
         ):
             assert [values_of(found) for found in page] == [VALUES]
-        assert (await crud.audit_logs.search(session, actions=["data", "mcp:connect"])).items == []
+        assert (await crud.audit_logs.search(session, action=["data", "mcp:connect"])).items == []
 
 
 async def test_unknown_values_are_counted(signing: Database, event: AuditLog) -> None:
@@ -100,7 +100,7 @@ async def test_an_event_with_unknown_values_is_followed(
     signing: Database, newer: Connection
 ) -> None:
     begun = asyncio.Event()
-    async with aclosing(audit.follow(signing, begun=begun.set, actions=["mcp"])) as events:
+    async with aclosing(audit.follow(signing, begun=begun.set, action=["mcp"])) as events:
         following = asyncio.ensure_future(anext(events))
         await asyncio.wait_for(begun.wait(), 20)
         await newer.execute(NEWER_EVENT)
@@ -120,7 +120,7 @@ async def test_an_event_with_unknown_values_is_sealed_exported_and_verified(
     first = json.loads(lines[1])
     assert [first[name] for name in ("action", "result", "severity")] == [*VALUES]
     assert [json.loads(lines[1])] == [
-        json.loads(line) for line in await exported(signing, actions=["mcp"])
+        json.loads(line) for line in await exported(signing, action="mcp")
     ]
     assert ",".join(VALUES) in "".join(await exported(signing, form="csv"))
     file = tmp_path / "trail.jsonl"

@@ -17,6 +17,7 @@ from tiger_db import AuditLog, Database, Settings, doctor
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorize import FIND_KEY
 from tiger_db.crud.api_keys.key_format import checksum
+from tiger_db.crud.audit_logs.queries import EVENTS
 from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidAPIKey
@@ -213,7 +214,7 @@ async def test_security_events_read_no_earlier_month(full: Settings) -> None:
 
 
 async def test_a_deep_page_reads_no_later_month(full: Settings) -> None:
-    after = encode_cursor("audit_logs", UUID(int=int(month(1).timestamp() * 1000) << 80 | 10**6))
+    after = encode_cursor(EVENTS, UUID(int=int(month(1).timestamp() * 1000) << 80 | 10**6))
     plan = await plan_of(full, partial(audit_logs.get_recent_events, after=after))
     assert f"audit_logs_{month(2):%Y_%m}" not in partitions(plan)
     assert not [node for node in plan if node["Node Type"] in {"Seq Scan", "Sort"}]

@@ -1,8 +1,8 @@
 """Pages, cursors and limits of all lists."""
 
 import asyncio
-import base64
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from tests.support import factories
 from tests.support.lists import ACCOUNT, LEAK, LISTS, cursor_of, one_row_for
 from tests.support.recording import recorded
-from tiger_db import AuditLog, Database, Page, crud
-from tiger_db.crud.pagination import decode_cursor, encode_cursor
+from tiger_db import AccountStatus, AuditLog, Database, Page, crud
+from tiger_db.crud.accounts.queries import ACCOUNTS
+from tiger_db.crud.api_keys.queries import API_KEYS, EXPIRING_API_KEYS
+from tiger_db.crud.audit_logs.queries import EVENTS
+from tiger_db.crud.pagination import EntityList, decode_cursor, encode_cursor
+from tiger_db.crud.token_status.queries import PENDING_REFRESHES, REFRESHES
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidCursor, InvalidValue
 
@@ -79,21 +83,60 @@ async def test_concurrent_inserts_neither_repeat_nor_skip_rows(clone: Database) 
 # Cursors
 
 
-NAMES = ["tiger_accounts", "api_keys", "audit_logs", "token_statuses", "expiring_api_keys"]
+SCOPES: list[tuple[EntityList[Any], str, dict[str, object]]] = [
+    (ACCOUNTS, "newest", {}),
+    (ACCOUNTS, "name", {}),
+    (ACCOUNTS, "name", {"status": ["active", "closed"]}),
+    (API_KEYS, "name", {}),
+    (EXPIRING_API_KEYS, "expiry", {}),
+    (EVENTS, "newest", {}),
+    (EVENTS, "newest", {"since": datetime(2026, 1, 1, tzinfo=UTC)}),
+    (EVENTS, "newest", {"details": {"a": 1}}),
+    (REFRESHES, "newest", {}),
+    (PENDING_REFRESHES, "schedule", {}),
+]
 
 
-@given(name=st.sampled_from(NAMES), row_id=st.uuids())
-@example(name="api_keys", row_id=UUID(int=0))
-@example(name="api_keys", row_id=UUID(int=2**128 - 1))
-def test_a_cursor_decodes_to_its_row_id_in_its_list_only(name: str, row_id: UUID) -> None:
-    cursor = encode_cursor(name, row_id)
-    assert decode_cursor(name, cursor) == row_id
+def key_for(order_by: str, text: str, at: datetime) -> str | datetime | None:
+    return {"newest": None, "name": text}.get(order_by, at)
+
+
+@given(
+    scope=st.sampled_from(range(len(SCOPES))),
+    row_id=st.uuids(),
+    text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+    at=st.datetimes(timezones=st.just(UTC)),
+)
+@example(scope=3, row_id=UUID(int=0), text="", at=datetime.max.replace(tzinfo=UTC))
+@example(scope=1, row_id=UUID(int=2**128 - 1), text="🐅", at=datetime.min.replace(tzinfo=UTC))
+def test_a_cursor_decodes_in_its_list_order_and_filters_only(
+    scope: int, row_id: UUID, text: str, at: datetime
+) -> None:
+    listed, order_by, filters = SCOPES[scope]
+    key = key_for(order_by, text, at)
+    cursor = encode_cursor(listed, row_id, key, order_by=order_by, filters=filters)
+    assert decode_cursor(listed, cursor, order_by=order_by, filters=filters) == (key, row_id)
     assert cursor.isascii()
-    assert str(row_id) not in cursor
-    for other in NAMES:
-        if other != name:
+    for number, (other, other_order, other_filters) in enumerate(SCOPES):
+        if number != scope:
             with pytest.raises(InvalidCursor):
-                decode_cursor(other, cursor)
+                decode_cursor(other, cursor, order_by=other_order, filters=other_filters)
+
+
+@pytest.mark.parametrize(
+    ("one", "equal"),
+    [
+        ({"status": "active"}, {"status": [AccountStatus.ACTIVE]}),
+        ({"status": ["active", "closed"]}, {"status": ("closed", "active", "closed")}),
+        ({"status": None}, {}),
+        ({"tags": {"a": 1, "b": 2}}, {"tags": [{"b": 2, "a": 1}]}),
+    ],
+)
+def test_equal_filters_share_their_cursors(one: dict[str, Any], equal: dict[str, Any]) -> None:
+    row_id = uuid4()
+    assert encode_cursor(ACCOUNTS, row_id, filters=one) == encode_cursor(
+        ACCOUNTS, row_id, filters=equal
+    )
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -106,22 +149,14 @@ async def test_a_list_refuses_the_cursor_of_another_list(session: AsyncSession, 
 
 
 def malformed(cursor: object) -> bool:
-    if not isinstance(cursor, str):
-        return True
-    try:
-        content = base64.urlsafe_b64decode(f"{cursor}==".encode())
-    except ValueError:
-        return True
-    named = any(
-        len(content) == len(name) + 16 and content.startswith(name.encode()) for name in NAMES
-    )
-    return not named or base64.urlsafe_b64encode(content).decode().rstrip("=") != cursor
+    return cursor not in {cursor_of(name, row_id) for name in LISTS for row_id in USED_IDS}
 
 
-nearly = st.builds(encode_cursor, st.sampled_from(NAMES), st.uuids())
+USED_IDS = [uuid4() for _ in range(3)]
+nearly = st.builds(cursor_of, st.sampled_from(list(LISTS)), st.sampled_from(USED_IDS))
 cursors: st.SearchStrategy[object] = (
     st.text()
-    | st.from_regex(r"[\w-]{20,24}={0,2}", fullmatch=True)
+    | st.from_regex(r"[\w-]{20,60}={0,2}", fullmatch=True)
     | st.builds(lambda c, n, x: c[:n] + x + c[n + 1 :], nearly, st.integers(0, 22), st.characters())
     | nearly.map(lambda cursor: f"{cursor}==")
     | nearly.map(str.encode)
@@ -135,7 +170,7 @@ cursors: st.SearchStrategy[object] = (
 @given(cursor=cursors.filter(malformed))
 @example(cursor="")
 @example(cursor="A" * 21 + "B")  # unused bits of the last character are set
-@example(cursor=encode_cursor("api_keys", uuid4()) + "\n")
+@example(cursor=encode_cursor(API_KEYS, uuid4()) + "\n")
 @example(cursor="' OR true --")
 async def test_a_malformed_cursor_raises_invalid_cursor_without_a_query(
     database: Database, cursor: Any

@@ -110,7 +110,7 @@ async def test_a_pause_stops_orders(clone: Database, serve: Serve) -> None:
         assert await order(url, raw_key) == (False, "accepted")
     async with clone.session() as session:
         events = await crud.audit_logs.search(
-            session, actions=[AuditAction.TRADE_PLACE_ORDER], user_id=key.key_prefix
+            session, action=AuditAction.TRADE_PLACE_ORDER, user_id=key.key_prefix
         )
     assert [(event.result, event.error_code, event.api_key_id) for event in events] == [
         ("success", None, key.id),

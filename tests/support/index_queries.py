@@ -10,8 +10,11 @@ from uuid import UUID
 from tiger_db import RefreshTrigger
 from tiger_db.audit.storage import SELECT_EVENTS, SELECT_LAST_SEAL
 from tiger_db.crud import accounts, api_keys, audit_logs, token_status
+from tiger_db.crud.accounts.queries import ACCOUNTS
+from tiger_db.crud.api_keys.queries import API_KEYS, EXPIRING_API_KEYS
 from tiger_db.crud.api_keys.rate_limits import CONSUME
-from tiger_db.crud.pagination import encode_cursor
+from tiger_db.crud.pagination import EntityList, encode_cursor
+from tiger_db.crud.token_status.queries import REFRESHES
 from tiger_db.database import AsyncSession
 
 NOW = datetime.now(UTC)
@@ -23,8 +26,8 @@ def id_of(n: int) -> UUID:
     return UUID(f"0190a000-0000-7000-8000-{n:012}")
 
 
-def cursor_of(n: int, name: str) -> str:
-    return encode_cursor(name, id_of(n))
+def cursor_of(n: int, listed: EntityList[Any], **filters: object) -> str:
+    return encode_cursor(listed, id_of(n), filters=filters)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ async def newest_seal(session: AsyncSession) -> None:
 
 SERVES: list[tuple[str, Call]] = [
     ("pk_tiger_accounts", asks(accounts.get, id_of(77))),
-    ("pk_tiger_accounts", asks(accounts.list_accounts, after=cursor_of(77, "tiger_accounts"))),
+    ("pk_tiger_accounts", asks(accounts.list_accounts, after=cursor_of(77, ACCOUNTS))),
     ("uq_tiger_accounts_account_number", asks(accounts.get_by_account_number, "U77")),
     ("ix_tiger_accounts_tiger_id_fingerprint", asks(accounts.list_by_tiger_id, "77")),
     ("uq_tiger_accounts_is_default_trading", asks(accounts.get_default_trading_account)),
@@ -94,22 +97,29 @@ SERVES: list[tuple[str, Call]] = [
     ("ix_tiger_accounts_token_refresh_at", asks(token_status.schedule_due)),
     ("ix_tiger_accounts_token_refresh_at", asks(token_status.next_due)),
     ("pk_api_keys", asks(api_keys.get, id_of(77))),
-    ("pk_api_keys", asks(api_keys.list_api_keys, after=cursor_of(77, "api_keys"))),
+    ("pk_api_keys", asks(api_keys.list_api_keys, after=cursor_of(77, API_KEYS))),
     ("uq_api_keys_key_prefix", asks(api_keys.get_by_prefix, f"tdb_test_{77:012}")),
     (
         "ix_api_keys_tiger_account_id_id",
-        asks(api_keys.get_keys_for_account, id_of(77), after=cursor_of(10**9, "api_keys")),
+        asks(
+            api_keys.get_keys_for_account,
+            id_of(77),
+            after=cursor_of(10**9, API_KEYS, account_id=id_of(77)),
+        ),
     ),
     ("ix_api_keys_expires_at_id", asks(api_keys.list_expiring)),
     (
         "ix_api_keys_expires_at_id",
-        asks(api_keys.list_expiring, after=cursor_of(77, "expiring_api_keys")),
+        asks(
+            api_keys.list_expiring,
+            after=encode_cursor(EXPIRING_API_KEYS, id_of(77), NOW, order_by="expiry"),
+        ),
     ),
     ("pk_api_key_limits", asks(limited_use)),
     ("pk_api_key_usage", asks(api_keys.usage, id_of(77), since=NOW - timedelta(hours=3))),
     ("pk_trading_pauses", asks(api_keys.pause, reason="stop")),
     ("pk_token_statuses", asks(token_status.get, id_of(77))),
-    ("pk_token_statuses", asks(token_status.history, after=cursor_of(777, "token_statuses"))),
+    ("pk_token_statuses", asks(token_status.history, after=cursor_of(777, REFRESHES))),
     ("pk_token_statuses", asks(token_status.statistics, since=NOW)),
     ("pk_token_statuses", asks(token_status.claim, id_of(200), worker="w")),
     ("pk_token_statuses", asks(token_status.prune, older_than=OLD)),

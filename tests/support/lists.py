@@ -6,7 +6,11 @@ from uuid import UUID
 
 from tests.support import factories
 from tiger_db import AuditAction, Page, crud
-from tiger_db.crud.pagination import encode_cursor
+from tiger_db.crud.accounts.queries import ACCOUNTS
+from tiger_db.crud.api_keys.queries import API_KEYS
+from tiger_db.crud.audit_logs.queries import EVENTS, SECURITY_EVENTS
+from tiger_db.crud.pagination import EntityList, encode_cursor
+from tiger_db.crud.token_status.queries import FAILED_REFRESHES, PENDING_REFRESHES, REFRESHES
 from tiger_db.database import AsyncSession
 from tiger_db.models import Entity
 
@@ -19,26 +23,35 @@ LISTS: dict[str, List] = {
     "get_keys_for_account": lambda s, **p: crud.api_keys.get_keys_for_account(s, ACCOUNT, **p),
     "get_recent_events": crud.audit_logs.get_recent_events,
     "get_security_events": crud.audit_logs.get_security_events,
-    "search": lambda s, **p: crud.audit_logs.search(s, actions=[LEAK], **p),
+    "search": lambda s, **p: crud.audit_logs.search(s, action=[LEAK], **p),
     "get_pending_refreshes": crud.token_status.get_pending_refreshes,
     "get_failed_refreshes": crud.token_status.get_failed_refreshes,
     "history": crud.token_status.history,
     "history of an account": lambda s, **p: crud.token_status.history(s, account_id=ACCOUNT, **p),
 }
 
-_TABLES = {
-    "list_accounts": "tiger_accounts",
-    "list_api_keys": "api_keys",
-    "get_keys_for_account": "api_keys",
-    "get_recent_events": "audit_logs",
-    "get_security_events": "audit_logs",
-    "search": "audit_logs",
+_QUERIES: dict[str, EntityList[Any]] = {
+    "list_accounts": ACCOUNTS,
+    "list_api_keys": API_KEYS,
+    "get_keys_for_account": API_KEYS,
+    "get_recent_events": EVENTS,
+    "get_security_events": SECURITY_EVENTS,
+    "search": EVENTS,
+    "get_pending_refreshes": PENDING_REFRESHES,
+    "get_failed_refreshes": FAILED_REFRESHES,
+    "history": REFRESHES,
+    "history of an account": REFRESHES,
+}
+_FILTERS: dict[str, dict[str, object]] = {
+    "get_keys_for_account": {"account_id": ACCOUNT},
+    "search": {"action": [LEAK]},
+    "history of an account": {"account_id": ACCOUNT},
 }
 
 
 def cursor_of(name: str, row_id: UUID) -> str:
     """Return the cursor of a list after the row with the given id."""
-    return encode_cursor(_TABLES.get(name, "token_statuses"), row_id)
+    return encode_cursor(_QUERIES[name], row_id, filters=_FILTERS.get(name, {}))
 
 
 async def one_row_for(name: str, session: AsyncSession) -> Entity:

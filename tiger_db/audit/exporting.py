@@ -15,7 +15,7 @@ from sqlmodel import col
 from tiger_db.audit import storage
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
 from tiger_db.audit.storage import Event
-from tiger_db.crud.audit_logs.queries import Criteria, conditions
+from tiger_db.crud.audit_logs.queries import EventFilters, event_conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AuditLog
@@ -34,7 +34,7 @@ def export(
     *,
     form: Literal["jsonl", "csv"] = "jsonl",
     advance: Callable[[int], None] = lambda _events: None,
-    **wanted: Unpack[Criteria],
+    **wanted: Unpack[EventFilters],
 ) -> AsyncGenerator[str, None]:
     """Return a generator of lines of text, one for each event that matches the criteria.
 
@@ -53,7 +53,7 @@ def export(
         InvalidValue: an argument is not valid. See `crud.audit_logs.search`. `export` raises the
             error when it is called, before the first line.
     """
-    filters = conditions(**wanted)
+    filters = event_conditions(**wanted)
     items = _matching_events(database, filters) if filters else _whole_trail(database)
     return _lines(items, form, advance)
 

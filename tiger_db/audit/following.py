@@ -10,7 +10,7 @@ from sqlmodel import col
 
 from tiger_db.audit import storage
 from tiger_db.connections.listener import open_listener
-from tiger_db.crud.audit_logs.queries import Criteria, conditions
+from tiger_db.crud.audit_logs.queries import EventFilters, event_conditions
 from tiger_db.crud.common import fetch_all
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable
@@ -25,7 +25,7 @@ _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 @public
 def follow(
-    database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[Criteria]
+    database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[EventFilters]
 ) -> AsyncGenerator[AuditLog, None]:
     """Yield each matching audit event that is committed after the call of `begun`.
 
@@ -37,7 +37,7 @@ def follow(
         InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
         DatabaseUnavailable: The connection to the database was lost.
     """
-    return _follow(database, begun, conditions(**wanted))
+    return _follow(database, begun, event_conditions(**wanted))
 
 
 async def _follow(

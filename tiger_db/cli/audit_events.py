@@ -16,10 +16,10 @@ from tiger_db.cli import options, output, runtime
 from tiger_db.errors import NotFound
 
 if TYPE_CHECKING:
-    from tiger_db.crud.audit_logs import Criteria
+    from tiger_db.crud.audit_logs import EventFilters
     from tiger_db.database import AsyncSession
 
-    FindCriteria = Callable[[AsyncSession], Awaitable[Criteria]]
+    FindCriteria = Callable[[AsyncSession], Awaitable[EventFilters]]
 
 T = TypeVar("T")
 Results = Literal["success", "failure", "partial", "error", "pending"]
@@ -243,12 +243,12 @@ def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
         options.parse_past(text, f"--{name}") if (text := given[name]) is not None else None
         for name in ("since", "until")
     )
-    actions = _parse_actions(given["action"] or ())
+    actions = _parse_actions(given["action"]) if given["action"] else None
     details = _parse_details(given["details"])
     result, severity = given["result"], given["severity"]
     account, api_key = given["account"], given["api_key"]
 
-    async def find_criteria(session: "AsyncSession") -> "Criteria":
+    async def find_criteria(session: "AsyncSession") -> "EventFilters":
         account_id = runtime.parse_uuid(account or "")
         if account is not None and account_id is None:
             account_id = (await _find(runtime.find_account(session, account), "account")).id
@@ -258,13 +258,13 @@ def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
         return {
             "since": start,
             "until": end,
-            "actions": actions,
-            "results": [tiger_db.AuditResult(result)] if result else (),
-            "severities": [tiger_db.AuditSeverity(severity)] if severity else (),
+            "action": actions,
+            "result": tiger_db.AuditResult(result) if result else None,
+            "severity": tiger_db.AuditSeverity(severity) if severity else None,
             "account_id": account_id,
             "api_key_id": key_id,
             "user_id": given["user"],
-            "ip": given["ip"],
+            "ip_address": given["ip"],
             "session_id": given["session_id"],
             "request_id": given["request_id"],
             "resource": given["resource"],

@@ -10,7 +10,8 @@ from uuid import UUID
 from sqlalchemy import Row, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.sql.base import ExecutableOption
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlmodel import col
 
@@ -81,6 +82,17 @@ async def get_or_raise(
     if row is None:
         raise NotFound(f"there is no {entity.__name__} {row_id}")
     return row
+
+
+def load_options(entity: type[Entity], names: Sequence[str]) -> list[ExecutableOption]:
+    """Return the options that load relationships of an entity, with one query per relationship.
+
+    Raises:
+        InvalidValue: the entity has no relationship with one of the names.
+    """
+    if unknown := [name for name in names if name not in entity.__sqlmodel_relationships__]:
+        raise InvalidValue(f"{entity.__name__} has no relationship {', '.join(map(repr, unknown))}")
+    return [selectinload(getattr(entity, name)) for name in names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

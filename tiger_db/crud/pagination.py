@@ -1,30 +1,49 @@
-"""Functions for keyset pagination, and the class of result pages."""
+"""Lists of entities in pages: filters, orders and cursors (keyset pagination)."""
 
 import base64
 import binascii
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Select
+from sqlalchemy import (
+    ColumnElement,
+    String,
+    TextClause,
+    collate,
+    func,
+    inspect,
+    literal,
+    select,
+    tuple_,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col
 
-from tiger_db.crud.common import E_, fetch_all
+from tiger_db.crud.common import E_, fetch_all, load_options, require_aware, typed_errors
+from tiger_db.crud.filters import Filters, as_list
 from tiger_db.errors import InvalidCursor, InvalidValue
 
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
+NEWEST = "newest"
 T = TypeVar("T")
+_NO_FILTERS: Mapping[str, Any] = {}
+_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """One page of rows, with the cursor of the next page."""
+    """One page of rows, with the cursors of the next page and of the previous page."""
 
     items: list[T]
-    next_cursor: str | None = None  # `after` for the next page, or None on the last page
+    next_cursor: str | None = None  # value of `after` for the next page; None: last page
+    previous_cursor: str | None = None  # value of `before` for the previous page; None: first page
+    total: int | None = None  # number of rows on all pages; None: not counted
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.items)
@@ -33,29 +52,82 @@ class Page(Generic[T]):
         return len(self.items)
 
 
+@dataclass(frozen=True, slots=True)
+class EntityList(Generic[E_]):
+    """A list of entities: its name, its filters and its orders.
+
+    The order `newest` sorts by id, newest row first. `orders` contains the names of more orders,
+    each with the name of the column that the order sorts by, ascending. Texts are sorted by code
+    point.
+    """
+
+    name: str
+    entity: type[E_]
+    filters: Filters
+    orders: Mapping[str, str] = field(default_factory=dict)
+
+
 async def paginate(
     session: AsyncSession,
-    statement: Select[E_],
-    entity: type[E_],
-    *,
-    after: str | None,
-    limit: int,
+    listed: EntityList[E_],
+    *criteria: ColumnElement[bool] | TextClause,
+    filters: Mapping[str, Any],
+    order_by: str = NEWEST,
+    after: str | None = None,
+    before: str | None = None,
+    limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
 ) -> Page[E_]:
-    """Fetch one page of a statement's rows, newest row first, with one query.
+    """Fetch one page of a list: the rows that match all criteria and all filters.
+
+    The page is one query. `count` adds a query that counts the rows of all pages, and each name of
+    a relationship in `load` adds a query that loads the relationship. An empty page has no cursors.
 
     Raises:
-        InvalidCursor: `after` is not the `next_cursor` of an earlier page of the same list.
-        InvalidValue: `limit` is not from 1 to 1000.
+        InvalidCursor: `after` is not the `next_cursor`, or `before` is not the `previous_cursor`,
+            of a page of the same list with the same order and the same filters.
+        InvalidValue: `limit` is not from 1 to 1000, a filter or a relationship is invalid, or
+            `after` and `before` are both given.
     """
     check_limit(limit)
-    name = str(entity.__tablename__)
-    if after is not None:
-        statement = statement.where(col(entity.id) < decode_cursor(name, after))
-    # One row more than `limit` shows whether a next page exists.
-    statement = statement.order_by(col(entity.id).desc()).limit(limit + 1)
-    rows = await fetch_all(session, statement)
+    if after is not None and before is not None:
+        raise InvalidValue("after and before cannot be combined")
+    statement = select(listed.entity).where(*criteria, *listed.filters.where(filters))
+    statement = statement.options(*load_options(listed.entity, load))
+    keys = _sort_keys(listed, order_by)
+    ascending = (order_by != NEWEST) == (before is None)
+    page = statement
+    if (cursor := before if after is None else after) is not None:
+        values = decode_cursor(listed, cursor, order_by=order_by, filters=filters)[-len(keys) :]
+        row = tuple_(*keys)
+        position = tuple_(*map(literal, values, (key.type for key in keys)))
+        page = statement.where(row > position if ascending else row < position)
+    total = None
+    if count:
+        with typed_errors():
+            total = await session.scalar(statement.with_only_columns(func.count()))
+    # One extra row shows whether another page exists.
+    page = page.order_by(*(key.asc() if ascending else key.desc() for key in keys))
+    rows = await fetch_all(session, page.limit(limit + 1))
     more = len(rows) > limit
-    return Page(rows[:limit], encode_cursor(name, rows[limit - 1].id) if more else None)
+    rows = rows[:limit]
+    if before is not None:
+        rows.reverse()
+    has_next, has_previous = (more, after is not None) if before is None else (True, more)
+    first, last = (
+        encode_cursor(
+            listed,
+            rows[at].id,
+            _key(listed, order_by, rows[at]),
+            order_by=order_by,
+            filters=filters,
+        )
+        if rows
+        else None
+        for at in (0, -1)
+    )
+    return Page(rows, last if has_next else None, first if has_previous else None, total)
 
 
 def check_limit(limit: int) -> None:
@@ -64,22 +136,89 @@ def check_limit(limit: int) -> None:
         raise InvalidValue(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}")
 
 
-def encode_cursor(list_name: str, row_id: UUID) -> str:
-    """Return a cursor: the position after a row in a list. The cursor contains the list's name."""
-    content = list_name.encode() + row_id.bytes
+def encode_cursor(
+    listed: EntityList[E_],
+    row_id: UUID,
+    key: str | datetime | None = None,
+    *,
+    order_by: str = NEWEST,
+    filters: Mapping[str, Any] = _NO_FILTERS,
+) -> str:
+    """Return the cursor of a row: a digest of list, order and filters, the row's id and sort key.
+
+    A cursor is not encrypted: whoever has a cursor can read the sort key, such as a name.
+    """
+    text = key.isoformat() if isinstance(key, datetime) else key or ""
+    content = _digest(listed, order_by, filters) + row_id.bytes + text.encode()
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode("ascii")
 
 
-def decode_cursor(list_name: str, cursor: str) -> UUID:
-    """Return the row id that a cursor contains.
+def decode_cursor(
+    listed: EntityList[E_],
+    cursor: str,
+    *,
+    order_by: str = NEWEST,
+    filters: Mapping[str, Any] = _NO_FILTERS,
+) -> tuple[str | datetime | None, UUID]:
+    """Return the sort key and the row id in a cursor. The order `newest` has no sort key.
 
     Raises:
-        InvalidCursor: the cursor is malformed, or belongs to another list.
+        InvalidCursor: `encode_cursor` did not create the cursor, or created the cursor for another
+            list, another order or other filters.
     """
     try:
-        row_id = UUID(bytes=base64.urlsafe_b64decode(cursor + "==")[-16:])
-    except (binascii.Error, ValueError, TypeError, UnicodeError):
+        content = base64.urlsafe_b64decode(cursor + "==")
+        digest, text = content[:_DIGEST_BYTES], content[_DIGEST_BYTES + 16 :].decode()
+        row_id = UUID(bytes=content[_DIGEST_BYTES : _DIGEST_BYTES + 16])
+        key: str | datetime | None = text
+        if order_by == NEWEST:
+            key = None
+        elif not isinstance(_column(listed, order_by).type, String):
+            key = require_aware("cursor", datetime.fromisoformat(text))
+    except (binascii.Error, ValueError, TypeError, UnicodeError, InvalidValue):
         raise InvalidCursor from None
-    if encode_cursor(list_name, row_id) != cursor:
+    canonical_form = base64.urlsafe_b64encode(content).rstrip(b"=").decode("ascii")
+    if cursor != canonical_form or digest != _digest(listed, order_by, filters) or "\0" in text:
         raise InvalidCursor
-    return row_id
+    return key, row_id
+
+
+def _digest(listed: EntityList[E_], order_by: str, filters: Mapping[str, Any]) -> bytes:
+    """Return a digest of list, order and filters. One value, and a list of it, are equal."""
+    given = {
+        name: sorted({_canonical(item) for item in as_list(value)})
+        for name, value in filters.items()
+        if value is not None
+    }
+    content = json.dumps([listed.name, order_by, given], sort_keys=True)
+    return hashlib.sha256(content.encode()).digest()[:_DIGEST_BYTES]
+
+
+def _canonical(value: object) -> str:
+    """Return the text that equal values of a filter share."""
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value), sort_keys=True, default=str)
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat()
+    return str(value.value if isinstance(value, Enum) else value)
+
+
+def _sort_keys(listed: EntityList[E_], order_by: str) -> list[ColumnElement[Any]]:
+    """Return the sort keys of an order. The last sort key is the id."""
+    row_id: ColumnElement[Any] = inspect(listed.entity).columns.id
+    if order_by == NEWEST:
+        return [row_id]
+    column = _column(listed, order_by)
+    return [collate(column, "C") if isinstance(column.type, String) else column, row_id]
+
+
+def _column(listed: EntityList[E_], order_by: str) -> ColumnElement[Any]:
+    column: ColumnElement[Any] = inspect(listed.entity).columns[listed.orders[order_by]]
+    return column
+
+
+def _key(listed: EntityList[E_], order_by: str, row: E_) -> str | datetime | None:
+    key: str | datetime | None = None
+    if order_by != NEWEST:
+        key = getattr(row, listed.orders[order_by])
+    return key

@@ -52,23 +52,18 @@ async def test_security_events_are_recent_and_of_the_family_or_severe(
         return ids(await audit_logs.get_security_events(session, **arguments))
 
     assert await found() == ids([high, critical, family])
-    assert await found(hours=1.5) == [high.id]
-    assert await found(hours=26) == ids([high, critical, family, old])
-    assert await found(hours=24 * 366 * 100) == ids([high, critical, family, old])
-
-
-@pytest.mark.parametrize("hours", [0, -1, float("nan"), float("inf"), 10**9])
-async def test_hours_out_of_range_are_refused(session: AsyncSession, hours: float) -> None:
-    with pytest.raises(InvalidValue, match="hours"):
-        await audit_logs.get_security_events(session, hours=hours)
+    assert await found(since=now - timedelta(hours=1.5)) == [high.id]
+    assert await found(since=now - timedelta(hours=26)) == ids([high, critical, family, old])
+    page = await audit_logs.get_security_events(session, limit=1, count=True)
+    assert (ids(page), page.total) == ([high.id], 3)
 
 
 @pytest.mark.parametrize(
     ("given_as", "value", "criterion", "wanted"),
     [
-        ("action", "data:query", "actions", [AuditAction.DATA_QUERY, AuditAction.MCP_CONNECT]),
-        ("result", "error", "results", [AuditResult.ERROR, AuditResult.FAILURE]),
-        ("severity", "high", "severities", [AuditSeverity.HIGH]),
+        ("action", "data:query", "action", [AuditAction.DATA_QUERY, AuditAction.MCP_CONNECT]),
+        ("result", "error", "result", [AuditResult.ERROR, AuditResult.FAILURE]),
+        ("severity", "high", "severity", [AuditSeverity.HIGH]),
         ("tiger_account_id", UUID(int=1), "account_id", UUID(int=1)),
         ("api_key_id", UUID(int=2), "api_key_id", UUID(int=2)),
         ("user_id", "o'brien 🐅", "user_id", "o'brien 🐅"),
@@ -79,12 +74,12 @@ async def test_hours_out_of_range_are_refused(session: AsyncSession, hours: floa
         ("resource_id", "order/31318", "resource", "order/31318"),
         ("details", {"a": {"b": [1, 2]}, "c": None}, "details", {"a": {"b": [2]}}),
         ("details", {"a": {"b": [1, 2]}, "c": None}, "details", {"c": None}),
-        ("ip_address", "192.0.2.7", "ip", "192.0.2.7"),
-        ("ip_address", "192.0.2.7", "ip", "192.0.2.0/24"),
-        ("ip_address", "192.0.2.7", "ip", ip_address("::ffff:192.0.2.7")),
-        ("ip_address", "::ffff:192.0.2.7", "ip", ip_network("192.0.2.0/24")),
-        ("ip_address", "::ffff:192.0.2.7", "ip", "::ffff:192.0.2.0/120"),
-        ("ip_address", "2001:db8::1", "ip", "2001:db8::/32"),
+        ("ip_address", "192.0.2.7", "ip_address", "192.0.2.7"),
+        ("ip_address", "192.0.2.7", "ip_address", "192.0.2.0/24"),
+        ("ip_address", "192.0.2.7", "ip_address", ip_address("::ffff:192.0.2.7")),
+        ("ip_address", "::ffff:192.0.2.7", "ip_address", ip_network("192.0.2.0/24")),
+        ("ip_address", "::ffff:192.0.2.7", "ip_address", "::ffff:192.0.2.0/120"),
+        ("ip_address", "2001:db8::1", "ip_address", "2001:db8::/32"),
     ],
 )
 async def test_each_criterion_finds_its_events(
@@ -202,16 +197,16 @@ async def test_every_aware_time_is_accepted_or_raises_invalid_value(
     [
         lambda s: audit_logs.search(s, since=datetime(2026, 1, 1)),  # noqa: DTZ001  # the point
         lambda s: audit_logs.search(s, until=datetime(2026, 1, 1)),  # noqa: DTZ001
-        lambda s: audit_logs.search(s, ip="10.0.0.1/8"),
-        lambda s: audit_logs.search(s, ip="nowhere"),
+        lambda s: audit_logs.search(s, ip_address="10.0.0.1/8"),
+        lambda s: audit_logs.search(s, ip_address="nowhere"),
         lambda s: audit_logs.search(s, user_id="a\0b"),
         lambda s: audit_logs.search(s, resource="a\0b"),
         lambda s: audit_logs.search(s, details={"a": float("nan")}),
         lambda s: audit_logs.search(s, details={"a": NONSENSE, "b": "\0"}),
         lambda s: audit_logs.search(s, account_id=NONSENSE),
-        lambda s: audit_logs.search(s, actions=["Trade:place_order"]),
-        lambda s: audit_logs.search(s, actions=["trade:"]),
-        lambda s: audit_logs.search(s, results=[NONSENSE]),
+        lambda s: audit_logs.search(s, action=["Trade:place_order"]),
+        lambda s: audit_logs.search(s, action=["trade:"]),
+        lambda s: audit_logs.search(s, result=[NONSENSE]),
     ],
 )
 async def test_an_invalid_criterion_raises_invalid_value(

@@ -2,23 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Literal, TypedDict, Unpack
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, and_, func, not_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, aliased, selectinload
+from sqlalchemy.orm import Mapped, aliased
 from sqlmodel import col
 
-from tiger_db.crud.common import fetch_all, fetch_one, refuse_readonly
-from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, check_limit, paginate
+from tiger_db.crud.common import fetch_all, fetch_one, load_options, refuse_readonly
+from tiger_db.crud.filters import Filters, OneOrMore, Tag, has_tag, has_text, one_of, overlaps
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, check_limit, paginate
 from tiger_db.encryption import fingerprint
-from tiger_db.errors import ConfigurationError, InvalidValue
+from tiger_db.errors import ConfigurationError
 from tiger_db.models import (
     AccountStatus,
     AccountType,
     MarketPermission,
     TigerAccount,
     TigerEnvironment,
+    TigerLicense,
 )
 from tiger_db.models.accounts import (
     LICENSES_WITH_TOKEN,
@@ -86,21 +89,83 @@ async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAc
     return await fetch_all(session, statement)
 
 
+class AccountFilters(TypedDict, total=False):
+    """The filters of a list of accounts. Of several values, an account has one or more.
+
+    A filter with the value None selects all accounts, and an empty collection selects none.
+    """
+
+    status: OneOrMore[AccountStatus] | None
+    account_type: OneOrMore[AccountType] | None
+    environment: OneOrMore[TigerEnvironment] | None
+    license: OneOrMore[TigerLicense] | None
+    market_permission: OneOrMore[MarketPermission] | None
+    tags: OneOrMore[Tag] | None  # name of a tag, or a mapping of tags to their values
+    with_errors: bool | None  # whether the account has had errors since the last success
+    token_expires_within: timedelta | None  # an expired access token is selected, too
+    search: str | None  # text in the name, number or description; upper and lower case are equal
+
+
+ACCOUNTS = EntityList(
+    "tiger_accounts",
+    TigerAccount,
+    Filters.of(
+        AccountFilters,
+        {
+            "status": one_of(col(TigerAccount.status)),
+            "account_type": one_of(col(TigerAccount.account_type)),
+            "environment": one_of(col(TigerAccount.environment)),
+            "license": one_of(col(TigerAccount.license)),
+            "market_permission": overlaps(col(TigerAccount.market_permissions)),
+            "tags": has_tag(col(TigerAccount.tags)),
+            "with_errors": lambda value: (col(TigerAccount.error_count) > 0) == value,
+            "token_expires_within": lambda within: and_(
+                col(TigerAccount.access_token).is_not(None),
+                col(TigerAccount.token_expires_at) <= func.now() + within,
+            ),
+            "search": has_text(
+                col(TigerAccount.account_name),
+                col(TigerAccount.account_number),
+                col(TigerAccount.description),
+            ),
+        },
+    ),
+    orders={"name": "account_name"},
+)
+
+
 @public
 async def list_accounts(
     session: AsyncSession,
     *,
-    status: AccountStatus | None = None,
-    environment: TigerEnvironment | None = None,
-    account_type: AccountType | None = None,
+    order_by: Literal["newest", "name"] = "newest",
     after: str | None = None,
+    before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
+    **filters: Unpack[AccountFilters],
 ) -> Page[TigerAccount]:
-    """Return a page of the accounts that match all given criteria, newest first."""
-    criteria = {"status": status, "environment": environment, "account_type": account_type}
-    given = {name: value for name, value in criteria.items() if value is not None}
-    statement = select(TigerAccount).filter_by(**given)
-    return await paginate(session, statement, TigerAccount, after=after, limit=limit)
+    """Return a page of the accounts that match all filters, by default newest account first.
+
+    The order `name` sorts by name and id, by code point. No index serves the filters and the
+    order `name`: PostgreSQL reads all accounts. See `paginate` for the other parameters.
+
+    Raises:
+        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidValue: a filter, `limit` or `load` is invalid.
+    """
+    return await paginate(
+        session,
+        ACCOUNTS,
+        filters=filters,
+        order_by=order_by,
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
+        load=load,
+    )
 
 
 @public
@@ -199,10 +264,7 @@ async def find_for_operation(
 async def _get(
     session: AsyncSession, criterion: ColumnElement[bool] | Mapped[bool], load: Sequence[str]
 ) -> TigerAccount | None:
-    relationships = TigerAccount.__sqlmodel_relationships__
-    if unknown := [name for name in load if name not in relationships]:
-        raise InvalidValue(f"TigerAccount has no relationship {', '.join(map(repr, unknown))}")
-    options = [selectinload(getattr(TigerAccount, name)) for name in load]
+    options = load_options(TigerAccount, load)
     statement = select(TigerAccount).where(criterion).options(*options)
     return await fetch_one(session, statement)
 

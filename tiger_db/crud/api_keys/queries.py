@@ -1,30 +1,24 @@
 """Functions that look up and list API keys and usage counts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Literal, TypedDict, Unpack
 from uuid import UUID
 
-from sqlalchemy import and_, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, and_, false, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import peppers_of, verify_secret
 from tiger_db.crud.api_keys.key_format import parse_key
-from tiger_db.crud.common import fetch_all, fetch_one, require_aware
-from tiger_db.crud.pagination import (
-    DEFAULT_PAGE_SIZE,
-    Page,
-    check_limit,
-    decode_cursor,
-    encode_cursor,
-    paginate,
-)
+from tiger_db.crud.common import fetch_one, require_aware
+from tiger_db.crud.filters import Filters, OneOrMore, as_list, has_text, one_of, overlaps
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, paginate
 from tiger_db.errors import InvalidValue
-from tiger_db.models import APIKey, APIKeyStatus
+from tiger_db.models import APIKey, APIKeyScope, APIKeyStatus
 from tiger_db.models.api_keys import api_key_usage
 from tiger_db.public import public
-
-_EXPIRING = "expiring_api_keys"  # the name of the list in the cursors of `list_expiring`
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +45,7 @@ async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None
 
 @public
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """Return the API key that belongs to a raw key, or None.
-
-    The status of the API key is not checked. The look-up is not counted as a use of the API key.
+    """Return the API key of a raw key, with any status, or None. The look-up is not counted as use.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
@@ -67,44 +59,116 @@ async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
     return key if verified else None
 
 
-@public
-async def get_keys_for_account(
-    session: AsyncSession,
-    account_id: UUID,
-    *,
-    after: str | None = None,
-    limit: int = DEFAULT_PAGE_SIZE,
-) -> Page[APIKey]:
-    """Return a page of the API keys that are bound to an account, newest first."""
-    statement = select(APIKey).where(col(APIKey.tiger_account_id) == account_id)
-    return await paginate(session, statement, APIKey, after=after, limit=limit)
+class APIKeyFilters(TypedDict, total=False):
+    """The filters of a list of API keys. Of several values, a key has one or more.
+
+    A filter with the value None selects all keys, and an empty collection selects none.
+    """
+
+    # `active` selects keys that have not expired, by the database's clock. `expired` selects keys
+    # whose `expires_at` has passed, because their stored status stays `active`.
+    status: OneOrMore[APIKeyStatus] | None
+    account_id: OneOrMore[UUID] | None
+    scope: OneOrMore[APIKeyScope] | None  # scope that the key has, or that a scope of it implies
+    created_by: OneOrMore[str] | None
+    expired: bool | None  # whether `expires_at` has passed, by the database's clock
+    unused_since: datetime | None  # keys that were created and last used before this time
+    search: str | None  # text in the name, prefix or description; upper and lower case are equal
+
+
+_IS_EXPIRED = func.coalesce(col(APIKey.expires_at) <= func.now(), False)
+_IS_ACTIVE = col(APIKey.status) == APIKeyStatus.ACTIVE
+
+
+def _has_status(value: OneOrMore[APIKeyStatus]) -> ColumnElement[bool]:
+    statuses = {APIKeyStatus(status) for status in as_list(value)}
+    stored = col(APIKey.status).in_(statuses - {APIKeyStatus.ACTIVE})
+    active, expired = (status in statuses for status in (APIKeyStatus.ACTIVE, APIKeyStatus.EXPIRED))
+    return or_(
+        stored,
+        and_(_IS_ACTIVE, ~_IS_EXPIRED) if active else false(),
+        and_(_IS_ACTIVE, _IS_EXPIRED) if expired else false(),
+    )
+
+
+def _grants_scope(value: OneOrMore[APIKeyScope]) -> ColumnElement[bool]:
+    wanted = {APIKeyScope(scope) for scope in as_list(value)}
+    granting = [held for held in APIKeyScope if any(held.implies(scope) for scope in wanted)]
+    return overlaps(col(APIKey.scopes))(granting)
+
+
+_FILTERS = Filters.of(
+    APIKeyFilters,
+    {
+        "status": _has_status,
+        "account_id": one_of(col(APIKey.tiger_account_id)),
+        "scope": _grants_scope,
+        "created_by": one_of(col(APIKey.created_by)),
+        "expired": lambda expired: expired == _IS_EXPIRED,
+        "unused_since": lambda at: (
+            func.coalesce(col(APIKey.last_used_at), col(APIKey.created_at)) < at
+        ),
+        "search": has_text(col(APIKey.name), col(APIKey.key_prefix), col(APIKey.description)),
+    },
+)
+API_KEYS = EntityList("api_keys", APIKey, _FILTERS, orders={"name": "name"})
+EXPIRING_API_KEYS = EntityList(
+    "expiring_api_keys", APIKey, _FILTERS, orders={"expiry": "expires_at"}
+)
 
 
 @public
 async def list_api_keys(
     session: AsyncSession,
     *,
-    status: APIKeyStatus | None = None,
+    order_by: Literal["newest", "name"] = "newest",
     after: str | None = None,
+    before: str | None = None,
+    limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
+    **filters: Unpack[APIKeyFilters],
+) -> Page[APIKey]:
+    """Return a page of the API keys that match all filters, by default newest key first.
+
+    The order `name` sorts by name and id, by code point. Only an index on `account_id` serves the
+    filters: otherwise PostgreSQL may read all keys. See `paginate` for the other parameters.
+
+    Raises:
+        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidValue: a filter, `limit` or `load` is invalid.
+    """
+    return await paginate(
+        session,
+        API_KEYS,
+        filters=filters,
+        order_by=order_by,
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
+        load=load,
+    )
+
+
+@public
+async def get_keys_for_account(
+    session: AsyncSession,
+    account_id: UUID,
+    *,
+    after: str | None = None,
+    before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[APIKey]:
-    """Return a page of API keys, newest first.
+    """Return a page of the API keys that are bound to an account, newest first.
 
-    The status `active` matches active API keys that have not expired by the database's clock. The
-    status `expired` matches API keys whose `expires_at` has passed. When an API key expires, its
-    stored status stays `active`.
+    Raises:
+        InvalidCursor: `after` or `before` is not a cursor of the same account's API keys.
+        InvalidValue: `limit` is not from 1 to 1000.
     """
-    statement = select(APIKey)
-    if status is not None:
-        is_expired = func.coalesce(col(APIKey.expires_at) <= func.now(), False)
-        is_active = col(APIKey.status) == APIKeyStatus.ACTIVE
-        has_status = col(APIKey.status) == status
-        if status == APIKeyStatus.ACTIVE:
-            has_status = and_(is_active, ~is_expired)
-        elif status == APIKeyStatus.EXPIRED:
-            has_status = or_(has_status, and_(is_active, is_expired))
-        statement = statement.where(has_status)
-    return await paginate(session, statement, APIKey, after=after, limit=limit)
+    return await list_api_keys(
+        session, account_id=account_id, after=after, before=before, limit=limit
+    )
 
 
 @public
@@ -113,39 +177,42 @@ async def list_expiring(
     *,
     within: timedelta = timedelta(days=7),
     after: str | None = None,
+    before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
 ) -> Page[APIKey]:
     """Return a page of active API keys that expire between now and now + `within`, soonest first.
 
     Raises:
-        InvalidCursor: `after` is not the `next_cursor` of an earlier page of `list_expiring`.
-        InvalidValue: `within` is zero, negative or more than 100 years, or `limit` is not from 1 to
-            1000.
+        InvalidCursor: `after` or `before` is not a cursor of `list_expiring`.
+        InvalidValue: `within` is zero, negative or more than 100 years, or `limit` or `load` is
+            invalid.
     """
-    check_limit(limit)
     if not timedelta(0) < within <= timedelta(days=36525):
         raise InvalidValue("within must be positive and at most 100 years")
-    expires_at, key_id = col(APIKey.expires_at), col(APIKey.id)
-    statement = select(APIKey).where(
-        col(APIKey.status) == APIKeyStatus.ACTIVE,
-        expires_at > func.now(),
-        expires_at <= func.now() + within,
+    return await paginate(
+        session,
+        EXPIRING_API_KEYS,
+        _IS_ACTIVE,
+        col(APIKey.expires_at) > func.now(),
+        col(APIKey.expires_at) <= func.now() + within,
+        filters={},
+        order_by="expiry",
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
+        load=load,
     )
-    if after is not None:
-        last = decode_cursor(_EXPIRING, after)
-        expiry = select(expires_at).where(key_id == last).scalar_subquery()
-        statement = statement.where(tuple_(expires_at, key_id) > tuple_(expiry, last))
-    keys = await fetch_all(session, statement.order_by(expires_at, key_id).limit(limit + 1))
-    more = len(keys) > limit
-    return Page(keys[:limit], encode_cursor(_EXPIRING, keys[limit - 1].id) if more else None)
 
 
 @public
 async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
     """Return the number of accepted uses of an API key per hour, oldest hour first.
 
-    An hour without uses is omitted. Uses of the last second can be missing, because tiger_db writes
-    usage counts once per second.
+    An hour without uses is omitted. Uses in the last second may be missing, because `UsageCounter`
+    writes usage counts once per second.
 
     Raises:
         InvalidValue: the datetime `since` has no time zone.

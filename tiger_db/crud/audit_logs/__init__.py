@@ -1,7 +1,7 @@
 """CRUD functions that record, search and count audit events. Recorded events never change."""
 
 from tiger_db.crud.audit_logs.queries import (
-    Criteria,
+    EventFilters,
     Statistics,
     get,
     get_recent_events,
@@ -20,8 +20,8 @@ from tiger_db.crud.audit_logs.recording import (
 )
 
 __all__ = [
-    "Criteria",
     "EventFields",
+    "EventFilters",
     "IntentFields",
     "SessionSource",
     "Statistics",

@@ -2,30 +2,30 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Any, TypedDict, Unpack, get_type_hints
+from typing import TypeAlias, TypedDict, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, Text, cast, func, or_, select
-from sqlalchemy.dialects.postgresql import INET, JSONB
+from sqlalchemy import ColumnElement, Text, cast, false, func, or_, select
+from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.common import (
     fetch_one,
-    require_aware,
 )
-from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, paginate
+from tiger_db.crud.filters import Filters, OneOrMore, Tag, as_list, contains, has_tag, one_of
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, paginate
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.api_keys import parse_network
-from tiger_db.models.columns import require_storable_json
-from tiger_db.public import Types, public
+from tiger_db.public import public
 
+Network: TypeAlias = str | IPv4Address | IPv6Address | IPv4Network | IPv6Network
 ACTION_OR_FAMILY = re.compile("[a-z][a-z0-9_]*(:[a-z][a-z0-9_]*)?")
 
 
@@ -35,29 +35,28 @@ async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
     return await fetch_one(session, select(AuditLog).where(col(AuditLog.id) == event_id))
 
 
-class Criteria(TypedDict, total=False):
-    """The criteria by which `search` selects audit events.
+class EventFilters(TypedDict, total=False):
+    """The filters of a list of audit events. Of several values, an event has one or more.
 
-    `since` and `until` are aware datetimes. An event matches if its time is at or after `since`,
-    and before `until`. Each item of `actions` is an action or a family of actions. `resource` is a
-    resource type, a resource id, or `type/id`. An event matches `details` if the details of the
-    event contain the JSON object `details`. A criterion with the value None or an empty list
-    matches every event.
+    A filter with the value None selects all events, and an empty collection selects none.
     """
 
-    since: datetime | None
-    until: datetime | None
-    actions: Sequence[AuditAction | str]
-    results: Sequence[AuditResult]
-    severities: Sequence[AuditSeverity]
-    account_id: UUID | None
-    api_key_id: UUID | None
-    user_id: str | None
-    ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network | None
-    session_id: str | None
-    request_id: str | None
-    resource: str | None
-    details: Mapping[str, JsonValue] | None
+    since: datetime | None  # earliest time of events, as an aware datetime
+    until: datetime | None  # time after the last event, as an aware datetime
+    action: OneOrMore[AuditAction | str] | None  # action or family of actions
+    result: OneOrMore[AuditResult] | None
+    severity: OneOrMore[AuditSeverity] | None
+    account_id: OneOrMore[UUID] | None
+    api_key_id: OneOrMore[UUID] | None
+    user_id: OneOrMore[str] | None
+    user_type: OneOrMore[str] | None
+    ip_address: OneOrMore[Network] | None  # address, or network that contains the address
+    session_id: OneOrMore[str] | None
+    request_id: OneOrMore[str] | None
+    resource: OneOrMore[str] | None  # resource type, resource id, or `type/id`
+    error_code: OneOrMore[str] | None
+    tags: OneOrMore[Tag] | None  # name of a tag, or a mapping of tags to their values
+    details: Mapping[str, JsonValue] | None  # JSON object that an event's details contain
 
 
 @public
@@ -65,80 +64,86 @@ async def search(
     session: AsyncSession,
     *,
     after: str | None = None,
+    before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
-    **criteria: Unpack[Criteria],
+    count: bool = False,
+    load: Sequence[str] = (),
+    **filters: Unpack[EventFilters],
 ) -> Page[AuditLog]:
-    """Return a page of the audit events that match all `Criteria`, newest first.
+    """Return a page of the audit events that match all filters, newest first.
+
+    See `paginate` for the other parameters.
 
     Raises:
-        InvalidValue: a criterion is invalid, such as a datetime without a time zone, or `limit` is
-            not from 1 to 1000.
-        InvalidCursor: `after` is not the `next_cursor` of an earlier page of audit events.
+        InvalidCursor: `after` or `before` is not a cursor of a search with the same filters.
+        InvalidValue: a filter is invalid, such as a datetime without a time zone, or `limit` or
+            `load` is invalid.
     """
-    found = select(AuditLog).where(*conditions(**criteria))
-    return await paginate(session, found, AuditLog, after=after, limit=limit)
+    return await paginate(
+        session,
+        EVENTS,
+        filters=filters,
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
+        load=load,
+    )
 
 
 @public
 async def get_recent_events(
-    session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
+    session: AsyncSession,
+    *,
+    after: str | None = None,
+    before: str | None = None,
+    limit: int = DEFAULT_PAGE_SIZE,
 ) -> Page[AuditLog]:
     """Return a page of all audit events, newest first."""
-    return await search(session, after=after, limit=limit)
+    return await search(session, after=after, before=before, limit=limit)
 
 
 @public
 async def get_security_events(
     session: AsyncSession,
     *,
-    hours: float = 24,
+    since: datetime | None = None,
     after: str | None = None,
+    before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
 ) -> Page[AuditLog]:
-    """Return a page of the security events of the last `hours`, newest first.
+    """Return a page of the security events, newest first: by default those of the last 24 hours.
 
-    A security event has the severity high or above, or an action of the family `security`.
-
-    Raises:
-        InvalidValue: `hours` is zero, negative or more than 100 years.
+    A security event has the severity high or above, or an action of the family `security`. `since`
+    is the earliest time of events, as an aware datetime.
     """
-    if not 0 < hours <= 24 * 366 * 100:
-        raise InvalidValue("hours must be positive and at most 100 years")
-    statement = select(AuditLog).where(
-        col(AuditLog.id) >= func.uuid7_floor(func.now() - timedelta(hours=hours)),
-        or_(col(AuditLog.severity) >= AuditSeverity.HIGH, _of_actions(["security"])),
+    earliest = func.now() - timedelta(hours=24) if since is None else since
+    return await paginate(
+        session,
+        SECURITY_EVENTS,
+        col(AuditLog.id) >= func.uuid7_floor(earliest),
+        or_(col(AuditLog.severity) >= AuditSeverity.HIGH, _has_action("security")),
+        filters={"since": since},
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
     )
-    return await paginate(session, statement, AuditLog, after=after, limit=limit)
 
 
-def conditions(**criteria: Unpack[Criteria]) -> list[ColumnElement[bool]]:
-    """Return the SQL conditions for the given criteria.
-
-    Raises:
-        InvalidValue: the value of a criterion is invalid, or the name of a criterion is unknown.
-    """
-    given: dict[str, Any] = {name: value for name, value in criteria.items() if value is not None}
-    if unknown := criteria.keys() - _CONDITIONS.keys():
-        raise InvalidValue(f"unknown criteria: {', '.join(sorted(unknown))}")
-    _CRITERIA.check(given)
-    return [
-        condition(given[name])
-        for name, condition in _CONDITIONS.items()
-        if name in given and (given[name] or name not in _LISTS)
-    ]
-
-
-def _in_network(
-    ip: str | IPv4Address | IPv6Address | IPv4Network | IPv6Network,
-) -> ColumnElement[bool]:
+def _in_network(value: OneOrMore[Network]) -> ColumnElement[bool]:
     try:
-        network = str(parse_network(ip))
+        networks = [str(parse_network(network)) for network in as_list(value)]
     except ValueError:
-        raise InvalidValue("ip is neither an IP address nor an IP network") from None
-    return col(AuditLog.ip_address).op("<<=")(cast(network, INET))
+        raise InvalidValue("ip_address is neither an IP address nor an IP network") from None
+    return or_(
+        false(), *(col(AuditLog.ip_address).op("<<=")(cast(network, INET)) for network in networks)
+    )
 
 
-def _of_actions(names: Sequence[str]) -> ColumnElement[bool]:
+def _has_action(value: OneOrMore[AuditAction | str]) -> ColumnElement[bool]:
+    names = as_list(value)
     for name in names:
         if not ACTION_OR_FAMILY.fullmatch(name):
             raise InvalidValue(f"{name!r} is neither an action nor a family of actions")
@@ -150,36 +155,44 @@ def _of_actions(names: Sequence[str]) -> ColumnElement[bool]:
     return or_(has_action, func.split_part(action, ":", 1, type_=Text).in_(families))
 
 
-def _of_resource(resource: str) -> ColumnElement[bool]:
+def _has_resource(value: OneOrMore[str]) -> ColumnElement[bool]:
+    resources = as_list(value)
     kind, thing = col(AuditLog.resource_type), col(AuditLog.resource_id)
-    return or_(thing == resource, kind == resource, kind + "/" + thing == resource)
+    return or_(thing.in_(resources), kind.in_(resources), (kind + "/" + thing).in_(resources))
 
 
-def _with_details(details: Mapping[str, JsonValue]) -> ColumnElement[bool]:
-    try:
-        contained = require_storable_json(dict(details))
-    except (TypeError, ValueError) as error:
-        raise InvalidValue(f"details: {error}") from None
-    return cast(col(AuditLog.details), JSONB).contains(contained)
+_FILTERS = Filters.of(
+    EventFilters,
+    {
+        "since": lambda at: col(AuditLog.id) >= func.uuid7_floor(at),
+        "until": lambda at: col(AuditLog.id) < func.uuid7_floor(at),
+        "action": _has_action,
+        "result": one_of(col(AuditLog.result)),
+        "severity": one_of(col(AuditLog.severity)),
+        "account_id": one_of(col(AuditLog.tiger_account_id)),
+        "api_key_id": one_of(col(AuditLog.api_key_id)),
+        "user_id": one_of(col(AuditLog.user_id)),
+        "user_type": one_of(col(AuditLog.user_type)),
+        "ip_address": _in_network,
+        "session_id": one_of(col(AuditLog.session_id)),
+        "request_id": one_of(col(AuditLog.request_id)),
+        "resource": _has_resource,
+        "error_code": one_of(col(AuditLog.error_code)),
+        "tags": has_tag(col(AuditLog.tags)),
+        "details": lambda value: contains(col(AuditLog.details), "details", value),
+    },
+)
+EVENTS = EntityList("audit_logs", AuditLog, _FILTERS)
+SECURITY_EVENTS = EntityList("security_events", AuditLog, _FILTERS)
 
 
-_CRITERIA = Types("search", get_type_hints(Criteria))
-_LISTS = {"actions", "results", "severities"}
-_CONDITIONS: dict[str, Callable[[Any], ColumnElement[bool]]] = {
-    "since": lambda at: col(AuditLog.id) >= func.uuid7_floor(require_aware("since", at)),
-    "until": lambda at: col(AuditLog.id) < func.uuid7_floor(require_aware("until", at)),
-    "actions": _of_actions,
-    "results": col(AuditLog.result).in_,
-    "severities": col(AuditLog.severity).in_,
-    "ip": _in_network,
-    "resource": _of_resource,
-    "details": _with_details,
-    "account_id": lambda account_id: col(AuditLog.tiger_account_id) == account_id,
-    "api_key_id": lambda key_id: col(AuditLog.api_key_id) == key_id,
-    "user_id": lambda user_id: col(AuditLog.user_id) == user_id,
-    "session_id": lambda session_id: col(AuditLog.session_id) == session_id,
-    "request_id": lambda request_id: col(AuditLog.request_id) == request_id,
-}
+def event_conditions(**filters: Unpack[EventFilters]) -> list[ColumnElement[bool]]:
+    """Return the SQL conditions of the given filters.
+
+    Raises:
+        InvalidValue: the value of a filter is invalid, or the name of a filter is unknown.
+    """
+    return _FILTERS.where(filters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +208,9 @@ class Statistics:
 async def statistics(
     session: AsyncSession, *, since: datetime, until: datetime | None = None
 ) -> Statistics:
-    """Count the audit events from `since` (inclusive) to `until` (exclusive).
+    """Count the audit events from `since` (inclusive) to `until` (exclusive), aware datetimes.
 
-    `since` and `until` are aware datetimes. The time of an event is taken from the event's id. The
-    result omits hours without an event.
+    The time of an event is taken from the event's id. The result omits hours without an event.
 
     Raises:
         InvalidValue: `since` or `until` has no time zone.
@@ -206,7 +218,7 @@ async def statistics(
     hour = func.date_trunc("hour", func.uuid7_time(AuditLog.id), "UTC")
     rows = await session.execute(
         select(col(AuditLog.action), col(AuditLog.result), hour, func.count())
-        .where(*conditions(since=since, until=until))
+        .where(*event_conditions(since=since, until=until))
         .group_by(col(AuditLog.action), col(AuditLog.result), hour)
         .order_by(hour)
     )

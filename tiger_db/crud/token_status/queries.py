@@ -1,8 +1,9 @@
 """Functions that look up, list and count token refreshes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, and_, func, select, text
@@ -11,8 +12,9 @@ from sqlalchemy.sql.elements import SQLCoreOperations
 from sqlmodel import col
 
 from tiger_db.crud.common import fetch_all, fetch_one, require_aware
-from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, Page, check_limit, paginate
-from tiger_db.models import TokenRefreshStatus, TokenStatus
+from tiger_db.crud.filters import Filters, OneOrMore, has_text, one_of
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, check_limit, paginate
+from tiger_db.models import RefreshTrigger, TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.token_status import OPEN_STATUSES
 from tiger_db.public import public
 
@@ -48,52 +50,154 @@ async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenSta
     return await newest(session, col(TokenStatus.tiger_account_id) == account_id)
 
 
+class RefreshFilters(TypedDict, total=False):
+    """The filters of a list of token refreshes. Of several values, a refresh has one or more.
+
+    A filter with the value None selects all refreshes, and an empty collection selects none.
+    """
+
+    account_id: OneOrMore[UUID] | None
+    status: OneOrMore[TokenRefreshStatus] | None
+    trigger: OneOrMore[RefreshTrigger] | None
+    since: datetime | None  # earliest time at which the refresh was opened, as an aware datetime
+    until: datetime | None  # time after the opening of the last refresh, as an aware datetime
+    search: str | None  # text in the account's name or number; upper and lower case are equal
+
+
+_of_account = has_text(col(TigerAccount.account_name), col(TigerAccount.account_number))
+_FILTERS = Filters.of(
+    RefreshFilters,
+    {
+        "account_id": one_of(col(TokenStatus.tiger_account_id)),
+        "status": one_of(col(TokenStatus.status)),
+        "trigger": one_of(col(TokenStatus.trigger)),
+        "since": lambda at: col(TokenStatus.id) >= func.uuid7_floor(at),
+        "until": lambda at: col(TokenStatus.id) < func.uuid7_floor(at),
+        "search": lambda text: col(TokenStatus.tiger_account_id).in_(
+            select(col(TigerAccount.id)).where(_of_account(text))
+        ),
+    },
+)
+_ORDERS = {"schedule": "scheduled_at"}
+REFRESHES = EntityList("token_statuses", TokenStatus, _FILTERS, _ORDERS)
+PENDING_REFRESHES = EntityList("pending_refreshes", TokenStatus, _FILTERS, _ORDERS)
+FAILED_REFRESHES = EntityList("failed_refreshes", TokenStatus, _FILTERS, _ORDERS)
+
+
 @public
 async def get_pending_refreshes(
-    session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
+    session: AsyncSession,
+    *,
+    order_by: Literal["newest", "schedule"] = "newest",
+    after: str | None = None,
+    before: str | None = None,
+    limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
+    **filters: Unpack[RefreshFilters],
 ) -> Page[TokenStatus]:
-    """Return a page of the pending refreshes, newest first."""
-    statement = select(TokenStatus).where(
-        IS_OPEN, col(TokenStatus.status) == TokenRefreshStatus.PENDING
+    """Return a page of the pending refreshes that match all filters, by default newest first.
+
+    The order `schedule` sorts by `scheduled_at`, earliest first. See `paginate` for the other
+    parameters.
+
+    Raises:
+        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidValue: a filter, `limit` or `load` is invalid.
+    """
+    return await paginate(
+        session,
+        PENDING_REFRESHES,
+        IS_OPEN,
+        col(TokenStatus.status) == TokenRefreshStatus.PENDING,
+        filters=filters,
+        order_by=order_by,
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
+        load=load,
     )
-    return await paginate(session, statement, TokenStatus, after=after, limit=limit)
 
 
 @public
 async def get_failed_refreshes(
-    session: AsyncSession, *, after: str | None = None, limit: int = DEFAULT_PAGE_SIZE
+    session: AsyncSession,
+    *,
+    order_by: Literal["newest", "schedule"] = "newest",
+    after: str | None = None,
+    before: str | None = None,
+    limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
+    **filters: Unpack[RefreshFilters],
 ) -> Page[TokenStatus]:
-    """Return a page of the refreshes with the status `failed`, newest first."""
-    statement = select(TokenStatus).where(_IS_FAILED)
-    return await paginate(session, statement, TokenStatus, after=after, limit=limit)
+    """Return a page of the refreshes that were given up, by default newest first.
+
+    The order `schedule` sorts by `scheduled_at`, earliest first. See `paginate` for the other
+    parameters.
+
+    Raises:
+        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidValue: a filter, `limit` or `load` is invalid.
+    """
+    return await paginate(
+        session,
+        FAILED_REFRESHES,
+        _IS_FAILED,
+        filters=filters,
+        order_by=order_by,
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
+        load=load,
+    )
 
 
 @public
 async def history(
     session: AsyncSession,
     *,
-    account_id: UUID | None = None,
+    order_by: Literal["newest", "schedule"] = "newest",
     after: str | None = None,
+    before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
+    **filters: Unpack[RefreshFilters],
 ) -> Page[TokenStatus]:
-    """Return a page of the refreshes of one account, or of all accounts, newest first."""
-    statement = select(TokenStatus)
-    if account_id is not None:
-        statement = statement.where(col(TokenStatus.tiger_account_id) == account_id)
-    return await paginate(session, statement, TokenStatus, after=after, limit=limit)
+    """Return a page of the refreshes that match all filters, by default newest first.
+
+    The order `schedule` sorts by `scheduled_at`, earliest first. See `paginate` for the other
+    parameters.
+
+    Raises:
+        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidValue: a filter, `limit` or `load` is invalid.
+    """
+    return await paginate(
+        session,
+        REFRESHES,
+        filters=filters,
+        order_by=order_by,
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
+        load=load,
+    )
 
 
 @public
 async def overview(
     session: AsyncSession, *, since: datetime, limit: int = DEFAULT_PAGE_SIZE
 ) -> dict[str, list[TokenStatus]]:
-    """Return the lists `running`, `due`, `waiting` and `failed` of refreshes.
+    """Return lists of refreshes by state: `running`, `due`, `waiting` and `failed`.
 
-    A running refresh is in progress. A due refresh is pending, and its `scheduled_at` has passed. A
-    waiting refresh is pending, and its `scheduled_at` is in the future. The lists of running, due
-    and waiting refreshes are ordered by `scheduled_at`. The list `failed` contains refreshes that
-    were opened after the aware datetime `since`, newest refresh first. Each list has at most
-    `limit` items.
+    The lists of running, due and waiting refreshes are ordered by `scheduled_at`. The list `failed`
+    contains refreshes that were opened after the aware datetime `since`, newest refresh first. Each
+    list has at most `limit` items.
 
     Raises:
         InvalidValue: `since` is a naive datetime, or `limit` is not from 1 to 1000.

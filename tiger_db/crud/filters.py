@@ -1,0 +1,106 @@
+"""Filters of lists: keyword arguments that become SQL conditions."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, get_type_hints
+
+from pydantic import JsonValue
+from sqlalchemy import ColumnElement, SQLColumnExpression, cast, false, or_
+from sqlalchemy.dialects.postgresql import JSONB
+
+from tiger_db.errors import InvalidValue
+from tiger_db.models.columns import require_storable_json
+from tiger_db.public import Types
+
+T = TypeVar("T")
+OneOrMore: TypeAlias = T | Collection[T]
+Tag: TypeAlias = str | Mapping[str, JsonValue]
+Condition: TypeAlias = Callable[[Any], ColumnElement[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """The filters of a list: the type and the SQL condition of each filter, by name."""
+
+    types: Types
+    conditions: Mapping[str, Condition]
+
+    @classmethod
+    def of(cls, fields: type, conditions: Mapping[str, Condition]) -> "Filters":
+        """Return the filters that a TypedDict declares, with the SQL condition of each filter."""
+        hints = get_type_hints(fields)
+        assert hints.keys() == conditions.keys()
+        return cls(Types(fields.__name__, hints), conditions)
+
+    def where(self, values: Mapping[str, Any]) -> list[ColumnElement[bool]]:
+        """Return the SQL conditions for the given values. The value None selects every row.
+
+        Raises:
+            InvalidValue: the name of a filter is unknown, or the value of a filter is invalid.
+        """
+        if unknown := values.keys() - self.conditions.keys():
+            raise InvalidValue(f"unknown filters: {', '.join(sorted(unknown))}")
+        given = {name: value for name, value in values.items() if value is not None}
+        self.types.check(given)
+        return [self.conditions[name](value) for name, value in sorted(given.items())]
+
+
+def as_list(value: object) -> list[Any]:
+    """Return a list of the given values: of one value, or of the values in a collection."""
+    if isinstance(value, str | Mapping) or not isinstance(value, Collection):
+        return [value]
+    return list(value)
+
+
+def one_of(column: SQLColumnExpression[Any]) -> Condition:
+    """Return the condition that a column has one of the given values."""
+    return lambda value: column.in_(as_list(value))
+
+
+def has_text(*columns: SQLColumnExpression[Any]) -> Condition:
+    """Return the condition that one of the columns contains a text, in upper or lower case.
+
+    The characters `%` and `_` of the text have no special meaning. The database's locale decides
+    which characters are the lower case of others.
+    """
+    return lambda text: or_(*(column.icontains(text, autoescape=True) for column in columns))
+
+
+def overlaps(column: SQLColumnExpression[Any]) -> Condition:
+    """Return the condition that an array contains one of the given values."""
+    return lambda value: column.op("&&", is_comparison=True)(as_list(value))
+
+
+def has_tag(column: SQLColumnExpression[Any]) -> Condition:
+    """Return the condition that a JSONB object has one of the given tags.
+
+    A tag is the name of a field, or a mapping of fields that the object contains.
+    """
+
+    def condition(value: OneOrMore[Tag]) -> ColumnElement[bool]:
+        return or_(
+            false(),
+            *(
+                cast(column, JSONB).has_key(tag)
+                if isinstance(tag, str)
+                else contains(column, "tags", tag)
+                for tag in as_list(value)
+            ),
+        )
+
+    return condition
+
+
+def contains(
+    column: SQLColumnExpression[Any], name: str, value: Mapping[str, JsonValue]
+) -> ColumnElement[bool]:
+    """Return the condition that a JSONB object contains the fields in `value`.
+
+    Raises:
+        InvalidValue: PostgreSQL cannot store the value of the filter `name` as JSON.
+    """
+    try:
+        contained = require_storable_json(dict(value))
+    except (TypeError, ValueError) as error:
+        raise InvalidValue(f"{name}: {error}") from None
+    return cast(column, JSONB).contains(contained)
