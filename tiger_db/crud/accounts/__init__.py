@@ -14,6 +14,7 @@ from tiger_db.crud.accounts.changes import (
 from tiger_db.crud.accounts.closing import close, delete, reopen
 from tiger_db.crud.accounts.failures import record_error, reset_errors
 from tiger_db.crud.accounts.queries import (
+    AccountFilters,
     find_for_operation,
     get,
     get_accounts_needing_token_refresh,
@@ -26,6 +27,7 @@ from tiger_db.crud.accounts.queries import (
 from tiger_db.crud.accounts.tokens import update_tokens
 
 __all__ = [
+    "AccountFilters",
     "add_market_permission",
     "close",
     "create",

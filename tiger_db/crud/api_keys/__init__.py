@@ -14,6 +14,7 @@ from tiger_db.crud.api_keys.lifecycle import (
 )
 from tiger_db.crud.api_keys.pausing import TradingPause, current_pause, is_paused, pause, resume
 from tiger_db.crud.api_keys.queries import (
+    APIKeyFilters,
     HourlyUsage,
     find_by_raw_key,
     get,
@@ -26,6 +27,7 @@ from tiger_db.crud.api_keys.queries import (
 
 __all__ = [
     "KEY_PATTERN",
+    "APIKeyFilters",
     "HourlyUsage",
     "KeyChanges",
     "TradingPause",

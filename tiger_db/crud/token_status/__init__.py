@@ -15,6 +15,7 @@ from tiger_db.crud.token_status.outcomes import (
     token_hash,
 )
 from tiger_db.crud.token_status.queries import (
+    RefreshFilters,
     RefreshStatistics,
     get,
     get_failed_refreshes,
@@ -34,6 +35,7 @@ from tiger_db.crud.token_status.scheduling import (
 )
 
 __all__ = [
+    "RefreshFilters",
     "RefreshStatistics",
     "cancel",
     "claim",
