@@ -52,7 +52,7 @@ async def main() -> None:
         assert_type(await crud.watchlists.create(session, made), Watchlist)
         await crud.watchlists.set_symbols(session, made.id, ["AAPL"])
     async with get_session() as session:
-        page = await crud.watchlists.list_watchlists(session, account.id)
+        page = await crud.watchlists.list_watchlists(session, account_id=account.id)
         assert_type(page, Page[Watchlist])
         assert_type(page.items[0].symbols, list[str])
         print([(found.name, found.symbols) for found in page])

@@ -107,7 +107,7 @@ async def paginate(
     if count:
         with typed_errors():
             total = await session.scalar(statement.with_only_columns(func.count()))
-    # One extra row shows whether another page exists.
+    # One row more than `limit` shows whether another page exists.
     page = page.order_by(*(key.asc() if ascending else key.desc() for key in keys))
     rows = await fetch_all(session, page.limit(limit + 1))
     more = len(rows) > limit

@@ -45,7 +45,9 @@ async def get_by_prefix(session: AsyncSession, key_prefix: str) -> APIKey | None
 
 @public
 async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
-    """Return the API key of a raw key, with any status, or None. The look-up is not counted as use.
+    """Return the API key that belongs to a raw key, or None.
+
+    The status of the API key is not checked. The look-up is not counted as a use of the API key.
 
     Raises:
         ConfigurationError: API_KEY_PEPPERS is not set.
@@ -65,8 +67,9 @@ class APIKeyFilters(TypedDict, total=False):
     A filter with the value None selects all keys, and an empty collection selects none.
     """
 
-    # `active` selects keys that have not expired, by the database's clock. `expired` selects keys
-    # whose `expires_at` has passed, because their stored status stays `active`.
+    # The status `active` matches active API keys that have not expired by the database's clock. The
+    # status `expired` matches API keys whose `expires_at` has passed. When an API key expires, its
+    # stored status stays `active`.
     status: OneOrMore[APIKeyStatus] | None
     account_id: OneOrMore[UUID] | None
     scope: OneOrMore[APIKeyScope] | None  # scope that the key has, or that a scope of it implies
@@ -211,8 +214,8 @@ async def list_expiring(
 async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
     """Return the number of accepted uses of an API key per hour, oldest hour first.
 
-    An hour without uses is omitted. Uses in the last second may be missing, because `UsageCounter`
-    writes usage counts once per second.
+    An hour without uses is omitted. Uses of the last second can be missing, because tiger_db writes
+    usage counts once per second.
 
     Raises:
         InvalidValue: the datetime `since` has no time zone.

@@ -208,9 +208,10 @@ class Statistics:
 async def statistics(
     session: AsyncSession, *, since: datetime, until: datetime | None = None
 ) -> Statistics:
-    """Count the audit events from `since` (inclusive) to `until` (exclusive), aware datetimes.
+    """Count the audit events from `since` (inclusive) to `until` (exclusive).
 
-    The time of an event is taken from the event's id. The result omits hours without an event.
+    `since` and `until` are aware datetimes. The time of an event is taken from the event's id. The
+    result omits hours without an event.
 
     Raises:
         InvalidValue: `since` or `until` has no time zone.

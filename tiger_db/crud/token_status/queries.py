@@ -132,7 +132,7 @@ async def get_failed_refreshes(
     load: Sequence[str] = (),
     **filters: Unpack[RefreshFilters],
 ) -> Page[TokenStatus]:
-    """Return a page of the refreshes that were given up, by default newest first.
+    """Return a page of the refreshes with the status `failed`, by default newest first.
 
     The order `schedule` sorts by `scheduled_at`, earliest first. See `paginate` for the other
     parameters.
@@ -193,11 +193,13 @@ async def history(
 async def overview(
     session: AsyncSession, *, since: datetime, limit: int = DEFAULT_PAGE_SIZE
 ) -> dict[str, list[TokenStatus]]:
-    """Return lists of refreshes by state: `running`, `due`, `waiting` and `failed`.
+    """Return the lists `running`, `due`, `waiting` and `failed` of refreshes.
 
-    The lists of running, due and waiting refreshes are ordered by `scheduled_at`. The list `failed`
-    contains refreshes that were opened after the aware datetime `since`, newest refresh first. Each
-    list has at most `limit` items.
+    A running refresh is in progress. A due refresh is pending, and its `scheduled_at` has passed. A
+    waiting refresh is pending, and its `scheduled_at` is in the future. The lists of running, due
+    and waiting refreshes are ordered by `scheduled_at`. The list `failed` contains refreshes that
+    were opened after the aware datetime `since`, newest refresh first. Each list has at most
+    `limit` items.
 
     Raises:
         InvalidValue: `since` is a naive datetime, or `limit` is not from 1 to 1000.
