@@ -21,13 +21,15 @@ from tiger_db.models import APIKey, APIKeyStatus, AuditAction, TigerAccount
 from tiger_db.models.audit_logs import INSERT, insert_values
 from tiger_db.redaction import MASK
 
-# An ORM bulk statement on accounts or API keys needs these execution options. The function that
-# executes the statement must record the audit events of the changed rows.
+# An ORM bulk statement on accounts or API keys needs the execution options RECORDED. The function
+# that executes the bulk statement must record the audit events of the changed rows.
 RECORDED = {"tiger_db_recorded": True}
-_HIDDEN = {"key_hash", "pepper_id"}  # fields whose values are masked in audit events
-_OMITTED = {"created_at", "updated_at", "token_refresh_at"}  # columns that audit events omit
-# The keys under which InstanceState.info stores: the fields of the audit event, the names of fields
-# to list in the audit event, and the old values of fields
+# Audit events mask the values of the fields in _HIDDEN.
+_HIDDEN = {"key_hash", "pepper_id"}
+# Audit events omit the columns in _OMITTED.
+_OMITTED = {"created_at", "updated_at", "token_refresh_at"}
+# InstanceState.info stores the fields of the audit event under _FIELDS, the names of the fields to
+# list in the audit event under _GIVEN, and the old values of fields under _OLD.
 _FIELDS, _GIVEN, _OLD = "tiger_db_fields", "tiger_db_given", "tiger_db_old"
 
 
@@ -41,11 +43,12 @@ async def apply_change(
 ) -> None:
     """Assign values to an account or API key whose row is locked, and flush the session.
 
-    The flush records one audit event with `fields`, and with the old and new values of the changed
-    fields and of the fields in `given`. If no field is changed, no audit event is recorded.
+    The flush records one audit event with `fields`. The audit event contains the old and new values
+    of the changed fields, and of the fields that `given` names. If no field is changed, no audit
+    event is recorded.
 
     Raises:
-        InvalidFields: an item of `values` is invalid. The entity is not changed.
+        InvalidFields: an item of `values` is invalid, so the entity is not changed.
     """
     entity.sqlmodel_update({**values})
     with described(entity, given=given, **fields):
@@ -58,9 +61,9 @@ def described(
 ) -> Iterator[None]:
     """Set fields of the audit event that a flush in the code block records for an entity.
 
-    The caller has locked the row of the entity, or creates the row. `old_values` and `new_values`
-    replace the values that the flush would record. The event of an update contains the changed
-    fields, and the unchanged fields that the argument `given` names.
+    The caller must have locked the row of the entity, unless the row is new. `old_values` and
+    `new_values` replace the values that the flush would record. The audit event of an update
+    contains the changed fields, and the unchanged fields that `given` names.
     """
     info = instance_state(entity).info
     info[_FIELDS], info[_GIVEN] = fields, {*given}
@@ -92,7 +95,7 @@ def _record_insert(_mapper: object, connection: Connection, entity: TigerAccount
 def _keep_old_values(
     mapper: Mapper[Any], connection: Connection, entity: TigerAccount | APIKey
 ) -> None:
-    """Save the old values of changed fields before UPDATE ... RETURNING can replace the values."""
+    """Save the old values of changed fields, because UPDATE with RETURNING can replace them."""
     state = instance_state(entity)
     session = object_session(entity)
     assert session is not None
@@ -150,13 +153,13 @@ def _stored_values(
 ) -> dict[str, object]:
     """Return the values of fields before the flush, or an empty dict if the row does not exist.
 
-    Values in the session are current only inside `described`, whose caller has locked the row. All
-    other values are read from the database, and the row is locked. Fields that were not loaded, or
-    whose values were changed in place, are always read from the database.
+    Inside `described`, the values in the session are current, because the caller has locked the
+    row. Outside `described`, the values are read from the database, and the row is locked. Fields
+    that were not loaded, or whose values were changed in place, are always read from the database.
     """
     state = instance_state(entity)
     assert state.key is not None
-    (stored_id,) = state.key[1]  # `entity.id` may be a new id
+    (stored_id,) = state.key[1]  # a caller may have assigned a new id to `entity.id`
     values: dict[str, object] = dict.fromkeys(names, NO_VALUE)
     if _FIELDS in state.info:
         values |= {name: state.dict[name] for name in names & state.dict.keys()}
@@ -187,7 +190,7 @@ def is_equal(entity: type[TigerAccount | APIKey], name: str, old: object, new: o
 
 
 def _dump(entity: TigerAccount | APIKey, values: Mapping[str, object]) -> dict[str, JsonValue]:
-    """Return values of fields as JSON, with masked secrets, and without hidden fields."""
+    """Return values of fields as JSON, with masked secrets, and without the fields in _HIDDEN."""
     draft = object.__new__(type(entity))
     for slot in ("__pydantic_extra__", "__pydantic_private__"):
         object.__setattr__(draft, slot, None)
@@ -230,7 +233,7 @@ _FUNCTIONS: Mapping[type[Any], Mapping[str, str]] = {
 
 @listens_for(Session, "do_orm_execute")
 def _refuse_bulk_statement(execution: ORMExecuteState) -> None:
-    """Refuse an ORM bulk statement on accounts or API keys, because it would bypass the listeners.
+    """Refuse an ORM bulk statement on accounts or API keys, which would record no audit events.
 
     Raises:
         InvalidState: the statement would change accounts or API keys without audit events.

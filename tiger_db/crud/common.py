@@ -37,14 +37,20 @@ E_ = TypeVar("E_", bound=Entity)
 
 
 async def fetch_one(session: AsyncSession, statement: TypedReturnsRows[E_]) -> E_ | None:
-    """Execute a statement. Return the entity in the first row, refreshed from the row, or None."""
+    """Execute a statement. Return the entity of the first row, or None if there is no row.
+
+    If the session already holds the entity, the values of the row replace the entity's values.
+    """
     with typed_errors():
         row: E_ | None = await session.scalar(statement, execution_options=FRESH)
     return row
 
 
 async def fetch_all(session: AsyncSession, statement: TypedReturnsRows[E_]) -> list[E_]:
-    """Execute a statement. Return the entities in the rows, refreshed from the rows."""
+    """Execute a statement. Return the entities of all rows.
+
+    If the session already holds an entity, the values of the row replace the entity's values.
+    """
     with typed_errors():
         return list(await session.scalars(statement, execution_options=FRESH))
 
@@ -55,7 +61,7 @@ async def execute_driver_sql(
     """Flush the session, execute constant SQL without SQLAlchemy's compiler, and return the rows.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: the statements violate a constraint.
+        AlreadyExists, MissingReference, InvalidValue: the SQL statement violates a constraint.
     """
 
     def run(sync_session: Session) -> Sequence[Row[Any]]:
@@ -63,17 +69,17 @@ async def execute_driver_sql(
         return sync_session.connection().exec_driver_sql(statement, values).all()
 
     with typed_errors():
-        # One call of run_sync() needs only one greenlet switch for all three steps of run().
+        # One call of run_sync() for all three steps of run() is faster than one call per step.
         return await session.run_sync(run)
 
 
 async def get_or_raise(
     session: AsyncSession, entity: type[E_], row_id: UUID, *, lock: bool = False
 ) -> E_:
-    """Return the entity with the given id, read from the database. `lock=True` takes a row lock.
+    """Return the entity with the given id, read from the database. If `lock` is true, lock the row.
 
     Raises:
-        NotFound: no row of the entity has this id.
+        NotFound: no row of the entity has the id `row_id`.
     """
     statement = select(entity).where(col(entity.id) == row_id)
     if lock:
@@ -97,20 +103,23 @@ def load_options(entity: type[Entity], names: Sequence[str]) -> list[ExecutableO
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionContext:
-    """Helpers and settings of a Database, stored in the `info` of each session of the Database."""
+    """Helpers and settings of a Database, stored in the `info` of each session of the Database.
+
+    `key_environment` is the environment of new API keys. Hashes without a pepper are accepted until
+    the end of the day `allow_unpeppered_until` (UTC). `count_use` is the method
+    `UsageCounter.count`. `actor` is the argument `actor` of `Database.session`. If `out_of_band` is
+    None, audit events are written in the session's transaction. If `count_use` is None, uses of API
+    keys are counted in the session's transaction.
+    """
 
     key_provider: KeyProvider | None
     peppers: Peppers | None
-    key_environment: Literal["live", "test"]  # environment of new API keys
-    allow_unpeppered_until: (
-        date | None
-    )  # last day (UTC) on which hashes without a pepper are accepted
-    # If `out_of_band` and `count_use` are None, audit events and usage counts of API keys are
-    # written in the session's transaction.
+    key_environment: Literal["live", "test"]
+    allow_unpeppered_until: date | None
     out_of_band: OutOfBandWriter | None
-    count_use: Callable[[UUID, float], None] | None  # method `UsageCounter.count`
+    count_use: Callable[[UUID, float], None] | None
     readonly: bool = False
-    actor: Actor | None = None  # argument `actor` of `Database.session`
+    actor: Actor | None = None
 
 
 def context_of(info: Mapping[Any, object]) -> SessionContext:
@@ -142,14 +151,14 @@ def refuse_readonly(session: AsyncSession) -> None:
 
 
 def require_aware(name: str, value: datetime | None) -> datetime | None:
-    """Raise InvalidValue if a datetime has no time zone, or else return the datetime."""
+    """Return a datetime unchanged, or raise InvalidValue if the datetime has no time zone."""
     if value is not None and value.tzinfo is None:
         raise InvalidValue(f"{name} must have a time zone")
     return value
 
 
 def replace_unstorable(text: str) -> str:
-    """Replace the characters that PostgreSQL cannot store in a text: NUL and lone surrogates."""
+    """Replace NUL and lone surrogates, because PostgreSQL cannot store these characters."""
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
@@ -168,7 +177,8 @@ async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]
     After a rollback to the savepoint, the entities in `rows` are refreshed from the database.
 
     Raises:
-        AlreadyExists, MissingReference, InvalidValue: the statements violate a constraint.
+        AlreadyExists, MissingReference, InvalidValue: an SQL statement in the code block violates a
+            constraint.
     """
     try:
         async with session.begin_nested():

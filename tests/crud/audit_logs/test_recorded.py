@@ -336,7 +336,7 @@ async def test_the_exception_of_the_action_wins_over_one_of_the_database(
         async with recorded(clone, action=PLACE):
             raise ValueError("rejected")
     (intent,) = await trail(clone)
-    assert f"the outcome of event {intent.id} is not recorded" in caplog.text
+    assert f"the outcome of the intent {intent.id} is not recorded" in caplog.text
 
 
 async def test_a_cancellation_while_the_intent_cannot_be_stored_stays_a_cancellation(

@@ -52,10 +52,12 @@ FROM api_keys AS k LEFT JOIN tiger_accounts AS a ON a.id = k.tiger_account_id
 WHERE k.key_prefix = $1
 """  # noqa: S608  # the f-string inserts only constants
 _NAMES = column_names(APIKey)
-_COUNTERS = ("usage_count", "last_used_at", "updated_at")  # columns that each use of a key changes
-_RECORDED_CHARACTERS = 200  # maximum length of an IP address or user agent in an audit event
-# The statement replaces the hash of an API key, unless another transaction has replaced the hash
-# already. SKIP LOCKED prevents authorization from waiting for a row lock.
+# Each use of an API key changes the columns in _COUNTERS.
+_COUNTERS = ("usage_count", "last_used_at", "updated_at")
+# An IP address or user agent in an audit event has at most _RECORDED_CHARACTERS characters.
+_RECORDED_CHARACTERS = 200
+# _REPLACE_HASH replaces the hash of an API key, unless another transaction has already replaced the
+# hash. With SKIP LOCKED, an authorization never waits for a row lock.
 _REPLACE_HASH = """
 UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
     (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 FOR NO KEY UPDATE SKIP LOCKED)
@@ -64,13 +66,19 @@ RETURNING true
 
 
 class KeyRow(NamedTuple):
-    """A row of `api_keys`, or an empty KeyRow if no row has the prefix of the API key."""
+    """A row of `api_keys`, or an empty KeyRow if no row has the prefix of the API key.
 
-    values: Sequence[Any] = ()  # values of all columns of the row
-    columns: Mapping[str, Any] = {}  # values by column, except _COUNTERS
-    now: float = 0.0  # the database's time in seconds since 1970
-    pause_reason: str | None = None  # reason of the pause of trading; None: no pause
-    from_snapshot: bool = False  # whether the row is from an old snapshot
+    `values` contains the values of all columns of the row. `columns` maps the names of the columns
+    to the values, without the columns in `_COUNTERS`. `now` is the database's time in seconds since
+    1970. `pause_reason` is the reason of the current pause of trading, or None if trading is not
+    paused. `from_snapshot` is true if the transaction may read an old snapshot of the database.
+    """
+
+    values: Sequence[Any] = ()
+    columns: Mapping[str, Any] = {}
+    now: float = 0.0
+    pause_reason: str | None = None
+    from_snapshot: bool = False
 
     @classmethod
     def of(cls, records: Sequence[Sequence[Any]]) -> Self:
@@ -86,13 +94,17 @@ class KeyRow(NamedTuple):
 
 @dataclass(slots=True)
 class VerifiedKey:
-    """An API key whose secret was verified, and the key's columns at the time of verification."""
+    """An API key whose secret was verified, and the key's columns at the time of verification.
+
+    `outdated` is true if the hash of the API key should be replaced. `read_at` is the monotonic
+    time at which the row of the API key was read.
+    """
 
     key: APIKey
     permissions: KeyPermissions
     columns: Mapping[str, Any] = field(repr=False)
-    outdated: bool  # whether the hash of the key should be replaced
-    read_at: float = 0.0  # monotonic time at which the key's row was read
+    outdated: bool
+    read_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +134,8 @@ async def verify_api_key(
 ) -> APIKey | None:
     """Authorize an API key with `authorize_api_key`. Return None if the key is denied.
 
-    Scopes and pauses of trading are not checked. To authorize a trade, call `authorize_api_key`
-    with the scope that the trade requires.
+    `verify_api_key` does not check scopes and pauses of trading. To authorize a trade, call
+    `authorize_api_key` with the scope that the trade requires.
 
     Raises:
         InvalidState: the session is readonly.
@@ -148,23 +160,25 @@ async def authorize_api_key(
 ) -> APIKey:
     """Authorize an API key for a request, and count the use. Return the APIKey entity.
 
-    The checks run in this order: format, existence and hash of the key (each raises
-    `InvalidAPIKey`), status, expiry, status of the bound account, IP address, user agent, scopes,
-    requested account, pause of trading, rate limits. The first failed check raises an error. An
-    audit event records the denial, except for a malformed key. The audit event and the uses of the
-    key are written out of band, so that they stay if the caller's transaction is rolled back.
+    The first checks concern the format, the existence and the hash of the API key, and raise
+    `InvalidAPIKey`. The next checks concern the status and expiry of the key, the status of its
+    account, the IP address and the user agent. The last checks concern the scopes, the requested
+    account, a pause of trading and the rate limits. The first failed check raises an error.
+
+    An audit event records each denial, except the denial of a malformed API key. The audit event
+    and the use of the key are recorded out of band.
 
     A key whose hash has no pepper is denied with `InvalidAPIKey`, unless the date in
-    API_KEYS_ALLOW_UNPEPPERED_UNTIL is today (UTC, database clock) or later. If the hash of an
-    accepted key has an older pepper, no pepper or a slow scheme, the hash is replaced, and an audit
-    event records the replacement.
+    API_KEYS_ALLOW_UNPEPPERED_UNTIL is today (UTC, database clock) or later. The hash of an accepted
+    key is replaced if the hash has an older pepper, no pepper or a slow algorithm. An audit event
+    records the replacement of the hash.
 
     Rate limits are exact, even if several processes authorize the same key. All keys of a rotation
-    chain share one count of uses. A rate limit applies to a clock hour or a calendar day (UTC), so
-    a caller may use twice the limit around the end of the hour or day.
+    chain share one count of uses. A rate limit applies to a clock hour or a calendar day (UTC).
+    Around the end of an hour or day, a caller can therefore use twice the limit in a short time.
 
-    `UsageCounter` writes `usage_count` and `last_used_at` about a second later. If the key was
-    created in the same transaction, the use of the key may not be counted.
+    The columns `usage_count` and `last_used_at` are updated about a second after the use. If the
+    key was created in the same transaction, the use of the key may not be counted.
 
     Raises:
         AccessDenied: the API key is denied. Each check raises its own subclass of AccessDenied. A
@@ -193,7 +207,8 @@ async def authorize_parsed_key(
     """Authorize a well-formed API key. If `session` is None, the key's row is read out of band.
 
     `info` is `AsyncSession.info` or `Database.info`. The secret is verified only if the key's row
-    has changed since `cached` was read. The function raises the same errors as `authorize_api_key`.
+    has changed since `cached` was read. `authorize_parsed_key` raises the same errors as
+    `authorize_api_key`.
     """
     in_session = _SessionWriter(session) if session is not None else None
     writer = limiter = context_of(info).out_of_band or in_session
@@ -213,7 +228,8 @@ async def authorize_parsed_key(
                     found = await connection.fetch(FIND_KEY, parsed.prefix)
                 row = KeyRow.of(found)
                 if verified is None or verified.columns != row.columns:
-                    await stack.aclose()  # the connection is returned before the hash is verified
+                    # Return the connection to the pool, because verifying a hash may take long.
+                    await stack.aclose()
                     connection = None
                     verified = await _verify(parsed, row, info, session)
                 pause_reason = await _pause_reason(row, request, writer)
@@ -230,8 +246,8 @@ async def authorize_parsed_key(
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        # The session counts the next attempt, because an out-of-band connection cannot read an API
-        # key that the session's transaction has created but not committed.
+        # The next iteration counts the use in the session's transaction. An out-of-band connection
+        # cannot read an API key that the session's transaction has created but not committed.
         limiter = in_session or writer
     assert verified is not None
     if verified.outdated:
@@ -263,12 +279,15 @@ async def _verify(
     info: Mapping[Any, object],
     session: AsyncSession | None,
 ) -> VerifiedKey:
-    """Verify the secret of an API key, and hydrate the APIKey, in `session` if it is not None.
+    """Verify the secret of an API key, and hydrate the APIKey entity.
+
+    If `session` is not None, the entity belongs to `session`. A wrong secret and an unknown API key
+    are denied after the same time.
 
     Raises:
-        InvalidAPIKey: the secret is wrong, or the API key does not exist. Both cases take the same
-            time.
-        UnpepperedHash: the hash of the API key has no pepper, and such hashes are not allowed.
+        InvalidAPIKey: the secret is wrong, or the API key does not exist.
+        UnpepperedHash: the hash of the API key has no pepper, and API_KEYS_ALLOW_UNPEPPERED_UNTIL
+            is not set or is a past day (UTC).
     """
     peppers = peppers_of(info)
     key_hash, pepper_id = row.columns.get("key_hash", ""), row.columns.get("pepper_id")
@@ -292,7 +311,8 @@ async def _replace_hash(
 ) -> None:
     """Replace an outdated hash by a hash with the first pepper, and record the replacement.
 
-    The use of an API key whose hash has no pepper is recorded even if the hash is not replaced.
+    An audit event records each use of an API key whose hash has no pepper, even if the hash is not
+    replaced.
     """
     old_pepper_id = row.columns["pepper_id"]
     ids = row.columns["id"], row.columns["tiger_account_id"]
@@ -351,7 +371,10 @@ def _request_event(
     account_id: UUID | None,
     **fields: Unpack[EventFields],
 ) -> AuditLog:
-    """Build the audit event of a request. Texts from the caller are redacted and shortened."""
+    """Build the audit event of a request.
+
+    The user agent and an invalid IP address are redacted and shortened.
+    """
     details = dict(fields["details"] or {})
     if request.scopes:
         details["scopes"] = [str(scope) for scope in request.scopes]

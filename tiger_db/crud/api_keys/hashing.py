@@ -13,7 +13,7 @@ from tiger_db.crud.common import context_of
 from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
-# One salted SHA-256 is enough for a secret of 256 random bits: NIST SP 800-63B, section 5.1.2.2,
+# One salted SHA-256 is enough for a secret of 256 random bits. NIST SP 800-63B, section 5.1.2.2,
 # requires key stretching only for secrets of less than 112 bits. Imported API keys may have a slow
 # hash (Argon2 or bcrypt).
 _FAST = "ldap_salted_sha256"
@@ -22,7 +22,10 @@ _MAX_HASH_CHARACTERS = 512  # the verification of a longer Argon2 hash may take 
 
 
 class UnpepperedHash(InvalidAPIKey):
-    """The hash of the API key has no pepper. Public functions raise `InvalidAPIKey` instead."""
+    """The hash of the API key has no pepper.
+
+    Public functions raise `InvalidAPIKey` instead of `UnpepperedHash`.
+    """
 
 
 def peppers_of(info: Mapping[Any, object]) -> Peppers:
@@ -48,7 +51,8 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
     """Return whether a secret matches a hash. If `pepper_id` is None, the hash has no pepper.
 
     If the hash is empty or malformed, or the pepper is unknown, the secret is verified against a
-    dummy hash, so that all denials take the same time. Slow hashes are verified in a thread.
+    dummy hash. All denials of API keys therefore take the same time. Slow hashes are verified in a
+    thread, so that the event loop is not blocked.
     """
     known = pepper_id is None or pepper_id in peppers.key_ids
     scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_HASH_CHARACTERS else None
@@ -65,7 +69,7 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
 def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: float) -> None:
     """Refuse a hash without a pepper after the date in API_KEYS_ALLOW_UNPEPPERED_UNTIL.
 
-    A hash without a pepper is unsafe, because anyone who can write to the database can create it.
+    A hash without a pepper is unsafe, because anyone who can write to the database can create one.
     `info` is `AsyncSession.info` or `Database.info`. `now` is the database's time in seconds since
     1970.
 
@@ -80,14 +84,14 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
         return
     setting = f"is {until}" if until is not None else "is not set"
     raise UnpepperedHash(
-        "the secret is right, but the hash of the API key has no pepper, so anyone who can write to"
-        " the database may have created the key: rotate or revoke the key"
-        f" (API_KEYS_ALLOW_UNPEPPERED_UNTIL {setting})"
+        "the hash of the API key has no pepper, and API_KEYS_ALLOW_UNPEPPERED_UNTIL"
+        f" {setting}. Anyone who can write to the database may have created the API key. Rotate or"
+        " revoke the API key"
     )
 
 
 def outdated(peppers: Peppers, hashed: str, pepper_id: str | None) -> bool:
-    """Return whether a hash has a slow scheme, or a pepper that is not the first pepper."""
+    """Return whether a hash uses a slow algorithm, or a pepper that is not the first pepper."""
     return pepper_id != peppers.key_ids[0] or bool(_hashes.needs_update(hashed))
 
 

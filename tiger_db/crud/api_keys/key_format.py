@@ -1,4 +1,4 @@
-"""The format of API keys: `tdb_<live|test>_<public id>_<secret><checksum>`, in base62.
+"""The format of API keys, `tdb_<live|test>_<public id>_<secret><checksum>`, in base62.
 
 API keys contain only letters, digits and `_`, so that a double click selects a whole API key. The
 checksum is the CRC-32 of all characters before the checksum. Because of the checksum, a truncated
@@ -15,9 +15,11 @@ KEY_PATTERN = r"\btdb_(?:live|test)_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}\b"
 
 _FORMAT = re.compile(r"(tdb_(?:live|test)_[0-9A-Za-z]{12})_([0-9A-Za-z]{49})", re.ASCII)
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_ID_CHARACTERS = 12  # length of a public id with 71 random bits
-_SECRET_CHARACTERS = 43  # minimum number of base62 characters for 256 bits
-_CHECKSUM_CHARACTERS = 6  # minimum number of base62 characters for 32 bits
+# A public id of 12 base62 characters has 71 random bits. A secret of 256 bits needs at least 43
+# base62 characters, and a checksum of 32 bits needs at least 6 base62 characters.
+_ID_CHARACTERS = 12
+_SECRET_CHARACTERS = 43
+_CHECKSUM_CHARACTERS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class ParsedKey:
 
 
 def new_key(environment: str) -> ParsedKey:
-    """Generate a random API key for an environment: `live` or `test`."""
+    """Generate a random API key for the environment `live` or `test`."""
     public_id = "".join(secrets.choice(_ALPHABET) for _ in range(_ID_CHARACTERS))
     prefix = f"tdb_{environment}_{public_id}"
     secret = _base62(secrets.randbits(256), _SECRET_CHARACTERS)

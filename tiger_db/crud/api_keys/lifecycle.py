@@ -31,15 +31,15 @@ _COPIED_FIELDS = {
     "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour", "rate_limit_per_day",
     "allowed_ips", "allowed_user_agents", "created_by", "description", "tags",
 }  # fmt: skip
-# The functions that change the fields that `update` refuses, by name of the field
+# _OTHER_FUNCTIONS names, for a field that `update` cannot change, the function that changes it.
 _OTHER_FUNCTIONS = {
-    "status": "`activate`, `deactivate` or `revoke`",
-    "revoked_at": "`revoke`",
-    "revocation_reason": "`revoke`",
-    "key_prefix": "`rotate`, which creates a new key",
-    "key_hash": "`rotate`, which creates a new key",
-    "successor_id": "`rotate`",
-    "tiger_account_id": "`create_api_key`, which creates a new key",
+    "status": "use `activate`, `deactivate` or `revoke`",
+    "revoked_at": "use `revoke`",
+    "revocation_reason": "use `revoke`",
+    "key_prefix": "use `rotate`, which creates a new key",
+    "key_hash": "use `rotate`, which creates a new key",
+    "successor_id": "use `rotate`",
+    "tiger_account_id": "use `create_api_key`, which creates a new key",
 }
 
 
@@ -79,15 +79,15 @@ async def create_api_key(
     """Create an API key. Return the APIKey entity and the raw key. The raw key is not stored.
 
     Raises:
-        InvalidFields: an argument is invalid. The error names the argument.
-        InvalidValue: `expires_at` has passed, by the database's clock.
+        InvalidFields: an argument is invalid. The error message names the invalid argument.
+        InvalidValue: `expires_at` is in the past by the database's clock.
         MissingReference: no account has the given `tiger_account_id`.
         InvalidState: the account is closed.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
             Database.
     """
     if expires_at is not None and expires_at <= await _database_time(session):
-        raise InvalidValue("expires_at must be in the future, by the database's clock")
+        raise InvalidValue("expires_at must be in the future by the database's clock")
     if tiger_account_id is not None:
         await _refuse_closed(session, tiger_account_id)
     values: dict[str, Any] = {
@@ -110,16 +110,16 @@ async def create_api_key(
 async def rotate(
     session: AsyncSession, key_id: UUID, *, grace: timedelta = timedelta(hours=24)
 ) -> tuple[APIKey, str]:
-    """Replace an API key by a key with the same permissions. Return the new APIKey and raw key.
+    """Replace an API key by a new key with the same permissions.
 
-    The old key expires at the end of the grace period, or at its own earlier expiry. The rate
-    limits count the uses of the old and the new key together. Each API key can be rotated only
-    once: if the new raw key is lost, rotate the new key. A failed rotation does not change the old
-    key.
+    Return the new APIKey entity and the new raw key. The old key expires at the end of the grace
+    period, or at its `expires_at` if that time is earlier. The rate limits count the uses of the
+    old and the new key together. Each API key can be rotated only once: if the new raw key is lost,
+    rotate the new key. A failed rotation does not change the old key.
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidState: the API key was already rotated, is not active or has expired, or the account
+        InvalidState: the API key is not active, has expired or was already rotated, or the account
             of the API key is closed.
         InvalidValue: the grace period is negative.
         ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
@@ -153,18 +153,18 @@ async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChang
     """Change fields of an API key. If one change is invalid, no field is changed.
 
     One audit event contains the old and new values of the changed fields. An update without new
-    values writes nothing. An expired key is valid again with a later `expires_at`, or with None for
-    no expiry. The expiry of a key that was replaced by `rotate` can only be made earlier, so that
-    the grace period is never prolonged.
+    values writes nothing. A later `expires_at` makes an expired key valid again. A key whose
+    `expires_at` is None never expires. The expiry of a rotated key can only be made earlier, so
+    that the grace period is never prolonged.
 
     Raises:
         NotFound: no API key has the id `key_id`.
         InvalidFields: a given field does not exist or cannot be changed by `update`, or a given
-            value is invalid. The error names the field.
-        InvalidValue: the new `expires_at` is in the past, by the database's clock. To end a key
+            value is invalid. The error message names the field.
+        InvalidValue: the new `expires_at` is in the past by the database's clock. To end an API key
             now, call `deactivate` or `revoke`.
-        InvalidState: the API key is revoked, the account of the API key is closed, or the new
-            `expires_at` would prolong the grace period of a rotated key.
+        InvalidState: the API key is revoked, its account is closed, or the new `expires_at` would
+            prolong the grace period of a rotated key.
     """
     given = {**changes}
     _refuse_other_fields(given)
@@ -250,8 +250,8 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
 async def delete(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> None:
     """Delete an API key and its usage counts.
 
-    The audit events of the API key stay. The replacements of a rotated API key and the usage counts
-    for their rate limits stay too. To refuse an API key and keep its row, call `revoke` instead.
+    The audit events of the API key are kept. The successors of a rotated API key are kept, with the
+    usage counts for their rate limits. To refuse an API key but keep its row, call `revoke`.
 
     Raises:
         NotFound: no API key has the id `key_id`.
@@ -270,7 +270,8 @@ async def _lock_unrevoked(session: AsyncSession, key_id: UUID) -> tuple[APIKey, 
         InvalidState: the API key is revoked, or the account of the API key is closed.
     """
     key = await get_or_raise(session, APIKey, key_id)
-    if key.tiger_account_id is not None:  # lock the account before the key: no deadlock
+    # To prevent deadlocks, lock the account before the API key.
+    if key.tiger_account_id is not None:
         await _refuse_closed(session, key.tiger_account_id)
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     _refuse_revoked(key)
@@ -291,10 +292,10 @@ def _refuse_other_fields(changes: Mapping[str, object]) -> None:
     """Raise InvalidFields if `changes` contain fields that `update` cannot change."""
     problems = []
     for name in sorted(changes.keys() - KeyChanges.__annotations__.keys()):
-        reason = "an API key has no such field"
+        reason = "an API key has no field with this name"
         if name in APIKey.model_fields:
             reason = "`update` cannot change this field"
-            reason += f": use {_OTHER_FUNCTIONS[name]}" if name in _OTHER_FUNCTIONS else ""
+            reason += f": {_OTHER_FUNCTIONS[name]}" if name in _OTHER_FUNCTIONS else ""
         problems.append(((name,), PydanticCustomError("other_field", "{why}", {"why": reason})))
     if problems:
         raise InvalidFields.of(APIKey.__name__, problems)
@@ -305,7 +306,7 @@ def _check_expiry(key: APIKey, expires_at: datetime | None, now: datetime) -> No
 
     Raises:
         InvalidValue: `expires_at` is in the past.
-        InvalidState: the API key was replaced, and `expires_at` is later than its expiry.
+        InvalidState: the API key was rotated, and `expires_at` is not earlier than its expiry.
     """
     if expires_at is not None and expires_at <= now:
         raise InvalidValue(

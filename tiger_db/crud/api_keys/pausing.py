@@ -47,12 +47,12 @@ class TradingPause:
 
 @public
 async def pause(session: AsyncSession, *, reason: str) -> TradingPause:
-    """Pause trading until `resume`, for all API keys. Return the pause in force.
+    """Pause trading for all API keys until `resume` is called. Return the current pause.
 
-    When the session's transaction is committed, every process denies each request that requires a
-    scope of the family `trade`, and raises `TradingPaused`. Other requests are not affected. If
-    trading is paused already, the function changes nothing, and returns the earlier pause. Secrets
-    in `reason` are masked, because denied callers see the reason.
+    After the session's transaction is committed, every process raises `TradingPaused` for requests
+    that require a scope of the family `trade`. Requests that require only other scopes are not
+    affected. If trading is paused already, `pause` changes nothing, and returns the earlier pause.
+    Secrets in `reason` are masked, because denied callers see the reason.
 
     Raises:
         InvalidValue: `reason` is blank, or longer than 500 characters.

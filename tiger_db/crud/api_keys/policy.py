@@ -92,7 +92,7 @@ class KeyPermissions:
     account_status: AccountStatus | None
     networks: tuple[IPv4Network | IPv6Network, ...]
     user_agents: tuple[str, ...]
-    scopes: frozenset[APIKeyScope]  # scopes of the key, and the implied scopes
+    scopes: frozenset[APIKeyScope]  # scopes of the key, and the scopes that they imply
     per_hour: int | None
     per_day: int | None
 

@@ -1,4 +1,4 @@
-"""The exact check of the rate limits of API keys, over all processes."""
+"""The check of the rate limits of API keys, which is exact over all processes."""
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # CONSUME checks the rate limits of an API key, and counts one use. All keys of a rotation chain
 # share one row of api_key_limits. Concurrent uses wait for the row lock, and then check the
-# committed counts. If the database's clock steps back, the row keeps the later hour and day.
+# committed counts. If the database's clock steps back, the row keeps its later hour and day.
 CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,
@@ -40,8 +40,8 @@ async def consume(
 ) -> bool:
     """Count one use of an API key, if no rate limit is reached.
 
-    Return False if the API key has changed since `permissions` were read. The caller must then read
-    the permissions again.
+    If the API key has changed since `permissions` were read, return False. The caller must read the
+    permissions again if `consume` returns False.
 
     Raises:
         RateLimited: a rate limit of the API key is reached.

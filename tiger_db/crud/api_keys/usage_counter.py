@@ -19,7 +19,7 @@ WRITE_INTERVAL_SECONDS = 1.0
 _STATUS_INTERVAL_SECONDS, _STATUS_QUERIES = 0.1, 20
 _HOUR_SECONDS = 3600
 
-# With SKIP LOCKED, a write of usage counts never waits for another transaction: usage counts of
+# With SKIP LOCKED, a write of usage counts never waits for another transaction. Usage counts of
 # locked API keys stay in memory until the next batch. Usage counts of deleted keys are dropped.
 _WRITE = """
 WITH given AS (
@@ -72,7 +72,8 @@ class _Uses:
     last: float  # time of the last use, in seconds since 1970
 
 
-_Batch = dict[tuple[UUID, int], _Uses]  # uses by key id and hour (hours since 1970)
+# A batch maps the id of an API key and an hour (in hours since 1970) to the uses in the hour.
+_Batch = dict[tuple[UUID, int], _Uses]
 
 
 class UsageCounter:
@@ -86,13 +87,17 @@ class UsageCounter:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._uses: _Batch = {}
-        self._batch: _Batch = {}  # uses of API keys that await the confirmation of a commit
-        self._xid: int | None = None  # id of the transaction that wrote `_batch`
-        self._skipped: Collection[UUID] = ()  # ids of API keys in `_batch` whose rows are locked
+        # `_batch` contains the uses of API keys that are written, until the commit is confirmed.
+        self._batch: _Batch = {}
+        # `_xid` is the id of the transaction that wrote `_batch`.
+        self._xid: int | None = None
+        # `_skipped` contains the ids of API keys in `_batch` that were not written, because the
+        # rows of the API keys were locked.
+        self._skipped: Collection[UUID] = ()
         self._has_written = False
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
-        self._write_lock = asyncio.Lock()  # two calls of `close` must not write one batch
+        self._write_lock = asyncio.Lock()  # two tasks must not write the same batch
 
     def count(self, key_id: UUID, at: float) -> None:
         """Count one use of an API key. `at` is the time in seconds since 1970."""
@@ -125,7 +130,7 @@ class UsageCounter:
             lost = sum(uses.count for uses in [*self._batch.values(), *self._uses.values()])
             if lost:
                 reason = type(error).__name__
-                _logger.warning("lost usage counts of API keys: %d (%s)", lost, reason)
+                _logger.warning("%d uses of API keys could not be counted (%s)", lost, reason)
         self._closing.clear()
 
     async def _run(self) -> None:

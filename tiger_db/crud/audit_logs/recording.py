@@ -40,7 +40,7 @@ from tiger_db.sqlstates import raw_errors
 _INSERT = f"{INSERT} RETURNING {', '.join(SERVER_COLUMNS)}"
 
 
-INTENT = "_intent"  # key of the intent's id in the `details` of an outcome event
+INTENT = "_intent"  # the intent's id has this key in the `details` of an outcome event
 _logger = logging.getLogger("tiger_db")
 
 
@@ -85,12 +85,13 @@ class SessionSource(Protocol):
 
 @public
 async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
-    """Record one audit event in the caller's transaction. A rollback also removes the event.
+    """Record one audit event in the caller's transaction.
 
-    Values that PostgreSQL cannot store are converted, and secrets are masked.
+    If the transaction is rolled back, the event is removed. Values that PostgreSQL cannot store are
+    converted to storable values, and secrets are masked.
 
     Raises:
-        InvalidFields: an audit event has no field with a given name, or a given value is invalid.
+        InvalidFields: the name of a given field is unknown, or a given value is invalid.
     """
     return await insert_event(session, build_event(**fields))
 
@@ -99,12 +100,12 @@ async def log_event(session: AsyncSession, **fields: Unpack[EventFields]) -> Aud
 async def record_event(session: AsyncSession, **fields: Unpack[EventFields]) -> AuditLog:
     """Record one audit event out of band, and commit the event before the function returns.
 
-    The event stays if the caller's transaction rolls back. For the intent and the outcome of an
-    order, use `recorded`. If `SessionContext.out_of_band` is None, the event is recorded in the
-    session's transaction.
+    The event stays if the caller's transaction is rolled back. To record the intent and the outcome
+    of an action, use `recorded`. If `SessionContext.out_of_band` is None, the event is recorded in
+    the session's transaction.
 
     Raises:
-        InvalidFields: an audit event has no field with a given name, or a given value is invalid.
+        InvalidFields: the name of a given field is unknown, or a given value is invalid.
         ConfigurationError: the session does not belong to a Database.
         DatabaseUnavailable: the audit event could not be stored.
     """
@@ -125,24 +126,28 @@ async def recorded(
     source: SessionSource | Callable[[], AbstractAsyncContextManager[AsyncSession]],
     **fields: Unpack[IntentFields],
 ) -> AsyncIterator[AuditLog]:
-    """Record, out of band, an intent before a code block and an outcome event after the block.
+    """Record, out of band, an intent before a code block and an outcome event after the code block.
 
     `source` is a Database, another object with a method `session`, or a function such as
-    `get_session`. No session is open while the block runs.
+    `get_session`. No session is open while the code block runs.
 
-    The intent is an audit event with the result `pending`. The code block gets the outcome event,
-    and can set fields of that event, such as `details`. Both events have the same `request_id`: the
-    given id, the actor's id, or a new id. The `details` of the outcome event contain the id of the
-    intent under `_intent`. The default `result` of the outcome event is `success`, or `error` if
-    the block raises an exception or is cancelled. The default `duration_ms` is the duration of the
-    block. If the process is killed during the block, the intent has no outcome event.
+    The intent is an audit event with the result `pending`. If the intent cannot be recorded, the
+    code block does not run. The code block gets the outcome event, and can set fields of the
+    outcome event, such as `details`. The intent and the outcome event have the same `request_id`:
+    the given id, the actor's id, or a new id. The `details` of the outcome event contain the id of
+    the intent under `_intent`. The default `result` of the outcome event is `success`, or `error`
+    if the code block raises an exception or is cancelled. The default `duration_ms` is the duration
+    of the code block. If the process is killed during the code block, the intent has no outcome
+    event.
+
+    If the code block raises an exception, `recorded` raises the same exception. Do not repeat the
+    action after the error OutcomeUnknown.
 
     Raises:
-        InvalidFields: a given value of an event field is invalid. The code block does not run.
-        InvalidValue: an intent has no field with a given name. The code block does not run.
-        DatabaseUnavailable: the intent could not be stored. The code block does not run.
-        OutcomeUnknown: the code block has succeeded, but the outcome event could not be stored. Do
-            not repeat the action. A failed code block raises its own exception instead.
+        InvalidFields: the value of a given field is invalid.
+        InvalidValue: the name of a given field is unknown.
+        DatabaseUnavailable: the intent could not be stored.
+        OutcomeUnknown: the code block has ended, but the outcome event could not be stored.
     """
     if unknown := fields.keys() - IntentFields.__annotations__.keys():
         raise InvalidValue(f"unknown fields of an intent: {', '.join(sorted(unknown))}")
@@ -186,12 +191,15 @@ async def recorded(
 
 @contextmanager
 def _logged(intent: AuditLog) -> Iterator[None]:
-    """Log an error of recording an outcome event. The error must not hide the block's exception."""
+    """Log errors of recording an outcome event.
+
+    A logged error does not hide the exception of the code block of `recorded`.
+    """
     try:
         yield
     except TigerDBError as error:
         _logger.error(  # noqa: TRY400  # a traceback may contain secrets
-            "the outcome of event %s is not recorded: %s", intent.id, error
+            "the outcome of the intent %s is not recorded: %s", intent.id, error
         )
 
 
@@ -224,15 +232,15 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     """Record many audit events in the caller's transaction with COPY. Return the number of events.
 
     The AuditLog objects are not added to the session. The attributes `created_at` and `position` of
-    the AuditLog objects are not set.
+    the AuditLog objects are not set. After the error AlreadyExists, the caller must roll back the
+    transaction. After the error Conflict, the caller must repeat the transaction.
 
     Raises:
-        InvalidValue: an item of `events` is not an AuditLog. No event is recorded.
-        AlreadyExists: one of the events is recorded already. The caller must roll back the
-            transaction.
+        InvalidValue: an item of `events` is not an AuditLog, so no event is recorded.
+        AlreadyExists: one of the events is recorded already.
         InvalidState: the session is readonly.
         DatabaseUnavailable: the connection to the database was lost.
-        Conflict: another transaction caused a conflict. The caller must repeat the transaction.
+        Conflict: the transaction is in conflict with another transaction.
         QueryTimeout: COPY took longer than DB_QUERY_TIMEOUT.
     """
     batch = list(events)
@@ -241,10 +249,10 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     if not batch:
         return 0
     actor = actor_of(session.info)
-    refuse_readonly(session)  # without this check, COPY would raise the error of a failover
+    refuse_readonly(session)  # otherwise, COPY would raise the same error as after a failover
     await session.flush()
     connection = await session.connection()
-    await connection.exec_driver_sql("SELECT")  # SELECT begins a transaction that COPY joins
+    await connection.exec_driver_sql("SELECT")  # SELECT begins the transaction in which COPY runs
     raw = (await connection.get_raw_connection()).driver_connection
     assert raw is not None
     try:

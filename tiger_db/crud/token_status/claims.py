@@ -67,10 +67,10 @@ async def claim_due(
     Only one worker at a time can claim a refresh. An expired lease counts as a failed attempt. If
     fewer than `limit` refreshes can be claimed, `claim_due` also calls `fail_expired_leases`.
 
-    Commit the transaction before you send a request to the broker. A claim belongs to no session:
-    pass the claim to `heartbeat`, `complete`, `fail` or `give_back`. The relationship
-    `tiger_account` of each claim is loaded. Pass the ids of refreshes that the worker still works
-    on as `skip`: `claim_due` does not claim these refreshes.
+    Commit the transaction before you send a request to the broker. A claim is not bound to a
+    session. Pass the claim to `heartbeat`, `complete`, `fail` or `give_back` with any session. The
+    relationship `tiger_account` of each claim is loaded. `claim_due` does not claim refreshes whose
+    ids are in `skip`. Pass the ids of the refreshes that the worker still works on as `skip`.
 
     Raises:
         InvalidValue: the lease is not positive, `limit` is not from 1 to 1000, or the name of the
@@ -90,7 +90,7 @@ async def claim(
     """Claim one refresh, even if the refresh is not due, or the account is not active.
 
     Raises:
-        NotFound: no refresh has this id.
+        NotFound: no refresh has the id `refresh_id`.
         InvalidState: the refresh has ended, is claimed by another worker, or has no attempt left.
         InvalidValue: the lease is not positive, or the name of the worker is invalid.
     """
@@ -124,7 +124,7 @@ async def heartbeat(
     """Renew the lease of a claim. The renewed lease starts now and lasts for `lease`.
 
     Raises:
-        LeaseLost: the claim is lost. The refresh is not changed.
+        LeaseLost: another worker has claimed the refresh, or the refresh is not in progress.
     """
     _check_lease(lease)
     return await update_claimed(session, claim, lease_expires_at=func.clock_timestamp() + lease)
@@ -137,7 +137,7 @@ async def give_back(
     """End a claim without a request to the broker. The refresh is due again after `wait`.
 
     Raises:
-        LeaseLost: the claim is lost. The refresh is not changed.
+        LeaseLost: another worker has claimed the refresh, or the refresh is not in progress.
     """
     return await update_claimed(
         session,

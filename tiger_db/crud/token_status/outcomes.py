@@ -49,12 +49,13 @@ from tiger_db.redaction import redact_aggressively
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 BACKOFF = timedelta(seconds=30)
 MAX_BACKOFF = timedelta(minutes=30)
-ANSWER_LOST = "answer_lost"  # key in `TokenStatus.details`: the broker's answer was lost
+ANSWER_LOST = "answer_lost"  # this key in `TokenStatus.details` marks a lost answer of the broker
 UNKNOWN_OUTCOME = (
     "the answer of the broker was lost or cannot be stored: the broker may have issued a token"
 )
-_MAX_MESSAGE_LENGTH = 10_000  # maximum length of an error message in characters
-_MAX_SECRET_LENGTH = 2_000  # maximum length of a secret in characters
+# The maximum lengths of an error message and of a secret in an error message are in characters.
+_MAX_MESSAGE_LENGTH = 10_000
+_MAX_SECRET_LENGTH = 2_000
 _EXPIRED_LEASES_LIMIT = 100
 _EVENT = AuditAction.TOKEN_REFRESH
 
@@ -97,8 +98,8 @@ WITH account AS (
 SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
-# The statement _FAIL_UNKNOWN ends attempts with an unknown outcome. _FAIL_UNKNOWN loads no entity
-# and writes only constants, because the row or the broker's answer may be invalid.
+# The statement _FAIL_UNKNOWN ends attempts with an unknown outcome. The row or the broker's answer
+# may be invalid, so the statement _FAIL_UNKNOWN loads no entity and writes only constants.
 _FAIL_UNKNOWN = f"""
 WITH attempt AS (%s), refresh AS (
     UPDATE token_statuses t
@@ -155,8 +156,8 @@ async def update_claimed(
     """Update the refresh of a claim, if the claim is still valid.
 
     Raises:
-        LeaseLost: the claim is lost. The refresh is not changed.
-        InvalidFields: a new value is invalid. The refresh is not changed.
+        LeaseLost: another worker has claimed the refresh, or the refresh is not in progress.
+        InvalidFields: a new value is invalid, so the refresh is not changed.
     """
     given = {name: v for name, v in values.items() if not isinstance(v, ColumnElement)}
     claim.validate_changes(given)
@@ -191,14 +192,14 @@ async def complete(
 
     The aware datetime `expires_at` is the expiry of the access token. If `expires_at` is None, the
     expiry is read from a token in Tiger's format. A token with an unknown expiry is never due for a
-    refresh. If `accounts.record_error` has suspended the account, the error count is not reset.
+    refresh. If `accounts.record_error` has suspended the account, the error count is not reset. If
+    `complete` raises an error, the account and the refresh are not changed.
 
     Raises:
-        LeaseLost: the claim is lost. The account and the refresh are not changed.
-        StaleToken: the account has a newer access token. The account and the refresh are not
-            changed.
+        LeaseLost: another worker has claimed the refresh, or the refresh is not in progress.
+        StaleToken: the account has a newer access token.
         NotFound: the account was deleted.
-        InvalidFields: a value is invalid. The account and the refresh are not changed.
+        InvalidFields: a given value is invalid.
     """
     answer = {
         "api_response_code": api_response_code,
@@ -235,7 +236,7 @@ async def _complete(
     tokens: dict[str, Any],
     answer: dict[str, Any],
 ) -> TokenStatus | None:
-    """Return the completed refresh, or None if the claim is lost or the token has changed."""
+    """Return the completed refresh, or None if the claim is lost or the stored token changed."""
     expires_at = account.validate_changes(tokens)["token_expires_at"]
     access_token = tokens["access_token"]
     expires_at = account.check_not_stale(access_token, expires_at)
@@ -261,7 +262,7 @@ async def _complete(
     if not rows:
         return None
     if identity_key(TigerAccount, account.id) in session.identity_map:
-        # The SQL statement has changed the account past the ORM, so the account is read again.
+        # The statement COMPLETE has bypassed the ORM, so the account is read again.
         await get_or_raise(session, TigerAccount, account.id)
     return merge_row(session.sync_session, TokenStatus, rows[0][0])
 
@@ -288,19 +289,20 @@ async def fail(
     api_response_code: int | None = None,
     api_response_time_ms: int | None = None,
 ) -> TokenStatus:
-    """End an attempt with a failure. The refresh becomes pending again, or is given up (failed).
+    """End an attempt with a failure. The refresh becomes pending again, or its status is `failed`.
 
     The next attempt is due after `retry_after`, or after a random backoff if `retry_after` is None.
-    A refresh is given up after `max_retries` attempts. If `credentials_refused` is true, the
-    refresh is given up at once, and an active account is suspended. Set `answer_lost` to true if
-    the broker may have issued a token. The details of the refresh and the messages of later
-    failures then mention the lost answer. The first 10,000 characters of `error` are stored, with
-    masked secrets.
+    After `max_retries` attempts, the status of the refresh becomes `failed`. If
+    `credentials_refused` is true, the status becomes `failed` at once, and an active account is
+    suspended. Set `answer_lost` to true if the broker may have issued a token. If `answer_lost` is
+    true, the details of the refresh and the messages of later failures mention the lost answer. The
+    first 10,000 characters of `error` are stored, with masked secrets. If `fail` raises an error,
+    the account and the refresh are not changed.
 
     Raises:
-        LeaseLost: the claim is lost. The account and the refresh are not changed.
+        LeaseLost: another worker has claimed the refresh, or the refresh is not in progress.
         NotFound: the account was deleted.
-        InvalidFields: a value is invalid. The account and the refresh are not changed.
+        InvalidFields: a given value is invalid.
     """
     account = await get_or_raise(session, TigerAccount, claim.tiger_account_id, lock=True)
     secrets = readable_secrets(account)
@@ -320,7 +322,8 @@ async def fail(
             "scheduled_at": func.clock_timestamp() + wait,
         }
     if await _answer_lost_before(session, claim):
-        error = f"{error} (the answer to an earlier attempt was lost, maybe with a new token)"
+        lost = "the answer to an earlier attempt was lost, and may have contained a new token"
+        error = f"{error} ({lost})"
         answer_lost = True
     if answer_lost:
         values["details"] = {**(claim.details or {}), ANSWER_LOST: True}
@@ -388,11 +391,12 @@ def _backoff(attempts: int) -> timedelta:
 async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
     """End an attempt whose outcome cannot be stored by `complete` or `fail`.
 
-    Only constant texts are stored. The refresh is due again in half an hour, or is given up after
-    `max_retries` attempts. A refresh that is given up counts as an error of the account.
+    `fail_unknown` stores a constant error message, because the broker's answer may be invalid. The
+    refresh is due again in half an hour. After `max_retries` attempts, the status of the refresh
+    becomes `failed`. A failed refresh adds 1 to the error count of the account.
 
     Raises:
-        LeaseLost: the claim is lost. The refresh is not changed.
+        LeaseLost: another worker has claimed the refresh, or the refresh is not in progress.
     """
     if not await _fail_unknown(session, _HELD_CLAIM, claim.id, claim.fencing_token):
         raise LeaseLost
@@ -400,11 +404,12 @@ async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
 
 @public
 async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] = ()) -> int:
-    """Give up at most 100 refreshes whose last attempt has an expired lease.
+    """Set the status `failed` for refreshes whose lease expired in the last attempt.
 
-    Return the number of refreshes that were given up. A lease expires if a worker stops during an
-    attempt; the broker may have issued a token. Each refresh that is given up counts as an error of
-    the account. `skip` contains the ids of refreshes that the caller still works on.
+    One call changes at most 100 refreshes. Return the number of changed refreshes. A lease expires
+    if a worker stops during an attempt, so the broker may have issued a token. Each failed refresh
+    adds 1 to the error count of its account. `skip` contains the ids of refreshes that the caller
+    still works on.
     """
     return await _fail_unknown(session, _EXPIRED_LEASES, list(skip))
 
