@@ -30,15 +30,15 @@ async def connect_and_run() -> None:
 
 
 if context.is_offline_mode():
-    # The default parameter style of the dialect would double each % in the SQL.
+    # With the dialect's default parameter style, the printed SQL would contain %% for each %.
     context.configure(
         dialect_name="postgresql",
         dialect_opts={"paramstyle": "named"},
         literal_binds=True,
         **OPTIONS,
     )
-    # If the configuration has the attribute "connection" (even None), `pending_sql` prints the
-    # search path.
+    # The search path is printed here only for the plain `alembic` command. For `tiger-db`, which
+    # sets the attribute "connection" of the configuration, `pending_sql` prints the search path.
     if "connection" not in context.config.attributes:
         schema = Settings().db_schema
         context.get_context().impl.static_output(

@@ -144,8 +144,8 @@ END
 $$
 """
 
-# uuid7_floor returns the smallest UUIDv7 of a time. A UUIDv7 begins with 48 bits of epoch
-# milliseconds (RFC 9562, section 5.7).
+# uuid7_floor returns the smallest UUIDv7 with a given timestamp. A UUIDv7 begins with a timestamp
+# of 48 bits, in milliseconds since 1970 (RFC 9562, section 5.7).
 UUID7_FLOOR = """
 CREATE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
@@ -155,9 +155,9 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
 $$
 """
 
-# Unlike CREATE TABLE ... PARTITION OF, ATTACH PARTITION does not block writers. If a month has no
-# partition, its events are in the default partition, and make_audit_months moves these events to
-# the new partition.
+# ATTACH PARTITION does not block writers, but CREATE TABLE with PARTITION OF does.
+# The default partition contains the events of months without a partition. When make_audit_months
+# creates the partition of a month, the function moves the events of that month into the partition.
 MAKE_AUDIT_MONTHS = """
 CREATE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -206,74 +206,91 @@ def upgrade() -> None:
             "id",
             sa.UUID(),
             nullable=False,
-            comment="UUIDv7, made by the application: ordered by time of creation",
+            comment="UUIDv7 that the application generates; ids increase with creation time",
         ),
         sa.Column(
             "created_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When the row was made, by the database's clock",
+            comment="Time of the insert, by the database's clock",
         ),
         sa.Column(
             "action",
             AUDIT_ACTION,
             nullable=False,
-            comment="What was done",
+            comment="Action of the event, as family:verb",
         ),
         sa.Column(
             "result",
             AUDIT_RESULT,
             nullable=False,
-            comment="How it ended",
+            comment="Outcome of the action",
         ),
         sa.Column(
             "severity",
             AUDIT_SEVERITY,
             nullable=False,
-            comment="Follows from action and result where it is not given",
+            comment="Severity; derived from action and result by default",
         ),
         sa.Column(
-            "resource_type", sa.Text(), nullable=True, comment="Kind of thing it was done to"
+            "resource_type",
+            sa.Text(),
+            nullable=True,
+            comment="Type of the affected resource, e.g. order",
         ),
-        sa.Column("resource_id", sa.Text(), nullable=True, comment="Which one, e.g. an order id"),
-        sa.Column("user_id", sa.Text(), nullable=True, comment="Who did it"),
-        sa.Column("user_type", sa.Text(), nullable=True, comment="Kind of user, e.g. admin"),
-        sa.Column("session_id", sa.Text(), nullable=True, comment="Session it was done in"),
-        sa.Column("ip_address", postgresql.INET(), nullable=True, comment="Address it came from"),
-        sa.Column("user_agent", sa.Text(), nullable=True, comment="Client it came from"),
+        sa.Column(
+            "resource_id",
+            sa.Text(),
+            nullable=True,
+            comment="Identifier of the affected resource, e.g. an order id",
+        ),
+        sa.Column(
+            "user_id", sa.Text(), nullable=True, comment="User or service that performed the action"
+        ),
+        sa.Column("user_type", sa.Text(), nullable=True, comment="Type of the user, e.g. admin"),
+        sa.Column("session_id", sa.Text(), nullable=True, comment="Id of the user's session"),
+        sa.Column(
+            "ip_address", postgresql.INET(), nullable=True, comment="IP address of the client"
+        ),
+        sa.Column("user_agent", sa.Text(), nullable=True, comment="User-Agent of the client"),
         sa.Column("request_method", sa.Text(), nullable=True, comment="HTTP method"),
         sa.Column("request_path", sa.Text(), nullable=True, comment="HTTP path"),
-        sa.Column("request_id", sa.Text(), nullable=True, comment="Ties the events of a request"),
+        sa.Column(
+            "request_id",
+            sa.Text(),
+            nullable=True,
+            comment="Id of the request; all events of one request have the same id",
+        ),
         sa.Column(
             "tiger_account_id",
             sa.UUID(),
             nullable=True,
-            comment="Account concerned; no foreign key: it may be gone",
+            comment="Account that was used or changed; no foreign key: accounts can be deleted",
         ),
         sa.Column(
             "api_key_id",
             sa.UUID(),
             nullable=True,
-            comment="API key used; no foreign key: it may be gone",
+            comment="API key that was used or changed; no foreign key: API keys can be deleted",
         ),
         sa.Column(
             "details",
             postgresql.JSONB(),
             nullable=True,
-            comment="Whatever else is worth knowing",
+            comment="Other details of the event",
         ),
         sa.Column(
             "old_values",
             postgresql.JSONB(),
             nullable=True,
-            comment="Values before a change, secrets masked",
+            comment="Changed values before the change, with masked secrets",
         ),
         sa.Column(
             "new_values",
             postgresql.JSONB(),
             nullable=True,
-            comment="Values after a change, secrets masked",
+            comment="Changed values after the change, with masked secrets",
         ),
         sa.Column("error_code", sa.Text(), nullable=True, comment="Code of the error"),
         sa.Column("error_message", sa.Text(), nullable=True, comment="Message of the error"),
@@ -281,7 +298,7 @@ def upgrade() -> None:
             "duration_ms",
             sa.BigInteger(),
             nullable=True,
-            comment="How long it took, in milliseconds",
+            comment="Duration of the action in milliseconds",
         ),
         sa.Column(
             "tags",
@@ -350,90 +367,89 @@ def upgrade() -> None:
             "id",
             sa.UUID(),
             nullable=False,
-            comment="UUIDv7, made by the application: ordered by time of creation",
+            comment="UUIDv7 that the application generates; ids increase with creation time",
         ),
         sa.Column(
             "created_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When the row was made, by the database's clock",
+            comment="Creation time, by the database's clock",
         ),
         sa.Column(
             "updated_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When the row was last changed, by the database's clock",
+            comment="Time of the last change, by the database's clock",
         ),
-        sa.Column(
-            "account_name", sa.Text(), nullable=False, comment="What people call the account"
-        ),
-        sa.Column(
-            "account_number", sa.Text(), nullable=False, comment="Tiger's number of the account"
-        ),
+        sa.Column("account_name", sa.Text(), nullable=False, comment="Display name of the account"),
+        sa.Column("account_number", sa.Text(), nullable=False, comment="Account number at Tiger"),
         sa.Column(
             "account_type",
             ACCOUNT_TYPE,
             nullable=False,
-            comment="Follows from the account number where it is not given",
+            comment="Account type; derived from the account number by default",
         ),
         sa.Column(
             "status",
             ACCOUNT_STATUS,
             nullable=False,
-            comment="Only an active account serves requests",
+            comment="Status of the account; only active accounts serve requests",
         ),
         sa.Column(
             "tiger_id",
             sa.LargeBinary(),
             nullable=False,
-            comment="Tiger's id of the developer, encrypted; one may own several accounts",
+            comment="Developer id at Tiger, encrypted; several accounts can share an id",
         ),
         sa.Column(
             "tiger_id_fingerprint",
             sa.LargeBinary(),
             nullable=False,
-            comment="HMAC-SHA256 of tiger_id under a derived key, to search by",
+            comment="Blind index of tiger_id: keyed hash (HMAC-SHA256) for equality search",
         ),
         sa.Column(
             "private_key",
             sa.LargeBinary(),
             nullable=False,
-            comment="RSA private key, base64 DER, encrypted",
+            comment="RSA private key (base64 DER), encrypted",
         ),
         sa.Column(
             "private_key_format",
             PRIVATE_KEY_FORMAT,
             nullable=False,
-            comment="PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
+            comment="Format of the private key: PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
         ),
         sa.Column(
             "secret_key",
             sa.LargeBinary(),
             nullable=True,
-            comment="Institutional trader's key, encrypted",
+            comment="Secret key of institutional traders, encrypted",
         ),
         sa.Column(
             "license",
             TIGER_LICENSE,
             nullable=True,
-            comment="Tiger's licence of the account",
+            comment="License of the account at Tiger",
         ),
         sa.Column(
             "environment",
             TIGER_ENVIRONMENT,
             nullable=False,
-            comment="Tiger's environment; paper trading is chosen by the account number instead",
+            comment="Environment at Tiger; paper trading depends on account_type instead",
         ),
         sa.Column(
-            "server_url", sa.Text(), nullable=True, comment="Gateway, if not the default one"
+            "server_url",
+            sa.Text(),
+            nullable=True,
+            comment="URL of Tiger's gateway; null: default URL of the environment",
         ),
         sa.Column(
             "access_token",
             sa.LargeBinary(),
             nullable=True,
-            comment="Current access token, encrypted",
+            comment="Access token, encrypted",
         ),
         sa.Column(
             "refresh_token",
@@ -445,19 +461,19 @@ def upgrade() -> None:
             "token_expires_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When the access token expires",
+            comment="Expiry of the access token",
         ),
         sa.Column(
             "is_default_trading",
             sa.Boolean(),
             nullable=False,
-            comment="Serves trades that name no account; at most one",
+            comment="Default account for trading: true for at most one account",
         ),
         sa.Column(
             "is_default_data",
             sa.Boolean(),
             nullable=False,
-            comment="Serves data that names no account; at most one",
+            comment="Default account for market data: true for at most one account",
         ),
         sa.Column(
             "market_permissions",
@@ -466,26 +482,26 @@ def upgrade() -> None:
                 dimensions=1,
             ),
             nullable=False,
-            comment="Markets the account may trade in",
+            comment="Markets in which the account may trade",
         ),
         sa.Column(
             "quote_permissions",
             postgresql.JSONB(),
             nullable=False,
-            comment="Tiger's quote permissions: name and expire_at (epoch ms, -1 permanent)",
+            comment="Quote permissions at Tiger: name and expire_at (epoch ms; -1: no expiry)",
         ),
         sa.Column(
             "error_count",
             sa.BigInteger(),
             nullable=False,
-            comment="Consecutive errors since the last success",
+            comment="Number of consecutive errors since the last success",
         ),
         sa.Column("last_error", sa.Text(), nullable=True, comment="Message of the last error"),
         sa.Column(
             "last_error_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When the last error happened",
+            comment="Time of the last error",
         ),
         sa.Column("description", sa.Text(), nullable=True, comment="Notes"),
         sa.Column(
@@ -557,28 +573,28 @@ def upgrade() -> None:
             "id",
             sa.UUID(),
             nullable=False,
-            comment="UUIDv7, made by the application: ordered by time of creation",
+            comment="UUIDv7 that the application generates; ids increase with creation time",
         ),
         sa.Column(
             "created_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When the row was made, by the database's clock",
+            comment="Creation time, by the database's clock",
         ),
         sa.Column(
             "updated_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When the row was last changed, by the database's clock",
+            comment="Time of the last change, by the database's clock",
         ),
-        sa.Column("name", sa.Text(), nullable=False, comment="What people call the key"),
+        sa.Column("name", sa.Text(), nullable=False, comment="Display name of the key"),
         sa.Column(
             "key_prefix",
             sa.Text(),
             nullable=False,
-            comment="The public part of the key, by which it is found",
+            comment="Public part of the key, by which the key is found",
         ),
         sa.Column(
             "key_hash",
@@ -590,7 +606,7 @@ def upgrade() -> None:
             "status",
             API_KEY_STATUS,
             nullable=False,
-            comment="Only an active key is accepted",
+            comment="Status of the key; only active keys are accepted",
         ),
         sa.Column(
             "scopes",
@@ -599,58 +615,68 @@ def upgrade() -> None:
                 dimensions=1,
             ),
             nullable=False,
-            comment="What the key may do",
+            comment="Scopes (permissions) of the key",
         ),
         sa.Column(
             "tiger_account_id",
             sa.UUID(),
             nullable=True,
-            comment="The only account it may act on; none: every account",
+            comment="The only account that the key can access; null: all accounts",
         ),
         sa.Column(
             "expires_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="From when on it is refused",
+            comment="Expiry of the key; from this time on, the key is refused",
         ),
         sa.Column(
             "last_used_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When it was last accepted",
+            comment="Time of the last accepted use of the key",
         ),
         sa.Column(
-            "usage_count", sa.BigInteger(), nullable=False, comment="How often it was accepted"
+            "usage_count",
+            sa.BigInteger(),
+            nullable=False,
+            comment="Number of accepted uses of the key",
         ),
         sa.Column(
             "rate_limit_per_hour",
             sa.BigInteger(),
             nullable=True,
-            comment="Uses in one clock hour (UTC)",
+            comment="Maximum number of uses per clock hour (UTC); null: no limit",
         ),
         sa.Column(
             "rate_limit_per_day",
             sa.BigInteger(),
             nullable=True,
-            comment="Uses in one calendar day (UTC)",
+            comment="Maximum number of uses per calendar day (UTC); null: no limit",
         ),
         sa.Column(
             "allowed_ips",
             postgresql.ARRAY(postgresql.CIDR(), dimensions=1),
             nullable=False,
-            comment="Networks it may be used from; none: any",
+            comment="Networks from which the key is accepted; empty: all networks",
         ),
         sa.Column(
             "allowed_user_agents",
             postgresql.ARRAY(sa.Text(), dimensions=1),
             nullable=False,
-            comment="Clients that may use it, * for any run of characters; none: any",
+            comment="Patterns of accepted User-Agents (* is a wildcard); empty: all User-Agents",
         ),
-        sa.Column("created_by", sa.Text(), nullable=True, comment="Who created it"),
         sa.Column(
-            "revoked_at", sa.DateTime(timezone=True), nullable=True, comment="When it was revoked"
+            "created_by", sa.Text(), nullable=True, comment="User or service that created the key"
         ),
-        sa.Column("revocation_reason", sa.Text(), nullable=True, comment="Why it was revoked"),
+        sa.Column(
+            "revoked_at",
+            sa.DateTime(timezone=True),
+            nullable=True,
+            comment="Time of the revocation",
+        ),
+        sa.Column(
+            "revocation_reason", sa.Text(), nullable=True, comment="Reason for the revocation"
+        ),
         sa.Column("description", sa.Text(), nullable=True, comment="Notes"),
         sa.Column(
             "tags",
@@ -704,137 +730,145 @@ def upgrade() -> None:
             "id",
             sa.UUID(),
             nullable=False,
-            comment="UUIDv7, made by the application: ordered by time of creation",
+            comment="UUIDv7 that the application generates; ids increase with creation time",
         ),
         sa.Column(
             "created_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When the row was made, by the database's clock",
+            comment="Creation time, by the database's clock",
         ),
         sa.Column(
             "updated_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When the row was last changed, by the database's clock",
+            comment="Time of the last change, by the database's clock",
         ),
         sa.Column(
             "tiger_account_id",
             sa.UUID(),
             nullable=False,
-            comment="The account whose token is refreshed",
+            comment="Account whose token is refreshed",
         ),
         sa.Column(
             "status",
             TOKEN_REFRESH_STATUS,
             nullable=False,
-            comment="Pending and in progress are open; the others are final",
+            comment="Status: pending and in_progress are open, all other statuses are final",
         ),
         sa.Column(
             "trigger",
             REFRESH_TRIGGER,
             nullable=False,
-            comment="Why it was asked for",
+            comment="Reason for the refresh",
         ),
         sa.Column(
             "old_token_expires_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="Expiry of the token it replaces",
+            comment="Expiry of the replaced access token",
         ),
         sa.Column(
             "new_token_expires_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="Expiry of the token it brought",
+            comment="Expiry of the new access token",
         ),
         sa.Column(
-            "old_token_hash", sa.Text(), nullable=True, comment="SHA-256 of the token it replaces"
+            "old_token_hash",
+            sa.Text(),
+            nullable=True,
+            comment="SHA-256 of the replaced access token",
         ),
         sa.Column(
-            "new_token_hash", sa.Text(), nullable=True, comment="SHA-256 of the token it brought"
+            "new_token_hash", sa.Text(), nullable=True, comment="SHA-256 of the new access token"
         ),
         sa.Column(
             "scheduled_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="From when on it may be claimed",
+            comment="Earliest time at which a worker can claim the refresh",
         ),
         sa.Column(
             "started_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When the last attempt started",
+            comment="Start of the last attempt",
         ),
         sa.Column(
             "completed_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When it ended for good",
+            comment="Time at which the refresh got a final status",
         ),
         sa.Column(
             "duration_ms",
             sa.BigInteger(),
             nullable=True,
-            comment="Length of the last attempt, in ms",
+            comment="Duration of the last attempt, in ms",
         ),
         sa.Column(
             "next_refresh_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When the new token should be refreshed",
+            comment="Time at which the new access token should be refreshed",
         ),
         sa.Column("error_code", sa.Text(), nullable=True, comment="Code of the last error"),
         sa.Column("error_message", sa.Text(), nullable=True, comment="Message of the last error"),
         sa.Column(
-            "retry_count", sa.BigInteger(), nullable=False, comment="How many attempts failed"
+            "retry_count", sa.BigInteger(), nullable=False, comment="Number of failed attempts"
         ),
         sa.Column(
             "max_retries",
             sa.BigInteger(),
             nullable=False,
-            comment="After how many failed attempts it is given up",
+            comment="Maximum number of failed attempts",
         ),
         sa.Column(
             "api_response_code",
             sa.BigInteger(),
             nullable=True,
-            comment="Tiger's code in the last answer",
+            comment="Code in Tiger's last response",
         ),
         sa.Column(
             "api_response_time_ms",
             sa.BigInteger(),
             nullable=True,
-            comment="How long Tiger took to answer, in ms",
+            comment="Response time of the last request to Tiger, in ms",
         ),
         sa.Column(
             "details",
             postgresql.JSONB(),
             nullable=True,
-            comment="Whatever else is worth knowing",
+            comment="Other details of the refresh",
         ),
         sa.Column(
             "environment",
             TIGER_ENVIRONMENT,
             nullable=True,
-            comment="Tiger's environment asked",
+            comment="Environment at Tiger",
         ),
         sa.Column("server_version", sa.Text(), nullable=True, comment="Version of Tiger's gateway"),
-        sa.Column("worker", sa.Text(), nullable=True, comment="Who holds the claim"),
+        sa.Column(
+            "worker",
+            sa.Text(),
+            nullable=True,
+            comment="Name of the worker that claimed the refresh",
+        ),
         sa.Column(
             "lease_expires_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When the claim ends unless it is renewed",
+            comment="Expiry of the worker's lease, unless the worker renews the lease",
         ),
         sa.Column(
             "fencing_token",
             sa.BigInteger(),
             nullable=False,
-            comment="Number of the claim: an older one is void",
+            comment="Number of the latest claim; earlier claims of the refresh are void",
         ),
         sa.CheckConstraint(
             "api_response_time_ms >= 0", name=op.f("ck_token_statuses_api_response_time_ms_ge_0")
@@ -898,12 +932,18 @@ def upgrade() -> None:
     )
     op.create_table(
         "api_key_usage",
-        sa.Column("api_key_id", sa.UUID(), nullable=False, comment="The key"),
+        sa.Column("api_key_id", sa.UUID(), nullable=False, comment="API key"),
         sa.Column(
-            "hour", sa.DateTime(timezone=True), nullable=False, comment="Start of the hour, UTC"
+            "hour",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="Start (UTC) of an hour in which the API key was used",
         ),
         sa.Column(
-            "count", sa.BigInteger(), nullable=False, comment="How often the key was accepted in it"
+            "count",
+            sa.BigInteger(),
+            nullable=False,
+            comment="Number of accepted uses of the API key in the hour",
         ),
         sa.CheckConstraint("count >= 1", name=op.f("ck_api_key_usage_count_ge_1")),
         sa.ForeignKeyConstraint(
@@ -913,7 +953,7 @@ def upgrade() -> None:
             ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("api_key_id", "hour", name=op.f("pk_api_key_usage")),
-        comment="Accepted uses of each API key by the hour",
+        comment="Number of accepted uses per API key and hour",
     )
     for table in ("tiger_accounts", "api_keys", "token_statuses"):
         op.execute(

@@ -5,8 +5,8 @@ Follows: 0001
 Made: 2026-11-25
 
 The migration locks the small table tiger_accounts during a scan of all rows. Code of revision 0001
-works with the schema of revision 0002, but cannot close an account, because that code keeps the
-private key.
+works with the schema of revision 0002, but cannot close an account: a new CHECK constraint refuses
+a closed account with a private key.
 """
 
 import sqlalchemy as sa
@@ -19,8 +19,8 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "constraint-missing-not-valid": "scans tiger_accounts, which is small",
-    "ban-drop-not-null": "code of revision 0001 always writes this column",
+    "constraint-missing-not-valid": "the scan is short, because tiger_accounts is small",
+    "ban-drop-not-null": "code of revision 0001 always writes the column private_key",
 }
 
 END_AUTO_SUSPENSION = """
@@ -41,7 +41,7 @@ def upgrade() -> None:
             postgresql.JSONB(),
             server_default=sa.text("'{}'"),
             nullable=False,
-            comment="What else Tiger's configuration file says: timeout, language and the like",
+            comment="Other settings of Tiger's configuration file, such as timeout and language",
         ),
     )
     op.add_column(
@@ -51,7 +51,7 @@ def upgrade() -> None:
             sa.Boolean(),
             server_default=sa.false(),
             nullable=False,
-            comment="Suspended after too many errors, not by a person; ends with the suspension",
+            comment="Whether the account is suspended because of too many errors, not by a person",
         ),
     )
     op.alter_column(
@@ -59,8 +59,8 @@ def upgrade() -> None:
         "private_key",
         existing_type=sa.LargeBinary(),
         nullable=True,
-        existing_comment="RSA private key, base64 DER, encrypted",
-        comment="RSA private key, base64 DER, encrypted; a closed account has none",
+        existing_comment="RSA private key (base64 DER), encrypted",
+        comment="RSA private key (base64 DER), encrypted; null if the account is closed",
     )
     op.execute(
         "UPDATE tiger_accounts SET private_key = NULL, secret_key = NULL, access_token = NULL,"
@@ -97,16 +97,16 @@ def downgrade() -> None:
     op.execute("DROP TRIGGER end_auto_suspension ON tiger_accounts")
     op.execute("DROP FUNCTION end_auto_suspension()")
     op.drop_constraint(op.f("ck_tiger_accounts_credentials_unless_closed"), "tiger_accounts")
-    # The removed private keys cannot be restored. An empty ciphertext, which cannot be decrypted,
-    # replaces each removed private key.
+    # The upgrade removed the private keys of closed accounts, so the downgrade cannot restore them.
+    # An empty ciphertext, which cannot be decrypted, replaces each removed private key.
     op.execute("UPDATE tiger_accounts SET private_key = '' WHERE private_key IS NULL")
     op.alter_column(
         "tiger_accounts",
         "private_key",
         existing_type=sa.LargeBinary(),
         nullable=False,
-        existing_comment="RSA private key, base64 DER, encrypted; a closed account has none",
-        comment="RSA private key, base64 DER, encrypted",
+        existing_comment="RSA private key (base64 DER), encrypted; null if the account is closed",
+        comment="RSA private key (base64 DER), encrypted",
     )
     op.drop_column("tiger_accounts", "auto_suspended")
     op.drop_column("tiger_accounts", "client_options")

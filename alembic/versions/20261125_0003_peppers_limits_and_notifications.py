@@ -18,12 +18,12 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "constraint-missing-not-valid": "scans api_keys, which is small",
+    "constraint-missing-not-valid": "the scan is short, because api_keys is small",
     "require-concurrent-index-creation": "api_keys is small",
 }
 
 CHANNEL = "tiger_db_api_keys"
-# If a statement changes only these columns of api_keys, the trigger sends no notification.
+# The trigger sends no notification if a statement changes only columns in COUNTERS.
 COUNTERS = "'{usage_count,last_used_at,updated_at}'::text[]"
 CHANGED = f"to_jsonb(OLD) - {COUNTERS} IS DISTINCT FROM to_jsonb(NEW) - {COUNTERS}"
 
@@ -67,7 +67,7 @@ def upgrade() -> None:
             "pepper_id",
             sa.Text(),
             nullable=True,
-            comment="Id of the pepper in the hash; none: a hash of the secret itself",
+            comment="Id of the pepper in key_hash; null: no pepper",
         ),
     )
     op.alter_column(
@@ -76,7 +76,7 @@ def upgrade() -> None:
         existing_type=sa.Text(),
         existing_nullable=False,
         existing_comment="passlib hash of the secret part of the key",
-        comment="passlib hash of the secret part of the key, under the pepper",
+        comment="passlib hash of the pepper and the secret part of the key",
     )
     for rule, name in (
         ("char_length(pepper_id) >= 1", "ck_api_keys_pepper_id_min_1"),
@@ -91,15 +91,31 @@ def upgrade() -> None:
     )
     op.create_table(
         "api_key_limits",
-        sa.Column("api_key_id", sa.UUID(), nullable=False, comment="The key"),
+        sa.Column("api_key_id", sa.UUID(), nullable=False, comment="API key"),
         sa.Column(
-            "hour", sa.DateTime(timezone=True), nullable=False, comment="Start of the hour, UTC"
+            "hour",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="Start (UTC) of the latest hour in which the API key was used",
         ),
-        sa.Column("hour_count", sa.BigInteger(), nullable=False, comment="Uses in this hour"),
         sa.Column(
-            "day", sa.DateTime(timezone=True), nullable=False, comment="Start of the day, UTC"
+            "hour_count",
+            sa.BigInteger(),
+            nullable=False,
+            comment="Number of uses of the API key in the latest hour",
         ),
-        sa.Column("day_count", sa.BigInteger(), nullable=False, comment="Uses in this day"),
+        sa.Column(
+            "day",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="Start (UTC) of the latest day on which the API key was used",
+        ),
+        sa.Column(
+            "day_count",
+            sa.BigInteger(),
+            nullable=False,
+            comment="Number of uses of the API key on the latest day",
+        ),
         sa.ForeignKeyConstraint(
             ["api_key_id"],
             ["api_keys.id"],
@@ -107,26 +123,36 @@ def upgrade() -> None:
             ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("api_key_id", name=op.f("pk_api_key_limits")),
-        comment="Uses of each limited API key in its latest hour and day",
+        comment="Usage counts in the latest hour and day, for the rate limits of API keys",
     )
     op.create_table(
         "api_key_batches",
-        sa.Column("writer", sa.UUID(), nullable=False, comment="A process that counts uses"),
         sa.Column(
-            "number", sa.BigInteger(), nullable=False, comment="Of its latest batch of counts"
+            "writer", sa.UUID(), nullable=False, comment="Process that counts the uses of API keys"
+        ),
+        sa.Column(
+            "number",
+            sa.BigInteger(),
+            nullable=False,
+            comment="Number of the latest batch of usage counts that the process wrote",
         ),
         sa.Column(
             "left_out",
             postgresql.ARRAY(sa.UUID()),
             nullable=False,
-            comment="Keys that were locked, and left for the next batch",
+            comment="API keys whose rows were locked, so that the next batch counts their uses",
         ),
-        sa.Column("written_at", sa.DateTime(timezone=True), nullable=False, comment="When, UTC"),
+        sa.Column(
+            "written_at",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="Time at which the process wrote the batch",
+        ),
         sa.PrimaryKeyConstraint("writer", name=op.f("pk_api_key_batches")),
-        comment="The latest batch of counts that each process has written",
+        comment="Latest batch of usage counts that each process wrote",
     )
-    # The INSERT copies the current usage counts of API keys, so that rate limits include earlier
-    # uses.
+    # The INSERT copies the usage counts of today, so that rate limits include the uses of API keys
+    # before the migration.
     op.execute(
         "INSERT INTO api_key_limits (api_key_id, hour, hour_count, day, day_count)"
         " SELECT u.api_key_id, date_trunc('hour', now(), 'UTC'),"
@@ -155,7 +181,7 @@ def downgrade() -> None:
         "key_hash",
         existing_type=sa.Text(),
         existing_nullable=False,
-        existing_comment="passlib hash of the secret part of the key, under the pepper",
+        existing_comment="passlib hash of the pepper and the secret part of the key",
         comment="passlib hash of the secret part of the key",
     )
     op.drop_column("api_keys", "pepper_id")

@@ -5,8 +5,8 @@ Follows: 0003
 Made: 2026-11-25
 
 The migration rewrites and locks audit_logs to add the positions of audit events. If audit_logs has
-many rows, stop the programs that write audit events first. Code of revision 0003 works with the
-schema of revision 0004, but can no longer change audit events.
+many rows, stop the programs that write audit events before the migration. Code of revision 0003
+works with the schema of revision 0004, but can no longer change audit events.
 """
 
 import sqlalchemy as sa
@@ -18,9 +18,9 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "adding-field-with-default": "rewrites audit_logs, see the docstring",
-    "require-concurrent-index-creation": "audit_logs is locked in any case",
-    "require-concurrent-index-deletion": "audit_logs is locked in any case",
+    "adding-field-with-default": "the docstring describes the rewrite of audit_logs",
+    "require-concurrent-index-creation": "the migration locks audit_logs in any case",
+    "require-concurrent-index-deletion": "the migration locks audit_logs in any case",
 }
 
 REFUSE = """
@@ -33,9 +33,9 @@ END
 $$
 """
 
-# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a
-# transaction that does not get the advisory lock sends no notification. Readers of audit events
-# also poll, so readers miss no event.
+# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waits, only the
+# transaction that holds an advisory lock sends a notification. Readers of audit events poll
+# audit_logs between notifications, and therefore miss no event.
 NOTIFY = """
 CREATE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -47,7 +47,7 @@ END
 $$
 """
 
-# uuid7_time returns the time in a UUIDv7, and is the inverse of uuid7_floor.
+# uuid7_time returns the timestamp of a UUIDv7, and is the inverse of uuid7_floor.
 UUID7_TIME = """
 CREATE FUNCTION uuid7_time(id uuid) RETURNS timestamptz
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
@@ -55,7 +55,7 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
 $$
 """
 
-# Unlike CREATE TABLE ... PARTITION OF, ATTACH PARTITION does not block writers.
+# ATTACH PARTITION does not block writers, but CREATE TABLE with PARTITION OF does.
 MAKE_AUDIT_PARTITION = """
 CREATE FUNCTION make_audit_partition(month timestamp) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -72,9 +72,9 @@ END
 $$
 """
 
-# The default partition contains events of months without a partition, and events with ids from a
-# wrong clock. Audit events cannot be deleted. Therefore, make_audit_months replaces the default
-# partition and inserts the events of the replaced partition again.
+# The default partition contains events of months without a partition, and events whose ids come
+# from a wrong clock. Audit events cannot be deleted. To move an event to the partition of
+# its month, make_audit_months replaces the default partition and inserts the events again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
@@ -208,7 +208,7 @@ def upgrade() -> None:
             sa.BigInteger(),
             nullable=False,
             server_default=sa.text("nextval('audit_logs_position_seq'::regclass)"),
-            comment="Place in the order of writing; what was rolled back leaves gaps",
+            comment="Position in the order of the inserts; rolled-back transactions leave gaps",
         ),
     )
     # now() returns the start time of the transaction. With now(), an audit event could get an
@@ -219,8 +219,6 @@ def upgrade() -> None:
         existing_type=sa.DateTime(timezone=True),
         existing_nullable=False,
         server_default=sa.text("clock_timestamp()"),
-        comment="When it was written, by the database's clock",
-        existing_comment="When the row was made, by the database's clock",
     )
     op.execute(DEFAULTS)
     op.create_index(
@@ -254,29 +252,29 @@ def upgrade() -> None:
             sa.BigInteger(),
             autoincrement=False,
             nullable=False,
-            comment="Counts from 1, without gaps",
+            comment="Consecutive number of the seal, starting at 1",
         ),
         sa.Column(
             "statement",
             sa.Text(),
             nullable=False,
-            comment="What is signed, as JSON: places of the events, root of their Merkle tree,"
-            " digest of the previous statement",
+            comment="Signed JSON: positions of the sealed events,"
+            " root of the Merkle tree of the events, digest of the previous seal",
         ),
         sa.Column(
             "signature",
             sa.LargeBinary(),
             nullable=False,
-            comment="Ed25519 signature of the statement",
+            comment="Ed25519 signature of the column statement",
         ),
         sa.Column(
             "digests",
             sa.LargeBinary(),
             nullable=False,
-            comment="SHA-256 of each event, in the order of their places",
+            comment="SHA-256 digests of the sealed events, in the order of the event positions",
         ),
         sa.PrimaryKeyConstraint("number", name=op.f("pk_audit_seals")),
-        comment="Proof of what the audit trail held",
+        comment="Seals: signed proofs of the contents of the audit trail",
     )
     op.execute(REFUSE)
     op.execute(
@@ -325,8 +323,6 @@ def downgrade() -> None:
         existing_type=sa.DateTime(timezone=True),
         existing_nullable=False,
         server_default=sa.text("now()"),
-        comment="When the row was made, by the database's clock",
-        existing_comment="When it was written, by the database's clock",
     )
     op.drop_column("audit_logs", "position")
     op.execute("DROP SEQUENCE audit_logs_position_seq")

@@ -4,8 +4,8 @@ Revision: 0005
 Follows: 0004
 Made: 2026-11-25
 
-Code of revision 0004 works with the schema of revision 0005. An access token that code of revision
-0004 writes is due for a refresh one hour before the token expires.
+Code of revision 0004 works with the schema of revision 0005. If code of revision 0004
+stores an access token, the token is due for a refresh one hour before its expiry.
 """
 
 import sqlalchemy as sa
@@ -38,7 +38,7 @@ def upgrade() -> None:
             "token_refresh_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="From when on the access token should be refreshed",
+            comment="Time at which the access token should be refreshed",
         ),
     )
     op.execute(

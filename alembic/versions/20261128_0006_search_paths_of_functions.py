@@ -1,12 +1,12 @@
-"""Set the search path of SQL functions, and use channels and advisory locks of each schema.
+"""Set the search path of SQL functions, and separate the notifications and locks of schemas.
 
 Revision: 0006
 Follows: 0005
 Made: 2026-11-28
 
-The migration replaces SQL functions and locks no table. Code of revision 0005 works with the schema
-of revision 0006: in the schema `public`, the names of notification channels and the keys of
-advisory locks do not change.
+Each schema gets its own notification channels and advisory locks. In the schema `public`, the names
+of channels and the keys of advisory locks do not change. Therefore, code of revision 0005 works with
+the schema of revision 0006. The migration replaces SQL functions and locks no table.
 """
 
 from alembic import op
@@ -16,8 +16,8 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-# The SQL function quote_ident quotes a name like the Python function quote_identifier. The search
-# path that a function stores does not depend on how the connection's search path was set.
+# SET_SEARCH_PATH writes the search path as the Python function `search_path` does. Each SQL function
+# then stores the same text, even if the connection's search path was written in another form.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )
@@ -25,14 +25,15 @@ FROM_CURRENT = "SET search_path FROM CURRENT"
 
 MONTHS_LOCK = """
         pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))"""
-# The names of schemas and notification channels have at most 63 bytes. Therefore, the name of the
-# channel contains a digest of the schema's name instead of the schema's name.
+# The names of schemas and notification channels have at most 63 bytes. Therefore, the name of a
+# channel contains a digest of the schema's name, not the schema's name.
 DECLARE = """DECLARE
     channel CONSTANT text := pg_catalog.concat('{}', '_' ||
         left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 """
 
-# The name pg_catalog.concat is qualified, so that no function concat of another schema is called.
+# The name pg_catalog.concat contains the schema, so that PostgreSQL never calls a function concat of
+# another schema.
 QUALIFIED = {
     "key": "pg_catalog.concat('key ', OLD.id)",
     "account": "pg_catalog.concat('account ', OLD.id)",
@@ -54,9 +55,9 @@ END
 $$
 """
 
-# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waiting, a
-# transaction that does not get the advisory lock sends no notification. Readers of audit events
-# also poll, so readers miss no event.
+# PostgreSQL serializes the commits of transactions that called NOTIFY. To avoid waits, only the
+# transaction that holds an advisory lock sends a notification. Readers of audit events poll
+# audit_logs between notifications, and therefore miss no event.
 NOTIFY_AUDIT_EVENT = """
 CREATE OR REPLACE FUNCTION notify_audit_event() RETURNS trigger LANGUAGE plpgsql {keep} AS $$
 {declare}BEGIN
@@ -77,9 +78,9 @@ END
 $$
 """
 
-# The default partition contains events of months without a partition, and events with ids from a
-# wrong clock. Audit events cannot be deleted. Therefore, make_audit_months replaces the default
-# partition and inserts the events of the replaced partition again.
+# The default partition contains events of months without a partition, and events whose ids come
+# from a wrong clock. Audit events cannot be deleted. To move an event to the partition of
+# its month, make_audit_months replaces the default partition and inserts the events again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql
 {keep} AS $$
@@ -125,8 +126,8 @@ END
 $$
 """
 
-# uuid7_floor returns the smallest UUIDv7 of a time. A UUIDv7 begins with 48 bits of epoch
-# milliseconds (RFC 9562, section 5.7).
+# uuid7_floor returns the smallest UUIDv7 with a given timestamp. A UUIDv7 begins with a timestamp
+# of 48 bits, in milliseconds since 1970 (RFC 9562, section 5.7).
 UUID7_FLOOR = """
 CREATE OR REPLACE FUNCTION uuid7_floor(at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
@@ -135,7 +136,7 @@ LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
         AS milliseconds{end}
 """
 
-# uuid7_time returns the time in a UUIDv7, and is the inverse of uuid7_floor.
+# uuid7_time returns the timestamp of a UUIDv7, and is the inverse of uuid7_floor.
 UUID7_TIME = """
 CREATE OR REPLACE FUNCTION uuid7_time(id uuid) RETURNS timestamptz
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE {begin}
@@ -147,7 +148,7 @@ NOTIFYING = {
     "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
     "tiger_db_refreshes": NOTIFY_REFRESH,
 }
-# The migration sets the search path of these SQL functions, and keeps their bodies.
+# The migration sets only the search path of the SQL functions in UNCHANGED.
 UNCHANGED = (
     "set_updated_at()",
     "end_auto_suspension()",

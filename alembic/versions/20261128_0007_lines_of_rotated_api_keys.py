@@ -19,12 +19,12 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "ban-drop-constraint": "the counts of a line outlive its first key",
-    "ban-drop-table": "a temporary table of this migration",
+    "ban-drop-constraint": "the usage counts of a rotation chain stay when its first key is deleted",
+    "ban-drop-table": "the table rotations_0007 exists only during the migration",
 }
 
-# rotations_0007 stores the ids of API keys as text, because the id of a replacement key in an audit
-# event may be an invalid UUID.
+# The table rotations_0007 stores ids of API keys as text. Applications can record audit events in
+# which the id of the replacement key is not a valid UUID.
 ROTATIONS = """
 CREATE TABLE rotations_0007 AS
 SELECT api_key_id::text AS id, new_values ->> 'successor' AS successor, max(position) AS position
@@ -48,7 +48,7 @@ FROM (SELECT DISTINCT ON (r.id) r.id, s.id AS successor_id
     ORDER BY r.id, r.position DESC) AS r
 WHERE k.id::text = r.id
 """
-# The rate limits of a rotation chain start with the sum of the uses of all API keys in the chain.
+# The usage count of a rotation chain starts with the sum of the uses of all API keys in the chain.
 MERGE_COUNTS = """
 WITH counts AS (
     SELECT coalesce(k.root_id, k.id) AS line, l.hour, l.hour_count, l.day, l.day_count,
@@ -65,7 +65,7 @@ FROM counts GROUP BY line, last_hour, last_day
 ON CONFLICT (api_key_id) DO UPDATE SET hour = excluded.hour, hour_count = excluded.hour_count,
     day = excluded.day, day_count = excluded.day_count
 """
-# The usage counts of a rotation chain are moved to the newest API key of the rotation chain.
+# The downgrade moves the usage counts of a rotation chain to the newest API key of the chain.
 LEAVE_COUNTS = """
 DELETE FROM api_key_limits USING api_keys AS k WHERE k.id = api_key_id AND k.root_id IS NOT NULL;
 UPDATE api_key_limits AS l SET api_key_id = k.id
@@ -75,30 +75,25 @@ DELETE FROM api_key_limits AS l
 WHERE NOT EXISTS (SELECT FROM api_keys AS k WHERE k.id = l.api_key_id)
 """
 FOREIGN_KEY = "fk_api_key_limits_api_key_id_api_keys"
-COMMENTS = {
-    "column": ("The key", "First key of the line"),
-    "table": (
-        "Uses of each limited API key in its latest hour and day",
-        "Uses of each line of limited API keys in its latest hour and day",
-    ),
-}
 
 
 def upgrade() -> None:
     op.execute(ROTATIONS)
-    # To prevent deadlocks, the migration locks api_keys and api_key_limits in the same order as the
-    # authorization of an API key.
+    # To prevent deadlocks, the migration locks api_keys and api_key_limits in the order in which the
+    # authorization of an API key locks them.
     op.drop_constraint(FOREIGN_KEY, "api_key_limits", type_="foreignkey")
     for name, comment in (
-        ("root_id", "First key of the line that rotations made, which may be gone; none: this one"),
-        ("successor_id", "Key that it was rotated to, which may be gone"),
+        (
+            "root_id",
+            "First key of the rotation chain, possibly deleted; null: this key is first",
+        ),
+        ("successor_id", "Key that replaced this key in a rotation, possibly deleted"),
     ):
         op.add_column("api_keys", sa.Column(name, sa.UUID(), nullable=True, comment=comment))
     op.execute(ROOTS)
     op.execute(SUCCESSORS)
     op.execute(MERGE_COUNTS)
     op.execute("DROP TABLE rotations_0007")
-    _comment(0, 1)
 
 
 def downgrade() -> None:
@@ -109,17 +104,3 @@ def downgrade() -> None:
     )
     op.drop_column("api_keys", "successor_id")
     op.drop_column("api_keys", "root_id")
-    _comment(1, 0)
-
-
-def _comment(before: int, after: int) -> None:
-    column, table = COMMENTS["column"], COMMENTS["table"]
-    op.alter_column(
-        "api_key_limits",
-        "api_key_id",
-        existing_type=sa.UUID(),
-        existing_nullable=False,
-        existing_comment=column[before],
-        comment=column[after],
-    )
-    op.create_table_comment("api_key_limits", table[after], existing_comment=table[before])

@@ -4,10 +4,11 @@ Revision: 0008
 Follows: 0007
 Made: 2026-11-28
 
-Without a worker or a lease, a refresh in progress could not be claimed or replaced. The migration
-gives each of these refreshes an expired lease. A worker then claims the refresh or, after
-`max_retries`, sets the refresh's status to failed. Code of revision 0005 works with the schema of
-revision 0008, but cannot flush a stored refresh after `TokenStatus.start_refresh()`.
+A refresh in progress without a worker or a lease could not be claimed or replaced. The migration
+sets a missing worker to `unknown`, and a missing lease to an expired lease. Afterwards, a worker
+claims the refresh, or sets its status to failed after `max_retries` failed attempts. Code of revision
+0005 works with the schema of revision 0008, but cannot flush a stored refresh after
+`TokenStatus.start_refresh()`.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """
@@ -19,14 +20,14 @@ down_revision = "0007"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "ban-drop-constraint": "it exists only if this migration was interrupted, and is created again",
+    "ban-drop-constraint": "the constraint exists only if an earlier run of this migration was interrupted",
 }
 
 NAME = "ck_token_statuses_in_progress_is_leased"
 
 
 def upgrade() -> None:
-    # If the validation was interrupted, the constraint exists when this migration runs again.
+    # The constraint already exists if an earlier run of this migration stopped during validation.
     op.execute(f"ALTER TABLE token_statuses DROP CONSTRAINT IF EXISTS {NAME}")
     op.execute(
         f"ALTER TABLE token_statuses ADD CONSTRAINT {NAME} CHECK (status <> 'in_progress'"

@@ -4,10 +4,10 @@ Revision: 0009
 Follows: 0008
 Made: 2026-11-28
 
-The usage counter of API keys now reads the status of a transaction from PostgreSQL instead of the
-table api_key_batches. The migration locks api_key_batches only. After the migration, code of
-revision 0008 cannot count uses of API keys, so stop that code before the migration. Rate limits do
-not use api_key_batches.
+The table api_key_batches showed whether a batch of usage counts was committed. The usage counter now
+asks PostgreSQL for the status of the batch's transaction. After the migration, code of revision 0008
+cannot count uses of API keys, so stop that code before the migration. Rate limits do not use
+api_key_batches. The migration locks api_key_batches only.
 """
 
 import sqlalchemy as sa
@@ -19,7 +19,7 @@ revision = "0009"
 down_revision = "0008"
 branch_labels = None
 depends_on = None
-squawk_ignore = {"ban-drop-table": "no release uses it, and its rows have no further use"}
+squawk_ignore = {"ban-drop-table": "new code does not use the rows of api_key_batches"}
 
 
 def upgrade() -> None:
@@ -29,17 +29,27 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.create_table(
         "api_key_batches",
-        sa.Column("writer", sa.UUID(), nullable=False, comment="A process that counts uses"),
         sa.Column(
-            "number", sa.BigInteger(), nullable=False, comment="Of its latest batch of counts"
+            "writer", sa.UUID(), nullable=False, comment="Process that counts the uses of API keys"
+        ),
+        sa.Column(
+            "number",
+            sa.BigInteger(),
+            nullable=False,
+            comment="Number of the latest batch of usage counts that the process wrote",
         ),
         sa.Column(
             "left_out",
             postgresql.ARRAY(sa.UUID()),
             nullable=False,
-            comment="Keys that were locked, and left for the next batch",
+            comment="API keys whose rows were locked, so that the next batch counts their uses",
         ),
-        sa.Column("written_at", sa.DateTime(timezone=True), nullable=False, comment="When, UTC"),
+        sa.Column(
+            "written_at",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="Time at which the process wrote the batch",
+        ),
         sa.PrimaryKeyConstraint("writer", name=op.f("pk_api_key_batches")),
-        comment="The latest batch of counts that each process has written",
+        comment="Latest batch of usage counts that each process wrote",
     )

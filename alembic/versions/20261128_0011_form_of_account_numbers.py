@@ -5,15 +5,15 @@ Follows: 0010
 Made: 2026-11-28
 
 The migration locks tiger_accounts during one scan of the table. Account numbers that differ only in
-invisible characters, width or letter case belong to one account at Tiger. The migration changes
-neither rows whose numbers belong to the same account at Tiger, nor rows whose number does not have
-the form of a Tiger account number.
+invisible characters, width or letter case belong to one account at Tiger. If several rows contain
+numbers of one account, the migration does not change the numbers of these rows. A number that does
+not have the form of Tiger's account numbers stays unchanged.
 
-The new CHECK constraint exempts, by their ids, all rows whose account numbers have another form.
-Otherwise, each update of an exempted row, such as a new access token, would fail. If the CHECK
-constraint exempts rows, the constraint stays NOT VALID, and `tiger-db doctor` lists these rows. Code
-of revision 0010 works with the schema of revision 0011, but can store only account numbers that
-have the form of Tiger's numbers.
+The new CHECK constraint requires the form of Tiger's numbers, and exempts existing rows with other
+numbers by their ids. Without the exemption, each update of an exempted row would fail. If the CHECK
+constraint exempts rows, the constraint stays NOT VALID, and `tiger-db doctor` lists the exempted
+rows. Code of revision 0010 works with the schema of revision 0011, but can store only account
+numbers that have the form of Tiger's numbers.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """
@@ -25,7 +25,7 @@ down_revision = "0010"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "ban-drop-constraint": "account_number_form also limits the length",
+    "ban-drop-constraint": "the new constraint account_number_form limits the length, too",
 }
 
 FORM = "^(U[0-9]{1,49}|[0-9]{5,10}|[0-9]{17,50})$"
@@ -79,7 +79,7 @@ $$
 
 def upgrade() -> None:
     op.execute("LOCK TABLE tiger_accounts")
-    # If the validation was interrupted, the constraint exists when this migration runs again.
+    # The constraint already exists if an earlier run of this migration stopped during validation.
     for name in ("form", *LENGTHS):
         op.execute(
             "ALTER TABLE tiger_accounts"

@@ -4,18 +4,18 @@ Revision: 0012
 Follows: 0011
 Made: 2026-11-28
 
-The migration rewrites audit_logs, because PostgreSQL does not store an enum value as text. The
+The migration rewrites audit_logs, because PostgreSQL stores an enum value as a number. The
 ACCESS EXCLUSIVE lock on audit_logs blocks readers and writers during the rewrite. The rewrite of a
 million audit events of 320 bytes, with indexes, takes about 4 s on two processors. The rewrite
 needs as much free disk space as audit_logs uses. If audit_logs is large, move the oldest months out
-of audit_logs first with `tiger-db maintain-audit`, or migrate when no order is placed. The contents,
+of audit_logs first with `tiger-db maintain-audit`, or migrate while nobody places orders. The contents,
 digests and seals of audit events do not change.
 
-Code of revision 0011 works with the schema of revision 0012, because a domain with
-the name of the former enum, audit_action, accepts the casts of that code. A later release drops the
-domain. Code
-of revision 0011 cannot read audit events with a new action or with the result `pending`, which only
-newer code records.
+The migration replaces the enum audit_action with a domain of the same name. Therefore, code of
+revision 0011, which casts values to audit_action, works with the schema of revision 0012. A later
+release drops the domain audit_action. Only newer code records audit events with the result `pending`
+or with new actions. Code of revision 0011 cannot read an audit event with the result `pending` or
+with a new action.
 
 The downgrade adds all recorded actions to the enum audit_action. The value `pending` stays in the
 enum audit_result, because PostgreSQL cannot remove a value of an enum.
@@ -28,9 +28,9 @@ down_revision = "0011"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "changing-column-type": "rewrites audit_logs, see the docstring",
-    "constraint-missing-not-valid": "checked by the rewrite, which locks audit_logs in any case",
-    "ban-drop-type": "a domain takes its place",
+    "changing-column-type": "the docstring describes the rewrite of audit_logs",
+    "constraint-missing-not-valid": "the rewrite locks audit_logs and reads all rows in any case",
+    "ban-drop-type": "a domain replaces the enum audit_action",
 }
 
 ACTIONS = """

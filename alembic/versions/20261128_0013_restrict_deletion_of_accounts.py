@@ -5,12 +5,12 @@ Follows: 0012
 Made: 2026-11-28
 
 The foreign keys from api_keys and token_statuses to tiger_accounts change from ON DELETE CASCADE to
-ON DELETE RESTRICT. Before, a DELETE of an account also deleted the account's API keys and refreshes
-without audit events. The migration changes no rows. Code of revision 0012 works with this schema,
-because that code deletes no accounts.
+ON DELETE RESTRICT. Before the migration, a DELETE of an account also deleted the account's API keys and
+refreshes, without audit events. The migration changes no rows. Code of revision 0012 works with the
+schema of revision 0013, because that code deletes no accounts.
 
-The migration locks the three tables for a short time that does not depend on their size. A separate
-transaction validates the new foreign keys, and blocks neither readers nor writers.
+The migration locks tiger_accounts, api_keys and token_statuses for a short time that does not depend
+on the size of the tables. A separate transaction validates the new foreign keys, and blocks neither readers nor writers.
 """
 
 from alembic import op
@@ -33,7 +33,7 @@ def downgrade() -> None:
 
 
 def replace_foreign_keys(on_delete: str) -> None:
-    # The code of tiger_db locks rows of these tables in the same order.
+    # To prevent deadlocks, the migration locks the tables in the order in which tiger_db locks rows.
     op.execute("LOCK TABLE tiger_accounts, api_keys, token_statuses")
     for table in TABLES:
         name = f"fk_{table}_tiger_account_id_tiger_accounts"

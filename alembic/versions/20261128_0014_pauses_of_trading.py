@@ -4,9 +4,9 @@ Revision: 0014
 Follows: 0013
 Made: 2026-11-28
 
-The migration locks no existing table. Code of revision 0013 works with this schema, but ignores a
-pause of trading: restart all processes with the new code before you rely on `tiger-db pause`. The
-downgrade ends a pause.
+The migration locks no existing table. Code of revision 0013 works with the schema of revision
+0014, but ignores a pause of trading. Restart all processes with the new code before you rely on
+`tiger-db pause`. The downgrade drops the table, and thereby ends a pause of trading.
 """
 
 import sqlalchemy as sa
@@ -27,7 +27,7 @@ def upgrade() -> None:
             sa.Boolean(),
             server_default=sa.true(),
             nullable=False,
-            comment="Always true, so that there is at most one pause",
+            comment="Always true: the primary key allows at most one pause",
         ),
         sa.Column("reason", sa.Text(), nullable=False, comment="Reason of the pause"),
         sa.Column(
@@ -48,7 +48,7 @@ def upgrade() -> None:
             "char_length(reason) BETWEEN 1 AND 500", name=op.f("ck_trading_pauses_reason_length")
         ),
         sa.PrimaryKeyConstraint("singleton", name=op.f("pk_trading_pauses")),
-        comment="The pause of trading that is in force; empty: trading is not paused",
+        comment="The pause of trading that is in force; no row: trading is not paused",
     )
 
 

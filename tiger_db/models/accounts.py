@@ -278,11 +278,11 @@ class TigerAccount(MutableEntity, table=True):
     )
     is_default_trading: bool = Field(
         default=False,
-        description="Whether this account is the default for trades; at most one is",
+        description="Default account for trading: true for at most one account",
     )
     is_default_data: bool = Field(
         default=False,
-        description="Whether this account is the default for market data; at most one is",
+        description="Default account for market data: true for at most one account",
     )
     market_permissions: list[MarketPermission] = Field(
         default_factory=list, description="Markets in which the account may trade"

@@ -175,7 +175,7 @@ class APIKey(MutableEntity, table=True):
     )
     root_id: UUID | None = Field(
         default=None,
-        description="First key of the rotation chain, possibly deleted; null: this key",
+        description="First key of the rotation chain, possibly deleted; null: this key is first",
     )
     successor_id: UUID | None = Field(
         default=None,
@@ -195,7 +195,7 @@ class APIKey(MutableEntity, table=True):
         description="The only account that the key can access; null: all accounts",
     )
     expires_at: UTCDateTime | None = Field(
-        default=None, description="Expiry of the key, from which on the key is refused"
+        default=None, description="Expiry of the key; from this time on, the key is refused"
     )
     last_used_at: UTCDateTime | None = Field(
         default=None, description="Time of the last accepted use of the key"
@@ -289,12 +289,17 @@ api_key_usage = Table(
         primary_key=True,
         comment="API key",
     ),
-    Column("hour", DateTime(timezone=True), primary_key=True, comment="Start of the hour, UTC"),
+    Column(
+        "hour",
+        DateTime(timezone=True),
+        primary_key=True,
+        comment="Start (UTC) of an hour in which the API key was used",
+    ),
     Column(
         "count",
         BigInteger,
         nullable=False,
-        comment="Number of accepted uses of the key in the hour",
+        comment="Number of accepted uses of the API key in the hour",
     ),
     CheckConstraint("count >= 1", name="count_ge_1"),
     comment="Number of accepted uses per API key and hour",
@@ -313,19 +318,29 @@ api_key_limits = Table(
         primary_key=True,
         comment="First key of the rotation chain (a key and its replacements)",
     ),
-    Column("hour", DateTime(timezone=True), nullable=False, comment="Start of the hour, UTC"),
+    Column(
+        "hour",
+        DateTime(timezone=True),
+        nullable=False,
+        comment="Start (UTC) of the latest hour in which the rotation chain was used",
+    ),
     Column(
         "hour_count",
         BigInteger,
         nullable=False,
-        comment="Number of uses of the rotation chain in this hour",
+        comment="Number of uses of the rotation chain in the latest hour",
     ),
-    Column("day", DateTime(timezone=True), nullable=False, comment="Start of the day, UTC"),
+    Column(
+        "day",
+        DateTime(timezone=True),
+        nullable=False,
+        comment="Start (UTC) of the latest day on which the rotation chain was used",
+    ),
     Column(
         "day_count",
         BigInteger,
         nullable=False,
-        comment="Number of uses of the rotation chain on this day",
+        comment="Number of uses of the rotation chain on the latest day",
     ),
     comment="Usage counts in the latest hour and day, for the rate limits of API keys",
 )
@@ -341,7 +356,7 @@ trading_pauses = Table(
         Boolean,
         primary_key=True,
         server_default=true(),
-        comment="Always true, so that there is at most one pause",
+        comment="Always true: the primary key allows at most one pause",
     ),
     Column("reason", SQLText, nullable=False, comment="Reason of the pause"),
     Column(
@@ -354,5 +369,5 @@ trading_pauses = Table(
     Column("paused_by", SQLText, comment="User or service that started the pause"),
     CheckConstraint("singleton", name="singleton"),
     CheckConstraint("char_length(reason) BETWEEN 1 AND 500", name="reason_length"),
-    comment="The pause of trading that is in force; empty: trading is not paused",
+    comment="The pause of trading that is in force; no row: trading is not paused",
 )

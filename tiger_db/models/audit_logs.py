@@ -374,9 +374,14 @@ audit_seals = Table(
         SQLText,
         nullable=False,
         comment="Signed JSON: positions of the sealed events,"
-        " root of the Merkle tree of the events, digest of the previous statement",
+        " root of the Merkle tree of the events, digest of the previous seal",
     ),
-    Column("signature", LargeBinary, nullable=False, comment="Ed25519 signature of the statement"),
+    Column(
+        "signature",
+        LargeBinary,
+        nullable=False,
+        comment="Ed25519 signature of the column statement",
+    ),
     Column(
         "digests",
         LargeBinary,
