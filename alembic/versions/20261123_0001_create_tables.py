@@ -266,13 +266,13 @@ def upgrade() -> None:
             "tiger_account_id",
             sa.UUID(),
             nullable=True,
-            comment="Account that was used or changed; no foreign key: accounts can be deleted",
+            comment="Used or changed account; no foreign key, because accounts can be deleted",
         ),
         sa.Column(
             "api_key_id",
             sa.UUID(),
             nullable=True,
-            comment="API key that was used or changed; no foreign key: API keys can be deleted",
+            comment="Used or changed API key; no foreign key, because API keys can be deleted",
         ),
         sa.Column(
             "details",
@@ -419,7 +419,7 @@ def upgrade() -> None:
             "private_key_format",
             PRIVATE_KEY_FORMAT,
             nullable=False,
-            comment="Format of the private key: PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
+            comment="Format of the private key: one of PK1 (PKCS#1), PK8 (PKCS#8) and unknown",
         ),
         sa.Column(
             "secret_key",

@@ -48,7 +48,7 @@ def downgrade() -> None:
             "written_at",
             sa.DateTime(timezone=True),
             nullable=False,
-            comment="Time at which the process wrote the batch",
+            comment="Time at which the process wrote the batch of usage counts",
         ),
         sa.PrimaryKeyConstraint("writer", name=op.f("pk_api_key_batches")),
         comment="Latest batch of usage counts that each process wrote",

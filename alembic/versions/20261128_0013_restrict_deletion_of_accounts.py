@@ -19,7 +19,9 @@ revision = "0013"
 down_revision = "0012"
 branch_labels = None
 depends_on = None
-squawk_ignore = {"ban-drop-constraint": "a foreign key with the same name and columns replaces it"}
+squawk_ignore = {
+    "ban-drop-constraint": "a foreign key with the same name and columns replaces the dropped one"
+}
 
 TABLES = ("api_keys", "token_statuses")
 

@@ -251,7 +251,7 @@ class TigerAccount(MutableEntity, table=True):
     )
     private_key_format: PrivateKeyFormat = Field(
         default=PrivateKeyFormat.UNKNOWN,
-        description="Format of the private key: PK1 (PKCS#1), PK8 (PKCS#8) or unknown",
+        description="Format of the private key: one of PK1 (PKCS#1), PK8 (PKCS#8) and unknown",
     )
     secret_key: Secret | None = Field(
         default=None, description="Secret key of institutional traders, encrypted"

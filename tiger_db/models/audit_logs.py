@@ -266,11 +266,11 @@ class AuditLog(Entity, table=True):
     )
     tiger_account_id: UUID | None = Field(
         default=None,
-        description="Account that was used or changed; no foreign key: accounts can be deleted",
+        description="Used or changed account; no foreign key, because accounts can be deleted",
     )
     api_key_id: UUID | None = Field(
         default=None,
-        description="API key that was used or changed; no foreign key: API keys can be deleted",
+        description="Used or changed API key; no foreign key, because API keys can be deleted",
     )
     details: JsonObject | None = Field(default=None, description="Other details of the event")
     old_values: JsonObject | None = Field(
