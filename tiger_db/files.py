@@ -68,8 +68,8 @@ def write_private(
     `obsolete`.
 
     Raises:
-        AlreadyExists, InvalidValue, OSError: the function `output_files` raised this error, because
-            a file cannot be written.
+        AlreadyExists, InvalidValue, OSError: a file cannot be written, as documented for
+            `output_files`.
     """
     paths = [folder / name for name in texts]
     path = folder / obsolete if overwrite and obsolete is not None else None
@@ -96,7 +96,10 @@ def is_private_folder(path: Path, uid: int) -> bool:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file as the `opener` of `open`, with mode 0600 and without symbolic links."""
+    """Open a file for the parameter `opener` of `open`. A new file has mode 0600.
+
+    If the path is a symbolic link, raise OSError.
+    """
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
@@ -119,7 +122,7 @@ def sync_folder(path: Path) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
-    """Check an output path. Return the file status of the path, or None if the path is new.
+    """Check an output path. Return the file status of the path, or None if the path does not exist.
 
     Raises:
         AlreadyExists, InvalidValue, OSError: the output path is not allowed, as documented for
@@ -144,8 +147,8 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # Only file descriptors from the parent process are inheritable. If the path names
-            # another file descriptor, dup(-1) fails.
+            # Only file descriptors from the parent process are inheritable. If the path names a
+            # file descriptor that is not inheritable, dup(-1) raises OSError.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
             descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)
@@ -161,7 +164,7 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
         and found is not None
         and not os.path.samestat(found, os.fstat(file.fileno()))
     ):
-        raise AlreadyExists(f"{path} was replaced by another file while the file was opened")
+        raise AlreadyExists(f"{path} was replaced by another file meanwhile: try again")
     return file, unfinished, target
 
 

@@ -22,10 +22,10 @@ from tiger_db.models import APIKey, APIKeyScope
 from tiger_db.public import public
 
 CHANNEL = "tiger_db_api_keys"
-_TABLES = {"api_keys", "tiger_accounts"}  # the triggers of these tables notify CHANNEL
-HEARTBEAT_SECONDS = 0.2  # pause between two heartbeat queries, in seconds
-LEASE_SECONDS = 0.5  # time after a heartbeat query in which the cache may be used, in seconds
-MAX_AGE_SECONDS = 60.0  # age at which a cached key is read from the database again, in seconds
+_TABLES = {"api_keys", "tiger_accounts"}  # Tables whose triggers notify the channel `CHANNEL`.
+HEARTBEAT_SECONDS = 0.2  # Pause between two heartbeat queries, in seconds.
+LEASE_SECONDS = 0.5  # Time after a heartbeat query in which the cache may be used, in seconds.
+MAX_AGE_SECONDS = 60.0  # Age at which a cached key is read from the database again, in seconds.
 # Calls that use the cache let the event loop read notifications at this interval.
 _YIELD_INTERVAL_SECONDS = 0.005
 
@@ -39,12 +39,14 @@ class KeyVerifier:
 
     With `memory=True`, a KeyVerifier caches verified API keys inside the `async with` block.
     Triggers on api_keys and tiger_accounts notify the KeyVerifier of each change within
-    milliseconds, including changes by plain SQL. `__aenter__` compares these triggers with
-    `migrations.declared`. A cached API key is read from the database again after 60 seconds, in
-    case a notification was lost. A call does not use the cache if the API key has rate limits, if
-    the request requires a scope of the family `trade`, or if the listening connection is lost or
-    has not answered for half a second. A pause of trading therefore takes effect with its commit,
-    even if no notification arrives.
+    milliseconds, including changes by plain SQL. When the block begins, the KeyVerifier checks that
+    the triggers are as `migrations.declared` declares them. A cached API key is read from the
+    database again after 60 seconds, in case a notification was lost.
+
+    A call does not use the cache if the API key has rate limits, or if the request requires a scope
+    of the family `trade`. If the listening connection is lost, or has not answered for half a
+    second, no call uses the cache. Because requests for trades do not use the cache, a pause of
+    trading takes effect with its commit, even if no notification arrives.
 
     The cache of a KeyVerifier holds at most `capacity` API keys, and evicts the least recently used
     API key first. Instead of raw keys, the cache contains keyed BLAKE2b digests of raw keys.
@@ -63,18 +65,18 @@ class KeyVerifier:
         self._digest_key = secrets.token_bytes(32)
         # The cache maps the digests of raw keys to verified API keys.
         self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()
-        self._digests: dict[UUID, bytes] = {}  # digests of raw keys, by id of the API key
+        self._digests: dict[UUID, bytes] = {}  # Digests of raw keys, by id of the API key.
         # Number of received notifications. An API key that was read before the last notification is
         # not cached.
         self._notifications = 0
-        self._valid_until = 0.0  # monotonic time until which the cache may be used
-        self._clock_offset = 0.0  # database time (seconds since 1970) minus monotonic time
-        self._yielded_at = 0.0  # monotonic time at which a call last yielded to the event loop
+        self._valid_until = 0.0  # Monotonic time until which the cache may be used.
+        self._clock_offset = 0.0  # Database time (seconds since 1970) minus monotonic time.
+        self._yielded_at = 0.0  # Monotonic time at which a call last yielded to the event loop.
         self._listener: asyncio.Task[None] | None = None
         self._listening = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        """Check the schema. With `memory=True`, also check the triggers and listen for changes.
+        """Check the schema. With `memory=True`, also listen for changes of API keys and accounts.
 
         Raises:
             DatabaseUnavailable: the database cannot be reached.
@@ -91,7 +93,8 @@ class KeyVerifier:
             settings = self.database.settings
             listening = listen(settings, CHANNEL, self._handle_notification, self._hold_lease)
             self._listener = asyncio.create_task(listening)
-            with contextlib.suppress(TimeoutError):  # without a listener, calls read the database
+            # Until the KeyVerifier listens for changes, calls read the database.
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._listening.wait(), settings.db_connect_timeout)
         return self
 
@@ -127,7 +130,8 @@ class KeyVerifier:
         Several calls may return the same APIKey object, so do not change the returned object.
         """
         request = access_request(scopes, account_id, ip_address, user_agent)
-        if self._listener is not None and not request.trades:  # the cache has no pause of trading
+        # The cache does not contain pauses of trading, so a request for a trade reads the database.
+        if self._listener is not None and not request.trades:
             key = await self._from_memory(raw_key, request)
             if key is not None:
                 return key
@@ -158,8 +162,8 @@ class KeyVerifier:
     ) -> APIKey | None:
         """Authorize an API key like the method `authorize`, but return None if access is denied.
 
-        The method requires no scopes, so it also returns the key during a pause of trading. To
-        authorize a trade, call `authorize` with the scope that the trade requires.
+        `verify` requires no scopes, so `verify` also returns an API key during a pause of trading.
+        To authorize a trade, call `authorize` with the scope that the trade requires.
         """
         try:
             return await self.authorize(raw_key, ip_address=ip_address, user_agent=user_agent)
@@ -170,7 +174,8 @@ class KeyVerifier:
         """Authorize an API key from the cache, or return None if the database must be read.
 
         Raises:
-            AccessDenied: the API key does not allow the request. The subclass shows the reason.
+            AccessDenied: the API key does not allow the request. The subclass of AccessDenied shows
+                why access is denied.
         """
         now = time.monotonic()
         if now - self._yielded_at > _YIELD_INTERVAL_SECONDS:
@@ -220,29 +225,33 @@ class KeyVerifier:
     def _digest(self, raw_key: str) -> bytes:
         try:
             return hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
-        except (AttributeError, UnicodeEncodeError):  # the raw key is not a valid text
+        except (AttributeError, UnicodeEncodeError):  # the raw key is not valid text
             return b""
 
     async def _hold_lease(self, connection: Connection) -> None:
-        """Query the listening connection until a query fails. Each result keeps the cache valid."""
+        """Send heartbeat queries until a query fails. Each result extends the use of the cache."""
         while True:
             sent = time.monotonic()
             async with asyncio.timeout(LEASE_SECONDS):
                 now = await connection.fetchval("SELECT clock_timestamp()")
-            # PostgreSQL sends the notifications of all earlier commits before the result of this
-            # query. The clock offset is computed with the time before the query. Therefore, a
-            # cached API key may expire too early by the round trip time, but never too late.
+            # Before the result of the heartbeat query, PostgreSQL sends the notifications of all
+            # earlier commits. The clock offset is computed with the time before the heartbeat
+            # query. Therefore, a cached API key may expire too early by the round trip time, but
+            # never too late.
             self._clock_offset = now.timestamp() - sent
             self._valid_until = sent + LEASE_SECONDS
             self._listening.set()
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _handle_notification(self, payload: str | None) -> None:
-        """Evict the cached API keys that a payload `key ID`, `account ID` or `all` names."""
+        """Evict the changed API keys from the cache.
+
+        The payload of a notification is `key ID`, `account ID` or `all`.
+        """
         kind, _, text = (payload or "").partition(" ")
         try:
             changed = UUID(text)
-        except ValueError:  # after `all` or None, any API key may have changed
+        except ValueError:  # for the payload `all` or None, any API key may have changed
             self._clear()
             return
         self._notifications += 1

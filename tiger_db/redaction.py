@@ -6,7 +6,8 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 MASK = "**********"
-# Shorter secrets are not masked, because such secrets match parts of common words.
+# Secrets of fewer than four characters are not masked, because such secrets match parts of common
+# words.
 _MIN_SECRET_CHARACTERS = 4
 
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL)
@@ -51,9 +52,9 @@ def mask_account_number(account_number: str) -> str:
 def redact_aggressively(text: str, *known: str) -> str:
     """Mask everything in a text that is or resembles a token, a key or a password.
 
-    `redact_aggressively` masks the secrets in `known` that have at least four characters, the
-    secrets that `redact_known` masks, and sequences of 40 or more letters and digits that are not
-    words.
+    `redact_aggressively` masks all secrets that `redact_known` masks, and the texts in `known` that
+    have at least four characters. In addition, `redact_aggressively` masks sequences of 40 or more
+    letters and digits that are not words.
     """
     forms = {
         form  # a secret in plain text, in JSON, in a Python `repr` or in a URL
@@ -109,15 +110,16 @@ _DER = re.compile(
     rf"(?<![A-Za-z0-9+])MII{_BASE64}{{27,}}+(?:(?:\s|\\+[rnt])+{_BASE64}{{30,}}+)*+"
     rf"(?:(?:\r?\n|(?:\\+r)?\\+n)[ \t]*{_BASE64}+)?={{0,2}}"
 )
-_MIN_DER_CHARACTERS = 100  # minimum length of base64 text that `_without_der` masks
-_MIN_TIGER_TOKEN_CHARACTERS = 19  # length of the shortest match of `_TIGER_TOKEN`
+_MIN_DER_CHARACTERS = 100  # Minimum length of base64 text that `_without_der` masks.
+_MIN_TIGER_TOKEN_CHARACTERS = 19  # Length of the shortest match of `_TIGER_TOKEN`.
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether fields with a name contain a secret, for any case and separators of the name.
+    """Return whether a field with this name contains a secret.
 
-    For example, fields named `accessToken` or `X-API-Key` contain a secret. Fields named
-    `token_expires_at` or `api_key_id` only describe a secret.
+    Case and separators of the name do not matter. For example, fields named `accessToken` or
+    `X-API-Key` contain a secret. Fields named `token_expires_at` or `api_key_id` only describe a
+    secret.
     """
     return (
         _is_secret(name)
@@ -136,7 +138,7 @@ def add_secret_names(*names: str) -> None:
     """
     added = [_words(name) for name in names]
     if [] in added:
-        raise ValueError("a secret's name must have a letter or a digit")
+        raise ValueError("the name of a secret must contain a letter or a digit")
     _SECRET_WORDS.update(map("".join, added))
     _WORD_PATTERNS.update(map("[_-]?".join, added))
     _is_secret.cache_clear()
@@ -146,11 +148,11 @@ def add_secret_names(*names: str) -> None:
 def redact_known(text: str) -> str:
     """Mask the parts of a text that are certainly secrets.
 
-    `redact_known` masks PEM blocks, base64 of private keys, Tiger's tokens, JWTs, Bearer
-    credentials, API keys of tiger_db, and values after the name of a secret, as in `password=…`.
-    Other random text, such as a digest, is not masked.
+    `redact_known` masks PEM blocks, private keys in base64, Tiger's tokens, JWTs, Bearer
+    credentials and API keys of tiger_db. `redact_known` also masks the value after the name of a
+    secret, as in `password=…`. Other random text, such as a digest, is not masked.
     """
-    # Most texts contain no secret, so fast checks for substrings avoid slow pattern searches.
+    # Most texts contain no secret. Fast checks for substrings avoid slow pattern searches.
     if "-----BEGIN" in text:
         text = _PEM.sub(MASK, text)
     if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:

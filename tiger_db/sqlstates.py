@@ -25,13 +25,14 @@ from tiger_db.errors import (
 
 # If a connection is lost, asyncpg raises an error of one of these classes.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-READ_ONLY_SQL_TRANSACTION = "25006"  # a former primary or a readonly session refused a write
-# Before version 18, PostgreSQL reports both cases of this message with the same SQLSTATE.
+READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session refused a write.
+# Before version 18, PostgreSQL uses the same SQLSTATE for a reference to a missing row and for the
+# deletion of a referenced row.
 _BROKEN_REFERENCE = "the referenced row does not exist, or other rows refer to the deleted row"
 # `_ERRORS` maps a SQLSTATE, or its first characters, to an error's type and message. If the message
 # is None, PostgreSQL's own message is used, which contains no values of a row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
-    "08": (DatabaseUnavailable, "the connection was lost"),
+    "08": (DatabaseUnavailable, "the connection to the database was lost"),
     "22000": (InvalidValue, "a value is not of its column's type"),
     "22001": (InvalidValue, "a text is too long"),
     "22003": (InvalidValue, "a number is out of range"),
@@ -42,22 +43,31 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "23001": (MissingReference, _BROKEN_REFERENCE),
     "23502": (InvalidValue, "a value is missing"),
     "23503": (MissingReference, _BROKEN_REFERENCE),
-    "23505": (AlreadyExists, "the value already exists"),  # _DUPLICATES has other messages
+    "23505": (AlreadyExists, "the value already exists"),  # see `_DUPLICATES`
     "23514": (InvalidValue, "a value is not allowed"),
     "25P02": (InvalidState, "an earlier error aborted the transaction: roll back the session"),
     READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "the database accepts no writes"),
-    "25P03": (DatabaseUnavailable, "the connection was lost: idle_in_transaction_session_timeout"),
-    "25P04": (DatabaseUnavailable, "the connection was lost: transaction_timeout"),
-    "28": (DatabaseUnavailable, "the database refuses this role"),
-    "3D000": (DatabaseUnavailable, "the database does not exist"),
-    "40001": (Conflict, None),  # serialization failure, or conflict with recovery on a replica
-    "40P01": (Conflict, None),  # deadlock
-    "42501": (StatementRefused, None),  # missing privilege
-    "53300": (DatabaseUnavailable, "the database has no connection left"),
-    "55P03": (Conflict, None),  # lock timeout
-    "P0001": (StatementRefused, None),  # a trigger raised an exception
+    "25P03": (
+        DatabaseUnavailable,
+        "the connection was lost: a transaction exceeded idle_in_transaction_session_timeout",
+    ),
+    "25P04": (
+        DatabaseUnavailable,
+        "the connection was lost: a transaction exceeded transaction_timeout",
+    ),
+    "28": (DatabaseUnavailable, "the database refuses the login of this role"),
+    "3D000": (DatabaseUnavailable, "the database does not exist: create it with `tiger-db init`"),
+    "40001": (Conflict, None),  # Serialization failure, or conflict with recovery on a replica.
+    "40P01": (Conflict, None),  # Deadlock.
+    "42501": (StatementRefused, None),  # Missing privilege.
+    "53300": (
+        DatabaseUnavailable,
+        "the database server allows no more connections: see max_connections",
+    ),
+    "55P03": (Conflict, None),  # Lock timeout.
+    "P0001": (StatementRefused, None),  # A trigger raised an exception.
     "57014": (QueryTimeout, None),
-    "57P0": (DatabaseUnavailable, "the connection was lost"),
+    "57P0": (DatabaseUnavailable, "the connection to the database was lost"),
 }
 # Messages for violations of unique constraints and indexes, by the name of the constraint or index.
 _DUPLICATES = {
@@ -102,17 +112,20 @@ def classify(error: BaseException) -> TigerDBError | None:
             return kind(f"{_DUPLICATES.get(where, message)} ({where})")
         return kind(message)
     if isinstance(cause, CONNECTION_ERRORS):
-        return DatabaseUnavailable(f"the connection was lost: {type(cause).__name__}")
+        return DatabaseUnavailable(
+            f"the connection to the database was lost: {type(cause).__name__}"
+        )
     return None
 
 
 def typed(error: SQLAlchemyError) -> TigerDBError:
-    """Convert any error of SQLAlchemy to an error of this package, without values of a row."""
+    """Convert any error of SQLAlchemy to an error of tiger_db without values of a row."""
     if (known := classify(error)) is not None:
         return known
     if isinstance(error, PoolTimeoutError):
         return DatabaseUnavailable(
-            "all connections to the database were in use (DB_POOL_SIZE, DB_MAX_OVERFLOW)"
+            "all connections of the connection pool were in use:"
+            " increase DB_POOL_SIZE or DB_MAX_OVERFLOW"
         )
     if isinstance(error, StaleDataError):
         return Conflict("another transaction has deleted a row that this transaction changes")

@@ -393,7 +393,10 @@ async def put_there(connection: Connection) -> str:
 
 async def late(connection: Connection) -> str:
     await put(connection, 14, 1, now=True, minute=1)
-    return "the month holds events that were written in a later month: the writer's clock was wrong"
+    return (
+        "the month holds events that were written in a later month"
+        " by a machine whose clock was wrong"
+    )
 
 
 @pytest.mark.schema_changes
@@ -452,7 +455,7 @@ async def test_a_retirement_signed_with_another_key_is_a_forgery(
     assert [one.kind for one in found.findings].count(FindingKind.DELETED) == 9
     forgeries = [one for one in found.findings if one.kind is FindingKind.FORGED]
     assert [(one.seal, one.message) for one in forgeries] == [
-        (number, f"seal {number}: the seal is not signed by a given key") for number in (2, 3, 4)
+        (number, f"seal {number}: the seal is not signed with a given key") for number in (2, 3, 4)
     ]
 
 

@@ -175,16 +175,19 @@ def test_malformed_files_are_refused(
         said = sealed.fails("verify-audit", "--public-key", other)
         assert said.startswith(f"error: {other}: {reason}")
     for content, reason in (
-        (b"nonsense", "the text is not a checkpoint of an audit trail"),
+        (b"nonsense", "the text is not a checkpoint from `tiger-db export-checkpoint`"),
         (b"\xff\xfe", "the file is not UTF-8 text"),
-        (b"{}", "the text is not a checkpoint of an audit trail"),
-        (Path(key).read_bytes(), "the text is not a checkpoint of an audit trail"),
+        (b"{}", "the text is not a checkpoint from `tiger-db export-checkpoint`"),
+        (Path(key).read_bytes(), "the text is not a checkpoint from `tiger-db export-checkpoint`"),
     ):
         Path(other).write_bytes(content)
         said = sealed.fails("verify-audit", "--checkpoint", other)
         assert said == f"error: {other}: {reason}\n"
         said = bare.fails("verify-audit", "--from", other, "--public-key", key)
-        assert said == "error: line 1 of the export is neither an event nor a seal\n"
+        assert said == (
+            "error: line 1 of the export is neither an event nor a seal:"
+            " the file is damaged, or is not an export in JSON Lines\n"
+        )
     for option in ("--from", "--checkpoint", "--public-key"):
         arguments = [option, str(tmp_path / "none"), "--public-key", key]
         assert "No such file" in sealed.fails("verify-audit", *arguments)

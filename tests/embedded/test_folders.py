@@ -95,10 +95,10 @@ def test_if_the_programs_cannot_run_anywhere_the_error_names_the_setting(
     file = home.parent / "file"
     file.write_text("")
     odd = home.parent / ODD
-    for caches, why in ((home.parent / "$HOME", "nor from"), (file, "[Nn]ot a directory")):
+    for caches, why in ((home.parent / "$HOME", "or from"), (file, "[Nn]ot a directory")):
         monkeypatch.setattr(folders, "_SYSTEM_FOLDER", caches)
         monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
-        with pytest.raises(EmbeddedError, match=f"set TIGER_DB_HOME .*{why}") as caught:
+        with pytest.raises(EmbeddedError, match=f"{why}.*: set TIGER_DB_HOME") as caught:
             start(settings_for(odd))
         assert repr(str(odd)) in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -336,7 +336,7 @@ def test_without_a_usable_home_the_error_names_the_setting(
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     for refused in (start, running, stop, embedded.home_folder):
-        with pytest.raises(EmbeddedError, match=r"^TIGER_DB_HOME is not set: could not determine"):
+        with pytest.raises(EmbeddedError, match=r"^TIGER_DB_HOME is not set, .*: could not"):
             refused(Settings())
 
 

@@ -23,7 +23,7 @@ from tiger_db.public import public
 
 CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
-_BATCH_EVENTS = 1000  # number of events per batch of an export
+_BATCH_EVENTS = 1000  # number of events in each batch of an export
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 _JSON = json.JSONDecoder()
 
@@ -50,8 +50,8 @@ def export(
     `export` calls `advance` with the number of events in the batch.
 
     Raises:
-        InvalidValue: an argument is not valid. See `crud.audit_logs.search`. `export` raises the
-            error when it is called, before the first line.
+        InvalidValue: an argument is not valid. See `crud.audit_logs.search`. The call of `export`
+            raises InvalidValue, before the generator yields the first line.
     """
     filters = event_conditions(**wanted)
     items = _matching_events(database, filters) if filters else _whole_trail(database)
@@ -64,7 +64,8 @@ async def _lines(
     if form == "csv":
         yield _csv_line(CSV_COLUMNS)
     count = 0
-    async with aclosing(items):  # aclosing() ends the transaction if the caller stops early
+    # If the caller stops before the last line, aclosing() ends the database transaction.
+    async with aclosing(items):
         async for item in items:
             if isinstance(item, Seal):
                 if form == "jsonl":
@@ -102,7 +103,7 @@ async def _matching_events(
 
 
 def _cells(content: str) -> Iterator[str | None]:
-    """Yield the CSV cells of an event. Numbers keep all digits that the database printed."""
+    """Yield the CSV cells of an event. Each number has all digits that the database printed."""
     at = 0
     for name in storage.CONTENT_COLUMNS:
         member = f'{"{" if name == "id" else ","}"{name}":'
@@ -125,8 +126,8 @@ def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
     """Yield the seals and events of an export in JSON Lines, with the size of each line in bytes.
 
     Raises:
-        InvalidValue: A line of the file is neither a seal nor an event. The error message contains
-            the line number.
+        InvalidValue: A line of the file is neither a seal nor an event. The message of InvalidValue
+            contains the number of the invalid line.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -139,7 +140,10 @@ def read_export(path: Path) -> Iterator[tuple[Seal | Event, int]]:
             except (ValueError, RecursionError, InvalidValue):
                 position = None
             if position is None:
-                raise InvalidValue(f"line {number} of the export is neither an event nor a seal")
+                raise InvalidValue(
+                    f"line {number} of the export is neither an event nor a seal:"
+                    " the file is damaged, or is not an export in JSON Lines"
+                )
             yield (int(position[1]), "{" + text[position.end() :]), len(line)
 
 
@@ -164,9 +168,11 @@ def read_checkpoint(text: str) -> Seal:
     """Return the seal in a checkpoint, which is the output of `export_checkpoint`.
 
     Raises:
-        InvalidValue: The text is not a checkpoint of an audit trail.
+        InvalidValue: The text is not an output of `export_checkpoint`.
     """
     try:
         return seal_from_json(json.loads(text))
     except (ValueError, RecursionError, InvalidValue):
-        raise InvalidValue("the text is not a checkpoint of an audit trail") from None
+        raise InvalidValue(
+            "the text is not a checkpoint from `tiger-db export-checkpoint`"
+        ) from None

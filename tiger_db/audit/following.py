@@ -18,7 +18,7 @@ from tiger_db.models import AuditLog
 from tiger_db.public import public
 
 CHANNEL = "tiger_db_audit_logs"
-POLL_SECONDS = 1.0  # maximum pause between two queries for new events, in seconds
+POLL_SECONDS = 1.0  # Maximum pause between two queries for new events, in seconds.
 # `follow` assumes that open transactions add events only at the 10,000 newest positions.
 _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
@@ -27,7 +27,7 @@ _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 def follow(
     database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[EventFilters]
 ) -> AsyncGenerator[AuditLog, None]:
-    """Yield each matching audit event that is committed after the call of `begun`.
+    """Yield each matching audit event that is committed after `follow` calls the function `begun`.
 
     `follow` queries the database after each NOTIFY of PostgreSQL, or after one second without a
     NOTIFY. The events of one query are yielded in the order of positions. If a transaction commits
@@ -45,7 +45,8 @@ async def _follow(
 ) -> AsyncGenerator[AuditLog, None]:
     notified = asyncio.Event()
     async with AsyncExitStack() as stack:
-        with suppress(DatabaseUnavailable):  # `follow` polls if LISTEN is unavailable
+        # If LISTEN is unavailable, `follow` queries for new events every second.
+        with suppress(DatabaseUnavailable):
             listener = open_listener(database.settings, CHANNEL, lambda _: notified.set())
             await stack.enter_async_context(listener)
         # `follow` yields no event whose position is at most `floor` or is in `seen`.
@@ -65,7 +66,7 @@ async def _follow(
                 if event.position not in seen:
                     seen.add(event.position)
                     yield event
-            # Without writers, no transaction can add an event at a position up to `last_position`.
+            # If `writers` is empty, no transaction can still add an event up to `last_position`.
             if not writers:
                 floor = last_position
                 seen = {position for position in seen if position and position > floor}
@@ -77,7 +78,7 @@ async def _follow(
 
 
 async def _fetch_old_events(database: Database) -> tuple[int, set[int | None]]:
-    """Return a lower bound of positions, and the positions of existing events above the bound."""
+    """Return a position `floor`, and the positions of all existing events above `floor`."""
     await database.check()
     last_position, _ = await _fetch_writers(database)
     floor = max(last_position - _POSITIONS_OF_OPEN_TRANSACTIONS, 0)

@@ -49,8 +49,8 @@ WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
 class Maintenance:
     """The result of `maintain`. Months are texts such as `2025-01`."""
 
-    made: int = 0  # number of partitions that `maintain` created
-    retired: list[str] = field(default_factory=list)  # months whose events `maintain` removed
+    made: int = 0  # Number of partitions that `maintain` created.
+    retired: list[str] = field(default_factory=list)  # Months whose events `maintain` removed.
     # If a month was due but could not be retired, `kept` maps the oldest such month to the reason.
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -64,9 +64,9 @@ async def maintain(database: Database) -> Maintenance:
     """Create the partitions of the next months, and retire old months.
 
     Events in the default partition are moved to the partitions of the events' months. A month is
-    due if the month ended at least `AUDIT_RETENTION_MONTHS` full months ago. A due month is retired
-    if all events of the month are sealed and unchanged. The oldest month is retired first. A new
-    seal records the retirement; the seals of the removed events are kept.
+    due for retirement if the month ended at least `AUDIT_RETENTION_MONTHS` full months ago. A due
+    month is retired if all events of the month are sealed and unchanged. The oldest month is
+    retired first. A new seal records the retirement; the seals of the removed events are kept.
 
     `maintain` may run concurrently, on any number of machines.
 
@@ -107,7 +107,7 @@ async def _with_lock_retries(work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await work()
         except asyncpg.LockNotAvailableError:
-            # Transactions that wait for the table lock can run during this pause.
+            # During this pause, transactions that wait for a lock of `audit_logs` can run.
             await asyncio.sleep(_RETRY_PAUSE_SECONDS)
     raise DatabaseUnavailable("audit_logs is in use by a long transaction: try again later")
 
@@ -131,8 +131,8 @@ def first_kept_month(database_time: datetime, machine_time: datetime, retention:
     if abs(difference) > _MAX_CLOCK_DIFFERENCE:
         raise InvalidState(
             f"the database's clock is {abs(difference).total_seconds():.0f} s"
-            f" {'ahead of' if difference > timedelta() else 'behind'} this machine's:"
-            " no month is retired until the two clocks agree"
+            f" {'ahead of' if difference > timedelta() else 'behind'} this machine's clock:"
+            " no month can be retired until both clocks are correct"
         )
     now = min(database_time, machine_time).astimezone(UTC)
     months = now.year * 12 + now.month - 1 - max(retention, 0)
@@ -155,7 +155,8 @@ async def _retire(
     """In one transaction, drop a month's partition and append a seal that records the removal.
 
     Raises:
-        _CannotRetireError: The month has an event that is unsealed, was changed, or is too recent.
+        _CannotRetireError: The month has an event that is unsealed, was changed, or was written
+            after the month.
     """
     partition = f"audit_logs_{month.replace('-', '_')}"
     async with connection.transaction(isolation="read_committed"):
@@ -170,8 +171,8 @@ async def _retire(
             chain_end = await storage.fetch_chain_end(connection)
             if not is_old:
                 raise _CannotRetireError(
-                    "the month holds events that were written in a later month:"
-                    " the writer's clock was wrong"
+                    "the month holds events that were written in a later month"
+                    " by a machine whose clock was wrong"
                 )
             if last > chain_end.upto:
                 raise _CannotRetireError(_NOT_SEALED)
@@ -186,8 +187,8 @@ async def _retire(
             await append_seal(
                 connection, key, chain_end, positions, digests, upto=chain_end.upto, retired=month
             )
-        # LOCK TABLE takes the locks of the DROP TABLE below, in the same order. While LOCK TABLE
-        # waits, a writer can still commit an unsealed event to the month.
+        # LOCK TABLE takes the same locks as DROP TABLE, in the same order. While LOCK TABLE waits,
+        # a writer can still commit an unsealed event to the month.
         await connection.execute(
             f"LOCK TABLE ONLY audit_logs, ONLY {partition} IN ACCESS EXCLUSIVE MODE"
         )

@@ -20,8 +20,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tiger_db.errors import InvalidValue
 
-DIGEST_BYTES = 32  # size of a SHA-256 digest
-NO_PREVIOUS_DIGEST = "0" * 64  # value of the field `previous` in the first seal
+DIGEST_BYTES = 32  # Size of a SHA-256 digest in bytes.
+NO_PREVIOUS_DIGEST = "0" * 64  # Value of the field `previous` in the first seal.
 # Each range of positions is a pair: the first position and the last position of the range.
 PositionRanges: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -37,8 +37,8 @@ def split_digests(digests: bytes | bytearray) -> Iterator[bytes]:
 
 
 def merkle_root(leaves: Iterable[tuple[int, bytes]]) -> bytes:
-    """Compute the Merkle root of leaves. A leaf is a pair of a position and a digest."""
-    stack: list[tuple[int, bytes]] = []  # leaf count and root of each complete subtree
+    """Compute the root of a Merkle tree. Each leaf is a pair of a position and a digest."""
+    stack: list[tuple[int, bytes]] = []  # number of leaves and root of each complete subtree
     for position, digest in leaves:
         size = 1
         root = hashlib.sha256(b"\0" + position.to_bytes(8, "big", signed=True) + digest).digest()
@@ -59,7 +59,7 @@ def _node(left: bytes, right: bytes) -> bytes:
 
 
 def ranges_of(positions: Iterable[int]) -> PositionRanges:
-    """Return the ranges that contain exactly the given ascending positions."""
+    """Convert ascending positions to ranges of consecutive positions."""
     ranges: list[list[int]] = []
     for position in positions:
         if ranges and ranges[-1][1] == position - 1:
@@ -117,7 +117,7 @@ _PAYLOAD = TypeAdapter(SealPayload)
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """A signed payload, and the concatenated digests of the events in the order of positions."""
+    """A signed payload, and the concatenated digests of the sealed events in order of position."""
 
     payload_json: str
     signature: bytes
@@ -185,5 +185,5 @@ def seal_from_json(fields: object) -> Seal:
         seal = Seal(fields["statement"], signature, digests)
         seal.payload()
     except (AssertionError, KeyError, TypeError, binascii.Error):
-        raise InvalidValue("the JSON value is not a seal") from None
+        raise InvalidValue("the JSON value is not a seal of audit events") from None
     return seal

@@ -34,8 +34,8 @@ class Sealing:
     these transactions. None in `waits_for` stands for a prepared transaction.
     """
 
-    rows: int  # number of sealed events
-    seals: int  # number of new seals
+    rows: int  # Number of sealed events.
+    seals: int  # Number of new seals.
     waits_for: tuple[int | None, ...] = ()
 
 
@@ -80,7 +80,8 @@ async def seal_next(
 ) -> int | None:
     """Create one seal, which covers unsealed events up to the position `upto`.
 
-    Return the number of covered events, or None if all events up to `upto` are sealed.
+    Return the number of events that the new seal covers, or None if all events up to `upto`
+    are already sealed.
     """
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)

@@ -19,8 +19,8 @@ from tiger_db.models.columns import is_native_enum
 from tiger_db.out_of_band import asyncpg_connection
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-Event: TypeAlias = tuple[int, str]  # pair of an event's position and content
-_EVENTS_PER_QUERY = 20_000  # approximate number of events that PostgreSQL sorts at once
+Event: TypeAlias = tuple[int, str]  # Pair of an event's position and the event's content.
+_EVENTS_PER_QUERY = 20_000  # Approximate number of events that PostgreSQL sorts at once.
 _PREFETCHED_SEALS, _PREFETCHED_EVENTS = 50, 1000
 _MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of PostgreSQL's type bigint
 _ID = re.compile(r'{"id":"([^"]+)"')
@@ -37,16 +37,16 @@ assert set(CONTENT_COLUMNS) == {c.name for c in AuditLog.__table__.columns} - {"
 
 
 def _member(name: str) -> str:
-    """Return the SQL expression of one member of the JSON object of an event.
+    """Return the SQL expression for one member of an event's JSON object.
 
     PostgreSQL converts each value to JSON text, which Python does not parse, so that numbers keep
     all digits. The expression never calls functions or operators that other roles created in the
-    schema. Polymorphic and variadic functions are therefore qualified with pg_catalog, and the
-    types of operands match operators of pg_catalog exactly. An enum is converted to text first,
-    because to_json() of an enum would use a cast from the enum to json.
+    schema, because functions are qualified with pg_catalog, and the types of operands match
+    operators of pg_catalog exactly. An enum is converted to text first, because to_json() of an
+    enum would use a cast from the enum to json.
     """
     value = f"pg_catalog.to_json({name})::text"
-    if name == "created_at":  # the time is printed in UTC, whatever the session's time zone is
+    if name == "created_at":  # the time is printed in UTC, not in the session's time zone
         utc = f"pg_catalog.to_json({name} AT TIME ZONE 'UTC')"
         value = f"""'"' || ({utc} #>> '{{}}'::text[]) || 'Z"'"""
     elif is_native_enum(AuditLog.__table__.c[name].type):  # type: ignore[attr-defined]  # SQLAlchemy's
@@ -54,14 +54,15 @@ def _member(name: str) -> str:
     return f"""'{"{" if name == "id" else ","}"{name}":' || {value}"""
 
 
-# This SQL expression returns the content of an event. The SQL function concat() omits members that
-# are NULL.
+# `CONTENT` is an SQL expression that returns the content of an event. The SQL function concat()
+# omits members that are NULL.
 CONTENT = f"pg_catalog.concat({', '.join(map(_member, CONTENT_COLUMNS))}, '}}')"
 SELECT_EVENTS = f"""
 SELECT position, {CONTENT} AS content FROM audit_logs
 WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 """  # noqa: S608  # names of columns
-# This advisory lock ensures that only one transaction at a time seals, retires or moves events.
+# The sealing lock is an advisory lock. A transaction holds the sealing lock while it seals, retires
+# or moves events, so that only one transaction does so at a time.
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
 _SELECT_SEALS = "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
 SELECT_LAST_SEAL = f"{_SELECT_SEALS} DESC LIMIT 1"
@@ -93,7 +94,8 @@ async def open_connection(database: Database) -> AsyncIterator[Connection]:
 
     Raises:
         DatabaseUnavailable: The database cannot be reached, or the connection was lost.
-        SchemaMismatch: The schema does not fit this release. See `Database.check`.
+        SchemaMismatch: The database schema does not match this tiger_db release. See
+            `Database.check`.
     """
     await database.check()
     async with (
@@ -110,8 +112,8 @@ async def open_snapshot(database: Database) -> AsyncIterator[Connection]:
         open_connection(database) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
-        # The table is locked before the snapshot is taken. Without the lock, an event that
-        # `maintain` moves to another partition could be invisible in both partitions.
+        # The table `audit_logs` is locked before the snapshot is taken. Without the lock, an event
+        # that `maintain` moves to another partition could be invisible in both partitions.
         await connection.execute("LOCK TABLE audit_logs IN ACCESS SHARE MODE")
         yield connection
 
@@ -122,7 +124,7 @@ async def fetch_last_seal(connection: Connection) -> Seal | None:
 
 
 async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
-    """Yield all events in the order of positions, and each seal before the events of the seal."""
+    """Yield all events in order of position, and each seal before the events that it covers."""
     after, seals, count = _MIN_POSITION - 1, deque[tuple[Seal, int]](), 0
     async for row in connection.cursor(_SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
         seal = Seal(*row)

@@ -26,11 +26,11 @@ from tiger_db.errors import ConfigurationError, InvalidValue
 from tiger_db.public import public
 
 _REPORTED_FINDINGS = 1000
-_REMEMBERED_EVENTS = 100_000  # maximum number of mismatches that are kept in memory
-_PROGRESS_POSITIONS = 1000  # number of positions between two calls of `advance`
-# If the database's clock was set back by at most this tolerance, no false finding is reported.
+_REMEMBERED_EVENTS = 100_000  # Maximum number of mismatches that are kept in memory.
+_PROGRESS_POSITIONS = 1000  # Number of positions between two calls of `advance`.
+# If the database's clock is set back by at most `_CLOCK_TOLERANCE`, `verify` finds nothing wrong.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
-# This slice of an event's content is the value of `created_at` without fractions of a second.
+# `_CREATED_AT` selects `created_at` without fractions of a second from the content of an event.
 _CREATED_AT = slice(59, 78)
 _SELECT_RETIREMENTS = """
 SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
@@ -55,8 +55,8 @@ class AuditFinding:
 
     kind: FindingKind
     message: str
-    seal: int | None = None  # number of the seal that the finding is about
-    position: int | None = None  # position of the event that the finding is about
+    seal: int | None = None  # Number of the seal that the finding is about.
+    position: int | None = None  # Position of the event that the finding is about.
     event_id: str | None = None
 
 
@@ -64,11 +64,11 @@ class AuditFinding:
 class Verification:
     """The result of a verification of the audit trail."""
 
-    seals: int = 0  # number of seals that the verification read
-    rows: int = 0  # number of sealed events that are unchanged
-    retired: int = 0  # number of events in retired months
-    unsealed: int = 0  # number of events that no seal covers
-    count: int = 0  # number of findings, including those that are not in `findings`
+    seals: int = 0  # Number of seals that the verification read.
+    rows: int = 0  # Number of sealed events that are unchanged.
+    retired: int = 0  # Number of events in retired months.
+    unsealed: int = 0  # Number of events that no seal covers.
+    count: int = 0  # Number of all findings, which can be more than 1,000.
     # `findings` has the first 1,000 findings, in the order of positions.
     findings: list[AuditFinding] = field(default_factory=list)
 
@@ -88,9 +88,9 @@ async def verify(
     """Verify all seals and events in one snapshot of the database.
 
     Each seal must be signed with one of the `keys`, by default with `AUDIT_SIGNING_KEY`. A
-    checkpoint that was exported earlier and kept outside the database detects two attacks: removal
-    of the newest seals and their events, and new seals for the whole audit trail. The memory use of
-    `verify` does not depend on the number of events.
+    checkpoint must have been exported earlier, and kept outside the database. With a checkpoint,
+    `verify` detects that the newest seals and events were removed, or that all seals were replaced.
+    The memory use of `verify` does not depend on the number of events.
 
     Raises:
         ConfigurationError: The list `keys` is empty, and `AUDIT_SIGNING_KEY` is not set.
@@ -149,7 +149,7 @@ async def verify_export(
 
 @dataclass(slots=True)
 class _Mismatch:
-    """A position where the event differs from the sealed event, or is missing (`found` is None)."""
+    """A position whose event is missing (`found` is None) or differs from the sealed event."""
 
     seal: int  # number of the seal that covers the position, or 0 for an unsealed event
     expected: bytes | None = None
@@ -158,7 +158,7 @@ class _Mismatch:
 
 
 class TrailVerifier:
-    """An unfinished verification, which compares the added seals with the added events.
+    """A verification of seals and events that the caller adds one after another.
 
     Add the seals in the order of seal numbers. After each seal, add the events that the seal
     covers, in the order of positions. Set `database_time` before the first seal is added. If
@@ -178,26 +178,26 @@ class TrailVerifier:
         self._checkpoint = checkpoint
         self._checkpoint_seen = checkpoint is None
         self._report = Verification()
-        self._findings: list[tuple[int, AuditFinding]] = []  # findings with sort keys
+        self._findings: list[tuple[int, AuditFinding]] = []  # positions (as sort keys) and findings
         self._retired: PositionRanges = ()
         # The following attributes describe the last added seal.
         self._number = 0
         self._payload_digest = NO_PREVIOUS_DIGEST
         self._is_unreadable = False
-        self._upto = 0  # highest position that an added seal covers
-        self._missing_upto = -(2**63) - 1  # highest position that a missing seal may cover
-        # The next two attributes are lower bounds of `created_at`, to the second, for events of the
-        # last added seal and for events of later seals.
+        self._upto = 0  # Highest position that an added seal covers.
+        self._missing_upto = -(2**63) - 1  # Highest position that a missing seal may cover.
+        # Events of the last added seal were created at `_created_after` or later. Events of later
+        # seals were created at `_next_created_after` or later. An empty text is no bound.
         self._created_after = ""
         self._next_created_after = ""
         # The following attributes describe events, with positions as keys.
-        self._expected: dict[int, bytes] = {}  # digests of sealed events that are not added yet
-        self._last_found = 0  # highest position at which a sealed event was added
+        self._expected: dict[int, bytes] = {}  # Digests of sealed events that are not added yet.
+        self._last_found = 0  # Highest position at which a sealed event was added.
         self._mismatches: dict[int, _Mismatch] = {}
         self._unexpected: list[tuple[int, _Mismatch]] = []
         self._backdated: list[tuple[int, _Mismatch]] = []
         if checkpoint is not None and not checkpoint.is_signed_by(keys):
-            self._find(0, FindingKind.CHECKPOINT, "the checkpoint is not signed by a given key")
+            self._find(0, FindingKind.CHECKPOINT, "the checkpoint is not signed with a given key")
             self._checkpoint_seen = True
 
     def expect_retired(self, seals: Iterable[Seal]) -> None:
@@ -227,7 +227,7 @@ class TrailVerifier:
         self._number, self._payload_digest = payload.number, seal.payload_digest
         expected = seal.event_digests(payload)
         if not seal.is_signed_by(self._keys):
-            self._find_forged("the seal is not signed by a given key")
+            self._find_forged("the seal is not signed with a given key")
         elif payload.retired is None and (
             len(seal.digests) != payload.event_count * DIGEST_BYTES
             or merkle_root(expected).hex() != payload.root
@@ -269,7 +269,7 @@ class TrailVerifier:
         if payload.number == self._checkpoint.payload().number:
             self._checkpoint_seen = True
             if seal.payload_json != self._checkpoint.payload_json:
-                message = f"seal {payload.number} is not the seal in the checkpoint"
+                message = f"seal {payload.number} differs from the seal in the checkpoint"
                 self._find(self._upto, FindingKind.CHECKPOINT, message, seal=payload.number)
 
     def _drop_retired(self, payload: SealPayload) -> None:
@@ -317,7 +317,7 @@ class TrailVerifier:
             self._report.count += 1
 
     def _close_seal(self) -> None:
-        """Record each event of the last seal as missing if the event was not added."""
+        """Record a mismatch for each event that the last seal covers, but that was not added."""
         for position, digest in self._expected.items():
             if len(self._mismatches) < _REMEMBERED_EVENTS:
                 self._mismatches[position] = _Mismatch(self._number, digest)
@@ -409,7 +409,7 @@ def _missing_seals(first: int, last: int) -> str:
 
 
 def _lower_bound(time: str | None) -> str:
-    """Return a time minus the clock tolerance, or "" for None or a time not in ISO 8601."""
+    """Return an ISO 8601 time minus the clock tolerance. Return "" if the time is not valid."""
     try:
         return (datetime.fromisoformat(time or "") - _CLOCK_TOLERANCE).isoformat()[:19]
     except (ValueError, OverflowError):

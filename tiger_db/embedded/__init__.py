@@ -60,7 +60,7 @@ class EmbeddedServer:
 
 
 def home_folder(settings: Settings) -> Path:
-    """Return the path of the embedded server's home folder. The folder may not exist yet.
+    """Return the path of the embedded server's home folder. The home folder may not exist yet.
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.
@@ -168,7 +168,7 @@ def _errors_explained(home: Path) -> Iterator[None]:
         path, why = error.filename or home, error.strerror or error
         raise EmbeddedError(f"the embedded PostgreSQL in {home} failed: {why}: {path}") from error
     except subprocess.TimeoutExpired as error:
-        raise EmbeddedError(f"the embedded PostgreSQL in {home}: {error}") from None
+        raise EmbeddedError(f"the embedded PostgreSQL in {home} failed: {error}") from None
 
 
 @contextmanager
@@ -179,7 +179,8 @@ def _home_lock(home: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process may keep the lock file open
+            # A forked process may have the lock file open. Closing the file would not unlock it.
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _load_or_create(home: Path, name: str, make: Callable[[], str]) -> str:
@@ -213,7 +214,7 @@ def _read_secret(path: Path) -> str:
 
 
 def _complete_record(home: Path) -> None:
-    """Record a running server's identity if the process that started the server was killed."""
+    """Write a running server's identity to `server.lock` if the identity is not recorded yet."""
     with suppress(FileNotFoundError), (home / "server.lock").open("rb") as file:
         if server_process.lacks_identity(file.fileno()):
             with _home_lock(home), server_process.open_lock(home) as lock:
@@ -267,7 +268,8 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     try:
         if os.geteuid() == 0:
             os.chown(temporary, *user)
-            with suppress(OSError):  # only on Linux, initdb opens the pipe as /dev/stdin again
+            # On Linux, initdb opens the pipe by the name /dev/stdin, which only the owner can do.
+            with suppress(OSError):
                 os.fchown(reading, *user)
         initdb = processes.run(
             programs / "initdb", "--pgdata", temporary.name, "--username=tiger_db",
@@ -296,7 +298,8 @@ def _launch(
     quoted = str(socket_folder).replace('"', '""')
     options = (
         "--listen_addresses=", "--port=5432", f'--unix_socket_directories="{quoted}"',
-        "--unix_socket_permissions=0700", "--log_checkpoints=off",  # the log file is not rotated
+        "--unix_socket_permissions=0700",
+        "--log_checkpoints=off",  # a message for each checkpoint would make the log file grow
     )  # fmt: skip
     # pg_ctl inserts its path arguments into a shell command. Unlike the path of the home folder,
     # the relative paths `data` and `log` contain no special characters of a shell.
@@ -308,7 +311,7 @@ def _launch(
         meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
     # The server may have become ready after the last call of `meanwhile`. If pg_ctl succeeded,
-    # the server holds the server lock, even if psutil may not list the server's open files.
+    # the server holds the server lock, even if psutil cannot list the server's open files.
     server_process.record_server(home, lock, started=pg_ctl.returncode == 0)
     if found := server_process.find_ready(home):
         return found

@@ -33,7 +33,9 @@ def configured_folder(settings: Settings) -> Path:
         resolved = folder.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
         if home is None:  # HOME is not set, and /etc/passwd does not list the user
-            raise EmbeddedError(f"TIGER_DB_HOME is not set: {error}") from None
+            raise EmbeddedError(
+                f"TIGER_DB_HOME is not set, and there is no default folder: {error}"
+            ) from None
         raise EmbeddedError(f"TIGER_DB_HOME {str(home)!r} cannot be used: {error}") from None
     if "\n" in str(resolved):
         raise EmbeddedError(f"TIGER_DB_HOME {str(resolved)!r} must not contain a line break")
@@ -47,8 +49,8 @@ def configured_folder(settings: Settings) -> Path:
 def find_folder(configured: Path) -> Path | None:
     """Return the embedded server's home folder, or None if root has not started a server yet.
 
-    When root starts the embedded server for the first time, `choose_folder` chooses one of two
-    folders. Later starts must use the same home folder.
+    When root starts the embedded server for the first time, `choose_folder` chooses `configured`
+    or a folder in `/var/lib/tiger_db`. Later starts must use the same home folder.
     """
     if os.geteuid() != 0:
         return configured
@@ -83,7 +85,7 @@ def server_user(home: Path) -> processes.User:
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             return pwd.getpwnam(name)[2:4]
-    raise EmbeddedError("PostgreSQL refuses root: there must be a user `postgres` or `nobody`")
+    raise EmbeddedError("PostgreSQL refuses to run as root: create a user `postgres`")
 
 
 def _can_reach(user: processes.User, path: Path) -> bool:
@@ -133,12 +135,13 @@ def create_programs_folder(home: Path) -> Path:
         if processes.can_run_from(folder):
             create_home(folder)
             return folder
-        why = f"nor from {str(folder)!r}"
+        why = f"or from {str(folder)!r}"
     except (EmbeddedError, RuntimeError) as error:  # pathlib raises RuntimeError if HOME is unknown
         why = str(error)
     raise EmbeddedError(
-        f"PostgreSQL's programs cannot run from {str(home)!r}: set TIGER_DB_HOME to a folder whose"
-        f" path is UTF-8 text without any of {processes.UNSAFE_CHARACTERS} ({why})"
+        f"PostgreSQL's programs cannot run from {str(home)!r} ({why}): set TIGER_DB_HOME to a"
+        " folder whose path is UTF-8 text without any of the characters"
+        f" {processes.UNSAFE_CHARACTERS}"
     )
 
 
@@ -159,7 +162,8 @@ def create_socket_folder(home: Path, user: processes.User) -> Path:
                 _create_private_folder(folder, user)
                 return folder
     raise EmbeddedError(
-        f"the server of {home} needs a folder with a short path for its socket: set XDG_RUNTIME_DIR"
+        f"the socket of the embedded PostgreSQL in {home} needs a folder with a shorter path:"
+        " set XDG_RUNTIME_DIR to such a folder"
     )
 
 

@@ -31,8 +31,8 @@ _NOT_INSTALLED = (
 )
 
 
-# Without this lock, a process that os.fork() creates during Popen could inherit the pipes of the
-# child program. `run` would then wait until the forked process closes the pipes.
+# Without `_spawn_lock`, a process that os.fork() creates during Popen could inherit the pipes of
+# the child program. `run` would wait until the forked process has closed the inherited pipes.
 _spawn_lock = threading.RLock()
 os.register_at_fork(
     before=_spawn_lock.acquire,
@@ -86,7 +86,7 @@ def run(
 
 
 def failure_reason(output: str) -> str:
-    """Return the reason of a program's failure, as one line, from the program's output."""
+    """Return one line of a program's output that says why the program failed."""
     found = re.search(r"(?:error|FATAL|PANIC): *(.+)", output) or re.search(r"(\S.*)", output)
     hint = re.search(r"HINT: *(.+)", output)
     return (found[1] if found else "no reason given") + (f" ({hint[1]})" if hint else "")
@@ -121,8 +121,9 @@ def find_wheel() -> tuple[Path, str]:
 def can_run_from(folder: Path) -> bool:
     """Return whether the programs of PostgreSQL can run from a folder.
 
-    The programs initdb and pg_ctl resolve symbolic links, and write the path of the program
-    `postgres` in double quotes into a shell command. initdb also needs a path in valid UTF-8.
+    The programs initdb and pg_ctl resolve symbolic links. Both programs write the path of the
+    program `postgres` in double quotes into a shell command. In addition, initdb needs a path in
+    valid UTF-8.
     """
     with suppress(UnicodeEncodeError):
         path = str(folder).encode()
@@ -170,12 +171,13 @@ def _copy_wheel(package: Path, copy: Path) -> None:
                 shutil.copytree(source, temporary / source.name, symlinks=True, ignore=ignore)
         if (chmod := run("chmod", "-R", "a+rX", temporary)).returncode:
             why = failure_reason(chmod.stderr)
-            raise EmbeddedError(f"the server cannot be copied to {copy}: {why}")
+            raise EmbeddedError(f"PostgreSQL's programs cannot be copied to {copy}: {why}")
         for old in copy.parent.glob(f"server-*/{package.name}/pginstall"):
             shutil.rmtree(old.parents[1], ignore_errors=True)
         temporary.rename(copy)
     except shutil.Error as error:
         _, _, why = error.args[0][0]  # reason why the first file could not be copied
-        raise EmbeddedError(f"the server cannot be copied to {copy}: {why}") from error
+        raise EmbeddedError(f"PostgreSQL's programs cannot be copied to {copy}: {why}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # a renamed folder is not removed
+        # After a successful rename, the path `temporary` does not exist, and nothing is removed.
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,20 +1,20 @@
 """The processes of the embedded server, and the server lock that these processes hold.
 
 The server lock is a flock on the file `server.lock`. The process that starts the embedded server
-takes the server lock. pg_ctl, the postmaster and the backends inherit the open file, and the kernel
-releases the server lock when the last of these processes ends. Backends that outlive a killed
-postmaster still use the server's data, and hold the server lock too.
+takes the server lock. The postmaster, the backends and pg_ctl inherit the open file. The kernel
+releases the server lock when the last process that has the file open ends. Backends that outlive a
+killed postmaster still use the server's data, and still hold the server lock.
 
-A process ID is valid in one container only, but a flock is valid in every container of one kernel.
-If a process can take the server lock, and one of two conditions is met, the previous holder of the
-server lock has ended:
+A process ID is valid in one container only, but a flock is valid in all containers that share one
+kernel. If a process can take the server lock, the previous holder of the server lock has ended,
+provided that one of two conditions is met:
 - The file system of `server.lock` is local. Only one kernel can mount a local file system.
 - The previous holder of the server lock was started since the last boot, and through the same
   mount. A network file system may hide the locks of other machines and mounts.
 
 If a user or an older release started a server without the server lock, the server counts as running
-until its file `postmaster.pid` is removed. A server that crashed before its identity was recorded
-counts as running too.
+until its file `postmaster.pid` is removed. If a server crashed before its identity was recorded in
+`server.lock`, the server also counts as running.
 
 The functions in `tiger_db.embedded.server_process` raise EmbeddedError if a server does not start
 or stop in time, or if a server may be running in another container or on another machine.
@@ -69,16 +69,16 @@ class Postmaster(NamedTuple):
 class Origin(NamedTuple):
     """The machine and time of a server's start, from the first lines of `server.lock`.
 
-    The next line of `server.lock` is the identity of the server, from `postmaster.pid`. The
-    identity is missing if the start of the server failed, or if the starting process was killed
-    early. Without the identity, another server may have written `postmaster.pid`, and the server
-    lock does not prove that the writer of `postmaster.pid` has ended.
+    In `server.lock`, the line after the origin is the identity of the server, from
+    `postmaster.pid`. The identity is missing if the start of the server failed, or if the process
+    that started the server was killed early. If the identity is missing, another server may have
+    written `postmaster.pid`, and the server lock does not prove that the other server has ended.
     """
 
     host: str
     since: str
-    boot: str  # boot ID, or an empty text on a system without boot IDs
-    namespace: str  # PID namespace, or an empty text on a system without PID namespaces
+    boot: str  # Boot ID, or an empty text on a system without boot IDs.
+    namespace: str  # PID namespace, or an empty text on a system without PID namespaces.
     device: str
 
     @classmethod
@@ -98,7 +98,7 @@ def find_ready(home: Path) -> Postmaster | None:
 
 
 def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
-    """Wait until the server accepts connections, or until this process can take the server lock.
+    """Wait until the server accepts connections, or until this process has taken the server lock.
 
     The result is the running server, or None if this process holds the server lock now.
     """
@@ -110,7 +110,8 @@ def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
             _refuse_other_namespace(home, lock)
         elif found.accepts_connections():
             return found
-        elif found.ready:  # the socket was removed, for example at the end of a login session
+        elif found.ready:
+            # The server's socket was removed, for example at the end of a login session.
             found.interrupt()
     server = _describe_server(home, lock, held=True)
     if holders := _lock_holders(lock):
@@ -165,7 +166,7 @@ def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
 
 @contextmanager
 def open_lock(home: Path) -> Iterator[int]:
-    """Open `server.lock`. A started server keeps the server lock after `server.lock` is closed."""
+    """Open `server.lock`. A server that inherits the open file keeps the server lock afterwards."""
     lock = private_opener(str(home / "server.lock"), os.O_RDWR | os.O_CREAT)
     _open_locks.add(lock)
     try:
@@ -193,14 +194,19 @@ def try_lock(lock: int) -> bool:
 
 
 def record_start(lock: int) -> None:
-    """Record a server's origin before its start. The caller must hold the server lock."""
+    """Write a server's origin to `server.lock` before the server is started.
+
+    The caller of `record_start` must hold the server lock.
+    """
     os.ftruncate(lock, 0)
     os.pwrite(lock, "".join(f"{line}\n" for line in Origin.here(lock)).encode(), 0)
-    os.fsync(lock)  # PostgreSQL flushes its own lock file to disk too
+    os.fsync(lock)  # PostgreSQL flushes `postmaster.pid`, too: both files survive a crash
 
 
 def record_server(home: Path, lock: int, *, started: bool = False) -> None:
-    """Record a server's identity if the server holds the server lock and has no recorded identity.
+    """Write a server's identity to `server.lock` if the server holds the server lock.
+
+    If `server.lock` already has an identity, `record_server` does nothing.
 
     The caller of `record_server` must hold the lock of the home folder, so that no other process
     starts a server. If `started` is true, pg_ctl has just started the server, so the server
@@ -213,7 +219,7 @@ def record_server(home: Path, lock: int, *, started: bool = False) -> None:
 
 
 def write_identity(lock: int, identity: str) -> None:
-    """Record the identity of the server that holds the server lock."""
+    """Write the identity of the server that holds the server lock to `server.lock`."""
     origin, _ = _read_lock_file(lock)
     os.pwrite(lock, f"{identity}\n".encode(), sum(len(line) + 1 for line in origin))
     os.fsync(lock)
@@ -226,7 +232,7 @@ def lacks_identity(lock: int) -> bool:
 
 
 def _origin(lock: int, identity: str | None) -> Origin | None:
-    """Return the recorded origin of the server with an identity, or None if no origin is recorded.
+    """Return the origin of the server with the given identity, or None if no origin is recorded.
 
     If `identity` is None, return the origin of the last server that held the server lock.
     """
@@ -247,8 +253,8 @@ def _refuse_other_namespace(home: Path, lock: int) -> None:
     origin, here = _origin(lock, None), Origin.here(lock)
     if origin and (origin.boot, origin.namespace) != (here.boot, here.namespace):
         raise EmbeddedError(
-            f"{_describe_server(home, lock, held=True)} is using {home / 'data'}: stop the server"
-            " there, or connect to the server there"
+            f"{_describe_server(home, lock, held=True)} is using {home / 'data'}: stop that server"
+            " in its own container or on its own machine, or connect to it there"
         )
 
 
@@ -256,7 +262,7 @@ def _has_ended(home: Path, lock: int, identity: str | None) -> bool:
     """Return whether the server lock proves that the writer of `postmaster.pid` has ended.
 
     The caller of `_has_ended` must hold the server lock. If `postmaster.pid` is damaged, `identity`
-    is None, and the postmaster stops within a minute.
+    is None. A running postmaster stops within a minute after `postmaster.pid` was damaged.
     """
     origin, here = _origin(lock, identity), Origin.here(lock)
     if origin is None:
@@ -274,7 +280,7 @@ def _file_system(path: Path) -> str:
 
 
 def _lock_holders(lock: int) -> list[str]:
-    """Describe the other visible processes that hold the server lock."""
+    """Return descriptions of the processes, except this process, that hold the server lock."""
     return [
         f"process {process.pid} ({process.info['name']})"
         for process in import_psutil().process_iter(["name"])
@@ -297,8 +303,8 @@ def _has_open(process: Any, lock: int) -> bool:  # noqa: ANN401  # psutil has no
 def _describe_server(home: Path, lock: int, *, held: bool) -> str:
     """Return a description of the server that wrote `postmaster.pid`, for an error message.
 
-    If `held` is true, a process of the server holds the server lock. The recorded origin is then
-    the origin of this server.
+    If `held` is true, a process of the server holds the server lock, and the origin in
+    `server.lock` is the origin of that server.
     """
     lines = _pid_file_lines(home)
     identity = _identity(lines)
@@ -373,7 +379,7 @@ def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has n
 
 
 def _poll() -> Iterator[None]:
-    """Yield every 20 ms until the timeout, and once more, because the machine may have slept."""
+    """Yield every 20 ms until the timeout, and once more, in case the machine was suspended."""
     deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         yield
