@@ -56,7 +56,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
         "the connection was lost: a transaction exceeded transaction_timeout",
     ),
     "28": (DatabaseUnavailable, "the database refuses the login of this role"),
-    "3D000": (DatabaseUnavailable, "the database does not exist: create it with `tiger-db init`"),
+    "3D000": (DatabaseUnavailable, "the database does not exist: run `tiger-db init`"),
     "40001": (Conflict, None),  # Serialization failure, or conflict with recovery on a replica.
     "40P01": (Conflict, None),  # Deadlock.
     "42501": (StatementRefused, None),  # Missing privilege.

@@ -28,7 +28,7 @@ from tiger_db.public import public
 _REPORTED_FINDINGS = 1000
 _REMEMBERED_EVENTS = 100_000  # Maximum number of mismatches that are kept in memory.
 _PROGRESS_POSITIONS = 1000  # Number of positions between two calls of `advance`.
-# If the database's clock is set back by at most `_CLOCK_TOLERANCE`, `verify` finds nothing wrong.
+# `verify` tolerates that the database's clock was set back by at most `_CLOCK_TOLERANCE`.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
 # `_CREATED_AT` selects `created_at` without fractions of a second from the content of an event.
 _CREATED_AT = slice(59, 78)
@@ -187,7 +187,8 @@ class TrailVerifier:
         self._upto = 0  # Highest position that an added seal covers.
         self._missing_upto = -(2**63) - 1  # Highest position that a missing seal may cover.
         # Events of the last added seal were created at `_created_after` or later. Events of later
-        # seals were created at `_next_created_after` or later. An empty text is no bound.
+        # seals were created at `_next_created_after` or later. For an
+        # empty text, the time of creation is not checked.
         self._created_after = ""
         self._next_created_after = ""
         # The following attributes describe events, with positions as keys.

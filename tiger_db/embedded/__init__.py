@@ -179,7 +179,7 @@ def _home_lock(home: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # A forked process may have the lock file open. Closing the file would not unlock it.
+            # While a forked process has the lock file open, closing the file does not unlock it.
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
@@ -268,7 +268,7 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     try:
         if os.geteuid() == 0:
             os.chown(temporary, *user)
-            # On Linux, initdb opens the pipe by the name /dev/stdin, which only the owner can do.
+            # On Linux, initdb opens the pipe by the name /dev/stdin, which only its owner can do.
             with suppress(OSError):
                 os.fchown(reading, *user)
         initdb = processes.run(

@@ -166,7 +166,7 @@ def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
 
 @contextmanager
 def open_lock(home: Path) -> Iterator[int]:
-    """Open `server.lock`. A server that inherits the open file keeps the server lock afterwards."""
+    """Open `server.lock`. A server that inherits the file holds the server lock until its end."""
     lock = private_opener(str(home / "server.lock"), os.O_RDWR | os.O_CREAT)
     _open_locks.add(lock)
     try:
@@ -200,7 +200,8 @@ def record_start(lock: int) -> None:
     """
     os.ftruncate(lock, 0)
     os.pwrite(lock, "".join(f"{line}\n" for line in Origin.here(lock)).encode(), 0)
-    os.fsync(lock)  # PostgreSQL flushes `postmaster.pid`, too: both files survive a crash
+    # PostgreSQL flushes `postmaster.pid` to the disk, so `server.lock` must be flushed, too.
+    os.fsync(lock)
 
 
 def record_server(home: Path, lock: int, *, started: bool = False) -> None:
