@@ -24,6 +24,7 @@ LOOKUPS: dict[str, Read] = {
     "api_keys.get": lambda s: api_keys.get(s, ACCOUNT),
     "get_by_prefix": lambda s: api_keys.get_by_prefix(s, "tdb_1"),
     "usage": lambda s: api_keys.usage(s, ACCOUNT, since=SINCE),
+    "usage of all keys": lambda s: api_keys.usage(s, by=("day", "key"), since=SINCE),
     "audit_logs.get": lambda s: audit_logs.get(s, ACCOUNT),
     "token_status.get": lambda s: token_status.get(s, ACCOUNT),
     "get_latest_status": lambda s: token_status.get_latest_status(s, ACCOUNT),

@@ -16,7 +16,7 @@ from tiger_db.errors import AccessDenied, NotFound, RateLimited
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tiger_db.crud.api_keys import HourlyUsage, KeyChanges, TradingPause
+    from tiger_db.crud.api_keys import KeyChanges, TradingPause, UsageCount
     from tiger_db.database import AsyncSession
 
 KeyStatuses = Literal["active", "inactive", "revoked", "expired"]
@@ -233,18 +233,20 @@ def show_api_key(
     """
     now, start = datetime.now(UTC), options.parse_past(since, "--since")
 
-    async def find(session: "AsyncSession") -> "tuple[tiger_db.APIKey, list[HourlyUsage]]":
+    async def find(session: "AsyncSession") -> "tuple[tiger_db.APIKey, list[UsageCount]]":
         found = await runtime.find_api_key(session, key)
         return found, await tiger_db.crud.api_keys.usage(session, found.id, since=start)
 
     found, usage = runtime.in_transaction(find)
+    hours = {uses.start: uses.count for uses in usage if uses.start is not None}
     if as_json:
-        items = [{"hour": hourly.hour.isoformat(), "count": hourly.count} for hourly in usage]
+        items = [
+            {"hour": uses.start.isoformat(), "count": uses.count} for uses in usage if uses.start
+        ]
         output.print_json({**output.dump(found), "usage": items})
         return
     output.show_row(found, as_json=False)
-    if usage:
-        hours = {hourly.hour: hourly.count for hourly in usage}
+    if hours:
         output.show_bars(output.count_by_period(hours, start, now))
     else:
         output.print_message(f"the API key has not been used since {start:%Y-%m-%d %H:%MZ}")

@@ -106,7 +106,9 @@ async def paginate(
     total = None
     if count:
         with typed_errors():
-            total = await session.scalar(statement.with_only_columns(func.count()))
+            total = await session.scalar(
+                statement.with_only_columns(func.count(), maintain_column_froms=True)
+            )
     # One row more than `limit` shows whether another page exists.
     page = page.order_by(*(key.asc() if ascending else key.desc() for key in keys))
     rows = await fetch_all(session, page.limit(limit + 1))

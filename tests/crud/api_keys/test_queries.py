@@ -1,6 +1,7 @@
 """Queries of API keys and their usage."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -8,13 +9,11 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.raw_keys import unknown_key, with_checksum, wrong_secret
-from tiger_db import APIKeyStatus, AuditAction
+from tests.support.recording import recorded
+from tiger_db import APIKey, APIKeyScope, APIKeyStatus, AuditAction, Database
 from tiger_db.crud import api_keys
 from tiger_db.database import AsyncSession
-from tiger_db.errors import (
-    InvalidCursor,
-    InvalidValue,
-)
+from tiger_db.errors import InvalidCursor, InvalidValue, NotFound
 
 HOUR = timedelta(hours=1)
 
@@ -145,11 +144,162 @@ async def test_usage_lists_the_uses_by_the_hour(session: AsyncSession) -> None:
         await count_uses(session, key.id, count, hours_ago)
     await api_keys.verify_api_key(session, raw_key)
     now = datetime.now(UTC)
-    told = await api_keys.usage(session, key.id, since=now - 2 * HOUR)
-    assert [hourly.count for hourly in told] == [4, 1]
-    assert told[0].hour == (told[1].hour - 2 * HOUR)
-    assert (told[1].hour.minute, told[1].hour.utcoffset()) == (0, timedelta(0))
+    first, last = await api_keys.usage(session, key.id, since=now - 2 * HOUR)
+    assert (first.count, last.count) == (4, 1)
+    assert first.start is not None
+    assert first.start + 2 * HOUR == last.start
+    assert (first.start.minute, first.start.utcoffset()) == (0, timedelta(0))
     assert len(await api_keys.usage(session, key.id, since=now - 31 * HOUR)) == 3
     assert await api_keys.usage(session, uuid4(), since=now - HOUR) == []
     with pytest.raises(InvalidValue, match="since"):
         await api_keys.usage(session, key.id, since=datetime(2026, 1, 1))  # noqa: DTZ001
+
+
+async def test_usage_of_all_keys_is_counted_by_time_key_and_account(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    busy, _ = await factories.api_key(session, tiger_account_id=account.id)
+    quiet, _ = await factories.api_key(session, tiger_account_id=account.id)
+    unbound, _ = await factories.api_key(session)
+    uses = [(busy, 50, 9), (busy, 0, 30), (quiet, 50, 1), (quiet, 49, 2), (unbound, 0, 20)]
+    for key, hours_ago, count in uses:
+        await count_uses(session, key.id, count, hours_ago)
+    since = datetime.now(UTC) - 100 * HOUR
+
+    async def counted(
+        by: Any, key_id: UUID | None = None, **more: Any
+    ) -> list[tuple[int, UUID | None, UUID | None]]:
+        found = await api_keys.usage(session, key_id, by=by, since=since, **more)
+        return [(group.count, group.api_key_id, group.account_id) for group in found]
+
+    top = [(39, busy.id, None), (20, unbound.id, None), (3, quiet.id, None)]
+    assert await counted("key") == top
+    assert await counted(["key"], limit=2) == top[:2]
+    assert await counted("account") == [(42, None, account.id), (20, None, None)]
+    assert await counted({"account", "key"}, quiet.id) == [(3, quiet.id, account.id)]
+    days = await api_keys.usage(session, by=("day", "key"), since=since)
+    assert sum(group.count for group in days) == 62
+    assert {group.start.hour for group in days if group.start is not None} == {0}
+    starts = [group.start for group in days if group.start is not None]
+    assert starts == sorted(starts)
+    assert len(days) in {4, 5}  # midnight may lie between the two hours of the key `quiet`
+    assert await counted("day", uuid4()) == []
+    for wrong in ((), ("hour", "day")):
+        with pytest.raises(InvalidValue, match="by must name"):
+            await counted(wrong)
+
+
+async def test_keys_are_filtered_by_one_or_several_values(session: AsyncSession) -> None:
+    now = datetime.now(UTC)
+    account = await factories.account(session, account_name="Zürich")
+    reader, _ = await factories.api_key(session, name="reader", created_by="alice")
+    trader, _ = await factories.api_key(
+        session,
+        name="Trader_1",
+        scopes=[APIKeyScope.TRADE_ADMIN],
+        tiger_account_id=account.id,
+        created_by="bob",
+        description="100% of trades",
+    )
+    expired, _ = await factories.api_key(session, name="Old", expires_at=now - HOUR)
+    used = text("UPDATE api_keys SET last_used_at = :at, created_at = :at WHERE id = :id")
+    await session.execute(used, {"at": now - 48 * HOUR, "id": reader.id})
+
+    async def found(**filters: Any) -> list[APIKey]:
+        page = await api_keys.list_api_keys(session, **filters, count=True)
+        assert page.total == len(page)
+        return page.items
+
+    assert await found() == [expired, trader, reader]
+    assert await found(status=["active", "revoked"]) == [trader, reader]
+    assert await found(status=list(APIKeyStatus)) == [expired, trader, reader]
+    assert await found(status=[]) == []
+    assert await found(account_id=account.id) == [trader]
+    assert await found(account_id=[uuid4(), account.id]) == [trader]
+    assert await found(scope=APIKeyScope.TRADE_READ) == [trader]
+    assert await found(scope=["trade:write", "mcp:read"]) == [expired, trader, reader]
+    assert await found(scope=[]) == []
+    assert await found(created_by=("alice", "carol")) == [reader]
+    assert await found(expired=True) == [expired]
+    assert await found(expired=False) == [trader, reader]
+    assert await found(unused_since=now - 24 * HOUR) == [reader]
+    assert await found(search="ER") == [trader, reader]
+    for literal, matching in (("r_1", [trader]), ("0%", [trader]), ("t%r", []), ("R_A", [])):
+        assert await found(search=literal) == matching
+    assert await found(search=reader.key_prefix[-9:].upper()) == [reader]
+    assert await found(search="e", status="active", created_by="bob") == [trader]
+    with pytest.raises(InvalidValue, match="unknown filters: colour"):
+        await found(colour="red")
+
+
+async def test_keys_sorted_by_name_are_paged_in_both_directions(
+    database: Database, session: AsyncSession
+) -> None:
+    account = await factories.account(session)
+    names = ["b", "a", "B", "ä", "a", "Z"]
+    made = [
+        (await factories.api_key(session, name=name, tiger_account_id=account.id))[0]
+        for name in names
+    ]
+    expected = sorted(made, key=lambda key: (key.name, key.id))
+    for limit in (1, 2, 4, 6):
+        page = await api_keys.list_api_keys(session, order_by="name", limit=limit)
+        listed, pages = [*page], [page]
+        while page.next_cursor is not None:
+            page = await api_keys.list_api_keys(
+                session, order_by="name", limit=limit, after=page.next_cursor
+            )
+            listed += page
+            pages.append(page)
+        assert listed == expected
+        for earlier in reversed(pages[:-1]):
+            assert page.previous_cursor is not None
+            page = await api_keys.list_api_keys(
+                session, order_by="name", limit=limit, before=page.previous_cursor
+            )
+            assert (page.items, page.next_cursor) == (earlier.items, earlier.next_cursor)
+            assert page.previous_cursor == earlier.previous_cursor
+    with recorded(database) as sent:
+        page = await api_keys.list_api_keys(session, load=["tiger_account"], count=True)
+    assert len(sent) == 3
+    assert all(key.tiger_account is account for key in page)
+    assert page.total == 6
+    first = await api_keys.list_api_keys(session, limit=1)
+    for arguments in ({"order_by": "name"}, {"status": "active"}, {"account_id": account.id}):
+        with pytest.raises(InvalidCursor):
+            await api_keys.list_api_keys(session, after=first.next_cursor, **arguments)
+    with pytest.raises(InvalidValue, match="cannot be combined"):
+        await api_keys.list_api_keys(session, after=first.next_cursor, before=first.next_cursor)
+    with pytest.raises(InvalidValue, match="no relationship 'owner'"):
+        await api_keys.list_api_keys(session, load=["owner"])
+
+
+# What is left of a limit
+
+
+async def test_the_limits_of_a_key_tell_what_is_left(session: AsyncSession) -> None:
+    key, raw_key = await factories.api_key(session, rate_limit_per_hour=3)
+    for _ in range(2):
+        await api_keys.authorize_api_key(session, raw_key)
+    limits = await api_keys.limits(session, key.id)
+    assert limits.day is None
+    assert limits.hour is not None
+    assert (limits.hour.limit, limits.hour.used, limits.hour.remaining) == (3, 2, 1)
+    now = datetime.now(UTC)
+    assert now < limits.hour.resets_at <= now + HOUR
+    assert (limits.hour.resets_at.minute, limits.hour.resets_at.utcoffset()) == (0, timedelta(0))
+
+    successor, _ = await api_keys.rotate(session, key.id)
+    await api_keys.update(session, successor.id, rate_limit_per_day=1)
+    limits = await api_keys.limits(session, successor.id)
+    assert limits.hour is not None
+    assert limits.day is not None
+    assert (limits.hour.used, limits.day.used, limits.day.remaining) == (2, 2, 0)
+    past = text(
+        "UPDATE api_key_limits SET hour = hour - interval '1 h', day = day - interval '1 d'"
+    )
+    await session.execute(past)
+    limits = await api_keys.limits(session, successor.id)
+    assert limits.hour is not None
+    assert (limits.hour.used, limits.hour.remaining) == (0, 3)
+    with pytest.raises(NotFound):
+        await api_keys.limits(session, uuid4())

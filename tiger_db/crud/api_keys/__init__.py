@@ -15,7 +15,7 @@ from tiger_db.crud.api_keys.lifecycle import (
 from tiger_db.crud.api_keys.pausing import TradingPause, current_pause, is_paused, pause, resume
 from tiger_db.crud.api_keys.queries import (
     APIKeyFilters,
-    HourlyUsage,
+    UsageCount,
     find_by_raw_key,
     get,
     get_by_prefix,
@@ -24,13 +24,16 @@ from tiger_db.crud.api_keys.queries import (
     list_expiring,
     usage,
 )
+from tiger_db.crud.api_keys.rate_limits import KeyLimits, Limit, limits
 
 __all__ = [
     "KEY_PATTERN",
     "APIKeyFilters",
-    "HourlyUsage",
     "KeyChanges",
+    "KeyLimits",
+    "Limit",
     "TradingPause",
+    "UsageCount",
     "activate",
     "authorize_api_key",
     "create_api_key",
@@ -42,6 +45,7 @@ __all__ = [
     "get_by_prefix",
     "get_keys_for_account",
     "is_paused",
+    "limits",
     "list_api_keys",
     "list_expiring",
     "pause",

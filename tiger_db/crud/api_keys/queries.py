@@ -3,30 +3,54 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, TypeAlias, TypedDict, Unpack
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, false, func, or_, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    and_,
+    false,
+    func,
+    inspect,
+    or_,
+    select,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.api_keys.hashing import peppers_of, verify_secret
 from tiger_db.crud.api_keys.key_format import parse_key
-from tiger_db.crud.common import fetch_one, require_aware
+from tiger_db.crud.common import fetch_one
 from tiger_db.crud.filters import Filters, OneOrMore, as_list, has_text, one_of, overlaps
-from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, paginate
+from tiger_db.crud.pagination import (
+    DEFAULT_PAGE_SIZE,
+    MAX_PAGE_SIZE,
+    EntityList,
+    Page,
+    check_limit,
+    paginate,
+)
 from tiger_db.errors import InvalidValue
 from tiger_db.models import APIKey, APIKeyScope, APIKeyStatus
 from tiger_db.models.api_keys import api_key_usage
 from tiger_db.public import public
 
+UsageDimension: TypeAlias = Literal["hour", "day", "key", "account"]
+
 
 @dataclass(frozen=True, slots=True)
-class HourlyUsage:
-    """The number of accepted uses of an API key in the hour that starts at `hour` (UTC)."""
+class UsageCount:
+    """The number of accepted uses of API keys in a group, such as one API key on one day.
 
-    hour: datetime
+    A field is None if the query did not group by the field. `account_id` is also None for API keys
+    that are bound to no account.
+    """
+
     count: int
+    start: datetime | None = None  # start of the hour or day (UTC)
+    api_key_id: UUID | None = None
+    account_id: UUID | None = None
 
 
 @public
@@ -211,21 +235,51 @@ async def list_expiring(
 
 
 @public
-async def usage(session: AsyncSession, key_id: UUID, *, since: datetime) -> list[HourlyUsage]:
-    """Return the number of accepted uses of an API key per hour, oldest hour first.
+async def usage(
+    session: AsyncSession,
+    key_id: UUID | None = None,
+    *,
+    by: OneOrMore[UsageDimension] = "hour",
+    since: datetime,
+    limit: int = MAX_PAGE_SIZE,
+) -> list[UsageCount]:
+    """Count the accepted uses of one API key, or of all API keys, since the aware datetime `since`.
 
-    An hour without uses is omitted. Uses of the last second can be missing, because tiger_db writes
-    usage counts once per second.
+    The uses are grouped by hour or day (UTC), by API key, by account, or by a combination such as
+    `("day", "key")`. Groups without uses are omitted. Groups with a time are sorted by time. Groups
+    with the same time, and groups without a time, are sorted by count, highest count first. The
+    first `limit` groups are returned.
+
+    tiger_db stores one count per API key and hour: the hour that contains `since` is counted as a
+    whole. Uses of the last second can be missing, because tiger_db writes usage counts once per
+    second. The counts of deleted API keys are deleted.
 
     Raises:
-        InvalidValue: the datetime `since` has no time zone.
+        InvalidValue: `since` has no time zone, `by` is empty or combines hours with days, or
+            `limit` is not from 1 to 1000.
     """
-    rows = await session.execute(
-        select(api_key_usage.c.hour, api_key_usage.c.count)
-        .where(
-            api_key_usage.c.api_key_id == key_id,
-            api_key_usage.c.hour >= func.date_trunc("hour", require_aware("since", since), "UTC"),
-        )
-        .order_by(api_key_usage.c.hour)
+    check_limit(limit)
+    wanted = set(as_list(by))
+    if not wanted or {"hour", "day"} <= wanted:
+        raise InvalidValue("by must name hour or day, key, account, or a combination of them")
+    counts = api_key_usage.c
+    columns = {
+        "day": func.date_trunc("day", counts.hour, "UTC").label("start"),
+        "hour": counts.hour.label("start"),
+        "key": counts.api_key_id,
+        "account": inspect(APIKey).columns.tiger_account_id.label("account_id"),
+    }
+    groups = [column for name, column in columns.items() if name in wanted]
+    total = func.sum(counts.count).cast(BigInteger).label("count")
+    times = [group for group in groups if group.name == "start"]
+    statement = (
+        select(total, *groups)
+        .join(APIKey, col(APIKey.id) == counts.api_key_id)
+        .where(counts.hour >= func.date_trunc("hour", since, "UTC"))
+        .group_by(*groups)
+        .order_by(*times, total.desc(), *groups)
+        .limit(limit)
     )
-    return [HourlyUsage(hour, count) for hour, count in rows]
+    if key_id is not None:
+        statement = statement.where(counts.api_key_id == key_id)
+    return [UsageCount(**row) for row in (await session.execute(statement)).mappings()]

@@ -1,10 +1,16 @@
-"""The check of the rate limits of API keys, which is exact over all processes."""
+"""The rate limits of API keys: a check that is exact over all processes, and the uses left."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from tiger_db.crud.api_keys.policy import KeyPermissions
-from tiger_db.errors import RateLimited
+from tiger_db.crud.common import execute_driver_sql
+from tiger_db.errors import NotFound, RateLimited
+from tiger_db.public import public
 
 if TYPE_CHECKING:
     import asyncpg
@@ -62,3 +68,68 @@ async def consume(
     if ends and max(ends) > now:
         raise RateLimited(retry_after=max(ends) - now)
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A rate limit of an API key, and the uses that were counted in the current hour or day.
+
+    `used` is never more than `limit`, unless `limit` was lowered.
+    """
+
+    limit: int
+    used: int
+    resets_at: datetime  # end of the hour or day (UTC)
+
+    @property
+    def remaining(self) -> int:
+        return max(self.limit - self.used, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """The rate limits of an API key. None means that the API key has no such limit."""
+
+    hour: Limit | None
+    day: Limit | None
+
+
+# If the database's clock steps back, the row of api_key_limits keeps the later hour and day.
+_LIMITS = """
+SELECT k.rate_limit_per_hour AS per_hour, k.rate_limit_per_day AS per_day,
+    greatest(l.hour, this.hour) AS hour, greatest(l.day, this.day) AS day,
+    CASE WHEN l.hour >= this.hour THEN l.hour_count ELSE 0 END AS hour_count,
+    CASE WHEN l.day >= this.day THEN l.day_count ELSE 0 END AS day_count
+FROM (
+    SELECT date_trunc('hour', now, 'UTC') AS hour, date_trunc('day', now, 'UTC') AS day
+    FROM clock_timestamp() AS now
+) AS this, api_keys AS k
+LEFT JOIN api_key_limits AS l ON l.api_key_id = coalesce(k.root_id, k.id)
+WHERE k.id = $1
+"""
+
+
+@public
+async def limits(session: AsyncSession, key_id: UUID) -> KeyLimits:
+    """Return the rate limits of an API key, with the uses of the current hour and day (UTC).
+
+    All API keys of a rotation chain share their uses, so a new API key continues the counts of its
+    predecessor.
+
+    Raises:
+        NotFound: no API key has the id `key_id`.
+    """
+    rows = await execute_driver_sql(session, _LIMITS, key_id)
+    if not rows:
+        raise NotFound(f"there is no APIKey {key_id}")
+    (row,) = rows
+    return KeyLimits(
+        hour=_limit(row.per_hour, row.hour_count, row.hour, timedelta(hours=1)),
+        day=_limit(row.per_day, row.day_count, row.day, timedelta(days=1)),
+    )
+
+
+def _limit(limit: int | None, used: int, start: datetime, period: timedelta) -> Limit | None:
+    if limit is None:
+        return None
+    return Limit(limit, used, resets_at=start.astimezone(UTC) + period)
