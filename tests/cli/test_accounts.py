@@ -255,7 +255,11 @@ def test_a_new_default_replaces_the_old_one(cli: CommandLine) -> None:
 @pytest.mark.slow
 def test_accounts_are_listed_in_pages(cli: CommandLine) -> None:
     assert cli.ok("list-accounts") == Result(0, "", "no rows found\n")
-    assert cli.ok("list-accounts", "--json").json == {"items": [], "next_cursor": None}
+    assert cli.ok("list-accounts", "--json").json == {
+        "items": [],
+        "next_cursor": None,
+        "previous_cursor": None,
+    }
     for number in ("1111111", "U2222222", PAPER):
         create(cli, number)
     listed = cli.ok("list-accounts")

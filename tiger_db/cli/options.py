@@ -26,6 +26,15 @@ After = Annotated[
         metavar="CURSOR", help="Cursor of the next page: the next_cursor of the previous page."
     ),
 ]
+Before = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CURSOR", help="Cursor of the previous page: the previous_cursor of this page."
+    ),
+]
+Count = Annotated[
+    bool, typer.Option("--count", help="Count the rows of all pages, which can take seconds.")
+]
 SINCE = typer.Option(
     metavar="TIME",
     help="Start of the period: a time such as 2026-01-31T12:00:00Z, or an age such as 24h or 7d.",

@@ -92,13 +92,25 @@ def show_page(
 ) -> None:
     """Print a page of entities. `columns` maps each heading to a function of an entity.
 
-    `more` has further fields of the JSON object.
+    The JSON object has a field `total` if the page's list was counted. `more` has further fields of
+    the JSON object.
     """
     if as_json:
-        items = [dump(row) for row in page]
-        print_json({"items": items, "next_cursor": page.next_cursor, **(more or {})})
+        print_json(
+            {
+                "items": [dump(row) for row in page],
+                "next_cursor": page.next_cursor,
+                "previous_cursor": page.previous_cursor,
+                **({} if page.total is None else {"total": page.total}),
+                **(more or {}),
+            }
+        )
         return
     show_table(columns, [[column(row) for column in columns.values()] for row in page])
+    if page.total is not None:
+        print_message(f"number of rows on all pages: {page.total:,}")
+    if page.previous_cursor:
+        print_message(f"more rows precede: add --before {page.previous_cursor}")
     if page.next_cursor:
         print_message(f"more rows follow: add --after {page.next_cursor}")
 
