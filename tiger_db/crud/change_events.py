@@ -28,8 +28,8 @@ RECORDED = {"tiger_db_recorded": True}
 _HIDDEN = {"key_hash", "pepper_id"}
 # Audit events omit the columns in _OMITTED.
 _OMITTED = {"created_at", "updated_at", "token_refresh_at"}
-# InstanceState.info stores the fields of the audit event under _FIELDS, the names of the fields to
-# list in the audit event under _GIVEN, and the old values of fields under _OLD.
+# InstanceState.info stores the fields of the audit event under _FIELDS. The names of the fields to
+# list in the audit event are stored under _GIVEN, and the old values of fields under _OLD.
 _FIELDS, _GIVEN, _OLD = "tiger_db_fields", "tiger_db_given", "tiger_db_old"
 
 

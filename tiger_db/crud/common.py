@@ -94,7 +94,7 @@ def load_options(entity: type[Entity], names: Sequence[str]) -> list[ExecutableO
     """Return the options that load relationships of an entity, with one query per relationship.
 
     Raises:
-        InvalidValue: the entity has no relationship with one of the names.
+        InvalidValue: an item of `names` is not the name of a relationship of the entity.
     """
     if unknown := [name for name in names if name not in entity.__sqlmodel_relationships__]:
         raise InvalidValue(f"{entity.__name__} has no relationship {', '.join(map(repr, unknown))}")

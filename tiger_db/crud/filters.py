@@ -33,7 +33,7 @@ class Filters:
         return cls(Types(fields.__name__, hints), conditions)
 
     def where(self, values: Mapping[str, Any]) -> list[ColumnElement[bool]]:
-        """Return the SQL conditions for the given values. The value None selects every row.
+        """Return the SQL conditions for the given values. A filter with the value None is ignored.
 
         Raises:
             InvalidValue: the name of a filter is unknown, or the value of a filter is invalid.
@@ -46,7 +46,7 @@ class Filters:
 
 
 def as_list(value: object) -> list[Any]:
-    """Return a list of the given values: of one value, or of the values in a collection."""
+    """Return a list that contains one given value, or the values of a given collection."""
     if isinstance(value, str | Mapping) or not isinstance(value, Collection):
         return [value]
     return list(value)
@@ -58,10 +58,10 @@ def one_of(column: SQLColumnExpression[Any]) -> Condition:
 
 
 def has_text(*columns: SQLColumnExpression[Any]) -> Condition:
-    """Return the condition that one of the columns contains a text, in upper or lower case.
+    """Return the condition that one of the columns contains a text, regardless of case.
 
     The characters `%` and `_` of the text have no special meaning. The database's locale decides
-    which characters are the lower case of others.
+    which characters differ only in case.
     """
     return lambda text: or_(*(column.icontains(text, autoescape=True) for column in columns))
 
@@ -74,7 +74,7 @@ def overlaps(column: SQLColumnExpression[Any]) -> Condition:
 def has_tag(column: SQLColumnExpression[Any]) -> Condition:
     """Return the condition that a JSONB object has one of the given tags.
 
-    A tag is the name of a field, or a mapping of fields that the object contains.
+    A tag is the name of a field, or a mapping of fields to their values.
     """
 
     def condition(value: OneOrMore[Tag]) -> ColumnElement[bool]:

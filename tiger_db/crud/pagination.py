@@ -38,12 +38,17 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """One page of rows, with the cursors of the next page and of the previous page."""
+    """One page of rows, with the cursors of the next page and of the previous page.
+
+    `next_cursor` is the value of `after` for the next page, or None on the last page.
+    `previous_cursor` is the value of `before` for the previous page, or None on the first page.
+    `total` is the number of rows on all pages, or None if the rows were not counted.
+    """
 
     items: list[T]
-    next_cursor: str | None = None  # value of `after` for the next page; None: last page
-    previous_cursor: str | None = None  # value of `before` for the previous page; None: first page
-    total: int | None = None  # number of rows on all pages; None: not counted
+    next_cursor: str | None = None
+    previous_cursor: str | None = None
+    total: int | None = None
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.items)
@@ -56,9 +61,8 @@ class Page(Generic[T]):
 class EntityList(Generic[E_]):
     """A list of entities: its name, its filters and its orders.
 
-    The order `newest` sorts by id, newest row first. `orders` contains the names of more orders,
-    each with the name of the column that the order sorts by, ascending. Texts are sorted by code
-    point.
+    The order `newest` sorts by id, newest row first. `orders` maps the names of other orders to the
+    columns by which the orders sort, ascending. Texts are sorted by code point.
     """
 
     name: str
@@ -81,12 +85,14 @@ async def paginate(
 ) -> Page[E_]:
     """Fetch one page of a list: the rows that match all criteria and all filters.
 
-    The page is one query. `count` adds a query that counts the rows of all pages, and each name of
-    a relationship in `load` adds a query that loads the relationship. An empty page has no cursors.
+    To fetch the next page, pass the `next_cursor` of a page as `after`. To fetch the previous page,
+    pass the `previous_cursor` of a page as `before`. One query fetches the page. If `count` is
+    true, another query counts the rows of all pages. For each relationship whose name is in `load`,
+    another query loads the relationship. An empty page has no cursors.
 
     Raises:
-        InvalidCursor: `after` is not the `next_cursor`, or `before` is not the `previous_cursor`,
-            of a page of the same list with the same order and the same filters.
+        InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
+            filters.
         InvalidValue: `limit` is not from 1 to 1000, a filter or a relationship is invalid, or
             `after` and `before` are both given.
     """
@@ -146,9 +152,11 @@ def encode_cursor(
     order_by: str = NEWEST,
     filters: Mapping[str, Any] = _NO_FILTERS,
 ) -> str:
-    """Return the cursor of a row: a digest of list, order and filters, the row's id and sort key.
+    """Return the cursor of a row.
 
-    A cursor is not encrypted: whoever has a cursor can read the sort key, such as a name.
+    A cursor contains the id and the sort key of the row, and a digest of the list, the order and
+    the filters. A cursor is not encrypted, so anyone who has a cursor can read the sort key, such
+    as a name.
     """
     text = key.isoformat() if isinstance(key, datetime) else key or ""
     content = _digest(listed, order_by, filters) + row_id.bytes + text.encode()
@@ -162,11 +170,10 @@ def decode_cursor(
     order_by: str = NEWEST,
     filters: Mapping[str, Any] = _NO_FILTERS,
 ) -> tuple[str | datetime | None, UUID]:
-    """Return the sort key and the row id in a cursor. The order `newest` has no sort key.
+    """Return the sort key and the row id in a cursor. For the order `newest`, the sort key is None.
 
     Raises:
-        InvalidCursor: `encode_cursor` did not create the cursor, or created the cursor for another
-            list, another order or other filters.
+        InvalidCursor: the cursor is malformed, or belongs to another list, order or set of filters.
     """
     try:
         content = base64.urlsafe_b64decode(cursor + "==")
@@ -186,7 +193,11 @@ def decode_cursor(
 
 
 def _digest(listed: EntityList[E_], order_by: str, filters: Mapping[str, Any]) -> bytes:
-    """Return a digest of list, order and filters. One value, and a list of it, are equal."""
+    """Return a digest of a list, an order and filters.
+
+    A filter with one value has the same digest as a filter with a list that contains only the
+    value.
+    """
     given = {
         name: sorted({_canonical(item) for item in as_list(value)})
         for name, value in filters.items()
@@ -197,7 +208,7 @@ def _digest(listed: EntityList[E_], order_by: str, filters: Mapping[str, Any]) -
 
 
 def _canonical(value: object) -> str:
-    """Return the text that equal values of a filter share."""
+    """Return a text that is the same for equal values of a filter."""
     if isinstance(value, Mapping):
         return json.dumps(dict(value), sort_keys=True, default=str)
     if isinstance(value, datetime):

@@ -494,7 +494,7 @@ async def test_a_change_to_the_same_values_writes_nothing(
         ("revoked_at", "use `revoke`"),
         ("revocation_reason", "use `revoke`"),
         ("tiger_account_id", "use `create_api_key`"),
-        ("nmae", "no such field"),
+        ("nmae", "no field with this name"),
     ],
 )
 async def test_another_field_is_refused_by_name_and_changes_nothing(

@@ -1,6 +1,6 @@
 """CRUD functions for accounts.
 
-The change of an account and its audit event are stored in the same transaction.
+A change of an account and the audit event of the change are stored in the same transaction.
 """
 
 from tiger_db.crud.accounts.changes import (

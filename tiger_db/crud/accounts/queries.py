@@ -90,9 +90,16 @@ async def list_by_tiger_id(session: AsyncSession, tiger_id: str) -> list[TigerAc
 
 
 class AccountFilters(TypedDict, total=False):
-    """The filters of a list of accounts. Of several values, an account has one or more.
+    """The filters of a list of accounts.
 
-    A filter with the value None selects all accounts, and an empty collection selects none.
+    A filter with several values selects the accounts that have one or more of the values. A filter
+    with the value None selects all accounts. A filter with an empty collection selects no account.
+
+    An item of `tags` is the name of a tag, or a mapping of tags to their values. If `with_errors`
+    is true, the accounts with an error since their last success are selected. If `with_errors` is
+    false, the accounts without an error since their last success are selected.
+    `token_expires_within` also selects the accounts with an expired access token. `search` is a
+    text in the name, the number or the description of an account, regardless of case.
     """
 
     status: OneOrMore[AccountStatus] | None
@@ -100,10 +107,10 @@ class AccountFilters(TypedDict, total=False):
     environment: OneOrMore[TigerEnvironment] | None
     license: OneOrMore[TigerLicense] | None
     market_permission: OneOrMore[MarketPermission] | None
-    tags: OneOrMore[Tag] | None  # name of a tag, or a mapping of tags to their values
-    with_errors: bool | None  # whether the account has had errors since the last success
-    token_expires_within: timedelta | None  # an expired access token is selected, too
-    search: str | None  # text in the name, number or description; upper and lower case are equal
+    tags: OneOrMore[Tag] | None
+    with_errors: bool | None
+    token_expires_within: timedelta | None
+    search: str | None
 
 
 ACCOUNTS = EntityList(
@@ -148,11 +155,13 @@ async def list_accounts(
 ) -> Page[TigerAccount]:
     """Return a page of the accounts that match all filters, by default newest account first.
 
-    The order `name` sorts by name and id, by code point. No index serves the filters and the
-    order `name`: PostgreSQL reads all accounts. See `paginate` for the other parameters.
+    The order `name` sorts by name and id, and compares names by code point. PostgreSQL uses no
+    index for the filters and the order `name`, and reads all accounts. The parameters `after`,
+    `before`, `limit`, `count` and `load` are explained in `paginate`.
 
     Raises:
-        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
+            filters.
         InvalidValue: a filter, `limit` or `load` is invalid.
     """
     return await paginate(

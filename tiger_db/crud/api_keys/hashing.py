@@ -51,8 +51,8 @@ async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: s
     """Return whether a secret matches a hash. If `pepper_id` is None, the hash has no pepper.
 
     If the hash is empty or malformed, or the pepper is unknown, the secret is verified against a
-    dummy hash. All denials of API keys therefore take the same time. Slow hashes are verified in a
-    thread, so that the event loop is not blocked.
+    dummy hash. The dummy hash prevents that response times reveal which API keys exist. Slow hashes
+    are verified in a thread, so that the event loop is not blocked.
     """
     known = pepper_id is None or pepper_id in peppers.key_ids
     scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_HASH_CHARACTERS else None

@@ -86,21 +86,29 @@ async def find_by_raw_key(session: AsyncSession, raw_key: str) -> APIKey | None:
 
 
 class APIKeyFilters(TypedDict, total=False):
-    """The filters of a list of API keys. Of several values, a key has one or more.
+    """The filters of a list of API keys.
 
-    A filter with the value None selects all keys, and an empty collection selects none.
+    A filter with several values selects the API keys that have one or more of the values. A filter
+    with the value None selects all API keys. A filter with an empty collection selects no API key.
+
+    The status `active` matches active API keys that have not expired by the database's clock. The
+    status `expired` matches API keys whose `expires_at` has passed. When an API key expires, its
+    stored status stays `active`.
+
+    `scope` selects the API keys that have a scope, or another scope that implies the scope. If
+    `expired` is true, API keys whose `expires_at` has passed are selected. If `expired` is false,
+    API keys that have not expired are selected. `unused_since` selects the API keys that were
+    created and last used before an aware datetime. `search` is a text in the name, the prefix or
+    the description of an API key, regardless of case.
     """
 
-    # The status `active` matches active API keys that have not expired by the database's clock. The
-    # status `expired` matches API keys whose `expires_at` has passed. When an API key expires, its
-    # stored status stays `active`.
     status: OneOrMore[APIKeyStatus] | None
     account_id: OneOrMore[UUID] | None
-    scope: OneOrMore[APIKeyScope] | None  # scope that the key has, or that a scope of it implies
+    scope: OneOrMore[APIKeyScope] | None
     created_by: OneOrMore[str] | None
-    expired: bool | None  # whether `expires_at` has passed, by the database's clock
-    unused_since: datetime | None  # keys that were created and last used before this time
-    search: str | None  # text in the name, prefix or description; upper and lower case are equal
+    expired: bool | None
+    unused_since: datetime | None
+    search: str | None
 
 
 _IS_EXPIRED = func.coalesce(col(APIKey.expires_at) <= func.now(), False)
@@ -158,11 +166,14 @@ async def list_api_keys(
 ) -> Page[APIKey]:
     """Return a page of the API keys that match all filters, by default newest key first.
 
-    The order `name` sorts by name and id, by code point. Only an index on `account_id` serves the
-    filters: otherwise PostgreSQL may read all keys. See `paginate` for the other parameters.
+    The order `name` sorts by name and id, and compares names by code point. PostgreSQL uses an
+    index only for the filter `account_id`. Without the filter `account_id`, PostgreSQL may read all
+    API keys. The parameters `after`, `before`, `limit`, `count` and `load` are explained in
+    `paginate`.
 
     Raises:
-        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
+            filters.
         InvalidValue: a filter, `limit` or `load` is invalid.
     """
     return await paginate(
@@ -190,7 +201,7 @@ async def get_keys_for_account(
     """Return a page of the API keys that are bound to an account, newest first.
 
     Raises:
-        InvalidCursor: `after` or `before` is not a cursor of the same account's API keys.
+        InvalidCursor: `after` or `before` is not a cursor of the API keys of the same account.
         InvalidValue: `limit` is not from 1 to 1000.
     """
     return await list_api_keys(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # CONSUME checks the rate limits of an API key, and counts one use. All keys of a rotation chain
 # share one row of api_key_limits. Concurrent uses wait for the row lock, and then check the
-# committed counts. If the database's clock steps back, the row keeps its later hour and day.
+# committed counts. If the database's clock steps back, the row of api_key_limits keeps the
+# later hour and day.
 CONSUME = """
 INSERT INTO api_key_limits AS l (api_key_id, hour, hour_count, day, day_count)
 SELECT coalesce(k.root_id, k.id), date_trunc('hour', now, 'UTC'), 1,

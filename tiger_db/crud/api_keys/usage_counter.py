@@ -87,7 +87,7 @@ class UsageCounter:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._uses: _Batch = {}
-        # `_batch` contains the uses of API keys that are written, until the commit is confirmed.
+        # `_batch` contains the uses of API keys that are being written, until the commit succeeds.
         self._batch: _Batch = {}
         # `_xid` is the id of the transaction that wrote `_batch`.
         self._xid: int | None = None

@@ -36,27 +36,35 @@ async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
 
 
 class EventFilters(TypedDict, total=False):
-    """The filters of a list of audit events. Of several values, an event has one or more.
+    """The filters of a list of audit events.
 
-    A filter with the value None selects all events, and an empty collection selects none.
+    A filter with several values selects the events that have one or more of the values. A filter
+    with the value None selects all events. A filter with an empty collection selects no event.
+
+    `since` and `until` are aware datetimes, and select the events from `since` (inclusive) to
+    `until` (exclusive). A value of `action` is an action or a family of actions. A value of
+    `ip_address` is an IP address, or a network that contains the IP address of an event. A value of
+    `resource` is a resource type, a resource id, or `type/id`. A value of `tags` is the name of a
+    tag, or a mapping of tags to their values. `details` is a JSON object that the details of an
+    event contain.
     """
 
-    since: datetime | None  # earliest time of events, as an aware datetime
-    until: datetime | None  # time after the last event, as an aware datetime
-    action: OneOrMore[AuditAction | str] | None  # action or family of actions
+    since: datetime | None
+    until: datetime | None
+    action: OneOrMore[AuditAction | str] | None
     result: OneOrMore[AuditResult] | None
     severity: OneOrMore[AuditSeverity] | None
     account_id: OneOrMore[UUID] | None
     api_key_id: OneOrMore[UUID] | None
     user_id: OneOrMore[str] | None
     user_type: OneOrMore[str] | None
-    ip_address: OneOrMore[Network] | None  # address, or network that contains the address
+    ip_address: OneOrMore[Network] | None
     session_id: OneOrMore[str] | None
     request_id: OneOrMore[str] | None
-    resource: OneOrMore[str] | None  # resource type, resource id, or `type/id`
+    resource: OneOrMore[str] | None
     error_code: OneOrMore[str] | None
-    tags: OneOrMore[Tag] | None  # name of a tag, or a mapping of tags to their values
-    details: Mapping[str, JsonValue] | None  # JSON object that an event's details contain
+    tags: OneOrMore[Tag] | None
+    details: Mapping[str, JsonValue] | None
 
 
 @public
@@ -72,7 +80,7 @@ async def search(
 ) -> Page[AuditLog]:
     """Return a page of the audit events that match all filters, newest first.
 
-    See `paginate` for the other parameters.
+    The parameters `after`, `before`, `limit`, `count` and `load` are explained in `paginate`.
 
     Raises:
         InvalidCursor: `after` or `before` is not a cursor of a search with the same filters.
@@ -113,10 +121,10 @@ async def get_security_events(
     limit: int = DEFAULT_PAGE_SIZE,
     count: bool = False,
 ) -> Page[AuditLog]:
-    """Return a page of the security events, newest first: by default those of the last 24 hours.
+    """Return a page of the security events since the aware datetime `since`, newest first.
 
-    A security event has the severity high or above, or an action of the family `security`. `since`
-    is the earliest time of events, as an aware datetime.
+    A security event has the severity high or above, or an action of the family `security`. If
+    `since` is None, the security events of the last 24 hours are returned.
     """
     earliest = func.now() - timedelta(hours=24) if since is None else since
     return await paginate(

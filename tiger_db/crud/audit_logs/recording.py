@@ -249,7 +249,8 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     if not batch:
         return 0
     actor = actor_of(session.info)
-    refuse_readonly(session)  # otherwise, COPY would raise the same error as after a failover
+    # Without the check, COPY in a readonly session would raise the same error as after a failover.
+    refuse_readonly(session)
     await session.flush()
     connection = await session.connection()
     await connection.exec_driver_sql("SELECT")  # SELECT begins the transaction in which COPY runs

@@ -53,7 +53,7 @@ ANSWER_LOST = "answer_lost"  # this key in `TokenStatus.details` marks a lost an
 UNKNOWN_OUTCOME = (
     "the answer of the broker was lost or cannot be stored: the broker may have issued a token"
 )
-# The maximum lengths of an error message and of a secret in an error message are in characters.
+# The units of _MAX_MESSAGE_LENGTH and _MAX_SECRET_LENGTH are characters.
 _MAX_MESSAGE_LENGTH = 10_000
 _MAX_SECRET_LENGTH = 2_000
 _EXPIRED_LEASES_LIMIT = 100

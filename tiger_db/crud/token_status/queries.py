@@ -51,17 +51,22 @@ async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenSta
 
 
 class RefreshFilters(TypedDict, total=False):
-    """The filters of a list of token refreshes. Of several values, a refresh has one or more.
+    """The filters of a list of token refreshes.
 
-    A filter with the value None selects all refreshes, and an empty collection selects none.
+    A filter with several values selects the refreshes that have one or more of the values. A filter
+    with the value None selects all refreshes. A filter with an empty collection selects no refresh.
+
+    `since` and `until` are aware datetimes, and select the refreshes that were opened from `since`
+    (inclusive) to `until` (exclusive). `search` is a text in the name or the number of the account,
+    regardless of case.
     """
 
     account_id: OneOrMore[UUID] | None
     status: OneOrMore[TokenRefreshStatus] | None
     trigger: OneOrMore[RefreshTrigger] | None
-    since: datetime | None  # earliest time at which the refresh was opened, as an aware datetime
-    until: datetime | None  # time after the opening of the last refresh, as an aware datetime
-    search: str | None  # text in the account's name or number; upper and lower case are equal
+    since: datetime | None
+    until: datetime | None
+    search: str | None
 
 
 _of_account = has_text(col(TigerAccount.account_name), col(TigerAccount.account_number))
@@ -98,11 +103,12 @@ async def get_pending_refreshes(
 ) -> Page[TokenStatus]:
     """Return a page of the pending refreshes that match all filters, by default newest first.
 
-    The order `schedule` sorts by `scheduled_at`, earliest first. See `paginate` for the other
-    parameters.
+    The order `schedule` sorts by `scheduled_at`, earliest first. The parameters `after`, `before`,
+    `limit`, `count` and `load` are explained in `paginate`.
 
     Raises:
-        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
+            filters.
         InvalidValue: a filter, `limit` or `load` is invalid.
     """
     return await paginate(
@@ -134,11 +140,12 @@ async def get_failed_refreshes(
 ) -> Page[TokenStatus]:
     """Return a page of the refreshes with the status `failed`, by default newest first.
 
-    The order `schedule` sorts by `scheduled_at`, earliest first. See `paginate` for the other
-    parameters.
+    The order `schedule` sorts by `scheduled_at`, earliest first. The parameters `after`, `before`,
+    `limit`, `count` and `load` are explained in `paginate`.
 
     Raises:
-        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
+            filters.
         InvalidValue: a filter, `limit` or `load` is invalid.
     """
     return await paginate(
@@ -169,11 +176,12 @@ async def history(
 ) -> Page[TokenStatus]:
     """Return a page of the refreshes that match all filters, by default newest first.
 
-    The order `schedule` sorts by `scheduled_at`, earliest first. See `paginate` for the other
-    parameters.
+    The order `schedule` sorts by `scheduled_at`, earliest first. The parameters `after`, `before`,
+    `limit`, `count` and `load` are explained in `paginate`.
 
     Raises:
-        InvalidCursor: `after` or `before` is not a cursor of the same list, order and filters.
+        InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
+            filters.
         InvalidValue: a filter, `limit` or `load` is invalid.
     """
     return await paginate(
