@@ -99,7 +99,7 @@ def test_a_ciphertext_does_not_decrypt_with_other_associated_data(one: str, othe
 
 def test_another_key_with_the_same_id_decrypts_nothing() -> None:
     other = KeyRing({"k1": bytes(32)})
-    with pytest.raises(EncryptionError, match="another key 'k1'"):
+    with pytest.raises(EncryptionError, match="a different key that has the same id 'k1'"):
         decrypt(other, encrypt(RING, "text", AAD), AAD)
 
 

@@ -201,7 +201,7 @@ async def test_another_key_under_an_id_that_is_in_use_is_refused(using: Using) -
         await store(new, refresh_token=None)
     impostor = KeyRing({"k2": bytes(32), "k1": bytes(32)})
     async with using(impostor) as database:
-        with pytest.raises(EncryptionError, match="another key 'k2'"):
+        with pytest.raises(EncryptionError, match="a different key that has the same id 'k2'"):
             await encryption_key_rotation.rotate(database)
         assert await uses(database) == [
             EncryptionKeyUsage(TABLE, "k1", 2),

@@ -1,4 +1,4 @@
-"""The database of an MCP server for the broker Tiger Brokers.
+"""The database package of an MCP server or dashboard for the broker Tiger Brokers.
 
 Each public name and each submodule is imported at its first use, so that `tiger-db --help` is fast.
 """
@@ -61,9 +61,10 @@ __all__ = [
     "RefreshWorker", "Secret", "Settings", "TigerAccount", "TigerEnvironment", "TigerLicense",
     "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors", "get_session",
 ]  # fmt: skip
-# `_SUBMODULES` maps public names to submodules. Other public names are in `tiger_db.models`.
+# `_SUBMODULES` maps public names to submodules. A public name that is not in `_SUBMODULES` is in
+# `tiger_db.models`.
 _SUBMODULES = {
-    # The import of `change_events` registers the functions that record changes of these entities.
+    # The import of `change_events` registers functions that record changes of entities.
     "APIKey": "crud.change_events",
     "Actor": "actor",
     "AsyncSession": "database",

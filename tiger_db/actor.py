@@ -13,7 +13,7 @@ from tiger_db.models.audit_logs import sanitize
 from tiger_db.public import public
 
 UNATTRIBUTED = "unattributed"
-# An audit event gets both of these fields from one source: from the caller, or from the actor.
+# An audit event gets user_id and user_type from one source: from the caller, or from the actor.
 _IDENTITY = {"user_id", "user_type"}
 
 
@@ -21,7 +21,7 @@ _IDENTITY = {"user_id", "user_type"}
 class Actor:
     """The user or service that audit events are attributed to, and the details of its request.
 
-    The fields of an Actor are converted like those of an `AuditLog`: a long text is truncated,
+    The fields of an Actor are converted like the fields of an `AuditLog`: long texts are shortened,
     secrets are masked, and an invalid IP address becomes None. If an Actor has no user id and no
     user type, its user type is `unattributed`.
     """
@@ -64,7 +64,7 @@ def acting_as(actor: Actor) -> Iterator[None]:
 
 
 def actor_in_force(explicit: Actor | None = None) -> Actor:
-    """Return `explicit`, or else the actor of `acting_as`, or else an unattributed actor."""
+    """Return the actor `explicit`, or the actor of `acting_as`, or an unattributed actor."""
     return explicit or _current.get()
 
 
@@ -72,7 +72,7 @@ def attribute(event: AuditLog, explicit: Actor | None = None) -> AuditLog:
     """Fill the empty fields of an audit event from the actor in force, and return the event.
 
     Call `attribute` once for each audit event, in the task that records the event. If the event
-    already has a user id or a user type, `attribute` changes neither of these two fields.
+    already has a user id or a user type, `attribute` does not change the user id and user type.
     """
     actor, given = actor_in_force(explicit), vars(event)
     identified = given.get("user_id") or given.get("user_type")

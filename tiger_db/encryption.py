@@ -1,4 +1,4 @@
-"""Encrypted secrets: AES-256-GCM ciphertexts that are bound to a row and decrypted on access.
+"""Encryption of secrets with AES-256-GCM, and decryption on access.
 
 A stored secret is `version (1 byte) | length of the key id (1 byte) | key id | nonce (12 bytes) |
 ciphertext and tag (16 bytes)`. The associated data `table.column:row id` and the bytes before the
@@ -31,8 +31,8 @@ from tiger_db.redaction import MASK
 
 _VERSION = 1
 _KEY_BYTES = 32  # length of the keys of AES-256 and HMAC-SHA256
-_NONCE_BYTES = 12  # section 8.2.2 of NIST SP 800-38D allows random nonces of 96 bits
 _TAG_BYTES = 16
+_NONCE_BYTES = 12  # section 8.2.2 of NIST SP 800-38D allows random nonces of 96 bits
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}", re.ASCII)
 _BAD_KEY_ID = "a key id must be 1 to 32 letters, digits, '.', '_' or '-'"
 
@@ -78,7 +78,7 @@ def generate_key(key_id: str = "k1") -> str:
     """Return a new random key as `id:base64`, the format of `ENCRYPTION_KEYS`.
 
     Raises:
-        InvalidValue: the key id is invalid.
+        InvalidValue: the key id is not 1 to 32 letters, digits, '.', '_' or '-'.
     """
     if not _KEY_ID.fullmatch(key_id):
         raise InvalidValue(_BAD_KEY_ID)
@@ -96,15 +96,18 @@ class KeyProvider(Protocol):
 
     @property
     def key_ids(self) -> tuple[str, ...]:
-        """The key ids, each of 1 to 32 letters, digits, '.', '_' or '-'. The first key encrypts."""
+        """The key ids, each of 1 to 32 letters, digits, '.', '_' or '-'.
+
+        New ciphertexts use the key with the first id.
+        """
         ...
 
     def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
-        """Encrypt data with a new nonce. The result authenticates, but does not contain, `aad`."""
+        """Encrypt data with a new nonce, and authenticate the associated data `aad`."""
         ...
 
     def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
-        """Decrypt a ciphertext. Raise EncryptionError if the key or `aad` is wrong."""
+        """Decrypt a ciphertext. Raise EncryptionError if the key or the data `aad` is wrong."""
         ...
 
     def fingerprint(self, key_id: str, data: bytes) -> bytes:
@@ -141,7 +144,10 @@ class KeyRing(KeySet):
 
 
 def encrypt(provider: KeyProvider, text: str, aad: str) -> bytes:
-    """Encrypt a text with the provider's first key. `aad` has the form `table.column:row id`."""
+    """Encrypt a text with the first key of the provider.
+
+    The associated data `aad` has the form `table.column:row id`.
+    """
     key_id = provider.key_ids[0]
     header = ciphertext_header(key_id)
     return header + provider.encrypt(key_id, text.encode(), header + aad.encode())
@@ -153,7 +159,8 @@ def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "")
     The text `owner` describes the row of the ciphertext in error messages.
 
     Raises:
-        EncryptionError: the ciphertext was changed or has another `aad`, or the key is missing.
+        EncryptionError: the ciphertext was changed, the associated data `aad` is wrong, or the
+            encryption key is missing.
     """
     where = f"{aad} ({owner})" if owner else aad
     header, key_id = _read_header(ciphertext, where)
@@ -164,12 +171,12 @@ def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "")
     except EncryptionError:
         raise EncryptionError(
             f"{where}: the ciphertext was changed, belongs to another row or column,"
-            f" or was encrypted with another key {key_id!r}"
+            f" or was encrypted with a different key that has the same id {key_id!r}"
         ) from None
 
 
 def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> bytes:
-    """Return the blind index of a text: a MAC with which equal texts in a column can be found.
+    """Return the blind index of a text, which is a MAC for search by equality.
 
     The argument `column` has the form `table.column`.
     """
@@ -178,7 +185,7 @@ def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> b
 
 @lru_cache(maxsize=256)
 def ciphertext_header(key_id: str) -> bytes:
-    """Return the header of all ciphertexts of a key: version, length of the key id, key id."""
+    """Return the header of a key's ciphertexts: version, length of the key id, and key id."""
     if not _KEY_ID.fullmatch(key_id):
         raise EncryptionError(_BAD_KEY_ID)
     return bytes([_VERSION, len(key_id)]) + key_id.encode("ascii")
@@ -294,11 +301,12 @@ class EncryptedSecret(Secret):
 
 
 class EncryptedType(TypeDecorator[SecretStr]):
-    """A type for `bytea` columns of ciphertexts. Storing a plain text raises EncryptionError.
+    """The SQL type of `bytea` columns with ciphertexts.
 
-    The text `fingerprint` is the name of the column with the blind index of the secret. The
-    function `normalize` returns the normal form of a secret, or raises ValueError if the secret has
-    no normal form. Only normal forms are stored.
+    Storing a plain text raises EncryptionError. The text `fingerprint` is the name of the column
+    with the blind index of the secret. The function `normalize` returns the normalized form of a
+    secret, or raises ValueError if the secret is invalid. The database contains only secrets in
+    normalized form.
     """
 
     impl = LargeBinary

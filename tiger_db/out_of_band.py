@@ -52,7 +52,7 @@ class OutOfBandWriter:
     async def record(self, event: AuditLog, actor: Actor | None = None) -> None:
         """Store an audit event with the fields of the actor in force, and wait for the commit.
 
-        One transaction stores the audit events of concurrent calls of `record`.
+        The audit events of concurrent calls of `record` are stored in one transaction.
 
         Raises:
             DatabaseUnavailable: the audit event could not be stored.
@@ -76,18 +76,23 @@ class OutOfBandWriter:
                 batch, self._pending = self._pending, []
                 await self._store(batch)
         finally:
-            if self._pending:  # `asyncio.run` cancels this task when the program ends
+            # `asyncio.run` cancels this task at the end of the program, so a new task stores the
+            # pending events.
+            if self._pending:
                 self._task = asyncio.create_task(self._store_pending())
 
     async def _store(self, batch: list[_PendingEvent]) -> None:
-        error: Exception | None = DatabaseUnavailable("the event is lost: the process stops")
+        error: Exception | None = DatabaseUnavailable(
+            "the audit event is lost, because the process stops"
+        )
         try:
             async with self.connection() as connection:
                 await insert_events(connection, [pending.event for pending in batch])
             error = None
         except Exception as problem:  # noqa: BLE001  # the calls of `record` raise this error
             if len(batch) > 1 and not isinstance(problem, DatabaseUnavailable):
-                for pending in batch:  # so that a refused event does not block other events
+                # Each event is stored alone, so that a refused event does not block other events.
+                for pending in batch:
                     await self._store([pending])
             error = problem
         finally:
@@ -115,9 +120,11 @@ async def asyncpg_connection(
                     yield raw
                 except TimeoutError:
                     raise  # the connection stays usable, because asyncpg cancels the statement
-                # A server that is no longer the primary raises ReadOnlySQLTransactionError.
                 except (*CONNECTION_ERRORS, asyncpg.ReadOnlySQLTransactionError):
+                    # A server that is no longer the primary raises ReadOnlySQLTransactionError.
                     await connection.invalidate()
                     raise
-    except PoolTimeoutError as error:
-        raise DatabaseUnavailable(f"the connection was lost: {type(error).__name__}") from None
+    except PoolTimeoutError:
+        raise DatabaseUnavailable(
+            "all connections for out-of-band statements were in use (DB_POOL_SIZE)"
+        ) from None

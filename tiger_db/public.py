@@ -17,23 +17,23 @@ from tiger_db.errors import InvalidFields
 from tiger_db.sqlstates import typed
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
-_MAX_DURATION = timedelta(days=36525)  # 100 years
-# Public functions check these parameters: a wrong `after` raises InvalidCursor, and a wrong
-# `raw_key` raises InvalidAPIKey.
+# Public functions check the parameters `after` and `raw_key` themselves: a wrong `after` raises
+# InvalidCursor, and a wrong `raw_key` raises InvalidAPIKey.
 _CHECKED_BY_FUNCTION = {"after", "raw_key"}
+_MAX_DURATION = timedelta(days=36525)  # 100 years
 
 
 def public(function: F_) -> F_:
     """Check the arguments of a function, and convert errors of SQLAlchemy to errors of tiger_db.
 
-    The arguments of each call are compared with the annotations of the parameters. A member of an
-    enum can be given by its value. A datetime must have a time zone, a duration is at most 100
-    years, and a text is refused where a collection of texts is required. Keyword arguments that the
-    function collects with `**` are not checked.
+    The arguments of each call are compared with the annotations of the parameters. For an enum, an
+    argument can be a member or the value of a member. A datetime must have a time zone, and a
+    duration is at most 100 years. A text is not accepted as a collection of texts. Keyword
+    arguments that the function collects with `**` are not checked.
 
     Raises:
-        InvalidFields: an argument has a wrong type. The error names the parameter and hides the
-            argument. The function is not called.
+        InvalidFields: an argument has a wrong type. The error message names the parameter, but
+            does not show the argument.
     """
     parameters = inspect.signature(function).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -45,7 +45,9 @@ def public(function: F_) -> F_:
     def check(arguments: tuple[object, ...], keywords: dict[str, object]) -> dict[str, object]:
         given = dict(zip(positional, arguments, strict=False)) | keywords
         if len(given) != len(arguments) + len(keywords):
-            function(*arguments, **keywords)  # the call raises TypeError
+            function(
+                *arguments, **keywords
+            )  # Python raises TypeError for a repeated or surplus argument
         types.check(given)
         return given
 
@@ -81,8 +83,8 @@ class Types:
     def check(self, values: dict[str, Any]) -> None:
         """Raise InvalidFields if a value has a wrong type.
 
-        An iterable that is no collection, such as an iterator, is replaced by a list, because it
-        may be readable only once.
+        An iterable that is no collection is replaced by a list, because an iterator can be read
+        only once.
         """
         for name in self._iterables:
             value = values.get(name)
@@ -98,7 +100,7 @@ class Types:
 
 
 def _reason(hint: Any, value: object) -> PydanticCustomError:  # noqa: ANN401  # a type annotation
-    """Return the reason why a value does not have the type of an annotation."""
+    """Return an error that describes why a value does not match a type annotation."""
     if isinstance(value, datetime):
         return PydanticCustomError(
             "timezone_aware", "Input must have a time zone and be in the years 1 to 9999 in UTC"
@@ -114,7 +116,7 @@ def _reason(hint: Any, value: object) -> PydanticCustomError:  # noqa: ANN401  #
 
 
 def _describe_type(hint: Any, value: object) -> str:  # noqa: ANN401  # a type annotation
-    """Return the name of a value's type, and the type of its first item with a wrong type."""
+    """Return the name of a value's type, and of the type of the first wrong item in the value."""
     name = type(value).__name__
     for part in (hint, *get_args(hint)):
         kind, items = get_origin(part), get_args(part)
@@ -129,7 +131,7 @@ def _describe_type(hint: Any, value: object) -> str:  # noqa: ANN401  # a type a
 
 
 def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each type has a return
-    """Return the function that tests whether a value has the type of an annotation."""
+    """Return a function that tests whether a value matches a type annotation."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         tests = [_test(part) for part in parts]

@@ -88,7 +88,7 @@ def test_production_refuses_a_key_that_is_not_rsa(cli: CommandLine, key_file: st
     options = ("create-account", *REQUIRED, "--account-number", NUMBER)
     production = {"ENVIRONMENT": "production", "DB_ALLOW_UNVERIFIED_TLS": "true"}
     reason = cli.fails(*options, "--private-key", "-", stdin="test_key", **production)
-    assert "not RSA" in reason
+    assert "not an RSA key" in reason
     assert "test_key" not in reason
     assert cli.ok("list-accounts", "--json").json["items"] == []
     created = cli.ok(*options, "--private-key-file", key_file, **production)
@@ -227,7 +227,10 @@ def test_a_short_rsa_key_is_refused(cli: CommandLine) -> None:
     short = short_pem()
     options = ("create-account", *REQUIRED, "--account-number", NUMBER, "--private-key-file", "-")
     reason = cli.fails(*options, stdin=short)
-    assert reason == f"error: --private-key: must have 1024 bits or more, but has {SHORT_BITS}\n"
+    assert (
+        reason
+        == f"error: --private-key: an RSA key must have 1024 bits or more, but has {SHORT_BITS}\n"
+    )
     create(cli)
     cli.ok("close-account", NUMBER, "--yes")
     again = ("reopen-account", NUMBER, "--private-key-file", "-")

@@ -108,7 +108,10 @@ def test_import_warns_of_files_that_other_users_can_read(
 
 def test_a_malformed_file_is_refused(cli: CommandLine, file: Path, tmp_path: Path) -> None:
     for lines, reason in (
-        (REQUIRED | {"private_key_pk8": PK8[:-8]}, "private_key_pk8: the private key is not RSA"),
+        (
+            REQUIRED | {"private_key_pk8": PK8[:-8]},
+            "private_key_pk8: the private key is not an RSA key",
+        ),
         (REQUIRED | {"env": "EVERYWHERE"}, "env: Input should be 'PROD' or 'SANDBOX'"),
         (REQUIRED | {"tiger_id": ""}, "tiger_id is missing"),
     ):
@@ -155,6 +158,6 @@ def test_an_unknown_account_or_a_key_that_is_not_rsa_is_not_exported(
     to = ("--out", str(tmp_path / "out"))
     assert "no account" in cli.fails("export-account", NUMBER, *to)
     create(cli)
-    assert "not RSA" in cli.fails("export-account", NUMBER, *to)
+    assert "not an RSA key" in cli.fails("export-account", NUMBER, *to)
     assert "--out" in cli.misused("export-account", NUMBER)
     assert names(tmp_path) == []

@@ -73,7 +73,9 @@ def test_an_account_number_has_one_stored_form(spelling: str) -> None:
 def test_a_number_that_is_not_one_of_tigers_is_refused(number: str) -> None:
     account = new_account()
     before = account.account_number
-    with pytest.raises(ValidationError, match=r"account_number\n.*must be U and digits"):
+    with pytest.raises(
+        ValidationError, match=r"account_number\n.*an account number must be U and digits"
+    ):
         new_account(account_number=number)
     with pytest.raises(ValidationError, match="account_number"):
         account.account_number = number
@@ -118,7 +120,9 @@ def test_an_invalid_tiger_id_is_refused_and_not_shown(tiger_id: object, reason: 
 def test_an_rsa_key_of_less_than_1024_bits_is_refused(form: PrivateKeyFormat) -> None:
     short = short_pem(form)
     account = new_account(private_key=der(form))  # 1024 bits
-    with pytest.raises(ValidationError, match=f"must have 1024 bits or more, but has {SHORT_BITS}"):
+    with pytest.raises(
+        ValidationError, match=f"an RSA key must have 1024 bits or more, but has {SHORT_BITS}"
+    ):
         new_account(private_key=short)
     with pytest.raises(ValidationError, match="private_key"):
         account.private_key = Secret(short)

@@ -81,7 +81,7 @@ def test_other_keys() -> None:
         ).decode(),
         KEY.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NO_PASSWORD).decode(),
     ):
-        assert "not RSA" in refused(text)
+        assert "not an RSA key in PEM" in refused(text)
 
 
 @formats

@@ -248,7 +248,7 @@ async def test_what_cannot_be_exported(clone: Database, tmp_path: Path) -> None:
         written = await actions(session)
     folder = tmp_path / "out"
     for account_id, error, reason in (
-        (plain_text.id, InvalidValue, "not RSA"),
+        (plain_text.id, InvalidValue, "not an RSA key"),
         (closed.id, InvalidState, "closed"),
         (uuid4(), NotFound, "no TigerAccount"),
     ):

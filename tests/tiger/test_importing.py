@@ -146,7 +146,7 @@ async def test_environments(session: AsyncSession, tmp_path: Path, env: str, sto
 
 async def test_a_short_rsa_key_is_refused(session: AsyncSession, tmp_path: Path) -> None:
     path = config(tmp_path, REQUIRED | {"private_key_pk8": short_pem().strip()})
-    with pytest.raises(InvalidValue, match="private_key: must have 1024 bits or more"):
+    with pytest.raises(InvalidValue, match="private_key: an RSA key must have 1024 bits or more"):
         await import_account(session, path)
 
 
@@ -167,17 +167,20 @@ async def test_a_file_with_another_spelling_updates_the_account(
         ({"tiger_id": " "}, "tiger_id is missing"),
         ({"account": None}, "account is missing"),
         ({"private_key_pk8": None}, "private_key_pk1 or private_key_pk8 is missing"),
-        ({"private_key_pk8": PK8[:-9]}, "private_key_pk8: the private key is not RSA"),
+        ({"private_key_pk8": PK8[:-9]}, "private_key_pk8: the private key is not an RSA key"),
         ({"private_key_pk1": OTHER}, "private_key_pk8 and private_key_pk1 are different keys"),
         ({"private_key": OTHER}, "private_key and private_key_pk8 are different keys"),
         ({"env": "STAGING"}, "env: Input should be 'PROD' or 'SANDBOX'"),
         ({"license": "TBXX"}, "license: Input should be 'TBNZ'"),
-        ({"account": "9" * 51}, "account: must be U and digits, 5 to 10 digits, or 17 digits"),
-        ({"account": "5123\\u00000321"}, "account: must be U and digits"),
-        ({"account": "5123\\udead0321"}, "account: must be U and digits"),
+        (
+            {"account": "9" * 51},
+            "account: an account number must be U and digits, 5 to 10 digits, or 17 or more digits",
+        ),
+        ({"account": "5123\\u00000321"}, "account: an account number must be U and digits"),
+        ({"account": "5123\\udead0321"}, "account: an account number must be U and digits"),
         ({"server_url": "x" * 501}, "server_url: Value should have at most 500 "),
         ({"secret_key": MASK}, "secret_key: Input should be the secret, not its mask"),
-        ({"tiger_id": "\\udead"}, "tiger_id: must be printable ASCII without spaces"),
+        ({"tiger_id": "\\udead"}, "tiger_id: a Tiger id must be printable ASCII without spaces"),
         ({"timeout": "\\u0000"}, "client_options: text in JSON must not contain a NUL character"),
         ({"server_url": "\\u00zz"}, "malformed \\u escape"),
     ],

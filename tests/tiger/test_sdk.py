@@ -223,7 +223,7 @@ def test_a_bad_option_is_named(name: str, value: str) -> None:
 
 
 def test_accounts_that_cannot_have_one() -> None:
-    with pytest.raises(InvalidValue, match="not RSA"):
+    with pytest.raises(InvalidValue, match="not an RSA key"):
         client_config(new_account())
     closed = new_account(account_number="51230321", status="closed", private_key=None)
     with pytest.raises(InvalidState, match=r"account \*\*\*\*0321 is closed"):

@@ -97,6 +97,7 @@ class QuotePermission(TypedDict):
 ACCOUNT_NUMBER = "U[0-9]{1,49}|[0-9]{5,10}|[0-9]{17,50}"
 _MIN_PAPER_DIGITS = 17
 _MIN_KEY_BITS = 1024  # minimum size of an RSA key in bits
+
 # _IGNORABLE matches the invisible characters: all code points with the Unicode property
 # Default_Ignorable_Code_Point, and U+FFF9 to U+FFFB.
 _IGNORABLE = re.compile(
@@ -109,38 +110,41 @@ _BLANKS = "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1)])) + "\u1680\u2028\
 
 
 def normalize_account_number(text: str) -> str:
-    """Return the normalized form of an account number. Only the normalized form is stored.
+    """Return the normalized form of an account number, in which account numbers are stored.
 
     Raises:
         ValueError: `text` does not have the form of a Tiger account number.
     """
     number = _normalize(text).upper()
     if not re.fullmatch(ACCOUNT_NUMBER, number):
-        raise ValueError("must be U and digits, 5 to 10 digits, or 17 digits or more (paper)")
+        raise ValueError(
+            "an account number must be U and digits, 5 to 10 digits, or 17 or more digits (paper)"
+        )
     return number
 
 
 def normalize_tiger_id(text: str) -> str:
-    """Return the normalized form of a Tiger id. Only the normalized form is stored.
+    """Return the normalized form of a Tiger id, in which Tiger ids are stored.
 
     Raises:
         ValueError: the Tiger id contains a space, or a character that is not printable ASCII.
     """
     tiger_id = _normalize(text)
     if not re.fullmatch("[!-~]+", tiger_id):
-        raise ValueError("must be printable ASCII without spaces")
+        raise ValueError("a Tiger id must be printable ASCII without spaces")
     return tiger_id
 
 
 def _normalize(text: str) -> str:
-    """Convert a text to NFKC. Remove invisible characters, and blanks at the start and the end."""
+    """Remove invisible characters and surrounding blanks, and convert a text to Unicode's NFKC."""
     return unicodedata.normalize("NFKC", _IGNORABLE.sub("", text)).strip(_BLANKS)
 
 
 def account_type_of(account_number: str) -> AccountType:
     """Return the account type that a normalized Tiger account number implies.
 
-    The type is global for `U` and digits, paper for 17 digits or more, and standard otherwise.
+    The account type is global for `U` and digits, paper for 17 or more digits, and standard for all
+    other account numbers.
     """
     if account_number.startswith("U"):
         return AccountType.GLOBAL
@@ -150,32 +154,36 @@ def account_type_of(account_number: str) -> AccountType:
 
 
 def _normalize_secret(value: object) -> object:
-    """Normalize the Tiger id in a text or `Secret`. Return any other value unchanged.
+    """Return the normalized form of a Tiger id that is given as a text or a `Secret`.
 
-    A `Secret` that cannot be decrypted is also returned unchanged.
+    An empty text, a `Secret` that cannot be decrypted, and a value of a wrong type are returned
+    unchanged.
     """
     try:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
     except EncryptionError:
         return value
     if not isinstance(text, str) or not text:
-        return value  # the validator of `Secret` refuses the value
+        return value  # the validator of `Secret` refuses empty texts and wrong types
     normal = normalize_tiger_id(text)
     return value if normal == text else normal
 
 
 def _unless_closed(value: Secret | None, info: ValidationInfo) -> Secret | None:
     if value is None and info.data.get("status", AccountStatus.CLOSED) != AccountStatus.CLOSED:
-        raise ValueError("private key is required unless the account is closed")
+        raise ValueError("a private key is required unless the account is closed")
     return value
 
 
 def _require_key_size(value: Secret | None) -> Secret | None:
-    """Refuse a short RSA key. Other texts are accepted as private keys, because tests use them."""
+    """Refuse an RSA key of less than `_MIN_KEY_BITS` bits.
+
+    Texts that are not RSA keys are accepted as private keys, because tests use such texts.
+    """
     if value is not None and not isinstance(value, EncryptedSecret):
         bits = key_bits(value.get_secret_value())
         if bits is not None and bits < _MIN_KEY_BITS:
-            raise ValueError(f"must have {_MIN_KEY_BITS} bits or more, but has {bits}")
+            raise ValueError(f"an RSA key must have {_MIN_KEY_BITS} bits or more, but has {bits}")
     return value
 
 
@@ -236,7 +244,8 @@ class TigerAccount(MutableEntity, table=True):
         sa_type=EncryptedType(fingerprint="tiger_id_fingerprint", normalize=normalize_tiger_id),
         description="Developer id at Tiger, encrypted; several accounts can share an id",
     )
-    # tiger_id_fingerprint is not a model field: the flush derives the column from tiger_id.
+    # tiger_id_fingerprint is a column without a pydantic field, because the flush computes the
+    # value of the column from tiger_id.
     tiger_id_fingerprint: ClassVar[Any] = Column(
         LargeBinary,
         nullable=False,
@@ -261,7 +270,7 @@ class TigerAccount(MutableEntity, table=True):
     )
     environment: TigerEnvironment = Field(
         default=TigerEnvironment.PROD,
-        description="Environment at Tiger; paper trading depends on account_type instead",
+        description="Environment at Tiger (PROD or SANDBOX); paper trading depends on account_type",
     )
     server_url: Text | None = Field(
         default=None,
@@ -335,15 +344,15 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def needs_token_refresh(self) -> bool:
-        """Return whether the access token expires within an hour or before, by the local clock."""
+        """Return whether the access token has expired or expires within an hour (local clock)."""
         return self.is_token_due(datetime.now(UTC), within=REFRESH_AHEAD)
 
     def is_token_due(self, now: datetime, *, within: timedelta | None = None) -> bool:
         """Return whether the access token is due for a refresh at the aware datetime `now`.
 
-        If `within` is None, the token is due at `token_refresh_at`. Otherwise, the token is due
-        when the time to the token's expiry is `within` or less. `due_tokens` applies the same rule
-        in SQL.
+        If `within` is None, the token is due from `token_refresh_at` on. If `within` is given, the
+        token is due when the token's remaining validity is `within` or less. `due_tokens` applies
+        the rule of `is_token_due` in SQL.
         """
         at, until = (
             (self.token_refresh_at, now)
@@ -355,11 +364,12 @@ class TigerAccount(MutableEntity, table=True):
     def check_not_stale(
         self, access_token: str, expires_at: datetime | None = None
     ) -> datetime | None:
-        """Check that a new access token is not stale. Return the expiry of the new token, or None.
+        """Check that a new access token is not stale, and return the expiry of the new token.
 
-        If `expires_at` is None, the expiry is read from a new token in Tiger's format. If both
-        tokens have Tiger's format, the token that was generated later is newer. In all other cases,
-        the token that expires later is newer. The new token may equal the current token.
+        If `expires_at` is None, the expiry is read from the new token, and is None if the new token
+        is not in Tiger's format. If the new and the current token have Tiger's format, the token
+        that was generated later is newer. If one of the two tokens is not in Tiger's format, the
+        token that expires later is newer. The new token may equal the current token.
 
         Raises:
             StaleToken: the current token is newer than the new token.
@@ -380,7 +390,7 @@ class TigerAccount(MutableEntity, table=True):
         return expires_at
 
     def readable_token(self) -> str:
-        """Return the access token, or an empty string if no access token can be decrypted."""
+        """Return the access token, or an empty string if no token is stored or can be decrypted."""
         try:
             return self.access_token.get_secret_value() if self.access_token is not None else ""
         except EncryptionError:
@@ -405,7 +415,8 @@ def due_tokens(
 ) -> tuple[ColumnElement[bool], Mapped[datetime | None]]:
     """Return an SQL condition for active accounts with a due token, and the column to sort by.
 
-    The condition is the rule of `TigerAccount.is_token_due` at the start time of the transaction.
+    The SQL condition applies the rule of `TigerAccount.is_token_due` at the time at which the
+    transaction started.
 
     Raises:
         InvalidValue: the duration `within` is longer than 100 years.
@@ -425,7 +436,7 @@ def refresh_time(access_token: str, expires_at: datetime | None) -> datetime | N
 
     A refresh is due when a fifth of the token's validity remains, but at least five minutes before
     the expiry. A refresh is never due in the first half of the token's validity. If a token is not
-    in Tiger's format, the validity of the token begins now.
+    in Tiger's format, `refresh_time` assumes that the validity of the token begins now.
     """
     if expires_at is None:
         return None
@@ -447,9 +458,10 @@ class TokenTimes(NamedTuple):
 def token_times(token: str) -> TokenTimes | None:
     """Return the times in an access token, or None if the token is not in Tiger's format.
 
-    Tiger's format is base64 of `<generated>,<expires>` and 16 opaque bytes. Each time is a 13-digit
-    number of epoch milliseconds (see `should_token_refresh` in tigeropen 3.8.0). The opaque bytes
-    and the base64 padding are not checked. OAuth tokens are not in Tiger's format.
+    A token in Tiger's format is base64 of `<generated>,<expires>` and 16 opaque bytes. The
+    generation time and the expiry are 13-digit numbers of epoch milliseconds (see
+    `should_token_refresh` in tigeropen 3.8.0). `token_times` does not check the opaque bytes and
+    the base64 padding of a token. OAuth tokens are not in Tiger's format.
     """
     try:
         content = base64.b64decode(token.strip()[:_TIMES_LENGTH], validate=True)

@@ -1,4 +1,4 @@
-"""The entity `APIKey`, and the tables of usage counts, of counts for rate limits and of pauses."""
+"""The entity `APIKey`, and the tables for usage counts, rate limits and pauses of trading."""
 
 import re
 from collections.abc import Iterable
@@ -43,7 +43,7 @@ class APIKeyStatus(StrEnum):
 class APIKeyScope(StrEnum):
     """A permission of an API key, written as `family:level`.
 
-    Within a family, the level admin includes write, and the level write includes read.
+    In each family, the level `admin` includes the level `write`, and `write` includes `read`.
     """
 
     MCP_READ = "mcp:read"
@@ -67,7 +67,7 @@ class APIKeyScope(StrEnum):
         return self.partition(":")[0]
 
     def implies(self, other: "APIKeyScope") -> bool:
-        """Return whether this scope includes all permissions of the other scope."""
+        """Return whether this scope includes all permissions of the scope `other`."""
         family, level = self.split(":")
         other_family, other_level = other.split(":")
         return family == other_family and _LEVELS.index(level) >= _LEVELS.index(other_level)
@@ -106,7 +106,7 @@ _IPV4_MAPPED_BITS = 96  # prefix length of ::ffff:0:0/96 (RFC 4291, 2.5.5.2)
 
 
 def _matches(pattern: str, text: str) -> bool:
-    """Return whether a text matches a pattern, in which `*` matches any run of characters."""
+    """Return whether a text matches a pattern, in which `*` matches any number of characters."""
     start, *middle = map(re.escape, pattern.split("*"))
     if not middle:
         return pattern == text
@@ -118,7 +118,7 @@ def _matches(pattern: str, text: str) -> bool:
 def address_allowed(
     networks: Iterable[IPv4Network | IPv6Network], address: str | IPv4Address | IPv6Address | None
 ) -> bool:
-    """Return whether an IP address is in one of the networks. The address None is in no network."""
+    """Return whether an IP address is in one of the networks, or False if the address is None."""
     if address is None:
         return False
     try:
@@ -129,7 +129,7 @@ def address_allowed(
 
 
 def user_agent_allowed(patterns: Iterable[str], user_agent: str | None) -> bool:
-    """Return whether a User-Agent matches one of the patterns. None matches no pattern."""
+    """Return whether a User-Agent matches a pattern, or False if the User-Agent is None."""
     return user_agent is not None and any(_matches(pattern, user_agent) for pattern in patterns)
 
 
@@ -278,7 +278,7 @@ class APIKey(MutableEntity, table=True):
         return self.tiger_account_id is None or self.tiger_account_id == account_id
 
 
-# The table api_key_usage has no entity class, because usage counts are used as raw rows.
+# The table api_key_usage has no entity class, because usage counts are written as raw rows.
 api_key_usage = Table(
     "api_key_usage",
     metadata,
@@ -308,7 +308,7 @@ api_key_usage = Table(
 
 # The counts for rate limits are not in the table api_keys, so that a use of an API key does not
 # lock the row of the key. The table api_key_limits has no foreign key, because the counts of a
-# rotation chain stay when the first key of the chain is deleted.
+# rotation chain must remain when the first key of the chain is deleted.
 api_key_limits = Table(
     "api_key_limits",
     metadata,
@@ -346,8 +346,8 @@ api_key_limits = Table(
 )
 
 
-# The table trading_pauses has one row while trading is paused, and is empty otherwise. Earlier
-# pauses are in the audit trail.
+# The table trading_pauses has one row while trading is paused, and is empty otherwise. The
+# audit trail records all pauses of trading.
 trading_pauses = Table(
     "trading_pauses",
     metadata,

@@ -148,8 +148,8 @@ class AuditSeverity(StrEnum):
     CRITICAL = "critical"
 
 
-# Actions of these families change money, credentials or permissions. Therefore the event of a
-# successful action has the severity medium, and not low.
+# Events of the families in _MEDIUM_FAMILIES have at least the severity medium by default, because
+# their actions change money, credentials or permissions.
 _MEDIUM_FAMILIES = {"account", "api_key", "token", "trade", "system"}
 
 
@@ -182,12 +182,12 @@ class AuditLog(Entity, table=True):
     """One audit event. Events are append-only.
 
     The table audit_logs has no foreign keys, so that events remain when an account or API key is
-    deleted. Secrets are masked. Values that PostgreSQL cannot store are converted, and `details`
-    contains notes on the conversions.
+    deleted. Secrets are masked. Values that PostgreSQL cannot store are converted, and the field
+    `details` contains notes on the conversions.
 
-    The attribute `action` is a plain text if the action is not a member of `AuditAction`. The
-    attributes `result` and `severity` are plain texts if a newer release of tiger_db recorded a
-    value that is not a member of the enum.
+    The attribute `action` is a plain text if the action is not a member of `AuditAction`. An
+    unknown `result` or `severity`, which a newer release of tiger_db recorded, is read as a plain
+    text.
     """
 
     __tablename__ = "audit_logs"
@@ -292,7 +292,8 @@ class AuditLog(Entity, table=True):
         description="Position in the order of the inserts; rolled-back transactions leave gaps",
     )
 
-    # With mode="before", pydantic would pass all values of the event to _sanitized on assignment.
+    # With mode="before", the assignment of one field would pass all values of the event to
+    # _sanitized().
     @model_validator(mode="wrap")
     @classmethod
     def _sanitized(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # pydantic's signature
@@ -300,15 +301,15 @@ class AuditLog(Entity, table=True):
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
         sanitized = sanitize(changes)
-        # sanitize() adds notes to `details`. The notes are dropped unless `details` is assigned,
-        # because the assignment of another field must not change `details`.
+        # sanitize() adds notes on converted values to `details`. The notes are dropped unless
+        # `details` is assigned, because the assignment of another field must not change `details`.
         return super().validate_changes(
             {name: sanitized.get(name, value) for name, value in changes.items()}
         )
 
 
 def sanitize(values: Mapping[str, object]) -> dict[str, Any]:
-    """Return the values of an event's fields in a form that PostgreSQL can store."""
+    """Return the values of an audit event's fields in a form that PostgreSQL can store."""
     return sanitize_event(values, _text_limits(), frozenset(AuditSeverity))
 
 
@@ -319,14 +320,14 @@ def _text_limits() -> dict[str, int]:
         name: rule.max_length
         for name, field in AuditLog.model_fields.items()
         for rule in field.metadata
-        # Too long actions are refused. All other too long texts are shortened.
+        # A text that is too long is shortened, except for an action, which is refused.
         if isinstance(rule, MaxLen) and name != "action"
     }
 
 
 # Statements and functions that insert audit events without the ORM
 
-SERVER_COLUMNS = ("created_at", "position")  # columns that the database sets
+SERVER_COLUMNS = ("created_at", "position")  # columns whose values the database sets
 _TABLE: Table = AuditLog.__table__  # type: ignore[attr-defined]  # set by SQLModel
 _COLUMNS = [column.name for column in _TABLE.columns if column.name not in SERVER_COLUMNS]
 _JSON_COLUMNS = {column.name for column in _TABLE.columns if isinstance(column.type, JSONB)}
@@ -337,7 +338,7 @@ INSERT = (
 
 
 def insert_values(event: AuditLog) -> tuple[Any, ...]:
-    """Return the parameters of the `INSERT` statement for an event."""
+    """Return the parameters of the `INSERT` statement for an audit event."""
     values = {name: event.__dict__.get(name) for name in _COLUMNS}
     for name in _JSON_COLUMNS:
         value = values[name]
@@ -350,7 +351,7 @@ def insert_values(event: AuditLog) -> tuple[Any, ...]:
 async def insert_events(
     connection: "asyncpg.Connection[asyncpg.Record]", events: Sequence[AuditLog]
 ) -> None:
-    """Insert audit events with one statement. If the statement fails, no event is inserted."""
+    """Insert audit events with one SQL statement, which inserts all events or none."""
     if len(events) == 1:
         await connection.execute(INSERT, *insert_values(events[0]))
     else:
@@ -358,7 +359,7 @@ async def insert_events(
         await connection.copy_records_to_table("audit_logs", columns=_COLUMNS, records=rows)
 
 
-# The table audit_seals has no entity class, because seals are written and read as raw rows.
+# The table audit_seals has no entity class, because seals are read and written as raw rows.
 audit_seals = Table(
     "audit_seals",
     metadata,

@@ -46,8 +46,8 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
     """Base class of entities. Construction and assignment validate the values of fields.
 
     Raises:
-        InvalidFields: a value is invalid. The error names the field and does not show the value.
-            The entity is not changed.
+        InvalidFields: a value is invalid. The error message names the field, but does not show
+            the value. An invalid assignment does not change the entity.
     """
 
     __abstract__: ClassVar[bool] = True
@@ -87,7 +87,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             raise _invalid_fields(error) from None
 
     def __init__(self, **data: Any) -> None:  # noqa: ANN401  # SQLModel's signature
-        # While SQLModel.model_validate() runs, that method sets the fields.
+        # Within SQLModel's partial_init(), the caller sets the fields, not __init__().
         if not finish_init.get():
             return
         state = self.__dict__
@@ -114,7 +114,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.sqlmodel_update({name: value})
 
     def _relate(self, name: str, value: object) -> None:
-        """Assign related objects. Raise InvalidFields if an object has the wrong class."""
+        """Assign related objects. Raise InvalidFields if a related object has the wrong class."""
         relationship = object_mapper(self).relationships[name]
         kind = relationship.mapper.class_
         items = value if relationship.uselist else [] if value is None else [value]
@@ -160,7 +160,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         return ""
 
     def __copy__(self) -> Self:
-        """Return a transient entity with the same id and values, without relationships."""
+        """Return a transient copy of the entity with its loaded columns, without relationships."""
         with partial_init():
             twin = type(self)()
         for name in object_mapper(self).column_attrs.keys() & self.__dict__.keys():
@@ -209,7 +209,7 @@ class MutableEntity(Entity):
 
 
 def _invalid_fields(error: ValidationError) -> InvalidFields:
-    """Convert an error of pydantic, without the invalid values, which can be secrets."""
+    """Convert a pydantic error to InvalidFields, without invalid values, which can be secrets."""
     return InvalidFields.of(
         error.title,
         [
@@ -218,7 +218,7 @@ def _invalid_fields(error: ValidationError) -> InvalidFields:
                 PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx")),
             )
             for problem in error.errors(include_url=False, include_input=False)
-            # pydantic adds default_factory_not_called only if another error occurred.
+            # default_factory_not_called is omitted, because the error only follows other errors.
             if problem["type"] != "default_factory_not_called"
         ],
     )
@@ -276,7 +276,7 @@ def _prepare_flush(mapper: Mapper[Any], connection: object, row: Entity) -> None
 
 @event.listens_for(Entity, "load", propagate=True)
 def _order_fields(row: Entity, *_: object) -> None:
-    """Sort the loaded values in the field order of the class, for `repr` and JSON."""
+    """Sort the loaded values of an entity in the order of the fields, for `repr` and JSON."""
     values = row.__dict__
     for name in type(row).model_fields:
         if name in values:
@@ -308,13 +308,13 @@ def column_names(entity: type[Entity]) -> list[str]:
 
 
 def hydrate(entity: type[E_], values: Sequence[Any], provider: KeyProvider | None) -> E_:
-    """Create an entity, which belongs to no session, from the column values of a row.
+    """Create a detached entity from the column values of a row.
 
-    `provider` decrypts each secret on access.
+    The key provider `provider` decrypts each secret of the entity on access.
     """
     mapper: Mapper[E_] = class_mapper(entity)
     row = mapper.class_manager.new_instance()
-    # vars(row).update() bypasses the change tracking of SQLAlchemy.
+    # vars(row).update() bypasses SQLAlchemy's change tracking, because loading is not a change.
     vars(row).update(_converted(entity, values))
     _bind_loaded(row, provider)
     make_transient_to_detached(row)
@@ -356,7 +356,7 @@ def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
 
 @cache
 def _columns(entity: type[Entity]) -> dict[str, TypeEngine[Any]]:
-    """Return the SQL types by column name: first the fields in class order, then other columns."""
+    """Return the SQL types of an entity's columns by column name, with the fields first."""
     table = class_mapper(entity).local_table
     assert isinstance(table, Table)
     names = [*entity.model_fields, *(table.c.keys() - entity.model_fields.keys())]
@@ -371,7 +371,7 @@ def _converters(entity: type[Entity]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _converter(type_: TypeEngine[Any]) -> Callable[[Any], Any] | None:
-    # The SQL query has cast arrays of networks to text[] (see _cast).
+    # The SQL query casts an array of networks to text[] (see _cast), so the items are texts.
     if isinstance(type_, ARRAY) and isinstance(type_.item_type, CIDR):
         return lambda networks: track([ip_network(network) for network in networks])
     process = type_.dialect_impl(_DIALECT).result_processor(_DIALECT, None)

@@ -59,7 +59,7 @@ def require_storable_json(value: T) -> T:
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode()
-    except (ValueError, RecursionError):  # UnicodeEncodeError is a subclass of ValueError
+    except (ValueError, RecursionError):  # ValueError includes UnicodeEncodeError
         raise ValueError(
             "value must be JSON without NaN and infinity, as PostgreSQL requires"
         ) from None
@@ -88,7 +88,8 @@ JsonObject = Annotated[dict[str, JsonValue], AfterValidator(require_storable_jso
 class Timestamp(TypeDecorator[datetime]):
     """A `timestamptz` column whose values are always aware datetimes.
 
-    asyncpg returns infinity as a naive `datetime.max` or `datetime.min`; `Timestamp` adds UTC.
+    asyncpg returns PostgreSQL's infinity as a naive `datetime.max` or `datetime.min`. `Timestamp`
+    adds the time zone UTC.
     """
 
     impl = DateTime(timezone=True)
@@ -103,9 +104,9 @@ class Timestamp(TypeDecorator[datetime]):
 
 
 class Json(JSONB):
-    """A `jsonb` column that saves a change between values that only Python finds equal.
+    """The SQL type of a `jsonb` column, which detects changes between 1, 1.0 and true.
 
-    For Python, `{"a": 1}`, `{"a": 1.0}` and `{"a": True}` are equal.
+    Python compares the numbers 1 and 1.0 and the value True as equal, but their JSON differs.
     """
 
     def compare_values(self, x: object, y: object) -> bool:
@@ -115,8 +116,8 @@ class Json(JSONB):
 class OpenEnum(TypeDecorator[str]):
     """The SQL type of a column that stores members of an enum or other texts.
 
-    A text that equals the value of a member is read as the member. Any other text, which a newer
-    release of tiger_db or an application has stored, is read as a plain text.
+    A stored text that equals the value of an enum member is read as that member. An unknown text,
+    stored by an application or a newer release of tiger_db, is read as a plain text.
     """
 
     impl = SQLText
@@ -153,10 +154,10 @@ def is_native_enum(type_: TypeEngine[Any]) -> bool:
 def open_enum(enum: type[StrEnum]) -> GetPydanticSchema:
     """Return the annotation for a field whose column has the SQL type `OpenEnum`.
 
-    Validation accepts only members of the enum. Serialization also accepts other texts, because
-    the database may contain other texts.
+    Validation accepts only members of the enum. Serialization accepts any text, because the
+    database may contain texts that are not enum members.
     """
-    open_: Any = SerializeAsAny  # with type Any, mypy accepts open_[enum] below
+    open_: Any = SerializeAsAny  # with the type Any, mypy accepts the expression open_[enum]
     return GetPydanticSchema(lambda _source, handler: handler(open_[enum]))
 
 
@@ -206,11 +207,12 @@ class Tracked(Mutable):
     """A dict or list that reports in-place changes, so that the ORM saves the changes.
 
     The root is the dict or list that is the value of a column. A nested dict or list reports
-    changes to the root, and the root marks the column as modified.
+    changes to the root, and the root marks the column as modified. The attribute `root` is None in
+    the root itself. The attribute `modified` is True after an in-place change of the root.
     """
 
-    root: "Tracked | None" = None  # `root` is None if this object is the root
-    modified = False  # `modified` is True after an in-place change of the root
+    root: "Tracked | None" = None
+    modified = False
 
     @classmethod
     def coerce(cls, key: str, value: object) -> object:  # noqa: ARG003  # SQLAlchemy's signature
@@ -224,22 +226,29 @@ class Tracked(Mutable):
             self.root.changed()
 
     def set_parent(self, state: InstanceState[Any], name: str) -> None:
-        """Register the entity that has this value. Only hydrated entities need this call."""
+        """Register the entity and the column to which this dict or list belongs.
+
+        Only `hydrate` and `merge_row` call this method, because SQLAlchemy itself registers the
+        entities that the ORM loads.
+        """
         self._parents[state] = name
 
     def tracked_part(self, value: object) -> object:
-        """Return a value that reports changes to this root. Copy a dict or list of another root."""
+        """Return a nested value that reports in-place changes to the root of this object.
+
+        A dict or list that does not report changes to the root yet is replaced by a tracked copy.
+        """
         root = self.root or self
         if isinstance(value, Tracked) and (value.root or value) is root:
             return value
         return track(value, root)
 
     def track_parts(self) -> None:
-        """Replace nested dicts and lists by tracked copies that report to this root."""
+        """Replace nested dicts and lists by tracked copies that report changes to the root."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
-        # A copy of a tracked value reports changes to no entity.
+        # A copied or unpickled dict or list reports changes to no entity.
         return track, (_untracked(self),)
 
 
@@ -251,7 +260,7 @@ class TrackedDict(Tracked, dict[Any, Any]):
             dict.__setitem__(self, key, self.tracked_part(value))
 
     def replace_content(self, value: dict[Any, Any]) -> None:
-        """Replace the content by a validated dict. Report a change if the content differs."""
+        """Replace the content of this dict, and report a change if the new content differs."""
         if value != self:
             self.clear()
             self.update(value)
@@ -259,7 +268,7 @@ class TrackedDict(Tracked, dict[Any, Any]):
     def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # dict's signature
         if key not in self:
             self[key] = default
-        return self[key]  # `self[key]` is the tracked copy of `default`
+        return self[key]  # `self[key]` can be a tracked copy of `default`
 
 
 class TrackedList(Tracked, list[Any]):
@@ -270,13 +279,19 @@ class TrackedList(Tracked, list[Any]):
             list.__setitem__(self, index, self.tracked_part(value))
 
     def replace_content(self, value: list[Any]) -> None:
-        """Replace the content by a validated list, in which texts may have become enum members."""
+        """Replace the content of this list, and report a change if the new content differs.
+
+        An enum member and a text differ, even if they are equal.
+        """
         if value != self or not all(map(isinstance, self, map(type, value))):
             self[:] = value
 
 
 def track(value: object, root: Tracked | None = None) -> object:
-    """Return a tracked copy of a dict or list at any depth. Return any other value unchanged."""
+    """Return a tracked copy of a dict or list, including nested dicts and lists.
+
+    Return a value unchanged if the value is neither a dict nor a list.
+    """
     if isinstance(value, dict):
         tracked: Tracked = TrackedDict({k: _untracked(v) for k, v in value.items()})
     elif isinstance(value, list):
@@ -289,7 +304,7 @@ def track(value: object, root: Tracked | None = None) -> object:
 
 
 def _untracked(value: object) -> object:
-    """Return a plain copy of a tracked dict or list. Return any other value unchanged."""
+    """Return a plain copy of a tracked dict or list. Return an untracked value unchanged."""
     match value:
         case TrackedDict():
             return dict(value)
@@ -304,7 +319,7 @@ def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[...,
     def report(self: TrackedDict | TrackedList, /, *args: object, **kwargs: object) -> object:
         try:
             return change(self, *args, **kwargs)
-        finally:  # a failed method may have changed a part of the value
+        finally:  # a method that fails may already have changed a part of the dict or list
             self.track_parts()
             self.changed()
 

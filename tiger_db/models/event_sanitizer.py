@@ -1,7 +1,8 @@
 """Functions that convert the values of audit events to storable values and mask secrets.
 
-Audit events with unusual values must be stored too. `pydantic_core.to_jsonable_python` is not
-enough, because that function fails for unknown objects, masks no secrets and has no size limits.
+An audit event must be stored even if PostgreSQL cannot store its values unchanged.
+`pydantic_core.to_jsonable_python` is not used, because that function fails for unknown objects,
+masks no secrets and has no size limits.
 """
 
 import base64
@@ -33,21 +34,24 @@ from tiger_db.redaction import MASK, is_secret_name, redact_aggressively, redact
 
 NOTES = "_made_safe"  # key of the notes on converted values in `details`
 _ELLIPSIS = "…"
-_MAX_DEPTH = 32  # maximum nesting depth of a JSON value
-_MAX_VALUES = 10_000  # maximum number of values in one JSON field
-_MAX_CHARACTERS = 1_000_000  # maximum number of characters in one JSON field
-_MAX_TEXT = 100_000  # maximum length of one text in characters
-_MAX_NOTES = 50  # maximum number of notes on one event
-_MAX_NOTE = 300  # maximum length of one note in characters
-_MAX_SHOWN = 200  # maximum length of a value in a note, in characters
-_MAX_BITS = 1000  # maximum size of an integer in bits
+# Limits of one JSON field: nesting depth, number of values, and number of characters
+_MAX_DEPTH = 32
+_MAX_VALUES = 10_000
+_MAX_CHARACTERS = 1_000_000
+# Limits of one value: length of a text in characters, and size of an integer in bits
+_MAX_TEXT = 100_000
+_MAX_BITS = 1000
+# Limits of the notes on one event: number of notes, and length of one note in characters
+_MAX_NOTES = 50
+_MAX_NOTE = 300
+_MAX_SHOWN = 200  # maximum length of a value that a note quotes, in characters
 _INT64_LIMIT = 2**63
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")
 _KEY_PREFIX = re.compile(r"tdb_(?:live|test)_[0-9A-Za-z]{12}")
 _MORE = re.compile(r"and (\d{1,9}) more")
 
-Path = tuple["Path", str] | None  # linked list of names, from a value up to the field
+Path = tuple["Path", str] | None  # linked list of the names from a nested value up to its field
 
 
 def sanitize_event(
@@ -55,8 +59,8 @@ def sanitize_event(
 ) -> dict[str, object]:
     """Return the storable values of an event, with notes on converted values in `details`.
 
-    `limits` maps names of text fields to maximum lengths in characters. Fields without a
-    conversion, such as `action`, are returned unchanged, even if the value is invalid.
+    `limits` maps names of text fields to maximum lengths in characters. A field without a
+    conversion, such as `action`, is returned unchanged, even if the value of the field is invalid.
     """
     sanitizer = _Sanitizer()
     result = dict(values)
@@ -85,7 +89,7 @@ def sanitize_event(
 
 
 class _Sanitizer:
-    """A converter for the values of one event, with the notes on the conversions."""
+    """A converter for the values of one audit event, which collects notes on the conversions."""
 
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
@@ -130,7 +134,7 @@ class _Sanitizer:
         return None
 
     def address(self, value: object, path: Path) -> IPv4Address | IPv6Address | None:
-        """Return the first IP address in a text without port and IPv6 zone, or None."""
+        """Return the first IP address in a text, without its port and IPv6 zone, or None."""
         if type(value) is IPv4Address or (type(value) is IPv6Address and value.scope_id is None):
             return value
         text = _as_text(value)[:_MAX_TEXT]
@@ -162,7 +166,7 @@ class _Sanitizer:
         converted = self.json(value, path, 0)
         if isinstance(converted, dict):
             return converted
-        # For a value of any other type, self.json() has added a note.
+        # self.json() adds no note on a text, a number, a list or a tuple.
         if isinstance(value, str | int | float | list | tuple):
             self.note(path, type(value).__name__)
         return {"value": converted}
@@ -205,7 +209,7 @@ class _Sanitizer:
         return self.unknown(value, path, depth)
 
     def scalar(self, scalar: bool | float | str, value: object, path: Path) -> object:  # noqa: FBT001  # a value
-        """Return the built-in value of a library's scalar as JSON."""
+        """Return a scalar of a library, such as NumPy's `int64`, as JSON."""
         if isinstance(scalar, bool):
             return scalar
         if isinstance(scalar, str) or (isfinite(scalar) and scalar != value):
@@ -213,7 +217,7 @@ class _Sanitizer:
         return self.text(scalar, path) if isinstance(scalar, str) else self.number(scalar, path)
 
     def unknown(self, value: object, path: Path, depth: int) -> object:
-        """Return a model, a dataclass or another object as JSON, with a note."""
+        """Return a pydantic model, a dataclass or an unknown object as JSON, and add a note."""
         self.note(path, type(value).__name__)
         if isinstance(value, BaseModel):
             value = value.model_dump(mode="json", warnings=False)
@@ -253,7 +257,8 @@ class _Sanitizer:
             if self.is_full(path):
                 break
             match item:
-                # The item is a pair of a name and a value, such as an item of `dict.items()`.
+                # The value in a pair of a secret name and a value is masked, because the pair can
+                # be an item of `dict.items()`.
                 case [str(name), secret] if is_secret_name(name) and not _is_harmless(name, secret):
                     item = [name, MASK]  # noqa: PLW2901  # the secret must not be converted
             result.append(self.json(item, (path, str(index)), depth + 1))
@@ -262,7 +267,7 @@ class _Sanitizer:
     def mapping(
         self, items: Iterable[tuple[object, object]], path: Path, depth: int
     ) -> dict[str, object]:
-        """Return a JSON object. Keys are converted to texts; a duplicate key gets a number."""
+        """Return pairs of keys and values as a JSON object, with numbers after duplicate keys."""
         result: dict[str, object] = {}
         next_numbers: dict[str, int] = {}
         for key, value in items:
@@ -285,7 +290,7 @@ class _Sanitizer:
         return result
 
     def is_full(self, path: Path) -> bool:
-        """Return whether the field has reached a size limit, and add a note on the limit."""
+        """Return whether the JSON field has reached a size limit, and add a note on the limit."""
         if self.values_left > 0 and self.characters_left > 0:
             return False
         while path is not None and path[0] is not None:
@@ -294,7 +299,7 @@ class _Sanitizer:
             f"{_MAX_VALUES} values" if self.values_left <= 0 else f"{_MAX_CHARACTERS} characters"
         )
         if limit not in self.notes.get(path[1] if path else "", ""):
-            # The note on the size limit replaces the last note.
+            # If there are `_MAX_NOTES` notes, the note on the size limit replaces the last note.
             while len(self.notes) >= _MAX_NOTES:
                 self.notes.popitem()
                 self.notes_left_out += 1
@@ -311,7 +316,7 @@ class _Sanitizer:
     def fit(
         self, text: str, path: Path, limit: int, mask: Callable[[str], str] = redact_known
     ) -> str:
-        """Replace unstorable characters, mask secrets, and then cut the text to `limit`."""
+        """Replace unstorable characters, mask secrets, and cut the text to `limit` characters."""
         result = text[:_MAX_CHARACTERS]
         if not result.isascii() or "\0" in result:
             stored = _UNSTORABLE.sub("\ufffd", result)
@@ -322,7 +327,7 @@ class _Sanitizer:
         if len(result) <= limit and len(text) <= _MAX_CHARACTERS:
             return result
         self.note(path, f"cut from {len(text)} characters")
-        # The text is not cut within a mask, because the rest of the mask would be masked again.
+        # Cut the text where masking does not change the result, so that no mask is cut in two.
         size, back = limit - 1, 16
         while (cut := result[: max(size, 0)] + _ELLIPSIS) != mask(cut) and size > 0:
             size, back = limit - 1 - back, back * 2
@@ -343,7 +348,7 @@ class _Sanitizer:
         self.notes[key] = _note_text(text if earlier in {None, text} else f"{earlier}; {text}")
 
     def merged_notes(self, earlier: Mapping[object, object]) -> dict[str, object]:
-        """Return the earlier notes and the notes of this sanitizer, up to `_MAX_NOTES`."""
+        """Return the notes in `earlier` and the notes of this sanitizer, at most `_MAX_NOTES`."""
         notes: dict[str, object] = {}
         left_out = self.notes_left_out
         for key, value in earlier.items():
@@ -389,28 +394,29 @@ def _number(value: object) -> Decimal | Fraction | float | None:
 
 
 def _builtin_scalar(value: Any) -> bool | float | str | None:  # noqa: ANN401  # any object
-    """Return a number or a time of a library as a built-in value. For other objects, return None.
+    """Convert a scalar, such as NumPy's `int64`, to a built-in value.
 
-    NumPy need not be installed: `dtype` and `ndim` show what an object is. A fraction becomes a
-    text, because a float is not exact.
+    Return None if the value cannot be converted. NumPy need not be installed, because the
+    attributes `dtype` and `ndim` show whether an object is a scalar of NumPy. A fraction becomes a
+    text, because a float would be inexact.
     """
     with suppress(Exception):  # methods of an unknown object can raise any exception
         kind = getattr(getattr(value, "dtype", None), "kind", None)
         if kind is not None and value.ndim == 0:
-            value = value[()]  # the scalar in an array without dimensions
+            value = value[()]  # an index of () returns the scalar of an array without dimensions
         if kind == "b" and value.ndim == 0:
             return bool(value)
         if isinstance(value, numbers.Rational) and kind != "m":  # Rational includes integers
             return operator.index(value) if isinstance(value, numbers.Integral) else str(value)
         if isinstance(value, numbers.Real) and kind != "m":
             return float(value)
-        if kind in {"m", "M"} and value.ndim == 0:  # NumPy's timedelta64 (Integral) or datetime64
+        if kind in {"m", "M"} and value.ndim == 0:  # timedelta64 or datetime64 of NumPy
             return str(value)
     return None
 
 
 def _is_list_like(value: Any) -> TypeGuard[Collection[object]]:  # noqa: ANN401  # any object
-    """Return whether a JSON array can hold the items of an object: sequence, dict view or array."""
+    """Return whether an object is a sequence, a dict view or an array, but not bytes."""
     if isinstance(value, bytes | bytearray | memoryview):
         return False
     is_array = hasattr(value, "dtype") and getattr(value, "ndim", 0) > 0
@@ -421,7 +427,7 @@ def _as_text(value: object) -> str:
     """Convert a value to a text, without `repr`, because a `repr` can contain a secret."""
     # isinstance() is not used, because isinstance() reads `__class__`, which a class can override.
     if issubclass(type(value), str):
-        return str.__str__(value)  # str() of a string enum's member may return the name
+        return str.__str__(value)  # str() of an enum member may return the name of the member
     if type(value) is bytes or type(value) is bytearray:
         return value[:_MAX_CHARACTERS].decode(errors="replace")
     converted = _Sanitizer().json(value, None, 0)
@@ -429,7 +435,7 @@ def _as_text(value: object) -> str:
 
 
 def _scalar_text(value: object) -> str:
-    """Convert a scalar of a known type to a text. Return the class name of any other object."""
+    """Convert a scalar to a text, or return the name of the type if the type is unknown."""
     match value:
         case bytes() | bytearray() | memoryview():
             data = bytes(value)[:_MAX_CHARACTERS]
@@ -448,7 +454,7 @@ def _scalar_text(value: object) -> str:
 
 
 def _is_harmless(name: str, value: object) -> bool:
-    """Return whether a value is harmless, although the name suggests a secret.
+    """Return whether a value is harmless, although the value's name suggests a secret.
 
     Harmless values are null, booleans, token counts such as `max_tokens`, and API key prefixes.
     """

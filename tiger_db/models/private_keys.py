@@ -42,7 +42,7 @@ def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
     """Parse an RSA private key in PEM or base64 DER, PKCS#1 or PKCS#8.
 
     Return the key as base64 DER in one line, as in Tiger's files, and the format of the key. The
-    format is detected from the content, because PEM labels can be wrong.
+    format is detected from the content of the key, because PEM labels can be wrong.
 
     Raises:
         InvalidValue: the text is not an RSA private key. The error message does not show the text.
@@ -78,11 +78,13 @@ def load_private_key(
         if not isinstance(key, RSAPrivateKey):
             raise InvalidValue("the private key is not an RSA key, but Tiger needs an RSA key")
         return key, key_format
-    raise InvalidValue("the private key is not RSA in PEM or base64 DER (PKCS#1 or PKCS#8)")
+    raise InvalidValue(
+        "the private key is not an RSA key in PEM or base64 DER format (PKCS#1 or PKCS#8)"
+    )
 
 
 def key_bits(text: str) -> int | None:
-    """Return the size of an RSA private key in bits, or None if the text is not such a key."""
+    """Return the size of an RSA private key in bits, or None if the text is not an RSA key."""
     try:
         return load_private_key(text, check_numbers=False)[0].key_size
     except InvalidValue:

@@ -43,7 +43,7 @@ def encrypted_columns(mapper: Mapper[Any]) -> list[tuple[str, EncryptedType]]:
 
 
 def aad_of(mapper: Mapper[Any], name: str, row_id: UUID | str) -> str:
-    """Return the associated data of a ciphertext: `table.column:row id`."""
+    """Return the associated data of a ciphertext, in the form `table.column:row id`."""
     assert isinstance(mapper.local_table, Table)
     return f"{mapper.local_table.name}.{name}:{row_id}"
 
@@ -55,12 +55,14 @@ def encrypt_secret(provider: KeyProvider | None, text: str, aad: str) -> bytes:
         ConfigurationError: `provider` is None.
     """
     if provider is None:
-        raise ConfigurationError(f"{aad}: the secret cannot be stored: ENCRYPTION_KEYS is not set")
+        raise ConfigurationError(
+            f"{aad}: the secret cannot be stored, because ENCRYPTION_KEYS is not set"
+        )
     return encrypt(provider, text, aad)
 
 
 def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
-    """Encrypt the new secrets of an entity, and set the blind indexes.
+    """Encrypt the new secrets of an entity, and set the blind indexes of the secrets.
 
     If a secret is set to its old text, the old ciphertext is kept.
     """
@@ -74,10 +76,10 @@ def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
         text = secret.get_secret_value()
         old = instance_state(row).committed_state.get(name)
         if isinstance(old, EncryptedSecret) and _has_text(old, text, provider):
-            set_attribute(row, name, old)  # the flush writes no column whose value is unchanged
+            set_attribute(row, name, old)  # a flush does not write unchanged columns
             continue
         ciphertext = encrypt_secret(provider, text, aad)
-        assert provider is not None  # encrypt_secret() has raised an error if the provider is None
+        assert provider is not None  # encrypt_secret() raises an error if the provider is None
         set_attribute(row, name, EncryptedSecret(ciphertext, aad, provider, row.label()))
         if type_.fingerprint:
             mark = fingerprint(provider, provider.key_ids[0], text, aad.split(":")[0])
@@ -85,7 +87,7 @@ def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
 
 
 def _has_text(secret: EncryptedSecret, text: str, provider: KeyProvider | None) -> bool:
-    """Return whether the current encryption key has encrypted this text as the given secret."""
+    """Return whether a secret is the given text, encrypted with the current encryption key."""
     try:
         current = provider is not None and secret.key_id == provider.key_ids[0]
         return current and secret.get_secret_value() == text
@@ -114,7 +116,7 @@ def secrets_of(row: Row) -> list[Secret]:
 
 
 def readable_secrets(row: Row) -> list[str]:
-    """Return the decrypted secrets of an entity, for masking of the secrets in other texts.
+    """Return the decrypted secrets of an entity, so that callers can mask them in texts.
 
     Secrets that cannot be decrypted are omitted.
     """

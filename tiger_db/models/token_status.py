@@ -41,8 +41,8 @@ class RefreshTrigger(StrEnum):
 class NewToken:
     """The tokens that the broker returned for a refresh.
 
-    `expires_at` is timezone-aware. If `expires_at` is None, the expiry is read from an access token
-    in Tiger's format.
+    `expires_at` is timezone-aware. If `expires_at` is None and the access token has Tiger's format,
+    the expiry is read from the access token.
     """
 
     access_token: str = field(repr=False)
@@ -160,7 +160,7 @@ class TokenStatus(MutableEntity, table=True):
         return self.status == TokenRefreshStatus.FAILED and self.retry_count < self.max_retries
 
     def start_refresh(self) -> None:
-        """Change the status from pending to in progress, in memory and without a lease.
+        """Change the status of the refresh from pending to in progress, without a lease.
 
         Call `complete_refresh` before the first flush, because a refresh in progress without a
         lease cannot be flushed. For a stored refresh, use `crud.token_status.claim` instead.
@@ -169,7 +169,7 @@ class TokenStatus(MutableEntity, table=True):
             InvalidState: the refresh is not pending.
         """
         if self.status != TokenRefreshStatus.PENDING:
-            raise InvalidState(f"a {self.status.value} refresh cannot be started")
+            raise InvalidState(f"a refresh with the status {self.status.value} cannot be started")
         self.sqlmodel_update(
             {"status": TokenRefreshStatus.IN_PROGRESS, "started_at": datetime.now(UTC)}
         )
@@ -184,16 +184,16 @@ class TokenStatus(MutableEntity, table=True):
         error_code: str | None = None,
         error_message: str | None = None,
     ) -> None:
-        """Change the status from in progress to success or failed.
+        """Change the status of the refresh from in progress to success or failed.
 
         If the new status is failed, `retry_count` increases by 1.
 
         Raises:
             InvalidState: the refresh is not in progress.
-            InvalidFields: an argument is invalid, so the TokenStatus stays unchanged.
+            InvalidFields: an argument is invalid, and the status of the refresh is unchanged.
         """
         if self.status != TokenRefreshStatus.IN_PROGRESS or self.started_at is None:
-            raise InvalidState(f"a {self.status.value} refresh cannot be completed")
+            raise InvalidState(f"a refresh with the status {self.status.value} cannot be completed")
         now = datetime.now(UTC)
         changes: dict[str, object] = {
             "completed_at": now,
@@ -225,7 +225,7 @@ def _require_lease(_mapper: object, _connection: object, refresh: TokenStatus) -
     Raises:
         InvalidState: the refresh is in progress without a worker or a lease.
     """
-    values = refresh.__dict__  # a column that is not loaded has no change to check
+    values = refresh.__dict__  # a column that is not loaded is unchanged and needs no check
     if values.get("status") == TokenRefreshStatus.IN_PROGRESS and None in (
         values.get("worker", ""),
         values.get("lease_expires_at", ""),
