@@ -281,7 +281,7 @@ class TrackedList(Tracked, list[Any]):
     def replace_content(self, value: list[Any]) -> None:
         """Replace the content of this list, and report a change if the new content differs.
 
-        An enum member and a text differ, even if they are equal.
+        An enum member and an equal text count as different content.
         """
         if value != self or not all(map(isinstance, self, map(type, value))):
             self[:] = value
