@@ -371,7 +371,10 @@ async def test_without_the_listening_connection_the_database_is_read(
         ("DROP TRIGGER notify_update ON api_keys", "notify_update on api_keys is missing"),
         ("ALTER TABLE api_keys DISABLE TRIGGER notify_update", "is disabled"),
         ("ALTER TABLE tiger_accounts DISABLE TRIGGER USER", "is disabled"),
-        ("ALTER TABLE api_keys ENABLE REPLICA TRIGGER notify_update", "for replication only"),
+        (
+            "ALTER TABLE api_keys ENABLE REPLICA TRIGGER notify_update",
+            "only for replicated changes",
+        ),
         (
             (
                 "CREATE OR REPLACE TRIGGER notify_update AFTER UPDATE OF name ON api_keys"

@@ -303,4 +303,4 @@ async def test_an_installed_package_writes_no_migration(
         "asyncio.run(main())\n"
     )
     done = await checkout.run(sys.executable, "-c", script)
-    assert "MigrationError: migrations are written in a checkout" in done.stderr
+    assert "MigrationError: an installed package cannot write migrations" in done.stderr

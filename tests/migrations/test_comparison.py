@@ -39,15 +39,15 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     f"ALTER TABLE {PARTITION} DISABLE TRIGGER refuse_change": (TRAIL, f"{PARTITION} is disabled"),
     "ALTER TABLE tiger_accounts ENABLE REPLICA TRIGGER notify_api_keys_update": (
         ACCOUNTS,
-        "notify_api_keys_update on tiger_accounts fires for replication only",
+        "notify_api_keys_update on tiger_accounts fires only for replicated changes",
     ),
     "ALTER TABLE api_keys ENABLE TRIGGER notify_update": (
         KEYS,
-        "notify_update on api_keys does not fire for replication",
+        "notify_update on api_keys does not fire for replicated changes",
     ),
     "ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER refuse_change": (
         ("audit_seals",),
-        "refuse_change on audit_seals fires for replication too",
+        "refuse_change on audit_seals also fires for replicated changes",
     ),
     "CREATE OR REPLACE TRIGGER notify_update AFTER UPDATE ON api_keys FOR EACH ROW"
     " WHEN (false) EXECUTE FUNCTION notify_api_key_change();"
@@ -83,7 +83,10 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
         "has `SECURITY DEFINER`",
     ),
     "ALTER FUNCTION uuid7_time(uuid) VOLATILE": (TRAIL, "lacks `IMMUTABLE PARALLEL SAFE STRICT`"),
-    "DROP FUNCTION make_audit_months(integer)": (TRAIL, "make_audit_months (of audit_logs) is mis"),
+    "DROP FUNCTION make_audit_months(integer)": (
+        TRAIL,
+        "make_audit_months (used by audit_logs) is mis",
+    ),
     f"CREATE FUNCTION uuid7_floor(timestamp) RETURNS uuid LANGUAGE sql AS $$ {SQL_BODY} $$": (
         TRAIL,
         "uuid7_floor(timestamp without time zone) has the name of a tiger_db function",

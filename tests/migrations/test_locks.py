@@ -350,7 +350,7 @@ def test_more_than_one_head_is_an_error_of_one_line(alembic: Path, cli: CommandL
     write(alembic, "9006b", HEAD, "Yours", "pass")
     for command in ("check", "migrate", "current", "list-accounts"):
         error = cli.fails(command)
-        assert "2 heads (9006a, 9006b): join them with `alembic merge heads" in error
+        assert "2 heads (9006a, 9006b): merge the heads with `alembic merge heads" in error
     write(alembic, "9007", ("9006a", "9006b"), "Joined", "pass")
     scripts.cache_clear()
     assert f"from {HEAD} to 9007" in cli.ok("migrate").err

@@ -33,8 +33,8 @@ SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
 """
-# `_OTHER_SCHEMA` finds another schema that has three tables of tiger_db. The query does not rely on
-# the table `alembic_version` only, because the application's own migrations may have created it.
+# `_OTHER_SCHEMA` finds another schema that has three tables of tiger_db. The table
+# `alembic_version` alone is not enough, because an application may have its own `alembic_version`.
 _OTHER_SCHEMA = text("""
 SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
     WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
@@ -47,13 +47,13 @@ class SchemaState:
 
     current: str | None  # current revision, or None if tiger_db is not installed in `DB_SCHEMA`
     head: str
-    known: bool  # whether this release has a migration with the current revision
-    # Name of the schema that has tiger_db, if tiger_db is not installed in `DB_SCHEMA`.
+    known: bool  # True if this release has a migration with the current revision.
+    # Name of another schema that contains tiger_db, if `DB_SCHEMA` does not contain tiger_db.
     other_schema: str | None = field(default=None, kw_only=True)
 
     @property
     def problem(self) -> str | None:
-        """The reason why the schema does not fit this release, with advice, or None."""
+        """A message with advice if the schema does not fit this release, or else None."""
         if self.current is None and (schema := self.other_schema) is not None:
             return f"tiger_db is in the schema {schema}: set DB_SCHEMA={schema}"
         if self.current is None:
@@ -100,7 +100,7 @@ class SearchPath(NamedTuple):
     database: str
 
     def resolves_to(self, schema: str) -> bool:
-        """Return whether the search path starts with pg_catalog and, if it exists, the schema."""
+        """Return whether PostgreSQL searches first pg_catalog, then `schema` (if it exists)."""
         found = [name for name in self.schemas if not name.startswith("pg_temp")]
         return found == ["pg_catalog"] or found[:2] == ["pg_catalog", schema]
 
@@ -113,8 +113,8 @@ class SearchPath(NamedTuple):
         """Raise SchemaMismatch if the search path does not resolve to the schema."""
         if not self.resolves_to(schema):
             raise SchemaMismatch(
-                f"a pooler dropped the search path: the path {self.setting} does not lead to"
-                f" {quote_identifier(schema)} (DB_SCHEMA): run {self.repair_sql(schema)}"
+                f"a pooler dropped the search path: the search path {self.setting} does not lead to"
+                f" the schema {quote_identifier(schema)} (DB_SCHEMA): run {self.repair_sql(schema)}"
             )
 
 
@@ -132,7 +132,7 @@ def scripts() -> ScriptDirectory:
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration. If `connection` is given, `alembic/env.py` uses it."""
+    """Return Alembic's configuration, with a connection for `alembic/env.py` or None."""
     config = Config(stdout=io.StringIO())
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -164,13 +164,16 @@ def _head(directory: ScriptDirectory) -> str:
     if len(heads) > 1:
         raise MigrationError(
             f"the migrations have {len(heads)} heads ({', '.join(sorted(heads))}):"
-            " join them with `alembic merge heads -m ...`"
+            " merge the heads with `alembic merge heads -m ...`"
         )
     return heads[0]
 
 
 def _current(connection: Connection) -> tuple[str, ...]:
-    """Return the revisions of the database: several revisions if branches were not merged."""
+    """Return the revisions of the database.
+
+    There are several revisions only if branches of migrations were not merged.
+    """
     _check_search_path(connection)
     if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
         return ()
@@ -212,18 +215,21 @@ def create_schema(connection: Connection) -> None:
                 state = getattr(error.orig, "sqlstate", None)
                 if state == "42501":  # SQLSTATE of insufficient_privilege
                     raise MigrationError(
-                        "the schema of DB_SCHEMA is missing, and this role may not create it: have"
-                        f" an administrator run CREATE SCHEMA {quoted}, and GRANT USAGE, CREATE on"
-                        " it to this role"
+                        "the schema of DB_SCHEMA is missing, and this role may not create it: ask"
+                        f" an administrator to run CREATE SCHEMA {quoted}, and GRANT USAGE, CREATE"
+                        f" ON SCHEMA {quoted} to this role"
                     ) from None
                 if state not in ("42P06", "23505"):  # another process created the same schema first
                     raise
-        # If the role lacks USAGE on the schema, PostgreSQL skips the schema and creates temporary
-        # tables instead.
+        # If the role lacks USAGE on the schema, PostgreSQL skips the schema, and would create the
+        # tables in pg_temp as temporary tables.
         usage = text("SELECT has_schema_privilege(:schema, 'USAGE')")
         if not connection.scalar(usage, {"schema": schema}):
-            raise MigrationError(f"GRANT USAGE, CREATE ON SCHEMA {quoted} (DB_SCHEMA) to this role")
-        # When SQLAlchemy cached the default schema, the schema `DB_SCHEMA` may have been missing.
+            raise MigrationError(
+                f"this role may not use the schema {quoted} (DB_SCHEMA): ask an administrator to"
+                f" GRANT USAGE, CREATE ON SCHEMA {quoted} to this role"
+            )
+        # SQLAlchemy may have cached another default schema before the schema `DB_SCHEMA` existed.
         connection.dialect.default_schema_name = schema
     connection.rollback()
 
@@ -234,7 +240,7 @@ def _is_missing(connection: Connection, schema: str) -> bool:
 
 
 def search_path_sql(schema: str, *, create: bool) -> str:
-    """Return the statements CREATE SCHEMA and SET search_path for the begin of a psql script."""
+    """Return the statements CREATE SCHEMA and SET search_path for the start of a psql script."""
     created = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)};\n\n" if create else ""
     return f"{created}SET search_path = {search_path(schema)};\n\n"
 
@@ -245,9 +251,9 @@ async def upgrade(
     """Run migrations up to a revision, then create the audit partitions of the next months.
 
     Each migration has its own transaction. `upgrade` waits while another process runs migrations. A
-    migration that waits too long for a table lock is rolled back and run again, so that blocked
-    sessions can continue. The function `progress` is called with one line of text for each
-    migration, for each failed attempt, and while `upgrade` waits.
+    migration that waits too long for a table lock is rolled back and run again, because the
+    migration blocks other sessions. The function `progress` is called with one line of text for
+    each migration, for each failed attempt, and while `upgrade` waits.
 
     Raises:
         MigrationError: the database role lacks the privilege to create the schema, the target
@@ -277,7 +283,9 @@ async def upgrade(
 async def downgrade(
     engine: AsyncEngine, revision: str, *, progress: Progress = lambda _: None
 ) -> SchemaState:
-    """Undo migrations down to a revision, `-1` or `base`, with the same locks as `upgrade`.
+    """Undo migrations down to a revision, with the same locks as `upgrade`.
+
+    The revision `-1` undoes one migration, and the revision `base` undoes all migrations.
 
     Raises:
         MigrationError: the target revision is unknown, or all attempts of a migration were blocked.
@@ -321,7 +329,9 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
-            raise MigrationError("the database has several revisions: a script needs one revision")
+            raise MigrationError(
+                "the database has several revisions, but an SQL script can start at only one"
+            )
         script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
         months = f"SELECT make_audit_months({MONTHS_AHEAD});"
@@ -350,8 +360,7 @@ def migration_sql(start: str | None, end: str) -> str:
 async def drift(engine: AsyncEngine) -> list[str]:
     """Return one line for each difference between the schema and the schema's declaration.
 
-    The result omits triggers that tiger_db does not declare. `tiger-db doctor` reports these
-    triggers.
+    The result omits triggers that tiger_db does not declare, which `tiger-db doctor` reports.
 
     Raises:
         SchemaMismatch: the database is not at the head revision.
@@ -379,7 +388,9 @@ async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = Tr
         SchemaMismatch: the database is not at the head revision.
     """
     if script_location().parent == Path(__file__).parents[1]:
-        raise MigrationError("migrations are written in a checkout, not in an installed package")
+        raise MigrationError(
+            "an installed package cannot write migrations: run the command in a checkout"
+        )
     write = partial(command.revision, message=message, autogenerate=autogenerate)
     async with engine.connect() as connection:
         if autogenerate:

@@ -25,7 +25,7 @@ def include_name(name: str | None, kind: str, _parents: object) -> bool:
 
 
 def render_item(kind: str, item: object, context: AutogenContext) -> str | Literal[False]:
-    """Render a type of tiger_db as the SQLAlchemy type on which the type is based."""
+    """Render a column type of tiger_db as its underlying SQLAlchemy type."""
     if kind == "type" and isinstance(item, TypeDecorator):
         return f"sa.{item.impl_instance!r}"
     if kind == "type" and isinstance(item, Json):
@@ -42,9 +42,9 @@ def compare_server_default(
     _metadata_default: object,
     rendered_metadata_default: str | None,
 ) -> bool | None:
-    """Compare column defaults with nextval() as text, because nextval() returns changing values.
+    """Compare column defaults that call nextval() as text, because each call returns a new value.
 
-    For all other column defaults, the result is None, and Alembic compares the defaults' values.
+    For any other column default, return None, so that Alembic compares the values of the defaults.
     """
     if inspected_default and inspected_default.startswith("nextval("):
         return inspected_default != rendered_metadata_default

@@ -1,4 +1,4 @@
-"""Differences between a database and the declared triggers and functions, with repairing SQL."""
+"""Comparison of a database with the declared triggers and functions, and SQL for repairs."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from tiger_db.models import metadata
 
 @dataclass(frozen=True, slots=True)
 class SchemaDifference:
-    """A difference between a database and its declaration, with the SQL that repairs it."""
+    """A difference between a database and the declaration, with SQL that repairs the database."""
 
-    tables: tuple[str, ...]  # affected tables, with the parent table instead of a partition
+    tables: tuple[str, ...]  # affected tables (for a partition, the parent table)
     description: str
     repair: str
-    undeclared: bool = False  # whether the difference is an undeclared trigger
+    undeclared: bool = False  # True if the difference is a trigger that tiger_db does not declare
 
     def __str__(self) -> str:
         return f"{self.description}: {self.repair}"
@@ -57,9 +57,9 @@ SELECT format('%I(%s)', proname, pg_get_function_arguments(oid)) AS signature,
 FROM pg_proc WHERE pronamespace = :schema
     AND proname = ANY (CAST(:names AS text[])) AND prokind <> 'a' ORDER BY 1
 """)
-# `_OVERRIDES` finds objects and settings that can change the effect of tiger_db's SQL: functions
-# and operators with PostgreSQL's names, casts of column types, and a session setting that disables
-# triggers.
+# `_OVERRIDES` finds casts of column types, and functions and operators with PostgreSQL's names,
+# which can change the effect of tiger_db's SQL. `_OVERRIDES` also finds a value of the setting
+# session_replication_role that disables triggers.
 _OVERRIDES = text("""
 WITH of_columns AS (
     SELECT t.oid, t.typelem FROM pg_attribute JOIN pg_type AS t ON t.oid = atttypid
@@ -109,20 +109,20 @@ _KINDS = {
 }
 _STATES = {
     "D": "is disabled",
-    "R": "fires for replication only",
-    "A": "fires for replication too",
-    "O": "does not fire for replication",
+    "R": "fires only for replicated changes (ENABLE REPLICA TRIGGER)",
+    "A": "also fires for replicated changes (ENABLE ALWAYS TRIGGER)",
+    "O": "does not fire for replicated changes (ENABLE TRIGGER)",
 }
 
 
 async def find_differences(connection: AsyncConnection) -> list[SchemaDifference]:
     """Compare triggers, functions, row security, rules and kinds of tables with the declaration.
 
-    Also find objects and settings that change the effect of tiger_db's SQL, such as casts. The
-    database must be at the head revision. `find_differences` sets the search path of the current
-    transaction to pg_catalog.
+    `find_differences` also finds objects and settings that change the effect of tiger_db's SQL,
+    such as casts. The database must be at the head revision. `find_differences` sets the search
+    path of the current transaction to pg_catalog.
     """
-    # With the setting quote_all_identifiers, PostgreSQL would print additional quotes.
+    # If the setting quote_all_identifiers were on, PostgreSQL would print additional quotes.
     await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
     schema = (await connection.execute(_SCHEMA)).one()
     # With the search path pg_catalog, the queries call only PostgreSQL's own functions, and
@@ -165,12 +165,12 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
         if definition == expected:
             continue
         name = signature.partition("(")[0]
-        # Functions that no trigger calls serve the partitions of audit_logs.
+        # A function that no trigger calls manages the partitions of audit_logs.
         tables = sorted({t.table for t in TRIGGERS if f".{name}()" in t.action}) or ["audit_logs"]
         state = "is missing" if definition is None else _first_changes(expected, definition)
         yield SchemaDifference(
             tuple(tables),
-            f"function {name} (of {', '.join(tables)}) {state}",
+            f"function {name} (used by {', '.join(tables)}) {state}",
             _function_sql(f"{schema.quoted}.{signature}", expected),
         )
     for row in found:
@@ -193,7 +193,9 @@ def _first_changes(expected: str, definition: str) -> str:
         for verb, lines, others in (("has", after, before), ("lacks", before, after))
         for line in [line for line in lines if line and line not in others][:1]
     ]
-    return " and ".join(changes or ["has different white space or another order of lines"])
+    return " and ".join(
+        changes or ["has a definition that differs only in white space or in the order of lines"]
+    )
 
 
 def _function_sql(signature: str, definition: str) -> str:
@@ -207,7 +209,7 @@ def _function_sql(signature: str, definition: str) -> str:
 
 
 def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
-    """Yield the description of each difference of a table, and the SQL that repairs it."""
+    """Yield a description and repairing SQL for each difference of a table from the declaration."""
     name, qualified = table.name, table.qualified
     if table.kind != (kind := _expected_kind(table)):
         yield (

@@ -1,8 +1,8 @@
 """The declared triggers and functions of the schema, read from `declared.sql`.
 
-`find_differences` compares a database with the declared triggers and functions. An accident can
-cause a difference. For example, an interrupted `pg_restore --disable-triggers` leaves triggers
-disabled.
+`find_differences` compares a database with the declared triggers and functions. A
+database can differ by accident: an interrupted `pg_restore --disable-triggers`, for example, leaves
+triggers disabled.
 """
 
 import re
@@ -23,8 +23,8 @@ class Trigger:
     name: str
     events: str
     action: str
-    enabled: str = "O"  # value of pg_trigger.tgenabled: O for ENABLE, A for ENABLE ALWAYS
-    partitions: bool = False  # whether all partitions of the table also have the trigger
+    enabled: str = "O"  # Value of pg_trigger.tgenabled, O (ENABLE) or A (ENABLE ALWAYS).
+    partitions: bool = False  # True if all partitions of the table also have the trigger.
 
     def definition(self, table: str, schema: str | None = None) -> str:
         """Return the SQL that creates the trigger on its table, or on a partition of the table.
@@ -61,5 +61,5 @@ def _read_functions() -> dict[str, str]:
 
 TRIGGERS = _read_triggers()
 # FUNCTIONS maps the signature of each SQL function to the output of `pg_get_functiondef` without
-# its first line. The placeholder {schema} replaces the schema's name as an SQL string literal.
+# the first line. The placeholder {schema} replaces the schema's name as an SQL string literal.
 FUNCTIONS = _read_functions()

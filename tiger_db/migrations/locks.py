@@ -32,11 +32,11 @@ def lock_key(number: int) -> str:
 # While a migration waits for a table lock, other sessions wait for the migration. The lock timeout
 # must exceed deadlock_timeout (1 s), after which PostgreSQL cancels a blocking autovacuum.
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '2s'"
-_LOCK_RETRY_SECONDS = 300.0  # maximum time for all attempts of one migration
-_MAX_PAUSE_SECONDS = 15.0  # maximum pause between two attempts of a migration
-_MIGRATION_LOCK_SECONDS = 3600.0  # maximum wait for the migration lock
+_LOCK_RETRY_SECONDS = 300.0  # Maximum time for all attempts of one migration.
+_MAX_PAUSE_SECONDS = 15.0  # Maximum pause between two attempts of a migration.
+_MIGRATION_LOCK_SECONDS = 3600.0  # Maximum wait for the migration lock.
 _POLL_SECONDS = 0.5
-_REPORT_SECONDS = 30.0  # time between two progress messages about a wait
+_REPORT_SECONDS = 30.0  # time between two progress messages while `upgrade` waits
 _KEY = lock_key(MIGRATION_LOCK_ID)
 _SESSION = """
 CASE pid WHEN 0 THEN 'a prepared transaction' ELSE concat('process ', pid, ' (', concat_ws(', ',
@@ -57,7 +57,7 @@ _LOCK_HOLDERS = text(
 
 @asynccontextmanager
 async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterator[AsyncConnection]:
-    """Open a connection that holds the migration lock, and sets the lock timeout.
+    """Open a connection that holds the migration lock, and whose transactions have a lock timeout.
 
     Only one process at a time can hold the migration lock of a schema.
 
@@ -66,8 +66,8 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
     """
     async with engine.connect() as connection:
         await _take_lock(connection, progress)
-        # Each transaction begins with the SQL statement LOCK_TIMEOUT. An autocommit_block has no
-        # lock timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
+        # Each transaction begins with the SQL statement LOCK_TIMEOUT. Alembic's autocommit_block
+        # has no lock timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
         event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
@@ -79,10 +79,10 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
 
 
 async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
-    """Take the migration lock. While another process holds the migration lock, report that process.
+    """Take the migration lock. If another process holds the migration lock, report that process.
 
     Between two attempts to take the migration lock, no transaction is open. An open transaction
-    would block CREATE INDEX CONCURRENTLY in the other process.
+    would block CREATE INDEX CONCURRENTLY in the process that holds the migration lock.
     """
     start, reported = time.monotonic(), -_REPORT_SECONDS
     while not await connection.scalar(text(f"SELECT pg_try_advisory_lock({_KEY})")):
@@ -91,14 +91,14 @@ async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
         waited = time.monotonic() - start
         if waited > _MIGRATION_LOCK_SECONDS:
             raise MigrationError(
-                f"{holders} has been migrating for {waited / 60:.0f} min: no migration was run;"
-                " run `tiger-db migrate` again later"
+                f"{holders} has been migrating for {waited / 60:.0f} min, so this command ran no"
+                " migration: run `tiger-db migrate` again later"
             )
         if waited - reported >= _REPORT_SECONDS:
             progress(f"waiting for {holders} to finish its migrations: {waited:.0f} s")
             reported = waited
         await asyncio.sleep(_POLL_SECONDS)
-    await connection.commit()  # the commit does not release the migration lock
+    await connection.commit()  # the session keeps the migration lock after the commit
 
 
 async def with_lock_retries(
@@ -143,13 +143,13 @@ async def with_lock_retries(
         )
         await asyncio.sleep(pause)
     raise MigrationError(
-        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: only this"
-        " step is rolled back; run `tiger-db migrate` again later"
+        f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: completed"
+        " steps are kept; run `tiger-db migrate` again later"
     )
 
 
 async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
-    """Poll until `done` is set. Return the last sessions that blocked the backend `pid`."""
+    """Return the last sessions that blocked the backend `pid`, polled until `done` is set."""
     blockers: Sequence[str] = ()
 
     async def is_done() -> bool:
@@ -157,9 +157,9 @@ async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) ->
             await asyncio.wait_for(done.wait(), _POLL_SECONDS)
         return done.is_set()
 
-    if await is_done():  # a short migration needs no polling
+    if await is_done():  # a short migration needs no query for blocking sessions
         return blockers
-    # Errors of `_BLOCKERS` are ignored, because only messages need the blocking sessions.
+    # Errors of the query `_BLOCKERS` are ignored, because its result is used only in messages.
     with suppress(DatabaseUnavailable, DBAPIError):
         async with engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
