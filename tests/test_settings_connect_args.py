@@ -305,9 +305,11 @@ def test_behind_a_pooler_no_session_state_is_used() -> None:
     unlimited = Settings(db_host="h", db_pooler="pgbouncer", db_query_timeout=0)
     assert unlimited.connect_args()["command_timeout"] is None
     message = refused(database_url="postgresql://h/d?options=-cx%3D1", db_pooler="pgbouncer")
-    assert message.startswith("DATABASE_URL must have no options")
+    assert message.startswith("DATABASE_URL must not have the parameter options")
     message = refused(database_url="postgresql://h/d?options=-csearch_path%3Dx")
-    assert message == "options in DATABASE_URL must not set search_path: use DB_SCHEMA"
+    assert (
+        message == "the parameter options in DATABASE_URL must not set search_path: use DB_SCHEMA"
+    )
 
 
 @pytest.mark.parametrize(

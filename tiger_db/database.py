@@ -70,7 +70,7 @@ class AsyncSession(SQLModelSession):
             raise typed(error) from None
         try:
             await super().commit()
-        except SQLAlchemyError as error:  # for example, a deferred constraint of the application
+        except SQLAlchemyError as error:  # for example, a deferred constraint is violated
             raise typed(error) from None
         except DatabaseUnavailable as error:
             raise OutcomeUnknown(
@@ -86,8 +86,8 @@ class Database:
     in addition to the pool.
 
     Raises:
-        ConfigurationError: `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or is missing in
-            production.
+        ConfigurationError: the setting `ENCRYPTION_KEYS` or `API_KEY_PEPPERS` is malformed, or is
+            missing in production.
     """
 
     @public
@@ -164,7 +164,7 @@ class Database:
         """Return the key that signs audit seals, or None if no signing key is configured.
 
         Raises:
-            ConfigurationError: `AUDIT_SIGNING_KEY` is malformed or unreadable.
+            ConfigurationError: the key in `AUDIT_SIGNING_KEY` is malformed or unreadable.
         """
         return await asyncio.to_thread(in_force, self.settings, AUDIT_SIGNING_KEY)
 
@@ -236,14 +236,15 @@ class Database:
         """Call `work` with a session, commit the session, and return the result of `work`.
 
         After a `Conflict` or `DatabaseUnavailable` error, `transaction` calls `work` again with a
-        new session, at most `retries` times. The waits before the first three retries are at most
-        0.05, 0.1 and 0.2 s after `Conflict`, and at most 1, 2 and 4 s after `DatabaseUnavailable`.
-        The function `work` can run several times, so `work` must create the objects that it stores,
-        and must have no effects outside its session.
+        new session, at most `retries` times. After `Conflict`, the waits before the first three
+        retries are at most 0.05, 0.1 and 0.2 s. After `DatabaseUnavailable`, the waits
+        before the first three retries are at most 1, 2 and 4 s. The function `work` can run several
+        times. Therefore, `work` must create all objects that `work` stores, and must have no
+        effects outside the session.
 
         Raises:
-            OutcomeUnknown: the connection was lost during the commit. Before a repetition, check
-                whether the transaction was saved.
+            OutcomeUnknown: the connection was lost during the commit. Check whether the transaction
+                was saved before you repeat the transaction.
             Conflict, DatabaseUnavailable: the last retry of the transaction failed with this error.
             QueryTimeout, SchemaMismatch: the session raised this error, after which `transaction`
                 does not call `work` again.
@@ -284,8 +285,8 @@ async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSessi
     The session's audit events are attributed to `actor`, or else to the actor of `acting_as`.
 
     Raises:
-        ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: `Database` or
-            `Database.session` raised this error.
+        ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: the class `Database`
+            or the method `Database.session` raised this error.
     """
     loop = asyncio.get_running_loop()
     if loop not in _defaults:

@@ -16,8 +16,8 @@ from urllib.parse import quote, unquote, urlencode
 DEFAULT_PORT = 5432
 # `_SCHEME` matches the URL schemes of libpq, and SQLAlchemy's URL scheme for asyncpg.
 _SCHEME = re.compile(r"(?:postgres|postgresql|postgresql\+asyncpg)://")
-# Unlike libpq, `_URL` refuses "@" in a password: "@" must be percent-encoded. Otherwise, a part of
-# the password would be parsed as a host name, and error messages would show that part.
+# Unlike libpq, `_URL` refuses a password with an "@" that is not percent-encoded. The part
+# of the password after the "@" would be parsed as a host name, which error messages show.
 _URL = re.compile(
     _SCHEME.pattern + r"(?:(?P<user>[^:@/?]*)(?::(?P<password>[^@/?]*))?@)?"
     r"(?P<hosts>[^@/?]*)(?:/(?P<dbname>[^@?]*))?(?:\?(?P<query>[^@]*))?"
@@ -65,8 +65,7 @@ class Address(NamedTuple):
     def is_local(self) -> bool:
         """Whether the host is a socket folder, a loopback address or `localhost`.
 
-        All other host names count as remote, without a DNS query, because the address of a host
-        name can change.
+        Every other host name counts as remote, because the address of a host name can change.
         """
         if not self.host or self.host.startswith("/"):
             return True
@@ -92,7 +91,7 @@ class DatabaseURL:
     parameters: dict[str, str] = field(default_factory=dict, repr=False)
 
     def to_text(self) -> str:
-        """Return the URL with the password, so that `parse_url` returns an equal DatabaseURL."""
+        """Return the URL with the password, in a form that `parse_url` accepts."""
         login = quote(self.user or "", safe="")
         if self.password is not None:
             login += ":" + quote(self.password, safe="")
@@ -214,5 +213,6 @@ def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> 
 
 def _list_error(name: str) -> str:
     return (
-        f"{name}: separate hosts by single commas, and give one port for all or one port per host"
+        f"{name}: separate hosts by single commas,"
+        " and give one port for all hosts or one port per host"
     )

@@ -1,4 +1,4 @@
-"""The secret keys in force, which come from the settings or the embedded server's folder."""
+"""The secret keys that a process uses, from the settings or the embedded server's folder."""
 
 import os
 from collections.abc import Callable
@@ -16,10 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class KeySetting(Generic[T]):
-    """A setting that contains secret keys, and the file of the same name in the home folder.
-
-    The home folder is the folder of the embedded server.
-    """
+    """A setting that contains secret keys, and the file of the same name in the home folder."""
 
     field: str
     parse: Callable[[str], T]
@@ -28,7 +25,7 @@ class KeySetting(Generic[T]):
 
     @property
     def advice(self) -> str:
-        """What to do if the keys are missing."""
+        """Advice for a user if the keys are missing."""
         return (
             f"set {self.field.upper()} to its earlier value, or, in a new installation, to the"
             f" output of `tiger-db {self.command}`"
@@ -47,7 +44,7 @@ AUDIT_SIGNING_KEY = KeySetting(
 
 
 def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
-    """Return the keys in a setting or in the file that its variant `…_FILE` names, or None.
+    """Return the keys in a setting, or in the file that the setting `…_FILE` names, or None.
 
     Raises:
         ConfigurationError: the secret keys are malformed, unreadable, or missing in production.
@@ -113,9 +110,9 @@ def required_key_ring(settings: Settings) -> KeyRing:
 
 
 def required_peppers(settings: Settings) -> Peppers | None:
-    """Return the peppers in force, or None if the embedded server has no pepper yet.
+    """Return the peppers that this process uses, or None if the embedded server has no pepper yet.
 
-    This function blocks the event loop, so call this function in a thread.
+    Call `required_peppers` in a thread, because `required_peppers` blocks the event loop.
 
     Raises:
         ConfigurationError: the peppers are missing, malformed or unreadable.

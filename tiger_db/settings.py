@@ -40,7 +40,7 @@ class ConnectArgs(TypedDict, total=False):
     """The keyword arguments of `asyncpg.connect`."""
 
     dsn: str
-    host: str | list[str]  # asyncpg tries the hosts in a list in order
+    host: str | list[str]  # asyncpg tries the hosts of a list in their order
     port: int | list[int]
     user: str
     password: str | None
@@ -69,7 +69,11 @@ def _utf8_secret(value: SecretStr) -> SecretStr:
 
 
 def _iso_date(value: object) -> object:
-    """Return a date or None. Raise ValueError for a text that is not in the form YYYY-MM-DD."""
+    """Convert a text such as 2027-01-31 to a date. Return a date or None unchanged.
+
+    Raises:
+        ValueError: the text does not have the form YYYY-MM-DD, or the value has another type.
+    """
     if value is None or type(value) is date:
         return value
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
@@ -80,9 +84,9 @@ def _iso_date(value: object) -> object:
 
 def _schema_name(value: str) -> str:
     if len(value.encode()) > _MAX_IDENTIFIER_BYTES:
-        raise ValueError(f"the name must have at most {_MAX_IDENTIFIER_BYTES} bytes")
+        raise ValueError(f"the name of a schema must have at most {_MAX_IDENTIFIER_BYTES} bytes")
     if value.startswith("pg_") or value in ("information_schema", "$user"):
-        raise ValueError("the name is reserved by PostgreSQL")
+        raise ValueError("PostgreSQL reserves this name: choose another name for the schema")
     return value
 
 
@@ -93,11 +97,11 @@ _MAX_IDENTIFIER_BYTES = 63
 # If the server does not answer for DB_QUERY_TIMEOUT plus 5 seconds, the connection counts as lost.
 _LOST_SERVER_SECONDS = 5
 DEFAULT_SCHEMA = "public"
-SCHEMA_OPTION = "tiger_db_schema"  # name of the execution option that holds DB_SCHEMA
-# PgBouncer accepts these session parameters from clients, and tracks the values of each client.
+SCHEMA_OPTION = "tiger_db_schema"  # Name of the execution option that holds DB_SCHEMA.
+# Session parameters that PgBouncer accepts from clients, and tracks for each client.
 _PGBOUNCER_PARAMETERS = ("application_name", "timezone")
-# These hosts are the default for a DATABASE_URL without a host. asyncpg's own default host depends
-# on the environment variable PGHOST.
+# Hosts for a DATABASE_URL without a host. asyncpg's default host is not used, because the default
+# host depends on the environment variable PGHOST.
 _DEFAULT_HOSTS = ("/var/run/postgresql", "/tmp", "localhost")  # noqa: S108  # a socket folder
 
 
@@ -139,20 +143,39 @@ class Settings(BaseSettings):
     db_ssl_ca: File | None = None
     db_allow_unverified_tls: bool = Field(
         default=False,
-        description="whether production may connect to remote servers with unverified identity",
+        description="allow production to connect to remote servers whose identity is not verified",
     )
 
     db_pool_size: int = Field(default=5, ge=1, le=1000)
     db_max_overflow: int = Field(default=10, ge=0, le=1000)
-    db_pool_timeout: float = Field(default=30, gt=0, le=3600, description="seconds")
-    db_pool_recycle: int = Field(default=1800, ge=-1, description="seconds; -1: no limit")
-    db_connect_timeout: float = Field(default=10, gt=0, le=3600, description="seconds")
-    db_query_timeout: float = Field(default=30, ge=0, le=86400, description="seconds; 0: no limit")
+    db_pool_timeout: float = Field(
+        default=30, gt=0, le=3600, description="maximum wait for a free connection, in seconds"
+    )
+    db_pool_recycle: int = Field(
+        default=1800,
+        ge=-1,
+        description="maximum age of a connection in the pool, in seconds (-1: no limit)",
+    )
+    db_connect_timeout: float = Field(
+        default=10, gt=0, le=3600, description="maximum wait for a new connection, in seconds"
+    )
+    db_query_timeout: float = Field(
+        default=30,
+        ge=0,
+        le=86400,
+        description="maximum duration of an SQL statement, in seconds (0: no limit)",
+    )
     db_idle_transaction_timeout: float = Field(
-        default=60, ge=0, le=86400, description="seconds; 0: no limit"
+        default=60,
+        ge=0,
+        le=86400,
+        description="maximum time that a transaction may be idle, in seconds (0: no limit)",
     )
     db_slow_query_seconds: float = Field(
-        default=1, ge=0, le=86400, description="seconds; 0: log no slow query"
+        default=1,
+        ge=0,
+        le=86400,
+        description="duration from which a query is logged, in seconds (0: no query is logged)",
     )
     db_debug: bool = Field(default=False, description="log all SQL statements")
 
@@ -180,10 +203,13 @@ class Settings(BaseSettings):
         url = self.url
         if url is not None and self.uses_pooler and "options" in url.parameters:
             raise ValueError(
-                "DATABASE_URL must have no options if DB_POOLER is set: use ALTER ROLE"
+                "DATABASE_URL must not have the parameter options if DB_POOLER is set:"
+                " use ALTER ROLE"
             )
         if url is not None and "search_path" in url.parameters.get("options", ""):
-            raise ValueError("options in DATABASE_URL must not set search_path: use DB_SCHEMA")
+            raise ValueError(
+                "the parameter options in DATABASE_URL must not set search_path: use DB_SCHEMA"
+            )
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
@@ -209,7 +235,7 @@ class Settings(BaseSettings):
 
     @property
     def embedded(self) -> bool:
-        """Whether the embedded PostgreSQL is used, because the settings name no other server."""
+        """Whether the settings name no server, so that the embedded PostgreSQL is used."""
         return self.database_url is None and self.db_host is None
 
     @property
@@ -218,10 +244,10 @@ class Settings(BaseSettings):
         return self.db_pooler != "none"
 
     def without_pooler(self) -> Self:
-        """Return settings whose connections bypass the pooler, for work in one server session.
+        """Return settings whose connections bypass the pooler, for work that needs one session.
 
         Raises:
-            ConfigurationError: `DB_POOLER` is set, but `DB_DIRECT_HOST` is not set.
+            ConfigurationError: the setting `DB_POOLER` needs `DB_DIRECT_HOST`, which is not set.
         """
         if self.embedded:
             return self
@@ -251,15 +277,15 @@ class Settings(BaseSettings):
 
     @property
     def search_path(self) -> str:
-        """The SQL text of the `search_path` in all sessions."""
+        """The value of the parameter `search_path` in all sessions."""
         return search_path(self.db_schema)
 
     def channel(self, name: str) -> str:
-        """Return the NOTIFY channel of `DB_SCHEMA` for a channel name.
+        """Return the name of the NOTIFY channel `name` in the schema `DB_SCHEMA`.
 
         For the schema `public`, the channel is `name`. For every other schema, the channel is
-        `name` and a digest of the schema's name. A channel name can have at most 63 bytes, so the
-        digest replaces the name, which may be longer.
+        `name` and a digest of the schema's name. The digest replaces the schema's name, because the
+        name of a channel can have at most 63 bytes.
         """
         if self.db_schema == DEFAULT_SCHEMA:
             return name
@@ -267,7 +293,10 @@ class Settings(BaseSettings):
 
     @property
     def addresses(self) -> tuple[Address, ...]:
-        """The addresses of the servers, in the order to try. The embedded server has no address."""
+        """The addresses of the servers, in the order in which `connect` tries the servers.
+
+        The embedded server has no address.
+        """
         if (url := self.url) is not None:
             return url.addresses
         return () if self.db_host is None else parse_hosts("DB_HOST", self.db_host, self.db_port)
@@ -305,7 +334,7 @@ class Settings(BaseSettings):
 
     @property
     def unverified_variables(self) -> list[str]:
-        """The variables that name remote servers whose identity is not verified.
+        """The environment variables that name remote servers whose identity is not verified.
 
         Only the sslmode verify-full verifies the identity of a server. The sslmode verify-ca
         accepts any certificate of the certificate authority (CA), and a public CA issues
@@ -384,7 +413,8 @@ class Settings(BaseSettings):
             arguments["passfile"] = Path(found["passfile"])
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
-        if self.uses_pooler:  # PgBouncer may refuse all other session parameters
+        if self.uses_pooler:
+            # PgBouncer may refuse session parameters that are not in _PGBOUNCER_PARAMETERS.
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given
@@ -402,7 +432,7 @@ class Settings(BaseSettings):
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
             "timezone": "UTC",
-            # This setting overrides a search_path that ALTER ROLE or ALTER DATABASE has set.
+            # `search_path` overrides a search path that ALTER ROLE or ALTER DATABASE has set.
             "search_path": self.search_path,
         }
 
@@ -415,8 +445,8 @@ def quote_identifier(name: str) -> str:
 def search_path(schema: str) -> str:
     """Return the SQL text of the `search_path` for a schema.
 
-    PostgreSQL searches pg_catalog first, because the search path does not contain pg_catalog. If
-    the search path did not contain pg_temp, PostgreSQL would search pg_temp before pg_catalog.
+    PostgreSQL searches pg_catalog first if the search path does not contain pg_catalog. If the
+    search path did not contain pg_temp, PostgreSQL would search pg_temp before pg_catalog.
     """
     return f"{quote_identifier(schema)}, pg_temp"
 

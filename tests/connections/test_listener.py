@@ -47,5 +47,5 @@ async def test_a_lost_connection_is_replaced_and_logged_once(
         await asyncio.wait([listening])
         await other.close()
     assert [record.getMessage() for record in caplog.records if record.name == "tiger_db"] == [
-        f"LISTEN on the channel {CHANNEL} failed: the connection was closed"
+        f"LISTEN on the channel {CHANNEL} failed: the connection to the database was closed"
     ]

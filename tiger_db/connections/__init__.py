@@ -1,4 +1,4 @@
-"""asyncpg connections and SQLAlchemy engines, with several hosts, TLS and typed errors."""
+"""Functions that open asyncpg connections and create SQLAlchemy engines."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -23,13 +23,15 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTi
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type
 
-# If a host causes one of these errors, a connection to the next host may succeed.
+# If a connection fails with one of _HOST_ERRORS, a connection to the next host may succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
 _CONNECT_ERRORS = (*_HOST_ERRORS, ValueError, asyncpg.PostgresError)
 
 
 async def connect_args(settings: Settings) -> ConnectArgs:
-    """Return arguments for `asyncpg.connect`. If the embedded server is in use, start the server.
+    """Return arguments for `asyncpg.connect`.
+
+    If the settings name no server, start the embedded server.
 
     Raises:
         EmbeddedError: the embedded PostgreSQL server cannot be started.
@@ -48,11 +50,11 @@ async def connect(
     database: str | None = None,
     replica: Address | None = None,
 ) -> "asyncpg.Connection[asyncpg.Record]":
-    """Open an asyncpg connection to the database of the settings, or to `database`.
+    """Open an asyncpg connection to `database`, or by default to the database of the settings.
 
-    Hosts are tried in order until a host accepts writes. The timeout for each host is
-    `DB_CONNECT_TIMEOUT`. If `replica` is given, only this replica is tried, and the replica must
-    be a standby.
+    `connect` tries the configured hosts in order until a host accepts writes. The timeout for each
+    host is `DB_CONNECT_TIMEOUT`. If `replica` is given, `connect` tries only this replica, which
+    must be a standby.
 
     Raises:
         ConfigurationError: a file that a `DB_SSL_*` variable names is missing or malformed.
@@ -73,11 +75,11 @@ async def connect(
 async def connect_directly(
     settings: Settings, *, database: str | None = None
 ) -> "asyncpg.Connection[asyncpg.Record]":
-    """Open a connection that bypasses the pooler, for session state such as LISTEN.
+    """Open a connection that bypasses the pooler, for work that needs one session, such as LISTEN.
 
     Raises:
-        ConfigurationError: `DB_POOLER` is set but `DB_DIRECT_HOST` is not, or the function
-            `connect` raised the error.
+        ConfigurationError: the setting `DB_POOLER` needs `DB_DIRECT_HOST`, which is not set, or the
+            call of `connect` raised this error.
         DatabaseUnavailable: every host is unreachable or refuses the connection.
     """
     return await connect(settings.without_pooler(), database=database)
@@ -89,8 +91,8 @@ async def _connect_to_first(
     hosts, ports = arguments.get("host"), arguments.get("port")
     if not isinstance(hosts, list) or not isinstance(ports, list):
         return await tls.connect(settings, arguments)
-    # asyncpg is called once per host, because asyncpg has one timeout for all hosts of a call. A
-    # host that does not answer would leave no time for the next host.
+    # asyncpg is called once per host, because asyncpg has one timeout for all hosts of a call. In
+    # one call for several hosts, a host that does not answer would leave no time for the next host.
     reasons = []
     for host, port in zip(hosts, ports, strict=True):
         try:
@@ -109,7 +111,10 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         *args: object,
         **options: Any,  # noqa: ANN401  # asyncpg's
     ) -> Any:  # noqa: ANN401  # asyncpg's
-        """Execute a query. After BEGIN, also reset `search_path`, in the same round trip."""
+        """Execute a query.
+
+        If the query is BEGIN, reset `search_path` in the same round trip.
+        """
         if query.startswith("BEGIN") and not args:
             query = f"{query.rstrip(';')}; SET LOCAL search_path TO DEFAULT"
         return await super().execute(query, *args, **options)
@@ -142,7 +147,8 @@ def create_engine(
         "postgresql+asyncpg://",
         connect_args={
             "async_creator_fn": lambda **_: connect(settings, replica=replica),
-            # A pooler may run the next transaction in a session that lacks the prepared statement.
+            # Statements are not cached, because a pooler may run the next transaction in a session
+            # without the prepared statement.
             **({"prepared_statement_cache_size": 0} if settings.uses_pooler else {}),
         },
         execution_options={SCHEMA_OPTION: settings.db_schema},
@@ -155,7 +161,7 @@ def create_engine(
     def _raise_typed(context: ExceptionContext) -> None:
         error = context.original_exception
         if not isinstance(error, Exception):
-            return  # after a CancelledError, for example, the connection is not lost
+            return  # a CancelledError, for example, does not mean that the connection is lost
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
@@ -167,12 +173,14 @@ def create_engine(
             error.__cause__, asyncpg.InternalClientError
         )
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
-            # If `is_disconnect` is true, the pool closes all its connections to a former primary.
+            # `is_disconnect` makes SQLAlchemy close all connections of the pool, which may be
+            # connections to a former primary.
             context.is_disconnect = True
             why = reason(error)
-            # With a pooler, asyncpg's command_timeout limits the duration of statements.
+            # With a pooler, asyncpg's command_timeout replaces PostgreSQL's statement_timeout.
             if isinstance(error, TimeoutError) and settings.uses_pooler:
-                why = f"no answer in {settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
+                timeout = f"{settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
+                why = f"the server did not answer in {timeout}"
             location = replica or settings.location
             raise DatabaseUnavailable(f"the connection to {location} was lost: {why}") from None
 
@@ -184,24 +192,24 @@ def create_engine(
 
 
 def _hide_values(context: ExceptionContext) -> None:
-    """Hide an error's message from later event listeners, because the message has row values."""
+    """Hide an error's message from later event listeners, because it may contain row values."""
     error = context.original_exception
     state = getattr(error, "sqlstate", None) or ""
     context.original_exception = RuntimeError(f"{type(error).__name__} {state}".rstrip())
 
 
 def _check_open(connection: AdaptedConnection, _record: object, _proxy: object) -> None:
-    # Without a query to the server, asyncpg detects that the server closed the connection.
+    # `is_closed` sends no query, because asyncpg notices when the server closes the connection.
     if connection.driver_connection.is_closed():
         raise DisconnectionError("the server closed the connection")
 
 
 @asynccontextmanager
 async def maintenance_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
-    """Open an engine that bypasses the pooler and has no time limits, for migrations and checks.
+    """Open an engine for migrations and checks, which bypasses the pooler and has no query timeout.
 
     Raises:
-        ConfigurationError: `DB_POOLER` is set, but `DB_DIRECT_HOST` is not set.
+        ConfigurationError: the setting `DB_POOLER` needs `DB_DIRECT_HOST`, which is not set.
     """
     unlimited = {
         "db_query_timeout": 0,

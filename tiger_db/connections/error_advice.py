@@ -22,7 +22,10 @@ def reason(error: BaseException) -> str:
 
 
 def explain(error: Exception) -> str | None:
-    """Return an error's reason, with advice, in one line. Return None for other error types."""
+    """Return one line with the reason of an error, and with advice.
+
+    Return None if the error is no DBAPIError, TigerDBError or OSError.
+    """
     if isinstance(error, DBAPIError):
         cause = getattr(error.orig, "__cause__", None) or error.orig
         text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__

@@ -25,10 +25,10 @@ _logger = logging.getLogger("tiger_db")
 async def open_listener(
     settings: Settings, channel: str, on_notification: OnNotification
 ) -> AsyncIterator[Connection]:
-    """Open a direct connection that listens on a notification channel of `DB_SCHEMA`.
+    """Open a connection that bypasses the pooler and listens on a channel of `DB_SCHEMA`.
 
     Raises:
-        ConfigurationError, DatabaseUnavailable: `connect_directly` raised this error.
+        ConfigurationError, DatabaseUnavailable: the call of `connect_directly` raised this error.
         TigerDBError: asyncpg raised an error in the `with` block, and `raw_errors` converted the
             error.
     """
@@ -52,11 +52,11 @@ async def listen(
     on_notification: OnNotification,
     watch: Callable[[Connection], Awaitable[None]] | None = None,
 ) -> None:
-    """Listen on a notification channel until the task is cancelled. Replace a lost connection.
+    """Listen on a notification channel until the task is cancelled.
 
-    The function `watch` is called with each new connection, and awaited. If `watch` raises an
-    error, `listen` opens a new connection. Only the first failure after a successful connection is
-    logged, as a warning.
+    If the connection is lost, `listen` opens a new connection. `listen` calls and awaits the
+    function `watch` with each new connection. If `watch` raises an error, `listen` opens a new
+    connection. Only the first failure after a successful connection is logged, as a warning.
     """
     failing = False
     while True:
@@ -76,4 +76,4 @@ async def _until_closed(connection: Connection) -> None:
     connection.add_termination_listener(lambda _: closed.set())
     if not connection.is_closed():
         await closed.wait()
-    raise DatabaseUnavailable("the connection was closed")
+    raise DatabaseUnavailable("the connection to the database was closed")

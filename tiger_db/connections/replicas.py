@@ -32,19 +32,19 @@ _Sample = tuple[float, str]  # monotonic time in seconds, and LSN of the primary
 @dataclass(slots=True)
 class _Replica:
     engine: AsyncEngine
-    failed_until: float = 0.0  # monotonic time in seconds, or 0 after a success
-    replayed: _Sample = (-math.inf, "")  # newest LSN sample that this replica has replayed
+    failed_until: float = 0.0  # Monotonic time (s) of the next attempt, or 0 after a success.
+    replayed: _Sample = (-math.inf, "")  # Newest LSN sample that this replica has replayed.
 
 
 class Replicas:
     """The replicas of one `Database`, for readonly sessions.
 
-    The lag of a replica is measured by LSN, because a replica cannot measure its own lag: a replica
-    without a connection to the primary may have replayed all WAL that it received. While replicas
-    are in use, the primary's LSN is sampled up to twice per `max_lag`. A replica is fresh if the
-    replica has replayed an LSN sample that is at most `max_lag` old. The times of LSN samples are
-    from this machine's monotonic clock. While the primary is unavailable, replicas are used until
-    all LSN samples are older than `max_lag`.
+    The lag of a replica is measured by LSN, because a replica cannot measure its own lag. A replica
+    that lost its connection to the primary would measure no lag, although the primary may have
+    newer commits. While replicas are in use, the primary's LSN is sampled up to twice per
+    `max_lag`. A replica is fresh if the replica has replayed an LSN sample that is at most
+    `max_lag` old. The times of LSN samples are from this machine's monotonic clock. While the
+    primary is unavailable, replicas are used until all LSN samples are older than `max_lag`.
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:
@@ -76,7 +76,8 @@ class Replicas:
             samples = [s for s in (replica.replayed, *self._samples) if s[0] >= oldest]
             if not samples or now < replica.failed_until:
                 continue
-            if replica.failed_until:  # while a failed replica is tried, other sessions skip it
+            if replica.failed_until:
+                # While one session tries a failed replica, other sessions skip the replica.
                 replica.failed_until = now + _RETRY_PAUSE_SECONDS
             session, fresh = make_session(replica.engine), False
             try:

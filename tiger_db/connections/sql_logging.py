@@ -19,7 +19,8 @@ _logger = logging.getLogger("tiger_db")
 def log_slow_queries_of_engine(engine: Engine, threshold_seconds: float) -> None:
     """Log each query of SQLAlchemy that takes at least `threshold_seconds`."""
 
-    # An event listener for `before_cursor_execute` would slow down each query of SQLAlchemy.
+    # The event is `do_execute`, because a listener for `before_cursor_execute` would slow down each
+    # query of SQLAlchemy.
     @event.listens_for(engine, "do_execute")
     def _execute(
         cursor: DBAPICursor,
@@ -40,8 +41,8 @@ def log_slow_queries_of_connection(
 ) -> None:
     """Log each query that bypasses SQLAlchemy and takes at least `threshold_seconds`.
 
-    SQLAlchemy uses prepared statements, whose executions asyncpg does not report. Therefore, each
-    query of SQLAlchemy is logged only once.
+    asyncpg does not report executions of prepared statements to query loggers. SQLAlchemy executes
+    only prepared statements, so no query is logged twice.
     """
 
     def log(query: LoggedQuery) -> None:

@@ -9,12 +9,12 @@ from tiger_db.errors import ConfigurationError
 from tiger_db.settings import ConnectArgs, Settings
 
 # If a CA file is set, libpq verifies the server's certificate even with the sslmodes `allow` and
-# `prefer`, but asyncpg does not. Therefore, `connect` replaces each of these two sslmodes by two
-# connection attempts with other sslmodes of asyncpg.
+# `prefer`, but asyncpg does not. Therefore, if a CA file is set, `connect` replaces `allow` and
+# `prefer` by two connection attempts with other sslmodes of asyncpg.
 _ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
-# `_check_mode_of_key` refuses the file of a private key with these permission bits. As in libpq,
-# the file's group may read the file only if root owns the file.
+# `_check_mode_of_key` refuses a private key file whose mode has one of the forbidden permission
+# bits. As in libpq, the file's group may read the file only if root owns the file.
 _FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 
@@ -25,7 +25,7 @@ async def connect(
 
     Raises:
         ConfigurationError: a certificate or key file for TLS is missing or malformed.
-        Exception: `asyncpg.connect` raised this exception.
+        Exception: the call of `asyncpg.connect` raised this exception.
     """
     parameters = settings.tls
     attempts = (
@@ -44,7 +44,8 @@ async def connect(
             try:
                 return await asyncpg.connect(**arguments, ssl=attempts[1])
             except (OSError, asyncpg.PostgresError):
-                if isinstance(e, ssl.SSLError):  # the error of the second attempt would say less
+                # The TLS error of the first attempt explains the failure better than the second.
+                if isinstance(e, ssl.SSLError):
                     raise e from None
                 raise
     except asyncpg.ClientConfigurationError:
