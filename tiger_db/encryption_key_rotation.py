@@ -1,8 +1,9 @@
 """Re-encryption of the stored secrets with the first encryption key, while the system runs.
 
-One UPDATE statement stores each batch of rows. If another transaction has changed the secret of a
-row, the UPDATE skips the row, and a later UPDATE stores the row. Each ciphertext contains the id of
-the encryption key. Therefore, if a rotation is killed, the next rotation finds the remaining rows.
+Each batch of rows is stored by one UPDATE statement. If another transaction has changed the secret
+of a row, the UPDATE skips the row, and a later UPDATE stores the row. Each ciphertext contains the
+id of the encryption key. Therefore, if a rotation is killed, the next rotation finds the rows that
+still need older keys.
 """
 
 import asyncio
@@ -45,16 +46,16 @@ from tiger_db.errors import ConfigurationError, Conflict, EncryptionError, Query
 from tiger_db.models import AuditAction, Entity
 from tiger_db.models.secrets import aad_of, encrypted_columns, key_provider, secrets_of
 
-BATCH_ROWS = 1000  # maximum number of rows per transaction
-# `list_encryption_key_usage` reports this key id for values that are not ciphertexts.
+BATCH_ROWS = 1000  # Maximum number of rows per transaction.
+# Key id that `list_encryption_key_usage` reports for values that are not ciphertexts.
 DAMAGED = "(damaged)"
 # Maximum length of a ciphertext's header: version (1 byte), length of the id (1), key id (32).
 _HEADER_BYTES = 34
 _FIRST_KEY_SAMPLE_ROWS = 10
 _REPORTED_PROBLEMS = 20
 # A rotation must not cause deadlock errors in applications. Therefore, the lock timeout of a batch
-# is less than PostgreSQL's deadlock_timeout (1 s by default). A transaction with the longer lock
-# timeout locks only one row.
+# is less than PostgreSQL's deadlock_timeout (1 s by default). The lock timeout of a single row
+# may be longer, because the transaction locks only one row.
 _LOCK_TIMEOUT_OF_BATCH = "100ms"
 _LOCK_TIMEOUT_OF_ROW = "10s"
 
@@ -73,20 +74,22 @@ class UnnormalizedSecrets:
     """Rows whose secrets an older release has stored without normalization."""
 
     normalizable: list[UUID] = field(default_factory=list)
-    invalid: list[UUID] = field(default_factory=list)  # ids of rows whose secret has no normal form
-    unreadable: int = 0  # number of rows that cannot be decrypted
+    # Ids of rows whose secret has no normal form.
+    invalid: list[UUID] = field(default_factory=list)
+    unreadable: int = 0  # Number of rows that cannot be decrypted.
 
 
 @dataclass(slots=True)
 class RotationReport:
     """The result of the function `rotate`."""
 
-    key_id: str  # id of the first encryption key
-    rotated: int = 0  # number of re-encrypted rows, or of rows to re-encrypt (`dry_run`)
-    stuck: int = 0  # number of rows that could not be re-encrypted
-    problems: list[str] = field(default_factory=list)  # first error messages of stuck rows
-    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # key usage after the rotation
-    retirable: list[str] = field(default_factory=list)  # ids of old keys that no row uses
+    key_id: str  # Id of the first encryption key.
+    rotated: int = 0  # Number of re-encrypted rows, or of rows to re-encrypt (`dry_run`).
+    stuck: int = 0  # Number of rows that could not be re-encrypted.
+    # At most 20 error messages about rows that could not be re-encrypted.
+    problems: list[str] = field(default_factory=list)
+    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # Key usage after the rotation.
+    retirable: list[str] = field(default_factory=list)  # Ids of old keys that no row uses.
 
 
 async def rotate(
@@ -101,16 +104,16 @@ async def rotate(
 
     Other transactions can read and write the rows during the rotation. Each batch of rows has its
     own transaction, with an audit event. After each batch, `rotate` calls `advance` with the number
-    of re-encrypted rows. `rotate` first skips locked rows, and waits for these rows at the end. If
-    a row cannot be decrypted, `rotate` reports the row and leaves the row unchanged. If `dry_run`
-    is true, `rotate` decrypts the secrets that need re-encryption, but changes no row.
+    of re-encrypted rows. `rotate` first skips locked rows, and waits for the locked rows at the
+    end. If a row cannot be decrypted, `rotate` reports the row and leaves the row unchanged. If
+    `dry_run` is true, `rotate` decrypts the secrets that need re-encryption, but changes no row.
 
-    Do not remove a key in `RotationReport.retirable` while a process encrypts with the key, or
-    while a backup that needs the key may be restored.
+    Remove a key in `RotationReport.retirable` only when no process encrypts with the key, and no
+    backup that may be restored needs the key.
 
     Raises:
-        ConfigurationError: `ENCRYPTION_KEYS` is not set.
-        EncryptionError: the first key cannot decrypt the rows that have the id of this key.
+        ConfigurationError: the setting `ENCRYPTION_KEYS` is missing.
+        EncryptionError: the first key cannot decrypt the rows that have the first key's id.
         DatabaseUnavailable: the connection to the database was lost. The committed batches stay
             re-encrypted. To re-encrypt the other rows, call `rotate` again.
     """
@@ -189,7 +192,7 @@ def encrypted_entities() -> list[Mapper[Any]]:
 
 
 async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
-    """Check that the first key decrypts one of the newest rows that have the id of this key.
+    """Check that the first key decrypts one of the newest rows that have the first key's id.
 
     If a new key had the id of an old key, no configured key could decrypt the old key's rows.
     """
@@ -278,7 +281,7 @@ class _Sweep:
                 self.stuck += 1
                 self.problems.append(
                     f"{_table_of(self.mapper).name}:{changes[0]['id']}:"
-                    " another transaction keeps the row locked"
+                    " another transaction keeps the row locked: end it, and run the rotation again"
                 )
             else:
                 self.skipped += 1
@@ -362,7 +365,8 @@ async def _describe_failure(session: AsyncSession, mapper: Mapper[Any], row_id: 
             secret.get_secret_value()
         except EncryptionError as error:
             return str(error)
-    return f"{_table_of(mapper).name}:{row_id}: the row was changed concurrently: try again"
+    table = _table_of(mapper).name
+    return f"{table}:{row_id}: the row was changed concurrently: run the rotation again"
 
 
 async def _write(

@@ -35,7 +35,7 @@ class OutcomeUnknown(DatabaseUnavailable):
 
 
 class QueryTimeout(TigerDBError):
-    """A statement took longer than DB_QUERY_TIMEOUT or was cancelled. Nothing was saved."""
+    """An SQL statement took longer than DB_QUERY_TIMEOUT or was cancelled. Nothing was saved."""
 
     code = "query_timeout"
 
@@ -47,7 +47,7 @@ class Conflict(TigerDBError):
 
 
 class StatementRefused(TigerDBError):
-    """The database refused a statement, for example because a privilege is missing."""
+    """The database refused an SQL statement, for example because a privilege is missing."""
 
     code = "statement_refused"
 
@@ -106,20 +106,20 @@ class InvalidFields(InvalidValue, ValidationError):
     code = "invalid_fields"
 
     def __init__(self, *_arguments: object) -> None:
-        # pydantic_core stores the arguments in __new__, and builds the message from them.
+        # pydantic_core stores the arguments in __new__, and builds the message from the arguments.
         Exception.__init__(self)
 
     @classmethod
     def of(
         cls, title: str, problems: Iterable[tuple[tuple[str | int, ...], PydanticCustomError]]
     ) -> Self:
-        """Build the error of a class or function from the location and the reason of problems."""
+        """Create the error for the class or function `title` from locations and reasons."""
         details = [InitErrorDetails(type=why, loc=where, input=None) for where, why in problems]
         return cls.from_exception_data(title, details, hide_input=True)
 
 
 class InvalidCursor(InvalidValue):
-    """The cursor is not of this list: pass the next_cursor of a page of this list unchanged."""
+    """The cursor is not from this list: pass the next_cursor of a page of this list unchanged."""
 
     code = "invalid_cursor"
 

@@ -41,15 +41,15 @@ from tiger_db.sqlstates import is_transient
 T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
 CHANNEL = "tiger_db_refreshes"
-POLL_SECONDS = 5.0  # longest pause between two queries for due refreshes and expired leases
-_RETRY_PAUSE_SECONDS = 0.2  # pause before the first retry; each retry doubles the pause
+POLL_SECONDS = 5.0  # Longest pause between two queries for due refreshes and expired leases.
+_RETRY_PAUSE_SECONDS = 0.2  # Pause before the first retry. Each retry doubles the pause.
 _MAX_RETRY_PAUSE_SECONDS = 5.0
 _RATE_WINDOW_SECONDS = 60.0
 _HEARTBEATS_PER_LEASE = 3
-_GRACE_SECONDS = 30.0  # longest time from a call of `stop` to the end of `run`
-_STORING_SHARE = 0.2  # share of _GRACE_SECONDS that is reserved for storing the outcomes
-_CANCELLING_SHARE = 0.05  # share of _GRACE_SECONDS that is reserved for cancelling attempts
-_CANCEL_SECONDS = 1.0  # longest wait for the end of a cancelled task
+_GRACE_SECONDS = 30.0  # Longest time from a call of `stop` to the end of `run`.
+_STORING_SHARE = 0.2  # Share of _GRACE_SECONDS that is reserved for storing the outcomes.
+_CANCELLING_SHARE = 0.05  # Share of _GRACE_SECONDS that is reserved for cancelling attempts.
+_CANCEL_SECONDS = 1.0  # Longest wait for the end of a cancelled task.
 _MAX_ERROR_CODE_LENGTH = 50
 _MAX_RETRY_AFTER = timedelta(days=7)
 _logger = logging.getLogger("tiger_db")
@@ -64,18 +64,18 @@ class RefreshWorker:
     refresher per minute for each `tiger_id`. The worker's audit events have the user id `name` and
     the user type `worker`.
 
-    If the refresher takes longer than `attempt_timeout`, the worker cancels the call. The attempt
-    fails with `AnswerLost`. If a cancelled refresher returns a token, or if the claim is lost, the
-    worker stores the token only if the account's token is older. The refresher must not block the
-    event loop.
+    If the refresher takes longer than `attempt_timeout`, the worker cancels the refresher, and the
+    attempt fails with `AnswerLost`. After a cancellation or a lost claim, the worker stores a new
+    token only if the account's token is older. The refresher must not block the event loop.
 
     While the database is unavailable, the worker keeps a new token in memory and stores the token
-    later. If the process is killed before the new token is stored, the token is lost: the broker
-    refuses the next attempt, and the account is suspended. Invalid values in the broker's answer
-    are not stored.
+    later. If the process is killed before the new token is stored, the token is lost. After
+    the loss of a token, the broker refuses the next attempt, and the account is suspended.
+    Invalid values in the broker's answer are not stored.
 
     Raises:
-        InvalidValue: `concurrency`, `lease`, `attempt_timeout` or `per_minute` is not positive.
+        InvalidValue: the argument `concurrency`, `lease`, `attempt_timeout` or `per_minute` is not
+            positive.
     """
 
     @public
@@ -91,7 +91,9 @@ class RefreshWorker:
         name: str | None = None,
     ) -> None:
         if concurrency < 1 or per_minute < 1 or min(lease, attempt_timeout) <= timedelta(0):
-            raise InvalidValue("concurrency, per_minute, lease, attempt_timeout must be positive")
+            raise InvalidValue(
+                "concurrency, per_minute, lease and attempt_timeout must be positive"
+            )
         self.database = database
         self.refresher = refresher
         self.concurrency = concurrency
@@ -102,14 +104,14 @@ class RefreshWorker:
         self._actor = Actor(user_id=self.name, user_type="worker")
         self.counts: Counter[str] = Counter()  # number of claims by outcome
         self._call_times: dict[bytes | None, deque[float]] = defaultdict(deque)
-        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # the dict keys are ids of refreshes
-        self._late: set[asyncio.Task[Any]] = set()  # tasks that wait for cancelled refreshers
+        self._attempts: dict[UUID, asyncio.Task[None]] = {}  # Attempts in progress, by refresh id.
+        self._late: set[asyncio.Task[Any]] = set()  # Tasks that wait for cancelled refreshers.
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._deadline = math.inf  # latest monotonic time at which `run` ends
 
     def stop(self) -> None:
-        """Stop the claiming of refreshes, so that `run` returns within 30 seconds.
+        """Claim no more refreshes, so that `run` returns within 30 seconds.
 
         If the refresher does not return in time, the worker cancels the refresher. If the outcome
         of a refresh cannot be stored in time, the lease of the refresh expires.
@@ -126,7 +128,7 @@ class RefreshWorker:
         is cancelled, `run` calls `stop`.
 
         Raises:
-            ConfigurationError: `once` is false, `DB_POOLER` is set and `DB_DIRECT_HOST` is not set.
+            ConfigurationError: the setting `DB_POOLER` needs `DB_DIRECT_HOST`, and `once` is false.
         """
         if not once:
             self.database.settings.without_pooler()
@@ -140,7 +142,7 @@ class RefreshWorker:
             raise
         finally:
             if not working.done():
-                _logger.warning("refreshes that were not finished in time: %d", len(self._attempts))
+                _logger.warning("the worker stopped %d unfinished refreshes", len(self._attempts))
                 await _cancel(working, *self._attempts.values())
         if working.done() and not working.cancelled():
             working.result()
@@ -193,7 +195,10 @@ class RefreshWorker:
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
     ) -> None:
-        """Wait for a task. After `stop`, keep the share `reserve` of the grace period for later."""
+        """Wait for a task, for at most `seconds`.
+
+        After `stop`, wait only until the share `reserve` of the grace period is left.
+        """
         end = math.inf if seconds is None else time.monotonic() + seconds
         stop = asyncio.create_task(self._stopping.wait())
         try:
@@ -205,7 +210,10 @@ class RefreshWorker:
             await asyncio.wait({task}, timeout=max(end - time.monotonic(), 0))
 
     async def _start_due(self) -> float:
-        """Claim due refreshes and start attempts. Return the seconds until the next call."""
+        """Claim due refreshes and start attempts.
+
+        Return the seconds to wait before the next call of `_start_due`.
+        """
         free = min(self.concurrency - len(self._attempts), 1000)
         if free <= 0:
             return POLL_SECONDS
@@ -264,7 +272,7 @@ class RefreshWorker:
             await asyncio.wait([heartbeats])
 
     def _rate_limit_wait(self, account: TigerAccount) -> float:
-        """Count a refresher call and return 0, or return the seconds until a call is allowed."""
+        """Count a refresher call and return 0, or return the seconds until the call is allowed."""
         now = time.monotonic()
         times = self._call_times[account.tiger_id_fingerprint]
         while times and times[0] <= now - _RATE_WINDOW_SECONDS:
@@ -288,7 +296,7 @@ class RefreshWorker:
                     raise
 
     async def _ask(self, claim: TokenStatus) -> NewToken | RefreshFailed:
-        """Call the refresher. Return the new token, or return a RefreshFailed for any error."""
+        """Call the refresher. Return the new token, or a RefreshFailed if the refresher fails."""
 
         async def call() -> NewToken:
             return await self.refresher(claim.tiger_account)
@@ -326,7 +334,8 @@ class RefreshWorker:
         if self._stopping.is_set():  # the Database object may be closed already
             label = claim.tiger_account.label()
             _logger.warning(
-                "%s: a new token is lost: the worker stopped before the answer came", label
+                "%s: a new token is lost, because the worker was stopped before storing the token",
+                label,
             )
             return
         milliseconds = round((time.monotonic() - start) * 1000)
@@ -355,7 +364,7 @@ class RefreshWorker:
         return AnswerLost(reason, broker_code=token.code)
 
     async def _store(self, claim: TokenStatus, token: NewToken, milliseconds: int) -> None:
-        """Complete the refresh with a new token. If the claim was lost, call `_offer`."""
+        """Complete the refresh with a new token, or call `_offer` if the claim was lost."""
         label = claim.tiger_account.label()
         try:
             refresh = await self._save(
@@ -402,7 +411,7 @@ class RefreshWorker:
         label = claim.tiger_account.label()
         try:
             offered = await self._save(offer)
-        except (InvalidState, NotFound) as error:  # StaleToken is an InvalidState
+        except (InvalidState, NotFound) as error:  # StaleToken is a subclass of InvalidState
             self.counts["lost"] += 1
             _logger.warning(
                 "%s: the claim was lost, and the new token was not stored: %s", label, error
@@ -413,7 +422,7 @@ class RefreshWorker:
             _logger.warning("%s: the claim was lost, but the new token was stored", label)
 
     async def _fail(self, claim: TokenStatus, error: RefreshFailed, milliseconds: int) -> None:
-        """Store the failure of an attempt. If the error cannot be stored, store constant texts."""
+        """Store the failure of an attempt, with the error if the error can be stored."""
         account = claim.tiger_account
 
         async def fail(session: AsyncSession) -> TokenStatus:
@@ -455,7 +464,7 @@ class RefreshWorker:
         _logger.warning("%s: the refresh failed: %s", account.label(), outcome)
 
     async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-        """Call `work` in a transaction. Repeat the call while the database is unavailable."""
+        """Call `work` in a transaction. If the database is unavailable, repeat the transaction."""
         pause = _RETRY_PAUSE_SECONDS
         while True:
             try:
@@ -491,14 +500,14 @@ def _storable(row: Entity, name: str, value: T | None) -> T | None:
     """Return the broker's value for the field `name` of a row, or None for an invalid value."""
     try:
         storable: T | None = row.validate_changes({name: value})[name]
-    except (ValueError, TypeError, OverflowError):  # a pydantic ValidationError is a ValueError
-        _logger.warning("%s: the broker's %s is invalid and not stored", row.label(), name)
+    except (ValueError, TypeError, OverflowError):  # pydantic's ValidationError is a ValueError
+        _logger.warning("%s: the broker's %s is invalid and was not stored", row.label(), name)
         return None
     return storable
 
 
 def _retry_after(error: RefreshFailed) -> timedelta | None:
-    """Return `retry_after` of an error, but at most 7 days. Return None for an invalid value."""
+    """Return `retry_after` of an error, but at most 7 days, or None if the value is invalid."""
     wait = error.retry_after if isinstance(error, RefreshLimited) else None
     if not isinstance(wait, timedelta) or wait < timedelta(0):
         return None

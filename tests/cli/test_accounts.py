@@ -298,7 +298,7 @@ def test_malformed_options_of_a_list_are_refused(cli: CommandLine) -> None:
     assert "--limit" in cli.misused("list-accounts", "--limit", "0")
     assert "--limit" in cli.misused("list-accounts", "--limit", "1001")
     assert "--status" in cli.misused("list-accounts", "--status", "happy")
-    assert "cursor is not of this list" in cli.fails("list-accounts", "--after", "nonsense")
+    assert "cursor is not from this list" in cli.fails("list-accounts", "--after", "nonsense")
 
 
 def test_an_account_is_shown_by_number_and_by_id(cli: CommandLine) -> None:

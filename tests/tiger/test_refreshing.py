@@ -98,7 +98,7 @@ KINDS: dict[str, tuple[type[RefreshFailed], int | None, str]] = {
     "unauthorized": (CredentialsRefused, None, "Tiger refuses the credentials (HTTP 401)"),
     "server error": (AnswerLost, 1, "code=1 msg=server error"),
     "timeout": (AnswerLost, 2, "code=2 msg=timeout"),
-    "HTTP 500": (AnswerLost, None, "Tiger failed (HTTP 500)"),
+    "HTTP 500": (AnswerLost, None, "Tiger had a server error (HTTP 500)"),
     "HTTP 404": (RefreshFailed, None, "Tiger refuses the request (HTTP 404)"),
     "nonsense": (AnswerLost, None, "Tiger's answer is not JSON"),
     "no object": (AnswerLost, None, "Tiger's answer is not a JSON object"),

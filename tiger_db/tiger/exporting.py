@@ -29,13 +29,13 @@ async def export_account(
 ) -> list[Path]:
     """Write a configuration file and, if the account has an access token, a token file.
 
-    Return the paths of the files. New files have mode 0600, and a new folder has mode 0700. The
-    audit event is committed before the files are written. With `overwrite`, existing files are
+    Return the paths of the written files. New files have mode 0600, and a new folder has mode 0700.
+    The audit event is committed before the files are written. With `overwrite`, existing files are
     replaced, and an existing token file is removed if the account has no token. For symbolic links,
     pipes and devices, see `tiger_db.files.output_files`.
 
     Raises:
-        AlreadyExists: a file that the export would write exists. The export wrote no file.
+        AlreadyExists: a file that the export would write already exists. The export wrote no file.
         NotFound: the account to export does not exist.
         InvalidState: the account to export is closed.
         InvalidValue: the account's private key is not an RSA key, or `folder` is not a folder.
@@ -54,7 +54,7 @@ async def export_account(
             details={"files": [*texts]},
         )
         await recording.insert_event(session, event)
-    # The SDK would send the token in an old token file, which may belong to another account.
+    # An old token file is removed, because the SDK would send the token even for another account.
     obsolete = None if TOKEN_FILE in texts else TOKEN_FILE
     return await asyncio.to_thread(
         write_private, folder, texts, overwrite=overwrite, obsolete=obsolete
@@ -74,7 +74,7 @@ def _file_texts(account: TigerAccount) -> dict[str, str]:
         raise InvalidState(f"{account.label()} is closed")
     key, _ = load_private_key(plaintext(account.private_key))
     config = {
-        # Each of Tiger's SDKs reads the private key in only one of the two formats.
+        # Each of Tiger's SDKs reads the private key only in the format PKCS#1 or only in PKCS#8.
         "private_key_pk1": base64_der(key, PrivateKeyFormat.PK1),
         "private_key_pk8": base64_der(key, PrivateKeyFormat.PK8),
         "tiger_id": plaintext(account.tiger_id),

@@ -39,9 +39,9 @@ class Imported:
 
     account: TigerAccount
     created: bool
-    changed: list[str]  # names of changed fields, or of all imported fields for a new account
-    token_kept: bool  # True if a newer access token was already stored
-    ignored: list[str]  # names of unknown properties in the imported files
+    changed: list[str]  # Names of changed fields, or of all imported fields for a new account.
+    token_kept: bool  # True if a newer access token was already stored.
+    ignored: list[str]  # Names of unknown properties in the imported files.
 
 
 @public
@@ -71,7 +71,7 @@ async def import_account(
     if token_file is not None:
         token = (await asyncio.to_thread(read_properties, token_file)).get("token")
         if token is None:
-            raise InvalidValue(f"{token_file}: token is missing")
+            raise InvalidValue(f"{token_file}: the property token is missing")
         given["access_token"] = _newer_token(values.get("token"), token)
     if name is not None:
         given["account_name"] = name
@@ -94,8 +94,8 @@ async def import_account(
             details={"created": stored is None, "changed": [*changed]},
         )
         await recording.insert_event(session, event)
-    # A property name is masked if the name may be a part of a private key: the name is not made of
-    # words, or the value is only base64 padding.
+    # A line of a private key can look like a property. Therefore, the name of a property is masked
+    # if the name is not made of words, or if the value is only base64 padding.
     ignored = {
         name if _WORDS.fullmatch(name) and values[name].strip("=") else MASK
         for name in values.keys() - _KNOWN
@@ -107,7 +107,7 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of TigerAccount that a configuration file sets."""
     for name in ("tiger_id", "account"):
         if name not in values:
-            raise InvalidValue(f"{file}: {name} is missing")
+            raise InvalidValue(f"{file}: the property {name} is missing")
     given: dict[str, Any] = {
         field: values[name] for field, name in FIELD_PROPERTIES.items() if name in values
     }
@@ -122,7 +122,11 @@ def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _private_key(file: Path, values: Mapping[str, str]) -> str:
-    """Return the private key that the SDK uses. All key properties must hold this key."""
+    """Return the private key that the SDK uses.
+
+    Raises:
+        InvalidValue: the file has no valid private key, or has different private keys.
+    """
     keys: dict[str, RSAPublicNumbers] = {}
     for name in PRIVATE_KEY_PROPERTIES:
         if name in values:
@@ -131,7 +135,7 @@ def _private_key(file: Path, values: Mapping[str, str]) -> str:
             except InvalidValue as error:
                 raise InvalidValue(f"{file}: {name}: {error}") from None
     if not keys:
-        raise InvalidValue(f"{file}: private_key_pk1 or private_key_pk8 is missing")
+        raise InvalidValue(f"{file}: the property private_key_pk1 or private_key_pk8 is missing")
     if len({*keys.values()}) > 1:
         raise InvalidValue(f"{file}: {' and '.join(keys)} are different keys: remove the wrong key")
     return values[next(iter(keys))]

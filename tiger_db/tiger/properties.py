@@ -12,7 +12,7 @@ from tiger_db.models import TigerAccount
 
 CONFIG_FILE = "tiger_openapi_config.properties"
 TOKEN_FILE = "tiger_openapi_token.properties"  # noqa: S105  # a file name
-# Each of these properties may hold a private key. The SDK uses the first non-empty property.
+# The SDK reads the private key from the first non-empty property in PRIVATE_KEY_PROPERTIES.
 PRIVATE_KEY_PROPERTIES = ("private_key", "private_key_pk8", "private_key_pk1")
 # FIELD_PROPERTIES maps each field of TigerAccount to the property that has the field's value.
 FIELD_PROPERTIES = {
@@ -24,7 +24,7 @@ FIELD_PROPERTIES = {
     "server_url": "server_url",
     "access_token": "token",
 }
-# The values of these properties are stored unchanged in `TigerAccount.client_options`.
+# Properties whose values are stored unchanged in `TigerAccount.client_options`.
 CLIENT_OPTIONS = (
     "timeout", "token_refresh_duration", "socket_host_port", "timezone", "language",
     "use_full_tick",
@@ -32,8 +32,8 @@ CLIENT_OPTIONS = (
 
 _MAX_FILE_BYTES = 1_000_000
 _PEM_BLOCK = re.compile(r"-----BEGIN [A-Z ]+-----.*?-----END ", re.DOTALL)
-# These characters must be escaped in a value. `=` and `:` are not escaped, because some parsers of
-# Tiger's files do not decode escapes of `=` and `:`.
+# `_MUST_ESCAPE` matches the characters that must be escaped in the value of a property. `=` and `:`
+# are not escaped, because some parsers of Tiger's files do not decode escapes of `=` and `:`.
 _MUST_ESCAPE = re.compile(r"\A |[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
 
 

@@ -20,25 +20,25 @@ from tiger_db.tiger.sdk import client_config
 _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
 _REFUSED = {1000, 4000}  # codes for a wrong parameter or signature, and for a denied permission
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
-_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # period in which Tiger counts requests
+_RATE_LIMIT_WINDOW = timedelta(seconds=60)  # period in which Tiger's rate limit counts requests
 _disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
-_disabled_logger.disabled = True  # the SDK would log access tokens
+_disabled_logger.disabled = True  # the logger is disabled, because the SDK would log access tokens
 
 
 @public
 async def refresh_token(account: TigerAccount) -> NewToken:
     """Send Tiger one request for a new access token. Tiger then invalidates the current token.
 
-    The request runs in a thread, because Tiger's SDK blocks. Call `refresh_token` outside of
-    database transactions. Error messages contain Tiger's error code and error text, with masked
-    secrets.
+    The request runs in a thread, because Tiger's SDK is not asynchronous. Call `refresh_token`
+    outside of database transactions. Error messages contain Tiger's error code and error text, with
+    masked secrets.
 
     Raises:
-        RefreshLimited: Tiger's rate limit for requests is reached.
-        CredentialsRefused: Tiger refuses the private key, the signature or the access token.
-        AnswerLost: Tiger may have issued a token, but Tiger's answer is missing or malformed.
+        RefreshLimited: the rate limit of Tiger for requests is reached.
+        CredentialsRefused: the private key, the signature or the access token is refused by Tiger.
+        AnswerLost: a token may have been issued, but Tiger's answer is missing or malformed.
         RefreshFailed: the token refresh failed for another reason, which may be temporary.
-        ConfigurationError: Tiger's SDK is not installed.
+        ConfigurationError: the SDK of Tiger is not installed.
     """
     config = client_config(account)
     try:
@@ -88,7 +88,7 @@ def _http_error(status: int | None, text: str) -> RefreshFailed:
     if status is not None and status < _HTTP_SERVER_ERROR:
         return RefreshFailed(f"Tiger refuses the request (HTTP {status})")
     # Tiger may have issued a token before the error, so the result of the refresh is unknown.
-    return AnswerLost(f"Tiger failed (HTTP {status})" if status is not None else text)
+    return AnswerLost(f"Tiger had a server error (HTTP {status})" if status is not None else text)
 
 
 def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # the answer is any JSON value

@@ -28,8 +28,8 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     as transfers. A program that only reads data can set `retry_max_tries` to a higher number.
 
     Raises:
-        ConfigurationError: Tiger's SDK is not installed.
-        InvalidState: the given account is closed.
+        ConfigurationError: the SDK of Tiger is not installed.
+        InvalidState: the account is closed.
         InvalidValue: the private key is not an RSA key, or a value in `client_options` is invalid.
         EncryptionError: the account's secrets cannot be decrypted.
     """
@@ -48,8 +48,8 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
     config.token_refresh_duration = config.retry_max_tries = 0
     url = sdk.SERVER_URL
     if account.environment == TigerEnvironment.SANDBOX:
-        # The private attribute is set, because the constructor's argument `sandbox_debug` would log
-        # a warning, and would thereby configure the root logger.
+        # The constructor's argument `sandbox_debug` is not used, because the argument makes the SDK
+        # log a warning, which configures the root logger.
         config._sandbox_debug = True  # noqa: SLF001
         config.tiger_public_key = sdk.SANDBOX_TIGER_PUBLIC_KEY
         url, config.socket_host_port = sdk.SANDBOX_SERVER_URL, sdk.SANDBOX_SOCKET_HOST_PORT
@@ -74,10 +74,12 @@ def client_config(account: TigerAccount) -> "TigerOpenClientConfig":
 
 @cache
 def load_sdk() -> tuple[Any, Any]:
-    """Import Tiger's SDK. Return the configuration module, and a configuration class without I/O.
+    """Import Tiger's SDK.
+
+    Return the SDK's configuration module, and a configuration class without I/O.
 
     Raises:
-        ConfigurationError: Tiger's SDK is not installed.
+        ConfigurationError: the SDK of Tiger is not installed.
     """
     try:
         from tigeropen import tiger_open_config as sdk  # noqa: PLC0415  # the SDK is slow to import, and optional
