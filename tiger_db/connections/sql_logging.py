@@ -41,8 +41,8 @@ def log_slow_queries_of_connection(
 ) -> None:
     """Log each query that bypasses SQLAlchemy and takes at least `threshold_seconds`.
 
-    asyncpg does not report executions of prepared statements to query loggers. SQLAlchemy executes
-    only prepared statements, so no query is logged twice.
+    Queries of SQLAlchemy are not logged twice, because SQLAlchemy executes prepared statements.
+    asyncpg does not report executions of prepared statements to query loggers.
     """
 
     def log(query: LoggedQuery) -> None:
