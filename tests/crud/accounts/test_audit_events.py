@@ -22,7 +22,8 @@ from tiger_db.redaction import MASK
 
 def test_the_changes_of_these_tests_are_all_that_the_module_has() -> None:
     reading = ("get", "list", "find")
-    changes = {name for name in accounts.__all__ if not name.startswith(reading)}
+    names = {name for name in accounts.__all__ if name.islower()}
+    changes = {name for name in names if not name.startswith(reading)}
     assert changes == {"create", *CHANGES}
 
 

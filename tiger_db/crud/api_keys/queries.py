@@ -261,9 +261,9 @@ async def usage(
     with the same time, and groups without a time, are sorted by count, highest count first. The
     first `limit` groups are returned.
 
-    tiger_db stores one count per API key and hour: the hour that contains `since` is counted as a
-    whole. Uses of the last second can be missing, because tiger_db writes usage counts once per
-    second. The counts of deleted API keys are deleted.
+    tiger_db stores one count per API key and hour, so the hour that contains `since` is counted as
+    a whole. Uses of the last second can be missing, because tiger_db writes usage counts once per
+    second. When an API key is deleted, its usage counts are deleted too.
 
     Raises:
         InvalidValue: `since` has no time zone, `by` is empty or combines hours with days, or
@@ -272,7 +272,9 @@ async def usage(
     check_limit(limit)
     wanted = set(as_list(by))
     if not wanted or {"hour", "day"} <= wanted:
-        raise InvalidValue("by must name hour or day, key, account, or a combination of them")
+        raise InvalidValue(
+            "by must name at least one of hour, day, key and account, and not both hour and day"
+        )
     counts = api_key_usage.c
     columns = {
         "day": func.date_trunc("day", counts.hour, "UTC").label("start"),

@@ -89,7 +89,10 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """The rate limits of an API key. None means that the API key has no such limit."""
+    """The rate limits of an API key per hour and per day.
+
+    `hour` or `day` is None if the API key has no limit per hour or per day.
+    """
 
     hour: Limit | None
     day: Limit | None
