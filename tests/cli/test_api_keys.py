@@ -142,8 +142,21 @@ def test_keys_are_listed_in_pages_and_filtered(cli: CommandLine, clone_settings:
     for status, expected in (("active", []), ("expired", [bound["id"]])):
         items = cli.ok("list-api-keys", "--status", status, "--json").json["items"]
         assert [item["id"] for item in items] == expected
-    both = ("--status", "active", "--account", "51230321")
-    assert "--status" in cli.misused("list-api-keys", *both)
+    both = ("--status", "active,expired", "--account", "51230321", "--count", "--json")
+    assert cli.ok("list-api-keys", *both).json["total"] == 1
+    assert "choose from active, " in cli.misused("list-api-keys", "--status", "active,gone")
+    for options, expected in (
+        (("--scope", "mcp:read"), [free["id"], bound["id"]]),
+        (("--scope", "trade:read"), []),
+        (("--search", "ASSIST", "--order-by", "name"), [bound["id"], free["id"]]),
+        (("--created-by", "nobody"), []),
+        (("--unused-since", "1d"), []),
+    ):
+        items = cli.ok("list-api-keys", *options, "--json").json["items"]
+        assert [item["id"] for item in items] == expected
+    last = cli.ok("list-api-keys", *after)
+    previous = ("--before", last.json["previous_cursor"], "--json")
+    assert cli.ok("list-api-keys", *previous).json == page
     assert "no account" in cli.fails("list-api-keys", "--account", "nope")
 
 

@@ -1,6 +1,6 @@
 """Commands for API keys."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from math import ceil
@@ -16,10 +16,9 @@ from tiger_db.errors import AccessDenied, NotFound, RateLimited
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tiger_db.crud.api_keys import KeyChanges, TradingPause, UsageCount
+    from tiger_db.crud.api_keys import APIKeyFilters, KeyChanges, Limit, TradingPause, UsageCount
     from tiger_db.database import AsyncSession
 
-KeyStatuses = Literal["active", "inactive", "revoked", "expired"]
 KeyArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="Prefix or id of the API key.")]
 KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="File with the whole API key.")]
 _SCOPES = (
@@ -102,37 +101,68 @@ def _show_new_key(key: "tiger_db.APIKey", raw_key: str, *, as_json: bool) -> Non
 def list_api_keys(
     *,
     status: Annotated[
-        KeyStatuses | None, typer.Option(help="List only API keys with this status.")
+        str | None,
+        typer.Option(help="One or more of active, inactive, revoked and expired, with commas."),
     ] = None,
     account: options.AccountOption = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="Scopes, with commas: list API keys that have or imply one of them."),
+    ] = None,
+    created_by: Annotated[
+        str | None, typer.Option(help="Users who created the API keys, with commas.")
+    ] = None,
+    unused_since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="List API keys that were created and last used before a time or age, such as 90d.",
+        ),
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Text in the name, prefix or description of the API key.")
+    ] = None,
+    order_by: Annotated[
+        Literal["newest", "name"], typer.Option(help="Order of the API keys.")
+    ] = "newest",
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
+    before: options.Before = None,
+    count: options.Count = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """List all API keys, or the API keys bound to one account, newest first.
+    """List the API keys that match all given options, by default all API keys, newest first.
 
     If trading is paused, the command also prints the reason and the start of the pause.
     """
-    if account is not None and status is not None:
-        raise typer.BadParameter("cannot be combined with --account", param_hint="--status")
+    filters: APIKeyFilters = {"search": search}
+    if status is not None:
+        filters["status"] = options.parse_members(tiger_db.APIKeyStatus, status, "--status")
+    if scope is not None:
+        filters["scope"] = options.parse_members(tiger_db.APIKeyScope, scope, "--scope")
+    if created_by is not None:
+        filters["created_by"] = options.split_words(created_by)
+    if unused_since is not None:
+        filters["unused_since"] = options.parse_past(unused_since, "--unused-since")
 
     async def find(
         session: "AsyncSession",
-    ) -> "tuple[tiger_db.Page[tiger_db.APIKey], dict[UUID | None, str], TradingPause | None]":
+    ) -> "tuple[tiger_db.Page[tiger_db.APIKey], TradingPause | None]":
         if account is not None:
-            bound = await runtime.find_account(session, account)
-            page = await tiger_db.crud.api_keys.get_keys_for_account(
-                session, bound.id, after=after, limit=limit
-            )
-        else:
-            wanted = options.parse_member(tiger_db.APIKeyStatus, status)
-            page = await tiger_db.crud.api_keys.list_api_keys(
-                session, status=wanted, after=after, limit=limit
-            )
-        numbers = await runtime.account_numbers(session, (key.tiger_account_id for key in page))
-        return page, numbers, await tiger_db.crud.api_keys.current_pause(session)
+            filters["account_id"] = (await runtime.find_account(session, account)).id
+        page = await tiger_db.crud.api_keys.list_api_keys(
+            session,
+            order_by=order_by,
+            after=after,
+            before=before,
+            limit=limit,
+            count=count,
+            load=["tiger_account"],
+            **filters,
+        )
+        return page, await tiger_db.crud.api_keys.current_pause(session)
 
-    page, numbers, paused = runtime.in_transaction(find)
+    page, paused = runtime.in_transaction(find)
     if paused is not None:
         output.print_warning(f"trading has been paused {paused}")
     output.show_page(
@@ -142,7 +172,7 @@ def list_api_keys(
             "Name": lambda key: key.name,
             "Status": _status,
             "Scopes": lambda key: key.scopes,
-            "Account": lambda key: numbers.get(key.tiger_account_id, "any"),
+            "Account": lambda key: key.tiger_account.account_number if key.tiger_account else "any",
             "Expires": lambda key: key.expires_at,
         },
         as_json=as_json,
@@ -227,25 +257,39 @@ def show_api_key(
     since: Annotated[str, options.SINCE] = "24h",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show an API key and a chart of its uses.
+    """Show an API key, what is left of its limits, and a chart of its uses.
 
     The chart has a bar for each hour if --since is at most two days ago, or else for each day.
     """
     now, start = datetime.now(UTC), options.parse_past(since, "--since")
 
-    async def find(session: "AsyncSession") -> "tuple[tiger_db.APIKey, list[UsageCount]]":
+    async def find(
+        session: "AsyncSession",
+    ) -> "tuple[tiger_db.APIKey, list[UsageCount], dict[str, Limit | None]]":
         found = await runtime.find_api_key(session, key)
-        return found, await tiger_db.crud.api_keys.usage(session, found.id, since=start)
+        usage = await tiger_db.crud.api_keys.usage(session, found.id, since=start)
+        limits = await tiger_db.crud.api_keys.limits(session, found.id)
+        return found, usage, {"hour": limits.hour, "day": limits.day}
 
-    found, usage = runtime.in_transaction(find)
+    found, usage, limits = runtime.in_transaction(find)
     hours = {uses.start: uses.count for uses in usage if uses.start is not None}
     if as_json:
         items = [
             {"hour": uses.start.isoformat(), "count": uses.count} for uses in usage if uses.start
         ]
-        output.print_json({**output.dump(found), "usage": items})
+        left = {
+            period: limit and {**asdict(limit), "resets_at": limit.resets_at.isoformat()}
+            for period, limit in limits.items()
+        }
+        output.print_json({**output.dump(found), "limits": left, "usage": items})
         return
     output.show_row(found, as_json=False)
+    for period, limit in limits.items():
+        if limit is not None:
+            output.print_message(
+                f"left of the limit per {period}: {limit.remaining} of {limit.limit}, until"
+                f" {limit.resets_at:%Y-%m-%d %H:%MZ}"
+            )
     if hours:
         output.show_bars(output.count_by_period(hours, start, now))
     else:

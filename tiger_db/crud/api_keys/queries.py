@@ -25,7 +25,6 @@ from tiger_db.crud.common import fetch_one
 from tiger_db.crud.filters import Filters, OneOrMore, as_list, has_text, one_of, overlaps
 from tiger_db.crud.pagination import (
     DEFAULT_PAGE_SIZE,
-    MAX_PAGE_SIZE,
     EntityList,
     Page,
     check_limit,
@@ -252,14 +251,14 @@ async def usage(
     *,
     by: OneOrMore[UsageDimension] = "hour",
     since: datetime,
-    limit: int = MAX_PAGE_SIZE,
+    limit: int | None = None,
 ) -> list[UsageCount]:
     """Count the accepted uses of one API key, or of all API keys, since the aware datetime `since`.
 
     The uses are grouped by hour or day (UTC), by API key, by account, or by a combination such as
     `("day", "key")`. Groups without uses are omitted. Groups with a time are sorted by time. Groups
-    with the same time, and groups without a time, are sorted by count, highest count first. The
-    first `limit` groups are returned.
+    with the same time, and groups without a time, are sorted by count, highest count first. If
+    `limit` is given, only the first `limit` groups are returned.
 
     tiger_db stores one count per API key and hour, so the hour that contains `since` is counted as
     a whole. Uses of the last second can be missing, because tiger_db writes usage counts once per
@@ -269,7 +268,8 @@ async def usage(
         InvalidValue: `since` has no time zone, `by` is empty or combines hours with days, or
             `limit` is not from 1 to 1000.
     """
-    check_limit(limit)
+    if limit is not None:
+        check_limit(limit)
     wanted = set(as_list(by))
     if not wanted or {"hour", "day"} <= wanted:
         raise InvalidValue(
