@@ -156,7 +156,8 @@ def test_keys_are_listed_in_pages_and_filtered(cli: CommandLine, clone_settings:
         assert [item["id"] for item in items] == expected
     last = cli.ok("list-api-keys", *after)
     previous = ("--before", last.json["previous_cursor"], "--json")
-    assert cli.ok("list-api-keys", *previous).json == page
+    (item,) = cli.ok("list-api-keys", *previous).json["items"]
+    assert item["id"] == free["id"]
     assert "no account" in cli.fails("list-api-keys", "--account", "nope")
 
 
@@ -317,6 +318,13 @@ def test_the_uses_of_a_key_are_shown_as_bars(cli: CommandLine) -> None:
     assert set(bars[2][2]) == {"\u2588"}
     as_json = cli.ok("show-api-key", row["key_prefix"], "--json").json
     assert [hourly["count"] for hourly in as_json["usage"]] == [2]
+    assert as_json["limits"] == {"hour": None, "day": None}
+    limited = create(cli, "--rate-limit-per-hour", "3")
+    cli.ok("verify-api-key", "-", stdin=limited["key"])
+    shown = cli.ok("show-api-key", limited["key_prefix"])
+    assert "left of the limit per hour: 2 of 3, until 20" in shown.err
+    limits = cli.ok("show-api-key", limited["key_prefix"], "--json").json["limits"]
+    assert (limits["hour"]["limit"], limits["hour"]["used"], limits["day"]) == (3, 1, None)
     assert "no API key" in cli.fails("show-api-key", "nope")
     assert "--since" in cli.misused("show-api-key", row["key_prefix"], "--since", "0h")
 

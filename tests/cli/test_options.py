@@ -37,7 +37,6 @@ def pem() -> str:
         (accounts.Licenses, enums.TigerLicense),
         (accounts.Environments, enums.TigerEnvironment),
         (accounts.Markets, enums.MarketPermission),
-        (api_keys.KeyStatuses, enums.APIKeyStatus),
         (audit_events.Results, enums.AuditResult),
         (audit_events.Severities, enums.AuditSeverity),
     ],
