@@ -14,7 +14,7 @@ from tests.support.command_line import CommandLine
 from tests.support.factories import plain
 from tests.support.terminal import Terminal
 from tiger_db import models as enums
-from tiger_db.cli import accounts, api_keys, audit_events, refreshes
+from tiger_db.cli import accounts, audit_events, refreshes
 from tiger_db.crud import pagination
 from tiger_db.tiger import parse_private_key
 
