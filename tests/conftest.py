@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     global _server  # noqa: PLW0603  # one server a run, of which pytest hands nothing around
     for name in (
+        "ACCOUNT_FAILING_AFTER", "ACCOUNT_FAILING_FOR", "ACCOUNT_SUSPEND_AFTER",
         "API_KEY_PEPPERS", "AUDIT_RETENTION_MONTHS", "AUDIT_SIGNING_KEY", "DATABASE_URL",
         "ENCRYPTION_KEYS", "ENVIRONMENT", "TIGER_DB_HOME",
     ):  # fmt: skip

@@ -60,6 +60,9 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "AUDIT_SIGNING_KEY": ("abc", "abc"),
     "AUDIT_SIGNING_KEY_FILE": ("/run/secrets/seal", Path("/run/secrets/seal")),
     "AUDIT_RETENTION_MONTHS": ("84", 84),
+    "ACCOUNT_FAILING_AFTER": ("5", 5),
+    "ACCOUNT_FAILING_FOR": ("0.5", 0.5),
+    "ACCOUNT_SUSPEND_AFTER": ("1000000", 1_000_000),
 }
 
 
@@ -118,6 +121,9 @@ BAD = {
     "DB_SCHEMA": ["pg_temp", "pg_x", "information_schema", "$user", "a" * 64, "é" * 32, "\udcff"],
     "DB_USER": ["\udcff"],
     "AUDIT_RETENTION_MONTHS": ["0", "-1", "1201", "1.5", "ever"],
+    "ACCOUNT_FAILING_AFTER": ["0", "-1", "1000001", "1.5", "three"],
+    "ACCOUNT_FAILING_FOR": ["0", "-1", "nan", "inf", "86401", "5m", "PT5M"],
+    "ACCOUNT_SUSPEND_AFTER": ["0", "-1", "1000001", "1.5", "never"],
 }
 
 

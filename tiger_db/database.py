@@ -121,6 +121,9 @@ class Database:
             allow_unpeppered_until=self.settings.api_keys_allow_unpeppered_until,
             out_of_band=self.out_of_band,
             count_use=self.usage_counter.count,
+            failing_after=self.settings.account_failing_after,
+            failing_for=timedelta(seconds=self.settings.account_failing_for),
+            suspend_after=self.settings.account_suspend_after,
         )
         self.info = {CONTEXT: context}  # each session gets a copy of the dict `info`
         self.sessions = async_sessionmaker(

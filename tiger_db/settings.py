@@ -192,6 +192,10 @@ class Settings(BaseSettings):
     audit_signing_key_file: File | None = None
     audit_retention_months: int | None = Field(default=None, ge=1, le=1200)
 
+    account_failing_after: int = Field(default=3, ge=1, le=1_000_000, description="errors")
+    account_failing_for: float = Field(default=300, gt=0, le=86400, description="seconds")
+    account_suspend_after: int = Field(default=10, ge=1, le=1_000_000, description="errors")
+
     def __init__(self, **values: object) -> None:
         try:
             super().__init__(**values)  # type: ignore[arg-type]  # pydantic checks the types

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from sqlmodel import col
 
 from tests.support import factories
+from tests.support.contexts import change_context
 from tests.support.recording import recorded
 from tiger_db import (
     AccountStatus,
@@ -98,7 +99,8 @@ async def test_a_column_that_a_trigger_changes_with_the_status_is_listed(
     session: AsyncSession,
 ) -> None:
     account = await factories.account(session)
-    await accounts.record_error(session, account.id, message="no answer", suspend_after=1)
+    change_context(session, suspend_after=1)
+    await accounts.record_error(session, account.id, message="no answer")
     before = await factories.events(session)
     account.status = AccountStatus.ACTIVE
     event = await only_event(session, before)
@@ -301,7 +303,8 @@ async def test_a_function_and_the_hook_record_one_event(session: AsyncSession) -
     key, _ = await factories.api_key(session, tiger_account_id=account.id)
     await accounts.update(session, account.id, description="new")
     await accounts.update_tokens(session, account.id, access_token="a")
-    await accounts.record_error(session, account.id, message="no answer", suspend_after=1)
+    change_context(session, suspend_after=1)
+    await accounts.record_error(session, account.id, message="no answer")
     await accounts.reset_errors(session, account.id)
     await accounts.set_default_trading_account(session, account.id)
     await api_keys.revoke(session, key.id)

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.support import factories
+from tests.support.contexts import change_context
 from tests.support.factories import plain
 from tests.support.recording import recorded
 from tests.support.trail import exported
@@ -31,7 +32,6 @@ from tiger_db.migrations import (
     downgrade,
     drift,
     history,
-    scripts,
     upgrade,
 )
 from tiger_db.models.accounts import normalize_account_number
@@ -168,7 +168,8 @@ async def test_0002_can_be_undone_and_repeated_with_data(clone: Database) -> Non
     async with clone.session() as session:
         used = await factories.account(session, access_token="t", client_options={"timeout": 7})
         failed = await factories.account(session)
-        await crud.accounts.record_error(session, failed.id, message="no answer", suspend_after=1)
+        change_context(session, suspend_after=1)
+        await crud.accounts.record_error(session, failed.id, message="no answer")
         closed = await factories.account(session)
         await crud.accounts.close(session, closed.id)
     before = await accounts_in(clone.engine)
@@ -219,8 +220,7 @@ async def test_0005_sets_the_refresh_time_to_an_hour_before_expiry(
         await upgrade(engine, "0004")
         before = await accounts_in(engine)
         for _ in range(2):
-            await upgrade(engine)
-            assert await drift(engine) == []
+            await upgrade(engine, "0005")
             after = await accounts_in(engine)
             assert after["expires"].pop("token_refresh_at") == due
             assert after["lasts"].pop("token_refresh_at") is None
@@ -230,6 +230,7 @@ async def test_0005_sets_the_refresh_time_to_an_hour_before_expiry(
             assert undated(await accounts_in(engine)) == undated(before)
             assert await functions(engine, "notify_refresh") == 0
         await upgrade(engine)
+        assert await drift(engine) == []
         assert await functions(engine, "notify_refresh") == 2
 
 
@@ -638,28 +639,28 @@ async def test_0013_restricts_the_deletion_of_accounts_and_changes_no_row(clone:
         async with engine.connect() as connection:
             return {tuple(row) for row in await connection.execute(text(FOREIGN_KEYS))}
 
-    newest = scripts().get_current_head() or ""
-
     async def rows() -> str:
         async with clone.session() as session:
-            return (await factories.everything(session)).replace("0012", newest)
+            return (await factories.everything(session)).replace("0012", "0013")
 
     async with clone.session() as session:
         account = await factories.account_with_token(session)
         await factories.api_key(session, tiger_account_id=account.id)
         await factories.refresh(session, account)
-    before = await rows()
     delete = text("DELETE FROM tiger_accounts")
     tables = ("api_keys", "token_statuses")
     async with maintenance_engine(clone.settings) as engine:
+        await downgrade(engine, "0013")
+        before = await rows()
         for _ in range(2):
             await downgrade(engine, "0012")
             assert await keys(engine) == {(table, b"c", True) for table in tables}
             assert await rows() == before
-            await upgrade(engine)
+            await upgrade(engine, "0013")
             assert await keys(engine) == {(table, b"r", True) for table in tables}
             assert await rows() == before
-            assert await drift(engine) == []
+        await upgrade(engine)
+        assert await drift(engine) == []
         for table in tables:
             async with engine.begin() as connection:
                 with pytest.raises(DBAPIError, match=f"fk_{table}_tiger_account_id") as refused:
@@ -691,6 +692,39 @@ async def test_an_interrupted_0013_is_repeated(clone: Database) -> None:
         async with engine.connect() as connection:
             found = (await connection.execute(text(FOREIGN_KEYS))).all()
     assert [row.convalidated for row in found] == [True, True]
+
+
+# 0015
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_0015_keeps_failing_accounts_out_of_service(clone: Database) -> None:
+    minutes_ago = {(2, 1): None, (3, 1): 4, (9, 4): 1, (9, 6): None, (3, None): None}
+    async with clone.session() as session:
+        made = [await factories.account(session) for _ in minutes_ago]
+    async with maintenance_engine(clone.settings) as engine:
+        await downgrade(engine, "0014")
+        async with engine.begin() as connection:
+            for account, (errors, minutes) in zip(made, minutes_ago, strict=True):
+                await connection.execute(
+                    text(
+                        "UPDATE tiger_accounts SET error_count = :errors,"
+                        " last_error_at = now() - make_interval(mins => :minutes) WHERE id = :id"
+                    ),
+                    {"errors": errors, "minutes": minutes, "id": account.id},
+                )
+        await upgrade(engine)
+        assert await drift(engine) == []
+        after = await accounts_in(engine)
+    for account, expected in zip(made, minutes_ago.values(), strict=True):
+        row = after[account.account_number]
+        if expected is None:
+            assert row["failing_until"] is None
+        else:
+            assert row["failing_until"] == row["last_error_at"] + timedelta(minutes=5)
+            left = row["failing_until"] - datetime.now(UTC)
+            assert left - timedelta(minutes=expected) < timedelta(seconds=10)
 
 
 # Drift

@@ -360,6 +360,26 @@ async def test_a_refresh_that_is_always_lost_is_given_up(
         assert await crud.token_status.schedule_due(session, within=timedelta(days=99)) == []
 
 
+async def test_a_refresh_that_is_given_up_counts_for_the_failing_of_its_account(
+    clone: Database,
+) -> None:
+    refresh = await opened(clone, max_retries=1)
+    async with clone.session() as session:
+        for _ in range(2):
+            await crud.accounts.record_error(session, refresh.tiger_account_id, message="no")
+        await crud.token_status.claim_due(session, worker="w")
+    assert not (await account_of(clone, refresh.tiger_account_id)).is_failing
+    await expire_lease(clone, refresh)
+    async with clone.session() as session:
+        assert await crud.token_status.fail_expired_leases(session) == 1
+    account = await account_of(clone, refresh.tiger_account_id)
+    assert (account.error_count, account.is_failing) == (3, True)
+    assert account.last_error_at is not None
+    assert account.failing_until == account.last_error_at + timedelta(minutes=5)
+    (*_, event) = await events(clone, AuditAction.ACCOUNT_ERROR)
+    assert event.details == {"failing_until": account.failing_until.isoformat()}
+
+
 async def test_parallel_callers_give_up_a_refresh_once(clone: Database) -> None:
     refreshes = [await opened(clone, max_retries=1) for _ in range(30)]
     async with clone.session() as session:

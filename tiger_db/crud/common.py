@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
@@ -109,7 +109,9 @@ class SessionContext:
     the end of the day `allow_unpeppered_until` (UTC). `count_use` is the method
     `UsageCounter.count`. `actor` is the argument `actor` of `Database.session`. If `out_of_band` is
     None, audit events are written in the session's transaction. If `count_use` is None, uses of API
-    keys are counted in the session's transaction.
+    keys are counted in the session's transaction. `failing_after`, `failing_for` and
+    `suspend_after` are the settings `ACCOUNT_FAILING_AFTER`, `ACCOUNT_FAILING_FOR` and
+    `ACCOUNT_SUSPEND_AFTER`.
     """
 
     key_provider: KeyProvider | None
@@ -118,6 +120,9 @@ class SessionContext:
     allow_unpeppered_until: date | None
     out_of_band: OutOfBandWriter | None
     count_use: Callable[[UUID, float], None] | None
+    failing_after: int
+    failing_for: timedelta
+    suspend_after: int
     readonly: bool = False
     actor: Actor | None = None
 

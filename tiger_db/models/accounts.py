@@ -317,6 +317,10 @@ class TigerAccount(MutableEntity, table=True):
     )
     last_error: Text | None = Field(default=None, description="Message of the last error")
     last_error_at: UTCDateTime | None = Field(default=None, description="Time of the last error")
+    failing_until: UTCDateTime | None = Field(
+        default=None,
+        description="Time until which the account serves no requests because of its errors",
+    )
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
 
@@ -334,6 +338,14 @@ class TigerAccount(MutableEntity, table=True):
     @property
     def is_active(self) -> bool:
         return self.status == AccountStatus.ACTIVE
+
+    @property
+    def is_failing(self) -> bool:
+        """Return whether the account serves no requests because of its errors, by the local clock.
+
+        `crud.accounts.find_for_operation` compares `failing_until` with the database's clock.
+        """
+        return self.failing_until is not None and self.failing_until > datetime.now(UTC)
 
     @property
     def has_valid_token(self) -> bool:

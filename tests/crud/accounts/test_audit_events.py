@@ -8,6 +8,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.account_changes import CHANGES, SECRETS
+from tests.support.contexts import change_context
 from tests.support.factories import plain
 from tests.support.tiger_tokens import SOON, tiger_token
 from tiger_db import (
@@ -21,9 +22,9 @@ from tiger_db.redaction import MASK
 
 
 def test_the_changes_of_these_tests_are_all_that_the_module_has() -> None:
-    reading = ("get", "list", "find")
-    names = {name for name in accounts.__all__ if name.islower()}
-    changes = {name for name in names if not name.startswith(reading)}
+    reading = ("count", "explain", "find", "get", "list")
+    functions = {name for name in accounts.__all__ if name.islower()}
+    changes = {name for name in functions if not name.startswith(reading)}
     assert changes == {"create", *CHANGES}
 
 
@@ -39,8 +40,9 @@ async def test_every_change_writes_its_event(session: AsyncSession) -> None:
     await accounts.update_tokens(session, account.id, access_token="t", token_expires_at=expiry)
     await accounts.update_tokens(session, account.id, access_token="t2", refresh_token="r")
     await accounts.record_error(session, account.id, message="no answer")
-    await accounts.record_error(session, account.id, message="no answer", suspend_after=2)
-    at = account.model_dump(mode="json")["last_error_at"]
+    change_context(session, failing_after=2, suspend_after=2)
+    await accounts.record_error(session, account.id, message="no answer")
+    times = account.model_dump(mode="json", include={"last_error_at", "failing_until"})
     await accounts.reset_errors(session, account.id)
     await accounts.close(session, account.id)
     await accounts.reopen(session, account.id, private_key="newer", secret_key="s")
@@ -91,7 +93,7 @@ async def test_every_change_writes_its_event(session: AsyncSession) -> None:
                 "auto_suspended": True,
                 "error_count": 2,
                 "last_error": "no answer",
-                "last_error_at": at,
+                **times,
             },
             {
                 "status": "active",
@@ -99,6 +101,7 @@ async def test_every_change_writes_its_event(session: AsyncSession) -> None:
                 "error_count": 0,
                 "last_error": None,
                 "last_error_at": None,
+                "failing_until": None,
             },
         ),
         (
@@ -195,7 +198,8 @@ async def test_no_row_contains_a_secret_in_plain_text(clone: Database) -> None:
         )
         current = [plain(getattr(account, name)) for name in SECRETS]
         message = f"{current} {raw_key} {tokens}"
-        await accounts.record_error(session, account.id, message=message, suspend_after=1)
+        change_context(session, suspend_after=1)
+        await accounts.record_error(session, account.id, message=message)
         await accounts.reset_errors(session, account.id)
         await factories.refresh(session, account)
         (claim,) = await crud.token_status.claim_due(session, worker="w")

@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.support import factories
 from tests.support.account_changes import CHANGES, SECRETS
+from tests.support.contexts import change_context
 from tests.support.factories import plain
 from tiger_db import (
     AccountStatus,
@@ -233,7 +234,8 @@ async def test_an_account_of_any_status_can_be_closed(
 
 async def test_closing_ends_a_suspension_by_errors(session: AsyncSession) -> None:
     account = await factories.account(session)
-    await accounts.record_error(session, account.id, message="no answer", suspend_after=1)
+    change_context(session, suspend_after=1)
+    await accounts.record_error(session, account.id, message="no answer")
     await accounts.close(session, account.id)
     event = (await factories.events(session))[-1]
     assert event.old_values is not None
@@ -411,7 +413,8 @@ async def test_a_closed_account_refuses_tokens_and_defaults(
 async def test_reopening_stores_new_credentials(clone: Database) -> None:
     async with clone.session() as session:
         account = await busy_account(session)
-        await accounts.record_error(session, account.id, message="no answer")
+        for _ in range(3):
+            await accounts.record_error(session, account.id, message="no answer")
         await accounts.close(session, account.id)
     async with clone.session() as session:
         await accounts.reopen(
@@ -431,6 +434,7 @@ async def test_reopening_stores_new_credentials(clone: Database) -> None:
         assert plain(read.tiger_id) == SECRETS["tiger_id"]
         assert (read.access_token, read.refresh_token, read.token_expires_at) == (None,) * 3
         assert (read.error_count, read.last_error, read.last_error_at) == (0, None, None)
+        assert read.failing_until is None
         assert not read.is_default_data
         assert not read.is_default_trading
         keys = await api_keys.get_keys_for_account(session, account.id)

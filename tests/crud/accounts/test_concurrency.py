@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import factories
 from tests.support.concurrency import at_once, lock_until_waiting, until_waiting
+from tests.support.contexts import changed_context
 from tests.support.factories import plain
 from tests.support.tiger_tokens import MONTH, NOW, tiger_token
 from tiger_db import (
@@ -112,8 +113,8 @@ async def test_fifty_concurrent_errors_are_all_counted_and_suspend_once(crowd: D
 async def test_concurrent_successes_and_errors_record_every_change(crowd: Database) -> None:
     async with crowd.session() as session:
         account = await factories.account(session)
-    error: dict[str, Any] = {"message": "no answer", "suspend_after": 99}
-    fail = partial(accounts.record_error, account_id=account.id, **error)
+    crowd.info.update(changed_context(crowd.info, suspend_after=99))
+    fail = partial(accounts.record_error, account_id=account.id, message="no answer")
     succeed = partial(accounts.reset_errors, account_id=account.id)
     calls: list[Callable[[AsyncSession], Awaitable[TigerAccount]]] = [fail, fail, fail, succeed]
     await at_once(crowd, calls * 5)

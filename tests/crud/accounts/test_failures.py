@@ -1,7 +1,7 @@
 """Error counts of accounts, stored error messages, and suspensions by errors."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.support import factories
 from tests.support.account_changes import SECRETS
-from tests.support.contexts import changed_context
+from tests.support.contexts import change_context, changed_context
 from tests.support.secrets_in_text import API_KEY, JWT, PEM
 from tests.support.tiger_tokens import tiger_token
 from tiger_db import (
@@ -18,6 +18,7 @@ from tiger_db import (
     AuditLog,
     AuditSeverity,
     Database,
+    Settings,
     TigerAccount,
 )
 from tiger_db.crud import accounts, token_status
@@ -29,9 +30,9 @@ from tiger_db.redaction import MASK
 S = AccountStatus
 
 
-async def fail(session: AsyncSession, account: TigerAccount, times: int = 1, **rest: Any) -> None:
+async def fail(session: AsyncSession, account: TigerAccount, times: int = 1) -> None:
     for _ in range(times):
-        await accounts.record_error(session, account.id, message="no answer", **rest)
+        await accounts.record_error(session, account.id, message="no answer")
 
 
 async def execute(session: AsyncSession, account: TigerAccount, assignments: str) -> None:
@@ -58,16 +59,17 @@ async def events_of(session: AsyncSession, action: AuditAction) -> list[AuditLog
 # Errors
 
 
-@pytest.mark.parametrize(("given", "limit"), [({}, 10), ({"suspend_after": 3}, 3)])
+@pytest.mark.parametrize(("changes", "limit"), [({}, 10), ({"suspend_after": 4}, 4)])
 async def test_consecutive_errors_suspend_an_account_at_the_limit(
-    session: AsyncSession, given: dict[str, int], limit: int
+    session: AsyncSession, changes: dict[str, int], limit: int
 ) -> None:
+    change_context(session, **changes)
     account = await factories.account(session)
-    await fail(session, account, limit - 1, **given)
+    await fail(session, account, limit - 1)
     assert await state(session, account) == ("active", False, limit - 1)
-    await fail(session, account, **given)
+    await fail(session, account)
     assert await state(session, account) == ("suspended", True, limit)
-    await fail(session, account, 2, **given)
+    await fail(session, account, 2)
     assert await state(session, account) == ("suspended", True, limit + 2)
     (change,) = await events_of(session, AuditAction.ACCOUNT_STATUS_CHANGE)
     assert change.old_values == {"status": "active", "auto_suspended": False}
@@ -81,24 +83,103 @@ async def test_consecutive_errors_suspend_an_account_at_the_limit(
 
 
 async def test_a_limit_of_one_suspends_at_the_first_error(session: AsyncSession) -> None:
+    change_context(session, suspend_after=1)
     account = await factories.account(session)
-    await fail(session, account, suspend_after=1)
+    await fail(session, account)
     assert await state(session, account) == ("suspended", True, 1)
 
 
 async def test_a_lowered_limit_applies_to_the_next_error(session: AsyncSession) -> None:
     account = await factories.account(session)
     await fail(session, account, 5)
-    await fail(session, account, suspend_after=3)
+    change_context(session, suspend_after=3)
+    await fail(session, account)
     assert await state(session, account) == ("suspended", True, 6)
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-async def test_a_limit_that_is_not_positive_is_refused(session: AsyncSession, limit: int) -> None:
+async def test_the_settings_of_the_database_are_the_limits(clone_settings: Settings) -> None:
+    limits = {"account_failing_after": 2, "account_failing_for": 1.5, "account_suspend_after": 3}
+    changed = clone_settings.model_copy(update=limits)
+    async with Database(changed) as clone, clone.session() as session:
+        account = await factories.account(session)
+        await fail(session, account)
+        assert account.failing_until is None
+        await fail(session, account)
+        assert account.last_error_at is not None
+        assert account.failing_until == account.last_error_at + timedelta(seconds=1.5)
+        await fail(session, account)
+        assert await state(session, account) == ("suspended", True, 3)
+
+
+# Failing accounts
+
+
+async def test_an_account_is_failing_for_five_minutes_after_each_error_from_the_third(
+    session: AsyncSession,
+) -> None:
     account = await factories.account(session)
-    with pytest.raises(InvalidValue, match="suspend_after"):
-        await fail(session, account, suspend_after=limit)
+    assert not account.is_failing
+    await fail(session, account, 2)
+    assert (account.failing_until, account.is_failing) == (None, False)
+    for _ in range(2):
+        await fail(session, account)
+        assert account.is_failing
+        assert account.last_error_at is not None
+        assert account.failing_until == account.last_error_at + timedelta(minutes=5)
+        await execute(session, account, "last_error_at = NULL, failing_until = NULL")
+    assert account.failing_until is not None
+    details = {"failing_until": account.failing_until.isoformat()}
+    errors = await events_of(session, AuditAction.ACCOUNT_ERROR)
+    assert [event.details for event in errors] == [None, None, details, details]
+
+
+async def test_a_past_time_and_no_time_mean_that_the_account_is_not_failing(
+    session: AsyncSession,
+) -> None:
+    account = await factories.account(session)
+    await fail(session, account, 3)
+    await execute(session, account, "failing_until = now() - interval '1 second'")
+    await session.refresh(account)
+    assert not account.is_failing
+
+
+async def test_a_success_and_a_reopening_end_the_failing(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    await fail(session, account, 3)
+    await accounts.reset_errors(session, account.id)
+    assert (account.failing_until, account.is_failing) == (None, False)
+    await fail(session, account, 3)
+    await accounts.close(session, account.id)
+    await accounts.reopen(session, account.id, private_key="new")
+    assert (account.failing_until, account.is_failing) == (None, False)
+
+
+async def test_an_error_that_does_not_count_is_on_record_and_changes_nothing_else(
+    session: AsyncSession,
+) -> None:
+    change_context(session, failing_after=1, suspend_after=1)
+    account = await factories.account(session)
+    for message in ("no buying power", f"refused {tiger_token()}"):
+        await accounts.record_error(session, account.id, message=message, counts=False)
     assert await state(session, account) == ("active", False, 0)
+    assert (account.last_error, account.failing_until) == (f"refused {MASK}", None)
+    assert account.last_error_at is not None
+    first, last = await events_of(session, AuditAction.ACCOUNT_ERROR)
+    assert (first.error_message, last.error_message) == ("no buying power", f"refused {MASK}")
+    assert (last.old_values, last.new_values, last.details) == (None, None, None)
+    await accounts.reset_errors(session, account.id)
+    assert account.last_error is None
+
+
+async def test_an_error_that_does_not_count_keeps_the_count_of_earlier_errors(
+    session: AsyncSession,
+) -> None:
+    account = await factories.account(session)
+    await fail(session, account, 9)
+    until = account.failing_until
+    await accounts.record_error(session, account.id, message="no buying power", counts=False)
+    assert await state(session, account) == ("active", False, 9)
+    assert account.failing_until == until
 
 
 async def test_a_success_restarts_the_count_of_consecutive_errors(session: AsyncSession) -> None:
@@ -184,7 +265,7 @@ other_person = pytest.mark.parametrize("other_person", PEOPLE)
 async def test_a_success_lifts_a_suspension_by_errors(session: AsyncSession) -> None:
     account = await factories.account(session)
     await fail(session, account, 10)
-    at = account.model_dump(mode="json")["last_error_at"]
+    times = account.model_dump(mode="json", include={"last_error_at", "failing_until"})
     await accounts.reset_errors(session, account.id)
     assert await state(session, account) == ("active", False, 0)
     event = (await factories.events(session))[-1]
@@ -194,7 +275,7 @@ async def test_a_success_lifts_a_suspension_by_errors(session: AsyncSession) -> 
         "auto_suspended": True,
         "error_count": 10,
         "last_error": "no answer",
-        "last_error_at": at,
+        **times,
     }
     assert event.new_values == {
         "status": "active",
@@ -202,6 +283,7 @@ async def test_a_success_lifts_a_suspension_by_errors(session: AsyncSession) -> 
         "error_count": 0,
         "last_error": None,
         "last_error_at": None,
+        "failing_until": None,
     }
 
 
@@ -339,7 +421,8 @@ async def test_a_successful_refresh_lifts_no_suspension(session: AsyncSession) -
     for claim in claims:
         await token_status.complete(session, claim, access_token="new")
     assert await state(session, active) == ("active", False, 0)
-    assert (active.last_error, active.last_error_at) == (None, None)
+    assert (active.last_error, active.last_error_at, active.failing_until) == (None,) * 3
+    assert auto.is_failing
     assert await state(session, auto) == ("suspended", True, 10)
     assert auto.last_error == "no answer"
     assert await state(session, manual) == ("suspended", False, 0)

@@ -350,6 +350,9 @@ def test_the_day_ends_at_midnight_utc(now: datetime, accepted: bool) -> None:
         allow_unpeppered_until=date(2027, 1, 31),
         out_of_band=None,
         count_use=None,
+        failing_after=3,
+        failing_for=timedelta(minutes=5),
+        suspend_after=10,
     )
     info = {CONTEXT: context}
     refuse_unpeppered(info, "pepper", now.timestamp())

@@ -125,6 +125,7 @@ async def reopen(
         "error_count": 0,
         "last_error": None,
         "last_error_at": None,
+        "failing_until": None,
     }
     await apply_change(session, account, values, action=AuditAction.ACCOUNT_REOPEN)
     return account

@@ -7,10 +7,9 @@ from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.audit_logs.recording import account_event, insert_event
+from tiger_db.crud.audit_logs.recording import account_error_event, account_event, insert_event
 from tiger_db.crud.change_events import RECORDED, apply_change
-from tiger_db.crud.common import fetch_one, get_or_raise, replace_unstorable
-from tiger_db.errors import InvalidValue
+from tiger_db.crud.common import context_of, fetch_one, get_or_raise, replace_unstorable
 from tiger_db.models import AccountStatus, AuditAction, AuditSeverity, TigerAccount
 from tiger_db.models.secrets import readable_secrets
 from tiger_db.public import public
@@ -19,41 +18,45 @@ from tiger_db.redaction import redact_aggressively
 
 @public
 async def record_error(
-    session: AsyncSession, account_id: UUID, *, message: str, suspend_after: int = 10
+    session: AsyncSession, account_id: UUID, *, message: str, counts: bool = True
 ) -> TigerAccount:
-    """Add 1 to the error count of an account, and store the error message with masked secrets.
+    """Store an error of an account with masked secrets, and add 1 to the error count.
 
-    An active account with `suspend_after` or more consecutive errors is suspended. The function
-    `reset_errors` activates the suspended account again.
+    An account with `ACCOUNT_FAILING_AFTER` or more consecutive errors is failing for the time
+    `ACCOUNT_FAILING_FOR` after each error: `find_for_operation` omits the account until
+    `failing_until`. An active account with `ACCOUNT_SUSPEND_AFTER` or more consecutive errors is
+    suspended. The function `reset_errors` ends both.
+
+    If `counts` is false, the error is stored and recorded, but changes neither the error count nor
+    the availability of the account. Pass `counts=False` for a refusal of one request, such as "no
+    buying power", which does not mean that later requests fail.
 
     Raises:
         NotFound: no account has the id `account_id`.
-        InvalidValue: `suspend_after` is not positive.
+        ConfigurationError: the session does not belong to a Database.
     """
-    if suspend_after < 1:
-        raise InvalidValue("suspend_after must be positive")
+    context = context_of(session.info)
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
-    count = account.error_count + 1
     text = replace_unstorable(redact_aggressively(message, *readable_secrets(account)))
-    values: dict[str, object] = {
-        "error_count": count,
-        "last_error": text,
-        "last_error_at": func.now(),
-    }
-    suspended = account.status == AccountStatus.ACTIVE and count >= suspend_after
-    if suspended:
+    values: dict[str, object] = {"last_error": text, "last_error_at": func.now()}
+    count = account.error_count + 1
+    suspends = counts and account.status == AccountStatus.ACTIVE and count >= context.suspend_after
+    if counts:
+        values["error_count"] = count
+        if count >= context.failing_after:
+            values["failing_until"] = func.now() + context.failing_for
+    if suspends:
         values |= {"status": AccountStatus.SUSPENDED, "auto_suspended": True}
     statement = sql_update(TigerAccount).where(col(TigerAccount.id) == account_id).values(**values)
     await fetch_one(session, statement.execution_options(**RECORDED).returning(TigerAccount))
-    event = account_event(
-        account_id,
-        action=AuditAction.ACCOUNT_ERROR,
-        old_values={"error_count": count - 1},
-        new_values={"error_count": count},
-        error_message=text,
-    )
+    if counts:
+        event = account_error_event(
+            account_id, text, error_count=count, failing_until=account.failing_until
+        )
+    else:
+        event = account_event(account_id, action=AuditAction.ACCOUNT_ERROR, error_message=text)
     await insert_event(session, event)
-    if suspended:
+    if suspends:
         event = account_event(
             account_id,
             action=AuditAction.ACCOUNT_STATUS_CHANGE,
@@ -70,16 +73,20 @@ async def record_error(
 async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Set an account's error count to zero, and activate an account that `record_error` suspended.
 
-    An account that was suspended by a function other than `record_error` stays suspended.
+    The account is no longer failing. An account that was suspended by a function other than
+    `record_error` stays suspended.
 
     Raises:
         NotFound: no account has the id `account_id`.
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
-    changes: dict[str, object] = {"error_count": 0, "last_error": None, "last_error_at": None}
+    changes: dict[str, object] = {
+        "error_count": 0,
+        "last_error": None,
+        "last_error_at": None,
+        "failing_until": None,
+    }
     if account.auto_suspended:
         changes |= {"status": AccountStatus.ACTIVE, "auto_suspended": False}
-    elif account.error_count == 0 and account.last_error is None:
-        return account
     await apply_change(session, account, changes, action=AuditAction.ACCOUNT_RESET_ERRORS)
     return account

@@ -32,11 +32,6 @@ from tiger_db.models.accounts import (
 from tiger_db.models.secrets import key_provider
 from tiger_db.public import public
 
-# An account with FAILING_AFTER_ERRORS or more consecutive errors serves no requests for the time
-# FAILING_FOR after its last error.
-FAILING_AFTER_ERRORS = 3
-FAILING_FOR = timedelta(minutes=5)
-
 
 @public
 async def get(
@@ -96,10 +91,10 @@ class AccountFilters(TypedDict, total=False):
     with the value None selects all accounts. A filter with an empty collection selects no account.
 
     An item of `tags` is the name of a tag, or a mapping of tags to their values. If `with_errors`
-    is true, the accounts with an error since their last success are selected. If `with_errors` is
-    false, the accounts without an error since their last success are selected.
-    `token_expires_within` also selects the accounts with an expired access token. `search` is a
-    text in the name, the number or the description of an account, regardless of case.
+    is true, the accounts with an error count above 0 are selected. If `with_errors` is false, the
+    accounts with the error count 0 are selected. `token_expires_within` also selects the accounts
+    with an expired access token. `search` is a text in the name, the number or the description of
+    an account, regardless of case.
     """
 
     status: OneOrMore[AccountStatus] | None
@@ -214,10 +209,9 @@ async def find_for_operation(
 
     Each returned account is active, belongs to the `environment` (None means any environment), and
     has the given `permission`. An account whose license requires an access token is returned only
-    if the account has a valid token. Accounts with three or more consecutive errors are omitted for
-    five minutes after the last error. The list begins with the default account if
-    the default account can serve the request. All other accounts are sorted by error count, then
-    by age, oldest account first.
+    if the account has a valid token. Accounts that are failing (`failing_until`) are omitted. The
+    list begins with the default account if the default account can serve the request. All other
+    accounts are sorted by error count, then by age, oldest account first.
 
     If `trading` is true and `account_type` is None, the list contains either only paper accounts or
     only real accounts. Paper accounts are returned if the default account for trading is a paper
@@ -236,10 +230,7 @@ async def find_for_operation(
             col(TigerAccount.token_expires_at) > func.now(),
         ),
     )
-    failing = and_(
-        col(TigerAccount.error_count) >= FAILING_AFTER_ERRORS,
-        col(TigerAccount.last_error_at) > func.now() - FAILING_FOR,
-    )
+    failing = col(TigerAccount.failing_until) > func.now()
     statement = select(TigerAccount).where(
         col(TigerAccount.status) == AccountStatus.ACTIVE,
         or_(

@@ -5,7 +5,7 @@ import time
 from asyncio import CancelledError
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Protocol, Required, TypedDict, Unpack, runtime_checkable
 from uuid import UUID
@@ -304,6 +304,20 @@ def account_event(account_id: UUID, **fields: Unpack[EventFields]) -> AuditLog:
     fields |= {"resource_type": "tiger_account", "resource_id": str(account_id)}
     fields["tiger_account_id"] = account_id
     return build_event(**fields)
+
+
+def account_error_event(
+    account_id: UUID, message: str, *, error_count: int, failing_until: datetime | None
+) -> AuditLog:
+    """Build an audit event about a counted error of an account."""
+    return account_event(
+        account_id,
+        action=AuditAction.ACCOUNT_ERROR,
+        old_values={"error_count": error_count - 1},
+        new_values={"error_count": error_count},
+        error_message=message,
+        details={"failing_until": failing_until.isoformat()} if failing_until else None,
+    )
 
 
 def api_key_event(

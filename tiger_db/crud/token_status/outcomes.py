@@ -21,6 +21,7 @@ from tiger_db.crud.audit_logs import recording
 from tiger_db.crud.change_events import apply_change
 from tiger_db.crud.common import (
     actor_of,
+    context_of,
     execute_driver_sql,
     fetch_one,
     get_or_raise,
@@ -83,7 +84,8 @@ WITH account AS (
         token_refresh_at = $8,
         error_count = CASE WHEN a.auto_suspended THEN a.error_count ELSE 0 END,
         last_error = CASE WHEN a.auto_suspended THEN a.last_error END,
-        last_error_at = CASE WHEN a.auto_suspended THEN a.last_error_at END
+        last_error_at = CASE WHEN a.auto_suspended THEN a.last_error_at END,
+        failing_until = CASE WHEN a.auto_suspended THEN a.failing_until END
     FROM refresh WHERE a.id = refresh.tiger_account_id
 ), event AS (
     INSERT INTO audit_logs (id, action, result, severity, resource_type, resource_id,
@@ -117,11 +119,13 @@ WITH attempt AS (%s), refresh AS (
     RETURNING t.id, t.tiger_account_id, t.status, t.trigger
 ), account AS (
     UPDATE tiger_accounts a
-    SET error_count = a.error_count + 1, last_error = '{UNKNOWN_OUTCOME}', last_error_at = now()
+    SET error_count = a.error_count + 1, last_error = '{UNKNOWN_OUTCOME}', last_error_at = now(),
+        failing_until = CASE WHEN a.error_count + 1 >= $2 THEN now() + $3::interval
+            ELSE a.failing_until END
     FROM refresh WHERE a.id = refresh.tiger_account_id AND refresh.status = 'failed'
-    RETURNING a.id, a.error_count
+    RETURNING a.id, a.error_count, a.failing_until
 )
-SELECT refresh.*, account.error_count
+SELECT refresh.*, account.error_count, account.failing_until
 FROM refresh LEFT JOIN account ON account.id = refresh.tiger_account_id
 """  # noqa: S608  # constants
 _IS_LAST_ATTEMPT = "t.retry_count + 1 >= t.max_retries"
@@ -131,13 +135,13 @@ _EXPIRED_LEASES = f"""
     FROM token_statuses t JOIN tiger_accounts a ON a.id = t.tiger_account_id
     WHERE t.status IN ('pending', 'in_progress') AND t.status = 'in_progress'
         AND t.scheduled_at <= clock_timestamp() AND t.lease_expires_at < clock_timestamp()
-        AND {_IS_LAST_ATTEMPT} AND t.id <> ALL ($2)
+        AND {_IS_LAST_ATTEMPT} AND t.id <> ALL ($4)
     ORDER BY t.scheduled_at LIMIT {_EXPIRED_LEASES_LIMIT} FOR NO KEY UPDATE OF t, a SKIP LOCKED
 """  # noqa: S608  # a constant
 _HELD_CLAIM = f"""
     SELECT t.id, t.fencing_token, {_IS_LAST_ATTEMPT} AS given_up
     FROM tiger_accounts a JOIN token_statuses t ON t.tiger_account_id = a.id
-    WHERE t.id = $2 AND t.fencing_token = $3 AND t.status = 'in_progress' FOR NO KEY UPDATE OF a
+    WHERE t.id = $4 AND t.fencing_token = $5 AND t.status = 'in_progress' FOR NO KEY UPDATE OF a
 """  # noqa: S608  # a constant
 
 
@@ -415,7 +419,15 @@ async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] =
 
 
 async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -> int:
-    ended = await execute_driver_sql(session, _FAIL_UNKNOWN % attempts, MAX_BACKOFF, *values)
+    context = context_of(session.info)
+    ended = await execute_driver_sql(
+        session,
+        _FAIL_UNKNOWN % attempts,
+        MAX_BACKOFF,
+        context.failing_after,
+        context.failing_for,
+        *values,
+    )
     events = [
         recording.refresh_event(
             refresh,
@@ -426,12 +438,11 @@ async def _fail_unknown(session: AsyncSession, attempts: str, *values: object) -
         )
         for refresh in ended
     ] + [
-        recording.account_event(
+        recording.account_error_event(
             refresh.tiger_account_id,
-            action=AuditAction.ACCOUNT_ERROR,
-            old_values={"error_count": refresh.error_count - 1},
-            new_values={"error_count": refresh.error_count},
-            error_message=UNKNOWN_OUTCOME,
+            UNKNOWN_OUTCOME,
+            error_count=refresh.error_count,
+            failing_until=refresh.failing_until,
         )
         for refresh in ended
         if refresh.error_count is not None
