@@ -70,8 +70,8 @@ async def test_active_keys_with_unpeppered_hashes_are_reported(
         result = await found(allowing, check)
         assert result.status == status
         assert result.seen.startswith(
-            "active API keys with a hash without a pepper: 2"
-            f" ({keys[3].key_prefix}; {keys[4].key_prefix}); these keys are "
+            "active API keys whose hash has no pepper: 2"
+            f" ({keys[3].key_prefix}; {keys[4].key_prefix}); these API keys are "
         )
         end = f"accepted until the end of {today} (UTC)" if status == "warning" else "refused"
         assert result.seen.endswith(end)
@@ -90,7 +90,7 @@ async def test_missing_peppers_are_reported(clone: Database, clone_settings: Set
         f"UPDATE api_keys SET pepper_id = 'old' WHERE id IN ('{keys[0].id}', '{keys[1].id}')",
         f"UPDATE api_keys SET pepper_id = 'gone', status = 'revoked' WHERE id = '{keys[2].id}'",
     )
-    seen = "active keys whose pepper is missing: 2; these keys are refused"
+    seen = "active API keys whose pepper is missing: 2; these API keys are refused"
     advice = "put old back into API_KEY_PEPPERS"
     assert await found(clone_settings, check) == CheckResult(check, "problem", seen, advice)
     for environment, seen in (
@@ -157,7 +157,7 @@ async def test_overdue_refreshes_and_expired_leases_are_reported(
     )
     result = await found(clone_settings, "refreshes")
     assert result.status == "warning"
-    assert result.seen == "due refreshes: 2; refreshes whose worker is lost: 1; overdue for 10 min"
+    assert result.seen == "due refreshes: 2; refreshes with an expired lease: 1; overdue for 10 min"
     await sql(clone_settings, "UPDATE token_statuses SET scheduled_at = now() - interval '3 h'")
     result = await found(clone_settings, "refreshes")
     assert (result.status, result.seen[-3:]) == ("problem", "3 h")
@@ -267,7 +267,7 @@ async def test_account_numbers_of_older_releases_are_reported(
 
     result = await found(clone_settings, "account numbers")
     assert (result.status, result.seen) == (
-        "problem", f"{ids[0]} and {ids[1]} are the same account at Tiger"
+        "problem", f"accounts {ids[0]} and {ids[1]} are the same account at Tiger"
     )  # fmt: skip
     assert result.advice is not None
     assert result.advice.startswith("close all but one")
@@ -285,7 +285,7 @@ async def test_account_numbers_of_older_releases_are_reported(
 
     await sql(clone_settings, f"DELETE FROM tiger_accounts WHERE id = '{ids[1]}'")
     result = await found(clone_settings, "account numbers")
-    assert (result.status, result.seen[-18:]) == ("warning", "exempts some accounts"[-18:])
+    assert (result.status, result.seen[-18:]) == ("warning", "still exempts accounts"[-18:])
     assert result.advice is not None
     await sql(clone_settings, result.advice.removeprefix("run "))
     assert (await found(clone_settings, "account numbers")).status == "ok"
@@ -304,13 +304,13 @@ async def test_tiger_ids_of_older_releases_are_reported(
     result = await found(clone_settings, "Tiger ids")
     assert (result.status, result.seen, result.advice) == (
         "warning",
-        f"not normalized in the accounts {first.id}",
+        f"accounts whose Tiger ids are not normalized: {first.id}",
         "run `tiger-db rotate-encryption-key`",
     )  # fmt: skip
     await encryption_key_rotation.rotate(clone)
     result = await found(clone_settings, "Tiger ids")
     assert (result.status, result.seen) == (
-        "warning", f"not printable ASCII in the accounts {second.id}"
+        "warning", f"accounts whose Tiger ids are not printable ASCII: {second.id}"
     )  # fmt: skip
     async with clone.session() as session:
         await crud.accounts.update(session, second.id, tiger_id=" 20150001")
@@ -329,7 +329,7 @@ async def test_tiger_ids_cannot_be_checked_without_the_keys(
     assert result.seen.startswith("not checked: ")
     assert (
         result.advice
-        == "Tiger ids are encrypted: run `tiger-db doctor` where ENCRYPTION_KEYS is set"
+        == "to check the encrypted Tiger ids, run `tiger-db doctor` with ENCRYPTION_KEYS set"
     )
     other = clone_settings.model_copy(update={"encryption_keys": SecretStr(OTHER_KEY)})
     result = await found(other, "Tiger ids")

@@ -64,7 +64,7 @@ _STALE_SECONDS = (_HOUR, _DAY)
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """A check's name, status, observed state, and advice or None."""
+    """The name of a check, its status, the state that it found, and advice or None."""
 
     check: str
     status: Status
@@ -84,7 +84,7 @@ Check: TypeAlias = Callable[[AsyncConnection], Awaitable[Outcome]]
 
 
 async def run(settings: Settings) -> list[CheckResult]:
-    """Run all checks of the installation, without changes to data or a start of a server."""
+    """Run all checks of the installation. The checks change no data and start no server."""
     if settings.embedded:
         from tiger_db import embedded  # noqa: PLC0415  # `embedded` needs POSIX and an extra
 
@@ -201,17 +201,18 @@ async def _check_search_path(direct: AsyncConnection, settings: Settings) -> Che
 def _grade_search_path(path: SearchPath, settings: Settings) -> Outcome:
     schema, advice = settings.db_schema, f"run {path.repair_sql(settings.db_schema)}"
     if settings.uses_pooler:
-        advice += "; then RECONNECT on the pooler's console"
+        advice += "; then run RECONNECT on the pooler's console"
     if not path.resolves_to(schema):
         seen = (
-            f"{path.setting}: this path does not resolve to {quote_identifier(schema)} (DB_SCHEMA)"
+            f"the search path {path.setting} does not look first in pg_catalog, and then in"
+            f" {quote_identifier(schema)} (DB_SCHEMA)"
         )
         return Outcome("problem", seen, advice)
     # `Settings.search_path` has the schema's name in quotes. After ALTER ROLE, PostgreSQL reports
     # the schema's name without unnecessary quotes.
     if path.setting.removeprefix("pg_catalog, ") in (settings.search_path, f"{schema}, pg_temp"):
         return Outcome("ok", path.setting)
-    seen = f"{path.setting}: another schema or a temporary table may come before DB_SCHEMA"
+    seen = f"in the search path {path.setting}, another schema can hide tables of DB_SCHEMA"
     return Outcome("warning", seen, advice)
 
 
@@ -242,7 +243,7 @@ async def _check_schema(connection: AsyncConnection) -> Outcome:
     except SchemaMismatch as mismatch:
         seen, _, advice = str(mismatch).partition(": ")
         return Outcome("problem", seen, advice)
-    return Outcome("ok", f"revision {state.current}, the newest")
+    return Outcome("ok", f"the schema is at revision {state.current}, the newest")
 
 
 async def check_triggers(connection: AsyncConnection) -> Outcome:
@@ -252,9 +253,7 @@ async def check_triggers(connection: AsyncConnection) -> Outcome:
     added = [difference for difference in differences if difference.undeclared]
     seen = _join_first([*changed, *(difference.description for difference in added)])
     if changed:
-        advice = (
-            "run `tiger-db check` for the SQL that repairs this, and find the author of the change"
-        )
+        advice = "run the SQL that `tiger-db check` prints, and find out who changed the schema"
         return Outcome("problem", seen, advice)
     if added:  # an added trigger can change or refuse writes, such as the revocation of an API key
         return Outcome("warning", seen, added[0].repair)
@@ -275,7 +274,7 @@ async def audit_months_ahead(connection: AsyncConnection) -> int:
 
 
 def grade_partitions(months_ahead: int) -> Outcome:
-    """Return a status, with advice, for a number of future months with an audit partition."""
+    """Return an Outcome for the number of future months that have an audit partition."""
     seen = f"future months with an audit partition: {months_ahead}"
     match months_ahead:
         case 0:
@@ -317,8 +316,8 @@ async def _check_unsealed(connection: AsyncConnection) -> Outcome:
     )
 
 
-# For OPEN_REFRESHES, PostgreSQL reads two partial indexes. Because of OFFSET 0, PostgreSQL looks up
-# the account of each refresh separately.
+# For OPEN_REFRESHES, PostgreSQL reads two partial indexes. OFFSET 0 prevents a join that reads all
+# accounts, so that PostgreSQL looks up only the accounts of the refreshes.
 OPEN_REFRESHES = """
 SELECT count(*) FILTER (WHERE status = 'pending') AS waiting,
     count(*) FILTER (WHERE status = 'in_progress' AND lease_expires_at < now()) AS abandoned,
@@ -338,7 +337,7 @@ async def _check_refreshes(connection: AsyncConnection) -> Outcome:
     status = _grade(row.age, _OVERDUE_SECONDS)
     return Outcome(
         status,
-        f"due refreshes: {row.waiting}; refreshes whose worker is lost: {row.abandoned};"
+        f"due refreshes: {row.waiting}; refreshes with an expired lease: {row.abandoned};"
         f" overdue for {_duration(row.age)}",
         None if status == "ok" else "run more `tiger-db run-refresh-worker` processes",
     )
@@ -371,7 +370,7 @@ async def _check_trading(connection: AsyncConnection) -> Outcome:
         paused = await current_pause(session)
     if paused is None:
         return Outcome("ok", "not paused")
-    advice = "when the reason no longer applies, run `tiger-db resume`"
+    advice = "when the reason for the pause no longer applies, run `tiger-db resume`"
     return Outcome("warning", f"paused {paused}", advice)
 
 
@@ -413,20 +412,20 @@ async def _check_hashes(connection: AsyncConnection, settings: Settings) -> Outc
     row = (await _fetch_all(connection, _UNPEPPERED_KEYS))[0]
     if row.prefixes is None:
         return Outcome("ok", "all active API keys have hashes with a pepper")
-    seen = f"active API keys with a hash without a pepper: {len(row.prefixes)}"
+    seen = f"active API keys whose hash has no pepper: {len(row.prefixes)}"
     seen = f"{seen} ({_join_first(row.prefixes)})"
     advice = "revoke the keys that you did not create, and rotate the other keys"
     if until is not None and row.today <= until:
         return Outcome(
             "warning",
-            f"{seen}; these keys are accepted until the end of {until} (UTC)",
-            f"{advice}; the next use of a key gives its hash a pepper",
+            f"{seen}; these API keys are accepted until the end of {until} (UTC)",
+            f"{advice}; the next use of an API key stores a new hash with a pepper",
         )
-    advice += ", or set API_KEYS_ALLOW_UNPEPPERED_UNTIL to a date"
-    return Outcome("problem", f"{seen}; these keys are refused", advice)
+    advice += "; to accept these keys until a date, set API_KEYS_ALLOW_UNPEPPERED_UNTIL"
+    return Outcome("problem", f"{seen}; these API keys are refused", advice)
 
 
-# This query scans the small table api_keys.
+# _PEPPERS_IN_USE scans the small table api_keys.
 _PEPPERS_IN_USE = """
 SELECT pepper_id AS id, count(*) AS keys FROM api_keys
 WHERE status = 'active' AND coalesce(expires_at > now(), true) AND pepper_id IS NOT NULL
@@ -445,7 +444,7 @@ async def _check_peppers(connection: AsyncConnection, settings: Settings) -> Out
     if missing := [row for row in rows if row.id not in configured]:
         refused = sum(row.keys for row in missing)
         names = ", ".join(row.id for row in missing)
-        seen = f"active keys whose pepper is missing: {refused}; these keys are refused"
+        seen = f"active API keys whose pepper is missing: {refused}; these API keys are refused"
         return Outcome("problem", seen, f"put {names} back into API_KEY_PEPPERS")
     seen = ", ".join(
         f"{row.id}: {row.keys:,} active {'key' if row.keys == 1 else 'keys'}" for row in rows
@@ -474,8 +473,8 @@ async def _check_account_numbers(connection: AsyncConnection) -> Outcome:
             with suppress(ValueError):
                 ids_of[normalize_account_number(row.account_number)].append(row.id)
     if same := [" and ".join(ids) for ids in ids_of.values() if len(ids) > 1]:
-        seen = _join_first([f"{ids} are the same account at Tiger" for ids in same])
-        advice = "close all but one of the accounts: a refresh ends the other accounts' tokens"
+        seen = _join_first([f"accounts {ids} are the same account at Tiger" for ids in same])
+        advice = "close all but one account: a token refresh ends the tokens of the other accounts"
         return Outcome("problem", seen, advice)
     if old := [row.id for row in rows if row.open and not row.normal]:
         seen = f"account numbers are not normalized in these accounts: {_join_first(old)}"
@@ -485,7 +484,7 @@ async def _check_account_numbers(connection: AsyncConnection) -> Outcome:
     if exempting and all(row.normal for row in rows):
         return Outcome(
             "warning",
-            "all account numbers are normalized, but the CHECK constraint exempts some accounts",
+            "all account numbers are normalized, but the CHECK constraint still exempts accounts",
             f"run {exempting[0][0]} CHECK (account_number ~ '^({ACCOUNT_NUMBER})$')",
         )
     return Outcome("ok", "all account numbers are normalized")
@@ -496,19 +495,21 @@ async def _check_tiger_ids(connection: AsyncConnection, settings: Settings) -> O
     try:
         ring = await asyncio.to_thread(required_key_ring, settings)
     except TigerDBError as error:
-        advice = "Tiger ids are encrypted: run `tiger-db doctor` where ENCRYPTION_KEYS is set"
+        advice = "to check the encrypted Tiger ids, run `tiger-db doctor` with ENCRYPTION_KEYS set"
         return Outcome("warning", f"not checked: {error}", advice)
     async with AsyncSession(connection) as session:
         found = await find_unnormalized_secrets(session, class_mapper(TigerAccount), ring)
     if found.normalizable:
-        seen = f"not normalized in the accounts {_join_first([*map(str, found.normalizable)])}"
+        ids = _join_first([*map(str, found.normalizable)])
+        seen = f"accounts whose Tiger ids are not normalized: {ids}"
         return Outcome("warning", seen, "run `tiger-db rotate-encryption-key`")
     if found.invalid:
-        seen = f"not printable ASCII in the accounts {_join_first([*map(str, found.invalid)])}"
+        ids = _join_first([*map(str, found.invalid)])
+        seen = f"accounts whose Tiger ids are not printable ASCII: {ids}"
         return Outcome("warning", seen, "set the Tiger ids with `crud.accounts.update`")
     if found.unreadable:
         seen = f"Tiger ids that cannot be decrypted, and were not checked: {found.unreadable:,}"
-        return Outcome("warning", seen, "put the missing encryption keys back")
+        return Outcome("warning", seen, "put the missing encryption keys back into ENCRYPTION_KEYS")
     return Outcome("ok", "all Tiger ids are normalized")
 
 
@@ -528,6 +529,8 @@ async def _check_encryption_keys(connection: AsyncConnection, settings: Settings
         advice = f"to decrypt these rows, put {', '.join(missing)} back into ENCRYPTION_KEYS"
         return Outcome("problem", seen, advice)
     if old := sorted(needed - {ring.key_ids[0]}):
-        advice = f"run `tiger-db rotate-encryption-key`; until then keep {', '.join(old)}"
+        advice = (
+            f"keep {', '.join(old)} in ENCRYPTION_KEYS, and run `tiger-db rotate-encryption-key`"
+        )
         return Outcome("warning", seen, advice)
     return Outcome("ok", seen or "no encryption key is in use")

@@ -35,13 +35,15 @@ FROM pg_control_system(), pg_database WHERE datname = current_database()
 class HealthReport:
     """The health of a process and of its database. A field is None if its value is unknown.
 
-    The field `rows` maps the name of each table to the estimated number of rows in the table. The
-    field `problems` has one line with advice for each problem.
+    The field `live` is true if the settings and keys of the process are valid. The field `ready` is
+    true if the process and its database can serve requests. The field `rows` maps the name of each
+    table to the estimated number of rows in the table. The field `problems` has one line with
+    advice for each problem.
     """
 
     location: str
-    live: bool = True  # whether the settings and keys of this process are valid
-    ready: bool | None = None  # whether this process and its database can serve requests
+    live: bool = True
+    ready: bool | None = None
     embedded_folder: str | None = None
     embedded_socket_folder: str | None = None
     embedded_pid: int | None = None
@@ -53,7 +55,7 @@ class HealthReport:
     rows: dict[str, int] = field(default_factory=dict)
     audit_months_ahead: int | None = None
     encryption_keys: list[str] = field(default_factory=list)
-    # The pause of trading in force. A pause is not a problem, and does not affect readiness.
+    # The current pause of trading. A pause is not a problem, and does not affect readiness.
     trading_pause: dict[str, str | None] | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -91,8 +93,8 @@ async def check_readiness(settings: Settings) -> HealthReport:
             async with asyncio.timeout_at(deadline):
                 await _check_pooler(settings)
         async with maintenance_engine(settings) as engine:
-            # With insert=True, this event listener runs before SQLAlchemy's own event listeners,
-            # which send queries.
+            # SQLAlchemy's own event listeners send queries. Because of insert=True, the listener
+            # below runs first, so that these queries cannot exceed the deadline.
             @event.listens_for(engine.sync_engine, "connect", insert=True)
             def _terminate_at_deadline(connection: AdaptedConnection, _record: object) -> None:
                 loop.call_at(deadline, connection.driver_connection.terminate)
@@ -177,14 +179,20 @@ async def _check_pooler(settings: Settings) -> None:
         finally:
             connection.terminate()
     if databases[0] != databases[1]:
-        raise ConfigurationError("DB_DIRECT_HOST is not the server behind the pooler")
+        raise ConfigurationError(
+            "DB_DIRECT_HOST and the pooler lead to different servers: set DB_DIRECT_HOST to the"
+            " server behind the pooler"
+        )
     paths[0].check(settings.db_schema)
 
 
 async def _check_database(
     connection: AsyncConnection, settings: Settings, ring: KeyRing | None, problems: list[str]
 ) -> AsyncIterator[dict[str, Any]]:
-    """Yield fields of the HealthReport as soon as they are known. Append problems to `problems`."""
+    """Check the database. Yield fields of the HealthReport as soon as the fields are known.
+
+    For each problem, append a text with advice to `problems`.
+    """
     await connection.execute(
         text("SELECT set_config('statement_timeout', :timeout, false)"),
         {"timeout": str(round(settings.db_query_timeout * 1000))},
@@ -194,14 +202,14 @@ async def _check_database(
     # A pooler reports to its clients a process ID that differs from pg_backend_pid().
     if driver.get_server_pid() != await connection.scalar(text("SELECT pg_backend_pid()")):
         problems.append(
-            "DB_DIRECT_HOST leads to a pooler: set DB_DIRECT_HOST to the server"
+            "DB_DIRECT_HOST leads to a pooler: set DB_DIRECT_HOST to the PostgreSQL server"
             if settings.db_direct_host
             else "the connection leads to a pooler: set DB_POOLER=pgbouncer and DB_DIRECT_HOST"
         )
     version = text("SHOW server_version")
     yield {"server_version": await connection.scalar(version)}
     start = time.perf_counter()
-    await connection.scalar(version)  # a prepared statement needs only one round trip
+    await connection.scalar(version)  # the prepared statement now needs only one round trip
     yield {"latency_ms": round((time.perf_counter() - start) * 1000, 3)}
     state = await schema_state(connection)
     yield {"revision": state.current, "head": state.head}
@@ -247,10 +255,10 @@ async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> 
 
 
 async def _check_default_partition(connection: AsyncConnection) -> list[str]:
-    """Return a list of the problems with audit events in the default partition.
+    """Return a text with advice for each problem with audit events in the default partition.
 
-    `tiger-db migrate` creates the partitions of the current month and the next months, and moves
-    the audit events of these months from the default partition to the new partitions.
+    `tiger-db migrate` creates the partitions of the current month and the next months. The command
+    also moves audit events of these months from the default partition to the new partitions.
     """
     movable, other = (
         await connection.execute(

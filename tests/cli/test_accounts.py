@@ -457,5 +457,5 @@ def test_the_errors_of_an_account_are_reset(cli: CommandLine) -> None:
     shown = cli.ok("show-account", NUMBER, "--json").json
     assert (shown["status"], shown["error_count"], shown["last_error"]) == ("suspended", 10, "boom")
     told = cli.ok("reset-account-errors", NUMBER, "--json")
-    assert told.err == "account ****0321 has no errors and is active\n"
+    assert told.err == "the error count of account ****0321 is 0, and the account is active\n"
     assert (told.json["status"], told.json["error_count"]) == ("active", 0)

@@ -286,8 +286,8 @@ def test_a_leaked_key_is_revoked_by_its_text(cli: CommandLine, tmp_path: Path, h
     assert ("--key-file" in result.err) == (how == "argument")
     assert "APIKeyRevoked" in refusal(cli, text)
     again = cli.ok("revoke-api-key", "--raw", "-", "--reason", "another", stdin=text)
-    assert again.err.startswith("nothing is changed: API key ")
-    assert again.err.endswith(" is revoked already: on GitHub\n")
+    assert again.err.startswith("nothing is changed in API key ")
+    assert again.err.endswith(" is revoked already (reason: on GitHub)\n")
 
 
 def test_a_text_that_is_not_a_key_revokes_nothing(cli: CommandLine) -> None:
@@ -464,7 +464,7 @@ def test_a_whole_key_in_place_of_its_prefix_is_not_repeated(
         reason = cli.fails(*command, text)
         assert "there is no API key with this prefix or id" in reason
         assert ("a whole API key" in reason) == (text == key)
-        assert ("`revoke-api-key --raw`" in reason) == (text == key)
+        assert ("`tiger-db revoke-api-key --raw`" in reason) == (text == key)
         assert text not in reason
     process = cli.process(*command, key, DB_DEBUG="1")  # statements are logged
     assert (process.code, process.out) == (1, "")
@@ -521,7 +521,10 @@ def test_the_expiry_of_a_key_is_changed(cli: CommandLine) -> None:
     assert "2099-01-31 12:00:00Z" in shown.out
     assert shown.err == f"API key {row['key_prefix']} is updated\n"
     again = cli.ok(*options, "--expires-at", "2099-01-31T12:00:00Z")
-    told = f"nothing is changed: API key {row['key_prefix']} has these values already\n"
+    told = (
+        f"nothing is changed in API key {row['key_prefix']}:"
+        " the API key has the requested values already\n"
+    )
     assert again.err == told
     for given in (
         ("--expires-in", "1h", "--expires-at", "2099-01-31T12:00:00Z"),
@@ -591,7 +594,7 @@ def test_an_invalid_change_of_a_key_changes_nothing(cli: CommandLine) -> None:
         ("--name", ""),
     ):
         assert f"error: {option}: " in cli.fails(*options, option, value)
-    assert "give at least one field" in cli.misused("update-api-key", row["id"])
+    assert "give at least one option" in cli.misused("update-api-key", row["id"])
     shown = cli.ok("show-api-key", row["id"], "--json").json
     assert shown == {**row, "usage": []}
 
@@ -612,7 +615,9 @@ def test_a_key_is_switched_off_and_on(cli: CommandLine) -> None:
     )  # fmt: skip
     assert "APIKeyRevoked" in refusal(cli, row["key"])
     again = cli.ok("deactivate-api-key", row["id"])
-    assert again.err == f"nothing is changed: API key {row['key_prefix']} is inactive already\n"
+    assert again.err == (
+        f"nothing is changed in API key {row['key_prefix']}: the API key is inactive already\n"
+    )
     on = cli.ok("activate-api-key", row["id"], "--json")
     assert (on.json["status"], on.err) == ("active", f"API key {row['key_prefix']} is active\n")
     assert cli.ok("verify-api-key", "-", stdin=row["key"])

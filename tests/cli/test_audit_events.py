@@ -173,13 +173,13 @@ def test_events_with_unknown_values_are_shown(cli: CommandLine, clone_settings: 
 def test_a_misspelt_action_causes_a_warning(cli: CommandLine) -> None:
     for name, meant in (("trade:place_ordre", "trade:place_order"), ("trad", "trade")):
         listed = cli.ok("list-events", "--action", name)
-        assert f"no action {name}; did you mean {meant}" in listed.err
+        assert f"the action {name}; did you mean {meant}" in listed.err
 
 
 def test_malformed_filters_are_refused(cli: CommandLine) -> None:
     for option, value, reason in (
         ("--action", "Trade:place_order", "trade:place_order"),
-        ("--action", "trade:", "a family such as trade"),
+        ("--action", "trade:", "a family of actions, such as trade"),
         ("--since", "yesterday", "zone"),
         ("--since", "2026-01-01T00:00:00", "zone"),
         ("--since", "2026-01-01", "zone"),

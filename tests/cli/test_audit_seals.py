@@ -48,7 +48,7 @@ def test_events_are_sealed_and_verified(sealed: CommandLine, clone_settings: Set
         0,
         "",
         "verified 12 events against 1 seal; not sealed yet: 2 events;"
-        " removed by the retention: 0 events\n",
+        " removed by `tiger-db maintain-audit`: 0 events\n",
     )
     assert sealed.ok("seal-audit", "--json").json == {"rows": 2, "seals": 1, "waits_for": []}
     assert sealed.ok("verify-audit", "--json").json == {
@@ -137,7 +137,7 @@ def test_an_export_is_verified_without_a_database(
     options = ("--from", str(events), "--checkpoint", str(head))
     says = (
         "verified 12 events against 1 seal; not sealed yet: 0 events;"
-        " removed by the retention: 0 events\n"
+        " removed by `tiger-db maintain-audit`: 0 events\n"
     )
     assert bare.ok("verify-audit", *options, "--public-key", str(key)) == Result(0, "", says)
     assert bare.ok("verify-audit", *options, AUDIT_SIGNING_KEY=secret).err == says

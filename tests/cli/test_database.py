@@ -75,7 +75,7 @@ def test_init_creates_what_is_missing(
     first = bare.ok("init")
     assert first.out == ""
     assert "created the database" in first.err
-    assert "migrated the schema from nothing to" in first.err
+    assert "migrated the schema from revision base to" in first.err
     bare.ok("create-account", "--account-name", "x", "--account-number", "U1",
             "--tiger-id", "1", "--private-key", "x")  # fmt: skip
     again = bare.ok("init")
@@ -187,14 +187,14 @@ def test_the_schema_is_migrated_and_downgraded(empty: CommandLine) -> None:
     assert empty.ok("current") == Result(
         0, "", "the database has no tiger_db schema: run `tiger-db init`\n"
     )
-    assert "from nothing to" in empty.ok("migrate").err
+    assert "from revision base to" in empty.ok("migrate").err
     assert "already" in empty.ok("migrate").err
     state = empty.ok("current", "--json").json
     assert state["current"] == state["head"]
     assert empty.ok("current").out == f"{state['head']} (head)\n"
     assert "--yes" in empty.misused("downgrade", "base")
     assert empty.ok("current", "--json").json == state
-    assert "at base now" in empty.ok("downgrade", "base", "--yes").err
+    assert "now at revision base" in empty.ok("downgrade", "base", "--yes").err
     assert empty.ok("current", "--json").json["current"] is None
 
 
@@ -262,8 +262,8 @@ def test_migrations_are_written_in_a_checkout(
     behind = run("check")
     assert (behind.code, behind.err.count("\n")) == (1, 1)
     assert "run `tiger-db migrate`" in behind.err
-    assert f"from {before} to {newest}" in run("migrate").err
-    assert f"at {before} now" in run("downgrade", "-1", "-y").err
+    assert f"from revision {before} to {newest}" in run("migrate").err
+    assert f"now at revision {before}" in run("downgrade", "-1", "-y").err
     run("migrate")
     run_sql(clone_settings, "ALTER TABLE api_keys DROP COLUMN description")
     repair = run("revision", "--message", "repair")

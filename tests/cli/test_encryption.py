@@ -55,12 +55,18 @@ def test_rotation_reports_the_key_that_can_be_removed(cli: CommandLine, new_key:
     create(cli)
     both = {"ENCRYPTION_KEYS": f"{new_key},{KEYS}"}
     tried = cli.ok("rotate-encryption-key", "--dry-run", **both)
-    assert "rows that can be encrypted with 'new': 1; rows that cannot be: 0" in tried.err
+    assert (
+        "rows that can be re-encrypted with 'new': 1; rows that cannot be re-encrypted: 0\n"
+        in tried.err
+    )
     assert "no row needs" not in tried.err
     assert cli.ok("list-encryption-keys", "--json").json["items"][0]["rows"] == 1
     done = cli.ok("rotate-encryption-key", **both)
-    assert "rows that were encrypted with 'new': 1; rows that cannot be: 0" in done.err
-    assert "no row needs the key 'test': remove the key from ENCRYPTION_KEYS when" in done.err
+    assert (
+        "rows that were re-encrypted with 'new': 1; rows that cannot be re-encrypted: 0\n"
+        in done.err
+    )
+    assert "no row needs the encryption key 'test'. When 'new' is the first key of" in done.err
     again = cli.ok("rotate-encryption-key", "--json", **both)
     assert again.json == {
         "key_id": "new", "rotated": 0, "stuck": 0, "problems": [],
@@ -78,7 +84,7 @@ def test_rotation_fails_while_a_row_needs_a_missing_key(cli: CommandLine, new_ke
         assert "'test' is not configured" in result.err
         assert "(account ****0321)" in result.err
         assert NUMBER not in result.out + result.err
-        assert "error: rows still need other encryption keys: keep test" in result.err
+        assert "error: some rows still need other encryption keys: keep test" in result.err
     assert plain(stored(cli).private_key) == "test_key"
 
 

@@ -55,7 +55,7 @@ def test_an_account_is_imported_and_exported(cli: CommandLine, file: Path, tmp_p
         again = cli.ok("import-account", *paths)
         assert (
             again.err == "account ****0321 was not changed,"
-            " because the account has the values of the files already\n"
+            " because the account already has the values of the files\n"
         )
     assert stored(cli) == account
     events = cli.ok("list-events", "--json").json["items"]
@@ -86,7 +86,7 @@ def test_import_prints_the_ignored_lines(cli: CommandLine, file: Path) -> None:
     cli.ok("import-account", str(file))
     config(file.parent, EVERYTHING | {"token": OLD, "colour": "red"})
     assert cli.ok("import-account", str(file)).err.splitlines() == [
-        "account ****0321 was not changed, because the account has the values of the files already",
+        "account ****0321 was not changed, because the account already has the values of the files",
         "warning: the stored access token was kept, because the token in the file is older",
         f"warning: unknown lines in {file} were ignored: colour",
     ]

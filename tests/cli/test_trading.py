@@ -45,7 +45,7 @@ def test_trading_is_paused_and_resumed(cli: CommandLine) -> None:
 
     ended = cli.ok("--actor", "bob", "resume", "--reason", "mended")
     assert (ended.out, ended.err) == (
-        "", f"trading is resumed; it had {told.removeprefix('trading has ')}"
+        "", f"trading is resumed; trading had {told.removeprefix('trading has ')}"
     )  # fmt: skip
     assert cli.ok("resume", "--json").json == {"trading_pause": None}
     assert cli.ok("resume").err == "trading was not paused\n"

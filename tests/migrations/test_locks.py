@@ -137,8 +137,8 @@ async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
     steps = await gate.fetch("SELECT revision FROM steps ORDER BY number")
     await gate.close()
     assert [row["revision"] for row in steps] == [s.revision for s in history()[::-1][1:]]
-    assert sum(f"migrated the schema from 0001 to {HEAD}" in text for text in told) == 1
-    assert sum(f"the schema is at {HEAD} already" in text for text in told) == 9
+    assert sum(f"migrated the schema from revision 0001 to {HEAD}" in text for text in told) == 1
+    assert sum(f"the schema is already at revision {HEAD}" in text for text in told) == 9
 
 
 # Locks
@@ -232,7 +232,9 @@ async def test_a_migration_that_gives_up_names_the_blocker_and_is_rolled_back(
         blocked.err
     )
     await long.close()
-    assert "the schema is at 9007 already" in (await asyncio.to_thread(cli.ok, "migrate")).err
+    assert (
+        "the schema is already at revision 9007" in (await asyncio.to_thread(cli.ok, "migrate")).err
+    )
 
 
 # Transactions, and the script for psql
@@ -285,7 +287,8 @@ def test_each_migration_has_a_transaction_of_its_own(
     assert "Index." in cli.ok("migrate", "--dry-run").out
     pending = cli("check")
     assert pending.code == 1
-    assert pending.out == "pending 9006 Notes.\npending 9007 Index.\npending 9008 More.\n"
+    titles = ("9006: Notes.", "9007: Index.", "9008: More.")
+    assert pending.out == "".join(f"pending migration {title}\n" for title in titles)
     assert pending.err.startswith(f"error: the schema (revision {HEAD}) is older")
     assert "run `tiger-db migrate`" in pending.err
 

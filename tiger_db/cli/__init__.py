@@ -62,13 +62,13 @@ def _options(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="User who runs the command, for the audit trail; by default the system's user.",
+            help="User to record in the audit trail; by default the operating system's user.",
         ),
     ] = None,
 ) -> None:
     """Declare the options that precede the name of a command."""
     if actor is not None and not actor.strip():
-        raise typer.BadParameter("is empty", param_hint="--actor")
+        raise typer.BadParameter("the name is empty", param_hint="--actor")
     actor_name.set(actor)
 
 
@@ -76,12 +76,12 @@ def main() -> None:
     """Run the command in `sys.argv`, then exit the process. Print errors without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Characters that a terminal cannot print are escaped.
+            # Escape the characters that the stream's encoding cannot encode.
             stream.reconfigure(errors="backslashreplace")
     code = _run()
     try:
         sys.stdout.flush()
-    except OSError:  # dup2() prevents a second OSError at the exit of Python
+    except OSError:  # Python flushes stdout again at exit: dup2() prevents a second OSError
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 

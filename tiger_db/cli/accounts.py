@@ -15,7 +15,7 @@ from tiger_db.redaction import mask_account_number
 if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
-# These types repeat enums of tiger_db.models, because importing tiger_db.models is slow.
+# The following types repeat enums of tiger_db.models, because importing tiger_db.models is slow.
 AccountTypes = Literal["standard", "prime", "global", "paper"]
 AccountStatuses = Literal["active", "inactive", "suspended", "pending_verification", "closed"]
 OpenStatuses = Literal["active", "inactive", "suspended", "pending_verification"]
@@ -44,12 +44,13 @@ def create_account(
         typer.Option(help="Account type; by default derived from the account number."),
     ] = None,
     license: Annotated[  # noqa: A002  # the option's name
-        Licenses | None, typer.Option(help="Tiger's license of the account.")
+        Licenses | None,
+        typer.Option(help="License of the account, as in Tiger's configuration file."),
     ] = None,
     environment: Annotated[
         Environments,
         typer.Option(
-            help="Tiger's servers. SANDBOX does not make a paper account: see --account-type."
+            help="Environment of Tiger's servers. For a paper account, use --account-type paper."
         ),
     ] = "PROD",
     server_url: Annotated[
@@ -63,25 +64,34 @@ def create_account(
         bool, typer.Option("--default-trading", help="Make the account the default for trading.")
     ] = False,
     default_data: Annotated[
-        bool, typer.Option("--default-data", help="Make the account the default for data.")
+        bool, typer.Option("--default-data", help="Make the account the default for market data.")
     ] = False,
     secret_key: Annotated[
         str | None,
-        typer.Option(metavar="KEY", help="Institutional trader's key, or - for standard input."),
+        typer.Option(
+            metavar="KEY",
+            help="Secret key of an institutional trader, or - to read the key from standard input.",
+        ),
     ] = None,
     secret_key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File with the institutional trader's key.")
+        str | None,
+        typer.Option(metavar="FILE", help="File with the secret key of an institutional trader."),
     ] = None,
     access_token: Annotated[
         str | None,
-        typer.Option(metavar="TOKEN", help="Current access token, or - for standard input."),
+        typer.Option(
+            metavar="TOKEN",
+            help="Current access token, or - to read the token from standard input.",
+        ),
     ] = None,
     access_token_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the current access token.")
     ] = None,
     token_expires_at: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Expiry of the access token: 2026-01-31T12:00:00Z."),
+        typer.Option(
+            metavar="TIME", help="Expiry of the access token, such as 2026-01-31T12:00:00Z."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -134,10 +144,10 @@ def create_account(
 def _read_private_key(
     value: str | None, file: str | None, *, production: bool
 ) -> "tuple[dict[str, str | tiger_db.PrivateKeyFormat], str | None]":
-    """Read a private key. Return the fields of the key, and a warning if the key is not RSA.
+    """Read a private key. Return account fields for the key, and a warning if the key is not RSA.
 
     Raises:
-        InvalidValue: the key is not RSA, and `production` is true.
+        InvalidValue: the private key is not an RSA key, and `production` is true.
     """
     key = options.read_required_secret("private-key", value, file)
     key_format, warning = tiger_db.PrivateKeyFormat.UNKNOWN, None
@@ -151,7 +161,7 @@ def _read_private_key(
 
 
 def _print_key_warning(warning: str | None) -> None:
-    """Print the warning of `_read_private_key`. The caller has stored the private key."""
+    """Print the warning that `_read_private_key` returned, after the private key is stored."""
     if warning is not None:
         output.print_warning(warning)
 
@@ -238,14 +248,14 @@ def set_default_account(
         bool, typer.Option("--trading", help="Make the account the default for trading.")
     ] = False,
     data: Annotated[
-        bool, typer.Option("--data", help="Make the account the default for data.")
+        bool, typer.Option("--data", help="Make the account the default for market data.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make an account the default for trading, for data, or for both."""
+    """Make an account the default for trading, for market data, or for both."""
     if not (trading or data):
         raise typer.BadParameter(
-            "at least one of these options is required", param_hint="--trading, --data"
+            "give at least one of --trading and --data", param_hint="--trading, --data"
         )
 
     async def set_default(session: "AsyncSession", account_id: UUID) -> "tiger_db.TigerAccount":
@@ -302,8 +312,8 @@ def delete_account(
 ) -> None:
     """Delete an account permanently, with its API keys and token refreshes.
 
-    Before an account with API keys or an open refresh is deleted, the account must be closed. The
-    audit events of the account stay in the database.
+    To delete an account with API keys or an open refresh, close the account first. The audit events
+    of the account stay in the database.
     """
     runtime.settings()  # report invalid settings before asking for confirmation
     options.confirm(f"Delete account {account} permanently?", yes=yes)
@@ -361,6 +371,11 @@ def remove_market_permission(
 def reset_account_errors(
     account: options.AccountArgument, *, as_json: options.AsJson = False
 ) -> None:
-    """Set an account's error count to 0. Activate the account if errors have suspended it."""
+    """Set an account's error count to 0. If errors suspended the account, activate the account."""
     change = tiger_db.crud.accounts.reset_errors
-    _change(account, change, "{account} has no errors and is {status}", as_json=as_json)
+    _change(
+        account,
+        change,
+        "the error count of {account} is 0, and the account is {status}",
+        as_json=as_json,
+    )

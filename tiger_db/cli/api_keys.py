@@ -61,7 +61,7 @@ def create_api_key(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Create an API key, and show the key once. The key cannot be shown again."""
+    """Create an API key, and show the raw key. The raw key cannot be shown again."""
     granted = options.parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
     expiry = options.parse_expiry(expires_in, expires_at)
     networks = _parse_allowed(allowed_ips, "--allowed-ips")
@@ -181,7 +181,7 @@ def list_api_keys(
 
 
 def _status(key: "tiger_db.APIKey") -> str:
-    """Return the current status of an API key. An expired key may be stored as active."""
+    """Return the status of an API key, or `expired` for an expired key that is stored as active."""
     active = tiger_db.APIKeyStatus.ACTIVE
     return "expired" if key.status == active and key.is_expired else key.status.value
 
@@ -190,14 +190,21 @@ def _status(key: "tiger_db.APIKey") -> str:
 def verify_api_key(
     key: Annotated[
         str | None,
-        typer.Argument(help="Whole API key, or - for standard input; by default read at a prompt."),
+        typer.Argument(
+            help="Whole API key, or - to read the key from standard input. By default, the command"
+            " asks for the key."
+        ),
     ] = None,
     *,
     key_file: KeyFile = None,
-    ip: Annotated[str | None, typer.Option(help="IP address of the request's client.")] = None,
-    user_agent: Annotated[str | None, typer.Option(help="User agent of the request.")] = None,
+    ip: Annotated[
+        str | None, typer.Option(help="Check whether requests from this IP address are allowed.")
+    ] = None,
+    user_agent: Annotated[
+        str | None, typer.Option(help="Check whether requests with this user agent are allowed.")
+    ] = None,
     scopes: Annotated[
-        str | None, typer.Option(metavar="trade:read", help="Scopes that the request needs.")
+        str | None, typer.Option(metavar="trade:read", help="Scopes that the API key must have.")
     ] = None,
     account: options.AccountOption = None,
     dry_run: Annotated[
@@ -206,7 +213,7 @@ def verify_api_key(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check an API key. Count a use of an accepted key, or show the reason of a refusal."""
+    """Check an API key. Count a use if the key is accepted, or show why the key is refused."""
     requested = options.parse_members(tiger_db.APIKeyScope, scopes, "--scopes")
     raw_key = options.read_required_secret("key", key, key_file)
 
@@ -243,7 +250,10 @@ def verify_api_key(
 
 
 def _write_in_transaction(session: "AsyncSession") -> None:
-    """Write usage counts and audit events in the session's transaction, which is rolled back."""
+    """Make `session` write usage counts and audit events in its own transaction.
+
+    The caller rolls the transaction back, so that a dry run changes nothing.
+    """
     from tiger_db.crud.common import context_of  # noqa: PLC0415  # slow import, not needed by `--help`
 
     context = replace(context_of(session.info), out_of_band=None, count_use=None)
@@ -301,7 +311,9 @@ def list_expiring_api_keys(
     *,
     within: Annotated[
         str,
-        typer.Option(metavar="7d", help="Maximum time until the expiry, such as 12h, 7d or 2w."),
+        typer.Option(
+            metavar="7d", help="List API keys that expire within this time, such as 12h or 7d."
+        ),
     ] = "7d",
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
@@ -335,9 +347,10 @@ def _change(
     unchanged: str | None = None,
     as_json: bool,
 ) -> None:
-    """Change an API key, print a message with a participle such as `deleted`, and show the key.
+    """Change an API key, print whether the key is changed, and show the key.
 
-    `unchanged` completes the message if the API key already was as requested.
+    `participle` names the change in the message, such as `deleted`. `unchanged` is the reason to
+    print if nothing is changed. By default, the reason is that the API key is `participle` already.
     """
 
     async def run(session: "AsyncSession") -> "tuple[tiger_db.APIKey, bool]":
@@ -350,8 +363,8 @@ def _change(
     if is_changed:
         output.print_message(f"API key {found.key_prefix} is {participle}")
     else:
-        told = unchanged or f"is {participle} already"
-        output.print_message(f"nothing is changed: API key {found.key_prefix} {told}")
+        reason = unchanged or f"the API key is {participle} already"
+        output.print_message(f"nothing is changed in API key {found.key_prefix}: {reason}")
     output.show_row(found, as_json=as_json)
 
 
@@ -365,11 +378,15 @@ def update_api_key(
     ] = None,
     scopes: Annotated[
         str | None,
-        typer.Option(metavar="mcp:read,mcp:write", help="New scopes, in place of the old ones."),
+        typer.Option(
+            metavar="mcp:read,mcp:write", help="New scopes, which replace the old scopes."
+        ),
     ] = None,
     expires_in: options.ExpiresIn = None,
     expires_at: options.ExpiresAt = None,
-    never: Annotated[bool, typer.Option("--never", help="Let the API key never expire.")] = False,
+    never: Annotated[
+        bool, typer.Option("--never", help="Remove the expiry of the API key.")
+    ] = False,
     rate_limit_per_hour: Annotated[
         str | None,
         typer.Option(metavar="N|none", help="New maximum number of uses per clock hour."),
@@ -389,11 +406,11 @@ def update_api_key(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Change the fields of an API key whose options are given. Other fields stay unchanged."""
+    """Change an API key. Each option changes one field, and all other fields stay unchanged."""
     expiry = options.parse_expiry(expires_in, expires_at)
     if never and expiry is not None:
         raise typer.BadParameter(
-            "cannot be combined with --expires-in or --expires-at", param_hint="--never"
+            "--never cannot be combined with --expires-in or --expires-at", param_hint="--never"
         )
     fields: dict[str, tuple[str | None, Callable[[str, str], object]]] = {
         "name": (name, lambda text, _: text),
@@ -412,12 +429,20 @@ def update_api_key(
     if never or expiry is not None:
         changes["expires_at"] = expiry
     if not changes:
-        raise typer.BadParameter("give at least one field to change", param_hint="OPTIONS")
+        raise typer.BadParameter(
+            "give at least one option that changes a field", param_hint="OPTIONS"
+        )
 
     async def update(session: "AsyncSession", key_id: UUID) -> None:
         await tiger_db.crud.api_keys.update(session, key_id, **cast("KeyChanges", changes))
 
-    _change(key, update, "updated", unchanged="has these values already", as_json=as_json)
+    _change(
+        key,
+        update,
+        "updated",
+        unchanged="the API key has the requested values already",
+        as_json=as_json,
+    )
 
 
 def _parse_limit(text: str, option: str) -> int | None:
@@ -427,17 +452,19 @@ def _parse_limit(text: str, option: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise typer.BadParameter("give a number, or none", param_hint=option) from None
+        raise typer.BadParameter("give a number, or the word none", param_hint=option) from None
 
 
 def _parse_allowed(text: str, option: str) -> list[str]:
     """Split a list of networks or user agents at commas. Return an empty list for `all`.
 
-    An empty text is refused, because an empty variable of a shell must not remove a restriction.
+    An empty text is refused, because an empty shell variable must not remove a restriction.
     """
     words = options.split_words(text)
     if not words:
-        raise typer.BadParameter("is empty: give a list, or all", param_hint=option)
+        raise typer.BadParameter(
+            "the list is empty: give at least one item, or the word all", param_hint=option
+        )
     return [] if words == ["all"] else words
 
 
@@ -462,7 +489,10 @@ def rotate_api_key(
     *,
     grace: Annotated[
         str,
-        typer.Option(metavar="24h", help="Time until the old API key expires, such as 24h, or 0."),
+        typer.Option(
+            metavar="24h",
+            help="Grace period of the old API key, such as 24h, or 0 for no grace period.",
+        ),
     ] = "24h",
     as_json: options.AsJson = False,
 ) -> None:
@@ -484,12 +514,12 @@ def revoke_api_key(
         str | None,
         typer.Argument(
             metavar="PREFIX",
-            help="Prefix or id of the API key; with --raw, the whole key, or - for standard input.",
+            help="Prefix or id of the API key. With --raw: the whole key, or - for standard input.",
         ),
     ] = None,
     *,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Find a leaked API key by the whole key.")
+        bool, typer.Option("--raw", help="Find the API key by the whole key, not by its prefix.")
     ] = False,
     key_file: KeyFile = None,
     reason: Annotated[
@@ -499,9 +529,9 @@ def revoke_api_key(
 ) -> None:
     """Revoke an API key. A revocation cannot be undone."""
     if key_file is not None and not raw:
-        raise typer.BadParameter("requires --raw", param_hint="--key-file")
+        raise typer.BadParameter("--key-file requires --raw", param_hint="--key-file")
     if key is None and not raw:
-        raise typer.BadParameter("is missing", param_hint="PREFIX")
+        raise typer.BadParameter("the prefix is missing", param_hint="PREFIX")
     raw_key = options.read_required_secret("key", key, key_file) if raw else ""
 
     async def revoke(session: "AsyncSession") -> "tuple[tiger_db.APIKey, bool]":
@@ -518,9 +548,10 @@ def revoke_api_key(
 
     revoked, was_revoked = runtime.in_transaction(revoke)
     if was_revoked:
-        in_force = revoked.revocation_reason or "without a reason"
+        reason_in_force = revoked.revocation_reason or "none"
         output.print_message(
-            f"nothing is changed: API key {revoked.key_prefix} is revoked already: {in_force}"
+            f"nothing is changed in API key {revoked.key_prefix}: the API key is revoked already"
+            f" (reason: {reason_in_force})"
         )
     else:
         output.print_message(f"API key {revoked.key_prefix} is revoked")
@@ -550,11 +581,11 @@ def print_api_key_pattern() -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def generate_api_key_pepper(*, pepper_id: options.KeyId = None) -> None:
-    """Print a new random pepper for API_KEY_PEPPERS. The pepper is not stored."""
+    """Print a new random pepper for API_KEY_PEPPERS, without storing the pepper."""
     typer.echo(tiger_db.encryption.generate_key(pepper_id or options.new_key_id()))
     output.print_message(
         "add the new pepper at the end of API_KEY_PEPPERS in every process, after a comma. When"
-        " every process has the pepper, move the pepper to the beginning: at its next use, an API"
-        " key is hashed again with the first pepper. Keep all peppers: an API key is valid only"
-        " with the pepper of its hash"
+        " every process has the new pepper, move the pepper to the beginning of API_KEY_PEPPERS."
+        " The next use of an API key hashes the key again with the first pepper. Keep all old"
+        " peppers: without the pepper of its hash, an API key is refused"
     )

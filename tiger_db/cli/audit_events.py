@@ -30,40 +30,44 @@ Since = Annotated[str | None, options.SINCE]
 Until = Annotated[
     str | None,
     typer.Option(
-        metavar="TIME", help="End of the period: a time or an age, in the forms of --since."
+        metavar="TIME", help="End of the period: a time or an age, written as for --since."
     ),
 ]
 Action = Annotated[
     list[str] | None,
     typer.Option(
-        help="Only events of this action (trade:place_order) or family of actions (trade)."
+        help="Select only events of this action (trade:place_order) or family of actions (trade)."
     ),
 ]
 ResultOption = Annotated[
-    Results | None, typer.Option("--result", help="Only events with this result.")
+    Results | None, typer.Option("--result", help="Select only events with this result.")
 ]
-Severity = Annotated[Severities | None, typer.Option(help="Only events with this severity.")]
+Severity = Annotated[Severities | None, typer.Option(help="Select only events with this severity.")]
 ApiKey = Annotated[
-    str | None, typer.Option(help="Only events of the API key with this prefix or id.")
+    str | None, typer.Option(help="Select only events of the API key with this prefix or id.")
 ]
-User = Annotated[str | None, typer.Option(help="Only events of the user with this id.")]
+User = Annotated[str | None, typer.Option(help="Select only events of the user with this id.")]
 Ip = Annotated[
     str | None,
-    typer.Option(help="Only events from this IP address or network, such as 10.0.0.0/8."),
+    typer.Option(help="Select only events from this IP address or network, such as 10.0.0.0/8."),
 ]
 Session = Annotated[
-    str | None, typer.Option("--session-id", help="Only events of the session with this id.")
+    str | None, typer.Option("--session-id", help="Select only events of the session with this id.")
 ]
 Request = Annotated[
-    str | None, typer.Option("--request-id", help="Only events of the request with this id.")
+    str | None, typer.Option("--request-id", help="Select only events of the request with this id.")
 ]
 Resource = Annotated[
-    str | None, typer.Option(help="Only events of the resource with this type, id, or TYPE/ID.")
+    str | None,
+    typer.Option(
+        help="Select only events of the resource with this type, with this id, or with TYPE/ID."
+    ),
 ]
 Details = Annotated[
     str | None,
     typer.Option(
-        metavar="JSON", help='Only events whose details contain this JSON: {"symbol": "AAPL"}.'
+        metavar="JSON",
+        help='Select only events whose details contain a JSON object, such as {"symbol": "AAPL"}.',
     ),
 ]
 app = typer.Typer()
@@ -88,7 +92,7 @@ def list_events(
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Wait for new events, and show each event.")
+        bool, typer.Option("--follow", "-f", help="Wait for new events, and show each new event.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -101,7 +105,7 @@ def list_events(
     if follow:
         if until is not None or after is not None:
             raise typer.BadParameter(
-                "cannot be combined with --until or --after", param_hint="--follow"
+                "--follow cannot be combined with --until or --after", param_hint="--follow"
             )
         runtime.with_database(lambda database: _follow(database, find_criteria, as_json=as_json))
         return
@@ -160,11 +164,14 @@ def count_events(
     *,
     since: Annotated[str, options.SINCE] = "24h",
     chart: Annotated[
-        bool, typer.Option("--chart", help="Draw a bar chart of the events of each hour or day.")
+        bool,
+        typer.Option(
+            "--chart", help="Draw a bar chart of the number of events in each hour or day."
+        ),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Count the audit events by result and by action, or with --chart by hour or day."""
+    """Count the audit events by result and by action. With --chart, count events by hour or day."""
     until, start = datetime.now(UTC), options.parse_past(since, "--since")
     counts = runtime.in_transaction(
         lambda session: tiger_db.crud.audit_logs.statistics(session, since=start)
@@ -188,7 +195,8 @@ def export_events(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     form: Annotated[
-        Literal["jsonl", "csv"], typer.Option("--format", help="Format: JSON Lines or CSV.")
+        Literal["jsonl", "csv"],
+        typer.Option("--format", help="Format of the export, JSON Lines or CSV."),
     ] = "jsonl",
     since: Since = None,
     until: Until = None,
@@ -206,7 +214,7 @@ def export_events(
 ) -> None:
     """Export all audit events that match all options, oldest first.
 
-    An export as JSON Lines without filters also contains the seals that `verify-audit --from`
+    Without filters, an export as JSON Lines also contains the seals that `verify-audit --from`
     needs.
     """
     find_criteria = _parse_filters(locals())
@@ -227,17 +235,18 @@ def export_events(
                 async for line in lines:
                     file.write(line)
 
-    # If `out` is a named pipe, open_output() waits for a reader before a database session is open.
+    # Open the output before a database session: if `out` is a named pipe, open_output() waits for a
+    # reader of the pipe.
     with output.open_output(out, overwrite=overwrite) as file:
         runtime.with_database(lambda database: export(database, file))
     output.print_message(f"exported {output.count_of(count, 'event')}")
 
 
 def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
-    """Parse the filter options of a command into a function that returns search criteria.
+    """Parse the filter options of a command, and return a function that returns search criteria.
 
-    The function looks up account numbers and key prefixes in the database. Ids are used without a
-    look-up, because audit events outlive accounts and API keys.
+    The returned function looks up account numbers and API key prefixes in the database. The
+    function does not look up ids, because audit events stay when accounts and API keys are deleted.
     """
     start, end = (
         options.parse_past(text, f"--{name}") if (text := given[name]) is not None else None
@@ -275,13 +284,18 @@ def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
 
 
 async def _find(search: Awaitable[T], family: str) -> T:
-    """Await a search for a row. If the row may have been deleted, say how to find its events."""
+    """Await a search for an account or API key.
+
+    Raises:
+        NotFound: the search finds no row. The error message explains how to find the audit events
+            of a deleted row.
+    """
     try:
         return await search
     except NotFound as error:
         raise NotFound(
-            f"{error}; to find the events of a deleted row, give the id, which"
-            f" `tiger-db list-events --action {family}:delete --json` shows"
+            f"{error}; to find the events of a deleted account or API key, give its id:"
+            f" `tiger-db list-events --action {family}:delete --json` shows the ids"
         ) from None
 
 
@@ -300,20 +314,22 @@ def _parse_details(text: str | None) -> dict[str, Any] | None:
 
 
 def _parse_actions(names: Sequence[str]) -> Sequence[str]:
-    """Check the form of actions and families. Print a warning for each name that may be misspelt.
+    """Check that each name has the form of an action, such as `a:b`, or of a family, such as `a`.
 
-    An unknown action is not an error, because applications and newer releases can record others.
+    Print a warning for each name that may be misspelt. An unknown action is not an error, because
+    applications and newer releases of tiger_db can record other actions.
     """
     known = {*tiger_db.AuditAction, *(action.family for action in tiger_db.AuditAction)}
     for name in names:
         if not tiger_db.crud.audit_logs.queries.ACTION_OR_FAMILY.fullmatch(name):
             raise typer.BadParameter(
-                f"{name!r} is neither an action such as trade:place_order nor a family such as"
-                " trade",
+                f"{name!r} is not an action, such as trade:place_order, or a family of actions,"
+                " such as trade",
                 param_hint="--action",
             )
         if name not in known and (near := get_close_matches(name, known, n=3)):
             output.print_warning(
-                f"tiger_db itself records no action {name}; did you mean {' or '.join(near)}?"
+                f"tiger_db itself does not record the action {name}; did you mean"
+                f" {' or '.join(near)}?"
             )
     return names

@@ -22,11 +22,11 @@ app = typer.Typer()
 
 @app.command(rich_help_panel=PANEL)
 def generate_audit_signing_key() -> None:
-    """Print a new random signing key for AUDIT_SIGNING_KEY. The key is not stored."""
+    """Print a new random signing key for AUDIT_SIGNING_KEY, without storing the key."""
     typer.echo(tiger_db.signing.generate_signing_key())
     output.print_message(
-        "only `tiger-db seal-audit` and `tiger-db maintain-audit` need this key. To verify, use the"
-        " public key that `tiger-db print-audit-public-key` prints"
+        "only `tiger-db seal-audit` and `tiger-db maintain-audit` need the signing key. To verify"
+        " the audit trail, use the public key that `tiger-db print-audit-public-key` prints"
     )
 
 
@@ -42,11 +42,15 @@ def seal_audit(
     *,
     patience: Annotated[
         float,
-        typer.Option(min=0, metavar="SECONDS", help="Maximum time to wait for open transactions."),
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Maximum time to wait for open transactions that wrote events.",
+        ),
     ] = 10,
     as_json: options.AsJson = False,
 ) -> None:
-    """Seal the new audit events that are committed. Run this command every minute from cron."""
+    """Seal all committed audit events without a seal. Run this command every minute from cron."""
     result = runtime.with_database(
         lambda database: tiger_db.audit.seal(database, patience=patience)
     )
@@ -71,7 +75,7 @@ def verify_audit(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Verify a file that `export-events` wrote. No database is needed.",
+            help="Verify a file that `export-events` wrote, without a database.",
         ),
     ] = None,
     checkpoint: Annotated[
@@ -80,11 +84,13 @@ def verify_audit(
     ] = None,
     public_key: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Public key; by default from AUDIT_SIGNING_KEY."),
+        typer.Option(
+            metavar="FILE", help="File with a public key. Default: the key of AUDIT_SIGNING_KEY."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Verify all audit events against the seals. If the audit trail is not sound, show findings."""
+    """Verify all audit events against the seals, and show events and seals that are not valid."""
     keys = [_read(file, tiger_db.signing.parse_public_key) for file in public_key or ()]
     head = _read(checkpoint, tiger_db.audit.read_checkpoint) if checkpoint is not None else None
 
@@ -114,7 +120,7 @@ def verify_audit(
     output.print_message(
         f"verified {output.count_of(report.rows, 'event')} against"
         f" {output.count_of(report.seals, 'seal')}; not sealed yet:"
-        f" {output.count_of(report.unsealed, 'event')}; removed by the retention:"
+        f" {output.count_of(report.unsealed, 'event')}; removed by `tiger-db maintain-audit`:"
         f" {output.count_of(report.retired, 'event')}"
     )
     if not report.sound:
@@ -128,8 +134,8 @@ def verify_audit(
 def export_checkpoint(*, out: options.Out = None, overwrite: options.Overwrite = False) -> None:
     """Export the newest seal as a checkpoint. Keep the checkpoint on another machine.
 
-    With a checkpoint, `verify-audit` detects whether a seal up to the checkpoint's seal is missing
-    or replaced.
+    With a checkpoint, `verify-audit` detects missing and replaced seals, up to the seal in the
+    checkpoint.
     """
     text = runtime.with_database(tiger_db.audit.export_checkpoint)
     with output.open_output(out, overwrite=overwrite) as file:
@@ -140,9 +146,9 @@ def export_checkpoint(*, out: options.Out = None, overwrite: options.Overwrite =
 def maintain_audit(*, as_json: options.AsJson = False) -> None:
     """Create audit partitions for the next months, and remove the expired audit partitions.
 
-    A partition expires AUDIT_RETENTION_MONTHS months after its end. Events in the default partition
-    are moved to the partitions of their months. Run this command every day from cron; several
-    machines may run it.
+    An audit partition expires AUDIT_RETENTION_MONTHS months after the end of its month. The command
+    also moves events from the default partition to the partitions of the events' months. Run this
+    command every day from cron. Several machines may run this command.
     """
     result = runtime.with_database(tiger_db.audit.maintain)
     if as_json:
@@ -150,7 +156,7 @@ def maintain_audit(*, as_json: options.AsJson = False) -> None:
     removed = "".join(f"; removed {month}" for month in result.retired)
     output.print_message(f"created {output.count_of(result.made, 'partition')}{removed}")
     for month, reason in result.kept.items():
-        raise InvalidValue(f"{month} was not removed: {reason}")
+        raise InvalidValue(f"the events of {month} were not removed: {reason}")
 
 
 def _read(file: Path, parse: Callable[[str], T]) -> T:

@@ -84,7 +84,7 @@ def migrate(
     config = runtime.settings()
     if sql and (dry_run or as_json):
         raise typer.BadParameter(
-            "the option cannot be combined with --dry-run or --json", param_hint="--sql"
+            "--sql cannot be combined with --dry-run or --json", param_hint="--sql"
         )
     if dry_run:
         _show_scripts(runtime.run_async(_pending(config, revision)), as_json=as_json)
@@ -109,7 +109,7 @@ def revision(
 ) -> None:
     """Write a migration that makes the schema match the models, and print the new file's path."""
     work = tiger_db.migrations.revision
-    with redirect_stdout(sys.stderr):  # Alembic prints messages to stdout
+    with redirect_stdout(sys.stderr):  # keep the messages of Alembic out of stdout
         path = runtime.run_async(
             _with_engine(
                 runtime.settings(), lambda engine: work(engine, message, autogenerate=not empty)
@@ -132,7 +132,9 @@ def downgrade(
     state = runtime.run_async(
         _with_engine(config, lambda engine: work(engine, revision, progress=output.print_message))
     )
-    output.print_message(f"the schema of {config.location} is at {state.current or 'base'} now")
+    output.print_message(
+        f"the schema of {config.location} is now at revision {state.current or 'base'}"
+    )
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -155,11 +157,11 @@ def history(*, as_json: options.AsJson = False) -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def check(*, as_json: options.AsJson = False) -> None:
-    """List pending migrations, or differences between the schema and this release.
+    """List the pending migrations, or differences between the schema and this release.
 
-    Tables are compared with the models. Triggers, functions, row security and rules are compared
-    with this release, and each difference is listed with the SQL that repairs it. Only `doctor`
-    lists triggers that were added to the schema.
+    Differences are listed only if no migration is pending. The command compares tables with the
+    models. For triggers, functions, row security and rules, the command also prints the SQL that
+    repairs a difference. Only `tiger-db doctor` lists triggers that were added to the schema.
     """
     config = runtime.settings()
     state = runtime.run_async(_with_engine(config, _load_state))
@@ -167,15 +169,19 @@ def check(*, as_json: options.AsJson = False) -> None:
         state.check()
     if state.problem:
         scripts = runtime.run_async(_pending(config, "head"))
-        lines = [f"pending {script.revision} {' '.join(script.doc.split())}" for script in scripts]
+        lines = [
+            f"pending migration {script.revision}: {' '.join(script.doc.split())}"
+            for script in scripts
+        ]
     else:
         lines = runtime.run_async(_with_engine(config, tiger_db.migrations.drift))
     output.show_lines(lines, as_json=as_json)
     state.check()
     if lines:
         raise SchemaMismatch(
-            "the schema differs: if the database was changed, run the listed SQL, and find out who"
-            " changed the database; if the models were changed, run `tiger-db revision -m ...`"
+            "the schema differs from this release. If the database was changed, run the listed SQL,"
+            " and find out who changed the database. If the models were changed, run"
+            " `tiger-db revision -m ...`"
         )
     output.print_message(f"{config.location} has the schema of this release")
 
@@ -184,14 +190,14 @@ def check(*, as_json: options.AsJson = False) -> None:
 def health_check(
     *,
     live: Annotated[
-        bool, typer.Option("--live", help="Check only the settings, without use of the database.")
+        bool, typer.Option("--live", help="Check only settings and keys, without a database.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Report to a probe whether the database can serve requests, with advice on problems.
+    """Check whether the database can serve requests, and print advice on problems.
 
-    The command fails if the database is not ready. With --live, the command fails only if a setting
-    is not valid.
+    The command is for liveness and readiness probes. The command fails if the database is not
+    ready. With --live, the command fails only if a setting or key is not valid.
     """
     check = tiger_db.health.check_liveness if live else tiger_db.health.check_readiness
     report = asdict(runtime.run_async(check(runtime.settings())))
@@ -223,7 +229,7 @@ def doctor(*, as_json: options.AsJson = False) -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def start_embedded() -> None:
-    """Start the embedded PostgreSQL server, which runs until `stop-embedded`."""
+    """Start the embedded PostgreSQL server, which runs until `tiger-db stop-embedded`."""
     config = runtime.settings()
     _start(config)
     if not config.embedded:
@@ -234,7 +240,7 @@ def start_embedded() -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def stop_embedded() -> None:
-    """Stop the embedded PostgreSQL server. The server's data is kept."""
+    """Stop the embedded PostgreSQL server, and keep the server's data."""
     config = runtime.settings()
     folder = tiger_db.embedded.home_folder(config)
     result = "is stopped" if tiger_db.embedded.stop(config) else "was not running"
@@ -247,9 +253,8 @@ def _start(config: "tiger_db.Settings") -> None:
         output.print_message(f"the embedded PostgreSQL in {folder} is running")
         return
     output.print_message(f"starting the embedded PostgreSQL in {folder}")
-    output.print_message(
-        f"started the server; its socket is in {tiger_db.embedded.start(config).socket_folder}"
-    )
+    socket_folder = tiger_db.embedded.start(config).socket_folder
+    output.print_message(f"started the embedded PostgreSQL; its socket is in {socket_folder}")
 
 
 async def _create_database(config: "tiger_db.Settings") -> bool:
@@ -275,7 +280,7 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
         )
         await server.execute(statement)
     except (asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
-        return False  # another process of `init` created the database first
+        return False  # another `tiger-db init` process created the database first
     except asyncpg.InsufficientPrivilegeError:
         raise DatabaseUnavailable(
             f"the database {config.location} does not exist, and this user may not create"
@@ -325,10 +330,10 @@ async def _migrate(
     )
     if after.applied:
         output.print_message(
-            f"migrated the schema from {before.current or 'nothing'} to {after.current}"
+            f"migrated the schema from revision {before.current or 'base'} to {after.current}"
         )
     else:
-        output.print_message(f"the schema is at {after.current} already")
+        output.print_message(f"the schema is already at revision {after.current}")
     if after.problem:
         output.print_message(after.problem)
     return after
@@ -340,5 +345,6 @@ async def _generate_encryption_key(config: "tiger_db.Settings") -> None:
     existed = path.exists()
     async with tiger_db.Database(config) as database:
         await database.check()
-    action = "the encryption key is in" if existed else "generated an encryption key in"
-    output.print_message(f"{action} {path}")
+    output.print_message(
+        f"the encryption key is in {path}" if existed else f"generated an encryption key in {path}"
+    )

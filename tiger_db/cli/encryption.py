@@ -20,12 +20,13 @@ _PANEL = "Encryption keys"
 
 @app.command(rich_help_panel=_PANEL)
 def generate_encryption_key(*, key_id: options.KeyId = None) -> None:
-    """Print a new random encryption key for ENCRYPTION_KEYS. The key is not stored."""
+    """Print a new random encryption key for ENCRYPTION_KEYS, without storing the key."""
     typer.echo(tiger_db.encryption.generate_key(key_id or options.new_key_id()))
     output.print_message(
         "add the new key at the end of ENCRYPTION_KEYS in every process, after a comma. When every"
-        " process has the key, move the key to the beginning, and run `tiger-db"
-        " rotate-encryption-key`. Keep every key: without its key, a secret is lost"
+        " process has the key, move the key to the beginning of ENCRYPTION_KEYS, and run `tiger-db"
+        " rotate-encryption-key`. Keep a copy of each key: without the key that encrypted a secret,"
+        " the secret is lost"
     )
 
 
@@ -45,13 +46,17 @@ def list_encryption_keys(*, as_json: options.AsJson = False) -> None:
 def rotate_encryption_key(
     *,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Decrypt all secrets, but write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check that all secrets can be decrypted, but write nothing."
+        ),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Re-encrypt all secrets with the first key of ENCRYPTION_KEYS, while the system runs.
 
-    The command may be interrupted and run again. The command fails if a row needs another key.
+    A rotation that was interrupted can be started again. The command fails if a row still needs a
+    key other than the first key of ENCRYPTION_KEYS.
     """
 
     async def rotate(database: "tiger_db.Database") -> "tuple[tuple[str, ...], RotationReport]":
@@ -74,17 +79,21 @@ def rotate_encryption_key(
     for problem in report.problems:
         output.print_message(problem)
     output.print_message(
-        f"rows that {'can be' if dry_run else 'were'} encrypted with {report.key_id!r}:"
-        f" {report.rotated:,}; rows that cannot be: {report.stuck:,}"
+        f"rows that {'can be' if dry_run else 'were'} re-encrypted with {report.key_id!r}:"
+        f" {report.rotated:,}; rows that cannot be re-encrypted: {report.stuck:,}"
     )
     for key_id in report.retirable:
         output.print_message(
-            f"no row needs the key {key_id!r}: remove the key from ENCRYPTION_KEYS when every"
-            f" process has {report.key_id!r} first, and keep a copy for backups that need the key"
+            f"no row needs the encryption key {key_id!r}. When {report.key_id!r} is the first key"
+            f" of ENCRYPTION_KEYS in every process, remove {key_id!r}. Keep a copy of {key_id!r}"
+            " for old backups"
         )
     needed = sorted({use.key_id for use in report.uses} - {report.key_id})
     if report.stuck or (needed and not dry_run):
-        raise ConfigurationError(f"rows still need other encryption keys: keep {', '.join(needed)}")
+        raise ConfigurationError(
+            f"some rows still need other encryption keys: keep {', '.join(needed)} in"
+            " ENCRYPTION_KEYS"
+        )
 
 
 def _show_keys(

@@ -14,7 +14,7 @@ from tiger_db.cli.output import print_warning
 from tiger_db.errors import InvalidValue
 
 S = TypeVar("S", bound=StrEnum)
-DEFAULT_PAGE_SIZE = 50  # copy of crud.pagination.DEFAULT_PAGE_SIZE, whose import is slow
+DEFAULT_PAGE_SIZE = 50  # equal to crud.pagination.DEFAULT_PAGE_SIZE, which is slow to import
 
 AccountArgument = Annotated[str, typer.Argument(metavar="ACCOUNT", help="Account number or id.")]
 AccountOption = Annotated[str | None, typer.Option(help="Number or id of an account.")]
@@ -23,7 +23,7 @@ Limit = Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of row
 After = Annotated[
     str | None,
     typer.Option(
-        metavar="CURSOR", help="Cursor of the next page: the next_cursor of the previous page."
+        metavar="CURSOR", help="Cursor of the next page, as printed with the previous page."
     ),
 ]
 Before = Annotated[
@@ -41,10 +41,13 @@ SINCE = typer.Option(
 )
 ExpiresIn = Annotated[
     str | None,
-    typer.Option(metavar="30d", help="Time until the expiry, such as 12h, 30d or 2w."),
+    typer.Option(metavar="30d", help="Time until the API key expires, such as 12h, 30d or 2w."),
 ]
 ExpiresAt = Annotated[
-    str | None, typer.Option(metavar="TIME", help="Time of expiry, such as 2026-01-31T12:00:00Z.")
+    str | None,
+    typer.Option(
+        metavar="TIME", help="Time at which the API key expires, such as 2026-01-31T12:00:00Z."
+    ),
 ]
 Reason = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Reason to record in the audit event.")
@@ -64,17 +67,16 @@ KeyId = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="New output file, pipe or device. Default: standard output."),
+    typer.Option(metavar="FILE", help="Output file, pipe or device. Default: standard output."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 _MAX_DURATION = timedelta(days=36525)
-_MAX_SECRET_LENGTH = 1_000_000  # maximum number of characters of a secret
+_MAX_SECRET_LENGTH = 1_000_000
 _LINE_END_LENGTH = 2  # number of characters in CR LF, the longest line end
-# Linux truncates a line that a user types at a terminal if the line is longer than this limit.
-_MAX_TERMINAL_LINE_BYTES = 4095
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_MAX_TERMINAL_LINE_BYTES = 4095  # Linux truncates longer lines that a user types at a terminal
 
 
 def parse_member(enum: type[S], value: str | None) -> S | None:
@@ -95,7 +97,11 @@ def split_words(text: str | None) -> list[str]:
 
 
 def parse_time(text: str, option: str) -> datetime:
-    """Parse a time with a time zone, and return the time in UTC. Otherwise, raise BadParameter."""
+    """Parse a time, and return the time in UTC.
+
+    Raises:
+        BadParameter: the text is not a time with a time zone.
+    """
     try:
         found = datetime.fromisoformat(text)
         if found.tzinfo is not None:
@@ -103,7 +109,7 @@ def parse_time(text: str, option: str) -> datetime:
     except (ValueError, OverflowError):
         pass
     raise typer.BadParameter(
-        "give a date, time and zone, such as 2026-01-31T12:00:00Z", param_hint=option
+        "give a date, a time and a time zone, such as 2026-01-31T12:00:00Z", param_hint=option
     )
 
 
@@ -121,7 +127,7 @@ def parse_duration(text: str, option: str) -> timedelta:
         if timedelta(0) < length <= _MAX_DURATION:
             return length
     raise typer.BadParameter(
-        "give a number and a unit (s, m, h, d or w), such as 30d; at most a century",
+        "give a number and a unit (s, m, h, d or w), such as 30d; the maximum is 100 years",
         param_hint=option,
     )
 
@@ -130,13 +136,13 @@ def parse_expiry(expires_in: str | None, expires_at: str | None) -> datetime | N
     """Return the expiry that --expires-in or --expires-at sets, or None without these options."""
     if expires_in is not None and expires_at is not None:
         raise typer.BadParameter(
-            "the option cannot be combined with --expires-at", param_hint="--expires-in"
+            "--expires-in cannot be combined with --expires-at", param_hint="--expires-in"
         )
     if expires_in is not None:
         return datetime.now(UTC) + parse_duration(expires_in, "--expires-in")
     expiry = None if expires_at is None else parse_time(expires_at, "--expires-at")
     if expiry is not None and expiry <= datetime.now(UTC):
-        raise typer.BadParameter("the time is in the past", param_hint="--expires-at")
+        raise typer.BadParameter("the expiry must be in the future", param_hint="--expires-at")
     return expiry
 
 
@@ -155,7 +161,9 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not _at_terminal():
-        raise typer.BadParameter("the option is required without a terminal", param_hint="--yes")
+        raise typer.BadParameter(
+            "without a terminal, the command requires the option --yes", param_hint="--yes"
+        )
     typer.confirm(question, abort=True, err=True)
 
 
@@ -169,13 +177,13 @@ def read_secret(name: str, value: str | None, file: str | None) -> str | None:
         BadParameter: both `value` and `file` are given.
         InvalidValue: the secret is empty, too long, or not text.
     """
+    label = name.replace("-", " ")
     if value is not None and file is not None:
         raise typer.BadParameter(
-            "give the secret or the file, but not both", param_hint=f"--{name}-file"
+            f"give the {label} or --{name}-file, but not both", param_hint=f"--{name}-file"
         )
     if value is None and file is None:
         return None
-    label = name.replace("-", " ")
     limit = _MAX_SECRET_LENGTH + _LINE_END_LENGTH + 1
     try:
         if "-" in (value, file):
@@ -186,7 +194,7 @@ def read_secret(name: str, value: str | None, file: str | None) -> str | None:
         else:
             print_warning(
                 "other users of this machine can see a secret on the command line, and the shell"
-                f" history stores the secret: use --{name}-file, or - for standard input"
+                f" history stores the secret. Use --{name}-file, or - for standard input"
             )
             text = value or ""
     except UnicodeDecodeError:
@@ -203,7 +211,8 @@ def read_required_secret(name: str, value: str | None, file: str | None) -> str:
     if value is None and file is None:
         if not _at_terminal():
             raise typer.BadParameter(
-                "give a file, or - to read standard input", param_hint=f"--{name}-file"
+                "give a file with the secret, or - to read the secret from standard input",
+                param_hint=f"--{name}-file",
             )
         value = "-"
     secret = read_secret(name, value, file)
@@ -218,8 +227,8 @@ def _at_terminal() -> bool:
 def _read_hidden(name: str) -> str:
     """Ask for a secret at the terminal. The terminal does not show the typed secret.
 
-    All lines of a pasted PEM file are read. `getpass` would read only the first line, and the shell
-    would execute the other lines.
+    All lines of a pasted PEM file are read. `getpass` would read only the first line of the file,
+    and the shell would execute the other lines.
 
     Raises:
         InvalidValue: a typed line is so long that the terminal may have truncated the line.

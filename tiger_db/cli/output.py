@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 E_ = TypeVar("E_", bound="Entity")
 _DAY = timedelta(days=1)
 _COLUMN_GAP = 2  # number of spaces between two table columns
-_MAX_CHART_WIDTH = 100  # maximum number of characters in a line of a chart
-_UNLIMITED_WIDTH = 10_000  # line width without a terminal, so that lines are not wrapped
+_MAX_CHART_WIDTH = 100
+_UNLIMITED_WIDTH = 10_000  # line width if stdout is not a terminal, so that lines are not wrapped
 
 
 def print_message(message: str) -> None:
@@ -45,8 +45,8 @@ def print_warning(message: str) -> None:
 def progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Show a progress bar if stderr is a terminal.
 
-    The context manager yields a function that has the keyword arguments of
-    `rich.progress.Progress.update`.
+    The context manager yields a function that updates the bar. The function takes the keyword
+    arguments of `rich.progress.Progress.update`.
     """
     from rich.progress import Progress  # noqa: PLC0415  # slow import, not needed by `--help`
 
@@ -90,10 +90,11 @@ def show_page(
     as_json: bool,
     more: Mapping[str, object] | None = None,
 ) -> None:
-    """Print a page of entities. `columns` maps each heading to a function of an entity.
+    """Print a page of entities as a table or as JSON.
 
-    The JSON object has a field `total` if the page's list was counted. `more` has further fields of
-    the JSON object.
+    `columns` maps each column heading to a function that returns a cell's value for an entity.
+    `more` contains fields to add to the JSON object. If the rows of all pages were counted, the
+    JSON object also has the field `total`.
     """
     if as_json:
         print_json(
@@ -110,9 +111,9 @@ def show_page(
     if page.total is not None:
         print_message(f"number of rows on all pages: {page.total:,}")
     if page.previous_cursor:
-        print_message(f"more rows precede: add --before {page.previous_cursor}")
+        print_message(f"to see the previous page, add --before {page.previous_cursor}")
     if page.next_cursor:
-        print_message(f"more rows follow: add --after {page.next_cursor}")
+        print_message(f"to see the next page, add --after {page.next_cursor}")
 
 
 def show_items(
@@ -156,7 +157,10 @@ def show_line(row: Iterable[object]) -> None:
 
 
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
-    """Return column widths that break no word. If space is lacking, return None for each column."""
+    """Return column widths at which no word is broken.
+
+    If these columns are wider than `width`, return None for each column.
+    """
     least = [max(map(cell_len, " ".join(column).split())) for column in columns]
     room = width - sum(least) - _COLUMN_GAP * (len(least) - 1)
     if room < 0:
@@ -170,7 +174,7 @@ def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
 
 
 def show_fields(fields: Mapping[str, object]) -> None:
-    """Print one line with name and value for each field that is not empty."""
+    """Print a line with the name and the value of each field that is not empty."""
     table = _table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -198,7 +202,10 @@ def show_bars(counts: Mapping[str, int]) -> None:
 def count_by_period(
     hours: Mapping[datetime, int], since: datetime, until: datetime
 ) -> dict[str, int]:
-    """Return the counts of a period, including zeros: by hour up to two days, else by day."""
+    """Return the counts of a period by hour, or by day if the period is longer than two days.
+
+    Hours and days without a count have the count 0.
+    """
     by_hour = until - since <= 2 * _DAY
     step, form = (timedelta(hours=1), "%m-%d %H:00") if by_hour else (_DAY, "%Y-%m-%d")
     time = since.replace(minute=0, second=0, microsecond=0)

@@ -44,7 +44,9 @@ def list_refreshes(
 ) -> None:
     """List all token refreshes, or the token refreshes of one account, newest first."""
     if account is not None and status is not None:
-        raise typer.BadParameter("cannot be combined with --account", param_hint="--status")
+        raise typer.BadParameter(
+            "--status cannot be combined with --account", param_hint="--status"
+        )
 
     async def find(
         session: "AsyncSession",
@@ -87,7 +89,7 @@ def watch_refreshes(
 ) -> None:
     """Show running, due, waiting and failed token refreshes, and statistics of the last day."""
     if live and as_json:
-        raise typer.BadParameter("cannot be combined with --json", param_hint="--live")
+        raise typer.BadParameter("--live cannot be combined with --json", param_hint="--live")
     if live:
         runtime.with_database(_redraw)
         return
@@ -150,19 +152,18 @@ def _draw(groups: "Groups", numbers: dict[UUID | None, str], day: "RefreshStatis
 @app.command(rich_help_panel=_PANEL)
 def run_refresh_worker(
     *,
-    once: Annotated[
-        bool, typer.Option("--once", help="Exit when no refresh is due, instead of waiting.")
-    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="Exit when no refresh is due.")] = False,
     concurrency: Annotated[
         int, typer.Option(min=1, max=64, help="Maximum number of refreshes at the same time.")
     ] = 4,
     per_minute: Annotated[
-        int, typer.Option(min=1, help="Maximum number of requests per minute for one tiger_id.")
+        int, typer.Option(min=1, help="Maximum number of requests per minute for one Tiger id.")
     ] = 10,
 ) -> None:
-    """Refresh due access tokens at Tiger. Several workers may run, on any machines.
+    """Run a worker that refreshes access tokens at Tiger when the tokens are due.
 
-    After SIGTERM or Ctrl-C, the command finishes the running refreshes, and exits.
+    Several workers may run at the same time, on any machines. After SIGTERM or Ctrl-C, the worker
+    finishes the running refreshes, and exits.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("tiger_db").setLevel(logging.INFO)
@@ -229,7 +230,7 @@ def prune_refreshes(
         ),
     ] = "90d",
 ) -> None:
-    """Delete old token refreshes. Refreshes that are pending or in progress are kept."""
+    """Delete old token refreshes, except refreshes that are pending or in progress."""
     age = options.parse_duration(older_than, "--older-than")
 
     async def prune(database: "tiger_db.Database") -> int:

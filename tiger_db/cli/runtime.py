@@ -27,7 +27,8 @@ def settings() -> "tiger_db.Settings":
     """Read the settings from the environment. If DB_DEBUG is set, log SQL statements to stderr."""
     found = tiger_db.Settings()
     logger = logging.getLogger("sqlalchemy.engine.Engine")
-    if found.db_debug and not logger.handlers:  # SQLAlchemy's own log handler writes to stdout
+    # Without a handler of the application, SQLAlchemy adds a log handler that writes to stdout.
+    if found.db_debug and not logger.handlers:
         logger.addHandler(logging.StreamHandler())
     return found
 
@@ -52,7 +53,10 @@ def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
 
 
 def _system_user() -> str:
-    """Return the name or number of this process's user, without use of environment variables."""
+    """Return the name or the number of the operating system's user who runs this process.
+
+    Environment variables are not read, because the user can change environment variables.
+    """
     number = os.getuid()
     try:
         return pwd.getpwuid(number).pw_name
@@ -90,8 +94,9 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
         message = "there is no API key with this prefix or id"
         if re.fullmatch(tiger_db.crud.api_keys.KEY_PATTERN, prefix_or_id.strip(), re.ASCII):
             message += (
-                ": this is a whole API key, whose prefix ends before the last underscore."
-                " To revoke a leaked API key by the whole key, use `revoke-api-key --raw`"
+                ": you gave a whole API key. Give only its prefix, the part before the last"
+                " underscore. To revoke a leaked API key by the whole key, use"
+                " `tiger-db revoke-api-key --raw`"
             )
         raise NotFound(message)
     return key
@@ -100,7 +105,7 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
 async def account_numbers(
     session: "AsyncSession", ids: Iterable[UUID | None]
 ) -> dict[UUID | None, str]:
-    """Map account ids to account numbers. The id of a deleted account is mapped to itself."""
+    """Map account ids to account numbers. Map the id of a deleted account to the id's text."""
     from sqlmodel import col, select  # noqa: PLC0415  # slow import, not needed by `--help`
 
     numbers: dict[UUID | None, str] = {
@@ -115,7 +120,7 @@ async def account_numbers(
 
 
 def parse_uuid(text: str) -> UUID | None:
-    """Return the UUID in a text with four hyphens, or None for any other text.
+    """Parse a UUID that has four hyphens. Return None for any other text.
 
     A text without hyphens may be an account number, because account numbers can have 32 digits.
     """
@@ -123,12 +128,15 @@ def parse_uuid(text: str) -> UUID | None:
 
 
 def describe_error(error: Exception) -> str:
-    """Describe an error in one line. Omit the message of an unexpected error."""
+    """Describe an error in one line.
+
+    For an unexpected error, omit the error's message, because the message may contain secrets.
+    """
     from pydantic import ValidationError  # noqa: PLC0415  # slow import, not needed by `--help`
 
     from tiger_db.connections.error_advice import explain  # noqa: PLC0415  # slow import, not needed by `--help`
 
-    if isinstance(error, ValidationError):  # InvalidFields, whose message has several lines
+    if isinstance(error, ValidationError):  # the message of InvalidFields has several lines
         return "; ".join(
             f"--{str(problem['loc'][0]).replace('_', '-')}: " * bool(problem["loc"])
             + problem["msg"].removeprefix("Value error, ")
@@ -143,5 +151,5 @@ def describe_error(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"unexpected {type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}:"  # noqa: PTH119  # a file name
-        " please report this error, with the output of DB_DEBUG=1"
+        " run the command again with DB_DEBUG=1, and report this error with the output"
     )

@@ -22,11 +22,15 @@ def import_account(
     *,
     token_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Path of tiger_openapi_token.properties, if it exists."),
+        typer.Option(
+            metavar="FILE", help="Path of tiger_openapi_token.properties, if the file exists."
+        ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Display name of the account; by default the number of a new account."),
+        typer.Option(
+            help="Display name of the account. Default for a new account: the account number."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -46,7 +50,7 @@ def import_account(
         output.print_message(f"changed {account}: {', '.join(result.changed)}")
     else:
         output.print_message(
-            f"{account} was not changed, because the account has the values of the files already"
+            f"{account} was not changed, because the account already has the values of the files"
         )
     if result.token_kept:
         output.print_warning(
@@ -68,7 +72,8 @@ def export_account(
     account: options.AccountArgument,
     *,
     out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Folder of the files, created if it is missing.")
+        Path,
+        typer.Option(metavar="FOLDER", help="Folder for the written files, created if missing."),
     ],
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,

@@ -17,10 +17,12 @@ _PANEL = "API keys"
 @app.command(rich_help_panel=_PANEL)
 def pause(
     *,
-    reason: Annotated[str, typer.Option(help="Reason of the pause, shown in each refusal.")],
+    reason: Annotated[
+        str, typer.Option(help="Reason for the pause, shown with each refused request.")
+    ],
     as_json: options.AsJson = False,
 ) -> None:
-    """Stop trading: refuse each request with a trade scope, for all API keys, until `resume`.
+    """Stop trading: refuse all requests with a scope of the family `trade` until `tiger-db resume`.
 
     If trading is paused already, the command changes nothing, and shows the earlier pause.
     """
@@ -44,7 +46,7 @@ def pause(
 def resume(
     *,
     reason: Annotated[
-        str | None, typer.Option(help="Reason why trading may go on, for the audit trail.")
+        str | None, typer.Option(help="Reason for resuming trading, recorded in the audit trail.")
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -55,6 +57,6 @@ def resume(
     if ended is None:
         output.print_message("trading was not paused")
     else:
-        output.print_message(f"trading is resumed; it had been paused {ended}")
+        output.print_message(f"trading is resumed; trading had been paused {ended}")
     if as_json:
         output.print_json({"trading_pause": None})
