@@ -23,13 +23,13 @@ Limit = Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of row
 After = Annotated[
     str | None,
     typer.Option(
-        metavar="CURSOR", help="Cursor of the next page, as printed with the previous page."
+        metavar="CURSOR", help="Cursor of the next page, as printed with the current page."
     ),
 ]
 Before = Annotated[
     str | None,
     typer.Option(
-        metavar="CURSOR", help="Cursor of the previous page: the previous_cursor of this page."
+        metavar="CURSOR", help="Cursor of the previous page, as printed with the current page."
     ),
 ]
 Count = Annotated[
