@@ -328,7 +328,7 @@ def test_the_script_for_psql_has_the_result_of_migrate(
         psql = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", url]
         subprocess.run(psql, input=script.out, check=True, text=True, capture_output=True)
         asyncio.run(check_notes(target))
-        assert "at 9008 already" in cli.ok("migrate", DATABASE_URL=url).err
+        assert "already at revision 9008" in cli.ok("migrate", DATABASE_URL=url).err
     finally:
         asyncio.run(databases.drop(server_url, name))
 
@@ -356,7 +356,7 @@ def test_more_than_one_head_is_an_error_of_one_line(alembic: Path, cli: CommandL
         assert "2 heads (9006a, 9006b): merge the heads with `alembic merge heads" in error
     write(alembic, "9007", ("9006a", "9006b"), "Joined", "pass")
     scripts.cache_clear()
-    assert f"from {HEAD} to 9007" in cli.ok("migrate").err
+    assert f"from revision {HEAD} to 9007" in cli.ok("migrate").err
     assert cli.ok("check").out == ""
 
 
