@@ -275,9 +275,9 @@ async def test_a_key_that_was_inserted_with_sql_is_refused(
     assert denied.error_code == "UnpepperedHash"
     assert denied.error_message is not None
     assert "hash of the API key has no pepper" in denied.error_message
-    assert "rotate or revoke the key" in denied.error_message
+    assert "Rotate or revoke the API key" in denied.error_message
     setting = f"is {until}" if until else "is not set"
-    assert f"(API_KEYS_ALLOW_UNPEPPERED_UNTIL {setting})" in denied.error_message
+    assert f"API_KEYS_ALLOW_UNPEPPERED_UNTIL {setting}." in denied.error_message
     assert [other.error_code for other in others] == ["InvalidAPIKey"] * 2
 
 
