@@ -102,15 +102,18 @@ def list_api_keys(
     *,
     status: Annotated[
         str | None,
-        typer.Option(help="One or more of active, inactive, revoked and expired, with commas."),
+        typer.Option(
+            help="List API keys with these statuses, separated by commas: active, inactive, revoked"
+            " or expired."
+        ),
     ] = None,
     account: options.AccountOption = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="Scopes, with commas: list API keys that have or imply one of them."),
+        typer.Option(help="List API keys that permit one of these scopes, separated by commas."),
     ] = None,
     created_by: Annotated[
-        str | None, typer.Option(help="Users who created the API keys, with commas.")
+        str | None, typer.Option(help="List API keys of these creators, separated by commas.")
     ] = None,
     unused_since: Annotated[
         str | None,
@@ -120,7 +123,8 @@ def list_api_keys(
         ),
     ] = None,
     search: Annotated[
-        str | None, typer.Option(help="Text in the name, prefix or description of the API key.")
+        str | None,
+        typer.Option(help="List API keys with this text in their name, prefix or notes."),
     ] = None,
     order_by: Annotated[
         Literal["newest", "name"], typer.Option(help="Order of the API keys.")
@@ -267,7 +271,7 @@ def show_api_key(
     since: Annotated[str, options.SINCE] = "24h",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show an API key, what is left of its limits, and a chart of its uses.
+    """Show an API key, the remaining uses of its limits, and a chart of its uses.
 
     The chart has a bar for each hour if --since is at most two days ago, or else for each day.
     """
