@@ -37,8 +37,8 @@ if context.is_offline_mode():
         literal_binds=True,
         **OPTIONS,
     )
-    # The search path is printed here only for the plain `alembic` command. For `tiger-db`, which
-    # sets the attribute "connection" of the configuration, `pending_sql` prints the search path.
+    # If a user runs `alembic` itself, env.py writes the search path into the SQL script. If the user
+    # runs `tiger-db`, the function `pending_sql` writes the search path into the script.
     if "connection" not in context.config.attributes:
         schema = Settings().db_schema
         context.get_context().impl.static_output(

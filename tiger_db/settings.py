@@ -285,11 +285,11 @@ class Settings(BaseSettings):
         return search_path(self.db_schema)
 
     def channel(self, name: str) -> str:
-        """Return the name of the NOTIFY channel `name` in the schema `DB_SCHEMA`.
+        """Return the name of the NOTIFY channel that the installation in `DB_SCHEMA` uses.
 
-        For the schema `public`, the channel is `name`. For every other schema, the channel is
-        `name` and a digest of the schema's name. The digest replaces the schema's name, because the
-        name of a channel can have at most 63 bytes.
+        All schemas of a database share their channels. In the schema `public`, the name of the
+        channel is `name`. In any other schema, a digest of the schema's name follows `name`,
+        because the name of a channel can have at most 63 bytes.
         """
         if self.db_schema == DEFAULT_SCHEMA:
             return name
@@ -299,7 +299,7 @@ class Settings(BaseSettings):
     def addresses(self) -> tuple[Address, ...]:
         """The addresses of the servers, in the order in which `connect` tries the servers.
 
-        The embedded server has no address.
+        The embedded server has no address, because the server listens on a Unix socket only.
         """
         if (url := self.url) is not None:
             return url.addresses
@@ -378,7 +378,7 @@ class Settings(BaseSettings):
                 production.
         """
         if self.embedded:
-            raise ConfigurationError("DB_HOST or DATABASE_URL is not set")
+            raise ConfigurationError("neither DB_HOST nor DATABASE_URL is set")
         if problem := self._tls_problem():  # pydantic does not validate the result of `model_copy`
             raise ConfigurationError(problem)
         url = self.url or DatabaseURL(

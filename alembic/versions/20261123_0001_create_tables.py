@@ -488,7 +488,7 @@ def upgrade() -> None:
             "quote_permissions",
             postgresql.JSONB(),
             nullable=False,
-            comment="Quote permissions at Tiger: name and expire_at (epoch ms; -1: no expiry)",
+            comment="Market data permissions: name and expire_at (epoch ms; -1: no expiry)",
         ),
         sa.Column(
             "error_count",

@@ -114,7 +114,7 @@ def upgrade() -> None:
             "day_count",
             sa.BigInteger(),
             nullable=False,
-            comment="Number of uses of the API key on the latest day",
+            comment="Number of uses of the API key on the day in the column `day`",
         ),
         sa.ForeignKeyConstraint(
             ["api_key_id"],
@@ -134,13 +134,13 @@ def upgrade() -> None:
             "number",
             sa.BigInteger(),
             nullable=False,
-            comment="Number of the latest batch of usage counts that the process wrote",
+            comment="Sequence number of the last batch of usage counts that the process has written",
         ),
         sa.Column(
             "left_out",
             postgresql.ARRAY(sa.UUID()),
             nullable=False,
-            comment="API keys whose rows were locked, so that the next batch counts their uses",
+            comment="API keys that the batch skipped because their rows were locked; a later batch counts them",
         ),
         sa.Column(
             "written_at",

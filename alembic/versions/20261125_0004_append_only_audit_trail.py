@@ -265,7 +265,7 @@ def upgrade() -> None:
             "signature",
             sa.LargeBinary(),
             nullable=False,
-            comment="Ed25519 signature of the column statement",
+            comment="Ed25519 signature of the bytes in the column `statement`",
         ),
         sa.Column(
             "digests",

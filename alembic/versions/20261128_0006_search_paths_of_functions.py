@@ -148,7 +148,7 @@ NOTIFYING = {
     "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
     "tiger_db_refreshes": NOTIFY_REFRESH,
 }
-# The migration sets only the search path of the SQL functions in UNCHANGED.
+# The bodies of these SQL functions stay unchanged: the migration sets their search path.
 UNCHANGED = (
     "set_updated_at()",
     "end_auto_suspension()",

@@ -36,13 +36,13 @@ def downgrade() -> None:
             "number",
             sa.BigInteger(),
             nullable=False,
-            comment="Number of the latest batch of usage counts that the process wrote",
+            comment="Sequence number of the last batch of usage counts that the process has written",
         ),
         sa.Column(
             "left_out",
             postgresql.ARRAY(sa.UUID()),
             nullable=False,
-            comment="API keys whose rows were locked, so that the next batch counts their uses",
+            comment="API keys that the batch skipped because their rows were locked; a later batch counts them",
         ),
         sa.Column(
             "written_at",

@@ -32,7 +32,7 @@ COLUMNS = {
         "hour": "Start (UTC) of the latest hour in which the rotation chain was used",
         "hour_count": "Number of uses of the rotation chain in the latest hour",
         "day": "Start (UTC) of the latest day on which the rotation chain was used",
-        "day_count": "Number of uses of the rotation chain on the latest day",
+        "day_count": "Number of uses of the rotation chain on the day in the column `day`",
     },
     "audit_logs": {
         "id": "UUIDv7 that the application generates; ids increase with creation time",
@@ -59,7 +59,7 @@ COLUMNS = {
     "audit_seals": {
         "number": "Consecutive number of the seal, starting at 1",
         "statement": "Signed JSON: positions of the sealed events, root of the Merkle tree of the events, digest of the previous seal",
-        "signature": "Ed25519 signature of the column statement",
+        "signature": "Ed25519 signature of the bytes in the column `statement`",
         "digests": "SHA-256 digests of the sealed events, in the order of the event positions",
     },
     "tiger_accounts": {
@@ -84,7 +84,7 @@ COLUMNS = {
         "is_default_trading": "Default account for trading: true for at most one account",
         "is_default_data": "Default account for market data: true for at most one account",
         "market_permissions": "Markets in which the account may trade",
-        "quote_permissions": "Quote permissions at Tiger: name and expire_at (epoch ms; -1: no expiry)",
+        "quote_permissions": "Market data permissions: name and expire_at (epoch ms; -1: no expiry)",
         "client_options": "Other settings of Tiger's configuration file, such as timeout and language",
         "auto_suspended": "Whether the account is suspended because of too many errors, not by a person",
         "error_count": "Number of consecutive errors since the last success",

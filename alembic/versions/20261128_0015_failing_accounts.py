@@ -4,9 +4,9 @@ Revision: 0015
 Follows: 0014
 Made: 2026-11-28
 
-Before, an account with three or more errors served no requests for five minutes after the last
-error. The migration sets failing_until of these accounts, so that they stay out of service for the
-rest of the five minutes. The migration blocks reads and writes of accounts for milliseconds. Code
+In earlier revisions, an account with three or more errors serves no requests for five minutes after
+the last error. The migration sets failing_until of the accounts that such errors keep out of service
+now, to five minutes after their last error. The migration blocks reads and writes of accounts for milliseconds. Code
 of revision 0014 works with this schema, but does not set failing_until: restart all processes.
 """
 

@@ -198,7 +198,9 @@ class TrailVerifier:
         self._unexpected: list[tuple[int, _Mismatch]] = []
         self._backdated: list[tuple[int, _Mismatch]] = []
         if checkpoint is not None and not checkpoint.is_signed_by(keys):
-            self._find(0, FindingKind.CHECKPOINT, "the checkpoint is not signed with a given key")
+            self._find(
+                0, FindingKind.CHECKPOINT, "none of the given public keys has signed the checkpoint"
+            )
             self._checkpoint_seen = True
 
     def expect_retired(self, seals: Iterable[Seal]) -> None:

@@ -41,10 +41,10 @@ class Replicas:
 
     The lag of a replica is measured by LSN, because a replica cannot measure its own lag. A replica
     that lost its connection to the primary would measure no lag, although the primary may have
-    newer commits. While replicas are in use, the primary's LSN is sampled up to twice per
-    `max_lag`. A replica is fresh if the replica has replayed an LSN sample that is at most
-    `max_lag` old. The times of LSN samples are from this machine's monotonic clock. While the
-    primary is unavailable, replicas are used until all LSN samples are older than `max_lag`.
+    newer commits. While replicas are in use, the primary's current LSN is read up to twice per
+    `max_lag`. A replica is fresh if the replica has replayed an LSN that the primary had at most
+    `max_lag` ago. This machine's monotonic clock measures the age of an LSN. While the primary is
+    unavailable, replicas are used until all LSNs that were read are older than `max_lag`.
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:

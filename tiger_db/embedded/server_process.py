@@ -244,7 +244,10 @@ def _origin(lock: int, identity: str | None) -> Origin | None:
 
 
 def _read_lock_file(lock: int) -> tuple[list[bytes], list[bytes]]:
-    """Return two lists of complete lines of `server.lock`: a server's origin and identity."""
+    """Return the lines of `server.lock` that name a server's origin, and those of its identity.
+
+    A last line without a line end is omitted, because the line may be incomplete.
+    """
     *lines, _ = os.pread(lock, 4096, 0).split(b"\n")
     return lines[: len(Origin._fields)], lines[len(Origin._fields) :]
 
@@ -380,7 +383,10 @@ def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has n
 
 
 def _poll() -> Iterator[None]:
-    """Yield every 20 ms until the timeout, and once more, in case the machine was suspended."""
+    """Yield every 20 ms until the timeout, and once after the timeout.
+
+    If the machine was suspended, much can have happened since the last check before the timeout.
+    """
     deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         yield

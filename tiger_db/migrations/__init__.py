@@ -33,8 +33,8 @@ SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
 """
-# `_OTHER_SCHEMA` finds another schema that has three tables of tiger_db. The table
-# `alembic_version` alone is not enough, because an application may have its own `alembic_version`.
+# `_OTHER_SCHEMA` finds a schema that contains tiger_db: a schema with the tables `audit_seals`,
+# `tiger_accounts` and `alembic_version`. An application can also have a table `alembic_version`.
 _OTHER_SCHEMA = text("""
 SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
     WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))

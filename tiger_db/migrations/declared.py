@@ -16,7 +16,7 @@ from tiger_db.models import metadata
 class Trigger:
     """A declared trigger, with the parts of its SQL in the format of `pg_get_triggerdef`.
 
-    In the field `action`, the placeholder `{schema}.` precedes each name that the schema contains.
+    In the SQL of `action`, `{schema}.` precedes the name of each table and each function.
     """
 
     table: str

@@ -299,7 +299,7 @@ class TigerAccount(MutableEntity, table=True):
     quote_permissions: Annotated[list[QuotePermission], AfterValidator(require_storable_json)] = (
         Field(
             default_factory=list,
-            description="Quote permissions at Tiger: name and expire_at (epoch ms; -1: no expiry)",
+            description="Market data permissions: name and expire_at (epoch ms; -1: no expiry)",
         )
     )
     client_options: JsonObject = Field(

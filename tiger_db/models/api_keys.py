@@ -340,7 +340,7 @@ api_key_limits = Table(
         "day_count",
         BigInteger,
         nullable=False,
-        comment="Number of uses of the rotation chain on the latest day",
+        comment="Number of uses of the rotation chain on the day in the column `day`",
     ),
     comment="Usage counts in the latest hour and day, for the rate limits of API keys",
 )

@@ -381,7 +381,7 @@ audit_seals = Table(
         "signature",
         LargeBinary,
         nullable=False,
-        comment="Ed25519 signature of the column statement",
+        comment="Ed25519 signature of the bytes in the column `statement`",
     ),
     Column(
         "digests",

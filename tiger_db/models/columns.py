@@ -234,7 +234,7 @@ class Tracked(Mutable):
         self._parents[state] = name
 
     def tracked_part(self, value: object) -> object:
-        """Return a nested value that reports in-place changes to the root of this object.
+        """Return a nested value that notifies the root of this object when its content changes.
 
         A dict or list that does not report changes to the root yet is replaced by a tracked copy.
         """

@@ -403,7 +403,7 @@ def _builtin_scalar(value: Any) -> bool | float | str | None:  # noqa: ANN401  #
     with suppress(Exception):  # methods of an unknown object can raise any exception
         kind = getattr(getattr(value, "dtype", None), "kind", None)
         if kind is not None and value.ndim == 0:
-            value = value[()]  # an index of () returns the scalar of an array without dimensions
+            value = value[()]  # NumPy returns the only value of an array without dimensions
         if kind == "b" and value.ndim == 0:
             return bool(value)
         if isinstance(value, numbers.Rational) and kind != "m":  # Rational includes integers

@@ -94,8 +94,8 @@ async def import_account(
             details={"created": stored is None, "changed": [*changed]},
         )
         await recording.insert_event(session, event)
-    # A line of a private key can look like a property. Therefore, the name of a property is masked
-    # if the name is not made of words, or if the value is only base64 padding.
+    # A line of a base64 private key that ends with `=` can look like a property. Therefore, a name
+    # is masked if it does not consist of words, or if only `=` characters follow the name.
     ignored = {
         name if _WORDS.fullmatch(name) and values[name].strip("=") else MASK
         for name in values.keys() - _KNOWN
@@ -152,7 +152,7 @@ def _invalid_property(error: ValidationError, file: Path) -> InvalidValue:
 
 
 def _newer_token(token: str | None, other: str) -> str:
-    """Return the newer of two tokens. If the age of a token is unknown, return `token`."""
+    """Return the newer of two tokens. If it is unknown which one is newer, return `token`."""
     if token is None:
         return other
     times, others = token_times(token), token_times(other)
