@@ -280,8 +280,8 @@ def test_in_production_a_remote_server_needs_verify_full(host: str, mode: str | 
     for name, place in elsewhere(host).items():
         told = refused(**production, **place, db_ssl_mode=mode, db_ssl_ca="/ca.crt")
         assert told.startswith(
-            "DB_SSL_MODE must be verify-full when ENVIRONMENT=production and another machine is"
-            f" named by {name}: "
+            "DB_SSL_MODE must be verify-full, because ENVIRONMENT=production and the server is on"
+            f" another machine ({name}): "
         )
         assert "DB_ALLOW_UNVERIFIED_TLS=true" in told
         assert SECRET not in told

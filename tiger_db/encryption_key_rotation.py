@@ -88,7 +88,9 @@ class RotationReport:
     stuck: int = 0  # Number of rows that could not be re-encrypted.
     # At most 20 error messages about rows that could not be re-encrypted.
     problems: list[str] = field(default_factory=list)
-    uses: list[EncryptionKeyUsage] = field(default_factory=list)  # Key usage after the rotation.
+    uses: list[EncryptionKeyUsage] = field(
+        default_factory=list
+    )  # Number of rows per key after the rotation.
     retirable: list[str] = field(default_factory=list)  # Ids of old keys that no row uses.
 
 

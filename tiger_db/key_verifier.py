@@ -229,15 +229,18 @@ class KeyVerifier:
             return b""
 
     async def _hold_lease(self, connection: Connection) -> None:
-        """Send heartbeat queries until a query fails. Each result extends the use of the cache."""
+        """Send heartbeat queries until a query fails.
+
+        After each answer, the cache may be used for another `LEASE_SECONDS`.
+        """
         while True:
             sent = time.monotonic()
             async with asyncio.timeout(LEASE_SECONDS):
                 now = await connection.fetchval("SELECT clock_timestamp()")
             # Before the result of the heartbeat query, PostgreSQL sends the notifications of all
-            # earlier commits. The clock offset is computed with the time before the heartbeat
-            # query. Therefore, a cached API key may expire too early by the round trip time, but
-            # never too late.
+            # earlier commits. The difference between the database's clock and this process's clock
+            # is measured from the start of the query. Therefore, a cached API key may expire too
+            # early by the duration of the query, but never too late.
             self._clock_offset = now.timestamp() - sent
             self._valid_until = sent + LEASE_SECONDS
             self._listening.set()

@@ -28,8 +28,8 @@ _LINES = re.compile(
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
 # `_WORDS` matches several words without separators, as in `aWordLIKEThis2`.
 _WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")
-# `_ASSIGNMENT` matches a name with a secret value, such as `token=value` or `"token": "value"`. The
-# function `_assignments` replaces the placeholders WORDS and NAMES by the names of secrets.
+# `_ASSIGNMENT` matches a name with a secret value, such as `token=value`. The function
+# `_assignments` replaces the placeholders WORDS and NAMES by the names of secrets.
 _ASSIGNMENT = r"""
     (?<![\w-])
     (?P<name> [\w-]* (?: WORDS ) | NAMES )

@@ -359,9 +359,9 @@ class Settings(BaseSettings):
             return None
         in_url = self.url is not None and "sslmode" in self.url.parameters
         return (
-            f"{'DATABASE_URL: sslmode' if in_url else 'DB_SSL_MODE'} must be verify-full when"
-            f" ENVIRONMENT=production and another machine is named by"
-            f" {' and '.join(self.unverified_variables)}: set verify-full and DB_SSL_CA, or set"
+            f"{'DATABASE_URL: sslmode' if in_url else 'DB_SSL_MODE'} must be verify-full, because"
+            f" ENVIRONMENT=production and the server is on another machine"
+            f" ({', '.join(self.unverified_variables)}): set verify-full and DB_SSL_CA, or set"
             " DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
         )
 

@@ -4,8 +4,8 @@ Revision: 0002
 Follows: 0001
 Made: 2026-11-25
 
-The migration locks the small table tiger_accounts during a scan of all rows. Code of revision 0001
-works with the schema of revision 0002, but cannot close an account: a new CHECK constraint refuses
+The migration locks the small table tiger_accounts during a scan of all rows. Processes of revision 0001
+work with the schema of revision 0002, but cannot close an account: a new CHECK constraint refuses
 a closed account with a private key.
 """
 
@@ -20,7 +20,7 @@ branch_labels = None
 depends_on = None
 squawk_ignore = {
     "constraint-missing-not-valid": "the scan is short, because tiger_accounts is small",
-    "ban-drop-not-null": "code of revision 0001 always writes the column private_key",
+    "ban-drop-not-null": "processes of revision 0001 always write the column private_key",
 }
 
 END_AUTO_SUSPENSION = """

@@ -4,7 +4,7 @@ Revision: 0003
 Follows: 0002
 Made: 2026-11-25
 
-The migration locks api_keys and tiger_accounts briefly. Code of revision 0002 works with the schema
+The migration locks api_keys and tiger_accounts briefly. Processes of revision 0002 work with the schema
 of revision 0003.
 """
 
@@ -102,7 +102,7 @@ def upgrade() -> None:
             "hour_count",
             sa.BigInteger(),
             nullable=False,
-            comment="Number of uses of the API key in the latest hour",
+            comment="Number of uses of the API key in the hour in the column `hour`",
         ),
         sa.Column(
             "day",

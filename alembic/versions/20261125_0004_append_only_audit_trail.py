@@ -5,8 +5,8 @@ Follows: 0003
 Made: 2026-11-25
 
 The migration rewrites and locks audit_logs to add the positions of audit events. If audit_logs has
-many rows, stop the programs that write audit events before the migration. Code of revision 0003
-works with the schema of revision 0004, but can no longer change audit events.
+many rows, stop the programs that write audit events before the migration. Processes of revision 0003
+work with the schema of revision 0004, but can no longer change audit events.
 """
 
 import sqlalchemy as sa
@@ -18,7 +18,7 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "adding-field-with-default": "the docstring describes the rewrite of audit_logs",
+    "adding-field-with-default": "the rewrite of audit_logs is described at the beginning of the migration",
     "require-concurrent-index-creation": "the migration locks audit_logs in any case",
     "require-concurrent-index-deletion": "the migration locks audit_logs in any case",
 }
@@ -74,7 +74,7 @@ $$
 
 # The default partition contains events of months without a partition, and events whose ids come
 # from a wrong clock. Audit events cannot be deleted. To move an event to the partition of
-# its month, make_audit_months replaces the default partition and inserts the events again.
+# its month, make_audit_months inserts all events of the default partition into a new table again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE

@@ -4,8 +4,8 @@ Revision: 0005
 Follows: 0004
 Made: 2026-11-25
 
-Code of revision 0004 works with the schema of revision 0005. If code of revision 0004
-stores an access token, the token is due for a refresh one hour before its expiry.
+Processes of revision 0004 work with the schema of revision 0005. If processes of revision 0004
+store an access token, the token is due for a refresh one hour before its expiry.
 """
 
 import sqlalchemy as sa

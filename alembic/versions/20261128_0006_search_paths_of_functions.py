@@ -1,11 +1,11 @@
-"""Set the search path of SQL functions, and separate the notifications and locks of schemas.
+"""Set the search path of SQL functions, and give each schema its own channels and locks.
 
 Revision: 0006
 Follows: 0005
 Made: 2026-11-28
 
 Each schema gets its own notification channels and advisory locks. In the schema `public`, the names
-of channels and the keys of advisory locks do not change. Therefore, code of revision 0005 works with
+of channels and the keys of advisory locks do not change. Therefore, processes of revision 0005 work with
 the schema of revision 0006. The migration replaces SQL functions and locks no table.
 """
 
@@ -80,7 +80,7 @@ $$
 
 # The default partition contains events of months without a partition, and events whose ids come
 # from a wrong clock. Audit events cannot be deleted. To move an event to the partition of
-# its month, make_audit_months replaces the default partition and inserts the events again.
+# its month, make_audit_months inserts all events of the default partition into a new table again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql
 {keep} AS $$

@@ -6,7 +6,7 @@ Made: 2026-11-28
 
 A rotation chain ("line" in the SQL of this migration) is an API key and all its replacement keys.
 The migration reads the rotations of API keys from the audit trail once, then locks api_keys and
-api_key_limits briefly. Code of revision 0005 works with the schema of revision 0007, but begins a
+api_key_limits briefly. Processes of revision 0005 work with the schema of revision 0007, but begin a
 new rotation chain for each replacement key.
 """
 
@@ -85,9 +85,12 @@ def upgrade() -> None:
     for name, comment in (
         (
             "root_id",
-            "First key of the rotation chain, possibly deleted; null: this key is first",
+            "First key of the rotation chain (may be deleted); null: this key is first",
         ),
-        ("successor_id", "Key that replaced this key in a rotation, possibly deleted"),
+        (
+            "successor_id",
+            "Key that replaced this key in a rotation; that key may be deleted",
+        ),
     ):
         op.add_column("api_keys", sa.Column(name, sa.UUID(), nullable=True, comment=comment))
     op.execute(ROOTS)

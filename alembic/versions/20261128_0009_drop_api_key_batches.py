@@ -5,8 +5,8 @@ Follows: 0008
 Made: 2026-11-28
 
 The table api_key_batches showed whether a batch of usage counts was committed. The usage counter now
-asks PostgreSQL for the status of the batch's transaction. After the migration, code of revision 0008
-cannot count uses of API keys, so stop that code before the migration. Rate limits do not use
+asks PostgreSQL for the status of the batch's transaction. After the migration, processes of revision 0008
+cannot count uses of API keys, so stop these processes before the migration. Rate limits do not use
 api_key_batches. The migration locks api_key_batches only.
 """
 

@@ -1,4 +1,4 @@
-"""Set the comments of tables and columns in standard terms.
+"""Rewrite the comments of tables and columns in the terms of the glossary.
 
 Revision: 0010
 Follows: 0009
@@ -6,7 +6,7 @@ Made: 2026-11-28
 
 Databases from earlier versions of the migrations 0001 to 0009 have other comments. The migration
 briefly takes a SHARE UPDATE EXCLUSIVE lock on each table, which does not block reads and writes.
-Existing partitions of audit_logs keep their comments. Code of revision 0009 works with the schema
+Existing partitions of audit_logs keep their comments. Processes of revision 0009 work with the schema
 of revision 0010.
 
 The downgrade keeps the new comments, because no code depends on comments.
@@ -30,7 +30,7 @@ COLUMNS = {
     "api_key_limits": {
         "api_key_id": "First key of the rotation chain (a key and its replacements)",
         "hour": "Start (UTC) of the latest hour in which the rotation chain was used",
-        "hour_count": "Number of uses of the rotation chain in the latest hour",
+        "hour_count": "Number of uses of the rotation chain in the hour in the column `hour`",
         "day": "Start (UTC) of the latest day on which the rotation chain was used",
         "day_count": "Number of uses of the rotation chain on the day in the column `day`",
     },
@@ -51,8 +51,8 @@ COLUMNS = {
         "tiger_account_id": "Used or changed account; no foreign key, because accounts can be deleted",
         "api_key_id": "Used or changed API key; no foreign key, because API keys can be deleted",
         "details": "Other details of the event",
-        "old_values": "Changed values before the change, with masked secrets",
-        "new_values": "Changed values after the change, with masked secrets",
+        "old_values": "Values of the changed fields before the change, with masked secrets",
+        "new_values": "Values of the changed fields after the change, with masked secrets",
         "duration_ms": "Duration of the action in milliseconds",
         "position": "Position in the order of the inserts; rolled-back transactions leave gaps",
     },
@@ -98,8 +98,8 @@ COLUMNS = {
         "key_prefix": "Public part of the key, by which the key is found",
         "key_hash": "passlib hash of the pepper and the secret part of the key",
         "pepper_id": "Id of the pepper in key_hash; null: no pepper",
-        "root_id": "First key of the rotation chain, possibly deleted; null: this key is first",
-        "successor_id": "Key that replaced this key in a rotation, possibly deleted",
+        "root_id": "First key of the rotation chain (may be deleted); null: this key is first",
+        "successor_id": "Key that replaced this key in a rotation; that key may be deleted",
         "status": "Status of the key; only active keys are accepted",
         "scopes": "Scopes (permissions) of the key",
         "tiger_account_id": "The only account that the key can access; null: all accounts",

@@ -6,13 +6,13 @@ Made: 2026-11-28
 
 The migration locks tiger_accounts during one scan of the table. Account numbers that differ only in
 invisible characters, width or letter case belong to one account at Tiger. If several rows contain
-numbers of one account, the migration does not change the numbers of these rows. A number that does
-not have the form of Tiger's account numbers stays unchanged.
+the same number in different forms, the migration does not change the numbers of these rows. A number
+that does not have the form of Tiger's account numbers stays unchanged.
 
 The new CHECK constraint requires the form of Tiger's numbers, and exempts existing rows with other
 numbers by their ids. Without the exemption, each update of an exempted row would fail. If the CHECK
 constraint exempts rows, the constraint stays NOT VALID, and `tiger-db doctor` lists the exempted
-rows. Code of revision 0010 works with the schema of revision 0011, but can store only account
+rows. Processes of revision 0010 work with the schema of revision 0011, but can store only account
 numbers that have the form of Tiger's numbers.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.

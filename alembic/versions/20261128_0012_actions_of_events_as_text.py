@@ -14,7 +14,7 @@ digests and seals of audit events do not change.
 The migration replaces the enum audit_action with a domain of the same name. Therefore, code of
 revision 0011, which casts values to audit_action, works with the schema of revision 0012. A later
 release drops the domain audit_action. Only newer code records audit events with the result `pending`
-or with new actions. Code of revision 0011 cannot read an audit event with the result `pending` or
+or with new actions. Processes of revision 0011 cannot read an audit event with the result `pending` or
 with a new action.
 
 The downgrade adds all recorded actions to the enum audit_action. The value `pending` stays in the
@@ -28,7 +28,7 @@ down_revision = "0011"
 branch_labels = None
 depends_on = None
 squawk_ignore = {
-    "changing-column-type": "the docstring describes the rewrite of audit_logs",
+    "changing-column-type": "the rewrite of audit_logs is described at the beginning of the migration",
     "constraint-missing-not-valid": "the rewrite locks audit_logs and reads all rows in any case",
     "ban-drop-type": "a domain replaces the enum audit_action",
 }

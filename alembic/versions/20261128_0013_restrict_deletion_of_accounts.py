@@ -6,8 +6,8 @@ Made: 2026-11-28
 
 The foreign keys from api_keys and token_statuses to tiger_accounts change from ON DELETE CASCADE to
 ON DELETE RESTRICT. Before the migration, a DELETE of an account also deleted the account's API keys and
-refreshes, without audit events. The migration changes no rows. Code of revision 0012 works with the
-schema of revision 0013, because that code deletes no accounts.
+refreshes, without audit events. The migration changes no rows. Processes of revision 0012 work with the
+schema of revision 0013, because these processes delete no accounts.
 
 The migration locks tiger_accounts, api_keys and token_statuses for a short time that does not depend
 on the size of the tables. A separate transaction validates the new foreign keys, and blocks neither readers nor writers.

@@ -19,7 +19,7 @@ from tiger_db.public import public
 
 CHANNEL = "tiger_db_audit_logs"
 POLL_SECONDS = 1.0  # Maximum pause between two queries for new events, in seconds.
-# `follow` assumes that open transactions add events only at the 10,000 newest positions.
+# `follow` assumes that each event of an open transaction is among the 10,000 newest events.
 _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 

@@ -107,7 +107,7 @@ async def _with_lock_retries(work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await work()
         except asyncpg.LockNotAvailableError:
-            # During this pause, transactions that wait for a lock of `audit_logs` can run.
+            # While this function sleeps, transactions that wait for `audit_logs` can run.
             await asyncio.sleep(_RETRY_PAUSE_SECONDS)
     raise DatabaseUnavailable("audit_logs is in use by a long transaction: try again later")
 

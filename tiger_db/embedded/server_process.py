@@ -2,7 +2,7 @@
 
 The server lock is a flock on the file `server.lock`. The process that starts the embedded server
 takes the server lock. The postmaster, the backends and pg_ctl inherit the open file. The kernel
-releases the server lock when the last process that has the file open ends. Backends that outlive a
+releases the server lock when no process has `server.lock` open any more. Backends that outlive a
 killed postmaster still use the server's data, and still hold the server lock.
 
 A process ID is valid in one container only, but a flock is valid in all containers that share one
@@ -98,9 +98,9 @@ def find_ready(home: Path) -> Postmaster | None:
 
 
 def wait_until_settled(home: Path, lock: int) -> Postmaster | None:
-    """Wait until the server accepts connections, or until this process has taken the server lock.
+    """Wait until a server that another process started accepts connections, or has ended.
 
-    The result is the running server, or None if this process holds the server lock now.
+    Return the running server. If the server has ended, take the server lock and return None.
     """
     for _ in _poll():
         found = _find(home)
@@ -166,7 +166,7 @@ def remove_stale_lock_files(home: Path, socket_folder: Path, lock: int) -> None:
 
 @contextmanager
 def open_lock(home: Path) -> Iterator[int]:
-    """Open `server.lock`. A server that inherits the file holds the server lock until its end."""
+    """Open `server.lock`. A server that inherits the open file holds the server lock."""
     lock = private_opener(str(home / "server.lock"), os.O_RDWR | os.O_CREAT)
     _open_locks.add(lock)
     try:

@@ -226,7 +226,7 @@ def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
         yield f"{name} has the policy {policy}", f"DROP POLICY {policy} ON {qualified}"
     for rule in table.rules:
         yield f"{name} has the rule {rule}", f"DROP RULE {rule} ON {qualified}"
-    for child in table.children:  # NO INHERIT keeps the rows of the child table
+    for child in table.children:  # ALTER TABLE … NO INHERIT keeps the rows of the child table
         yield f"table {child} inherits from {name}", f"ALTER TABLE {child} NO INHERIT {qualified}"
 
 

@@ -61,5 +61,5 @@ def _read_functions() -> dict[str, str]:
 
 TRIGGERS = _read_triggers()
 # FUNCTIONS maps the signature of each SQL function to the output of `pg_get_functiondef` without
-# the first line. The placeholder {schema} replaces the schema's name as an SQL string literal.
+# the first line. In the SQL, the placeholder {schema} stands for the schema's name in quotes.
 FUNCTIONS = _read_functions()

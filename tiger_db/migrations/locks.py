@@ -66,8 +66,8 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
     """
     async with engine.connect() as connection:
         await _take_lock(connection, progress)
-        # Each transaction begins with the SQL statement LOCK_TIMEOUT. Alembic's autocommit_block
-        # has no lock timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
+        # Each transaction begins with a SET of the lock timeout. Alembic's autocommit_block sets no
+        # lock timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
         event.listen(connection.sync_connection, "begin", lambda c: c.exec_driver_sql(LOCK_TIMEOUT))
         try:
@@ -149,7 +149,10 @@ async def with_lock_retries(
 
 
 async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
-    """Return the last sessions that blocked the backend `pid`, polled until `done` is set."""
+    """Query repeatedly which sessions block the backend `pid`, until `done` is set.
+
+    Return the sessions that the last query with a result has found.
+    """
     blockers: Sequence[str] = ()
 
     async def is_done() -> bool:

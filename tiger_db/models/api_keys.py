@@ -175,11 +175,11 @@ class APIKey(MutableEntity, table=True):
     )
     root_id: UUID | None = Field(
         default=None,
-        description="First key of the rotation chain, possibly deleted; null: this key is first",
+        description="First key of the rotation chain (may be deleted); null: this key is first",
     )
     successor_id: UUID | None = Field(
         default=None,
-        description="Key that replaced this key in a rotation, possibly deleted",
+        description="Key that replaced this key in a rotation; that key may be deleted",
     )
     status: APIKeyStatus = Field(
         default=APIKeyStatus.ACTIVE,
@@ -328,7 +328,7 @@ api_key_limits = Table(
         "hour_count",
         BigInteger,
         nullable=False,
-        comment="Number of uses of the rotation chain in the latest hour",
+        comment="Number of uses of the rotation chain in the hour in the column `hour`",
     ),
     Column(
         "day",

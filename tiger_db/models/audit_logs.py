@@ -274,10 +274,12 @@ class AuditLog(Entity, table=True):
     )
     details: JsonObject | None = Field(default=None, description="Other details of the event")
     old_values: JsonObject | None = Field(
-        default=None, description="Changed values before the change, with masked secrets"
+        default=None,
+        description="Values of the changed fields before the change, with masked secrets",
     )
     new_values: JsonObject | None = Field(
-        default=None, description="Changed values after the change, with masked secrets"
+        default=None,
+        description="Values of the changed fields after the change, with masked secrets",
     )
     error_code: Text | None = Field(default=None, max_length=50, description="Code of the error")
     error_message: Text | None = Field(default=None, description="Message of the error")
@@ -301,8 +303,8 @@ class AuditLog(Entity, table=True):
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
         sanitized = sanitize(changes)
-        # sanitize() adds notes on converted values to `details`. The notes are dropped unless
-        # `details` is assigned, because the assignment of another field must not change `details`.
+        # sanitize() adds notes on converted values to `details`. If `details` is not assigned, the
+        # notes are dropped: the assignment of another field must not change `details`.
         return super().validate_changes(
             {name: sanitized.get(name, value) for name, value in changes.items()}
         )

@@ -304,7 +304,7 @@ def track(value: object, root: Tracked | None = None) -> object:
 
 
 def _untracked(value: object) -> object:
-    """Return a plain copy of a tracked dict or list. Return an untracked value unchanged."""
+    """Return a plain copy of a tracked dict or list. Return any other value as it is."""
     match value:
         case TrackedDict():
             return dict(value)

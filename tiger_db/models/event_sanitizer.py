@@ -267,7 +267,7 @@ class _Sanitizer:
     def mapping(
         self, items: Iterable[tuple[object, object]], path: Path, depth: int
     ) -> dict[str, object]:
-        """Return pairs of keys and values as a JSON object, with numbers after duplicate keys."""
+        """Return a JSON object of keys and values. Append a number to a key that occurs again."""
         result: dict[str, object] = {}
         next_numbers: dict[str, int] = {}
         for key, value in items:
@@ -290,7 +290,7 @@ class _Sanitizer:
         return result
 
     def is_full(self, path: Path) -> bool:
-        """Return whether the JSON field has reached a size limit, and add a note on the limit."""
+        """Return whether the JSON field has reached a size limit. If so, add a note about it."""
         if self.values_left > 0 and self.characters_left > 0:
             return False
         while path is not None and path[0] is not None:

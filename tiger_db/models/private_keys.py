@@ -41,8 +41,8 @@ _PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.*?)-----END \1-----", 
 def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
     """Parse an RSA private key in PEM or base64 DER, PKCS#1 or PKCS#8.
 
-    Return the key as base64 DER in one line, as in Tiger's files, and the format of the key. The
-    format is detected from the content of the key, because PEM labels can be wrong.
+    Return two values: the key as one line of base64 DER, as in Tiger's files, and the key's format.
+    The format is detected from the content of the key, because PEM labels can be wrong.
 
     Raises:
         InvalidValue: the text is not an RSA private key. The error message does not show the text.
