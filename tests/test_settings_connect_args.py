@@ -308,7 +308,7 @@ def test_behind_a_pooler_no_session_state_is_used() -> None:
     assert message.startswith("DATABASE_URL must not have the parameter options")
     message = refused(database_url="postgresql://h/d?options=-csearch_path%3Dx")
     assert (
-        message == "the parameter options in DATABASE_URL must not set search_path: use DB_SCHEMA"
+        message == "the parameter `options` in DATABASE_URL must not set search_path: use DB_SCHEMA"
     )
 
 

@@ -16,9 +16,9 @@ from urllib.parse import quote, unquote, urlencode
 DEFAULT_PORT = 5432
 # `_SCHEME` matches the URL schemes of libpq, and SQLAlchemy's URL scheme for asyncpg.
 _SCHEME = re.compile(r"(?:postgres|postgresql|postgresql\+asyncpg)://")
-# Unlike libpq, `_URL` refuses a password with an "@" that is not percent-encoded. If
-# `_URL` accepted this "@", the rest of the password would be parsed as a host name, which error
-# messages show.
+# Unlike libpq, `_URL` refuses a password with an "@" that is not percent-encoded. If `_URL`
+# accepted an "@" in a password, the text after the "@" would be parsed as a host name. Error
+# messages show host names.
 _URL = re.compile(
     _SCHEME.pattern + r"(?:(?P<user>[^:@/?]*)(?::(?P<password>[^@/?]*))?@)?"
     r"(?P<hosts>[^@/?]*)(?:/(?P<dbname>[^@?]*))?(?:\?(?P<query>[^@]*))?"

@@ -1,9 +1,9 @@
 """Encryption of secrets with AES-256-GCM, and decryption on access.
 
 A stored secret is `version (1 byte) | length of the key id (1 byte) | key id | nonce (12 bytes) |
-ciphertext and tag (16 bytes)`. The associated data `table.column:row id` and the bytes before the
-nonce are authenticated. Therefore, a ciphertext that was changed, or copied to another row or
-column, cannot be decrypted.
+ciphertext and tag (16 bytes)`. AES-GCM also authenticates the associated data `table.column:row
+id`, and the bytes of the ciphertext that precede the nonce. Therefore, a ciphertext that was
+changed, or copied to another row or column, cannot be decrypted.
 """
 
 import base64
@@ -98,7 +98,7 @@ class KeyProvider(Protocol):
     def key_ids(self) -> tuple[str, ...]:
         """The key ids, each of 1 to 32 letters, digits, '.', '_' or '-'.
 
-        New ciphertexts use the key with the first id.
+        New ciphertexts are encrypted with the key whose id comes first.
         """
         ...
 
@@ -303,10 +303,10 @@ class EncryptedSecret(Secret):
 class EncryptedType(TypeDecorator[SecretStr]):
     """The SQL type of `bytea` columns with ciphertexts.
 
-    Storing a plain text raises EncryptionError. The text `fingerprint` is the name of the column
-    with the blind index of the secret. The function `normalize` returns the normalized form of a
-    secret, or raises ValueError if the secret is invalid. The database contains only secrets in
-    normalized form.
+    Storing a plain text raises EncryptionError. The argument `fingerprint` is the name of the
+    column with the blind index of the secret. The function `normalize` returns the normalized form
+    of a secret, or raises ValueError if the secret is invalid. Secrets are normalized before they
+    are encrypted.
     """
 
     impl = LargeBinary

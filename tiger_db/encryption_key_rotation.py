@@ -74,7 +74,7 @@ class UnnormalizedSecrets:
     """Rows whose secrets an older release has stored without normalization."""
 
     normalizable: list[UUID] = field(default_factory=list)
-    # Ids of rows whose secret has no normal form.
+    # Ids of rows whose secret could not be normalized.
     invalid: list[UUID] = field(default_factory=list)
     unreadable: int = 0  # Number of rows that cannot be decrypted.
 
@@ -194,9 +194,10 @@ def encrypted_entities() -> list[Mapper[Any]]:
 
 
 async def _check_first_key(session: AsyncSession, mapper: Mapper[Any]) -> None:
-    """Check that the first key decrypts one of the newest rows that have the first key's id.
+    """Check that the first key decrypts a row whose ciphertext names the first key.
 
-    If a new key had the id of an old key, no configured key could decrypt the old key's rows.
+    If a new key had the id of an old key, the rows that the old key has encrypted could not be
+    decrypted.
     """
     current = select(mapper.class_).where(not_(_is_outdated(session, mapper)))
     rows = await session.scalars(

@@ -96,7 +96,9 @@ def is_private_folder(path: Path, uid: int) -> bool:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for the parameter `opener` of `open`. A new file has mode 0600.
+    """Open a file for the argument `opener` of `open()`. Return the file's descriptor.
+
+    A new file has mode 0600.
 
     If the path is a symbolic link, raise OSError.
     """

@@ -8,7 +8,7 @@ from tiger_db.encryption import KeySet
 
 
 class Peppers(KeySet):
-    """Peppers with ids. New hashes use the first pepper, and existing hashes use any pepper."""
+    """Peppers with ids. New hashes use the first pepper. Existing hashes can use any pepper."""
 
     def __init__(self, peppers: Mapping[str, bytes]) -> None:
         super().__init__(peppers)

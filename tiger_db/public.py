@@ -116,7 +116,7 @@ def _reason(hint: Any, value: object) -> PydanticCustomError:  # noqa: ANN401  #
 
 
 def _describe_type(hint: Any, value: object) -> str:  # noqa: ANN401  # a type annotation
-    """Return the name of a value's type, and of the type of the first wrong item in the value."""
+    """Return the name of a value's type. Add the type of the value's first wrong item, if any."""
     name = type(value).__name__
     for part in (hint, *get_args(hint)):
         kind, items = get_origin(part), get_args(part)

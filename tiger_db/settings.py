@@ -69,7 +69,7 @@ def _utf8_secret(value: SecretStr) -> SecretStr:
 
 
 def _iso_date(value: object) -> object:
-    """Convert a text such as 2027-01-31 to a date. Return a date or None unchanged.
+    """Convert a text such as 2027-01-31 to a date. Return a value that is a date or None as it is.
 
     Raises:
         ValueError: the text does not have the form YYYY-MM-DD, or the value has another type.
@@ -212,7 +212,7 @@ class Settings(BaseSettings):
             )
         if url is not None and "search_path" in url.parameters.get("options", ""):
             raise ValueError(
-                "the parameter options in DATABASE_URL must not set search_path: use DB_SCHEMA"
+                "the parameter `options` in DATABASE_URL must not set search_path: use DB_SCHEMA"
             )
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
@@ -428,7 +428,7 @@ class Settings(BaseSettings):
         return arguments
 
     def server_settings(self) -> dict[str, str]:
-        """Return the PostgreSQL parameters of all sessions, by name."""
+        """Return the PostgreSQL parameters that tiger_db sets in each session, by name."""
         return {
             "application_name": "tiger_db",
             "statement_timeout": str(math.ceil(self.db_query_timeout * 1000)),

@@ -73,7 +73,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
 _DUPLICATES = {
     "uq_tiger_accounts_account_number": "an account with this account number already exists",
     "uq_tiger_accounts_is_default_trading": "a default account for trading already exists",
-    "uq_tiger_accounts_is_default_data": "a default account for data already exists",
+    "uq_tiger_accounts_is_default_data": "a default account for market data already exists",
     "uq_api_keys_key_prefix": "an API key with this prefix already exists",
     "uq_token_statuses_tiger_account_id_open": "an open refresh of this account already exists",
 }

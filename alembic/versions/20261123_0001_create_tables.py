@@ -431,7 +431,7 @@ def upgrade() -> None:
             "license",
             TIGER_LICENSE,
             nullable=True,
-            comment="License of the account at Tiger",
+            comment="License of the account at Tiger, such as TBHK",
         ),
         sa.Column(
             "environment",

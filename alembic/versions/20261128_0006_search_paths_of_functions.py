@@ -78,8 +78,8 @@ END
 $$
 """
 
-# The default partition contains events of months without a partition, and events whose ids come
-# from a wrong clock. Audit events cannot be deleted. To move an event to the partition of
+# The default partition contains events of months without a partition, and events whose ids contain
+# the time of a wrong clock. Audit events cannot be deleted. To move an event to the partition of
 # its month, make_audit_months inserts all events of the default partition into a new table again.
 MAKE_AUDIT_MONTHS = """
 CREATE OR REPLACE FUNCTION make_audit_months(ahead integer) RETURNS integer LANGUAGE plpgsql

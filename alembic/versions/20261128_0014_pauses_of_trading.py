@@ -27,7 +27,7 @@ def upgrade() -> None:
             sa.Boolean(),
             server_default=sa.true(),
             nullable=False,
-            comment="Always true: the primary key allows at most one pause",
+            comment="Primary key whose only value is true, so that there is at most one pause",
         ),
         sa.Column("reason", sa.Text(), nullable=False, comment="Reason of the pause"),
         sa.Column(

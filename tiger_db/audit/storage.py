@@ -42,8 +42,8 @@ def _member(name: str) -> str:
     PostgreSQL converts each value to JSON text, which Python does not parse, so that numbers keep
     all digits. The expression never calls functions or operators that other roles created in the
     schema, because functions are qualified with pg_catalog, and the types of operands match
-    operators of pg_catalog exactly. An enum is converted to text first, because to_json() of an
-    enum would use a cast from the enum to json.
+    operators of pg_catalog exactly. An enum is converted to text first: to_json() of an enum would
+    use a cast that somebody has created from the enum to json.
     """
     value = f"pg_catalog.to_json({name})::text"
     if name == "created_at":  # the time is printed in UTC, not in the session's time zone

@@ -160,9 +160,10 @@ class _Mismatch:
 class TrailVerifier:
     """A verification of seals and events that the caller adds one after another.
 
-    Add the seals in the order of seal numbers. After each seal, add the events that the seal
-    covers, in the order of positions. Set `database_time` before the first seal is added. If
-    `database_time` is earlier than the newest seal, the times of unsealed events are not checked.
+    Add the seals in the order of seal numbers. After each call of `add_seal`, call `add_event` for
+    the events that the seal covers, in the order of positions. Set `database_time` before the first
+    seal is added. If `database_time` is earlier than the newest seal, the times of unsealed events
+    are not checked.
 
     Raises:
         ConfigurationError: The list `keys` is empty.
@@ -230,7 +231,7 @@ class TrailVerifier:
         self._number, self._payload_digest = payload.number, seal.payload_digest
         expected = seal.event_digests(payload)
         if not seal.is_signed_by(self._keys):
-            self._find_forged("the seal is not signed with a given key")
+            self._find_forged("none of the given public keys has signed the seal")
         elif payload.retired is None and (
             len(seal.digests) != payload.event_count * DIGEST_BYTES
             or merkle_root(expected).hex() != payload.root
@@ -320,7 +321,7 @@ class TrailVerifier:
             self._report.count += 1
 
     def _close_seal(self) -> None:
-        """Record a mismatch for each event that the last seal covers, but that was not added."""
+        """Record a mismatch for each missing event that the last seal covers."""
         for position, digest in self._expected.items():
             if len(self._mismatches) < _REMEMBERED_EVENTS:
                 self._mismatches[position] = _Mismatch(self._number, digest)
@@ -344,7 +345,7 @@ class TrailVerifier:
         message = f"{_missing_seals(first, checkpoint.number)}, according to the checkpoint"
         if first == checkpoint.number and self._payload_digest != checkpoint.previous:
             kind = FindingKind.CHECKPOINT
-            message = f"seal {self._number} is not the seal before the checkpoint"
+            message = f"seal {self._number} is not the seal that precedes the checkpoint"
         self._find(self._upto + 1, kind, message, seal=first)
 
     def _explain_mismatches(self) -> None:

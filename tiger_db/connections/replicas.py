@@ -39,12 +39,12 @@ class _Replica:
 class Replicas:
     """The replicas of one `Database`, for readonly sessions.
 
-    The lag of a replica is measured by LSN, because a replica cannot measure its own lag. A replica
-    that lost its connection to the primary would measure no lag, although the primary may have
-    newer commits. While replicas are in use, the primary's current LSN is read up to twice per
-    `max_lag`. A replica is fresh if the replica has replayed an LSN that the primary had at most
-    `max_lag` ago. This machine's monotonic clock measures the age of an LSN. While the primary is
-    unavailable, replicas are used until all LSNs that were read are older than `max_lag`.
+    The lag of a replica is measured by comparing its LSN with the primary's LSN. A replica that
+    lost its connection to the primary cannot know that the primary has newer commits. While
+    replicas are in use, the primary's current LSN is read up to twice per `max_lag`. A replica is
+    fresh if the replica has replayed an LSN that the primary had at most `max_lag` ago. This
+    machine's monotonic clock measures the age of an LSN. While the primary is unavailable, replicas
+    are used until all LSNs that were read are older than `max_lag`.
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:

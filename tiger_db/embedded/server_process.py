@@ -9,12 +9,12 @@ A process ID is valid in one container only, but a flock is valid in all contain
 kernel. If a process can take the server lock, the previous holder of the server lock has ended,
 provided that one of two conditions is met:
 - The file system of `server.lock` is local. Only one kernel can mount a local file system.
-- The previous holder of the server lock was started since the last boot, and through the same
-  mount. A network file system may hide the locks of other machines and mounts.
+- The previous holder of the server lock was started after the last boot, and used the same mount.
+  A network file system may hide the locks of other machines and mounts.
 
 If a user or an older release started a server without the server lock, the server counts as running
 until its file `postmaster.pid` is removed. If a server crashed before its identity was recorded in
-`server.lock`, the server also counts as running.
+`server.lock`, the crashed server counts as running until `postmaster.pid` is removed.
 
 The functions in `tiger_db.embedded.server_process` raise EmbeddedError if a server does not start
 or stop in time, or if a server may be running in another container or on another machine.

@@ -132,7 +132,7 @@ def scripts() -> ScriptDirectory:
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration, with a connection for `alembic/env.py` or None."""
+    """Return Alembic's configuration. If `connection` is not None, `alembic/env.py` uses it."""
     config = Config(stdout=io.StringIO())
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")

@@ -42,9 +42,11 @@ def compare_server_default(
     _metadata_default: object,
     rendered_metadata_default: str | None,
 ) -> bool | None:
-    """Compare column defaults that call nextval() as text, because each call returns a new value.
+    """Compare column defaults that call nextval() by their texts, not by their values.
 
-    For any other column default, return None, so that Alembic compares the values of the defaults.
+    Each call of nextval() returns a new value.
+
+    For all other column defaults, return None: Alembic then compares the values of the defaults.
     """
     if inspected_default and inspected_default.startswith("nextval("):
         return inspected_default != rendered_metadata_default

@@ -58,7 +58,7 @@ FROM pg_proc WHERE pronamespace = :schema
     AND proname = ANY (CAST(:names AS text[])) AND prokind <> 'a' ORDER BY 1
 """)
 # `_OVERRIDES` finds casts of column types, and functions and operators with PostgreSQL's names,
-# which can change the effect of tiger_db's SQL. `_OVERRIDES` also finds a value of the setting
+# which can change the effect of tiger_db's SQL. The query `_OVERRIDES` also finds a setting of
 # session_replication_role that disables triggers.
 _OVERRIDES = text("""
 WITH of_columns AS (
@@ -165,7 +165,8 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
         if definition == expected:
             continue
         name = signature.partition("(")[0]
-        # A function that no trigger calls manages the partitions of audit_logs.
+        # One SQL function is called by no trigger: the function that manages the partitions of
+        # audit_logs.
         tables = sorted({t.table for t in TRIGGERS if f".{name}()" in t.action}) or ["audit_logs"]
         state = "is missing" if definition is None else _first_changes(expected, definition)
         yield SchemaDifference(

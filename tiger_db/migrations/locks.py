@@ -21,7 +21,7 @@ MIGRATION_LOCK_ID = 0x7469676572  # the ASCII codes of the text "tiger"
 def lock_key(number: int) -> str:
     """Return an SQL expression for the key of an advisory lock in the current schema.
 
-    In the schema `public`, the key is `number`, as in releases without `DB_SCHEMA`.
+    In the schema `public`, the key of the lock is `number`, as in releases without `DB_SCHEMA`.
     """
     return (
         f"CASE coalesce(current_schema(), 'public') WHEN 'public' THEN {number}"
@@ -160,7 +160,7 @@ async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) ->
             await asyncio.wait_for(done.wait(), _POLL_SECONDS)
         return done.is_set()
 
-    if await is_done():  # a short migration needs no query for blocking sessions
+    if await is_done():  # a short migration needs no query that finds blocking sessions
         return blockers
     # Errors of the query `_BLOCKERS` are ignored, because its result is used only in messages.
     with suppress(DatabaseUnavailable, DBAPIError):

@@ -266,7 +266,7 @@ class TigerAccount(MutableEntity, table=True):
         default=None, description="Secret key of institutional traders, encrypted"
     )
     license: TigerLicense | None = Field(
-        default=None, description="License of the account at Tiger"
+        default=None, description="License of the account at Tiger, such as TBHK"
     )
     environment: TigerEnvironment = Field(
         default=TigerEnvironment.PROD,

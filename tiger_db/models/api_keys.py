@@ -356,7 +356,7 @@ trading_pauses = Table(
         Boolean,
         primary_key=True,
         server_default=true(),
-        comment="Always true: the primary key allows at most one pause",
+        comment="Primary key whose only value is true, so that there is at most one pause",
     ),
     Column("reason", SQLText, nullable=False, comment="Reason of the pause"),
     Column(

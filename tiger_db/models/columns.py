@@ -116,8 +116,9 @@ class Json(JSONB):
 class OpenEnum(TypeDecorator[str]):
     """The SQL type of a column that stores members of an enum or other texts.
 
-    A stored text that equals the value of an enum member is read as that member. An unknown text,
-    stored by an application or a newer release of tiger_db, is read as a plain text.
+    A stored text that equals the value of an enum member is read as that member. A stored text that
+    is no member of the enum is read as a `str`. An application or a newer release of tiger_db can
+    store such a text.
     """
 
     impl = SQLText
@@ -248,7 +249,7 @@ class Tracked(Mutable):
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
-        # A copied or unpickled dict or list reports changes to no entity.
+        # A copied or unpickled dict or list belongs to no entity, so its changes are not tracked.
         return track, (_untracked(self),)
 
 

@@ -32,7 +32,7 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 from tiger_db.models.api_keys import parse_address
 from tiger_db.redaction import MASK, is_secret_name, redact_aggressively, redact_known
 
-NOTES = "_made_safe"  # key of the notes on converted values in `details`
+NOTES = "_made_safe"  # name of the field of `details` that lists converted values
 _ELLIPSIS = "…"
 # Limits of one JSON field: nesting depth, number of values, and number of characters
 _MAX_DEPTH = 32
@@ -44,7 +44,7 @@ _MAX_BITS = 1000
 # Limits of the notes on one event: number of notes, and length of one note in characters
 _MAX_NOTES = 50
 _MAX_NOTE = 300
-_MAX_SHOWN = 200  # maximum length of a value that a note quotes, in characters
+_MAX_SHOWN = 200  # maximum number of characters of a value that `_converted` quotes
 _INT64_LIMIT = 2**63
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")
@@ -257,8 +257,8 @@ class _Sanitizer:
             if self.is_full(path):
                 break
             match item:
-                # The value in a pair of a secret name and a value is masked, because the pair can
-                # be an item of `dict.items()`.
+                # In a pair such as `('password', 'abc')`, the second item is masked, because the
+                # pair can come from `dict.items()`.
                 case [str(name), secret] if is_secret_name(name) and not _is_harmless(name, secret):
                     item = [name, MASK]  # noqa: PLW2901  # the secret must not be converted
             result.append(self.json(item, (path, str(index)), depth + 1))
@@ -327,7 +327,7 @@ class _Sanitizer:
         if len(result) <= limit and len(text) <= _MAX_CHARACTERS:
             return result
         self.note(path, f"cut from {len(text)} characters")
-        # Cut the text where masking does not change the result, so that no mask is cut in two.
+        # Cut the text at a place that is not inside a mask.
         size, back = limit - 1, 16
         while (cut := result[: max(size, 0)] + _ELLIPSIS) != mask(cut) and size > 0:
             size, back = limit - 1 - back, back * 2

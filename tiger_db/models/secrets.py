@@ -87,7 +87,7 @@ def encrypt_secrets(mapper: Mapper[Any], row: Row) -> None:
 
 
 def _has_text(secret: EncryptedSecret, text: str, provider: KeyProvider | None) -> bool:
-    """Return whether a secret is the given text, encrypted with the current encryption key."""
+    """Return whether a secret has the given text, encrypted with the first encryption key."""
     try:
         current = provider is not None and secret.key_id == provider.key_ids[0]
         return current and secret.get_secret_value() == text

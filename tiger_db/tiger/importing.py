@@ -71,7 +71,7 @@ async def import_account(
     if token_file is not None:
         token = (await asyncio.to_thread(read_properties, token_file)).get("token")
         if token is None:
-            raise InvalidValue(f"{token_file}: the property token is missing")
+            raise InvalidValue(f"{token_file}: the property `token` is missing")
         given["access_token"] = _newer_token(values.get("token"), token)
     if name is not None:
         given["account_name"] = name

@@ -54,7 +54,7 @@ async def test_changing_an_unknown_account_raises_not_found(
 EXISTS = {
     "account_number": "an account with this account number already exists",
     "is_default_trading": "a default account for trading already exists",
-    "is_default_data": "a default account for data already exists",
+    "is_default_data": "a default account for market data already exists",
 }
 
 
