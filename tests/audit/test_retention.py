@@ -455,7 +455,8 @@ async def test_a_retirement_signed_with_another_key_is_a_forgery(
     assert [one.kind for one in found.findings].count(FindingKind.DELETED) == 9
     forgeries = [one for one in found.findings if one.kind is FindingKind.FORGED]
     assert [(one.seal, one.message) for one in forgeries] == [
-        (number, f"seal {number}: none of the given public keys has signed the seal") for number in (2, 3, 4)
+        (number, f"seal {number}: none of the given public keys has signed the seal")
+        for number in (2, 3, 4)
     ]
 
 

@@ -44,7 +44,7 @@ _MAX_BITS = 1000
 # Limits of the notes on one event: number of notes, and length of one note in characters
 _MAX_NOTES = 50
 _MAX_NOTE = 300
-_MAX_SHOWN = 200  # maximum number of characters of a value that `_converted` quotes
+_MAX_SHOWN = 200  # maximum length of a converted value that `details` quotes
 _INT64_LIMIT = 2**63
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")

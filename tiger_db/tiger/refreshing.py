@@ -37,8 +37,7 @@ async def refresh_token(account: TigerAccount) -> NewToken:
         RefreshLimited: the rate limit of Tiger for requests is reached.
         CredentialsRefused: the private key, the signature or the access token is refused by Tiger.
         AnswerLost: a token may have been issued, but Tiger's answer is missing or malformed.
-        RefreshFailed: the refresh failed, but Tiger did not refuse the credentials. The cause may be
-            temporary.
+        RefreshFailed: the refresh failed for a reason that may be temporary.
         ConfigurationError: the SDK of Tiger is not installed.
     """
     config = client_config(account)
