@@ -62,6 +62,12 @@ def events(cli: CommandLine, clone_settings: Settings) -> list[AuditLog]:
         {"action": AuditAction.DATA_QUERY, "user_id": "somebody"},
         {"action": AuditAction.DATA_QUERY, "ip_address": "10.1.2.3"},
         {"action": AuditAction.DATA_QUERY, "session_id": "s1", "request_id": "r1"},
+        {
+            "action": AuditAction.DATA_QUERY,
+            "user_type": "admin",
+            "error_code": "E1",
+            "tags": {"desk": "A"},
+        },
     ]
     rows = [AuditLog(**values) for values in given]
 
@@ -75,10 +81,10 @@ def events(cli: CommandLine, clone_settings: Settings) -> list[AuditLog]:
 @pytest.mark.slow
 @pytest.mark.schema_changes
 def test_events_are_filtered(cli: CommandLine, events: list[AuditLog]) -> None:
-    placed, cancelled, failed, critical, of_user, from_ip, in_session = (
+    placed, cancelled, failed, critical, of_user, from_ip, in_session, tagged = (
         str(event.id) for event in events
     )
-    queries = {failed, critical, of_user, from_ip, in_session}
+    queries = {failed, critical, of_user, from_ip, in_session, tagged}
     key = str(events[1].api_key_id)
     for options, wanted in (
         (("--action", "trade:place_order"), {placed}),
@@ -90,11 +96,20 @@ def test_events_are_filtered(cli: CommandLine, events: list[AuditLog]) -> None:
         (("--result", "error"), {failed}),
         (("--severity", "critical"), {critical}),
         (("--user", "somebody"), {of_user}),
-        (("--ip", "10.1.2.3"), {from_ip}),
-        (("--ip", "10.0.0.0/8"), {from_ip}),
+        (("--action", "trade,data:query"), {placed, cancelled} | queries),
+        (("--severity", "critical", "--result", "success, error"), {critical}),
+        (("--user", "nobody,somebody"), {of_user}),
+        (("--user", ""), set()),
+        (("--user-type", "admin"), {tagged}),
+        (("--error-code", "E0,E1"), {tagged}),
+        (("--tag", "desk"), {tagged}),
+        (("--tag", "desk=B", "--tag", "desk=A"), {tagged}),
+        (("--tag", "desk=B"), set()),
+        (("--ip-address", "10.1.2.3"), {from_ip}),
+        (("--ip-address", "11.0.0.0/8,10.0.0.0/8"), {from_ip}),
         (("--session-id", "s1"), {in_session}),
         (("--request-id", "r1"), {in_session}),
-        (("--user", "somebody", "--ip", "10.1.2.3"), set()),
+        (("--user", "somebody", "--ip-address", "10.1.2.3"), set()),
         (("--action", "trade", "--since", "1h"), {placed, cancelled}),
         (("--action", "trade", "--until", "1h"), set()),
         (("--action", "trade", "--since", "2099-01-01T00:00:00Z"), set()),
@@ -133,6 +148,13 @@ def test_events_are_listed_in_pages(cli: CommandLine, events: list[AuditLog]) ->
         after = ("--after", page["next_cursor"])
     assert seen == cli.ok("list-events", "--json").json["items"]
     assert len(seen) == len(events) + 2
+    before = ("--before", page["previous_cursor"])
+    previous = cli.ok("list-events", "--limit", "3", "--json", "--count", *before).json
+    assert previous["items"] == seen[-len(page["items"]) - 3 : -len(page["items"])]
+    assert previous["total"] == len(seen)
+    counted = cli.ok("list-events", "--limit", "3", "--count")
+    assert "number of rows on all pages: 10\n" in counted.err
+    assert "more rows follow: add --after" in counted.err
 
 
 @pytest.mark.schema_changes
@@ -164,9 +186,11 @@ def test_events_with_unknown_values_are_shown(cli: CommandLine, clone_settings: 
         listed = cli.ok("list-events", "--json", *option)
         assert [item["action"] for item in listed.json["items"]] == ["backup:run"]
         assert listed.err == ""
-    assert cli.ok("count-events", "--json").json["actions"] == {
-        "mcp:future": 1, "backup:run": 1
-    }  # fmt: skip
+    counted = cli.ok("count-events", "--json").json["items"]
+    assert counted == [
+        {"action": "backup:run", "result": "pending", "count": 1},
+        {"action": "mcp:future", "result": "deferred", "count": 1},
+    ]
     assert '"result":"deferred"' in cli.ok("export-events").out
 
 
@@ -184,11 +208,11 @@ def test_malformed_filters_are_refused(cli: CommandLine) -> None:
         ("--since", "2026-01-01T00:00:00", "zone"),
         ("--since", "2026-01-01", "zone"),
         ("--until", "0h", "30d"),
-        ("--result", "good", "--result"),
-        ("--severity", "urgent", "--severity"),
+        ("--result", "good", "choose from success"),
+        ("--severity", "urgent", "choose from low"),
     ):
         assert reason in cli.misused("list-events", option, value)
-    assert "IP address nor an IP network" in cli.fails("list-events", "--ip", "300.1.1.1")
+    assert "IP address nor an IP network" in cli.fails("list-events", "--ip-address", "300.1.1.1")
     assert "no account" in cli.fails("list-events", "--account", "nope")
     reason = cli.fails("list-events", "--api-key", "nope")
     assert "no API key" in reason
@@ -258,20 +282,23 @@ def test_events_are_counted(cli: CommandLine, clone_settings: Settings) -> None:
         *[{"action": AuditAction.DATA_QUERY}] * 3,
         {"action": AuditAction.TRADE_PLACE_ORDER, "result": AuditResult.ERROR},
     )
-    shown = cli.ok("count-events", "--json").json
-    (hour,) = shown.pop("hours").items()
-    assert shown == {
-        "actions": {"data:query": 3, "trade:place_order": 1},
-        "results": {"success": 3, "error": 1},
+    assert cli.ok("count-events", "--json").json == {
+        "items": [
+            {"action": "data:query", "result": "success", "count": 3},
+            {"action": "trade:place_order", "result": "error", "count": 1},
+        ],
+        "next_cursor": None,
     }
-    assert hour[1] == 4
-    at = datetime.fromisoformat(hour[0])
+    assert [line.split() for line in cli.ok("count-events").out.splitlines()] == [
+        ["Action", "Result", "Events"],
+        ["data:query", "success", "3"],
+        ["trade:place_order", "error", "1"],
+    ]
+    (hour,) = cli.ok("count-events", "--by", "hour", "--json").json["items"]
+    assert hour["count"] == 4
+    at = datetime.fromisoformat(hour["start"])
     assert (at.minute, at.utcoffset()) == (0, timedelta(0))
     assert timedelta(0) <= datetime.now(UTC) - at < timedelta(hours=1, minutes=5)
-    assert [line.split() for line in cli.ok("count-events").out.splitlines()] == [
-        ["Result", "Events"], ["success", "3"], ["error", "1"], [],
-        ["Action", "Events"], ["data:query", "3"], ["trade:place_order", "1"],
-    ]  # fmt: skip
     for last, bars, form in (
         ("6h", 7, "%m-%d %H:00"),
         ("2d", 49, "%m-%d %H:00"),
@@ -285,6 +312,39 @@ def test_events_are_counted(cli: CommandLine, clone_settings: Settings) -> None:
         assert all(line.split()[-1] == "0" for line in lines if line != full)
     for last in ("x", "0h", "-1h"):
         assert "--since" in cli.misused("count-events", "--since", last)
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+def test_events_are_counted_by_fields_with_filters(
+    cli: CommandLine, events: list[AuditLog]
+) -> None:
+    def counted(*options: str) -> list[list[str]]:
+        return [line.split() for line in cli.ok("count-events", *options).out.splitlines()]
+
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    assert counted("--by", "family", "--result", "success", "--limit", "1") == [
+        ["Family", "Events"], ["data", "5"]
+    ]  # fmt: skip
+    first, *rows = counted("--by", "day,account_id", "--action", "trade", "--since", "2d")
+    assert first == ["Day", "Account", "Events"]
+    assert sorted(row[2:] for row in rows) == [["1"], ["51230321", "1"]]
+    assert rows[-1][0] == today
+    assert counted("--by", "user_id", "--user", "somebody,nobody") == [
+        ["User", "Events"], ["somebody", "1"]
+    ]  # fmt: skip
+    assert counted("--until", "1h") == []
+    chart = counted("--chart", "--by", "ip_address", "--action", "data")
+    assert [(row[0], row[-1]) for row in chart] == [("none", "5"), ("10.1.2.3", "1")]
+    assert len(counted("--chart", "--by", "day")) in {2, 3}
+    (item,) = cli.ok("count-events", "--by", "api_key_id,action", "--action", "trade:cancel_order",
+                     "--json").json["items"]  # fmt: skip
+    assert item == {
+        "api_key_id": str(events[1].api_key_id), "action": "trade:cancel_order", "count": 1
+    }  # fmt: skip
+    for by in ("month", "hour,day", "action,action"):
+        assert "choose from hour, day, action" in cli.misused("count-events", "--by", by)
+    assert "--by" in cli.misused("count-events", "--chart", "--by", "day,action")
 
 
 @asynccontextmanager
@@ -411,7 +471,7 @@ def test_follow_shows_all_events_after_its_first_message(
 
 
 def test_follow_refuses_an_end(cli: CommandLine) -> None:
-    for option in (("--until", "1h"), ("--after", "x")):
+    for option in (("--until", "1h"), ("--after", "x"), ("--before", "x"), ("--count",)):
         assert "--follow" in cli.misused("list-events", "--follow", *option)
     assert "no account" in cli.fails("list-events", "-f", "--account", "nope")
-    assert "IP address nor an IP network" in cli.fails("list-events", "-f", "--ip", "300.1.1.1")
+    assert "IP address nor an IP network" in cli.fails("list-events", "-f", "--ip-address", "x")

@@ -16,6 +16,7 @@ from tests.support.terminal import Terminal
 from tiger_db import models as enums
 from tiger_db.cli import accounts, audit_events, refreshes
 from tiger_db.crud import pagination
+from tiger_db.crud.audit_logs import EventDimension
 from tiger_db.tiger import parse_private_key
 
 
@@ -37,12 +38,17 @@ def pem() -> str:
         (accounts.Licenses, enums.TigerLicense),
         (accounts.Environments, enums.TigerEnvironment),
         (accounts.Markets, enums.MarketPermission),
-        (audit_events.Results, enums.AuditResult),
-        (audit_events.Severities, enums.AuditSeverity),
     ],
 )
 def test_choices_are_the_values_of_the_enum(choices: object, enum: type[StrEnum]) -> None:
     assert list(get_args(choices)) == [member.value for member in enum]
+
+
+def test_the_help_names_all_results_and_severities_and_groups_of_events() -> None:
+    for name, enum in (("result", enums.AuditResult), ("severity", enums.AuditSeverity)):
+        (option,) = audit_events._FILTERS[name].__metadata__
+        assert f": {', '.join(enum)}, with commas" in option.help
+    assert {*audit_events._DIMENSIONS} == {*get_args(EventDimension)}
 
 
 def test_some_options_have_fewer_choices() -> None:

@@ -305,7 +305,8 @@ def show_api_key(
                 f" {limit.resets_at:%Y-%m-%d %H:%MZ}"
             )
     if hours:
-        output.show_bars(output.count_by_period(hours, start, now))
+        unit = output.unit_of_chart(start, now)
+        output.show_bars(output.count_by_period(hours, start, now, unit))
     else:
         output.print_message(f"the API key has not been used since {start:%Y-%m-%d %H:%MZ}")
 

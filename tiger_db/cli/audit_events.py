@@ -1,11 +1,13 @@
 """Commands that read the audit trail: list, follow, count and export events."""
 
+import inspect
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
@@ -16,105 +18,127 @@ from tiger_db.cli import options, output, runtime
 from tiger_db.errors import NotFound
 
 if TYPE_CHECKING:
-    from tiger_db.crud.audit_logs import EventFilters
+    from tiger_db.crud.audit_logs import EventCount, EventDimension, EventFieldFilters
+    from tiger_db.crud.filters import Tag
     from tiger_db.database import AsyncSession
 
-    FindCriteria = Callable[[AsyncSession], Awaitable[EventFilters]]
+    FindFilters = Callable[[AsyncSession], Awaitable[EventFieldFilters]]
 
+S = TypeVar("S", bound=StrEnum)
 T = TypeVar("T")
-Results = Literal["success", "failure", "partial", "error", "pending"]
-Severities = Literal["low", "medium", "high", "critical"]
+C_ = TypeVar("C_", bound=Callable[..., None])
 PANEL = "Audit trail"
 
-Since = Annotated[str | None, options.SINCE]
-Until = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TIME", help="End of the period: a time or an age, written as for --since."
-    ),
-]
-Action = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Select only events of this action (trade:place_order) or family of actions (trade)."
-    ),
-]
-ResultOption = Annotated[
-    Results | None, typer.Option("--result", help="Select only events with this result.")
-]
-Severity = Annotated[Severities | None, typer.Option(help="Select only events with this severity.")]
-ApiKey = Annotated[
-    str | None, typer.Option(help="Select only events of the API key with this prefix or id.")
-]
-User = Annotated[str | None, typer.Option(help="Select only events of the user with this id.")]
-Ip = Annotated[
-    str | None,
-    typer.Option(help="Select only events from this IP address or network, such as 10.0.0.0/8."),
-]
-Session = Annotated[
-    str | None, typer.Option("--session-id", help="Select only events of the session with this id.")
-]
-Request = Annotated[
-    str | None, typer.Option("--request-id", help="Select only events of the request with this id.")
-]
-Resource = Annotated[
-    str | None,
-    typer.Option(
-        help="Select only events of the resource with this type, with this id, or with TYPE/ID."
-    ),
-]
-Details = Annotated[
-    str | None,
-    typer.Option(
-        metavar="JSON",
-        help='Select only events whose details contain a JSON object, such as {"symbol": "AAPL"}.',
-    ),
-]
+
+def _several(what: str, metavar: str = "TEXT") -> Any:  # noqa: ANN401  # a type that typer reads
+    """Return the type of a filter option with one value or several values."""
+    help_text = f"Select only events {what}, separated by commas."
+    return Annotated[list[str] | None, typer.Option(metavar=metavar, help=help_text)]
+
+
+# The options of these names and types are the filters of events.
+_FILTERS: dict[str, Any] = {
+    "since": Annotated[str | None, options.SINCE],
+    "until": Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="End of the period: a time or an age, written as for --since."
+        ),
+    ],
+    "action": _several("of these actions (trade:place_order) or families of actions (trade)"),
+    "result": _several("with one of these results: success, failure, partial, error, pending"),
+    "severity": _several("with one of these severities: low, medium, high, critical"),
+    "account": _several("of the accounts with these numbers or ids"),
+    "api_key": _several("of the API keys with these prefixes or ids"),
+    "user": _several("of the users with these ids"),
+    "user_type": _several("of users of these types, such as admin"),
+    "ip_address": _several("from these IP addresses or networks, such as 10.0.0.0/8"),
+    "session_id": _several("of the sessions with these ids"),
+    "request_id": _several("of the requests with these ids"),
+    "resource": _several("of the resources with these types, ids, or TYPE/ID"),
+    "error_code": _several("with one of these error codes"),
+    "tag": _several("with one of these tags, of any value or of the given value", "NAME[=VALUE]"),
+    "details": Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='Select only events whose details contain a JSON object: {"symbol": "AAPL"}.',
+        ),
+    ],
+}
+# The values of --by, with the heading of each in a table.
+_DIMENSIONS: dict["EventDimension", str] = {
+    "hour": "Hour",
+    "day": "Day",
+    "action": "Action",
+    "family": "Family",
+    "result": "Result",
+    "severity": "Severity",
+    "account_id": "Account",
+    "api_key_id": "API key",
+    "user_id": "User",
+    "ip_address": "IP address",
+}
 app = typer.Typer()
 
 
+def _with_filters(command: C_) -> C_:
+    """Give a command the options in `_FILTERS`, which the command collects with `**`."""
+    signature = inspect.signature(command)
+    own = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _FILTERS.items()
+        if name not in own
+    ]
+    command.__signature__ = signature.replace(parameters=[*own.values(), *shared])  # type: ignore[attr-defined]  # typer reads it
+    return command
+
+
 @app.command(rich_help_panel=PANEL)
+@_with_filters
 def list_events(
     *,
-    since: Since = None,
-    until: Until = None,
-    action: Action = None,
-    result: ResultOption = None,
-    severity: Severity = None,
-    account: options.AccountOption = None,
-    api_key: ApiKey = None,
-    user: User = None,
-    ip: Ip = None,
-    session_id: Session = None,
-    request_id: Request = None,
-    resource: Resource = None,
-    details: Details = None,
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
+    before: options.Before = None,
+    count: options.Count = False,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Wait for new events, and show each new event.")
     ] = False,
     as_json: options.AsJson = False,
+    **filters: Any,  # noqa: ANN401  # the options in _FILTERS
 ) -> None:
     """List the audit events that match all options, newest first.
 
     With --follow, the command shows only new events. With --follow and --json, the command prints
     each event as one line of JSON.
     """
-    find_criteria = _parse_filters(locals())
+    since, until = _parse_period(filters)
+    find_filters = _parse_filters(filters)
     if follow:
-        if until is not None or after is not None:
+        if until is not None or after is not None or before is not None or count:
             raise typer.BadParameter(
-                "--follow cannot be combined with --until or --after", param_hint="--follow"
+                "--follow cannot be combined with --until, --after, --before or --count",
+                param_hint="--follow",
             )
-        runtime.with_database(lambda database: _follow(database, find_criteria, as_json=as_json))
+        runtime.with_database(
+            lambda database: _follow(database, since, find_filters, as_json=as_json)
+        )
         return
 
     async def find(
         session: "AsyncSession",
     ) -> "tuple[tiger_db.Page[tiger_db.AuditLog], dict[UUID | None, str]]":
         page = await tiger_db.crud.audit_logs.search(
-            session, **await find_criteria(session), after=after, limit=limit
+            session,
+            since=since,
+            until=until,
+            **await find_filters(session),
+            after=after,
+            before=before,
+            limit=limit,
+            count=count,
         )
         return page, await runtime.account_numbers(
             session, (event.tiger_account_id for event in page)
@@ -139,14 +163,19 @@ def _columns(
 
 
 async def _follow(
-    database: "tiger_db.Database", find_criteria: "FindCriteria", *, as_json: bool
+    database: "tiger_db.Database",
+    since: datetime | None,
+    find_filters: "FindFilters",
+    *,
+    as_json: bool,
 ) -> None:
     async with database.session() as session:
-        criteria = await find_criteria(session)
+        filters = await find_filters(session)
     following = tiger_db.audit.follow(
         database,
         begun=lambda: output.print_message("waiting for new events; press Ctrl-C to stop"),
-        **criteria,
+        since=since,
+        **filters,
     )
     async with aclosing(following) as events:
         async for event in events:
@@ -160,36 +189,91 @@ async def _follow(
 
 
 @app.command(rich_help_panel=PANEL)
+@_with_filters
 def count_events(
     *,
-    since: Annotated[str, options.SINCE] = "24h",
-    chart: Annotated[
-        bool,
+    by: Annotated[
+        str | None,
         typer.Option(
-            "--chart", help="Draw a bar chart of the number of events in each hour or day."
+            metavar="NAMES",
+            help="Group the events by these fields, separated by commas: hour, day, action, family,"
+            " result, severity, account_id, api_key_id, user_id or ip_address. Default:"
+            " action,result.",
         ),
+    ] = None,
+    since: Annotated[str, options.SINCE] = "24h",
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Maximum number of groups.")
+    ] = None,
+    chart: Annotated[
+        bool, typer.Option("--chart", help="Draw a bar chart with a bar for each group.")
     ] = False,
     as_json: options.AsJson = False,
+    **filters: Any,  # noqa: ANN401  # the options in _FILTERS
 ) -> None:
-    """Count the audit events by result and by action. With --chart, count events by hour or day."""
-    until, start = datetime.now(UTC), options.parse_past(since, "--since")
-    counts = runtime.in_transaction(
-        lambda session: tiger_db.crud.audit_logs.statistics(session, since=start)
-    )
+    """Count the audit events that match all options, in groups such as one group for each action.
+
+    With --chart, the events are grouped by one field only. The default of a chart is one bar for
+    each hour or day.
+    """
+    now = datetime.now(UTC)
+    start = options.parse_past(since, "--since")
+    _, until = _parse_period(filters)
+    find_filters = _parse_filters(filters)
+    dimensions = _parse_dimensions(by)
+    if chart and len(dimensions) > 1:
+        raise typer.BadParameter("a chart shows the groups of one field only", param_hint="--by")
+    if not dimensions:
+        dimensions = [output.unit_of_chart(start, until or now)] if chart else ["action", "result"]
+
+    async def find(
+        session: "AsyncSession",
+    ) -> "tuple[list[EventCount], dict[UUID | None, str]]":
+        found = await tiger_db.crud.audit_logs.statistics(
+            session,
+            by=dimensions,
+            since=start,
+            until=until,
+            limit=limit,
+            **await find_filters(session),
+        )
+        numbers = await runtime.account_numbers(session, (group.account_id for group in found))
+        return found, numbers
+
+    found, numbers = runtime.in_transaction(find)
+    fields = ["start" if name in ("hour", "day") else name for name in dimensions]
+    items = [{name: getattr(group, name) for name in (*fields, "count")} for group in found]
     if as_json:
-        hours = {hour.isoformat(): count for hour, count in counts.hours.items()}
-        output.print_json({"actions": counts.actions, "results": counts.results, "hours": hours})
-    elif not counts.actions:
+        output.print_values(items)
+        return
+    for item in items:
+        if "account_id" in item:
+            item["account_id"] = numbers.get(item["account_id"])
+    if not found:
         output.print_message("no events found")
-    elif chart:
-        output.show_bars(output.count_by_period(counts.hours, start, until))
+    elif not chart:
+        headings = [_DIMENSIONS[name] for name in dimensions]
+        output.show_table([*headings, "Events"], [list(item.values()) for item in items])
+    elif (unit := dimensions[0]) in ("hour", "day"):
+        starts = {group.start: group.count for group in found if group.start is not None}
+        output.show_bars(output.count_by_period(starts, start, until or now, unit))
     else:
-        output.show_table(("Result", "Events"), list(counts.results.items()))
-        typer.echo()
-        output.show_table(("Action", "Events"), list(counts.actions.items()))
+        (name,) = fields
+        output.show_bars({str(item[name] or "none"): item["count"] for item in items})
+
+
+def _parse_dimensions(names: str | None) -> "list[EventDimension]":
+    wanted = options.split_words(names)
+    found = [name for name in _DIMENSIONS if name in wanted]
+    if len(found) != len(wanted) or {"hour", "day"} <= {*wanted}:
+        raise typer.BadParameter(
+            f"choose from {', '.join(_DIMENSIONS)}, and not both hour and day", param_hint="--by"
+        )
+    return sorted(found, key=wanted.index)
 
 
 @app.command(rich_help_panel=PANEL)
+@_with_filters
 def export_events(
     *,
     out: options.Out = None,
@@ -198,26 +282,15 @@ def export_events(
         Literal["jsonl", "csv"],
         typer.Option("--format", help="Format of the export, JSON Lines or CSV."),
     ] = "jsonl",
-    since: Since = None,
-    until: Until = None,
-    action: Action = None,
-    result: ResultOption = None,
-    severity: Severity = None,
-    account: options.AccountOption = None,
-    api_key: ApiKey = None,
-    user: User = None,
-    ip: Ip = None,
-    session_id: Session = None,
-    request_id: Request = None,
-    resource: Resource = None,
-    details: Details = None,
+    **filters: Any,  # noqa: ANN401  # the options in _FILTERS
 ) -> None:
     """Export all audit events that match all options, oldest first.
 
     Without filters, an export as JSON Lines also contains the seals that `verify-audit --from`
     needs.
     """
-    find_criteria = _parse_filters(locals())
+    since, until = _parse_period(filters)
+    find_filters = _parse_filters(filters)
     count = 0
 
     async def export(database: "tiger_db.Database", file: IO[str]) -> None:
@@ -229,8 +302,10 @@ def export_events(
                 update(description=output.count_of(count, "event"))
 
             async with database.session() as session:
-                criteria = await find_criteria(session)
-            exported = tiger_db.audit.export(database, form=form, advance=advance, **criteria)
+                given = await find_filters(session)
+            exported = tiger_db.audit.export(
+                database, form=form, advance=advance, since=since, until=until, **given
+            )
             async with aclosing(exported) as lines:
                 async for line in lines:
                     file.write(line)
@@ -242,45 +317,58 @@ def export_events(
     output.print_message(f"exported {output.count_of(count, 'event')}")
 
 
-def _parse_filters(given: dict[str, Any]) -> "FindCriteria":
-    """Parse the filter options of a command, and return a function that returns search criteria.
+def _parse_period(given: Mapping[str, Any]) -> tuple[datetime | None, datetime | None]:
+    """Parse the options --since and --until. A missing option becomes None."""
+    since, until = (
+        options.parse_past(text, f"--{name}") if (text := given.get(name)) is not None else None
+        for name in ("since", "until")
+    )
+    return since, until
+
+
+def _parse_filters(given: Mapping[str, Any]) -> "FindFilters":
+    """Parse the filter options of a command, and return a function that returns the filters.
 
     The returned function looks up account numbers and API key prefixes in the database. The
     function does not look up ids, because audit events stay when accounts and API keys are deleted.
     """
-    start, end = (
-        options.parse_past(text, f"--{name}") if (text := given[name]) is not None else None
-        for name in ("since", "until")
-    )
-    actions = _parse_actions(given["action"]) if given["action"] else None
-    details = _parse_details(given["details"])
-    result, severity = given["result"], given["severity"]
-    account, api_key = given["account"], given["api_key"]
+    words = {
+        name: [word for text in texts for word in options.split_words(text)]
+        for name, texts in given.items()
+        if isinstance(texts, list)
+    }
+    parsed: EventFieldFilters = {
+        "action": _parse_actions(words.get("action")),
+        "result": _parse_members(tiger_db.AuditResult, words, "result"),
+        "severity": _parse_members(tiger_db.AuditSeverity, words, "severity"),
+        "user_id": words.get("user"),
+        "user_type": words.get("user_type"),
+        "ip_address": words.get("ip_address"),
+        "session_id": words.get("session_id"),
+        "request_id": words.get("request_id"),
+        "resource": words.get("resource"),
+        "error_code": words.get("error_code"),
+        "tags": _parse_tags(words.get("tag")),
+        "details": _parse_details(given["details"]),
+    }
 
-    async def find_criteria(session: "AsyncSession") -> "EventFilters":
-        account_id = runtime.parse_uuid(account or "")
-        if account is not None and account_id is None:
-            account_id = (await _find(runtime.find_account(session, account), "account")).id
-        key_id = runtime.parse_uuid(api_key or "")
-        if api_key is not None and key_id is None:
-            key_id = (await _find(runtime.find_api_key(session, api_key), "api_key")).id
-        return {
-            "since": start,
-            "until": end,
-            "action": actions,
-            "result": tiger_db.AuditResult(result) if result else None,
-            "severity": tiger_db.AuditSeverity(severity) if severity else None,
-            "account_id": account_id,
-            "api_key_id": key_id,
-            "user_id": given["user"],
-            "ip_address": given["ip"],
-            "session_id": given["session_id"],
-            "request_id": given["request_id"],
-            "resource": given["resource"],
-            "details": details,
-        }
+    async def find_filters(session: "AsyncSession") -> "EventFieldFilters":
+        filters = parsed.copy()
+        if (accounts := words.get("account")) is not None:
+            filters["account_id"] = [
+                runtime.parse_uuid(text)
+                or (await _find(runtime.find_account(session, text), "account")).id
+                for text in accounts
+            ]
+        if (keys := words.get("api_key")) is not None:
+            filters["api_key_id"] = [
+                runtime.parse_uuid(text)
+                or (await _find(runtime.find_api_key(session, text), "api_key")).id
+                for text in keys
+            ]
+        return filters
 
-    return find_criteria
+    return find_filters
 
 
 async def _find(search: Awaitable[T], family: str) -> T:
@@ -313,12 +401,28 @@ def _parse_details(text: str | None) -> dict[str, Any] | None:
     return details
 
 
-def _parse_actions(names: Sequence[str]) -> Sequence[str]:
+def _parse_members(enum: type[S], words: Mapping[str, list[str]], name: str) -> list[S] | None:
+    if name not in words:
+        return None
+    return options.parse_members(enum, ",".join(words[name]), f"--{name}")
+
+
+def _parse_tags(texts: Sequence[str] | None) -> "list[Tag] | None":
+    """Parse tags such as `desk` and `desk=A`."""
+    if texts is None:
+        return None
+    parts = [text.partition("=") for text in texts]
+    return [{name: value} if equals else name for name, equals, value in parts]
+
+
+def _parse_actions(names: Sequence[str] | None) -> Sequence[str] | None:
     """Check that each name has the form of an action, such as `a:b`, or of a family, such as `a`.
 
     Print a warning for each name that may be misspelt. An unknown action is not an error, because
     applications and newer releases of tiger_db can record other actions.
     """
+    if names is None:
+        return None
     known = {*tiger_db.AuditAction, *(action.family for action in tiger_db.AuditAction)}
     for name in names:
         if not tiger_db.crud.audit_logs.queries.ACTION_OR_FAMILY.fullmatch(name):

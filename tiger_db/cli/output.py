@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -68,6 +68,13 @@ def open_output(path: Path | None, *, overwrite: bool) -> Iterator[IO[str]]:
 
 def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_values(items: Sequence[Mapping[str, object]]) -> None:
+    """Print a list of mappings as JSON. The values can be times, ids or addresses."""
+    from pydantic_core import to_jsonable_python  # noqa: PLC0415  # slow import, see `--help`
+
+    print_json({"items": to_jsonable_python(items), "next_cursor": None})
 
 
 def dump(row: "Entity") -> dict[str, Any]:
@@ -186,6 +193,7 @@ def show_fields(fields: Mapping[str, object]) -> None:
 
 def show_bars(counts: Mapping[str, int]) -> None:
     """Print a bar chart of counts."""
+    counts = {_escape(name): count for name, count in counts.items()}
     greatest = max([*counts.values(), 1])
     room = min(_console().width, _MAX_CHART_WIDTH) - 2 * _COLUMN_GAP
     room -= max(map(len, counts)) + len(f"{greatest:,}")
@@ -199,22 +207,31 @@ def show_bars(counts: Mapping[str, int]) -> None:
     _console().print(table)
 
 
-def count_by_period(
-    hours: Mapping[datetime, int], since: datetime, until: datetime
-) -> dict[str, int]:
-    """Return the counts of a period by hour, or by day if the period is longer than two days.
+def unit_of_chart(since: datetime, until: datetime) -> Literal["hour", "day"]:
+    """Return the time that each bar of a chart stands for: an hour up to two days, else a day."""
+    return "hour" if until - since <= 2 * _DAY else "day"
 
-    Hours and days without a count have the count 0.
+
+def count_by_period(
+    starts: Mapping[datetime, int],
+    since: datetime,
+    until: datetime,
+    unit: Literal["hour", "day"],
+) -> dict[str, int]:
+    """Return the count of each hour or day from `since` to `until`, by the name of a bar.
+
+    `starts` has the counts by the start of the hour or day. Hours and days without a count have the
+    count 0.
     """
-    by_hour = until - since <= 2 * _DAY
+    by_hour = unit == "hour"
     step, form = (timedelta(hours=1), "%m-%d %H:00") if by_hour else (_DAY, "%Y-%m-%d")
     time = since.replace(minute=0, second=0, microsecond=0)
     counts: Counter[str] = Counter()
     while time <= until:
         counts[f"{time:{form}}"] = 0
         time += step
-    for hour, count in hours.items():
-        counts[f"{hour:{form}}"] += count
+    for start, count in starts.items():
+        counts[f"{start:{form}}"] += count
     return dict(counts)
 
 

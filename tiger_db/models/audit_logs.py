@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Optional, Self
 from uuid import UUID
 
 from annotated_types import MaxLen
@@ -18,7 +18,7 @@ from pydantic import (
 from sqlalchemy import BigInteger, CheckConstraint, Column, Index, LargeBinary, Table, func, text
 from sqlalchemy import Text as SQLText
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlmodel import Field
+from sqlmodel import Field, Relationship
 
 from tiger_db.models.api_keys import parse_address
 from tiger_db.models.base import Entity
@@ -37,6 +37,9 @@ from tiger_db.models.event_sanitizer import sanitize_event
 
 if TYPE_CHECKING:
     import asyncpg
+
+    from tiger_db.models.accounts import TigerAccount
+    from tiger_db.models.api_keys import APIKey
 
 
 class AuditAction(StrEnum):
@@ -175,6 +178,18 @@ Action = Annotated[
 ]
 
 
+def _referenced(entity: str, column: str) -> dict[str, Any]:
+    """Return the options of a view-only relationship to the entity whose id is in a column.
+
+    The column has no foreign key, so the related object is None if its row has been deleted.
+    """
+    return {
+        "lazy": "raise",
+        "viewonly": True,
+        "primaryjoin": f"foreign(AuditLog.{column}) == {entity}.id",
+    }
+
+
 _BRIN: dict[str, Any] = {"postgresql_with": {"pages_per_range": 32, "autosummarize": True}}
 
 
@@ -182,8 +197,9 @@ class AuditLog(Entity, table=True):
     """One audit event. Events are append-only.
 
     The table audit_logs has no foreign keys, so that events remain when an account or API key is
-    deleted. Secrets are masked. Values that PostgreSQL cannot store are converted, and the field
-    `details` contains notes on the conversions.
+    deleted. The relationships `tiger_account` and `api_key` are view-only. They are None if the
+    account or API key is deleted. Secrets are masked. Values that PostgreSQL cannot store are
+    converted, and the field `details` contains notes on the conversions.
 
     The attribute `action` is a plain text if the action is not a member of `AuditAction`. An
     unknown `result` or `severity`, which a newer release of tiger_db recorded, is read as a plain
@@ -292,6 +308,14 @@ class AuditLog(Entity, table=True):
         nullable=False,
         sa_column_kwargs={"server_default": text("nextval('audit_logs_position_seq'::regclass)")},
         description="Position in the order of the inserts; rolled-back transactions leave gaps",
+    )
+
+    # The annotations use Optional, because SQLModel cannot resolve a relationship type with `|`.
+    tiger_account: Optional["TigerAccount"] = Relationship(
+        sa_relationship_kwargs=_referenced("TigerAccount", "tiger_account_id")
+    )
+    api_key: Optional["APIKey"] = Relationship(
+        sa_relationship_kwargs=_referenced("APIKey", "api_key_id")
     )
 
     # With mode="before", the assignment of one field would pass all values of the event to

@@ -114,8 +114,18 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.sqlmodel_update({name: value})
 
     def _relate(self, name: str, value: object) -> None:
-        """Assign related objects. Raise InvalidFields if a related object has the wrong class."""
+        """Assign related objects to a relationship.
+
+        Raises:
+            InvalidFields: a related object has the wrong class, or the relationship is view-only.
+        """
         relationship = object_mapper(self).relationships[name]
+        if relationship.viewonly:
+            columns = ", ".join(column.name for column in relationship.local_columns)
+            read_only = PydanticCustomError(
+                "read_only", "The relationship is view-only: set {columns}", {"columns": columns}
+            )
+            raise InvalidFields.of(type(self).__name__, [((name,), read_only)])
         kind = relationship.mapper.class_
         items = value if relationship.uselist else [] if value is None else [value]
         if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):

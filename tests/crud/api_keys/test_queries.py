@@ -172,11 +172,11 @@ async def test_usage_of_all_keys_is_counted_by_time_key_and_account(session: Asy
         return [(group.count, group.api_key_id, group.account_id) for group in found]
 
     top = [(39, busy.id, None), (20, unbound.id, None), (3, quiet.id, None)]
-    assert await counted("key") == top
-    assert await counted(["key"], limit=2) == top[:2]
-    assert await counted("account") == [(42, None, account.id), (20, None, None)]
-    assert await counted({"account", "key"}, quiet.id) == [(3, quiet.id, account.id)]
-    days = await api_keys.usage(session, by=("day", "key"), since=since)
+    assert await counted("api_key_id") == top
+    assert await counted(["api_key_id"], limit=2) == top[:2]
+    assert await counted("account_id") == [(42, None, account.id), (20, None, None)]
+    assert await counted({"account_id", "api_key_id"}, quiet.id) == [(3, quiet.id, account.id)]
+    days = await api_keys.usage(session, by=("day", "api_key_id"), since=since)
     assert sum(group.count for group in days) == 62
     assert {group.start.hour for group in days if group.start is not None} == {0}
     starts = [group.start for group in days if group.start is not None]

@@ -16,6 +16,7 @@ from tiger_db.crud.api_keys.pausing import TradingPause, current_pause, is_pause
 from tiger_db.crud.api_keys.queries import (
     APIKeyFilters,
     UsageCount,
+    UsageDimension,
     find_by_raw_key,
     get,
     get_by_prefix,
@@ -34,6 +35,7 @@ __all__ = [
     "Limit",
     "TradingPause",
     "UsageCount",
+    "UsageDimension",
     "activate",
     "authorize_api_key",
     "create_api_key",

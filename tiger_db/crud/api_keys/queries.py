@@ -35,7 +35,7 @@ from tiger_db.models import APIKey, APIKeyScope, APIKeyStatus
 from tiger_db.models.api_keys import api_key_usage
 from tiger_db.public import public
 
-UsageDimension: TypeAlias = Literal["hour", "day", "key", "account"]
+UsageDimension: TypeAlias = Literal["hour", "day", "api_key_id", "account_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +256,9 @@ async def usage(
     """Count the accepted uses of one API key, or of all API keys, since the aware datetime `since`.
 
     The uses are grouped by hour or day (UTC), by API key, by account, or by a combination such as
-    `("day", "key")`. Groups without uses are omitted. Groups with a time are sorted by time. Groups
-    with the same time, and groups without a time, are sorted by count, highest count first. If
-    `limit` is given, only the first `limit` groups are returned.
+    `("day", "api_key_id")`. Groups without uses are omitted. Groups with a time are sorted by time.
+    Groups with the same time, and groups without a time, are sorted by count, highest count first.
+    If `limit` is given, only the first `limit` groups are returned.
 
     tiger_db stores one count per API key and hour, so the hour that contains `since` is counted as
     a whole. Uses of the last second can be missing, because tiger_db writes usage counts once per
@@ -273,14 +273,15 @@ async def usage(
     wanted = set(as_list(by))
     if not wanted or {"hour", "day"} <= wanted:
         raise InvalidValue(
-            "by must name at least one of hour, day, key and account, and not both hour and day"
+            "by must name at least one of hour, day, api_key_id and account_id,"
+            " and not both hour and day"
         )
     counts = api_key_usage.c
     columns = {
         "day": func.date_trunc("day", counts.hour, "UTC").label("start"),
         "hour": counts.hour.label("start"),
-        "key": counts.api_key_id,
-        "account": inspect(APIKey).columns.tiger_account_id.label("account_id"),
+        "api_key_id": counts.api_key_id,
+        "account_id": inspect(APIKey).columns.tiger_account_id.label("account_id"),
     }
     groups = [column for name, column in columns.items() if name in wanted]
     total = func.sum(counts.count).cast(BigInteger).label("count")

@@ -1,8 +1,10 @@
 """CRUD functions that record, search and count audit events. Recorded events never change."""
 
 from tiger_db.crud.audit_logs.queries import (
+    EventCount,
+    EventDimension,
+    EventFieldFilters,
     EventFilters,
-    Statistics,
     get,
     get_recent_events,
     get_security_events,
@@ -20,11 +22,13 @@ from tiger_db.crud.audit_logs.recording import (
 )
 
 __all__ = [
+    "EventCount",
+    "EventDimension",
+    "EventFieldFilters",
     "EventFields",
     "EventFilters",
     "IntentFields",
     "SessionSource",
-    "Statistics",
     "get",
     "get_recent_events",
     "get_security_events",

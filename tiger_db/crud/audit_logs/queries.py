@@ -1,31 +1,40 @@
 """Get, search and count audit events."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import TypeAlias, TypedDict, Unpack
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, Text, cast, false, func, or_, select
+from sqlalchemy import ColumnElement, SQLColumnExpression, Text, cast, false, func, or_, select
 from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
-from tiger_db.crud.common import (
-    fetch_one,
-)
+from tiger_db.crud.common import fetch_one
 from tiger_db.crud.filters import Filters, OneOrMore, Tag, as_list, contains, has_tag, one_of
-from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, paginate
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, check_limit, paginate
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.api_keys import parse_network
 from tiger_db.public import public
 
 Network: TypeAlias = str | IPv4Address | IPv6Address | IPv4Network | IPv6Network
+EventDimension: TypeAlias = Literal[
+    "hour",
+    "day",
+    "action",
+    "family",
+    "result",
+    "severity",
+    "account_id",
+    "api_key_id",
+    "user_id",
+    "ip_address",
+]
 ACTION_OR_FAMILY = re.compile("[a-z][a-z0-9_]*(:[a-z][a-z0-9_]*)?")
 
 
@@ -35,22 +44,18 @@ async def get(session: AsyncSession, event_id: UUID) -> AuditLog | None:
     return await fetch_one(session, select(AuditLog).where(col(AuditLog.id) == event_id))
 
 
-class EventFilters(TypedDict, total=False):
-    """The filters of a list of audit events.
+class EventFieldFilters(TypedDict, total=False):
+    """The filters of audit events, except for the filters of the time.
 
     A filter with several values selects the events that have one or more of the values. A filter
     with the value None selects all events. A filter with an empty collection selects no event.
 
-    `since` and `until` are aware datetimes, and select the events from `since` (inclusive) to
-    `until` (exclusive). A value of `action` is an action or a family of actions. A value of
-    `ip_address` is an IP address, or a network that contains the IP address of an event. A value of
-    `resource` is a resource type, a resource id, or `type/id`. A value of `tags` is the name of a
-    tag, or a mapping of tags to their values. `details` is a JSON object that the details of an
-    event contain.
+    A value of `action` is an action or a family of actions. A value of `ip_address` is an IP
+    address, or a network that contains the IP address of an event. A value of `resource` is a
+    resource type, a resource id, or `type/id`. A value of `tags` is the name of a tag, or a mapping
+    of tags to their values. `details` is a JSON object that the details of an event contain.
     """
 
-    since: datetime | None
-    until: datetime | None
     action: OneOrMore[AuditAction | str] | None
     result: OneOrMore[AuditResult] | None
     severity: OneOrMore[AuditSeverity] | None
@@ -65,6 +70,18 @@ class EventFilters(TypedDict, total=False):
     error_code: OneOrMore[str] | None
     tags: OneOrMore[Tag] | None
     details: Mapping[str, JsonValue] | None
+
+
+class EventFilters(EventFieldFilters, total=False):
+    """The filters of audit events.
+
+    `since` and `until` are aware datetimes, and select the events from `since` (inclusive) to
+    `until` (exclusive). The time of an event is the time in the id of the event. The other filters
+    are those of `EventFieldFilters`.
+    """
+
+    since: datetime | None
+    until: datetime | None
 
 
 @public
@@ -106,9 +123,11 @@ async def get_recent_events(
     after: str | None = None,
     before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
 ) -> Page[AuditLog]:
-    """Return a page of all audit events, newest first."""
-    return await search(session, after=after, before=before, limit=limit)
+    """Return a page of all audit events, newest first. See `search` for the other parameters."""
+    return await search(session, after=after, before=before, limit=limit, count=count, load=load)
 
 
 @public
@@ -120,11 +139,13 @@ async def get_security_events(
     before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
     count: bool = False,
+    load: Sequence[str] = (),
 ) -> Page[AuditLog]:
     """Return a page of the security events since the aware datetime `since`, newest first.
 
     A security event has the severity high or above, or an action of the family `security`. If
-    `since` is None, the security events of the last 24 hours are returned.
+    `since` is None, the security events of the last 24 hours are returned. See `search` for the
+    parameters of the page.
     """
     earliest = func.now() - timedelta(hours=24) if since is None else since
     return await paginate(
@@ -137,6 +158,7 @@ async def get_security_events(
         before=before,
         limit=limit,
         count=count,
+        load=load,
     )
 
 
@@ -150,6 +172,9 @@ def _in_network(value: OneOrMore[Network]) -> ColumnElement[bool]:
     )
 
 
+_FAMILY = func.split_part(col(AuditLog.action), ":", 1, type_=Text)
+
+
 def _has_action(value: OneOrMore[AuditAction | str]) -> ColumnElement[bool]:
     names = as_list(value)
     for name in names:
@@ -160,7 +185,7 @@ def _has_action(value: OneOrMore[AuditAction | str]) -> ColumnElement[bool]:
     has_action = action.in_(names)
     if not families:
         return has_action
-    return or_(has_action, func.split_part(action, ":", 1, type_=Text).in_(families))
+    return or_(has_action, _FAMILY.in_(families))
 
 
 def _has_resource(value: OneOrMore[str]) -> ColumnElement[bool]:
@@ -204,36 +229,77 @@ def event_conditions(**filters: Unpack[EventFilters]) -> list[ColumnElement[bool
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
-    """Numbers of audit events by action, by result and by hour (UTC)."""
+class EventCount:
+    """The number of audit events in a group, such as the events with one action on one day.
 
-    actions: dict[AuditAction | str, int]
-    results: dict[AuditResult | str, int]
-    hours: dict[datetime, int]
+    A field is None if `statistics` did not group by the field, or if the events of the group have
+    no value of the field.
+    """
+
+    count: int
+    start: datetime | None = None  # start of the hour or day (UTC)
+    action: AuditAction | str | None = None
+    family: str | None = None
+    result: AuditResult | str | None = None
+    severity: AuditSeverity | str | None = None
+    account_id: UUID | None = None
+    api_key_id: UUID | None = None
+    user_id: str | None = None
+    ip_address: IPv4Address | IPv6Address | None = None
 
 
 @public
 async def statistics(
-    session: AsyncSession, *, since: datetime, until: datetime | None = None
-) -> Statistics:
-    """Count the audit events from `since` (inclusive) to `until` (exclusive).
+    session: AsyncSession,
+    *,
+    by: OneOrMore[EventDimension],
+    since: datetime,
+    until: datetime | None = None,
+    limit: int | None = None,
+    **filters: Unpack[EventFieldFilters],
+) -> list[EventCount]:
+    """Count the audit events that match all filters, from `since` up to, but without, `until`.
 
-    `since` and `until` are aware datetimes. The time of an event is taken from the event's id. The
-    result omits hours without an event.
+    The events are grouped by hour or day (UTC), by fields of the events, by family of the action,
+    or by a combination such as `("day", "result")`. Groups without events are omitted. Groups with
+    a time are sorted by time. Groups with the same time, and groups without a time, are sorted by
+    count, highest count first. If `limit` is given, only the first `limit` groups are returned.
+
+    `since` and `until` are aware datetimes. The time of an event is the time in the event's id.
+    PostgreSQL reads all events between `since` and `until`.
 
     Raises:
-        InvalidValue: `since` or `until` has no time zone.
+        InvalidValue: a datetime has no time zone, `by` is empty or combines hours with days, a
+            filter is invalid, or `limit` is not from 1 to 1000.
     """
-    hour = func.date_trunc("hour", func.uuid7_time(AuditLog.id), "UTC")
-    rows = await session.execute(
-        select(col(AuditLog.action), col(AuditLog.result), hour, func.count())
-        .where(*event_conditions(since=since, until=until))
-        .group_by(col(AuditLog.action), col(AuditLog.result), hour)
-        .order_by(hour)
+    if limit is not None:
+        check_limit(limit)
+    wanted = set(as_list(by))
+    if not wanted or {"hour", "day"} <= wanted:
+        raise InvalidValue(
+            "by must name at least one field of events, hour or day, and not both hour and day"
+        )
+    time = func.uuid7_time(AuditLog.id)
+    columns: dict[str, SQLColumnExpression[Any]] = {
+        "day": func.date_trunc("day", time, "UTC").label("start"),
+        "hour": func.date_trunc("hour", time, "UTC").label("start"),
+        "action": col(AuditLog.action),
+        "family": _FAMILY.label("family"),
+        "result": col(AuditLog.result),
+        "severity": col(AuditLog.severity),
+        "account_id": col(AuditLog.tiger_account_id).label("account_id"),
+        "api_key_id": col(AuditLog.api_key_id),
+        "user_id": col(AuditLog.user_id),
+        "ip_address": col(AuditLog.ip_address),
+    }
+    groups = [column for name, column in columns.items() if name in wanted]
+    times = [columns[name] for name in ("day", "hour") if name in wanted]
+    total = func.count().label("count")
+    statement = (
+        select(total, *groups)
+        .where(*event_conditions(since=since, until=until, **filters))
+        .group_by(*groups)
+        .order_by(*times, total.desc(), *groups)
+        .limit(limit)
     )
-    actions, results, hours = Counter[str](), Counter[str](), Counter[datetime]()
-    for action, result, at, count in rows:
-        actions[action] += count
-        results[result] += count
-        hours[at] += count
-    return Statistics(dict(actions.most_common()), dict(results.most_common()), dict(hours))
+    return [EventCount(**row) for row in (await session.execute(statement)).mappings()]
