@@ -7,7 +7,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from uuid import UUID, uuid4
 
 import pytest
@@ -150,6 +150,9 @@ def right(hint: Any, session: AsyncSession, database: Database) -> Any:
     }
     if hint in values:
         return values[hint]
+    for part in get_args(hint):
+        if get_origin(part) is Literal:
+            return get_args(part)[0]
     return print if get_origin(hint) is Callable else []
 
 

@@ -154,7 +154,7 @@ def test_events_are_listed_in_pages(cli: CommandLine, events: list[AuditLog]) ->
     assert previous["total"] == len(seen)
     counted = cli.ok("list-events", "--limit", "3", "--count")
     assert "number of rows on all pages: 10\n" in counted.err
-    assert "more rows follow: add --after" in counted.err
+    assert "to see the next page, add --after" in counted.err
 
 
 @pytest.mark.schema_changes

@@ -47,7 +47,7 @@ def test_choices_are_the_values_of_the_enum(choices: object, enum: type[StrEnum]
 def test_the_help_names_all_results_and_severities_and_groups_of_events() -> None:
     for name, enum in (("result", enums.AuditResult), ("severity", enums.AuditSeverity)):
         (option,) = audit_events._FILTERS[name].__metadata__
-        assert f": {', '.join(enum)}, with commas" in option.help
+        assert f": {', '.join(enum)}, separated by commas" in option.help
     assert {*audit_events._DIMENSIONS} == {*get_args(EventDimension)}
 
 
