@@ -82,7 +82,8 @@ class DatabaseURL:
     """The decoded parts of a `DATABASE_URL`, which has at least one address.
 
     As in libpq, a host, port, user, password or database in the query string takes precedence over
-    the rest of the URL. The field `parameters` has all other parameters of the query string.
+    the rest of the URL. The field `parameters` has the parameters of the query string, except host,
+    port, user, password and database.
     """
 
     addresses: tuple[Address, ...]

@@ -249,7 +249,8 @@ class KeyVerifier:
     def _handle_notification(self, payload: str | None) -> None:
         """Evict the changed API keys from the cache.
 
-        The payload of a notification is `key ID`, `account ID` or `all`.
+        The payload of a notification is the text `all`, or the word `key` or `account` followed
+        by a space and the id of the changed API key or account.
         """
         kind, _, text = (payload or "").partition(" ")
         try:

@@ -72,7 +72,7 @@ def _iso_date(value: object) -> object:
     """Convert a text such as 2027-01-31 to a date. Return a value that is a date or None as it is.
 
     Raises:
-        ValueError: the text does not have the form YYYY-MM-DD, or the value has another type.
+        ValueError: the value is neither a date, nor None, nor a text of the form YYYY-MM-DD.
     """
     if value is None or type(value) is date:
         return value

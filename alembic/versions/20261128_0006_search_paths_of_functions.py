@@ -25,8 +25,9 @@ FROM_CURRENT = "SET search_path FROM CURRENT"
 
 MONTHS_LOCK = """
         pg_catalog.concat('make_audit_months', nullif(current_schema(), 'public'))"""
-# The names of schemas and notification channels have at most 63 bytes. Therefore, the name of a
-# channel contains a digest of the schema's name, not the schema's name.
+# PostgreSQL limits the names of schemas and notification channels to 63 bytes. The name of a
+# notification channel contains a digest of the schema's name, because a long schema's name and a
+# prefix would exceed 63 bytes.
 DECLARE = """DECLARE
     channel CONSTANT text := pg_catalog.concat('{}', '_' ||
         left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));

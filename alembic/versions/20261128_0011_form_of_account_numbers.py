@@ -11,9 +11,9 @@ that does not have the form of Tiger's account numbers stays unchanged.
 
 The new CHECK constraint requires the form of Tiger's numbers, and exempts existing rows with other
 numbers by their ids. Without the exemption, each update of an exempted row would fail. If the CHECK
-constraint exempts rows, the constraint stays NOT VALID, and `tiger-db doctor` lists the exempted
-rows. Processes of revision 0010 work with the schema of revision 0011, but can store only account
-numbers that have the form of Tiger's numbers.
+constraint lists ids of exempted rows, the constraint stays NOT VALID, and `tiger-db doctor` lists
+the exempted rows. Processes of revision 0010 work with the schema of revision 0011, but can store
+only account numbers that have the form of Tiger's numbers.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """

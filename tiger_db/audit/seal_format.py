@@ -38,7 +38,8 @@ def split_digests(digests: bytes | bytearray) -> Iterator[bytes]:
 
 def merkle_root(leaves: Iterable[tuple[int, bytes]]) -> bytes:
     """Compute the root of a Merkle tree. Each leaf is a pair of a position and a digest."""
-    stack: list[tuple[int, bytes]] = []  # number of leaves and root of each complete subtree
+    # Each item of the stack is a complete subtree: the number of its leaves, and its root.
+    stack: list[tuple[int, bytes]] = []
     for position, digest in leaves:
         size = 1
         root = hashlib.sha256(b"\0" + position.to_bytes(8, "big", signed=True) + digest).digest()

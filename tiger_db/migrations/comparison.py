@@ -57,9 +57,10 @@ SELECT format('%I(%s)', proname, pg_get_function_arguments(oid)) AS signature,
 FROM pg_proc WHERE pronamespace = :schema
     AND proname = ANY (CAST(:names AS text[])) AND prokind <> 'a' ORDER BY 1
 """)
-# `_OVERRIDES` finds casts of column types, and functions and operators with PostgreSQL's names,
-# which can change the effect of tiger_db's SQL. The query `_OVERRIDES` also finds a setting of
-# session_replication_role that disables triggers.
+# `_OVERRIDES` finds database objects that can change the effect of tiger_db's SQL: casts of column
+# types, and functions and operators that have the name of a PostgreSQL function or operator.
+# The query `_OVERRIDES` also finds a value of the setting session_replication_role that disables
+# triggers.
 _OVERRIDES = text("""
 WITH of_columns AS (
     SELECT t.oid, t.typelem FROM pg_attribute JOIN pg_type AS t ON t.oid = atttypid

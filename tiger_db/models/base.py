@@ -241,8 +241,8 @@ def _invalid_fields(error: ValidationError) -> InvalidFields:
 def _add_constraints(mapper: Mapper[Entity], cls: type[Entity]) -> None:
     """Add column comments from field descriptions, and CHECK constraints from field limits.
 
-    The name of each CHECK constraint contains the limit, so that Alembic's autogenerate detects a
-    changed limit.
+    The name of each CHECK constraint contains the limit of the field, such as `max_50`. Alembic's
+    autogenerate compares CHECK constraints by name, and so detects a changed limit.
     """
     table = mapper.local_table
     assert isinstance(table, Table)

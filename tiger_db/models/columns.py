@@ -209,7 +209,8 @@ class Tracked(Mutable):
 
     The root is the dict or list that is the value of a column. A nested dict or list reports
     changes to the root, and the root marks the column as modified. The attribute `root` is None in
-    the root itself. The attribute `modified` is True after an in-place change of the root.
+    the dict or list that is the value of a column. The attribute `modified` is True after an
+    in-place change of the root.
     """
 
     root: "Tracked | None" = None
@@ -269,7 +270,7 @@ class TrackedDict(Tracked, dict[Any, Any]):
     def setdefault(self, key: Any, default: Any = None, /) -> Any:  # noqa: ANN401  # dict's signature
         if key not in self:
             self[key] = default
-        return self[key]  # `self[key]` can be a tracked copy of `default`
+        return self[key]  # a new dict or list is stored as a tracked copy
 
 
 class TrackedList(Tracked, list[Any]):
@@ -289,9 +290,10 @@ class TrackedList(Tracked, list[Any]):
 
 
 def track(value: object, root: Tracked | None = None) -> object:
-    """Return a tracked copy of a dict or list, including nested dicts and lists.
+    """Copy a dict or list. The copy reports in-place changes, so that the ORM saves the changes.
 
-    Return a value unchanged if the value is neither a dict nor a list.
+    Nested dicts and lists are copied, too. Return a value unchanged if the value is neither a dict
+    nor a list.
     """
     if isinstance(value, dict):
         tracked: Tracked = TrackedDict({k: _untracked(v) for k, v in value.items()})

@@ -397,8 +397,8 @@ def _builtin_scalar(value: Any) -> bool | float | str | None:  # noqa: ANN401  #
     """Convert a scalar, such as NumPy's `int64`, to a built-in value.
 
     Return None if the value cannot be converted. NumPy need not be installed, because the
-    attributes `dtype` and `ndim` show whether an object is a scalar of NumPy. A fraction becomes a
-    text, because a float would be inexact.
+    attributes `dtype` and `ndim` show whether an object is a scalar of NumPy. A `Fraction` becomes
+    a text, because a float would be inexact.
     """
     with suppress(Exception):  # methods of an unknown object can raise any exception
         kind = getattr(getattr(value, "dtype", None), "kind", None)

@@ -22,7 +22,7 @@ _REFUSED = {1000, 4000}  # codes for a wrong parameter or signature, and for a d
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
 _RATE_LIMIT_WINDOW = timedelta(seconds=60)  # period in which Tiger's rate limit counts requests
 _disabled_logger = logging.getLogger("tiger_db.tiger.sdk")
-_disabled_logger.disabled = True  # the logger is disabled, because the SDK would log access tokens
+_disabled_logger.disabled = True  # Tiger's SDK would log access tokens to this logger
 
 
 @public
