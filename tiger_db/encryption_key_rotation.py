@@ -117,7 +117,7 @@ async def rotate(
         ConfigurationError: the setting `ENCRYPTION_KEYS` is missing.
         EncryptionError: the first key cannot decrypt the rows that have the first key's id.
         DatabaseUnavailable: the connection to the database was lost. The committed batches stay
-            re-encrypted. Call `rotate` again to re-encrypt the rows of all other batches.
+            re-encrypted. Call `rotate` again for the rows that still need re-encryption.
     """
     async with database.session() as session:
         report = RotationReport(_required_provider(session).key_ids[0])
