@@ -2,8 +2,8 @@
 
 A stored secret is `version (1 byte) | length of the key id (1 byte) | key id | nonce (12 bytes) |
 ciphertext and tag (16 bytes)`. AES-GCM also authenticates the associated data `table.column:row
-id`, and the bytes of the ciphertext that precede the nonce. Therefore, a ciphertext that was
-changed, or copied to another row or column, cannot be decrypted.
+id`, and the bytes of the ciphertext that precede the nonce. Decryption fails for a ciphertext that
+was changed, or that was copied to another row or column.
 """
 
 import base64

@@ -1,9 +1,9 @@
 """Re-encryption of the stored secrets with the first encryption key, while the system runs.
 
 Each batch of rows is stored by one UPDATE statement. If another transaction has changed the secret
-of a row, the UPDATE skips the row, and a later UPDATE stores the row. Each ciphertext contains the
-id of the encryption key. Therefore, if a rotation is killed, the next rotation finds the rows that
-still need older keys.
+of a row, the UPDATE skips the row. If the changed secret still needs re-encryption, a later UPDATE
+stores the new ciphertext. Each ciphertext contains the id of the encryption key. Therefore, if a
+rotation is killed, the next rotation finds the rows that still need older keys.
 """
 
 import asyncio

@@ -26,7 +26,7 @@ _TABLES = {"api_keys", "tiger_accounts"}  # Tables whose triggers notify the cha
 HEARTBEAT_SECONDS = 0.2  # Pause between two heartbeat queries, in seconds.
 LEASE_SECONDS = 0.5  # Time after a heartbeat query in which the cache may be used, in seconds.
 MAX_AGE_SECONDS = 60.0  # Age at which a cached key is read from the database again, in seconds.
-# Calls that use the cache let the event loop read notifications at this interval.
+# Interval, in seconds, at which calls that use the cache let the event loop read notifications.
 _YIELD_INTERVAL_SECONDS = 0.005
 
 
@@ -255,7 +255,9 @@ class KeyVerifier:
         kind, _, text = (payload or "").partition(" ")
         try:
             changed = UUID(text)
-        except ValueError:  # for the payload `all` or None, any API key may have changed
+        except ValueError:
+            # If the payload of a notification is `all`, or None because the connection was opened
+            # or lost, any API key may have changed.
             self._clear()
             return
         self._notifications += 1

@@ -46,7 +46,7 @@ class OutOfBandWriter:
         self._task: asyncio.Task[None] | None = None
 
     def connection(self) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]:
-        """Open an asyncpg connection to the database of this writer."""
+        """Open an asyncpg connection to the database of the OutOfBandWriter."""
         return asyncpg_connection(self.engine)
 
     async def record(self, event: AuditLog, actor: Actor | None = None) -> None:

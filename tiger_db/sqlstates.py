@@ -77,9 +77,9 @@ _DUPLICATES = {
     "uq_api_keys_key_prefix": "an API key with this prefix already exists",
     "uq_token_statuses_tiger_account_id_open": "an open refresh of this account already exists",
 }
-# The SQLSTATEs of transient errors begin with these characters. PostgreSQL names the five classes
-# "connection exception", "transaction rollback", "insufficient resources", "object not in
-# prerequisite state" and "operator intervention".
+# The first two characters of the SQLSTATEs of transient errors. PostgreSQL calls the classes of
+# transient errors "connection exception", "transaction rollback", "insufficient resources", "object
+# not in prerequisite state" and "operator intervention".
 _TRANSIENT_CLASSES = {"08", "40", "53", "55", "57"}
 
 
@@ -164,5 +164,5 @@ def raw_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """Return the asyncpg error inside an SQLAlchemy error. Return any other error unchanged."""
+    """Return the asyncpg error inside a DBAPIError. Return an error of another type unchanged."""
     return error.orig and error.orig.__cause__ if isinstance(error, DBAPIError) else error

@@ -1,4 +1,4 @@
-"""Remove the credentials of closed accounts, and add automatic suspensions and client options.
+"""Remove the credentials of closed accounts; add the columns auto_suspended and client_options.
 
 Revision: 0002
 Follows: 0001

@@ -17,7 +17,7 @@ branch_labels = None
 depends_on = None
 
 # SET_SEARCH_PATH writes the search path as the Python function `search_path` does. Each SQL function
-# then stores the same text, even if the connection's search path was written in another form.
+# stores the search path in this form, even if the connection's search path has another form.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )

@@ -4,12 +4,12 @@ Revision: 0012
 Follows: 0011
 Made: 2026-11-28
 
-The migration rewrites audit_logs, because PostgreSQL stores an enum value as a number. The
-ACCESS EXCLUSIVE lock on audit_logs blocks readers and writers during the rewrite. The rewrite of a
-million audit events of 320 bytes, with indexes, takes about 4 s on two processors. The rewrite
+The migration rewrites audit_logs, because PostgreSQL stores an enum value as a number. The ACCESS
+EXCLUSIVE lock on audit_logs blocks readers and writers during the rewrite. The rewrite of a million
+audit events of 320 bytes, with indexes, takes about 4 s on two processors. Rewriting audit_logs
 needs as much free disk space as audit_logs uses. If audit_logs is large, move the oldest months out
-of audit_logs first with `tiger-db maintain-audit`, or migrate while nobody places orders. The contents,
-digests and seals of audit events do not change.
+of audit_logs first with `tiger-db maintain-audit`, or migrate while nobody places orders. The
+contents, digests and seals of audit events do not change.
 
 The migration replaces the enum audit_action with a domain of the same name. Therefore, code of
 revision 0011, which casts values to audit_action, works with the schema of revision 0012. A later

@@ -439,7 +439,7 @@ async def test_the_doctor_compares_the_search_path_behind_the_pooler(
                 await database.check()
             return
         (problem,) = problems
-        assert problem.startswith("a pooler dropped the search path: the search path ")
+        assert problem.startswith("a pooler dropped the search path to the schema ")
         assert problem.endswith(advised(behind))
         async with Database(behind) as database:
             with pytest.raises(SchemaMismatch, match="a pooler dropped the search path"):

@@ -94,7 +94,10 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
     "ALTER TABLE api_keys ENABLE ROW LEVEL SECURITY": (KEYS, "security of api_keys is enabled"),
     "ALTER TABLE audit_logs FORCE ROW LEVEL SECURITY": (TRAIL, "of audit_logs is forced"),
     f"ALTER TABLE {PARTITION} ENABLE ROW LEVEL SECURITY": (TRAIL, f"of {PARTITION} is enabled"),
-    'CREATE POLICY "a b" ON audit_logs USING (false)': (TRAIL, 'audit_logs has the policy "a b"'),
+    'CREATE POLICY "a b" ON audit_logs USING (false)': (
+        TRAIL,
+        'audit_logs has the row security policy "a b"',
+    ),
     "CREATE RULE quiet AS ON UPDATE TO api_keys DO INSTEAD NOTHING": (
         KEYS,
         "api_keys has the rule quiet",

@@ -475,8 +475,8 @@ async def test_sessions_that_lost_their_search_path_are_refused(
         with pytest.raises(SchemaMismatch) as refused:
             await schema_state(connection)
     expected = (
-        'a pooler dropped the search path: the search path "Two", pg_temp does not lead to the'
-        ' schema "one" (DB_SCHEMA): run ALTER ROLE "'
+        'a pooler dropped the search path to the schema "one" (DB_SCHEMA), and sessions use the'
+        ' search path "Two", pg_temp: run ALTER ROLE "'
     )
     assert str(refused.value).startswith(expected)
     assert str(refused.value).endswith('" SET search_path = "one", pg_temp')

@@ -187,9 +187,9 @@ class TrailVerifier:
         self._is_unreadable = False
         self._upto = 0  # Highest position that is covered by the seals added so far.
         self._missing_upto = -(2**63) - 1  # Highest position that a missing seal may cover.
-        # Events of the last added seal were created at `_created_after` or later. Events of later
-        # seals were created at `_next_created_after` or later. If a bound is an empty text, the
-        # creation times of the events are not checked.
+        # Events of the last added seal were created at `_created_after` or later. Events that the
+        # next seals cover were created at `_next_created_after` or later. If a bound is an empty
+        # text, the creation times of the events are not checked.
         self._created_after = ""
         self._next_created_after = ""
         # The following attributes describe events, with positions as keys.

@@ -100,8 +100,8 @@ def start(settings: Settings) -> EmbeddedServer:
 def stop(settings: Settings) -> bool:
     """Stop the embedded server. Return False if the embedded server was not running.
 
-    `psutil` sends the stop signal, because `pg_ctl stop` could signal another process that now has
-    the process ID of a server that has ended.
+    The package psutil sends the stop signal. `pg_ctl stop` could signal a wrong process, because
+    the operating system may have reused the server's process ID.
 
     Raises:
         EmbeddedError: the embedded server did not stop, or runs in another container.
@@ -300,7 +300,7 @@ def _launch(
     options = (
         "--listen_addresses=", "--port=5432", f'--unix_socket_directories="{quoted}"',
         "--unix_socket_permissions=0700",
-        "--log_checkpoints=off",  # a message for each checkpoint would make the log file grow
+        "--log_checkpoints=off",  # messages about PostgreSQL's checkpoints would fill the log file
     )  # fmt: skip
     # pg_ctl inserts its path arguments into a shell command. Unlike the path of the home folder,
     # the relative paths `data` and `log` contain no special characters of a shell.
@@ -311,8 +311,9 @@ def _launch(
         home=home, user=user, inherited=(lock,),
         meanwhile=lambda: server_process.record_server(home, lock),
     )  # fmt: skip
-    # The server may have become ready after the last call of `meanwhile`. If pg_ctl succeeded,
-    # the server holds the server lock, even if psutil cannot list the server's open files.
+    # The server may have become ready after the last call of the callback `meanwhile`, which runs
+    # while pg_ctl runs. If pg_ctl succeeded, the server holds the server lock, even if psutil
+    # cannot list the server's open files.
     server_process.record_server(home, lock, started=pg_ctl.returncode == 0)
     if found := server_process.find_ready(home):
         return found

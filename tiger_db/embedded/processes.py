@@ -32,7 +32,7 @@ _NOT_INSTALLED = (
 
 
 # Without `_spawn_lock`, a process that os.fork() creates during Popen could inherit the pipes of
-# the child program. `run` would wait until the forked process has closed the inherited pipes.
+# the child program. `run` waits until all processes have closed the pipes of the child program.
 _spawn_lock = threading.RLock()
 os.register_at_fork(
     before=_spawn_lock.acquire,

@@ -36,7 +36,7 @@ from tiger_db.embedded.processes import SERVER_TIMEOUT_SECONDS, import_psutil
 from tiger_db.errors import EmbeddedError
 from tiger_db.files import is_private_folder, private_opener
 
-# A file system of one of these types can be mounted by only one kernel at a time.
+# Types of file systems that only one kernel at a time can mount.
 _LOCAL_FILE_SYSTEMS = frozenset(
     {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
 )
@@ -71,8 +71,8 @@ class Origin(NamedTuple):
 
     In `server.lock`, the line after the origin is the identity of the server, from
     `postmaster.pid`. The identity is missing if the start of the server failed, or if the process
-    that started the server was killed early. If the identity is missing, another server may have
-    written `postmaster.pid`, and the server lock does not prove that the other server has ended.
+    that started the server was killed early. If `server.lock` has no identity, `postmaster.pid` may
+    come from a server that still runs without the server lock.
     """
 
     host: str
@@ -200,7 +200,8 @@ def record_start(lock: int) -> None:
     """
     os.ftruncate(lock, 0)
     os.pwrite(lock, "".join(f"{line}\n" for line in Origin.here(lock)).encode(), 0)
-    # PostgreSQL flushes `postmaster.pid` to the disk, so `server.lock` must be flushed, too.
+    # PostgreSQL flushes `postmaster.pid` to the disk. Without a flush of `server.lock`, a power
+    # failure could leave `postmaster.pid` without the origin of its server.
     os.fsync(lock)
 
 
@@ -316,7 +317,8 @@ def _describe_server(home: Path, lock: int, *, held: bool) -> str:
     unrecorded = held and lacks_identity(lock)
     if origin := _origin(lock, None if unrecorded else identity):
         return f"the server that host {origin.host} started at {origin.since}{process}"
-    return f"a server that was started by hand, by a killed process or by an older release{process}"
+    started_by = "by hand, by a killed process or by an older release of tiger_db"
+    return f"a server{process} that was started {started_by}"
 
 
 # The functions below find the processes of the embedded server.
@@ -358,7 +360,7 @@ def _identity(lines: list[bytes]) -> str | None:
 
 
 def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has no types
-    """Return the process `pid` if the process is PostgreSQL in the data folder, else None.
+    """Return the process `pid` if it is PostgreSQL with the data folder of `home`, else None.
 
     After a reboot, another process may have the recorded process ID. PostgreSQL is identified by
     its working folder, because a comparison of start times would depend on the system clock.

@@ -27,8 +27,9 @@ from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
 MONTHS_AHEAD = 12
-# `SEARCH_PATH` returns the fields of the class `SearchPath`. The names of functions are qualified,
-# because another schema in the search path may have functions with the same names.
+# `SEARCH_PATH` is an SQL query that returns the fields of the class `SearchPath`. The names of
+# functions are qualified, because another schema in the search path may have functions with the
+# same names.
 SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
@@ -113,8 +114,9 @@ class SearchPath(NamedTuple):
         """Raise SchemaMismatch if the search path does not resolve to the schema."""
         if not self.resolves_to(schema):
             raise SchemaMismatch(
-                f"a pooler dropped the search path: the search path {self.setting} does not lead to"
-                f" the schema {quote_identifier(schema)} (DB_SCHEMA): run {self.repair_sql(schema)}"
+                f"a pooler dropped the search path to the schema {quote_identifier(schema)}"
+                f" (DB_SCHEMA), and sessions use the search path {self.setting}:"
+                f" run {self.repair_sql(schema)}"
             )
 
 

@@ -225,7 +225,7 @@ def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
         repair = f"ALTER TABLE {qualified} NO FORCE ROW LEVEL SECURITY"
         yield f"row security of {name} is forced", repair
     for policy in table.policies:
-        yield f"{name} has the policy {policy}", f"DROP POLICY {policy} ON {qualified}"
+        yield f"{name} has the row security policy {policy}", f"DROP POLICY {policy} ON {qualified}"
     for rule in table.rules:
         yield f"{name} has the rule {rule}", f"DROP RULE {rule} ON {qualified}"
     for child in table.children:  # ALTER TABLE … NO INHERIT keeps the rows of the child table

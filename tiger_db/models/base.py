@@ -228,7 +228,7 @@ def _invalid_fields(error: ValidationError) -> InvalidFields:
                 PydanticCustomError(problem["type"], problem["msg"], problem.get("ctx")),
             )
             for problem in error.errors(include_url=False, include_input=False)
-            # default_factory_not_called is omitted, because the error only follows other errors.
+            # pydantic reports default_factory_not_called only if another field is also invalid.
             if problem["type"] != "default_factory_not_called"
         ],
     )

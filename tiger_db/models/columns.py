@@ -89,7 +89,7 @@ class Timestamp(TypeDecorator[datetime]):
     """A `timestamptz` column whose values are always aware datetimes.
 
     asyncpg returns PostgreSQL's infinity as a naive `datetime.max` or `datetime.min`. `Timestamp`
-    adds the time zone UTC.
+    adds the time zone UTC to naive values.
     """
 
     impl = DateTime(timezone=True)
@@ -185,8 +185,9 @@ _SQL_TYPES: list[tuple[type, Callable[[], TypeEngine[Any]]]] = [
 def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotation is valid
     """Return the SQL type for the annotation of a field.
 
-    Lists of scalars become arrays. Dicts and lists of dicts become JSONB. In-place changes of
-    dicts and lists are tracked. `None` and validators in the annotation are ignored.
+    Lists of scalars become arrays. Dicts and lists of dicts become JSONB. In-place changes of dicts
+    and lists are tracked. The SQL type does not depend on `None` or on validators in the
+    annotation.
     """
     while get_origin(annotation) in {Annotated, Union, UnionType}:
         annotation = get_args(annotation)[0]
@@ -230,7 +231,7 @@ class Tracked(Mutable):
     def set_parent(self, state: InstanceState[Any], name: str) -> None:
         """Register the entity and the column to which this dict or list belongs.
 
-        Only `hydrate` and `merge_row` call this method, because SQLAlchemy itself registers the
+        Only `hydrate` and `merge_row` call `set_parent`, because SQLAlchemy itself registers the
         entities that the ORM loads.
         """
         self._parents[state] = name

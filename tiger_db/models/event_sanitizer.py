@@ -166,7 +166,7 @@ class _Sanitizer:
         converted = self.json(value, path, 0)
         if isinstance(converted, dict):
             return converted
-        # self.json() adds no note on a text, a number, a list or a tuple.
+        # self.json() adds no note about the type of a text, a number, a list or a tuple.
         if isinstance(value, str | int | float | list | tuple):
             self.note(path, type(value).__name__)
         return {"value": converted}
