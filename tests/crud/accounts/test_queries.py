@@ -1,4 +1,4 @@
-"""Lookups and lists of accounts, and the accounts that can serve a request."""
+"""Lookups and lists of accounts."""
 
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -10,12 +10,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 
 from tests.support import factories
-from tests.support.recording import recorded
 from tiger_db import (
     AccountStatus,
     AccountType,
     Database,
-    MarketPermission,
     TigerAccount,
     TigerEnvironment,
 )
@@ -34,184 +32,6 @@ S = AccountStatus
 
 NOW = datetime.now(UTC)
 TBHK: dict[str, Any] = {"license": "TBHK", "access_token": "t"}
-
-
-async def fail(session: AsyncSession, account: TigerAccount, times: int = 1) -> None:
-    for _ in range(times):
-        await accounts.record_error(session, account.id, message="no answer")
-
-
-async def execute(session: AsyncSession, account: TigerAccount, assignments: str) -> None:
-    """Change the account with raw SQL, outside the ORM."""
-    statement = text(f"UPDATE tiger_accounts SET {assignments} WHERE id = :id")
-    await session.execute(statement, {"id": account.id})
-
-
-async def numbers(session: AsyncSession, **criteria: Any) -> list[str]:
-    found = await accounts.find_for_operation(session, **criteria)
-    return [account.account_number for account in found]
-
-
-@pytest.mark.parametrize(
-    ("values", "assignments"),
-    [
-        ({}, ""),
-        ({"license": "TBSG"}, ""),
-        ({"license": None, "access_token": "t", "token_expires_at": NOW - timedelta(days=1)}, ""),
-        ({"license": "TBNZ", "access_token": "t", "token_expires_at": NOW}, ""),
-        (TBHK | {"token_expires_at": NOW + timedelta(hours=1)}, ""),
-        (TBHK, ""),  # the expiry is unknown
-        ({}, "error_count = 9, last_error_at = now()"),
-        ({}, "failing_until = now()"),
-        ({}, "failing_until = now() - interval '1 hour'"),
-    ],
-)
-async def test_an_account_can_serve_a_request(
-    session: AsyncSession, values: dict[str, Any], assignments: str
-) -> None:
-    account = await factories.account(session, account_number="U1", **values)
-    if assignments:
-        await execute(session, account, assignments)
-    assert await numbers(session) == ["U1"]
-
-
-@pytest.mark.parametrize(
-    ("values", "assignments"),
-    [
-        ({"status": "inactive"}, ""),
-        ({"status": "suspended"}, ""),
-        ({"status": "pending_verification"}, ""),
-        ({}, "status = 'closed', private_key = NULL"),
-        ({"environment": "SANDBOX"}, ""),
-        ({"license": "TBHK"}, ""),
-        ({"license": "TBHK", "token_expires_at": NOW + timedelta(hours=1)}, ""),
-        (TBHK | {"token_expires_at": NOW - timedelta(seconds=1)}, ""),
-        (TBHK, "token_expires_at = now()"),
-        ({}, "failing_until = now() + interval '1 second'"),
-        ({"is_default_data": True}, "failing_until = now() + interval '1 second'"),
-    ],
-)
-async def test_an_account_cannot_serve_a_request(
-    session: AsyncSession, values: dict[str, Any], assignments: str
-) -> None:
-    account = await factories.account(session, **values)
-    if assignments:
-        await execute(session, account, assignments)
-    assert await numbers(session) == []
-
-
-async def test_a_failing_account_can_serve_again_after_a_success(session: AsyncSession) -> None:
-    account = await factories.account(session, account_number="U1")
-    await fail(session, account, 2)
-    assert await numbers(session) == ["U1"]
-    await fail(session, account)
-    assert await numbers(session) == []
-    await accounts.reset_errors(session, account.id)
-    assert await numbers(session) == ["U1"]
-
-
-async def test_found_accounts_have_the_market_permission(session: AsyncSession) -> None:
-    none, hk, both = "U1", "U2", "U3"
-    await factories.account(session, account_number=none)
-    await factories.account(session, account_number=hk, market_permissions=["HK"])
-    await factories.account(session, account_number=both, market_permissions=["US", "HK"])
-    assert await numbers(session, permission=MarketPermission.US) == [both]
-    assert await numbers(session, permission=MarketPermission.HK) == [hk, both]
-    assert await numbers(session, permission=MarketPermission.SG) == []
-    assert await numbers(session) == [none, hk, both]
-
-
-async def test_found_accounts_are_of_the_requested_environment(session: AsyncSession) -> None:
-    await factories.account(session, account_number="U1")
-    await factories.account(session, account_number="U2", environment="SANDBOX")
-    assert await numbers(session) == ["U1"]
-    assert await numbers(session, environment=TigerEnvironment.SANDBOX) == ["U2"]
-    assert sorted(await numbers(session, environment=None)) == ["U1", "U2"]
-
-
-async def test_found_accounts_are_sorted_by_default_errors_and_age(session: AsyncSession) -> None:
-    oldest, one_error, data, trading, newest = "U1", "U2", "U3", "U4", "U5"
-    for number, errors, defaults in (
-        (oldest, 0, {}),
-        (one_error, 1, {}),
-        (data, 2, {"is_default_data": True}),
-        (trading, 2, {"is_default_trading": True}),
-        (newest, 0, {}),
-    ):
-        account = await factories.account(session, account_number=number, **defaults)
-        await fail(session, account, errors)
-    rest = [oldest, newest, one_error]
-    assert await numbers(session) == [data, *rest, trading]
-    assert await numbers(session, trading=True) == [trading, *rest, data]
-    assert await numbers(session, trading=True, limit=2) == [trading, oldest]
-
-
-PAPER = "20191106192858300"
-
-
-@pytest.mark.parametrize(
-    ("default", "found"),
-    [(None, ["51230001", "U1"]), ("U1", ["U1", "51230001"]), (PAPER, [PAPER])],
-)
-async def test_trading_never_mixes_paper_and_real_accounts(
-    session: AsyncSession, default: str | None, found: list[str]
-) -> None:
-    for number in ("51230001", PAPER, "U1"):
-        await factories.account(
-            session, account_number=number, is_default_trading=number == default
-        )
-    assert await numbers(session, trading=True) == found
-    assert await numbers(session) == ["51230001", PAPER, "U1"]
-    by_type = {
-        type_: await numbers(session, trading=True, account_type=type_) for type_ in AccountType
-    }
-    assert by_type == {
-        AccountType.STANDARD: ["51230001"],
-        AccountType.PRIME: [],
-        AccountType.GLOBAL: ["U1"],
-        AccountType.PAPER: [PAPER],
-    }
-    assert await numbers(session, account_type=AccountType.PAPER) == [PAPER]
-
-
-@pytest.mark.parametrize("default", ["51230001", PAPER])
-async def test_a_suspended_default_account_is_not_replaced_by_one_of_the_other_kind(
-    session: AsyncSession, default: str
-) -> None:
-    for number in ("51230001", PAPER):
-        await factories.account(
-            session,
-            account_number=number,
-            is_default_trading=number == default,
-            status="suspended" if number == default else "active",
-        )
-    assert await numbers(session, trading=True) == []
-
-
-@pytest.mark.parametrize("limit", [0, 1001, True])
-async def test_an_invalid_limit_is_refused(session: AsyncSession, limit: int) -> None:
-    with pytest.raises(InvalidValue, match="limit"):
-        await accounts.find_for_operation(session, limit=limit)
-
-
-@pytest.mark.parametrize("trading", [False, True])
-async def test_find_for_operation_sends_one_statement(
-    database: Database, session: AsyncSession, *, trading: bool
-) -> None:
-    for _ in range(3):
-        await factories.account(session, market_permissions=["US"])
-    with recorded(database) as sent:
-        found = await accounts.find_for_operation(
-            session, permission=MarketPermission.US, trading=trading
-        )
-    assert (len(found), len(sent)) == (3, 1)
-
-
-async def test_found_accounts_have_current_values(session: AsyncSession) -> None:
-    account = await factories.account(session)
-    await execute(session, account, "description = 'raw'")
-    (found,) = await accounts.find_for_operation(session)
-    assert (found is account, found.description) == (True, "raw")
 
 
 # Lookups and lists

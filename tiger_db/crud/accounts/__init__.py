@@ -15,7 +15,6 @@ from tiger_db.crud.accounts.closing import close, delete, reopen
 from tiger_db.crud.accounts.failures import record_error, reset_errors
 from tiger_db.crud.accounts.queries import (
     AccountFilters,
-    find_for_operation,
     get,
     get_accounts_needing_token_refresh,
     get_by_account_number,
@@ -24,14 +23,21 @@ from tiger_db.crud.accounts.queries import (
     list_accounts,
     list_by_tiger_id,
 )
+from tiger_db.crud.accounts.routing import (
+    RoutingReason,
+    explain_for_operation,
+    find_for_operation,
+)
 from tiger_db.crud.accounts.tokens import update_tokens
 
 __all__ = [
     "AccountFilters",
+    "RoutingReason",
     "add_market_permission",
     "close",
     "create",
     "delete",
+    "explain_for_operation",
     "find_for_operation",
     "get",
     "get_accounts_needing_token_refresh",

@@ -1,16 +1,16 @@
-"""Functions that look up and list accounts, and choose accounts for a request."""
+"""Functions that look up and list accounts."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Literal, TypedDict, Unpack
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, func, not_, or_, select
+from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, aliased
+from sqlalchemy.orm import Mapped
 from sqlmodel import col
 
-from tiger_db.crud.common import fetch_all, fetch_one, load_options, refuse_readonly
+from tiger_db.crud.common import fetch_all, fetch_one, load_options
 from tiger_db.crud.filters import Filters, OneOrMore, Tag, has_tag, has_text, one_of, overlaps
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, check_limit, paginate
 from tiger_db.encryption import fingerprint
@@ -24,7 +24,6 @@ from tiger_db.models import (
     TigerLicense,
 )
 from tiger_db.models.accounts import (
-    LICENSES_WITH_TOKEN,
     due_tokens,
     normalize_account_number,
     normalize_tiger_id,
@@ -192,72 +191,6 @@ async def get_accounts_needing_token_refresh(
     check_limit(limit)
     due, at = due_tokens(within)
     statement = select(TigerAccount).where(due).order_by(at, col(TigerAccount.id)).limit(limit)
-    return await fetch_all(session, statement)
-
-
-@public
-async def find_for_operation(
-    session: AsyncSession,
-    *,
-    permission: MarketPermission | None = None,
-    trading: bool = False,
-    account_type: AccountType | None = None,
-    environment: TigerEnvironment | None = TigerEnvironment.PROD,
-    limit: int = 10,
-) -> list[TigerAccount]:
-    """Return the accounts that can serve a request now, best account first.
-
-    Each returned account is active, belongs to the `environment` (None means any environment), and
-    has the given `permission`. An account whose license requires an access token is returned only
-    if the account has a valid token. Accounts that are failing (`failing_until`) are omitted. The
-    list begins with the default account if the default account can serve the request. All other
-    accounts are sorted by error count, then by age, oldest account first.
-
-    If `trading` is true and `account_type` is None, the list contains either only paper accounts or
-    only real accounts. Paper accounts are returned if the default account for trading is a paper
-    account.
-
-    Raises:
-        InvalidState: the session is readonly.
-        InvalidValue: `limit` is not from 1 to 1000.
-    """
-    refuse_readonly(session)
-    check_limit(limit)
-    token_valid = and_(
-        col(TigerAccount.access_token).is_not(None),
-        or_(
-            col(TigerAccount.token_expires_at).is_(None),
-            col(TigerAccount.token_expires_at) > func.now(),
-        ),
-    )
-    failing = col(TigerAccount.failing_until) > func.now()
-    statement = select(TigerAccount).where(
-        col(TigerAccount.status) == AccountStatus.ACTIVE,
-        or_(
-            func.coalesce(col(TigerAccount.license).not_in(LICENSES_WITH_TOKEN), True),
-            token_valid,
-        ),
-        not_(func.coalesce(failing, False)),
-    )
-    if environment is not None:
-        statement = statement.where(col(TigerAccount.environment) == environment)
-    if permission is not None:
-        statement = statement.where(col(TigerAccount.market_permissions).contains([permission]))
-    if account_type is not None:
-        statement = statement.where(col(TigerAccount.account_type) == account_type)
-    elif trading:
-        default = aliased(TigerAccount)
-        paper = select(col(default.account_type) == AccountType.PAPER).where(
-            col(default.is_default_trading)
-        )
-        statement = statement.where(
-            (col(TigerAccount.account_type) == AccountType.PAPER)
-            == func.coalesce(paper.scalar_subquery(), False)
-        )
-    is_default = TigerAccount.is_default_trading if trading else TigerAccount.is_default_data
-    statement = statement.order_by(
-        col(is_default).desc(), col(TigerAccount.error_count), col(TigerAccount.id)
-    ).limit(limit)
     return await fetch_all(session, statement)
 
 
