@@ -113,7 +113,10 @@ class InvalidFields(InvalidValue, ValidationError):
     def of(
         cls, title: str, problems: Iterable[tuple[tuple[str | int, ...], PydanticCustomError]]
     ) -> Self:
-        """Create the error for the class or function `title` from locations and reasons."""
+        """Create the error for invalid fields of the class or function `title`.
+
+        Each of `problems` is the path of a field or argument, and the reason.
+        """
         details = [InitErrorDetails(type=why, loc=where, input=None) for where, why in problems]
         return cls.from_exception_data(title, details, hide_input=True)
 

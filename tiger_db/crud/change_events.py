@@ -28,8 +28,9 @@ RECORDED = {"tiger_db_recorded": True}
 _HIDDEN = {"key_hash", "pepper_id"}
 # Audit events omit the columns in _OMITTED.
 _OMITTED = {"created_at", "updated_at", "token_refresh_at"}
-# InstanceState.info stores the fields of the audit event under _FIELDS. The names of the fields to
-# list in the audit event are stored under _GIVEN, and the old values of fields under _OLD.
+# InstanceState.info stores the fields of the audit event under the key _FIELDS. The key _GIVEN of
+# InstanceState.info stores the names of the fields that the audit event lists even if they are
+# unchanged. The key _OLD of InstanceState.info stores the old values of fields.
 _FIELDS, _GIVEN, _OLD = "tiger_db_fields", "tiger_db_given", "tiger_db_old"
 
 
@@ -43,9 +44,9 @@ async def apply_change(
 ) -> None:
     """Assign values to an account or API key whose row is locked, and flush the session.
 
-    The flush records one audit event with `fields`. The audit event contains the old and new values
-    of the changed fields, and of the fields that `given` names. If no field is changed, no audit
-    event is recorded.
+    The flush records one audit event. The arguments `fields` set fields of the audit event, such as
+    `action`. The audit event contains the old and new values of the changed fields, and of the
+    fields that `given` names. If no field is changed, no audit event is recorded.
 
     Raises:
         InvalidFields: an item of `values` is invalid, so the entity is not changed.
@@ -59,7 +60,7 @@ async def apply_change(
 def described(
     entity: TigerAccount | APIKey, *, given: Iterable[str] = (), **fields: Unpack[EventFields]
 ) -> Iterator[None]:
-    """Set fields of the audit event that a flush in the code block records for an entity.
+    """Set fields of an entity's audit event, which is recorded by a flush in the code block.
 
     The caller must have locked the row of the entity, unless the row is new. `old_values` and
     `new_values` replace the values that the flush would record. The audit event of an update
@@ -153,9 +154,10 @@ def _stored_values(
 ) -> dict[str, object]:
     """Return the values of fields before the flush, or an empty dict if the row does not exist.
 
-    Inside `described`, the values in the session are current, because the caller has locked the
-    row. Outside `described`, the values are read from the database, and the row is locked. Fields
-    that were not loaded, or whose values were changed in place, are always read from the database.
+    In the code block of `with described(...)`, the values in the session are current, because the
+    caller has locked the row. Outside such a code block, the values are read from the database, and
+    the row is locked. Fields that were not loaded, or whose values were changed in place, are
+    always read from the database.
     """
     state = instance_state(entity)
     assert state.key is not None

@@ -31,7 +31,8 @@ from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.peppers import Peppers
 from tiger_db.sqlstates import classify
 
-# With these execution options, a fetched row overwrites the entity in the session's identity map.
+# With the execution options FRESH, a fetched row overwrites the entity in the session's identity
+# map.
 FRESH = {"populate_existing": True, "synchronize_session": False}
 E_ = TypeVar("E_", bound=Entity)
 

@@ -184,7 +184,7 @@ async def test_usage_of_all_keys_is_counted_by_time_key_and_account(session: Asy
     assert len(days) in {4, 5}  # midnight may lie between the two hours of the key `quiet`
     assert await counted("day", uuid4()) == []
     for wrong in ((), ("hour", "day")):
-        with pytest.raises(InvalidValue, match="by must name"):
+        with pytest.raises(InvalidValue, match="`by` must name"):
             await counted(wrong)
 
 

@@ -344,8 +344,8 @@ async def test_statistics_count_by_each_field(session: AsyncSession) -> None:
     ("arguments", "name"),
     [
         ({"by": "action", "since": NOON.replace(tzinfo=None)}, "since"),
-        ({"by": (), "since": NOON}, "by must name"),
-        ({"by": ("hour", "day"), "since": NOON}, "by must name"),
+        ({"by": (), "since": NOON}, "`by` must name"),
+        ({"by": ("hour", "day"), "since": NOON}, "`by` must name"),
         ({"by": "month", "since": NOON}, "by"),
         ({"by": "day", "since": NOON, "limit": 0}, "limit"),
         ({"by": "day", "since": NOON, "user": "x"}, "unknown filters: user"),

@@ -175,10 +175,11 @@ async def authorize_api_key(
 
     Rate limits are exact, even if several processes authorize the same key. All keys of a rotation
     chain share one count of uses. A rate limit applies to a clock hour or a calendar day (UTC).
-    Around the end of an hour or day, a caller can therefore use twice the limit in a short time.
+    Around the end of an hour or day, a caller can use twice the limit in a short time.
 
-    The columns `usage_count` and `last_used_at` are updated about a second after the use. If the
-    key was created in the same transaction, the use of the key may not be counted.
+    The columns `usage_count` and `last_used_at` are updated about a second after the use. The
+    use of a new key is not counted if tiger_db writes usage counts before the key's creation is
+    committed.
 
     Raises:
         AccessDenied: the API key is denied. Each check raises its own subclass of AccessDenied. A
@@ -246,8 +247,9 @@ async def authorize_parsed_key(
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        # The next iteration counts the use in the session's transaction. An out-of-band connection
-        # cannot read an API key that the session's transaction has created but not committed.
+        # The next iteration of the loop calls `consume` in the session's transaction, if there is a
+        # session. An out-of-band connection cannot read an API key that the session's transaction
+        # has created but not committed.
         limiter = in_session or writer
     assert verified is not None
     if verified.outdated:

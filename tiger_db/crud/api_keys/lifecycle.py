@@ -31,7 +31,7 @@ _COPIED_FIELDS = {
     "name", "scopes", "tiger_account_id", "expires_at", "rate_limit_per_hour", "rate_limit_per_day",
     "allowed_ips", "allowed_user_agents", "created_by", "description", "tags",
 }  # fmt: skip
-# _OTHER_FUNCTIONS names, for a field that `update` cannot change, the function that changes it.
+# _OTHER_FUNCTIONS maps fields that `update` cannot change to hints that name another function.
 _OTHER_FUNCTIONS = {
     "status": "use `activate`, `deactivate` or `revoke`",
     "revoked_at": "use `revoke`",
@@ -250,8 +250,9 @@ async def revoke(session: AsyncSession, key_id: UUID, *, reason: str | None = No
 async def delete(session: AsyncSession, key_id: UUID, *, reason: str | None = None) -> None:
     """Delete an API key and its usage counts.
 
-    The audit events of the API key are kept. The successors of a rotated API key are kept, with the
-    usage counts for their rate limits. To refuse an API key but keep its row, call `revoke`.
+    The audit events of a deleted API key are kept. The successors of a deleted API key are kept,
+    with the usage counts for their rate limits. To refuse an API key but keep its row, call
+    `revoke`.
 
     Raises:
         NotFound: no API key has the id `key_id`.
@@ -306,7 +307,8 @@ def _check_expiry(key: APIKey, expires_at: datetime | None, now: datetime) -> No
 
     Raises:
         InvalidValue: `expires_at` is in the past.
-        InvalidState: the API key was rotated, and `expires_at` is not earlier than its expiry.
+        InvalidState: the API key was rotated, and the new expiry is not earlier than the current
+            expiry.
     """
     if expires_at is not None and expires_at <= now:
         raise InvalidValue(

@@ -94,11 +94,11 @@ class APIKeyFilters(TypedDict, total=False):
     status `expired` matches API keys whose `expires_at` has passed. When an API key expires, its
     stored status stays `active`.
 
-    `scope` selects the API keys that have a scope, or another scope that implies the scope. If
-    `expired` is true, API keys whose `expires_at` has passed are selected. If `expired` is false,
-    API keys that have not expired are selected. `unused_since` selects the API keys that were
-    created and last used before an aware datetime. `search` is a text in the name, the prefix or
-    the description of an API key, regardless of case.
+    `scope` selects the API keys that have the given scope, or a scope that implies the given scope.
+    If `expired` is true, API keys whose `expires_at` has passed are selected. If `expired` is
+    false, API keys that have not expired are selected. `unused_since` selects the API keys that
+    were created and last used before an aware datetime. `search` is a text in the name, the prefix
+    or the description of an API key, regardless of case.
     """
 
     status: OneOrMore[APIKeyStatus] | None
@@ -227,7 +227,7 @@ async def list_expiring(
             invalid.
     """
     if not timedelta(0) < within <= timedelta(days=36525):
-        raise InvalidValue("within must be positive and at most 100 years")
+        raise InvalidValue("`within` must be positive and at most 100 years")
     return await paginate(
         session,
         EXPIRING_API_KEYS,
@@ -273,7 +273,7 @@ async def usage(
     wanted = set(as_list(by))
     if not wanted or {"hour", "day"} <= wanted:
         raise InvalidValue(
-            "by must name at least one of hour, day, api_key_id and account_id,"
+            "`by` must name at least one of hour, day, api_key_id and account_id,"
             " and not both hour and day"
         )
     counts = api_key_usage.c

@@ -1,4 +1,7 @@
-"""The rate limits of API keys: a check that is exact over all processes, and the uses left."""
+"""Functions that check and return the rate limits of API keys.
+
+The check of rate limits is exact, even if several processes authorize the same API key.
+"""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta

@@ -46,7 +46,7 @@ SELECT pg_current_xact_id(), ARRAY(SELECT id FROM api_keys WHERE id IN (SELECT i
 _WRITE_UNLOCKED = text(_WRITE.format(skip_locked="SKIP LOCKED"))
 _WRITE_ALL = text(_WRITE.format(skip_locked=""))
 # After a crash or a failover, PostgreSQL assigns the ids of lost transactions again. A transaction
-# id that is greater than the current transaction id therefore belongs to a lost transaction.
+# whose id is greater than the current transaction id was lost in a crash or failover.
 _STATUS = text("""
 SELECT CASE WHEN CAST(:xid AS xid8) > pg_current_xact_id() THEN 'aborted'
     ELSE pg_xact_status(CAST(:xid AS xid8)) END
@@ -100,7 +100,7 @@ class UsageCounter:
         self._write_lock = asyncio.Lock()  # two tasks must not write the same batch
 
     def count(self, key_id: UUID, at: float) -> None:
-        """Count one use of an API key. `at` is the time in seconds since 1970."""
+        """Count one use of an API key. `at` is the time of the use in seconds since 1970."""
         slot = (key_id, int(at) // _HOUR_SECONDS)
         uses = self._uses.get(slot)
         if uses is not None:
@@ -188,7 +188,10 @@ async def _was_rolled_back(connection: AsyncConnection, xid: int) -> bool:
 
 
 async def count_in_session(session: AsyncSession, key: APIKey, at: float) -> None:
-    """Count one use of an API key in the session's transaction. `at` is in seconds since 1970."""
+    """Count one use of an API key in the session's transaction.
+
+    `at` is the time of the use in seconds since 1970.
+    """
     now = _utc(at)
     hour = now.replace(minute=0, second=0, microsecond=0)
     await session.execute(_COUNT_ONE, {"id": key.id, "hour": hour, "at": now})

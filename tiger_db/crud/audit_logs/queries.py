@@ -277,7 +277,7 @@ async def statistics(
     wanted = set(as_list(by))
     if not wanted or {"hour", "day"} <= wanted:
         raise InvalidValue(
-            "by must name at least one field of events, hour or day, and not both hour and day"
+            "`by` must name at least one field of events, hour or day, and not both hour and day"
         )
     time = func.uuid7_time(AuditLog.id)
     columns: dict[str, SQLColumnExpression[Any]] = {
