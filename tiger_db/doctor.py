@@ -204,8 +204,8 @@ def _grade_search_path(path: SearchPath, settings: Settings) -> Outcome:
         advice += "; then run RECONNECT on the pooler's console"
     if not path.resolves_to(schema):
         seen = (
-            f"the search path {path.setting} does not look first in pg_catalog, and then in"
-            f" {quote_identifier(schema)} (DB_SCHEMA)"
+            f"the search path {path.setting} is wrong: PostgreSQL must search pg_catalog first, and"
+            f" then the schema {quote_identifier(schema)} (DB_SCHEMA)"
         )
         return Outcome("problem", seen, advice)
     # `Settings.search_path` has the schema's name in quotes. After ALTER ROLE, PostgreSQL reports
@@ -290,7 +290,7 @@ async def _check_partitions(connection: AsyncConnection) -> Outcome:
 
 
 # The column `age` is the age in seconds of the oldest audit event in the first 1,000 unsealed
-# positions. PostgreSQL finds these events with the index ix_audit_logs_position.
+# positions. For the column `age`, PostgreSQL reads the index ix_audit_logs_position.
 UNSEALED_EVENTS = """
 SELECT taken - upto AS events, seals, extract(epoch FROM clock_timestamp() - (
     SELECT min(created_at) FROM audit_logs WHERE position > upto AND position <= upto + 1000
@@ -338,7 +338,7 @@ async def _check_refreshes(connection: AsyncConnection) -> Outcome:
     return Outcome(
         status,
         f"due refreshes: {row.waiting}; refreshes with an expired lease: {row.abandoned};"
-        f" overdue for {_duration(row.age)}",
+        f" longest wait of a refresh: {_duration(row.age)}",
         None if status == "ok" else "run more `tiger-db run-refresh-worker` processes",
     )
 
@@ -359,8 +359,8 @@ async def _check_tokens(connection: AsyncConnection) -> Outcome:
     advice = "see `tiger-db watch-refreshes`; keep `tiger-db run-refresh-worker` running"
     return Outcome(
         status,
-        f"tokens that are due for a refresh: {row.accounts}, overdue for {_duration(row.age)};"
-        f" expired tokens: {row.expired}",
+        f"tokens that are due for a refresh: {row.accounts}; expired tokens: {row.expired};"
+        f" the first token became due {_duration(row.age)} ago",
         None if status == "ok" else advice,
     )
 
@@ -397,7 +397,8 @@ async def _check_api_keys(connection: AsyncConnection) -> Outcome:
     )
 
 
-# _UNPEPPERED_KEYS scans the small table api_keys, because an index would serve no other query.
+# _UNPEPPERED_KEYS scans the whole table api_keys, because the table is small, and no other query
+# needs an index of API keys without a pepper.
 _UNPEPPERED_KEYS = """
 SELECT array_agg(key_prefix ORDER BY id) AS prefixes,
     (clock_timestamp() AT TIME ZONE 'UTC')::date AS today
@@ -459,6 +460,7 @@ FROM tiger_accounts ORDER BY tiger_accounts.id
 """  # noqa: S608  # the inserted text is a constant
 _EXEMPTING = """
 SELECT format('ALTER TABLE tiger_accounts DROP CONSTRAINT %1$I, ADD CONSTRAINT %1$I', conname)
+    AS alter_table
 FROM pg_constraint WHERE conrelid = 'tiger_accounts'::regclass AND NOT convalidated
     AND conname = 'ck_tiger_accounts_account_number_form'
 """
@@ -478,14 +480,14 @@ async def _check_account_numbers(connection: AsyncConnection) -> Outcome:
         return Outcome("problem", seen, advice)
     if old := [row.id for row in rows if row.open and not row.normal]:
         seen = f"account numbers are not normalized in these accounts: {_join_first(old)}"
-        advice = "set the numbers with `crud.accounts.update`, or close the accounts"
+        advice = "set the account numbers with `crud.accounts.update`, or close the accounts"
         return Outcome("warning", seen, advice)
     exempting = await _fetch_all(connection, _EXEMPTING)
     if exempting and all(row.normal for row in rows):
         return Outcome(
             "warning",
             "all account numbers are normalized, but the CHECK constraint still exempts accounts",
-            f"run {exempting[0][0]} CHECK (account_number ~ '^({ACCOUNT_NUMBER})$')",
+            f"run {exempting[0].alter_table} CHECK (account_number ~ '^({ACCOUNT_NUMBER})$')",
         )
     return Outcome("ok", "all account numbers are normalized")
 

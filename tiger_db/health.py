@@ -93,8 +93,9 @@ async def check_readiness(settings: Settings) -> HealthReport:
             async with asyncio.timeout_at(deadline):
                 await _check_pooler(settings)
         async with maintenance_engine(settings) as engine:
-            # SQLAlchemy's own event listeners send queries. Because of insert=True, the listener
-            # below runs first, so that these queries cannot exceed the deadline.
+            # SQLAlchemy's own event listeners send queries. With insert=True,
+            # _terminate_at_deadline runs before SQLAlchemy's listeners, so that the deadline limits
+            # their queries.
             @event.listens_for(engine.sync_engine, "connect", insert=True)
             def _terminate_at_deadline(connection: AdaptedConnection, _record: object) -> None:
                 loop.call_at(deadline, connection.driver_connection.terminate)
@@ -209,7 +210,8 @@ async def _check_database(
     version = text("SHOW server_version")
     yield {"server_version": await connection.scalar(version)}
     start = time.perf_counter()
-    await connection.scalar(version)  # the prepared statement now needs only one round trip
+    # The first call prepared the statement: the second call takes one round trip.
+    await connection.scalar(version)
     yield {"latency_ms": round((time.perf_counter() - start) * 1000, 3)}
     state = await schema_state(connection)
     yield {"revision": state.current, "head": state.head}
@@ -258,7 +260,7 @@ async def _check_default_partition(connection: AsyncConnection) -> list[str]:
     """Return a text with advice for each problem with audit events in the default partition.
 
     `tiger-db migrate` creates the partitions of the current month and the next months. The command
-    also moves audit events of these months from the default partition to the new partitions.
+    also moves the audit events of the current and next months out of the default partition.
     """
     movable, other = (
         await connection.execute(

@@ -437,7 +437,7 @@ def upgrade() -> None:
             "environment",
             TIGER_ENVIRONMENT,
             nullable=False,
-            comment="Environment at Tiger; paper trading depends on account_type instead",
+            comment="Environment at Tiger (PROD or SANDBOX); paper trading depends on account_type",
         ),
         sa.Column(
             "server_url",

@@ -322,7 +322,7 @@ def test_the_uses_of_a_key_are_shown_as_bars(cli: CommandLine) -> None:
     limited = create(cli, "--rate-limit-per-hour", "3")
     cli.ok("verify-api-key", "-", stdin=limited["key"])
     shown = cli.ok("show-api-key", limited["key_prefix"])
-    assert "left of the limit per hour: 2 of 3, until 20" in shown.err
+    assert "remaining uses this hour: 2 of 3, until 20" in shown.err
     limits = cli.ok("show-api-key", limited["key_prefix"], "--json").json["limits"]
     assert (limits["hour"]["limit"], limits["hour"]["used"], limits["day"]) == (3, 1, None)
     assert "no API key" in cli.fails("show-api-key", "nope")

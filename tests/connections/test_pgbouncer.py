@@ -411,10 +411,10 @@ def advised(settings: Settings) -> str:
         (
             "evil, public, pg_temp",
             "problem",
-            "the search path evil, public, pg_temp does not look first in",
+            "the search path evil, public, pg_temp is wrong",
         ),
-        ("evil, pg_catalog, public", "problem", "does not look first in pg_catalog"),
-        ("public, pg_catalog", "problem", "does not look first in pg_catalog"),
+        ("evil, pg_catalog, public", "problem", "must search pg_catalog first"),
+        ("public, pg_catalog", "problem", "must search pg_catalog first"),
     ],
 )
 @pytest.mark.slow

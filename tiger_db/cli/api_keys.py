@@ -119,7 +119,7 @@ def list_api_keys(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="List API keys that were created and last used before a time or age, such as 90d.",
+            help="List API keys created before a time (or an age such as 90d) and not used since.",
         ),
     ] = None,
     search: Annotated[
@@ -168,7 +168,8 @@ def list_api_keys(
 
     page, paused = runtime.in_transaction(find)
     if paused is not None:
-        output.print_warning(f"trading has been paused {paused}")
+        since_and_reason = str(paused)
+        output.print_warning(f"trading has been paused {since_and_reason}")
     output.show_page(
         page,
         {
@@ -254,7 +255,7 @@ def verify_api_key(
 
 
 def _write_in_transaction(session: "AsyncSession") -> None:
-    """Make `session` write usage counts and audit events in its own transaction.
+    """Make `session` write usage counts and audit events in its transaction, not out of band.
 
     The caller rolls the transaction back, so that a dry run changes nothing.
     """
@@ -301,7 +302,7 @@ def show_api_key(
     for period, limit in limits.items():
         if limit is not None:
             output.print_message(
-                f"left of the limit per {period}: {limit.remaining} of {limit.limit}, until"
+                f"remaining uses this {period}: {limit.remaining} of {limit.limit}, until"
                 f" {limit.resets_at:%Y-%m-%d %H:%MZ}"
             )
     if hours:
@@ -355,7 +356,7 @@ def _change(
     """Change an API key, print whether the key is changed, and show the key.
 
     `participle` names the change in the message, such as `deleted`. `unchanged` is the reason to
-    print if nothing is changed. By default, the reason is that the API key is `participle` already.
+    print if nothing is changed, by default a text such as `the API key is revoked already`.
     """
 
     async def run(session: "AsyncSession") -> "tuple[tiger_db.APIKey, bool]":
@@ -461,9 +462,10 @@ def _parse_limit(text: str, option: str) -> int | None:
 
 
 def _parse_allowed(text: str, option: str) -> list[str]:
-    """Split a list of networks or user agents at commas. Return an empty list for `all`.
+    """Split a list of networks or user agents at commas.
 
-    An empty text is refused, because an empty shell variable must not remove a restriction.
+    For the text `all`, return an empty list, which stands for no restriction. An empty text is
+    refused, because an empty shell variable must not remove a restriction.
     """
     words = options.split_words(text)
     if not words:

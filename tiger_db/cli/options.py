@@ -227,8 +227,8 @@ def _at_terminal() -> bool:
 def _read_hidden(name: str) -> str:
     """Ask for a secret at the terminal. The terminal does not show the typed secret.
 
-    All lines of a pasted PEM file are read. `getpass` would read only the first line of the file,
-    and the shell would execute the other lines.
+    All lines of a pasted PEM file are read. `getpass` would read only the first line of a pasted
+    PEM file, and the shell would read the other lines as commands.
 
     Raises:
         InvalidValue: a typed line is so long that the terminal may have truncated the line.

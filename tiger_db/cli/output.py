@@ -166,7 +166,7 @@ def show_line(row: Iterable[object]) -> None:
 def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
     """Return column widths at which no word is broken.
 
-    If these columns are wider than `width`, return None for each column.
+    If a table of `width` characters cannot show all words unbroken, return None for each column.
     """
     least = [max(map(cell_len, " ".join(column).split())) for column in columns]
     room = width - sum(least) - _COLUMN_GAP * (len(least) - 1)
@@ -208,7 +208,7 @@ def show_bars(counts: Mapping[str, int]) -> None:
 
 
 def unit_of_chart(since: datetime, until: datetime) -> Literal["hour", "day"]:
-    """Return the time that each bar of a chart stands for: an hour up to two days, else a day."""
+    """Return the unit of a chart: `hour` for a period of at most two days, or else `day`."""
     return "hour" if until - since <= 2 * _DAY else "day"
 
 
@@ -218,9 +218,9 @@ def count_by_period(
     until: datetime,
     unit: Literal["hour", "day"],
 ) -> dict[str, int]:
-    """Return the count of each hour or day from `since` to `until`, by the name of a bar.
+    """Map the label of each hour or day from `since` to `until` to a count.
 
-    `starts` has the counts by the start of the hour or day. Hours and days without a count have the
+    `starts` maps the start of an hour or day to the count. Hours and days without a count have the
     count 0.
     """
     by_hour = unit == "hour"

@@ -27,7 +27,8 @@ def settings() -> "tiger_db.Settings":
     """Read the settings from the environment. If DB_DEBUG is set, log SQL statements to stderr."""
     found = tiger_db.Settings()
     logger = logging.getLogger("sqlalchemy.engine.Engine")
-    # Without a handler of the application, SQLAlchemy adds a log handler that writes to stdout.
+    # If the logger sqlalchemy.engine.Engine has no handler, SQLAlchemy adds a handler that writes
+    # to stdout.
     if found.db_debug and not logger.handlers:
         logger.addHandler(logging.StreamHandler())
     return found
@@ -94,8 +95,8 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
         message = "there is no API key with this prefix or id"
         if re.fullmatch(tiger_db.crud.api_keys.KEY_PATTERN, prefix_or_id.strip(), re.ASCII):
             message += (
-                ": you gave a whole API key. Give only its prefix, the part before the last"
-                " underscore. To revoke a leaked API key by the whole key, use"
+                ": you gave a whole API key. Give only the prefix: the part of the API key before"
+                " the last underscore. To revoke a leaked API key by the whole key, use"
                 " `tiger-db revoke-api-key --raw`"
             )
         raise NotFound(message)
@@ -105,7 +106,7 @@ async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.
 async def account_numbers(
     session: "AsyncSession", ids: Iterable[UUID | None]
 ) -> dict[UUID | None, str]:
-    """Map account ids to account numbers. Map the id of a deleted account to the id's text."""
+    """Map account ids to account numbers, or to the ids as text if the accounts were deleted."""
     from sqlmodel import col, select  # noqa: PLC0415  # slow import, not needed by `--help`
 
     numbers: dict[UUID | None, str] = {
@@ -120,7 +121,7 @@ async def account_numbers(
 
 
 def parse_uuid(text: str) -> UUID | None:
-    """Parse a UUID that has four hyphens. Return None for any other text.
+    """Return the UUID in a text, or None if the text is not a UUID with four hyphens.
 
     A text without hyphens may be an account number, because account numbers can have 32 digits.
     """

@@ -34,10 +34,11 @@ def pause(
         return earlier, await tiger_db.crud.api_keys.pause(session, reason=reason)
 
     earlier, paused = runtime.in_transaction(find_or_pause)
+    since_and_reason = str(paused)
     if earlier == paused:
-        output.print_message(f"nothing is changed: trading has been paused {paused}")
+        output.print_message(f"nothing is changed: trading has been paused {since_and_reason}")
     else:
-        output.print_message(f"trading has been paused {paused}")
+        output.print_message(f"trading has been paused {since_and_reason}")
     if as_json:
         output.print_json({"trading_pause": paused.as_json()})
 
@@ -57,6 +58,7 @@ def resume(
     if ended is None:
         output.print_message("trading was not paused")
     else:
-        output.print_message(f"trading is resumed; trading had been paused {ended}")
+        since_and_reason = str(ended)
+        output.print_message(f"trading is resumed; trading had been paused {since_and_reason}")
     if as_json:
         output.print_json({"trading_pause": None})

@@ -97,8 +97,8 @@ class APIKeyFilters(TypedDict, total=False):
     `scope` selects the API keys that have the given scope, or a scope that implies the given scope.
     If `expired` is true, API keys whose `expires_at` has passed are selected. If `expired` is
     false, API keys that have not expired are selected. `unused_since` selects the API keys that
-    were created and last used before an aware datetime. `search` is a text in the name, the prefix
-    or the description of an API key, regardless of case.
+    were created before an aware datetime and not used since. `search` is a text in the name, the
+    prefix or the description of an API key, regardless of case.
     """
 
     status: OneOrMore[APIKeyStatus] | None
