@@ -596,7 +596,8 @@ def test_an_invalid_change_of_a_key_changes_nothing(cli: CommandLine) -> None:
         assert f"error: {option}: " in cli.fails(*options, option, value)
     assert "give at least one option" in cli.misused("update-api-key", row["id"])
     shown = cli.ok("show-api-key", row["id"], "--json").json
-    assert shown == {**row, "usage": []}
+    limits = {"hour": None, "day": None}
+    assert shown == {**row, "limits": limits, "usage": []}
 
 
 @pytest.mark.parametrize("option", ["--allowed-ips", "--allowed-user-agents"])
