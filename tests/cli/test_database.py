@@ -291,8 +291,8 @@ def test_check_prints_the_sql_that_restores_changes(
     lines = ill.out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         (
-            "function notify_api_key_change (of api_keys, tiger_accounts) has `SECURITY DEFINER`"
-            " and lacks `DECLARE`"
+            "function notify_api_key_change (used by api_keys, tiger_accounts)"
+            " has `SECURITY DEFINER` and lacks `DECLARE`"
         ),
         "row security of audit_logs is enabled",
         "trigger notify_update on api_keys is disabled",

@@ -113,7 +113,7 @@ def test_a_malformed_file_is_refused(cli: CommandLine, file: Path, tmp_path: Pat
             "private_key_pk8: the private key is not an RSA key",
         ),
         (REQUIRED | {"env": "EVERYWHERE"}, "env: Input should be 'PROD' or 'SANDBOX'"),
-        (REQUIRED | {"tiger_id": ""}, "tiger_id is missing"),
+        (REQUIRED | {"tiger_id": ""}, "the property tiger_id is missing"),
     ):
         config(tmp_path, lines)
         error = cli.fails("import-account", str(file))
