@@ -219,7 +219,7 @@ async def test_files_that_cannot_be_read(session: AsyncSession, tmp_path: Path) 
         (".", "Is a directory"),
         ("latin", "the file is not UTF-8 text"),
         ("large", "the file is too large"),
-        ("tokenless", "the property token is missing"),
+        ("tokenless", "the property `token` is missing"),
     ):
         path = tmp_path / name
         with pytest.raises(InvalidValue, match=f"^{path}: {reason}"):
