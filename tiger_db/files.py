@@ -149,8 +149,8 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # Only file descriptors from the parent process are inheritable. For any other file
-            # descriptor, dup() gets the number -1 and raises OSError.
+            # A file descriptor that this process has not inherited is not inheritable either. For
+            # such a descriptor, dup() gets the number -1 and raises OSError.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
             descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)

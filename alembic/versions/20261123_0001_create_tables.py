@@ -437,7 +437,7 @@ def upgrade() -> None:
             "environment",
             TIGER_ENVIRONMENT,
             nullable=False,
-            comment="Environment at Tiger (PROD or SANDBOX); paper trading depends on account_type",
+            comment="Environment at Tiger; only account_type says whether trades are on paper",
         ),
         sa.Column(
             "server_url",

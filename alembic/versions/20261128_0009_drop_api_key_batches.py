@@ -43,7 +43,7 @@ def downgrade() -> None:
             "left_out",
             postgresql.ARRAY(sa.UUID()),
             nullable=False,
-            comment="API keys that the batch skipped because their rows were locked; a later batch counts them",
+            comment="API keys that the batch skipped because their rows were locked; a later batch counts their uses",
         ),
         sa.Column(
             "written_at",

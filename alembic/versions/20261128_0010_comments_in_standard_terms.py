@@ -76,7 +76,7 @@ COLUMNS = {
         "private_key_format": "Format of the private key: one of PK1 (PKCS#1), PK8 (PKCS#8) and unknown",
         "secret_key": "Secret key of institutional traders, encrypted",
         "license": "License of the account at Tiger, such as TBHK",
-        "environment": "Environment at Tiger (PROD or SANDBOX); paper trading depends on account_type",
+        "environment": "Environment at Tiger; only account_type says whether trades are on paper",
         "server_url": "URL of Tiger's gateway; null: default URL of the environment",
         "access_token": "Access token, encrypted",
         "token_expires_at": "Expiry of the access token",

@@ -179,7 +179,7 @@ class TrailVerifier:
         self._checkpoint = checkpoint
         self._checkpoint_seen = checkpoint is None
         self._report = Verification()
-        self._findings: list[tuple[int, AuditFinding]] = []  # positions (as sort keys) and findings
+        self._findings: list[tuple[int, AuditFinding]] = []  # findings with their sort keys
         self._retired: PositionRanges = ()
         # The following attributes describe the last added seal.
         self._number = 0

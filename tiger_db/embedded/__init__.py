@@ -184,7 +184,7 @@ def _home_lock(home: Path) -> Iterator[None]:
 
 
 def _load_or_create(home: Path, name: str, make: Callable[[], str]) -> str:
-    """Return the text of a private file. Create the private file if the private file is missing.
+    """Return the text of a private file. If the private file is missing, create it.
 
     The caller of `_load_or_create` must hold the lock of the home folder.
     """

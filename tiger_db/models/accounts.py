@@ -270,7 +270,7 @@ class TigerAccount(MutableEntity, table=True):
     )
     environment: TigerEnvironment = Field(
         default=TigerEnvironment.PROD,
-        description="Environment at Tiger (PROD or SANDBOX); paper trading depends on account_type",
+        description="Environment at Tiger; only account_type says whether trades are on paper",
     )
     server_url: Text | None = Field(
         default=None,
