@@ -118,8 +118,8 @@ async def fill(database: Database) -> None:
                 "SELECT make_audit_partition(date_trunc('month', now() AT TIME ZONE 'UTC')"
                 f" - make_interval(months => {ago}))"
             )
-        await connection.execute(FILL, ROWS, MONTHS)
-        await connection.execute("VACUUM ANALYZE audit_logs")
+        await connection.execute(FILL, ROWS, MONTHS, timeout=3600)
+        await connection.execute("VACUUM ANALYZE audit_logs", timeout=3600)
     finally:
         await connection.close()
 

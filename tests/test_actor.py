@@ -245,7 +245,7 @@ async def _complete(session: AsyncSession, claim: Any) -> None:
 
 
 async def _fail(session: AsyncSession, claim: Any) -> None:
-    await token_status.fail(session, claim, error="refused", credentials_refused=True)
+    await token_status.fail(session, claim, message="refused", credentials_refused=True)
 
 
 async def _log_all_ways(session: AsyncSession) -> None:

@@ -83,8 +83,10 @@ async def test_every_secret_is_encrypted_with_the_first_key(using: Using) -> Non
             EncryptionKeyUsage(TABLE, "k2", 1),
         ]
         steps: list[int] = []
-        report = await encryption_key_rotation.rotate(both, advance=steps.append)
-        assert (report.key_id, report.rotated, sum(steps), report.stuck) == ("k2", 5, 5, 0)
+        report = await encryption_key_rotation.rotate(
+            both, progress=lambda done, _: steps.append(done)
+        )
+        assert (report.key_id, report.rotated, steps[-1], report.stuck) == ("k2", 5, 5, 0)
         assert (report.uses, report.retirable) == ([EncryptionKeyUsage(TABLE, "k2", 6)], ["k1"])
     async with using(ONLY_K2) as new:
         moved = await read(new)
@@ -302,7 +304,7 @@ async def test_a_locked_row_delays_no_other_row(using: Using) -> None:
         moved_first = asyncio.Event()
         async with asyncio.TaskGroup() as group, locked(old, busy):
             task = group.create_task(
-                encryption_key_rotation.rotate(both, advance=lambda _rows: moved_first.set())
+                encryption_key_rotation.rotate(both, progress=lambda *_: moved_first.set())
             )
             await asyncio.wait_for(moved_first.wait(), 30)
             async with both.session() as session:  # the others were not waiting behind it
@@ -387,12 +389,12 @@ async def test_eight_writers_lose_no_update(clone_settings: Settings) -> None:
 
 
 def rotate_and_tell(settings: Settings, told: Connection) -> None:
-    """Rotate in another process, and send the size of each batch."""
+    """Rotate in another process, and send the number of rows after each batch."""
     encryption_key_rotation.BATCH_ROWS = 20
 
     async def run() -> None:
         async with Database(settings, key_provider=K2) as database:
-            await encryption_key_rotation.rotate(database, advance=told.send)
+            await encryption_key_rotation.rotate(database, progress=lambda done, _: told.send(done))
 
     asyncio.run(run())
 
@@ -412,8 +414,8 @@ async def test_a_killed_rotation_can_be_continued(clone_settings: Settings) -> N
     async with Database(clone_settings, key_provider=K2) as database:
         for killed in range(1, 4):
             process, pipe = start_rotating(clone_settings)
-            for _ in range(killed):
-                assert await asyncio.to_thread(pipe.recv) == 20
+            for batch in range(1, killed + 1):
+                assert await asyncio.to_thread(pipe.recv) == 20 * batch
             process.kill()
             process.join(30)
             left = {use.key_id: use.rows for use in await uses(database)}

@@ -45,6 +45,7 @@ from tiger_db.encryption import (
 from tiger_db.errors import ConfigurationError, Conflict, EncryptionError, QueryTimeout
 from tiger_db.models import AuditAction, Entity
 from tiger_db.models.secrets import aad_of, encrypted_columns, key_provider, secrets_of
+from tiger_db.public import Progress, no_progress
 
 BATCH_ROWS = 1000  # Maximum number of rows per transaction.
 # Key id that `list_encryption_key_usage` reports for values that are not ciphertexts.
@@ -98,17 +99,18 @@ async def rotate(
     database: Database,
     *,
     dry_run: bool = False,
-    advance: Callable[[int], None] = lambda _rows: None,
+    progress: Progress = no_progress,
 ) -> RotationReport:
     """Re-encrypt all secrets with the first encryption key, and recompute the fingerprints.
 
     `rotate` also normalizes the secrets that an older release has stored without normalization.
 
     Other transactions can read and write the rows during the rotation. Each batch of rows has its
-    own transaction, with an audit event. After each batch, `rotate` calls `advance` with the number
-    of re-encrypted rows. `rotate` first skips locked rows, and waits for the locked rows at the
-    end. If a row cannot be decrypted, `rotate` reports the row and leaves the row unchanged. If
-    `dry_run` is true, `rotate` decrypts the secrets that need re-encryption, but changes no row.
+    own transaction, with an audit event. After each batch, `rotate` calls `progress` with the
+    number of rows that it has re-encrypted so far, and with None. `rotate` first skips locked rows,
+    and waits for the locked rows at the end. If a row cannot be decrypted, `rotate` reports the row
+    and leaves the row unchanged. If `dry_run` is true, `rotate` decrypts the secrets that need
+    re-encryption, but changes no row.
 
     Remove a key in `RotationReport.retirable` only when no process encrypts with the key, and no
     backup that may be restored needs the key.
@@ -130,7 +132,7 @@ async def rotate(
         wait = False
         while True:
             sweep = _Sweep(database, mapper, {*found.normalizable}, wait=wait)
-            await sweep.run(advance, dry_run=dry_run)
+            await sweep.run(progress, report.rotated, dry_run=dry_run)
             report.rotated += sweep.rotated
             if not sweep.skipped:
                 break
@@ -232,10 +234,10 @@ class _Sweep:
     stuck: int = 0
     problems: list[str] = field(default_factory=list)
 
-    async def run(self, advance: Callable[[int], None], *, dry_run: bool) -> None:
+    async def run(self, progress: Progress, rotated_before: int, *, dry_run: bool) -> None:
         batch = await self._prepare(UUID(int=0))
         while batch is not None:
-            (last_id, changes), before = batch, self.rotated
+            last_id, changes = batch
             if dry_run:
                 self.rotated += len(changes)
                 batch = await self._prepare(last_id)
@@ -248,7 +250,7 @@ class _Sweep:
                 if isinstance(prepared, BaseException):
                     raise prepared
                 batch = prepared
-            advance(self.rotated - before)
+            progress(rotated_before + self.rotated, None)
 
     async def _prepare(self, after: UUID) -> tuple[UUID, list[dict[str, object]]] | None:
         """Return the last row id and the changes of the next batch, or None if no row is left."""

@@ -8,7 +8,7 @@ from enum import Enum
 from functools import wraps
 from math import isfinite
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic_core import PydanticCustomError
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,10 +17,18 @@ from tiger_db.errors import InvalidFields
 from tiger_db.sqlstates import typed
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+# The type of each parameter `progress` of a public function. While the public function works, it
+# calls `progress` with the number of finished items, and with the number of all items. The number
+# of all items is None if it is not known.
+Progress: TypeAlias = Callable[[int, int | None], None]
 # Public functions check the parameters `after` and `raw_key` themselves: a wrong `after` raises
 # InvalidCursor, and a wrong `raw_key` raises InvalidAPIKey.
 _CHECKED_BY_FUNCTION = {"after", "raw_key"}
 _MAX_DURATION = timedelta(days=36525)  # 100 years
+
+
+def no_progress(done: int, total: int | None) -> None:
+    """Do nothing: the default value of each parameter `progress`."""
 
 
 def public(function: F_) -> F_:

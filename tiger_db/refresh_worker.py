@@ -435,7 +435,7 @@ class RefreshWorker:
             return await token_status.fail(
                 session,
                 claim,
-                error=message,
+                message=message,
                 error_code=replace_unstorable(type(error).__name__)[:_MAX_ERROR_CODE_LENGTH],
                 retry_after=_retry_after(error),
                 credentials_refused=refused,

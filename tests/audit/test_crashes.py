@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -29,6 +30,7 @@ from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import upgrade
 from tiger_db.signing import generate_signing_key
 
+SHORT = timedelta(seconds=0.2)
 QUERY = AuditAction.DATA_QUERY
 PUT = """
 INSERT INTO audit_logs (id, action, result, severity)
@@ -117,7 +119,7 @@ async def write(database: Database, told: Told, how: Write) -> None:
 async def seal(database: Database, told: Told) -> None:
     while not told.over:
         try:
-            told.sealed += (await audit.seal(database, patience=0.2)).rows
+            told.sealed += (await audit.seal(database, patience=SHORT)).rows
         except DatabaseUnavailable:
             told.unavailable += 1
         await asyncio.sleep(0.001)
@@ -214,11 +216,11 @@ async def test_a_prepared_transaction_is_waited_for(
         await connection.close()
     async with Database(private) as database:
         await commits(database)
-        assert await audit.seal(database, patience=0.2) == audit.Sealing(0, 0, (None,))
+        assert await audit.seal(database, patience=SHORT) == audit.Sealing(0, 0, (None,))
     await asyncio.to_thread(kill, private_server)
     await asyncio.to_thread(embedded.start, private_server)
     async with Database(private) as database:
-        assert await audit.seal(database, patience=0.2) == audit.Sealing(0, 0, (None,))
+        assert await audit.seal(database, patience=SHORT) == audit.Sealing(0, 0, (None,))
         last = await connect(private)
         await last.execute("COMMIT PREPARED 'second'")
         await last.close()

@@ -188,7 +188,7 @@ def seal_in_a_loop(settings: Settings, over: Pipe | None) -> None:
     async def run() -> None:
         async with Database(settings) as database:
             while over is None or not over.poll():
-                await audit.seal(database, patience=0.1)
+                await audit.seal(database, patience=timedelta(seconds=0.1))
 
     asyncio.run(run())
 
@@ -237,7 +237,7 @@ async def test_concurrent_sealing_causes_no_findings(
 
         async def seal_meanwhile(database: Database, over: asyncio.Event) -> None:
             while not over.is_set():
-                await audit.seal(database, patience=0.01)
+                await audit.seal(database, patience=timedelta(seconds=0.01))
                 assert (await audit.verify(database)).findings == []
 
         for _ in range(REPETITIONS):
@@ -265,10 +265,10 @@ async def test_an_open_transaction_is_waited_for(sealed: Database, other: Connec
     written = Written()
     for _ in range(3):
         await copies(sealed, written)
-    sealing = await audit.seal(sealed, patience=0.2)
+    sealing = await audit.seal(sealed, patience=timedelta(seconds=0.2))
     assert sealing == audit.Sealing(0, 0, (late.get_server_pid(),))
     assert await seals_made(other) == 0
-    waiting = asyncio.create_task(audit.seal(sealed, patience=60))
+    waiting = asyncio.create_task(audit.seal(sealed, patience=timedelta(seconds=60)))
     async with asyncio.timeout(30):
         for _ in range(20):  # it waits, and nobody for it
             for how in HOW:
@@ -324,7 +324,7 @@ async def test_readers_and_rolled_back_writers_are_not_waited_for(
     await other.execute("SAVEPOINT before")
     await other.execute(MANY, 1)
     await other.execute("ROLLBACK TO SAVEPOINT before")
-    assert await audit.seal(sealed, patience=0.2) == audit.Sealing(1, 1)
+    assert await audit.seal(sealed, patience=timedelta(seconds=0.2)) == audit.Sealing(1, 1)
     await transaction.rollback()
     await assert_sealed_once(sealed, other)
 
@@ -333,7 +333,7 @@ async def test_a_writer_into_a_partition_is_waited_for(sealed: Database, other: 
     transaction = other.transaction()
     await transaction.start()
     await other.execute(MANY.replace("audit_logs", "audit_logs_default"), 1)
-    sealing = await audit.seal(sealed, patience=0.1)
+    sealing = await audit.seal(sealed, patience=timedelta(seconds=0.1))
     assert sealing.waits_for == (other.get_server_pid(),)
     await transaction.commit()
     assert (await audit.seal(sealed)).rows == 1
@@ -381,13 +381,18 @@ async def test_a_killed_sealer_leaves_whole_seals(
 
 @pytest.mark.slow
 async def test_a_seal_has_at_most_10000_events(sealed: Database, other: Connection) -> None:
-    told: list[int] = []
-    assert await audit.seal(sealed, advance=told.append) == audit.Sealing(0, 0)
+    told: list[tuple[int, int | None]] = []
+
+    async def seal() -> audit.Sealing:
+        return await audit.seal(sealed, progress=lambda *done: told.append(done))
+
+    assert await seal() == audit.Sealing(0, 0)
     await other.execute(MANY, 25_000)
-    assert await audit.seal(sealed, advance=told.append) == audit.Sealing(25_000, 3)
-    assert told == [10_000, 10_000, 5_000]
-    assert await audit.seal(sealed, advance=told.append) == audit.Sealing(0, 0)
-    assert [payload.event_count for payload in await payloads(other)] == told
+    assert await seal() == audit.Sealing(25_000, 3)
+    assert told == [(10_000, None), (20_000, None), (25_000, None)]
+    assert await seal() == audit.Sealing(0, 0)
+    counts = [payload.event_count for payload in await payloads(other)]
+    assert counts == [10_000, 10_000, 5_000]
     await assert_sealed_once(sealed, other)
 
 

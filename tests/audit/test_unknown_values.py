@@ -104,7 +104,8 @@ async def test_an_event_with_unknown_values_is_followed(
     signing: Database, newer: Connection
 ) -> None:
     begun = asyncio.Event()
-    async with aclosing(audit.follow(signing, begun=begun.set, action=["mcp"])) as events:
+    stream = audit.follow(signing, progress=lambda *_: begun.set(), action=["mcp"])
+    async with aclosing(stream) as events:
         following = asyncio.ensure_future(anext(events))
         await asyncio.wait_for(begun.wait(), 20)
         await newer.execute(NEWER_EVENT)

@@ -37,14 +37,14 @@ async def test_an_export_is_verified_without_a_database(
 ) -> None:
     file = tmp_path / "trail.jsonl"
     file.write_text("".join(lines), encoding="utf-8")
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int | None]] = []
     await trail.database.close()
     for checkpoint in (None, trail.checkpoint):
         found = await audit.verify_export(
             file,
             keys=[Ed25519PrivateKey.generate().public_key(), key],
             checkpoint=checkpoint,
-            advance=lambda done, total: told.append((done, total)),
+            progress=lambda done, total: told.append((done, total)),
         )
         assert found.findings == []
         assert (found.sound, found.seals, found.rows, found.unsealed) == (True, SEALS, 60, 3)

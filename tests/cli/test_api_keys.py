@@ -190,10 +190,14 @@ def test_the_reason_of_a_refusal_is_shown(cli: CommandLine) -> None:
     key = create(
         cli, "--account", "1111111", "--allowed-ips", "10.0.0.0/8", "--allowed-user-agents", "a*",
     )["key"]  # fmt: skip
-    good = ("--ip", "10.1.2.3", "--user-agent", "abc")
+    good = ("--ip-address", "10.1.2.3", "--user-agent", "abc")
     assert cli.ok("verify-api-key", "-", *good, "--account", "1111111", stdin=key)
-    assert "AddressNotAllowed" in refusal(cli, key, "--ip", "11.1.2.3", "--user-agent", "abc")
-    assert "UserAgentNotAllowed" in refusal(cli, key, "--ip", "10.1.2.3", "--user-agent", "x")
+    assert "AddressNotAllowed" in refusal(
+        cli, key, "--ip-address", "11.1.2.3", "--user-agent", "abc"
+    )
+    assert "UserAgentNotAllowed" in refusal(
+        cli, key, "--ip-address", "10.1.2.3", "--user-agent", "x"
+    )
     assert "lacks the scope mcp:admin" in refusal(cli, key, *good, "--scopes", "mcp:admin")
     assert "AccountNotAllowed" in refusal(cli, key, *good, "--account", "2222222")
     wrong = key[:-1] + ("y" if key.endswith("x") else "x")

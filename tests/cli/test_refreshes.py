@@ -269,7 +269,7 @@ def fill(settings: Settings, gateway: Gateway) -> None:
                 for number in (0, 3, 4)
             ]
             await crud.token_status.fail(
-                session, claims[1], error="code=1000 msg=no", credentials_refused=True
+                session, claims[1], message="code=1000 msg=no", credentials_refused=True
             )
             await crud.token_status.complete(session, claims[2], access_token=tiger_token(_now()))
 
@@ -389,7 +389,7 @@ def test_refreshes_are_listed(cli: CommandLine, clone_settings: Settings) -> Non
         )
         claim, *_ = await crud.token_status.claim_due(session, worker="w")
         assert claim.id == failed.id
-        failed = await crud.token_status.fail(session, claim, error="out of luck")
+        failed = await crud.token_status.fail(session, claim, message="out of luck")
         pending = await crud.token_status.create_refresh_operation(
             session,
             tiger_account_id=two.id,

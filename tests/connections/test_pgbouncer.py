@@ -267,7 +267,7 @@ async def test_events_are_followed_and_sealed(behind: Settings) -> None:
     settings = Settings(**settings.model_dump(exclude_unset=True))
     begun = asyncio.Event()
     async with Database(settings) as database:
-        events = follow(database, begun=begun.set)
+        events = follow(database, progress=lambda *_: begun.set())
         first = asyncio.create_task(anext(events))
         await begun.wait()
         async with database.session() as session:

@@ -63,7 +63,7 @@ async def test_a_readonly_session_can_neither_write_nor_authorize(reading: Datab
             lambda session: crud.token_status.claim(session, claim.id, worker="w"),
             lambda session: crud.token_status.heartbeat(session, claim),
             lambda session: crud.token_status.complete(session, claim, access_token="t"),
-            lambda session: crud.token_status.fail(session, claim, error="e"),
+            lambda session: crud.token_status.fail(session, claim, message="e"),
             lambda session: crud.token_status.cancel(session, claim.id),
         ):
             with pytest.raises(InvalidState, match="a readonly session cannot"):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -420,7 +421,7 @@ async def test_installations_do_not_wait_for_each_others_locks(
                 (account,) = (await crud.accounts.list_accounts(its)).items
                 await finishes(crud.accounts.set_default_trading_account(its, account.id))
             # It waits for its own lock.
-            own = asyncio.create_task(audit.seal(one, patience=60))
+            own = asyncio.create_task(audit.seal(one, patience=timedelta(seconds=60)))
             await asyncio.wait([own], timeout=0.5)
             assert not own.done()
             own.cancel()

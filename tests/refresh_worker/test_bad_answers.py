@@ -414,7 +414,9 @@ async def test_an_attempt_that_ends_is_not_counted_twice(clone: Database) -> Non
     refresh = await opened(clone, max_retries=3)
     async with clone.session() as session:
         claim = await crud.token_status.claim(session, refresh.id, worker="w")
-        failed = await crud.token_status.fail(session, claim, error="no", retry_after=timedelta(0))
+        failed = await crud.token_status.fail(
+            session, claim, message="no", retry_after=timedelta(0)
+        )
         assert failed.retry_count == 1
         (claim,) = await crud.token_status.claim_due(session, worker="w")
         assert claim.retry_count == 1

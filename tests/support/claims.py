@@ -15,8 +15,8 @@ Use = Callable[[AsyncSession, TokenStatus], Awaitable[object]]
 USES: dict[str, Use] = {
     "heartbeat": token_status.heartbeat,
     "complete": lambda s, c: token_status.complete(s, c, access_token="zombie"),
-    "fail": lambda s, c: token_status.fail(s, c, error="zombie"),
-    "fail for good": lambda s, c: token_status.fail(s, c, error="z", credentials_refused=True),
+    "fail": lambda s, c: token_status.fail(s, c, message="zombie"),
+    "fail for good": lambda s, c: token_status.fail(s, c, message="z", credentials_refused=True),
     "give back": token_status.give_back,
 }
 

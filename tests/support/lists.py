@@ -70,7 +70,7 @@ async def one_row_for(name: str, session: AsyncSession) -> Entity:
             row = await factories.refresh(session)
         case "get_failed_refreshes":
             claim = await factories.claim(session, max_retries=1)
-            row = await crud.token_status.fail(session, claim, error="no answer")
+            row = await crud.token_status.fail(session, claim, message="no answer")
         case _:
             account = await crud.accounts.get(session, ACCOUNT)
             row = await factories.refresh(session, account)

@@ -13,8 +13,12 @@ Query = Callable[[AsyncSession], Awaitable[object]]
 Plan = list[dict[str, Any]]
 
 
-async def plan_of(settings: Settings, query: Query) -> Plan:
-    """The nodes of the plans of all the statements that a query sends, and rolls back."""
+async def plan_of(settings: Settings, query: Query, *, analyze: bool = False) -> Plan:
+    """The nodes of the plans of all the statements that a query sends, and rolls back.
+
+    With `analyze`, the statements are run, and the nodes have the numbers of rows and buffers.
+    """
+    options = "FORMAT JSON, ANALYZE, BUFFERS" if analyze else "FORMAT JSON"
     sent: list[tuple[str, Any]] = []
     async with Database(settings) as database:
         await database.check()
@@ -30,7 +34,7 @@ async def plan_of(settings: Settings, query: Query) -> Plan:
             event.remove(database.engine.sync_engine, "before_cursor_execute", record)
         async with database.engine.connect() as connection:
             plans = [
-                await connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values)
+                await connection.exec_driver_sql(f"EXPLAIN ({options}) {sql}", values)
                 for sql, values in sent
                 if sql.lstrip().startswith(("SELECT", "INSERT", "UPDATE", "DELETE", "WITH"))
             ]

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Literal, Unpack
@@ -19,7 +19,7 @@ from tiger_db.crud.audit_logs.queries import EventFilters, event_conditions
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue, NotFound
 from tiger_db.models import AuditLog
-from tiger_db.public import public
+from tiger_db.public import Progress, no_progress, public
 
 CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
@@ -33,8 +33,8 @@ def export(
     database: Database,
     *,
     form: Literal["jsonl", "csv"] = "jsonl",
-    advance: Callable[[int], None] = lambda _events: None,
-    **wanted: Unpack[EventFilters],
+    progress: Progress = no_progress,
+    **filters: Unpack[EventFilters],
 ) -> AsyncGenerator[str, None]:
     """Return a generator of lines of text, one for each event that matches the search criteria.
 
@@ -48,19 +48,20 @@ def export(
     a formula gets a leading apostrophe.
 
     The memory use of `export` does not depend on the number of events. After each batch of events,
-    `export` calls `advance` with the number of events in the batch.
+    `export` calls `progress` with the number of events that `export` has yielded so far, and with
+    None.
 
     Raises:
         InvalidValue: an argument is not valid. See `crud.audit_logs.search`. The call of `export`
             raises InvalidValue, before the generator yields the first line.
     """
-    filters = event_conditions(**wanted)
-    items = _matching_events(database, filters) if filters else _whole_trail(database)
-    return _lines(items, form, advance)
+    conditions = event_conditions(**filters)
+    items = _matching_events(database, conditions) if conditions else _whole_trail(database)
+    return _lines(items, form, progress)
 
 
 async def _lines(
-    items: AsyncGenerator[Seal | Event, None], form: str, advance: Callable[[int], None]
+    items: AsyncGenerator[Seal | Event, None], form: str, progress: Progress
 ) -> AsyncGenerator[str, None]:
     if form == "csv":
         yield _csv_line(CSV_COLUMNS)
@@ -79,8 +80,8 @@ async def _lines(
                 yield f'{{"position":{position},{content[1:]}\n'
             count += 1
             if count % _BATCH_EVENTS == 0:
-                advance(_BATCH_EVENTS)
-    advance(count % _BATCH_EVENTS)
+                progress(count, None)
+    progress(count, None)
 
 
 async def _whole_trail(database: Database) -> AsyncGenerator[Seal | Event, None]:
@@ -90,11 +91,11 @@ async def _whole_trail(database: Database) -> AsyncGenerator[Seal | Event, None]
 
 
 async def _matching_events(
-    database: Database, filters: list[ColumnElement[bool]]
+    database: Database, conditions: list[ColumnElement[bool]]
 ) -> AsyncGenerator[Seal | Event, None]:
     statement: Select[int | None, str] = (
         select(col(AuditLog.position), literal_column(storage.CONTENT, type_=Text()))
-        .where(*filters)
+        .where(*conditions)
         .order_by(col(AuditLog.id))
         .execution_options(yield_per=_BATCH_EVENTS)
     )

@@ -1,7 +1,7 @@
 """Stream of the audit events that are committed after the stream starts."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, suppress
 from typing import Unpack
 
@@ -15,7 +15,7 @@ from tiger_db.crud.common import fetch_all
 from tiger_db.database import Database
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
-from tiger_db.public import public
+from tiger_db.public import Progress, no_progress, public
 
 CHANNEL = "tiger_db_audit_logs"
 POLL_SECONDS = 1.0  # Maximum pause between two queries for new events, in seconds.
@@ -25,23 +25,25 @@ _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 
 @public
 def follow(
-    database: Database, *, begun: Callable[[], None] = lambda: None, **wanted: Unpack[EventFilters]
+    database: Database, *, progress: Progress = no_progress, **filters: Unpack[EventFilters]
 ) -> AsyncGenerator[AuditLog, None]:
-    """Yield each matching audit event that is committed after `follow` calls the function `begun`.
+    """Yield each matching audit event that is committed after the first call of `progress`.
 
     `follow` queries the database after each NOTIFY of PostgreSQL, or after one second without a
     NOTIFY. The events of one query are yielded in the order of positions. If a transaction commits
-    late, the events of the transaction are yielded after events with higher positions.
+    late, the events of the transaction are yielded after events with higher positions. `follow`
+    calls `progress` with 0 and None before it waits for the first event. After each event, `follow`
+    calls `progress` with the number of events that it has yielded so far, and with None.
 
     Raises:
         InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
         DatabaseUnavailable: The connection to the database was lost.
     """
-    return _follow(database, begun, event_conditions(**wanted))
+    return _follow(database, progress, event_conditions(**filters))
 
 
 async def _follow(
-    database: Database, begun: Callable[[], None], filters: list[ColumnElement[bool]]
+    database: Database, progress: Progress, conditions: list[ColumnElement[bool]]
 ) -> AsyncGenerator[AuditLog, None]:
     notified = asyncio.Event()
     async with AsyncExitStack() as stack:
@@ -52,20 +54,23 @@ async def _follow(
         # `follow` yields no event whose position is at most `floor` or is in `seen`.
         floor, seen = await _fetch_old_events(database)
         last_position, writers = await _fetch_writers(database)
-        begun()
+        count = 0
+        progress(count, None)
         while True:
             notified.clear()
             async with database.session() as session:
                 events = await fetch_all(
                     session,
                     select(AuditLog)
-                    .where(col(AuditLog.position) > floor, *filters)
+                    .where(col(AuditLog.position) > floor, *conditions)
                     .order_by(col(AuditLog.position)),
                 )
             for event in events:
                 if event.position not in seen:
                     seen.add(event.position)
                     yield event
+                    count += 1
+                    progress(count, None)
             # If `writers` is empty, no transaction can still add an event up to `last_position`.
             if not writers:
                 floor = last_position

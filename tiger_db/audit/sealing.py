@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -19,7 +20,7 @@ from tiger_db.audit.seal_format import (
 from tiger_db.audit.storage import ChainEnd, Connection
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError
-from tiger_db.public import public
+from tiger_db.public import Progress, no_progress, public
 from tiger_db.signing import public_text
 
 EVENTS_PER_SEAL = 10_000  # maximum number of events that one seal covers
@@ -41,15 +42,17 @@ class Sealing:
 
 @public
 async def seal(
-    database: Database, *, patience: float = 10, advance: Callable[[int], None] = lambda _rows: None
+    database: Database,
+    *,
+    patience: timedelta = timedelta(seconds=10),
+    progress: Progress = no_progress,
 ) -> Sealing:
     """Seal the audit events that were written before the call of `seal`.
 
-    Writers of events never wait for `seal`. `seal` waits at most `patience` seconds for open
-    transactions that have written events. If a transaction that has written events is still open
-    after `patience` seconds, no event is sealed. Concurrent calls of `seal` seal each event only
-    once. After each new seal, `seal` calls `advance` with the number of events that the new seal
-    covers.
+    Writers of events never wait for `seal`. `seal` waits for open transactions that have written
+    events, at most for the duration `patience`. If such a transaction is still open then, no event
+    is sealed. Concurrent calls of `seal` seal each event only once. After each new seal, `seal`
+    calls `progress` with the number of events that `seal` has sealed so far, and with None.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.
@@ -61,7 +64,7 @@ async def seal(
     async with storage.open_connection(database) as connection:
         closed_at = await storage.database_time(connection)
         upto, writers = await storage.fetch_writers(connection)
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + patience.total_seconds()
         while writers:
             if time.monotonic() > deadline:
                 return Sealing(0, 0, tuple(writers.values()))
@@ -71,7 +74,7 @@ async def seal(
         while (sealed := await seal_next(connection, key, upto, closed_at)) is not None:
             rows += sealed
             seals += 1
-            advance(sealed)
+            progress(rows, None)
     return Sealing(rows, seals)
 
 

@@ -1,7 +1,7 @@
 """Verification of the audit trail against the seals, in the database or in an export."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -23,11 +23,11 @@ from tiger_db.audit.seal_format import (
 from tiger_db.audit.storage import Event
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, InvalidValue
-from tiger_db.public import public
+from tiger_db.public import Progress, no_progress, public
 
 _REPORTED_FINDINGS = 1000
 _REMEMBERED_EVENTS = 100_000  # Maximum number of mismatches that are kept in memory.
-_PROGRESS_POSITIONS = 1000  # Number of positions between two calls of `advance`.
+_PROGRESS_POSITIONS = 1000  # Number of positions between two calls of `progress`.
 # `verify` tolerates that the database's clock was set back by at most `_CLOCK_TOLERANCE`.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
 # `_CREATED_AT` selects `created_at` without fractions of a second from the content of an event.
@@ -35,8 +35,6 @@ _CREATED_AT = slice(59, 78)
 _SELECT_RETIREMENTS = """
 SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
 """
-# The arguments of `advance` are the finished and the total number of positions or bytes.
-Advance = Callable[[int, int], None]
 
 
 class FindingKind(StrEnum):
@@ -83,14 +81,15 @@ async def verify(
     *,
     keys: Sequence[Ed25519PublicKey] = (),
     checkpoint: Seal | None = None,
-    advance: Advance = lambda _done, _total: None,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Verify all seals and events in one snapshot of the database.
 
     Each seal must be signed with one of the `keys`, by default with `AUDIT_SIGNING_KEY`. A
     checkpoint must have been exported earlier, and kept outside the database. With a checkpoint,
     `verify` detects that the newest seals and events were removed, or that all seals were replaced.
-    The memory use of `verify` does not depend on the number of events.
+    The memory use of `verify` does not depend on the number of events. `verify` calls `progress`
+    with the last verified position, and with the last position of the audit trail.
 
     Raises:
         ConfigurationError: The list `keys` is empty, and `AUDIT_SIGNING_KEY` is not set.
@@ -106,8 +105,8 @@ async def verify(
         async for item in storage.read_trail(connection):
             verifier.add(item)
             if not isinstance(item, Seal) and item[0] % _PROGRESS_POSITIONS == 0:
-                advance(item[0], total)
-        advance(total, total)
+                progress(item[0], total)
+        progress(total, total)
     return verifier.finish()
 
 
@@ -117,9 +116,12 @@ async def verify_export(
     *,
     keys: Sequence[Ed25519PublicKey],
     checkpoint: Seal | None = None,
-    advance: Advance = lambda _done, _total: None,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Verify an export of the whole audit trail in JSON Lines, without a database.
+
+    `verify_export` calls `progress` with the number of verified bytes, and with the number of all
+    bytes of the file.
 
     Raises:
         ConfigurationError: The list `keys` is empty.
@@ -137,8 +139,8 @@ async def verify_export(
             done += size
             verifier.add(item)
             if isinstance(item, Seal):
-                advance(done, total)
-        advance(total, total)
+                progress(done, total)
+        progress(total, total)
         report = verifier.finish()
         if report.seals == 0 and checkpoint is None:
             raise InvalidValue(f"{path} holds no seal: export the audit trail without criteria")

@@ -202,7 +202,7 @@ def verify_api_key(
     ] = None,
     *,
     key_file: KeyFile = None,
-    ip: Annotated[
+    ip_address: Annotated[
         str | None, typer.Option(help="Check whether requests from this IP address are allowed.")
     ] = None,
     user_agent: Annotated[
@@ -232,7 +232,7 @@ def verify_api_key(
                 raw_key,
                 scopes=requested,
                 account_id=target.id if target else None,
-                ip_address=ip,
+                ip_address=ip_address,
                 user_agent=user_agent,
             )
         finally:

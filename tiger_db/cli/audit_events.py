@@ -171,9 +171,14 @@ async def _follow(
 ) -> None:
     async with database.session() as session:
         filters = await find_filters(session)
+
+    def tell(count: int, _total: int | None) -> None:
+        if count == 0:
+            output.print_message("waiting for new events; press Ctrl-C to stop")
+
     following = tiger_db.audit.follow(
         database,
-        begun=lambda: output.print_message("waiting for new events; press Ctrl-C to stop"),
+        progress=tell,
         since=since,
         **filters,
     )
@@ -296,15 +301,15 @@ def export_events(
     async def export(database: "tiger_db.Database", file: IO[str]) -> None:
         with output.progress("Exporting") as update:
 
-            def advance(events: int) -> None:
+            def progress(events: int, _total: int | None) -> None:
                 nonlocal count
-                count += events
+                count = events
                 update(description=output.count_of(count, "event"))
 
             async with database.session() as session:
                 given = await find_filters(session)
             exported = tiger_db.audit.export(
-                database, form=form, advance=advance, since=since, until=until, **given
+                database, form=form, progress=progress, since=since, until=until, **given
             )
             async with aclosing(exported) as lines:
                 async for line in lines:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -52,7 +53,7 @@ def seal_audit(
 ) -> None:
     """Seal all committed audit events without a seal. Run this command every minute from cron."""
     result = runtime.with_database(
-        lambda database: tiger_db.audit.seal(database, patience=patience)
+        lambda database: tiger_db.audit.seal(database, patience=timedelta(seconds=patience))
     )
     if as_json:
         output.print_json(asdict(result))
@@ -95,11 +96,11 @@ def verify_audit(
     head = _read(checkpoint, tiger_db.audit.read_checkpoint) if checkpoint is not None else None
 
     async def verify(database: "tiger_db.Database") -> "Verification":
-        return await tiger_db.audit.verify(database, keys=keys, checkpoint=head, advance=advance)
+        return await tiger_db.audit.verify(database, keys=keys, checkpoint=head, progress=progress)
 
     with output.progress("Verifying") as update:
 
-        def advance(done: int, total: int) -> None:
+        def progress(done: int, total: int | None) -> None:
             update(completed=done, total=total)
 
         if export is None:
@@ -110,7 +111,7 @@ def verify_audit(
                 own = tiger_db.keys_in_force.configured(runtime.settings(), setting)
                 keys = [own.public_key()] if own is not None else []
             report = runtime.run_async(
-                tiger_db.audit.verify_export(export, keys=keys, checkpoint=head, advance=advance)
+                tiger_db.audit.verify_export(export, keys=keys, checkpoint=head, progress=progress)
             )
     if as_json:
         output.print_json({"sound": report.sound, **asdict(report)})

@@ -130,7 +130,7 @@ def downgrade(
     config, work = runtime.settings(), tiger_db.migrations.downgrade
     options.confirm(f"Downgrade {config.location} to {revision}? Data will be lost.", yes=yes)
     state = runtime.run_async(
-        _with_engine(config, lambda engine: work(engine, revision, progress=output.print_message))
+        _with_engine(config, lambda engine: work(engine, revision, report=output.print_message))
     )
     output.print_message(
         f"the schema of {config.location} is now at revision {state.current or 'base'}"
@@ -326,7 +326,7 @@ async def _migrate(
         output.print_message(f"migrating {config.location}")
     after = await _with_engine(
         config,
-        lambda engine: tiger_db.migrations.upgrade(engine, revision, progress=output.print_message),
+        lambda engine: tiger_db.migrations.upgrade(engine, revision, report=output.print_message),
     )
     if after.applied:
         output.print_message(

@@ -67,7 +67,7 @@ def rotate_encryption_key(
         total = sum(use.rows for use in usage if use.key_id not in key_ids[:1])
         with output.progress("Checking" if dry_run else "Encrypting", total) as update:
             report = await tiger_db.encryption_key_rotation.rotate(
-                database, dry_run=dry_run, advance=lambda rows: update(advance=rows)
+                database, dry_run=dry_run, progress=lambda done, _: update(completed=done)
             )
         return key_ids, report
 

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from alembic import command
 from tiger_db.errors import MigrationError, SchemaMismatch
 from tiger_db.migrations.comparison import find_differences
-from tiger_db.migrations.locks import LOCK_TIMEOUT, Progress, migration_lock, with_lock_retries
+from tiger_db.migrations.locks import LOCK_TIMEOUT, Report, migration_lock, with_lock_retries
 from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
@@ -248,13 +248,13 @@ def search_path_sql(schema: str, *, create: bool) -> str:
 
 
 async def upgrade(
-    engine: AsyncEngine, revision: str = "head", *, progress: Progress = lambda _: None
+    engine: AsyncEngine, revision: str = "head", *, report: Report = lambda _: None
 ) -> UpgradeResult:
     """Run migrations up to a revision, then create the audit partitions of the next months.
 
     Each migration has its own transaction. `upgrade` waits while another process runs migrations. A
     migration that waits too long for a table lock is rolled back and run again, because the
-    migration blocks other sessions. The function `progress` is called with one line of text for
+    migration blocks other sessions. The function `report` is called with one line of text for
     each migration, for each failed attempt, and while `upgrade` waits.
 
     Raises:
@@ -265,8 +265,8 @@ async def upgrade(
     """
     async with engine.connect() as connection:
         await connection.run_sync(create_schema)
-    async with migration_lock(engine, progress) as connection:
-        applied = await _apply(engine, connection, revision, progress, up=True)
+    async with migration_lock(engine, report) as connection:
+        applied = await _apply(engine, connection, revision, report, up=True)
         state = await schema_state(connection)
         await connection.rollback()
         months = 0
@@ -278,12 +278,12 @@ async def upgrade(
                     return int(await connection.scalar(created, {"months": MONTHS_AHEAD}))
 
             title = "creating audit partitions"
-            months, *_ = await with_lock_retries(engine, connection, title, create_months, progress)
+            months, *_ = await with_lock_retries(engine, connection, title, create_months, report)
         return UpgradeResult(state.current, state.head, state.known, applied, months)
 
 
 async def downgrade(
-    engine: AsyncEngine, revision: str, *, progress: Progress = lambda _: None
+    engine: AsyncEngine, revision: str, *, report: Report = lambda _: None
 ) -> SchemaState:
     """Undo migrations down to a revision, with the same locks as `upgrade`.
 
@@ -292,8 +292,8 @@ async def downgrade(
     Raises:
         MigrationError: the target revision is unknown, or all attempts of a migration were blocked.
     """
-    async with migration_lock(engine, progress) as connection:
-        await _apply(engine, connection, revision, progress, up=False)
+    async with migration_lock(engine, report) as connection:
+        await _apply(engine, connection, revision, report, up=False)
         state = await schema_state(connection)
         await connection.commit()
         return state
@@ -427,7 +427,7 @@ def _steps(current: Sequence[str], revision: str, *, up: bool) -> list[RevisionS
 
 
 async def _apply(
-    engine: AsyncEngine, connection: AsyncConnection, revision: str, progress: Progress, *, up: bool
+    engine: AsyncEngine, connection: AsyncConnection, revision: str, report: Report, *, up: bool
 ) -> list[AppliedMigration]:
     """Run the migrations up or down to a revision. Each migration has its own transaction."""
     current = await connection.run_sync(_current)
@@ -437,14 +437,14 @@ async def _apply(
         script = step.revision
         title = f"{'' if up else 'undoing '}{script.revision} {script.doc.rstrip('.')}"
         run = partial(_run, connection, partial(_run_step, step))
-        _, seconds, attempts = await with_lock_retries(engine, connection, title, run, progress)
+        _, seconds, attempts = await with_lock_retries(engine, connection, title, run, report)
         current = await connection.run_sync(_current)
         await connection.rollback()
         if not set(step.to_revisions) <= set(current):
             raise MigrationError(
                 f"{title} ended at the wrong revision: {', '.join(current) or 'base'}"
             )
-        progress(f"{title}: {seconds:.1f} s")
+        report(f"{title}: {seconds:.1f} s")
         applied.append(AppliedMigration(script.revision, script.doc, round(seconds, 3), attempts))
     return applied
 

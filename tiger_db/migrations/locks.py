@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tiger_db.errors import Conflict, DatabaseUnavailable, MigrationError
 
 T = TypeVar("T")
-Progress = Callable[[str], None]
+Report = Callable[[str], None]
 MIGRATION_LOCK_ID = 0x7469676572  # the ASCII codes of the text "tiger"
 
 
@@ -56,7 +56,7 @@ _LOCK_HOLDERS = text(
 
 
 @asynccontextmanager
-async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterator[AsyncConnection]:
+async def migration_lock(engine: AsyncEngine, report: Report) -> AsyncIterator[AsyncConnection]:
     """Open a connection that holds the migration lock, and whose transactions have a lock timeout.
 
     Only one process at a time can hold the migration lock of a schema.
@@ -65,7 +65,7 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
         MigrationError: other processes held the migration lock for an hour.
     """
     async with engine.connect() as connection:
-        await _take_lock(connection, progress)
+        await _take_lock(connection, report)
         # Each transaction begins with a SET of the lock timeout. Alembic's autocommit_block sets no
         # lock timeout, because CREATE INDEX CONCURRENTLY does not block other sessions.
         assert connection.sync_connection is not None
@@ -78,7 +78,7 @@ async def migration_lock(engine: AsyncEngine, progress: Progress) -> AsyncIterat
             await connection.commit()
 
 
-async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
+async def _take_lock(connection: AsyncConnection, report: Report) -> None:
     """Take the migration lock. If another process holds the migration lock, report that process.
 
     Between two attempts to take the migration lock, no transaction is open. An open transaction
@@ -95,7 +95,7 @@ async def _take_lock(connection: AsyncConnection, progress: Progress) -> None:
                 " migration: run `tiger-db migrate` again later"
             )
         if waited - reported >= _REPORT_SECONDS:
-            progress(f"waiting for {holders} to finish its migrations: {waited:.0f} s")
+            report(f"waiting for {holders} to finish its migrations: {waited:.0f} s")
             reported = waited
         await asyncio.sleep(_POLL_SECONDS)
     await connection.commit()  # the session keeps the migration lock after the commit
@@ -106,7 +106,7 @@ async def with_lock_retries(
     connection: AsyncConnection,
     title: str,
     work: Callable[[], Awaitable[T]],
-    progress: Progress,
+    report: Report,
 ) -> tuple[T, float, int]:
     """Run the migration `work`. If PostgreSQL grants no table lock in time, run `work` again.
 
@@ -129,7 +129,7 @@ async def with_lock_retries(
         except Conflict:
             pass
         except DBAPIError:
-            progress(f"{title}: the migration failed and was rolled back")
+            report(f"{title}: the migration failed and was rolled back")
             raise
         finally:
             done.set()
@@ -138,7 +138,7 @@ async def with_lock_retries(
         pause = min(2.0 ** (attempt - 1), _MAX_PAUSE_SECONDS)
         if time.monotonic() + pause > end:
             break
-        progress(
+        report(
             f"{title}: attempt {attempt} was blocked by {blockers}; next attempt in {pause:.0f} s"
         )
         await asyncio.sleep(pause)

@@ -262,9 +262,9 @@ class APIKey(MutableEntity, table=True):
         return all(self.has_scope(scope) for scope in scopes)
 
     @public
-    def is_ip_allowed(self, address: str | IPv4Address | IPv6Address | None) -> bool:
+    def is_ip_allowed(self, ip_address: str | IPv4Address | IPv6Address | None) -> bool:
         """Return whether the key is accepted in requests from the given IP address."""
-        return not self.allowed_ips or address_allowed(self.allowed_ips, address)
+        return not self.allowed_ips or address_allowed(self.allowed_ips, ip_address)
 
     @public
     def is_user_agent_allowed(self, user_agent: str | None) -> bool:

@@ -203,7 +203,7 @@ async def test_no_row_contains_a_secret_in_plain_text(clone: Database) -> None:
         await accounts.reset_errors(session, account.id)
         await factories.refresh(session, account)
         (claim,) = await crud.token_status.claim_due(session, worker="w")
-        await crud.token_status.fail(session, claim, error=f"{tokens[:2]}")
+        await crud.token_status.fail(session, claim, message=f"{tokens[:2]}")
         await accounts.close(session, account.id)
         await accounts.reopen(session, account.id, **last)
     async with clone.session() as session:

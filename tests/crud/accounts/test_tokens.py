@@ -192,7 +192,7 @@ async def test_a_late_token_lifts_the_suspension_by_its_refresh(
     session: AsyncSession, since: list[str], *, lifted: bool
 ) -> None:
     claim = await factories.claim(session)
-    await token_status.fail(session, claim, error="refused", credentials_refused=True)
+    await token_status.fail(session, claim, message="refused", credentials_refused=True)
     for status in since:
         await accounts.update(session, claim.tiger_account_id, status=status)
     events = len(await factories.events(session))
@@ -212,7 +212,7 @@ async def test_a_token_without_that_refresh_lifts_no_suspension(
     session: AsyncSession, *, given: bool
 ) -> None:
     claim = await factories.claim(session)
-    await token_status.fail(session, claim, error="refused", credentials_refused=True)
+    await token_status.fail(session, claim, message="refused", credentials_refused=True)
     account = await accounts.update_tokens(
         session,
         claim.tiger_account_id,

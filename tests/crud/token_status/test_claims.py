@@ -183,7 +183,7 @@ async def test_a_claimed_or_ended_refresh_is_not_claimed(session: AsyncSession) 
     cancelled = await factories.refresh(session)
     await token_status.cancel(session, cancelled.id)
     failed = await factories.claim(session, max_retries=1)
-    await token_status.fail(session, failed, error="no answer")
+    await token_status.fail(session, failed, message="no answer")
     for ended in (claim.id, cancelled.id, failed.id):
         with pytest.raises(InvalidState):
             await token_status.claim(session, ended, worker="w")
@@ -217,7 +217,7 @@ async def test_claiming_an_expired_lease_records_a_lost_answer(
     assert (alive.worker, alive.fencing_token, alive.details) == ("alive", 2, then)
     with pytest.raises(LeaseLost):
         await token_status.heartbeat(session, dead)
-    failed = await token_status.fail(session, alive, error="busy", retry_after=timedelta(0))
+    failed = await token_status.fail(session, alive, message="busy", retry_after=timedelta(0))
     (again,) = await token_status.claim_due(session, worker="third")
     assert (failed.details, again.details) == (then, then)
 

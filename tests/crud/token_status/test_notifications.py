@@ -52,7 +52,7 @@ async def test_workers_are_notified_of_pending_refreshes(clone: Database) -> Non
             await token_status.heartbeat(session, claim)
         assert await heard() == 0
         async with clone.session() as session:
-            await token_status.fail(session, claim, error="busy", retry_after=timedelta(0))
+            await token_status.fail(session, claim, message="busy", retry_after=timedelta(0))
         assert await heard() == 1
         async with clone.session() as session:
             (claim,) = await token_status.claim_due(session, worker="w")
@@ -62,7 +62,7 @@ async def test_workers_are_notified_of_pending_refreshes(clone: Database) -> Non
         async with clone.session() as session:
             claim = await token_status.claim(session, claim.id, worker="w")
         async with clone.session() as session:
-            await token_status.fail(session, claim, error="refused", credentials_refused=True)
+            await token_status.fail(session, claim, message="refused", credentials_refused=True)
         assert await heard() == 0
         async with clone.session() as session:
             await token_status.retry(session, claim.id)

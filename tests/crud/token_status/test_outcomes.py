@@ -133,7 +133,7 @@ async def test_a_refused_failure_changes_nothing(clone: Database, values: Any) -
         before = await factories.everything(session)
     async with clone.session() as session:
         with pytest.raises(ValidationError):
-            await token_status.fail(session, claim, error="no answer", **values)
+            await token_status.fail(session, claim, message="no answer", **values)
     async with clone.session() as session:
         assert await factories.everything(session) == before
 
@@ -254,7 +254,7 @@ async def test_a_lost_claim_with_an_older_token_is_lost(clone: Database, how: st
 @pytest.mark.parametrize("secret", [tiger_token(), API_KEY, JWT, PEM, "token=hunter2"])
 async def test_a_token_in_an_error_message_is_masked(session: AsyncSession, secret: str) -> None:
     claim = await factories.claim(session)
-    failed = await token_status.fail(session, claim, error=f"before {secret}; after")
+    failed = await token_status.fail(session, claim, message=f"before {secret}; after")
     event = (await factories.events(session))[-1]
     assert failed.error_message is not None
     assert failed.error_message.startswith("before ")
@@ -271,7 +271,7 @@ async def test_the_account_s_own_secrets_in_an_error_message_are_masked(
 ) -> None:
     own = await factories.account_with_token(session, secret_key="a.b+c", access_token="opaque 1")
     claim = await factories.claim(session, of=own)
-    failed = await token_status.fail(session, claim, error="a.b+c, or opaque 1, was refused")
+    failed = await token_status.fail(session, claim, message="a.b+c, or opaque 1, was refused")
     assert failed.error_message == f"{MASK}, or {MASK}, was refused"
 
 
@@ -282,7 +282,7 @@ async def test_a_failure_is_tried_again_until_it_is_given_up(session: AsyncSessi
         failed = await token_status.fail(
             session,
             claim,
-            error="no \0 answer \ud800",
+            message="no \0 answer \ud800",
             error_code="TIMEOUT",
             api_response_code=-1,
             retry_after=timedelta(0),
@@ -315,7 +315,7 @@ async def test_the_wait_doubles_up_to_half_an_hour(
         (claim,) = await claim_due(session)
         claim.retry_count = failed_before
         before = datetime.now(UTC)
-        failed = await token_status.fail(session, claim, error="no answer")
+        failed = await token_status.fail(session, claim, message="no answer")
         assert failed.scheduled_at is not None
         waits.append((failed.scheduled_at - before).total_seconds())
         failed.scheduled_at = before
@@ -329,7 +329,7 @@ async def test_the_next_attempt_is_due_after_the_given_wait(session: AsyncSessio
     claim = await factories.claim(session)
     wait = timedelta(minutes=7)
     before = datetime.now(UTC)
-    failed = await token_status.fail(session, claim, error="busy", retry_after=wait)
+    failed = await token_status.fail(session, claim, message="busy", retry_after=wait)
     assert failed.scheduled_at is not None
     assert timedelta(0) <= failed.scheduled_at - before - wait < timedelta(seconds=5)
     assert await claim_due(session) == []
@@ -343,7 +343,7 @@ async def test_refused_credentials_suspend_an_active_account(
     await accounts.update(session, claim.tiger_account_id, status=status)
     before = len(await factories.events(session))
     failed = await token_status.fail(
-        session, claim, error="refused", error_code="DEAD", credentials_refused=True
+        session, claim, message="refused", error_code="DEAD", credentials_refused=True
     )
     assert (failed.status, failed.retry_count, failed.error_code) == (S.FAILED, 1, "DEAD")
     assert failed.completed_at is not None
@@ -376,7 +376,7 @@ async def test_a_person_activates_an_account_with_refused_credentials(
     session: AsyncSession,
 ) -> None:
     claim = await factories.claim(session)
-    await token_status.fail(session, claim, error="refused", credentials_refused=True)
+    await token_status.fail(session, claim, message="refused", credentials_refused=True)
     await accounts.update(session, claim.tiger_account_id, status="active")
     assert await token_status.schedule_due(session) == []  # half an hour
     await token_status.retry(session, claim.id)
@@ -390,15 +390,15 @@ async def test_a_rollback_undoes_the_suspension_with_its_failure(clone: Database
         before = await factories.everything(session)
     with pytest.raises(ZeroDivisionError):
         async with clone.session() as session:
-            await token_status.fail(session, claim, error="refused", credentials_refused=True)
+            await token_status.fail(session, claim, message="refused", credentials_refused=True)
             _ = 1 / 0
     async with clone.session() as session:
         assert await factories.everything(session) == before
-        await token_status.fail(session, claim, error="refused", credentials_refused=True)
+        await token_status.fail(session, claim, message="refused", credentials_refused=True)
     async with clone.session() as session:
         assert (await account_of(session, claim)).status == AccountStatus.SUSPENDED
         with pytest.raises(LeaseLost):
-            await token_status.fail(session, claim, error="refused", credentials_refused=True)
+            await token_status.fail(session, claim, message="refused", credentials_refused=True)
 
 
 @pytest.mark.parametrize("how", ["taken over", "cancelled", "completed", "account closed"])
@@ -419,9 +419,9 @@ async def test_a_lost_claim_suspends_no_account(clone: Database, how: str) -> No
         before = await factories.everything(session)
     async with clone.session() as session:
         with pytest.raises(LeaseLost):
-            await token_status.fail(session, zombie, error="no", credentials_refused=True)
+            await token_status.fail(session, zombie, message="no", credentials_refused=True)
         with pytest.raises(LeaseLost):
-            await token_status.fail(session, zombie, error="no", answer_lost=True)
+            await token_status.fail(session, zombie, message="no", answer_lost=True)
         with pytest.raises(LeaseLost):
             await token_status.give_back(session, zombie)
     async with clone.session() as session:
@@ -434,11 +434,11 @@ async def test_a_lost_answer_is_recorded_in_the_details(
 ) -> None:
     claim = await factories.claim(session, details=details)
     failed = await token_status.fail(
-        session, claim, error="timeout", answer_lost=True, retry_after=timedelta(0)
+        session, claim, message="timeout", answer_lost=True, retry_after=timedelta(0)
     )
     assert (failed.status, failed.details) == (S.PENDING, then)
     (again,) = await token_status.claim_due(session, worker="w")
-    failed = await token_status.fail(session, again, error="busy", retry_after=timedelta(0))
+    failed = await token_status.fail(session, again, message="busy", retry_after=timedelta(0))
     assert failed.details == then
     (last,) = await token_status.claim_due(session, worker="w")
     done = await token_status.complete(session, last, access_token="new")
@@ -447,10 +447,10 @@ async def test_a_lost_answer_is_recorded_in_the_details(
 
 async def test_the_next_refresh_mentions_a_lost_answer(session: AsyncSession) -> None:
     claim = await factories.claim(session, max_retries=1)
-    await token_status.fail(session, claim, error="timeout", answer_lost=True)
+    await token_status.fail(session, claim, message="timeout", answer_lost=True)
     account = await account_of(session, claim)
     again = await factories.claim(session, of=account)
-    failed = await token_status.fail(session, again, error="refused", credentials_refused=True)
+    failed = await token_status.fail(session, again, message="refused", credentials_refused=True)
     assert failed.details == LOST
     assert failed.error_message is not None
     assert failed.error_message.startswith("refused (the answer to an earlier attempt was lost")
@@ -458,13 +458,13 @@ async def test_the_next_refresh_mentions_a_lost_answer(session: AsyncSession) ->
     third = await factories.claim(session, of=account)
     await token_status.complete(session, third, access_token="new")
     fourth = await factories.claim(session, of=account)
-    failed = await token_status.fail(session, fourth, error="refused", credentials_refused=True)
+    failed = await token_status.fail(session, fourth, message="refused", credentials_refused=True)
     assert (failed.details, failed.error_message) == (None, "refused")
 
 
 async def test_the_next_refresh_waits_as_long_as_the_broker_asked(session: AsyncSession) -> None:
     claim = await factories.claim(session, max_retries=1)
-    failed = await token_status.fail(session, claim, error="busy", retry_after=100 * MINUTE)
+    failed = await token_status.fail(session, claim, message="busy", retry_after=100 * MINUTE)
     assert failed.status == S.FAILED
     assert about(100 * MINUTE, failed.next_refresh_at)
 
@@ -474,7 +474,7 @@ async def test_the_broker_s_wait_is_used_exactly(clone: Database, wait: timedelt
     async with clone.session() as session:
         claim = await factories.claim(session)
     async with clone.session() as session:
-        failed = await token_status.fail(session, claim, error="busy", retry_after=wait)
+        failed = await token_status.fail(session, claim, message="busy", retry_after=wait)
         assert failed.scheduled_at is not None
         assert failed.updated_at is not None
         over = failed.scheduled_at - failed.updated_at - wait  # which began the transaction
@@ -483,10 +483,10 @@ async def test_the_broker_s_wait_is_used_exactly(clone: Database, wait: timedelt
 
 async def test_an_account_is_scheduled_again_at_next_refresh_at(session: AsyncSession) -> None:
     claim = await factories.claim(session, max_retries=2)
-    failed = await token_status.fail(session, claim, error="busy", retry_after=timedelta(0))
+    failed = await token_status.fail(session, claim, message="busy", retry_after=timedelta(0))
     assert failed.next_refresh_at is None
     (claim,) = await token_status.claim_due(session, worker="w")
-    failed = await token_status.fail(session, claim, error="busy", retry_after=timedelta(0))
+    failed = await token_status.fail(session, claim, message="busy", retry_after=timedelta(0))
     assert failed.status == S.FAILED
     assert about(30 * MINUTE, failed.next_refresh_at)
     assert await token_status.schedule_due(session) == []
@@ -499,7 +499,7 @@ async def test_an_account_is_scheduled_again_at_next_refresh_at(session: AsyncSe
 async def test_completing_resets_the_errors_of_account_and_refresh(session: AsyncSession) -> None:
     claim = await factories.claim(session)
     await token_status.fail(
-        session, claim, error="busy", error_code="BUSY", retry_after=timedelta(0)
+        session, claim, message="busy", error_code="BUSY", retry_after=timedelta(0)
     )
     await crud.accounts.record_error(session, claim.tiger_account_id, message="no answer")
     (claim,) = await token_status.claim_due(session, worker="w")

@@ -45,7 +45,7 @@ async def opened(
 async def test_lists_of_refreshes(session: AsyncSession) -> None:
     account = await factories.account_with_token(session)
     failed = await factories.refresh(session, account, max_retries=1)
-    await token_status.fail(session, (await claim_due(session))[0], error="no answer")
+    await token_status.fail(session, (await claim_due(session))[0], message="no answer")
     pending = await factories.refresh(session, account)
     other = await factories.refresh(session)
     await token_status.cancel(session, other.id)
@@ -76,7 +76,7 @@ async def test_statistics_of_refreshes(session: AsyncSession) -> None:
     for code in ("TIMEOUT", None):
         await factories.refresh(session, account, max_retries=1, trigger=RefreshTrigger.ERROR)
         (claim,) = await claim_due(session)
-        await token_status.fail(session, claim, error="no answer", error_code=code)
+        await token_status.fail(session, claim, message="no answer", error_code=code)
     await factories.refresh(session, account)
     assert await token_status.statistics(session, since=since) == token_status.RefreshStatistics(
         total=6,
@@ -100,13 +100,13 @@ async def test_the_overview_groups_refreshes(session: AsyncSession) -> None:
     since = now - MINUTE
     running = [await factories.claim(session) for _ in range(2)]
     dead = await factories.claim(session, max_retries=1)
-    await token_status.fail(session, dead, error="no answer")
+    await token_status.fail(session, dead, message="no answer")
     dead_too = await factories.claim(session)
-    await token_status.fail(session, dead_too, error="refused", credentials_refused=True)
+    await token_status.fail(session, dead_too, message="refused", credentials_refused=True)
     await opened(session, DAY, S.FAILED)
     await opened(session, DAY)
     again = await factories.claim(session)
-    await token_status.fail(session, again, error="busy", retry_after=5 * MINUTE)
+    await token_status.fail(session, again, message="busy", retry_after=5 * MINUTE)
     later = await factories.refresh(session, scheduled_at=now + 9 * MINUTE)
     due = [await factories.refresh(session, scheduled_at=now - n * MINUTE) for n in (1, 2)]
     session.expunge_all()

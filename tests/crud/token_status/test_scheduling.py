@@ -156,7 +156,7 @@ async def test_scheduling_takes_the_soonest_first(session: AsyncSession) -> None
 
 async def test_an_account_given_up_is_left_alone_for_half_an_hour(session: AsyncSession) -> None:
     claim = await factories.claim(session, max_retries=1)
-    failed = await token_status.fail(session, claim, error="no answer")
+    failed = await token_status.fail(session, claim, message="no answer")
     assert await token_status.schedule_due(session) == []
     assert failed.completed_at is not None
     assert failed.next_refresh_at is not None
@@ -180,7 +180,7 @@ async def test_a_failed_refresh_is_retried(session: AsyncSession) -> None:
     claim = await factories.claim(session, max_retries=1)
     with pytest.raises(InvalidState, match="in_progress"):
         await token_status.retry(session, claim.id)
-    await token_status.fail(session, claim, error="no answer")
+    await token_status.fail(session, claim, message="no answer")
     again = await token_status.retry(session, claim.id)
     assert (again.status, again.retry_count, again.completed_at) == (S.PENDING, 0, None)
     (second,) = await claim_due(session)
@@ -192,7 +192,7 @@ async def test_a_failed_refresh_is_retried(session: AsyncSession) -> None:
 async def test_retrying_opens_no_second_refresh(clone: Database) -> None:
     async with clone.session() as session:
         claim = await factories.claim(session, max_retries=1)
-        failed = await token_status.fail(session, claim, error="no answer")
+        failed = await token_status.fail(session, claim, message="no answer")
         account = await crud.accounts.get(session, claim.tiger_account_id)
         other = await factories.refresh(session, account)
         with pytest.raises(AlreadyExists):

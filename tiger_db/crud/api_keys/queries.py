@@ -196,15 +196,23 @@ async def get_keys_for_account(
     after: str | None = None,
     before: str | None = None,
     limit: int = DEFAULT_PAGE_SIZE,
+    count: bool = False,
+    load: Sequence[str] = (),
 ) -> Page[APIKey]:
     """Return a page of the API keys that are bound to an account, newest first.
 
     Raises:
         InvalidCursor: `after` or `before` is not a cursor of the API keys of the same account.
-        InvalidValue: `limit` is not from 1 to 1000.
+        InvalidValue: `limit` is not from 1 to 1000, or `load` is invalid.
     """
     return await list_api_keys(
-        session, account_id=account_id, after=after, before=before, limit=limit
+        session,
+        account_id=account_id,
+        after=after,
+        before=before,
+        limit=limit,
+        count=count,
+        load=load,
     )
 
 

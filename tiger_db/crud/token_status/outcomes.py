@@ -285,7 +285,7 @@ async def fail(
     session: AsyncSession,
     claim: TokenStatus,
     *,
-    error: str,
+    message: str,
     error_code: str | None = None,
     retry_after: timedelta | None = None,
     credentials_refused: bool = False,
@@ -300,7 +300,7 @@ async def fail(
     `credentials_refused` is true, the status becomes `failed` at once, and an active account is
     suspended. Set `answer_lost` to true if the broker may have issued a token. If `answer_lost` is
     true, the details of the refresh and the messages of later failures mention the lost answer. The
-    first 10,000 characters of `error` are stored, with masked secrets. If `fail` raises an error,
+    first 10,000 characters of `message` are stored, with masked secrets. If `fail` raises an error,
     the account and the refresh are not changed.
 
     Raises:
@@ -327,7 +327,7 @@ async def fail(
         }
     if await _answer_lost_before(session, claim):
         lost = "the answer to an earlier attempt was lost, and may have contained a new token"
-        error = f"{error} ({lost})"
+        message = f"{message} ({lost})"
         answer_lost = True
     if answer_lost:
         values["details"] = {**(claim.details or {}), ANSWER_LOST: True}
@@ -340,7 +340,7 @@ async def fail(
         duration_ms=cast(func.greatest(elapsed * 1000, 0), BigInteger),
         lease_expires_at=None,
         error_code=error_code,
-        error_message=_message(error, secrets),
+        error_message=_message(message, secrets),
         api_response_code=api_response_code,
         api_response_time_ms=api_response_time_ms,
     )
