@@ -35,8 +35,8 @@ INSERT = (
     f"INSERT INTO audit_logs ({', '.join(COLUMNS)})"
     f" VALUES ({', '.join(f'${n + 1}' for n in range(len(COLUMNS)))})"
 )
-# Each event has an account, an API key and one of 50 users. Every second event has a session and an
-# address.
+# Each event has an account, an API key and one of 250 users. Every second event has a session and
+# an address.
 FILL = """
 INSERT INTO audit_logs (id, action, result, severity, resource_type, resource_id, user_id,
     session_id, ip_address, user_agent, request_id, tiger_account_id, api_key_id, details,
@@ -46,7 +46,7 @@ SELECT (left(uuid7_floor(now() - make_interval(months => $2::int) * (1 - n / $1:
         || lpad(to_hex(n), 12, '0'))::uuid,
     (ARRAY['trade:place_order', 'data:query', 'mcp:tool_call', 'token:refresh'])[1 + n % 4],
     'success', CASE WHEN n % 1000 = 0 THEN 'high' ELSE 'medium' END::audit_severity, 'order',
-    (31318009878020096 + n)::text, 'user-' || n % 50,
+    (31318009878020096 + n)::text, 'user-' || n % 250,
     CASE WHEN n % 2 = 0 THEN substr(md5((n / 20)::text), 1, 16) END,
     CASE WHEN n % 2 = 0 THEN ('10.0.' || n % 250 || '.7')::inet END,
     CASE WHEN n % 2 = 0 THEN 'claude-desktop/1.2' END,

@@ -3,31 +3,31 @@
 Filling the table takes a minute, so the tests run only in `make soak`.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 import pytest_asyncio
 from sqlalchemy import text
 
-from benchmarks.audit import ROWS, fill
+from benchmarks.audit import MONTHS, ROWS, fill
 from tests.support import databases
 from tests.support.plans import Plan, plan_of
-from tiger_db import Database, Settings
+from tiger_db import AsyncSession, AuditLog, Database, Page, Settings
 from tiger_db.crud import audit_logs
 from tiger_db.crud.audit_logs.queries import EVENTS
 from tiger_db.crud.pagination import encode_cursor
 
 PAGE = 50
+PARTITIONS = MONTHS + 1  # partitions with events
 MIDDLE = datetime.now(UTC) - timedelta(days=180)
 # The event in the middle, with the values of its fields.
-EXAMPLE = text(f"""
+EXAMPLE = text("""
 SELECT id, tiger_account_id, api_key_id, user_id, request_id FROM audit_logs
-WHERE details->>'quantity' IS NOT NULL ORDER BY id OFFSET {ROWS // 2} LIMIT 1
-""")  # noqa: S608  # a number
+ORDER BY id OFFSET :middle LIMIT 1
+""")
 
 pytestmark = pytest.mark.soak
 
@@ -40,7 +40,7 @@ async def trail(server_url: str, template: str) -> AsyncIterator[tuple[Settings,
     async with Database(settings) as database:
         await fill(database)
         async with database.session() as session:
-            row = (await session.execute(EXAMPLE)).mappings().one()
+            row = (await session.execute(EXAMPLE, {"middle": ROWS // 2})).mappings().one()
     yield settings, dict(row)
     await databases.drop(server_url, name)
 
@@ -58,23 +58,31 @@ def figures(plan: Plan) -> dict[str, float]:
 
 @pytest.mark.parametrize("direction", ["first", "after", "before"])
 @pytest.mark.parametrize(
-    "name", ["newest", "tiger_account_id", "api_key_id", "user_id", "request_id", "time"]
+    "name", ["newest", "time", "tiger_account_id", "api_key_id", "user_id", "request_id"]
 )
 async def test_a_page_reads_what_it_returns(
-    trail: tuple[Settings, dict[str, Any]], name: str, direction: str
+    trail: tuple[Settings, dict[str, Any]],
+    name: str,
+    direction: str,
+    record_property: Callable[[str, object], None],
 ) -> None:
     settings, event = trail
-    filters: dict[str, Any] = {
-        "newest": {},
-        "tiger_account_id": {"account_id": event["tiger_account_id"]},
-        "time": {"since": MIDDLE, "until": MIDDLE + timedelta(days=30)},
-    }.get(name) or {name: event.get(name)}
-    if name == "newest":
-        filters = {}
-    cursor = encode_cursor(EVENTS, UUID(str(event["id"])), filters=filters)
-    position = {} if direction == "first" else {direction: cursor}
-    plan = await plan_of(
-        settings, partial(audit_logs.search, limit=PAGE, **position, **filters), analyze=True
+    month = {"since": MIDDLE - timedelta(days=15), "until": MIDDLE + timedelta(days=15)}
+    filters: dict[str, Any] = {"newest": {}, "time": month}.get(
+        name, {name.removeprefix("tiger_"): event.get(name)}
     )
-    found = figures(plan)
-    print(f"\n{name:18} {direction:7} {found['rows']:7,.0f} rows {found['buffers']:6,} buffers {found['ms']:8.2f} ms", sorted({n["Node Type"] for n in plan}))
+    cursor = encode_cursor(EVENTS, event["id"], filters=filters)
+    position: dict[str, Any] = {} if direction == "first" else {direction: cursor}
+
+    def query(session: AsyncSession) -> Awaitable[Page[AuditLog]]:
+        return audit_logs.search(session, limit=PAGE, **position, **filters)
+
+    async with Database(settings) as database, database.session() as session:
+        found = await query(session)
+    plan = await plan_of(settings, query, analyze=True)
+    for figure, value in figures(plan).items():
+        record_property(figure, value)
+    # PostgreSQL merges the partitions by id: it reads one row ahead in each partition.
+    assert figures(plan)["rows"] <= len(found) + 1 + PARTITIONS
+    assert len(found) == (PAGE if name != "request_id" else direction == "first")
+    assert not [node for node in plan if node["Node Type"] == "Seq Scan" and node["Actual Rows"]]
