@@ -15,7 +15,7 @@ COMPILE := $(RUN)/uv pip compile pyproject.toml --extra embedded --extra tiger -
 	--upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 
 .PHONY: help setup demo test test-system test-docker test-slow test-settings test-lowest test-wheel
-.PHONY: soak lint format schema bench lock
+.PHONY: soak screenshots lint format schema bench lock
 .PHONY: migrate revision downgrade current history check clean
 
 help: ## show this list
@@ -63,6 +63,9 @@ soak: $(READY) ## run the stress tests at their full length (minutes)
 
 test-wheel: $(READY) ## build the wheel, install it into an empty environment, and test it there
 	@$(RUN)/python -m pytest -m wheel $(ARGS)
+
+screenshots: $(READY) ## write the pictures of docs/dashboard.md: needs Chromium
+	@TIGER_DB_SCREENSHOTS=1 $(RUN)/python -m pytest -m slow tests/examples/test_dashboard_browser.py
 
 lint: $(READY) ## check style, types and the SQL of the migrations; changes nothing
 	@$(RUN)/ruff format --check .

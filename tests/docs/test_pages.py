@@ -82,6 +82,19 @@ def test_code_of_the_pages_uses_public_names_only(source: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "path", [path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py")]
+)
+def test_an_example_uses_public_names_only(path: str) -> None:
+    assert imported((ROOT / path).read_text(encoding="utf-8")) <= public_names()
+
+
+def test_the_templates_of_the_dashboard_use_public_names_only() -> None:
+    for path in (ROOT / "examples/dashboard/templates").glob("*.html"):
+        named = set(re.findall(r"\bdb\.(\w+)", path.read_text(encoding="utf-8")))
+        assert {f"tiger_db.{name}" for name in named} <= public_names()
+
+
+@pytest.mark.parametrize(
     "page", sorted(PAGES.keys() - {"docs/adding-an-entity.md", "docs/schema.md"})
 )
 def test_every_name_of_the_package_that_a_page_has_is_public(page: str) -> None:

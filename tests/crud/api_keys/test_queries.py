@@ -157,7 +157,7 @@ async def test_usage_lists_the_uses_by_the_hour(session: AsyncSession) -> None:
 
 async def test_usage_of_all_keys_is_counted_by_time_key_and_account(session: AsyncSession) -> None:
     account = await factories.account(session)
-    busy, _ = await factories.api_key(session, tiger_account_id=account.id)
+    busy, _ = await factories.api_key(session, name="busy", tiger_account_id=account.id)
     quiet, _ = await factories.api_key(session, tiger_account_id=account.id)
     unbound, _ = await factories.api_key(session)
     uses = [(busy, 50, 9), (busy, 0, 30), (quiet, 50, 1), (quiet, 49, 2), (unbound, 0, 20)]
@@ -174,6 +174,8 @@ async def test_usage_of_all_keys_is_counted_by_time_key_and_account(session: Asy
     top = [(39, busy.id, None), (20, unbound.id, None), (3, quiet.id, None)]
     assert await counted("api_key_id") == top
     assert await counted(["api_key_id"], limit=2) == top[:2]
+    groups = await api_keys.usage(session, by="api_key_id", since=since)
+    assert [group.api_key_name for group in groups] == ["busy", "assistant", "assistant"]
     assert await counted("account_id") == [(42, None, account.id), (20, None, None)]
     assert await counted({"account_id", "api_key_id"}, quiet.id) == [(3, quiet.id, account.id)]
     days = await api_keys.usage(session, by=("day", "api_key_id"), since=since)

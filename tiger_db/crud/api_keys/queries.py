@@ -49,6 +49,7 @@ class UsageCount:
     count: int
     start: datetime | None = None  # start of the hour or day (UTC)
     api_key_id: UUID | None = None
+    api_key_name: str | None = None  # name of the API key with the id `api_key_id`
     account_id: UUID | None = None
 
 
@@ -294,6 +295,8 @@ async def usage(
     groups = [column for name, column in columns.items() if name in wanted]
     total = func.sum(counts.count).cast(BigInteger).label("count")
     times = [group for group in groups if group.name == "start"]
+    if "api_key_id" in wanted:
+        groups.append(col(APIKey.name).label("api_key_name"))
     statement = (
         select(total, *groups)
         .join(APIKey, col(APIKey.id) == counts.api_key_id)
