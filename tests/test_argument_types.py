@@ -126,7 +126,9 @@ def parameters_of(function: Callable[..., object]) -> dict[str, Any]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             hints[name] = parameter.annotation
-        elif (fields := get_args(parameter.annotation)) and fields[0].__name__.endswith("Filters"):
+        elif (fields := get_args(parameter.annotation)) and (
+            fields[0].__name__.endswith(("Filters", "Query"))
+        ):
             hints |= get_type_hints(fields[0])
     # A wrong raw key is an InvalidAPIKey.
     return {name: hint for name, hint in hints.items() if name != "raw_key"}

@@ -14,7 +14,7 @@ from tests.support.command_line import CommandLine
 from tests.support.factories import plain
 from tests.support.terminal import Terminal
 from tiger_db import models as enums
-from tiger_db.cli import accounts, audit_events, refreshes
+from tiger_db.cli import accounts, audit_events
 from tiger_db.crud import pagination
 from tiger_db.crud.audit_logs import EventDimension
 from tiger_db.tiger import parse_private_key
@@ -52,7 +52,6 @@ def test_the_help_names_all_results_and_severities_and_groups_of_events() -> Non
 
 
 def test_some_options_have_fewer_choices() -> None:
-    assert set(get_args(refreshes.RefreshStatuses)) < {*enums.TokenRefreshStatus}
     assert {*enums.AccountStatus} - set(get_args(accounts.OpenStatuses)) == {"closed"}
 
 

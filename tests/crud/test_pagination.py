@@ -18,7 +18,7 @@ from tiger_db.crud.accounts.queries import ACCOUNTS
 from tiger_db.crud.api_keys.queries import API_KEYS, EXPIRING_API_KEYS
 from tiger_db.crud.audit_logs.queries import EVENTS
 from tiger_db.crud.pagination import EntityList, decode_cursor, encode_cursor
-from tiger_db.crud.token_status.queries import PENDING_REFRESHES, REFRESHES
+from tiger_db.crud.token_status.queries import REFRESHES
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidCursor, InvalidValue
 
@@ -93,7 +93,8 @@ SCOPES: list[tuple[EntityList[Any], str, dict[str, object]]] = [
     (EVENTS, "newest", {"since": datetime(2026, 1, 1, tzinfo=UTC)}),
     (EVENTS, "newest", {"details": {"a": 1}}),
     (REFRESHES, "newest", {}),
-    (PENDING_REFRESHES, "schedule", {}),
+    (REFRESHES, "schedule", {}),
+    (REFRESHES, "schedule", {"status": "pending"}),
 ]
 
 

@@ -10,7 +10,7 @@ from tiger_db.crud.accounts.queries import ACCOUNTS
 from tiger_db.crud.api_keys.queries import API_KEYS
 from tiger_db.crud.audit_logs.queries import EVENTS, SECURITY_EVENTS
 from tiger_db.crud.pagination import EntityList, encode_cursor
-from tiger_db.crud.token_status.queries import FAILED_REFRESHES, PENDING_REFRESHES, REFRESHES
+from tiger_db.crud.token_status.queries import REFRESHES
 from tiger_db.database import AsyncSession
 from tiger_db.models import Entity
 
@@ -37,14 +37,16 @@ _QUERIES: dict[str, EntityList[Any]] = {
     "get_recent_events": EVENTS,
     "get_security_events": SECURITY_EVENTS,
     "search": EVENTS,
-    "get_pending_refreshes": PENDING_REFRESHES,
-    "get_failed_refreshes": FAILED_REFRESHES,
+    "get_pending_refreshes": REFRESHES,
+    "get_failed_refreshes": REFRESHES,
     "history": REFRESHES,
     "history of an account": REFRESHES,
 }
 _FILTERS: dict[str, dict[str, object]] = {
     "get_keys_for_account": {"account_id": ACCOUNT},
     "search": {"action": [LEAK]},
+    "get_pending_refreshes": {"status": "pending"},
+    "get_failed_refreshes": {"status": "failed"},
     "history of an account": {"account_id": ACCOUNT},
 }
 

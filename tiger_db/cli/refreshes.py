@@ -17,12 +17,10 @@ from tiger_db.errors import RefreshFailed
 if TYPE_CHECKING:
     from collections import Counter
 
-    from tiger_db.crud.token_status import RefreshStatistics
+    from tiger_db.crud.token_status import RefreshFilters, RefreshStatistics
     from tiger_db.database import AsyncSession
 
     Groups = dict[str, list[tiger_db.TokenStatus]]
-
-RefreshStatuses = Literal["pending", "failed"]  # the statuses that `list-refreshes` can select
 
 _PANEL = "Token refreshes"
 _REDRAW_SECONDS = 1.0
@@ -34,40 +32,70 @@ app = typer.Typer()
 @app.command(rich_help_panel=_PANEL)
 def list_refreshes(
     *,
-    account: options.AccountOption = None,
-    status: Annotated[
-        RefreshStatuses | None, typer.Option(help="List only refreshes with this status.")
+    account: Annotated[
+        str | None, typer.Option(help="Numbers or ids of accounts, with commas.")
     ] = None,
+    status: Annotated[
+        str | None,
+        typer.Option(
+            help="One or more of pending, in_progress, success, failed and cancelled, with commas."
+        ),
+    ] = None,
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            help="One or more of scheduled, manual, on_demand, expiry_soon, expired and error,"
+            " with commas."
+        ),
+    ] = None,
+    since: Annotated[str | None, options.SINCE] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="End of the period: a time, or an age such as 24h."),
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Text in the name or number of the account.")
+    ] = None,
+    order_by: Annotated[
+        Literal["newest", "schedule"],
+        typer.Option(help="Order of the refreshes: newest first, or earliest due time first."),
+    ] = "newest",
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
+    before: options.Before = None,
+    count: options.Count = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """List all token refreshes, or the token refreshes of one account, newest first."""
-    if account is not None and status is not None:
-        raise typer.BadParameter(
-            "--status cannot be combined with --account", param_hint="--status"
+    """List the token refreshes that match all given options, by default all token refreshes."""
+    filters: RefreshFilters = {"search": search}
+    if status is not None:
+        filters["status"] = options.parse_members(tiger_db.TokenRefreshStatus, status, "--status")
+    if trigger is not None:
+        filters["trigger"] = options.parse_members(tiger_db.RefreshTrigger, trigger, "--trigger")
+    if since is not None:
+        filters["since"] = options.parse_past(since, "--since")
+    if until is not None:
+        filters["until"] = options.parse_past(until, "--until")
+
+    async def find(session: "AsyncSession") -> "tiger_db.Page[tiger_db.TokenStatus]":
+        if account is not None:
+            accounts = options.split_words(account)
+            filters["account_id"] = [(await runtime.find_account(session, a)).id for a in accounts]
+        return await tiger_db.crud.token_status.history(
+            session,
+            order_by=order_by,
+            after=after,
+            before=before,
+            limit=limit,
+            count=count,
+            load=["tiger_account"],
+            **filters,
         )
 
-    async def find(
-        session: "AsyncSession",
-    ) -> "tuple[tiger_db.Page[tiger_db.TokenStatus], dict[UUID | None, str]]":
-        crud = tiger_db.crud.token_status
-        if status == "pending":
-            page = await crud.get_pending_refreshes(session, after=after, limit=limit)
-        elif status == "failed":
-            page = await crud.get_failed_refreshes(session, after=after, limit=limit)
-        else:
-            account_id = (
-                (await runtime.find_account(session, account)).id if account is not None else None
-            )
-            page = await crud.history(session, account_id=account_id, after=after, limit=limit)
-        return page, await runtime.account_numbers(session, (row.tiger_account_id for row in page))
-
-    page, numbers = runtime.in_transaction(find)
     output.show_page(
-        page,
+        runtime.in_transaction(find),
         {
-            "Account": lambda refresh: numbers[refresh.tiger_account_id],
+            "Account": lambda refresh: refresh.tiger_account.account_number,
             "Status": lambda refresh: refresh.status,
             "Trigger": lambda refresh: refresh.trigger,
             "Due": lambda refresh: refresh.scheduled_at,
@@ -143,7 +171,9 @@ def _draw(groups: "Groups", numbers: dict[UUID | None, str], day: "RefreshStatis
         typer.echo()
     rate = "" if day.success_rate is None else f", {day.success_rate:.0%} of the ended refreshes"
     times = (
-        "" if day.p50_ms is None else f"; duration p50 {day.p50_ms:.0f} ms, p95 {day.p95_ms:.0f} ms"
+        ""
+        if day.median_ms is None
+        else f"; duration median {day.median_ms:.0f} ms, p95 {day.p95_ms:.0f} ms"
     )
     succeeded = output.count_of(day.succeeded, "refresh", "refreshes")
     typer.echo(f"Last 24 hours: {succeeded} succeeded{rate}{times}")

@@ -6,12 +6,11 @@ from datetime import datetime
 from typing import Any, Literal, TypedDict, Unpack
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, func, select, text
+from sqlalchemy import ColumnElement, Float, and_, case, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.sql.elements import SQLCoreOperations
 from sqlmodel import col
 
-from tiger_db.crud.common import fetch_all, fetch_one, require_aware
+from tiger_db.crud.common import fetch_all, fetch_one, require_aware, typed_errors
 from tiger_db.crud.filters import Filters, OneOrMore, has_text, one_of
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, check_limit, paginate
 from tiger_db.models import RefreshTrigger, TigerAccount, TokenRefreshStatus, TokenStatus
@@ -21,21 +20,24 @@ from tiger_db.public import public
 # IS_OPEN and _IS_FAILED equal the predicates of partial indexes, so PostgreSQL uses the indexes.
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")
 _IS_FAILED = text("token_statuses.status = 'failed'")
+# Values of GROUPING(trigger, error): a bit is 0 if the row is of one group of the expression.
+_OF_ALL, _BY_TRIGGER, _BY_ERROR = 0b11, 0b01, 0b10
 
 
 @dataclass(frozen=True, slots=True)
 class RefreshStatistics:
-    """Counts and durations of token refreshes."""
+    """Counts and durations of token refreshes. Durations are of the last attempt, in ms."""
 
-    total: int
+    total: int  # number of refreshes of every status
     succeeded: int
-    failed: int
-    open: int
+    failed: int  # number of refreshes that were given up
+    open: int  # number of refreshes that are pending or in progress
     success_rate: float | None  # succeeded / (succeeded + failed), or None if both numbers are 0
-    p50_ms: float | None
-    p95_ms: float | None
-    by_trigger: dict[str, int]
-    by_error: dict[str, int]
+    mean_ms: float | None  # mean duration of the succeeded refreshes, or None without any
+    median_ms: float | None  # median duration of the succeeded refreshes, or None without any
+    p95_ms: float | None  # 95th percentile of these durations, interpolated, or None without any
+    by_trigger: dict[str, int]  # number of refreshes of each trigger
+    by_error: dict[str, int]  # number of failed refreshes of each error code, or of "unknown"
 
 
 @public
@@ -50,7 +52,15 @@ async def get_latest_status(session: AsyncSession, account_id: UUID) -> TokenSta
     return await newest(session, col(TokenStatus.tiger_account_id) == account_id)
 
 
-class RefreshFilters(TypedDict, total=False):
+class _Filters(TypedDict, total=False):
+    account_id: OneOrMore[UUID] | None
+    trigger: OneOrMore[RefreshTrigger] | None
+    since: datetime | None
+    until: datetime | None
+    search: str | None
+
+
+class RefreshFilters(_Filters, total=False):
     """The filters of a list of token refreshes.
 
     A filter with several values selects the refreshes that have one or more of the values. A filter
@@ -61,12 +71,18 @@ class RefreshFilters(TypedDict, total=False):
     regardless of case.
     """
 
-    account_id: OneOrMore[UUID] | None
     status: OneOrMore[TokenRefreshStatus] | None
-    trigger: OneOrMore[RefreshTrigger] | None
-    since: datetime | None
-    until: datetime | None
-    search: str | None
+
+
+class RefreshQuery(_Filters, total=False):
+    """The parameters of `history` without `status`: the other filters, order, page and `load`."""
+
+    order_by: Literal["newest", "schedule"]
+    after: str | None
+    before: str | None
+    limit: int
+    count: bool
+    load: Sequence[str]
 
 
 _of_account = has_text(col(TigerAccount.account_name), col(TigerAccount.account_number))
@@ -83,83 +99,23 @@ _FILTERS = Filters.of(
         ),
     },
 )
-_ORDERS = {"schedule": "scheduled_at"}
-REFRESHES = EntityList("token_statuses", TokenStatus, _FILTERS, _ORDERS)
-PENDING_REFRESHES = EntityList("pending_refreshes", TokenStatus, _FILTERS, _ORDERS)
-FAILED_REFRESHES = EntityList("failed_refreshes", TokenStatus, _FILTERS, _ORDERS)
+REFRESHES = EntityList("token_statuses", TokenStatus, _FILTERS, {"schedule": "scheduled_at"})
 
 
 @public
 async def get_pending_refreshes(
-    session: AsyncSession,
-    *,
-    order_by: Literal["newest", "schedule"] = "newest",
-    after: str | None = None,
-    before: str | None = None,
-    limit: int = DEFAULT_PAGE_SIZE,
-    count: bool = False,
-    load: Sequence[str] = (),
-    **filters: Unpack[RefreshFilters],
+    session: AsyncSession, **query: Unpack[RefreshQuery]
 ) -> Page[TokenStatus]:
-    """Return a page of the pending refreshes that match all filters, by default newest first.
-
-    The order `schedule` sorts by `scheduled_at`, earliest first. The parameters `after`, `before`,
-    `limit`, `count` and `load` are explained in `paginate`.
-
-    Raises:
-        InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
-            filters.
-        InvalidValue: a filter, `limit` or `load` is invalid.
-    """
-    return await paginate(
-        session,
-        PENDING_REFRESHES,
-        IS_OPEN,
-        col(TokenStatus.status) == TokenRefreshStatus.PENDING,
-        filters=filters,
-        order_by=order_by,
-        after=after,
-        before=before,
-        limit=limit,
-        count=count,
-        load=load,
-    )
+    """Return a page of the pending refreshes, as `history` does for the status `pending`."""
+    return await history(session, status=TokenRefreshStatus.PENDING, **query)
 
 
 @public
 async def get_failed_refreshes(
-    session: AsyncSession,
-    *,
-    order_by: Literal["newest", "schedule"] = "newest",
-    after: str | None = None,
-    before: str | None = None,
-    limit: int = DEFAULT_PAGE_SIZE,
-    count: bool = False,
-    load: Sequence[str] = (),
-    **filters: Unpack[RefreshFilters],
+    session: AsyncSession, **query: Unpack[RefreshQuery]
 ) -> Page[TokenStatus]:
-    """Return a page of the refreshes with the status `failed`, by default newest first.
-
-    The order `schedule` sorts by `scheduled_at`, earliest first. The parameters `after`, `before`,
-    `limit`, `count` and `load` are explained in `paginate`.
-
-    Raises:
-        InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
-            filters.
-        InvalidValue: a filter, `limit` or `load` is invalid.
-    """
-    return await paginate(
-        session,
-        FAILED_REFRESHES,
-        _IS_FAILED,
-        filters=filters,
-        order_by=order_by,
-        after=after,
-        before=before,
-        limit=limit,
-        count=count,
-        load=load,
-    )
+    """Return a page of the given up refreshes, as `history` does for the status `failed`."""
+    return await history(session, status=TokenRefreshStatus.FAILED, **query)
 
 
 @public
@@ -239,41 +195,54 @@ async def overview(
 
 
 @public
-async def statistics(session: AsyncSession, *, since: datetime) -> RefreshStatistics:
+async def statistics(
+    session: AsyncSession, *, since: datetime, account_id: UUID | None = None
+) -> RefreshStatistics:
     """Return statistics of the refreshes that were opened after the aware datetime `since`.
+
+    The statistics are of all accounts, or of the account with the id `account_id`.
 
     Raises:
         InvalidValue: `since` is a naive datetime.
     """
-    recent = col(TokenStatus.id) >= func.uuid7_floor(require_aware("since", since))
     succeeded = col(TokenStatus.status) == TokenRefreshStatus.SUCCESS
     failed = col(TokenStatus.status) == TokenRefreshStatus.FAILED
     duration = col(TokenStatus.duration_ms)
-    totals = (
-        await session.execute(
-            select(
-                func.count(),
-                func.count().filter(succeeded),
-                func.count().filter(failed),
-                func.count().filter(col(TokenStatus.status).in_(OPEN_STATUSES)),
-                func.percentile_cont(0.5).within_group(duration).filter(succeeded),
-                func.percentile_cont(0.95).within_group(duration).filter(succeeded),
-            ).where(recent)
+    trigger = col(TokenStatus.trigger)
+    error = case((failed, func.coalesce(col(TokenStatus.error_code), "unknown")))
+    statement = (
+        select(
+            func.grouping(trigger, error).label("grouping"),
+            trigger.label("trigger"),
+            error.label("error"),
+            func.count().label("total"),
+            func.count().filter(succeeded).label("succeeded"),
+            func.count().filter(failed).label("failed"),
+            func.count().filter(col(TokenStatus.status).in_(OPEN_STATUSES)).label("open"),
+            func.avg(duration).filter(succeeded).cast(Float).label("mean"),
+            *(
+                func.percentile_cont(share).within_group(duration).filter(succeeded).label(name)
+                for name, share in (("median", 0.5), ("p95", 0.95))
+            ),
         )
-    ).one()
-    total, ok, bad, still_open, p50, p95 = totals
+        .where(*_FILTERS.where({"since": since, "account_id": account_id}))
+        .group_by(func.grouping_sets(tuple_(), tuple_(trigger), tuple_(error)))
+    )
+    with typed_errors():
+        rows = (await session.execute(statement)).all()
+    (total,) = (row for row in rows if row.grouping == _OF_ALL)
+    ended = total.succeeded + total.failed
     return RefreshStatistics(
-        total=total,
-        succeeded=ok,
-        failed=bad,
-        open=still_open,
-        success_rate=ok / (ok + bad) if ok + bad else None,
-        p50_ms=p50,
-        p95_ms=p95,
-        by_trigger=await _counts(session, col(TokenStatus.trigger), recent),
-        by_error=await _counts(
-            session, func.coalesce(col(TokenStatus.error_code), "unknown"), and_(recent, failed)
-        ),
+        total=total.total,
+        succeeded=total.succeeded,
+        failed=total.failed,
+        open=total.open,
+        success_rate=total.succeeded / ended if ended else None,
+        mean_ms=total.mean,
+        median_ms=total.median,
+        p95_ms=total.p95,
+        by_trigger={str(row.trigger): row.total for row in rows if row.grouping == _BY_TRIGGER},
+        by_error={row.error: row.total for row in rows if row.grouping == _BY_ERROR and row.error},
     )
 
 
@@ -282,10 +251,3 @@ async def newest(session: AsyncSession, criterion: ColumnElement[bool]) -> Token
     return await fetch_one(
         session, select(TokenStatus).where(criterion).order_by(col(TokenStatus.id).desc()).limit(1)
     )
-
-
-async def _counts(
-    session: AsyncSession, by: SQLCoreOperations[Any], criterion: ColumnElement[bool]
-) -> dict[str, int]:
-    rows = await session.execute(select(by, func.count()).where(criterion).group_by(by))
-    return {str(name): count for name, count in rows}
