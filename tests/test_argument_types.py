@@ -32,6 +32,7 @@ from tiger_db import (
     crud,
     get_session,
     tiger,
+    wait_for_refresh,
 )
 from tiger_db.errors import TigerDBError
 
@@ -61,6 +62,7 @@ METHODS: dict[str, Callable[[Database], Callable[..., object]]] = {
     "TigerAccount.has_market_permission": lambda _: factories.new_account().has_market_permission,
     "TokenStatus.complete_refresh": lambda _: new_refresh().complete_refresh,
     "acting_as": lambda _: acting_as,
+    "wait_for_refresh": lambda _: wait_for_refresh,
     "get_session": lambda _: get_session,
 }
 

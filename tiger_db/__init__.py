@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         TokenRefreshStatus,
         TokenStatus,
     )
-    from tiger_db.refresh_worker import RefreshWorker
+    from tiger_db.refresh_worker import RefreshWorker, wait_for_refresh
     from tiger_db.settings import Settings
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "KeyVerifier", "MarketPermission", "NewToken", "Page", "PrivateKeyFormat", "RefreshTrigger",
     "RefreshWorker", "Secret", "Settings", "TigerAccount", "TigerEnvironment", "TigerLicense",
     "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors", "get_session",
+    "wait_for_refresh",
 ]  # fmt: skip
 # `_SUBMODULES` maps public names to submodules. A public name that is not in `_SUBMODULES` is in
 # `tiger_db.models`.
@@ -77,6 +78,7 @@ _SUBMODULES = {
     "TigerAccount": "crud.change_events",
     "acting_as": "actor",
     "get_session": "database",
+    "wait_for_refresh": "refresh_worker",
 }
 
 

@@ -343,12 +343,13 @@ async def _check_refreshes(connection: AsyncConnection) -> Outcome:
     )
 
 
-_DUE, _DUE_SINCE = due_tokens()
 DUE_TOKENS = select(
     func.count().label("accounts"),
     func.count().filter(col(TigerAccount.token_expires_at) <= func.now()).label("expired"),
-    func.extract("epoch", func.now() - func.min(_DUE_SINCE)).cast(Float).label("age"),
-).where(_DUE)
+    func.extract("epoch", func.now() - func.min(col(TigerAccount.token_refresh_at)))
+    .cast(Float)
+    .label("age"),
+).where(due_tokens())
 
 
 async def _check_tokens(connection: AsyncConnection) -> Outcome:

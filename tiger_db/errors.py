@@ -179,6 +179,12 @@ class AnswerLost(RefreshFailed):
     code = "answer_lost"
 
 
+class WaitTimeout(TigerDBError, TimeoutError):
+    """The refresh did not end in time, and goes on."""
+
+    code = "wait_timeout"
+
+
 class AccessDenied(TigerDBError):
     """The API key does not allow this request."""
 

@@ -1,4 +1,7 @@
-"""A worker that refreshes due access tokens. Any number of workers can run at the same time."""
+"""A worker that refreshes due access tokens, and a function that waits until a refresh has ended.
+
+Any number of workers can run at the same time.
+"""
 
 import asyncio
 import logging
@@ -7,8 +10,8 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +26,7 @@ from tiger_db.crud.common import error_text, get_or_raise, replace_unstorable
 from tiger_db.database import AsyncSession, Database
 from tiger_db.errors import (
     AnswerLost,
+    ConfigurationError,
     CredentialsRefused,
     InvalidState,
     InvalidValue,
@@ -32,6 +36,7 @@ from tiger_db.errors import (
     RefreshLimited,
     StaleToken,
     TigerDBError,
+    WaitTimeout,
 )
 from tiger_db.models import Entity, TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.token_status import NewToken
@@ -42,6 +47,7 @@ T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
 CHANNEL = "tiger_db_refreshes"
 POLL_SECONDS = 5.0  # Longest pause between two queries for due refreshes and expired leases.
+_STATUS_POLL_SECONDS = 1.0  # Longest pause between two queries of `wait_for_refresh`.
 _RETRY_PAUSE_SECONDS = 0.2  # Pause before the first retry. Each retry doubles the pause.
 _MAX_RETRY_PAUSE_SECONDS = 5.0
 _RATE_WINDOW_SECONDS = 60.0
@@ -148,10 +154,14 @@ class RefreshWorker:
             working.result()
 
     @public
-    async def run_one(self, refresh_id: UUID) -> None:
-        """Claim one refresh and make one attempt to refresh the token.
+    async def run_one(self, refresh_id: UUID) -> TokenStatus:
+        """Claim one refresh, make one attempt to refresh the token, and return the refresh.
+
+        After a failed attempt, the refresh can be pending again. If the broker's rate limit
+        `per_minute` is reached, the refresh is pending again without an attempt.
 
         Raises:
+            NotFound: no refresh has the id `refresh_id`.
             InvalidState: the refresh has ended, has no attempt left, or another worker has claimed
                 the refresh.
         """
@@ -164,11 +174,12 @@ class RefreshWorker:
                     session, refresh_id, worker=self.name, lease=self.lease
                 )
             await self._attempt(claim, start)
+            return await self._save(lambda session: get_or_raise(session, TokenStatus, refresh_id))
 
     async def _work(self, *, once: bool) -> None:
         listener = None
         if not once:
-            listening = listen(self.database.settings, CHANNEL, lambda _: self._wake.set())
+            listening = listen(self.database.settings, CHANNEL, self._handle_notification)
             listener = asyncio.create_task(listening)
         pause = _RETRY_PAUSE_SECONDS
         try:
@@ -191,6 +202,11 @@ class RefreshWorker:
                 await _cancel(listener)
             if self._attempts:
                 await asyncio.wait(self._attempts.values())
+
+    def _handle_notification(self, payload: str | None) -> None:
+        """Look for due refreshes, unless the payload is the id of a refresh that has ended."""
+        if not payload:
+            self._wake.set()
 
     async def _wait(
         self, task: asyncio.Task[Any], seconds: float | None = None, *, reserve: float
@@ -476,6 +492,64 @@ class RefreshWorker:
                 _logger.warning("a refresh waits for the database: %s", type(error).__name__)
             await asyncio.sleep(pause)
             pause = min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
+
+
+@public
+async def wait_for_refresh(
+    database: Database,
+    refresh_id: UUID,
+    *,
+    timeout: timedelta,  # noqa: ASYNC109  # asyncio.timeout would cancel the last query
+) -> TokenStatus:
+    """Wait until a refresh has ended, and return the refresh.
+
+    A worker of any process ends a refresh with success, or gives the refresh up. A refresh can also
+    be cancelled. After a failed attempt that a worker repeats later, `wait_for_refresh` waits on.
+    NOTIFY of PostgreSQL ends the wait, and the status is also queried once a second. With
+    `DB_POOLER` and without `DB_DIRECT_HOST`, only the queries end the wait. During the wait, no
+    connection of the pool is in use, but one direct connection is open.
+
+    Raises:
+        NotFound: no refresh has the id `refresh_id`.
+        WaitTimeout: the refresh did not end within `timeout`.
+        DatabaseUnavailable: the database cannot be reached.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    ended = asyncio.Event()
+    async with _listening(database, refresh_id, ended):
+        while True:
+            ended.clear()
+            async with database.session() as session:
+                refresh = await get_or_raise(session, TokenStatus, refresh_id)
+            if not refresh.is_open:
+                return refresh
+            seconds = min(deadline - time.monotonic(), _STATUS_POLL_SECONDS)
+            if seconds <= 0:
+                raise WaitTimeout(f"the refresh did not end within {timeout}: it goes on")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), seconds)
+
+
+@asynccontextmanager
+async def _listening(
+    database: Database, refresh_id: UUID, ended: asyncio.Event
+) -> AsyncIterator[None]:
+    """Set the event `ended` after each notification that the refresh may have ended."""
+
+    def handle_notification(payload: str | None) -> None:
+        if payload in (None, str(refresh_id)):
+            ended.set()
+
+    try:
+        database.settings.without_pooler()
+    except ConfigurationError:
+        yield
+        return
+    listener = asyncio.create_task(listen(database.settings, CHANNEL, handle_notification))
+    try:
+        yield
+    finally:
+        await _cancel(listener)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -1,6 +1,7 @@
 """Commands for token refreshes, with a gateway of the tests."""
 
 import asyncio
+import json
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from tigeropen.common.util.web_utils import http_pool
 
 from tests.support import factories
@@ -21,6 +23,7 @@ from tests.support.sql import run_sql, write
 from tests.support.terminal import Terminal
 from tests.support.tiger_files import PK8
 from tests.support.tiger_tokens import tiger_token
+from tests.support.waiting import wait_until
 from tiger_db import (
     AccountStatus,
     Database,
@@ -34,6 +37,10 @@ from tiger_db.database import AsyncSession
 
 S = TokenRefreshStatus
 TIGER_ID = "20150001"
+LISTENING = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND query LIKE 'LISTEN%'
+"""
 OLDER = """
 UPDATE token_statuses SET id = uuid7_floor(now() - interval '100 days') WHERE status = 'success'
 """
@@ -230,19 +237,71 @@ def test_an_unknown_or_closed_account_is_not_refreshed(
     assert gateway.refreshes == []
 
 
+def claim_due(settings: Settings) -> TokenStatus:
+    """Claim the refresh of the only account, which is due, as another worker does."""
+
+    async def claim(session: AsyncSession) -> TokenStatus:
+        (opened,) = await crud.token_status.schedule_due(session)
+        return await crud.token_status.claim(session, opened.id, worker="w")
+
+    return write(settings, claim)
+
+
 def test_an_account_is_not_refreshed_twice_at_a_time(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:
     add(clone_settings, gateway)
-
-    async def claim() -> None:
-        async with Database(clone_settings) as database, database.session() as session:
-            (opened,) = await crud.token_status.schedule_due(session)
-            await crud.token_status.claim(session, opened.id, worker="w")
-
-    asyncio.run(claim())
-    assert "another worker" in cli.fails("refresh-token", NUMBER)
+    claim_due(clone_settings)
+    said = cli.fails("refresh-token", NUMBER, "--wait", "1s")
+    assert said == "error: the refresh did not end within 0:00:01: it goes on\n"
     assert gateway.refreshes == []
+    assert "--wait" in cli.misused("refresh-token", NUMBER, "--wait", "soon")
+
+
+@pytest.mark.slow
+def test_the_result_of_another_worker_is_printed(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
+    add(clone_settings, gateway)
+    claim = claim_due(clone_settings)
+
+    async def is_waited_for(session: AsyncSession) -> bool:
+        return bool(await session.scalar(text(LISTENING)))
+
+    with subprocess.Popen(
+        [*COMMAND, "refresh-token", NUMBER, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cli.environment(), text=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_until(lambda: write(clone_settings, is_waited_for))
+            write(
+                clone_settings,
+                lambda session: crud.token_status.complete(
+                    session, claim, access_token=tiger_token(_now())
+                ),
+            )
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err
+    assert err.startswith("refreshed the access token; the new token expires at ")
+    assert (json.loads(out)["id"], json.loads(out)["status"]) == (str(claim.id), "success")
+    assert gateway.refreshes == []
+
+
+@pytest.mark.slow
+def test_a_planned_refresh_is_made_now(
+    cli: CommandLine, clone_settings: Settings, gateway: Gateway
+) -> None:
+    add(clone_settings, gateway)
+
+    async def plan(session: AsyncSession) -> TokenStatus:
+        (account,) = await crud.accounts.list_accounts(session)
+        return await factories.refresh(session, account, scheduled_at=_now() + timedelta(days=1))
+
+    planned = write(clone_settings, plan)
+    assert cli.ok("refresh-token", NUMBER, "--json").json["id"] == str(planned.id)
+    assert len(gateway.refreshes) == 1
 
 
 # Showing
@@ -296,7 +355,7 @@ def test_refreshes_are_shown_by_group(
         assert part.startswith(title)
         assert all(word in part for word in words)
     assert day.startswith(
-        "Last 24 hours: 1 refresh succeeded, 50% of the ended refreshes; duration p50 "
+        "Last 24 hours: 1 refresh succeeded, 50% of the ended refreshes; duration median "
     )
     as_json = cli.ok("watch-refreshes", "--json")
     groups = as_json.json
@@ -403,19 +462,37 @@ def test_refreshes_are_listed(cli: CommandLine, clone_settings: Settings) -> Non
         ((), [pending, failed]),
         (("--status", "pending"), [pending]),
         (("--status", "failed"), [failed]),
+        (("--status", "failed,pending"), [pending, failed]),
+        (("--status", "in_progress"), []),
+        (("--trigger", "expiry_soon"), [pending]),
+        (("--trigger", "manual, expiry_soon"), [pending, failed]),
         (("--account", "1111111"), [failed]),
+        (("--account", "1111111,2222222"), [pending, failed]),
+        (("--account", "1111111", "--status", "pending"), []),
+        (("--search", "1111"), [failed]),
+        (("--since", "1h", "--until", "2100-01-01T00:00:00Z"), [pending, failed]),
+        (("--until", "1h"), []),
+        (("--order-by", "schedule"), [failed, pending]),
         (("--limit", "1"), [pending]),
     ):
         page = cli.ok("list-refreshes", "--json", *options).json
         assert [item["id"] for item in page["items"]] == wanted
-        assert list(page["items"][0]) == list(TokenStatus.model_fields)
+        assert "total" not in page
+    assert list(page["items"][0]) == list(TokenStatus.model_fields)
     after = ("--after", page["next_cursor"])
-    assert cli.ok("list-refreshes", "--json", *after).json["items"][0]["id"] == failed
+    page = cli.ok("list-refreshes", "--json", "--count", *after).json
+    assert (page["items"][0]["id"], page["next_cursor"], page["total"]) == (failed, None, 2)
+    before = ("--before", page["previous_cursor"], "--limit", "1")
+    page = cli.ok("list-refreshes", "--json", *before).json
+    assert (page["items"][0]["id"], page["previous_cursor"]) == (pending, None)
+    said = cli.ok("list-refreshes", "--count", *after).err
+    assert said.startswith(
+        "number of rows on all pages: 2\nto see the previous page, add --before "
+    )
     _, first, second = cli.ok("list-refreshes").out.splitlines()
     assert first.split()[:3] == ["2222222", "pending", "expiry_soon"]
     assert second.split()[:3] == ["1111111", "failed", "manual"]
     assert "out of luck" in second
-    both = ("--status", "failed", "--account", "1111111")
-    assert "--status" in cli.misused("list-refreshes", *both)
-    assert "--status" in cli.misused("list-refreshes", "--status", "success")
+    for option in ("--status", "--trigger", "--since", "--until", "--order-by"):
+        assert option in cli.misused("list-refreshes", option, "nonsense")
     assert "no account" in cli.fails("list-refreshes", "--account", "nope")

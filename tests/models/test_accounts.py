@@ -163,19 +163,21 @@ MINUTE = timedelta(minutes=1)
         (None, None, False, False),
         (None, -HOUR, False, False),  # of a token that is gone
         ("token", None, True, False),  # some licences' tokens have no expiry
-        ("token", 2 * HOUR, True, False),
-        ("token", HOUR + MINUTE, True, False),
-        ("token", HOUR - MINUTE, True, True),
+        ("token", 2 * HOUR, True, False),  # refreshed when a fifth of the two hours is left
+        ("token", 76 * MINUTE, True, False),
+        ("token", 74 * MINUTE, True, True),
         ("token", timedelta(0), False, True),
         ("token", -HOUR, False, True),
     ],
 )
-def test_a_token_is_valid_until_it_expires_and_due_an_hour_before(
+def test_a_token_is_valid_until_it_expires_and_needs_a_refresh_an_hour_before_it_is_due(
     token: str | None, expires_in: timedelta | None, *, valid: bool, due: bool
 ) -> None:
     expires_at = None if expires_in is None else datetime.now(UTC) + expires_in
     account = new_account(access_token=token, token_expires_at=expires_at)
     assert (account.has_valid_token, account.needs_token_refresh) == (valid, due)
+    account.status = AccountStatus.SUSPENDED
+    assert not account.needs_token_refresh
 
 
 def test_an_account_has_the_market_permissions_in_its_list() -> None:

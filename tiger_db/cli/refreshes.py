@@ -12,7 +12,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli import options, output, runtime
-from tiger_db.errors import RefreshFailed
+from tiger_db.errors import InvalidState, RefreshFailed
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -223,22 +223,36 @@ def run_refresh_worker(
 
 
 @app.command(rich_help_panel=_PANEL)
-def refresh_token(account: options.AccountArgument, *, as_json: options.AsJson = False) -> None:
-    """Refresh the access token of an account at Tiger now."""
+def refresh_token(
+    account: options.AccountArgument,
+    *,
+    wait: Annotated[
+        str,
+        typer.Option(
+            metavar="2m",
+            help="Longest wait for another worker that refreshes the token already, such as 30s.",
+        ),
+    ] = "2m",
+    as_json: options.AsJson = False,
+) -> None:
+    """Refresh the access token of an account at Tiger now.
+
+    If a worker refreshes the token already, the command waits for the worker, and prints the result
+    of the worker.
+    """
+    timeout = options.parse_duration(wait, "--wait")
     # Without the NullHandler, logging would print the error of a failed refresh a second time.
     logging.getLogger("tiger_db").addHandler(logging.NullHandler())
 
     async def refresh(database: "tiger_db.Database") -> "tiger_db.TokenStatus":
         async with database.session() as session:
             found = await runtime.find_account(session, account)
-            opened = await tiger_db.crud.token_status.create_refresh_operation(
-                session, tiger_account_id=found.id, trigger=tiger_db.RefreshTrigger.MANUAL
-            )
-        await tiger_db.RefreshWorker(database, tiger_db.tiger.refresh_token).run_one(opened.id)
-        async with database.session() as session:
-            ended = await tiger_db.crud.token_status.get(session, opened.id)
-        assert ended is not None
-        return ended
+            opened = await tiger_db.crud.token_status.refresh_now(session, found.id)
+        worker = tiger_db.RefreshWorker(database, tiger_db.tiger.refresh_token)
+        try:
+            return await worker.run_one(opened.id)
+        except InvalidState:  # another worker has claimed the refresh, and may have ended it
+            return await tiger_db.wait_for_refresh(database, opened.id, timeout=timeout)
 
     ended = runtime.with_database(refresh)
     if as_json:

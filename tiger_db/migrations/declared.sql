@@ -16,7 +16,7 @@ ALTER TABLE public.tiger_accounts ENABLE ALWAYS TRIGGER notify_api_keys_delete;
 CREATE TRIGGER notify_api_keys_truncate AFTER TRUNCATE ON public.tiger_accounts FOR EACH STATEMENT EXECUTE FUNCTION public.notify_api_key_change();
 ALTER TABLE public.tiger_accounts ENABLE ALWAYS TRIGGER notify_api_keys_truncate;
 CREATE TRIGGER end_auto_suspension BEFORE UPDATE OF status ON public.tiger_accounts FOR EACH ROW WHEN (new.auto_suspended AND (old.auto_suspended OR new.status <> 'suspended'::public.account_status)) EXECUTE FUNCTION public.end_auto_suspension();
-CREATE TRIGGER notify_refresh AFTER INSERT OR UPDATE OF status ON public.token_statuses FOR EACH ROW WHEN (new.status = 'pending'::public.token_refresh_status) EXECUTE FUNCTION public.notify_refresh();
+CREATE TRIGGER notify_refresh AFTER INSERT OR UPDATE OF status, scheduled_at ON public.token_statuses FOR EACH ROW WHEN (new.status <> 'in_progress'::public.token_refresh_status) EXECUTE FUNCTION public.notify_refresh();
 CREATE TRIGGER refuse_change BEFORE DELETE OR UPDATE ON public.audit_logs FOR EACH ROW EXECUTE FUNCTION public.refuse_audit_change(); -- also on each partition
 CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.audit_logs FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_audit_change(); -- also on each partition
 CREATE TRIGGER notify_insert AFTER INSERT ON public.audit_logs FOR EACH STATEMENT EXECUTE FUNCTION public.notify_audit_event();
@@ -143,7 +143,7 @@ DECLARE
     channel CONSTANT text := pg_catalog.concat('tiger_db_refreshes', '_' ||
         left(encode(sha256(convert_to(nullif(TG_TABLE_SCHEMA, 'public'), 'UTF8')), 'hex'), 16));
 BEGIN
-    PERFORM pg_notify(channel, '');
+    PERFORM pg_notify(channel, CASE WHEN NEW.status = 'pending' THEN '' ELSE NEW.id::text END);
     RETURN NULL;
 END
 $function$;

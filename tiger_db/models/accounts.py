@@ -22,13 +22,12 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.orm import Mapped
 from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlmodel import Field, Relationship, col
 from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 from tiger_db.encryption import EncryptedSecret, EncryptedType, Secret
-from tiger_db.errors import EncryptionError, InvalidValue, StaleToken
+from tiger_db.errors import EncryptionError, StaleToken
 from tiger_db.models.base import MutableEntity
 from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime, require_storable_json
 from tiger_db.models.private_keys import PrivateKeyFormat, key_bits
@@ -196,13 +195,10 @@ class TigerAccount(MutableEntity, table=True):
             Index(f"uq_tiger_accounts_{name}", name, unique=True, postgresql_where=text(name))
             for name in ("is_default_trading", "is_default_data")
         ),
-        *(
-            Index(
-                f"ix_tiger_accounts_{name}",
-                name,
-                postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
-            )
-            for name in ("token_expires_at", "token_refresh_at")
+        Index(
+            "ix_tiger_accounts_token_refresh_at",
+            "token_refresh_at",
+            postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
         ),
         *(
             CheckConstraint(f"jsonb_typeof({name}) = '{kind}'", name=f"{name}_{kind}")
@@ -356,22 +352,20 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def needs_token_refresh(self) -> bool:
-        """Return whether the access token has expired or expires within an hour (local clock)."""
+        """Return whether the access token is due now or within the next hour (local clock)."""
         return self.is_token_due(datetime.now(UTC), within=REFRESH_AHEAD)
 
-    def is_token_due(self, now: datetime, *, within: timedelta | None = None) -> bool:
+    def is_token_due(self, now: datetime, *, within: timedelta = timedelta(0)) -> bool:
         """Return whether the access token is due for a refresh at the aware datetime `now`.
 
-        If `within` is None, the token is due from `token_refresh_at` on. If `within` is given, the
-        token is due when the token's remaining validity is `within` or less. `due_tokens` applies
-        the rule of `is_token_due` in SQL.
+        The token of an active account is due from `token_refresh_at` on. `within` looks ahead: the
+        token is also due if `token_refresh_at` is at most `within` after `now`. `due_tokens`
+        applies the rule of `is_token_due` in SQL.
         """
-        at, until = (
-            (self.token_refresh_at, now)
-            if within is None
-            else (self.token_expires_at, now + within)
-        )
-        return self.access_token is not None and at is not None and at <= until
+        if not self.is_active or self.access_token is None:
+            return False
+        at = _refresh_time(self) if _is_token_changed(self) else self.token_refresh_at
+        return at is not None and at <= now + within
 
     def check_not_stale(
         self, access_token: str, expires_at: datetime | None = None
@@ -416,31 +410,20 @@ class TigerAccount(MutableEntity, table=True):
         return permission in self.market_permissions
 
 
-# The partial indexes on token_expires_at and token_refresh_at have the predicate ACTIVE_WITH_TOKEN.
+# The partial index on token_refresh_at has the predicate ACTIVE_WITH_TOKEN.
 ACTIVE_WITH_TOKEN = text(
     "tiger_accounts.status = 'active' AND tiger_accounts.access_token IS NOT NULL"
 )
 
 
-def due_tokens(
-    within: timedelta | None = None,
-) -> tuple[ColumnElement[bool], Mapped[datetime | None]]:
-    """Return an SQL condition for active accounts with a due token, and the column to sort by.
+def due_tokens(within: timedelta = timedelta(0)) -> ColumnElement[bool]:
+    """Return an SQL condition for active accounts whose access token is due for a refresh.
 
     The SQL condition applies the rule of `TigerAccount.is_token_due` at the time at which the
     transaction started.
-
-    Raises:
-        InvalidValue: the duration `within` is longer than 100 years.
     """
-    if within is not None and abs(within) > timedelta(days=36525):
-        raise InvalidValue("`within` must be at most 100 years")
-    at, until = (
-        (col(TigerAccount.token_refresh_at), func.now())
-        if within is None
-        else (col(TigerAccount.token_expires_at), func.now() + within)
-    )
-    return and_(ACTIVE_WITH_TOKEN, at <= until), at
+    until = func.now() + within if within else func.now()
+    return and_(ACTIVE_WITH_TOKEN, col(TigerAccount.token_refresh_at) <= until)
 
 
 def refresh_time(access_token: str, expires_at: datetime | None) -> datetime | None:
@@ -495,8 +478,20 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 @event.listens_for(TigerAccount, "before_update")
 def _set_refresh_time(_mapper: object, _connection: object, account: TigerAccount) -> None:
     """Set `token_refresh_at` of an account if the access token or its expiry was changed."""
+    if _is_token_changed(account):
+        set_attribute(account, "token_refresh_at", _refresh_time(account))
+
+
+def _is_token_changed(account: TigerAccount) -> bool:
+    """Return whether the access token or its expiry was changed since the last flush."""
     changed = instance_state(account).committed_state.keys()
-    if changed & {"access_token", "token_expires_at"} and "token_expires_at" in vars(account):
-        token = account.readable_token()
-        at = refresh_time(token, account.token_expires_at) if account.access_token else None
-        set_attribute(account, "token_refresh_at", at)
+    return bool(changed & {"access_token", "token_expires_at"}) and (
+        "token_expires_at" in vars(account)
+    )
+
+
+def _refresh_time(account: TigerAccount) -> datetime | None:
+    """Return the time at which to refresh the access token that the account has in memory."""
+    if account.access_token is None:
+        return None
+    return refresh_time(account.readable_token(), account.token_expires_at)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from sqlalchemy import CheckConstraint, Index, event, func, text
+from sqlalchemy.orm.attributes import instance_state
 from sqlmodel import Field, Relationship
 
 from tiger_db.errors import InvalidState
@@ -52,6 +53,7 @@ class NewToken:
 
 
 OPEN_STATUSES = (TokenRefreshStatus.PENDING, TokenRefreshStatus.IN_PROGRESS)
+FOUND = "found"  # key in the `info` of an instance state: the value of `TokenStatus.found`
 _IS_OPEN = text("status IN ('pending', 'in_progress')")
 
 
@@ -153,6 +155,15 @@ class TokenStatus(MutableEntity, table=True):
     @property
     def is_open(self) -> bool:
         return self.status in OPEN_STATUSES
+
+    @property
+    def found(self) -> bool:
+        """Return whether the refresh was open before the CRUD function that returned the object.
+
+        `create_refresh_operation` and `refresh_now` set `found`. `found` is not stored in the
+        database: of a TokenStatus that another function returned, `found` is false.
+        """
+        return bool(instance_state(self).info.get(FOUND))
 
     @property
     def can_retry(self) -> bool:

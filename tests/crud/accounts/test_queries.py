@@ -119,14 +119,17 @@ async def test_listed_accounts_match_all_criteria(session: AsyncSession) -> None
     assert await listed(status=AccountStatus.SUSPENDED, environment=TigerEnvironment.SANDBOX) == []
 
 
-async def test_accounts_needing_a_refresh_are_sorted_by_expiry(session: AsyncSession) -> None:
+async def test_accounts_needing_a_refresh_are_sorted_by_the_time_of_the_refresh(
+    session: AsyncSession,
+) -> None:
     now = datetime.now(UTC)
 
     async def expiring(minutes: int, **overrides: Any) -> TigerAccount:
         at = now + timedelta(minutes=minutes)
         return await factories.account_with_token(session, token_expires_at=at, **overrides)
 
-    soon, expired, later = await expiring(50), await expiring(-50), await expiring(120)
+    # `account_with_token` plans the refresh an hour before the expiry.
+    soon, expired, later = await expiring(110), await expiring(-50), await expiring(130)
     await expiring(5, status="suspended")
     await expiring(5, access_token=None)
     await factories.account(session, access_token="no expiry known")

@@ -2,12 +2,12 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select, text, update
 from sqlmodel import col
@@ -19,6 +19,7 @@ from tiger_db import Database, RefreshTrigger, TigerAccount, TokenStatus
 from tiger_db.crud import accounts, token_status
 from tiger_db.crud.change_events import RECORDED
 from tiger_db.database import AsyncSession
+from tiger_db.doctor import DUE_TOKENS
 from tiger_db.models.accounts import refresh_time
 from tiger_db.tiger import import_account
 
@@ -208,48 +209,103 @@ async def test_a_token_of_fifteen_days_is_due_when_three_are_left(session: Async
     later = await with_left(3.1 * DAY)
     (opened,) = await token_status.schedule_due(session)
     assert (opened.tiger_account_id, opened.trigger) == (due.id, RefreshTrigger.SCHEDULED)
-    assert await token_status.schedule_due(session, within=3 * DAY) == []
-    (opened,) = await token_status.schedule_due(session, within=3.2 * DAY)
+    assert await token_status.schedule_due(session, within=0.05 * DAY) == []
+    (opened,) = await token_status.schedule_due(session, within=0.2 * DAY)
     assert opened.tiger_account_id == later.id
 
 
-@pytest.mark.parametrize("within", [None, timedelta(0), HOUR, 30 * DAY, -DAY])
-async def test_python_and_postgresql_find_the_same_tokens_due(
-    session: AsyncSession, within: timedelta | None
-) -> None:
-    now = await session.scalar(select(func.now()))  # of the whole transaction
+async def transaction_time(session: AsyncSession) -> datetime:
+    now: datetime | None = await session.scalar(select(func.now()))
     assert now is not None
-    ahead = HOUR if within is None else within
+    return now
+
+
+async def set_times(session: AsyncSession, account: TigerAccount, **times: datetime | None) -> None:
+    await session.execute(
+        update(TigerAccount)
+        .where(col(TigerAccount.id) == account.id)
+        .values(**times)
+        .execution_options(**RECORDED)
+    )
+    await session.refresh(account)
+
+
+@pytest.mark.parametrize("within", [timedelta(0), HOUR, 30 * DAY, -DAY])
+async def test_python_and_postgresql_find_the_same_tokens_due(
+    session: AsyncSession, monkeypatch: pytest.MonkeyPatch, within: timedelta
+) -> None:
+    now = await transaction_time(session)
     times = [None, *(n * timedelta(microseconds=1) for n in (-1, 0, 1))]
     made = [
         (factories.new_account(access_token=token, status=status), refresh_at, expires_at)
         for token in (None, "token")
-        for status in ("active", "inactive")
+        for status in ("active", "inactive", "suspended")
         for refresh_at in times
         for expires_at in times
     ]
     session.add_all([account for account, _, _ in made])
     await session.flush()
     for account, refresh_at, expires_at in made:
-        values = {
-            "token_refresh_at": None if refresh_at is None else now + refresh_at,
-            "token_expires_at": None if expires_at is None else now + ahead + expires_at,
-        }
-        await session.execute(
-            update(TigerAccount)
-            .where(col(TigerAccount.id) == account.id)
-            .values(**values)
-            .execution_options(**RECORDED)
+        await set_times(
+            session,
+            account,
+            token_refresh_at=None if refresh_at is None else now + within + refresh_at,
+            token_expires_at=None if expires_at is None else now + within + expires_at,
         )
-    for account, _, _ in made:
-        await session.refresh(account)
-    due = {a.id for a, _, _ in made if a.is_active and a.is_token_due(now, within=within)}
+    due = {account.id for account, _, _ in made if account.is_token_due(now, within=within)}
     assert len(due) == 8
-    if within is not None:
-        needing = accounts.get_accounts_needing_token_refresh
-        assert {account.id for account in await needing(session, within=within)} == due
+    needing = accounts.get_accounts_needing_token_refresh
+    assert {account.id for account in await needing(session, within=within)} == due
+    if within == HOUR:
+        assert {account.id for account in await needing(session)} == due
+        monkeypatch.setattr("tiger_db.models.accounts.datetime", clock_at(now))
+        assert {account.id for account, _, _ in made if account.needs_token_refresh} == due
+    if within == timedelta(0):
+        assert (await session.execute(DUE_TOKENS)).one().accounts == len(due)
     opened = await token_status.schedule_due(session, within=within)
     assert {refresh.tiger_account_id for refresh in opened} == due
+
+
+def clock_at(now: datetime) -> type[datetime]:
+    """Return the class `datetime` with a local clock that stands still."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Clock":
+            return cls.combine(now.date(), now.time(), tz)
+
+    return Clock
+
+
+@pytest.mark.parametrize("microseconds", [-1, 0, 1])
+async def test_a_token_is_either_due_or_next_due(session: AsyncSession, microseconds: int) -> None:
+    now = await transaction_time(session)
+    account = await factories.account(session, access_token="token")
+    await set_times(session, account, token_refresh_at=now + timedelta(microseconds=microseconds))
+    due = account.is_token_due(now)
+    assert due == (microseconds <= 0)
+    assert await token_status.next_due(session) == (None if due else timedelta(0))
+    assert bool(await token_status.schedule_due(session)) == due
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    life=st.timedeltas(MINUTE, 100 * DAY),
+    before=st.none() | st.just(tiger_token(START, LIFE)),
+    now=st.datetimes(datetime(2026, 11, 1), datetime(2027, 4, 1), timezones=st.just(UTC)),  # noqa: DTZ001
+)
+async def test_a_token_is_due_in_memory_as_after_the_flush(
+    session: AsyncSession, life: timedelta, before: str | None, now: datetime
+) -> None:
+    life -= life % MS
+    account = await factories.account(session, access_token=before)
+    account.sqlmodel_update(
+        {"access_token": tiger_token(START, life), "token_expires_at": START + life}
+    )
+    in_memory = account.is_token_due(now)
+    await session.flush()
+    await session.refresh(account)
+    assert account.is_token_due(now) == in_memory
 
 
 @pytest.mark.slow

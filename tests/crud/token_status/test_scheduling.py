@@ -13,6 +13,7 @@ from tests.support import factories
 from tests.support.claims import claim_due
 from tiger_db import (
     AuditAction,
+    AuditLog,
     Database,
     RefreshTrigger,
     TigerAccount,
@@ -81,12 +82,15 @@ async def test_a_new_refresh_has_the_values_of_its_account(session: AsyncSession
 async def test_an_account_has_one_open_refresh(session: AsyncSession) -> None:
     account = await factories.account_with_token(session)
     first = await factories.refresh(session, account)
+    assert not first.found
     assert await factories.refresh(session, account, trigger=RefreshTrigger.ERROR) is first
+    assert first.found
     (claim,) = await claim_due(session)
     again = await factories.refresh(session, account)
-    assert (again.id, again.status) == (first.id, S.IN_PROGRESS)
+    assert (again.id, again.status, again.found) == (first.id, S.IN_PROGRESS, True)
     await token_status.complete(session, claim, access_token="new")
-    assert (await factories.refresh(session, account)).id != first.id
+    other = await factories.refresh(session, account)
+    assert (other.id == first.id, other.found) == (False, False)
     actions = [event.action for event in await factories.events(session)]
     assert actions.count(AuditAction.TOKEN_REFRESH_SCHEDULE) == 2
 
@@ -121,6 +125,101 @@ async def test_opening_names_a_refused_value(session: AsyncSession, values: Any)
     with pytest.raises(ValidationError, match=next(iter(values))):
         await factories.refresh(session, **values)
     assert (await token_status.history(session)).items == []
+
+
+# Refresh now
+
+
+async def schedule_events(session: AsyncSession) -> list[AuditLog]:
+    action = AuditAction.TOKEN_REFRESH_SCHEDULE
+    return [event for event in await factories.events(session) if event.action == action]
+
+
+async def test_refresh_now_opens_a_refresh_that_is_due(session: AsyncSession) -> None:
+    account = await factories.account_with_token(session)
+    opened = await token_status.refresh_now(session, account.id)
+    assert (opened.found, opened.status, opened.trigger) == (False, S.PENDING, "manual")
+    assert "found" not in opened.model_dump()
+    assert [event.resource_id for event in await schedule_events(session)] == [str(opened.id)]
+    assert [claim.id for claim in await claim_due(session)] == [opened.id]
+
+
+@pytest.mark.parametrize("state", ["planned", "after a failed attempt", "given back", "retried"])
+async def test_refresh_now_brings_an_open_refresh_forward(
+    session: AsyncSession, state: str
+) -> None:
+    later = datetime.now(UTC) + DAY
+    account = await factories.account_with_token(session)
+    refresh = await factories.refresh(session, account, trigger=RefreshTrigger.SCHEDULED)
+    if state == "after a failed attempt":
+        (claim,) = await claim_due(session)
+        await token_status.fail(session, claim, message="busy", retry_after=DAY)
+    elif state == "given back":
+        (claim,) = await claim_due(session)
+        await token_status.give_back(session, claim, wait=DAY)
+    else:
+        refresh.scheduled_at = later
+        if state == "retried":
+            refresh.next_refresh_at = later
+        await session.flush()
+    before = len(await schedule_events(session))
+    assert await claim_due(session) == []
+    planned = refresh.scheduled_at
+
+    found = await token_status.refresh_now(session, account.id)
+    assert (found.id, found.found, found.status) == (refresh.id, True, S.PENDING)
+    assert found.trigger == RefreshTrigger.SCHEDULED
+    assert found.retry_count == (state == "after a failed attempt")
+    (event,) = (await schedule_events(session))[before:]
+    assert event.resource_id == str(refresh.id)
+    assert event.old_values is not None
+    assert event.new_values is not None
+    assert datetime.fromisoformat(str(event.old_values["scheduled_at"])) == planned
+    assert datetime.fromisoformat(str(event.new_values["scheduled_at"])) == found.scheduled_at
+    assert [claim.id for claim in await claim_due(session)] == [refresh.id]
+
+
+async def test_refresh_now_leaves_a_refresh_that_is_due_or_in_progress(
+    session: AsyncSession,
+) -> None:
+    refresh = await factories.refresh(session)
+    (event,) = await schedule_events(session)
+    due = await token_status.refresh_now(session, refresh.tiger_account_id)
+    assert (due.id, due.found, due.scheduled_at) == (refresh.id, True, refresh.created_at)
+    (claim,) = await claim_due(session)
+    running = await token_status.refresh_now(session, refresh.tiger_account_id)
+    assert (running.id, running.found, running.status) == (refresh.id, True, S.IN_PROGRESS)
+    assert (running.worker, running.lease_expires_at) == (claim.worker, claim.lease_expires_at)
+    assert await schedule_events(session) == [event]
+    await token_status.heartbeat(session, claim)  # the claim is not lost
+
+
+async def test_refresh_now_does_not_wait_for_the_next_refresh_of_a_failed_one(
+    session: AsyncSession,
+) -> None:
+    claim = await factories.claim(session, max_retries=1)
+    failed = await token_status.fail(session, claim, message="no answer")
+    assert failed.next_refresh_at is not None
+    assert failed.next_refresh_at > datetime.now(UTC)
+    opened = await token_status.refresh_now(session, claim.tiger_account_id)
+    assert (opened.id == failed.id, opened.found) == (False, False)
+    assert [claim.id for claim in await claim_due(session)] == [opened.id]
+
+
+async def test_refresh_now_refuses_closed_and_unknown_accounts(session: AsyncSession) -> None:
+    account = await factories.account(session)
+    await crud.accounts.update(session, account.id, status="suspended")
+    suspended = await token_status.refresh_now(session, account.id)
+    assert suspended.is_open
+    await crud.accounts.close(session, account.id)
+    with pytest.raises(InvalidState, match="closed"):
+        await token_status.refresh_now(session, account.id)
+    with pytest.raises(NotFound):
+        await token_status.refresh_now(session, uuid4())
+    assert [row.id for row in await token_status.history(session)] == [suspended.id]
+
+
+# Scheduling
 
 
 async def test_scheduling_opens_one_for_each_due_account(session: AsyncSession) -> None:

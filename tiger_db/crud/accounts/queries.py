@@ -24,6 +24,7 @@ from tiger_db.models import (
     TigerLicense,
 )
 from tiger_db.models.accounts import (
+    REFRESH_AHEAD,
     due_tokens,
     normalize_account_number,
     normalize_tiger_id,
@@ -185,12 +186,15 @@ async def get_default_data_account(session: AsyncSession) -> TigerAccount | None
 
 @public
 async def get_accounts_needing_token_refresh(
-    session: AsyncSession, *, within: timedelta = timedelta(hours=1), limit: int = 100
+    session: AsyncSession, *, within: timedelta = REFRESH_AHEAD, limit: int = 100
 ) -> list[TigerAccount]:
-    """Return active accounts whose access token expires before now + `within`, soonest first."""
+    """Return the active accounts whose access token is due within `within`, soonest first.
+
+    A token is due for a refresh at the account's `token_refresh_at`.
+    """
     check_limit(limit)
-    due, at = due_tokens(within)
-    statement = select(TigerAccount).where(due).order_by(at, col(TigerAccount.id)).limit(limit)
+    soonest = (col(TigerAccount.token_refresh_at), col(TigerAccount.id))
+    statement = select(TigerAccount).where(due_tokens(within)).order_by(*soonest).limit(limit)
     return await fetch_all(session, statement)
 
 

@@ -30,6 +30,7 @@ from tiger_db.crud.token_status.scheduling import (
     create_refresh_operation,
     next_due,
     prune,
+    refresh_now,
     retry,
     schedule_due,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "next_due",
     "overview",
     "prune",
+    "refresh_now",
     "retry",
     "schedule_due",
     "statistics",

@@ -6,9 +6,10 @@ from typing import Any
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import delete, func, select
+from sqlalchemy import and_, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm.attributes import instance_state
 from sqlmodel import col
 
 from tiger_db.crud.audit_logs import recording
@@ -26,7 +27,7 @@ from tiger_db.models import (
     TokenStatus,
 )
 from tiger_db.models.accounts import ACTIVE_WITH_TOKEN, due_tokens
-from tiger_db.models.token_status import OPEN_STATUSES
+from tiger_db.models.token_status import FOUND, OPEN_STATUSES
 from tiger_db.public import public
 
 
@@ -42,37 +43,67 @@ async def create_refresh_operation(
 ) -> TokenStatus:
     """Open a refresh of an account's token, or return the refresh that is open already.
 
-    The refresh is due at the aware datetime `scheduled_at`, or now if `scheduled_at` is None.
+    A new refresh is due at the aware datetime `scheduled_at`, or now if `scheduled_at` is None. A
+    refresh that is open already is not changed. `found` of the returned TokenStatus is true if the
+    refresh was open already. `refresh_now` also makes an open refresh due.
 
     Raises:
         MissingReference: no account has the id `tiger_account_id`.
         InvalidState: the account is closed.
         InvalidFields: `scheduled_at`, `max_retries` or `details` is invalid.
     """
-    account = await _lock_account(session, tiger_account_id)
-    values = {"scheduled_at": scheduled_at, "max_retries": max_retries, "details": details}
-    while True:
-        if opened := await _open(session, [(account, trigger)], **values):
-            return opened[0]
-        existing = await fetch_one(
-            session,
-            select(TokenStatus).where(
-                col(TokenStatus.tiger_account_id) == tiger_account_id, IS_OPEN
-            ),
+    try:
+        account = await _lock_account(session, tiger_account_id)
+    except NotFound as error:
+        raise MissingReference(str(error)) from None
+    return await _open_or_find(
+        session,
+        account,
+        trigger,
+        scheduled_at=scheduled_at,
+        max_retries=max_retries,
+        details=details,
+    )
+
+
+@public
+async def refresh_now(session: AsyncSession, account_id: UUID) -> TokenStatus:
+    """Make the open refresh of an account due now, or open a refresh that is due now.
+
+    A pending refresh is brought forward, even if it is planned for a later time or waits after a
+    failed attempt. A refresh in progress is returned unchanged. A new refresh has the trigger
+    `manual`. `found` of the returned TokenStatus is true if the refresh was open already. Workers
+    are notified at the commit. They claim the refresh only while the account is active.
+
+    Raises:
+        NotFound: no account has the id `account_id`.
+        InvalidState: the account is closed.
+    """
+    account = await _lock_account(session, account_id)
+    refresh = await _open_or_find(session, account, RefreshTrigger.MANUAL, lock=True)
+    if not refresh.found or refresh.status != TokenRefreshStatus.PENDING:
+        return refresh
+    planned, now = refresh.scheduled_at, func.clock_timestamp()
+    is_later = and_(col(TokenStatus.id) == refresh.id, col(TokenStatus.scheduled_at) > now)
+    if await update_refresh(session, is_later, scheduled_at=now) is not None:
+        event = recording.refresh_event(
+            refresh,
+            action=AuditAction.TOKEN_REFRESH_SCHEDULE,
+            old_values={"scheduled_at": planned},
+            new_values={"scheduled_at": refresh.scheduled_at},
         )
-        # If no row is found, the open refresh has ended since the INSERT: insert again.
-        if existing is not None:
-            return existing
+        await recording.insert_event(session, event)
+    return refresh
 
 
 @public
 async def schedule_due(
-    session: AsyncSession, *, within: timedelta | None = None, limit: int = 1000
+    session: AsyncSession, *, within: timedelta = timedelta(0), limit: int = 1000
 ) -> list[TokenStatus]:
     """Open a refresh for every active account whose token is due, and return the new refreshes.
 
-    A token is due at the account's `token_refresh_at`. If `within` is given, a token is due when
-    the time to the token's expiry is `within` or less. Parallel calls of `schedule_due` open at
+    A token is due at the account's `token_refresh_at`. `within` looks ahead: a token that becomes
+    due within this time is refreshed, too. Parallel calls of `schedule_due` open at
     most one refresh per account. An account whose last refresh failed is skipped until the time
     `next_refresh_at` of the failed refresh.
     """
@@ -88,11 +119,10 @@ async def schedule_due(
         .offset(0)  # OFFSET 0 makes PostgreSQL look up each account in an index
         .exists()
     )
-    due, at = due_tokens(within)
     statement = (
         select(TigerAccount, col(TigerAccount.token_expires_at) <= func.now())
-        .where(due, ~of_account.where(IS_OPEN).exists(), ~given_up)
-        .order_by(at)
+        .where(due_tokens(within), ~of_account.where(IS_OPEN).exists(), ~given_up)
+        .order_by(col(TigerAccount.token_refresh_at))
         .limit(limit)
         # While the transaction holds the row lock of an account, the account cannot be closed.
         # Accounts that are locked by other transactions are skipped.
@@ -125,7 +155,8 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     )
     token = (
         select(col(TigerAccount.token_refresh_at))
-        .where(ACTIVE_WITH_TOKEN, col(TigerAccount.token_refresh_at) > func.clock_timestamp())
+        # The tokens that `due_tokens` does not select.
+        .where(ACTIVE_WITH_TOKEN, col(TigerAccount.token_refresh_at) > func.now())
         .order_by(col(TigerAccount.token_refresh_at))
         .limit(1)
     )
@@ -138,7 +169,7 @@ async def next_due(session: AsyncSession) -> timedelta | None:
     )
     first = func.least(*(times.scalar_subquery() for times in (pending, lease, token)))
     wait: timedelta | None = await session.scalar(select(first - func.clock_timestamp()))
-    return wait
+    return None if wait is None else max(wait, timedelta(0))
 
 
 @public
@@ -220,14 +251,39 @@ async def retry(session: AsyncSession, refresh_id: UUID) -> TokenStatus:
 
 
 async def _lock_account(session: AsyncSession, account_id: UUID) -> TigerAccount:
-    """Lock the row of an open account, so that the account stays open during the transaction."""
-    try:
-        account = await get_or_raise(session, TigerAccount, account_id, lock=True)
-    except NotFound as error:
-        raise MissingReference(str(error)) from None
+    """Lock the row of an open account, so that the account stays open during the transaction.
+
+    Raises:
+        NotFound: no account has the id `account_id`.
+        InvalidState: the account is closed.
+    """
+    account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status == AccountStatus.CLOSED:
         raise InvalidState("the account is closed")
     return account
+
+
+async def _open_or_find(
+    session: AsyncSession,
+    account: TigerAccount,
+    trigger: RefreshTrigger,
+    *,
+    lock: bool = False,
+    **values: Any,  # noqa: ANN401  # fields of TokenStatus
+) -> TokenStatus:
+    """Open a refresh of an account, or return the open refresh. `lock` locks the row found."""
+    open_refresh = select(TokenStatus).where(
+        col(TokenStatus.tiger_account_id) == account.id, IS_OPEN
+    )
+    if lock:
+        open_refresh = open_refresh.with_for_update(key_share=True)
+    while True:
+        opened = await _open(session, [(account, trigger)], **values)
+        refresh = opened[0] if opened else await fetch_one(session, open_refresh)
+        # If no row is found, the open refresh has ended since the INSERT: insert again.
+        if refresh is not None:
+            instance_state(refresh).info[FOUND] = not opened
+            return refresh
 
 
 async def _open(
