@@ -13,7 +13,6 @@ from tiger_db import (
     APIKey,
     APIKeyScope,
     AuditAction,
-    RefreshTrigger,
     Settings,
     TigerAccount,
     acting_as,
@@ -88,11 +87,9 @@ async def trade(account: TigerAccount, raw_key: str) -> None:
 
 async def refresh(account: TigerAccount) -> None:
     async with get_session() as session:
-        planned = await crud.token_status.create_refresh_operation(
-            session, tiger_account_id=account.id, trigger=RefreshTrigger.MANUAL
-        )
+        opened = await crud.token_status.refresh_now(session, account.id)
     async with get_session() as session:
-        claim = await crud.token_status.claim(session, planned.id, worker="demo")
+        claim = await crud.token_status.claim(session, opened.id, worker="demo")
     # A worker asks Tiger here, while no transaction is open.
     async with get_session() as session:
         done = await crud.token_status.complete(

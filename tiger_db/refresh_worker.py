@@ -157,8 +157,8 @@ class RefreshWorker:
     async def run_one(self, refresh_id: UUID) -> TokenStatus:
         """Claim one refresh, make one attempt to refresh the token, and return the refresh.
 
-        After a failed attempt, the refresh can be pending again. If the broker's rate limit
-        `per_minute` is reached, the refresh is pending again without an attempt.
+        After a failed attempt, the refresh can be pending again. If the limit `per_minute` is
+        reached, or `stop` was called, the refresh is pending again without an attempt.
 
         Raises:
             NotFound: no refresh has the id `refresh_id`.

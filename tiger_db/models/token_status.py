@@ -158,10 +158,10 @@ class TokenStatus(MutableEntity, table=True):
 
     @property
     def found(self) -> bool:
-        """Return whether the refresh was open before the CRUD function that returned the object.
+        """Return whether `create_refresh_operation` or `refresh_now` found an open refresh.
 
-        `create_refresh_operation` and `refresh_now` set `found`. `found` is not stored in the
-        database: of a TokenStatus that another function returned, `found` is false.
+        `found` is not stored in the database. `found` is false if another function returned the
+        TokenStatus.
         """
         return bool(instance_state(self).info.get(FOUND))
 

@@ -73,7 +73,7 @@ async def refresh_now(session: AsyncSession, account_id: UUID) -> TokenStatus:
     A pending refresh is brought forward, even if it is planned for a later time or waits after a
     failed attempt. A refresh in progress is returned unchanged. A new refresh has the trigger
     `manual`. `found` of the returned TokenStatus is true if the refresh was open already. Workers
-    are notified at the commit. They claim the refresh only while the account is active.
+    are notified at the commit. Workers claim the refresh only while the account is active.
 
     Raises:
         NotFound: no account has the id `account_id`.
@@ -102,9 +102,9 @@ async def schedule_due(
 ) -> list[TokenStatus]:
     """Open a refresh for every active account whose token is due, and return the new refreshes.
 
-    A token is due at the account's `token_refresh_at`. `within` looks ahead: a token that becomes
-    due within this time is refreshed, too. Parallel calls of `schedule_due` open at
-    most one refresh per account. An account whose last refresh failed is skipped until the time
+    A token is due from the account's `token_refresh_at` on. `within` looks ahead: a token that
+    becomes due within this time is refreshed too. Parallel calls of `schedule_due` open at most one
+    refresh per account. An account whose last refresh failed is skipped until the time
     `next_refresh_at` of the failed refresh.
     """
     check_limit(limit)
@@ -271,7 +271,10 @@ async def _open_or_find(
     lock: bool = False,
     **values: Any,  # noqa: ANN401  # fields of TokenStatus
 ) -> TokenStatus:
-    """Open a refresh of an account, or return the open refresh. `lock` locks the row found."""
+    """Open a refresh of an account, or return the refresh that is open already.
+
+    If `lock` is true, the row of a refresh that is open already is locked.
+    """
     open_refresh = select(TokenStatus).where(
         col(TokenStatus.tiger_account_id) == account.id, IS_OPEN
     )
