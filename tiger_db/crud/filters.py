@@ -63,7 +63,13 @@ def has_text(*columns: SQLColumnExpression[Any]) -> Condition:
     The characters `%` and `_` of the text have no special meaning. The database's locale decides
     which characters differ only in case.
     """
-    return lambda text: or_(*(column.icontains(text, autoescape=True) for column in columns))
+
+    def condition(text: str) -> ColumnElement[bool]:
+        if text.lower() == text.upper():  # a text without letters, for which LIKE is faster
+            return or_(*(column.contains(text, autoescape=True) for column in columns))
+        return or_(*(column.icontains(text, autoescape=True) for column in columns))
+
+    return condition
 
 
 def overlaps(column: SQLColumnExpression[Any]) -> Condition:

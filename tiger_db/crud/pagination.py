@@ -87,8 +87,9 @@ async def paginate(
 
     To fetch the next page, pass the `next_cursor` of a page as `after`. To fetch the previous page,
     pass the `previous_cursor` of a page as `before`. One query fetches the page. If `count` is
-    true, another query counts the rows of all pages. For each relationship whose name is in `load`,
-    another query loads the relationship. An empty page has no cursors.
+    true, another query counts the rows of all pages, unless the first page has all rows. For each
+    relationship whose name is in `load`, another query loads the relationship. An empty page has no
+    cursors.
 
     Raises:
         InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of
@@ -99,27 +100,34 @@ async def paginate(
     check_limit(limit)
     if after is not None and before is not None:
         raise InvalidValue("after and before cannot be combined")
-    statement = select(listed.entity).where(*criteria, *listed.filters.where(filters))
-    statement = statement.options(*load_options(listed.entity, load))
+    options = load_options(listed.entity, load)
+    where: list[ColumnElement[bool] | TextClause] = [*criteria, *listed.filters.where(filters)]
     keys = _sort_keys(listed, order_by)
     ascending = (order_by != NEWEST) == (before is None)
-    page = statement
+    page = select(listed.entity).where(*where)
     if (cursor := before if after is None else after) is not None:
         values = decode_cursor(listed, cursor, order_by=order_by, filters=filters)[-len(keys) :]
         row = tuple_(*keys)
         position = tuple_(*map(literal, values, (key.type for key in keys)))
-        page = statement.where(row > position if ascending else row < position)
-    total = None
-    if count:
-        with typed_errors():
-            total = await session.scalar(
-                statement.with_only_columns(func.count(), maintain_column_froms=True)
-            )
+        page = page.where(row > position if ascending else row < position)
+    sorting = [key.asc() if ascending else key.desc() for key in keys]
     # One row more than `limit` shows whether another page exists.
-    page = page.order_by(*(key.asc() if ascending else key.desc() for key in keys))
-    rows = await fetch_all(session, page.limit(limit + 1))
+    page = page.order_by(*sorting).limit(limit + 1)
+    if order_by != NEWEST:
+        # No index serves most orders. PostgreSQL sorts ids three times as fast as whole rows.
+        ids = page.with_only_columns(keys[-1], maintain_column_froms=True).correlate(None)
+        page = select(listed.entity).where(keys[-1].in_(ids)).order_by(*sorting)
+    rows = await fetch_all(session, page.options(*options))
     more = len(rows) > limit
     rows = rows[:limit]
+    total = None
+    if count and cursor is None and not more:
+        total = len(rows)
+    elif count:
+        with typed_errors():
+            total = await session.scalar(
+                select(func.count()).select_from(listed.entity).where(*where)
+            )
     if before is not None:
         rows.reverse()
     has_next, has_previous = (more, after is not None) if before is None else (True, more)

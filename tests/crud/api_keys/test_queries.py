@@ -261,7 +261,7 @@ async def test_keys_sorted_by_name_are_paged_in_both_directions(
             assert (page.items, page.next_cursor) == (earlier.items, earlier.next_cursor)
             assert page.previous_cursor == earlier.previous_cursor
     with recorded(database) as sent:
-        page = await api_keys.list_api_keys(session, load=["tiger_account"], count=True)
+        page = await api_keys.list_api_keys(session, load=["tiger_account"], limit=5, count=True)
     assert len(sent) == 3
     assert all(key.tiger_account is account for key in page)
     assert page.total == 6

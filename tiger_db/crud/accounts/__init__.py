@@ -14,7 +14,9 @@ from tiger_db.crud.accounts.changes import (
 from tiger_db.crud.accounts.closing import close, delete, reopen
 from tiger_db.crud.accounts.failures import record_error, reset_errors
 from tiger_db.crud.accounts.queries import (
+    AccountCounts,
     AccountFilters,
+    counts,
     get,
     get_accounts_needing_token_refresh,
     get_by_account_number,
@@ -31,10 +33,12 @@ from tiger_db.crud.accounts.routing import (
 from tiger_db.crud.accounts.tokens import update_tokens
 
 __all__ = [
+    "AccountCounts",
     "AccountFilters",
     "RoutingReason",
     "add_market_permission",
     "close",
+    "counts",
     "create",
     "delete",
     "explain_for_operation",

@@ -1,6 +1,7 @@
 """Functions that look up and list accounts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypedDict, Unpack
 from uuid import UUID
@@ -169,6 +170,62 @@ async def list_accounts(
         limit=limit,
         count=count,
         load=load,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AccountCounts:
+    """Numbers of accounts.
+
+    Each dict contains all members of its enum, also the members with the number 0. `with_errors` is
+    the number of accounts with an error count above 0. `expiring_tokens` is the number of accounts
+    whose access token expires soon or has expired.
+    """
+
+    total: int
+    by_status: dict[AccountStatus, int]
+    by_type: dict[AccountType, int]
+    by_environment: dict[TigerEnvironment, int]
+    with_errors: int
+    expiring_tokens: int
+
+
+@public
+async def counts(session: AsyncSession, *, within: timedelta = timedelta(hours=1)) -> AccountCounts:
+    """Count the accounts, closed accounts included.
+
+    `expiring_tokens` counts the access tokens that expire before now + `within`. The filters
+    `with_errors` and `token_expires_within` of `list_accounts` select the counted accounts.
+    """
+    groups = [
+        col(TigerAccount.status),
+        col(TigerAccount.account_type),
+        col(TigerAccount.environment),
+    ]
+    number, where = func.count(), ACCOUNTS.filters.where
+    statement = select(
+        *groups,
+        number.label("total"),
+        number.filter(*where({"with_errors": True})).label("with_errors"),
+        number.filter(*where({"token_expires_within": within})).label("expiring_tokens"),
+    ).group_by(*groups)
+    rows = (await session.execute(statement)).all()
+    return AccountCounts(
+        total=sum(row.total for row in rows),
+        by_status={
+            status: sum(row.total for row in rows if row.status == status)
+            for status in AccountStatus
+        },
+        by_type={
+            account_type: sum(row.total for row in rows if row.account_type == account_type)
+            for account_type in AccountType
+        },
+        by_environment={
+            environment: sum(row.total for row in rows if row.environment == environment)
+            for environment in TigerEnvironment
+        },
+        with_errors=sum(row.with_errors for row in rows),
+        expiring_tokens=sum(row.expiring_tokens for row in rows),
     )
 
 
