@@ -182,5 +182,5 @@ async def test_an_argument_of_a_wrong_type_is_named_before_any_sql(
         result = function(**{**arguments, wrong: value})
         if isinstance(result, Awaitable):
             await result
-    assert ("cursor" if wrong == "after" else wrong) in str(caught.value)
+    assert ("cursor" if wrong in {"after", "before"} else wrong) in str(caught.value)
     assert sent == []

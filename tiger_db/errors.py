@@ -122,7 +122,7 @@ class InvalidFields(InvalidValue, ValidationError):
 
 
 class InvalidCursor(InvalidValue):
-    """The cursor is not from this list: pass the next_cursor of a page of this list unchanged."""
+    """The cursor is not from this list: pass a cursor of a page with the same order and filters."""
 
     code = "invalid_cursor"
 

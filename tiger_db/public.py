@@ -21,9 +21,9 @@ F_ = TypeVar("F_", bound=Callable[..., Any])
 # calls `progress` with the number of finished items, and with the number of all items. The number
 # of all items is None if it is not known.
 Progress: TypeAlias = Callable[[int, int | None], None]
-# Public functions check the parameters `after` and `raw_key` themselves: a wrong `after` raises
+# Public functions check these parameters themselves: a wrong `after` or `before` raises
 # InvalidCursor, and a wrong `raw_key` raises InvalidAPIKey.
-_CHECKED_BY_FUNCTION = {"after", "raw_key"}
+_CHECKED_BY_FUNCTION = {"after", "before", "raw_key"}
 _MAX_DURATION = timedelta(days=36525)  # 100 years
 
 

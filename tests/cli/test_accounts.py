@@ -294,6 +294,49 @@ def test_accounts_are_filtered(cli: CommandLine) -> None:
         assert [item["account_number"] for item in items] == [number]
 
 
+@pytest.mark.slow
+def test_accounts_are_filtered_by_several_values(cli: CommandLine) -> None:
+    create(cli, "1111111", "--account-name", "zebra", "--license", "TBNZ")
+    create(cli, "U2222222", "--account-name", "Desk_A", "--license", "TBHK")
+    create(cli, PAPER, "--environment", "SANDBOX")
+    for options, numbers in (
+        (("--environment", "PROD,SANDBOX", "--order-by", "name"), ["U2222222", PAPER, "1111111"]),
+        (("--account-type", "paper,global"), [PAPER, "U2222222"]),
+        (("--license", "TBNZ,TBHK", "--search", "K_"), ["U2222222"]),
+        (("--market-permission", "US"), []),
+        (("--tag", "desk", "--tag", "team=A"), []),
+        (("--without-errors", "--status", "active"), [PAPER, "U2222222", "1111111"]),
+        (("--with-errors",), []),
+        (("--token-expires-within", "1h"), []),
+    ):
+        page = cli.ok("list-accounts", *options, "--count", "--json").json
+        assert [item["account_number"] for item in page["items"]] == numbers
+        assert page["total"] == len(numbers)
+    assert "--license" in cli.misused("list-accounts", "--license", "TBXX")
+
+
+def test_accounts_are_counted(cli: CommandLine) -> None:
+    create(cli)
+    create(cli, PAPER, "--environment", "SANDBOX")
+    found = cli.ok("count-accounts", "--json").json
+    assert (found["total"], found["by_status"]["active"], found["with_errors"]) == (2, 2, 0)
+    assert found["by_environment"] == {"PROD": 1, "SANDBOX": 1}
+    assert "expiring tokens" in cli.ok("count-accounts").out
+
+
+def test_the_routing_of_a_request_is_explained(cli: CommandLine) -> None:
+    create(cli)
+    create(cli, PAPER, "--environment", "SANDBOX")
+    items = cli.ok("explain-routing", "--json").json["items"]
+    assert [(item["account_number"], item["reasons"]) for item in items] == [
+        (NUMBER, []), (PAPER, ["other_environment"])
+    ]  # fmt: skip
+    told = cli.ok("explain-routing", "--environment", "any", "--permission", "US,HK").out
+    assert told.count("missing_permission") == 2
+    assert "can serve the request" in cli.ok("explain-routing").out
+    assert "--permission" in cli.misused("explain-routing", "--permission", "XX")
+
+
 def test_malformed_options_of_a_list_are_refused(cli: CommandLine) -> None:
     assert "--limit" in cli.misused("list-accounts", "--limit", "0")
     assert "--limit" in cli.misused("list-accounts", "--limit", "1001")

@@ -11,9 +11,9 @@ from tiger_db import __all__ as names
 
 COMMANDS = (
     "init", "migrate", "revision", "downgrade", "current", "history", "check", "health-check",
-    "doctor", "start-embedded", "stop-embedded", "create-account", "list-accounts", "show-account",
-    "set-default-account", "close-account", "reopen-account", "delete-account",
-    "set-account-status", "add-market-permission", "remove-market-permission",
+    "doctor", "start-embedded", "stop-embedded", "create-account", "list-accounts",
+    "count-accounts", "explain-routing", "show-account", "set-default-account", "close-account",
+    "reopen-account", "delete-account", "set-account-status", "add-market-permission", "remove-market-permission",
     "reset-account-errors",
     "create-api-key", "list-api-keys", "verify-api-key", "show-api-key", "list-expiring-api-keys",
     "update-api-key", "activate-api-key", "deactivate-api-key", "rotate-api-key",

@@ -47,6 +47,10 @@ def test_an_account_is_imported_and_exported(cli: CommandLine, file: Path, tmp_p
     exported = cli.ok("export-account", NUMBER, "--out", str(folder))
     assert exported.out == f"{folder / CONFIG_FILE}\n{folder / TOKEN_FILE}\n"
     assert exported.err == "exported account ****0321: keep the files secret\n"
+    bare = tmp_path / "without_token"
+    exported_bare = cli.ok("export-account", NUMBER, "--out", str(bare), "--without-token")
+    assert exported_bare.out == f"{bare / CONFIG_FILE}\n"
+    assert not (bare / TOKEN_FILE).exists()
     assert (folder / CONFIG_FILE).read_text() == file.read_text()
     assert (folder / TOKEN_FILE).read_text() == token.read_text()
     assert [mode(folder / name) for name in names(folder)] == [0o600, 0o600]

@@ -179,7 +179,7 @@ async def test_a_malformed_cursor_raises_invalid_cursor_without_a_query(
     with recorded(database) as sent:
         async with database.session() as session:
             for list_ in LISTS.values():
-                with pytest.raises(InvalidCursor, match="pass the next_cursor of a page"):
+                with pytest.raises(InvalidCursor, match="pass a cursor of a page"):
                     await list_(session, after=cursor)
     assert sent == []
 

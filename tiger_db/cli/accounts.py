@@ -1,6 +1,7 @@
 """Commands for broker accounts."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
@@ -13,6 +14,7 @@ from tiger_db.errors import InvalidValue
 from tiger_db.redaction import mask_account_number
 
 if TYPE_CHECKING:
+    from tiger_db.crud.accounts import AccountFilters, RoutingReason
     from tiger_db.database import AsyncSession
 
 # The following types repeat enums of tiger_db.models, because importing tiger_db.models is slow.
@@ -170,27 +172,88 @@ def _print_key_warning(warning: str | None) -> None:
 def list_accounts(
     *,
     status: Annotated[
-        AccountStatuses | None, typer.Option(help="List only accounts with this status.")
+        str | None,
+        typer.Option(
+            help="Statuses, with commas: active, inactive, suspended, pending_verification, closed."
+        ),
     ] = None,
     environment: Annotated[
-        Environments | None, typer.Option(help="List only accounts in this environment.")
+        str | None, typer.Option(help="Environments, with commas: PROD, SANDBOX.")
     ] = None,
     account_type: Annotated[
-        AccountTypes | None, typer.Option(help="List only accounts of this type.")
+        str | None, typer.Option(help="Account types, with commas: standard, prime, global, paper.")
     ] = None,
+    license: Annotated[  # noqa: A002  # the name of the column
+        str | None, typer.Option(help="Licenses, with commas: TBNZ, TBSG, TBHK, TBAU, TBUS.")
+    ] = None,
+    market_permission: Annotated[
+        str | None,
+        typer.Option(help="Markets, with commas: accounts that may trade in one or more of them."),
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=VALUE]", help="Tag of the account. The option can be repeated."
+        ),
+    ] = None,
+    with_errors: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-errors/--without-errors",
+            help="Select accounts with, or without, errors since the last success.",
+        ),
+    ] = None,
+    token_expires_within: Annotated[
+        str | None,
+        typer.Option(
+            metavar="24h", help="Select accounts whose access token has expired or expires soon."
+        ),
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Text in the name, number or description of the account.")
+    ] = None,
+    order_by: Annotated[
+        Literal["newest", "name"], typer.Option(help="Order of the accounts.")
+    ] = "newest",
     limit: options.Limit = options.DEFAULT_PAGE_SIZE,
     after: options.After = None,
+    before: options.Before = None,
+    count: options.Count = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the accounts, newest first."""
+    """List the accounts that match all given options, by default all accounts, newest first."""
+    filters: AccountFilters = {"search": search, "with_errors": with_errors}
+    if status is not None:
+        filters["status"] = options.parse_members(tiger_db.AccountStatus, status, "--status")
+    if environment is not None:
+        filters["environment"] = options.parse_members(
+            tiger_db.TigerEnvironment, environment, "--environment"
+        )
+    if account_type is not None:
+        filters["account_type"] = options.parse_members(
+            tiger_db.AccountType, account_type, "--account-type"
+        )
+    if license is not None:
+        filters["license"] = options.parse_members(tiger_db.TigerLicense, license, "--license")
+    if market_permission is not None:
+        filters["market_permission"] = options.parse_members(
+            tiger_db.MarketPermission, market_permission, "--market-permission"
+        )
+    if tag:
+        filters["tags"] = options.parse_tags(tag)
+    if token_expires_within is not None:
+        filters["token_expires_within"] = options.parse_duration(
+            token_expires_within, "--token-expires-within"
+        )
     page = runtime.in_transaction(
         lambda session: tiger_db.crud.accounts.list_accounts(
             session,
-            status=options.parse_member(tiger_db.AccountStatus, status),
-            environment=options.parse_member(tiger_db.TigerEnvironment, environment),
-            account_type=options.parse_member(tiger_db.AccountType, account_type),
+            order_by=order_by,
             after=after,
+            before=before,
             limit=limit,
+            count=count,
+            **filters,
         )
     )
     output.show_page(
@@ -207,6 +270,83 @@ def list_accounts(
             "Token expires": lambda account: account.token_expires_at,
         },
         as_json=as_json,
+    )
+
+
+@app.command(rich_help_panel=_PANEL)
+def count_accounts(*, as_json: options.AsJson = False) -> None:
+    """Count the accounts by status, type and environment, and accounts that need attention.
+
+    An expiring token has expired, or expires within an hour.
+    """
+    found = runtime.in_transaction(tiger_db.crud.accounts.counts)
+    if as_json:
+        output.print_json(asdict(found))
+        return
+    output.show_fields(
+        {
+            "total": found.total,
+            **{str(name): count for name, count in found.by_status.items()},
+            **{str(name): count for name, count in found.by_type.items()},
+            **{str(name): count for name, count in found.by_environment.items()},
+            "with errors": found.with_errors,
+            "expiring tokens": found.expiring_tokens,
+        }
+    )
+
+
+@app.command(rich_help_panel=_PANEL)
+def explain_routing(
+    *,
+    permission: Annotated[
+        str | None, typer.Option(help="Markets, with commas: the request needs all of them.")
+    ] = None,
+    trading: Annotated[bool, typer.Option("--trading", help="The request is a trade.")] = False,
+    account_type: Annotated[
+        AccountTypes | None, typer.Option(help="Account type that the request needs.")
+    ] = None,
+    environment: Annotated[str, typer.Option(help="Environments, with commas, or `any`.")] = "PROD",
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="PREFIX", help="Prefix or id of the API key that sends the request."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show which accounts can serve a request now, and why the other accounts cannot serve it.
+
+    Accounts that can serve the request come first, best account first.
+    """
+    environments = (
+        None
+        if environment == "any"
+        else options.parse_members(tiger_db.TigerEnvironment, environment, "--environment")
+    )
+
+    async def explain(
+        session: "AsyncSession",
+    ) -> "tuple[dict[UUID, list[RoutingReason]], dict[UUID | None, str]]":
+        key = None if api_key is None else await runtime.find_api_key(session, api_key)
+        found = await tiger_db.crud.accounts.explain_for_operation(
+            session,
+            permission=options.parse_members(tiger_db.MarketPermission, permission, "--permission"),
+            trading=trading,
+            account_type=options.parse_member(tiger_db.AccountType, account_type),
+            environment=environments,
+            allowed_for=key,
+        )
+        return found, await runtime.account_numbers(session, found)
+
+    found, numbers = runtime.in_transaction(explain)
+    items = [
+        {"account_id": account_id, "account_number": numbers.get(account_id), "reasons": reasons}
+        for account_id, reasons in sorted(found.items(), key=lambda item: bool(item[1]))
+    ]
+    if as_json:
+        output.print_values(items)
+        return
+    output.show_table(
+        ["Account", "Reasons"],
+        [[item["account_number"], item["reasons"] or "can serve the request"] for item in items],
     )
 
 

@@ -19,7 +19,6 @@ from tiger_db.errors import NotFound
 
 if TYPE_CHECKING:
     from tiger_db.crud.audit_logs import EventCount, EventDimension, EventFieldFilters
-    from tiger_db.crud.filters import Tag
     from tiger_db.database import AsyncSession
 
     FindFilters = Callable[[AsyncSession], Awaitable[EventFieldFilters]]
@@ -353,7 +352,7 @@ def _parse_filters(given: Mapping[str, Any]) -> "FindFilters":
         "request_id": words.get("request_id"),
         "resource": words.get("resource"),
         "error_code": words.get("error_code"),
-        "tags": _parse_tags(words.get("tag")),
+        "tags": options.parse_tags(words["tag"]) if "tag" in words else None,
         "details": _parse_details(given["details"]),
     }
 
@@ -410,14 +409,6 @@ def _parse_members(enum: type[S], words: Mapping[str, list[str]], name: str) -> 
     if name not in words:
         return None
     return options.parse_members(enum, ",".join(words[name]), f"--{name}")
-
-
-def _parse_tags(texts: Sequence[str] | None) -> "list[Tag] | None":
-    """Parse tags such as `desk` and `desk=A`."""
-    if texts is None:
-        return None
-    parts = [text.partition("=") for text in texts]
-    return [{name: value} if equals else name for name, equals, value in parts]
 
 
 def _parse_actions(names: Sequence[str] | None) -> Sequence[str] | None:

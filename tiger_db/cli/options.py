@@ -3,15 +3,19 @@
 import re
 import sys
 import termios
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from tiger_db.cli.output import print_warning
 from tiger_db.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from tiger_db.crud.filters import Tag
 
 S = TypeVar("S", bound=StrEnum)
 DEFAULT_PAGE_SIZE = 50  # equal to crud.pagination.DEFAULT_PAGE_SIZE, which is slow to import
@@ -89,6 +93,12 @@ def parse_members(enum: type[S], text: str | None, option: str) -> list[S]:
         return [enum(word) for word in split_words(text)]
     except ValueError:
         raise typer.BadParameter(f"choose from {', '.join(enum)}", param_hint=option) from None
+
+
+def parse_tags(texts: Sequence[str]) -> "list[Tag]":
+    """Parse tags: the name of a tag, such as `desk`, or a name and a value, such as `desk=A`."""
+    parts = [text.partition("=") for text in texts]
+    return [{name: value} if equals else name for name, equals, value in parts]
 
 
 def split_words(text: str | None) -> list[str]:

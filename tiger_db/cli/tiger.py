@@ -76,6 +76,9 @@ def export_account(
         typer.Option(metavar="FOLDER", help="Folder for the written files, created if missing."),
     ],
     overwrite: options.Overwrite = False,
+    without_token: Annotated[
+        bool, typer.Option("--without-token", help="Do not write the access token.")
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Write the configuration files of an account for Tiger's SDKs, and print the files' paths.
@@ -89,7 +92,7 @@ def export_account(
         async with database.session() as session:
             found = await runtime.find_account(session, account)
         paths = await tiger_db.tiger.export_account(
-            database, found.id, folder=out, overwrite=overwrite
+            database, found.id, folder=out, overwrite=overwrite, with_token=not without_token
         )
         return found, paths
 

@@ -25,13 +25,20 @@ from tiger_db.tiger.properties import (
 
 @public
 async def export_account(
-    database: Database, account_id: UUID, *, folder: Path, overwrite: bool = False
+    database: Database,
+    account_id: UUID,
+    *,
+    folder: Path,
+    overwrite: bool = False,
+    with_token: bool = True,
 ) -> list[Path]:
     """Write a configuration file and, if the account has an access token, a token file.
 
+    If `with_token` is false, the token file is not written.
+
     Return the paths of the written files. New files have mode 0600, and a new folder has mode 0700.
     The audit event is committed before the files are written. With `overwrite`, existing files are
-    replaced, and an existing token file is removed if the account has no token. For symbolic links,
+    replaced, and an existing token file is removed if no token file is written. For symbolic links,
     pipes and devices, see `tiger_db.files.output_files`.
 
     Raises:
@@ -45,7 +52,7 @@ async def export_account(
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:
         account = await get_or_raise(session, TigerAccount, account_id)
-        texts = _file_texts(account)
+        texts = _file_texts(account, with_token=with_token)
         await asyncio.to_thread(make_private_folder, folder)
         event = recording.account_event(
             account.id,
@@ -68,7 +75,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
         check_output(path, overwrite=overwrite)
 
 
-def _file_texts(account: TigerAccount) -> dict[str, str]:
+def _file_texts(account: TigerAccount, *, with_token: bool) -> dict[str, str]:
     """Return a dict from file names to the texts of an account's files."""
     if account.private_key is None:
         raise InvalidState(f"{account.label()} is closed")
@@ -86,6 +93,6 @@ def _file_texts(account: TigerAccount) -> dict[str, str]:
         **{name: client_option(account, name) for name in CLIENT_OPTIONS},
     }
     texts = {CONFIG_FILE: format_properties(config)}
-    if account.access_token is not None:
+    if with_token and account.access_token is not None:
         texts[TOKEN_FILE] = format_properties({"token": plaintext(account.access_token)})
     return texts
