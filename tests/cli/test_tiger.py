@@ -64,7 +64,7 @@ def test_an_account_is_imported_and_exported(cli: CommandLine, file: Path, tmp_p
     assert stored(cli) == account
     events = cli.ok("list-events", "--json").json["items"]
     assert [event["action"] for event in events] == [
-        "account:export", "account:import", "account:create"
+        "account:export", "account:export", "account:import", "account:create"
     ]  # fmt: skip
 
 
