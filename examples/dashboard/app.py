@@ -1,7 +1,7 @@
 """The routes of the dashboard. Each route asks tiger_db with public functions only."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 from uuid import UUID
@@ -34,14 +34,15 @@ from tiger_db import (
     AuditResult,
     Database,
     KeyVerifier,
-    RefreshTrigger,
     crud,
     errors,
+    wait_for_refresh,
 )
 
 PAGE_SIZE = 20
 TOP = 5
 RECENT = 8  # rows of each list on the page of one account
+REFRESH_TIMEOUT = timedelta(seconds=10)
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -157,10 +158,11 @@ async def account(request: Request, session: Reading, account_id: UUID) -> HTMLR
 
 
 @app.post("/accounts/{account_id}/refresh")
-async def refresh_now(session: Changing, account_id: UUID) -> RedirectResponse:
-    refresh = await crud.token_status.create_refresh_operation(
-        session, tiger_account_id=account_id, trigger=RefreshTrigger.MANUAL
-    )
+async def refresh_now(request: Request, session: Changing, account_id: UUID) -> RedirectResponse:
+    refresh = await crud.token_status.refresh_now(session, account_id)
+    await session.commit()  # the workers find the refresh after the commit
+    with suppress(errors.WaitTimeout):  # then the page of the refresh shows that it is open
+        await wait_for_refresh(database_of(request), refresh.id, timeout=REFRESH_TIMEOUT)
     return redirect(f"/refreshes/{refresh.id}")
 
 

@@ -157,9 +157,6 @@ async def _visit(clone: Database, rows: Rows, visitor: Visitor) -> None:
     await visitor.photograph("account")
     async with working(clone, at_once):
         await visitor.press("Refresh token now")
-        await visitor.shows("Token refresh")
-        while await visitor.page.get_by_text("The refresh is open.").count():
-            await visitor.page.reload()
         await visitor.shows("Token refresh success")
     await visitor.open("/refreshes")
     await visitor.photograph("refreshes")
