@@ -139,6 +139,7 @@ async def accounts(
         accounts=await crud.accounts.list_accounts(
             session, limit=PAGE_SIZE, count=True, **query.model_dump()
         ),
+        counts=await crud.accounts.counts(session, within=charts.DAY),
     )
 
 

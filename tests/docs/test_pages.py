@@ -1,17 +1,18 @@
 """What README.md and docs/ name exists, and what must be named is."""
 
 import ast
+import inspect
 import re
 import tomllib
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
 
 from tests.docs.pages import PAGES, README, ROOT, code, first_column, prose, section, spans
 from tests.support.imports import parts
-from tiger_db import crud, errors
+from tiger_db import TigerAccount, crud, errors
 from tiger_db.cli import app
 from tiger_db.settings import Settings
 
@@ -92,6 +93,25 @@ def test_the_templates_of_the_dashboard_use_public_names_only() -> None:
     for path in (ROOT / "examples/dashboard/templates").glob("*.html"):
         named = set(re.findall(r"\bdb\.(\w+)", path.read_text(encoding="utf-8")))
         assert {f"tiger_db.{name}" for name in named} <= public_names()
+
+
+def test_every_call_in_the_table_of_operations_exists_and_has_the_arguments() -> None:
+    text = section("docs/dashboard.md", "Operations of a dashboard and an MCP server")
+    calls = re.findall(
+        r"`(accounts|api_keys|audit_logs|token_status|audit|tiger)\.(\w+)(.*?)`", text
+    )
+    assert len(calls) > 80
+    for module, name, arguments in calls:
+        place = f"tiger_db.{module}" if module in {"audit", "tiger"} else f"tiger_db.crud.{module}"
+        assert f"{place}.{name}" in public_names(), name
+        parameters = inspect.signature(resolve(f"{place}.{name}")).parameters
+        names = set(parameters)
+        for parameter in parameters.values():
+            if parameter.kind == parameter.VAR_KEYWORD:
+                unpacked = get_args(parameter.annotation)  # empty: takes any field of an account
+                fields = get_type_hints(*unpacked) if unpacked else TigerAccount.model_fields
+                names |= fields.keys()
+        assert set(re.findall(r"(\w+)=", arguments)) <= names, name
 
 
 @pytest.mark.parametrize(
