@@ -208,21 +208,24 @@ class AuditLog(Entity, table=True):
 
     __tablename__ = "audit_logs"
     __table_args__ = (
+        # The second column keeps the order of a page, so that the page reads only its own events.
         *(
-            Index(f"ix_audit_logs_{name}", name, postgresql_where=text(f"{name} IS NOT NULL"))
-            for name in ("tiger_account_id", "api_key_id", "user_id")
+            Index(
+                f"ix_audit_logs_{name}_id",
+                name,
+                "id",
+                postgresql_where=text(f"{name} IS NOT NULL"),
+            )
+            for name in ("tiger_account_id", "api_key_id", "user_id", "request_id")
         ),
         # BRIN indexes are small, and a search with a BRIN index reads few pages of the table.
         Index("ix_audit_logs_position", "position", postgresql_using="brin", **_BRIN),
-        *(
-            Index(
-                f"ix_audit_logs_{name}",
-                name,
-                postgresql_using="brin",
-                postgresql_ops={name: "text_bloom_ops"},
-                **_BRIN,
-            )
-            for name in ("request_id", "session_id")
+        Index(
+            "ix_audit_logs_session_id",
+            "session_id",
+            postgresql_using="brin",
+            postgresql_ops={"session_id": "text_bloom_ops"},
+            **_BRIN,
         ),
         CheckConstraint(f"action ~ '{ACTION_FORM}'", name="action_form"),
         {"postgresql_partition_by": "RANGE (id)"},
