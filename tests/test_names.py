@@ -89,7 +89,7 @@ def test_parameters_have_the_agreed_names_and_types(name: str) -> None:
 
 def test_a_list_takes_cursors_a_limit_a_count_and_relationships() -> None:
     lists = {
-        name: set(inspect.signature(function).parameters)
+        name: {parameter for parameter, _, _ in parameters_of(function)}
         for name, function in FUNCTIONS.items()
         if get_origin(inspect.signature(function).return_annotation) is Page
     }
