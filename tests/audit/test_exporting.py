@@ -57,8 +57,8 @@ async def test_an_export_has_the_seals_and_events_of_the_database(
     assert [*by_id] == [None]
 
 
-async def test_criteria_select_events(trail: Trail) -> None:
-    """Those that the criteria say, oldest first, without seals."""
+async def test_filters_select_events(trail: Trail) -> None:
+    """An export with filters has the matching events, oldest first, without seals."""
     told: list[int] = []
     everything = [json.loads(line) for line in await exported(trail.database)]
     for options, wanted in (

@@ -36,12 +36,12 @@ def export(
     progress: Progress = no_progress,
     **filters: Unpack[EventFilters],
 ) -> AsyncGenerator[str, None]:
-    """Return a generator of lines of text, one for each event that matches the search criteria.
+    """Return a generator of lines of text, one for each event that matches the filters.
 
     In JSON Lines, each event is a JSON object with the event's position and the event's fields that
-    are not NULL. Without search criteria, the export has all events in the order of positions, and
+    are not NULL. Without filters, the export has all events in the order of positions, and
     a seal (`{"seal": …}`) precedes the events that the seal covers. `verify_export` can verify only
-    an export without search criteria. An export with search criteria has no seals, and starts with
+    an export without filters. An export with filters has no seals, and starts with
     the oldest event.
 
     In CSV, the first line has the names of the columns. A cell that a spreadsheet would evaluate as

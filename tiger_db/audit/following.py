@@ -36,7 +36,7 @@ def follow(
     calls `progress` with the number of events that it has yielded so far, and with None.
 
     Raises:
-        InvalidValue: A search criterion is not valid. See `crud.audit_logs.search`.
+        InvalidValue: A filter is not valid. See `crud.audit_logs.search`.
         DatabaseUnavailable: The connection to the database was lost.
     """
     return _follow(database, progress, event_conditions(**filters))

@@ -143,7 +143,7 @@ async def verify_export(
         progress(total, total)
         report = verifier.finish()
         if report.seals == 0 and checkpoint is None:
-            raise InvalidValue(f"{path} holds no seal: export the audit trail without criteria")
+            raise InvalidValue(f"{path} holds no seal: export the audit trail without filters")
         return report
 
     return await asyncio.to_thread(run)
