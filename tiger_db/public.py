@@ -160,7 +160,8 @@ def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each 
         item = _test(parts[0])
         return lambda value: (
             isinstance(value, kind)
-            and not isinstance(value, str | bytes | bytearray)
+            # A mapping is no collection of its keys.
+            and not isinstance(value, str | bytes | bytearray | Mapping)
             and all(map(item, value))
         )
     return _SPECIAL_TESTS.get(kind, lambda value: isinstance(value, kind))

@@ -28,6 +28,7 @@ from tiger_db.errors import (
     AnswerLost,
     ConfigurationError,
     CredentialsRefused,
+    DatabaseUnavailable,
     InvalidState,
     InvalidValue,
     LeaseLost,
@@ -512,17 +513,21 @@ async def wait_for_refresh(
     Raises:
         NotFound: no refresh has the id `refresh_id`.
         WaitTimeout: the refresh did not end within `timeout`.
-        DatabaseUnavailable: the database cannot be reached.
+        DatabaseUnavailable: the database cannot be reached at the end of `timeout`.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     ended = asyncio.Event()
     async with _listening(database, refresh_id, ended):
         while True:
             ended.clear()
-            async with database.session() as session:
-                refresh = await get_or_raise(session, TokenStatus, refresh_id)
-            if not refresh.is_open:
-                return refresh
+            try:
+                async with database.session() as session:
+                    refresh = await get_or_raise(session, TokenStatus, refresh_id)
+                if not refresh.is_open:
+                    return refresh
+            except DatabaseUnavailable:  # the connection was lost, for example by a failover
+                if time.monotonic() >= deadline:
+                    raise
             seconds = min(deadline - time.monotonic(), _STATUS_POLL_SECONDS)
             if seconds <= 0:
                 raise WaitTimeout(f"the refresh did not end within {timeout}: it goes on")

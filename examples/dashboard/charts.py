@@ -1,5 +1,6 @@
 """Bar charts as SVG images, which pygal draws on the server."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -15,6 +16,8 @@ RESULT_COLORS = {
     "error": "#d64550",
 }
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+# XML 1.0 cannot contain these characters, not even escaped.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _FONT = "system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 
 
@@ -51,7 +54,7 @@ def ranking(counts: Iterable[tuple[str, int]]) -> str:
     chart = pygal.HorizontalBar(
         **_options([LIGHT_BLUE], height=60 + 34 * len(bars)),
         show_legend=False,
-        x_labels=[name for name, _ in bars],
+        x_labels=[_UNPRINTABLE.sub("\ufffd", name) for name, _ in bars],
         truncate_label=24,
         print_values=True,
     )

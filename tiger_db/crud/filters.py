@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, SQLColumnExpression, cast, false, or_
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import ColumnElement, SQLColumnExpression, Text, cast, or_
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from tiger_db.errors import InvalidValue
 from tiger_db.models.columns import require_storable_json
 from tiger_db.public import Types
 
 T = TypeVar("T")
+MAX_VALUES = 1000  # more values need too many parameters, and too much time
 OneOrMore: TypeAlias = T | Collection[T]
 Tag: TypeAlias = str | Mapping[str, JsonValue]
 Condition: TypeAlias = Callable[[Any], ColumnElement[bool]]
@@ -46,9 +47,17 @@ class Filters:
 
 
 def as_list(value: object) -> list[Any]:
-    """Return a list that contains one given value, or the values of a given collection."""
+    """Return a list that contains one given value, or the values of a given collection.
+
+    Raises:
+        InvalidValue: the collection has more than 1,000 values.
+    """
     if isinstance(value, str | Mapping) or not isinstance(value, Collection):
         return [value]
+    if len(value) > MAX_VALUES:
+        raise InvalidValue(
+            f"a filter can have at most {MAX_VALUES:,} values, but has {len(value):,}"
+        )
     return list(value)
 
 
@@ -84,14 +93,11 @@ def has_tag(column: SQLColumnExpression[Any]) -> Condition:
     """
 
     def condition(value: OneOrMore[Tag]) -> ColumnElement[bool]:
+        tags = as_list(value)
+        names = [tag for tag in tags if isinstance(tag, str)]
         return or_(
-            false(),
-            *(
-                cast(column, JSONB).has_key(tag)
-                if isinstance(tag, str)
-                else contains(column, "tags", tag)
-                for tag in as_list(value)
-            ),
+            cast(column, JSONB).has_any(cast(names, ARRAY(Text))),
+            *(contains(column, "tags", tag) for tag in tags if not isinstance(tag, str)),
         )
 
     return condition

@@ -220,8 +220,9 @@ def _canonical(value: object) -> str:
     if isinstance(value, Mapping):
         return json.dumps(dict(value), sort_keys=True, default=str)
     if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat()
-    return str(value.value if isinstance(value, Enum) else value)
+        value = value.astimezone(UTC).isoformat()
+    # json.dumps() quotes the text, so that no text equals a mapping.
+    return json.dumps(str(value.value if isinstance(value, Enum) else value))
 
 
 def _sort_keys(listed: EntityList[E_], order_by: str) -> list[ColumnElement[Any]]:

@@ -170,7 +170,7 @@ def _reasons(
             col(TigerAccount.account_type) == AccountType.PAPER
         ) != func.coalesce(trades_on_paper, False)
     if exclude:
-        reasons[RoutingReason.EXCLUDED] = col(TigerAccount.id).in_(exclude)
+        reasons[RoutingReason.EXCLUDED] = col(TigerAccount.id).in_(as_list(exclude))
     if allowed_for is not None and allowed_for.tiger_account_id is not None:
         reasons[RoutingReason.NOT_ALLOWED] = col(TigerAccount.id) != allowed_for.tiger_account_id
     return reasons

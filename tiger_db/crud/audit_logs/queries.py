@@ -9,8 +9,17 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, SQLColumnExpression, Text, cast, false, func, or_, select
-from sqlalchemy.dialects.postgresql import INET
+from sqlalchemy import (
+    ColumnElement,
+    SQLColumnExpression,
+    Text,
+    any_,
+    cast,
+    func,
+    or_,
+    select,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INET
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
@@ -167,9 +176,8 @@ def _in_network(value: OneOrMore[Network]) -> ColumnElement[bool]:
         networks = [str(parse_network(network)) for network in as_list(value)]
     except ValueError:
         raise InvalidValue("ip_address is neither an IP address nor an IP network") from None
-    return or_(
-        false(), *(col(AuditLog.ip_address).op("<<=")(cast(network, INET)) for network in networks)
-    )
+    is_in = col(AuditLog.ip_address).bool_op("<<=")
+    return is_in(any_(cast(networks, ARRAY(INET))))
 
 
 _FAMILY = func.split_part(col(AuditLog.action), ":", 1, type_=Text)

@@ -24,6 +24,8 @@ WITH due AS (%s)
 UPDATE token_statuses t
 SET status = 'in_progress', worker = $1, started_at = clock_timestamp(),
     lease_expires_at = clock_timestamp() + $2::interval, fencing_token = t.fencing_token + 1,
+    -- A refresh that is claimed early is due now, so that another worker finds its expired lease.
+    scheduled_at = least(t.scheduled_at, clock_timestamp()),
     -- An expired lease counts as a failed attempt: the broker's answer may be lost.
     retry_count = t.retry_count + (t.status = 'in_progress')::int,
     details = CASE t.status

@@ -13,6 +13,7 @@ from sqlmodel import col
 from tiger_db.crud.common import fetch_all, fetch_one, require_aware, typed_errors
 from tiger_db.crud.filters import Filters, OneOrMore, has_text, one_of
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, check_limit, paginate
+from tiger_db.errors import InvalidValue
 from tiger_db.models import RefreshTrigger, TigerAccount, TokenRefreshStatus, TokenStatus
 from tiger_db.models.token_status import OPEN_STATUSES
 from tiger_db.public import public
@@ -107,7 +108,7 @@ async def get_pending_refreshes(
     session: AsyncSession, **query: Unpack[RefreshQuery]
 ) -> Page[TokenStatus]:
     """Return a page of the pending refreshes, as `history` does for the status `pending`."""
-    return await history(session, status=TokenRefreshStatus.PENDING, **query)
+    return await _with_status(session, TokenRefreshStatus.PENDING, query)
 
 
 @public
@@ -115,7 +116,15 @@ async def get_failed_refreshes(
     session: AsyncSession, **query: Unpack[RefreshQuery]
 ) -> Page[TokenStatus]:
     """Return a page of the given up refreshes, as `history` does for the status `failed`."""
-    return await history(session, status=TokenRefreshStatus.FAILED, **query)
+    return await _with_status(session, TokenRefreshStatus.FAILED, query)
+
+
+async def _with_status(
+    session: AsyncSession, status: TokenRefreshStatus, query: RefreshQuery
+) -> Page[TokenStatus]:
+    if "status" in query:
+        raise InvalidValue("unknown filters: status")
+    return await history(session, status=status, **query)
 
 
 @public

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy import and_, delete, func, select
+from sqlalchemy import and_, delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import instance_state
@@ -81,11 +81,16 @@ async def refresh_now(session: AsyncSession, account_id: UUID) -> TokenStatus:
     """
     account = await _lock_account(session, account_id)
     refresh = await _open_or_find(session, account, RefreshTrigger.MANUAL, lock=True)
-    if not refresh.found or refresh.status != TokenRefreshStatus.PENDING:
-        return refresh
     planned, now = refresh.scheduled_at, func.clock_timestamp()
-    is_later = and_(col(TokenStatus.id) == refresh.id, col(TokenStatus.scheduled_at) > now)
-    if await update_refresh(session, is_later, scheduled_at=now) is not None:
+    is_later = and_(
+        col(TokenStatus.id) == refresh.id,
+        col(TokenStatus.scheduled_at) > now,
+        or_(
+            col(TokenStatus.status) == TokenRefreshStatus.PENDING,
+            col(TokenStatus.lease_expires_at) < now,
+        ),
+    )
+    if refresh.found and await update_refresh(session, is_later, scheduled_at=now) is not None:
         event = recording.refresh_event(
             refresh,
             action=AuditAction.TOKEN_REFRESH_SCHEDULE,
