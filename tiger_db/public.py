@@ -109,11 +109,12 @@ class Types:
 
 def _reason(hint: Any, value: object) -> PydanticCustomError:  # noqa: ANN401  # a type annotation
     """Return an error that describes why a value does not match a type annotation."""
-    if isinstance(value, datetime):
+    accepted = (hint, *get_args(hint))
+    if isinstance(value, datetime) and datetime in accepted:
         return PydanticCustomError(
             "timezone_aware", "Input must have a time zone and be in the years 1 to 9999 in UTC"
         )
-    if isinstance(value, timedelta):
+    if isinstance(value, timedelta) and timedelta in accepted:
         return PydanticCustomError("duration", "Input must be a duration of at most 100 years")
     wanted = re.sub(r"\w+\.", "", inspect.formatannotation(hint))
     return PydanticCustomError(

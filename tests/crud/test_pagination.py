@@ -92,6 +92,8 @@ SCOPES: list[tuple[EntityList[Any], str, dict[str, object]]] = [
     (EVENTS, "newest", {}),
     (EVENTS, "newest", {"since": datetime(2026, 1, 1, tzinfo=UTC)}),
     (EVENTS, "newest", {"details": {"a": 1}}),
+    (EVENTS, "newest", {"tags": {"a": 1}}),
+    (EVENTS, "newest", {"tags": '{"a": 1}'}),
     (REFRESHES, "newest", {}),
     (REFRESHES, "schedule", {}),
     (REFRESHES, "schedule", {"status": "pending"}),
@@ -196,3 +198,27 @@ async def test_a_limit_is_from_1_to_1000(session: AsyncSession, name: str) -> No
     for wrong in (0, -1, 1001, True, 1.5, "5", None):
         with pytest.raises(InvalidValue, match="limit"):
             await LIMITED[name](session, limit=wrong)
+
+
+async def test_a_filter_refuses_too_many_values_and_mappings(session: AsyncSession) -> None:
+    many = [uuid4() for _ in range(1001)]
+    await crud.audit_logs.search(session, account_id=many[:1000])
+    await crud.audit_logs.search(session, ip_address=[f"10.0.{n % 256}.1" for n in range(1000)])
+    await crud.accounts.list_accounts(session, tags=[f"tag {n}" for n in range(1000)])
+    too_many = "at most 1,000 values, not 1,001"
+    with pytest.raises(InvalidValue, match=too_many):
+        await crud.audit_logs.search(session, account_id=many)
+    with pytest.raises(InvalidValue, match=too_many):
+        await crud.accounts.find_for_operation(session, exclude=many)
+    with pytest.raises(InvalidValue, match="search must not contain a NUL character"):
+        await crud.accounts.list_accounts(session, search="a\0")
+    await crud.accounts.list_accounts(session)  # the transaction goes on
+    mapping: Any = {"active": 1}
+    for wrong in (
+        crud.api_keys.list_api_keys(session, status=mapping),
+        crud.accounts.list_accounts(session, status=mapping),
+        crud.audit_logs.search(session, action=mapping),
+        crud.audit_logs.statistics(session, by=mapping, since=datetime.now(UTC)),
+    ):
+        with pytest.raises(InvalidValue):
+            await wrong

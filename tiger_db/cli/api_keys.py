@@ -107,7 +107,15 @@ def list_api_keys(
             " or expired."
         ),
     ] = None,
-    account: options.AccountOption = None,
+    account: Annotated[
+        str | None, typer.Option(help="Numbers or ids of accounts, with commas.")
+    ] = None,
+    expired: Annotated[
+        bool | None,
+        typer.Option(
+            "--expired/--not-expired", help="Select API keys that have, or have not, expired."
+        ),
+    ] = None,
     scope: Annotated[
         str | None,
         typer.Option(help="List API keys that permit one of these scopes, separated by commas."),
@@ -139,7 +147,7 @@ def list_api_keys(
 
     If trading is paused, the command also prints the reason and the start of the pause.
     """
-    filters: APIKeyFilters = {"search": search}
+    filters: APIKeyFilters = {"search": search, "expired": expired}
     if status is not None:
         filters["status"] = options.parse_members(tiger_db.APIKeyStatus, status, "--status")
     if scope is not None:
@@ -153,7 +161,10 @@ def list_api_keys(
         session: "AsyncSession",
     ) -> "tuple[tiger_db.Page[tiger_db.APIKey], TradingPause | None]":
         if account is not None:
-            filters["account_id"] = (await runtime.find_account(session, account)).id
+            filters["account_id"] = [
+                (await runtime.find_account(session, name)).id
+                for name in options.split_words(account)
+            ]
         page = await tiger_db.crud.api_keys.list_api_keys(
             session,
             order_by=order_by,

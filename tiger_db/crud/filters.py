@@ -43,6 +43,10 @@ class Filters:
             raise InvalidValue(f"unknown filters: {', '.join(sorted(unknown))}")
         given = {name: value for name, value in values.items() if value is not None}
         self.types.check(given)
+        for name, value in given.items():
+            # PostgreSQL would refuse the character, and abort the caller's transaction.
+            if any("\0" in item for item in as_list(value) if isinstance(item, str)):
+                raise InvalidValue(f"{name} must not contain a NUL character")
         return [self.conditions[name](value) for name, value in sorted(given.items())]
 
 
@@ -55,9 +59,7 @@ def as_list(value: object) -> list[Any]:
     if isinstance(value, str | Mapping) or not isinstance(value, Collection):
         return [value]
     if len(value) > MAX_VALUES:
-        raise InvalidValue(
-            f"a filter can have at most {MAX_VALUES:,} values, but has {len(value):,}"
-        )
+        raise InvalidValue(f"a filter has at most {MAX_VALUES:,} values, not {len(value):,}")
     return list(value)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.claims import LEASE, USES, claim_due
@@ -117,6 +118,23 @@ async def test_a_claim_refuses_bad_input(clone: Database, arguments: Any) -> Non
             await claim_due(session, **arguments)
     async with clone.session() as session:
         assert await token_status.get(session, refresh.id) == refresh
+
+
+async def test_the_abandoned_claim_of_a_later_refresh_is_claimed_again(
+    session: AsyncSession,
+) -> None:
+    planned = await factories.refresh(session, scheduled_at=datetime.now(UTC) + timedelta(days=30))
+    claimed = await token_status.claim(session, planned.id, worker="dead")
+    assert claimed.scheduled_at is not None
+    assert claimed.scheduled_at <= datetime.now(UTC)
+    later = "now() + interval '30 days'"
+    expired = f"lease_expires_at = now() - interval '1 s', scheduled_at = {later}"
+    await session.execute(text(f"UPDATE token_statuses SET {expired}"))  # constants
+    assert await claim_due(session, worker="other") == []
+    now = await token_status.refresh_now(session, planned.tiger_account_id)
+    assert (now.found, now.status) == (True, "in_progress")
+    (again,) = await claim_due(session, worker="other")
+    assert again.id == planned.id
 
 
 async def test_a_heartbeat_renews_the_lease(session: AsyncSession) -> None:
