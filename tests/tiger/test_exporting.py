@@ -196,14 +196,25 @@ async def test_a_pipe_is_written_into(clone: Database, tmp_path: Path) -> None:
     assert (folder / TOKEN_FILE).is_fifo()
 
 
-async def test_an_old_token_file_goes_where_there_is_no_token(
-    clone: Database, tmp_path: Path
+@pytest.mark.parametrize(
+    ("lines", "with_token"), [(REQUIRED, True), (REQUIRED | {"token": NEW}, False)]
+)
+async def test_an_old_token_file_goes_where_no_token_is_exported(
+    clone: Database, tmp_path: Path, lines: dict[str, str], *, with_token: bool
 ) -> None:
-    account = await stored(clone, tmp_path, REQUIRED)
+    account = await stored(clone, tmp_path, lines)
     (tmp_path / TOKEN_FILE).write_text(f"token={OLD}\n")
-    files = await export_account(clone, account.id, folder=tmp_path, overwrite=True)
+    with pytest.raises(AlreadyExists):
+        await export_account(clone, account.id, folder=tmp_path, with_token=with_token)
+    files = await export_account(
+        clone, account.id, folder=tmp_path, overwrite=True, with_token=with_token
+    )
     assert files == [tmp_path / CONFIG_FILE]
     assert not (tmp_path / TOKEN_FILE).exists()
+    assert NEW not in (tmp_path / CONFIG_FILE).read_text()
+    async with clone.session() as session:
+        event = (await crud.audit_logs.get_recent_events(session)).items[0]
+    assert event.details == {"files": [CONFIG_FILE]}
 
 
 @pytest.mark.parametrize("lines", [REQUIRED, REQUIRED | {"token": NEW}])

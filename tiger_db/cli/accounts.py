@@ -200,7 +200,7 @@ def list_accounts(
         bool | None,
         typer.Option(
             "--with-errors/--without-errors",
-            help="Select accounts with, or without, errors since the last success.",
+            help="Select accounts with an error count above 0, or with the error count 0.",
         ),
     ] = None,
     token_expires_within: Annotated[

@@ -107,14 +107,16 @@ async def account_numbers(
     session: "AsyncSession", ids: Iterable[UUID | None]
 ) -> dict[UUID | None, str]:
     """Map account ids to account numbers, or to the ids as text if the accounts were deleted."""
-    from sqlmodel import col, select  # noqa: PLC0415  # slow import, not needed by `--help`
+    from sqlalchemy import ARRAY, Uuid, any_, literal, select  # noqa: PLC0415  # slow import, not needed by `--help`
+    from sqlmodel import col  # noqa: PLC0415  # slow import, not needed by `--help`
 
     numbers: dict[UUID | None, str] = {
         account_id: str(account_id) for account_id in ids if account_id is not None
     }
     rows = await session.execute(
         select(col(tiger_db.TigerAccount.id), col(tiger_db.TigerAccount.account_number)).where(
-            col(tiger_db.TigerAccount.id).in_(numbers)
+            # Each item of IN would be a parameter, of which a statement can have at most 32,767.
+            col(tiger_db.TigerAccount.id) == any_(literal([*numbers], ARRAY(Uuid)))
         )
     )
     return {**numbers, **{row.id: row.account_number for row in rows}}
