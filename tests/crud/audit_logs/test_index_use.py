@@ -3,7 +3,7 @@
 Filling the table takes a minute, so the tests run only in `make soak`.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -45,15 +45,15 @@ async def trail(server_url: str, template: str) -> AsyncIterator[tuple[Settings,
     await databases.drop(server_url, name)
 
 
-def figures(plan: Plan) -> dict[str, float]:
-    """Return the number of rows that a plan reads, its buffers, and its time in milliseconds."""
-    scans = [node for node in plan if "Scan" in node["Node Type"] and "Relation Name" in node]
-    removed = ("Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck")
-    return {
-        "rows": sum(node["Actual Loops"] * node.get(name, 0) for node in scans for name in removed),
-        "buffers": plan[0]["Shared Hit Blocks"] + plan[0]["Shared Read Blocks"],
-        "ms": plan[0]["Actual Total Time"],
-    }
+def rows_read(plan: Plan) -> int:
+    """Return the number of rows that the scans of a plan read, with the rows that do not match."""
+    numbers = ("Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck")
+    return sum(
+        node["Actual Loops"] * node.get(number, 0)
+        for node in plan
+        if "Relation Name" in node
+        for number in numbers
+    )
 
 
 @pytest.mark.parametrize("direction", ["first", "after", "before"])
@@ -61,10 +61,7 @@ def figures(plan: Plan) -> dict[str, float]:
     "name", ["newest", "time", "tiger_account_id", "api_key_id", "user_id", "request_id"]
 )
 async def test_a_page_reads_what_it_returns(
-    trail: tuple[Settings, dict[str, Any]],
-    name: str,
-    direction: str,
-    record_property: Callable[[str, object], None],
+    trail: tuple[Settings, dict[str, Any]], name: str, direction: str
 ) -> None:
     settings, event = trail
     month = {"since": MIDDLE - timedelta(days=15), "until": MIDDLE + timedelta(days=15)}
@@ -80,9 +77,7 @@ async def test_a_page_reads_what_it_returns(
     async with Database(settings) as database, database.session() as session:
         found = await query(session)
     plan = await plan_of(settings, query, analyze=True)
-    for figure, value in figures(plan).items():
-        record_property(figure, value)
     # PostgreSQL merges the partitions by id: it reads one row ahead in each partition.
-    assert figures(plan)["rows"] <= len(found) + 1 + PARTITIONS
+    assert rows_read(plan) <= len(found) + 1 + PARTITIONS
     assert len(found) == (PAGE if name != "request_id" else direction == "first")
     assert not [node for node in plan if node["Node Type"] == "Seq Scan" and node["Actual Rows"]]
