@@ -277,7 +277,8 @@ async def _default_database() -> AsyncGenerator[Database, None]:
         try:
             yield database
         finally:
-            _defaults.pop(asyncio.get_running_loop(), None)  # the removal breaks a reference cycle
+            # The removal of the Database from `_defaults` breaks a reference cycle.
+            _defaults.pop(asyncio.get_running_loop(), None)
 
 
 @public

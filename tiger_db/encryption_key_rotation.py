@@ -56,7 +56,7 @@ _FIRST_KEY_SAMPLE_ROWS = 10
 _REPORTED_PROBLEMS = 20
 # A rotation must not cause deadlock errors in applications. Therefore, the lock timeout of a batch
 # is less than PostgreSQL's deadlock_timeout (1 s by default). The lock timeout of a single row
-# may be longer, because the transaction locks only one row.
+# can be longer, because the transaction locks only one row.
 _LOCK_TIMEOUT_OF_BATCH = "100ms"
 _LOCK_TIMEOUT_OF_ROW = "10s"
 

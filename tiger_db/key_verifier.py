@@ -69,7 +69,7 @@ class KeyVerifier:
         # Number of received notifications. An API key that was read before the last notification is
         # not cached.
         self._notifications = 0
-        self._valid_until = 0.0  # Monotonic time until which the cache may be used.
+        self._valid_until = 0.0  # Monotonic time until which the cache is valid.
         self._clock_offset = 0.0  # Database time (seconds since 1970) minus monotonic time.
         self._yielded_at = 0.0  # Monotonic time at which a call last yielded to the event loop.
         self._listener: asyncio.Task[None] | None = None
@@ -231,7 +231,7 @@ class KeyVerifier:
     async def _hold_lease(self, connection: Connection) -> None:
         """Send heartbeat queries until a query fails.
 
-        After each answer, the cache may be used for another `LEASE_SECONDS`.
+        After the answer to each query, the cache is valid for another `LEASE_SECONDS`.
         """
         while True:
             sent = time.monotonic()
@@ -257,7 +257,7 @@ class KeyVerifier:
             changed = UUID(text)
         except ValueError:
             # If the payload of a notification is `all`, or None because the connection was opened
-            # or lost, any API key may have changed.
+            # or lost, any API key has possibly changed.
             self._clear()
             return
         self._notifications += 1

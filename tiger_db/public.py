@@ -28,7 +28,7 @@ _MAX_DURATION = timedelta(days=36525)  # 100 years
 
 
 def no_progress(done: int, total: int | None) -> None:
-    """Do nothing: the default value of each parameter `progress`."""
+    """Do nothing. This function is the default value of each parameter `progress`."""
 
 
 def public(function: F_) -> F_:
@@ -125,7 +125,10 @@ def _reason(hint: Any, value: object) -> PydanticCustomError:  # noqa: ANN401  #
 
 
 def _describe_type(hint: Any, value: object) -> str:  # noqa: ANN401  # a type annotation
-    """Return the name of a value's type. Add the type of the value's first wrong item, if any."""
+    """Return the name of a value's type.
+
+    If an item of the value has a wrong type, the result also names the type of the first such item.
+    """
     name = type(value).__name__
     for part in (hint, *get_args(hint)):
         kind, items = get_origin(part), get_args(part)

@@ -348,7 +348,7 @@ class RefreshWorker:
         await asyncio.wait([task])
         if task.cancelled() or task.exception() or not isinstance(task.result(), NewToken):
             return
-        if self._stopping.is_set():  # the Database object may be closed already
+        if self._stopping.is_set():  # the Database is possibly closed already
             label = claim.tiger_account.label()
             _logger.warning(
                 "%s: a new token is lost, because the worker was stopped before storing the token",
@@ -481,7 +481,10 @@ class RefreshWorker:
         _logger.warning("%s: the refresh failed: %s", account.label(), outcome)
 
     async def _save(self, work: Callable[[AsyncSession], Coroutine[Any, Any, T]]) -> T:
-        """Call `work` in a transaction. If the database is unavailable, repeat the transaction."""
+        """Call the function `work` in a transaction.
+
+        If the database is unavailable, repeat the transaction.
+        """
         pause = _RETRY_PAUSE_SECONDS
         while True:
             try:

@@ -98,7 +98,7 @@ def _entry(sqlstate: str) -> tuple[type[TigerDBError] | None, str | None]:
 def classify(error: BaseException) -> TigerDBError | None:
     """Convert an error of asyncpg or SQLAlchemy to an error of tiger_db, or return None.
 
-    The message of the new error contains no values of a row, but may name a constraint or a column.
+    The message of the new error contains no values of a row, but can name a constraint or a column.
     """
     cause = _cause(error)
     if isinstance(cause, asyncpg.PostgresError):
@@ -135,7 +135,7 @@ def typed(error: SQLAlchemyError) -> TigerDBError:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether an error is transient, so that the same transaction may succeed later.
+    """Return whether an error is transient, so that the same transaction can succeed later.
 
     An unavailable server, a lack of resources, or another transaction causes a transient error.
     """

@@ -51,7 +51,7 @@ class Maintenance:
 
     made: int = 0  # Number of partitions that `maintain` created.
     retired: list[str] = field(default_factory=list)  # Months whose events `maintain` removed.
-    # If a month was due but could not be retired, `kept` maps the oldest such month to the reason.
+    # If `maintain` could not retire an old month, `kept` maps the oldest such month to the reason.
     kept: dict[str, str] = field(default_factory=dict)
 
 

@@ -50,8 +50,8 @@ class Replicas:
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:
         self._replicas = [_Replica(engine) for engine in engines]
         self._primary = primary
-        # `session` accepts a replica that has replayed the oldest LSN sample within `max_lag`,
-        # because replicas replay WAL with a delay.
+        # Replicas replay WAL with a delay. Therefore, `session` accepts a replica that has replayed
+        # the oldest of the LSN samples that are not older than `max_lag`.
         self._samples: deque[_Sample] = deque(maxlen=_MAX_LSN_SAMPLES)
         self._sampling = asyncio.Lock()
 

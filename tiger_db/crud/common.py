@@ -149,7 +149,7 @@ def actor_of(info: Mapping[Any, object]) -> Actor | None:
 
 
 def refuse_readonly(session: AsyncSession) -> None:
-    """Raise InvalidState if the session is readonly. A readonly session may read stale data."""
+    """Raise InvalidState if the session is readonly. A readonly session can read stale data."""
     if CONTEXT in session.info and context_of(session.info).readonly:
         raise InvalidState(
             "a readonly session cannot write, and may read stale data: use Database.session()"

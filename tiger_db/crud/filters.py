@@ -91,7 +91,7 @@ def overlaps(column: SQLColumnExpression[Any]) -> Condition:
 def has_tag(column: SQLColumnExpression[Any]) -> Condition:
     """Return the condition that a JSONB object has one of the given tags.
 
-    A tag is the name of a field, or a mapping of fields to their values.
+    A tag is the name of a field of the JSONB object, or a mapping of such names to values.
     """
 
     def condition(value: OneOrMore[Tag]) -> ColumnElement[bool]:

@@ -221,7 +221,7 @@ def _canonical(value: object) -> str:
         return json.dumps(dict(value), sort_keys=True, default=str)
     if isinstance(value, datetime):
         value = value.astimezone(UTC).isoformat()
-    # json.dumps() quotes the text, so that no text equals a mapping.
+    # json.dumps() quotes the text, so that the results of a text and of a mapping always differ.
     return json.dumps(str(value.value if isinstance(value, Enum) else value))
 
 

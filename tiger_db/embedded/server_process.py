@@ -8,9 +8,10 @@ killed postmaster still use the server's data, and still hold the server lock.
 A process ID is valid in one container only, but a flock is valid in all containers that share one
 kernel. If a process can take the server lock, the previous holder of the server lock has ended,
 provided that one of two conditions is met:
-- The file system of `server.lock` is local. Only one kernel can mount a local file system.
-- The previous holder of the server lock was started after the last boot, and used the same mount.
-  A network file system may hide the locks of other machines and mounts.
+- First condition: the file system of `server.lock` is local. Only one kernel can mount a local file
+  system.
+- Second condition: the previous holder of the server lock was started after the last boot, and used
+  the same mount. A network file system can hide the locks of other machines and mounts.
 
 If a user or an older release started a server without the server lock, the server counts as running
 until its file `postmaster.pid` is removed. If a server crashed before its identity was recorded in
@@ -177,7 +178,7 @@ def open_lock(home: Path) -> Iterator[int]:
 
 
 def _close_in_fork() -> None:
-    """Close `server.lock` in a forked process, because a forked process may outlive the server."""
+    """Close `server.lock` in a forked process, because a forked process can outlive the server."""
     while _open_locks:
         os.close(_open_locks.pop())
 
@@ -245,7 +246,7 @@ def _origin(lock: int, identity: str | None) -> Origin | None:
 
 
 def _read_lock_file(lock: int) -> tuple[list[bytes], list[bytes]]:
-    """Return the lines of `server.lock` that name a server's origin, and those of its identity.
+    """Return the lines of `server.lock` with the origin, and the lines with the identity.
 
     A last line without a line end is omitted, because the line may be incomplete.
     """

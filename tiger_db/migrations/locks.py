@@ -108,7 +108,9 @@ async def with_lock_retries(
     work: Callable[[], Awaitable[T]],
     report: Report,
 ) -> tuple[T, float, int]:
-    """Run the migration `work`. If PostgreSQL grants no table lock in time, run `work` again.
+    """Run a migration with the function `work`.
+
+    If PostgreSQL grants no table lock in time, run `work` again.
 
     The return value is the result of `work`, the duration of the last attempt in seconds, and the
     number of attempts.

@@ -337,7 +337,7 @@ class TigerAccount(MutableEntity, table=True):
 
     @property
     def is_failing(self) -> bool:
-        """Return whether the account serves no requests because of its errors, by the local clock.
+        """Return whether the account is failing, according to this machine's clock.
 
         `crud.accounts.find_for_operation` compares `failing_until` with the database's clock.
         """

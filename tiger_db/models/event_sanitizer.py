@@ -290,7 +290,10 @@ class _Sanitizer:
         return result
 
     def is_full(self, path: Path) -> bool:
-        """Return whether the JSON field has reached a size limit. If so, add a note about it."""
+        """Return whether the JSON field has reached a size limit.
+
+        If the JSON field has reached a size limit, add a note about the size limit.
+        """
         if self.values_left > 0 and self.characters_left > 0:
             return False
         while path is not None and path[0] is not None:
@@ -403,7 +406,7 @@ def _builtin_scalar(value: Any) -> bool | float | str | None:  # noqa: ANN401  #
     with suppress(Exception):  # methods of an unknown object can raise any exception
         kind = getattr(getattr(value, "dtype", None), "kind", None)
         if kind is not None and value.ndim == 0:
-            value = value[()]  # NumPy returns the only value of an array without dimensions
+            value = value[()]  # the index () selects the only value of a NumPy array
         if kind == "b" and value.ndim == 0:
             return bool(value)
         if isinstance(value, numbers.Rational) and kind != "m":  # Rational includes integers

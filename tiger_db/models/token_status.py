@@ -53,7 +53,8 @@ class NewToken:
 
 
 OPEN_STATUSES = (TokenRefreshStatus.PENDING, TokenRefreshStatus.IN_PROGRESS)
-FOUND = "found"  # key in the `info` of an instance state: the value of `TokenStatus.found`
+# InstanceState.info stores the value of the property `TokenStatus.found` under the key FOUND.
+FOUND = "found"
 _IS_OPEN = text("status IN ('pending', 'in_progress')")
 
 
@@ -160,8 +161,8 @@ class TokenStatus(MutableEntity, table=True):
     def found(self) -> bool:
         """Return whether `create_refresh_operation` or `refresh_now` found an open refresh.
 
-        `found` is not stored in the database. `found` is false if another function returned the
-        TokenStatus.
+        The property `found` is not stored in the database. `found` is false if another function
+        returned the TokenStatus.
         """
         return bool(instance_state(self).info.get(FOUND))
 

@@ -25,7 +25,7 @@ async def record_error(
     An account with `ACCOUNT_FAILING_AFTER` or more consecutive errors is failing for the time
     `ACCOUNT_FAILING_FOR` after each error: `find_for_operation` omits the account until
     `failing_until`. An active account with `ACCOUNT_SUSPEND_AFTER` or more consecutive errors is
-    suspended. The function `reset_errors` ends both.
+    suspended. The function `reset_errors` makes a failing or suspended account available again.
 
     If `counts` is false, the error is stored and recorded, but changes neither the error count nor
     the availability of the account. Pass `counts=False` for a refusal of one request, such as "no

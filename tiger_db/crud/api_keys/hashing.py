@@ -18,7 +18,7 @@ from tiger_db.peppers import Peppers
 # hash (Argon2 or bcrypt).
 _FAST = "ldap_salted_sha256"
 _hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])
-_MAX_HASH_CHARACTERS = 512  # the verification of a longer Argon2 hash may take too long
+_MAX_HASH_CHARACTERS = 512  # the verification of a longer Argon2 hash can take too long
 
 
 class UnpepperedHash(InvalidAPIKey):

@@ -395,7 +395,7 @@ def _backoff(attempts: int) -> timedelta:
 async def fail_unknown(session: AsyncSession, claim: TokenStatus) -> None:
     """End an attempt whose outcome cannot be stored by `complete` or `fail`.
 
-    `fail_unknown` stores a constant error message, because the broker's answer may be invalid. The
+    `fail_unknown` stores a constant error message, because the broker's answer can be invalid. The
     refresh is due again in half an hour. After `max_retries` attempts, the status of the refresh
     becomes `failed`. A failed refresh adds 1 to the error count of the account.
 
@@ -411,9 +411,9 @@ async def fail_expired_leases(session: AsyncSession, *, skip: Collection[UUID] =
     """Set the status `failed` for refreshes whose lease expired in the last attempt.
 
     One call changes at most 100 refreshes. Return the number of changed refreshes. A lease expires
-    if a worker stops during an attempt, so the broker may have issued a token. Each failed refresh
-    adds 1 to the error count of its account. `skip` contains the ids of refreshes that the caller
-    still works on.
+    if a worker stops during an attempt, so the broker has possibly issued a token. Each failed
+    refresh adds 1 to the error count of its account. `skip` contains the ids of refreshes that the
+    caller still works on.
     """
     return await _fail_unknown(session, _EXPIRED_LEASES, list(skip))
 

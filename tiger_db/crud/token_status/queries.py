@@ -21,7 +21,8 @@ from tiger_db.public import public
 # IS_OPEN and _IS_FAILED equal the predicates of partial indexes, so PostgreSQL uses the indexes.
 IS_OPEN = text("token_statuses.status IN ('pending', 'in_progress')")
 _IS_FAILED = text("token_statuses.status = 'failed'")
-# Values of GROUPING(trigger, error): a bit is 0 if the row is grouped by the trigger or the error.
+# Values of GROUPING(trigger, error), which has one bit per column. The bit of a column is 0 if the
+# row is grouped by the column.
 _OF_ALL, _BY_TRIGGER, _BY_ERROR = 0b11, 0b01, 0b10
 
 
