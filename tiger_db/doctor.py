@@ -56,7 +56,8 @@ _TIMEOUTS = text(
 )
 _MAX_ITEMS_LISTED = 3  # maximum number of items that a message lists
 
-# Each pair contains the minimum age for a warning and the minimum age for a problem, in seconds.
+# Each of the next three constants contains two ages in seconds: the minimum age for a warning, and
+# the minimum age for a problem.
 UNSEALED_SECONDS = (_HOUR, _DAY)
 _OVERDUE_SECONDS = (5 * _MINUTE, _HOUR)
 _STALE_SECONDS = (_HOUR, _DAY)

@@ -66,8 +66,8 @@ class KeyVerifier:
         # The cache maps the digests of raw keys to verified API keys.
         self._cache: OrderedDict[bytes, VerifiedKey] = OrderedDict()
         self._digests: dict[UUID, bytes] = {}  # Digests of raw keys, by id of the API key.
-        # Number of received notifications. An API key that was read before the last notification is
-        # not cached.
+        # Number of received notifications of changed API keys and accounts. An API key that was
+        # read before the last notification is not cached.
         self._notifications = 0
         self._valid_until = 0.0  # Monotonic time until which the cache is valid.
         self._clock_offset = 0.0  # Database time (seconds since 1970) minus monotonic time.

@@ -159,7 +159,7 @@ class RefreshWorker:
         """Claim one refresh, make one attempt to refresh the token, and return the refresh.
 
         After a failed attempt, the refresh can be pending again. If the limit `per_minute` is
-        reached, or `stop` was called, the refresh is pending again without an attempt.
+        reached, or `stop` was called, no attempt is made, and the refresh is pending again.
 
         Raises:
             NotFound: no refresh has the id `refresh_id`.
@@ -214,7 +214,8 @@ class RefreshWorker:
     ) -> None:
         """Wait for a task, for at most `seconds`.
 
-        After `stop`, wait only until the share `reserve` of the grace period is left.
+        After a call of `stop`, the wait ends when only the share `reserve` of _GRACE_SECONDS is
+        left before `run` must end.
         """
         end = math.inf if seconds is None else time.monotonic() + seconds
         stop = asyncio.create_task(self._stopping.wait())
@@ -335,7 +336,7 @@ class RefreshWorker:
         error = asking.exception()
         if isinstance(error, RefreshFailed):
             return error
-        if error is not None:  # an error message of another library may contain secrets
+        if error is not None:  # an error message of another library can contain secrets
             known = isinstance(error, TigerDBError)
             return RefreshFailed(error_text(error) if known else type(error).__name__)
         token = asking.result()

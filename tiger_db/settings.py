@@ -69,7 +69,7 @@ def _utf8_secret(value: SecretStr) -> SecretStr:
 
 
 def _iso_date(value: object) -> object:
-    """Convert a text such as 2027-01-31 to a date. Return a value that is a date or None as it is.
+    """Convert a text such as 2027-01-31 to a date. Return a date, or None, unchanged.
 
     Raises:
         ValueError: the value is neither a date, nor None, nor a text of the form YYYY-MM-DD.
@@ -288,8 +288,9 @@ class Settings(BaseSettings):
         """Return the name of the NOTIFY channel that the installation in `DB_SCHEMA` uses.
 
         All schemas of a database share their channels. In the schema `public`, the name of the
-        channel is `name`. In any other schema, a digest of the schema's name follows `name`,
-        because the name of a channel can have at most 63 bytes.
+        channel is `name`. In a schema with another name, the name of the channel is `name` and a
+        digest of the schema's name. The name of a channel can have at most 63 bytes, so it does not
+        contain the schema's name itself.
         """
         if self.db_schema == DEFAULT_SCHEMA:
             return name
@@ -418,7 +419,7 @@ class Settings(BaseSettings):
         if tls := self.tls:
             arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
         if self.uses_pooler:
-            # PgBouncer may refuse session parameters that are not in _PGBOUNCER_PARAMETERS.
+            # PgBouncer can refuse session parameters that are not in _PGBOUNCER_PARAMETERS.
             given = arguments["server_settings"]
             arguments["server_settings"] = {
                 name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given

@@ -16,8 +16,9 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-# SET_SEARCH_PATH writes the search path as the Python function `search_path` does. Each SQL function
-# stores the search path in this form, even if the connection's search path has another form.
+# SET_SEARCH_PATH sets the search path in the form that the Python function `search_path` returns.
+# Each SQL function stores the search path in this form, even if the connection's search path has
+# another form.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )

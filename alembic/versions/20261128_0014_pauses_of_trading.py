@@ -4,9 +4,10 @@ Revision: 0014
 Follows: 0013
 Made: 2026-11-28
 
-The migration locks no existing table. Processes of revision 0013 work with the schema of revision
-0014, but ignore a pause of trading. Restart all processes with the new code before you rely on
-`tiger-db pause`. The downgrade drops the table, and thereby ends a pause of trading.
+The migration locks no existing table. Processes that run the code of revision 0013 work with the
+schema of revision 0014, but ignore a pause of trading. Restart all processes with the new code
+before you rely on `tiger-db pause`. The downgrade drops the table, and thereby ends a pause of
+trading.
 """
 
 import sqlalchemy as sa

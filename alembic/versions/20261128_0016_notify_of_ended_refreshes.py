@@ -23,7 +23,8 @@ squawk_ignore = {
     "require-concurrent-index-deletion": "dropping an index needs no scan",
 }
 
-# SET_SEARCH_PATH writes the search path as migration 0006 does. NOTIFY stores the search path.
+# SET_SEARCH_PATH sets the search path in the same form as migration 0006. The SQL function
+# notify_refresh stores the search path with which it was created.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )

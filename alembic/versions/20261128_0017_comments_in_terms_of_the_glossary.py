@@ -6,8 +6,8 @@ Made: 2026-11-28
 
 Databases from earlier versions of the migrations 0001 to 0014 have other comments. The migration
 briefly takes a SHARE UPDATE EXCLUSIVE lock on each table, which does not block reads and writes.
-Existing partitions of audit_logs keep their comments. Processes of revision 0016 work with the schema
-of revision 0017.
+Existing partitions of audit_logs keep their comments. Processes that run the code of revision 0016
+work with the schema of revision 0017.
 
 The downgrade keeps the new comments, because no code depends on comments.
 """

@@ -5,8 +5,8 @@ Follows: 0017
 Made: 2026-11-28
 
 With the earlier indexes, a page of the events of one account, API key, user or request reads
-thousands of events, or the whole audit trail. With the new indexes, such a page reads the events that
-it returns.
+thousands of events, or the whole audit trail. With the new indexes, a page of the events of one
+account, API key, user or request reads the events that it returns.
 
 The migration first builds the indexes of all audit partitions, oldest month first, in a transaction
 of its own. While the indexes of the current month are built, no event can be recorded: about one

@@ -23,7 +23,7 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTi
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type
 
-# If a connection fails with one of _HOST_ERRORS, a connection to the next host may succeed.
+# If a connection fails with one of _HOST_ERRORS, a connection to the next host can succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
 _CONNECT_ERRORS = (*_HOST_ERRORS, ValueError, asyncpg.PostgresError)
 

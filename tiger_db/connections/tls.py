@@ -44,7 +44,8 @@ async def connect(
             try:
                 return await asyncpg.connect(**arguments, ssl=attempts[1])
             except (OSError, asyncpg.PostgresError):
-                # The TLS error of the first attempt explains the failure better than the second.
+                # A TLS error of the first connection attempt explains the failure better than the
+                # error of the second connection attempt.
                 if isinstance(e, ssl.SSLError):
                     raise e from None
                 raise

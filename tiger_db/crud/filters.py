@@ -44,7 +44,7 @@ class Filters:
         given = {name: value for name, value in values.items() if value is not None}
         self.types.check(given)
         for name, value in given.items():
-            # PostgreSQL would refuse the character, and abort the caller's transaction.
+            # PostgreSQL would refuse a NUL character, and abort the caller's transaction.
             if any("\0" in item for item in as_list(value) if isinstance(item, str)):
                 raise InvalidValue(f"{name} must not contain a NUL character")
         return [self.conditions[name](value) for name, value in sorted(given.items())]

@@ -156,7 +156,7 @@ def create_socket_folder(home: Path, user: processes.User) -> Path:
     for folder in (home / "socket", *filter(Path.is_absolute, outside)):
         if len(os.fsencode(folder / SOCKET_NAME)) >= _MAX_SOCKET_PATH_BYTES:
             continue
-        # The folder XDG_RUNTIME_DIR may belong to another user or to an ended login session.
+        # XDG_RUNTIME_DIR can name a folder of another user, or of a login session that has ended.
         with suppress(FileNotFoundError, PermissionError):
             if _can_reach(user, folder.parent):
                 _create_private_folder(folder, user)

@@ -72,8 +72,8 @@ class Origin(NamedTuple):
 
     In `server.lock`, the line after the origin is the identity of the server, from
     `postmaster.pid`. The identity is missing if the start of the server failed, or if the process
-    that started the server was killed early. If `server.lock` has no identity, `postmaster.pid` may
-    come from a server that still runs without the server lock.
+    that started the server was killed early. If `server.lock` has no identity, `postmaster.pid` is
+    possibly from a server that still runs without the server lock.
     """
 
     host: str

@@ -375,7 +375,7 @@ class TigerAccount(MutableEntity, table=True):
         If `expires_at` is None, the expiry is read from the new token, and is None if the new token
         is not in Tiger's format. If the new and the current token have Tiger's format, the token
         that was generated later is newer. If one of the two tokens is not in Tiger's format, the
-        token that expires later is newer. The new token may equal the current token.
+        token that expires later is newer. A new token that equals the current token is not stale.
 
         Raises:
             StaleToken: the current token is newer than the new token.

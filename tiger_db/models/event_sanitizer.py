@@ -267,7 +267,10 @@ class _Sanitizer:
     def mapping(
         self, items: Iterable[tuple[object, object]], path: Path, depth: int
     ) -> dict[str, object]:
-        """Return a JSON object of keys and values. Append a number to a key that occurs again."""
+        """Return a JSON object of keys and values.
+
+        If a key of the object equals an earlier key of the object, append a number to the key.
+        """
         result: dict[str, object] = {}
         next_numbers: dict[str, int] = {}
         for key, value in items:

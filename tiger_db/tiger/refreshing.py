@@ -36,8 +36,8 @@ async def refresh_token(account: TigerAccount) -> NewToken:
     Raises:
         RefreshLimited: the rate limit of Tiger for requests is reached.
         CredentialsRefused: the private key, the signature or the access token is refused by Tiger.
-        AnswerLost: a token may have been issued, but Tiger's answer is missing or malformed.
-        RefreshFailed: the refresh failed for a reason that may be temporary.
+        AnswerLost: Tiger's answer is missing or malformed, so Tiger has possibly issued a token.
+        RefreshFailed: the refresh failed for a reason that is possibly temporary.
         ConfigurationError: the SDK of Tiger is not installed.
     """
     config = client_config(account)

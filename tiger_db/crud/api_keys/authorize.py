@@ -229,7 +229,7 @@ async def authorize_parsed_key(
                     found = await connection.fetch(FIND_KEY, parsed.prefix)
                 row = KeyRow.of(found)
                 if verified is None or verified.columns != row.columns:
-                    # Return the connection to the pool, because verifying a hash may take long.
+                    # Return the connection to the pool, because verifying a hash can be slow.
                     await stack.aclose()
                     connection = None
                     verified = await _verify(parsed, row, info, session)

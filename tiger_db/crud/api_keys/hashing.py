@@ -14,7 +14,7 @@ from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
 # One salted SHA-256 is enough for a secret of 256 random bits. NIST SP 800-63B, section 5.1.2.2,
-# requires key stretching only for secrets of less than 112 bits. Imported API keys may have a slow
+# requires key stretching only for secrets of less than 112 bits. Imported API keys can have a slow
 # hash (Argon2 or bcrypt).
 _FAST = "ldap_salted_sha256"
 _hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])

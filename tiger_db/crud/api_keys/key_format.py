@@ -15,8 +15,9 @@ KEY_PATTERN = r"\btdb_(?:live|test)_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}\b"
 
 _FORMAT = re.compile(r"(tdb_(?:live|test)_[0-9A-Za-z]{12})_([0-9A-Za-z]{49})", re.ASCII)
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-# A public id of 12 base62 characters has 71 random bits. A secret of 256 bits needs at least 43
-# base62 characters, and a checksum of 32 bits needs at least 6 base62 characters.
+# The public id at the end of an API key's public prefix has 12 base62 characters, which are 71
+# random bits. A secret of 256 bits needs at least 43 base62 characters, and a checksum of 32 bits
+# needs at least 6 base62 characters.
 _ID_CHARACTERS = 12
 _SECRET_CHARACTERS = 43
 _CHECKSUM_CHARACTERS = 6

@@ -50,8 +50,8 @@ async def consume(
 ) -> bool:
     """Count one use of an API key, if no rate limit is reached.
 
-    If the API key has changed since `permissions` were read, return False. The caller must read the
-    permissions again if `consume` returns False.
+    If the API key has changed since `permissions` were read, return False. If `consume` returns
+    False, `permissions` are possibly outdated, and the caller must read the permissions again.
 
     Raises:
         RateLimited: a rate limit of the API key is reached.

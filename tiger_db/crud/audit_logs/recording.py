@@ -193,7 +193,8 @@ async def recorded(
 def _logged(intent: AuditLog) -> Iterator[None]:
     """Log errors of recording an outcome event.
 
-    A logged error does not hide the exception of the code block of `recorded`.
+    These errors are not raised, so that they do not replace the exception that the code block of
+    `recorded` raised.
     """
     try:
         yield
