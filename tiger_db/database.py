@@ -246,8 +246,8 @@ class Database:
         effects outside the session.
 
         Raises:
-            OutcomeUnknown: the connection was lost during the commit. Check whether the transaction
-                was saved before you repeat the transaction.
+            OutcomeUnknown: the connection was lost during the commit. Before you repeat the
+                transaction, check whether the database has saved the transaction.
             Conflict, DatabaseUnavailable: the last retry of the transaction failed with this error.
             QueryTimeout, SchemaMismatch: the session raised this error, after which `transaction`
                 does not call `work` again.

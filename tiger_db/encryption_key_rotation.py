@@ -113,7 +113,7 @@ async def rotate(
     re-encryption, but changes no row.
 
     Remove a key in `RotationReport.retirable` only when no process encrypts with the key, and no
-    backup that may be restored needs the key.
+    backup that is kept for a restore needs the key.
 
     Raises:
         ConfigurationError: the setting `ENCRYPTION_KEYS` is missing.
@@ -148,7 +148,10 @@ async def rotate(
 
 
 async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKeyUsage]:
-    """Count the rows per table and encryption key. A row that uses two keys counts twice."""
+    """Count the rows per table and encryption key.
+
+    A row whose secrets are encrypted with two keys is counted once for each key.
+    """
     usage = []
     for mapper in encrypted_entities():
         table, counts = _table_of(mapper), Counter[str]()

@@ -99,7 +99,7 @@ class KeyVerifier:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Stop listening for changes of API keys. The Database stays open."""
+        """Stop listening for changes of API keys, and leave the Database open."""
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait([self._listener])
@@ -239,8 +239,8 @@ class KeyVerifier:
                 now = await connection.fetchval("SELECT clock_timestamp()")
             # Before the result of the heartbeat query, PostgreSQL sends the notifications of all
             # earlier commits. The difference between the database's clock and this process's clock
-            # is measured from the start of the query. Therefore, a cached API key may expire too
-            # early by the duration of the query, but never too late.
+            # is measured from the start of the query. Therefore, a cached API key never
+            # expires too late, but can expire too early by the duration of the query.
             self._clock_offset = now.timestamp() - sent
             self._valid_until = sent + LEASE_SECONDS
             self._listening.set()

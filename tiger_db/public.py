@@ -164,7 +164,7 @@ def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each 
         item = _test(parts[0])
         return lambda value: (
             isinstance(value, kind)
-            # A mapping is no collection of its keys.
+            # A mapping does not count as a collection of its keys.
             and not isinstance(value, str | bytes | bytearray | Mapping)
             and all(map(item, value))
         )

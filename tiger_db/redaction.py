@@ -19,8 +19,8 @@ _TIGER_TOKEN = re.compile(
 _JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]+)+")
 _API_KEY = re.compile(r"\b(tdb_(?:live|test)_[0-9A-Za-z]{12})_[0-9A-Za-z]+")
 _BEARER = re.compile(r"\b(Bearer)\s+[^\s'\",;\\]+", re.IGNORECASE)
-# `_RANDOM` matches 40 or more characters of base64, such as keys, tokens and digests, with slashes
-# that may be escaped as in JSON or URLs. `_LINES` matches base64 text of several lines.
+# `_RANDOM` matches 40 or more characters of base64, such as keys, tokens and digests. The slashes
+# can be escaped as in JSON or URLs. `_LINES` matches base64 text of several lines.
 _RANDOM = re.compile(r"(?:[A-Za-z0-9+_-]|\\?/|%2[BbFf]){40,}={0,2}")
 _LINES = re.compile(
     r"(?<![A-Za-z0-9+/])(?:[A-Za-z0-9+/]{60,}+(?:\r?\n|(?:\\+r)?\\+n)[ \t]*)+[A-Za-z0-9+/]*={0,2}"

@@ -310,7 +310,7 @@ class RefreshWorker:
             except LeaseLost:
                 return
             except (TigerDBError, DBAPIError) as error:
-                if not is_transient(error):  # the database may recover before the lease expires
+                if not is_transient(error):  # the database can recover before the lease expires
                     raise
 
     async def _ask(self, claim: TokenStatus) -> NewToken | RefreshFailed:
@@ -508,8 +508,10 @@ async def wait_for_refresh(
 ) -> TokenStatus:
     """Wait until a refresh has ended, and return the refresh.
 
-    A worker of any process ends a refresh with success, or gives the refresh up. A refresh can also
-    be cancelled. After a failed attempt that a worker repeats later, `wait_for_refresh` waits on.
+    A refresh ends when a worker, in this process or another one, succeeds or gives up the refresh.
+    A refresh can also be cancelled. After a failed attempt that a worker repeats later,
+    `wait_for_refresh` continues to wait.
+
     NOTIFY of PostgreSQL ends the wait, and the status is also queried once a second. With
     `DB_POOLER` and without `DB_DIRECT_HOST`, only the queries end the wait. During the wait, no
     connection of the pool is in use, but one direct connection is open.

@@ -244,7 +244,7 @@ class Settings(BaseSettings):
 
     @property
     def uses_pooler(self) -> bool:
-        """Whether a pooler may assign each transaction to another server session."""
+        """Whether a pooler can run each transaction in another PostgreSQL session."""
         return self.db_pooler != "none"
 
     def without_pooler(self) -> Self:

@@ -5,9 +5,10 @@ Follows: 0014
 Made: 2026-11-28
 
 In earlier revisions, an account with three or more errors serves no requests for five minutes after
-the last error. The migration sets failing_until of the accounts that such errors keep out of service
-now, to five minutes after their last error. The migration blocks reads and writes of accounts for milliseconds. Code
-of revision 0014 works with this schema, but does not set failing_until: restart all processes.
+the last error. The migration sets failing_until of each account that serves no requests for this
+reason. The new value is five minutes after the account's last error. The migration blocks reads
+and writes of accounts for milliseconds. Code of revision 0014 works with this schema, but does not
+set failing_until: restart all processes.
 """
 
 import sqlalchemy as sa

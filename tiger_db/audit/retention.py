@@ -68,7 +68,7 @@ async def maintain(database: Database) -> Maintenance:
     month is retired if all events of the month are sealed and unchanged. The oldest month is
     retired first. A new seal records the retirement; the seals of the removed events are kept.
 
-    `maintain` may run concurrently, on any number of machines.
+    Several calls of `maintain` can run at the same time, on any number of machines.
 
     Raises:
         ConfigurationError: A month is due for retirement, and `AUDIT_SIGNING_KEY` is not set.

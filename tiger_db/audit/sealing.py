@@ -50,9 +50,10 @@ async def seal(
     """Seal the audit events that were written before the call of `seal`.
 
     Writers of events never wait for `seal`. `seal` waits for open transactions that have written
-    events, at most for the duration `patience`. If such a transaction is still open then, no event
-    is sealed. Concurrent calls of `seal` seal each event only once. After each new seal, `seal`
-    calls `progress` with the number of events that `seal` has sealed so far, and with None.
+    events, at most for the duration `patience`. If a transaction that has written events is still
+    open after `patience`, no event is sealed. Concurrent calls of `seal` seal each event only once.
+    After each new seal, `seal` calls `progress` with the number of events sealed so far, and with
+    None instead of a total number.
 
     Raises:
         ConfigurationError: `AUDIT_SIGNING_KEY` is not set.

@@ -190,8 +190,8 @@ class TrailVerifier:
         self._upto = 0  # Highest position that is covered by the seals added so far.
         self._missing_upto = -(2**63) - 1  # Highest position that a missing seal may cover.
         # Events of the last added seal were created at `_created_after` or later. Events that the
-        # next seals cover were created at `_next_created_after` or later. If a bound is an empty
-        # text, the creation times of the events are not checked.
+        # next seals cover were created at `_next_created_after` or later. If one of these two
+        # attributes is an empty text, the creation times of its events are not checked.
         self._created_after = ""
         self._next_created_after = ""
         # The following attributes describe events, with positions as keys.
@@ -300,7 +300,7 @@ class TrailVerifier:
             else:
                 self._mismatches[position] = _Mismatch(self._number, expected, digest, event_id)
         elif (other := self._mismatches.get(position)) is not None and other.expected == digest:
-            # Two events have the same position, and the second of these events is the sealed event.
+            # Two events have the same position. The seal covers the second event, not the first.
             self._report.rows += 1
             del self._mismatches[position]
             unexpected = _Mismatch(self._number, found=other.found, event_id=other.event_id)

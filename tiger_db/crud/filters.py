@@ -76,7 +76,7 @@ def has_text(*columns: SQLColumnExpression[Any]) -> Condition:
     """
 
     def condition(text: str) -> ColumnElement[bool]:
-        if text.lower() == text.upper():  # a text without letters, for which LIKE is faster
+        if text.lower() == text.upper():  # for a text without letters, LIKE is faster than ILIKE
             return or_(*(column.contains(text, autoescape=True) for column in columns))
         return or_(*(column.icontains(text, autoescape=True) for column in columns))
 

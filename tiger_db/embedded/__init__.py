@@ -60,7 +60,7 @@ class EmbeddedServer:
 
 
 def home_folder(settings: Settings) -> Path:
-    """Return the path of the embedded server's home folder. The home folder may not exist yet.
+    """Return the path of the embedded server's home folder, which possibly does not exist yet.
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.

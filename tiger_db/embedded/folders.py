@@ -122,8 +122,9 @@ def create_home(home: Path) -> None:
 def create_programs_folder(home: Path) -> Path:
     """Create the folder for a copy of PostgreSQL's programs if it is missing, and return its path.
 
-    If PostgreSQL's programs can run from `home`, the result is `home`. If they cannot, the result
-    is a folder in the user's cache folder or, for root, in `/var/lib/tiger_db`.
+    If PostgreSQL's programs can run from `home`, the result is `home`. If PostgreSQL's programs
+    cannot run from `home`, the result is a folder in the user's cache folder or, for root, in
+    `/var/lib/tiger_db`.
     """
     if processes.can_run_from(home):
         return home

@@ -388,7 +388,8 @@ def _works_in(process: Any, data: Path) -> bool:  # noqa: ANN401  # psutil has n
 def _poll() -> Iterator[None]:
     """Yield every 20 ms until the timeout, and once after the timeout.
 
-    If the machine was suspended, much can have happened since the last check before the timeout.
+    The yield after the timeout allows a last check, because the machine was possibly suspended
+    since the check before the timeout.
     """
     deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
     while time.monotonic() < deadline:

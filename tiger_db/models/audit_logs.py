@@ -208,7 +208,8 @@ class AuditLog(Entity, table=True):
 
     __tablename__ = "audit_logs"
     __table_args__ = (
-        # The second column keeps the order of a page, so that the page reads only its own events.
+        # The second column of each index is `id`, because pages are in the order of `id`.
+        # Therefore, the query for a page reads only the events of the page.
         *(
             Index(
                 f"ix_audit_logs_{name}_id",

@@ -308,7 +308,7 @@ def track(value: object, root: Tracked | None = None) -> object:
 
 
 def _untracked(value: object) -> object:
-    """Return a plain copy of a tracked dict or list. Return any other value as it is."""
+    """Return a plain copy of a tracked dict or list, or return any other value unchanged."""
     match value:
         case TrackedDict():
             return dict(value)
@@ -323,7 +323,7 @@ def _reporting(cls: type[TrackedDict | TrackedList], name: str) -> Callable[...,
     def report(self: TrackedDict | TrackedList, /, *args: object, **kwargs: object) -> object:
         try:
             return change(self, *args, **kwargs)
-        finally:  # a method that fails may already have changed a part of the dict or list
+        finally:  # before a method fails, the method can change a part of the dict or list
             self.track_parts()
             self.changed()
 

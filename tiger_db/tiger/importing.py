@@ -152,7 +152,7 @@ def _invalid_property(error: ValidationError, file: Path) -> InvalidValue:
 
 
 def _newer_token(token: str | None, other: str) -> str:
-    """Return the newer of two tokens. If it is unknown which one is newer, return `token`."""
+    """Return the newer of two tokens, or `token` if the age of one of the tokens is unknown."""
     if token is None:
         return other
     times, others = token_times(token), token_times(other)

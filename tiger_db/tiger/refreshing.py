@@ -99,7 +99,7 @@ def _new_token(answer: Any) -> NewToken:  # noqa: ANN401  # the answer is any JS
     message = f"code={code} msg={text}"
     if code == _OK:
         data = answer.get("data")
-        if isinstance(data, str):  # Tiger may encode the answer's data as a JSON string
+        if isinstance(data, str):  # Tiger can encode the data of an answer as a JSON string
             try:
                 data = json.loads(data)
             except ValueError:

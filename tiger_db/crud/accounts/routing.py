@@ -61,7 +61,8 @@ async def find_for_operation(
     - `account_type`: the account has the given type.
     - `environment`: the account belongs to one of the given environments. None means any.
     - `exclude`: ids of accounts to omit, such as the accounts that have already been tried.
-    - `allowed_for`: the API key can access the account. The function does not authorize the key.
+    - `allowed_for`: the given API key can access the account. The function does not authorize the
+      key.
 
     If `trading` is true and `account_type` is None, the list contains either only paper accounts or
     only real accounts. Paper accounts are returned if the default account for trading is a paper

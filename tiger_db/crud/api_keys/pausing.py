@@ -104,14 +104,14 @@ async def resume(session: AsyncSession, *, reason: str | None = None) -> Trading
 
 @public
 async def current_pause(session: AsyncSession) -> TradingPause | None:
-    """Return the current pause of trading, or None. A replica may return stale data."""
+    """Return the current pause of trading, or None. A replica can return stale data."""
     rows = await execute_driver_sql(session, _CURRENT)
     return _pause_of(rows[0]) if rows else None
 
 
 @public
 async def is_paused(session: AsyncSession) -> bool:
-    """Return whether trading is paused. A replica may return stale data."""
+    """Return whether trading is paused. A replica can return stale data."""
     return await current_pause(session) is not None
 
 

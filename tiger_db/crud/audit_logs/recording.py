@@ -40,7 +40,7 @@ from tiger_db.sqlstates import raw_errors
 _INSERT = f"{INSERT} RETURNING {', '.join(SERVER_COLUMNS)}"
 
 
-INTENT = "_intent"  # the intent's id has this key in the `details` of an outcome event
+INTENT = "_intent"  # an outcome event has the intent's id in `details`, under the key INTENT
 _logger = logging.getLogger("tiger_db")
 
 

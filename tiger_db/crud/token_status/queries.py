@@ -35,9 +35,9 @@ class RefreshStatistics:
     failed: int  # number of refreshes that were given up
     open: int  # number of refreshes that are pending or in progress
     success_rate: float | None  # succeeded / (succeeded + failed), or None if both numbers are 0
-    mean_ms: float | None  # mean duration of the succeeded refreshes, or None without any
-    median_ms: float | None  # median duration of the succeeded refreshes, or None without any
-    p95_ms: float | None  # 95th percentile of these durations, interpolated, or None without any
+    mean_ms: float | None  # mean duration of the succeeded refreshes, or None if none succeeded
+    median_ms: float | None  # median duration of the succeeded refreshes, or None if none succeeded
+    p95_ms: float | None  # interpolated 95th percentile of the durations, or None if none succeeded
     by_trigger: dict[str, int]  # number of refreshes of each trigger
     by_error: dict[str, int]  # number of failed refreshes of each error code, or of "unknown"
 
