@@ -191,16 +191,16 @@ class Database:
         the isolation level "SERIALIZABLE", so sessions with this level use the primary.
 
         Raises:
-            AlreadyExists, MissingReference, InvalidValue: the changes violate a constraint. The
+            AlreadyExists, MissingReference, InvalidValue: the changes violate a constraint, so the
                 database saved nothing of the transaction.
             DatabaseUnavailable: the database cannot be reached, or the connection was lost before
-                the commit. The database saved nothing of the transaction.
+                the commit, so the database saved nothing of the transaction.
             OutcomeUnknown: the connection was lost during the commit, or the synchronous replica
                 did not confirm the commit in time.
-            Conflict: a deadlock, serialization failure or lock timeout occurred. The database saved
-                nothing of the transaction.
-            QueryTimeout: an SQL statement took longer than `DB_QUERY_TIMEOUT`. The database saved
-                nothing of the transaction.
+            Conflict: a deadlock, serialization failure or lock timeout occurred, so the database
+                saved nothing of the transaction.
+            QueryTimeout: an SQL statement took longer than `DB_QUERY_TIMEOUT`, so the database
+                saved nothing of the transaction.
             InvalidFields: an argument has a wrong type.
             InvalidState: a readonly session tried to write or to authorize an API key.
             SchemaMismatch: the schema is missing, or does not fit this tiger_db release.

@@ -148,7 +148,7 @@ def parse_url(text: str) -> DatabaseURL:
 def parse_hosts(name: str, text: str, port: int) -> tuple[Address, ...]:
     """Parse the list of hosts in the environment variable `name`, with the default port `port`.
 
-    A text that begins with a slash is the path of one socket folder, and may contain commas.
+    A text that begins with a slash is the path of one socket folder, and can contain commas.
 
     Raises:
         ValueError: the list of hosts is malformed. The error message is one line that names the

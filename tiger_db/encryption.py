@@ -240,7 +240,8 @@ class Secret(SecretStr):
         if not text:
             raise PydanticCustomError("secret_empty", "Input should not be empty")
         if text == MASK:
-            # A client can send a masked response back, but the mask must not replace the secret.
+            # A client can send back a response that contains the mask instead of the secret. The
+            # mask must not replace the stored secret.
             raise PydanticCustomError("secret_masked", "Input should be the secret, not its mask")
         try:
             text.encode("utf-8")

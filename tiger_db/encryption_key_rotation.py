@@ -169,7 +169,7 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
 async def find_unnormalized_secrets(
     session: AsyncSession, mapper: Mapper[Any], provider: KeyProvider
 ) -> UnnormalizedSecrets:
-    """Find the rows of a table with a secret that differs from the secret's normal form."""
+    """Find the rows of a table that contain a secret that is not normalized."""
     found, table = UnnormalizedSecrets(), _table_of(mapper)
     for name, type_ in encrypted_columns(mapper):
         if type_.normalize is None:

@@ -90,7 +90,7 @@ def is_private_folder(path: Path, uid: int) -> bool:
     """Return whether a path is a folder, not a symbolic link, with owner `uid` and mode 0700."""
     with suppress(OSError):
         status = path.lstat()
-        kind_and_mode = status.st_mode & ~stat.S_ISGID  # a new folder may inherit the setgid bit
+        kind_and_mode = status.st_mode & ~stat.S_ISGID  # a new folder can inherit the setgid bit
         return (kind_and_mode, status.st_uid) == (stat.S_IFDIR | 0o700, uid)
     return False
 
@@ -149,8 +149,9 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
     try:
         found = check_output(path, overwrite=overwrite)
         if descriptor is not None:
-            # A file descriptor that this process has not inherited is not inheritable either. For
-            # such a descriptor, dup() gets the number -1 and raises OSError.
+            # A file descriptor that this process has not inherited is not inheritable either. If a
+            # file descriptor is not inheritable, dup() gets the number -1 instead, and raises
+            # OSError.
             descriptor = os.dup(descriptor if os.get_inheritable(descriptor) else -1)
         elif found is None or stat.S_ISREG(found.st_mode):
             descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=target.parent)

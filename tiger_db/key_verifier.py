@@ -24,8 +24,9 @@ from tiger_db.public import public
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # Tables whose triggers notify the channel `CHANNEL`.
 HEARTBEAT_SECONDS = 0.2  # Pause between two heartbeat queries, in seconds.
-LEASE_SECONDS = 0.5  # Time after a heartbeat query in which the cache may be used, in seconds.
-MAX_AGE_SECONDS = 60.0  # Age at which a cached key is read from the database again, in seconds.
+LEASE_SECONDS = 0.5  # Time after a heartbeat query in which calls use the cache, in seconds.
+# Age at which a cached API key is read from the database again, in seconds.
+MAX_AGE_SECONDS = 60.0
 # Interval, in seconds, at which calls that use the cache let the event loop read notifications.
 _YIELD_INTERVAL_SECONDS = 0.005
 
@@ -39,9 +40,9 @@ class KeyVerifier:
 
     With `memory=True`, a KeyVerifier caches verified API keys inside the `async with` block.
     Triggers on api_keys and tiger_accounts notify the KeyVerifier of each change within
-    milliseconds, including changes by plain SQL. When the block begins, the KeyVerifier checks that
-    the triggers are as `migrations.declared` declares them. A cached API key is read from the
-    database again after 60 seconds, in case a notification was lost.
+    milliseconds, including changes by plain SQL. At the start of the `async with` block, the
+    KeyVerifier checks that the triggers are as `migrations.declared` declares them. A cached API
+    key is read from the database again after 60 seconds, in case a notification was lost.
 
     A call does not use the cache if the API key has rate limits, or if the request requires a scope
     of the family `trade`. If the listening connection is lost, or has not answered for half a
@@ -127,7 +128,7 @@ class KeyVerifier:
     ) -> APIKey:
         """Authorize an API key like the function `crud.api_keys.authorize_api_key`.
 
-        Several calls may return the same APIKey object, so do not change the returned object.
+        Several calls can return the same APIKey object, so do not change the returned object.
         """
         request = access_request(scopes, account_id, ip_address, user_agent)
         # The cache does not contain pauses of trading, so a request for a trade reads the database.

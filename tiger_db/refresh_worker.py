@@ -109,7 +109,7 @@ class RefreshWorker:
         self.per_minute = per_minute
         self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:6]}"[-100:]
         self._actor = Actor(user_id=self.name, user_type="worker")
-        self.counts: Counter[str] = Counter()  # number of claims by outcome
+        self.counts: Counter[str] = Counter()  # number of claims with each outcome
         self._call_times: dict[bytes | None, deque[float]] = defaultdict(deque)
         self._attempts: dict[UUID, asyncio.Task[None]] = {}  # Attempts in progress, by refresh id.
         self._late: set[asyncio.Task[Any]] = set()  # Tasks that wait for cancelled refreshers.
@@ -271,7 +271,7 @@ class RefreshWorker:
                 self.counts["given back"] += 1
                 return
             interval = self.lease.total_seconds() / _HEARTBEATS_PER_LEASE
-            if time.monotonic() - claimed_after > interval:  # the lease may expire soon
+            if time.monotonic() - claimed_after > interval:  # the lease possibly expires soon
                 await self._save(partial(token_status.heartbeat, claim=claim, lease=self.lease))
         except LeaseLost:
             self.counts["lost"] += 1
@@ -513,8 +513,9 @@ async def wait_for_refresh(
     `wait_for_refresh` continues to wait.
 
     NOTIFY of PostgreSQL ends the wait, and the status is also queried once a second. With
-    `DB_POOLER` and without `DB_DIRECT_HOST`, only the queries end the wait. During the wait, no
-    connection of the pool is in use, but one direct connection is open.
+    `DB_POOLER` and without `DB_DIRECT_HOST`, no NOTIFY is received, and only the queries of the
+    status end the wait. During the wait, no connection of the pool is in use, but one direct
+    connection is open.
 
     Raises:
         NotFound: no refresh has the id `refresh_id`.

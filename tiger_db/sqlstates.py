@@ -23,7 +23,7 @@ from tiger_db.errors import (
     TigerDBError,
 )
 
-# If a connection is lost, asyncpg raises an error of one of these classes.
+# If a connection is lost, asyncpg raises an error of a class in CONNECTION_ERRORS.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session refused a write.
 # Before version 18, PostgreSQL uses the same SQLSTATE for a reference to a missing row and for the

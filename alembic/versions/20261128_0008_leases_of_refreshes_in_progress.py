@@ -5,11 +5,12 @@ Follows: 0007
 Made: 2026-11-28
 
 Before this migration, the table token_statuses can contain a refresh in progress without a worker
-or a lease. No worker can claim or replace such a refresh. The migration sets a missing worker to
-`unknown`, and a missing lease to an expired lease. After the migration, a worker claims a refresh
-with an expired lease, or sets its status to failed after `max_retries` failed attempts. Processes of
-revision 0005 can work with the schema of revision 0008, unless their own code calls
-`TokenStatus.start_refresh()` on a refresh of the database: the flush then raises an error.
+or a lease. No worker can claim or replace a refresh in progress that has no worker or no lease. The
+migration sets a missing worker to `unknown`, and a missing lease to an expired lease. After the
+migration, a worker claims a refresh with an expired lease, or sets its status to failed after
+`max_retries` failed attempts. Processes of revision 0005 can work with the
+schema of revision 0008, unless their own code calls `TokenStatus.start_refresh()` on a refresh of
+the database: the flush then raises an error.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """

@@ -10,10 +10,11 @@ the same number in different forms, the migration does not change the numbers of
 that does not have the form of Tiger's account numbers stays unchanged.
 
 The new CHECK constraint requires the form of Tiger's numbers, and exempts existing rows with other
-numbers by their ids. Without the exemption, each update of an exempted row would fail. If the CHECK
-constraint lists ids of exempted rows, the constraint stays NOT VALID, and `tiger-db doctor` lists
-the exempted rows. Processes of revision 0010 work with the schema of revision 0011, but can store
-only account numbers that have the form of Tiger's numbers.
+numbers by their ids. If the CHECK constraint did not exempt existing rows with other numbers, each
+update of such a row would fail. If the CHECK constraint lists ids of exempted rows, the constraint
+stays NOT VALID, and `tiger-db doctor` lists the exempted rows. Processes of revision 0010 work
+with the schema of revision 0011, but can store only account numbers that have the form of Tiger's
+numbers.
 
 A separate transaction validates the new CHECK constraint, and blocks neither readers nor writers.
 """

@@ -11,7 +11,7 @@ account, API key, user or request reads the events that it returns.
 The migration first builds the indexes of all audit partitions, oldest month first, in a transaction
 of its own. While the indexes of the current month are built, no event can be recorded: about one
 second for each 100,000 events of the month. Readers are not blocked. The new indexes take about 280 MB
-for each million events. The earlier indexes took 24 MB.
+for each million events. The indexes that the migration drops took 24 MB for each million events.
 """
 
 import sqlalchemy as sa

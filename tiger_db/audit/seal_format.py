@@ -83,7 +83,7 @@ class SealPayload:
     """The signed part of a seal that covers the events at positions above `after`, up to `upto`.
 
     All events that are still unsealed after this seal were written after the time `closed_at`. If
-    `closed_at` is None, the audit trail may contain unsealed events that are older than the seal.
+    `closed_at` is None, the audit trail can contain unsealed events that are older than the seal.
 
     `retired` is the retired month, such as `2025-01`, whose events at `positions` were removed. A
     seal that records a retired month covers no new events. All times in the payload are UTC times

@@ -91,8 +91,8 @@ async def _connect_to_first(
     hosts, ports = arguments.get("host"), arguments.get("port")
     if not isinstance(hosts, list) or not isinstance(ports, list):
         return await tls.connect(settings, arguments)
-    # asyncpg is called once per host, because asyncpg has one timeout for all hosts of a call. In
-    # one call for several hosts, a host that does not answer would leave no time for the next host.
+    # asyncpg is called once per host, because asyncpg has one timeout for all hosts of a call. If
+    # one call had several hosts, a host that does not answer would use up the timeout of all hosts.
     reasons = []
     for host, port in zip(hosts, ports, strict=True):
         try:
@@ -192,7 +192,7 @@ def create_engine(
 
 
 def _hide_values(context: ExceptionContext) -> None:
-    """Hide an error's message from later event listeners, because it may contain row values."""
+    """Hide an error's message from later event listeners: the message can contain row values."""
     error = context.original_exception
     state = getattr(error, "sqlstate", None) or ""
     context.original_exception = RuntimeError(f"{type(error).__name__} {state}".rstrip())

@@ -44,7 +44,7 @@ class Replicas:
     replicas are in use, the primary's current LSN is read up to twice per `max_lag`. A replica is
     fresh if the replica has replayed an LSN that the primary had at most `max_lag` ago. This
     machine's monotonic clock measures the age of an LSN. While the primary is unavailable, replicas
-    are used until all LSNs that were read are older than `max_lag`.
+    are used until all LSN samples are older than `max_lag`.
     """
 
     def __init__(self, engines: Sequence[AsyncEngine], primary: OutOfBandWriter) -> None:

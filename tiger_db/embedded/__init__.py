@@ -75,13 +75,13 @@ def home_folder(settings: Settings) -> Path:
 def start(settings: Settings) -> EmbeddedServer:
     """Start the embedded server if it is not running, and wait until it accepts connections.
 
-    Several processes may call `embedded.start` at the same time. If a process is killed during
+    Several processes can call `embedded.start` at the same time. If a process is killed during
     `embedded.start`, the next call of `embedded.start` still succeeds.
 
     Raises:
         ConfigurationError: `ENVIRONMENT` is `production`.
-        EmbeddedError: the embedded server cannot be started, or another container or machine may be
-            using the embedded server's data. The error message names the home folder.
+        EmbeddedError: the embedded server cannot be started, or another container or machine
+            possibly uses the embedded server's data. The error message names the home folder.
     """
     _refuse_production(settings)
     if server := running(settings):

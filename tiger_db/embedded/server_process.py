@@ -1,17 +1,18 @@
 """The processes of the embedded server, and the server lock that these processes hold.
 
 The server lock is a flock on the file `server.lock`. The process that starts the embedded server
-takes the server lock. The postmaster, the backends and pg_ctl inherit the open file. The kernel
-releases the server lock when no process has `server.lock` open any more. Backends that outlive a
-killed postmaster still use the server's data, and still hold the server lock.
+takes the server lock. The postmaster, the backends and pg_ctl inherit the open file
+`server.lock`. The kernel releases the server lock when no process has `server.lock` open any more.
+Backends that outlive a killed postmaster still use the server's data, and still hold the server
+lock.
 
 A process ID is valid in one container only, but a flock is valid in all containers that share one
 kernel. If a process can take the server lock, the previous holder of the server lock has ended,
 provided that one of two conditions is met:
-- First condition: the file system of `server.lock` is local. Only one kernel can mount a local file
-  system.
-- Second condition: the previous holder of the server lock was started after the last boot, and used
-  the same mount. A network file system can hide the locks of other machines and mounts.
+- The file system of `server.lock` is local. Only one kernel can mount a local file system.
+- If the file system is not local, the previous holder of the server lock must have been started
+  after the last boot, and must have used the same mount. A network file system can hide the locks
+  of other machines and mounts.
 
 If a user or an older release started a server without the server lock, the server counts as running
 until its file `postmaster.pid` is removed. If a server crashed before its identity was recorded in

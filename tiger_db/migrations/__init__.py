@@ -382,7 +382,7 @@ async def drift(engine: AsyncEngine) -> list[str]:
 
 
 async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = True) -> Path:
-    """Write a migration that makes the schema match the models. Return the path of the new file.
+    """Create the file of a migration that makes the schema match the models. Return its path.
 
     Raises:
         MigrationError: tiger_db was imported from an installed package instead of a checkout of the

@@ -46,7 +46,8 @@ def compare_server_default(
 
     Each call of nextval() returns a new value.
 
-    For all other column defaults, return None: Alembic then compares the values of the defaults.
+    For column defaults without nextval(), return None: Alembic then compares the values of the
+    defaults.
     """
     if inspected_default and inspected_default.startswith("nextval("):
         return inspected_default != rendered_metadata_default

@@ -1,8 +1,8 @@
 """The declared triggers and functions of the schema, read from `declared.sql`.
 
 `find_differences` compares a database with the declared triggers and functions. A database can
-differ from the declaration by accident. For example, an interrupted `pg_restore --disable-triggers`
-leaves triggers disabled.
+differ from the declaration by accident. If `pg_restore --disable-triggers` is interrupted, for
+example, the triggers of the database stay disabled.
 """
 
 import re

@@ -331,8 +331,9 @@ class AuditLog(Entity, table=True):
 
     def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
         sanitized = sanitize(changes)
-        # sanitize() adds notes on converted values to `details`. If `details` is not assigned, the
-        # notes are dropped: the assignment of another field must not change `details`.
+        # sanitize() adds notes on converted values to `details`. If the caller assigns no value to
+        # `details`, the notes are dropped: the assignment of another field must not change
+        # `details`.
         return super().validate_changes(
             {name: sanitized.get(name, value) for name, value in changes.items()}
         )

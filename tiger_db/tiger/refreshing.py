@@ -18,7 +18,8 @@ from tiger_db.tiger.sdk import client_config
 
 # Tiger's error codes: https://quant.itigerup.com/openapi/en/python/appendix2/overview.html
 _OK, _SERVER_ERROR, _TIMEOUT, _FORBIDDEN, _LIMIT = 0, 1, 2, 4, 5
-_REFUSED = {1000, 4000}  # codes for a wrong parameter or signature, and for a denied permission
+# Tiger's error codes for a wrong parameter or signature, and for a denied permission.
+_REFUSED = {1000, 4000}
 _HTTP_LIMIT, _HTTP_UNAUTHORIZED, _HTTP_SERVER_ERROR = 429, {401, 403}, 500
 _RATE_LIMIT_WINDOW = timedelta(seconds=60)  # period in which Tiger's rate limit counts requests
 _disabled_logger = logging.getLogger("tiger_db.tiger.sdk")

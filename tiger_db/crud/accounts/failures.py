@@ -73,8 +73,8 @@ async def record_error(
 async def reset_errors(session: AsyncSession, account_id: UUID) -> TigerAccount:
     """Set an account's error count to zero, and activate an account that `record_error` suspended.
 
-    The account is no longer failing. An account that was suspended by a function other than
-    `record_error` stays suspended.
+    After `reset_errors`, the account is no longer failing. An account that was suspended by a
+    function other than `record_error` stays suspended.
 
     Raises:
         NotFound: no account has the id `account_id`.

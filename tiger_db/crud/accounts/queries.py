@@ -245,7 +245,7 @@ async def get_default_data_account(session: AsyncSession) -> TigerAccount | None
 async def get_accounts_needing_token_refresh(
     session: AsyncSession, *, within: timedelta = REFRESH_AHEAD, limit: int = 100
 ) -> list[TigerAccount]:
-    """Return the active accounts whose access token is due within `within`, soonest first.
+    """Return active accounts whose access token is due within the time `within`, soonest first.
 
     A token is due for a refresh at the account's `token_refresh_at`.
     """

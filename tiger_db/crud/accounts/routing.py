@@ -57,9 +57,9 @@ async def find_for_operation(
     requires an access token is returned only if the account has a valid token. The arguments
     restrict the list further:
 
-    - `permission`: the account has all given market permissions.
-    - `account_type`: the account has the given type.
-    - `environment`: the account belongs to one of the given environments. None means any.
+    - `permission`: only accounts that have all given market permissions are returned.
+    - `account_type`: only accounts of the given type are returned.
+    - `environment`: only accounts of the given environments are returned. None means any.
     - `exclude`: ids of accounts to omit, such as the accounts that have already been tried.
     - `allowed_for`: the given API key can access the account. The function does not authorize the
       key.
@@ -106,8 +106,9 @@ async def explain_for_operation(
 ) -> dict[UUID, list[RoutingReason]]:
     """Return, for the id of each account, the reasons why the account cannot serve a request.
 
-    `find_for_operation` with the same arguments chooses from the accounts without a reason. The ids
-    are in the order in which `find_for_operation` returns accounts.
+    With the same arguments, `find_for_operation` returns only accounts for which
+    `explain_for_operation` returns an empty list of reasons. The ids are in the order in which
+    `find_for_operation` returns accounts.
     """
     reasons = _reasons(
         permission=permission,

@@ -27,7 +27,8 @@ async def update_tokens(
     """Replace the access token of an account, and the refresh token if `refresh_token` is given.
 
     `token_expires_at` is an aware datetime. If `token_expires_at` is None, the expiry is read from
-    a token in Tiger's format. A token with an unknown expiry is never due for a refresh.
+    `access_token`, provided that `access_token` is in Tiger's format. A token with an unknown
+    expiry is never due for a refresh.
 
     `refresh_id` is the id of a refresh whose claim was lost before the broker returned the token.
     If the refresh with the id `refresh_id` suspended the account within the last day, the account

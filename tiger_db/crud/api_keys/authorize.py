@@ -71,7 +71,7 @@ class KeyRow(NamedTuple):
     `values` contains the values of all columns of the row. `columns` maps the names of the columns
     to the values, without the columns in `_COUNTERS`. `now` is the database's time in seconds since
     1970. `pause_reason` is the reason of the current pause of trading, or None if trading is not
-    paused. `from_snapshot` is true if the transaction may read an old snapshot of the database.
+    paused. `from_snapshot` is true if the transaction can read an old snapshot of the database.
     """
 
     values: Sequence[Any] = ()
@@ -161,9 +161,10 @@ async def authorize_api_key(
     """Authorize an API key for a request, and count the use. Return the APIKey entity.
 
     The first checks concern the format, the existence and the hash of the API key, and raise
-    `InvalidAPIKey`. The next checks concern the status and expiry of the key, the status of its
-    account, the IP address and the user agent. The last checks concern the scopes, the requested
-    account, a pause of trading and the rate limits. The first failed check raises an error.
+    `InvalidAPIKey`. After the hash, `authorize_api_key` checks the status and expiry of the key,
+    the status of its account, the IP address and the user agent. The last checks concern the
+    scopes, the requested account, a pause of trading and the rate limits. The first failed check
+    raises an error.
 
     An audit event records each denial, except the denial of a malformed API key. The audit event
     and the use of the key are recorded out of band.
@@ -247,9 +248,9 @@ async def authorize_parsed_key(
             if isinstance(reason, UnpepperedHash):
                 raise InvalidAPIKey from None
             raise
-        # The next iteration of the loop calls `consume` in the session's transaction, if there is a
-        # session. An out-of-band connection cannot read an API key that the session's transaction
-        # has created but not committed.
+        # If there is a session, the next iteration of the loop calls the function `consume` in the
+        # session's transaction. An out-of-band connection cannot read an API key that the session's
+        # transaction has created but not committed.
         limiter = in_session or writer
     assert verified is not None
     if verified.outdated:

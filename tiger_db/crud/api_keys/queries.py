@@ -167,9 +167,9 @@ async def list_api_keys(
     """Return a page of the API keys that match all filters, by default newest key first.
 
     The order `name` sorts by name and id, and compares names by code point. PostgreSQL uses an
-    index only for the filter `account_id`. Without the filter `account_id`, PostgreSQL may read all
-    API keys. The parameters `after`, `before`, `limit`, `count` and `load` are explained in
-    `paginate`.
+    index only for the filter `account_id`. Without the filter `account_id`, PostgreSQL possibly
+    reads all API keys. The parameters `after`, `before`, `limit`, `count` and `load` are explained
+    in `paginate`.
 
     Raises:
         InvalidCursor: `after` or `before` is malformed, or belongs to another list, order or set of

@@ -97,7 +97,7 @@ class UsageCounter:
         self._has_written = False
         self._task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
-        self._write_lock = asyncio.Lock()  # two tasks must not write the same batch
+        self._write_lock = asyncio.Lock()  # two tasks must not store the same batch
 
     def count(self, key_id: UUID, at: float) -> None:
         """Count one use of an API key. `at` is the time of the use in seconds since 1970."""
