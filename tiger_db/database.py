@@ -70,7 +70,7 @@ class AsyncSession(SQLModelSession):
             raise typed(error) from None
         try:
             await super().commit()
-        except SQLAlchemyError as error:  # for example, a deferred constraint is violated
+        except SQLAlchemyError as error:  # for example, the commit violates a deferred constraint
             raise typed(error) from None
         except DatabaseUnavailable as error:
             raise OutcomeUnknown(
@@ -103,7 +103,7 @@ class Database:
         }
         self.engine = create_engine(self.settings, **pool)
         # Out-of-band writes bypass the pooler, because sessions that wait for out-of-band writes
-        # may hold all connections of the pooler.
+        # can use all connections of the pooler.
         out_of_band = (
             self.settings.without_pooler() if self.settings.db_direct_host else self.settings
         )
@@ -242,8 +242,8 @@ class Database:
         new session, at most `retries` times. After `Conflict`, the waits before the first three
         retries are at most 0.05, 0.1 and 0.2 s. After `DatabaseUnavailable`, the waits
         before the first three retries are at most 1, 2 and 4 s. The function `work` can run several
-        times. Therefore, `work` must create all objects that `work` stores, and must have no
-        effects outside the session.
+        times, so `work` must create all objects that it stores, and must have no effects outside
+        the session.
 
         Raises:
             OutcomeUnknown: the connection was lost during the commit. Before you repeat the

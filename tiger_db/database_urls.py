@@ -66,7 +66,7 @@ class Address(NamedTuple):
     def is_local(self) -> bool:
         """Whether the host is a socket folder, a loopback address or `localhost`.
 
-        Every other host name counts as remote, because the address of a host name can change.
+        Host names other than `localhost` count as remote, because their addresses can change.
         """
         if not self.host or self.host.startswith("/"):
             return True

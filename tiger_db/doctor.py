@@ -125,7 +125,7 @@ def _checks(settings: Settings) -> dict[str, Check]:
 
 
 def _unusable(error: TigerDBError, keys: KeySetting[T]) -> Outcome:
-    """Return the Outcome for keys that are missing, malformed or unreadable."""
+    """Return the outcome of a check whose secret keys are missing, malformed or unreadable."""
     return Outcome("problem", str(error).removesuffix(f": {keys.advice}"), keys.advice)
 
 

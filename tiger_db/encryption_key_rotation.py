@@ -1,9 +1,10 @@
 """Re-encryption of the stored secrets with the first encryption key, while the system runs.
 
 Each batch of rows is stored by one UPDATE statement. If another transaction has changed the secret
-of a row, the UPDATE skips the row. If the changed secret still needs re-encryption, a later UPDATE
-stores the new ciphertext. Each ciphertext contains the id of the encryption key. Therefore, if a
-rotation is killed, the next rotation finds the rows that still need older keys.
+of a row in the meantime, the UPDATE skips the row. If the new secret of a skipped row also
+needs re-encryption, a later UPDATE stores its new ciphertext. Each ciphertext contains the id of
+the encryption key. Therefore, if a rotation is killed, the next rotation finds the rows that still
+need older keys.
 """
 
 import asyncio
@@ -54,9 +55,9 @@ DAMAGED = "(damaged)"
 _HEADER_BYTES = 34
 _FIRST_KEY_SAMPLE_ROWS = 10
 _REPORTED_PROBLEMS = 20
-# A rotation must not cause deadlock errors in applications. Therefore, the lock timeout of a batch
-# is less than PostgreSQL's deadlock_timeout (1 s by default). The lock timeout of a single row
-# can be longer, because the transaction locks only one row.
+# A rotation must not cause deadlock errors in applications. To prevent deadlock errors, the lock
+# timeout of a batch is less than PostgreSQL's deadlock_timeout (1 s by default). The lock timeout
+# of a single row can be longer, because the transaction locks only one row.
 _LOCK_TIMEOUT_OF_BATCH = "100ms"
 _LOCK_TIMEOUT_OF_ROW = "10s"
 
@@ -358,7 +359,7 @@ def _reencrypt(
 
 
 def _normalized(text: str, normalize: Callable[[str], str]) -> str:
-    """Return the normal form of a text, or the text itself if the text has no normal form."""
+    """Return the normalized text, or the text itself if `normalize` raises ValueError."""
     try:
         return normalize(text)
     except ValueError:

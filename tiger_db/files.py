@@ -115,7 +115,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush the directory entries of a folder to the disk."""
+    """Write the directory entries of a folder to the disk with fsync()."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -67,7 +67,7 @@ async def check_liveness(settings: Settings) -> HealthReport:
 
 
 async def check_readiness(settings: Settings) -> HealthReport:
-    """Check this process and its database. Return problems in `HealthReport.problems`.
+    """Check this process and its database. Return a report that lists the problems found.
 
     If the database does not answer within `DB_CONNECT_TIMEOUT`, the field `ready` is false.
     """
@@ -93,9 +93,9 @@ async def check_readiness(settings: Settings) -> HealthReport:
             async with asyncio.timeout_at(deadline):
                 await _check_pooler(settings)
         async with maintenance_engine(settings) as engine:
-            # SQLAlchemy's own event listeners send queries. With insert=True,
-            # _terminate_at_deadline runs before SQLAlchemy's listeners, so that the deadline limits
-            # their queries.
+            # When a connection is opened, SQLAlchemy's own event listeners send queries. With
+            # insert=True, _terminate_at_deadline runs before SQLAlchemy's listeners, so that the
+            # deadline limits their queries.
             @event.listens_for(engine.sync_engine, "connect", insert=True)
             def _terminate_at_deadline(connection: AdaptedConnection, _record: object) -> None:
                 loop.call_at(deadline, connection.driver_connection.terminate)
@@ -259,8 +259,8 @@ async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> 
 async def _check_default_partition(connection: AsyncConnection) -> list[str]:
     """Return a text with advice for each problem with audit events in the default partition.
 
-    `tiger-db migrate` creates the partitions of the current month and the next months. The command
-    also moves the audit events of the current and next months out of the default partition.
+    `tiger-db migrate` creates the partitions of the current month and the next months.
+    `tiger-db migrate` also moves the audit events of these months out of the default partition.
     """
     movable, other = (
         await connection.execute(

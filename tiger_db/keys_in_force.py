@@ -25,7 +25,7 @@ class KeySetting(Generic[T]):
 
     @property
     def advice(self) -> str:
-        """Advice for a user if the keys are missing."""
+        """Advice for a user if no secret keys of this setting are configured."""
         return (
             f"set {self.field.upper()} to its earlier value, or, in a new installation, to the"
             f" output of `tiger-db {self.command}`"

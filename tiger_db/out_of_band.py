@@ -76,8 +76,8 @@ class OutOfBandWriter:
                 batch, self._pending = self._pending, []
                 await self._store(batch)
         finally:
-            # `asyncio.run` cancels this task at the end of the program, so a new task stores the
-            # pending events.
+            # At the end of the program, `asyncio.run` cancels the task of `_store_pending`, so a
+            # new task stores the pending events.
             if self._pending:
                 self._task = asyncio.create_task(self._store_pending())
 

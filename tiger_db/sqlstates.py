@@ -30,7 +30,7 @@ READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session re
 # deletion of a referenced row.
 _BROKEN_REFERENCE = "the referenced row does not exist, or other rows refer to the deleted row"
 # `_ERRORS` maps a SQLSTATE, or its first characters, to an error's type and message. If the message
-# is None, PostgreSQL's own message is used, which contains no values of a row.
+# in `_ERRORS` is None, the error has PostgreSQL's own message, which contains no values of a row.
 _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "08": (DatabaseUnavailable, "the connection to the database was lost"),
     "22000": (InvalidValue, "a value is not of its column's type"),
@@ -164,5 +164,5 @@ def raw_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """Return the asyncpg error inside a DBAPIError. Return an error of another type unchanged."""
+    """Return the asyncpg error inside a DBAPIError. Return any other error itself."""
     return error.orig and error.orig.__cause__ if isinstance(error, DBAPIError) else error

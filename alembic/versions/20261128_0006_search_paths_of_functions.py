@@ -150,7 +150,7 @@ NOTIFYING = {
     "tiger_db_audit_logs": NOTIFY_AUDIT_EVENT,
     "tiger_db_refreshes": NOTIFY_REFRESH,
 }
-# The bodies of these SQL functions stay unchanged: the migration sets their search path.
+# The migration sets the search path of the SQL functions in UNCHANGED, and keeps their bodies.
 UNCHANGED = (
     "set_updated_at()",
     "end_auto_suspension()",

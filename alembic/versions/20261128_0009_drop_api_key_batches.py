@@ -5,10 +5,10 @@ Follows: 0008
 Made: 2026-11-28
 
 The table api_key_batches showed whether a batch of usage counts was committed. Since this revision,
-the usage counter of API keys asks PostgreSQL for the status of the transaction that wrote the
-batch. After the migration, processes of revision 0008 cannot count uses of API keys, so stop these
-processes before the migration. Rate limits do not use api_key_batches. The migration locks
-api_key_batches only.
+the usage counter of API keys asks PostgreSQL whether the transaction that wrote a batch of usage
+counts was committed. After the migration, processes of revision 0008 cannot count uses of API keys,
+so stop these processes before the migration. Rate limits do not use api_key_batches. The migration
+locks api_key_batches only.
 """
 
 import sqlalchemy as sa

@@ -48,8 +48,8 @@ def export(
     a formula gets a leading apostrophe.
 
     The memory use of `export` does not depend on the number of events. After each batch of events,
-    `export` calls `progress` with the number of events that `export` has yielded so far, and with
-    None.
+    `export` calls `progress` with two arguments: the number of events that `export` has yielded so
+    far, and None.
 
     Raises:
         InvalidValue: an argument is not valid. See `crud.audit_logs.search`. The call of `export`

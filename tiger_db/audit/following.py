@@ -27,13 +27,14 @@ _POSITIONS_OF_OPEN_TRANSACTIONS = 10_000
 def follow(
     database: Database, *, progress: Progress = no_progress, **filters: Unpack[EventFilters]
 ) -> AsyncGenerator[AuditLog, None]:
-    """Yield each matching audit event that is committed after the first call of `progress`.
+    """Yield each audit event that matches all filters and is committed after `follow` has begun.
 
-    `follow` queries the database after each NOTIFY of PostgreSQL, or after one second without a
-    NOTIFY. The events of one query are yielded in the order of positions. If a transaction commits
-    late, the events of the transaction are yielded after events with higher positions. `follow`
-    calls `progress` with 0 and None before it waits for the first event. After each event, `follow`
-    calls `progress` with the number of events that it has yielded so far, and with None.
+    `follow` has begun when it calls `progress` for the first time. `follow` queries the database
+    after each NOTIFY of PostgreSQL, or after one second without a NOTIFY. The events of one query
+    are yielded in the order of positions. If a transaction commits late, the events of the
+    transaction are yielded after events with higher positions. `follow` calls `progress` with 0 and
+    None before it waits for the first event. After each event, `follow` calls `progress` with the
+    number of events that it has yielded so far, and with None.
 
     Raises:
         InvalidValue: A filter is not valid. See `crud.audit_logs.search`.

@@ -25,8 +25,9 @@ _PREFETCHED_SEALS, _PREFETCHED_EVENTS = 50, 1000
 _MIN_POSITION, _MAX_POSITION = -(2**63), 2**63 - 1  # range of PostgreSQL's type bigint
 _ID = re.compile(r'{"id":"([^"]+)"')
 
-# The content of an event has these columns in this order. New columns must be appended at the end,
-# so that the digests of older events, whose new columns are NULL, stay the same.
+# The content of an event has the columns in CONTENT_COLUMNS, in the same order. New columns must be
+# appended at the end, so that the digests of older events, whose new columns are NULL, stay the
+# same.
 CONTENT_COLUMNS = (
     "id", "created_at", "action", "result", "severity", "resource_type", "resource_id", "user_id",
     "user_type", "session_id", "ip_address", "user_agent", "request_method", "request_path",

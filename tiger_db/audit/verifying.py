@@ -188,7 +188,7 @@ class TrailVerifier:
         self._payload_digest = NO_PREVIOUS_DIGEST
         self._is_unreadable = False
         self._upto = 0  # Highest position that is covered by the seals added so far.
-        self._missing_upto = -(2**63) - 1  # Highest position that a missing seal may cover.
+        self._missing_upto = -(2**63) - 1  # Highest position that a missing seal can cover.
         # Events of the last added seal were created at `_created_after` or later. Events that the
         # next seals cover were created at `_next_created_after` or later. If one of these two
         # attributes is an empty text, the creation times of its events are not checked.

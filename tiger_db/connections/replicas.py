@@ -32,7 +32,7 @@ _Sample = tuple[float, str]  # monotonic time in seconds, and LSN of the primary
 @dataclass(slots=True)
 class _Replica:
     engine: AsyncEngine
-    failed_until: float = 0.0  # Monotonic time (s) of the next attempt, or 0 after a success.
+    failed_until: float = 0.0  # Monotonic time (s) to connect again, or 0 after a success.
     replayed: _Sample = (-math.inf, "")  # Newest LSN sample that this replica has replayed.
 
 

@@ -14,7 +14,7 @@ from tiger_db.settings import ConnectArgs, Settings
 _ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
 # `_check_mode_of_key` refuses a private key file whose mode has one of the forbidden permission
-# bits. As in libpq, the file's group may read the file only if root owns the file.
+# bits. As in libpq, group read permission is allowed only if root owns the file.
 _FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 

@@ -44,9 +44,9 @@ async def apply_change(
 ) -> None:
     """Assign values to an account or API key whose row is locked, and flush the session.
 
-    The flush records one audit event. The arguments `fields` set fields of the audit event, such as
-    `action`. The audit event contains the old and new values of the changed fields, and of the
-    fields that `given` names. If no field is changed, no audit event is recorded.
+    The flush records one audit event for the entity. The arguments `fields` set fields of the audit
+    event, such as `action`. The audit event contains the old and new values of the changed fields,
+    and of the fields that `given` names. If no field is changed, no audit event is recorded.
 
     Raises:
         InvalidFields: an item of `values` is invalid, so the entity is not changed.
@@ -60,7 +60,7 @@ async def apply_change(
 def described(
     entity: TigerAccount | APIKey, *, given: Iterable[str] = (), **fields: Unpack[EventFields]
 ) -> Iterator[None]:
-    """Set fields of an entity's audit event, which is recorded by a flush in the code block.
+    """Set fields of the audit event that a flush in the code block of `with` records for `entity`.
 
     The caller must have locked the row of the entity, unless the row is new. `old_values` and
     `new_values` replace the values that the flush would record. The audit event of an update
@@ -155,9 +155,9 @@ def _stored_values(
     """Return the values of fields before the flush, or an empty dict if the row does not exist.
 
     In the code block of `with described(...)`, the values in the session are current, because the
-    caller has locked the row. Outside such a code block, the values are read from the database, and
-    the row is locked. Fields that were not loaded, or whose values were changed in place, are
-    always read from the database.
+    caller has locked the row. Outside the code block of `described`, the values are read from the
+    database, and the row is locked. Fields that were not loaded, or whose values were changed in
+    place, are always read from the database.
     """
     state = instance_state(entity)
     assert state.key is not None

@@ -13,7 +13,7 @@ from tiger_db.models.columns import require_storable_json
 from tiger_db.public import Types
 
 T = TypeVar("T")
-MAX_VALUES = 1000  # more values need too many parameters, and too much time
+MAX_VALUES = 1000  # queries with more values have too many parameters, and are slow
 OneOrMore: TypeAlias = T | Collection[T]
 Tag: TypeAlias = str | Mapping[str, JsonValue]
 Condition: TypeAlias = Callable[[Any], ColumnElement[bool]]

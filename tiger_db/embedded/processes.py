@@ -121,9 +121,9 @@ def find_wheel() -> tuple[Path, str]:
 def can_run_from(folder: Path) -> bool:
     """Return whether the programs of PostgreSQL can run from a folder.
 
-    The programs initdb and pg_ctl resolve symbolic links. These two programs write the path of the
-    program `postgres` in double quotes into a shell command. In addition, initdb needs a path in
-    valid UTF-8.
+    The programs initdb and pg_ctl resolve symbolic links. Both initdb and pg_ctl write the path of
+    the program `postgres` in double quotes into a shell command. In addition, initdb needs a path
+    in valid UTF-8.
     """
     with suppress(UnicodeEncodeError):
         path = str(folder).encode()

@@ -19,7 +19,7 @@ until its file `postmaster.pid` is removed. If a server crashed before its ident
 `server.lock`, the crashed server counts as running until `postmaster.pid` is removed.
 
 The functions in `tiger_db.embedded.server_process` raise EmbeddedError if a server does not start
-or stop in time, or if a server may be running in another container or on another machine.
+or stop in time, or is possibly running in another container or on another machine.
 """
 
 import fcntl
@@ -57,7 +57,7 @@ class Postmaster(NamedTuple):
     def accepts_connections(self) -> bool:
         return (
             self.ready
-            # In a socket folder that is not private, another user's server may own the socket.
+            # If the socket folder is not private, the socket can belong to another user's server.
             and is_private_folder(self.socket_folder, self.owner)
             and is_listening(self.socket_folder)
         )
@@ -364,7 +364,7 @@ def _identity(lines: list[bytes]) -> str | None:
 def _process(home: Path, pid: bytes | int) -> Any:  # noqa: ANN401  # psutil has no types
     """Return the process `pid` if it is PostgreSQL with the data folder of `home`, else None.
 
-    After a reboot, another process may have the recorded process ID. PostgreSQL is identified by
+    After a reboot, another process can have the recorded process ID. PostgreSQL is identified by
     its working folder, because a comparison of start times would depend on the system clock.
     """
     with suppress(import_psutil().Error, ValueError, OverflowError):

@@ -28,7 +28,7 @@ from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 T = TypeVar("T")
 MONTHS_AHEAD = 12
 # `SEARCH_PATH` is an SQL query that returns the fields of the class `SearchPath`. The names of
-# functions are qualified, because another schema in the search path may have functions with the
+# functions are qualified, because another schema in the search path can have functions with the
 # same names.
 SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
@@ -174,7 +174,7 @@ def _head(directory: ScriptDirectory) -> str:
 def _current(connection: Connection) -> tuple[str, ...]:
     """Return the revisions of the database.
 
-    There are several revisions only if branches of migrations were not merged.
+    A database is at several revisions only if branches of migrations were not merged.
     """
     _check_search_path(connection)
     if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
@@ -191,7 +191,7 @@ def _configured_schema(connection: Connection) -> str | None:
 def _check_search_path(connection: Connection) -> None:
     schema = _configured_schema(connection)
     # If the setting `search_path` is as expected, current_schemas() is not called. If the schema is
-    # missing and the role may not create temporary tables, current_schemas() fails.
+    # missing and the role has no privilege to create temporary tables, current_schemas() fails.
     setting = text("SELECT pg_catalog.current_setting('search_path')")
     if schema is not None and connection.scalar(setting) != search_path(schema):
         SearchPath._make(connection.exec_driver_sql(SEARCH_PATH).one()).check(schema)
@@ -231,7 +231,7 @@ def create_schema(connection: Connection) -> None:
                 f"this role may not use the schema {quoted} (DB_SCHEMA): ask an administrator to"
                 f" GRANT USAGE, CREATE ON SCHEMA {quoted} to this role"
             )
-        # SQLAlchemy may have cached another default schema before the schema `DB_SCHEMA` existed.
+        # SQLAlchemy has possibly cached another default schema before `DB_SCHEMA` existed.
         connection.dialect.default_schema_name = schema
     connection.rollback()
 

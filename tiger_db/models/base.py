@@ -366,7 +366,7 @@ def _converted(entity: type[Entity], values: Sequence[Any]) -> dict[str, Any]:
 
 @cache
 def _columns(entity: type[Entity]) -> dict[str, TypeEngine[Any]]:
-    """Return the SQL type of each column of an entity, by column name. Model fields come first."""
+    """Return the SQL types of an entity's columns, by column name, columns of fields first."""
     table = class_mapper(entity).local_table
     assert isinstance(table, Table)
     names = [*entity.model_fields, *(table.c.keys() - entity.model_fields.keys())]

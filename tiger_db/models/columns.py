@@ -156,7 +156,7 @@ def open_enum(enum: type[StrEnum]) -> GetPydanticSchema:
     """Return the annotation for a field whose column has the SQL type `OpenEnum`.
 
     Validation accepts only members of the enum. Serialization accepts any text, because the
-    database may contain texts that are not enum members.
+    database can contain texts that are not enum members.
     """
     open_: Any = SerializeAsAny  # with the type Any, mypy accepts the expression open_[enum]
     return GetPydanticSchema(lambda _source, handler: handler(open_[enum]))

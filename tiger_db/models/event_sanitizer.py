@@ -267,9 +267,9 @@ class _Sanitizer:
     def mapping(
         self, items: Iterable[tuple[object, object]], path: Path, depth: int
     ) -> dict[str, object]:
-        """Return a JSON object of keys and values.
+        """Return a dict of the given keys and values, as JSON that PostgreSQL can store.
 
-        If a key of the object equals an earlier key of the object, append a number to the key.
+        If a key of the dict equals an earlier key of the dict, append a number to the key.
         """
         result: dict[str, object] = {}
         next_numbers: dict[str, int] = {}
@@ -433,7 +433,7 @@ def _as_text(value: object) -> str:
     """Convert a value to a text, without `repr`, because a `repr` can contain a secret."""
     # isinstance() is not used, because isinstance() reads `__class__`, which a class can override.
     if issubclass(type(value), str):
-        return str.__str__(value)  # str() of an enum member may return the name of the member
+        return str.__str__(value)  # str() of an enum member can return the member's name
     if type(value) is bytes or type(value) is bytearray:
         return value[:_MAX_CHARACTERS].decode(errors="replace")
     converted = _Sanitizer().json(value, None, 0)

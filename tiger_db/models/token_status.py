@@ -161,8 +161,8 @@ class TokenStatus(MutableEntity, table=True):
     def found(self) -> bool:
         """Return whether `create_refresh_operation` or `refresh_now` found an open refresh.
 
-        The property `found` is not stored in the database. `found` is false if another function
-        returned the TokenStatus.
+        The property `found` is not stored in the database. `found` is false for a TokenStatus that
+        neither `create_refresh_operation` nor `refresh_now` returned.
         """
         return bool(instance_state(self).info.get(FOUND))
 

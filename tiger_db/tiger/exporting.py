@@ -47,7 +47,7 @@ async def export_account(
         InvalidState: the account to export is closed.
         InvalidValue: the account's private key is not an RSA key, or `folder` is not a folder.
         EncryptionError: the account's secrets cannot be decrypted.
-        OSError: the files cannot be written. The export created no new file.
+        OSError: the files cannot be written. A failed export creates no new file.
     """
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:

@@ -88,7 +88,7 @@ def _http_error(status: int | None, text: str) -> RefreshFailed:
         return CredentialsRefused(f"Tiger refuses the credentials (HTTP {status})")
     if status is not None and status < _HTTP_SERVER_ERROR:
         return RefreshFailed(f"Tiger refuses the request (HTTP {status})")
-    # Tiger may have issued a token before the error, so the result of the refresh is unknown.
+    # Tiger has possibly issued a token before the error, so the refresh has an unknown result.
     return AnswerLost(f"Tiger had a server error (HTTP {status})" if status is not None else text)
 
 

@@ -177,9 +177,9 @@ async def list_accounts(
 class AccountCounts:
     """Numbers of accounts.
 
-    Each dict contains all members of its enum, also the members with the number 0. `with_errors` is
-    the number of accounts with an error count above 0. `expiring_tokens` is the number of accounts
-    whose access token expires soon or has expired.
+    Each dict maps every member of its enum to a number, which can be 0. `with_errors` is the number
+    of accounts with an error count above 0. `expiring_tokens` is the number of accounts whose
+    access token expires soon or has expired.
     """
 
     total: int

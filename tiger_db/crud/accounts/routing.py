@@ -54,8 +54,8 @@ async def find_for_operation(
     """Return the accounts that can serve a request now, best account first.
 
     Each returned account is active and not failing (`is_failing`). An account whose license
-    requires an access token is returned only if the account has a valid token. The arguments
-    restrict the list further:
+    requires an access token is returned only if the account has a valid token. The next
+    arguments are further conditions for the returned accounts:
 
     - `permission`: only accounts that have all given market permissions are returned.
     - `account_type`: only accounts of the given type are returned.
@@ -85,7 +85,7 @@ async def find_for_operation(
         exclude=exclude,
         allowed_for=allowed_for,
     )
-    # A condition that is NULL is no reason, as in `explain_for_operation`.
+    # A condition that is NULL excludes no account, as in `explain_for_operation`.
     eligible = (condition.is_not(true()) for condition in reasons.values())
     statement = (
         select(TigerAccount).where(*eligible).order_by(*_sort_keys(trading=trading)).limit(limit)

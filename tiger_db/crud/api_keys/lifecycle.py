@@ -160,7 +160,7 @@ async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChang
     Raises:
         NotFound: no API key has the id `key_id`.
         InvalidFields: a given field does not exist or cannot be changed by `update`, or a given
-            value is invalid. The error message names the field.
+            value is invalid. The error message names the invalid field.
         InvalidValue: the new `expires_at` is in the past by the database's clock. To end an API key
             now, call `deactivate` or `revoke`.
         InvalidState: the API key is revoked, its account is closed, or the new `expires_at` would

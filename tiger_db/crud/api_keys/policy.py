@@ -127,7 +127,7 @@ def check_access(
 
     `now` is the time in seconds since 1970. `pause_reason` is the reason of the current pause of
     trading, or None if trading is not paused. The pause is checked last, so that only a client
-    whose key allows the request sees the reason.
+    whose key allows the request sees `pause_reason`.
 
     Raises:
         AccessDenied: the API key is denied. Each check raises its own subclass of AccessDenied.

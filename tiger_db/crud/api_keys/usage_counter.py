@@ -19,8 +19,9 @@ WRITE_INTERVAL_SECONDS = 1.0
 _STATUS_INTERVAL_SECONDS, _STATUS_QUERIES = 0.1, 20
 _HOUR_SECONDS = 3600
 
-# With SKIP LOCKED, a write of usage counts never waits for another transaction. Usage counts of
-# locked API keys stay in memory until the next batch. Usage counts of deleted keys are dropped.
+# With SKIP LOCKED, a write of usage counts never waits for another transaction. If another
+# transaction has locked the row of an API key, the key's usage counts stay in memory until the next
+# batch. Usage counts of deleted keys are dropped.
 _WRITE = """
 WITH given AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:hours AS timestamptz[]),

@@ -160,7 +160,7 @@ async def recorded(
         outcome = intent.model_copy(update={"id": uuid7(), "result": AuditResult.SUCCESS})
         try:
             await _record(session, intent)
-        except CancelledError as error:  # the intent is stored despite the cancellation
+        except CancelledError as error:  # the intent is stored, although this task was cancelled
             _fail(outcome, error, "cancelled before the action began")
             with _logged(intent):
                 await _record(session, _complete(outcome, intent, 0))

@@ -298,10 +298,10 @@ async def fail(
     The next attempt is due after `retry_after`, or after a random backoff if `retry_after` is None.
     After `max_retries` attempts, the status of the refresh becomes `failed`. If
     `credentials_refused` is true, the status becomes `failed` at once, and an active account is
-    suspended. Set `answer_lost` to true if the broker may have issued a token. If `answer_lost` is
-    true, the details of the refresh and the messages of later failures mention the lost answer. The
-    first 10,000 characters of `message` are stored, with masked secrets. If `fail` raises an error,
-    the account and the refresh are not changed.
+    suspended. Set `answer_lost` to true if the broker has possibly issued a token. If `answer_lost`
+    is true, the details of the refresh and the messages of later failures mention the lost answer.
+    The first 10,000 characters of `message` are stored, with masked secrets. If `fail` raises an
+    error, the account and the refresh are not changed.
 
     Raises:
         LeaseLost: another worker has claimed the refresh, or the refresh is not in progress.
