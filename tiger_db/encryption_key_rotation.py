@@ -107,11 +107,11 @@ async def rotate(
     `rotate` also normalizes the secrets that an older release has stored without normalization.
 
     Other transactions can read and write the rows during the rotation. Each batch of rows has its
-    own transaction, with an audit event. After each batch, `rotate` calls `progress` with the
-    number of rows that it has re-encrypted so far, and with None. `rotate` first skips locked rows,
-    and waits for the locked rows at the end. If a row cannot be decrypted, `rotate` reports the row
-    and leaves the row unchanged. If `dry_run` is true, `rotate` decrypts the secrets that need
-    re-encryption, but changes no row.
+    own transaction, with an audit event. After each batch, `rotate` calls `progress(done, None)`,
+    where `done` is the number of rows that it has re-encrypted so far. `rotate` first skips locked
+    rows, and waits for the locked rows at the end. If a row cannot be decrypted, `rotate` reports
+    the row and leaves the row unchanged. If `dry_run` is true, `rotate` decrypts the secrets that
+    need re-encryption, but changes no row.
 
     Remove a key in `RotationReport.retirable` only when no process encrypts with the key, and no
     backup that is kept for a restore needs the key.

@@ -96,9 +96,10 @@ def is_private_folder(path: Path, uid: int) -> bool:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for the argument `opener` of `open()`. Return the file's descriptor.
+    """Open a file, and return the file's descriptor.
 
-    A new file has mode 0600.
+    Pass `private_opener` to Python's function `open()` as the argument `opener`. A new file has
+    mode 0600.
 
     If the path is a symbolic link, raise OSError.
     """

@@ -150,7 +150,8 @@ def redact_known(text: str) -> str:
 
     `redact_known` masks PEM blocks, private keys in base64, Tiger's tokens, JWTs, Bearer
     credentials and API keys of tiger_db. `redact_known` also masks the value after the name of a
-    secret, as in `password=…`. Other random text, such as a digest, is not masked.
+    secret, as in `password=…`. Random text that is not certainly a secret, such as a
+    digest, is not masked.
     """
     # Most texts contain no secret. Fast checks for substrings avoid slow pattern searches.
     if "-----BEGIN" in text:

@@ -49,7 +49,7 @@ Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
 CHANNEL = "tiger_db_refreshes"
 POLL_SECONDS = 5.0  # Longest pause between two queries for due refreshes and expired leases.
 _STATUS_POLL_SECONDS = 1.0  # Longest pause between two queries of `wait_for_refresh`.
-_RETRY_PAUSE_SECONDS = 0.2  # Pause before the first retry. Each retry doubles the pause.
+_RETRY_PAUSE_SECONDS = 0.2  # Wait before the first retry. Each retry doubles the wait.
 _MAX_RETRY_PAUSE_SECONDS = 5.0
 _RATE_WINDOW_SECONDS = 60.0
 _HEARTBEATS_PER_LEASE = 3
@@ -205,7 +205,7 @@ class RefreshWorker:
                 await asyncio.wait(self._attempts.values())
 
     def _handle_notification(self, payload: str | None) -> None:
-        """Look for due refreshes, unless the payload is the id of a refresh that has ended."""
+        """Look for due refreshes, unless a notification's payload is the id of an ended refresh."""
         if not payload:
             self._wake.set()
 
@@ -546,7 +546,7 @@ async def wait_for_refresh(
 async def _listening(
     database: Database, refresh_id: UUID, ended: asyncio.Event
 ) -> AsyncIterator[None]:
-    """Set the event `ended` after each notification that the refresh may have ended."""
+    """Set the event `ended` after each notification that the refresh has possibly ended."""
 
     def handle_notification(payload: str | None) -> None:
         if payload in (None, str(refresh_id)):

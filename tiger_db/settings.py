@@ -287,10 +287,9 @@ class Settings(BaseSettings):
     def channel(self, name: str) -> str:
         """Return the name of the NOTIFY channel that the installation in `DB_SCHEMA` uses.
 
-        All schemas of a database share their channels. In the schema `public`, the name of the
-        channel is `name`. In a schema with another name, the name of the channel is `name` and a
-        digest of the schema's name. The name of a channel can have at most 63 bytes, so it does not
-        contain the schema's name itself.
+        All schemas of a database share their channels. For the schema `public`, `channel` returns
+        the argument `name` unchanged. For any other schema, `channel` appends a digest of the
+        schema's name to `name`, because the name of a channel can have at most 63 bytes.
         """
         if self.db_schema == DEFAULT_SCHEMA:
             return name

@@ -17,8 +17,8 @@ branch_labels = None
 depends_on = None
 
 # SET_SEARCH_PATH sets the search path in the form that the Python function `search_path` returns.
-# Each SQL function stores the search path in this form, even if the connection's search path has
-# another form.
+# Each SQL function stores the search path in the form of `search_path`, even if the connection's
+# search path has another form.
 SET_SEARCH_PATH = (
     "SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true)"
 )

@@ -11,7 +11,7 @@ needs as much free disk space as audit_logs uses. If audit_logs is large, move t
 of audit_logs first with `tiger-db maintain-audit`, or migrate while nobody places orders. The
 contents, digests and seals of audit events do not change.
 
-The migration replaces the enum audit_action with a domain of the same name. Therefore, code of
+The migration replaces the enum audit_action with a domain of the same name, so that code of
 revision 0011, which casts values to audit_action, works with the schema of revision 0012. A later
 release drops the domain audit_action. Only newer code records audit events with the result `pending`
 or with new actions. Processes of revision 0011 cannot read an audit event with the result `pending` or

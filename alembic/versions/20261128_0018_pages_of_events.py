@@ -9,9 +9,10 @@ thousands of events, or the whole audit trail. With the new indexes, a page of t
 account, API key, user or request reads the events that it returns.
 
 The migration first builds the indexes of all audit partitions, oldest month first, in a transaction
-of its own. While the indexes of the current month are built, no event can be recorded: about one
-second for each 100,000 events of the month. Readers are not blocked. The new indexes take about 280 MB
-for each million events. The indexes that the migration drops took 24 MB for each million events.
+of its own. While the indexes of the current month are built, no event can be recorded. Building
+the indexes of the current month takes about one second for each 100,000 events of the month. The
+migration does not block readers of events. The new indexes take about 280 MB for each million
+events. The indexes that the migration drops took 24 MB for each million events.
 """
 
 import sqlalchemy as sa
@@ -30,8 +31,8 @@ squawk_ignore = {
 }
 
 COLUMNS = ("tiger_account_id", "api_key_id", "user_id", "request_id")
-# PostgreSQL cannot build an index of a partitioned table with CONCURRENTLY. The index of a partition
-# blocks only writers of the partition, and only the current month has writers.
+# PostgreSQL cannot build an index of a partitioned table with CONCURRENTLY. Building the index
+# of a partition blocks only writers of the partition, and only the current month has writers.
 BUILD = f"""
 DO $$
 DECLARE

@@ -32,9 +32,9 @@ def follow(
     `follow` has begun when it calls `progress` for the first time. `follow` queries the database
     after each NOTIFY of PostgreSQL, or after one second without a NOTIFY. The events of one query
     are yielded in the order of positions. If a transaction commits late, the events of the
-    transaction are yielded after events with higher positions. `follow` calls `progress` with 0 and
-    None before it waits for the first event. After each event, `follow` calls `progress` with the
-    number of events that it has yielded so far, and with None.
+    transaction are yielded after events with higher positions. `follow` calls `progress(0, None)`
+    before it waits for the first event. After each event, `follow` calls `progress(done, None)`,
+    where `done` is the number of events that it has yielded so far.
 
     Raises:
         InvalidValue: A filter is not valid. See `crud.audit_logs.search`.

@@ -74,8 +74,8 @@ async def maintain(database: Database) -> Maintenance:
         ConfigurationError: A month is due for retirement, and `AUDIT_SIGNING_KEY` is not set.
         InvalidState: `AUDIT_RETENTION_MONTHS` is set, and the clocks of the database and of this
             machine differ by more than a minute.
-        DatabaseUnavailable: Another transaction locked `audit_logs` for too long. A later call of
-            `maintain` can succeed.
+        DatabaseUnavailable: Another transaction locked `audit_logs` for too long. After the end of
+            the other transaction, a new call of `maintain` can succeed.
     """
     done = Maintenance()
     retention = database.settings.audit_retention_months

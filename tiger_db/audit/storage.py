@@ -56,14 +56,15 @@ def _member(name: str) -> str:
 
 
 # `CONTENT` is an SQL expression that returns the content of an event. The SQL function concat()
-# omits members that are NULL.
+# ignores NULL arguments, so the content omits fields that are NULL.
 CONTENT = f"pg_catalog.concat({', '.join(map(_member, CONTENT_COLUMNS))}, '}}')"
 SELECT_EVENTS = f"""
 SELECT position, {CONTENT} AS content FROM audit_logs
 WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 """  # noqa: S608  # names of columns
-# The sealing lock is an advisory lock. A transaction holds the sealing lock while it seals, retires
-# or moves events, so that only one transaction does so at a time.
+# The sealing lock is an advisory lock. A transaction holds the sealing lock while it seals events,
+# retires months, or moves events between partitions, so that only one transaction does so at a
+# time.
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
 _SELECT_SEALS = "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
 SELECT_LAST_SEAL = f"{_SELECT_SEALS} DESC LIMIT 1"

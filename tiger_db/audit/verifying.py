@@ -241,7 +241,7 @@ class TrailVerifier:
             self._find_forged("the digests of the events do not match the Merkle root")
         self._compare_checkpoint(seal, payload)
         if payload.retired is None:
-            # A forged seal may cover positions that earlier seals covered.
+            # A forged seal can cover positions that earlier seals covered.
             self._expected = {at: digest for at, digest in expected if at > self._upto}
             self._drop_retired(payload)
         self._upto = max(self._upto, payload.upto)
@@ -311,7 +311,7 @@ class TrailVerifier:
     def _add_unsealed(self, position: int, content: str, digest: bytes) -> None:
         self._report.unsealed += 1
         event_id = storage.event_id_in(content)
-        if self._mismatches or self._expected:  # a sealed event may have moved to `position`
+        if self._mismatches or self._expected:  # a sealed event was possibly moved to `position`
             self._remember(position, _Mismatch(0, found=digest, event_id=event_id))
         if content[_CREATED_AT] < self._next_created_after <= self.database_time:
             self._backdated.append((position, _Mismatch(self._number + 1, event_id=event_id)))

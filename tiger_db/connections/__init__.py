@@ -173,8 +173,8 @@ def create_engine(
             error.__cause__, asyncpg.InternalClientError
         )
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
-            # `is_disconnect` makes SQLAlchemy close all connections of the pool, which may be
-            # connections to a former primary.
+            # `is_disconnect` makes SQLAlchemy close all connections of the pool, because they
+            # possibly lead to a former primary.
             context.is_disconnect = True
             why = reason(error)
             # With a pooler, asyncpg's command_timeout replaces PostgreSQL's statement_timeout.

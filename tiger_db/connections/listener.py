@@ -15,7 +15,7 @@ from tiger_db.sqlstates import raw_errors
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 # The function `on_notification` gets the payload of each notification. After a connection is opened
-# or lost, `on_notification` gets None, because notifications may have been missed.
+# or lost, `on_notification` gets None, because notifications were possibly missed.
 OnNotification: TypeAlias = Callable[[str | None], None]
 RECONNECT_PAUSE_SECONDS = 0.1
 _logger = logging.getLogger("tiger_db")

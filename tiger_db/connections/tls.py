@@ -25,7 +25,7 @@ async def connect(
 
     Raises:
         ConfigurationError: a certificate or key file for TLS is missing or malformed.
-        Exception: the call of `asyncpg.connect` raised this exception.
+        Exception: `connect` passes on the exceptions of `asyncpg.connect`.
     """
     parameters = settings.tls
     attempts = (

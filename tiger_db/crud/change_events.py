@@ -21,8 +21,8 @@ from tiger_db.models import APIKey, APIKeyStatus, AuditAction, TigerAccount
 from tiger_db.models.audit_logs import INSERT, insert_values
 from tiger_db.redaction import MASK
 
-# An ORM bulk statement on accounts or API keys needs the execution options RECORDED. The function
-# that executes the bulk statement must record the audit events of the changed rows.
+# An ORM bulk statement on accounts or API keys needs the execution options RECORDED. A function
+# that executes a bulk statement with RECORDED must record the audit events of the changed rows.
 RECORDED = {"tiger_db_recorded": True}
 # Audit events mask the values of the fields in _HIDDEN.
 _HIDDEN = {"key_hash", "pepper_id"}

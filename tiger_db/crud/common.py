@@ -178,9 +178,11 @@ def error_text(error: BaseException) -> str:
 
 @asynccontextmanager
 async def savepoint(session: AsyncSession, *rows: Entity) -> AsyncIterator[None]:
-    """Run a code block in a savepoint. A violated constraint rolls back only the code block.
+    """Run a code block in a savepoint.
 
-    After a rollback to the savepoint, the entities in `rows` are refreshed from the database.
+    If an SQL statement in the code block violates a constraint, only the changes of the code block
+    are rolled back. After a rollback to the savepoint, the entities in `rows` are refreshed from
+    the database.
 
     Raises:
         AlreadyExists, MissingReference, InvalidValue: an SQL statement in the code block violates a

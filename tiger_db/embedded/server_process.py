@@ -249,7 +249,7 @@ def _origin(lock: int, identity: str | None) -> Origin | None:
 def _read_lock_file(lock: int) -> tuple[list[bytes], list[bytes]]:
     """Return the lines of `server.lock` with the origin, and the lines with the identity.
 
-    A last line without a line end is omitted, because the line may be incomplete.
+    A last line without a line end is omitted, because the line is possibly incomplete.
     """
     *lines, _ = os.pread(lock, 4096, 0).split(b"\n")
     return lines[: len(Origin._fields)], lines[len(Origin._fields) :]

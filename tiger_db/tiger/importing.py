@@ -94,8 +94,9 @@ async def import_account(
             details={"created": stored is None, "changed": [*changed]},
         )
         await recording.insert_event(session, event)
-    # A line of a base64 private key that ends with `=` can look like a property. Therefore, a name
-    # is masked if it does not consist of words, or if only `=` characters follow the name.
+    # A line of a base64 private key that ends with `=` can look like a property. To hide a line
+    # of a private key, the name of a property is masked if the name does not consist of words, or
+    # if only `=` characters follow the name.
     ignored = {
         name if _WORDS.fullmatch(name) and values[name].strip("=") else MASK
         for name in values.keys() - _KNOWN

@@ -40,7 +40,7 @@ _MUST_ESCAPE = re.compile(r"\A |[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
 def read_properties(path: Path) -> dict[str, str]:
     """Read a properties file. Strip whitespace from values, and omit properties without a value.
 
-    A value may be a PEM block of several lines. The file may begin with a byte order mark.
+    A value can be a PEM block of several lines. The file can begin with a byte order mark.
 
     Raises:
         InvalidValue: the file is unreadable, too large, not UTF-8 or not a properties file.

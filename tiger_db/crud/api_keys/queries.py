@@ -42,8 +42,8 @@ UsageDimension: TypeAlias = Literal["hour", "day", "api_key_id", "account_id"]
 class UsageCount:
     """The number of accepted uses of API keys in a group, such as one API key on one day.
 
-    A field is None if the query did not group by the field. `account_id` is also None for API keys
-    that are bound to no account.
+    A field is None if the query did not group by the field. For API keys that are bound to no
+    account, `account_id` is None.
     """
 
     count: int

@@ -123,7 +123,7 @@ class UsageCounter:
                 await self._write(_WRITE_ALL)
             if self._has_written:
                 # AsyncEngine.begin() uses an async generator, which cannot run while the event loop
-                # shuts down. AsyncEngine.connect() uses no generator.
+                # shuts down. AsyncEngine.connect() uses no generator, and therefore can run.
                 async with self._engine.connect() as connection:
                     await connection.execute(_DELETE_OLD_LIMITS)
                     await connection.commit()

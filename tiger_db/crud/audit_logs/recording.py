@@ -137,8 +137,8 @@ async def recorded(
     the given id, the actor's id, or a new id. The `details` of the outcome event contain the id of
     the intent under `_intent`. The default `result` of the outcome event is `success`, or `error`
     if the code block raises an exception or is cancelled. The default `duration_ms` is the duration
-    of the code block. If the process is killed during the code block, the intent has no outcome
-    event.
+    of the code block. If the process is killed while the code block of `recorded` runs, the intent
+    has no outcome event.
 
     If the code block raises an exception, `recorded` raises the same exception. Do not repeat the
     action after the error OutcomeUnknown.
@@ -250,7 +250,8 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
     if not batch:
         return 0
     actor = actor_of(session.info)
-    # Without the check, COPY in a readonly session would raise the same error as after a failover.
+    # Without the call of `refuse_readonly`, COPY in a readonly session would raise the same error
+    # as COPY after a failover.
     refuse_readonly(session)
     await session.flush()
     connection = await session.connection()

@@ -101,7 +101,7 @@ SELECT {row_expression(TokenStatus, "refresh")} FROM refresh
 """  # noqa: S608  # names of columns
 
 # The statement _FAIL_UNKNOWN ends attempts with an unknown outcome. The row or the broker's answer
-# may be invalid, so the statement _FAIL_UNKNOWN loads no entity and writes only constants.
+# is possibly invalid, so the statement _FAIL_UNKNOWN loads no entity and writes only constants.
 _FAIL_UNKNOWN = f"""
 WITH attempt AS (%s), refresh AS (
     UPDATE token_statuses t
@@ -293,15 +293,16 @@ async def fail(
     api_response_code: int | None = None,
     api_response_time_ms: int | None = None,
 ) -> TokenStatus:
-    """End an attempt with a failure. The refresh becomes pending again, or its status is `failed`.
+    """End an attempt with a failure.
 
-    The next attempt is due after `retry_after`, or after a random backoff if `retry_after` is None.
-    After `max_retries` attempts, the status of the refresh becomes `failed`. If
-    `credentials_refused` is true, the status becomes `failed` at once, and an active account is
-    suspended. Set `answer_lost` to true if the broker has possibly issued a token. If `answer_lost`
-    is true, the details of the refresh and the messages of later failures mention the lost answer.
-    The first 10,000 characters of `message` are stored, with masked secrets. If `fail` raises an
-    error, the account and the refresh are not changed.
+    If the refresh has an attempt left, the refresh becomes pending again. The next attempt is due
+    after `retry_after`, or after a random backoff if `retry_after` is None. After `max_retries`
+    attempts, the status of the refresh becomes `failed`. If `credentials_refused` is true, the
+    status becomes `failed` at once, and an active account is suspended. Set `answer_lost` to true
+    if the broker has possibly issued a token. If `answer_lost` is true, the details of the refresh
+    and the messages of later failures mention the lost answer. The first 10,000 characters of
+    `message` are stored, with masked secrets. If `fail` raises an error, the account and the
+    refresh are not changed.
 
     Raises:
         LeaseLost: another worker has claimed the refresh, or the refresh is not in progress.

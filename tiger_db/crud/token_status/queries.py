@@ -169,11 +169,11 @@ async def overview(
 ) -> dict[str, list[TokenStatus]]:
     """Return the lists `running`, `due`, `waiting` and `failed` of refreshes.
 
-    A running refresh is in progress. A due refresh is pending, and its `scheduled_at` has passed. A
-    waiting refresh is pending, and its `scheduled_at` is in the future. The lists `running`, `due`
-    and `waiting` are ordered by `scheduled_at`. The list `failed` contains refreshes that were
-    opened after the aware datetime `since`, newest refresh first. Each list has at most `limit`
-    items.
+    The list `running` contains refreshes in progress. The list `due` contains pending refreshes
+    whose `scheduled_at` has passed. The list `waiting` contains pending refreshes whose
+    `scheduled_at` is in the future. The lists `running`, `due` and `waiting` are ordered by
+    `scheduled_at`. The list `failed` contains failed refreshes that were opened after the aware
+    datetime `since`, newest refresh first. Each list has at most `limit` items.
 
     Raises:
         InvalidValue: `since` is a naive datetime, or `limit` is not from 1 to 1000.
