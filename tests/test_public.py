@@ -31,7 +31,10 @@ from tiger_db.public import public
 ID = uuid4()
 functions: Any = crud  # wrong types for mypy as well
 REFUSED: dict[str, tuple[str, Callable[[Any], Awaitable[object]]]] = {
-    "list as status": ("status", lambda s: functions.accounts.list_accounts(s, status=["active"])),
+    "list with a wrong status": (
+        "status",
+        lambda s: functions.accounts.list_accounts(s, status=["active", "gone"]),
+    ),
     "member of another enum": (
         "status",
         lambda s: functions.accounts.list_accounts(s, status=APIKeyStatus.ACTIVE),
@@ -83,12 +86,8 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Awaitable[object]]]] = {
             s, since=datetime.max.replace(tzinfo=timezone(timedelta(hours=-5)))
         ),
     ),
-    "text as actions": ("actions", lambda s: functions.audit_logs.search(s, action="trade")),
-    "one action": (
-        "actions",
-        lambda s: functions.audit_logs.search(s, action=AuditAction.TRADE_PLACE_ORDER),
-    ),
-    "text as results": ("results", lambda s: functions.audit_logs.search(s, result="failure")),
+    "number as action": ("action", lambda s: functions.audit_logs.search(s, action=5)),
+    "mapping as results": ("result", lambda s: functions.audit_logs.search(s, result={"error": 1})),
     "session of another kind": ("session", lambda s: functions.accounts.get(s.sync_session, ID)),
     "dict as events": ("events", lambda s: functions.audit_logs.log_events(s, [{}])),
 }
