@@ -26,7 +26,7 @@ from tiger_db.errors import ConfigurationError, InvalidValue
 from tiger_db.public import Progress, no_progress, public
 
 _REPORTED_FINDINGS = 1000
-_REMEMBERED_EVENTS = 100_000  # Maximum number of mismatches that are kept in memory.
+_REMEMBERED_EVENTS = 100_000  # Maximum number of events kept in memory that differ from a seal.
 _PROGRESS_POSITIONS = 1000  # Number of positions between two calls of `progress`.
 # `verify` tolerates that the database's clock was set back by at most `_CLOCK_TOLERANCE`.
 _CLOCK_TOLERANCE = timedelta(seconds=5)

@@ -202,8 +202,8 @@ def record_start(lock: int) -> None:
     """
     os.ftruncate(lock, 0)
     os.pwrite(lock, "".join(f"{line}\n" for line in Origin.here(lock)).encode(), 0)
-    # PostgreSQL flushes `postmaster.pid` to the disk. Without a flush of `server.lock`, a power
-    # failure could leave `postmaster.pid` without the origin of its server.
+    # PostgreSQL flushes `postmaster.pid` to the disk. If `server.lock` were not flushed to the
+    # disk, a power failure could lose the origin of the server, and keep `postmaster.pid`.
     os.fsync(lock)
 
 

@@ -185,9 +185,9 @@ _SQL_TYPES: list[tuple[type, Callable[[], TypeEngine[Any]]]] = [
 def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotation is valid
     """Return the SQL type for the annotation of a field.
 
-    Lists of scalars become arrays. Dicts and lists of dicts become JSONB. In-place changes of dicts
-    and lists are tracked. The SQL type does not depend on `None` or on validators in the
-    annotation.
+    A field that is a list of scalars gets an array column. Dicts and lists of dicts become JSONB.
+    In-place changes of dicts and lists are tracked. The SQL type does not depend on `None` or on
+    validators in the annotation.
     """
     while get_origin(annotation) in {Annotated, Union, UnionType}:
         annotation = get_args(annotation)[0]

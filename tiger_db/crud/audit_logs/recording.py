@@ -268,7 +268,7 @@ async def log_events(session: AsyncSession, events: Iterable[AuditLog]) -> int:
 
 
 async def insert_event(session: AsyncSession, event: AuditLog) -> AuditLog:
-    """Set the actor of an audit event, insert the event, and add the event to the session."""
+    """Set the actor of an audit event, insert its row, and attach the object to the session."""
     attribute(event, actor_of(session.info))
     (values,) = await execute_driver_sql(session, _INSERT, *insert_values(event))
     for name, value in zip(SERVER_COLUMNS, values, strict=True):

@@ -64,7 +64,7 @@ async def claim_due(
     lease: timedelta = LEASE,
     skip: Collection[UUID] = (),
 ) -> list[TokenStatus]:
-    """Claim refreshes that are due or whose lease has expired. Begin with the earliest due time.
+    """Claim refreshes that are due or whose lease has expired, the longest due refresh first.
 
     Only one worker at a time can claim a refresh. An expired lease counts as a failed attempt. If
     fewer than `limit` refreshes can be claimed, `claim_due` also calls `fail_expired_leases`.
