@@ -244,7 +244,7 @@ def check_that_it_counts_as_running(server: EmbeddedServer, command: list[str]) 
     pid_file.unlink(missing_ok=True)
     with started_by_hand(server, command):
         recorded = pid_file.read_bytes()
-        message = r"by hand, .* older release \(process \d+ there\) may still be using"
+        message = r"\(process \d+ there\) that was started by hand, .* older release of tiger_db may still"
         with pytest.raises(EmbeddedError, match=message):
             start(settings)
         assert pid_file.read_bytes() == recorded
@@ -259,7 +259,9 @@ def test_after_a_crash_of_an_older_release_a_person_must_remove_the_pid_file(
     with server_without_lock(keep_an_answer(shared_home)) as process:
         (shared_home / "server.lock").unlink()
         pid = process.pid
-    message = rf"older release \(process {pid} there\) may still be using .* remove {pid_file} if"
+    message = (
+        rf"\(process {pid} there\) .* older release of tiger_db may still .* remove {pid_file} if"
+    )
     with pytest.raises(EmbeddedError, match=message) as caught:
         start(settings)
     assert "\n" not in str(caught.value)
