@@ -244,7 +244,7 @@ def check_that_it_counts_as_running(server: EmbeddedServer, command: list[str]) 
     pid_file.unlink(missing_ok=True)
     with started_by_hand(server, command):
         recorded = pid_file.read_bytes()
-        message = r"\(process \d+ there\) that was started by hand, .* older release of tiger_db may still"
+        message = r"\(process \d+ there\) that was started by hand, .* may still be using"
         with pytest.raises(EmbeddedError, match=message):
             start(settings)
         assert pid_file.read_bytes() == recorded
