@@ -51,7 +51,8 @@ if TYPE_CHECKING:
         TokenRefreshStatus,
         TokenStatus,
     )
-    from tiger_db.refresh_worker import RefreshWorker, wait_for_refresh
+    from tiger_db.refresh_waiting import wait_for_refresh
+    from tiger_db.refresh_worker import RefreshWorker
     from tiger_db.settings import Settings
 
 __all__ = [
@@ -78,7 +79,7 @@ _SUBMODULES = {
     "TigerAccount": "crud.change_events",
     "acting_as": "actor",
     "get_session": "database",
-    "wait_for_refresh": "refresh_worker",
+    "wait_for_refresh": "refresh_waiting",
 }
 
 

@@ -1,7 +1,4 @@
-"""A worker that refreshes due access tokens, and a function that waits until a refresh has ended.
-
-Any number of workers can run at the same time.
-"""
+"""A worker that refreshes due access tokens. Any number of workers can run at the same time."""
 
 import asyncio
 import logging
@@ -10,8 +7,8 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -26,9 +23,7 @@ from tiger_db.crud.common import error_text, get_or_raise, replace_unstorable
 from tiger_db.database import AsyncSession, Database
 from tiger_db.errors import (
     AnswerLost,
-    ConfigurationError,
     CredentialsRefused,
-    DatabaseUnavailable,
     InvalidState,
     InvalidValue,
     LeaseLost,
@@ -37,18 +32,15 @@ from tiger_db.errors import (
     RefreshLimited,
     StaleToken,
     TigerDBError,
-    WaitTimeout,
 )
 from tiger_db.models import Entity, TigerAccount, TokenRefreshStatus, TokenStatus
-from tiger_db.models.token_status import NewToken
+from tiger_db.models.token_status import CHANNEL, NewToken
 from tiger_db.public import public
 from tiger_db.sqlstates import is_transient
 
 T = TypeVar("T")
 Refresher = Callable[[TigerAccount], Awaitable[NewToken]]
-CHANNEL = "tiger_db_refreshes"
 POLL_SECONDS = 5.0  # Longest pause between two queries for due refreshes and expired leases.
-_STATUS_POLL_SECONDS = 1.0  # Longest pause between two queries of `wait_for_refresh`.
 _RETRY_PAUSE_SECONDS = 0.2  # Wait before the first retry. Each retry doubles the wait.
 _MAX_RETRY_PAUSE_SECONDS = 5.0
 _RATE_WINDOW_SECONDS = 60.0
@@ -497,71 +489,6 @@ class RefreshWorker:
                 _logger.warning("a refresh waits for the database: %s", type(error).__name__)
             await asyncio.sleep(pause)
             pause = min(pause * 2, _MAX_RETRY_PAUSE_SECONDS)
-
-
-@public
-async def wait_for_refresh(
-    database: Database,
-    refresh_id: UUID,
-    *,
-    timeout: timedelta,  # noqa: ASYNC109  # asyncio.timeout would cancel the last query
-) -> TokenStatus:
-    """Wait until a refresh has ended, and return the refresh.
-
-    A refresh ends when a worker, in this process or another one, succeeds or gives up the refresh.
-    A refresh can also be cancelled. After a failed attempt that a worker repeats later,
-    `wait_for_refresh` continues to wait.
-
-    NOTIFY of PostgreSQL ends the wait, and the status is also queried once a second. With
-    `DB_POOLER` and without `DB_DIRECT_HOST`, no NOTIFY is received, and only the queries of the
-    status end the wait. During the wait, no connection of the pool is in use, but one direct
-    connection is open.
-
-    Raises:
-        NotFound: no refresh has the id `refresh_id`.
-        WaitTimeout: the refresh did not end within `timeout`.
-        DatabaseUnavailable: the database cannot be reached at the end of `timeout`.
-    """
-    deadline = time.monotonic() + timeout.total_seconds()
-    ended = asyncio.Event()
-    async with _listening(database, refresh_id, ended):
-        while True:
-            ended.clear()
-            try:
-                async with database.session() as session:
-                    refresh = await get_or_raise(session, TokenStatus, refresh_id)
-                if not refresh.is_open:
-                    return refresh
-            except DatabaseUnavailable:  # the connection was lost, for example by a failover
-                if time.monotonic() >= deadline:
-                    raise
-            seconds = min(deadline - time.monotonic(), _STATUS_POLL_SECONDS)
-            if seconds <= 0:
-                raise WaitTimeout(f"the refresh did not end within {timeout}: it goes on")
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), seconds)
-
-
-@asynccontextmanager
-async def _listening(
-    database: Database, refresh_id: UUID, ended: asyncio.Event
-) -> AsyncIterator[None]:
-    """Set the event `ended` after each notification that the refresh has possibly ended."""
-
-    def handle_notification(payload: str | None) -> None:
-        if payload in (None, str(refresh_id)):
-            ended.set()
-
-    try:
-        database.settings.without_pooler()
-    except ConfigurationError:
-        yield
-        return
-    listener = asyncio.create_task(listen(database.settings, CHANNEL, handle_notification))
-    try:
-        yield
-    finally:
-        await _cancel(listener)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

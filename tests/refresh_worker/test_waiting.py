@@ -30,7 +30,7 @@ from tiger_db import (
     TokenRefreshStatus,
     TokenStatus,
     crud,
-    refresh_worker,
+    refresh_waiting,
     wait_for_refresh,
 )
 from tiger_db.connections import connect
@@ -55,7 +55,7 @@ WHERE datname = current_database() AND query LIKE 'LISTEN%' AND state = 'idle'
 @pytest.fixture
 def no_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let only notifications end a wait."""
-    monkeypatch.setattr(refresh_worker, "_STATUS_POLL_SECONDS", 1000.0)
+    monkeypatch.setattr(refresh_waiting, "_POLL_SECONDS", 1000.0)
 
 
 async def listeners(database: Database) -> int:
@@ -179,8 +179,8 @@ async def test_without_notifications_the_status_is_queried(
     async def hear_nothing(*_: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(refresh_worker, "listen", hear_nothing)
-    monkeypatch.setattr(refresh_worker, "_STATUS_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(refresh_waiting, "listen", hear_nothing)
+    monkeypatch.setattr(refresh_waiting, "_POLL_SECONDS", 0.05)
     refresh = await opened(clone)
     wait = asyncio.create_task(wait_for_refresh(clone, refresh.id, timeout=MINUTE))
     await asyncio.sleep(0.1)
@@ -192,7 +192,7 @@ async def test_without_notifications_the_status_is_queried(
 async def test_behind_a_pooler_without_a_direct_host_the_status_is_queried(
     clone: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(refresh_worker, "_STATUS_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(refresh_waiting, "_POLL_SECONDS", 0.05)
     refresh = await opened(clone)
     settings = clone.settings.model_copy(update={"db_pooler": "pgbouncer"})
     async with Database(settings) as database:
@@ -252,7 +252,32 @@ async def test_a_wait_without_a_database_raises_database_unavailable(clone: Data
     nowhere = SecretStr("postgresql://nobody@127.0.0.1:1/nothing")
     async with Database(clone.settings.model_copy(update={"database_url": nowhere})) as database:
         with pytest.raises(DatabaseUnavailable):
-            await wait_for_refresh(database, uuid4(), timeout=MINUTE)
+            await wait_for_refresh(database, uuid4(), timeout=timedelta(seconds=0.1))
+
+
+@pytest.mark.slow
+async def test_lost_connections_do_not_end_a_wait(clone: Database) -> None:
+    refresh = await opened(clone)
+    terminate = text(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+
+    async def all_listen() -> bool:
+        return await listeners(clone) == 6
+
+    async with Database(clone.settings) as database:
+        waits = [
+            asyncio.create_task(wait_for_refresh(database, refresh.id, timeout=MINUTE))
+            for _ in range(6)
+        ]
+        for _ in range(5):
+            await until(all_listen)
+            async with clone.session() as session:
+                await session.execute(terminate)
+        await cancel(clone, refresh.id)
+        ended = await asyncio.gather(*waits)
+    assert {row.status for row in ended} == {S.CANCELLED}
 
 
 # Worker processes

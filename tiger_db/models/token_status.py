@@ -54,6 +54,7 @@ class NewToken:
 
 OPEN_STATUSES = (TokenRefreshStatus.PENDING, TokenRefreshStatus.IN_PROGRESS)
 # InstanceState.info stores the value of the property `TokenStatus.found` under the key FOUND.
+CHANNEL = "tiger_db_refreshes"  # NOTIFY channel of pending and ended refreshes
 FOUND = "found"
 _IS_OPEN = text("status IN ('pending', 'in_progress')")
 

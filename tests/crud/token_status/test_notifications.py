@@ -11,7 +11,7 @@ from tests.support import factories
 from tiger_db import Database
 from tiger_db.connections import connect
 from tiger_db.crud import accounts, token_status
-from tiger_db.refresh_worker import CHANNEL
+from tiger_db.models.token_status import CHANNEL
 
 
 @asynccontextmanager
