@@ -9,7 +9,8 @@ from uuid import uuid4
 
 import psutil
 import pytest
-from sqlalchemy import text
+from sqlalchemy import NullPool, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.support import factories, servers
 from tests.support.servers import settings_for
@@ -198,3 +199,17 @@ async def test_a_terminated_connection_raises_an_error_and_is_replaced(database:
     assert_one_line_without_credentials(caught.value)
     async with database.session() as session:
         assert await session.scalar(text("SELECT 1")) == 1
+
+
+async def test_a_connection_that_is_lost_before_its_first_statement(clone: Database) -> None:
+    async def lose(**_: object) -> object:
+        connection = await connect(clone.settings)
+        connection.terminate()
+        return connection
+
+    engine = create_async_engine(
+        "postgresql+asyncpg://", connect_args={"async_creator_fn": lose}, poolclass=NullPool
+    )
+    with pytest.raises(DatabaseUnavailable):
+        async with engine.connect():
+            pass

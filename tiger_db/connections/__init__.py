@@ -21,7 +21,7 @@ from tiger_db.connections.sql_logging import (
 from tiger_db.database_urls import Address
 from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTimeout
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
-from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type
+from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type, raw_errors
 
 # If a connection fails with one of _HOST_ERRORS, a connection to the next host can succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
@@ -104,6 +104,18 @@ async def _connect_to_first(
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
     """A connection that resets `search_path` at the start of each transaction."""
+
+    async def set_type_codec(
+        self,
+        *args: Any,  # noqa: ANN401  # asyncpg's
+        **options: Any,  # noqa: ANN401  # asyncpg's
+    ) -> None:
+        """Set a codec. Raise DatabaseUnavailable if the connection was lost.
+
+        SQLAlchemy sets codecs on each new connection, and does not convert errors of these calls.
+        """
+        with raw_errors():
+            await super().set_type_codec(*args, **options)
 
     async def execute(
         self,
