@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, SQLColumnExpression, Text, cast, or_
+from sqlalchemy import ColumnElement, SQLColumnExpression, Text, cast, collate, or_
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from tiger_db.errors import InvalidValue
@@ -76,9 +76,9 @@ def has_text(*columns: SQLColumnExpression[Any]) -> Condition:
     """
 
     def condition(text: str) -> ColumnElement[bool]:
-        if text.lower() == text.upper():  # for a text without letters, LIKE is faster than ILIKE
-            return or_(*(column.contains(text, autoescape=True) for column in columns))
-        return or_(*(column.icontains(text, autoescape=True) for column in columns))
+        # PostgreSQL compares an ASCII text several times faster by code point than in a locale.
+        compared = [collate(column, "C") for column in columns] if text.isascii() else columns
+        return or_(*(column.icontains(text, autoescape=True) for column in compared))
 
     return condition
 

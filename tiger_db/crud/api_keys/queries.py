@@ -23,11 +23,11 @@ from tiger_db.crud.api_keys.hashing import peppers_of, verify_secret
 from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.common import fetch_one
 from tiger_db.crud.filters import Filters, OneOrMore, as_list, has_text, one_of, overlaps
+from tiger_db.crud.grouping import count_groups
 from tiger_db.crud.pagination import (
     DEFAULT_PAGE_SIZE,
     EntityList,
     Page,
-    check_limit,
     paginate,
 )
 from tiger_db.errors import InvalidValue
@@ -277,14 +277,6 @@ async def usage(
         InvalidValue: `since` has no time zone, `by` is empty or combines hours with days, or
             `limit` is not from 1 to 1000.
     """
-    if limit is not None:
-        check_limit(limit)
-    wanted = set(as_list(by))
-    if not wanted or {"hour", "day"} <= wanted:
-        raise InvalidValue(
-            "`by` must name at least one of hour, day, api_key_id and account_id,"
-            " and not both hour and day"
-        )
     counts = api_key_usage.c
     columns = {
         "day": func.date_trunc("day", counts.hour, "UTC").label("start"),
@@ -292,19 +284,15 @@ async def usage(
         "api_key_id": counts.api_key_id,
         "account_id": inspect(APIKey).columns.tiger_account_id.label("account_id"),
     }
-    groups = [column for name, column in columns.items() if name in wanted]
     total = func.sum(counts.count).cast(BigInteger).label("count")
-    times = [group for group in groups if group.name == "start"]
-    if "api_key_id" in wanted:
-        groups.append(col(APIKey.name).label("api_key_name"))
     statement = (
-        select(total, *groups)
+        count_groups(total, columns, by, limit)
         .join(APIKey, col(APIKey.id) == counts.api_key_id)
         .where(counts.hour >= func.date_trunc("hour", since, "UTC"))
-        .group_by(*groups)
-        .order_by(*times, total.desc(), *groups)
-        .limit(limit)
     )
+    if "api_key_id" in as_list(by):
+        name = col(APIKey.name)
+        statement = statement.add_columns(name.label("api_key_name")).group_by(name)
     if key_id is not None:
         statement = statement.where(counts.api_key_id == key_id)
     return [UsageCount(**row) for row in (await session.execute(statement)).mappings()]

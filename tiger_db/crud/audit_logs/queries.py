@@ -25,7 +25,8 @@ from sqlmodel import col
 
 from tiger_db.crud.common import fetch_one
 from tiger_db.crud.filters import Filters, OneOrMore, Tag, as_list, contains, has_tag, one_of
-from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, check_limit, paginate
+from tiger_db.crud.grouping import count_groups
+from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, paginate
 from tiger_db.errors import InvalidValue
 from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.api_keys import parse_network
@@ -280,13 +281,6 @@ async def statistics(
         InvalidValue: a datetime has no time zone, `by` is empty or combines hours with days, a
             filter is invalid, or `limit` is not from 1 to 1000.
     """
-    if limit is not None:
-        check_limit(limit)
-    wanted = set(as_list(by))
-    if not wanted or {"hour", "day"} <= wanted:
-        raise InvalidValue(
-            "`by` must name at least one field of events, hour or day, and not both hour and day"
-        )
     time = func.uuid7_time(AuditLog.id)
     columns: dict[str, SQLColumnExpression[Any]] = {
         "day": func.date_trunc("day", time, "UTC").label("start"),
@@ -300,14 +294,7 @@ async def statistics(
         "user_id": col(AuditLog.user_id),
         "ip_address": col(AuditLog.ip_address),
     }
-    groups = [column for name, column in columns.items() if name in wanted]
-    times = [columns[name] for name in ("day", "hour") if name in wanted]
-    total = func.count().label("count")
-    statement = (
-        select(total, *groups)
-        .where(*event_conditions(since=since, until=until, **filters))
-        .group_by(*groups)
-        .order_by(*times, total.desc(), *groups)
-        .limit(limit)
+    statement = count_groups(func.count().label("count"), columns, by, limit).where(
+        *event_conditions(since=since, until=until, **filters)
     )
     return [EventCount(**row) for row in (await session.execute(statement)).mappings()]
