@@ -191,6 +191,8 @@ async def test_a_search_finds_a_text_in_names_numbers_and_descriptions(
     other = await factories.account(
         session, account_name="Zürich 老虎", account_number="U778", description="100% back\\slash"
     )
+    # The locale of the database decides which letters differ only in case.
+    folded = await session.scalar(text("SELECT lower('Ü') = 'ü'"))
     expected = {
         "": [other, main],
         "main": [main],
@@ -208,7 +210,8 @@ async def test_a_search_finds_a_text_in_names_numbers_and_descriptions(
         "k\\s": [other],
         "\\": [other],
         "/": [],
-        "ZÜRICH": [other],
+        "ZÜRICH": [other] if folded else [],
+        "Zürich": [other],
         "zürich": [other],
         "老虎": [other],
         "虎老": [],
