@@ -239,12 +239,12 @@ class Settings(BaseSettings):
 
     @property
     def embedded(self) -> bool:
-        """Whether the settings name no server, so that the embedded PostgreSQL is used."""
+        """Whether tiger_db uses the embedded PostgreSQL, because the settings name no server."""
         return self.database_url is None and self.db_host is None
 
     @property
     def uses_pooler(self) -> bool:
-        """Whether a pooler can run each transaction in another PostgreSQL session."""
+        """Whether each transaction can have another PostgreSQL session, because of a pooler."""
         return self.db_pooler != "none"
 
     def without_pooler(self) -> Self:

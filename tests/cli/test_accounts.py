@@ -335,6 +335,8 @@ def test_the_routing_of_a_request_is_explained(cli: CommandLine) -> None:
     assert told.count("missing_permission") == 2
     assert "can serve the request" in cli.ok("explain-routing").out
     assert "--permission" in cli.misused("explain-routing", "--permission", "XX")
+    [main, _] = cli.ok("explain-routing", "--exclude", NUMBER, "--json").json["items"]
+    assert (main["account_number"], main["reasons"]) == (NUMBER, ["excluded"])
 
 
 def test_malformed_options_of_a_list_are_refused(cli: CommandLine) -> None:

@@ -310,6 +310,9 @@ def explain_routing(
         str | None,
         typer.Option(metavar="PREFIX", help="Prefix or id of the API key that sends the request."),
     ] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Numbers or ids of accounts to omit, with commas.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show which accounts can serve a request now, and why the other accounts cannot serve it.
@@ -326,12 +329,14 @@ def explain_routing(
         session: "AsyncSession",
     ) -> "tuple[dict[UUID, list[RoutingReason]], dict[UUID | None, str]]":
         key = None if api_key is None else await runtime.find_api_key(session, api_key)
+        excluded = await runtime.find_accounts(session, exclude)
         found = await tiger_db.crud.accounts.explain_for_operation(
             session,
             permission=options.parse_members(tiger_db.MarketPermission, permission, "--permission"),
             trading=trading,
             account_type=options.parse_member(tiger_db.AccountType, account_type),
             environment=environments,
+            exclude=[account.id for account in excluded],
             allowed_for=key,
         )
         return found, await runtime.account_numbers(session, found)

@@ -161,10 +161,8 @@ def list_api_keys(
         session: "AsyncSession",
     ) -> "tuple[tiger_db.Page[tiger_db.APIKey], TradingPause | None]":
         if account is not None:
-            filters["account_id"] = [
-                (await runtime.find_account(session, name)).id
-                for name in options.split_words(account)
-            ]
+            found = await runtime.find_accounts(session, account)
+            filters["account_id"] = [bound.id for bound in found]
         page = await tiger_db.crud.api_keys.list_api_keys(
             session,
             order_by=order_by,

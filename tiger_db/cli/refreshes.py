@@ -38,7 +38,8 @@ def list_refreshes(
     status: Annotated[
         str | None,
         typer.Option(
-            help="One or more of pending, in_progress, success, failed and cancelled, with commas."
+            help="One or more of pending, in_progress, success, failed, cancelled and expired,"
+            " with commas."
         ),
     ] = None,
     trigger: Annotated[
@@ -79,8 +80,8 @@ def list_refreshes(
 
     async def find(session: "AsyncSession") -> "tiger_db.Page[tiger_db.TokenStatus]":
         if account is not None:
-            accounts = options.split_words(account)
-            filters["account_id"] = [(await runtime.find_account(session, a)).id for a in accounts]
+            found = await runtime.find_accounts(session, account)
+            filters["account_id"] = [account.id for account in found]
         return await tiger_db.crud.token_status.history(
             session,
             order_by=order_by,

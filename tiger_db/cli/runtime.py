@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import tiger_db
+from tiger_db.cli import options
 from tiger_db.errors import NotFound
 
 if TYPE_CHECKING:
@@ -83,6 +84,13 @@ async def find_account(session: "AsyncSession", number_or_id: str) -> "tiger_db.
     if account is None:
         raise NotFound("there is no account with this number or id")
     return account
+
+
+async def find_accounts(
+    session: "AsyncSession", numbers_or_ids: str | None
+) -> "list[tiger_db.TigerAccount]":
+    """Return the accounts with the given numbers or ids, which commas separate."""
+    return [await find_account(session, text) for text in options.split_words(numbers_or_ids)]
 
 
 async def find_api_key(session: "AsyncSession", prefix_or_id: str) -> "tiger_db.APIKey":

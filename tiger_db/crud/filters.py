@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, SQLColumnExpression, Text, cast, collate, or_
+from sqlalchemy import ColumnElement, SQLColumnExpression, Text, cast, collate, func, or_
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from tiger_db.errors import InvalidValue
@@ -76,9 +76,11 @@ def has_text(*columns: SQLColumnExpression[Any]) -> Condition:
     """
 
     def condition(text: str) -> ColumnElement[bool]:
-        # PostgreSQL compares an ASCII text several times faster by code point than in a locale.
-        compared = [collate(column, "C") for column in columns] if text.isascii() else columns
-        return or_(*(column.icontains(text, autoescape=True) for column in compared))
+        # strpos takes half the time of ILIKE, and lower() by code point less time than in a locale.
+        if text.isascii():
+            compared = [func.lower(collate(column, "C")) for column in columns]
+            return or_(*(func.strpos(column, text.lower()) > 0 for column in compared))
+        return or_(*(func.strpos(func.lower(column), func.lower(text)) > 0 for column in columns))
 
     return condition
 
