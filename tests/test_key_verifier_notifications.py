@@ -103,6 +103,24 @@ async def test_changes_that_end_an_account_are_notified(
     assert "all" in await received.since_last()
 
 
+@pytest.mark.schema_changes
+async def test_changes_of_renamed_tables_are_notified(
+    clone: Database, received: Received, other: Connection
+) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+        key, _ = await factories.api_key(session)
+    await other.execute("ALTER TABLE api_keys RENAME TO api_keys_102008")
+    await other.execute("ALTER TABLE tiger_accounts RENAME TO api_keys")
+    await other.execute("UPDATE api_keys_102008 SET status = 'revoked'")
+    assert await received.since_last() == [f"key {key.id}"]
+    await other.execute("UPDATE api_keys SET status = 'suspended'")
+    assert await received.since_last() == [f"account {account.id}"]
+    await other.execute("DELETE FROM api_keys_102008")
+    await other.execute("DELETE FROM api_keys")
+    assert await received.since_last() == [f"key {key.id}", f"account {account.id}"]
+
+
 async def test_a_change_that_is_rolled_back_is_not_notified(
     clone: Database, received: Received, other: Connection
 ) -> None:

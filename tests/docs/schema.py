@@ -31,6 +31,7 @@ FROM pg_class WHERE oid = ANY ($1::text[]::regclass[]) ORDER BY relname
 """
 COLUMNS = """
 SELECT attname AS name, format_type(atttypid, atttypmod) AS type, attnotnull AS not_null,
+    CASE attcollation WHEN '"C"'::regcollation THEN ' COLLATE "C"' ELSE '' END AS collation,
     coalesce(pg_get_expr(adbin, adrelid), '') AS default,
     coalesce(col_description(attrelid, attnum), '') AS comment
 FROM pg_attribute LEFT JOIN pg_attrdef ON (adrelid, adnum) = (attrelid, attnum)
@@ -121,8 +122,8 @@ def _columns(columns: list[asyncpg.Record]) -> str:
         ("column", "type", "null", "default", ""),
         [
             (
-                _code(c["name"]), SHORT.get(c["type"], c["type"]), "" if c["not_null"] else "yes",
-                _code(c["default"]), c["comment"],
+                _code(c["name"]), SHORT.get(c["type"], c["type"]) + c["collation"],
+                "" if c["not_null"] else "yes", _code(c["default"]), c["comment"],
             )
             for c in columns
         ],

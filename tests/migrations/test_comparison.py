@@ -91,6 +91,10 @@ CHANGES: dict[str, tuple[tuple[str, ...], str]] = {
         TRAIL,
         "uuid7_floor(timestamp without time zone) has the name of a tiger_db function",
     ),
+    "ALTER TABLE api_keys ALTER key_prefix TYPE text COLLATE pg_catalog.default": (
+        KEYS,
+        'column key_prefix of api_keys does not have the collation "C"',
+    ),
     "ALTER TABLE api_keys ENABLE ROW LEVEL SECURITY": (KEYS, "security of api_keys is enabled"),
     "ALTER TABLE audit_logs FORCE ROW LEVEL SECURITY": (TRAIL, "of audit_logs is forced"),
     f"ALTER TABLE {PARTITION} ENABLE ROW LEVEL SECURITY": (TRAIL, f"of {PARTITION} is enabled"),

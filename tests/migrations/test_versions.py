@@ -727,6 +727,43 @@ async def test_0015_keeps_failing_accounts_out_of_service(clone: Database) -> No
             assert left - timedelta(minutes=expected) < timedelta(seconds=10)
 
 
+# 0019 and 0020
+
+KEPT = text("""
+SELECT pg_get_functiondef('notify_api_key_change()'::regprocedure) AS function,
+    ARRAY(SELECT tgenabled::text FROM pg_trigger
+        WHERE tgfoid = 'notify_api_key_change()'::regprocedure) AS enabled,
+    ARRAY(SELECT DISTINCT attcollation::regcollation::text FROM pg_attribute
+        WHERE (attrelid, attname) IN (('api_keys'::regclass, 'key_prefix'),
+            ('tiger_accounts'::regclass, 'account_number'))) AS collations,
+    pg_relation_filenode('tiger_accounts') AS file
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_0019_and_0020_can_be_undone_and_repeated(clone: Database) -> None:
+    async with clone.session() as session:
+        account = await factories.account(session)
+        key, raw_key = await factories.api_key(session)
+    await clone.close()
+    found = []
+    async with maintenance_engine(clone.settings) as engine:
+        for move in (upgrade, lambda engine: downgrade(engine, "0018"), upgrade):
+            await move(engine)
+            async with engine.connect() as connection:
+                found.append((await connection.execute(KEPT)).one())
+        assert await drift(engine) == []
+    assert found[0] == found[2]
+    assert ["TG_TABLE_NAME" in row.function for row in found] == [False, True, False]
+    assert [row.enabled for row in found] == [["A"] * 6] * 3
+    assert [row.collations for row in found] == [['"C"'], ['"default"'], ['"C"']]
+    assert len({row.file for row in found}) == 1, "the table is not rewritten"
+    async with clone.session() as session:
+        assert await crud.accounts.get_by_account_number(session, account.account_number)
+        assert (await crud.api_keys.authorize_api_key(session, raw_key)).id == key.id
+
+
 # Drift
 
 

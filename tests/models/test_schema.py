@@ -72,6 +72,18 @@ async def test_the_database_has_the_models_constraints_and_no_other(
     assert {(row["table"], row["name"]) for row in rows} == modelled
 
 
+async def test_text_in_unique_indexes_is_compared_by_code_point(raw: asyncpg.Connection) -> None:
+    """The order of another collation can change, and a unique index then accepts duplicates."""
+    found = await raw.fetch("""
+        SELECT attrelid::regclass::text AS index, attcollation::regcollation::text AS collation
+        FROM pg_index JOIN pg_class ON pg_class.oid = indrelid JOIN pg_attribute
+            ON attrelid = indexrelid AND attcollation <> 0
+        WHERE indisunique AND relnamespace = 'public'::regnamespace AND relname <> 'alembic_version'
+    """)
+    assert {row["index"] for row in found} >= {"uq_api_keys_key_prefix"}
+    assert [row["index"] for row in found if row["collation"] != '"C"'] == []
+
+
 async def test_every_column_carries_a_comment(raw: asyncpg.Connection) -> None:
     assert not [place for place, column in (await columns(raw)).items() if not column["comment"]]
 

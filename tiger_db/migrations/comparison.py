@@ -33,6 +33,8 @@ _TABLES = text("""
 SELECT c.oid, root.oid AS root_oid, root.relname::text AS root, c.relkind::text AS kind,
     CASE c.relnamespace WHEN :schema THEN quote_ident(c.relname)
         ELSE c.oid::regclass::text END AS name, c.oid::regclass::text AS qualified,
+    ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid
+        AND attcollation = '"C"'::regcollation) AS by_code_point,
     c.relrowsecurity AS secured, c.relforcerowsecurity AS forced,
     ARRAY(SELECT quote_ident(polname) FROM pg_policy WHERE polrelid = c.oid ORDER BY 1) AS policies,
     ARRAY(SELECT quote_ident(rulename) FROM pg_rewrite
@@ -117,11 +119,11 @@ _STATES = {
 
 
 async def find_differences(connection: AsyncConnection) -> list[SchemaDifference]:
-    """Compare triggers, functions, row security, rules and kinds of tables with the declaration.
+    """Compare triggers, functions, kinds of tables and collations with the declaration.
 
-    `find_differences` also finds objects and settings that change the effect of tiger_db's SQL,
-    such as casts. The database must be at the head revision. `find_differences` sets the search
-    path of the current transaction to pg_catalog.
+    `find_differences` also finds row security, rules, and objects and settings that change the
+    effect of tiger_db's SQL, such as casts. The database must be at the head revision.
+    `find_differences` sets the search path of the current transaction to pg_catalog.
     """
     # If the setting quote_all_identifiers were on, PostgreSQL would print additional quotes.
     await connection.execute(_SET_LOCALLY, {"name": "quote_all_identifiers", "value": "off"})
@@ -168,7 +170,7 @@ def _compare_functions(schema: Row[Any], found: Iterable[Row[Any]]) -> Iterator[
         name = signature.partition("(")[0]
         # One SQL function is called by no trigger: the function that manages the partitions of
         # audit_logs.
-        tables = sorted({t.table for t in TRIGGERS if f".{name}()" in t.action}) or ["audit_logs"]
+        tables = sorted({t.table for t in TRIGGERS if f".{name}(" in t.action}) or ["audit_logs"]
         state = "is missing" if definition is None else _first_changes(expected, definition)
         yield SchemaDifference(
             tuple(tables),
@@ -218,6 +220,14 @@ def _compare_table(table: Row[Any]) -> Iterator[tuple[str, str]]:
             f"{name} is {_KINDS[table.kind]}, not {_KINDS[kind]}",
             "restore the table from a backup",
         )
+    for column in metadata.tables[table.root].columns:
+        # Alembic does not compare the collation of a column that has the default collation.
+        if (
+            getattr(column.type, "collation", None) == "C"
+            and column.name not in table.by_code_point
+        ):
+            repair = f'ALTER TABLE {qualified} ALTER {column.name} TYPE text COLLATE "C"'
+            yield f'column {column.name} of {name} does not have the collation "C"', repair
     if table.secured:
         repair = f"ALTER TABLE {qualified} DISABLE ROW LEVEL SECURITY"
         yield f"row security of {name} is enabled", repair

@@ -3,15 +3,15 @@
 -- changes a trigger or a function, change declared.sql too. declared.py declares a trigger
 -- set_updated_at on each table with a column updated_at.
 
-CREATE TRIGGER notify_update AFTER UPDATE ON public.api_keys FOR EACH ROW WHEN ((to_jsonb(old.*) - '{usage_count,last_used_at,updated_at}'::text[]) IS DISTINCT FROM (to_jsonb(new.*) - '{usage_count,last_used_at,updated_at}'::text[])) EXECUTE FUNCTION public.notify_api_key_change();
+CREATE TRIGGER notify_update AFTER UPDATE ON public.api_keys FOR EACH ROW WHEN ((to_jsonb(old.*) - '{usage_count,last_used_at,updated_at}'::text[]) IS DISTINCT FROM (to_jsonb(new.*) - '{usage_count,last_used_at,updated_at}'::text[])) EXECUTE FUNCTION public.notify_api_key_change('key');
 ALTER TABLE public.api_keys ENABLE ALWAYS TRIGGER notify_update;
-CREATE TRIGGER notify_delete AFTER DELETE ON public.api_keys FOR EACH ROW EXECUTE FUNCTION public.notify_api_key_change();
+CREATE TRIGGER notify_delete AFTER DELETE ON public.api_keys FOR EACH ROW EXECUTE FUNCTION public.notify_api_key_change('key');
 ALTER TABLE public.api_keys ENABLE ALWAYS TRIGGER notify_delete;
 CREATE TRIGGER notify_truncate AFTER TRUNCATE ON public.api_keys FOR EACH STATEMENT EXECUTE FUNCTION public.notify_api_key_change();
 ALTER TABLE public.api_keys ENABLE ALWAYS TRIGGER notify_truncate;
-CREATE TRIGGER notify_api_keys_update AFTER UPDATE ON public.tiger_accounts FOR EACH ROW WHEN (old.status IS DISTINCT FROM new.status) EXECUTE FUNCTION public.notify_api_key_change();
+CREATE TRIGGER notify_api_keys_update AFTER UPDATE ON public.tiger_accounts FOR EACH ROW WHEN (old.status IS DISTINCT FROM new.status) EXECUTE FUNCTION public.notify_api_key_change('account');
 ALTER TABLE public.tiger_accounts ENABLE ALWAYS TRIGGER notify_api_keys_update;
-CREATE TRIGGER notify_api_keys_delete AFTER DELETE ON public.tiger_accounts FOR EACH ROW EXECUTE FUNCTION public.notify_api_key_change();
+CREATE TRIGGER notify_api_keys_delete AFTER DELETE ON public.tiger_accounts FOR EACH ROW EXECUTE FUNCTION public.notify_api_key_change('account');
 ALTER TABLE public.tiger_accounts ENABLE ALWAYS TRIGGER notify_api_keys_delete;
 CREATE TRIGGER notify_api_keys_truncate AFTER TRUNCATE ON public.tiger_accounts FOR EACH STATEMENT EXECUTE FUNCTION public.notify_api_key_change();
 ALTER TABLE public.tiger_accounts ENABLE ALWAYS TRIGGER notify_api_keys_truncate;
@@ -109,10 +109,8 @@ DECLARE
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
         PERFORM pg_notify(channel, 'all');
-    ELSIF TG_TABLE_NAME = 'api_keys' THEN
-        PERFORM pg_notify(channel, pg_catalog.concat('key ', OLD.id));
     ELSE
-        PERFORM pg_notify(channel, pg_catalog.concat('account ', OLD.id));
+        PERFORM pg_notify(channel, pg_catalog.concat(TG_ARGV[0], ' ', OLD.id));
     END IF;
     RETURN NULL;
 END

@@ -29,7 +29,14 @@ from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict bef
 from tiger_db.encryption import EncryptedSecret, EncryptedType, Secret
 from tiger_db.errors import EncryptionError, StaleToken
 from tiger_db.models.base import MutableEntity
-from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime, require_storable_json
+from tiger_db.models.columns import (
+    UNIQUE_TEXT,
+    Int64,
+    JsonObject,
+    Text,
+    UTCDateTime,
+    require_storable_json,
+)
 from tiger_db.models.private_keys import PrivateKeyFormat, key_bits
 from tiger_db.public import public
 from tiger_db.redaction import mask_account_number
@@ -225,7 +232,7 @@ class TigerAccount(MutableEntity, table=True):
         min_length=1, max_length=100, description="Display name of the account"
     )
     account_number: Annotated[str, AfterValidator(normalize_account_number)] = Field(
-        unique=True, description="Account number at Tiger"
+        unique=True, sa_type=UNIQUE_TEXT, description="Account number at Tiger"
     )
     account_type: AccountType = Field(
         default_factory=lambda data: account_type_of(data["account_number"]),  # type: ignore[misc, arg-type]  # SQLModel's stub allows no argument

@@ -26,7 +26,14 @@ from sqlalchemy.dialects.postgresql import UUID as SQLUUID
 from sqlmodel import Field, Relationship
 
 from tiger_db.models.base import MutableEntity
-from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime, metadata
+from tiger_db.models.columns import (
+    UNIQUE_TEXT,
+    Int64,
+    JsonObject,
+    Text,
+    UTCDateTime,
+    metadata,
+)
 from tiger_db.public import public
 
 if TYPE_CHECKING:
@@ -157,6 +164,7 @@ class APIKey(MutableEntity, table=True):
         min_length=1,
         max_length=50,
         unique=True,
+        sa_type=UNIQUE_TEXT,
         description="Public part of the key, by which the key is found",
     )
     key_hash: Text = Field(

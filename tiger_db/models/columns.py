@@ -170,6 +170,12 @@ def enum_type(enum: type[StrEnum]) -> SQLEnum:
     )
 
 
+# The SQL type of text columns in unique constraints and indexes. With the collation "C", PostgreSQL
+# compares texts by code point. The sort order of other collations can change when the operating
+# system or ICU is upgraded, and a unique index that has the old order accepts duplicates.
+UNIQUE_TEXT = SQLText(collation="C")
+
+
 _SQL_TYPES: list[tuple[type, Callable[[], TypeEngine[Any]]]] = [
     (Secret, EncryptedType),
     (bool, Boolean),
