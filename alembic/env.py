@@ -8,7 +8,7 @@ from sqlalchemy.exc import SAWarning
 
 from alembic import context
 from tiger_db.connections import maintenance_engine
-from tiger_db.migrations import create_schema, search_path_sql
+from tiger_db.migrations import create_schema, search_path_sql, take_over_version_table
 from tiger_db.migrations.autogenerate import OPTIONS
 from tiger_db.settings import DEFAULT_SCHEMA, Settings
 
@@ -26,6 +26,8 @@ def run(connection: Connection) -> None:
 async def connect_and_run() -> None:
     async with maintenance_engine(Settings()) as engine, engine.connect() as connection:
         await connection.run_sync(create_schema)
+        await connection.run_sync(take_over_version_table)
+        await connection.commit()
         await connection.run_sync(run)
 
 

@@ -346,7 +346,9 @@ async def test_tiger_ids_cannot_be_checked_without_the_keys(
 async def guest(clone_settings: Settings) -> AsyncIterator[Settings]:
     """Settings of a role that may read only the version of the schema."""
     role = f"guest_{uuid4().hex[:12]}"
-    await sql(clone_settings, f"CREATE ROLE {role}", f"GRANT SELECT ON alembic_version TO {role}")
+    await sql(
+        clone_settings, f"CREATE ROLE {role}", f"GRANT SELECT ON tiger_db_alembic_version TO {role}"
+    )
     assert clone_settings.database_url is not None
     url = urlsplit(clone_settings.database_url.get_secret_value())
     query = "&".join(filter(None, (url.query, f"options={quote(f'-crole={role}')}")))

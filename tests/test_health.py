@@ -169,7 +169,7 @@ async def test_a_missing_or_newer_schema_is_reported(empty_database: Settings) -
     assert "run `tiger-db init`" in only_problem(report)
     async with maintenance_engine(empty_database) as engine:
         await upgrade(engine)
-    await sql(empty_database, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    await sql(empty_database, "UPDATE tiger_db_alembic_version SET version_num = 'from_the_future'")
     report = await check_readiness(empty_database)
     assert report.revision == "from_the_future"
     assert "upgrade tiger_db" in only_problem(report)
@@ -236,7 +236,7 @@ async def test_a_server_that_stops_answering_is_reported_in_time(
 
         async def forth() -> None:
             while data := await reader.read(65536):
-                if b"alembic_version" in data:
+                if b"tiger_db_alembic_version" in data:
                     asked.set()
                 to_server.write(data)
             to_server.close()

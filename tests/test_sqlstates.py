@@ -194,7 +194,7 @@ async def nobody(clone: Database) -> AsyncIterator[Database]:
     role = f"tiger_db_nobody_{uuid4().hex[:12]}"
     connection = await connect(clone.settings)
     await connection.execute(
-        f"CREATE ROLE {role} LOGIN PASSWORD 'x'; GRANT SELECT ON alembic_version TO {role}"
+        f"CREATE ROLE {role} LOGIN PASSWORD 'x'; GRANT SELECT ON tiger_db_alembic_version TO {role}"
     )
     assert clone.settings.database_url is not None
     parts = urlsplit(clone.settings.database_url.get_secret_value())

@@ -21,7 +21,7 @@ from tiger_db.encryption import EncryptedSecret, KeyRing, decrypt
 from tiger_db.errors import ConfigurationError, EncryptionError, TigerDBError
 from tiger_db.keys_in_force import required_key_ring, required_peppers
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
-from tiger_db.models import TigerAccount, metadata
+from tiger_db.models import TABLES, TigerAccount
 from tiger_db.settings import Settings
 from tiger_db.sqlstates import raw_errors
 
@@ -221,7 +221,7 @@ async def _check_database(
     async with AsyncSession(connection) as session:
         if (paused := await current_pause(session)) is not None:
             yield {"trading_pause": paused.as_json()}
-    yield {"rows": await _estimate_rows(connection, sorted(metadata.tables))}
+    yield {"rows": await _estimate_rows(connection, sorted(TABLES))}
     months_ahead = await audit_months_ahead(connection)
     yield {"audit_months_ahead": months_ahead}
     partitions = grade_partitions(months_ahead)

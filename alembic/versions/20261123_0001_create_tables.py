@@ -14,7 +14,7 @@ revision = "0001"
 down_revision = None
 branch_labels = None
 depends_on = None
-squawk_ignore = {"prefer-text-field": "Alembic creates alembic_version"}
+squawk_ignore = {"prefer-text-field": "Alembic creates the version table"}
 
 
 def enum(name: str, *members: str) -> postgresql.ENUM:

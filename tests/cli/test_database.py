@@ -232,7 +232,7 @@ def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> 
 
 @pytest.mark.schema_changes
 def test_a_newer_schema_is_refused(cli: CommandLine, clone_settings: Settings) -> None:
-    run_sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    run_sql(clone_settings, "UPDATE tiger_db_alembic_version SET version_num = 'from_the_future'")
     for command in ("list-accounts", "migrate", "check", "init"):
         assert "upgrade tiger_db" in cli.fails(command)
     current = cli.ok("current")
@@ -317,7 +317,7 @@ def test_health_check_fails_if_the_schema_is_newer(
     for name in ("server version", "latency ms", "revision", "pool: size", "rows: audit logs"):
         assert name in healthy.out
     assert cli.ok("health-check", "--json").json["problems"] == []
-    run_sql(clone_settings, "UPDATE alembic_version SET version_num = 'from_the_future'")
+    run_sql(clone_settings, "UPDATE tiger_db_alembic_version SET version_num = 'from_the_future'")
     ill = cli("health-check")
     assert ill.code == 1
     assert ill.err.startswith("problem: ")

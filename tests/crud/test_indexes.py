@@ -161,7 +161,7 @@ async def test_every_index_has_its_query(full: Settings) -> None:
         indexes = await session.scalars(
             text(
                 "SELECT indexname FROM pg_indexes WHERE schemaname = 'public'"
-                " AND tablename <> 'alembic_version' AND tablename !~ '^audit_logs_'"
+                " AND tablename <> 'tiger_db_alembic_version' AND tablename !~ '^audit_logs_'"
             )
         )
         assert set(indexes) == {index for index, _ in SERVES}

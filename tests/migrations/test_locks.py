@@ -122,7 +122,8 @@ async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
         "CREATE TABLE steps (number serial, revision text);"
         "CREATE FUNCTION step() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " INSERT INTO steps (revision) VALUES (NEW.version_num); RETURN NULL; END $$;"
-        "CREATE TRIGGER step AFTER UPDATE ON alembic_version FOR EACH ROW EXECUTE FUNCTION step()"
+        "CREATE TRIGGER step AFTER UPDATE ON tiger_db_alembic_version FOR EACH ROW"
+        " EXECUTE FUNCTION step()"
     )
     await gate.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK_ID)
     machines = [await start(empty_database, *COMMAND, "migrate") for _ in range(10)]
@@ -220,7 +221,7 @@ async def test_a_migration_that_gives_up_names_the_blocker_and_is_rolled_back(
     assert error.startswith(
         f"error: 9007 Half done: gave up after attempt 1, which was blocked by {who}"
     )
-    assert await long.fetchval("SELECT version_num FROM alembic_version") == "9006"
+    assert await long.fetchval("SELECT version_num FROM tiger_db_alembic_version") == "9006"
     assert await long.fetchval("SELECT to_regclass('half_done')") is None
 
     async with long.transaction():
@@ -269,7 +270,9 @@ async def check_notes(settings: Settings) -> None:
         assert await connection.fetchval(
             "SELECT indisvalid FROM pg_index WHERE indexrelid = 'ix_x'::regclass"
         )
-        assert await connection.fetchval("SELECT version_num FROM alembic_version") == "9008"
+        assert (
+            await connection.fetchval("SELECT version_num FROM tiger_db_alembic_version") == "9008"
+        )
         months = await connection.fetchval(
             "SELECT count(*) FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass"
         )
@@ -324,7 +327,7 @@ def test_the_script_for_psql_has_the_result_of_migrate(
         assert script.err == ""
         pinned = 'SET search_path = "public", pg_temp;\n\n'
         assert script.out.startswith(f"{pinned}BEGIN;\n\nSET LOCAL lock_timeout")
-        assert ("CREATE TABLE alembic_version" in script.out) == (begin == "empty")
+        assert ("CREATE TABLE tiger_db_alembic_version" in script.out) == (begin == "empty")
         psql = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", url]
         subprocess.run(psql, input=script.out, check=True, text=True, capture_output=True)
         asyncio.run(check_notes(target))

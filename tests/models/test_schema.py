@@ -41,13 +41,13 @@ COLUMNS = """
         format_type(atttypid, atttypmod) AS type, col_description(attrelid, attnum) AS comment
     FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
     WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
-        AND attnum > 0 AND NOT attisdropped AND relname <> 'alembic_version'
+        AND attnum > 0 AND NOT attisdropped AND relname <> 'tiger_db_alembic_version'
 """
 CONSTRAINTS = """
     SELECT relname AS table, conname AS name, contype AS kind, pg_get_constraintdef(c.oid) AS rule
     FROM pg_constraint AS c JOIN pg_class ON pg_class.oid = conrelid
     WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
-        AND contype <> 'n' AND relname <> 'alembic_version'
+        AND contype <> 'n' AND relname <> 'tiger_db_alembic_version'
 """
 
 
@@ -162,7 +162,7 @@ async def test_constraints_are_named_by_the_convention(raw: asyncpg.Connection) 
         assert row["name"] == prefix or row["name"].startswith(f"{prefix}_")
     indexes = await raw.fetch(
         "SELECT indexname, tablename FROM pg_indexes WHERE schemaname = 'public'"
-        " AND tablename !~ '^(audit_logs_|alembic_version)'"
+        " AND tablename !~ '^(audit_logs_|tiger_db_alembic_version)'"
     )
     for row in indexes:
         assert re.match(f"(ix|uq|pk)_{row['tablename']}", row["indexname"])

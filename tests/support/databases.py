@@ -22,7 +22,7 @@ DECLARE
     superuser CONSTANT boolean := has_parameter_privilege('session_replication_role', 'SET');
     tables CONSTANT regclass[] := ARRAY(
         SELECT oid FROM pg_class WHERE relnamespace = current_schema()::regnamespace
-        AND relkind IN ('r', 'p') AND NOT relispartition AND relname <> 'alembic_version');
+        AND relkind IN ('r', 'p') AND NOT relispartition AND relname <> 'tiger_db_alembic_version');
     triggers CONSTANT pg_trigger[] := ARRAY(
         SELECT t FROM pg_trigger AS t WHERE tgrelid = ANY (tables)
         AND NOT tgisinternal AND tgenabled <> 'D' AND NOT superuser);
@@ -62,7 +62,7 @@ SELECT concat_ws(' ', {", ".join(map(_WRITTEN.format, _CATALOGS))},
         FROM pg_class WHERE oid >= 16384 AND relpersistence = 'p'),
     (SELECT string_agg(concat_ws(' ', setrole, setconfig), ';') FROM pg_db_role_setting
         WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())),
-    (SELECT string_agg(version_num, ',') FROM alembic_version))
+    (SELECT string_agg(version_num, ',') FROM tiger_db_alembic_version))
 """
 _OTHERS = """
 SELECT count(*) FROM pg_stat_activity

@@ -21,8 +21,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from alembic import command
 from tiger_db.errors import MigrationError, SchemaMismatch
+from tiger_db.migrations.applications import include_object as include_object
+from tiger_db.migrations.applications import render_item as render_item
 from tiger_db.migrations.comparison import find_differences
 from tiger_db.migrations.locks import LOCK_TIMEOUT, Report, migration_lock, with_lock_retries
+from tiger_db.migrations.version_table import (
+    FORMER_VERSION_TABLE,
+    TAKEOVER,
+    VERSION_TABLE,
+    StoredRevisions,
+    find_other_schema,
+    find_revisions,
+    take_over,
+)
 from tiger_db.settings import SCHEMA_OPTION, quote_identifier, search_path
 
 T = TypeVar("T")
@@ -34,12 +45,6 @@ SEARCH_PATH = """
 SELECT pg_catalog.current_schemas(true), pg_catalog.current_setting('search_path'), current_user,
     pg_catalog.current_database()
 """
-# `_OTHER_SCHEMA` finds a schema that contains tiger_db: a schema with the tables `audit_seals`,
-# `tiger_accounts` and `alembic_version`. An application can also have a table `alembic_version`.
-_OTHER_SCHEMA = text("""
-SELECT min(nspname) FROM pg_namespace AS n WHERE 3 = (SELECT count(*) FROM pg_class
-    WHERE relnamespace = n.oid AND relname IN ('alembic_version', 'audit_seals', 'tiger_accounts'))
-""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +56,25 @@ class SchemaState:
     known: bool  # True if this release has a migration with the current revision.
     # Name of another schema that contains tiger_db, if `DB_SCHEMA` does not contain tiger_db.
     other_schema: str | None = field(default=None, kw_only=True)
+    # True if the revision is in the version table `alembic_version` of earlier releases.
+    former: bool = field(default=False, kw_only=True)
+    # Message if the schema has tables of tiger_db, but no revision of tiger_db.
+    lost: str | None = field(default=None, kw_only=True)
 
     @property
     def problem(self) -> str | None:
         """A message with advice if the schema does not fit this release, or else None."""
+        if self.lost is not None:
+            return self.lost
         if self.current is None and (schema := self.other_schema) is not None:
             return f"tiger_db is in the schema {schema}: set DB_SCHEMA={schema}"
         if self.current is None:
             return "the database has no tiger_db schema: run `tiger-db init`"
+        if self.current == self.head and self.former:
+            return (
+                "the revision of tiger_db is in the table alembic_version of earlier releases:"
+                f" run `tiger-db migrate`, which renames the table to {VERSION_TABLE}"
+            )
         if self.current == self.head:
             return None
         age = "older" if self.known else "newer"
@@ -150,13 +166,18 @@ async def schema_state(connection: AsyncConnection) -> SchemaState:
         MigrationError: the folder of migration scripts is empty, or has more than one head.
         SchemaMismatch: the search path of the session does not resolve to `DB_SCHEMA`.
     """
-    directory = await asyncio.to_thread(scripts)
-    head = _head(directory)
-    current = await connection.run_sync(_current)
-    revisions = {script.revision for script in directory.walk_revisions()}
-    known = bool(current) and revisions.issuperset(current)
-    other_schema = None if current else await connection.scalar(_OTHER_SCHEMA)
-    return SchemaState(", ".join(current) or None, head, known, other_schema=other_schema)
+    head = _head(await asyncio.to_thread(scripts))
+    stored = await connection.run_sync(_stored)
+    current = stored.revisions
+    other_schema = None if current else await connection.run_sync(find_other_schema)
+    return SchemaState(
+        ", ".join(current) or None,
+        head,
+        bool(current) and _known().issuperset(current),
+        other_schema=other_schema,
+        former=stored.former,
+        lost=stored.lost,
+    )
 
 
 def _head(directory: ScriptDirectory) -> str:
@@ -171,15 +192,29 @@ def _head(directory: ScriptDirectory) -> str:
     return heads[0]
 
 
-def _current(connection: Connection) -> tuple[str, ...]:
-    """Return the revisions of the database.
+def _known() -> frozenset[str]:
+    """Return the revisions of this release."""
+    return frozenset(script.revision for script in scripts().walk_revisions())
 
-    A database is at several revisions only if branches of migrations were not merged.
+
+def _stored(connection: Connection) -> StoredRevisions:
+    """Return the revisions of the database."""
+    _check_search_path(connection)
+    return find_revisions(connection, _known())
+
+
+def take_over_version_table(connection: Connection) -> bool:
+    """Rename the table `alembic_version` of an earlier release to `tiger_db_alembic_version`.
+
+    A table `alembic_version` of another application keeps its name. Return whether this call
+    renamed the table.
+
+    Raises:
+        MigrationError: the schema has tables of tiger_db, but no revision of tiger_db.
+        SchemaMismatch: the search path of the session does not resolve to `DB_SCHEMA`.
     """
     _check_search_path(connection)
-    if connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
-        return ()
-    return tuple(connection.scalars(text("SELECT version_num FROM alembic_version ORDER BY 1")))
+    return take_over(connection, _known())
 
 
 def _configured_schema(connection: Connection) -> str | None:
@@ -308,8 +343,8 @@ async def pending(engine: AsyncEngine, revision: str = "head") -> list[Script]:
     """
     async with engine.connect() as connection:
         state = await schema_state(connection)
-        current = await connection.run_sync(_current)
-    if current and not state.known:
+        current = (await connection.run_sync(_stored)).revisions
+    if state.lost or (current and not state.known):
         state.check()
     return [step.revision for step in await asyncio.to_thread(_steps, current, revision, up=True)]
 
@@ -328,6 +363,8 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
         if schema is not None:
             missing = await connection.run_sync(_is_missing, schema)
             script = search_path_sql(schema, create=missing)
+        if (await connection.run_sync(_stored)).former:
+            script += _transaction_sql(*TAKEOVER)
     if steps:
         start = steps[0].down_revision
         if not (start is None or isinstance(start, str)):
@@ -336,9 +373,13 @@ async def pending_sql(engine: AsyncEngine, revision: str = "head") -> str:
             )
         script += migration_sql(start, steps[-1].revision)
     if not steps or steps[-1].revision == _head(scripts()):
-        months = f"SELECT make_audit_months({MONTHS_AHEAD});"
-        script += f"BEGIN;\n\n{LOCK_TIMEOUT};\n\n{months}\n\nCOMMIT;\n"
+        script += _transaction_sql(f"SELECT make_audit_months({MONTHS_AHEAD})")
     return script
+
+
+def _transaction_sql(*statements: str) -> str:
+    parts = ("BEGIN", LOCK_TIMEOUT, *statements, "COMMIT")
+    return ";\n\n".join(parts) + ";\n"
 
 
 def migration_sql(start: str | None, end: str) -> str:
@@ -430,7 +471,16 @@ async def _apply(
     engine: AsyncEngine, connection: AsyncConnection, revision: str, report: Report, *, up: bool
 ) -> list[AppliedMigration]:
     """Run the migrations up or down to a revision. Each migration has its own transaction."""
-    current = await connection.run_sync(_current)
+
+    async def take_over() -> bool:
+        async with connection.begin():
+            return await connection.run_sync(take_over_version_table)
+
+    title = "renaming the version table"
+    renamed, *_ = await with_lock_retries(engine, connection, title, take_over, report)
+    if renamed:
+        report(f"renamed the table {FORMER_VERSION_TABLE} of tiger_db to {VERSION_TABLE}")
+    current = (await connection.run_sync(_stored)).revisions
     await connection.rollback()
     applied = []
     for step in await asyncio.to_thread(_steps, current, revision, up=up):
@@ -438,7 +488,7 @@ async def _apply(
         title = f"{'' if up else 'undoing '}{script.revision} {script.doc.rstrip('.')}"
         run = partial(_run, connection, partial(_run_step, step))
         _, seconds, attempts = await with_lock_retries(engine, connection, title, run, report)
-        current = await connection.run_sync(_current)
+        current = (await connection.run_sync(_stored)).revisions
         await connection.rollback()
         if not set(step.to_revisions) <= set(current):
             raise MigrationError(

@@ -8,7 +8,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tiger_db.migrations.declared import FUNCTIONS, TRIGGERS, Trigger
-from tiger_db.models import metadata
+from tiger_db.models import TABLES, metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
     await connection.execute(_SET_LOCALLY, {"name": "search_path", "value": "pg_catalog, pg_temp"})
     values: dict[str, Any] = {
         "schema": schema.oid,
-        "tables": [*metadata.tables],
+        "tables": [*TABLES],
         "names": [signature.partition("(")[0] for signature in FUNCTIONS],
     }
     tables = (await connection.execute(_TABLES, values)).all()
@@ -141,13 +141,13 @@ async def find_differences(connection: AsyncConnection) -> list[SchemaDifference
     functions = (await connection.execute(_FUNCTIONS, values)).all()
     return [
         *(
-            SchemaDifference(tuple(sorted(metadata.tables)), row.description, row.repair)
+            SchemaDifference(tuple(sorted(TABLES)), row.description, row.repair)
             for row in await connection.execute(_OVERRIDES, values)
         ),
         *_compare_functions(schema, functions),
         *(
             SchemaDifference((name,), f"table {name} is missing", "restore the table from a backup")
-            for name in metadata.tables.keys() - {table.root for table in tables}
+            for name in TABLES - {table.root for table in tables}
         ),
         *(
             SchemaDifference((table.root,), description, repair)

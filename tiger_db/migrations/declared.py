@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiger_db.models import metadata
+from tiger_db.models import TABLES, metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def _read_triggers() -> list[Trigger]:
         enabled = "A" if f"{table} ENABLE ALWAYS TRIGGER {name};" in _SQL else "O"
         triggers.append(Trigger(table, name, events, action, enabled, "partition" in comment))
     action = "FOR EACH ROW EXECUTE FUNCTION {schema}.set_updated_at()"
-    tables = [table.name for table in metadata.sorted_tables if "updated_at" in table.c]
+    tables = [name for name in sorted(TABLES) if "updated_at" in metadata.tables[name].c]
     return triggers + [Trigger(t, "set_updated_at", "BEFORE UPDATE", action) for t in tables]
 
 

@@ -16,7 +16,11 @@ from tiger_db.models.columns import metadata
 from tiger_db.models.private_keys import PrivateKeyFormat
 from tiger_db.models.token_status import NewToken, RefreshTrigger, TokenRefreshStatus, TokenStatus
 
+# The names of tiger_db's tables. An application can add its own tables to `metadata`.
+TABLES = frozenset(metadata.tables)
+
 __all__ = [
+    "TABLES",
     "APIKey",
     "APIKeyScope",
     "APIKeyStatus",

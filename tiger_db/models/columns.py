@@ -128,14 +128,6 @@ class OpenEnum(TypeDecorator[str]):
         self.enum = enum
         self.impl = impl  # type: ignore[assignment]  # the class attribute is only a default
 
-    # alembic_postgresql_enum calls `process_bind_param` when it compares the members of enums.
-    def process_bind_param(
-        self,
-        value: str | None,
-        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
-    ) -> str | None:
-        return value
-
     def result_processor(
         self,
         dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
