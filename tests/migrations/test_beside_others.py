@@ -7,7 +7,7 @@ import pytest
 
 from tests.migrations.test_autogenerate import ROOT, Checkout, checkout
 from tests.support.sql import sql
-from tiger_db import Settings, crud
+from tiger_db import APIKeyScope, Settings, crud
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
 from tiger_db.errors import MissingReference
@@ -171,5 +171,5 @@ async def test_a_foreign_key_that_the_application_adds_is_enforced_with_a_typed_
     async with clone.session() as session:
         with pytest.raises(MissingReference, match="created_by"):
             await crud.api_keys.create_api_key(
-                session, name="a", scopes=["account:read"], created_by="x"
+                session, name="a", scopes=[APIKeyScope.MCP_READ], created_by="nobody"
             )
