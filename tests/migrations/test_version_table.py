@@ -44,6 +44,7 @@ async def migrate(settings: Settings, revision: str = "head") -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_the_table_of_an_earlier_release_is_renamed_once(clone_settings: Settings) -> None:
     role = f"reader_{clone_settings.database}"
@@ -90,6 +91,7 @@ async def test_pending_migrations_follow_the_renaming(empty_database: Settings) 
     assert await sql(empty_database, "SELECT to_regclass('alembic_version')") is None
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_the_printed_sql_renames_the_table(clone_settings: Settings) -> None:
     await make_former(clone_settings)
@@ -130,6 +132,7 @@ async def test_tables_with_our_names_but_without_our_comments_are_not_ours(
     assert (state.current, state.lost, state.other_schema) == (None, None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize(
     ("revision", "reason"),
