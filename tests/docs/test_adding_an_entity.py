@@ -19,6 +19,7 @@ from tiger_db.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "adding-an-entity.md").read_text(encoding="utf-8")
+IN_AN_APPLICATION, _, IN_THIS_PACKAGE = PAGE.partition("\n## In this package\n")
 # A block, and the file that the line before it names.
 BLOCK = re.compile(r"(?:`([\w./]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LEFT_BEHIND = shutil.ignore_patterns(
@@ -98,7 +99,7 @@ class Copy:
 
     def follow(self) -> None:
         """Do what the page says."""
-        for file, language, block in BLOCK.findall(PAGE):
+        for file, language, block in BLOCK.findall(IN_THIS_PACKAGE):
             match language:
                 case "python":
                     self.write(file, block)

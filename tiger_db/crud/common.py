@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Row, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm import Session, class_mapper, selectinload
 from sqlalchemy.sql.base import ExecutableOption
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlmodel import col
@@ -97,7 +97,8 @@ def load_options(entity: type[Entity], names: Sequence[str]) -> list[ExecutableO
     Raises:
         InvalidValue: an item of `names` is not the name of a relationship of the entity.
     """
-    if unknown := [name for name in names if name not in entity.__sqlmodel_relationships__]:
+    relationships = class_mapper(entity).relationships  # an application can add relationships
+    if unknown := [name for name in names if name not in relationships]:
         raise InvalidValue(f"{entity.__name__} has no relationship {', '.join(map(repr, unknown))}")
     return [selectinload(getattr(entity, name)) for name in names]
 
