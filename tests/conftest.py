@@ -19,7 +19,9 @@ from tiger_db.settings import Settings
 
 _server: servers.Server | None = None
 # How long an example takes depends on the machine.
-hypothesis.settings.register_profile("tiger_db", deadline=None)
+hypothesis.settings.register_profile(
+    "tiger_db", deadline=None, max_examples=1000 if os.environ.get("TIGER_DB_SOAK") else 25
+)
 hypothesis.settings.load_profile("tiger_db")
 
 

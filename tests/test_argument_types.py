@@ -162,7 +162,7 @@ def right(hint: Any, session: AsyncSession, database: Database) -> Any:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 async def test_an_argument_of_a_wrong_type_is_named_before_any_sql(

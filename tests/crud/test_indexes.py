@@ -13,7 +13,7 @@ from sqlalchemy import text
 from tests.support import databases
 from tests.support.index_queries import NOW, SERVES, id_of, limited_use
 from tests.support.plans import Plan, Query, as_json, nodes, plan_of, used_indexes
-from tiger_db import AuditLog, Database, Settings, doctor
+from tiger_db import AuditLog, Database, doctor
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorize import FIND_KEY
 from tiger_db.crud.api_keys.key_format import checksum
@@ -34,20 +34,20 @@ INSERT INTO tiger_accounts (id, account_name, account_number, account_type, stat
 SELECT id(n), 'Main', 'U' || n, 'standard', 'active', '', sha256(n::text::bytea), '', 'unknown',
     'PROD', '', now() + make_interval(mins => n::int), now() + make_interval(mins => n::int - 60),
     n = 1, n = 2, '{}', '[]', 0, '{}'
-FROM generate_series(1, 20000) n;
+FROM generate_series(1, 10000) n;
 
 INSERT INTO api_keys (id, name, key_prefix, key_hash, status, scopes, tiger_account_id,
     expires_at, usage_count, allowed_ips, allowed_user_agents, tags)
 SELECT id(n), 'assistant', 'tdb_test_' || lpad(n::text, 12, '0'),
     '{SSHA256}' || encode(sha256('') || '\\x0011223344556677', 'base64'), 'active', '{mcp:read}',
     id(n), now() + make_interval(hours => n::int), 0, '{}', '{}', '{}'
-FROM generate_series(1, 20000) n;
+FROM generate_series(1, 10000) n;
 
-INSERT INTO api_key_limits SELECT id(n), now(), 1, now(), 1 FROM generate_series(1, 20000) n;
+INSERT INTO api_key_limits SELECT id(n), now(), 1, now(), 1 FROM generate_series(1, 10000) n;
 
 INSERT INTO api_key_usage
 SELECT id(n), date_trunc('hour', now()) - make_interval(hours => hour), 1
-FROM generate_series(1, 2000) n, generate_series(1, 10) hour;
+FROM generate_series(1, 1000) n, generate_series(1, 10) hour;
 
 INSERT INTO token_statuses (id, tiger_account_id, status, trigger, scheduled_at, retry_count,
     max_retries, fencing_token)
@@ -55,16 +55,16 @@ SELECT id(n), id(n / 2 + 1),
     (CASE WHEN n % 200 = 0 THEN 'pending' WHEN n % 200 = 1 THEN 'failed' ELSE 'success' END
         )::token_refresh_status,
     'manual', now() - make_interval(secs => n), 0, 3, 0
-FROM generate_series(1, 30000) n;
+FROM generate_series(1, 15000) n;
 
 INSERT INTO audit_logs (id, action, result, severity, tiger_account_id, api_key_id, user_id,
     session_id, request_id)
 SELECT (left(uuid7_floor(date_trunc('month', now(), 'UTC') + make_interval(months => month))::text,
     24) || lpad(n::text, 12, '0'))::uuid,
-    'data:query', 'success', 'low', id(n % 500), id(n % 500), n % 500, 's' || n / 20, 'r' || n
-FROM generate_series(0, 3) month, generate_series(1, 10000) n;
+    'data:query', 'success', 'low', id(n % 500), id(n % 500), n % 500, 's' || n / 5, 'r' || n
+FROM generate_series(0, 2) month, generate_series(1, 8000) n;
 
-INSERT INTO audit_seals SELECT n, '', '', '' FROM generate_series(1, 20000) n;
+INSERT INTO audit_seals SELECT n, '', '', '' FROM generate_series(1, 10000) n;
 
 ANALYZE;
 
@@ -74,15 +74,16 @@ WHERE amname = 'brin' AND relkind = 'i'
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def full(server_url: str, template: str) -> AsyncIterator[Settings]:
-    """A database with about ten thousand rows in each table, and events in four partitions."""
+async def full(server_url: str, template: str) -> AsyncIterator[Database]:
+    """A database with about ten thousand rows in each table, and events in three partitions."""
     name = f"tiger_db_full_{uuid4().hex[:12]}"
     settings = await databases.create(server_url, name, template)
-    async with Database(settings) as database, database.engine.connect() as connection:
-        for statement in ROWS.split(";"):
-            await connection.exec_driver_sql(statement)
-        await connection.commit()
-    yield settings
+    async with Database(settings) as database:
+        async with database.engine.begin() as connection:
+            for statement in ROWS.split(";"):
+                await connection.exec_driver_sql(statement)
+        await database.check()
+        yield database
     await databases.drop(server_url, name)
 
 
@@ -98,7 +99,7 @@ async def find_key(session: AsyncSession) -> None:
 
 
 @pytest.mark.parametrize(("index", "query"), SERVES, ids=str)
-async def test_an_index_is_used_by_its_query(full: Settings, index: str, query: Query) -> None:
+async def test_an_index_is_used_by_its_query(full: Database, index: str, query: Query) -> None:
     assert index in await used_indexes(full, query)
 
 
@@ -111,7 +112,7 @@ async def test_an_index_is_used_by_its_query(full: Settings, index: str, query: 
     ],
 )
 async def test_authorizing_a_key_reads_by_index_only(
-    full: Settings, query: Query, indexes: set[str]
+    full: Database, query: Query, indexes: set[str]
 ) -> None:
     assert await used_indexes(full, query) == indexes
     plan = await plan_of(full, query)
@@ -129,7 +130,7 @@ async def test_authorizing_a_key_reads_by_index_only(
         lambda s: token_status.overview(s, since=NOW),
     ],
 )
-async def test_work_on_refreshes_reads_by_index_only(full: Settings, query: Query) -> None:
+async def test_work_on_refreshes_reads_by_index_only(full: Database, query: Query) -> None:
     assert "Seq Scan" not in {node["Node Type"] for node in await plan_of(full, query)}
 
 
@@ -142,8 +143,8 @@ async def test_work_on_refreshes_reads_by_index_only(full: Settings, query: Quer
         (doctor.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
     ],
 )
-async def test_the_doctor_scans_no_large_table(full: Settings, statement: str, index: str) -> None:
-    async with Database(full) as database, database.session() as session:
+async def test_the_doctor_scans_no_large_table(full: Database, statement: str, index: str) -> None:
+    async with full.session() as session:
         plan = await session.scalar(text(f"EXPLAIN (FORMAT JSON) {statement}"))
         filled = set(
             await session.scalars(
@@ -156,8 +157,8 @@ async def test_the_doctor_scans_no_large_table(full: Settings, statement: str, i
     assert not read & filled
 
 
-async def test_every_index_has_its_query(full: Settings) -> None:
-    async with Database(full) as database, database.session() as session:
+async def test_every_index_has_its_query(full: Database) -> None:
+    async with full.session() as session:
         indexes = await session.scalars(
             text(
                 "SELECT indexname FROM pg_indexes WHERE schemaname = 'public'"
@@ -180,7 +181,7 @@ def month(ahead: int) -> datetime:
     return datetime(NOW.year + years, months + 1, 1, tzinfo=UTC)
 
 
-async def test_an_event_id_is_looked_up_in_its_month_only(full: Settings) -> None:
+async def test_an_event_id_is_looked_up_in_its_month_only(full: Database) -> None:
     milliseconds = int(month(2).timestamp() * 1000)
     event_id = UUID(int=milliseconds << 80 | 5)
     plan = await plan_of(full, lambda s: s.get(AuditLog, event_id))
@@ -196,14 +197,14 @@ async def test_an_event_id_is_looked_up_in_its_month_only(full: Settings) -> Non
     ],
 )
 async def test_a_time_window_reads_only_its_months(
-    full: Settings, since: datetime, until: datetime, expected: set[datetime]
+    full: Database, since: datetime, until: datetime, expected: set[datetime]
 ) -> None:
     plan = await plan_of(full, partial(audit_logs.search, since=since, until=until))
     assert partitions(plan) == {f"audit_logs_{start:%Y_%m}" for start in expected}
 
 
-async def test_security_events_read_no_earlier_month(full: Settings) -> None:
-    async with Database(full) as database, database.engine.begin() as connection:
+async def test_security_events_read_no_earlier_month(full: Database) -> None:
+    async with full.engine.begin() as connection:
         await connection.exec_driver_sql(
             "CREATE TABLE audit_logs_2020_01 PARTITION OF audit_logs"
             " FOR VALUES FROM (uuid7_floor('2020-01-01Z')) TO (uuid7_floor('2020-02-01Z'))"
@@ -213,7 +214,7 @@ async def test_security_events_read_no_earlier_month(full: Settings) -> None:
     assert "audit_logs_2020_01" not in partitions(plan)
 
 
-async def test_a_deep_page_reads_no_later_month(full: Settings) -> None:
+async def test_a_deep_page_reads_no_later_month(full: Database) -> None:
     after = encode_cursor(EVENTS, UUID(int=int(month(1).timestamp() * 1000) << 80 | 10**6))
     plan = await plan_of(full, partial(audit_logs.get_recent_events, after=after))
     assert f"audit_logs_{month(2):%Y_%m}" not in partitions(plan)

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 from uuid import UUID, uuid4
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -67,7 +67,6 @@ def spellings(address: IPv4Address | IPv6Address) -> list[str | IPv4Address | IP
     return [address, address.compressed, address.exploded.upper()]
 
 
-@settings(max_examples=50)
 @given(network=networks, outside=st.ip_addresses(), data=st.data())
 def test_an_address_is_allowed_if_it_is_in_a_network(
     network: IPv4Network | IPv6Network,
@@ -84,7 +83,6 @@ def test_an_address_is_allowed_if_it_is_in_a_network(
         assert {holder.is_ip_allowed(spelling) for spelling in spellings(outside)} == {known}
 
 
-@settings(max_examples=50)
 @given(address=st.ip_addresses(v=4), prefix=st.integers(0, 32))
 def test_an_ipv4_mapped_network_is_the_ipv4_one(address: IPv4Address, prefix: int) -> None:
     mapped = ip_network((f"::ffff:{address}", prefix + 96), strict=False)

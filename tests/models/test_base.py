@@ -37,9 +37,7 @@ from tiger_db.models import Entity
 from tiger_db.redaction import MASK
 
 STORABLE = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
-in_database = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+in_database = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def assign(entity: type[Entity], values: dict[str, Any]) -> object:
@@ -164,7 +162,7 @@ def test_a_naive_datetime_is_refused(way: Callable[..., object], bad: object) ->
 
 
 @pytest.mark.parametrize(("entity", "name"), TIMESTAMPS, ids=label)
-@settings(max_examples=20)
+@settings(max_examples=5)
 @given(
     moment=st.datetimes(
         min_value=datetime(2, 1, 1),  # noqa: DTZ001

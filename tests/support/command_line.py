@@ -1,5 +1,6 @@
 """The command line, run in this process or in a new one."""
 
+import functools
 import io
 import json
 import os
@@ -9,8 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import typer.main
 
 from tiger_db.cli import main
+
+# Typer creates all commands anew for each run, which takes longer than most runs.
+_get_command = functools.cache(typer.main.get_command)
 
 KEYS = "test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 SECRETS = {
@@ -44,6 +49,7 @@ class CommandLine:
             for name, value in {**self.env, **env}.items():
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", ["tiger-db", *arguments])
+            patch.setattr(typer.main, "get_command", _get_command)
             patch.setattr(
                 sys,
                 "stdin",

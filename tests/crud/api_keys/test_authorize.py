@@ -128,7 +128,7 @@ async def test_an_unknown_key_and_a_wrong_secret_look_alike(clone: Database) -> 
     assert len([statement for statement in answers[0][2] if "SELECT" in statement]) == 1
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     raw_key=st.text()
     | st.from_regex(r"tdb_(live|test)_[0-9A-Za-z]{12}_[0-9A-Za-z]{48,50}\s?")

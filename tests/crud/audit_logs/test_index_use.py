@@ -15,7 +15,7 @@ from sqlalchemy import text
 from benchmarks.audit import MONTHS, ROWS, fill
 from tests.support import databases
 from tests.support.plans import Plan, plan_of
-from tiger_db import AsyncSession, AuditLog, Database, Page, Settings
+from tiger_db import AsyncSession, AuditLog, Database, Page
 from tiger_db.crud import audit_logs
 from tiger_db.crud.audit_logs.queries import EVENTS
 from tiger_db.crud.pagination import encode_cursor
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.soak
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def trail(server_url: str, template: str) -> AsyncIterator[tuple[Settings, dict[str, Any]]]:
+async def trail(server_url: str, template: str) -> AsyncIterator[tuple[Database, dict[str, Any]]]:
     """A database with a million events in twelve months, and one of the events."""
     name = f"tiger_db_trail_{uuid4().hex[:12]}"
     settings = await databases.create(server_url, name, template)
@@ -41,7 +41,7 @@ async def trail(server_url: str, template: str) -> AsyncIterator[tuple[Settings,
         await fill(database)
         async with database.session() as session:
             row = (await session.execute(EXAMPLE, {"middle": ROWS // 2})).mappings().one()
-    yield settings, dict(row)
+        yield database, dict(row)
     await databases.drop(server_url, name)
 
 
@@ -61,9 +61,9 @@ def rows_read(plan: Plan) -> int:
     "name", ["newest", "time", "tiger_account_id", "api_key_id", "user_id", "request_id"]
 )
 async def test_a_page_reads_what_it_returns(
-    trail: tuple[Settings, dict[str, Any]], name: str, direction: str
+    trail: tuple[Database, dict[str, Any]], name: str, direction: str
 ) -> None:
-    settings, event = trail
+    database, event = trail
     month = {"since": MIDDLE - timedelta(days=15), "until": MIDDLE + timedelta(days=15)}
     filters: dict[str, Any] = {"newest": {}, "time": month}.get(
         name, {name.removeprefix("tiger_"): event.get(name)}
@@ -74,9 +74,9 @@ async def test_a_page_reads_what_it_returns(
     def query(session: AsyncSession) -> Awaitable[Page[AuditLog]]:
         return audit_logs.search(session, limit=PAGE, **position, **filters)
 
-    async with Database(settings) as database, database.session() as session:
+    async with database.session() as session:
         found = await query(session)
-    plan = await plan_of(settings, query, analyze=True)
+    plan = await plan_of(database, query, analyze=True)
     # PostgreSQL merges the partitions by id: it reads one row ahead in each partition.
     assert rows_read(plan) <= len(found) + 1 + PARTITIONS
     assert len(found) == (PAGE if name != "request_id" else direction == "first")

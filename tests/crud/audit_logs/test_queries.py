@@ -23,9 +23,7 @@ from tiger_db.errors import InvalidCursor, InvalidFields, InvalidValue
 LOGIN = AuditAction.DASHBOARD_LOGIN
 LEAK = AuditAction.SECURITY_KEY_LEAK
 NONSENSE: Any = "nonsense"
-no_deadline = settings(
-    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+in_database = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def ids(events: Iterable[AuditLog]) -> list[UUID]:
@@ -385,7 +383,7 @@ async def test_since_is_inclusive_and_until_exclusive(session: AsyncSession) -> 
     assert await found(since=noon + timedelta(microseconds=999)) == [1, 2]
 
 
-@no_deadline
+@in_database
 @given(moment=st.datetimes(timezones=st.timezones() | st.just(UTC)))
 @example(moment=datetime.min.replace(tzinfo=UTC))
 @example(moment=datetime.max.replace(tzinfo=UTC))

@@ -8,7 +8,7 @@ import pytest_asyncio
 
 from tests.support import databases
 from tests.support.plans import Query, plan_of, used_indexes
-from tiger_db import Settings
+from tiger_db import Database
 from tiger_db.connections import connect
 from tiger_db.crud import token_status
 
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.soak
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def huge(server_url: str, template: str) -> AsyncIterator[Settings]:
+async def huge(server_url: str, template: str) -> AsyncIterator[Database]:
     name = f"tiger_db_huge_{uuid4().hex[:12]}"
     settings = await databases.create(server_url, name, template)
     connection = await connect(settings)
@@ -59,7 +59,9 @@ async def huge(server_url: str, template: str) -> AsyncIterator[Settings]:
             await connection.execute(statement, timeout=3600)
     finally:
         await connection.close()
-    yield settings
+    async with Database(settings) as database:
+        await database.check()
+        yield database
     await databases.drop(server_url, name)
 
 
@@ -83,7 +85,7 @@ async def huge(server_url: str, template: str) -> AsyncIterator[Settings]:
     ids=["claim_due", "schedule_due", "next_due"],
 )
 async def test_refreshes_are_found_by_index_among_millions(
-    huge: Settings, query: Query, indexes: set[str]
+    huge: Database, query: Query, indexes: set[str]
 ) -> None:
     used = await used_indexes(huge, query)
     # The index of what is due holds what is open, and no more.
