@@ -10,7 +10,7 @@ from uuid import uuid4
 import hypothesis
 import pytest
 
-from tests.support import databases, servers
+from tests.support import databases, known_types, servers
 from tests.support.contexts import context_without_out_of_band
 from tests.support.databases import DatabasePool
 from tiger_db import Database
@@ -23,6 +23,7 @@ hypothesis.settings.register_profile(
     "tiger_db", deadline=None, max_examples=1000 if os.environ.get("TIGER_DB_SOAK") else 25
 )
 hypothesis.settings.load_profile("tiger_db")
+known_types.remember()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,8 @@ from tiger_db import Database, Settings
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import upgrade
 
-# One statement deletes all rows, so that foreign keys are checked when all of them are gone. The
+# One statement deletes all rows, so that foreign keys are checked when all of them are gone. Tables
+# and partitions without a page are left out, because PostgreSQL would plan a delete for each. The
 # triggers that refuse this are off meanwhile: by session_replication_role where the role may set
 # it, else one by one, and afterwards each is in the state that it was in.
 _EMPTY = """
@@ -36,9 +37,12 @@ BEGIN
         EXECUTE format('ALTER TABLE %s DISABLE TRIGGER %I',
             trigger.tgrelid::regclass, trigger.tgname);
     END LOOP;
-    SELECT string_agg(format('t%s AS (DELETE FROM %s)', n, t), ', ') INTO deletes
-        FROM unnest(tables) WITH ORDINALITY AS u (t, n);
-    EXECUTE format('WITH %s SELECT', deletes);
+    SELECT string_agg(format('%I AS (DELETE FROM %s)', oid, oid::regclass), ', ') INTO deletes
+        FROM pg_class WHERE relnamespace = current_schema()::regnamespace
+        AND relkind = 'r' AND relname <> 'alembic_version' AND pg_relation_size(oid) > 0;
+    IF deletes IS NOT NULL THEN
+        EXECUTE format('WITH %s SELECT', deletes);
+    END IF;
     PERFORM setval(seqrelid, seqstart, false) FROM pg_sequence;
     FOREACH trigger IN ARRAY triggers LOOP
         EXECUTE format('ALTER TABLE %s ENABLE %s TRIGGER %I', trigger.tgrelid::regclass,
@@ -48,11 +52,13 @@ BEGIN
 END $$
 """
 # A row of a catalog that was written since has another xmin. Rows of pg_class are written by
-# TRUNCATE, too: of those, what a change of the schema changes is compared.
+# TRUNCATE, too: of those, what a change of the schema changes is compared. PostgreSQL's own columns,
+# functions and types, which have smaller numbers than 16384, are left out, because they are many.
 _CATALOGS = (
-    "pg_attrdef", "pg_attribute", "pg_constraint", "pg_default_acl", "pg_enum", "pg_event_trigger",
-    "pg_extension", "pg_index", "pg_namespace", "pg_policy", "pg_proc", "pg_rewrite", "pg_sequence",
-    "pg_trigger", "pg_type",
+    "pg_attrdef", "pg_attribute WHERE attrelid >= 16384", "pg_constraint", "pg_default_acl",
+    "pg_enum", "pg_event_trigger", "pg_extension", "pg_index", "pg_namespace", "pg_policy",
+    "pg_proc WHERE oid >= 16384", "pg_rewrite", "pg_sequence", "pg_trigger",
+    "pg_type WHERE oid >= 16384",
 )  # fmt: skip
 _WRITTEN = "(SELECT concat(count(*), '/', sum(xmin::text::bigint)) FROM {})"
 _FINGERPRINT = f"""
@@ -106,7 +112,7 @@ class DatabasePool:
 
     def __init__(self, server_url: str, template: str) -> None:
         self._server_url, self._template = server_url, template
-        self._idle: list[Database] = []
+        self._idle: dict[bool, list[Database]] = {True: [], False: []}  # by `connected`
         self._fingerprint = ""
 
     @asynccontextmanager
@@ -116,7 +122,8 @@ class DatabasePool:
         `connected`: its `Database` may have connections already. `schema_changes`: the database is
         dropped afterwards.
         """
-        database = self._idle.pop() if self._idle and not schema_changes else await self._make()
+        idle = self._idle[connected]
+        database = idle.pop() if idle and not schema_changes else await self._make()
         if not connected:
             await database.close()
         reusable = False
@@ -126,12 +133,12 @@ class DatabasePool:
                 reusable = await self._empty(database)
         finally:
             if reusable:
-                self._idle.append(database)
+                idle.append(database)
             else:
                 await self._drop(database)
 
     async def close(self) -> None:
-        for database in self._idle:
+        for database in self._idle[True] + self._idle[False]:
             await self._drop(database)
 
     async def _make(self) -> Database:
