@@ -13,47 +13,26 @@ from tiger_db import Database, Settings
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import upgrade
 
-# One statement deletes all rows, so that foreign keys are checked when all of them are gone. Tables
-# and partitions without a page are left out, because PostgreSQL would plan a delete for each. The
-# triggers that refuse this are off meanwhile: by session_replication_role where the role may set
-# it, else one by one, and afterwards each is in the state that it was in.
+# Triggers and foreign keys are off. Tables and partitions without a page are left out, because
+# PostgreSQL would plan a delete for each of them.
 _EMPTY = """
 DO $$
 DECLARE
-    superuser CONSTANT boolean := has_parameter_privilege('session_replication_role', 'SET');
-    tables CONSTANT regclass[] := ARRAY(
-        SELECT oid FROM pg_class WHERE relnamespace = current_schema()::regnamespace
-        AND relkind IN ('r', 'p') AND NOT relispartition AND relname <> 'tiger_db_alembic_version');
-    triggers CONSTANT pg_trigger[] := ARRAY(
-        SELECT t FROM pg_trigger AS t WHERE tgrelid = ANY (tables)
-        AND NOT tgisinternal AND tgenabled <> 'D' AND NOT superuser);
-    trigger pg_trigger;
-    deletes text;
+    filled regclass;
 BEGIN
-    IF superuser THEN
-        SET LOCAL session_replication_role = replica;
-    END IF;
-    FOREACH trigger IN ARRAY triggers LOOP
-        EXECUTE format('ALTER TABLE %s DISABLE TRIGGER %I',
-            trigger.tgrelid::regclass, trigger.tgname);
+    SET LOCAL session_replication_role = replica;
+    FOR filled IN SELECT oid FROM pg_class WHERE relnamespace = current_schema()::regnamespace
+        AND relkind = 'r' AND relname <> 'tiger_db_alembic_version' AND pg_relation_size(oid) > 0
+    LOOP
+        EXECUTE format('DELETE FROM %s', filled);
     END LOOP;
-    SELECT string_agg(format('%I AS (DELETE FROM %s)', oid, oid::regclass), ', ') INTO deletes
-        FROM pg_class WHERE relnamespace = current_schema()::regnamespace
-        AND relkind = 'r' AND relname <> 'alembic_version' AND pg_relation_size(oid) > 0;
-    IF deletes IS NOT NULL THEN
-        EXECUTE format('WITH %s SELECT', deletes);
-    END IF;
     PERFORM setval(seqrelid, seqstart, false) FROM pg_sequence;
-    FOREACH trigger IN ARRAY triggers LOOP
-        EXECUTE format('ALTER TABLE %s ENABLE %s TRIGGER %I', trigger.tgrelid::regclass,
-            CASE trigger.tgenabled WHEN 'A' THEN 'ALWAYS' WHEN 'R' THEN 'REPLICA' ELSE '' END,
-            trigger.tgname);
-    END LOOP;
 END $$
 """
+_MAY_EMPTY = "SELECT has_parameter_privilege('session_replication_role', 'SET')"
 # A row of a catalog that was written since has another xmin. Rows of pg_class are written by
-# TRUNCATE, too: of those, what a change of the schema changes is compared. PostgreSQL's own columns,
-# functions and types, which have smaller numbers than 16384, are left out, because they are many.
+# TRUNCATE, too: of those, what a change of the schema changes is compared. PostgreSQL's own
+# columns, functions and types, which have numbers below 16384, are left out, because they are many.
 _CATALOGS = (
     "pg_attrdef", "pg_attribute WHERE attrelid >= 16384", "pg_constraint", "pg_default_acl",
     "pg_enum", "pg_event_trigger", "pg_extension", "pg_index", "pg_namespace", "pg_policy",
@@ -113,7 +92,7 @@ class DatabasePool:
     def __init__(self, server_url: str, template: str) -> None:
         self._server_url, self._template = server_url, template
         self._idle: dict[bool, list[Database]] = {True: [], False: []}  # by `connected`
-        self._fingerprint = ""
+        self._fingerprint, self._may_empty = "", False
 
     @asynccontextmanager
     async def database(self, *, connected: bool, schema_changes: bool) -> AsyncIterator[Database]:
@@ -147,6 +126,7 @@ class DatabasePool:
         if not self._fingerprint:
             async with database.engine.connect() as connection:
                 self._fingerprint = await _scalar(connection, _FINGERPRINT)
+                self._may_empty = await _scalar(connection, _MAY_EMPTY)
         return database
 
     async def _drop(self, database: Database) -> None:
@@ -154,7 +134,9 @@ class DatabasePool:
         await drop(self._server_url, database.settings.database)
 
     async def _empty(self, database: Database) -> bool:
-        """Empty a database for the next test; return False if a session of the test is left.
+        """Empty a database for the next test.
+
+        Return False if a session of the test is left, or if the role may not turn triggers off.
 
         Raises:
             AssertionError: the test changed the schema.
@@ -180,9 +162,10 @@ class DatabasePool:
             assert await _scalar(connection, _FINGERPRINT) == self._fingerprint, (
                 "this test changes the schema: mark it with @pytest.mark.schema_changes"
             )
-            await connection.exec_driver_sql(_EMPTY)
-            await connection.commit()
-        return True
+            if self._may_empty:
+                await connection.exec_driver_sql(_EMPTY)
+                await connection.commit()
+        return self._may_empty
 
 
 async def _scalar(connection: AsyncConnection, query: str) -> Any:
