@@ -78,7 +78,8 @@ async def test_text_in_unique_indexes_is_compared_by_code_point(raw: asyncpg.Con
         SELECT attrelid::regclass::text AS index, attcollation::regcollation::text AS collation
         FROM pg_index JOIN pg_class ON pg_class.oid = indrelid JOIN pg_attribute
             ON attrelid = indexrelid AND attcollation <> 0
-        WHERE indisunique AND relnamespace = 'public'::regnamespace AND relname <> 'alembic_version'
+        WHERE indisunique AND relnamespace = 'public'::regnamespace
+            AND relname <> 'tiger_db_alembic_version'
     """)
     assert {row["index"] for row in found} >= {"uq_api_keys_key_prefix"}
     assert [row["index"] for row in found if row["collation"] != '"C"'] == []
