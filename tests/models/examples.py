@@ -9,7 +9,7 @@ from sqlalchemy import BigInteger, Table, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeEngine
 
-from tests.support.factories import new_account
+from tests.support.factories import account_number
 from tiger_db import APIKey, AuditLog, TigerAccount, TokenStatus
 from tiger_db.encryption import EncryptedType
 from tiger_db.models import Entity
@@ -34,7 +34,7 @@ def minimal(entity: type[Entity], **values: object) -> dict[str, Any]:
     required: dict[type[Entity], dict[str, Any]] = {
         TigerAccount: {
             "account_name": "Main",
-            "account_number": new_account().account_number,
+            "account_number": account_number(),
             "tiger_id": "20150001",
             "private_key": "test_key",
         },

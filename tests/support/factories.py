@@ -28,11 +28,16 @@ def plain(secret: Secret | None) -> str:
     return secret.get_secret_value()
 
 
+def account_number() -> str:
+    """The number of an account that no other test has."""
+    return str(next(_numbers))
+
+
 def new_account(**overrides: Any) -> TigerAccount:
     return TigerAccount(
         **{
             "account_name": "Main",
-            "account_number": str(next(_numbers)),
+            "account_number": account_number(),
             "tiger_id": "20150001",
             "private_key": "test_key",
         }

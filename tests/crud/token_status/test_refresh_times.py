@@ -245,13 +245,16 @@ async def test_python_and_postgresql_find_the_same_tokens_due(
     ]
     session.add_all([account for account, _, _ in made])
     await session.flush()
-    for account, refresh_at, expires_at in made:
-        await set_times(
-            session,
-            account,
-            token_refresh_at=None if refresh_at is None else now + within + refresh_at,
-            token_expires_at=None if expires_at is None else now + within + expires_at,
-        )
+    changes = [
+        {
+            "id": account.id,
+            "token_refresh_at": None if refresh_at is None else now + within + refresh_at,
+            "token_expires_at": None if expires_at is None else now + within + expires_at,
+        }
+        for account, refresh_at, expires_at in made
+    ]
+    await session.execute(update(TigerAccount), changes, execution_options=RECORDED)
+    await session.scalars(select(TigerAccount).execution_options(populate_existing=True))
     due = {account.id for account, _, _ in made if account.is_token_due(now, within=within)}
     assert len(due) == 8
     needing = accounts.get_accounts_needing_token_refresh
