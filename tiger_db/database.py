@@ -197,8 +197,9 @@ class Database:
                 the commit, so the database saved nothing of the transaction.
             OutcomeUnknown: the connection was lost during the commit, or the synchronous replica
                 did not confirm the commit in time.
-            Conflict: a deadlock, serialization failure or lock timeout occurred, so the database
-                saved nothing of the transaction.
+            Conflict: a deadlock, serialization failure or lock timeout occurred, or the schema was
+                changed after this process prepared a statement. The database saved nothing of the
+                transaction.
             QueryTimeout: an SQL statement took longer than `DB_QUERY_TIMEOUT`, so the database
                 saved nothing of the transaction.
             InvalidFields: an argument has a wrong type.

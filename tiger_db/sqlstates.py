@@ -25,6 +25,9 @@ from tiger_db.errors import (
 
 # If a connection is lost, asyncpg raises an error of a class in CONNECTION_ERRORS.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+# asyncpg raises an error of a class in SCHEMA_CHANGED if a prepared statement is executed after the
+# schema was changed, for example after a column got another type.
+SCHEMA_CHANGED = (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCacheError)
 READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session refused a write.
 # Before version 18, PostgreSQL uses the same SQLSTATE for a reference to a missing row and for the
 # deletion of a referenced row.
@@ -101,21 +104,30 @@ def classify(error: BaseException) -> TigerDBError | None:
     The message of the new error contains no values of a row, but can name a constraint or a column.
     """
     cause = _cause(error)
+    if isinstance(cause, SCHEMA_CHANGED):
+        return Conflict(
+            "the schema of the database was changed after this statement was prepared:"
+            " repeat the transaction"
+        )
     if isinstance(cause, asyncpg.PostgresError):
-        kind, message = _entry(cause.sqlstate or "")
-        if kind is None:
-            return None
-        where = getattr(cause, "constraint_name", None) or getattr(cause, "column_name", None)
-        if message is None:
-            return kind(str(cause).partition("\n")[0])
-        if where:
-            return kind(f"{_DUPLICATES.get(where, message)} ({where})")
-        return kind(message)
+        return _classify_sqlstate(cause)
     if isinstance(cause, CONNECTION_ERRORS):
         return DatabaseUnavailable(
             f"the connection to the database was lost: {type(cause).__name__}"
         )
     return None
+
+
+def _classify_sqlstate(error: asyncpg.PostgresError) -> TigerDBError | None:
+    kind, message = _entry(error.sqlstate or "")
+    if kind is None:
+        return None
+    where = getattr(error, "constraint_name", None) or getattr(error, "column_name", None)
+    if message is None:
+        return kind(str(error).partition("\n")[0])
+    if where:
+        return kind(f"{_DUPLICATES.get(where, message)} ({where})")
+    return kind(message)
 
 
 def typed(error: SQLAlchemyError) -> TigerDBError:

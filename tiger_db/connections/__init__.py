@@ -21,7 +21,14 @@ from tiger_db.connections.sql_logging import (
 from tiger_db.database_urls import Address
 from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTimeout
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
-from tiger_db.sqlstates import CONNECTION_ERRORS, READ_ONLY_SQL_TRANSACTION, error_type, raw_errors
+from tiger_db.sqlstates import (
+    CONNECTION_ERRORS,
+    READ_ONLY_SQL_TRANSACTION,
+    SCHEMA_CHANGED,
+    classify,
+    error_type,
+    raw_errors,
+)
 
 # If a connection fails with one of _HOST_ERRORS, a connection to the next host can succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
@@ -174,6 +181,11 @@ def create_engine(
         error = context.original_exception
         if not isinstance(error, Exception):
             return  # a CancelledError, for example, does not mean that the connection is lost
+        if isinstance(error.__cause__, SCHEMA_CHANGED):
+            # SQLAlchemy prepares its statements again after an InvalidCachedStatementError, but not
+            # after an OutdatedSchemaCacheError.
+            context.is_disconnect = isinstance(error.__cause__, asyncpg.OutdatedSchemaCacheError)
+            raise classify(error.__cause__) or error from None
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
