@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.encryption_keys import OTHER_KEY, store_old_tiger_id
-from tests.support.sql import months, sql
+from tests.support.sql import CITUS_CATALOG, months, sql
 from tiger_db import AuditAction, Database, Settings, crud, doctor, encryption_key_rotation
 from tiger_db.audit import seal
 from tiger_db.doctor import CheckResult
@@ -41,7 +41,7 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
         await factories.account(session)
         await factories.api_key(session)
     results = await doctor.run(clone_settings)
-    assert len({result.check for result in results}) == len(results) == 15
+    assert len({result.check for result in results}) == len(results) == 18
     assert {result.status for result in results} == {"ok"}, results
     assert all(result.advice is None for result in results if result.status == "ok")
     by_check = {result.check: result.seen for result in results}
@@ -230,6 +230,122 @@ async def test_an_invalid_index_is_reported(clone: Database, clone_settings: Set
     assert (await found(clone_settings, "invalid indexes")).status == "ok"
 
 
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_changed_versions_of_collations_are_reported(clone_settings: Settings) -> None:
+    healthy = await found(clone_settings, "collations")
+    assert healthy.status == "ok"
+    versioned = await sql(
+        clone_settings,
+        "SELECT oid::regcollation::text FROM pg_collation"
+        " WHERE pg_collation_actual_version(oid) IS NOT NULL AND collname <> 'default' LIMIT 1",
+    )
+    actual = await sql(
+        clone_settings,
+        "CREATE SCHEMA other",
+        f'CREATE COLLATION other."of names" FROM {versioned}',
+        f"CREATE COLLATION other.unused FROM {versioned}",
+        'CREATE INDEX mine ON api_keys (name COLLATE other."of names")',
+        "UPDATE pg_collation SET collversion = '0.1' WHERE collnamespace = 'other'::regnamespace",
+        "UPDATE pg_database SET datcollversion = '0.2' WHERE datname = current_database()"
+        " AND datcollversion IS NOT NULL",
+        "SELECT pg_database_collation_actual_version(oid) FROM pg_database"
+        " WHERE datname = current_database()",
+    )
+    result = await found(clone_settings, "collations")
+    assert result.status == "problem"
+    assert 'the collation other."of names" was recorded with the version 0.1' in result.seen
+    assert "unused" not in result.seen
+    name = clone_settings.database
+    wanted = [
+        f"REINDEX DATABASE CONCURRENTLY {name}",
+        'ALTER COLLATION other."of names" REFRESH VERSION',
+    ]
+    if actual is not None:  # else the database has the locale C
+        wanted.insert(1, f"ALTER DATABASE {name} REFRESH COLLATION VERSION")
+        assert result.seen.startswith(
+            "the default collation of the database was recorded with the version 0.2, and the"
+            f" server has the version {actual}; "
+        )
+    assert result.advice is not None
+    commands = result.advice.removeprefix("run ").split(", then ")
+    assert commands == wanted
+    for command in commands:
+        await sql(clone_settings, command)
+    assert await found(clone_settings, "collations") == healthy
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_a_collation_without_a_version_on_this_server_is_reported(
+    clone_settings: Settings,
+) -> None:
+    """The data of a server with glibc are moved to one with musl, which has no versions."""
+    await sql(
+        clone_settings,
+        'CREATE COLLATION moved FROM "C"',
+        "ALTER TABLE tiger_accounts ALTER description TYPE text COLLATE moved",
+        "UPDATE pg_collation SET collversion = '2.36' WHERE collname = 'moved'",
+    )
+    result = await found(clone_settings, "collations")
+    assert result.status == "problem"
+    assert result.seen == (
+        "the collation moved was recorded with the version 2.36, and the server has no version of"
+        " it: indexes of texts may not find all rows"
+    )
+    assert str(result.advice).startswith("use an operating system with the recorded version, or ")
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_tables_that_citus_distributes_are_reported(clone_settings: Settings) -> None:
+    assert (await found(clone_settings, "Citus")).seen == "no table is distributed"
+    await sql(clone_settings, *CITUS_CATALOG, "CREATE TABLE mine ()")
+    await sql(clone_settings, "INSERT INTO pg_dist_partition VALUES ('mine', 'h', 'id')")
+    assert (await found(clone_settings, "Citus")).status == "ok"
+    await sql(
+        clone_settings,
+        "INSERT INTO pg_dist_partition VALUES ('api_keys', 'n', NULL),"
+        " ('audit_logs', 'h', 'id'), ('audit_logs_default', 'h', 'id')",
+    )
+    result = await found(clone_settings, "Citus")
+    assert result.status == "problem"
+    assert "Citus distributes tables of tiger_db (api_keys, audit_logs): " in result.seen
+    assert result.advice is not None
+    assert "SELECT undistribute_table('api_keys', cascade_via_foreign_keys => true)" in (
+        result.advice
+    )
+
+
+@pytest.mark.slow
+async def test_active_accounts_that_cannot_serve_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        for changes in ({"license": "TBNZ"}, {"license": "TBHK", "status": "inactive"}):
+            await factories.account(session, **changes)
+        failing = await factories.account(session, failing_until=NOW + timedelta(hours=1))
+    result = await found(clone_settings, "accounts")
+    assert result.status == "warning"
+    assert result.seen == (
+        "active accounts that cannot serve requests: 1:"
+        f" {failing.id} (it is failing after several errors)"
+    )
+    async with clone.session() as session:
+        tokenless = await factories.account(session, license="TBHK")
+        await factories.account(session, license="TBHK", access_token="opaque")
+        expired = await factories.account(
+            session, license="TBHK", access_token="opaque", token_expires_at=NOW
+        )
+    result = await found(clone_settings, "accounts")
+    assert result.status == "problem"
+    assert result.seen.startswith("active accounts that cannot serve requests: 3: ")
+    why = "its license needs an access token, and the account has no valid token"
+    assert f"{tokenless.id} ({why})" in result.seen
+    assert f"{expired.id} ({why})" in result.seen
+    assert str(result.advice).startswith("store an access token with `tiger-db import-account`; ")
+
+
 async def test_missing_and_old_encryption_keys_are_reported(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -363,12 +479,13 @@ async def test_missing_privileges_are_reported(clone: Database, guest: Settings)
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
         results = {result.check: result for result in await doctor.run(guest)}
-    assert len(results) == 15
+    assert len(results) == 18
     assert {f.status for f in results.values()} == {"ok", "warning"}, results
     for check in (
         "unsealed events",
         "refreshes",
         "tokens",
+        "accounts",
         "trading",
         "API keys",
         "encryption keys",

@@ -19,7 +19,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.encryption_keys import OTHER_KEY
-from tests.support.sql import months, sql
+from tests.support.sql import CITUS_CATALOG, months, sql
 from tiger_db import AuditAction, AuditLog, Database, crud, embedded
 from tiger_db.connections import maintenance_engine
 from tiger_db.health import HealthReport, check_readiness
@@ -147,6 +147,35 @@ async def test_migrate_moves_events_out_of_the_default_partition(
     async with maintenance_engine(clone_settings) as engine:
         await upgrade(engine)
     assert (await check_readiness(clone_settings)).problems == []
+
+
+@pytest.mark.schema_changes
+async def test_a_failed_look_for_strays_is_a_warning(clone_settings: Settings) -> None:
+    """Citus refuses this query, which here a missing function does."""
+    await sql(clone_settings, "ALTER FUNCTION uuid7_floor RENAME TO renamed")
+    report = await check_readiness(clone_settings)
+    assert report.ready
+    strays, _ = report.problems
+    assert strays.startswith(
+        "audit_logs_default was not checked: the database refused a statement: "
+    )
+    assert strays.endswith(" (see `tiger-db doctor`)")
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+async def test_tables_that_citus_distributes_are_reported(clone_settings: Settings) -> None:
+    await sql(clone_settings, *CITUS_CATALOG, "CREATE TABLE mine ()")
+    await sql(clone_settings, "INSERT INTO pg_dist_partition VALUES ('mine', 'h', 'id')")
+    assert (await check_readiness(clone_settings)).problems == []
+    await sql(clone_settings, "INSERT INTO pg_dist_partition VALUES ('api_keys', 'n', NULL)")
+    report = await check_readiness(clone_settings)
+    assert only_problem(report).startswith("Citus distributes tables of tiger_db (api_keys): ")
+    assert report.ready
+    await sql(clone_settings, "ALTER TABLE pg_dist_partition RENAME logicalrelid TO relation")
+    report = await check_readiness(clone_settings)
+    assert only_problem(report).startswith("Citus was not checked: ")
+    assert report.ready
 
 
 @pytest.mark.parametrize("days", [-400, 4000])

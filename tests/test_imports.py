@@ -15,6 +15,7 @@ LAYERS = [
     ["doctor"],
     [
         "audit",
+        "checks",
         "encryption_key_rotation",
         "key_verifier",
         "refresh_waiting",

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import Executable, Float, Row, func, select, text
 from sqlalchemy.exc import DBAPIError
@@ -19,8 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import class_mapper
 from sqlmodel import col
 
+from tiger_db.checks import Outcome, Status, check_citus, check_collations
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
+from tiger_db.crud.accounts import RoutingReason, explain_for_operation
 from tiger_db.crud.api_keys import current_pause
 from tiger_db.database import AsyncSession
 from tiger_db.encryption_key_rotation import (
@@ -48,7 +50,6 @@ from tiger_db.models.accounts import ACCOUNT_NUMBER, due_tokens, normalize_accou
 from tiger_db.settings import Settings, quote_identifier
 
 T = TypeVar("T")
-Status: TypeAlias = Literal["ok", "warning", "problem"]
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400  # durations in seconds
 _TIMEOUTS = text(
@@ -68,14 +69,6 @@ class CheckResult:
     """The name of a check, its status, the state that it found, and advice or None."""
 
     check: str
-    status: Status
-    seen: str
-    advice: str | None = None
-
-
-class Outcome(NamedTuple):
-    """The fields of a CheckResult without the name of the check."""
-
     status: Status
     seen: str
     advice: str | None = None
@@ -108,12 +101,15 @@ async def run(settings: Settings) -> list[CheckResult]:
 def _checks(settings: Settings) -> dict[str, Check]:
     return {
         "invalid indexes": _check_indexes,
+        "collations": check_collations,
+        "Citus": check_citus,
         "schema": _check_schema,
         "triggers and functions": check_triggers,
         "audit partitions": _check_partitions,
         "unsealed events": _check_unsealed,
         "refreshes": _check_refreshes,
         "tokens": _check_tokens,
+        "accounts": _check_accounts,
         "trading": _check_trading,
         "API keys": _check_api_keys,
         "API key hashes": partial(_check_hashes, settings=settings),
@@ -364,6 +360,44 @@ async def _check_tokens(connection: AsyncConnection) -> Outcome:
         f"tokens that are due for a refresh: {row.accounts}; expired tokens: {row.expired};"
         f" the first token became due {_duration(row.age)} ago",
         None if status == "ok" else advice,
+    )
+
+
+# Why an active account cannot serve requests, and what to do.
+_UNABLE = {
+    RoutingReason.NO_VALID_TOKEN: (
+        "its license needs an access token, and the account has no valid token",
+        "store an access token with `tiger-db import-account`",
+    ),
+    RoutingReason.FAILING: (
+        "it is failing after several errors",
+        "see the last error with `tiger-db show-account`",
+    ),
+}
+
+
+async def _check_accounts(connection: AsyncConnection) -> Outcome:
+    """Find the active accounts that cannot serve any request."""
+    async with AsyncSession(connection) as session:
+        reasons_of = await explain_for_operation(session, environment=None)
+    unable = {
+        account_id: reasons
+        for account_id, reasons in reasons_of.items()
+        if reasons and RoutingReason.NOT_ACTIVE not in reasons
+    }
+    if not unable:
+        return Outcome("ok", "all active accounts can serve requests")
+    found = [reason for reason in _UNABLE if any(reason in rs for rs in unable.values())]
+    seen = _join_first(
+        [
+            f"{account_id} ({', and '.join(_UNABLE[reason][0] for reason in reasons)})"
+            for account_id, reasons in unable.items()
+        ]
+    )
+    return Outcome(
+        "problem" if RoutingReason.NO_VALID_TOKEN in found else "warning",
+        f"active accounts that cannot serve requests: {len(unable)}: {seen}",
+        "; ".join(_UNABLE[reason][1] for reason in found),
     )
 
 

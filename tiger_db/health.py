@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,13 +12,20 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
+from tiger_db.checks import check_citus
 from tiger_db.connections import connect, connect_directly, maintenance_engine
 from tiger_db.connections.error_advice import explain
 from tiger_db.crud.api_keys import current_pause
 from tiger_db.database import AsyncSession
 from tiger_db.doctor import audit_months_ahead, check_triggers, grade_partitions
 from tiger_db.encryption import EncryptedSecret, KeyRing, decrypt
-from tiger_db.errors import ConfigurationError, EncryptionError, TigerDBError
+from tiger_db.errors import (
+    ConfigurationError,
+    Conflict,
+    EncryptionError,
+    QueryTimeout,
+    TigerDBError,
+)
 from tiger_db.keys_in_force import required_key_ring, required_peppers
 from tiger_db.migrations import MONTHS_AHEAD, SEARCH_PATH, SearchPath, schema_state
 from tiger_db.models import TABLES, TigerAccount
@@ -227,7 +234,8 @@ async def _check_database(
     partitions = grade_partitions(months_ahead)
     if partitions.status != "ok":
         problems.append(f"{partitions.seen}: {partitions.advice}")
-    problems += await _check_default_partition(connection)
+    problems += await _run_optional(connection, "audit_logs_default", _check_default_partition)
+    problems += await _run_optional(connection, "Citus", _check_citus)
     unreadable = await _check_decryption(connection, ring) if ring is not None else []
     problems += unreadable
     triggers = await check_triggers(connection)
@@ -254,6 +262,27 @@ async def _estimate_rows(connection: AsyncConnection, tables: Sequence[str]) -> 
         {"tables": list(tables)},
     )
     return {name: estimate for name, estimate in rows}  # noqa: C416  # the loop names the two columns
+
+
+async def _run_optional(
+    connection: AsyncConnection,
+    name: str,
+    check: Callable[[AsyncConnection], Awaitable[list[str]]],
+) -> list[str]:
+    """Run a check in a savepoint. If the check fails, return a warning.
+
+    A failed check of maintenance does not affect readiness.
+    """
+    try:
+        async with connection.begin_nested():
+            return await check(connection)
+    except (DBAPIError, Conflict, QueryTimeout) as error:
+        return [f"{name} was not checked: {explain(error)} (see `tiger-db doctor`)"]
+
+
+async def _check_citus(connection: AsyncConnection) -> list[str]:
+    citus = await check_citus(connection)
+    return [] if citus.status == "ok" else [f"{citus.seen}: {citus.advice}"]
 
 
 async def _check_default_partition(connection: AsyncConnection) -> list[str]:

@@ -39,6 +39,16 @@ async def sql_without_search_path(settings: Settings, *statements: str) -> objec
         await connection.close()
 
 
+# The catalog of Citus, as its documentation and its installation script describe it.
+CITUS_CATALOG = (
+    "CREATE SCHEMA citus",
+    """CREATE TABLE citus.pg_dist_partition (logicalrelid regclass NOT NULL,
+        partmethod "char" NOT NULL, partkey text, colocationid integer DEFAULT 0 NOT NULL,
+        repmodel "char" DEFAULT 'c' NOT NULL, autoconverted boolean DEFAULT false NOT NULL)""",
+    "ALTER TABLE citus.pg_dist_partition SET SCHEMA pg_catalog",
+)
+
+
 def months(first: int, last: int) -> list[str]:
     """The partitions of these months from now."""
     now = datetime.now(UTC)

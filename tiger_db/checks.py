@@ -1,0 +1,100 @@
+"""Checks of the database in which tiger_db is installed: versions of collations, and Citus."""
+
+from typing import Literal, NamedTuple, TypeAlias
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tiger_db.models import metadata
+
+Status: TypeAlias = Literal["ok", "warning", "problem"]
+
+
+class Outcome(NamedTuple):
+    """The status of a check, the state that the check found, and advice or None."""
+
+    status: Status
+    seen: str
+    advice: str | None = None
+
+
+# _OUR_TABLES selects the tables of tiger_db, partitions included.
+_OUR_TABLES = """
+our_tables AS (
+    SELECT c.oid, root.relname FROM pg_class AS root
+    JOIN pg_class AS c ON root.oid = coalesce(pg_partition_root(c.oid), c.oid)
+    WHERE root.relnamespace = quote_ident(current_schema())::regnamespace
+        AND root.relname = ANY (CAST(:tables AS text[]))
+)
+"""
+# PostgreSQL records the version of a collation when the database or the collation is created. If no
+# version is recorded, the version is unknown, or the collation has no versions, such as "C".
+_CHANGED_COLLATIONS = text(f"""
+WITH {_OUR_TABLES}, relations AS (
+    SELECT oid FROM our_tables
+    UNION SELECT indexrelid FROM pg_index JOIN our_tables ON our_tables.oid = indrelid
+), collations AS (
+    SELECT 0 AS number, 'the default collation of the database' AS name, datcollversion AS recorded,
+        pg_database_collation_actual_version(oid) AS actual,
+        format('ALTER DATABASE %I REFRESH COLLATION VERSION', datname) AS refresh
+    FROM pg_database WHERE datname = current_database()
+    UNION ALL
+    SELECT 1, concat('the collation ', oid::regcollation), collversion,
+        pg_collation_actual_version(oid),
+        format('ALTER COLLATION %s REFRESH VERSION', oid::regcollation)
+    FROM pg_collation WHERE oid IN (SELECT attcollation FROM pg_attribute
+        WHERE attrelid IN (SELECT oid FROM relations))
+)
+SELECT name, recorded, actual, refresh,
+    format('REINDEX DATABASE CONCURRENTLY %I', current_database()) AS reindex
+FROM collations WHERE recorded IS NOT NULL AND recorded IS DISTINCT FROM actual
+ORDER BY number, name
+""")  # noqa: S608  # the inserted text is a constant
+_CITUS_CATALOG = text("SELECT to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL")
+_DISTRIBUTED_TABLES = text(f"""
+WITH {_OUR_TABLES}
+SELECT DISTINCT relname::text AS name FROM our_tables
+WHERE oid IN (SELECT logicalrelid FROM pg_catalog.pg_dist_partition) ORDER BY 1
+""")  # noqa: S608  # the inserted text is a constant
+
+
+async def check_collations(connection: AsyncConnection) -> Outcome:
+    """Find collations of tiger_db's columns and indexes whose version the server has changed.
+
+    An upgrade of the operating system or of ICU can change the order of texts. Then an index that
+    was built before does not find all rows.
+    """
+    rows = (await connection.execute(_CHANGED_COLLATIONS, {"tables": [*metadata.tables]})).all()
+    if not rows:
+        return Outcome("ok", "the server has the recorded versions of the collations")
+    seen = "; ".join(
+        f"{row.name} was recorded with the version {row.recorded}, and the server has"
+        f" {f'the version {row.actual}' if row.actual else 'no version of it'}"
+        for row in rows
+    )
+    seen += ": indexes of texts may not find all rows"
+    if any(row.actual is None for row in rows):  # PostgreSQL refuses REFRESH without a version
+        advice = (
+            "use an operating system with the recorded version, or restore a dump of the database"
+            " into a new database"
+        )
+        return Outcome("problem", seen, advice)
+    commands = [rows[0].reindex, *(row.refresh for row in rows)]
+    return Outcome("problem", seen, f"run {', then '.join(commands)}")
+
+
+async def check_citus(connection: AsyncConnection) -> Outcome:
+    """Find tables of tiger_db that Citus distributes, by the table in which Citus lists them."""
+    names: list[str] = []
+    if await connection.scalar(_CITUS_CATALOG):
+        found = await connection.scalars(_DISTRIBUTED_TABLES, {"tables": [*metadata.tables]})
+        names = list(found)
+    if not names:
+        return Outcome("ok", "no table is distributed")
+    return Outcome(
+        "problem",
+        f"Citus distributes tables of tiger_db ({', '.join(names)}): their triggers, such as those"
+        " that notify of revoked API keys, are not reliable",
+        f"run SELECT undistribute_table('{names[0]}', cascade_via_foreign_keys => true), and the"
+        " same for each other table, or move tiger_db to a database without Citus",
+    )
