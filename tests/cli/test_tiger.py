@@ -1,5 +1,6 @@
 """Commands for the configuration files of Tiger's SDKs."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.support.tiger_files import (
     mode,
     names,
 )
+from tests.support.tiger_files import token as tiger_token
 from tiger_db import TigerAccount
 from tiger_db.tiger import CONFIG_FILE, TOKEN_FILE
 
@@ -32,7 +34,8 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_an_account_is_imported_and_exported(cli: CommandLine, file: Path, tmp_path: Path) -> None:
-    token = config(tmp_path, {"token": NEW}, TOKEN_FILE)
+    valid = tiger_token(datetime.now(UTC))
+    token = config(tmp_path, {"token": valid}, "token.properties")
     token.chmod(0o600)
     files = (str(file), "--token-file", str(token))
     created = cli.ok("import-account", *files, "--name", "Main", "--json")
@@ -41,7 +44,7 @@ def test_an_account_is_imported_and_exported(cli: CommandLine, file: Path, tmp_p
     assert created.json == account.model_dump(mode="json")
     assert list(created.json) == list(TigerAccount.model_fields)
     assert (account.account_name, plain(account.private_key)) == ("Main", PK8)
-    assert plain(account.access_token) == NEW
+    assert plain(account.access_token) == valid
 
     folder = tmp_path / "out"
     exported = cli.ok("export-account", NUMBER, "--out", str(folder))
@@ -55,12 +58,17 @@ def test_an_account_is_imported_and_exported(cli: CommandLine, file: Path, tmp_p
     assert (folder / TOKEN_FILE).read_text() == token.read_text()
     assert [mode(folder / name) for name in names(folder)] == [0o600, 0o600]
 
-    for paths in (files, (exported.out.split()[0],)):
+    for paths, told in (
+        (files, []),
+        ((exported.out.split()[0],), [f"the access token is from {folder / TOKEN_FILE}"]),
+        ((exported_bare.out.strip(),), []),
+    ):
         again = cli.ok("import-account", *paths)
-        assert (
-            again.err == "account ****0321 was not changed,"
-            " because the account already has the values of the files\n"
+        unchanged = (
+            "account ****0321 was not changed, because the account already has the values of the"
+            " files"
         )
+        assert again.err.splitlines() == [unchanged, *told]
     assert stored(cli) == account
     events = cli.ok("list-events", "--json").json["items"]
     assert [event["action"] for event in events] == [
@@ -76,6 +84,22 @@ def test_an_imported_account_is_shown_without_secrets(cli: CommandLine, file: Pa
         assert secret not in result.out + result.err
 
 
+def test_import_warns_of_a_license_that_needs_a_token(cli: CommandLine, file: Path) -> None:
+    warning = (
+        "warning: the account serves no requests, because the license TBHK needs a valid access"
+        f" token: import the account again with its file {TOKEN_FILE}"
+    )
+    assert cli.ok("import-account", str(file)).err.splitlines() == [
+        "created account ****0321", warning
+    ]  # fmt: skip
+    token = config(file.parent, {"token": tiger_token(datetime.now(UTC))}, TOKEN_FILE)
+    token.chmod(0o644)
+    changed, source, warned = cli.ok("import-account", str(file)).err.splitlines()
+    assert changed == "changed account ****0321: access_token"
+    assert source == f"the access token is from {token}"
+    assert warned.endswith(f"can read the secrets in {token}: run chmod 600 {token}")
+
+
 def test_import_prints_the_changed_fields(cli: CommandLine, file: Path) -> None:
     cli.ok("import-account", str(file))
     config(file.parent, EVERYTHING | {"license": "TBSG", "timeout": "30"})
@@ -86,9 +110,10 @@ def test_import_prints_the_changed_fields(cli: CommandLine, file: Path) -> None:
 
 
 def test_import_prints_the_ignored_lines(cli: CommandLine, file: Path) -> None:
-    config(file.parent, EVERYTHING | {"token": NEW})
+    lines = EVERYTHING | {"license": "TBSG"}
+    config(file.parent, lines | {"token": NEW})
     cli.ok("import-account", str(file))
-    config(file.parent, EVERYTHING | {"token": OLD, "colour": "red"})
+    config(file.parent, lines | {"token": OLD, "colour": "red"})
     assert cli.ok("import-account", str(file)).err.splitlines() == [
         "account ****0321 was not changed, because the account already has the values of the files",
         "warning: the stored access token was kept, because the token in the file is older",

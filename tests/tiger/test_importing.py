@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 from tests.support import factories
 from tests.support.factories import plain
 from tests.support.private_keys import FORMS, NO_PASSWORD, der, pem, short_pem
+from tests.support.sdk_gateway import loaded
 from tests.support.tiger_files import (
     EVERYTHING,
     NEW,
@@ -24,6 +25,7 @@ from tests.support.tiger_files import (
     REQUIRED,
     actions,
     config,
+    token,
 )
 from tiger_db import AuditAction, Database, PrivateKeyFormat, crud
 from tiger_db.database import AsyncSession
@@ -316,6 +318,56 @@ async def test_an_older_token_does_not_and_the_rest_is_imported(
     assert (done.changed, done.token_kept) == (["license"], True)
     assert plain(done.account.access_token) == NEW
     assert done.account.token_expires_at == datetime(2026, 2, 16, tzinfo=UTC)
+
+
+def sdk_token(folder: Path) -> str:
+    """The token that Tiger's SDK takes from the files of a folder."""
+    return str(loaded(folder).token or "")
+
+
+@pytest.mark.parametrize(
+    ("inside", "beside"),
+    [(None, NEW), (NEW, OLD), (OLD, NEW), (None, None), (None, ""), (NEW, None)],
+)
+async def test_the_token_file_beside_is_taken_as_tiger_s_sdk_does(
+    session: AsyncSession, tmp_path: Path, inside: str | None, beside: str | None
+) -> None:
+    path = config(tmp_path, REQUIRED | {"license": "TBHK", "token": inside})
+    if beside is not None:
+        config(tmp_path, {"token": beside}, TOKEN_FILE)
+    done = await import_account(session, path)
+    stored = "" if done.account.access_token is None else plain(done.account.access_token)
+    assert stored == sdk_token(tmp_path)
+    assert done.token_file == (tmp_path / TOKEN_FILE if not inside and beside else None)
+
+
+async def test_a_token_file_beside_that_cannot_be_read_is_named(
+    session: AsyncSession, tmp_path: Path
+) -> None:
+    (tmp_path / TOKEN_FILE).mkdir()
+    with pytest.raises(InvalidValue, match=f"{TOKEN_FILE}: Is a directory"):
+        await import_account(session, config(tmp_path, REQUIRED))
+
+
+async def test_a_missing_token_is_a_warning_where_the_license_needs_one(
+    session: AsyncSession, tmp_path: Path
+) -> None:
+    path = config(tmp_path, REQUIRED | {"license": "TBHK"})
+    missing = await import_account(session, path)
+    (warning,) = missing.warnings
+    assert warning == (
+        "the account serves no requests, because the license TBHK needs a valid access token:"
+        f" import the account again with its file {TOKEN_FILE}"
+    )
+    assert await crud.accounts.find_for_operation(session) == []
+    config(tmp_path, {"token": OLD}, TOKEN_FILE)
+    assert (await import_account(session, path)).warnings == missing.warnings, "it has expired"
+    config(tmp_path, {"token": token(datetime.now(UTC))}, TOKEN_FILE)
+    assert (await import_account(session, path)).warnings == []
+    assert await crud.accounts.find_for_operation(session) == [missing.account]
+    other = config(tmp_path, REQUIRED | {"account": "U1", "license": "TBNZ"}, "other.properties")
+    (tmp_path / TOKEN_FILE).unlink()
+    assert (await import_account(session, other)).warnings == []
 
 
 @pytest.mark.parametrize(

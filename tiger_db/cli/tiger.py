@@ -23,7 +23,9 @@ def import_account(
     token_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Path of tiger_openapi_token.properties, if the file exists."
+            metavar="FILE",
+            help="Path of tiger_openapi_token.properties. Default: this file in the folder of FILE,"
+            " if the configuration file has no token.",
         ),
     ] = None,
     name: Annotated[
@@ -52,13 +54,11 @@ def import_account(
         output.print_message(
             f"{account} was not changed, because the account already has the values of the files"
         )
-    if result.token_kept:
-        output.print_warning(
-            "the stored access token was kept, because the token in the file is older"
-        )
-    if result.ignored:
-        output.print_warning(f"unknown lines in {file} were ignored: {', '.join(result.ignored)}")
-    for path in filter(None, (file, token_file)):
+    if token_file is None and result.token_file is not None:
+        output.print_message(f"the access token is from {result.token_file}")
+    for warning in result.warnings:
+        output.print_warning(warning)
+    for path in filter(None, (file, result.token_file)):
         mode = path.stat().st_mode
         if stat.S_ISREG(mode) and mode & 0o077:
             output.print_warning(

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tiger_db.crud.audit_logs import recording
 from tiger_db.encryption import Secret
 from tiger_db.errors import EncryptionError, InvalidState, InvalidValue, StaleToken
 from tiger_db.models import AccountStatus, AuditAction, TigerAccount, TigerEnvironment
-from tiger_db.models.accounts import token_times
+from tiger_db.models.accounts import LICENSES_WITH_TOKEN, token_times
 from tiger_db.models.private_keys import parse_private_key, public_numbers
 from tiger_db.public import public
 from tiger_db.redaction import MASK
@@ -24,6 +24,7 @@ from tiger_db.tiger.properties import (
     CLIENT_OPTIONS,
     FIELD_PROPERTIES,
     PRIVATE_KEY_PROPERTIES,
+    TOKEN_FILE,
     client_option,
     plaintext,
     read_properties,
@@ -42,6 +43,8 @@ class Imported:
     changed: list[str]  # Names of changed fields, or of all imported fields for a new account.
     token_kept: bool  # True if a newer access token was already stored.
     ignored: list[str]  # Names of unknown properties in the imported files.
+    token_file: Path | None  # The file from which a token was read, or None.
+    warnings: list[str]  # Messages of one line for the user, such as that a token is missing.
 
 
 @public
@@ -54,11 +57,14 @@ async def import_account(
 ) -> Imported:
     """Create an account from Tiger's files, or update the account with the same account number.
 
-    A field that is not in the files keeps the stored value. If both files have an access token, the
-    newer token is used. If the stored access token is newer than the files' token, the stored token
-    is kept. A private key that differs only in the format counts as unchanged. The import of
-    unchanged exported files writes no audit event. The argument `name` sets the account's name. By
-    default, the name of a new account is the account number.
+    A field that is not in the files keeps the stored value. If `token_file` is None and the
+    configuration file has no access token, the token is read from the file
+    `tiger_openapi_token.properties` in the same folder if this file exists, as in Tiger's SDK. If
+    `token_file` and the configuration file both have an access token, the newer token is used. If
+    the stored access token is newer than the files' token, the stored token is kept. A private key
+    that differs only in the format counts as unchanged. The import of unchanged exported files
+    writes no audit event. The argument `name` sets the account's name. By default, the name of a
+    new account is the account number.
 
     Raises:
         InvalidValue: a file cannot be read, or a property of a file is missing or invalid. The
@@ -68,10 +74,10 @@ async def import_account(
     """
     values = await asyncio.to_thread(read_properties, config_file)
     given = _fields(config_file, values)
-    if token_file is not None:
-        token = (await asyncio.to_thread(read_properties, token_file)).get("token")
-        if token is None:
-            raise InvalidValue(f"{token_file}: the property `token` is missing")
+    token_file, token = await asyncio.to_thread(
+        _read_token, config_file, token_file, has_token="token" in values
+    )
+    if token is not None:
         given["access_token"] = _newer_token(values.get("token"), token)
     if name is not None:
         given["account_name"] = name
@@ -101,7 +107,41 @@ async def import_account(
         name if _WORDS.fullmatch(name) and values[name].strip("=") else MASK
         for name in values.keys() - _KNOWN
     }
-    return Imported(account, stored is None, changed, token_kept, sorted(ignored))
+    imported = Imported(
+        account, stored is None, changed, token_kept, sorted(ignored), token_file, []
+    )
+    imported.warnings.extend(_warnings(imported, config_file))
+    return imported
+
+
+def _read_token(
+    config_file: Path, token_file: Path | None, *, has_token: bool
+) -> tuple[Path | None, str | None]:
+    """Return the file from which the token is read, and the token.
+
+    If `token_file` is None, the token is read as in Tiger's SDK: from the token file in the folder
+    of the configuration file, unless the configuration file has a token (`has_token`).
+    """
+    path = token_file or config_file.parent / TOKEN_FILE
+    if token_file is None and (has_token or not path.exists()):
+        return None, None
+    token = read_properties(path).get("token")
+    if token is None and token_file is not None:
+        raise InvalidValue(f"{token_file}: the property `token` is missing")
+    return (None if token is None else path), token
+
+
+def _warnings(imported: Imported, config_file: Path) -> Iterator[str]:
+    if imported.token_kept:
+        yield "the stored access token was kept, because the token in the file is older"
+    if imported.ignored:
+        yield f"unknown lines in {config_file} were ignored: {', '.join(imported.ignored)}"
+    account = imported.account
+    if account.license in LICENSES_WITH_TOKEN and not account.has_valid_token:
+        yield (
+            f"the account serves no requests, because the license {account.license} needs a valid"
+            f" access token: import the account again with its file {TOKEN_FILE}"
+        )
 
 
 def _fields(file: Path, values: Mapping[str, str]) -> dict[str, Any]:
