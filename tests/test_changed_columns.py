@@ -7,7 +7,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tests.support import factories
+from tests.support import factories, known_types
 from tests.support.sql import sql
 from tiger_db import Database, KeyVerifier, crud
 from tiger_db.connections import connect
@@ -90,6 +90,7 @@ async def test_a_row_with_a_new_column_is_a_conflict(clone: Database) -> None:
 
     await rows()
     await sql(clone.settings, "ALTER TABLE tiger_accounts ADD more text")
+    known_types.forget()
     with pytest.raises(Conflict, match="the schema of the database was changed"):
         await rows()
     assert len(await rows()) == 2, "the failed transaction saved nothing"

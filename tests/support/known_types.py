@@ -20,6 +20,11 @@ def remember() -> None:
     Connection._introspect_types = _remembered
 
 
+def forget() -> None:
+    """Let asyncpg ask about all types again, after a test has changed one."""
+    _known.clear()
+
+
 async def _remembered(
     self: Any,
     oids: Collection[int],
