@@ -42,6 +42,8 @@ THIRD = {name: f"third-{name}-of-nobody" for name in FIELDS}
 PUBLIC = "51230321"  # what must be found, or nothing was looked at
 SEEN = "an order of nobody"  # the same of events
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Witness:
@@ -153,7 +155,6 @@ async def cut_off(database: Database) -> str:
     return "".join(traceback.format_exception(caught.value))
 
 
-@pytest.mark.slow
 def test_errors_contain_no_secret(witness: Witness) -> None:
     assert len(witness.raised) == 3
     for shown in witness.raised:
@@ -180,7 +181,6 @@ def test_a_dump_contains_no_secret(witness: Witness, tmp_path: Path, format_: st
     witness.assert_safe(content)
 
 
-@pytest.mark.slow
 def test_the_files_of_the_server_contain_no_secret(witness: Witness) -> None:
     content = contents(witness.server.folder / "data")  # tables, indexes, write-ahead log
     assert PUBLIC.encode() in content

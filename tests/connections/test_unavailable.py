@@ -111,6 +111,7 @@ async def private(private_server: Settings) -> AsyncIterator[Database]:
         yield database
 
 
+@pytest.mark.slow
 async def test_a_wrong_password(private_server: Settings) -> None:
     server = embedded.start(private_server)
     right = server.connect_args(private_server)["password"]
@@ -180,6 +181,7 @@ async def test_a_restarted_server(
             assert (await crud.accounts.list_accounts(session)).items == []
 
 
+@pytest.mark.slow
 async def test_a_restart_between_two_sessions_causes_no_error(
     private_server: Settings, private: Database
 ) -> None:

@@ -88,6 +88,7 @@ def test_any_characters_in_the_path(name: str, way: str, sites: dict[str, Path])
             discard(home)
 
 
+@pytest.mark.slow
 def test_if_the_programs_cannot_run_anywhere_the_error_names_the_setting(
     home: Path, sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

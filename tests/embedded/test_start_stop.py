@@ -76,6 +76,7 @@ def test_configuration(shared: Settings) -> None:
         asyncio.run(asyncpg.connect(**{**arguments, "password": "guessed"}))
 
 
+@pytest.mark.slow
 def test_start_takes_less_than_2_ms_if_the_server_runs(shared: Settings) -> None:
     def seconds() -> float:
         begin = time.perf_counter()
@@ -85,6 +86,7 @@ def test_start_takes_less_than_2_ms_if_the_server_runs(shared: Settings) -> None
     assert min(seconds() for _ in range(50)) < 0.002
 
 
+@pytest.mark.slow
 def test_start_takes_no_lock_if_the_server_runs(shared: Settings) -> None:
     with (embedded.home_folder(shared) / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
