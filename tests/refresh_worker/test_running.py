@@ -126,11 +126,11 @@ async def test_a_due_account_at_the_gateway(clone: Database) -> None:
 
 async def test_running_once_ends_when_nothing_is_due(clone: Database) -> None:
     assert (await run_once(clone, at_once)).counts == {}
-    await due(clone, 30)
+    await due(clone, 10)
     later = await opened(clone, scheduled_at=datetime.now(UTC) + timedelta(hours=1))
     worker = await run_once(clone, at_once, concurrency=4)
-    assert worker.counts == {"refreshed": 30}
-    assert [r.status for r in await rows(clone) if r.id != later.id] == [S.SUCCESS] * 30
+    assert worker.counts == {"refreshed": 10}
+    assert [r.status for r in await rows(clone) if r.id != later.id] == [S.SUCCESS] * 10
     assert (await row(clone, later.id)).fencing_token == 0
     assert (await run_once(clone, at_once)).counts == {}
 
