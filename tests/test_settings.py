@@ -270,9 +270,13 @@ def elsewhere(host: str) -> dict[str, dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize("mode", WEAK)
 @pytest.mark.parametrize(
-    "host", ["db.example", "10.1.2.3", "[fd00::1]", "[::ffff:10.1.2.3]", "127.1", "0.0.0.0"]
+    ("host", "mode"),
+    [
+        *(("db.example", mode) for mode in WEAK),
+        *((host, None) for host in ("10.1.2.3", "[fd00::1]", "127.1", "0.0.0.0")),
+        ("[::ffff:10.1.2.3]", SSLMode.REQUIRE),
+    ],
 )
 def test_in_production_a_remote_server_needs_verify_full(host: str, mode: str | None) -> None:
     """Each name counts that is not this machine's for certain, whatever it resolves to."""
@@ -319,10 +323,13 @@ def test_a_client_certificate_does_not_verify_the_server() -> None:
 
 
 @pytest.mark.parametrize(
-    "host",
-    ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "[::1]", "[::ffff:127.0.0.1]", "%2Frun"],
+    ("host", "mode"),
+    [
+        *(("localhost", mode) for mode in WEAK),
+        *((host, None) for host in ("LOCALHOST", "127.0.0.1", "127.9.9.9", "[::1]", "%2Frun")),
+        ("[::ffff:127.0.0.1]", SSLMode.REQUIRE),
+    ],
 )
-@pytest.mark.parametrize("mode", WEAK)
 def test_a_local_server_needs_no_verified_tls(host: str, mode: str | None) -> None:
     given = {"environment": "production", "db_ssl_mode": mode}
     plain = unquote(host.strip("[]"))

@@ -44,27 +44,24 @@ async def seeded(session: AsyncSession) -> AsyncSession:
     return session
 
 
-@pytest.mark.parametrize("name", LOOKUPS)
-async def test_a_lookup_sends_one_statement(
-    database: Database, seeded: AsyncSession, name: str
-) -> None:
-    with recorded(database) as sent:
-        await LOOKUPS[name](seeded)
-    assert len(sent) == 1
-    assert sent[0].startswith("SELECT")
-
-
-@pytest.mark.parametrize("name", LISTS)
-async def test_a_page_sends_one_statement_without_count_or_offset(
-    database: Database, seeded: AsyncSession, name: str
-) -> None:
-    cursors = [None, cursor_of(name, ACCOUNT)]
-    for cursor in cursors:
+async def test_a_lookup_sends_one_statement(database: Database, seeded: AsyncSession) -> None:
+    for name, look_up in LOOKUPS.items():
         with recorded(database) as sent:
-            await LISTS[name](seeded, after=cursor, limit=2)
-        assert len(sent) == 1
-        assert "count(" not in sent[0].lower()
-        assert "OFFSET" not in sent[0]
+            await look_up(seeded)
+        assert len(sent) == 1, name
+        assert sent[0].startswith("SELECT"), name
+
+
+async def test_a_page_sends_one_statement_without_count_or_offset(
+    database: Database, seeded: AsyncSession
+) -> None:
+    calls = [(name, cursor) for name in LISTS for cursor in (None, cursor_of(name, ACCOUNT))]
+    for name, after in calls:
+        with recorded(database) as sent:
+            await LISTS[name](seeded, after=after, limit=2)
+        assert len(sent) == 1, name
+        assert "count(" not in sent[0].lower(), name
+        assert "OFFSET" not in sent[0], name
 
 
 @pytest.mark.parametrize(

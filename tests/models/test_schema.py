@@ -22,18 +22,17 @@ from tiger_db import APIKey, AuditLog, Database, TigerAccount, TokenStatus
 from tiger_db.connections import connect
 from tiger_db.database import AsyncSession
 from tiger_db.models import Entity, metadata
-from tiger_db.settings import Settings
+from tiger_db.out_of_band import asyncpg_connection
 
 
 @pytest.fixture
-async def raw(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
+async def raw(database: Database) -> AsyncIterator[asyncpg.Connection]:
     """Yield an asyncpg connection whose transaction is rolled back."""
-    connection = await connect(settings)
-    transaction = connection.transaction()
-    await transaction.start()
-    yield connection
-    await transaction.rollback()
-    await connection.close()
+    async with asyncpg_connection(database.engine) as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        yield connection
+        await transaction.rollback()
 
 
 COLUMNS = """
@@ -89,13 +88,12 @@ async def test_every_column_carries_a_comment(raw: asyncpg.Connection) -> None:
     assert not [place for place, column in (await columns(raw)).items() if not column["comment"]]
 
 
-@pytest.mark.parametrize(("entity", "name"), FIELDS, ids=label)
-async def test_a_comment_is_the_field_s_description(
-    raw: asyncpg.Connection, entity: type[Entity], name: str
-) -> None:
-    column = (await columns(raw))[table_of(entity).name, name]
-    assert column["comment"] == entity.model_fields[name].description
-    assert table_of(entity).c[name].comment == column["comment"]
+async def test_a_comment_is_the_field_s_description(raw: asyncpg.Connection) -> None:
+    found = await columns(raw)
+    for entity, name in FIELDS:
+        description = entity.model_fields[name].description
+        assert table_of(entity).c[name].comment == description
+        assert found[table_of(entity).name, name]["comment"] == description
 
 
 async def test_every_integer_has_64_bits_and_every_timestamp_a_zone(

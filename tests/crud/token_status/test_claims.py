@@ -1,5 +1,6 @@
 """Claims of refreshes: claiming, the lease, giving back, and lost claims."""
 
+import itertools
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -147,8 +148,13 @@ async def test_a_heartbeat_renews_the_lease(session: AsyncSession) -> None:
         await token_status.heartbeat(session, claim, lease=timedelta(0))
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("how", ["taken over", "cancelled", "completed", "account closed"])
+@pytest.mark.parametrize(
+    ("use", "how"),
+    [
+        *((use, "taken over") for use in USES),
+        *itertools.product(["complete", "fail"], ["cancelled", "completed", "account closed"]),
+    ],
+)
 async def test_a_lost_claim_changes_nothing(clone: Database, use: str, how: str) -> None:
     async with clone.session() as session:
         await factories.refresh(session)
