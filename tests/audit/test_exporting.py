@@ -1,6 +1,7 @@
 """Exports as JSON Lines and CSV, and their consistency while others write."""
 
 import asyncio
+import codecs
 import csv
 import io
 import json
@@ -110,6 +111,17 @@ async def test_csv_has_the_values_of_json_lines(trail: Trail, options: dict[str,
                 value if name in JSON else str(value)
             )
     assert {*FIELDS} <= {name for event in events for name in event}
+
+
+async def test_a_csv_can_begin_with_a_byte_order_mark(trail: Trail, tmp_path: Path) -> None:
+    plain = await exported(trail.database, form="csv")
+    marked = await exported(trail.database, form="csv", byte_order_mark=True)
+    path = tmp_path / "events.csv"
+    path.write_text("".join(marked), encoding="utf-8", newline="")
+    assert path.read_bytes() == codecs.BOM_UTF8 + "".join(plain).encode()
+    assert path.read_text(encoding="utf-8-sig").startswith("position,")
+    with pytest.raises(InvalidValue, match="byte_order_mark requires the form csv"):
+        audit.export(trail.database, byte_order_mark=True)
 
 
 async def test_formulas_in_csv_are_escaped(signing: Database) -> None:

@@ -239,6 +239,11 @@ def test_events_are_exported_to_standard_output(
     assert len(rest) == COUNT
     assert last["error_message"] == '\'=1+1, "x"\ny'
     assert "--format" in sealed.misused("export-events", "--format", "xml")
+    marked = sealed.process(
+        "export-events", "--format", "csv", "--since", "1h", "--byte-order-mark"
+    )
+    assert marked.out == f"\ufeff{shown.out}"
+    assert "give --format csv" in sealed.misused("export-events", "--byte-order-mark")
 
 
 @pytest.mark.slow

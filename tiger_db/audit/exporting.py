@@ -24,6 +24,7 @@ from tiger_db.public import Progress, no_progress, public
 CSV_COLUMNS = ("position", *storage.CONTENT_COLUMNS)
 _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
 _BATCH_EVENTS = 1000  # number of events in each batch of an export
+_BYTE_ORDER_MARK = "\ufeff"
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 _JSON = json.JSONDecoder()
 
@@ -33,6 +34,7 @@ def export(
     database: Database,
     *,
     form: Literal["jsonl", "csv"] = "jsonl",
+    byte_order_mark: bool = False,
     progress: Progress = no_progress,
     **filters: Unpack[EventFilters],
 ) -> AsyncGenerator[str, None]:
@@ -45,26 +47,31 @@ def export(
     the oldest event.
 
     In CSV, the first line has the names of the columns. A cell that a spreadsheet would evaluate as
-    a formula gets a leading apostrophe.
+    a formula gets a leading apostrophe. If `byte_order_mark` is true, the first line begins with
+    U+FEFF. Without this character, Excel reads a UTF-8 file in another encoding.
 
     The memory use of `export` does not depend on the number of events. After each batch of events,
     `export` calls `progress` with two arguments: the number of events that `export` has yielded so
     far, and None.
 
     Raises:
-        InvalidValue: an argument is not valid. See `crud.audit_logs.search`. The call of `export`
-            raises InvalidValue, before the generator yields the first line.
+        InvalidValue: an argument is not valid (see `crud.audit_logs.search`), or `byte_order_mark`
+            is true and `form` is not csv. The call of `export` raises InvalidValue, before the
+            generator yields the first line.
     """
+    if byte_order_mark and form != "csv":
+        raise InvalidValue("byte_order_mark requires the form csv: JSON must not begin with U+FEFF")
     conditions = event_conditions(**filters)
     items = _matching_events(database, conditions) if conditions else _whole_trail(database)
-    return _lines(items, form, progress)
+    header = _csv_line(CSV_COLUMNS) if form == "csv" else ""
+    return _lines(items, form, _BYTE_ORDER_MARK + header if byte_order_mark else header, progress)
 
 
 async def _lines(
-    items: AsyncGenerator[Seal | Event, None], form: str, progress: Progress
+    items: AsyncGenerator[Seal | Event, None], form: str, header: str, progress: Progress
 ) -> AsyncGenerator[str, None]:
-    if form == "csv":
-        yield _csv_line(CSV_COLUMNS)
+    if header:
+        yield header
     count = 0
     # If the caller stops before the last line, aclosing() ends the database transaction.
     async with aclosing(items):

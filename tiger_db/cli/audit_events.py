@@ -286,6 +286,13 @@ def export_events(
         Literal["jsonl", "csv"],
         typer.Option("--format", help="Format of the export, JSON Lines or CSV."),
     ] = "jsonl",
+    byte_order_mark: Annotated[
+        bool,
+        typer.Option(
+            "--byte-order-mark",
+            help="Begin the CSV with a byte order mark, so that Excel reads the text as UTF-8.",
+        ),
+    ] = False,
     **filters: Any,  # noqa: ANN401  # the options in _FILTERS
 ) -> None:
     """Export all audit events that match all options, oldest first.
@@ -293,6 +300,8 @@ def export_events(
     Without filters, an export as JSON Lines also contains the seals that `verify-audit --from`
     needs.
     """
+    if byte_order_mark and form != "csv":
+        raise typer.BadParameter("give --format csv too", param_hint="--byte-order-mark")
     since, until = _parse_period(filters)
     find_filters = _parse_filters(filters)
     count = 0
@@ -308,7 +317,13 @@ def export_events(
             async with database.session() as session:
                 given = await find_filters(session)
             exported = tiger_db.audit.export(
-                database, form=form, progress=progress, since=since, until=until, **given
+                database,
+                form=form,
+                byte_order_mark=byte_order_mark,
+                progress=progress,
+                since=since,
+                until=until,
+                **given,
             )
             async with aclosing(exported) as lines:
                 async for line in lines:
