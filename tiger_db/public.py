@@ -156,8 +156,9 @@ def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each 
     if not isinstance(kind, type) or kind in (object, inspect.Parameter.empty):
         return lambda _value: True
     if issubclass(kind, Enum):
-        values = {member.value for member in kind}
-        return lambda value: isinstance(value, kind) or (type(value) is str and value in values)
+        return lambda value: (
+            isinstance(value, kind) or (type(value) is str and _is_value(kind, value))
+        )
     if issubclass(kind, Mapping):
         return lambda value: isinstance(value, kind) and all(isinstance(k, str) for k in value)
     if issubclass(kind, Iterable) and parts:
@@ -169,6 +170,13 @@ def _test(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401, PLR0911  # each 
             and all(map(item, value))
         )
     return _SPECIAL_TESTS.get(kind, lambda value: isinstance(value, kind))
+
+
+def _is_value(kind: type[Enum], value: str) -> bool:
+    try:
+        return bool(kind(value))
+    except ValueError:
+        return False
 
 
 def _is_storable_datetime(value: object) -> bool:

@@ -297,12 +297,12 @@ def test_accounts_are_filtered(cli: CommandLine) -> None:
 @pytest.mark.slow
 def test_accounts_are_filtered_by_several_values(cli: CommandLine) -> None:
     create(cli, "1111111", "--account-name", "zebra", "--license", "TBNZ")
-    create(cli, "U2222222", "--account-name", "Desk_A", "--license", "TBHK")
+    create(cli, "U2222222", "--account-name", "Desk_A", "--license", "tbhk")
     create(cli, PAPER, "--environment", "SANDBOX")
     for options, numbers in (
         (("--environment", "PROD,SANDBOX", "--order-by", "name"), ["U2222222", PAPER, "1111111"]),
         (("--account-type", "paper,global"), [PAPER, "U2222222"]),
-        (("--license", "TBNZ,TBHK", "--search", "K_"), ["U2222222"]),
+        (("--license", "TBNZ,tbhk", "--search", "K_"), ["U2222222"]),
         (("--market-permission", "US"), []),
         (("--tag", "desk", "--tag", "team=A"), []),
         (("--without-errors", "--status", "active"), [PAPER, "U2222222", "1111111"]),

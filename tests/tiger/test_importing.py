@@ -84,6 +84,20 @@ async def test_what_the_file_does_not_say_has_its_default(
     assert (account.access_token, account.client_options) == (None, {})
 
 
+@pytest.mark.parametrize("license", ["tbhk", "TbHk"])
+async def test_a_license_may_be_written_in_any_case(
+    session: AsyncSession,
+    tmp_path: Path,
+    license: str,  # noqa: A002  # the property's name
+) -> None:
+    path = config(tmp_path, REQUIRED | {"license": license})
+    account = (await import_account(session, path)).account
+    assert account.license == "TBHK"
+    await crud.accounts.update(session, account.id, license="tbsg")
+    assert account.license == "TBSG"
+    assert (await import_account(session, path)).changed == ["license"]
+
+
 async def test_a_file_as_people_leave_it(session: AsyncSession, tmp_path: Path) -> None:
     path = tmp_path / "mine.properties"
     path.write_bytes(

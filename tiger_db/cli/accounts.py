@@ -47,7 +47,9 @@ def create_account(
     ] = None,
     license: Annotated[  # noqa: A002  # the option's name
         Licenses | None,
-        typer.Option(help="License of the account, as in Tiger's configuration file."),
+        typer.Option(
+            case_sensitive=False, help="License of the account, as in Tiger's configuration file."
+        ),
     ] = None,
     environment: Annotated[
         Environments,

@@ -74,11 +74,17 @@ class MarketPermission(StrEnum):
 
 
 class TigerLicense(StrEnum):
+    """The licenses of Tiger. Texts in upper or lower case are accepted."""
+
     TBNZ = "TBNZ"
     TBSG = "TBSG"
     TBHK = "TBHK"
     TBAU = "TBAU"
     TBUS = "TBUS"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "TigerLicense | None":
+        return cls.__members__.get(value.upper()) if isinstance(value, str) else None
 
 
 # According to Tiger's documentation, requests of accounts with these licenses need an access token.

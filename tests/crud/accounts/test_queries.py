@@ -18,6 +18,7 @@ from tiger_db import (
     Database,
     TigerAccount,
     TigerEnvironment,
+    TigerLicense,
 )
 from tiger_db.crud import accounts
 from tiger_db.database import AsyncSession
@@ -133,6 +134,7 @@ async def test_accounts_are_filtered_by_one_or_several_values(session: AsyncSess
         ({"environment": [*TigerEnvironment]}, [third, second, first]),
         ({"license": "TBNZ"}, [first]),
         ({"license": ["TBNZ", "TBSG"]}, [third, first]),
+        ({"license": ["tbnz", TigerLicense.TBHK]}, [first]),
         ({"market_permission": "US"}, [first]),
         ({"market_permission": ["US", "HK"]}, [second, first]),
         ({"market_permission": ["SG", "CN"]}, []),

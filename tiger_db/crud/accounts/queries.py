@@ -12,7 +12,16 @@ from sqlalchemy.orm import Mapped
 from sqlmodel import col
 
 from tiger_db.crud.common import fetch_all, fetch_one, load_options
-from tiger_db.crud.filters import Filters, OneOrMore, Tag, has_tag, has_text, one_of, overlaps
+from tiger_db.crud.filters import (
+    Filters,
+    OneOrMore,
+    Tag,
+    as_list,
+    has_tag,
+    has_text,
+    one_of,
+    overlaps,
+)
 from tiger_db.crud.pagination import DEFAULT_PAGE_SIZE, EntityList, Page, check_limit, paginate
 from tiger_db.encryption import fingerprint
 from tiger_db.errors import ConfigurationError
@@ -118,7 +127,9 @@ ACCOUNTS = EntityList(
             "status": one_of(col(TigerAccount.status)),
             "account_type": one_of(col(TigerAccount.account_type)),
             "environment": one_of(col(TigerAccount.environment)),
-            "license": one_of(col(TigerAccount.license)),
+            "license": lambda value: one_of(col(TigerAccount.license))(
+                [TigerLicense(text) for text in as_list(value)]
+            ),
             "market_permission": overlaps(col(TigerAccount.market_permissions)),
             "tags": has_tag(col(TigerAccount.tags)),
             "with_errors": lambda value: (col(TigerAccount.error_count) > 0) == value,
