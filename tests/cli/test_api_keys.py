@@ -105,7 +105,9 @@ def test_an_error_names_the_option_of_an_invalid_value(
 ) -> None:
     options = {"--name": "x", "--scopes": "mcp:read", option: value}
     given = [part for pair in options.items() for part in pair]
-    assert f"error: {option}: " in cli.fails("create-api-key", *given)
+    said = cli.fails("create-api-key", *given)
+    assert f"error: {option}: " in said
+    assert ("host bits: write 10.0.0.0/8" in said) == (value == "10.0.0.1/8")
     assert cli.ok("list-api-keys", "--json").json["items"] == []
 
 

@@ -103,6 +103,27 @@ def test_an_invalid_network_is_refused(bad: str) -> None:
         key(allowed_ips=["10.0.0.0/8", bad])
 
 
+@pytest.mark.parametrize(
+    ("bad", "network", "address"),
+    [
+        ("10.0.0.5/8", "10.0.0.0/8", "10.0.0.5"),
+        ("10.0.0.5/255.0.0.0", "10.0.0.0/8", "10.0.0.5"),
+        ("2001:db8::1/48", "2001:db8::/48", "2001:db8::1"),
+    ],
+)
+def test_the_message_about_host_bits_shows_what_to_write(
+    bad: str, network: str, address: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        key(allowed_ips=["10.0.0.0/8", bad])
+    (problem,) = caught.value.errors()
+    assert problem["loc"] == ("allowed_ips", 1)
+    assert f"has host bits: write {network} for the whole" in problem["msg"]
+    assert f"or {address} for this address only" in problem["msg"]
+    for written in (network, address):
+        assert key(allowed_ips=[written]).is_ip_allowed(address)
+
+
 async def test_networks_are_stored_and_read_unchanged(session: AsyncSession) -> None:
     given_ = ["10.0.0.0/8", "10.1.2.3", "0.0.0.0/0", "2001:db8::/32", "::1", "::/0"]
     stored, _ = await factories.api_key(session, allowed_ips=given_)

@@ -2,13 +2,22 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_interface,
+    ip_network,
+)
 from typing import TYPE_CHECKING, Annotated, Optional
 from uuid import UUID
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -100,13 +109,27 @@ def parse_network(
     """Parse an IP network or address. An IPv4-mapped IPv6 network is converted to IPv4.
 
     Raises:
-        ValueError: `network` is neither an IP network nor an IP address.
+        ValueError: `network` is neither an IP network nor an IP address. If the address of
+            a network has host bits, the error message shows what to write instead.
     """
-    parsed = ip_network(network)
+    try:
+        parsed = ip_network(network)
+    except (ValueError, TypeError, IndexError):
+        raise ValueError(_network_problem(network)) from None
     mapped = parsed.network_address.ipv4_mapped if isinstance(parsed, IPv6Network) else None
     if mapped is None or parsed.prefixlen < _IPV4_MAPPED_BITS:
         return parsed
     return IPv4Network((mapped, parsed.prefixlen - _IPV4_MAPPED_BITS))
+
+
+def _network_problem(network: object) -> str:
+    with suppress(ValueError, TypeError, IndexError):
+        written = ip_interface(network)  # type: ignore[arg-type]  # any value of a caller
+        return (
+            f"the address of the network {written} has host bits: write {written.network} for"
+            f" the whole network, or {written.ip} for this address only"
+        )
+    return "the value must be an IP address or network, such as 10.0.0.0/8"
 
 
 _IPV4_MAPPED_BITS = 96  # prefix length of ::ffff:0:0/96 (RFC 4291, 2.5.5.2)
@@ -219,7 +242,7 @@ class APIKey(MutableEntity, table=True):
         ge=1,
         description="Maximum number of uses per calendar day (UTC); null: no limit",
     )
-    allowed_ips: list[Annotated[IPv4Network | IPv6Network, AfterValidator(parse_network)]] = Field(
+    allowed_ips: list[Annotated[IPv4Network | IPv6Network, BeforeValidator(parse_network)]] = Field(
         default_factory=list,
         description="Networks from which the key is accepted; empty: all networks",
     )

@@ -175,8 +175,8 @@ async def get_security_events(
 def _in_network(value: OneOrMore[Network]) -> ColumnElement[bool]:
     try:
         networks = [str(parse_network(network)) for network in as_list(value)]
-    except ValueError:
-        raise InvalidValue("ip_address is neither an IP address nor an IP network") from None
+    except ValueError as error:
+        raise InvalidValue(f"ip_address: {error}") from None
     is_in = col(AuditLog.ip_address).bool_op("<<=")
     return is_in(any_(cast(networks, ARRAY(INET))))
 
