@@ -166,6 +166,23 @@ def test_socket_folder_of_another_user(long_home: Path, runtime_folder: Path) ->
     assert start(settings).socket_folder == folder
 
 
+def test_the_message_about_an_open_socket_folder_says_chmod(home: Path) -> None:
+    home.mkdir()
+    settings, folder = settings_for(home), home / "socket"
+    folder.mkdir()
+    os.chown(folder, *server_user(home))
+    folder.chmod(0o2770)  # as Kubernetes leaves the folder with fsGroup
+    with pytest.raises(EmbeddedError, match=r"socket has mode 2770, .*: run `chmod 700`"):
+        folders.create_socket_folder(home, server_user(home))
+    folder.chmod(0o700)
+    assert folders.create_socket_folder(home, server_user(home)) == folder
+    assert not running(settings)
+    folder.rmdir()
+    folder.write_text("")
+    with pytest.raises(EmbeddedError, match="is not a folder: remove"):
+        folders.create_socket_folder(home, server_user(home))
+
+
 @pytest.mark.slow
 def test_permissions(home: Path, way: str) -> None:
     settings = settings_for(home / "made" / "too")

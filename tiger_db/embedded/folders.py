@@ -174,4 +174,12 @@ def _create_private_folder(path: Path, user: processes.User) -> None:
     if os.geteuid() == 0 and is_private_folder(path, 0):
         os.chown(path, *user)
     if not is_private_folder(path, user[0]):
-        raise EmbeddedError(f"the socket folder {path} belongs to another user: remove the folder")
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == user[0]:
+            raise EmbeddedError(
+                f"the socket folder {path} has mode {stat.S_IMODE(status.st_mode):04o}, so that"
+                " other users can replace or use the socket: run `chmod 700` on the folder"
+            )
+        raise EmbeddedError(
+            f"the socket folder {path} belongs to another user or is not a folder: remove {path}"
+        )
