@@ -7,7 +7,6 @@ was changed, or that was copied to another row or column.
 """
 
 import base64
-import binascii
 import hashlib
 import hmac
 import os
@@ -52,26 +51,37 @@ class KeySet:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a text of the form `id:base64-32-bytes[,id:…]`.
+        """Parse keys of the form `id:base64-32-bytes`, separated by commas or line breaks.
 
         Raises:
             ConfigurationError: the text is malformed. The error message never shows a key.
         """
         keys: dict[str, bytes] = {}
-        for number, item in enumerate(text.strip().split(","), start=1):
-            key_id, colon, encoded = item.strip().partition(":")
+        items = list(filter(None, re.split(r"[,\s]+", text))) or [""]
+        for number, item in enumerate(items, start=1):
+            key_id, colon, encoded = item.partition(":")
             if not colon or not _KEY_ID.fullmatch(key_id):
                 raise ConfigurationError(f"key {number} does not have the form id:base64-32-bytes")
             if key_id in keys:
                 raise ConfigurationError(f"key id {key_id!r} occurs twice")
             try:
-                keys[key_id] = base64.b64decode(encoded, validate=True)
-            except (binascii.Error, ValueError):
+                keys[key_id] = decode_base64(encoded)
+            except ValueError:
                 raise ConfigurationError(f"key {key_id!r} is not 32 bytes of base64") from None
         return cls(keys)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.key_ids)})"
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode standard or URL-safe base64, with or without padding.
+
+    Raises:
+        ValueError: the text is not base64.
+    """
+    standard = text.replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
 
 
 def generate_key(key_id: str = "k1") -> str:

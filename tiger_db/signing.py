@@ -6,6 +6,7 @@ import secrets
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
+from tiger_db.encryption import decode_base64
 from tiger_db.errors import ConfigurationError, InvalidValue
 
 _SEED_BYTES = 32
@@ -23,7 +24,7 @@ def parse_signing_key(text: str) -> Ed25519PrivateKey:
         ConfigurationError: the text is not base64 of 32 bytes.
     """
     try:
-        return Ed25519PrivateKey.from_private_bytes(base64.b64decode(text, validate=True))
+        return Ed25519PrivateKey.from_private_bytes(decode_base64(text.strip()))
     except ValueError:
         raise ConfigurationError("the signing key must be base64 of 32 bytes") from None
 
@@ -46,7 +47,7 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
     """
     try:
         if "-----BEGIN" not in text:
-            raw = base64.b64decode(text.strip(), validate=True)
+            raw = decode_base64(text.strip())
             return Ed25519PublicKey.from_public_bytes(raw)
         key = load_pem_public_key(text.encode())
     except ValueError:
