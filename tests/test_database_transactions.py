@@ -1,6 +1,7 @@
 """Retries of transactions."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from uuid import UUID
 
@@ -226,7 +227,10 @@ async def test_a_transaction_is_not_repeated_after_a_loss_during_the_commit(
     assert len(pids) == 1
 
 
-async def test_an_idle_transaction_is_ended_with_a_typed_error(clone: Database) -> None:
+@pytest.mark.parametrize("blocked", [False, pytest.param(True, marks=pytest.mark.slow)])
+async def test_an_idle_transaction_is_ended_with_a_typed_error(
+    clone: Database, *, blocked: bool
+) -> None:
     hurried = clone.settings.model_copy(update={"db_idle_transaction_timeout": 0.1})
     async with Database(hurried) as database:
         with pytest.raises(DatabaseUnavailable) as caught:
@@ -243,10 +247,14 @@ async def test_an_idle_transaction_is_ended_with_a_typed_error(clone: Database) 
                     finally:
                         await connection.close()
 
-                await until(is_gone)
+                if blocked:  # asyncpg reads the server's message only after the next statement
+                    time.sleep(0.3)  # noqa: ASYNC251
+                else:
+                    await until(is_gone)
                 await factories.account(session)
         assert not isinstance(caught.value, OutcomeUnknown)
         assert "\n" not in str(caught.value)
+        assert "may be idle for 0.1 s (DB_IDLE_TRANSACTION_TIMEOUT)" in str(caught.value)
         async with database.session() as session:
             assert (await crud.accounts.list_accounts(session)).items == []
         async with database.session():  # idle, but in no transaction

@@ -32,8 +32,10 @@ LAYERS = [
     ["actor"],
     ["models", "peppers"],
     ["public"],
-    ["encryption", "files", "signing", "sqlstates"],
+    ["files", "signing", "sqlstates"],
+    ["encryption"],
     ["database_urls", "errors", "redaction"],
+    ["url_parameters"],
 ]
 # These entities refer to each other in the types of their relationships.
 ENTITIES = {f"tiger_db.models.{name}" for name in ("accounts", "api_keys", "token_status")}

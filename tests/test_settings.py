@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from base64 import b64decode, b64encode
+from base64 import b64decode, b64encode, urlsafe_b64encode
 from datetime import date
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,12 +16,12 @@ from pydantic import SecretStr
 import tiger_db
 from tests.support.refused_settings import SECRET, refused
 from tiger_db import Database
-from tiger_db.database_urls import SSLMode
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError
 from tiger_db.keys_in_force import API_KEY_PEPPERS, AUDIT_SIGNING_KEY, ENCRYPTION_KEYS, configured
 from tiger_db.settings import Settings
-from tiger_db.signing import generate_signing_key
+from tiger_db.signing import generate_signing_key, parse_public_key
+from tiger_db.url_parameters import SSLMode
 
 # design.md, "Settings", as far as this version goes.
 VARIABLES: dict[str, tuple[str, object]] = {
@@ -100,8 +100,8 @@ def test_an_empty_variable_is_an_unset_one(name: str, monkeypatch: pytest.Monkey
 
 BAD = {
     "ENVIRONMENT": ["prod", "productive", " production"],
-    "DATABASE_URL": ["h/d", "mysql://h/d", " postgresql://h/d", "postgresql//h/d"],
-    "DB_PORT": ["0", "65536", "-1", "5432x", "1e3", "0x10"],
+    "DATABASE_URL": ["h/d", "mysql://h/d", "'postgresql://h/d", "postgresql//h/d"],
+    "DB_PORT": ["0", "65536", "-1", "5432x", "1e3", "0x10", "tcp://", "tcp://10.96.0.1"],
     "DB_POOL_SIZE": ["0", "1001", "-5", "five", "1.5"],
     "DB_MAX_OVERFLOW": ["-1", "1001", "ten"],
     "DB_POOL_TIMEOUT": ["0", "-1", "nan", "inf", "1h"],
@@ -219,6 +219,18 @@ def test_a_file_of_variables_is_not_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert Settings().db_host is None
 
 
+@pytest.mark.parametrize("name", ["DB_PORT", "DB_DIRECT_PORT"])
+@pytest.mark.parametrize(
+    "value", ["tcp://10.96.0.1:6432", "tcp://[fd00::1]:6432", "udp://10.0.0.1:1"]
+)
+def test_a_port_that_kubernetes_sets_for_a_service_counts_as_unset(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert Settings().embedded
+    assert getattr(Settings(db_host="h"), name.lower()) == 5432
+
+
 # Production
 
 
@@ -313,7 +325,9 @@ def test_a_host_in_the_query_replaces_the_one_before_it(query: str) -> None:
     assert "verify-full" in refused(environment="production", database_url=url)
     # libpq would connect there, and verify the certificate of `host`.
     url = "postgresql://localhost/d?hostaddr=10.1.2.3"
-    assert "unknown parameter: hostaddr" in refused(environment="production", database_url=url)
+    assert "hostaddr is not supported: write the address as host" in refused(
+        environment="production", database_url=url
+    )
 
 
 def test_a_client_certificate_does_not_verify_the_server() -> None:
@@ -373,6 +387,19 @@ def test_a_signing_key_is_optional_and_read_from_variable_or_file(tmp_path: Path
         configured(Settings(environment="production", db_host="localhost"), AUDIT_SIGNING_KEY)
         is None
     )
+
+
+def test_a_signing_key_and_a_public_key_may_be_url_safe_base64() -> None:
+    seed = b"\xff\xfe" * 16
+    for encode in (b64encode, urlsafe_b64encode):
+        text = encode(seed).decode()
+        for written in (text, text.rstrip("="), f" {text}\n"):
+            key = configured(Settings(audit_signing_key=written), AUDIT_SIGNING_KEY)
+            assert key is not None
+            assert key.private_bytes_raw() == seed
+        assert key is not None
+        raw = key.public_key().public_bytes_raw()
+        assert parse_public_key(encode(raw).decode()).public_bytes_raw() == raw
 
 
 @pytest.mark.parametrize("text", ["", SECRET, "AAAA", b64encode(bytes(33)).decode()])

@@ -275,12 +275,12 @@ async def test_a_statement_timeout_raises_the_same_error_everywhere(
         async with clone.session() as other:
             table = {"authorize": "api_keys", "record": "audit_logs"}[what]
             await other.execute(text(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"))
-            with pytest.raises(QueryTimeout, match="statement timeout"):
+            with pytest.raises(QueryTimeout, match=r"statement timeout \(DB_QUERY_TIMEOUT\)$"):
                 if what == "authorize":
                     await KeyVerifier(database).authorize(raw_key)
                 else:
                     await database.out_of_band.record(factories.new_event())
-            with pytest.raises(QueryTimeout, match="statement timeout"):
+            with pytest.raises(QueryTimeout, match=r"statement timeout \(DB_QUERY_TIMEOUT\)$"):
                 async with database.session() as session:
                     await session.execute(text(f"SELECT FROM {table}"))
 
@@ -300,6 +300,35 @@ async def test_a_timeout_in_a_session_without_a_database_raises_the_same_error(
             await impatient(clone, session)
             with pytest.raises(Conflict):
                 await crud.api_keys.authorize_api_key(session, raw_key)
+
+
+async def test_the_setting_that_ended_a_statement_is_named(clone: Database) -> None:
+    async def execute(database: Database, *statements: str) -> None:
+        async with database.session() as session:
+            await session.execute(text("SET LOCAL lock_timeout = '50ms'"))
+            for statement in statements:
+                await session.execute(text(statement))
+
+    hurried = clone.settings.model_copy(update={"db_query_timeout": 0.1})
+    unlimited = clone.settings.model_copy(update={"db_query_timeout": 0})
+    sleep = "SELECT pg_sleep(20)"
+    async with Database(hurried) as database:
+        with pytest.raises(QueryTimeout, match=r"statement timeout \(DB_QUERY_TIMEOUT\)$"):
+            await execute(database, sleep)
+    async with Database(unlimited) as database:
+        with pytest.raises(QueryTimeout, match=r"statement timeout \(statement_timeout\)$"):
+            await execute(database, "SET LOCAL statement_timeout = '50ms'", sleep)
+        with pytest.raises(QueryTimeout, match=r"user request$"):
+            await execute(database, "SELECT pg_cancel_backend(pg_backend_pid()), pg_sleep(20)")
+        async with clone.session() as other:
+            account = await factories.account(other)
+            await other.commit()
+            lock = f"SELECT FROM tiger_accounts WHERE id = '{account.id}' FOR UPDATE"
+            await other.execute(text(lock))
+            with pytest.raises(Conflict, match=r"lock timeout \(lock_timeout\)$"):
+                await execute(database, lock)
+            with pytest.raises(Conflict, match=r"could not obtain lock.*[^)]$"):
+                await execute(database, f"{lock} NOWAIT")
 
 
 # The table

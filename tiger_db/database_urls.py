@@ -9,9 +9,10 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlencode
+
+from tiger_db.url_parameters import check_parameters
 
 DEFAULT_PORT = 5432
 # `_SCHEME` matches the URL schemes of libpq, and SQLAlchemy's URL scheme for asyncpg.
@@ -24,26 +25,13 @@ _URL = re.compile(
     r"(?P<hosts>[^@/?]*)(?:/(?P<dbname>[^@?]*))?(?:\?(?P<query>[^@]*))?"
 )
 _HOST = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]*))(?::(\d*))?", re.ASCII)
+# An IPv6 address without brackets, or with percent-encoded brackets, and possibly with a port.
+_BARE_IPV6 = re.compile(r"(?i:%5B)?[0-9A-Fa-f]*:[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*(?:%.*)?")
+_NEEDS_BRACKETS = (
+    "DATABASE_URL: write an IPv6 address in brackets that are not percent-encoded, such as"
+    " [2001:db8::1]:5432"
+)
 _MALFORMED = "DATABASE_URL is not a valid URL: percent-encode special characters"
-_PARAMETERS = {
-    "application_name", "connect_timeout", "options", "passfile", "ssl_max_protocol_version",
-    "ssl_min_protocol_version", "sslcert", "sslcrl", "sslkey", "sslmode", "sslnegotiation",
-    "sslpassword", "sslrootcert", "target_session_attrs",
-}  # fmt: skip
-
-
-class SSLMode(StrEnum):
-    """The values of the connection parameter `sslmode` of libpq.
-
-    https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION
-    """
-
-    DISABLE = "disable"
-    ALLOW = "allow"
-    PREFER = "prefer"
-    REQUIRE = "require"
-    VERIFY_CA = "verify-ca"
-    VERIFY_FULL = "verify-full"
 
 
 class Address(NamedTuple):
@@ -105,12 +93,15 @@ class DatabaseURL:
 
 
 def parse_url(text: str) -> DatabaseURL:
-    """Parse a `DATABASE_URL`.
+    """Parse a `DATABASE_URL`. White space and quotes around the URL are removed.
 
     Raises:
         ValueError: the URL is malformed, or a parameter of the URL is unknown or has an invalid
             value. The error message is one line that names DATABASE_URL and shows no value.
     """
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1].strip()
     if not _SCHEME.match(text):
         raise ValueError("DATABASE_URL must start with postgresql://")
     found = _URL.fullmatch(text)
@@ -118,11 +109,18 @@ def parse_url(text: str) -> DatabaseURL:
         raise ValueError(_MALFORMED)
     hosts = [_HOST.fullmatch(host) for host in found["hosts"].split(",")]
     if not all(hosts):
-        raise ValueError(_MALFORMED)
+        ipv6 = any(_BARE_IPV6.fullmatch(host) for host in found["hosts"].split(","))
+        raise ValueError(_NEEDS_BRACKETS if ipv6 else _MALFORMED)
     named = [(_decode(host[1] or host[2]), "") for host in hosts if host]
+    if any(host.startswith("[") for host, _ in named):
+        raise ValueError(_NEEDS_BRACKETS)
     ports = [host[3] or "" for host in hosts if host]
     given = {name: _decode(found[name] or "") for name in ("user", "password", "dbname")}
-    given |= _parse_query(found["query"] or "")
+    query = _parse_query(found["query"] or "")
+    check_parameters(query)
+    given |= query
+    if mode := given.pop("ssl", ""):
+        given["sslmode"] = given.get("sslmode") or ("require" if mode == "true" else mode)
     if "host" in given:
         named = [_split_port(host) for host in given.pop("host").split(",")]
     if "port" in given:
@@ -135,10 +133,6 @@ def parse_url(text: str) -> DatabaseURL:
         database=given.pop("dbname") or asyncpg_name or None,
         parameters={name: value for name, value in given.items() if value},
     )
-    if unknown := sorted(given.keys() - _PARAMETERS):
-        raise ValueError(f"DATABASE_URL has an unknown parameter: {', '.join(unknown)}")
-    if given.get("sslmode", "") not in ["", *SSLMode]:
-        raise ValueError(f"DATABASE_URL: sslmode must be one of {', '.join(SSLMode)}")
     timeout = given.get("connect_timeout") or "1"
     if not re.fullmatch(r"\d{1,4}(\.\d+)?", timeout, re.ASCII) or not float(timeout):
         raise ValueError("DATABASE_URL: connect_timeout must be a positive number of seconds")

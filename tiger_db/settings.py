@@ -1,7 +1,9 @@
 """The settings of tiger_db, which are read from environment variables."""
 
+import getpass
 import hashlib
 import math
+import os
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -27,12 +29,11 @@ from tiger_db.database_urls import (
     DEFAULT_PORT,
     Address,
     DatabaseURL,
-    SSLMode,
-    encode_query,
     parse_hosts,
     parse_url,
 )
 from tiger_db.errors import ConfigurationError
+from tiger_db.url_parameters import SYSTEM_CA, SSLMode, check_combination
 
 if TYPE_CHECKING:
     import asyncpg
@@ -43,19 +44,30 @@ StrOrPath = TypeVar("StrOrPath", str, Path)
 class ConnectArgs(TypedDict, total=False):
     """The keyword arguments of `asyncpg.connect`."""
 
-    dsn: str
     host: str | list[str]  # asyncpg tries the hosts of a list in their order
     port: int | list[int]
     user: str
-    password: str | None
-    passfile: Path
+    password: str
     database: str
     timeout: float
     command_timeout: float | None
     target_session_attrs: str
     statement_cache_size: int
+    krbsrvname: str
+    gsslib: str
     server_settings: dict[str, str]
     connection_class: "type[asyncpg.Connection[asyncpg.Record]]"
+
+
+# asyncpg reads a variable or a file of libpq, such as PGPASSWORD or ~/.pgpass, for each argument
+# that is None. Therefore, tiger_db passes all arguments, with these defaults. `tls.connect` passes
+# the arguments for TLS.
+DEFAULT_ARGUMENTS = ConnectArgs(
+    password="",
+    target_session_attrs="any",
+    krbsrvname="postgres",
+    gsslib="sspi" if os.name == "nt" else "gssapi",
+)
 
 
 def _without_nul(value: StrOrPath) -> StrOrPath:
@@ -86,6 +98,15 @@ def _iso_date(value: object) -> object:
     raise ValueError("the value must be a date such as 2027-01-31")
 
 
+def _port(value: object) -> object:
+    """Return the default port for a text such as tcp://10.96.0.1:5432, and other values unchanged.
+
+    For a Service named `db`, Kubernetes sets DB_PORT to such a text in each container.
+    """
+    service = isinstance(value, str) and re.fullmatch(r"(?:tcp|udp|sctp)://\S+:\d+", value)
+    return DEFAULT_PORT if service else value
+
+
 def _schema_name(value: str) -> str:
     if len(value.encode()) > _MAX_IDENTIFIER_BYTES:
         raise ValueError(f"the name of a schema must have at most {_MAX_IDENTIFIER_BYTES} bytes")
@@ -96,6 +117,7 @@ def _schema_name(value: str) -> str:
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 File = Annotated[Path, AfterValidator(_without_nul)]
+Port = Annotated[int, BeforeValidator(_port), Field(ge=1, le=65535)]
 SecretText = Annotated[SecretStr, AfterValidator(_utf8_secret)]
 _MAX_IDENTIFIER_BYTES = 63
 # If the server does not answer for DB_QUERY_TIMEOUT plus 5 seconds, the connection counts as lost.
@@ -130,7 +152,7 @@ class Settings(BaseSettings):
 
     database_url: SecretText | None = None
     db_host: Text | None = None
-    db_port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
+    db_port: Port = DEFAULT_PORT
     db_name: Text = "tiger_db"
     db_schema: Annotated[Text, AfterValidator(_schema_name)] = DEFAULT_SCHEMA
     db_user: Text = "tiger_db"
@@ -138,7 +160,7 @@ class Settings(BaseSettings):
 
     db_pooler: Literal["none", "pgbouncer"] = "none"
     db_direct_host: Text | None = None
-    db_direct_port: int = Field(default=DEFAULT_PORT, ge=1, le=65535)
+    db_direct_port: Port = DEFAULT_PORT
     db_replica_hosts: Text | None = None
 
     db_ssl_mode: SSLMode | None = None
@@ -220,16 +242,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        url = self.url
-        if url is not None and self.uses_pooler and "options" in url.parameters:
-            raise ValueError(
-                "DATABASE_URL must not have the parameter options if DB_POOLER is set:"
-                " use ALTER ROLE"
-            )
-        if url is not None and "search_path" in url.parameters.get("options", ""):
-            raise ValueError(
-                "the parameter `options` in DATABASE_URL must not set search_path: use DB_SCHEMA"
-            )
+        check_combination(
+            {} if self.url is None else self.url.parameters, self.tls, pooler=self.uses_pooler
+        )
         if self.production and self.embedded:
             raise ValueError("DB_HOST or DATABASE_URL is required when ENVIRONMENT=production")
         if (self.db_ssl_cert is None) != (self.db_ssl_key is None):
@@ -261,7 +276,9 @@ class Settings(BaseSettings):
     @property
     def uses_pooler(self) -> bool:
         """Whether each transaction can have another PostgreSQL session, because of a pooler."""
-        return self.db_pooler != "none"
+        url = self.url
+        in_url = url is not None and url.parameters.get("pgbouncer") == "true"
+        return in_url or self.db_pooler != "none"
 
     def without_pooler(self) -> Self:
         """Return settings whose connections bypass the pooler, for work that needs one session.
@@ -274,8 +291,8 @@ class Settings(BaseSettings):
         if self.db_direct_host is None:
             if self.uses_pooler:
                 raise ConfigurationError(
-                    "DB_DIRECT_HOST is not set, but DB_POOLER is set: migrations, sealing and"
-                    " LISTEN need direct connections to the server"
+                    "DB_DIRECT_HOST is not set, but DB_POOLER or pgbouncer=true in DATABASE_URL is"
+                    " set: migrations, sealing and LISTEN need direct connections to the server"
                 )
             return self
         address = Address(self.db_direct_host, self.db_direct_port)
@@ -286,7 +303,9 @@ class Settings(BaseSettings):
             "db_direct_host": None,
         }
         if (url := self.url) is not None:
-            changes["database_url"] = SecretStr(replace(url, addresses=(address,)).to_text())
+            parameters = {n: value for n, value in url.parameters.items() if n != "pgbouncer"}
+            direct = replace(url, addresses=(address,), parameters=parameters)
+            changes["database_url"] = SecretStr(direct.to_text())
         return self.model_copy(update=changes)
 
     @property
@@ -347,10 +366,27 @@ class Settings(BaseSettings):
         }
         url = self.url
         parameters = {} if url is None else url.parameters
-        return {
-            **{name: str(value) for name, value in given.items() if value is not None},
-            **{name: value for name, value in parameters.items() if name.startswith("ssl")},
-        }
+        found = {name: str(value) for name, value in given.items() if value is not None}
+        found |= {name: value for name, value in parameters.items() if name.startswith("ssl")}
+        if found.get("sslrootcert") == SYSTEM_CA:
+            found.setdefault("sslmode", SSLMode.VERIFY_FULL)
+        return found
+
+    @property
+    def command_timeout(self) -> float | None:
+        """The seconds after which asyncpg gives up a statement, or None.
+
+        With a pooler, this timeout replaces PostgreSQL's `statement_timeout`.
+        """
+        if not self.db_query_timeout:
+            return None
+        return self.db_query_timeout + (0 if self.uses_pooler else _LOST_SERVER_SECONDS)
+
+    @property
+    def passfile(self) -> Path | None:
+        """The file of passwords that `DATABASE_URL` names."""
+        found = None if self.url is None else self.url.parameters.get("passfile")
+        return None if found is None else Path(found)
 
     @property
     def unverified_variables(self) -> list[str]:
@@ -385,13 +421,12 @@ class Settings(BaseSettings):
         """Return the keyword arguments of `asyncpg.connect` for the server, or for a replica.
 
         With these arguments, asyncpg refuses a server that accepts no writes, unless
-        `DATABASE_URL` has the parameter `target_session_attrs`. The TLS parameters are passed in
-        a DSN, because asyncpg interprets the TLS parameters of a DSN as libpq does. For the
-        embedded server, call `embedded.start` instead of `connect_args`.
+        `DATABASE_URL` has the parameter `target_session_attrs`. `tls.connect` adds the arguments
+        for TLS. For the embedded server, call `embedded.start` instead of `connect_args`.
 
         Raises:
             ConfigurationError: neither `DB_HOST` nor `DATABASE_URL` is set, or TLS is too weak for
-                production.
+                production, or `DATABASE_URL` names no user and the process has no user name.
         """
         if self.embedded:
             raise ConfigurationError("neither DB_HOST nor DATABASE_URL is set")
@@ -409,30 +444,23 @@ class Settings(BaseSettings):
             for host in ([address.host] if address.host else _DEFAULT_HOSTS)
         ]
         several = len(addresses) > 1
-        arguments = ConnectArgs(
-            host=[a.host for a in addresses] if several else addresses[0].host,
-            port=[a.port for a in addresses] if several else addresses[0].port,
-            database=self.database,
-            timeout=float(found.get("connect_timeout", self.db_connect_timeout)),
-            command_timeout=self.db_query_timeout + _LOST_SERVER_SECONDS
-            if self.db_query_timeout
-            else None,
-            target_session_attrs=(
+        arguments: ConnectArgs = {
+            **DEFAULT_ARGUMENTS,
+            "host": [a.host for a in addresses] if several else addresses[0].host,
+            "port": [a.port for a in addresses] if several else addresses[0].port,
+            "user": _user_name() if url.user is None else url.user,
+            "password": url.password or "",
+            "database": self.database,
+            "timeout": float(found.get("connect_timeout", self.db_connect_timeout)),
+            "command_timeout": self.command_timeout,
+            "target_session_attrs": (
                 "standby" if replica else found.get("target_session_attrs", "read-write")
             ),
-            server_settings=self.server_settings(),
-        )
-        arguments["server_settings"].update(
-            {name: found[name] for name in ("application_name", "options") if name in found}
-        )
-        if url.user is not None:
-            arguments["user"] = url.user
-        if url.password is not None:
-            arguments["password"] = url.password
-        if "passfile" in found:
-            arguments["passfile"] = Path(found["passfile"])
-        if tls := self.tls:
-            arguments["dsn"] = f"postgresql://?{encode_query(tls)}"
+            "server_settings": {
+                **self.server_settings(),
+                **{name: found[name] for name in ("application_name", "options") if name in found},
+            },
+        }
         if self.uses_pooler:
             # PgBouncer can refuse session parameters that are not in _PGBOUNCER_PARAMETERS.
             given = arguments["server_settings"]
@@ -440,7 +468,6 @@ class Settings(BaseSettings):
                 name: given[name] for name in _PGBOUNCER_PARAMETERS if name in given
             }
             arguments["statement_cache_size"] = 0
-            arguments["command_timeout"] = self.db_query_timeout or None
         return arguments
 
     def server_settings(self) -> dict[str, str]:
@@ -455,6 +482,17 @@ class Settings(BaseSettings):
             # `search_path` overrides a search path that ALTER ROLE or ALTER DATABASE has set.
             "search_path": self.search_path,
         }
+
+
+def _user_name() -> str:
+    """Return the name of this process's user, which is libpq's default for the role."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise ConfigurationError(
+            "DATABASE_URL names no user, and this process has no user name: write"
+            " postgresql://user@host/name"
+        ) from None
 
 
 def quote_identifier(name: str) -> str:

@@ -29,6 +29,7 @@ CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientErro
 # schema was changed, for example after a column got another type.
 SCHEMA_CHANGED = (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCacheError)
 READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session refused a write.
+IDLE_IN_TRANSACTION_TIMEOUT = "25P03"
 # Before version 18, PostgreSQL uses the same SQLSTATE for a reference to a missing row and for the
 # deletion of a referenced row.
 _BROKEN_REFERENCE = "the referenced row does not exist, or other rows refer to the deleted row"
@@ -50,9 +51,9 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "23514": (InvalidValue, "a value is not allowed"),
     "25P02": (InvalidState, "an earlier error aborted the transaction: roll back the session"),
     READ_ONLY_SQL_TRANSACTION: (DatabaseUnavailable, "the database accepts no writes"),
-    "25P03": (
+    IDLE_IN_TRANSACTION_TIMEOUT: (
         DatabaseUnavailable,
-        "the connection was lost: a transaction exceeded idle_in_transaction_session_timeout",
+        "the connection was lost: a transaction exceeded DB_IDLE_TRANSACTION_TIMEOUT",
     ),
     "25P04": (
         DatabaseUnavailable,
@@ -98,10 +99,13 @@ def _entry(sqlstate: str) -> tuple[type[TigerDBError] | None, str | None]:
     return None, None
 
 
-def classify(error: BaseException) -> TigerDBError | None:
+def classify(
+    error: BaseException, *, statement_timeout: str = "DB_QUERY_TIMEOUT"
+) -> TigerDBError | None:
     """Convert an error of asyncpg or SQLAlchemy to an error of tiger_db, or return None.
 
     The message of the new error contains no values of a row, but can name a constraint or a column.
+    The argument `statement_timeout` is the name of the setting that limits statements.
     """
     cause = _cause(error)
     if isinstance(cause, SCHEMA_CHANGED):
@@ -110,7 +114,7 @@ def classify(error: BaseException) -> TigerDBError | None:
             " repeat the transaction"
         )
     if isinstance(cause, asyncpg.PostgresError):
-        return _classify_sqlstate(cause)
+        return _classify_sqlstate(cause, statement_timeout)
     if isinstance(cause, CONNECTION_ERRORS):
         return DatabaseUnavailable(
             f"the connection to the database was lost: {type(cause).__name__}"
@@ -118,16 +122,29 @@ def classify(error: BaseException) -> TigerDBError | None:
     return None
 
 
-def _classify_sqlstate(error: asyncpg.PostgresError) -> TigerDBError | None:
+def _classify_sqlstate(error: asyncpg.PostgresError, statement_timeout: str) -> TigerDBError | None:
     kind, message = _entry(error.sqlstate or "")
     if kind is None:
         return None
     where = getattr(error, "constraint_name", None) or getattr(error, "column_name", None)
     if message is None:
-        return kind(str(error).partition("\n")[0])
+        text = str(error).partition("\n")[0]
+        setting = _setting(error.sqlstate or "", text, statement_timeout)
+        return kind(f"{text} ({setting})" if setting else text)
     if where:
         return kind(f"{_DUPLICATES.get(where, message)} ({where})")
     return kind(message)
+
+
+def _setting(sqlstate: str, message: str, statement_timeout: str) -> str | None:
+    """Return the name of the setting that ended a statement, or None."""
+    # A statement that a person cancels has the SQLSTATE of a statement timeout, and NOWAIT has that
+    # of a lock timeout. Only PostgreSQL's message tells them apart.
+    if sqlstate == "57014" and "user request" not in message:
+        return statement_timeout
+    if sqlstate == "55P03" and "lock timeout" in message:
+        return "lock_timeout"
+    return None
 
 
 def typed(error: SQLAlchemyError) -> TigerDBError:

@@ -212,7 +212,9 @@ def test_malformed_filters_are_refused(cli: CommandLine) -> None:
         ("--severity", "urgent", "choose from low"),
     ):
         assert reason in cli.misused("list-events", option, value)
-    assert "IP address nor an IP network" in cli.fails("list-events", "--ip-address", "300.1.1.1")
+    assert "must be an IP address or network" in cli.fails(
+        "list-events", "--ip-address", "300.1.1.1"
+    )
     assert "no account" in cli.fails("list-events", "--account", "nope")
     reason = cli.fails("list-events", "--api-key", "nope")
     assert "no API key" in reason
@@ -479,4 +481,4 @@ def test_follow_refuses_an_end(cli: CommandLine) -> None:
     for option in (("--until", "1h"), ("--after", "x"), ("--before", "x"), ("--count",)):
         assert "--follow" in cli.misused("list-events", "--follow", *option)
     assert "no account" in cli.fails("list-events", "-f", "--account", "nope")
-    assert "IP address nor an IP network" in cli.fails("list-events", "-f", "--ip-address", "x")
+    assert "must be an IP address or network" in cli.fails("list-events", "-f", "--ip-address", "x")

@@ -33,11 +33,11 @@ from tests.support import servers
 from tests.support.refused_settings import SECRET
 from tiger_db.connections import connect
 from tiger_db.connections.error_advice import explain
-from tiger_db.database_urls import SSLMode
 from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.health import check_readiness
 from tiger_db.settings import Settings
+from tiger_db.url_parameters import SSLMode
 
 pytestmark = pytest.mark.skipif(
     not servers.installed(), reason="no PostgreSQL with TLS is installed here"
@@ -174,12 +174,14 @@ class TLSServer:
             "hostssl all tls_only all trust\n"
             "hostnossl all plain_only all trust\n"
             "hostssl all certified all cert\n"
+            "hostssl all guarded all scram-sha-256\n"
         )
         shutil.copy(ours.certificate, home / "data/root.crt")
         shutil.chown(home / "data/root.crt", hba.stat().st_uid)
         self.tell(
             "CREATE USER anyone; CREATE USER tls_only; CREATE USER plain_only;"
-            " CREATE USER certified; ALTER SYSTEM SET ssl_ca_file = 'root.crt'",
+            " CREATE USER certified; CREATE USER guarded PASSWORD 'x';"
+            "ALTER SYSTEM SET ssl_ca_file = 'root.crt'",
         )
 
     def tell(self, statements: str) -> None:
@@ -490,6 +492,78 @@ async def test_the_message_of_a_bad_file_names_its_variable(
 async def test_without_a_ca_nothing_can_be_verified(server: TLSServer, mode: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^DB_SSL_CA is not set: sslmode {mode}"):
         await connect(Settings(db_host="localhost", db_port=server.port, db_ssl_mode=mode))
+
+
+@pytest.mark.parametrize("place", ["sslrootcert", "DB_SSL_CA"])
+async def test_the_authorities_of_the_operating_system_can_verify_a_server(
+    server: TLSServer, ours: Authority, theirs: Authority, monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:  # fmt: skip
+    url = f"postgresql://tls_only@localhost:{server.port}/postgres"
+    settings = {
+        "sslrootcert": Settings(database_url=f"{url}?sslrootcert=system&channel_binding=require"),
+        "DB_SSL_CA": Settings(database_url=url, db_ssl_mode="verify-full", db_ssl_ca="system"),
+    }[place]
+    await asyncio.to_thread(server.show, ours.folder / "good.crt")
+    monkeypatch.setenv("SSL_CERT_FILE", str(ours.certificate))
+    assert await outcome(settings) == "TLS"
+    monkeypatch.setenv("SSL_CERT_FILE", str(theirs.certificate))
+    with pytest.raises(DatabaseUnavailable, match="certificate is refused: self-signed"):
+        await connect(settings)
+    monkeypatch.setenv("SSL_CERT_FILE", str(ours.certificate))
+    await asyncio.to_thread(server.show, ours.folder / "other host.crt")
+    with pytest.raises(DatabaseUnavailable, match="Hostname mismatch"):
+        await connect(settings)
+
+
+async def test_no_variable_of_libpq_changes_tls(
+    server: TLSServer, ours: Authority, theirs: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.to_thread(server.show, ours.folder / "good.crt")
+    for name, value in {
+        "PGSSLMODE": "disable", "PGSSLROOTCERT": theirs.certificate, "PGSSLCERT": "/nowhere",
+        "PGSSLNEGOTIATION": "direct", "PGSSLMAXPROTOCOLVERSION": "TLSv1", "PGSSLCRL": "/nowhere",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    place = {"db_host": "localhost", "db_port": server.port, "db_name": "postgres"}
+    for mode in MODES:
+        verified = {} if mode in {"disable", "require"} else {"db_ssl_ca": ours.certificate}
+        settings = Settings(**place, db_user="anyone", db_ssl_mode=mode, **verified)
+        assert await outcome(settings) == ("plain" if mode in {"disable", "allow"} else "TLS")
+    assert await outcome(Settings(**place, db_user="tls_only")) == "TLS"
+
+
+async def test_direct_negotiation_begins_with_tls(ours: Authority) -> None:
+    seen: list[tuple[str | None, bytes]] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(ours.folder / "good.crt", ours.folder / "good.key")
+    context.set_alpn_protocols(["postgresql"])
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        protocol = writer.get_extra_info("ssl_object").selected_alpn_protocol()
+        seen.append((protocol, (await reader.readexactly(8))[4:]))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as false_server:
+        port = false_server.sockets[0].getsockname()[1]
+        ca = quote(str(ours.certificate), safe="")
+        query = f"sslmode=verify-full&sslrootcert={ca}&sslnegotiation=direct"
+        with pytest.raises(DatabaseUnavailable):
+            await connect(Settings(database_url=f"postgresql://u@127.0.0.1:{port}/d?{query}"))
+    assert seen == [("postgresql", struct.pack("!hh", 3, 0))]  # the version of the start packet
+
+
+async def test_a_wrong_password_is_told_if_the_second_attempt_has_another_error(
+    server: TLSServer, ours: Authority
+) -> None:
+    """With `prefer`, the attempt without TLS is refused for the lack of TLS."""
+    await asyncio.to_thread(server.show, ours.folder / "good.crt")
+    settings = Settings(
+        db_host="localhost", db_port=server.port, db_name="postgres", db_user="guarded",
+        db_password=SECRET,
+    )  # fmt: skip
+    with pytest.raises(DatabaseUnavailable, match="password authentication failed"):
+        await connect(settings)
 
 
 # Production

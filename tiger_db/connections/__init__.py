@@ -1,6 +1,8 @@
 """Functions that open asyncpg connections and create SQLAlchemy engines."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from sqlalchemy.pool import NullPool
 
 from tiger_db.connections import tls
 from tiger_db.connections.error_advice import reason
+from tiger_db.connections.passfile import find_password
 from tiger_db.connections.sql_logging import (
     log_slow_queries_of_connection,
     log_slow_queries_of_engine,
@@ -23,6 +26,7 @@ from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTi
 from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import (
     CONNECTION_ERRORS,
+    IDLE_IN_TRANSACTION_TIMEOUT,
     READ_ONLY_SQL_TRANSACTION,
     SCHEMA_CHANGED,
     classify,
@@ -74,6 +78,7 @@ async def connect(
     arguments["connection_class"] = _Connection
     with _unavailable(settings):
         connection = await _connect_to_first(settings, arguments)
+    connection.add_termination_listener(_Connection.record_end)
     if settings.db_slow_query_seconds:
         log_slow_queries_of_connection(connection, settings.db_slow_query_seconds)
     return connection
@@ -97,20 +102,48 @@ async def _connect_to_first(
 ) -> "asyncpg.Connection[asyncpg.Record]":
     hosts, ports = arguments.get("host"), arguments.get("port")
     if not isinstance(hosts, list) or not isinstance(ports, list):
-        return await tls.connect(settings, arguments)
+        return await _connect_to_host(settings, arguments)
     # asyncpg is called once per host, because asyncpg has one timeout for all hosts of a call. If
     # one call had several hosts, a host that does not answer would use up the timeout of all hosts.
     reasons = []
     for host, port in zip(hosts, ports, strict=True):
         try:
-            return await tls.connect(settings, {**arguments, "host": host, "port": port})
+            return await _connect_to_host(settings, {**arguments, "host": host, "port": port})
         except _HOST_ERRORS as error:
             reasons.append(f"{Address(host, port)}: {reason(error)}")
     raise ConnectionError("; ".join(reasons))
 
 
+async def _connect_to_host(
+    settings: Settings, arguments: ConnectArgs
+) -> "asyncpg.Connection[asyncpg.Record]":
+    file, host, port = settings.passfile, arguments["host"], arguments["port"]
+    if file is not None and not arguments["password"]:
+        assert isinstance(host, str)
+        assert isinstance(port, int)
+        arguments["password"] = find_password(
+            file, host, port, arguments["database"], arguments["user"]
+        )
+    try:
+        return await tls.connect(settings, arguments)
+    except TimeoutError as error:
+        if str(error):  # a timeout of the operating system
+            raise
+        in_url = settings.url is not None and "connect_timeout" in settings.url.parameters
+        setting = "connect_timeout in DATABASE_URL" if in_url else "DB_CONNECT_TIMEOUT"
+        raise TimeoutError(
+            f"the server did not answer in {arguments['timeout']:g} s ({setting})"
+        ) from None
+
+
 class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
     """A connection that resets `search_path` at the start of each transaction."""
+
+    begun_at = math.inf  # Monotonic time (s) of the BEGIN of the current transaction.
+    closed_at = 0.0  # Monotonic time (s) at which the connection was closed.
+
+    def record_end(self) -> None:
+        self.closed_at = time.monotonic()
 
     async def set_type_codec(
         self,
@@ -136,6 +169,9 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         """
         if query.startswith("BEGIN") and not args:
             query = f"{query.rstrip(';')}; SET LOCAL search_path TO DEFAULT"
+            self.begun_at = time.monotonic()
+        else:
+            self.begun_at = math.inf  # COMMIT or ROLLBACK
         return await super().execute(query, *args, **options)
 
 
@@ -189,7 +225,10 @@ def create_engine(
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
-            raise kind(reason(error)) from None
+            limited = settings.db_query_timeout and not settings.uses_pooler
+            setting = "DB_QUERY_TIMEOUT" if limited else "statement_timeout"
+            cause = error.__cause__ or error
+            raise classify(cause, statement_timeout=setting) or kind(reason(error)) from None
         options = context.connection.get_execution_options() if context.connection else {}
         if state == READ_ONLY_SQL_TRANSACTION and options.get("postgresql_readonly"):
             raise InvalidState("a readonly session cannot write") from None
@@ -200,11 +239,10 @@ def create_engine(
             # `is_disconnect` makes SQLAlchemy close all connections of the pool, because they
             # possibly lead to a former primary.
             context.is_disconnect = True
-            why = reason(error)
-            # With a pooler, asyncpg's command_timeout replaces PostgreSQL's statement_timeout.
-            if isinstance(error, TimeoutError) and settings.uses_pooler:
-                timeout = f"{settings.db_query_timeout:g} s (DB_QUERY_TIMEOUT)"
-                why = f"the server did not answer in {timeout}"
+            why = _idle_reason(context, settings) or reason(error)
+            if isinstance(error, TimeoutError) and not str(error):
+                seconds = settings.command_timeout or 0
+                why = f"the server did not answer in {seconds:g} s (see DB_QUERY_TIMEOUT)"
             location = replica or settings.location
             raise DatabaseUnavailable(f"the connection to {location} was lost: {why}") from None
 
@@ -213,6 +251,35 @@ def create_engine(
     if settings.db_slow_query_seconds:
         log_slow_queries_of_engine(engine.sync_engine, settings.db_slow_query_seconds)
     return engine
+
+
+def _idle_reason(context: ExceptionContext, settings: Settings) -> str | None:
+    """Return the reason if DB_IDLE_TRANSACTION_TIMEOUT ended the connection, or None.
+
+    asyncpg discards PostgreSQL's message to an idle connection. Therefore, the reason is inferred:
+    the connection was closed without another message, in a transaction that was open for that long.
+    """
+    error = context.original_exception
+    limit = settings.db_idle_transaction_timeout
+    idle = f"a transaction may be idle for {limit:g} s (DB_IDLE_TRANSACTION_TIMEOUT)"
+    if getattr(error, "sqlstate", None) == IDLE_IN_TRANSACTION_TIMEOUT:
+        return idle
+    cause = error.__cause__
+    if (
+        not limit
+        or settings.uses_pooler
+        or context.connection is None
+        or not isinstance(cause, asyncpg.InterfaceError | asyncpg.ConnectionDoesNotExistError)
+        or isinstance(cause.__cause__, asyncpg.PostgresError)  # PostgreSQL's message in a statement
+    ):
+        return None
+    connection = context.connection.connection.driver_connection
+    if not isinstance(connection, _Connection):
+        return None
+    seconds = connection.closed_at - connection.begun_at
+    if seconds < limit:
+        return None
+    return f"the server closed it in a transaction that was open for {seconds:.1f} s: {idle}"
 
 
 def _hide_values(context: ExceptionContext) -> None:

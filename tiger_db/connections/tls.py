@@ -1,5 +1,11 @@
-"""TLS connections of asyncpg, with the same meaning of `sslmode` as in libpq."""
+"""TLS connections of asyncpg, with the same meaning of `sslmode` as in libpq.
 
+asyncpg's own `sslmode` is not used, because asyncpg would read the variables PGSSL* and the files
+in ~/.postgresql. In addition, libpq verifies a certificate with the sslmodes `allow` and `prefer`
+if a CA file is set, but asyncpg does not.
+"""
+
+import asyncio
 import ssl
 from pathlib import Path
 
@@ -7,62 +13,132 @@ import asyncpg
 
 from tiger_db.errors import ConfigurationError
 from tiger_db.settings import ConnectArgs, Settings
+from tiger_db.url_parameters import SYSTEM_CA, SSLMode
 
-# If a CA file is set, libpq verifies the server's certificate even with the sslmodes `allow` and
-# `prefer`, but asyncpg does not. Therefore, if a CA file is set, `connect` replaces `allow` and
-# `prefer` by two connection attempts with other sslmodes of asyncpg.
-_ATTEMPTS_WITH_CA = {"allow": ("disable", "require"), "prefer": ("require", "disable")}
+# For each sslmode, whether the connection attempts use TLS. Other sslmodes have one attempt.
+_ATTEMPTS = {SSLMode.DISABLE: (False,), SSLMode.ALLOW: (False, True), SSLMode.PREFER: (True, False)}
+# After one of these errors, the other attempt of the sslmode `allow` or `prefer` can succeed.
+_ATTEMPT_ERRORS = (
+    ConnectionError,
+    ssl.SSLError,
+    asyncpg.ConnectionDoesNotExistError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+)
 _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "DB_SSL_KEY"}
-# `_check_mode_of_key` refuses a private key file whose mode has one of the forbidden permission
-# bits. As in libpq, group read permission is allowed only if root owns the file.
+# `_load_client_certificate` refuses a private key file whose mode has one of the forbidden
+# permission bits. As in libpq, group read permission is allowed only if root owns the file.
 _FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 
 async def connect(
     settings: Settings, arguments: ConnectArgs
 ) -> "asyncpg.Connection[asyncpg.Record]":
-    """Call `asyncpg.connect` so that each sslmode has the same effect as in libpq.
+    """Call `asyncpg.connect` for one host, so that each sslmode has the same effect as in libpq.
 
     Raises:
         ConfigurationError: a certificate or key file for TLS is missing or malformed.
         Exception: `connect` passes on the exceptions of `asyncpg.connect`.
     """
     parameters = settings.tls
-    attempts = (
-        _ATTEMPTS_WITH_CA.get(parameters.get("sslmode", "prefer"), ())
-        if "sslrootcert" in parameters
-        else ()
-    )
-    try:
-        _check_mode_of_key(settings, parameters)
-        if not attempts:
-            return await asyncpg.connect(**arguments)
+    attempts = _ATTEMPTS.get(SSLMode(parameters.get("sslmode", "prefer")), (True,))
+    if str(arguments["host"]).startswith("/"):  # PostgreSQL uses no TLS for Unix sockets
+        attempts = (False,)
+    context = _context(settings, parameters) if True in attempts else None
+    direct = parameters.get("sslnegotiation") == "direct"
+    async with asyncio.timeout(arguments["timeout"]):
+        first, *others = attempts
         try:
-            return await asyncpg.connect(**arguments, ssl=attempts[0])
-        except (ConnectionError, ssl.SSLError, asyncpg.InvalidAuthorizationSpecificationError) as e:
-            _check_files(settings, parameters)
-            try:
-                return await asyncpg.connect(**arguments, ssl=attempts[1])
-            except (OSError, asyncpg.PostgresError):
-                # A TLS error of the first connection attempt explains the failure better than the
-                # error of the second connection attempt.
-                if isinstance(e, ssl.SSLError):
-                    raise e from None
+            return await _attempt(arguments, context if first else None, direct=direct)
+        except _ATTEMPT_ERRORS as error:
+            if not others or isinstance(error, ConnectionRefusedError):
                 raise
-    except asyncpg.ClientConfigurationError:
-        if parameters.get("sslmode", "").startswith("verify-") and "sslrootcert" not in parameters:
-            raise ConfigurationError(
-                f"DB_SSL_CA is not set: sslmode {parameters['sslmode']} needs the certificate of"
-                " the certificate authority"
-            ) from None
-        raise
+            try:
+                return await _attempt(arguments, None if first else context, direct=direct)
+            except (OSError, asyncpg.PostgresError) as other:
+                # These errors of the first attempt explain the failure better than others.
+                explains = ssl.SSLError, asyncpg.InvalidPasswordError
+                if isinstance(error, explains) and not isinstance(other, explains):
+                    raise error from None
+                raise
+
+
+async def _attempt(
+    arguments: ConnectArgs, context: ssl.SSLContext | None, *, direct: bool
+) -> "asyncpg.Connection[asyncpg.Record]":
+    tls = {"ssl": context or False, "direct_tls": context is not None and direct}
+    try:
+        return await asyncpg.connect(**arguments, **tls)
     except asyncpg.ConnectionDoesNotExistError as error:
         if isinstance(error.__cause__, ssl.SSLError):  # the server refused the client certificate
             raise error.__cause__ from None
         raise
-    except OSError:
-        _check_files(settings, parameters)
-        raise
+
+
+def _context(settings: Settings, parameters: dict[str, str]) -> ssl.SSLContext:
+    mode, ca = parameters.get("sslmode", "prefer"), parameters.get("sslrootcert")
+    if ca is None and mode in (SSLMode.VERIFY_CA, SSLMode.VERIFY_FULL):
+        raise ConfigurationError(
+            f"DB_SSL_CA is not set: sslmode {mode} needs the certificate of the certificate"
+            " authority, or `system`"
+        )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = mode == SSLMode.VERIFY_FULL
+    context.verify_mode = ssl.CERT_NONE if ca is None else ssl.CERT_REQUIRED
+    context.minimum_version = _version(parameters.get("ssl_min_protocol_version", "TLSv1.2"))
+    if "ssl_max_protocol_version" in parameters:
+        context.maximum_version = _version(parameters["ssl_max_protocol_version"])
+    context.set_alpn_protocols(["postgresql"])  # required for sslnegotiation=direct
+    if ca == SYSTEM_CA:
+        context.load_default_certs()
+    for name in ("sslrootcert", "sslcrl"):
+        if name in parameters and parameters[name] != SYSTEM_CA:
+            _check_readable(settings, parameters, name)
+            try:
+                context.load_verify_locations(parameters[name])
+            except ssl.SSLError:
+                variable = _name(settings, name)
+                raise ConfigurationError(f"{variable} is not a PEM file of certificates") from None
+    if "sslcrl" in parameters:
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+    if "sslcert" in parameters:
+        _load_client_certificate(context, settings, parameters)
+    return context
+
+
+def _version(name: str) -> ssl.TLSVersion:
+    return ssl.TLSVersion[name.replace(".", "_")]
+
+
+def _load_client_certificate(
+    context: ssl.SSLContext, settings: Settings, parameters: dict[str, str]
+) -> None:
+    cert, key = _name(settings, "sslcert"), _name(settings, "sslkey")
+    for name in ("sslcert", "sslkey"):
+        if name in parameters:
+            _check_readable(settings, parameters, name)
+    if "sslkey" in parameters:
+        found = Path(parameters["sslkey"]).stat()
+        if found.st_mode & (_FORBIDDEN_MODE if found.st_uid else _FORBIDDEN_MODE_ROOT):
+            raise ConfigurationError(
+                f"{key} can be read by other users: run `chmod 600` on the file"
+            )
+    password = parameters.get("sslpassword", "")
+    try:
+        context.load_cert_chain(parameters["sslcert"], parameters.get("sslkey"), password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ConfigurationError(f"{key} is not the private key of {cert}") from None
+        raise ConfigurationError(
+            f"{cert} and {key} must be a PEM certificate and its private key, without a passphrase"
+        ) from None
+
+
+def _check_readable(settings: Settings, parameters: dict[str, str], name: str) -> None:
+    try:
+        Path(parameters[name]).read_bytes()
+    except OSError as error:
+        variable = _name(settings, name)
+        raise ConfigurationError(f"{variable} cannot be read: {error.strerror}") from None
 
 
 def _name(settings: Settings, parameter: str) -> str:
@@ -71,46 +147,3 @@ def _name(settings: Settings, parameter: str) -> str:
     if url is not None and parameter in url.parameters:
         return f"DATABASE_URL: {parameter}"
     return _VARIABLES.get(parameter, parameter)
-
-
-def _check_mode_of_key(settings: Settings, parameters: dict[str, str]) -> None:
-    key = parameters.get("sslkey")
-    if key is None or parameters.get("sslmode") == "disable":
-        return
-    found = Path(key).stat()
-    if found.st_mode & (_FORBIDDEN_MODE if found.st_uid else _FORBIDDEN_MODE_ROOT):
-        raise ConfigurationError(
-            f"{_name(settings, 'sslkey')} can be read by other users: run `chmod 600` on the file"
-        )
-
-
-def _check_files(settings: Settings, parameters: dict[str, str]) -> None:
-    """Raise ConfigurationError if a certificate or key file for TLS is missing or malformed."""
-    if parameters.get("sslmode") == "disable":
-        return
-    files = [name for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey") if name in parameters]
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    for file in files:
-        try:
-            Path(parameters[file]).read_bytes()
-        except OSError as error:
-            name = _name(settings, file)
-            raise ConfigurationError(f"{name} cannot be read: {error.strerror}") from None
-    for file in (name for name in files if name in ("sslrootcert", "sslcrl")):
-        try:
-            context.load_verify_locations(parameters[file])
-        except ssl.SSLError:
-            name = _name(settings, file)
-            raise ConfigurationError(f"{name} is not a PEM file of certificates") from None
-    if "sslcert" in files:
-        cert, key = _name(settings, "sslcert"), _name(settings, "sslkey")
-        password = parameters.get("sslpassword", "")
-        try:
-            context.load_cert_chain(parameters["sslcert"], parameters.get("sslkey"), password)
-        except ssl.SSLError as error:
-            if error.reason == "KEY_VALUES_MISMATCH":
-                raise ConfigurationError(f"{key} is not the private key of {cert}") from None
-            raise ConfigurationError(
-                f"{cert} and {key} must be a PEM certificate and its private key, without a"
-                " passphrase"
-            ) from None

@@ -29,7 +29,7 @@ from tiger_db import files
 from tiger_db.embedded import folders, processes, server_process
 from tiger_db.embedded.server_process import Postmaster
 from tiger_db.errors import ConfigurationError, EmbeddedError
-from tiger_db.settings import ConnectArgs, Settings
+from tiger_db.settings import DEFAULT_ARGUMENTS, ConnectArgs, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,16 @@ class EmbeddedServer:
                 the password file.
         """
         with _errors_explained(self.folder):
-            return ConnectArgs(
-                host=str(self.socket_folder),
-                port=5432,
-                user="tiger_db",
-                password=_read_secret(self.folder / "password"),
-                database=settings.database,
-                timeout=settings.db_connect_timeout,
-                server_settings=settings.server_settings(),
-            )
+            return {
+                **DEFAULT_ARGUMENTS,
+                "host": str(self.socket_folder),
+                "port": 5432,
+                "user": "tiger_db",
+                "password": _read_secret(self.folder / "password"),
+                "database": settings.database,
+                "timeout": settings.db_connect_timeout,
+                "server_settings": settings.server_settings(),
+            }
 
 
 def home_folder(settings: Settings) -> Path:
