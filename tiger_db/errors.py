@@ -76,6 +76,12 @@ class EncryptionError(TigerDBError):
     code = "encryption_error"
 
 
+class FileError(TigerDBError, OSError):
+    """A file or folder cannot be written."""
+
+    code = "file_error"
+
+
 class NotFound(TigerDBError):
     """The row does not exist."""
 

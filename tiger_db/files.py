@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from tiger_db.errors import AlreadyExists, InvalidValue
+from tiger_db.errors import AlreadyExists, FileError, InvalidValue
 
 # Prefix of the temporary names of incomplete files and folders.
 UNFINISHED = ".tiger_db-unfinished-"
@@ -44,11 +44,16 @@ def output_files(
     with ExitStack() as cleanup, ExitStack() as undo:
         outputs = [_open(path, cleanup, overwrite=overwrite) for path in paths]
         yield [file for file, _, _ in outputs]
-        for file, unfinished, _ in outputs:
-            file.flush()
-            if unfinished is not None:
-                os.fsync(file.fileno())
-            file.close()
+        for file, unfinished, target in outputs:
+            try:
+                file.flush()
+                if unfinished is not None:
+                    os.fsync(file.fileno())
+                file.close()
+            except OSError as error:
+                with suppress(OSError):
+                    file.close()
+                raise OSError(error.errno, error.strerror, str(target)) from None
         for _, unfinished, target in outputs:
             if unfinished is not None:
                 _put(unfinished, target, undo, overwrite=overwrite)
@@ -57,6 +62,16 @@ def output_files(
         for folder in {target.parent for _, unfinished, target in outputs if unfinished}:
             sync_folder(folder)
         undo.pop_all()
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Convert each OSError of a `with` block to FileError."""
+    try:
+        yield
+    except OSError as error:
+        text = error.strerror or type(error).__name__
+        raise FileError(f"{text}: {error.filename}" if error.filename else text) from None
 
 
 def write_private(

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tests.support.tiger_files import (
     names,
 )
 from tiger_db import AuditAction, AuditSeverity, Database, PrivateKeyFormat, TigerAccount, crud
-from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue, NotFound
+from tiger_db.errors import AlreadyExists, FileError, InvalidState, InvalidValue, NotFound
 from tiger_db.tiger import CONFIG_FILE, TOKEN_FILE, export_account, import_account
 
 AWKWARD = (
@@ -224,9 +225,24 @@ async def test_no_half_of_a_pair_is_left_behind(
     account = await stored(clone, tmp_path, lines)
     folder = tmp_path / "out"
     (folder / TOKEN_FILE).mkdir(parents=True)  # no file can take its place
-    with pytest.raises(OSError, match=TOKEN_FILE):
+    with pytest.raises(FileError, match=TOKEN_FILE):
         await export_account(clone, account.id, folder=folder, overwrite=True)
     assert names(folder) == [TOKEN_FILE]
+
+
+async def test_a_full_disk_is_an_error_of_tiger_db(clone: Database, tmp_path: Path) -> None:
+    account = await stored(clone, tmp_path, REQUIRED)
+    folder = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(FileError, match=f"File too large: {folder}/") as caught:
+            await export_account(clone, account.id, folder=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(caught.value, OSError)
+    assert caught.value.__cause__ is None
+    assert names(folder) == []
 
 
 async def test_an_export_is_recorded(clone: Database, tmp_path: Path) -> None:

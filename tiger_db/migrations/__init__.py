@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from alembic import command
 from tiger_db.errors import MigrationError, SchemaMismatch
+from tiger_db.files import file_errors
 from tiger_db.migrations.applications import include_object as include_object
 from tiger_db.migrations.applications import render_item as render_item
 from tiger_db.migrations.comparison import find_differences
@@ -429,6 +430,7 @@ async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = Tr
         MigrationError: tiger_db was imported from an installed package instead of a checkout of the
             repository.
         SchemaMismatch: the database is not at the head revision.
+        FileError: the file cannot be written.
     """
     if script_location().parent == Path(__file__).parents[1]:
         raise MigrationError(
@@ -439,7 +441,8 @@ async def revision(engine: AsyncEngine, message: str, *, autogenerate: bool = Tr
         if autogenerate:
             (await schema_state(connection)).check()
             await connection.rollback()
-        script = await _run(connection, write)
+        with file_errors():
+            script = await _run(connection, write)
     if not isinstance(script, Script):
         raise MigrationError("Alembic wrote no migration")
     scripts.cache_clear()

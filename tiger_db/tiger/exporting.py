@@ -9,7 +9,7 @@ from tiger_db.crud.audit_logs import recording
 from tiger_db.crud.common import get_or_raise
 from tiger_db.database import Database
 from tiger_db.errors import InvalidState, InvalidValue
-from tiger_db.files import check_output, make_private_folder, write_private
+from tiger_db.files import check_output, file_errors, make_private_folder, write_private
 from tiger_db.models import AuditAction, AuditSeverity, PrivateKeyFormat, TigerAccount
 from tiger_db.models.private_keys import base64_der, load_private_key
 from tiger_db.public import public
@@ -47,8 +47,17 @@ async def export_account(
         InvalidState: the account to export is closed.
         InvalidValue: the account's private key is not an RSA key, or `folder` is not a folder.
         EncryptionError: the account's secrets cannot be decrypted.
-        OSError: the files cannot be written. A failed export creates no new file.
+        FileError: the files cannot be written. A failed export creates no new file.
     """
+    with file_errors():
+        return await _export_account(
+            database, account_id, folder, overwrite=overwrite, with_token=with_token
+        )
+
+
+async def _export_account(
+    database: Database, account_id: UUID, folder: Path, *, overwrite: bool, with_token: bool
+) -> list[Path]:
     await asyncio.to_thread(_check_folder, folder, overwrite=overwrite)
     async with database.session() as session:
         account = await get_or_raise(session, TigerAccount, account_id)
