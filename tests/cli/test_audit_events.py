@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.support.cli_events import log
 from tests.support.command_line import COMMAND, CommandLine, Result
 from tests.support.newer_release import NEWER_EVENT, NEWER_SCHEMA, NEWER_VALUES
 from tests.support.sql import run_sql, write
+from tests.support.waiting import wait_until
 from tiger_db import (
     AuditAction,
     AuditLog,
@@ -393,6 +395,51 @@ def follow(
             return process.returncode, out, err
 
     assert asyncio.run(run()) == (130, b"", b"interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [["list-events", "--follow"], ["watch-refreshes", "--live"]], ids=" ".join
+)
+def test_sigterm_ends_a_command_that_runs_until_it_is_stopped(
+    cli: CommandLine, command: list[str]
+) -> None:
+    """The code shows a handler: the default action, which does not exist for PID 1, gives -15."""
+    with subprocess.Popen(
+        [*COMMAND, *command],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=cli.environment(), text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert "press ctrl-c to stop" in process.stdout.readline().lower()
+            process.terminate()
+            out, _ = process.communicate(timeout=10)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert out.endswith("terminated\n")
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_command_that_waits_for_input(cli: CommandLine) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "verify-api-key", "-"],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=cli.environment(), text=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_until(lambda: catches_sigterm(process.pid))
+            process.terminate()
+            assert process.wait(10) == 128 + signal.SIGTERM
+            assert process.stderr is not None
+            assert process.stderr.read() == "terminated\n"
+        finally:
+            process.kill()
+
+
+def catches_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.slow

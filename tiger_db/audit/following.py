@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, suppress
 from typing import Unpack
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ARRAY, BigInteger, ColumnElement, all_, literal, select
 from sqlmodel import col
 
 from tiger_db.audit import storage
@@ -63,15 +63,18 @@ async def _follow(
                 events = await fetch_all(
                     session,
                     select(AuditLog)
-                    .where(col(AuditLog.position) > floor, *conditions)
+                    .where(
+                        col(AuditLog.position) > floor,
+                        col(AuditLog.position) != all_(literal([*seen], ARRAY(BigInteger))),
+                        *conditions,
+                    )
                     .order_by(col(AuditLog.position)),
                 )
             for event in events:
-                if event.position not in seen:
-                    seen.add(event.position)
-                    yield event
-                    count += 1
-                    progress(count, None)
+                seen.add(event.position)
+                yield event
+                count += 1
+                progress(count, None)
             # If `writers` is empty, no transaction can still add an event up to `last_position`.
             if not writers:
                 floor = last_position

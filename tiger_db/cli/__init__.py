@@ -3,6 +3,8 @@
 Slow modules are imported inside functions, so that `tiger-db --help` is fast.
 """
 
+import atexit
+import gc
 import io
 import os
 import sys
@@ -22,7 +24,7 @@ from tiger_db.cli import (
     trading,
 )
 from tiger_db.cli.output import print_message
-from tiger_db.cli.runtime import actor_name, describe_error
+from tiger_db.cli.runtime import SIGTERM_EXIT_CODE, actor_name, describe_error, exit_on_sigterm
 
 app = typer.Typer(
     name="tiger-db",
@@ -74,6 +76,9 @@ def _options(
 
 def main() -> None:
     """Run the command in `sys.argv`, then exit the process. Print errors without a traceback."""
+    exit_on_sigterm()
+    # The garbage collections of Python's exit would take longer than most commands.
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Escape the characters that the stream's encoding cannot encode.
@@ -95,6 +100,8 @@ def _run() -> int | str | None:
     except SystemExit as end:
         if end.code == 130:  # noqa: PLR2004  # typer's exit code for Ctrl-C: 128 + SIGINT
             print_message("interrupted")
+        elif end.code == SIGTERM_EXIT_CODE:
+            print_message("terminated")
         return end.code
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed the pipe
         return 1

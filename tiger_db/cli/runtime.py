@@ -4,9 +4,11 @@ import logging
 import os
 import pwd
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from tiger_db.database import AsyncSession
 
 T = TypeVar("T")
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 _UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 # `actor_name` is the value of --actor, or None if the actor is the operating system's user.
 actor_name: ContextVar[str | None] = ContextVar("actor_name", default=None)
@@ -36,10 +39,37 @@ def settings() -> "tiger_db.Settings":
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in a new event loop, and return the result of the coroutine."""
+    """Run a coroutine in a new event loop, and return the result of the coroutine.
+
+    SIGTERM cancels the coroutine, so that the coroutine can close its connections.
+    """
     import asyncio  # noqa: PLC0415  # slow import, not needed by `--help`
 
-    return asyncio.run(coroutine)
+    async def run() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        with suppress(NotImplementedError):  # Windows has no SIGTERM
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await coroutine
+
+    try:
+        return asyncio.run(run())
+    except asyncio.CancelledError:
+        raise SystemExit(SIGTERM_EXIT_CODE) from None
+    finally:
+        exit_on_sigterm()  # the end of the event loop has removed the handler
+
+
+def exit_on_sigterm() -> None:
+    """Exit the process after SIGTERM, even with the process id 1, such as in a container.
+
+    Without a handler, a process with the id 1 ignores SIGTERM.
+    """
+
+    def end(_number: int, _frame: object) -> None:
+        raise SystemExit(SIGTERM_EXIT_CODE)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
