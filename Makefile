@@ -58,7 +58,7 @@ test-lowest: $(READY) ## run the tests with the lowest allowed versions of the d
 	@$(MAKE) --no-print-directory test VENV=.venv-lowest REQUIREMENTS=.venv-lowest.txt
 
 soak: $(READY) ## run the stress tests at their full length (minutes)
-	@TIGER_DB_SOAK=1 $(PYTEST) -m "not wheel" tests/audit tests/refresh_worker/test_chaos.py \
+	@TIGER_DB_SOAK=1 $(PYTEST) -m "not wheel" tests/audit tests/refresh_worker/test_chaos.py tests/test_cancellation.py \
 		tests/crud/token_status/test_index_use.py tests/crud/audit_logs/test_index_use.py $(ARGS)
 
 test-wheel: $(READY) ## build the wheel, install it into an empty environment, and test it there

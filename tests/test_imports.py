@@ -34,7 +34,7 @@ LAYERS = [
     ["public"],
     ["files", "signing", "sqlstates"],
     ["encryption"],
-    ["database_urls", "errors", "redaction"],
+    ["blocking", "database_urls", "errors", "redaction"],
     ["url_parameters"],
 ]
 # These entities refer to each other in the types of their relationships.

@@ -344,7 +344,7 @@ async def test_the_setting_that_ended_a_statement_is_named(clone: Database) -> N
         ("40P01", Conflict, True),
         ("42501", StatementRefused, False),
         ("42P01", None, False),
-        ("53100", None, True),
+        ("53100", DatabaseUnavailable, True),
         ("53300", DatabaseUnavailable, True),
         ("55P03", Conflict, True),
         ("57014", QueryTimeout, True),
@@ -361,3 +361,12 @@ def test_each_sqlstate_becomes_one_error(
     with pytest.raises(error or StatementRefused) as caught, raw_errors():
         raise raised
     assert "\n" not in str(caught.value)
+
+
+async def test_a_full_disk_of_the_server_leaves_the_connection_usable(database: Database) -> None:
+    async with database.engine.connect() as connection:
+        with pytest.raises(DatabaseUnavailable, match=r"^the disk of the database server is full$"):
+            await connection.execute(text("DO $$ BEGIN RAISE SQLSTATE '53100'; END $$"))
+        await connection.rollback()
+        assert not connection.invalidated
+        assert await connection.scalar(text("SELECT 1")) == 1

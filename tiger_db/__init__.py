@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tiger_db import actor as actor
     from tiger_db import audit as audit
+    from tiger_db import blocking as blocking
     from tiger_db import connections as connections
     from tiger_db import crud as crud
     from tiger_db import database as database
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from tiger_db import signing as signing
     from tiger_db import tiger as tiger
     from tiger_db.actor import Actor, acting_as
+    from tiger_db.blocking import run_blocking
     from tiger_db.crud import Page
-    from tiger_db.database import AsyncSession, Database, get_session
+    from tiger_db.database import AsyncSession, Database, get_database, get_session
     from tiger_db.encryption import Secret
     from tiger_db.key_verifier import KeyVerifier
     from tiger_db.models import (
@@ -60,8 +62,8 @@ __all__ = [
     "AsyncSession", "AuditAction", "AuditLog", "AuditResult", "AuditSeverity", "Database",
     "KeyVerifier", "MarketPermission", "NewToken", "Page", "PrivateKeyFormat", "RefreshTrigger",
     "RefreshWorker", "Secret", "Settings", "TigerAccount", "TigerEnvironment", "TigerLicense",
-    "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors", "get_session",
-    "wait_for_refresh",
+    "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors",
+    "get_database", "get_session", "run_blocking", "wait_for_refresh",
 ]  # fmt: skip
 # `_SUBMODULES` maps public names to submodules. A public name that is not in `_SUBMODULES` is in
 # `tiger_db.models`.
@@ -78,7 +80,9 @@ _SUBMODULES = {
     "Settings": "settings",
     "TigerAccount": "crud.change_events",
     "acting_as": "actor",
+    "get_database": "database",
     "get_session": "database",
+    "run_blocking": "blocking",
     "wait_for_refresh": "refresh_waiting",
 }
 

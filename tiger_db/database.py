@@ -3,10 +3,10 @@
 import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,6 +18,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from tiger_db.actor import Actor
 from tiger_db.connections import create_engine
+from tiger_db.connections.pool import OwnedPool, run_to_completion, running_loop
 from tiger_db.connections.replicas import Replicas
 from tiger_db.crud.api_keys.usage_counter import UsageCounter
 from tiger_db.crud.common import SessionContext
@@ -81,6 +82,11 @@ class AsyncSession(SQLModelSession):
 class Database:
     """The connections of one process to one database, in one event loop.
 
+    A Database belongs to the process and the event loop that first use the Database, until the
+    Database is closed. In any other process or event loop, each method raises InvalidState, except
+    that a forked process may close the Database, which has no effect there. `get_database` returns
+    a Database that belongs to the running event loop.
+
     The parameter `key_provider` replaces `ENCRYPTION_KEYS`, for example with the keys of a key
     management service. Out-of-band writes (`tiger_db.out_of_band`) use up to four connections
     in addition to the pool.
@@ -135,10 +141,36 @@ class Database:
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
-        await self.close()
+        await run_to_completion(asyncio.create_task(self.close()))
+
+    def claim(self) -> None:
+        """Check that this Database belongs to this process and to the running event loop.
+
+        A Database that belongs to none yet belongs to this process and event loop from now on.
+
+        Raises:
+            InvalidState: the Database belongs to another process or to another event loop. The
+                error message names both.
+        """
+        for pool in self._pools:
+            pool.claim()
+
+    @property
+    def _pools(self) -> list[OwnedPool]:
+        engines = (self.engine, self.out_of_band.engine)
+        return [cast("OwnedPool", engine.pool) for engine in engines]
 
     async def close(self) -> None:
-        """Write pending audit events and usage counts of API keys, then close all connections."""
+        """Write pending audit events and usage counts of API keys, then close all connections.
+
+        In a forked process, `close` does nothing, because the connections belong to the parent.
+
+        Raises:
+            InvalidState: the Database belongs to another event loop.
+        """
+        if any(pool.inherited for pool in self._pools):
+            return
+        self.claim()
         await self.usage_counter.close()
         await self.out_of_band.close()
         await self.replicas.close()
@@ -148,10 +180,12 @@ class Database:
         """Check the connection and the schema revision, unless an earlier check succeeded.
 
         Raises:
+            InvalidState: the Database belongs to another process or to another event loop.
             DatabaseUnavailable: the database cannot be reached.
             SchemaMismatch: the schema is missing, is older or newer than this tiger_db release, or
                 a pooler dropped the `search_path`.
         """
+        self.claim()
         if self._checked:
             return
         if self.settings.embedded:
@@ -203,7 +237,8 @@ class Database:
             QueryTimeout: an SQL statement took longer than `DB_QUERY_TIMEOUT`, so the database
                 saved nothing of the transaction.
             InvalidFields: an argument has a wrong type.
-            InvalidState: a readonly session tried to write or to authorize an API key.
+            InvalidState: a readonly session tried to write or to authorize an API key, or the
+                Database belongs to another process or to another event loop.
             SchemaMismatch: the schema is missing, or does not fit this tiger_db release.
         """
         options: dict[str, Any] = {"isolation_level": isolation} if isolation else {}
@@ -269,23 +304,47 @@ class Database:
 
 
 _defaults: WeakKeyDictionary[
-    asyncio.AbstractEventLoop, tuple[Database, AsyncGenerator[Database, None]]
+    asyncio.AbstractEventLoop, tuple[Database, AsyncGenerator[None, None]]
 ] = WeakKeyDictionary()
 
 
-async def _default_database() -> AsyncGenerator[Database, None]:
-    async with Database() as database:
+async def _close_at_end_of_loop(database: Database) -> AsyncGenerator[None, None]:
+    async with database:
         try:
-            yield database
+            yield
         finally:
             # The removal of the Database from `_defaults` breaks a reference cycle.
             _defaults.pop(asyncio.get_running_loop(), None)
 
 
 @public
+def get_database() -> Database:
+    """Return the default `Database` of this process and the running event loop.
+
+    The first call in an event loop creates the Database with `Settings()`. The Database is closed
+    when `asyncio.run` ends the event loop.
+
+    Raises:
+        InvalidState: no event loop runs.
+        ConfigurationError: the class `Database` raised this error.
+    """
+    loop = running_loop()
+    if loop not in _defaults:
+        database = Database()
+        # When the event loop ends, asyncio closes the generator, and the generator closes the
+        # Database. asyncio knows only generators that have begun. Up to its `yield`, this
+        # generator awaits nothing.
+        generator = _close_at_end_of_loop(database)
+        with suppress(StopIteration):
+            generator.asend(None).send(None)
+        _defaults[loop] = (database, generator)
+    return _defaults[loop][0]
+
+
+@public
 @asynccontextmanager
 async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSession]:
-    """Open a session of the event loop's default `Database`, which uses `Settings()`.
+    """Open a session of `get_database`, which is the default `Database` of the event loop.
 
     The session's audit events are attributed to `actor`, or else to the actor of `acting_as`.
 
@@ -293,11 +352,5 @@ async def get_session(*, actor: Actor | None = None) -> AsyncIterator[AsyncSessi
         ConfigurationError, DatabaseUnavailable, SchemaMismatch, InvalidValue: the class `Database`
             or the method `Database.session` raised this error.
     """
-    loop = asyncio.get_running_loop()
-    if loop not in _defaults:
-        # When the event loop ends, asyncio closes the generator, and the generator closes the
-        # default `Database`.
-        generator = _default_database()
-        _defaults[loop] = (await anext(generator), generator)
-    async with _defaults[loop][0].session(actor=actor) as session:
+    async with get_database().session(actor=actor) as session:
         yield session

@@ -102,11 +102,11 @@ class KeyVerifier:
     async def __aexit__(self, *error: object) -> None:
         """Stop listening for changes of API keys, and leave the Database open."""
         if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.wait([self._listener])
-            self._listener = None
+            listener, self._listener = self._listener, None
+            listener.cancel()
             self._listening.clear()
-        self._clear()
+            self._clear()
+            await asyncio.wait([listener])
 
     async def _compare_triggers(self) -> None:
         async with self.database.engine.connect() as connection:
@@ -129,7 +129,11 @@ class KeyVerifier:
         """Authorize an API key like the function `crud.api_keys.authorize_api_key`.
 
         Several calls can return the same APIKey object, so do not change the returned object.
+
+        Raises:
+            InvalidState: the Database belongs to another process or to another event loop.
         """
+        self.database.claim()
         request = access_request(scopes, account_id, ip_address, user_agent)
         # The cache does not contain pauses of trading, so a request for a trade reads the database.
         if self._listener is not None and not request.trades:

@@ -120,6 +120,10 @@ async def asyncpg_connection(
                     yield raw
                 except TimeoutError:
                     raise  # the connection stays usable, because asyncpg cancels the statement
+                except asyncio.CancelledError as error:
+                    # A transaction is possibly open, because the ROLLBACK was cancelled too.
+                    await connection.invalidate(error)
+                    raise
                 except (*CONNECTION_ERRORS, asyncpg.ReadOnlySQLTransactionError):
                     # A server that is no longer the primary raises ReadOnlySQLTransactionError.
                     await connection.invalidate()

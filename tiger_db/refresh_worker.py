@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
+import anyio
 from sqlalchemy.exc import DBAPIError
 
 from tiger_db.actor import Actor, acting_as
@@ -128,7 +129,9 @@ class RefreshWorker:
 
         Raises:
             ConfigurationError: the setting `DB_POOLER` needs `DB_DIRECT_HOST`, and `once` is false.
+            InvalidState: the Database belongs to another process or to another event loop.
         """
+        self.database.claim()
         if not once:
             self.database.settings.without_pooler()
         with acting_as(self._actor):  # the tasks that the worker starts inherit the actor
@@ -137,12 +140,14 @@ class RefreshWorker:
             await self._wait(working, reserve=_CANCELLING_SHARE)
         except asyncio.CancelledError:
             self.stop()
-            await self._wait(working, reserve=_CANCELLING_SHARE)
+            with anyio.CancelScope(shield=True):  # a scope of anyio cancels each further await
+                await self._wait(working, reserve=_CANCELLING_SHARE)
             raise
         finally:
             if not working.done():
                 _logger.warning("the worker stopped %d unfinished refreshes", len(self._attempts))
-                await _cancel(working, *self._attempts.values())
+                with anyio.CancelScope(shield=True):
+                    await _cancel(working, *self._attempts.values())
         if working.done() and not working.cancelled():
             working.result()
 

@@ -122,6 +122,7 @@ SecretText = Annotated[SecretStr, AfterValidator(_utf8_secret)]
 _MAX_IDENTIFIER_BYTES = 63
 # If the server does not answer for DB_QUERY_TIMEOUT plus 5 seconds, the connection counts as lost.
 _LOST_SERVER_SECONDS = 5
+CHECK_INTERVAL = "client_connection_check_interval"
 DEFAULT_SCHEMA = "public"
 SCHEMA_OPTION = "tiger_db_schema"  # Name of the execution option that holds DB_SCHEMA.
 # Session parameters that PgBouncer accepts from clients, and tracks for each client.
@@ -478,6 +479,8 @@ class Settings(BaseSettings):
             "idle_in_transaction_session_timeout": str(
                 math.ceil(self.db_idle_transaction_timeout * 1000)
             ),
+            # If the client is gone, the server ends a running statement within a second.
+            CHECK_INTERVAL: "1000",
             "timezone": "UTC",
             # `search_path` overrides a search path that ALTER ROLE or ALTER DATABASE has set.
             "search_path": self.search_path,

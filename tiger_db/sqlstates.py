@@ -28,6 +28,7 @@ CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientErro
 # asyncpg raises an error of a class in SCHEMA_CHANGED if a prepared statement is executed after the
 # schema was changed, for example after a column got another type.
 SCHEMA_CHANGED = (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCacheError)
+DISK_FULL = "53100"
 READ_ONLY_SQL_TRANSACTION = "25006"  # A former primary or a readonly session refused a write.
 IDLE_IN_TRANSACTION_TIMEOUT = "25P03"
 # Before version 18, PostgreSQL uses the same SQLSTATE for a reference to a missing row and for the
@@ -64,6 +65,7 @@ _ERRORS: dict[str, tuple[type[TigerDBError], str | None]] = {
     "40001": (Conflict, None),  # Serialization failure, or conflict with recovery on a replica.
     "40P01": (Conflict, None),  # Deadlock.
     "42501": (StatementRefused, None),  # Missing privilege.
+    DISK_FULL: (DatabaseUnavailable, "the disk of the database server is full"),
     "53300": (
         DatabaseUnavailable,
         "the database server allows no more connections: see max_connections",

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.support import factories, servers
 from tests.support.servers import settings_for
-from tiger_db import Database, Settings, crud, embedded
+from tiger_db import Database, Settings, connections, crud, embedded
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import generate_key
@@ -22,6 +22,7 @@ from tiger_db.errors import (
     DatabaseUnavailable,
 )
 from tiger_db.migrations import upgrade
+from tiger_db.settings import CHECK_INTERVAL
 
 
 def assert_one_line_without_credentials(error: BaseException, *credentials: str) -> None:
@@ -220,3 +221,30 @@ async def test_a_connection_that_is_lost_before_its_first_statement(clone: Datab
     with pytest.raises(DatabaseUnavailable):
         async with engine.connect():
             pass
+
+
+async def test_the_server_checks_the_connection_of_a_running_statement(settings: Settings) -> None:
+    connection = await connect(settings)
+    try:
+        assert await connection.fetchval(f"SHOW {CHECK_INTERVAL}") == "1s"
+    finally:
+        await connection.close()
+
+
+async def test_a_server_that_cannot_check_connections_is_not_asked_to(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server on Windows refuses any value but 0, as every server refuses a negative one."""
+    refused = {**settings.server_settings(), CHECK_INTERVAL: "-1"}
+    monkeypatch.setattr(Settings, "server_settings", lambda _: {**refused})
+    monkeypatch.setattr(connections, "_without_check_interval", set())
+    for _ in range(2):
+        connection = await connect(settings)
+        try:
+            assert await connection.fetchval(f"SHOW {CHECK_INTERVAL}") == "0"
+            assert await connection.fetchval("SHOW timezone") == "UTC"
+        finally:
+            await connection.close()
+    monkeypatch.setattr(Settings, "server_settings", lambda _: {**refused, "work_mem": "-1"})
+    with pytest.raises(DatabaseUnavailable, match="work_mem"):
+        await connect(settings)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import text
 
@@ -574,6 +575,21 @@ async def test_stopping_ends_within_its_grace_if_a_refresher_hangs(
     assert now.error_code == LOST[how]
     assert now.status == (S.SUCCESS if LOST[how] is None else S.PENDING)
     assert now.lease_expires_at is None
+
+
+async def test_a_worker_finishes_if_a_scope_of_anyio_is_cancelled(clone: Database) -> None:
+    """Such a scope cancels each further await, of which the end of a worker has several."""
+    refresh = await opened(clone)
+
+    async def ask(_: TigerAccount) -> NewToken:
+        scope.cancel()
+        await asyncio.sleep(0.1)
+        return fresh()
+
+    with anyio.CancelScope() as scope:
+        await RefreshWorker(clone, ask).run()
+    assert scope.cancelled_caught
+    assert (await row(clone, refresh.id)).status == S.SUCCESS
 
 
 @pytest.mark.slow

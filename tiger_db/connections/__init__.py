@@ -17,15 +17,17 @@ from sqlalchemy.pool import NullPool
 from tiger_db.connections import tls
 from tiger_db.connections.error_advice import reason
 from tiger_db.connections.passfile import find_password
+from tiger_db.connections.pool import Connection, OwnedPool, end_cancelled_session
 from tiger_db.connections.sql_logging import (
     log_slow_queries_of_connection,
     log_slow_queries_of_engine,
 )
 from tiger_db.database_urls import Address
 from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTimeout
-from tiger_db.settings import SCHEMA_OPTION, ConnectArgs, Settings
+from tiger_db.settings import CHECK_INTERVAL, SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import (
     CONNECTION_ERRORS,
+    DISK_FULL,
     IDLE_IN_TRANSACTION_TIMEOUT,
     READ_ONLY_SQL_TRANSACTION,
     SCHEMA_CHANGED,
@@ -36,6 +38,15 @@ from tiger_db.sqlstates import (
 
 # If a connection fails with one of _HOST_ERRORS, a connection to the next host can succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
+# A server, or a pooler, that does not support a session parameter refuses the connection.
+_PARAMETER_ERRORS = (
+    asyncpg.InvalidParameterValueError,
+    asyncpg.UndefinedObjectError,
+    asyncpg.ProtocolViolationError,
+)
+# Locations of servers that cannot check the connections of their clients, such as on Windows, and
+# of poolers.
+_without_check_interval: set[str] = set()
 _CONNECT_ERRORS = (*_HOST_ERRORS, ValueError, asyncpg.PostgresError)
 
 
@@ -76,8 +87,16 @@ async def connect(
     if database is not None:
         arguments["database"] = database
     arguments["connection_class"] = _Connection
+    if settings.location in _without_check_interval:
+        arguments["server_settings"].pop(CHECK_INTERVAL, None)
     with _unavailable(settings):
-        connection = await _connect_to_first(settings, arguments)
+        try:
+            connection = await _connect_to_first(settings, arguments)
+        except _PARAMETER_ERRORS as error:
+            if CHECK_INTERVAL not in str(error):
+                raise
+            _without_check_interval.add(settings.location)
+            return await connect(settings, database=database, replica=replica)
     connection.add_termination_listener(_Connection.record_end)
     if settings.db_slow_query_seconds:
         log_slow_queries_of_connection(connection, settings.db_slow_query_seconds)
@@ -136,7 +155,7 @@ async def _connect_to_host(
         ) from None
 
 
-class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
+class _Connection(Connection):
     """A connection that resets `search_path` at the start of each transaction."""
 
     begun_at = math.inf  # Monotonic time (s) of the BEGIN of the current transaction.
@@ -209,7 +228,7 @@ def create_engine(
         execution_options={SCHEMA_OPTION: settings.db_schema},
         echo=settings.db_debug,
         hide_parameters=True,
-        **pool_options,
+        **{"poolclass": OwnedPool, **pool_options},
     )
 
     @event.listens_for(engine.sync_engine, "handle_error")
@@ -229,6 +248,8 @@ def create_engine(
             setting = "DB_QUERY_TIMEOUT" if limited else "statement_timeout"
             cause = error.__cause__ or error
             raise classify(cause, statement_timeout=setting) or kind(reason(error)) from None
+        if state == DISK_FULL:  # the connection stays usable
+            raise DatabaseUnavailable(str(classify(error.__cause__ or error))) from None
         options = context.connection.get_execution_options() if context.connection else {}
         if state == READ_ONLY_SQL_TRANSACTION and options.get("postgresql_readonly"):
             raise InvalidState("a readonly session cannot write") from None
@@ -248,6 +269,7 @@ def create_engine(
 
     event.listen(engine.sync_engine, "handle_error", _hide_values)
     event.listen(engine.sync_engine, "checkout", _check_open)
+    event.listen(engine.sync_engine, "invalidate", end_cancelled_session)
     if settings.db_slow_query_seconds:
         log_slow_queries_of_engine(engine.sync_engine, settings.db_slow_query_seconds)
     return engine

@@ -1,0 +1,72 @@
+"""Calls of async functions from synchronous code, such as Flask, Celery tasks and scripts."""
+
+import atexit
+import os
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from threading import Lock, Thread
+from typing import TypeVar
+
+import anyio
+from anyio.from_thread import BlockingPortal
+
+T = TypeVar("T")
+_lock = Lock()
+_running: tuple[BlockingPortal, Thread] | None = None
+
+
+def run_blocking(function: Callable[[], Awaitable[T]]) -> T:
+    """Call an async function in the background event loop of this process, and return its result.
+
+    All threads of a process share one event loop, which runs in a background thread, and therefore
+    share the default `Database` of `get_session` and its connections. The first call starts the
+    event loop. A forked process starts an event loop of its own. At the end of the program, the
+    default `Database` is closed.
+
+    If the wait for the result is interrupted, for example by Ctrl-C or by a time limit of Celery,
+    the async function is cancelled.
+
+    Raises:
+        Exception: the async function raised this exception.
+    """
+    future = _portal().start_task_soon(function)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _portal() -> BlockingPortal:
+    global _running  # noqa: PLW0603  # one event loop for each process
+    with _lock:
+        if _running is None:
+            started: Future[BlockingPortal] = Future()
+            thread = Thread(target=anyio.run, args=(_serve, started), daemon=True, name="tiger_db")
+            thread.start()
+            _running = started.result(), thread
+        return _running[0]
+
+
+async def _serve(started: "Future[BlockingPortal]") -> None:
+    async with BlockingPortal() as portal:
+        started.set_result(portal)
+        await portal.sleep_until_stopped()
+
+
+def _stop() -> None:
+    if _running is not None:
+        portal, thread = _running
+        portal.call(portal.stop, True)  # noqa: FBT003  # cancel the functions that still run
+        thread.join()
+
+
+def _forget() -> None:
+    """Forget the event loop of the parent process, whose thread does not run in this process."""
+    global _lock, _running  # the lock is possibly locked by a thread of the parent
+    _lock, _running = Lock(), None
+
+
+atexit.register(_stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
