@@ -1,26 +1,38 @@
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import httpx2
 import pytest
-from mcp import MCPError
-from mcp.client.client import Client
-from mcp.client.streamable_http import streamable_http_client
-from mcp.types import TextContent
 
 from tests.support import factories
 from tests.support.serving import Serve
 from tiger_db import APIKeyScope, AuditAction, Database, crud
 from tiger_db.crud.api_keys.key_format import new_key
 
+if TYPE_CHECKING:
+    from mcp.client.client import Client
 
-async def names(url: str, raw_key: str) -> object:
-    """What the tool says to a client with this key."""
+
+@asynccontextmanager
+async def connected(url: str, raw_key: str) -> AsyncIterator["Client"]:
+    """A client of the MCP SDK with this key."""
+    from mcp.client.client import Client  # noqa: PLC0415  # takes a second, which `make test` saves
+    from mcp.client.streamable_http import streamable_http_client  # noqa: PLC0415
+
     headers = {"Authorization": f"Bearer {raw_key}"}
     async with (
         httpx2.AsyncClient(headers=headers) as http,
         Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client,
     ):
+        yield client
+
+
+async def names(url: str, raw_key: str) -> object:
+    """What the tool says to a client with this key."""
+    async with connected(url, raw_key) as client:
         tools = await client.list_tools()
         assert [tool.name for tool in tools.tools] == ["account_names", "place_order"]
         result = await client.call_tool("account_names", {})
@@ -29,13 +41,9 @@ async def names(url: str, raw_key: str) -> object:
 
 async def order(url: str, raw_key: str) -> tuple[bool | None, str]:
     """Whether the order tool answers with an error, and its text."""
-    headers = {"Authorization": f"Bearer {raw_key}"}
-    async with (
-        httpx2.AsyncClient(headers=headers) as http,
-        Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client,
-    ):
+    async with connected(url, raw_key) as client:
         result = await client.call_tool("place_order", {"symbol": "AAPL", "quantity": 1})
-        assert isinstance(result.content[0], TextContent)
+        assert result.content[0].type == "text"
         return result.is_error, result.content[0].text
 
 
@@ -49,6 +57,8 @@ async def refusal(url: str, raw_key: str | None) -> tuple[int, str]:
 
 @pytest.mark.slow
 async def test_a_client_needs_a_key(clone: Database, serve: Serve) -> None:
+    from mcp import MCPError  # noqa: PLC0415
+
     async with clone.session() as session:
         await factories.account(session, account_name="Main")
         key, raw_key = await factories.api_key(
@@ -63,11 +73,7 @@ async def test_a_client_needs_a_key(clone: Database, serve: Serve) -> None:
         assert status == 401
         for text in ("nonsense", new_key("test").raw_key, scopeless):
             assert await refusal(url, text) == (status, body)
-        headers = {"Authorization": f"Bearer {raw_key}"}
-        async with (
-            httpx2.AsyncClient(headers=headers) as http,
-            Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client,
-        ):
+        async with connected(url, raw_key) as client:
             assert (await client.call_tool("account_names", {})).structured_content
             async with clone.session() as session:
                 await crud.api_keys.revoke(session, key.id)
