@@ -94,7 +94,7 @@ def main() -> None:
 def _run() -> int | str | None:
     try:
         try:
-            app()
+            app(prog_name="tiger-db")
         finally:
             sys.stdout.flush()
     except SystemExit as end:
