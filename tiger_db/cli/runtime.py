@@ -6,6 +6,7 @@ import pwd
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
@@ -48,7 +49,8 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     async def run() -> T:
         task = asyncio.current_task()
         assert task is not None
-        with suppress(NotImplementedError):  # Windows has no SIGTERM
+        # Windows has no signal handlers of event loops, and threads have no signal handlers at all.
+        with suppress(NotImplementedError, RuntimeError, ValueError):
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         return await coroutine
 
@@ -69,7 +71,8 @@ def exit_on_sigterm() -> None:
     def end(_number: int, _frame: object) -> None:
         raise SystemExit(SIGTERM_EXIT_CODE)
 
-    signal.signal(signal.SIGTERM, end)
+    if threading.current_thread() is threading.main_thread():  # Python refuses other threads
+        signal.signal(signal.SIGTERM, end)
 
 
 def with_database(work: "Callable[[tiger_db.Database], Awaitable[T]]") -> T:
