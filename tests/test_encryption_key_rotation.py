@@ -70,6 +70,7 @@ async def uses(database: Database) -> list[EncryptionKeyUsage]:
         return await list_encryption_key_usage(session)
 
 
+@pytest.mark.slow
 async def test_every_secret_is_encrypted_with_the_first_key(using: Using) -> None:
     async with using(K1) as old:
         before = await store(old, 3) + await store(old, secret_key=None, access_token=None)
@@ -432,6 +433,7 @@ async def test_a_killed_rotation_can_be_continued(clone_settings: Settings) -> N
         assert all(values_of(account) == SECRETS for account in await read(database))
 
 
+@pytest.mark.slow
 async def test_concurrent_rotations_write_each_row_once(using: Using) -> None:
     async with using(K1) as old:
         await store(old, 60)

@@ -113,6 +113,7 @@ async def test_rows_without_analyze_are_estimated_from_the_statistics(
     assert rows["api_keys"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_missing_partitions_are_reported(clone: Database, clone_settings: Settings) -> None:
     await sql(clone_settings, f"DROP TABLE {months(4, 4)[0]}")
@@ -133,6 +134,7 @@ async def test_missing_partitions_are_reported(clone: Database, clone_settings: 
     assert (report.audit_months_ahead, report.problems) == (MONTHS_AHEAD, [])
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_migrate_moves_events_out_of_the_default_partition(
     clone: Database, clone_settings: Settings
@@ -318,6 +320,7 @@ async def test_missing_or_malformed_peppers_are_reported(clone_settings: Setting
     assert "API_KEY_PEPPERS" in only_problem(await check_readiness(bad))
 
 
+@pytest.mark.slow
 async def test_missing_or_wrong_encryption_keys_are_reported(
     clone: Database, clone_settings: Settings
 ) -> None:

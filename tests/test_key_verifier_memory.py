@@ -574,6 +574,7 @@ async def test_changes_of_the_returned_key_grant_nothing(
         await listening.authorize(raw_key, ip_address="11.0.0.1")
 
 
+@pytest.mark.slow
 async def test_a_cancelled_call_leaves_no_connection_behind(
     clone: Database, listening: KeyVerifier
 ) -> None:

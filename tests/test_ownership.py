@@ -133,6 +133,7 @@ async def test_a_forked_process_is_refused(clone: Database, call: Call) -> None:
     assert await read(clone) == 0
 
 
+@pytest.mark.slow
 async def test_a_forked_process_does_not_disturb_its_parent(clone: Database) -> None:
     """Neither by closing the Database, nor by losing it, nor by ending an open session."""
     async with clone.session() as session:

@@ -363,6 +363,7 @@ def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_file_of_keys_is_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     _, _, key = generate_key("k").partition(":")

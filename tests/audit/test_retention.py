@@ -329,6 +329,7 @@ async def test_old_months_are_retired(
     assert await audit.maintain(keeper) == audit.Maintenance()
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_health_has_no_problem_after_a_retirement(
     database: Database, keeper: Database, other: Connection
@@ -352,6 +353,7 @@ async def test_an_empty_month_is_retired_without_a_seal(
     await assert_clean(database, seals=0, rows=0)
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_a_retired_event_that_reappears_is_found(
     database: Database, keeper: Database, other: Connection
@@ -463,6 +465,7 @@ async def test_a_retirement_signed_with_another_key_is_a_forgery(
 # At once
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("is_empty", [False, True])
 async def test_an_event_committed_while_its_month_is_retired_is_not_lost(

@@ -417,6 +417,7 @@ def uuid7_at(moment: datetime) -> UUID:
     return UUID(int=(int(moment.timestamp() * 1000) << 80) | (uuid4().int & ((1 << 80) - 1)))
 
 
+@pytest.mark.slow
 async def test_a_wrong_clock_of_a_writer_causes_no_findings(
     sealed: Database, other: Connection
 ) -> None:
@@ -434,6 +435,7 @@ def shifted(time: str, hours: float) -> str:
     return moved.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+@pytest.mark.slow
 async def test_a_database_clock_that_went_back_causes_no_findings(
     sealed: Database, other: Connection
 ) -> None:
@@ -511,6 +513,7 @@ async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Conne
     )
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("column", ["details", "old_values", "new_values", "tags"])
 async def test_a_number_is_sealed_to_its_last_digit(

@@ -417,6 +417,7 @@ def test_a_new_status_has_its_reason_on_record(cli: CommandLine) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_market_permissions_are_added_and_removed(cli: CommandLine) -> None:
     create(cli, NUMBER, "--market-permissions", "US")
     added = cli.ok("add-market-permission", NUMBER, "HK", "--json")
@@ -456,6 +457,7 @@ async def test_two_processes_that_add_market_permissions_lose_none(
         assert len(await factories.events(session)) == 3
 
 
+@pytest.mark.slow
 def test_a_closed_account_can_be_reopened(cli: CommandLine, key_file: str, pem: str) -> None:
     create(cli)
     assert "only a closed account" in cli.fails(

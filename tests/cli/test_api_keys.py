@@ -309,6 +309,7 @@ def test_a_text_that_is_not_a_key_revokes_nothing(cli: CommandLine) -> None:
     assert statuses == {"active"}
 
 
+@pytest.mark.slow
 def test_the_uses_of_a_key_are_shown_as_bars(cli: CommandLine) -> None:
     row = create(cli)
     unused = cli.ok("show-api-key", row["key_prefix"])
@@ -520,6 +521,7 @@ def test_a_rotated_key_has_the_same_permissions_and_is_shown_once(cli: CommandLi
         assert "--grace" in cli.misused("rotate-api-key", prefix, f"--grace={grace}")
 
 
+@pytest.mark.slow
 def test_the_expiry_of_a_key_is_changed(cli: CommandLine) -> None:
     row = create(cli, "--expires-in", "1d")
     options = ("update-api-key", row["key_prefix"])

@@ -284,6 +284,7 @@ def test_events_are_filtered_by_resource_and_details(
     assert "details" in cli.fails("list-events", "--details", '{"x": "\\u0000"}')
 
 
+@pytest.mark.slow
 def test_events_are_counted(cli: CommandLine, clone_settings: Settings) -> None:
     assert cli.ok("count-events") == Result(0, "", "no events found\n")
     log(

@@ -352,6 +352,7 @@ def test_missed_upkeep_does_not_make_a_server_unready(
     assert "run `tiger-db migrate`" in report["problems"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 def test_doctor_fails_on_a_problem_and_gives_advice(
     cli: CommandLine, clone_settings: Settings

@@ -162,6 +162,7 @@ def test_a_worker_needs_a_schema(empty: CommandLine) -> None:
 # One account
 
 
+@pytest.mark.slow
 def test_one_account_is_refreshed(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:
@@ -247,6 +248,7 @@ def claim_due(settings: Settings) -> TokenStatus:
     return write(settings, claim)
 
 
+@pytest.mark.slow
 def test_an_account_is_not_refreshed_twice_at_a_time(
     cli: CommandLine, clone_settings: Settings, gateway: Gateway
 ) -> None:

@@ -15,6 +15,7 @@ from tiger_db import Settings
 from tiger_db.connections import connect
 
 
+@pytest.mark.slow
 def test_wrong_usage_is_exit_code_2(bare: CommandLine) -> None:
     assert "No such command" in bare.misused("nonsense")
     assert "No such option" in bare.misused("list-accounts", "--nonsense")

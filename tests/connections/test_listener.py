@@ -17,6 +17,7 @@ WHERE datname = current_database() AND query LIKE 'LISTEN%'
 """
 
 
+@pytest.mark.slow
 async def test_a_lost_connection_is_replaced_and_logged_once(
     clone_settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

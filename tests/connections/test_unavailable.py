@@ -51,6 +51,7 @@ async def test_an_unreachable_server(changes: dict[str, object]) -> None:
     assert_one_line_without_credentials(caught.value, "p@ss%word")
 
 
+@pytest.mark.slow
 async def test_a_silent_server_raises_an_error_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]

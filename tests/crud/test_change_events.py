@@ -388,6 +388,7 @@ async def test_a_function_can_add_fields_to_the_event(session: AsyncSession) -> 
     assert (event.old_values, event.new_values) == ({"name": "assistant"}, {"name": "new"})
 
 
+@pytest.mark.slow
 async def test_each_of_many_changes_in_one_flush_has_an_event(session: AsyncSession) -> None:
     before = await factories.events(session)
     keys = [new_key(number) for number in range(300)]

@@ -223,6 +223,7 @@ async def test_each_command_reports_a_change_and_the_repair_reverses_it(
     assert await differences(clone_settings) == []
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 @pytest.mark.parametrize("change", NOT_REPAIRED)
 async def test_a_missing_table_or_a_view_in_its_place_is_reported(
@@ -237,6 +238,7 @@ async def test_a_missing_table_or_a_view_in_its_place_is_reported(
     assert (await found_by_doctor(clone_settings)).status == "problem"
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_health_and_doctor_shorten_many_differences_and_check_lists_all(
     clone_settings: Settings, other: Connection
@@ -254,6 +256,7 @@ async def test_health_and_doctor_shorten_many_differences_and_check_lists_all(
     assert await differences(clone_settings) == []
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 async def test_only_doctor_warns_of_an_undeclared_trigger(
     clone_settings: Settings, other: Connection

@@ -281,6 +281,7 @@ async def check_notes(settings: Settings) -> None:
         await connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 def test_each_migration_has_a_transaction_of_its_own(
     three_more: Path, cli: CommandLine, clone_settings: Settings
@@ -350,6 +351,7 @@ def test_printing_the_script_or_the_plan_changes_nothing(
     assert cli.ok("current", "--json").json["current"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.schema_changes
 def test_more_than_one_head_is_an_error_of_one_line(alembic: Path, cli: CommandLine) -> None:
     write(alembic, "9006a", HEAD, "Mine", "pass")

@@ -270,6 +270,7 @@ async def test_no_connection_is_held_while_the_action_runs(clone_settings: Setti
         assert len(await trail(database)) == 4
 
 
+@pytest.mark.slow
 async def test_200_concurrent_actions_have_an_outcome_each(clone: Database) -> None:
     async def act(number: int) -> None:
         async with recorded(clone, action=PLACE, resource_id=str(number)) as event:

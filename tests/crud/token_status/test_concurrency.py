@@ -175,6 +175,7 @@ async def test_a_refresh_does_not_end_while_refresh_now_brings_it_forward(
     await asyncio.wait_for(cancelling[0], 30)
 
 
+@pytest.mark.slow
 async def test_a_claim_is_completed_once(crowd: Database) -> None:
     async with crowd.session() as session:
         claim = await factories.claim(session)
