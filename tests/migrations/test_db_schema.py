@@ -23,7 +23,7 @@ from tiger_db import AuditLog, Database, KeyVerifier, Settings, audit, crud, mig
 from tiger_db.audit.storage import TAKE_SEALING_LOCK
 from tiger_db.connections import connect, connect_directly, maintenance_engine
 from tiger_db.errors import APIKeyRevoked, MigrationError, SchemaMismatch
-from tiger_db.migrations import MONTHS_AHEAD, downgrade, drift, schema_state, upgrade
+from tiger_db.migrations import MONTHS_AHEAD, SchemaState, downgrade, drift, schema_state, upgrade
 from tiger_db.migrations.locks import MIGRATION_LOCK_ID, migration_lock
 from tiger_db.signing import generate_signing_key
 
@@ -307,7 +307,14 @@ async def test_an_installation_in_another_schema_is_named(two: tuple[Database, D
     settings = two[0].settings.model_copy(update={"db_schema": "neither"})
     async with maintenance_engine(settings) as engine, engine.connect() as connection:
         state = await schema_state(connection)
-    assert state.problem == "tiger_db is in the schema Two: set DB_SCHEMA=Two"
+    assert state.problem == 'tiger_db is in the schema "Two": set DB_SCHEMA=Two'
+
+
+async def test_the_name_of_another_schema_cannot_add_commands_to_the_advice() -> None:
+    state = SchemaState(None, "0020", known=True, other_schema='x";reboot')
+    assert state.problem == (
+        """tiger_db is in the schema "x"";reboot": set 'DB_SCHEMA=x";reboot'"""
+    )
 
 
 @pytest.mark.slow

@@ -10,7 +10,15 @@ from tiger_db import Database, Settings, doctor
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.errors import MigrationError, SchemaMismatch
 from tiger_db.health import check_readiness
-from tiger_db.migrations import SchemaState, drift, pending_sql, schema_state, scripts, upgrade
+from tiger_db.migrations import (
+    SchemaState,
+    downgrade,
+    drift,
+    pending_sql,
+    schema_state,
+    scripts,
+    upgrade,
+)
 
 HEAD = scripts().get_current_head()
 THEIRS = (
@@ -211,3 +219,78 @@ async def test_a_long_reader_delays_the_renaming_and_is_named(clone_settings: Se
         assert (await work).problem is None
     assert said[0].startswith("renaming the version table: attempt 1 was blocked by process ")
     await reader.close()
+
+
+@pytest.mark.slow
+@pytest.mark.schema_changes
+@pytest.mark.parametrize(
+    ("theirs", "reason"),
+    [
+        ("TABLE alembic_version (version_num int)", "is not a version table of Alembic"),
+        ("TABLE alembic_version (version varchar(32))", "is not a version table of Alembic"),
+        (
+            f"VIEW alembic_version AS SELECT '{HEAD}'::varchar(32) AS version_num",
+            "is not a version table of Alembic",
+        ),
+        (
+            "TABLE alembic_version AS SELECT '0005'::varchar(32) AS version_num",
+            "has the revision 0005, which has other tables than the schema",
+        ),
+        (
+            "TABLE alembic_version AS SELECT NULL::varchar(32) AS version_num",
+            "has the revision NULL",
+        ),
+        (
+            (
+                "TABLE alembic_version AS SELECT n::varchar(32) AS version_num"
+                " FROM generate_series(1, 1000) AS n"
+            ),
+            "has the revision 1, 10, 100, …",
+        ),
+    ],
+)
+async def test_a_table_of_another_form_or_revision_is_not_taken_over(
+    clone_settings: Settings, theirs: str, reason: str
+) -> None:
+    await sql(clone_settings, "DROP TABLE tiger_db_alembic_version", f"CREATE {theirs}", "SELECT 1")
+    with pytest.raises(MigrationError, match=f"not tiger_db's, because it {reason}: restore"):
+        await migrate(clone_settings)
+    assert await sql(clone_settings, "SELECT to_regclass('tiger_db_alembic_version')") is None
+
+
+@pytest.mark.schema_changes
+async def test_a_version_table_of_another_form_is_a_problem(clone_settings: Settings) -> None:
+    column = "ALTER TABLE tiger_db_alembic_version RENAME version_num TO version"
+    await sql(clone_settings, column, "SELECT 1")
+    assert (await state_of(clone_settings)).problem == (
+        "the table tiger_db_alembic_version is not a version table of Alembic:"
+        " restore it from a backup"
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "what"),
+    [
+        ("TABLE api_keys (id int)", 'relation "api_keys"'),
+        ("TYPE account_status AS ENUM ('x')", 'type "account_status"'),
+        (
+            "FUNCTION set_updated_at() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+            'function "set_updated_at"',
+        ),
+    ],
+)
+async def test_an_object_of_another_application_with_our_name_is_named(
+    empty_database: Settings, theirs: str, what: str
+) -> None:
+    await sql(empty_database, f"CREATE {theirs}", "SELECT 1")
+    with pytest.raises(MigrationError, match=f"{what} already exists.* with DB_SCHEMA$"):
+        await migrate(empty_database, "0001")
+
+
+@pytest.mark.slow
+async def test_a_downgrade_names_the_objects_that_depend_on_ours(empty_database: Settings) -> None:
+    await migrate(empty_database, "0001")
+    await sql(empty_database, "CREATE TABLE notes (a uuid REFERENCES tiger_accounts)", "SELECT 1")
+    async with maintenance_engine(empty_database) as engine:
+        with pytest.raises(MigrationError, match=r"must be dropped first: .* on table notes"):
+            await downgrade(engine, "base")

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -68,7 +69,8 @@ class SchemaState:
         if self.lost is not None:
             return self.lost
         if self.current is None and (schema := self.other_schema) is not None:
-            return f"tiger_db is in the schema {schema}: set DB_SCHEMA={schema}"
+            setting = shlex.quote(f"DB_SCHEMA={schema}")
+            return f"tiger_db is in the schema {quote_identifier(schema)}: set {setting}"
         if self.current is None:
             return "the database has no tiger_db schema: run `tiger-db init`"
         if self.current == self.head and self.former:

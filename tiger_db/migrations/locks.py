@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from itertools import count
 from typing import TypeVar
 
+import asyncpg
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -36,6 +37,12 @@ _LOCK_RETRY_SECONDS = 300.0  # Maximum time for all attempts of one migration.
 _MAX_PAUSE_SECONDS = 15.0  # Maximum pause between two attempts of a migration.
 _MIGRATION_LOCK_SECONDS = 3600.0  # Maximum wait for the migration lock.
 _POLL_SECONDS = 0.5
+# PostgreSQL's errors if an object with the same name exists: a table or index, a type, a function.
+_EXISTS = (
+    asyncpg.DuplicateTableError,
+    asyncpg.DuplicateObjectError,
+    asyncpg.DuplicateFunctionError,
+)
 _REPORT_SECONDS = 30.0  # time between two progress messages while `upgrade` waits
 _KEY = lock_key(MIGRATION_LOCK_ID)
 _SESSION = """
@@ -130,8 +137,10 @@ async def with_lock_retries(
             return await work(), time.monotonic() - start, attempt
         except Conflict:
             pass
-        except DBAPIError:
+        except DBAPIError as error:
             report(f"{title}: the migration failed and was rolled back")
+            if (reason := _conflict_with_others(error)) is not None:
+                raise MigrationError(f"{title}: {reason}") from None
             raise
         finally:
             done.set()
@@ -148,6 +157,20 @@ async def with_lock_retries(
         f"{title}: gave up after attempt {attempt}, which was blocked by {blockers}: completed"
         " steps are kept; run `tiger-db migrate` again later"
     )
+
+
+def _conflict_with_others(error: DBAPIError) -> str | None:
+    """Explain an error that objects of another application cause, or return None."""
+    cause = getattr(error.orig, "__cause__", None)
+    if isinstance(cause, _EXISTS):
+        return (
+            f"{str(cause).splitlines()[0]}, and is not tiger_db's: rename it, or install"
+            " tiger_db in a schema of its own with DB_SCHEMA"
+        )
+    if isinstance(cause, asyncpg.DependentObjectsStillExistError):
+        dependent = "; ".join((cause.detail or str(cause)).splitlines())
+        return f"objects of another application must be dropped first: {dependent}"
+    return None
 
 
 async def _watch_blockers(engine: AsyncEngine, pid: int, done: asyncio.Event) -> Sequence[str]:
