@@ -77,6 +77,7 @@ class Visitor:
 
     async def photograph(self, name: str) -> None:
         """Check that the page fits on a telephone, and write a picture if pictures are wanted."""
+        await self.page.wait_for_load_state()  # Without its style sheet, a page can be wider.
         await self.page.set_viewport_size(NARROW)  # type: ignore[arg-type]  # a TypedDict
         assert await self.page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
         await self.page.set_viewport_size(WIDE)  # type: ignore[arg-type]  # a TypedDict

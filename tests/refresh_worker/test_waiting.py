@@ -263,19 +263,21 @@ async def test_lost_connections_do_not_end_a_wait(clone: Database) -> None:
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
 
-    async def all_listen() -> bool:
-        return await listeners(clone) == 6
+    # This pool has one connection, which is the only one that remains.
+    async with Database(clone.settings) as database, Database(clone.settings) as other:
 
-    async with Database(clone.settings) as database:
+        async def all_listen() -> bool:
+            return await listeners(other) == 6
+
         waits = [
             asyncio.create_task(wait_for_refresh(database, refresh.id, timeout=MINUTE))
             for _ in range(6)
         ]
         for _ in range(5):
             await until(all_listen)
-            async with clone.session() as session:
+            async with other.session() as session:
                 await session.execute(terminate)
-        await cancel(clone, refresh.id)
+        await cancel(other, refresh.id)
         ended = await asyncio.gather(*waits)
     assert {row.status for row in ended} == {S.CANCELLED}
 
