@@ -10,6 +10,11 @@ _OWN_TESTS = {"adding-an-entity.md", "schema.md"}
 PATHS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The halves of docs/adding-an-entity.md, and a block with the file that the line before it names.
+IN_AN_APPLICATION, _, IN_THIS_PACKAGE = PAGES["docs/adding-an-entity.md"].partition(
+    "\n## In this package\n"
+)
+NAMED_BLOCK = re.compile(r"(?:`([\w./]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 

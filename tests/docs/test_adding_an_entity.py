@@ -12,16 +12,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from tests.docs.pages import IN_THIS_PACKAGE, NAMED_BLOCK, ROOT
 from tests.docs.schema import PAGE as SCHEMA
 from tests.support import servers
 from tiger_db.connections import maintenance_engine
 from tiger_db.settings import Settings
 
-ROOT = Path(__file__).parent.parent.parent
-PAGE = (ROOT / "docs" / "adding-an-entity.md").read_text(encoding="utf-8")
-IN_AN_APPLICATION, _, IN_THIS_PACKAGE = PAGE.partition("\n## In this package\n")
-# A block, and the file that the line before it names.
-BLOCK = re.compile(r"(?:`([\w./]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LEFT_BEHIND = shutil.ignore_patterns(
     ".git", ".venv*", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"
 )
@@ -99,7 +95,7 @@ class Copy:
 
     def follow(self) -> None:
         """Do what the page says."""
-        for file, language, block in BLOCK.findall(IN_THIS_PACKAGE):
+        for file, language, block in NAMED_BLOCK.findall(IN_THIS_PACKAGE):
             match language:
                 case "python":
                     self.write(file, block)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.test_adding_an_entity import BLOCK, IN_AN_APPLICATION, ROOT
+from tests.docs.pages import IN_AN_APPLICATION, NAMED_BLOCK, ROOT
 from tests.support.sql import sql
 from tiger_db.settings import Settings
 
-BLOCKS = BLOCK.findall(IN_AN_APPLICATION)
+BLOCKS = NAMED_BLOCK.findall(IN_AN_APPLICATION)
 FILES = {file: text for file, _, text in BLOCKS if file}
 COMMANDS = [text.splitlines() for _, language, text in BLOCKS if language == "sh"]
 (USE,) = [text for file, language, text in BLOCKS if language == "python" and not file]

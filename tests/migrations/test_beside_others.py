@@ -5,7 +5,7 @@ import sys
 import asyncpg
 import pytest
 
-from tests.migrations.test_autogenerate import ROOT, Checkout, checkout
+from tests.support.checkouts import ROOT, Checkout
 from tests.support.sql import sql
 from tiger_db import APIKeyScope, Settings, crud
 from tiger_db.connections import maintenance_engine
@@ -13,7 +13,6 @@ from tiger_db.database import Database
 from tiger_db.errors import MissingReference
 from tiger_db.migrations import drift, scripts
 
-__all__ = ["checkout"]  # a fixture
 HEAD = scripts().get_current_head()
 # Statements of an application, in the schema of tiger_db. PostGIS has a table spatial_ref_sys.
 OTHERS = {
