@@ -195,3 +195,14 @@ async def test_a_limited_key_that_is_deleted_during_a_call_is_refused(
         assert not await consume(connection, permissions)
     with pytest.raises(InvalidAPIKey):
         await verifier.authorize(raw_key)
+
+
+@pytest.mark.parametrize("payload", ["table {}", "keys {}", "{}"])
+async def test_an_unknown_notification_clears_the_cache(clone: Database, payload: str) -> None:
+    async with clone.session() as session:
+        key, raw_key = await factories.api_key(session)
+    async with KeyVerifier(clone, memory=True) as verifier:
+        await verifier.authorize(raw_key)
+        assert verifier._cache
+        verifier._handle_notification(payload.format(key.id))
+        assert not verifier._cache

@@ -261,14 +261,16 @@ class KeyVerifier:
         try:
             changed = UUID(text)
         except ValueError:
-            # If the payload of a notification is `all`, or None because the connection was opened
-            # or lost, any API key has possibly changed.
-            self._clear()
-            return
-        self._notifications += 1
+            kind = ""
         if kind == "key":
+            self._notifications += 1
             self._drop(self._digests.get(changed))
-        else:
+        elif kind == "account":
+            self._notifications += 1
             for digest, cached in list(self._cache.items()):
                 if cached.permissions.account_id == changed:
                     self._drop(digest)
+        else:
+            # If the payload is `all`, or None because the connection was opened or lost, or unknown
+            # to this release, any API key has possibly changed.
+            self._clear()
