@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tiger_db.models import metadata
+from tiger_db.models import TABLES
 
 Status: TypeAlias = Literal["ok", "warning", "problem"]
 
@@ -64,7 +64,7 @@ async def check_collations(connection: AsyncConnection) -> Outcome:
     An upgrade of the operating system or of ICU can change the order of texts. Then an index that
     was built before does not find all rows.
     """
-    rows = (await connection.execute(_CHANGED_COLLATIONS, {"tables": [*metadata.tables]})).all()
+    rows = (await connection.execute(_CHANGED_COLLATIONS, {"tables": [*TABLES]})).all()
     if not rows:
         return Outcome("ok", "the server has the recorded versions of the collations")
     seen = "; ".join(
@@ -87,7 +87,7 @@ async def check_citus(connection: AsyncConnection) -> Outcome:
     """Find tables of tiger_db that Citus distributes, by the table in which Citus lists them."""
     names: list[str] = []
     if await connection.scalar(_CITUS_CATALOG):
-        found = await connection.scalars(_DISTRIBUTED_TABLES, {"tables": [*metadata.tables]})
+        found = await connection.scalars(_DISTRIBUTED_TABLES, {"tables": [*TABLES]})
         names = list(found)
     if not names:
         return Outcome("ok", "no table is distributed")
