@@ -62,7 +62,7 @@ class OwnedPool(AsyncAdaptedQueuePool):
 
     @property
     def inherited(self) -> bool:
-        """Whether the pool belongs to another process, from which this process was forked."""
+        """Whether the pool belongs to the process from which this process was forked."""
         return self._owner is not None and self._owner[0] != os.getpid()
 
 
@@ -111,7 +111,15 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no ty
         """
         while True:
             await asyncio.sleep(_REPEAT_SECONDS)
-            self._cancel_current_command(asyncio.get_running_loop().create_future())
+            request = asyncio.get_running_loop().create_future()
+            request.add_done_callback(_ignore_error)
+            self._cancel_current_command(request)
+
+
+def _ignore_error(request: asyncio.Future[None]) -> None:
+    # asyncio logs an error that nobody retrieves. A failed request is repeated anyway.
+    if not request.cancelled():
+        request.exception()
 
 
 def end_cancelled_session(
