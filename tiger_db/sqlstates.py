@@ -140,8 +140,8 @@ def _classify_sqlstate(error: asyncpg.PostgresError, statement_timeout: str) -> 
 
 def _setting(sqlstate: str, message: str, statement_timeout: str) -> str | None:
     """Return the name of the setting that ended a statement, or None."""
-    # A statement that a person cancels has the SQLSTATE of a statement timeout, and NOWAIT has that
-    # of a lock timeout. Only PostgreSQL's message tells them apart.
+    # A statement that a person cancels and a statement timeout have the same SQLSTATE, and so have
+    # NOWAIT and a lock timeout. Only PostgreSQL's message tells which of the two happened.
     if sqlstate == "57014" and "user request" not in message:
         return statement_timeout
     if sqlstate == "55P03" and "lock timeout" in message:

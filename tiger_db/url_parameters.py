@@ -96,7 +96,7 @@ PARAMETERS = (
     _refused("require_auth", "write sslmode=verify-full, so that no other server can ask"),
     _refused("requirepeer", "use a socket folder that only the server can write to"),
     _refused("sslcrldir", "write sslcrl with one file"),
-    _refused("sslkeylogfile", "remove it, because nobody may log the keys of TLS"),
+    _refused("sslkeylogfile", "remove it, because tiger_db writes no file with keys of TLS"),
     _refused("krbsrvname gsslib gssdelegation", "use a password or sslcert, not Kerberos"),
     _refused("scram_client_key scram_server_key", "write the password"),
     _refused(

@@ -14,7 +14,7 @@ from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue
 from tiger_db.migrations.locks import lock_key
-from tiger_db.models import AuditLog
+from tiger_db.models import metadata
 from tiger_db.models.columns import is_native_enum
 from tiger_db.out_of_band import asyncpg_connection
 
@@ -34,7 +34,8 @@ CONTENT_COLUMNS = (
     "request_id", "tiger_account_id", "api_key_id", "details", "old_values", "new_values",
     "error_code", "error_message", "duration_ms", "tags",
 )  # fmt: skip
-assert set(CONTENT_COLUMNS) == {c.name for c in AuditLog.__table__.columns} - {"position"}  # type: ignore[attr-defined]  # SQLAlchemy's
+_COLUMNS = metadata.tables["audit_logs"].columns
+assert set(CONTENT_COLUMNS) == {*_COLUMNS.keys()} - {"position"}
 
 
 def _member(name: str) -> str:
@@ -50,7 +51,7 @@ def _member(name: str) -> str:
     if name == "created_at":  # the time is printed in UTC, not in the session's time zone
         utc = f"pg_catalog.to_json({name} AT TIME ZONE 'UTC')"
         value = f"""'"' || ({utc} #>> '{{}}'::text[]) || 'Z"'"""
-    elif is_native_enum(AuditLog.__table__.c[name].type):  # type: ignore[attr-defined]  # SQLAlchemy's
+    elif is_native_enum(_COLUMNS[name].type):
         value = f"pg_catalog.to_json(pg_catalog.concat({name}))::text"
     return f"""'{"{" if name == "id" else ","}"{name}":' || {value}"""
 

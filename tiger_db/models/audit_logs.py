@@ -359,7 +359,7 @@ def _text_limits() -> dict[str, int]:
 # Statements and functions that insert audit events without the ORM
 
 SERVER_COLUMNS = ("created_at", "position")  # columns whose values the database sets
-_TABLE: Table = AuditLog.__table__  # type: ignore[attr-defined]  # set by SQLModel
+_TABLE = AuditLog.metadata.tables["audit_logs"]
 _COLUMNS = [column.name for column in _TABLE.columns if column.name not in SERVER_COLUMNS]
 _JSON_COLUMNS = {column.name for column in _TABLE.columns if isinstance(column.type, JSONB)}
 INSERT = (

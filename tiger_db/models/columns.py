@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
@@ -244,9 +245,9 @@ class Tracked(Mutable):
             return value
         return track(value, root)
 
+    @abstractmethod
     def track_parts(self) -> None:
         """Replace nested dicts and lists by tracked copies that report changes to the root."""
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object]]:
         # A copied or unpickled dict or list belongs to no entity, so its changes are not tracked.
