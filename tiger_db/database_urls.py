@@ -7,6 +7,7 @@ https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS
 
 import ipaddress
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -202,6 +203,11 @@ def _pair(name: str, hosts: Sequence[tuple[str, str]], ports: Sequence[str]) -> 
     ]
     if not all(re.fullmatch(r"\d{1,5}", n, re.ASCII) and 1 <= int(n) <= 65535 for n in numbers):  # noqa: PLR2004  # TCP ports are 1 to 65535
         raise ValueError(f"{name}: a port must be a number from 1 to 65535")
+    if not hasattr(socket, "AF_UNIX") and any(host.startswith("/") for host, _ in hosts):
+        raise ValueError(
+            f"{name}: a path is the folder of a Unix socket, which Python does not support on this"
+            " system: write a host name"
+        )
     return tuple(
         Address(host, int(number)) for (host, _), number in zip(hosts, numbers, strict=True)
     )

@@ -20,8 +20,13 @@ from tiger_db.errors import AlreadyExists, FileError, InvalidValue
 UNFINISHED = ".tiger_db-unfinished-"
 # `_DESCRIPTOR` matches the path of a file descriptor, such as the target of the link /dev/stdout.
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)
+# Windows has access control lists instead of file modes.
+HAS_FILE_MODES = hasattr(os, "geteuid")
 _MAX_SYMLINKS = 40  # maximum number of symbolic links to follow, as in Linux
-_NO_HARD_LINKS_ERRORS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+# EINVAL is the error of Windows.
+_NO_HARD_LINKS_ERRORS = {
+    errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
+}  # fmt: skip
 
 
 @contextmanager
@@ -131,7 +136,12 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Write the directory entries of a folder to the disk with fsync()."""
+    """Write the directory entries of a folder to the disk with fsync().
+
+    Windows cannot open a folder, and writes the directory entries without fsync().
+    """
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,7 +184,7 @@ def _open(path: Path, cleanup: ExitStack, *, overwrite: bool) -> tuple[IO[str], 
             unfinished = Path(name)
             cleanup.callback(unfinished.unlink, missing_ok=True)
         else:
-            descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY)
+            descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NOCTTY", 0))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     file = cleanup.enter_context(os.fdopen(descriptor, "w", encoding="utf-8", newline=""))

@@ -13,6 +13,7 @@ from tests.support.cli_accounts import NUMBER, REQUIRED, create, stored
 from tests.support.command_line import CommandLine
 from tests.support.factories import plain
 from tests.support.terminal import Terminal
+from tests.support.without_posix import PROGRAM
 from tiger_db import models as enums
 from tiger_db.cli import accounts, audit_events
 from tiger_db.crud import pagination
@@ -92,6 +93,20 @@ def test_a_line_that_the_terminal_may_have_cut_is_refused(
         assert code == 1
         assert "is too long for a terminal: use --private-key-file" in terminal.seen
         assert cli.ok("list-accounts", "--json").json["items"] == []
+
+
+@pytest.mark.slow
+def test_a_secret_is_read_from_the_terminal_without_posix(
+    bare: CommandLine, terminal: Terminal
+) -> None:
+    """Windows has no termios; there, `getpass` hides the typed text."""
+    bare.env = {"DB_HOST": "127.0.0.1", "DB_PORT": "1"}
+    command = ("create-account", *REQUIRED, "--account-number", NUMBER)
+    with terminal.program(bare, *command, start=PROGRAM) as program:
+        terminal.wait_for("private key (hidden): ")
+        terminal.type("hunter2\n")
+        assert terminal.end(program) == 1
+    assert "cannot connect to 127.0.0.1:1" in terminal.seen
 
 
 @pytest.mark.slow

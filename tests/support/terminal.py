@@ -8,7 +8,7 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tests.support.command_line import COMMAND, CommandLine
@@ -23,9 +23,11 @@ class Terminal:
         self.seen = ""
 
     @contextmanager
-    def program(self, cli: CommandLine, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    def program(
+        self, cli: CommandLine, *arguments: str, start: Sequence[str] = COMMAND
+    ) -> Iterator[subprocess.Popen[bytes]]:
         with subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*start, *arguments],
             stdin=self.device,
             stdout=self.device,
             stderr=self.device,

@@ -1,8 +1,8 @@
 """Options and arguments that several commands share, and functions that parse or ask for values."""
 
+import getpass
 import re
 import sys
-import termios
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -240,9 +240,15 @@ def _read_hidden(name: str) -> str:
     All lines of a pasted PEM file are read. `getpass` would read only the first line of a pasted
     PEM file, and the shell would read the other lines as commands.
 
+    On Windows, which has no termios, `getpass` reads one line.
+
     Raises:
         InvalidValue: a typed line is so long that the terminal may have truncated the line.
     """
+    try:
+        import termios  # noqa: PLC0415  # missing on Windows
+    except ModuleNotFoundError:
+        return getpass.getpass(f"{name.replace('-', ' ')} (hidden): ")
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     silent = [*before]

@@ -200,14 +200,11 @@ def run_refresh_worker(
     logging.getLogger("tiger_db").setLevel(logging.INFO)
 
     async def work(database: "tiger_db.Database") -> "Counter[str]":
-        import asyncio  # noqa: PLC0415  # slow import, not needed by `--help`
-
         worker = tiger_db.RefreshWorker(
             database, tiger_db.tiger.refresh_token, concurrency=concurrency, per_minute=per_minute
         )
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, worker.stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            runtime.on_signal(number, worker.stop)
         await database.check()
         if not once:
             output.print_message("waiting for due refreshes; press Ctrl-C to stop")

@@ -2,14 +2,12 @@
 
 import logging
 import os
-import pwd
 import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -49,9 +47,8 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     async def run() -> T:
         task = asyncio.current_task()
         assert task is not None
-        # Windows has no signal handlers of event loops, and threads have no signal handlers at all.
-        with suppress(NotImplementedError, RuntimeError, ValueError):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        if threading.current_thread() is threading.main_thread():  # Python refuses other threads
+            on_signal(signal.SIGTERM, task.cancel)
         return await coroutine
 
     try:
@@ -60,6 +57,17 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
         raise SystemExit(SIGTERM_EXIT_CODE) from None
     finally:
         exit_on_sigterm()  # the end of the event loop has removed the handler
+
+
+def on_signal(number: int, callback: Callable[[], object]) -> None:
+    """Call a function in the running event loop when the process receives a signal."""
+    import asyncio  # noqa: PLC0415  # slow import, not needed by `--help`
+
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(number, callback)
+    except NotImplementedError:  # the event loops of Windows
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
 
 
 def exit_on_sigterm() -> None:
@@ -92,6 +100,10 @@ def _system_user() -> str:
 
     Environment variables are not read, because the user can change environment variables.
     """
+    try:
+        import pwd  # noqa: PLC0415  # missing on Windows
+    except ModuleNotFoundError:
+        return os.getlogin()  # unlike on other systems, Windows needs no terminal for this
     number = os.getuid()
     try:
         return pwd.getpwuid(number).pw_name

@@ -8,6 +8,7 @@ import typer
 
 import tiger_db
 from tiger_db.cli import options, output, runtime
+from tiger_db.files import HAS_FILE_MODES
 from tiger_db.redaction import mask_account_number
 
 app = typer.Typer()
@@ -60,7 +61,7 @@ def import_account(
         output.print_warning(warning)
     for path in filter(None, (file, result.token_file)):
         mode = path.stat().st_mode
-        if stat.S_ISREG(mode) and mode & 0o077:
+        if HAS_FILE_MODES and stat.S_ISREG(mode) and mode & 0o077:
             output.print_warning(
                 f"other users of this machine can read the secrets in {path}: run chmod 600 {path}"
             )

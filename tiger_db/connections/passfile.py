@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 
 from tiger_db.errors import ConfigurationError
+from tiger_db.files import HAS_FILE_MODES
 
 _FIELD = r"((?:\\.|[^\\:])*)"  # a backslash escapes a colon or a backslash
 _LINE = re.compile(f"{_FIELD}:{_FIELD}:{_FIELD}:{_FIELD}:(.*)")
@@ -27,7 +28,7 @@ def find_password(file: Path, host: str, port: int, database: str, user: str) ->
     try:
         with file.open(encoding="utf-8") as lines:
             mode = os.fstat(lines.fileno()).st_mode
-            if os.name != "nt" and stat.S_IMODE(mode) & 0o077:
+            if HAS_FILE_MODES and stat.S_IMODE(mode) & 0o077:
                 raise ConfigurationError(
                     "DATABASE_URL: passfile can be accessed by other users: run `chmod 600` on the"
                     " file"

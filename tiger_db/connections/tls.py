@@ -12,6 +12,7 @@ from pathlib import Path
 import asyncpg
 
 from tiger_db.errors import ConfigurationError
+from tiger_db.files import HAS_FILE_MODES
 from tiger_db.settings import ConnectArgs, Settings
 from tiger_db.url_parameters import SYSTEM_CA, SSLMode
 
@@ -116,7 +117,7 @@ def _load_client_certificate(
     for name in ("sslcert", "sslkey"):
         if name in parameters:
             _check_readable(settings, parameters, name)
-    if "sslkey" in parameters:
+    if "sslkey" in parameters and HAS_FILE_MODES:
         found = Path(parameters["sslkey"]).stat()
         if found.st_mode & (_FORBIDDEN_MODE if found.st_uid else _FORBIDDEN_MODE_ROOT):
             raise ConfigurationError(

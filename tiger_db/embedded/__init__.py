@@ -13,7 +13,6 @@ the programs into the home folder. If PostgreSQL cannot run from the path of the
 root. tiger_db never changes the permissions of existing folders.
 """
 
-import fcntl
 import os
 import secrets
 import shlex
@@ -175,6 +174,8 @@ def _errors_explained(home: Path) -> Iterator[None]:
 @contextmanager
 def _home_lock(home: Path) -> Iterator[None]:
     """Hold the home folder's file lock, which the kernel releases if the process is killed."""
+    import fcntl  # noqa: PLC0415  # missing on Windows
+
     with open(home / "lock", "ab", opener=files.private_opener) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:

@@ -6,7 +6,6 @@ operating-system user cannot be used.
 
 import hashlib
 import os
-import pwd
 import stat
 import tempfile
 from contextlib import suppress
@@ -26,7 +25,15 @@ _MAX_SOCKET_PATH_BYTES = 100  # macOS allows socket paths of 104 bytes, and Linu
 
 
 def configured_folder(settings: Settings) -> Path:
-    """Return the absolute path of `TIGER_DB_HOME`, or of the default folder."""
+    """Return the absolute path of `TIGER_DB_HOME`, or of the default folder.
+
+    Raises:
+        EmbeddedError: the folder cannot be used, or the system is not Linux or macOS.
+    """
+    if not hasattr(os, "geteuid"):  # the functions of the embedded server need a POSIX system
+        raise EmbeddedError(
+            "the embedded PostgreSQL runs on Linux and macOS only: set DB_HOST or DATABASE_URL"
+        )
     home = settings.tiger_db_home
     try:
         folder = home or platformdirs.user_data_path("tiger_db", appauthor=False)
@@ -82,6 +89,8 @@ def server_user(home: Path) -> processes.User:
         return status.st_uid, status.st_gid
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid()
+    import pwd  # noqa: PLC0415  # missing on Windows
+
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             return pwd.getpwnam(name)[2:4]

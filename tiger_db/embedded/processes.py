@@ -34,11 +34,12 @@ _NOT_INSTALLED = (
 # Without `_spawn_lock`, a process that os.fork() creates during Popen could inherit the pipes of
 # the child program. `run` waits until all processes have closed the pipes of the child program.
 _spawn_lock = threading.RLock()
-os.register_at_fork(
-    before=_spawn_lock.acquire,
-    after_in_parent=_spawn_lock.release,
-    after_in_child=_spawn_lock.release,
-)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_spawn_lock.acquire,
+        after_in_parent=_spawn_lock.release,
+        after_in_child=_spawn_lock.release,
+    )
 
 
 def run(

@@ -22,7 +22,6 @@ The functions in `tiger_db.embedded.server_process` raise EmbeddedError if a ser
 or stop in time, or is possibly running in another container or on another machine.
 """
 
-import fcntl
 import os
 import signal
 import socket
@@ -184,11 +183,14 @@ def _close_in_fork() -> None:
         os.close(_open_locks.pop())
 
 
-os.register_at_fork(after_in_child=_close_in_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_fork)
 
 
 def try_lock(lock: int) -> bool:
     """Take the server lock, or return False if a server's process holds the server lock."""
+    import fcntl  # noqa: PLC0415  # missing on Windows
+
     with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
