@@ -85,3 +85,4 @@ if __name__ == "__main__":
         main()
     stdout, commands = sys.stdout, json.load(sys.stdin)
     json.dump([run(command) for command in commands], stdout)
+    stdout.flush()  # at exit, Python flushes only the last sys.stdout
