@@ -12,7 +12,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["health"],
-    ["doctor"],
+    ["doctor", "integrations"],
     [
         "audit",
         "checks",

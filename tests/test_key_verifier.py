@@ -245,3 +245,26 @@ async def test_a_verification_does_not_wait_for_the_pool_of_sessions(clone: Data
         async with database.session() as session:
             await session.execute(text("SELECT 1"))
             assert await KeyVerifier(database).verify(raw_key)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+async def test_without_a_counted_use_only_the_limits_are_not_checked(
+    clone: Database, memory: bool
+) -> None:
+    key, raw_key = await make_key(clone, scopes=[APIKeyScope.MCP_READ], rate_limit_per_hour=1)
+    async with KeyVerifier(clone, memory=memory) as verifier:
+        await verifier.authorize(raw_key)
+        with pytest.raises(RateLimited):
+            await verifier.authorize(raw_key)
+        for _ in range(2):  # the second call can use the cache
+            accepted = await verifier.authorize(
+                raw_key, scopes=[APIKeyScope.MCP_READ], count_use=False
+            )
+            assert accepted.id == key.id
+        with pytest.raises(ScopeMissing):
+            await verifier.authorize(raw_key, scopes=[APIKeyScope.TRADE_READ], count_use=False)
+    await clone.usage_counter.close()  # it writes in the background
+    assert (await stored(clone, key)).usage_count == 1
+    async with clone.session() as session:
+        denials = await crud.audit_logs.search(session, action="api_key:deny")
+    assert [event.error_code for event in denials] == ["ScopeMissing", "RateLimited"]

@@ -44,10 +44,10 @@ class KeyVerifier:
     KeyVerifier checks that the triggers are as `migrations.declared` declares them. A cached API
     key is read from the database again after 60 seconds, in case a notification was lost.
 
-    A call does not use the cache if the API key has rate limits, or if the request requires a scope
-    of the family `trade`. If the listening connection is lost, or has not answered for half a
-    second, no call uses the cache. Because requests for trades do not use the cache, a pause of
-    trading takes effect with its commit, even if no notification arrives.
+    A call does not use the cache if it checks rate limits of the API key, or if the request
+    requires a scope of the family `trade`. If the listening connection is lost, or has not answered
+    for half a second, no call uses the cache. Because requests for trades do not use the cache, a
+    pause of trading takes effect with its commit, even if no notification arrives.
 
     The cache of a KeyVerifier holds at most `capacity` API keys, and evicts the least recently used
     API key first. Instead of raw keys, the cache contains keyed BLAKE2b digests of raw keys.
@@ -125,8 +125,12 @@ class KeyVerifier:
         account_id: UUID | None = None,
         ip_address: str | IPv4Address | IPv6Address | None = None,
         user_agent: str | None = None,
+        count_use: bool = True,
     ) -> APIKey:
         """Authorize an API key like the function `crud.api_keys.authorize_api_key`.
+
+        With `count_use=False`, no use is counted and no rate limit is checked, for example because
+        an earlier call has counted the use for the same request. A denial is still on record.
 
         Several calls can return the same APIKey object, so do not change the returned object.
 
@@ -137,7 +141,7 @@ class KeyVerifier:
         request = access_request(scopes, account_id, ip_address, user_agent)
         # The cache does not contain pauses of trading, so a request for a trade reads the database.
         if self._listener is not None and not request.trades:
-            key = await self._from_memory(raw_key, request)
+            key = await self._from_memory(raw_key, request, count_use=count_use)
             if key is not None:
                 return key
         parsed = parse_key(raw_key)
@@ -148,7 +152,11 @@ class KeyVerifier:
         changes, read_at = self._notifications, time.monotonic()
         try:
             verified = await authorize_parsed_key(
-                parsed, request, self.database.info, cached=self._cache.get(digest)
+                parsed,
+                request,
+                self.database.info,
+                cached=self._cache.get(digest),
+                count_use=count_use,
             )
         except AccessDenied:
             self._drop(digest)
@@ -175,7 +183,9 @@ class KeyVerifier:
         except AccessDenied:
             return None
 
-    async def _from_memory(self, raw_key: str, request: AccessRequest) -> APIKey | None:
+    async def _from_memory(
+        self, raw_key: str, request: AccessRequest, *, count_use: bool
+    ) -> APIKey | None:
         """Authorize an API key from the cache, or return None if the database must be read.
 
         Raises:
@@ -193,7 +203,7 @@ class KeyVerifier:
         if now >= self._valid_until or (cached := self._cache.get(digest)) is None:
             return None
         permissions = cached.permissions
-        if permissions.limited or now - cached.read_at >= MAX_AGE_SECONDS:
+        if (permissions.limited and count_use) or now - cached.read_at >= MAX_AGE_SECONDS:
             return None
         self._cache.move_to_end(digest)
         now += self._clock_offset
@@ -206,7 +216,8 @@ class KeyVerifier:
             )
             await self.database.out_of_band.record(event)
             raise
-        self.database.usage_counter.count(permissions.key_id, now)
+        if count_use:
+            self.database.usage_counter.count(permissions.key_id, now)
         return cached.key
 
     def _store(self, digest: bytes, verified: VerifiedKey) -> None:

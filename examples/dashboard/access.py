@@ -3,11 +3,11 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
-from uuid import uuid4
 
 from fastapi import Depends, HTTPException, Request
 
-from tiger_db import Actor, APIKey, APIKeyScope, AsyncSession, Database, KeyVerifier, crud, errors
+from tiger_db import APIKey, APIKeyScope, AsyncSession, Database, KeyVerifier, crud, errors
+from tiger_db.integrations.fastapi import actor_of
 
 COOKIE = "tiger_db_dashboard"
 
@@ -20,19 +20,13 @@ def database_of(request: Request) -> Database:
 async def authorize(request: Request, raw_key: str, scope: APIKeyScope) -> APIKey:
     """Authorize an API key for the dashboard, and store the actor in `request.state.actor`."""
     verifier: KeyVerifier = request.app.state.verifier
-    address = request.client.host if request.client else None
-    agent = request.headers.get("user-agent")
+    actor = actor_of(request)
+    address, agent = actor.ip_address, request.headers.get("user-agent")
     key = await verifier.authorize(raw_key, scopes=[scope], ip_address=address, user_agent=agent)
     if key.tiger_account_id is not None:  # the pages show all accounts
         raise errors.AccountNotAllowed("an API key that is bound to an account is not accepted")
     request.state.key = key
-    request.state.actor = Actor(
-        user_id=key.key_prefix,
-        user_type="api_key",
-        ip_address=address,
-        user_agent=agent,
-        request_id=str(uuid4()),
-    )
+    request.state.actor = actor_of(request, user_id=key.key_prefix, user_type="api_key")
     return key
 
 

@@ -1,7 +1,7 @@
 """The routes of the dashboard. Each route asks tiger_db with public functions only."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 from uuid import UUID
@@ -32,12 +32,11 @@ from tiger_db import (
     APIKeyScope,
     AuditAction,
     AuditResult,
-    Database,
-    KeyVerifier,
     crud,
     errors,
     wait_for_refresh,
 )
+from tiger_db.integrations.fastapi import install, lifespan
 
 PAGE_SIZE = 20
 TOP = 5
@@ -54,14 +53,8 @@ HEADERS = {
 }
 
 
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with Database() as database, KeyVerifier(database) as verifier:
-        app.state.database, app.state.verifier = database, verifier
-        yield
-
-
 app = FastAPI(lifespan=lifespan, openapi_url=None)
+install(app)
 
 
 @app.middleware("http")

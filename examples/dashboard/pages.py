@@ -3,7 +3,6 @@
 import json
 import logging
 from datetime import UTC, datetime
-from math import ceil
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -16,24 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import tiger_db
 from examples.dashboard.access import COOKIE
 from tiger_db import errors
+from tiger_db.integrations.http import public_error
 
 FOLDER = Path(__file__).parent
 _logger = logging.getLogger(__name__)
-# The first class that matches an error decides the status of the response.
-STATUSES: dict[type[errors.TigerDBError], int] = {
-    errors.RateLimited: 429,
-    errors.ScopeMissing: 403,
-    errors.AccountNotAllowed: 403,
-    errors.AccessDenied: 401,
-    errors.NotFound: 404,
-    errors.AlreadyExists: 409,
-    errors.MissingReference: 409,
-    errors.InvalidState: 409,
-    errors.Conflict: 409,
-    errors.InvalidValue: 422,
-    errors.DatabaseUnavailable: 503,
-    errors.QueryTimeout: 503,
-}
 
 
 def page(request: Request, template: str, **values: object) -> HTMLResponse:
@@ -42,17 +27,12 @@ def page(request: Request, template: str, **values: object) -> HTMLResponse:
 
 def error_page(request: Request, error: errors.TigerDBError) -> HTMLResponse:
     """Return the page of an error, or the login page if the request has no valid API key."""
-    status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
-    headers = {}
-    if isinstance(error, errors.RateLimited):
-        headers["Retry-After"] = str(ceil(error.retry_after.total_seconds()))
-    if status == 401:  # the audit event has the reason
-        return login_page(request, status, "Enter a valid API key." if _has_key(request) else "")
-    message = str(error)
-    if status >= 500:
+    shown = public_error(error)
+    if shown.status == 401:  # the audit event has the reason
+        return login_page(request, 401, "Enter a valid API key." if _has_key(request) else "")
+    if shown.status >= 500:
         _logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        message = type(error).__doc__ or ""
-    return message_page(request, status, message, headers)
+    return message_page(request, shown.status, shown.message, shown.headers)
 
 
 def login_page(request: Request, status: int = 200, message: str = "") -> HTMLResponse:

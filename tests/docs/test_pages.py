@@ -17,9 +17,12 @@ from tiger_db.cli import app
 from tiger_db.settings import Settings
 
 # Modules all of whose names in `__all__` are public.
-NAMESPACES = ["tiger_db", "tiger_db.audit", "tiger_db.tiger"] + [
-    f"tiger_db.crud.{name}" for name in crud.__all__ if name != "Page"
-]
+NAMESPACES = [
+    "tiger_db",
+    "tiger_db.audit",
+    "tiger_db.tiger",
+    "tiger_db.integrations.fastapi",
+] + [f"tiger_db.crud.{name}" for name in crud.__all__ if name != "Page"]
 ERRORS = {
     name
     for name, value in vars(errors).items()

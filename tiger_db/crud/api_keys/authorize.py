@@ -205,12 +205,13 @@ async def authorize_parsed_key(
     *,
     session: AsyncSession | None = None,
     cached: VerifiedKey | None = None,
+    count_use: bool = True,
 ) -> VerifiedKey:
     """Authorize a well-formed API key. If `session` is None, the key's row is read out of band.
 
-    `info` is `AsyncSession.info` or `Database.info`. The secret is verified only if the key's row
-    has changed since `cached` was read. `authorize_parsed_key` raises the same errors as
-    `authorize_api_key`.
+    With `count_use=False`, no use is counted and no rate limit is checked. `info` is
+    `AsyncSession.info` or `Database.info`. The secret is verified only if the key's row has changed
+    since `cached` was read. `authorize_parsed_key` raises the same errors as `authorize_api_key`.
     """
     in_session = _SessionWriter(session) if session is not None else None
     writer = limiter = context_of(info).out_of_band or in_session
@@ -236,7 +237,7 @@ async def authorize_parsed_key(
                     verified = await _verify(parsed, row, info, session)
                 pause_reason = await _pause_reason(row, request, writer)
                 check_access(verified.permissions, row.now, request, pause_reason)
-                counted = not verified.permissions.limited
+                counted = not (count_use and verified.permissions.limited)
                 if not counted:
                     if connection is None:
                         connection = await stack.enter_async_context(limiter.connection())
@@ -256,12 +257,19 @@ async def authorize_parsed_key(
     if verified.outdated:
         async with writer.connection() as connection:
             await _replace_hash(connection, parsed, request, row, info)
-    if (count_use := context_of(info).count_use) is not None:
-        count_use(verified.permissions.key_id, row.now)
+    if count_use:
+        await _count_use(verified, row.now, info, session)
+    return verified
+
+
+async def _count_use(
+    verified: VerifiedKey, now: float, info: Mapping[Any, object], session: AsyncSession | None
+) -> None:
+    if (count := context_of(info).count_use) is not None:
+        count(verified.permissions.key_id, now)
     else:
         assert session is not None
-        await count_in_session(session, verified.key, row.now)
-    return verified
+        await count_in_session(session, verified.key, now)
 
 
 async def _pause_reason(

@@ -1,0 +1,1 @@
+"""Integrations with web frameworks and MCP servers. Each module needs the extra of its name."""
