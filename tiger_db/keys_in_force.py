@@ -1,6 +1,7 @@
 """The secret keys that a process uses, from the settings or the embedded server's folder."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -8,6 +9,7 @@ from typing import Generic, TypeVar
 from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.errors import ConfigurationError
 from tiger_db.peppers import Peppers
+from tiger_db.redaction import add_known_secrets
 from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key, parse_signing_key
 
@@ -127,6 +129,8 @@ def required_peppers(settings: Settings) -> Peppers | None:
 
 
 def _parse(keys: KeySetting[T], text: str, message: str) -> T:
+    """Parse secret keys. Afterwards, `redact_known` masks the keys in every text."""
+    add_known_secrets(*(item.rpartition(":")[2].rstrip("=") for item in re.split(r"[,\s]+", text)))
     try:
         return keys.parse(text)
     except ConfigurationError as error:

@@ -1,9 +1,13 @@
 """Masking of secrets in texts such as error messages, log lines and audit events."""
 
+import itertools
 import json
 import re
+from collections.abc import Callable
 from functools import cache, lru_cache
 from urllib.parse import quote
+
+from pydantic import SecretStr
 
 MASK = "**********"
 # Secrets of fewer than four characters are not masked, because such secrets match parts of common
@@ -28,16 +32,68 @@ _LINES = re.compile(
 _SEPARATORS = re.compile(r"(?:[/_-]|\\/|%2[Ff])+")
 # `_WORDS` matches several words without separators, as in `aWordLIKEThis2`.
 _WORDS = re.compile(r"[a-z]*+(?:[A-Z]++[a-z]{2,}+)*+[A-Z]*+[0-9]{0,19}+")
-# `_ASSIGNMENT` matches a name with a secret value, such as `token=value`. The function
-# `_assignments` replaces the placeholders WORDS and NAMES by the names of secrets.
-_ASSIGNMENT = r"""
-    (?<![\w-])
-    (?P<name> [\w-]* (?: WORDS ) | NAMES )
-    (?P<between> \\*["']? \s* (?: =>? | :=? | \uff1a ) \s* )
-    (?: (?P<quote> \\*["'] ) .*? (?: (?<!\\)(?P=quote) | (?=\n) | \Z )
-      | (?! (?: null | None ) (?: [\s,&})\]] | \Z ) )
-        (?: (?: bearer | basic | digest | token ) \s+ )? [^\s"',;&{}()\[\]]+ )
+# `_NAME` matches a name with a secret value. `_secret_values` replaces the placeholders WORDS,
+# ENDINGS and NAMES by the names of secrets.
+_NAME = r"""
+    (?P<name> [\w-]* (?: WORDS
+      | (?: (?<![\w-]) | (?<=[_-]) | (?-i: (?<=[a-z0-9]) (?=[A-Z]) ) ) (?: ENDINGS )
+      | (?<![\w-]) (?: NAMES )
+    ) (?: _?pk[18] | [_-]?\d{1,3} )? )
     """
+# `_ASSIGNMENT` matches a name and its value, such as `token=value`. The value of a Python literal
+# can have a prefix, such as `b'value'`, and can be an argument, such as `Secret('value')`.
+_ASSIGNMENT = rf"""
+    (?<![\w-]) {_NAME}
+    (?P<between> \\*+["']? \s*+ (?: =>? | :=? | [\uff1a\uff1d] ) \s*+ )
+    (?: (?: [\w.]{{1,40}} \( \s* )? (?: [bruf]{{1,2}} | [eln@$] )?
+        (?P<quote> \\* (?: ""\" | ''' | ["'] ) ) .*? (?: (?<!\\)(?P=quote) | (?=\n) | \Z )
+      | (?! (?: null | None | true | false ) (?: [\s,&}})\]] | \Z ) )
+        (?: (?: bearer | basic | digest | token ) \s+ | [\w.]{{1,40}} \( )? [^\s"',;&{{}}()\[\]]+ )
+    """
+# `_ELEMENT` matches an element of XML with its value, such as `<token>value</token>`.
+_ELEMENT = rf"""
+    (?P<open> (?: < | &lt; ) (?: [\w.-]+ : )? (?: [\w.-]*\. )? {_NAME}
+      (?: \s [^<>&]* )? (?<!/) (?: > | &gt; ) )
+    \s*+ (?: <!\[CDATA\[ .*? (?: \]\]> | \Z ) | (?! < | &lt; ) (?: (?! < | &lt; ) . )+ )
+    """
+# `_URL` matches a URL without its scheme, up to its end. `_URL_PASSWORD` matches the password in a
+# well-formed URL. `_RAW_URL_PASSWORD` matches the start of a password that is not percent-encoded.
+_URL = re.compile(r""":(?:\\*/){2}(?:[^\s"'<>]|'(?=\w))+""")
+_URL_PASSWORD = re.compile(r"(:(?:\\*/){2}[^\s/?#@:\[\]]*:)[^\s/?#]+@")
+_RAW_URL_PASSWORD = re.compile(r":(?:\\*/){2}[^\s/?#@:\[\]]*:(?!\d*(?:[\\/?#,;&)]|\Z)|\*{10}@)")
+# Well-known forms of vendors' secrets: the first characters, and a pattern for the others. The
+# minimum lengths are lower than those of the vendors, because a text can be cut off. Sources:
+# https://docs.github.com/en/code-security/reference/secret-security/supported-secret-scanning-patterns
+# https://github.com/gitleaks/gitleaks/blob/master/config/gitleaks.toml (rules by vendor)
+_VENDOR_FORMS = {
+    "AKIA ASIA ABIA ACCA": "[A-Z2-7]{16}(?![A-Za-z0-9])",  # AWS
+    "LTAI": "[A-Za-z0-9]{16,}",  # Alibaba Cloud
+    "AKID": "[A-Za-z0-9]{32,}",  # Tencent Cloud
+    "AIza": r"[\w-]{30,}",  # Google API keys
+    "GOCSPX-": r"[\w-]{20,}",  # Google OAuth client secrets
+    "ya29.": r"[\w-]{20,}",  # Google OAuth access tokens
+    "ghp_ gho_ ghu_ ghs_ ghr_": r"\w{20,}",  # GitHub
+    "github_pat_": r"\w{20,}",  # GitHub
+    "glpat-": r"[\w-]{16,}",  # GitLab
+    "sk_live_ sk_test_ rk_live_ rk_test_": "[A-Za-z0-9]{10,}",  # Stripe
+    "whsec_": "[A-Za-z0-9+/]{16,}={0,2}",  # Stripe webhooks
+    "xoxb- xoxp- xoxa- xoxr- xoxs- xoxe- xoxe. xapp-": "[A-Za-z0-9.-]{10,}",  # Slack
+    "hooks.slack.com/services/": "[A-Za-z0-9+/]{20,}",  # Slack webhooks
+    "sk-ant- sk-proj- sk-svcacct- sk-admin-": r"[\w-]{20,}",  # Anthropic, OpenAI
+    "sk-": "[A-Za-z0-9]{32,}",  # OpenAI
+    "SG.": r"[\w-]{16,}\.[\w-]{16,}",  # SendGrid
+    "npm_": "[A-Za-z0-9]{30,}",  # npm
+    "pypi-": r"AgE[\w-]{20,}",  # PyPI
+    "hf_": "[A-Za-z0-9]{30,}",  # Hugging Face
+    "hvs. hvb.": r"[\w-]{24,}",  # HashiCorp Vault
+    "dop_v1_ doo_v1_ dor_v1_": "[a-f0-9]{32,}",  # DigitalOcean
+    "shpat_ shpca_ shppa_ shpss_": "[A-Fa-f0-9]{32}",  # Shopify
+}
+_MAX_KNOWN_SECRETS = 100
+_MIN_KNOWN_CHARACTERS = 8  # minimum length of a known secret
+_MIN_KNOWN_LETTERS = 16  # minimum length of a known secret that contains only letters
+# The spellings of each known secret. The newest secret is the last item.
+_known_secrets: dict[str, tuple[SecretStr, ...]] = {}
 
 
 def mask_account_number(account_number: str) -> str:
@@ -56,14 +112,14 @@ def redact_aggressively(text: str, *known: str) -> str:
     have at least four characters. In addition, `redact_aggressively` masks sequences of 40 or more
     letters and digits that are not words.
     """
-    forms = {
-        form  # a secret in plain text, in JSON, in a Python `repr` or in a URL
+    forms = [
+        form
         for secret in known
         if len(secret) >= _MIN_SECRET_CHARACTERS
-        for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe=""))
-    }
+        for form in _spellings(secret)
+    ]
     for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, MASK)
+        text = text.replace(form.get_secret_value(), MASK)
     text = _LINES.sub(_without_random, redact_known(text))
     return _RANDOM.sub(_without_random, text)
 
@@ -83,17 +139,22 @@ def _without_random(match: re.Match[str]) -> str:
     return MASK if mixed or len(parts) == 1 else run
 
 
+# A name that contains one of these words is the name of a secret. The parts of a word such as
+# "api key" can also be separated by an underscore or a hyphen, or not be separated.
 _SECRET_WORDS = {
-    "token", "secret", "password", "passwd", "pwd", "passphrase", "authorization", "credential",
-    "privatekey", "apikey", "accesskey", "signingkey", "encryptionkey", "cookie",
+    "token", "secret", "password", "passwd", "pwd", "passphrase", "passcode", "authorization",
+    "credential", "private key", "api key", "access key", "secret key", "signing key",
+    "encryption key", "cookie", "client assertion", "密码", "密碼", "口令", "密钥", "密鑰", "私钥",
+    "私鑰",
 }  # fmt: skip
-_SECRET_NAMES = {"sign", "signature", "pin", "otp", "pepper"}
-# These patterns match names that precede a secret in a text, as in `password=…`.
-_WORD_PATTERNS = {
-    "token", "secret", "passw(?:or)?d", "pwd", "passphrase", "authorization", "credential",
-    "private_?key (?: _?pk[18] )?", "api[_-]?key", "secret_?key", "access[_-]?key",
-    "signing[_-]?key", "encryption[_-]?key", "cookie",
+# A name that ends with one of these words is the name of a secret, as in `dbPass` or `x-auth`.
+# Other names can contain the letters of these words, as in `author` or `signal`.
+_SECRET_ENDINGS = {
+    "pass", "auth", "pin", "pin code", "cvv", "cvc", "jwt", "otp", "otp code", "totp", "totp code",
+    "sig", "dsn", "database url", "db url", "connection string",
 }  # fmt: skip
+# These words are the names of secrets only on their own.
+_SECRET_NAMES = {"sign", "signature", "pepper"}
 _HARMLESS = {
     "id", "ids", "prefix", "hash", "fingerprint", "expiresat", "expiry", "expiration", "expires",
     "type", "count", "name", "status", "format", "at", "url", "scope", "scopes", "version",
@@ -139,35 +200,49 @@ def add_secret_names(*names: str) -> None:
     added = [_words(name) for name in names]
     if [] in added:
         raise ValueError("the name of a secret must contain a letter or a digit")
-    _SECRET_WORDS.update(map("".join, added))
-    _WORD_PATTERNS.update(map("[_-]?".join, added))
-    _is_secret.cache_clear()
-    _assignments.cache_clear()
+    _SECRET_WORDS.update(map(" ".join, added))
+    for cached in (_is_secret, _joined, _secret_values):
+        cached.cache_clear()
+
+
+def add_known_secrets(*secrets: str) -> None:
+    """Add secrets of this process, such as its keys, which `redact_known` masks in every text.
+
+    A secret of fewer than 8 characters, or of fewer than 16 letters without other characters, is
+    ignored, because such secrets can match common words. The last 100 secrets are kept.
+    """
+    for secret in secrets:
+        _known_secrets.pop(secret, None)
+        least = _MIN_KNOWN_LETTERS if secret.isalpha() else _MIN_KNOWN_CHARACTERS
+        if len(secret) >= least:
+            _known_secrets[secret] = tuple(_spellings(secret))
+    while len(_known_secrets) > _MAX_KNOWN_SECRETS:
+        del _known_secrets[next(iter(_known_secrets))]
 
 
 def redact_known(text: str) -> str:
     """Mask the parts of a text that are certainly secrets.
 
     `redact_known` masks PEM blocks, private keys in base64, Tiger's tokens, JWTs, Bearer
-    credentials and API keys of tiger_db. `redact_known` also masks the value after the name of a
-    secret, as in `password=…`. Random text that is not certainly a secret, such as a
-    digest, is not masked.
+    credentials, API keys of tiger_db, passwords in URLs, the common forms of other vendors' keys,
+    and the secrets of `add_known_secrets`. `redact_known` also masks the value after the name of a
+    secret, as in `password=…` or `<password>…`. Random text that is not certainly a secret, such as
+    a digest, is not masked.
     """
+    for form in itertools.chain.from_iterable([*_known_secrets.values()]):
+        text = text.replace(form.get_secret_value(), MASK)
     # Most texts contain no secret. Fast checks for substrings avoid slow pattern searches.
-    if "-----BEGIN" in text:
-        text = _PEM.sub(MASK, text)
+    for start, pattern, replacement in _FORMS:
+        if start in text:
+            text = pattern.sub(replacement, text)
     if len(text) >= _MIN_TIGER_TOKEN_CHARACTERS:
         text = _TIGER_TOKEN.sub(MASK, text)
-    if "eyJ" in text:
-        text = _JWT.sub(MASK, text)
-    if "tdb_" in text:
-        text = _API_KEY.sub(rf"\1_{MASK}", text)
-    if "MII" in text:
-        text = _DER.sub(_without_der, text)
     if "bearer" in text.lower():
         text = _BEARER.sub(rf"\1 {MASK}", text)
-    if "=" in text or ":" in text or "\uff1a" in text:
-        text = _assignments().sub(_without_value, text)
+    if "<" in text or "&lt;" in text:
+        text = _secret_values()[1].sub(rf"\g<open>{MASK}", text)
+    if "=" in text or ":" in text or "\uff1a" in text or "\uff1d" in text:
+        text = _secret_values()[0].sub(_without_value, text)
     return text
 
 
@@ -177,9 +252,9 @@ def _is_secret(name: str) -> bool:
     while words and words[-1].isdigit():
         words.pop()
     joined = "".join(_words(name))
-    if joined in _SECRET_NAMES:
+    if joined in _SECRET_NAMES or not _joined()[1].isdisjoint(("".join(words[-2:]), *words[-1:])):
         return True
-    if not any(word in joined for word in _SECRET_WORDS):
+    if not any(word in joined for word in _joined()[0]):
         return False
     if words[-1:] == ["hash"] and _PASSWORDS.search(joined):
         return True
@@ -192,11 +267,55 @@ def _words(name: str) -> list[str]:
 
 
 @cache
-def _assignments() -> re.Pattern[str]:
-    pattern = _ASSIGNMENT.replace("WORDS", " | ".join(sorted(_WORD_PATTERNS)))
-    pattern = pattern.replace("NAMES", " | ".join(sorted(_SECRET_NAMES)))
-    return re.compile(pattern, re.IGNORECASE | re.VERBOSE)
+def _joined() -> tuple[frozenset[str], frozenset[str]]:
+    """Return `_SECRET_WORDS` and `_SECRET_ENDINGS` without separators."""
+    first, second = (
+        frozenset(word.replace(" ", "") for word in words)
+        for words in (_SECRET_WORDS, _SECRET_ENDINGS)
+    )
+    return first, second
+
+
+@cache
+def _secret_values() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return the patterns for assignments and XML elements with the names of secrets."""
+    names = {"WORDS": _SECRET_WORDS, "ENDINGS": _SECRET_ENDINGS, "NAMES": _SECRET_NAMES}
+    pattern, element = _ASSIGNMENT, _ELEMENT
+    for placeholder, words in names.items():
+        listed = " | ".join(sorted(word.replace(" ", "[ _-]?") for word in words))
+        pattern, element = (text.replace(placeholder, listed) for text in (pattern, element))
+    flags = re.IGNORECASE | re.VERBOSE
+    return re.compile(pattern, flags), re.compile(element, flags | re.DOTALL)
+
+
+def _spellings(secret: str) -> list[SecretStr]:
+    """Return the spellings of a secret: in plain text, in JSON, in a Python `repr` and in a URL."""
+    forms = (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe=""))
+    return [SecretStr(form) for form in sorted({*forms}, key=len, reverse=True)]
+
+
+def _without_url_password(match: re.Match[str]) -> str:
+    url = _URL_PASSWORD.sub(rf"\1{MASK}@", match[0])
+    raw, end = _RAW_URL_PASSWORD.search(url), url.rfind("@")
+    # In a URL with a password that contains a slash, the password ends at the last "@".
+    return url[: raw.end()] + MASK + url[end:] if raw and raw.end() < end else url
 
 
 def _without_der(match: re.Match[str]) -> str:
     return MASK if len(re.sub(r"\s|\\+[rnt]?", "", match[0])) >= _MIN_DER_CHARACTERS else match[0]
+
+
+# The secrets that `redact_known` recognizes by their forms: the first characters of a secret, the
+# pattern of the secret, and the replacement.
+_FORMS: tuple[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    ("-----BEGIN", _PEM, MASK),
+    ("eyJ", _JWT, MASK),
+    ("tdb_", _API_KEY, rf"\1_{MASK}"),
+    ("MII", _DER, _without_der),
+    *(
+        (start, re.compile(rf"(?<![A-Za-z0-9]){re.escape(start)}{rest}"), MASK)
+        for starts, rest in _VENDOR_FORMS.items()
+        for start in starts.split()
+    ),
+    ("@", _URL, _without_url_password),
+)

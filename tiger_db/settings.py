@@ -33,6 +33,7 @@ from tiger_db.database_urls import (
     parse_url,
 )
 from tiger_db.errors import ConfigurationError
+from tiger_db.redaction import add_known_secrets
 from tiger_db.url_parameters import SYSTEM_CA, SSLMode, check_combination
 
 if TYPE_CHECKING:
@@ -257,6 +258,10 @@ class Settings(BaseSettings):
                 parse_hosts(name, hosts, self.db_port)
         if problem := self._tls_problem():
             raise ValueError(problem)
+        if self.db_password is not None:
+            add_known_secrets(self.db_password.get_secret_value())
+        if self.url is not None and self.url.password is not None:
+            add_known_secrets(self.url.password)
         return self
 
     @property

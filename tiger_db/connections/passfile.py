@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tiger_db.errors import ConfigurationError
 from tiger_db.files import HAS_FILE_MODES
+from tiger_db.redaction import add_known_secrets
 
 _FIELD = r"((?:\\.|[^\\:])*)"  # a backslash escapes a colon or a backslash
 _LINE = re.compile(f"{_FIELD}:{_FIELD}:{_FIELD}:{_FIELD}:(.*)")
@@ -39,6 +40,7 @@ def find_password(file: Path, host: str, port: int, database: str, user: str) ->
                     continue
                 *fields, password = (re.sub(r"\\(.)", r"\1", text) for text in found.groups())
                 if all(text in (value, "*") for text, value in zip(fields, wanted, strict=True)):
+                    add_known_secrets(password)
                     return password
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8 text"
