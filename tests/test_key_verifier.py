@@ -11,7 +11,16 @@ from sqlalchemy import event, text
 
 from tests.support import factories
 from tests.support.verifiers import checkouts
-from tiger_db import APIKey, APIKeyScope, APIKeyStatus, Database, KeyVerifier, Settings, crud
+from tiger_db import (
+    AccountStatus,
+    APIKey,
+    APIKeyScope,
+    APIKeyStatus,
+    Database,
+    KeyVerifier,
+    Settings,
+    crud,
+)
 from tiger_db.crud.api_keys.hashing import peppers_of
 from tiger_db.errors import (
     AccessDenied,
@@ -106,7 +115,7 @@ async def test_no_answer_is_outdated(clone: Database) -> None:
     key, raw_key = await make_key(clone, tiger_account_id=account.id)
     verifier = KeyVerifier(clone)
     assert await verifier.verify(raw_key)
-    for status, accepted in (("suspended", False), ("active", True)):
+    for status, accepted in ((AccountStatus.SUSPENDED, False), (AccountStatus.ACTIVE, True)):
         async with clone.session() as session:
             await crud.accounts.update(session, account.id, status=status)
         assert (await verifier.verify(raw_key) is not None) == accepted

@@ -37,7 +37,7 @@ from tiger_db.migrations import upgrade
 
 FIELDS = ("tiger_id", "private_key", "secret_key", "access_token", "refresh_token")
 FIRST = {name: f"first-{name}-of-nobody" for name in FIELDS}
-SECOND = {name: f"second-{name}-of-nobody" for name in FIELDS}
+SECOND: dict[str, Any] = {name: f"second-{name}-of-nobody" for name in FIELDS}
 THIRD = {name: f"third-{name}-of-nobody" for name in FIELDS}
 PUBLIC = "51230321"  # what must be found, or nothing was looked at
 SEEN = "an order of nobody"  # the same of events

@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from tiger_db.models import (
         AccountStatus,
         AccountType,
+        AccountView,
         APIKey,
         APIKeyScope,
         APIKeyStatus,
+        APIKeyView,
         AuditAction,
         AuditLog,
         AuditResult,
@@ -58,7 +60,8 @@ if TYPE_CHECKING:
     from tiger_db.settings import Settings
 
 __all__ = [
-    "APIKey", "APIKeyScope", "APIKeyStatus", "AccountStatus", "AccountType", "Actor",
+    "APIKey", "APIKeyScope", "APIKeyStatus", "APIKeyView", "AccountStatus", "AccountType",
+    "AccountView", "Actor",
     "AsyncSession", "AuditAction", "AuditLog", "AuditResult", "AuditSeverity", "Database",
     "KeyVerifier", "MarketPermission", "NewToken", "Page", "PrivateKeyFormat", "RefreshTrigger",
     "RefreshWorker", "Secret", "Settings", "TigerAccount", "TigerEnvironment", "TigerLicense",

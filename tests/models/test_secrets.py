@@ -57,7 +57,7 @@ def test_an_encrypted_secret_has_the_same_value_and_length() -> None:
 
 
 @pytest.mark.parametrize("mask", [MASK, SecretStr(MASK)])
-async def test_a_mask_does_not_replace_the_secret(session: AsyncSession, mask: object) -> None:
+async def test_a_mask_does_not_replace_the_secret(session: AsyncSession, mask: Any) -> None:
     account = await secret_account(session)
     with pytest.raises(ValidationError, match="not its mask"):
         await crud.accounts.update(session, account.id, private_key=mask)

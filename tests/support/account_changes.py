@@ -1,6 +1,7 @@
 """Changes of accounts, and their secrets."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 from uuid import UUID
 
 from tiger_db import MarketPermission
@@ -23,7 +24,7 @@ CHANGES: dict[str, Change] = {
     "close": accounts.close,
     "reopen": lambda s, i: accounts.reopen(s, i, private_key="new"),
 }
-SECRETS = {
+SECRETS: dict[str, Any] = {
     "tiger_id": "20159999",
     "private_key": "MIICXQIBAAKBgQ",
     "secret_key": "institutional",

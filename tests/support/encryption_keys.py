@@ -14,7 +14,7 @@ from tiger_db.models.secrets import key_provider
 AAD = "tiger_accounts.private_key:01890a5d-ac96-774b-bcce-b302099a8057"
 RING = KeyRing({"k1": bytes(range(32))})
 # Five secrets, none of which is a part of another.
-SECRETS = {
+SECRETS: dict[str, Any] = {
     name: f"plain-{name}-of-nobody"
     for name in ("tiger_id", "private_key", "secret_key", "access_token", "refresh_token")
 }

@@ -27,7 +27,15 @@ from tests.support.tiger_files import (
     config,
     token,
 )
-from tiger_db import AuditAction, Database, PrivateKeyFormat, crud
+from tiger_db import (
+    AccountStatus,
+    AuditAction,
+    Database,
+    MarketPermission,
+    PrivateKeyFormat,
+    TigerLicense,
+    crud,
+)
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyRing, generate_key
 from tiger_db.errors import InvalidState, InvalidValue
@@ -93,7 +101,7 @@ async def test_a_license_may_be_written_in_any_case(
     path = config(tmp_path, REQUIRED | {"license": license})
     account = (await import_account(session, path)).account
     assert account.license == "TBHK"
-    await crud.accounts.update(session, account.id, license="tbsg")
+    await crud.accounts.update(session, account.id, license=TigerLicense.TBSG)
     assert account.license == "TBSG"
     assert (await import_account(session, path)).changed == ["license"]
 
@@ -283,7 +291,9 @@ async def test_what_differs_is_changed_and_the_rest_stays(
 ) -> None:
     path = config(tmp_path, EVERYTHING | {"private_key_pk8": ""})
     account = (await import_account(session, path, name="Main")).account
-    await crud.accounts.update(session, account.id, market_permissions=["US"], status="inactive")
+    await crud.accounts.update(
+        session, account.id, market_permissions=[MarketPermission.US], status=AccountStatus.INACTIVE
+    )
     written = len(await actions(session))
     lines = REQUIRED | {"private_key_pk8": OTHER, "license": "TBSG", "timeout": "30"}
     done = await import_account(session, config(tmp_path, lines))

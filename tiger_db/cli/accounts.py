@@ -484,7 +484,8 @@ def set_account_status(
     as_json: options.AsJson = False,
 ) -> None:
     """Set the status of an account. To close an account, use `close-account`."""
-    change = partial(tiger_db.crud.accounts.update, status=status, reason=reason)
+    new = tiger_db.AccountStatus(status)
+    change = partial(tiger_db.crud.accounts.update, status=new, reason=reason)
     _change(account, change, "{account} is {status}", as_json=as_json)
 
 

@@ -31,13 +31,13 @@ from tiger_db.errors import InvalidCursor, InvalidValue
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 NEWEST = "newest"
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 _NO_FILTERS: Mapping[str, Any] = {}
 _DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
+class Page(Generic[T_co]):
     """One page of rows, with the cursors of the next page and of the previous page.
 
     `next_cursor` is the value of `after` for the next page, or None on the last page.
@@ -45,12 +45,12 @@ class Page(Generic[T]):
     `total` is the number of rows on all pages, or None if the rows were not counted.
     """
 
-    items: list[T]
+    items: list[T_co]
     next_cursor: str | None = None
     previous_cursor: str | None = None
     total: int | None = None
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[T_co]:
         return iter(self.items)
 
     def __len__(self) -> int:

@@ -3,13 +3,14 @@
 from tiger_db.models.accounts import (
     AccountStatus,
     AccountType,
+    AccountView,
     MarketPermission,
     QuotePermission,
     TigerAccount,
     TigerEnvironment,
     TigerLicense,
 )
-from tiger_db.models.api_keys import APIKey, APIKeyScope, APIKeyStatus
+from tiger_db.models.api_keys import APIKey, APIKeyScope, APIKeyStatus, APIKeyView
 from tiger_db.models.audit_logs import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.base import Entity, MutableEntity
 from tiger_db.models.columns import metadata
@@ -24,8 +25,10 @@ __all__ = [
     "APIKey",
     "APIKeyScope",
     "APIKeyStatus",
+    "APIKeyView",
     "AccountStatus",
     "AccountType",
+    "AccountView",
     "AuditAction",
     "AuditLog",
     "AuditResult",

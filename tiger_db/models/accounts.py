@@ -38,6 +38,12 @@ from tiger_db.models.columns import (
     require_storable_json,
 )
 from tiger_db.models.private_keys import PrivateKeyFormat, key_bits
+from tiger_db.models.views import (
+    MutableEntityView,
+    OptionalSecretField,
+    SecretField,
+    SecretUnlessClosed,
+)
 from tiger_db.public import public
 from tiger_db.redaction import mask_account_number
 
@@ -199,40 +205,10 @@ def _require_key_size(value: Secret | None) -> Secret | None:
     return value
 
 
-class TigerAccount(MutableEntity, table=True):
-    """A broker account. The secrets of an account are encrypted in the database."""
-
-    __tablename__ = "tiger_accounts"
-    __table_args__ = (
-        *(
-            Index(f"uq_tiger_accounts_{name}", name, unique=True, postgresql_where=text(name))
-            for name in ("is_default_trading", "is_default_data")
-        ),
-        Index(
-            "ix_tiger_accounts_token_refresh_at",
-            "token_refresh_at",
-            postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
-        ),
-        *(
-            CheckConstraint(f"jsonb_typeof({name}) = '{kind}'", name=f"{name}_{kind}")
-            for name, kind in (
-                ("tags", "object"),
-                ("client_options", "object"),
-                ("quote_permissions", "array"),
-            )
-        ),
-        CheckConstraint(
-            "status = 'suspended' OR NOT auto_suspended", name="auto_suspended_is_suspended"
-        ),
-        CheckConstraint(
-            "CASE WHEN status = 'closed' THEN"
-            " num_nonnulls(private_key, secret_key, access_token, refresh_token) = 0"
-            " AND NOT is_default_trading AND NOT is_default_data"
-            " ELSE private_key IS NOT NULL END",
-            name="credentials_unless_closed",
-        ),
-        CheckConstraint(f"account_number ~ '^({ACCOUNT_NUMBER})$'", name="account_number_form"),
-    )
+# OpenAPI shows the docstring of a view. `TigerAccount` is a subclass, so an account is also an
+# AccountView, and type checkers accept the account as the result of a route.
+class AccountView(MutableEntityView):
+    """A broker account without its secrets."""
 
     account_name: Text = Field(
         min_length=1, max_length=100, description="Display name of the account"
@@ -249,31 +225,6 @@ class TigerAccount(MutableEntity, table=True):
         default=AccountStatus.ACTIVE,
         description="Status of the account; only active accounts serve requests",
     )
-    tiger_id: Annotated[Secret, BeforeValidator(_normalize_secret)] = Field(
-        sa_type=EncryptedType(fingerprint="tiger_id_fingerprint", normalize=normalize_tiger_id),
-        description="Developer id at Tiger, encrypted; several accounts can share an id",
-    )
-    # tiger_id_fingerprint is a column without a pydantic field, because the flush computes the
-    # value of the column from tiger_id.
-    tiger_id_fingerprint: ClassVar[Any] = Column(
-        LargeBinary,
-        nullable=False,
-        index=True,
-        comment="Blind index of tiger_id: keyed hash (HMAC-SHA256) for equality search",
-    )
-    private_key: Annotated[
-        Secret | None, AfterValidator(_unless_closed), AfterValidator(_require_key_size)
-    ] = Field(
-        nullable=True,
-        description="RSA private key (base64 DER), encrypted; null if the account is closed",
-    )
-    private_key_format: PrivateKeyFormat = Field(
-        default=PrivateKeyFormat.UNKNOWN,
-        description="Format of the private key: one of PK1 (PKCS#1), PK8 (PKCS#8) and unknown",
-    )
-    secret_key: Secret | None = Field(
-        default=None, description="Secret key of institutional traders, encrypted"
-    )
     license: TigerLicense | None = Field(
         default=None, description="License of the account at Tiger, such as TBHK"
     )
@@ -286,8 +237,6 @@ class TigerAccount(MutableEntity, table=True):
         max_length=500,
         description="URL of Tiger's gateway; null: default URL of the environment",
     )
-    access_token: Secret | None = Field(default=None, description="Access token, encrypted")
-    refresh_token: Secret | None = Field(default=None, description="OAuth refresh token, encrypted")
     token_expires_at: UTCDateTime | None = Field(
         default=None, description="Expiry of the access token"
     )
@@ -332,6 +281,75 @@ class TigerAccount(MutableEntity, table=True):
     )
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
+
+
+class TigerAccount(AccountView, MutableEntity, table=True):
+    """A broker account. The secrets of an account are encrypted in the database.
+
+    A column that no view may show belongs to `TigerAccount`, all other columns to `AccountView`.
+    """
+
+    __tablename__ = "tiger_accounts"
+    __table_args__ = (
+        *(
+            Index(f"uq_tiger_accounts_{name}", name, unique=True, postgresql_where=text(name))
+            for name in ("is_default_trading", "is_default_data")
+        ),
+        Index(
+            "ix_tiger_accounts_token_refresh_at",
+            "token_refresh_at",
+            postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
+        ),
+        *(
+            CheckConstraint(f"jsonb_typeof({name}) = '{kind}'", name=f"{name}_{kind}")
+            for name, kind in (
+                ("tags", "object"),
+                ("client_options", "object"),
+                ("quote_permissions", "array"),
+            )
+        ),
+        CheckConstraint(
+            "status = 'suspended' OR NOT auto_suspended", name="auto_suspended_is_suspended"
+        ),
+        CheckConstraint(
+            "CASE WHEN status = 'closed' THEN"
+            " num_nonnulls(private_key, secret_key, access_token, refresh_token) = 0"
+            " AND NOT is_default_trading AND NOT is_default_data"
+            " ELSE private_key IS NOT NULL END",
+            name="credentials_unless_closed",
+        ),
+        CheckConstraint(f"account_number ~ '^({ACCOUNT_NUMBER})$'", name="account_number_form"),
+    )
+
+    tiger_id: Annotated[SecretField, BeforeValidator(_normalize_secret)] = Field(
+        sa_type=EncryptedType(fingerprint="tiger_id_fingerprint", normalize=normalize_tiger_id),
+        description="Developer id at Tiger, encrypted; several accounts can share an id",
+    )
+    # tiger_id_fingerprint is a column without a pydantic field, because the flush computes the
+    # value of the column from tiger_id.
+    tiger_id_fingerprint: ClassVar[Any] = Column(
+        LargeBinary,
+        nullable=False,
+        index=True,
+        comment="Blind index of tiger_id: keyed hash (HMAC-SHA256) for equality search",
+    )
+    private_key: Annotated[
+        SecretUnlessClosed, AfterValidator(_unless_closed), AfterValidator(_require_key_size)
+    ] = Field(
+        nullable=True,
+        description="RSA private key (base64 DER), encrypted; null if the account is closed",
+    )
+    private_key_format: PrivateKeyFormat = Field(
+        default=PrivateKeyFormat.UNKNOWN,
+        description="Format of the private key: one of PK1 (PKCS#1), PK8 (PKCS#8) and unknown",
+    )
+    secret_key: OptionalSecretField = Field(
+        default=None, description="Secret key of institutional traders, encrypted"
+    )
+    access_token: OptionalSecretField = Field(default=None, description="Access token, encrypted")
+    refresh_token: OptionalSecretField = Field(
+        default=None, description="OAuth refresh token, encrypted"
+    )
 
     api_keys: list["APIKey"] = Relationship(
         back_populates="tiger_account",

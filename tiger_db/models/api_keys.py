@@ -43,6 +43,7 @@ from tiger_db.models.columns import (
     UTCDateTime,
     metadata,
 )
+from tiger_db.models.views import MutableEntityView
 from tiger_db.public import public
 
 if TYPE_CHECKING:
@@ -167,20 +168,9 @@ def _distinct(scopes: list[APIKeyScope]) -> list[APIKeyScope]:
     return list(dict.fromkeys(scopes))
 
 
-class APIKey(MutableEntity, table=True):
-    """An API key. The secret part of the key is stored only as a hash."""
-
-    __tablename__ = "api_keys"
-    __table_args__ = (
-        Index("ix_api_keys_tiger_account_id_id", "tiger_account_id", "id"),
-        Index(
-            "ix_api_keys_expires_at_id",
-            "expires_at",
-            "id",
-            postgresql_where="status = 'active' AND expires_at IS NOT NULL",
-        ),
-        CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
-    )
+# OpenAPI shows the docstring of a view. `APIKey` is a subclass, like `TigerAccount`.
+class APIKeyView(MutableEntityView):
+    """An API key without its hash."""
 
     name: Text = Field(min_length=1, max_length=100, description="Display name of the key")
     key_prefix: Text = Field(
@@ -189,20 +179,6 @@ class APIKey(MutableEntity, table=True):
         unique=True,
         sa_type=UNIQUE_TEXT,
         description="Public part of the key, by which the key is found",
-    )
-    key_hash: Text = Field(
-        min_length=1,
-        exclude=True,
-        repr=False,
-        description="passlib hash of the pepper and the secret part of the key",
-    )
-    pepper_id: Text | None = Field(
-        default=None,
-        min_length=1,
-        max_length=32,
-        exclude=True,
-        repr=False,
-        description="Id of the pepper in key_hash; null: no pepper",
     )
     root_id: UUID | None = Field(
         default=None,
@@ -259,6 +235,37 @@ class APIKey(MutableEntity, table=True):
     )
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
+
+
+class APIKey(APIKeyView, MutableEntity, table=True):
+    """An API key. The secret part of the key is stored only as a hash."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (
+        Index("ix_api_keys_tiger_account_id_id", "tiger_account_id", "id"),
+        Index(
+            "ix_api_keys_expires_at_id",
+            "expires_at",
+            "id",
+            postgresql_where="status = 'active' AND expires_at IS NOT NULL",
+        ),
+        CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
+    )
+
+    key_hash: Text = Field(
+        min_length=1,
+        exclude=True,
+        repr=False,
+        description="passlib hash of the pepper and the secret part of the key",
+    )
+    pepper_id: Text | None = Field(
+        default=None,
+        min_length=1,
+        max_length=32,
+        exclude=True,
+        repr=False,
+        description="Id of the pepper in key_hash; null: no pepper",
+    )
 
     # The annotation uses Optional, because SQLModel cannot resolve a relationship type with `|`.
     tiger_account: Optional["TigerAccount"] = Relationship(

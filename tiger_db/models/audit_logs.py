@@ -34,6 +34,7 @@ from tiger_db.models.columns import (
     open_enum,
 )
 from tiger_db.models.event_sanitizer import sanitize_event
+from tiger_db.models.views import SetByDatabase
 
 if TYPE_CHECKING:
     import asyncpg
@@ -232,7 +233,7 @@ class AuditLog(Entity, table=True):
         {"postgresql_partition_by": "RANGE (id)"},
     )
 
-    created_at: UTCDateTime | None = Field(
+    created_at: SetByDatabase[UTCDateTime] = Field(
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": func.clock_timestamp()},
@@ -307,7 +308,7 @@ class AuditLog(Entity, table=True):
         default=None, ge=0, description="Duration of the action in milliseconds"
     )
     tags: JsonObject | None = Field(default=None, description="Free-form object")
-    position: Int64 | None = Field(
+    position: SetByDatabase[Int64] = Field(
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": text("nextval('audit_logs_position_seq'::regclass)")},
@@ -329,7 +330,7 @@ class AuditLog(Entity, table=True):
     def _sanitized(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # pydantic's signature
         return handler(sanitize(data) if isinstance(data, Mapping) else data)
 
-    def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
+    def validate_changes(self, changes: Mapping[str, object]) -> dict[str, Any]:
         sanitized = sanitize(changes)
         # sanitize() adds notes on converted values to `details`. If the caller assigns no value to
         # `details`, the notes are dropped: the assignment of another field must not change

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from ipaddress import ip_network
 from typing import Any, ClassVar, Self, TypeVar
-from uuid import UUID
 
 import annotated_types as rules
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, PydanticUndefined
-from sqlalchemy import CheckConstraint, Column, FetchedValue, Table, event, func
+from sqlalchemy import CheckConstraint, Column, Table, event
 from sqlalchemy.dialects.postgresql import ARRAY, CIDR, JSONB
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.orm import (
@@ -23,26 +22,24 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state, set_attribute, set_committed_value
 from sqlalchemy.types import TypeEngine
-from sqlmodel import Field, SQLModel
 from sqlmodel._compat import SQLModelConfig, finish_init, partial_init
-from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import InvalidFields
 from tiger_db.models.columns import (
     Tracked,
-    UTCDateTime,
     is_native_enum,
     metadata,
     sql_type,
     track,
 )
 from tiger_db.models.secrets import bind_secrets, encrypt_secrets, key_provider
+from tiger_db.models.views import EntityView, MutableEntityView
 
 E_ = TypeVar("E_", bound="Entity")
 
 
-class Entity(SQLModel, registry=registry(metadata=metadata)):
+class Entity(EntityView, registry=registry(metadata=metadata)):
     """Base class of entities. Construction and assignment validate the values of fields.
 
     Raises:
@@ -57,18 +54,6 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
         extra="forbid", hide_input_in_errors=True, validate_assignment=True
     )
 
-    id: UUID = Field(
-        default_factory=uuid7,
-        primary_key=True,
-        description="UUIDv7 that the application generates; ids increase with creation time",
-    )
-    created_at: UTCDateTime | None = Field(
-        default=None,
-        nullable=False,
-        sa_column_kwargs={"server_default": func.now()},
-        description="Creation time, by the database's clock",
-    )
-
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  # pydantic's signature
         """Choose the SQL type of each field that does not set `sa_type`."""
@@ -80,7 +65,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # pydantic's signature
+    def _validated(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401  # pydantic's signature
         try:
             return handler(data)
         except ValidationError as error:
@@ -148,7 +133,7 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             self.__pydantic_fields_set__.add(name)
         return self
 
-    def validate_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
+    def validate_changes(self, changes: Mapping[str, object]) -> dict[str, Any]:
         """Validate new field values on a copy of the entity, and return the validated values."""
         if not changes:
             return {}
@@ -205,17 +190,10 @@ class Entity(SQLModel, registry=registry(metadata=metadata)):
             raise _invalid_fields(error) from None
 
 
-class MutableEntity(Entity):
+class MutableEntity(Entity, MutableEntityView):
     """An entity whose rows can be updated."""
 
     __abstract__: ClassVar[bool] = True
-
-    updated_at: UTCDateTime | None = Field(
-        default=None,
-        nullable=False,
-        sa_column_kwargs={"server_default": func.now(), "server_onupdate": FetchedValue()},
-        description="Time of the last change, by the database's clock",
-    )
 
 
 def _invalid_fields(error: ValidationError) -> InvalidFields:

@@ -14,6 +14,7 @@ from tiger_db.errors import InvalidState
 from tiger_db.models.accounts import TigerEnvironment
 from tiger_db.models.base import MutableEntity
 from tiger_db.models.columns import Int64, JsonObject, Text, UTCDateTime
+from tiger_db.models.views import SetByDatabase
 from tiger_db.public import public
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class TokenStatus(MutableEntity, table=True):
     new_token_hash: Text | None = Field(
         default=None, max_length=128, description="SHA-256 of the new access token"
     )
-    scheduled_at: UTCDateTime | None = Field(
+    scheduled_at: SetByDatabase[UTCDateTime] = Field(
         default=None,
         nullable=False,
         sa_column_kwargs={"server_default": func.now()},

@@ -12,6 +12,7 @@ from tests.support.contexts import change_context
 from tests.support.factories import plain
 from tests.support.tiger_tokens import SOON, tiger_token
 from tiger_db import (
+    AccountStatus,
     AuditAction,
     Database,
     crud,
@@ -32,8 +33,10 @@ async def test_every_change_writes_its_event(session: AsyncSession) -> None:
     account = await factories.account(session)
     other = await factories.account(session, is_default_data=True)
     await accounts.update(session, account.id, description="new")
-    await accounts.update(session, account.id, status="inactive", private_key="new", tiger_id="7")
-    await accounts.update(session, account.id, status="active")
+    await accounts.update(
+        session, account.id, status=AccountStatus.INACTIVE, private_key="new", tiger_id="7"
+    )
+    await accounts.update(session, account.id, status=AccountStatus.ACTIVE)
     await accounts.set_default_data_account(session, account.id)
     await accounts.set_default_trading_account(session, account.id)
     expiry = datetime(2027, 1, 1, tzinfo=UTC)
@@ -180,7 +183,7 @@ async def test_a_rolled_back_creation_leaves_no_account_and_no_event(clone: Data
 
 
 async def test_no_row_contains_a_secret_in_plain_text(clone: Database) -> None:
-    newer = {name: f"new-{value}" for name, value in SECRETS.items()}
+    newer: dict[str, Any] = {name: f"new-{value}" for name, value in SECRETS.items()}
     last: dict[str, Any] = {"private_key": "the-last-key", "secret_key": "the-last-secret"}
     tokens = [tiger_token(), tiger_token(SOON), "newer-refresh"]
     secrets = [*SECRETS.values(), *newer.values(), *last.values(), *tokens]
@@ -189,8 +192,10 @@ async def test_no_row_contains_a_secret_in_plain_text(clone: Database) -> None:
         _, raw_key = await factories.api_key(session, tiger_account_id=account.id)
         secrets.append(raw_key[-64:])
         await accounts.update(session, account.id, **newer)
-        await accounts.update(session, account.id, status="inactive", access_token=tokens[0])
-        await accounts.update(session, account.id, status="active")
+        await accounts.update(
+            session, account.id, status=AccountStatus.INACTIVE, access_token=tokens[0]
+        )
+        await accounts.update(session, account.id, status=AccountStatus.ACTIVE)
         await accounts.set_default_trading_account(session, account.id)
         await accounts.set_default_data_account(session, account.id)
         await accounts.update_tokens(

@@ -13,7 +13,7 @@ from tests.support import factories
 from tests.support.account_changes import CHANGES, SECRETS
 from tests.support.contexts import changed_context
 from tests.support.factories import plain
-from tiger_db import AuditAction, Database, MarketPermission, TigerAccount
+from tiger_db import AccountStatus, AuditAction, Database, MarketPermission, TigerAccount
 from tiger_db.crud import accounts
 from tiger_db.database import AsyncSession
 from tiger_db.errors import (
@@ -172,8 +172,8 @@ async def test_the_reason_of_an_update_is_in_the_details_of_its_event(
 ) -> None:
     account = await factories.account(session)
     await accounts.update(session, account.id, description="new", reason="asked by Alice")
-    await accounts.update(session, account.id, status="inactive", reason="on holiday")
-    await accounts.update(session, account.id, status="active")
+    await accounts.update(session, account.id, status=AccountStatus.INACTIVE, reason="on holiday")
+    await accounts.update(session, account.id, status=AccountStatus.ACTIVE)
     events = (await factories.events(session))[1:]
     assert [(event.action, event.new_values, event.details) for event in events] == [
         (AuditAction.ACCOUNT_UPDATE, {"description": "new"}, {"reason": "asked by Alice"}),

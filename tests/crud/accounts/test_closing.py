@@ -355,7 +355,7 @@ async def test_the_number_of_a_closed_account_stays_taken(session: AsyncSession)
 @pytest.mark.parametrize("status", [status for status in S if status != S.CLOSED])
 @pytest.mark.parametrize("rest", [{}, {"private_key": "new"}])
 async def test_no_update_can_open_a_closed_account(
-    session: AsyncSession, status: AccountStatus, rest: dict[str, str]
+    session: AsyncSession, status: AccountStatus, rest: dict[str, Any]
 ) -> None:
     account = await factories.account(session)
     await accounts.close(session, account.id)
@@ -391,7 +391,7 @@ async def test_no_update_can_give_a_closed_account_credentials_or_defaults(
 async def test_the_description_of_a_closed_account_can_be_changed(session: AsyncSession) -> None:
     account = await factories.account(session)
     await accounts.close(session, account.id)
-    await accounts.update(session, account.id, status="closed", description="was Tom's")
+    await accounts.update(session, account.id, status=AccountStatus.CLOSED, description="was Tom's")
     assert (account.status, account.description) == (S.CLOSED, "was Tom's")
 
 

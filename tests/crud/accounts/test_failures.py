@@ -404,7 +404,7 @@ async def test_auto_suspended_cannot_be_set_by_callers(session: AsyncSession) ->
         await factories.account(session, status="suspended", auto_suspended=True)
     account = await factories.account(session)
     with pytest.raises(InvalidValue, match="auto_suspended"):
-        await accounts.update(session, account.id, auto_suspended=True)
+        await accounts.update(session, account.id, auto_suspended=True)  # type: ignore[call-arg]
 
 
 async def test_a_successful_refresh_lifts_no_suspension(session: AsyncSession) -> None:
@@ -417,7 +417,7 @@ async def test_a_successful_refresh_lifts_no_suspension(session: AsyncSession) -
     await fail(session, active, 9)
     await fail(session, auto, 10)
     await fail(session, manual, 9)
-    await accounts.update(session, manual.id, status="suspended")
+    await accounts.update(session, manual.id, status=AccountStatus.SUSPENDED)
     for claim in claims:
         await token_status.complete(session, claim, access_token="new")
     assert await state(session, active) == ("active", False, 0)

@@ -155,7 +155,7 @@ async def test_found_accounts_can_be_accessed_with_the_key(session: AsyncSession
     assert await numbers(session, allowed_for=bound) == ["U1"]
     assert await numbers(session, allowed_for=unbound) == ["U1", "U2"]
     assert await numbers(session, allowed_for=None) == ["U1", "U2"]
-    await accounts.update(session, account.id, status="inactive")
+    await accounts.update(session, account.id, status=AccountStatus.INACTIVE)
     assert await numbers(session, allowed_for=bound) == []
 
 

@@ -183,13 +183,13 @@ async def test_invalid_tokens_change_nothing(session: AsyncSession, values: Any)
     ("since", "lifted"),
     [
         ([], True),
-        (["inactive"], False),
-        (["active"], False),
-        (["active", "suspended"], False),  # manually
+        ([AccountStatus.INACTIVE], False),
+        ([AccountStatus.ACTIVE], False),
+        ([AccountStatus.ACTIVE, AccountStatus.SUSPENDED], False),  # manually
     ],
 )
 async def test_a_late_token_lifts_the_suspension_by_its_refresh(
-    session: AsyncSession, since: list[str], *, lifted: bool
+    session: AsyncSession, since: list[AccountStatus], *, lifted: bool
 ) -> None:
     claim = await factories.claim(session)
     await token_status.fail(session, claim, message="refused", credentials_refused=True)

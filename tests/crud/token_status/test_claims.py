@@ -11,6 +11,7 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.claims import LEASE, USES, claim_due
 from tiger_db import (
+    AccountStatus,
     Database,
     TokenRefreshStatus,
     crud,
@@ -84,9 +85,9 @@ async def test_skipped_refreshes_are_not_claimed(session: AsyncSession) -> None:
 async def test_only_active_accounts_are_refreshed(session: AsyncSession) -> None:
     account = await factories.account_with_token(session)
     await factories.refresh(session, account)
-    await crud.accounts.update(session, account.id, status="suspended")
+    await crud.accounts.update(session, account.id, status=AccountStatus.SUSPENDED)
     assert await claim_due(session) == []
-    await crud.accounts.update(session, account.id, status="active")
+    await crud.accounts.update(session, account.id, status=AccountStatus.ACTIVE)
     assert len(await claim_due(session)) == 1
 
 
@@ -189,7 +190,7 @@ async def test_a_claim_goes_with_its_account(session: AsyncSession, use: str) ->
 async def test_one_refresh_is_claimed_by_its_id(session: AsyncSession) -> None:
     other = await factories.refresh(session)
     later = await factories.refresh(session, scheduled_at=datetime.now(UTC) + MINUTE)
-    await accounts.update(session, later.tiger_account_id, status="suspended")
+    await accounts.update(session, later.tiger_account_id, status=AccountStatus.SUSPENDED)
     claim = await token_status.claim(session, later.id, worker="w", lease=5 * MINUTE)
     assert (claim.id, claim.status, claim.worker) == (later.id, S.IN_PROGRESS, "w")
     assert (claim.fencing_token, claim.details) == (1, None)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from tests.support import factories
-from tiger_db import Database
+from tiger_db import AccountStatus, Database
 from tiger_db.connections import connect
 from tiger_db.crud import accounts, token_status
 from tiger_db.models.token_status import CHANNEL
@@ -75,7 +75,7 @@ async def test_pending_and_ended_refreshes_are_notified(clone: Database) -> None
             await token_status.retry(session, claim.id)
         assert await heard() == PENDING
         async with clone.session() as session:
-            await accounts.update(session, account.id, status="active")
+            await accounts.update(session, account.id, status=AccountStatus.ACTIVE)
             (claim,) = await token_status.claim_due(session, worker="w")
             await token_status.complete(session, claim, access_token="new")
             other = await factories.refresh(session, account)

@@ -335,9 +335,11 @@ async def test_the_next_attempt_is_due_after_the_given_wait(session: AsyncSessio
     assert await claim_due(session) == []
 
 
-@pytest.mark.parametrize("status", ["active", "inactive", "suspended", "pending_verification"])
+@pytest.mark.parametrize(
+    "status", [status for status in AccountStatus if status != AccountStatus.CLOSED]
+)
 async def test_refused_credentials_suspend_an_active_account(
-    session: AsyncSession, status: str
+    session: AsyncSession, status: AccountStatus
 ) -> None:
     claim = await factories.claim(session, max_retries=5)
     await accounts.update(session, claim.tiger_account_id, status=status)
@@ -377,7 +379,7 @@ async def test_a_person_activates_an_account_with_refused_credentials(
 ) -> None:
     claim = await factories.claim(session)
     await token_status.fail(session, claim, message="refused", credentials_refused=True)
-    await accounts.update(session, claim.tiger_account_id, status="active")
+    await accounts.update(session, claim.tiger_account_id, status=AccountStatus.ACTIVE)
     assert await token_status.schedule_due(session) == []  # half an hour
     await token_status.retry(session, claim.id)
     (again,) = await token_status.claim_due(session, worker="w")
@@ -454,7 +456,7 @@ async def test_the_next_refresh_mentions_a_lost_answer(session: AsyncSession) ->
     assert failed.details == LOST
     assert failed.error_message is not None
     assert failed.error_message.startswith("refused (the answer to an earlier attempt was lost")
-    await accounts.update(session, account.id, status="active")
+    await accounts.update(session, account.id, status=AccountStatus.ACTIVE)
     third = await factories.claim(session, of=account)
     await token_status.complete(session, third, access_token="new")
     fourth = await factories.claim(session, of=account)

@@ -15,7 +15,7 @@ from sqlmodel import col
 from tests.support import factories
 from tests.support.tiger_files import EVERYTHING, config
 from tests.support.tiger_tokens import tiger_token
-from tiger_db import Database, RefreshTrigger, TigerAccount, TokenStatus
+from tiger_db import AccountStatus, Database, RefreshTrigger, TigerAccount, TokenStatus
 from tiger_db.crud import accounts, token_status
 from tiger_db.crud.change_events import RECORDED
 from tiger_db.database import AsyncSession
@@ -188,7 +188,7 @@ async def test_a_token_without_expiry_has_no_refresh_time(session: AsyncSession)
 async def test_other_changes_keep_token_refresh_at(session: AsyncSession) -> None:
     account = await factories.account_with_token(session)
     at = account.token_refresh_at
-    await accounts.update(session, account.id, description="new", status="inactive")
+    await accounts.update(session, account.id, description="new", status=AccountStatus.INACTIVE)
     await accounts.record_error(session, account.id, message="no answer")
     account.account_name = "Other"
     await session.flush()

@@ -12,6 +12,7 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.claims import claim_due
 from tiger_db import (
+    AccountStatus,
     AuditAction,
     AuditLog,
     Database,
@@ -208,7 +209,7 @@ async def test_refresh_now_does_not_wait_for_the_next_refresh_of_a_failed_one(
 
 async def test_refresh_now_refuses_closed_and_unknown_accounts(session: AsyncSession) -> None:
     account = await factories.account(session)
-    await crud.accounts.update(session, account.id, status="suspended")
+    await crud.accounts.update(session, account.id, status=AccountStatus.SUSPENDED)
     suspended = await token_status.refresh_now(session, account.id)
     assert suspended.is_open
     await crud.accounts.close(session, account.id)

@@ -4,6 +4,7 @@ A change of an account and the audit event of the change are stored in the same 
 """
 
 from tiger_db.crud.accounts.changes import (
+    AccountChanges,
     add_market_permission,
     create,
     remove_market_permission,
@@ -33,6 +34,7 @@ from tiger_db.crud.accounts.routing import (
 from tiger_db.crud.accounts.tokens import update_tokens
 
 __all__ = [
+    "AccountChanges",
     "AccountCounts",
     "AccountFilters",
     "RoutingReason",

@@ -1,9 +1,11 @@
 """Functions that create accounts, change accounts, and set the default accounts."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any, TypedDict, Unpack
 from uuid import UUID
 
+from pydantic import JsonValue
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
@@ -11,13 +13,18 @@ from sqlmodel import col
 from tiger_db.crud.audit_logs.recording import EventFields
 from tiger_db.crud.change_events import apply_change, reason_details
 from tiger_db.crud.common import fetch_one, get_or_raise, savepoint
+from tiger_db.encryption import Secret
 from tiger_db.errors import InvalidState, InvalidValue
 from tiger_db.models import (
     AccountStatus,
+    AccountType,
     AuditAction,
     MarketPermission,
     PrivateKeyFormat,
+    QuotePermission,
     TigerAccount,
+    TigerEnvironment,
+    TigerLicense,
 )
 from tiger_db.public import public
 
@@ -32,7 +39,38 @@ CLOSED_VALUES: Mapping[str, object] = {
     "is_default_trading": False,
     "is_default_data": False,
 }
-_FIXED = {"id", "created_at", "updated_at", "auto_suspended"}
+FIXED_FIELDS = {"id", "created_at", "updated_at", "auto_suspended"}
+
+
+class AccountChanges(TypedDict, total=False):
+    """The fields of an account that `update` can change."""
+
+    account_name: str
+    account_number: str
+    account_type: AccountType
+    status: AccountStatus
+    tiger_id: str | Secret
+    private_key: str | Secret
+    private_key_format: PrivateKeyFormat
+    secret_key: str | Secret | None
+    license: TigerLicense | None
+    environment: TigerEnvironment
+    server_url: str | None
+    access_token: str | Secret | None
+    refresh_token: str | Secret | None
+    token_expires_at: datetime | None
+    token_refresh_at: datetime | None
+    is_default_trading: bool
+    is_default_data: bool
+    market_permissions: Iterable[MarketPermission]
+    quote_permissions: Iterable[QuotePermission]
+    client_options: Mapping[str, JsonValue]
+    error_count: int
+    last_error: str | None
+    last_error_at: datetime | None
+    failing_until: datetime | None
+    description: str | None
+    tags: Mapping[str, JsonValue]
 
 
 @public
@@ -61,7 +99,11 @@ async def create(session: AsyncSession, account: TigerAccount) -> TigerAccount:
 
 @public
 async def update(
-    session: AsyncSession, account_id: UUID, *, reason: str | None = None, **changes: object
+    session: AsyncSession,
+    account_id: UUID,
+    *,
+    reason: str | None = None,
+    **changes: Unpack[AccountChanges],
 ) -> TigerAccount:
     """Change fields of an account. If one change is invalid, no field is changed.
 
@@ -81,7 +123,7 @@ async def update(
             (`is_default_trading` or `is_default_data`).
     """
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
-    if fixed := sorted(_FIXED & changes.keys()):
+    if fixed := sorted(FIXED_FIELDS & changes.keys()):
         raise InvalidValue(f"{', '.join(fixed)} cannot be changed")
     values = account.validate_changes(changes)
     _check_closed(account, values)
