@@ -205,8 +205,8 @@ def _require_key_size(value: Secret | None) -> Secret | None:
     return value
 
 
-# OpenAPI shows the docstring of a view. `TigerAccount` is a subclass, so an account is also an
-# AccountView, and type checkers accept the account as the result of a route.
+# The columns that a response may show. Columns that contain or describe a secret belong to
+# `TigerAccount`. OpenAPI shows the docstring of a view to users of the API.
 class AccountView(MutableEntityView):
     """A broker account without its secrets."""
 
@@ -284,10 +284,7 @@ class AccountView(MutableEntityView):
 
 
 class TigerAccount(AccountView, MutableEntity, table=True):
-    """A broker account. The secrets of an account are encrypted in the database.
-
-    A column that no view may show belongs to `TigerAccount`, all other columns to `AccountView`.
-    """
+    """A broker account. The secrets of an account are encrypted in the database."""
 
     __tablename__ = "tiger_accounts"
     __table_args__ = (

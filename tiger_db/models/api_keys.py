@@ -168,7 +168,7 @@ def _distinct(scopes: list[APIKeyScope]) -> list[APIKeyScope]:
     return list(dict.fromkeys(scopes))
 
 
-# OpenAPI shows the docstring of a view. `APIKey` is a subclass, like `TigerAccount`.
+# The columns that a response may show: see `AccountView`.
 class APIKeyView(MutableEntityView):
     """An API key without its hash."""
 
