@@ -3,6 +3,7 @@
 import base64
 import subprocess
 import textwrap
+from time import process_time
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -14,10 +15,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from tests.support import factories
 from tests.support.private_keys import FORMS, KEY, NO_PASSWORD, der, pem
 from tiger_db import PrivateKeyFormat
 from tiger_db.errors import InvalidValue
+from tiger_db.models import private_keys
 from tiger_db.tiger import parse_private_key
 
 formats = pytest.mark.parametrize("form", FORMS)
@@ -102,6 +106,30 @@ def test_damaged_keys_are_refused_and_not_shown(form: PrivateKeyFormat) -> None:
         message = refused(text)
         assert "\n" not in message
         assert not any(bare[start : start + 8] in message for start in range(0, len(bare), 8))
+
+
+def test_a_text_that_is_too_long_for_a_key_is_refused() -> None:
+    for text in ("-----BEGIN PRIVATE KEY-----" * 741, "A" * 20_001):
+        assert refused(text) == "a private key must have at most 20,000 characters"
+        with pytest.raises(ValidationError, match="private key must have at most 20,000"):
+            factories.new_account(private_key=text)
+    assert "not an RSA key" in refused("A" * 20_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text", ["-----BEGIN PRIVATE KEY-----", "-----BEGIN ", "-----BEGIN A ", "-"]
+)
+def test_a_long_text_is_parsed_in_linear_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private_keys, "MAX_KEY_CHARACTERS", 10**6)
+
+    def seconds(characters: int) -> float:
+        begun = process_time()
+        refused(text * (characters // len(text)))
+        return process_time() - begun
+
+    # Ten times in linear time, and a hundred times in quadratic time.
+    assert min(seconds(1_000_000) for _ in range(3)) < 40 * max(seconds(100_000), 0.001)
 
 
 @given(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from time import process_time
 
 import javaproperties
 import pytest
@@ -18,6 +19,7 @@ from tiger_db.tiger.properties import format_properties, read_properties
 LOOKING = """
 import os, sys
 from pathlib import Path
+from time import process_time
 from tiger_db.files import write_private
 os.umask(0)
 folder = Path(sys.argv[1])
@@ -32,6 +34,7 @@ for overwrite in (False, True):
 DYING = """
 import os, sys
 from pathlib import Path
+from time import process_time
 from tiger_db.files import write_private
 folder, name = sys.argv[1:]
 def die(event, arguments):
@@ -66,6 +69,36 @@ def test_whatever_is_read_is_text_or_refused(
     except InvalidValue:
         return
     assert all(value and value == value.strip() for value in values.values())
+
+
+@given(text=st.text(st.sampled_from("ab=:#! \\\r\n\f\tn")) | st.text(st.characters(codec="utf-8")))
+def test_a_file_without_pem_is_read_like_javaproperties(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any"
+    path.write_bytes(text.encode())
+    try:
+        wanted = javaproperties.loads(text.removeprefix("\ufeff"))
+    except javaproperties.InvalidUEscapeError:
+        return
+    found = {key: value.strip() for key, value in wanted.items() if value.strip()}
+    assert read_properties(path) == found
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["-----BEGIN A-----\n", "a=-----BEGIN A-----\\\n", "-----BEGIN ", "a\\\n", "\\ =", "a=\\"],
+)
+@pytest.mark.slow
+def test_a_long_file_is_read_in_linear_time(tmp_path: Path, line: str) -> None:
+    def seconds(characters: int) -> float:
+        (tmp_path / "long").write_text(line * (characters // len(line)))
+        begun = process_time()
+        read_properties(tmp_path / "long")
+        return process_time() - begun
+
+    # Ten times in linear time, and a hundred times in quadratic time.
+    assert min(seconds(200_000) for _ in range(3)) < 40 * max(seconds(20_000), 0.001)
 
 
 def test_a_file_is_read_whole_or_refused(tmp_path: Path) -> None:

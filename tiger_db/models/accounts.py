@@ -37,7 +37,7 @@ from tiger_db.models.columns import (
     UTCDateTime,
     require_storable_json,
 )
-from tiger_db.models.private_keys import PrivateKeyFormat, key_bits
+from tiger_db.models.private_keys import MAX_KEY_CHARACTERS, TOO_LONG, PrivateKeyFormat, key_bits
 from tiger_db.models.views import (
     MutableEntityView,
     OptionalSecretField,
@@ -194,11 +194,13 @@ def _unless_closed(value: Secret | None, info: ValidationInfo) -> Secret | None:
 
 
 def _require_key_size(value: Secret | None) -> Secret | None:
-    """Refuse an RSA key of less than `_MIN_KEY_BITS` bits.
+    """Refuse an RSA key of less than `_MIN_KEY_BITS` bits, and a text that is too long for a key.
 
     Texts that are not RSA keys are accepted as private keys, because tests use such texts.
     """
     if value is not None and not isinstance(value, EncryptedSecret):
+        if len(value) > MAX_KEY_CHARACTERS:
+            raise ValueError(TOO_LONG)
         bits = key_bits(value.get_secret_value())
         if bits is not None and bits < _MIN_KEY_BITS:
             raise ValueError(f"an RSA key must have {_MIN_KEY_BITS} bits or more, but has {bits}")

@@ -34,7 +34,9 @@ _PEM_LABELS = {
     "PRIVATE KEY": PrivateKeyFormat.PK8,
     "RSA PRIVATE KEY": PrivateKeyFormat.PK1,
 }
-_PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.*?)-----END \1-----", re.DOTALL)
+_PEM_BEGIN = re.compile("-----BEGIN ([A-Z ]*PRIVATE KEY)-----")
+MAX_KEY_CHARACTERS = 20_000  # an RSA key of 16,384 bits in PEM has about 13,000 characters
+TOO_LONG = f"a private key must have at most {MAX_KEY_CHARACTERS:,} characters"
 
 
 @public
@@ -45,7 +47,8 @@ def parse_private_key(text: str) -> tuple[str, PrivateKeyFormat]:
     The format is detected from the content of the key, because PEM labels can be wrong.
 
     Raises:
-        InvalidValue: the text is not an RSA private key. The error message does not show the text.
+        InvalidValue: the text is not an RSA private key, or has more than 20,000 characters. The
+            error message does not show the text.
     """
     key, key_format = load_private_key(text)
     return base64_der(key, key_format), key_format
@@ -58,9 +61,11 @@ def load_private_key(
 
     With `check_numbers`, parsing a key of 4,096 bits takes up to one second.
     """
-    pem = _PEM.search(text)
-    body = "".join((pem[2] if pem else text).replace("\\n", "\n").split())
-    if pem and ("ENCRYPTED" in pem[1] or ",ENCRYPTED" in body):
+    if len(text) > MAX_KEY_CHARACTERS:
+        raise InvalidValue(TOO_LONG)
+    label, body = _pem_block(text) or ("", text)
+    body = "".join(body.replace("\\n", "\n").split())
+    if label and ("ENCRYPTED" in label or ",ENCRYPTED" in body):
         raise InvalidValue(
             "the private key is protected by a passphrase: remove the passphrase first"
         )
@@ -81,6 +86,13 @@ def load_private_key(
     raise InvalidValue(
         "the private key is not an RSA key in PEM or base64 DER format (PKCS#1 or PKCS#8)"
     )
+
+
+def _pem_block(text: str) -> tuple[str, str] | None:
+    """Return the label and the content of the first private key in PEM, or None."""
+    begin = _PEM_BEGIN.search(text)
+    end = -1 if begin is None else text.find(f"-----END {begin[1]}-----", begin.end())
+    return None if begin is None or end < 0 else (begin[1], text[begin.end() : end])
 
 
 def key_bits(text: str) -> int | None:

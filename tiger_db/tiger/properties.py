@@ -31,7 +31,8 @@ CLIENT_OPTIONS = (
 )  # fmt: skip
 
 _MAX_FILE_BYTES = 1_000_000
-_PEM_BLOCK = re.compile(r"-----BEGIN [A-Z ]+-----.*?-----END ", re.DOTALL)
+_BLANKS = " \t\f"  # white space at the start of a line, in properties files
+_PEM_BEGIN = re.compile("-----BEGIN [A-Z ]+-----")
 # `_MUST_ESCAPE` matches the characters that must be escaped in the value of a property. `=` and `:`
 # are not escaped, because some parsers of Tiger's files do not decode escapes of `=` and `:`.
 _MUST_ESCAPE = re.compile(r"\A |[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
@@ -51,7 +52,7 @@ def read_properties(path: Path) -> dict[str, str]:
         if len(content) > _MAX_FILE_BYTES:
             raise InvalidValue(f"{path}: the file is too large for a properties file of Tiger")
         text = content.decode("utf-8-sig")
-        values = javaproperties.loads(_PEM_BLOCK.sub(_escape_line_ends, text))
+        values = javaproperties.loads(_join_lines(_escape_line_ends(text)))
     except OSError as error:
         raise InvalidValue(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -81,5 +82,39 @@ def plaintext(secret: Secret | None) -> str:
     return "" if secret is None else secret.get_secret_value()
 
 
-def _escape_line_ends(block: re.Match[str]) -> str:
-    return block[0].replace("\r", "").replace("\n", "\\n")
+def _escape_line_ends(text: str) -> str:
+    """Escape the line ends in PEM blocks, so that each block is the value of one property."""
+    parts, position = [], 0
+    while begin := _PEM_BEGIN.search(text, position):
+        end = text.find("-----END ", begin.end())
+        if end < 0:
+            break
+        block = text[begin.start() : end].replace("\r", "").replace("\n", "\\n")
+        parts += [text[position : begin.start()], block]
+        position = end
+    return "".join([*parts, text[position:]])
+
+
+def _join_lines(text: str) -> str:
+    """Join each line that ends with a backslash to the next line, and omit comments.
+
+    javaproperties joins lines too, but the time that javaproperties takes grows with the square of
+    the number of lines.
+    """
+    joined: list[str] = []
+    parts: list[str] = []
+    for line in re.split("\r\n|\r|\n", text):
+        if not parts and line.lstrip(_BLANKS).startswith(("#", "!")):
+            continue
+        continued = (len(line) - len(line.rstrip("\\"))) % 2 == 1
+        start = line.lstrip(_BLANKS)
+        parts.append(start[:-1] if continued else start)
+        if not continued:
+            joined.append(_unless_comment("".join(parts)))
+            parts = []
+    return "\n".join([*joined, _unless_comment("".join(parts))])
+
+
+def _unless_comment(line: str) -> str:
+    """Escape the first character of a property that would otherwise be a comment."""
+    return f"\\{line}" if line.startswith(("#", "!")) else line
