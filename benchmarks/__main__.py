@@ -13,17 +13,18 @@ import asyncpg
 
 from benchmarks import accounts, audit, keys, refreshes, sessions
 from benchmarks.work import ROUNDS, Result, Work, measure
-from tests.support import databases, servers
+from tests.support.servers import create_database
 from tiger_db import Database
 from tiger_db.connections import connect_args, maintenance_engine
 from tiger_db.migrations import upgrade
+from tiger_db.testing import databases, servers
 
 NAME = "tiger_db_bench"
 PACKAGES = ("tiger-db", "asyncpg", "sqlalchemy", "sqlmodel", "pydantic", "keyshield")
 
 
 async def run(server: servers.Server) -> tuple[list[Result], list[str]]:
-    settings = await databases.create(server.url, NAME)
+    settings = await create_database(server.url, NAME)
     try:
         async with maintenance_engine(settings) as engine:
             await upgrade(engine)
@@ -105,7 +106,7 @@ async def other_database(
     server: servers.Server, name: str, *, migrated: bool = True
 ) -> AsyncIterator[Database]:
     """Create another database on the same server, and drop it at the end."""
-    settings = await databases.create(server.url, f"{NAME}_{name}")
+    settings = await create_database(server.url, f"{NAME}_{name}")
     try:
         if migrated:
             async with maintenance_engine(settings) as engine:

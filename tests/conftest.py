@@ -1,23 +1,27 @@
-"""The server of the run; a session that is rolled back, and databases where commits matter."""
+"""Fixtures of all tests. The server and the databases are those of `tiger_db.testing`."""
 
 import gc
-import json
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from importlib.metadata import entry_points
 from uuid import uuid4
 
 import hypothesis
 import pytest
+from anyio.from_thread import BlockingPortal
 
-from tests.support import databases, known_types, servers
-from tests.support.contexts import context_without_out_of_band
-from tests.support.databases import DatabasePool
+from tests.support import known_types
+from tests.support.servers import OPTIONS, settings_for
 from tiger_db import Database, redaction
 from tiger_db.database import AsyncSession
 from tiger_db.settings import Settings
+from tiger_db.testing import databases
+from tiger_db.testing.databases import PooledDatabase, rolled_back_session
 
-_server: servers.Server | None = None
+# An installation that is older than the entry point does not load the plugin.
+_IS_LOADED = entry_points(group="pytest11", name="tiger_db")
+pytest_plugins = [] if _IS_LOADED else ["tiger_db.testing.plugin"]
 # How long an example takes depends on the machine.
 hypothesis.settings.register_profile(
     "tiger_db", deadline=None, max_examples=1000 if os.environ.get("TIGER_DB_SOAK") else 25
@@ -29,7 +33,6 @@ known_types.remember()
 def pytest_configure(config: pytest.Config) -> None:
     # A run in the background ignores Ctrl-C, and so would the programs that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    global _server  # noqa: PLW0603  # one server a run, of which pytest hands nothing around
     for name in (
         "ACCOUNT_FAILING_AFTER", "ACCOUNT_FAILING_FOR", "ACCOUNT_SUSPEND_AFTER",
         "API_KEY_PEPPERS", "AUDIT_RETENTION_MONTHS", "AUDIT_SIGNING_KEY", "DATABASE_URL",
@@ -38,13 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
     for name in [name for name in os.environ if name.startswith("DB_")]:
         del os.environ[name]
-    if servers.CHOSEN not in os.environ:  # else a worker of xdist
-        _server = servers.choose()
-        if _server.kind != servers.GIVEN:
-            servers.make_fast(_server)
-        os.environ[servers.CHOSEN] = json.dumps(
-            {"url": _server.url, "what": f"{_server.kind}, PostgreSQL {servers.version(_server)}"}
-        )
 
 
 def pytest_collection_finish() -> None:
@@ -53,14 +49,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if _server is not None:
-        _server.stop()
-        del os.environ[servers.CHOSEN]
+@pytest.fixture(scope="session")
+def tiger_options() -> dict[str, object]:
+    return OPTIONS
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"server: {json.loads(os.environ[servers.CHOSEN])['what']}"
+@pytest.fixture
+def tiger_settings(_tiger_pooled: PooledDatabase) -> Settings:
+    """Settings of a database for this test alone, without environment variables."""
+    return _tiger_pooled.settings
 
 
 @pytest.fixture(autouse=True)
@@ -70,24 +67,24 @@ def _no_known_secrets() -> None:
 
 
 @pytest.fixture(scope="session")
-def server_url() -> str:
+def server_url(tiger_server_url: str) -> str:
     """The server the run is on, as a URL without a database."""
-    return str(json.loads(os.environ[servers.CHOSEN])["url"])
+    return tiger_server_url
 
 
 @pytest.fixture(scope="session")
-async def template(server_url: str) -> AsyncIterator[str]:
+def template(tiger_template: Settings) -> str:
     """The name of a migrated database that nobody is connected to."""
-    async with databases.migrated(server_url) as name:
-        yield name
+    return tiger_template.database
 
 
 @pytest.fixture(scope="session")
-async def settings(server_url: str, template: str) -> AsyncIterator[Settings]:
+def settings(server_url: str, template: str, _tiger_portal: BlockingPortal) -> Iterator[Settings]:
     """A migrated database that no test commits to."""
     name = f"tiger_db_test_{uuid4().hex[:12]}"
-    yield await databases.create(server_url, name, template)
-    await databases.drop(server_url, name)
+    _tiger_portal.call(databases.create, server_url, name, template)
+    yield settings_for(server_url, name)
+    _tiger_portal.call(databases.drop, server_url, name)
 
 
 @pytest.fixture(scope="session")
@@ -101,51 +98,27 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 @pytest.fixture
 async def session(database: Database) -> AsyncIterator[AsyncSession]:
     """A session whose commits are undone after the test."""
-    async with database.engine.connect() as connection:
-        transaction = await connection.begin()
-        async with database.sessions(
-            bind=connection,
-            join_transaction_mode="create_savepoint",
-            info=context_without_out_of_band(database.info),  # it would not see what this one makes
-        ) as session:
-            yield session
-        await transaction.rollback()
+    async with rolled_back_session(database) as session:
+        yield session
 
 
 @pytest.fixture
-async def empty_database(server_url: str) -> AsyncIterator[Settings]:
+def empty_database(server_url: str, _tiger_portal: BlockingPortal) -> Iterator[Settings]:
     """A database without a schema, for this test alone."""
     name = f"tiger_db_empty_{uuid4().hex[:12]}"
-    yield await databases.create(server_url, name)
-    await databases.drop(server_url, name)
-
-
-@pytest.fixture(scope="session")
-async def database_pool(server_url: str, template: str) -> AsyncIterator[DatabasePool]:
-    pool = DatabasePool(server_url, template)
-    yield pool
-    await pool.close()
+    _tiger_portal.call(databases.create, server_url, name)
+    yield settings_for(server_url, name)
+    _tiger_portal.call(databases.drop, server_url, name)
 
 
 @pytest.fixture
-async def _pooled(
-    request: pytest.FixtureRequest, database_pool: DatabasePool
-) -> AsyncIterator[Database]:
-    async with database_pool.database(
-        connected="clone" in request.fixturenames,
-        schema_changes=request.node.get_closest_marker("schema_changes") is not None,
-    ) as database:
-        yield database
-
-
-@pytest.fixture
-def clone_settings(_pooled: Database) -> Settings:
+def clone_settings(tiger_settings: Settings) -> Settings:
     """A migrated database for this test alone, which nobody is connected to yet."""
-    return _pooled.settings
+    return tiger_settings
 
 
 @pytest.fixture
-async def clone(_pooled: Database) -> Database:
+async def clone(tiger_database: Database) -> Database:
     """A database for this test alone: for commits, several connections, several processes."""
-    await _pooled.check()
-    return _pooled
+    await tiger_database.check()
+    return tiger_database

@@ -10,7 +10,7 @@ from tests.support.imports import MODULES, PACKAGE, imports, of, parts
 # The parts of the package, from the top to the bottom. A part imports only parts of lower layers.
 LAYERS = [
     ["__main__"],
-    ["cli"],
+    ["cli", "testing"],
     ["health"],
     ["doctor", "integrations"],
     [

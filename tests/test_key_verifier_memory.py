@@ -19,7 +19,7 @@ import asyncpg
 import pytest
 
 from tests.models.examples import table_of
-from tests.support import factories, servers
+from tests.support import factories
 from tests.support.servers import settings_for
 from tests.support.verifiers import OTHER, checkouts, kill
 from tests.support.waiting import until
@@ -49,6 +49,7 @@ from tiger_db.errors import (
     UserAgentNotAllowed,
 )
 from tiger_db.migrations import upgrade
+from tiger_db.testing import servers
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
@@ -595,7 +596,7 @@ async def test_a_cancelled_call_leaves_no_connection_behind(
 
 @pytest.fixture(scope="module")
 def private_server() -> Iterator[Settings]:
-    home = servers.folder()
+    home = servers.short_folder()
     settings = Settings(tiger_db_home=home / "home")
     place = embedded.start(settings).folder
     yield settings

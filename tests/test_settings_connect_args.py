@@ -19,11 +19,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.support import servers
 from tests.support.refused_settings import SECRET, refused
+from tests.support.servers import settings_for
 from tiger_db.connections import connect, tls
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.settings import Settings
+from tiger_db.testing import servers
 from tiger_db.url_parameters import SSLMode
 
 
@@ -429,7 +430,7 @@ ROLE = f"rôle @:/% {os.getpid()}"  # each test process has its own
 
 async def administer(url: str, statement: str, *values: str) -> None:
     """Run a statement that takes no parameters, with literals in place of $1 and so on."""
-    admin = await connect(servers.settings_for(url, "postgres"))
+    admin = await connect(settings_for(url, "postgres"))
     try:
         for number, value in enumerate(values, start=1):
             literal = await admin.fetchval("SELECT quote_literal($1)", value)
@@ -444,9 +445,9 @@ def guarded(server_url: str) -> Iterator[str]:
     """A server in a socket folder that asks for passwords, and has a role to give one to."""
     url = urlsplit(server_url)
     if url.password and "host=" in url.query:
-        server = servers.Server(server_url, "the run's")
+        server = servers.Server(server_url, servers.GIVEN)
     else:
-        server = servers._embedded(servers.folder())
+        server = servers.start_embedded(servers.short_folder())
     asyncio.run(administer(server.url, f'CREATE ROLE "{ROLE}" LOGIN'))
     yield server.url
     asyncio.run(administer(server.url, f'DROP ROLE "{ROLE}"'))

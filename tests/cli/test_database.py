@@ -11,12 +11,13 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support import databases, servers
 from tests.support.command_line import COMMAND, SECRETS, CommandLine, Result
+from tests.support.servers import settings_for
 from tests.support.sql import months, run_sql
 from tiger_db import embedded
 from tiger_db.connections import connect
 from tiger_db.settings import Settings
+from tiger_db.testing import databases
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -40,7 +41,7 @@ def new_database(server_url: str) -> Iterator[str]:
 def nobody(server_url: str) -> Iterator[str]:
     """A role without privileges."""
     name = f"tiger_db_nobody_{uuid4().hex[:12]}"
-    postgres = servers.settings_for(server_url, "postgres")
+    postgres = settings_for(server_url, "postgres")
     run_sql(postgres, f"CREATE ROLE {name} LOGIN PASSWORD 'hunter2'")
     yield f"{name}:hunter2"
     run_sql(postgres, f"DROP ROLE {name}")
@@ -133,7 +134,7 @@ def test_concurrent_inits_create_one_database(
     bare.env = {"DATABASE_URL": url_of(server_url, new_database), **SECRETS}
 
     async def race() -> list[tuple[int | None, str]]:
-        gate = await connect(servers.settings_for(server_url, "postgres"))
+        gate = await connect(settings_for(server_url, "postgres"))
         try:
             async with gate.transaction():
                 await gate.execute("LOCK TABLE pg_database IN SHARE ROW EXCLUSIVE MODE")

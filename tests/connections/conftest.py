@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import servers
 from tests.support.clusters import Cluster, Server, first_server, free_port, run, standby_of
 from tiger_db.connections import maintenance_engine
 from tiger_db.migrations import upgrade
+from tiger_db.testing import servers
 
 
 @pytest.fixture(scope="module")
 def seed() -> Iterator[Path]:
     """The data folder of a migrated server that is stopped."""
-    home = servers.folder()
+    home = servers.short_folder()
     server = first_server(home)
 
     async def migrate() -> None:
@@ -33,7 +33,7 @@ def seed() -> Iterator[Path]:
 @pytest.fixture
 def cluster(seed: Path) -> Iterator[Cluster]:
     """A primary and its asynchronous standby."""
-    home = servers.folder()
+    home = servers.short_folder()
     primary = Server(home / "primary", free_port())
     shutil.copytree(seed, primary.data)
     for path in (home, primary.data, *primary.data.rglob("*")):

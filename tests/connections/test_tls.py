@@ -29,7 +29,6 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from tests.support import servers
 from tests.support.refused_settings import SECRET
 from tiger_db.connections import connect
 from tiger_db.connections.error_advice import explain
@@ -37,6 +36,7 @@ from tiger_db.encryption import generate_key
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable
 from tiger_db.health import check_readiness
 from tiger_db.settings import Settings
+from tiger_db.testing import servers
 from tiger_db.url_parameters import SSLMode
 
 pytestmark = pytest.mark.skipif(
@@ -165,7 +165,7 @@ class TLSServer:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c fsync=off"
-        self.stop = servers._system(home, options).stop
+        self.stop = servers.start_installed(home, options).stop
         self.shown: Path | None = None
         hba = home / "data/pg_hba.conf"
         hba.write_text(
@@ -229,7 +229,7 @@ class TLSServer:
 
 @pytest.fixture(scope="module")
 def server(ours: Authority) -> Iterator[TLSServer]:
-    server = TLSServer(servers.folder(), ours)
+    server = TLSServer(servers.short_folder(), ours)
     yield server
     server.stop()
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import NullPool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.support import factories, servers
+from tests.support import factories
 from tests.support.servers import settings_for
 from tiger_db import Database, Settings, connections, crud, embedded
 from tiger_db.connections import connect, maintenance_engine
@@ -23,6 +23,7 @@ from tiger_db.errors import (
 )
 from tiger_db.migrations import upgrade
 from tiger_db.settings import CHECK_INTERVAL
+from tiger_db.testing import servers
 
 
 def assert_one_line_without_credentials(error: BaseException, *credentials: str) -> None:
@@ -89,7 +90,7 @@ async def test_an_exhausted_pool(settings: Settings) -> None:
 @pytest.fixture(scope="module")
 def private_server() -> Iterator[Settings]:
     """A private server that tests stop and kill."""
-    home = servers.folder()
+    home = servers.short_folder()
     settings = Settings(tiger_db_home=home / "home", db_query_timeout=20)
     place = embedded.start(settings).folder
     yield settings

@@ -10,9 +10,9 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import text
 
-from tests.support import databases
 from tests.support.index_queries import NOW, SERVES, id_of, limited_use
 from tests.support.plans import Plan, Query, as_json, nodes, plan_of, used_indexes
+from tests.support.servers import create_database
 from tiger_db import AuditLog, Database, doctor
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorize import FIND_KEY
@@ -21,6 +21,7 @@ from tiger_db.crud.audit_logs.queries import EVENTS
 from tiger_db.crud.pagination import encode_cursor
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidAPIKey
+from tiger_db.testing import databases
 
 # Row n has the account number Un, and 0…0n in its ids.
 ROWS = """
@@ -77,7 +78,7 @@ WHERE amname = 'brin' AND relkind = 'i'
 async def full(server_url: str, template: str) -> AsyncIterator[Database]:
     """A database with about ten thousand rows in each table, and events in three partitions."""
     name = f"tiger_db_full_{uuid4().hex[:12]}"
-    settings = await databases.create(server_url, name, template)
+    settings = await create_database(server_url, name, template)
     async with Database(settings) as database:
         async with database.engine.begin() as connection:
             for statement in ROWS.split(";"):

@@ -14,9 +14,9 @@ from sqlalchemy import text
 
 from tests.docs.pages import IN_THIS_PACKAGE, NAMED_BLOCK, ROOT
 from tests.docs.schema import PAGE as SCHEMA
-from tests.support import servers
 from tiger_db.connections import maintenance_engine
 from tiger_db.settings import Settings
+from tiger_db.testing import servers
 
 LEFT_BEHIND = shutil.ignore_patterns(
     ".git", ".venv*", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"
@@ -113,7 +113,7 @@ def copied(folder: Path, settings: Settings, server_url: str) -> Copy:
     assert settings.encryption_keys is not None
     # Not those by which this run's own processes know each other.
     ours = {name for name in os.environ if name.startswith("PYTEST_")}
-    ours |= {servers.CHOSEN, "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
+    ours |= {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
     environ = {name: value for name, value in os.environ.items() if name not in ours} | {
         "PYTHONPATH": str(folder),
         "DATABASE_URL": settings.database_url.get_secret_value(),

@@ -17,7 +17,6 @@ from examples.dashboard.app import HEADERS, PAGE_SIZE, app
 from examples.dashboard.filters import AccountQuery, EventQuery, KeyQuery, RefreshQuery
 from tests.support import factories
 from tests.support.dashboard_data import SECRETS, Rows, fill
-from tests.support.databases import DatabasePool
 from tests.support.recording import recorded
 from tests.support.refresh_workers import at_once, working
 from tiger_db import (
@@ -30,6 +29,7 @@ from tiger_db import (
     crud,
     errors,
 )
+from tiger_db.testing.databases import DatabasePool
 
 URL = "http://127.0.0.1:8000"
 LISTS = ("/accounts", "/keys", "/events", "/refreshes", "/routing")
@@ -58,9 +58,11 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-async def site(database_pool: DatabasePool) -> AsyncIterator[Site]:
-    async with database_pool.database(connected=True, schema_changes=False) as database:
+async def site(_tiger_pool: DatabasePool) -> AsyncIterator[Site]:
+    pooled = _tiger_pool.take(connected=False)
+    async with Database(pooled.settings) as database:
         yield Site(database, await fill(database))
+    _tiger_pool.give_back(pooled)
 
 
 class Links(HTMLParser):

@@ -9,11 +9,12 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
-from tests.support import databases
 from tests.support.checkouts import MODELS, ROOT, Checkout, copied
+from tests.support.servers import create_database
 from tiger_db import Settings
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import drift, scripts, upgrade
+from tiger_db.testing import databases
 
 HEAD = scripts().get_current_head()
 NICKNAME = "nickname: Text | None = Field(default=None, max_length=7)"
@@ -135,7 +136,7 @@ async def changed(
 ) -> AsyncIterator[Checkout]:
     """A copy with all changes, with a migrated database."""
     name = f"tiger_db_changed_{uuid4().hex[:12]}"
-    settings = await databases.create(server_url, name, template)
+    settings = await create_database(server_url, name, template)
     checkout = copied(tmp_path_factory.mktemp("changed"), settings)
     (checkout.folder / MODELS / "webhooks.py").write_text(WEBHOOKS)
     for change in CHANGES:

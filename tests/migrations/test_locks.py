@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 
 from tests import squawk
-from tests.support import databases, factories
+from tests.support import factories
 from tests.support.command_line import COMMAND, SECRETS, CommandLine
+from tests.support.servers import create_database
 from tiger_db import Database, Settings, migrations
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.migrations import MONTHS_AHEAD, history, locks, scripts, upgrade
 from tiger_db.migrations.locks import MIGRATION_LOCK_ID
+from tiger_db.testing import databases
 
 HEAD = scripts().get_current_head()
 MIGRATE_FROM = """
@@ -321,7 +323,7 @@ def test_the_script_for_psql_has_the_result_of_migrate(
 ) -> None:
     name = f"{clone_settings.database}_sql"
     template = clone_settings.database if begin == "migrated" else None
-    target = asyncio.run(databases.create(server_url, name, template))
+    target = asyncio.run(create_database(server_url, name, template))
     try:
         url = url_of(target)
         script = cli.ok("migrate", "--sql", DATABASE_URL=url)

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests.support import servers
 from tests.support.waiting import until
 from tiger_db import Settings
 from tiger_db.connections import connect
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import generate_key
+from tiger_db.testing import servers
 
 
 def _programs() -> Path | None:
     try:
         found = (
-            (servers._programs() / "initdb").resolve().parent
+            (servers.programs() / "initdb").resolve().parent
         )  # the folder of a link lacks some programs
     except ValueError:
         return None

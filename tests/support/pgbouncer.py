@@ -12,8 +12,8 @@ from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 from pydantic import SecretStr
 
-from tests.support import servers
 from tiger_db import Settings
+from tiger_db.testing import servers
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH')}:/usr/sbin")
 PORT = 6432
@@ -36,7 +36,7 @@ def pgbouncer(server_url: str, **more: str) -> Iterator[Path]:
     way = f"host='{host}' port={port} user='{url.username}'"
     if url.password:
         way += f" password='{unquote(url.password)}'"
-    home = servers.folder()
+    home = servers.short_folder()
     options = {
         "unix_socket_dir": home, "listen_port": PORT, "auth_type": "any",
         "pool_mode": "transaction", "default_pool_size": SIZE, "max_client_conn": 200,

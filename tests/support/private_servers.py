@@ -5,16 +5,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.support import servers
 from tests.support.servers import settings_for
 from tiger_db import Settings, embedded
 from tiger_db.connections import connect
+from tiger_db.testing import servers
 
 
 @contextmanager
 def server() -> Iterator[Settings]:
     """A server of these tests' own, which a `Database` does not start by itself."""
-    home = servers.folder()
+    home = servers.short_folder()
     settings = Settings(tiger_db_home=home / "home")
     place = embedded.start(settings).folder
     try:

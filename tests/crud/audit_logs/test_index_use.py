@@ -13,12 +13,13 @@ import pytest_asyncio
 from sqlalchemy import text
 
 from benchmarks.audit import MONTHS, ROWS, fill
-from tests.support import databases
 from tests.support.plans import Plan, plan_of
+from tests.support.servers import create_database
 from tiger_db import AsyncSession, AuditLog, Database, Page
 from tiger_db.crud import audit_logs
 from tiger_db.crud.audit_logs.queries import EVENTS
 from tiger_db.crud.pagination import encode_cursor
+from tiger_db.testing import databases
 
 PAGE = 50
 PARTITIONS = MONTHS + 1  # partitions with events
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.soak
 async def trail(server_url: str, template: str) -> AsyncIterator[tuple[Database, dict[str, Any]]]:
     """A database with a million events in twelve months, and one of the events."""
     name = f"tiger_db_trail_{uuid4().hex[:12]}"
-    settings = await databases.create(server_url, name, template)
+    settings = await create_database(server_url, name, template)
     async with Database(settings) as database:
         await fill(database)
         async with database.session() as session:

@@ -6,11 +6,12 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
-from tests.support import databases
 from tests.support.plans import Query, plan_of, used_indexes
+from tests.support.servers import create_database
 from tiger_db import Database
 from tiger_db.connections import connect
 from tiger_db.crud import token_status
+from tiger_db.testing import databases
 
 ACCOUNTS, HISTORY = 1_000_000, 10_000_000
 # A thousand refreshes are due, and as many tokens whose accounts have none.
@@ -52,7 +53,7 @@ pytestmark = pytest.mark.soak
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def huge(server_url: str, template: str) -> AsyncIterator[Database]:
     name = f"tiger_db_huge_{uuid4().hex[:12]}"
-    settings = await databases.create(server_url, name, template)
+    settings = await create_database(server_url, name, template)
     connection = await connect(settings)
     try:
         for statement in FILL.split(";"):
