@@ -14,9 +14,9 @@ from tiger_db.errors import InvalidValue
 
 # The columns of times of all tables, but for the audit trail, whose seals would no longer verify,
 # for the counts of API keys, and for generated columns.
-_TABLES = """
+_TABLES = r"""
 SELECT format('%I.%I', n.nspname, c.relname) AS name,
-    string_agg(format('%1$I = %1$I - :by', a.attname), ', ') AS changes
+    string_agg(format('%1$I = %1$I - CAST(\:by AS interval)', a.attname), ', ') AS changes
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
 WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition
@@ -30,8 +30,11 @@ GROUP BY 1
 # day would begin in the time that passes.
 _LIMITS = """
 UPDATE api_key_limits SET
-    hour = hour - (date_trunc('hour', now() + :by, 'UTC') - date_trunc('hour', now(), 'UTC')),
-    day = day - (date_trunc('day', now() + :by, 'UTC') - date_trunc('day', now(), 'UTC'))
+    hour = hour - (date_trunc('hour', now + CAST(:by AS interval), 'UTC')
+        - date_trunc('hour', now, 'UTC')),
+    day = day - (date_trunc('day', now + CAST(:by AS interval), 'UTC')
+        - date_trunc('day', now, 'UTC'))
+FROM clock_timestamp() AS now
 """
 # The triggers that notify are off. The channels are those of `Settings.channel`.
 _NOTIFY = """

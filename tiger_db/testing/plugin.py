@@ -78,14 +78,14 @@ def tiger_server_url(pytestconfig: pytest.Config) -> str:
     try:
         return shared(pytestconfig.stash[_FOLDER]).url
     except TigerDBError as error:
-        given = os.environ.get(GIVEN)
-        advice = (
-            f"the server of {GIVEN} cannot be used"
-            if given
-            else f"there is no PostgreSQL for tests: set {GIVEN}=postgresql://user@host, or start"
-            " Docker and pip install testcontainers, or pip install 'tiger-db[testing]'"
-        )
-        pytest.fail(f"{advice} ({error})", pytrace=False)
+        reason = str(error)
+    advice = (
+        f"the server of {GIVEN} cannot be used"
+        if os.environ.get(GIVEN)
+        else f"there is no PostgreSQL for tests: set {GIVEN}=postgresql://user@host, or start"
+        " Docker and pip install testcontainers, or pip install 'tiger-db[testing]'"
+    )
+    pytest.fail(f"{advice} ({reason})", pytrace=False)
 
 
 @pytest.fixture(scope="session")
@@ -116,10 +116,13 @@ def tiger_template(
     from tiger_db.errors import TigerDBError  # noqa: PLC0415
     from tiger_db.testing.databases import create_migrated, drop  # noqa: PLC0415
 
+    settings, reason = None, ""
     try:
         settings = _tiger_portal.call(create_migrated, tiger_server_url, _tiger_values)
     except TigerDBError as error:
-        pytest.fail(f"no test database can be created: {error}", pytrace=False)
+        reason = str(error)
+    if settings is None:
+        pytest.fail(f"no test database can be created: {reason}", pytrace=False)
     yield settings
     _tiger_portal.call(drop, tiger_server_url, settings.database)
 
