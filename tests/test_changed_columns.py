@@ -22,6 +22,13 @@ ALTER = (
 )
 
 
+@pytest.fixture
+async def clone(clone: Database) -> Database:
+    """A Database without connections, whose next sessions all use the same connection."""
+    await clone.close()
+    return clone
+
+
 async def list_accounts(session: AsyncSession, _account_id: UUID) -> object:
     return len((await crud.accounts.list_accounts(session)).items)
 

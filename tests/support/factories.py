@@ -2,7 +2,7 @@
 
 from sqlalchemy import text
 
-from tiger_db import AuditLog, TokenStatus, crud
+from tiger_db import AuditLog, TigerAccount, TokenStatus, crud
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import Secret
 from tiger_db.testing.factories import (
@@ -27,9 +27,11 @@ def plain(secret: Secret | None) -> str:
     return secret.get_secret_value()
 
 
-async def claim(session: AsyncSession, **overrides: object) -> TokenStatus:
+async def claim(
+    session: AsyncSession, of: TigerAccount | None = None, **overrides: object
+) -> TokenStatus:
     """A claim on a new refresh, if no other is due."""
-    await refresh(session, None, **overrides)
+    await refresh(session, of, **overrides)
     (claimed,) = await crud.token_status.claim_due(session, worker="worker-1")
     return claimed
 
