@@ -42,13 +42,12 @@ def tiger_db(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def install(environment: Path, *packages: str) -> None:
+    python, constraints = environment / "bin/python", environment / "constraints.txt"
     subprocess.run(
-        [
-            *(environment / "bin/python", "-m", "pip", "install", "--disable-pip-version-check"),
-            *("--quiet", *packages, "--constraint", environment / "constraints.txt"),
-        ],
+        [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *packages,
+         "--constraint", constraints],
         check=True,
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture

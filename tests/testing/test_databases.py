@@ -107,6 +107,7 @@ async def test_rows_and_sequences_are_as_in_the_template(after: After) -> None:
         "UPDATE shop.currencies SET code = 'EUR' WHERE id = 1",
         "DELETE FROM shop.currencies WHERE id = 1",
         "DROP TABLE notes",
+        "DROP TABLE shop.currencies",
         "CREATE INDEX ON notes (text)",
         "ALTER TABLE notes DISABLE TRIGGER ALL",
         "CREATE TABLE new ()",
@@ -120,6 +121,17 @@ async def test_a_changed_schema_or_a_changed_row_of_the_template_is_dropped(
     assert await value(settings, "SELECT string_agg(code, ',') FROM shop.currencies") == "USD,SGD"
     assert await value(settings, "SELECT count(*) FROM notes") == 0
     assert await value(settings, "SELECT to_regclass('new') IS NULL")
+
+
+async def test_a_database_that_a_test_drops_is_replaced(
+    own_pool: DatabasePool, server_url: str
+) -> None:
+    pooled = await asyncio.to_thread(own_pool.take, connected=False)
+    await databases.drop(server_url, pooled.settings.database)
+    await asyncio.to_thread(own_pool.give_back, pooled)
+    following = await asyncio.to_thread(own_pool.take, connected=False)
+    assert await value(following.settings, "SELECT count(*) FROM notes") == 0
+    await asyncio.to_thread(own_pool.give_back, following)
 
 
 async def test_a_connection_that_a_test_leaves_is_ended(own_pool: DatabasePool) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy import QueuePool
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.crud.common import context_of
 from tiger_db.database import AsyncSession, Database
+from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import upgrade
 from tiger_db.models.secrets import CONTEXT
 from tiger_db.settings import Settings, quote_identifier
@@ -246,7 +247,10 @@ class DatabasePool:
                 await connection.close()
 
     async def _reset(self, settings: Settings) -> bool:
-        connection = await connect(settings)
+        try:
+            connection = await connect(settings)
+        except DatabaseUnavailable:  # the test has dropped it
+            return False
         try:
             return await self._reset_database([connection])
         finally:
@@ -255,11 +259,14 @@ class DatabasePool:
     async def _reset_database(self, connections: list[Connection]) -> bool:
         """Empty a database by its first connection, and return whether it can be used again."""
         connection, pids = connections[0], [found.get_server_pid() for found in connections]
-        async with asyncio.timeout(_END_SECONDS):
-            # PostgreSQL does not tell when a connection has ended.
-            while await connection.fetchval(_END_OTHERS, pids):  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
-        if await connection.fetchval(self._fingerprint) != self._unchanged:
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                # PostgreSQL does not tell when a connection has ended.
+                while await connection.fetchval(_END_OTHERS, pids):  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+            if await connection.fetchval(self._fingerprint) != self._unchanged:
+                return False
+            await connection.execute(self._empty)
+        except (TimeoutError, asyncpg.PostgresError):  # for example, a table is missing
             return False
-        await connection.execute(self._empty)
         return True
