@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tiger_db.actor import Actor, acting_as
     from tiger_db.blocking import run_blocking
     from tiger_db.crud import Page
-    from tiger_db.database import AsyncSession, Database, get_database, get_session
+    from tiger_db.crud.filters import OneOrMore, Tag
+    from tiger_db.database import AsyncSession, Database, Isolation, get_database, get_session
     from tiger_db.encryption import Secret
     from tiger_db.key_verifier import KeyVerifier
     from tiger_db.models import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         MarketPermission,
         NewToken,
         PrivateKeyFormat,
+        QuotePermission,
         RefreshTrigger,
         TigerAccount,
         TigerEnvironment,
@@ -55,17 +57,18 @@ if TYPE_CHECKING:
         TokenRefreshStatus,
         TokenStatus,
     )
+    from tiger_db.public import Progress
     from tiger_db.refresh_waiting import wait_for_refresh
-    from tiger_db.refresh_worker import RefreshWorker
+    from tiger_db.refresh_worker import Refresher, RefreshWorker
     from tiger_db.settings import Settings
 
 __all__ = [
     "APIKey", "APIKeyScope", "APIKeyStatus", "APIKeyView", "AccountStatus", "AccountType",
-    "AccountView", "Actor",
-    "AsyncSession", "AuditAction", "AuditLog", "AuditResult", "AuditSeverity", "Database",
-    "KeyVerifier", "MarketPermission", "NewToken", "Page", "PrivateKeyFormat", "RefreshTrigger",
-    "RefreshWorker", "Secret", "Settings", "TigerAccount", "TigerEnvironment", "TigerLicense",
-    "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors",
+    "AccountView", "Actor", "AsyncSession", "AuditAction", "AuditLog", "AuditResult",
+    "AuditSeverity", "Database", "Isolation", "KeyVerifier", "MarketPermission", "NewToken",
+    "OneOrMore", "Page", "PrivateKeyFormat", "Progress", "QuotePermission", "RefreshTrigger",
+    "RefreshWorker", "Refresher", "Secret", "Settings", "Tag", "TigerAccount", "TigerEnvironment",
+    "TigerLicense", "TokenRefreshStatus", "TokenStatus", "acting_as", "crud", "errors",
     "get_database", "get_session", "run_blocking", "wait_for_refresh",
 ]  # fmt: skip
 # `_SUBMODULES` maps public names to submodules. A public name that is not in `_SUBMODULES` is in
@@ -76,11 +79,16 @@ _SUBMODULES = {
     "Actor": "actor",
     "AsyncSession": "database",
     "Database": "database",
+    "Isolation": "database",
     "KeyVerifier": "key_verifier",
+    "OneOrMore": "crud.filters",
     "Page": "crud",
+    "Progress": "public",
     "RefreshWorker": "refresh_worker",
+    "Refresher": "refresh_worker",
     "Secret": "encryption",
     "Settings": "settings",
+    "Tag": "crud.filters",
     "TigerAccount": "crud.change_events",
     "acting_as": "actor",
     "get_database": "database",

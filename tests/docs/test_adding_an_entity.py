@@ -33,7 +33,6 @@ import asyncio
 from typing import assert_type
 
 from tiger_db import Page, TigerAccount, Watchlist, crud, get_session
-from tiger_db.encryption import Secret
 
 
 async def main() -> None:
@@ -41,8 +40,8 @@ async def main() -> None:
         account = TigerAccount(
             account_name="Main",
             account_number="51230321",
-            tiger_id=Secret("20150001"),
-            private_key=Secret("test_key"),
+            tiger_id="20150001",
+            private_key="test_key",
         )
         await crud.accounts.create(session, account)
         made = Watchlist(tiger_account_id=account.id, name="Tech")

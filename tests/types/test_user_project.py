@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT, code
+from tests.docs.pages import IN_AN_APPLICATION, NAMED_BLOCK, ROOT, code
 
 USER_FILES = ("user_code.py", "user_mistakes.py")
 MYPY = """
@@ -29,6 +29,9 @@ PYRIGHT = {
     "reportUnnecessaryTypeIgnoreComment": "error",
     "strict": list(USER_FILES),
 }
+# SQLModel declares `__tablename__` with a type that pyright refuses for a text. In subclasses of
+# `Entity`, tiger_db declares another type.
+SQLMODEL_BUG = 'Type "Literal[\'notes\']" is not assignable to declared type "declared_attr'
 
 
 @pytest.fixture
@@ -41,6 +44,11 @@ def project(tmp_path: Path) -> Path:
     for name, text in code("python"):
         module = name.removeprefix("docs/").replace(".md:", "_").replace("-", "_")
         (tmp_path / f"page_{module}.py").write_text(text, encoding="utf-8")
+    for name, language, text in NAMED_BLOCK.findall(IN_AN_APPLICATION):
+        if language == "python":
+            path = tmp_path / (name or "page_adding_an_entity.py")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
     return tmp_path
 
 
@@ -51,6 +59,9 @@ def mypy(project: Path, plugins: str) -> list[str]:
 
 
 def with_plugin(project: Path) -> list[str]:
+    # The cache of `make lint` has the types of other packages, and halves the time of this check.
+    if (ROOT / ".mypy_cache").exists():
+        shutil.copytree(ROOT / ".mypy_cache", project / ".mypy_cache")
     return mypy(project, "plugins = pydantic.mypy")
 
 
@@ -67,6 +78,7 @@ def pyright(project: Path) -> list[str]:
         f"{Path(found['file']).relative_to(project)}:{found['range']['start']['line'] + 1}"
         f" {found['message']}"
         for found in report["generalDiagnostics"]
+        if SQLMODEL_BUG not in found["message"]
     ]
 
 

@@ -3,6 +3,7 @@
 from tiger_db.audit.exporting import export, export_checkpoint, read_checkpoint
 from tiger_db.audit.following import follow
 from tiger_db.audit.retention import Maintenance, maintain
+from tiger_db.audit.seal_format import Seal, SealPayload
 from tiger_db.audit.sealing import Sealing, required_key, seal
 from tiger_db.audit.verifying import AuditFinding, FindingKind, Verification, verify, verify_export
 
@@ -10,6 +11,8 @@ __all__ = [
     "AuditFinding",
     "FindingKind",
     "Maintenance",
+    "Seal",
+    "SealPayload",
     "Sealing",
     "Verification",
     "export",

@@ -48,6 +48,8 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
     """
 
     __abstract__: ClassVar[bool] = True
+    # SQLModel declares another type, with which pyright refuses a text.
+    __tablename__: ClassVar[str]
     # With eager_defaults, INSERT and UPDATE return the timestamps that the database sets.
     __mapper_args__: ClassVar[dict[str, object]] = {"eager_defaults": True}
     model_config = SQLModelConfig(

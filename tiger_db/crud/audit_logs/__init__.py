@@ -1,6 +1,7 @@
 """CRUD functions that record, search and count audit events. Recorded events never change."""
 
 from tiger_db.crud.audit_logs.queries import (
+    AddressOrNetwork,
     EventCount,
     EventDimension,
     EventFieldFilters,
@@ -22,6 +23,7 @@ from tiger_db.crud.audit_logs.recording import (
 )
 
 __all__ = [
+    "AddressOrNetwork",
     "EventCount",
     "EventDimension",
     "EventFieldFilters",

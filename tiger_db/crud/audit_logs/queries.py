@@ -32,7 +32,7 @@ from tiger_db.models import AuditAction, AuditLog, AuditResult, AuditSeverity
 from tiger_db.models.api_keys import parse_network
 from tiger_db.public import public
 
-Network: TypeAlias = str | IPv4Address | IPv6Address | IPv4Network | IPv6Network
+AddressOrNetwork: TypeAlias = str | IPv4Address | IPv6Address | IPv4Network | IPv6Network
 EventDimension: TypeAlias = Literal[
     "hour",
     "day",
@@ -73,7 +73,7 @@ class EventFieldFilters(TypedDict, total=False):
     api_key_id: OneOrMore[UUID] | None
     user_id: OneOrMore[str] | None
     user_type: OneOrMore[str] | None
-    ip_address: OneOrMore[Network] | None
+    ip_address: OneOrMore[AddressOrNetwork] | None
     session_id: OneOrMore[str] | None
     request_id: OneOrMore[str] | None
     resource: OneOrMore[str] | None
@@ -172,7 +172,7 @@ async def get_security_events(
     )
 
 
-def _in_network(value: OneOrMore[Network]) -> ColumnElement[bool]:
+def _in_network(value: OneOrMore[AddressOrNetwork]) -> ColumnElement[bool]:
     try:
         networks = [str(parse_network(network)) for network in as_list(value)]
     except ValueError as error:

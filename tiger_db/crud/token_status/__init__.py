@@ -16,6 +16,7 @@ from tiger_db.crud.token_status.outcomes import (
 )
 from tiger_db.crud.token_status.queries import (
     RefreshFilters,
+    RefreshQuery,
     RefreshStatistics,
     get,
     get_failed_refreshes,
@@ -37,6 +38,7 @@ from tiger_db.crud.token_status.scheduling import (
 
 __all__ = [
     "RefreshFilters",
+    "RefreshQuery",
     "RefreshStatistics",
     "cancel",
     "claim",
