@@ -23,6 +23,7 @@ NAMESPACES = [
     "tiger_db.testing",
     "tiger_db.tiger",
     "tiger_db.integrations.fastapi",
+    "tiger_db.integrations.mcp",
 ] + [f"tiger_db.crud.{name}" for name in crud.__all__ if name != "Page"]
 ERRORS = {
     name

@@ -71,8 +71,9 @@ async def test_a_client_needs_a_key(clone: Database, serve: Serve) -> None:
             await names(url, raw_key[:-1])
         status, body = await refusal(url, None)
         assert status == 401
-        for text in ("nonsense", new_key("test").raw_key, scopeless):
+        for text in ("nonsense", new_key("test").raw_key):
             assert await refusal(url, text) == (status, body)
+        assert (await refusal(url, scopeless))[0] == 403
         async with connected(url, raw_key) as client:
             assert (await client.call_tool("account_names", {})).structured_content
             async with clone.session() as session:
@@ -85,13 +86,25 @@ async def test_a_client_needs_a_key(clone: Database, serve: Serve) -> None:
 
 
 @pytest.mark.slow
-async def test_a_key_of_one_account_sees_no_other(clone: Database, serve: Serve) -> None:
+async def test_two_users_see_and_trade_their_own_accounts(clone: Database, serve: Serve) -> None:
+    users = {}
     async with clone.session() as session:
-        mine = await factories.account(session, account_name="Mine")
-        await factories.account(session, account_name="Another")
-        _, raw_key = await factories.api_key(session, tiger_account_id=mine.id)
+        for name in ("Ann", "Bob"):
+            account = await factories.account(session, account_name=name)
+            _, users[name] = await factories.api_key(
+                session,
+                scopes=[APIKeyScope.MCP_READ, APIKeyScope.TRADE_WRITE],
+                tiger_account_id=account.id,
+            )
     async with serve("mcp_server.py") as url:
-        assert await names(url, raw_key) == {"result": ["Mine"]}
+        for name, raw_key in users.items():
+            assert await names(url, raw_key) == {"result": [name]}
+            assert await order(url, raw_key) == (False, "accepted: 1 AAPL")
+        async with clone.session() as session:
+            await crud.api_keys.pause(session, reason="stop")
+        for name, raw_key in users.items():
+            assert await names(url, raw_key) == {"result": [name]}
+            assert await order(url, raw_key) == (True, "trading is paused: stop")
 
 
 @pytest.mark.slow
@@ -102,7 +115,7 @@ async def test_a_pause_stops_orders(clone: Database, serve: Serve) -> None:
         )
         _, reader = await factories.api_key(session, scopes=[APIKeyScope.MCP_READ])
     async with serve("mcp_server.py") as url:
-        assert await order(url, raw_key) == (False, "accepted")
+        assert await order(url, raw_key) == (False, "accepted: 1 AAPL")
         failed, text = await order(url, reader)
         assert failed
         assert "trade:write" in text
@@ -113,16 +126,17 @@ async def test_a_pause_stops_orders(clone: Database, serve: Serve) -> None:
         assert "trading is paused: stop" in text
         async with clone.session() as session:
             await crud.api_keys.resume(session)
-        assert await order(url, raw_key) == (False, "accepted")
+        assert await order(url, raw_key) == (False, "accepted: 1 AAPL")
     async with clone.session() as session:
         events = await crud.audit_logs.search(
-            session, action=AuditAction.TRADE_PLACE_ORDER, user_id=key.key_prefix
+            session, action=AuditAction.MCP_TOOL_CALL, user_id=key.key_prefix
         )
-    assert [(event.result, event.error_code, event.api_key_id) for event in events] == [
-        ("success", None, key.id),
-        ("pending", None, None),
-        ("error", "TradingPaused", None),
-        ("pending", None, None),
-        ("success", None, key.id),
-        ("pending", None, None),
+    assert {event.api_key_id for event in events} == {key.id}
+    assert [(event.result, event.error_code) for event in events] == [
+        ("success", None),
+        ("pending", None),
+        ("error", "TradingPaused"),
+        ("pending", None),
+        ("success", None),
+        ("pending", None),
     ]
