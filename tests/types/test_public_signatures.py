@@ -5,7 +5,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -73,7 +73,9 @@ def types_of(item: Any) -> Iterator[tuple[str, Any]]:
         for name in names(annotation):
             value = scope.get(name)
             ours = getattr(value, "__module__", None) if inspect.isclass(value) else "tiger_db"
-            if name in OURS and str(ours).startswith("tiger_db") and type(value) is not TypeVar:
+            # Users see `Annotated` types without the validators.
+            internal = type(value) is TypeVar or get_origin(value) is Annotated
+            if name in OURS and str(ours).startswith("tiger_db") and not internal:
                 yield name, value
 
 
