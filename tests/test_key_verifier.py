@@ -10,6 +10,7 @@ from passlib.hash import bcrypt
 from sqlalchemy import event, text
 
 from tests.support import factories
+from tests.support.signing import sign_rows
 from tests.support.verifiers import checkouts
 from tiger_db import (
     AccountStatus,
@@ -120,7 +121,7 @@ async def test_no_answer_is_outdated(clone: Database) -> None:
             await crud.accounts.update(session, account.id, status=status)
         assert (await verifier.verify(raw_key) is not None) == accepted
     async with clone.session() as session:
-        await session.execute(text("UPDATE api_keys SET rate_limit_per_day = 1"))
+        await crud.api_keys.update(session, key.id, rate_limit_per_day=1)
     assert await verifier.verify(raw_key)  # a new limit counts from its first use on
     with pytest.raises(RateLimited) as limited:
         await verifier.authorize(raw_key)
@@ -227,6 +228,7 @@ async def test_a_pool_that_fills_up_while_a_hash_is_verified_is_an_unavailable_d
         change = text("UPDATE api_keys SET key_hash = :hash")
         async with clone.session() as session:
             await session.execute(change, {"hash": bcrypt.using(rounds=4).hash(secret)})
+            await sign_rows(session)
         given_back = asyncio.Event()
         engine = database.out_of_band.engine.sync_engine
         event.listen(engine, "checkin", lambda *_: given_back.set())

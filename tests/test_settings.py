@@ -57,6 +57,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "API_KEY_PEPPERS": ("p1:abc", "p1:abc"),
     "API_KEY_PEPPERS_FILE": ("/run/secrets/peppers", Path("/run/secrets/peppers")),
     "API_KEYS_ALLOW_UNPEPPERED_UNTIL": ("2027-01-31", date(2027, 1, 31)),
+    "API_KEYS_ALLOW_UNSIGNED_UNTIL": ("2027-01-31", date(2027, 1, 31)),
     "AUDIT_SIGNING_KEY": ("abc", "abc"),
     "AUDIT_SIGNING_KEY_FILE": ("/run/secrets/seal", Path("/run/secrets/seal")),
     "AUDIT_RETENTION_MONTHS": ("84", 84),

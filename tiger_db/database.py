@@ -125,6 +125,7 @@ class Database:
             peppers=configured(self.settings, API_KEY_PEPPERS),
             key_environment="live" if self.settings.production else "test",
             allow_unpeppered_until=self.settings.api_keys_allow_unpeppered_until,
+            allow_unsigned_until=self.settings.api_keys_allow_unsigned_until,
             out_of_band=self.out_of_band,
             count_use=self.usage_counter.count,
             failing_after=self.settings.account_failing_after,

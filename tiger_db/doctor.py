@@ -24,6 +24,7 @@ from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
 from tiger_db.crud.accounts import RoutingReason, explain_for_operation
 from tiger_db.crud.api_keys import current_pause
+from tiger_db.crud.api_keys.signing import find_invalid_codes
 from tiger_db.database import AsyncSession
 from tiger_db.encryption_key_rotation import (
     find_unnormalized_secrets,
@@ -114,6 +115,7 @@ def _checks(settings: Settings) -> dict[str, Check]:
         "API keys": _check_api_keys,
         "API key hashes": partial(_check_hashes, settings=settings),
         "API key peppers": partial(_check_peppers, settings=settings),
+        "API key codes": partial(_check_codes, settings=settings),
         "account numbers": _check_account_numbers,
         "encryption keys": partial(_check_encryption_keys, settings=settings),
         "Tiger ids": partial(_check_tiger_ids, settings=settings),
@@ -487,6 +489,36 @@ async def _check_peppers(connection: AsyncConnection, settings: Settings) -> Out
         f"{row.id}: {row.keys:,} active {'key' if row.keys == 1 else 'keys'}" for row in rows
     )
     return Outcome("ok", seen or "no pepper is in use")
+
+
+async def _check_codes(connection: AsyncConnection, settings: Settings) -> Outcome:
+    """Find the API keys in force whose authentication code is missing or wrong."""
+    try:
+        peppers = await asyncio.to_thread(required_peppers, settings)
+    except TigerDBError as error:
+        return _unusable(error, API_KEY_PEPPERS)
+    if peppers is None:
+        return Outcome("ok", "no pepper exists yet, and no API key")
+    async with AsyncSession(connection) as session:
+        found = await find_invalid_codes(session, peppers)
+        today = await session.scalar(text("SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date"))
+    if found.wrong:
+        seen = (
+            "API keys whose row was created or changed by another program than tiger_db:"
+            f" {len(found.wrong)} ({_join_first(found.wrong)}); these API keys are refused"
+        )
+        advice = "revoke or delete these API keys, and find out who changed the table api_keys"
+        return Outcome("problem", seen, advice)
+    if not found.missing:
+        return Outcome("ok", "all active API keys have valid authentication codes")
+    seen = f"active API keys without an authentication code: {len(found.missing)}"
+    seen = f"{seen} ({_join_first(found.missing)})"
+    advice = "revoke the API keys that you did not create, and run `tiger-db sign-api-keys`"
+    until = settings.api_keys_allow_unsigned_until
+    if until is not None and today is not None and today <= until:
+        seen += f"; these API keys are accepted until the end of {until} (UTC)"
+        return Outcome("warning", seen, advice)
+    return Outcome("problem", f"{seen}; these API keys are refused", advice)
 
 
 _ACCOUNT_NUMBERS = f"""

@@ -12,7 +12,8 @@ from typing import Self
 from uuid import UUID
 
 from tiger_db.connections.listener import Connection, listen
-from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key, denial_event
+from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key
+from tiger_db.crud.api_keys.denials import denial_event
 from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.api_keys.policy import AccessRequest, access_request, check_access
 from tiger_db.database import Database
@@ -161,7 +162,7 @@ class KeyVerifier:
         except AccessDenied:
             self._drop(digest)
             raise
-        if changes == self._notifications and not verified.outdated:
+        if changes == self._notifications and verified.cacheable:
             verified.read_at = read_at
             self._store(digest, verified)
         return verified.key

@@ -216,6 +216,10 @@ class Settings(BaseSettings):
     api_keys_allow_unpeppered_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
         default=None, description="last day (UTC) on which API keys without a pepper are valid"
     )
+    api_keys_allow_unsigned_until: Annotated[date | None, BeforeValidator(_iso_date)] = Field(
+        default=None,
+        description="last day (UTC) on which API keys without an authentication code are valid",
+    )
     audit_signing_key: SecretStr | None = None
     audit_signing_key_file: File | None = None
     audit_retention_months: int | None = Field(default=None, ge=1, le=1200)

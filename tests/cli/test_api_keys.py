@@ -32,7 +32,7 @@ def test_a_key_is_created_with_all_options(cli: CommandLine) -> None:
         "--description", "notes", "--created-by", "me",
     )  # fmt: skip
     assert [*row] == [
-        *(name for name in APIKey.model_fields if name not in {"key_hash", "pepper_id"}),
+        *(name for name, field in APIKey.model_fields.items() if not field.exclude),
         "key",
     ]
     account = cli.ok("show-account", "51230321", "--json").json

@@ -18,7 +18,7 @@ COMMANDS = (
     "create-api-key", "list-api-keys", "verify-api-key", "show-api-key", "list-expiring-api-keys",
     "update-api-key", "activate-api-key", "deactivate-api-key", "rotate-api-key",
     "revoke-api-key", "delete-api-key", "print-api-key-pattern", "generate-api-key-pepper",
-    "pause", "resume", "list-events", "count-events", "export-events",
+    "sign-api-keys", "pause", "resume", "list-events", "count-events", "export-events",
     "generate-audit-signing-key", "print-audit-public-key", "seal-audit", "verify-audit",
     "export-checkpoint", "maintain-audit", "list-refreshes", "watch-refreshes",
     "run-refresh-worker",

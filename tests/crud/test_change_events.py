@@ -253,7 +253,7 @@ async def test_inserted_rows_are_recorded_with_all_values(session: AsyncSession)
     assert (key_created.action, key_created.api_key_id) == (A.API_KEY_CREATE, key.id)
     assert key_created.new_values is not None
     assert key_created.new_values["scopes"] == ["mcp:read"]
-    left_out |= {"key_hash", "pepper_id"}
+    left_out |= {"key_hash", "pepper_id", "mac", "mac_denied_at"}
     assert key_created.new_values.keys() == APIKey.model_fields.keys() - left_out
 
 

@@ -32,6 +32,8 @@ OTHER = {
     "revocation_reason": "'none'",
     "description": "'another'",
     "tags": """'{"a": 1}'""",
+    "mac": "'1:test:code'",
+    "mac_denied_at": "now()",
 }
 
 

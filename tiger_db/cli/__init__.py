@@ -19,6 +19,7 @@ from tiger_db.cli import (
     audit_seals,
     database,
     encryption,
+    key_codes,
     refreshes,
     tiger,
     trading,
@@ -38,7 +39,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (
-    database, accounts, api_keys, trading, audit_events, audit_seals, refreshes, encryption, tiger,
+    database, accounts, api_keys, key_codes, trading, audit_events, audit_seals, refreshes,
+    encryption, tiger,
 ):  # fmt: skip
     app.add_typer(_module.app)
 

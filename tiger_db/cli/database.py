@@ -336,7 +336,22 @@ async def _migrate(
         output.print_message(f"the schema is already at revision {after.current}")
     if after.problem:
         output.print_message(after.problem)
+    elif unsigned := await _with_engine(config, _count_unsigned):
+        output.print_warning(
+            f"{output.count_of(unsigned, 'API key')} without an authentication code, which servers"
+            " of this release refuse: when all processes have this release, run `tiger-db"
+            " sign-api-keys`. Until then, set API_KEYS_ALLOW_UNSIGNED_UNTIL"
+        )
     return after
+
+
+async def _count_unsigned(engine: "AsyncEngine") -> int:
+    """Count the API keys without an authentication code, except revoked API keys."""
+    async with engine.connect() as connection:
+        result = await connection.exec_driver_sql(
+            "SELECT count(*) FROM api_keys WHERE mac IS NULL AND status <> 'revoked'"
+        )
+        return int(result.scalar_one())
 
 
 async def _generate_encryption_key(config: "tiger_db.Settings") -> None:

@@ -9,10 +9,17 @@ from sqlalchemy import Connection, inspect, select
 from sqlalchemy.event import listens_for
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, object_session
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.attributes import instance_state, set_attribute
 from sqlalchemy.orm.base import NO_VALUE
 
 from tiger_db.actor import attribute
+from tiger_db.crud.api_key_codes import (
+    SIGNED_COLUMNS,
+    compute_code,
+    optional_peppers,
+    renewed_code,
+    signed_values,
+)
 from tiger_db.crud.audit_logs.recording import EventFields, account_event, api_key_event
 from tiger_db.crud.common import actor_of
 from tiger_db.encryption import EncryptedSecret
@@ -27,7 +34,7 @@ RECORDED = {"tiger_db_recorded": True}
 # Audit events mask the values of the fields in _HIDDEN.
 _HIDDEN = {"key_hash", "pepper_id"}
 # Audit events omit the columns in _OMITTED.
-_OMITTED = {"created_at", "updated_at", "token_refresh_at"}
+_OMITTED = {"created_at", "updated_at", "token_refresh_at", "mac", "mac_denied_at"}
 # InstanceState.info stores the fields of the audit event under the key _FIELDS. The key _GIVEN of
 # InstanceState.info stores the names of the fields that the audit event lists even if they are
 # unchanged. The key _OLD of InstanceState.info stores the old values of fields.
@@ -80,6 +87,42 @@ def reason_details(reason: str | None) -> dict[str, object] | None:
 
 
 # Event listeners that run when the ORM flushes accounts and API keys
+
+
+@listens_for(APIKey, "before_insert")
+def _sign_new_row(_mapper: object, _connection: object, key: APIKey) -> None:
+    """Compute the authentication code of a new API key. Without peppers, the row has no code."""
+    session = object_session(key)
+    assert session is not None
+    peppers = optional_peppers(session.info)
+    set_attribute(key, "mac", peppers and compute_code(peppers, signed_values(key)))
+
+
+@listens_for(APIKey, "before_update")
+def _renew_code(mapper: Mapper[Any], connection: Connection, key: APIKey) -> None:
+    """Renew the authentication code of an API key whose signed columns are changed.
+
+    The code covers the stored values with this flush's changes, not the values in the session,
+    which another transaction can have changed.
+
+    Raises:
+        InvalidState, ConfigurationError: as documented for `renewed_code`.
+    """
+    state = instance_state(key)
+    written = state.committed_state.keys() & {*SIGNED_COLUMNS}
+    session = object_session(key)
+    assert session is not None
+    if not written or not session.is_modified(key):
+        return
+    old = _stored_values(mapper, connection, key, {*SIGNED_COLUMNS, "mac"})
+    changes = {
+        name: new
+        for name in written
+        if old and not is_equal(APIKey, name, old[name], new := getattr(key, name))
+    }
+    if changes:
+        code = renewed_code(optional_peppers(session.info), old, {**old, **changes})
+        set_attribute(key, "mac", code)
 
 
 @listens_for(TigerAccount, "after_insert")

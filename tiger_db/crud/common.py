@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
@@ -108,7 +108,8 @@ class SessionContext:
     """Helpers and settings of a Database, stored in the `info` of each session of the Database.
 
     `key_environment` is the environment of new API keys. Hashes without a pepper are accepted until
-    the end of the day `allow_unpeppered_until` (UTC). `count_use` is the method
+    the end of the day `allow_unpeppered_until` (UTC), and API keys without an authentication code
+    until the end of the day `allow_unsigned_until` (UTC). `count_use` is the method
     `UsageCounter.count`. `actor` is the argument `actor` of `Database.session`. If `out_of_band` is
     None, audit events are written in the session's transaction. If `count_use` is None, uses of API
     keys are counted in the session's transaction. `failing_after`, `failing_for` and
@@ -120,6 +121,7 @@ class SessionContext:
     peppers: Peppers | None
     key_environment: Literal["live", "test"]
     allow_unpeppered_until: date | None
+    allow_unsigned_until: date | None
     out_of_band: OutOfBandWriter | None
     count_use: Callable[[UUID, float], None] | None
     failing_after: int
@@ -155,6 +157,11 @@ def refuse_readonly(session: AsyncSession) -> None:
         raise InvalidState(
             "a readonly session cannot write, and may read stale data: use Database.session()"
         )
+
+
+def has_passed(until: date | None, now: float) -> bool:
+    """Return whether the day `until` (UTC) is None or over. `now` is in seconds since 1970."""
+    return until is None or datetime.fromtimestamp(now, UTC).date() > until
 
 
 def require_aware(name: str, value: datetime | None) -> datetime | None:

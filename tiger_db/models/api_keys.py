@@ -235,6 +235,18 @@ class APIKeyView(MutableEntityView):
     )
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
+    mac: Text | None = Field(
+        default=None,
+        exclude=True,
+        repr=False,
+        description="Authentication code of the row as format:pepper id:code; null: unsigned",
+    )
+    mac_denied_at: UTCDateTime | None = Field(
+        default=None,
+        exclude=True,
+        repr=False,
+        description="Time of the last recorded denial because of a wrong or missing mac",
+    )
 
 
 class APIKey(APIKeyView, MutableEntity, table=True):

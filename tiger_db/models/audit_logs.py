@@ -71,6 +71,7 @@ class AuditAction(StrEnum):
     API_KEY_DELETE = "api_key:delete"
     API_KEY_USE = "api_key:use"
     API_KEY_DENY = "api_key:deny"
+    API_KEY_SIGN = "api_key:sign"
 
     TOKEN_UPDATE = "token:update"
     TOKEN_REFRESH_SCHEDULE = "token:refresh_schedule"

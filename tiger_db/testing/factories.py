@@ -12,6 +12,8 @@ from typing import Any
 from sqlalchemy import text
 
 from tiger_db import crud
+from tiger_db.crud.api_key_codes import compute_code, signed_values
+from tiger_db.crud.api_keys.hashing import peppers_of
 from tiger_db.database import AsyncSession
 from tiger_db.models import (
     APIKey,
@@ -69,8 +71,11 @@ async def api_key(session: AsyncSession, **arguments: object) -> tuple[APIKey, s
         return await crud.api_keys.create_api_key(session, **given)
     # `create_api_key` refuses an expiry in the past.
     key, raw_key = await crud.api_keys.create_api_key(session, **{**given, "expires_at": None})
-    expire = text("UPDATE api_keys SET expires_at = :expires_at WHERE id = :id")
-    await session.execute(expire, {"expires_at": expires_at, "id": key.id})
+    mac = compute_code(
+        peppers_of(session.info), {**signed_values(key), "expires_at": expires_at}
+    )
+    expire = text("UPDATE api_keys SET expires_at = :expires_at, mac = :mac WHERE id = :id")
+    await session.execute(expire, {"expires_at": expires_at, "mac": mac, "id": key.id})
     await session.refresh(key)
     return key, raw_key
 

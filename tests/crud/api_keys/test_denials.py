@@ -11,6 +11,7 @@ from sqlalchemy import text
 from tests.support import factories
 from tests.support.contexts import context_without_out_of_band
 from tests.support.raw_keys import unknown_key, wrong_secret
+from tests.support.signing import sign_rows
 from tiger_db import APIKeyScope, AuditAction, AuditLog, AuditResult, Database, KeyVerifier
 from tiger_db import errors as tiger_errors
 from tiger_db.crud import api_keys
@@ -80,6 +81,7 @@ async def test_a_denial_is_recorded_even_if_the_caller_rolls_back(
         key, raw_key = await factories.api_key(session, tiger_account_id=account.id)
         if change:
             await session.execute(text(change))
+            await sign_rows(session)
     if reason == "RateLimited":
         async with clone.session() as session:
             await api_keys.authorize_api_key(session, raw_key)

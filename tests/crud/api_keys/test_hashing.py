@@ -21,6 +21,7 @@ from tests.support import factories
 from tests.support.contexts import changed_context
 from tests.support.raw_keys import sent_statements, unknown_key, wrong_secret
 from tests.support.servers import PRODUCTION
+from tests.support.signing import sign_rows
 from tiger_db import (
     Actor,
     AuditAction,
@@ -105,11 +106,13 @@ async def stored(database: Database) -> tuple[str, str | None]:
 
 
 async def store(database: Database, key_hash: str, pepper_id: str | None = None) -> None:
+    """Store a hash in the only key, as a release that signs the row would."""
     async with database.session() as session:
         await session.execute(
             text("UPDATE api_keys SET key_hash = :key_hash, pepper_id = :pepper_id"),
             {"key_hash": key_hash, "pepper_id": pepper_id},
         )
+        await sign_rows(session)
 
 
 # Peppers
@@ -348,6 +351,7 @@ def test_the_day_ends_at_midnight_utc(now: datetime, accepted: bool) -> None:
         peppers=None,
         key_environment="test",
         allow_unpeppered_until=date(2027, 1, 31),
+        allow_unsigned_until=None,
         out_of_band=None,
         count_use=None,
         failing_after=3,

@@ -486,6 +486,8 @@ async def test_a_change_to_the_same_values_writes_nothing(
         ("usage_count", "cannot change this field$"),
         ("last_used_at", "cannot change this field$"),
         ("root_id", "cannot change this field$"),
+        ("mac", "tiger_db computes it$"),
+        ("mac_denied_at", "cannot change this field$"),
         ("pepper_id", "cannot change this field$"),
         ("successor_id", "use `rotate`$"),
         ("key_prefix", "use `rotate`"),

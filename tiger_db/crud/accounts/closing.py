@@ -1,15 +1,17 @@
 """Functions that close, reopen and delete accounts."""
 
+from collections.abc import Iterable
 from typing import TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, exists, func, select
+from sqlalchemy import ColumnElement, case, exists, func, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
 from tiger_db.crud.accounts.changes import CLOSED_VALUES
+from tiger_db.crud.api_key_codes import optional_peppers, renewed_code, signed_values
 from tiger_db.crud.audit_logs.recording import api_key_event, log_events, refresh_event
 from tiger_db.crud.change_events import RECORDED, apply_change, described, reason_details
 from tiger_db.crud.common import fetch_all, get_or_raise, savepoint
@@ -47,20 +49,31 @@ async def close(session: AsyncSession, account_id: UUID) -> TigerAccount:
     account = await get_or_raise(session, TigerAccount, account_id, lock=True)
     if account.status == AccountStatus.CLOSED:
         return account
-    keys = await _end(
+    unrevoked = await _lock(
         session,
         APIKey,
         col(APIKey.tiger_account_id) == account.id,
         col(APIKey.status) != APIKeyStatus.REVOKED,
+    )
+    keys = await _end(
+        session,
+        APIKey,
+        unrevoked,
         status=APIKeyStatus.REVOKED,
         revoked_at=func.now(),
         revocation_reason=_REASON,
+        mac=_codes_of_revoked(session, unrevoked),
     )
-    refreshes = await _end(
+    unfinished = await _lock(
         session,
         TokenStatus,
         col(TokenStatus.tiger_account_id) == account.id,
         col(TokenStatus.status).in_(OPEN_STATUSES),
+    )
+    refreshes = await _end(
+        session,
+        TokenStatus,
+        unfinished,
         status=TokenRefreshStatus.CANCELLED,
         completed_at=func.now(),
         lease_expires_at=None,
@@ -179,12 +192,30 @@ async def delete(session: AsyncSession, account_id: UUID, *, reason: str | None 
             await session.flush()
 
 
+async def _lock(
+    session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool]
+) -> list[E_]:
+    """Lock the rows that match all criteria, and return them."""
+    return await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
+
+
 async def _end(
-    session: AsyncSession, entity: type[E_], *criteria: ColumnElement[bool], **values: object
+    session: AsyncSession, entity: type[E_], rows: list[E_], **values: object
 ) -> list[tuple[E_, str]]:
-    """Update the rows that match all criteria. Return each updated row with its old status."""
-    rows = await fetch_all(session, select(entity).where(*criteria).with_for_update(key_share=True))
+    """Update locked rows. Return each updated row with its old status."""
     old = {row.id: row.status.value for row in rows}
     statement = sql_update(entity).where(col(entity.id).in_(old)).values(**values)
     changed = await fetch_all(session, statement.execution_options(**RECORDED).returning(entity))
     return [(row, old[row.id]) for row in changed]
+
+
+def _codes_of_revoked(
+    session: AsyncSession, keys: Iterable[APIKey]
+) -> ColumnElement[str | None] | None:
+    """Return the SQL expression of the authentication codes of API keys after their revocation."""
+    peppers = optional_peppers(session.info)
+    codes: dict[UUID, str | None] = {}
+    for key in keys:
+        old = {**signed_values(key), "mac": key.mac}
+        codes[key.id] = renewed_code(peppers, old, {**old, "status": APIKeyStatus.REVOKED})
+    return case(codes, value=col(APIKey.id), else_=col(APIKey.mac)) if codes else None

@@ -26,6 +26,7 @@ from tiger_db.crud.api_keys.queries import (
     usage,
 )
 from tiger_db.crud.api_keys.rate_limits import KeyLimits, Limit, limits
+from tiger_db.crud.api_keys.signing import list_unsigned, sign
 
 __all__ = [
     "KEY_PATTERN",
@@ -50,10 +51,12 @@ __all__ = [
     "limits",
     "list_api_keys",
     "list_expiring",
+    "list_unsigned",
     "pause",
     "resume",
     "revoke",
     "rotate",
+    "sign",
     "update",
     "usage",
     "verify_api_key",

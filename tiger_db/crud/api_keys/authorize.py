@@ -4,12 +4,22 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tiger_db.actor import Actor, attribute
+from tiger_db.crud.api_key_codes import (
+    CodeState,
+    ForgedRow,
+    UnsignedRow,
+    check_code,
+    compute_code,
+    refuse_unauthentic,
+    signed_values,
+)
+from tiger_db.crud.api_keys.denials import denial_event, record_denial, request_event
 from tiger_db.crud.api_keys.hashing import (
     UnpepperedHash,
     hash_secret,
@@ -19,25 +29,27 @@ from tiger_db.crud.api_keys.hashing import (
     verify_secret,
 )
 from tiger_db.crud.api_keys.key_format import ParsedKey, parse_key
-from tiger_db.crud.api_keys.policy import AccessRequest, KeyPermissions, check_access
+from tiger_db.crud.api_keys.policy import (
+    AccessRequest,
+    KeyPermissions,
+    check_access,
+    check_in_force,
+)
 from tiger_db.crud.api_keys.rate_limits import consume
 from tiger_db.crud.api_keys.usage_counter import count_in_session
-from tiger_db.crud.audit_logs.recording import EventFields, api_key_event, insert_event
+from tiger_db.crud.audit_logs.recording import api_key_event, insert_event
 from tiger_db.crud.common import (
     actor_of,
     context_of,
     execute_driver_sql,
     refuse_readonly,
-    replace_unstorable,
 )
 from tiger_db.errors import AccessDenied, InvalidAPIKey
-from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, AuditResult, AuditSeverity
-from tiger_db.models.api_keys import parse_address
+from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, AuditSeverity
 from tiger_db.models.audit_logs import insert_events
 from tiger_db.models.base import column_names, hydrate, merge_row, row_expression
 from tiger_db.out_of_band import OutOfBandWriter
 from tiger_db.public import public
-from tiger_db.redaction import redact_aggressively
 from tiger_db.sqlstates import raw_errors
 
 if TYPE_CHECKING:
@@ -54,13 +66,12 @@ WHERE k.key_prefix = $1
 _NAMES = column_names(APIKey)
 # Each use of an API key changes the columns in _COUNTERS.
 _COUNTERS = ("usage_count", "last_used_at", "updated_at")
-# An IP address or user agent in an audit event has at most _RECORDED_CHARACTERS characters.
-_RECORDED_CHARACTERS = 200
 # _REPLACE_HASH replaces the hash of an API key, unless another transaction has already replaced the
-# hash. With SKIP LOCKED, an authorization never waits for a row lock.
+# hash or changed a signed column. With SKIP LOCKED, an authorization never waits for a row lock.
 _REPLACE_HASH = """
-UPDATE api_keys SET key_hash = $3, pepper_id = $4 WHERE id IN
-    (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 FOR NO KEY UPDATE SKIP LOCKED)
+UPDATE api_keys SET key_hash = $4, pepper_id = $5, mac = $6 WHERE id IN
+    (SELECT id FROM api_keys WHERE id = $1 AND key_hash = $2 AND mac IS NOT DISTINCT FROM $3
+    FOR NO KEY UPDATE SKIP LOCKED)
 RETURNING true
 """
 
@@ -96,15 +107,22 @@ class KeyRow(NamedTuple):
 class VerifiedKey:
     """An API key whose secret was verified, and the key's columns at the time of verification.
 
-    `outdated` is true if the hash of the API key should be replaced. `read_at` is the monotonic
-    time at which the row of the API key was read.
+    `outdated` is true if the hash of the API key should be replaced. `signed` is false if the row
+    of the API key has no authentication code, but is accepted until a date. `read_at` is the
+    monotonic time at which the row of the API key was read.
     """
 
     key: APIKey
     permissions: KeyPermissions
     columns: Mapping[str, Any] = field(repr=False)
     outdated: bool
+    signed: bool
     read_at: float = 0.0
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether the API key is accepted without a time limit of its hash or its row."""
+        return self.signed and not self.outdated
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +186,11 @@ async def authorize_api_key(
 
     An audit event records each denial, except the denial of a malformed API key. The audit event
     and the use of the key are recorded out of band.
+
+    A key whose row has a wrong authentication code is denied with `InvalidAPIKey`, because another
+    program has created or changed the row. A row without a code is accepted until the date in
+    API_KEYS_ALLOW_UNSIGNED_UNTIL (UTC, database clock). These denials are recorded once per hour
+    and key at most.
 
     A key whose hash has no pepper is denied with `InvalidAPIKey`, unless the date in
     API_KEYS_ALLOW_UNPEPPERED_UNTIL is today (UTC, database clock) or later. The hash of an accepted
@@ -243,10 +266,10 @@ async def authorize_parsed_key(
                         connection = await stack.enter_async_context(limiter.connection())
                     counted = await consume(connection, verified.permissions)
         except AccessDenied as reason:
-            key_id, account_id = row.columns.get("id"), row.columns.get("tiger_account_id")
-            event = denial_event(reason, parsed.prefix, request, key_id, account_id)
-            await writer.record(event, actor_of(info))
-            if isinstance(reason, UnpepperedHash):
+            ids = row.columns.get("id"), row.columns.get("tiger_account_id")
+            event = denial_event(reason, parsed.prefix, request, *ids)
+            await record_denial(writer, reason, event, actor_of(info))
+            if isinstance(reason, UnpepperedHash | UnsignedRow | ForgedRow):
                 raise InvalidAPIKey from None
             raise
         # If there is a session, the next iteration of the loop calls the function `consume` in the
@@ -256,7 +279,7 @@ async def authorize_parsed_key(
     assert verified is not None
     if verified.outdated:
         async with writer.connection() as connection:
-            await _replace_hash(connection, parsed, request, row, info)
+            await _replace_hash(connection, parsed, request, verified, info)
     if count_use:
         await _count_use(verified, row.now, info, session)
     return verified
@@ -299,6 +322,10 @@ async def _verify(
         InvalidAPIKey: the secret is wrong, or the API key does not exist.
         UnpepperedHash: the hash of the API key has no pepper, and API_KEYS_ALLOW_UNPEPPERED_UNTIL
             is not set or is a past day (UTC).
+        UnsignedRow: the row of the API key has no authentication code, and
+            API_KEYS_ALLOW_UNSIGNED_UNTIL is not set or is a past day (UTC).
+        ForgedRow: the authentication code of the row is wrong.
+        APIKeyExpired, APIKeyRevoked: the row has no valid code, and the API key is not in force.
     """
     peppers = peppers_of(info)
     key_hash, pepper_id = row.columns.get("key_hash", ""), row.columns.get("pepper_id")
@@ -310,27 +337,42 @@ async def _verify(
     else:
         key = hydrate(APIKey, row.values, None)
     permissions = KeyPermissions.of(key, row.columns["account_status"])
-    return VerifiedKey(key, permissions, row.columns, outdated(peppers, key_hash, pepper_id))
+    signed = check_code(peppers, signed_values(key), key.mac)
+    if signed is not CodeState.VALID:
+        # Plain SQL can revoke an API key, although the authentication code is then wrong.
+        check_in_force(permissions, row.now)
+        refuse_unauthentic(info, signed, row.now)
+    return VerifiedKey(
+        key,
+        permissions,
+        row.columns,
+        outdated=outdated(peppers, key_hash, pepper_id),
+        signed=signed is CodeState.VALID,
+    )
 
 
 async def _replace_hash(
     connection: "asyncpg.Connection[asyncpg.Record]",
     parsed: ParsedKey,
     request: AccessRequest,
-    row: KeyRow,
+    verified: VerifiedKey,
     info: Mapping[Any, object],
 ) -> None:
     """Replace an outdated hash by a hash with the first pepper, and record the replacement.
 
-    An audit event records each use of an API key whose hash has no pepper, even if the hash is not
+    The authentication code is renewed with the hash. A row without a code stays without a code. An
+    audit event records each use of an API key whose hash has no pepper, even if the hash is not
     replaced.
     """
-    old_pepper_id = row.columns["pepper_id"]
-    ids = row.columns["id"], row.columns["tiger_account_id"]
-    new_hash, new_pepper_id = hash_secret(peppers_of(info), parsed.secret)
+    peppers, columns = peppers_of(info), verified.columns
+    old_pepper_id = columns["pepper_id"]
+    ids = columns["id"], columns["tiger_account_id"]
+    new_hash, new_pepper_id = hash_secret(peppers, parsed.secret)
+    new = {**signed_values(verified.key), "key_hash": new_hash, "pepper_id": new_pepper_id}
+    mac = compute_code(peppers, new) if verified.signed else None
     events: list[AuditLog] = []
     if old_pepper_id is None:
-        event = _request_event(
+        event = request_event(
             request,
             *ids,
             action=AuditAction.API_KEY_USE,
@@ -342,7 +384,7 @@ async def _replace_hash(
         events.append(event)
     async with connection.transaction():
         if await connection.fetchval(
-            _REPLACE_HASH, ids[0], row.columns["key_hash"], new_hash, new_pepper_id
+            _REPLACE_HASH, ids[0], columns["key_hash"], columns["mac"], new_hash, new_pepper_id, mac
         ):
             event = api_key_event(
                 *ids,
@@ -354,53 +396,3 @@ async def _replace_hash(
         if events:
             actor = actor_of(info)
             await insert_events(connection, [attribute(event, actor) for event in events])
-
-
-def denial_event(
-    reason: AccessDenied,
-    key_prefix: str,
-    request: AccessRequest,
-    key_id: UUID | None,
-    account_id: UUID | None,
-) -> AuditLog:
-    """Build the audit event of a denied request."""
-    return _request_event(
-        request,
-        key_id,
-        account_id,
-        action=AuditAction.API_KEY_DENY,
-        result=AuditResult.FAILURE,
-        error_code=type(reason).__name__,
-        error_message=str(reason),
-        details={"key_prefix": key_prefix},
-    )
-
-
-def _request_event(
-    request: AccessRequest,
-    key_id: UUID | None,
-    account_id: UUID | None,
-    **fields: Unpack[EventFields],
-) -> AuditLog:
-    """Build the audit event of a request.
-
-    The user agent and an invalid IP address are redacted and shortened.
-    """
-    details = dict(fields["details"] or {})
-    if request.scopes:
-        details["scopes"] = [str(scope) for scope in request.scopes]
-    if request.account_id is not None:
-        details["account_id"] = str(request.account_id)
-    if request.ip_address is not None:
-        try:
-            fields["ip_address"] = parse_address(request.ip_address)
-        except ValueError:
-            details["ip_address"] = _shorten(str(request.ip_address))
-    if request.user_agent:
-        fields["user_agent"] = _shorten(request.user_agent)
-    fields["details"] = details
-    return api_key_event(key_id, account_id, **fields)
-
-
-def _shorten(text: str) -> str:
-    return redact_aggressively(replace_unstorable(text))[:_RECORDED_CHARACTERS]

@@ -3,13 +3,13 @@
 import asyncio
 import secrets
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
 from passlib.context import CryptContext
+from passlib.hash import argon2, bcrypt
 
-from tiger_db.crud.common import context_of
+from tiger_db.crud.common import context_of, has_passed
 from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
 
@@ -18,7 +18,15 @@ from tiger_db.peppers import Peppers
 # hash (Argon2 or bcrypt).
 _FAST = "ldap_salted_sha256"
 _hashes = CryptContext(schemes=[_FAST, "argon2", "bcrypt"], deprecated=["argon2", "bcrypt"])
-_MAX_HASH_CHARACTERS = 512  # the verification of a longer Argon2 hash can take too long
+# The stored hash determines the cost of its verification, so the cost is limited before the
+# verification. The limits permit the parameters that OWASP and the common libraries recommend, and
+# about half a second of work.
+_MAX_HASH_CHARACTERS = 512
+_MAX_ARGON2_MEMORY_KIB = 2**18  # m: 256 MiB
+_MAX_ARGON2_ROUNDS = 16  # t
+_MAX_ARGON2_LANES = 16  # p
+_MAX_ARGON2_WORK_KIB = 2**19  # m times t
+_MAX_BCRYPT_ROUNDS = 14
 
 
 class UnpepperedHash(InvalidAPIKey):
@@ -50,12 +58,12 @@ def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
 async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: str | None) -> bool:
     """Return whether a secret matches a hash. If `pepper_id` is None, the hash has no pepper.
 
-    If the hash is empty or malformed, or the pepper is unknown, the secret is verified against a
-    dummy hash. The dummy hash prevents that response times reveal which API keys exist. Slow hashes
-    are verified in a thread, so that the event loop is not blocked.
+    If the hash is empty, malformed or too costly, or the pepper is unknown, the secret is verified
+    against a dummy hash. The dummy hash prevents that response times reveal which API keys exist.
+    Slow hashes are verified in a thread, so that the event loop is not blocked.
     """
     known = pepper_id is None or pepper_id in peppers.key_ids
-    scheme = _hashes.identify(hashed) if len(hashed) <= _MAX_HASH_CHARACTERS else None
+    scheme = _affordable_scheme(hashed)
     applied = peppers.apply(pepper_id if pepper_id and known else peppers.key_ids[0], secret)
     if scheme is None or not known:
         _verify(applied, _dummy_hash())
@@ -80,7 +88,7 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
     if pepper_id is not None:
         return
     until = context_of(info).allow_unpeppered_until
-    if until is not None and datetime.fromtimestamp(now, UTC).date() <= until:
+    if not has_passed(until, now):
         return
     setting = f"is {until}" if until is not None else "is not set"
     raise UnpepperedHash(
@@ -93,6 +101,29 @@ def refuse_unpeppered(info: Mapping[Any, object], pepper_id: str | None, now: fl
 def outdated(peppers: Peppers, hashed: str, pepper_id: str | None) -> bool:
     """Return whether a hash uses a slow algorithm, or a pepper that is not the first pepper."""
     return pepper_id != peppers.key_ids[0] or bool(_hashes.needs_update(hashed))
+
+
+def _affordable_scheme(hashed: str) -> str | None:
+    """Return the scheme of a hash, or None if the hash is malformed or costs too much to verify."""
+    if len(hashed) > _MAX_HASH_CHARACTERS:
+        return None
+    scheme: str | None = _hashes.identify(hashed)
+    try:
+        if scheme == "argon2":
+            cost = argon2.from_string(hashed)
+            affordable = (
+                cost.memory_cost <= _MAX_ARGON2_MEMORY_KIB
+                and cost.rounds <= _MAX_ARGON2_ROUNDS
+                and cost.parallelism <= _MAX_ARGON2_LANES
+                and cost.memory_cost * cost.rounds <= _MAX_ARGON2_WORK_KIB
+            )
+        else:
+            affordable = scheme != "bcrypt" or bcrypt.from_string(hashed).rounds <= (
+                _MAX_BCRYPT_ROUNDS
+            )
+    except (ValueError, TypeError):  # the hash is malformed
+        return None
+    return scheme if affordable else None
 
 
 def _verify(text: str, hashed: str) -> bool:

@@ -12,6 +12,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col
 
+from tiger_db.crud.api_key_codes import require_valid_code
 from tiger_db.crud.api_keys.hashing import hash_secret, peppers_of
 from tiger_db.crud.api_keys.key_format import new_key
 from tiger_db.crud.change_events import apply_change, described, is_equal, reason_details
@@ -39,6 +40,7 @@ _OTHER_FUNCTIONS = {
     "key_prefix": "use `rotate`, which creates a new key",
     "key_hash": "use `rotate`, which creates a new key",
     "successor_id": "use `rotate`",
+    "mac": "tiger_db computes it",
     "tiger_account_id": "use `create_api_key`, which creates a new key",
 }
 
@@ -119,11 +121,11 @@ async def rotate(
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidState: the API key is not active, has expired or was already rotated, or the account
-            of the API key is closed.
+        InvalidState: the API key is not active, has expired or was already rotated, the account of
+            the API key is closed, or the row has no valid authentication code.
         InvalidValue: the grace period is negative.
-        ConfigurationError: API_KEY_PEPPERS is not set, or the session does not belong to a
-            Database.
+        ConfigurationError: API_KEY_PEPPERS is not set or lacks the pepper of the API key, or the
+            session does not belong to a Database.
     """
     if grace < timedelta(0):
         raise InvalidValue("the grace period must not be negative")
@@ -132,6 +134,7 @@ async def rotate(
         raise InvalidState("only an active API key can be rotated")
     if key.successor_id is not None:
         raise InvalidState(f"this API key was replaced by {key.successor_id}: rotate that key")
+    require_valid_code(session.info, key)
     ends = now + grace
     copied = key.model_dump(include=_COPIED_FIELDS)
     async with savepoint(session, key):
@@ -163,8 +166,10 @@ async def update(session: AsyncSession, key_id: UUID, **changes: Unpack[KeyChang
             value is invalid. The error message names the invalid field.
         InvalidValue: the new `expires_at` is in the past by the database's clock. To end an API key
             now, call `deactivate` or `revoke`.
-        InvalidState: the API key is revoked, its account is closed, or the new `expires_at` would
-            prolong the grace period of a rotated key.
+        InvalidState: the API key is revoked, its account is closed, its row has a wrong
+            authentication code, or the new `expires_at` would prolong the grace period of a rotated
+            key.
+        ConfigurationError: API_KEY_PEPPERS lacks the pepper of the API key.
     """
     given = {**changes}
     _refuse_other_fields(given)
@@ -192,7 +197,9 @@ async def activate(session: AsyncSession, key_id: UUID) -> APIKey:
 
     Raises:
         NotFound: no API key has the id `key_id`.
-        InvalidState: the API key is revoked or has expired, or the account of the key is closed.
+        InvalidState: the API key is revoked or has expired, the account of the key is closed, or
+            the row of the key has a wrong authentication code.
+        ConfigurationError: API_KEY_PEPPERS lacks the pepper of the API key.
     """
     key, now = await _lock_unrevoked(session, key_id)
     if key.expires_at is not None and key.expires_at <= now:
@@ -210,6 +217,7 @@ async def deactivate(session: AsyncSession, key_id: UUID, *, reason: str | None 
     Raises:
         NotFound: no API key has the id `key_id`.
         InvalidState: the API key is revoked.
+        ConfigurationError: API_KEY_PEPPERS lacks the pepper of the API key. `revoke` needs none.
     """
     key = await get_or_raise(session, APIKey, key_id, lock=True)
     _refuse_revoked(key)

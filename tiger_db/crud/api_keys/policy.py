@@ -120,6 +120,21 @@ class KeyPermissions:
         return self.per_hour is not None or self.per_day is not None
 
 
+def check_in_force(permissions: KeyPermissions, now: float) -> None:
+    """Check the status and the expiry of an API key. `now` is the time in seconds since 1970.
+
+    Raises:
+        APIKeyExpired: the API key has expired.
+        APIKeyRevoked: the API key is revoked or not active.
+    """
+    if permissions.status is APIKeyStatus.EXPIRED:
+        raise APIKeyExpired
+    if permissions.status is not APIKeyStatus.ACTIVE:
+        raise APIKeyRevoked
+    if permissions.expires_at is not None and permissions.expires_at <= now:
+        raise APIKeyExpired
+
+
 def check_access(
     permissions: KeyPermissions, now: float, request: AccessRequest, pause_reason: str | None
 ) -> None:
@@ -132,12 +147,7 @@ def check_access(
     Raises:
         AccessDenied: the API key is denied. Each check raises its own subclass of AccessDenied.
     """
-    if permissions.status is APIKeyStatus.EXPIRED:
-        raise APIKeyExpired
-    if permissions.status is not APIKeyStatus.ACTIVE:
-        raise APIKeyRevoked
-    if permissions.expires_at is not None and permissions.expires_at <= now:
-        raise APIKeyExpired
+    check_in_force(permissions, now)
     if (
         permissions.account_id is not None
         and permissions.account_status is not AccountStatus.ACTIVE
