@@ -106,6 +106,39 @@ async def test_missing_peppers_are_reported(clone: Database, clone_settings: Set
 
 
 @pytest.mark.slow
+async def test_missing_and_wrong_codes_of_active_keys_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        keys = [(await factories.api_key(session))[0] for _ in range(4)]
+    check = "API key codes"
+    assert (await found(clone_settings, check)).status == "ok"
+    unsigned, wrong, revoked, _ = (key.id for key in keys)
+    await sql(
+        clone_settings,
+        f"UPDATE api_keys SET mac = NULL WHERE id IN ('{unsigned}', '{revoked}')",
+        f"UPDATE api_keys SET status = 'revoked' WHERE id = '{revoked}'",
+    )
+    today = datetime.now(UTC).date()
+    days = {None: "problem", today - timedelta(days=1): "problem", today: "warning"}
+    for day, status in days.items():
+        allowing = clone_settings.model_copy(update={"api_keys_allow_unsigned_until": day})
+        result = await found(allowing, check)
+        end = f"accepted until the end of {today} (UTC)" if status == "warning" else "refused"
+        seen = f"active API keys without an authentication code: 1 ({keys[0].key_prefix})"
+        assert (result.status, result.seen) == (status, f"{seen}; these API keys are {end}")
+        assert "run `tiger-db sign-api-keys`" in str(result.advice)
+    await sql(
+        clone_settings, f"UPDATE api_keys SET scopes = '{{trade:admin}}' WHERE id = '{wrong}'"
+    )
+    result = await found(clone_settings, check)
+    assert result.status == "problem"
+    assert f"another program than tiger_db: 1 ({keys[1].key_prefix})" in result.seen
+    without = clone_settings.model_copy(update={"api_key_peppers": None})
+    assert "API_KEY_PEPPERS is not set" in (await found(without, check)).seen
+
+
+@pytest.mark.slow
 async def test_a_locked_table_delays_no_other_check(
     clone_settings: Settings, other: "asyncpg.Connection[asyncpg.Record]"
 ) -> None:

@@ -37,7 +37,7 @@ def sign_api_keys(*, yes: options.Yes = False, as_json: options.AsJson = False) 
         )
     if as_json:
         output.print_json({"items": [output.dump(key) for key in unsigned], "wrong": invalid.wrong})
-    else:
+    elif unsigned:
         columns = (
             "Prefix",
             "Name",

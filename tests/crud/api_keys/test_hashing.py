@@ -34,6 +34,7 @@ from tiger_db import (
 )
 from tiger_db.crud import api_keys
 from tiger_db.crud.api_keys.hashing import (
+    _hashes,
     hash_secret,
     outdated,
     peppers_of,
@@ -479,6 +480,37 @@ async def test_a_hash_that_is_too_long_is_refused() -> None:
     for size, accepted in ((100, True), (1000, False)):
         hashed = FAST_ARGON2.using(digest_size=size).hash("secret")
         assert await verify_secret(peppers, "secret", hashed, None) is accepted
+
+
+COSTLY = [
+    # 64 MiB and 60 rounds took 2.6 s: attack A23.
+    "$argon2id$v=19$m=65536,t=60,p=4$", "$argon2id$v=19$m=1048576,t=1,p=4$",
+    "$argon2id$v=19$m=262144,t=3,p=4$", "$argon2id$v=19$m=8,t=17,p=1$",
+    "$argon2i$v=19$m=136,t=1,p=17$", "$argon2d$v=19$m=4194304,t=1000,p=4$",
+    "$2b$15$", "$2b$31$", "$2y$20$",
+]  # fmt: skip
+
+
+async def test_a_hash_that_costs_too_much_is_refused_before_it_is_verified() -> None:
+    peppers = Peppers({"test": bytes(32)})
+    started = time.perf_counter()
+    for head in COSTLY:
+        tail = GOOD_BCRYPT[7:] if head.startswith("$2") else "c2FsdHNhbHRzYWx0$" + "aGFzaGhhc2g" * 2
+        assert _hashes.identify(head + tail), head
+        assert not await verify_secret(peppers, "secret", head + tail, "test")
+    assert time.perf_counter() - started < 0.5  # each of them would take longer
+
+
+@pytest.mark.slow
+async def test_usual_costs_are_accepted() -> None:
+    """The defaults of argon2-cffi, libpass, PHP and Django, and OWASP's highest memory."""
+    peppers = Peppers({"test": bytes(32)})
+    for memory, rounds, lanes in (
+        (65536, 3, 4), (65536, 4, 1), (102400, 2, 8), (47104, 1, 1), (262144, 2, 4),
+    ):  # fmt: skip
+        hasher = argon2.using(memory_cost=memory, rounds=rounds, parallelism=lanes)
+        assert await verify_secret(peppers, "secret", hasher.hash("secret"), None)
+    assert await verify_secret(peppers, "secret", bcrypt.using(rounds=12).hash("secret"), None)
 
 
 async def test_an_empty_hash_verifies_no_secret_and_is_not_stored(clone: Database) -> None:

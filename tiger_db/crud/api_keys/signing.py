@@ -27,7 +27,7 @@ from tiger_db.public import public
 
 _WRITE_CODES = """
 UPDATE api_keys AS k SET mac = c.mac FROM unnest($1::uuid[], $2::text[]) AS c (id, mac)
-WHERE k.id = c.id
+WHERE k.id = c.id RETURNING k.id
 """
 _IN_FORCE = and_(
     col(APIKey.status) == APIKeyStatus.ACTIVE,
