@@ -26,7 +26,7 @@ SECRETS: dict[str, Any] = {
 # Columns that no view shows, because they contain a secret or are derived from a secret.
 HIDDEN: dict[type[Entity], set[str]] = {
     TigerAccount: {*SECRETS, "tiger_id_fingerprint", "private_key_format"},
-    APIKey: {"key_hash", "pepper_id"},
+    APIKey: {"key_hash", "pepper_id", "mac", "mac_denied_at"},
 }
 # Columns that views show. A new column must be added here or to HIDDEN.
 SHOWN: dict[type[Entity], set[str]] = {

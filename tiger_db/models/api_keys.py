@@ -170,7 +170,7 @@ def _distinct(scopes: list[APIKeyScope]) -> list[APIKeyScope]:
 
 # The columns that a response may show: see `AccountView`.
 class APIKeyView(MutableEntityView):
-    """An API key without its hash."""
+    """An API key without its hash and its authentication code."""
 
     name: Text = Field(min_length=1, max_length=100, description="Display name of the key")
     key_prefix: Text = Field(
@@ -235,18 +235,6 @@ class APIKeyView(MutableEntityView):
     )
     description: Text | None = Field(default=None, max_length=500, description="Notes")
     tags: JsonObject = Field(default_factory=dict, description="Free-form object")
-    mac: Text | None = Field(
-        default=None,
-        exclude=True,
-        repr=False,
-        description="Authentication code of the row as format:pepper id:code; null: unsigned",
-    )
-    mac_denied_at: UTCDateTime | None = Field(
-        default=None,
-        exclude=True,
-        repr=False,
-        description="Time of the last recorded denial because of a wrong or missing mac",
-    )
 
 
 class APIKey(APIKeyView, MutableEntity, table=True):
@@ -277,6 +265,18 @@ class APIKey(APIKeyView, MutableEntity, table=True):
         exclude=True,
         repr=False,
         description="Id of the pepper in key_hash; null: no pepper",
+    )
+    mac: Text | None = Field(
+        default=None,
+        exclude=True,
+        repr=False,
+        description="Authentication code of the row as format:pepper id:code; null: unsigned",
+    )
+    mac_denied_at: UTCDateTime | None = Field(
+        default=None,
+        exclude=True,
+        repr=False,
+        description="Time of the last recorded denial because of a wrong or missing mac",
     )
 
     # The annotation uses Optional, because SQLModel cannot resolve a relationship type with `|`.
