@@ -7,10 +7,19 @@ tiger_db has no setting that moves one. Therefore, `let_time_pass` moves the sto
 
 from datetime import timedelta
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 
+from tiger_db.crud.api_key_codes import (
+    CodeState,
+    check_code,
+    compute_code,
+    optional_peppers,
+    signed_values,
+)
+from tiger_db.crud.common import FRESH
 from tiger_db.database import AsyncSession
 from tiger_db.errors import InvalidValue
+from tiger_db.models import APIKey
 
 # The columns of times of all tables, but for the audit trail, whose seals would no longer verify,
 # for the counts of API keys, and for generated columns.
@@ -42,6 +51,7 @@ SELECT pg_notify(concat(channel, '_' || left(encode(sha256(convert_to(
     nullif(current_schema(), 'public'), 'UTF8')), 'hex'), 16)), payload)
 FROM (VALUES ('tiger_db_api_keys', 'all'), ('tiger_db_refreshes', '')) AS sent (channel, payload)
 """
+_SIGN = text("UPDATE api_keys SET mac = :code WHERE id = :id")
 
 
 async def let_time_pass(session: AsyncSession, duration: timedelta) -> None:
@@ -59,11 +69,26 @@ async def let_time_pass(session: AsyncSession, duration: timedelta) -> None:
     if duration < timedelta(0):
         raise InvalidValue("time cannot pass backwards: the duration is negative")
     await session.flush()
+    # The authentication code of an API key covers its expiry. A wrong code stays wrong.
+    peppers = optional_peppers(session.info)
+    signed = [
+        key.id
+        for key in await _fetch_keys(session)
+        if check_code(peppers, signed_values(key), key.mac) is CodeState.VALID
+    ]
     await session.execute(text("SET LOCAL session_replication_role = replica"))
     for name, changes in (await session.execute(text(_TABLES))).all():
         await session.execute(text(f"UPDATE {name} SET {changes}"), {"by": duration})  # noqa: S608  # quoted by PostgreSQL
     await session.execute(text(_LIMITS), {"by": duration})
+    for key in await _fetch_keys(session):
+        if peppers is not None and key.id in signed:
+            code = compute_code(peppers, signed_values(key))
+            await session.execute(_SIGN, {"id": key.id, "code": code})
     await session.execute(text("SET LOCAL session_replication_role = origin"))
     await session.execute(text(_NOTIFY))
     for loaded in list(session):
         await session.refresh(loaded)
+
+
+async def _fetch_keys(session: AsyncSession) -> list[APIKey]:
+    return list(await session.scalars(select(APIKey), execution_options=FRESH))

@@ -71,9 +71,7 @@ async def api_key(session: AsyncSession, **arguments: object) -> tuple[APIKey, s
         return await crud.api_keys.create_api_key(session, **given)
     # `create_api_key` refuses an expiry in the past.
     key, raw_key = await crud.api_keys.create_api_key(session, **{**given, "expires_at": None})
-    mac = compute_code(
-        peppers_of(session.info), {**signed_values(key), "expires_at": expires_at}
-    )
+    mac = compute_code(peppers_of(session.info), {**signed_values(key), "expires_at": expires_at})
     expire = text("UPDATE api_keys SET expires_at = :expires_at, mac = :mac WHERE id = :id")
     await session.execute(expire, {"expires_at": expires_at, "mac": mac, "id": key.id})
     await session.refresh(key)
