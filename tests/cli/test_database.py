@@ -69,7 +69,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_init_creates_what_is_missing(
-    bare: CommandLine, server_url: str, new_database: str
+    bare: CommandLine, server_url: str, new_database: str, nobody: str
 ) -> None:
     bare.env = {"DATABASE_URL": url_of(server_url, new_database), **SECRETS}
     assert "run `tiger-db init`" in bare.fails("current")
@@ -85,6 +85,18 @@ def test_init_creates_what_is_missing(
     assert "already" in again.err
     assert bare.ok("list-accounts", "--json").json["items"]
     assert bare.ok("health-check").err == ""
+    bare.env["DATABASE_URL"] = url_of(server_url, new_database, nobody)
+    assert "permission denied for database" in bare.fails("current")
+
+
+@pytest.mark.slow
+def test_init_leaves_the_privileges_of_an_existing_database(
+    bare: CommandLine, server_url: str, empty_database: Settings, nobody: str
+) -> None:
+    bare.env = {"DATABASE_URL": url_of(server_url, empty_database.database), **SECRETS}
+    bare.ok("init")
+    bare.env["DATABASE_URL"] = url_of(server_url, empty_database.database, nobody)
+    assert "permission denied for database" not in bare("current").err
 
 
 @pytest.mark.slow

@@ -260,6 +260,8 @@ def _start(config: "tiger_db.Settings") -> None:
 async def _create_database(config: "tiger_db.Settings") -> bool:
     """Create the database if it is missing. Return whether this call created the database.
 
+    Only the owner of the new database, and superusers, can connect to it.
+
     Raises:
         DatabaseUnavailable: the database server cannot be reached, or the database user lacks the
             privilege to create databases.
@@ -275,10 +277,11 @@ async def _create_database(config: "tiger_db.Settings") -> bool:
         return False
     server = await tiger_db.connections.connect_directly(config, database="postgres")
     try:
-        statement = await server.fetchval(
-            "SELECT format('CREATE DATABASE %I', $1::text)", config.database
-        )
+        name = await server.fetchval("SELECT quote_ident($1)", config.database)
+        statement = f"CREATE DATABASE {name}"
         await server.execute(statement)
+        # Any role that can connect can send notifications on any channel.
+        await server.execute(f"REVOKE CONNECT, TEMPORARY ON DATABASE {name} FROM PUBLIC")
     except (asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
         return False  # another `tiger-db init` process created the database first
     except asyncpg.InsufficientPrivilegeError:

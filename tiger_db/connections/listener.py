@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeAlias
@@ -18,6 +19,9 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 # or lost, `on_notification` gets None, because notifications were possibly missed.
 OnNotification: TypeAlias = Callable[[str | None], None]
 RECONNECT_PAUSE_SECONDS = 0.1
+# The event loop handles all notifications of one read at once, and uvloop reads until the socket's
+# buffer is empty. A small buffer limits the time in which the event loop runs no other task.
+_RECEIVE_BUFFER_BYTES = 32 * 1024
 _logger = logging.getLogger("tiger_db")
 
 
@@ -35,6 +39,9 @@ async def open_listener(
     with raw_errors():
         connection = await connect_directly(settings)
         try:
+            transport = connection._transport  # noqa: SLF001  # asyncpg has no public name
+            receiver = transport.get_extra_info("socket")
+            receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
             connection.add_termination_listener(lambda _: on_notification(None))
             await connection.add_listener(
                 settings.channel(channel), lambda *sent: on_notification(sent[-1])
