@@ -15,7 +15,6 @@ from tiger_db.database import AsyncSession
 from tiger_db.errors import Conflict, TigerDBError
 from tiger_db.sqlstates import is_transient, raw_errors
 
-pytestmark = pytest.mark.schema_changes
 ALTER = (
     "ALTER TABLE tiger_accounts ALTER account_name TYPE varchar(90)",
     "ALTER TABLE api_keys ALTER name TYPE varchar(90), ALTER key_hash TYPE varchar(500)",

@@ -283,7 +283,6 @@ async def test_a_missing_schema_is_an_error_until_it_exists(empty_database: Sett
             assert (await crud.accounts.list_accounts(session)).items == []
 
 
-@pytest.mark.schema_changes
 async def test_a_schema_of_a_newer_version_is_an_error(clone_settings: Settings) -> None:
     connection = await connect(clone_settings)
     await connection.execute("UPDATE tiger_db_alembic_version SET version_num = 'from the future'")

@@ -185,7 +185,6 @@ async def test_a_transaction_is_repeated_after_a_loss_before_the_commit(
         assert account_id in {account.id for account in accounts}
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("inside", [False, True])
 async def test_a_transaction_is_not_repeated_after_a_loss_during_the_commit(
     clone: Database, inside: bool

@@ -235,7 +235,6 @@ async def test_keys_that_expire_soon_are_reported(
     )
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(("dropped", "status"), [(1, "problem"), (2, "warning"), (3, "ok")])
 async def test_missing_partitions_are_reported(
     clone_settings: Settings, dropped: int, status: str
@@ -264,7 +263,6 @@ async def test_an_invalid_index_is_reported(clone: Database, clone_settings: Set
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_changed_versions_of_collations_are_reported(clone_settings: Settings) -> None:
     healthy = await found(clone_settings, "collations")
     assert healthy.status == "ok"
@@ -309,7 +307,6 @@ async def test_changed_versions_of_collations_are_reported(clone_settings: Setti
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_a_collation_without_a_version_on_this_server_is_reported(
     clone_settings: Settings,
 ) -> None:
@@ -330,7 +327,6 @@ async def test_a_collation_without_a_version_on_this_server_is_reported(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_tables_that_citus_distributes_are_reported(clone_settings: Settings) -> None:
     assert (await found(clone_settings, "Citus")).seen == "no table is distributed"
     await sql(clone_settings, *CITUS_CATALOG, "CREATE TABLE mine ()")
@@ -406,7 +402,6 @@ ALTER TABLE tiger_accounts DROP CONSTRAINT ck_tiger_accounts_account_number_form
 """
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_account_numbers_of_older_releases_are_reported(
     clone: Database, clone_settings: Settings
@@ -507,7 +502,6 @@ async def guest(clone_settings: Settings) -> AsyncIterator[Settings]:
     await sql(clone_settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
-@pytest.mark.schema_changes
 async def test_missing_privileges_are_reported(clone: Database, guest: Settings) -> None:
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role

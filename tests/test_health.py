@@ -68,7 +68,6 @@ async def test_a_healthy_database_has_no_problem(clone_settings: Settings) -> No
     assert json.loads(json.dumps(asdict(report))) == asdict(report)
 
 
-@pytest.mark.schema_changes
 async def test_rows_are_estimates_over_all_partitions(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -95,7 +94,6 @@ async def test_rows_are_estimates_over_all_partitions(
     }  # fmt: skip
 
 
-@pytest.mark.schema_changes
 async def test_rows_without_analyze_are_estimated_from_the_statistics(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -114,7 +112,6 @@ async def test_rows_without_analyze_are_estimated_from_the_statistics(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_missing_partitions_are_reported(clone: Database, clone_settings: Settings) -> None:
     await sql(clone_settings, f"DROP TABLE {months(4, 4)[0]}")
     report = await check_readiness(clone_settings)
@@ -135,7 +132,6 @@ async def test_missing_partitions_are_reported(clone: Database, clone_settings: 
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_migrate_moves_events_out_of_the_default_partition(
     clone: Database, clone_settings: Settings
 ) -> None:
@@ -151,7 +147,6 @@ async def test_migrate_moves_events_out_of_the_default_partition(
     assert (await check_readiness(clone_settings)).problems == []
 
 
-@pytest.mark.schema_changes
 async def test_a_failed_look_for_strays_is_a_warning(clone_settings: Settings) -> None:
     """Citus refuses this query, which here a missing function does."""
     await sql(clone_settings, "ALTER FUNCTION uuid7_floor RENAME TO renamed")
@@ -165,7 +160,6 @@ async def test_a_failed_look_for_strays_is_a_warning(clone_settings: Settings) -
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_tables_that_citus_distributes_are_reported(clone_settings: Settings) -> None:
     await sql(clone_settings, *CITUS_CATALOG, "CREATE TABLE mine ()")
     await sql(clone_settings, "INSERT INTO pg_dist_partition VALUES ('mine', 'h', 'id')")
@@ -206,7 +200,6 @@ async def test_a_missing_or_newer_schema_is_reported(empty_database: Settings) -
     assert "upgrade tiger_db" in only_problem(report)
 
 
-@pytest.mark.schema_changes
 async def test_a_missing_table_is_reported(clone_settings: Settings) -> None:
     await sql(clone_settings, "DROP TABLE audit_logs CASCADE")
     report = await check_readiness(clone_settings)

@@ -151,7 +151,6 @@ async def test_a_call_uses_one_connection_and_starts_no_task(clone: Database) ->
             assert len(taken) == 1
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("change", ["DISABLE TRIGGER USER", "ENABLE REPLICA TRIGGER notify_update"])
 async def test_a_revocation_without_a_trigger_takes_effect_at_once(
     clone: Database, change: str

@@ -364,7 +364,6 @@ async def test_without_the_listening_connection_the_database_is_read(
 # Memory that nobody tells of changes
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     ("change", "seen"),
     [
@@ -405,7 +404,6 @@ async def test_a_verifier_with_memory_needs_the_triggers_when_it_is_entered(
         assert await asking.verify(raw_key)
 
 
-@pytest.mark.schema_changes
 async def test_other_triggers_and_other_tables_do_not_matter(
     clone: Database, other: Connection
 ) -> None:
@@ -423,7 +421,6 @@ def make_older(listening: KeyVerifier, seconds: float) -> None:
         known.read_at -= seconds
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("table", ["api_keys", "tiger_accounts"])
 async def test_a_change_without_notification_takes_effect_within_a_minute(
     clone: Database, listening: KeyVerifier, other: Connection, table: str
@@ -453,7 +450,6 @@ async def test_a_key_is_read_once_a_minute(clone: Database, listening: KeyVerifi
         assert len(taken) == 1
 
 
-@pytest.mark.schema_changes
 async def test_the_cache_is_not_used_after_the_lease(
     clone: Database, listening: KeyVerifier, other: Connection
 ) -> None:

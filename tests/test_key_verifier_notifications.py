@@ -103,7 +103,6 @@ async def test_changes_that_end_an_account_are_notified(
     assert "all" in await received.since_last()
 
 
-@pytest.mark.schema_changes
 async def test_changes_of_renamed_tables_are_notified(
     clone: Database, received: Received, other: Connection
 ) -> None:

@@ -243,7 +243,6 @@ USES: list[Callable[[Database], Awaitable[object]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.schema_changes
 async def test_a_missing_privilege_is_a_message_of_one_line(nobody: Database) -> None:
     for use in USES:
         with pytest.raises(StatementRefused, match=r"^permission denied for \w+ \w+$"):
@@ -251,7 +250,6 @@ async def test_a_missing_privilege_is_a_message_of_one_line(nobody: Database) ->
                 await use(nobody)
 
 
-@pytest.mark.schema_changes
 async def test_a_key_verifier_without_privileges_raises_statement_refused(
     clone: Database, nobody: Database
 ) -> None:

@@ -139,7 +139,6 @@ async def assert_refused(connection: Connection, sql: str) -> None:
     assert told["message"].endswith(f"is append-only: {operation} is refused"), sql
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("who", [owner, everything_granted])
 async def test_statements_that_change_events_are_refused(
     sealed: Database, who: Callable[[Database], AbstractAsyncContextManager[Connection]]
@@ -156,7 +155,6 @@ async def test_statements_that_change_events_are_refused(
     assert (found.findings, found.rows) == ([], len(TIMES))
 
 
-@pytest.mark.schema_changes
 async def test_no_partition_can_be_truncated(sealed: Database) -> None:
     async with owner(sealed) as connection:
         partitions = await connection.fetch(
@@ -193,7 +191,6 @@ async def changes_what_it_just_wrote(database: Database) -> None:
         event.user_id = "mallory"
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     "change",
     [changes_its_event, deletes_its_event, merges_an_event, changes_what_it_just_wrote],
@@ -208,7 +205,6 @@ async def test_sessions_change_no_event(
         assert await stored(connection) == before
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("kind", TIMES)
 async def test_an_event_inserted_into_a_partition_has_a_position(
     sealed: Database, kind: str

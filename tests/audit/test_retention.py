@@ -180,7 +180,6 @@ class Writers:
 # Months ahead, and strays
 
 
-@pytest.mark.schema_changes
 async def test_missing_months_are_created(database: Database, other: Connection) -> None:
     before = await partitions(other)
     for ahead in (1, 5, MONTHS_AHEAD):
@@ -191,7 +190,6 @@ async def test_missing_months_are_created(database: Database, other: Connection)
     assert (await check_readiness(database.settings)).problems == []
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_events_move_into_new_months_while_others_write(
     database: Database, other: Connection
@@ -233,7 +231,6 @@ async def waits(connection: Connection) -> bool:
     )
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("how", ["verify", "export"])
 async def test_verification_finds_events_that_move_meanwhile(
     database: Database, other: Connection, tmp_path: Path, how: str
@@ -262,7 +259,6 @@ async def test_verification_finds_events_that_move_meanwhile(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("later", [0, 1.2])  # before and after who waits looks for deadlocks
 async def test_a_writer_of_an_old_event_is_no_deadlock_victim(
     database: Database, other: Connection, later: float
@@ -301,7 +297,6 @@ async def retirements(connection: Connection) -> list[str]:
     return sorted(month for month in months if month is not None)
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_old_months_are_retired(
     database: Database, keeper: Database, other: Connection
@@ -330,7 +325,6 @@ async def test_old_months_are_retired(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_health_has_no_problem_after_a_retirement(
     database: Database, keeper: Database, other: Connection
 ) -> None:
@@ -354,7 +348,6 @@ async def test_an_empty_month_is_retired_without_a_seal(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_a_retired_event_that_reappears_is_found(
     database: Database, keeper: Database, other: Connection
 ) -> None:
@@ -401,7 +394,6 @@ async def late(connection: Connection) -> str:
     )
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("why", [unsealed, changed, put_there, late])
 async def test_a_month_that_cannot_be_retired_keeps_later_months(
     database: Database,
@@ -419,7 +411,6 @@ async def test_a_month_that_cannot_be_retired_keeps_later_months(
     assert {p for p, _ in before.items() ^ after.items() if p <= 9} <= {10, 11, 12, -1}
 
 
-@pytest.mark.schema_changes
 async def test_a_deleted_event_is_found_after_its_month_is_retired(
     database: Database, keeper: Database, other: Connection
 ) -> None:
@@ -432,7 +423,6 @@ async def test_a_deleted_event_is_found_after_its_month_is_retired(
     assert [(found.kind, found.position) for found in findings] == [(FindingKind.DELETED, position)]
 
 
-@pytest.mark.schema_changes
 async def test_no_month_is_retired_without_a_key(
     clone_settings: Settings, database: Database, other: Connection
 ) -> None:
@@ -444,7 +434,6 @@ async def test_no_month_is_retired_without_a_key(
     await assert_clean(database, rows=15, retired=0)
 
 
-@pytest.mark.schema_changes
 async def test_a_retirement_signed_with_another_key_is_a_forgery(
     database: Database, keeping: Settings, other: Connection
 ) -> None:
@@ -466,7 +455,6 @@ async def test_a_retirement_signed_with_another_key_is_a_forgery(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("is_empty", [False, True])
 async def test_an_event_committed_while_its_month_is_retired_is_not_lost(
     database: Database,
@@ -506,7 +494,6 @@ async def test_an_event_committed_while_its_month_is_retired_is_not_lost(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_concurrent_maintenance_does_everything_once(
     signing: Settings, database: Database, other: Connection
 ) -> None:
@@ -535,7 +522,6 @@ async def test_concurrent_maintenance_does_everything_once(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.usefixtures("impatient")
 async def test_maintenance_gives_way_to_a_long_transaction(
     database: Database, keeper: Database, other: Connection

@@ -17,7 +17,6 @@ from tiger_db.signing import generate_signing_key
 FORGED = "now() RETURNS timestamptz LANGUAGE sql AS $$ SELECT pg_catalog.now() + '10 years' $$"
 
 
-@pytest.mark.schema_changes
 async def test_a_now_in_another_schema_retires_nothing(clone_settings: Settings) -> None:
     """The attack A1: a role's search path that leads to a forged clock."""
     settings = clone_settings.model_copy(
@@ -106,7 +105,6 @@ async def test_a_machine_with_a_wrong_clock_retires_nothing(
         assert await audit.maintain(database) == audit.Maintenance()
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("retention", [0, -3])
 async def test_the_current_month_and_later_ones_never_leave(
     clone_settings: Settings, retention: int

@@ -489,7 +489,6 @@ async def assert_each_change_is_found(database: Database, connection: Connection
     await assert_sealed_once(database, connection)
 
 
-@pytest.mark.schema_changes
 async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Connection) -> None:
     await other.execute("SET TIME ZONE 'Asia/Kathmandu'")
     for fraction in FRACTIONS:
@@ -514,7 +513,6 @@ async def test_a_time_is_sealed_to_its_last_digit(sealed: Database, other: Conne
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("column", ["details", "old_values", "new_values", "tags"])
 async def test_a_number_is_sealed_to_its_last_digit(
     sealed: Database, other: Connection, column: str

@@ -18,8 +18,6 @@ from tiger_db.audit.storage import Connection
 from tiger_db.connections import connect
 from tiger_db.models.base import hydrate, row_expression
 
-pytestmark = pytest.mark.schema_changes
-
 
 def values_of(event: AuditLog) -> tuple[str, str, str]:
     return event.action, event.result, event.severity

@@ -521,7 +521,6 @@ async def test_every_tampering_is_found_and_named(trail: Trail, kind: FindingKin
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("kind", FindingKind)
 async def test_verify_finds_committed_tampering(trail: Trail, kind: FindingKind) -> None:
     await trail.superuser.execute(SAVE)
@@ -606,7 +605,6 @@ CAPTURES = {
 }
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("capture", CAPTURES)
 async def test_objects_of_the_schema_cannot_change_what_is_verified(
     signing: Database, superuser: Connection, capture: str

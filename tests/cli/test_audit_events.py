@@ -81,7 +81,6 @@ def events(cli: CommandLine, clone_settings: Settings) -> list[AuditLog]:
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 def test_events_are_filtered(cli: CommandLine, events: list[AuditLog]) -> None:
     placed, cancelled, failed, critical, of_user, from_ip, in_session, tagged = (
         str(event.id) for event in events
@@ -124,7 +123,6 @@ def test_events_are_filtered(cli: CommandLine, events: list[AuditLog]) -> None:
     assert [item["action"] for item in items] == ["trade:cancel_order", "api_key:create"]
 
 
-@pytest.mark.schema_changes
 def test_events_are_shown_as_a_table(cli: CommandLine, events: list[AuditLog]) -> None:
     shown = cli.ok("list-events", "--action", "trade", "--action", "data").out
     lines = shown.splitlines()
@@ -137,7 +135,6 @@ def test_events_are_shown_as_a_table(cli: CommandLine, events: list[AuditLog]) -
     assert cli.ok("list-events", "--user", "nobody") == Result(0, "", "no rows found\n")
 
 
-@pytest.mark.schema_changes
 def test_events_are_listed_in_pages(cli: CommandLine, events: list[AuditLog]) -> None:
     seen: list[dict[str, Any]] = []
     after: tuple[str, ...] = ()
@@ -159,7 +156,6 @@ def test_events_are_listed_in_pages(cli: CommandLine, events: list[AuditLog]) ->
     assert "to see the next page, add --after" in counted.err
 
 
-@pytest.mark.schema_changes
 def test_events_of_a_deleted_account_are_listed(
     cli: CommandLine, clone_settings: Settings, events: list[AuditLog]
 ) -> None:
@@ -175,7 +171,6 @@ def test_events_of_a_deleted_account_are_listed(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 def test_events_with_unknown_values_are_shown(cli: CommandLine, clone_settings: Settings) -> None:
     """A newer release has recorded them, or an application."""
     run_sql(clone_settings, *NEWER_SCHEMA, NEWER_EVENT)
@@ -325,7 +320,6 @@ def test_events_are_counted(cli: CommandLine, clone_settings: Settings) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 def test_events_are_counted_by_fields_with_filters(
     cli: CommandLine, events: list[AuditLog]
 ) -> None:

@@ -225,7 +225,6 @@ def test_history_lists_the_migrations(bare: CommandLine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> None:
     assert cli.ok("check").out == ""
     assert cli.ok("check", "--json").json == {"items": [], "next_cursor": None}
@@ -243,7 +242,6 @@ def test_check_lists_differences(cli: CommandLine, clone_settings: Settings) -> 
     assert cli("check", "--json").json["items"] == lines
 
 
-@pytest.mark.schema_changes
 def test_a_newer_schema_is_refused(cli: CommandLine, clone_settings: Settings) -> None:
     run_sql(clone_settings, "UPDATE tiger_db_alembic_version SET version_num = 'from_the_future'")
     for command in ("list-accounts", "migrate", "check", "init"):
@@ -253,7 +251,6 @@ def test_a_newer_schema_is_refused(cli: CommandLine, clone_settings: Settings) -
     assert "upgrade tiger_db" in current.err
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 def test_migrations_are_written_in_a_checkout(
     checkout: Path, cli: CommandLine, clone_settings: Settings
@@ -287,7 +284,6 @@ def test_migrations_are_written_in_a_checkout(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 def test_check_prints_the_sql_that_restores_changes(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -321,7 +317,6 @@ def test_check_prints_the_sql_that_restores_changes(
     cli.ok("doctor")
 
 
-@pytest.mark.schema_changes
 def test_health_check_fails_if_the_schema_is_newer(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -353,7 +348,6 @@ def test_liveness_connects_to_no_database(bare: CommandLine) -> None:
     assert "hunter2" not in dead.out
 
 
-@pytest.mark.schema_changes
 def test_missed_upkeep_does_not_make_a_server_unready(
     cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -366,7 +360,6 @@ def test_missed_upkeep_does_not_make_a_server_unready(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 def test_doctor_fails_on_a_problem_and_gives_advice(
     cli: CommandLine, clone_settings: Settings
 ) -> None:

@@ -24,7 +24,6 @@ from tiger_db import AuditAction, AuditLog, Database, Settings, crud
 COUNT = 12  # events of the fixture `sealed`
 
 
-@pytest.mark.schema_changes
 def test_a_file_appears_when_it_is_complete(
     sealed: CommandLine, clone_settings: Settings, tmp_path: Path
 ) -> None:

@@ -76,7 +76,6 @@ def test_statements_are_logged_to_stderr(cli: CommandLine) -> None:
     assert "hunter2" not in done.err
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 def test_an_unexpected_error_is_one_line_without_values(
     cli: CommandLine, clone_settings: Settings

@@ -401,7 +401,6 @@ def advised(settings: Settings) -> str:
     )
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     ("path", "status", "seen"),
     [
@@ -450,7 +449,6 @@ async def test_the_doctor_compares_the_search_path_behind_the_pooler(
     )
 
 
-@pytest.mark.schema_changes
 async def test_a_pooler_that_drops_the_search_path_is_detected(
     clone_settings: Settings, server_url: str
 ) -> None:

@@ -122,7 +122,6 @@ def copied(folder: Path, settings: Settings, server_url: str) -> Copy:
     return Copy(folder, environ)
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_who_follows_the_page_has_a_new_entity(
     clone_settings: Settings, server_url: str, tmp_path: Path

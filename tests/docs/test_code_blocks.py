@@ -11,6 +11,7 @@ import pytest
 from tests.docs.pages import PAGES, ROOT, blocks, code
 from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key
+from tiger_db.testing import environment_of
 
 PYTHON = code("python")
 # `make demo` and `make test`: .ci/run runs them on a fresh clone.
@@ -19,16 +20,14 @@ SHELL = [(name, text) for name, text in code("sh") if text != "make demo\nmake t
 
 @pytest.fixture
 def environ(clone_settings: Settings) -> dict[str, str]:
-    assert clone_settings.database_url is not None
-    assert clone_settings.encryption_keys is not None
-    assert clone_settings.api_key_peppers is not None
-    return os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "DATABASE_URL": clone_settings.database_url.get_secret_value(),
-        "ENCRYPTION_KEYS": clone_settings.encryption_keys.get_secret_value(),
-        "API_KEY_PEPPERS": clone_settings.api_key_peppers.get_secret_value(),
-        "AUDIT_SIGNING_KEY": generate_signing_key(),
-    }
+    return (
+        os.environ
+        | environment_of(clone_settings)
+        | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "AUDIT_SIGNING_KEY": generate_signing_key(),
+        }
+    )
 
 
 def test_no_page_has_code_in_a_language_that_is_not_run() -> None:
@@ -63,7 +62,6 @@ def test_python_prints_what_its_comments_say(text: str, environ: dict[str, str])
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes  # one installs tiger_db in another schema
 @pytest.mark.parametrize("text", [text for _, text in SHELL], ids=[name for name, _ in SHELL])
 def test_commands_succeed(text: str, environ: dict[str, str], tmp_path: Path) -> None:
     for command in text.splitlines():

@@ -107,7 +107,6 @@ CREATED = ["create_index ix_notes_account_id", "create_table notes", "create_tab
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("schema", ["public", "Tiger"])
 async def test_an_application_has_its_tables_in_the_schema_of_tiger_db(
     clone_settings: Settings, tmp_path: Path, schema: str
@@ -128,7 +127,6 @@ async def test_an_application_has_its_tables_in_the_schema_of_tiger_db(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_an_application_has_its_tables_in_another_schema(
     clone_settings: Settings, tmp_path: Path
 ) -> None:
@@ -156,7 +154,6 @@ async def test_an_application_has_its_tables_in_another_schema(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_a_mutable_entity_of_an_application_has_the_trigger_that_the_page_shows(
     clone_settings: Settings, tmp_path: Path
 ) -> None:
@@ -180,7 +177,6 @@ async def test_a_mutable_entity_of_an_application_has_the_trigger_that_the_page_
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_without_include_object_the_tables_of_tiger_db_would_be_dropped(
     clone_settings: Settings, tmp_path: Path
 ) -> None:

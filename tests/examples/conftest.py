@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.serving import Serve
 from tiger_db.settings import Settings
+from tiger_db.testing import environment_of
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -20,10 +21,6 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 @pytest.fixture
 def serve(clone_settings: Settings, tmp_path: Path) -> Serve:
     """Starts an example; what is yielded is its address."""
-    secrets = {
-        name.upper(): getattr(clone_settings, name).get_secret_value()
-        for name in ("database_url", "encryption_keys", "api_key_peppers")
-    }
 
     @asynccontextmanager
     async def serving(example: str) -> AsyncIterator[str]:
@@ -33,7 +30,7 @@ def serve(clone_settings: Settings, tmp_path: Path) -> Serve:
             (tmp_path / "log").open("wb") as log,
             subprocess.Popen(  # noqa: ASYNC220  # starting one takes no time
                 [sys.executable, EXAMPLES / example],
-                env=os.environ | secrets | {"PORT": str(port)},
+                env=os.environ | environment_of(clone_settings) | {"PORT": str(port)},
                 stdout=log,
                 stderr=log,
             ) as process,

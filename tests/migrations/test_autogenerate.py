@@ -212,7 +212,6 @@ def downgrade():
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_a_failed_migration_leaves_nothing_half_done(checkout: Checkout) -> None:
     versions = checkout.folder / "alembic" / "versions"
     (versions / "later.py").write_text(BROKEN)

@@ -40,7 +40,6 @@ OTHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_objects_of_others_are_no_difference(clone_settings: Settings) -> None:
     await sql(clone_settings, *OTHERS.values(), "SELECT 1")
     async with maintenance_engine(clone_settings) as engine:
@@ -48,7 +47,6 @@ async def test_objects_of_others_are_no_difference(clone_settings: Settings) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_tables_types_and_functions_of_extensions_are_no_difference(
     clone_settings: Settings,
 ) -> None:
@@ -92,7 +90,6 @@ def downgrade() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_a_generated_migration_has_the_objects_of_tiger_db_only(checkout: Checkout) -> None:
     await sql(checkout.settings, *OTHERS.values(), "DROP TYPE mood")
     versions = checkout.folder / "alembic" / "versions"
@@ -162,7 +159,6 @@ async def test_comparisons_of_tiger_db_and_of_the_application_stay_apart(
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.schema_changes
 async def test_a_foreign_key_that_the_application_adds_is_enforced_with_a_typed_error(
     clone: Database,
 ) -> None:

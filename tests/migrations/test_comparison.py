@@ -173,7 +173,6 @@ async def test_migrations_create_the_declared_objects(clone_settings: Settings) 
         assert await find_differences(connection) == []
 
 
-@pytest.mark.schema_changes
 async def test_every_trigger_and_function_is_declared(
     other: Connection, clone_settings: Settings
 ) -> None:
@@ -193,7 +192,6 @@ async def test_every_trigger_and_function_is_declared(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("change", CHANGES)
 async def test_each_command_reports_a_change_and_the_repair_reverses_it(
     clone_settings: Settings, other: Connection, change: str
@@ -224,7 +222,6 @@ async def test_each_command_reports_a_change_and_the_repair_reverses_it(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("change", NOT_REPAIRED)
 async def test_a_missing_table_or_a_view_in_its_place_is_reported(
     clone_settings: Settings, other: Connection, change: str
@@ -239,7 +236,6 @@ async def test_a_missing_table_or_a_view_in_its_place_is_reported(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_health_and_doctor_shorten_many_differences_and_check_lists_all(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -257,7 +253,6 @@ async def test_health_and_doctor_shorten_many_differences_and_check_lists_all(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_only_doctor_warns_of_an_undeclared_trigger(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -273,7 +268,6 @@ async def test_only_doctor_warns_of_an_undeclared_trigger(
         assert await drift(engine) == []
 
 
-@pytest.mark.schema_changes
 async def test_a_search_path_does_not_hide_a_replaced_function(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -290,7 +284,6 @@ async def test_a_search_path_does_not_hide_a_replaced_function(
     assert "EXECUTE FUNCTION evil.notify_api_key_change()" in found.description
 
 
-@pytest.mark.schema_changes
 async def test_an_operator_of_the_schema_does_not_hide_a_changed_function(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -312,7 +305,6 @@ async def test_an_operator_of_the_schema_does_not_hide_a_changed_function(
     assert "has `BEGIN RETURN NULL; END`" in seen[1]
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize("quoted", ["on", "off"])
 async def test_quoting_all_identifiers_changes_nothing(
     clone_settings: Settings, other: Connection, quoted: str
@@ -325,7 +317,6 @@ async def test_quoting_all_identifiers_changes_nothing(
     assert found.description == "trigger refuse_change on audit_logs is disabled"
 
 
-@pytest.mark.schema_changes
 async def test_functions_and_operators_of_extensions_are_not_reported(
     clone_settings: Settings, other: Connection
 ) -> None:
@@ -335,7 +326,6 @@ async def test_functions_and_operators_of_extensions_are_not_reported(
     assert await differences(clone_settings) == []
 
 
-@pytest.mark.schema_changes
 async def test_casts_of_the_applications_types_are_not_reported(
     clone_settings: Settings, other: Connection
 ) -> None:

@@ -124,7 +124,6 @@ async def test_every_function_has_its_schema_as_search_path(two: tuple[Database,
         assert {row["proname"] for row in rows if row["standard"]} == {"uuid7_floor", "uuid7_time"}
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_a_downgrade_to_0005_restores_its_functions(empty_database: Settings) -> None:
     functions = (
@@ -241,7 +240,6 @@ async def test_a_missing_schema_is_reported(empty_database: Settings) -> None:
 # Wrong search paths
 
 
-@pytest.mark.schema_changes
 async def test_no_connection_follows_the_search_path_of_its_role(clone_settings: Settings) -> None:
     evil = f'IN DATABASE "{clone_settings.database}" SET search_path = evil, pg_catalog, public'
     await sql(

@@ -148,7 +148,6 @@ async def test_ten_machines_that_deploy_at_once_run_each_migration_once(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_queries_continue_while_a_long_transaction_blocks_a_migration(
     alembic: Path, clone: Database
 ) -> None:
@@ -202,7 +201,6 @@ async def test_queries_continue_while_a_long_transaction_blocks_a_migration(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_a_migration_that_gives_up_names_the_blocker_and_is_rolled_back(
     alembic: Path, cli: CommandLine, clone_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +282,6 @@ async def check_notes(settings: Settings) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 def test_each_migration_has_a_transaction_of_its_own(
     three_more: Path, cli: CommandLine, clone_settings: Settings
 ) -> None:
@@ -354,7 +351,6 @@ def test_printing_the_script_or_the_plan_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 def test_more_than_one_head_is_an_error_of_one_line(alembic: Path, cli: CommandLine) -> None:
     write(alembic, "9006a", HEAD, "Mine", "pass")
     write(alembic, "9006b", HEAD, "Yours", "pass")

@@ -53,7 +53,6 @@ async def migrate(settings: Settings, revision: str = "head") -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_the_table_of_an_earlier_release_is_renamed_once(clone_settings: Settings) -> None:
     role = f"reader_{clone_settings.database}"
     await make_former(clone_settings)
@@ -100,7 +99,6 @@ async def test_pending_migrations_follow_the_renaming(empty_database: Settings) 
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_the_printed_sql_renames_the_table(clone_settings: Settings) -> None:
     await make_former(clone_settings)
     async with maintenance_engine(clone_settings) as engine:
@@ -141,7 +139,6 @@ async def test_tables_with_our_names_but_without_our_comments_are_not_ours(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     ("revision", "reason"),
     [
@@ -179,7 +176,6 @@ async def test_tables_without_a_revision_are_a_problem_and_stay_as_they_are(
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_concurrent_migrations_rename_the_table_once(clone_settings: Settings) -> None:
     await make_former(clone_settings)
     said = await asyncio.gather(*(migrate(clone_settings) for _ in range(5)))
@@ -187,7 +183,6 @@ async def test_concurrent_migrations_rename_the_table_once(clone_settings: Setti
     assert await sql(clone_settings, OURS) == HEAD
 
 
-@pytest.mark.schema_changes
 async def test_a_reader_during_the_renaming_finds_the_revision(clone_settings: Settings) -> None:
     """The reader has found the old table, and waits while another process renames it."""
     await make_former(clone_settings)
@@ -204,7 +199,6 @@ async def test_a_reader_during_the_renaming_finds_the_revision(clone_settings: S
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_a_long_reader_delays_the_renaming_and_is_named(clone_settings: Settings) -> None:
     await make_former(clone_settings)
     reader = await connect(clone_settings)
@@ -222,7 +216,6 @@ async def test_a_long_reader_delays_the_renaming_and_is_named(clone_settings: Se
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     ("theirs", "reason"),
     [
@@ -258,7 +251,6 @@ async def test_a_table_of_another_form_or_revision_is_not_taken_over(
     assert await sql(clone_settings, "SELECT to_regclass('tiger_db_alembic_version')") is None
 
 
-@pytest.mark.schema_changes
 async def test_a_version_table_of_another_form_is_a_problem(clone_settings: Settings) -> None:
     column = "ALTER TABLE tiger_db_alembic_version RENAME version_num TO version"
     await sql(clone_settings, column, "SELECT 1")

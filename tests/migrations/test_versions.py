@@ -162,7 +162,6 @@ async def test_0002_removes_the_credentials_of_closed_accounts(empty_database: S
     }
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_0002_can_be_undone_and_repeated_with_data(clone: Database) -> None:
     async with clone.session() as session:
@@ -442,7 +441,6 @@ async def form_is_valid(database: Database) -> bool:
         return bool(await session.scalar(text(statement)))
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_0011_normalizes_account_numbers(clone: Database) -> None:
     spellings = ["51230321", "u1 ", "U2\N{ZERO WIDTH SPACE}", "\N{FULLWIDTH DIGIT SEVEN}7777"]
@@ -455,7 +453,6 @@ async def test_0011_normalizes_account_numbers(clone: Database) -> None:
     assert await form_is_valid(clone)
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_0011_keeps_numbers_that_would_collide_and_their_accounts_stay_usable(
     clone: Database,
@@ -484,7 +481,6 @@ async def test_0011_keeps_numbers_that_would_collide_and_their_accounts_stay_usa
             )
 
 
-@pytest.mark.schema_changes
 @pytest.mark.slow
 async def test_0011_can_be_undone_and_repeated(clone: Database) -> None:
     await numbered(clone, "U1", "u1")
@@ -607,7 +603,6 @@ async def test_queries_of_0011_work_after_0012(clone: Database, query: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_a_downgrade_of_0012_keeps_all_events(clone: Database) -> None:
     async with clone.session() as session:
         for action in ("backup:run", AuditAction.DATA_QUERY, "trade:close_all", "backup:run"):
@@ -635,7 +630,6 @@ WHERE contype = 'f' AND confrelid = 'tiger_accounts'::regclass
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_0013_restricts_the_deletion_of_accounts_and_changes_no_row(clone: Database) -> None:
     async def keys(engine: AsyncEngine) -> set[tuple[Any, ...]]:
         async with engine.connect() as connection:
@@ -675,7 +669,6 @@ async def test_0013_restricts_the_deletion_of_accounts_and_changes_no_row(clone:
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_an_interrupted_0013_is_repeated(clone: Database) -> None:
     name = "fk_api_keys_tiger_account_id_tiger_accounts"
     async with maintenance_engine(clone.settings) as engine:
@@ -702,7 +695,6 @@ async def test_an_interrupted_0013_is_repeated(clone: Database) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_0015_keeps_failing_accounts_out_of_service(clone: Database) -> None:
     minutes_ago = {(2, 1): None, (3, 1): 4, (9, 4): 1, (9, 6): None, (3, None): None}
     async with clone.session() as session:
@@ -745,7 +737,6 @@ SELECT pg_get_functiondef('notify_api_key_change()'::regprocedure) AS function,
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_0019_and_0020_can_be_undone_and_repeated(clone: Database) -> None:
     async with clone.session() as session:
         account = await factories.account(session)
@@ -776,7 +767,6 @@ async def test_the_migrated_schema_matches_the_models(clone_settings: Settings) 
         assert await drift(engine) == []
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -836,7 +826,6 @@ async def test_drift_is_found(clone_settings: Settings, change: str, found: str)
 
 
 @pytest.mark.slow
-@pytest.mark.schema_changes
 async def test_partitions_are_not_reported_as_drift(clone_settings: Settings) -> None:
     async with maintenance_engine(clone_settings) as engine:
         async with engine.begin() as connection:
@@ -898,7 +887,6 @@ async def forget_months(session: AsyncSession) -> None:
         await session.execute(text(f"DROP TABLE {name}"))
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     "zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles", "<far>-167", "<far>+167"]
 )
@@ -915,7 +903,6 @@ async def test_months_are_utc_in_any_time_zone(clone: Database, zone: str) -> No
         }
 
 
-@pytest.mark.schema_changes
 async def test_upgrade_creates_a_year_of_partitions(clone: Database) -> None:
     async with clone.session() as session:
         assert len(await bounds(session)) == MONTHS_AHEAD + 1
@@ -941,7 +928,6 @@ async def test_existing_partitions_stay(clone: Database, ahead: int) -> None:
         assert await bounds(session) == before
 
 
-@pytest.mark.schema_changes
 async def test_events_of_the_default_partition_move_to_their_month(clone: Database) -> None:
     this_month, next_month, later = month_starts(3)
     strays = [
@@ -964,7 +950,6 @@ async def test_events_of_the_default_partition_move_to_their_month(clone: Databa
         assert [partition for _, partition in locations] == [*months, "audit_logs_default"]
 
 
-@pytest.mark.schema_changes
 async def test_concurrent_callers_create_each_partition_once(clone: Database) -> None:
     async with clone.session() as session:
         await forget_months(session)

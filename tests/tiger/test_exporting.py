@@ -255,7 +255,6 @@ async def test_an_export_is_recorded(clone: Database, tmp_path: Path) -> None:
     assert event.details == {"files": [CONFIG_FILE, TOKEN_FILE]}
 
 
-@pytest.mark.schema_changes
 async def test_no_secret_leaves_unrecorded(clone: Database, tmp_path: Path) -> None:
     account = await stored(clone, tmp_path, REQUIRED)
     async with clone.session() as session:

@@ -148,7 +148,7 @@ def _tiger_pooled(
     connected = not {"tiger_database", "tiger_session"}.isdisjoint(request.fixturenames)
     pooled = _tiger_pool.take(connected=connected)
     yield pooled
-    _tiger_pool.give_back(pooled)
+    _tiger_pool.give_back(pooled, connected=connected)
 
 
 @pytest.fixture

@@ -625,7 +625,6 @@ async def test_an_open_account_with_ended_refreshes_only_is_deleted(session: Asy
     )  # fmt: skip
 
 
-@pytest.mark.schema_changes
 async def test_an_account_to_which_other_rows_refer_is_not_deleted(clone: Database) -> None:
     async with clone.session() as session:
         account = await factories.account(session)

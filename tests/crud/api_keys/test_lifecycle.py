@@ -278,7 +278,6 @@ async def everything_now(session: AsyncSession) -> str:
     return await factories.everything(session)
 
 
-@pytest.mark.schema_changes
 @pytest.mark.parametrize(
     "broken",
     [
@@ -544,7 +543,6 @@ async def test_one_invalid_value_changes_no_field(
     assert (key.description, await everything_now(session)) == (None, before)
 
 
-@pytest.mark.schema_changes
 async def test_a_change_that_the_database_refuses_changes_nothing(clone: Database) -> None:
     async with clone.session() as session:
         await session.execute(text("ALTER TABLE api_keys ADD CHECK (name <> 'bad')"))
