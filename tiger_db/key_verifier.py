@@ -143,7 +143,7 @@ class KeyVerifier:
             InvalidState: the Database belongs to another process or to another event loop.
         """
         self.database.claim()
-        request = access_request(scopes, account_id, ip_address, user_agent)
+        request = access_request(scopes, account_id, ip_address, user_agent, count_use=count_use)
         # The cache does not contain pauses of trading, so a request for a trade reads the database.
         if self._listener is not None and not request.trades:
             key = await self._from_memory(raw_key, request, count_use=count_use)

@@ -46,6 +46,7 @@ _TYPES = Types(
         "account_id": UUID | None,
         "ip_address": str | IPv4Address | IPv6Address | None,
         "user_agent": str | None,
+        "count_use": bool,
     },
 )
 _SCOPE, _TEXT = {APIKeyScope}, {str, NoneType}
@@ -56,6 +57,8 @@ def access_request(
     account_id: UUID | None,
     ip_address: str | IPv4Address | IPv6Address | None,
     user_agent: str | None,
+    *,
+    count_use: bool,
 ) -> AccessRequest:
     """Build an AccessRequest from the arguments of `KeyVerifier.authorize`.
 
@@ -70,10 +73,11 @@ def access_request(
         and (account_id is None or type(account_id) is UUID)
         and type(ip_address) in _TEXT
         and type(user_agent) in _TEXT
+        and type(count_use) is bool
     ):
         given: dict[str, Any] = {
             "scopes": scopes, "account_id": account_id, "ip_address": ip_address,
-            "user_agent": user_agent,
+            "user_agent": user_agent, "count_use": count_use,
         }  # fmt: skip
         _TYPES.check(given)
         scopes = given["scopes"]
