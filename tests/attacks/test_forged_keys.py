@@ -13,7 +13,15 @@ from passlib.hash import bcrypt, ldap_salted_sha256
 from sqlalchemy import event
 
 from tests.support import factories
-from tests.support.attackers import PATHS, Execute, Use, attacker, by_a_verifier
+from tests.support.attackers import (
+    PATHS,
+    Execute,
+    Use,
+    attacker,
+    by_a_verifier,
+    from_memory,
+    in_sessions,
+)
 from tests.support.contexts import changed_context
 from tests.support.raw_keys import unknown_key, wrong_secret
 from tests.support.signing import sign_rows
@@ -66,6 +74,11 @@ CHANGES = {
 }
 # The other signed columns belong to the secret: see test_a_taken_over_prefix_is_refused.
 OF_THE_SECRET = {"key_prefix", "key_hash"}
+
+ONE_PATH_AND_SLOW_OTHERS = [
+    by_a_verifier,
+    *(pytest.param(path, marks=pytest.mark.slow) for path in (in_sessions, from_memory)),
+]
 
 
 @pytest.fixture
@@ -241,6 +254,7 @@ async def test_the_caller_cannot_tell_a_forged_row_from_an_unknown_key(
     assert all(each == told[0] for each in told)
 
 
+@pytest.mark.parametrize("use", ONE_PATH_AND_SLOW_OTHERS, indirect=True)
 async def test_the_denial_of_a_forged_row_is_recorded_once_an_hour(
     clone: Database, execute: Execute, use: Use
 ) -> None:

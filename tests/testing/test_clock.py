@@ -20,7 +20,7 @@ async def test_a_key_expires_for_both_clocks(session: AsyncSession) -> None:
     expiry = datetime.now(UTC) + HOUR
     key, raw_key = await factories.api_key(session, expires_at=expiry)
     await let_time_pass(session, timedelta(minutes=50))
-    await crud.api_keys.verify_api_key(session, raw_key)
+    assert await crud.api_keys.verify_api_key(session, raw_key)
     assert not key.is_expired
     await let_time_pass(session, timedelta(minutes=10))
     assert key.is_expired
