@@ -11,11 +11,12 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.encryption_keys import OTHER_KEY, store_old_tiger_id
+from tests.support.encryption_keys import OTHER_KEY, store_old_tiger_id, store_unbound
 from tests.support.sql import CITUS_CATALOG, months, sql
 from tiger_db import AuditAction, Database, Settings, crud, doctor, encryption_key_rotation
 from tiger_db.audit import seal
 from tiger_db.doctor import CheckResult
+from tiger_db.models.secrets import key_provider
 from tiger_db.signing import generate_signing_key
 
 NOW = datetime.now(UTC)
@@ -393,6 +394,29 @@ async def test_missing_and_old_encryption_keys_are_reported(
     assert (result.status, result.seen) == ("problem", "test: 1 row of tiger_accounts")
     assert result.advice is not None
     assert "put test back" in result.advice
+
+
+async def test_ciphertexts_of_version_1_and_keys_without_mark_are_reported(
+    clone: Database, clone_settings: Settings
+) -> None:
+    key = clone_settings.encryption_keys
+    assert key is not None
+    unmarked = clone_settings.model_copy(
+        update={"encryption_keys": SecretStr(key.get_secret_value().removesuffix(":v2"))}
+    )
+    result = await found(unmarked, "encryption keys")
+    assert (result.status, result.seen) == ("warning", "no encryption key is in use")
+    assert str(result.advice).startswith("append :v2 to test in ENCRYPTION_KEYS, when no process")
+    async with clone.session() as session:
+        account = await factories.account(session)
+        await store_unbound(session, account, key_provider(session.sync_session))
+    result = await found(unmarked, "encryption keys")
+    assert result.status == "warning"
+    assert result.seen.endswith("rows with ciphertexts of version 1: 1")
+    assert str(result.advice).endswith("run `tiger-db rotate-encryption-key`")
+    async with Database(unmarked) as database:
+        await encryption_key_rotation.rotate(database)
+    assert (await found(clone_settings, "encryption keys")).status == "ok"
 
 
 EXEMPT = """

@@ -56,7 +56,7 @@ def test_two_ciphertexts_of_a_text_are_never_equal() -> None:
 
 def test_a_ciphertext_begins_with_version_and_key_id() -> None:
     ciphertext = encrypt(RING, "text", AAD)
-    assert ciphertext[:4] == b"\x01\x02k1"
+    assert ciphertext[:4] == b"\x02\x02k1"
     assert key_id_of(ciphertext) == "k1"
     assert len(ciphertext) == 4 + 12 + len("text") + 16
 

@@ -26,6 +26,7 @@ from tiger_db.crud.accounts import RoutingReason, explain_for_operation
 from tiger_db.crud.api_keys import current_pause
 from tiger_db.crud.api_keys.signing import find_invalid_codes
 from tiger_db.database import AsyncSession
+from tiger_db.encryption import BOUND_MARK
 from tiger_db.encryption_key_rotation import (
     find_unnormalized_secrets,
     list_encryption_key_usage,
@@ -603,4 +604,17 @@ async def _check_encryption_keys(connection: AsyncConnection, settings: Settings
             f"keep {', '.join(old)} in ENCRYPTION_KEYS, and run `tiger-db rotate-encryption-key`"
         )
         return Outcome("warning", seen, advice)
+    if unbound := sum(use.unbound for use in uses):
+        advice = (
+            "to bind these secrets to server_url, environment and account_number, run `tiger-db"
+            " rotate-encryption-key`"
+        )
+        seen = f"{seen}; rows with ciphertexts of version 1: {unbound:,}"
+        return Outcome("warning", seen, advice)
+    if unmarked := [key_id for key_id in ring.key_ids if key_id not in ring.bound_key_ids]:
+        advice = (
+            f"append {BOUND_MARK} to {', '.join(unmarked)} in ENCRYPTION_KEYS, when no process of"
+            " an earlier release is left. Then, ciphertexts of version 1 are refused"
+        )
+        return Outcome("warning", seen or "no encryption key is in use", advice)
     return Outcome("ok", seen or "no encryption key is in use")

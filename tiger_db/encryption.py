@@ -2,8 +2,13 @@
 
 A stored secret is `version (1 byte) | length of the key id (1 byte) | key id | nonce (12 bytes) |
 ciphertext and tag (16 bytes)`. AES-GCM also authenticates the associated data `table.column:row
-id`, and the bytes of the ciphertext that precede the nonce. Decryption fails for a ciphertext that
-was changed, or that was copied to another row or column.
+id`, the values of the columns in `Entity.secrets_bound_to`, and the bytes of the ciphertext that
+precede the nonce. Decryption fails for a ciphertext that was changed, or that was copied to another
+row or column, and if a value of these columns was changed.
+
+Ciphertexts of version 1 do not authenticate the values of other columns. For a key with the mark
+`:v2` in `ENCRYPTION_KEYS`, ciphertexts of version 1 are refused. The mark is stored with the keys,
+because an attacker who can write to the database cannot change the keys.
 """
 
 import base64
@@ -11,7 +16,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Protocol, Self, runtime_checkable
 
@@ -28,11 +33,14 @@ from sqlalchemy.types import TypeDecorator
 from tiger_db.errors import ConfigurationError, EncryptionError, InvalidValue
 from tiger_db.redaction import MASK
 
-_VERSION = 1
+_VERSION = 2
+_UNBOUND_VERSION = 1
+BOUND_MARK = ":v2"  # mark of a key for which ciphertexts of version 1 are refused
 _KEY_BYTES = 32  # length of the keys of AES-256 and HMAC-SHA256
 _TAG_BYTES = 16
 _NONCE_BYTES = 12  # section 8.2.2 of NIST SP 800-38D allows random nonces of 96 bits
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}", re.ASCII)
+_BOUND_MARK = re.compile(rf"(?<=[^:,\s]){BOUND_MARK}(?=[,\s]|\Z)")
 _BAD_KEY_ID = "a key id must be 1 to 32 letters, digits, '.', '_' or '-'"
 
 
@@ -85,7 +93,7 @@ def decode_base64(text: str) -> bytes:
 
 
 def generate_key(key_id: str = "k1") -> str:
-    """Return a new random key as `id:base64`, the format of `ENCRYPTION_KEYS`.
+    """Return a new random key as `id:base64`, the format of `API_KEY_PEPPERS`.
 
     Raises:
         InvalidValue: the key id is not 1 to 32 letters, digits, '.', '_' or '-'.
@@ -95,6 +103,15 @@ def generate_key(key_id: str = "k1") -> str:
     return f"{key_id}:{base64.b64encode(os.urandom(_KEY_BYTES)).decode('ascii')}"
 
 
+def generate_encryption_key(key_id: str = "k1") -> str:
+    """Return a new random key as `id:base64:v2`, the format of `ENCRYPTION_KEYS`.
+
+    Raises:
+        InvalidValue: the key id is not 1 to 32 letters, digits, '.', '_' or '-'.
+    """
+    return generate_key(key_id) + BOUND_MARK
+
+
 @runtime_checkable
 class KeyProvider(Protocol):
     """The interface of `KeyRing`, and of adapters for key management services.
@@ -102,6 +119,9 @@ class KeyProvider(Protocol):
     The methods of a provider block the event loop and are called for each secret, so an adapter
     should cache the results of slow calls. If a method raises an exception other than
     `EncryptionError`, the caller of tiger_db gets this exception unchanged.
+
+    A provider can have the attribute `bound_key_ids`: a collection of the ids of keys for which
+    tiger_db refuses ciphertexts of version 1.
     """
 
     @property
@@ -126,15 +146,31 @@ class KeyProvider(Protocol):
 
 
 class KeyRing(KeySet):
-    """The built-in `KeyProvider`, which uses AES-256-GCM and HMAC-SHA256 with keys in memory."""
+    """The built-in `KeyProvider`, which uses AES-256-GCM and HMAC-SHA256 with keys in memory.
 
-    def __init__(self, keys: Mapping[str, bytes]) -> None:
+    The keys whose ids are in `bound_key_ids` decrypt no ciphertexts of version 1.
+    """
+
+    def __init__(self, keys: Mapping[str, bytes], *, bound_key_ids: Collection[str] = ()) -> None:
         super().__init__(keys)
+        self.bound_key_ids = frozenset(bound_key_ids)
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
         self._fingerprint_keys = {  # keys that HKDF (RFC 5869) derives from the encryption keys
             key_id: HKDF(SHA256(), length=32, salt=None, info=b"tiger_db fingerprint").derive(key)
             for key_id, key in keys.items()
         }
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse keys of the form `id:base64-32-bytes`, or `id:base64-32-bytes:v2`.
+
+        Raises:
+            ConfigurationError: the text is malformed. The error message never shows a key.
+        """
+        ring = super().parse(_BOUND_MARK.sub("", text))
+        marked = (item for item in re.split(r"[,\s]+", text) if _BOUND_MARK.search(item))
+        ring.bound_key_ids = frozenset(item.partition(":")[0] for item in marked)
+        return ring
 
     def encrypt(self, key_id: str, data: bytes, aad: bytes) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)
@@ -153,36 +189,61 @@ class KeyRing(KeySet):
         return hmac.digest(self._fingerprint_keys[key_id], data, hashlib.sha256)
 
 
-def encrypt(provider: KeyProvider, text: str, aad: str) -> bytes:
+def encrypt(provider: KeyProvider, text: str, aad: str, bound: str = "") -> bytes:
     """Encrypt a text with the first key of the provider.
 
-    The associated data `aad` has the form `table.column:row id`.
+    The associated data `aad` has the form `table.column:row id`. The text `bound` contains the
+    values of other columns of the row, which are associated data too.
     """
     key_id = provider.key_ids[0]
     header = ciphertext_header(key_id)
-    return header + provider.encrypt(key_id, text.encode(), header + aad.encode())
+    return header + provider.encrypt(key_id, text.encode(), header + (aad + bound).encode())
 
 
-def decrypt(provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "") -> str:
-    """Decrypt a ciphertext that `encrypt` made with the same `aad`.
+def decrypt(
+    provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "", bound: str | None = ""
+) -> str:
+    """Decrypt a ciphertext that `encrypt` made with the same `aad` and `bound`.
 
-    The text `owner` describes the row of the ciphertext in error messages.
+    The text `owner` describes the row of the ciphertext in error messages. `bound` is None if the
+    values of the other columns are not known.
 
     Raises:
-        EncryptionError: the ciphertext was changed, the associated data `aad` is wrong, or the
-            encryption key is missing.
+        EncryptionError: the ciphertext was changed, the associated data is wrong or not known, the
+            encryption key is missing, or the ciphertext has version 1 and its key has the mark
+            `:v2`.
     """
     where = f"{aad} ({owner})" if owner else aad
     header, key_id = _read_header(ciphertext, where)
     if key_id not in provider.key_ids:
         raise EncryptionError(f"{where}: encryption key {key_id!r} is not configured")
+    if header[0] == _UNBOUND_VERSION:
+        if key_id in bound_key_ids(provider):
+            raise EncryptionError(
+                f"{where}: ciphertexts of version 1 are refused, because the encryption key"
+                f" {key_id!r} has the mark {BOUND_MARK}"
+            )
+        bound = ""
+    if bound is None:
+        raise EncryptionError(
+            f"{where}: a secret can be decrypted only with the other columns of its row: load the"
+            " whole entity"
+        )
     try:
-        return provider.decrypt(key_id, ciphertext[len(header) :], header + aad.encode()).decode()
+        data = provider.decrypt(key_id, ciphertext[len(header) :], header + (aad + bound).encode())
     except EncryptionError:
         raise EncryptionError(
             f"{where}: the ciphertext was changed, belongs to another row or column,"
-            f" or was encrypted with a different key that has the same id {key_id!r}"
+            + (" or belongs to other values of the columns it is bound to," if bound else "")
+            + f" or was encrypted with a different key that has the same id {key_id!r}"
         ) from None
+    return data.decode()
+
+
+def bound_key_ids(provider: KeyProvider) -> Collection[str]:
+    """Return the ids of the keys for which ciphertexts of version 1 are refused."""
+    ids: Collection[str] = getattr(provider, "bound_key_ids", ())
+    return ids
 
 
 def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> bytes:
@@ -194,11 +255,11 @@ def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> b
 
 
 @lru_cache(maxsize=256)
-def ciphertext_header(key_id: str) -> bytes:
+def ciphertext_header(key_id: str, version: int = _VERSION) -> bytes:
     """Return the header of a key's ciphertexts: version, length of the key id, and key id."""
     if not _KEY_ID.fullmatch(key_id):
         raise EncryptionError(_BAD_KEY_ID)
-    return bytes([_VERSION, len(key_id)]) + key_id.encode("ascii")
+    return bytes([version, len(key_id)]) + key_id.encode("ascii")
 
 
 def key_id_of(ciphertext: bytes) -> str:
@@ -206,14 +267,19 @@ def key_id_of(ciphertext: bytes) -> str:
     return _read_header(ciphertext, "ciphertext")[1]
 
 
+def is_bound(ciphertext: bytes) -> bool:
+    """Return whether a ciphertext is bound to the values of other columns of its row."""
+    return ciphertext[:1] != bytes([_UNBOUND_VERSION])
+
+
 def _read_header(ciphertext: bytes, where: str) -> tuple[bytes, str]:
     """Return the header and the key id of a ciphertext. Error messages begin with `where`."""
-    if len(ciphertext) < 2 or ciphertext[0] != _VERSION:  # noqa: PLR2004  # a header has at least 2 bytes
+    if len(ciphertext) < 2 or ciphertext[0] not in (_UNBOUND_VERSION, _VERSION):  # noqa: PLR2004  # a header has at least 2 bytes
         raise EncryptionError(f"{where}: the value is not a ciphertext of a known version")
     header = ciphertext[: 2 + ciphertext[1]]
     key_id = header[2:].decode("ascii", errors="replace")
     try:
-        if ciphertext_header(key_id) == header:
+        if ciphertext_header(key_id, ciphertext[0]) == header:
             return header, key_id
     except EncryptionError:
         pass
@@ -264,15 +330,28 @@ class Secret(SecretStr):
 
 
 class EncryptedSecret(Secret):
-    """A secret that is stored as a ciphertext. `get_secret_value` decrypts the ciphertext."""
+    """A secret that is stored as a ciphertext. `get_secret_value` decrypts the ciphertext.
+
+    `bound` contains the values of the other columns that are associated data, or is None if these
+    values are not known. If a flush replaces a ciphertext, the attribute `replaced_bound` of the
+    new secret has the value of `bound` for the old ciphertext.
+    """
+
+    replaced_bound: str | None = None
 
     def __init__(
-        self, ciphertext: bytes, aad: str = "", provider: KeyProvider | None = None, owner: str = ""
+        self,
+        ciphertext: bytes,
+        aad: str = "",
+        provider: KeyProvider | None = None,
+        owner: str = "",
+        bound: str | None = "",
     ) -> None:
         self.ciphertext = ciphertext
         self.aad = aad
         self.provider = provider
         self.owner = owner
+        self.bound = bound
 
     @property
     def key_id(self) -> str:
@@ -295,20 +374,20 @@ class EncryptedSecret(Secret):
                 f"{self.aad}: encryption key {self.key_id!r} is not configured"
                 " (set ENCRYPTION_KEYS)"
             )
-        return decrypt(self.provider, self.ciphertext, self.aad, self.owner)
+        return decrypt(self.provider, self.ciphertext, self.aad, self.owner, self.bound)
 
     def __len__(self) -> int:
         return len(self.get_secret_value())
 
     def __copy__(self) -> "EncryptedSecret":
-        return EncryptedSecret(self.ciphertext, self.aad, self.provider, self.owner)
+        return EncryptedSecret(self.ciphertext, self.aad, self.provider, self.owner, self.bound)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "EncryptedSecret":
         return self.__copy__()
 
-    def __reduce__(self) -> tuple[type["EncryptedSecret"], tuple[bytes, str, None, str]]:
+    def __reduce__(self) -> tuple[type["EncryptedSecret"], tuple[object, ...]]:
         # A pickle must not contain keys, so the provider is omitted.
-        return EncryptedSecret, (self.ciphertext, self.aad, None, self.owner)
+        return EncryptedSecret, (self.ciphertext, self.aad, None, self.owner, self.bound)
 
 
 class EncryptedType(TypeDecorator[SecretStr]):

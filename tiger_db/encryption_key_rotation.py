@@ -9,7 +9,7 @@ need older keys.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -41,11 +41,12 @@ from tiger_db.encryption import (
     decrypt,
     encrypt,
     fingerprint,
+    is_bound,
     key_id_of,
 )
 from tiger_db.errors import ConfigurationError, Conflict, EncryptionError, QueryTimeout
 from tiger_db.models import AuditAction, Entity
-from tiger_db.models.secrets import aad_of, encrypted_columns, key_provider, secrets_of
+from tiger_db.models.secrets import aad_of, bound_text, encrypted_columns, key_provider, secrets_of
 from tiger_db.public import Progress, no_progress
 
 BATCH_ROWS = 1000  # Maximum number of rows per transaction.
@@ -64,11 +65,16 @@ _LOCK_TIMEOUT_OF_ROW = "10s"
 
 @dataclass(frozen=True, slots=True)
 class EncryptionKeyUsage:
-    """The number of rows of a table that have a secret encrypted with the key `key_id`."""
+    """The number of rows of a table that have a secret encrypted with the key `key_id`.
+
+    `unbound` is the number of these rows that have a ciphertext of version 1, which is not bound to
+    other columns of the row.
+    """
 
     table: str
     key_id: str
     rows: int
+    unbound: int = 0
 
 
 @dataclass(slots=True)
@@ -155,14 +161,17 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
     """
     usage = []
     for mapper in encrypted_entities():
-        table, counts = _table_of(mapper), Counter[str]()
+        table, counts, unbound = _table_of(mapper), Counter[str](), Counter[str]()
         headers = [_header(table.c[name]) for name in _secret_names(mapper)]
         rows = await session.execute(select(func.count(), *headers).group_by(*headers))
         for count, *found in rows:
             for key_id in {_key_id(header) for header in found if header is not None}:
                 counts[key_id] += count
+            for key_id in {_key_id(h) for h in found if h is not None and not is_bound(h)}:
+                unbound[key_id] += count * (key_id != DAMAGED)
         usage += [
-            EncryptionKeyUsage(table.name, key_id, counts[key_id]) for key_id in sorted(counts)
+            EncryptionKeyUsage(table.name, key_id, counts[key_id], unbound[key_id])
+            for key_id in sorted(counts)
         ]
     return usage
 
@@ -176,14 +185,16 @@ async def find_unnormalized_secrets(
         if type_.normalize is None:
             continue
         secret = type_coerce(table.c[name], LargeBinary)
-        page = select(table.c.id, secret).where(secret.is_not(None)).order_by(table.c.id)
+        page = select(table.c.id, secret, *_bound_columns(mapper))
+        page = page.where(secret.is_not(None)).order_by(table.c.id)
         after = UUID(int=0)
         while rows := (
             await session.execute(page.where(table.c.id > after).limit(BATCH_ROWS))
         ).all():
-            for row_id, ciphertext in rows:
+            for row_id, ciphertext, *values in rows:
                 try:
-                    plain = decrypt(provider, ciphertext, aad_of(mapper, name, row_id))
+                    aad, bound = aad_of(mapper, name, row_id), _bound_text(mapper, values)
+                    plain = decrypt(provider, ciphertext, aad, bound=bound)
                     if type_.normalize(plain) != plain:
                         found.normalizable.append(row_id)
                 except EncryptionError:
@@ -309,7 +320,7 @@ async def _outdated_rows(
     table = _table_of(mapper)
     secrets = [type_coerce(table.c[name], LargeBinary) for name in _secret_names(mapper)]
     rows = await session.execute(
-        select(table.c.id, *secrets)
+        select(table.c.id, *secrets, *_bound_columns(mapper))
         .where(
             table.c.id > after,
             or_(
@@ -337,8 +348,10 @@ def _reencrypt(
     first = provider.key_ids[0]
     current, row_id = ciphertext_header(first), str(row.id)
     change: dict[str, object] = {"id": row.id}
-    ciphertexts: tuple[bytes | None, ...] = tuple(row[1:])
-    for (name, type_), ciphertext in zip(encrypted_columns(mapper), ciphertexts, strict=True):
+    columns = encrypted_columns(mapper)
+    ciphertexts: tuple[bytes | None, ...] = tuple(row[1 : len(columns) + 1])
+    bound = _bound_text(mapper, row[len(columns) + 1 :])
+    for (name, type_), ciphertext in zip(columns, ciphertexts, strict=True):
         change[f"old_{name}"] = change[f"new_{name}"] = ciphertext
         if type_.fingerprint:
             change[type_.fingerprint] = None
@@ -346,11 +359,11 @@ def _reencrypt(
         if ciphertext is None or (ciphertext.startswith(current) and normal_form is None):
             continue
         aad = aad_of(mapper, name, row_id)
-        plain = decrypt(provider, ciphertext, aad)
+        plain = decrypt(provider, ciphertext, aad, bound=bound)
         normal = plain if normal_form is None else _normalized(plain, normal_form)
         if normal == plain and ciphertext.startswith(current):
             continue
-        change[f"new_{name}"] = encrypt(provider, normal, aad)
+        change[f"new_{name}"] = encrypt(provider, normal, aad, bound)
         if type_.fingerprint:
             change[type_.fingerprint] = fingerprint(provider, first, normal, aad.split(":")[0])
     names = _secret_names(mapper)
@@ -453,6 +466,19 @@ def _is_outdated(session: AsyncSession, mapper: Mapper[Any]) -> ColumnElement[bo
 def _table_of(mapper: Mapper[Any]) -> Table:
     assert isinstance(mapper.local_table, Table)
     return mapper.local_table
+
+
+def _bound_columns(mapper: Mapper[Any]) -> list[ColumnElement[Any]]:
+    return [_table_of(mapper).c[name] for name in mapper.class_.secrets_bound_to]
+
+
+def _bound_text(mapper: Mapper[Any], values: Iterable[object]) -> str:
+    """Return `bound_text` of the values of `_bound_columns`."""
+    bound = bound_text(
+        mapper.class_, dict(zip(mapper.class_.secrets_bound_to, values, strict=True))
+    )
+    assert bound is not None  # all values are known
+    return bound
 
 
 def _secret_names(mapper: Mapper[Any]) -> list[str]:

@@ -328,7 +328,7 @@ async def _check_decryption(connection: AsyncConnection, ring: KeyRing) -> list[
     secret = account.tiger_id
     assert isinstance(secret, EncryptedSecret)  # the loaded secret is not decrypted yet
     try:
-        decrypt(ring, secret.ciphertext, secret.aad, secret.owner)
+        decrypt(ring, secret.ciphertext, secret.aad, secret.owner, secret.bound)
     except EncryptionError as error:
         return [
             f"stored secrets cannot be decrypted: {error}: set ENCRYPTION_KEYS to its earlier value"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from tiger_db.encryption import KeyRing, generate_key
+from tiger_db.encryption import KeyRing, generate_encryption_key, generate_key
 from tiger_db.errors import ConfigurationError
 from tiger_db.peppers import Peppers
 from tiger_db.redaction import add_known_secrets
@@ -35,7 +35,7 @@ class KeySetting(Generic[T]):
 
 
 ENCRYPTION_KEYS = KeySetting(
-    "encryption_keys", KeyRing.parse, generate_key, "generate-encryption-key"
+    "encryption_keys", KeyRing.parse, generate_encryption_key, "generate-encryption-key"
 )
 API_KEY_PEPPERS = KeySetting(
     "api_key_peppers", Peppers.parse, generate_key, "generate-api-key-pepper"
@@ -130,7 +130,9 @@ def required_peppers(settings: Settings) -> Peppers | None:
 
 def _parse(keys: KeySetting[T], text: str, message: str) -> T:
     """Parse secret keys. Afterwards, `redact_known` masks the keys in every text."""
-    add_known_secrets(*(item.rpartition(":")[2].rstrip("=") for item in re.split(r"[,\s]+", text)))
+    add_known_secrets(
+        *(re.sub("^[^:]*:|:v2$", "", item).rstrip("=") for item in re.split(r"[,\s]+", text))
+    )
     try:
         return keys.parse(text)
     except ConfigurationError as error:

@@ -167,7 +167,7 @@ async def test_a_generated_migration_runs_as_it_is(server_url: str, changed: Che
     generated = written.read_text()
     assert 'sa.Column("secret", sa.LargeBinary()' in generated
     assert changed.settings.encryption_keys
-    key_id, key = changed.settings.encryption_keys.get_secret_value().split(":")
+    key_id, key, _ = changed.settings.encryption_keys.get_secret_value().split(":")
     assert key not in generated
     assert f'"{key_id}"' not in generated
     assert "postgresql://" not in generated

@@ -17,7 +17,7 @@ from tiger_db.cli import main
 # Typer creates all commands anew for each run, which takes longer than most runs.
 _get_command = functools.cache(typer.main.get_command)
 
-KEYS = "test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
+KEYS = "test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=:v2"
 SECRETS = {
     "ENCRYPTION_KEYS": KEYS,
     "API_KEY_PEPPERS": "test:ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8=",

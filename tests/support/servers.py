@@ -6,7 +6,7 @@ from tiger_db.testing import databases, servers
 # What makes settings of that server those of production: it may be on another machine.
 PRODUCTION = {"environment": "production", "db_allow_unverified_tls": True}
 OPTIONS: dict[str, object] = {
-    "encryption_keys": "test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+    "encryption_keys": "test:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=:v2",
     "api_key_peppers": "test:ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8=",
     "db_pool_size": 5,
     "db_max_overflow": 40,

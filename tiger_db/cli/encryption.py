@@ -21,7 +21,7 @@ _PANEL = "Encryption keys"
 @app.command(rich_help_panel=_PANEL)
 def generate_encryption_key(*, key_id: options.KeyId = None) -> None:
     """Print a new random encryption key for ENCRYPTION_KEYS, without storing the key."""
-    typer.echo(tiger_db.encryption.generate_key(key_id or options.new_key_id()))
+    typer.echo(tiger_db.encryption.generate_encryption_key(key_id or options.new_key_id()))
     output.print_message(
         "add the new key at the end of ENCRYPTION_KEYS in every process, after a comma. When every"
         " process has the key, move the key to the beginning of ENCRYPTION_KEYS, and run `tiger-db"
@@ -64,7 +64,7 @@ def rotate_encryption_key(
             usage = await tiger_db.encryption_key_rotation.list_encryption_key_usage(session)
             provider = tiger_db.models.secrets.key_provider(session.sync_session)
         key_ids = provider.key_ids if provider else ()
-        total = sum(use.rows for use in usage if use.key_id not in key_ids[:1])
+        total = sum(use.unbound if use.key_id in key_ids[:1] else use.rows for use in usage)
         with output.progress("Checking" if dry_run else "Encrypting", total) as update:
             report = await tiger_db.encryption_key_rotation.rotate(
                 database, dry_run=dry_run, progress=lambda done, _: update(completed=done)

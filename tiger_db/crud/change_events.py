@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Unpack
+from itertools import chain
+from typing import Any, Unpack, cast
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, inspect, select
+from sqlalchemy import Connection, Update, inspect, select
 from sqlalchemy.event import listens_for
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, object_session
@@ -225,11 +226,14 @@ def _stored_values(
 def is_equal(entity: type[TigerAccount | APIKey], name: str, old: object, new: object) -> bool:
     """Return whether two values of a field are equal in the database."""
     if isinstance(old, EncryptedSecret) and isinstance(new, EncryptedSecret):
+        if old.ciphertext == new.ciphertext:
+            return True
         try:
-            readable = EncryptedSecret(old.ciphertext, new.aad, new.provider)
+            bound = old.bound if old.aad else new.replaced_bound
+            readable = EncryptedSecret(old.ciphertext, new.aad, new.provider, bound=bound)
             return readable.get_secret_value() == new.get_secret_value()
         except EncryptionError:
-            return old.ciphertext == new.ciphertext
+            return False
     equal: bool = inspect(entity).columns[name].type.compare_values(old, new)
     return equal
 
@@ -285,6 +289,8 @@ def _refuse_bulk_statement(execution: ORMExecuteState) -> None:
     """
     if execution.is_select:
         return
+    if isinstance(execution.statement, Update):
+        _refuse_bound_columns(execution.statement, execution.parameters)
     mapper = execution.bind_mapper
     if mapper is None or mapper.class_ not in _FUNCTIONS:
         return
@@ -296,3 +302,27 @@ def _refuse_bulk_statement(execution: ORMExecuteState) -> None:
         f"an ORM bulk {kind} of {entity.__name__} rows would record no audit events:"
         f" use {_FUNCTIONS[entity][kind]}"
     )
+
+
+def _refuse_bound_columns(statement: Update, parameters: object) -> None:
+    """Refuse an UPDATE of a column to which secrets are bound, which would make them unreadable.
+
+    Raises:
+        InvalidState: the statement changes such a column of accounts.
+    """
+    if statement.table is not inspect(TigerAccount).local_table:
+        return
+    rows: list[Mapping[str, object]] = (
+        parameters
+        if isinstance(parameters, list)
+        else [cast("dict[str, object]", parameters or {})]
+    )
+    given = {*chain.from_iterable(rows)} | {
+        getattr(column, "key", column)
+        for column in statement._values or ()  # noqa: SLF001  # SQLAlchemy has no public attribute
+    }
+    if bound := sorted(TigerAccount.secrets_bound_to.keys() & given):
+        raise InvalidState(
+            f"the secrets of accounts are bound to {', '.join(bound)}, so an UPDATE would make the"
+            " secrets unreadable: use crud.accounts.update, which encrypts them again"
+        )

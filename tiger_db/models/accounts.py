@@ -4,6 +4,7 @@ import base64
 import binascii
 import re
 import unicodedata
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
@@ -113,6 +114,7 @@ class QuotePermission(TypedDict):
 # prime accounts, and of paper accounts. Paper account numbers have 17 digits at Tiger, but Tiger's
 # SDK also accepts longer numbers.
 ACCOUNT_NUMBER = "U[0-9]{1,49}|[0-9]{5,10}|[0-9]{17,50}"
+_NORMAL_NUMBER = re.compile(ACCOUNT_NUMBER)
 _MIN_PAPER_DIGITS = 17
 _MIN_KEY_BITS = 1024  # minimum size of an RSA key in bits
 
@@ -207,6 +209,22 @@ def _require_key_size(value: Secret | None) -> Secret | None:
     return value
 
 
+def _bound_account_number(text: str) -> str:
+    """Return the normalized account number. A number of an older release can be malformed."""
+    if _NORMAL_NUMBER.fullmatch(text):
+        return text
+    try:
+        return normalize_account_number(text)
+    except ValueError:
+        return text
+
+
+def _bound_socket(options: Mapping[str, object]) -> str | None:
+    """Return the host of Tiger's push service, which is one of the `client_options`."""
+    value = options.get("socket_host_port")
+    return None if value is None else str(value)
+
+
 # The columns that a response may show. Columns that contain or describe a secret belong to
 # `TigerAccount`. OpenAPI shows the docstring of a view to users of the API.
 class AccountView(MutableEntityView):
@@ -289,6 +307,13 @@ class TigerAccount(AccountView, MutableEntity, table=True):
     """A broker account. The secrets of an account are encrypted in the database."""
 
     __tablename__ = "tiger_accounts"
+    # Requests are signed with the secrets, and are sent to these hosts for this account.
+    secrets_bound_to: ClassVar[Mapping[str, Callable[[Any], str | None]]] = {
+        "account_number": _bound_account_number,
+        "environment": str,
+        "server_url": str,
+        "client_options": _bound_socket,
+    }
     __table_args__ = (
         *(
             Index(f"uq_tiger_accounts_{name}", name, unique=True, postgresql_where=text(name))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import annotated_types as rules
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, PydanticUndefined
-from sqlalchemy import CheckConstraint, Column, Table, event
+from sqlalchemy import CheckConstraint, Column, Connection, Table, event
 from sqlalchemy.dialects.postgresql import ARRAY, CIDR, JSONB
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.orm import (
@@ -50,6 +50,10 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
     __abstract__: ClassVar[bool] = True
     # SQLModel declares another type, with which pyright refuses a text.
     __tablename__: ClassVar[str]
+    # The columns to whose values the secrets of the entity are bound, each with a function that
+    # converts a value that is not None to a text. If another value is stored without new
+    # ciphertexts, the secrets cannot be decrypted.
+    secrets_bound_to: ClassVar[Mapping[str, Callable[[Any], str | None]]] = {}
     # With eager_defaults, INSERT and UPDATE return the timestamps that the database sets.
     __mapper_args__: ClassVar[dict[str, object]] = {"eager_defaults": True}
     model_config = SQLModelConfig(
@@ -252,7 +256,7 @@ def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[s
 
 @event.listens_for(Entity, "before_insert", propagate=True)
 @event.listens_for(Entity, "before_update", propagate=True)
-def _prepare_flush(mapper: Mapper[Any], connection: object, row: Entity) -> None:  # noqa: ARG001
+def _prepare_flush(mapper: Mapper[Any], connection: Connection, row: Entity) -> None:
     """Validate JSON values and lists that were changed in place, and encrypt new secrets."""
     changed = {
         name: row.__dict__[name]
@@ -261,7 +265,7 @@ def _prepare_flush(mapper: Mapper[Any], connection: object, row: Entity) -> None
     }
     for name, value in row.validate_changes(changed).items():
         changed[name].replace_content(value)
-    encrypt_secrets(mapper, row)
+    encrypt_secrets(mapper, connection, row)
 
 
 @event.listens_for(Entity, "load", propagate=True)

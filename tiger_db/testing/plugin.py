@@ -99,9 +99,9 @@ def _tiger_portal() -> Iterator["BlockingPortal"]:
 
 @pytest.fixture(scope="session")
 def _tiger_values(tiger_options: dict[str, object]) -> dict[str, object]:
-    from tiger_db.encryption import generate_key  # noqa: PLC0415
+    from tiger_db.encryption import generate_encryption_key, generate_key  # noqa: PLC0415
 
-    keys = {name: generate_key() for name in ("encryption_keys", "api_key_peppers")}
+    keys = {"encryption_keys": generate_encryption_key(), "api_key_peppers": generate_key()}
     return {**keys, **tiger_options}
 
 

@@ -11,7 +11,6 @@ from uuid import UUID
 from sqlalchemy import BigInteger, ColumnElement, and_, cast, func
 from sqlalchemy import update as sql_update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import object_mapper
 from sqlalchemy.orm.util import identity_key
 from sqlmodel import col
 from uuid_utils.compat import uuid7
@@ -28,7 +27,7 @@ from tiger_db.crud.common import (
     replace_unstorable,
 )
 from tiger_db.crud.token_status.queries import newest
-from tiger_db.encryption import EncryptedSecret
+from tiger_db.encryption import EncryptedSecret, Secret
 from tiger_db.errors import AnswerLost, LeaseLost, StaleToken
 from tiger_db.models import (
     AccountStatus,
@@ -42,7 +41,7 @@ from tiger_db.models import (
 from tiger_db.models.accounts import refresh_time
 from tiger_db.models.audit_logs import severity_of
 from tiger_db.models.base import merge_row, row_expression
-from tiger_db.models.secrets import aad_of, encrypt_secret, key_provider, readable_secrets
+from tiger_db.models.secrets import encrypt_for_row, key_provider, readable_secrets
 from tiger_db.public import public
 from tiger_db.redaction import redact_aggressively
 
@@ -61,12 +60,14 @@ _EXPIRED_LEASES_LIMIT = 100
 _EVENT = AuditAction.TOKEN_REFRESH
 
 # The statement COMPLETE bypasses the ORM for speed, because workers complete refreshes frequently.
-# If the account's token has changed or the claim is lost, COMPLETE changes no row. To prevent
+# If the account's token has changed or the claim is lost, COMPLETE changes no row. COMPLETE also
+# compares the ciphertext of tiger_id, because a change of a column to whose value the secrets are
+# bound replaces all ciphertexts of the row. To prevent
 # deadlocks, every function locks the row of an account before the row of a refresh.
 COMPLETE = f"""
 WITH account AS (
     SELECT id FROM tiger_accounts
-    WHERE id = $2 AND access_token IS NOT DISTINCT FROM $4 FOR NO KEY UPDATE
+    WHERE id = $2 AND access_token IS NOT DISTINCT FROM $4 AND tiger_id = $15 FOR NO KEY UPDATE
 ), refresh AS (
     UPDATE token_statuses t
     SET status = 'success', completed_at = clock_timestamp(), lease_expires_at = NULL,
@@ -92,7 +93,7 @@ WITH account AS (
         tiger_account_id, {", ".join(ACTOR_FIELDS)}, details, duration_ms)
     SELECT $14, '{_EVENT}', 'success', '{severity_of(_EVENT, AuditResult.SUCCESS)}',
         'token_status', refresh.id::text, refresh.tiger_account_id,
-        {", ".join(f"${number}" for number, _ in enumerate(ACTOR_FIELDS, start=15))},
+        {", ".join(f"${number}" for number, _ in enumerate(ACTOR_FIELDS, start=16))},
         jsonb_build_object('status', refresh.status, 'trigger', refresh.trigger),
         refresh.duration_ms
     FROM refresh
@@ -252,7 +253,7 @@ async def _complete(
         claim.id,
         account.id,
         claim.fencing_token,
-        encrypted.ciphertext if isinstance(encrypted, EncryptedSecret) else None,
+        _ciphertext(encrypted),
         token_hash(old) if old else None,
         token_hash(access_token),
         expires_at,
@@ -261,6 +262,7 @@ async def _complete(
         _encrypt_token(session, account, "access_token", access_token),
         _encrypt_token(session, account, "refresh_token", tokens.get("refresh_token")),
         uuid7(),
+        _ciphertext(account.tiger_id),
         *(getattr(actor, name) for name in ACTOR_FIELDS),
     )
     if not rows:
@@ -276,8 +278,11 @@ def _encrypt_token(
 ) -> bytes | None:
     if text is None:
         return None
-    aad = aad_of(object_mapper(account), column, account.id)
-    return encrypt_secret(key_provider(session.sync_session), text, aad)
+    return encrypt_for_row(key_provider(session.sync_session), account, column, text)
+
+
+def _ciphertext(secret: Secret | None) -> bytes | None:
+    return secret.ciphertext if isinstance(secret, EncryptedSecret) else None
 
 
 @public
