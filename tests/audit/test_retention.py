@@ -411,16 +411,23 @@ async def test_a_month_that_cannot_be_retired_keeps_later_months(
     assert {p for p, _ in before.items() ^ after.items() if p <= 9} <= {10, 11, 12, -1}
 
 
-async def test_a_deleted_event_is_found_after_its_month_is_retired(
-    database: Database, keeper: Database, other: Connection
+async def missing(connection: Connection, which: str) -> str:
+    position = await connection.fetchval(f"SELECT {which}(position) FROM {partition(14)}")
+    await connection.execute("SET session_replication_role = replica")
+    await connection.execute("DELETE FROM audit_logs WHERE position = $1", position)
+    return f"the event at position {position} is missing: run `tiger-db verify-audit`"
+
+
+@pytest.mark.parametrize("which", ["min", "max"])
+async def test_no_month_is_retired_from_which_an_event_is_missing(
+    database: Database, keeper: Database, other: Connection, which: str
 ) -> None:
     await seal_five_months(database, other)
-    position = await other.fetchval(f"SELECT max(position) FROM {partition(14)}")
-    await other.execute("SET session_replication_role = replica")
-    await other.execute("DELETE FROM audit_logs WHERE position = $1", position)
-    await audit.maintain(keeper)
-    findings = (await audit.verify(database)).findings
-    assert [(found.kind, found.position) for found in findings] == [(FindingKind.DELETED, position)]
+    reason = await missing(other, which)
+    (oldest,) = (await audit.maintain(keeper)).kept
+    assert (await audit.maintain(keeper)).kept == {oldest: reason}
+    (found,) = (await audit.verify(database)).findings
+    assert found.kind == FindingKind.DELETED
 
 
 async def test_no_month_is_retired_without_a_key(

@@ -81,7 +81,8 @@ any_payload = st.builds(
     number=st.integers(1, 2**63 - 2), previous=st.text(), after=any_position, upto=any_position,
     positions=st.lists(st.tuples(any_position, any_position)).map(tuple), root=st.text(),
     sealed_at=st.text(), key=st.text(), closed_at=st.none() | st.text(),
-    retired=st.none() | st.text(),
+    retired=st.none() | st.text(), version=st.just(2),
+    origin=st.from_regex(r"\A[0-9a-f]{32}\Z"), next_key=st.none() | st.text(),
 )  # fmt: skip
 
 
@@ -99,14 +100,27 @@ def test_a_seal_is_read_as_it_was_written(payload: SealPayload, digests: bytes) 
     assert seal_from_json(without) == replace(seal, digests=b"")
 
 
+BAD_VALUES: list[dict[str, Any]] = [
+    {"version": 2},  # without an origin
+    {"origin": "0" * 32},  # in version 1
+    {"next_key": "k"},
+    {"version": 2, "origin": "0" * 31},
+    {"version": 2, "origin": "G" * 32},
+    {"version": 2, "origin": "0" * 32 + "\n"},
+    {"version": 3, "origin": "0" * 32},
+]
+
+
 def test_malformed_seals_are_refused() -> None:
-    good = seal_to_json(make_seal(parse_signing_key(generate_signing_key()), a_payload(), b""))
+    key = parse_signing_key(generate_signing_key())
+    good = seal_to_json(make_seal(key, a_payload(), b""))
     bads: list[object] = [
         None, [], "", {}, {**good, "statement": 1}, {**good, "statement": "{}"},
         {**good, "statement": good["statement"] + " "}, {**good, "signature": "*"},
         {**good, "signature": None}, {**good, "digests": "-"},
         {**good, "statement": good["statement"].replace('"version":1', '"version":2')},
         {**good, "statement": good["statement"].replace('"key"', '"lock"')},
+        *(seal_to_json(make_seal(key, a_payload(**values), b"")) for values in BAD_VALUES),
     ]  # fmt: skip
     for bad in bads:
         with pytest.raises(InvalidValue):

@@ -53,8 +53,16 @@ def test_events_are_sealed_and_verified(sealed: CommandLine, clone_settings: Set
     assert sealed.ok("seal-audit", "--json").json == {"rows": 2, "seals": 1, "waits_for": []}
     assert sealed.ok("verify-audit", "--json").json == {
         "sound": True, "seals": 2, "rows": 14, "retired": 0, "unsealed": 0, "count": 0,
-        "findings": [],
+        "findings": [], "warnings": [],
     }  # fmt: skip
+    run_sql(
+        clone_settings,
+        "INSERT INTO audit_logs (id, created_at, action, result, severity) VALUES"
+        " (gen_random_uuid(), now() - interval '1 hour', 'data:query', 'success', 'low')",
+    )
+    warned = sealed.ok("verify-audit")
+    assert "15 3 clock went back the event at position 15" in " ".join(warned.out.split())
+    assert "1 warning: see the table" in warned.err
 
 
 @pytest.mark.slow

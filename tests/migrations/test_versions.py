@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.support import factories
@@ -757,6 +757,32 @@ async def test_0019_and_0020_can_be_undone_and_repeated(clone: Database) -> None
     async with clone.session() as session:
         assert await crud.accounts.get_by_account_number(session, account.account_number)
         assert (await crud.api_keys.authorize_api_key(session, raw_key)).id == key.id
+
+
+# 0022
+
+SEAL = (
+    "INSERT INTO audit_seals (number, statement, signature, digests) VALUES (:number, '', '', '')"
+)
+VALIDATED = "SELECT convalidated FROM pg_constraint WHERE conname = 'ck_audit_seals_number'"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 0])
+async def test_0022_refuses_seals_below_number_1(clone: Database, number: int) -> None:
+    """A seal that is there already stays, because it is evidence."""
+    await clone.close()
+    async with maintenance_engine(clone.settings) as engine:
+        await downgrade(engine, "0021")
+        async with engine.begin() as connection:
+            await connection.execute(text(SEAL), {"number": number})
+        await upgrade(engine)
+        assert await drift(engine) == []
+        async with engine.begin() as connection:
+            assert await connection.scalar(text(VALIDATED)) is (number == 1)
+            assert await connection.scalar(text("SELECT number FROM audit_seals")) == number
+            with pytest.raises(IntegrityError, match="ck_audit_seals_number"):
+                await connection.execute(text(SEAL), {"number": -1})
 
 
 # Drift

@@ -1,11 +1,13 @@
 """Audit trail: signed seals of audit events, verification, exports, and monthly retention."""
 
-from tiger_db.audit.exporting import export, export_checkpoint, read_checkpoint
+from tiger_db.audit.chain import AuditFinding, FindingKind
+from tiger_db.audit.checkpoints import read_checkpoint
+from tiger_db.audit.exporting import export, export_checkpoint
 from tiger_db.audit.following import follow
 from tiger_db.audit.retention import Maintenance, maintain
 from tiger_db.audit.seal_format import Seal, SealPayload
 from tiger_db.audit.sealing import Sealing, required_key, seal
-from tiger_db.audit.verifying import AuditFinding, FindingKind, Verification, verify, verify_export
+from tiger_db.audit.verifying import Verification, verify, verify_export
 
 __all__ = [
     "AuditFinding",

@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Select, Text, literal_column, select
 from sqlmodel import col
 
 from tiger_db.audit import storage
+from tiger_db.audit.checkpoints import checkpoint_text
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
 from tiger_db.audit.storage import Event
 from tiger_db.crud.audit_logs.queries import EventFilters, event_conditions
@@ -167,21 +168,4 @@ async def export_checkpoint(database: Database) -> str:
         seal = await storage.fetch_last_seal(connection)
     if seal is None:
         raise NotFound("the audit trail has no seal yet: run `tiger-db seal-audit`")
-    fields = seal_to_json(seal)
-    del fields["digests"]
-    return json.dumps(fields, indent=2) + "\n"
-
-
-@public
-def read_checkpoint(text: str) -> Seal:
-    """Return the seal in a checkpoint, which is the output of `export_checkpoint`.
-
-    Raises:
-        InvalidValue: The text is not an output of `export_checkpoint`.
-    """
-    try:
-        return seal_from_json(json.loads(text))
-    except (ValueError, RecursionError, InvalidValue):
-        raise InvalidValue(
-            "the text is not a checkpoint from `tiger-db export-checkpoint`"
-        ) from None
+    return checkpoint_text(seal)

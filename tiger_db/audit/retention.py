@@ -37,12 +37,22 @@ _SELECT_PARTITIONS = """
 SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
 WHERE inhparent = 'audit_logs'::regclass::oid ORDER BY relname
 """
+# The seals that cover positions between $1 and $2, and the neighbors of these seals.
 _SELECT_COVERING_SEALS = """
-SELECT statement, signature, digests FROM audit_seals
-WHERE (statement::jsonb ->> text 'upto')::bigint >= $1
-    AND (statement::jsonb ->> text 'after')::bigint < $2
-    AND NOT statement::jsonb ? text 'retired' ORDER BY number
+WITH seals AS (
+    SELECT *, (statement::jsonb ->> text 'after')::bigint AS after,
+        (statement::jsonb ->> text 'upto')::bigint AS upto
+    FROM audit_seals WHERE NOT statement::jsonb ? text 'retired'
+)
+SELECT statement, signature, digests, number FROM seals,
+    (SELECT min(after) AS low, max(upto) AS high FROM seals WHERE upto >= $1 AND after < $2) AS r
+WHERE upto >= low AND after <= high ORDER BY number
 """
+_SELECT_RETIREMENTS = """
+SELECT statement, signature, digests, number FROM audit_seals
+WHERE number > 0 AND statement::jsonb ? text 'retired' ORDER BY number
+"""
+_SELECT_POSITIONS = "SELECT position FROM audit_logs WHERE position BETWEEN $1 AND $2"
 
 
 @dataclass(slots=True)
@@ -203,9 +213,12 @@ async def _sealed_events(
     """Return the positions and the digests of a month's events.
 
     Raises:
-        _CannotRetireError: The month has an event that was changed, or that no seal covers.
+        _CannotRetireError: The month has an event that was changed, or that no seal covers, or an
+            event of the seals of the month is missing.
     """
     positions, digests = array("q"), bytearray()
+    retirements = [Seal(*row).payload() for row in await connection.fetch(_SELECT_RETIREMENTS)]
+    retired = [run for payload in retirements for run in payload.positions]
     select_events = storage.SELECT_EVENTS.replace("audit_logs", partition)
     for row in await connection.fetch(_SELECT_COVERING_SEALS, first, last):
         seal = Seal(*row)
@@ -221,6 +234,14 @@ async def _sealed_events(
                 )
             positions.append(position)
             digests += digest
+        present = await connection.fetch(_SELECT_POSITIONS, payload.after + 1, payload.upto)
+        missing = expected.keys() - {position for (position,) in present}
+        for start, end in retired:
+            missing -= {*range(max(start, payload.after + 1), min(end, payload.upto) + 1)}
+        if missing:
+            raise _CannotRetireError(
+                f"the event at position {min(missing)} is missing: run `tiger-db verify-audit`"
+            )
     if len(positions) != count:
         raise _CannotRetireError(
             "the month holds events that no seal covers: run `tiger-db verify-audit`"

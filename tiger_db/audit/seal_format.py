@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, TypeAlias
 
 from cryptography.exceptions import InvalidSignature
@@ -22,6 +22,7 @@ from tiger_db.errors import InvalidValue
 
 DIGEST_BYTES = 32  # Size of a SHA-256 digest in bytes.
 NO_PREVIOUS_DIGEST = "0" * 64  # Value of the field `previous` in the first seal.
+SEAL_VERSION = 2  # Version of the payloads of new seals.
 # Each range of positions is a pair: the first position and the last position of the range.
 PositionRanges: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -88,6 +89,10 @@ class SealPayload:
     `retired` is the retired month, such as `2025-01`, whose events at `positions` were removed. A
     seal that records a retired month covers no new events. All times in the payload are UTC times
     of the database's clock.
+
+    In version 1, a payload has no `origin` and no `next_key`. In version 2, `origin` is the random
+    identity of the audit trail, which is the same in all seals. The seals after a seal with
+    `next_key` are signed with that key. `key` and `next_key` are public keys.
     """
 
     version: int = 1
@@ -101,6 +106,8 @@ class SealPayload:
     key: str
     closed_at: str | None = None
     retired: str | None = None
+    origin: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    next_key: str | None = None
 
     @property
     def event_count(self) -> int:
@@ -123,6 +130,9 @@ class Seal:
     payload_json: str
     signature: bytes
     digests: bytes
+    # Number of the seal's row in the database, which is not signed. In an export, the number of the
+    # row is unknown.
+    row_number: int | None = field(default=None, compare=False)
 
     @property
     def payload_digest(self) -> str:
@@ -148,9 +158,14 @@ class Seal:
             payload = _PAYLOAD.validate_json(self.payload_json, strict=True)
         except (ValidationError, TypeError):
             payload = None
-        if payload is not None and payload.version != 1:
+        if payload is not None and payload.version not in (1, SEAL_VERSION):
             raise InvalidValue("the version of the seal is not supported: upgrade tiger_db")
-        if payload is None or payload.to_json() != self.payload_json:
+        if (
+            payload is None
+            or payload.to_json() != self.payload_json
+            or (payload.origin is not None) != (payload.version == SEAL_VERSION)
+            or (payload.next_key is not None and payload.version != SEAL_VERSION)
+        ):
             raise InvalidValue("the payload of the seal is invalid")
         return payload
 

@@ -1,6 +1,7 @@
 """Creation of seals for audit events."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tiger_db.audit import storage
 from tiger_db.audit.seal_format import (
+    SEAL_VERSION,
     SealPayload,
     digest_of,
     make_seal,
@@ -123,6 +125,7 @@ async def append_seal(
     A seal that records a retired month stores no digests of events.
     """
     payload = SealPayload(
+        version=SEAL_VERSION,
         number=chain_end.number + 1,
         previous=chain_end.payload_digest,
         after=chain_end.upto,
@@ -133,6 +136,7 @@ async def append_seal(
         key=public_text(key.public_key()),
         closed_at=closed_at,
         retired=retired,
+        origin=chain_end.origin or secrets.token_hex(16),
     )
     made = make_seal(key, payload, b"" if retired else bytes(digests))
     await connection.execute(

@@ -67,7 +67,7 @@ WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 # retires months, or moves events between partitions, so that only one transaction does so at a
 # time.
 TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
-_SELECT_SEALS = "SELECT statement, signature, digests FROM audit_seals ORDER BY number"
+_SELECT_SEALS = "SELECT statement, signature, digests, number FROM audit_seals ORDER BY number"
 SELECT_LAST_SEAL = f"{_SELECT_SEALS} DESC LIMIT 1"
 # A transaction that inserts an event takes a RowExclusiveLock before the event gets a position, and
 # holds the lock until the event is visible.
@@ -84,11 +84,12 @@ _SELECT_LAST_POSITION = (
 
 
 class ChainEnd(NamedTuple):
-    """The number and the payload digest of the newest seal, and the last sealed position."""
+    """The newest seal: number, payload digest, last sealed position, origin of the trail."""
 
     number: int
     payload_digest: str
     upto: int
+    origin: str | None
 
 
 @contextlib.asynccontextmanager
@@ -163,12 +164,12 @@ async def _merge(
 
 
 def _extent(seal: Seal) -> tuple[int, int]:
-    """Return a seal's last position and number of events, or zeros for an invalid payload."""
+    """Return a seal's last position and number of events, or zeros if the seal covers no event."""
     try:
         payload = seal.payload()
     except InvalidValue:
         return 0, 0
-    return payload.upto, 0 if payload.retired else payload.event_count
+    return (0, 0) if payload.retired else (payload.upto, payload.event_count)
 
 
 async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | None]]:
@@ -185,9 +186,9 @@ async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | No
 async def fetch_chain_end(connection: Connection) -> ChainEnd:
     seal = await fetch_last_seal(connection)
     if seal is None:
-        return ChainEnd(0, NO_PREVIOUS_DIGEST, 0)
+        return ChainEnd(0, NO_PREVIOUS_DIGEST, 0, None)
     payload = seal.payload()
-    return ChainEnd(payload.number, seal.payload_digest, payload.upto)
+    return ChainEnd(payload.number, seal.payload_digest, payload.upto, payload.origin)
 
 
 def event_id_in(content: str) -> str | None:

@@ -1,24 +1,23 @@
 """Verification of the audit trail against the seals, in the database or in an export."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import StrEnum
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tiger_db.audit import storage
+from tiger_db.audit.chain import AuditFinding, ChainVerifier, FindingKind
 from tiger_db.audit.exporting import read_export
 from tiger_db.audit.seal_format import (
-    DIGEST_BYTES,
-    NO_PREVIOUS_DIGEST,
     PositionRanges,
     Seal,
     SealPayload,
     digest_of,
-    merkle_root,
+    positions_in,
 )
 from tiger_db.audit.storage import Event
 from tiger_db.database import Database
@@ -26,36 +25,13 @@ from tiger_db.errors import ConfigurationError, InvalidValue
 from tiger_db.public import Progress, no_progress, public
 
 _REPORTED_FINDINGS = 1000
-_REMEMBERED_EVENTS = 100_000  # Maximum number of events kept in memory that differ from a seal.
+# Maximum number of events kept in memory that differ from a seal, and of digests of missing events.
+_REMEMBERED_EVENTS = 100_000
 _PROGRESS_POSITIONS = 1000  # Number of positions between two calls of `progress`.
 # `verify` tolerates that the database's clock was set back by at most `_CLOCK_TOLERANCE`.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
 # `_CREATED_AT` selects `created_at` without fractions of a second from the content of an event.
 _CREATED_AT = slice(59, 78)
-_SELECT_RETIREMENTS = """
-SELECT statement, signature, ''::bytea FROM audit_seals WHERE statement LIKE '%"retired":%'
-"""
-
-
-class FindingKind(StrEnum):
-    CHANGED = "changed"
-    DELETED = "deleted"
-    INSERTED = "inserted later"
-    MOVED = "moved"
-    TRUNCATED = "truncated at the end"
-    FORGED = "seal forged"
-    CHECKPOINT = "checkpoint mismatch"
-
-
-@dataclass(frozen=True, slots=True)
-class AuditFinding:
-    """Evidence of tampering with a seal or an event."""
-
-    kind: FindingKind
-    message: str
-    seal: int | None = None  # Number of the seal that the finding is about.
-    position: int | None = None  # Position of the event that the finding is about.
-    event_id: str | None = None
 
 
 @dataclass(slots=True)
@@ -69,6 +45,8 @@ class Verification:
     count: int = 0  # Number of all findings, which can be more than 1,000.
     # `findings` has the first 1,000 findings, in the order of positions.
     findings: list[AuditFinding] = field(default_factory=list)
+    # `warnings` has at most 1,000 facts that prove no tampering, such as clocks that went back.
+    warnings: list[AuditFinding] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -101,7 +79,6 @@ async def verify(
     async with storage.open_snapshot(database) as connection:
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
         verifier.database_time = await storage.database_time(connection)
-        verifier.expect_retired(Seal(*row) for row in await connection.fetch(_SELECT_RETIREMENTS))
         async for item in storage.read_trail(connection):
             verifier.add(item)
             if not isinstance(item, Seal) and item[0] % _PROGRESS_POSITIONS == 0:
@@ -133,7 +110,6 @@ async def verify_export(
 
     def run() -> Verification:
         total = path.stat().st_size
-        verifier.expect_retired(item for item, _ in read_export(path) if isinstance(item, Seal))
         done = 0
         for item, size in read_export(path):
             done += size
@@ -151,21 +127,21 @@ async def verify_export(
 
 @dataclass(slots=True)
 class _Mismatch:
-    """A position whose event is missing (`found` is None) or differs from the sealed event."""
+    """An event that differs from the sealed event at its position, or that no seal covers."""
 
     seal: int  # number of the seal that covers the position, or 0 for an unsealed event
     expected: bytes | None = None
     found: bytes | None = None
     event_id: str | None = None
+    twin: str | None = None  # Id of another event at the same position.
 
 
 class TrailVerifier:
     """A verification of seals and events that the caller adds one after another.
 
-    Add the seals in the order of seal numbers. After each call of `add_seal`, call `add_event` for
-    the events that the seal covers, in the order of positions. Set `database_time` before the first
-    seal is added. If `database_time` is earlier than the newest seal, the times of unsealed events
-    are not checked.
+    Add the seals in the order of their rows. After each seal, add the events that the seal covers,
+    in the order of positions. Set `database_time` before the first seal is added. If
+    `database_time` is earlier than the newest seal, the times of unsealed events are not checked.
 
     Raises:
         ConfigurationError: The list `keys` is empty.
@@ -177,18 +153,11 @@ class TrailVerifier:
                 "there is no key to verify seals with: give a public key, or set AUDIT_SIGNING_KEY"
             )
         self.database_time = "9"  # the text "9" sorts after every time in ISO 8601
-        self._keys = keys
-        self._checkpoint = checkpoint
-        self._checkpoint_seen = checkpoint is None
         self._report = Verification()
         self._findings: list[tuple[int, AuditFinding]] = []  # findings with their sort keys
-        self._retired: PositionRanges = ()
-        # The following attributes describe the last added seal.
-        self._number = 0
-        self._payload_digest = NO_PREVIOUS_DIGEST
-        self._is_unreadable = False
-        self._upto = 0  # Highest position that is covered by the seals added so far.
-        self._missing_upto = -(2**63) - 1  # Highest position that a missing seal can cover.
+        self._chain = ChainVerifier(
+            keys, self._find, checkpoints=[checkpoint] if checkpoint else []
+        )
         # Events of the last added seal were created at `_created_after` or later. Events that the
         # next seals cover were created at `_next_created_after` or later. If one of these two
         # attributes is an empty text, the creation times of its events are not checked.
@@ -196,21 +165,13 @@ class TrailVerifier:
         self._next_created_after = ""
         # The following attributes describe events, with positions as keys.
         self._expected: dict[int, bytes] = {}  # Digests of sealed events that are not added yet.
+        self._last: tuple[int, str | None] = (0, None)  # Position and id of the last added event.
         self._last_found = 0  # Highest position at which a sealed event was added.
+        # Each run has the first position, the last position and the seal of missing events.
+        self._missing: list[tuple[int, int, int]] = []
+        self._missing_digests: OrderedDict[int, bytes] = OrderedDict()  # the newest digests
         self._mismatches: dict[int, _Mismatch] = {}
         self._unexpected: list[tuple[int, _Mismatch]] = []
-        self._backdated: list[tuple[int, _Mismatch]] = []
-        if checkpoint is not None and not checkpoint.is_signed_by(keys):
-            self._find(
-                0, FindingKind.CHECKPOINT, "none of the given public keys has signed the checkpoint"
-            )
-            self._checkpoint_seen = True
-
-    def expect_retired(self, seals: Iterable[Seal]) -> None:
-        """Accept missing events whose retirement is recorded by a correctly signed seal."""
-        payloads = (seal.payload() for seal in seals if seal.is_signed_by(self._keys))
-        retired = (payload for payload in payloads if payload.retired is not None)
-        self._retired = tuple(sorted(run for payload in retired for run in payload.positions))
 
     def add(self, item: Seal | Event) -> None:
         if isinstance(item, Seal):
@@ -222,196 +183,187 @@ class TrailVerifier:
         self._close_seal()
         self._created_after = self._next_created_after
         self._report.seals += 1
-        try:
-            payload = seal.payload()
-        except InvalidValue as error:
-            self._number += 1
-            self._find_forged(str(error))
-            self._is_unreadable = True
+        covered = self._chain.upto
+        payload = self._chain.add(seal)
+        if payload is None:
             return
-        self._verify_link(payload)
-        self._number, self._payload_digest = payload.number, seal.payload_digest
-        expected = seal.event_digests(payload)
-        if not seal.is_signed_by(self._keys):
-            self._find_forged("none of the given public keys has signed the seal")
-        elif payload.retired is None and (
-            len(seal.digests) != payload.event_count * DIGEST_BYTES
-            or merkle_root(expected).hex() != payload.root
-        ):
-            self._find_forged("the digests of the events do not match the Merkle root")
-        self._compare_checkpoint(seal, payload)
         if payload.retired is None:
             # A forged seal can cover positions that earlier seals covered.
-            self._expected = {at: digest for at, digest in expected if at > self._upto}
-            self._drop_retired(payload)
-        self._upto = max(self._upto, payload.upto)
+            self._expected = {at: it for at, it in seal.event_digests(payload) if at > covered}
+        elif self._chain.accepts_last_seal:
+            self._retire(payload)
         # If the database's clock was set back, the creation times of events prove nothing.
         if payload.sealed_at[:19] < self._created_after:
             self._created_after = ""
         self._next_created_after = _lower_bound(payload.closed_at) or self._created_after
 
-    def _verify_link(self, payload: SealPayload) -> None:
-        """Verify that a seal continues the chain of the previous seals."""
-        if self._is_unreadable:
-            self._is_unreadable = False
-            self._missing_upto = payload.after
-        elif payload.number != self._number + 1:
-            first, last = self._number + 1, payload.number - 1
-            message = _missing_seals(first, last)
-            if first > last:
-                message = f"expected seal {first}, found seal {payload.number}"
-            self._find(self._upto, FindingKind.FORGED, message, seal=first)
-            self._missing_upto = payload.after
-        elif payload.previous != self._payload_digest:
-            self._number = payload.number
-            self._find_forged("the field `previous` is not the digest of the previous seal")
-        elif payload.after != self._upto and payload.retired is None:
-            self._number = payload.number
-            self._find_forged("the field `after` is not the last position of the previous seal")
-
-    def _compare_checkpoint(self, seal: Seal, payload: SealPayload) -> None:
-        if self._checkpoint is None or self._checkpoint_seen:
-            return
-        if payload.number == self._checkpoint.payload().number:
-            self._checkpoint_seen = True
-            if seal.payload_json != self._checkpoint.payload_json:
-                message = f"seal {payload.number} differs from the seal in the checkpoint"
-                self._find(self._upto, FindingKind.CHECKPOINT, message, seal=payload.number)
-
-    def _drop_retired(self, payload: SealPayload) -> None:
-        for first, last in self._retired:
-            for position in range(max(first, payload.after + 1), min(last, payload.upto) + 1):
-                if self._expected.pop(position, None) is not None:
-                    self._report.retired += 1
+    def _retire(self, payload: SealPayload) -> None:
+        """Accept that the events of a retired month are missing. Report those that are there."""
+        self._report.retired += payload.event_count
+        self._missing, gone = _subtract(self._missing, payload.positions)
+        for position in positions_in(gone):
+            self._missing_digests.pop(position, None)
+        there, _ = _subtract([(first, last, 0) for first, last in payload.positions], gone)
+        there, _ = _subtract(there, tuple(self._chain.missing))
+        for position in positions_in(tuple((first, last) for first, last, _ in there)):
+            changed = self._mismatches.pop(position, None)
+            if changed is None:
+                self._report.rows -= 1
+                changed = _Mismatch(0)
+            event = _Mismatch(payload.number, None, changed.found, changed.event_id)
+            self._remember(position, event)
 
     def _add_event(self, position: int, content: str) -> None:
-        digest = digest_of(content)
-        if position > self._upto:
-            self._add_unsealed(position, content, digest)
+        digest, event_id = digest_of(content), storage.event_id_in(content)
+        twin = self._last[1] if position == self._last[0] else None
+        self._last = (position, event_id)
+        if position > self._chain.upto:
+            self._add_unsealed(position, content, _Mismatch(0, None, digest, event_id, twin))
             return
-        event_id = storage.event_id_in(content)
+        number = self._chain.number
         if content[_CREATED_AT] < self._created_after:
-            self._backdated.append((position, _Mismatch(self._number, event_id=event_id)))
+            self._warn_of_clock(number, position, event_id)
         expected = self._expected.pop(position, None)
         if expected is not None:
             self._last_found = max(self._last_found, position)
             if expected == digest:
                 self._report.rows += 1
             else:
-                self._mismatches[position] = _Mismatch(self._number, expected, digest, event_id)
+                self._mismatches[position] = _Mismatch(number, expected, digest, event_id)
         elif (other := self._mismatches.get(position)) is not None and other.expected == digest:
-            # Two events have the same position. The seal covers the second event, not the first.
+            # The seal covers the second event at the position, not the first.
             self._report.rows += 1
             del self._mismatches[position]
-            unexpected = _Mismatch(self._number, found=other.found, event_id=other.event_id)
-            self._remember(position, unexpected)
-        elif position > self._missing_upto:
-            self._remember(position, _Mismatch(self._number, found=digest, event_id=event_id))
+            self._remember(position, _Mismatch(number, None, other.found, other.event_id, event_id))
+        elif position > self._chain.missing_upto:
+            self._remember(position, _Mismatch(number, None, digest, event_id, twin))
 
-    def _add_unsealed(self, position: int, content: str, digest: bytes) -> None:
+    def _add_unsealed(self, position: int, content: str, event: _Mismatch) -> None:
         self._report.unsealed += 1
-        event_id = storage.event_id_in(content)
-        if self._mismatches or self._expected:  # a sealed event was possibly moved to `position`
-            self._remember(position, _Mismatch(0, found=digest, event_id=event_id))
+        # A sealed event was possibly moved to `position`.
+        if self._mismatches or self._expected or self._missing or event.twin:
+            self._remember(position, event)
         if content[_CREATED_AT] < self._next_created_after <= self.database_time:
-            self._backdated.append((position, _Mismatch(self._number + 1, event_id=event_id)))
+            self._warn_of_clock(self._chain.number + 1, position, event.event_id)
+
+    def _warn_of_clock(self, seal: int, position: int, event_id: str | None) -> None:
+        message = (
+            f"the event at position {position} has a time before seal {seal - 1}, but was written"
+            " after this seal: a clock went back, or somebody set the time of the event"
+        )
+        if len(self._report.warnings) < _REPORTED_FINDINGS:
+            warning = AuditFinding(FindingKind.CLOCK, message, seal, position, event_id)
+            self._report.warnings.append(warning)
 
     def _remember(self, position: int, unexpected: _Mismatch) -> None:
         if len(self._unexpected) < _REMEMBERED_EVENTS:
             self._unexpected.append((position, unexpected))
-        elif unexpected.seal:
+        elif unexpected.seal or unexpected.twin:
             self._report.count += 1
 
     def _close_seal(self) -> None:
-        """Record a mismatch for each missing event that the last seal covers."""
-        for position, digest in self._expected.items():
-            if len(self._mismatches) < _REMEMBERED_EVENTS:
-                self._mismatches[position] = _Mismatch(self._number, digest)
+        """Note the missing events that the last seal covers."""
+        number = self._chain.number
+        for position in sorted(self._expected):
+            if self._missing and self._missing[-1][1:] == (position - 1, number):
+                self._missing[-1] = (self._missing[-1][0], position, number)
             else:
-                self._report.count += 1
+                self._missing.append((position, position, number))
+            self._missing_digests[position] = self._expected[position]
+            if len(self._missing_digests) > _REMEMBERED_EVENTS:
+                self._missing_digests.popitem(last=False)
         self._expected = {}
 
     def finish(self) -> Verification:
         """Return the result of the verification, after all seals and events have been added."""
         self._close_seal()
         self._explain_mismatches()
-        if self._checkpoint is not None and not self._checkpoint_seen:
-            self._add_missing_checkpoint(self._checkpoint.payload())
+        self._chain.finish()
         self._findings.sort(key=lambda found: found[0])
         self._report.findings = [finding for _, finding in self._findings[:_REPORTED_FINDINGS]]
         return self._report
-
-    def _add_missing_checkpoint(self, checkpoint: SealPayload) -> None:
-        first = self._number + 1
-        kind = FindingKind.TRUNCATED
-        message = f"{_missing_seals(first, checkpoint.number)}, according to the checkpoint"
-        if first == checkpoint.number and self._payload_digest != checkpoint.previous:
-            kind = FindingKind.CHECKPOINT
-            message = f"seal {self._number} is not the seal that precedes the checkpoint"
-        self._find(self._upto + 1, kind, message, seal=first)
 
     def _explain_mismatches(self) -> None:
         """Add a finding for each changed, deleted, moved or inserted event."""
         now_at = {other.found: (at, other.event_id) for at, other in self._unexpected}
         now_at |= {o.found: (at, o.event_id) for at, o in self._mismatches.items() if o.found}
-        belongs_at = {other.expected: at for at, other in self._mismatches.items()}
+        belongs_at = {digest: at for at, digest in self._missing_digests.items()}
+        belongs_at |= {o.expected: at for at, o in self._mismatches.items() if o.expected}
         for position, mismatch in self._mismatches.items():
-            if (now := now_at.get(mismatch.expected)) is not None:
+            kind, message = FindingKind.CHANGED, f"the event at position {position} was changed"
+            if mismatch.expected and (now := now_at.get(mismatch.expected)) is not None:
                 kind = FindingKind.MOVED
                 message = f"the event of position {position} was moved to position {now[0]}"
                 mismatch.event_id = now[1]
-            elif mismatch.found in belongs_at:
+            elif mismatch.found and (origin := belongs_at.get(mismatch.found)) is not None:
                 kind = FindingKind.MOVED
-                origin = belongs_at[mismatch.found]
                 message = f"the event of position {origin} was moved to position {position}"
-            elif mismatch.found is not None:
-                kind = FindingKind.CHANGED
-                message = f"the event at position {position} was changed"
-            elif position > self._last_found:
-                kind = FindingKind.TRUNCATED
-                message = f"the event at position {position} and all later events are missing"
-            else:
-                kind = FindingKind.DELETED
-                message = f"the event at position {position} is missing"
-            self._find(position, kind, message, event=mismatch)
-        for position, backdated in self._backdated:
-            message = (
-                f"the event at position {position} has a time before seal {backdated.seal - 1},"
-                " but was written after this seal"
-            )
-            self._find(position, FindingKind.INSERTED, message, event=backdated)
-        for position, unexpected in self._unexpected:
-            if unexpected.found not in belongs_at and unexpected.seal:
-                message = (
-                    f"the event at position {position} was written after seal {unexpected.seal}"
-                )
-                self._find(position, FindingKind.INSERTED, message, event=unexpected)
+            self._find_event(position, kind, message, mismatch)
+        self._explain_missing(now_at)
+        for position, event in self._unexpected:
+            if event.found in belongs_at:
+                continue
+            if event.twin is not None:
+                event.seal = event.seal or self._chain.number + 1
+                ids = " and ".join(sorted((str(event.event_id), event.twin)))
+                message = f"two events have the position {position}: {ids}"
+                event.event_id = None
+                self._find_event(position, FindingKind.DUPLICATE, message, event)
+            elif event.seal:
+                message = f"the event at position {position} was written after seal {event.seal}"
+                self._find_event(position, FindingKind.INSERTED, message, event)
 
-    def _find_forged(self, reason: str) -> None:
-        message = f"seal {self._number}: {reason}"
-        self._find(self._upto, FindingKind.FORGED, message, seal=self._number)
+    def _explain_missing(self, now_at: dict[bytes | None, tuple[int, str | None]]) -> None:
+        reported = 0
+        for first, last, seal in self._missing:
+            for position in range(first, min(last, first + _REPORTED_FINDINGS - reported - 1) + 1):
+                kind, message = FindingKind.DELETED, f"the event at position {position} is missing"
+                digest, event = self._missing_digests.get(position), _Mismatch(seal)
+                if digest is not None and (now := now_at.get(digest)) is not None:
+                    kind, event.event_id = FindingKind.MOVED, now[1]
+                    message = f"the event of position {position} was moved to position {now[0]}"
+                elif position > self._last_found:
+                    kind = FindingKind.TRUNCATED
+                    message = f"the event at position {position} and all later events are missing"
+                self._find_event(position, kind, message, event)
+                reported += 1
+                first = position + 1  # noqa: PLW2901  # the rest of the run is only counted
+            self._report.count += last - first + 1
 
-    def _find(
-        self,
-        position: int,
-        kind: FindingKind,
-        message: str,
-        *,
-        seal: int | None = None,
-        event: _Mismatch | None = None,
-    ) -> None:
-        """Add a finding about a seal, or about the event at the position."""
-        finding = AuditFinding(kind, message, seal)
-        if event is not None:
-            finding = AuditFinding(kind, message, event.seal, position, event.event_id)
+    def _find_event(self, position: int, kind: FindingKind, message: str, event: _Mismatch) -> None:
+        self._find(position, AuditFinding(kind, message, event.seal, position, event.event_id))
+
+    def _find(self, position: int, finding: AuditFinding) -> None:
+        """Add a finding, which is listed after the findings at lower positions."""
         self._report.count += 1
         self._findings.append((position, finding))
 
 
-def _missing_seals(first: int, last: int) -> str:
-    if first == last:
-        return f"seal {first} is missing"
-    return f"the seals from {first} to {last} are missing"
+def _subtract(
+    runs: list[tuple[int, int, int]], ranges: PositionRanges
+) -> tuple[list[tuple[int, int, int]], PositionRanges]:
+    """Return the runs without the positions of the ranges, and the positions of both.
+
+    Runs and ranges are in ascending order. The third item of a run is the number of its seal.
+    """
+    rest: list[tuple[int, int, int]] = []
+    removed: list[tuple[int, int]] = []
+    ordered, at = sorted(ranges), 0
+    for run_first, last, seal in runs:
+        first = run_first
+        while at < len(ordered) and ordered[at][1] < first:
+            at += 1
+        index = at
+        while first <= last and index < len(ordered) and ordered[index][0] <= last:
+            low, high = max(ordered[index][0], first), min(ordered[index][1], last)
+            if low > first:
+                rest.append((first, low - 1, seal))
+            removed.append((low, high))
+            first = high + 1
+            index += 1
+        if first <= last:
+            rest.append((first, last, seal))
+    return rest, tuple(removed)
 
 
 def _lower_bound(time: str | None) -> str:

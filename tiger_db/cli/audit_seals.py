@@ -115,8 +115,9 @@ def verify_audit(
             )
     if as_json:
         output.print_json({"sound": report.sound, **asdict(report)})
-    elif not report.sound:
-        rows = [(f.position, f.seal, f.kind, f.message) for f in report.findings]
+    elif report.findings or report.warnings:
+        found = [*report.findings, *report.warnings]
+        rows = [(f.position, f.seal, f.kind, f.message) for f in found]
         output.show_table(("Position", "Seal", "Finding", "Message"), rows[:_MAX_FINDINGS_SHOWN])
     output.print_message(
         f"verified {output.count_of(report.rows, 'event')} against"
@@ -124,6 +125,8 @@ def verify_audit(
         f" {output.count_of(report.unsealed, 'event')}; removed by `tiger-db maintain-audit`:"
         f" {output.count_of(report.retired, 'event')}"
     )
+    if report.warnings:
+        output.print_message(f"{output.count_of(len(report.warnings), 'warning')}: see the table")
     if not report.sound:
         first = report.findings[0]
         event_id = f" ({first.event_id})" if first.event_id else ""

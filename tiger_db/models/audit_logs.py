@@ -422,5 +422,6 @@ audit_seals = Table(
         nullable=False,
         comment="SHA-256 digests of the sealed events, in the order of the event positions",
     ),
+    CheckConstraint("number >= 1", name="number"),
     comment="Seals: signed proofs of the contents of the audit trail",
 )

@@ -1,0 +1,255 @@
+"""Verification of the chain of seals: order, links, signatures, origin and signing keys."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from tiger_db.audit.seal_format import (
+    DIGEST_BYTES,
+    NO_PREVIOUS_DIGEST,
+    Seal,
+    SealPayload,
+    merkle_root,
+)
+from tiger_db.errors import InvalidValue
+from tiger_db.signing import parse_public_key, public_text
+
+
+class FindingKind(StrEnum):
+    CHANGED = "changed"
+    DELETED = "deleted"
+    INSERTED = "inserted later"
+    MOVED = "moved"
+    TRUNCATED = "truncated at the end"
+    FORGED = "seal forged"
+    CHECKPOINT = "checkpoint mismatch"
+    DUPLICATE = "two events in one position"
+    CLOCK = "clock went back"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFinding:
+    """Evidence of tampering with a seal or an event."""
+
+    kind: FindingKind
+    message: str
+    seal: int | None = None  # Number of the seal that the finding is about.
+    position: int | None = None  # Position of the event that the finding is about.
+    event_id: str | None = None
+
+
+class ChainVerifier:
+    """A verification of seals that the caller adds in the order of their rows.
+
+    Each seal must continue the chain of the seals before it, and must be signed with the key in
+    force. The first seal names the first key in force, and a seal with `next_key` changes the key
+    for the seals after it. Seals are trusted if a seal with one of the `keys` precedes or follows
+    them in the unbroken chain, because each seal signs the digest of the previous seal. Seals of
+    version 1 can be signed with any of the `keys`.
+
+    `ChainVerifier` calls `find` for each finding, with the last position before the finding.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Ed25519PublicKey],
+        find: Callable[[int, AuditFinding], None],
+        *,
+        checkpoints: Iterable[Seal] = (),
+    ) -> None:
+        self.number = 0  # Number of the last added seal.
+        self.upto = 0  # Highest position that is covered by the seals added so far.
+        self.missing_upto = -(2**63) - 1  # Highest position that a missing seal can cover.
+        self.missing: list[tuple[int, int]] = []  # Ranges that missing or invalid seals can cover.
+        self.payload_digest = NO_PREVIOUS_DIGEST
+        self.origin: str | None = None
+        self.key: str | None = None  # Public key in force, in the form of `public_text`.
+        self.signers: list[str] = []  # Public keys whose signatures were verified.
+        self._find = find
+        self._given = {public_text(key): key for key in keys}
+        self._is_trusted = False  # True if the key in force follows from one of the given keys.
+        self._untrusted_from: int | None = None  # Number of the first seal that is not trusted yet.
+        self._is_unreadable = False
+        self._has_finding = False
+        self._checkpoints = {c.payload().number: c for c in checkpoints}
+        self.compared = 0  # Number of checkpoints that were compared.
+        for number, checkpoint in [*self._checkpoints.items()]:
+            if _signer(checkpoint, [*self._given, checkpoint.payload().key]) is None:
+                message = "none of the given public keys has signed the checkpoint"
+                self._report(FindingKind.CHECKPOINT, message)
+                del self._checkpoints[number]
+
+    def start(self, seal: Seal) -> None:
+        """Continue the chain after a seal that the caller trusts."""
+        payload = seal.payload()
+        self.number, self.upto = payload.number, payload.upto
+        self.payload_digest, self.origin = seal.payload_digest, payload.origin
+        self.key, self._is_trusted = payload.next_key or payload.key, True
+
+    def start_before(self, seal: Seal) -> None:
+        """Begin the chain with a seal whose predecessors the caller does not verify."""
+        payload = seal.payload()
+        self.number, self.upto = payload.number - 1, payload.after
+        self.payload_digest, self.origin = payload.previous, payload.origin
+
+    def add(self, seal: Seal) -> SealPayload | None:
+        """Verify the next seal. Return its payload, or None if the payload cannot be read."""
+        self._has_finding = False
+        try:
+            payload = seal.payload()
+        except InvalidValue as error:
+            self._break()
+            self.number += 1
+            self._forged(str(error))
+            self._is_unreadable = True
+            return None
+        is_linked = self._verify_link(seal, payload)
+        self.number, self.payload_digest = payload.number, seal.payload_digest
+        if is_linked:
+            self._verify_fields(payload)
+        self._verify_signature(seal, payload)
+        if not self._has_finding and payload.retired is None:
+            self._verify_digests(seal, payload)
+        self._compare_checkpoint(seal, payload)
+        if payload.retired is None or self.accepts_last_seal:
+            self.upto = max(self.upto, payload.upto)
+        return payload
+
+    @property
+    def accepts_last_seal(self) -> bool:
+        """Whether the last added seal is signed, and is at its place in the chain."""
+        return not self._has_finding
+
+    def _verify_link(self, seal: Seal, payload: SealPayload) -> bool:
+        """Verify that a seal continues the chain of the previous seals."""
+        if self._is_unreadable:
+            self._is_unreadable = False
+            self._skip_to(payload)
+            return False
+        if payload.number != self.number + 1:
+            self._break()
+            first, last = self.number + 1, payload.number - 1
+            message = describe_missing_seals(first, last)
+            if first > last:
+                message = f"expected seal {first}, found seal {payload.number}"
+            self._report(FindingKind.FORGED, message, first)
+            self._skip_to(payload)
+            return False
+        problem = None
+        if seal.row_number not in (None, payload.number):
+            problem = f"the number of the row is {seal.row_number}"
+        elif payload.previous != self.payload_digest:
+            problem = "the field `previous` is not the digest of the previous seal"
+        elif payload.after != self.upto:
+            problem = "the field `after` is not the last position of the previous seal"
+        if problem is not None:
+            self._break()
+            self.number = payload.number
+            self._forged(problem)
+        return problem is None
+
+    def _skip_to(self, payload: SealPayload) -> None:
+        self.missing.append((self.upto + 1, payload.after))
+        self.missing_upto = payload.after
+
+    def _verify_fields(self, payload: SealPayload) -> None:
+        if self.origin is not None and payload.origin != self.origin:
+            self._forged("the seal belongs to an audit trail of another origin")
+        elif payload.upto < payload.after or (
+            payload.upto != payload.after and (payload.retired or payload.next_key)
+        ):
+            self._forged("the field `upto` is not valid")
+        self.origin = self.origin or payload.origin
+
+    def _verify_signature(self, seal: Seal, payload: SealPayload) -> None:
+        allowed = [self.key or payload.key]
+        if payload.origin is None:
+            allowed += self._given
+        signer = _signer(seal, allowed)
+        if signer is None:
+            known = {*self._given, *self.signers}
+            message = "none of the given public keys has signed the seal"
+            if payload.key in known and _signer(seal, [payload.key]) is not None:
+                message = "the seal is signed with a key that was not in force"
+            self._forged(message)
+            return
+        if signer in self._given:
+            self._is_trusted, self._untrusted_from = True, None
+        elif not self._is_trusted and self._untrusted_from is None:
+            self._untrusted_from = payload.number
+        if signer not in self.signers:
+            self.signers.append(signer)
+        self.key = payload.next_key or signer
+
+    def _verify_digests(self, seal: Seal, payload: SealPayload) -> None:
+        if (
+            len(seal.digests) != payload.event_count * DIGEST_BYTES
+            or merkle_root(seal.event_digests(payload)).hex() != payload.root
+        ):
+            self._forged("the digests of the events do not match the Merkle root")
+
+    def _compare_checkpoint(self, seal: Seal, payload: SealPayload) -> None:
+        for number, checkpoint in [*self._checkpoints.items()]:
+            message, expected = None, checkpoint.payload()
+            if payload.number == number and seal.payload_json != checkpoint.payload_json:
+                message = f"seal {number} differs from the seal in the checkpoint"
+            if payload.origin and expected.origin and payload.origin != expected.origin:
+                message = (
+                    f"seal {payload.number} belongs to another audit trail than the checkpoint"
+                )
+            if message is not None:
+                self._report(FindingKind.CHECKPOINT, message, payload.number)
+            if message is not None or payload.number == number:
+                self.compared += message is None
+                del self._checkpoints[number]
+
+    def _break(self) -> None:
+        """Report the seals before a break in the chain whose signing key is unknown."""
+        if self._untrusted_from is not None:
+            first, last = self._untrusted_from, self.number
+            message = f"seal {first}: none of the given public keys has signed the seal"
+            if first != last:
+                message = f"none of the given public keys has signed the seals {first} to {last}"
+            self._report(FindingKind.FORGED, message, first)
+        self._untrusted_from, self.key, self._is_trusted = None, None, False
+
+    def finish(self) -> None:
+        """Report what can be known only after the last seal."""
+        self._break()
+        for checkpoint in self._checkpoints.values():
+            expected = checkpoint.payload()
+            first, kind = self.number + 1, FindingKind.TRUNCATED
+            missing = describe_missing_seals(first, expected.number)
+            message = f"{missing}, according to the checkpoint"
+            if first == expected.number and self.payload_digest != expected.previous:
+                kind = FindingKind.CHECKPOINT
+                message = f"seal {self.number} is not the seal that precedes the checkpoint"
+            self.upto += 1  # the finding follows those about the last events
+            self._report(kind, message, first)
+            self.upto -= 1
+
+    def _forged(self, reason: str) -> None:
+        self._report(FindingKind.FORGED, f"seal {self.number}: {reason}", self.number)
+
+    def _report(self, kind: FindingKind, message: str, seal: int | None = None) -> None:
+        self._has_finding = True
+        self._find(self.upto, AuditFinding(kind, message, seal))
+
+
+def _signer(seal: Seal, keys: Iterable[str]) -> str | None:
+    """Return the first of the public keys that has signed the seal, or None."""
+    for key in keys:
+        try:
+            if seal.is_signed_by([parse_public_key(key)]):
+                return key
+        except InvalidValue:
+            continue
+    return None
+
+
+def describe_missing_seals(first: int, last: int) -> str:
+    if first == last:
+        return f"seal {first} is missing"
+    return f"the seals from {first} to {last} are missing"

@@ -1,0 +1,88 @@
+"""Checkpoints: seals without digests, as JSON, and the folder in which a sealer keeps them."""
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
+from tiger_db.errors import InvalidState, InvalidValue
+from tiger_db.files import file_errors, sync_folder
+from tiger_db.public import public
+
+_NAME = re.compile(r"\d{19}\.json", re.ASCII)
+
+
+def checkpoint_text(seal: Seal) -> str:
+    """Return a seal without the digests of its events, as JSON."""
+    fields = seal_to_json(seal)
+    del fields["digests"]
+    return json.dumps(fields, indent=2) + "\n"
+
+
+@public
+def read_checkpoint(text: str) -> Seal:
+    """Return the seal in a checkpoint, which is the output of `export_checkpoint`.
+
+    Raises:
+        InvalidValue: The text is not an output of `export_checkpoint`.
+    """
+    try:
+        return seal_from_json(json.loads(text))
+    except (ValueError, RecursionError, InvalidValue):
+        raise InvalidValue(
+            "the text is not a checkpoint from `tiger-db export-checkpoint`"
+        ) from None
+
+
+@public
+def newest_checkpoint(folder: Path) -> Seal | None:
+    """Return the newest checkpoint in the folder `AUDIT_CHECKPOINTS`, or None.
+
+    Raises:
+        FileError: The folder or the file of the checkpoint cannot be read.
+        InvalidState: The file of the newest checkpoint is damaged.
+    """
+    with file_errors():
+        names = [name for name in os.listdir(folder) if _NAME.fullmatch(name)]  # noqa: PTH208  # names are enough
+        if not names:
+            return None
+        path = folder / max(names)
+        data = path.read_bytes()
+    try:
+        return read_checkpoint(data.decode())
+    except (UnicodeDecodeError, InvalidValue):
+        raise InvalidState(
+            f"{path} is not a checkpoint: restore the file, or remove it if its writer was"
+            " interrupted, so that the checkpoint before it is used"
+        ) from None
+
+
+def save_checkpoint(folder: Path, seal: Seal) -> None:
+    """Write a checkpoint to a new file in the folder, without renaming or replacing a file.
+
+    Raises:
+        FileError: The file cannot be written.
+        InvalidState: The folder has another checkpoint with the same number.
+    """
+    number, data = seal.payload().number, checkpoint_text(seal).encode()
+    path = folder / f"{number:019}.json"
+    with file_errors():
+        try:
+            with open(path, "xb", buffering=0, opener=_private) as file:
+                file.write(data)
+                with suppress(OSError):  # some object stores have no fsync()
+                    os.fsync(file.fileno())
+        except FileExistsError:  # another sealer that uses the same folder has saved the seal
+            if path.read_bytes() != data:
+                raise InvalidState(
+                    f"{path} has another seal {number}: see `verify-audit`"
+                ) from None
+            return
+        with suppress(OSError):
+            sync_folder(folder)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
