@@ -11,7 +11,6 @@ import typer
 import tiger_db
 from tiger_db.cli import options, output, runtime
 from tiger_db.errors import InvalidValue
-from tiger_db.redaction import mask_account_number
 
 if TYPE_CHECKING:
     from tiger_db.crud.accounts import AccountFilters, RoutingReason
@@ -140,7 +139,9 @@ def create_account(
         return account
 
     created = runtime.in_transaction(create)
-    output.print_message(f"created account {mask_account_number(created.account_number)}")
+    output.print_message(
+        f"created account {tiger_db.redaction.mask_account_number(created.account_number)}"
+    )
     _print_key_warning(warning)
     output.show_row(created, as_json=as_json)
 
@@ -382,7 +383,7 @@ def _change(
         return await change(session, (await runtime.find_account(session, account)).id)
 
     changed = runtime.in_transaction(run)
-    number = mask_account_number(changed.account_number)
+    number = tiger_db.redaction.mask_account_number(changed.account_number)
     output.print_message(message.format(account=f"account {number}", status=changed.status.value))
     output.show_row(changed, as_json=as_json)
 

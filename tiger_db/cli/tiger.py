@@ -9,7 +9,6 @@ import typer
 import tiger_db
 from tiger_db.cli import options, output, runtime
 from tiger_db.files import HAS_FILE_MODES
-from tiger_db.redaction import mask_account_number
 
 app = typer.Typer()
 _PANEL = "Tiger's files"
@@ -46,7 +45,7 @@ def import_account(
             session, file, token_file=token_file, name=name
         )
     )
-    account = f"account {mask_account_number(result.account.account_number)}"
+    account = f"account {tiger_db.redaction.mask_account_number(result.account.account_number)}"
     if result.created:
         output.print_message(f"created {account}")
     elif result.changed:
@@ -98,6 +97,6 @@ def export_account(
         return found, paths
 
     exported, paths = runtime.with_database(export)
-    number = mask_account_number(exported.account_number)
+    number = tiger_db.redaction.mask_account_number(exported.account_number)
     output.print_message(f"exported account {number}: keep the files secret")
     output.show_lines([str(path) for path in paths], as_json=as_json)
