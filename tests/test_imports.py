@@ -29,6 +29,7 @@ LAYERS = [
     ["settings"],
     ["crud"],
     ["out_of_band"],
+    ["denial_counter"],
     ["actor"],
     ["models", "peppers"],
     ["public"],

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from tiger_db.connections.listener import Connection, listen
 from tiger_db.crud.api_keys.authorize import VerifiedKey, authorize_parsed_key
-from tiger_db.crud.api_keys.denials import denial_event
+from tiger_db.crud.api_keys.denials import record_denial
 from tiger_db.crud.api_keys.key_format import parse_key
 from tiger_db.crud.api_keys.policy import AccessRequest, access_request, check_access
 from tiger_db.database import Database
@@ -216,10 +216,9 @@ class KeyVerifier:
             check_access(permissions, now, request, None)
         except AccessDenied as reason:
             prefix = cached.key.key_prefix
-            event = denial_event(
-                reason, prefix, request, permissions.key_id, permissions.account_id
-            )
-            await self.database.out_of_band.record(event)
+            ids = permissions.key_id, permissions.account_id
+            writer = self.database.out_of_band
+            await record_denial(writer, reason, prefix, request, ids=ids, actor=None)
             raise
         if count_use:
             self.database.usage_counter.count(permissions.key_id, now)

@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tiger_db.actor import Actor, attribute
+from tiger_db.denial_counter import DenialCounter
 from tiger_db.errors import DatabaseUnavailable
 from tiger_db.models import AuditLog
 from tiger_db.models.audit_logs import insert_events
@@ -38,10 +39,14 @@ class _PendingEvent:
 
 
 class OutOfBandWriter:
-    """A writer of audit events that uses its own database connections, not those of sessions."""
+    """A writer of audit events that uses its own database connections, not those of sessions.
+
+    `denials` combines the events of many denied API keys.
+    """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self.denials = DenialCounter(self.connection)
         self._pending: list[_PendingEvent] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -64,10 +69,11 @@ class OutOfBandWriter:
         await pending.recorded
 
     async def close(self) -> None:
-        """Store the pending audit events, and close the connections of this writer."""
+        """Store the pending and counted audit events, and close the connections of this writer."""
         if self._task is not None:
             with suppress(asyncio.CancelledError):
                 await self._task
+        await self.denials.close()
         await self.engine.dispose()
 
     async def _store_pending(self) -> None:

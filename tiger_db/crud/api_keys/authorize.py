@@ -19,7 +19,7 @@ from tiger_db.crud.api_key_codes import (
     refuse_unauthentic,
     signed_values,
 )
-from tiger_db.crud.api_keys.denials import denial_event, record_denial, request_event
+from tiger_db.crud.api_keys.denials import record_denial, request_event
 from tiger_db.crud.api_keys.hashing import (
     UnpepperedHash,
     hash_secret,
@@ -130,6 +130,7 @@ class _SessionWriter:
     """A substitute for OutOfBandWriter that writes in the transaction of a session."""
 
     session: AsyncSession
+    denials: None = None  # each denial has an event of its own
 
     @asynccontextmanager
     async def connection(self) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
@@ -184,8 +185,9 @@ async def authorize_api_key(
     scopes, the requested account, a pause of trading and the rate limits. The first failed check
     raises an error.
 
-    An audit event records each denial, except the denial of a malformed API key. The audit event
-    and the use of the key are recorded out of band.
+    Each denial is recorded, except the denial of a malformed API key. Many denials in a short time
+    share audit events, whose `details` contain the number of denials (`count`) and the time of the
+    first one (`since`). Denials and the use of the key are recorded out of band.
 
     A key whose row has a wrong authentication code is denied with `InvalidAPIKey`, because another
     program has created or changed the row. A row without a code is accepted until the date in
@@ -232,10 +234,30 @@ async def authorize_parsed_key(
 ) -> VerifiedKey:
     """Authorize a well-formed API key. If `session` is None, the key's row is read out of band.
 
+    In a flood of denials, calls with unknown keys run one after another, unless the session has
+    begun a transaction, and so possibly has a connection that other calls wait for.
+
     With `count_use=False`, no use is counted and no rate limit is checked. `info` is
     `AsyncSession.info` or `Database.info`. The secret is verified only if the key's row has changed
     since `cached` was read. `authorize_parsed_key` raises the same errors as `authorize_api_key`.
     """
+    writer = context_of(info).out_of_band
+    if writer is None:
+        return await _authorize(parsed, request, info, session, cached, count_use=count_use)
+    wait = session is None or not session.in_transaction()
+    async with writer.denials.admit(parsed.raw_key, wait=wait):
+        return await _authorize(parsed, request, info, session, cached, count_use=count_use)
+
+
+async def _authorize(
+    parsed: ParsedKey,
+    request: AccessRequest,
+    info: Mapping[Any, object],
+    session: AsyncSession | None,
+    cached: VerifiedKey | None,
+    *,
+    count_use: bool,
+) -> VerifiedKey:
     in_session = _SessionWriter(session) if session is not None else None
     writer = limiter = context_of(info).out_of_band or in_session
     assert writer is not None
@@ -267,8 +289,8 @@ async def authorize_parsed_key(
                     counted = await consume(connection, verified.permissions)
         except AccessDenied as reason:
             ids = row.columns.get("id"), row.columns.get("tiger_account_id")
-            event = denial_event(reason, parsed.prefix, request, *ids)
-            await record_denial(writer, reason, event, actor_of(info))
+            actor = actor_of(info)
+            await record_denial(writer, reason, parsed.prefix, request, ids=ids, actor=actor)
             if isinstance(reason, UnpepperedHash | UnsignedRow | ForgedRow):
                 raise InvalidAPIKey from None
             raise

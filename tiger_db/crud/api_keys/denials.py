@@ -1,14 +1,17 @@
 """The audit events of denied API keys."""
 
 from contextlib import AbstractAsyncContextManager
+from functools import partial
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, Protocol, Unpack
 from uuid import UUID
 
-from tiger_db.actor import Actor, attribute
+from tiger_db.actor import Actor, actor_in_force, attribute
 from tiger_db.crud.api_key_codes import ForgedRow, UnsignedRow
 from tiger_db.crud.api_keys.policy import AccessRequest
 from tiger_db.crud.audit_logs.recording import EventFields, api_key_event
 from tiger_db.crud.common import replace_unstorable
+from tiger_db.denial_counter import DenialCounter
 from tiger_db.errors import AccessDenied
 from tiger_db.models import AuditAction, AuditLog, AuditResult
 from tiger_db.models.api_keys import parse_address
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 # An IP address or user agent in an audit event has at most _RECORDED_CHARACTERS characters.
 _RECORDED_CHARACTERS = 200
+# One customer of a provider usually has a network of this size, and can use all its addresses.
+_IPV6_PREFIX = 64
 # _CLAIM_DENIAL returns true at most once per hour and API key, in whichever process. A time in the
 # future, which plain SQL may have written, does not count. With SKIP LOCKED, a session that holds
 # the row's lock blocks no out-of-band connection.
@@ -35,6 +40,9 @@ RETURNING true
 class Writer(Protocol):
     """An OutOfBandWriter, or an object that writes in the transaction of a session."""
 
+    @property
+    def denials(self) -> DenialCounter | None: ...
+
     def connection(
         self,
     ) -> AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]: ...
@@ -43,15 +51,47 @@ class Writer(Protocol):
 
 
 async def record_denial(
-    writer: Writer, reason: AccessDenied, event: AuditLog, actor: Actor | None
+    writer: Writer,
+    reason: AccessDenied,
+    key_prefix: str,
+    request: AccessRequest,
+    *,
+    ids: tuple[UUID | None, UUID | None],
+    actor: Actor | None,
 ) -> None:
-    """Record a denial. A row without a valid code is recorded once per hour and API key at most."""
-    if not isinstance(reason, UnsignedRow | ForgedRow):
-        await writer.record(event, actor)
+    """Record a denial, or count the denial if there were many denials in the last minute.
+
+    `ids` are the ids of the API key and of its account, or None if there is no such API key. A row
+    without a valid code is recorded once per hour and API key at most.
+    """
+    key_id, _ = ids
+    build = partial(denial_event, reason, key_prefix, request, *ids)
+    if isinstance(reason, UnsignedRow | ForgedRow):
+        async with writer.connection() as connection, connection.transaction():
+            if await connection.fetchval(_CLAIM_DENIAL, key_id):
+                await insert_events(connection, [attribute(build(), actor)])
         return
-    async with writer.connection() as connection, connection.transaction():
-        if await connection.fetchval(_CLAIM_DENIAL, event.api_key_id):
-            await insert_events(connection, [attribute(event, actor)])
+    if writer.denials is not None:
+        counted = writer.denials.count(
+            "address" if key_id is None else "api_key",
+            _network(request, actor) if key_id is None else f"{key_id} {type(reason).__name__}",
+            lambda: attribute(build(), actor),
+        )
+        if counted:
+            return
+    await writer.record(build(), actor)
+
+
+def _network(request: AccessRequest, actor: Actor | None) -> str:
+    """Return the network of a request's IP address, or an empty text if there is no address."""
+    given = request.ip_address or actor_in_force(actor).ip_address
+    try:
+        address: IPv4Address | IPv6Address = parse_address(given or "")
+    except ValueError:
+        return ""
+    if isinstance(address, IPv4Address):
+        return str(address)
+    return str(IPv6Network((int(address), _IPV6_PREFIX), strict=False))
 
 
 def denial_event(
