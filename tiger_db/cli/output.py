@@ -51,7 +51,10 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
     from rich.progress import Progress  # noqa: PLC0415  # slow import, not needed by `--help`
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield lambda **_changes: None
+        return
+    with Progress(console=console) as bar:
         task = bar.add_task(description, total=total)
         yield lambda **changes: bar.update(task, **changes)
 

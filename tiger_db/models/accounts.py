@@ -237,7 +237,8 @@ class AccountView(MutableEntityView):
         unique=True, sa_type=UNIQUE_TEXT, description="Account number at Tiger"
     )
     account_type: AccountType = Field(
-        default_factory=lambda data: account_type_of(data["account_number"]),  # type: ignore[misc, arg-type]  # SQLModel's stub allows no argument
+        # Before pydantic 2.14, an invalid field is missing in `data`.
+        default_factory=lambda data: account_type_of(data.get("account_number", "")),  # type: ignore[misc, arg-type]  # SQLModel's stub allows no argument
         sa_column_kwargs={"default": None},
         description="Account type; derived from the account number by default",
     )

@@ -251,7 +251,7 @@ class AuditLog(Entity, table=True):
         description="Outcome of the action",
     )
     severity: Annotated[AuditSeverity | str, open_enum(AuditSeverity)] = Field(
-        default_factory=lambda data: severity_of(data["action"], data["result"]),  # type: ignore[misc, arg-type]  # see accounts.py
+        default_factory=lambda data: severity_of(data.get("action", ""), data.get("result", "")),  # type: ignore[misc, arg-type]  # see accounts.py
         sa_type=OpenEnum(AuditSeverity, enum_type(AuditSeverity)),
         sa_column_kwargs={"default": None},
         description="Severity; derived from action and result by default",

@@ -1,12 +1,19 @@
 """The base classes of entities, and functions that create entities from raw rows."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache
 from ipaddress import ip_network
 from typing import Any, ClassVar, Self, TypeVar
 
 import annotated_types as rules
-from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, PydanticUndefined
 from sqlalchemy import CheckConstraint, Column, Connection, Table, event
 from sqlalchemy.dialects.postgresql import ARRAY, CIDR, JSONB
@@ -22,7 +29,6 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import instance_state, set_attribute, set_committed_value
 from sqlalchemy.types import TypeEngine
-from sqlmodel._compat import SQLModelConfig, finish_init, partial_init
 
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import InvalidFields
@@ -37,6 +43,9 @@ from tiger_db.models.secrets import bind_secrets, encrypt_secrets, key_provider
 from tiger_db.models.views import EntityView, MutableEntityView
 
 E_ = TypeVar("E_", bound="Entity")
+# SQLModel's model_validate() first creates an instance without arguments, and then sets its fields.
+# Only for that instance, `_creates_empty` is true.
+_creates_empty: ContextVar[bool] = ContextVar("_creates_empty", default=False)
 
 
 class Entity(EntityView, registry=registry(metadata=metadata)):
@@ -56,7 +65,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
     secrets_bound_to: ClassVar[Mapping[str, Callable[[Any], str | None]]] = {}
     # With eager_defaults, INSERT and UPDATE return the timestamps that the database sets.
     __mapper_args__: ClassVar[dict[str, object]] = {"eager_defaults": True}
-    model_config = SQLModelConfig(
+    model_config = ConfigDict(  # type: ignore[assignment]  # SQLModel's own type is private
         extra="forbid", hide_input_in_errors=True, validate_assignment=True
     )
 
@@ -78,8 +87,8 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
             raise _invalid_fields(error) from None
 
     def __init__(self, **data: Any) -> None:  # noqa: ANN401  # SQLModel's signature
-        # Within SQLModel's partial_init(), the caller sets the fields, not __init__().
-        if not finish_init.get():
+        if not data and _creates_empty.get():
+            _creates_empty.set(False)
             return
         state = self.__dict__
         related = {name: data.pop(name) for name in self.__sqlmodel_relationships__.keys() & data}
@@ -162,9 +171,9 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
 
     def __copy__(self) -> Self:
         """Return a transient copy of the entity with its loaded columns, without relationships."""
-        with partial_init():
-            twin = type(self)()
-        for name in object_mapper(self).column_attrs.keys() & self.__dict__.keys():
+        mapper = object_mapper(self)
+        twin: Self = mapper.class_manager.new_instance()
+        for name in mapper.column_attrs.keys() & self.__dict__.keys():
             set_attribute(twin, name, track(self.__dict__[name]))
         twin.__pydantic_fields_set__.update(self.__pydantic_fields_set__)
         return twin
@@ -183,10 +192,13 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature
+        token = _creates_empty.set(True)
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:
             raise _invalid_fields(error) from None
+        finally:
+            _creates_empty.reset(token)
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature

@@ -3,12 +3,11 @@
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Self, TypeAlias, TypeVar, cast
 from uuid import UUID
 
-from pydantic import GetJsonSchemaHandler, ModelWrapValidatorHandler, model_validator
+from pydantic import ConfigDict, GetJsonSchemaHandler, ModelWrapValidatorHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from sqlalchemy import FetchedValue, func
 from sqlmodel import Field, SQLModel
-from sqlmodel._compat import SQLModelConfig
 from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import Secret
@@ -49,7 +48,9 @@ class EntityView(SQLModel):
     """Base class of views: the fields that each entity has."""
 
     # In OpenAPI, each field of a response is required, because a response has all fields.
-    model_config = SQLModelConfig(json_schema_serialization_defaults_required=True)
+    model_config = ConfigDict(  # type: ignore[assignment]  # SQLModel's own type is private
+        json_schema_serialization_defaults_required=True
+    )
 
     id: UUID = Field(
         default_factory=uuid7,
