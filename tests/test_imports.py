@@ -1,5 +1,6 @@
 """Imports point downwards only."""
 
+import re
 from graphlib import TopologicalSorter
 from itertools import chain
 
@@ -66,6 +67,12 @@ def test_a_part_imports_only_lower_layers(layer: int) -> None:
     lower = {*chain(*LAYERS[layer + 1 :])}
     for part in LAYERS[layer]:
         assert parts()[part] - {""} <= lower, part
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_imports_private_modules_of_sqlmodel(module: str) -> None:
+    """Private modules of SQLModel change in any release."""
+    assert not re.search(r"\bsqlmodel\._", MODULES[module].read_text())
 
 
 def test_only_the_command_line_imports_names_of_the_package() -> None:

@@ -65,9 +65,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
     secrets_bound_to: ClassVar[Mapping[str, Callable[[Any], str | None]]] = {}
     # With eager_defaults, INSERT and UPDATE return the timestamps that the database sets.
     __mapper_args__: ClassVar[dict[str, object]] = {"eager_defaults": True}
-    model_config = ConfigDict(  # type: ignore[assignment]  # SQLModel's own type is private
-        extra="forbid", hide_input_in_errors=True, validate_assignment=True
-    )
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, validate_assignment=True)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  # pydantic's signature
