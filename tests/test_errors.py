@@ -64,7 +64,9 @@ def test_a_refused_field_is_an_invalid_value_and_a_validation_error(
     shown = str(error) + repr(error) + str(error.errors()) + error.json() + str(error.args)
     assert SECRET not in shown
     for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
-        assert (type(twin), str(twin)) == (InvalidFields, str(error))
+        assert (type(twin), twin.title) == (InvalidFields, error.title)
+        assert twin.errors(include_url=False) == error.errors(include_url=False)
+        assert SECRET not in str(twin)
 
 
 def test_an_entity_inside_of_a_request_body_is_refused_by_the_names_of_its_fields() -> None:

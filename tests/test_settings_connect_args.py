@@ -1,6 +1,7 @@
 """Connection arguments of settings, parsed by asyncpg and used with a real server."""
 
 import asyncio
+import inspect
 import os
 import ssl
 import struct
@@ -38,14 +39,11 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def parsed(chosen: Settings) -> SimpleNamespace:
     """What asyncpg takes the settings to be."""
-    unset = (
-        "dsn host port user password passfile database command_timeout ssl direct_tls"
-        " server_settings target_session_attrs krbsrvname gsslib service servicefile"
-    )
+    unset = inspect.signature(_parse_connect_arguments).parameters
     caches = dict.fromkeys(
         ["statement_cache_size", "max_cached_statement_lifetime", "max_cacheable_statement_size"], 0
     )
-    arguments: dict[str, Any] = {**dict.fromkeys(unset.split()), **caches, **chosen.connect_args()}
+    arguments: dict[str, Any] = {**dict.fromkeys(unset), **caches, **chosen.connect_args()}
     del arguments["timeout"]
     assert (
         arguments["dsn"] is None

@@ -236,26 +236,25 @@ def create_engine(
         error = context.original_exception
         if not isinstance(error, Exception):
             return  # a CancelledError, for example, does not mean that the connection is lost
-        if isinstance(error.__cause__, SCHEMA_CHANGED):
+        # SQLAlchemy 2.1 wraps all errors of asyncpg, and SQLAlchemy 2.0 only some of them.
+        cause = error.__cause__ or error
+        if isinstance(cause, SCHEMA_CHANGED):
             # SQLAlchemy prepares its statements again after an InvalidCachedStatementError, but not
             # after an OutdatedSchemaCacheError.
-            context.is_disconnect = isinstance(error.__cause__, asyncpg.OutdatedSchemaCacheError)
-            raise classify(error.__cause__) or error from None
+            context.is_disconnect = isinstance(cause, asyncpg.OutdatedSchemaCacheError)
+            raise classify(cause) or error from None
         state = getattr(error, "sqlstate", None) or ""
         kind = error_type(state)
         if kind is Conflict or kind is QueryTimeout:
             limited = settings.db_query_timeout and not settings.uses_pooler
             setting = "DB_QUERY_TIMEOUT" if limited else "statement_timeout"
-            cause = error.__cause__ or error
             raise classify(cause, statement_timeout=setting) or kind(reason(error)) from None
         if state == DISK_FULL:  # the connection stays usable
-            raise DatabaseUnavailable(str(classify(error.__cause__ or error))) from None
+            raise DatabaseUnavailable(str(classify(cause))) from None
         options = context.connection.get_execution_options() if context.connection else {}
         if state == READ_ONLY_SQL_TRANSACTION and options.get("postgresql_readonly"):
             raise InvalidState("a readonly session cannot write") from None
-        lost = isinstance(error, OSError) or isinstance(
-            error.__cause__, asyncpg.InternalClientError
-        )
+        lost = isinstance(error, OSError) or isinstance(cause, asyncpg.InternalClientError)
         if lost or context.is_disconnect or kind is DatabaseUnavailable:
             # `is_disconnect` makes SQLAlchemy close all connections of the pool, because they
             # possibly lead to a former primary.
