@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
@@ -42,7 +43,7 @@ async def test_a_healthy_database_has_no_problem(clone: Database, clone_settings
         await factories.account(session)
         await factories.api_key(session)
     results = await doctor.run(clone_settings)
-    assert len({result.check for result in results}) == len(results) == 19
+    assert len({result.check for result in results}) == len(results) == 20
     assert {result.status for result in results} == {"ok"}, results
     assert all(result.advice is None for result in results if result.status == "ok")
     by_check = {result.check: result.seen for result in results}
@@ -530,7 +531,7 @@ async def test_missing_privileges_are_reported(clone: Database, guest: Settings)
     async with clone.session() as session:
         await session.execute(text("SELECT 1"))  # in a transaction of another role
         results = {result.check: result for result in await doctor.run(guest)}
-    assert len(results) == 19
+    assert len(results) == 20
     assert {f.status for f in results.values()} == {"ok", "warning"}, results
     for check in (
         "unsealed events",
@@ -560,3 +561,32 @@ async def test_an_unreachable_server_is_reported() -> None:
     assert (result.check, result.status) == ("server", "problem")
     assert "localhost:1/x" in result.seen
     assert "hunter2" not in str(result)
+
+
+async def test_a_sealer_without_memory_is_reported(
+    clone_settings: Settings, tmp_path: Path
+) -> None:
+    check = "audit checkpoints"
+    assert (await found(clone_settings, check)).status == "ok"
+    key = SecretStr(generate_signing_key())
+    settings = clone_settings.model_copy(update={"audit_signing_key": key})
+    result = await found(settings, check)
+    assert result.status == "warning"
+    assert "set AUDIT_CHECKPOINTS to a folder" in str(result.advice)
+    settings = settings.model_copy(update={"audit_checkpoints": tmp_path})
+    async with Database(settings) as database:
+        async with database.session() as session:
+            await crud.audit_logs.log_event(session, action=AuditAction.DATA_QUERY)
+        await seal(database)
+    seen = "the newest checkpoint is of seal 1, the newest seal is 1"
+    assert await found(settings, check) == CheckResult(check, "ok", seen)
+    await sql(settings, "SELECT setval('audit_logs_position_seq', 1, false)")
+    behind = await found(settings, "unsealed events")
+    assert (behind.status, behind.advice) == (
+        "problem", "run `tiger-db seal-audit --repair-sequence`",
+    )  # fmt: skip
+    await sql(settings, "SET session_replication_role = replica", "DELETE FROM audit_seals")
+    result = await found(settings, check)
+    assert (result.status, result.advice) == ("problem", "run `tiger-db verify-audit`")
+    missing = settings.model_copy(update={"audit_checkpoints": tmp_path / "none"})
+    assert (await found(missing, check)).status == "problem"

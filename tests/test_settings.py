@@ -60,6 +60,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "API_KEYS_ALLOW_UNSIGNED_UNTIL": ("2027-01-31", date(2027, 1, 31)),
     "AUDIT_SIGNING_KEY": ("abc", "abc"),
     "AUDIT_SIGNING_KEY_FILE": ("/run/secrets/seal", Path("/run/secrets/seal")),
+    "AUDIT_CHECKPOINTS": ("/srv/checkpoints", Path("/srv/checkpoints")),
     "AUDIT_RETENTION_MONTHS": ("84", 84),
     "ACCOUNT_FAILING_AFTER": ("5", 5),
     "ACCOUNT_FAILING_FOR": ("0.5", 0.5),
@@ -144,6 +145,7 @@ SHOWN = {
     "DB_SCHEMA",
     "DB_USER",
     "TIGER_DB_HOME",
+    "AUDIT_CHECKPOINTS",
 } | {n for n in VARIABLES if "_SSL_" in n}
 
 

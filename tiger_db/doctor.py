@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import class_mapper
 from sqlmodel import col
 
+from tiger_db.audit.checkpoints import newest_checkpoint
 from tiger_db.checks import Outcome, Status, check_citus, check_collations
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
@@ -33,6 +34,8 @@ from tiger_db.encryption_key_rotation import (
 )
 from tiger_db.errors import (
     Conflict,
+    FileError,
+    InvalidState,
     QueryTimeout,
     SchemaMismatch,
     StatementRefused,
@@ -40,8 +43,10 @@ from tiger_db.errors import (
 )
 from tiger_db.keys_in_force import (
     API_KEY_PEPPERS,
+    AUDIT_SIGNING_KEY,
     ENCRYPTION_KEYS,
     KeySetting,
+    in_force,
     required_key_ring,
     required_peppers,
 )
@@ -109,6 +114,7 @@ def _checks(settings: Settings) -> dict[str, Check]:
         "triggers and functions": check_triggers,
         "audit partitions": _check_partitions,
         "unsealed events": _check_unsealed,
+        "audit checkpoints": partial(_check_checkpoints, settings=settings),
         "refreshes": _check_refreshes,
         "tokens": _check_tokens,
         "accounts": _check_accounts,
@@ -304,6 +310,12 @@ FROM (SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS taken FROM audit_
 
 async def _check_unsealed(connection: AsyncConnection) -> Outcome:
     row = (await _fetch_all(connection, UNSEALED_EVENTS))[0]
+    if row.events < 0:
+        return Outcome(
+            "problem",
+            f"the sequence of positions is {-row.events:,} behind the newest seal",
+            "run `tiger-db seal-audit --repair-sequence`",
+        )
     if row.age is None:
         return Outcome("ok", "none")
     status = _grade(row.age, UNSEALED_SECONDS)
@@ -314,6 +326,28 @@ async def _check_unsealed(connection: AsyncConnection) -> Outcome:
         f"unsealed events: at most {row.events:,}, the oldest {_duration(row.age)} old",
         None if status == "ok" else "run `tiger-db seal-audit` every minute",
     )
+
+
+async def _check_checkpoints(connection: AsyncConnection, *, settings: Settings) -> Outcome:
+    folder = settings.audit_checkpoints
+    if await asyncio.to_thread(in_force, settings, AUDIT_SIGNING_KEY, generate=False) is None:
+        return Outcome("ok", "this process does not seal audit events")
+    if folder is None:
+        return Outcome(
+            "warning",
+            "no folder of checkpoints is set, so the sealer cannot notice that seals were replaced",
+            "set AUDIT_CHECKPOINTS to a folder that the owner of the database cannot change",
+        )
+    try:
+        newest = await asyncio.to_thread(newest_checkpoint, folder)
+    except (FileError, InvalidState) as error:
+        return Outcome("problem", str(error), "see AUDIT_CHECKPOINTS in the documentation")
+    number = 0 if newest is None else newest.payload().number
+    last = (await _fetch_all(connection, "SELECT coalesce(max(number), 0) FROM audit_seals"))[0][0]
+    if number > last:
+        seen = f"the newest seal is {last}, but {folder} has a checkpoint of seal {number}"
+        return Outcome("problem", seen, "run `tiger-db verify-audit`")
+    return Outcome("ok", f"the newest checkpoint is of seal {number}, the newest seal is {last}")
 
 
 # For OPEN_REFRESHES, PostgreSQL reads two partial indexes. OFFSET 0 prevents a join that reads all

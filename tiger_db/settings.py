@@ -222,6 +222,9 @@ class Settings(BaseSettings):
     )
     audit_signing_key: SecretStr | None = None
     audit_signing_key_file: File | None = None
+    audit_checkpoints: File | None = Field(
+        default=None, description="folder of the checkpoints that a sealer saves and compares"
+    )
     audit_retention_months: int | None = Field(default=None, ge=1, le=1200)
 
     account_failing_after: int = Field(default=3, ge=1, le=1_000_000, description="errors")

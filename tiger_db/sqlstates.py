@@ -189,6 +189,8 @@ def raw_errors() -> Iterator[None]:
     """
     try:
         yield
+    except TigerDBError:  # such as FileError, which is an OSError
+        raise
     except (*CONNECTION_ERRORS, asyncpg.PostgresError) as error:
         refused = StatementRefused(f"the database refused a statement: {type(error).__name__}")
         raise classify(error) or refused from None

@@ -20,7 +20,7 @@ from tiger_db.audit import FindingKind
 from tiger_db.audit.seal_format import Seal
 from tiger_db.audit.storage import SELECT_EVENTS, Connection
 from tiger_db.connections import connect
-from tiger_db.errors import ConfigurationError, DatabaseUnavailable
+from tiger_db.errors import ConfigurationError, DatabaseUnavailable, InvalidState
 from tiger_db.health import check_readiness
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.signing import generate_signing_key
@@ -441,21 +441,15 @@ async def test_no_month_is_retired_without_a_key(
     await assert_clean(database, rows=15, retired=0)
 
 
-async def test_a_retirement_signed_with_another_key_is_a_forgery(
+async def test_no_month_is_retired_with_another_key(
     database: Database, keeping: Settings, other: Connection
 ) -> None:
     await seal_five_months(database, other)
     forged = keeping.model_copy(update={"audit_signing_key": SecretStr(generate_signing_key())})
     async with Database(forged) as forger:
-        assert len((await audit.maintain(forger)).retired) == 3
-    found = await audit.verify(database)
-    assert found.retired == 0
-    assert [one.kind for one in found.findings].count(FindingKind.DELETED) == 9
-    forgeries = [one for one in found.findings if one.kind is FindingKind.FORGED]
-    assert [(one.seal, one.message) for one in forgeries] == [
-        (number, f"seal {number}: none of the given public keys has signed the seal")
-        for number in (2, 3, 4)
-    ]
+        with pytest.raises(InvalidState, match="seal 1: none of the given public keys has signed"):
+            await audit.maintain(forger)
+    await assert_clean(database, rows=15, retired=0)
 
 
 # At once
@@ -543,7 +537,9 @@ async def test_maintenance_gives_way_to_a_long_transaction(
         count = await reader.fetchval("SELECT count(*) FROM audit_logs")
         async with Writers(database) as writers:
             started = time.monotonic()
-            with pytest.raises(DatabaseUnavailable, match="in use by a long transaction"):
+            with pytest.raises(
+                DatabaseUnavailable, match=f"in use by process {reader.get_server_pid()} "
+            ):
                 await audit.maintain(keeper)
             assert time.monotonic() - started < 3
             await writers.more()

@@ -38,6 +38,7 @@ from tiger_db.audit.seal_format import (
     merkle_root,
     ranges_of,
 )  # fmt: skip
+from tiger_db.audit.sealer import Sealer
 from tiger_db.audit.sealing import seal_next
 from tiger_db.audit.storage import CONTENT, CONTENT_COLUMNS, Connection, database_time
 
@@ -231,7 +232,8 @@ async def test_a_clock_that_went_back_is_a_warning(trail: Trail, is_sealed: bool
 async def seal_up_to(trail: Trail, position: int, closed_at: str | None) -> None:
     key = await trail.database.signing_key()
     assert key is not None
-    assert await seal_next(trail.superuser, key, position, closed_at)
+    sealer = await Sealer.open(trail.superuser, key)
+    assert await seal_next(sealer, position, closed_at)
 
 
 async def move(trail: Trail, position: int, to: int) -> AuditFinding:

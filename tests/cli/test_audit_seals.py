@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -44,14 +45,29 @@ def test_a_missing_or_malformed_signing_key_is_an_error(
 def test_events_are_sealed_and_verified(sealed: CommandLine, clone_settings: Settings) -> None:
     assert sealed.ok("seal-audit") == Result(0, "", "sealed 0 events in 0 seals\n")
     log(clone_settings, {}, {})
-    assert sealed.ok("verify-audit") == Result(
-        0,
-        "",
+    found = sealed.ok("verify-audit")
+    assert (found.code, found.out) == (0, "")
+    key = parse_signing_key(sealed.env["AUDIT_SIGNING_KEY"])
+    first, chain, *rest = found.err.splitlines()
+    assert first == (
         "verified 12 events against 1 seal; not sealed yet: 2 events;"
-        " removed by `tiger-db maintain-audit`: 0 events\n",
+        " removed by `tiger-db maintain-audit`: 0 events"
     )
-    assert sealed.ok("seal-audit", "--json").json == {"rows": 2, "seals": 1, "waits_for": []}
-    assert sealed.ok("verify-audit", "--json").json == {
+    assert re.fullmatch("chain: 1 seal, unbroken; origin: [0-9a-f]{32}", chain)
+    assert rest == [
+        f"signatures: {public_text(key.public_key())}",
+        "checkpoint folder: not set, see AUDIT_CHECKPOINTS",
+        "checkpoint given: none",
+    ]
+    assert sealed.ok("seal-audit", "--json").json == {
+        "rows": 2, "seals": 1, "waits_for": [], "verified": 0,
+    }  # fmt: skip
+    verified = sealed.ok("verify-audit", "--json").json
+    basis = verified.pop("basis")
+    assert [line.partition(":")[0] for line in basis] == [
+        "chain", "signatures", "checkpoint folder", "checkpoint given",
+    ]  # fmt: skip
+    assert verified == {
         "sound": True, "seals": 2, "rows": 14, "retired": 0, "unsealed": 0, "count": 0,
         "findings": [], "warnings": [],
     }  # fmt: skip
@@ -82,7 +98,7 @@ def test_verify_fails_and_names_the_first_finding(
     assert first.split()[:3] == ["5", "1", "changed"]
     assert second.split()[:3] == ["7", "1", "deleted"]
     assert found.code == 1
-    _, reason = found.err.splitlines()
+    reason = found.err.splitlines()[-1]
     assert reason == (
         f"error: changed: the event at position 5 was changed ({changed}); 2 findings in total"
     )
@@ -116,7 +132,7 @@ def test_open_transactions_are_named(signing: CommandLine, clone_settings: Setti
     pid, result, as_json = asyncio.run(run())
     assert (result.code, as_json.code) == (1, 1)
     assert f"still open (server processes: {pid})" in result.err
-    assert as_json.json == {"rows": 0, "seals": 0, "waits_for": [pid]}
+    assert as_json.json == {"rows": 0, "seals": 0, "waits_for": [pid], "verified": 0}
     assert "--patience" in signing.misused("seal-audit", "--patience", "-1")
 
 
@@ -147,11 +163,14 @@ def test_an_export_is_verified_without_a_database(
         "verified 12 events against 1 seal; not sealed yet: 0 events;"
         " removed by `tiger-db maintain-audit`: 0 events\n"
     )
-    assert bare.ok("verify-audit", *options, "--public-key", str(key)) == Result(0, "", says)
-    assert bare.ok("verify-audit", *options, AUDIT_SIGNING_KEY=secret).err == says
+    shown = bare.ok("verify-audit", *options, "--public-key", str(key))
+    assert (shown.code, shown.out) == (0, "")
+    assert shown.err.startswith(says)
+    assert shown.err.endswith("\ncheckpoint given: seal 1 is in the chain\n")
+    assert bare.ok("verify-audit", *options, AUDIT_SIGNING_KEY=secret).err == shown.err
     as_text = tmp_path / "key.txt"
     as_text.write_text(public_text(signing.public_key()) + "\n", encoding="ascii")
-    assert bare.process("verify-audit", *options, "--public-key", str(as_text)).err == says
+    assert bare.process("verify-audit", *options, "--public-key", str(as_text)).err == shown.err
     assert "give a public key" in bare.fails("verify-audit", *options)
 
     lines = events.read_text("utf-8").splitlines(keepends=True)
@@ -211,3 +230,42 @@ def test_a_checkpoint_requires_a_seal(sealed: CommandLine, clone_settings: Setti
         "export-checkpoint"
     )
     assert "not a checkpoint" in sealed.fails("verify-audit", "--checkpoint", file)
+
+
+def test_the_sealer_says_what_it_verified_repaired_and_refused(
+    sealed: CommandLine, clone_settings: Settings, tmp_path: Path
+) -> None:
+    sealed.env["AUDIT_CHECKPOINTS"] = str(tmp_path)
+    saved = "verified the chain of 1 seal, and saved the first checkpoint in AUDIT_CHECKPOINTS\n"
+    assert sealed.ok("seal-audit").err == f"{saved}sealed 0 events in 0 seals\n"
+    assert sealed.ok("seal-audit", "--repair-sequence").err == (
+        "the sequence of positions is not behind the newest seal\nsealed 0 events in 0 seals\n"
+    )
+    run_sql(clone_settings, "SELECT setval('audit_logs_position_seq', 5)")
+    assert "run `tiger-db seal-audit --repair-sequence`" in sealed.fails("seal-audit")
+    assert sealed.ok("seal-audit", "--repair-sequence").err == (
+        "moved the sequence of positions from 5 to 12\nsealed 1 event in 1 seal\n"
+    )
+    run_sql(clone_settings, REPLICA, "DELETE FROM audit_seals WHERE number = 2")
+    assert "the newest seals are missing, from seal 2 on" in sealed.fails("seal-audit")
+    found = sealed("verify-audit")
+    assert (found.code, "seal 2 is missing, according to the checkpoint" in found.err) == (1, True)
+
+
+def test_a_signing_key_is_changed(sealed: CommandLine, tmp_path: Path) -> None:
+    file, public = tmp_path / "new.key", tmp_path / "old.pem"
+    public.write_text(sealed.ok("print-audit-public-key").out, encoding="ascii")
+    file.write_text(sealed.ok("generate-audit-signing-key").out, encoding="ascii")
+    shown = sealed.ok("change-audit-signing-key", "--new-key", str(file))
+    assert shown.err.startswith("seal 2 introduces the new signing key: set AUDIT_SIGNING_KEY to")
+    assert file.read_text("ascii").strip() not in shown.err
+    assert "set AUDIT_SIGNING_KEY to the new key" in sealed.fails("seal-audit")
+    sealed.env["AUDIT_SIGNING_KEY"] = file.read_text("ascii").strip()
+    assert sealed.ok("seal-audit").err == "sealed 1 event in 1 seal\n"
+    assert sealed.ok("verify-audit").code == 0
+    assert sealed.ok("verify-audit", "--public-key", str(public)).code == 0
+    reason = sealed.fails("change-audit-signing-key", "--new-key", str(file))
+    assert "the new signing key is the key in force" in reason
+    assert "base64 of 32 bytes" in sealed.fails(
+        "change-audit-signing-key", "--new-key", str(public)
+    )

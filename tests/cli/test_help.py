@@ -20,8 +20,8 @@ COMMANDS = (
     "revoke-api-key", "delete-api-key", "print-api-key-pattern", "generate-api-key-pepper",
     "sign-api-keys", "pause", "resume", "list-events", "count-events", "export-events",
     "generate-audit-signing-key", "print-audit-public-key", "seal-audit", "verify-audit",
-    "export-checkpoint", "maintain-audit", "list-refreshes", "watch-refreshes",
-    "run-refresh-worker",
+    "change-audit-signing-key", "export-checkpoint", "maintain-audit", "list-refreshes",
+    "watch-refreshes", "run-refresh-worker",
     "refresh-token", "prune-refreshes", "generate-encryption-key", "list-encryption-keys",
     "rotate-encryption-key", "import-account", "export-account",
 )  # fmt: skip

@@ -83,7 +83,7 @@ class Trail:
         """Verify the trail within the superuser's transaction."""
         key = await self.database.signing_key()
         assert key is not None
-        verifier = TrailVerifier([key.public_key()], checkpoint)
+        verifier = TrailVerifier([key.public_key()], [checkpoint] if checkpoint else [])
         verifier.database_time = await database_time(self.superuser)
         async with self.superuser.transaction():
             async for item in read_trail(self.superuser):

@@ -6,7 +6,8 @@ from tiger_db.audit.exporting import export, export_checkpoint
 from tiger_db.audit.following import follow
 from tiger_db.audit.retention import Maintenance, maintain
 from tiger_db.audit.seal_format import Seal, SealPayload
-from tiger_db.audit.sealing import Sealing, required_key, seal
+from tiger_db.audit.sealer import required_key
+from tiger_db.audit.sealing import Sealing, change_signing_key, repair_sequence, seal
 from tiger_db.audit.verifying import Verification, verify, verify_export
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "SealPayload",
     "Sealing",
     "Verification",
+    "change_signing_key",
     "export",
     "export_checkpoint",
     "follow",
     "maintain",
     "read_checkpoint",
+    "repair_sequence",
     "required_key",
     "seal",
     "verify",

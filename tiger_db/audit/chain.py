@@ -73,13 +73,14 @@ class ChainVerifier:
         self._untrusted_from: int | None = None  # Number of the first seal that is not trusted yet.
         self._is_unreadable = False
         self._has_finding = False
-        self._checkpoints = {c.payload().number: c for c in checkpoints}
-        self.compared = 0  # Number of checkpoints that were compared.
-        for number, checkpoint in [*self._checkpoints.items()]:
-            if _signer(checkpoint, [*self._given, checkpoint.payload().key]) is None:
-                message = "none of the given public keys has signed the checkpoint"
-                self._report(FindingKind.CHECKPOINT, message)
-                del self._checkpoints[number]
+        self.matched: list[Seal] = []  # Checkpoints that are in the chain.
+        self._checkpoints: list[Seal] = []  # Checkpoints that were not compared yet.
+        for checkpoint in checkpoints:
+            if _signer(checkpoint, [*self._given, checkpoint.payload().key]) is not None:
+                self._checkpoints.append(checkpoint)
+                continue
+            message = "none of the given public keys has signed the checkpoint"
+            self._report(FindingKind.CHECKPOINT, message)
 
     def start(self, seal: Seal) -> None:
         """Continue the chain after a seal that the caller trusts."""
@@ -191,8 +192,9 @@ class ChainVerifier:
             self._forged("the digests of the events do not match the Merkle root")
 
     def _compare_checkpoint(self, seal: Seal, payload: SealPayload) -> None:
-        for number, checkpoint in [*self._checkpoints.items()]:
+        for checkpoint in [*self._checkpoints]:
             message, expected = None, checkpoint.payload()
+            number = expected.number
             if payload.number == number and seal.payload_json != checkpoint.payload_json:
                 message = f"seal {number} differs from the seal in the checkpoint"
             if payload.origin and expected.origin and payload.origin != expected.origin:
@@ -202,23 +204,27 @@ class ChainVerifier:
             if message is not None:
                 self._report(FindingKind.CHECKPOINT, message, payload.number)
             if message is not None or payload.number == number:
-                self.compared += message is None
-                del self._checkpoints[number]
+                self._checkpoints.remove(checkpoint)
+                self.matched += [] if message else [checkpoint]
 
-    def _break(self) -> None:
-        """Report the seals before a break in the chain whose signing key is unknown."""
+    def check_trust(self) -> None:
+        """Report the last seals if their signing key does not follow from one of the `keys`."""
         if self._untrusted_from is not None:
             first, last = self._untrusted_from, self.number
             message = f"seal {first}: none of the given public keys has signed the seal"
             if first != last:
                 message = f"none of the given public keys has signed the seals {first} to {last}"
             self._report(FindingKind.FORGED, message, first)
+
+    def _break(self) -> None:
+        """Report the seals before a break in the chain whose signing key is unknown."""
+        self.check_trust()
         self._untrusted_from, self.key, self._is_trusted = None, None, False
 
     def finish(self) -> None:
         """Report what can be known only after the last seal."""
         self._break()
-        for checkpoint in self._checkpoints.values():
+        for checkpoint in self._checkpoints:
             expected = checkpoint.payload()
             first, kind = self.number + 1, FindingKind.TRUNCATED
             missing = describe_missing_seals(first, expected.number)

@@ -5,20 +5,19 @@ import re
 from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
 import asyncpg
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tiger_db.actor import attribute
 from tiger_db.audit import storage
 from tiger_db.audit.seal_format import Seal, digest_of
-from tiger_db.audit.sealing import append_seal, required_key
+from tiger_db.audit.sealer import Sealer, check_clocks, required_key
 from tiger_db.audit.storage import Connection
 from tiger_db.database import Database
-from tiger_db.errors import DatabaseUnavailable, InvalidState
+from tiger_db.errors import DatabaseUnavailable
 from tiger_db.migrations import MONTHS_AHEAD
 from tiger_db.models import AuditAction, AuditLog
 from tiger_db.models.audit_logs import insert_events
@@ -30,7 +29,6 @@ _RETRY_PAUSE_SECONDS = 1.0
 # Other transactions queue behind a DDL statement that waits for a table lock. The lock timeout is
 # shorter than deadlock_timeout (1 s), so that PostgreSQL aborts no writer because of a deadlock.
 _LOCK_TIMEOUT = "800ms"
-_MAX_CLOCK_DIFFERENCE = timedelta(minutes=1)
 _NOT_SEALED = "the month holds events that are not sealed: run `tiger-db seal-audit`"
 _PARTITION_NAME = re.compile(r"audit_logs_(\d{4})_(\d{2})")
 _SELECT_PARTITIONS = """
@@ -83,7 +81,7 @@ async def maintain(database: Database) -> Maintenance:
     Raises:
         ConfigurationError: A month is due for retirement, and `AUDIT_SIGNING_KEY` is not set.
         InvalidState: `AUDIT_RETENTION_MONTHS` is set, and the clocks of the database and of this
-            machine differ by more than a minute.
+            machine differ by more than a minute, or the chain of seals is broken.
         DatabaseUnavailable: Another transaction locked `audit_logs` for too long. After the end of
             the other transaction, a new call of `maintain` can succeed.
     """
@@ -92,34 +90,41 @@ async def maintain(database: Database) -> Maintenance:
     async with storage.open_connection(database) as connection:
         await connection.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
         try:
-            done.made = await _with_lock_retries(partial(_make_months, connection))
+            done.made = await _with_lock_retries(connection, partial(_make_months, connection))
             if retention is None:
                 return done
             kept_from = first_kept_month(
                 await connection.fetchval("SELECT clock_timestamp()"), datetime.now(UTC), retention
             )
+            sealer = None
             for month in await _due_months(connection, kept_from):
-                key = await required_key(database)
+                if sealer is None:
+                    key = await required_key(database)
+                    folder = database.settings.audit_checkpoints
+                    sealer = await Sealer.open(connection, key, folder)
                 try:
-                    await _with_lock_retries(partial(_retire, connection, key, month, kept_from))
+                    await _with_lock_retries(connection, partial(_retire, sealer, month, kept_from))
                 except _CannotRetireError as reason:
                     done.kept[month] = str(reason)
                     break  # `maintain` retires a month only after all earlier months
                 done.retired.append(month)
+            if sealer is not None:
+                await sealer.finish()
         finally:
             if not connection.is_closed():
                 await connection.execute("RESET lock_timeout")
     return done
 
 
-async def _with_lock_retries(work: Callable[[], Awaitable[T]]) -> T:
+async def _with_lock_retries(connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
     for _ in range(_LOCK_ATTEMPTS):
         try:
             return await work()
         except asyncpg.LockNotAvailableError:
+            holders = await storage.describe_lock_holders(connection)
             # While this function sleeps, transactions that wait for `audit_logs` can run.
             await asyncio.sleep(_RETRY_PAUSE_SECONDS)
-    raise DatabaseUnavailable("audit_logs is in use by a long transaction: try again later")
+    raise DatabaseUnavailable(f"audit_logs is in use by {holders}: try again later")
 
 
 async def _make_months(connection: Connection) -> int:
@@ -137,13 +142,7 @@ def first_kept_month(database_time: datetime, machine_time: datetime, retention:
     Raises:
         InvalidState: The clocks of the database and of this machine differ by more than a minute.
     """
-    difference = database_time - machine_time
-    if abs(difference) > _MAX_CLOCK_DIFFERENCE:
-        raise InvalidState(
-            f"the database's clock is {abs(difference).total_seconds():.0f} s"
-            f" {'ahead of' if difference > timedelta() else 'behind'} this machine's clock:"
-            " no month can be retired until both clocks are correct"
-        )
+    check_clocks(database_time, machine_time, "no month can be retired")
     now = min(database_time, machine_time).astimezone(UTC)
     months = now.year * 12 + now.month - 1 - max(retention, 0)
     return datetime(months // 12, months % 12 + 1, 1, tzinfo=UTC)
@@ -159,16 +158,14 @@ async def _due_months(connection: Connection, kept_from: datetime) -> list[str]:
     ]
 
 
-async def _retire(
-    connection: Connection, key: Ed25519PrivateKey, month: str, kept_from: datetime
-) -> None:
+async def _retire(sealer: Sealer, month: str, kept_from: datetime) -> None:
     """In one transaction, drop a month's partition and append a seal that records the removal.
 
     Raises:
         _CannotRetireError: The month has an event that is unsealed, was changed, or was written
             after the month.
     """
-    partition = f"audit_logs_{month.replace('-', '_')}"
+    partition, connection = f"audit_logs_{month.replace('-', '_')}", sealer.connection
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(storage.TAKE_SEALING_LOCK)
         if await connection.fetchval("SELECT pg_catalog.to_regclass($1)", partition) is None:
@@ -178,25 +175,23 @@ async def _retire(
             kept_from,
         )
         if first is not None:
-            chain_end = await storage.fetch_chain_end(connection)
+            await sealer.catch_up()
             if not is_old:
                 raise _CannotRetireError(
                     "the month holds events that were written in a later month"
                     " by a machine whose clock was wrong"
                 )
-            if last > chain_end.upto:
+            if last > sealer.chain.upto:
                 raise _CannotRetireError(_NOT_SEALED)
             positions, digests = await _sealed_events(connection, partition, first, last, count)
             event = AuditLog(
                 action=AuditAction.SYSTEM_AUDIT_RETIRE,
                 resource_type="audit_month",
                 resource_id=month,
-                details={"events": len(positions), "seal": chain_end.number + 1},
+                details={"events": len(positions), "seal": sealer.chain.number + 1},
             )
             await insert_events(connection, [attribute(event)])
-            await append_seal(
-                connection, key, chain_end, positions, digests, upto=chain_end.upto, retired=month
-            )
+            await sealer.append(positions, digests, retired=month)
         # LOCK TABLE takes the same locks as DROP TABLE, in the same order. While LOCK TABLE waits,
         # a writer can still commit an unsealed event to the month.
         await connection.execute(

@@ -5,15 +5,15 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import asyncpg
 
-from tiger_db.audit.seal_format import NO_PREVIOUS_DIGEST, Seal
+from tiger_db.audit.seal_format import Seal
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
 from tiger_db.errors import InvalidValue
-from tiger_db.migrations.locks import lock_key
+from tiger_db.migrations.locks import DESCRIBE_SESSION, lock_key
 from tiger_db.models import metadata
 from tiger_db.models.columns import is_native_enum
 from tiger_db.out_of_band import asyncpg_connection
@@ -66,9 +66,10 @@ WHERE position BETWEEN $1 AND $2 ORDER BY position, id
 # The sealing lock is an advisory lock. A transaction holds the sealing lock while it seals events,
 # retires months, or moves events between partitions, so that only one transaction does so at a
 # time.
-TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({lock_key(0x7469676572_01)})"
-_SELECT_SEALS = "SELECT statement, signature, digests, number FROM audit_seals ORDER BY number"
-SELECT_LAST_SEAL = f"{_SELECT_SEALS} DESC LIMIT 1"
+_SEALING_LOCK_ID = lock_key(0x7469676572_01)
+TAKE_SEALING_LOCK = f"SELECT pg_advisory_xact_lock({_SEALING_LOCK_ID})"
+SELECT_SEALS = "SELECT statement, signature, digests, number FROM audit_seals ORDER BY number"
+SELECT_LAST_SEAL = f"{SELECT_SEALS} DESC LIMIT 1"
 # A transaction that inserts an event takes a RowExclusiveLock before the event gets a position, and
 # holds the lock until the event is visible.
 _SELECT_WRITERS = """
@@ -78,18 +79,23 @@ WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FR
     AND (relation = 'audit_logs'::regclass::oid OR relation IN (
         SELECT inhrelid FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass::oid))
 """
+# The sessions that hold the sealing lock or locks on the audit trail, except this session.
+_SELECT_LOCK_HOLDERS = f"""
+SELECT {DESCRIBE_SESSION} FROM (
+    SELECT DISTINCT coalesce(pid, 0) AS pid FROM pg_locks
+    WHERE granted AND pid IS DISTINCT FROM pg_backend_pid()
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND ((locktype = 'advisory' AND objsubid = 1
+            AND (classid::bigint << 32) + objid::bigint = {_SEALING_LOCK_ID})
+        OR (locktype = 'relation' AND relation IN (SELECT 'audit_logs'::regclass::oid
+            UNION SELECT 'audit_seals'::regclass::oid
+            UNION SELECT inhrelid FROM pg_inherits
+            WHERE inhparent = 'audit_logs'::regclass::oid)))
+) AS holders LEFT JOIN pg_stat_activity USING (pid) ORDER BY pid
+"""  # noqa: S608  # constants
 _SELECT_LAST_POSITION = (
     "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM audit_logs_position_seq"
 )
-
-
-class ChainEnd(NamedTuple):
-    """The newest seal: number, payload digest, last sealed position, origin of the trail."""
-
-    number: int
-    payload_digest: str
-    upto: int
-    origin: str | None
 
 
 @contextlib.asynccontextmanager
@@ -130,7 +136,7 @@ async def fetch_last_seal(connection: Connection) -> Seal | None:
 async def read_trail(connection: Connection) -> AsyncIterator[Seal | Event]:
     """Yield all events in order of position, and each seal before the events that it covers."""
     after, seals, count = _MIN_POSITION - 1, deque[tuple[Seal, int]](), 0
-    async for row in connection.cursor(_SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
+    async for row in connection.cursor(SELECT_SEALS, prefetch=_PREFETCHED_SEALS):
         seal = Seal(*row)
         upto, covered = _extent(seal)
         seals.append((seal, upto))
@@ -183,12 +189,10 @@ async def fetch_writers(connection: Connection) -> tuple[int, dict[str, int | No
     return position, {row["id"]: row["pid"] for row in await connection.fetch(_SELECT_WRITERS)}
 
 
-async def fetch_chain_end(connection: Connection) -> ChainEnd:
-    seal = await fetch_last_seal(connection)
-    if seal is None:
-        return ChainEnd(0, NO_PREVIOUS_DIGEST, 0, None)
-    payload = seal.payload()
-    return ChainEnd(payload.number, seal.payload_digest, payload.upto, payload.origin)
+async def describe_lock_holders(connection: Connection) -> str:
+    """Describe the sessions that can block a sealer, as far as the role may see them."""
+    rows = await connection.fetch(_SELECT_LOCK_HOLDERS)
+    return ", ".join(str(description) for (description,) in rows) or "another session"
 
 
 def event_id_in(content: str) -> str | None:
@@ -197,7 +201,12 @@ def event_id_in(content: str) -> str | None:
     return found[1] if found else None
 
 
+async def fetch_clock(connection: Connection) -> datetime:
+    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    return now
+
+
 async def database_time(connection: Connection) -> str:
     """Return the time of the database's clock in UTC, to the microsecond, in ISO 8601."""
-    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    now = await fetch_clock(connection)
     return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tiger_db.audit import storage
 from tiger_db.audit.chain import AuditFinding, ChainVerifier, FindingKind
+from tiger_db.audit.checkpoints import newest_checkpoint
 from tiger_db.audit.exporting import read_export
 from tiger_db.audit.seal_format import (
     PositionRanges,
@@ -47,6 +48,8 @@ class Verification:
     findings: list[AuditFinding] = field(default_factory=list)
     # `warnings` has at most 1,000 facts that prove no tampering, such as clocks that went back.
     warnings: list[AuditFinding] = field(default_factory=list)
+    # `basis` has one line about each fact that the result rests on.
+    basis: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -63,19 +66,22 @@ async def verify(
 ) -> Verification:
     """Verify all seals and events in one snapshot of the database.
 
-    Each seal must be signed with one of the `keys`, by default with `AUDIT_SIGNING_KEY`. A
-    checkpoint must have been exported earlier, and kept outside the database. With a checkpoint,
-    `verify` detects that the newest seals and events were removed, or that all seals were replaced.
-    The memory use of `verify` does not depend on the number of events. `verify` calls `progress`
-    with the last verified position, and with the last position of the audit trail.
+    The signing keys of the seals must follow from one of the `keys`, by default from
+    `AUDIT_SIGNING_KEY`. `verify` compares the seals with the given checkpoint, which must have been
+    exported earlier, and with the newest checkpoint in the folder `AUDIT_CHECKPOINTS`. With a
+    checkpoint, `verify` detects that the newest seals and events were removed, or that all seals
+    were replaced. The memory use of `verify` does not depend on the number of events. `verify`
+    calls `progress` with the last verified position, and with the last position of the audit trail.
 
     Raises:
         ConfigurationError: The list `keys` is empty, and `AUDIT_SIGNING_KEY` is not set.
+        FileError, InvalidState: The newest checkpoint in the folder cannot be read.
     """
     if not keys:
         own = await database.signing_key()
         keys = [own.public_key()] if own is not None else []
-    verifier = TrailVerifier(keys, checkpoint)
+    evidence = await asyncio.to_thread(_Evidence, database.settings.audit_checkpoints, checkpoint)
+    verifier = TrailVerifier(keys, evidence.checkpoints)
     async with storage.open_snapshot(database) as connection:
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
         verifier.database_time = await storage.database_time(connection)
@@ -84,7 +90,7 @@ async def verify(
             if not isinstance(item, Seal) and item[0] % _PROGRESS_POSITIONS == 0:
                 progress(item[0], total)
         progress(total, total)
-    return verifier.finish()
+    return evidence.explain(verifier)
 
 
 @public
@@ -93,10 +99,12 @@ async def verify_export(
     *,
     keys: Sequence[Ed25519PublicKey],
     checkpoint: Seal | None = None,
+    folder: Path | None = None,
     progress: Progress = no_progress,
 ) -> Verification:
     """Verify an export of the whole audit trail in JSON Lines, without a database.
 
+    The seals are compared with the given checkpoint, and with the newest checkpoint in the folder.
     `verify_export` calls `progress` with the number of verified bytes, and with the number of all
     bytes of the file.
 
@@ -105,10 +113,12 @@ async def verify_export(
         InvalidValue: The file is not an export in JSON Lines, or the export has no seal and no
             checkpoint is given.
         OSError: The file of the export cannot be read.
+        FileError, InvalidState: The newest checkpoint in the folder cannot be read.
     """
-    verifier = TrailVerifier(keys, checkpoint)
 
     def run() -> Verification:
+        evidence = _Evidence(folder, checkpoint)
+        verifier = TrailVerifier(keys, evidence.checkpoints)
         total = path.stat().st_size
         done = 0
         for item, size in read_export(path):
@@ -117,12 +127,45 @@ async def verify_export(
             if isinstance(item, Seal):
                 progress(done, total)
         progress(total, total)
-        report = verifier.finish()
-        if report.seals == 0 and checkpoint is None:
+        report = evidence.explain(verifier)
+        if report.seals == 0 and not evidence.checkpoints:
             raise InvalidValue(f"{path} holds no seal: export the audit trail without filters")
         return report
 
     return await asyncio.to_thread(run)
+
+
+class _Evidence:
+    """The checkpoints that a verification compares with the seals."""
+
+    def __init__(self, folder: Path | None, given: Seal | None) -> None:
+        self._folder, self._given = folder, given
+        self._newest = newest_checkpoint(folder) if folder is not None else None
+        self.checkpoints = [seal for seal in (self._newest, given) if seal is not None]
+
+    def explain(self, verifier: "TrailVerifier") -> Verification:
+        """Finish a verification, and describe what its result rests on."""
+        report, chain = verifier.finish(), verifier.chain
+        problems = {finding.kind for finding in report.findings}
+        state = "broken" if FindingKind.FORGED in problems else "unbroken"
+        folder = "not set, see AUDIT_CHECKPOINTS"
+        if self._folder is not None:
+            folder = f"{self._folder}: {_describe(self._newest, chain)}"
+        count = f"{report.seals:,} {'seal' if report.seals == 1 else 'seals'}"
+        report.basis = [
+            f"chain: {count}, {state}; origin: {chain.origin or 'none'}",
+            f"signatures: {', '.join(chain.signers) or 'none'}",
+            f"checkpoint folder: {folder}",
+            f"checkpoint given: {_describe(self._given, chain)}",
+        ]
+        return report
+
+
+def _describe(checkpoint: Seal | None, chain: ChainVerifier) -> str:
+    if checkpoint is None:
+        return "none"
+    number = checkpoint.payload().number
+    return f"seal {number} is {'' if checkpoint in chain.matched else 'not '}in the chain"
 
 
 @dataclass(slots=True)
@@ -147,7 +190,7 @@ class TrailVerifier:
         ConfigurationError: The list `keys` is empty.
     """
 
-    def __init__(self, keys: Sequence[Ed25519PublicKey], checkpoint: Seal | None = None) -> None:
+    def __init__(self, keys: Sequence[Ed25519PublicKey], checkpoints: Iterable[Seal] = ()) -> None:
         if not keys:
             raise ConfigurationError(
                 "there is no key to verify seals with: give a public key, or set AUDIT_SIGNING_KEY"
@@ -155,9 +198,7 @@ class TrailVerifier:
         self.database_time = "9"  # the text "9" sorts after every time in ISO 8601
         self._report = Verification()
         self._findings: list[tuple[int, AuditFinding]] = []  # findings with their sort keys
-        self._chain = ChainVerifier(
-            keys, self._find, checkpoints=[checkpoint] if checkpoint else []
-        )
+        self.chain = ChainVerifier(keys, self._find, checkpoints=checkpoints)
         # Events of the last added seal were created at `_created_after` or later. Events that the
         # next seals cover were created at `_next_created_after` or later. If one of these two
         # attributes is an empty text, the creation times of its events are not checked.
@@ -183,14 +224,14 @@ class TrailVerifier:
         self._close_seal()
         self._created_after = self._next_created_after
         self._report.seals += 1
-        covered = self._chain.upto
-        payload = self._chain.add(seal)
+        covered = self.chain.upto
+        payload = self.chain.add(seal)
         if payload is None:
             return
         if payload.retired is None:
             # A forged seal can cover positions that earlier seals covered.
             self._expected = {at: it for at, it in seal.event_digests(payload) if at > covered}
-        elif self._chain.accepts_last_seal:
+        elif self.chain.accepts_last_seal:
             self._retire(payload)
         # If the database's clock was set back, the creation times of events prove nothing.
         if payload.sealed_at[:19] < self._created_after:
@@ -204,7 +245,7 @@ class TrailVerifier:
         for position in positions_in(gone):
             self._missing_digests.pop(position, None)
         there, _ = _subtract([(first, last, 0) for first, last in payload.positions], gone)
-        there, _ = _subtract(there, tuple(self._chain.missing))
+        there, _ = _subtract(there, tuple(self.chain.missing))
         for position in positions_in(tuple((first, last) for first, last, _ in there)):
             changed = self._mismatches.pop(position, None)
             if changed is None:
@@ -217,10 +258,10 @@ class TrailVerifier:
         digest, event_id = digest_of(content), storage.event_id_in(content)
         twin = self._last[1] if position == self._last[0] else None
         self._last = (position, event_id)
-        if position > self._chain.upto:
+        if position > self.chain.upto:
             self._add_unsealed(position, content, _Mismatch(0, None, digest, event_id, twin))
             return
-        number = self._chain.number
+        number = self.chain.number
         if content[_CREATED_AT] < self._created_after:
             self._warn_of_clock(number, position, event_id)
         expected = self._expected.pop(position, None)
@@ -235,7 +276,7 @@ class TrailVerifier:
             self._report.rows += 1
             del self._mismatches[position]
             self._remember(position, _Mismatch(number, None, other.found, other.event_id, event_id))
-        elif position > self._chain.missing_upto:
+        elif position > self.chain.missing_upto:
             self._remember(position, _Mismatch(number, None, digest, event_id, twin))
 
     def _add_unsealed(self, position: int, content: str, event: _Mismatch) -> None:
@@ -244,7 +285,7 @@ class TrailVerifier:
         if self._mismatches or self._expected or self._missing or event.twin:
             self._remember(position, event)
         if content[_CREATED_AT] < self._next_created_after <= self.database_time:
-            self._warn_of_clock(self._chain.number + 1, position, event.event_id)
+            self._warn_of_clock(self.chain.number + 1, position, event.event_id)
 
     def _warn_of_clock(self, seal: int, position: int, event_id: str | None) -> None:
         message = (
@@ -263,7 +304,7 @@ class TrailVerifier:
 
     def _close_seal(self) -> None:
         """Note the missing events that the last seal covers."""
-        number = self._chain.number
+        number = self.chain.number
         for position in sorted(self._expected):
             if self._missing and self._missing[-1][1:] == (position - 1, number):
                 self._missing[-1] = (self._missing[-1][0], position, number)
@@ -278,7 +319,7 @@ class TrailVerifier:
         """Return the result of the verification, after all seals and events have been added."""
         self._close_seal()
         self._explain_mismatches()
-        self._chain.finish()
+        self.chain.finish()
         self._findings.sort(key=lambda found: found[0])
         self._report.findings = [finding for _, finding in self._findings[:_REPORTED_FINDINGS]]
         return self._report
@@ -304,7 +345,7 @@ class TrailVerifier:
             if event.found in belongs_at:
                 continue
             if event.twin is not None:
-                event.seal = event.seal or self._chain.number + 1
+                event.seal = event.seal or self.chain.number + 1
                 ids = " and ".join(sorted((str(event.event_id), event.twin)))
                 message = f"two events have the position {position}: {ids}"
                 event.event_id = None

@@ -11,10 +11,10 @@ import typer
 import tiger_db
 from tiger_db.cli import options, output, runtime
 from tiger_db.cli.audit_events import PANEL
-from tiger_db.errors import DatabaseUnavailable, InvalidValue
+from tiger_db.errors import ConfigurationError, DatabaseUnavailable, InvalidValue
 
 if TYPE_CHECKING:
-    from tiger_db.audit import Verification
+    from tiger_db.audit import Sealing, Verification
 
 T = TypeVar("T")
 _MAX_FINDINGS_SHOWN = 20
@@ -46,15 +46,42 @@ def seal_audit(
         typer.Option(
             min=0,
             metavar="SECONDS",
-            help="Maximum time to wait for open transactions that wrote events.",
+            help="Maximum time to wait for open transactions that wrote events, and for each lock.",
         ),
     ] = 10,
+    repair_sequence: Annotated[
+        bool,
+        typer.Option(
+            "--repair-sequence",
+            help="First move a sequence of positions that is behind the newest seal, for example"
+            " after a logical copy of the database. The repair is recorded as an event.",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Seal all committed audit events without a seal. Run this command every minute from cron."""
-    result = runtime.with_database(
-        lambda database: tiger_db.audit.seal(database, patience=timedelta(seconds=patience))
-    )
+    """Seal all committed audit events without a seal. Run this command every minute from cron.
+
+    The command first verifies the seals since its newest checkpoint in the folder
+    AUDIT_CHECKPOINTS, and seals nothing if they are not valid.
+    """
+    wait = timedelta(seconds=patience)
+
+    async def seal(database: "tiger_db.Database") -> "Sealing":
+        if repair_sequence:
+            moved = await tiger_db.audit.repair_sequence(database, patience=wait)
+            output.print_message(
+                "the sequence of positions is not behind the newest seal"
+                if moved is None
+                else f"moved the sequence of positions from {moved[0]} to {moved[1]}"
+            )
+        return await tiger_db.audit.seal(database, patience=wait)
+
+    result = runtime.with_database(seal)
+    if result.verified:
+        output.print_message(
+            f"verified the chain of {output.count_of(result.verified, 'seal')}, and saved the first"
+            " checkpoint in AUDIT_CHECKPOINTS"
+        )
     if as_json:
         output.print_json(asdict(result))
     if result.waits_for:
@@ -111,7 +138,13 @@ def verify_audit(
                 own = tiger_db.keys_in_force.configured(runtime.settings(), setting)
                 keys = [own.public_key()] if own is not None else []
             report = runtime.run_async(
-                tiger_db.audit.verify_export(export, keys=keys, checkpoint=head, progress=progress)
+                tiger_db.audit.verify_export(
+                    export,
+                    keys=keys,
+                    checkpoint=head,
+                    folder=runtime.settings().audit_checkpoints,
+                    progress=progress,
+                )
             )
     if as_json:
         output.print_json({"sound": report.sound, **asdict(report)})
@@ -125,6 +158,8 @@ def verify_audit(
         f" {output.count_of(report.unsealed, 'event')}; removed by `tiger-db maintain-audit`:"
         f" {output.count_of(report.retired, 'event')}"
     )
+    for line in report.basis:
+        output.print_message(line)
     if report.warnings:
         output.print_message(f"{output.count_of(len(report.warnings), 'warning')}: see the table")
     if not report.sound:
@@ -132,6 +167,31 @@ def verify_audit(
         event_id = f" ({first.event_id})" if first.event_id else ""
         more = f"; {report.count:,} findings in total" if report.count > 1 else ""
         raise InvalidValue(f"{first.kind}: {first.message}{event_id}{more}")
+
+
+@app.command(rich_help_panel=PANEL)
+def change_audit_signing_key(
+    *,
+    new_key: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="Private file with the new key of `generate-audit-signing-key`."
+        ),
+    ],
+) -> None:
+    """Introduce a new signing key by a seal that the key in AUDIT_SIGNING_KEY signs.
+
+    Afterwards, set AUDIT_SIGNING_KEY to the new key on each machine that seals. The public key of
+    the old key, or of the new key, verifies the whole audit trail.
+    """
+    key = _read(new_key, tiger_db.signing.parse_signing_key)
+    number = runtime.with_database(
+        lambda database: tiger_db.audit.change_signing_key(database, key)
+    )
+    output.print_message(
+        f"seal {number} introduces the new signing key: set AUDIT_SIGNING_KEY to the new key on"
+        " each machine that seals"
+    )
 
 
 @app.command(rich_help_panel=PANEL)
@@ -168,5 +228,5 @@ def _read(file: Path, parse: Callable[[str], T]) -> T:
         return parse(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise InvalidValue(f"{file}: the file is not UTF-8 text") from None
-    except InvalidValue as error:
+    except (ConfigurationError, InvalidValue) as error:
         raise InvalidValue(f"{file}: {error}") from None

@@ -45,17 +45,17 @@ _EXISTS = (
 )
 _REPORT_SECONDS = 30.0  # time between two progress messages while `upgrade` waits
 _KEY = lock_key(MIGRATION_LOCK_ID)
-_SESSION = """
+DESCRIBE_SESSION = """
 CASE pid WHEN 0 THEN 'a prepared transaction' ELSE concat('process ', pid, ' (', concat_ws(', ',
     nullif(application_name, ''), usename, host(client_addr), state, 'in a transaction for '
     || round(extract(epoch FROM clock_timestamp() - xact_start)) || ' s'), ')') END
 """
 _BLOCKERS = text(
-    f"SELECT {_SESSION} FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid)"  # noqa: S608  # constants
+    f"SELECT {DESCRIBE_SESSION} FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid)"  # noqa: S608  # constants
     " LEFT JOIN pg_stat_activity USING (pid) ORDER BY xact_start"
 )
 _LOCK_HOLDERS = text(
-    f"SELECT {_SESSION} FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)"  # noqa: S608  # constants
+    f"SELECT {DESCRIBE_SESSION} FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)"  # noqa: S608  # constants
     " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
     f" AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = {_KEY}"

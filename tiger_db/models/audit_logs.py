@@ -117,6 +117,8 @@ class AuditAction(StrEnum):
     SYSTEM_ENCRYPTION_KEY_ROTATE = "system:encryption_key_rotate"
     SYSTEM_AUDIT_SEAL = "system:audit_seal"
     SYSTEM_AUDIT_RETIRE = "system:audit_retire"
+    SYSTEM_AUDIT_CHANGE_KEY = "system:audit_change_key"
+    SYSTEM_AUDIT_REPAIR_SEQUENCE = "system:audit_repair_sequence"
     SYSTEM_ERROR = "system:error"
 
     SECURITY_LOGIN_FAILURE = "security:login_failure"
