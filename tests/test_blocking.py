@@ -25,6 +25,7 @@ from tiger_db import (
     get_session,
     run_blocking,
 )
+from tiger_db.errors import InvalidState, InvalidValue
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,21 @@ def test_an_error_is_raised_in_the_caller() -> None:
 
     with pytest.raises(KeyError, match="reason"):
         run_blocking(fail)
+
+
+def test_a_call_that_would_block_its_own_loop_is_refused() -> None:
+    async def call_again() -> None:
+        run_blocking(user_of_new_event)
+
+    with pytest.raises(InvalidState, match="write `await`"):
+        run_blocking(call_again)
+
+
+def test_a_coroutine_is_no_function() -> None:
+    call = user_of_new_event()
+    with pytest.raises(InvalidValue, match="not its call"):
+        run_blocking(call)  # type: ignore[arg-type]  # the mistake
+    call.close()
 
 
 def test_an_interrupted_call_is_cancelled() -> None:

@@ -4,11 +4,13 @@ import atexit
 import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from threading import Lock, Thread
+from threading import Lock, Thread, current_thread
 from typing import TypeVar
 
 import anyio
 from anyio.from_thread import BlockingPortal
+
+from tiger_db.errors import InvalidState, InvalidValue
 
 T = TypeVar("T")
 _lock = Lock()
@@ -27,9 +29,18 @@ def run_blocking(function: Callable[[], Awaitable[T]]) -> T:
     the async function is cancelled.
 
     Raises:
+        InvalidValue: `function` is not a function, but for example the coroutine of a call.
+        InvalidState: the caller runs in the background event loop, which the call would block.
         Exception: the async function raised this exception.
     """
-    future = _portal().start_task_soon(function)
+    if not callable(function):
+        raise InvalidValue(
+            "function: pass the async function itself, as in run_blocking(main), and not its call"
+        )
+    portal, thread = _start()
+    if thread is current_thread():
+        raise InvalidState("run_blocking cannot wait in its own event loop: write `await` instead")
+    future = portal.start_task_soon(function)
     try:
         return future.result()
     except BaseException:
@@ -37,7 +48,7 @@ def run_blocking(function: Callable[[], Awaitable[T]]) -> T:
         raise
 
 
-def _portal() -> BlockingPortal:
+def _start() -> tuple[BlockingPortal, Thread]:
     global _running  # noqa: PLW0603  # one event loop for each process
     with _lock:
         if _running is None:
@@ -45,7 +56,7 @@ def _portal() -> BlockingPortal:
             thread = Thread(target=anyio.run, args=(_serve, started), daemon=True, name="tiger_db")
             thread.start()
             _running = started.result(), thread
-        return _running[0]
+        return _running
 
 
 async def _serve(started: "Future[BlockingPortal]") -> None:

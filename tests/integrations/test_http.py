@@ -179,5 +179,5 @@ except ImportError as error:
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
-    needs = f'tiger_db.integrations.{name} needs {what}: pip install "tiger-db[{name}]"'
+    needs = f"tiger_db.integrations.{name} needs {what}: install tiger_db with the extra `{name}`"
     assert (run.stdout, run.stderr) == (f"{needs}\n", "")

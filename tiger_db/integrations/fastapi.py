@@ -30,7 +30,7 @@ try:
     from starlette.types import ASGIApp, Receive, Scope, Send
 except ModuleNotFoundError:
     raise ImportError(
-        'tiger_db.integrations.fastapi needs FastAPI: pip install "tiger-db[fastapi]"'
+        "tiger_db.integrations.fastapi needs FastAPI: install tiger_db with the extra `fastapi`"
     ) from None
 
 __all__ = ["SessionDep", "actor_of", "install", "lifespan", "problem", "require_api_key"]

@@ -49,7 +49,7 @@ try:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ModuleNotFoundError:
     raise ImportError(
-        'tiger_db.integrations.mcp needs the MCP SDK: pip install "tiger-db[mcp]"'
+        "tiger_db.integrations.mcp needs the MCP SDK: install tiger_db with the extra `mcp`"
     ) from None
 
 if TYPE_CHECKING:

