@@ -135,6 +135,7 @@ async def count(session=Depends(session)) -> int:
 
 @pytest.mark.parametrize("number", range(2))
 def test_a_synchronous_test_client(tiger_settings: Settings, number: int) -> None:
+    assert Settings() == tiger_settings
     with TestClient(app) as client:
         assert client.post("/accounts").json() == "Main"
         assert client.get("/count").json() == 1
@@ -156,7 +157,7 @@ def test_an_application_uses_the_database_of_the_test_and_no_other(project: Proj
         "DATABASE_URL": "postgresql://production.invalid/db",
         "DB_SSL_MODE": "verify-full",
         "ENVIRONMENT": "production",
-        "DB_REPLICA_HOSTS": "replica.invalid",
+        "db_replica_hosts": "replica.invalid",
     }
     code, output = project.run(APPLICATION, "-o", "asyncio_mode=auto", "-W", "default")
     assert code == 0, output
@@ -187,6 +188,10 @@ def test_a_run_that_does_not_use_the_plugin_imports_nothing(project: Project) ->
         (
             "postgresql://127.0.0.1:1",
             r"the server of TIGER_DB_TEST_URL cannot be used \(cannot connect to",
+        ),
+        (  # a parameter that names the database of every connection
+            "postgresql://127.0.0.1:1?dbname=production",
+            r"the server of TIGER_DB_TEST_URL cannot be used \(the URL of the server must not",
         ),
         ("", "there is no PostgreSQL for tests: set TIGER_DB_TEST_URL="),
     ],

@@ -93,8 +93,8 @@ async def on_server(server_url: str, statement: str, *arguments: object) -> None
 async def create_migrated(server_url: str, values: Mapping[str, object]) -> Settings:
     """Create a database with the schema of tiger_db, and return its settings."""
     name = f"tiger_db_template_{uuid4().hex[:12]}"
-    await create(server_url, name)
     settings = settings_for(server_url, name, **values)
+    await create(server_url, name)
     try:
         async with maintenance_engine(settings) as engine:
             await upgrade(engine)
@@ -209,8 +209,8 @@ class DatabasePool:
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1",
                 self._template,
             )
-        await create(self._server_url, name, self._template)
         settings = settings_for(self._server_url, name, **self._values)
+        await create(self._server_url, name, self._template)
         if not self._unchanged:
             connection = await connect(settings)
             try:

@@ -163,8 +163,9 @@ def tiger_settings(_tiger_pooled: "PooledDatabase") -> Iterator["Settings"]:
 
     settings = _tiger_pooled.settings
     with pytest.MonkeyPatch.context() as patch:
-        for name in Settings.model_fields:
-            patch.delenv(name.upper(), raising=False)
+        for name in [*os.environ]:  # `Settings` reads variables in any case
+            if name.lower() in Settings.model_fields:
+                patch.delenv(name)
         for name, value in environment_of(settings).items():
             patch.setenv(name, value)
         yield settings

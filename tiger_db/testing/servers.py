@@ -14,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tiger_db import embedded
 from tiger_db.connections import connect
-from tiger_db.errors import EmbeddedError, TigerDBError
+from tiger_db.errors import ConfigurationError, EmbeddedError, TigerDBError
 from tiger_db.settings import Settings
 
 IMAGE = "postgres:17-alpine"
@@ -55,10 +55,16 @@ def settings_for(url: str, database: str | None = None, **values: object) -> Set
     """Return settings of a database of the server, by default of the database that the URL names.
 
     A URL without a database means the database `postgres`.
+
+    Raises:
+        ConfigurationError: `database` is given, but a parameter of the URL names another database.
     """
     parts = urlsplit(url)
     path = f"/{database}" if database else parts.path.removesuffix("/") or "/postgres"
-    return isolated_settings(database_url=urlunsplit(parts._replace(path=path)), **values)
+    settings = isolated_settings(database_url=urlunsplit(parts._replace(path=path)), **values)
+    if database and settings.database != database:
+        raise ConfigurationError("the URL of the server must not have the parameter dbname")
+    return settings
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
@@ -82,6 +88,7 @@ def choose(*, in_memory: bool = True) -> Server:
 
     Raises:
         EmbeddedError: there is neither a URL, nor a Docker engine, nor an embedded server.
+        ConfigurationError: the URL has the parameter `dbname`.
     """
     match os.environ.get(GIVEN):
         case "system":
@@ -91,6 +98,7 @@ def choose(*, in_memory: bool = True) -> Server:
         case "embedded":
             return start_embedded(short_folder(in_memory=in_memory))
         case str(given) if given:
+            settings_for(given, "tests")  # refuses a URL that does not let the tests choose
             return Server(given, GIVEN)
     return (
         _start_container() if _has_docker() else start_embedded(short_folder(in_memory=in_memory))
