@@ -242,7 +242,7 @@ def test_a_dry_run_writes_nothing(cli: CommandLine, clone_settings: Settings) ->
     for _ in range(2):
         accepted = cli.ok(*dry, stdin=key)
         assert (accepted.err, accepted.json["usage_count"]) == ("accepted\n", 0)
-    older = f"{KeyRing.parse(KEYS).key_ids[0]}2:{KEYS.partition(':')[2]}"
+    older = f"{KeyRing.parse(KEYS).key_ids[0]}2:{KEYS.split(':')[1]}"
     peppers = f"{older},{cli.env['API_KEY_PEPPERS']}"  # a use would replace the hash
     cli.ok(*dry, stdin=key, API_KEY_PEPPERS=peppers)
     wrong = key[:-7] + ("x" if key[-7] != "x" else "y")
