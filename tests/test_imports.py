@@ -35,8 +35,8 @@ LAYERS = [
     ["models", "peppers"],
     ["public"],
     ["files", "signing", "sqlstates"],
-    ["encryption"],
-    ["blocking", "database_urls", "errors", "redaction"],
+    ["blocking", "encryption"],
+    ["database_urls", "errors", "redaction"],
     ["url_parameters"],
 ]
 # These entities refer to each other in the types of their relationships.

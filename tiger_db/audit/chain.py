@@ -27,6 +27,7 @@ class FindingKind(StrEnum):
     CHECKPOINT = "checkpoint mismatch"
     DUPLICATE = "two events in one position"
     CLOCK = "clock went back"
+    PROTECTION = "protection weakened"
 
 
 @dataclass(frozen=True, slots=True)

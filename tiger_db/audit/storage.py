@@ -12,7 +12,8 @@ import asyncpg
 from tiger_db.audit.seal_format import Seal
 from tiger_db.connections import maintenance_engine
 from tiger_db.database import Database
-from tiger_db.errors import InvalidValue
+from tiger_db.errors import InvalidValue, SchemaMismatch
+from tiger_db.migrations.comparison import find_differences
 from tiger_db.migrations.locks import DESCRIBE_SESSION, lock_key
 from tiger_db.models import metadata
 from tiger_db.models.columns import is_native_enum
@@ -98,20 +99,41 @@ _SELECT_LAST_POSITION = (
 )
 
 
+# The relations that take the place of the tables of the audit trail, such as views.
+_SELECT_REPLACED_TABLES = """
+WITH expected AS (
+    SELECT 'audit_logs' AS name, to_regclass('audit_logs')::oid AS id, 'p'::text AS kind
+    UNION ALL SELECT 'audit_seals', to_regclass('audit_seals')::oid, 'r'
+    UNION ALL SELECT inhrelid::regclass::text, inhrelid, 'r' FROM pg_inherits
+    WHERE inhparent = to_regclass('audit_logs')::oid
+)
+SELECT name FROM expected LEFT JOIN pg_class ON pg_class.oid = id
+WHERE relkind::text IS DISTINCT FROM kind ORDER BY name
+"""
+
+
 @contextlib.asynccontextmanager
 async def open_connection(database: Database) -> AsyncIterator[Connection]:
     """Open a database connection without a statement timeout.
 
+    If row security would hide rows of the audit trail, queries on this connection fail.
+
     Raises:
         DatabaseUnavailable: The database cannot be reached, or the connection was lost.
         SchemaMismatch: The database schema does not match this tiger_db release. See
-            `Database.check`.
+            `Database.check`. A view or another relation takes the place of a table of the audit
+            trail.
     """
     await database.check()
     async with (
         maintenance_engine(database.settings) as engine,
         asyncpg_connection(engine) as connection,
     ):
+        await connection.execute("SET row_security = off")
+        for (name,) in await connection.fetch(_SELECT_REPLACED_TABLES):
+            raise SchemaMismatch(
+                f"{name} is not a table of tiger_db, but another relation: run `tiger-db check`"
+            )
         yield connection
 
 
@@ -193,6 +215,21 @@ async def describe_lock_holders(connection: Connection) -> str:
     """Describe the sessions that can block a sealer, as far as the role may see them."""
     rows = await connection.fetch(_SELECT_LOCK_HOLDERS)
     return ", ".join(str(description) for (description,) in rows) or "another session"
+
+
+async def find_weakened_protection(database: Database) -> list[str]:
+    """Describe what differs in the protection of the audit trail from the declared schema.
+
+    These are triggers, functions of triggers, row security, rules, and a setting that turns
+    triggers off.
+    """
+    async with maintenance_engine(database.settings) as engine, engine.connect() as connection:
+        return [
+            difference.description
+            for difference in await find_differences(connection)
+            if {*difference.tables} <= {"audit_logs", "audit_seals"}
+            or difference.description.startswith("session_replication_role")
+        ]
 
 
 def event_id_in(content: str) -> str | None:

@@ -70,8 +70,10 @@ async def verify(
     `AUDIT_SIGNING_KEY`. `verify` compares the seals with the given checkpoint, which must have been
     exported earlier, and with the newest checkpoint in the folder `AUDIT_CHECKPOINTS`. With a
     checkpoint, `verify` detects that the newest seals and events were removed, or that all seals
-    were replaced. The memory use of `verify` does not depend on the number of events. `verify`
-    calls `progress` with the last verified position, and with the last position of the audit trail.
+    were replaced. Triggers, row security and rules of the audit trail that differ from the declared
+    schema are findings. The memory use of `verify` does not depend on the number of events.
+    `verify` calls `progress` with the last verified position, and with the last position of the
+    audit trail.
 
     Raises:
         ConfigurationError: The list `keys` is empty, and `AUDIT_SIGNING_KEY` is not set.
@@ -82,6 +84,8 @@ async def verify(
         keys = [own.public_key()] if own is not None else []
     evidence = await asyncio.to_thread(_Evidence, database.settings.audit_checkpoints, checkpoint)
     verifier = TrailVerifier(keys, evidence.checkpoints)
+    for description in await storage.find_weakened_protection(database):
+        verifier.add_weakness(description)
     async with storage.open_snapshot(database) as connection:
         total = await connection.fetchval("SELECT max(position) FROM audit_logs") or 0
         verifier.database_time = await storage.database_time(connection)
@@ -219,6 +223,10 @@ class TrailVerifier:
             self._add_seal(item)
         else:
             self._add_event(*item)
+
+    def add_weakness(self, description: str) -> None:
+        """Add a finding about the protection of the audit trail, which is listed last."""
+        self._find(2**63, AuditFinding(FindingKind.PROTECTION, description))
 
     def _add_seal(self, seal: Seal) -> None:
         self._close_seal()
