@@ -1,0 +1,72 @@
+"""Verify an export of the audit trail without tiger_db, as docs/audit-format.md specifies it.
+
+    python verify_export.py trail.jsonl PUBLIC_KEY [checkpoint.json]
+
+PUBLIC_KEY is the field `key` of the first seal (32 bytes in base64), from a source that you trust.
+"""
+
+import base64
+import json
+import re
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+
+def merkle_root(nodes: list[bytes]) -> bytes:
+    while len(nodes) > 1:
+        pairs = zip(nodes[::2], nodes[1::2], strict=False)
+        rest = nodes[-1:] if len(nodes) % 2 else []
+        nodes = [sha256(b"\1" + left + right).digest() for left, right in pairs] + rest
+    return nodes[0] if nodes else sha256(b"").digest()
+
+
+def check(is_valid: object, message: str) -> None:
+    if not is_valid:
+        sys.exit(message)
+
+
+def verify(export: Path, key: str, checkpoint: Path | None) -> str:
+    number, previous, upto, origin, events, unsealed = 0, "0" * 64, 0, None, 0, 0
+    missing: dict[int, bytes] = {}  # digests of sealed events that did not appear yet
+    expected = json.loads(checkpoint.read_bytes()) if checkpoint else None
+    for line in export.read_bytes().splitlines():
+        if not line.startswith(b'{"seal":'):
+            match = re.match(rb'\{"position":(-?\d+),', line)
+            check(match, f"neither a seal nor an event: {line[:40]!r}")
+            position, content = int(match[1]), b"{" + line[match.end() :]
+            valid = position > upto or missing.pop(position, None) == sha256(content).digest()
+            check(valid, f"the event at position {position} was changed or inserted")
+            events, unsealed = events + 1, unsealed + (position > upto)
+            continue
+        seal = json.loads(line)["seal"]
+        text, digests = seal["statement"], base64.b64decode(seal["digests"])
+        payload, number = json.loads(text), number + 1
+        public = Ed25519PublicKey.from_public_bytes(base64.b64decode(key))
+        public.verify(base64.b64decode(seal["signature"]), text.encode())  # or InvalidSignature
+        links = (payload["number"], payload["previous"], payload["after"])
+        check(links == (number, previous, upto), f"seal {number} does not continue the chain")
+        check(origin in (None, payload.get("origin")), f"seal {number} is of another trail")
+        places = [at for first, last in payload["positions"] for at in range(first, last + 1)]
+        if "retired" in payload:
+            check(all(missing.pop(at, None) for at in places), f"seal {number}: events reappeared")
+        else:
+            sealed = {at: digests[32 * i : 32 * i + 32] for i, at in enumerate(places)}
+            leaves = [b"\0" + at.to_bytes(8, "big", signed=True) + d for at, d in sealed.items()]
+            root = merkle_root([sha256(leaf).digest() for leaf in leaves]).hex()
+            check(root == payload["root"], f"seal {number}: wrong Merkle root")
+            missing |= sealed
+        if expected and json.loads(expected["statement"])["number"] == number:
+            check(text == expected["statement"], f"seal {number} differs from the checkpoint")
+            expected = None
+        previous, upto = sha256(text.encode()).hexdigest(), payload["upto"]
+        origin, key = payload.get("origin"), payload.get("next_key", key)
+    check(not missing, f"events are missing at the positions {[*missing][:9]}")
+    check(expected is None and number, "seals are missing")
+    return f"sound: {number} seals, {events} events, {unsealed} of them not sealed yet"
+
+
+if __name__ == "__main__":
+    print(verify(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if sys.argv[3:] else None))
