@@ -36,7 +36,7 @@ LAYERS = [
     ["public"],
     ["files", "signing", "sqlstates"],
     ["blocking", "encryption"],
-    ["database_urls", "errors", "redaction"],
+    ["database_urls", "decoding", "errors", "redaction"],
     ["url_parameters"],
 ]
 # These entities refer to each other in the types of their relationships.

@@ -2,12 +2,16 @@
 
 from typing import Literal, NamedTuple, TypeAlias
 
-from sqlalchemy import text
+from sqlalchemy import CheckConstraint, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tiger_db.models import TABLES
+from tiger_db.models import TABLES, metadata
+from tiger_db.models.base import READABLE_SUFFIXES
 
 Status: TypeAlias = Literal["ok", "warning", "problem"]
+
+
+_MAX_ROWS_NAMED = 3  # maximum number of rows of each table that a message names
 
 
 class Outcome(NamedTuple):
@@ -50,6 +54,10 @@ SELECT name, recorded, actual, refresh,
 FROM collations WHERE recorded IS NOT NULL AND recorded IS DISTINCT FROM actual
 ORDER BY number, name
 """)  # noqa: S608  # the inserted text is a constant
+_VALID_CONSTRAINTS = text("""
+SELECT conname FROM pg_constraint
+WHERE contype = 'c' AND convalidated AND connamespace = quote_ident(current_schema())::regnamespace
+""")
 _CITUS_CATALOG = text("SELECT to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL")
 _DISTRIBUTED_TABLES = text(f"""
 WITH {_OUR_TABLES}
@@ -97,4 +105,34 @@ async def check_citus(connection: AsyncConnection) -> Outcome:
         " that notify of revoked API keys, are not reliable",
         f"run SELECT undistribute_table('{names[0]}', cascade_via_foreign_keys => true), and the"
         " same for each other table, or move tiger_db to a database without Citus",
+    )
+
+
+async def check_readable_rows(connection: AsyncConnection) -> Outcome:
+    """Find rows with times or JSON that Python cannot read.
+
+    Tables whose constraints for such values are valid have no such rows, and are not searched.
+    """
+    valid = {*await connection.scalars(_VALID_CONSTRAINTS)}
+    found: list[str] = []
+    for name in TABLES:
+        table = metadata.tables[name]
+        rules = [
+            f"NOT ({rule.sqltext})"
+            for rule in table.constraints
+            if isinstance(rule, CheckConstraint)
+            and rule.name not in valid
+            and str(rule.name).endswith(READABLE_SUFFIXES)
+        ]
+        if rules:
+            ids = select(table.c["id"]).where(text(" OR ".join(rules))).limit(_MAX_ROWS_NAMED)
+            found += [f"{table.name} {row_id}" for row_id in await connection.scalars(ids)]
+    if not found:
+        return Outcome("ok", "no row has times or JSON that Python cannot read")
+    seen = f"rows have times or JSON that Python cannot read: {', '.join(found)}"
+    return Outcome(
+        "warning",
+        seen,
+        "correct the values with SQL: docs/operating.md explains how these values are read;"
+        " audit events cannot be changed, and exports have their content",
     )

@@ -20,7 +20,13 @@ from sqlalchemy.orm import class_mapper
 from sqlmodel import col
 
 from tiger_db.audit.checkpoints import newest_checkpoint
-from tiger_db.checks import Outcome, Status, check_citus, check_collations
+from tiger_db.checks import (
+    Outcome,
+    Status,
+    check_citus,
+    check_collations,
+    check_readable_rows,
+)
 from tiger_db.connections import connect, maintenance_engine
 from tiger_db.connections.error_advice import explain
 from tiger_db.crud.accounts import RoutingReason, explain_for_operation
@@ -124,6 +130,7 @@ def _checks(settings: Settings) -> dict[str, Check]:
         "API key peppers": partial(_check_peppers, settings=settings),
         "API key codes": partial(_check_codes, settings=settings),
         "account numbers": _check_account_numbers,
+        "readable rows": check_readable_rows,
         "encryption keys": partial(_check_encryption_keys, settings=settings),
         "Tiger ids": partial(_check_tiger_ids, settings=settings),
     }

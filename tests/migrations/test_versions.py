@@ -785,6 +785,60 @@ async def test_0022_refuses_seals_below_number_1(clone: Database, number: int) -
                 await connection.execute(text(SEAL), {"number": -1})
 
 
+# 0023
+
+BAD_ROWS = (
+    """UPDATE token_statuses SET next_refresh_at = '20000-01-01', details = '[1]',
+    completed_at = 'infinity'""",
+    "UPDATE tiger_accounts SET last_error_at = '4000-01-01 BC'",
+    """INSERT INTO audit_logs (id, action, result, severity, details, created_at)
+    VALUES (gen_random_uuid(), 'data:query', 'success', 'low', '[1]', '12000-01-01')""",
+)
+REPAIRED = """
+SELECT next_refresh_at::text, details::text, completed_at::text, last_error_at::text
+FROM token_statuses, tiger_accounts
+"""
+BAD_EVENT = "SELECT details::text FROM audit_logs WHERE created_at = '12000-01-01'"
+NOT_VALID = """
+SELECT string_agg(DISTINCT conname, ' ' ORDER BY conname) FROM pg_constraint
+WHERE NOT convalidated AND coninhcount = 0
+"""
+
+
+@pytest.mark.slow
+async def test_0023_repairs_rows_and_leaves_events_as_they_are(clone: Database) -> None:
+    async with clone.session() as session:
+        await factories.refresh(session)
+    await clone.close()
+    async with maintenance_engine(clone.settings) as engine:
+        for bad in (BAD_ROWS, ()):
+            await downgrade(engine, "0022")
+            async with engine.begin() as connection:
+                await connection.execute(text("SET LOCAL timezone = 'UTC'"))
+                for statement in bad:
+                    await connection.execute(text(statement))
+            await upgrade(engine)
+            assert await drift(engine) == []
+            async with engine.begin() as connection:
+                await connection.execute(text("SET LOCAL timezone = 'UTC'"))
+                repaired = (await connection.execute(text(REPAIRED))).one()
+                assert repaired == (
+                    "9999-12-31 23:59:59.999999+00",
+                    '{"_unreadable": [1]}',
+                    "infinity",
+                    "0001-01-01 00:00:00+00",
+                )
+                assert await connection.scalar(text(BAD_EVENT)) == "[1]"
+                # An event that violates one constraint leaves all of the table's constraints so.
+                names = await connection.scalar(text(NOT_VALID))
+                assert {name.rpartition("ck_audit_logs_")[2] for name in names.split()} == {
+                    "created_at_years_1_to_9999", "details_object", "new_values_object",
+                    "old_values_object", "tags_object",
+                }  # fmt: skip
+                with pytest.raises(IntegrityError, match="ck_audit_logs"):
+                    await connection.execute(text(BAD_ROWS[-1]))
+
+
 # Drift
 
 

@@ -29,7 +29,8 @@ _POSITION = re.compile(r'\{"position":(-?\d{1,19}),')
 _BATCH_EVENTS = 1000  # number of events in each batch of an export
 _BYTE_ORDER_MARK = "\ufeff"
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
-_JSON = json.JSONDecoder()
+# A string, a bracket, or a number, boolean or null, in JSON.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|[^\s"\[\]{},:]+')
 
 
 @public
@@ -127,9 +128,21 @@ def _cells(content: str) -> Iterator[str | None]:
             yield None
             continue
         start = at + len(member)
-        value, at = _JSON.raw_decode(content, start)
-        text = value if isinstance(value, str) else content[start:at]
+        at = _end_of_value(content, start)
+        text = content[start:at]
+        if text.startswith('"'):
+            text = json.loads(text)
         yield f"'{text}" if text.startswith(_FORMULA_PREFIXES) else text
+
+
+def _end_of_value(content: str, start: int) -> int:
+    """Return the end of the JSON value at `start`. Python's parser fails for deeply nested JSON."""
+    depth = 0
+    for token in _TOKEN.finditer(content, start):
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        if depth == 0:
+            return token.end()
+    return len(content)
 
 
 def _csv_line(cells: Iterable[object]) -> str:

@@ -23,6 +23,7 @@ from tiger_db.connections.sql_logging import (
     log_slow_queries_of_engine,
 )
 from tiger_db.database_urls import Address
+from tiger_db.decoding import decode_json, decode_time, encode_time
 from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTimeout
 from tiger_db.settings import CHECK_INTERVAL, SCHEMA_OPTION, ConnectArgs, Settings
 from tiger_db.sqlstates import (
@@ -98,6 +99,13 @@ async def connect(
             _without_check_interval.add(settings.location)
             return await connect(settings, database=database, replica=replica)
     connection.add_termination_listener(_Connection.record_end)
+    await connection.set_type_codec(
+        "timestamptz",
+        schema="pg_catalog",
+        encoder=encode_time,
+        decoder=decode_time,
+        format="tuple",
+    )
     if settings.db_slow_query_seconds:
         log_slow_queries_of_connection(connection, settings.db_slow_query_seconds)
     return connection
@@ -225,6 +233,7 @@ def create_engine(
             # without the prepared statement.
             **({"prepared_statement_cache_size": 0} if settings.uses_pooler else {}),
         },
+        json_deserializer=decode_json,
         execution_options={SCHEMA_OPTION: settings.db_schema},
         echo=settings.db_debug,
         hide_parameters=True,

@@ -325,14 +325,6 @@ class TigerAccount(AccountView, MutableEntity, table=True):
             "token_refresh_at",
             postgresql_where=text("status = 'active' AND access_token IS NOT NULL"),
         ),
-        *(
-            CheckConstraint(f"jsonb_typeof({name}) = '{kind}'", name=f"{name}_{kind}")
-            for name, kind in (
-                ("tags", "object"),
-                ("client_options", "object"),
-                ("quote_permissions", "array"),
-            )
-        ),
         CheckConstraint(
             "status = 'suspended' OR NOT auto_suspended", name="auto_suspended_is_suspended"
         ),

@@ -249,7 +249,6 @@ class APIKey(APIKeyView, MutableEntity, table=True):
             "id",
             postgresql_where="status = 'active' AND expires_at IS NOT NULL",
         ),
-        CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags_object"),
     )
 
     key_hash: Text = Field(

@@ -33,6 +33,8 @@ from sqlalchemy.types import TypeEngine
 from tiger_db.encryption import KeyProvider
 from tiger_db.errors import InvalidFields
 from tiger_db.models.columns import (
+    Json,
+    Timestamp,
     Tracked,
     is_native_enum,
     metadata,
@@ -243,7 +245,7 @@ def _add_constraints(mapper: Mapper[Entity], cls: type[Entity]) -> None:
     for name, field in cls.model_fields.items():
         column = table.c[name]
         column.comment = field.description
-        for sql, suffix in _limits(column, field.metadata):
+        for sql, suffix in (*_limits(column, field.metadata), *_readable(column)):
             table.append_constraint(CheckConstraint(sql, name=f"{name}_{suffix}"))
 
 
@@ -259,6 +261,22 @@ def _limits(column: Column[Any], metadata: Iterable[object]) -> Iterable[tuple[s
                 yield f"{column.name} >= {limit}", f"ge_{limit}"
             case rules.Le(limit):
                 yield f"{column.name} <= {limit}", f"le_{limit}"
+
+
+_YEARS = "years_1_to_9999"
+# The endings of the names of the constraints by which Python can read all values of a column.
+READABLE_SUFFIXES = (f"_{_YEARS}", "_object", "_array")
+
+
+def _readable(column: Column[Any]) -> Iterable[tuple[str, str]]:
+    """Yield the constraint by which Python can read all values of a column."""
+    name = column.name
+    if isinstance(column.type, Timestamp):
+        years = "BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'"
+        yield f"NOT isfinite({name}) OR {name} {years}", _YEARS
+    elif isinstance(column.type, Json):
+        kind = column.type.json_type
+        yield f"jsonb_typeof({name}) = '{kind}'", kind
 
 
 # Event listeners that run when the ORM flushes or loads entities

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from ipaddress import IPv4Address, IPv4Network
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 from uuid import UUID
 
 from pydantic import AfterValidator, AwareDatetime, GetPydanticSchema, JsonValue, SerializeAsAny
@@ -21,6 +21,7 @@ from sqlalchemy.ext.mutable import Mutable
 from sqlalchemy.orm import InstanceState
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from tiger_db.decoding import as_array, as_object
 from tiger_db.encryption import EncryptedType, Secret
 
 T = TypeVar("T")
@@ -105,13 +106,29 @@ class Timestamp(TypeDecorator[datetime]):
 
 
 class Json(JSONB):
-    """The SQL type of a `jsonb` column, which detects changes between 1, 1.0 and true.
+    """The SQL type of a `jsonb` column of objects, which detects changes between 1, 1.0 and true.
 
     Python compares the numbers 1 and 1.0 and the value True as equal, but their JSON differs.
     """
 
+    json_type: ClassVar = "object"
+
+    def result_processor(
+        self,
+        dialect: Dialect,  # noqa: ARG002  # SQLAlchemy's signature
+        coltype: object,  # noqa: ARG002  # SQLAlchemy's signature
+    ) -> Callable[[Any], Any]:
+        # The codec of the connection has parsed the JSON.
+        return as_array if self.json_type == "array" else as_object
+
     def compare_values(self, x: object, y: object) -> bool:
         return x == y and json.dumps(x, sort_keys=True) == json.dumps(y, sort_keys=True)
+
+
+class JsonArray(Json):
+    """The SQL type of a `jsonb` column of arrays."""
+
+    json_type: ClassVar = "array"
 
 
 class OpenEnum(TypeDecorator[str]):
@@ -193,7 +210,9 @@ def sql_type(annotation: Any) -> TypeEngine[Any]:  # noqa: ANN401  # any annotat
     kind = get_origin(annotation) or annotation
     if issubclass(kind, list):
         item = sql_type(get_args(annotation)[0])
-        return item if isinstance(item, JSONB) else Tracked.as_mutable(ARRAY(item, dimensions=1))
+        is_json = isinstance(item, JSONB)
+        array = JsonArray(none_as_null=True) if is_json else ARRAY(item, dimensions=1)
+        return Tracked.as_mutable(array)
     if issubclass(kind, dict):
         return Tracked.as_mutable(Json(none_as_null=True))
     if issubclass(kind, Enum):
