@@ -4,6 +4,8 @@ The attacker owns the database, but has no signing key, and cannot write the fol
 """
 
 import asyncio
+import os
+import sys
 import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,6 +19,7 @@ from pydantic import SecretStr
 
 from tests.support import factories
 from tests.support.trail import fetch_seals, insert_seal
+from tests.support.waiting import until
 from tiger_db import AuditAction, Database, Settings, audit, crud
 from tiger_db.audit import FindingKind, Seal
 from tiger_db.audit.checkpoints import newest_checkpoint
@@ -24,6 +27,7 @@ from tiger_db.audit.storage import TAKE_SEALING_LOCK, Connection
 from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, InvalidState, TigerDBError
 from tiger_db.signing import generate_signing_key, public_text
+from tiger_db.testing import environment_of
 
 Attack = Callable[[Connection], Awaitable[str]]  # returns the reason of the refusal
 
@@ -404,6 +408,38 @@ async def test_locks_are_waited_for_no_longer_than_patience(
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
     assert await owner.fetchval(waiting) == 0
     assert (await audit.seal(database)).rows == 1
+
+
+@pytest.mark.slow
+async def test_a_killed_sealer_leaves_no_waiting_backend(
+    database: Database, owner: Connection
+) -> None:
+    await log(database)
+    transaction = owner.transaction()
+    await transaction.start()
+    await lock_the_sealer(owner)
+    key = database.settings.audit_signing_key
+    assert key is not None
+    secret = {"AUDIT_SIGNING_KEY": key.get_secret_value()}
+    sealer = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tiger_db", "seal-audit", "--patience", "600",
+        env=os.environ | environment_of(database.settings) | secret,
+    )  # fmt: skip
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+
+    async def waits() -> bool:
+        return bool(await owner.fetchval(waiting))
+
+    async def is_gone() -> bool:
+        return not await waits()
+
+    await until(waits)
+    sealer.kill()
+    await sealer.wait()
+    started = time.monotonic()
+    await until(is_gone)
+    assert time.monotonic() - started < 10
+    await transaction.rollback()
 
 
 async def test_maintenance_names_who_holds_the_lock(
