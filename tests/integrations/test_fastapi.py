@@ -1,4 +1,6 @@
 import asyncio
+import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 from uuid import UUID, uuid4
@@ -8,8 +10,11 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, WebSocket
 from fastapi.responses import StreamingResponse
 from sqlalchemy import text
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support import factories
+from tests.support.mcp_servers import served
 from tiger_db import (
     APIKey,
     APIKeyScope,
@@ -112,6 +117,12 @@ async def socket(
     await websocket.accept()
     await websocket.send_text(key.name)
     await websocket.close()
+
+
+@open_routes.websocket("/socket/failing")
+async def failing_socket(websocket: WebSocket) -> None:
+    await websocket.accept()
+    raise errors.NotFound
 
 
 def application(database: Database | None, **options: Any) -> FastAPI:
@@ -306,31 +317,43 @@ async def test_concurrent_requests_have_their_own_actors(clone: Database) -> Non
         assert event.user_id == key.key_prefix
 
 
-async def test_a_websocket_needs_a_key(clone: Database) -> None:
+async def test_a_websocket_needs_a_key(clone: Database, caplog: pytest.LogCaptureFixture) -> None:
     key, raw_key = await make_key(clone, scopes=[READ])
-    app = application(clone)
+    async with served(application(clone), path="/socket", log_config=None) as url:
 
-    async def connect(raw_key: str) -> list[dict[str, Any]]:
-        sent: list[dict[str, Any]] = []
+        async def read(path: str = "", **headers: str) -> str:
+            async with connect(
+                url.replace("http", "ws") + path, additional_headers=headers
+            ) as socket:
+                return str(await socket.recv())
 
-        async def receive() -> dict[str, str]:
-            return {"type": "websocket.connect"}
+        assert await read(Authorization=f"Bearer {raw_key}") == key.name
+        with pytest.raises(InvalidStatus) as refused:
+            await read(Authorization="Bearer nonsense")
+        with pytest.raises(ConnectionClosed) as closed:
+            await read("/failing")
+    response = refused.value.response
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+    assert response.body is not None
+    assert json.loads(response.body)["code"] == "invalid_api_key"
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1008
+    # uvicorn itself logs this line after each denial response, of any application.
+    lines = [line.getMessage() for line in caplog.records if line.levelno >= logging.ERROR]
+    assert set(lines) <= {"ASGI callable returned without completing handshake."}
 
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
 
-        scope = {
-            "type": "websocket",
-            "path": "/socket",
-            "headers": [(b"x-api-key", raw_key.encode())],
-            "client": ("192.0.2.1", 4711),
-            "query_string": b"",
-            "extensions": {"websocket.http.response": {}},
-        }
-        await app(scope, receive, send)  # type: ignore[arg-type]
-        return sent
+async def test_a_server_without_denial_responses_closes_a_refused_websocket(
+    clone: Database,
+) -> None:
+    sent: list[dict[str, Any]] = []
 
-    accepted = await connect(raw_key)
-    assert accepted[1] == {"type": "websocket.send", "text": key.name}
-    refused = await connect("nonsense")
-    assert (refused[0]["type"], refused[0]["status"]) == ("websocket.http.response.start", 401)
+    async def receive() -> dict[str, str]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/socket", "headers": [], "query_string": b""}
+    await application(clone)(scope, receive, send)  # type: ignore[arg-type]
+    assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]

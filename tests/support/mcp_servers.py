@@ -83,19 +83,19 @@ def new_app(kind: str, database: Database, *, recorded: bool, **options: Any) ->
 
 
 @asynccontextmanager
-async def served(app: Any) -> AsyncIterator[str]:
-    """Serve an application on loopback, and return the URL of its MCP endpoint."""
+async def served(app: Any, *, path: str = "/mcp", **options: Any) -> AsyncIterator[str]:
+    """Serve an application on loopback, and return the URL of `path`, by default of MCP."""
     import uvicorn  # noqa: PLC0415
 
     config = uvicorn.Config(
-        app, log_level="error", proxy_headers=False, ws="none", timeout_graceful_shutdown=1
+        app, log_level="error", proxy_headers=False, timeout_graceful_shutdown=1, **options
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         task = asyncio.create_task(server._serve([listening]))  # `serve` would catch signals
         await until(lambda: server.started)
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/mcp"
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}{path}"
         finally:
             server.should_exit = True
             await task

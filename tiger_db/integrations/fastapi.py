@@ -28,6 +28,7 @@ try:
     from fastapi.security import APIKeyHeader, HTTPBearer
     from starlette.requests import HTTPConnection
     from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.websockets import WebSocketState
 except ModuleNotFoundError:
     raise ImportError(
         "tiger_db.integrations.fastapi needs FastAPI: install tiger_db with the extra `fastapi`"
@@ -65,7 +66,7 @@ def install(app: FastAPI, *, trusted_proxies: Iterable[str] = ()) -> None:
         ConfigurationError: `trusted_proxies` has an invalid address or network.
     """
     app.add_middleware(_ActorMiddleware, trusted=parse_proxies(trusted_proxies))
-    app.add_exception_handler(TigerDBError, _on_error)
+    app.add_exception_handler(TigerDBError, _on_error)  # type: ignore[arg-type]  # for both kinds
 
 
 class _ActorMiddleware:
@@ -190,12 +191,18 @@ def _account(account: str | Callable[..., object] | None) -> Callable[..., objec
     return from_path
 
 
-async def _on_error(connection: Request | WebSocket, error: Exception) -> Response:
+async def _on_error(connection: Request | WebSocket, error: Exception) -> Response | None:
     assert isinstance(error, TigerDBError)
     response = problem(connection, error)
-    if isinstance(connection, WebSocket):
+    if isinstance(connection, Request):
+        return response
+    connecting = connection.application_state is WebSocketState.CONNECTING
+    if connecting and "websocket.http.response" in connection.scope.get("extensions", {}):
         await connection.send_denial_response(response)
-    return response
+    else:
+        is_internal = response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+        await connection.close(1011 if is_internal else 1008)
+    return None  # Starlette would send a response a second time
 
 
 def problem(connection: HTTPConnection, error: TigerDBError) -> JSONResponse:
