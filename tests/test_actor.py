@@ -3,6 +3,7 @@
 import asyncio
 from ipaddress import ip_address
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -39,6 +40,9 @@ ALICE = Actor(
     user_agent="browser/1",
     session_id="s1",
     request_id="r1",
+    request_method="POST",
+    request_path="/orders",
+    api_key_id=UUID(int=1),
 )
 BOB = Actor(user_id="bob", user_type="trader")
 
@@ -49,6 +53,13 @@ def who(event: AuditLog) -> dict[str, Any]:
 
 NOBODY = dict.fromkeys(ACTOR_FIELDS) | {"user_type": "unattributed"}
 IS_ALICE = {name: getattr(ALICE, name) for name in ACTOR_FIELDS}
+
+
+def is_alice(event: AuditLog) -> dict[str, Any]:
+    """Return the values of Alice's event, which has the id of the API key that it is about."""
+    if event.resource_type != "api_key":
+        return IS_ALICE
+    return IS_ALICE | {"api_key_id": UUID(event.resource_id)}
 
 
 async def trail(database: Database) -> list[AuditLog]:
@@ -275,7 +286,7 @@ async def test_every_event_that_is_written_in_a_session_has_its_actor(
             await session.commit()
     events = await trail(clone)
     assert len(events) > 1
-    assert [who(event) for event in events] == [IS_ALICE] * len(events)
+    assert [who(event) for event in events] == [is_alice(event) for event in events]
 
 
 async def test_events_of_services_have_the_actor(clone: Database) -> None:
@@ -292,7 +303,7 @@ async def test_events_of_services_have_the_actor(clone: Database) -> None:
     events = await trail(clone)
     actions = {event.action for event in events}
     assert {AuditAction.API_KEY_DENY, AuditAction.SYSTEM_ENCRYPTION_KEY_ROTATE} <= actions
-    assert [who(event) for event in events] == [IS_ALICE] * len(events)
+    assert [who(event) for event in events] == [is_alice(event) for event in events]
 
 
 async def test_a_request_that_is_denied_shows_its_own_address(clone: Database) -> None:

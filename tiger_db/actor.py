@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from ipaddress import IPv4Address, IPv6Address
+from uuid import UUID
 
 from sqlalchemy.orm.attributes import set_attribute
 
@@ -22,8 +23,9 @@ class Actor:
     """The user or service that audit events are attributed to, and the details of its request.
 
     The fields of an Actor are converted like the fields of an `AuditLog`: long texts are shortened,
-    secrets are masked, and an invalid IP address becomes None. If an Actor has no user id and no
-    user type, its user type is `unattributed`.
+    secrets are masked, and an invalid IP address becomes None. `api_key_id` is the API key that the
+    user uses. An event about another API key has the id of the other key. If an Actor has no user
+    id and no user type, its user type is `unattributed`.
     """
 
     user_id: str | None = None
@@ -32,6 +34,9 @@ class Actor:
     user_agent: str | None = None
     session_id: str | None = None
     request_id: str | None = None
+    request_method: str | None = None
+    request_path: str | None = None
+    api_key_id: UUID | None = None
 
     def __post_init__(self) -> None:
         values = sanitize({name: getattr(self, name) for name in ACTOR_FIELDS})

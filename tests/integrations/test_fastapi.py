@@ -183,6 +183,8 @@ async def test_events_are_attributed_to_the_key_and_the_client(clone: Database) 
         assert (await http.post("/notes/direct")).status_code == 201
     (event,) = await found(clone, "note:async")
     assert (event.user_id, event.user_type) == (key.key_prefix, "api_key")
+    assert event.api_key_id == key.id
+    assert (event.request_method, event.request_path) == ("POST", "/notes/async")
     assert (str(event.ip_address), event.user_agent) == ("192.0.2.7", "tests/1")
     streamed = await found(clone, "note:stream")
     assert [line.user_id for line in streamed] == [key.key_prefix] * 3

@@ -168,7 +168,8 @@ def require_api_key(
             count_use=not hasattr(connection.state, _KEY),
         )
         setattr(connection.state, _KEY, key)
-        with acting_as(replace(actor, user_id=key.key_prefix, user_type="api_key")):
+        user = replace(actor, user_id=key.key_prefix, user_type="api_key", api_key_id=key.id)
+        with acting_as(user):
             yield key
 
     return authorized

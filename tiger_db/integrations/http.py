@@ -197,9 +197,11 @@ def _contains(networks: tuple[Network, ...], address: Address) -> bool:
 
 
 def request_actor(scope: Mapping[str, Any], trusted: tuple[Network, ...]) -> Actor:
-    """Return an Actor with the address and the user agent of a request, and a new request id."""
+    """Return an Actor with the details of a request, and a new request id."""
     return Actor(
         ip_address=client_address(scope, trusted),
         user_agent=user_agent_of(scope),
         request_id=str(uuid7()),
+        request_method=scope.get("method"),  # a WebSocket has none
+        request_path=scope["path"],
     )

@@ -145,6 +145,7 @@ class APIKeyMiddleware:
             actor,
             user_id=key.key_prefix,
             user_type="api_key",
+            api_key_id=key.id,
             session_id=next(iter(header_values(scope, "mcp-session-id")), None),
         )
 
