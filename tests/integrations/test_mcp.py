@@ -94,6 +94,9 @@ async def test_one_tool_call_is_one_use(clone: Database, kind: str, client: str)
     assert 0 < int(limited.headers["retry-after"]) <= 86400
     assert limited.json()["error"]["data"] == {"code": "rate_limited"}
     assert await used(clone, key) == 3
+    async with clone.session() as session:
+        denials = list(await crud.audit_logs.search(session, action="api_key:deny"))
+    assert [denial.error_code for denial in denials] == ["RateLimited"] * 2  # one per request
 
 
 @pytest.mark.slow
@@ -150,11 +153,15 @@ async def test_each_request_needs_a_valid_key(clone: Database, kind: str) -> Non
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
             assert response.json()["error"]["message"] == "The API key is not valid."
-        assert refused[0].json()["id"] == 1
+            assert response.json()["id"] is None  # the body was not read
         forbidden = await post(authorization=f"Bearer {scopeless}")
         assert forbidden.status_code == 403
         assert "mcp:read" in forbidden.json()["error"]["message"]
-        large = await http.post("/mcp", content=b" " * (4 * 1024 * 1024 + 1))
+        large = await http.post(
+            "/mcp",
+            content=b" " * (4 * 1024 * 1024 + 1),
+            headers={"Authorization": f"Bearer {raw_key}"},
+        )
         assert large.status_code == 413
         async with CLIENTS["sdk"](url, Authorization=f"Bearer {raw_key}") as client:
             assert await call(client, "place_order", symbol="AAPL") == (False, "AAPL")
@@ -164,6 +171,39 @@ async def test_each_request_needs_a_valid_key(clone: Database, kind: str) -> Non
                 await call(client, "place_order", symbol="AAPL")
             with pytest.raises(Exception, match="The API key is not valid"):
                 await client.list_tools()
+
+
+async def post_unread(app: Any, **headers: str) -> list[Any]:
+    """Send the headers of a request without its body. Return the status, or the error."""
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    async def send(message: Any) -> None:
+        sent.append(message["status"]) if "status" in message else None
+
+    sent: list[Any] = []
+    pairs = [(name.encode().replace(b"_", b"-"), text.encode()) for name, text in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/mcp", "headers": pairs}
+    await app(scope | {"client": ("127.0.0.1", 1)}, receive, send)
+    return sent
+
+
+async def test_a_body_is_read_for_a_valid_key_only(clone: Database, kind: str) -> None:
+    _, raw_key = await make_key(clone)
+    _, scopeless = await make_key(clone, scopes=[TRADE])
+    revoked, ended = await make_key(clone)
+    async with clone.session() as session:
+        await crud.api_keys.revoke(session, revoked.id)
+    app, _ = new_app(kind, clone, recorded=False)
+    for refused in ("", "nonsense", raw_key[:-1], ended):
+        assert await post_unread(app, x_api_key=refused) == [401]
+    assert await post_unread(app, x_api_key=scopeless) == [403]
+    with pytest.raises(AssertionError, match="was read"):
+        await post_unread(app, x_api_key=raw_key)
+    async with clone.session() as session:
+        denials = list(await crud.audit_logs.search(session, action="api_key:deny"))
+    assert sorted(str(denial.error_code) for denial in denials) == ["APIKeyRevoked", "ScopeMissing"]
 
 
 @pytest.mark.slow

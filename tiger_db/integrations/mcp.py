@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -17,7 +18,7 @@ import anyio
 import anyio.lowlevel
 from pydantic_core import from_json
 
-from tiger_db.actor import acting_as
+from tiger_db.actor import Actor, acting_as
 from tiger_db.crud.audit_logs.recording import recorded
 from tiger_db.database import Database
 from tiger_db.errors import ConfigurationError, TigerDBError
@@ -119,27 +120,23 @@ class APIKeyMiddleware:
         self.verifier = verifier
         self.scopes = tuple(scopes)
         self.trusted = parse_proxies(trusted_proxies)
-        # It reads the whole body, so that `_serve` receives the body in one message.
-        self._limited = RequestBodyLimitMiddleware(self._serve, DEFAULT_MAX_REQUEST_BODY_SIZE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await self._limited(scope, receive, send)
+            await self._authorize(scope, receive, send)
         else:  # MCP has no WebSockets
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        messages = deque([await receive()])
-        message = _parse(messages[0].get("body", b"")) if scope["method"] == "POST" else {}
-        method = message.get("method")
+    async def _authorize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request whose key is not valid before its body is read, which can be slow."""
         actor = request_actor(scope, self.trusted)
         caller = _Caller(self.verifier, raw_key_of(scope), actor.ip_address, user_agent_of(scope))
         try:
-            key = await caller.authorize(self.scopes, count_use=method in _USES)
+            key = await caller.authorize(self.scopes)
         except TigerDBError as error:
-            await _refuse(error, message.get("id"), scope, receive, send)
+            await _refuse(error, None, scope, receive, send)
             return
         actor = replace(
             actor,
@@ -148,6 +145,25 @@ class APIKeyMiddleware:
             api_key_id=key.id,
             session_id=next(iter(header_values(scope, "mcp-session-id")), None),
         )
+        user = _user(key)
+        scope = {**scope, "user": user, "auth": AuthCredentials(user.scopes)}
+        serve = partial(self._serve, actor, replace(caller, key=key))
+        # It reads the whole body, so that `_serve` receives the body in one message.
+        limited = RequestBodyLimitMiddleware(serve, DEFAULT_MAX_REQUEST_BODY_SIZE)
+        await limited(scope, receive, send)
+
+    async def _serve(
+        self, actor: Actor, caller: _Caller, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        messages = deque([await receive()])
+        message = _parse(messages[0].get("body", b"")) if scope["method"] == "POST" else {}
+        method = message.get("method")
+        if method in _USES:
+            try:
+                await caller.authorize(self.scopes, count_use=True)
+            except TigerDBError as error:
+                await _refuse(error, message.get("id"), scope, receive, send)
+                return
 
         async def replay() -> Message:
             return messages.popleft() if messages else await receive()
@@ -155,9 +171,7 @@ class APIKeyMiddleware:
         async def recheck() -> None:
             await caller.authorize(self.scopes)
 
-        user = _user(key)
-        scope = {**scope, "user": user, "auth": AuthCredentials(user.scopes)}
-        token = _caller.set(replace(caller, key=key))
+        token = _caller.set(caller)
         try:
             with acting_as(actor):
                 if scope["method"] == "GET" or method == "subscriptions/listen":
