@@ -14,6 +14,7 @@ revision = "0022"
 down_revision = "0021"
 branch_labels = None
 depends_on = None
+squawk_ignore = {"ban-drop-constraint": "The constraint is added again in the same transaction"}
 
 VALIDATE = """
 DO $$
