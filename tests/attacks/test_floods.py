@@ -7,18 +7,30 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 
 from tests.support import factories
 from tests.support.raw_keys import unknown_key, wrong_secret
 from tests.support.waiting import until
-from tiger_db import Actor, APIKeyScope, AuditLog, Database, KeyVerifier, acting_as, denial_counter
+from tiger_db import (
+    Actor,
+    APIKeyScope,
+    AuditAction,
+    AuditLog,
+    Database,
+    KeyVerifier,
+    acting_as,
+    denial_counter,
+)
 from tiger_db.connections import connect
 from tiger_db.crud import api_keys, audit_logs
+from tiger_db.crud.api_keys.denials import request_event
+from tiger_db.crud.api_keys.policy import AccessRequest
 from tiger_db.denial_counter import DenialCounter
 from tiger_db.errors import AccessDenied, DatabaseUnavailable
+from tiger_db.redaction import add_known_secrets
 
 Verify: TypeAlias = Callable[[str, str | None], Awaitable[object]]
 DENY = "api_key:deny"
@@ -105,6 +117,31 @@ async def test_an_attacker_with_many_addresses_is_one_group(clone: Database) -> 
     assert count_of(others) == 100 - 19 - 1
     assert (others.ip_address, others.api_key_id, others.user_id) == (None, None, None)
     assert "key_prefix" not in (others.details or {})
+
+
+@pytest.mark.parametrize("name", ["user_agent", "ip_address"])
+async def test_a_long_text_of_a_caller_stops_no_other_task(clone: Database, name: str) -> None:
+    verifier = KeyVerifier(clone)
+    await verifier.verify(unknown_key())
+    asked: dict[str, Any] = {name: "http://a:b@" * 300_000}
+    begun = time.thread_time()
+    assert await verifier.verify(unknown_key(), **asked) is None
+    assert time.thread_time() - begun < 0.5  # several seconds if the whole text is redacted
+
+
+@pytest.mark.parametrize("secret", ["https://u:hunter2@h", "own secret hunter2"])
+@pytest.mark.parametrize("before", ["Ab1", "a "])
+def test_no_secret_of_a_long_text_is_recorded(secret: str, before: str) -> None:
+    """A mask is shorter than a secret, so the end of a redacted text can be shown."""
+    add_known_secrets("own secret hunter2")
+    for size in range(1_970, 2_002):
+        text = f"{(before * size)[:size]} {secret} {'x' * 2_000}"
+        request = AccessRequest(user_agent=text)
+        event = request_event(request, None, None, action=AuditAction.API_KEY_DENY, details={})
+        assert event.user_agent
+        assert len(event.user_agent) <= 200
+        assert "hun" not in event.user_agent
+        assert "own" not in event.user_agent
 
 
 @pytest.mark.slow

@@ -16,13 +16,18 @@ from tiger_db.errors import AccessDenied
 from tiger_db.models import AuditAction, AuditLog, AuditResult
 from tiger_db.models.api_keys import parse_address
 from tiger_db.models.audit_logs import insert_events
-from tiger_db.redaction import redact_aggressively
+from tiger_db.redaction import MASK, redact_aggressively
 
 if TYPE_CHECKING:
     import asyncpg
 
 # An IP address or user agent in an audit event has at most _RECORDED_CHARACTERS characters.
 _RECORDED_CHARACTERS = 200
+# Redaction takes microseconds per character, so only the start of a long text is redacted. If the
+# start ends inside a secret of at most _MAX_SECRET_LENGTH characters, redaction does not recognize
+# the secret, so that many characters are left out after redaction.
+_REDACTED_CHARACTERS = 2_000
+_MAX_SECRET_LENGTH = 1_000
 # One customer of a provider usually has a network of this size, and can use all its addresses.
 _IPV6_PREFIX = 64
 # _CLAIM_DENIAL returns true at most once per hour and API key, in whichever process. A time in the
@@ -141,4 +146,7 @@ def request_event(
 
 
 def _shorten(text: str) -> str:
-    return redact_aggressively(replace_unstorable(text))[:_RECORDED_CHARACTERS]
+    shown = redact_aggressively(replace_unstorable(text[:_REDACTED_CHARACTERS]))
+    if len(text) > _REDACTED_CHARACTERS:
+        shown = shown[:-_MAX_SECRET_LENGTH] or MASK
+    return shown[:_RECORDED_CHARACTERS]
