@@ -41,9 +41,10 @@ _NAME = r"""
     ) (?: _?pk[18] | [_-]?\d{1,3} )? )
     """
 # `_ASSIGNMENT` matches a name and its value, such as `token=value`. The value of a Python literal
-# can have a prefix, such as `b'value'`, and can be an argument, such as `Secret('value')`.
+# can have a prefix, such as `b'value'`, and can be an argument, such as `Secret('value')`. The
+# first lookahead makes the search faster: it skips words that no value can follow.
 _ASSIGNMENT = rf"""
-    (?<![\w-]) {_NAME}
+    (?<![\w-]) (?= [\w-]++ [\s\\"'=:\uff1a\uff1d] ) {_NAME}
     (?P<between> \\*+["']? \s*+ (?: =>? | :=? | [\uff1a\uff1d] ) \s*+ )
     (?: (?: [\w.]{{1,40}} \( \s* )? (?: [bruf]{{1,2}} | [eln@$] )?
         (?P<quote> \\* (?: ""\" | ''' | ["'] ) ) .*? (?: (?<!\\)(?P=quote) | (?=\n) | \Z )
@@ -295,7 +296,8 @@ def _spellings(secret: str) -> list[SecretStr]:
 
 
 def _without_url_password(match: re.Match[str]) -> str:
-    url = _URL_PASSWORD.sub(rf"\1{MASK}@", match[0])
+    # In Python 3.11, a function is faster than a replacement text with a group.
+    url = _URL_PASSWORD.sub(lambda found: f"{found[1]}{MASK}@", match[0])
     raw, end = _RAW_URL_PASSWORD.search(url), url.rfind("@")
     # In a URL with a password that contains a slash, the password ends at the last "@".
     return url[: raw.end()] + MASK + url[end:] if raw and raw.end() < end else url
