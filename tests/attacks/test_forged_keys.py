@@ -40,6 +40,7 @@ from tiger_db import (
 )
 from tiger_db.crud.api_key_codes import SIGNED_COLUMNS
 from tiger_db.crud.api_keys.hashing import peppers_of
+from tiger_db.crud.api_keys.signing import find_invalid_codes
 from tiger_db.errors import APIKeyExpired, APIKeyRevoked, InvalidAPIKey, InvalidState
 from tiger_db.models.secrets import CONTEXT
 
@@ -72,6 +73,12 @@ CHANGES = {
     "allowed_user_agents": "'{*}'",
     "expires_at": "now() + interval '10 years'",
 }
+# Values that are no list of scopes, networks or patterns.
+MALFORMED = (
+    "scopes = '{NULL}'", "scopes = '{{mcp:read}}'", "allowed_ips = '{NULL}'",
+    "allowed_ips = '{{10.0.0.0/8}}'", "allowed_user_agents = '{NULL}'",
+    "allowed_user_agents = '{{a}}'",
+)  # fmt: skip
 # The other signed columns belong to the secret: see test_a_taken_over_prefix_is_refused.
 OF_THE_SECRET = {"key_prefix", "key_hash"}
 
@@ -221,6 +228,49 @@ async def test_a_key_that_is_in_use_is_refused_after_its_row_was_changed(
             assert found.scopes == ["mcp:read"]
     await execute("UPDATE api_keys SET scopes = '{mcp:read}' WHERE id = $1", key.id)
     assert await use(raw_key)  # the row is as the application has written it
+
+
+@pytest.mark.parametrize("code", ["mac", "NULL"])
+async def test_a_row_that_no_application_writes_is_refused(
+    clone: Database, execute: Execute, use: Use, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """The installation accepts rows without a code until today."""
+    today = datetime.now(UTC).date()
+    allowing = changed_context(clone.info, allow_unsigned_until=today)
+    monkeypatch.setitem(clone.info, CONTEXT, allowing[CONTEXT])
+    for change in MALFORMED:
+        key, raw_key = await make_key(clone)
+        await execute(f"UPDATE api_keys SET {change}, mac = {code} WHERE id = $1", key.id)
+        with pytest.raises(InvalidAPIKey):
+            await use(raw_key)
+    recorded = [(denial.error_code, denial.api_key_id) for denial in await denials(clone)]
+    assert len({*recorded}) == len(MALFORMED)
+    assert {error for error, _ in recorded} == {"ForgedRow"}
+
+
+async def test_a_malformed_row_hides_no_other_row(clone: Database, execute: Execute) -> None:
+    forged, _ = await make_key(clone)
+    await execute("UPDATE api_keys SET scopes = '{trade:admin}'")
+    prefixes = {forged.key_prefix}
+    for change in MALFORMED:
+        for code in ("mac", "NULL"):
+            key, _ = await make_key(clone)
+            await execute(f"UPDATE api_keys SET {change}, mac = {code} WHERE id = $1", key.id)
+            prefixes.add(key.key_prefix)
+    await make_key(clone)
+    async with clone.session() as session:
+        found = await find_invalid_codes(session, peppers_of(session.info))
+    assert ({*found.wrong}, found.missing) == (prefixes, [])
+
+
+async def test_a_malformed_row_is_never_signed(clone: Database, execute: Execute) -> None:
+    for change in MALFORMED:
+        if "{{mcp" not in change:
+            key, _ = await make_key(clone)
+            await execute(f"UPDATE api_keys SET {change}, mac = NULL WHERE id = $1", key.id)
+    async with clone.session() as session:
+        assert (unsigned := await crud.api_keys.list_unsigned(session))
+        assert await crud.api_keys.sign(session, unsigned) == []
 
 
 async def test_sql_takes_a_key_out_of_force(clone: Database, execute: Execute, use: Use) -> None:

@@ -9,7 +9,7 @@ import hmac
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 from uuid import UUID
 
@@ -72,7 +72,14 @@ def compute_code(peppers: Peppers, values: Mapping[str, Any]) -> str:
 
 
 def check_code(peppers: Peppers | None, values: Mapping[str, Any], code: str | None) -> CodeState:
-    """Compare the code of a row with the values of the row's signed columns."""
+    """Compare the code of a row with the values of the row's signed columns.
+
+    If a code cannot cover the values, every code of the row is wrong, and also a missing code.
+    """
+    try:
+        encoded = encode_row(values)
+    except ValueError:
+        return CodeState.WRONG
     if code is None:
         return CodeState.MISSING
     format_, _, rest = code.partition(":")
@@ -81,9 +88,21 @@ def check_code(peppers: Peppers | None, values: Mapping[str, Any], code: str | N
         return CodeState.WRONG
     if peppers is None or pepper_id not in peppers.key_ids:
         return CodeState.NO_PEPPER
-    expected = peppers.authenticate(pepper_id, encode_row(values))
+    expected = peppers.authenticate(pepper_id, encoded)
     equal = hmac.compare_digest(expected.encode(), digest.encode())
     return CodeState.VALID if equal else CodeState.WRONG
+
+
+def check_stored_code(peppers: Peppers | None, columns: Mapping[str, Any]) -> CodeState:
+    """Check the code of a row as it is stored, before the row is hydrated.
+
+    `columns` contains the signed columns and `mac` as asyncpg returns them, with lists as text[].
+    """
+    try:
+        networks = [ip_network(network) for network in columns["allowed_ips"]]
+    except ValueError:
+        return CodeState.WRONG
+    return check_code(peppers, {**columns, "allowed_ips": networks}, columns["mac"])
 
 
 def optional_peppers(info: Mapping[Any, object]) -> Peppers | None:
@@ -176,7 +195,11 @@ def _problem(state: CodeState, values: Mapping[str, Any]) -> str:
 
 
 def encode_row(values: Mapping[str, Any]) -> bytes:
-    """Encode the signed columns of a row. Rows with different values have different encodings."""
+    """Encode the signed columns of a row. Rows with different values have different encodings.
+
+    Raises:
+        ValueError: a list contains null or a list, which only another program can have stored.
+    """
     return b"".join([_encode(values[name]) for name in SIGNED_COLUMNS])
 
 
@@ -190,6 +213,8 @@ def _encode(value: object) -> bytes:
         case None:
             return b"-"
         case list():
+            if any(item is None or isinstance(item, list) for item in value):
+                raise ValueError("a code cannot cover a list with null or with lists")
             return b"[%d:%b" % (len(value), b"".join(map(_encode, value)))
         case datetime():
             # asyncpg returns PostgreSQL's infinity as a naive datetime.

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import UUID
@@ -14,7 +15,7 @@ from tiger_db.crud.api_key_codes import (
     CodeState,
     ForgedRow,
     UnsignedRow,
-    check_code,
+    check_stored_code,
     compute_code,
     refuse_unauthentic,
     signed_values,
@@ -45,7 +46,7 @@ from tiger_db.crud.common import (
     refuse_readonly,
 )
 from tiger_db.errors import AccessDenied, InvalidAPIKey
-from tiger_db.models import APIKey, APIKeyScope, AuditAction, AuditLog, AuditSeverity
+from tiger_db.models import APIKey, APIKeyScope, APIKeyStatus, AuditAction, AuditLog, AuditSeverity
 from tiger_db.models.audit_logs import insert_events
 from tiger_db.models.base import column_names, hydrate, merge_row, row_expression
 from tiger_db.out_of_band import OutOfBandWriter
@@ -101,6 +102,16 @@ class KeyRow(NamedTuple):
         for name in _COUNTERS:
             del by_name[name]
         return cls(values, by_name, now.timestamp(), pause_reason, from_snapshot)
+
+    @property
+    def expires_at(self) -> float | None:
+        """Return the expiry of the API key in seconds since 1970, or None for no expiry."""
+        expires_at: datetime | None = self.columns["expires_at"]
+        if expires_at is None:
+            return None
+        # asyncpg returns PostgreSQL's infinity as a naive datetime.
+        aware = expires_at if expires_at.tzinfo is not None else expires_at.replace(tzinfo=UTC)
+        return aware.timestamp()
 
 
 @dataclass(slots=True)
@@ -354,16 +365,17 @@ async def _verify(
     if not await verify_secret(peppers, parsed.secret, key_hash, pepper_id):
         raise InvalidAPIKey
     refuse_unpeppered(info, pepper_id, row.now)
+    # Plain SQL can store values that `hydrate` cannot convert, so the code is checked before.
+    signed = check_stored_code(peppers, row.columns)
+    if signed is not CodeState.VALID:
+        # Plain SQL can revoke an API key, although the authentication code is then wrong.
+        check_in_force(APIKeyStatus(row.columns["status"]), row.expires_at, row.now)
+        refuse_unauthentic(info, signed, row.now)
     if session is not None:
         key = merge_row(session.sync_session, APIKey, row.values)
     else:
         key = hydrate(APIKey, row.values, None)
     permissions = KeyPermissions.of(key, row.columns["account_status"])
-    signed = check_code(peppers, signed_values(key), key.mac)
-    if signed is not CodeState.VALID:
-        # Plain SQL can revoke an API key, although the authentication code is then wrong.
-        check_in_force(permissions, row.now)
-        refuse_unauthentic(info, signed, row.now)
     return VerifiedKey(
         key,
         permissions,

@@ -124,18 +124,18 @@ class KeyPermissions:
         return self.per_hour is not None or self.per_day is not None
 
 
-def check_in_force(permissions: KeyPermissions, now: float) -> None:
-    """Check the status and the expiry of an API key. `now` is the time in seconds since 1970.
+def check_in_force(status: APIKeyStatus, expires_at: float | None, now: float) -> None:
+    """Check the status and the expiry of an API key. The times are in seconds since 1970.
 
     Raises:
         APIKeyExpired: the API key has expired.
         APIKeyRevoked: the API key is revoked or not active.
     """
-    if permissions.status is APIKeyStatus.EXPIRED:
+    if status is APIKeyStatus.EXPIRED:
         raise APIKeyExpired
-    if permissions.status is not APIKeyStatus.ACTIVE:
+    if status is not APIKeyStatus.ACTIVE:
         raise APIKeyRevoked
-    if permissions.expires_at is not None and permissions.expires_at <= now:
+    if expires_at is not None and expires_at <= now:
         raise APIKeyExpired
 
 
@@ -151,7 +151,7 @@ def check_access(
     Raises:
         AccessDenied: the API key is denied. Each check raises its own subclass of AccessDenied.
     """
-    check_in_force(permissions, now)
+    check_in_force(permissions.status, permissions.expires_at, now)
     if (
         permissions.account_id is not None
         and permissions.account_status is not AccountStatus.ACTIVE

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, any_, func, literal, select
+from sqlalchemy import Text, and_, any_, cast, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY, UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import class_mapper
@@ -14,6 +14,7 @@ from tiger_db.crud.api_key_codes import (
     SIGNED_COLUMNS,
     CodeState,
     check_code,
+    check_stored_code,
     compute_code,
     encode_row,
     signed_values,
@@ -58,7 +59,9 @@ async def sign(session: AsyncSession, keys: Iterable[APIKey]) -> list[APIKey]:
             Database.
     """
     peppers = peppers_of(session.info)
-    confirmed = {key.id: encode_row(signed_values(key)) for key in keys}
+    confirmed = {
+        key.id: encode_row(signed_values(key)) for key in keys if _is_unsigned(peppers, key)
+    }
     # Each item of IN would be a parameter, of which a statement can have at most 32,767.
     is_confirmed = col(APIKey.id) == any_(literal([*confirmed], ARRAY(UUID)))
     statement = select(APIKey).where(is_confirmed).order_by(col(APIKey.id))
@@ -66,7 +69,7 @@ async def sign(session: AsyncSession, keys: Iterable[APIKey]) -> list[APIKey]:
     signed = [
         row
         for row in rows
-        if row.mac is None and encode_row(signed_values(row)) == confirmed[row.id]
+        if _is_unsigned(peppers, row) and encode_row(signed_values(row)) == confirmed[row.id]
     ]
     codes = [compute_code(peppers, signed_values(row)) for row in signed]
     await execute_driver_sql(session, _WRITE_CODES, [row.id for row in signed], codes)
@@ -84,6 +87,10 @@ async def sign(session: AsyncSession, keys: Iterable[APIKey]) -> list[APIKey]:
     return signed
 
 
+def _is_unsigned(peppers: Peppers, key: APIKey) -> bool:
+    return check_code(peppers, signed_values(key), key.mac) is CodeState.MISSING
+
+
 @dataclass(frozen=True, slots=True)
 class InvalidCodes:
     """The prefixes of the API keys in force that have no code or a wrong code."""
@@ -98,9 +105,15 @@ async def find_invalid_codes(session: AsyncSession, peppers: Peppers) -> Invalid
     A code whose pepper is not configured is neither missing nor wrong.
     """
     table = class_mapper(APIKey).local_table
-    columns = [table.c[name] for name in (*SIGNED_COLUMNS, "mac")]
+    # SQLAlchemy cannot convert each list that plain SQL can store, so lists become text[].
+    columns = [
+        cast(table.c[name], ARRAY(Text)).label(name)
+        if isinstance(table.c[name].type, ARRAY)
+        else table.c[name]
+        for name in (*SIGNED_COLUMNS, "mac")
+    ]
     prefixes: dict[CodeState, list[str]] = {state: [] for state in CodeState}
     for row in await session.execute(select(*columns).where(_IN_FORCE).order_by(table.c.id)):
         values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001  # SQLAlchemy's public name
-        prefixes[check_code(peppers, values, row.mac)].append(row.key_prefix)
+        prefixes[check_stored_code(peppers, values)].append(row.key_prefix)
     return InvalidCodes(prefixes[CodeState.MISSING], prefixes[CodeState.WRONG])
