@@ -76,6 +76,7 @@ def positions_in(ranges: PositionRanges) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
+Origin = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Int64 = Annotated[int, Field(gt=-(2**63) + 1, lt=2**63 - 1)]
 
 
@@ -106,7 +107,7 @@ class SealPayload:
     key: str
     closed_at: str | None = None
     retired: str | None = None
-    origin: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    origin: Origin | None = None
     next_key: str | None = None
 
     @property
