@@ -26,7 +26,14 @@ from tiger_db import (
     errors,
 )
 from tiger_db.actor import actor_in_force
-from tiger_db.integrations.fastapi import SessionDep, actor_of, install, require_api_key
+from tiger_db.integrations.fastapi import (
+    PROBLEM_RESPONSES,
+    SessionDep,
+    actor_of,
+    install,
+    require_api_key,
+)
+from tiger_db.integrations.http import STATUSES
 
 READ, TRADE = APIKeyScope.ACCOUNT_READ, APIKeyScope.TRADE_WRITE
 Connect = Callable[..., httpx.AsyncClient]
@@ -246,7 +253,11 @@ async def test_refusals_are_problem_details(clone: Database) -> None:
     assert (await get(f"/accounts/{another.id}", f"Bearer {raw_key}")).json()["code"] == (
         "account_not_allowed"
     )
-    assert (await get("/accounts/x", f"Bearer {raw_key}")).status_code == 422
+    invalid_request = await get("/accounts/x-secret", f"Bearer {raw_key}")
+    assert invalid_request.status_code == 422
+    assert invalid_request.headers["content-type"] == "application/problem+json"
+    assert invalid_request.json()["errors"][0]["loc"] == ["path", "account_id"]
+    assert "x-secret" not in invalid_request.text
     async with client(app, Authorization=f"Bearer {raw_key}") as http:
         mine_header, another_header = {"X-Account": str(mine.id)}, {"X-Account": str(another.id)}
         assert (await http.post("/orders", headers=mine_header)).status_code == 200
@@ -258,6 +269,9 @@ async def test_refusals_are_problem_details(clone: Database) -> None:
         unknown = await http.get("/invalid")
     assert unknown.status_code == 422
     assert unknown.json()["errors"][0]["loc"] == ["limit"]
+    shared = {name: unknown.json()[name] for name in ("title", "status", "detail", "code")}
+    assert invalid_request.json() | shared == invalid_request.json()
+    assert "\n" not in shared["detail"]
 
 
 async def test_an_outage_is_503_without_internal_text(
@@ -293,6 +307,16 @@ def test_openapi_has_both_ways_to_send_a_key() -> None:
     assert "security" not in schema["paths"]["/invalid"]["get"]
     parameters = schema["paths"]["/accounts/{account_id}"]["get"]["parameters"]
     assert [p["name"] for p in parameters] == ["account_id"]
+
+
+def test_openapi_has_the_problem_details() -> None:
+    app = FastAPI(responses=PROBLEM_RESPONSES)
+    app.include_router(router)
+    responses = app.openapi()["paths"]["/accounts/{account_id}"]["get"]["responses"]
+    assert set(responses) == {"200", *map(str, STATUSES.values())}
+    for status in ("401", "422"):
+        (schema,) = (media["schema"] for media in responses[status]["content"].values())
+        assert {"code", "detail", "errors"} <= set(schema["properties"])
 
 
 async def test_two_applications_in_one_process_have_their_own_state(clone: Database) -> None:

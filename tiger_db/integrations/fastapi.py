@@ -1,7 +1,7 @@
 """Sessions, API keys and problem details (RFC 9457) for FastAPI. Needs the extra `fastapi`."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from http import HTTPStatus
@@ -12,7 +12,9 @@ from tiger_db.actor import Actor, acting_as
 from tiger_db.database import AsyncSession, Database
 from tiger_db.errors import ConfigurationError, InvalidFields, TigerDBError
 from tiger_db.integrations.http import (
+    STATUSES,
     Network,
+    PublicError,
     parse_proxies,
     public_error,
     raw_key_of,
@@ -24,6 +26,7 @@ from tiger_db.models import APIKey, APIKeyScope
 
 try:
     from fastapi import Depends, FastAPI, Path, Request, WebSocket
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
     from fastapi.security import APIKeyHeader, HTTPBearer
     from starlette.requests import HTTPConnection
@@ -34,10 +37,43 @@ except ModuleNotFoundError:
         "tiger_db.integrations.fastapi needs FastAPI: install tiger_db with the extra `fastapi`"
     ) from None
 
-__all__ = ["SessionDep", "actor_of", "install", "lifespan", "problem", "require_api_key"]
+__all__ = [
+    "PROBLEM_RESPONSES",
+    "SessionDep",
+    "actor_of",
+    "install",
+    "lifespan",
+    "problem",
+    "require_api_key",
+]
 _logger = logging.getLogger("tiger_db")
 _ACTOR, _KEY = "tiger_db_actor", "tiger_db_key"  # attributes of `request.state`
 PROBLEM_JSON = "application/problem+json"
+_INVALID = "some values are not valid: see errors"
+_TEXT = {"type": "string"}
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "loc": {"type": "array", "items": {"anyOf": [_TEXT, {"type": "integer"}]}},
+        "msg": _TEXT,
+    },
+    "required": ["loc", "msg"],
+}
+_REQUIRED = ("title", "status", "detail", "code", "instance")
+_SCHEMA = {
+    "type": "object",
+    "properties": dict.fromkeys(_REQUIRED, _TEXT)
+    | {"status": {"type": "integer"}, "errors": {"type": "array", "items": _ERROR}},
+    "required": list(_REQUIRED),
+}
+# The responses with problem details in OpenAPI, for `FastAPI(responses=PROBLEM_RESPONSES)`.
+PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": HTTPStatus(status).phrase,
+        "content": {PROBLEM_JSON: {"schema": _SCHEMA}},
+    }
+    for status in sorted(set(STATUSES.values()))
+}
 
 
 @asynccontextmanager
@@ -60,13 +96,15 @@ def install(app: FastAPI, *, trusted_proxies: Iterable[str] = ()) -> None:
 
     `trusted_proxies` are the IP addresses and networks of the proxies in front of the application.
     The client's address is taken from `X-Forwarded-For` or `Forwarded` only if a trusted proxy has
-    sent the header. Each `TigerDBError` becomes a response with problem details (RFC 9457).
+    sent the header. Each `TigerDBError` becomes a response with problem details (RFC 9457). A
+    `RequestValidationError` of FastAPI gets the response of an `InvalidFields`, without the input.
 
     Raises:
         ConfigurationError: `trusted_proxies` has an invalid address or network.
     """
     app.add_middleware(_ActorMiddleware, trusted=parse_proxies(trusted_proxies))
     app.add_exception_handler(TigerDBError, _on_error)  # type: ignore[arg-type]  # for both kinds
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
 
 
 class _ActorMiddleware:
@@ -206,6 +244,15 @@ async def _on_error(connection: Request | WebSocket, error: Exception) -> Respon
     return None  # Starlette would send a response a second time
 
 
+async def _on_invalid_request(connection: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return _response(
+        connection,
+        PublicError(STATUSES[InvalidFields.code], InvalidFields.code, _INVALID, {}),
+        error.errors(),
+    )
+
+
 def problem(connection: HTTPConnection, error: TigerDBError) -> JSONResponse:
     """Return a response with the problem details (RFC 9457) of an error.
 
@@ -213,18 +260,26 @@ def problem(connection: HTTPConnection, error: TigerDBError) -> JSONResponse:
     contain. `instance` is the request id, which the audit events of the request have as well.
     """
     shown = public_error(error)
-    request_id = actor_of(connection).request_id
     if shown.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        _logger.error("the request %s failed", request_id, exc_info=error)
+        _logger.error("the request %s failed", actor_of(connection).request_id, exc_info=error)
+    if isinstance(error, InvalidFields):  # its message has several lines
+        return _response(connection, shown._replace(message=_INVALID), error.errors())
+    return _response(connection, shown)
+
+
+def _response(
+    connection: HTTPConnection,
+    shown: PublicError,
+    invalid: Iterable[Mapping[str, Any]] | None = None,
+) -> JSONResponse:
+    """Return problem details. Of the `invalid` fields, a client sees no input."""
     details: dict[str, object] = {
         "title": HTTPStatus(shown.status).phrase,
         "status": shown.status,
         "detail": shown.message,
         "code": shown.code,
-        "instance": f"urn:uuid:{request_id}",
+        "instance": f"urn:uuid:{actor_of(connection).request_id}",
     }
-    if isinstance(error, InvalidFields):
-        details["errors"] = [
-            {"loc": problem["loc"], "msg": problem["msg"]} for problem in error.errors()
-        ]
+    if invalid is not None:
+        details["errors"] = [{"loc": each["loc"], "msg": each["msg"]} for each in invalid]
     return JSONResponse(details, shown.status, shown.headers, PROBLEM_JSON)
