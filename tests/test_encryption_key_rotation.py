@@ -22,6 +22,7 @@ from tests.support.encryption_keys import (
     values_of,
 )
 from tests.support.factories import plain
+from tests.support.passed_settings import Passed
 from tests.support.recording import recorded
 from tiger_db import AuditAction, Database, Settings, TigerAccount, crud, encryption_key_rotation
 from tiger_db.crud import accounts
@@ -366,7 +367,9 @@ async def test_eight_writers_lose_no_update(clone_settings: Settings) -> None:
         pipes, writers = [], []
         for mine in (ids[start::8] for start in range(8)):
             ours, theirs = processes.Pipe()
-            writer = processes.Process(target=write_until_told, args=(clone_settings, mine, theirs))
+            writer = processes.Process(
+                target=write_until_told, args=(Passed(clone_settings), mine, theirs)
+            )
             writer.start()
             pipes.append(ours)
             writers.append(writer)
@@ -402,7 +405,7 @@ def rotate_and_tell(settings: Settings, told: Connection) -> None:
 
 def start_rotating(settings: Settings) -> tuple[BaseProcess, Connection]:
     ours, theirs = processes.Pipe()
-    process = processes.Process(target=rotate_and_tell, args=(settings, theirs))
+    process = processes.Process(target=rotate_and_tell, args=(Passed(settings), theirs))
     process.start()
     theirs.close()
     return process, ours

@@ -37,7 +37,7 @@ LAYERS = [
     ["files", "signing", "sqlstates"],
     ["blocking", "encryption"],
     ["database_urls", "decoding", "errors", "redaction"],
-    ["url_parameters"],
+    ["tracebacks", "url_parameters"],
 ]
 # These entities refer to each other in the types of their relationships.
 ENTITIES = {f"tiger_db.models.{name}" for name in ("accounts", "api_keys", "token_status")}

@@ -20,6 +20,7 @@ import pytest
 
 from tests.models.examples import table_of
 from tests.support import factories
+from tests.support.passed_settings import Passed
 from tests.support.servers import settings_for
 from tests.support.verifiers import OTHER, checkouts, kill
 from tests.support.waiting import until
@@ -303,7 +304,7 @@ async def test_a_revocation_takes_effect_in_a_loop_without_other_awaits(
 ) -> None:
     key, raw_key = await make_key(clone)
     here, there = processes.Pipe()
-    child = processes.Process(target=revoke_in_a_while, args=(clone.settings, key, there))
+    child = processes.Process(target=revoke_in_a_while, args=(Passed(clone.settings), key, there))
     child.start()
     assert await asyncio.to_thread(here.recv) == "ready"
     assert await listening.verify(raw_key)
@@ -609,7 +610,7 @@ async def private(private_server: Settings) -> Settings:
     connection = await connect(private_server, database="postgres")
     await connection.execute(f"CREATE DATABASE {name}")
     await connection.close()
-    password = server.connect_args(private_server)["password"]
+    password = server.connect_args(private_server)["password"].get_secret_value()
     url = f"postgresql://tiger_db:{password}@/?host={server.socket_folder}"
     settings = settings_for(url, name).model_copy(update={"db_pool_timeout": 3})
     async with maintenance_engine(settings) as engine:

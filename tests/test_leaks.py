@@ -173,7 +173,7 @@ def test_a_dump_contains_no_secret(witness: Witness, tmp_path: Path, format_: st
             witness.settings.database,
         ],
         check=True,
-        env={**os.environ, "PGPASSWORD": arguments["password"] or ""},
+        env={**os.environ, "PGPASSWORD": arguments["password"].get_secret_value()},
     )  # fmt: skip
     content = contents(dump)
     assert PUBLIC.encode() in content

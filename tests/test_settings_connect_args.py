@@ -61,7 +61,7 @@ def test_without_a_host_the_embedded_server_is_used() -> None:
 def test_database_url_takes_precedence() -> None:
     others = {"db_host": "other", "db_port": 1, "db_name": "o", "db_user": "o", "db_password": "o"}
     taken = parsed(Settings(database_url="postgresql://u:p@h:6432/d", **others))
-    assert (taken.addresses, taken.user, taken.password, taken.database) == (
+    assert (taken.addresses, taken.user, taken.password(), taken.database) == (
         [("h", 6432)], "u", "p", "d",
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def test_a_password_that_is_not_percent_encoded_works_or_is_refused_but_never_sh
     else:
         shown = chosen.location
         assert (shown, parsed(chosen).addresses) == ("host:5432/data", [("host", 5432)])
-        assert SECRET in parsed(chosen).password
+        assert SECRET in parsed(chosen).password()
     assert SECRET not in shown
 
 
@@ -142,7 +142,7 @@ def test_any_character_is_allowed(user: str, password: str, database: str) -> No
     by_url = Settings(database_url=f"postgresql://{encoded}")
     for chosen in (by_parts, by_url):
         taken = parsed(chosen)
-        assert (taken.user, taken.password, taken.database) == (user, password, database)
+        assert (taken.user, taken.password(), taken.database) == (user, password, database)
         assert taken.addresses == [("h", 5432)]
         assert chosen.database == database
 
@@ -329,7 +329,7 @@ def test_settings_without_the_pooler_differ_in_the_address_only(host: str, addre
     ):
         direct = Settings(database_url=url, **given).without_pooler()
         taken = parsed(direct)
-        assert (taken.addresses, taken.user, taken.password, taken.database) == (
+        assert (taken.addresses, taken.user, taken.password(), taken.database) == (
             [address], "u@x", "p@s", "d",
         )  # fmt: skip
         assert direct.tls == {"sslmode": "disable"}

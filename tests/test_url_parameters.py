@@ -121,7 +121,7 @@ def test_a_pasted_url_is_accepted(
     assert tls.items() <= chosen.tls.items()
     assert chosen.uses_pooler == pooler
     arguments = chosen.connect_args()
-    assert (arguments["password"], arguments["target_session_attrs"]) == ("p", "read-write")
+    assert (arguments["password"](), arguments["target_session_attrs"]) == ("p", "read-write")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,6 @@ def test_the_url_of_a_pooler_is_left_for_direct_connections() -> None:
     direct = chosen.without_pooler()
     assert not direct.uses_pooler
     arguments = direct.connect_args()
-    assert (arguments["host"], arguments["password"]) == ("direct", SECRET)
+    assert (arguments["host"], arguments["password"]()) == ("direct", SECRET)
     assert arguments["server_settings"]["application_name"] == "mine"
     assert "statement_timeout" in arguments["server_settings"]

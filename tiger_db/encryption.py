@@ -32,6 +32,7 @@ from sqlalchemy.types import TypeDecorator
 
 from tiger_db.errors import ConfigurationError, EncryptionError, InvalidValue
 from tiger_db.redaction import MASK
+from tiger_db.tracebacks import forgets_locals
 
 _VERSION = 2
 _UNBOUND_VERSION = 1
@@ -58,6 +59,7 @@ class KeySet:
         self.key_ids = tuple(keys)
 
     @classmethod
+    @forgets_locals
     def parse(cls, text: str) -> Self:
         """Parse keys of the form `id:base64-32-bytes`, separated by commas or line breaks.
 
@@ -161,6 +163,7 @@ class KeyRing(KeySet):
         }
 
     @classmethod
+    @forgets_locals
     def parse(cls, text: str) -> Self:
         """Parse keys of the form `id:base64-32-bytes`, or `id:base64-32-bytes:v2`.
 
@@ -189,6 +192,7 @@ class KeyRing(KeySet):
         return hmac.digest(self._fingerprint_keys[key_id], data, hashlib.sha256)
 
 
+@forgets_locals
 def encrypt(provider: KeyProvider, text: str, aad: str, bound: str = "") -> bytes:
     """Encrypt a text with the first key of the provider.
 
@@ -200,6 +204,7 @@ def encrypt(provider: KeyProvider, text: str, aad: str, bound: str = "") -> byte
     return header + provider.encrypt(key_id, text.encode(), header + (aad + bound).encode())
 
 
+@forgets_locals
 def decrypt(
     provider: KeyProvider, ciphertext: bytes, aad: str, owner: str = "", bound: str | None = ""
 ) -> str:
@@ -246,6 +251,7 @@ def bound_key_ids(provider: KeyProvider) -> Collection[str]:
     return ids
 
 
+@forgets_locals
 def fingerprint(provider: KeyProvider, key_id: str, text: str, column: str) -> bytes:
     """Return the blind index of a text, which is a MAC for search by equality.
 
@@ -328,6 +334,15 @@ class Secret(SecretStr):
     def _display(self) -> str:
         return MASK
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a plain secret cannot be pickled, because a pickle is not encrypted")
+
 
 class EncryptedSecret(Secret):
     """A secret that is stored as a ciphertext. `get_secret_value` decrypts the ciphertext.
@@ -338,6 +353,7 @@ class EncryptedSecret(Secret):
     """
 
     replaced_bound: str | None = None
+    same_text = False  # whether the flush that replaces the ciphertext keeps the text
 
     def __init__(
         self,
@@ -358,6 +374,7 @@ class EncryptedSecret(Secret):
         """The id of the key that encrypted this secret."""
         return key_id_of(self.ciphertext)
 
+    @forgets_locals
     def get_secret_value(self) -> str:
         """Return the decrypted secret.
 
@@ -379,13 +396,13 @@ class EncryptedSecret(Secret):
     def __len__(self) -> int:
         return len(self.get_secret_value())
 
-    def __copy__(self) -> "EncryptedSecret":
-        return EncryptedSecret(self.ciphertext, self.aad, self.provider, self.owner, self.bound)
+    def __copy__(self) -> Self:
+        return type(self)(self.ciphertext, self.aad, self.provider, self.owner, self.bound)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "EncryptedSecret":
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self.__copy__()
 
-    def __reduce__(self) -> tuple[type["EncryptedSecret"], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[object, ...]:
         # A pickle must not contain keys, so the provider is omitted.
         return EncryptedSecret, (self.ciphertext, self.aad, None, self.owner, self.bound)
 

@@ -48,6 +48,7 @@ from tiger_db.errors import ConfigurationError, Conflict, EncryptionError, Query
 from tiger_db.models import AuditAction, Entity
 from tiger_db.models.secrets import aad_of, bound_text, encrypted_columns, key_provider, secrets_of
 from tiger_db.public import Progress, no_progress
+from tiger_db.tracebacks import forgets_locals
 
 BATCH_ROWS = 1000  # Maximum number of rows per transaction.
 # Key id that `list_encryption_key_usage` reports for values that are not ciphertexts.
@@ -176,6 +177,7 @@ async def list_encryption_key_usage(session: AsyncSession) -> list[EncryptionKey
     return usage
 
 
+@forgets_locals
 async def find_unnormalized_secrets(
     session: AsyncSession, mapper: Mapper[Any], provider: KeyProvider
 ) -> UnnormalizedSecrets:
@@ -334,6 +336,7 @@ async def _outdated_rows(
     return rows.all()
 
 
+@forgets_locals
 def _reencrypt(
     provider: KeyProvider, mapper: Mapper[Any], row: Row[Any], *, normalize: bool = False
 ) -> dict[str, object] | None:

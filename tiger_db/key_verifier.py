@@ -21,6 +21,7 @@ from tiger_db.errors import AccessDenied, InvalidAPIKey, InvalidValue, SchemaMis
 from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import APIKey, APIKeyScope
 from tiger_db.public import public
+from tiger_db.tracebacks import forgets_locals
 
 CHANNEL = "tiger_db_api_keys"
 _TABLES = {"api_keys", "tiger_accounts"}  # Tables whose triggers notify the channel `CHANNEL`.
@@ -122,6 +123,7 @@ class KeyVerifier:
                         f" declares them, but {difference.description}: run `tiger-db check`"
                     )
 
+    @forgets_locals
     async def authorize(
         self,
         raw_key: str,
@@ -188,6 +190,7 @@ class KeyVerifier:
         except AccessDenied:
             return None
 
+    @forgets_locals
     async def _from_memory(
         self, raw_key: str, request: AccessRequest, *, count_use: bool
     ) -> APIKey | None:

@@ -12,6 +12,7 @@ from tiger_db.peppers import Peppers
 from tiger_db.redaction import add_known_secrets
 from tiger_db.settings import Settings
 from tiger_db.signing import generate_signing_key, parse_signing_key
+from tiger_db.tracebacks import forgets_locals
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ AUDIT_SIGNING_KEY = KeySetting(
 )
 
 
+@forgets_locals
 def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
     """Return the keys in a setting, or in the file that the setting `…_FILE` names, or None.
 
@@ -71,6 +73,7 @@ def configured(settings: Settings, keys: KeySetting[T]) -> T | None:
     return None
 
 
+@forgets_locals
 def in_force(settings: Settings, keys: KeySetting[T], *, generate: bool = True) -> T | None:
     """Return the configured keys, or else the keys in the embedded server's folder, or None.
 

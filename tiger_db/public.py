@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tiger_db.errors import InvalidFields
 from tiger_db.sqlstates import typed
+from tiger_db.tracebacks import forget_locals, forgets_locals
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 # The type of each parameter `progress` of a public function. While the public function works, it
@@ -63,13 +64,18 @@ def public(function: F_) -> F_:
 
         @wraps(function)
         async def checked(*arguments: object, **keywords: object) -> object:
-            given = check(arguments, keywords)
             try:
-                return await function(**given)
-            except SQLAlchemyError as error:
-                raise typed(error) from None
+                return await function(**check(arguments, keywords))
+            except BaseException as error:
+                forget_locals(error)
+                if isinstance(error, SQLAlchemyError):
+                    raise typed(error) from None
+                raise
+            finally:
+                del arguments, keywords
     else:
 
+        @forgets_locals
         @wraps(function)
         def checked(*arguments: object, **keywords: object) -> object:
             return function(**check(arguments, keywords))

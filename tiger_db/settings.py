@@ -34,6 +34,7 @@ from tiger_db.database_urls import (
 )
 from tiger_db.errors import ConfigurationError
 from tiger_db.redaction import add_known_secrets
+from tiger_db.tracebacks import forgets_locals
 from tiger_db.url_parameters import SYSTEM_CA, SSLMode, check_combination
 
 if TYPE_CHECKING:
@@ -42,13 +43,23 @@ if TYPE_CHECKING:
 StrOrPath = TypeVar("StrOrPath", str, Path)
 
 
+class ConnectionPassword(SecretStr):
+    """The database's password as an argument of `asyncpg.connect`, which accepts a function.
+
+    A `repr` of the arguments shows no password.
+    """
+
+    def __call__(self) -> str:
+        return self.get_secret_value()
+
+
 class ConnectArgs(TypedDict, total=False):
     """The keyword arguments of `asyncpg.connect`."""
 
     host: str | list[str]  # asyncpg tries the hosts of a list in their order
     port: int | list[int]
     user: str
-    password: str
+    password: ConnectionPassword
     database: str
     timeout: float
     command_timeout: float | None
@@ -64,7 +75,7 @@ class ConnectArgs(TypedDict, total=False):
 # that is None. Therefore, tiger_db passes all arguments, with these defaults. `tls.connect` passes
 # the arguments for TLS.
 DEFAULT_ARGUMENTS = ConnectArgs(
-    password="",
+    password=ConnectionPassword(""),
     target_session_attrs="any",
     krbsrvname="postgres",
     gsslib="sspi" if os.name == "nt" else "gssapi",
@@ -231,6 +242,7 @@ class Settings(BaseSettings):
     account_failing_for: float = Field(default=300, gt=0, le=86400, description="seconds")
     account_suspend_after: int = Field(default=10, ge=1, le=1_000_000, description="errors")
 
+    @forgets_locals
     def __init__(self, **values: object) -> None:
         try:
             super().__init__(**values)  # type: ignore[arg-type]  # pydantic checks the types
@@ -248,6 +260,9 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # No files are read, and `dotenv_settings` takes half of the time even without a file.
         return init_settings, env_settings
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("Settings cannot be pickled, because a pickle would contain its secrets")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -293,6 +308,7 @@ class Settings(BaseSettings):
         in_url = url is not None and url.parameters.get("pgbouncer") == "true"
         return in_url or self.db_pooler != "none"
 
+    @forgets_locals
     def without_pooler(self) -> Self:
         """Return settings whose connections bypass the pooler, for work that needs one session.
 
@@ -430,6 +446,7 @@ class Settings(BaseSettings):
             " DB_ALLOW_UNVERIFIED_TLS=true to trust any server"
         )
 
+    @forgets_locals
     def connect_args(self, replica: Address | None = None) -> ConnectArgs:
         """Return the keyword arguments of `asyncpg.connect` for the server, or for a replica.
 
@@ -462,7 +479,7 @@ class Settings(BaseSettings):
             "host": [a.host for a in addresses] if several else addresses[0].host,
             "port": [a.port for a in addresses] if several else addresses[0].port,
             "user": _user_name() if url.user is None else url.user,
-            "password": url.password or "",
+            "password": ConnectionPassword(url.password or ""),
             "database": self.database,
             "timeout": float(found.get("connect_timeout", self.db_connect_timeout)),
             "command_timeout": self.command_timeout,

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from tiger_db.encryption import decode_base64
 from tiger_db.errors import ConfigurationError, InvalidValue
+from tiger_db.tracebacks import forgets_locals
 
 _SEED_BYTES = 32
 
@@ -17,6 +18,7 @@ def generate_signing_key() -> str:
     return base64.b64encode(secrets.token_bytes(_SEED_BYTES)).decode()
 
 
+@forgets_locals
 def parse_signing_key(text: str) -> Ed25519PrivateKey:
     """Parse the value of `AUDIT_SIGNING_KEY`, which is base64 of a 32-byte seed.
 

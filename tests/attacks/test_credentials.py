@@ -1,13 +1,17 @@
 """An attacker with SQL as the application's role changes accounts and their ciphertexts (A18)."""
 
 import asyncio
+import copy
+import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import load_only
 
+from tests.support import factories
 from tests.support.encryption_keys import (
     K1,
     K2,
@@ -20,7 +24,7 @@ from tests.support.private_keys import der
 from tests.support.tiger_tokens import tiger_token
 from tiger_db import Database, PrivateKeyFormat, RefreshTrigger, Settings, TigerAccount, crud
 from tiger_db.database import AsyncSession
-from tiger_db.encryption import KeyRing
+from tiger_db.encryption import KeyRing, Secret
 from tiger_db.encryption_key_rotation import list_encryption_key_usage, rotate
 from tiger_db.errors import EncryptionError, InvalidState
 from tiger_db.models import TigerEnvironment
@@ -205,6 +209,17 @@ async def test_an_honest_change_encrypts_the_secrets_again(
     assert event.new_values.keys() == changes.keys()  # unchanged secrets are not listed
 
 
+async def test_a_changed_url_keeps_the_time_of_the_next_refresh(session: AsyncSession) -> None:
+    expires_at = datetime.now(UTC) + timedelta(days=20)
+    account = await secret_account(session, token_expires_at=expires_at)
+    due = account.token_refresh_at
+    assert due is not None
+    await session.execute(text("SELECT pg_sleep(0.01)"))
+    await crud.accounts.update(session, account.id, server_url="https://new.example")
+    await session.refresh(account)
+    assert account.token_refresh_at == due
+
+
 async def test_an_assignment_encrypts_secrets_that_are_not_loaded(
     session: AsyncSession, account: TigerAccount
 ) -> None:
@@ -343,3 +358,35 @@ async def test_a_rotation_leaves_a_row_with_a_changed_column_and_names_it(
         report = await rotate(database)
     assert (report.rotated, report.stuck) == (0, 1)
     assert str(account.id) in report.problems[0]
+
+
+# Pickles and representations (attack A26)
+
+
+def test_plain_secrets_and_settings_cannot_be_pickled() -> None:
+    account, settings = factories.new_account(**SECRETS), Settings(db_host="h", db_password="pw")
+    for value in (account, Secret("plain"), {"nested": [account]}, settings, Settings()):
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            with pytest.raises(TypeError, match="cannot be pickled"):
+                pickle.dumps(value, protocol)
+    for copied in (copy.copy, copy.deepcopy):
+        assert values_of(copied(account)) == SECRETS
+        assert copied(settings) == settings
+        assert copied(Secret("plain")) == Secret("plain")
+
+
+async def test_a_stored_account_is_pickled_without_plain_secrets(account: TigerAccount) -> None:
+    pickled = pickle.dumps(account)
+    assert not [secret for secret in SECRETS.values() if secret.encode() in pickled]
+    with pytest.raises(EncryptionError):
+        pickle.loads(pickled).access_token.get_secret_value()
+
+
+def test_the_representation_of_connect_arguments_shows_no_password() -> None:
+    url = "postgresql://u:hunter2-hunter2@localhost/d"
+    by_parts = Settings(db_host="localhost", db_user="u", db_password="hunter2-hunter2")
+    for settings in (by_parts, Settings(database_url=url)):
+        arguments = settings.connect_args()
+        assert arguments["password"]() == "hunter2-hunter2"
+        for told in (repr(arguments), str(arguments), repr(settings), repr(settings.url)):
+            assert "hunter2" not in told

@@ -15,6 +15,7 @@ import pytest
 from pydantic import SecretStr
 
 from tests.support import factories
+from tests.support.passed_settings import Passed
 from tests.support.trail import insert_seal
 from tests.support.waiting import until
 from tiger_db import AuditAction, AuditLog, Database, Settings, audit, crud
@@ -210,7 +211,9 @@ async def test_48_writers_and_two_sealers_seal_each_event_once(
 ) -> None:
     written = Written()
     over, seen = processes.Pipe()
-    sealers = [processes.Process(target=seal_in_a_loop, args=(signing, seen)) for _ in range(2)]
+    sealers = [
+        processes.Process(target=seal_in_a_loop, args=(Passed(signing), seen)) for _ in range(2)
+    ]
     for sealer in sealers:
         sealer.start()
     async with Database(signing) as second:
@@ -369,7 +372,7 @@ async def test_a_killed_sealer_leaves_whole_seals(
 ) -> None:
     await other.execute(MANY, 100_000)
     for seals in (1, 3, 6):
-        sealer = processes.Process(target=seal_in_a_loop, args=(signing, None))
+        sealer = processes.Process(target=seal_in_a_loop, args=(Passed(signing), None))
         sealer.start()
 
         async def made(seals: int = seals) -> bool:

@@ -110,7 +110,7 @@ async def private(private_server: Settings) -> AsyncIterator[Database]:
     settings = Settings(
         db_host=str(server.socket_folder),
         db_name=name,
-        db_password=server.connect_args(private_server)["password"],
+        db_password=server.connect_args(private_server)["password"].get_secret_value(),
         encryption_keys=generate_key(),
     )
     async with maintenance_engine(settings) as engine:
@@ -122,7 +122,7 @@ async def private(private_server: Settings) -> AsyncIterator[Database]:
 @pytest.mark.slow
 async def test_a_wrong_password(private_server: Settings) -> None:
     server = embedded.start(private_server)
-    right = server.connect_args(private_server)["password"]
+    right = server.connect_args(private_server)["password"].get_secret_value()
     assert right
     settings = Settings(db_host=str(server.socket_folder), db_password="my guess")
     with pytest.raises(DatabaseUnavailable, match="password authentication failed") as caught:

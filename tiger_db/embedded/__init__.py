@@ -28,7 +28,7 @@ from tiger_db import files
 from tiger_db.embedded import folders, processes, server_process
 from tiger_db.embedded.server_process import Postmaster
 from tiger_db.errors import ConfigurationError, EmbeddedError
-from tiger_db.settings import DEFAULT_ARGUMENTS, ConnectArgs, Settings
+from tiger_db.settings import DEFAULT_ARGUMENTS, ConnectArgs, ConnectionPassword, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class EmbeddedServer:
                 "host": str(self.socket_folder),
                 "port": 5432,
                 "user": "tiger_db",
-                "password": _read_secret(self.folder / "password"),
+                "password": ConnectionPassword(_read_secret(self.folder / "password")),
                 "database": settings.database,
                 "timeout": settings.db_connect_timeout,
                 "server_settings": settings.server_settings(),

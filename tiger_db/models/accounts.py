@@ -47,6 +47,7 @@ from tiger_db.models.views import (
 )
 from tiger_db.public import public
 from tiger_db.redaction import mask_account_number
+from tiger_db.tracebacks import forgets_locals
 
 if TYPE_CHECKING:
     from tiger_db.models.api_keys import APIKey
@@ -524,6 +525,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @event.listens_for(TigerAccount, "before_insert")
 @event.listens_for(TigerAccount, "before_update")
+@forgets_locals
 def _set_refresh_time(_mapper: object, _connection: object, account: TigerAccount) -> None:
     """Set `token_refresh_at` of an account if the access token or its expiry was changed."""
     if _is_token_changed(account):
@@ -532,7 +534,10 @@ def _set_refresh_time(_mapper: object, _connection: object, account: TigerAccoun
 
 def _is_token_changed(account: TigerAccount) -> bool:
     """Return whether the access token or its expiry was changed since the last flush."""
-    changed = instance_state(account).committed_state.keys()
+    changed = set(instance_state(account).committed_state)
+    token = vars(account).get("access_token")
+    if isinstance(token, EncryptedSecret) and token.same_text:
+        changed.discard("access_token")
     return bool(changed & {"access_token", "token_expires_at"}) and (
         "token_expires_at" in vars(account)
     )

@@ -43,6 +43,7 @@ from tiger_db.models.columns import (
 )
 from tiger_db.models.secrets import bind_secrets, encrypt_secrets, key_provider
 from tiger_db.models.views import EntityView, MutableEntityView
+from tiger_db.tracebacks import forgets_locals
 
 E_ = TypeVar("E_", bound="Entity")
 # SQLModel's model_validate() first creates an instance without arguments, and then sets its fields.
@@ -86,6 +87,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
         except ValidationError as error:
             raise _invalid_fields(error) from None
 
+    @forgets_locals
     def __init__(self, **data: Any) -> None:  # noqa: ANN401  # SQLModel's signature
         if not data and _creates_empty.get():
             _creates_empty.set(False)
@@ -105,6 +107,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
         for name, value in related.items():
             self._relate(name, value)
 
+    @forgets_locals
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  # SQLModel's signature
         if name == "_sa_instance_state":
             self.__dict__[name] = value
@@ -136,6 +139,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
             raise InvalidFields.of(type(self).__name__, [((name,), reason)])
         set_attribute(self, name, value)
 
+    @forgets_locals
     def sqlmodel_update(
         self, obj: dict[str, Any] | BaseModel, *, update: dict[str, Any] | None = None
     ) -> Self:
@@ -148,6 +152,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
             self.__pydantic_fields_set__.add(name)
         return self
 
+    @forgets_locals
     def validate_changes(self, changes: Mapping[str, object]) -> dict[str, Any]:
         """Validate new field values on a copy of the entity, and return the validated values."""
         if not changes:
@@ -191,6 +196,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
         return self.__copy__().sqlmodel_update(dict(update or {}))
 
     @classmethod
+    @forgets_locals
     def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature
         token = _creates_empty.set(True)
         try:
@@ -201,6 +207,7 @@ class Entity(EntityView, registry=registry(metadata=metadata)):
             _creates_empty.reset(token)
 
     @classmethod
+    @forgets_locals
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature
         try:
             return super().model_validate_json(json_data, **options)
@@ -284,6 +291,7 @@ def _readable(column: Column[Any]) -> Iterable[tuple[str, str]]:
 
 @event.listens_for(Entity, "before_insert", propagate=True)
 @event.listens_for(Entity, "before_update", propagate=True)
+@forgets_locals
 def _prepare_flush(mapper: Mapper[Any], connection: Connection, row: Entity) -> None:
     """Validate JSON values and lists that were changed in place, and encrypt new secrets."""
     changed = {

@@ -21,6 +21,7 @@ from tiger_db.encryption import (
     is_bound,
 )
 from tiger_db.errors import ConfigurationError, EncryptionError
+from tiger_db.tracebacks import forgets_locals
 
 CONTEXT = "tiger_db"  # key of the SessionContext in Session.info
 
@@ -84,6 +85,7 @@ def encrypt_secret(provider: KeyProvider | None, text: str, aad: str, bound: str
     return encrypt(provider, text, aad, bound)
 
 
+@forgets_locals
 def encrypt_for_row(provider: KeyProvider | None, row: Row, name: str, text: str) -> bytes:
     """Encrypt a secret for a column of a loaded row, and return the ciphertext.
 
@@ -155,7 +157,7 @@ def encrypt_secrets(mapper: Mapper[Any], connection: Connection, row: Row) -> No
         ciphertext = encrypt_secret(provider, text, aad, bound)
         assert provider is not None  # encrypt_secret() raises an error if the provider is None
         encrypted = EncryptedSecret(ciphertext, aad, provider, label, bound)
-        encrypted.replaced_bound = old_bound
+        encrypted.replaced_bound, encrypted.same_text = old_bound, name not in pending
         set_attribute(row, name, encrypted)
         if type_.fingerprint:
             mark = fingerprint(provider, provider.key_ids[0], text, aad.split(":")[0])

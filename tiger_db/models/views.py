@@ -12,6 +12,7 @@ from uuid_utils.compat import uuid7
 
 from tiger_db.encryption import Secret
 from tiger_db.models.columns import UTCDateTime, track
+from tiger_db.tracebacks import forgets_locals
 
 T = TypeVar("T")
 Read_co = TypeVar("Read_co", covariant=True)
@@ -85,6 +86,7 @@ class EntityView(SQLModel):
         return cls._view_of(data) if cls._is_entity(data) else handler(data)
 
     @classmethod
+    @forgets_locals
     def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401  # pydantic's signature
         # SQLModel's function ignores the object that `_validated` returns.
         return cls._view_of(obj) if cls._is_entity(obj) else super().model_validate(obj, **options)

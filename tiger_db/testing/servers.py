@@ -203,7 +203,7 @@ def start_embedded(folder: Path) -> Server:
     except EmbeddedError:
         shutil.rmtree(folder)
         raise
-    password = server.connect_args(settings)["password"]
+    password = server.connect_args(settings)["password"].get_secret_value()
     url = f"postgresql://tiger_db:{password}@/?host={server.socket_folder}"
     return Server(url, "embedded", folder=str(folder))
 

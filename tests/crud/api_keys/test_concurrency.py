@@ -11,6 +11,7 @@ from typing import TypeVar
 import pytest
 
 from tests.support import factories
+from tests.support.passed_settings import Passed
 from tiger_db import (
     APIKey,
     Database,
@@ -97,7 +98,9 @@ async def authorize_everywhere(
     """Use a key in four processes; return the sum of their numbers."""
     pool = {"db_pool_size": CONNECTIONS, "db_max_overflow": 0, "db_pool_timeout": 60}
     settings = database.settings.model_copy(update=pool)
-    told = (in_process(authorize_often, settings, how, raw_key, times) for _ in range(PROCESSES))
+    told = (
+        in_process(authorize_often, Passed(settings), how, raw_key, times) for _ in range(PROCESSES)
+    )
     async with asyncio.timeout(60):
         return sum(await asyncio.gather(*told), Counter())
 

@@ -11,6 +11,7 @@ from sqlalchemy import text
 
 from tests.support import factories
 from tests.support.concurrency import at_once, until_waiting
+from tests.support.passed_settings import Passed
 from tests.support.raw_keys import sent_statements
 from tests.support.verifiers import checkouts
 from tests.support.waiting import until
@@ -274,7 +275,7 @@ async def test_after_the_commit_no_process_accepts_a_trade(clone: Database) -> N
     children = []
     for by in ("memory", "memory", "verifier", "session"):
         here, there = processes.Pipe()
-        child = processes.Process(target=trade, args=(clone.settings, raw_key, by, there))
+        child = processes.Process(target=trade, args=(Passed(clone.settings), raw_key, by, there))
         child.start()
         children.append((child, here))
     for _, here in children:

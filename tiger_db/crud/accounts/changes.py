@@ -134,7 +134,12 @@ async def update(
         values["auto_suspended"] = False
     async with savepoint(session, account):
         await apply_change(
-            session, account, values, action=action, given=changes, details=reason_details(reason)
+            session,
+            account,
+            values,
+            action=action,
+            given=[*changes],
+            details=reason_details(reason),
         )
     return account
 

@@ -47,7 +47,7 @@ async def update_tokens(
         given["refresh_token"] = refresh_token
     values = account.validate_changes(given)
     add_token_expiry(account, values)
-    await apply_change(session, account, values, action=AuditAction.TOKEN_UPDATE, given=given)
+    await apply_change(session, account, values, action=AuditAction.TOKEN_UPDATE, given=[*given])
     if refresh_id is not None and await _is_suspended_by(session, account, refresh_id):
         await apply_change(
             session,

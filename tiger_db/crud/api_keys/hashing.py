@@ -12,6 +12,7 @@ from passlib.hash import argon2, bcrypt
 from tiger_db.crud.common import context_of, has_passed
 from tiger_db.errors import ConfigurationError, InvalidAPIKey
 from tiger_db.peppers import Peppers
+from tiger_db.tracebacks import forgets_locals
 
 # One salted SHA-256 is enough for a secret of 256 random bits. NIST SP 800-63B, section 5.1.2.2,
 # requires key stretching only for secrets of less than 112 bits. Imported API keys can have a slow
@@ -48,6 +49,7 @@ def peppers_of(info: Mapping[Any, object]) -> Peppers:
     return peppers
 
 
+@forgets_locals
 def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
     """Hash a secret with the first pepper. Return the hash and the pepper's id."""
     pepper_id = peppers.key_ids[0]
@@ -55,6 +57,7 @@ def hash_secret(peppers: Peppers, secret: str) -> tuple[str, str]:
     return hashed, pepper_id
 
 
+@forgets_locals
 async def verify_secret(peppers: Peppers, secret: str, hashed: str, pepper_id: str | None) -> bool:
     """Return whether a secret matches a hash. If `pepper_id` is None, the hash has no pepper.
 

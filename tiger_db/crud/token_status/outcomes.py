@@ -44,6 +44,7 @@ from tiger_db.models.base import merge_row, row_expression
 from tiger_db.models.secrets import encrypt_for_row, key_provider, readable_secrets
 from tiger_db.public import public
 from tiger_db.redaction import redact_aggressively
+from tiger_db.tracebacks import forgets_locals
 
 # Failed refreshes are attempted again after an exponential backoff with full jitter:
 # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
@@ -234,6 +235,7 @@ async def complete(
     return refresh
 
 
+@forgets_locals
 async def _complete(
     session: AsyncSession,
     claim: TokenStatus,
