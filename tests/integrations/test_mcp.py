@@ -119,6 +119,23 @@ async def test_only_code_of_the_application_is_a_use(clone: Database, kind: str)
         for method in ("resources/read", "prompts/get"):
             content = json.dumps(message(method, uri="a://b", name="c")).encode()
             assert await uses(content, session) == (200, 1), method
+        completion = message(
+            "completion/complete",
+            ref={"type": "ref/prompt", "name": "c"},
+            argument={"name": "a", "value": "b"},
+        )
+        for request in (completion, message("unknown"), message("notifications/initialized")):
+            assert (await uses(json.dumps(request).encode(), session))[1] == 1, request
+        answer = {"jsonrpc": "2.0", "id": 1, "result": {}}
+        for free in (answer, {"jsonrpc": "2.0", "method": "notifications/initialized"}):
+            assert await uses(json.dumps(free).encode(), session) == (202, 0), free
+        # A method that is no text, and an id that JSON cannot name, are errors of the client.
+        for content in (
+            b'{"method": []}',
+            b'{"jsonrpc": "2.0", "id": NaN, "method": "tools/call"}',
+        ):
+            status, count = await uses(content, session)
+            assert (status, count) == (400, 1), content
         tool_call = message("tools/call", name="place_order", arguments={"symbol": "AAPL"})
         assert await uses(json.dumps(tool_call).encode(), session) == (200, 1)
         # The servers refuse batches and other bodies, which count as uses, as they may be calls.

@@ -60,8 +60,11 @@ if TYPE_CHECKING:
 __all__ = ["APIKeyMiddleware", "record_tool_calls", "require_api_key"]
 T = TypeVar("T")
 _logger = logging.getLogger("tiger_db")
-# The methods that run code of the application, and are therefore uses of the API key.
-_USES = {"tools/call", "resources/read", "prompts/get"}
+# Requests that run no code of the application. All others are uses of the API key.
+_FREE_METHODS = {
+    "initialize", "ping", "server/discover", "logging/setLevel", "subscriptions/listen",
+    "tools/list", "resources/list", "resources/templates/list", "prompts/list",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +101,9 @@ class APIKeyMiddleware:
     """ASGI middleware that requires an API key for each request of an MCP server.
 
     The client sends the key as `Authorization: Bearer` or `X-API-Key`. Each request needs a valid
-    key with `scopes`. A tool call, a read resource and a prompt are each one use of the key. Other
-    messages, such as `initialize`, `ping` and lists, are no uses. An MCP session can be used with
-    the key that opened it only. A stream of the server's messages ends when its key is refused.
+    key with `scopes`. A request that can run code of the application, such as a tool call, is one
+    use of the key. `initialize`, `ping`, `logging/setLevel`, lists and notifications are no uses.
+    An MCP session can be used with the key that opened it only. A stream of the server's messages ends when its key is refused.
 
     `trusted_proxies` are the IP addresses and networks of the proxies in front of the server.
 
@@ -158,7 +161,7 @@ class APIKeyMiddleware:
         messages = deque([await receive()])
         message = _parse(messages[0].get("body", b"")) if scope["method"] == "POST" else {}
         method = message.get("method")
-        if method in _USES:
+        if scope["method"] == "POST" and _is_use(message):
             try:
                 await caller.authorize(self.scopes, count_use=True)
             except TigerDBError as error:
@@ -193,6 +196,17 @@ def _parse(body: bytes) -> Mapping[str, Any]:
     except ValueError:
         message = None
     return message if isinstance(message, dict) else {"method": "tools/call"}
+
+
+def _is_use(message: Mapping[str, Any]) -> bool:
+    """Return whether a message can run code of the application, as a request of the client."""
+    method = message.get("method")
+    if method is None:  # an answer to a request of the server
+        return "result" not in message and "error" not in message
+    if not isinstance(method, str):
+        return True
+    is_notification = method.startswith("notifications/") and "id" not in message
+    return not is_notification and method not in _FREE_METHODS
 
 
 def _user(key: APIKey) -> AuthenticatedUser:
