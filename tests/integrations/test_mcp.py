@@ -90,13 +90,19 @@ async def test_one_tool_call_is_one_use(clone: Database, kind: str, client: str)
             await connected.list_tools()  # no use, so no limit applies
         async with raw(url, raw_key) as http:
             limited = await http.post("/mcp", json=message("tools/call", name="account_names"))
+            ids = [1, "a", "x" * 100, "x" * 101, 2**63, 1.5, float("nan"), True, [1], {}]
+            for sent in ids:
+                content = json.dumps({"id": sent, "method": "tools/call"}).encode()
+                refused = await http.post("/mcp", content=content)
+                answered = sent if sent in ids[:3] and sent is not True else None
+                assert (refused.status_code, refused.json()["id"]) == (429, answered), sent
     assert limited.status_code == 429
     assert 0 < int(limited.headers["retry-after"]) <= 86400
     assert limited.json()["error"]["data"] == {"code": "rate_limited"}
     assert await used(clone, key) == 3
     async with clone.session() as session:
         denials = list(await crud.audit_logs.search(session, action="api_key:deny"))
-    assert [denial.error_code for denial in denials] == ["RateLimited"] * 2  # one per request
+    assert [denial.error_code for denial in denials] == ["RateLimited"] * 12  # one per request
 
 
 @pytest.mark.slow

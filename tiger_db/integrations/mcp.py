@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["APIKeyMiddleware", "record_tool_calls", "require_api_key"]
 T = TypeVar("T")
 _logger = logging.getLogger("tiger_db")
+_MAX_ID_CHARACTERS = 100  # maximum length of a message id that an answer repeats
 # Requests that run no code of the application. All others are uses of the API key.
 _FREE_METHODS = {
     "initialize", "ping", "server/discover", "logging/setLevel", "subscriptions/listen",
@@ -225,6 +226,8 @@ async def _refuse(
     error: TigerDBError, message_id: object, scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Answer a request with an error of JSON-RPC, which clients show to the user."""
+    if not _is_short_id(message_id):
+        message_id = None
     shown = public_error(error)
     if shown.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         _logger.error("an MCP request failed", exc_info=error)
@@ -237,6 +240,16 @@ async def _refuse(
     }  # fmt: skip
     body = {"jsonrpc": "2.0", "id": message_id, "error": details}
     await JSONResponse(body, shown.status, shown.headers)(scope, receive, send)
+
+
+def _is_short_id(value: object) -> bool:
+    """Return whether the id of a message can be repeated in an answer, as 64 bits or a short text.
+
+    A client can send an id that JSON cannot express, such as NaN, or that is megabytes long.
+    """
+    if isinstance(value, str):
+        return len(value) <= _MAX_ID_CHARACTERS and value.isprintable()
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 async def _stream(
