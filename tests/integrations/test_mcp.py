@@ -212,6 +212,28 @@ async def post_unread(app: Any, **headers: str) -> list[Any]:
     return sent
 
 
+async def test_the_key_is_not_in_a_repr(clone: Database, kind: str) -> None:
+    from tiger_db.integrations import mcp  # noqa: PLC0415
+
+    _, raw_key = await make_key(clone)
+    shown = []
+
+    async def show(*_: object) -> None:
+        shown.append(repr(mcp._caller.get()))  # as a log with local variables shows it
+
+    app, _ = new_app(kind, clone, recorded=False)
+    app.app = show
+    scope = {"type": "http", "method": "GET", "headers": [(b"x-api-key", raw_key.encode())]}
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    await app(scope, receive, show)
+    (text,) = shown
+    assert "_Caller" in text
+    assert raw_key not in text
+
+
 async def test_a_body_is_read_for_a_valid_key_only(clone: Database, kind: str) -> None:
     _, raw_key = await make_key(clone)
     _, scopeless = await make_key(clone, scopes=[TRADE])

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address
@@ -73,7 +73,7 @@ class _Caller:
     """The API key of a request, and what is needed to authorize it again."""
 
     verifier: KeyVerifier
-    raw_key: str
+    raw_key: str = field(repr=False)
     ip_address: str | IPv4Address | IPv6Address | None
     user_agent: str | None
     key: APIKey | None = None
