@@ -91,6 +91,11 @@ def test_the_address_of_a_client_behind_proxies(
     assert alone == client_address(scope_of(peer), ())
 
 
+@pytest.mark.parametrize("client", [None, (), (None, None), ("", 0), ["testclient", 1]])
+def test_a_request_without_an_address(client: object) -> None:
+    assert client_address({"client": client, "headers": []}, TRUSTED) is None
+
+
 @pytest.mark.parametrize("proxies", ["10.0.0.1", ["10.0.0.1/8"], ["proxy.example"]])
 def test_wrong_proxies_are_refused(proxies: list[str]) -> None:
     with pytest.raises(ConfigurationError, match="trusted_proxies"):

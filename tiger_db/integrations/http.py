@@ -152,7 +152,8 @@ def client_address(scope: Mapping[str, Any], trusted: tuple[Network, ...]) -> Ad
     A client can send a header that the proxy does not set. If both headers are present and name
     different clients, or if an element that must be read is malformed, the address is not known.
     """
-    peer = _parse_node(scope["client"][0]) if scope.get("client") else None
+    host, *_ = scope.get("client") or (None,)  # servers on a Unix socket can give (None, None)
+    peer = _parse_node(host) if host else None
     if peer is None or not _contains(trusted, peer):
         return peer
     chains = [
