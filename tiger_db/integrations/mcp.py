@@ -104,7 +104,8 @@ class APIKeyMiddleware:
     The client sends the key as `Authorization: Bearer` or `X-API-Key`. Each request needs a valid
     key with `scopes`. A request that can run code of the application, such as a tool call, is one
     use of the key. `initialize`, `ping`, `logging/setLevel`, lists and notifications are no uses.
-    An MCP session can be used with the key that opened it only. A stream of the server's messages ends when its key is refused.
+    An MCP session can be used with the key that opened it only. A stream of the server's messages
+    ends when its key is refused.
 
     `trusted_proxies` are the IP addresses and networks of the proxies in front of the server.
 
