@@ -280,7 +280,7 @@ def test_importing_tiger_db_never_imports_the_sdk() -> None:
 def test_without_the_sdk_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     load_sdk.cache_clear()
     monkeypatch.setitem(sys.modules, "tigeropen", None)
-    with pytest.raises(ConfigurationError, match=r"tiger-db\[tiger\]"):
+    with pytest.raises(ConfigurationError, match=r"the extra `tiger`"):
         client_config(new_account(private_key=PK8))
 
 

@@ -5,6 +5,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar, get_origin
 
 import pytest
@@ -46,7 +47,8 @@ def names(annotation: ast.expr) -> Iterator[str]:
         if isinstance(node, ast.Name):
             yield node.id
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from names(ast.parse(node.value, mode="eval").body)
+            with suppress(SyntaxError):  # a text that is no annotation, such as a pattern
+                yield from names(ast.parse(node.value, mode="eval").body)
 
 
 def defined() -> Iterator[str]:
