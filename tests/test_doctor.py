@@ -397,6 +397,21 @@ async def test_missing_and_old_encryption_keys_are_reported(
     assert "put test back" in result.advice
 
 
+async def test_an_account_with_a_url_that_was_changed_by_sql_is_named(
+    clone: Database, clone_settings: Settings
+) -> None:
+    async with clone.session() as session:
+        account, _ = [await factories.account(session) for _ in range(2)]
+        await session.execute(
+            text("UPDATE tiger_accounts SET server_url = 'https://evil.example' WHERE id = :id"),
+            {"id": account.id},
+        )
+    result = await found(clone_settings, "Tiger ids")
+    assert result.status == "problem"
+    assert result.seen == f"accounts whose secrets do not belong to their row: {account.id}"
+    assert str(result.advice).startswith("undo changes of account_number, environment, server_url")
+
+
 async def test_ciphertexts_of_version_1_and_keys_without_mark_are_reported(
     clone: Database, clone_settings: Settings
 ) -> None:

@@ -611,6 +611,14 @@ async def _check_tiger_ids(connection: AsyncConnection, settings: Settings) -> O
         return Outcome("warning", f"not checked: {error}", advice)
     async with AsyncSession(connection) as session:
         found = await find_unnormalized_secrets(session, class_mapper(TigerAccount), ring)
+    if found.foreign:
+        ids = _join_first([*map(str, found.foreign)])
+        seen = f"accounts whose secrets do not belong to their row: {ids}"
+        advice = (
+            "undo changes of account_number, environment, server_url and client_options that were"
+            " made with SQL, or set new values for all secrets with `crud.accounts.update`"
+        )
+        return Outcome("problem", seen, advice)
     if found.normalizable:
         ids = _join_first([*map(str, found.normalizable)])
         seen = f"accounts whose Tiger ids are not normalized: {ids}"

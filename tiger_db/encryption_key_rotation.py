@@ -85,7 +85,9 @@ class UnnormalizedSecrets:
     normalizable: list[UUID] = field(default_factory=list)
     # Ids of rows whose secret could not be normalized.
     invalid: list[UUID] = field(default_factory=list)
-    unreadable: int = 0  # Number of rows that cannot be decrypted.
+    unreadable: int = 0  # Number of rows that cannot be decrypted, because their key is missing.
+    # Ids of rows whose secret does not belong to the row, although its key is configured.
+    foreign: list[UUID] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -200,7 +202,10 @@ async def find_unnormalized_secrets(
                     if type_.normalize(plain) != plain:
                         found.normalizable.append(row_id)
                 except EncryptionError:
-                    found.unreadable += 1
+                    if _key_id(ciphertext) in provider.key_ids:
+                        found.foreign.append(row_id)
+                    else:
+                        found.unreadable += 1
                 except ValueError:
                     found.invalid.append(row_id)
             after = rows[-1].id
