@@ -255,10 +255,16 @@ async def test_a_message_is_cut_and_no_part_of_a_secret_is_left(clone: Database,
 async def test_fail_unknown_writes_constants(
     clone: Database, error: Exception, max_retries: int
 ) -> None:
-    """The row has values with which no failure can be stored."""
+    """The database refuses every other failure."""
     refresh = await opened(clone, max_retries=max_retries)
     async with clone.session() as session:
-        await session.execute(text("UPDATE token_statuses SET details = '[1]'"))
+        await session.execute(
+            text(
+                "ALTER TABLE token_statuses ADD CHECK"
+                f" (coalesce(error_message, '{outcomes.UNKNOWN_OUTCOME}')"
+                f" = '{outcomes.UNKNOWN_OUTCOME}')"
+            )
+        )
     worker = await run_once(clone, failing(error))
     now = await row(clone, refresh.id)
     given_up = max_retries == 1

@@ -236,8 +236,13 @@ async def test_sessions_come_from_a_function_or_an_object(
 
     assert clone.settings.database_url is not None
     monkeypatch.setenv("DATABASE_URL", clone.settings.database_url.get_secret_value())
-    async with recorded(get_session, action=PLACE, request_id="r3"):
-        pass
+
+    async def record() -> None:
+        async with recorded(get_session, action=PLACE, request_id="r3"):
+            pass
+
+    # In an event loop of its own, which closes its default Database.
+    await asyncio.to_thread(asyncio.run, record())
     assert len(await trail(clone)) == 4
 
     class Source:
