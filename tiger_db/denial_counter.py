@@ -82,15 +82,18 @@ class DenialCounter:
         self._digest_key = secrets.token_bytes(32)
         self._turn = asyncio.Semaphore(1)
 
+    def digest(self, raw_key: str) -> bytes:
+        """Return a keyed digest of an API key for `admit`, whose frame must not hold the key."""
+        return hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
+
     @asynccontextmanager
-    async def admit(self, raw_key: str, *, wait: bool) -> AsyncIterator[None]:
-        """Run a code block that authorizes an API key.
+    async def admit(self, digest: bytes, *, wait: bool) -> AsyncIterator[None]:
+        """Run a code block that authorizes an API key with this digest.
 
         If `wait` is true, the calls with keys that no earlier call has accepted run one after
         another in a flood of denials. Therefore, they do not slow down the other calls. There is a
         flood if at least `FLOOD_DENIALS` denials occurred in this interval or in the last one.
         """
-        digest = hashlib.blake2b(raw_key.encode(), digest_size=16, key=self._digest_key).digest()
         is_flood = max(self._denials, self._earlier_denials) >= FLOOD_DENIALS
         must_wait = wait and is_flood and digest not in self._accepted
         async with self._turn if must_wait else nullcontext():

@@ -294,7 +294,7 @@ async def test_a_session_with_a_connection_does_not_wait_in_a_flood(clone: Datab
     for _ in range(denial_counter.FLOOD_DENIALS):
         counter.count("address", "", factories.new_event)
     with suppress(AccessDenied):
-        async with counter.admit(unknown_key(), wait=True), asyncio.timeout(20):
+        async with counter.admit(counter.digest(unknown_key()), wait=True), asyncio.timeout(20):
             async with clone.session() as session:
                 await session.connection()
                 assert await api_keys.verify_api_key(session, raw_key)

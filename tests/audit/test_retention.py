@@ -538,7 +538,7 @@ async def test_maintenance_gives_way_to_a_long_transaction(
         async with Writers(database) as writers:
             started = time.monotonic()
             with pytest.raises(
-                DatabaseUnavailable, match=f"in use by process {reader.get_server_pid()} "
+                DatabaseUnavailable, match=rf"in use by .*process {reader.get_server_pid()} "
             ):
                 await audit.maintain(keeper)
             assert time.monotonic() - started < 3

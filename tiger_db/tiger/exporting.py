@@ -21,6 +21,7 @@ from tiger_db.tiger.properties import (
     format_properties,
     plaintext,
 )
+from tiger_db.tracebacks import forgets_locals
 
 
 @public
@@ -55,6 +56,7 @@ async def export_account(
         )
 
 
+@forgets_locals
 async def _export_account(
     database: Database, account_id: UUID, folder: Path, *, overwrite: bool, with_token: bool
 ) -> list[Path]:

@@ -256,7 +256,7 @@ async def authorize_parsed_key(
     if writer is None:
         return await _authorize(parsed, request, info, session, cached, count_use=count_use)
     wait = session is None or not session.in_transaction()
-    async with writer.denials.admit(parsed.raw_key, wait=wait):
+    async with writer.denials.admit(writer.denials.digest(parsed.raw_key), wait=wait):
         return await _authorize(parsed, request, info, session, cached, count_use=count_use)
 
 
