@@ -70,7 +70,8 @@ def test_rotation_reports_the_key_that_can_be_removed(cli: CommandLine, new_key:
     again = cli.ok("rotate-encryption-key", "--json", **both)
     assert again.json == {
         "key_id": "new", "rotated": 0, "stuck": 0, "problems": [],
-        "uses": [{"table": TABLE, "key_id": "new", "rows": 1}], "retirable": ["test"],
+        "uses": [{"table": TABLE, "key_id": "new", "rows": 1, "unbound": 0}],
+        "retirable": ["test"],
     }  # fmt: skip
     cli.env["ENCRYPTION_KEYS"] = new_key
     assert plain(stored(cli).private_key) == "test_key"
