@@ -155,7 +155,7 @@ def test_a_reader_that_closes_the_pipe_causes_no_message(
             assert process.stderr is not None
             process.stdout.close()
             assert process.stderr.read() == ""
-            assert process.wait() == 1
+            assert process.wait() == 128 + signal.SIGPIPE
 
 
 @pytest.mark.slow
