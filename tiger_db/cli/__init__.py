@@ -106,6 +106,8 @@ def _run() -> int | str | None:
             print_message("interrupted")
         elif end.code == SIGTERM_EXIT_CODE:
             print_message("terminated")
+        elif isinstance(end.__context__, BrokenPipeError):  # Click exits with 1
+            return _SIGPIPE_EXIT_CODE
         return end.code
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed the pipe
         return _SIGPIPE_EXIT_CODE
