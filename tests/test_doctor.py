@@ -412,14 +412,17 @@ async def test_an_account_with_a_url_that_was_changed_by_sql_is_named(
     assert str(result.advice).startswith("undo changes of account_number, environment, server_url")
 
 
+def without_mark(settings: Settings) -> Settings:
+    """Return settings with which ciphertexts of version 1 can be read."""
+    assert settings.encryption_keys is not None
+    unmarked = settings.encryption_keys.get_secret_value().removesuffix(":v2")
+    return settings.model_copy(update={"encryption_keys": SecretStr(unmarked)})
+
+
 async def test_ciphertexts_of_version_1_and_keys_without_mark_are_reported(
     clone: Database, clone_settings: Settings
 ) -> None:
-    key = clone_settings.encryption_keys
-    assert key is not None
-    unmarked = clone_settings.model_copy(
-        update={"encryption_keys": SecretStr(key.get_secret_value().removesuffix(":v2"))}
-    )
+    unmarked = without_mark(clone_settings)
     result = await found(unmarked, "encryption keys")
     assert (result.status, result.seen) == ("warning", "no encryption key is in use")
     assert str(result.advice).startswith("append :v2 to test in ENCRYPTION_KEYS, when no process")
@@ -446,8 +449,12 @@ ALTER TABLE tiger_accounts DROP CONSTRAINT ck_tiger_accounts_account_number_form
 async def test_account_numbers_of_older_releases_are_reported(
     clone: Database, clone_settings: Settings
 ) -> None:
+    ids = []
     async with clone.session() as session:
-        ids = [(await factories.account(session)).id for _ in range(4)]
+        for _ in range(4):
+            account = await factories.account(session)
+            await store_unbound(session, account, key_provider(session.sync_session))
+            ids.append(account.id)
     update = "UPDATE tiger_accounts SET account_number = '{}' WHERE id = '{}'"
     numbers = ("u1", "U1\N{ZERO WIDTH SPACE}", "DEMO", "51230321")
     statements = [update.format(*pair) for pair in zip(numbers, ids, strict=True)]
@@ -459,14 +466,14 @@ async def test_account_numbers_of_older_releases_are_reported(
     )  # fmt: skip
     assert result.advice is not None
     assert result.advice.startswith("close all but one")
-    async with clone.session() as session:
+    async with Database(without_mark(clone_settings)) as older, older.session() as session:
         await crud.accounts.close(session, ids[1])
 
     result = await found(clone_settings, "account numbers")
     assert (result.status, result.seen.partition(": ")[2]) == ("warning", f"{ids[0]}; {ids[2]}")
     assert result.advice is not None
     assert "crud.accounts.update" in result.advice
-    async with clone.session() as session:
+    async with Database(without_mark(clone_settings)) as older, older.session() as session:
         await crud.accounts.update(session, ids[0], account_number="u1")
         await crud.accounts.update(session, ids[2], account_number="U2")
     assert (await found(clone_settings, "account numbers")).status == "ok", "a closed one may stay"
