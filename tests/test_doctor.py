@@ -12,7 +12,12 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from tests.support import factories
-from tests.support.encryption_keys import OTHER_KEY, store_old_tiger_id, store_unbound
+from tests.support.encryption_keys import (
+    OTHER_KEY,
+    store_old_tiger_id,
+    store_unbound,
+    without_mark,
+)
 from tests.support.sql import CITUS_CATALOG, months, sql
 from tiger_db import AuditAction, Database, Settings, crud, doctor, encryption_key_rotation
 from tiger_db.audit import seal
@@ -410,13 +415,6 @@ async def test_an_account_with_a_url_that_was_changed_by_sql_is_named(
     assert result.status == "problem"
     assert result.seen == f"accounts whose secrets do not belong to their row: {account.id}"
     assert str(result.advice).startswith("undo changes of account_number, environment, server_url")
-
-
-def without_mark(settings: Settings) -> Settings:
-    """Return settings with which ciphertexts of version 1 can be read."""
-    assert settings.encryption_keys is not None
-    unmarked = settings.encryption_keys.get_secret_value().removesuffix(":v2")
-    return settings.model_copy(update={"encryption_keys": SecretStr(unmarked)})
 
 
 async def test_ciphertexts_of_version_1_and_keys_without_mark_are_reported(

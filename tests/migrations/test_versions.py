@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.support import factories
 from tests.support.contexts import change_context
+from tests.support.encryption_keys import store_unbound, without_mark
 from tests.support.factories import plain
 from tests.support.recording import recorded
 from tests.support.trail import exported
@@ -35,6 +36,7 @@ from tiger_db.migrations import (
     upgrade,
 )
 from tiger_db.models.accounts import normalize_account_number
+from tiger_db.models.secrets import key_provider
 from tiger_db.signing import parse_public_key
 from tiger_db.sqlstates import classify
 
@@ -420,7 +422,11 @@ async def test_0011_normalizes_numbers_as_the_model_does(clone: Database) -> Non
 async def numbered(database: Database, *numbers: str) -> list[UUID]:
     """Store accounts with numbers that only revision 0010 accepts."""
     async with database.session() as session:
-        ids = [(await factories.account(session, access_token="t")).id for _ in numbers]
+        ids = []
+        for _ in numbers:
+            account = await factories.account(session, access_token="t")
+            await store_unbound(session, account, key_provider(session.sync_session))
+            ids.append(account.id)
     await database.close()
     async with maintenance_engine(database.settings) as engine:
         await downgrade(engine, "0010")
@@ -460,7 +466,7 @@ async def test_0011_keeps_numbers_that_would_collide_and_their_accounts_stay_usa
     same = ["U1", "U1 ", "u2", "U2\N{NO-BREAK SPACE}"]
     ids = await numbered(clone, *same, "DEMO", "u3")
     assert not await form_is_valid(clone)
-    async with clone.session() as session:
+    async with Database(without_mark(clone.settings)) as older, older.session() as session:
         stored = [await crud.accounts.get(session, account_id) for account_id in ids]
         numbers = [account.account_number for account in stored if account is not None]
         assert numbers == [*same, "DEMO", "U3"]

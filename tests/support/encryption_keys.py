@@ -3,10 +3,11 @@
 import base64
 from typing import Any
 
+from pydantic import SecretStr
 from sqlalchemy import text as sql_text
 
 from tests.support import factories
-from tiger_db import TigerAccount
+from tiger_db import Settings, TigerAccount
 from tiger_db.database import AsyncSession
 from tiger_db.encryption import KeyProvider, KeyRing, ciphertext_header, encrypt, fingerprint
 from tiger_db.models.secrets import bound_text, key_provider
@@ -49,6 +50,13 @@ def bound_of(account: TigerAccount) -> str:
     bound = bound_text(TigerAccount, vars(account))
     assert bound is not None
     return bound
+
+
+def without_mark(settings: Settings) -> Settings:
+    """Return settings with which ciphertexts of version 1 can be read."""
+    assert settings.encryption_keys is not None
+    unmarked = settings.encryption_keys.get_secret_value().removesuffix(":v2")
+    return settings.model_copy(update={"encryption_keys": SecretStr(unmarked)})
 
 
 async def store_unbound(
