@@ -146,7 +146,7 @@ async def test_four_processes_are_limited_exactly(crowd: Database, how: str) -> 
     assert await uses(crowd, key) == (100, 100)
     async with crowd.session() as session:
         denied = [  # an event stands for several refusals of a process that refuses many
-            (event.details or {}).get("count", 1)
+            int(str((event.details or {}).get("count", 1)))
             for event in await factories.events(session)
             if event.error_code == RateLimited.__name__
         ]
