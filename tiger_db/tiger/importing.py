@@ -29,6 +29,7 @@ from tiger_db.tiger.properties import (
     plaintext,
     read_properties,
 )
+from tiger_db.tracebacks import forgets_locals
 
 _KNOWN = {*PRIVATE_KEY_PROPERTIES, *FIELD_PROPERTIES.values(), *CLIENT_OPTIONS}
 _WORDS = re.compile(r"(?=.{1,40}\Z)[A-Za-z]{1,24}(?:[_.-][A-Za-z]{1,24})*[0-9]?")
@@ -201,6 +202,7 @@ def _newer_token(token: str | None, other: str) -> str:
     return other if later else token
 
 
+@forgets_locals
 async def _update(
     session: AsyncSession, stored: TigerAccount, draft: TigerAccount, given: list[str]
 ) -> tuple[list[str], bool]:
