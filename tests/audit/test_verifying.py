@@ -106,7 +106,8 @@ def another(column: str, kind: str, value: str | None, chance: Random) -> str | 
         case "inet":
             return chance.choice(["192.0.2.8", "192.0.2.7/8", "::ffff:192.0.2.7", "2001:db8::8"])
         case "jsonb":
-            return another_json(value, chance)
+            other = another_json(value, chance)
+            return other if other.startswith("{") else f'{{"other": {other}}}'
         case "text" if column not in ENUMS:
             return another_text(value, chance)
         case _:
