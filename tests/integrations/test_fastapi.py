@@ -214,6 +214,32 @@ async def test_a_request_is_one_use_of_its_key(clone: Database) -> None:
     assert limited.json()["code"] == "rate_limited"
 
 
+async def test_the_key_is_checked_before_the_account(clone: Database) -> None:
+    _, raw_key = await make_key(clone, scopes=[READ], rate_limit_per_hour=1)
+    app, asked = application(clone), list[str]()
+
+    async def account_of(name: str) -> UUID:
+        asked.append(name)
+        raise errors.NotFound(f"there is no account {name}")
+
+    by_name, by_id = require_api_key(account=account_of), require_api_key(account="account_id")
+
+    @app.get("/by-name", dependencies=[Depends(by_name)])
+    @app.get("/by-id/{account_id}", dependencies=[Depends(by_id)])
+    async def nothing() -> None: ...
+
+    async with client(app) as http:
+        for path in ("/by-name?name=Nope", "/by-id/nonsense"):
+            assert (await http.get(path)).status_code == 401
+    assert asked == []
+    async with client(app, Authorization=f"Bearer {raw_key}") as http:
+        assert (await http.get("/by-name?name=Nope")).status_code == 404
+        assert (await http.get("/by-id/nonsense")).status_code == 422
+        assert (await http.get(f"/by-id/{uuid4()}")).status_code == 200  # the first use
+        assert (await http.get(f"/by-id/{uuid4()}")).status_code == 429
+    assert asked == ["Nope"]
+
+
 async def test_refusals_are_problem_details(clone: Database) -> None:
     async with clone.session() as session:
         mine = await factories.account(session, account_name="Mine")

@@ -189,24 +189,43 @@ def require_api_key(
     The dependency raises the errors of `KeyVerifier.authorize`.
     """
 
-    async def authorized(
-        connection: HTTPConnection,
-        account_id: Annotated[UUID | None, Depends(_account(account))],
-        _by_bearer: Annotated[None, Depends(_bearer)],
-        _by_header: Annotated[None, Depends(_header)],
-    ) -> AsyncIterator[APIKey]:
+    async def authorize(
+        connection: HTTPConnection, account_id: UUID | None, *, count_use: bool
+    ) -> APIKey:
         verifier: KeyVerifier = _state(connection, "verifier")
-        actor = actor_of(connection)
-        key = await verifier.authorize(
+        return await verifier.authorize(
             raw_key_of(connection.scope),
             scopes=scopes,
             account_id=account_id,
-            ip_address=actor.ip_address,
+            ip_address=actor_of(connection).ip_address,
             user_agent=user_agent_of(connection.scope),
-            count_use=not hasattr(connection.state, _KEY),
+            count_use=count_use,
         )
+
+    async def check_key(
+        connection: HTTPConnection,
+        _by_bearer: Annotated[None, Depends(_bearer)],
+        _by_header: Annotated[None, Depends(_header)],
+    ) -> None:
+        # FastAPI calls dependencies in their order. A caller without a valid key must not learn
+        # from the dependency `account` which accounts exist.
+        if account is not None:
+            await authorize(connection, None, count_use=False)
+
+    async def authorized(
+        connection: HTTPConnection,
+        _checked: Annotated[None, Depends(check_key)],
+        account_id: Annotated[UUID | None, Depends(_account(account))],
+    ) -> AsyncIterator[APIKey]:
+        count_use = not hasattr(connection.state, _KEY)
+        key = await authorize(connection, account_id, count_use=count_use)
         setattr(connection.state, _KEY, key)
-        user = replace(actor, user_id=key.key_prefix, user_type="api_key", api_key_id=key.id)
+        user = replace(
+            actor_of(connection),
+            user_id=key.key_prefix,
+            user_type="api_key",
+            api_key_id=key.id,
+        )
         with acting_as(user):
             yield key
 
