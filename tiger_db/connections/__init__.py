@@ -107,13 +107,17 @@ async def connect(
             _without_check_interval.add(settings.location)
             return await connect(settings, database=database, replica=replica)
     connection.add_termination_listener(_Connection.record_end)
-    await connection.set_type_codec(
-        "timestamptz",
-        schema="pg_catalog",
-        encoder=encode_time,
-        decoder=decode_time,
-        format="tuple",
-    )
+    try:
+        await connection.set_type_codec(
+            "timestamptz",
+            schema="pg_catalog",
+            encoder=encode_time,
+            decoder=decode_time,
+            format="tuple",
+        )
+    except BaseException:  # also if the caller is cancelled
+        connection.terminate()
+        raise
     if settings.db_slow_query_seconds:
         log_slow_queries_of_connection(connection, settings.db_slow_query_seconds)
     return connection
