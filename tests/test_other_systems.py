@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_help import COMMANDS
-from tests.support.command_line import SECRETS
+from tests.support.command_line import COMMANDS, SECRETS
 from tests.support.tiger_files import NUMBER, REQUIRED
 from tests.support.without_posix import PROGRAM, USER
 from tiger_db import Settings

@@ -1,7 +1,11 @@
 """The pages of the documentation: README.md and docs/, and what is in them."""
 
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from tiger_db import errors
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
@@ -16,6 +20,12 @@ IN_AN_APPLICATION, _, IN_THIS_PACKAGE = PAGES["docs/adding-an-entity.md"].partit
 )
 NAMED_BLOCK = re.compile(r"(?:`([\w./]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+ERRORS = {
+    name
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.TigerDBError)
+}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -55,3 +65,24 @@ def first_column(page: str) -> list[str]:
     """Return the code spans in the first column of all tables of a page."""
     rows = re.findall(r"^\| (.*?) \|", PAGES[page], re.MULTILINE)
     return [span for row in rows for span in _SPAN.findall(row)]
+
+
+def resolve(name: str) -> Any:
+    """Return what a dotted name stands for, also within a class."""
+    parts = name.split(".")
+    found: Any = import_module(parts[0])
+    for number, part in enumerate(parts[1:], start=2):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            found = import_module(".".join(parts[:number]))
+    return found
+
+
+def public_names() -> set[str]:
+    """Return the dotted names that the README calls public."""
+    named = set(re.findall(r"`(tiger_db[\w.]*)`", section("README.md", "What is public")))
+    spaces = {name.removesuffix(".__all__") for name in named if name.endswith(".__all__")}
+    names = {f"{space}.{name}" for space in spaces for name in resolve(space).__all__}
+    single = {name for name in named if not name.endswith(".__all__")} - {"tiger_db.errors"}
+    return names | single | spaces | {f"tiger_db.errors.{name}" for name in ERRORS}

@@ -4,15 +4,26 @@ import ast
 import inspect
 import re
 import tomllib
-from importlib import import_module
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import typer
 
-from tests.docs.pages import PAGES, README, ROOT, code, first_column, prose, section, spans
+from tests.docs.pages import (
+    ERRORS,
+    PAGES,
+    README,
+    ROOT,
+    code,
+    first_column,
+    prose,
+    public_names,
+    resolve,
+    section,
+    spans,
+)
 from tests.support.imports import parts
-from tiger_db import TigerAccount, crud, errors
+from tiger_db import TigerAccount, crud
 from tiger_db.cli import app
 from tiger_db.settings import Settings
 
@@ -25,34 +36,8 @@ NAMESPACES = [
     "tiger_db.integrations.fastapi",
     "tiger_db.integrations.mcp",
 ] + [f"tiger_db.crud.{name}" for name in crud.__all__ if name != "Page"]
-ERRORS = {
-    name
-    for name, value in vars(errors).items()
-    if isinstance(value, type) and issubclass(value, errors.TigerDBError)
-}
 COMMANDS = set(getattr(typer.main.get_command(app), "commands", {}))
 PACKAGE = ROOT / "tiger_db"
-
-
-def resolve(name: str) -> Any:
-    """Return what a dotted name stands for, also within a class."""
-    parts = name.split(".")
-    found: Any = import_module(parts[0])
-    for number, part in enumerate(parts[1:], start=2):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            found = import_module(".".join(parts[:number]))
-    return found
-
-
-def public_names() -> set[str]:
-    """Return the dotted names that the README calls public."""
-    named = set(re.findall(r"`(tiger_db[\w.]*)`", section("README.md", "What is public")))
-    spaces = {name.removesuffix(".__all__") for name in named if name.endswith(".__all__")}
-    names = {f"{space}.{name}" for space in spaces for name in resolve(space).__all__}
-    single = {name for name in named if not name.endswith(".__all__")} - {"tiger_db.errors"}
-    return names | single | spaces | {f"tiger_db.errors.{name}" for name in ERRORS}
 
 
 def test_the_readme_names_each_place_of_public_names() -> None:

@@ -100,4 +100,21 @@ class CommandLine:
         return Result(done.returncode, done.stdout, done.stderr)
 
 
+# The names of all commands, in the order of `tiger-db --help`.
+COMMANDS = (
+    "init", "migrate", "revision", "downgrade", "current", "history", "check", "health-check",
+    "doctor", "start-embedded", "stop-embedded", "create-account", "list-accounts",
+    "count-accounts", "explain-routing", "show-account", "set-default-account", "close-account",
+    "reopen-account", "delete-account", "set-account-status", "add-market-permission",
+    "remove-market-permission", "reset-account-errors",
+    "create-api-key", "list-api-keys", "verify-api-key", "show-api-key", "list-expiring-api-keys",
+    "update-api-key", "activate-api-key", "deactivate-api-key", "rotate-api-key",
+    "revoke-api-key", "delete-api-key", "print-api-key-pattern", "generate-api-key-pepper",
+    "sign-api-keys", "pause", "resume", "list-events", "count-events", "export-events",
+    "generate-audit-signing-key", "print-audit-public-key", "seal-audit", "verify-audit",
+    "change-audit-signing-key", "export-checkpoint", "maintain-audit", "list-refreshes",
+    "watch-refreshes", "run-refresh-worker",
+    "refresh-token", "prune-refreshes", "generate-encryption-key", "list-encryption-keys",
+    "rotate-encryption-key", "import-account", "export-account",
+)  # fmt: skip
 COMMAND = [sys.executable, "-W", "error", "-m", "tiger_db"]

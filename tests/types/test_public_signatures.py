@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_origin
 import pytest
 from pydantic import BaseModel
 
-from tests.docs.test_pages import public_names, resolve
+from tests.docs.pages import public_names, resolve
 from tests.support.imports import MODULES
 
 PUBLIC = {name: resolve(name) for name in public_names()}
