@@ -121,7 +121,7 @@ class ChainVerifier:
 
     @property
     def accepts_last_seal(self) -> bool:
-        """Whether the last added seal is signed, and is at its place in the chain."""
+        """Whether the signature and the place of the last added seal are correct."""
         return not self._has_finding
 
     def _verify_link(self, seal: Seal, payload: SealPayload) -> bool:

@@ -62,7 +62,7 @@ class OwnedPool(AsyncAdaptedQueuePool):
 
     @property
     def inherited(self) -> bool:
-        """Whether the pool belongs to the process from which this process was forked."""
+        """Whether the parent process owns the pool, and this process was forked from it."""
         return self._owner is not None and self._owner[0] != os.getpid()
 
 
@@ -117,7 +117,8 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no ty
 
 
 def _ignore_error(request: asyncio.Future[None]) -> None:
-    # asyncio logs an error that nobody retrieves. A failed request is repeated anyway.
+    # If the exception of a future is never retrieved, asyncio logs an error. Here, the exception
+    # does not matter, because the request is repeated.
     if not request.cancelled():
         request.exception()
 

@@ -46,7 +46,7 @@ class ForgedRow(InvalidAPIKey):
 
 
 class CodeState(Enum):
-    """Whether the code of a row is valid."""
+    """The result of the check of a row's authentication code."""
 
     VALID = auto()
     MISSING = auto()

@@ -1,4 +1,4 @@
-"""What the integrations share: keys, addresses and actors of requests, and HTTP forms of errors."""
+"""Shared functions of the integrations: API keys, client addresses, actors and error responses."""
 
 import re
 from collections.abc import Iterable, Mapping

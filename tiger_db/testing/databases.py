@@ -77,7 +77,7 @@ async def create(server_url: str, name: str, template: str | None = None) -> Non
 
 
 async def drop(server_url: str, name: str) -> None:
-    """Drop a database, whoever is connected to it."""
+    """Drop a database, and end all connections to it."""
     await on_server(server_url, f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE)")
 
 
@@ -158,7 +158,7 @@ class DatabasePool:
         self._empty, self._fingerprint, self._unchanged = "", "", ""
 
     def take(self, *, connected: bool) -> PooledDatabase:
-        """Return an empty database. If `connected` is false, nobody is connected to it."""
+        """Return an empty database. If `connected` is false, the database has no connections."""
         # Databases with open connections come first.
         for database in sorted(self._idle, key=lambda found: not found.is_connected):
             if connected or not database.is_connected:

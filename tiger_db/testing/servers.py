@@ -221,9 +221,10 @@ def programs() -> Path:
 
 
 def short_folder(*, in_memory: bool = True) -> Path:
-    """Make a folder with a short path that the server's user can reach, whoever that is.
+    """Create a folder with a short path for a server's files, which every user can enter.
 
-    Databases are made and dropped all the time, and files are what that costs.
+    If possible, the folder is in memory, because tests create and drop databases frequently, and
+    files on a disk would make that slow.
     """
     parent = MEMORY if in_memory and _has_room(MEMORY) else None
     folder = Path(tempfile.mkdtemp(prefix="tdb-", dir=parent))

@@ -132,7 +132,11 @@ class VerifiedKey:
 
     @property
     def cacheable(self) -> bool:
-        """Whether the API key is accepted without a time limit of its hash or its row."""
+        """Whether a KeyVerifier may cache the API key.
+
+        An API key without an authentication code, or with an outdated hash, is possibly accepted
+        only up to a configured day, so it is read from the database at each call.
+        """
         return self.signed and not self.outdated
 
 
