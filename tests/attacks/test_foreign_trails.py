@@ -12,7 +12,6 @@ from tiger_db import Database, Settings, audit, crud
 from tiger_db.audit import FindingKind, Seal
 from tiger_db.audit.seal_format import NO_PREVIOUS_DIGEST, SEAL_VERSION
 from tiger_db.audit.storage import Connection
-from tiger_db.connections import connect
 from tiger_db.signing import generate_signing_key
 
 
@@ -21,14 +20,6 @@ async def database(clone_settings: Settings) -> AsyncIterator[Database]:
     key = SecretStr(generate_signing_key())
     async with Database(clone_settings.model_copy(update={"audit_signing_key": key})) as database:
         yield database
-
-
-@pytest.fixture
-async def owner(clone_settings: Settings) -> AsyncIterator[Connection]:
-    connection = await connect(clone_settings)
-    await connection.execute("SET session_replication_role = replica")
-    yield connection
-    await connection.close()
 
 
 async def seal(database: Database, events: int = 1) -> None:

@@ -24,7 +24,6 @@ from tiger_db import AuditAction, Database, Settings, audit, crud
 from tiger_db.audit import FindingKind, Seal
 from tiger_db.audit.checkpoints import newest_checkpoint
 from tiger_db.audit.storage import TAKE_SEALING_LOCK, Connection
-from tiger_db.connections import connect
 from tiger_db.errors import ConfigurationError, DatabaseUnavailable, InvalidState, TigerDBError
 from tiger_db.signing import generate_signing_key, public_text
 from tiger_db.testing import environment_of
@@ -66,14 +65,6 @@ async def forgetful(database: Database, without_folder: Settings) -> AsyncIterat
     async with Database(without_folder) as forgetful:
         assert forgetful.settings.database == database.settings.database
         yield forgetful
-
-
-@pytest.fixture
-async def owner(clone_settings: Settings) -> AsyncIterator[Connection]:
-    connection = await connect(clone_settings)
-    await connection.execute("SET session_replication_role = replica")
-    yield connection
-    await connection.close()
 
 
 async def log(database: Database, count: int = 1) -> None:
