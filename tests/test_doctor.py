@@ -21,6 +21,7 @@ from tests.support.encryption_keys import (
 from tests.support.sql import CITUS_CATALOG, months, sql
 from tiger_db import AuditAction, Database, Settings, crud, doctor, encryption_key_rotation
 from tiger_db.audit import seal
+from tiger_db.checks import trail
 from tiger_db.doctor import CheckResult
 from tiger_db.models.secrets import key_provider
 from tiger_db.signing import generate_signing_key
@@ -167,7 +168,7 @@ async def test_unsealed_events_are_reported(
     result = await found(clone_settings, "unsealed events")
     assert result.status == "ok"
     assert result.seen.startswith("unsealed events: at most 3, ")
-    monkeypatch.setattr(doctor, "UNSEALED_SECONDS", (0, 0))
+    monkeypatch.setattr(trail, "UNSEALED_SECONDS", (0, 0))
     result = await found(clone_settings, "unsealed events")
     assert (result.status, result.advice) == ("warning", "run `tiger-db seal-audit` every minute")
     key = SecretStr(generate_signing_key())

@@ -14,9 +14,9 @@ LAYERS = [
     ["cli", "testing"],
     ["health"],
     ["doctor", "integrations"],
+    ["checks"],
     [
         "audit",
-        "checks",
         "encryption_key_rotation",
         "key_verifier",
         "refresh_waiting",

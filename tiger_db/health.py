@@ -12,12 +12,16 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from tiger_db.checks import check_citus
+from tiger_db.checks.database import (
+    audit_months_ahead,
+    check_citus,
+    check_triggers,
+    grade_partitions,
+)
 from tiger_db.connections import connect, connect_directly, maintenance_engine
 from tiger_db.connections.error_advice import explain
 from tiger_db.crud.api_keys import current_pause
 from tiger_db.database import AsyncSession
-from tiger_db.doctor import audit_months_ahead, check_triggers, grade_partitions
 from tiger_db.encryption import EncryptedSecret, KeyRing, decrypt
 from tiger_db.errors import (
     ConfigurationError,

@@ -13,7 +13,8 @@ from sqlalchemy import text
 from tests.support.index_queries import NOW, SERVES, id_of, limited_use
 from tests.support.plans import Plan, Query, as_json, nodes, plan_of, used_indexes
 from tests.support.servers import create_database
-from tiger_db import AuditLog, Database, doctor
+from tiger_db import AuditLog, Database
+from tiger_db.checks import accounts, keys, trail
 from tiger_db.crud import api_keys, audit_logs, token_status
 from tiger_db.crud.api_keys.authorize import FIND_KEY
 from tiger_db.crud.api_keys.key_format import checksum
@@ -138,10 +139,10 @@ async def test_work_on_refreshes_reads_by_index_only(full: Database, query: Quer
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
-        (doctor.UNSEALED_EVENTS, "position"),  # part of the name of an index of a partition
-        (doctor.OPEN_REFRESHES, "ix_token_statuses_due|uq_token_statuses_tiger_account_id_open"),
-        (doctor.DUE_TOKENS, "ix_tiger_accounts_token_refresh_at"),
-        (doctor.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
+        (trail.UNSEALED_EVENTS, "position"),  # part of the name of an index of a partition
+        (accounts.OPEN_REFRESHES, "ix_token_statuses_due|uq_token_statuses_tiger_account_id_open"),
+        (accounts.DUE_TOKENS, "ix_tiger_accounts_token_refresh_at"),
+        (keys.EXPIRING_KEYS, "ix_api_keys_expires_at_id"),
     ],
 )
 async def test_the_doctor_scans_no_large_table(full: Database, statement: str, index: str) -> None:

@@ -16,10 +16,10 @@ from tests.support import factories
 from tests.support.tiger_files import EVERYTHING, config
 from tests.support.tiger_tokens import tiger_token
 from tiger_db import AccountStatus, Database, RefreshTrigger, TigerAccount, TokenStatus
+from tiger_db.checks.accounts import DUE_TOKENS
 from tiger_db.crud import accounts, token_status
 from tiger_db.crud.change_events import RECORDED
 from tiger_db.database import AsyncSession
-from tiger_db.doctor import DUE_TOKENS
 from tiger_db.models.accounts import refresh_time
 from tiger_db.tiger import import_account
 

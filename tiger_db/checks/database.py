@@ -1,27 +1,16 @@
-"""Checks of the database in which tiger_db is installed: versions of collations, and Citus."""
-
-from typing import Literal, NamedTuple, TypeAlias
+"""Checks of the schema, of indexes and partitions, of collations, and of Citus."""
 
 from sqlalchemy import CheckConstraint, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tiger_db.checks import Outcome, fetch_all, join_first
+from tiger_db.errors import SchemaMismatch
+from tiger_db.migrations import schema_state
+from tiger_db.migrations.comparison import find_differences
 from tiger_db.models import TABLES, metadata
 from tiger_db.models.base import READABLE_SUFFIXES
 
-Status: TypeAlias = Literal["ok", "warning", "problem"]
-
-
-_MAX_ROWS_NAMED = 3  # maximum number of rows of each table that a message names
-
-
-class Outcome(NamedTuple):
-    """The status of a check, the state that the check found, and advice or None."""
-
-    status: Status
-    seen: str
-    advice: str | None = None
-
-
+_MAX_ROWS_NAMED = 3  # maximum number of rows of a table that a check names
 # _OUR_TABLES selects the tables of tiger_db, partitions included.
 _OUR_TABLES = """
 our_tables AS (
@@ -136,3 +125,76 @@ async def check_readable_rows(connection: AsyncConnection) -> Outcome:
         "correct the values with SQL: docs/operating.md explains how these values are read;"
         " audit events cannot be changed, and exports have their content",
     )
+
+
+# A failed CREATE INDEX CONCURRENTLY leaves an invalid index.
+_INVALID_INDEXES = """
+SELECT i.indexrelid::regclass::text AS name, i.indisunique AS "unique" FROM pg_index i
+WHERE NOT (i.indisvalid AND i.indisready)
+    AND i.indexrelid NOT IN (SELECT index_relid FROM pg_stat_progress_create_index)
+ORDER BY 2 DESC, 1
+"""
+
+
+async def check_indexes(connection: AsyncConnection) -> Outcome:
+    rows = await fetch_all(connection, _INVALID_INDEXES)
+    if not rows:
+        return Outcome("ok", "none")
+    return Outcome(
+        "problem",
+        join_first([f"{row.name}{' (unique)' if row.unique else ''}" for row in rows]),
+        f"run REINDEX INDEX CONCURRENTLY {rows[0].name}, or drop the index",
+    )
+
+
+async def check_schema(connection: AsyncConnection) -> Outcome:
+    try:
+        state = await schema_state(connection)
+        state.check()
+    except SchemaMismatch as mismatch:
+        seen, _, advice = str(mismatch).partition(": ")
+        return Outcome("problem", seen, advice)
+    return Outcome("ok", f"the schema is at revision {state.current}, the newest")
+
+
+async def check_triggers(connection: AsyncConnection) -> Outcome:
+    """Compare the triggers, functions, row security and rules in the database with this release."""
+    differences = await find_differences(connection)
+    changed = [difference.description for difference in differences if not difference.undeclared]
+    added = [difference for difference in differences if difference.undeclared]
+    seen = join_first([*changed, *(difference.description for difference in added)])
+    if changed:
+        advice = "run the SQL that `tiger-db check` prints, and find out who changed the schema"
+        return Outcome("problem", seen, advice)
+    if added:  # an added trigger can change or refuse writes, such as the revocation of an API key
+        return Outcome("warning", seen, added[0].repair)
+    return Outcome("ok", "all triggers, functions and rules match this release")
+
+
+_MONTHS_AHEAD = """
+SELECT coalesce(min(n) - 1, 120) FROM generate_series(1, 120) AS n
+WHERE NOT EXISTS (SELECT FROM pg_inherits WHERE inhparent = 'audit_logs'::regclass
+    AND inhrelid = to_regclass('audit_logs_' || to_char(
+        date_trunc('month', now() AT TIME ZONE 'UTC') + make_interval(months => n), 'YYYY_MM')))
+"""
+
+
+async def audit_months_ahead(connection: AsyncConnection) -> int:
+    """Count the consecutive months after the current month that have an audit partition."""
+    return int((await fetch_all(connection, _MONTHS_AHEAD))[0][0])
+
+
+def grade_partitions(months_ahead: int) -> Outcome:
+    """Return an Outcome for the number of future months that have an audit partition."""
+    seen = f"future months with an audit partition: {months_ahead}"
+    match months_ahead:
+        case 0:
+            advice = "run `tiger-db migrate` now, and `tiger-db maintain-audit` every day"
+            return Outcome("problem", seen, advice)
+        case 1:
+            return Outcome("warning", seen, "run `tiger-db maintain-audit` every day")
+    return Outcome("ok", seen)
+
+
+async def check_partitions(connection: AsyncConnection) -> Outcome:
+    return grade_partitions(await audit_months_ahead(connection))
