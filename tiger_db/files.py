@@ -23,8 +23,9 @@ _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)
 # Windows has access control lists instead of file modes.
 HAS_FILE_MODES = hasattr(os, "geteuid")
 _MAX_SYMLINKS = 40  # maximum number of symbolic links to follow, as in Linux
-# EINVAL is the error of Windows.
-_NO_HARD_LINKS_ERRORS = {
+# The errors of file systems, such as mounted object stores, that have no hard links or no fsync().
+# For hard links, EINVAL is the error of Windows.
+_UNSUPPORTED_ERRORS = {
     errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
 }  # fmt: skip
 
@@ -53,7 +54,7 @@ def output_files(
             try:
                 file.flush()
                 if unfinished is not None:
-                    os.fsync(file.fileno())
+                    _sync(file.fileno())
                 file.close()
             except OSError as error:
                 with suppress(OSError):
@@ -144,9 +145,17 @@ def sync_folder(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED_ERRORS:
+            raise
 
 
 def check_output(path: Path, *, overwrite: bool) -> os.stat_result | None:
@@ -203,7 +212,7 @@ def _put(unfinished: Path, target: Path, undo: ExitStack, *, overwrite: bool) ->
         target.hardlink_to(unfinished)  # unlike a rename, a hard link never replaces a file
         undo.callback(target.unlink)
     except OSError as error:
-        if error.errno not in {errno.EEXIST, *_NO_HARD_LINKS_ERRORS}:
+        if error.errno not in {errno.EEXIST, *_UNSUPPORTED_ERRORS}:
             raise
         if os.path.lexists(target) and not (overwrite and stat.S_ISREG(target.lstat().st_mode)):
             raise AlreadyExists(f"{target} already exists") from None

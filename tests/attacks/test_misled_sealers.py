@@ -5,6 +5,7 @@ The attacker owns the database, but has no signing key, and cannot write the fol
 
 import asyncio
 import os
+import resource
 import sys
 import time
 from base64 import b64encode
@@ -24,7 +25,13 @@ from tiger_db import AuditAction, Database, Settings, audit, crud
 from tiger_db.audit import FindingKind, Seal
 from tiger_db.audit.checkpoints import newest_checkpoint
 from tiger_db.audit.storage import TAKE_SEALING_LOCK, Connection
-from tiger_db.errors import ConfigurationError, DatabaseUnavailable, InvalidState, TigerDBError
+from tiger_db.errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    FileError,
+    InvalidState,
+    TigerDBError,
+)
 from tiger_db.signing import generate_signing_key, public_text
 from tiger_db.testing import environment_of
 
@@ -267,6 +274,22 @@ async def test_a_checkpoint_is_written_once_and_never_replaced(
     await audit.seal(database)
     assert len(files(folder)) == 4
     assert {file: file.read_bytes() for file in before} == before
+
+
+async def test_a_checkpoint_that_cannot_be_written_leaves_no_file(
+    database: Database, folder: Path
+) -> None:
+    await log(database)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as on a full disk
+    try:
+        with pytest.raises(FileError, match="File too large"):
+            await audit.seal(database)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saved(folder) == 3
+    await audit.seal(database)  # without new events, but with the checkpoint of the last seal
+    assert saved(folder) == 4
 
 
 async def test_a_damaged_checkpoint_is_named(

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from tiger_db.audit.seal_format import Seal, seal_from_json, seal_to_json
-from tiger_db.errors import InvalidState, InvalidValue
-from tiger_db.files import file_errors, sync_folder
+from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue
+from tiger_db.files import file_errors, write_private
 from tiger_db.public import public
 
 _NAME = re.compile(r"\d{19}\.json", re.ASCII)
@@ -54,35 +53,24 @@ def newest_checkpoint(folder: Path) -> Seal | None:
         return read_checkpoint(data.decode())
     except (UnicodeDecodeError, InvalidValue):
         raise InvalidState(
-            f"{path} is not a checkpoint: restore the file, or remove it if its writer was"
-            " interrupted, so that the checkpoint before it is used"
+            f"{path} is not a checkpoint: restore the file, and find out who changed it"
         ) from None
 
 
 def save_checkpoint(folder: Path, seal: Seal) -> None:
-    """Write a checkpoint to a new file in the folder, without renaming or replacing a file.
+    """Write a checkpoint to a new file in the folder. A killed process leaves no incomplete file.
 
     Raises:
         FileError: The file cannot be written.
         InvalidState: The folder has another checkpoint with the same number.
     """
-    number, data = seal.payload().number, checkpoint_text(seal).encode()
+    number, text = seal.payload().number, checkpoint_text(seal)
     path = folder / f"{number:019}.json"
     with file_errors():
         try:
-            with open(path, "xb", buffering=0, opener=_private) as file:
-                file.write(data)
-                with suppress(OSError):  # some object stores have no fsync()
-                    os.fsync(file.fileno())
-        except FileExistsError:  # another sealer that uses the same folder has saved the seal
-            if path.read_bytes() != data:
+            write_private(folder, {path.name: text}, overwrite=False)
+        except AlreadyExists:  # another sealer that uses the same folder has saved the seal
+            if path.read_bytes() != text.encode():
                 raise InvalidState(
                     f"{path} has another seal {number}: see `verify-audit`"
                 ) from None
-            return
-        with suppress(OSError):
-            sync_folder(folder)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
