@@ -10,6 +10,11 @@ from urllib.parse import quote
 from pydantic import SecretStr
 
 MASK = "**********"
+# `redact_start` returns at most _SHOWN_CHARACTERS characters. Redaction takes microseconds per
+# character, so only the first _REDACTED_CHARACTERS of a long text are redacted. If they end inside
+# a secret of at most _MAX_SECRET_LENGTH characters, redaction does not recognize the secret, so
+# that many characters are left out after redaction.
+_SHOWN_CHARACTERS, _REDACTED_CHARACTERS, _MAX_SECRET_LENGTH = 200, 2_000, 1_000
 # Secrets of fewer than four characters are not masked, because such secrets match parts of common
 # words.
 _MIN_SECRET_CHARACTERS = 4
@@ -123,6 +128,14 @@ def redact_aggressively(text: str, *known: str) -> str:
         text = text.replace(form.get_secret_value(), MASK)
     text = _LINES.sub(_without_random, redact_known(text))
     return _RANDOM.sub(_without_random, text)
+
+
+def redact_start(text: str) -> str:
+    """Return the first 200 characters of a text, masked as by `redact_aggressively`."""
+    shown = redact_aggressively(text[:_REDACTED_CHARACTERS])
+    if len(text) > _REDACTED_CHARACTERS:
+        shown = shown[:-_MAX_SECRET_LENGTH] or MASK
+    return shown[:_SHOWN_CHARACTERS]
 
 
 def _without_value(match: re.Match[str]) -> str:

@@ -16,6 +16,7 @@ from tiger_db.integrations.http import (
     parse_proxies,
     public_error,
     raw_key_of,
+    request_actor,
 )
 
 CLASSES = [
@@ -186,3 +187,12 @@ except ImportError as error:
     )
     needs = f"tiger_db.integrations.{name} needs {what}: install tiger_db with the extra `{name}`"
     assert (run.stdout, run.stderr) == (f"{needs}\n", "")
+
+
+def test_a_long_user_agent_is_shortened_before_it_is_recorded() -> None:
+    agent = b"http://a:b@" * 100_000
+    scope = {"type": "http", "path": "/", "headers": [(b"user-agent", agent)]}
+    found = request_actor(scope, ()).user_agent
+    assert found is not None
+    assert len(found) <= 200
+    assert "a:b@" not in found

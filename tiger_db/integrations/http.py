@@ -19,6 +19,7 @@ from tiger_db.errors import (
     TigerDBError,
 )
 from tiger_db.models.api_keys import parse_address, parse_network
+from tiger_db.redaction import redact_start
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -199,9 +200,11 @@ def _contains(networks: tuple[Network, ...], address: Address) -> bool:
 
 def request_actor(scope: Mapping[str, Any], trusted: tuple[Network, ...]) -> Actor:
     """Return an Actor with the details of a request, and a new request id."""
+    user_agent = user_agent_of(scope)
     return Actor(
         ip_address=client_address(scope, trusted),
-        user_agent=user_agent_of(scope),
+        # Redaction of a whole long header at each audit event would stall the event loop.
+        user_agent=None if user_agent is None else redact_start(user_agent),
         request_id=str(uuid7()),
         request_method=scope.get("method"),  # a WebSocket has none
         request_path=scope["path"],

@@ -16,18 +16,11 @@ from tiger_db.errors import AccessDenied
 from tiger_db.models import AuditAction, AuditLog, AuditResult
 from tiger_db.models.api_keys import parse_address
 from tiger_db.models.audit_logs import insert_events
-from tiger_db.redaction import MASK, redact_aggressively
+from tiger_db.redaction import redact_start
 
 if TYPE_CHECKING:
     import asyncpg
 
-# An IP address or user agent in an audit event has at most _RECORDED_CHARACTERS characters.
-_RECORDED_CHARACTERS = 200
-# Redaction takes microseconds per character, so only the start of a long text is redacted. If the
-# start ends inside a secret of at most _MAX_SECRET_LENGTH characters, redaction does not recognize
-# the secret, so that many characters are left out after redaction.
-_REDACTED_CHARACTERS = 2_000
-_MAX_SECRET_LENGTH = 1_000
 # One customer of a provider usually has a network of this size, and can use all its addresses.
 _IPV6_PREFIX = 64
 # _CLAIM_DENIAL returns true at most once per hour and API key, in whichever process. A time in the
@@ -138,15 +131,8 @@ def request_event(
         try:
             fields["ip_address"] = parse_address(request.ip_address)
         except ValueError:
-            details["ip_address"] = _shorten(str(request.ip_address))
+            details["ip_address"] = redact_start(replace_unstorable(str(request.ip_address)))
     if request.user_agent:
-        fields["user_agent"] = _shorten(request.user_agent)
+        fields["user_agent"] = redact_start(replace_unstorable(request.user_agent))
     fields["details"] = details
     return api_key_event(key_id, account_id, **fields)
-
-
-def _shorten(text: str) -> str:
-    shown = redact_aggressively(replace_unstorable(text[:_REDACTED_CHARACTERS]))
-    if len(text) > _REDACTED_CHARACTERS:
-        shown = shown[:-_MAX_SECRET_LENGTH] or MASK
-    return shown[:_RECORDED_CHARACTERS]
