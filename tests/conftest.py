@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
-from importlib.metadata import entry_points
 from uuid import uuid4
 
 import hypothesis
@@ -19,9 +18,6 @@ from tiger_db.settings import Settings
 from tiger_db.testing import databases
 from tiger_db.testing.databases import PooledDatabase, rolled_back_session
 
-# An installation that is older than the entry point does not load the plugin.
-_IS_LOADED = entry_points(group="pytest11", name="tiger_db")
-pytest_plugins = [] if _IS_LOADED else ["tiger_db.testing.plugin"]
 # How long an example takes depends on the machine.
 hypothesis.settings.register_profile(
     "tiger_db", deadline=None, max_examples=1000 if os.environ.get("TIGER_DB_SOAK") else 25
