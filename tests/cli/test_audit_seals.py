@@ -269,3 +269,16 @@ def test_a_signing_key_is_changed(sealed: CommandLine, tmp_path: Path) -> None:
     assert "base64 of 32 bytes" in sealed.fails(
         "change-audit-signing-key", "--new-key", str(public)
     )
+
+
+def test_sealing_goes_on_after_a_restore(
+    sealed: CommandLine, clone_settings: Settings, tmp_path: Path
+) -> None:
+    sealed.env["AUDIT_CHECKPOINTS"] = str(tmp_path)
+    assert "or its loss is recorded" in sealed.ok("seal-audit", "--after-restore").err
+    run_sql(clone_settings, REPLICA, "DELETE FROM audit_seals", "DELETE FROM audit_logs")
+    assert "see docs/backup.md" in sealed.fails("seal-audit")
+    said = sealed.ok("seal-audit", "--after-restore").err.splitlines()
+    assert said[0].startswith("seal 2 records that a restore has lost the seals from 1 to 1,")
+    assert said[-1] == "sealed 1 event in 1 seal"
+    assert "lost by a restore" in sealed.ok("verify-audit").out

@@ -4,6 +4,7 @@ from tiger_db.audit.chain import AuditFinding, FindingKind
 from tiger_db.audit.checkpoints import read_checkpoint
 from tiger_db.audit.exporting import export, export_checkpoint
 from tiger_db.audit.following import follow
+from tiger_db.audit.restoring import RecordedRestore, record_restore
 from tiger_db.audit.retention import Maintenance, maintain
 from tiger_db.audit.seal_format import Seal, SealPayload
 from tiger_db.audit.sealer import required_key
@@ -14,6 +15,7 @@ __all__ = [
     "AuditFinding",
     "FindingKind",
     "Maintenance",
+    "RecordedRestore",
     "Seal",
     "SealPayload",
     "Sealing",
@@ -24,6 +26,7 @@ __all__ = [
     "follow",
     "maintain",
     "read_checkpoint",
+    "record_restore",
     "repair_sequence",
     "required_key",
     "seal",

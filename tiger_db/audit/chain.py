@@ -28,6 +28,7 @@ class FindingKind(StrEnum):
     DUPLICATE = "two events in one position"
     CLOCK = "clock went back"
     PROTECTION = "protection weakened"
+    RESTORED = "lost by a restore"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,23 @@ class AuditFinding:
     seal: int | None = None  # Number of the seal that the finding is about.
     position: int | None = None  # Position of the event that the finding is about.
     event_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LostSeals:
+    """The seals that a restore of the database has lost, according to a seal that records it."""
+
+    seal: int  # Number of the seal that records the restore.
+    first: int  # Number of the first lost seal. `seal - 1` is the number of the last one.
+    after: int  # The lost seals covered positions above `after`, up to `upto`.
+    upto: int
+    digest: str  # Digest of the payload of the last lost seal.
+
+    def __str__(self) -> str:
+        return (
+            f"{_describe_seals(self.first, self.seal - 1)} lost by a restore, which seal"
+            f" {self.seal} records: {_describe_extent(self.after, self.upto)}"
+        )
 
 
 class ChainVerifier:
@@ -75,6 +93,7 @@ class ChainVerifier:
         self._is_unreadable = False
         self._has_finding = False
         self.matched: list[Seal] = []  # Checkpoints that are in the chain.
+        self.lost: list[LostSeals] = []  # Seals that recorded restores have lost.
         self._checkpoints: list[Seal] = []  # Checkpoints that were not compared yet.
         for checkpoint in checkpoints:
             if _signer(checkpoint, [*self._given, checkpoint.payload().key]) is not None:
@@ -99,6 +118,7 @@ class ChainVerifier:
     def add(self, seal: Seal) -> SealPayload | None:
         """Verify the next seal. Return its payload, or None if the payload cannot be read."""
         self._has_finding = False
+        before = self.number
         try:
             payload = seal.payload()
         except InvalidValue as error:
@@ -115,6 +135,10 @@ class ChainVerifier:
         if not self._has_finding and payload.retired is None:
             self._verify_digests(seal, payload)
         self._compare_checkpoint(seal, payload)
+        if payload.lost and payload.lost_upto is not None and self.accepts_last_seal:
+            self.lost.append(
+                LostSeals(self.number, before + 1, self.upto, payload.lost_upto, payload.lost)
+            )
         if payload.retired is None or self.accepts_last_seal:
             self.upto = max(self.upto, payload.upto)
         return payload
@@ -130,7 +154,8 @@ class ChainVerifier:
             self._is_unreadable = False
             self._skip_to(payload)
             return False
-        if payload.number != self.number + 1:
+        records_restore = payload.lost is not None and payload.number > self.number + 1
+        if payload.number != self.number + 1 and not records_restore:
             self._break()
             first, last = self.number + 1, payload.number - 1
             message = describe_missing_seals(first, last)
@@ -160,7 +185,7 @@ class ChainVerifier:
         if self.origin is not None and payload.origin != self.origin:
             self._forged("the seal belongs to an audit trail of another origin")
         elif payload.upto < payload.after or (
-            payload.upto != payload.after and (payload.retired or payload.next_key)
+            payload.upto != payload.after and (payload.retired or payload.next_key or payload.lost)
         ):
             self._forged("the field `upto` is not valid")
         self.origin = self.origin or payload.origin
@@ -208,6 +233,21 @@ class ChainVerifier:
                 self._checkpoints.remove(checkpoint)
                 self.matched += [] if message else [checkpoint]
 
+    def find_loss(self, checkpoint: Seal) -> LostSeals | None:
+        """Return the record of the restore that has lost the seal of a checkpoint, or None."""
+        expected = checkpoint.payload()
+        for lost in self.lost:
+            if expected.number == lost.seal - 1:
+                is_lost = checkpoint.payload_digest == lost.digest
+            else:
+                is_lost = lost.first <= expected.number < lost.seal and (
+                    expected.key in {*self._given, *self.signers}
+                    and expected.origin in (None, self.origin)
+                )
+            if is_lost:
+                return lost
+        return None
+
     def check_trust(self) -> None:
         """Report the last seals if their signing key does not follow from one of the `keys`."""
         if self._untrusted_from is not None:
@@ -222,15 +262,20 @@ class ChainVerifier:
         self.check_trust()
         self._untrusted_from, self.key, self._is_trusted = None, None, False
 
-    def finish(self) -> None:
-        """Report what can be known only after the last seal."""
+    def finish(self, newest_position: int) -> None:
+        """Report what can be known only after the last seal and the last event."""
         self._break()
         for checkpoint in self._checkpoints:
+            if self.find_loss(checkpoint) is not None:
+                continue
             expected = checkpoint.payload()
-            first, kind = self.number + 1, FindingKind.TRUNCATED
-            missing = describe_missing_seals(first, expected.number)
-            message = f"{missing}, according to the checkpoint"
-            if first == expected.number and self.payload_digest != expected.previous:
+            first, kind = min(self.number + 1, expected.number), FindingKind.TRUNCATED
+            message = (
+                f"{describe_missing_seals(first, expected.number)}, according to the checkpoint:"
+                f" {_describe_extent(self.upto, expected.upto)}; the newest event is at position"
+                f" {newest_position}"
+            )
+            if self.number + 1 == expected.number and self.payload_digest != expected.previous:
                 kind = FindingKind.CHECKPOINT
                 message = f"seal {self.number} is not the seal that precedes the checkpoint"
             self.upto += 1  # the finding follows those about the last events
@@ -257,6 +302,14 @@ def _signer(seal: Seal, keys: Iterable[str]) -> str | None:
 
 
 def describe_missing_seals(first: int, last: int) -> str:
-    if first == last:
-        return f"seal {first} is missing"
-    return f"the seals from {first} to {last} are missing"
+    return f"{_describe_seals(first, last)} missing"
+
+
+def _describe_seals(first: int, last: int) -> str:
+    return f"seal {first} is" if first == last else f"the seals from {first} to {last} are"
+
+
+def _describe_extent(after: int, upto: int) -> str:
+    if upto <= after:
+        return "no events were sealed there"
+    return f"positions from {after + 1} to {upto} were sealed there"

@@ -10,7 +10,7 @@ from tiger_db.errors import AlreadyExists, InvalidState, InvalidValue
 from tiger_db.files import file_errors, write_private
 from tiger_db.public import public
 
-_NAME = re.compile(r"\d{19}\.json", re.ASCII)
+_NAME = re.compile(r"(\d{19})\.json", re.ASCII)
 
 
 def checkpoint_text(seal: Seal) -> str:
@@ -43,11 +43,30 @@ def newest_checkpoint(folder: Path) -> Seal | None:
         FileError: The folder or the file of the checkpoint cannot be read.
         InvalidState: The file of the newest checkpoint is damaged.
     """
+    numbers = checkpoint_numbers(folder)
+    return load_checkpoint(folder, max(numbers)) if numbers else None
+
+
+def checkpoint_numbers(folder: Path) -> list[int]:
+    """Return the numbers of the seals whose checkpoints the folder has.
+
+    Raises:
+        FileError: The folder cannot be read.
+    """
     with file_errors():
-        names = [name for name in os.listdir(folder) if _NAME.fullmatch(name)]  # noqa: PTH208  # names are enough
-        if not names:
-            return None
-        path = folder / max(names)
+        names = map(_NAME.fullmatch, os.listdir(folder))  # noqa: PTH208  # names are enough
+        return [int(name[1]) for name in names if name]
+
+
+def load_checkpoint(folder: Path, number: int) -> Seal:
+    """Return the checkpoint of a seal.
+
+    Raises:
+        FileError: The file of the checkpoint cannot be read.
+        InvalidState: The file of the checkpoint is damaged.
+    """
+    path = _path(folder, number)
+    with file_errors():
         data = path.read_bytes()
     try:
         return read_checkpoint(data.decode())
@@ -55,6 +74,10 @@ def newest_checkpoint(folder: Path) -> Seal | None:
         raise InvalidState(
             f"{path} is not a checkpoint: restore the file, and find out who changed it"
         ) from None
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:019}.json"
 
 
 def save_checkpoint(folder: Path, seal: Seal) -> None:
@@ -65,7 +88,7 @@ def save_checkpoint(folder: Path, seal: Seal) -> None:
         InvalidState: The folder has another checkpoint with the same number.
     """
     number, text = seal.payload().number, checkpoint_text(seal)
-    path = folder / f"{number:019}.json"
+    path = _path(folder, number)
     with file_errors():
         try:
             write_private(folder, {path.name: text}, overwrite=False)

@@ -23,6 +23,7 @@ from tiger_db.errors import InvalidValue
 DIGEST_BYTES = 32  # Size of a SHA-256 digest in bytes.
 NO_PREVIOUS_DIGEST = "0" * 64  # Value of the field `previous` in the first seal.
 SEAL_VERSION = 2  # Version of the payloads of new seals.
+RESTORE_VERSION = 3  # Version of the payloads of seals that record a restore.
 # Each range of positions is a pair: the first position and the last position of the range.
 PositionRanges: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -76,6 +77,7 @@ def positions_in(ranges: PositionRanges) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Origin = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Int64 = Annotated[int, Field(gt=-(2**63) + 1, lt=2**63 - 1)]
 
@@ -94,6 +96,10 @@ class SealPayload:
     In version 1, a payload has no `origin` and no `next_key`. In version 2, `origin` is the random
     identity of the audit trail, which is the same in all seals. The seals after a seal with
     `next_key` are signed with that key. `key` and `next_key` are public keys.
+
+    A payload of version 3 records that a restore of the database has lost the seals between the
+    seal with the digest `previous` and this seal. `lost` is the digest of the payload of the last
+    lost seal, whose number is `number - 1`. `lost_upto` is the last position that it covered.
     """
 
     version: int = 1
@@ -109,6 +115,8 @@ class SealPayload:
     retired: str | None = None
     origin: Origin | None = None
     next_key: str | None = None
+    lost: Digest | None = None
+    lost_upto: Int64 | None = None
 
     @property
     def event_count(self) -> int:
@@ -159,13 +167,15 @@ class Seal:
             payload = _PAYLOAD.validate_json(self.payload_json, strict=True)
         except (ValidationError, TypeError):
             payload = None
-        if payload is not None and payload.version not in (1, SEAL_VERSION):
+        if payload is not None and payload.version not in (1, SEAL_VERSION, RESTORE_VERSION):
             raise InvalidValue("the version of the seal is not supported: upgrade tiger_db")
         if (
             payload is None
             or payload.to_json() != self.payload_json
-            or (payload.origin is not None) != (payload.version == SEAL_VERSION)
+            or (payload.origin is not None) != (payload.version != 1)
             or (payload.next_key is not None and payload.version != SEAL_VERSION)
+            or (payload.lost is not None) != (payload.version == RESTORE_VERSION)
+            or (payload.lost_upto is not None) != (payload.version == RESTORE_VERSION)
         ):
             raise InvalidValue("the payload of the seal is invalid")
         return payload

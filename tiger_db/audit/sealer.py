@@ -11,8 +11,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tiger_db.audit import storage
 from tiger_db.audit.chain import AuditFinding, ChainVerifier
-from tiger_db.audit.checkpoints import newest_checkpoint, save_checkpoint
+from tiger_db.audit.checkpoints import (
+    checkpoint_numbers,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from tiger_db.audit.seal_format import (
+    RESTORE_VERSION,
     SEAL_VERSION,
     Seal,
     SealPayload,
@@ -29,6 +35,7 @@ from tiger_db.signing import public_text
 
 _MAX_CLOCK_DIFFERENCE = timedelta(minutes=1)
 _SELECT_LAST_SEALS = f"{storage.SELECT_SEALS} DESC LIMIT 2"
+_SELECT_NEWEST_OF = "SELECT max(number) FROM audit_seals WHERE number = ANY($1::bigint[])"
 # The digests of seals up to the seal $2 are not needed, because these seals are verified already.
 _SELECT_SEALS_FROM = """
 SELECT statement, signature, CASE WHEN number > $2 THEN digests ELSE bytea '' END, number
@@ -48,6 +55,7 @@ class Sealer:
         self.connection = connection
         self.key = key
         self.chain = ChainVerifier([key.public_key()], _refuse)
+        self.lost: Seal | None = None  # The newest checkpoint, if the database lacks its seal.
         self.verified_first = 0  # Number of seals that were verified to save the first checkpoint.
         self._folder = folder
         self._last: Seal | None = None  # The last verified seal.
@@ -55,9 +63,17 @@ class Sealer:
 
     @classmethod
     async def open(
-        cls, connection: Connection, key: Ed25519PrivateKey, folder: Path | None = None
+        cls,
+        connection: Connection,
+        key: Ed25519PrivateKey,
+        folder: Path | None = None,
+        *,
+        after_restore: bool = False,
     ) -> Self:
         """Verify the end of the chain of seals, and save a checkpoint of the newest seal.
+
+        With `after_restore`, the newest checkpoint may be of a seal that the database has lost. The
+        chain is then verified from the newest checkpoint whose seal the database has.
 
         Raises:
             FileError: The folder of checkpoints cannot be read or written.
@@ -67,6 +83,14 @@ class Sealer:
         checkpoint = None
         if folder is not None:
             checkpoint = await asyncio.to_thread(newest_checkpoint, folder)
+            if after_restore and checkpoint is not None:
+                number = await connection.fetchval(
+                    _SELECT_NEWEST_OF, await asyncio.to_thread(checkpoint_numbers, folder)
+                )
+                if number != checkpoint.payload().number:
+                    sealer.lost, checkpoint = checkpoint, None
+                if number is not None:
+                    checkpoint = await asyncio.to_thread(load_checkpoint, folder, number)
         if checkpoint is not None:
             sealer.chain.start(checkpoint)
             sealer._last = sealer._saved = checkpoint
@@ -103,7 +127,10 @@ class Sealer:
             self.chain.add(seal)
             self._last = seal
         if expects_last:
-            raise InvalidState(_refusal(f"the newest seals are missing, from seal {first} on"))
+            reason = _refusal(f"the newest seals are missing, from seal {first} on")
+            raise InvalidState(
+                f"{reason}; if the database was restored from a backup, see docs/backup.md"
+            )
         self.chain.check_trust()
         if self.chain.key not in (None, public_text(self.key.public_key())):
             raise ConfigurationError(
@@ -128,15 +155,18 @@ class Sealer:
         closed_at: str | None = None,
         retired: str | None = None,
         next_key: str | None = None,
+        lost: Seal | None = None,
     ) -> None:
         """Sign and insert the next seal, in a transaction that holds the sealing lock.
 
         Call `catch_up` first, in the same transaction. A seal that records a retired month stores
-        no digests of events.
+        no digests of events. `lost` is the last seal that a restore has lost. The numbers of lost
+        seals are not used again.
         """
+        last_lost = lost.payload() if lost else None
         payload = SealPayload(
-            version=SEAL_VERSION,
-            number=self.chain.number + 1,
+            version=RESTORE_VERSION if last_lost else SEAL_VERSION,
+            number=(last_lost.number if last_lost else self.chain.number) + 1,
             previous=self.chain.payload_digest,
             after=self.chain.upto,
             upto=self.chain.upto if upto is None else upto,
@@ -146,8 +176,10 @@ class Sealer:
             key=public_text(self.key.public_key()),
             closed_at=closed_at,
             retired=retired,
-            origin=self.chain.origin or secrets.token_hex(16),
+            origin=self.chain.origin or (last_lost and last_lost.origin) or secrets.token_hex(16),
             next_key=next_key,
+            lost=lost.payload_digest if lost else None,
+            lost_upto=last_lost.upto if last_lost else None,
         )
         made = make_seal(self.key, payload, b"" if retired else bytes(digests))
         await self.connection.execute(

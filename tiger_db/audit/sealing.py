@@ -23,7 +23,7 @@ from tiger_db.signing import public_text
 
 EVENTS_PER_SEAL = 10_000  # maximum number of events that one seal covers
 _WRITERS_POLL_SECONDS = 0.02
-_DEFAULT_PATIENCE = timedelta(seconds=10)
+DEFAULT_PATIENCE = timedelta(seconds=10)
 # `repair_sequence` ignores higher positions, which a statement of an attacker has set.
 _MAX_UNSEALED_POSITIONS = 10**9
 _SELECT_LAST_USED_POSITION = f"""
@@ -50,7 +50,7 @@ class Sealing:
 async def seal(
     database: Database,
     *,
-    patience: timedelta = _DEFAULT_PATIENCE,
+    patience: timedelta = DEFAULT_PATIENCE,
     progress: Progress = no_progress,
 ) -> Sealing:
     """Seal the audit events that were written before the call of `seal`.
@@ -75,7 +75,7 @@ async def seal(
             because the clocks of the database and of this machine differ by more than a minute.
     """
     rows = seals = 0
-    async with _open_sealer(database, patience) as sealer:
+    async with open_sealer(database, patience) as sealer:
         connection, deadline = sealer.connection, time.monotonic() + patience.total_seconds()
         closed_at = await storage.database_time(connection)
         upto, writers = await storage.fetch_writers(connection)
@@ -100,7 +100,9 @@ async def seal(
 
 
 @contextlib.asynccontextmanager
-async def _open_sealer(database: Database, patience: timedelta) -> AsyncIterator[Sealer]:
+async def open_sealer(
+    database: Database, patience: timedelta, *, after_restore: bool = False
+) -> AsyncIterator[Sealer]:
     """Open a sealer whose connection waits for each lock at most for the duration `patience`."""
     key = await required_key(database)
     async with storage.open_connection(database) as connection:
@@ -109,7 +111,8 @@ async def _open_sealer(database: Database, patience: timedelta) -> AsyncIterator
         try:
             database_time = await storage.fetch_clock(connection)
             check_clocks(database_time, datetime.now(UTC), "nothing is sealed")
-            yield await Sealer.open(connection, key, database.settings.audit_checkpoints)
+            folder = database.settings.audit_checkpoints
+            yield await Sealer.open(connection, key, folder, after_restore=after_restore)
         except asyncpg.LockNotAvailableError:
             holders = await storage.describe_lock_holders(connection)
             raise DatabaseUnavailable(
@@ -144,7 +147,7 @@ async def seal_next(sealer: Sealer, upto: int, closed_at: str | None) -> int | N
 
 @public
 async def repair_sequence(
-    database: Database, *, patience: timedelta = _DEFAULT_PATIENCE
+    database: Database, *, patience: timedelta = DEFAULT_PATIENCE
 ) -> tuple[int, int] | None:
     """Move the sequence of positions behind the sealed positions, and record this as an event.
 
@@ -155,7 +158,7 @@ async def repair_sequence(
     Raises:
         ConfigurationError, DatabaseUnavailable, FileError, InvalidState: See `seal`.
     """
-    async with _open_sealer(database, patience) as sealer:
+    async with open_sealer(database, patience) as sealer:
         connection = sealer.connection
         async with connection.transaction(isolation="read_committed"):
             await connection.execute(storage.TAKE_SEALING_LOCK)
@@ -183,7 +186,7 @@ async def change_signing_key(
     database: Database,
     new_key: Ed25519PrivateKey,
     *,
-    patience: timedelta = _DEFAULT_PATIENCE,
+    patience: timedelta = DEFAULT_PATIENCE,
 ) -> int:
     """Introduce a new signing key by a seal that `AUDIT_SIGNING_KEY` signs, and record this.
 
@@ -195,7 +198,7 @@ async def change_signing_key(
         InvalidValue: The new key is the key in force.
         ConfigurationError, DatabaseUnavailable, FileError, InvalidState: See `seal`.
     """
-    async with _open_sealer(database, patience) as sealer:
+    async with open_sealer(database, patience) as sealer:
         old, new = (public_text(key.public_key()) for key in (sealer.key, new_key))
         if old == new:
             raise InvalidValue("the new signing key is the key in force")

@@ -169,6 +169,8 @@ def _describe(checkpoint: Seal | None, chain: ChainVerifier) -> str:
     if checkpoint is None:
         return "none"
     number = checkpoint.payload().number
+    if (lost := chain.find_loss(checkpoint)) is not None:
+        return f"seal {number} was lost by a restore, which seal {lost.seal} records"
     return f"seal {number} is {'' if checkpoint in chain.matched else 'not '}in the chain"
 
 
@@ -327,7 +329,11 @@ class TrailVerifier:
         """Return the result of the verification, after all seals and events have been added."""
         self._close_seal()
         self._explain_mismatches()
-        self.chain.finish()
+        self.chain.finish(self._last[0])
+        restored = [
+            AuditFinding(FindingKind.RESTORED, str(lost), lost.first) for lost in self.chain.lost
+        ]
+        self._report.warnings = [*restored, *self._report.warnings][:_REPORTED_FINDINGS]
         self._findings.sort(key=lambda found: found[0])
         self._report.findings = [finding for _, finding in self._findings[:_REPORTED_FINDINGS]]
         return self._report

@@ -57,6 +57,14 @@ def seal_audit(
             " after a logical copy of the database. The repair is recorded as an event.",
         ),
     ] = False,
+    after_restore: Annotated[
+        bool,
+        typer.Option(
+            "--after-restore",
+            help="First record that a restore of the database from a backup has lost the seals up"
+            " to the newest checkpoint in AUDIT_CHECKPOINTS.",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Seal all committed audit events without a seal. Run this command every minute from cron.
@@ -73,6 +81,16 @@ def seal_audit(
                 "the sequence of positions is not behind the newest seal"
                 if moved is None
                 else f"moved the sequence of positions from {moved[0]} to {moved[1]}"
+            )
+        if after_restore:
+            restore = await tiger_db.audit.record_restore(database, patience=wait)
+            output.print_message(
+                "the database has the seal of the newest checkpoint, or its loss is recorded"
+                if restore is None
+                else f"seal {restore.seal} records that a restore has lost the seals from"
+                f" {restore.first_lost} to {restore.seal - 1}, which covered the positions from"
+                f" {restore.after + 1} to {restore.upto};"
+                f" {output.count_of(restore.kept, 'event')} at these positions can be sealed again"
             )
         return await tiger_db.audit.seal(database, patience=wait)
 

@@ -119,6 +119,7 @@ class AuditAction(StrEnum):
     SYSTEM_AUDIT_RETIRE = "system:audit_retire"
     SYSTEM_AUDIT_CHANGE_KEY = "system:audit_change_key"
     SYSTEM_AUDIT_REPAIR_SEQUENCE = "system:audit_repair_sequence"
+    SYSTEM_AUDIT_RESTORE = "system:audit_restore"
     SYSTEM_ERROR = "system:error"
 
     SECURITY_LOGIN_FAILURE = "security:login_failure"
